@@ -1,0 +1,80 @@
+"""Ranks, devices and the few collectives that the rest of the package uses; works unchanged in a single process.
+
+The process group itself is opened by the engine (DeepSpeed); without one, every function is the identity of one rank.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def is_open() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Global rank; before the group is open, what the launcher put into the environment."""
+    return dist.get_rank() if is_open() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks; before the group is open, what the launcher put into the environment."""
+    return dist.get_world_size() if is_open() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """True on the one rank that prints and writes shared files."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device of this rank: its CUDA device if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if is_open() and world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks; the result has the device and dtype of `tensor`, which is left alone."""
+    if world_size() == 1:
+        return tensor.clone()
+    on_device = tensor.to(device(), copy=True)
+    dist.all_reduce(on_device)
+    return on_device.to(tensor.device)
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean over ranks; bitwise the same on every rank."""
+    return all_reduce_sum(tensor) / world_size()
+
+
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's value on every rank; shape and dtype must agree beforehand."""
+    if world_size() == 1:
+        return tensor.clone()
+    on_device = tensor.to(device(), copy=True)
+    dist.broadcast(on_device, src=0)
+    return on_device.to(tensor.device)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's small picklable object on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=device())
+    return box[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank; every rank gets the same answer."""
+    return bool(all_reduce_sum(torch.tensor(float(flag))) > 0)
