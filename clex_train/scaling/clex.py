@@ -1,0 +1,172 @@
+"""CLEX: the RoPE frequencies as a learned ODE over the scale factor t.
+
+    d log theta / dt = act( (log theta + log theta_ntk(t)) W_up ) W_down + d log theta_ntk / dt
+
+(arXiv 2310.16450). Parameters are float32; the ODE is solved in float64, see `vector_field` and `solver`. The module
+lives outside the training engine and on the CPU: a solve is hundreds of operations on short vectors.
+Shapes: `P` pairs = d / 2, `H` hidden units, `K` scale factors.
+"""
+
+import hashlib
+import math
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+
+from clex_train.scaling import solver
+from clex_train.scaling.baselines import ntk_exponents
+from clex_train.scaling.solver import SolverReport, UnstableField
+from clex_train.scaling.table import FrequencyTable, as_grid, scale_grid
+from clex_train.scaling.vector_field import ACTIVATIONS, VectorField, network_input_start
+from clex_train.seeding import generator
+
+Grid = Tensor | list[float] | tuple[float, ...]
+# Scale factors at which the size of the learned part is checked.
+CHECK_POINTS = 32
+
+
+class Clex(nn.Module):
+    """theta(t) for t in [1, t_max], starting from the frequencies `inv_freq` [P] of the base model, whatever made them.
+
+    `up` [P, H] starts uniform in +-1/sqrt(H), `down` [H, P] at zero, H = param_factor * d, so that an untrained CLEX is
+    NTK(2t - 1). `official_ntk_base` feeds the network log theta_ntk at base 10000, as the released checkpoints expect.
+    `tolerance` bounds the solver's error in log theta. `ValueError` names an argument out of range.
+    """
+
+    base_inv_freq: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        inv_freq: Float[Tensor, " P"],
+        t_max: float,
+        param_factor: float = 1.0,
+        act: str = "silu",
+        official_ntk_base: bool = False,
+        tolerance: float = 1e-6,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_arguments(inv_freq, t_max, param_factor, act, tolerance)
+        num_pairs = len(inv_freq)
+        hidden = max(1, round(param_factor * 2 * num_pairs))
+        draw = generator(seed, "clex_init").uniform(-1, 1, (num_pairs, hidden)) / math.sqrt(hidden)
+        self.up = nn.Parameter(torch.from_numpy(draw).to(torch.float32))
+        self.down = nn.Parameter(torch.zeros(hidden, num_pairs))
+        self.register_buffer("base_inv_freq", inv_freq.detach().to(torch.float64, copy=True))
+        # Part of the state: the solve after a resume takes the steps of the last check, like the uninterrupted run.
+        self.register_buffer("steps", torch.tensor(solver.MIN_STEPS))
+        self.t_max, self.act = float(t_max), act
+        self.official_ntk_base, self.tolerance = official_ntk_base, tolerance
+
+    @property
+    def num_steps(self) -> int:
+        """RK4 steps from t = 1 to t_max, as the last `refine` chose them."""
+        return int(self.steps)
+
+    @num_steps.setter
+    def num_steps(self, value: int) -> None:
+        if value < 1:
+            raise ValueError(f"num_steps={value}: at least 1 step")
+        self.steps.fill_(value)
+
+    def inv_freq(self, t: float) -> Float64[Tensor, " P"]:
+        """theta(t) in radians per token, differentiable in the parameters; `UnstableField` when it is not finite."""
+        grid = self._checked([t])
+        return self._inv_freq(grid, self._solve(grid, self.num_steps))[0]
+
+    def learned(self, t_grid: Grid) -> Float64[Tensor, "K P"]:
+        """log theta - log theta_ntk, the learned part, at ascending scale factors; differentiable in the parameters."""
+        return self._solve(self._checked(t_grid), self.num_steps)
+
+    @torch.no_grad()
+    def table(self, t_grid: Grid) -> FrequencyTable:
+        """theta on a grid that starts at 1, within `tolerance` of the current weights' ODE, from one solve.
+
+        The steps are chosen afresh and `num_steps` is left alone: to look at a run must not change it.
+        """
+        t = self._checked(t_grid)
+        inv_freq = self._inv_freq(t, self._solve(t, self._assess().num_steps))
+        return FrequencyTable(t, inv_freq, method="clex", digest=self.digest())
+
+    @torch.no_grad()
+    def residual(self, t_grid: Grid) -> Float64[Tensor, " K"]:
+        """max_j |log theta_j - log theta_ntk_j| at each t: how far the field has moved the frequencies from NTK."""
+        return self.learned(t_grid).abs().amax(dim=1)
+
+    def check_residual(self, max_residual: float) -> float:
+        """The largest `residual` in [1, t_max]; `UnstableField` names the first t where it exceeds `max_residual`."""
+        t = scale_grid(self.t_max, step=(self.t_max - 1) / CHECK_POINTS if self.t_max > 1 else 1.0)
+        moved = self.residual(t)
+        beyond = (moved > max_residual).nonzero().flatten().tolist()
+        if beyond:
+            at, value = float(t[beyond[0]]), float(moved[beyond[0]])
+            raise UnstableField(
+                f"the CLEX field has moved log theta by {value:.3g} at t={at:.3g}, beyond scaling.max_residual="
+                f"{max_residual:g}; lower scaling.lr_scale or scaling.clip",
+                at,
+                value,
+            )
+        return float(moved.max())
+
+    @torch.no_grad()
+    def refine(self) -> SolverReport:
+        """Choose `num_steps` for the current weights by step doubling; `UnstableField` when the field is too stiff."""
+        report = self._assess()
+        self.steps.fill_(report.num_steps)
+        return report
+
+    def digest(self) -> str:
+        """A fingerprint of everything theta(t) depends on."""
+        parts = hashlib.blake2b(f"{self.act} {self.official_ntk_base}".encode(), digest_size=16)
+        for tensor in (self.base_inv_freq, self.up, self.down):
+            parts.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return parts.hexdigest()
+
+    def _field(self) -> VectorField:
+        start = network_input_start(self.base_inv_freq.log(), self.official_ntk_base)
+        return VectorField.build(self.up, self.down, start, self.act)
+
+    def _inv_freq(self, t: Tensor, learned: Tensor) -> Tensor:
+        """theta(1) times what NTK and the learned part make of it: exactly theta(1) at t = 1."""
+        drift = ntk_exponents(len(self.base_inv_freq)).to(learned.device) * (2 * t[:, None] - 1).log().to(
+            learned.device
+        )
+        return self.base_inv_freq * (learned - drift).exp()
+
+    def _solve(self, t: Tensor, num_steps: int) -> Tensor:
+        # A zero that depends on the weights keeps the solution at t = 1 in the graph, where its gradient is zero.
+        field = self._field()
+        y = solver.integrate(field, 0 * field.down.sum(dim=0), t, num_steps, self.t_max)
+        bad = (~torch.isfinite(y)).any(dim=1).nonzero().flatten().tolist()
+        if bad:
+            at = float(t[bad[0]])
+            raise UnstableField(f"the CLEX field gives log theta that is not finite at t={at:.3g}", at, math.nan)
+        return y
+
+    def _assess(self) -> SolverReport:
+        return solver.refine(self._field(), torch.zeros_like(self.base_inv_freq), self.t_max, self.tolerance)
+
+    def _checked(self, t_grid: Grid) -> Tensor:
+        t = as_grid(t_grid)
+        if not bool((t[1:] > t[:-1]).all()):
+            raise ValueError(f"t={t.tolist()}: scale factors ascend")
+        if not (float(t[0]) >= 1 and float(t[-1]) <= self.t_max * (1 + 1e-12)):
+            raise ValueError(f"t={float(t[0]):g}..{float(t[-1]):g}: scale factors lie in [1, t_max={self.t_max:g}]")
+        return t
+
+
+def _check_arguments(inv_freq: Tensor, t_max: float, param_factor: float, act: str, tolerance: float) -> None:
+    if inv_freq.ndim != 1 or len(inv_freq) == 0:
+        raise ValueError(f"inv_freq of shape {tuple(inv_freq.shape)}: one frequency per rotated pair is expected")
+    if not bool((torch.isfinite(inv_freq) & (inv_freq > 0)).all()):
+        raise ValueError(f"inv_freq={inv_freq.tolist()}: CLEX starts from finite, positive frequencies")
+    if not t_max >= 1 or not math.isfinite(t_max):
+        raise ValueError(f"t_max={t_max}: a scale factor is at least 1")
+    if not param_factor > 0:
+        raise ValueError(f"param_factor={param_factor}: greater than 0")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act={act}: one of {', '.join(ACTIVATIONS)}")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance={tolerance}: greater than 0")
