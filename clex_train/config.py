@@ -109,7 +109,7 @@ class ModelConfig:
     path: str | None = None
     """Directory or hub name to load weights from, in the Hugging Face layout, or the `final/` of an earlier run."""
     init: Init = Init.pretrained
-    """`pretrained` loads the weights of `model.path`; `random` starts from `model.config` with seeded random weights."""
+    """`pretrained` loads the weights of `model.path`; `random` draws weights for `model.config` from the seed."""
     config: str | None = None
     """Directory with the architecture's `config.json`; enough for `dry_run` and for `model.init=random`."""
     tokenizer: str | None = None
@@ -123,7 +123,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.context_len is None or self.context_len >= 2, "model.context_len", self.context_len, "at least 2 tokens"
+            self.context_len is None or self.context_len >= 2,
+            "model.context_len",
+            self.context_len,
+            "at least 2 tokens",
         )
 
 
@@ -147,7 +150,7 @@ class ScalingConfig:
     t_max: float = 16.0
     """Largest scale factor: each optimizer step draws t ~ U[1, t_max]; contexts up to t_max * L are served."""
     positions: Positions = Positions.mix
-    """Where the tokens of a row sit in [0, t*L): `random` (the paper), `uniform`, `skip` (chunks with gaps), or `mix`."""
+    """Where a row's tokens sit in [0, t*L): `random` (the paper), `uniform`, `skip` (chunks with gaps) or `mix`."""
     mix_random: float = 0.25
     """Share of rows that `mix` gives `random` positions; the others take `skip`."""
     max_chunks: int = 8
@@ -157,7 +160,7 @@ class ScalingConfig:
     act: Activation = Activation.silu
     """Activation of the vector field."""
     lr_scale: float = 0.05
-    """Learning rate of the ODE's parameters as a multiple of the model's; 0 freezes the field, leaving the NTK drift."""
+    """Learning rate of the ODE's parameters over the model's; 0 freezes the field, leaving the NTK drift."""
     weight_decay: float = 0.0
     """Weight decay of the ODE's own AdamW."""
     clip: float = 1.0
@@ -171,7 +174,7 @@ class ScalingConfig:
     log_scale: LogScale = LogScale.off
     """Attention logits times log(n)/log(L) beyond L: in evaluation only, always, or the official code's variant."""
     official_ntk_base: bool = False
-    """Feed the vector field log theta_ntk at base 10000 whatever the model's base, as the official checkpoints expect."""
+    """The vector field sees log theta_ntk at base 10000 whatever the model's base, as in the official code."""
 
     def __post_init__(self) -> None:
         require(self.t_max >= 1, "scaling.t_max", self.t_max, "a scale factor is at least 1")
@@ -201,7 +204,7 @@ class EngineConfig:
     micro_batch: int = 1
     """Rows per rank in one forward and backward."""
     accumulation: int | None = None
-    """Micro-batches per optimizer step; by default what data.seq_len, optim.batch_rows and the ranks ask for."""
+    """Micro-batches per optimizer step; by default what optim.batch_rows, micro_batch and the ranks ask for."""
     precision: Precision = Precision.auto
     """`auto`: bf16 on a GPU, fp32 on a CPU."""
     activation_checkpointing: bool = False
@@ -218,7 +221,9 @@ class EngineConfig:
             self.accumulation is None or self.accumulation >= 1, "engine.accumulation", self.accumulation, "at least 1"
         )
         require(self.timeout > 0, "engine.timeout", self.timeout, "minutes, greater than 0")
-        require(self.world_size is None or self.world_size >= 1, "engine.world_size", self.world_size, "at least 1 rank")
+        require(
+            self.world_size is None or self.world_size >= 1, "engine.world_size", self.world_size, "at least 1 rank"
+        )
         require(
             self.offload is Offload.none or self.zero_stage >= 1,
             "engine.offload",
@@ -277,7 +282,7 @@ class EvaluationConfig:
     lengths: list[int] = field(default_factory=lambda: [4096, 8192, 16384, 32768, 65536])
     """Window lengths in tokens. The same tokens are scored at every length."""
     protocols: list[Protocol] = field(default_factory=lambda: [Protocol.one_shot])
-    """`one_shot`: t fixed by the window's length; `chunked`: chunks of L tokens through the cache, t grows (official)."""
+    """`one_shot`: t fixed by the window's length; `chunked` (official): chunks of L through the cache, t grows."""
     methods: list[Method] = field(default_factory=lambda: [Method.trained])
     """`trained` is the model as trained; `none`, `pi`, `ntk` put those frequencies into the same weights."""
     path: str | None = None

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 
 
 def setup() -> None:
@@ -13,6 +14,8 @@ def setup() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("clex_train", "data_prep", "launch"):
         logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    # DeepSpeed calls collectives by names that newer torch has renamed; users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
 
 
 def get(name: str) -> logging.Logger:

@@ -1,0 +1,169 @@
+"""From the typed configuration to a DeepSpeed engine: process group, ZeRO configuration, optimizer, learning rate.
+
+DeepSpeed's dictionary is written here and nowhere else. The learning rate is a pure function of the step and set before
+each one, so there is no scheduler state to save.
+"""
+
+import math
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+
+from clex_train import distributed, log
+from clex_train.config import Config, EngineConfig, Offload, OptimConfig, Precision, Schedule, require
+from clex_train.engine import extensions
+
+logger = log.get(__name__)
+
+
+def open_process_group(engine: EngineConfig) -> None:
+    """Join the process group that the launcher describes, or open one of a single rank: NCCL on GPUs, else gloo."""
+    if distributed.is_open():
+        return
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    import deepspeed
+
+    if on_gpu:
+        torch.cuda.set_device(distributed.device())
+    else:
+        extensions.build("ShareMemCommBuilder")
+    deepspeed.init_distributed(
+        "nccl" if on_gpu else "gloo", timeout=timedelta(minutes=engine.timeout), verbose=False, auto_mpi_discovery=False
+    )
+
+
+def precision(engine: EngineConfig) -> torch.dtype:
+    """The dtype that parameters are computed in; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    if engine.precision is Precision.auto:
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return torch.bfloat16 if engine.precision is Precision.bf16 else torch.float32
+
+
+def accumulation(config: Config, world_size: int) -> int:
+    """Micro-batches per optimizer step, so that `optim.batch_rows` rows are read whatever the number of ranks.
+
+    Raises `ValueError` when the rows cannot be shared evenly, or contradict an explicit `engine.accumulation`.
+    """
+    rows = config.engine.micro_batch * world_size
+    require(
+        config.optim.batch_rows % rows == 0,
+        "optim.batch_rows",
+        config.optim.batch_rows,
+        f"must be a multiple of engine.micro_batch * ranks = {config.engine.micro_batch} * {world_size}",
+    )
+    derived = config.optim.batch_rows // rows
+    require(
+        config.engine.accumulation in (None, derived),
+        "engine.accumulation",
+        config.engine.accumulation,
+        f"{config.optim.batch_rows} rows over {world_size} ranks need {derived}; leave it null or change one",
+    )
+    return derived
+
+
+def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for this run."""
+    engine = config.engine
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.offload is not Offload.none:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if engine.offload is Offload.all:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if engine.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "train_batch_size": config.optim.batch_rows,
+        "train_micro_batch_size_per_gpu": engine.micro_batch,
+        "gradient_accumulation_steps": accumulation(config, world_size),
+        "gradient_clipping": config.optim.clip,
+        "bf16": {"enabled": precision(engine) is torch.bfloat16},
+        "zero_optimization": zero,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def build(model: nn.Module, config: Config) -> Any:
+    """Wrap a model into a DeepSpeed engine with its optimizer. Collective: every rank calls it."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=_optimizer(model, config),
+        config=deepspeed_dict(config, distributed.world_size()),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def consolidated_state_dict(engine: Any) -> dict[str, torch.Tensor]:
+    """All weights on rank 0's CPU, one parameter at a time; empty on the other ranks. Collective."""
+    import deepspeed
+
+    gathered = {}
+    for name, parameter in engine.module.named_parameters():
+        sharded = [parameter] if hasattr(parameter, "ds_id") else []
+        with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+            if distributed.is_main():
+                gathered[name] = parameter.detach().cpu().clone()
+    return gathered
+
+
+def learning_rate(step: int, optim: OptimConfig) -> float:
+    """Learning rate of optimizer step `step` (0-based): linear warm-up, then cosine, linear or constant."""
+    warmup_steps = round(optim.warmup * optim.steps)
+    if step < warmup_steps:
+        return optim.lr * (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, optim.steps - warmup_steps)
+    falling = {
+        Schedule.cosine: 0.5 * (1 + math.cos(math.pi * progress)),
+        Schedule.linear: 1 - progress,
+        Schedule.constant: 1.0,
+    }[optim.schedule]
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * falling)
+
+
+def set_learning_rate(engine: Any, value: float) -> None:
+    """Set the learning rate of the step that comes next."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
+
+
+def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    optim = config.optim
+    groups = _decay_groups(model, optim.weight_decay)
+    arguments: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
+    if config.engine.offload is not Offload.none:
+        extensions.build("CPUAdamBuilder")
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, **arguments)
+    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **arguments)
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, vectors (norms, biases) do not. Under ZeRO-3 the shape of a parameter is kept in `ds_shape`."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if weight_decay == 0:
+        return [{"params": trainable, "weight_decay": 0.0}]
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    return [
+        g
+        for g in ({"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0})
+        if g["params"]
+    ]
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

@@ -1,0 +1,88 @@
+"""The ODE's own training step, outside the DeepSpeed engine.
+
+    begin   draw t, solve for theta(t), detach it as a leaf that every layer and micro-batch of the step shares
+    finish  average the leaf's gradient over the ranks, run the one backward pass through the ODE, clip, step
+
+The ODE is small, float32 and replicated on the CPU of each rank, so neither the engine's bf16 cast nor its global
+gradient norm touches it. (CLEX, arXiv 2310.16450; design in docs/mathematics.md.)
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from clex_train import distributed, log
+from clex_train.config import ScalingConfig
+from clex_train.scaling.clex import Clex
+from clex_train.scaling.sampling import draw_t
+from clex_train.scaling.spectrum import Spectrum
+from clex_train.scaling.table import scale_grid
+
+logger = log.get(__name__)
+
+
+class OdeOptimizer:
+    """Trains a `Clex` beside the engine: `spectrum = begin(step)`, forwards and backwards, then `finish(lr)`."""
+
+    def __init__(self, clex: Clex, config: ScalingConfig, seed: int) -> None:
+        self.clex = clex
+        self.config = config
+        self.seed = seed
+        self.learns = config.lr_scale > 0
+        self.adamw = torch.optim.AdamW(clex.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay)
+        self._solved: torch.Tensor | None = None
+        self._leaf: torch.Tensor | None = None
+
+    def begin(self, step: int) -> Spectrum:
+        """The frequencies of optimizer step `step`; gradients are collected if the field learns.
+
+        Rank 0's solve is what every rank uses, so that different processors cannot let the ranks drift apart.
+        Raises `UnstableField` when the field has left its bounds or outgrown its grid.
+        """
+        if step % self.config.check_every == 0:
+            self.check(step)
+        t = draw_t(self.seed, step, self.config.t_max)
+        with torch.set_grad_enabled(self.learns):
+            self._solved = self.clex.inv_freq(t)
+        leaf = distributed.broadcast(self._solved.detach()).to(distributed.device())
+        self._leaf = leaf.requires_grad_(self.learns)
+        return Spectrum(inv_freq=self._leaf, t=t)
+
+    def finish(self, model_lr: float) -> float:
+        """Update the ODE from what the step's backward passes left on the leaf; returns the gradient norm."""
+        assert self._solved is not None
+        assert self._leaf is not None
+        if not self.learns:
+            return 0.0
+        assert self._leaf.grad is not None, "no gradient reached the frequencies: is the rotary module installed?"
+        gradient = distributed.all_reduce_mean(self._leaf.grad).to(self._solved)
+        self.adamw.zero_grad(set_to_none=True)
+        self._solved.backward(gradient)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.clex.parameters(), self.config.clip))
+        self._solved = self._leaf = None
+        if math.isfinite(norm):
+            for group in self.adamw.param_groups:
+                group["lr"] = model_lr * self.config.lr_scale
+            self.adamw.step()
+        else:
+            logger.warning("the gradient of the ODE is not finite: its step is skipped")
+        return norm
+
+    def check(self, step: int) -> float:
+        """Fit the solver's grid to the current field; returns the largest residual |log theta - log theta_ntk|.
+
+        Raises `UnstableField` if the field is not finite, too stiff, or larger than `scaling.max_residual`.
+        """
+        report = self.clex.refine()
+        logger.info("step %d: ODE grid of %d steps, error %.1e", step, report.num_steps, report.error)
+        return self.clex.guard(scale_grid(self.config.t_max), self.config.max_residual)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters, the solver's grid and the optimizer's moments."""
+        return {"clex": self.clex.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.clex.load_state_dict(state["clex"])
+        self.adamw.load_state_dict(state["adamw"])

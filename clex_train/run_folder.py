@@ -1,0 +1,84 @@
+"""The run folder: created, checked and guarded against a changed configuration before anything expensive starts."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from clex_train.config import Config, Resume
+
+CONFIG = "config.yaml"
+
+SAFE_TO_CHANGE = (
+    "attention.implementation",
+    "checkpoint.",
+    "engine.activation_checkpointing",
+    "engine.timeout",
+    "engine.world_size",
+    "evaluation.",
+    "model.path",
+    "name",
+    "output_dir",
+    "resume",
+    "tracking.",
+)
+"""Keys that may differ when a run is continued: they do not touch the numbers it trains on.
+
+`model.path` is among them because a resumed run takes its weights from the checkpoint.
+"""
+
+
+def write_config(config: Config, has_checkpoint: bool) -> None:
+    """Write `config.yaml` into the run folder; on one rank.
+
+    Raises `ValueError` when the folder holds a checkpoint although `resume=never`, or a run whose configuration
+    differs in a key that is not safe to change.
+    """
+    folder = Path(config.output_dir)
+    path = folder / CONFIG
+    if has_checkpoint:
+        if config.resume is Resume.never:
+            raise ValueError(f"resume=never: {folder} already holds checkpoints; choose another output_dir")
+        if path.exists():
+            _refuse_changes(path, config)
+    path.write_text(as_yaml(config), encoding="utf-8")
+
+
+def require_writable(folder: Path) -> None:
+    """Create the folder and prove with a file that it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable_{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output_dir={folder}: cannot be written ({error.strerror}); choose another") from error
+
+
+def as_yaml(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two nested configurations."""
+    changed = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changed += changed_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changed.append(prefix + key)
+    return changed
+
+
+def _refuse_changes(path: Path, config: Config) -> None:
+    old, new = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(as_yaml(config))
+    unsafe = [key for key in changed_keys(old, new) if not key.startswith(SAFE_TO_CHANGE)]
+    if unsafe:
+        raise ValueError(
+            f"{', '.join(unsafe)}: differs from {path}, whose checkpoints this run would continue; "
+            "restore the value or choose another output_dir"
+        )

@@ -1,0 +1,156 @@
+"""Where figures go: metrics.jsonl always, a live bar on the console, wandb if asked for; all on rank 0 only.
+
+metrics.jsonl is truncated to the resumed step before a run continues, so that every step stands in it once.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from clex_train import distributed, log
+from clex_train.config import Config, Wandb
+
+logger = log.get(__name__)
+
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "torchdiffeq", "hydra-core", "flash-attn")
+
+
+class Tracker:
+    """Opened once per run: `step` for every optimizer step, `evaluation` for a set of perplexities, `close`."""
+
+    def __init__(self, config: Config, run_dir: Path, first_step: int) -> None:
+        self.log_every = config.tracking.log_every
+        self.active = distributed.is_main()
+        if not self.active:
+            return
+        self._bar = tqdm(
+            total=config.optim.steps,
+            initial=first_step,
+            desc=config.name,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )
+        path = run_dir / "metrics.jsonl"
+        drop_after(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._wandb = _open_wandb(config, run_dir)
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """One optimizer step: the bar always moves; every `log_every` steps a line is written."""
+        if not self.active:
+            return
+        self._bar.update(1)
+        self._bar.set_postfix_str(_postfix(metrics), refresh=False)
+        if metrics["step"] % self.log_every == 0 or metrics["step"] == self._bar.total:
+            self._write(metrics)
+
+    def evaluation(self, step: int, results: dict[str, float]) -> None:
+        """Perplexities by key `perplexity/<method>/<protocol>/<length>`."""
+        if not self.active:
+            return
+        self._write({"step": step, **results})
+        shown = "  ".join(f"{key.rsplit('/', 1)[1]}: {value:.2f}" for key, value in results.items())
+        tqdm.write(f"step {step}  perplexity  {shown}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Flush and close whatever is open."""
+        if not self.active:
+            return
+        self._bar.close()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Keep the lines of metrics.jsonl up to `step`; a last line that a kill cut short goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            logger.warning("%s: dropped a line that was cut short", path)
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(path)
+
+
+def write_environment(path: Path, data_fingerprint: str) -> None:
+    """environment.json: command, commit, versions, machine and the fingerprint of the data."""
+    facts = {
+        "command": [sys.executable, *sys.argv],
+        "git_commit": git_commit(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+        "world_size": distributed.world_size(),
+        "data_fingerprint": data_fingerprint,
+    }
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this program runs from, with `-dirty` if files differ; None outside git."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _postfix(metrics: dict[str, Any]) -> str:
+    text = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s"
+    return text + (f"  t {metrics['t']:.1f}" if "t" in metrics else "")
+
+
+def _open_wandb(config: Config, run_dir: Path) -> Any:
+    if config.tracking.wandb is Wandb.off:
+        return None
+    import wandb
+
+    id_file = run_dir / "wandb_id"
+    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    id_file.write_text(run_id + "\n")
+    return wandb.init(
+        project=config.tracking.project,
+        name=config.name,
+        id=run_id,
+        resume="allow",
+        dir=str(run_dir),
+        mode=config.tracking.wandb.value,
+        settings=wandb.Settings(console="off", silent=True),
+    )

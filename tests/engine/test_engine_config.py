@@ -1,0 +1,82 @@
+"""The learning rate as a function of the step, and the way from our configuration to DeepSpeed's."""
+
+import itertools
+
+import pytest
+import torch
+
+from clex_train.config import Config, EngineConfig, Offload, OptimConfig, Precision, Schedule
+from clex_train.engine import deepspeed as engines
+
+
+def test_cosine_rises_over_the_warm_up_peaks_and_ends_at_the_floor():
+    optim = OptimConfig(lr=1.0, steps=100, warmup=0.1, min_lr_ratio=0.2)
+    rates = [engines.learning_rate(step, optim) for step in range(101)]
+    assert all(a < b for a, b in itertools.pairwise(rates[:11]))
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.2 + 0.8 * 0.5)
+    assert rates[100] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [(Schedule.linear, 0.5), (Schedule.constant, 1.0)])
+def test_other_schedules_fall_as_named(schedule, middle):
+    optim = OptimConfig(lr=1.0, steps=100, warmup=0.0, schedule=schedule)
+    assert engines.learning_rate(50, optim) == pytest.approx(middle)
+
+
+def test_learning_rate_agrees_with_the_cosine_of_transformers():
+    from transformers import get_cosine_schedule_with_warmup
+
+    optim = OptimConfig(lr=0.5, steps=40, warmup=0.25)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    adamw = torch.optim.AdamW([parameter], lr=0.5)
+    theirs = get_cosine_schedule_with_warmup(adamw, 10, 40)
+    for step in range(40):
+        if step >= 10:
+            assert engines.learning_rate(step, optim) == pytest.approx(adamw.param_groups[0]["lr"])
+        adamw.step()
+        theirs.step()
+
+
+def test_accumulation_follows_from_rows_and_ranks():
+    config = Config()
+    config.optim.batch_rows, config.engine.micro_batch = 48, 2
+    assert engines.accumulation(config, world_size=4) == 6
+    config.engine.accumulation = 6
+    assert engines.deepspeed_dict(config, 4)["gradient_accumulation_steps"] == 6
+
+
+def test_rows_that_ranks_cannot_share_are_refused_by_name():
+    config = Config()
+    config.optim.batch_rows = 10
+    with pytest.raises(ValueError, match=r"optim\.batch_rows=10: must be a multiple of .* 1 \* 4"):
+        engines.accumulation(config, world_size=4)
+
+
+def test_contradicting_accumulation_is_refused_by_name():
+    config = Config()
+    config.optim.batch_rows, config.engine.accumulation = 8, 4
+    with pytest.raises(ValueError, match=r"engine\.accumulation=4: .* need 8"):
+        engines.accumulation(config, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("offload", "keys"),
+    [
+        (Offload.none, set()),
+        (Offload.optimizer, {"offload_optimizer"}),
+        (Offload.all, {"offload_optimizer", "offload_param"}),
+    ],
+)
+def test_offload_reaches_deepspeed(offload, keys):
+    config = Config(engine=EngineConfig(offload=offload, precision=Precision.bf16))
+    made = engines.deepspeed_dict(config, 1)
+    assert {key for key in made["zero_optimization"] if key.startswith("offload")} == keys
+    assert made["bf16"] == {"enabled": True}
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    config = Config(optim=OptimConfig(weight_decay=0.1))
+    groups = engines._optimizer(model, config).param_groups
+    assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.1, 1), (0.0, 3)]

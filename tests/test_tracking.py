@@ -1,0 +1,41 @@
+"""metrics.jsonl holds every step once, also after a kill and a resume."""
+
+import json
+
+from clex_train.config import Config, TrackingConfig, Wandb
+from clex_train.tracking import Tracker, drop_after
+
+FIGURES = {"loss": 1.0, "tokens_per_second": 10.0}
+
+
+def _tracker(run_dir, first_step, steps=6):
+    config = Config(tracking=TrackingConfig(wandb=Wandb.off))
+    config.optim.steps = steps
+    return Tracker(config, run_dir, first_step)
+
+
+def test_steps_after_the_checkpoint_are_dropped_on_resume(tmp_path):
+    tracker = _tracker(tmp_path, 0)
+    for step in range(1, 5):
+        tracker.step({"step": step, **FIGURES})
+    tracker.close()
+    resumed = _tracker(tmp_path, 2)
+    for step in range(3, 7):
+        resumed.step({"step": step, **FIGURES})
+    resumed.close()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    drop_after(path, 5)
+    assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
+def test_evaluations_carry_their_step(tmp_path):
+    tracker = _tracker(tmp_path, 0)
+    tracker.evaluation(3, {"perplexity/trained/one_shot/128": 12.5})
+    tracker.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "perplexity/trained/one_shot/128": 12.5}
