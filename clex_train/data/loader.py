@@ -1,0 +1,75 @@
+"""From rows to micro-batches: which rank reads which rows of an optimizer step, and in what order.
+
+Step s covers the global rows [s * batch_rows, (s + 1) * batch_rows). Reading the ranks of micro-batch 0, then those of
+micro-batch 1, ... gives these rows in ascending order for any world size, so the run is the same however it is spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from clex_train.data.packing import PackedRows
+
+Batch = dict[str, torch.Tensor]
+
+
+def batches(
+    rows: PackedRows, first_row: int, batch_rows: int, rank: int, world_size: int, micro_batch: int
+) -> Iterator[Iterator[Batch]]:
+    """Yield, for each optimizer step without end, an iterator over this rank's micro-batches of the step.
+
+    Args:
+        rows: the rows of the run.
+        first_row: rows consumed before, a multiple of `batch_rows`; a resumed run passes steps_done * batch_rows.
+        batch_rows: rows per optimizer step over all ranks.
+        rank, world_size: this rank among those that share the rows.
+        micro_batch: rows per rank in one forward.
+
+    Returns:
+        Iterators of `batch_rows / (world_size * micro_batch)` dicts of int64 CPU tensors: `input_ids` and `labels`
+        [micro_batch, seq_len] (equal: Hugging Face models shift labels themselves) and `row_index` [micro_batch].
+        A thread reads one step ahead.
+
+    Raises:
+        ValueError: `batch_rows` is not a multiple of `world_size * micro_batch`; raised here, not at the first step.
+    """
+    if batch_rows % (world_size * micro_batch):
+        raise ValueError(
+            f"optim.batch_rows={batch_rows}: must be a multiple of ranks * engine.micro_batch = "
+            f"{world_size} * {micro_batch} = {world_size * micro_batch}"
+        )
+    assert 0 <= rank < world_size, (rank, world_size)
+    assert first_row >= 0, first_row
+    return _read_ahead(rows, first_row, batch_rows, rank, world_size, micro_batch)
+
+
+def micro_batches(
+    rows: PackedRows, first_row: int, batch_rows: int, rank: int, world_size: int, micro_batch: int
+) -> Iterator[Batch]:
+    """Yield this rank's micro-batches of the one step that begins at global row `first_row`; arguments as `batches`."""
+    for start in range(first_row, first_row + batch_rows, world_size * micro_batch):
+        yield _batch(rows, range(start + rank * micro_batch, start + (rank + 1) * micro_batch))
+
+
+def _read_ahead(
+    rows: PackedRows, first_row: int, batch_rows: int, rank: int, world_size: int, micro_batch: int
+) -> Iterator[Iterator[Batch]]:
+    def read(step_start: int) -> list[Batch]:
+        return list(micro_batches(rows, step_start, batch_rows, rank, world_size, micro_batch))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="rows") as reader:
+        following = reader.submit(read, first_row)
+        while True:
+            step = following.result()
+            first_row += batch_rows
+            following = reader.submit(read, first_row)
+            yield iter(step)
+
+
+def _batch(rows: PackedRows, indices: range) -> Batch:
+    tokens = torch.from_numpy(np.stack([rows[i] for i in indices]))
+    return {"input_ids": tokens, "labels": tokens.clone(), "row_index": torch.tensor(indices, dtype=torch.int64)}

@@ -1,0 +1,160 @@
+"""The format of a token store on disk, and its manifest.
+
+    <store>/manifest.json            written last: a directory without it is not a store
+            tokenizer/               copy of the tokenizer's files, so that training needs no other path
+            train/00000.tokens       token ids, uint16 or uint32 little endian; each document ends with EOS
+            train/00000.documents    one `DOCUMENT` record a document
+            validation/...           the same for the documents held out
+
+Shards follow each other in the order of the manifest; a reader sees one long sequence of tokens per split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = "clex-token-store"
+VERSION = 1
+SPLITS = ("train", "validation")
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+
+DOCUMENT = np.dtype([("stop", "<i8"), ("key", "<u8"), ("source", "<i4"), ("record", "<i8")])
+"""A document: its end in the shard's tokens (EOS included), the hash that decided its split, its source (index into
+`Manifest.sources`) and its record in that source (line or row, counted from 1)."""
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    vocab_size: int
+    vocabulary_sha256: str
+    eos_token: str
+    eos_id: int
+    bos_token: str | None = None
+    bos_id: int | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    """sha256 of each file under `tokenizer/`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Bytes [start, stop) of a file, or shard `start` of `stop` of a hub data set, with what was read from it."""
+
+    path: str
+    start: int
+    stop: int
+    sha256: str | None
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shard:
+    name: str
+    num_documents: int
+    num_tokens: int
+    tokens_sha256: str
+    documents_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    dtype: str
+    tokenizer: TokenizerInfo
+    splits: dict[str, list[Shard]]
+    split_rule: dict[str, Any] = field(default_factory=dict)
+    sources: list[Source] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    format: str = FORMAT
+    version: int = VERSION
+
+    def num_tokens(self, split: str) -> int:
+        """Tokens of a split, one EOS per document included."""
+        return sum(shard.num_tokens for shard in self.splits[split])
+
+    def num_documents(self, split: str) -> int:
+        """Documents of a split."""
+        return sum(shard.num_documents for shard in self.splits[split])
+
+    def fingerprint(self) -> str:
+        """sha256 over what training reads (tokens, their order, the vocabulary), not over paths or versions."""
+        shards = {split: [dataclasses.astuple(s)[1:] for s in shards] for split, shards in self.splits.items()}
+        content = [self.dtype, self.tokenizer.vocabulary_sha256, self.tokenizer.eos_id, shards]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 (little endian) that holds every id below `vocab_size`."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def read_manifest(store: Path) -> Manifest:
+    """Read and check `<store>/manifest.json`.
+
+    Raises:
+        ValueError: the directory is missing, is no store, is half written, or of a format this program does not know.
+    """
+    path = store / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"data.path={store}: {_why_not_a_store(store)}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = isinstance(content, dict) and content.get("format") == FORMAT
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f"data.path={store}: manifest.json is not that of a token store; tokenise again")
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"data.path={store}: store of format version {content.get('version')}, this program reads version "
+            f"{VERSION}; use the program that wrote it, or tokenise again"
+        )
+    try:
+        return _parse(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"data.path={store}: manifest.json is damaged ({error!r}); tokenise again") from error
+
+
+def partial_path(store: Path) -> Path:
+    """Where a store is written before it is complete and renamed."""
+    return store.with_name(store.name + ".partial")
+
+
+def _why_not_a_store(store: Path) -> str:
+    if partial_path(store).exists():
+        return "tokenising it was interrupted; run the same `python -m data_prep tokenize` command again to finish it"
+    if store.name.endswith(".partial"):
+        return "this store is half written; run the same `python -m data_prep tokenize` command again to finish it"
+    if not store.exists():
+        return "no such directory; `python -m data_prep tokenize` writes one"
+    if not store.is_dir():
+        return "not a directory; name the directory that `python -m data_prep tokenize` wrote"
+    return "not a token store (no manifest.json); name a directory that `python -m data_prep tokenize` wrote"
+
+
+def _parse(content: dict[str, Any]) -> Manifest:
+    content = _known_fields(Manifest, content)
+    content["tokenizer"] = TokenizerInfo(**_known_fields(TokenizerInfo, content["tokenizer"]))
+    content["sources"] = [Source(**_known_fields(Source, source)) for source in content.get("sources", [])]
+    content["splits"] = {
+        split: [Shard(**_known_fields(Shard, shard)) for shard in content["splits"][split]] for split in SPLITS
+    }
+    if content["dtype"] not in ("<u2", "<u4"):
+        raise KeyError(f"dtype {content['dtype']}")
+    return Manifest(**content)
+
+
+def _known_fields(schema: type, content: dict[str, Any]) -> dict[str, Any]:
+    names = {item.name for item in dataclasses.fields(schema)}
+    return {name: value for name, value in content.items() if name in names}

@@ -1,0 +1,146 @@
+"""A token store read through memory maps: any span of a split's tokens, and where its documents begin and end.
+
+Opening costs one manifest and one `stat` a file, whatever the size: shards are mapped when first touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from clex_train.data.manifest import DOCUMENT, SPLITS, TOKENIZER, Manifest, read_manifest
+
+MAX_OPEN_SHARDS = 256
+
+
+class TokenStore:
+    """One split of a store, its shards joined into a single sequence of `num_tokens` tokens.
+
+    `TokenStore(path)` is the training split; `.split("validation")` the documents held out.
+
+    Raises:
+        ValueError: no store at `path`, or one that is half written, damaged or of an unknown format.
+    """
+
+    def __init__(self, path: str | Path, split: str = "train") -> None:
+        assert split in SPLITS, split
+        self.path = Path(path)
+        self.split_name = split
+        self.manifest: Manifest = read_manifest(self.path)
+        self.dtype = np.dtype(self.manifest.dtype)
+        self._shards = [shard for shard in self.manifest.splits[split] if shard.num_documents]
+        self._token_starts = _starts([shard.num_tokens for shard in self._shards])
+        self._document_starts = _starts([shard.num_documents for shard in self._shards])
+        self._check_files()
+        # A mapping holds a file descriptor, so a store of thousands of shards must not keep all of them open.
+        self._tokens_of = lru_cache(MAX_OPEN_SHARDS)(self._map_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this split, one EOS per document included."""
+        return int(self._token_starts[-1])
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of this split."""
+        return int(self._document_starts[-1])
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends every document."""
+        return self.manifest.tokenizer.eos_id
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Directory with the tokenizer that wrote the store, in the Hugging Face layout."""
+        return self.path / TOKENIZER
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the store's content, both splits: equal for equal tokens, wherever the store lies."""
+        return self.manifest.fingerprint()
+
+    @cached_property
+    def doc_offsets(self) -> np.ndarray:
+        """int64 [D+1]: document `d` is the span [doc_offsets[d], doc_offsets[d+1]), its EOS included."""
+        stops = [self._documents_of(i)["stop"] + self._token_starts[i] for i in range(len(self._shards))]
+        return np.concatenate([np.zeros(1, np.int64), *stops])
+
+    def split(self, name: str) -> TokenStore:
+        """The view on split `name`, "train" or "validation".
+
+        Raises:
+            ValueError: the split has no documents.
+        """
+        view = TokenStore(self.path, name)
+        if view.num_documents == 0:
+            raise ValueError(
+                f"data.path={self.path}: the store has no {name} documents; tokenise again with another "
+                f"corpus.validation_share (now {self.manifest.split_rule.get('validation_share')})"
+            )
+        return view
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Token ids [stop - start] of the span in the store's own dtype; read-only where it lies in one shard.
+
+        Raises:
+            IndexError: the span is not within [0, num_tokens].
+        """
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start}:{stop} of {self.num_tokens} in {self.path}/{self.split_name}")
+        shard = int(np.searchsorted(self._token_starts, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            base, end = int(self._token_starts[shard]), int(self._token_starts[shard + 1])
+            parts.append(self._tokens_of(shard)[start - base : min(stop, end) - base])
+            start, shard = min(stop, end), shard + 1
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([np.empty(0, self.dtype), *parts])
+
+    def documents(self, min_tokens: int = 1) -> Iterator[tuple[int, int, int]]:
+        """Yield (doc_id, start, stop) of documents of at least `min_tokens` tokens, EOS included, in store order."""
+        offsets = self.doc_offsets
+        for doc_id in np.flatnonzero(np.diff(offsets) >= min_tokens):
+            yield int(doc_id), int(offsets[doc_id]), int(offsets[doc_id + 1])
+
+    def origin(self, doc_id: int) -> str:
+        """Where a document came from: source file and record (line, row or file number in it, from 1)."""
+        shard = int(np.searchsorted(self._document_starts, doc_id, side="right")) - 1
+        record = self._documents_of(shard)[doc_id - int(self._document_starts[shard])]
+        source = self.manifest.sources[int(record["source"])]
+        after = f" (from byte {source.start})" if source.start else ""
+        return f"{source.path}{after}: record {int(record['record'])}"
+
+    def document_keys(self) -> np.ndarray:
+        """uint64 [D]: the hash of each document that decided its split; equal for equal documents."""
+        keys = [self._documents_of(i)["key"] for i in range(len(self._shards))]
+        return np.concatenate([np.empty(0, np.uint64), *keys])
+
+    def _map_tokens(self, shard: int) -> np.ndarray:
+        return np.memmap(self._file(shard, "tokens"), self.dtype, mode="r")
+
+    def _documents_of(self, shard: int) -> np.ndarray:
+        return np.memmap(self._file(shard, "documents"), DOCUMENT, mode="r")
+
+    def _file(self, shard: int, suffix: str) -> Path:
+        return self.path / self.split_name / f"{self._shards[shard].name}.{suffix}"
+
+    def _check_files(self) -> None:
+        for i, shard in enumerate(self._shards):
+            _check_size(self._file(i, "tokens"), shard.num_tokens * self.dtype.itemsize)
+            _check_size(self._file(i, "documents"), shard.num_documents * DOCUMENT.itemsize)
+
+
+def _starts(counts: list[int]) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def _check_size(file: Path, expected: int) -> None:
+    size = file.stat().st_size if file.is_file() else None
+    if size != expected:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise ValueError(f"{file}: {found}, the manifest says {expected}; copy the store again or tokenise again")

@@ -1,0 +1,84 @@
+"""Does a tokenizer give the ids that a store was written with? Compared by a hash of the vocabulary, token by token.
+
+The vocabulary (every token and its id, added tokens included) is what the meaning of stored ids depends on. The text of
+tokenizer.json is not compared: saving a tokenizer again may reorder or extend it without moving an id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from clex_train.data.store import TokenStore
+
+
+@runtime_checkable
+class HasVocabulary(Protocol):
+    """What is needed of a tokenizer; those of transformers and of tokenizers have it."""
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+
+def check_tokenizer(store: TokenStore, tokenizer: str | Path | HasVocabulary) -> None:
+    """Make sure that a tokenizer is the one the store was written with.
+
+    Args:
+        store: the token store.
+        tokenizer: a tokenizer object, or a directory with a `tokenizer.json`.
+
+    Raises:
+        ValueError: the vocabularies differ (the first token that does is named), or the directory has no vocabulary.
+    """
+    given = vocabulary(tokenizer)
+    if vocabulary_sha256(given) == store.manifest.tokenizer.vocabulary_sha256:
+        return
+    name = tokenizer if isinstance(tokenizer, str | Path) else getattr(tokenizer, "name_or_path", "this tokenizer")
+    difference = _first_difference(vocabulary(store.tokenizer_path), given)
+    raise ValueError(
+        f"data.path={store.path}: tokenised with another tokenizer than {name} ({difference}); take a store made "
+        f"by the model's own tokenizer, or tokenise again with tokenizer={name}"
+    )
+
+
+def vocabulary_sha256(vocabulary: dict[str, int]) -> str:
+    """sha256 over all (id, token) in ascending order."""
+    pairs = sorted((index, token) for token, index in vocabulary.items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def vocabulary(tokenizer: str | Path | HasVocabulary) -> dict[str, int]:
+    """Every token, added ones included, and its id.
+
+    Raises:
+        ValueError: the directory has no readable `tokenizer.json`.
+    """
+    if isinstance(tokenizer, HasVocabulary):
+        return dict(tokenizer.get_vocab())
+    path = Path(tokenizer) / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"tokenizer={tokenizer}: no tokenizer.json there; save the fast tokenizer of transformers into a directory"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return _model_vocabulary(content["model"]) | {t["content"]: t["id"] for t in content.get("added_tokens") or []}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a tokenizer file ({error!r})") from error
+
+
+def _model_vocabulary(model: dict[str, Any]) -> dict[str, int]:
+    entries = model["vocab"]
+    if isinstance(entries, dict):
+        return dict(entries)
+    return {token: index for index, (token, _) in enumerate(entries)}  # Unigram lists (token, score)
+
+
+def _first_difference(ours: dict[str, int], theirs: dict[str, int]) -> str:
+    ours_by_id, theirs_by_id = ({i: t for t, i in v.items()} for v in (ours, theirs))
+    for index in sorted(ours_by_id.keys() | theirs_by_id.keys()):
+        mine, other = ours_by_id.get(index), theirs_by_id.get(index)
+        if mine != other:
+            return f"{len(ours)} and {len(theirs)} tokens; id {index} is {mine!r} in the store and {other!r} there"
+    return "the store's own tokenizer directory was changed after the store was written"

@@ -1,0 +1,131 @@
+"""Writes the files of a token store: shards document by document, then the manifest, last.
+
+Every file is written beside its final name, flushed to disk and renamed, so a name that exists is a whole file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from clex_train.data.manifest import (
+    DOCUMENT,
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    Shard,
+    TokenizerInfo,
+    partial_path,
+    token_dtype,
+)
+from clex_train.data.vocabulary import vocabulary_sha256
+
+
+class ShardWriter:
+    """Writes `<folder>/<name>.tokens` and `.documents`; a context manager that leaves nothing behind on an error."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._name, self._dtype = folder, name, dtype
+        self._tokens = open(self._path("tokens.tmp"), "wb")  # noqa: SIM115  closed by __exit__
+        self._sha256 = hashlib.sha256()
+        self._num_tokens = 0
+        self._documents: list[tuple[int, int, int, int]] = []
+
+    def add(self, ids: np.ndarray, key: int, source: int, record: int) -> None:
+        """Append a document's ids [n], its EOS included; the others are the fields of `DOCUMENT`."""
+        assert 0 <= ids.min() <= ids.max() <= np.iinfo(self._dtype).max, "ids do not fit the dtype"
+        content = ids.astype(self._dtype).tobytes()
+        self._tokens.write(content)
+        self._sha256.update(content)
+        self._num_tokens += len(ids)
+        self._documents.append((self._num_tokens, key, source, record))
+
+    def close(self) -> Shard:
+        """Flush both files to disk under their final names and describe the shard."""
+        table = np.array(self._documents, DOCUMENT).tobytes()
+        publish(self._tokens, self._path("tokens"))
+        write_atomically(self._path("documents"), table)
+        return Shard(
+            self._name,
+            len(self._documents),
+            self._num_tokens,
+            self._sha256.hexdigest(),
+            hashlib.sha256(table).hexdigest(),
+        )
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tokens.close()
+        self._path("tokens.tmp").unlink(missing_ok=True)
+
+    def _path(self, suffix: str) -> Path:
+        return self._folder / f"{self._name}.{suffix}"
+
+
+def publish(file: BinaryIO, path: Path) -> None:
+    """Flush an open file to disk, close it and rename it to `path`."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(file.name, path)
+    sync_directory(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or none."""
+    with open(path.with_name(path.name + ".tmp"), "wb") as file:
+        file.write(content)
+        publish(file, path)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def finish_store(partial: Path, manifest: Manifest, store: Path) -> None:
+    """Write the manifest into a complete `partial` directory and rename it to `store`, which must not exist."""
+    write_atomically(partial / MANIFEST, manifest.to_json().encode())
+    sync_directory(partial)
+    os.rename(partial, store)
+    sync_directory(store.parent)
+
+
+def write_store(
+    store: Path, documents: Mapping[str, Iterable[Sequence[int]]], vocab_size: int, eos_id: int = 0
+) -> Manifest:
+    """Write a store from token lists in memory, EOS appended to each: for tests and synthetic measurements.
+
+    Args:
+        store: directory to create.
+        documents: token ids without EOS per split, "train" and "validation"; a missing split is empty.
+        vocab_size: ids are below it; it decides the dtype. Token `i` is named "i" in the vocabulary.
+        eos_id: token appended to each document.
+    """
+    partial = partial_path(store)
+    splits: dict[str, list[Shard]] = {}
+    for split in SPLITS:
+        with ShardWriter(partial / split, "00000", token_dtype(vocab_size)) as writer:
+            for record, ids in enumerate(documents.get(split, ()), start=1):
+                writer.add(np.array([*ids, eos_id], np.int64), key=record, source=0, record=record)
+            splits[split] = [writer.close()]
+    vocabulary = {str(i): i for i in range(vocab_size)}
+    tokenizer = TokenizerInfo(vocab_size, vocabulary_sha256(vocabulary), str(eos_id), eos_id)
+    manifest = Manifest(token_dtype(vocab_size).str, tokenizer, splits)
+    finish_store(partial, manifest, store)
+    return manifest
