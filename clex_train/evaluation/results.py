@@ -1,0 +1,142 @@
+"""The outcome of an evaluation, and the JSON file that keeps it with everything needed to repeat or compare it.
+
+Beside the perplexities the file holds each window's summed nll and its document, so that standard errors and paired
+comparisons by document need no second run.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """One cell of the table: a method under a protocol at a length."""
+
+    method: str
+    protocol: str
+    length: int
+    """Tokens of context in a window."""
+    frequencies: str
+    """What made the frequency table: `clex`, `none`, `ntk`, ..."""
+    t: float
+    """Scale factor at the window's full length."""
+    window_nll: list[float]
+    """[W]: summed negative log-likelihood of each window's scored tokens, in nats."""
+    num_tokens: int
+    """Scored tokens of all windows together."""
+    seconds: float
+    """Wall time."""
+
+    @property
+    def key(self) -> str:
+        """`perplexity/<method>/<protocol>/<length>`."""
+        return f"perplexity/{self.method}/{self.protocol}/{self.length}"
+
+    @property
+    def mean_nll(self) -> float:
+        """Nats per scored token."""
+        return math.fsum(self.window_nll) / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean nll; infinite where that overflows."""
+        return math.exp(self.mean_nll) if not self.mean_nll > 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Results:
+    """All scores of one set of weights over one set of windows."""
+
+    scores: list[Score]
+    context_len: int
+    """L, the length that counts as 1x."""
+    windows: dict[str, Any]
+    """What was scored: count, length, score stride, fingerprint, document and start of each window."""
+
+    def metrics(self) -> dict[str, float]:
+        """`perplexity/<method>/<protocol>/<length>` -> value, for the metrics file and the tracker."""
+        return {score.key: score.perplexity for score in self.scores}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an evaluation comes from."""
+
+    label: str
+    """Short name for tables and plots."""
+    command: list[str]
+    """The command line, or the call for an evaluation inside a run."""
+    model: dict[str, Any]
+    """Path, optimizer step and hash of the weights, as far as they exist."""
+    data: dict[str, Any]
+    """Path and fingerprint of the token store."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Versions, device, number of ranks, dtype."""
+
+
+def write(path: Path, results: Results, origin: Origin) -> None:
+    """Write one evaluation as JSON; numbers that are not finite become null. Parent folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "format": FORMAT,
+        **vars(origin),
+        "context_len": results.context_len,
+        "windows": results.windows,
+        "metrics": {key: _finite(value) for key, value in results.metrics().items()},
+        "scores": [_score_row(score) for score in results.scores],
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read(path: Path) -> tuple[Results, Origin]:
+    """The inverse of `write`; `ValueError` names a file that is missing or is no evaluation."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as an evaluation ({error})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path}: not an evaluation of format {FORMAT}; write it anew with clex_train.cli.evaluate")
+    origin = Origin(**{key: content[key] for key in ("label", "command", "model", "data", "environment")})
+    scores = [_score(row) for row in content["scores"]]
+    return Results(scores, content["context_len"], content["windows"]), origin
+
+
+def require_same_tokens(results: Mapping[str, Results]) -> None:
+    """Raise `ValueError` naming the first two whose scored tokens differ: their numbers must not share a table."""
+    first: tuple[str, str] | None = None
+    for name, result in results.items():
+        fingerprint = result.windows["fingerprint"]
+        if first is None:
+            first = (name, fingerprint)
+        elif fingerprint != first[1]:
+            raise ValueError(
+                f"{name}: scored other tokens than {first[0]} (fingerprints {fingerprint} and {first[1]}); evaluate "
+                "both on one store with the same largest length, number of windows, protocols and seed"
+            )
+
+
+def _score_row(score: Score) -> dict[str, Any]:
+    return {
+        **vars(score),
+        "perplexity": _finite(score.perplexity),
+        "mean_nll": _finite(score.mean_nll),
+        "window_nll": [_finite(value) for value in score.window_nll],
+    }
+
+
+def _score(row: Mapping[str, Any]) -> Score:
+    fields: dict[str, Any] = {name: row[name] for name in Score.__dataclass_fields__}
+    fields["window_nll"] = [math.nan if value is None else value for value in row["window_nll"]]
+    return Score(**fields)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
