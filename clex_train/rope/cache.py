@@ -1,0 +1,184 @@
+"""Cached keys that follow the spectrum: when theta moves, each key is turned once by what its angle has changed.
+
+    key_new = R(m * (theta_new - theta_old)) key_old
+
+Rotations form a group, so this is exact, and between two changes of t it costs nothing. The cache object itself carries
+the record of the spectrum and positions its keys were rotated at, so requests do not influence each other and a
+copy of a cache knows what it holds. Shapes: `B` batch, `H` key heads, `S` cached tokens, `D` head width, `P` pairs.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+
+from clex_train.rope.rotary import LayerType
+from clex_train.scaling.spectrum import Spectrum, cos_sin, rotate
+
+ATTRIBUTE = "rotary_record"
+CHUNKS_BEFORE_JOIN = 256
+# Their keys are not in `layer.keys` alone, or not only there, so that turning `keys` would miss some.
+UNSUPPORTED_LAYERS = ("BaseQuantizedLayer", "QuantizedLayer", "DynamicIndexedLayer", "StaticIndexedLayer")
+
+
+@dataclass
+class KeyRecord:
+    """What a cache's keys were rotated by: one spectrum for all, and the position of each."""
+
+    inv_freq: Float[Tensor, " P"]
+    attention_factor: float
+    num_tokens: int = 0
+    """Largest position in the cache + 1; the keys of a left-padded batch are more."""
+    chunks: list[Tensor] = field(default_factory=list)
+    """int64 [B or 1, s] in the order of the keys."""
+
+    @property
+    def num_keys(self) -> int:
+        return sum(chunk.shape[1] for chunk in self.chunks)
+
+    def append(self, position_ids: Int[Tensor, "B s"], num_tokens: int) -> None:
+        """Note the positions of keys that were added."""
+        self.chunks.append(position_ids)
+        self.num_tokens = max(num_tokens, self.num_tokens)
+        if len(self.chunks) > CHUNKS_BEFORE_JOIN:
+            self.chunks = [self.positions()]
+
+    def positions(self) -> Int[Tensor, "B S"]:
+        """The position of every key."""
+        rows = max(chunk.shape[0] for chunk in self.chunks)
+        return torch.cat([chunk.expand(rows, -1) for chunk in self.chunks], dim=1)
+
+    def trim(self, num_keys: int) -> None:
+        """Forget the keys that were cropped from the end."""
+        if num_keys < self.num_keys:
+            self.chunks = [self.positions()[:, :num_keys]] if num_keys else []
+            self.num_tokens = int(self.chunks[0].max()) + 1 if num_keys else 0
+
+    def is_at(self, spectrum: Spectrum) -> bool:
+        """Whether the keys need no turning for `spectrum`."""
+        own, other = self.inv_freq, spectrum.inv_freq.detach()
+        same = own is spectrum.inv_freq or torch.equal(own.double().cpu(), other.double().cpu())
+        return same and self.attention_factor == spectrum.attention_factor
+
+    def move_to(self, spectrum: Spectrum) -> None:
+        """Declare the keys to be at `spectrum`."""
+        theta = spectrum.inv_freq
+        self.inv_freq = theta.detach() if theta.requires_grad else theta
+        self.attention_factor = spectrum.attention_factor
+
+
+def num_cached(cache: Cache | None) -> int:
+    """Keys that the cache has seen (of which a sliding window may have dropped some)."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def record_of(cache: Cache | None) -> KeyRecord | None:
+    """The record of a cache that holds keys, trimmed to them; None for an empty one.
+
+    `ValueError` for keys that were put there while no handle was watching: nothing says what they are rotated by.
+    """
+    length = num_cached(cache)
+    if length == 0:
+        return None
+    record = getattr(cache, ATTRIBUTE, None)
+    if record is None or record.num_keys < length:
+        raise ValueError(
+            f"past_key_values holds {length} keys of unknown rotation; fill the cache through the model after "
+            "install_rotary, or start from an empty one"
+        )
+    record.trim(length)
+    return record
+
+
+def note(
+    cache: Cache, record: KeyRecord | None, spectrum: Spectrum, position_ids: Int[Tensor, "B s"], num_tokens: int
+) -> None:
+    """Record on the cache that the keys at `position_ids` were added at `spectrum`; `record` is None for the first."""
+    if record is None:
+        record = KeyRecord(spectrum.inv_freq, spectrum.attention_factor)
+        record.move_to(spectrum)
+    record.append(position_ids, num_tokens)
+    setattr(cache, ATTRIBUTE, record)
+
+
+@torch.no_grad()
+def turn_keys(
+    cache: Cache, record: KeyRecord, spectrum: Spectrum, layout: str | None, scaled: LayerType, layer_types: list[str]
+) -> None:
+    """Bring every key of the scaled layers from the record's spectrum to `spectrum`, and the record with them.
+
+    `layout` is how components pair up; `scaled` and `layer_types` (per layer) say which layers share the scaled RoPE
+    (all of them when `scaled` is None). `ValueError` names a cache or an architecture whose keys cannot be turned.
+    """
+    if record.is_at(spectrum):
+        return
+    _refuse_unsupported(cache, layout)
+    assert layout is not None
+    turn = _Turn(record, spectrum, layout)
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, CacheLayerMixin) and (scaled is None or layer_types[index] == scaled):
+            _turn_layer(layer, turn)
+    record.move_to(spectrum)
+
+
+class _Turn:
+    """The rotation between two spectra for every cached position, formed once for all layers of a device."""
+
+    def __init__(self, record: KeyRecord, spectrum: Spectrum, layout: str) -> None:
+        self.positions, self.layout = record.positions(), layout
+        self.delta = spectrum.inv_freq.detach().double().cpu() - record.inv_freq.double().cpu()
+        self.factor = spectrum.attention_factor / record.attention_factor
+        self._angles: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, keys: Float[Tensor, "B H S D"]) -> Float[Tensor, "B H S D"]:
+        """Turn the last S cached keys in float32; components beyond the rotary part stay."""
+        cos, sin = (angles[:, None, -keys.shape[2] :] for angles in self._on(keys.device))
+        if cos.shape[0] not in (1, keys.shape[0]):
+            raise ValueError(
+                f"past_key_values has {keys.shape[0]} rows, but its keys were written by {cos.shape[0]}: "
+                "change the number of rows only while t stands still"
+            )
+        width = 2 * cos.shape[-1]
+        turned = rotate(keys[..., :width].float(), cos, sin, self.layout) * self.factor
+        return torch.cat((turned.to(keys.dtype), keys[..., width:]), dim=-1)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._angles:
+            self._angles[device] = cos_sin(self.positions.to(device), self.delta.to(device))
+        return self._angles[device]
+
+
+def _turn_layer(layer: Any, turn: _Turn) -> None:
+    if not layer.is_initialized or layer.keys is None or layer.keys.numel() == 0:
+        return
+    if isinstance(layer, StaticLayer):
+        # A static layer keeps its address, and what it has beyond the filled part is zero.
+        filled = min(int(layer.get_seq_length()), layer.keys.shape[2])
+        keys = layer.keys[:, :, :filled]
+        keys.copy_(turn(keys))
+    else:
+        layer.keys = turn(layer.keys)
+
+
+def _refuse_unsupported(cache: Cache, layout: str | None) -> None:
+    reason = _unsupported(cache)
+    if reason is None and layout is None:
+        reason = "the model's attention does not rotate the leading part of its keys in a known layout"
+    if reason is not None:
+        raise ValueError(
+            f"past_key_values={type(cache).__name__}: t moves while keys are cached, and {reason}; "
+            "pin t with handle.pinned(t) or handle.fixed(num_tokens), or use a DynamicCache or StaticCache"
+        )
+
+
+def _unsupported(cache: Cache) -> str | None:
+    classes = tuple(getattr(cache_utils, name) for name in UNSUPPORTED_LAYERS if hasattr(cache_utils, name))
+    for layer in cache.layers:
+        is_known = isinstance(layer, (DynamicLayer, StaticLayer)) or not isinstance(layer, CacheLayerMixin)
+        if not is_known or isinstance(layer, classes):
+            return f"keys in a {type(layer).__name__} cannot be turned in place"
+    return "keys that are offloaded cannot be turned in place" if getattr(cache, "offloading", False) else None

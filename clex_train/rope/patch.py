@@ -1,0 +1,254 @@
+"""Put a frequency table into a Hugging Face causal LM: one module is replaced on the instance, nothing is copied.
+
+handle = install_rotary(model, context_len)
+handle.use(table)               each call: t = least upper bound of n / L on the table's grid, n = keys + new tokens
+handle.pinned(t)                `with`: t stands still
+handle.fixed(num_tokens)        `with`: every call as if it were one of `num_tokens`
+handle.training(spectrum, ...)  `with`: this spectrum, gradients into it, sampled positions
+handle.undo()                   the model as it was
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from clex_train import log
+from clex_train.rope import cache as key_cache
+from clex_train.rope.hooks import Argument, CastPositionEmbeddings, layers_given_position_embeddings
+from clex_train.rope.probe import Site, Traits, find_rotary, probe, require_rotary
+from clex_train.rope.rotary import ScaledRotary
+from clex_train.scaling.spectrum import Spectrum
+from clex_train.scaling.table import FrequencyTable
+
+__all__ = ["RotaryHandle", "install_rotary", "require_rotary"]
+
+logger = log.get(__name__)
+
+CALL_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "past_key_values")
+LengthListener = Callable[[int], None]
+
+
+def install_rotary(model: nn.Module, context_len: int) -> "RotaryHandle":
+    """Replace the rotary module of `model`, which then computes what it did before until the handle is told otherwise.
+
+    `context_len` is L in tokens. Weights are not needed yet (meta device); `deepspeed.initialize` comes after.
+    `ValueError` names the model type when it has no RoPE, or one that cannot be scaled.
+    """
+    if context_len < 1:
+        raise ValueError(f"context_len={context_len}: the context that the base was trained on has at least 1 token")
+    site = find_rotary(model)
+    traits = probe(site.module, getattr(model, "config", None))
+    return RotaryHandle(model, site, traits, context_len)
+
+
+@dataclass(frozen=True)
+class _Override:
+    """What a context manager of the handle imposes on the calls inside it; None leaves the rule of `use`."""
+
+    spectrum: Spectrum | None = None
+    num_tokens: int | None = None
+    positions: Tensor | None = None
+    is_training: bool = False
+
+
+class _CallState(NamedTuple):
+    """What the hook before a call leaves for the hook after it."""
+
+    spectrum: Spectrum
+    record: key_cache.KeyRecord | None
+    num_tokens: int
+
+
+class RotaryHandle:
+    """Control of one model's frequencies; made by `install_rotary`."""
+
+    def __init__(self, model: nn.Module, site: Site, traits: Traits, context_len: int) -> None:
+        self.model, self.context_len, self.traits = model, context_len, traits
+        self.table: FrequencyTable | None = None
+        self.rotary = ScaledRotary(traits.base, traits.scaled, traits.expansion, traits.casts)
+        self._site, self._clamp, self._warned = site, False, False
+        self._override = _Override()
+        self._call: _CallState | None = None
+        self._listeners: list[LengthListener] = []
+        self._layer_types = list(getattr(getattr(site.parent, "config", None), "layer_types", None) or [])
+        self._arguments = {
+            name: Argument(site.parent, name)
+            for name in ("input_ids", "inputs_embeds", "position_ids", "past_key_values")
+        }
+        setattr(site.parent, site.name, self.rotary)
+        # Bound methods, so that a deep copy of the model carries hooks that belong to the copy.
+        self._removals = [
+            site.parent.register_forward_pre_hook(self._before_call, with_kwargs=True),
+            site.parent.register_forward_hook(self._after_call, with_kwargs=True),
+        ]
+        if traits.casts:
+            self._cast_in_layers(site.parent)
+
+    @property
+    def base_inv_freq(self) -> Float64[Tensor, " P"]:
+        """The model's own inverse frequencies in radians per token, which CLEX starts from."""
+        return self.traits.base[self.traits.scaled].inv_freq.clone()
+
+    @property
+    def layout(self) -> str | None:
+        """`half` or `interleaved`: the components of a key that make a pair; None if cached keys cannot be turned."""
+        return self.traits.layout
+
+    def use(self, table: FrequencyTable | None, clamp: bool = False) -> None:
+        """From now on each call takes the spectrum of the least t >= n / L in `table`; None returns to plain RoPE.
+
+        A call beyond t_max * L raises `ValueError` naming n, t_max and L, or with `clamp` takes t_max and warns once.
+        `ValueError` for a table of another rotary dimension or context length.
+        """
+        if table is not None:
+            self._check_table(table)
+        self.table, self._clamp, self._warned = table, clamp, False
+
+    @contextmanager
+    def pinned(self, t: float) -> Iterator[None]:
+        """Every call inside uses theta(t), whatever its length; `t` is a member of the table's grid."""
+        if self.table is None:
+            raise ValueError(f"t={t:g}: no frequency table is in use; call handle.use(table) first")
+        with self._overridden(spectrum=self.table.at(t)):
+            yield
+
+    @contextmanager
+    def fixed(self, num_tokens: int) -> Iterator[None]:
+        """Every call inside uses the t and log-scaling of one of `num_tokens` tokens: a long forward, cut in chunks."""
+        with self._overridden(spectrum=self._least_upper_bound(num_tokens), num_tokens=num_tokens):
+            yield
+
+    @contextmanager
+    def training(
+        self, spectrum: Spectrum, positions: Float[Tensor, "B S"] | Int64[Tensor, "B S"] | None = None
+    ) -> Iterator[None]:
+        """Every call inside uses `spectrum`, lets gradients reach its `inv_freq`, and sees its tokens at `positions`.
+
+        `positions` are plain when None. `ValueError` for positions or frequencies that do not fit.
+        """
+        if positions is not None and positions.dtype not in (torch.float64, torch.int64):
+            raise ValueError(f"positions of {positions.dtype}: sampled positions are float64 or int64, to stay exact")
+        if len(spectrum.inv_freq) != len(self.base_inv_freq):
+            raise ValueError(
+                f"inv_freq of {len(spectrum.inv_freq)} pairs: the model rotates {len(self.base_inv_freq)} pairs"
+            )
+        with self._overridden(spectrum=spectrum, positions=positions, is_training=True):
+            yield
+
+    def on_length(self, listener: LengthListener) -> Callable[[], None]:
+        """Call `listener(n)` before each call of the model with its number of tokens n; returns what ends that.
+
+        n counts cached keys and new tokens, in training the tokens of a row.
+        """
+        self._listeners.append(listener)
+
+        def stop() -> None:
+            if listener in self._listeners:
+                self._listeners.remove(listener)
+
+        return stop
+
+    def undo(self) -> None:
+        """Put the stock module back and remove every hook; caches that were filled meanwhile are of no further use."""
+        setattr(self._site.parent, self._site.name, self._site.module)
+        for removal in self._removals:
+            removal.remove()
+        self._removals.clear()
+        self._listeners.clear()
+
+    def _cast_in_layers(self, parent: nn.Module) -> None:
+        layers = layers_given_position_embeddings(parent)
+        self.rotary.layers_cast = bool(layers)
+        for layer in layers:
+            hook = CastPositionEmbeddings(layer)
+            self._removals.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens, position_ids, cache = self._inputs(args, kwargs)
+        if tokens is None:
+            return
+        override = self._override
+        record = key_cache.record_of(cache)
+        if override.is_training and record is not None:
+            raise ValueError(
+                f"past_key_values holds {record.num_keys} keys: training rows are fed whole, without a cache"
+            )
+        num_new = tokens.shape[1]
+        num_tokens = num_new if override.is_training else _num_tokens(num_new, position_ids, record)
+        spectrum = self._least_upper_bound(num_tokens) if override.spectrum is None else override.spectrum
+        if cache is not None and record is not None:
+            traits = self.traits
+            key_cache.turn_keys(cache, record, spectrum, traits.layout, traits.scaled, self._layer_types)
+        self.rotary.spectrum, self.rotary.positions = spectrum, override.positions
+        self._call = _CallState(spectrum, record, num_tokens)
+        for listener in self._listeners:
+            listener(override.num_tokens or num_tokens)
+
+    def _after_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call, self._call = self._call, None
+        cache = self._inputs(args, kwargs)[2] or _cache_in(output)
+        position_ids, self.rotary.last_position_ids = self.rotary.last_position_ids, None
+        if call is not None and cache is not None and position_ids is not None:
+            key_cache.note(cache, call.record, call.spectrum, position_ids, call.num_tokens)
+
+    def _inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor | None, Cache | None]:
+        found = {name: argument.find(args, kwargs) for name, argument in self._arguments.items()}
+        tokens = found["inputs_embeds"] if found["input_ids"] is None else found["input_ids"]
+        return tokens, found["position_ids"], found["past_key_values"]
+
+    def _least_upper_bound(self, num_tokens: int) -> Spectrum:
+        if self.table is None:
+            return self.rotary.base[self.rotary.scaled]
+        spectrum = self.table.least_upper_bound(num_tokens, self.context_len, clamp=self._clamp)
+        if not self._warned and num_tokens > self.table.t_max * self.context_len:
+            self._warned = True
+            logger.warning(
+                "num_tokens=%d is beyond t_max * L = %g * %d: t stays at t_max, quality will fall",
+                num_tokens,
+                self.table.t_max,
+                self.context_len,
+            )
+        return spectrum
+
+    def _check_table(self, table: FrequencyTable) -> None:
+        pairs = len(self.base_inv_freq)
+        if table.inv_freq.shape[1] != pairs:
+            raise ValueError(
+                f"table of {table.inv_freq.shape[1]} pairs (rotary dimension {2 * table.inv_freq.shape[1]}): "
+                f"the model rotates {pairs} pairs (rotary dimension {2 * pairs})"
+            )
+        if table.context_len not in (None, self.context_len):
+            raise ValueError(f"table for context_len={table.context_len}: the model's handle has {self.context_len}")
+
+    @contextmanager
+    def _overridden(self, **override: Any) -> Iterator[None]:
+        before, self._override = self._override, _Override(**override)
+        try:
+            yield
+        finally:
+            self._override = before
+
+
+def _num_tokens(num_new: int, position_ids: Tensor | None, record: key_cache.KeyRecord | None) -> int:
+    """n = largest position of the call + 1: cached keys plus new tokens, without the padding of a left-padded batch."""
+    if position_ids is None:
+        return num_new + (record.num_keys if record else 0)
+    if num_new == 1 and record is not None:
+        # One more token per row; reading the largest position would wait for the device in every decoding step.
+        return record.num_tokens + 1
+    return int(position_ids.max()) + 1
+
+
+def _cache_in(output: Any) -> Cache | None:
+    """The cache that the model made by itself, in any form of output."""
+    if isinstance(output, tuple):
+        return next((part for part in output if isinstance(part, Cache)), None)
+    return getattr(output, "past_key_values", None)

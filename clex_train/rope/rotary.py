@@ -1,0 +1,95 @@
+"""The module that stands in for a model's `*RotaryEmbedding`: cos and sin of whatever spectrum is in force.
+
+    cos, sin = attention_factor * cos(m theta), attention_factor * sin(m theta)
+
+It differs from the stock module in four ways: the phase keeps its accuracy at long positions, gradients reach the
+frequencies, sampled positions replace `position_ids` while training, and nothing is cached between calls.
+Shapes: `B` batch, `S` sequence, `P` pairs = rotary_dim / 2, `W` width of cos that the model expects.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from clex_train.scaling.spectrum import Spectrum, cos_sin
+
+LayerType = str | None
+
+EXPANSIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "twice": lambda angles: torch.cat((angles, angles), dim=-1),
+    "each_twice": lambda angles: angles.repeat_interleave(2, dim=-1),
+    "once": lambda angles: angles,
+}
+"""How the angles of P pairs are laid out in the cos and sin that a model's attention expects."""
+
+
+class ScaledRotary(nn.Module):
+    """Replaces one rotary module; it has no parameters and no buffers.
+
+    `base` holds the model's own spectrum for each layer type (key None for a model with one RoPE). The layer type
+    `scaled` follows `spectrum`; local layers keep their own RoPE and plain positions. `expansion` is a key of
+    `EXPANSIONS`; `casts` says whether the stock module rounds to the dtype of `x`.
+    """
+
+    def __init__(self, base: Mapping[LayerType, Spectrum], scaled: LayerType, expansion: str, casts: bool) -> None:
+        super().__init__()
+        # Plain attributes, not buffers: an engine that casts the model to bfloat16 must not round the frequencies.
+        # The model's own attention factor stays on whatever spectrum is put in.
+        self.own_factor = {layer_type: spectrum.attention_factor for layer_type, spectrum in base.items()}
+        self.base = {layer_type: replace(spectrum, attention_factor=1.0) for layer_type, spectrum in base.items()}
+        self.scaled = scaled
+        self.spectrum = self.base[scaled]
+        self.positions: Tensor | None = None
+        self.last_position_ids: Tensor | None = None
+        self.expansion, self.casts = expansion, casts
+        # Set once every decoder layer has a hook that casts; until then this module rounds like the stock one.
+        self.layers_cast = False
+        self._moved: dict[LayerType, tuple[Spectrum, Tensor]] = {}
+
+    def forward(
+        self, x: Float[Tensor, "B ..."], position_ids: Int[Tensor, "#B S"], layer_type: str | None = None
+    ) -> tuple[Float[Tensor, "#B S W"], Float[Tensor, "#B S W"]]:
+        """cos and sin, in the dtype of `x` or in float32 while gradients are wanted (each layer then casts its own).
+
+        Raises `ValueError` when sampled positions do not fit the batch or `position_ids` are not integers.
+        """
+        if position_ids.is_floating_point():
+            raise ValueError(f"position_ids of {position_ids.dtype}: give sampled positions to handle.training()")
+        self.last_position_ids = position_ids
+        is_scaled = layer_type == self.scaled
+        positions = self._sampled(x.shape[0], position_ids) if is_scaled else position_ids
+        spectrum = self.spectrum if is_scaled else self.base[layer_type]
+        cos, sin = cos_sin(positions, self._inv_freq_on(spectrum, layer_type, x.device))
+        expand, factor = EXPANSIONS[self.expansion], spectrum.attention_factor * self.own_factor[layer_type]
+        if factor != 1.0:
+            cos, sin = cos * factor, sin * factor
+        # Rounding here would sum the gradients of all layers in bfloat16: one cast per layer sums them in float32.
+        rounds = self.casts and not (self.layers_cast and cos.requires_grad)
+        dtype = x.dtype if rounds else torch.float32
+        return expand(cos).to(dtype), expand(sin).to(dtype)
+
+    def _sampled(self, num_rows: int, position_ids: Tensor) -> Tensor:
+        if self.positions is None:
+            return position_ids
+        expected = (num_rows, position_ids.shape[-1])
+        if self.positions.shape != expected:
+            raise ValueError(
+                f"positions of shape {tuple(self.positions.shape)}: "
+                f"the batch has {expected[0]} rows of {expected[1]} tokens"
+            )
+        return self.positions.to(position_ids.device)
+
+    def _inv_freq_on(self, spectrum: Spectrum, layer_type: LayerType, device: torch.device) -> Tensor:
+        """The frequencies on the device of the activations, copied once per spectrum."""
+        if spectrum.inv_freq.device == device or spectrum.inv_freq.requires_grad:
+            return spectrum.inv_freq.to(device)
+        known = self._moved.get(layer_type)
+        if known is None or known[0] is not spectrum or known[1].device != device:
+            known = self._moved[layer_type] = (spectrum, spectrum.inv_freq.to(device))
+        return known[1]
+
+    def extra_repr(self) -> str:
+        return f"pairs={len(self.spectrum.inv_freq)}, t={self.spectrum.t:g}, expansion={self.expansion}"
