@@ -26,8 +26,8 @@ SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 
-DOCUMENT = np.dtype([("stop", "<i8"), ("key", "<u8"), ("source", "<i4"), ("record", "<i8")])
-"""A document: its end in the shard's tokens (EOS included), the hash that decided its split, its source (index into
+DOCUMENT = np.dtype([("stop", "<i8"), ("text_hash", "<u8"), ("source", "<i4"), ("record", "<i8")])
+"""A document: its end in the shard's tokens (EOS included), the hash of its text, its source (index into
 `Manifest.sources`) and its record in that source (line or row, counted from 1)."""
 
 

@@ -115,10 +115,10 @@ class TokenStore:
         after = f" (from byte {source.start})" if source.start else ""
         return f"{source.path}{after}: record {int(record['record'])}"
 
-    def document_keys(self) -> np.ndarray:
-        """uint64 [D]: the hash of each document that decided its split; equal for equal documents."""
-        keys = [self._documents_of(i)["key"] for i in range(len(self._shards))]
-        return np.concatenate([np.empty(0, np.uint64), *keys])
+    def text_hashes(self) -> np.ndarray:
+        """uint64 [D]: a hash of each document's text; equal for equal documents, in any store."""
+        hashes = [self._documents_of(i)["text_hash"] for i in range(len(self._shards))]
+        return np.concatenate([np.empty(0, np.uint64), *hashes])
 
     def _map_tokens(self, shard: int) -> np.ndarray:
         return np.memmap(self._file(shard, "tokens"), self.dtype, mode="r")

@@ -38,14 +38,19 @@ class ShardWriter:
         self._num_tokens = 0
         self._documents: list[tuple[int, int, int, int]] = []
 
-    def add(self, ids: np.ndarray, key: int, source: int, record: int) -> None:
+    @property
+    def num_documents(self) -> int:
+        """Documents added so far."""
+        return len(self._documents)
+
+    def add(self, ids: np.ndarray, text_hash: int, source: int, record: int) -> None:
         """Append a document's ids [n], its EOS included; the others are the fields of `DOCUMENT`."""
         assert 0 <= ids.min() <= ids.max() <= np.iinfo(self._dtype).max, "ids do not fit the dtype"
         content = ids.astype(self._dtype).tobytes()
         self._tokens.write(content)
         self._sha256.update(content)
         self._num_tokens += len(ids)
-        self._documents.append((self._num_tokens, key, source, record))
+        self._documents.append((self._num_tokens, text_hash, source, record))
 
     def close(self) -> Shard:
         """Flush both files to disk under their final names and describe the shard."""
@@ -98,9 +103,8 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def finish_store(partial: Path, manifest: Manifest, store: Path) -> None:
-    """Write the manifest into a complete `partial` directory and rename it to `store`, which must not exist."""
-    write_atomically(partial / MANIFEST, manifest.to_json().encode())
+def move_store(partial: Path, store: Path) -> None:
+    """Rename a complete `partial` directory to `store`, which must not exist."""
     sync_directory(partial)
     os.rename(partial, store)
     sync_directory(store.parent)
@@ -122,10 +126,11 @@ def write_store(
     for split in SPLITS:
         with ShardWriter(partial / split, "00000", token_dtype(vocab_size)) as writer:
             for record, ids in enumerate(documents.get(split, ()), start=1):
-                writer.add(np.array([*ids, eos_id], np.int64), key=record, source=0, record=record)
-            splits[split] = [writer.close()]
+                writer.add(np.array([*ids, eos_id], np.int64), text_hash=record, source=0, record=record)
+            splits[split] = [writer.close()] if writer.num_documents else []
     vocabulary = {str(i): i for i in range(vocab_size)}
     tokenizer = TokenizerInfo(vocab_size, vocabulary_sha256(vocabulary), str(eos_id), eos_id)
     manifest = Manifest(token_dtype(vocab_size).str, tokenizer, splits)
-    finish_store(partial, manifest, store)
+    write_atomically(partial / MANIFEST, manifest.to_json().encode())
+    move_store(partial, store)
     return manifest

@@ -1,0 +1,74 @@
+"""Prepare data: `python -m data_prep VERB [+corpus=NAME] [key=value ...]`.
+
+    corpus            write a corpus as one file of {"text", "meta"} lines
+    train_tokenizer   learn a byte-level BPE from a corpus
+    tokenize          turn a corpus into a token store, which training and evaluation read
+    inspect           show what a token store holds, verify its checksums
+
+    python -m data_prep train_tokenizer +corpus=stdlib
+    python -m data_prep tokenize +corpus=stdlib
+    python -m data_prep tokenize +corpus=redpajama_book 'corpus.paths=[/data/book]' tokenizer=/models/llama
+
+`python -m data_prep VERB --help` lists the keys of a verb; conf/corpus/ holds the corpora that `+corpus=` knows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from clex_train import log
+from clex_train.cli import console
+from clex_train.config import describe
+from data_prep.config import CorpusVerb, InspectVerb, TokenizeVerb, TrainTokenizerVerb
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+VERBS: dict[str, tuple[type, str]] = {
+    "corpus": (CorpusVerb, "data_prep.export"),
+    "train_tokenizer": (TrainTokenizerVerb, "data_prep.train_tokenizer"),
+    "tokenize": (TokenizeVerb, "data_prep.tokenize"),
+    "inspect": (InspectVerb, "data_prep.inspect"),
+}
+"""The schema of each verb and the module whose `run` does it, imported when asked for."""
+
+
+def main() -> int:
+    """Run the verb that the first argument names; returns the exit code."""
+    log.setup()
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("--help", "-h"):
+        print(__doc__)
+        return 0
+    if verb not in VERBS:
+        print(f"error: {verb}: no such verb; take one of {', '.join(VERBS)}", file=sys.stderr)
+        return console.USER_ERROR
+    schema, module = VERBS[verb]
+    ConfigStore.instance().store(name="data_prep_schema", node=schema)
+    del sys.argv[1]
+    run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="data_prep")(partial(_run, module))
+    return console.run(run, partial(_help, verb, schema))
+
+
+def _run(module: str, composed: DictConfig) -> None:
+    config: Any = OmegaConf.to_object(composed)
+    importlib.import_module(module).run(config)
+
+
+def _help(verb: str, schema: type) -> str:
+    """The keys of a verb, their types, defaults and meanings."""
+    lines = [f"python -m data_prep {verb} [+corpus=NAME] [key=value ...]", ""]
+    for key, kind, default, meaning in describe(schema):
+        lines.append(f"  {key} ({kind}; {default})\n      {meaning}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

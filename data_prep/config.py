@@ -1,0 +1,160 @@
+"""The configuration of the data programs: one dataclass per verb of `python -m data_prep`, documented by field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from clex_train.config import require
+
+
+class CorpusSource(Enum):
+    files = "files"
+    hub = "hub"
+    stdlib = "stdlib"
+
+
+class Format(Enum):
+    auto = "auto"
+    jsonl = "jsonl"
+    txt = "txt"
+    parquet = "parquet"
+
+
+class OnBadRecord(Enum):
+    error = "error"
+    skip = "skip"
+
+
+@dataclass
+class CorpusConfig:
+    name: str = "corpus"
+    """Name of the corpus; outputs go to corpora/NAME unless said otherwise."""
+    source: CorpusSource = CorpusSource.files
+    """`files`: what `paths` names; `hub`: a data set in the hub's layout; `stdlib`: this Python's standard library."""
+    paths: list[str] = field(default_factory=list)
+    """Files, directories (read recursively) and globs; .gz and .zst are decompressed while reading."""
+    hub: str | None = None
+    """Name of a data set on the Hugging Face hub, or a local directory in its layout; streamed."""
+    hub_subset: str | None = None
+    """Configuration ("subset") of the hub data set."""
+    hub_split: str = "train"
+    """Split of the hub data set. Its documents are split again by `validation_share`."""
+    hub_revision: str | None = None
+    """Commit, tag or branch of the hub data set; pin it for stores that must be repeatable."""
+    format: Format = Format.auto
+    """`auto` goes by the file's name: .jsonl .json .ndjson .txt .text .md, each also with .gz or .zst; .parquet."""
+    text_field: str = "text"
+    """Field of a record that holds the document; a dot descends into a nested record."""
+    where: dict[str, str] = field(default_factory=dict)
+    """Keep only records whose fields equal these values, as where={meta.redpajama_set_name: RedPajamaBook}."""
+    validation_share: float = 0.01
+    """Share of the documents held out; the hash of a document's text decides, so added documents move no other."""
+    split_field: str | None = None
+    """Decide the split by this field instead of the text, to keep documents of one origin on one side."""
+    on_bad_record: OnBadRecord = OnBadRecord.error
+    """A record that cannot be used stops the program (`error`), or is left out, logged and counted (`skip`)."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.validation_share <= 1, "corpus.validation_share", self.validation_share, "a share between 0 and 1"
+        )
+        require(self.text_field != "", "corpus.text_field", "''", "name the field that holds the document")
+
+
+@dataclass
+class CorpusVerb:
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """What to read: a file of conf/corpus by `+corpus=NAME`, or single keys."""
+    output: str = "corpora/${corpus.name}.jsonl.zst"
+    """File to write, one {"text", "meta"} a line: .jsonl, .jsonl.gz or .jsonl.zst."""
+    overwrite: bool = False
+    """Replace an output that exists."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.output.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")),
+            "output",
+            self.output,
+            "must end in .jsonl, .jsonl.gz or .jsonl.zst",
+        )
+
+
+@dataclass
+class TokenizeVerb:
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """What to read: a file of conf/corpus by `+corpus=NAME`, or single keys."""
+    tokenizer: str = "corpora/${corpus.name}_tokenizer"
+    """Directory or hub name of a fast Hugging Face tokenizer with an EOS token."""
+    output: str = "corpora/${corpus.name}"
+    """Directory of the token store to write."""
+    workers: int = 1
+    """Processes, each of which tokenises whole shards; the store does not depend on it. One worker uses threads."""
+    shard_mb: int = 256
+    """Megabytes of source per shard: large .jsonl files are cut at line ends, small files share a shard."""
+    overwrite: bool = False
+    """Replace a store, or the half-written one, that exists and was asked for with other settings."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 1, "workers", self.workers, "at least 1 process")
+        require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "at least 1 megabyte")
+
+
+@dataclass
+class TrainTokenizerVerb:
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """What to read: a file of conf/corpus by `+corpus=NAME`, or single keys. Held-out documents are not read."""
+    output: str = "corpora/${corpus.name}_tokenizer"
+    """Directory to write, in the Hugging Face layout."""
+    vocab_size: int = 2048
+    """Tokens of the vocabulary: 256 bytes, 3 special tokens, the rest merges."""
+    model_max_length: int | None = None
+    """Length in tokens beyond which Hugging Face's tokenizer warns; by default none."""
+    pad_token: str = "<pad>"
+    """Padding, id 0."""
+    bos_token: str = "<s>"
+    """Beginning of a sequence, id 1."""
+    eos_token: str = "</s>"
+    """End of a document, id 2."""
+    max_mb: int = 1024
+    """Megabytes of text to learn from; the first documents are taken."""
+    overwrite: bool = False
+    """Replace an output that exists."""
+
+    def __post_init__(self) -> None:
+        require(self.vocab_size >= 259, "vocab_size", self.vocab_size, "at least 259: every byte and 3 special tokens")
+        require(self.max_mb >= 1, "max_mb", self.max_mb, "at least 1 megabyte")
+        special = (self.pad_token, self.bos_token, self.eos_token)
+        require(len(set(special)) == 3 and all(special), "eos_token", self.eos_token, "special tokens must differ")
+
+
+@dataclass
+class InspectVerb:
+    path: str | None = None
+    """Directory of a token store."""
+    samples: int = 2
+    """Documents of each split to show the beginning of, decoded."""
+    sample_tokens: int = 64
+    """Tokens to show of each."""
+    verify: bool = False
+    """Read everything and compare the checksums."""
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 0, "samples", self.samples, "0 or more")
+        require(self.sample_tokens >= 1, "sample_tokens", self.sample_tokens, "at least 1")
+
+
+def require_corpus(corpus: CorpusConfig) -> None:
+    """Raise `ValueError` unless the corpus says what to read."""
+    require(
+        corpus.source is not CorpusSource.files or len(corpus.paths) > 0,
+        "corpus.paths",
+        corpus.paths,
+        "nothing to read; add +corpus=NAME (see conf/corpus) or corpus.paths=[FILE,...]",
+    )
+    require(
+        corpus.source is not CorpusSource.hub or corpus.hub is not None,
+        "corpus.hub",
+        corpus.hub,
+        "name a data set of the hub, or a directory in its layout",
+    )

@@ -1,0 +1,116 @@
+"""From records to documents: the text field, the filter, the policy for bad records, and the split by hash.
+
+A document is held out if the first 8 bytes of blake2b(text), read as a little endian integer, are below
+`validation_share` * 2^64: a property of the document alone, so adding documents moves none from one split to the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clex_train import log
+from data_prep.config import CorpusConfig, OnBadRecord
+from data_prep.readers import READERS, Raw, Unreadable, place
+from data_prep.sources import Piece
+
+logger = log.get(__name__)
+
+MAX_WARNINGS = 5
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Document:
+    """`record`: its number in the piece; `text_bytes`: length in UTF-8; `consumed`: bytes on disk read so far."""
+
+    text: str
+    fields: Mapping[str, Any]
+    text_hash: int
+    split: str
+    record: int
+    text_bytes: int
+    consumed: int
+
+
+def documents(piece: Piece, corpus: CorpusConfig, counts: Counter[str]) -> Iterator[Document]:
+    """Yield the documents of a piece, in order.
+
+    Args:
+        piece: what to read.
+        corpus: its text field, filter, split rule and policy for bad records.
+        counts: is added to: `documents`, `filtered` (by `where`), `bad_records` (skipped).
+
+    Raises:
+        ValueError: a bad record under `on_bad_record=error`, or a file that cannot be read to its end; the message
+            names file, line or row, and remedy.
+    """
+    reader = READERS[piece.format]
+    for raw in reader.read(piece, corpus):
+        try:
+            document = _document(raw, reader.parse(raw.content), corpus)
+        except Unreadable:
+            raise
+        except ValueError as error:
+            _refuse(piece, raw, error, corpus, counts)
+            continue
+        counts["filtered" if document is None else "documents"] += 1
+        if document is not None:
+            yield document
+
+
+def lookup(fields: Mapping[str, Any], name: str) -> Any:
+    """The value of a field, where a dot descends into a nested record; `ValueError` if it is not there."""
+    value: Any = fields.get(name, _MISSING)
+    if value is _MISSING:
+        value = fields
+        for part in name.split("."):
+            value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
+    if value is _MISSING:
+        raise ValueError(f"no field {name!r}, the record has {', '.join(map(repr, fields)) or 'none'}")
+    return value
+
+
+def hash64(content: bytes) -> int:
+    """The first 8 bytes of blake2b as an unsigned integer."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def is_validation(value: int, share: float) -> bool:
+    """Whether a document of this hash is held out when `share` of all are."""
+    return value < share * 2.0**64
+
+
+def _document(raw: Raw, fields: Mapping[str, Any], corpus: CorpusConfig) -> Document | None:
+    if any(str(lookup(fields, name)) != value for name, value in corpus.where.items()):
+        return None
+    text = lookup(fields, corpus.text_field)
+    if not isinstance(text, str):
+        raise ValueError(f"field {corpus.text_field!r} must be a text, this is {type(text).__name__}")
+    if not text.strip():
+        raise ValueError(f"field {corpus.text_field!r} is empty")
+    content = _encode(text)
+    value = text_hash = hash64(content)
+    if corpus.split_field:
+        value = hash64(_encode(str(lookup(fields, corpus.split_field))))
+    split = "validation" if is_validation(value, corpus.validation_share) else "train"
+    return Document(text, fields, text_hash, split, raw.number, len(content), raw.consumed)
+
+
+def _encode(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start + 1} of the text is half of a surrogate pair, not Unicode") from error
+
+
+def _refuse(piece: Piece, raw: Raw, error: ValueError, corpus: CorpusConfig, counts: Counter[str]) -> None:
+    message = f"{place(piece, raw.number)}: {error}"
+    if corpus.on_bad_record is OnBadRecord.error:
+        raise ValueError(f"{message}; mend it, or leave such records out by corpus.on_bad_record=skip") from error
+    counts["bad_records"] += 1
+    if counts["bad_records"] <= MAX_WARNINGS:
+        logger.warning("left out: %s", message)

@@ -1,0 +1,85 @@
+"""The tokenizer of a store: loaded through transformers, copied into the store, run by `tokenizers`.
+
+Special tokens that occur in a text ("</s>" in a page about HTML, or in an attack) are encoded as plain text, so that
+EOS in a store always means the end of a document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from clex_train.data.manifest import TokenizerInfo
+from clex_train.data.vocabulary import vocabulary_sha256
+
+
+class Encoder:
+    """Encodes texts with the tokenizer saved in a directory; each document ends with EOS."""
+
+    def __init__(self, directory: Path, info: TokenizerInfo) -> None:
+        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self._eos = np.array([info.eos_id], np.uint32)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """uint32 ids of each text, EOS last; no other special token is added."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.concatenate([np.array(e.ids, np.uint32), self._eos]) for e in encodings]
+
+
+def load_tokenizer(name: str) -> Any:
+    """The fast tokenizer of a directory or hub repository.
+
+    Raises:
+        ValueError: there is none, it has no fast version, or it has no EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError or ImportError, as the files have it
+        raise ValueError(
+            f"tokenizer={name}: {_reason(name, error)}; name a directory or hub repository with a tokenizer "
+            "(`python -m data_prep train_tokenizer` makes one)"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer={name}: it has no fast version (tokenizer.json); convert it with transformers")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer={name}: it has no EOS token, which ends every document; set eos_token and save it")
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> TokenizerInfo:
+    """Write the tokenizer's files to `directory` and describe them."""
+    tokenizer.save_pretrained(directory)
+    vocabulary = tokenizer.get_vocab()
+    return TokenizerInfo(
+        vocab_size=max(vocabulary.values()) + 1,
+        vocabulary_sha256=vocabulary_sha256(vocabulary),
+        eos_token=str(tokenizer.eos_token),
+        eos_id=int(tokenizer.eos_token_id),
+        bos_token=None if tokenizer.bos_token is None else str(tokenizer.bos_token),
+        bos_id=tokenizer.bos_token_id,
+        files={file.name: _sha256(file) for file in sorted(directory.iterdir()) if file.is_file()},
+    )
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _reason(name: str, error: Exception) -> str:
+    if Path(name).is_dir():
+        return f"no usable tokenizer in this directory ({type(error).__name__}: {_first_line(error)})"
+    return "no such directory, and no such repository could be reached on the hub"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]

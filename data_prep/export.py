@@ -1,0 +1,63 @@
+"""`corpus`: any corpus as one file of {"text", "meta"} lines, the layout of RedPajama."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import zstandard
+
+from clex_train import log
+from clex_train.data.writer import publish
+from data_prep.config import CorpusVerb
+from data_prep.documents import documents
+from data_prep.sources import plan
+
+logger = log.get(__name__)
+
+
+def run(config: CorpusVerb) -> None:
+    """Write the file; it appears under its name when it is whole.
+
+    Raises:
+        ValueError: the corpus cannot be read, or the output exists or is not writable.
+    """
+    output = Path(config.output)
+    if output.exists() and not config.overwrite:
+        raise ValueError(f"output={output}: exists; choose another file, or overwrite=true")
+    units = plan(config.corpus, 1 << 62)
+    counts: Counter[str] = Counter()
+    unfinished = output.with_name(output.name + ".partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        file = open(unfinished, "wb")  # noqa: SIM115  closed by publish
+    except OSError as error:
+        raise ValueError(f"output={output}: cannot write there ({error.strerror}); choose another place") from error
+    try:
+        with file, _compressed(file, output) as stream:
+            for piece in (piece for unit in units for piece in unit.pieces):
+                for document in documents(piece, config.corpus, counts):
+                    record = {"text": document.text, "meta": document.fields.get("meta", {"path": piece.path})}
+                    stream.write(json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n")
+        with open(unfinished, "r+b") as written:
+            publish(written, output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    logger.info("%s is complete: %d documents", output, counts["documents"])
+
+
+@contextmanager
+def _compressed(file: BinaryIO, output: Path) -> Iterator[BinaryIO]:
+    if output.suffix == ".zst":
+        with zstandard.ZstdCompressor(level=6).stream_writer(file, closefd=False) as stream:
+            yield stream
+    elif output.suffix == ".gz":
+        with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as stream:
+            yield cast(BinaryIO, stream)
+    else:
+        yield file

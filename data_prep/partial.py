@@ -1,0 +1,122 @@
+"""The life of a store while it is written: begun or continued in `<output>.partial`, complete when renamed.
+
+<output>.partial/lock           held by the program that writes
+                 request.json   what the content depends on: a later program continues only the same request
+                 units/*.json   one record a finished shard
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from clex_train import log
+from clex_train.data.manifest import MANIFEST, Manifest, partial_path, read_manifest
+from clex_train.data.writer import move_store, write_atomically
+from data_prep.shards import UNITS
+
+logger = log.get(__name__)
+
+LOCK = "lock"
+REQUEST = "request.json"
+
+
+def is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `output` holds the store of these settings already.
+
+    Raises:
+        ValueError: it holds something else, and may not be overwritten.
+    """
+    if not output.exists():
+        return False
+    differences = ["it is no token store"]
+    if (output / MANIFEST).is_file():
+        differences = _differences(read_manifest(output).settings, settings)
+    if differences and not overwrite:
+        raise ValueError(
+            f"output={output}: exists with other content ({'; '.join(differences)}); choose another, or overwrite=true"
+        )
+    return not differences
+
+
+@contextmanager
+def open_partial(output: Path, settings: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+    """Yield the locked directory to write in, empty or with what an earlier program of the same settings finished.
+
+    Raises:
+        ValueError: not writable, in use, or begun with other settings.
+    """
+    partial = partial_path(output)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = open(partial / LOCK, "w")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise ValueError(f"output={output}: cannot write there ({error.strerror}); choose another place") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"output={output}: another program is writing this store; wait for it") from error
+        if not _continues(partial, settings, overwrite):
+            _begin(partial, settings)
+        yield partial
+
+
+def publish(partial: Path, manifest: Manifest, output: Path) -> None:
+    """Complete the store: manifest first, so that a program killed here leaves nothing but renaming to the next."""
+    write_atomically(partial / MANIFEST, manifest.to_json().encode())
+    shutil.rmtree(partial / UNITS, ignore_errors=True)
+    for name in (REQUEST, LOCK):
+        (partial / name).unlink(missing_ok=True)
+    replaced = output.with_name(output.name + ".replaced")
+    if output.exists():
+        os.rename(output, replaced)
+    move_store(partial, output)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _continues(partial: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+    before = _earlier_settings(partial)
+    differences = _differences(before, settings) if before is not None else ["nothing there"]
+    if before is not None and differences and not overwrite:
+        raise ValueError(
+            f"output={partial}: half written with other settings ({'; '.join(differences)}); run the earlier command "
+            "again to finish it, or overwrite=true to begin anew"
+        )
+    return not differences
+
+
+def _earlier_settings(partial: Path) -> dict[str, Any] | None:
+    if (partial / MANIFEST).is_file():
+        return read_manifest(partial).settings
+    if (partial / REQUEST).is_file():
+        return dict(json.loads((partial / REQUEST).read_text(encoding="utf-8")))
+    return None
+
+
+def _begin(partial: Path, settings: dict[str, Any]) -> None:
+    for entry in partial.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
+    (partial / UNITS).mkdir()
+    write_atomically(partial / REQUEST, json.dumps(settings).encode())
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys whose values differ, with both values."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old}, is {new}")
+    return found

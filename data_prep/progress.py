@@ -1,0 +1,35 @@
+"""The progress bar of tokenising: source bytes with the time left, and the speed in MB and tokens a second."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A context manager around one bar; `total_bytes` on disk, 0 if unknown (a streamed data set)."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._total = total_bytes
+        self._text_bytes = self._tokens = 0
+
+    def __enter__(self) -> Progress:
+        self._start = time.monotonic()
+        self._bar = tqdm(total=self._total or None, unit="B", unit_scale=True, desc="tokenise", mininterval=0.5)
+        return self
+
+    def advance(self, read_bytes: int, text_bytes: int, tokens: int) -> None:
+        """Report bytes read from disk, bytes of text taken from them, and tokens written."""
+        self._text_bytes += text_bytes
+        self._tokens += tokens
+        seconds = max(time.monotonic() - self._start, 1e-3)
+        rate = f"{self._text_bytes / seconds / 1e6:.1f} MB/s text, {self._tokens / seconds / 1e3:.0f}k tokens/s"
+        self._bar.set_postfix_str(rate, refresh=False)
+        self._bar.update(read_bytes)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

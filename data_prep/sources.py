@@ -1,0 +1,172 @@
+"""What to read, cut into pieces and grouped into units of work: one unit becomes one shard, whoever tokenises it.
+
+The plan depends on the corpus and `shard_mb` alone, so the store does not depend on the number of workers, and a unit
+that is done need not be done again.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from clex_train import log
+from data_prep import hub, stdlib
+from data_prep.config import CorpusConfig, CorpusSource, Format, require_corpus
+from data_prep.streams import COMPRESSIONS
+
+logger = log.get(__name__)
+
+SUFFIXES = {
+    ".jsonl": Format.jsonl,
+    ".json": Format.jsonl,
+    ".ndjson": Format.jsonl,
+    ".txt": Format.txt,
+    ".text": Format.txt,
+    ".md": Format.txt,
+    ".parquet": Format.parquet,
+}
+MAX_HUB_UNITS = 1024
+MAX_UNIT_PIECES = 4096
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes [start, stop) of a file, or part `start` of `stop` of a hub data set; `format` names its reader."""
+
+    path: str
+    format: str
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk; 0 where they are not known."""
+        return 0 if self.format == "hub" else self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The pieces of shard `index`; `first_source` is the number of pieces in the units before."""
+
+    index: int
+    first_source: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def name(self) -> str:
+        """File name of its shards, and their order."""
+        return f"{self.index:05d}"
+
+
+def plan(corpus: CorpusConfig, shard_bytes: int) -> list[Unit]:
+    """The units of a corpus, in order.
+
+    Raises:
+        ValueError: nothing to read, or a file that is missing, unreadable or of unknown format.
+    """
+    require_corpus(corpus)
+    pieces = _PLANNERS[corpus.source](corpus, shard_bytes)
+    if not pieces:
+        raise ValueError(f"corpus.paths={list(corpus.paths)}: the corpus is empty, no file holds a byte")
+    return _group(pieces, shard_bytes)
+
+
+def _plan_files(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
+    pieces = []
+    for path in expand(corpus.paths, corpus.format):
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"corpus.paths={path}: not readable; check its permissions")
+        pieces += _cut(path, format_of(path, corpus.format), path.stat().st_size, shard_bytes)
+    return pieces
+
+
+def _plan_stdlib(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
+    return [Piece(str(path), Format.txt.name, 0, path.stat().st_size) for path in stdlib.modules()]
+
+
+def _plan_hub(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
+    count = min(hub.num_shards(corpus), MAX_HUB_UNITS)
+    return [Piece(str(corpus.hub), "hub", part, count) for part in range(count)]
+
+
+_PLANNERS: dict[CorpusSource, Callable[[CorpusConfig, int], list[Piece]]] = {
+    CorpusSource.files: _plan_files,
+    CorpusSource.stdlib: _plan_stdlib,
+    CorpusSource.hub: _plan_hub,
+}
+
+
+def expand(paths: Iterable[str], format: Format) -> list[Path]:
+    """Files, directories and globs as a list of files, each once: in the order given, sorted within each entry."""
+    files: dict[Path, None] = {}
+    for entry in paths:
+        for path in _expand_entry(os.path.expanduser(entry), format):
+            if path in files:
+                logger.warning("%s is named twice by corpus.paths; it is read once", path)
+            files[path] = None
+    return list(files)
+
+
+def format_of(path: Path, format: Format) -> Format:
+    """The format of a file: as configured, or by its suffix.
+
+    Raises:
+        ValueError: the suffix is unknown.
+    """
+    if format is not Format.auto:
+        return format
+    name = path.name.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    found = SUFFIXES.get(Path(name).suffix)
+    if found is None:
+        raise ValueError(f"corpus.paths={path}: unknown suffix; set corpus.format to jsonl, txt or parquet")
+    return found
+
+
+def _expand_entry(entry: str, format: Format) -> list[Path]:
+    path = Path(entry)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and _is_text(file, path, format))
+    else:
+        found = sorted(Path(name) for name in glob.glob(entry, recursive=True) if os.path.isfile(name))
+    if not found:
+        kind = "no file of a known format in this directory" if path.is_dir() else "no such file, directory or glob"
+        raise ValueError(f"corpus.paths={entry}: {kind}")
+    return found
+
+
+def _is_text(file: Path, root: Path, format: Format) -> bool:
+    if any(part.startswith(".") for part in file.relative_to(root).parts):
+        return False
+    try:
+        return format_of(file, Format.auto) is not None and file.name != "README.md"
+    except ValueError:
+        return format is not Format.auto and Path(file.name.lower()).suffix not in SUFFIXES
+
+
+def _cut(path: Path, format: Format, size: int, shard_bytes: int) -> list[Piece]:
+    """One piece a file; an uncompressed .jsonl file is cut every `shard_bytes` (a line belongs to where it begins)."""
+    step = size
+    if format is Format.jsonl and not path.name.endswith(COMPRESSIONS):
+        step = shard_bytes
+    return [
+        Piece(str(path), format.name, start, min(start + step, size)) for start in range(0, size, step or 1) if size
+    ]
+
+
+def _group(pieces: list[Piece], shard_bytes: int) -> list[Unit]:
+    units: list[Unit] = []
+    group: list[Piece] = []
+    for i, piece in enumerate(pieces):
+        group.append(piece)
+        full = sum(p.num_bytes for p in group) >= shard_bytes or len(group) >= MAX_UNIT_PIECES
+        if full or piece.format == "hub" or i == len(pieces) - 1:
+            units.append(Unit(len(units), i + 1 - len(group), tuple(group)))
+            group = []
+    return units

@@ -1,0 +1,87 @@
+"""`train_tokenizer`: a byte-level BPE of the corpus's training documents, as a Hugging Face directory.
+
+Byte-level (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.2): every text can be
+encoded and decoded without loss, there is no unknown token.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clex_train import log
+from data_prep.config import CorpusConfig, TrainTokenizerVerb
+from data_prep.documents import documents
+from data_prep.sources import Unit, plan
+
+logger = log.get(__name__)
+
+
+def run(config: TrainTokenizerVerb) -> None:
+    """Learn the merges and write the directory.
+
+    Raises:
+        ValueError: the corpus cannot be read or has too little text, or the output exists or is not writable.
+    """
+    output = Path(config.output)
+    if output.exists() and not config.overwrite:
+        raise ValueError(f"output={output}: exists; choose another directory, or overwrite=true")
+    units = plan(config.corpus, 1 << 62)
+    unfinished = output.with_name(output.name + ".partial")
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output={output}: cannot write there ({error.strerror}); choose another place") from error
+    tokenizer = train(_texts(units, config.corpus, config.max_mb * 1_000_000), config)
+    if len(tokenizer) < config.vocab_size:
+        logger.warning("vocab_size=%d: the corpus gives %d tokens only", config.vocab_size, len(tokenizer))
+    tokenizer.save_pretrained(unfinished)
+    if output.exists():
+        shutil.rmtree(output)
+    unfinished.rename(output)
+    logger.info("%s is complete: %d tokens", output, len(tokenizer))
+
+
+def train(texts: Iterator[str], config: TrainTokenizerVerb) -> Any:
+    """A `PreTrainedTokenizerFast` with the special tokens at ids 0, 1 and 2 and at most `vocab_size` tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[config.pad_token, config.bos_token, config.eos_token],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=True,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    length = {} if config.model_max_length is None else {"model_max_length": config.model_max_length}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=config.pad_token,
+        bos_token=config.bos_token,
+        eos_token=config.eos_token,
+        clean_up_tokenization_spaces=False,
+        **length,
+    )
+
+
+def _texts(units: list[Unit], corpus: CorpusConfig, max_bytes: int) -> Iterator[str]:
+    """Training documents, in order, until `max_bytes` of text."""
+    read = 0
+    for unit in units:
+        for piece in unit.pieces:
+            for document in documents(piece, corpus, Counter()):
+                if document.split == "train":
+                    yield document.text
+                    read += document.text_bytes
+                    if read >= max_bytes:
+                        logger.info("max_mb=%d reached; the rest of the corpus is not read", max_bytes // 1_000_000)
+                        return
+    if not read:
+        raise ValueError(f"corpus.name={corpus.name}: the corpus is empty, no training document in it")
