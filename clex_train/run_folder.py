@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 
 from clex_train.config import Config, Resume
@@ -75,10 +74,16 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 
 def _refuse_changes(path: Path, config: Config) -> None:
-    old, new = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(as_yaml(config))
-    unsafe = [key for key in changed_keys(old, new) if not key.startswith(SAFE_TO_CHANGE)]
+    old, new = OmegaConf.load(path), OmegaConf.structured(config)
+    changed = changed_keys(_plain(old), _plain(new))
+    unsafe = [key for key in changed if not key.startswith(SAFE_TO_CHANGE)]
     if unsafe:
         raise ValueError(
             f"{', '.join(unsafe)}: differs from {path}, whose checkpoints this run would continue; "
             "restore the value or choose another output_dir"
         )
+
+
+def _plain(node: Any) -> Any:
+    """A configuration as dicts, lists and the names of enum members, the way it stands in YAML."""
+    return OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(node)))

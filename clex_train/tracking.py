@@ -6,6 +6,7 @@ metrics.jsonl is truncated to the resumed step before a run continues, so that e
 import json
 import os
 import platform
+import secrets
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -143,7 +144,7 @@ def _open_wandb(config: Config, run_dir: Path) -> Any:
     import wandb
 
     id_file = run_dir / "wandb_id"
-    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
     id_file.write_text(run_id + "\n")
     return wandb.init(
         project=config.tracking.project,

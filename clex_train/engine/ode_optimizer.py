@@ -17,7 +17,6 @@ from clex_train.config import ScalingConfig
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.sampling import draw_t
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.scaling.table import scale_grid
 
 logger = log.get(__name__)
 
@@ -58,7 +57,7 @@ class OdeOptimizer:
         assert self._leaf.grad is not None, "no gradient reached the frequencies: is the rotary module installed?"
         gradient = distributed.all_reduce_mean(self._leaf.grad).to(self._solved)
         self.adamw.zero_grad(set_to_none=True)
-        self._solved.backward(gradient)
+        torch.autograd.backward(self._solved, gradient)
         norm = float(torch.nn.utils.clip_grad_norm_(self.clex.parameters(), self.config.clip))
         self._solved = self._leaf = None
         if math.isfinite(norm):
@@ -74,9 +73,11 @@ class OdeOptimizer:
 
         Raises `UnstableField` if the field is not finite, too stiff, or larger than `scaling.max_residual`.
         """
+        before = self.clex.num_steps
         report = self.clex.refine()
-        logger.info("step %d: ODE grid of %d steps, error %.1e", step, report.num_steps, report.error)
-        return self.clex.guard(scale_grid(self.config.t_max), self.config.max_residual)
+        if report.num_steps > before:
+            logger.info("step %d: the ODE needs a finer grid: %s", step, report)
+        return self.clex.check_residual(self.config.max_residual)
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters, the solver's grid and the optimizer's moments."""

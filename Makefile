@@ -1,0 +1,48 @@
+# Everything a user or CI calls. `make quickstart` on a fresh machine is the place to start.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart smoke test test-slow test-gpu check format environment clean
+
+quickstart: environment  ## the whole main job on the standard library's sources, about 15 minutes on 2 cores
+	$(BIN)/python -m launch.quickstart
+
+smoke: environment  ## the same with few steps, about two minutes
+	$(BIN)/python -m launch.quickstart --smoke
+
+test: .venv/dev  ## the suite without the markers slow, gpu and slurm
+	$(BIN)/python -m pytest
+
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: .venv/dev
+	$(BIN)/python -m pytest -m gpu
+
+check: .venv/dev  ## lint, format, types, direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+environment: .venv/run
+
+.venv/bin/python:
+	@launch/prerequisites.sh $(PYTHON)
+	$(PYTHON) -m venv .venv
+
+.venv/run: requirements.txt .venv/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -r requirements.txt
+	@touch $@
+
+.venv/dev: requirements-dev.txt .venv/run
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	@touch $@
+
+clean:  ## what the quick start made, not the environment
+	rm -rf runs corpora

@@ -1,0 +1,43 @@
+"""Extrapolation perplexity of the weights as they are, for the training loop: windows chosen once, scored on call."""
+
+from pathlib import Path
+
+from clex_train import distributed
+from clex_train.config import Config
+from clex_train.data.store import TokenStore
+from clex_train.evaluation import methods, origin, results, runner
+from clex_train.evaluation.windows import score_stride, select
+from clex_train.modeling import LoadedModel, solve_table
+
+
+class TrainingEvaluation:
+    """`evaluation(loaded, step)` -> perplexity by key; collective. Also written to `evaluation/step_<N>.json`.
+
+    Raises `ValueError` on creation when no validation document is as long as the longest window.
+    """
+
+    def __init__(self, config: Config, store: TokenStore, context_len: int) -> None:
+        self.config, self.spec = config, config.evaluation
+        self.store = (TokenStore(self.spec.path) if self.spec.path else store).split("validation")
+        stride = score_stride(self.spec.lengths, context_len, self.spec.protocols)
+        self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, stride)
+
+    def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
+        table = solve_table(loaded)
+        tables = methods.tables(
+            self.spec.methods, table, loaded.base_inv_freq, loaded.context_len, max(self.spec.lengths)
+        )
+        scored = runner.evaluate(
+            loaded.model,
+            loaded.handle,
+            tables,
+            self.windows,
+            self.spec.lengths,
+            self.spec.protocols,
+            self.spec.chunk_len,
+        )
+        if distributed.is_main():
+            weights = {"path": str(self.config.output_dir), "step": step}
+            facts = origin.describe(self.config.name, weights, self.store, next(loaded.model.parameters()).dtype)
+            results.write(Path(self.config.output_dir) / "evaluation" / f"step_{step}.json", scored, facts)
+        return scored.metrics()

@@ -1,0 +1,83 @@
+"""The layout of a model on disk: a stock Hugging Face directory plus the three files that CLEX adds.
+
+config.json, model*.safetensors, tokenizer files    readable by any Hugging Face program (with plain RoPE)
+clex.json                                           L, t_max and the shape and quirks of the vector field
+clex.safetensors                                    the state of `scaling.clex.Clex`: weights, start, solver grid
+frequencies.safetensors                             the table theta(t) that training, evaluation and export share
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from clex_train.config import ScalingConfig
+from clex_train.scaling.clex import Clex
+from clex_train.scaling.table import FrequencyTable
+
+CLEX_JSON, CLEX_TENSORS, TABLE = "clex.json", "clex.safetensors", "frequencies.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ClexRecord:
+    """What `clex.json` holds."""
+
+    context_len: int
+    t_max: float
+    act: str
+    param_factor: float
+    official_ntk_base: bool
+    tolerance: float
+    log_scale: str
+    format: int = FORMAT
+
+
+def has_clex(directory: Path) -> bool:
+    """Whether the directory was written by a CLEX run."""
+    return (directory / CLEX_JSON).is_file()
+
+
+def write_clex(directory: Path, clex: Clex, table: FrequencyTable, context_len: int, scaling: ScalingConfig) -> None:
+    """Write the three CLEX files into a model directory."""
+    record = ClexRecord(
+        context_len=context_len,
+        t_max=scaling.t_max,
+        act=scaling.act.value,
+        param_factor=scaling.param_factor,
+        official_ntk_base=scaling.official_ntk_base,
+        tolerance=scaling.tolerance,
+        log_scale=scaling.log_scale.value,
+    )
+    (directory / CLEX_JSON).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+    save_file(clex.state_dict(), directory / CLEX_TENSORS)
+    table.save(directory / TABLE)
+
+
+def read_record(directory: Path) -> ClexRecord:
+    """Read `clex.json`; `ValueError` names the file when it is damaged or of a later format."""
+    path = directory / CLEX_JSON
+    try:
+        record = ClexRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path}: not a CLEX record ({error}); copy the model directory again") from error
+    if record.format > FORMAT:
+        raise ValueError(f"{path}: format {record.format} is newer than this program's {FORMAT}; update it")
+    return record
+
+
+def read_clex(directory: Path) -> tuple[Clex, FrequencyTable, ClexRecord]:
+    """The vector field, its stored table and its record, as `write_clex` left them."""
+    record = read_record(directory)
+    state = load_file(directory / CLEX_TENSORS)
+    clex = Clex(
+        state["base_inv_freq"],
+        t_max=record.t_max,
+        param_factor=record.param_factor,
+        act=record.act,
+        official_ntk_base=record.official_ntk_base,
+        tolerance=record.tolerance,
+    )
+    clex.load_state_dict(state)
+    return clex, FrequencyTable.load(directory / TABLE), record

@@ -1,0 +1,100 @@
+"""The whole main job on real text that every Python carries: `make quickstart` (or `--smoke` for a few steps).
+
+    1 corpus    the standard library's sources, a byte-level BPE trained on them, a token store
+    2 base      a small Llama with plain RoPE               deepspeed train.py +experiment=tiny_base
+    3 clex      fine-tuned from it with CLEX                deepspeed train.py +experiment=tiny_clex
+    4 more      the base trained on for as many steps       deepspeed train.py +experiment=tiny_continued
+    5 table     perplexity of all of them at 1x to 16x of the training length, as text, JSON, Markdown and PNG
+
+Every stage is the command that a user would type, and is shown before it runs. A stage whose result is there is
+skipped, an interrupted one continues from its checkpoint.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOKE_STEPS = {"tiny_base": 40, "tiny_clex": 20, "tiny_continued": 20}
+SMOKE_OVERRIDES = ["evaluation.num_windows=2", "tracking.wandb=off"]
+
+
+def main() -> int:
+    """Run the five stages; returns the exit code of the first that fails."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in about two minutes")
+    smoke = parser.parse_args().smoke
+    runs = Path("runs/smoke") if smoke else Path("runs")
+    os.chdir(ROOT)
+    start = time.monotonic()
+    try:
+        corpus()
+        for name in SMOKE_STEPS:
+            train(name, runs, smoke)
+        for name in SMOKE_STEPS:
+            evaluate(name, runs)
+    except subprocess.CalledProcessError as error:
+        print(f"error: stage failed with exit code {error.returncode}: {shlex.join(error.cmd)}", file=sys.stderr)
+        return int(error.returncode)
+    report(runs, smoke)
+    print(f"\ndone in {(time.monotonic() - start) / 60:.1f} minutes; the figures are in {runs / 'report'}")
+    return 0
+
+
+def corpus() -> None:
+    """Tokenizer and token store of the standard library's sources."""
+    python = [sys.executable, "-m", "data_prep"]
+    stage(Path("corpora/stdlib_tokenizer"), [*python, "train_tokenizer", "+corpus=stdlib"])
+    stage(Path("corpora/stdlib"), [*python, "tokenize", "+corpus=stdlib"])
+
+
+def train(name: str, runs: Path, smoke: bool) -> None:
+    """One training run by DeepSpeed's launcher."""
+    command = [str(Path(sys.executable).with_name("deepspeed")), "train.py", f"+experiment={name}"]
+    if smoke:
+        command += [f"optim.steps={SMOKE_STEPS[name]}", f"output_dir={runs / name}", *SMOKE_OVERRIDES]
+        command += [] if name == "tiny_base" else [f"model.path={runs / 'tiny_base' / 'final'}"]
+    stage(runs / name / "final", command)
+
+
+def evaluate(name: str, runs: Path) -> None:
+    """Perplexity of a finished run; of the base also with NTK-scaled and interpolated frequencies."""
+    methods = "[none,ntk,pi]" if name == "tiny_base" else "[trained]"
+    command = [sys.executable, "-m", "clex_train.cli.evaluate", f"run={runs / name}", f"methods={methods}"]
+    stage(runs / name / "evaluation" / f"{name}.json", command)
+
+
+def report(runs: Path, smoke: bool) -> None:
+    """Print the table and write it as JSON, Markdown and PNG."""
+    from clex_train.evaluation.report import Row, write_report
+
+    def row(label: str, name: str, method: str) -> Row:
+        return Row(label, runs / name / "evaluation" / f"{name}.json", method)
+
+    rows = [
+        row("base, plain RoPE", "tiny_base", "none"),
+        row("base trained on, plain RoPE", "tiny_continued", "trained"),
+        row("base, PI, untrained", "tiny_base", "pi"),
+        row("base, NTK(2t-1), untrained", "tiny_base", "ntk"),
+        row("CLEX", "tiny_clex", "trained"),
+    ]
+    print("\n" + write_report(rows, runs / "report"))
+    if smoke:
+        print("(a smoke run: these models have hardly been trained)")
+
+
+def stage(result: Path, command: list[str]) -> None:
+    """Run a command unless its result exists; its output goes straight to the console."""
+    if result.exists():
+        print(f"--- {result} is there already, skipped", flush=True)
+        return
+    print(f"--- {shlex.join(command)}", flush=True)
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
