@@ -88,7 +88,7 @@ class Clex(nn.Module):
         """
         t = self._checked(t_grid)
         inv_freq = self._inv_freq(t, self._solve(t, self._assess().num_steps))
-        return FrequencyTable(t, inv_freq, method="clex", digest=self.digest())
+        return FrequencyTable(t, inv_freq.cpu(), method="clex", digest=self.digest())
 
     @torch.no_grad()
     def residual(self, t_grid: Grid) -> Float64[Tensor, " K"]:
@@ -125,36 +125,49 @@ class Clex(nn.Module):
         return parts.hexdigest()
 
     def _field(self) -> VectorField:
+        for name, weight in self.named_parameters():
+            if not bool(torch.isfinite(weight).all()):
+                index = (~torch.isfinite(weight)).nonzero()[0].tolist()
+                value = float(weight[tuple(index)])
+                raise UnstableField(
+                    f"CLEX weight {name}{index}={value}: not finite; lower scaling.lr_scale", 1.0, value
+                )
         start = network_input_start(self.base_inv_freq.log(), self.official_ntk_base)
         return VectorField.build(self.up, self.down, start, self.act)
-
-    def _inv_freq(self, t: Tensor, learned: Tensor) -> Tensor:
-        """theta(1) times what NTK and the learned part make of it: exactly theta(1) at t = 1."""
-        drift = ntk_exponents(len(self.base_inv_freq)).to(learned.device) * (2 * t[:, None] - 1).log().to(
-            learned.device
-        )
-        return self.base_inv_freq * (learned - drift).exp()
 
     def _solve(self, t: Tensor, num_steps: int) -> Tensor:
         # A zero that depends on the weights keeps the solution at t = 1 in the graph, where its gradient is zero.
         field = self._field()
         y = solver.integrate(field, 0 * field.down.sum(dim=0), t, num_steps, self.t_max)
-        bad = (~torch.isfinite(y)).any(dim=1).nonzero().flatten().tolist()
-        if bad:
-            at = float(t[bad[0]])
-            raise UnstableField(f"the CLEX field gives log theta that is not finite at t={at:.3g}", at, math.nan)
+        _require_usable(torch.isfinite(y), y, t)
         return y
+
+    def _inv_freq(self, t: Tensor, learned: Tensor) -> Tensor:
+        """theta(1) times what NTK and the learned part make of it: exactly theta(1) at t = 1."""
+        drift = (2 * t[:, None] - 1).log() * ntk_exponents(len(self.base_inv_freq))
+        inv_freq = self.base_inv_freq * (learned - drift.to(learned.device)).exp()
+        _require_usable(torch.isfinite(inv_freq) & (inv_freq > 0), learned, t)
+        return inv_freq
 
     def _assess(self) -> SolverReport:
         return solver.refine(self._field(), torch.zeros_like(self.base_inv_freq), self.t_max, self.tolerance)
 
     def _checked(self, t_grid: Grid) -> Tensor:
         t = as_grid(t_grid)
-        if not bool((t[1:] > t[:-1]).all()):
-            raise ValueError(f"t={t.tolist()}: scale factors ascend")
+        if len(t) == 0 or not bool((t[1:] > t[:-1]).all()):
+            raise ValueError(f"t={t.tolist()}: one or more scale factors, ascending")
         if not (float(t[0]) >= 1 and float(t[-1]) <= self.t_max * (1 + 1e-12)):
             raise ValueError(f"t={float(t[0]):g}..{float(t[-1]):g}: scale factors lie in [1, t_max={self.t_max:g}]")
         return t
+
+
+def _require_usable(good: Tensor, learned: Tensor, t: Tensor) -> None:
+    if bool(good.all()):
+        return
+    row, column = (~good).nonzero()[0].tolist()
+    at, value = float(t[row]), float(learned[row, column])
+    message = f"the CLEX field breaks down at t={at:.3g}: it moves log theta[{column}] by {value:.3g}"
+    raise UnstableField(f"{message}; lower scaling.lr_scale or scaling.t_max", at, value)
 
 
 def _check_arguments(inv_freq: Tensor, t_max: float, param_factor: float, act: str, tolerance: float) -> None:

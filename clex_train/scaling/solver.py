@@ -25,7 +25,7 @@ SAFETY = 1.05
 Field = Callable[[Tensor, Tensor], Tensor]
 
 
-class UnstableField(RuntimeError):
+class UnstableField(ValueError):
     """The learned field cannot be used: too stiff, not finite, or beyond its bound. Carries `t` and `value`."""
 
     def __init__(self, message: str, t: float, value: float) -> None:
@@ -53,11 +53,11 @@ def integrate(
 
     Steps are no longer than 1/num_steps of the way from t = 1 to `t_max`, and pass through every wanted point.
     """
-    wanted = torch.cat((torch.zeros(1, dtype=torch.float64), stretched(t_points)))
+    wanted = stretched(torch.cat((torch.ones(1, dtype=torch.float64), t_points)))
     grid = torch.unique_consecutive(wanted)
     if len(grid) == 1:
         return y0.expand(len(t_points), -1)
-    nodes = _subdivide(grid, float(stretched(torch.tensor(t_max))) / num_steps)
+    nodes = _subdivide(grid, float(stretched(t_max)) / num_steps)
     solution = odeint(
         field,
         y0,
@@ -88,9 +88,9 @@ def refine(
         num_steps = _more_steps(num_steps, error, tolerance, max_steps)
 
 
-def stretched(t: Tensor) -> Tensor:
+def stretched(t: Tensor | float) -> Tensor:
     """s(t), the coordinate in which steps are equally long."""
-    return torch.expm1(GRADING * torch.log(2 * t.double() - 1)) / GRADING
+    return torch.expm1(GRADING * torch.log(2 * torch.as_tensor(t, dtype=torch.float64) - 1)) / GRADING
 
 
 def u_of_stretched(s: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def _subdivide(grid: Tensor, longest: float) -> Tensor:
 
 def _doubling_errors(field: Field, y0: Tensor, t_max: float, num_steps: int) -> tuple[Tensor, Tensor]:
     """max_j |y_N - y_2N| * 16/15 at the nodes of the coarse grid, and their t; infinite where y is not finite."""
-    s = float(stretched(torch.tensor(t_max))) * torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
+    s = stretched(t_max) * torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
     t_nodes = (1 + torch.exp(u_of_stretched(s))) / 2
     with torch.no_grad():
         coarse = integrate(field, y0, t_nodes, num_steps, t_max)

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+TURN = 2 * math.pi
+
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
@@ -33,11 +35,11 @@ def cos_sin(
 ) -> tuple[Float[Tensor, "*batch S P"], Float[Tensor, "*batch S P"]]:
     """cos and sin of `positions * inv_freq`, float32, within 5e-7 of exact up to position 2^30.
 
-    Positions are int64 or float64 (sampled ones are fractional). The whole turns are taken off in float64, so float32
-    sees an angle in [-pi, pi] only. Differentiable in `inv_freq`; the gradient is summed in float64.
+    Positions are int64 or float64 (sampled ones are fractional). Whole turns are dropped in float64, so float32 sees
+    angles within one turn only. Differentiable in `inv_freq`; the gradient is summed over positions in float64.
     """
-    turns = positions.to(torch.float64).unsqueeze(-1) * (inv_freq.to(torch.float64) / (2 * math.pi))
-    angle = (turns - turns.detach().round()).to(torch.float32) * (2 * math.pi)
+    turns = positions.to(torch.float64).unsqueeze(-1) * (inv_freq.to(torch.float64) / TURN)
+    angle = (turns.frac() * TURN).to(torch.float32)
     return angle.cos(), angle.sin()
 
 

@@ -1,0 +1,113 @@
+"""Weights of the released CLEX checkpoints (DAMO-NLP-SG/CLEX) to a `Clex` and back.
+
+    model.clex_layer.proj_func.ode_up_proj    [P, H]    applied as x @ W
+    model.clex_layer.proj_func.ode_down_proj  [H, P]
+    model.clex_layer.inv_freq                 [P]       buffer, theta(1)
+
+Their config says rope_scaling = {"type": "clex", "max_factor", "param_factor", "act", ...}. Their network reads
+log theta_ntk at base 10000 whatever the model's base is (`official_ntk_base`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clex_train.scaling.clex import Clex
+
+UP, DOWN, INV_FREQ = "clex_layer.proj_func.ode_up_proj", "clex_layer.proj_func.ode_down_proj", "clex_layer.inv_freq"
+
+
+def is_official(tensors: Mapping[str, Tensor] | list[str]) -> bool:
+    """Whether a state dict (or the names in it) has the ODE under the official keys."""
+    return any(name.endswith(UP) for name in tensors)
+
+
+def clex_from_official(
+    tensors: Mapping[str, Tensor],
+    rope_scaling: Mapping[str, Any],
+    inv_freq: Float[Tensor, " P"],
+    tolerance: float = 1e-6,
+) -> Clex:
+    """The ODE of a released checkpoint on the base frequencies `inv_freq` of its model, its solver grid chosen.
+
+    Raises `ValueError` naming the key for a missing tensor, a rotary dimension that does not match the weights, weights
+    that are not finite, or a `rope_scaling` that is not CLEX's.
+    """
+    kind = rope_scaling.get("type", rope_scaling.get("rope_type"))
+    if kind != "clex":
+        raise ValueError(f"rope_scaling.type={kind}: 'clex' is expected beside CLEX weights")
+    if "max_factor" not in rope_scaling:
+        raise ValueError("rope_scaling.max_factor is missing: it says up to which scale factor the ODE was trained")
+    hidden = _find(tensors, UP).shape[-1]
+    clex = Clex(
+        inv_freq,
+        t_max=float(rope_scaling["max_factor"]),
+        param_factor=hidden / (2 * len(inv_freq)),
+        act=str(rope_scaling.get("act", "silu")),
+        official_ntk_base=True,
+        tolerance=tolerance,
+    )
+    load_official(clex, tensors)
+    clex.refine()
+    return clex
+
+
+@torch.no_grad()
+def load_official(clex: Clex, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the official tensors, found by the end of their names, into `clex`; `ValueError` names both shapes."""
+    for suffix, weight in ((UP, clex.up), (DOWN, clex.down)):
+        given = _find(tensors, suffix)
+        if given.shape != weight.shape:
+            raise ValueError(
+                f"{suffix} of shape {tuple(given.shape)}: the model's {len(clex.base_inv_freq)} rotated pairs ask for "
+                f"{tuple(weight.shape)}; check the rotary dimension and rope_scaling.param_factor"
+            )
+        if not bool(torch.isfinite(given).all()):
+            raise ValueError(f"{suffix}: the weights are not finite; copy the checkpoint again")
+        weight.copy_(given)
+
+
+def official_tensors(clex: Clex, prefix: str = "model.") -> dict[str, Tensor]:
+    """`clex` under the official names, float32; `prefix` is the path of the model's body."""
+    return {
+        prefix + UP: clex.up.detach().clone(),
+        prefix + DOWN: clex.down.detach().clone(),
+        prefix + INV_FREQ: clex.base_inv_freq.to(torch.float32),
+    }
+
+
+def official_rope_scaling(clex: Clex) -> dict[str, Any]:
+    """The `rope_scaling` entry of the official config.json; `ValueError` for a field that reads another NTK base.
+
+    The official code always feeds the network base 10000, so a field trained otherwise would compute other frequencies.
+    """
+    if not clex.official_ntk_base and not _starts_at_official_base(clex):
+        raise ValueError(
+            "scaling.official_ntk_base=false: the official layout computes other frequencies from these weights; "
+            "train with scaling.official_ntk_base=true, or export without the ODE"
+        )
+    num_pairs, hidden = clex.up.shape
+    factor = hidden / (2 * num_pairs)
+    return {
+        "type": "clex",
+        "max_factor": int(clex.t_max) if clex.t_max == int(clex.t_max) else clex.t_max,
+        "param_factor": int(factor) if factor == int(factor) else factor,
+        "act": clex.act,
+        "time_dt": 0.01,
+        "factor": 1,
+    }
+
+
+def _starts_at_official_base(clex: Clex) -> bool:
+    pairs = torch.arange(len(clex.base_inv_freq), dtype=torch.float64)
+    return torch.allclose(clex.base_inv_freq.cpu(), 10000.0 ** (-pairs / len(pairs)), rtol=1e-6)
+
+
+def _find(tensors: Mapping[str, Tensor], suffix: str) -> Tensor:
+    for name, tensor in tensors.items():
+        if name.endswith(suffix):
+            return tensor
+    raise ValueError(f"no tensor named ...{suffix}: not an official CLEX checkpoint")

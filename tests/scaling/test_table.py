@@ -1,0 +1,123 @@
+"""The stored frequency table: exact members, the least-upper-bound rule, and its file."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from clex_train.scaling.baselines import ntk_table, pi_table
+from clex_train.scaling.table import FrequencyTable, scale_grid
+
+BASE = 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
+TABLE = ntk_table(BASE, scale_grid(16))
+
+
+def test_at_gives_the_row_of_a_member_and_its_t() -> None:
+    spectrum = TABLE.at(5)
+    assert spectrum.t == 5.0
+    assert torch.equal(spectrum.inv_freq, TABLE.inv_freq[4])
+
+
+def test_at_refuses_what_is_between_members_and_names_them() -> None:
+    with pytest.raises(ValueError, match=r"t=2\.5: not on the table's grid of 16 scale factors \(nearest: 2, 3\)"):
+        TABLE.at(2.5)
+    with pytest.raises(ValueError, match="t=17"):
+        TABLE.at(17)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 63, 64])
+def test_up_to_the_trained_context_t_is_1(num_tokens: int) -> None:
+    assert TABLE.least_upper_bound(num_tokens, 64).t == 1.0
+
+
+def test_t_moves_with_the_first_token_beyond_a_multiple() -> None:
+    assert [TABLE.least_upper_bound(n, 64).t for n in (65, 128, 129, 1024)] == [2.0, 2.0, 3.0, 16.0]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 10**7), st.integers(1, 200_000), st.sampled_from([1.0, 0.5, 0.25, 0.1, 0.3]))
+def test_least_upper_bound_is_least_and_a_bound(num_tokens: int, context_len: int, step: float) -> None:
+    table = FrequencyTable(scale_grid(50, step), BASE.expand(len(scale_grid(50, step)), -1))
+    if num_tokens > 50 * context_len:
+        with pytest.raises(ValueError, match=f"num_tokens={num_tokens}: beyond"):
+            table.least_upper_bound(num_tokens, context_len)
+        return
+    # Decimal grids are exact as fractions, so that 1.1 * 10 tokens is 11 tokens and not a rounding more.
+    grid = [Fraction(1) + k * Fraction(str(step)) for k in range(int(49 / step) + 2)]
+    expected = min(t for t in (*(g for g in grid if g < 50), Fraction(50)) if t * context_len >= num_tokens)
+    assert table.least_upper_bound(num_tokens, context_len).t == pytest.approx(float(expected), abs=1e-9)
+
+
+def test_the_same_t_gives_the_same_object() -> None:
+    assert TABLE.least_upper_bound(65, 64) is TABLE.least_upper_bound(128, 64)
+
+
+def test_beyond_t_max_is_an_error_that_names_the_numbers_or_a_clamp_on_request() -> None:
+    with pytest.raises(ValueError, match=r"num_tokens=1025: beyond t_max \* L = 16 \* 64 = 1024 tokens"):
+        TABLE.least_upper_bound(1025, 64)
+    assert TABLE.least_upper_bound(10**9, 64, clamp=True).t == 16.0
+
+
+def test_a_saved_table_comes_back_to_the_bit(tmp_path: Path) -> None:
+    table = FrequencyTable(TABLE.t, TABLE.inv_freq / 3, "clex", context_len=4096, digest="ab12", attention_factor=1.1)
+    table.save(tmp_path / "table.safetensors")
+    back = FrequencyTable.load(tmp_path / "table.safetensors")
+    assert torch.equal(back.t, table.t)
+    assert torch.equal(back.inv_freq, table.inv_freq)
+    assert (back.method, back.context_len, back.digest, back.attention_factor) == ("clex", 4096, "ab12", 1.1)
+    assert back.at(3).attention_factor == 1.1
+
+
+def test_a_view_of_a_larger_tensor_can_be_saved(tmp_path: Path) -> None:
+    FrequencyTable(TABLE.t[:4], TABLE.inv_freq[:4], "ntk").save(tmp_path / "table.safetensors")
+    assert FrequencyTable.load(tmp_path / "table.safetensors").t_max == 4.0
+
+
+@pytest.mark.parametrize("content", ["missing", "garbage", "truncated", "other tensors", "bad grid"])
+def test_a_file_that_is_no_table_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "table.safetensors"
+    if content == "garbage":
+        path.write_bytes(b"\x07" * 100)
+    elif content == "truncated":
+        TABLE.save(path)
+        path.write_bytes(path.read_bytes()[:-8])
+    elif content == "other tensors":
+        save_file({"weight": torch.zeros(2)}, str(path))
+    elif content == "bad grid":
+        save_file({"t": torch.tensor([2.0, 1.0]).double(), "inv_freq": torch.ones(2, 3).double()}, str(path))
+    with pytest.raises(ValueError, match=r"table\.safetensors: not a frequency table") as error:
+        FrequencyTable.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("grid", [[], [2.0, 3.0], [1.0, 1.0], [1.0, 3.0, 2.0]])
+def test_a_grid_that_does_not_ascend_from_1_is_refused(grid: list[float]) -> None:
+    with pytest.raises(ValueError, match="ascend, starting at 1"):
+        FrequencyTable(torch.tensor(grid, dtype=torch.float64), torch.ones(len(grid), 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_frequencies_that_are_not_finite_and_positive_are_refused_by_place(value: float) -> None:
+    inv_freq = pi_table(BASE, scale_grid(4)).inv_freq.clone()
+    inv_freq[2, 5] = value
+    with pytest.raises(ValueError, match=r"inv_freq\[2, 5\]=.* at t=3: frequencies are finite and positive"):
+        FrequencyTable(scale_grid(4), inv_freq)
+
+
+def test_scale_grid_is_whole_by_default_and_always_ends_at_t_max() -> None:
+    assert scale_grid(4).tolist() == [1, 2, 3, 4]
+    assert scale_grid(2.5).tolist() == [1, 2, 2.5]
+    assert scale_grid(1).tolist() == [1]
+    assert scale_grid(2, 0.25).tolist() == [1, 1.25, 1.5, 1.75, 2]
+    assert len(scale_grid(16, 0.1)) == 151
+
+
+def test_scale_grid_refuses_what_it_cannot_span() -> None:
+    with pytest.raises(ValueError, match=r"t_max=0\.5"):
+        scale_grid(0.5)
+    with pytest.raises(ValueError, match="step=0"):
+        scale_grid(4, 0)
