@@ -1,0 +1,198 @@
+"""Perplexity of a trained model, or of any Hugging Face causal LM with RoPE, against context length.
+
+    python -m clex_train.cli.evaluate run=runs/tiny_clex methods=[trained,ntk]
+    python -m clex_train.cli.evaluate model=path/to/model data=corpora/books lengths=[4096,8192,16384]
+    deepspeed --module clex_train.cli.evaluate run=runs/llama2_7b_clex          windows dealt to the ranks
+
+Writes `evaluation/<label>.json` in the run folder (or `output`) and prints the table. `--help` lists every key.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from clex_train import config as configuration
+from clex_train import distributed, log, modeling
+from clex_train.cli import console
+from clex_train.config import (
+    Config,
+    EngineConfig,
+    EvaluationConfig,
+    Method,
+    ModelConfig,
+    Precision,
+    Protocol,
+    require,
+)
+from clex_train.data.store import TokenStore
+from clex_train.data.vocabulary import check_tokenizer
+from clex_train.engine import deepspeed
+from clex_train.evaluation import methods, origin, report, runner
+from clex_train.evaluation.results import Origin, Results, write
+from clex_train.evaluation.windows import WindowSet, score_stride, select
+
+
+@dataclass
+class EvaluateConfig:
+    run: str | None = None
+    """Folder of a finished run: its `final/` is evaluated, by default on its own validation data and lengths."""
+    model: str | None = None
+    """Model directory or hub name instead of a run; needs `data`."""
+    data: str | None = None
+    """Token store whose validation split is read; by default the run's."""
+    methods: list[Method] | None = None
+    """`trained`: as the model is; `none`, `pi`, `ntk`: those frequencies on its weights. By default the run's."""
+    lengths: list[int] | None = None
+    """Window lengths in tokens; by default the run's, or 1, 2, 4, 8 and 16 times the model's context length."""
+    protocols: list[Protocol] | None = None
+    """`one_shot`: t fixed by the window's length; `chunked` (official): chunks of L through the cache, t grows."""
+    num_windows: int | None = None
+    """Windows of the largest length; by default the run's."""
+    chunk_len: int | None = None
+    """Tokens of a window per forward: bounds the memory, not the result; by default the run's."""
+    batch_tokens: int | None = None
+    """Tokens per forward over several windows; by default `chunk_len`."""
+    context_len: int | None = None
+    """L, the length that the base model was trained on; by default what the model says."""
+    seed: int = 0
+    """Chooses the windows. Only evaluations of equal seeds compare."""
+    precision: Precision = Precision.auto
+    """`auto`: bf16 on a GPU, fp32 on a CPU."""
+    trust_remote_code: bool = False
+    """Allow Python code from `model` to run. Only for repositories you have read."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub repository."""
+    label: str | None = None
+    """Name in tables and of the file; by default the folder's name."""
+    output: str | None = None
+    """JSON file to write; by default `evaluation/<label>.json` in the run folder, or in `runs/<label>`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line and the run folder together ask for."""
+
+    model: ModelConfig
+    context_len: int
+    label: str
+    output: Path
+    store: TokenStore
+    spec: EvaluationConfig
+
+
+def main() -> None:
+    """Evaluate what the command line names; whatever can be refused is refused before weights are read."""
+    asked = parse(sys.argv[1:])
+    plan = make_plan(asked)
+    stride = score_stride(plan.spec.lengths, plan.context_len, plan.spec.protocols)
+    windows = select(plan.store, max(plan.spec.lengths), plan.spec.num_windows, stride, asked.seed)
+    results, origin = evaluate(asked, plan, windows)
+    if distributed.is_main():
+        write(plan.output, results, origin)
+        print(report.console(report.from_results(results, origin)))
+        print(f"\nwritten to {plan.output}")
+
+
+def parse(arguments: list[str]) -> EvaluateConfig:
+    """`key=value` arguments as a checked config; `ValueError` names the key."""
+    for argument in arguments:
+        if "=" not in argument:
+            raise ValueError(f"{argument}: arguments have the form key=value; --help lists the keys")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(EvaluateConfig), OmegaConf.from_dotlist(arguments))
+        asked = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{error.full_key or ' '.join(arguments)}: {reason}; --help lists the keys") from error
+    assert isinstance(asked, EvaluateConfig)
+    _check(asked)
+    return asked
+
+
+def make_plan(asked: EvaluateConfig) -> Plan:
+    """Fill in what the command line leaves open; `ValueError` for a run, model or store that cannot be evaluated."""
+    config = _run_config(Path(asked.run)) if asked.run else Config()
+    path = str(Path(asked.run) / "final") if asked.run else asked.model
+    model = ModelConfig(
+        path=path, context_len=asked.context_len, trust_remote_code=asked.trust_remote_code, revision=asked.revision
+    )
+    context_len = modeling.context_length(model, modeling.architecture(model))
+    if not asked.run:
+        config.evaluation.lengths = [multiple * context_len for multiple in (1, 2, 4, 8, 16)]
+    keys = ("methods", "lengths", "protocols", "num_windows", "chunk_len")
+    given = {key: value for key in keys if (value := getattr(asked, key)) is not None}
+    data = asked.data or config.evaluation.path or config.data.path
+    assert data is not None, "a model without a run names its data; a run has it in its config"
+    store = TokenStore(data).split("validation")
+    check_tokenizer(store, modeling.load_tokenizer(str(path), model))
+    label = asked.label or Path(str(asked.run or path)).resolve().name
+    folder = Path(asked.run) if asked.run else Path("runs") / label
+    return Plan(
+        model=model,
+        context_len=context_len,
+        label=label,
+        output=Path(asked.output) if asked.output else folder / "evaluation" / f"{label}.json",
+        store=store,
+        spec=replace(config.evaluation, **given),
+    )
+
+
+def evaluate(asked: EvaluateConfig, plan: Plan, windows: WindowSet) -> tuple[Results, Origin]:
+    """Load the weights on every rank, deal the windows to the ranks, score. Collective."""
+    engine = EngineConfig(precision=asked.precision)
+    if distributed.world_size() > 1:
+        deepspeed.open_process_group(engine)
+    dtype = deepspeed.precision(engine)
+    loaded = modeling.load_for_evaluation(plan.model, dtype=dtype)
+    loaded.model.to(distributed.device())
+    longest = max(plan.spec.lengths)
+    tables = methods.tables(plan.spec.methods, loaded.table, loaded.base_inv_freq, loaded.context_len, longest)
+    results = runner.evaluate(
+        loaded.model,
+        loaded.handle,
+        tables,
+        windows,
+        plan.spec.lengths,
+        plan.spec.protocols,
+        plan.spec.chunk_len,
+        asked.batch_tokens,
+    )
+    path = Path(str(plan.model.path))
+    weights = {"path": str(path), "hash": origin.weights_hash(path), "revision": plan.model.revision}
+    return results, origin.describe(plan.label, weights, plan.store, dtype)
+
+
+def usage() -> str:
+    """The module's own text and a line for every key."""
+    lines = [
+        f"  {key} ({kind}; {default})\n      {meaning}"
+        for key, kind, default, meaning in configuration.describe(EvaluateConfig)
+    ]
+    return f"{__doc__}\nKeys (type; default):\n" + "\n".join(lines)
+
+
+def _check(asked: EvaluateConfig) -> None:
+    require((asked.run is None) != (asked.model is None), "run", asked.run, "name either run=FOLDER or model=DIR")
+    require(asked.run is not None or asked.data is not None, "data", asked.data, "model=DIR needs a store, data=DIR")
+    require(asked.context_len is None or asked.context_len >= 2, "context_len", asked.context_len, "at least 2 tokens")
+    require(asked.batch_tokens is None or asked.batch_tokens >= 1, "batch_tokens", asked.batch_tokens, "at least 1")
+    require(asked.seed >= 0, "seed", asked.seed, "0 or a positive integer")
+
+
+def _run_config(run: Path) -> Config:
+    require(run.is_dir(), "run", run, "no such folder; give the output_dir of a training run")
+    require((run / "config.yaml").is_file(), "run", run, "not a run folder (no config.yaml); use model=DIR for a model")
+    finished = (run / "final").is_dir()
+    require(finished, "run", run, "not finished (no final/); start the same training command again, it continues")
+    loaded = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(run / "config.yaml"))
+    config = OmegaConf.to_object(loaded)
+    assert isinstance(config, Config)
+    return config
+
+
+if __name__ == "__main__":
+    log.setup()
+    sys.exit(console.run(main, usage))

@@ -1,0 +1,47 @@
+"""Where an evaluation's numbers come from: command, weights, data, versions. Enough to repeat it or to doubt it."""
+
+import hashlib
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clex_train import distributed, tracking
+from clex_train.data.store import TokenStore
+from clex_train.evaluation.results import Origin
+
+WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json", "clex.json")
+BLOCK = 2**24
+
+
+def describe(label: str, weights: dict[str, Any], store: TokenStore, dtype: torch.dtype) -> Origin:
+    """The origin of an evaluation by this process; `weights` says which (path, hash, step)."""
+    return Origin(
+        label=label,
+        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        model=weights,
+        data={"path": str(store.path), "fingerprint": store.fingerprint},
+        environment={
+            "git_commit": tracking.git_commit(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "dtype": str(dtype).removeprefix("torch."),
+            "world_size": distributed.world_size(),
+        },
+    )
+
+
+def weights_hash(directory: Path) -> str | None:
+    """16 hex digits over names and contents of a model directory's weights and settings; None for a hub name."""
+    if not directory.is_dir():
+        return None
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(found for pattern in WEIGHT_FILES for found in directory.glob(pattern)):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,112 @@
+"""The evaluate program as a user runs it, in this process."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from clex_train.cli import console
+from clex_train.cli import evaluate as program
+from clex_train.data.writer import write_store
+
+
+def save_tokenizer(folder: Path, vocab_size: int) -> None:
+    vocabulary = {str(i): i for i in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="1"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="0", unk_token="1").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A model directory, a token store, and a store of another vocabulary."""
+    root = tmp_path_factory.mktemp("evaluate")
+    build_tiny_llama().save_pretrained(root / "base")
+    save_tokenizer(root / "base", VOCAB)
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(2, 90, (n,), generator=generator).tolist() for n in (70, 20, 200)]
+    for name, vocab_size in (("store", VOCAB), ("other", VOCAB - 1)):
+        write_store(root / name, {"train": documents, "validation": documents}, vocab_size)
+        save_tokenizer(root / name / "tokenizer", vocab_size)
+    return {"root": str(root), "model": str(root / "base"), "store": str(root / "store"), "other": str(root / "other")}
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    return console.run(program.main, program.usage)
+
+
+def test_a_model_directory_is_evaluated_and_the_table_printed(places, tmp_path, monkeypatch, capsys) -> None:
+    output = tmp_path / "deep" / "result.json"
+    status = call(
+        monkeypatch,
+        "--local_rank=0",
+        f"model={places['model']}",
+        f"data={places['store']}",
+        "lengths=[16,32,64]",
+        "methods=[none,ntk]",
+        "protocols=[one_shot,chunked]",
+        "chunk_len=24",
+        "precision=fp32",
+        f"output={output}",
+    )
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert "ntk, chunked" in printed
+    content = json.loads(output.read_text())
+    assert set(content["metrics"]) == {
+        f"perplexity/{m}/{p}/{n}" for m in ("none", "ntk") for p in ("one_shot", "chunked") for n in (16, 32, 64)
+    }
+    assert content["context_len"] == CONTEXT_LEN
+    assert content["label"] == "base"
+    assert content["windows"]["count"] == 4
+    assert len(content["model"]["hash"]) == 16
+    assert content["data"]["path"] == places["store"]
+
+
+def test_the_numbers_do_not_depend_on_how_the_windows_were_fed(places, tmp_path, monkeypatch) -> None:
+    found = []
+    for name, feeding in (("a", ["chunk_len=5"]), ("b", ["chunk_len=64", "batch_tokens=300"])):
+        arguments = [f"model={places['model']}", f"data={places['store']}", "lengths=[16,64]", "precision=fp32"]
+        assert call(monkeypatch, *arguments, *feeding, f"output={tmp_path / name}") == 0
+        found.append(json.loads((tmp_path / name).read_text())["metrics"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert set(found[0]) == {"perplexity/trained/one_shot/16", "perplexity/trained/one_shot/64"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data={store}"], "run=None: name either run=FOLDER or model=DIR"),
+        (["model={model}"], "data=None: model=DIR needs a store"),
+        (["model={model}", "data={store}", "lenghts=[16]"], "lenghts"),
+        (["model={model}", "data={store}", "methods=[yarn7]"], "methods[0]: "),
+        (["model={model}", "data={store}", "chunk_len=many"], "chunk_len: "),
+        (["model={model}", "data={store}", "chunk_len=0"], "chunk_len=0"),
+        (["model={model}", "data={store}", "lengths=[16,24]"], "evaluation.lengths=[16, 24]"),
+        (["model={model}", "data={store}", "lengths=[16,256]"], "none of the 3 validation documents is that long"),
+        (["model={model}", "data={other}", "lengths=[16]"], "tokenised with another tokenizer"),
+        (["model={root}/nowhere", "data={store}"], "no such directory"),
+        (["run={root}/nowhere"], "run={root}/nowhere: no such folder"),
+        (["run={model}"], "not a run folder (no config.yaml)"),
+        (["model={model}", "data={root}/nowhere"], "data.path={root}/nowhere: no such directory"),
+        (["verbose"], "arguments have the form key=value"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_key(places, monkeypatch, capsys, arguments, message) -> None:
+    status = call(monkeypatch, *(argument.format(**places) for argument in arguments))
+    error = capsys.readouterr().err
+    assert status == console.USER_ERROR
+    assert message.format(**places) in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_help_names_every_key(monkeypatch, capsys) -> None:
+    assert call(monkeypatch, "--help") == 0
+    printed = capsys.readouterr().out
+    for key in program.EvaluateConfig.__dataclass_fields__:
+        assert f"\n  {key} (" in printed

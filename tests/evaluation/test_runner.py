@@ -1,0 +1,143 @@
+"""Methods x protocols x lengths over one set of windows, on one rank and on two."""
+
+import json
+import math
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import plain_llama
+import pytest
+import torch
+import torch.multiprocessing
+from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
+
+from clex_train.config import Method, Protocol
+from clex_train.evaluation.methods import tables
+from clex_train.evaluation.results import Results
+from clex_train.evaluation.runner import deal, evaluate
+from clex_train.rope.patch import install_rotary
+
+LENGTHS = [16, 32, 64]
+CPU = torch.device("cpu")
+PROTOCOLS = [Protocol.one_shot, Protocol.chunked]
+
+
+def run(num_windows: int = 3, methods: tuple[Method, ...] = (Method.none, Method.ntk), **settings) -> Results:
+    model = build_tiny_llama()
+    handle = install_rotary(model, CONTEXT_LEN)
+    windows = random_windows(num_windows, max(LENGTHS), stride=CONTEXT_LEN)
+    chosen = tables(methods, None, handle.base_inv_freq, CONTEXT_LEN, max(LENGTHS))
+    return evaluate(model, handle, chosen, windows, LENGTHS, PROTOCOLS, device=CPU, **{"chunk_len": 20, **settings})
+
+
+def test_every_cell_equals_the_naive_average_over_the_same_tokens() -> None:
+    results = run()
+    model, windows = build_tiny_llama(), random_windows(3, 64, stride=16)
+    base = 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    for length in LENGTHS:
+        t = length / 16
+        ntk = base * (2 * t - 1) ** -(torch.arange(4, dtype=torch.float64) / 3)
+        total, count = 0.0, 0
+        for window in windows.tokens:
+            for start in range(0, 64, length):
+                piece = window[start : start + length].tolist()
+                nll = plain_llama.chunk_nll(model.state_dict(), model.config, piece, [(0, length, ntk)])
+                for i in range(length):
+                    if (start + i) % 16:
+                        total, count = total + float(nll[i]), count + 1
+        expected = math.exp(total / count)
+        assert results.metrics()[f"perplexity/ntk/one_shot/{length}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_all_methods_protocols_and_lengths_are_there_over_equally_many_tokens() -> None:
+    results = run()
+    assert list(results.metrics()) == [
+        f"perplexity/{method}/{protocol}/{length}"
+        for method in ("none", "ntk")
+        for protocol in ("one_shot", "chunked")
+        for length in LENGTHS
+    ]
+    assert {score.num_tokens for score in results.scores} == {3 * (64 - 4)}
+    assert [score.t for score in results.scores[:3]] == [1, 2, 4]
+    assert results.windows["count"] == 3
+
+
+def test_window_sums_add_up_to_the_perplexity_and_belong_to_their_window() -> None:
+    both, first = run(num_windows=3), run(num_windows=1)
+    for score, alone in zip(both.scores, first.scores, strict=True):
+        assert len(score.window_nll) == 3
+        assert score.perplexity == pytest.approx(math.exp(sum(score.window_nll) / score.num_tokens))
+        assert score.window_nll[0] == pytest.approx(alone.window_nll[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"chunk_len": 5}, {"chunk_len": 64}, {"chunk_len": 16, "batch_tokens": 100}])
+def test_memory_settings_do_not_change_the_numbers(settings: dict[str, int]) -> None:
+    expected, changed = run().metrics(), run(**settings).metrics()
+    assert changed == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_methods_are_different_frequencies_on_the_same_weights() -> None:
+    metrics = run(methods=tuple(Method)).metrics()
+    at_training_length = {metrics[f"perplexity/{m.value}/one_shot/16"] for m in Method}
+    assert max(at_training_length) == pytest.approx(min(at_training_length), rel=1e-6)
+    beyond = {m.value: metrics[f"perplexity/{m.value}/one_shot/64"] for m in Method}
+    assert beyond["trained"] == beyond["none"]
+    assert len({round(value, 6) for value in beyond.values()}) == 3
+
+
+def test_the_handle_and_the_model_are_left_as_they_were() -> None:
+    model = build_tiny_llama().train()
+    handle = install_rotary(model, CONTEXT_LEN)
+    before = tables([Method.pi], None, handle.base_inv_freq, CONTEXT_LEN, 64)["pi"]
+    handle.use(before)
+    chosen = tables([Method.none], None, handle.base_inv_freq, CONTEXT_LEN, 64)
+    evaluate(model, handle, chosen, random_windows(1, 64, 16), LENGTHS, PROTOCOLS, chunk_len=64, device=CPU)
+    assert handle.table is before
+    assert model.training
+
+
+def test_a_length_beyond_a_table_is_refused_before_the_first_forward() -> None:
+    model = build_tiny_llama()
+    handle = install_rotary(model, CONTEXT_LEN)
+    short = tables([Method.none], None, handle.base_inv_freq, CONTEXT_LEN, 32)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward was run"))
+    with pytest.raises(ValueError, match="num_tokens=64"):
+        evaluate(model, handle, short, random_windows(1, 64, 16), LENGTHS, PROTOCOLS)
+
+
+@pytest.mark.parametrize(("num_pieces", "batch", "world_size"), [(12, 5, 2), (7, 2, 3), (1, 4, 4), (6, 6, 1)])
+def test_ranks_get_equal_batches_and_every_piece_counts_once(num_pieces: int, batch: int, world_size: int) -> None:
+    hands = [list(deal(num_pieces, batch, rank, world_size)) for rank in range(world_size)]
+    assert len({tuple(len(indices) for indices, _ in hand) for hand in hands}) == 1
+    counted = np.concatenate([indices[counts] for hand in hands for indices, counts in hand])
+    assert sorted(counted.tolist()) == list(range(num_pieces))
+
+
+def test_two_ranks_give_the_numbers_of_one_with_equally_many_forwards_each(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_rank_main, args=(port, str(tmp_path)), nprocs=2)
+    expected = run().scores
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["forwards"] == second["forwards"]
+    assert first["window_nll"] == second["window_nll"]
+    for ours, theirs in zip(expected, first["window_nll"], strict=True):
+        assert theirs == pytest.approx(ours.window_nll, rel=1e-6)
+
+
+def _rank_main(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    forwards = []
+    torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: forwards.append(1) if type(module).__name__ == "LlamaForCausalLM" else None
+    )
+    results = run()
+    content = {"forwards": len(forwards), "window_nll": [score.window_nll for score in results.scores]}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(content))
+    torch.distributed.destroy_process_group()

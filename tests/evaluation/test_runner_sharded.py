@@ -1,0 +1,81 @@
+"""Evaluation of weights that ZeRO-3 has split over two ranks, in the middle of training."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
+
+from clex_train.config import EngineConfig, Method, Protocol
+from clex_train.evaluation.methods import tables
+from clex_train.evaluation.runner import evaluate
+from clex_train.rope.patch import install_rotary
+
+
+@pytest.mark.slow
+def test_sharded_weights_score_as_whole_ones_and_training_goes_on_unharmed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_rank_main, args=(port, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["sharded"] == found["whole"]
+        assert found["losses_after_evaluation"] == found["losses_without"]
+        assert found["trained"] != found["sharded"]
+
+
+def _rank_main(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
+    from clex_train.engine.deepspeed import open_process_group
+
+    open_process_group(EngineConfig())
+    whole = build_tiny_llama()
+    found: dict[str, object] = {"whole": _perplexities(whole, install_rotary(whole, CONTEXT_LEN))}
+    engine, _ = _sharded()
+    found["losses_without"] = [_train_step(engine) for _ in range(4)]
+    engine, handle = _sharded()
+    found["sharded"] = _perplexities(engine.module, handle)
+    losses = [_train_step(engine) for _ in range(2)]
+    found["trained"] = _perplexities(engine.module, handle)
+    found["losses_after_evaluation"] = losses + [_train_step(engine) for _ in range(2)]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def _perplexities(model, handle) -> dict[str, float]:
+    chosen = tables([Method.none, Method.ntk], None, handle.base_inv_freq, CONTEXT_LEN, 64)
+    windows = random_windows(3, 64, CONTEXT_LEN)
+    return evaluate(model, handle, chosen, windows, [16, 32, 64], list(Protocol), chunk_len=20).metrics()
+
+
+def _sharded():
+    import deepspeed
+
+    model = build_tiny_llama()
+    handle = install_rotary(model, CONTEXT_LEN)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": 3},
+        "steps_per_print": 10**9,
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    return engine, handle
+
+
+def _train_step(engine) -> float:
+    tokens = torch.from_numpy(random_windows(1, 32, CONTEXT_LEN).tokens)
+    engine.train()
+    loss = engine(input_ids=tokens, labels=tokens, use_cache=False).loss
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
