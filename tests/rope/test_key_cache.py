@@ -1,0 +1,239 @@
+"""Generation with a KV cache: keys follow t whatever the cache, the batch and the order of requests."""
+
+import copy
+
+import pytest
+import torch
+from rotary_families import CONTEXT, tiny_model, tokens
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import QuantizedCache
+from unrotated_cache import reference_logits
+
+from clex_train.rope.patch import RotaryHandle, install_rotary
+from clex_train.scaling.baselines import none_table, ntk_table
+from clex_train.scaling.table import FrequencyTable, scale_grid
+
+T_MAX = 5
+PIECES = [10, 6, 1, 1, 15, 1, 14, 1]  # t moves with the third, the fifth and the last
+
+
+def patched(family: str = "llama", **overrides: object) -> tuple[PreTrainedModel, RotaryHandle, FrequencyTable]:
+    model = tiny_model(family, **overrides)
+    handle = install_rotary(model, CONTEXT)
+    table = ntk_table(handle.base_inv_freq, scale_grid(T_MAX))
+    handle.use(table)
+    return model, handle, table
+
+
+@torch.no_grad()
+def feed(model: PreTrainedModel, ids: torch.Tensor, pieces: list[int], cache: object = None) -> torch.Tensor:
+    logits, start = [], 0
+    for length in pieces:
+        output = model(ids[:, start : start + length], past_key_values=cache, use_cache=True)
+        cache, start = output.past_key_values, start + length
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_static_cache_follows_t_like_a_dynamic_one(family: str) -> None:
+    model, handle, table = patched(family)
+    ids = tokens(2, sum(PIECES))
+    found = feed(model, ids, PIECES, StaticCache(model.config, max_cache_len=64))
+    handle.undo()
+    assert torch.allclose(found, reference_logits(model, ids, PIECES, table, CONTEXT), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", [12, 40])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_sliding_window_drops_keys_and_turns_the_rest(kind: str, window: int) -> None:
+    model, _, _ = patched("mistral", sliding_window=window)
+    ids = tokens(1, sum(PIECES))
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=64)
+    found = feed(model, ids, PIECES, cache)
+    expected = feed(model, ids, PIECES, DynamicCache())
+    assert "Sliding" in type(cache.layers[0]).__name__
+    assert torch.allclose(found, expected, atol=1e-5, rtol=0)
+
+
+def test_one_layer_with_a_cache_gives_the_logits_of_one_forward_at_the_final_t() -> None:
+    model, _, _ = patched(num_layers=1)
+    ids = tokens(2, sum(PIECES))
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits[:, -1]
+    assert torch.allclose(feed(model, ids, PIECES)[:, -1], whole, atol=1e-5, rtol=0)
+
+
+def test_left_padded_rows_are_turned_by_their_own_positions() -> None:
+    model, handle, table = patched()
+    ids, pad = tokens(3, sum(PIECES)), torch.tensor([0, 5, 9])
+    logits, cache, start = [], None, 0
+    for length in PIECES:
+        stop = start + length
+        positions = (torch.arange(start, stop)[None] - pad[:, None]).clamp(min=0)
+        mask = (torch.arange(stop)[None] >= pad[:, None]).long()
+        with torch.no_grad():
+            output = model(
+                ids[:, start:stop], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+        cache, start = output.past_key_values, stop
+        logits.append(output.logits)
+    handle.undo()
+    expected = reference_logits(model, ids, PIECES, table, CONTEXT, pad=pad)
+    real = torch.arange(sum(PIECES))[None] >= pad[:, None]
+    assert torch.allclose(torch.cat(logits, dim=1)[real], expected[real], atol=1e-4, rtol=0)
+
+
+def test_padding_of_every_row_does_not_count_as_length() -> None:
+    model, handle, _ = patched()
+    ids, seen = tokens(2, CONTEXT + 4), []
+    handle.on_length(seen.append)
+    mask = torch.ones_like(ids)
+    mask[:, :4] = 0
+    model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert seen == [CONTEXT, CONTEXT + 1, CONTEXT + 2]
+
+
+def test_generate_agrees_with_and_without_the_cache_for_one_layer() -> None:
+    model, _, _ = patched(num_layers=1)
+    ids = tokens(2, 8)
+    cached = model.generate(ids, max_new_tokens=50, do_sample=False, use_cache=True)
+    assert torch.equal(cached, model.generate(ids, max_new_tokens=50, do_sample=False, use_cache=False))
+
+
+def test_beam_search_agrees_with_and_without_the_cache_for_one_layer() -> None:
+    model, _, _ = patched(num_layers=1)
+    ids = tokens(2, 8)
+    cached = model.generate(ids, max_new_tokens=40, num_beams=3, do_sample=False, use_cache=True)
+    assert torch.equal(cached, model.generate(ids, max_new_tokens=40, num_beams=3, do_sample=False, use_cache=False))
+
+
+def test_a_conversation_continues_from_its_cache() -> None:
+    model, _, _ = patched(num_layers=1)
+    first = model.generate(tokens(1, 12), max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+    turn = torch.cat((first.sequences, tokens(1, 12, seed=5)), dim=1)
+    cached = model.generate(turn, past_key_values=first.past_key_values, max_new_tokens=20, do_sample=False)
+    assert torch.equal(cached, model.generate(turn, max_new_tokens=20, do_sample=False, use_cache=False))
+
+
+def test_requests_in_turn_do_not_influence_one_another() -> None:
+    model, _, _ = patched()
+    long, short = tokens(1, sum(PIECES)), tokens(1, CONTEXT, seed=3)
+    alone_long, alone_short = feed(model, long, PIECES), feed(model, short, [10, 6])
+    long_cache, short_cache = DynamicCache(), DynamicCache()
+    interleaved = [feed(model, long[:, :40], [40], long_cache)]
+    first = feed(model, short[:, :10], [10], short_cache)
+    feed(model, long[:, 40:], [8], long_cache)
+    assert torch.equal(torch.cat((first, feed(model, short[:, 10:], [6], short_cache)), dim=1), alone_short)
+    assert torch.equal(feed(model, long, PIECES), alone_long)
+    assert torch.equal(interleaved[0], feed(model, long[:, :40], [40]))
+
+
+def test_a_copy_of_a_cache_knows_what_its_keys_are_rotated_by() -> None:
+    model, _, _ = patched()
+    ids, prefix = tokens(1, 40), DynamicCache()
+    feed(model, ids[:, :10], [10], prefix)
+    branch = copy.deepcopy(prefix)
+    straight = feed(model, ids[:, 10:], [30], prefix)
+    assert torch.allclose(feed(model, ids[:, 10:], [30], branch), straight, atol=1e-6)
+
+
+def test_a_cropped_cache_turns_back() -> None:
+    model, _, _ = patched(num_layers=1)
+    ids, cache = tokens(1, 40), DynamicCache()
+    feed(model, ids, [14, 26], cache)
+    cache.crop(-28)
+    again = feed(model, ids[:, 12:16], [4], cache)
+    with torch.no_grad():
+        assert torch.allclose(again[:, -1], model(ids[:, :16]).logits[:, -1], atol=1e-5)
+
+
+def test_a_cache_that_was_reset_starts_afresh() -> None:
+    model, _, _ = patched()
+    cache = StaticCache(model.config, max_cache_len=64)
+    feed(model, tokens(1, 50, seed=7), [50], cache)
+    cache.reset()
+    assert torch.allclose(feed(model, tokens(1, 20), [10, 10], cache), feed(model, tokens(1, 20), [10, 10]), atol=1e-5)
+
+
+def test_pinned_t_leaves_keys_alone() -> None:
+    model, handle, _ = patched()
+    ids = tokens(2, sum(PIECES))
+    with handle.pinned(4.0), torch.no_grad():
+        found, whole = feed(model, ids, PIECES), model(ids).logits
+    assert torch.allclose(found, whole, atol=1e-5, rtol=0)
+
+
+def test_fixed_length_in_chunks_is_one_forward() -> None:
+    model, handle, _ = patched()
+    ids = tokens(2, sum(PIECES))
+    with torch.no_grad():
+        whole = model(ids).logits
+    with handle.fixed(ids.shape[1]):
+        assert torch.allclose(feed(model, ids, PIECES), whole, atol=1e-5, rtol=0)
+
+
+def test_another_table_turns_the_keys_that_are_there() -> None:
+    model, handle, table = patched(num_layers=1)
+    ids, cache = tokens(1, 40), DynamicCache()
+    handle.use(none_table(handle.base_inv_freq, scale_grid(T_MAX)))
+    feed(model, ids[:, :36], [36], cache)
+    handle.use(table)
+    last = feed(model, ids[:, 36:], [4], cache)[:, -1]
+    with torch.no_grad():
+        assert torch.allclose(last, model(ids).logits[:, -1], atol=1e-5)
+
+
+def test_sixteen_crossings_leave_float32_keys_within_rounding() -> None:
+    model = tiny_model("llama")
+    handle = install_rotary(model, 4)
+    table = ntk_table(handle.base_inv_freq, scale_grid(20))
+    handle.use(table)
+    ids, pieces = tokens(1, 72), [4] * 18
+    found = feed(model, ids, pieces)
+    handle.undo()
+    assert torch.allclose(found, reference_logits(model, ids, pieces, table, 4), atol=1e-4, rtol=0)
+
+
+def test_keys_of_unknown_rotation_are_refused() -> None:
+    model = tiny_model("llama")
+    cache = DynamicCache()
+    feed(model, tokens(1, 8), [8], cache)
+    install_rotary(model, CONTEXT)
+    with pytest.raises(ValueError, match="past_key_values holds 8 keys of unknown rotation"):
+        feed(model, tokens(1, 1), [1], cache)
+
+
+class EightBitLayers(QuantizedCache):
+    """A quantised cache without a quantisation library: its layers are of the class that those derive from."""
+
+    def __init__(self) -> None:
+        from transformers.cache_utils import Cache, QuantizedLayer
+
+        class Layer(QuantizedLayer):
+            def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+                return tensor.clone()
+
+            def _dequantize(self, tensor: torch.Tensor) -> torch.Tensor:
+                return tensor
+
+        Cache.__init__(self, layer_class_to_replicate=Layer)
+
+
+def test_a_quantised_cache_is_refused_by_name_when_t_moves() -> None:
+    model, handle, _ = patched()
+    with handle.pinned(3.0):
+        feed(model, tokens(1, 24), [10, 14], EightBitLayers())
+    with pytest.raises(ValueError, match=r"past_key_values=EightBitLayers: t moves .* pin t"):
+        feed(model, tokens(1, 24), [10, 14], EightBitLayers())
+
+
+def test_rows_may_not_change_while_t_moves() -> None:
+    model, _, _ = patched()
+    cache = DynamicCache()
+    position_ids = torch.arange(10).expand(2, -1)
+    with torch.no_grad():
+        model(tokens(2, 10), position_ids=position_ids, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(2)
+    with pytest.raises(ValueError, match="4 rows, but its keys were written by 2"):
+        feed(model, tokens(4, 20), [20], cache)

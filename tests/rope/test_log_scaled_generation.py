@@ -1,0 +1,48 @@
+"""Log-scaling bound to a rotary handle: n follows the cache step by step, and the rows in training."""
+
+import math
+
+import pytest
+import torch
+from rotary_families import CONTEXT, tiny_model, tokens
+
+from clex_train.attention.log_scaling import install_log_scaling
+from clex_train.rope.patch import install_rotary
+from clex_train.scaling.baselines import ntk_table
+from clex_train.scaling.spectrum import Spectrum
+from clex_train.scaling.table import scale_grid
+
+
+@torch.no_grad()
+def test_each_decoding_step_has_the_factor_of_its_own_length() -> None:
+    model, ids = tiny_model("llama", num_layers=1), tokens(1, 40)
+    handle = install_rotary(model, CONTEXT)
+    handle.use(ntk_table(handle.base_inv_freq, scale_grid(4)))
+    scaling = install_log_scaling(model, "always", CONTEXT, handle.on_length)
+    output = model(ids[:, :20], use_cache=True)
+    for n in range(21, 41):
+        output = model(ids[:, n - 1 : n], past_key_values=output.past_key_values)
+        assert scaling.factor == pytest.approx(math.log(n) / math.log(CONTEXT))
+    assert torch.allclose(output.logits[:, -1], model(ids).logits[:, -1], atol=1e-5)
+
+
+def test_a_training_row_counts_its_tokens_and_not_its_span() -> None:
+    model, ids = tiny_model("llama").train(), tokens(1, 2 * CONTEXT)
+    handle = install_rotary(model, CONTEXT)
+    scaling = install_log_scaling(model, "always", CONTEXT, handle.on_length)
+    with handle.training(Spectrum(handle.base_inv_freq, 8.0), 4.0 * torch.arange(2 * CONTEXT).double()[None]):
+        model(ids, use_cache=False)
+    assert scaling.factor == pytest.approx(math.log(2 * CONTEXT) / math.log(CONTEXT))
+
+
+@torch.no_grad()
+def test_a_fixed_length_fixes_the_factor_too() -> None:
+    model, ids = tiny_model("llama"), tokens(1, 40)
+    handle = install_rotary(model, CONTEXT)
+    handle.use(ntk_table(handle.base_inv_freq, scale_grid(4)))
+    install_log_scaling(model, "eval", CONTEXT, handle.on_length)
+    whole = model(ids).logits
+    with handle.fixed(40):
+        output = model(ids[:, :15], use_cache=True)
+        rest = model(ids[:, 15:], past_key_values=output.past_key_values).logits
+    assert torch.allclose(torch.cat((output.logits, rest), dim=1), whole, atol=1e-5)

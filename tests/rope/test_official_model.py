@@ -1,0 +1,93 @@
+"""Directories in the layout of the original CLEX code: the same logits, and refusals that name what is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from clex_train.attention.log_scaling import install_log_scaling
+from clex_train.rope.official import is_official, load_official_model, official_config, read_official_config
+from clex_train.rope.patch import install_rotary
+from clex_train.scaling.table import scale_grid
+
+# Three times the float32 error of the original code, by number of tokens (see the README of the goldens).
+TOLERANCE = {32: 3e-5, 64: 3e-5, 65: 3e-5, 128: 9e-5, 200: 9e-5, 512: 4.2e-4, 1000: 1.05e-3}
+LOG_SCALED_TOLERANCE = {n: max(3 * 5e-3 * n / 1000, tolerance) for n, tolerance in TOLERANCE.items()}
+
+
+@pytest.fixture
+def directory(tmp_path: Path, goldens: Path) -> Path:
+    shutil.copyfile(goldens / "clex_llama.config.json", tmp_path / "config.json")
+    shutil.copyfile(goldens / "clex_llama.weights.safetensors", tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("log_scale", [False, True])
+@torch.no_grad()
+def test_the_logits_are_those_of_the_original_code(directory: Path, goldens: Path, log_scale: bool) -> None:
+    change(directory, log_scale=log_scale)
+    checkpoint = load_official_model(directory)
+    assert checkpoint.log_scale == ("official" if log_scale else "off")
+    model, expected = checkpoint.model, load_file(goldens / "clex_eval_tanh.safetensors")
+    handle = install_rotary(model, checkpoint.context_len)
+    handle.use(checkpoint.clex.table(scale_grid(16)))
+    install_log_scaling(model, checkpoint.log_scale, checkpoint.context_len, handle.on_length)
+    for length, tolerance in (LOG_SCALED_TOLERANCE if log_scale else TOLERANCE).items():
+        logits = model(expected["input_ids"][None, :length], use_cache=False).logits[0]
+        name = f"tanh.log{int(log_scale)}.{length}.logits"
+        rows = slice(None) if len(expected[name]) == length else expected[f"rows.{length}"]
+        assert torch.allclose(logits[rows], expected[name], atol=tolerance, rtol=0), f"N={length}"
+        assert torch.allclose(logits[-1].double(), expected[f"{name}_last_f64"], atol=tolerance, rtol=0), f"N={length}"
+
+
+@torch.no_grad()
+def test_the_logits_are_the_same_through_the_cache_in_chunks_below_one_crossing(directory: Path, goldens: Path) -> None:
+    checkpoint = load_official_model(directory)
+    handle = install_rotary(checkpoint.model, checkpoint.context_len)
+    handle.use(checkpoint.clex.table(scale_grid(16)))
+    ids = load_file(goldens / "clex_eval_tanh.safetensors")["input_ids"][None, :200]
+    whole = checkpoint.model(ids).logits
+    with handle.fixed(200):
+        cache = checkpoint.model(ids[:, :120], use_cache=True).past_key_values
+        rest = checkpoint.model(ids[:, 120:], past_key_values=cache).logits
+    assert torch.allclose(rest, whole[:, 120:], atol=1e-4, rtol=0)
+
+
+def test_the_official_config_is_written_as_it_was_read(directory: Path) -> None:
+    checkpoint, given = load_official_model(directory), json.loads((directory / "config.json").read_text())
+    written = official_config(checkpoint.model.config, checkpoint.clex, checkpoint.context_len, log_scale=False)
+    for key in ("rope_scaling", "rope_theta", "log_scale", "max_position_embeddings", "hidden_size", "model_type"):
+        assert written[key] == given[key], key
+
+
+def test_only_a_directory_that_asks_for_clex_is_official(directory: Path, tmp_path: Path) -> None:
+    assert is_official(directory)
+    assert read_official_config(directory).rope_parameters["rope_type"] == "default"
+    change(directory, rope_scaling=None)
+    assert not is_official(directory)
+    assert not is_official(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r'rope_scaling=None: "type": "clex" is expected'):
+        load_official_model(directory)
+
+
+def test_weights_without_a_field_are_refused(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "ode_up" not in k}, directory / "model.safetensors")
+    with pytest.raises(ValueError, match="ode_up_proj: not an official CLEX checkpoint"):
+        load_official_model(directory)
+
+
+def test_a_field_of_another_rotary_dimension_names_both_shapes(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    key = "model.clex_layer.proj_func.ode_up_proj"
+    save_file({**weights, key: torch.zeros(24, 32)}, directory / "model.safetensors")
+    with pytest.raises(ValueError, match=r"\(24, 32\): the model's 16 rotated pairs"):
+        load_official_model(directory)
+
+
+def change(directory: Path, **facts: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))

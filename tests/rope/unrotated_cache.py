@@ -1,0 +1,82 @@
+"""The semantics of the original code, slowly: cached keys unrotated, all of them rotated at the current theta.
+
+Independent of `clex_train.rope`: the stock model runs with theta written into its own rotary buffer, and the cache
+takes the rotation off what it is given and puts the current one on everything it returns.
+"""
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from clex_train.scaling.table import FrequencyTable
+
+
+class UnrotatedCache(DynamicCache):
+    """`advance` comes before each forward; keys of the layers `local` are stored as they are."""
+
+    def __init__(self, interleaved: bool, local: frozenset[int] = frozenset()) -> None:
+        super().__init__()
+        self.interleaved, self.local = interleaved, local
+        self.theta = self.new_positions = torch.empty(0)
+        self.all_positions: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest, **more) -> tuple[Tensor, Tensor]:
+        if layer_idx in self.local:
+            return super().update(key_states, value_states, layer_idx, *rest, **more)
+        plain = self._turn(key_states, self.new_positions, -1).to(key_states.dtype)
+        keys, values = super().update(plain, value_states, layer_idx, *rest, **more)
+        return self._turn(keys, self.all_positions, +1).to(key_states.dtype), values
+
+    def advance(self, theta: Tensor, positions: Tensor) -> None:
+        """Announce the next forward."""
+        self.theta, self.new_positions = theta, positions
+        before = [] if self.all_positions is None else [self.all_positions]
+        self.all_positions = torch.cat([*before, positions], dim=1)
+
+    def _turn(self, keys: Tensor, positions: Tensor, sign: int) -> Tensor:
+        """Complex multiplication by exp(i * sign * position * theta) in float64."""
+        width = 2 * len(self.theta)
+        rotary, rest = keys[..., :width].double(), keys[..., width:].double()
+        angle = sign * positions[:, None, :, None].double() * self.theta
+        pairs = rotary.unflatten(-1, (-1, 2)) if self.interleaved else rotary.unflatten(-1, (2, -1)).transpose(-1, -2)
+        turned = torch.view_as_real(
+            torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angle), angle)
+        )
+        flat = turned.flatten(-2) if self.interleaved else turned.transpose(-1, -2).flatten(-2)
+        return torch.cat((flat, rest), dim=-1)
+
+
+@torch.no_grad()
+def reference_logits(
+    model: PreTrainedModel,
+    ids: Tensor,
+    lengths: list[int],
+    table: FrequencyTable,
+    context_len: int,
+    interleaved: bool = False,
+    pad: Tensor | None = None,
+) -> Tensor:
+    """Logits [B, S, V] of a stock model fed `ids` in pieces of `lengths`; `pad` [B] counts left padding per row.
+
+    t is the least grid member >= n / L after each piece, n being the tokens so far of the row without padding.
+    """
+    rotary = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
+    buffer = "inv_freq" if hasattr(rotary, "inv_freq") else "full_attention_inv_freq"
+    types = getattr(model.config, "layer_types", None) or []
+    local = {i for i, kind in enumerate(types) if kind == "sliding_attention"} if buffer != "inv_freq" else set()
+    cache, logits, start = UnrotatedCache(interleaved, frozenset(local)), [], 0
+    pad = torch.zeros(len(ids), dtype=torch.long) if pad is None else pad
+    own = getattr(rotary, buffer).clone()
+    for length in lengths:
+        stop = start + length
+        needed = (stop - int(pad.min())) / context_len
+        row = next(i for i, t in enumerate(table.t.tolist()) if t >= needed)
+        positions = (torch.arange(start, stop)[None] - pad[:, None]).clamp(min=0)
+        getattr(rotary, buffer).copy_(table.inv_freq[row])
+        cache.advance(table.inv_freq[row], positions)
+        mask = (torch.arange(stop)[None] >= pad[:, None]).long()
+        piece = model(ids[:, start:stop], attention_mask=mask, position_ids=positions, past_key_values=cache)
+        logits.append(piece.logits)
+        start = stop
+    getattr(rotary, buffer).copy_(own)
+    return torch.cat(logits, dim=1)
