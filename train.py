@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from clex_train import config as configuration
 from clex_train import log
 from clex_train.cli import console
+from clex_train.cli.help import help_text
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -76,4 +77,4 @@ if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     log.setup()
     configuration.register()
-    sys.exit(console.run(main, configuration.help_text))
+    sys.exit(console.run(main, help_text))

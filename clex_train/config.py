@@ -16,6 +16,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from clex_train.suggest import did_you_mean
+
 
 class Init(Enum):
     pretrained = "pretrained"
@@ -369,10 +371,20 @@ def register() -> None:
 
 def to_config(composed: DictConfig) -> Config:
     """Turn what Hydra composed into a checked `Config`; `ValueError` names the key, the value and the remedy."""
+    _refuse_unknown(composed)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     _check_between_groups(config)
     return config
+
+
+def _refuse_unknown(composed: DictConfig) -> None:
+    """Hydra lets `+key=value` past a schema; a field that nobody reads is a mistake all the same."""
+    known = [key for key, *_ in describe()]
+    for group, value in composed.items_ex(resolve=False):
+        for key in [f"{group!s}.{name!s}" for name in value] if isinstance(value, DictConfig) else [str(group)]:
+            if key not in known:
+                raise ValueError(f"{key}: no such key; {did_you_mean(key, known) or '--help lists them all'}")
 
 
 def _check_between_groups(config: Config) -> None:

@@ -23,6 +23,8 @@ from clex_train.scaling.table import FrequencyTable, scale_grid
 
 logger = log.get(__name__)
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
 
 @dataclass
 class LoadedModel:
@@ -49,7 +51,7 @@ def architecture(model: ModelConfig) -> PretrainedConfig:
 
     `ValueError` in one line if it cannot be read or has no rotary embedding.
     """
-    key, path = ("model.path", model.path) if model.path else ("model.config", model.config)
+    key, path = ("model.path", model.path) if model.path else ("model.config", _shipped(model.config))
     assert path is not None
     require_directory(key, path)
     try:
@@ -58,6 +60,13 @@ def architecture(model: ModelConfig) -> PretrainedConfig:
         raise ValueError(f"{key}={path}: no readable config.json ({_first_line(error)})") from error
     require_rotary(config)
     return config
+
+
+def _shipped(path: str | None) -> str | None:
+    """A relative `model.config` is looked up from here, then from this repository, so that runs start anywhere."""
+    if path is None or Path(path).exists() or not (REPOSITORY / path).is_dir():
+        return path
+    return str(REPOSITORY / path)
 
 
 def training_tokenizer(model: ModelConfig, arch: PretrainedConfig, store_tokenizer: Path) -> Any:

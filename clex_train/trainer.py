@@ -96,11 +96,12 @@ def forward_backward(parts: Parts, batch: Batch, spectrum: Spectrum | None) -> t
     """Loss of one micro-batch (mean over its tokens), with its gradients accumulated in the engine and the spectrum."""
     device = distributed.device()
     with _frequencies(parts, batch["row_index"], spectrum):
-        output = parts.engine(
+        # Only the loss is held: the logits would otherwise stay through the whole backward pass.
+        loss = parts.engine(
             input_ids=batch["input_ids"].to(device), labels=batch["labels"].to(device), use_cache=False
-        )
-        parts.engine.backward(output.loss)
-    return output.loss.detach()
+        ).loss
+        parts.engine.backward(loss)
+    return loss.detach()
 
 
 def resume(parts: Parts) -> int:

@@ -21,11 +21,11 @@ def run(main: Callable[[], object], help_text: Callable[[], str] | None = None) 
     if help_text and any(argument in ("--help", "-h") for argument in sys.argv[1:]):
         print(help_text())
         return 0
-    from clex_train.config import explain
-
     try:
         main()
     except Exception as error:
+        from clex_train.cli.errors import explain
+
         line = explain(error)
         if line is None:
             traceback.print_exc()

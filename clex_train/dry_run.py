@@ -1,0 +1,225 @@
+"""The plan of a run, on any machine: resolved config, sizes, tokens, memory. No weights, no data, no GPU, no DeepSpeed.
+
+Memory is given at three moments of a step: at the loss, in the backward pass of the layers, in the optimizer's update.
+State follows the formulas of `engine/memory.py`; activations and logits are counted by `engine/footprint.py` on the
+architecture itself.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from clex_train import distributed, modeling, skeleton
+from clex_train.config import Config, Init, ModelConfig, ScalingName, require
+from clex_train.engine import deepspeed as engines
+from clex_train.engine import memory
+from clex_train.engine.footprint import Footprint
+from clex_train.engine.memory import Held
+from clex_train.scaling.clex import Clex
+
+GIB = 2**30
+MOMENTS = ("loss", "layers", "update")
+BESIDES = 1.5
+
+
+@dataclass(frozen=True)
+class Part:
+    """A line of the memory table: bytes on the device at each of `MOMENTS`, and in host memory."""
+
+    name: str
+    device: tuple[float, float, float]
+    host: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to be; `parts` are the memory of one rank."""
+
+    model_type: str
+    counts: skeleton.Counts
+    num_ode_parameters: int
+    world_size: int
+    accumulation: int
+    context_len: int
+    dtype: torch.dtype
+    on_gpu: bool
+    parts: tuple[Part, ...]
+
+    def totals(self) -> tuple[float, float, float]:
+        """Bytes on the device at each of `MOMENTS`."""
+        loss, layers, update = (sum(column) for column in zip(*(part.device for part in self.parts), strict=True))
+        return loss, layers, update
+
+    @property
+    def peak(self) -> float:
+        """Most bytes on the device."""
+        return max(self.totals())
+
+    @property
+    def host(self) -> float:
+        """Bytes in host memory."""
+        return sum(part.host for part in self.parts)
+
+
+def print_plan(config: Config) -> None:
+    """Print the plan on rank 0. `ValueError` in one line for what would stop the run later."""
+    if not distributed.is_main():
+        return
+    plan = make_plan(config)
+    print(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    print("\n".join((*_summary(config, plan), "", *_table(config, plan))))
+
+
+def make_plan(config: Config) -> Plan:
+    """Compute everything that `print_plan` shows."""
+    world_size = config.engine.world_size or distributed.world_size()
+    settings = engines.deepspeed_dict(config, world_size)
+    arch = modeling.architecture(_readable(config.model))
+    context_len = modeling.context_length(config.model, arch)
+    _check_lengths(config, context_len)
+    counts, dtype = skeleton.count(arch), engines.precision(config.engine)
+    on_gpu = torch.cuda.is_available() or dtype is torch.bfloat16
+    clex = _clex(config, counts)
+    footprint = skeleton.footprint(
+        arch,
+        rows=config.engine.micro_batch,
+        tokens=config.data.seq_len,
+        dtype=dtype,
+        attention=config.attention.implementation.value,
+        checkpointing=config.engine.activation_checkpointing,
+        learns_frequencies=clex is not None and config.scaling.lr_scale > 0,
+    )
+    sharding = memory.sharding(settings, world_size, dtype, config.engine.activation_checkpointing, on_gpu)
+    return Plan(
+        model_type=arch.model_type,
+        counts=counts,
+        num_ode_parameters=sum(p.numel() for p in clex.parameters()) if clex else 0,
+        world_size=world_size,
+        accumulation=sharding.accumulation,
+        context_len=context_len,
+        dtype=dtype,
+        on_gpu=on_gpu,
+        parts=_parts(sharding, counts, footprint, clex),
+    )
+
+
+def _readable(model: ModelConfig) -> ModelConfig:
+    """The architecture shipped with the configuration stands in for weights that are not on this machine."""
+    if model.path and Path(model.path).is_dir():
+        return model
+    return dataclasses.replace(model, path=None) if model.config else model
+
+
+def _check_lengths(config: Config, context_len: int) -> None:
+    longest = max(config.evaluation.lengths)
+    served = int(config.scaling.t_max * context_len)
+    require(
+        config.scaling.name is not ScalingName.clex or longest <= served or config.evaluation.every < 0,
+        "evaluation.lengths",
+        config.evaluation.lengths,
+        f"beyond scaling.t_max * L = {config.scaling.t_max:g} * {context_len} = {served} tokens; raise scaling.t_max",
+    )
+
+
+def _clex(config: Config, counts: skeleton.Counts) -> Clex | None:
+    if config.scaling.name is not ScalingName.clex:
+        return None
+    return Clex(counts.base_inv_freq, t_max=config.scaling.t_max, param_factor=config.scaling.param_factor)
+
+
+def _parts(
+    sharding: memory.Sharding, counts: skeleton.Counts, footprint: Footprint, clex: Clex | None
+) -> tuple[Part, ...]:
+    state = memory.optimizer(sharding, counts.trainable)
+    workspace = memory.update_workspace(sharding, counts.trainable)
+    parts = (
+        _constant("parameters", memory.parameters(sharding, counts.blocks)),
+        _constant("gradients", memory.gradients(sharding, counts.trainable)),
+        Part("optimizer", (state.device, state.device, state.device + workspace.device), state.host),
+        Part("activations", (footprint.activations, footprint.layers, 0.0)),
+        Part("logits", (footprint.logits, 0.0, 0.0)),
+        _constant("ODE", _ode(clex) if clex else Held(0.0)),
+    )
+    return parts if sharding.on_gpu else tuple(map(_in_one_memory, parts))
+
+
+def _in_one_memory(part: Part) -> Part:
+    """On a CPU the device's memory is the host's."""
+    loss, layers, update = part.device
+    return Part(part.name, (loss + part.host, layers + part.host, update + part.host))
+
+
+def _ode(clex: Clex) -> Held:
+    num_pairs, num_hidden = clex.up.shape
+    return memory.ode(num_pairs, num_hidden, clex.num_steps)
+
+
+def _constant(name: str, held: Held) -> Part:
+    return Part(name, (held.device, held.device, held.device), held.host)
+
+
+def _summary(config: Config, plan: Plan) -> Iterator[str]:
+    rows, tokens = config.optim.batch_rows, config.optim.batch_rows * config.data.seq_len
+    counts = plan.counts
+    yield f"plan of {config.name}"
+    trainable = "all" if counts.trainable == counts.total else f"{counts.trainable:,}"
+    yield (
+        f"  model       {plan.model_type}: {counts.total:,} parameters, {trainable} trainable; "
+        f"ODE {plan.num_ode_parameters:,}, in float32 beside the engine"
+    )
+    if config.model.init is Init.random:
+        yield "              the vocabulary is that of model.config here; the run takes the data store's"
+    yield (
+        f"  step        {rows:,} rows = {plan.world_size} ranks * {config.engine.micro_batch} rows "
+        f"* {plan.accumulation} micro-batches"
+    )
+    yield (
+        f"  tokens      {tokens:,} a step * {config.optim.steps:,} steps = {tokens * config.optim.steps:,} "
+        f"in rows of {config.data.seq_len:,}"
+    )
+    yield f"  scaling     {_scaling(config, plan.context_len)}"
+    yield f"  evaluation  {_evaluation(config, plan.context_len)}"
+
+
+def _scaling(config: Config, context_len: int) -> str:
+    if config.scaling.name is ScalingName.none:
+        return f"none: plain RoPE, L = {context_len:,} tokens"
+    reach = int(config.scaling.t_max * context_len)
+    return (
+        f"clex: t from 1 to {config.scaling.t_max:g}, L = {context_len:,}: contexts up to {reach:,} tokens; "
+        f"positions {config.scaling.positions.name}"
+    )
+
+
+def _evaluation(config: Config, context_len: int) -> str:
+    if config.evaluation.every < 0:
+        return "never"
+    lengths = ", ".join(f"{n:,} ({n / context_len:g} L)" for n in config.evaluation.lengths)
+    when = f"every {config.evaluation.every} steps and at the end" if config.evaluation.every else "at the end"
+    return f"{lengths}; {', '.join(p.name for p in config.evaluation.protocols)}; {when}"
+
+
+def _table(config: Config, plan: Plan) -> Iterator[str]:
+    engine = config.engine
+    yield (
+        f"memory of one {'GPU' if plan.on_gpu else 'rank'} of {plan.world_size} in GiB: ZeRO-{engine.zero_stage}, "
+        f"offload {engine.offload.name}, {str(plan.dtype).removeprefix('torch.')}, "
+        f"{engine.micro_batch} * {config.data.seq_len:,} tokens, "
+        f"{'layers recomputed' if engine.activation_checkpointing else 'activations kept'}"
+    )
+    yield f"  {'at the moment of':<16}{''.join(f'{moment:>10}' for moment in MOMENTS)}{'host':>10}"
+    for part in (*plan.parts, Part("total", plan.totals(), plan.host)):
+        yield f"  {part.name:<16}{''.join(f'{_gib(n):>10}' for n in (*part.device, part.host))}"
+    moment = MOMENTS[plan.totals().index(plan.peak)]
+    remark = f"; leave about {BESIDES:g} GiB for the CUDA context, NCCL and fragmentation" if plan.on_gpu else ""
+    yield f"  peak {_gib(plan.peak)} GiB ({moment}){remark}"
+
+
+def _gib(count: float) -> str:
+    """Two decimals, or as many as a small figure needs to be seen."""
+    value = count / GIB
+    return "-" if value == 0 else f"{value:,.2f}" if value >= 0.1 else f"{value:.4f}"

@@ -1,0 +1,150 @@
+"""Activations of one forward and backward pass, measured without data: the real model runs on the meta device.
+
+Tensors of the meta device have shapes and no memory. Every tensor that the pass creates is counted from its creation
+until autograd lets go of it, so each family, recomputation and the loss come out as they are written, not as a formula
+says. For a Llama without recomputation the result is that of Korthikanti et al. (arXiv 2205.05198, section 4), adapted
+to RMSNorm, SwiGLU, grouped queries and flash attention: the tests hold the two side by side.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one micro-batch on one rank, parameters and their gradients aside."""
+
+    activations: float
+    """Kept for the backward pass, when the output layer is reached."""
+    logits: float
+    """On top of the activations, at most, from the output layer to the gradient that it passes on."""
+    layers: float
+    """At most from then on, in the backward pass of the layers (activations included)."""
+
+    def extended(self, longer: "Footprint", layers: int) -> "Footprint":
+        """For `layers` more layers, where `longer` is the same with one more: bytes grow by the same for each."""
+        return Footprint(
+            activations=self.activations + layers * (longer.activations - self.activations),
+            logits=self.logits,
+            layers=self.layers + layers * (longer.layers - self.layers),
+        )
+
+
+def measure(model: nn.Module, input_ids: Tensor) -> Footprint:
+    """Run the loss of `input_ids` [B, S] and its backward pass; `model` is a causal LM of transformers.
+
+    Each gradient of a parameter is dropped as soon as it is complete: where it goes is the engine's affair.
+    """
+    hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in model.parameters() if p.requires_grad]
+    counter, marks = LiveBytes(model), _Marks()
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    hooks.append(head.register_forward_pre_hook(lambda _, args: marks.reached_head(counter, args[0])))
+    try:
+        with counter:
+            model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Footprint(marks.at_head, marks.peak_of_head - marks.at_head, counter.peak)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages created inside that are still alive; `peak` is the most since it was reset."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        # Held for as long as this counter, so that no new storage takes the identity of an old one.
+        self._own = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+        self._bytes = {id(storage): 0 for storage in self._own}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = _on_meta(func, args) if _is_meta(args) else None
+        result = func(*args, **(kwargs or {})) if result is None else result
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def restart_peak(self) -> int:
+        """Forget the peak so far and return it."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) in self._bytes:
+            return
+        self._bytes[id(storage)] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, id(storage))
+
+    def _release(self, key: int) -> None:
+        self.live -= self._bytes.pop(key)
+
+
+class SizesOfFlashAttention(torch.autograd.Function):
+    """The memory of a fused attention kernel without its arithmetic, for q [B, H, S, D] and k, v [B, H_kv, S, D].
+
+    It keeps q, k, v, the output and one float32 a row and head (FlashAttention-2, arXiv 2307.08691, section 3.1).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, tokens, _ = query.shape
+        output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(batch, heads, tokens, dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def attention_by_sizes(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    """`SizesOfFlashAttention` in the signature of transformers' attention interface."""
+    return SizesOfFlashAttention.apply(query, key, value).transpose(1, 2), None
+
+
+class _Marks:
+    """What was counted when the output layer was entered and left."""
+
+    def __init__(self) -> None:
+        self.at_head = self.peak_of_head = 0
+
+    def reached_head(self, counter: LiveBytes, hidden: Tensor) -> None:
+        self.at_head = counter.live
+        counter.restart_peak()
+        hidden.register_hook(lambda _: self._left_head(counter))
+
+    def _left_head(self, counter: LiveBytes) -> None:
+        self.peak_of_head = counter.restart_peak()
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _is_meta(args: Any) -> bool:
+    return bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
+
+
+def _on_meta(func: Any, args: Any) -> Any:
+    """Answers for the few operations that the meta device refuses; None for all others."""
+    if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
+        # The only such question of transformers: is the row unbroken? Ours are.
+        return True
+    if func is torch.ops.aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
+        # The product of a mixture of experts, which has its shapes in bfloat16 only.
+        left, right = args[0], args[1]
+        groups = () if left.dim() + right.dim() != 4 else (args[2].shape[0],)
+        return left.new_empty(*groups, left.shape[-2], right.shape[-1])
+    return None

@@ -1,0 +1,162 @@
+"""Bytes that each rank holds for parameters, gradients and optimizer under DeepSpeed's ZeRO; arithmetic only.
+
+With P parameters, N ranks, b bytes a parameter and a bytes an accumulated gradient (ZeRO, arXiv 1910.02054, section 5):
+
+    stage      parameters      gradients      optimizer (AdamW: master copy and two moments in float32)
+    0          b P             b P            12 P    (8 P in float32, which needs no master copy)
+    1          b P             b P            12 P/N
+    2          b P             a P/N          12 P/N
+    3          b P/N + live    a P/N          12 P/N
+
+The rest is DeepSpeed's: gathered layers that are kept for the backward pass, buckets, the float32 copy of the
+gradients that an update works on. Checked against a census of a real engine's tensors in tests/engine/.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FLOAT32 = 4
+MASTER, MOMENTS = FLOAT32, 2 * FLOAT32
+GRADIENTS_ON_HOST = FLOAT32
+# DeepSpeed's defaults, in elements (deepspeed/runtime/zero/config.py).
+REDUCE_BUCKET = 500_000_000
+PREFETCH_BUCKET = 50_000_000
+MAX_LIVE = 1_000_000_000
+MAX_REUSE_DISTANCE = 1_000_000_000
+SUB_GROUP = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What decides where a model's state lies; sizes of elements in bytes, buckets and distances in elements."""
+
+    stage: int
+    world_size: int
+    parameter: int
+    gradient: int
+    on_gpu: bool
+    accumulation: int = 1
+    checkpointing: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    reduce_bucket: int = REDUCE_BUCKET
+    prefetch_bucket: int = PREFETCH_BUCKET
+    max_live: int = MAX_LIVE
+    max_reuse_distance: int = MAX_REUSE_DISTANCE
+    sub_group: int = SUB_GROUP
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a layer's parameters are brought together before use and let go after."""
+        return self.stage == 3 and (self.world_size > 1 or self.offload_parameters)
+
+    def share(self, count: int) -> float:
+        """Elements of `count` on one rank when they are split over all."""
+        return count / self.world_size
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on the device and in the host's memory, for one rank."""
+
+    device: float
+    host: float = 0.0
+
+
+def sharding(
+    settings: dict[str, Any], world_size: int, dtype: torch.dtype, checkpointing: bool, on_gpu: bool
+) -> Sharding:
+    """Read the sizes off the dictionary that DeepSpeed is given; what it leaves out has DeepSpeed's defaults."""
+    zero = settings["zero_optimization"]
+    accumulated = settings.get("data_types", {}).get("grad_accum_dtype")
+    return Sharding(
+        stage=zero["stage"],
+        world_size=world_size,
+        parameter=dtype.itemsize,
+        gradient={None: dtype.itemsize, "fp32": 4, "fp16": 2, "bf16": 2}[accumulated],
+        on_gpu=on_gpu,
+        accumulation=settings["gradient_accumulation_steps"],
+        checkpointing=checkpointing,
+        offload_optimizer="offload_optimizer" in zero,
+        offload_parameters="offload_param" in zero,
+        reduce_bucket=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
+        prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET)),
+        max_live=int(zero.get("stage3_max_live_parameters", MAX_LIVE)),
+        max_reuse_distance=int(zero.get("stage3_max_reuse_distance", MAX_REUSE_DISTANCE)),
+        sub_group=int(zero.get("sub_group_size", SUB_GROUP)),
+    )
+
+
+def parameters(s: Sharding, blocks: Sequence[int]) -> Held:
+    """`blocks` are the numbers of parameters in the order of use: embedding, layers, head."""
+    count = sum(blocks)
+    if s.stage < 3:
+        return Held(s.parameter * count)
+    kept = s.parameter * s.share(count)
+    live = s.parameter * live_parameters(s, blocks) if s.gathers else 0.0
+    return Held(live, kept) if s.offload_parameters else Held(kept + live)
+
+
+def live_parameters(s: Sharding, blocks: Sequence[int]) -> int:
+    """Most parameters of ZeRO-3 that are whole on a rank at once.
+
+    Prefetching runs ahead of use until `max_live` are whole. Beyond that DeepSpeed keeps a block after its forward pass
+    if fewer than `max_reuse_distance` parameters are used before its turn comes back: those behind it, on the way to
+    the loss and back, once more if they are recomputed.
+    """
+    passes = 3 if s.checkpointing else 2
+    behind = [sum(blocks[index + 1 :]) for index in range(len(blocks))]
+    kept = sum(n for n, after in zip(blocks, behind, strict=True) if passes * after < s.max_reuse_distance)
+    return min(sum(blocks), max(kept, *blocks, s.max_live if s.prefetch_bucket else 0))
+
+
+def gradients(s: Sharding, count: int) -> Held:
+    """`count` trainable parameters: accumulated gradients and the buckets that reduce them."""
+    if s.stage == 0:
+        return Held(s.parameter * count)
+    bucket = s.parameter * (s.reduce_bucket if s.on_gpu else min(s.reduce_bucket, count))
+    if s.stage == 1:
+        return Held(s.parameter * count + bucket)
+    # Stage 3 keeps its bucket, and copies it together for each reduce-scatter; stage 2 allocates one a backward pass.
+    buckets = bucket + (s.parameter * min(s.reduce_bucket, count) if s.stage == 3 else 0)
+    kept = s.gradient * s.share(count)
+    return Held(buckets, kept) if s.offload_optimizer else Held(kept + buckets)
+
+
+def optimizer(s: Sharding, count: int) -> Held:
+    """AdamW's state for `count` trainable parameters: master copy and two moments, all float32."""
+    if s.stage == 0:
+        return Held((MOMENTS + (MASTER if s.parameter < FLOAT32 else 0)) * count)
+    state = (MASTER + MOMENTS) * s.share(count)
+    if not s.offload_optimizer:
+        return Held(state)
+    staging = s.parameter if s.stage < 3 else 0
+    return Held(0.0, state + (GRADIENTS_ON_HOST + staging) * s.share(count))
+
+
+def update_workspace(s: Sharding, count: int) -> Held:
+    """What the optimizer's step allocates on top: the gradients as one float32 vector, and AdamW's temporaries.
+
+    On a GPU AdamW is fused and has none; on a CPU it takes two vectors. ZeRO-3 updates one sub-group at a time. With
+    the optimizer in host memory DeepSpeed's CPUAdam works in place.
+    """
+    if s.offload_optimizer or (s.stage == 0 and s.parameter == FLOAT32):
+        return Held(0.0)
+    elements = s.share(count) if s.stage else float(count)
+    if s.stage == 3:
+        elements = min(elements, s.sub_group)
+    if s.on_gpu:
+        return Held((FLOAT32 + (s.gradient if s.parameter < FLOAT32 else 0)) * elements)
+    return Held((FLOAT32 + 2 * FLOAT32) * elements)
+
+
+def ode(num_pairs: int, num_hidden: int, num_steps: int) -> Held:
+    """The vector field on the CPU of every rank: weights, gradients and moments in float32, and the graph of a solve.
+
+    Each of the 4 evaluations of a Runge-Kutta step keeps its input [P] and the hidden layer before and after [H].
+    """
+    weights = (FLOAT32 + GRADIENTS_ON_HOST + MOMENTS) * 2 * num_pairs * num_hidden
+    return Held(0.0, weights + 4 * num_steps * FLOAT32 * (2 * num_pairs + 2 * num_hidden))

@@ -1,0 +1,109 @@
+"""A model's shape without its weights: parameters counted and memory measured on the meta device, for any size."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from clex_train.engine.footprint import Footprint, attention_by_sizes, measure
+from clex_train.rope.patch import install_rotary
+from clex_train.scaling.spectrum import Spectrum
+
+FUSED = "sizes_of_a_fused_kernel"
+AttentionInterface.register(FUSED, attention_by_sizes)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters; `blocks` in the order of use: embedding, each layer, what comes after."""
+
+    total: int
+    trainable: int
+    blocks: tuple[int, ...]
+    base_inv_freq: Tensor
+    """The model's own inverse frequencies, float64 [P]."""
+
+
+def count(arch: PretrainedConfig) -> Counts:
+    """Count parameters, each once however many places share it. `ValueError` for a model without RoPE."""
+    model = _on_meta(arch, torch.float32, "eager")
+    embedding: Any = model.get_input_embeddings()
+    layers = [_numel(layer) for layer in _layers(model)]
+    total, before = _numel(model), _numel(embedding)
+    return Counts(
+        total=total,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        blocks=(before, *layers, total - before - sum(layers)),
+        base_inv_freq=install_rotary(model, 1).base_inv_freq,
+    )
+
+
+def footprint(
+    arch: PretrainedConfig,
+    *,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype,
+    attention: str,
+    checkpointing: bool,
+    learns_frequencies: bool,
+) -> Footprint:
+    """Activations of a micro-batch of `rows` rows of `tokens` tokens. `attention` is a back end of transformers.
+
+    Layers that are all alike are measured on 2 and 3 of them and extended: bytes grow by the same for each layer.
+    """
+    implementation = "eager" if attention == "eager" else FUSED
+
+    def measured(shape: PretrainedConfig) -> Footprint:
+        model = _on_meta(shape, dtype, implementation).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return _measure(model, rows, tokens, learns_frequencies)
+
+    num_layers = arch.get_text_config().num_hidden_layers
+    if num_layers <= 3 or not _layers_are_alike(arch):
+        return measured(arch)
+    two, three = measured(_shortened(arch, 2)), measured(_shortened(arch, 3))
+    return two.extended(three, num_layers - 2)
+
+
+def _measure(model: PreTrainedModel, rows: int, tokens: int, learns_frequencies: bool) -> Footprint:
+    handle = install_rotary(model, tokens)
+    input_ids = torch.zeros(rows, tokens, dtype=torch.int64, device="meta")
+    if not learns_frequencies:
+        return measure(model, input_ids)
+    leaf = torch.empty_like(handle.base_inv_freq, device="meta").requires_grad_()
+    positions = torch.empty(rows, tokens, dtype=torch.float64, device="meta")
+    with handle.training(Spectrum(leaf), positions):
+        return measure(model, input_ids)
+
+
+def _on_meta(arch: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(arch), dtype=dtype, attn_implementation=attention)
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers: the list of modules with the most parameters."""
+    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=_numel)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _layers_are_alike(arch: PretrainedConfig) -> bool:
+    return len(set(getattr(arch.get_text_config(), "layer_types", None) or [None])) == 1
+
+
+def _shortened(arch: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    """The same architecture with fewer layers."""
+    short = copy.deepcopy(arch)
+    text = short.get_text_config()
+    text.num_hidden_layers = num_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:num_layers]
+    return short
