@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from clex_train.scaling.spectrum import Spectrum, cos_sin
@@ -50,7 +50,7 @@ class ScaledRotary(nn.Module):
         self._moved: dict[LayerType, tuple[Spectrum, Tensor]] = {}
 
     def forward(
-        self, x: Float[Tensor, "B ..."], position_ids: Int[Tensor, "#B S"], layer_type: str | None = None
+        self, x: Float[Tensor, "B ..."], position_ids: Num[Tensor, "#B S"], layer_type: str | None = None
     ) -> tuple[Float[Tensor, "#B S W"], Float[Tensor, "#B S W"]]:
         """cos and sin, in the dtype of `x` or in float32 while gradients are wanted (each layer then casts its own).
 

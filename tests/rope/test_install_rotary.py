@@ -70,7 +70,7 @@ def test_a_static_scaling_of_the_model_is_where_the_table_starts(scaling: dict[s
     model, ids = tiny_model("llama", rope_parameters={"rope_theta": 1e4, **scaling}), tokens(2, CONTEXT)
     before = model(ids).logits
     handle = install_rotary(model, CONTEXT)
-    handle.use(ntk_table(handle.base_inv_freq, scale_grid(4)))
+    handle.use(ntk_table(handle.base_inv_freq, scale_grid(4.0)))
     assert torch.allclose(model(ids).logits, before, atol=1e-5, rtol=0)
 
 
@@ -131,7 +131,7 @@ def test_a_deep_copy_of_the_model_is_governed_by_a_handle_of_its_own() -> None:
     handle = install_rotary(model, CONTEXT)
     clone = copy.deepcopy(model)
     plain = clone(ids).logits
-    handle.use(ntk_table(handle.base_inv_freq, scale_grid(4)))
+    handle.use(ntk_table(handle.base_inv_freq, scale_grid(4.0)))
     assert not torch.allclose(model(ids).logits, plain)
     assert torch.equal(clone(ids).logits, plain)
 
@@ -139,7 +139,7 @@ def test_a_deep_copy_of_the_model_is_governed_by_a_handle_of_its_own() -> None:
 def test_a_sequence_beyond_t_max_names_n_t_max_and_l() -> None:
     model = tiny_model("llama")
     handle = install_rotary(model, CONTEXT)
-    handle.use(ntk_table(handle.base_inv_freq, scale_grid(3)))
+    handle.use(ntk_table(handle.base_inv_freq, scale_grid(3.0)))
     model(tokens(1, 3 * CONTEXT))
     with pytest.raises(ValueError, match=r"num_tokens=49: beyond t_max \* L = 3 \* 16"):
         model(tokens(1, 3 * CONTEXT + 1))
@@ -149,7 +149,7 @@ def test_a_sequence_beyond_t_max_names_n_t_max_and_l() -> None:
 def test_clamping_stays_at_t_max_and_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     model, ids = tiny_model("llama"), tokens(1, 60)
     handle = install_rotary(model, CONTEXT)
-    handle.use(ntk_table(handle.base_inv_freq, scale_grid(3)), clamp=True)
+    handle.use(ntk_table(handle.base_inv_freq, scale_grid(3.0)), clamp=True)
     with caplog.at_level(logging.WARNING):
         clamped = model(ids).logits
         model(ids)
@@ -178,7 +178,7 @@ def test_pinning_needs_a_table_and_a_member_of_its_grid() -> None:
     handle = install_rotary(tiny_model("llama"), CONTEXT)
     with pytest.raises(ValueError, match=r"t=2: no frequency table"), handle.pinned(2.0):
         pass
-    handle.use(ntk_table(handle.base_inv_freq, scale_grid(3)))
+    handle.use(ntk_table(handle.base_inv_freq, scale_grid(3.0)))
     with pytest.raises(ValueError, match=r"t=2\.5: not on the table's grid"), handle.pinned(2.5):
         pass
 
@@ -222,7 +222,7 @@ def test_a_training_row_is_not_continued_from_a_cache() -> None:
 def test_contexts_nest_and_restore_even_after_an_error() -> None:
     model, ids = tiny_model("llama"), tokens(1, CONTEXT)
     handle = install_rotary(model, CONTEXT)
-    table = ntk_table(handle.base_inv_freq, scale_grid(4))
+    table = ntk_table(handle.base_inv_freq, scale_grid(4.0))
     handle.use(table)
     at_one = model(ids).logits
     with handle.pinned(4.0):
@@ -237,7 +237,7 @@ def test_contexts_nest_and_restore_even_after_an_error() -> None:
 def test_plain_positions_in_training_are_the_positions_of_evaluation() -> None:
     model, ids = tiny_model("llama"), tokens(2, 2 * CONTEXT)
     handle = install_rotary(model, CONTEXT)
-    table = ntk_table(handle.base_inv_freq, scale_grid(4))
+    table = ntk_table(handle.base_inv_freq, scale_grid(4.0))
     handle.use(table)
     expected = model(ids).logits
     for positions in (None, torch.arange(2 * CONTEXT).expand(2, -1)):

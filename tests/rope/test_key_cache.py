@@ -13,7 +13,7 @@ from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.baselines import none_table, ntk_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
 
-T_MAX = 5
+T_MAX = 5.0
 PIECES = [10, 6, 1, 1, 15, 1, 14, 1]  # t moves with the third, the fifth and the last
 
 
@@ -187,7 +187,7 @@ def test_another_table_turns_the_keys_that_are_there() -> None:
 def test_sixteen_crossings_leave_float32_keys_within_rounding() -> None:
     model = tiny_model("llama")
     handle = install_rotary(model, 4)
-    table = ntk_table(handle.base_inv_freq, scale_grid(20))
+    table = ntk_table(handle.base_inv_freq, scale_grid(20.0))
     handle.use(table)
     ids, pieces = tokens(1, 72), [4] * 18
     found = feed(model, ids, pieces)

@@ -17,7 +17,7 @@ from clex_train.scaling.table import scale_grid
 def test_each_decoding_step_has_the_factor_of_its_own_length() -> None:
     model, ids = tiny_model("llama", num_layers=1), tokens(1, 40)
     handle = install_rotary(model, CONTEXT)
-    handle.use(ntk_table(handle.base_inv_freq, scale_grid(4)))
+    handle.use(ntk_table(handle.base_inv_freq, scale_grid(4.0)))
     scaling = install_log_scaling(model, "always", CONTEXT, handle.on_length)
     output = model(ids[:, :20], use_cache=True)
     for n in range(21, 41):
@@ -39,7 +39,7 @@ def test_a_training_row_counts_its_tokens_and_not_its_span() -> None:
 def test_a_fixed_length_fixes_the_factor_too() -> None:
     model, ids = tiny_model("llama"), tokens(1, 40)
     handle = install_rotary(model, CONTEXT)
-    handle.use(ntk_table(handle.base_inv_freq, scale_grid(4)))
+    handle.use(ntk_table(handle.base_inv_freq, scale_grid(4.0)))
     install_log_scaling(model, "eval", CONTEXT, handle.on_length)
     whole = model(ids).logits
     with handle.fixed(40):

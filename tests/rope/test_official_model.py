@@ -33,7 +33,7 @@ def test_the_logits_are_those_of_the_original_code(directory: Path, goldens: Pat
     assert checkpoint.log_scale == ("official" if log_scale else "off")
     model, expected = checkpoint.model, load_file(goldens / "clex_eval_tanh.safetensors")
     handle = install_rotary(model, checkpoint.context_len)
-    handle.use(checkpoint.clex.table(scale_grid(16)))
+    handle.use(checkpoint.clex.table(scale_grid(16.0)))
     install_log_scaling(model, checkpoint.log_scale, checkpoint.context_len, handle.on_length)
     for length, tolerance in (LOG_SCALED_TOLERANCE if log_scale else TOLERANCE).items():
         logits = model(expected["input_ids"][None, :length], use_cache=False).logits[0]
@@ -47,7 +47,7 @@ def test_the_logits_are_those_of_the_original_code(directory: Path, goldens: Pat
 def test_the_logits_are_the_same_through_the_cache_in_chunks_below_one_crossing(directory: Path, goldens: Path) -> None:
     checkpoint = load_official_model(directory)
     handle = install_rotary(checkpoint.model, checkpoint.context_len)
-    handle.use(checkpoint.clex.table(scale_grid(16)))
+    handle.use(checkpoint.clex.table(scale_grid(16.0)))
     ids = load_file(goldens / "clex_eval_tanh.safetensors")["input_ids"][None, :200]
     whole = checkpoint.model(ids).logits
     with handle.fixed(200):
