@@ -309,6 +309,8 @@ class EvaluationConfig:
             self.lengths,
             "each must be a multiple of the shortest and divide the longest, so that all score the same tokens",
         )
+        require(len(self.methods) > 0, "evaluation.methods", self.methods, "one or more methods")
+        require(len(self.protocols) > 0, "evaluation.protocols", self.protocols, "one or more protocols")
         require(self.num_windows >= 1, "evaluation.num_windows", self.num_windows, "at least 1 window")
         require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")
 

@@ -7,15 +7,17 @@
 Writes `evaluation/<label>.json` in the run folder (or `output`) and prints the table. `--help` lists every key.
 """
 
+from __future__ import annotations
+
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from clex_train import config as configuration
-from clex_train import distributed, log, modeling
+from clex_train import distributed, log, model_directory, modeling
 from clex_train.cli import console
 from clex_train.config import (
     Config,
@@ -97,16 +99,16 @@ def main() -> None:
 
 
 def parse(arguments: list[str]) -> EvaluateConfig:
-    """`key=value` arguments as a checked config; `ValueError` names the key."""
+    """`key=value` arguments as a checked config; `ValueError` or an error of OmegaConf names the key."""
+    merged = OmegaConf.structured(EvaluateConfig)
     for argument in arguments:
         if "=" not in argument:
             raise ValueError(f"{argument}: arguments have the form key=value; --help lists the keys")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(EvaluateConfig), OmegaConf.from_dotlist(arguments))
-        asked = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{error.full_key or ' '.join(arguments)}: {reason}; --help lists the keys") from error
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([argument]))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{argument}: the value is not valid YAML; check its brackets and quotes") from error
+    asked = OmegaConf.to_object(merged)
     assert isinstance(asked, EvaluateConfig)
     _check(asked)
     return asked
@@ -130,13 +132,15 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     check_tokenizer(store, modeling.load_tokenizer(str(path), model))
     label = asked.label or Path(str(asked.run or path)).resolve().name
     folder = Path(asked.run) if asked.run else Path("runs") / label
+    spec = replace(config.evaluation, **given)
+    _check_reach(model, spec, context_len)
     return Plan(
         model=model,
         context_len=context_len,
         label=label,
         output=Path(asked.output) if asked.output else folder / "evaluation" / f"{label}.json",
         store=store,
-        spec=replace(config.evaluation, **given),
+        spec=spec,
     )
 
 
@@ -191,6 +195,14 @@ def _run_config(run: Path) -> Config:
     config = OmegaConf.to_object(loaded)
     assert isinstance(config, Config)
     return config
+
+
+def _check_reach(model: ModelConfig, spec: EvaluationConfig, context_len: int) -> None:
+    """Refuse a length that the model's own table does not serve, while nothing but that table has been read."""
+    directory = Path(str(model.path))
+    if Method.trained in spec.methods and model_directory.has_clex(directory):
+        _, table, _ = model_directory.read_clex(directory)
+        table.least_upper_bound(max(spec.lengths), context_len)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def describe(label: str, weights: dict[str, Any], store: TokenStore, dtype: torc
     """The origin of an evaluation by this process; `weights` says which (path, hash, step)."""
     return Origin(
         label=label,
-        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        command=[Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]],
         model=weights,
         data={"path": str(store.path), "fingerprint": store.fingerprint},
         environment={

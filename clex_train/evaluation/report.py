@@ -23,6 +23,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C
 MARKERS = "osD^vPX*"
 GREY = "#555555"
 CONSOLE_WIDTH = 100
+LENGTH_ROW = "length in tokens"
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def markdown(table: Table) -> str:
 
 def console(table: Table) -> str:
     """A plain table of at most 100 columns; more lengths than fit go into a second block below."""
-    label_width = min(40, max(len(curve.label) for curve in table.curves))
+    label_width = min(40, max(len(name) for name in (LENGTH_ROW, *(curve.label for curve in table.curves))))
     widths = {n: 2 + max(len(str(n)), *(len(_cell(curve, n)) for curve in table.curves)) for n in table.lengths}
     blocks: list[list[int]] = [[]]
     for n in table.lengths:
@@ -182,7 +183,7 @@ def _block(table: Table, lengths: list[int], widths: dict[int, int], label_width
 
     head = line("", [_multiple(n, table.context_len) for n in lengths])
     rows = [line(curve.label, [_cell(curve, n) for n in lengths]) for curve in table.curves]
-    return "\n".join([head, line("length in tokens"[:label_width], [str(n) for n in lengths]), "-" * len(head), *rows])
+    return "\n".join([head, line(LENGTH_ROW, [str(n) for n in lengths]), "-" * len(head), *rows])
 
 
 def _multiple(length: int, context_len: int) -> str:

@@ -15,7 +15,7 @@ from itertools import count, islice
 
 import numpy as np
 
-from clex_train import log
+from clex_train import distributed, log
 from clex_train.config import Protocol
 from clex_train.data.store import TokenStore
 from clex_train.seeding import generator
@@ -91,7 +91,7 @@ def select(store: TokenStore, longest: int, num_windows: int, stride: int, seed:
             "evaluate shorter lengths or name another store"
         )
     chosen = sorted(islice(_candidates(capacity, seed), num_windows))
-    if len(chosen) < num_windows:
+    if len(chosen) < num_windows and distributed.is_main():
         logger.warning(
             "evaluation.num_windows=%d: the validation split holds %d windows of %d tokens, all are used",
             num_windows,

@@ -1,6 +1,7 @@
 """The evaluate program as a user runs it, in this process."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from clex_train.cli import console
 from clex_train.cli import evaluate as program
+from clex_train.config import Config, ScalingConfig
 from clex_train.data.writer import write_store
+from clex_train.model_directory import write_clex
+from clex_train.run_folder import as_yaml
+from clex_train.scaling.clex import Clex
+from clex_train.scaling.table import scale_grid
 
 
 def save_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -78,6 +84,38 @@ def test_the_numbers_do_not_depend_on_how_the_windows_were_fed(places, tmp_path,
     assert set(found[0]) == {"perplexity/trained/one_shot/16", "perplexity/trained/one_shot/64"}
 
 
+def test_a_clex_run_is_evaluated_with_its_own_table_lengths_and_data(places, tmp_path, monkeypatch, capsys) -> None:
+    run = tmp_path / "my_run"
+    shutil.copytree(places["model"], run / "final")
+    inv_freq = 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    clex = Clex(inv_freq, t_max=4.0, seed=0)
+    torch.nn.init.normal_(clex.down, std=0.5, generator=torch.Generator().manual_seed(1))
+    write_clex(run / "final", clex, clex.table(scale_grid(4)), CONTEXT_LEN, ScalingConfig(t_max=4.0))
+    config = Config(output_dir=str(run))
+    config.data.path, config.evaluation.lengths = places["store"], [16, 32, 64]
+    (run / "config.yaml").write_text(as_yaml(config))
+
+    assert call(monkeypatch, f"run={run}", "methods=[trained,ntk]", "precision=fp32") == 0
+    assert "my_run.json" in capsys.readouterr().out
+    content = json.loads((run / "evaluation" / "my_run.json").read_text())
+    assert [(s["frequencies"], s["length"], s["t"]) for s in content["scores"][:3]] == [
+        ("clex", 16, 1.0),
+        ("clex", 32, 2.0),
+        ("clex", 64, 4.0),
+    ]
+    metrics = content["metrics"]
+    assert metrics["perplexity/trained/one_shot/16"] == pytest.approx(metrics["perplexity/ntk/one_shot/16"], rel=1e-6)
+    assert metrics["perplexity/trained/one_shot/64"] != pytest.approx(metrics["perplexity/ntk/one_shot/64"], rel=1e-3)
+    assert call(monkeypatch, f"run={run}", "lengths=[16,128]") == console.USER_ERROR
+    assert "num_tokens=128: beyond t_max * L = 4 * 16" in capsys.readouterr().err
+
+
+def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "config.yaml").write_text(as_yaml(Config()))
+    assert call(monkeypatch, f"run={tmp_path}") == console.USER_ERROR
+    assert "not finished (no final/); start the same training command again" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -94,6 +132,8 @@ def test_the_numbers_do_not_depend_on_how_the_windows_were_fed(places, tmp_path,
         (["run={root}/nowhere"], "run={root}/nowhere: no such folder"),
         (["run={model}"], "not a run folder (no config.yaml)"),
         (["model={model}", "data={root}/nowhere"], "data.path={root}/nowhere: no such directory"),
+        (["model={model}", "data={store}", "methods=[]"], "evaluation.methods=[]: one or more methods"),
+        (["model={model}", "data=[open"], "data=[open: the value is not valid YAML"),
         (["verbose"], "arguments have the form key=value"),
     ],
 )
