@@ -128,7 +128,7 @@ class Clex(nn.Module):
         for name, weight in self.named_parameters():
             if not bool(torch.isfinite(weight).all()):
                 index = (~torch.isfinite(weight)).nonzero()[0].tolist()
-                value = float(weight[tuple(index)])
+                value = float(weight.detach()[tuple(index)])
                 raise UnstableField(
                     f"CLEX weight {name}{index}={value}: not finite; lower scaling.lr_scale", 1.0, value
                 )
@@ -165,7 +165,7 @@ def _require_usable(good: Tensor, learned: Tensor, t: Tensor) -> None:
     if bool(good.all()):
         return
     row, column = (~good).nonzero()[0].tolist()
-    at, value = float(t[row]), float(learned[row, column])
+    at, value = float(t[row]), float(learned.detach()[row, column])
     message = f"the CLEX field breaks down at t={at:.3g}: it moves log theta[{column}] by {value:.3g}"
     raise UnstableField(f"{message}; lower scaling.lr_scale or scaling.t_max", at, value)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int
 from torch import Tensor
 
 TURN = 2 * math.pi
@@ -31,7 +31,7 @@ class Spectrum:
 
 
 def cos_sin(
-    positions: Int64[Tensor, "*batch S"] | Float[Tensor, "*batch S"], inv_freq: Float[Tensor, " P"]
+    positions: Int[Tensor, "*batch S"] | Float[Tensor, "*batch S"], inv_freq: Float[Tensor, " P"]
 ) -> tuple[Float[Tensor, "*batch S P"], Float[Tensor, "*batch S P"]]:
     """cos and sin of `positions * inv_freq`, float32, within 5e-7 of exact up to position 2^30.
 

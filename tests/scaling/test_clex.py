@@ -151,8 +151,8 @@ def finite_differences(loss: Callable[[], torch.Tensor], weight: torch.Tensor, s
 
 @pytest.mark.parametrize("act", ["silu", "tanh"])
 def test_gradients_equal_float64_finite_differences(act: str) -> None:
-    clex = trained(Clex(rope(6), 16.0, act=act), scale=0.1).double()
-    weight = torch.linspace(-1, 2, 6, dtype=torch.float64)
+    clex = trained(Clex(rope(4), 16.0, act=act, tolerance=1e-3), scale=0.1).double()
+    weight = torch.linspace(-1, 2, 4, dtype=torch.float64)
     (clex.inv_freq(9.4).log() * weight).sum().backward()
     with torch.no_grad():
         for parameter in (clex.up, clex.down):
@@ -277,13 +277,17 @@ def test_a_field_that_drives_frequencies_out_of_range_says_at_which_t() -> None:
 def test_ten_times_the_learning_rate_is_stopped_by_the_guard_before_it_is_not_finite() -> None:
     clex = Clex(rope(16), 16.0)
     optimizer = torch.optim.AdamW(clex.parameters(), lr=5e-3)
-    with pytest.raises(UnstableField):
+
+    def train() -> None:
         for step in range(500):
             optimizer.zero_grad()
             (-clex.inv_freq(1 + step % 16).log().sum()).backward()
             optimizer.step()
             clex.refine()
             clex.check_residual(4.0)
+
+    with pytest.raises(UnstableField):
+        train()
     assert all(torch.isfinite(p).all() for p in clex.parameters())
 
 

@@ -45,14 +45,14 @@ def test_an_official_checkpoint_gives_its_own_table(
     assert clex.t_max == 16
 
 
-def test_what_is_written_back_is_what_was_read_to_the_bit(
+def test_weights_are_written_back_to_the_bit_and_frequencies_to_the_last_digit(
     tensors: dict[str, torch.Tensor], rope_scaling: dict[str, object]
 ) -> None:
     clex = clex_from_official(tensors, rope_scaling, rope(16))
     written = official_tensors(clex)
     assert set(written) == {f"model.{name}" for name in (UP, DOWN, INV_FREQ)}
     for name, tensor in written.items():
-        torch.testing.assert_close(tensor, tensors[name], rtol=1e-7 if name.endswith("inv_freq") else 0, atol=0)
+        torch.testing.assert_close(tensor, tensors[name], rtol=1.2e-7 if name.endswith("inv_freq") else 0, atol=0)
     assert official_rope_scaling(clex) == rope_scaling
 
 

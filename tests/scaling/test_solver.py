@@ -1,4 +1,4 @@
-"""The integrator on problems with exact solutions: order, wanted points, steps from a tolerance, diagnosis of stiffness."""
+"""The integrator on problems with exact solutions: order, wanted points, steps from a tolerance, stiffness."""
 
 import itertools
 import math
