@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clex_train import log
 from clex_train.cli import console
+from clex_train.cli.help import options
 from clex_train.config import describe
 from data_prep.config import CorpusVerb, InspectVerb, TokenizeVerb, TrainTokenizerVerb
 
@@ -42,6 +44,7 @@ VERBS: dict[str, tuple[type, str]] = {
 
 def main() -> int:
     """Run the verb that the first argument names; returns the exit code."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     log.setup()
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("--help", "-h"):
@@ -53,20 +56,33 @@ def main() -> int:
     schema, module = VERBS[verb]
     ConfigStore.instance().store(name="data_prep_schema", node=schema)
     del sys.argv[1]
-    run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="data_prep")(partial(_run, module))
-    return console.run(run, partial(_help, verb, schema))
+    return console.run(partial(_run, module), partial(_help, verb, schema))
 
 
-def _run(module: str, composed: DictConfig) -> None:
-    config: Any = OmegaConf.to_object(composed)
-    importlib.import_module(module).run(config)
+def _run(module: str) -> None:
+    """Compose the configuration and do the verb; errors are kept from Hydra, which would print a line of its own."""
+    errors: list[Exception] = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="data_prep")
+    def task(composed: DictConfig) -> None:
+        try:
+            config: Any = OmegaConf.to_object(composed)
+            importlib.import_module(module).run(config)
+        except Exception as error:
+            errors.append(error)
+
+    task()
+    if errors:
+        raise errors[0]
 
 
 def _help(verb: str, schema: type) -> str:
-    """The keys of a verb, their types, defaults and meanings."""
-    lines = [f"python -m data_prep {verb} [+corpus=NAME] [key=value ...]", ""]
+    """The keys of a verb, their types, defaults and meanings, and the corpora."""
+    lines = [f"python -m data_prep {verb} [+corpus=NAME] [key=value ...]", "", "Corpora", ""]
+    lines += [f"  {name:<16} {comment}" for name, comment in options("corpus")]
+    lines += ["", "Keys: name=default (type) and meaning", ""]
     for key, kind, default, meaning in describe(schema):
-        lines.append(f"  {key} ({kind}; {default})\n      {meaning}")
+        lines.append(f"  {key}={default}  ({kind})\n      {meaning}")
     return "\n".join(lines)
 
 

@@ -74,9 +74,10 @@ def _read_lines(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
 
 def _parse_json(line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(decode(line))
+        record = json.loads(decode(line.rstrip()))
     except json.JSONDecodeError as error:
-        raise ValueError(f"malformed JSON ({error.msg} at column {error.colno})") from error
+        reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise ValueError(f"malformed JSON ({reason})") from error
     except RecursionError as error:
         raise ValueError("malformed JSON (nested too deeply)") from error
     if not isinstance(record, dict):

@@ -77,7 +77,7 @@ def tokenize_unit(unit: Unit, job: Job, advance: Advance) -> None:
             advance(0, sum(document.text_bytes for _, document in batch), sum(map(len, encoded)))
         shards = {split: writer.close() for split, writer in writers.items() if writer.num_documents}
     sources = [
-        Source(p.path, p.start, p.stop, _sha256(p), dict(sorted(c.items())))
+        Source(p.path, p.start, p.stop, _sha256(p), dict(sorted(c.items())), is_part=p.format == "hub")
         for p, c in zip(unit.pieces, counts, strict=True)
     ]
     content = json.dumps(dataclasses.asdict(Result(shards, sources)))
@@ -144,9 +144,17 @@ def _follow(pending: set[Future[None]], queue: Queue[tuple[int, int, int]], prog
     while pending:
         done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
         for future in done:
-            future.result()
+            _raise_as_ours(future)
         for _ in range(queue.qsize()):
             progress.advance(*queue.get())
+
+
+def _raise_as_ours(future: Future[None]) -> None:
+    """Raise a worker's error, if it ended with one, from here and not from the library that carried it over."""
+    try:
+        future.result()
+    except ValueError as error:
+        raise ValueError(str(error)) from error
 
 
 @dataclass(frozen=True)

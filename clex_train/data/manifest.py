@@ -45,13 +45,14 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class Source:
-    """Bytes [start, stop) of a file, or shard `start` of `stop` of a hub data set, with what was read from it."""
+    """Bytes [start, stop) of a file, or part `start` of `stop` of a streamed data set, and what was read from it."""
 
     path: str
     start: int
     stop: int
     sha256: str | None
     counts: dict[str, int] = field(default_factory=dict)
+    is_part: bool = False
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,10 @@ class TokenStore:
         shard = int(np.searchsorted(self._document_starts, doc_id, side="right")) - 1
         record = self._documents_of(shard)[doc_id - int(self._document_starts[shard])]
         source = self.manifest.sources[int(record["source"])]
-        after = f" (from byte {source.start})" if source.start else ""
-        return f"{source.path}{after}: record {int(record['record'])}"
+        place = f" (from byte {source.start})" if source.start else ""
+        if source.is_part:
+            place = f" (part {source.start} of {source.stop})"
+        return f"{source.path}{place}: record {int(record['record'])}"
 
     def text_hashes(self) -> np.ndarray:
         """uint64 [D]: a hash of each document's text; equal for equal documents, in any store."""

@@ -1,0 +1,82 @@
+"""A tokenizer is accepted exactly if it has the vocabulary that the store was written with."""
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models
+
+from clex_train.data.manifest import TOKENIZER
+from clex_train.data.store import TokenStore
+from clex_train.data.vocabulary import check_tokenizer, vocabulary, vocabulary_sha256
+from clex_train.data.writer import write_store
+
+
+def word_level(tokens: list[str], added: tuple[str, ...] = ()) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0]))
+    tokenizer.add_special_tokens(list(added))
+    return tokenizer
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TokenStore:
+    write_store(tmp_path / "store", {"train": [[1, 2]]}, vocab_size=4)
+    (tmp_path / "store" / TOKENIZER).mkdir()
+    word_level(["0", "1", "2", "3"]).save(str(tmp_path / "store" / TOKENIZER / "tokenizer.json"))
+    return TokenStore(tmp_path / "store")
+
+
+def test_the_same_vocabulary_is_accepted_as_object_and_as_directory(store: TokenStore, tmp_path: Path) -> None:
+    same = word_level(["0", "1", "2", "3"])
+    check_tokenizer(store, same)
+    check_tokenizer(store, store.tokenizer_path)
+    same.save(str(tmp_path / "tokenizer.json"))
+    check_tokenizer(store, str(tmp_path))
+
+
+def test_padding_and_truncation_do_not_make_another_tokenizer(store: TokenStore) -> None:
+    same = word_level(["0", "1", "2", "3"])
+    same.enable_truncation(128)
+    same.enable_padding(length=16)
+    check_tokenizer(store, same)
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (word_level(["0", "2", "1", "3"]), "id 1 is '1' in the store and '2' there"),
+        (word_level(["0", "1", "2"]), "4 and 3 tokens; id 3 is '3' in the store and None there"),
+        (word_level(["0", "1", "2", "3"], added=("<pad>",)), "4 and 5 tokens; id 4 is None in the store and '<pad>'"),
+    ],
+)
+def test_another_vocabulary_is_refused_naming_the_first_difference(
+    store: TokenStore, other: Tokenizer, difference: str
+) -> None:
+    with pytest.raises(ValueError, match=difference) as caught:
+        check_tokenizer(store, other)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_changed_tokenizer_copy_inside_the_store_is_noticed(store: TokenStore) -> None:
+    word_level(["0", "1", "2", "9"]).save(str(store.tokenizer_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="own tokenizer directory was changed"):
+        check_tokenizer(store, store.tokenizer_path)
+
+
+def test_object_and_file_have_one_vocabulary(tmp_path: Path) -> None:
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], 0))
+    for tokenizer in (word_level(["x", "y"], added=("<s>", "</s>")), unigram):
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        assert vocabulary(tmp_path) == vocabulary(tokenizer)
+
+
+def test_the_hash_does_not_depend_on_the_order_of_a_dict() -> None:
+    assert vocabulary_sha256({"a": 0, "b": 1}) == vocabulary_sha256({"b": 1, "a": 0})
+    assert vocabulary_sha256({"a": 0, "b": 1}) != vocabulary_sha256({"a": 1, "b": 0})
+
+
+def test_a_directory_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no tokenizer\.json there"):
+        vocabulary(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a tokenizer file"):
+        vocabulary(tmp_path)

@@ -1,0 +1,18 @@
+"""A small byte-level tokenizer for all tests of the data programs."""
+
+from pathlib import Path
+
+import pytest
+from small_corpora import TEXTS
+
+from data_prep import train_tokenizer
+from data_prep.config import CorpusConfig, TrainTokenizerVerb
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 400 tokens with `<pad> <s> </s>` at 0, 1, 2."""
+    config = TrainTokenizerVerb(corpus=CorpusConfig(), vocab_size=400, model_max_length=512)
+    path = tmp_path_factory.mktemp("tokenizer") / "bpe"
+    train_tokenizer.train(iter(TEXTS * 3), config).save_pretrained(path)
+    return path

@@ -1,0 +1,116 @@
+"""`python -m data_prep` as a user types it: its verbs, its defaults, its one-line errors and exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from small_corpora import TEXTS, write_jsonl
+
+from clex_train.config import describe
+from clex_train.data.store import TokenStore
+from data_prep import __main__ as program
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run the program inside this process, in an empty folder; gives (exit code, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["data_prep", *arguments])
+        code = program.main()
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_a_corpus_goes_all_the_way_with_the_default_paths(run, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "books" / "a.jsonl.zst", [{"text": f"{i} {text}"} for i in range(9) for text in TEXTS])
+    for verb in (["train_tokenizer", "vocab_size=300"], ["tokenize"], ["corpus"]):
+        code, _, errors = run(verb[0], "+corpus=local_books", *verb[1:])
+        assert code == 0, errors
+    assert sorted(p.name for p in (tmp_path / "corpora").iterdir()) == [
+        "local_books",
+        "local_books.jsonl.zst",
+        "local_books_tokenizer",
+    ]
+    assert TokenStore("corpora/local_books").num_documents > 0
+    code, report, _ = run("inspect", "path=corpora/local_books", "verify=true")
+    assert code == 0
+    assert "files verified" in report
+
+
+def test_nothing_but_the_output_is_written(run, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    run("corpus", "corpus.paths=[a.jsonl]", "output=b.jsonl")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "corpus").glob("*.yaml")))
+def test_every_corpus_file_composes_and_says_what_it_is(run, name: str) -> None:
+    code, composed, _ = run("tokenize", f"+corpus={name}", "--cfg", "job")
+    assert code == 0
+    assert f"name: {name}" in composed
+    assert (ROOT / "conf" / "corpus" / f"{name}.yaml").read_text().startswith("# ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tokenise"], "tokenise: no such verb; take one of corpus, train_tokenizer, tokenize, inspect"),
+        (["tokenize", "+corpus=stdlibb"], "corpus=stdlibb: no such option; did you mean stdlib?"),
+        (["tokenize", "+corpus=stdlib", "workerz=2"], "workerz: no such key; did you mean workers?"),
+        (["tokenize", "+corpus=stdlib", "corpus.txt_field=a"], "corpus.txt_field: no such key"),
+        (["tokenize", "+corpus=stdlib", "workers=many"], "workers=many: should be of type integer"),
+        (["tokenize", "+corpus=stdlib", "workers=0"], "workers=0: at least 1 process"),
+        (["tokenize", "+corpus=stdlib", "corpus.validation_share=2"], "corpus.validation_share=2.0: a share between"),
+        (["tokenize", "+corpus=stdlib", "shard_mb=0"], "shard_mb=0: at least 1 megabyte"),
+        (["tokenize"], "corpus.paths=[]: nothing to read; add +corpus=NAME"),
+        (["tokenize", "corpus.paths=[nowhere.jsonl]"], "corpus.paths=nowhere.jsonl: no such file"),
+        (["inspect"], "path=None: name the directory of a token store"),
+        (["inspect", "path=nowhere"], "nowhere: no such directory"),
+        (["inspect", "path=x", "workers=2"], "workers: no such key"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(run, arguments: list[str], message: str) -> None:
+    code, _, errors = run(*arguments)
+    assert code == 2
+    assert len(errors.splitlines()) == 1
+    assert message in errors
+
+
+@pytest.mark.parametrize("verb", sorted(program.VERBS))
+def test_help_names_every_key_of_the_verb_and_what_it_means(run, verb: str) -> None:
+    code, text, _ = run(verb, "--help")
+    assert code == 0
+    for key, _, _, meaning in describe(program.VERBS[verb][0]):
+        assert f"  {key}=" in text
+        assert meaning in text
+    if verb != "inspect":
+        assert "stdlib" in text
+
+
+def test_help_without_a_verb_names_the_verbs(run) -> None:
+    for arguments in ([], ["--help"]):
+        code, text, _ = run(*arguments)
+        assert code == 0
+        assert all(verb in text for verb in program.VERBS)
+
+
+def test_a_bad_line_found_by_a_worker_is_one_line_as_well(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """A real process with real workers: the error crosses two processes and keeps its place."""
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / f"{name}.jsonl.gz", [{"text": "x" * 1_200_000}, "{" if name == "b" else {"text": "y"}])
+    arguments = [f"corpus.paths=[{tmp_path}]", f"tokenizer={tokenizer_dir}", f"output={tmp_path}/store"]
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "z"}\n' * 100_000)
+    command = [sys.executable, "-m", "data_prep", "tokenize", *arguments, "workers=2", "shard_mb=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "error: " in done.stderr.splitlines()[-1]
+    assert "b.jsonl.gz: line 2: malformed JSON" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
