@@ -26,8 +26,8 @@ class Predict(typing.Protocol):
     def __call__(self, model: nn.Module, handle: RotaryHandle, tokens: Tensor, chunk_len: int) -> Tensor: ...
 
 
-TILE_ELEMENTS = 2**24
-"""Logits that are widened to float32 at a time: 64 MiB."""
+TILE_ELEMENTS = 2**22
+"""Logits that are widened to float32 at a time: 16 MiB."""
 
 
 def one_shot(model: nn.Module, handle: RotaryHandle, tokens: Tensor, chunk_len: int) -> Tensor:
@@ -98,4 +98,6 @@ def _feed(model: nn.Module, tokens: Tensor, start: int, stop: int, chunk_len: in
         cache = output.past_key_values
         targets = tokens[:, first + 1 : last + 1]
         nll[:, first + 1 : last + 1] = token_nll(output.logits[:, : targets.shape[1]], targets)
+        # Otherwise these logits would live through the next forward, beside its own.
+        del output
     return cache

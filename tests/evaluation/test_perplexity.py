@@ -1,15 +1,16 @@
 """The protocols against a naive float64 Llama, and what must not change their numbers."""
 
 import math
+import weakref
 
 import plain_llama
 import pytest
 import torch
-from clex_train.rope.patch import RotaryHandle, install_rotary
 from evaluation_models import build_tiny_llama
 from torch import Tensor
 
 from clex_train.evaluation.perplexity import chunked, evaluating, one_shot, token_nll
+from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.baselines import ntk_table, pi_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
 
@@ -84,12 +85,21 @@ def test_the_two_protocols_differ_beyond_the_training_length_only(model, handle)
 
 
 @torch.no_grad()
-def test_the_logits_of_a_forward_are_never_more_than_a_chunk(model, handle) -> None:
-    widths = []
-    watch = model.lm_head.register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
+def test_one_chunks_logits_exist_at_a_time(model, handle) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    widths: list[int] = []
+
+    def before(module, args) -> None:
+        assert all(logits() is None for logits in alive)
+
+    def after(module, args, out) -> None:
+        alive.append(weakref.ref(out))
+        widths.append(out.shape[1])
+
+    model.register_forward_pre_hook(before)
+    model.lm_head.register_forward_hook(after)
     for protocol in (one_shot, chunked):
         protocol(model, handle, tokens_of(64), 12)
-    watch.remove()
     assert max(widths) == 12
     assert sum(widths) == 2 * 64
 
