@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Shapes are types in the mathematics; they are checked here and cost nothing in a run.
+install_import_hook(["clex_train.scaling", "clex_train.rope", "clex_train.attention"], "typechecking.check")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from clex_train.scaling.spectrum import cos_sin, rotate
@@ -114,3 +115,8 @@ def test_rotations_compose_as_a_group(layout: str) -> None:
 def test_an_unknown_layout_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="layout='gptj': one of half, interleaved"):
         rotate(torch.zeros(1, 2), torch.zeros(1, 1), torch.zeros(1, 1), "gptj")
+
+
+def test_shapes_are_checked_while_testing() -> None:
+    with pytest.raises(TypeCheckError):
+        cos_sin(torch.arange(4), torch.ones(2, 2))
