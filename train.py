@@ -3,7 +3,6 @@
 `--help` lists every field; `dry_run=true` prints sizes, memory and tokens without weights, data or a GPU.
 """
 
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from clex_train.cli.help import help_text
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@console.task
 def main(composed: DictConfig) -> None:
     """Turn what Hydra composed into a checked configuration and run it, or only print its plan."""
     config = configuration.to_config(composed)
@@ -74,7 +74,6 @@ def run(config: configuration.Config) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     log.setup()
     configuration.register()
     sys.exit(console.run(main, help_text))

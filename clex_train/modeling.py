@@ -136,7 +136,7 @@ def load_for_training(
     else:
         model = _pretrained_model(config, dtype, deepspeed_dict)
     if config.engine.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(model)
     model.config.use_cache = False
     loaded = LoadedModel(model, install_rotary(model, length), length)
     _scale_logits(loaded, config.scaling.log_scale)
@@ -159,6 +159,12 @@ def load_for_evaluation(spec: ModelConfig, dtype: torch.dtype = torch.float32) -
         _scale_logits(loaded, LogScale(record.log_scale))
         loaded.handle.use(loaded.table)
     return loaded
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Keep only the input of each decoder layer for the backward pass (the method has a new name since 5.23)."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def solve_table(loaded: LoadedModel) -> FrequencyTable | None:

@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -44,7 +43,6 @@ VERBS: dict[str, tuple[type, str]] = {
 
 def main() -> int:
     """Run the verb that the first argument names; returns the exit code."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     log.setup()
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("--help", "-h"):
@@ -60,20 +58,15 @@ def main() -> int:
 
 
 def _run(module: str) -> None:
-    """Compose the configuration and do the verb; errors are kept from Hydra, which would print a line of its own."""
-    errors: list[Exception] = []
+    """Compose the configuration and do the verb."""
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="data_prep")
-    def task(composed: DictConfig) -> None:
-        try:
-            config: Any = OmegaConf.to_object(composed)
-            importlib.import_module(module).run(config)
-        except Exception as error:
-            errors.append(error)
+    @console.task
+    def verb(composed: DictConfig) -> None:
+        config: Any = OmegaConf.to_object(composed)
+        importlib.import_module(module).run(config)
 
-    task()
-    if errors:
-        raise errors[0]
+    verb()
 
 
 def _help(verb: str, schema: type) -> str:

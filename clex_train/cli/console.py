@@ -4,6 +4,7 @@
 2    the user's input cannot be used; one line says which key and what to do
 """
 
+import functools
 import os
 import sys
 import traceback
@@ -11,29 +12,60 @@ from collections.abc import Callable, Sequence
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf import DictConfig
 
+FAULT = 1
 USER_ERROR = 2
 
 
-def run(main: Callable[[], object], help_text: Callable[[], str] | None = None) -> int:
-    """Run a Hydra main; returns the exit code. Launchers' own arguments are taken off `sys.argv` first."""
+class _Failed(SystemExit):
+    """Carries an error past Hydra, which would print a line of its own for any `Exception`."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(1)
+        self.error = error
+
+
+def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
+    """Decorates the function below `hydra.main`, so that its errors reach `run` and a sweep stops at the first."""
+
+    @functools.wraps(function)
+    def guarded(composed: DictConfig) -> None:
+        try:
+            function(composed)
+        except Exception as error:
+            raise _Failed(error) from error
+
+    return guarded
+
+
+def run(main: Callable[[], object], help_text: Callable[[], str]) -> int:
+    """Run an entry point's main; returns the exit code. Launchers' own arguments are taken off `sys.argv` first."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv[1:] = without_launcher_arguments(sys.argv[1:])
-    if help_text and any(argument in ("--help", "-h") for argument in sys.argv[1:]):
+    if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
         print(help_text())
         return 0
     try:
         main()
+    except _Failed as failed:
+        return report(failed.error)
     except Exception as error:
-        from clex_train.cli.errors import explain
-
-        line = explain(error)
-        if line is None:
-            traceback.print_exc()
-            return 1
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {line}", file=sys.stderr)
-        return USER_ERROR
+        return report(error)
     return 0
+
+
+def report(error: Exception) -> int:
+    """Print what the user can mend as one line, anything else with its traceback; returns the exit code."""
+    from clex_train.cli.errors import explain
+
+    line = explain(error)
+    if line is None:
+        traceback.print_exception(error)
+        return FAULT
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {line}", file=sys.stderr)
+    return USER_ERROR
 
 
 def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:

@@ -1,0 +1,70 @@
+"""Real launches of train.py on a tiny model, for the tests of whole runs."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+@dataclass
+class Launcher:
+    """Runs train.py as a user would, in a folder of the test."""
+
+    folder: Path
+    store: Path
+
+    def command(self, ranks: int, name: str, *overrides: str) -> list[str]:
+        """DeepSpeed's launcher with `ranks` CPU ranks on a model of some 50 thousand parameters."""
+        launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", free_port(), "train.py"]
+        return [
+            *(launcher if ranks > 1 else [sys.executable, "train.py"]),
+            "+experiment=tiny_base",
+            f"output_dir={self.folder / name}",
+            f"data.path={self.store}",
+            f"model.config={self.folder / 'architecture'}",
+            "model.context_len=32",
+            "data.seq_len=32",
+            "optim.batch_rows=4",
+            "optim.steps=20",
+            "optim.warmup=0.1",
+            "evaluation.lengths=[32,64,128]",
+            "evaluation.num_windows=2",
+            "evaluation.methods=[trained]",
+            "tracking.wandb=off",
+            *overrides,
+        ]
+
+    def run(self, ranks: int, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+        """Run to the end; the output is kept."""
+        return subprocess.run(
+            self.command(ranks, name, *overrides),
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+
+    def figures(self, name: str, key: str) -> list[float]:
+        """A metric of every step from metrics.jsonl, in order of steps."""
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [row[key] for row in map(json.loads, lines) if key in row]
+
+
+def free_port() -> str:
+    """A port that nobody listens on, so that launches do not collide."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    """One thread a rank: several launches share two cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

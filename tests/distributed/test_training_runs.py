@@ -1,0 +1,120 @@
+"""Whole runs through the real launcher: ranks do not change the curve, an interruption does not change a bit."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_runs import ROOT, environment
+from safetensors.torch import load_file
+
+CLEX = ("scaling=clex", "scaling.lr_scale=1.0", "scaling.t_max=4", "checkpoint.every=5", "checkpoint.keep_last=8")
+
+
+@pytest.fixture(scope="session")
+def one_rank(launcher):
+    """20 steps of CLEX on one rank, with accumulation 2, uninterrupted."""
+    done = launcher.run(1, "one", *CLEX, "engine.micro_batch=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def two_ranks(launcher):
+    """The same global batch on two ZeRO-3 ranks, accumulation 2, uninterrupted."""
+    done = launcher.run(2, "two", *CLEX, "engine.micro_batch=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_give_the_curve_of_one_rank(launcher, one_rank, two_ranks):
+    one, two = (torch.tensor(launcher.figures(name, "loss")) for name in ("one", "two"))
+    assert len(one) == len(two) == 20
+    assert ((one - two).abs() / one).max() < 1e-5
+    assert launcher.figures("one", "t") == launcher.figures("two", "t")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("name", "ranks", "micro_batch"), [("one", 1, 2), ("two", 2, 1)])
+def test_a_run_killed_in_the_middle_ends_with_the_same_bits(launcher, one_rank, two_ranks, name, ranks, micro_batch):
+    overrides = (*CLEX, f"engine.micro_batch={micro_batch}")
+    killed = f"{name}_killed"
+    _kill_after(launcher, ranks, killed, 12, overrides)
+    taken = len(launcher.figures(killed, "loss"))
+    assert 12 <= taken < 20, "the kill came in the middle"
+    done = launcher.run(ranks, killed, *overrides)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed step" in done.stderr
+    for key in ("loss", "t", "grad_norm", "ode_grad_norm"):
+        assert launcher.figures(killed, key) == launcher.figures(name, key), key
+    _assert_same_model(launcher.folder / killed / "final", launcher.folder / name / "final")
+
+
+def test_the_final_model_loads_in_one_call_with_its_table(launcher, one_rank):
+    from clex_train.config import ModelConfig
+    from clex_train.modeling import load_for_evaluation
+
+    loaded = load_for_evaluation(ModelConfig(path=str(launcher.folder / "one" / "final")))
+    assert loaded.context_len == 32
+    assert loaded.table is not None
+    assert loaded.table.t.tolist() == [1.0, 2.0, 3.0, 4.0]
+    with torch.no_grad():
+        assert loaded.model(torch.arange(100)[None]).logits.isfinite().all()
+
+
+def test_the_final_evaluation_stands_in_the_metrics_and_beside_them(launcher, one_rank):
+    for length in (32, 64, 128):
+        (value,) = launcher.figures("one", f"perplexity/trained/one_shot/{length}")
+        assert 1 < value < 1e4
+    assert (launcher.folder / "one" / "evaluation" / "step_20.json").exists()
+
+
+def test_a_finished_run_is_left_as_it_is(launcher, one_rank):
+    before = launcher.figures("one", "loss")
+    done = launcher.run(1, "one", *CLEX, "engine.micro_batch=2")
+    assert done.returncode == 0
+    assert launcher.figures("one", "loss") == before
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_before_anything_is_loaded(launcher, one_rank, tmp_path):
+    shutil.copytree(launcher.folder / "architecture", tmp_path / "other")
+    config = (
+        (tmp_path / "other" / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
+    (tmp_path / "other" / "config.json").write_text(config)
+    done = launcher.run(1, "one", *CLEX, "engine.micro_batch=2", f"model.config={tmp_path / 'other'}")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: checkpoint ")
+    assert "another architecture" in done.stderr
+
+
+def _kill_after(launcher, ranks: int, name: str, steps: int, overrides: tuple[str, ...]) -> None:
+    """Start a run and kill -9 every process of it once its metrics show `steps` steps."""
+    process = subprocess.Popen(
+        launcher.command(ranks, name, *overrides),
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = Path(launcher.folder / name / "metrics.jsonl")
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= steps):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no step was taken"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _assert_same_model(a: Path, b: Path) -> None:
+    for name in ("model.safetensors", "clex.safetensors", "frequencies.safetensors"):
+        first, second = load_file(a / name), load_file(b / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), name
