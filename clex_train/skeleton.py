@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from clex_train.engine.footprint import Footprint, attention_by_sizes, measure
+from clex_train.modeling import recompute_layers
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.spectrum import Spectrum
 
@@ -60,7 +61,7 @@ def footprint(
     def measured(shape: PretrainedConfig) -> Footprint:
         model = _on_meta(shape, dtype, implementation).train()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_layers(model)
         return _measure(model, rows, tokens, learns_frequencies)
 
     num_layers = arch.get_text_config().num_hidden_layers

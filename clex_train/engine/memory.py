@@ -105,11 +105,13 @@ def live_parameters(s: Sharding, blocks: Sequence[int]) -> int:
 
     Prefetching runs ahead of use until `max_live` are whole. Beyond that DeepSpeed keeps a block after its forward pass
     if fewer than `max_reuse_distance` parameters are used before its turn comes back: those behind it, on the way to
-    the loss and back, once more if they are recomputed.
+    the loss and back, layers once more if they are recomputed.
     """
     passes = 3 if s.checkpointing else 2
-    behind = [sum(blocks[index + 1 :]) for index in range(len(blocks))]
-    kept = sum(n for n, after in zip(blocks, behind, strict=True) if passes * after < s.max_reuse_distance)
+    kept = distance = 0
+    for index, block in enumerate(reversed(blocks)):
+        kept += block if distance < s.max_reuse_distance else 0
+        distance += (2 if index == 0 else passes) * block
     return min(sum(blocks), max(kept, *blocks, s.max_live if s.prefetch_bucket else 0))
 
 

@@ -1,0 +1,78 @@
+"""Mistakes on the command line, through the real composition, each answered in one line."""
+
+import pytest
+from composing import composed
+
+from clex_train.cli.errors import explain
+
+
+def line_for(*overrides: str) -> str:
+    try:
+        composed(*overrides)
+    except Exception as error:
+        line = explain(error)
+        assert line is not None
+        assert "\n" not in line
+        return line
+    raise AssertionError(f"{overrides} composed")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optim.lrr=1", "optim.lrr: no such key; did you mean optim.lr?"),
+        ("optimm.lr=1", "optimm.lr: no such key; did you mean optim.lr?"),
+        ("evaluation.seq_len=3", "evaluation.seq_len: no such key; did you mean data.seq_len?"),
+        ("sed=1", "sed: no such key; did you mean seed?"),
+        ("optim.lr=abc", "optim.lr=abc: should be of type float"),
+        ("engine.micro_batch=1.5", "engine.micro_batch=1.5: should be of type integer"),
+        ("evaluation.lengths=[a,b]", "evaluation.lengths=[a,b]: should be of type integer"),
+        ("optim.betas=3", "optim.betas=3: should be a list such as [1,2]"),
+        ("scaling.positions=rnd", "scaling.positions=rnd: should be one of random, uniform, skip, mix"),
+        ("dry_run=maybe", "dry_run=maybe: should be true or false"),
+        ("seed=null", "seed=null: null is not allowed here"),
+        ("~optim.lr", "~optim.lr: a key cannot be taken away, only set"),
+        ("scaling=clexx", "scaling=clexx: no such option; did you mean clex?"),
+        ("experiment=tiny_clex", "experiment: an experiment is added with a plus sign: +experiment=NAME"),
+        ("+experiment=tiny_clxe", "experiment=tiny_clxe: no such option; did you mean tiny_clex or tiny_base?"),
+        ("+experiments=tiny_clex", "experiments: no such key; --help lists them all"),
+        ("optim.lr=-1", "optim.lr=-1.0: greater than 0"),
+    ],
+)
+def test_a_mistake_names_the_key_and_the_remedy(override, line):
+    assert line_for(override) == line
+
+
+def test_an_unknown_experiment_like_no_other_lists_them_all():
+    line = line_for("+experiment=foo")
+    assert line.startswith("experiment=foo: no such option; take one of gpt_neox_20b_clex, ")
+    assert line.endswith("tiny_clex or tiny_continued")
+
+
+def test_an_experiment_by_its_beginning_is_completed():
+    assert line_for("+experiment=llama3") == "experiment=llama3: no such option; did you mean llama3_8b_clex?"
+
+
+@pytest.mark.parametrize("override", ["foo", "optim.lr=1e-4}", "name=${nme}", "model=null", "+model=tiny"])
+def test_what_cannot_be_read_is_said_in_one_line(override):
+    assert line_for(override)
+
+
+def test_a_fault_of_the_program_is_left_to_its_traceback():
+    def of(error: Exception) -> str | None:
+        try:
+            raise error
+        except Exception as caught:
+            return explain(caught)
+
+    assert of(KeyError("x")) is None
+    assert of(RuntimeError("x")) is None
+    assert of(ValueError("data.path=x: not\n a store")) == "data.path=x: not a store"
+
+
+def test_a_value_error_out_of_a_library_is_no_mistake_of_the_user():
+    import numpy as np
+
+    with pytest.raises(ValueError, match="shape") as caught:
+        np.broadcast_shapes((2,), (3,))
+    assert explain(caught.value) is None

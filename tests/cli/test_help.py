@@ -1,0 +1,31 @@
+"""`--help` and docs/configuration.md say everything that the schema and conf/ hold."""
+
+from composing import CONF, EXPERIMENTS
+
+from clex_train.cli import help as cli_help
+from clex_train.config import describe
+
+
+def test_help_names_every_key_with_its_default_and_every_experiment_and_option():
+    text = cli_help.help_text()
+    for key, _, default, _ in describe():
+        assert f"  {key}={default}  (" in text
+    for name in EXPERIMENTS:
+        assert f"\n  {name}" in text
+    assert "zero3_offload" in text
+
+
+def test_every_group_of_conf_is_shown():
+    folders = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    assert set(cli_help.GROUPS) == folders - {"experiment", "corpus"}
+
+
+def test_the_page_on_configuration_is_up_to_date():
+    page = CONF.parent / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == cli_help.markdown(), (
+        "write it again: python -m clex_train.cli.help > docs/configuration.md"
+    )
+
+
+def test_help_lines_fit_a_terminal():
+    assert max(map(len, cli_help.help_text().splitlines())) <= 120

@@ -1,0 +1,165 @@
+"""Activations counted on the meta device, against the same model run for real and against the published formula."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen3Config
+
+from clex_train import skeleton
+from clex_train.engine.footprint import Footprint, measure
+from clex_train.modeling import recompute_layers
+from clex_train.rope.patch import install_rotary
+from clex_train.scaling.spectrum import Spectrum
+
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+LLAMA = LlamaConfig(**SMALL)
+ROWS, TOKENS = 4, 128
+
+
+def run_for_real(arch, dtype: torch.dtype, *, checkpointing: bool, attention: str = "sdpa") -> Footprint:
+    """The same count over a real forward and backward pass on the CPU, with frequencies that learn."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(arch), dtype=dtype, attn_implementation=attention).train()
+    if checkpointing:
+        recompute_layers(model)
+    handle = install_rotary(model, TOKENS)
+    leaf = handle.base_inv_freq.requires_grad_()
+    positions = torch.arange(TOKENS, dtype=torch.float64).expand(ROWS, TOKENS).contiguous()
+    with handle.training(Spectrum(leaf), positions):
+        counted = measure(model, torch.randint(0, 512, (ROWS, TOKENS)))
+    assert leaf.grad is not None
+    assert all(p.grad is None for p in model.parameters())
+    return counted
+
+
+def on_meta(
+    arch, dtype: torch.dtype, *, checkpointing: bool, attention: str = "sdpa", learns: bool = True
+) -> Footprint:
+    return skeleton.footprint(
+        arch,
+        rows=ROWS,
+        tokens=TOKENS,
+        dtype=dtype,
+        attention=attention,
+        checkpointing=checkpointing,
+        learns_frequencies=learns,
+    )
+
+
+def assert_close(meta: Footprint, real: Footprint, tolerance: float) -> None:
+    assert meta.activations == pytest.approx(real.activations, rel=tolerance)
+    assert meta.logits == pytest.approx(real.logits, rel=tolerance)
+    assert meta.layers == pytest.approx(real.layers, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "checkpointing"),
+    [
+        (LLAMA, torch.float32, False),
+        (LLAMA, torch.bfloat16, True),
+        (Qwen3Config(**SMALL, head_dim=16), torch.bfloat16, False),
+        (MixtralConfig(**SMALL, num_local_experts=4), torch.bfloat16, True),
+        (MixtralConfig(**SMALL, num_local_experts=4), torch.float32, False),
+    ],
+)
+def test_a_pass_on_the_meta_device_holds_what_the_real_pass_holds(arch, dtype, checkpointing):
+    meta = on_meta(arch, dtype, checkpointing=checkpointing)
+    # Where experts are mixed, a CPU keeps a few small tensors of indices more.
+    tolerance = 0.04 if arch.model_type == "mixtral" else 0.005
+    assert_close(meta, run_for_real(arch, dtype, checkpointing=checkpointing), tolerance)
+
+
+def test_a_fused_query_key_value_product_is_within_a_tenth():
+    arch = GPTNeoXConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4
+    )
+    # PyTorch's CPU kernel copies the strided values of GPT-NeoX, flash kernels of a GPU read them in place.
+    assert_close(
+        on_meta(arch, torch.bfloat16, checkpointing=False),
+        run_for_real(arch, torch.bfloat16, checkpointing=False),
+        0.1,
+    )
+
+
+def test_eager_attention_holds_the_whole_score_matrix_on_meta_as_for_real():
+    meta = on_meta(LLAMA, torch.float32, checkpointing=False, attention="eager")
+    assert_close(meta, run_for_real(LLAMA, torch.float32, checkpointing=False, attention="eager"), 0.01)
+    scores = ROWS * 8 * TOKENS * TOKENS * 4
+    assert meta.activations - on_meta(LLAMA, torch.float32, checkpointing=False).activations > 3 * scores
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_more_layers_are_extended_exactly(checkpointing):
+    deep = copy.deepcopy(LLAMA)
+    deep.num_hidden_layers = 7
+    extended = on_meta(deep, torch.bfloat16, checkpointing=checkpointing)
+    # Layer types that differ make every layer be measured.
+    deep.layer_types = ["full_attention"] * 6 + ["other"]
+    measured = on_meta(deep, torch.bfloat16, checkpointing=checkpointing)
+    assert_close(extended, measured, 1e-4)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_llama_layer_holds_what_the_formula_says(learns):
+    """Korthikanti et al., arXiv 2205.05198, section 4, for RMSNorm, SwiGLU, grouped queries and flash attention."""
+    hidden, queries, keys, inner, heads, head_dim = 128, 128, 32, 256, 8, 16
+    norms = 2 * (4 * hidden + 4 + 2 * hidden + 2 * hidden)  # float32 copy, its scale, normalised, times the weight
+    attention = 2 * (queries + keys + keys + queries) + 4 * heads  # q, k, v, output, log-sum-exp
+    swiglu = 4 * 2 * inner  # gate, its activation, up, their product
+    rotation = (2 * 2 * (queries + keys) if learns else 0) + 2 * 2 * head_dim  # q, k and their halves; cos, sin
+    if not learns:
+        rotation = 0  # cos and sin in bfloat16 are one pair for all layers
+    two, three = copy.deepcopy(LLAMA), copy.deepcopy(LLAMA)
+    two.num_hidden_layers = 2
+    counted = (
+        on_meta(three, torch.bfloat16, checkpointing=False, learns=learns).activations
+        - on_meta(two, torch.bfloat16, checkpointing=False, learns=learns).activations
+    )
+    assert counted == ROWS * TOKENS * (norms + attention + swiglu + rotation)
+
+
+def test_recomputed_layers_keep_their_input_and_cos_and_sin_alone():
+    two, three = copy.deepcopy(LLAMA), copy.deepcopy(LLAMA)
+    two.num_hidden_layers = 2
+    counted = (
+        on_meta(three, torch.bfloat16, checkpointing=True).activations
+        - on_meta(two, torch.bfloat16, checkpointing=True).activations
+    )
+    assert counted == ROWS * TOKENS * 2 * (128 + 2 * 16)
+
+
+def test_logits_take_two_copies_in_their_dtype_and_three_in_float32():
+    """transformers' loss: logits in bfloat16 and float32, log-softmax, its gradient, that of the logits."""
+    wide = copy.deepcopy(LLAMA)
+    wide.vocab_size = 50_000
+    counted = on_meta(wide, torch.bfloat16, checkpointing=True).logits
+    assert counted == pytest.approx(ROWS * TOKENS * 50_000 * 12, rel=0.05)
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Embedding(8, 4), nn.Linear(4, 8)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+        def forward(self, input_ids: Tensor, **_: object) -> object:
+            logits = self.head(self.body(input_ids))
+            return type("Output", (), {"loss": logits.square().mean()})()
+
+    model = Tiny()
+    measure(model, torch.zeros(1, 3, dtype=torch.int64))
+    assert not model.head._forward_pre_hooks
+    model(torch.zeros(1, 3, dtype=torch.int64)).loss.backward()
+    assert model.head.weight.grad is not None

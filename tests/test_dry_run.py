@@ -1,0 +1,122 @@
+"""The plan of every experiment, on this machine, without weights, data or DeepSpeed."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+from composing import CONF, EXPERIMENTS, composed
+
+from clex_train import dry_run
+
+ROOT = CONF.parent
+GIB = 2**30
+
+
+def plan_of(*overrides: str) -> dry_run.Plan:
+    return dry_run.make_plan(composed(*overrides, "dry_run=true"))
+
+
+def part(plan: dry_run.Plan, name: str) -> dry_run.Part:
+    return next(part for part in plan.parts if part.name == name)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_a_plan(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of(f"+experiment={name}", "engine.world_size=8", "engine.micro_batch=1")
+    assert plan.counts.total == sum(plan.counts.blocks)
+    assert 0 < plan.peak == max(plan.totals())
+    assert plan.accumulation * 8 == composed(f"+experiment={name}").optim.batch_rows
+    assert not list(tmp_path.iterdir())
+
+
+def test_state_of_7b_on_64_gpus_is_exact():
+    plan = plan_of("+experiment=llama2_7b_clex", "engine.world_size=64")
+    count = 6_738_415_616
+    assert plan.accumulation == 8
+    assert part(plan, "optimizer").device[0] == 12 * count / 64
+    assert part(plan, "gradients").device[0] == 2 * count / 64 + 2 * 2 * 500_000_000
+    assert part(plan, "parameters").device[0] == 2 * count / 64 + 2 * 1_000_000_000
+    assert plan.num_ode_parameters == 2 * 64 * 128
+    assert part(plan, "logits").device[0] == pytest.approx(4096 * 32_000 * 12, rel=0.01)
+
+
+def test_more_gpus_hold_less_state_each_and_the_same_activations():
+    few, many = (plan_of("+experiment=llama2_7b_clex", f"engine.world_size={n}") for n in (8, 64))
+    for name in ("parameters", "gradients", "optimizer"):
+        assert part(few, name).device[0] > part(many, name).device[0]
+    assert part(few, "activations") == part(many, "activations")
+
+
+def test_recomputing_layers_and_offloading_each_save_what_they_are_for():
+    plain = plan_of("+experiment=llama2_7b_clex", "engine.activation_checkpointing=false")
+    recomputed = plan_of("+experiment=llama2_7b_clex")
+    offloaded = plan_of("+experiment=llama2_7b_clex", "engine=zero3_offload")
+    assert part(plain, "activations").device[0] > 10 * part(recomputed, "activations").device[0]
+    assert offloaded.host > 16 * 6_738_415_616
+    assert part(offloaded, "optimizer").device == (0, 0, 0)
+    assert offloaded.peak < recomputed.peak
+
+
+def test_on_a_cpu_everything_lies_in_one_memory():
+    plan = plan_of("+experiment=tiny_clex", "engine.precision=fp32")
+    assert not plan.on_gpu
+    assert plan.host == 0
+    assert part(plan, "ODE").device[0] > 0
+
+
+def test_rows_that_ranks_cannot_share_are_refused():
+    with pytest.raises(ValueError, match=r"optim\.batch_rows=512: must be a multiple"):
+        plan_of("+experiment=llama2_7b_clex", "engine.world_size=7")
+
+
+def test_a_length_that_the_scaling_does_not_serve_is_refused():
+    with pytest.raises(ValueError, match=r"evaluation\.lengths=.*scaling\.t_max \* L = 8 \* 4096 = 32768"):
+        plan_of("+experiment=llama2_7b_clex", "scaling.t_max=8")
+
+
+def test_a_local_directory_stands_before_the_shipped_architecture(tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    ).save_pretrained(tmp_path)
+    plan = plan_of("+experiment=llama2_7b_clex", f"model.path={tmp_path}")
+    assert plan.counts.blocks[0] == 3200
+
+
+def test_only_the_first_rank_prints(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    dry_run.print_plan(composed("+experiment=tiny_clex", "dry_run=true"))
+    assert capsys.readouterr().out == ""
+
+
+def test_the_command_prints_the_plan_in_seconds_without_deepspeed(tmp_path):
+    """As a user types it, from another folder; processor time, since other work may share the machine."""
+    code = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print('deepspeed imported:', 'deepspeed' in sys.modules))\n"
+        f"sys.argv = ['train.py', *{['+experiment=llama2_7b_clex', 'dry_run=true', 'engine.world_size=64']!r}]\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
+    for line in (
+        "  steps: 954",
+        "  model       llama: 6,738,415,616 parameters, all trainable; ODE 16,384, in float32 beside the engine",
+        "  step        512 rows = 64 ranks * 1 rows * 8 micro-batches",
+        "  tokens      2,097,152 a step * 954 steps = 2,000,683,008 in rows of 4,096",
+        "  scaling     clex: t from 1 to 16, L = 4,096: contexts up to 65,536 tokens; positions random",
+        "deepspeed imported: False",
+    ):
+        assert line in done.stdout.splitlines()
+    for name in ("parameters", "gradients", "optimizer", "activations", "logits", "ODE", "total"):
+        assert f"\n  {name} " in done.stdout
+    assert not list(tmp_path.iterdir())
