@@ -55,6 +55,7 @@ def run(config: configuration.Config) -> int:
     rows = PackedRows(store, config.data.seq_len, config.seed)
     context_len = modeling.context_length(config.model, arch)
     evaluation = TrainingEvaluation(config, store, context_len) if config.evaluation.every >= 0 else None
+    configuration.check_reach(config, context_len)
     settings = engines.deepspeed_dict(config, distributed.world_size())
     identity = Manifest.of_run(config, modeling.architecture_digest(arch), store.fingerprint)
     checkpoints = Checkpoints(run_dir, config.checkpoint.keep_last, identity)

@@ -445,6 +445,17 @@ def field_docs(schema: type) -> dict[str, str]:
     return docs
 
 
+def check_reach(config: Config, context_len: int) -> None:
+    """`ValueError` when a window to be evaluated is longer than the context that CLEX is trained to serve."""
+    longest, scaling = max(config.evaluation.lengths), config.scaling
+    require(
+        scaling.name is not ScalingName.clex or config.evaluation.every < 0 or longest <= scaling.t_max * context_len,
+        "scaling.t_max",
+        scaling.t_max,
+        f"serves {scaling.t_max:g} * {context_len} tokens, evaluation.lengths asks for {longest}; raise one or shorten",
+    )
+
+
 def describe(schema: type = Config, prefix: str = "") -> list[tuple[str, str, str, str]]:
     """Rows of (key, type, default, meaning) for `--help` and docs/configuration.md, groups flattened to dotted keys."""
     docs, rows = field_docs(schema), []

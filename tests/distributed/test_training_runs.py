@@ -1,7 +1,6 @@
 """Whole runs through the real launcher: ranks do not change the curve, an interruption does not change a bit."""
 
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -79,18 +78,6 @@ def test_a_finished_run_is_left_as_it_is(launcher, one_rank):
     done = launcher.run(1, "one", *CLEX, "engine.micro_batch=2")
     assert done.returncode == 0
     assert launcher.figures("one", "loss") == before
-
-
-def test_a_checkpoint_of_another_architecture_is_refused_before_anything_is_loaded(launcher, one_rank, tmp_path):
-    shutil.copytree(launcher.folder / "architecture", tmp_path / "other")
-    config = (
-        (tmp_path / "other" / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
-    )
-    (tmp_path / "other" / "config.json").write_text(config)
-    done = launcher.run(1, "one", *CLEX, "engine.micro_batch=2", f"model.config={tmp_path / 'other'}")
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: checkpoint ")
-    assert "another architecture" in done.stderr
 
 
 def _kill_after(launcher, ranks: int, name: str, steps: int, overrides: tuple[str, ...]) -> None:

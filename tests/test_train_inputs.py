@@ -1,0 +1,115 @@
+"""What train.py refuses, each with one line that names the key, before a model is built or a process group opened."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from composing import composed
+from transformers import BloomConfig, GPT2Config, LlamaConfig
+
+import train
+from clex_train import distributed
+from clex_train.cli.errors import explain
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def architecture(tmp_path) -> Path:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+    )
+    config.save_pretrained(tmp_path / "architecture")
+    return tmp_path / "architecture"
+
+
+@pytest.fixture
+def refusal(tmp_path, tiny_store, architecture):
+    """The line that a run with these overrides ends in."""
+
+    def line(*overrides: str) -> str:
+        config = composed(
+            "+experiment=tiny_base",
+            f"output_dir={tmp_path / 'run'}",
+            f"data.path={tiny_store}",
+            f"model.config={architecture}",
+            "model.context_len=32",
+            "data.seq_len=32",
+            "evaluation.lengths=[32,64]",
+            *overrides,
+        )
+        with pytest.raises(ValueError) as raised:  # noqa: PT011  the message is what the tests look at
+            train.run(config)
+        assert not distributed.is_open()
+        text = explain(raised.value)
+        assert text is not None, raised.value
+        assert "\n" not in text
+        return text
+
+    return line
+
+
+def test_rows_longer_than_the_store(refusal):
+    assert refusal("data.seq_len=100000000").startswith("data.seq_len=100000000: ")
+
+
+def test_a_store_of_another_tokenizer(refusal, tmp_path, tiny_store):
+    other = tmp_path / "other_tokenizer"
+    command = [sys.executable, "-m", "data_prep", "train_tokenizer", f"corpus.paths=[{tiny_store.parent / 'texts'}]"]
+    subprocess.run([*command, f"output={other}", "vocab_size=400"], cwd=ROOT, check=True, timeout=120)
+    line = refusal(f"model.tokenizer={other}")
+    assert str(tiny_store) in line
+    assert "tokenizer" in line
+
+
+def test_a_missing_store(refusal):
+    assert "/no/such/store" in refusal("data.path=/no/such/store")
+
+
+def test_a_missing_model_directory(refusal):
+    line = refusal("model.init=pretrained", "model.path=/no/such/model")
+    assert line == "model.path=/no/such/model: no such directory; give a model directory or a hub name owner/model"
+
+
+@pytest.mark.parametrize(("config", "kind"), [(GPT2Config(n_layer=1), "gpt2"), (BloomConfig(n_layer=1), "bloom")])
+def test_models_without_rope(refusal, tmp_path, config, kind):
+    config.save_pretrained(tmp_path / kind)
+    line = refusal(f"model.config={tmp_path / kind}")
+    assert line.startswith(f"model_type={kind}: no rotary position embedding")
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="root may write everywhere but in /proc")
+def test_an_output_directory_that_cannot_be_written(refusal):
+    assert refusal("output_dir=/proc/clex").startswith("output_dir=/proc/clex: cannot be written")
+
+
+def test_windows_longer_than_every_held_out_document(refusal):
+    assert refusal("evaluation.lengths=[32,33554432]").startswith("evaluation.lengths=33554432: none of the ")
+
+
+def test_evaluation_beyond_what_clex_serves(refusal):
+    line = refusal("scaling=clex", "scaling.t_max=4", "evaluation.lengths=[32,256]")
+    assert "scaling.t_max" in line
+
+
+def test_rows_that_the_ranks_cannot_share(refusal, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert refusal("optim.batch_rows=8", "engine.micro_batch=1").startswith("optim.batch_rows=8: must be a multiple")
+
+
+def test_a_checkpoint_of_another_architecture(refusal, tmp_path):
+    folder = tmp_path / "run" / "checkpoints" / "step_5"
+    folder.mkdir(parents=True)
+    manifest = {"step": 5, "rows_consumed": 40, "world_size": 1, "zero_stage": 3}
+    manifest |= {"architecture": "another", "data_fingerprint": "", "format": 1}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    line = refusal()
+    assert line.startswith(f"checkpoint {folder}: ")
+    assert "architecture" in line
