@@ -29,6 +29,9 @@ REASONS = (
 )
 """Sentences of OmegaConf that it gives no type to tell by, and what to say instead."""
 
+ADDED = {"experiment": "an experiment", "corpus": "a corpus"}
+"""Groups that no defaults list names."""
+
 
 def explain(error: BaseException) -> str | None:
     """The one line for a mistake of the user; None for anything else, which deserves its traceback."""
@@ -90,8 +93,8 @@ def _in_our_words(reason: str) -> str:
 def _composition(error: HydraException) -> str:
     first, *rest = _lines(error)
     written = _quoted(error)
-    if written == "experiment":
-        return "experiment: an experiment is added with a plus sign: +experiment=NAME"
+    if written in ADDED:
+        return f"{written}: {ADDED[written]} is added with a plus sign: +{written}=NAME"
     return f"{written}: no such group; --help lists them" if "No match" in " ".join((first, *rest)) else first
 
 

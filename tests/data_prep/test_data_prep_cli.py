@@ -64,6 +64,7 @@ def test_every_corpus_file_composes_and_says_what_it_is(run, name: str) -> None:
     [
         (["tokenise"], "tokenise: no such verb; take one of corpus, train_tokenizer, tokenize, inspect"),
         (["tokenize", "+corpus=stdlibb"], "corpus=stdlibb: no such option; did you mean stdlib?"),
+        (["tokenize", "corpus=stdlib"], "corpus: a corpus is added with a plus sign: +corpus=NAME"),
         (["tokenize", "+corpus=stdlib", "workerz=2"], "workerz: no such key; did you mean workers?"),
         (["tokenize", "+corpus=stdlib", "corpus.txt_field=a"], "corpus.txt_field: no such key"),
         (["tokenize", "+corpus=stdlib", "workers=many"], "workers=many: should be of type integer"),
