@@ -138,7 +138,7 @@ class Clex(nn.Module):
     def _solve(self, t: Tensor, num_steps: int) -> Tensor:
         # A zero that depends on the weights keeps the solution at t = 1 in the graph, where its gradient is zero.
         field = self._field()
-        y = solver.integrate(field, 0 * field.down.sum(dim=0), t, num_steps, self.t_max)
+        y = solver.integrate(field, 0 * field.down.sum(dim=1), t, num_steps, self.t_max)
         _require_usable(torch.isfinite(y), y, t)
         return y
 

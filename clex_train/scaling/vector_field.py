@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from clex_train.scaling.baselines import ntk_exponents
@@ -24,30 +24,29 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": torch.nn.functiona
 
 @dataclass(frozen=True, eq=False)
 class VectorField:
-    """dy/du as a callable of (u, y).
+    """dy/du as a callable of (u, y): the network's input is `y + start - u * drift`, affine in u.
 
-    The network's input is affine in y and u, so its constant parts are multiplied out once:
-    (y + start - 2 c u) W_up = y W_up + start_up - u * drift_up.
+    The weights are kept as columns: transposed once here and not in every evaluation, the gradients of all evaluations
+    add up without a copy.
     """
 
-    up: Float64[Tensor, "P H"]
-    down: Float64[Tensor, "H P"]
-    start_up: Float64[Tensor, " H"]
-    drift_up: Float64[Tensor, " H"]
+    up: Float64[Tensor, "H P"]
+    down: Float64[Tensor, "P H"]
+    start: Float64[Tensor, " P"]
+    drift: Float64[Tensor, " P"]
     act: Callable[[Tensor], Tensor]
 
     @classmethod
-    def build(cls, up: Tensor, down: Tensor, start: Tensor, act: str) -> "VectorField":
-        """The field of weights `up` [P, H], `down` [H, P]; `start` [P] is the network's input at u = 0, y = 0."""
-        up, down = up.double(), down.double()
+    def build(cls, up: Float[Tensor, "P H"], down: Float[Tensor, "H P"], start: Tensor, act: str) -> "VectorField":
+        """The field of weights applied as `x @ up`, `x @ down`; `start` [P] is the network's input at u = 0, y = 0."""
         drift = 2 * ntk_exponents(up.shape[0]).to(up.device)
-        return cls(up, down, start @ up, drift @ up, ACTIVATIONS[act])
+        return cls(up.double().t(), down.double().t(), start, drift, ACTIVATIONS[act])
 
     def __call__(self, u: Tensor, y: Float64[Tensor, " P"]) -> Float64[Tensor, " P"]:
-        # u as a Python number saves half of the operations that autograd records; the ODE lives on the CPU.
+        # u as a Python number saves operations that autograd would record; the ODE lives on the CPU.
         time = float(u)
-        hidden = self.act(torch.addmv(torch.add(self.start_up, self.drift_up, alpha=-time), self.up.t(), y))
-        return torch.mv(self.down.t(), hidden) * (0.5 * math.exp(time))
+        read = y + torch.add(self.start, self.drift, alpha=-time)
+        return torch.mv(self.down, self.act(torch.mv(self.up, read))) * (0.5 * math.exp(time))
 
 
 def network_input_start(log_base: Float64[Tensor, " P"], official_ntk_base: bool) -> Float64[Tensor, " P"]:
