@@ -1,9 +1,9 @@
 """Classical RK4 (torchdiffeq) for the residual on a graded grid of u, its number of steps chosen by step doubling.
 
-    nodes uniform in s = ((2t - 1)^0.4 - 1) / 0.4,    u = log(2t - 1) = log(1 + 0.4 s) / 0.4
+    nodes uniform in s = 2 (sqrt(2t - 1) - 1),    u = log(2t - 1) = 2 log(1 + s/2)
 
 Where the field is stiff it is equally stiff per unit of t, where it is not its input moves per unit of u; s lies
-between the two, and at t = 16 (64) leaves a third (a tenth) of the error of nodes uniform in u.
+between the two, and leaves a half (t = 16) to a tenth and less (t = 64) of the error of nodes uniform in u.
 The error of N steps is |y_N - y_2N| * 16/15. Shapes: `P` pairs, `K` scale factors.
 """
 
@@ -16,7 +16,6 @@ from jaxtyping import Float64
 from torch import Tensor
 from torchdiffeq import odeint
 
-GRADING = 0.4
 MIN_STEPS = 8
 MAX_STEPS = 1024
 # A factor on the step count above what order 4 predicts, so that the next check passes without another round.
@@ -90,12 +89,12 @@ def refine(
 
 def stretched(t: Tensor | float) -> Tensor:
     """s(t), the coordinate in which steps are equally long."""
-    return torch.expm1(GRADING * torch.log(2 * torch.as_tensor(t, dtype=torch.float64) - 1)) / GRADING
+    return 2 * torch.expm1(torch.log1p(2 * (torch.as_tensor(t, dtype=torch.float64) - 1)) / 2)
 
 
 def u_of_stretched(s: Tensor) -> Tensor:
     """u = log(2t - 1) of the coordinate s."""
-    return torch.log1p(GRADING * s) / GRADING
+    return 2 * torch.log1p(s / 2)
 
 
 def _subdivide(grid: Tensor, longest: float) -> Tensor:
