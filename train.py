@@ -70,7 +70,7 @@ def run(config: configuration.Config) -> int:
     parts = trainer.Parts(config, engine, loaded, rows, ode, checkpoints, evaluation)
     steps = trainer.train(parts, partial(tracking.Tracker, config, run_dir))
     modeling.solve_table(loaded)
-    write_final(run_dir / "final", loaded, engines.consolidated_state_dict(engine), tokenizer, config.scaling)
+    write_final(run_dir / "final", loaded, engines.consolidated_state_dict(engine), tokenizer)
     return steps
 
 

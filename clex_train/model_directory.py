@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from clex_train.config import ScalingConfig
+from clex_train.config import LogScale
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import FrequencyTable
 
@@ -39,16 +39,19 @@ def has_clex(directory: Path) -> bool:
     return (directory / CLEX_JSON).is_file()
 
 
-def write_clex(directory: Path, clex: Clex, table: FrequencyTable, context_len: int, scaling: ScalingConfig) -> None:
-    """Write the three CLEX files into a model directory."""
+def write_clex(
+    directory: Path, clex: Clex, table: FrequencyTable, context_len: int, log_scale: LogScale = LogScale.off
+) -> None:
+    """Write the three CLEX files into a model directory; the record says what the field is, not what was asked for."""
+    num_pairs, hidden = clex.up.shape
     record = ClexRecord(
         context_len=context_len,
-        t_max=scaling.t_max,
-        act=scaling.act.value,
-        param_factor=scaling.param_factor,
-        official_ntk_base=scaling.official_ntk_base,
-        tolerance=scaling.tolerance,
-        log_scale=scaling.log_scale.value,
+        t_max=clex.t_max,
+        act=clex.act,
+        param_factor=hidden / (2 * num_pairs),
+        official_ntk_base=clex.official_ntk_base,
+        tolerance=clex.tolerance,
+        log_scale=log_scale.value,
     )
     (directory / CLEX_JSON).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
     save_file(clex.state_dict(), directory / CLEX_TENSORS)

@@ -16,7 +16,17 @@ from transformers.utils import is_flash_attn_2_available
 
 from clex_train import log, model_directory, seeding
 from clex_train.attention.log_scaling import install_log_scaling
-from clex_train.config import AttentionImplementation, Config, Init, LogScale, ModelConfig, ScalingName, require
+from clex_train.config import (
+    AttentionImplementation,
+    Config,
+    Init,
+    LogScale,
+    ModelConfig,
+    ScalingConfig,
+    ScalingName,
+    require,
+)
+from clex_train.rope import official
 from clex_train.rope.patch import RotaryHandle, install_rotary, require_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import FrequencyTable, scale_grid
@@ -55,7 +65,11 @@ def architecture(model: ModelConfig) -> PretrainedConfig:
     assert path is not None
     require_directory(key, path)
     try:
-        config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        if official.is_official(Path(path)):
+            config = official.read_official_config(Path(path))
+        else:
+            options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+            config = AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{key}={path}: no readable config.json ({_first_line(error)})") from error
     require_rotary(config)
@@ -104,16 +118,38 @@ def require_directory(key: str, path: str) -> None:
 
 def context_length(model: ModelConfig, config: PretrainedConfig) -> int:
     """L: `model.context_len`, else what an earlier CLEX run recorded, else the architecture's own."""
+    trained_on = _context_of_field(model.path) if model.path else None
     if model.context_len is not None:
+        require(
+            trained_on in (None, model.context_len),
+            "model.context_len",
+            model.context_len,
+            f"the CLEX of {model.path} belongs to a base of {trained_on} tokens; leave the key out",
+        )
         return model.context_len
-    if model.path and model_directory.has_clex(Path(model.path)):
-        return model_directory.read_record(Path(model.path)).context_len
+    if trained_on is not None:
+        return trained_on
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     require(
         length is not None, "model.context_len", None, "the architecture does not say what context it was trained on"
     )
     assert length is not None
     return int(length)
+
+
+def has_field(path: str) -> bool:
+    """Whether a directory holds a CLEX field, in this project's layout or the official one."""
+    return model_directory.has_clex(Path(path)) or official.is_official(Path(path))
+
+
+def _context_of_field(path: str) -> int | None:
+    """L of the CLEX that is in a directory; None for one without."""
+    directory = Path(path)
+    if model_directory.has_clex(directory):
+        return model_directory.read_record(directory).context_len
+    if official.is_official(directory):
+        return int(official.read_official_config(directory).max_position_embeddings)
+    return None
 
 
 def check_attention(implementation: AttentionImplementation) -> None:
@@ -139,25 +175,33 @@ def load_for_training(
         recompute_layers(model)
     model.config.use_cache = False
     loaded = LoadedModel(model, install_rotary(model, length), length)
-    _scale_logits(loaded, config.scaling.log_scale)
+    policy = config.scaling.log_scale
     if config.scaling.name is ScalingName.clex:
-        loaded.clex = _clex_for_training(config, loaded.base_inv_freq)
+        loaded.clex, policy = _clex_for_training(config, loaded.base_inv_freq)
+    _scale_logits(loaded, policy)
     return loaded
 
 
-def load_for_evaluation(spec: ModelConfig, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_for_evaluation(spec: ModelConfig, dtype: torch.dtype | str = torch.float32) -> LoadedModel:
     """Load a model directory or hub repository in one call, with its CLEX table if it has one.
 
+    Directories of the original CLEX code are read as such. `dtype="auto"` keeps that of the stored weights.
     `ValueError` in one line when there is no such model, it has no RoPE, or its files cannot be read.
     """
     length = context_length(spec, architecture(spec))
     model = _from_pretrained(spec, dtype, AttentionImplementation.sdpa).eval()
     tokenizer = load_tokenizer(spec.tokenizer or str(spec.path), spec)
     loaded = LoadedModel(model, install_rotary(model, length), length, tokenizer)
-    if model_directory.has_clex(Path(str(spec.path))):
-        loaded.clex, loaded.table, record = model_directory.read_clex(Path(str(spec.path)))
+    directory = Path(str(spec.path))
+    if model_directory.has_clex(directory):
+        loaded.clex, loaded.table, record = model_directory.read_clex(directory)
         _scale_logits(loaded, LogScale(record.log_scale))
         loaded.handle.use(loaded.table)
+    elif official.is_official(directory):
+        field = official.read_official_field(directory, loaded.base_inv_freq)
+        loaded.clex = field.clex
+        _scale_logits(loaded, LogScale(field.log_scale))
+        solve_table(loaded)
     return loaded
 
 
@@ -179,8 +223,12 @@ def solve_table(loaded: LoadedModel) -> FrequencyTable | None:
 
 def load_tokenizer(path: str, model: ModelConfig) -> Any:
     """The tokenizer of a directory or hub repository; `ValueError` in one line when there is none."""
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if official.is_official(Path(path)):
+        # transformers would read the architecture by itself and warn of the rope type it does not know.
+        options["config"] = official.read_official_config(Path(path))
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no readable tokenizer ({_first_line(error)})") from error
 
@@ -211,30 +259,31 @@ def _pretrained_model(config: Config, dtype: torch.dtype, deepspeed_dict: dict[s
     return model
 
 
-def _from_pretrained(spec: ModelConfig, dtype: torch.dtype, attention: AttentionImplementation) -> PreTrainedModel:
+def _from_pretrained(
+    spec: ModelConfig, dtype: torch.dtype | str, attention: AttentionImplementation
+) -> PreTrainedModel:
+    directory, options = Path(str(spec.path)), {"dtype": dtype, "attn_implementation": attention.value}
     try:
+        if official.is_official(directory):
+            return official.load_official_model(directory, **options)
         return AutoModelForCausalLM.from_pretrained(
-            spec.path,
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
-            dtype=dtype,
-            attn_implementation=attention.value,
+            spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **options
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path={spec.path}: the weights cannot be loaded ({_first_line(error)})") from error
 
 
-def _clex_for_training(config: Config, base_inv_freq: torch.Tensor) -> Clex:
-    """The field of an earlier run if `model.path` holds one of the same shape, else a fresh one."""
-    scaling = config.scaling
-    if config.model.path and model_directory.has_clex(Path(config.model.path)):
-        clex, _, record = model_directory.read_clex(Path(config.model.path))
-        require(
-            record.act == scaling.act.value, "scaling.act", scaling.act.name, f"{config.model.path} has {record.act}"
-        )
-        logger.info("continuing the vector field of %s", config.model.path)
-        return clex
-    return Clex(
+def _clex_for_training(config: Config, base_inv_freq: torch.Tensor) -> tuple[Clex, LogScale]:
+    """The field that is in `model.path`, else a fresh one, and the log-scaling of the run."""
+    scaling, directory = config.scaling, Path(str(config.model.path))
+    has_weights = config.model.init is Init.pretrained
+    if has_weights and model_directory.has_clex(directory):
+        clex, _, _ = model_directory.read_clex(directory)
+        return _continued(clex, scaling, directory), scaling.log_scale
+    if has_weights and official.is_official(directory):
+        field = official.read_official_field(directory, base_inv_freq, scaling.tolerance)
+        return _continued(field.clex, scaling, directory), _official_log_scale(field.log_scale, scaling, directory)
+    clex = Clex(
         base_inv_freq,
         t_max=scaling.t_max,
         param_factor=scaling.param_factor,
@@ -243,6 +292,43 @@ def _clex_for_training(config: Config, base_inv_freq: torch.Tensor) -> Clex:
         tolerance=scaling.tolerance,
         seed=config.seed,
     )
+    return clex, scaling.log_scale
+
+
+def _continued(clex: Clex, scaling: ScalingConfig, directory: Path) -> Clex:
+    """A trained field, of the shape that the configuration asks for, served up to this run's t_max."""
+    factor = clex.up.shape[1] / (2 * clex.up.shape[0])
+    require(clex.act == scaling.act.value, "scaling.act", scaling.act.name, f"{directory} has {clex.act}; set that")
+    require(
+        round(scaling.param_factor * 2 * len(clex.base_inv_freq)) == clex.up.shape[1],
+        "scaling.param_factor",
+        scaling.param_factor,
+        f"{directory} has {factor:g}; set that",
+    )
+    require(
+        clex.official_ntk_base or not scaling.official_ntk_base,
+        "scaling.official_ntk_base",
+        scaling.official_ntk_base,
+        f"the field of {directory} was trained without it; leave the key out",
+    )
+    if clex.t_max != scaling.t_max:
+        logger.info("scaling.t_max=%g: the field of %s was trained up to %g", scaling.t_max, directory, clex.t_max)
+    clex.t_max, clex.tolerance = float(scaling.t_max), scaling.tolerance
+    logger.info("continuing the vector field of %s (official_ntk_base=%s)", directory, clex.official_ntk_base)
+    return clex
+
+
+def _official_log_scale(policy: str, scaling: ScalingConfig, directory: Path) -> LogScale:
+    """A checkpoint that was made for log-scaling keeps it; one without is free to take it up."""
+    if policy == "off":
+        return scaling.log_scale
+    require(
+        scaling.log_scale in (LogScale.off, LogScale(policy)),
+        "scaling.log_scale",
+        scaling.log_scale.name,
+        f"{directory} was made for scaling.log_scale={policy}; leave the key out",
+    )
+    return LogScale(policy)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,11 +13,10 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
-from clex_train import config as configuration
 from clex_train import distributed, log, model_directory, modeling
+from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console
 from clex_train.config import (
     Config,
@@ -100,15 +99,7 @@ def main() -> None:
 
 def parse(arguments: list[str]) -> EvaluateConfig:
     """`key=value` arguments as a checked config; `ValueError` or an error of OmegaConf names the key."""
-    merged = OmegaConf.structured(EvaluateConfig)
-    for argument in arguments:
-        if "=" not in argument:
-            raise ValueError(f"{argument}: arguments have the form key=value; --help lists the keys")
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([argument]))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{argument}: the value is not valid YAML; check its brackets and quotes") from error
-    asked = OmegaConf.to_object(merged)
+    asked = arguments_of.parse(EvaluateConfig, arguments)
     assert isinstance(asked, EvaluateConfig)
     _check(asked)
     return asked
@@ -171,11 +162,7 @@ def evaluate(asked: EvaluateConfig, plan: Plan, windows: WindowSet) -> tuple[Res
 
 def usage() -> str:
     """The module's own text and a line for every key."""
-    lines = [
-        f"  {key} ({kind}; {default})\n      {meaning}"
-        for key, kind, default, meaning in configuration.describe(EvaluateConfig)
-    ]
-    return f"{__doc__}\nKeys (type; default):\n" + "\n".join(lines)
+    return arguments_of.usage(__doc__, EvaluateConfig)
 
 
 def _check(asked: EvaluateConfig) -> None:

@@ -14,25 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float64
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from clex_train.rope.probe import find_rotary, probe
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.official import clex_from_official, official_rope_scaling
 
 CLEX_LAYER = "clex_layer."
 # What the original code wrote into config.json and stock transformers would refuse or misread.
 OFFICIAL_KEYS = ("rope_scaling", "log_scale", "use_flashattn", "auto_map", "transformers_version")
+_PARTIAL = "partial_rotary_factor"
 
 
-@dataclass
-class OfficialCheckpoint:
-    """What a directory of the original code holds; `install_rotary` and log-scaling are left to the caller."""
+@dataclass(frozen=True)
+class OfficialField:
+    """What a directory of the original code says beside the weights of the stock model."""
 
-    model: PreTrainedModel
     clex: Clex
     context_len: int
     log_scale: str
@@ -42,7 +42,7 @@ class OfficialCheckpoint:
 def is_official(directory: Path) -> bool:
     """Whether `config.json` asks for the original CLEX code."""
     path = directory / "config.json"
-    return path.is_file() and _is_clex(json.loads(path.read_text(encoding="utf-8")))
+    return path.is_file() and _is_clex(_read_json(path))
 
 
 def read_official_config(directory: Path) -> PretrainedConfig:
@@ -50,38 +50,62 @@ def read_official_config(directory: Path) -> PretrainedConfig:
     return _stock_config(_read_facts(directory))
 
 
+def log_scale_policy(directory: Path) -> str:
+    """`official` when the checkpoint was made for log-scaling, else `off`; read from `config.json` alone."""
+    return "official" if _read_facts(directory).get("log_scale") else "off"
+
+
 def load_official_model(
-    directory: Path, dtype: torch.dtype = torch.float32, **from_pretrained: Any
-) -> OfficialCheckpoint:
-    """Load a directory of the original code in one call; further arguments go to `from_pretrained`.
+    directory: Path, dtype: torch.dtype | str = torch.float32, **from_pretrained: Any
+) -> PreTrainedModel:
+    """The stock model of a directory of the original code; further arguments go to `from_pretrained`."""
+    config = read_official_config(directory)
+    with _without_report():
+        return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, **from_pretrained)
+
+
+def read_official_field(directory: Path, inv_freq: Float64[Tensor, " P"], tolerance: float = 1e-6) -> OfficialField:
+    """The vector field of a directory of the original code, on the frequencies `inv_freq` of its stock model.
 
     The quirks of the format (base 10000 inside the field, log-scaling below L) are switched on. `ValueError` names the
-    file, or both numbers where the field does not fit the model.
+    directory and the tensor, or both numbers where the field does not fit the model.
     """
     facts = _read_facts(directory)
-    config = _stock_config(facts)
-    tensors = dict(_clex_tensors(directory))
-    with _without_report():
-        model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, **from_pretrained)
-    traits = probe(find_rotary(model).module, model.config)
     try:
-        clex = clex_from_official(tensors, facts["rope_scaling"], traits.base[traits.scaled].inv_freq)
+        clex = clex_from_official(dict(_clex_tensors(directory)), facts["rope_scaling"], inv_freq, tolerance)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
-    log_scale = "official" if facts.get("log_scale") else "off"
-    return OfficialCheckpoint(model, clex, int(facts["max_position_embeddings"]), log_scale)
+    return OfficialField(clex, int(facts["max_position_embeddings"]), log_scale_policy(directory))
 
 
 def official_config(config: PretrainedConfig, clex: Clex, context_len: int, log_scale: bool) -> dict[str, Any]:
-    """`config.json` of a directory that the original code reads, for a stock model with `clex`."""
+    """`config.json` of a directory that the original code reads, for a stock model with `clex`.
+
+    `ValueError` when the field starts from other frequencies than rope_theta alone gives: the format knows no others.
+    """
     facts = config.to_dict()
-    parameters = facts.pop("rope_parameters", None) or {}
+    rope = facts.pop("rope_parameters", None) or {}
+    theta = float(rope.get("rope_theta", 10000.0))
+    _require_plain_start(clex, theta, str(rope.get("rope_type")))
+    partial = {key: rope[_PARTIAL] for key in (_PARTIAL, "rotary_pct") if _PARTIAL in rope}
     return facts | {
-        "rope_theta": parameters.get("rope_theta", 10000.0),
+        **partial,
+        "rope_theta": theta,
         "rope_scaling": official_rope_scaling(clex),
         "log_scale": log_scale,
         "max_position_embeddings": context_len,
+        # The versions of transformers that the original code runs on know the type of the weights by this name.
+        "torch_dtype": facts.get("dtype"),
     }
+
+
+def _require_plain_start(clex: Clex, theta: float, rope_type: str) -> None:
+    pairs = torch.arange(len(clex.base_inv_freq), dtype=torch.float64)
+    if not torch.allclose(clex.base_inv_freq.cpu(), theta ** (-pairs / len(pairs)), rtol=1e-5, atol=0):
+        raise ValueError(
+            f"rope_type={rope_type}: the official layout starts from rope_theta={theta:g} alone, and this model from "
+            "frequencies that another scaling made; keep it in this project's layout"
+        )
 
 
 def _is_clex(facts: dict[str, Any]) -> bool:
@@ -91,15 +115,20 @@ def _is_clex(facts: dict[str, Any]) -> bool:
 
 def _read_facts(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable config ({error})") from error
+    facts = _read_json(path)
     if not _is_clex(facts):
         raise ValueError(f'{path}: rope_scaling={facts.get("rope_scaling")}: "type": "clex" is expected')
     if "max_position_embeddings" not in facts:
         raise ValueError(f"{path}: max_position_embeddings is missing, the context that the base was trained on")
     return facts
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable config ({error})") from error
+    return facts if isinstance(facts, dict) else {}
 
 
 def _stock_config(facts: dict[str, Any]) -> PretrainedConfig:

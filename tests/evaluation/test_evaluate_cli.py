@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clex_train.cli import console
 from clex_train.cli import evaluate as program
-from clex_train.config import Config, ScalingConfig
+from clex_train.config import Config
 from clex_train.data.writer import write_store
 from clex_train.model_directory import write_clex
 from clex_train.run_folder import as_yaml
@@ -90,7 +90,7 @@ def test_a_clex_run_is_evaluated_with_its_own_table_lengths_and_data(places, tmp
     inv_freq = 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
     clex = Clex(inv_freq, t_max=4.0, seed=0)
     torch.nn.init.normal_(clex.down, std=0.5, generator=torch.Generator().manual_seed(1))
-    write_clex(run / "final", clex, clex.table(scale_grid(4)), CONTEXT_LEN, ScalingConfig(t_max=4.0))
+    write_clex(run / "final", clex, clex.table(scale_grid(4)), CONTEXT_LEN)
     config = Config(output_dir=str(run))
     config.data.path, config.evaluation.lengths = places["store"], [16, 32, 64]
     (run / "config.yaml").write_text(as_yaml(config))

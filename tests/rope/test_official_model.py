@@ -7,10 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, PreTrainedModel
 
 from clex_train.attention.log_scaling import install_log_scaling
-from clex_train.rope.official import is_official, load_official_model, official_config, read_official_config
-from clex_train.rope.patch import install_rotary
+from clex_train.rope.official import (
+    OfficialField,
+    is_official,
+    load_official_model,
+    official_config,
+    read_official_config,
+    read_official_field,
+)
+from clex_train.rope.patch import RotaryHandle, install_rotary
+from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import scale_grid
 
 # Three times the float32 error of the original code, by number of tokens (see the README of the goldens).
@@ -25,16 +34,22 @@ def directory(tmp_path: Path, goldens: Path) -> Path:
     return tmp_path
 
 
+def load(directory: Path) -> tuple[PreTrainedModel, RotaryHandle, OfficialField]:
+    model = load_official_model(directory)
+    handle = install_rotary(model, model.config.max_position_embeddings)
+    return model, handle, read_official_field(directory, handle.base_inv_freq)
+
+
 @pytest.mark.parametrize("log_scale", [False, True])
 @torch.no_grad()
 def test_the_logits_are_those_of_the_original_code(directory: Path, goldens: Path, log_scale: bool) -> None:
     change(directory, log_scale=log_scale)
-    checkpoint = load_official_model(directory)
-    assert checkpoint.log_scale == ("official" if log_scale else "off")
-    model, expected = checkpoint.model, load_file(goldens / "clex_eval_tanh.safetensors")
-    handle = install_rotary(model, checkpoint.context_len)
-    handle.use(checkpoint.clex.table(scale_grid(16.0)))
-    install_log_scaling(model, checkpoint.log_scale, checkpoint.context_len, handle.on_length)
+    model, handle, field = load(directory)
+    expected = load_file(goldens / "clex_eval_tanh.safetensors")
+    assert field.log_scale == ("official" if log_scale else "off")
+    assert field.context_len == 64
+    handle.use(field.clex.table(scale_grid(16.0)))
+    install_log_scaling(model, field.log_scale, field.context_len, handle.on_length)
     for length, tolerance in (LOG_SCALED_TOLERANCE if log_scale else TOLERANCE).items():
         logits = model(expected["input_ids"][None, :length], use_cache=False).logits[0]
         name = f"tanh.log{int(log_scale)}.{length}.logits"
@@ -45,20 +60,20 @@ def test_the_logits_are_those_of_the_original_code(directory: Path, goldens: Pat
 
 @torch.no_grad()
 def test_the_logits_are_the_same_through_the_cache_in_chunks_below_one_crossing(directory: Path, goldens: Path) -> None:
-    checkpoint = load_official_model(directory)
-    handle = install_rotary(checkpoint.model, checkpoint.context_len)
-    handle.use(checkpoint.clex.table(scale_grid(16.0)))
+    model, handle, field = load(directory)
+    handle.use(field.clex.table(scale_grid(16.0)))
     ids = load_file(goldens / "clex_eval_tanh.safetensors")["input_ids"][None, :200]
-    whole = checkpoint.model(ids).logits
+    whole = model(ids).logits
     with handle.fixed(200):
-        cache = checkpoint.model(ids[:, :120], use_cache=True).past_key_values
-        rest = checkpoint.model(ids[:, 120:], past_key_values=cache).logits
+        cache = model(ids[:, :120], use_cache=True).past_key_values
+        rest = model(ids[:, 120:], past_key_values=cache).logits
     assert torch.allclose(rest, whole[:, 120:], atol=1e-4, rtol=0)
 
 
 def test_the_official_config_is_written_as_it_was_read(directory: Path) -> None:
-    checkpoint, given = load_official_model(directory), json.loads((directory / "config.json").read_text())
-    written = official_config(checkpoint.model.config, checkpoint.clex, checkpoint.context_len, log_scale=False)
+    model, _, field = load(directory)
+    given = json.loads((directory / "config.json").read_text())
+    written = official_config(model.config, field.clex, field.context_len, log_scale=False)
     for key in ("rope_scaling", "rope_theta", "log_scale", "max_position_embeddings", "hidden_size", "model_type"):
         assert written[key] == given[key], key
 
@@ -77,7 +92,7 @@ def test_weights_without_a_field_are_refused(directory: Path) -> None:
     weights = load_file(directory / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "ode_up" not in k}, directory / "model.safetensors")
     with pytest.raises(ValueError, match="ode_up_proj: not an official CLEX checkpoint"):
-        load_official_model(directory)
+        load(directory)
 
 
 def test_a_field_of_another_rotary_dimension_names_both_shapes(directory: Path) -> None:
@@ -85,7 +100,26 @@ def test_a_field_of_another_rotary_dimension_names_both_shapes(directory: Path) 
     key = "model.clex_layer.proj_func.ode_up_proj"
     save_file({**weights, key: torch.zeros(24, 32)}, directory / "model.safetensors")
     with pytest.raises(ValueError, match=r"\(24, 32\): the model's 16 rotated pairs"):
-        load_official_model(directory)
+        load(directory)
+
+
+def test_a_config_that_cannot_be_read_is_named(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not a readable config"):
+        is_official(directory)
+
+
+def test_partial_rotary_models_keep_their_rotary_dimension_in_the_written_config() -> None:
+    config = AutoConfig.for_model("phi", partial_rotary_factor=0.4, rope_theta=10000.0)
+    clex = Clex(10000.0 ** (-torch.arange(16, dtype=torch.float64) / 16), t_max=16.0)
+    assert official_config(config, clex, 2048, log_scale=False)["partial_rotary_factor"] == 0.4
+
+
+def test_frequencies_of_another_scaling_cannot_be_written_in_the_official_layout() -> None:
+    config = AutoConfig.for_model("llama", rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0})
+    clex = Clex(10000.0 ** (-torch.arange(16, dtype=torch.float64) / 16) / 2, t_max=16.0)
+    with pytest.raises(ValueError, match="rope_type=linear: the official layout starts from rope_theta=10000"):
+        official_config(config, clex, 2048, log_scale=False)
 
 
 def change(directory: Path, **facts: object) -> None:

@@ -1,0 +1,75 @@
+"""Write a trained model in another program's layout.
+
+    python -m clex_train.cli.export run=runs/llama2_7b_clex format=official output=exports/llama2_7b_clex
+    python -m clex_train.cli.export model=path/to/final format=official output=exports/my_model
+
+`official` is the layout of the original CLEX code (DAMO-NLP-SG/CLEX). Needs no GPU, only memory for the weights.
+`--help` lists every key.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from clex_train import log, modeling
+from clex_train.cli import arguments, console
+from clex_train.config import LogScale, ModelConfig, require
+from clex_train.export.official import write_official
+
+
+class Format(Enum):
+    official = "official"
+
+
+@dataclass
+class ExportConfig:
+    run: str | None = None
+    """Folder of a finished run: its `final/` is exported."""
+    model: str | None = None
+    """Model directory instead of a run: the `final/` of a run, or one in the official layout."""
+    format: Format = Format.official
+    """`official`: what the original CLEX code reads."""
+    output: str | None = None
+    """Directory to write; it must not exist yet."""
+    log_scale: LogScale | None = None
+    """What the exported config says, `off` or `official`; by default the policy the model was trained with."""
+
+
+def main() -> None:
+    """Export what the command line names; whatever can be refused is refused before weights are read."""
+    asked = arguments.parse(ExportConfig, sys.argv[1:])
+    source = _source(asked)
+    output = Path(asked.output)
+    loaded = modeling.load_for_evaluation(ModelConfig(path=str(source)), dtype="auto")
+    write_official(output, loaded, asked.log_scale)
+    print(f"written to {output}")
+
+
+def usage() -> str:
+    """The module's own text and a line for every key."""
+    return arguments.usage(__doc__, ExportConfig)
+
+
+def _source(asked: ExportConfig) -> Path:
+    """The model directory that is asked for; `ValueError` names the key that is missing or wrong."""
+    require((asked.run is None) != (asked.model is None), "run", asked.run, "name either run=FOLDER or model=DIR")
+    require(asked.output is not None, "output", asked.output, "name the directory to write, output=DIR")
+    require(not Path(str(asked.output)).exists(), "output", asked.output, "exists already; name another directory")
+    if asked.log_scale is not None:
+        known = asked.log_scale in (LogScale.off, LogScale.official)
+        require(known, "log_scale", asked.log_scale.name, "the official layout knows off and official")
+    if asked.model is not None:
+        require(modeling.has_field(asked.model), "model", asked.model, "no directory with a CLEX field in it")
+        return Path(asked.model)
+    final = Path(str(asked.run)) / "final"
+    require(final.is_dir(), "run", asked.run, "no final/ in it; give the output_dir of a finished training run")
+    require(modeling.has_field(str(final)), "run", asked.run, "was trained without CLEX: it has nothing to export")
+    return final
+
+
+if __name__ == "__main__":
+    log.setup()
+    sys.exit(console.run(main, usage))

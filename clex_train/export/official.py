@@ -1,0 +1,65 @@
+"""A trained model in the layout of the original CLEX code (DAMO-NLP-SG/CLEX), which that code can load.
+
+    config.json           rope_scaling = {"type": "clex", ...}, log_scale, max_position_embeddings = L, rope_theta
+    model*.safetensors    the stock model's weights under their names, and <body>.clex_layer.* beside them
+
+Reading it is in `rope.official`. What the format cannot say is refused by name, never rounded to something near.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clex_train import log
+from clex_train.config import LogScale
+from clex_train.export.folder import complete_or_absent
+from clex_train.modeling import LoadedModel
+from clex_train.rope.official import official_config
+from clex_train.scaling.official import official_tensors
+
+logger = log.get(__name__)
+
+WEIGHTS, INDEX, FIELD = "model.safetensors", "model.safetensors.index.json", "model-clex.safetensors"
+# The largest file: what a machine that reads one of them needs besides the model.
+SHARD_SIZE = "5GB"
+
+
+def write_official(directory: Path, loaded: LoadedModel, log_scale: LogScale | None = None) -> None:
+    """Write the model and its vector field in the official layout; the directory appears complete or not at all.
+
+    `log_scale` is what the config will say, `off` or `official`; by default the policy the model was trained with.
+    `ValueError` names what the layout cannot hold: no field, a field of another NTK base, the frequencies of another
+    scaling, another log-scaling.
+    """
+    if loaded.clex is None:
+        raise ValueError("the model has no CLEX field (clex.json); only a model trained with scaling=clex has one")
+    policy = log_scale or loaded.log_scale
+    if policy not in (LogScale.off, LogScale.official):
+        raise ValueError(
+            f"log_scale={policy.name}: the official layout knows `off` and `official` (which also scales below L); "
+            "name one of them"
+        )
+    facts = official_config(loaded.model.config, loaded.clex, loaded.context_len, policy is LogScale.official)
+    with complete_or_absent(directory) as folder:
+        loaded.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        _add_tensors(folder, official_tensors(loaded.clex, f"{loaded.model.base_model_prefix}."))
+        (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(folder)
+    logger.info("the model in the official layout is in %s", directory)
+
+
+def _add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Into the one weight file, or as a shard of its own where there are several."""
+    index = folder / INDEX
+    if not index.exists():
+        save_file(load_file(folder / WEIGHTS) | tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        return
+    save_file(tensors, folder / FIELD, metadata={"format": "pt"})
+    listing: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+    listing["weight_map"] |= dict.fromkeys(tensors, FIELD)
+    listing["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
+    index.write_text(json.dumps(listing, indent=2, sort_keys=True) + "\n", encoding="utf-8")
