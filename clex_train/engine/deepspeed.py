@@ -34,7 +34,7 @@ def open_process_group(engine: EngineConfig) -> None:
     if on_gpu:
         torch.cuda.set_device(distributed.device())
     else:
-        extensions.build("ShareMemCommBuilder")
+        _leave_collectives_to_gloo()
     deepspeed.init_distributed(
         "nccl" if on_gpu else "gloo", timeout=timedelta(minutes=engine.timeout), verbose=False, auto_mpi_discovery=False
     )
@@ -77,9 +77,7 @@ def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.offload is Offload.all:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if engine.zero_stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
-    return {
+    settings = {
         "train_batch_size": config.optim.batch_rows,
         "train_micro_batch_size_per_gpu": engine.micro_batch,
         "gradient_accumulation_steps": accumulation(config, world_size),
@@ -89,6 +87,10 @@ def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if engine.zero_stage > 0:
+        # Hundreds of micro-batches summed in bfloat16 would lose the small ones. Without ZeRO it is not to be had.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
 
 
 def build(model: nn.Module, config: Config) -> Any:
@@ -135,6 +137,17 @@ def set_learning_rate(engine: Any, value: float) -> None:
     """Set the learning rate of the step that comes next."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value
+
+
+def _leave_collectives_to_gloo() -> None:
+    """Strike the shared-memory all-reduce off DeepSpeed's own table of usable ops, which it reads when it connects.
+
+    It spins instead of waiting, takes a minute to compile, and keeps its buffers in /dev/shm under the name of the
+    port: a killed run leaves them (66 MiB a rank), and the next one on that port may take old state for its peers'.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

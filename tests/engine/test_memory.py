@@ -85,13 +85,13 @@ def test_sizes_are_read_off_the_dictionary_that_deepspeed_gets():
     )
     settings = engines.deepspeed_dict(config, 8)
     s = memory.sharding(settings, 8, torch.bfloat16, checkpointing=True, on_gpu=True)
-    assert (s.stage, s.world_size, s.accumulation, s.parameter, s.gradient) == (3, 8, 4, 2, 2)
+    assert (s.stage, s.world_size, s.accumulation, s.parameter, s.gradient) == (3, 8, 4, 2, 4)
     assert s.offload_optimizer
     assert s.offload_parameters
-    settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    settings["data_types"] = {"grad_accum_dtype": "bf16"}
     settings["zero_optimization"]["reduce_bucket_size"] = 7
     changed = memory.sharding(settings, 8, torch.bfloat16, checkpointing=True, on_gpu=True)
-    assert (changed.gradient, changed.reduce_bucket) == (4, 7)
+    assert (changed.gradient, changed.reduce_bucket) == (2, 7)
 
 
 def test_defaults_are_those_of_the_installed_deepspeed():
