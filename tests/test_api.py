@@ -1,0 +1,147 @@
+"""apply_clex from every kind of source, and refusals that leave the model untouched."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_causal_lm import CONTEXT, VOCABULARY, tiny_llama
+
+from clex_train.api import apply_clex
+from clex_train.config import LogScale
+from clex_train.export.folder import complete_or_absent
+from clex_train.model_directory import write_clex
+from clex_train.rope.patch import install_rotary
+from clex_train.rope.rotary import ScaledRotary
+from clex_train.scaling.baselines import ntk_table
+from clex_train.scaling.clex import Clex
+from clex_train.scaling.table import FrequencyTable, scale_grid
+
+BASE = install_rotary(tiny_llama(), CONTEXT).base_inv_freq
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _single_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trained_field(base: torch.Tensor = BASE) -> Clex:
+    clex = Clex(base, t_max=4.0)
+    torch.nn.init.normal_(clex.down, std=0.3, generator=torch.Generator().manual_seed(1))
+    return clex
+
+
+def run_directory(folder: Path, log_scale: LogScale = LogScale.off, base: torch.Tensor = BASE) -> Path:
+    field = trained_field(base)
+    folder.mkdir(parents=True)
+    write_clex(folder, field, field.table(scale_grid(4.0)), CONTEXT, log_scale)
+    return folder
+
+
+def tokens(num_tokens: int) -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (1, num_tokens), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def test_a_run_a_field_and_its_table_give_the_same_logits(tmp_path: Path) -> None:
+    model, ids, found = tiny_llama(), tokens(50), []
+    field = trained_field()
+    for source in (run_directory(tmp_path / "final"), field, field.table(scale_grid(4.0))):
+        clex = apply_clex(model, source)
+        assert clex.handle.context_len == CONTEXT
+        found.append(model(ids).logits)
+        clex.undo()
+    assert torch.allclose(found[0], found[1], atol=1e-5, rtol=0)
+    assert torch.equal(found[1], found[2])
+    assert not torch.allclose(found[0], model(ids).logits, atol=1e-2)
+
+
+@torch.no_grad()
+def test_without_a_source_it_is_ntk_scaling() -> None:
+    model, ids = tiny_llama(), tokens(50)
+    clex = apply_clex(model, t_max=4)
+    found = model(ids).logits
+    clex.undo()
+    with_table = apply_clex(model, ntk_table(BASE, scale_grid(4.0)))
+    assert torch.allclose(found, model(ids).logits, atol=1e-5, rtol=0)
+    with_table.undo()
+
+
+@torch.no_grad()
+def test_undo_restores_logits_and_modules_to_the_bit() -> None:
+    model, ids = tiny_llama(), tokens(40)
+    before, modules = model(ids).logits, dict(model.named_modules())
+    clex = apply_clex(model, trained_field(), log_scale="always")
+    assert not torch.equal(model(ids).logits, before)
+    clex.undo()
+    assert torch.equal(model(ids).logits, before)
+    assert dict(model.named_modules()) == modules
+
+
+@torch.no_grad()
+def test_log_scaling_follows_the_source_unless_it_is_said_otherwise(tmp_path: Path) -> None:
+    model, folder = tiny_llama(), run_directory(tmp_path / "final", LogScale.always)
+    for asked, policy in ((None, "always"), ("off", "off")):
+        clex = apply_clex(model, folder, log_scale=asked)
+        assert clex.log_scaling.policy == policy
+        clex.undo()
+
+
+@torch.no_grad()
+def test_t_is_pinned_per_generate_call_and_moves_again_after_it() -> None:
+    model, seen = tiny_llama(), []
+    clex = apply_clex(model, trained_field())
+    model.model.register_forward_hook(lambda *_: seen.append(clex.handle.rotary.spectrum.t))
+    with clex.pinned(3):
+        model.generate(tokens(14), max_new_tokens=4, do_sample=False)
+    model.generate(tokens(14), max_new_tokens=4, do_sample=False)
+    assert seen == [3.0] * 4 + [1.0, 1.0, 1.0, 2.0]
+
+
+def test_clamping_is_on_request_only(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama()
+    clex = apply_clex(model, trained_field())
+    with pytest.raises(ValueError, match=r"num_tokens=65: beyond t_max \* L = 4 \* 16"):
+        model(tokens(65))
+    clex.undo()
+    apply_clex(model, trained_field(), clamp=True)
+    model(tokens(65))
+    assert "num_tokens=65 is beyond t_max" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda folder: run_directory(folder, base=BASE / 2),
+            r"final: starts from theta\[\d\]=\S+, and the model's is \S+;",
+        ),
+        (lambda folder: run_directory(folder, base=BASE[:5]), "final: rotary dimension 10, and the model's is 12"),
+        (lambda folder: Clex(BASE[:5], 4.0), "the field: rotary dimension 10, and the model's is 12"),
+        (lambda folder: FrequencyTable(torch.ones(1).double(), torch.ones(1, 5).double()), "rotary dimension 10"),
+        (lambda folder: folder, "no CLEX in it"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_the_model_untouched(tmp_path: Path, make, message: str) -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=message) as refusal:
+        apply_clex(model, make(tmp_path / "final"))
+    assert "\n" not in str(refusal.value)
+    assert not any(isinstance(module, ScaledRotary) for module in model.modules())
+    assert not model.model._forward_pre_hooks
+
+
+def test_an_error_while_writing_leaves_the_earlier_directory(tmp_path: Path) -> None:
+    final = run_directory(tmp_path / "final")
+
+    def fail_halfway() -> None:
+        with complete_or_absent(final) as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        fail_halfway()
+    assert (final / "clex.json").exists()
+    assert not (final / "half").exists()
