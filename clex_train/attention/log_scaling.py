@@ -110,6 +110,11 @@ def _attention_modules(model: nn.Module) -> list[_ScaledAttention]:
 
 def _window(attention: Any) -> int | None:
     """Keys that a layer sees at most; some families keep it on the module, the others in the config for all layers."""
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
-    return getattr(getattr(attention, "config", None), "sliding_window", None)
+    config = getattr(attention, "config", None)
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[attention.layer_idx] == "full_attention":
+        return None
+    has_own = hasattr(attention, "sliding_window")
+    window = attention.sliding_window if has_own else getattr(config, "sliding_window", None)
+    # A window of 0 is how Qwen2-MoE says that there is none.
+    return window or None

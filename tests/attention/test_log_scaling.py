@@ -110,6 +110,15 @@ def test_a_sliding_window_counts_no_more_keys_than_it_sees() -> None:
     assert scales(model) == pytest.approx([own[0] * math.log(32) / math.log(L), own[1] * math.log(256) / math.log(L)])
 
 
+def test_a_window_of_zero_is_no_window() -> None:
+    model, lengths = small_model("qwen2_moe", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16), Lengths()
+    assert model.config.sliding_window == 0
+    own = scales(model)
+    install_log_scaling(model, "always", L, lengths.on_length)
+    lengths.announce(256)
+    assert scales(model) == pytest.approx([scale * 2 for scale in own])
+
+
 def test_a_model_that_scales_elsewhere_is_refused_by_name() -> None:
     model = small_model("falcon", alibi=False)
     with pytest.raises(ValueError, match="model_type=falcon does not read its softmax scale"):

@@ -1,17 +1,11 @@
 """Every family: untouched at t = 1, gradients into the frequencies, cached keys that follow t, undone to the bit."""
 
+import family_checks as checks
 import pytest
-import torch
-from rotary_families import CONTEXT, FAMILIES, tiny_model, tokens
-from unrotated_cache import reference_logits
+from family_table import PAGE, render
+from rotary_families import FAMILIES
 
-from clex_train.rope.patch import install_rotary
-from clex_train.scaling.baselines import ntk_table
-from clex_train.scaling.spectrum import Spectrum
-
-GRID = [1.0, 2.0, 3.0, 4.0, 5.0]
-PIECES = [10, 6, 1, 1, 15, 1, 14, 1]  # t moves with the third, the fifth and the last
-INTERLEAVED = {"cohere"}
+WITHOUT_LOG_SCALING = {"falcon"}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -19,51 +13,29 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@torch.no_grad()
 def test_within_l_the_logits_are_those_of_the_untouched_model(family: str) -> None:
-    model, ids = tiny_model(family), tokens(2, CONTEXT)
-    before = model(ids).logits
-    handle = install_rotary(model, CONTEXT)
-    plain = model(ids).logits
-    handle.use(ntk_table(handle.base_inv_freq, GRID))
-    at_one = model(ids).logits
-    assert torch.allclose(plain, before, atol=1e-5, rtol=0)
-    assert torch.allclose(at_one, before, atol=1e-5, rtol=0)
+    assert checks.error_at_one(family) < checks.AT_ONE
 
 
 def test_gradients_reach_every_scaled_frequency(family: str) -> None:
-    model, ids = tiny_model(family), tokens(2, CONTEXT)
-    handle = install_rotary(model, CONTEXT)
-    theta = handle.base_inv_freq.requires_grad_()
-    with handle.training(Spectrum(theta, 2.0), 2.0 * torch.arange(CONTEXT).double().expand(2, -1)):
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    assert theta.grad is not None
-    assert bool((theta.grad.abs() > 0).all())
+    assert checks.num_frequencies_without_gradient(family) == 0
 
 
-@torch.no_grad()
 def test_cached_keys_follow_t_over_three_crossings(family: str) -> None:
-    model, ids = tiny_model(family), tokens(2, sum(PIECES))
-    handle = install_rotary(model, CONTEXT)
-    table = ntk_table(handle.base_inv_freq, GRID)
-    handle.use(table)
-    cache, found, start = None, [], 0
-    for length in PIECES:
-        output = model(ids[:, start : start + length], past_key_values=cache, use_cache=True)
-        cache, start = output.past_key_values, start + length
-        found.append(output.logits)
-    handle.undo()
-    expected = reference_logits(model, ids, PIECES, table, CONTEXT, interleaved=family in INTERLEAVED)
-    assert torch.allclose(torch.cat(found, dim=1), expected, atol=1e-4, rtol=0)
+    assert checks.error_over_crossings(family) < checks.CROSSINGS
 
 
-@torch.no_grad()
+def test_generation_with_a_cache_is_generation_without_one(family: str) -> None:
+    assert checks.generates(family)
+
+
 def test_undo_restores_the_logits_to_the_bit(family: str) -> None:
-    model, ids = tiny_model(family), tokens(2, 2 * CONTEXT)
-    before, modules = model(ids).logits, dict(model.named_modules())
-    handle = install_rotary(model, CONTEXT)
-    handle.use(ntk_table(handle.base_inv_freq, GRID))
-    assert not torch.equal(model(ids).logits, before)
-    handle.undo()
-    assert torch.equal(model(ids).logits, before)
-    assert dict(model.named_modules()) == modules
+    assert checks.is_undone(family)
+
+
+def test_log_scaling_reaches_the_softmax_scale(family: str) -> None:
+    assert checks.takes_log_scaling(family) is (family not in WITHOUT_LOG_SCALING)
+
+
+def test_the_table_in_the_docs_says_what_these_checks_found() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render(), "run: python tests/rope/family_table.py"

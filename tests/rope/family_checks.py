@@ -1,0 +1,108 @@
+"""What every family with rotary embeddings is put through; each check runs once, for its test and for the table."""
+
+from functools import cache
+
+import torch
+from rotary_families import CONTEXT, tiny_model, tokens
+from unrotated_cache import reference_logits
+
+from clex_train.attention.log_scaling import install_log_scaling
+from clex_train.rope.patch import RotaryHandle, install_rotary
+from clex_train.scaling.baselines import ntk_table
+from clex_train.scaling.spectrum import Spectrum
+
+GRID = [1.0, 2.0, 3.0, 4.0, 5.0]
+PIECES = [10, 6, 1, 1, 15, 1, 14, 1]  # t moves with the third, the fifth and the last
+INTERLEAVED = {"cohere"}
+AT_ONE, CROSSINGS = 1e-5, 1e-4
+"""Tolerances of logits, which are of order 1."""
+
+
+@cache
+@torch.no_grad()
+def error_at_one(family: str) -> float:
+    """Largest difference to the logits of the untouched model within L, with and without a table in use."""
+    model, ids = tiny_model(family), tokens(2, CONTEXT)
+    before = model(ids).logits
+    handle = install_rotary(model, CONTEXT)
+    plain = model(ids).logits
+    handle.use(ntk_table(handle.base_inv_freq, GRID))
+    return max(float((logits - before).abs().max()) for logits in (plain, model(ids).logits))
+
+
+@cache
+def num_frequencies_without_gradient(family: str) -> int:
+    """How many of the P frequencies no gradient of the loss reaches."""
+    model, ids = tiny_model(family), tokens(2, CONTEXT)
+    handle = install_rotary(model, CONTEXT)
+    theta = handle.base_inv_freq.requires_grad_()
+    with handle.training(Spectrum(theta, 2.0), 2.0 * torch.arange(CONTEXT).double().expand(2, -1)):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return len(theta) if theta.grad is None else int((theta.grad == 0).sum())
+
+
+@cache
+@torch.no_grad()
+def error_over_crossings(family: str) -> float:
+    """Largest difference to the logits of a cache of unrotated keys, fed in pieces over three moves of t."""
+    model, ids = tiny_model(family), tokens(2, sum(PIECES))
+    handle = install_rotary(model, CONTEXT)
+    table = ntk_table(handle.base_inv_freq, GRID)
+    handle.use(table)
+    past, found, start = None, [], 0
+    for length in PIECES:
+        output = model(ids[:, start : start + length], past_key_values=past, use_cache=True)
+        past, start = output.past_key_values, start + length
+        found.append(output.logits)
+    handle.undo()
+    expected = reference_logits(model, ids, PIECES, table, CONTEXT, interleaved=family in INTERLEAVED)
+    return float((torch.cat(found, dim=1) - expected).abs().max())
+
+
+@cache
+@torch.no_grad()
+def generates(family: str) -> bool:
+    """Whether greedy generation from 8 to 40 tokens agrees with and without the cache (exact for one layer)."""
+    kinds = {"layer_types": ["full_attention"]} if family in ("gemma3_text", "gemma2") else {}
+    model = tiny_model(family, num_layers=1, **kinds)
+    handle = install_rotary(model, CONTEXT)
+    handle.use(ntk_table(handle.base_inv_freq, GRID))
+    answers = [
+        model.generate(tokens(2, 8), max_new_tokens=32, do_sample=False, use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
+    return answers[0].shape == (2, 40) and torch.equal(*answers)
+
+
+@cache
+@torch.no_grad()
+def is_undone(family: str) -> bool:
+    """Whether `undo` restores logits and modules to the bit, after a table has changed them."""
+    model, ids = tiny_model(family), tokens(2, 2 * CONTEXT)
+    before, modules = model(ids).logits, dict(model.named_modules())
+    handle = install_rotary(model, CONTEXT)
+    handle.use(ntk_table(handle.base_inv_freq, GRID))
+    changed = not torch.equal(model(ids).logits, before)
+    handle.undo()
+    return changed and torch.equal(model(ids).logits, before) and dict(model.named_modules()) == modules
+
+
+@cache
+@torch.no_grad()
+def takes_log_scaling(family: str) -> bool:
+    """Whether the softmax scale can be reached, and changes the logits beyond L and not within it."""
+    model, ids = tiny_model(family), tokens(2, 2 * CONTEXT)
+    handle = install_rotary(model, CONTEXT)
+    within, beyond = model(ids[:, :CONTEXT]).logits, model(ids).logits
+    try:
+        install_log_scaling(model, "always", CONTEXT, handle.on_length)
+    except ValueError:
+        return False
+    same = torch.equal(model(ids[:, :CONTEXT]).logits, within)
+    return same and not torch.allclose(model(ids).logits, beyond, atol=1e-4)
+
+
+@cache
+def handle_of(family: str) -> RotaryHandle:
+    """A handle on a model of the family, to look at."""
+    return install_rotary(tiny_model(family), CONTEXT)

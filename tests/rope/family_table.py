@@ -1,0 +1,158 @@
+"""docs/families.md from the checks of every family: `python tests/rope/family_table.py` writes it anew."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+import family_checks as checks  # noqa: E402
+from rotary_families import CONTEXT, FAMILIES, tiny_model  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
+
+from clex_train.rope.patch import install_rotary, require_rotary  # noqa: E402
+
+PAGE = ROOT / "docs" / "families.md"
+
+PUBLISHED = {
+    "llama": "Llama 1, 2 and 3, CodeLlama, Vicuna, Yi",
+    "gpt_neox": "GPT-NeoX, Pythia",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2, Qwen2.5",
+    "qwen2_moe": "Qwen1.5-MoE, Qwen2-MoE",
+    "qwen3": "Qwen3",
+    "gemma": "Gemma 1",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3",
+    "phi": "Phi-1, Phi-1.5, Phi-2",
+    "phi3": "Phi-3 (4k)",
+    "stablelm": "StableLM",
+    "falcon": "Falcon (RoPE)",
+    "olmo": "OLMo",
+    "olmo2": "OLMo 2",
+    "cohere": "Command R",
+    "granite": "Granite",
+    "starcoder2": "StarCoder2",
+}
+STATIC = {
+    "linear": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": CONTEXT},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": CONTEXT,
+    },
+    "dynamic": {"factor": 4.0},
+    "longrope": {
+        "factor": 4.0,
+        "original_max_position_embeddings": CONTEXT,
+        "short_factor": [1.0] * 6,
+        "long_factor": [2.0] * 6,
+    },
+}
+REFUSED = ("gpt2", "bloom", "gptj", "codegen", "opt", "mpt", "mamba")
+
+HEAD = """# Families
+
+Which causal language models of transformers CLEX was tried on, and with what result. This page is written by
+`python tests/rope/family_table.py` from small random models of each family, and `tests/rope/test_rotary_families.py`
+fails when it no longer says what is found. Nothing in the code names a family: the rotary module is found by its
+structure and tried out (`clex_train/rope/probe.py`), so others are likely to work.
+
+"""
+COLUMNS = """- rotary / head: dimensions of the small model, unequal when the rotary embedding is partial.
+- pairs: `half` pairs component j with j + d/2, `interleaved` 2j with 2j + 1.
+- t = 1: logits within L equal those of the untouched model to 1e-5, with and without a table.
+- gradient: the loss's gradient reaches every one of the frequencies.
+- crossings: logits over three moves of t with a KV cache equal those of a cache of unrotated keys to 1e-4 (float32).
+- generate: greedy decoding across two moves of t is the same with and without the cache (one layer, where it must be).
+- log-scaling: the softmax scale can be set (`clex_train/attention/log_scaling.py`).
+- undo: logits and modules are those of before, to the bit.
+
+"""
+LAYERS = """Gemma 3 has two rotary embeddings: the local layers (sliding windows) keep theirs, the global ones follow t.
+Falcon computes its softmax scale inside its attention, so log-scaling is refused by name for it.
+
+"""
+SCALINGS = """## Models with a scaling of their own
+
+A static scaling is where CLEX starts: theta(1) is the model's own frequencies, whatever made them, and its attention
+factor stays. A scaling that changes with the length of a call by itself would fight with t and is refused in one line;
+so are Phi-3 128k models, which use longrope.
+
+"""
+GPTJ = """GPT-J and CodeGen do rotate, but there is no module to replace: every attention layer reads sines from a table
+of its own, indexed by integer positions and as long as the trained context, so that neither fractional positions nor
+longer contexts exist in it. An adapter would have to replace the attention's forward, which this project does of no
+model.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    return HEAD + _family_table() + COLUMNS + LAYERS + SCALINGS + _scaling_table() + _refusal_table() + GPTJ
+
+
+def _family_table() -> str:
+    head = ["model_type", "models", "rotary / head", "pairs", "t = 1", "gradient", "crossings", "generate"]
+    return _table([*head, "log-scaling", "undo"], [_family_row(family) for family in FAMILIES])
+
+
+def _family_row(family: str) -> list[str]:
+    handle = checks.handle_of(family)
+    config = handle.model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found = (
+        checks.error_at_one(family) < checks.AT_ONE,
+        checks.num_frequencies_without_gradient(family) == 0,
+        checks.error_over_crossings(family) < checks.CROSSINGS,
+        checks.generates(family),
+        checks.takes_log_scaling(family),
+        checks.is_undone(family),
+    )
+    cells = ["yes" if holds else "no" for holds in found]
+    return [
+        f"`{family}`",
+        PUBLISHED[family],
+        f"{2 * len(handle.base_inv_freq)} / {head}",
+        str(handle.layout),
+        *cells,
+    ]
+
+
+def _scaling_table() -> str:
+    rows = []
+    for name, settings in STATIC.items():
+        model = tiny_model("llama", rope_parameters={"rope_type": name, "rope_theta": 1e4, **settings})
+        rows.append(
+            [f"`{name}`", _refusal(lambda model=model: install_rotary(model, CONTEXT)) or "theta(1) is its own"]
+        )
+    return _table(["rope_type", "CLEX"], rows)
+
+
+def _refusal_table() -> str:
+    rows = [
+        [f"`{kind}`", str(_refusal(lambda kind=kind: require_rotary(AutoConfig.for_model(kind))))] for kind in REFUSED
+    ]
+    return "## Refused\n\n" + _table(["model_type", "the line that is printed"], rows)
+
+
+def _refusal(attempt: Callable[[], object]) -> str | None:
+    try:
+        attempt()
+    except ValueError as refusal:
+        return str(refusal)
+    return None
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
