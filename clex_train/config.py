@@ -203,8 +203,8 @@ class EngineConfig:
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer state, 2 gradients too, 3 parameters too."""
     offload: Offload = Offload.none
     """Keep the optimizer's state, or `all` (optimizer and parameters), in host memory."""
-    micro_batch: int = 1
-    """Rows per rank in one forward and backward."""
+    micro_batch: int | None = 1
+    """Rows per rank in one forward and backward; null: as many as the rank has to read between two accumulations."""
     accumulation: int | None = None
     """Micro-batches per optimizer step; by default what optim.batch_rows, micro_batch and the ranks ask for."""
     precision: Precision = Precision.auto
@@ -218,7 +218,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "0, 1, 2 or 3")
-        require(self.micro_batch >= 1, "engine.micro_batch", self.micro_batch, "at least 1 row")
+        require(self.micro_batch is None or self.micro_batch >= 1, "engine.micro_batch", self.micro_batch, "at least 1")
         require(
             self.accumulation is None or self.accumulation >= 1, "engine.accumulation", self.accumulation, "at least 1"
         )
@@ -415,7 +415,7 @@ def _check_between_groups(config: Config) -> None:
         model.path,
         "model.init=pretrained needs weights: name a model directory or hub repository",
     )
-    rows = engine.micro_batch * (engine.accumulation or 1)
+    rows = (engine.micro_batch or 1) * (engine.accumulation or 1)
     require(
         optim.batch_rows % rows == 0,
         "optim.batch_rows",

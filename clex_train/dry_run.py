@@ -43,6 +43,7 @@ class Plan:
     counts: skeleton.Counts
     num_ode_parameters: int
     world_size: int
+    micro_batch: int
     accumulation: int
     context_len: int
     dtype: torch.dtype
@@ -86,7 +87,7 @@ def make_plan(config: Config) -> Plan:
     clex = _clex(config, counts)
     footprint = skeleton.footprint(
         arch,
-        rows=config.engine.micro_batch,
+        rows=settings["train_micro_batch_size_per_gpu"],
         tokens=config.data.seq_len,
         dtype=dtype,
         attention=config.attention.implementation.value,
@@ -99,6 +100,7 @@ def make_plan(config: Config) -> Plan:
         counts=counts,
         num_ode_parameters=sum(p.numel() for p in clex.parameters()) if clex else 0,
         world_size=world_size,
+        micro_batch=settings["train_micro_batch_size_per_gpu"],
         accumulation=sharding.accumulation,
         context_len=context_len,
         dtype=dtype,
@@ -174,7 +176,7 @@ def _summary(config: Config, plan: Plan) -> Iterator[str]:
     if config.model.init is Init.random:
         yield "              the vocabulary is that of model.config here; the run takes the data store's"
     yield (
-        f"  step        {rows:,} rows = {plan.world_size} ranks * {config.engine.micro_batch} rows "
+        f"  step        {rows:,} rows = {plan.world_size} ranks * {plan.micro_batch} rows "
         f"* {plan.accumulation} micro-batches"
     )
     yield (
@@ -208,7 +210,7 @@ def _table(config: Config, plan: Plan) -> Iterator[str]:
     yield (
         f"memory of one {'GPU' if plan.on_gpu else 'rank'} of {plan.world_size} in GiB: ZeRO-{engine.zero_stage}, "
         f"offload {engine.offload.name}, {str(plan.dtype).removeprefix('torch.')}, "
-        f"{engine.micro_batch} * {config.data.seq_len:,} tokens, "
+        f"{plan.micro_batch} * {config.data.seq_len:,} tokens, "
         f"{'layers recomputed' if engine.activation_checkpointing else 'activations kept'}"
     )
     yield f"  {'at the moment of':<16}{''.join(f'{moment:>10}' for moment in MOMENTS)}{'host':>10}"

@@ -54,7 +54,7 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
         batch_rows=config.optim.batch_rows,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        micro_batch=config.engine.micro_batch,
+        micro_batch=parts.engine.train_micro_batch_size_per_gpu(),
     )
     try:
         while step < config.optim.steps:

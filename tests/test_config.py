@@ -102,7 +102,7 @@ def test_a_written_configuration_composes_to_itself(tmp_path):
         ("engine.zero_stage=4", "engine.zero_stage=4: 0, 1, 2 or 3"),
         ("evaluation.lengths=[128,192]", "evaluation.lengths=[128, 192]"),
         ("optim.warmup=1", "optim.warmup=1"),
-        ("optim.batch_rows=10", "optim.batch_rows=10: must be a multiple"),
+        ("optim.batch_rows=0", "optim.batch_rows=0: at least 1 row"),
         ("seed=-1", "seed=-1"),
         ("scaling.param_factor=0", "scaling.param_factor=0"),
     ],

@@ -47,31 +47,36 @@ def precision(engine: EngineConfig) -> torch.dtype:
     return torch.bfloat16 if engine.precision is Precision.bf16 else torch.float32
 
 
-def accumulation(config: Config, world_size: int) -> int:
-    """Micro-batches per optimizer step, so that `optim.batch_rows` rows are read whatever the number of ranks.
+def share_rows(config: Config, world_size: int) -> tuple[int, int]:
+    """(rows per rank in a forward, micro-batches per step), so that `optim.batch_rows` are read by any number of ranks.
 
     Raises `ValueError` when the rows cannot be shared evenly, or contradict an explicit `engine.accumulation`.
     """
-    rows = config.engine.micro_batch * world_size
+    engine, rows = config.engine, config.optim.batch_rows
+    together = world_size * (engine.micro_batch or engine.accumulation or 1)
+    named = "engine.accumulation" if engine.micro_batch is None else "engine.micro_batch"
     require(
-        config.optim.batch_rows % rows == 0,
+        rows % together == 0,
         "optim.batch_rows",
-        config.optim.batch_rows,
-        f"must be a multiple of engine.micro_batch * ranks = {config.engine.micro_batch} * {world_size}",
+        rows,
+        f"must be a multiple of {named} * ranks = {together // world_size} * {world_size}",
     )
-    derived = config.optim.batch_rows // rows
+    if engine.micro_batch is None:
+        return rows // together, engine.accumulation or 1
+    derived = rows // together
     require(
-        config.engine.accumulation in (None, derived),
+        engine.accumulation in (None, derived),
         "engine.accumulation",
-        config.engine.accumulation,
-        f"{config.optim.batch_rows} rows over {world_size} ranks need {derived}; leave it null or change one",
+        engine.accumulation,
+        f"{rows} rows over {world_size} ranks need {derived}; leave it null or change one",
     )
-    return derived
+    return engine.micro_batch, derived
 
 
 def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's own configuration for this run."""
     engine = config.engine
+    micro_batch, accumulation = share_rows(config, world_size)
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.offload is not Offload.none:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -79,8 +84,8 @@ def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings = {
         "train_batch_size": config.optim.batch_rows,
-        "train_micro_batch_size_per_gpu": engine.micro_batch,
-        "gradient_accumulation_steps": accumulation(config, world_size),
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip,
         "bf16": {"enabled": precision(engine) is torch.bfloat16},
         "zero_optimization": zero,

@@ -73,11 +73,19 @@ class OdeOptimizer:
 
         Raises `UnstableField` if the field is not finite, too stiff, or larger than `scaling.max_residual`.
         """
-        before = self.clex.num_steps
+        before, limit = self.clex.num_steps, self.config.max_residual
         report = self.clex.refine()
         if report.num_steps > before:
             logger.info("step %d: the ODE needs a finer grid: %s", step, report)
-        return self.clex.check_residual(self.config.max_residual)
+        residual = self.clex.check_residual(limit)
+        if residual > limit / 2:
+            logger.warning(
+                "step %d: the field has moved log theta by %.2f of scaling.max_residual=%g; lower scaling.lr_scale",
+                step,
+                residual,
+                limit,
+            )
+        return residual
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters, the solver's grid and the optimizer's moments."""

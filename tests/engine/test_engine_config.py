@@ -41,23 +41,32 @@ def test_learning_rate_agrees_with_the_cosine_of_transformers():
 def test_accumulation_follows_from_rows_and_ranks():
     config = Config()
     config.optim.batch_rows, config.engine.micro_batch = 48, 2
-    assert engines.accumulation(config, world_size=4) == 6
+    assert engines.share_rows(config, world_size=4) == (2, 6)
     config.engine.accumulation = 6
     assert engines.deepspeed_dict(config, 4)["gradient_accumulation_steps"] == 6
+
+
+def test_without_a_micro_batch_a_rank_reads_its_share_at_once():
+    config = Config(engine=EngineConfig(micro_batch=None))
+    config.optim.batch_rows = 8
+    assert engines.share_rows(config, world_size=1) == (8, 1)
+    assert engines.share_rows(config, world_size=2) == (4, 1)
+    config.engine.accumulation = 2
+    assert engines.share_rows(config, world_size=2) == (2, 2)
 
 
 def test_rows_that_ranks_cannot_share_are_refused_by_name():
     config = Config()
     config.optim.batch_rows = 10
     with pytest.raises(ValueError, match=r"optim\.batch_rows=10: must be a multiple of .* 1 \* 4"):
-        engines.accumulation(config, world_size=4)
+        engines.share_rows(config, world_size=4)
 
 
 def test_contradicting_accumulation_is_refused_by_name():
     config = Config()
     config.optim.batch_rows, config.engine.accumulation = 8, 4
     with pytest.raises(ValueError, match=r"engine\.accumulation=4: .* need 8"):
-        engines.accumulation(config, world_size=1)
+        engines.share_rows(config, world_size=1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""The ODE's own training step: its gradient, its guard, its state."""
+
+import pytest
+import torch
+
+from clex_train.config import ScalingConfig
+from clex_train.engine.ode_optimizer import OdeOptimizer
+from clex_train.scaling.clex import Clex
+from clex_train.scaling.sampling import draw_t
+from clex_train.scaling.solver import UnstableField
+
+BASE = 10000.0 ** -(torch.arange(8, dtype=torch.float64) / 8)
+
+
+def make(**scaling) -> OdeOptimizer:
+    config = ScalingConfig(t_max=8, lr_scale=1.0, **scaling)
+    return OdeOptimizer(Clex(BASE, t_max=8, seed=3), config, seed=5)
+
+
+def step(ode: OdeOptimizer, number: int, lr: float = 1e-3) -> float:
+    """A step whose loss is the sum of squared frequencies over two micro-batches."""
+    spectrum = ode.begin(number)
+    for _ in range(2):
+        (spectrum.inv_freq.square().sum() / 2).backward()
+    return ode.finish(lr)
+
+
+def test_the_gradient_is_that_of_the_same_loss_without_the_detour():
+    ode = make(clip=1e9)
+    with torch.no_grad():
+        ode.clex.down.normal_(std=0.01, generator=torch.Generator().manual_seed(0))
+    ode.check(0)
+    t = draw_t(5, 0, 8)
+    expected = torch.autograd.grad(ode.clex.inv_freq(t).square().sum(), list(ode.clex.parameters()))
+    before = [p.detach().clone() for p in ode.clex.parameters()]
+    norm = step(ode, 0, lr=0.0)
+    assert norm == pytest.approx(float(torch.cat([g.flatten() for g in expected]).norm()), rel=1e-6)
+    for parameter, gradient in zip(ode.clex.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-12)
+    assert all(torch.equal(p, q) for p, q in zip(ode.clex.parameters(), before, strict=True)), "lr 0 moves nothing"
+
+
+def test_the_clip_bounds_the_gradient_that_the_optimizer_sees():
+    ode = make(clip=1e-3)
+    with torch.no_grad():
+        ode.clex.down.normal_(std=0.01, generator=torch.Generator().manual_seed(0))
+    assert step(ode, 0) > 1e-3
+    clipped = torch.cat([p.grad.flatten() for p in ode.clex.parameters()]).norm()
+    assert float(clipped) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_steps_lower_the_loss():
+    ode = make(clip=1.0)
+    t = torch.linspace(1, 8, 8, dtype=torch.float64)
+    before = float(ode.clex.learned(t).sum().detach())
+    for number in range(10):
+        step(ode, number, lr=1e-4)
+    assert float(ode.clex.learned(t).sum().detach()) < before, "smaller frequencies lower the sum of squares"
+
+
+def test_a_frozen_field_stays_at_ntk():
+    ode = OdeOptimizer(Clex(BASE, t_max=8), ScalingConfig(t_max=8, lr_scale=0.0), seed=0)
+    spectrum = ode.begin(0)
+    assert not spectrum.inv_freq.requires_grad
+    assert ode.finish(1.0) == 0.0
+    alpha = 2 * spectrum.t - 1
+    exponents = torch.arange(8, dtype=torch.float64) * 2 / 14
+    torch.testing.assert_close(spectrum.inv_freq, BASE * alpha**-exponents, rtol=1e-12, atol=0)
+
+
+def test_state_restored_in_the_middle_continues_with_the_same_bits():
+    whole, first = make(), make()
+    for number in range(6):
+        step(whole, number)
+    for number in range(3):
+        step(first, number)
+    resumed = make()
+    resumed.load_state_dict(first.state_dict())
+    for number in range(3, 6):
+        step(resumed, number)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.clex.state_dict().values(), resumed.clex.state_dict().values(), strict=True)
+    )
+
+
+def test_a_field_that_leaves_its_bound_stops_the_run_naming_t():
+    ode = make(max_residual=0.05)
+    with torch.no_grad():
+        ode.clex.down.fill_(0.05)
+    with pytest.raises(UnstableField, match=r"t=.*scaling\.max_residual=0\.05"):
+        ode.begin(0)
+
+
+def test_a_field_that_is_not_finite_stops_the_run_before_the_model_sees_it():
+    ode = make()
+    with torch.no_grad():
+        ode.clex.down[0, 0] = float("nan")
+    with pytest.raises(UnstableField, match="not finite"):
+        ode.begin(1)
+
+
+def test_a_growing_field_is_announced_before_it_breaks(caplog):
+    ode = make(max_residual=1.0)
+    with torch.no_grad():
+        ode.clex.down.fill_(0.01)
+    residual = float(ode.clex.residual([8.0]))
+    ode.config.max_residual = residual * 1.5
+    ode.check(100)
+    assert "scaling.max_residual" in caplog.text
