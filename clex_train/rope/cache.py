@@ -35,14 +35,13 @@ class KeyRecord:
     """Largest position in the cache + 1; the keys of a left-padded batch are more."""
     chunks: list[Tensor] = field(default_factory=list)
     """int64 [B or 1, s] in the order of the keys."""
-
-    @property
-    def num_keys(self) -> int:
-        return sum(chunk.shape[1] for chunk in self.chunks)
+    num_keys: int = 0
+    """Keys whose positions are in `chunks`; counted along, since every decoding step asks."""
 
     def append(self, position_ids: Int[Tensor, "B s"], num_tokens: int) -> None:
         """Note the positions of keys that were added."""
         self.chunks.append(position_ids)
+        self.num_keys += position_ids.shape[1]
         self.num_tokens = max(num_tokens, self.num_tokens)
         if len(self.chunks) > CHUNKS_BEFORE_JOIN:
             self.chunks = [self.positions()]
@@ -57,6 +56,7 @@ class KeyRecord:
         if num_keys < self.num_keys:
             self.chunks = [self.positions()[:, :num_keys]] if num_keys else []
             self.num_tokens = int(self.chunks[0].max()) + 1 if num_keys else 0
+            self.num_keys = num_keys
 
     def is_at(self, spectrum: Spectrum) -> bool:
         """Whether the keys need no turning for `spectrum`."""
@@ -143,7 +143,9 @@ class _Turn:
                 "change the number of rows only while t stands still"
             )
         width = 2 * cos.shape[-1]
-        turned = rotate(keys[..., :width].float(), cos, sin, self.layout) * self.factor
+        turned = rotate(keys[..., :width].float(), cos, sin, self.layout)
+        if self.factor != 1.0:
+            turned = turned * self.factor
         return torch.cat((turned.to(keys.dtype), keys[..., width:]), dim=-1)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,7 @@ class _CallState(NamedTuple):
     """What the hook before a call leaves for the hook after it."""
 
     spectrum: Spectrum
+    cache: Cache | None
     record: key_cache.KeyRecord | None
     num_tokens: int
 
@@ -85,10 +86,8 @@ class RotaryHandle:
         # Bound methods, so that a deep copy of the model carries hooks that belong to the copy.
         self._removals = [
             site.parent.register_forward_pre_hook(self._before_call, with_kwargs=True),
-            site.parent.register_forward_hook(self._after_call, with_kwargs=True),
+            site.parent.register_forward_hook(self._after_call),
         ]
-        if traits.casts:
-            self._cast_in_layers(site.parent)
 
     @property
     def base_inv_freq(self) -> Float64[Tensor, " P"]:
@@ -138,6 +137,8 @@ class RotaryHandle:
             raise ValueError(
                 f"inv_freq of {len(spectrum.inv_freq)} pairs: the model rotates {len(self.base_inv_freq)} pairs"
             )
+        if self.traits.casts and not self.rotary.layers_cast:
+            self._cast_in_layers(self._site.parent)
         with self._overridden(spectrum=spectrum, positions=positions, is_training=True):
             yield
 
@@ -163,6 +164,7 @@ class RotaryHandle:
         self._listeners.clear()
 
     def _cast_in_layers(self, parent: nn.Module) -> None:
+        """Only once gradients are wanted, and then for good: a hook per layer is what a decoding step would feel."""
         layers = layers_given_position_embeddings(parent)
         self.rotary.layers_cast = bool(layers)
         for layer in layers:
@@ -186,15 +188,17 @@ class RotaryHandle:
             traits = self.traits
             key_cache.turn_keys(cache, record, spectrum, traits.layout, traits.scaled, self._layer_types)
         self.rotary.spectrum, self.rotary.positions = spectrum, override.positions
-        self._call = _CallState(spectrum, record, num_tokens)
+        self._call = _CallState(spectrum, cache, record, num_tokens)
         for listener in self._listeners:
             listener(override.num_tokens or num_tokens)
 
-    def _after_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after_call(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call, self._call = self._call, None
-        cache = self._inputs(args, kwargs)[2] or _cache_in(output)
         position_ids, self.rotary.last_position_ids = self.rotary.last_position_ids, None
-        if call is not None and cache is not None and position_ids is not None:
+        if call is None or position_ids is None:
+            return
+        cache = _cache_in(output) if call.cache is None else call.cache
+        if cache is not None:
             key_cache.note(cache, call.record, call.spectrum, position_ids, call.num_tokens)
 
     def _inputs(
