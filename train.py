@@ -35,7 +35,7 @@ def run(config: configuration.Config) -> int:
 
     Raises `ValueError` with the key and the remedy for what the user can mend, before the model is loaded.
     """
-    from clex_train import distributed, modeling, run_folder, tracking, trainer
+    from clex_train import distributed, metrics, modeling, run_folder, tracking, trainer
     from clex_train.checkpoint import Checkpoints, Manifest
     from clex_train.data.packing import PackedRows
     from clex_train.data.store import TokenStore
@@ -56,21 +56,32 @@ def run(config: configuration.Config) -> int:
     context_len = modeling.context_length(config.model, arch)
     evaluation = TrainingEvaluation(config, store, context_len) if config.evaluation.every >= 0 else None
     configuration.check_reach(config, context_len)
+    configuration.check_scaling(config, modeling.has_field(str(config.model.path)))
     settings = engines.deepspeed_dict(config, distributed.world_size())
     identity = Manifest.of_run(config, modeling.architecture_digest(arch), store.fingerprint)
     checkpoints = Checkpoints(run_dir, config.checkpoint.keep_last, identity)
+    newest = checkpoints.newest()
+    run_folder.check_config(config, newest is not None)
+    first_step = newest[1].step if newest else 0
+    if first_step == config.optim.steps and (run_dir / "final").exists():
+        log.get("clex_train").info("%s is finished: its final model is in %s", run_dir, run_dir / "final")
+        return first_step
     if distributed.is_main():
-        run_folder.write_config(config, checkpoints.newest() is not None)
-        tracking.write_environment(run_dir / "environment.json", store.fingerprint)
+        run_folder.write_config(config)
+        tracking.write_environment(run_dir, first_step, store.fingerprint)
 
     engines.open_process_group(config.engine)
     loaded = modeling.load_for_training(config, arch, engines.precision(config.engine), settings)
     ode = OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else None
     engine = engines.build(loaded.model, config)
-    parts = trainer.Parts(config, engine, loaded, rows, ode, checkpoints, evaluation)
-    steps = trainer.train(parts, partial(tracking.Tracker, config, run_dir))
-    modeling.solve_table(loaded)
-    write_final(run_dir / "final", loaded, engines.consolidated_state_dict(engine), tokenizer)
+    flops = metrics.flops_per_token(*modeling.matmul_shape(loaded.model), config.data.seq_len)
+    try:
+        parts = trainer.Parts(config, engine, loaded, rows, ode, checkpoints, evaluation, flops)
+        steps = trainer.train(parts, partial(tracking.Tracker, config, run_dir))
+        modeling.solve_table(loaded)
+        write_final(run_dir / "final", loaded, engines.consolidated_state_dict(engine), tokenizer)
+    finally:
+        engine.destroy()
     return steps
 
 

@@ -10,7 +10,6 @@ import ast
 import inspect
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -71,10 +70,6 @@ class Schedule(Enum):
     cosine = "cosine"
     linear = "linear"
     constant = "constant"
-
-
-class Packing(Enum):
-    concat = "concat"
 
 
 class Protocol(Enum):
@@ -138,8 +133,6 @@ class DataConfig:
     """Directory of a tokenised store, as written by `python -m data_prep tokenize`."""
     seq_len: int = 4096
     """Tokens in a training row. Rows of any length are cut from one store without tokenising again."""
-    packing: Packing = Packing.concat
-    """`concat`: documents joined by EOS and cut into rows."""
 
     def __post_init__(self) -> None:
         require(self.seq_len >= 2, "data.seq_len", self.seq_len, "at least 2 tokens, one to read and one to predict")
@@ -261,7 +254,9 @@ class OptimConfig:
     schedule: Schedule = Schedule.cosine
     """How the learning rate falls after the warm-up."""
     min_lr_ratio: float = 0.0
-    """Learning rate at the last step as a multiple of the peak."""
+    """Learning rate at the end of the run as a multiple of the peak."""
+    max_bad_steps: int = 3
+    """Steps in a row whose loss or gradient is not finite, and which are skipped, before the run stops."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "greater than 0")
@@ -274,6 +269,7 @@ class OptimConfig:
         require(self.steps >= 1, "optim.steps", self.steps, "at least 1 step")
         require(self.batch_rows >= 1, "optim.batch_rows", self.batch_rows, "at least 1 row")
         require(0 <= self.warmup < 1, "optim.warmup", self.warmup, "a share of the steps in [0, 1)")
+        require(self.max_bad_steps >= 1, "optim.max_bad_steps", self.max_bad_steps, "at least 1 step")
         require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "between 0 and 1")
 
 
@@ -424,11 +420,6 @@ def _check_between_groups(config: Config) -> None:
     )
 
 
-def write_yaml(config: Config, path: Path) -> None:
-    """Write the resolved configuration, loadable as an override file."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-
-
 def field_docs(schema: type) -> dict[str, str]:
     """The string under each field of a dataclass, by field name."""
     tree = ast.parse(inspect.getsource(schema)).body[0]
@@ -453,6 +444,16 @@ def check_reach(config: Config, context_len: int) -> None:
         "scaling.t_max",
         scaling.t_max,
         f"serves {scaling.t_max:g} * {context_len} tokens, evaluation.lengths asks for {longest}; raise one or shorten",
+    )
+
+
+def check_scaling(config: Config, holds_clex: bool) -> None:
+    """`ValueError` when weights that were trained with CLEX are to be trained on without it."""
+    require(
+        config.scaling.name is ScalingName.clex or not holds_clex,
+        "scaling.name",
+        config.scaling.name.name,
+        f"{config.model.path} holds a CLEX field, which plain RoPE would drop; scaling=clex trains it on",
     )
 
 

@@ -8,7 +8,7 @@ PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e1
 """Dense bf16 peak by the vendor's datasheet, for GPUs whose CUDA name contains the key."""
 
 
-def flops_per_token(num_parameters: int, num_layers: int, num_heads: int, head_dim: int, seq_len: int) -> float:
+def flops_per_token(num_parameters: float, num_layers: int, num_heads: int, head_dim: int, seq_len: int) -> float:
     """Floating-point operations of forward and backward for one token: 6 N + 6 * layers * heads * head_dim * S.
 
     N counts the parameters that take part in matrix products. The second term is the causal half of the score and

@@ -72,7 +72,7 @@ def architecture(model: ModelConfig) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{key}={path}: no readable config.json ({_first_line(error)})") from error
-    require_rotary(config)
+    require_rotary(config, model.trust_remote_code)
     return config
 
 
@@ -101,8 +101,27 @@ def training_tokenizer(model: ModelConfig, arch: PretrainedConfig, store_tokeniz
 def architecture_digest(arch: PretrainedConfig) -> str:
     """A digest of everything in an architecture that shapes its weights or its function, for checkpoints."""
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
-    facts = {k: v for k, v in arch.to_dict().items() if k not in ignored}
+    # What differs from the defaults, so that a newer transformers with more fields gives the same digest.
+    facts = {k: v for k, v in arch.to_diff_dict().items() if k not in ignored}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def matmul_shape(model: PreTrainedModel) -> tuple[float, int, int, int]:
+    """(weights in matrix products of a token, layers, heads, head dim), for the MFU; whole or sharded models.
+
+    The input embedding is a look-up and does not count unless the output shares it; of experts, those a token visits.
+    """
+    shape: Any = model.config.get_text_config()
+    visited = getattr(shape, "num_experts_per_tok", 1) / max(1, getattr(shape, "num_local_experts", None) or 1)
+    weights = 0.0
+    for name, parameter in model.named_parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        weights += size * (visited if ".experts." in name else 1.0)
+    if not getattr(shape, "tie_word_embeddings", False):
+        embedding: Any = model.get_input_embeddings().weight
+        weights -= getattr(embedding, "ds_numel", embedding.numel())
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return weights, shape.num_hidden_layers, shape.num_attention_heads, head_dim
 
 
 def require_directory(key: str, path: str) -> None:

@@ -1,6 +1,7 @@
 """The run folder: created, checked and guarded against a changed configuration before anything expensive starts."""
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ CONFIG = "config.yaml"
 SAFE_TO_CHANGE = (
     "attention.implementation",
     "checkpoint.",
+    "data.path",
     "engine.activation_checkpointing",
     "engine.timeout",
     "engine.world_size",
     "evaluation.",
-    "model.path",
     "name",
     "output_dir",
     "resume",
@@ -25,33 +26,40 @@ SAFE_TO_CHANGE = (
 )
 """Keys that may differ when a run is continued: they do not touch the numbers it trains on.
 
-`model.path` is among them because a resumed run takes its weights from the checkpoint.
+`data.path` is among them because the checkpoint knows its content by a fingerprint.
 """
 
 
-def write_config(config: Config, has_checkpoint: bool) -> None:
-    """Write `config.yaml` into the run folder; on one rank.
+def check_config(config: Config, has_checkpoint: bool) -> None:
+    """Compare with the run that the folder holds; every rank may call it, nothing is written.
 
     Raises `ValueError` when the folder holds a checkpoint although `resume=never`, or a run whose configuration
     differs in a key that is not safe to change.
     """
-    folder = Path(config.output_dir)
-    path = folder / CONFIG
-    if has_checkpoint:
-        if config.resume is Resume.never:
-            raise ValueError(f"resume=never: {folder} already holds checkpoints; choose another output_dir")
-        if path.exists():
-            _refuse_changes(path, config)
-    path.write_text(as_yaml(config), encoding="utf-8")
+    path = Path(config.output_dir) / CONFIG
+    if not has_checkpoint:
+        return
+    if config.resume is Resume.never:
+        raise ValueError(f"resume=never: {path.parent} already holds checkpoints; choose another output_dir")
+    if path.exists():
+        _refuse_changes(path, config)
+
+
+def write_config(config: Config) -> None:
+    """Write `config.yaml` into the run folder, whole or not at all; on one rank."""
+    path = Path(config.output_dir) / CONFIG
+    beside = path.with_suffix(".tmp")
+    beside.write_text(as_yaml(config), encoding="utf-8")
+    beside.replace(path)
 
 
 def require_writable(folder: Path) -> None:
     """Create the folder and prove with a file that it can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable_{os.getpid()}"
+        probe = folder / f".writable_{socket.gethostname()}_{os.getpid()}"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir={folder}: cannot be written ({error.strerror}); choose another") from error
 
@@ -74,7 +82,9 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 
 def _refuse_changes(path: Path, config: Config) -> None:
-    old, new = OmegaConf.load(path), OmegaConf.structured(config)
+    # Over the defaults, so that a key which the program has learned since does not count as a change.
+    old = OmegaConf.merge(OmegaConf.create(_plain(OmegaConf.structured(Config))), OmegaConf.load(path))
+    new = OmegaConf.structured(config)
     changed = changed_keys(_plain(old), _plain(new))
     unsafe = [key for key in changed if not key.startswith(SAFE_TO_CHANGE)]
     if unsafe:

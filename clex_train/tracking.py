@@ -4,6 +4,7 @@ metrics.jsonl is truncated to the resumed step before a run continues, so that e
 """
 
 import json
+import math
 import os
 import platform
 import secrets
@@ -41,7 +42,7 @@ class Tracker:
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
         path = run_dir / "metrics.jsonl"
-        drop_after(path, first_step)
+        self._evaluated = drop_after(path, first_step)
         self._file = path.open("a", encoding="utf-8")
         self._wandb = _open_wandb(config, run_dir)
 
@@ -54,48 +55,66 @@ class Tracker:
         if metrics["step"] % self.log_every == 0 or metrics["step"] == self._bar.total:
             self._write(metrics)
 
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether metrics.jsonl has no perplexities of this step yet; every rank gets the same answer. Collective."""
+        return bool(distributed.broadcast_object(self.active and step not in self._evaluated))
+
     def evaluation(self, step: int, results: dict[str, float]) -> None:
         """Perplexities by key `perplexity/<method>/<protocol>/<length>`."""
         if not self.active:
             return
         self._write({"step": step, **results})
+        self._evaluated.add(step)
         shown = "  ".join(f"{key.rsplit('/', 1)[1]}: {value:.2f}" for key, value in results.items())
         tqdm.write(f"step {step}  perplexity  {shown}", file=sys.stderr)
 
-    def close(self) -> None:
-        """Flush and close whatever is open."""
+    def close(self, finished: bool = True) -> None:
+        """Flush and close whatever is open; wandb hears whether the run came to its end."""
         if not self.active:
             return
         self._bar.close()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=0 if finished else 1)
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        # JSON has no word for a number that is not finite.
+        known = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
+        self._file.write(json.dumps(known, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+            self._wandb.log(line)
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Keep the lines of metrics.jsonl up to `step`; a last line that a kill cut short goes too."""
+def drop_after(path: Path, step: int) -> set[int]:
+    """Keep the lines of metrics.jsonl up to `step`, without a last one that a kill cut short.
+
+    Returns the steps whose perplexities are among them.
+    """
     if not path.exists():
-        return
-    kept = []
+        return set()
+    kept, evaluated = [], set()
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            row = json.loads(line)
         except json.JSONDecodeError:
             logger.warning("%s: dropped a line that was cut short", path)
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+            if any(key.startswith("perplexity/") for key in row):
+                evaluated.add(row["step"])
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(kept), encoding="utf-8")
     beside.replace(path)
+    return evaluated
 
 
-def write_environment(path: Path, data_fingerprint: str) -> None:
-    """environment.json: command, commit, versions, machine and the fingerprint of the data."""
+def write_environment(run_dir: Path, first_step: int, data_fingerprint: str) -> None:
+    """environment.json, and environment_step_<N>.json for each resumption at step N.
+
+    They hold the command, the commit, versions, the machine and the fingerprint of the data.
+    """
     facts = {
         "command": [sys.executable, *sys.argv],
         "git_commit": git_commit(),
@@ -106,7 +125,8 @@ def write_environment(path: Path, data_fingerprint: str) -> None:
         "world_size": distributed.world_size(),
         "data_fingerprint": data_fingerprint,
     }
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    name = f"environment_step_{first_step}.json" if first_step else "environment.json"
+    (run_dir / name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def git_commit() -> str | None:
@@ -146,7 +166,7 @@ def _open_wandb(config: Config, run_dir: Path) -> Any:
     id_file = run_dir / "wandb_id"
     run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
     id_file.write_text(run_id + "\n")
-    return wandb.init(
+    run = wandb.init(
         project=config.tracking.project,
         name=config.name,
         id=run_id,
@@ -155,3 +175,6 @@ def _open_wandb(config: Config, run_dir: Path) -> Any:
         mode=config.tracking.wandb.value,
         settings=wandb.Settings(console="off", silent=True),
     )
+    # Steps after the last checkpoint are taken again on resume: wandb's own counter cannot go back, ours can.
+    run.define_metric("*", step_metric="step")
+    return run

@@ -4,6 +4,7 @@ State is one integer, the number of optimizer steps taken: rows, t, positions, l
 functions of it, so a resumed run reads and draws what the uninterrupted one would have.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -19,8 +20,10 @@ from clex_train.data.loader import batches
 from clex_train.data.packing import PackedRows
 from clex_train.engine.deepspeed import learning_rate, set_learning_rate
 from clex_train.engine.ode_optimizer import OdeOptimizer
+from clex_train.faults import RunStopped
 from clex_train.modeling import LoadedModel
 from clex_train.scaling.sampling import draw_batch
+from clex_train.scaling.solver import UnstableField
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.tracking import Tracker
 
@@ -41,6 +44,8 @@ class Parts:
     checkpoints: Checkpoints
     evaluate: Callable[[LoadedModel, int], dict[str, float]] | None
     """Perplexities of the current weights at a step; collective. None: the run is not evaluated."""
+    flops_per_token: float = 0.0
+    """Of forward and backward, for the MFU on a GPU."""
 
 
 def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
@@ -56,18 +61,27 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
         world_size=distributed.world_size(),
         micro_batch=parts.engine.train_micro_batch_size_per_gpu(),
     )
+    finished = False
     try:
+        _evaluate_if_due(parts, tracker, step)
+        bad_steps = 0
         while step < config.optim.steps:
             figures = train_step(parts, step, next(stream))
             step += 1
             tracker.step({"step": step, **figures})
-            last = step == config.optim.steps
-            if parts.evaluate and (_due(step, config.evaluation.every) or last):
-                tracker.evaluation(step, parts.evaluate(parts.loaded, step))
-            if _due(step, config.checkpoint.every) or last:
+            bad_steps = 0 if _is_finite(figures) else bad_steps + 1
+            if bad_steps:
+                _skip_or_stop(parts, step, figures, bad_steps)
+            if _due(step, config.checkpoint.every) or step == config.optim.steps:
                 save(parts, step)
+            _evaluate_if_due(parts, tracker, step)
+        finished = True
+    except UnstableField as error:
+        raise RunStopped(
+            f"step {step}: {error}; {parts.checkpoints.describe_newest()}; start again in another output_dir"
+        ) from error
     finally:
-        tracker.close()
+        tracker.close(finished)
     return step
 
 
@@ -88,7 +102,7 @@ def train_step(parts: Parts, step: int, micro_batches: Iterator[Batch]) -> dict[
     loss_mean = float(distributed.all_reduce_mean(loss_sum / (index + 1)))
     figures = {"loss": loss_mean, "lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
     if parts.ode and spectrum:
-        figures |= {"t": spectrum.t, "ode_grad_norm": parts.ode.finish(lr)}
+        figures |= {"t": spectrum.t, "ode_grad_norm": parts.ode.finish(lr, apply=_is_finite(figures))}
     return figures | _speed(parts, step, tokens * distributed.world_size(), time.perf_counter() - start)
 
 
@@ -117,7 +131,9 @@ def resume(parts: Parts) -> int:
 
 
 def save(parts: Parts, step: int) -> None:
-    """Write a checkpoint of the current state; collective."""
+    """Write a checkpoint of the current state; collective. `UnstableField` if the field is not worth keeping."""
+    if parts.ode:
+        parts.ode.verify()
     ode_state = parts.ode.state_dict() if parts.ode else None
     parts.checkpoints.save(parts.engine, ode_state, step, step * parts.config.optim.batch_rows)
 
@@ -140,6 +156,27 @@ def _frequencies(parts: Parts, row_index: torch.Tensor, spectrum: Spectrum | Non
     return parts.loaded.handle.training(spectrum, positions.to(distributed.device()))
 
 
+def _evaluate_if_due(parts: Parts, tracker: Tracker, step: int) -> None:
+    """Evaluate once at a step that asks for it: also on resume, if the run was killed between saving and evaluating."""
+    config = parts.config
+    due = step > 0 and (_due(step, config.evaluation.every) or step == config.optim.steps)
+    if parts.evaluate and due and tracker.lacks_evaluation(step):
+        tracker.evaluation(step, parts.evaluate(parts.loaded, step))
+
+
+def _is_finite(figures: dict[str, float]) -> bool:
+    return math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
+
+
+def _skip_or_stop(parts: Parts, step: int, figures: dict[str, float], bad_steps: int) -> None:
+    """Announce a step whose update was skipped; `RunStopped` after too many. Every rank has the same figures."""
+    what = f"step {step}: loss {figures['loss']:g}, gradient norm {figures['grad_norm']:g}"
+    # Only ZeRO's optimizers look before they step: without them the weights are already spoilt.
+    if bad_steps >= parts.config.optim.max_bad_steps or parts.config.engine.zero_stage == 0:
+        raise RunStopped(f"{what}; {parts.checkpoints.describe_newest()}; lower optim.lr in another output_dir")
+    logger.warning("%s: not finite, its update is skipped on all ranks", what)
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -151,13 +188,5 @@ def _speed(parts: Parts, step: int, tokens: int, seconds: float) -> dict[str, fl
         "step_seconds": seconds,
         "memory_gib": metrics.peak_memory_gib(),
     }
-    shape = parts.loaded.model.config.get_text_config()
-    per_token = metrics.flops_per_token(
-        sum(getattr(p, "ds_numel", p.numel()) for p in parts.loaded.model.parameters()),
-        shape.num_hidden_layers,
-        shape.num_attention_heads,
-        getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads,
-        parts.config.data.seq_len,
-    )
-    mfu = metrics.model_flops_utilisation(tokens / seconds, per_token, distributed.world_size())
+    mfu = metrics.model_flops_utilisation(tokens / seconds, parts.flops_per_token, distributed.world_size())
     return figures if mfu is None else figures | {"mfu": mfu}

@@ -7,8 +7,8 @@
     5 table     perplexity at 1x to 16x of the training length, as text, JSON, Markdown and PNG; each run has scored
                 the same held-out tokens at its end, the base and the base trained on also with other frequencies
 
-Every stage is the command that a user would type, and is shown before it runs. A stage whose result is there is
-skipped, an interrupted one continues from its checkpoint.
+Every stage is the command that a user would type, and is shown before it runs. A finished one is not done again, an
+interrupted one continues from its checkpoint, and one whose recipe has changed says so: `make clean` begins anew.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def train(name: str, runs: Path, smoke: bool) -> None:
     if smoke:
         command += [f"optim.steps={SMOKE_STEPS[name]}", f"output_dir={runs / name}", *SMOKE_OVERRIDES]
         command += [] if name == "tiny_base" else [f"model.path={runs / 'tiny_base' / 'final'}"]
-    stage(runs / name / "final", command)
+    call(command)
 
 
 def report(runs: Path, smoke: bool) -> None:
@@ -86,10 +86,15 @@ def last_evaluation(run: Path) -> Path:
 
 
 def stage(result: Path, command: list[str]) -> None:
-    """Run a command unless its result exists; its output goes straight to the console."""
+    """Run a command unless its result exists."""
     if result.exists():
         print(f"--- {result} is there already, skipped", flush=True)
-        return
+    else:
+        call(command)
+
+
+def call(command: list[str]) -> None:
+    """Run a command; its output goes straight to the console."""
     print(f"--- {shlex.join(command)}", flush=True)
     subprocess.run(command, check=True)
 

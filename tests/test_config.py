@@ -89,7 +89,7 @@ def test_every_key_has_a_meaning_and_a_type():
 
 def test_a_written_configuration_composes_to_itself(tmp_path):
     config = composed("+experiment=tiny_clex", "optim.lr=3e-4")
-    configuration.write_yaml(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(run_folder.as_yaml(config))
     read = OmegaConf.merge(OmegaConf.structured(configuration.Config), OmegaConf.load(tmp_path / "config.yaml"))
     assert configuration.to_config(read) == config
 

@@ -12,6 +12,7 @@ from transformers import BloomConfig, GPT2Config, LlamaConfig
 import train
 from clex_train import distributed
 from clex_train.cli.errors import explain
+from clex_train.engine import deepspeed as engines
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,8 +32,13 @@ def architecture(tmp_path) -> Path:
 
 
 @pytest.fixture
-def refusal(tmp_path, tiny_store, architecture):
-    """The line that a run with these overrides ends in."""
+def refusal(tmp_path, tiny_store, architecture, monkeypatch):
+    """The line that a run with these overrides ends in, before it opens a process group."""
+
+    def too_late(*_):
+        raise AssertionError("the process group was opened before the input was refused")
+
+    monkeypatch.setattr(engines, "open_process_group", too_late)
 
     def line(*overrides: str) -> str:
         config = composed(
@@ -47,7 +53,6 @@ def refusal(tmp_path, tiny_store, architecture):
         )
         with pytest.raises(ValueError) as raised:  # noqa: PT011  the message is what the tests look at
             train.run(config)
-        assert not distributed.is_open()
         text = explain(raised.value)
         assert text is not None, raised.value
         assert "\n" not in text
@@ -100,7 +105,7 @@ def test_evaluation_beyond_what_clex_serves(refusal):
 
 
 def test_rows_that_the_ranks_cannot_share(refusal, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     assert refusal("optim.batch_rows=8", "engine.micro_batch=1").startswith("optim.batch_rows=8: must be a multiple")
 
 

@@ -2,11 +2,13 @@
 
 0    done            1    a bug or a fault of the machine (with its traceback)
 2    the user's input cannot be used; one line says which key and what to do
+3    training was stopped to protect the run; one line says why and where the last checkpoint is
 """
 
 import functools
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -14,8 +16,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from clex_train.faults import RunStopped
+
 FAULT = 1
 USER_ERROR = 2
+STOPPED = 3
+PATIENCE = 2.0
 
 
 class _Failed(SystemExit):
@@ -59,13 +65,16 @@ def report(error: Exception) -> int:
     """Print what the user can mend as one line, anything else with its traceback; returns the exit code."""
     from clex_train.cli.errors import explain
 
-    line = explain(error)
+    line, code = (str(error), STOPPED) if isinstance(error, RunStopped) else (explain(error), USER_ERROR)
     if line is None:
         traceback.print_exception(error)
         return FAULT
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {line}", file=sys.stderr)
-    return USER_ERROR
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        # Most errors are those of every rank and rank 0 says them: then its launcher ends this rank meanwhile.
+        time.sleep(PATIENCE)
+    print(f"error{f' of rank {rank}' if rank else ''}: {line}", file=sys.stderr)
+    return code
 
 
 def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from clex_train.config import ScalingConfig
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.sampling import draw_t
 from clex_train.scaling.spectrum import Spectrum
+from clex_train.scaling.table import scale_grid
 
 logger = log.get(__name__)
 
@@ -36,8 +37,7 @@ class OdeOptimizer:
     def begin(self, step: int) -> Spectrum:
         """The frequencies of optimizer step `step`; gradients are collected if the field learns.
 
-        Rank 0's solve is what every rank uses, so that different processors cannot let the ranks drift apart.
-        Raises `UnstableField` when the field has left its bounds or outgrown its grid.
+        Rank 0's solve is what every rank uses. `UnstableField` if the field has left its bounds or outgrown its grid.
         """
         if step % self.config.check_every == 0:
             self.check(step)
@@ -48,8 +48,11 @@ class OdeOptimizer:
         self._leaf = leaf.requires_grad_(self.learns)
         return Spectrum(inv_freq=self._leaf, t=t)
 
-    def finish(self, model_lr: float) -> float:
-        """Update the ODE from what the step's backward passes left on the leaf; returns the gradient norm."""
+    def finish(self, model_lr: float, apply: bool = True) -> float:
+        """Update the ODE from what the step's backward passes left on the leaf; returns the gradient norm.
+
+        Without `apply` nothing moves: the engine has skipped its own update of this step.
+        """
         assert self._solved is not None
         assert self._leaf is not None
         if not self.learns:
@@ -60,13 +63,17 @@ class OdeOptimizer:
         torch.autograd.backward(self._solved, gradient)
         norm = float(torch.nn.utils.clip_grad_norm_(self.clex.parameters(), self.config.clip))
         self._solved = self._leaf = None
-        if math.isfinite(norm):
+        if apply and math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = model_lr * self.config.lr_scale
             self.adamw.step()
-        else:
-            logger.warning("the gradient of the ODE is not finite: its step is skipped")
+            self._agree()
         return norm
+
+    def verify(self) -> None:
+        """`UnstableField` if the field is not fit to be kept: not finite, too stiff, out of bounds. Moves nothing."""
+        self.clex.check_residual(self.config.max_residual)
+        self.clex.table(scale_grid(self.config.t_max))
 
     def check(self, step: int) -> float:
         """Fit the solver's grid to the current field; returns the largest residual |log theta - log theta_ntk|.
@@ -86,6 +93,11 @@ class OdeOptimizer:
                 limit,
             )
         return residual
+
+    def _agree(self) -> None:
+        """Take rank 0's parameters, so that rounding on different processors cannot let the ranks drift apart."""
+        vector = torch.nn.utils.parameters_to_vector(self.clex.parameters()).detach()
+        torch.nn.utils.vector_to_parameters(distributed.broadcast(vector), self.clex.parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters, the solver's grid and the optimizer's moments."""

@@ -13,5 +13,9 @@ def complete_or_absent(directory: Path) -> Iterator[Path]:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     yield beside
-    shutil.rmtree(directory, ignore_errors=True)
+    replaced = directory.with_name("replaced_" + directory.name)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if directory.exists():
+        directory.rename(replaced)
     beside.rename(directory)
+    shutil.rmtree(replaced, ignore_errors=True)

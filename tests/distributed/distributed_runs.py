@@ -30,7 +30,7 @@ class Launcher:
             f"model.config={self.folder / 'architecture'}",
             "model.context_len=32",
             "data.seq_len=32",
-            "optim.batch_rows=4",
+            "optim.batch_rows=8",
             "optim.steps=20",
             "optim.warmup=0.1",
             "evaluation.lengths=[32,64,128]",
