@@ -1,0 +1,88 @@
+"""Attention over a part of the keys with the log-sum-exp of its scores, and the joining of two such parts.
+
+    out = sum_j softmax(s)_j v_j = (1 - w) out_1 + w out_2,   w = sigmoid(lse_2 - lse_1),   lse = log sum_j exp(s_j)
+
+Shapes: `B` batch, `H` heads, `K` key heads (H a multiple of K), `S` queries, `T` keys, `D` and `V` widths.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class SoftmaxRule:
+    """What stands between scores and weights: factor on q.k, dropout of weights, and Gemma 2's c * tanh(s / c)."""
+
+    scaling: float
+    dropout: float = 0.0
+    softcap: float | None = None
+
+
+class Part(NamedTuple):
+    """Attention over some of the keys. A query that sees none has a log-sum-exp near the least float."""
+
+    output: Float[Tensor, "B H S V"]
+    log_sum_exp: Float[Tensor, "B H S"]
+
+
+def attend(
+    query: Float[Tensor, "B H S D"],
+    keys: Float[Tensor, "B K T D"],
+    values: Float[Tensor, "B K T V"],
+    visible: Bool[Tensor, "#B 1 S T"] | None,
+    rule: SoftmaxRule,
+) -> Part:
+    """Attention where `visible` (None: everywhere). The query heads that share a key are folded into the queries."""
+    num_rows, num_heads, num_queries, _ = query.shape
+    group = num_heads // keys.shape[1]
+    folded = query.reshape(num_rows, keys.shape[1], group * num_queries, -1)
+    if visible is not None and group > 1:
+        visible = visible.repeat(1, 1, group, 1)
+    compute = _fused if _can_fuse(folded, keys, values, rule) else _explicit
+    output, log_sum_exp = compute(folded, keys, values, visible, rule)
+    return Part(
+        output.reshape(num_rows, num_heads, num_queries, -1), log_sum_exp.reshape(num_rows, num_heads, num_queries)
+    )
+
+
+def join(first: Part, second: Part) -> Float[Tensor, "B H S V"]:
+    """Attention over the keys of both parts."""
+    weight = torch.sigmoid(second.log_sum_exp - first.log_sum_exp).unsqueeze(-1)
+    dtype = torch.promote_types(first.output.dtype, weight.dtype)
+    return torch.lerp(first.output.to(dtype), second.output.to(dtype), weight.to(dtype)).to(first.output.dtype)
+
+
+def _explicit(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, rule: SoftmaxRule) -> Part:
+    """By its definition, in float32 at least; differentiable in everything."""
+    scores = (query @ keys.transpose(-1, -2) * rule.scaling).to(torch.promote_types(query.dtype, torch.float32))
+    if rule.softcap is not None:
+        scores = torch.tanh(scores / rule.softcap) * rule.softcap
+    if visible is not None:
+        scores = scores.masked_fill(~visible, _masked(scores.dtype))
+    log_sum_exp = scores.logsumexp(dim=-1)
+    weights = nn.functional.dropout((scores - log_sum_exp.unsqueeze(-1)).exp(), rule.dropout)
+    return Part(weights.to(values.dtype) @ values, log_sum_exp)
+
+
+def _fused(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, rule: SoftmaxRule) -> Part:
+    """By the kernel behind scaled_dot_product_attention on a CPU, which has the log-sum-exp but no gradient of it."""
+    bias = None
+    if visible is not None:
+        bias = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, _masked(query.dtype))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return Part(*kernel(query, keys, values, 0.0, False, attn_mask=bias, scale=rule.scaling))
+
+
+def _can_fuse(query: Tensor, keys: Tensor, values: Tensor, rule: SoftmaxRule) -> bool:
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
+    plain = rule.softcap is None and rule.dropout == 0.0 and keys.shape[-1] == values.shape[-1]
+    return plain and not wants_gradient and query.device.type == "cpu" and query.dtype != torch.float16
+
+
+def _masked(dtype: torch.dtype) -> float:
+    """Finite, so that a query that sees nothing makes no NaN, and far below every score."""
+    return torch.finfo(dtype).min / 2

@@ -1,0 +1,55 @@
+"""Lambda-shaped attention written down from its definition, one score at a time in effect: for comparison in tests."""
+
+import torch
+from torch import Tensor
+
+
+class PlainRotation:
+    """RoPE of base 1e4 over the leading `rotary_dim` components, in the dtype of what is rotated."""
+
+    def __init__(self, rotary_dim: int) -> None:
+        self.rotary_dim = rotary_dim
+        self.inv_freq = 1e4 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+
+    def at(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x` [..., D] at `positions`, which broadcast over the leading axes of x."""
+        angle = positions[..., None].double() * self.inv_freq
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        first, second, rest = x.split([self.rotary_dim // 2, self.rotary_dim // 2, x.shape[-1] - self.rotary_dim], -1)
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        return torch.cat((*turned, rest.expand(*turned[0].shape[:-1], -1)), dim=-1)
+
+    def consecutive(self, x: Tensor, first: int) -> Tensor:
+        return self.at(x, torch.arange(first, first + x.shape[2]))
+
+    def constant(self, x: Tensor, position: int) -> Tensor:
+        return self.at(x, torch.full((x.shape[2],), position))
+
+
+def dense_lambda(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    n_local: int,
+    n_global: int,
+    rotation: PlainRotation,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """[B, H, N, D] by an explicit N x N x D table of keys at their distances; `valid` [B, N] is False at padding.
+
+    Padded queries get zeros.
+    """
+    num_rows, num_heads, num_tokens, width = query.shape
+    keys, values = (x.repeat_interleave(num_heads // keys.shape[1], dim=1) for x in (keys, values))
+    valid = torch.ones(num_rows, num_tokens, dtype=torch.bool) if valid is None else valid
+    rank = valid.long().cumsum(1) - 1
+    output = torch.zeros_like(query)
+    for row in range(num_rows):
+        distance = rank[row][:, None] - rank[row][None, :]
+        visible = valid[row][:, None] & valid[row][None, :] & (distance >= 0)
+        visible &= (distance < n_local) | (rank[row][None, :] < n_global)
+        turned = rotation.at(query[row][:, :, None], distance.clamp(0, n_local))
+        scores = (turned * keys[row][:, None]).sum(-1) / width**0.5
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        output[row] = weights.masked_fill(~valid[row][:, None], 0.0) @ values[row]
+    return output
