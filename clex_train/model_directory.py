@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from clex_train.config import LogScale
@@ -71,16 +73,23 @@ def read_record(directory: Path) -> ClexRecord:
 
 
 def read_clex(directory: Path) -> tuple[Clex, FrequencyTable, ClexRecord]:
-    """The vector field, its stored table and its record, as `write_clex` left them."""
-    record = read_record(directory)
-    state = load_file(directory / CLEX_TENSORS)
-    clex = Clex(
-        state["base_inv_freq"],
-        t_max=record.t_max,
-        param_factor=record.param_factor,
-        act=record.act,
-        official_ntk_base=record.official_ntk_base,
-        tolerance=record.tolerance,
-    )
-    clex.load_state_dict(state)
+    """The vector field, its stored table and its record, as written; `ValueError` names a damaged file."""
+    record, path = read_record(directory), directory / CLEX_TENSORS
+    try:
+        state = load_file(path)
+        clex = Clex(
+            state["base_inv_freq"],
+            t_max=record.t_max,
+            param_factor=record.param_factor,
+            act=record.act,
+            official_ntk_base=record.official_ntk_base,
+            tolerance=record.tolerance,
+        )
+        clex.load_state_dict(state)
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not the field that {CLEX_JSON} describes ({reason}); copy it again") from error
+    for name, weight in clex.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{path}: `{name}` has weights that are not finite; copy it again")
     return clex, FrequencyTable.load(directory / TABLE), record

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_causal_lm import CONTEXT, VOCABULARY, tiny_llama
 
 from clex_train.api import apply_clex
@@ -131,6 +132,43 @@ def test_what_does_not_fit_is_refused_and_the_model_untouched(tmp_path: Path, ma
     assert "\n" not in str(refusal.value)
     assert not any(isinstance(module, ScaledRotary) for module in model.modules())
     assert not model.model._forward_pre_hooks
+
+
+def spoil(folder: Path, name: str, value: torch.Tensor) -> None:
+    path = folder / "clex.safetensors"
+    save_file({**load_file(path), name: value}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("up", torch.full((6, 12), float("nan")), "clex.safetensors: `up` has weights that are not finite"),
+        ("up", torch.zeros(5, 12), r"clex.safetensors: not the field that clex.json describes .*\[5, 12\]"),
+        ("base_inv_freq", torch.zeros(6).double(), "clex.safetensors: .*finite, positive frequencies"),
+    ],
+)
+def test_a_damaged_field_is_named_by_its_file(tmp_path: Path, name: str, value: torch.Tensor, message: str) -> None:
+    folder = run_directory(tmp_path / "final")
+    spoil(folder, name, value)
+    with pytest.raises(ValueError, match=message) as refusal:
+        apply_clex(tiny_llama(), folder)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
+    folder = run_directory(tmp_path / "final")
+    (folder / "clex.safetensors").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"clex\.safetensors: not the field"):
+        apply_clex(tiny_llama(), folder)
+
+
+def test_a_field_with_weights_that_are_not_finite_leaves_the_model_untouched() -> None:
+    model, field = tiny_llama(), trained_field()
+    with torch.no_grad():
+        field.up[2, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"CLEX weight up\[2, 3\]=nan: not finite"):
+        apply_clex(model, field)
+    assert not any(isinstance(module, ScaledRotary) for module in model.modules())
 
 
 def test_an_error_while_writing_leaves_the_earlier_directory(tmp_path: Path) -> None:

@@ -14,15 +14,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import cache_utils
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, QuantizedLayer, StaticLayer
 
 from clex_train.rope.rotary import LayerType
 from clex_train.scaling.spectrum import Spectrum, cos_sin, rotate
 
 ATTRIBUTE = "rotary_record"
 CHUNKS_BEFORE_JOIN = 256
-# Their keys are not in `layer.keys` alone, or not only there, so that turning `keys` would miss some.
-UNSUPPORTED_LAYERS = ("BaseQuantizedLayer", "QuantizedLayer", "DynamicIndexedLayer", "StaticIndexedLayer")
+# Their keys are not in `layer.keys`, or not only there, so that turning `keys` would miss some.
+UNSUPPORTED_LAYERS = ("BaseQuantizedLayer", "DynamicIndexedLayer", "StaticIndexedLayer")
 
 
 @dataclass
@@ -155,15 +155,30 @@ class _Turn:
 
 
 def _turn_layer(layer: Any, turn: _Turn) -> None:
-    if not layer.is_initialized or layer.keys is None or layer.keys.numel() == 0:
+    if not layer.is_initialized or layer.keys is None:
         return
-    if isinstance(layer, StaticLayer):
+    if isinstance(layer, QuantizedLayer):
+        _turn_quantised(layer, turn)
+    elif layer.keys.numel() == 0:
+        return
+    elif isinstance(layer, StaticLayer):
         # A static layer keeps its address, and what it has beyond the filled part is zero.
         filled = min(int(layer.get_seq_length()), layer.keys.shape[2])
         keys = layer.keys[:, :, :filled]
         keys.copy_(turn(keys))
     else:
         layer.keys = turn(layer.keys)
+
+
+def _turn_quantised(layer: Any, turn: _Turn) -> None:
+    """Older keys are quantised anew, as the layer does by itself every `residual_length` tokens."""
+    older = layer._dequantize(layer._quantized_keys)
+    latest = [layer.keys] if layer.keys.dim() == 4 else []
+    turned = turn(torch.cat([older, *latest], dim=2))
+    num_older = older.shape[2]
+    layer._quantized_keys = layer._quantize(turned[:, :, :num_older].contiguous(), axis=layer.axis_key)
+    if latest:
+        layer.keys = turned[:, :, num_older:]
 
 
 def _refuse_unsupported(cache: Cache, layout: str | None) -> None:
@@ -181,6 +196,6 @@ def _unsupported(cache: Cache) -> str | None:
     classes = tuple(getattr(cache_utils, name) for name in UNSUPPORTED_LAYERS if hasattr(cache_utils, name))
     for layer in cache.layers:
         is_known = isinstance(layer, (DynamicLayer, StaticLayer)) or not isinstance(layer, CacheLayerMixin)
-        if not is_known or isinstance(layer, classes):
+        if not is_known or (isinstance(layer, classes) and not isinstance(layer, QuantizedLayer)):
             return f"keys in a {type(layer).__name__} cannot be turned in place"
     return "keys that are offloaded cannot be turned in place" if getattr(cache, "offloading", False) else None

@@ -133,6 +133,8 @@ class RotaryHandle:
         """
         if positions is not None and positions.dtype not in (torch.float64, torch.int64):
             raise ValueError(f"positions of {positions.dtype}: sampled positions are float64 or int64, to stay exact")
+        if positions is not None and not bool((positions >= 0).all()):
+            raise ValueError(f"positions={float(positions.min()):g}: sampled positions are finite and 0 or more")
         if len(spectrum.inv_freq) != len(self.base_inv_freq):
             raise ValueError(
                 f"inv_freq of {len(spectrum.inv_freq)} pairs: the model rotates {len(self.base_inv_freq)} pairs"
@@ -248,7 +250,10 @@ def _num_tokens(num_new: int, position_ids: Tensor | None, record: key_cache.Key
     if num_new == 1 and record is not None:
         # One more token per row; reading the largest position would wait for the device in every decoding step.
         return record.num_tokens + 1
-    return int(position_ids.max()) + 1
+    first, last = (int(bound) for bound in torch.aminmax(position_ids))
+    if first < 0:
+        raise ValueError(f"position_ids={first}: positions start at 0; give padding position 0, not a negative one")
+    return last + 1
 
 
 def _cache_in(output: Any) -> Cache | None:

@@ -198,6 +198,27 @@ def test_sampled_positions_must_fit_the_batch_and_be_exact() -> None:
         model(ids, position_ids=torch.arange(8.0)[None])
 
 
+def test_negative_positions_are_refused() -> None:
+    model, ids = tiny_model("llama"), tokens(1, 4)
+    handle = install_rotary(model, CONTEXT)
+    with pytest.raises(ValueError, match="position_ids=-2: positions start at 0; give padding position 0"):
+        model(ids, position_ids=torch.arange(-2, 2)[None])
+    for wrong in (torch.tensor([[0.0, -1.0]]), torch.tensor([[0.0, float("nan")]])):
+        with (
+            pytest.raises(ValueError, match="sampled positions are finite"),
+            handle.training(Spectrum(handle.base_inv_freq), wrong.double()),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("t", [0.5, -1.0, float("nan")])
+def test_a_scale_factor_below_one_is_refused(t: float) -> None:
+    handle = install_rotary(tiny_model("llama"), CONTEXT)
+    handle.use(ntk_table(handle.base_inv_freq, scale_grid(3.0)))
+    with pytest.raises(ValueError, match=f"t={t:g}"), handle.pinned(t):
+        pass
+
+
 def test_frequencies_of_another_rotary_dimension_cannot_be_trained() -> None:
     handle = install_rotary(tiny_model("llama"), CONTEXT)
     with (

@@ -1,12 +1,13 @@
 """Generation with a KV cache: keys follow t whatever the cache, the batch and the order of requests."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from rotary_families import CONTEXT, tiny_model, tokens
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import QuantizedCache
+from transformers.cache_utils import Cache, DynamicIndexedLayer, QuantizedCache, QuantizedLayer
 from unrotated_cache import reference_logits
 
 from clex_train.rope.patch import RotaryHandle, install_rotary
@@ -204,28 +205,105 @@ def test_keys_of_unknown_rotation_are_refused() -> None:
         feed(model, tokens(1, 1), [1], cache)
 
 
-class EightBitLayers(QuantizedCache):
-    """A quantised cache without a quantisation library: its layers are of the class that those derive from."""
+class QuantisedLayers(QuantizedCache):
+    """A quantised cache without a quantisation library: the layers transformers derives from, rounding to `steps`."""
 
-    def __init__(self) -> None:
-        from transformers.cache_utils import Cache, QuantizedLayer
-
+    def __init__(self, steps: float | None, residual_length: int = 8) -> None:
         class Layer(QuantizedLayer):
             def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-                return tensor.clone()
+                return tensor.clone() if steps is None else (tensor * steps).round()
 
             def _dequantize(self, tensor: torch.Tensor) -> torch.Tensor:
-                return tensor
+                return tensor if steps is None else tensor / steps
 
-        Cache.__init__(self, layer_class_to_replicate=Layer)
+        Cache.__init__(self, layer_class_to_replicate=lambda: Layer(residual_length=residual_length))
 
 
-def test_a_quantised_cache_is_refused_by_name_when_t_moves() -> None:
+@pytest.mark.parametrize("residual_length", [1, 8, 100])
+def test_quantised_keys_are_turned_with_the_ones_that_are_not_yet_quantised(residual_length: int) -> None:
+    model, _, _ = patched()
+    ids = tokens(2, sum(PIECES))
+    exact = feed(model, ids, PIECES)
+    found = feed(model, ids, PIECES, QuantisedLayers(steps=None, residual_length=residual_length))
+    assert torch.allclose(found, exact, atol=1e-5, rtol=0)
+
+
+def test_quantisation_costs_no_more_when_t_moves() -> None:
     model, handle, _ = patched()
+    ids, errors = tokens(2, sum(PIECES)), []
+    for context in (handle.pinned(4.0), nullcontext()):
+        with context:
+            exact = feed(model, ids, PIECES)
+            errors.append((feed(model, ids, PIECES, QuantisedLayers(steps=32.0)) - exact).square().mean().sqrt())
+    pinned, moving = errors
+    assert 0 < pinned < 0.1
+    assert moving < 1.5 * pinned
+
+
+def test_a_cache_whose_keys_cannot_be_turned_is_refused_by_name_when_t_moves() -> None:
+    model, handle, _ = patched()
+
+    class Unknown(DynamicIndexedLayer):
+        pass
+
     with handle.pinned(3.0):
-        feed(model, tokens(1, 24), [10, 14], EightBitLayers())
-    with pytest.raises(ValueError, match=r"past_key_values=EightBitLayers: t moves .* pin t"):
-        feed(model, tokens(1, 24), [10, 14], EightBitLayers())
+        feed(model, tokens(1, 24), [10, 14], Cache(layer_class_to_replicate=Unknown))
+    with pytest.raises(ValueError, match=r"past_key_values=Cache: t moves .* keys in a Unknown .* pin t"):
+        feed(model, tokens(1, 24), [10, 14], Cache(layer_class_to_replicate=Unknown))
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+def test_assisted_decoding_gives_the_greedy_answer_at_a_pinned_t(lookup: bool) -> None:
+    model, handle, _ = patched()
+    assistant, other, _ = patched(num_layers=1)
+    help_with = {"prompt_lookup_num_tokens": 3} if lookup else {"assistant_model": assistant}
+    ids = tokens(1, 12).repeat(1, 2)
+    with handle.pinned(4.0), other.pinned(4.0):
+        greedy = model.generate(ids, max_new_tokens=30, do_sample=False)
+        assert torch.equal(model.generate(ids, max_new_tokens=30, do_sample=False, **help_with), greedy)
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+def test_assisted_decoding_leaves_a_cache_that_knows_its_keys(lookup: bool) -> None:
+    model, _, _ = patched(num_layers=1)
+    assistant, _, _ = patched(num_layers=1)
+    help_with = {"prompt_lookup_num_tokens": 3} if lookup else {"assistant_model": assistant}
+    ids, seen = tokens(1, 12).repeat(1, 2), []
+    model.model.register_forward_hook(lambda module, *_: seen.append(module.rotary_emb.spectrum.t))
+    answer = model.generate(ids, max_new_tokens=30, do_sample=False, return_dict_in_generate=True, **help_with)
+    assert len(set(seen)) >= 3, "t has moved while candidates came and went"
+    turn = torch.cat((answer.sequences, tokens(1, 6, seed=5)), dim=1)
+    cached = model.generate(turn, past_key_values=answer.past_key_values, max_new_tokens=8, do_sample=False)
+    assert torch.equal(cached, model.generate(turn, max_new_tokens=8, do_sample=False, use_cache=False))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_sampling_draws_the_same_tokens_with_and_without_the_cache(layers: int) -> None:
+    model, handle, _ = patched(num_layers=layers)
+    ids, answers = tokens(2, 8), []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        with nullcontext() if layers == 1 else handle.pinned(3.0):
+            answers.append(model.generate(ids, max_new_tokens=30, do_sample=True, use_cache=use_cache))
+    assert torch.equal(*answers)
+
+
+@torch.no_grad()
+def test_bfloat16_keys_after_sixteen_crossings_are_nearly_as_good_as_unrotated_ones() -> None:
+    ids, pieces = tokens(4, 72), [4] * 18
+    exact_model = tiny_model("llama")
+    handle = install_rotary(exact_model, 4)
+    table = ntk_table(handle.base_inv_freq, scale_grid(20.0))
+    handle.undo()
+    exact = reference_logits(exact_model, ids, pieces, table, 4)
+    rounded = tiny_model("llama", dtype=torch.bfloat16)
+    rounded.model.rotary_emb = copy.deepcopy(exact_model.model.rotary_emb)
+    unrotated = reference_logits(rounded, ids, pieces, table, 4)
+    handle = install_rotary(rounded, 4)
+    handle.use(table)
+    turned = feed(rounded, ids, pieces)
+    ours, official = ((logits.float() - exact).square().mean().sqrt() for logits in (turned, unrotated))
+    assert ours < 1.5 * official
 
 
 def test_rows_may_not_change_while_t_moves() -> None:

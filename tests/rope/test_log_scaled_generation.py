@@ -26,6 +26,30 @@ def test_each_decoding_step_has_the_factor_of_its_own_length() -> None:
     assert torch.allclose(output.logits[:, -1], model(ids).logits[:, -1], atol=1e-5)
 
 
+def log_scaled_decoding(attention: str) -> torch.Tensor:
+    """Logits of a prompt of 30 tokens and four single ones after it, t and the factor moving."""
+    model, ids = tiny_model("llama", hidden_size=64, head_dim=16), tokens(1, 34)
+    model.set_attn_implementation(attention)
+    handle = install_rotary(model, CONTEXT)
+    handle.use(ntk_table(handle.base_inv_freq, scale_grid(4.0)))
+    install_log_scaling(model, "always", CONTEXT, handle.on_length)
+    logits, cache = [], None
+    with torch.no_grad():
+        for piece in ids.split([30, 1, 1, 1, 1], dim=1):
+            output = model(piece, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize(
+    "attention", ["eager", pytest.param("flex_attention", marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
+)
+def test_every_attention_back_end_scales_alike_while_decoding(attention: str) -> None:
+    # flex attention compiles its kernels, which takes a minute.
+    assert torch.allclose(log_scaled_decoding(attention), log_scaled_decoding("sdpa"), atol=1e-5, rtol=0)
+
+
 def test_a_training_row_counts_its_tokens_and_not_its_span() -> None:
     model, ids = tiny_model("llama").train(), tokens(1, 2 * CONTEXT)
     handle = install_rotary(model, CONTEXT)
