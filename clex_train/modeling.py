@@ -72,6 +72,12 @@ def architecture(model: ModelConfig) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{key}={path}: no readable config.json ({_first_line(error)})") from error
+    require(
+        not official.asks_for_clex(config),
+        key,
+        path,
+        "a checkpoint of the original CLEX code: download it (`hf download`) and give its directory",
+    )
     require_rotary(config, model.trust_remote_code)
     return config
 
@@ -159,6 +165,14 @@ def context_length(model: ModelConfig, config: PretrainedConfig) -> int:
 def has_field(path: str) -> bool:
     """Whether a directory holds a CLEX field, in this project's layout or the official one."""
     return model_directory.has_clex(Path(path)) or official.is_official(Path(path))
+
+
+def t_max_of_field(path: str) -> float | None:
+    """t_max of the field in a directory, without reading weights; None when there is no field or it does not say."""
+    directory = Path(path)
+    if model_directory.has_clex(directory):
+        return model_directory.read_record(directory).t_max
+    return official.max_factor(directory) if official.is_official(directory) else None
 
 
 def _context_of_field(path: str) -> int | None:

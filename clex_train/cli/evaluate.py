@@ -15,7 +15,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from clex_train import distributed, log, model_directory, modeling
+from clex_train import distributed, log, modeling
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console
 from clex_train.config import (
@@ -185,11 +185,14 @@ def _run_config(run: Path) -> Config:
 
 
 def _check_reach(model: ModelConfig, spec: EvaluationConfig, context_len: int) -> None:
-    """Refuse a length that the model's own table does not serve, while nothing but that table has been read."""
-    directory = Path(str(model.path))
-    if Method.trained in spec.methods and model_directory.has_clex(directory):
-        _, table, _ = model_directory.read_clex(directory)
-        table.least_upper_bound(max(spec.lengths), context_len)
+    """Refuse a length that the model's own field does not serve, while no weights have been read."""
+    t_max, longest = modeling.t_max_of_field(str(model.path)), max(spec.lengths)
+    require(
+        t_max is None or Method.trained not in spec.methods or longest <= t_max * context_len,
+        "lengths",
+        spec.lengths,
+        f"num_tokens={longest}: beyond t_max * L = {t_max or 1:g} * {context_len}; shorten, or leave out trained",
+    )
 
 
 if __name__ == "__main__":

@@ -55,6 +55,18 @@ def log_scale_policy(directory: Path) -> str:
     return "official" if _read_facts(directory).get("log_scale") else "off"
 
 
+def max_factor(directory: Path) -> float | None:
+    """t_max of the checkpoint, read from `config.json` alone; None where that does not say it."""
+    value = _read_facts(directory)["rope_scaling"].get("max_factor")
+    return None if value is None else float(value)
+
+
+def asks_for_clex(config: PretrainedConfig) -> bool:
+    """Whether transformers has read an architecture, such as one of the hub, that only the original code can run."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return "clex" in (parameters.get("type"), parameters.get("rope_type"))
+
+
 def load_official_model(
     directory: Path, dtype: torch.dtype | str = torch.float32, **from_pretrained: Any
 ) -> PreTrainedModel:

@@ -81,6 +81,23 @@ def test_official_to_ours_to_official_keeps_every_bit(directory: Path, tmp_path:
         assert after[key] == before[key], key
 
 
+def test_lengths_beyond_the_checkpoint_are_refused_before_weights_are_read(directory, tmp_path, monkeypatch, capsys):
+    (directory / "model.safetensors").unlink()
+    documents = [list(range(2, 2048 - 500))]
+    write_store(tmp_path / "store", {"train": documents, "validation": documents}, 2048)
+    save_tokenizer(tmp_path / "store" / "tokenizer", 2048)
+    save_tokenizer(directory, 2048)
+    arguments = [f"model={directory}", f"data={tmp_path / 'store'}", "lengths=[64,1088]"]
+    assert call(monkeypatch, *arguments, program=evaluate) == console.USER_ERROR
+    assert "num_tokens=1088: beyond t_max * L = 16 * 64" in capsys.readouterr().err
+
+
+def test_an_official_checkpoint_that_is_no_directory_says_to_download_it(directory, monkeypatch) -> None:
+    monkeypatch.setattr("clex_train.rope.official.is_official", lambda path: False)
+    with pytest.raises(ValueError, match="a checkpoint of the original CLEX code: download it"):
+        modeling.architecture(ModelConfig(path=str(directory)))
+
+
 @pytest.mark.parametrize("family", ["phi", "mixtral", "gpt_neox"])
 @torch.no_grad()
 def test_a_directory_of_any_family_that_was_written_gives_the_same_logits(family: str, tmp_path: Path) -> None:
