@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -91,9 +92,11 @@ def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def sweep_folder(output_dir: str) -> str:
-    """In a multirun, each job's own folder: its overrides are appended to `output_dir`."""
+    """In a multirun, each job's own folder: the overrides that differ between jobs are appended to `output_dir`."""
     job = HydraConfig.get()
     if job.mode is not RunMode.MULTIRUN:
         return output_dir
-    name = job.job.override_dirname.replace("/", "_") or f"job={job.job.num}"
-    return f"{output_dir}/{name}"
+    typed = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+    swept = {o.key_or_group for o in OverridesParser.create().parse_overrides(typed) if o.is_sweep_override()}
+    chosen = [item for item in job.overrides.task if item.lstrip("+").partition("=")[0] in swept]
+    return f"{output_dir}/{','.join(chosen).replace('/', '_') or f'job={job.job.num}'}"
