@@ -116,6 +116,16 @@ def test_a_directory_of_any_family_that_was_written_gives_the_same_logits(family
     assert not torch.allclose(plain, again.model(ids).logits, atol=1e-3)
 
 
+def test_experts_are_written_under_the_names_of_the_original_code(tmp_path: Path) -> None:
+    save_base("mixtral", tmp_path / "base")
+    loaded = modeling.load_for_evaluation(ModelConfig(path=str(tmp_path / "base")))
+    loaded.clex = Clex(loaded.base_inv_freq, t_max=4.0, official_ntk_base=True)
+    write_official(tmp_path / "official", loaded)
+    names = set(load_file(tmp_path / "official" / "model.safetensors"))
+    assert {f"model.layers.1.block_sparse_moe.experts.3.{part}.weight" for part in ("w1", "w2", "w3")} <= names
+    assert "model.clex_layer.proj_func.ode_up_proj" in names
+
+
 def save_base(family: str, folder: Path) -> None:
     settings: dict[str, object] = {
         "vocab_size": 61,
