@@ -153,7 +153,7 @@ def _frequencies(parts: Parts, row_index: torch.Tensor, spectrum: Spectrum | Non
         mix_random=config.scaling.mix_random,
         max_chunks=config.scaling.max_chunks,
     )
-    return parts.loaded.handle.training(spectrum, positions.to(distributed.device()))
+    return parts.loaded.handle.training(spectrum, positions)
 
 
 def _evaluate_if_due(parts: Parts, tracker: Tracker, step: int) -> None:

@@ -133,7 +133,8 @@ class RotaryHandle:
         """
         if positions is not None and positions.dtype not in (torch.float64, torch.int64):
             raise ValueError(f"positions of {positions.dtype}: sampled positions are float64 or int64, to stay exact")
-        if positions is not None and not bool((positions >= 0).all()):
+        # On a GPU the look would make the host wait for it at every micro-batch.
+        if positions is not None and positions.device.type == "cpu" and not bool((positions >= 0).all()):
             raise ValueError(f"positions={float(positions.min()):g}: sampled positions are finite and 0 or more")
         if len(spectrum.inv_freq) != len(self.base_inv_freq):
             raise ValueError(
