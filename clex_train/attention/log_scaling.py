@@ -95,7 +95,7 @@ def install_log_scaling(model: nn.Module, policy: str, context_len: int, on_leng
 def _attention_modules(model: nn.Module) -> list[_ScaledAttention]:
     modules: list[Any] = list(model.modules())
     found = [
-        _ScaledAttention(module, module.scaling, _window(module))
+        _ScaledAttention(module, module.scaling, own_window(module))
         for module in modules
         if isinstance(getattr(module, "scaling", None), (float, int)) and hasattr(module, "layer_idx")
     ]
@@ -108,7 +108,7 @@ def _attention_modules(model: nn.Module) -> list[_ScaledAttention]:
     return found
 
 
-def _window(attention: Any) -> int | None:
+def own_window(attention: Any) -> int | None:
     """Keys that a layer sees at most; some families keep it on the module, the others in the config for all layers."""
     config = getattr(attention, "config", None)
     types = getattr(config, "layer_types", None)

@@ -1,0 +1,150 @@
+"""The rotation of a Hugging Face model, at positions of our choosing.
+
+cos and sin come from the model's rotary module, whichever it is at the time (the stock one or one that follows a
+frequency table), and are applied by the family's own `apply_rotary_pos_emb`. Shapes: `B` batch, `H` heads,
+`S` tokens, `D` head width, `M` positions.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class TableRotation:
+    """Rotation by tables of cos and sin [1, M, W] for positions 0..M-1; components beyond the rotary ones stay."""
+
+    def __init__(self, cos: Tensor, sin: Tensor, rotary_dim: int, turn: Turn) -> None:
+        self.cos, self.sin, self.rotary_dim, self.turn = cos, sin, rotary_dim, turn
+
+    def consecutive(self, x: Float[Tensor, "B H S D"], first: int) -> Float[Tensor, "B H S D"]:
+        """`x` with its tokens at positions first, first + 1, ..."""
+        last = first + x.shape[2]
+        return self._apply(x, self.cos[:, first:last], self.sin[:, first:last])
+
+    def constant(self, x: Float[Tensor, "B H S D"], position: int) -> Float[Tensor, "B H S D"]:
+        """`x` with every token at `position`."""
+        return self._apply(x, self.cos[:, position : position + 1], self.sin[:, position : position + 1])
+
+    def _apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned = self.turn(x[..., : self.rotary_dim], cos, sin)
+        return turned if self.rotary_dim == x.shape[-1] else torch.cat((turned, x[..., self.rotary_dim :]), dim=-1)
+
+
+class RotarySite(NamedTuple):
+    """Where a model keeps its rotary module; what is there may change."""
+
+    parent: nn.Module
+    name: str
+
+    @property
+    def module(self) -> Any:
+        """The rotary module of this moment."""
+        return getattr(self.parent, self.name)
+
+
+class RotationTables:
+    """Tables for positions 0..M-1 by layer type, made again only when the model's frequencies change."""
+
+    def __init__(self, site: RotarySite, num_positions: int) -> None:
+        self.site, self.num_positions = site, num_positions
+        self._known: dict[tuple[Any, ...], tuple[Any, Tensor, Tensor]] = {}
+
+    def rotation(self, x: Tensor, layer_type: str | None, turn: Turn) -> TableRotation:
+        """The rotation of a layer of `layer_type`, in the dtype and on the device of `x`."""
+        rotary = self.site.module
+        if getattr(rotary, "positions", None) is not None:
+            raise ValueError(
+                "attention=lm_infinite sees tokens at their distances and cannot use sampled positions; "
+                "train with scaling.positions=plain"
+            )
+        typed = "layer_type" in inspect.signature(type(rotary).forward).parameters
+        layer_type = layer_type if typed and _has_types(rotary) else None
+        key, state = (layer_type, x.dtype, x.device), _state(rotary)
+        known = self._known.get(key)
+        if known is None or known[0] != state:
+            known = (state, *_cos_sin(rotary, x, self.num_positions, layer_type))
+            if not known[1].requires_grad:
+                self._known[key] = known
+        return TableRotation(known[1], known[2], 2 * _num_pairs(rotary, layer_type), turn)
+
+
+def find_rotary_site(model: nn.Module) -> RotarySite:
+    """The one module that maps (x, position_ids) to (cos, sin); `ValueError` names the model type otherwise."""
+    sites = [
+        RotarySite(parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if list(inspect.signature(type(child).forward).parameters)[1:3] == ["x", "position_ids"]
+    ]
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if len(sites) != 1:
+        raise ValueError(f"model_type={kind}: {len(sites)} rotary modules where lm_infinite needs exactly one")
+    types = getattr(sites[0].module, "rope_type", "default")
+    for rope_type in types.values() if isinstance(types, dict) else [types]:
+        if any(name in str(rope_type) for name in ("dynamic", "longrope")):
+            raise ValueError(
+                f"rope_type={rope_type} of model_type={kind}: its frequencies change with the length; "
+                "set rope_type to `default` in rope_parameters of config.json"
+            )
+    return sites[0]
+
+
+def turn_of(attention: nn.Module) -> Turn:
+    """The family's own rotation of one tensor; `ValueError` when its module has none of the usual form."""
+    source = sys.modules[type(attention).__module__]
+    function = getattr(source, "apply_rotary_pos_emb", None)
+    if function is None or list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        raise ValueError(
+            f"{type(attention).__name__}: no function apply_rotary_pos_emb(q, k, cos, sin), so lm_infinite cannot "
+            "rotate its keys"
+        )
+    # The function turns a query and a key; an empty key costs nothing.
+    return lambda x, cos, sin: function(x, x[:, :0], cos, sin)[0]
+
+
+def _cos_sin(rotary: Any, x: Tensor, num_positions: int, layer_type: str | None) -> tuple[Tensor, Tensor]:
+    positions = torch.arange(num_positions, device=x.device)[None]
+    like = torch.empty(1, 1, 1, dtype=x.dtype, device=x.device)
+    # A module that notes the positions of the model's call must not take ours for them.
+    noted = getattr(rotary, "last_position_ids", None)
+    cos, sin = rotary(like, positions) if layer_type is None else rotary(like, positions, layer_type)
+    if noted is not None:
+        rotary.last_position_ids = noted
+    return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def _has_types(rotary: Any) -> bool:
+    base = getattr(rotary, "base", None)
+    return None not in base if isinstance(base, dict) else not hasattr(rotary, "inv_freq")
+
+
+def _num_pairs(rotary: Any, layer_type: str | None) -> int:
+    base = getattr(rotary, "base", None)
+    if isinstance(base, dict):
+        return len(base[layer_type].inv_freq)
+    return len(getattr(rotary, "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"))
+
+
+def _state(rotary: Any) -> tuple[Any, ...]:
+    """Changes whenever the frequencies of the module may have; compares by identity."""
+    buffers = tuple((buffer.data_ptr(), buffer._version) for buffer in rotary.buffers())
+    return (id(rotary), _Same(getattr(rotary, "spectrum", None)), buffers)
+
+
+class _Same:
+    """Equal when it is about the very same object, which is kept alive, so that its id is not used again."""
+
+    def __init__(self, subject: Any) -> None:
+        self.subject = subject
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.subject is other.subject
+
+    __hash__ = None  # type: ignore[assignment]
