@@ -218,8 +218,8 @@ def table(rows: list[list[str]]) -> list[str]:
         "",
         "Milliseconds are medians over the tokens of all blocks. `CLEX, tokens/s` counts one crossing in every L",
         f"tokens; `ratio` is it over plain, target at least {TARGET}. `step, CLEX / plain` is the median over pairs of",
-        "blocks of the ratio of their median steps, without crossings (quartiles). `noise` is the interquartile range of",
-        "plain steps over their median.",
+        "blocks of the ratio of their median steps, without crossings (quartiles). `noise` is the interquartile range",
+        "of plain steps over their median.",
     ]
 
 

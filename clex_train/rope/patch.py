@@ -134,8 +134,8 @@ class RotaryHandle:
         if positions is not None and positions.dtype not in (torch.float64, torch.int64):
             raise ValueError(f"positions of {positions.dtype}: sampled positions are float64 or int64, to stay exact")
         # On a GPU the look would make the host wait for it at every micro-batch.
-        if positions is not None and positions.device.type == "cpu" and not bool((positions >= 0).all()):
-            raise ValueError(f"positions={float(positions.min()):g}: sampled positions are finite and 0 or more")
+        if positions is not None and positions.device.type == "cpu":
+            _require_usable(positions)
         if len(spectrum.inv_freq) != len(self.base_inv_freq):
             raise ValueError(
                 f"inv_freq of {len(spectrum.inv_freq)} pairs: the model rotates {len(self.base_inv_freq)} pairs"
@@ -255,6 +255,12 @@ def _num_tokens(num_new: int, position_ids: Tensor | None, record: key_cache.Key
     if first < 0:
         raise ValueError(f"position_ids={first}: positions start at 0; give padding position 0, not a negative one")
     return last + 1
+
+
+def _require_usable(positions: Tensor) -> None:
+    wrong = positions[~((positions >= 0) & (positions < float("inf")))]
+    if len(wrong):
+        raise ValueError(f"positions={float(wrong[0]):g}: sampled positions are finite and 0 or more")
 
 
 def _cache_in(output: Any) -> Cache | None:
