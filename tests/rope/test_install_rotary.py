@@ -210,7 +210,7 @@ def test_negative_positions_are_refused() -> None:
     ):
         with (
             pytest.raises(ValueError, match="sampled positions are finite"),
-            handle.training(Spectrum(handle.base_inv_freq), wrong.double()),
+            handle.training(Spectrum(handle.base_inv_freq), torch.tensor([[0.0, number]]).double()),
         ):
             pass
 
