@@ -203,11 +203,7 @@ def test_negative_positions_are_refused() -> None:
     handle = install_rotary(model, CONTEXT)
     with pytest.raises(ValueError, match="position_ids=-2: positions start at 0; give padding position 0"):
         model(ids, position_ids=torch.arange(-2, 2)[None])
-    for wrong in (
-        torch.tensor([[0.0, -1.0]]),
-        torch.tensor([[0.0, float("nan")]]),
-        torch.tensor([[0.0, float("inf")]]),
-    ):
+    for number in (-1.0, float("nan"), float("inf")):
         with (
             pytest.raises(ValueError, match="sampled positions are finite"),
             handle.training(Spectrum(handle.base_inv_freq), torch.tensor([[0.0, number]]).double()),
