@@ -27,6 +27,7 @@ from clex_train.attention.rotation import RotationTables, Turn, find_rotary_site
 
 NAME = "lm_infinite"
 LAYER = "lm_infinite_layer"
+SPECTRUM = "lm_infinite_spectrum"
 UNSUPPORTED = {
     "cohere2": "its layers with full attention have no positions",
     "hunyuan_v1_dense": "it normalises keys after their rotation",
@@ -139,10 +140,26 @@ class _Layer:
                 f"past_key_values={type(cache).__name__}: lm_infinite works with a LambdaCache (constant size) or a "
                 "DynamicCache"
             )
+        if isinstance(cache, DynamicCache):
+            self._refuse_turned_keys(cache)
         self.cache = cache.layers[self.module.layer_idx] if isinstance(cache, LambdaCache) else None
         if self.cache is not None and call.get("attention_mask") is not None:
             self.cache.incoming = call["attention_mask"][:, -call["hidden_states"].shape[1] :]
         return (), call
+
+    def _refuse_turned_keys(self, cache: Any) -> None:
+        """A rotary handle whose t moves turns the keys of a DynamicCache, which it takes to be rotated."""
+        spectrum = getattr(self.tables.site.module, "spectrum", None)
+        before = getattr(cache, SPECTRUM, spectrum)
+        setattr(cache, SPECTRUM, spectrum)
+        stands_still = before is spectrum or (
+            before is not None and spectrum is not None and torch.equal(before.inv_freq, spectrum.inv_freq)
+        )
+        if not stands_still:
+            raise ValueError(
+                f"past_key_values={type(cache).__name__}: t moved while keys are cached; with {NAME} pin it by "
+                "handle.pinned(t) or handle.fixed(num_tokens)"
+            )
 
 
 def lm_infinite_attention(
