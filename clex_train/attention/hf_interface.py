@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from clex_train import log
-from clex_train.attention.lambda_cache import LambdaCache, LambdaCacheLayer
+from clex_train.attention.lambda_cache import LambdaCache, LambdaCacheLayer, room
 from clex_train.attention.lambda_mask import KeyValues, Stream, default_block_len, lambda_attention
 from clex_train.attention.log_scaling import own_window
 from clex_train.attention.padding import inverse, order_to_front, take
@@ -60,7 +60,8 @@ class LmInfinite:
         turns = [turn_of(module) for module in attention]
         self._warn()
         windows = [own_window(module) for module in attention]
-        tables = RotationTables(find_rotary_site(model), max(n_local, *(w or 1 for w in windows)) + block_len)
+        longest = max(n_local, *(window or 1 for window in windows))
+        tables = RotationTables(find_rotary_site(model), longest + max(block_len, room(longest)))
         self.layers = [
             _Layer(
                 module,
@@ -188,7 +189,10 @@ def lm_infinite_attention(
         _whole(layer, key, value, attention_mask) if layer.cache is None else _held(layer, key, value)
     )
     rotation = layer.tables.rotation(query, layer.layer_type, layer.turn)
-    output = lambda_attention(take(query, order), window, start, stream, layer.n_local, rotation, rule, layer.block_len)
+    turned = None if layer.cache is None or torch.is_grad_enabled() else layer.cache.turned(rotation)
+    output = lambda_attention(
+        take(query, order), window, start, stream, layer.n_local, rotation, rule, layer.block_len, turned
+    )
     return take(output, inverse(order)).transpose(1, 2).contiguous(), None
 
 

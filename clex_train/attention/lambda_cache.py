@@ -1,7 +1,9 @@
 """A cache of constant size for streams without end: per layer the G starting tokens and the L - 1 latest ones.
 
 Keys are held unrotated, so nothing in the cache depends on how far the stream has come. The buffer has room for a few
-tokens beyond L - 1 and is moved to its beginning when that is used up, so a decoding step copies one token.
+tokens beyond L - 1 and is moved to its beginning when that is used up, so a decoding step copies one token. Beside it
+is a copy of the keys rotated by their place in the buffer, made anew at each such move: that is about eight keys a step,
+and no rounding adds up.
 Shapes: `B` batch, `K` key heads, `S` new tokens, `D` width.
 """
 
@@ -13,10 +15,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from clex_train.attention.lambda_mask import KeyValues, Stream
+from clex_train.attention.lambda_mask import KeyValues, Stream, Turned
 from clex_train.attention.padding import order_to_front, take
+from clex_train.attention.rotation import TableRotation
 
 SMALLEST_ROOM = 16
+
+
+def room(n_local: int) -> int:
+    """Tokens that fit into a buffer beyond L - 1."""
+    return max(SMALLEST_ROOM, n_local // 8)
 
 
 class LambdaCache(Cache):
@@ -42,6 +50,10 @@ class LambdaCacheLayer(CacheLayerMixin):
         """bool [B, S], False at padding: set by the attention before `update`; None when all are tokens."""
         self._filled = 0
         self._most_padding = 0
+        self._first_slot: int | None = None
+        self._rotated: Tensor | None = None
+        self._num_rotated = 0
+        self._rotated_by: Tensor | None = None
 
     @property
     def stream(self) -> Stream:
@@ -51,7 +63,7 @@ class LambdaCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """An empty window, of the dtype and device of the first keys."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        capacity = self.n_local - 1 + max(SMALLEST_ROOM, self.n_local // 8)
+        capacity = self.n_local - 1 + room(self.n_local)
         self.keys, self.values = (
             x.new_empty(x.shape[0], x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)
         )
@@ -79,11 +91,23 @@ class LambdaCacheLayer(CacheLayerMixin):
             return self._extend(new, None)
         for buffer, states in zip(self._window, new, strict=True):
             buffer[:, :, self._filled : self._filled + num_new] = states
-        reach = min(self._filled, self.n_local - 1)
+        self._first_slot = max(0, self._filled - self.n_local + 1)
         self._filled += num_new
-        window = self._window.span(self._filled - num_new - reach, self._filled)
+        window = self._window.span(self._first_slot, self._filled)
         self._count(window, num_new, None)
         return window
+
+    def turned(self, rotation: TableRotation) -> Turned | None:
+        """The keys of the last update's window rotated by `rotation`; None when they are not in the buffer."""
+        if self._first_slot is None:
+            return None
+        keys = self._window.keys
+        if self._rotated is None or self._rotated_by is not rotation.cos:
+            self._rotated, self._rotated_by, self._num_rotated = torch.empty_like(keys), rotation.cos, 0
+        fresh = slice(self._num_rotated, self._filled)
+        self._rotated[:, :, fresh] = rotation.consecutive(keys[:, :, fresh], self._num_rotated)
+        self._num_rotated = self._filled
+        return Turned(self._rotated[:, :, self._first_slot : self._filled], self._first_slot)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding and evicted ones among them: what the next token's index is."""
@@ -102,7 +126,8 @@ class LambdaCacheLayer(CacheLayerMixin):
         self.keys = self.values = None  # type: ignore[assignment]
         self.start = self.num_padding = self.incoming = None
         self.is_initialized = False
-        self._filled = self.num_tokens = self._most_padding = 0
+        self._filled = self.num_tokens = self._most_padding = self._num_rotated = 0
+        self._rotated = self._first_slot = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """`ValueError`: what left the window is gone."""
@@ -145,6 +170,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         num_new = new.keys.shape[2]
         order = None if valid is None else order_to_front(self._valid_with_past(reach, valid))
         window = KeyValues(*(take(torch.cat(pair, dim=2), order) for pair in zip(past, new, strict=True)))
+        self._first_slot = None
         self._count(window, num_new, valid)
         self._keep(window.span(max(0, reach + num_new - self.n_local + 1), reach + num_new))
         return window
@@ -164,12 +190,12 @@ class LambdaCacheLayer(CacheLayerMixin):
         else:
             for buffer, states in zip(self._window, last, strict=True):
                 buffer[:, :, :num_kept] = states.detach()
-        self._filled = num_kept
+        self._filled, self._num_rotated = num_kept, 0
 
     def _move_to_beginning(self, num_kept: int) -> None:
         for buffer in self._window:
             buffer[:, :, :num_kept] = buffer[:, :, self._filled - num_kept : self._filled].clone()
-        self._filled = num_kept
+        self._filled, self._num_rotated = num_kept, 0
 
     def _take_start(self, window: KeyValues, num_before: int, padding_before: Tensor | None) -> None:
         """Copy the first G tokens of each row: those not held before are among the new ones, in the window."""
@@ -195,5 +221,6 @@ class LambdaCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self.keys, self.values = (function(x) for x in self._window)
+        self._rotated = self._first_slot = None
         self.start = None if self.start is None else KeyValues(*(function(x) for x in self.start))
         self.num_padding = None if self.num_padding is None else function(self.num_padding)

@@ -43,6 +43,13 @@ class KeyValues(NamedTuple):
         return KeyValues(self.keys[:, :, first:last], self.values[:, :, first:last])
 
 
+class Turned(NamedTuple):
+    """The keys of a window rotated already, the first of them at `position`, for a cache that keeps them so."""
+
+    keys: Float[Tensor, "B K T D"]
+    position: int
+
+
 @dataclass(frozen=True)
 class Stream:
     """Where a call stands: `num_tokens` were seen by its end, of which `num_padding` [B] at the front are padding."""
@@ -60,12 +67,13 @@ def lambda_attention(
     rotation: Rotation,
     rule: SoftmaxRule,
     block_len: int | None = None,
+    turned: Turned | None = None,
 ) -> Float[Tensor, "B H S V"]:
     """Attention of the last S tokens of a stream. Padded queries get finite values without meaning.
 
     `window` holds the last T >= S tokens (all, or at least the S + L - 1 last), `start` the first G that are not
     padding in each row (None for G = 0), at any time also those that are in the window. `block_len` is C; memory
-    beyond the result is O(C (C + L)), with gradients O(n).
+    beyond the result is O(C (C + L)), with gradients O(n). `turned` spares the rotation of the window's keys.
     """
     size = block_len or default_block_len(n_local)
     num_queries, num_keys = query.shape[2], window.keys.shape[2]
@@ -78,7 +86,18 @@ def lambda_attention(
         reach = num_keys - num_queries + first
         low, high = max(0, reach - n_local + 1), num_keys - num_queries + last
         place = _Place(reach - low, stream.num_tokens - num_queries + first, stream.num_tokens - num_keys + low)
-        arguments = (query[:, :, first:last], window.span(low, high), start, place, stream, n_local, rotation, rule)
+        keys = None if turned is None else Turned(turned.keys[:, :, low:high], turned.position + low)
+        arguments = (
+            query[:, :, first:last],
+            window.span(low, high),
+            start,
+            place,
+            stream,
+            n_local,
+            rotation,
+            rule,
+            keys,
+        )
         outputs.append(checkpoint(_block, *arguments, use_reentrant=False) if recompute else _block(*arguments))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
@@ -105,11 +124,13 @@ def _block(
     n_local: int,
     rotation: Rotation,
     rule: SoftmaxRule,
+    turned: Turned | None,
 ) -> Float[Tensor, "B H C V"]:
     num_queries, num_keys = query.shape[2], window.keys.shape[2]
     visible = _in_window(num_queries, num_keys, place, stream.num_padding, n_local, query.device)
-    keys = rotation.consecutive(window.keys, 0)
-    local = attend(rotation.consecutive(query, place.offset), keys, window.values, visible, rule)
+    turned = turned or Turned(rotation.consecutive(window.keys, 0), 0)
+    turned_query = rotation.consecutive(query, turned.position + place.offset)
+    local = attend(turned_query, turned.keys, window.values, visible, rule)
     if start is None or place.first_query + num_queries <= n_local:
         return local.output
     left = _outside_window(num_queries, start.keys.shape[2], place, stream.num_padding, n_local, query.device)
