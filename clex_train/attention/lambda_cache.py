@@ -2,8 +2,8 @@
 
 Keys are held unrotated, so nothing in the cache depends on how far the stream has come. The buffer has room for a few
 tokens beyond L - 1 and is moved to its beginning when that is used up, so a decoding step copies one token. Beside it
-is a copy of the keys rotated by their place in the buffer, made anew at each such move: that is about eight keys a step,
-and no rounding adds up.
+is a copy of the keys rotated by their place in the buffer, made anew at each such move: that is about eight keys a
+step, and no rounding adds up.
 Shapes: `B` batch, `K` key heads, `S` new tokens, `D` width.
 """
 
