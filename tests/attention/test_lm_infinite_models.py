@@ -81,6 +81,23 @@ def test_beyond_the_window_blocks_and_caches_do_not_change_a_model(family):
     torch.testing.assert_close(torch.cat(outputs, dim=1), whole, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", INTERFACE_FAMILIES)
+def test_beyond_the_window_a_layer_is_plain_attention_over_what_it_may_see(family):
+    """One layer sees embeddings only, so the plain model can be given the G starting tokens, all at distance L."""
+    n_local, n_global, num_tokens = 12, 3, 30
+    types = {"layer_types": ["full_attention"]} if family.startswith("gemma") and family != "gemma" else {}
+    model = tiny_model(family, num_layers=1, dtype=torch.float64, **types)
+    model.set_experts_implementation("eager")
+    ids = tokens(2, num_tokens)
+    seen = torch.cat((ids[:, :n_global], ids[:, -n_local:]), dim=1)
+    positions = torch.cat((torch.zeros(n_global, dtype=torch.int64), torch.arange(1, n_local + 1)))
+    with torch.no_grad():
+        plain = model(seen, position_ids=positions.expand(2, -1), attention_mask=torch.ones_like(seen)).logits
+        apply_lm_infinite(model, n_local, n_global, block_len=8)
+        ours = model(ids).logits
+    torch.testing.assert_close(ours[:, -1], plain[:, -1], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["llama", "phi", "gpt_neox"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_row_gets_what_it_gets_alone(family, side):
