@@ -6,6 +6,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from clex_train import config as configuration
+from clex_train import run_folder
 from clex_train.config import ScalingName, describe
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "corpus")
