@@ -6,15 +6,13 @@ refuses values out of range. Entry points call `to_config` once: from there on t
 
 from __future__ import annotations
 
-import ast
-import inspect
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from clex_train.schema_docs import describe
 from clex_train.suggest import did_you_mean
 
 
@@ -378,7 +376,7 @@ def to_config(composed: DictConfig) -> Config:
 
 def _refuse_unknown(composed: DictConfig) -> None:
     """Hydra lets `+key=value` past a schema; a field that nobody reads is a mistake all the same."""
-    known = [key for key, *_ in describe()]
+    known = [key for key, *_ in describe(Config)]
     for group, value in composed.items_ex(resolve=False):
         for key in [f"{group!s}.{name!s}" for name in value] if isinstance(value, DictConfig) else [str(group)]:
             if key not in known:
@@ -420,22 +418,6 @@ def _check_between_groups(config: Config) -> None:
     )
 
 
-def field_docs(schema: type) -> dict[str, str]:
-    """The string under each field of a dataclass, by field name."""
-    tree = ast.parse(inspect.getsource(schema)).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    docs = {}
-    for statement, following in zip(tree.body, tree.body[1:], strict=False):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-        ):
-            docs[statement.target.id] = str(following.value.value)
-    return docs
-
-
 def check_reach(config: Config, context_len: int) -> None:
     """`ValueError` when a window to be evaluated is longer than the context that CLEX is trained to serve."""
     longest, scaling = max(config.evaluation.lengths), config.scaling
@@ -455,30 +437,3 @@ def check_scaling(config: Config, holds_clex: bool) -> None:
         config.scaling.name.name,
         f"{config.model.path} holds a CLEX field, which plain RoPE would drop; scaling=clex trains it on",
     )
-
-
-def describe(schema: type = Config, prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """Rows of (key, type, default, meaning) for `--help` and docs/configuration.md, groups flattened to dotted keys."""
-    docs, rows = field_docs(schema), []
-    defaults = schema()
-    for item in fields(schema):
-        value = getattr(defaults, item.name)
-        if is_dataclass(value):
-            rows += describe(type(value), f"{prefix}{item.name}.")
-        else:
-            rows.append((prefix + item.name, _type_name(item.type, value), _show(value), docs[item.name]))
-    return rows
-
-
-def _type_name(annotation: Any, value: Any) -> str:
-    if isinstance(value, Enum):
-        return "|".join(type(value).__members__)
-    return str(annotation).replace(" | None", "?")
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, list):
-        return "[" + ",".join(_show(v) for v in value) + "]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from clex_train import log
 from clex_train.cli import console
 from clex_train.cli.help import options
-from clex_train.config import describe
+from clex_train.schema_docs import describe
 from data_prep.config import CorpusVerb, InspectVerb, TokenizeVerb, TrainTokenizerVerb
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

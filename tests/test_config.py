@@ -7,7 +7,8 @@ from omegaconf import OmegaConf
 
 from clex_train import config as configuration
 from clex_train import run_folder
-from clex_train.config import ScalingName, describe
+from clex_train.config import Config, ScalingName
+from clex_train.schema_docs import describe
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "corpus")
 
@@ -83,7 +84,7 @@ def test_hydra_writes_no_file_and_no_folder():
 
 
 def test_every_key_has_a_meaning_and_a_type():
-    rows = describe()
+    rows = describe(Config)
     assert len({key for key, *_ in rows}) == len(rows) > 50
     assert all(kind and meaning for _, kind, _, meaning in rows)
 

@@ -6,7 +6,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
-from clex_train import config as configuration
+from clex_train.schema_docs import describe
 
 
 def parse(schema: type, arguments: Sequence[str]) -> Any:
@@ -24,8 +24,5 @@ def parse(schema: type, arguments: Sequence[str]) -> Any:
 
 def usage(text: str | None, schema: type) -> str:
     """A program's own text and a line for every key of `schema`."""
-    lines = [
-        f"  {key} ({kind}; {default})\n      {meaning}"
-        for key, kind, default, meaning in configuration.describe(schema)
-    ]
+    lines = [f"  {key} ({kind}; {default})\n      {meaning}" for key, kind, default, meaning in describe(schema)]
     return f"{text}\nKeys (type; default):\n" + "\n".join(lines)

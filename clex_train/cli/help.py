@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from itertools import groupby, takewhile
 from pathlib import Path
 
-from clex_train.config import describe
+from clex_train.config import Config
+from clex_train.schema_docs import describe
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = ("model", "data", "scaling", "attention", "engine", "optim", "evaluation", "tracking")
@@ -75,7 +76,7 @@ def _markdown_lines() -> Iterator[str]:
 
 def _in_order() -> list[tuple[str, str, str, str]]:
     """The keys outside any group first, then group by group."""
-    rows = [(key, kind.replace("?", " or null"), default, meaning) for key, kind, default, meaning in describe()]
+    rows = [(key, kind.replace("?", " or null"), default, meaning) for key, kind, default, meaning in describe(Config)]
     return sorted(rows, key=lambda row: "." in row[0])
 
 

@@ -3,12 +3,13 @@
 from composing import CONF, EXPERIMENTS
 
 from clex_train.cli import help as cli_help
-from clex_train.config import describe
+from clex_train.config import Config
+from clex_train.schema_docs import describe
 
 
 def test_help_names_every_key_with_its_default_and_every_experiment_and_option():
     text = cli_help.help_text()
-    for key, _, default, _ in describe():
+    for key, _, default, _ in describe(Config):
         assert f"  {key}={default}  (" in text
     for name in EXPERIMENTS:
         assert f"\n  {name}" in text

@@ -1,0 +1,50 @@
+"""The meaning of every key, read off a schema: its fields, their types and defaults, and the string under each."""
+
+import ast
+import inspect
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+
+def describe(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """Rows of (key, type, default, meaning) for `--help` and docs/configuration.md, groups flattened to dotted keys."""
+    docs, rows = field_docs(schema), []
+    defaults = schema()
+    for item in fields(schema):
+        value = getattr(defaults, item.name)
+        if is_dataclass(value):
+            rows += describe(type(value), f"{prefix}{item.name}.")
+        else:
+            rows.append((prefix + item.name, _type_name(item.type, value), _show(value), docs[item.name]))
+    return rows
+
+
+def field_docs(schema: type) -> dict[str, str]:
+    """The string under each field of a dataclass, by field name."""
+    tree = ast.parse(inspect.getsource(schema)).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for statement, following in zip(tree.body, tree.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[statement.target.id] = str(following.value.value)
+    return docs
+
+
+def _type_name(annotation: Any, value: Any) -> str:
+    if isinstance(value, Enum):
+        return "|".join(type(value).__members__)
+    return str(annotation).replace(" | None", "?")
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, list):
+        return "[" + ",".join(_show(v) for v in value) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
