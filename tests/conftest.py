@@ -49,3 +49,21 @@ def tiny_store(tmp_path_factory) -> Path:
     ):
         subprocess.run([*prepare, *verb], cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True, timeout=120)
     return store
+
+
+@pytest.fixture(scope="session")
+def tiny_architecture(tmp_path_factory) -> Path:
+    """Directory with the config.json of a Llama of some thirty thousand parameters, L = 32."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("architecture")
+    LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+    ).save_pretrained(folder)
+    return folder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from composing import composed
-from transformers import BloomConfig, GPT2Config, LlamaConfig
+from transformers import BloomConfig, GPT2Config
 
 import train
 from clex_train import distributed
@@ -18,21 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def architecture(tmp_path) -> Path:
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-    )
-    config.save_pretrained(tmp_path / "architecture")
-    return tmp_path / "architecture"
-
-
-@pytest.fixture
-def refusal(tmp_path, tiny_store, architecture, monkeypatch):
+def refusal(tmp_path, tiny_store, tiny_architecture, monkeypatch):
     """The line that a run with these overrides ends in, before it opens a process group."""
 
     def too_late(*_):
@@ -45,7 +31,7 @@ def refusal(tmp_path, tiny_store, architecture, monkeypatch):
             "+experiment=tiny_base",
             f"output_dir={tmp_path / 'run'}",
             f"data.path={tiny_store}",
-            f"model.config={architecture}",
+            f"model.config={tiny_architecture}",
             "model.context_len=32",
             "data.seq_len=32",
             "evaluation.lengths=[32,64]",

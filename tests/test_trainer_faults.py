@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from composing import composed
-from transformers import LlamaConfig
 
 import train
 from clex_train import trainer
@@ -15,16 +14,8 @@ from clex_train.faults import RunStopped
 
 
 @pytest.fixture
-def run(tmp_path, tiny_store):
-    """train.run on a model of some ten thousand parameters, without evaluation unless an override asks for it."""
-    LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-    ).save_pretrained(tmp_path / "architecture")
+def run(tmp_path, tiny_store, tiny_architecture):
+    """train.run on a tiny model, without evaluation unless an override asks for it."""
 
     def start(*overrides: str) -> int:
         return train.run(
@@ -32,7 +23,7 @@ def run(tmp_path, tiny_store):
                 "+experiment=tiny_base",
                 f"output_dir={tmp_path / 'run'}",
                 f"data.path={tiny_store}",
-                f"model.config={tmp_path / 'architecture'}",
+                f"model.config={tiny_architecture}",
                 "model.context_len=32",
                 "data.seq_len=32",
                 "evaluation=never",

@@ -18,6 +18,7 @@ class Launcher:
 
     folder: Path
     store: Path
+    architecture: Path
 
     def command(self, ranks: int, name: str, *overrides: str) -> list[str]:
         """DeepSpeed's launcher with `ranks` CPU ranks on a model of some 50 thousand parameters."""
@@ -27,7 +28,7 @@ class Launcher:
             "+experiment=tiny_base",
             f"output_dir={self.folder / name}",
             f"data.path={self.store}",
-            f"model.config={self.folder / 'architecture'}",
+            f"model.config={self.architecture}",
             "model.context_len=32",
             "data.seq_len=32",
             "optim.batch_rows=8",
