@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from bench_page import processor, publish
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
@@ -50,11 +51,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model = build_model(arguments)
     rows = [measure(model, context, arguments) for context in arguments.contexts]
-    page = "\n".join([*header(arguments, model), *table(rows), "", *fixed_cost(arguments), ""])
-    print(page)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(page, encoding="utf-8")
+    publish([*header(arguments, model), *table(rows), "", *fixed_cost(arguments)], arguments.output)
 
 
 def parse() -> argparse.Namespace:
@@ -254,17 +251,6 @@ def header(arguments: argparse.Namespace, model: LlamaForCausalLM) -> list[str]:
         f"- {arguments.rounds} blocks of {arguments.tokens} tokens a side, in turn",
         "",
     ]
-
-
-def processor() -> str:
-    """The CPU's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

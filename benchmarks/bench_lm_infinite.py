@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from bench_page import publish
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
@@ -44,11 +45,7 @@ def main() -> None:
         lines = [*header(arguments), *section_prefill(model, arguments), *section_decoding(model, arguments)]
         if arguments.stream:
             lines += section_stream(model, arguments)
-    page = "\n".join(lines) + "\n"
-    print(page)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(page, encoding="utf-8")
+    publish(lines, arguments.output)
 
 
 def parse() -> argparse.Namespace:

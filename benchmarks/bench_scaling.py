@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from bench_page import processor, publish
 from safetensors.torch import load_file
 from torchdiffeq import odeint
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,11 +55,7 @@ def main() -> None:
     lines = [*header(), *section_solve(arguments), *section_tables(arguments), *section_cos_sin()]
     if not arguments.skip_step:
         lines += [*section_step(arguments), *section_7b()]
-    page = "\n".join(lines) + "\n"
-    print(page)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(page, encoding="utf-8")
+    publish(lines, arguments.output)
 
 
 def parse() -> argparse.Namespace:
@@ -89,17 +86,6 @@ def header() -> list[str]:
         f"- software: Python {platform.python_version()}, torch {torch.__version__}",
         "",
     ]
-
-
-def processor() -> str:
-    """The CPU's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 # 1. The solve
