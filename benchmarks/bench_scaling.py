@@ -32,7 +32,6 @@ from torchdiffeq import odeint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from clex_train.config import ScalingConfig
 from clex_train.engine.ode_optimizer import OdeOptimizer
 from clex_train.metrics import PEAK_BF16_FLOPS, flops_per_token
 from clex_train.rope.patch import RotaryHandle, install_rotary
@@ -41,6 +40,7 @@ from clex_train.scaling.sampling import draw_batch
 from clex_train.scaling.spectrum import cos_sin
 from clex_train.scaling.table import scale_grid
 from clex_train.scaling.vector_field import VectorField
+from clex_train.settings.scaling import ScalingConfig
 
 HEAD_DIM = 128
 SHARE_OF_PEAK = 0.4

@@ -14,12 +14,15 @@ import torch
 from omegaconf import OmegaConf
 
 from clex_train import distributed, modeling, skeleton
-from clex_train.config import Config, Init, ModelConfig, ScalingName, require
+from clex_train.config import Config
 from clex_train.engine import deepspeed as engines
 from clex_train.engine import memory
 from clex_train.engine.footprint import Footprint
 from clex_train.engine.memory import Held
 from clex_train.scaling.clex import Clex
+from clex_train.settings.bounds import require
+from clex_train.settings.model import Init, ModelConfig
+from clex_train.settings.scaling import ScalingName
 
 GIB = 2**30
 MOMENTS = ("loss", "layers", "update")

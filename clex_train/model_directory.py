@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from clex_train.config import LogScale
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import FrequencyTable
+from clex_train.settings.scaling import LogScale
 
 CLEX_JSON, CLEX_TENSORS, TABLE = "clex.json", "clex.safetensors", "frequencies.safetensors"
 FORMAT = 1

@@ -16,20 +16,15 @@ from transformers.utils import is_flash_attn_2_available
 
 from clex_train import log, model_directory, seeding
 from clex_train.attention.log_scaling import install_log_scaling
-from clex_train.config import (
-    AttentionImplementation,
-    Config,
-    Init,
-    LogScale,
-    ModelConfig,
-    ScalingConfig,
-    ScalingName,
-    require,
-)
+from clex_train.config import Config
 from clex_train.rope import official
 from clex_train.rope.patch import RotaryHandle, install_rotary, require_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import FrequencyTable, scale_grid
+from clex_train.settings.attention import AttentionImplementation
+from clex_train.settings.bounds import require
+from clex_train.settings.model import Init, ModelConfig
+from clex_train.settings.scaling import LogScale, ScalingConfig, ScalingName
 
 logger = log.get(__name__)
 

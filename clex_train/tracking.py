@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from clex_train import distributed, log
-from clex_train.config import Config, Wandb
+from clex_train.config import Config
+from clex_train.settings.tracking import Wandb
 
 logger = log.get(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from clex_train.config import require
+from clex_train.settings.bounds import require
 
 
 class CorpusSource(Enum):

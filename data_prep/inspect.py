@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from clex_train.config import require
 from clex_train.data.manifest import SPLITS
 from clex_train.data.store import TokenStore
 from clex_train.seeding import generator
+from clex_train.settings.bounds import require
 from data_prep.config import InspectVerb
 
 _BAR = 40

@@ -7,8 +7,9 @@ from omegaconf import OmegaConf
 
 from clex_train import config as configuration
 from clex_train import run_folder
-from clex_train.config import Config, ScalingName
+from clex_train.config import Config
 from clex_train.schema_docs import describe
+from clex_train.settings.scaling import ScalingName
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "corpus")
 

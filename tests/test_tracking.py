@@ -2,7 +2,8 @@
 
 import json
 
-from clex_train.config import Config, TrackingConfig, Wandb
+from clex_train.config import Config
+from clex_train.settings.tracking import TrackingConfig, Wandb
 from clex_train.tracking import Tracker, drop_after
 
 FIGURES = {"loss": 1.0, "tokens_per_second": 10.0}

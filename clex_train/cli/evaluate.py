@@ -18,22 +18,17 @@ from omegaconf import OmegaConf
 from clex_train import distributed, log, modeling
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console
-from clex_train.config import (
-    Config,
-    EngineConfig,
-    EvaluationConfig,
-    Method,
-    ModelConfig,
-    Precision,
-    Protocol,
-    require,
-)
+from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_tokenizer
 from clex_train.engine import deepspeed
 from clex_train.evaluation import methods, origin, report, runner
 from clex_train.evaluation.results import Origin, Results, write
 from clex_train.evaluation.windows import WindowSet, score_stride, select
+from clex_train.settings.bounds import require
+from clex_train.settings.engine import EngineConfig, Precision
+from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.settings.model import ModelConfig
 
 
 @dataclass

@@ -16,8 +16,10 @@ from pathlib import Path
 
 from clex_train import log, modeling
 from clex_train.cli import arguments, console
-from clex_train.config import LogScale, ModelConfig, require
 from clex_train.export.official import write_official
+from clex_train.settings.bounds import require
+from clex_train.settings.model import ModelConfig
+from clex_train.settings.scaling import LogScale
 
 
 class Format(Enum):

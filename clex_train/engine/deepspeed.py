@@ -14,8 +14,11 @@ import torch
 from torch import nn
 
 from clex_train import distributed, log
-from clex_train.config import Config, EngineConfig, Offload, OptimConfig, Precision, Schedule, require
+from clex_train.config import Config
 from clex_train.engine import extensions
+from clex_train.settings.bounds import require
+from clex_train.settings.engine import EngineConfig, Offload, Precision
+from clex_train.settings.optim import OptimConfig, Schedule
 
 logger = log.get(__name__)
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from clex_train import distributed, log
-from clex_train.config import ScalingConfig
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.sampling import draw_t
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import scale_grid
+from clex_train.settings.scaling import ScalingConfig
 
 logger = log.get(__name__)
 

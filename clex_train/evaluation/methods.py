@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from clex_train.config import Method
 from clex_train.scaling.baselines import TABLES
 from clex_train.scaling.table import FrequencyTable, scale_grid
+from clex_train.settings.evaluation import Method
 
 
 def tables(

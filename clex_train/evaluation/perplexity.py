@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clex_train.config import Protocol
 from clex_train.rope.patch import RotaryHandle
+from clex_train.settings.evaluation import Protocol
 
 
 class Predict(typing.Protocol):

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from clex_train import distributed
-from clex_train.config import Protocol
 from clex_train.evaluation.perplexity import PROTOCOLS, evaluating
 from clex_train.evaluation.results import Results, Score
 from clex_train.evaluation.windows import WindowSet
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.table import FrequencyTable
+from clex_train.settings.evaluation import Protocol
 
 
 def evaluate(

@@ -16,9 +16,9 @@ from itertools import count, islice
 import numpy as np
 
 from clex_train import distributed, log
-from clex_train.config import Protocol
 from clex_train.data.store import TokenStore
 from clex_train.seeding import generator
+from clex_train.settings.evaluation import Protocol
 
 logger = log.get(__name__)
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clex_train import log
-from clex_train.config import LogScale
 from clex_train.export.folder import complete_or_absent
 from clex_train.modeling import LoadedModel
 from clex_train.rope.official import official_config
 from clex_train.scaling.official import official_tensors
+from clex_train.settings.scaling import LogScale
 
 logger = log.get(__name__)
 

@@ -21,9 +21,11 @@ sys.path.insert(0, str(ROOT))
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from clex_train import distributed, modeling, trainer  # noqa: E402
-from clex_train.config import Activation, Config, ModelConfig, ScalingConfig, ScalingName  # noqa: E402
+from clex_train.config import Config  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.engine.ode_optimizer import OdeOptimizer  # noqa: E402
+from clex_train.settings.model import ModelConfig  # noqa: E402
+from clex_train.settings.scaling import Activation, ScalingConfig, ScalingName  # noqa: E402
 
 STEPS, ROWS, LENGTH, VOCABULARY = 3, 4, 32, 61
 COMMON: dict[str, Any] = {

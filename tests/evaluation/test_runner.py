@@ -13,11 +13,11 @@ import torch
 import torch.multiprocessing
 from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 
-from clex_train.config import Method, Protocol
 from clex_train.evaluation.methods import tables
 from clex_train.evaluation.results import Results
 from clex_train.evaluation.runner import deal, evaluate
 from clex_train.rope.patch import install_rotary
+from clex_train.settings.evaluation import Method, Protocol
 
 LENGTHS = [16, 32, 64]
 CPU = torch.device("cpu")

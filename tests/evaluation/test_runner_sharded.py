@@ -10,10 +10,11 @@ import torch
 import torch.multiprocessing
 from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 
-from clex_train.config import EngineConfig, Method, Protocol
 from clex_train.evaluation.methods import tables
 from clex_train.evaluation.runner import evaluate
 from clex_train.rope.patch import install_rotary
+from clex_train.settings.engine import EngineConfig
+from clex_train.settings.evaluation import Method, Protocol
 
 
 @pytest.mark.slow

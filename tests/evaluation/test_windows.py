@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from clex_train.config import Protocol
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
 from clex_train.evaluation.windows import WindowSet, score_stride, select
+from clex_train.settings.evaluation import Protocol
 
 DOCUMENT_LENS = (7, 70, 33, 31, 200, 32, 5, 64)
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from clex_train import model_directory, modeling
 from clex_train.cli import console, evaluate
 from clex_train.cli import export as program
-from clex_train.config import Activation, Config, LogScale, ModelConfig, ScalingConfig, ScalingName
+from clex_train.config import Config
 from clex_train.data.writer import write_store
 from clex_train.engine.ode_optimizer import OdeOptimizer
 from clex_train.export.final import write_final
@@ -22,6 +22,8 @@ from clex_train.export.official import write_official
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.official import official_rope_scaling, official_tensors
 from clex_train.scaling.sampling import draw_batch
+from clex_train.settings.model import ModelConfig
+from clex_train.settings.scaling import Activation, LogScale, ScalingConfig, ScalingName
 
 # Three times the float32 error of the original code, by number of tokens (see the README of the goldens).
 TOLERANCE = {32: 3e-5, 64: 3e-5, 65: 3e-5, 128: 9e-5, 200: 9e-5, 512: 4.2e-4, 1000: 1.05e-3}

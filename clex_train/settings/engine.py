@@ -1,0 +1,63 @@
+"""DeepSpeed: ZeRO stage, precision, micro-batches, ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from clex_train.settings.bounds import require
+
+
+class Offload(Enum):
+    none = "none"
+    optimizer = "optimizer"
+    all = "all"
+
+
+class Precision(Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass
+class EngineConfig:
+    zero_stage: int = 3
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+    offload: Offload = Offload.none
+    """Keep the optimizer's state, or `all` (optimizer and parameters), in host memory."""
+    micro_batch: int | None = 1
+    """Rows per rank in one forward and backward; null: as many as the rank has to read between two accumulations."""
+    accumulation: int | None = None
+    """Micro-batches per optimizer step; by default what optim.batch_rows, micro_batch and the ranks ask for."""
+    precision: Precision = Precision.auto
+    """`auto`: bf16 on a GPU, fp32 on a CPU."""
+    activation_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    timeout: float = 30.0
+    """Minutes that a collective may wait for a rank before the run fails."""
+    world_size: int | None = None
+    """Ranks assumed by `dry_run`'s memory estimate; a real run takes what the launcher gives."""
+
+    def __post_init__(self) -> None:
+        require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        require(self.micro_batch is None or self.micro_batch >= 1, "engine.micro_batch", self.micro_batch, "at least 1")
+        require(
+            self.accumulation is None or self.accumulation >= 1, "engine.accumulation", self.accumulation, "at least 1"
+        )
+        require(self.timeout > 0, "engine.timeout", self.timeout, "minutes, greater than 0")
+        require(
+            self.world_size is None or self.world_size >= 1, "engine.world_size", self.world_size, "at least 1 rank"
+        )
+        require(
+            self.offload is Offload.none or self.zero_stage >= 1,
+            "engine.offload",
+            self.offload.name,
+            "needs engine.zero_stage 1 or higher",
+        )
+        require(
+            self.offload is not Offload.all or self.zero_stage == 3,
+            "engine.offload",
+            self.offload.name,
+            "offloading parameters needs engine.zero_stage=3",
+        )

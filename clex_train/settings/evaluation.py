@@ -1,0 +1,58 @@
+"""What is evaluated, when and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from clex_train.settings.bounds import require
+
+
+class Protocol(Enum):
+    one_shot = "one_shot"
+    chunked = "chunked"
+
+
+class Method(Enum):
+    trained = "trained"
+    none = "none"
+    pi = "pi"
+    ntk = "ntk"
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = 0
+    """Optimizer steps between evaluations during training; 0 evaluates only at the end, -1 never."""
+    lengths: list[int] = field(default_factory=lambda: [4096, 8192, 16384, 32768, 65536])
+    """Window lengths in tokens. The same tokens are scored at every length."""
+    protocols: list[Protocol] = field(default_factory=lambda: [Protocol.one_shot])
+    """`one_shot`: t fixed by the window's length; `chunked` (official): chunks of L through the cache, t grows."""
+    methods: list[Method] = field(default_factory=lambda: [Method.trained])
+    """`trained` is the model as trained; `none`, `pi`, `ntk` put those frequencies into the same weights."""
+    path: str | None = None
+    """Token store whose validation split is read; by default that of `data.path`."""
+    num_windows: int = 32
+    """Windows of the largest length that are scored (fewer if the split has fewer)."""
+    chunk_len: int = 1024
+    """Tokens per forward inside a `one_shot` window: bounds the memory of logits, not the result."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= -1, "evaluation.every", self.every, "-1 (never), 0 (at the end) or a number of steps")
+        require(
+            len(self.lengths) > 0 and all(n >= 2 for n in self.lengths),
+            "evaluation.lengths",
+            self.lengths,
+            "one or more lengths of at least 2 tokens",
+        )
+        shortest, longest = min(self.lengths), max(self.lengths)
+        require(
+            all(longest % n == 0 and n % shortest == 0 for n in self.lengths),
+            "evaluation.lengths",
+            self.lengths,
+            "each must be a multiple of the shortest and divide the longest, so that all score the same tokens",
+        )
+        require(len(self.methods) > 0, "evaluation.methods", self.methods, "one or more methods")
+        require(len(self.protocols) > 0, "evaluation.protocols", self.protocols, "one or more protocols")
+        require(self.num_windows >= 1, "evaluation.num_windows", self.num_windows, "at least 1 window")
+        require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")

@@ -1,0 +1,54 @@
+"""The optimizer, its schedule and the length of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from clex_train.settings.bounds import require
+
+
+class Schedule(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 2e-5
+    """Peak learning rate of the model's AdamW."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of AdamW's first and second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    batch_rows: int = 512
+    """Rows per optimizer step over all ranks; the run is the same however many ranks share them."""
+    warmup: float = 0.03
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    schedule: Schedule = Schedule.cosine
+    """How the learning rate falls after the warm-up."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end of the run as a multiple of the peak."""
+    max_bad_steps: int = 3
+    """Steps in a row whose loss or gradient is not finite, and which are skipped, before the run stops."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.lr", self.lr, "greater than 0")
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two of [0, 1)"
+        )
+        require(self.eps > 0, "optim.eps", self.eps, "greater than 0")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(self.clip > 0, "optim.clip", self.clip, "greater than 0")
+        require(self.steps >= 1, "optim.steps", self.steps, "at least 1 step")
+        require(self.batch_rows >= 1, "optim.batch_rows", self.batch_rows, "at least 1 row")
+        require(0 <= self.warmup < 1, "optim.warmup", self.warmup, "a share of the steps in [0, 1)")
+        require(self.max_bad_steps >= 1, "optim.max_bad_steps", self.max_bad_steps, "at least 1 step")
+        require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "between 0 and 1")
