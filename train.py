@@ -37,7 +37,8 @@ def run(config: configuration.Config) -> int:
     """
     from clex_train import distributed, metrics, modeling, run_folder, tracking, trainer
     from clex_train.checkpoint import Checkpoints, Manifest
-    from clex_train.data.packing import PackedRows
+    from clex_train.data.order import ShuffledRows
+    from clex_train.data.packing import ConcatRows
     from clex_train.data.store import TokenStore
     from clex_train.data.vocabulary import check_tokenizer
     from clex_train.engine import deepspeed as engines
@@ -52,7 +53,7 @@ def run(config: configuration.Config) -> int:
     store = TokenStore(str(config.data.path))
     tokenizer = modeling.training_tokenizer(config.model, arch, store.tokenizer_path)
     check_tokenizer(store, tokenizer)
-    rows = PackedRows(store, config.data.seq_len, config.seed)
+    rows = ShuffledRows(ConcatRows(store, config.data.seq_len), config.seed)
     context_len = modeling.context_length(config.model, arch)
     evaluation = TrainingEvaluation(config, store, context_len) if config.evaluation.every >= 0 else None
     configuration.check_reach(config, context_len)

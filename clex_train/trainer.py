@@ -17,7 +17,7 @@ from clex_train import distributed, log, metrics, seeding
 from clex_train.checkpoint import Checkpoints
 from clex_train.config import Config
 from clex_train.data.loader import batches
-from clex_train.data.packing import PackedRows
+from clex_train.data.rows import Rows
 from clex_train.engine.deepspeed import learning_rate, set_learning_rate
 from clex_train.engine.ode_optimizer import OdeOptimizer
 from clex_train.faults import RunStopped
@@ -39,7 +39,7 @@ class Parts:
     config: Config
     engine: Any
     loaded: LoadedModel
-    rows: PackedRows
+    rows: Rows
     ode: OdeOptimizer | None
     checkpoints: Checkpoints
     evaluate: Callable[[LoadedModel, int], dict[str, float]] | None

@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from clex_train.data.packing import PackedRows
+from clex_train.data.rows import Rows
 
 Batch = dict[str, torch.Tensor]
 
 
 def batches(
-    rows: PackedRows, first_row: int, batch_rows: int, rank: int, world_size: int, micro_batch: int
+    rows: Rows, first_row: int, batch_rows: int, rank: int, world_size: int, micro_batch: int
 ) -> Iterator[Iterator[Batch]]:
     """Yield, for each optimizer step without end, an iterator over this rank's micro-batches of the step.
 
@@ -48,7 +48,7 @@ def batches(
 
 
 def micro_batches(
-    rows: PackedRows, first_row: int, batch_rows: int, rank: int, world_size: int, micro_batch: int
+    rows: Rows, first_row: int, batch_rows: int, rank: int, world_size: int, micro_batch: int
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches of the one step that begins at global row `first_row`; arguments as `batches`."""
     for start in range(first_row, first_row + batch_rows, world_size * micro_batch):
@@ -56,7 +56,7 @@ def micro_batches(
 
 
 def _read_ahead(
-    rows: PackedRows, first_row: int, batch_rows: int, rank: int, world_size: int, micro_batch: int
+    rows: Rows, first_row: int, batch_rows: int, rank: int, world_size: int, micro_batch: int
 ) -> Iterator[Iterator[Batch]]:
     def read(step_start: int) -> list[Batch]:
         return list(micro_batches(rows, step_start, batch_rows, rank, world_size, micro_batch))
@@ -70,6 +70,8 @@ def _read_ahead(
             yield iter(step)
 
 
-def _batch(rows: PackedRows, indices: range) -> Batch:
-    tokens = torch.from_numpy(np.stack([rows[i] for i in indices]))
-    return {"input_ids": tokens, "labels": tokens.clone(), "row_index": torch.tensor(indices, dtype=torch.int64)}
+def _batch(rows: Rows, indices: range) -> Batch:
+    read = [rows[i] for i in indices]
+    tokens = torch.from_numpy(np.stack([row.tokens for row in read]))
+    row_index = torch.tensor([row.index for row in read], dtype=torch.int64)
+    return {"input_ids": tokens, "labels": tokens.clone(), "row_index": row_index}

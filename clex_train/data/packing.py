@@ -1,28 +1,24 @@
 """Rows cut from a token store: documents joined by EOS, the join cut every `seq_len` tokens (`packing=concat`).
 
-Row i is a pure function of (store, seq_len, seed, i): epoch = i // len, and a permutation per epoch, computed and not
-stored, says which span of the store it is. So the only state of a run's data order is one integer, the rows consumed.
+The index is computed, not stored: row k is the span [k * seq_len, (k + 1) * seq_len) of the store's tokens.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 
-from clex_train.data.permutation import Permutation
+from clex_train.data.rows import Row
 from clex_train.data.store import TokenStore
-from clex_train.seeding import generator
 
 
-class PackedRows:
-    """Rows of `seq_len` tokens in a shuffled, endless order; the tokens after the last full row are not read.
+class ConcatRows:
+    """The rows of one pass over a store, in its order; the tokens after the last full row are not read.
 
     Raises:
         ValueError: the split holds fewer than `seq_len` tokens.
     """
 
-    def __init__(self, store: TokenStore, seq_len: int, seed: int) -> None:
+    def __init__(self, store: TokenStore, seq_len: int) -> None:
         if seq_len < 1:
             raise ValueError(f"data.seq_len={seq_len}: at least 1 token")
         if seq_len > store.num_tokens:
@@ -32,24 +28,15 @@ class PackedRows:
             )
         self.store = store
         self.seq_len = seq_len
-        self.seed = seed
-        self._permutation = lru_cache(maxsize=2)(self._permutation_of)
 
     def __len__(self) -> int:
-        """Rows of one epoch."""
+        """Full rows of the store."""
         return self.store.num_tokens // self.seq_len
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Row `index` >= 0 of the run, int64 [seq_len], a copy; beyond `len` the next epochs follow."""
-        start = self.span(index) * self.seq_len
-        return self.store.tokens(start, start + self.seq_len).astype(np.int64)
-
-    def span(self, index: int) -> int:
-        """Which of the store's consecutive spans of `seq_len` tokens row `index` is."""
-        if index < 0:
-            raise IndexError(f"row {index}: rows are counted from 0")
-        epoch, position = divmod(index, len(self))
-        return self._permutation(epoch)(position)
-
-    def _permutation_of(self, epoch: int) -> Permutation:
-        return Permutation(len(self), generator(self.seed, "rows", epoch))
+    def __getitem__(self, index: int) -> Row:
+        """The span of `seq_len` tokens that begins at token `index * seq_len`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        start = index * self.seq_len
+        stop = start + self.seq_len
+        return Row(self.store.tokens(start, stop).astype(np.int64), self.store.segments(start, stop), index)

@@ -5,6 +5,7 @@ Opening costs one manifest and one `stat` a file, whatever the size: shards are 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from clex_train.data.manifest import DOCUMENT, SPLITS, TOKENIZER, Manifest, read_manifest
 
-MAX_OPEN_SHARDS = 256
+MAX_OPEN_SHARDS = 64
 
 
 class TokenStore:
@@ -35,8 +36,9 @@ class TokenStore:
         self._token_starts = _starts([shard.num_tokens for shard in self._shards])
         self._document_starts = _starts([shard.num_documents for shard in self._shards])
         self._check_files()
-        # A mapping holds a file descriptor, so a store of thousands of shards must not keep all of them open.
+        # A mapping holds a file descriptor, so a mixture of stores of thousands of shards must not keep all open.
         self._tokens_of = lru_cache(MAX_OPEN_SHARDS)(self._map_tokens)
+        self._stops_of = lru_cache(MAX_OPEN_SHARDS)(self._map_stops)
 
     @property
     def num_tokens(self) -> int:
@@ -101,6 +103,18 @@ class TokenStore:
             return parts[0]
         return np.concatenate([np.empty(0, self.dtype), *parts])
 
+    def segments(self, start: int, stop: int) -> np.ndarray:
+        """int32 [stop - start]: which of the span's documents each of its tokens belongs to, counted from 0.
+
+        Looks up the span's own borders alone, by bisection in the shards' tables; arguments as `tokens`.
+        """
+        borders = self._borders(start, stop)
+        if not len(borders):
+            return np.zeros(stop - start, np.int32)
+        steps = np.zeros(stop - start, np.int32)
+        steps[borders - start] = 1
+        return np.cumsum(steps, dtype=np.int32)
+
     def documents(self, min_tokens: int = 1) -> Iterator[tuple[int, int, int]]:
         """Yield (doc_id, start, stop) of documents of at least `min_tokens` tokens, EOS included, in store order."""
         offsets = self.doc_offsets
@@ -122,8 +136,26 @@ class TokenStore:
         hashes = [self._documents_of(i)["text_hash"] for i in range(len(self._shards))]
         return np.concatenate([np.empty(0, np.uint64), *hashes])
 
+    def _borders(self, start: int, stop: int) -> np.ndarray:
+        """Where documents begin strictly within the span."""
+        shard = int(np.searchsorted(self._token_starts, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            base, end = int(self._token_starts[shard]), int(self._token_starts[shard + 1])
+            stops, last = self._stops_of(shard), min(stop, end) - base
+            # `bisect` touches a few records of the mapped table; numpy's searchsorted would copy its whole column.
+            first = bisect_right(stops, start - base)
+            parts.append(stops[first : bisect_left(stops, last, lo=first)] + base)
+            if base + last < stop:
+                parts.append(np.array([end]))
+            start, shard = base + last, shard + 1
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
+
     def _map_tokens(self, shard: int) -> np.ndarray:
         return np.memmap(self._file(shard, "tokens"), self.dtype, mode="r")
+
+    def _map_stops(self, shard: int) -> np.ndarray:
+        return np.asarray(self._documents_of(shard))["stop"]
 
     def _documents_of(self, shard: int) -> np.ndarray:
         return np.memmap(self._file(shard, "documents"), DOCUMENT, mode="r")

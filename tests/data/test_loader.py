@@ -7,19 +7,21 @@ import pytest
 import torch
 
 from clex_train.data.loader import Batch, batches
-from clex_train.data.packing import PackedRows
+from clex_train.data.order import ShuffledRows
+from clex_train.data.packing import ConcatRows
+from clex_train.data.rows import Rows
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> PackedRows:
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     path = tmp_path_factory.mktemp("loader") / "store"
     write_store(path, {"train": [list(range(3, 3 + n)) for n in range(5, 80)]}, vocab_size=100)
-    return PackedRows(TokenStore(path), seq_len=16, seed=5)
+    return ShuffledRows(ConcatRows(TokenStore(path), seq_len=16), seed=5)
 
 
-def steps(rows: PackedRows, count: int, world_size: int, micro_batch: int, first_row: int = 0) -> list[list[Batch]]:
+def steps(rows: Rows, count: int, world_size: int, micro_batch: int, first_row: int = 0) -> list[list[Batch]]:
     """Per step, the micro-batches of all ranks: those of micro-batch 0 by rank, then those of micro-batch 1, ..."""
     streams = [
         [list(step) for step in islice(batches(rows, first_row, 24, rank, world_size, micro_batch), count)]
@@ -33,16 +35,16 @@ def steps(rows: PackedRows, count: int, world_size: int, micro_batch: int, first
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 1), (1, 24), (2, 4), (3, 2), (4, 6), (24, 1)])
 def test_the_global_order_does_not_depend_on_ranks_or_micro_batch(
-    rows: PackedRows, world_size: int, micro_batch: int
+    rows: Rows, world_size: int, micro_batch: int
 ) -> None:
     for step, parts in enumerate(steps(rows, 4, world_size, micro_batch)):
         index = torch.cat([part["row_index"] for part in parts])
         assert index.tolist() == list(range(24 * step, 24 * step + 24))
         tokens = torch.cat([part["input_ids"] for part in parts])
-        assert all(tokens[i].tolist() == rows[int(index[i])].tolist() for i in range(24))
+        assert all(tokens[i].tolist() == rows[int(index[i])].tokens.tolist() for i in range(24))
 
 
-def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(rows: PackedRows) -> None:
+def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(rows: Rows) -> None:
     whole = steps(rows, 6, 2, 3)
     resumed = steps(rows, 3, 2, 3, first_row=3 * 24)
     for before, after in zip(whole[3:], resumed, strict=True):
@@ -50,7 +52,7 @@ def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(rows: PackedRows) 
             assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
-def test_batches_are_int64_with_labels_of_their_own(rows: PackedRows) -> None:
+def test_batches_are_int64_with_labels_of_their_own(rows: Rows) -> None:
     batch = next(next(batches(rows, 0, 8, 0, 1, 4)))
     assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
         "input_ids": (torch.int64, (4, 16)),
@@ -61,28 +63,28 @@ def test_batches_are_int64_with_labels_of_their_own(rows: PackedRows) -> None:
     assert (batch["input_ids"] >= 0).all()
 
 
-def test_more_rows_than_an_epoch_go_on_with_the_next(rows: PackedRows) -> None:
+def test_more_rows_than_an_epoch_go_on_with_the_next(rows: Rows) -> None:
     stream = batches(rows, 0, len(rows), 0, 1, len(rows))
     first, second = (next(next(stream))["input_ids"] for _ in range(2))
     assert not torch.equal(first, second)
     assert sorted(first.tolist()) == sorted(second.tolist())
 
 
-def test_an_unread_step_does_not_shift_the_next(rows: PackedRows) -> None:
+def test_an_unread_step_does_not_shift_the_next(rows: Rows) -> None:
     stream = batches(rows, 0, 8, 0, 1, 4)
     next(stream)
     next(next(stream))
     assert next(next(stream))["row_index"].tolist() == [16, 17, 18, 19]
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused_at_once(rows: PackedRows) -> None:
+def test_a_batch_that_the_ranks_cannot_share_is_refused_at_once(rows: Rows) -> None:
     with pytest.raises(ValueError, match=r"optim.batch_rows=10: must be a multiple of .* 2 \* 4 = 8"):
         batches(rows, 0, 10, 0, 2, 4)
 
 
 def test_an_error_while_reading_ahead_reaches_the_reader(tmp_path: Path) -> None:
     write_store(tmp_path / "store", {"train": [[3] * 100]}, vocab_size=10)
-    rows = PackedRows(TokenStore(tmp_path / "store"), seq_len=10, seed=0)
+    rows = ConcatRows(TokenStore(tmp_path / "store"), seq_len=10)
     (tmp_path / "store" / "train" / "00000.tokens").unlink()
     with pytest.raises(FileNotFoundError):
         next(batches(rows, 0, 2, 0, 1, 1))

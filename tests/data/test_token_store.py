@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clex_train.data.manifest import MANIFEST, Manifest, TokenizerInfo, partial_path, token_dtype
-from clex_train.data.packing import PackedRows
+from clex_train.data.order import ShuffledRows
+from clex_train.data.packing import ConcatRows
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import ShardWriter, move_store, write_atomically, write_store
 
@@ -118,9 +119,9 @@ def test_a_sparse_store_of_ten_billion_tokens_opens_at_once(tmp_path: Path) -> N
     manifest["splits"]["train"][0]["num_tokens"] = 10**10
     (tmp_path / "store" / MANIFEST).write_text(json.dumps(manifest))
     os.truncate(tmp_path / "store" / "train" / "00000.tokens", 2 * 10**10)
-    rows = PackedRows(TokenStore(tmp_path / "store"), seq_len=4096, seed=0)
+    rows = ShuffledRows(ConcatRows(TokenStore(tmp_path / "store"), seq_len=4096), seed=0)
     assert len(rows) == 10**10 // 4096
-    assert rows[10**7].shape == (4096,)
+    assert rows[10**7].tokens.shape == (4096,)
 
 
 def damage_missing(store: Path) -> Path:

@@ -16,7 +16,7 @@ from small_corpora import TEXTS, files_of, stored_texts, tokenize_files, write_j
 from transformers import AutoTokenizer
 
 from clex_train.data.manifest import partial_path
-from clex_train.data.packing import PackedRows
+from clex_train.data.packing import ConcatRows
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_tokenizer
 from data_prep import encoding, shards
@@ -67,11 +67,10 @@ def test_rows_equal_those_of_one_long_list_of_tokens(corpus: Path, store: TokenS
     joined: list[int] = []
     for text in stored_texts(store):
         joined += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    rows = PackedRows(store, 128, seed=0)
+    rows = ConcatRows(store, 128)
     assert len(rows) == len(joined) // 128
     for i in range(50):
-        start = 128 * rows.span(i)
-        assert rows[i].tolist() == joined[start : start + 128]
+        assert rows[i].tokens.tolist() == joined[128 * i : 128 * i + 128]
 
 
 def test_the_manifest_says_what_was_read_and_written(corpus: Path, store: TokenStore, tokenizer_dir: Path) -> None:
