@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from clex_train import log
 from clex_train.attention.lambda_cache import LambdaCache, LambdaCacheLayer, room
-from clex_train.attention.lambda_mask import KeyValues, Stream, default_block_len, lambda_attention
+from clex_train.attention.lambda_mask import KeyValues, Stream, default_block_len, lambda_attention, rotated_span_len
 from clex_train.attention.log_scaling import own_window
 from clex_train.attention.padding import inverse, order_to_front, take
 from clex_train.attention.partial_softmax import SoftmaxRule
@@ -61,7 +61,9 @@ class LmInfinite:
         self._warn()
         windows = [own_window(module) for module in attention]
         longest = max(n_local, *(window or 1 for window in windows))
-        tables = RotationTables(find_rotary_site(model), longest + max(block_len, room(longest)))
+        tables = RotationTables(
+            find_rotary_site(model), longest + max(rotated_span_len(longest, block_len), room(longest))
+        )
         self.layers = [
             _Layer(
                 module,

@@ -16,7 +16,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from clex_train.attention.partial_softmax import SoftmaxRule, attend, join
+from clex_train.attention.partial_softmax import (
+    Part,
+    SoftmaxRule,
+    attend,
+    attend_anticausal,
+    attend_causal,
+    can_fuse,
+    join,
+)
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 1024
 
@@ -80,13 +88,21 @@ def lambda_attention(
     assert num_keys >= min(num_queries + n_local - 1, stream.num_tokens), "the window is shorter than its reach"
     tensors = [query, *window, *(start or ())]
     recompute = num_queries > size and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    outputs = []
+    past, outputs, base = num_keys - num_queries, [], 0
+    span_len = rotated_span_len(n_local, size)
     for first in range(0, num_queries, size):
         last = min(first + size, num_queries)
-        reach = num_keys - num_queries + first
-        low, high = max(0, reach - n_local + 1), num_keys - num_queries + last
-        place = _Place(reach - low, stream.num_tokens - num_queries + first, stream.num_tokens - num_keys + low)
-        keys = None if turned is None else Turned(turned.keys[:, :, low:high], turned.position + low)
+        low, high = max(0, past + first - n_local + 1), past + last
+        if turned is None and not recompute and first % span_len == 0:
+            base = low
+            span = window.keys[:, :, low : past + min(first + span_len, num_queries)]
+            rotated = rotation.consecutive(span, 0)
+        keys = None
+        if turned is not None:
+            keys = Turned(turned.keys[:, :, low:high], turned.position + low)
+        elif not recompute:
+            keys = Turned(rotated[:, :, low - base : high - base], low - base)
+        place = _Place(past + first - low, stream.num_tokens - num_queries + first, stream.num_tokens - num_keys + low)
         arguments = (
             query[:, :, first:last],
             window.span(low, high),
@@ -105,6 +121,11 @@ def lambda_attention(
 def default_block_len(n_local: int) -> int:
     """C = L / 4 within bounds: a quarter more scores than the window needs, in matrices large enough to be fast."""
     return min(max(n_local // 4, SMALLEST_BLOCK), LARGEST_BLOCK)
+
+
+def rotated_span_len(n_local: int, block_len: int) -> int:
+    """Queries whose keys are rotated at one go: about 2 L, so that a key is rotated 1.5 times instead of 1 + L / C."""
+    return block_len * max(1, 2 * n_local // block_len)
 
 
 class _Place(NamedTuple):
@@ -126,16 +147,55 @@ def _block(
     rule: SoftmaxRule,
     turned: Turned | None,
 ) -> Float[Tensor, "B H C V"]:
-    num_queries, num_keys = query.shape[2], window.keys.shape[2]
-    visible = _in_window(num_queries, num_keys, place, stream.num_padding, n_local, query.device)
+    num_queries = query.shape[2]
     turned = turned or Turned(rotation.consecutive(window.keys, 0), 0)
     turned_query = rotation.consecutive(query, turned.position + place.offset)
-    local = attend(turned_query, turned.keys, window.values, visible, rule)
+    rotated = KeyValues(turned.keys, window.values)
+    local = _local_part(turned_query, rotated, place, stream.num_padding, n_local, rule)
     if start is None or place.first_query + num_queries <= n_local:
         return local.output
     left = _outside_window(num_queries, start.keys.shape[2], place, stream.num_padding, n_local, query.device)
     keys = rotation.constant(start.keys, 0)
-    return join(local, attend(rotation.constant(query, n_local), keys, start.values, left, rule))
+    return join(local, attend(rotation.constant(query, n_local), keys, start.values, left, rule)).output
+
+
+def _local_part(
+    query: Float[Tensor, "B H C D"],
+    window: KeyValues,
+    place: _Place,
+    padding: Tensor | None,
+    n_local: int,
+    rule: SoftmaxRule,
+) -> Part:
+    """Attention of rotated queries to the rotated keys of their windows."""
+    num_queries, num_keys = query.shape[2], window.keys.shape[2]
+    is_whole_band = num_keys == num_queries + n_local - 1 and num_queries < n_local
+    is_causal = place.offset + num_queries == num_keys <= n_local
+    fits = padding is None and num_queries >= SMALLEST_BLOCK and can_fuse(query, *window, rule)
+    if fits and (is_whole_band or is_causal):
+        return _band(query, window, is_whole_band, rule)
+    visible = _in_window(num_queries, num_keys, place, padding, n_local, query.device)
+    return attend(query, *window, visible, rule)
+
+
+def _band(query: Float[Tensor, "B H C D"], window: KeyValues, is_whole: bool, rule: SoftmaxRule) -> Part:
+    """The window's band without a mask: keys that every query sees, between two triangles.
+
+    The last C keys are the queries' own, seen causally. Of a whole band the first C - 1 are leaving: query i still
+    sees those after i. No score is computed in vain, which a masked rectangle does for C of its L + C columns.
+    """
+    num_queries, num_keys = query.shape[2], window.keys.shape[2]
+    own = num_keys - num_queries
+    part = attend_causal(query, *window.span(own, num_keys), rule)
+    leaving = num_queries - 1 if is_whole else 0
+    if own > leaving:
+        part = join(part, attend(query, *window.span(leaving, own), None, rule))
+    if not is_whole:
+        return part
+    # The last query sees none of the leaving keys, so it takes no part in this.
+    last = attend_anticausal(query[:, :, :-1], *window.span(0, leaving), rule)
+    joined = join(Part(part.output[:, :, :-1], part.log_sum_exp[:, :, :-1]), last)
+    return Part(*(torch.cat((x, y[:, :, -1:]), dim=2) for x, y in zip(joined, part, strict=True)))
 
 
 def _in_window(

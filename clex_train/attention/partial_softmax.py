@@ -42,18 +42,42 @@ def attend(
     folded = query.reshape(num_rows, keys.shape[1], group * num_queries, -1)
     if visible is not None and group > 1:
         visible = visible.repeat(1, 1, group, 1)
-    compute = _fused if _can_fuse(folded, keys, values, rule) else _explicit
+    compute = _fused if can_fuse(folded, keys, values, rule) else _explicit
     output, log_sum_exp = compute(folded, keys, values, visible, rule)
     return Part(
         output.reshape(num_rows, num_heads, num_queries, -1), log_sum_exp.reshape(num_rows, num_heads, num_queries)
     )
 
 
-def join(first: Part, second: Part) -> Float[Tensor, "B H S V"]:
+def attend_causal(
+    query: Float[Tensor, "B H S D"],
+    keys: Float[Tensor, "B K S D"],
+    values: Float[Tensor, "B K S V"],
+    rule: SoftmaxRule,
+) -> Part:
+    """Attention of query i to keys 0..i by the fused kernel, which passes over what lies above the diagonal."""
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (keys, values))
+    return _kernel(query, keys, values, None, rule, is_causal=True)
+
+
+def attend_anticausal(
+    query: Float[Tensor, "B H S D"],
+    keys: Float[Tensor, "B K S D"],
+    values: Float[Tensor, "B K S V"],
+    rule: SoftmaxRule,
+) -> Part:
+    """Attention of query i to keys i..S-1: causal attention read from the end."""
+    part = attend_causal(query.flip(2), keys.flip(2), values.flip(2), rule)
+    return Part(part.output.flip(2), part.log_sum_exp.flip(2))
+
+
+def join(first: Part, second: Part) -> Part:
     """Attention over the keys of both parts."""
     weight = torch.sigmoid(second.log_sum_exp - first.log_sum_exp).unsqueeze(-1)
     dtype = torch.promote_types(first.output.dtype, weight.dtype)
-    return torch.lerp(first.output.to(dtype), second.output.to(dtype), weight.to(dtype)).to(first.output.dtype)
+    output = torch.lerp(first.output.to(dtype), second.output.to(dtype), weight.to(dtype))
+    return Part(output.to(first.output.dtype), torch.logaddexp(first.log_sum_exp, second.log_sum_exp))
 
 
 def _explicit(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, rule: SoftmaxRule) -> Part:
@@ -73,11 +97,18 @@ def _fused(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, 
     bias = None
     if visible is not None:
         bias = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, _masked(query.dtype))
+    return _kernel(query, keys, values, bias, rule)
+
+
+def _kernel(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, rule: SoftmaxRule, is_causal: bool = False
+) -> Part:
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return Part(*kernel(query, keys, values, 0.0, False, attn_mask=bias, scale=rule.scaling))
+    return Part(*kernel(query, keys, values, 0.0, is_causal, attn_mask=bias, scale=rule.scaling))
 
 
-def _can_fuse(query: Tensor, keys: Tensor, values: Tensor, rule: SoftmaxRule) -> bool:
+def can_fuse(query: Tensor, keys: Tensor, values: Tensor, rule: SoftmaxRule) -> bool:
+    """Whether the fused kernel computes this: on a CPU, without gradients, soft-capping or dropout."""
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
     plain = rule.softcap is None and rule.dropout == 0.0 and keys.shape[-1] == values.shape[-1]
     return plain and not wants_gradient and query.device.type == "cpu" and query.dtype != torch.float16
