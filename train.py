@@ -35,7 +35,7 @@ def run(config: configuration.Config) -> int:
 
     Raises `ValueError` with the key and the remedy for what the user can mend, before the model is loaded.
     """
-    from clex_train import distributed, metrics, modeling, run_folder, tracking, trainer
+    from clex_train import distributed, metrics, modeling, run_folder, separation, tracking, trainer
     from clex_train.checkpoint import Checkpoints, Manifest
     from clex_train.data.order import ShuffledRows
     from clex_train.data.packing import ConcatRows
@@ -55,6 +55,7 @@ def run(config: configuration.Config) -> int:
     check_tokenizer(store, tokenizer)
     rows = ShuffledRows(ConcatRows(store, config.data.seq_len), config.seed)
     context_len = modeling.context_length(config.model, arch)
+    separation.check_document_mask(config, arch, context_len)
     evaluation = TrainingEvaluation(config, store, context_len) if config.evaluation.every >= 0 else None
     configuration.check_reach(config, context_len)
     configuration.check_scaling(config, modeling.has_field(str(config.model.path)))

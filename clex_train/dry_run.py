@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from clex_train import distributed, modeling, skeleton
+from clex_train import distributed, modeling, separation, skeleton
 from clex_train.config import Config
 from clex_train.engine import deepspeed as engines
 from clex_train.engine import memory
@@ -85,6 +85,7 @@ def make_plan(config: Config) -> Plan:
     arch = modeling.architecture(_readable(config.model))
     context_len = modeling.context_length(config.model, arch)
     _check_lengths(config, context_len)
+    separation.check_document_mask(config, arch, context_len)
     counts, dtype = skeleton.count(arch), engines.precision(config.engine)
     on_gpu = torch.cuda.is_available() or dtype is torch.bfloat16
     clex = _clex(config, counts)

@@ -30,7 +30,7 @@ class Counts:
 
 def count(arch: PretrainedConfig) -> Counts:
     """Count parameters, each once however many places share it. `ValueError` for a model without RoPE."""
-    model = _on_meta(arch, torch.float32, "eager")
+    model = on_meta(arch, torch.float32, "eager")
     embedding: Any = model.get_input_embeddings()
     layers = [_numel(layer) for layer in _layers(model)]
     total, before = _numel(model), _numel(embedding)
@@ -59,7 +59,7 @@ def footprint(
     implementation = "eager" if attention == "eager" else FUSED
 
     def measured(shape: PretrainedConfig) -> Footprint:
-        model = _on_meta(shape, dtype, implementation).train()
+        model = on_meta(shape, dtype, implementation).train()
         if checkpointing:
             recompute_layers(model)
         return _measure(model, rows, tokens, learns_frequencies)
@@ -82,7 +82,7 @@ def _measure(model: PreTrainedModel, rows: int, tokens: int, learns_frequencies:
         return measure(model, input_ids)
 
 
-def _on_meta(arch: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def on_meta(arch: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(arch), dtype=dtype, attn_implementation=attention)
 

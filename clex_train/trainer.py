@@ -6,7 +6,7 @@ functions of it, so a resumed run reads and draws what the uninterrupted one wou
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +14,17 @@ from typing import Any
 import torch
 
 from clex_train import distributed, log, metrics, seeding
+from clex_train.attention.documents import separating_arguments
 from clex_train.checkpoint import Checkpoints
 from clex_train.config import Config
+from clex_train.data.collate import document_lengths, joined, num_scored, separated
 from clex_train.data.loader import batches
 from clex_train.data.rows import Rows
 from clex_train.engine.deepspeed import learning_rate, set_learning_rate
 from clex_train.engine.ode_optimizer import OdeOptimizer
 from clex_train.faults import RunStopped
 from clex_train.modeling import LoadedModel
-from clex_train.scaling.sampling import draw_batch
+from clex_train.scaling.sampling import draw_batch, draw_document_batch
 from clex_train.scaling.solver import UnstableField
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.tracking import Tracker
@@ -60,6 +62,7 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         micro_batch=parts.engine.train_micro_batch_size_per_gpu(),
+        collate=separated if config.data.document_mask else joined,
     )
     finished = False
     try:
@@ -93,10 +96,10 @@ def train_step(parts: Parts, step: int, micro_batches: Iterator[Batch]) -> dict[
     spectrum = parts.ode.begin(step) if parts.ode else None
     loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=distributed.device()), 0
     engine.train()
-    for index, batch in enumerate(micro_batches):
+    held = list(micro_batches)
+    for index, (batch, weight) in enumerate(zip(held, loss_weights(held, step), strict=True)):
         torch.manual_seed(seeding.torch_seed(config.seed, "dropout", step, index, distributed.rank()))
-        loss = forward_backward(parts, batch, spectrum)
-        loss_sum += loss
+        loss_sum += forward_backward(parts, batch, spectrum, weight)
         tokens += batch["input_ids"].numel()
         engine.step()
     loss_mean = float(distributed.all_reduce_mean(loss_sum / (index + 1)))
@@ -106,14 +109,41 @@ def train_step(parts: Parts, step: int, micro_batches: Iterator[Batch]) -> dict[
     return figures | _speed(parts, step, tokens * distributed.world_size(), time.perf_counter() - start)
 
 
-def forward_backward(parts: Parts, batch: Batch, spectrum: Spectrum | None) -> torch.Tensor:
-    """Loss of one micro-batch (mean over its tokens), with its gradients accumulated in the engine and the spectrum."""
+def loss_weights(micro_batches: Sequence[Batch], step: int) -> list[float]:
+    """What the mean loss of each of this rank's micro-batches counts in the mean over all of the step; collective.
+
+    Scored tokens of the micro-batch over the mean of all micro-batches and ranks, so that the weighted mean, which
+    DeepSpeed takes of the gradients too, is the mean over the tokens of the step however it is spread. All 1 when
+    rows have equally many. `RunStopped` when the step has no token to score.
+    """
+    scored = torch.tensor([num_scored(batch["labels"]) for batch in micro_batches], dtype=torch.int64)
+    total = int(distributed.all_reduce_sum(scored.sum()))
+    if total == 0:
+        rows = [int(index) for batch in micro_batches for index in batch["row_index"]]
+        raise RunStopped(
+            f"step {step}: no token can be scored (here of rows {min(rows)} to {max(rows)}): they hold documents "
+            "of one token, or padding; raise optim.batch_rows or set data.document_mask=false"
+        )
+    share = len(micro_batches) * distributed.world_size()
+    return [int(count) * share / total for count in scored]
+
+
+def forward_backward(parts: Parts, batch: Batch, spectrum: Spectrum | None, weight: float = 1.0) -> torch.Tensor:
+    """Weighted loss of one micro-batch (mean over its scored tokens), its gradients added up in engine and spectrum."""
     device = distributed.device()
-    with _frequencies(parts, batch["row_index"], spectrum):
+    # The mean over no token is 0/0. Every rank runs every forward, so such a micro-batch scores anything, and counts 0.
+    labels = batch["labels"] if weight > 0 else batch["input_ids"]
+    with _frequencies(parts, batch, spectrum):
         # Only the loss is held: the logits would otherwise stay through the whole backward pass.
-        loss = parts.engine(
-            input_ids=batch["input_ids"].to(device), labels=batch["labels"].to(device), use_cache=False
-        ).loss
+        loss = (
+            weight
+            * parts.engine(
+                input_ids=batch["input_ids"].to(device),
+                labels=labels.to(device),
+                use_cache=False,
+                **_borders(parts, batch),
+            ).loss
+        )
         parts.engine.backward(loss)
     return loss.detach()
 
@@ -138,21 +168,30 @@ def save(parts: Parts, step: int) -> None:
     parts.checkpoints.save(parts.engine, ode_state, step, step * parts.config.optim.batch_rows)
 
 
-def _frequencies(parts: Parts, row_index: torch.Tensor, spectrum: Spectrum | None) -> AbstractContextManager[None]:
+def _borders(parts: Parts, batch: Batch) -> dict[str, Any]:
+    """What keeps the documents of the batch apart, if they are to be."""
+    if "position_ids" not in batch:
+        return {}
+    return separating_arguments(batch["position_ids"], parts.config.attention.implementation, distributed.device())
+
+
+def _frequencies(parts: Parts, batch: Batch, spectrum: Spectrum | None) -> AbstractContextManager[None]:
     """The rotary module at the step's spectrum and the rows' own sampled positions; plain RoPE without a spectrum."""
     if spectrum is None:
         return nullcontext()
-    config = parts.config
-    positions = draw_batch(
-        config.scaling.positions.value,
-        row_index.tolist(),
-        seq_len=config.data.seq_len,
-        context_len=parts.loaded.context_len,
-        t=spectrum.t,
-        seed=config.seed,
-        mix_random=config.scaling.mix_random,
-        max_chunks=config.scaling.max_chunks,
-    )
+    config, rows = parts.config, batch["row_index"].tolist()
+    how: dict[str, Any] = {
+        "context_len": parts.loaded.context_len,
+        "t": spectrum.t,
+        "seed": config.seed,
+        "mix_random": config.scaling.mix_random,
+        "max_chunks": config.scaling.max_chunks,
+    }
+    kind = config.scaling.positions.value
+    if "position_ids" in batch:
+        positions = draw_document_batch(kind, rows, document_lengths(batch["position_ids"]), **how)
+    else:
+        positions = draw_batch(kind, rows, seq_len=config.data.seq_len, **how)
     return parts.loaded.handle.training(spectrum, positions)
 
 

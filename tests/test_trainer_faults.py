@@ -48,14 +48,14 @@ def spoil(monkeypatch, steps: set[int], value: float = math.nan) -> None:
     """Multiply the loss of these steps (1-based) by `value`, as a bad batch or a broken kernel would."""
     forward_backward, calls = trainer.forward_backward, [0]
 
-    def spoilt(parts, batch, spectrum):
+    def spoilt(*args):
         calls[0] += 1
         if calls[0] not in steps:
-            return forward_backward(parts, batch, spectrum)
-        embedding = parts.engine.module.get_input_embeddings()
+            return forward_backward(*args)
+        embedding = args[0].engine.module.get_input_embeddings()
         hook = embedding.register_forward_hook(lambda module, inputs, output: output * value)
         try:
-            return forward_backward(parts, batch, spectrum)
+            return forward_backward(*args)
         finally:
             hook.remove()
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-import torch
-
+from clex_train.data.collate import Batch, Collate, joined
 from clex_train.data.rows import Rows
-
-Batch = dict[str, torch.Tensor]
 
 
 def batches(
-    rows: Rows, first_row: int, batch_rows: int, rank: int, world_size: int, micro_batch: int
+    rows: Rows,
+    first_row: int,
+    batch_rows: int,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    collate: Collate = joined,
 ) -> Iterator[Iterator[Batch]]:
     """Yield, for each optimizer step without end, an iterator over this rank's micro-batches of the step.
 
@@ -28,10 +30,10 @@ def batches(
         batch_rows: rows per optimizer step over all ranks.
         rank, world_size: this rank among those that share the rows.
         micro_batch: rows per rank in one forward.
+        collate: what makes a micro-batch of its rows, of `data.collate`: `joined` or `separated` documents.
 
     Returns:
-        Iterators of `batch_rows / (world_size * micro_batch)` dicts of int64 CPU tensors: `input_ids` and `labels`
-        [micro_batch, seq_len] (equal: Hugging Face models shift labels themselves) and `row_index` [micro_batch].
+        Iterators of `batch_rows / (world_size * micro_batch)` dicts of int64 CPU tensors with the keys of `collate`.
         A thread reads one step ahead.
 
     Raises:
@@ -44,22 +46,35 @@ def batches(
         )
     assert 0 <= rank < world_size, (rank, world_size)
     assert first_row >= 0, first_row
-    return _read_ahead(rows, first_row, batch_rows, rank, world_size, micro_batch)
+    return _read_ahead(rows, first_row, batch_rows, rank, world_size, micro_batch, collate)
 
 
 def micro_batches(
-    rows: Rows, first_row: int, batch_rows: int, rank: int, world_size: int, micro_batch: int
+    rows: Rows,
+    first_row: int,
+    batch_rows: int,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    collate: Collate = joined,
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches of the one step that begins at global row `first_row`; arguments as `batches`."""
     for start in range(first_row, first_row + batch_rows, world_size * micro_batch):
-        yield _batch(rows, range(start + rank * micro_batch, start + (rank + 1) * micro_batch))
+        first = start + rank * micro_batch
+        yield collate([rows[index] for index in range(first, first + micro_batch)])
 
 
 def _read_ahead(
-    rows: Rows, first_row: int, batch_rows: int, rank: int, world_size: int, micro_batch: int
+    rows: Rows,
+    first_row: int,
+    batch_rows: int,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    collate: Collate,
 ) -> Iterator[Iterator[Batch]]:
     def read(step_start: int) -> list[Batch]:
-        return list(micro_batches(rows, step_start, batch_rows, rank, world_size, micro_batch))
+        return list(micro_batches(rows, step_start, batch_rows, rank, world_size, micro_batch, collate))
 
     with ThreadPoolExecutor(1, thread_name_prefix="rows") as reader:
         following = reader.submit(read, first_row)
@@ -68,10 +83,3 @@ def _read_ahead(
             first_row += batch_rows
             following = reader.submit(read, first_row)
             yield iter(step)
-
-
-def _batch(rows: Rows, indices: range) -> Batch:
-    read = [rows[i] for i in indices]
-    tokens = torch.from_numpy(np.stack([row.tokens for row in read]))
-    row_index = torch.tensor([row.index for row in read], dtype=torch.int64)
-    return {"input_ids": tokens, "labels": tokens.clone(), "row_index": row_index}

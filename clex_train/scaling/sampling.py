@@ -9,7 +9,7 @@ Draws are functions of (seed, step) and (seed, row), so ranks, accumulation and 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -51,6 +51,33 @@ def draw_batch(
     return torch.stack(rows)
 
 
+def draw_document_batch(
+    kind: str,
+    row_indices: Sequence[int],
+    lengths: Sequence[Sequence[int]],
+    *,
+    context_len: int,
+    t: float,
+    seed: int,
+    mix_random: float = 0.25,
+    max_chunks: int = 8,
+) -> Float64[Tensor, "B S"]:
+    """As `draw_batch` for rows of documents of `lengths` tokens; each draws from (seed, row, its number in the row)."""
+    rows = [
+        draw_document_positions(
+            kind,
+            of_row,
+            context_len,
+            t,
+            [generator(seed, "positions", row, document) for document in range(len(of_row))],
+            mix_random=mix_random,
+            max_chunks=max_chunks,
+        )
+        for row, of_row in zip(row_indices, lengths, strict=True)
+    ]
+    return torch.stack(rows)
+
+
 def draw_positions(
     kind: str,
     num_tokens: int,
@@ -81,19 +108,19 @@ def draw_document_positions(
     lengths: Sequence[int],
     context_len: int,
     t: float,
-    rng: np.random.Generator,
+    generators: Iterable[np.random.Generator],
     *,
     mix_random: float = 0.25,
     max_chunks: int = 8,
 ) -> Float64[Tensor, " n"]:
-    """Positions of a row of documents that do not see each other: each restarts at 0.
+    """Positions of a row of documents that do not see each other: each restarts at 0 and has a generator of its own.
 
     A document of m of the row's n tokens spans m * t * L / n on its own grid, so its spacing is that of a whole row.
     """
     row_len = sum(lengths)
     parts = [
         draw_positions(kind, m, context_len * m / row_len, t, rng, mix_random=mix_random, max_chunks=max_chunks)
-        for m in lengths
+        for m, rng in zip(lengths, generators, strict=True)
     ]
     return torch.cat(parts)
 

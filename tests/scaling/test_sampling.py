@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clex_train.scaling.sampling import draw_batch, draw_document_positions, draw_positions, draw_t
+from clex_train.scaling.sampling import draw_batch, draw_document_batch, draw_document_positions, draw_positions, draw_t
 from clex_train.seeding import generator
 
 KINDS = ("random", "uniform", "skip", "mix")
@@ -167,7 +167,8 @@ def test_t_max_1_draws_1() -> None:
 def test_each_document_of_a_row_restarts_and_spans_its_share(
     kind: str, lengths: list[int], context_len: int, t: float, seed: int
 ) -> None:
-    positions = draw_document_positions(kind, lengths, context_len, t, generator(seed, "test")).numpy()
+    generators = [generator(seed, "test", document) for document in range(len(lengths))]
+    positions = draw_document_positions(kind, lengths, context_len, t, generators).numpy()
     assert len(positions) == sum(lengths)
     for document in np.split(positions, np.cumsum(lengths)[:-1]):
         assert document[0] == 0
@@ -177,9 +178,26 @@ def test_each_document_of_a_row_restarts_and_spans_its_share(
 
 def test_one_document_is_a_whole_row() -> None:
     row, document = (draw_positions("random", 64, 48, 5.5, generator(0, "x")) for _ in range(2))
-    documents = draw_document_positions("random", [64], 48, 5.5, generator(0, "x"))
+    documents = draw_document_positions("random", [64], 48, 5.5, [generator(0, "x")])
     assert torch.equal(row, document)
     assert torch.equal(row, documents)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_of_a_batch_draw_by_row_and_number_alone(kind: str) -> None:
+    how: dict[str, object] = {"context_len": 24, "t": 3.5, "seed": 7}
+    lengths = [[1, 9, 14], [24], [10, 13, 1]]
+    batch = draw_document_batch(kind, [5, 6, 9], lengths, **how)
+    assert batch.shape == (3, 24)
+    alone = torch.cat(
+        [draw_document_batch(kind, [row], [of], **how) for row, of in zip([5, 6, 9], lengths, strict=True)]
+    )
+    assert torch.equal(batch, alone), "other rows of the micro-batch change nothing"
+    # Documents of equal length at the same place of a row draw the same, whatever stands before them.
+    swapped = draw_document_batch(kind, [5], [[9, 1, 14]], **how)
+    assert torch.equal(batch[0, 10:], swapped[0, 10:])
+    if kind == "random":
+        assert not torch.equal(batch, draw_document_batch(kind, [15, 16, 19], lengths, **how))
 
 
 @pytest.mark.parametrize(
