@@ -20,6 +20,7 @@ from clex_train.settings.checkpoint import CheckpointConfig
 from clex_train.settings.data import DataConfig
 from clex_train.settings.engine import EngineConfig
 from clex_train.settings.evaluation import EvaluationConfig
+from clex_train.settings.launch import LaunchConfig
 from clex_train.settings.model import Init, ModelConfig
 from clex_train.settings.optim import OptimConfig
 from clex_train.settings.scaling import ScalingConfig, ScalingName
@@ -43,6 +44,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     name: str = "run"
     """Name of the run; experiments set it to their own."""
     seed: int = 0

@@ -19,6 +19,8 @@ SAFE_TO_CHANGE = (
     "engine.timeout",
     "engine.world_size",
     "evaluation.",
+    "launch.",
+    "model.config",
     "name",
     "output_dir",
     "resume",
@@ -26,7 +28,7 @@ SAFE_TO_CHANGE = (
 )
 """Keys that may differ when a run is continued: they do not touch the numbers it trains on.
 
-`data.path` is among them because the checkpoint knows its content by a fingerprint.
+`data.path` and `model.config` are among them because the checkpoint knows their content by a fingerprint.
 """
 
 

@@ -131,8 +131,13 @@ def write_environment(run_dir: Path, first_step: int, data_fingerprint: str) -> 
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this program runs from, with `-dirty` if files differ; None outside git."""
+    """Commit of the checkout this program runs from, with `-dirty` if files differ; None outside git.
+
+    A snapshot of a checkout (`python -m launch.slurm`) has it in a file named COMMIT.
+    """
     root = Path(__file__).resolve().parents[1]
+    if (root / "COMMIT").exists():
+        return (root / "COMMIT").read_text(encoding="utf-8").strip() or None
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

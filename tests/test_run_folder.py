@@ -29,6 +29,7 @@ def test_keys_that_do_not_touch_the_numbers_may_change(tmp_path):
     run_folder.write_config(_config(tmp_path))
     changed = _config(tmp_path)
     changed.evaluation.every, changed.tracking.log_every, changed.checkpoint.keep_last = 5, 7, 3
+    changed.launch.nodes, changed.model.config = 9, "elsewhere/the/same"
     run_folder.check_config(changed, has_checkpoint=True)
 
 

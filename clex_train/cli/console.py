@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,6 +24,7 @@ FAULT = 1
 USER_ERROR = 2
 STOPPED = 3
 PATIENCE = 2.0
+EXIT_CODE_FILE = "CLEX_TRAIN_EXIT_CODE"
 
 
 class _Failed(SystemExit):
@@ -48,6 +50,12 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
 
 def run(main: Callable[[], object], help_text: Callable[[], str]) -> int:
     """Run an entry point's main; returns the exit code. Launchers' own arguments are taken off `sys.argv` first."""
+    code = _run(main, help_text)
+    _record(code)
+    return code
+
+
+def _run(main: Callable[[], object], help_text: Callable[[], str]) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv[1:] = without_launcher_arguments(sys.argv[1:])
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
@@ -60,6 +68,14 @@ def run(main: Callable[[], object], help_text: Callable[[], str]) -> int:
     except Exception as error:
         return report(error)
     return 0
+
+
+def _record(code: int) -> None:
+    """Leave the exit code of the first rank that ends to the job script: torchrun answers 1 whatever its ranks say."""
+    file = os.environ.get(EXIT_CODE_FILE)
+    if file:
+        with suppress(OSError), open(file, "x", encoding="utf-8") as record:
+            record.write(f"{code}\n")
 
 
 def report(error: Exception) -> int:

@@ -13,7 +13,7 @@ from clex_train.config import Config
 from clex_train.schema_docs import describe
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-GROUPS = ("model", "data", "scaling", "attention", "engine", "optim", "evaluation", "tracking")
+GROUPS = ("model", "data", "scaling", "attention", "engine", "optim", "evaluation", "tracking", "launch")
 WIDTH = 116
 
 USAGE = """\

@@ -1,0 +1,100 @@
+# --- one life of the job: the same in every life, from the queue to the queue ------------------------------------------
+set -u -o pipefail
+
+main() {
+    life=${SLURM_RESTART_COUNT:-0}
+    say "life $((life + 1)) on $SLURM_JOB_NODELIST"
+    if ((life > max_restarts)); then
+        say "given up: launch.max_restarts=$max_restarts"
+        exit 1
+    fi
+    meet
+    train
+    say "training ended with exit code $code"
+    if worth_another_life; then
+        requeue
+    fi
+    exit "$code"
+}
+
+meet() { # The nodes may be others than in the last life: where the ranks meet is found anew.
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + life) % 10000))
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$ranks_per_node/" >"$submission/hostfile"
+    export MASTER_ADDR MASTER_PORT
+    export PYTHONPATH=$submission/code${PYTHONPATH:+:$PYTHONPATH}
+    # The first rank to end writes its exit code here: torchrun answers 1 for whatever its ranks answered.
+    export CLEX_TRAIN_EXIT_CODE=$submission/exit_code
+    rm -f "$CLEX_TRAIN_EXIT_CODE" "$run_dir/stop"
+}
+
+train() { # Sets `code` to what the training answered.
+    checkpoint_before=$(newest_checkpoint)
+    srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${srun_options[@]}" \
+        bash -c "$(declare -p prefix python submission ranks_per_node arguments); $(declare -f on_node task); on_node" &
+    step=$!
+    asked=
+    trap 'say "the limit is near: asks the run to save and stop"; ask_to_stop' USR1
+    trap 'say "SIGTERM: asks the run to save and stop"; ask_to_stop' TERM
+    await_step
+    if ((code != 0)) && [[ -s $CLEX_TRAIN_EXIT_CODE ]]; then
+        code=$(<"$CLEX_TRAIN_EXIT_CODE")
+    fi
+}
+
+on_node() { # What every task does first. A killed compilation leaves a lock: extensions are this job's and this node's.
+    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$submission/extensions/$SLURMD_NODENAME}
+    task
+}
+
+await_step() { # A trapped signal ends `wait`, not the step.
+    while :; do
+        interrupted=
+        wait "$step"
+        code=$?
+        [[ $interrupted ]] || break
+    done
+}
+
+ask_to_stop() { # A file reaches the ranks through every launcher and container, where a signal may end half-way.
+    asked=yes interrupted=yes
+    # Again and again, for a launch that is only starting removes the request to stop of the one before it.
+    while kill -0 "$step" 2>/dev/null; do
+        touch "$run_dir/stop"
+        sleep 5
+    done &
+}
+
+newest_checkpoint() {
+    cat "$run_dir/checkpoints/latest" 2>/dev/null
+}
+
+worth_another_life() {
+    [[ $(state) = RUNNING ]] || return 1
+    case $code in
+    0 | 2 | 3) return 1 ;;                        # done; bad input; stopped to protect what it has
+    75) [[ $asked || ! -e $run_dir/stop ]] ;;     # stopped with a checkpoint, and not by a stop file of the user's
+    *) [[ $(newest_checkpoint) != "$checkpoint_before" ]] ;; # a crash: again if this life got further
+    esac
+}
+
+state() { # A job that was cancelled is COMPLETING by now, and stays cancelled.
+    scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' | cut -d = -f 2
+}
+
+requeue() {
+    if ((life >= max_restarts)); then
+        say "not requeued: launch.max_restarts=$max_restarts"
+        return
+    fi
+    say "goes back into the queue"
+    trap - USR1 USR2 TERM
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # until SLURM ends this life
+}
+
+say() {
+    echo "$(date '+%F %T') slurm job $SLURM_JOB_ID: $*"
+}
+
+main

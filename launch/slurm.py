@@ -1,0 +1,137 @@
+"""Submit a training run to SLURM, to be requeued and resumed by itself until it is finished.
+
+    python -m launch.slurm +experiment=llama2_7b_clex launch.nodes=4 launch.gpus_per_node=8 launch.time=24:00:00
+    python -m launch.slurm --dry-run launch=h100_infiniband ...        prints the job's script, submits nothing
+    python -m launch.slurm launch=task_per_rank launch.partition=long launch.account=me ...
+
+Takes every key of train.py and those of `launch`. The whole configuration is checked first; then the code, the
+configuration and the script are written into a folder of their own in the run folder, and the job runs from there: what
+is edited afterwards does not reach it. docs/slurm.md has the rest.
+"""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from clex_train import config as configuration
+from clex_train import dry_run, log, modeling, run_folder
+from clex_train.cli import console
+from clex_train.config import Config, Resume
+from clex_train.data.store import TokenStore
+from clex_train.schema_docs import describe
+from clex_train.settings.bounds import require
+from clex_train.settings.launch import LaunchConfig
+from launch import job_script, snapshot
+
+DRY_RUN = "--dry-run"
+SBATCH_TIMEOUT = 120.0
+
+
+def main() -> None:
+    """Check, write, submit: what the command line asks for."""
+    overrides = [argument for argument in sys.argv[1:] if argument != DRY_RUN]
+    config = composed(overrides)
+    check(config)
+    if DRY_RUN in sys.argv[1:]:
+        print(job_script.render(config, submission_folder(config), Path.cwd()))
+    else:
+        submit(config)
+
+
+def composed(overrides: Sequence[str]) -> Config:
+    """The checked configuration that train.py would have composed from the same words."""
+    for word in overrides:
+        require(not word.startswith("-"), "argument", word, f"give key=value, or {DRY_RUN}; --help lists the keys")
+    configuration.register()
+    with initialize_config_dir(str(snapshot.ROOT / "conf"), version_base="1.3"):
+        return configuration.to_config(compose("config", overrides=list(overrides)))
+
+
+def check(config: Config) -> None:
+    """What train.py would refuse on the nodes and can be seen from here: rows over ranks, architecture, lengths.
+
+    Raises `ValueError` with the key and the remedy.
+    """
+    ranks = config.launch.nodes * config.launch.ranks
+    engine = dataclasses.replace(config.engine, world_size=ranks)
+    dry_run.make_plan(dataclasses.replace(config, engine=engine))
+    require(not config.dry_run, "dry_run", True, f"would be submitted as a job; {DRY_RUN} shows the script here")
+    require(
+        config.resume is not Resume.never or config.launch.max_restarts == 0,
+        "resume",
+        config.resume.name,
+        "a job that is requeued has to resume; choose resume=auto or launch.max_restarts=0",
+    )
+
+
+def check_files(config: Config) -> None:
+    """That the data, the weights and the run folder can be used, before a queue has been waited for.
+
+    Raises `ValueError` with the key and the remedy.
+    """
+    run_dir = Path(config.output_dir)
+    TokenStore(str(config.data.path))
+    if config.model.path:
+        modeling.require_directory("model.path", config.model.path)
+    run_folder.require_writable(run_dir)
+    run_folder.check_config(config, has_checkpoint=any((run_dir / "checkpoints").glob("step_*")))
+
+
+def submit(config: Config) -> None:
+    """Write the submission and give it to sbatch. `ValueError` with sbatch's own words when it is refused."""
+    if shutil.which("sbatch") is None:
+        raise ValueError("sbatch: not installed here; submit from a login node of the cluster, or look with --dry-run")
+    check_files(config)
+    folder = submission_folder(config)
+    write(config, folder)
+    try:
+        job_id = _sbatch(folder / job_script.NAME)
+    except ValueError:
+        shutil.rmtree(folder)
+        raise
+    print(f"job {job_id} submitted; its log: {job_script.log_file(Path(config.output_dir))}")
+    print(f"script, configuration and code: {folder}")
+
+
+def write(config: Config, folder: Path) -> None:
+    """The submission: `code/`, `config.yaml` as train.py will read it, and the script."""
+    folder.mkdir(parents=True)
+    snapshot.copy_code(folder / job_script.CODE)
+    (folder / "config.yaml").write_text(job_script.configuration_text(config, folder), encoding="utf-8")
+    (folder / job_script.NAME).write_text(job_script.render(config, folder, Path.cwd()), encoding="utf-8")
+
+
+def submission_folder(config: Config) -> Path:
+    """A folder that no earlier submission has; absolute."""
+    parent = Path(config.output_dir).absolute() / "launch"
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    names = (stamp if i == 0 else f"{stamp}-{i}" for i in range(1000))
+    return next(parent / name for name in names if not (parent / name).exists())
+
+
+def usage() -> str:
+    """This module's own text and a line for every key of the group."""
+    rows = describe(LaunchConfig, "launch.")
+    keys = [f"  {key}={default}  ({kind})\n      {meaning.replace('`', '')}" for key, kind, default, meaning in rows]
+    return f"{__doc__}\nKeys of launch; `python train.py --help` lists the others\n" + "\n".join(keys)
+
+
+def _sbatch(script: Path) -> str:
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=SBATCH_TIMEOUT, check=False
+    )
+    if done.returncode:
+        said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
+        raise ValueError(f"sbatch refuses the job: {said}; change the launch keys")
+    return done.stdout.strip().partition(";")[0]
+
+
+if __name__ == "__main__":
+    log.setup()
+    sys.exit(console.run(main, usage))

@@ -1,0 +1,71 @@
+"""When a job goes back into the queue, with stand-ins for SLURM's commands; tests/slurm has the real ones."""
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("case", "facts", "requeued"),
+    [
+        ("finished", {}, False),
+        ("stopped with a checkpoint", {"SRUN_ANSWERS": "1", "RANK_ANSWERS": "75"}, True),
+        ("the same without a record of the rank's", {"SRUN_ANSWERS": "75"}, True),
+        ("bad input", {"SRUN_ANSWERS": "1", "RANK_ANSWERS": "2", "CHECKPOINT": "step_5"}, False),
+        ("stopped to protect the run", {"SRUN_ANSWERS": "1", "RANK_ANSWERS": "3", "CHECKPOINT": "step_5"}, False),
+        ("a crash that got further", {"SRUN_ANSWERS": "1", "CHECKPOINT": "step_5"}, True),
+        ("a crash that got nowhere", {"SRUN_ANSWERS": "1"}, False),
+        ("a killed rank that got further", {"SRUN_ANSWERS": "137", "CHECKPOINT": "step_5"}, True),
+        ("cancelled", {"SRUN_ANSWERS": "75", "JOB_STATE": "COMPLETING"}, False),
+        ("the last restart but one", {"SRUN_ANSWERS": "75", "SLURM_RESTART_COUNT": "2"}, True),
+        ("no restart left", {"SRUN_ANSWERS": "75", "SLURM_RESTART_COUNT": "3"}, False),
+        ("signalled before its limit", {"SRUN_ANSWERS": "75", "SIGNAL": "USR1"}, True),
+        ("preempted with a grace time", {"SRUN_ANSWERS": "75", "SIGNAL": "TERM"}, True),
+        ("a stop file of the user's", {"SRUN_ANSWERS": "75", "STOP_FILE": "yes"}, False),
+        ("signalled, and finished all the same", {"SIGNAL": "USR1"}, False),
+    ],
+)
+def test_a_job_is_requeued_when_another_life_can_go_on(lab, case, facts, requeued):
+    done = lab.life(lab.script("launch.max_restarts=3"), **facts)
+    assert lab.was_requeued == requeued, f"{case}: {done.stdout}{done.stderr}"
+    if not requeued:
+        assert done.returncode == int(facts.get("RANK_ANSWERS") or facts.get("SRUN_ANSWERS", "0"))
+
+
+def test_a_job_that_slurm_itself_requeued_too_often_does_not_start(lab):
+    done = lab.life(lab.script("launch.max_restarts=3"), SLURM_RESTART_COUNT="4")
+    assert done.returncode == 1
+    assert "launch.max_restarts=3" in done.stdout
+    assert not (lab.folder / "srun_arguments").exists()
+
+
+def test_an_old_request_to_stop_does_not_reach_the_next_life(lab):
+    (lab.folder / "run" / "stop").touch()
+    assert lab.life(lab.script()).returncode == 0
+    assert not (lab.folder / "run" / "stop").exists()
+
+
+def test_the_exit_code_of_an_earlier_life_is_not_taken_for_this_one_s(lab):
+    (lab.submission / "exit_code").write_text("75\n")
+    assert lab.life(lab.script(), SRUN_ANSWERS="1").returncode == 1
+    assert not lab.was_requeued
+
+
+def test_ranks_meet_at_the_first_host_and_every_life_at_another_port(lab):
+    script = lab.script("launch.ranks_per_node=4", "launch.gpus_per_node=4").replace(
+        "\nmain\n", "\nlife=$SLURM_RESTART_COUNT; meet; echo $MASTER_ADDR $MASTER_PORT\n"
+    )
+    ports = set()
+    for count in range(3):
+        host, port = lab.life(script, SLURM_RESTART_COUNT=str(count)).stdout.split()
+        assert host == "n1"
+        assert 20000 <= int(port) < 30000
+        ports.add(port)
+    assert len(ports) == 3
+    assert (lab.submission / "hostfile").read_text() == "n1 slots=4\nn2 slots=4\n"
+
+
+def test_modules_are_loaded_and_one_that_is_missing_ends_the_job(lab):
+    script = lab.script("launch.modules=[cuda/12.8,nccl]")
+    assert lab.life(script).returncode == 0
+    assert (lab.folder / "modules").read_text() == "module load cuda/12.8\nmodule load nccl\n"
+    (lab.folder / "bin" / "module").write_text("#!/bin/bash\nexit 1\n")
+    assert lab.life(script).returncode == 2
