@@ -11,7 +11,7 @@ import hydra
 from omegaconf import DictConfig
 
 from clex_train import config as configuration
-from clex_train import log
+from clex_train import log, stopping
 from clex_train.cli import console
 from clex_train.cli.help import help_text
 
@@ -89,5 +89,6 @@ def run(config: configuration.Config) -> int:
 
 if __name__ == "__main__":
     log.setup()
+    stopping.listen()
     configuration.register()
     sys.exit(console.run(main, help_text))

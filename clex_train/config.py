@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from clex_train.schema_docs import describe
+from clex_train.settings import duration
 from clex_train.settings.attention import AttentionConfig
 from clex_train.settings.bounds import require
 from clex_train.settings.checkpoint import CheckpointConfig
@@ -51,6 +52,8 @@ class Config:
     """All randomness is a function of this, the stream and the step."""
     resume: Resume = Resume.auto
     """`auto` continues the newest complete checkpoint of `output_dir`; `never` refuses a folder that has one."""
+    max_runtime: str | None = None
+    """Stop in time with a checkpoint and exit code 75: hours, or [days-]hours:minutes:seconds since the launch."""
     dry_run: bool = False
     """Print the plan (sizes, memory, tokens) and exit: no weights, no GPU, no data needed."""
     output_dir: str = "runs/${name}"
@@ -58,6 +61,8 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "0 or a positive integer")
+        if self.max_runtime is not None:
+            duration.seconds("max_runtime", self.max_runtime)
 
 
 def register() -> None:

@@ -75,6 +75,25 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """The small picklable objects of all ranks, in their order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The equally shaped tensors of all ranks, stacked in their order [ranks, ...], on every rank."""
+    if world_size() == 1:
+        return tensor[None].clone()
+    on_device = tensor.to(device())
+    gathered = [torch.empty_like(on_device) for _ in range(world_size())]
+    dist.all_gather(gathered, on_device)
+    return torch.stack(gathered).to(tensor.device)
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on at least one rank; every rank gets the same answer."""
     return bool(all_reduce_sum(torch.tensor(float(flag))) > 0)

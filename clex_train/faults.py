@@ -1,5 +1,9 @@
-"""A run that cannot go on: the one exception that ends training after it has begun, with its own exit code."""
+"""What ends a run before its last step, each with its own exit code."""
 
 
 class RunStopped(RuntimeError):
     """Training was stopped to protect what it has: the message says why, what is safe, and what to do."""
+
+
+class StopRequested(RuntimeError):
+    """The run was asked to stop and has saved what it had: the same command goes on. Every rank raises it."""

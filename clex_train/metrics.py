@@ -26,6 +26,17 @@ def model_flops_utilisation(tokens_per_second: float, flops_of_a_token: float, w
     return None if peak is None else tokens_per_second * flops_of_a_token / (peak * world_size)
 
 
+def row_spans(rows: torch.Tensor) -> list[list[int]]:
+    """Indices of rows in any order and shape as [first, last] spans; a row that occurs twice begins a new one."""
+    spans: list[list[int]] = []
+    for row in rows.flatten().sort().values.tolist():
+        if spans and row == spans[-1][1] + 1:
+            spans[-1][1] = row
+        else:
+            spans.append([row, row])
+    return spans
+
+
 def peak_memory_gib() -> float:
     """Highest memory of this rank so far, in GiB: allocated on its GPU, or resident in the process on a CPU."""
     if torch.cuda.is_available():

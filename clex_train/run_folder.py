@@ -1,13 +1,20 @@
 """The run folder: created, checked and guarded against a changed configuration before anything expensive starts."""
 
+import fcntl
 import os
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 
+from clex_train import log
 from clex_train.config import Config, Resume
+
+logger = log.get(__name__)
 
 CONFIG = "config.yaml"
 
@@ -21,6 +28,7 @@ SAFE_TO_CHANGE = (
     "evaluation.",
     "launch.",
     "model.config",
+    "max_runtime",
     "name",
     "output_dir",
     "resume",
@@ -64,6 +72,42 @@ def require_writable(folder: Path) -> None:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir={folder}: cannot be written ({error.strerror}); choose another") from error
+
+
+@contextmanager
+def held(folder: Path, rank: int, patience: float) -> Iterator[None]:
+    """Keep other launches out of a run folder; the kernel lets go of it when this process dies.
+
+    Waits up to `patience` seconds for the same rank of an earlier launch, which may still be saving after its launcher
+    was killed. `ValueError` when it does not end.
+    """
+    path = folder / "locks" / f"rank_{rank}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        _lock(file, path, patience)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _lock(file: IO[str], path: Path, patience: float) -> None:
+    start, said = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            holder = path.read_text(encoding="utf-8").strip()
+            if time.monotonic() - start > patience:
+                raise ValueError(f"output_dir={path.parents[1]}: in use by {holder}; end it or choose another") from error
+            if not said:
+                logger.warning("waits for %s, which is still in %s", holder, path.parents[1])
+            said = True
+            time.sleep(0.2)
+        except OSError as error:
+            logger.warning("%s: cannot be locked here (%s); start one launch at a time", path, error.strerror)
+            return
 
 
 def as_yaml(config: Config) -> str:

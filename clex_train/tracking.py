@@ -84,7 +84,7 @@ class Tracker:
         self._file.write(json.dumps(known, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(line)
+            self._wandb.log({key: value for key, value in line.items() if not isinstance(value, list)})
 
 
 def drop_after(path: Path, step: int) -> set[int]:

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,12 @@ from clex_train.data.loader import batches
 from clex_train.data.rows import Rows
 from clex_train.engine.deepspeed import learning_rate, set_learning_rate
 from clex_train.engine.ode_optimizer import OdeOptimizer
-from clex_train.faults import RunStopped
+from clex_train.faults import RunStopped, StopRequested
 from clex_train.modeling import LoadedModel
 from clex_train.scaling.sampling import draw_batch, draw_document_batch
 from clex_train.scaling.solver import UnstableField
 from clex_train.scaling.spectrum import Spectrum
+from clex_train.stopping import StopRequests
 from clex_train.tracking import Tracker
 
 logger = log.get(__name__)
@@ -48,12 +49,18 @@ class Parts:
     """Perplexities of the current weights at a step; collective. None: the run is not evaluated."""
     flops_per_token: float = 0.0
     """Of forward and backward, for the MFU on a GPU."""
+    stop: StopRequests = field(default_factory=StopRequests)
+    """What may ask the run to stop before its last step."""
 
 
 def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
-    """Run until `optim.steps`, from the newest checkpoint if there is one; returns the number of steps taken."""
+    """Run until `optim.steps`, from the newest checkpoint if there is one; returns the number of steps taken.
+
+    Raises `StopRequested` when the ranks agreed to stop before, with a checkpoint of the last step; `RunStopped` when
+    the run cannot go on.
+    """
     config = parts.config
-    step = resume(parts)
+    step = saved = resume(parts)
     tracker = tracker_factory(step)
     stream = batches(
         parts.rows,
@@ -66,10 +73,12 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
     )
     finished = False
     try:
+        _agree(parts, "step")
         _evaluate_if_due(parts, tracker, step)
         bad_steps = 0
-        while step < config.optim.steps:
-            figures = train_step(parts, step, next(stream))
+        while step < config.optim.steps and not parts.stop.agreed:
+            with parts.stop.timed("step"):
+                figures = train_step(parts, step, next(stream))
             step += 1
             tracker.step({"step": step, **figures})
             bad_steps = 0 if _is_finite(figures) else bad_steps + 1
@@ -77,7 +86,10 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
                 _skip_or_stop(parts, step, figures, bad_steps)
             if _due(step, config.checkpoint.every) or step == config.optim.steps:
                 save(parts, step)
+                saved = step
             _evaluate_if_due(parts, tracker, step)
+        if parts.stop.agreed:
+            _stop(parts, step, saved)
         finished = True
     except UnstableField as error:
         raise RunStopped(
@@ -88,24 +100,29 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
     return step
 
 
-def train_step(parts: Parts, step: int, micro_batches: Iterator[Batch]) -> dict[str, float]:
+def train_step(parts: Parts, step: int, micro_batches: Iterator[Batch]) -> dict[str, Any]:
     """One optimizer step: every micro-batch forward and backward, then the engine's update and the ODE's."""
     config, engine, start = parts.config, parts.engine, time.perf_counter()
     lr = learning_rate(step, config.optim)
     set_learning_rate(engine, lr)
     spectrum = parts.ode.begin(step) if parts.ode else None
     loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=distributed.device()), 0
+    rows: list[torch.Tensor] = []
     engine.train()
     held = list(micro_batches)
     for index, (batch, weight) in enumerate(zip(held, loss_weights(held, step), strict=True)):
         torch.manual_seed(seeding.torch_seed(config.seed, "dropout", step, index, distributed.rank()))
         loss_sum += forward_backward(parts, batch, spectrum, weight)
         tokens += batch["input_ids"].numel()
+        rows.append(batch["row_index"])
         engine.step()
-    loss_mean = float(distributed.all_reduce_mean(loss_sum / (index + 1)))
+    asked = loss_sum.new_tensor(float(parts.stop.reason("step") is not None))
+    loss_mean, any_asked = distributed.all_reduce_mean(torch.stack([loss_sum / (index + 1), asked])).tolist()
+    parts.stop.agreed |= any_asked > 0
     figures = {"loss": loss_mean, "lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
     if parts.ode and spectrum:
         figures |= {"t": spectrum.t, "ode_grad_norm": parts.ode.finish(lr, apply=_is_finite(figures))}
+    figures["rows"] = metrics.row_spans(distributed.all_gather(torch.cat(rows)))
     return figures | _speed(parts, step, tokens * distributed.world_size(), time.perf_counter() - start)
 
 
@@ -165,7 +182,8 @@ def save(parts: Parts, step: int) -> None:
     if parts.ode:
         parts.ode.verify()
     ode_state = parts.ode.state_dict() if parts.ode else None
-    parts.checkpoints.save(parts.engine, ode_state, step, step * parts.config.optim.batch_rows)
+    with parts.stop.timed("save"):
+        parts.checkpoints.save(parts.engine, ode_state, step, step * parts.config.optim.batch_rows)
 
 
 def _borders(parts: Parts, batch: Batch) -> dict[str, Any]:
@@ -199,8 +217,33 @@ def _evaluate_if_due(parts: Parts, tracker: Tracker, step: int) -> None:
     """Evaluate once at a step that asks for it: also on resume, if the run was killed between saving and evaluating."""
     config = parts.config
     due = step > 0 and (_due(step, config.evaluation.every) or step == config.optim.steps)
-    if parts.evaluate and due and tracker.lacks_evaluation(step):
-        tracker.evaluation(step, parts.evaluate(parts.loaded, step))
+    if not parts.evaluate or not due or not tracker.lacks_evaluation(step) or _agree(parts, "evaluation"):
+        return
+    try:
+        with parts.stop.timed("evaluation"):
+            results = parts.evaluate(parts.loaded, step)
+    except StopRequested:
+        parts.stop.agreed = True
+    else:
+        tracker.evaluation(step, results)
+
+
+def _agree(parts: Parts, *ahead: str) -> bool:
+    """Whether a rank was asked to stop before doing what lies ahead; the same on every rank."""
+    parts.stop.agreed |= distributed.any_rank(parts.stop.reason(*ahead) is not None)
+    return parts.stop.agreed
+
+
+def _stop(parts: Parts, step: int, saved: int) -> None:
+    """Save the last step if that was not done and raise `StopRequested`; `RunStopped` if stopping leads nowhere."""
+    reasons = distributed.gather_objects(parts.stop.reason())
+    reason = next(f"{reason} (rank {rank})" for rank, reason in enumerate(reasons) if reason)
+    if parts.stop.is_out_of_time and not parts.stop.has_progressed:
+        raise RunStopped(f"{reason}: too short for one step, or one evaluation, and its checkpoint; raise max_runtime")
+    if step > saved:
+        save(parts, step)
+    where = parts.checkpoints.describe_newest()
+    raise StopRequested(f"stopped after step {step}: {reason}; {where}; the same command goes on")
 
 
 def _is_finite(figures: dict[str, float]) -> bool:

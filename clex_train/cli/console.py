@@ -3,6 +3,7 @@
 0    done            1    a bug or a fault of the machine (with its traceback)
 2    the user's input cannot be used; one line says which key and what to do
 3    training was stopped to protect the run; one line says why and where the last checkpoint is
+75   training was asked to stop and has a checkpoint (EX_TEMPFAIL of sysexits.h): the same command goes on
 """
 
 import functools
@@ -18,11 +19,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from clex_train.faults import RunStopped
+from clex_train.faults import RunStopped, StopRequested
 
 FAULT = 1
 USER_ERROR = 2
 STOPPED = 3
+GO_ON = 75
 PATIENCE = 2.0
 EXIT_CODE_FILE = "CLEX_TRAIN_EXIT_CODE"
 
@@ -82,6 +84,10 @@ def report(error: Exception) -> int:
     """Print what the user can mend as one line, anything else with its traceback; returns the exit code."""
     from clex_train.cli.errors import explain
 
+    if isinstance(error, StopRequested):
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(error, file=sys.stderr)
+        return GO_ON
     line, code = (str(error), STOPPED) if isinstance(error, RunStopped) else (explain(error), USER_ERROR)
     if line is None:
         traceback.print_exception(error)

@@ -20,6 +20,7 @@ from clex_train import distributed
 from clex_train.evaluation.perplexity import PROTOCOLS, evaluating
 from clex_train.evaluation.results import Results, Score
 from clex_train.evaluation.windows import WindowSet
+from clex_train.faults import StopRequested
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.table import FrequencyTable
 from clex_train.settings.evaluation import Protocol
@@ -35,13 +36,15 @@ def evaluate(
     chunk_len: int = 1024,
     batch_tokens: int | None = None,
     device: torch.device | None = None,
+    interrupted: Callable[[], bool] | None = None,
 ) -> Results:
     """Score `windows` with the model's current weights under each of `tables` (method name -> frequencies).
 
     At most `chunk_len` tokens of a window and `batch_tokens` tokens over several windows (by default as many) go
     through the model at a time; the tokens are moved to `device` (by default the rank's). Collective: every rank calls
     it with equal arguments and gets equal results. The handle's table and the model's mode are put back. Raises
-    `ValueError` if a length exceeds what a table serves, before the first forward.
+    `ValueError` if a length exceeds what a table serves, before the first forward; `StopRequested` as soon as
+    `interrupted`, asked between forwards, answers yes on one of the ranks.
     """
     for table in tables.values():
         table.least_upper_bound(max(lengths), handle.context_len)
@@ -55,7 +58,7 @@ def evaluate(
             start = time.perf_counter()
             predict = partial(PROTOCOLS[protocol], model, handle, chunk_len=chunk_len)
             batch = max(1, (batch_tokens or chunk_len) // min(length, chunk_len))
-            nll = _token_nll(predict, windows.pieces(length), batch, device, bar)
+            nll = _token_nll(predict, windows.pieces(length), batch, device, bar, interrupted)
             scored = nll.view(windows.tokens.shape)[:, torch.from_numpy(windows.scored)].double()
             scores.append(
                 Score(
@@ -94,7 +97,12 @@ def deal(num_pieces: int, batch: int, rank: int, world_size: int) -> Iterator[tu
 
 
 def _token_nll(
-    predict: Callable[[Tensor], Tensor], pieces: np.ndarray, batch: int, device: torch.device, bar: tqdm
+    predict: Callable[[Tensor], Tensor],
+    pieces: np.ndarray,
+    batch: int,
+    device: torch.device,
+    bar: tqdm,
+    interrupted: Callable[[], bool] | None,
 ) -> Tensor:
     """nll float32 [num_pieces, length] on the CPU, complete on every rank."""
     nll = torch.zeros(pieces.shape, dtype=torch.float32)
@@ -102,6 +110,8 @@ def _token_nll(
         values = predict(torch.from_numpy(pieces[indices]).to(device)).cpu()
         nll[indices[counted]] = values[counted]
         bar.update(values.numel() * distributed.world_size())
+        if interrupted and distributed.any_rank(interrupted()):
+            raise StopRequested("the evaluation was interrupted")
     return distributed.all_reduce_sum(nll)
 
 

@@ -1,5 +1,6 @@
 """Extrapolation perplexity of the weights as they are, for the training loop: windows chosen once, scored on call."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from clex_train import distributed
@@ -13,10 +14,14 @@ from clex_train.modeling import LoadedModel, solve_table
 class TrainingEvaluation:
     """`evaluation(loaded, step)` -> perplexity by key; collective. Also written to `evaluation/step_<N>.json`.
 
-    Raises `ValueError` on creation when no validation document is as long as the longest window.
+    Raises `ValueError` on creation when no validation document is as long as the longest window. `interrupted` is
+    asked on every rank between windows; where one says yes, the call raises `StopRequested` and has written nothing.
     """
 
-    def __init__(self, config: Config, store: TokenStore, context_len: int) -> None:
+    def __init__(
+        self, config: Config, store: TokenStore, context_len: int, interrupted: Callable[[], bool] | None = None
+    ) -> None:
+        self.interrupted = interrupted
         self.config, self.spec = config, config.evaluation
         self.store = (TokenStore(self.spec.path) if self.spec.path else store).split("validation")
         stride = score_stride(self.spec.lengths, context_len, self.spec.protocols)
@@ -35,6 +40,7 @@ class TrainingEvaluation:
             self.spec.lengths,
             self.spec.protocols,
             self.spec.chunk_len,
+            interrupted=self.interrupted,
         )
         if distributed.is_main():
             weights = {"path": str(self.config.output_dir), "step": step}
