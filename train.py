@@ -14,6 +14,10 @@ from clex_train import config as configuration
 from clex_train import log, stopping
 from clex_train.cli import console
 from clex_train.cli.help import help_text
+from clex_train.settings import duration
+
+STOP_FILE = "stop"
+"""In the run folder: while it is there, the run is asked to stop; the next launch removes it."""
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -33,8 +37,18 @@ def main(composed: DictConfig) -> None:
 def run(config: configuration.Config) -> int:
     """Check every input, build the parts, train, write `final/`; returns the number of optimizer steps taken.
 
-    Raises `ValueError` with the key and the remedy for what the user can mend, before the model is loaded.
+    Raises `ValueError` with the key and the remedy for what the user can mend, before the model is loaded;
+    `StopRequested` when the run was asked to stop and has saved; `RunStopped` when it cannot go on.
     """
+    from clex_train import distributed, run_folder
+
+    run_dir = Path(config.output_dir)
+    run_folder.require_writable(run_dir)
+    with run_folder.held(run_dir, distributed.rank(), patience=60 * config.engine.timeout):
+        return _run(config, run_dir)
+
+
+def _run(config: configuration.Config, run_dir: Path) -> int:
     from clex_train import distributed, metrics, modeling, run_folder, separation, tracking, trainer
     from clex_train.checkpoint import Checkpoints, Manifest
     from clex_train.data.order import ShuffledRows
@@ -46,8 +60,11 @@ def run(config: configuration.Config) -> int:
     from clex_train.evaluation.training import TrainingEvaluation
     from clex_train.export.final import write_final
 
-    run_dir = Path(config.output_dir)
-    run_folder.require_writable(run_dir)
+    stop = stopping.StopRequests(
+        stopping.signals(),
+        run_dir / STOP_FILE if distributed.is_main() else None,
+        stopping.Deadline(duration.seconds("max_runtime", config.max_runtime)) if config.max_runtime else None,
+    )
     modeling.check_attention(config.attention.implementation)
     arch = modeling.architecture(config.model)
     store = TokenStore(str(config.data.path))
@@ -56,7 +73,8 @@ def run(config: configuration.Config) -> int:
     rows = ShuffledRows(ConcatRows(store, config.data.seq_len), config.seed)
     context_len = modeling.context_length(config.model, arch)
     separation.check_document_mask(config, arch, context_len)
-    evaluation = TrainingEvaluation(config, store, context_len) if config.evaluation.every >= 0 else None
+    interrupted = lambda: stop.reason() is not None  # noqa: E731
+    evaluation = TrainingEvaluation(config, store, context_len, interrupted) if config.evaluation.every >= 0 else None
     configuration.check_reach(config, context_len)
     configuration.check_scaling(config, modeling.has_field(str(config.model.path)))
     settings = engines.deepspeed_dict(config, distributed.world_size())
@@ -70,15 +88,18 @@ def run(config: configuration.Config) -> int:
         return first_step
     if distributed.is_main():
         run_folder.write_config(config)
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
         tracking.write_environment(run_dir, first_step, store.fingerprint)
 
     engines.open_process_group(config.engine)
     loaded = modeling.load_for_training(config, arch, engines.precision(config.engine), settings)
     ode = OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else None
     engine = engines.build(loaded.model, config)
+    if stop.deadline:
+        stop.deadline.assume("save", metrics.assumed_save_seconds(modeling.num_parameters(loaded.model)))
     flops = metrics.flops_per_token(*modeling.matmul_shape(loaded.model), config.data.seq_len)
     try:
-        parts = trainer.Parts(config, engine, loaded, rows, ode, checkpoints, evaluation, flops)
+        parts = trainer.Parts(config, engine, loaded, rows, ode, checkpoints, evaluation, flops, stop)
         steps = trainer.train(parts, partial(tracking.Tracker, config, run_dir))
         modeling.solve_table(loaded)
         write_final(run_dir / "final", loaded, engines.consolidated_state_dict(engine), tokenizer)

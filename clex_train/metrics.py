@@ -4,6 +4,8 @@ import resource
 
 import torch
 
+from clex_train import distributed
+
 PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
 """Dense bf16 peak by the vendor's datasheet, for GPUs whose CUDA name contains the key."""
 
@@ -24,6 +26,11 @@ def model_flops_utilisation(tokens_per_second: float, flops_of_a_token: float, w
     name = torch.cuda.get_device_name()
     peak = next((value for key, value in PEAK_BF16_FLOPS.items() if key in name), None)
     return None if peak is None else tokens_per_second * flops_of_a_token / (peak * world_size)
+
+
+def assumed_save_seconds(num_parameters: int) -> float:
+    """What a checkpoint may take before one was measured: master weights and two moments at 100 MB/s from each rank."""
+    return 12.0 * num_parameters / distributed.world_size() / 1e8
 
 
 def row_spans(rows: torch.Tensor) -> list[list[int]]:

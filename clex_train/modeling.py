@@ -125,6 +125,11 @@ def matmul_shape(model: PreTrainedModel) -> tuple[float, int, int, int]:
     return weights, shape.num_hidden_layers, shape.num_attention_heads, head_dim
 
 
+def num_parameters(model: PreTrainedModel) -> int:
+    """Parameters of a whole or sharded model."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
 def require_directory(key: str, path: str) -> None:
     """Refuse what looks like a local path and is none; a name such as `meta-llama/Llama-2-7b-hf` is left to the hub."""
     local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()

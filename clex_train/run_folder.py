@@ -92,7 +92,7 @@ def held(folder: Path, rank: int, patience: float) -> Iterator[None]:
 
 
 def _lock(file: IO[str], path: Path, patience: float) -> None:
-    start, said = time.monotonic(), False
+    start, said, folder = time.monotonic(), False, path.parents[1]
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,9 +100,11 @@ def _lock(file: IO[str], path: Path, patience: float) -> None:
         except BlockingIOError as error:
             holder = path.read_text(encoding="utf-8").strip()
             if time.monotonic() - start > patience:
-                raise ValueError(f"output_dir={path.parents[1]}: in use by {holder}; end it or choose another") from error
+                raise ValueError(
+                    f"output_dir={path.parents[1]}: in use by {holder}; end it or choose another"
+                ) from error
             if not said:
-                logger.warning("waits for %s, which is still in %s", holder, path.parents[1])
+                logger.warning("waits for %s, which is still in %s", holder, folder)
             said = True
             time.sleep(0.2)
         except OSError as error:

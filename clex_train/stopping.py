@@ -106,14 +106,9 @@ class StopRequests:
             self.deadline.took(kind, time.monotonic() - start)
 
     @property
-    def is_out_of_time(self) -> bool:
-        """Whether `max_runtime` would end before anything more could be saved."""
-        return self.deadline is not None and self.deadline.exceeded_by() is not None
-
-    @property
-    def has_progressed(self) -> bool:
-        """Whether a step or an evaluation has been finished, as far as a deadline made it worth measuring."""
-        return self.deadline is not None and self.deadline.has_measured
+    def leads_nowhere(self) -> bool:
+        """Whether `max_runtime` is too short for a single step or evaluation, so that starting again would not help."""
+        return self.deadline is not None and not self.deadline.has_measured and self.deadline.exceeded_by() is not None
 
     def _find_reason(self, *ahead: str) -> str | None:
         if self.signals and self.signals.reason:
@@ -139,13 +134,17 @@ class Deadline:
     MEMORY = 20
     SLACK = 1.5
 
-    def __init__(self, limit: float, save_seconds: float, started: float | None = None) -> None:
-        """`limit` in seconds since the process began; `save_seconds` is assumed until a save has been measured."""
+    def __init__(self, limit: float, started: float | None = None) -> None:
+        """`limit` in seconds since `started`, a time of the epoch; by default the moment this process began."""
         self.limit = limit
         self.started = psutil.Process().create_time() if started is None else started
         self.margin = min(60.0, 0.02 * limit)
-        self._assumed = save_seconds
+        self._assumed: dict[str, float] = {}
         self._measured: dict[str, list[float]] = {}
+
+    def assume(self, kind: str, seconds: float) -> None:
+        """Expect this until work of the kind has been measured; without it, nothing."""
+        self._assumed[kind] = seconds
 
     def took(self, kind: str, seconds: float) -> None:
         """Remember how long a `step`, an `evaluation` or a `save` took."""
@@ -169,7 +168,7 @@ class Deadline:
 
     def _expected(self, kind: str) -> float:
         known = self._measured.get(kind)
-        return self.SLACK * (max(known) if known else self._assumed if kind == "save" else 0.0)
+        return self.SLACK * (max(known) if known else self._assumed.get(kind, 0.0))
 
 
 def launchers() -> list[psutil.Process]:

@@ -236,9 +236,9 @@ def _agree(parts: Parts, *ahead: str) -> bool:
 
 def _stop(parts: Parts, step: int, saved: int) -> None:
     """Save the last step if that was not done and raise `StopRequested`; `RunStopped` if stopping leads nowhere."""
-    reasons = distributed.gather_objects(parts.stop.reason())
-    reason = next(f"{reason} (rank {rank})" for rank, reason in enumerate(reasons) if reason)
-    if parts.stop.is_out_of_time and not parts.stop.has_progressed:
+    answers = distributed.gather_objects((parts.stop.reason(), parts.stop.leads_nowhere))
+    reason = next(f"{reason} (rank {rank})" for rank, (reason, _) in enumerate(answers) if reason)
+    if any(leads_nowhere for _, leads_nowhere in answers):
         raise RunStopped(f"{reason}: too short for one step, or one evaluation, and its checkpoint; raise max_runtime")
     if step > saved:
         save(parts, step)
