@@ -1,0 +1,170 @@
+"""Requests to stop: what a signal, a stop file, a launcher's death and the clock do to one process."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from clex_train import run_folder, stopping
+from clex_train.settings import duration
+from clex_train.stopping import Deadline, StopRequests
+
+ROOT = Path(__file__).resolve().parents[1]
+LISTENER = """
+import sys, time
+from clex_train import stopping
+stopping.REPEAT_AFTER = 0.5
+stopping.listen()
+print("ready", flush=True)
+while stopping.signals().reason is None:
+    time.sleep(0.01)
+print(stopping.signals().reason, flush=True)
+{rest}
+"""
+
+
+def listener(rest: str, *arguments: str) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTENER.format(rest=rest), *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_leaves_a_mark_and_the_process_goes_on(number):
+    process = listener("time.sleep(0.2)")
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert output == f"{number.name} arrived\n"
+
+
+def test_a_signal_repeated_at_once_is_the_same_request():
+    process = listener("time.sleep(0.3)")
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
+def test_a_second_signal_ends_a_process_whose_main_thread_is_stuck_in_a_library():
+    # A mutex locked twice: like a collective without its peers, it does not come back for a signal.
+    process = listener(
+        "import ctypes; lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)\n"
+        "lock(mutex); lock(mutex)"
+    )
+    process.send_signal(signal.SIGUSR1)
+    assert "SIGUSR1" in process.stdout.readline()
+    time.sleep(0.7)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    assert "a second signal (SIGTERM)" in process.stderr.read()
+
+
+def test_the_death_of_a_launcher_is_a_request_to_stop(tmp_path):
+    launcher = tmp_path / "torchrun"
+    launcher.write_text("import subprocess, sys\nsubprocess.run([sys.executable, '-c', sys.argv[1]])\n")
+    script = LISTENER.format(rest="")
+    process = subprocess.Popen(
+        [sys.executable, str(launcher), script], cwd=ROOT, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    assert process.stdout.readline() == f"its launcher (process {process.pid}) is gone\n"
+    process.wait(30)
+
+
+def test_a_program_that_no_launcher_started_watches_none():
+    assert stopping.launchers() == []
+
+
+def test_a_stop_file_is_a_reason_that_stays(tmp_path):
+    stop = StopRequests(stop_file=tmp_path / "stop")
+    assert stop.reason() is None
+    (tmp_path / "stop").touch()
+    stop._looked = 0.0
+    assert stop.reason() == f"{tmp_path / 'stop'} is there"
+    (tmp_path / "stop").unlink()
+    assert stop.reason()
+
+
+def test_the_deadline_leaves_time_for_the_longest_recent_step_and_save():
+    deadline = Deadline(limit=1000.0, started=time.time() - 900.0)
+    deadline.assume("save", 40.0)
+    assert deadline.exceeded_by("step") is None
+    deadline.took("step", 20.0)
+    assert deadline.exceeded_by() is None, "a save alone: 1.5 * 40 + 20 < 100"
+    assert "max_runtime ends in" in deadline.exceeded_by("step")
+    for _ in range(Deadline.MEMORY):
+        deadline.took("step", 1.0)
+    assert deadline.exceeded_by("step") is None, "one slow step is forgotten"
+
+
+def test_a_limit_that_allows_nothing_leads_nowhere():
+    stop = StopRequests(deadline=Deadline(limit=10.0, started=time.time() - 11.0))
+    assert stop.leads_nowhere
+    with stop.timed("step"):
+        pass
+    assert not stop.leads_nowhere
+    assert stop.reason("step")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("2", 7200), ("0.5", 1800), ("23:30:00", 84600), ("1-02:00:30", 93630), ("0:00:10", 10)]
+)
+def test_durations_are_hours_or_a_clock(text, seconds):
+    assert duration.seconds("max_runtime", text) == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "84600", "12:00", "1:60:00", "soon", ""])
+def test_what_is_no_duration_is_refused_by_name(text):
+    with pytest.raises(ValueError, match=r"^max_runtime=.*hours:minutes:seconds"):
+        duration.seconds("max_runtime", text)
+
+
+def test_a_second_launch_waits_for_the_first_and_is_refused_if_that_stays(tmp_path):
+    with (
+        run_folder.held(tmp_path, 0, patience=0),
+        pytest.raises(ValueError, match=rf"output_dir=.*in use by process {os.getpid()} on"),
+        run_folder.held(tmp_path, 0, patience=0.3),
+    ):
+        raise AssertionError("two launches in one folder")
+    with run_folder.held(tmp_path, 0, patience=0):
+        pass
+
+
+def test_a_second_launch_begins_when_the_first_has_ended(tmp_path):
+    held, begun = threading.Event(), []
+
+    def first() -> None:
+        with run_folder.held(tmp_path, 0, patience=0):
+            held.set()
+            time.sleep(0.5)
+            begun.append("first ends")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    held.wait(10)
+    with run_folder.held(tmp_path, 0, patience=20):
+        begun.append("second begins")
+    thread.join()
+    assert begun == ["first ends", "second begins"]
+
+
+def test_a_zombie_launcher_is_gone():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    watched = psutil.Process(process.pid)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not stopping._lives(watched)
+    process.wait()
