@@ -53,8 +53,14 @@ def main() -> int:
         return console.USER_ERROR
     schema, module = VERBS[verb]
     ConfigStore.instance().store(name="data_prep_schema", node=schema)
-    del sys.argv[1]
+    sys.argv[1:] = [_by_its_path(argument) for argument in sys.argv[2:]]
     return console.run(partial(_run, module), partial(_help, verb, schema))
+
+
+def _by_its_path(argument: str) -> str:
+    """`tokenizer=PATH` as `tokenizer.path=PATH`: the group's main key by the group's name, which Hydra would refuse."""
+    prefix, _, path = argument.partition("tokenizer=")
+    return argument if prefix.strip("+") or not path else f"{prefix}tokenizer.path={path}"
 
 
 def _run(module: str) -> None:

@@ -26,6 +26,12 @@ class OnBadRecord(Enum):
     skip = "skip"
 
 
+class EngineChoice(Enum):
+    auto = "auto"
+    gigatoken = "gigatoken"
+    tokenizers = "tokenizers"
+
+
 @dataclass
 class CorpusConfig:
     name: str = "corpus"
@@ -81,11 +87,19 @@ class CorpusVerb:
 
 
 @dataclass
+class TokenizerConfig:
+    path: str = "corpora/${corpus.name}_tokenizer"
+    """Directory or hub name of a fast Hugging Face tokenizer with an EOS token; `tokenizer=PATH` says the same."""
+    engine: EngineChoice = EngineChoice.auto
+    """What encodes; the ids are the same. `auto`: gigatoken where it can, else tokenizers; a name: that or an error."""
+
+
+@dataclass
 class TokenizeVerb:
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     """What to read: a file of conf/corpus by `+corpus=NAME`, or single keys."""
-    tokenizer: str = "corpora/${corpus.name}_tokenizer"
-    """Directory or hub name of a fast Hugging Face tokenizer with an EOS token."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The tokenizer and what runs it."""
     output: str = "corpora/${corpus.name}"
     """Directory of the token store to write."""
     workers: int = 1

@@ -1,37 +1,13 @@
-"""The tokenizer of a store: loaded through transformers, copied into the store, run by `tokenizers`.
-
-Special tokens that occur in a text ("</s>" in a page about HTML, or in an attack) are encoded as plain text, so that
-EOS in a store always means the end of a document.
-"""
+"""The tokenizer of a store: loaded through transformers, described, and copied into the store."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tokenizers import Tokenizer
-
 from clex_train.data.manifest import TokenizerInfo
 from clex_train.data.vocabulary import vocabulary_sha256
-
-
-class Encoder:
-    """Encodes texts with the tokenizer saved in a directory; each document ends with EOS."""
-
-    def __init__(self, directory: Path, info: TokenizerInfo) -> None:
-        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
-        self._eos = np.array([info.eos_id], np.uint32)
-
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """uint32 ids of each text, EOS last; no other special token is added."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.concatenate([np.array(e.ids, np.uint32), self._eos]) for e in encodings]
 
 
 def load_tokenizer(name: str) -> Any:

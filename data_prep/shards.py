@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -16,18 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 
+import numpy as np
+
 from clex_train import log
 from clex_train.data.manifest import SPLITS, TOKENIZER, Shard, Source, TokenizerInfo, token_dtype
 from clex_train.data.writer import ShardWriter, write_atomically
 from data_prep.config import CorpusConfig
 from data_prep.documents import Document, documents
-from data_prep.encoding import Encoder
+from data_prep.engines import TokenizersEngine, load
 from data_prep.progress import Progress
+from data_prep.readers import place
+from data_prep.sampling import Mismatch, SampleCheck
 from data_prep.sources import Piece, Unit
 
+logger = log.get(__name__)
+
 UNITS = "units"
-BATCH_BYTES = 4_000_000
-BATCH_DOCUMENTS = 1024
+BATCH_CHARS = 1_500_000
+BATCH_PIECES = 1024
 _POLL_SECONDS = 0.2
 
 Advance = Callable[[int, int, int], object]
@@ -35,19 +41,43 @@ Advance = Callable[[int, int, int], object]
 
 @dataclass(frozen=True)
 class Job:
-    """What the units of a store have in common; `partial` is the directory it is written in."""
+    """What the units of a store have in common.
+
+    `partial` is the directory it is written in, `engine` what encodes; with `falls_back` a shard on which the engine
+    and `tokenizers` disagree is tokenised again by `tokenizers`. `cut` cuts texts where that changes no id.
+    """
 
     partial: Path
     corpus: CorpusConfig
     tokenizer: TokenizerInfo
+    cut: Callable[[str], Iterator[tuple[str, bool]]]
+    engine: str
+    falls_back: bool
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a unit: its shards by split (none where no document fell) and the sources read."""
+    """What became of a unit: its shards by split (none where no document fell), the sources read, and the engine.
+
+    `modified`: for each source the time its file was last changed when it was read, in nanoseconds; 0 for none.
+    """
 
     shards: dict[str, Shard]
     sources: list[Source]
+    modified: list[int]
+    engine: str
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A piece of a document's text; the rest is as in `Document`."""
+
+    text: str
+    is_last: bool
+    split: str
+    text_hash: int
+    source: int
+    record: int
 
 
 def run_units(units: list[Unit], job: Job, workers: int, progress: Progress) -> None:
@@ -64,24 +94,83 @@ def run_units(units: list[Unit], job: Job, workers: int, progress: Progress) -> 
 
 
 def tokenize_unit(unit: Unit, job: Job, advance: Advance) -> None:
-    """Write the shards of one unit, then the record that says so."""
-    encoder = Encoder(job.partial / TOKENIZER, job.tokenizer)
+    """Write the shards of one unit, then the record that says so.
+
+    Raises:
+        ValueError: bad input, with its place; or ids other than those of `tokenizers`, which may not be used instead.
+    """
+    reported = [0, 0, 0]
+
+    def report(*amounts: int) -> None:
+        reported[:] = map(sum, zip(reported, amounts, strict=True))
+        advance(*amounts)
+
+    try:
+        result = _tokenize(unit, job, job.engine, report)
+    except _OtherIds as error:
+        if not job.falls_back:
+            remedy = "take tokenizer.engine=auto or tokenizers"
+            raise ValueError(f"tokenizer.engine={job.engine}: {error}; {remedy}") from error
+        logger.warning("shard %s: %s; it is tokenised again with tokenizers", unit.name, error)
+        advance(*(-amount for amount in reported))
+        result = _tokenize(unit, job, TokenizersEngine.name, advance)
+    write_atomically(_result_path(job.partial, unit), json.dumps(dataclasses.asdict(result)).encode())
+
+
+class _OtherIds(ValueError):
+    """The engine gave other ids than `tokenizers`; the message names the document."""
+
+
+def _tokenize(unit: Unit, job: Job, engine: str, advance: Advance) -> Result:
+    modified = [_modified(piece) for piece in unit.pieces]
     counts: list[Counter[str]] = [Counter() for _ in unit.pieces]
+    dtype = token_dtype(job.tokenizer.vocab_size)
     with ExitStack() as stack:
-        dtype = token_dtype(job.tokenizer.vocab_size)
         writers = {s: stack.enter_context(ShardWriter(job.partial / s, unit.name, dtype)) for s in SPLITS}
-        for batch in _batches(_documents(unit, job.corpus, counts, advance)):
-            encoded = encoder.encode([document.text for _, document in batch])
-            for (source, document), ids in zip(batch, encoded, strict=True):
-                writers[document.split].add(ids, document.text_hash, source, document.record)
-            advance(0, sum(document.text_bytes for _, document in batch), sum(map(len, encoded)))
+        pieces = _pieces(_documents(unit, job.corpus, counts, advance), job.cut)
+        _encode(pieces, unit, job, engine, writers, advance)
         shards = {split: writer.close() for split, writer in writers.items() if writer.num_documents}
     sources = [
-        Source(p.path, p.start, p.stop, _sha256(p), dict(sorted(c.items())), is_part=p.format == "hub")
+        Source(p.path, p.start, p.stop, sha256_of(p), dict(sorted(c.items())), is_part=p.format == "hub")
         for p, c in zip(unit.pieces, counts, strict=True)
     ]
-    content = json.dumps(dataclasses.asdict(Result(shards, sources)))
-    write_atomically(_result_path(job.partial, unit), content.encode())
+    return Result(shards, sources, modified, engine)
+
+
+def _encode(
+    pieces: Iterator[_Piece], unit: Unit, job: Job, name: str, writers: Mapping[str, ShardWriter], advance: Advance
+) -> None:
+    """Encode the pieces of documents, in order, and write their ids as they come."""
+    engine = load(name, job.partial / TOKENIZER)
+    eos = np.array([job.tokenizer.eos_id], np.uint32)
+    check = None
+    if name != TokenizersEngine.name:
+        check = SampleCheck(load(TokenizersEngine.name, job.partial / TOKENIZER), unit.name)
+    for batch in _batches(pieces):
+        texts = [piece.text for piece in batch]
+        encoded = engine.encode(texts)
+        if check:
+            _compare(check, batch, encoded, unit)
+        for piece, ids in zip(batch, encoded, strict=True):
+            writer = writers[piece.split]
+            writer.write(ids)
+            if piece.is_last:
+                writer.write(eos)
+                writer.end_document(piece.text_hash, piece.source, piece.record)
+        advance(0, sum(map(_utf8_bytes, texts)), sum(map(len, encoded)) + sum(piece.is_last for piece in batch))
+
+
+def _compare(check: SampleCheck, batch: list[_Piece], encoded: Sequence[np.ndarray], unit: Unit) -> None:
+    try:
+        check.compare([piece.text for piece in batch], encoded)
+    except Mismatch as error:
+        piece = batch[error.index]
+        where = place(unit.pieces[piece.source - unit.first_source], piece.record)
+        raise _OtherIds(f"{where}: gigatoken and tokenizers give different ids for this document") from error
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def load_result(partial: Path, unit: Unit) -> Result | None:
@@ -91,7 +180,24 @@ def load_result(partial: Path, unit: Unit) -> Result | None:
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
     shards = {split: Shard(**shard) for split, shard in content["shards"].items()}
-    return Result(shards, [Source(**source) for source in content["sources"]])
+    sources = [Source(**source) for source in content["sources"]]
+    return Result(shards, sources, content["modified"], content["engine"])
+
+
+def check_sources(unit: Unit, result: Result) -> None:
+    """Make sure that the files a finished shard was made of are still what they were.
+
+    A file that was written to since is read again: its checksum decides, not the time.
+
+    Raises:
+        ValueError: naming the file that changed.
+    """
+    for piece, source, modified in zip(unit.pieces, result.sources, result.modified, strict=True):
+        if _modified(piece) != modified and sha256_of(piece) != source.sha256:
+            raise ValueError(
+                f"{piece.path}: changed (with the same size) after shard {unit.name} was made of it; put the earlier "
+                "file back, or begin anew with overwrite=true"
+            )
 
 
 def _documents(
@@ -104,19 +210,29 @@ def _documents(
             yield unit.first_source + i, document
             advance(document.consumed - reported, 0, 0)
             reported = document.consumed
+            del document  # the next one may be as large
         advance(piece.num_bytes - reported, 0, 0)
 
 
-def _batches(items: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
-    """Batches that are worth the tokenizer's threads and bounded in memory, unless one document is larger."""
-    batch: list[tuple[int, Document]] = []
-    num_bytes = 0
-    for item in items:
-        batch.append(item)
-        num_bytes += item[1].text_bytes
-        if num_bytes >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
+def _pieces(
+    items: Iterable[tuple[int, Document]], cut: Callable[[str], Iterator[tuple[str, bool]]]
+) -> Iterator[_Piece]:
+    for source, document in items:
+        for text, is_last in cut(document.text):
+            yield _Piece(text, is_last, document.split, document.text_hash, source, document.record)
+        del document  # the next one may be as large
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Batches that are worth the engine's threads and bounded in memory."""
+    batch: list[_Piece] = []
+    num_chars = 0
+    for piece in pieces:
+        batch.append(piece)
+        num_chars += len(piece.text)
+        if num_chars >= BATCH_CHARS or len(batch) >= BATCH_PIECES:
             yield batch
-            batch, num_bytes = [], 0
+            batch, num_chars = [], 0
     if batch:
         yield batch
 
@@ -164,7 +280,7 @@ class _Reporter:
     queue: Queue[tuple[int, int, int]]
 
     def __call__(self, read_bytes: int, text_bytes: int, tokens: int) -> None:
-        if read_bytes or tokens:
+        if read_bytes or text_bytes or tokens:
             self.queue.put((read_bytes, text_bytes, tokens))
 
 
@@ -178,7 +294,11 @@ def _result_path(partial: Path, unit: Unit) -> Path:
     return partial / UNITS / f"{unit.name}.json"
 
 
-def _sha256(piece: Piece) -> str | None:
+def _modified(piece: Piece) -> int:
+    return 0 if piece.format == "hub" else os.stat(piece.path).st_mtime_ns
+
+
+def sha256_of(piece: Piece) -> str | None:
     """sha256 of the piece's bytes on disk; None for a streamed data set."""
     if piece.format == "hub":
         return None

@@ -13,6 +13,7 @@ import hashlib
 import json
 import platform
 from collections import Counter
+from collections.abc import Callable, Iterator
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +21,13 @@ from typing import Any
 
 from clex_train import log
 from clex_train.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, read_manifest, token_dtype
-from data_prep.config import CorpusConfig, TokenizeVerb
+from data_prep.config import CorpusConfig, EngineChoice, TokenizeVerb
+from data_prep.cutting import Uncuttable, cutter, uncut
 from data_prep.encoding import load_tokenizer, save_tokenizer
+from data_prep.engines import choose
 from data_prep.partial import is_done, open_partial, publish
 from data_prep.progress import Progress
-from data_prep.shards import Job, load_result, run_units
+from data_prep.shards import Job, check_sources, load_result, run_units
 from data_prep.sources import Unit, plan
 
 logger = log.get(__name__)
@@ -38,7 +41,7 @@ def run(config: TokenizeVerb) -> None:
     """
     output = Path(config.output)
     units = plan(config.corpus, config.shard_mb * 1_000_000)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer.path)
     settings = _settings(config, units, tokenizer.backend_tokenizer.to_str())
     if is_done(output, settings, config.overwrite):
         logger.info("%s holds this store already", output)
@@ -60,13 +63,34 @@ def _complete(
 ) -> Manifest:
     if (partial / MANIFEST).is_file():
         return read_manifest(partial)
-    job = Job(partial, config.corpus, save_tokenizer(tokenizer, partial / TOKENIZER))
-    todo = [unit for unit in units if load_result(partial, unit) is None]
+    finished = {unit: result for unit in units if (result := load_result(partial, unit))}
+    for unit, result in finished.items():
+        check_sources(unit, result)
+    job = _job(config, tokenizer, partial)
+    todo = [unit for unit in units if unit not in finished]
     if len(todo) < len(units):
         logger.info("%d of %d shards are there already", len(units) - len(todo), len(units))
     with Progress(sum(piece.num_bytes for unit in todo for piece in unit.pieces)) as progress:
         run_units(todo, job, config.workers, progress)
     return _manifest(partial, units, job, settings)
+
+
+def _job(config: TokenizeVerb, tokenizer: Any, partial: Path) -> Job:
+    content = tokenizer.backend_tokenizer.to_str()
+    try:
+        cut: Callable[[str], Iterator[tuple[str, bool]]] = cutter(content)
+    except Uncuttable as error:
+        name = config.tokenizer.path
+        logger.warning("tokenizer=%s: %s; documents are encoded whole, memory grows with the longest", name, error)
+        cut = uncut
+    return Job(
+        partial,
+        config.corpus,
+        save_tokenizer(tokenizer, partial / TOKENIZER),
+        cut,
+        choose(config.tokenizer.engine, content),
+        falls_back=config.tokenizer.engine is EngineChoice.auto,
+    )
 
 
 def _settings(config: TokenizeVerb, units: list[Unit], tokenizer_json: str) -> dict[str, Any]:
@@ -91,7 +115,8 @@ def _manifest(partial: Path, units: list[Unit], job: Job, settings: dict[str, An
         split_rule=_split_rule(job.corpus),
         sources=[source for result in results for source in result.sources],
         settings=settings,
-        versions={"python": platform.python_version()} | {n: version(n) for n in ("tokenizers", "transformers")},
+        versions={"python": platform.python_version()}
+        | {name: version(name) for name in ("tokenizers", "transformers", *{r.engine for r in results})},
     )
     if sum(manifest.num_documents(split) for split in SPLITS) == 0:
         raise ValueError(

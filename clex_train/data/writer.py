@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -26,44 +27,59 @@ from clex_train.data.manifest import (
 )
 from clex_train.data.vocabulary import vocabulary_sha256
 
+_TABLE_ROWS = 4096
+
 
 class ShardWriter:
-    """Writes `<folder>/<name>.tokens` and `.documents`; a context manager that leaves nothing behind on an error."""
+    """Writes `<folder>/<name>.tokens` and `.documents`; a context manager that leaves nothing behind on an error.
+
+    A document is written by any number of `write` and one `end_document`; nothing of it is held in memory.
+    """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._name, self._dtype = folder, name, dtype
-        self._tokens = open(self._path("tokens.tmp"), "wb")  # noqa: SIM115  closed by __exit__
-        self._sha256 = hashlib.sha256()
-        self._num_tokens = 0
+        self._largest = np.iinfo(dtype).max
+        self._tokens = _HashedFile(self._path("tokens.tmp"))
+        self._table = _HashedFile(self._path("documents.tmp"))
         self._documents: list[tuple[int, int, int, int]] = []
+        self.num_documents = self._num_tokens = 0
 
-    @property
-    def num_documents(self) -> int:
-        """Documents added so far."""
-        return len(self._documents)
+    def write(self, ids: np.ndarray) -> None:
+        """Append ids [n], n >= 0, to the document that is being written; the last ones must be its EOS."""
+        if len(ids):
+            assert 0 <= ids.min() <= ids.max() <= self._largest, "ids do not fit the dtype"
+            self._tokens.write(ids.astype(self._dtype))
+            self._num_tokens += len(ids)
+
+    def end_document(self, text_hash: int, source: int, record: int) -> None:
+        """End the document; the fields of `DOCUMENT`."""
+        self._documents.append((self._num_tokens, text_hash, source, record))
+        self.num_documents += 1
+        if len(self._documents) == _TABLE_ROWS:
+            self._write_table()
 
     def add(self, ids: np.ndarray, text_hash: int, source: int, record: int) -> None:
-        """Append a document's ids [n], its EOS included; the others are the fields of `DOCUMENT`."""
-        assert 0 <= ids.min() <= ids.max() <= np.iinfo(self._dtype).max, "ids do not fit the dtype"
-        content = ids.astype(self._dtype).tobytes()
-        self._tokens.write(content)
-        self._sha256.update(content)
-        self._num_tokens += len(ids)
-        self._documents.append((self._num_tokens, text_hash, source, record))
+        """Append a whole document, its EOS included."""
+        self.write(ids)
+        self.end_document(text_hash, source, record)
 
     def close(self) -> Shard:
         """Flush both files to disk under their final names and describe the shard."""
-        table = np.array(self._documents, DOCUMENT).tobytes()
-        publish(self._tokens, self._path("tokens"))
-        write_atomically(self._path("documents"), table)
+        self._write_table()
+        publish(self._tokens.file, self._path("tokens"))
+        publish(self._table.file, self._path("documents"))
         return Shard(
             self._name,
-            len(self._documents),
+            self.num_documents,
             self._num_tokens,
-            self._sha256.hexdigest(),
-            hashlib.sha256(table).hexdigest(),
+            self._tokens.sha256.hexdigest(),
+            self._table.sha256.hexdigest(),
         )
+
+    def _write_table(self) -> None:
+        self._table.write(np.array(self._documents, DOCUMENT))
+        self._documents = []
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -71,11 +87,26 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tokens.close()
-        self._path("tokens.tmp").unlink(missing_ok=True)
+        for part, suffix in ((self._tokens, "tokens.tmp"), (self._table, "documents.tmp")):
+            with suppress(OSError):  # a full disk: what could not be written is removed anyway
+                part.file.close()
+            self._path(suffix).unlink(missing_ok=True)
 
     def _path(self, suffix: str) -> Path:
         return self._folder / f"{self._name}.{suffix}"
+
+
+class _HashedFile:
+    """A file that is written and hashed in one go."""
+
+    def __init__(self, path: Path) -> None:
+        self.file: BinaryIO = open(path, "wb")  # noqa: SIM115  closed by its owner
+        self.sha256 = hashlib.sha256()
+
+    def write(self, items: np.ndarray) -> None:
+        content = items.tobytes()
+        self.file.write(content)
+        self.sha256.update(content)
 
 
 def publish(file: BinaryIO, path: Path) -> None:

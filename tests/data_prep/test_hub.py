@@ -10,7 +10,7 @@ from small_corpora import TEXTS, files_of, stored_texts, write_jsonl
 
 from clex_train.data.store import TokenStore
 from data_prep import hub
-from data_prep.config import CorpusConfig, CorpusSource, OnBadRecord, TokenizeVerb
+from data_prep.config import CorpusConfig, CorpusSource, OnBadRecord, TokenizerConfig, TokenizeVerb
 from data_prep.tokenize import run
 
 CARD = """---
@@ -48,7 +48,7 @@ def columns(tmp_path: Path) -> Path:
 
 def tokenize(dataset: Path, tokenizer_dir: Path, output: Path, workers: int = 1, **settings: Any) -> TokenStore:
     corpus = CorpusConfig(source=CorpusSource.hub, hub=str(dataset), validation_share=0.0, **settings)
-    run(TokenizeVerb(corpus=corpus, tokenizer=str(tokenizer_dir), output=str(output), workers=workers))
+    run(TokenizeVerb(corpus=corpus, tokenizer=TokenizerConfig(str(tokenizer_dir)), output=str(output), workers=workers))
     return TokenStore(output)
 
 

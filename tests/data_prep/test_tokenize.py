@@ -19,8 +19,8 @@ from clex_train.data.manifest import partial_path
 from clex_train.data.packing import ConcatRows
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_tokenizer
-from data_prep import encoding, shards
-from data_prep.config import CorpusConfig, CorpusSource, TokenizeVerb
+from data_prep import shards
+from data_prep.config import CorpusConfig, CorpusSource, TokenizerConfig, TokenizeVerb
 from data_prep.streams import open_stream
 from data_prep.tokenize import run
 
@@ -85,7 +85,7 @@ def test_the_manifest_says_what_was_read_and_written(corpus: Path, store: TokenS
         assert source.stop == (corpus / name).stat().st_size
         assert source.sha256 == hashlib.sha256((corpus / name).read_bytes()).hexdigest()
     assert manifest.split_rule["validation_share"] == 0.2
-    assert set(manifest.versions) == {"python", "tokenizers", "transformers"}
+    assert set(manifest.versions) == {"python", "gigatoken", "tokenizers", "transformers"}
 
 
 def test_a_document_is_traced_to_its_line(store: TokenStore) -> None:
@@ -172,7 +172,7 @@ def test_the_shard_size_moves_no_token(corpus: Path, store: TokenStore, tokenize
 def test_the_batch_size_moves_no_token(
     corpus: Path, store: TokenStore, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "BATCH_BYTES", 1)
+    monkeypatch.setattr(shards, "BATCH_CHARS", 1)
     other = tokenize_files([corpus], tokenizer_dir, tmp_path / "store", shard_mb=1, validation_share=0.2)
     assert files_of(other.path) == files_of(store.path)
 
@@ -269,7 +269,7 @@ def test_a_corpus_without_held_out_documents_says_so(
 
 def test_the_standard_library_round_trips(tmp_path: Path, tokenizer_dir: Path) -> None:
     corpus = CorpusConfig(name="stdlib", source=CorpusSource.stdlib, validation_share=0.1)
-    run(TokenizeVerb(corpus=corpus, tokenizer=str(tokenizer_dir), output=str(tmp_path / "store")))
+    run(TokenizeVerb(corpus=corpus, tokenizer=TokenizerConfig(str(tokenizer_dir)), output=str(tmp_path / "store")))
     store = TokenStore(tmp_path / "store")
     assert store.split("validation").num_documents > 20
     for split in (store, store.split("validation")):
@@ -278,12 +278,13 @@ def test_the_standard_library_round_trips(tmp_path: Path, tokenizer_dir: Path) -
             assert text == Path(split.origin(doc_id).removesuffix(": record 1")).read_bytes().decode()
 
 
-def test_encoding_agrees_with_hugging_face(tokenizer_dir: Path, shared_data: Path) -> None:
+def test_encoding_agrees_with_hugging_face(tmp_path: Path, tokenizer_dir: Path, shared_data: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    with open_stream(shared_data / "spec" / "spec-00000.jsonl.gz") as (content, _):
+    path = shared_data / "spec" / "spec-00000.jsonl.gz"
+    with open_stream(path) as (content, _):
         texts = [json.loads(content.readline())["text"] for _ in range(5)]
-    info = encoding.save_tokenizer(tokenizer, tokenizer_dir.parent / "copy")
-    ours = encoding.Encoder(tokenizer_dir.parent / "copy", info).encode(texts)
-    for text, ids in zip(texts, ours, strict=True):
-        assert ids.tolist() == [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]
-        assert tokenizer.decode(ids[:-1].tolist(), clean_up_tokenization_spaces=False) == text
+    store = tokenize_files([path], tokenizer_dir, tmp_path / "store")
+    for text, (_, start, stop) in zip(texts, store.documents(), strict=False):
+        ids = store.tokens(start, stop).tolist()
+        assert ids == [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]
+        assert tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False) == text

@@ -1,0 +1,209 @@
+"""What turns texts into ids: `tokenizers`, the reference, and `gigatoken`, which is many times as fast.
+
+Both give the ids of the tokenizer without its special tokens, and take special tokens that occur in a text ("</s>" in a
+page about HTML, or in an attack) as plain text, so that EOS in a store always means the end of a document.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import importlib.util
+import json
+import os
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from clex_train import log
+from data_prep.config import EngineChoice
+
+logger = log.get(__name__)
+
+MAX_GROWTH_BYTES = 300_000_000
+_BLOCKS_OF_SYMBOLS = ((0x1F300, 0x1F650), (0x1F680, 0x1F6C6), (0xFE00, 0xFE10))
+"""Emoji and variation selectors, newer than Unicode 3.2 and the same in all tables of later years."""
+
+
+class Engine(Protocol):
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """uint32 ids of each text; no special token is added or recognised."""
+        ...
+
+
+class Unsupported(ValueError):
+    """An engine that cannot run a tokenizer; the message says why."""
+
+
+class TokenizersEngine:
+    """Hugging Face's `tokenizers`."""
+
+    name = "tokenizers"
+
+    def __init__(self, tokenizer_json: str) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+
+class GigatokenEngine:
+    """`gigatoken`, with two precautions.
+
+    Its tables of Unicode are newer than those of `tokenizers`: texts with characters on which the two may disagree are
+    encoded by `tokenizers`. It remembers the ids of every word it has seen, so it is begun anew when its memory has
+    grown by `MAX_GROWTH_BYTES`.
+
+    Raises:
+        Unsupported: gigatoken refuses the tokenizer, or gives other ids than `tokenizers` for one of `probes`.
+    """
+
+    name = "gigatoken"
+
+    def __init__(self, tokenizer_json: str) -> None:
+        content = json.loads(tokenizer_json)
+        content["added_tokens"] = [t for t in content.get("added_tokens") or [] if not t.get("special")]
+        content |= {"post_processor": None, "truncation": None, "padding": None}
+        self._json = json.dumps(content)
+        self._reference = TokenizersEngine(tokenizer_json)
+        self._trusted = trusted_characters()
+        self._parallel = num_threads() > 1
+        self._renew()
+        texts = probes([token["content"] for token in json.loads(tokenizer_json).get("added_tokens") or []])
+        for text, ours, theirs in zip(texts, self.encode(texts), self._reference.encode(texts), strict=True):
+            if not np.array_equal(ours, theirs):
+                raise Unsupported(f"it gives other ids than tokenizers for {text[:40]!r}")
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        ids = self._encode(texts)
+        doubtful = self._doubtful(texts)
+        for i, others in zip(doubtful, self._reference.encode([texts[i] for i in doubtful]), strict=True):
+            ids[i] = others
+        return ids
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        before = resident_bytes()
+        rows = self._tokenizer.encode_batch(list(texts), parallel=self._parallel).layout
+        offsets, content = np.asarray(rows.offsets.data), np.asarray(rows.content.data)
+        ids = [content[start:stop] for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
+        self._grown += resident_bytes() - before
+        if self._grown > MAX_GROWTH_BYTES:
+            self._renew()
+        return ids
+
+    def _renew(self) -> None:
+        import gigatoken
+
+        self._tokenizer: Any = None
+        gc.collect()
+        _return_free_memory()
+        try:
+            self._tokenizer = gigatoken.Tokenizer.from_json(self._json)
+        except Exception as error:  # it raises RuntimeError and ValueError, whatever the reason
+            raise Unsupported((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+        self._grown = 0
+
+    def _doubtful(self, texts: Sequence[str]) -> list[int]:
+        """The indices of the texts with characters that are not trusted."""
+        if all(map(str.isascii, texts)) or self._all_trusted("".join(texts)):
+            return []
+        return [i for i, text in enumerate(texts) if not self._all_trusted(text)]
+
+    def _all_trusted(self, text: str) -> bool:
+        if text.isascii():
+            return True
+        return bool(self._trusted[np.frombuffer(text.encode("utf-32-le"), np.uint32)].all())
+
+
+ENGINES: dict[str, type[TokenizersEngine] | type[GigatokenEngine]] = {
+    "tokenizers": TokenizersEngine,
+    "gigatoken": GigatokenEngine,
+}
+
+
+def choose(choice: EngineChoice, tokenizer_json: str) -> str:
+    """The name of the engine to use; logged.
+
+    Raises:
+        ValueError: gigatoken was asked for by name and is not installed or cannot run the tokenizer.
+    """
+    if choice is EngineChoice.tokenizers:
+        return choice.name
+    try:
+        if importlib.util.find_spec("gigatoken") is None:
+            raise Unsupported("it is not installed (pip install gigatoken)")
+        GigatokenEngine(tokenizer_json)
+    except Unsupported as error:
+        if choice is EngineChoice.gigatoken:
+            remedy = "take tokenizer.engine=auto or tokenizers"
+            raise ValueError(f"tokenizer.engine=gigatoken: cannot be used: {error}; {remedy}") from error
+        logger.info("tokenising with tokenizers; gigatoken, which is faster, cannot be used: %s", error)
+        return EngineChoice.tokenizers.name
+    logger.info("tokenising with gigatoken, checked against tokenizers")
+    return EngineChoice.gigatoken.name
+
+
+@functools.lru_cache(maxsize=2)
+def load(name: str, tokenizer: Path) -> Engine:
+    """The engine `name` for a directory with a tokenizer; kept, since loading takes as long as megabytes of text."""
+    return ENGINES[name]((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def probes(added_tokens: Sequence[str]) -> list[str]:
+    """Texts on which engines that read a tokenizer differently give different ids."""
+    texts = [
+        "It's the cat's; they'LL say I'm 12345 years, we've 1/2 & naïve café. HELLOworld helloWORLD HTTPServer",
+        "  two   spaces\t\ttabs \n\n\r\nlines\n \n  end   ",
+        "a\x00b\x01\x7f\x85\xa0c\u200b\u200dd\u2028e\ufefff\u3000g",
+        "e\u0301 A\u030a \u1100\u1161\u11a8 \u0928\u093f q\u0323\u0307 \u212b \ufb01 \u2460 \u00bd",
+        "橋を渡る。漢字\nかな 한국어 текст עברית العربية ไทย 👩‍👩‍👧‍👦🇩🇪✌️🌉",
+        *(character * 300 for character in "a -1=\n\t橋"),
+    ]
+    return texts + [f"x{token} {token}{token}y <{token.strip('<>')}>" for token in added_tokens[:100]]
+
+
+@functools.cache
+def trusted_characters() -> np.ndarray:
+    """bool [0x110000]: characters of the same category in Unicode 3.2 and today, and blocks of symbols.
+
+    Unicode never changes the normal forms of an assigned character, and hardly a category: tables of any two years
+    after 3.2 agree on these.
+    """
+    trusted = np.zeros(0x110000, bool)
+    for point in range(0x30000):
+        character = chr(point)
+        category = unicodedata.category(character)
+        trusted[point] = category != "Cn" and category == unicodedata.ucd_3_2_0.category(character)
+    for start, stop in _BLOCKS_OF_SYMBOLS:
+        trusted[start:stop] = True
+    return trusted
+
+
+def num_threads() -> int:
+    """Threads that both engines take in this process."""
+    return int(os.environ.get("RAYON_NUM_THREADS") or 0) or len(os.sched_getaffinity(0))
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _return_free_memory() -> None:
+    """Give freed memory back to the system, which glibc does when asked only."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
