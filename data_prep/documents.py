@@ -16,6 +16,7 @@ from clex_train import log
 from data_prep.config import CorpusConfig, OnBadRecord
 from data_prep.readers import READERS, Raw, Unreadable, place
 from data_prep.sources import Piece
+from data_prep.utf8 import Utf8, decode, is_blank
 
 logger = log.get(__name__)
 
@@ -25,15 +26,27 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Document:
-    """`record`: its number in the piece; `text_bytes`: length in UTF-8; `consumed`: bytes on disk read so far."""
+    """`content`: the text in UTF-8; `fields`: the record without it; `record`: its number in the piece.
 
-    text: str
+    `consumed`: bytes on disk read so far.
+    """
+
+    content: bytes
     fields: Mapping[str, Any]
     text_hash: int
     split: str
     record: int
-    text_bytes: int
     consumed: int
+
+    @property
+    def text(self) -> str:
+        """The text, decoded anew each time; `utf8.blocks(content)` gives a long one in pieces."""
+        return decode(self.content)
+
+    @property
+    def text_bytes(self) -> int:
+        """Length in UTF-8."""
+        return len(self.content)
 
 
 def documents(piece: Piece, corpus: CorpusConfig, counts: Counter[str]) -> Iterator[Document]:
@@ -51,7 +64,7 @@ def documents(piece: Piece, corpus: CorpusConfig, counts: Counter[str]) -> Itera
     reader = READERS[piece.format]
     for raw in reader.read(piece, corpus):
         try:
-            document = _document(raw, reader.parse(raw.content), corpus)
+            document = _document(raw, reader.parse(raw.take(), corpus), corpus)
         except Unreadable:
             raise
         except ValueError as error:
@@ -85,19 +98,29 @@ def is_validation(value: int, share: float) -> bool:
 
 
 def _document(raw: Raw, fields: Mapping[str, Any], corpus: CorpusConfig) -> Document | None:
-    if any(str(lookup(fields, name)) != value for name, value in corpus.where.items()):
+    if any(_as_str(lookup(fields, name)) != value for name, value in corpus.where.items()):
         return None
-    text = lookup(fields, corpus.text_field)
-    if not isinstance(text, str):
-        raise ValueError(f"field {corpus.text_field!r} must be a text, this is {type(text).__name__}")
-    if not text.strip():
-        raise ValueError(f"field {corpus.text_field!r} is empty")
-    content = _encode(text)
+    content = _content(lookup(fields, corpus.text_field), corpus.text_field)
     value = text_hash = hash64(content)
     if corpus.split_field:
-        value = hash64(_encode(str(lookup(fields, corpus.split_field))))
+        value = hash64(_encode(_as_str(lookup(fields, corpus.split_field))))
     split = "validation" if is_validation(value, corpus.validation_share) else "train"
-    return Document(text, fields, text_hash, split, raw.number, len(content), raw.consumed)
+    others = {name: value for name, value in fields.items() if name != corpus.text_field}
+    return Document(content, others, text_hash, split, raw.number, raw.consumed)
+
+
+def _content(text: Any, field: str) -> bytes:
+    """The text in UTF-8, checked."""
+    if not isinstance(text, (str, Utf8)):
+        raise ValueError(f"field {field!r} must be a text, this is {type(text).__name__}")
+    content = text.content if isinstance(text, Utf8) else _encode(text)
+    if is_blank(content):
+        raise ValueError(f"field {field!r} is empty")
+    return content
+
+
+def _as_str(value: Any) -> str:
+    return decode(value.content) if isinstance(value, Utf8) else str(value)
 
 
 def _encode(text: str) -> bytes:

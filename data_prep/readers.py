@@ -5,35 +5,45 @@ A record is read first and parsed after, so that a bad one can be named by its p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep import hub
+import numpy as np
+
+from data_prep import hub, json_lines
 from data_prep.config import CorpusConfig
 from data_prep.sources import Piece
 from data_prep.streams import DamagedStream, open_stream
+from data_prep.utf8 import Utf8
 
 PARQUET_ROWS = 64
+PARQUET_BATCH_BYTES = 4_000_000
 _BOM = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True)
 class Raw:
     """Record `number` (from 1) of a piece, as read; `consumed`: bytes of the piece on disk read so far."""
 
-    number: int
-    content: Any
-    consumed: int
+    def __init__(self, number: int, content: Any, consumed: int) -> None:
+        self.number, self.consumed = number, consumed
+        self._content = content
+
+    def take(self) -> Any:
+        """The content, once: it is not kept here, where it would double the memory that a long document takes."""
+        content, self._content = self._content, None
+        return content
 
 
 @dataclass(frozen=True)
 class Reader:
-    """`read` yields the records of a piece; `parse` makes a dict of one or raises `ValueError`; `unit` names one."""
+    """`read` yields the records of a piece; `parse` makes a dict of one or raises `ValueError`; `unit` names one.
+
+    Texts may stay `Utf8` in the dict.
+    """
 
     read: Callable[[Piece, CorpusConfig], Iterator[Raw]]
-    parse: Callable[[Any], dict[str, Any]]
+    parse: Callable[[Any, CorpusConfig], dict[str, Any]]
     unit: str
 
 
@@ -64,25 +74,19 @@ def _read_lines(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
                 if not line:
                     return
                 number, position = number + 1, position + len(line)
-                if line.strip():
-                    first = piece.start == 0 and number == 1
-                    consumed = raw.tell() if whole else position - piece.start
-                    yield Raw(number, line.removeprefix(_BOM) if first else line, consumed)
+                if line.isspace():
+                    continue
+                first = piece.start == 0 and number == 1
+                consumed = raw.tell() if whole else position - piece.start
+                record = Raw(number, line.removeprefix(_BOM) if first else line, consumed)
+                del line  # it may be long, and this function waits while its text is worked on
+                yield record
     except (DamagedStream, OSError) as error:
         raise Unreadable(f"{place(piece, number + 1)}: {error}") from error
 
 
-def _parse_json(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(decode(line.rstrip()))
-    except json.JSONDecodeError as error:
-        reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-        raise ValueError(f"malformed JSON ({reason})") from error
-    except RecursionError as error:
-        raise ValueError("malformed JSON (nested too deeply)") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON object is expected, this is a {type(record).__name__}")
-    return record
+def _parse_json(line: bytes, corpus: CorpusConfig) -> dict[str, Any]:
+    return json_lines.parse(line, corpus.text_field)
 
 
 def _read_whole(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
@@ -93,9 +97,9 @@ def _read_whole(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
         raise Unreadable(f"{piece.path}: {error}") from error
 
 
-def _parse_text(file: tuple[str, bytes]) -> dict[str, Any]:
+def _parse_text(file: tuple[str, bytes], corpus: CorpusConfig) -> dict[str, Any]:
     path, content = file
-    return {"text": decode(content), "meta": {"path": path}}
+    return {corpus.text_field: Utf8(content), "meta": {"path": path}}
 
 
 def _read_parquet(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
@@ -104,16 +108,47 @@ def _read_parquet(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(piece.path) as file:
+        with pyarrow.parquet.ParquetFile(piece.path, buffer_size=1 << 20, pre_buffer=False) as file:
             columns = _columns(piece, corpus, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-                for record in batch.to_pylist():
+            for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata), columns=columns):
+                for i in range(batch.num_rows):
                     number += 1
-                    yield Raw(number, record, piece.num_bytes * number // max(file.metadata.num_rows, 1))
+                    yield Raw(number, batch.slice(i, 1), piece.num_bytes * number // max(file.metadata.num_rows, 1))
     except (pyarrow.ArrowException, OSError) as error:
         raise Unreadable(
             f"{piece.path}: row {number + 1}: {str(error).splitlines()[0]}; fetch the file again"
         ) from error
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Rows of which none of the row groups has more than `PARQUET_BATCH_BYTES` on average."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    row_bytes = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=0)
+    return max(1, min(PARQUET_ROWS, int(PARQUET_BATCH_BYTES / max(row_bytes, 1))))
+
+
+def _parse_row(row: Any, corpus: CorpusConfig) -> dict[str, Any]:
+    """A batch of one row as a dict; its text is not decoded, so that one that is not UTF-8 is a bad record."""
+    import pyarrow
+
+    columns = dict(zip(row.schema.names, row.columns, strict=True))
+    text = columns.pop(corpus.text_field, None)
+    fields = {name: column[0].as_py() for name, column in columns.items()}
+    if text is None:
+        return fields
+    if text.type in (pyarrow.string(), pyarrow.large_string()) and text.null_count == 0:
+        return {corpus.text_field: Utf8(_cell(text)), **fields}
+    return {corpus.text_field: text[0].as_py(), **fields}
+
+
+def _cell(column: Any) -> bytes:
+    """The bytes of a column of one text, copied once (`as_buffer` of a scalar would copy them once more)."""
+    import pyarrow
+
+    width = np.int32 if column.type == pyarrow.string() else np.int64
+    _, offsets, content = column.buffers()
+    start, stop = np.frombuffer(offsets, width)[column.offset : column.offset + 2].tolist()
+    return content.slice(start, stop - start).to_pybytes() if stop > start else b""
 
 
 def _columns(piece: Piece, corpus: CorpusConfig, present: list[str]) -> list[str]:
@@ -139,31 +174,16 @@ def _read_hub(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
         raise Unreadable(f"{place(piece, number + 1)}: {error}") from error
 
 
-def _as_is(record: dict[str, Any]) -> dict[str, Any]:
+def _as_is(record: dict[str, Any], corpus: CorpusConfig) -> dict[str, Any]:
     return record
 
 
 READERS = {
     "jsonl": Reader(_read_lines, _parse_json, "line"),
     "txt": Reader(_read_whole, _parse_text, "file"),
-    "parquet": Reader(_read_parquet, _as_is, "row"),
+    "parquet": Reader(_read_parquet, _parse_row, "row"),
     "hub": Reader(_read_hub, _as_is, "row"),
 }
-
-
-def decode(content: bytes) -> str:
-    """UTF-8, strictly.
-
-    Raises:
-        ValueError: naming the line and the byte in it that are not UTF-8.
-    """
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        column = error.start - content.rfind(b"\n", 0, error.start)
-        where = f"byte {column}" if line == 1 else f"byte {column} of line {line}"
-        raise ValueError(f"not UTF-8 ({where} is 0x{content[error.start]:02x}); convert it to UTF-8") from error
 
 
 def _seek_line(content: Any, start: int) -> int:

@@ -1,0 +1,106 @@
+"""Parses a line of JSON whose text may be of hundreds of megabytes, without the text ever being one Python str.
+
+The members of the object are found first, as slices of the line; a long text is then unescaped block by block into
+UTF-8. What this strict and fast parser refuses, Python's own is asked about: it knows NaN and integers of any size, and
+says in which column a line is malformed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from data_prep.utf8 import BLOCK_BYTES, Utf8, border, decode
+
+LONG_BYTES = 1 << 20
+"""Texts from this length on are left as UTF-8."""
+
+_MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_STRING = msgspec.json.Decoder(str)
+_LOW_SURROGATE = re.compile(rb"\\u[dD][c-fC-F]")
+_LONGEST_ESCAPE = len(r"\ud83d\ude00")
+
+
+def parse(line: bytes, text_field: str) -> dict[str, Any]:
+    """The object in a line; its text, if long, as `Utf8`.
+
+    Args:
+        line: white space around the object is allowed.
+        text_field: name of the member with the text; a dot descends into a nested object.
+
+    Raises:
+        ValueError: malformed JSON, no object, or not UTF-8.
+    """
+    with suppress(ValueError, RecursionError):
+        return _members(line, text_field)
+    return _parse_slowly(line)
+
+
+def unescape(string: memoryview, block_bytes: int = BLOCK_BYTES) -> bytes:
+    """What stands between the quotes of a JSON string, as UTF-8.
+
+    Args:
+        string: the bytes between the quotes.
+        block_bytes: of it that are unescaped at once; at least 16, more than any escape.
+
+    Raises:
+        ValueError: it is malformed, or half of a surrogate pair is in it.
+    """
+    content = io.BytesIO()
+    start = 0
+    while start < len(string):
+        stop = _cut(string, start, start + block_bytes)
+        content.write(_STRING.decode(b'"%b"' % bytes(string[start:stop])).encode())
+        start = stop
+    return content.getvalue()
+
+
+def _members(content: bytes | memoryview, text_field: str) -> dict[str, Any]:
+    return {key: _value(memoryview(raw), key, text_field) for key, raw in _MEMBERS.decode(content).items()}
+
+
+def _value(raw: memoryview, key: str, text_field: str) -> Any:
+    if len(raw) >= LONG_BYTES:
+        if key == text_field and raw[:1] == b'"':
+            return Utf8(unescape(raw[1:-1]))
+        if text_field.startswith(f"{key}.") and raw[:1] == b"{":
+            return _members(raw, text_field.removeprefix(f"{key}."))
+    try:
+        return msgspec.json.decode(raw)
+    except msgspec.ValidationError:  # a number beyond 64 bits
+        return json.loads(bytes(raw))
+
+
+def _parse_slowly(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(decode(line.rstrip()))
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise ValueError(f"malformed JSON ({reason})") from error
+    except RecursionError as error:
+        raise ValueError("malformed JSON (nested too deeply)") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON object is expected, this is a {type(record).__name__}")
+    return record
+
+
+def _cut(string: memoryview, start: int, stop: int) -> int:
+    """Where to cut in (start, stop]: between two characters, and not inside an escape or a pair of surrogates."""
+    if stop >= len(string):
+        return len(string)
+    window = bytes(string[start:stop])
+    end = len(window)
+    while (backslash := window.rfind(b"\\", 0, end)) >= 0:
+        if end - backslash > _LONGEST_ESCAPE:
+            break
+        run = backslash + 1 - len(window[: backslash + 1].rstrip(b"\\"))
+        end = backslash if run % 2 else backslash - 1  # an even run is escaped backslashes; the last pair begins here
+        if end > 0 and not _LOW_SURROGATE.match(string, start + end):
+            return start + end
+    # No escape can be open here; at the very beginning of a block of nothing but escapes, all the rest is taken.
+    return border(string, start, start + end) if end > 0 else len(string)
