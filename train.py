@@ -51,9 +51,7 @@ def run(config: configuration.Config) -> int:
 def _run(config: configuration.Config, run_dir: Path) -> int:
     from clex_train import distributed, metrics, modeling, run_folder, separation, tracking, trainer
     from clex_train.checkpoint import Checkpoints, Manifest
-    from clex_train.data.order import ShuffledRows
-    from clex_train.data.packing import ConcatRows
-    from clex_train.data.store import TokenStore
+    from clex_train.data import build as data
     from clex_train.data.vocabulary import check_tokenizer
     from clex_train.engine import deepspeed as engines
     from clex_train.engine.ode_optimizer import OdeOptimizer
@@ -67,10 +65,11 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     )
     modeling.check_attention(config.attention.implementation)
     arch = modeling.architecture(config.model)
-    store = TokenStore(str(config.data.path))
+    stores = data.open_stores(config.data)
+    store, fingerprint = next(iter(stores.values())), data.fingerprint(stores)
     tokenizer = modeling.training_tokenizer(config.model, arch, store.tokenizer_path)
     check_tokenizer(store, tokenizer)
-    rows = ShuffledRows(ConcatRows(store, config.data.seq_len), config.seed)
+    rows = data.rows_of_run(stores, config.data, config.seed, config.optim)
     context_len = modeling.context_length(config.model, arch)
     separation.check_document_mask(config, arch, context_len)
     interrupted = lambda: stop.reason() is not None  # noqa: E731
@@ -78,7 +77,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     configuration.check_reach(config, context_len)
     configuration.check_scaling(config, modeling.has_field(str(config.model.path)))
     settings = engines.deepspeed_dict(config, distributed.world_size())
-    identity = Manifest.of_run(config, modeling.architecture_digest(arch), store.fingerprint)
+    identity = Manifest.of_run(config, modeling.architecture_digest(arch), fingerprint)
     checkpoints = Checkpoints(run_dir, config.checkpoint.keep_last, identity)
     newest = checkpoints.newest()
     run_folder.check_config(config, newest is not None)
@@ -89,7 +88,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     if distributed.is_main():
         run_folder.write_config(config)
         (run_dir / STOP_FILE).unlink(missing_ok=True)
-        tracking.write_environment(run_dir, first_step, store.fingerprint)
+        tracking.write_environment(run_dir, first_step, fingerprint)
 
     engines.open_process_group(config.engine)
     loaded = modeling.load_for_training(config, arch, engines.precision(config.engine), settings)

@@ -18,6 +18,7 @@ import torch
 
 from clex_train import distributed, log
 from clex_train.config import Config
+from clex_train.data.identity import DataOrder, consumed, data_order
 from clex_train.faults import RunStopped
 
 logger = log.get(__name__)
@@ -37,6 +38,8 @@ class Manifest:
     architecture: str
     """Digest of the model's architecture; another one cannot be resumed."""
     data_fingerprint: str
+    data_order: DataOrder = field(default_factory=dict)
+    """Weights of the domains and rows left out, as `data.identity.data_order` records them."""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of every file beside the manifest."""
     format: int = FORMAT
@@ -44,7 +47,9 @@ class Manifest:
     @classmethod
     def of_run(cls, config: Config, architecture: str, data_fingerprint: str) -> "Manifest":
         """The identity of a run before its first step."""
-        return cls(0, 0, distributed.world_size(), config.engine.zero_stage, architecture, data_fingerprint)
+        world_size, stage = distributed.world_size(), config.engine.zero_stage
+        order = data_order(config.data, config.optim.batch_rows)
+        return cls(0, 0, world_size, stage, architecture, data_fingerprint, order)
 
 
 class Checkpoints:
@@ -150,6 +155,13 @@ def check_compatible(path: Path, manifest: Manifest, expected: Manifest) -> None
     for name, remedy in remedies.items():
         if getattr(manifest, name) != getattr(expected, name):
             raise ValueError(f"checkpoint {path}: {remedy}")
+    before, now = (consumed(m.data_order, manifest.rows_consumed) for m in (manifest, expected))
+    for name in before:
+        if before[name] != now[name]:
+            raise ValueError(
+                f"data.{name}: checkpoint {path} has read {manifest.rows_consumed} rows under {before[name]}, which "
+                f"would have been {now[name]}; change only what comes after, or choose another output_dir"
+            )
 
 
 def _read_manifest(path: Path) -> Manifest | None:

@@ -18,7 +18,7 @@ from clex_train.settings import duration
 from clex_train.settings.attention import AttentionConfig
 from clex_train.settings.bounds import require
 from clex_train.settings.checkpoint import CheckpointConfig
-from clex_train.settings.data import DataConfig
+from clex_train.settings.data import DataConfig, DomainConfig
 from clex_train.settings.engine import EngineConfig
 from clex_train.settings.evaluation import EvaluationConfig
 from clex_train.settings.launch import LaunchConfig
@@ -86,6 +86,15 @@ def _refuse_unknown(composed: DictConfig) -> None:
         for key in [f"{group!s}.{name!s}" for name in value] if isinstance(value, DictConfig) else [str(group)]:
             if key not in known:
                 raise ValueError(f"{key}: no such key; {did_you_mean(key, known) or '--help lists them all'}")
+    _refuse_unknown_of_domains(composed)
+
+
+def _refuse_unknown_of_domains(composed: DictConfig) -> None:
+    known = [key for key, *_ in describe(DomainConfig)]
+    for name, domain in composed.data.domains.items_ex(resolve=False):
+        for key in domain:
+            if key not in known:
+                raise ValueError(f"data.domains.{name}.{key}: no such key; a domain has {' and '.join(known)}")
 
 
 def _check_between_groups(config: Config) -> None:
@@ -102,12 +111,7 @@ def _check_between_groups(config: Config) -> None:
         model.config,
         "model.init=random needs the directory of an architecture",
     )
-    require(
-        config.dry_run or config.data.path is not None,
-        "data.path",
-        config.data.path,
-        "name a token store; `python -m data_prep tokenize` writes one",
-    )
+    _check_data(config)
     require(
         config.dry_run or model.init is Init.random or model.path is not None,
         "model.path",
@@ -120,6 +124,31 @@ def _check_between_groups(config: Config) -> None:
         "optim.batch_rows",
         optim.batch_rows,
         f"must be a multiple of engine.micro_batch * engine.accumulation = {rows}",
+    )
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    require(
+        config.dry_run or data.path is not None or len(data.domains) > 0,
+        "data.path",
+        data.path,
+        "name a token store; `python -m data_prep tokenize` writes one",
+    )
+    require(
+        data.path is None or not data.domains,
+        "data.path",
+        data.path,
+        f"one store or several: with data.domains ({', '.join(data.domains)}) say data.path=null",
+    )
+    for name, domain in data.domains.items():
+        missing = not config.dry_run and domain.path is None
+        require(not missing, f"data.domains.{name}.path", domain.path, "name the token store of this domain")
+    require(
+        config.dry_run or not data.domains or config.evaluation.path is not None or config.evaluation.every < 0,
+        "evaluation.path",
+        config.evaluation.path,
+        "a mixture has no validation split of its own; name the store to evaluate on (or evaluation=never)",
     )
 
 

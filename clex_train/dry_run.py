@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from clex_train import distributed, modeling, separation, skeleton
 from clex_train.config import Config
+from clex_train.data.build import mixture_line, packing_line, planned_passes
 from clex_train.engine import deepspeed as engines
 from clex_train.engine import memory
 from clex_train.engine.footprint import Footprint
@@ -187,6 +188,10 @@ def _summary(config: Config, plan: Plan) -> Iterator[str]:
         f"  tokens      {tokens:,} a step * {config.optim.steps:,} steps = {tokens * config.optim.steps:,} "
         f"in rows of {config.data.seq_len:,}"
     )
+    yield f"  packing     {packing_line(config.data)}"
+    if config.data.domains:
+        yield f"  mixture     {mixture_line(config.data)}"
+        yield f"  repeated    {planned_passes(config.data, config.optim)}"
     yield f"  scaling     {_scaling(config, plan.context_len)}"
     yield f"  evaluation  {_evaluation(config, plan.context_len)}"
 

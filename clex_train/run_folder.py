@@ -21,7 +21,10 @@ CONFIG = "config.yaml"
 SAFE_TO_CHANGE = (
     "attention.implementation",
     "checkpoint.",
+    "data.domains.",
     "data.path",
+    "data.skip_rows",
+    "data.weights_at",
     "engine.activation_checkpointing",
     "engine.timeout",
     "engine.world_size",
@@ -36,7 +39,8 @@ SAFE_TO_CHANGE = (
 )
 """Keys that may differ when a run is continued: they do not touch the numbers it trains on.
 
-`data.path` and `model.config` are among them because the checkpoint knows their content by a fingerprint.
+`data.path` and `model.config` are among them because the checkpoint knows their content by a fingerprint; domains,
+weights and skipped rows because it knows the order of the rows that it has seen, and refuses another.
 """
 
 
@@ -125,7 +129,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         if isinstance(before, dict) and isinstance(after, dict):
             changed += changed_keys(before, after, f"{prefix}{key}.")
         elif before != after:
-            changed.append(prefix + key)
+            changed.append(f"{prefix}{key}")
     return changed
 
 

@@ -73,7 +73,10 @@ def _is_unknown_key(cause: OmegaConfBaseException) -> bool:
 
 def _no_such_key(error: BaseException, cause: OmegaConfBaseException) -> str:
     key = _quoted(error) or str(cause.full_key)
-    return f"{key}: no such key; {did_you_mean(key, _names(cause.parent_node)) or '--help lists them all'}"
+    names = _names(cause.parent_node)
+    if key in names:
+        return f"{key}: a mapping takes new names with a plus sign, +{key}=..."
+    return f"{key}: no such key; {did_you_mean(key, names) or '--help lists them all'}"
 
 
 def _refused_value(error: BaseException, cause: OmegaConfBaseException) -> str:

@@ -113,8 +113,8 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     keys = ("methods", "lengths", "protocols", "num_windows", "chunk_len")
     given = {key: value for key in keys if (value := getattr(asked, key)) is not None}
     data = asked.data or config.evaluation.path or config.data.path
-    assert data is not None, "a model without a run names its data; a run has it in its config"
-    store = TokenStore(data).split("validation")
+    require(data is not None, "data", data, "this run mixed several stores; name the one to evaluate on")
+    store = TokenStore(str(data)).split("validation")
     check_tokenizer(store, modeling.load_tokenizer(str(path), model))
     label = asked.label or Path(str(asked.run or path)).resolve().name
     folder = Path(asked.run) if asked.run else Path("runs") / label

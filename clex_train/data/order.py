@@ -6,8 +6,11 @@ So the only state of a run's data order is one integer, the rows consumed.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import accumulate
 
 from clex_train.data.permutation import Permutation
 from clex_train.data.rows import Row, Rows
@@ -40,3 +43,52 @@ class ShuffledRows:
 
     def _permutation_of(self, epoch: int) -> Permutation:
         return Permutation(len(self), generator(self._seed, self._stream, epoch))
+
+
+class SkippedRows:
+    """Rows without some of them: row i is the i-th that is not skipped, and its `index` stays what it was.
+
+    Args:
+        rows: the order of the run.
+        ranges: disjoint ascending half-open ranges of indices into `rows`, as `settings.data.parse_ranges` gives them.
+
+    Raises:
+        ValueError: as many rows are skipped as one pass over the data has.
+    """
+
+    def __init__(self, rows: Rows, ranges: Sequence[tuple[int, int]]) -> None:
+        lengths = [stop - start for start, stop in ranges]
+        if ranges and sum(lengths) >= len(rows):
+            raise ValueError(
+                f"data.skip_rows={[f'{start}-{stop - 1}' for start, stop in ranges]}: {sum(lengths)} rows, and one "
+                f"pass over the data has {len(rows)}; name the bad rows alone, or take another store"
+            )
+        self.rows = rows
+        self.seq_len = rows.seq_len
+        self._kept, self._skipped = _steps(ranges)
+
+    def __len__(self) -> int:
+        """Rows of one pass, with those that are skipped in it."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        """The row at place `index` >= 0 among those that are not skipped."""
+        return self.rows[self.original(index)]
+
+    def original(self, index: int) -> int:
+        """The index that the row at place `index` has among all rows."""
+        if index < 0:
+            raise IndexError(f"row {index}: rows are counted from 0")
+        return index + self._skipped[bisect_right(self._kept, index)]
+
+
+def original_index(ranges: Sequence[Sequence[int]], index: int) -> int:
+    """The `index`-th of the integers from 0 on that lie in none of the disjoint ascending ranges."""
+    kept, skipped = _steps(ranges)
+    return index + skipped[bisect_right(kept, index)]
+
+
+def _steps(ranges: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """How many integers are kept before each range, and how many are skipped by then: the latter one longer."""
+    skipped = [0, *accumulate(stop - start for start, stop in ranges)]
+    return [start - before for (start, _), before in zip(ranges, skipped, strict=False)], skipped

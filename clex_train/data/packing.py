@@ -9,6 +9,10 @@ import numpy as np
 
 from clex_train.data.rows import Row
 from clex_train.data.store import TokenStore
+from clex_train.data.summary import PackingSummary
+
+NUM_SAMPLED = 512
+"""Rows that the summary of a larger store is estimated from."""
 
 
 class ConcatRows:
@@ -40,3 +44,19 @@ class ConcatRows:
         start = index * self.seq_len
         stop = start + self.seq_len
         return Row(self.store.tokens(start, stop).astype(np.int64), self.store.segments(start, stop), index)
+
+    def summary(self) -> PackingSummary:
+        """Exact up to `NUM_SAMPLED` rows, else from that many at equal distances: the tables may be large."""
+        chosen = np.unique(np.linspace(0, len(self) - 1, min(len(self), NUM_SAMPLED)).astype(np.int64)).tolist()
+        pieces, cut = np.array([self._pieces_and_cuts(k) for k in chosen]).mean(axis=0)
+        sampled = len(chosen) if len(chosen) < len(self) else None
+        return PackingSummary(len(self), 1.0, round(cut * len(self)), float(pieces), sampled)
+
+    def _pieces_and_cuts(self, index: int) -> tuple[int, int]:
+        """Documents of a row, and whether one begins in it that it does not hold to the end."""
+        start, stop = index * self.seq_len, (index + 1) * self.seq_len
+        around = self.store.segments(max(start - 1, 0), min(stop + 1, self.store.num_tokens))
+        inside = around[start > 0 :][: self.seq_len]
+        begins = inside[0] != inside[-1] or start == 0 or around[0] != inside[0]
+        goes_on = stop < self.store.num_tokens and around[-1] == inside[-1]
+        return int(inside[-1] - inside[0]) + 1, int(begins and goes_on)

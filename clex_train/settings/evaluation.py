@@ -31,7 +31,7 @@ class EvaluationConfig:
     methods: list[Method] = field(default_factory=lambda: [Method.trained])
     """`trained` is the model as trained; `none`, `pi`, `ntk` put those frequencies into the same weights."""
     path: str | None = None
-    """Token store whose validation split is read; by default that of `data.path`."""
+    """Token store whose validation split is read; by default that of `data.path`; a mixture has to name one."""
     num_windows: int = 32
     """Windows of the largest length that are scored (fewer if the split has fewer)."""
     chunk_len: int = 1024

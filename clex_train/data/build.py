@@ -1,0 +1,183 @@
+"""The rows of a run from its configuration: stores opened and compared, packed, shuffled, mixed, bad rows left out.
+
+What a user should know of them is logged once: rows, use and cuts of each store, shares of a mixture, passes over each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from clex_train import log
+from clex_train.data.manifest import read_manifest
+from clex_train.data.mixture import MixedRows, Schedule
+from clex_train.data.order import ShuffledRows, SkippedRows
+from clex_train.data.packing import ConcatRows
+from clex_train.data.pieces import best_fit, long_documents
+from clex_train.data.rows import Rows
+from clex_train.data.store import TokenStore
+from clex_train.data.summary import PackingSummary
+from clex_train.settings.data import DataConfig, Packing, parse_ranges
+from clex_train.settings.optim import OptimConfig
+
+logger = log.get(__name__)
+
+MANY_PASSES = 4
+"""Repeating data up to so often is worth nearly as much as new data (Muennighoff et al., NeurIPS 2023)."""
+
+
+class PackedRows(Rows, Protocol):
+    """The rows of one pass over a store."""
+
+    def summary(self) -> PackingSummary:
+        """What the packing makes of the store."""
+        ...
+
+
+PACKINGS: dict[Packing, Callable[[TokenStore, DataConfig], PackedRows]] = {
+    Packing.concat: lambda store, data: ConcatRows(store, data.seq_len),
+    Packing.best_fit: lambda store, data: best_fit(store, data.seq_len),
+    Packing.long_documents: lambda store, data: long_documents(
+        store, data.seq_len, data.min_document_tokens or data.seq_len
+    ),
+}
+
+PACKING_LINES = {
+    Packing.concat: "documents joined by EOS and cut every {seq_len:,} tokens",
+    Packing.best_fit: "whole documents together in rows of {seq_len:,} tokens, longer ones cut, rows padded",
+    Packing.long_documents: "rows of {seq_len:,} tokens from inside documents of at least {shortest:,}",
+}
+
+
+def open_stores(data: DataConfig) -> dict[str, TokenStore]:
+    """The store of each domain by its name, or that of `data.path` alone under the name "".
+
+    Raises:
+        ValueError: a store is missing or damaged, or two were tokenised differently.
+    """
+    if not data.domains:
+        return {"": TokenStore(str(data.path))}
+    stores = {name: _open_domain(name, str(domain.path)) for name, domain in data.domains.items()}
+    first_name, first = next(iter(stores.items()))
+    for name, store in stores.items():
+        _check_same_tokenizer(f"data.domains.{name}", store, f"data.domains.{first_name}", first)
+    return stores
+
+
+def fingerprint(stores: Mapping[str, TokenStore]) -> str:
+    """That of the store, or one of all domains and their names."""
+    if "" in stores:
+        return stores[""].fingerprint
+    content = sorted((name, store.fingerprint) for name, store in stores.items())
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def rows_of_run(stores: Mapping[str, TokenStore], data: DataConfig, seed: int, optim: OptimConfig) -> Rows:
+    """The endless order of a run, and its description in the log.
+
+    Raises:
+        ValueError: a store cannot give a row, or `data.skip_rows` leaves none.
+    """
+    packed = {name: PACKINGS[data.packing](store, data) for name, store in stores.items()}
+    for name, rows in packed.items():
+        logger.info("data%s: %s, %s", name and f" {name}", data.packing.value, rows.summary())
+    _report_passes(packed, data, optim)
+    order = mix(packed, data, seed, optim.batch_rows)
+    ranges = parse_ranges(data.skip_rows)
+    return SkippedRows(order, ranges) if ranges else order
+
+
+def mix(packed: Mapping[str, Rows], data: DataConfig, seed: int, batch_rows: int) -> Rows:
+    """Every domain in an order of its own, in turns by weight; a single store in its order."""
+    if not data.domains:
+        return ShuffledRows(packed[""], seed)
+    domains = {name: ShuffledRows(rows, seed, f"rows/{name}") for name, rows in packed.items()}
+    return MixedRows(domains, schedule(data, batch_rows))
+
+
+def schedule(data: DataConfig, batch_rows: int) -> Schedule:
+    """Which domain each row is of; weights that change at step s hold from row s * batch_rows on."""
+    return Schedule({step * batch_rows: weights for step, weights in data.weights().items()})
+
+
+def packing_line(data: DataConfig) -> str:
+    """The packing in words."""
+    words = PACKING_LINES[data.packing].format(seq_len=data.seq_len, shortest=data.min_document_tokens or data.seq_len)
+    skipped = sum(stop - start for start, stop in parse_ranges(data.skip_rows))
+    return f"{data.packing.value}: {words}" + (f"; {skipped:,} rows skipped" if skipped else "")
+
+
+def mixture_line(data: DataConfig) -> str:
+    """The shares of the domains, from each step at which they change."""
+    phases = [(f"from step {step}: " if step else "") + _shares(weights) for step, weights in data.weights().items()]
+    return "; ".join(phases)
+
+
+def planned_passes(data: DataConfig, optim: OptimConfig) -> str:
+    """How often a run reads each domain, from the manifests of the stores that are there; nothing else is read."""
+    counts = schedule(data, optim.batch_rows).counts(optim.steps * optim.batch_rows)
+    return ", ".join(f"{name} {_planned(data, name, rows)}" for name, rows in counts.items())
+
+
+def _planned(data: DataConfig, name: str, num_rows: int) -> str:
+    tokens = num_rows * data.seq_len
+    try:
+        available = read_manifest(Path(str(data.domains[name].path))).num_tokens("train")
+    except ValueError:
+        return f"unknown ({tokens:,} tokens, no store at {data.domains[name].path})"
+    # Padding and documents that are too short make it more; concat reads every token.
+    least = "" if data.packing is Packing.concat else "at least "
+    return f"{least}{tokens / available:.3g} times" if available else "an empty store"
+
+
+def _shares(weights: Mapping[str, float]) -> str:
+    total = sum(weights.values())
+    return ", ".join(f"{name} {100 * weight / total:.4g} %" for name, weight in weights.items())
+
+
+def _report_passes(packed: Mapping[str, Rows], data: DataConfig, optim: OptimConfig) -> None:
+    total = optim.steps * optim.batch_rows
+    counts = schedule(data, optim.batch_rows).counts(total) if data.domains else {"": total}
+    passes = {name: counts[name] / len(rows) for name, rows in packed.items()}
+    if data.domains:
+        logger.info("mixture: %s", mixture_line(data))
+    logger.info(
+        "%s rows in all: %s",
+        f"{total:,}",
+        ", ".join(f"{name or 'the store'} read {times:.3g} times" for name, times in passes.items()),
+    )
+    for name, times in passes.items():
+        if times > MANY_PASSES:
+            key = f"data.domains.{name}.weight" if name else "optim.steps"
+            logger.warning(
+                "%s is read %.3g times, and beyond %d a repetition teaches little: lower %s or add data",
+                name or "the store",
+                times,
+                MANY_PASSES,
+                key,
+            )
+
+
+def _open_domain(name: str, path: str) -> TokenStore:
+    try:
+        return TokenStore(path)
+    except ValueError as error:
+        # The store speaks of `data.path`, which this run has not set.
+        raise ValueError(str(error).replace("data.path=", f"data.domains.{name}.path=", 1)) from error
+
+
+def _check_same_tokenizer(key: str, store: TokenStore, first_key: str, first: TokenStore) -> None:
+    ours, theirs = store.manifest.tokenizer, first.manifest.tokenizer
+    if ours.eos_id != theirs.eos_id:
+        raise ValueError(
+            f"{key}.path={store.path}: documents end with {ours.eos_token!r}, those of {first_key} with "
+            f"{theirs.eos_token!r}; tokenise both with one tokenizer"
+        )
+    if ours.vocabulary_sha256 != theirs.vocabulary_sha256:
+        raise ValueError(
+            f"{key}.path={store.path}: another tokenizer ({ours.vocab_size} tokens) than {first_key}.path={first.path} "
+            f"({theirs.vocab_size} tokens); tokenise all domains with one"
+        )
