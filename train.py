@@ -55,6 +55,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     from clex_train.data.vocabulary import check_tokenizer
     from clex_train.engine import deepspeed as engines
     from clex_train.engine.ode_optimizer import OdeOptimizer
+    from clex_train.engine.watchdog import watching
     from clex_train.evaluation.training import TrainingEvaluation
     from clex_train.export.final import write_final
 
@@ -91,19 +92,20 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
         tracking.write_environment(run_dir, first_step, fingerprint)
 
     engines.open_process_group(config.engine)
-    loaded = modeling.load_for_training(config, arch, engines.precision(config.engine), settings)
-    ode = OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else None
-    engine = engines.build(loaded.model, config)
-    if stop.deadline:
-        stop.deadline.assume("save", metrics.assumed_save_seconds(modeling.num_parameters(loaded.model)))
-    flops = metrics.flops_per_token(*modeling.matmul_shape(loaded.model), config.data.seq_len)
-    try:
-        parts = trainer.Parts(config, engine, loaded, rows, ode, checkpoints, evaluation, flops, stop)
-        steps = trainer.train(parts, partial(tracking.Tracker, config, run_dir))
-        modeling.solve_table(loaded)
-        write_final(run_dir / "final", loaded, engines.consolidated_state_dict(engine), tokenizer)
-    finally:
-        engine.destroy()
+    with watching(60 * config.engine.timeout):
+        loaded = modeling.load_for_training(config, arch, engines.precision(config.engine), settings)
+        ode = OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else None
+        engine = engines.build(loaded.model, config)
+        if stop.deadline:
+            stop.deadline.assume("save", metrics.assumed_save_seconds(modeling.num_parameters(loaded.model)))
+        flops = metrics.flops_per_token(*modeling.matmul_shape(loaded.model), config.data.seq_len)
+        try:
+            parts = trainer.Parts(config, engine, loaded, rows, ode, checkpoints, evaluation, flops, stop)
+            steps = trainer.train(parts, partial(tracking.Tracker, config, run_dir))
+            modeling.solve_table(loaded)
+            write_final(run_dir / "final", loaded, engines.consolidated_state_dict(engine), tokenizer)
+        finally:
+            engine.destroy()
     return steps
 
 

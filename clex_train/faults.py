@@ -7,3 +7,9 @@ class RunStopped(RuntimeError):
 
 class StopRequested(RuntimeError):
     """The run was asked to stop and has saved what it had: the same command goes on. Every rank raises it."""
+
+
+class RankLost(RuntimeError):
+    """A rank died, froze or hangs, so that the others cannot go on: the message says which and what it was doing."""
+
+    exit_code = 4

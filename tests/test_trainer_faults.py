@@ -118,4 +118,9 @@ def test_a_finished_run_returns_at_once(run, monkeypatch):
 def test_weights_with_a_field_are_not_trained_on_without_it(run):
     run()
     with pytest.raises(ValueError, match=r"scaling\.name=none: .* holds a CLEX field"):
-        run("scaling=none", "model.init=pretrained", f"model.path={run.folder / 'final'}", "output_dir=unused")
+        run(
+            "scaling=none",
+            "model.init=pretrained",
+            f"model.path={run.folder / 'final'}",
+            f"output_dir={run.folder}_unused",
+        )

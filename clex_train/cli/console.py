@@ -3,6 +3,7 @@
 0    done            1    a bug or a fault of the machine (with its traceback)
 2    the user's input cannot be used; one line says which key and what to do
 3    training was stopped to protect the run; one line says why and where the last checkpoint is
+4    a rank died, froze or hangs; one line says which
 75   training was asked to stop and has a checkpoint (EX_TEMPFAIL of sysexits.h): the same command goes on
 """
 
@@ -19,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from clex_train.faults import RunStopped, StopRequested
+from clex_train.faults import RankLost, RunStopped, StopRequested
 
 FAULT = 1
 USER_ERROR = 2
@@ -82,13 +83,11 @@ def _record(code: int) -> None:
 
 def report(error: Exception) -> int:
     """Print what the user can mend as one line, anything else with its traceback; returns the exit code."""
-    from clex_train.cli.errors import explain
-
     if isinstance(error, StopRequested):
         if int(os.environ.get("RANK", "0")) == 0:
             print(error, file=sys.stderr)
         return GO_ON
-    line, code = (str(error), STOPPED) if isinstance(error, RunStopped) else (explain(error), USER_ERROR)
+    line, code = _classify(error)
     if line is None:
         traceback.print_exception(error)
         return FAULT
@@ -98,6 +97,17 @@ def report(error: Exception) -> int:
         time.sleep(PATIENCE)
     print(f"error{f' of rank {rank}' if rank else ''}: {line}", file=sys.stderr)
     return code
+
+
+def _classify(error: Exception) -> tuple[str | None, int]:
+    """The line to print and the exit code; no line for what deserves its traceback."""
+    from clex_train.cli.errors import explain
+
+    if isinstance(error, RunStopped):
+        return str(error), STOPPED
+    if isinstance(error, RankLost):
+        return str(error), RankLost.exit_code
+    return explain(error), USER_ERROR
 
 
 def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:

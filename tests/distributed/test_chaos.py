@@ -1,0 +1,64 @@
+"""A run killed with -9 at any moment, by the rank or by the launcher, ends with the bits of the one left alone.
+
+CHAOS_KILLS=20 python -m pytest -m slow -s tests/distributed/test_chaos.py
+"""
+
+import json
+import os
+import time
+from collections import Counter
+
+import pytest
+import torch
+from chaos import last_row, run_with_kills
+from safetensors.torch import load_file
+
+KILLS = int(os.environ.get("CHAOS_KILLS", "4"))
+SEED = int(os.environ.get("CHAOS_SEED", "0"))
+STEPS = 12 + 5 * KILLS
+OVERRIDES = (
+    "scaling=clex",
+    "scaling.lr_scale=1.0",
+    "scaling.t_max=4",
+    "engine.micro_batch=1",
+    "checkpoint.every=2",
+    "evaluation.every=4",
+    "engine.timeout=1",
+    f"optim.steps={STEPS}",
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 + 60 * KILLS)]
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits_and_rows(launcher):
+    whole = launcher.run(2, "left_alone", *OVERRIDES)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    start = time.monotonic()
+    kills = run_with_kills(launcher, "killed", KILLS, SEED, OVERRIDES)
+    seconds = time.monotonic() - start
+    _report(kills, seconds)
+    assert len(kills) == KILLS, "the run was finished before all kills were done"
+    assert any(kill.moment == "a save" for kill in kills)
+    left_alone, killed = launcher.folder / "left_alone", launcher.folder / "killed"
+    files = sorted(path.name for path in (left_alone / "final").glob("*.safetensors"))
+    assert "model.safetensors" in files
+    for name in files:
+        first, second = load_file(left_alone / "final" / name), load_file(killed / "final" / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+    rows = [
+        row for step in launcher.figures("killed", "rows") for first, last in step for row in range(first, last + 1)
+    ]
+    assert rows == list(range(8 * STEPS)), "every row once, in order"
+    for key in ("step", "loss", "t", "grad_norm", "ode_grad_norm", "perplexity/trained/one_shot/64"):
+        assert launcher.figures("killed", key) == launcher.figures("left_alone", key), key
+    assert last_row(killed)["step"] == STEPS
+
+
+def _report(kills, seconds: float) -> None:
+    """Printed with `-s`: what was done, for the record."""
+    by_victim, by_moment = Counter(kill.victim for kill in kills), Counter(kill.moment for kill in kills)
+    print(f"\n{len(kills)} kills in {seconds:.0f} s, {STEPS} steps, seed {SEED}")
+    print(json.dumps({"victims": by_victim, "moments": by_moment}, indent=2))
+    for kill in kills:
+        print(f"  {kill.victim:<17}{kill.moment:<15}step {kill.step:<4}{kill.seconds:5.1f} s after the launch")

@@ -1,0 +1,52 @@
+"""Two gloo ranks under a watchdog, one of which misbehaves; run by torchrun: `watched_ranks.py FAULT TIMEOUT`."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from clex_train import distributed
+from clex_train.engine.watchdog import watching
+from clex_train.faults import RankLost
+
+
+def stuck_in_its_own_work() -> None:
+    """As a read from a file system that does not answer; the process lives and beats."""
+    time.sleep(600)
+
+
+def stopped() -> None:
+    """As a frozen node."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def killed() -> None:
+    """As by the kernel when memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(fault: str, rank: int, timeout: float) -> int:
+    """Rank `rank` does what its fault says, the other one waits for it in a barrier."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    try:
+        with watching(timeout):
+            if distributed.rank() == rank:
+                {"stuck": stuck_in_its_own_work, "stopped": stopped, "killed": killed, "none": lambda: None}[fault]()
+            distributed.barrier()
+    except RankLost as error:
+        print(f"LOST {error}", file=sys.stderr, flush=True)
+        # The launcher, which would end the group with it, is not to be faster than what is tested.
+        threading.Event().wait(0.1)
+        os._exit(RankLost.exit_code)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])))
