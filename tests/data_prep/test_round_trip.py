@@ -1,0 +1,21 @@
+"""Whatever real text is tokenised, the tokens of the store decode to it: nothing lost, nothing added."""
+
+import json
+from pathlib import Path
+
+from small_corpora import stored_texts, tokenize_files
+
+from data_prep.streams import open_stream
+
+
+def test_all_of_the_real_text_round_trips_through_a_store(
+    shared_data: Path, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    files = sorted(path for path in shared_data.rglob("*.jsonl.*"))
+    store = tokenize_files(list(files), tokenizer_dir, tmp_path / "store")
+    found = iter(stored_texts(store))
+    for file in files:
+        with open_stream(file) as (content, _):
+            for line in content:
+                assert next(found) == json.loads(line)["text"]
+    assert next(found, None) is None
