@@ -7,10 +7,12 @@ Shapes: q, k, v [tokens, heads, D].
 
 import math
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers import modeling_flash_attention_utils as utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
@@ -55,13 +57,13 @@ def _document(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softca
     return torch.einsum("hqk,khd->qhd", logits.masked_fill(~seen, -math.inf).softmax(dim=-1), v)
 
 
-def _forward(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """transformers' own function for flash attention, with what it looks up on a GPU replaced for the call."""
-    from unittest.mock import patch
+class _Arguments:
+    """What becomes of the arguments before the call: one function in transformers 5.17, a pair of them in 5.23."""
 
-    from transformers import modeling_flash_attention_utils as utils
+    def __iter__(self) -> Any:
+        return iter((self, None))
 
-    def process(**given: Any) -> dict[str, Any]:
+    def __call__(self, **given: Any) -> dict[str, Any]:
         window = given["sliding_window"]
         lengths = {key: given[key] for key in ("max_seqlen_q", "max_seqlen_k") if key in given}
         # As transformers has it: a window of n keys is n - 1 to the left.
@@ -74,7 +76,10 @@ def _forward(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
             "softcap": given["softcap"] or 0.0,
         }
 
-    functions = ((_refuse, attend, None, None, None), (process, None))
+
+def _forward(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """transformers' own function for flash attention, with what it looks up on a GPU replaced for the call."""
+    functions = ((_refuse, attend, None, None, None), _Arguments())
     with patch.object(utils, "lazy_import_flash_attention", lambda *_: functions):
         return flash_attention_forward(module, *args, **kwargs)
 

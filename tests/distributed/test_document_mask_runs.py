@@ -1,0 +1,52 @@
+"""Documents kept apart, through the real launcher: rows with different numbers of scored tokens on two ZeRO-3 ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_runs import ROOT, environment
+
+OPTIONS = (
+    "scaling=clex",
+    "scaling.lr_scale=1.0",
+    "scaling.t_max=4",
+    "data.document_mask=true",
+    "evaluation=never",
+    "optim.steps=6",
+    "checkpoint.every=0",
+)
+
+
+@pytest.fixture(scope="module")
+def short_documents(tmp_path_factory, tiny_store) -> Path:
+    """A store whose documents are the paragraphs of Python sources: some a row long, some of a few tokens."""
+    folder = tmp_path_factory.mktemp("paragraphs")
+    texts = [
+        paragraph
+        for python in sorted(Path(os.__file__).parent.glob("json/*.py"))
+        for paragraph in python.read_text(encoding="utf-8").split("\n\n")
+        if paragraph.strip()
+    ]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    made = [f"corpus.paths=[{folder / 'texts.jsonl'}]", f"tokenizer={tiny_store / 'tokenizer'}"]
+    command = [sys.executable, "-m", "data_prep", "tokenize", *made, f"output={folder / 'store'}"]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=120)
+    return folder / "store"
+
+
+@pytest.mark.timeout(400)
+def test_two_ranks_give_the_curve_of_one_rank(launcher, short_documents):
+    for ranks, name, micro_batch in ((1, "apart_one", 4), (2, "apart_two", 1)):
+        overrides = (*OPTIONS, f"data.path={short_documents}", f"engine.micro_batch={micro_batch}")
+        done = launcher.run(ranks, name, *overrides)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (torch.tensor(launcher.figures(name, "loss")) for name in ("apart_one", "apart_two"))
+    assert len(one) == len(two) == 6
+    assert ((one - two).abs() / one).max() < 1e-5
+    for norm in ("grad_norm", "ode_grad_norm"):
+        one, two = (torch.tensor(launcher.figures(name, norm)) for name in ("apart_one", "apart_two"))
+        assert ((one - two).abs() / one).max() < 1e-3, norm

@@ -1,0 +1,173 @@
+"""The loss of a step is the mean over its scored tokens, whatever rows and micro-batches they are in."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from composing import composed
+
+import train
+from clex_train import modeling, seeding, trainer
+from clex_train.data import order
+from clex_train.data.rows import PADDING, Row
+from clex_train.faults import RunStopped
+from clex_train.scaling.sampling import draw_document_positions
+
+SEQ_LEN = 24
+LAYOUTS = [([24], 0), ([5, 1, 10, 8], 0), ([1, 1, 14], 8), ([1] * 20, 4), ([2, 3], 19), ([12, 12], 0)]
+"""Documents and padding of the rows of every step; the fourth has no token to score."""
+
+
+def given_row(index: int) -> Row:
+    lengths, padding = LAYOUTS[index % len(LAYOUTS)]
+    segments = np.repeat([*range(len(lengths)), PADDING], [*lengths, padding]).astype(np.int32)
+    tokens = np.random.default_rng(index).integers(3, 200, SEQ_LEN)
+    return Row(tokens, segments, index)
+
+
+class GivenRows:
+    """`LAYOUTS` over and over, with tokens of their own, in place of the rows of a store."""
+
+    def __init__(self, rows, seed):
+        self.seq_len = rows.seq_len
+
+    def __len__(self):
+        return len(LAYOUTS)
+
+    def __getitem__(self, index):
+        return given_row(index)
+
+
+@pytest.fixture
+def run(tmp_path, tiny_store, tiny_architecture, monkeypatch):
+    """train.run on `GivenRows`, documents apart; returns its configuration."""
+    monkeypatch.setattr(order, "ShuffledRows", GivenRows)
+
+    def start(name: str, *overrides: str):
+        config = composed(
+            "+experiment=tiny_base",
+            f"output_dir={tmp_path / name}",
+            f"data.path={tiny_store}",
+            f"model.config={tiny_architecture}",
+            "model.context_len=32",
+            f"data.seq_len={SEQ_LEN}",
+            "data.document_mask=true",
+            "evaluation=never",
+            f"optim.batch_rows={len(LAYOUTS)}",
+            "optim.steps=2",
+            "optim.clip=1e9",
+            *overrides,
+        )
+        train.run(config)
+        return config
+
+    start.figures = lambda name: [
+        json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().split("\n") if line
+    ]
+    return start
+
+
+def fresh_model(config):
+    """The weights that a run begins with, and its handle."""
+    arch = modeling.architecture(config.model)
+    modeling.training_tokenizer(config.model, arch, modeling.Path(config.data.path) / "tokenizer")
+    return modeling.load_for_training(config, arch, torch.float32, {})
+
+
+def reference(config, row_indices, t=None):
+    """Mean cross-entropy over the scored tokens of the rows and its gradient norm, one document at a time."""
+    loaded = fresh_model(config)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for index in row_indices:
+        row, start = given_row(index), 0
+        runs = np.diff(np.flatnonzero(np.diff(row.segments, prepend=-2, append=-2)))
+        generators = [seeding.generator(config.seed, "positions", index, number) for number in range(len(runs))]
+        kind = config.scaling.positions.value
+        positions = draw_document_positions(kind, runs.tolist(), loaded.context_len, t or 1.0, generators)
+        for length in runs.tolist():
+            ids = torch.from_numpy(row.tokens[start : start + length])[None]
+            if row.segments[start] != PADDING:
+                inverse = loaded.clex.inv_freq(t) if t else None
+                total = total + document_loss(loaded, ids, t, inverse, positions[start : start + length])
+                count += length - 1
+            start += length
+    (total / count).backward()
+    squares = sum(float(p.grad.double().square().sum()) for p in loaded.model.parameters() if p.grad is not None)
+    return float(total / count), squares**0.5
+
+
+def document_loss(loaded, ids, t, inverse, positions):
+    if ids.shape[1] == 1:
+        return 0.0
+    from clex_train.scaling.spectrum import Spectrum
+
+    if t:
+        with loaded.handle.training(Spectrum(inverse, t=t), positions[None]):
+            logits = loaded.model(input_ids=ids, use_cache=False).logits
+    else:
+        logits = loaded.model(input_ids=ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[0, :-1].double(), ids[0, 1:], reduction="sum")
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 6])
+def test_loss_and_gradient_of_a_step_are_those_of_its_documents_alone(run, micro_batch):
+    config = run("plain", f"engine.micro_batch={micro_batch}")
+    first = run.figures("plain")[0]
+    loss, norm = reference(config, range(len(LAYOUTS)))
+    assert first["loss"] == pytest.approx(loss, rel=1e-6)
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["random", "skip"])
+def test_with_clex_every_document_has_positions_of_its_own(run, positions):
+    config = run("clex", "scaling=clex", f"scaling.positions={positions}", "scaling.t_max=4", "engine.micro_batch=2")
+    first = run.figures("clex")[0]
+    loss, norm = reference(config, range(len(LAYOUTS)), first["t"])
+    assert first["loss"] == pytest.approx(loss, rel=1e-6)
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_a_resumed_run_goes_on_to_the_bit(run, monkeypatch):
+    clex = ("scaling=clex", "scaling.t_max=4", "engine.micro_batch=2", "checkpoint.every=2", "optim.steps=4")
+    run("whole", *clex)
+    with monkeypatch.context() as broken:
+        broken.setattr(trainer, "train_step", failing_at(3, trainer.train_step))
+        with pytest.raises(KeyboardInterrupt):
+            run("parts", *clex)
+    run("parts", *clex)
+    for key in ("loss", "grad_norm", "ode_grad_norm"):
+        whole, parts = ([row[key] for row in run.figures(name)] for name in ("whole", "parts"))
+        assert len(whole) == 4
+        assert whole == parts, key
+
+
+def failing_at(last, train_step):
+    def interrupted(parts, step, micro_batches):
+        if step == last:
+            raise KeyboardInterrupt
+        return train_step(parts, step, micro_batches)
+
+    return interrupted
+
+
+def test_a_step_without_a_token_to_score_stops_by_name(run, monkeypatch):
+    monkeypatch.setattr(GivenRows, "__getitem__", lambda self, index: replace(given_row(3), index=index))
+    with pytest.raises(RunStopped, match=r"step 0: no token can be scored .*rows 0 to 5.*document_mask=false"):
+        run("empty", "engine.micro_batch=2")
+
+
+def batches_of(counts):
+    """Micro-batches of one row with so many tokens to score."""
+    labels = [torch.where(torch.arange(12) <= count, 1, -100)[None] for count in counts]
+    return [{"labels": each, "row_index": torch.tensor([0])} for each in labels]
+
+
+def test_weights_are_the_share_of_scored_tokens_and_one_on_average():
+    weights = trainer.loss_weights(batches_of([1, 0, 11, 4]), step=0)
+    assert weights == [0.25, 0.0, 2.75, 1.0]
+
+
+def test_weights_of_equal_rows_are_one_to_the_bit():
+    assert trainer.loss_weights(batches_of([7] * 3), step=0) == [1.0] * 3
