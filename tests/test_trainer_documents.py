@@ -95,7 +95,7 @@ def reference(config, row_indices, t=None):
             start += length
     (total / count).backward()
     squares = sum(float(p.grad.double().square().sum()) for p in loaded.model.parameters() if p.grad is not None)
-    return float(total / count), squares**0.5
+    return float(total.detach()) / count, squares**0.5
 
 
 def document_loss(loaded, ids, t, inverse, positions):

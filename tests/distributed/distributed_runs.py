@@ -10,6 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a process group that was opened in this process leaves in the environment."""
 
 
 @dataclass
@@ -67,5 +69,6 @@ def free_port() -> str:
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank: several launches share two cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    """One thread a rank: several launches share two cores. Of a process group of this process they know nothing."""
+    own = {name: value for name, value in os.environ.items() if name not in GROUP}
+    return {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

@@ -10,9 +10,11 @@ if __name__ == "__main__":
 
 import family_checks as checks  # noqa: E402
 from rotary_families import CONTEXT, FAMILIES, tiny_model  # noqa: E402
-from transformers import AutoConfig  # noqa: E402
+from transformers import AutoConfig, PretrainedConfig  # noqa: E402
 
 from clex_train.rope.patch import install_rotary, require_rotary  # noqa: E402
+from clex_train.separation import require_separable  # noqa: E402
+from clex_train.settings.attention import AttentionImplementation  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 
@@ -71,6 +73,8 @@ COLUMNS = """- rotary / head: dimensions of the small model, unequal when the ro
 - crossings: logits over three moves of t with a KV cache equal those of a cache of unrotated keys to 1e-4 (float32).
 - generate: greedy decoding across two moves of t is the same with and without the cache (one layer, where it must be).
 - log-scaling: the softmax scale can be set (`clex_train/attention/log_scaling.py`).
+- documents: `data.document_mask=true` keeps the documents of a row apart in every back end, or all but flash attention
+  (`not flash`); `no` is refused.
 - undo: logits and modules are those of before, to the bit.
 
 """
@@ -99,7 +103,7 @@ def render() -> str:
 
 def _family_table() -> str:
     head = ["model_type", "models", "rotary / head", "pairs", "t = 1", "gradient", "crossings", "generate"]
-    return _table([*head, "log-scaling", "undo"], [_family_row(family) for family in FAMILIES])
+    return _table([*head, "log-scaling", "undo", "documents"], [_family_row(family) for family in FAMILIES])
 
 
 def _family_row(family: str) -> list[str]:
@@ -121,7 +125,16 @@ def _family_row(family: str) -> list[str]:
         f"{2 * len(handle.base_inv_freq)} / {head}",
         str(handle.layout),
         *cells,
+        _documents(config),
     ]
+
+
+def _documents(config: PretrainedConfig) -> str:
+    if _refusal(lambda: require_separable(config, AttentionImplementation.sdpa)):
+        return "no"
+    return (
+        "not flash" if _refusal(lambda: require_separable(config, AttentionImplementation.flash_attention_2)) else "yes"
+    )
 
 
 def _scaling_table() -> str:
