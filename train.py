@@ -52,6 +52,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     from clex_train import distributed, metrics, modeling, run_folder, separation, tracking, trainer
     from clex_train.checkpoint import Checkpoints, Manifest
     from clex_train.data import build as data
+    from clex_train.data.overlap import require_disjoint
     from clex_train.data.vocabulary import check_tokenizer
     from clex_train.engine import deepspeed as engines
     from clex_train.engine.ode_optimizer import OdeOptimizer
@@ -75,6 +76,8 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     separation.check_document_mask(config, arch, context_len)
     interrupted = lambda: stop.reason() is not None  # noqa: E731
     evaluation = TrainingEvaluation(config, store, context_len, interrupted) if config.evaluation.every >= 0 else None
+    if evaluation:
+        require_disjoint(stores.values(), evaluation.store)
     configuration.check_reach(config, context_len)
     configuration.check_scaling(config, modeling.has_field(str(config.model.path)))
     settings = engines.deepspeed_dict(config, distributed.world_size())

@@ -104,3 +104,14 @@ def test_a_checkpoint_of_another_architecture(refusal, tmp_path):
     line = refusal()
     assert line.startswith(f"checkpoint {folder}: ")
     assert "architecture" in line
+
+
+def test_evaluation_on_training_documents(refusal, tmp_path, tiny_store):
+    texts, other = tiny_store.parent / "texts", tmp_path / "other"
+    command = [sys.executable, "-m", "data_prep", "tokenize", f"corpus.paths=[{texts}]", "corpus.validation_share=1"]
+    command += [f"tokenizer={tiny_store / 'tokenizer'}", f"output={other}"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    line = refusal(f"evaluation.path={other}")
+    assert line.startswith(f"evaluation.path={other}: ")
+    assert ".txt: record 1, in training" in line
+    assert "name another store by evaluation.path" in line

@@ -136,6 +136,11 @@ class TokenStore:
         hashes = [self._documents_of(i)["text_hash"] for i in range(len(self._shards))]
         return np.concatenate([np.empty(0, np.uint64), *hashes])
 
+    def document_tables(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first doc_id, `DOCUMENT` records [D_i], memory-mapped) of each shard, in order."""
+        for i, first_doc in enumerate(self._document_starts[:-1]):
+            yield int(first_doc), self._documents_of(i)
+
     def _borders(self, start: int, stop: int) -> np.ndarray:
         """Where documents begin strictly within the span."""
         shard = int(np.searchsorted(self._token_starts, start, side="right")) - 1

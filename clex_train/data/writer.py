@@ -157,7 +157,9 @@ def write_store(
     for split in SPLITS:
         with ShardWriter(partial / split, "00000", token_dtype(vocab_size)) as writer:
             for record, ids in enumerate(documents.get(split, ()), start=1):
-                writer.add(np.array([*ids, eos_id], np.int64), text_hash=record, source=0, record=record)
+                content = np.array([*ids, eos_id], np.int64)
+                digest = hashlib.blake2b(content.tobytes(), digest_size=8).digest()
+                writer.add(content, int.from_bytes(digest, "little"), source=0, record=record)
             splits[split] = [writer.close()] if writer.num_documents else []
     vocabulary = {str(i): i for i in range(vocab_size)}
     tokenizer = TokenizerInfo(vocab_size, vocabulary_sha256(vocabulary), str(eos_id), eos_id)

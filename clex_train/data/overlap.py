@@ -1,0 +1,90 @@
+"""Documents that are in both of two splits, found by the hash of their text.
+
+The smaller side's hashes are sorted in memory (8 bytes a document); the larger side is streamed from its memory map.
+Nearly all of its hashes are told apart by their first 22 bits, in a table that fits a cache, before any is looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from clex_train.data.store import TokenStore
+
+CHUNK_DOCUMENTS = 1 << 20
+_SHIFT = np.uint64(64 - 22)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """`num_held_out` held-out documents are training documents too; `train_doc` and `held_out_doc` are one pair."""
+
+    num_held_out: int
+    train_doc: int
+    held_out_doc: int
+
+
+def overlap(train: TokenStore, held_out: TokenStore) -> Overlap | None:
+    """Documents of equal text in two splits, or None; the example is that of the smallest hash.
+
+    Memory: 8 bytes a document of the smaller split, twice, and a few megabytes.
+    """
+    small, large = sorted((train, held_out), key=lambda store: store.num_documents)
+    shared = _values_in(large, np.unique(small.text_hashes()))
+    if not len(shared):
+        return None
+    count = sum(len(doc_ids) for doc_ids, _ in _matches(held_out, shared))
+    return Overlap(count, _first(train, shared[:1]), _first(held_out, shared[:1]))
+
+
+def require_disjoint(train: Iterable[TokenStore], held_out: TokenStore) -> None:
+    """Refuse to evaluate on documents that are trained on.
+
+    Args:
+        train: the training split of each store of the run.
+        held_out: the split that is evaluated.
+
+    Raises:
+        ValueError: a text is on both sides; says how many are, one of them by its origin on both sides, and the remedy.
+    """
+    for store in train:
+        found = overlap(store, held_out)
+        if found:
+            raise ValueError(
+                f"evaluation.path={held_out.path}: {found.num_held_out} of its {held_out.num_documents} "
+                f"{held_out.split_name} documents are training documents of data.path={store.path} as well, such as "
+                f"{_place(held_out, found.held_out_doc)}, in training {_place(store, found.train_doc)}; "
+                "name another store by evaluation.path, or tokenise again without corpus.split_field"
+            )
+
+
+def _values_in(store: TokenStore, wanted: np.ndarray) -> np.ndarray:
+    """uint64, sorted: those of the sorted `wanted` hashes that the split has."""
+    parts = [values for _, values in _matches(store, wanted)]
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *parts]))
+
+
+def _first(store: TokenStore, wanted: np.ndarray) -> int:
+    return int(next(doc_ids[0] for doc_ids, _ in _matches(store, wanted) if len(doc_ids)))
+
+
+def _matches(store: TokenStore, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (doc_ids, hashes) of documents whose hash is among the sorted `wanted`, for a chunk of them at a time."""
+    if not len(wanted):
+        return
+    maybe = np.zeros(1 << 22, bool)
+    maybe[wanted >> _SHIFT] = True
+    for first_doc, records in store.document_tables():
+        for start in range(0, len(records), CHUNK_DOCUMENTS):
+            hashes = np.ascontiguousarray(records["text_hash"][start : start + CHUNK_DOCUMENTS])
+            candidates = np.flatnonzero(maybe[hashes >> _SHIFT])
+            values = hashes[candidates]
+            places = np.minimum(np.searchsorted(wanted, values), len(wanted) - 1)
+            same = wanted[places] == values
+            yield first_doc + start + candidates[same], values[same]
+
+
+def _place(store: TokenStore, doc_id: int) -> str:
+    return store.origin(doc_id) if store.manifest.sources else f"document {doc_id}"
