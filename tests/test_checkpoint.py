@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,17 @@ def test_the_manifest_counts_rows_and_names_every_file(checkpoints):
     manifest = json.loads((checkpoints.folder / "step_15" / "manifest.json").read_text())
     assert manifest["rows_consumed"] == 120
     assert manifest["files"].keys() == {"shard.pt", "ode.pt"}
+
+
+def test_weights_and_skipped_rows_may_change_only_ahead_of_a_checkpoint(tmp_path):
+    def identity(weight: float, skip: int) -> Manifest:
+        order = {"weights": [[0, {"a": 1.0, "b": 2.0}], [50, {"a": weight, "b": 2.0}]], "skip_rows": [[skip, skip + 9]]}
+        return replace(IDENTITY, data_order=order)
+
+    Checkpoints(tmp_path, 2, identity(3.0, 45)).save(FileEngine(), None, step=5, rows_consumed=40)
+    assert Checkpoints(tmp_path, 2, identity(9.0, 40)).newest() is not None
+    Checkpoints(tmp_path, 2, identity(3.0, 45)).save(FileEngine(), None, step=6, rows_consumed=48)
+    with pytest.raises(ValueError, match=r"^data.weights: checkpoint .*step_6 has read 48 rows under"):
+        Checkpoints(tmp_path, 2, identity(9.0, 45))
+    with pytest.raises(ValueError, match=r"^data.skip_rows: checkpoint .*step_6 has read 48 rows under"):
+        Checkpoints(tmp_path, 2, identity(3.0, 47))

@@ -120,3 +120,16 @@ def test_the_command_prints_the_plan_in_seconds_without_deepspeed(tmp_path):
     for name in ("parameters", "gradients", "optimizer", "activations", "logits", "ODE", "total"):
         assert f"\n  {name} " in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_names_packing_and_mixture_in_a_line_each(capsys):
+    curriculum = "+data.weights_at={10: {book: 0, code: 30}}"
+    overrides = ("data=longcorpus", "data.packing=best_fit", "data.skip_rows=[3,10-19]", curriculum, "dry_run=true")
+    dry_run.print_plan(composed("+experiment=tiny_clex", *overrides))
+    lines = capsys.readouterr().out.splitlines()
+    (packing,) = (line for line in lines if line.startswith("  packing     "))
+    assert packing.startswith("  packing     best_fit: whole documents together in rows of 4,096 tokens")
+    assert packing.endswith("; 11 rows skipped")
+    (mixture,) = (line for line in lines if line.startswith("  mixture     "))
+    assert "book 40 %, arxiv 20 %, general 20 %, code 10 %, qa 5 %, paper 5 %; from step 10: book 0 %" in mixture
+    assert any(line.startswith("  repeated    book unknown (") for line in lines)

@@ -115,3 +115,33 @@ def test_evaluation_on_training_documents(refusal, tmp_path, tiny_store):
     assert line.startswith(f"evaluation.path={other}: ")
     assert ".txt: record 1, in training" in line
     assert "name another store by evaluation.path" in line
+
+
+def test_a_mixture_that_cannot_be_read(refusal, tiny_store):
+    evaluated = f"evaluation.path={tiny_store}"
+    line = refusal("data.path=null", f"+data.domains={{a: {{path: {tiny_store}}}, b: {{path: /no/such}}}}", evaluated)
+    assert line.startswith("data.domains.b.path=/no/such: no such directory")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["data.path=x", "+data.domains={a: {path: y}}"], "data.path=x: one store or several"),
+        (["data.path=null", "+data.domains={a: {path: y}}"], "evaluation.path=None: a mixture has no validation split"),
+        (["data.path=null", "+data.domains={a: {weight: 2}}"], "data.domains.a.path=None: name the token store"),
+        (["data=longcorpus", "+data.domains.qa.wieght=2"], "data.domains.qa.wieght: no such key"),
+    ],
+)
+def test_settings_of_a_mixture_that_cannot_be_meant(overrides, line):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        composed("+experiment=tiny_base", *overrides)
+    assert str(raised.value).startswith(line)
+
+
+def test_rows_of_documents_longer_than_all(refusal):
+    line = refusal("data.packing=long_documents", "data.min_document_tokens=9999999")
+    assert line.startswith("data.min_document_tokens=9999999: none of the ")
+
+
+def test_skipping_more_rows_than_there_are(refusal):
+    assert refusal("data.skip_rows=[0-99999999]").startswith("data.skip_rows=['0-99999999']: 100000000 rows, and one")
