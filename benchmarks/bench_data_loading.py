@@ -1,0 +1,160 @@
+"""The data path behind the store: rows from page cache, a store of 10^10 tokens, and the index of best_fit.
+
+    python benchmarks/bench_data_loading.py [--output benchmarks/results/NAME.md]
+
+Tokens are random (no time depends on them), lengths of documents log-normal. The loader is timed in processor time of
+the whole process, its reading thread included, medians over turns; the large stores are sparse files with a real table
+of documents. A first row counts from opening the store; a resume, from building the order to the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from bench_page import processor, publish
+
+from clex_train.data.collate import joined, separated
+from clex_train.data.loader import Collate, batches
+from clex_train.data.manifest import DOCUMENT, MANIFEST
+from clex_train.data.order import ShuffledRows
+from clex_train.data.packing import ConcatRows
+from clex_train.data.pieces import best_fit
+from clex_train.data.rows import Rows
+from clex_train.data.store import TokenStore
+from clex_train.data.writer import write_atomically, write_store
+
+BATCH_ROWS, MICRO_BATCH, VOCABULARY = 64, 8, 8192
+
+
+def main() -> None:
+    """Print one Markdown page, and write it where `--output` says."""
+    arguments = parse()
+    torch.set_num_threads(1)
+    publish([*header(), *loading(arguments)], arguments.output)
+
+
+def parse() -> argparse.Namespace:
+    """The sizes to measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to write stores; by default a temporary one")
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+def header() -> list[str]:
+    """What was run, on what."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return [
+        "# Rows and batches",
+        "",
+        f"`python benchmarks/bench_data_loading.py` at {commit.stdout.strip()}, Python {platform.python_version()}, "
+        f"numpy {np.__version__}, torch {torch.__version__}, {processor()} with {os.cpu_count()} processors, "
+        f"load {os.getloadavg()[0]:.1f}",
+    ]
+
+
+def loading(arguments: argparse.Namespace) -> list[str]:
+    """Lines of the page: speed of the loader, a store of 10^10 tokens, the index of best_fit."""
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench_loading_") as folder:
+        small, large, billion = (Path(folder) / name for name in ("small", "large", "billion"))
+        lines = speeds(small, arguments.repeats)
+        lines += large_store(sparse_store(large, np.full(10**6, 10**4)), arguments.repeats)
+        lengths = document_lengths(10**9)
+        return lines + index_of_best_fit(sparse_store(billion, lengths), arguments.repeats)
+
+
+def speeds(path: Path, repeats: int) -> list[str]:
+    """A table of millions of tokens a second of one core."""
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(3, VOCABULARY, n).tolist() for n in document_lengths(20_000_000)]
+    write_store(path, {"train": documents}, vocab_size=VOCABULARY)
+    store = TokenStore(path)
+    lines = ["", "## Loader from page cache, million tokens a second of one core", ""]
+    lines += ["| packing | tokens in a row | documents joined | documents kept apart |", "|---|---:|---:|---:|"]
+    for seq_len in (128, 4096, 32768):
+        for name, rows in (("concat", ConcatRows(store, seq_len)), ("best_fit", best_fit(store, seq_len))):
+            cells = [f"{speed(rows, collate, repeats) / 1e6:.1f}" for collate in (joined, separated)]
+            lines.append(f"| {name} | {seq_len:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def speed(rows: Rows, collate: Collate, repeats: int) -> float:
+    """Tokens a second of processor time, median."""
+    steps = max(1, min(len(rows), 20_000) // BATCH_ROWS)
+    found = []
+    for turn in range(repeats + 1):
+        start = time.process_time()
+        for step in islice(batches(ShuffledRows(rows, turn), 0, BATCH_ROWS, 0, 1, MICRO_BATCH, collate), steps):
+            for _ in step:
+                pass
+        # One step more than was taken has been read ahead, or begun; it is left out of the tokens.
+        found.append(steps * BATCH_ROWS * rows.seq_len / (time.process_time() - start))
+    return statistics.median(found[1:])
+
+
+def large_store(path: Path, repeats: int) -> list[str]:
+    """Milliseconds to the first batch and to the batch at row 10^7."""
+    lines = ["", "## A store of 10^10 tokens, a sparse file, rows of 128 tokens", ""]
+    for words, first_row in (("open and read the first row", 0), ("the same, resumed at row 10^7", 10**7)):
+        found = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            rows = ShuffledRows(ConcatRows(TokenStore(path), 128), seed=0)
+            next(next(batches(rows, first_row, 8, 0, 1, 8, joined)))
+            found.append(1000 * (time.perf_counter() - start))
+        lines.append(f"- {words}: {statistics.median(found):.1f} ms (the slowest of {repeats}: {max(found):.1f})")
+    return lines
+
+
+def index_of_best_fit(path: Path, repeats: int) -> list[str]:
+    """Seconds to build the index, and what it achieves."""
+    store = TokenStore(path)
+    size = f"{store.num_documents:,} documents, {store.num_tokens:,} tokens"
+    lines = ["", f"## Index of best_fit, {size}", "", "| tokens in a row | seconds | |", "|---:|---:|---|"]
+    for seq_len in (4096, 32768):
+        found = []
+        for _ in range(repeats):
+            start = time.process_time()
+            rows = best_fit(TokenStore(path), seq_len)
+            found.append(time.process_time() - start)
+        lines.append(f"| {seq_len:,} | {statistics.median(found):.2f} | {rows.summary()} |")
+    return lines
+
+
+def document_lengths(total: int) -> np.ndarray:
+    """Log-normal lengths, median 400 tokens and mean 1,000 or so, that add up to about `total`."""
+    lengths = np.random.default_rng(0).lognormal(6.0, 1.35, total // 1000).astype(np.int64) + 1
+    return np.minimum(lengths, 1_000_000)
+
+
+def sparse_store(path: Path, lengths: np.ndarray) -> Path:
+    """A store with a real table of documents and a hole for tokens."""
+    manifest = write_store(path, {"train": [[1]]}, vocab_size=VOCABULARY)
+    table = np.zeros(len(lengths), DOCUMENT)
+    table["stop"] = np.cumsum(lengths)
+    total = int(lengths.sum())
+    (path / "train" / "00000.documents").write_bytes(table.tobytes())
+    os.truncate(path / "train" / "00000.tokens", total * 2)
+    shard = dataclasses.replace(manifest.splits["train"][0], num_documents=len(lengths), num_tokens=total)
+    changed = dataclasses.replace(manifest, splits={**manifest.splits, "train": [shard]})
+    write_atomically(path / MANIFEST, changed.to_json().encode())
+    return path
+
+
+if __name__ == "__main__":
+    main()
