@@ -108,7 +108,9 @@ def _read_parquet(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(piece.path, buffer_size=1 << 20, pre_buffer=False) as file:
+        with pyarrow.parquet.ParquetFile(
+            piece.path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+        ) as file:
             columns = _columns(piece, corpus, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata), columns=columns):
                 for i in range(batch.num_rows):
