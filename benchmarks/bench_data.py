@@ -5,9 +5,9 @@
 The texts are repeated to the size asked for, a file a copy, compressed as the first one is; an 8k byte-level BPE is
 learnt from one copy. "Raw" is `tokenizers.Tokenizer.encode_batch` on one copy in memory, whole documents, and, faster,
 the same documents in pieces of 16,384 characters. Ours is `python -m data_prep tokenize` from files to a finished
-store, one worker, called in this process; imports are excluded by a small store before. All have the same number of threads
-and take turns; medians. In the corpus "altered" the letters of every tenth word of each copy are shuffled, so that
-caches of words meet new ones as they do in text that does not repeat.
+store, one worker, called in this process; imports are excluded by a small store before. All have the same number of
+threads and take turns; medians. In the corpus "altered" the letters of every tenth word of each copy are shuffled, so
+that caches of words meet new ones as they do in text that does not repeat.
 """
 
 from __future__ import annotations

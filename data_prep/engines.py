@@ -25,8 +25,8 @@ from data_prep.config import EngineChoice
 logger = log.get(__name__)
 
 MAX_GROWTH_BYTES = 300_000_000
-_BLOCKS_OF_SYMBOLS = ((0x1F300, 0x1F650), (0x1F680, 0x1F6C6), (0xFE00, 0xFE10))
-"""Emoji and variation selectors, newer than Unicode 3.2 and the same in all tables of later years."""
+_BLOCKS_OF_SYMBOLS = ((0x1F300, 0x1F650), (0x1F680, 0x1F6C6), (0xFE00, 0xFE10), (0x2E00, 0x2E50), (0x20B0, 0x20C0))
+"""Emoji, variation selectors, dashes of books and currencies, newer than Unicode 3.2 and in all tables since 2019."""
 
 
 class Engine(Protocol):

@@ -19,7 +19,10 @@ MAX_GIB = 1.5
 @pytest.mark.timeout(1200)
 def test_a_document_of_200_mb_in_less_than_one_and_a_half_gib(tmp_path: Path, tokenizer_dir: Path) -> None:
     """A line of a .jsonl file; the reference is one block encoded by `tokenizers`, repeated."""
-    block = "Chapter one — “It’s said”, they cried.\n" + (ROOT / "docs" / "data.md").read_text(encoding="utf-8").strip()
+    block = (
+        "Chapter one — “It\u2019s said”, they cried.\n"
+        + (ROOT / "docs" / "data.md").read_text(encoding="utf-8").strip()
+    )
     block += "\n"
     repeats = 200_000_000 // len(block.encode())
     with open(tmp_path / "long.jsonl", "wb") as file:
