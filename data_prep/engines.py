@@ -176,16 +176,15 @@ def probes(added_tokens: Sequence[str]) -> list[str]:
 
 @functools.cache
 def trusted_characters() -> np.ndarray:
-    """bool [0x110000]: characters of the same category in Unicode 3.2 and today, and blocks of symbols.
+    """bool [0x110000]: characters that Unicode 3.2 (2002) has already, and blocks of symbols.
 
-    Unicode never changes the normal forms of an assigned character, and hardly a category: tables of any two years
-    after 3.2 agree on these.
+    Unicode never changes the normal forms of an assigned character, and after so long hardly its category: the tables
+    of both libraries agree on these.
     """
     trusted = np.zeros(0x110000, bool)
     for point in range(0x30000):
         character = chr(point)
-        category = unicodedata.category(character)
-        trusted[point] = category != "Cn" and category == unicodedata.ucd_3_2_0.category(character)
+        trusted[point] = "Cn" not in (unicodedata.category(character), unicodedata.ucd_3_2_0.category(character))
     for start, stop in _BLOCKS_OF_SYMBOLS:
         trusted[start:stop] = True
     return trusted
