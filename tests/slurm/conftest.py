@@ -1,0 +1,27 @@
+"""A real SLURM of two nodes, and the launcher in front of it; skipped where SLURM is not installed."""
+
+import pytest
+from slurm_cluster import Cluster, missing_programs
+from slurm_jobs import Jobs
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Two nodes for the whole session."""
+    missing = missing_programs()
+    if missing:
+        pytest.skip(
+            f"no {', '.join(missing)}: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+        )
+    cluster = Cluster()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster, tmp_path_factory, tiny_store, tiny_architecture) -> Jobs:
+    """Submissions in one session folder, so that an uninterrupted run serves several tests."""
+    return Jobs(cluster, tmp_path_factory.mktemp("jobs"), tiny_store, tiny_architecture)

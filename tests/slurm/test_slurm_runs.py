@@ -1,0 +1,58 @@
+"""Trainings on a real SLURM of two nodes: signalled, requeued, bereft of a node, cancelled; not a bit is changed."""
+
+import pytest
+from slurm_cluster import wait_for
+from slurm_jobs import STEPS, assert_same_run
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(jobs):
+    """The run that no test disturbs, one task a node with torchrun inside."""
+    job = jobs.submit("uninterrupted")
+    assert jobs.wait_for_end(job, "uninterrupted") == "COMPLETED", jobs.log("uninterrupted")
+    return "uninterrupted"
+
+
+def test_a_run_that_is_stopped_three_times_reads_every_row_once_and_ends_with_the_same_bits(jobs, uninterrupted):
+    """By the signal before its limit, by hand, and by SIGTERM; each time requeued and resumed without a word."""
+    job = jobs.submit("stopped", "launch.signal_before=60", "launch.max_restarts=3")
+    for life, (step, signal) in enumerate([(30, "USR1"), (70, "TERM"), (110, "USR1")], 1):
+        jobs.wait_for_step(job, "stopped", step)
+        jobs.cluster.run("scancel", "--batch", f"--signal={signal}", job)
+        wait_for(lambda life=life: jobs.restarts(job) == life, 60, f"requeue {life}\n{jobs.log('stopped')}")
+    assert jobs.wait_for_end(job, "stopped") == "COMPLETED", jobs.log("stopped")
+    assert jobs.log("stopped").count("resumed step") == 3
+    assert_same_run(jobs, "stopped", uninterrupted)
+
+
+def test_a_run_survives_the_death_of_a_node(jobs, cluster, uninterrupted):
+    """With srun starting every rank. SLURM declares the node down, requeues, and waits until it is back."""
+    job = jobs.submit("bereft", "launch=task_per_rank")
+    jobs.wait_for_step(job, "bereft", 60)
+    cluster.kill_node(cluster.nodes[1])
+    try:
+        wait_for(lambda: jobs.restarts(job) == 1, 90, f"the requeue\n{jobs.log('bereft')}")
+    finally:
+        cluster.start_node(cluster.nodes[1])
+    assert jobs.wait_for_end(job, "bereft") == "COMPLETED", jobs.log("bereft")
+    assert_same_run(jobs, "bereft", uninterrupted)
+
+
+def test_a_cancelled_job_leaves_a_checkpoint_and_no_process(jobs):
+    """With DeepSpeed's launcher on each node; a cancelled job is not requeued."""
+    job = jobs.submit("cancelled", "launch.launcher=deepspeed", "checkpoint.every=0")
+    jobs.wait_for_step(job, "cancelled", 20)
+    jobs.cluster.run("scancel", job)
+    assert jobs.wait_for_end(job, "cancelled", 60) == "CANCELLED"
+    wait_for(lambda: not jobs.processes("cancelled"), 10, "the end of every process")
+    assert jobs.restarts(job) == 0
+    latest = (jobs.folder / "cancelled" / "checkpoints" / "latest").read_text().strip()
+    assert 20 <= int(latest.removeprefix("step_")) < STEPS
+    assert "Traceback" not in jobs.log("cancelled"), jobs.log("cancelled")
+
+
+def test_what_this_cluster_refuses_is_said_in_slurm_s_words(jobs):
+    with pytest.raises(AssertionError, match=r"error: sbatch refuses the job: .*invalid partition specified: nope"):
+        jobs.submit("refused", "launch.partition=nope")
