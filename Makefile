@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart smoke test test-slow test-gpu check format environment clean
+.PHONY: quickstart smoke test test-slow test-gpu test-slurm check format environment clean
 
 quickstart: environment  ## the whole main job on the standard library's sources, about 15 minutes on 2 cores
 	$(BIN)/python -m launch.quickstart
@@ -19,6 +19,9 @@ test-slow: .venv/dev
 
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -m gpu
+
+test-slurm: .venv/dev  ## on a real SLURM of two nodes, started here from Debian's packages; skipped without them
+	$(BIN)/python -m pytest -m slurm -rs tests/slurm
 
 check: .venv/dev  ## lint, format, types, direction of imports
 	$(BIN)/ruff check .

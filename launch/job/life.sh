@@ -23,7 +23,7 @@ meet() { # The nodes may be others than in the last life: where the ranks meet i
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$ranks_per_node/" >"$submission/hostfile"
     export MASTER_ADDR MASTER_PORT
     export PYTHONPATH=$submission/code${PYTHONPATH:+:$PYTHONPATH}
-    # The first rank to end writes its exit code here: torchrun answers 1 for whatever its ranks answered.
+    # The first rank to end writes its exit code here.
     export CLEX_TRAIN_EXIT_CODE=$submission/exit_code
     rm -f "$CLEX_TRAIN_EXIT_CODE" "$run_dir/stop"
 }
@@ -37,8 +37,11 @@ train() { # Sets `code` to what the training answered.
     trap 'say "the limit is near: asks the run to save and stop"; ask_to_stop' USR1
     trap 'say "SIGTERM: asks the run to save and stop"; ask_to_stop' TERM
     await_step
-    if ((code != 0)) && [[ -s $CLEX_TRAIN_EXIT_CODE ]]; then
+    # Launchers answer 1 for whatever their ranks answered, and one that is killed may even answer 0.
+    if [[ -s $CLEX_TRAIN_EXIT_CODE && $(<"$CLEX_TRAIN_EXIT_CODE") != 0 ]]; then
         code=$(<"$CLEX_TRAIN_EXIT_CODE")
+    elif ((code == 0)) && [[ ! -d $run_dir/final ]]; then
+        code=1
     fi
 }
 

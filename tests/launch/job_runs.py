@@ -18,6 +18,7 @@ COMMANDS = {
 printf '%s\\n' "$@" >"$LAB/srun_arguments"
 [ -z "$RANK_ANSWERS" ] || echo "$RANK_ANSWERS" >"$CLEX_TRAIN_EXIT_CODE"
 [ -z "$CHECKPOINT" ] || { mkdir -p "$LAB/run/checkpoints"; echo "$CHECKPOINT" >"$LAB/run/checkpoints/latest"; }
+[ "$SRUN_ANSWERS" != 0 ] || [ -n "$NO_FINAL" ] || mkdir -p "$LAB/run/final"
 [ -z "$STOP_FILE" ] || touch "$LAB/run/stop"
 [ -z "$SIGNAL" ] || { kill -s "$SIGNAL" "$PPID"; while [ ! -e "$LAB/run/stop" ]; do sleep 0.02; done; }
 exit "$SRUN_ANSWERS"

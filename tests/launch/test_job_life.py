@@ -14,6 +14,8 @@ import pytest
         ("a crash that got further", {"SRUN_ANSWERS": "1", "CHECKPOINT": "step_5"}, True),
         ("a crash that got nowhere", {"SRUN_ANSWERS": "1"}, False),
         ("a killed rank that got further", {"SRUN_ANSWERS": "137", "CHECKPOINT": "step_5"}, True),
+        ("a killed launcher that answers 0", {"SRUN_ANSWERS": "0", "NO_FINAL": "yes", "CHECKPOINT": "step_5"}, True),
+        ("the same while its ranks save", {"SRUN_ANSWERS": "0", "NO_FINAL": "yes", "RANK_ANSWERS": "75"}, True),
         ("cancelled", {"SRUN_ANSWERS": "75", "JOB_STATE": "COMPLETING"}, False),
         ("the last restart but one", {"SRUN_ANSWERS": "75", "SLURM_RESTART_COUNT": "2"}, True),
         ("no restart left", {"SRUN_ANSWERS": "75", "SLURM_RESTART_COUNT": "3"}, False),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from slurm_cluster import Cluster, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, ROWS = 160, 8
+STEPS, ROWS = 120, 8
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 

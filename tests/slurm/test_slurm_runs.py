@@ -2,9 +2,9 @@
 
 import pytest
 from slurm_cluster import wait_for
-from slurm_jobs import STEPS, assert_same_run
+from slurm_jobs import assert_same_run
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="session")
@@ -16,9 +16,9 @@ def uninterrupted(jobs):
 
 
 def test_a_run_that_is_stopped_three_times_reads_every_row_once_and_ends_with_the_same_bits(jobs, uninterrupted):
-    """By the signal before its limit, by hand, and by SIGTERM; each time requeued and resumed without a word."""
-    job = jobs.submit("stopped", "launch.signal_before=60", "launch.max_restarts=3")
-    for life, (step, signal) in enumerate([(30, "USR1"), (70, "TERM"), (110, "USR1")], 1):
+    """Each time it saves, goes back into the queue and resumes by itself."""
+    job = jobs.submit("stopped", "launch.max_restarts=3")
+    for life, (step, signal) in enumerate([(20, "USR1"), (50, "TERM"), (80, "USR1")], 1):
         jobs.wait_for_step(job, "stopped", step)
         jobs.cluster.run("scancel", "--batch", f"--signal={signal}", job)
         wait_for(lambda life=life: jobs.restarts(job) == life, 60, f"requeue {life}\n{jobs.log('stopped')}")
@@ -40,16 +40,19 @@ def test_a_run_survives_the_death_of_a_node(jobs, cluster, uninterrupted):
     assert_same_run(jobs, "bereft", uninterrupted)
 
 
-def test_a_cancelled_job_leaves_a_checkpoint_and_no_process(jobs):
-    """With DeepSpeed's launcher on each node; a cancelled job is not requeued."""
-    job = jobs.submit("cancelled", "launch.launcher=deepspeed", "checkpoint.every=0")
-    jobs.wait_for_step(job, "cancelled", 20)
+def test_a_job_near_its_limit_is_requeued_and_a_cancelled_one_is_not(jobs):
+    """With DeepSpeed's launcher on each node. Steps are long, so that SLURM's signal comes before their end."""
+    limit = ("launch.time=2", "launch.signal_before=60")
+    job = jobs.submit("cancelled", "launch=deepspeed", "optim.batch_rows=64", "checkpoint.every=0", *limit)
+    wait_for(lambda: jobs.restarts(job) >= 1, 150, f"the requeue\n{jobs.log('cancelled')}")
+    assert "the limit is near" in jobs.log("cancelled")
+    assert "training ended with exit code 75" in jobs.log("cancelled")
+    jobs.wait_for_step(job, "cancelled", jobs.last_step("cancelled") + 2, 240)
     jobs.cluster.run("scancel", job)
     assert jobs.wait_for_end(job, "cancelled", 60) == "CANCELLED"
     wait_for(lambda: not jobs.processes("cancelled"), 10, "the end of every process")
-    assert jobs.restarts(job) == 0
     latest = (jobs.folder / "cancelled" / "checkpoints" / "latest").read_text().strip()
-    assert 20 <= int(latest.removeprefix("step_")) < STEPS
+    assert int(latest.removeprefix("step_")) >= jobs.last_step("cancelled")
     assert "Traceback" not in jobs.log("cancelled"), jobs.log("cancelled")
 
 
