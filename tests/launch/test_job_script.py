@@ -66,6 +66,7 @@ def test_arguments_of_a_task_arrive_as_they_are(lab):
     program.write_text('#!/bin/bash\nprintf "%s\\n" "$RANK/$WORLD_SIZE/$LOCAL_RANK" "$@" >"$LAB/train_arguments"\n')
     program.chmod(0o755)
     (lab.folder / "bin" / "srun").write_text('#!/bin/bash\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n')
+    (lab.folder / "run" / "final").mkdir()
     task = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURMD_NODENAME": "n2"}
     done = lab.life(script, **task)
     assert done.returncode == 0, done.stderr
