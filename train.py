@@ -50,7 +50,8 @@ def run(config: configuration.Config) -> int:
 
 def _run(config: configuration.Config, run_dir: Path) -> int:
     from clex_train import distributed, metrics, modeling, run_folder, separation, tracking, trainer
-    from clex_train.checkpoint import Checkpoints, Manifest
+    from clex_train.checkpoint.manifest import Manifest
+    from clex_train.checkpoint.store import Checkpoints
     from clex_train.data import build as data
     from clex_train.data.overlap import require_disjoint
     from clex_train.data.vocabulary import check_tokenizer
@@ -82,10 +83,10 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     configuration.check_scaling(config, modeling.has_field(str(config.model.path)))
     settings = engines.deepspeed_dict(config, distributed.world_size())
     identity = Manifest.of_run(config, modeling.architecture_digest(arch), fingerprint)
-    checkpoints = Checkpoints(run_dir, config.checkpoint.keep_last, identity)
+    checkpoints = Checkpoints(run_dir, config.checkpoint, identity, config.resume is configuration.Resume.strict)
     newest = checkpoints.newest()
     run_folder.check_config(config, newest is not None)
-    first_step = newest[1].step if newest else 0
+    first_step = newest.manifest.step if newest else 0
     if first_step == config.optim.steps and (run_dir / "final").exists():
         log.get("clex_train").info("%s is finished: its final model is in %s", run_dir, run_dir / "final")
         return first_step
@@ -96,6 +97,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
 
     engines.open_process_group(config.engine)
     with watching(60 * config.engine.timeout):
+        checkpoints.choose()
         loaded = modeling.load_for_training(config, arch, engines.precision(config.engine), settings)
         ode = OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else None
         engine = engines.build(loaded.model, config)

@@ -31,6 +31,7 @@ from clex_train.suggest import did_you_mean
 
 class Resume(Enum):
     auto = "auto"
+    strict = "strict"
     never = "never"
 
 
@@ -51,7 +52,8 @@ class Config:
     seed: int = 0
     """All randomness is a function of this, the stream and the step."""
     resume: Resume = Resume.auto
-    """`auto` continues the newest complete checkpoint of `output_dir`; `never` refuses a folder that has one."""
+    """`auto` continues the newest good checkpoint of `output_dir`, `strict` only if nothing newer is damaged; `never`
+    refuses a folder that has one."""
     max_runtime: str | None = None
     """Stop in time with a checkpoint and exit code 75: hours, or [days-]hours:minutes:seconds since the launch."""
     dry_run: bool = False

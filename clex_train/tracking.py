@@ -69,6 +69,13 @@ class Tracker:
         shown = "  ".join(f"{key.rsplit('/', 1)[1]}: {value:.2f}" for key, value in results.items())
         tqdm.write(f"step {step}  perplexity  {shown}", file=sys.stderr)
 
+    def saved(self, step: int, seconds: float) -> None:
+        """A checkpoint of this step was begun or written; training waited so many seconds for it."""
+        if not self.active:
+            return
+        self._write({"step": step, "save_seconds": seconds})
+        logger.info("step %d: training waited %.2f s for its checkpoint", step, seconds)
+
     def close(self, finished: bool = True) -> None:
         """Flush and close whatever is open; wandb hears whether the run came to its end."""
         if not self.active:
@@ -170,8 +177,13 @@ def _open_wandb(config: Config, run_dir: Path) -> Any:
     import wandb
 
     id_file = run_dir / "wandb_id"
-    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
-    id_file.write_text(run_id + "\n")
+    known = id_file.read_text().strip() if id_file.exists() else ""
+    run_id = known or secrets.token_hex(4)
+    if not known:
+        # Whole or not at all: a run that is killed here must find its own wandb run again.
+        beside = id_file.with_suffix(".tmp")
+        beside.write_text(run_id + "\n")
+        beside.replace(id_file)
     run = wandb.init(
         project=config.tracking.project,
         name=config.name,

@@ -15,7 +15,7 @@ import torch
 
 from clex_train import distributed, log, metrics, seeding
 from clex_train.attention.documents import separating_arguments
-from clex_train.checkpoint import Checkpoints
+from clex_train.checkpoint.store import Checkpoints
 from clex_train.config import Config
 from clex_train.data.collate import document_lengths, joined, num_scored, separated
 from clex_train.data.loader import batches
@@ -85,13 +85,16 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
             if bad_steps:
                 _skip_or_stop(parts, step, figures, bad_steps)
             if _due(step, config.checkpoint.every) or step == config.optim.steps:
-                save(parts, step)
+                tracker.saved(step, save(parts, step))
                 saved = step
+            _settle(parts, parts.checkpoints.poll())
             _evaluate_if_due(parts, tracker, step)
         if parts.stop.agreed:
             _stop(parts, step, saved)
+        _settle(parts, parts.checkpoints.finish())
         finished = True
     except UnstableField as error:
+        parts.checkpoints.finish()
         raise RunStopped(
             f"step {step}: {error}; {parts.checkpoints.describe_newest()}; start again in another output_dir"
         ) from error
@@ -177,13 +180,21 @@ def resume(parts: Parts) -> int:
     return step
 
 
-def save(parts: Parts, step: int) -> None:
-    """Write a checkpoint of the current state; collective. `UnstableField` if the field is not worth keeping."""
+def save(parts: Parts, step: int) -> float:
+    """Begin a checkpoint of the current state; collective. Returns the seconds that training waited for it.
+
+    `UnstableField` if the field is not worth keeping.
+    """
     if parts.ode:
         parts.ode.verify()
     ode_state = parts.ode.state_dict() if parts.ode else None
-    with parts.stop.timed("save"):
-        parts.checkpoints.save(parts.engine, ode_state, step, step * parts.config.optim.batch_rows)
+    return parts.checkpoints.save(parts.engine, ode_state, step, step * parts.config.optim.batch_rows)
+
+
+def _settle(parts: Parts, seconds: float | None) -> None:
+    """Let the deadline know how long a checkpoint took that has just been completed."""
+    if seconds is not None and parts.stop.deadline:
+        parts.stop.deadline.took("save", seconds)
 
 
 def _borders(parts: Parts, batch: Batch) -> dict[str, Any]:
@@ -242,6 +253,7 @@ def _stop(parts: Parts, step: int, saved: int) -> None:
         raise RunStopped(f"{reason}: too short for one step, or one evaluation, and its checkpoint; raise max_runtime")
     if step > saved:
         save(parts, step)
+    parts.checkpoints.finish()
     where = parts.checkpoints.describe_newest()
     raise StopRequested(f"stopped after step {step}: {reason}; {where}; the same command goes on")
 
@@ -255,6 +267,7 @@ def _skip_or_stop(parts: Parts, step: int, figures: dict[str, float], bad_steps:
     what = f"step {step}: loss {figures['loss']:g}, gradient norm {figures['grad_norm']:g}"
     # Only ZeRO's optimizers look before they step: without them the weights are already spoilt.
     if bad_steps >= parts.config.optim.max_bad_steps or parts.config.engine.zero_stage == 0:
+        parts.checkpoints.finish()
         raise RunStopped(f"{what}; {parts.checkpoints.describe_newest()}; lower optim.lr in another output_dir")
     logger.warning("%s: not finite, its update is skipped on all ranks", what)
 

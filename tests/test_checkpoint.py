@@ -1,34 +1,54 @@
 """A checkpoint is complete or it is not there: what a kill or a fault leaves behind is passed over, never loaded."""
 
+import errno
 import json
+import os
+import random
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from clex_train.checkpoint import Checkpoints, Manifest
+from clex_train.checkpoint import manifest, writer
+from clex_train.checkpoint.manifest import Manifest
+from clex_train.checkpoint.store import Checkpoints
+from clex_train.checkpoint.untrusted import RunsCode
 from clex_train.config import Config
 from clex_train.faults import RunStopped
+from clex_train.settings.checkpoint import CheckpointConfig, OnFullDisk
 
 IDENTITY = Manifest.of_run(Config(), architecture="a", data_fingerprint="d")
+SHARDS = ("zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt")
 
 
 class FileEngine:
-    """Stands where DeepSpeed's engine does and writes one file; `content` is what a shard would hold."""
+    """Stands where DeepSpeed's engine does: two files through its checkpoint engine; `value` is what they hold."""
 
-    def __init__(self, content: bytes = b"weights" * 100, error: Exception | None = None) -> None:
-        self.content, self.error, self.loaded = content, error, None
+    def __init__(self, value: int = 0, error: Exception | None = None) -> None:
+        self.state, self.error, self.loaded = torch.full((300,), value), error, None
+        self.checkpoint_engine = SimpleNamespace()
 
     def save_checkpoint(self, folder, tag, save_latest):
         assert not save_latest
-        (Path(folder) / tag / "shard.pt").write_bytes(self.content)
-        if self.error:
-            raise self.error
+        for name in SHARDS:
+            self.checkpoint_engine.save({"weights": self.state}, str(Path(folder) / tag / name))
 
     def load_checkpoint(self, folder, tag):
-        self.loaded = (Path(folder) / tag / "shard.pt").read_bytes()
+        self.loaded = [int(torch.load(Path(folder) / tag / name)["weights"][0]) for name in SHARDS]
         return tag, {}
+
+
+def opened(run_dir: Path, strict: bool = False, **settings: object) -> Checkpoints:
+    return Checkpoints(run_dir, CheckpointConfig(**settings), IDENTITY, strict)
+
+
+def saved(found: Checkpoints, step: int, engine: FileEngine | None = None) -> None:
+    found.save(engine or FileEngine(step), {"x": 1}, step, rows_consumed=step * 8)
+    found.finish()
 
 
 def steps_on_disk(checkpoints: Checkpoints) -> list[int]:
@@ -37,9 +57,9 @@ def steps_on_disk(checkpoints: Checkpoints) -> list[int]:
 
 @pytest.fixture
 def checkpoints(tmp_path) -> Checkpoints:
-    found = Checkpoints(tmp_path, keep_last=2, identity=IDENTITY)
+    found = opened(tmp_path)
     for step in (5, 10, 15):
-        found.save(FileEngine(f"weights of {step}".encode()), {"x": 1}, step, rows_consumed=step * 8)
+        saved(found, step)
     return found
 
 
@@ -48,38 +68,188 @@ def test_the_newest_are_kept_and_the_last_is_loaded(checkpoints):
     assert (checkpoints.folder / "latest").read_text() == "step_15\n"
     engine = FileEngine()
     assert checkpoints.load(engine) == (15, {"x": 1})
-    assert engine.loaded == b"weights of 15"
+    assert engine.loaded == [15, 15]
 
 
-@pytest.mark.parametrize("name", ["shard.pt", "ode.pt", "manifest.json"])
-@pytest.mark.parametrize("damage", ["truncated", "missing", "longer"])
-def test_a_damaged_newest_one_gives_way_to_the_one_before(checkpoints, name, damage):
+def test_multiples_of_keep_every_are_kept_for_ever(tmp_path):
+    found = opened(tmp_path, keep_last=1, keep_every=10)
+    for step in range(5, 50, 5):
+        saved(found, step)
+    assert steps_on_disk(found) == [10, 20, 30, 40, 45]
+
+
+@pytest.mark.parametrize("name", [SHARDS[0], "ode.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "longer", "one bit"])
+def test_a_damaged_newest_one_is_named_and_gives_way_to_the_one_before(checkpoints, caplog, name, damage):
     path = checkpoints.folder / "step_15" / name
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+    path.write_bytes({"truncated": content[:-3], "longer": content + b"}{", "one bit": flipped, "missing": b""}[damage])
     if damage == "missing":
         path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-3] if damage == "truncated" else path.read_bytes() + b"}{")
     engine = FileEngine()
     step, _ = checkpoints.load(engine)
     assert step == 10
-    assert engine.loaded == b"weights of 10"
+    assert engine.loaded == [10, 10]
+    (line,) = [record.message for record in caplog.records if "damaged" in record.message]
+    assert "step_15" in line
+    assert name in line
+    with pytest.raises(ValueError, match=rf"resume=strict: checkpoint .*step_15 is damaged: {name}"):
+        opened(checkpoints.folder.parent, strict=True).choose()
+
+
+def _damage(rng: random.Random, folder: Path) -> str:
+    """Truncate, flip a byte of, or delete a random file of the newest checkpoint or `latest`; what was done."""
+    path = rng.choice([*sorted((folder / "step_15").iterdir()), folder / "latest"])
+    content, kind = path.read_bytes(), rng.choice(["truncated", "flipped", "deleted"])
+    if kind == "deleted":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(content[: rng.randrange(len(content))])
+    else:
+        at = rng.randrange(len(content))
+        path.write_bytes(content[:at] + bytes([content[at] ^ rng.randrange(1, 256)]) + content[at + 1 :])
+    return f"{path.name} {kind}"
+
+
+def test_of_a_hundred_corruptions_every_one_is_detected_and_none_is_loaded(checkpoints, tmp_path, caplog):
+    rng, seen = random.Random(0), set()
+    for number in range(100):
+        run_dir = tmp_path / f"damaged_{number}"
+        shutil.copytree(checkpoints.folder, run_dir / "checkpoints")
+        done = _damage(rng, run_dir / "checkpoints")
+        seen.add(done)
+        caplog.clear()
+        step, _ = opened(run_dir).load(engine := FileEngine())
+        # `latest` is for readers: what is loaded does not go by it, but its damage is named all the same.
+        expected = 15 if done.startswith("latest") else 10
+        assert (step, engine.loaded) == (expected, [expected, expected]), done
+        assert sum("is damaged" in record.message for record in caplog.records) == 1, done
+        with pytest.raises(ValueError, match=r"resume=strict: checkpoint .* is damaged") as refused:
+            opened(run_dir, strict=True).load(FileEngine())
+        assert done.split()[0] in str(refused.value)
+        assert "\n" not in str(refused.value)
+        shutil.rmtree(run_dir)
+    assert len(seen) == 15, "every kind of damage met every file"
+
+
+def test_nothing_is_begun_anew_over_checkpoints_that_are_all_damaged(checkpoints):
+    for step in (10, 15):
+        (checkpoints.folder / f"step_{step}" / SHARDS[1]).unlink()
+    with pytest.raises(ValueError, match=r"step_10 is damaged: .* is missing; .*step_15.*remove it to start again"):
+        checkpoints.load(FileEngine())
 
 
 def test_what_a_kill_leaves_while_saving_is_ignored_and_cleared(checkpoints):
     shutil.copytree(checkpoints.folder / "step_15", checkpoints.folder / "saving_step_20")
-    (checkpoints.folder / "step_25").mkdir()
-    assert checkpoints.newest()[1].step == 15
-    checkpoints.save(FileEngine(), None, 20, rows_consumed=160)
-    assert checkpoints.newest()[1].step == 20
-    assert not list(checkpoints.folder.glob("saving_*"))
+    shutil.copytree(checkpoints.folder / "step_10", checkpoints.folder / "removing_step_5")
+    assert opened(checkpoints.folder.parent, strict=True).choose().manifest.step == 15
+    saved(checkpoints, 25)
+    assert steps_on_disk(checkpoints) == [15, 25]
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"latest", "step_15", "step_25"}
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
-def test_a_failed_save_names_the_folder_and_leaves_the_others(checkpoints, error):
+def test_a_checkpoint_of_the_first_format_is_still_continued(checkpoints):
+    path = checkpoints.folder / "step_15" / "manifest.json"
+    old = json.loads(path.read_text())
+    for key in manifest.ADDED_IN_2:
+        del old[key]
+    path.write_text(json.dumps({**old, "format": 1}, indent=2) + "\n")
+    assert checkpoints.load(FileEngine())[0] == 15
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), RuntimeError("PytorchStreamWriter failed")]
+)
+def test_a_failed_save_names_the_folder_and_leaves_the_others(checkpoints, monkeypatch, error, overlap):
+    def fails(state, file):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(writer.torch, "save", fails)
+    found = opened(checkpoints.folder.parent, overlap=overlap)
     with pytest.raises(RunStopped, match=r"saving_step_20: cannot be written .*earlier ones are intact"):
-        checkpoints.save(FileEngine(error=error), None, 20, rows_consumed=160)
-    assert checkpoints.newest()[1].step == 15
-    assert (checkpoints.folder / "latest").read_text() == "step_15\n"
+        saved(found, 20)
+    assert found.newest().manifest.step == 15
+    assert {path.name for path in found.folder.iterdir()} == {"latest", "step_10", "step_15"}
+    assert (found.folder / "latest").read_text() == "step_15\n"
+
+
+@pytest.fixture
+def little_room(tmp_path):
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k none {folder} 2>/dev/null") != 0:
+        pytest.skip("needs the right to mount a small file system")
+    yield folder
+    os.system(f"umount {folder}")
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("on_full_disk", ["stop", "continue"])
+def test_a_full_disk_costs_that_checkpoint_alone(little_room, on_full_disk, overlap, caplog):
+    found = opened(little_room, overlap=overlap, on_full_disk=OnFullDisk[on_full_disk])
+    saved(found, 5)
+    big = FileEngine()
+    big.state = torch.zeros(20_000)
+    if on_full_disk == "stop":
+        with pytest.raises(RunStopped, match=r"saving_step_10: cannot be written \(.*No space left.*make room"):
+            saved(found, 10, big)
+    else:
+        saved(found, 10, big)
+        assert "training goes on without it" in caplog.text
+    assert {path.name for path in found.folder.iterdir()} == {"latest", "step_5"}
+    saved(found, 15)
+    assert found.load(FileEngine())[0] == 15
+
+
+def test_training_changes_nothing_in_a_checkpoint_that_is_being_written(checkpoints, monkeypatch):
+    gate, save = threading.Event(), torch.save
+    monkeypatch.setattr(writer.torch, "save", lambda *given: (gate.wait(10), save(*given)))
+    engine = FileEngine(20)
+    checkpoints.save(engine, None, 20, rows_consumed=160)
+    assert checkpoints.poll() is None
+    assert checkpoints.newest().manifest.step == 15
+    engine.state.fill_(-1)
+    gate.set()
+    assert checkpoints.finish() > 0
+    checkpoints.load(engine)
+    assert engine.loaded == [20, 20]
+
+
+def test_a_copy_shares_memory_where_the_original_does():
+    flat = torch.arange(10.0)
+    state = {"a": flat[2:4], "rest": [flat[4:], (flat.view(2, 5),)], "n": 3}
+    held = writer.snapshot(state)
+    flat.fill_(-1)
+    assert held["a"].tolist() == [2, 3]
+    assert held["rest"][1][0].shape == (2, 5)
+    assert held["a"].untyped_storage()._cdata == held["rest"][0].untyped_storage()._cdata
+
+
+class Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("name", [*SHARDS, "ode.pt"])
+def test_a_checkpoint_that_would_run_code_is_refused_and_not_run(checkpoints, tmp_path, name):
+    folder, ran = checkpoints.folder / "step_15", tmp_path / "ran"
+    torch.save({"weights": torch.zeros(3), "extra": Harmful(ran)}, folder / name)
+    genuine = manifest.read(checkpoints.folder / "step_10")
+    sizes = {file: (folder / file).stat().st_size for file in genuine.files}
+    sums = {file: manifest.files.sha256(folder / file) for file in genuine.files}
+    forged = Manifest(**{**vars(genuine), "step": 15, "files": sizes, "sha256": sums})
+    (folder / "manifest.json").write_text(forged.render())
+    with pytest.raises(RunsCode, match=rf"{name}: refused, it would call posix.system; nothing was run"):
+        checkpoints.load(FileEngine())
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize(
@@ -87,31 +257,34 @@ def test_a_failed_save_names_the_folder_and_leaves_the_others(checkpoints, error
     [
         ("architecture", "b", "another architecture"),
         ("data_fingerprint", "e", "another token store"),
-        ("world_size", 2, "written by 1 ranks"),
         ("zero_stage", 2, "engine.zero_stage=3"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(checkpoints, tmp_path, key, value, words):
     other = Manifest(**{**vars(IDENTITY), key: value})
     with pytest.raises(ValueError, match=words):
-        Checkpoints(tmp_path, keep_last=2, identity=other)
+        Checkpoints(tmp_path, CheckpointConfig(), other)
 
 
-def test_the_manifest_counts_rows_and_names_every_file(checkpoints):
-    manifest = json.loads((checkpoints.folder / "step_15" / "manifest.json").read_text())
-    assert manifest["rows_consumed"] == 120
-    assert manifest["files"].keys() == {"shard.pt", "ode.pt"}
+def test_the_manifest_says_where_the_run_stood_and_what_every_file_must_be(checkpoints):
+    found = json.loads((checkpoints.folder / "step_15" / "manifest.json").read_text())
+    assert (found["step"], found["rows_consumed"], found["world_size"]) == (15, 120, 1)
+    assert found["files"].keys() == found["sha256"].keys() == {*SHARDS, "ode.pt"}
+    assert found["versions"].keys() == {"clex-train", "python", "torch", "deepspeed", "transformers"}
+    other = Manifest.of_run(Config(seed=1), architecture="a", data_fingerprint="d")
+    assert len(found["config_hash"]) == 64
+    assert found["config_hash"] != other.config_hash
 
 
 def test_weights_and_skipped_rows_may_change_only_ahead_of_a_checkpoint(tmp_path):
-    def identity(weight: float, skip: int) -> Manifest:
+    def opened_with(weight: float, skip: int) -> Checkpoints:
         order = {"weights": [[0, {"a": 1.0, "b": 2.0}], [50, {"a": weight, "b": 2.0}]], "skip_rows": [[skip, skip + 9]]}
-        return replace(IDENTITY, data_order=order)
+        return Checkpoints(tmp_path, CheckpointConfig(overlap=False), replace(IDENTITY, data_order=order))
 
-    Checkpoints(tmp_path, 2, identity(3.0, 45)).save(FileEngine(), None, step=5, rows_consumed=40)
-    assert Checkpoints(tmp_path, 2, identity(9.0, 40)).newest() is not None
-    Checkpoints(tmp_path, 2, identity(3.0, 45)).save(FileEngine(), None, step=6, rows_consumed=48)
+    opened_with(3.0, 45).save(FileEngine(), None, step=5, rows_consumed=40)
+    assert opened_with(9.0, 40).newest() is not None
+    opened_with(3.0, 45).save(FileEngine(), None, step=6, rows_consumed=48)
     with pytest.raises(ValueError, match=r"^data.weights: checkpoint .*step_6 has read 48 rows under"):
-        Checkpoints(tmp_path, 2, identity(9.0, 45))
+        opened_with(9.0, 45)
     with pytest.raises(ValueError, match=r"^data.skip_rows: checkpoint .*step_6 has read 48 rows under"):
-        Checkpoints(tmp_path, 2, identity(3.0, 47))
+        opened_with(3.0, 47)

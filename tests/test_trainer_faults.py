@@ -41,7 +41,9 @@ def run(tmp_path, tiny_store, tiny_architecture):
 
 
 def metrics(run) -> list[dict]:
-    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of steps and evaluations."""
+    lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "save_seconds" not in line]
 
 
 def spoil(monkeypatch, steps: set[int], value: float = math.nan) -> None:

@@ -1,0 +1,168 @@
+"""`manifest.json`: what a checkpoint is, where its run stood, and what every file beside it must be.
+
+The text must be byte for byte what `render` writes for its content, and it carries a SHA-256 of itself: whatever is
+changed in it is noticed. Format 1 knew sizes only; such checkpoints can still be continued.
+"""
+
+import hashlib
+import json
+import platform
+import tomllib
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from clex_train import distributed
+from clex_train.checkpoint import files
+from clex_train.config import Config
+from clex_train.data.identity import DataOrder, consumed, data_order
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+ONLY_SIZES = 1
+ADDED_IN_2 = ("config_hash", "versions", "sha256", "checksum")
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was written; says in a few words what is wrong with which file."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The run a checkpoint belongs to and where the run stood."""
+
+    step: int
+    rows_consumed: int
+    world_size: int
+    zero_stage: int
+    architecture: str
+    """Digest of the model's architecture; another one cannot be resumed."""
+    data_fingerprint: str
+    data_order: DataOrder = field(default_factory=dict)
+    """Weights of the domains and rows left out, as `data.identity.data_order` records them."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Size in bytes of every file beside the manifest."""
+    format: int = FORMAT
+    config_hash: str = ""
+    """SHA-256 of the whole configuration, to tell two checkpoints apart; changes are judged by the run folder."""
+    versions: dict[str, str] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Of every file beside the manifest, in hexadecimal, computed while it was written; empty in format 1."""
+    checksum: str = ""
+    """SHA-256 of the manifest with this field empty."""
+
+    @classmethod
+    def of_run(cls, config: Config, architecture: str, data_fingerprint: str) -> "Manifest":
+        """The identity of a run before its first step."""
+        return cls(
+            0,
+            0,
+            distributed.world_size(),
+            config.engine.zero_stage,
+            architecture,
+            data_fingerprint,
+            data_order(config.data, config.optim.batch_rows),
+            config_hash=_config_hash(config),
+            versions=_versions(),
+        )
+
+    def render(self) -> str:
+        """The text of the file."""
+        unsigned = _json(asdict(replace(self, checksum="")))
+        return _json(asdict(replace(self, checksum=hashlib.sha256(unsigned.encode()).hexdigest())))
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint whose files have the right sizes; contents are for `check_contents`.
+
+    Raises `Damaged`, naming the file.
+    """
+    manifest = _parse(folder)
+    if folder.name != f"step_{manifest.step}":
+        raise Damaged(f"{MANIFEST} is that of step {manifest.step}")
+    for name, size in manifest.files.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError as error:
+            raise Damaged(f"{name} is missing") from error
+        if found != size:
+            raise Damaged(f"{name} has {found} bytes instead of {size}")
+    return manifest
+
+
+def check_contents(folder: Path, manifest: Manifest, names: list[str]) -> None:
+    """Read some of a checkpoint's files and compare their SHA-256, where it is known.
+
+    Raises `Damaged`, naming the file.
+    """
+    for name in [name for name in names if name in manifest.sha256]:
+        try:
+            found = files.sha256(folder / name)
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read ({error.strerror})") from error
+        if found != manifest.sha256[name]:
+            raise Damaged(f"{name} does not have its SHA-256")
+
+
+def check_compatible(path: Path, manifest: Manifest, expected: Manifest) -> None:
+    """`ValueError` with the remedy when a checkpoint cannot be continued by this run. Another world size can."""
+    remedies = {
+        "architecture": "it holds a model of another architecture; choose another output_dir",
+        "data_fingerprint": "it was trained on another token store; choose another output_dir",
+        "zero_stage": f"it was written with engine.zero_stage={manifest.zero_stage}; use the same",
+    }
+    for name, remedy in remedies.items():
+        if getattr(manifest, name) != getattr(expected, name):
+            raise ValueError(f"checkpoint {path}: {remedy}")
+    before, now = (consumed(m.data_order, manifest.rows_consumed) for m in (manifest, expected))
+    for name in before:
+        if before[name] != now[name]:
+            raise ValueError(
+                f"data.{name}: checkpoint {path} has read {manifest.rows_consumed} rows under {before[name]}, which "
+                f"would have been {now[name]}; change only what comes after, or choose another output_dir"
+            )
+
+
+def _parse(folder: Path) -> Manifest:
+    try:
+        text = (folder / MANIFEST).read_bytes().decode("utf-8")
+        said = json.loads(text)
+        manifest = Manifest(**said)
+        if manifest.format not in (ONLY_SIZES, FORMAT):
+            raise Damaged(f"{MANIFEST} has format {manifest.format!r}, this program reads up to {FORMAT}")
+        old = manifest.format == ONLY_SIZES and not said.keys() & set(ADDED_IN_2)
+        if text != (_json(said) if old else manifest.render()):
+            raise Damaged(f"{MANIFEST} is not as it was written")
+    except FileNotFoundError as error:
+        raise Damaged(f"{MANIFEST} is missing") from error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{MANIFEST} cannot be read ({str(error).splitlines()[0][:80]})") from error
+    return manifest
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _config_hash(config: Config) -> str:
+    plain = json.dumps(asdict(config), sort_keys=True, default=_plain)
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def _plain(value: object) -> str:
+    return value.name if isinstance(value, Enum) else str(value)
+
+
+@cache
+def _versions() -> dict[str, str]:
+    own = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = {own["name"]: own["version"], "python": platform.python_version()}
+    for package in ("torch", "deepspeed", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

@@ -1,0 +1,301 @@
+"""Checkpoints of a run: DeepSpeed's sharded engine state, the ODE's state and the step, complete or not there at all.
+
+    checkpoints/step_<N>/    DeepSpeed's files, `ode.pt`, `manifest.json`
+    checkpoints/latest       the name of the newest complete one
+
+A checkpoint is written into `saving_step_<N>`, flushed to disk and renamed when every rank has finished, then `latest`
+is replaced. A folder whose files are not those of its manifest is damaged: it is named, and passed over or refused.
+"""
+
+import errno
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clex_train import distributed, log
+from clex_train.checkpoint import files, manifest, universal, untrusted
+from clex_train.checkpoint.manifest import Damaged, Manifest
+from clex_train.checkpoint.untrusted import RunsCode, without_code
+from clex_train.checkpoint.writer import BackgroundWriter, DirectWriter, Writer, Written, writing_with
+from clex_train.faults import RunStopped
+from clex_train.settings.checkpoint import CheckpointConfig, OnFullDisk
+
+logger = log.get(__name__)
+
+ODE, LATEST = "ode.pt", "latest"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose files have the right sizes."""
+
+    path: Path
+    manifest: Manifest
+
+
+@dataclass
+class _Pending:
+    """A save that is being written."""
+
+    step: int
+    rows_consumed: int
+    beside: Path
+    started: float
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    `strict` refuses a folder in which something newer than the newest good one is damaged, instead of passing it over.
+    Raises `ValueError` on creation, naming what differs, when the newest one belongs to another model or data.
+    """
+
+    def __init__(self, run_dir: Path, settings: CheckpointConfig, identity: Manifest, strict: bool = False) -> None:
+        self.folder = run_dir / "checkpoints"
+        self.settings = settings
+        self.identity = identity
+        self.strict = strict
+        self._writer: Writer = BackgroundWriter() if settings.overlap else DirectWriter()
+        self._pending: _Pending | None = None
+        self._chosen: Found | None = None
+        if found := self.newest():
+            manifest.check_compatible(found.path, found.manifest, identity)
+
+    def newest(self) -> Found | None:
+        """The newest one whose files have the right sizes, or None. Files only; every rank may call it alone."""
+        return max(self._list()[0], key=lambda found: found.manifest.step, default=None)
+
+    def describe_newest(self) -> str:
+        """Where a stopped run stands, in words."""
+        found = self.newest()
+        return f"the last checkpoint is {found.path}" if found else "there is no checkpoint yet"
+
+    def save(self, engine: Any, ode_state: dict[str, Any] | None, step: int, rows_consumed: int) -> float:
+        """Begin a checkpoint, or write it whole without `overlap`; the seconds that training waited. Collective.
+
+        Raises `RunStopped` when it cannot be written; earlier checkpoints and `latest` are then as they were.
+        """
+        started = time.perf_counter()
+        self.finish()
+        beside = self.folder / f"saving_step_{step}"
+        if not self._agree(_attempt(lambda: _make_room(beside)) if distributed.is_main() else None, beside):
+            return time.perf_counter() - started
+        with writing_with(engine, self._writer):
+            engine.save_checkpoint(str(self.folder), tag=beside.name, save_latest=False)
+        if distributed.is_main() and ode_state is not None:
+            self._writer.save(ode_state, beside / ODE)
+        self._pending = _Pending(step, rows_consumed, beside, started)
+        if not self.settings.overlap:
+            self.finish()
+        return time.perf_counter() - started
+
+    def poll(self) -> float | None:
+        """`finish` if every rank has done its part, else nothing. Collective."""
+        if self._pending is None or distributed.any_rank(not self._writer.done()):
+            return None
+        return self.finish()
+
+    def finish(self) -> float | None:
+        """Wait for the checkpoint that is being written and publish it; None if there is none. Collective.
+
+        Returns the seconds from the beginning of its save to the last byte. Raises `RunStopped` as `save` does.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        outcome: Any = _attempt(self._writer.wait)
+        seconds = max(distributed.gather_objects(self._writer.ended - pending.started))
+        outcomes = distributed.gather_objects(outcome)
+        failures = [failed for failed in outcomes if isinstance(failed, OSError | RuntimeError)]
+        failure = failures[0] if failures else None
+        if failure is None and distributed.is_main():
+            written = {name: what for part in outcomes for name, what in part.items()}
+            failure = _attempt(lambda: self._publish(pending, written))
+        if self._agree(failure, pending.beside) and distributed.is_main():
+            logger.info("checkpoint of step %d is complete after %.1f s", pending.step, seconds)
+        return seconds
+
+    def choose(self) -> Found | None:
+        """The newest checkpoint all of whose files have their SHA-256, each read by one rank. Collective.
+
+        Raises `ValueError` when there are only damaged ones; with `strict`, when a newer thing than it is damaged; when
+        the ranks do not see the same files.
+        """
+        started = time.perf_counter()
+        good, damage = self._list()
+        good.sort(key=lambda found: -found.manifest.step)
+        self._require_same([found.path.name for found in good])
+        chosen = None
+        for found in good:
+            reason = self._verify(found)
+            if reason is None:
+                chosen = found
+                break
+            damage[found.path] = reason
+        self._judge(chosen, damage)
+        if chosen and distributed.is_main():
+            logger.info("verified %s in %.1f s", chosen.path, _since(started))
+        self._chosen = chosen
+        return chosen
+
+    def load(self, engine: Any) -> tuple[int, dict[str, Any] | None] | None:
+        """Continue the checkpoint of `choose`: (step, ODE state), or None when there is none. Collective.
+
+        One written by another number of ranks is converted. `ValueError` as from `choose`, for one that cannot be
+        converted, and for one whose files would run code.
+        """
+        self.finish()
+        found, self._chosen = self._chosen or self.choose(), None
+        if found is None:
+            return None
+        with without_code(found.path):
+            if self._fits_ranks(found):
+                loaded, _ = engine.load_checkpoint(str(self.folder), tag=found.path.name)
+            else:
+                loaded = self._load_converted(engine, found)
+            ode_state = torch.load(found.path / ODE, weights_only=True) if ODE in found.manifest.files else None
+        assert loaded is not None, f"DeepSpeed found nothing in {found.path}"
+        logger.info("resumed step %d from %s", found.manifest.step, found.path)
+        return found.manifest.step, ode_state
+
+    def _fits_ranks(self, found: Found) -> bool:
+        """Whether as many ranks wrote it, or each of them held everything."""
+        return found.manifest.world_size == distributed.world_size() or found.manifest.zero_stage == 0
+
+    def _load_converted(self, engine: Any, found: Found) -> Any:
+        folder = universal.convert(found.path)
+        with universal.universal_loading(engine):
+            loaded, _ = engine.load_checkpoint(str(folder), tag=found.path.name)
+        distributed.barrier()
+        if distributed.is_main():
+            universal.discard(self.folder)
+        return loaded
+
+    def _list(self) -> tuple[list[Found], dict[Path, str]]:
+        """Checkpoints with files of the right sizes, and what is wrong with the others."""
+        good, damage = [], {}
+        for path in self.folder.glob("step_*"):
+            try:
+                good.append(Found(path, manifest.read(path)))
+            except Damaged as damaged:
+                damage[path] = str(damaged)
+        return good, damage
+
+    def _verify(self, found: Found) -> str | None:
+        """What is wrong with its contents, or None; the files are shared among the ranks. `RunsCode` on every rank."""
+        names = sorted(found.manifest.files, key=lambda name: -found.manifest.files[name])
+        said = distributed.gather_objects(_wrong(found, names[distributed.rank() :: distributed.world_size()]))
+        for refusal in said:
+            if isinstance(refusal, RunsCode):
+                raise refusal
+        return next((reason for reason in said if reason is not None), None)
+
+    def _judge(self, chosen: Found | None, damage: dict[Path, str]) -> None:
+        """Warn of what is damaged and newer than the chosen one, or refuse to go on."""
+        newer = {path: why for path, why in damage.items() if _step(path) > (chosen.manifest.step if chosen else -1)}
+        if chosen is not None and (why := self._latest_is_wrong(chosen, newer)):
+            newer[self.folder / LATEST] = why
+        said = "; ".join(f"checkpoint {path} is damaged: {why}" for path, why in sorted(newer.items()))
+        if newer and chosen is None:
+            raise ValueError(f"{said}; no older one is left: remove it to start again, or choose another output_dir")
+        if newer and self.strict:
+            raise ValueError(f"resume=strict: {said}; resume=auto would continue {chosen.path if chosen else None}")
+        if newer and distributed.is_main():
+            logger.warning("%s; %s is continued instead", said, chosen.path if chosen else None)
+
+    def _latest_is_wrong(self, chosen: Found, newer: dict[Path, str]) -> str | None:
+        """Nothing is loaded by what `latest` says, but a reader may go by it."""
+        try:
+            named = (self.folder / LATEST).read_bytes()
+        except OSError:
+            return "it is missing"
+        newest = max([chosen.path, *newer], key=_step)
+        return None if named == f"{newest.name}\n".encode() else f"it does not name {newest.name}"
+
+    def _require_same(self, names: list[str]) -> None:
+        if distributed.any_rank(names != distributed.broadcast_object(names)):
+            raise ValueError(
+                f"output_dir={self.folder.parent}: the ranks see different checkpoints; it must be on a file system "
+                "that all nodes share"
+            )
+
+    def _agree(self, failure: Exception | None, beside: Path) -> bool:
+        """True when no rank failed. Otherwise the partial folder is removed, and the run stops or goes on."""
+        failures = [failed for failed in distributed.gather_objects(failure) if failed is not None]
+        if not failures:
+            return True
+        if distributed.is_main():
+            files.remove_folder(beside)
+        full = all(isinstance(failed, OSError) and failed.errno in NO_ROOM for failed in failures)
+        why = f"checkpoint {beside}: cannot be written ({str(failures[0]).splitlines()[0]}); earlier ones are intact"
+        if full and self.settings.on_full_disk is OnFullDisk["continue"]:
+            if distributed.is_main():
+                logger.error("%s; training goes on without it (checkpoint.on_full_disk=continue)", why)
+            return False
+        raise RunStopped(f"{why}: make room and run the same command again") from failures[0]
+
+    def _publish(self, pending: _Pending, written: dict[str, Written]) -> None:
+        """Make a written folder the newest checkpoint; on one rank."""
+        final = self.folder / f"step_{pending.step}"
+        whole = replace(
+            self.identity,
+            step=pending.step,
+            rows_consumed=pending.rows_consumed,
+            files={name: what.size for name, what in sorted(written.items())},
+            sha256={name: what.sha256 for name, what in sorted(written.items())},
+        )
+        files.write_text(pending.beside / manifest.MANIFEST, whole.render())
+        files.remove_folder(final)
+        pending.beside.rename(final)
+        files.sync_folder(self.folder)
+        files.write_text(self.folder / LATEST, final.name + "\n")
+        self._retire()
+
+    def _retire(self) -> None:
+        every = self.settings.keep_every
+        complete = sorted((found.manifest.step, found.path) for found in self._list()[0])
+        for step, path in complete[: -self.settings.keep_last]:
+            if not every or step % every:
+                files.remove_folder(path)
+        for leftover in [*self.folder.glob("saving_step_*"), *self.folder.glob("removing_*")]:
+            files.remove_folder(leftover)
+
+
+def _attempt(action: Any) -> Any:
+    """The action's result, or the error of the disk that kept it from one."""
+    try:
+        return action()
+    except (OSError, RuntimeError) as error:
+        return error
+
+
+def _wrong(found: Found, names: list[str]) -> str | RunsCode | None:
+    """What is wrong with some files of a checkpoint, or None."""
+    try:
+        manifest.check_contents(found.path, found.manifest, names)
+        with without_code(found.path):
+            reasons = [untrusted.check(found.path / name) for name in names if name.endswith(".pt")]
+    except Damaged as damaged:
+        return str(damaged)
+    except RunsCode as refusal:
+        return refusal
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _make_room(beside: Path) -> None:
+    files.remove_folder(beside)
+    beside.mkdir(parents=True)
+
+
+def _step(path: Path) -> int:
+    """The step in a checkpoint's name; a name without one counts as the newest."""
+    digits = path.name.removeprefix("step_")
+    return int(digits) if digits.isdecimal() else 2**62
+
+
+def _since(started: float) -> float:
+    return time.perf_counter() - started

@@ -1,0 +1,137 @@
+"""Trains tiny runs through train.run, interrupts and continues them, and compares; run by torchrun.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/distributed/resuming.py FOLDER STORE ARCHITECTURE NAME...
+
+Each NAME of `CELLS` is trained twice: to the end, and with its engine thrown away in the middle and resumed.
+Rank 0 writes FOLDER/<NAME>.json: what differs between the two.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+from composing import composed  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import train  # noqa: E402
+from clex_train import distributed  # noqa: E402
+from clex_train.faults import StopRequested  # noqa: E402
+
+CELLS = {
+    # Six rows a step, so that one and two ranks can take accumulation 3.
+    "zero3_accumulation_1": ("engine.zero_stage=3", "engine.accumulation=1", "engine.micro_batch=null"),
+    "zero3_accumulation_3": ("engine.zero_stage=3", "engine.accumulation=3", "engine.micro_batch=null"),
+    "zero2_accumulation_1": ("engine.zero_stage=2", "engine.accumulation=1", "engine.micro_batch=null"),
+    "zero2_accumulation_3": ("engine.zero_stage=2", "engine.accumulation=3", "engine.micro_batch=null"),
+    "zero1_decay": (
+        "engine.zero_stage=1",
+        "engine.accumulation=3",
+        "engine.micro_batch=null",
+        "optim.weight_decay=0.1",
+    ),
+    "zero3_offload": ("engine.zero_stage=3", "engine.offload=optimizer", "optim.weight_decay=0.1"),
+    "zero2_offload": ("engine.zero_stage=2", "engine.offload=optimizer", "optim.weight_decay=0.1"),
+    "zero3_bf16_dropout": ("engine.zero_stage=3", "engine.precision=bf16", "optim.weight_decay=0.1", "+dropout"),
+}
+STEPS, STOP = 6, 4
+COMPARED = ("loss", "lr", "t", "grad_norm", "ode_grad_norm", "rows")
+
+
+def overrides(folder: Path, store: Path, architecture: Path, cell: str) -> tuple[str, ...]:
+    """Six steps of CLEX with a checkpoint after 4 and an evaluation after 3, 5 and 6."""
+    settings = [item for item in CELLS.get(cell, ()) if item != "+dropout"]
+    return (
+        "+experiment=tiny_base",
+        f"output_dir={folder}",
+        f"data.path={store}",
+        f"model.config={architecture}",
+        "model.context_len=32",
+        "data.seq_len=32",
+        "scaling=clex",
+        "scaling.lr_scale=1.0",
+        "scaling.t_max=4",
+        "optim.batch_rows=6",
+        f"optim.steps={STEPS}",
+        "checkpoint.every=2",
+        "checkpoint.keep_last=8",
+        "evaluation.every=3",
+        "evaluation.lengths=[32,64]",
+        "evaluation.num_windows=1",
+        "evaluation.methods=[trained]",
+        "tracking.wandb=off",
+        *settings,
+    )
+
+
+def with_dropout(architecture: Path, folder: Path) -> Path:
+    """The same architecture with dropout on the attention's weights."""
+    settings = json.loads((architecture / "config.json").read_text())
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.2}))
+    distributed.barrier()
+    return folder
+
+
+def interrupted(*given: str) -> None:
+    """Train one step beyond the checkpoint of step STOP, then stop without another and throw the engine away."""
+    from clex_train import trainer
+
+    real = trainer.train_step
+
+    def stops(parts: Any, step: int, micro_batches: Any) -> dict[str, Any]:
+        if step == STOP + 1:
+            raise StopRequested("enough")
+        return real(parts, step, micro_batches)
+
+    trainer.train_step = stops
+    try:
+        train.run(composed(*given))
+    except StopRequested:
+        pass
+    finally:
+        trainer.train_step = real
+
+
+def differences(first: Path, second: Path) -> list[str]:
+    """Names of weights and figures that are not the same to the bit; the evaluations' too."""
+    different = []
+    for name in ("model.safetensors", "clex.safetensors", "frequencies.safetensors"):
+        one, two = load_file(first / "final" / name), load_file(second / "final" / name)
+        different += [key for key in one if key not in two or not torch.equal(one[key], two[key])]
+    one, two = figures(first), figures(second)
+    return different + [key for key in {**one, **two} if one.get(key) != two.get(key)]
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """Every figure that does not depend on the clock, by `step key`."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {
+        f"{row['step']} {key}": value
+        for row in rows
+        for key, value in row.items()
+        if key in COMPARED or key.startswith("perplexity/")
+    }
+
+
+def main(folder: Path, store: Path, architecture: Path, cells: list[str]) -> None:
+    """Each cell in turn, in one process group."""
+    for cell in cells:
+        chosen = with_dropout(architecture, folder / "dropout") if "+dropout" in CELLS[cell] else architecture
+        whole, parted = folder / f"{cell}_whole", folder / f"{cell}_parted"
+        train.run(composed(*overrides(whole, store, chosen, cell)))
+        interrupted(*overrides(parted, store, chosen, cell))
+        train.run(composed(*overrides(parted, store, chosen, cell)))
+        if distributed.is_main():
+            report = {"different": differences(whole, parted), "compared": len(figures(whole))}
+            (folder / f"{cell}.json").write_text(json.dumps(report))
+        distributed.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
