@@ -1,0 +1,132 @@
+"""Perplexity of one text of any length, read as a single stream under LM-Infinite, in constant memory.
+
+Every token is predicted from the starting tokens and the window before it, however far the stream has come. Beside it
+stands what the same model makes of the same tokens in windows of its own training length L: tokens at multiples of L
+have no context there, and are scored by neither. Shapes: `S` segments, `N` tokens of the stream.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.cache_utils import Cache
+
+from clex_train.data.store import TokenStore
+from clex_train.evaluation.perplexity import evaluating, token_nll
+from clex_train.evaluation.results import Score
+
+MOST_SEGMENTS = 1024
+"""Points of the curve of nll against position, at most."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The first `num_tokens` tokens of a split, its documents joined by EOS, in segments of equal length."""
+
+    store: TokenStore
+    num_tokens: int
+    segment_len: int
+    context_len: int
+    """L; tokens at its multiples are not scored."""
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Tokens first..last-1, int64 [1, last - first]."""
+        return torch.from_numpy(self.store.tokens(first, last).astype("int64"))[None]
+
+    @property
+    def scored_per_segment(self) -> int:
+        """Scored tokens of a segment."""
+        return self.segment_len - self.segment_len // self.context_len
+
+    def describe(self) -> dict[str, object]:
+        """What was scored, as plain JSON; the fingerprint is equal for equal tokens."""
+        digest = hashlib.blake2b(f"stream/{self.num_tokens}/{self.context_len}/".encode(), digest_size=8)
+        for first in range(0, self.num_tokens, 1 << 20):
+            digest.update(self.store.tokens(first, min(first + (1 << 20), self.num_tokens)).astype("<i8").tobytes())
+        return {
+            "count": self.num_tokens // self.segment_len,
+            "length": self.segment_len,
+            "score_stride": self.context_len,
+            "fingerprint": digest.hexdigest(),
+        }
+
+
+def plan_stream(store: TokenStore, num_tokens: int | None, context_len: int) -> Stream:
+    """As much of `num_tokens` (None: the whole split) as is a multiple of the segment, itself a multiple of L.
+
+    `ValueError` when the split holds fewer than `num_tokens`, or fewer than L, tokens.
+    """
+    wanted = store.num_tokens if num_tokens is None else num_tokens
+    if not context_len <= wanted <= store.num_tokens:
+        raise ValueError(
+            f"stream_tokens={wanted}: {store.path} has {store.num_tokens} {store.split_name} tokens, and a stream takes "
+            f"at least one window of {context_len}; name another number or a larger store"
+        )
+    windows = wanted // context_len
+    segment_len = context_len * -(-windows // MOST_SEGMENTS)
+    return Stream(store, wanted // segment_len * segment_len, segment_len, context_len)
+
+
+def streamed(model: nn.Module, cache: Cache | None, stream: Stream, chunk_len: int, bar: tqdm) -> Iterator[Tensor]:
+    """nll float32 [n] of tokens 0, 1, 2, ..., `chunk_len` at a time; that of the first token is 0.
+
+    `cache` holds what later tokens see: one of constant size, or None for all keys. The device is the model's.
+    """
+    device = next(model.parameters()).device
+    carried = torch.zeros(1)
+    for first in range(0, stream.num_tokens, chunk_len):
+        last = min(first + chunk_len, stream.num_tokens)
+        tokens = stream.read(first, min(last + 1, stream.num_tokens)).to(device)
+        output = model(input_ids=tokens[:, : last - first], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        targets = tokens[:, 1:]
+        nll = token_nll(output.logits[:, : targets.shape[1]], targets)[0].cpu()
+        del output
+        yield torch.cat((carried, nll[: last - first - 1]))
+        carried = nll[last - first - 1 :]
+        bar.update(last - first)
+
+
+def windowed(model: nn.Module, stream: Stream, chunk_len: int, bar: tqdm) -> Iterator[Tensor]:
+    """nll float32 [n] of the same tokens in windows of L, several in a forward; the first of each window is 0."""
+    device, context_len = next(model.parameters()).device, stream.context_len
+    step = context_len * max(1, chunk_len // context_len)
+    for first in range(0, stream.num_tokens, step):
+        tokens = stream.read(first, min(first + step, stream.num_tokens)).view(-1, context_len).to(device)
+        nll = torch.zeros(tokens.shape)
+        nll[:, 1:] = token_nll(model(input_ids=tokens, use_cache=False).logits[:, :-1], tokens[:, 1:]).cpu()
+        yield nll.flatten()
+        bar.update(tokens.numel())
+
+
+def segment_sums(parts: Iterator[Tensor], stream: Stream) -> list[float]:
+    """Summed nll of each segment's scored tokens [S], in float64."""
+    sums = torch.zeros(stream.num_tokens // stream.segment_len, dtype=torch.float64)
+    first = 0
+    for nll in parts:
+        position = torch.arange(first, first + len(nll))
+        kept = nll.double().masked_fill(position % stream.context_len == 0, 0.0)
+        sums.index_add_(0, position // stream.segment_len, kept)
+        first += len(nll)
+    assert first == stream.num_tokens, "every token of the stream has been read"
+    return sums.tolist()
+
+
+def score(method: str, protocol: str, length: int, parts: Callable[[], Iterator[Tensor]], stream: Stream) -> Score:
+    """The score of one way to read the stream: `length` tokens are in reach of the last one."""
+    start = time.perf_counter()
+    sums = segment_sums(parts(), stream)
+    return Score(
+        method=method,
+        protocol=protocol,
+        length=length,
+        frequencies="none",
+        t=1.0,
+        window_nll=sums,
+        num_tokens=len(sums) * stream.scored_per_segment,
+        seconds=time.perf_counter() - start,
+    )
