@@ -7,7 +7,7 @@ have no context there, and are scored by neither. Shapes: `S` segments, `N` toke
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
 
 from clex_train.data.store import TokenStore
-from clex_train.evaluation.perplexity import evaluating, token_nll
+from clex_train.evaluation.perplexity import token_nll
 from clex_train.evaluation.results import Score
 
 MOST_SEGMENTS = 1024
@@ -63,8 +63,8 @@ def plan_stream(store: TokenStore, num_tokens: int | None, context_len: int) -> 
     wanted = store.num_tokens if num_tokens is None else num_tokens
     if not context_len <= wanted <= store.num_tokens:
         raise ValueError(
-            f"stream_tokens={wanted}: {store.path} has {store.num_tokens} {store.split_name} tokens, and a stream takes "
-            f"at least one window of {context_len}; name another number or a larger store"
+            f"stream_tokens={wanted}: {store.path} has {store.num_tokens} {store.split_name} tokens, and a stream "
+            f"takes at least one window of {context_len}; name another number or a larger store"
         )
     windows = wanted // context_len
     segment_len = context_len * -(-windows // MOST_SEGMENTS)
