@@ -79,6 +79,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     evaluation = TrainingEvaluation(config, store, context_len, interrupted) if config.evaluation.every >= 0 else None
     if evaluation:
         require_disjoint(stores.values(), evaluation.store)
+    configuration.check_protocols(config)
     configuration.check_reach(config, context_len)
     configuration.check_scaling(config, modeling.has_field(str(config.model.path)))
     settings = engines.deepspeed_dict(config, distributed.world_size())

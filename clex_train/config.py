@@ -20,7 +20,7 @@ from clex_train.settings.bounds import require
 from clex_train.settings.checkpoint import CheckpointConfig
 from clex_train.settings.data import DataConfig, DomainConfig
 from clex_train.settings.engine import EngineConfig
-from clex_train.settings.evaluation import EvaluationConfig
+from clex_train.settings.evaluation import EvaluationConfig, Protocol
 from clex_train.settings.launch import LaunchConfig
 from clex_train.settings.model import Init, ModelConfig
 from clex_train.settings.optim import OptimConfig
@@ -151,6 +151,16 @@ def _check_data(config: Config) -> None:
         "evaluation.path",
         config.evaluation.path,
         "a mixture has no validation split of its own; name the store to evaluate on (or evaluation=never)",
+    )
+
+
+def check_protocols(config: Config) -> None:
+    """`ValueError` for a protocol that is not for windows, which is what a run evaluates on."""
+    require(
+        Protocol.streaming not in config.evaluation.protocols,
+        "evaluation.protocols",
+        [protocol.value for protocol in config.evaluation.protocols],
+        "streaming reads one long text, after the run: python -m clex_train.cli.evaluate run=... protocols=[streaming]",
     )
 
 

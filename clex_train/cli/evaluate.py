@@ -2,6 +2,7 @@
 
     python -m clex_train.cli.evaluate run=runs/tiny_clex methods=[trained,ntk]
     python -m clex_train.cli.evaluate model=path/to/model data=corpora/books lengths=[4096,8192,16384]
+    python -m clex_train.cli.evaluate run=runs/tiny_base protocols=[streaming] methods=[lm_infinite]
     deepspeed --module clex_train.cli.evaluate run=runs/llama2_7b_clex          windows dealt to the ranks
 
 Writes `evaluation/<label>.json` in the run folder (or `output`) and prints the table. `--help` lists every key.
@@ -13,6 +14,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 
 from clex_train import distributed, log, modeling
@@ -22,9 +24,11 @@ from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_tokenizer
 from clex_train.engine import deepspeed
-from clex_train.evaluation import methods, origin, report, runner
+from clex_train.evaluation import methods, origin, report, runner, streaming
 from clex_train.evaluation.results import Origin, Results, write
+from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, score_stride, select
+from clex_train.modeling import LoadedModel
 from clex_train.settings.bounds import require
 from clex_train.settings.engine import EngineConfig, Precision
 from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
@@ -40,11 +44,19 @@ class EvaluateConfig:
     data: str | None = None
     """Token store whose validation split is read; by default the run's."""
     methods: list[Method] | None = None
-    """`trained`: as the model is; `none`, `pi`, `ntk`: those frequencies on its weights. By default the run's."""
+    """`trained`: as the model is; `none`, `pi`, `ntk`: those frequencies on its weights; `lm_infinite`: plain ones and
+    the Lambda-shaped mask. By default the run's."""
     lengths: list[int] | None = None
     """Window lengths in tokens; by default the run's, or 1, 2, 4, 8 and 16 times the model's context length."""
     protocols: list[Protocol] | None = None
-    """`one_shot`: t fixed by the window's length; `chunked` (official): chunks of L through the cache, t grows."""
+    """`one_shot`: t fixed by the window's length; `chunked` (official): chunks of L through the cache, t grows;
+    `streaming`, by itself: all held-out text as one stream, beside windows of L over the same tokens."""
+    n_local: int | None = None
+    """Latest tokens that `lm_infinite` sees; by default L."""
+    n_global: int | None = None
+    """First tokens that `lm_infinite` sees; by default 10."""
+    stream_tokens: int | None = None
+    """Tokens of a stream; by default the whole validation split."""
     num_windows: int | None = None
     """Windows of the largest length; by default the run's."""
     chunk_len: int | None = None
@@ -83,9 +95,16 @@ def main() -> None:
     """Evaluate what the command line names; whatever can be refused is refused before weights are read."""
     asked = parse(sys.argv[1:])
     plan = make_plan(asked)
+    if Protocol.streaming in plan.spec.protocols:
+        finish(plan, *stream(asked, plan, plan_stream(plan.store, asked.stream_tokens, plan.context_len)))
+        return
     stride = score_stride(plan.spec.lengths, plan.context_len, plan.spec.protocols)
     windows = select(plan.store, max(plan.spec.lengths), plan.spec.num_windows, stride, asked.seed)
-    results, origin = evaluate(asked, plan, windows)
+    finish(plan, *evaluate(asked, plan, windows))
+
+
+def finish(plan: Plan, results: Results, origin: Origin) -> None:
+    """Write the results and print their table, on rank 0."""
     if distributed.is_main():
         write(plan.output, results, origin)
         print(report.console(report.from_results(results, origin)))
@@ -110,7 +129,7 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     context_len = modeling.context_length(model, modeling.architecture(model))
     if not asked.run:
         config.evaluation.lengths = [multiple * context_len for multiple in (1, 2, 4, 8, 16)]
-    keys = ("methods", "lengths", "protocols", "num_windows", "chunk_len")
+    keys = ("methods", "lengths", "protocols", "num_windows", "chunk_len", "n_local", "n_global")
     given = {key: value for key in keys if (value := getattr(asked, key)) is not None}
     data = asked.data or config.evaluation.path or config.data.path
     require(data is not None, "data", data, "this run mixed several stores; name the one to evaluate on")
@@ -119,6 +138,7 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     label = asked.label or Path(str(asked.run or path)).resolve().name
     folder = Path(asked.run) if asked.run else Path("runs") / label
     spec = replace(config.evaluation, **given)
+    _check_streaming(spec)
     _check_reach(model, spec, context_len)
     return Plan(
         model=model,
@@ -132,12 +152,7 @@ def make_plan(asked: EvaluateConfig) -> Plan:
 
 def evaluate(asked: EvaluateConfig, plan: Plan, windows: WindowSet) -> tuple[Results, Origin]:
     """Load the weights on every rank, deal the windows to the ranks, score. Collective."""
-    engine = EngineConfig(precision=asked.precision)
-    if distributed.world_size() > 1:
-        deepspeed.open_process_group(engine)
-    dtype = deepspeed.precision(engine)
-    loaded = modeling.load_for_evaluation(plan.model, dtype=dtype)
-    loaded.model.to(distributed.device())
+    loaded, dtype = load(asked, plan)
     longest = max(plan.spec.lengths)
     tables = methods.tables(plan.spec.methods, loaded.table, loaded.base_inv_freq, loaded.context_len, longest)
     results = runner.evaluate(
@@ -149,10 +164,38 @@ def evaluate(asked: EvaluateConfig, plan: Plan, windows: WindowSet) -> tuple[Res
         plan.spec.protocols,
         plan.spec.chunk_len,
         asked.batch_tokens,
+        inserted=methods.insertions(plan.spec, loaded.model, loaded.context_len),
     )
+    return results, facts(plan, dtype)
+
+
+def stream(asked: EvaluateConfig, plan: Plan, text: Stream) -> tuple[Results, Origin]:
+    """Load the weights and read one long text by each method, and in windows of L."""
+    loaded, dtype = load(asked, plan)
+    inserted = methods.insertions(plan.spec, loaded.model, loaded.context_len)
+    table = methods.tables([Method.none], None, loaded.base_inv_freq, loaded.context_len, loaded.context_len)["none"]
+    loaded.handle.use(table)
+    with loaded.handle.pinned(1.0):
+        names = [method.value for method in plan.spec.methods]
+        return streaming.evaluate(loaded.model, text, names, inserted, plan.spec.chunk_len), facts(plan, dtype)
+
+
+def load(asked: EvaluateConfig, plan: Plan) -> tuple[LoadedModel, torch.dtype]:
+    """The model on this rank's device."""
+    engine = EngineConfig(precision=asked.precision)
+    if distributed.world_size() > 1:
+        deepspeed.open_process_group(engine)
+    dtype = deepspeed.precision(engine)
+    loaded = modeling.load_for_evaluation(plan.model, dtype=dtype)
+    loaded.model.to(distributed.device())
+    return loaded, dtype
+
+
+def facts(plan: Plan, dtype: torch.dtype) -> Origin:
+    """Where the numbers come from."""
     path = Path(str(plan.model.path))
     weights = {"path": str(path), "hash": origin.weights_hash(path), "revision": plan.model.revision}
-    return results, origin.describe(plan.label, weights, plan.store, dtype)
+    return origin.describe(plan.label, weights, plan.store, dtype)
 
 
 def usage() -> str:
@@ -166,6 +209,22 @@ def _check(asked: EvaluateConfig) -> None:
     require(asked.context_len is None or asked.context_len >= 2, "context_len", asked.context_len, "at least 2 tokens")
     require(asked.batch_tokens is None or asked.batch_tokens >= 1, "batch_tokens", asked.batch_tokens, "at least 1")
     require(asked.seed >= 0, "seed", asked.seed, "0 or a positive integer")
+
+
+def _check_streaming(spec: EvaluationConfig) -> None:
+    if Protocol.streaming not in spec.protocols:
+        return
+    names = [protocol.value for protocol in spec.protocols]
+    require(len(spec.protocols) == 1, "protocols", names, "streaming reads other tokens than windows; ask for it alone")
+    known = {Method.lm_infinite, Method.none}
+    names = [method.value for method in spec.methods]
+    require(
+        set(spec.methods) <= known,
+        "methods",
+        names,
+        "streaming knows lm_infinite and none (plain attention, whose memory grows with the stream)",
+    )
+    require(distributed.world_size() == 1, "protocols", ["streaming"], "one stream is read by one process")
 
 
 def _run_config(run: Path) -> Config:

@@ -68,10 +68,8 @@ class Table:
         """What the numbers are."""
         protocols = " and ".join(dict.fromkeys(curve.protocol for curve in self.curves))
         documents = len(set(self.windows["documents"]))
-        return (
-            f"Perplexity ({protocols}) on {self.num_tokens:,} held-out tokens, the same at every length: "
-            f"{self.windows['count']} windows of {documents} documents"
-        )
+        read = f"{self.windows['count']} windows of {documents} documents" if documents else "documents in one stream"
+        return f"Perplexity ({protocols}) on {self.num_tokens:,} held-out tokens, the same at every length: {read}"
 
 
 def write_report(rows: Sequence[Row], folder: Path, name: str = "perplexity") -> str:

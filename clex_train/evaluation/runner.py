@@ -8,7 +8,7 @@ so the result does not depend on their number.
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -37,12 +37,14 @@ def evaluate(
     batch_tokens: int | None = None,
     device: torch.device | None = None,
     interrupted: Callable[[], bool] | None = None,
+    inserted: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
 ) -> Results:
     """Score `windows` with the model's current weights under each of `tables` (method name -> frequencies).
 
     At most `chunk_len` tokens of a window and `batch_tokens` tokens over several windows (by default as many) go
-    through the model at a time; the tokens are moved to `device` (by default the rank's). Collective: every rank calls
-    it with equal arguments and gets equal results. The handle's table and the model's mode are put back. Raises
+    through the model at a time; the tokens are moved to `device` (by default the rank's). `inserted` says what a method
+    puts into the model beside its table. Collective: every rank calls it with equal arguments and gets equal results.
+    The handle's table and the model's mode are put back. Raises
     `ValueError` if a length exceeds what a table serves, before the first forward; `StopRequested` as soon as
     `interrupted`, asked between forwards, answers yes on one of the ranks.
     """
@@ -51,14 +53,15 @@ def evaluate(
     cells = [(method, protocol, length) for method in tables for protocol in protocols for length in sorted(lengths)]
     device = device or distributed.device()
     scores = []
-    with evaluating(model), _keeping_table(handle), _progress(len(cells) * windows.tokens.size) as bar:
+    with evaluating(model), _keeping_table(handle), progress(len(cells) * windows.tokens.size) as bar:
         for method, protocol, length in cells:
             bar.set_description(f"evaluate {method}, {protocol.value}, {length} tokens", refresh=False)
             handle.use(tables[method])
-            start = time.perf_counter()
+            start, put_in = time.perf_counter(), (inserted or {}).get(method, nullcontext)
             predict = partial(PROTOCOLS[protocol], model, handle, chunk_len=chunk_len)
             batch = max(1, (batch_tokens or chunk_len) // min(length, chunk_len))
-            nll = _token_nll(predict, windows.pieces(length), batch, device, bar, interrupted)
+            with put_in():
+                nll = _token_nll(predict, windows.pieces(length), batch, device, bar, interrupted)
             scored = nll.view(windows.tokens.shape)[:, torch.from_numpy(windows.scored)].double()
             scores.append(
                 Score(
@@ -124,7 +127,7 @@ def _keeping_table(handle: RotaryHandle) -> Iterator[None]:
         handle.use(table)
 
 
-def _progress(total: int) -> tqdm:
+def progress(total: int) -> tqdm:
     """A bar over tokens on rank 0, silent elsewhere; rarely redrawn where it goes into a file."""
     return tqdm(
         total=total,

@@ -7,17 +7,20 @@ have no context there, and are scored by neither. Shapes: `S` segments, `N` toke
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.cache_utils import Cache
 
+from clex_train.attention.hf_interface import LmInfinite
 from clex_train.data.store import TokenStore
-from clex_train.evaluation.perplexity import token_nll
-from clex_train.evaluation.results import Score
+from clex_train.evaluation.perplexity import evaluating, token_nll
+from clex_train.evaluation.results import Results, Score
+from clex_train.evaluation.runner import progress
 
 MOST_SEGMENTS = 1024
 """Points of the curve of nll against position, at most."""
@@ -51,6 +54,7 @@ class Stream:
             "count": self.num_tokens // self.segment_len,
             "length": self.segment_len,
             "score_stride": self.context_len,
+            "documents": [],
             "fingerprint": digest.hexdigest(),
         }
 
@@ -71,7 +75,29 @@ def plan_stream(store: TokenStore, num_tokens: int | None, context_len: int) -> 
     return Stream(store, wanted // segment_len * segment_len, segment_len, context_len)
 
 
-def streamed(model: nn.Module, cache: Cache | None, stream: Stream, chunk_len: int, bar: tqdm) -> Iterator[Tensor]:
+def evaluate(
+    model: nn.Module,
+    stream: Stream,
+    methods: Sequence[str],
+    inserted: Mapping[str, Callable[[], AbstractContextManager[object]]],
+    chunk_len: int,
+) -> Results:
+    """The stream by each method (`lm_infinite` with a cache of constant size, `none` with all keys), and in windows.
+
+    `inserted` puts a method into the model. Windows of L are labelled `none`, `windows`, at length L.
+    """
+    scores = []
+    with evaluating(model), progress((len(methods) + 1) * stream.num_tokens) as bar:
+        scores.append(_score("none", "windows", stream.context_len, windowed(model, stream, chunk_len, bar), stream))
+        for method in methods:
+            with inserted.get(method, nullcontext)() as handle:
+                cache = handle.new_cache() if isinstance(handle, LmInfinite) else None
+                nll = streamed(model, cache, stream, chunk_len, bar)
+                scores.append(_score(method, "streaming", stream.num_tokens, nll, stream))
+    return Results(scores, stream.context_len, stream.describe())
+
+
+def streamed(model: nn.Module, cache: Any, stream: Stream, chunk_len: int, bar: tqdm) -> Iterator[Tensor]:
     """nll float32 [n] of tokens 0, 1, 2, ..., `chunk_len` at a time; that of the first token is 0.
 
     `cache` holds what later tokens see: one of constant size, or None for all keys. The device is the model's.
@@ -116,10 +142,10 @@ def segment_sums(parts: Iterator[Tensor], stream: Stream) -> list[float]:
     return sums.tolist()
 
 
-def score(method: str, protocol: str, length: int, parts: Callable[[], Iterator[Tensor]], stream: Stream) -> Score:
-    """The score of one way to read the stream: `length` tokens are in reach of the last one."""
+def _score(method: str, protocol: str, length: int, parts: Iterator[Tensor], stream: Stream) -> Score:
+    """The score of one way to read the stream: `length` tokens have been read before the last one is predicted."""
     start = time.perf_counter()
-    sums = segment_sums(parts(), stream)
+    sums = segment_sums(parts, stream)
     return Score(
         method=method,
         protocol=protocol,

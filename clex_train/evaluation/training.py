@@ -41,6 +41,7 @@ class TrainingEvaluation:
             self.spec.protocols,
             self.spec.chunk_len,
             interrupted=self.interrupted,
+            inserted=methods.insertions(self.spec, loaded.model, loaded.context_len),
         )
         if distributed.is_main():
             weights = {"path": str(self.config.output_dir), "step": step}

@@ -11,6 +11,7 @@ from clex_train.settings.bounds import require
 class Protocol(Enum):
     one_shot = "one_shot"
     chunked = "chunked"
+    streaming = "streaming"
 
 
 class Method(Enum):
@@ -18,6 +19,7 @@ class Method(Enum):
     none = "none"
     pi = "pi"
     ntk = "ntk"
+    lm_infinite = "lm_infinite"
 
 
 @dataclass
@@ -29,7 +31,12 @@ class EvaluationConfig:
     protocols: list[Protocol] = field(default_factory=lambda: [Protocol.one_shot])
     """`one_shot`: t fixed by the window's length; `chunked` (official): chunks of L through the cache, t grows."""
     methods: list[Method] = field(default_factory=lambda: [Method.trained])
-    """`trained` is the model as trained; `none`, `pi`, `ntk` put those frequencies into the same weights."""
+    """`trained` is the model as trained; `none`, `pi`, `ntk` put those frequencies into the same weights, `lm_infinite`
+    plain frequencies and the Lambda-shaped mask."""
+    n_local: int | None = None
+    """Latest tokens that `lm_infinite` sees; by default L."""
+    n_global: int = 10
+    """First tokens that `lm_infinite` sees."""
     path: str | None = None
     """Token store whose validation split is read; by default that of `data.path`; a mixture has to name one."""
     num_windows: int = 32
@@ -55,4 +62,6 @@ class EvaluationConfig:
         require(len(self.methods) > 0, "evaluation.methods", self.methods, "one or more methods")
         require(len(self.protocols) > 0, "evaluation.protocols", self.protocols, "one or more protocols")
         require(self.num_windows >= 1, "evaluation.num_windows", self.num_windows, "at least 1 window")
+        require(self.n_local is None or self.n_local >= 1, "evaluation.n_local", self.n_local, "at least 1 token")
+        require(self.n_global >= 0, "evaluation.n_global", self.n_global, "0 or more tokens")
         require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")

@@ -74,6 +74,31 @@ def test_a_model_directory_is_evaluated_and_the_table_printed(places, tmp_path, 
     assert content["data"]["path"] == places["store"]
 
 
+def test_all_held_out_text_is_read_as_one_stream(places, tmp_path, monkeypatch, capsys) -> None:
+    output = tmp_path / "stream.json"
+    status = call(
+        monkeypatch,
+        f"model={places['model']}",
+        f"data={places['store']}",
+        "protocols=[streaming]",
+        "methods=[lm_infinite,none]",
+        "n_local=12",
+        "n_global=2",
+        "chunk_len=50",
+        f"output={output}",
+    )
+    content = json.loads(output.read_text())
+    num_tokens = 293 // CONTEXT_LEN * CONTEXT_LEN
+    assert status == 0
+    assert set(content["metrics"]) == {
+        f"perplexity/none/windows/{CONTEXT_LEN}",
+        f"perplexity/lm_infinite/streaming/{num_tokens}",
+        f"perplexity/none/streaming/{num_tokens}",
+    }
+    assert len(set(content["metrics"].values())) == 3
+    assert "documents in one stream" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_numbers_do_not_depend_on_how_the_windows_were_fed(places, tmp_path, monkeypatch) -> None:
     found = []
     for name, feeding in (("a", ["chunk_len=5"]), ("b", ["chunk_len=64", "batch_tokens=300"])):
@@ -132,6 +157,12 @@ def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, mon
         (["run={root}/nowhere"], "run={root}/nowhere: no such folder"),
         (["run={model}"], "not a run folder (no config.yaml)"),
         (["model={model}", "data={root}/nowhere"], "data.path={root}/nowhere: no such directory"),
+        (["model={model}", "data={store}", "protocols=[streaming]", "methods=[ntk]"], "['ntk']: streaming knows"),
+        (["model={model}", "data={store}", "protocols=[streaming,one_shot]"], "ask for it alone"),
+        (
+            ["model={model}", "data={store}", "protocols=[streaming]", "methods=[none]", "stream_tokens=999"],
+            "stream_tokens=999: {store} has 293 validation tokens",
+        ),
         (["model={model}", "data={store}", "methods=[]"], "evaluation.methods=[]: one or more methods"),
         (["model={model}", "data=[open"], "data=[open: the value is not valid YAML"),
         (["verbose"], "arguments have the form key=value"),
