@@ -40,7 +40,7 @@ class LaunchConfig:
     exclusive: bool = False
     """Share no node with another job."""
     time: str = "24:00:00"
-    """Limit of one life of the job: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
+    """Limit of one life of the job: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS. In a YAML file in quotes."""
     signal_before: int = 300
     """Seconds before the limit at which the run saves a checkpoint and the job goes back into the queue."""
     max_restarts: int = 20

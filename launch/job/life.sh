@@ -92,8 +92,7 @@ requeue() {
     fi
     say "goes back into the queue"
     trap - USR1 USR2 TERM
-    scontrol requeue "$SLURM_JOB_ID"
-    sleep 60 # until SLURM ends this life
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # until SLURM ends this life
 }
 
 say() {

@@ -3,12 +3,11 @@
 import os
 import stat
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from composing import composed
 
-from clex_train.config import Config
 from launch import job_script
 
 BASE = ("+experiment=tiny_base", "data.path=store")
@@ -39,7 +38,6 @@ class Lab:
     """A folder with a submission in it; `life` runs one life of its job."""
 
     folder: Path
-    config: Config = field(init=False)
 
     def __post_init__(self) -> None:
         (self.folder / "bin").mkdir()
@@ -66,6 +64,7 @@ class Lab:
             "CHECKPOINT": "",
             "SIGNAL": "",
             "STOP_FILE": "",
+            "NO_FINAL": "",
             "JOB_STATE": "RUNNING",
         }
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "LAB": str(self.folder)}

@@ -1,8 +1,11 @@
 """Trainings on a real SLURM of two nodes: signalled, requeued, bereft of a node, cancelled; not a bit is changed."""
 
 import pytest
+from composing import composed
 from slurm_cluster import wait_for
 from slurm_jobs import assert_same_run
+
+from launch import slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -59,3 +62,22 @@ def test_a_job_near_its_limit_is_requeued_and_a_cancelled_one_is_not(jobs):
 def test_what_this_cluster_refuses_is_said_in_slurm_s_words(jobs):
     with pytest.raises(AssertionError, match=r"error: sbatch refuses the job: .*invalid partition specified: nope"):
         jobs.submit("refused", "launch.partition=nope")
+
+
+def test_values_of_the_site_reach_slurm_as_they_are(jobs, cluster, monkeypatch):
+    """Names with every character that a shell or sbatch's own parser could take for something else."""
+    nasty = 'it\'s "a" $(touch pwned) `touch pwned` ${HOME} #1 %j \\ end'
+    folder = jobs.folder / nasty.replace("\\", "").replace("/", "")
+    options = ("launch.gpus_per_node=0", "launch.time=10", f"data.path={jobs.store}")
+    config = composed("+experiment=tiny_base", *options)
+    config.output_dir, config.name = str(folder), nasty
+    config.launch.sbatch_options, config.launch.python = [f"--comment={nasty}"], "/bin/false"
+    monkeypatch.chdir(jobs.folder)
+    slurm.write(config, folder / "launch" / "one")
+    job = cluster.run("sbatch", "--parsable", str(folder / "launch" / "one" / "job.sh")).stdout.strip()
+    said = cluster.run("scontrol", "-o", "show", "job", job).stdout
+    assert f" JobName={nasty}-" in said
+    assert f" Comment={nasty} " in said
+    assert jobs.wait_for_end(job, folder.name, 60) == "FAILED"
+    assert "training ended with exit code 1" in jobs.log(folder.name), "it is where it was asked for"
+    assert not list(jobs.folder.rglob("pwned"))
