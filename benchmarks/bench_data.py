@@ -1,13 +1,14 @@
-"""The data path: tokenising from files to a store, against `tokenizers` on the same text in memory.
+"""The data path: from files to a store, against `tokenizers` on the same text in memory, and from a store to batches.
 
     python benchmarks/bench_data.py tokenizing --texts ../data/book/*.jsonl.zst [--gigabytes 1] [--output FILE.md]
+    python benchmarks/bench_data.py loading [--output FILE.md]
 
-The texts are repeated to the size asked for, a file a copy, compressed as the first one is; an 8k byte-level BPE is
-learnt from one copy. "Raw" is `tokenizers.Tokenizer.encode_batch` on one copy in memory, whole documents, and, faster,
-the same documents in pieces of 16,384 characters. Ours is `python -m data_prep tokenize` from files to a finished
-store, one worker, called in this process; imports are excluded by a small store before. All have the same number of
-threads and take turns; medians. In the corpus "altered" the letters of every tenth word of each copy are shuffled, so
-that caches of words meet new ones as they do in text that does not repeat.
+Tokenizing: the texts are repeated to the size asked for, a file a copy, compressed as the first one is; an 8k byte-
+level BPE is learnt from one copy. "Raw" is `tokenizers.Tokenizer.encode_batch` on one copy in memory, whole
+documents, and, faster, the same documents in pieces of 16,384 characters. Ours is `python -m data_prep tokenize` from
+files to a finished store, one worker, called in this process; imports are excluded by a small store before. All have
+the same number of threads and take turns; medians. In the corpus "altered" the letters of every tenth word of each
+copy are shuffled, so that caches of words meet new ones as they do in text that does not repeat.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import zstandard
 from bench_page import processor, publish
+from data_loading import loading
 
 PIECE_CHARS = 1 << 14
 
@@ -54,7 +56,11 @@ def parse() -> argparse.Namespace:
     tokenize.add_argument("--repeats", type=int, default=3)
     tokenize.add_argument("--vocab-size", type=int, default=8192)
     tokenize.add_argument("--folder", type=Path, help="where to write corpora and stores; by default a temporary one")
-    for section in (tokenize,):
+    load = sections.add_parser("loading", help="a token store to batches")
+    load.set_defaults(section=loading)
+    load.add_argument("--repeats", type=int, default=5)
+    load.add_argument("--folder", type=Path, help="where to write stores; by default a temporary one")
+    for section in (tokenize, load):
         section.add_argument("--threads", type=int, default=os.cpu_count())
         section.add_argument("--output", type=Path)
     return parser.parse_args()

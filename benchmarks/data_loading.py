@@ -1,6 +1,4 @@
-"""The data path behind the store: rows from page cache, a store of 10^10 tokens, and the index of best_fit.
-
-    python benchmarks/bench_data_loading.py [--output benchmarks/results/NAME.md]
+"""The section `loading` of bench_data.py: rows from page cache, a store of 10^10 tokens, and the index of best_fit.
 
 Tokens are random (no time depends on them), lengths of documents log-normal. The loader is timed in processor time of
 the whole process, its reading thread included, medians over turns; the large stores are sparse files with a real table
@@ -12,9 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from bench_page import processor, publish
 
 from clex_train.data.collate import joined, separated
 from clex_train.data.loader import Collate, batches
@@ -40,36 +35,9 @@ from clex_train.data.writer import write_atomically, write_store
 BATCH_ROWS, MICRO_BATCH, VOCABULARY = 64, 8, 8192
 
 
-def main() -> None:
-    """Print one Markdown page, and write it where `--output` says."""
-    arguments = parse()
-    torch.set_num_threads(1)
-    publish([*header(), *loading(arguments)], arguments.output)
-
-
-def parse() -> argparse.Namespace:
-    """The sizes to measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to write stores; by default a temporary one")
-    parser.add_argument("--output", type=Path)
-    return parser.parse_args()
-
-
-def header() -> list[str]:
-    """What was run, on what."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return [
-        "# Rows and batches",
-        "",
-        f"`python benchmarks/bench_data_loading.py` at {commit.stdout.strip()}, Python {platform.python_version()}, "
-        f"numpy {np.__version__}, torch {torch.__version__}, {processor()} with {os.cpu_count()} processors, "
-        f"load {os.getloadavg()[0]:.1f}",
-    ]
-
-
 def loading(arguments: argparse.Namespace) -> list[str]:
     """Lines of the page: speed of the loader, a store of 10^10 tokens, the index of best_fit."""
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench_loading_") as folder:
         small, large, billion = (Path(folder) / name for name in ("small", "large", "billion"))
         lines = speeds(small, arguments.repeats)
@@ -154,7 +122,3 @@ def sparse_store(path: Path, lengths: np.ndarray) -> Path:
     changed = dataclasses.replace(manifest, splits={**manifest.splits, "train": [shard]})
     write_atomically(path / MANIFEST, changed.to_json().encode())
     return path
-
-
-if __name__ == "__main__":
-    main()
