@@ -86,7 +86,8 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     identity = Manifest.of_run(config, modeling.architecture_digest(arch), fingerprint)
     checkpoints = Checkpoints(run_dir, config.checkpoint, identity, config.resume is configuration.Resume.strict)
     newest = checkpoints.newest()
-    run_folder.check_config(config, newest is not None)
+    other_ranks = newest is not None and newest.manifest.world_size != distributed.world_size()
+    run_folder.check_config(config, newest is not None, other_ranks)
     first_step = newest.manifest.step if newest else 0
     if first_step == config.optim.steps and (run_dir / "final").exists():
         log.get("clex_train").info("%s is finished: its final model is in %s", run_dir, run_dir / "final")

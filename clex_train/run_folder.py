@@ -43,9 +43,14 @@ SAFE_TO_CHANGE = (
 weights and skipped rows because it knows the order of the rows that it has seen, and refuses another.
 """
 
+SHARING = ("engine.micro_batch", "engine.accumulation")
+"""What optim.batch_rows is divided by; a change of it alone would only change how sums are rounded."""
 
-def check_config(config: Config, has_checkpoint: bool) -> None:
+
+def check_config(config: Config, has_checkpoint: bool, other_ranks: bool = False) -> None:
     """Compare with the run that the folder holds; every rank may call it, nothing is written.
+
+    On another number of ranks, the rows of a step may be shared out in another way.
 
     Raises `ValueError` when the folder holds a checkpoint although `resume=never`, or a run whose configuration
     differs in a key that is not safe to change.
@@ -56,7 +61,7 @@ def check_config(config: Config, has_checkpoint: bool) -> None:
     if config.resume is Resume.never:
         raise ValueError(f"resume=never: {path.parent} already holds checkpoints; choose another output_dir")
     if path.exists():
-        _refuse_changes(path, config)
+        _refuse_changes(path, config, SAFE_TO_CHANGE + (SHARING if other_ranks else ()))
 
 
 def write_config(config: Config) -> None:
@@ -133,12 +138,12 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return changed
 
 
-def _refuse_changes(path: Path, config: Config) -> None:
+def _refuse_changes(path: Path, config: Config, safe: tuple[str, ...]) -> None:
     # Over the defaults, so that a key which the program has learned since does not count as a change.
     old = OmegaConf.merge(OmegaConf.create(_plain(OmegaConf.structured(Config))), OmegaConf.load(path))
     new = OmegaConf.structured(config)
     changed = changed_keys(_plain(old), _plain(new))
-    unsafe = [key for key in changed if not key.startswith(SAFE_TO_CHANGE)]
+    unsafe = [key for key in changed if not key.startswith(safe)]
     if unsafe:
         raise ValueError(
             f"{', '.join(unsafe)}: differs from {path}, whose checkpoints this run would continue; "

@@ -33,6 +33,15 @@ def test_keys_that_do_not_touch_the_numbers_may_change(tmp_path):
     run_folder.check_config(changed, has_checkpoint=True)
 
 
+def test_rows_may_be_shared_out_otherwise_on_another_number_of_ranks_alone(tmp_path):
+    run_folder.write_config(_config(tmp_path))
+    changed = _config(tmp_path)
+    changed.engine.micro_batch = 4
+    run_folder.check_config(changed, has_checkpoint=True, other_ranks=True)
+    with pytest.raises(ValueError, match=r"^engine\.micro_batch: differs"):
+        run_folder.check_config(changed, has_checkpoint=True)
+
+
 def test_resume_never_refuses_a_folder_with_checkpoints(tmp_path):
     config = _config(tmp_path)
     config.resume = Resume.never

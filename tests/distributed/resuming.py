@@ -1,13 +1,20 @@
-"""Trains tiny runs through train.run, interrupts and continues them, and compares; run by torchrun.
+"""Trains tiny runs through train.run, stops and continues them; run by torchrun on any number of ranks.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/distributed/resuming.py FOLDER STORE ARCHITECTURE NAME...
+    torchrun --nproc_per_node 2 tests/distributed/resuming.py FOLDER STORE ARCHITECTURE VERB,VERB,... NAME...
 
-Each NAME of `CELLS` is trained twice: to the end, and with its engine thrown away in the middle and resumed.
-Rank 0 writes FOLDER/<NAME>.json: what differs between the two.
+Each NAME of `CELLS` goes through every VERB:
+
+    whole       train to the end in FOLDER/<NAME>_whole
+    part        train one step beyond the checkpoint of step 4 in FOLDER/<NAME>_from<ranks>, then drop everything
+    go_on       continue a copy of what <n> other ranks left, FOLDER/<NAME>_from<n>_to<ranks>
+    exact       continue what as many ranks left and write FOLDER/<NAME>.json: what differs from `whole`
 """
 
 import json
+import shutil
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +26,12 @@ from composing import composed  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import train  # noqa: E402
-from clex_train import distributed  # noqa: E402
+from clex_train import distributed, trainer  # noqa: E402
 from clex_train.faults import StopRequested  # noqa: E402
 
+# Twelve rows a step, so that one and two ranks can take accumulation 3, and four ranks three rows each.
+ROWS = 12
 CELLS = {
-    # Six rows a step, so that one and two ranks can take accumulation 3.
     "zero3_accumulation_1": ("engine.zero_stage=3", "engine.accumulation=1", "engine.micro_batch=null"),
     "zero3_accumulation_3": ("engine.zero_stage=3", "engine.accumulation=3", "engine.micro_batch=null"),
     "zero2_accumulation_1": ("engine.zero_stage=2", "engine.accumulation=1", "engine.micro_batch=null"),
@@ -36,6 +44,10 @@ CELLS = {
     ),
     "zero3_offload": ("engine.zero_stage=3", "engine.offload=optimizer", "optim.weight_decay=0.1"),
     "zero2_offload": ("engine.zero_stage=2", "engine.offload=optimizer", "optim.weight_decay=0.1"),
+    "zero0": ("engine.zero_stage=0", "optim.weight_decay=0.1"),
+    "zero1": ("engine.zero_stage=1", "optim.weight_decay=0.1"),
+    "zero2": ("engine.zero_stage=2", "optim.weight_decay=0.1"),
+    "zero3": ("engine.zero_stage=3", "optim.weight_decay=0.1"),
     "zero3_bf16_dropout": ("engine.zero_stage=3", "engine.precision=bf16", "optim.weight_decay=0.1", "+dropout"),
 }
 STEPS, STOP = 6, 4
@@ -43,7 +55,7 @@ COMPARED = ("loss", "lr", "t", "grad_norm", "ode_grad_norm", "rows")
 
 
 def overrides(folder: Path, store: Path, architecture: Path, cell: str) -> tuple[str, ...]:
-    """Six steps of CLEX with a checkpoint after 4 and an evaluation after 3, 5 and 6."""
+    """Six steps of CLEX with a checkpoint after every second and an evaluation after every third."""
     settings = [item for item in CELLS.get(cell, ()) if item != "+dropout"]
     return (
         "+experiment=tiny_base",
@@ -55,7 +67,7 @@ def overrides(folder: Path, store: Path, architecture: Path, cell: str) -> tuple
         "scaling=clex",
         "scaling.lr_scale=1.0",
         "scaling.t_max=4",
-        "optim.batch_rows=6",
+        f"optim.batch_rows={ROWS}",
         f"optim.steps={STEPS}",
         "checkpoint.every=2",
         "checkpoint.keep_last=8",
@@ -78,10 +90,11 @@ def with_dropout(architecture: Path, folder: Path) -> Path:
     return folder
 
 
-def interrupted(*given: str) -> None:
-    """Train one step beyond the checkpoint of step STOP, then stop without another and throw the engine away."""
-    from clex_train import trainer
+def whole(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> None:
+    train.run(composed(*given(folder / f"{cell}_whole")))
 
+
+def part(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> None:
     real = trainer.train_step
 
     def stops(parts: Any, step: int, micro_batches: Any) -> dict[str, Any]:
@@ -91,11 +104,33 @@ def interrupted(*given: str) -> None:
 
     trainer.train_step = stops
     try:
-        train.run(composed(*given))
-    except StopRequested:
-        pass
+        with suppress(StopRequested):
+            train.run(composed(*given(folder / f"{cell}_from{distributed.world_size()}")))
     finally:
         trainer.train_step = real
+
+
+def go_on(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> None:
+    ranks = distributed.world_size()
+    for left in sorted(folder.glob(f"{cell}_from?")):
+        if left.name != f"{cell}_from{ranks}":
+            target = folder / f"{left.name}_to{ranks}"
+            if distributed.is_main():
+                shutil.copytree(left, target)
+            distributed.barrier()
+            train.run(composed(*given(target)))
+
+
+def exact(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> None:
+    parted = folder / f"{cell}_from{distributed.world_size()}"
+    train.run(composed(*given(parted)))
+    if distributed.is_main():
+        uninterrupted = folder / f"{cell}_whole"
+        report = {"different": differences(uninterrupted, parted), "compared": len(figures(uninterrupted))}
+        (folder / f"{cell}.json").write_text(json.dumps(report))
+
+
+VERBS = {"whole": whole, "part": part, "go_on": go_on, "exact": exact}
 
 
 def differences(first: Path, second: Path) -> list[str]:
@@ -119,19 +154,14 @@ def figures(folder: Path) -> dict[str, Any]:
     }
 
 
-def main(folder: Path, store: Path, architecture: Path, cells: list[str]) -> None:
+def main(folder: Path, store: Path, architecture: Path, verbs: str, cells: list[str]) -> None:
     """Each cell in turn, in one process group."""
     for cell in cells:
         chosen = with_dropout(architecture, folder / "dropout") if "+dropout" in CELLS[cell] else architecture
-        whole, parted = folder / f"{cell}_whole", folder / f"{cell}_parted"
-        train.run(composed(*overrides(whole, store, chosen, cell)))
-        interrupted(*overrides(parted, store, chosen, cell))
-        train.run(composed(*overrides(parted, store, chosen, cell)))
-        if distributed.is_main():
-            report = {"different": differences(whole, parted), "compared": len(figures(whole))}
-            (folder / f"{cell}.json").write_text(json.dumps(report))
-        distributed.barrier()
+        for verb in verbs.split(","):
+            VERBS[verb](folder, cell, lambda target: overrides(target, store, chosen, cell))  # noqa: B023
+            distributed.barrier()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5:])

@@ -1,0 +1,101 @@
+"""A resumed run is the uninterrupted one: to the bit on as many ranks, within rounding on another number of them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from distributed_runs import ROOT, environment, free_port
+from resuming import CELLS, figures
+from safetensors.torch import load_file
+
+ELASTIC = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+
+
+@pytest.fixture(scope="module")
+def resuming(tmp_path_factory, tiny_store, tiny_architecture):
+    """Runs verbs of resuming.py on so many ranks; the folder they work in is `.folder`."""
+    script = Path(__file__).with_name("resuming.py")
+
+    def launch(folder: Path, ranks: int, verbs: str, *cells: str) -> Path:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", free_port()]
+        command = [sys.executable, *(launcher if ranks > 1 else []), str(script), str(folder)]
+        done = subprocess.run(
+            [*command, str(tiny_store), str(tiny_architecture), verbs, *cells],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return folder
+
+    return launch
+
+
+def losses(folder: Path) -> dict[str, float]:
+    return {key: value for key, value in figures(folder).items() if key.endswith(" loss")}
+
+
+def rows(folder: Path) -> dict[str, object]:
+    return {key: value for key, value in figures(folder).items() if key.endswith((" rows", " t"))}
+
+
+def assert_the_same_run(continued: Path, whole: Path) -> None:
+    """The same rows in the same order, losses within 1e-4 relative, weights within rounding of a few steps."""
+    expected = losses(whole)
+    assert losses(continued).keys() == expected.keys()
+    assert losses(continued) == pytest.approx(expected, rel=1e-4)
+    assert rows(continued) == rows(whole)
+    one, two = (load_file(folder / "final" / "model.safetensors") for folder in (continued, whole))
+    for name, weight in two.items():
+        assert (one[name] - weight).abs().max() <= 1e-6 * weight.abs().max(), name
+
+
+def test_one_rank_resumes_to_the_bit(resuming, tmp_path):
+    folder = resuming(tmp_path, 1, "whole,part,exact", "zero3_accumulation_3")
+    report = json.loads((folder / "zero3_accumulation_3.json").read_text())
+    assert report["compared"] == 40
+    assert report["different"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_stage_accumulation_offload_and_dropout_resumes_to_the_bit(resuming, tmp_path, ranks):
+    folder = resuming(tmp_path, ranks, "whole,part,exact", *CELLS)
+    for cell in CELLS:
+        assert json.loads((folder / f"{cell}.json").read_text())["different"] == [], cell
+
+
+@pytest.fixture(scope="module")
+def by_two_ranks(resuming, tmp_path_factory) -> Path:
+    return resuming(tmp_path_factory.mktemp("elastic"), 2, "whole,part", *ELASTIC)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_what_two_ranks_left_is_continued_by_one_and_by_four(resuming, by_two_ranks, ranks):
+    resuming(by_two_ranks, ranks, "go_on", *ELASTIC)
+    for cell in ELASTIC:
+        continued = by_two_ranks / f"{cell}_from2_to{ranks}"
+        assert_the_same_run(continued, by_two_ranks / f"{cell}_whole")
+        assert {path.name for path in (continued / "checkpoints").iterdir()} == {
+            "latest",
+            *(f"step_{step}" for step in (2, 4, 6)),
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_one_rank_left_is_continued_by_two(resuming, by_two_ranks, tmp_path):
+    folder = resuming(tmp_path, 1, "part", *ELASTIC)
+    for cell in ELASTIC:
+        shutil.copytree(by_two_ranks / f"{cell}_whole", folder / f"{cell}_whole")
+    resuming(folder, 2, "go_on", *ELASTIC)
+    for cell in ELASTIC:
+        assert_the_same_run(folder / f"{cell}_from1_to2", folder / f"{cell}_whole")
