@@ -4,6 +4,7 @@
     train_tokenizer   learn a byte-level BPE from a corpus
     tokenize          turn a corpus into a token store, which training and evaluation read
     inspect           show what a token store holds, verify its checksums
+    evaluation_sets   a store of long held-out documents for each length
 
     python -m data_prep train_tokenizer +corpus=stdlib
     python -m data_prep tokenize +corpus=stdlib
@@ -28,7 +29,7 @@ from clex_train import log
 from clex_train.cli import console
 from clex_train.cli.help import options
 from clex_train.schema_docs import describe
-from data_prep.config import CorpusVerb, InspectVerb, TokenizeVerb, TrainTokenizerVerb
+from data_prep.config import CorpusVerb, EvaluationSetsVerb, InspectVerb, TokenizeVerb, TrainTokenizerVerb
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -37,6 +38,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "train_tokenizer": (TrainTokenizerVerb, "data_prep.train_tokenizer"),
     "tokenize": (TokenizeVerb, "data_prep.tokenize"),
     "inspect": (InspectVerb, "data_prep.inspect"),
+    "evaluation_sets": (EvaluationSetsVerb, "data_prep.evaluation_sets"),
 }
 """The schema of each verb and the module whose `run` does it, imported when asked for."""
 

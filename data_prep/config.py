@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from clex_train.settings.bounds import require
+from clex_train.settings.data import Packing
 
 
 class CorpusSource(Enum):
@@ -144,18 +145,57 @@ class TrainTokenizerVerb:
 
 @dataclass
 class InspectVerb:
-    path: str | None = None
+    store: str | None = None
     """Directory of a token store."""
     samples: int = 2
     """Documents of each split to show the beginning of, decoded."""
     sample_tokens: int = 64
     """Tokens to show of each."""
+    rows: int = 2
+    """Training rows to show, decoded, each document of a row on its own: the first rows of a run of `seed`."""
+    seq_len: int = 512
+    """Tokens in a row."""
+    packing: Packing = Packing.concat
+    """How documents become rows, as `data.packing` of training."""
+    seed: int = 0
+    """The run's seed, which the order of the rows is a function of."""
+    plot: str | None = None
+    """PNG to write: documents and tokens by document length."""
     verify: bool = False
-    """Read everything and compare the checksums."""
+    """Read everything first and compare the checksums; a damaged file is an error that names it."""
 
     def __post_init__(self) -> None:
         require(self.samples >= 0, "samples", self.samples, "0 or more")
         require(self.sample_tokens >= 1, "sample_tokens", self.sample_tokens, "at least 1")
+        require(self.rows >= 0, "rows", self.rows, "0 or more")
+        require(self.seq_len >= 2, "seq_len", self.seq_len, "at least 2 tokens")
+        require(self.seed >= 0, "seed", self.seed, "0 or a positive integer")
+        require(self.plot is None or self.plot.endswith(".png"), "plot", self.plot, "must end in .png")
+
+
+@dataclass
+class EvaluationSetsVerb:
+    store: str | None = None
+    """Directory of the token store whose held-out documents are taken."""
+    output: str | None = None
+    """Directory to write in: a token store per length, as OUTPUT/8192."""
+    lengths: list[int] = field(default_factory=lambda: [8192, 16384, 32768, 65536, 131072])
+    """Least tokens of a document, its EOS included, one set for each."""
+    max_documents: int | None = None
+    """Documents of a set at most, chosen by the hash of their text; by default all that are long enough."""
+    overwrite: bool = False
+    """Replace a set that exists and was asked for with other settings."""
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.lengths) > 0 and all(n >= 2 for n in self.lengths),
+            "lengths",
+            self.lengths,
+            "one or more lengths of at least 2 tokens",
+        )
+        require(
+            self.max_documents is None or self.max_documents >= 1, "max_documents", self.max_documents, "at least 1"
+        )
 
 
 def require_corpus(corpus: CorpusConfig) -> None:

@@ -1,38 +1,49 @@
-"""`inspect`: what a token store holds: counts, document lengths, the beginnings of some documents, its checksums."""
+"""`inspect`: what a token store holds: counts, lengths, domains, decoded documents and rows, checksums."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from clex_train.cli.console import say
 from clex_train.data.manifest import SPLITS
+from clex_train.data.overlap import overlap
 from clex_train.data.store import TokenStore
 from clex_train.seeding import generator
 from clex_train.settings.bounds import require
+from data_prep import length_plot, row_samples
 from data_prep.config import InspectVerb
+from data_prep.statistics import Domain, Statistics, collect, domains
 
 _BAR = 40
+MAX_DOMAINS = 30
 
 
 def run(config: InspectVerb) -> None:
-    """Print the report.
+    """Print the report, part by part as it is found.
 
     Raises:
-        ValueError: `path` is not a complete store, or `verify` found a damaged file.
+        ValueError: `store` is not a complete store, or a file of it is damaged.
     """
-    require(config.path is not None, "path", config.path, "name the directory of a token store: path=corpora/stdlib")
-    store = TokenStore(str(config.path))
-    print("\n".join(_summary(store)))
-    for split in SPLITS:
-        view = TokenStore(store.path, split)
-        if view.num_documents:
-            print("\n".join(["", f"{split}: document lengths in tokens", *length_histogram(view)]))
-            print("\n".join(_samples(view, config.samples, config.sample_tokens)))
+    require(config.store is not None, "store", config.store, "name the directory of a token store: store=corpora/books")
+    store = _open(str(config.store))
     if config.verify:
-        print(f"\n{verify(store)} files verified, every checksum is that of the manifest")
+        say(f"{verify(store)} files verified, every checksum is that of the manifest")
+    say("\n".join(_summary(store)))
+    views = {split: view for split in SPLITS if (view := TokenStore(store.path, split)).num_documents}
+    found = {split: collect(view) for split, view in views.items()}
+    for split, statistics in found.items():
+        say("\n".join(["", f"{split}: document lengths in tokens", *length_histogram(statistics)]))
+        say("\n".join(_domain_lines(split, domains(store.manifest.sources, statistics))))
+    if config.plot:
+        length_plot.plot(found, str(store.path), Path(config.plot))
+        say(f"\nlengths drawn in {config.plot}")
+    if len(views) == len(SPLITS):
+        say(f"\n{overlap_line(*views.values())}")
+    _show_texts(views, config)
 
 
 def verify(store: TokenStore) -> int:
@@ -54,17 +65,35 @@ def verify(store: TokenStore) -> int:
     return len(expected)
 
 
-def length_histogram(store: TokenStore) -> list[str]:
+def length_histogram(statistics: Statistics) -> list[str]:
     """Lines of a histogram of document lengths, a class for every doubling, with the tokens in each."""
-    lengths = np.diff(store.doc_offsets)
-    classes = np.floor(np.log2(lengths)).astype(int)
-    counts = np.bincount(classes)
-    tokens = np.bincount(classes, weights=lengths)
+    most = statistics.documents.max()
     lines = []
-    for power in range(int(classes.min()), len(counts)):
-        bar = "#" * round(_BAR * counts[power] / counts.max())
-        lines.append(f"  {1 << power:>10,}  {counts[power]:>9,} documents {int(tokens[power]):>15,} tokens  {bar}")
-    return lines
+    for power in statistics.classes():
+        documents, tokens = int(statistics.documents[power]), int(statistics.tokens[power])
+        bar = "#" * round(_BAR * documents / most)
+        lines.append(f"  {1 << power:>10,}  {documents:>9,} documents {tokens:>15,} tokens  {bar}".rstrip())
+    return [*lines, f"  longest: {statistics.longest:,} tokens"]
+
+
+def overlap_line(train: TokenStore, held_out: TokenStore) -> str:
+    """How many held-out documents are training documents too, compared by the hash of their text."""
+    found = overlap(train, held_out)
+    if not found:
+        return "no text is in both splits"
+    places = f"{held_out.place(found.held_out_doc)}, in training {train.place(found.train_doc)}"
+    return (
+        f"{found.num_held_out:,} of {held_out.num_documents:,} validation documents are training documents too, such "
+        f"as {places}; training refuses to evaluate on them"
+    )
+
+
+def _open(path: str) -> TokenStore:
+    try:
+        return TokenStore(path)
+    except ValueError as error:
+        # The store speaks of `data.path`, which is no key of this program.
+        raise ValueError(str(error).replace("data.path=", "store=", 1)) from error
 
 
 def _summary(store: TokenStore) -> list[str]:
@@ -82,22 +111,50 @@ def _summary(store: TokenStore) -> list[str]:
     for split in SPLITS:
         size = f"{manifest.num_documents(split):,} documents, {manifest.num_tokens(split):,} tokens"
         lines.append(f"  {split:<12} {size}, {len(manifest.splits[split])} shards")
+    if chosen := manifest.settings.get("evaluation_set"):
+        lines.append(f"  chosen from  {', '.join(f'{key} {value}' for key, value in chosen.items())}")
     return lines
 
 
-def _samples(store: TokenStore, count: int, num_tokens: int) -> list[str]:
+def _domain_lines(split: str, found: list[Domain]) -> list[str]:
+    """A line a domain, the largest first; those beyond `MAX_DOMAINS` are one line together."""
+    if not found:
+        return []
+    shown, rest = found[:MAX_DOMAINS], found[MAX_DOMAINS:]
+    if rest:
+        documents, tokens = sum(d.num_documents for d in rest), sum(d.num_tokens for d in rest)
+        shown = [*shown, Domain(f"{len(rest)} more", documents, tokens)]
+    total = sum(domain.num_tokens for domain in found)
+    width = max(len(domain.name) for domain in shown)
+    return [f"{split}: domains, by the folder of their files"] + [
+        f"  {domain.name:<{width}}  {domain.num_documents:>9,} documents {domain.num_tokens:>15,} tokens "
+        f"{100 * domain.num_tokens / total:>6.2f} %"
+        for domain in shown
+    ]
+
+
+def _show_texts(views: dict[str, TokenStore], config: InspectVerb) -> None:
+    """Decoded beginnings of documents, and decoded rows; the tokenizer is loaded for them alone."""
+    if not views or not (config.samples or config.rows):
+        return
     from transformers import AutoTokenizer
 
-    if not count:
-        return []
-    tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path)
-    chosen = generator(0, "inspect").permutation(store.num_documents)[:count]
-    lines = []
+    tokenizer = AutoTokenizer.from_pretrained(next(iter(views.values())).tokenizer_path)
+    for split, view in views.items():
+        if config.samples:
+            say("\n".join(["", f"{split}: beginnings of documents", *_samples(view, tokenizer, config)]))
+    if config.rows and "train" in views:
+        say("\ntrain: rows as training reads them")
+        for line in row_samples.lines(views["train"], tokenizer, config):
+            say(line)
+
+
+def _samples(store: TokenStore, tokenizer: Any, config: InspectVerb) -> Iterator[str]:
+    chosen = generator(0, "inspect").permutation(store.num_documents)[: config.samples]
     for doc_id in sorted(map(int, chosen)):
-        start, stop = store.doc_offsets[doc_id : doc_id + 2]
-        text = tokenizer.decode(store.tokens(int(start), min(int(start) + num_tokens, int(stop))).tolist())
-        lines.append(f"  document {doc_id} ({stop - start:,} tokens, {store.origin(doc_id)})\n    {text!r}")
-    return lines
+        start, stop = store.span(doc_id)
+        text = tokenizer.decode(store.tokens(start, min(start + config.sample_tokens, stop)).tolist())
+        yield f"  document {doc_id} ({stop - start:,} tokens, {store.place(doc_id)})\n    {text!r}"
 
 
 def _sha256(file: Path) -> str:

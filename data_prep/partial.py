@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -66,6 +67,18 @@ def open_partial(output: Path, settings: dict[str, Any], overwrite: bool) -> Ite
         if not _continues(partial, settings, overwrite):
             _begin(partial, settings)
         yield partial
+
+
+@contextmanager
+def disk_full_explained(output: Path) -> Iterator[None]:
+    """Raise `ValueError` with the remedy if what is written meanwhile finds the disk full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        remedy = "free some space and run the same command again; what is finished is kept"
+        raise ValueError(f"output={output}: the disk is full; {remedy}") from error
 
 
 def publish(partial: Path, manifest: Manifest, output: Path) -> None:

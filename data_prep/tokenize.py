@@ -8,7 +8,6 @@ the same bytes, whatever the number of workers.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import platform
@@ -25,7 +24,7 @@ from data_prep.config import CorpusConfig, EngineChoice, TokenizeVerb
 from data_prep.cutting import Uncuttable, cutter, uncut
 from data_prep.encoding import load_tokenizer, save_tokenizer
 from data_prep.engines import choose
-from data_prep.partial import is_done, open_partial, publish
+from data_prep.partial import disk_full_explained, is_done, open_partial, publish
 from data_prep.progress import Progress
 from data_prep.shards import Job, check_sources, load_result, run_units
 from data_prep.sources import Unit, plan
@@ -46,15 +45,9 @@ def run(config: TokenizeVerb) -> None:
     if is_done(output, settings, config.overwrite):
         logger.info("%s holds this store already", output)
         return
-    try:
-        with open_partial(output, settings, config.overwrite) as partial:
-            manifest = _complete(config, units, tokenizer, partial, settings)
-            publish(partial, manifest, output)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        remedy = "free some space and run the same command again; finished shards are kept"
-        raise ValueError(f"output={output}: the disk is full; {remedy}") from error
+    with disk_full_explained(output), open_partial(output, settings, config.overwrite) as partial:
+        manifest = _complete(config, units, tokenizer, partial, settings)
+        publish(partial, manifest, output)
     _report(manifest, output)
 
 

@@ -4,11 +4,13 @@
 2    the user's input cannot be used; one line says which key and what to do
 3    training was stopped to protect the run; one line says why and where the last checkpoint is
 4    a rank died, froze or hangs; one line says which
+141  whoever read the output has gone, as `head` does: the code that a shell gives for SIGPIPE
 75   training was asked to stop and has a checkpoint (EX_TEMPFAIL of sysexits.h): the same command goes on
 """
 
 import functools
 import os
+import signal
 import sys
 import time
 import traceback
@@ -26,6 +28,7 @@ FAULT = 1
 USER_ERROR = 2
 STOPPED = 3
 GO_ON = 75
+READER_GONE = 128 + signal.SIGPIPE
 PATIENCE = 2.0
 EXIT_CODE_FILE = "CLEX_TRAIN_EXIT_CODE"
 
@@ -62,7 +65,7 @@ def _run(main: Callable[[], object], help_text: Callable[[], str]) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv[1:] = without_launcher_arguments(sys.argv[1:])
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
-        print(help_text())
+        say(help_text())
         return 0
     try:
         main()
@@ -71,6 +74,16 @@ def _run(main: Callable[[], object], help_text: Callable[[], str]) -> int:
     except Exception as error:
         return report(error)
     return 0
+
+
+def say(text: str) -> None:
+    """Print to standard output at once. Ends the program quietly, exit code 141, if nobody reads it any more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What is still in the buffer would be tried again, and fail again, when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(READER_GONE) from None
 
 
 def _record(code: int) -> None:

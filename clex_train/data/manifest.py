@@ -134,9 +134,9 @@ def partial_path(store: Path) -> Path:
 
 def _why_not_a_store(store: Path) -> str:
     if partial_path(store).exists():
-        return "tokenising it was interrupted; run the same `python -m data_prep tokenize` command again to finish it"
+        return "writing it was interrupted; run the same `python -m data_prep` command again to finish it"
     if store.name.endswith(".partial"):
-        return "this store is half written; run the same `python -m data_prep tokenize` command again to finish it"
+        return "this store is half written; run the same `python -m data_prep` command again to finish it"
     if not store.exists():
         return "no such directory; `python -m data_prep tokenize` writes one"
     if not store.is_dir():

@@ -55,7 +55,7 @@ def require_disjoint(train: Iterable[TokenStore], held_out: TokenStore) -> None:
             raise ValueError(
                 f"evaluation.path={held_out.path}: {found.num_held_out} of its {held_out.num_documents} "
                 f"{held_out.split_name} documents are training documents of data.path={store.path} as well, such as "
-                f"{_place(held_out, found.held_out_doc)}, in training {_place(store, found.train_doc)}; "
+                f"{held_out.place(found.held_out_doc)}, in training {store.place(found.train_doc)}; "
                 "name another store by evaluation.path, or tokenise again without corpus.split_field"
             )
 
@@ -84,7 +84,3 @@ def _matches(store: TokenStore, wanted: np.ndarray) -> Iterator[tuple[np.ndarray
             places = np.minimum(np.searchsorted(wanted, values), len(wanted) - 1)
             same = wanted[places] == values
             yield first_doc + start + candidates[same], values[same]
-
-
-def _place(store: TokenStore, doc_id: int) -> str:
-    return store.origin(doc_id) if store.manifest.sources else f"document {doc_id}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clex_train.data.manifest import DOCUMENT, SPLITS, TOKENIZER, Manifest, read_manifest
+from clex_train.data.manifest import DOCUMENT, SPLITS, TOKENIZER, Manifest, Shard, read_manifest
 
 MAX_OPEN_SHARDS = 64
 
@@ -54,6 +54,11 @@ class TokenStore:
     def eos_id(self) -> int:
         """The token that ends every document."""
         return self.manifest.tokenizer.eos_id
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards of this split that hold documents, in order."""
+        return list(self._shards)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -130,6 +135,17 @@ class TokenStore:
         if source.is_part:
             place = f" (part {source.start} of {source.stop})"
         return f"{source.path}{place}: record {int(record['record'])}"
+
+    def place(self, doc_id: int) -> str:
+        """The origin of a document, or its index where the store knows no sources."""
+        return self.origin(doc_id) if self.manifest.sources else f"document {doc_id}"
+
+    def span(self, doc_id: int) -> tuple[int, int]:
+        """(start, stop) of one document's tokens, EOS included, from its shard's table alone."""
+        shard = int(np.searchsorted(self._document_starts, doc_id, side="right")) - 1
+        record = doc_id - int(self._document_starts[shard])
+        stops, base = self._stops_of(shard), int(self._token_starts[shard])
+        return base + (int(stops[record - 1]) if record else 0), base + int(stops[record])
 
     def text_hashes(self) -> np.ndarray:
         """uint64 [D]: a hash of each document's text; equal for equal documents, in any store."""

@@ -40,7 +40,7 @@ def test_a_corpus_goes_all_the_way_with_the_default_paths(run, tmp_path: Path) -
         "local_books_tokenizer",
     ]
     assert TokenStore("corpora/local_books").num_documents > 0
-    code, report, _ = run("inspect", "path=corpora/local_books", "verify=true")
+    code, report, _ = run("inspect", "store=corpora/local_books", "verify=true")
     assert code == 0
     assert "files verified" in report
 
@@ -73,9 +73,9 @@ def test_every_corpus_file_composes_and_says_what_it_is(run, name: str) -> None:
         (["tokenize", "+corpus=stdlib", "shard_mb=0"], "shard_mb=0: at least 1 megabyte"),
         (["tokenize"], "corpus.paths=[]: nothing to read; add +corpus=NAME"),
         (["tokenize", "corpus.paths=[nowhere.jsonl]"], "corpus.paths=nowhere.jsonl: no such file"),
-        (["inspect"], "path=None: name the directory of a token store"),
-        (["inspect", "path=nowhere"], "nowhere: no such directory"),
-        (["inspect", "path=x", "workers=2"], "workers: no such key"),
+        (["inspect"], "store=None: name the directory of a token store"),
+        (["inspect", "store=nowhere"], "nowhere: no such directory"),
+        (["inspect", "store=x", "workers=2"], "workers: no such key"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(run, arguments: list[str], message: str) -> None:

@@ -1,0 +1,154 @@
+"""`evaluation_sets`: from the held-out documents of a store, for each length those of at least so many tokens.
+
+`<output>/<length>` is a token store with a validation split alone, which evaluation reads as any other. EOS counts as
+one of a document's tokens, as it does for the windows that evaluation cuts (clex_train/evaluation/windows.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clex_train import log
+from clex_train.data.manifest import DOCUMENT, TOKENIZER, Manifest, Shard, Source
+from clex_train.data.store import TokenStore
+from clex_train.data.writer import ShardWriter
+from clex_train.settings.bounds import require
+from data_prep.config import EvaluationSetsVerb
+from data_prep.partial import disk_full_explained, is_done, open_partial, publish
+
+logger = log.get(__name__)
+
+CHUNK_TOKENS = 1 << 20
+"""Tokens copied at a time: the longest document does not decide the memory."""
+
+
+def run(config: EvaluationSetsVerb) -> None:
+    """Write the sets that are not there yet.
+
+    Raises:
+        ValueError: no store, no held-out document as long as one of the lengths (then nothing is written), or an output
+            that holds something else.
+    """
+    require(config.store is not None, "store", config.store, "name the directory of a token store: store=corpora/books")
+    require(config.output is not None, "output", config.output, "name the directory to write the sets in")
+    store = _held_out(str(config.store))
+    lengths = sorted(set(config.lengths))
+    _require_documents(store, lengths)
+    requests = {Path(str(config.output)) / str(length): _settings(store, length, config) for length in lengths}
+    done = {output: is_done(output, settings, config.overwrite) for output, settings in requests.items()}
+    for output, settings in requests.items():
+        if done[output]:
+            logger.info("%s holds this set already", output)
+            continue
+        with disk_full_explained(output), open_partial(output, settings, config.overwrite) as partial:
+            publish(partial, _write(store, settings, partial), output)
+        logger.info("%s: %s", output, _counts(store, settings, TokenStore(output, "validation")))
+
+
+def choose(store: TokenStore, min_tokens: int, max_documents: int | None) -> np.ndarray:
+    """int64, ascending: the documents of at least `min_tokens` tokens, EOS included, at most `max_documents` of them.
+
+    Those with the smallest hashes of their texts are taken: a larger `max_documents` keeps the documents of a smaller
+    one, whatever their order in the store.
+    """
+    documents = np.flatnonzero(np.diff(store.doc_offsets) >= min_tokens)
+    if max_documents is None or len(documents) <= max_documents:
+        return documents
+    by_hash = np.argsort(store.text_hashes()[documents], kind="stable")
+    return np.sort(documents[by_hash[:max_documents]])
+
+
+def _held_out(path: str) -> TokenStore:
+    try:
+        return TokenStore(path).split("validation")
+    except ValueError as error:
+        # The store speaks of `data.path`, which is no key of this program.
+        raise ValueError(str(error).replace("data.path=", "store=", 1)) from error
+
+
+def _require_documents(store: TokenStore, lengths: list[int]) -> None:
+    """Refuse before anything is written if a length has no document."""
+    document_lens = np.diff(store.doc_offsets)
+    longest = int(document_lens.max())
+    missing = [length for length in lengths if length > longest]
+    if missing:
+        others = [length for length in lengths if length <= longest]
+        remedy = f"take lengths={others}" if others else f"take lengths of at most {longest}"
+        raise ValueError(
+            f"lengths={missing}: none of the {len(document_lens)} validation documents of {store.path} has so many "
+            f"tokens (the longest has {longest}, its EOS included); {remedy}, or another store"
+        )
+
+
+def _settings(store: TokenStore, length: int, config: EvaluationSetsVerb) -> dict[str, Any]:
+    return {
+        "evaluation_set": {
+            "store_fingerprint": store.fingerprint,
+            "split": store.split_name,
+            "min_tokens": length,
+            "max_documents": config.max_documents,
+        }
+    }
+
+
+def _write(store: TokenStore, settings: dict[str, Any], partial: Path) -> Manifest:
+    request = settings["evaluation_set"]
+    documents = choose(store, request["min_tokens"], request["max_documents"])
+    records = _records(store, documents)
+    used = np.unique(records["source"])
+    if store.tokenizer_path.is_dir():
+        shutil.copytree(store.tokenizer_path, partial / TOKENIZER, dirs_exist_ok=True)
+    shard = _copy(store, documents, records, used, partial)
+    return dataclasses.replace(
+        store.manifest,
+        splits={"train": [], store.split_name: [shard]},
+        sources=_sources(store, records, used),
+        settings=settings,
+    )
+
+
+def _copy(store: TokenStore, documents: np.ndarray, records: np.ndarray, used: np.ndarray, partial: Path) -> Shard:
+    """Write the documents as one shard; their sources are counted anew, from 0, among those that are `used`."""
+    sources = np.searchsorted(used, records["source"])
+    with ShardWriter(partial / store.split_name, "00000", store.dtype) as writer:
+        for document, record, source in zip(documents, records, sources, strict=True):
+            start, stop = map(int, store.doc_offsets[document : document + 2])
+            for first in range(start, stop, CHUNK_TOKENS):
+                writer.write(store.tokens(first, min(first + CHUNK_TOKENS, stop)))
+            writer.end_document(int(record["text_hash"]), int(source), int(record["record"]))
+        return writer.close()
+
+
+def _records(store: TokenStore, documents: np.ndarray) -> np.ndarray:
+    """`DOCUMENT` records [n] of the documents, ascending, from the table of each shard."""
+    parts = [np.empty(0, DOCUMENT)]
+    for first, table in store.document_tables():
+        inside = documents[(documents >= first) & (documents < first + len(table))]
+        parts.append(np.asarray(table[inside - first]))
+    return np.concatenate(parts)
+
+
+def _sources(store: TokenStore, records: np.ndarray, used: np.ndarray) -> list[Source]:
+    """The sources that the documents come from, each with its documents of this set counted."""
+    if not store.manifest.sources:
+        return []
+    counts = Counter(records["source"].tolist())
+    return [
+        dataclasses.replace(store.manifest.sources[source], counts={"documents": counts[source]})
+        for source in used.tolist()
+    ]
+
+
+def _counts(store: TokenStore, settings: dict[str, Any], written: TokenStore) -> str:
+    min_tokens = settings["evaluation_set"]["min_tokens"]
+    long_enough = int((np.diff(store.doc_offsets) >= min_tokens).sum())
+    return (
+        f"{written.num_documents:,} of the {long_enough:,} validation documents of at least {min_tokens:,} tokens "
+        f"({store.num_documents:,} of any length), {written.num_tokens:,} tokens"
+    )

@@ -1,0 +1,147 @@
+"""An evaluation set holds the long held-out documents, all or a stable choice, and knows where they came from."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_corpora import TEXTS, files_of, stored_texts, tokenize_files, write_jsonl
+
+from clex_train.data.manifest import MANIFEST, partial_path
+from clex_train.data.store import TokenStore
+from clex_train.evaluation.windows import select
+from data_prep import evaluation_sets, inspect
+from data_prep.config import EvaluationSetsVerb
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> TokenStore:
+    """Documents of 1 to 40 sentences in three files, half of them held out, in several shards."""
+    folder = tmp_path_factory.mktemp("long")
+    paths: list[Path | str] = [
+        write_jsonl(folder / f"{name}.jsonl.gz", [{"text": f"{name}{i} " + TEXTS[0] * i} for i in range(1, 41)])
+        for name in "abc"
+    ]
+    return tokenize_files(paths, tokenizer_dir, folder / "store", validation_share=0.5).split("validation")
+
+
+def write(store: TokenStore, output: Path, **keys: object) -> None:
+    evaluation_sets.run(EvaluationSetsVerb(store=str(store.path), output=str(output), **keys))  # type: ignore[arg-type]
+
+
+def by_text(store: TokenStore) -> dict[str, tuple[str, int]]:
+    """Origin and hash of each document by its text."""
+    hashes = store.text_hashes().tolist()
+    return {text: (store.origin(i), hashes[i]) for i, text in enumerate(stored_texts(store))}
+
+
+def length_in_order(store: TokenStore, index: int) -> int:
+    """The index-th smallest length of a document."""
+    return int(np.sort(np.diff(store.doc_offsets))[index])
+
+
+def test_a_set_holds_exactly_the_documents_of_at_least_its_length_with_their_origins(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_sets, "CHUNK_TOKENS", 13)
+    lengths = [length_in_order(store, 5), length_in_order(store, -3)]
+    write(store, tmp_path / "sets", lengths=lengths)
+    sizes = np.diff(store.doc_offsets).tolist()
+    texts, known = stored_texts(store), by_text(store)
+    for length in lengths:
+        found = TokenStore(tmp_path / "sets" / str(length), "validation")
+        assert stored_texts(found) == [text for text, size in zip(texts, sizes, strict=True) if size >= length]
+        assert by_text(found) == {text: known[text] for text in stored_texts(found)}
+        assert int(np.diff(found.doc_offsets).min()) == length, "a document of just the length, EOS included, is in"
+        assert found.manifest.settings["evaluation_set"]["store_fingerprint"] == store.fingerprint
+        assert found.manifest.settings["evaluation_set"]["min_tokens"] == length
+        assert TokenStore(found.path).num_documents == 0
+        assert inspect.verify(found) == 2 + len(list(found.tokenizer_path.iterdir()))
+        assert len(select(found, length, found.num_documents, stride=2).documents) == found.num_documents
+
+
+def test_fewer_documents_are_a_choice_by_hash_that_more_only_add_to(store: TokenStore, tmp_path: Path) -> None:
+    known = by_text(store)
+    length = length_in_order(store, 10)
+    long_enough = {text for text, size in zip(known, np.diff(store.doc_offsets), strict=True) if size >= length}
+    before: set[str] = set()
+    for count in (1, 4, 9):
+        write(store, tmp_path / str(count), lengths=[length], max_documents=count)
+        found = set(stored_texts(TokenStore(tmp_path / str(count) / str(length), "validation")))
+        assert found == set(sorted(long_enough, key=lambda text: known[text][1])[:count])
+        assert before < found
+        before = found
+    write(store, tmp_path / "again", lengths=[length], max_documents=9)
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "9")
+    for text, (_, hash_) in known.items():
+        assert hash_ == int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def test_a_length_without_a_document_refuses_all_before_anything_is_written(store: TokenStore, tmp_path: Path) -> None:
+    longest = length_in_order(store, -1)
+    message = (
+        rf"lengths=\[{longest + 1}\]: none of the {store.num_documents} .* longest has {longest}, its EOS included"
+    )
+    with pytest.raises(ValueError, match=rf"{message}\); take lengths=\[8, {longest}\]"):
+        write(store, tmp_path / "sets", lengths=[longest, longest + 1, 8])
+    assert not (tmp_path / "sets").exists()
+    with pytest.raises(ValueError, match=rf"take lengths of at most {longest}, or another store"):
+        write(store, tmp_path / "sets", lengths=[longest + 5])
+
+
+def test_a_finished_set_is_left_and_another_request_for_its_place_is_refused(store: TokenStore, tmp_path: Path) -> None:
+    write(store, tmp_path, lengths=[64])
+    before, stamp = files_of(tmp_path), (tmp_path / "64" / MANIFEST).stat().st_mtime_ns
+    write(store, tmp_path, lengths=[64])
+    assert (tmp_path / "64" / MANIFEST).stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match=r"exists with other content .*max_documents was None, is 2"):
+        write(store, tmp_path, lengths=[32, 64], max_documents=2)
+    assert files_of(tmp_path) == before, "nothing is written for the other length either"
+    write(store, tmp_path, lengths=[64], max_documents=2, overwrite=True)
+    assert TokenStore(tmp_path / "64", "validation").num_documents == 2
+
+
+def test_an_interrupted_set_is_no_store_and_the_same_request_finishes_it(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(store, tmp_path / "whole", lengths=[64])
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation_sets, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write(store, tmp_path / "sets", lengths=[64])
+    assert partial_path(tmp_path / "sets" / "64").exists()
+    with pytest.raises(ValueError, match="interrupted; run the same"):
+        TokenStore(tmp_path / "sets" / "64")
+    write(store, tmp_path / "sets", lengths=[64])
+    assert files_of(tmp_path / "sets") == files_of(tmp_path / "whole")
+
+
+def test_a_moved_store_is_the_same_request(store: TokenStore, tmp_path: Path) -> None:
+    shutil.copytree(store.path, tmp_path / "moved")
+    write(store, tmp_path / "sets", lengths=[64])
+    before = files_of(tmp_path / "sets")
+    write(TokenStore(tmp_path / "moved", "validation"), tmp_path / "sets", lengths=[64])
+    assert files_of(tmp_path / "sets") == before
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"output": "x"}, "store=None: name the directory of a token store"),
+        ({"store": "x"}, "output=None: name the directory to write the sets in"),
+        ({"store": "nowhere", "output": "x"}, "^store=nowhere: no such directory"),
+    ],
+)
+def test_a_missing_name_is_one_line(
+    keys: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        evaluation_sets.run(EvaluationSetsVerb(**keys))
+
+
+@pytest.mark.parametrize("keys", [{"lengths": []}, {"lengths": [1]}, {"max_documents": 0}])
+def test_a_value_out_of_range_is_refused(keys: dict) -> None:
+    with pytest.raises(ValueError, match=rf"^{next(iter(keys))}="):
+        EvaluationSetsVerb(**keys)
