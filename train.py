@@ -78,7 +78,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     interrupted = lambda: stop.reason() is not None  # noqa: E731
     evaluation = TrainingEvaluation(config, store, context_len, interrupted) if config.evaluation.every >= 0 else None
     if evaluation:
-        require_disjoint(stores.values(), evaluation.store)
+        require_disjoint(stores.values(), evaluation.store, config.evaluation.allow_overlap)
     configuration.check_protocols(config)
     configuration.check_reach(config, context_len)
     configuration.check_scaling(config, modeling.has_field(str(config.model.path)))

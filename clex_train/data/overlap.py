@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clex_train import distributed, log
 from clex_train.data.store import TokenStore
+
+logger = log.get(__name__)
 
 CHUNK_DOCUMENTS = 1 << 20
 _SHIFT = np.uint64(64 - 22)
@@ -39,8 +42,8 @@ def overlap(train: TokenStore, held_out: TokenStore) -> Overlap | None:
     return Overlap(count, _first(train, shared[:1]), _first(held_out, shared[:1]))
 
 
-def require_disjoint(train: Iterable[TokenStore], held_out: TokenStore) -> None:
-    """Refuse to evaluate on documents that are trained on.
+def require_disjoint(train: Iterable[TokenStore], held_out: TokenStore, allow_overlap: bool = False) -> None:
+    """Refuse to evaluate on documents that are trained on, or warn of it where `allow_overlap` is set.
 
     Args:
         train: the training split of each store of the run.
@@ -51,13 +54,20 @@ def require_disjoint(train: Iterable[TokenStore], held_out: TokenStore) -> None:
     """
     for store in train:
         found = overlap(store, held_out)
-        if found:
+        if not found:
+            continue
+        facts = (
+            f"evaluation.path={held_out.path}: {found.num_held_out} of its {held_out.num_documents} "
+            f"{held_out.split_name} documents are training documents of data.path={store.path} as well, such as "
+            f"{held_out.place(found.held_out_doc)}, in training {store.place(found.train_doc)}"
+        )
+        if not allow_overlap:
             raise ValueError(
-                f"evaluation.path={held_out.path}: {found.num_held_out} of its {held_out.num_documents} "
-                f"{held_out.split_name} documents are training documents of data.path={store.path} as well, such as "
-                f"{held_out.place(found.held_out_doc)}, in training {store.place(found.train_doc)}; "
-                "name another store by evaluation.path, or tokenise again without corpus.split_field"
+                f"{facts}; name another store by evaluation.path, remove them by `python -m data_prep decontaminate`, "
+                "or evaluate on them on purpose with evaluation.allow_overlap=true"
             )
+        if distributed.is_main():
+            logger.warning("%s; evaluation.allow_overlap=true", facts)
 
 
 def _values_in(store: TokenStore, wanted: np.ndarray) -> np.ndarray:
@@ -67,7 +77,7 @@ def _values_in(store: TokenStore, wanted: np.ndarray) -> np.ndarray:
 
 
 def _first(store: TokenStore, wanted: np.ndarray) -> int:
-    return int(next(doc_ids[0] for doc_ids, _ in _matches(store, wanted) if len(doc_ids)))
+    return int(next(doc_ids.min() for doc_ids, _ in _matches(store, wanted) if len(doc_ids)))
 
 
 def _matches(store: TokenStore, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -80,6 +90,8 @@ def _matches(store: TokenStore, wanted: np.ndarray) -> Iterator[tuple[np.ndarray
         for start in range(0, len(records), CHUNK_DOCUMENTS):
             hashes = np.ascontiguousarray(records["text_hash"][start : start + CHUNK_DOCUMENTS])
             candidates = np.flatnonzero(maybe[hashes >> _SHIFT])
+            # In ascending order neighbours look at the same places; at random each would miss the cache.
+            candidates = candidates[np.argsort(hashes[candidates])]
             values = hashes[candidates]
             places = np.minimum(np.searchsorted(wanted, values), len(wanted) - 1)
             same = wanted[places] == values

@@ -39,6 +39,8 @@ class EvaluationConfig:
     """First tokens that `lm_infinite` sees."""
     path: str | None = None
     """Token store whose validation split is read; by default that of `data.path`; a mixture has to name one."""
+    allow_overlap: bool = False
+    """Evaluate also on a store that shares documents with the training data: a warning instead of an error."""
     num_windows: int = 32
     """Windows of the largest length that are scored (fewer if the split has fewer)."""
     chunk_len: int = 1024

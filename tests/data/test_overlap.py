@@ -1,5 +1,6 @@
 """Texts on both sides of a split are found: against Python sets, whichever side is larger."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,18 @@ def test_a_shared_document_is_refused_in_one_line_with_both_places_and_the_remed
     assert "\n" not in line
     assert "document 1, in training document 1;" in line
     assert "name another store by evaluation.path" in line
+    assert "python -m data_prep decontaminate" in line
+    assert "evaluation.allow_overlap=true" in line
+
+
+def test_a_shared_document_that_is_wanted_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlaps.logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("clex_train"), "propagate", True)
+    write_store(tmp_path / "store", {"train": [[1, 2]], "validation": [[1, 2]]}, vocab_size=10)
+    require_disjoint([TokenStore(tmp_path / "store")], TokenStore(tmp_path / "store", "validation"), allow_overlap=True)
+    assert "1 of its 1 validation documents are training documents" in caplog.text
 
 
 def test_the_smaller_side_alone_is_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,14 @@ from transformers import PreTrainedTokenizerFast
 from clex_train.cli import console
 from clex_train.cli import evaluate as program
 from clex_train.config import Config
+from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
 from clex_train.model_directory import write_clex
 from clex_train.run_folder import as_yaml
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import scale_grid
+from data_prep import evaluation_sets
+from data_prep.config import EvaluationSetsVerb
 
 
 def save_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -97,6 +100,19 @@ def test_all_held_out_text_is_read_as_one_stream(places, tmp_path, monkeypatch, 
     }
     assert len(set(content["metrics"].values())) == 3
     assert "documents in one stream" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_evaluation_set_is_read_like_the_store_it_was_taken_from(places, tmp_path, monkeypatch) -> None:
+    sets = EvaluationSetsVerb(store=places["store"], output=str(tmp_path / "sets"), lengths=[16, 64])
+    evaluation_sets.run(sets)
+    found = []
+    for data in (places["store"], f"{tmp_path}/sets/64"):
+        arguments = [f"model={places['model']}", f"data={data}", "lengths=[16,64]", "num_windows=2", "precision=fp32"]
+        assert call(monkeypatch, *arguments, f"output={tmp_path / 'out.json'}") == 0
+        found.append(json.loads((tmp_path / "out.json").read_text()))
+    assert [content["windows"]["count"] for content in found] == [2, 2]
+    assert set(found[0]["metrics"]) == set(found[1]["metrics"])
+    assert TokenStore(tmp_path / "sets" / "64", "validation").num_documents == 2
 
 
 def test_the_numbers_do_not_depend_on_how_the_windows_were_fed(places, tmp_path, monkeypatch) -> None:
