@@ -1,6 +1,8 @@
 """Tiny trainings submitted through `python -m launch.slurm` to a cluster of the tests."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -88,22 +90,36 @@ class Jobs:
         path = self.folder / name / "slurm.log"
         return path.read_text() if path.exists() else f"{path}: not there"
 
-    def processes(self, name: str) -> list[str]:
-        """Command lines of processes that still belong to a run."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                line = entry.read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
+    def processes(self, name: str) -> dict[int, str]:
+        """Processes that still belong to a run, with their command lines."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            line = _read(entry / "cmdline")
             if f"{self.folder / name}/" in line:
-                found.append(line)
+                found[int(entry.name)] = line
         return found
+
+    def kill_rank(self, name: str, rank: int) -> None:
+        """kill -9 of one training process."""
+        (pid,) = (
+            pid
+            for pid, line in self.processes(name).items()
+            if "/code/train.py" in line and f"RANK={rank}" in _read(Path(f"/proc/{pid}/environ")).split()
+        )
+        os.kill(pid, signal.SIGKILL)
 
     def _metrics(self, name: str) -> list[dict[str, object]]:
         path = self.folder / name / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _read(path: Path) -> str:
+    """A file of /proc with its zeros as spaces; empty when the process is gone."""
+    try:
+        return path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def assert_same_run(jobs: Jobs, name: str, reference: str) -> None:

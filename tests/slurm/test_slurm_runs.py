@@ -30,13 +30,16 @@ def test_a_run_that_is_stopped_three_times_reads_every_row_once_and_ends_with_th
     assert_same_run(jobs, "stopped", uninterrupted)
 
 
-def test_a_run_survives_the_death_of_a_node(jobs, cluster, uninterrupted):
-    """With srun starting every rank. SLURM declares the node down, requeues, and waits until it is back."""
+def test_a_run_survives_a_killed_rank_and_the_death_of_a_node(jobs, cluster, uninterrupted):
+    """With srun starting every rank. A node that is declared down is waited for, because there is no other."""
     job = jobs.submit("bereft", "launch=task_per_rank")
+    jobs.wait_for_step(job, "bereft", 30)
+    jobs.kill_rank("bereft", 1)
+    wait_for(lambda: jobs.restarts(job) == 1, 90, f"the requeue after a crash\n{jobs.log('bereft')}")
     jobs.wait_for_step(job, "bereft", 60)
     cluster.kill_node(cluster.nodes[1])
     try:
-        wait_for(lambda: jobs.restarts(job) == 1, 90, f"the requeue\n{jobs.log('bereft')}")
+        wait_for(lambda: jobs.restarts(job) == 2, 90, f"the requeue by SLURM\n{jobs.log('bereft')}")
     finally:
         cluster.start_node(cluster.nodes[1])
     assert jobs.wait_for_end(job, "bereft") == "COMPLETED", jobs.log("bereft")
