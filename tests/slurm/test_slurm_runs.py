@@ -46,15 +46,17 @@ def test_a_run_survives_a_killed_rank_and_the_death_of_a_node(jobs, cluster, uni
     assert_same_run(jobs, "bereft", uninterrupted)
 
 
-def test_a_job_near_its_limit_is_requeued_and_a_cancelled_one_is_not(jobs):
+def test_a_job_near_its_limit_is_requeued_and_a_cancelled_one_is_not(jobs, cluster):
     """With DeepSpeed's launcher on each node. Steps are long, so that SLURM's signal comes before their end."""
     limit = ("launch.time=2", "launch.signal_before=60")
     job = jobs.submit("cancelled", "launch=deepspeed", "optim.batch_rows=64", "checkpoint.every=0", *limit)
     wait_for(lambda: jobs.restarts(job) >= 1, 150, f"the requeue\n{jobs.log('cancelled')}")
     assert "the limit is near" in jobs.log("cancelled")
     assert "training ended with exit code 75" in jobs.log("cancelled")
+    # So that the signal does not come again and again before a slow machine has started the next life.
+    cluster.run("scontrol", "update", f"jobid={job}", "timelimit=30")
     jobs.wait_for_step(job, "cancelled", jobs.last_step("cancelled") + 2, 240)
-    jobs.cluster.run("scancel", job)
+    cluster.run("scancel", job)
     assert jobs.wait_for_end(job, "cancelled", 60) == "CANCELLED"
     wait_for(lambda: not jobs.processes("cancelled"), 10, "the end of every process")
     latest = (jobs.folder / "cancelled" / "checkpoints" / "latest").read_text().strip()
