@@ -35,11 +35,12 @@ def test_a_run_survives_a_killed_rank_and_the_death_of_a_node(jobs, cluster, uni
     job = jobs.submit("bereft", "launch=task_per_rank")
     jobs.wait_for_step(job, "bereft", 30)
     jobs.kill_rank("bereft", 1)
-    wait_for(lambda: jobs.restarts(job) == 1, 90, f"the requeue after a crash\n{jobs.log('bereft')}")
+    wait_for(lambda: jobs.restarts(job) >= 1, 90, f"the requeue after a crash\n{jobs.log('bereft')}")
     jobs.wait_for_step(job, "bereft", 60)
+    before = jobs.restarts(job)
     cluster.kill_node(cluster.nodes[1])
     try:
-        wait_for(lambda: jobs.restarts(job) == 2, 90, f"the requeue by SLURM\n{jobs.log('bereft')}")
+        wait_for(lambda: jobs.restarts(job) > before, 90, f"the requeue by SLURM\n{jobs.log('bereft')}")
     finally:
         cluster.start_node(cluster.nodes[1])
     assert jobs.wait_for_end(job, "bereft") == "COMPLETED", jobs.log("bereft")
