@@ -5,6 +5,7 @@
     tokenize          turn a corpus into a token store, which training and evaluation read
     inspect           show what a token store holds, verify its checksums
     evaluation_sets   a store of long held-out documents for each length
+    decontaminate     find evaluation documents that are, whole or in part, in the training documents
 
     python -m data_prep train_tokenizer +corpus=stdlib
     python -m data_prep tokenize +corpus=stdlib
@@ -29,7 +30,14 @@ from clex_train import log
 from clex_train.cli import console
 from clex_train.cli.help import options
 from clex_train.schema_docs import describe
-from data_prep.config import CorpusVerb, EvaluationSetsVerb, InspectVerb, TokenizeVerb, TrainTokenizerVerb
+from data_prep.config import (
+    CorpusVerb,
+    DecontaminateVerb,
+    EvaluationSetsVerb,
+    InspectVerb,
+    TokenizeVerb,
+    TrainTokenizerVerb,
+)
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -39,6 +47,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "tokenize": (TokenizeVerb, "data_prep.tokenize"),
     "inspect": (InspectVerb, "data_prep.inspect"),
     "evaluation_sets": (EvaluationSetsVerb, "data_prep.evaluation_sets"),
+    "decontaminate": (DecontaminateVerb, "data_prep.decontaminate"),
 }
 """The schema of each verb and the module whose `run` does it, imported when asked for."""
 
@@ -61,8 +70,8 @@ def main() -> int:
 
 def _by_its_path(argument: str) -> str:
     """`tokenizer=PATH` as `tokenizer.path=PATH`: the group's main key by the group's name, which Hydra would refuse."""
-    prefix, _, path = argument.partition("tokenizer=")
-    return argument if prefix.strip("+") or not path else f"{prefix}tokenizer.path={path}"
+    key, _, path = argument.partition("=")
+    return f"{key}.path={path}" if path and key.lstrip("+") in ("tokenizer", "evaluation") else argument
 
 
 def _run(module: str) -> None:

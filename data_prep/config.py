@@ -198,6 +198,58 @@ class EvaluationSetsVerb:
         )
 
 
+@dataclass
+class EvaluationStore:
+    path: str | None = None
+    """Directory of the token store whose validation split is evaluated on; `evaluation=PATH` says the same."""
+
+
+@dataclass
+class DecontaminateVerb:
+    train: str | None = None
+    """Directory of the token store whose training split is trained on."""
+    evaluation: EvaluationStore = field(default_factory=EvaluationStore)
+    """The evaluation side; may be the same store, whose splits are then compared."""
+    output: str | None = None
+    """Directory of a store to write: the evaluation's validation split without the documents that were found."""
+    report: str | None = None
+    """Folder of report.json and report.md, written anew; by default OUTPUT, else EVALUATION, with .decontamination."""
+    overwrite: bool = False
+    """Replace an output that exists."""
+    ngrams: list[int] = field(default_factory=lambda: [2, 3, 4])
+    """Words of an n-gram; similarity and containment are means over these sizes."""
+    threshold: float = 0.1
+    """Similarity (Jaccard of the documents' distinct n-grams) from which a pair of documents is contaminated."""
+    containment: float = 0.5
+    """Share of the evaluation document's n-grams found in one training document from which it is contaminated."""
+    minhash_threshold: float | None = 0.5
+    """Jaccard, estimated by MinHash, from which a pair is a near-duplicate; null: no MinHash."""
+    shingle: int = 3
+    """Words of the n-grams that MinHash looks at."""
+    permutations: int = 128
+    """Hash functions of a MinHash signature: the estimate's standard error is at most 0.5 / sqrt(permutations)."""
+    workers: int = 1
+    """Processes that read training documents; the result does not depend on it."""
+    index_mb: int = 1024
+    """Megabytes of evaluation n-grams in memory; what does not fit takes another pass over the training documents."""
+
+    def __post_init__(self) -> None:
+        require(len(self.ngrams) > 0, "ngrams", self.ngrams, "name at least one size, such as [2,3,4]")
+        require(
+            all(n >= 1 for n in self.ngrams) and len(set(self.ngrams)) == len(self.ngrams),
+            "ngrams",
+            self.ngrams,
+            "different sizes of at least 1 word",
+        )
+        for key in ("threshold", "containment", "minhash_threshold"):
+            value = getattr(self, key)
+            require(value is None or 0 < value <= 1, key, value, "a share above 0, at most 1")
+        require(self.shingle >= 1, "shingle", self.shingle, "at least 1 word")
+        require(16 <= self.permutations <= 4096, "permutations", self.permutations, "from 16 to 4096")
+        require(self.workers >= 1, "workers", self.workers, "at least 1 process")
+        require(self.index_mb >= 1, "index_mb", self.index_mb, "at least 1 megabyte")
+
+
 def require_corpus(corpus: CorpusConfig) -> None:
     """Raise `ValueError` unless the corpus says what to read."""
     require(

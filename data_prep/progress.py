@@ -1,4 +1,4 @@
-"""The progress bar of tokenising: source bytes with the time left, and the speed in MB and tokens a second."""
+"""The progress bar of a verb that reads a corpus: bytes with the time left, the speed in MB and tokens a second."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _SECONDS_IN_A_LOG = 10.0
 
 
 class Progress:
-    """A context manager around one bar; `total_bytes` on disk, 0 if unknown (a streamed data set)."""
+    """A context manager around one bar; `total_bytes` on disk, 0 if unknown (a streamed data set); `task` names it."""
 
-    def __init__(self, total_bytes: int) -> None:
-        self._total = total_bytes
+    def __init__(self, total_bytes: int, task: str = "tokenise") -> None:
+        self._total, self._task = total_bytes, task
         self._text_bytes = self._tokens = 0
 
     def __enter__(self) -> Progress:
         self._start = time.monotonic()
         # A log file gets a line now and then, a terminal one that moves.
         seconds = 0.5 if sys.stderr.isatty() else _SECONDS_IN_A_LOG
-        self._bar = tqdm(total=self._total or None, unit="B", unit_scale=True, desc="tokenise", mininterval=seconds)
+        self._bar = tqdm(total=self._total or None, unit="B", unit_scale=True, desc=self._task, mininterval=seconds)
         return self
 
     def advance(self, read_bytes: int, text_bytes: int, tokens: int) -> None:
-        """Report bytes read from disk, bytes of text taken from them, and tokens written."""
+        """Report bytes read from disk, bytes of text taken from them, and tokens."""
         self._text_bytes += text_bytes
         self._tokens += tokens
         seconds = max(time.monotonic() - self._start, 1e-3)

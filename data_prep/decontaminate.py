@@ -1,0 +1,219 @@
+"""`decontaminate`: evaluation documents that are, whole or in part, in the training documents.
+
+The evaluation side's n-grams are held in memory, the training documents stream past them once: every pair is compared,
+exactly, in memory that does not grow with the training data (`data_prep/contamination.py` has the measures). The report
+lists what was found; with `output=` a store is written without it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from clex_train import log
+from clex_train.data.store import TokenStore
+from clex_train.faults import RunStopped
+from clex_train.settings.bounds import require
+from data_prep.config import DecontaminateVerb
+from data_prep.contamination import Findings, Sketches, compare, in_batches, signature
+from data_prep.decontaminated import require_writable, write_decontaminated
+from data_prep.decontamination_report import Report, write_report
+from data_prep.ngrams import NgramIndex, WordReader, build_index
+from data_prep.progress import Progress
+
+logger = log.get(__name__)
+
+CHUNK_TOKENS = 1 << 20
+BATCH_WORDS = 1 << 17
+BATCH_PAIRS = 1 << 20
+MAX_BATCH_DOCUMENTS = 256
+
+
+def run(config: DecontaminateVerb) -> None:
+    """Compare the stores, write the report and, if asked for, the store without what was found.
+
+    Raises:
+        ValueError: a store or an output cannot be used; names the key.
+        RunStopped: contamination was found and no output asked for, or nothing would be left. The report is there.
+    """
+    train, evaluation = _open("train", config.train, "train"), _open("evaluation", config.evaluation.path, "validation")
+    if config.output:
+        require_writable(Path(config.output), config.overwrite, (train.path, evaluation.path))
+    folder = Path(config.report or f"{(config.output or config.evaluation.path or '').rstrip('/')}.decontamination")
+    _create(folder)
+    findings, wordless = scan(train, evaluation, config, folder)
+    report = Report(train, evaluation, config, findings, wordless)
+    write_report(report, folder)
+    print("\n".join(report.summary()))
+    logger.info("the pairs are in %s", folder / "report.md")
+    _conclude(report, folder, config)
+
+
+def _conclude(report: Report, folder: Path, config: DecontaminateVerb) -> None:
+    found, total = len(report.contaminated), report.evaluation.num_documents
+    if found and (found == total or not config.output):
+        remedy = "name other evaluation documents" if found == total else "output=STORE writes one without them"
+        raise RunStopped(
+            f"evaluation={report.evaluation.path}: {found} of {total} documents are contaminated by "
+            f"train={config.train}, see {folder / 'report.md'}; {remedy}"
+        )
+    if config.output:
+        write_decontaminated(report, Path(config.output), config.overwrite)
+        logger.info("%s holds the %d other documents of %s", config.output, total - found, report.evaluation.path)
+
+
+def _open(key: str, path: str | None, split: str) -> TokenStore:
+    require(bool(path), key, path, "name the directory of a token store")
+    try:
+        return TokenStore(str(path)).split(split)
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.path=", f"{key}=", 1)) from error
+
+
+def _create(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").touch()
+    except OSError as error:
+        raise ValueError(f"report={folder}: cannot write there ({error.strerror}); choose another place") from error
+
+
+def scan(
+    train: TokenStore, evaluation: TokenStore, config: DecontaminateVerb, scratch: Path
+) -> tuple[Findings, list[int]]:
+    """Compare every evaluation document with every training document.
+
+    Args:
+        train, evaluation: the splits.
+        config: the sizes of n-grams, the limits and the number of workers.
+        scratch: a folder for the index, which is removed again.
+
+    Returns:
+        the findings, and the evaluation documents without a word.
+    """
+    groups = list(_groups(evaluation, config))
+    chunks = list(_chunks(train.doc_offsets))
+    total = Findings()
+    wordless: list[int] = []
+    with Progress(len(groups) * train.num_tokens * train.dtype.itemsize, "decontaminate") as progress:
+        for group in groups:
+            with TemporaryDirectory(dir=scratch, prefix=".index_") as folder:
+                wordless += _prepare(evaluation, group, config, Path(folder))
+                found = Findings()
+                for part, num_bytes, num_tokens in _in_order(_Task(train.path, Path(folder), config), chunks):
+                    found.add(part)
+                    progress.advance(num_tokens * train.dtype.itemsize, num_bytes, num_tokens)
+            total.offending += [replace(p, evaluation_doc=group[p.evaluation_doc]) for p in found.offending]
+            total.nearest |= {group[e]: replace(p, evaluation_doc=group[e]) for e, p in found.nearest.items()}
+            total.wordless = found.wordless
+    total.offending.sort(key=lambda pair: (pair.evaluation_doc, pair.train_doc))
+    return total, wordless
+
+
+def _groups(evaluation: TokenStore, config: DecontaminateVerb) -> Iterator[list[int]]:
+    """Evaluation documents whose index fits in memory together; documents have fewer words than tokens."""
+    bytes_per_token = 20 * len(config.ngrams) + 40
+    group: list[int] = []
+    room = limit = config.index_mb * 1_000_000
+    for doc_id, start, stop in evaluation.documents():
+        needed = (stop - start) * bytes_per_token
+        if group and needed > room:
+            yield group
+            group, room = [], limit
+        group.append(doc_id)
+        room -= needed
+    yield group
+
+
+def _prepare(evaluation: TokenStore, group: list[int], config: DecontaminateVerb, folder: Path) -> list[int]:
+    """Write the index and the signatures of a group; returns its documents without a word."""
+    reader = WordReader(evaluation)
+    words = [reader.words(doc_id) for doc_id in group]
+    build_index(words, config.ngrams).save(folder)
+    if config.minhash_threshold is not None:
+        np.save(folder / "signatures.npy", [signature(w, config.shingle, config.permutations) for w in words])
+    return [doc_id for doc_id, of_it in zip(group, words, strict=True) if not len(of_it)]
+
+
+def _chunks(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ranges of training documents of about `CHUNK_TOKENS` tokens: the unit of work, whatever the workers."""
+    first, last = 0, len(offsets) - 1
+    while first < last:
+        stop = int(np.searchsorted(offsets, offsets[first] + CHUNK_TOKENS, side="right")) - 1
+        stop = min(max(stop, first + 1), last)
+        yield first, stop
+        first = stop
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Compares a chunk of training documents with the index in `folder`, in any process."""
+
+    train: Path
+    folder: Path
+    config: DecontaminateVerb
+
+    def __call__(self, chunk: tuple[int, int]) -> tuple[Findings, int, int]:
+        """Returns the findings, bytes of text and tokens read."""
+        reader, index, sketches = _opened(self.train, self.folder, self.config.minhash_threshold)
+        findings = Findings()
+        documents = ((doc_id, reader.words(doc_id)) for doc_id in range(*chunk))
+        most = max(1, min(MAX_BATCH_DOCUMENTS, BATCH_PAIRS // max(1, index.num_documents)))
+        before = reader.num_bytes
+        for batch in in_batches(documents, BATCH_WORDS, most):
+            findings.add(compare(index, sketches, batch, self.config))
+        offsets = reader.store.doc_offsets
+        return findings, reader.num_bytes - before, int(offsets[chunk[1]] - offsets[chunk[0]])
+
+
+@lru_cache(1)
+def _opened(train: Path, folder: Path, minhash: float | None) -> tuple[WordReader, NgramIndex, Sketches | None]:
+    """What a process needs for all of its chunks."""
+    index = NgramIndex.load(folder)
+    sketches = None
+    if minhash is not None:
+        has_words = np.asarray(index.sizes.any(axis=1))
+        sketches = Sketches(np.load(folder / "signatures.npy"), has_words, minhash)
+    return WordReader(TokenStore(train)), index, sketches
+
+
+def _in_order(task: _Task, chunks: list[tuple[int, int]]) -> Iterator[tuple[Findings, int, int]]:
+    """Results of the task in the order of the chunks."""
+    workers = min(task.config.workers, len(chunks))
+    if workers < 2:
+        yield from map(task, chunks)
+        _opened.cache_clear()
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, log.setup) as executor:
+        try:
+            yield from _results(executor, task, chunks, 2 * workers)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"workers={workers}: a worker was killed, most likely for want of memory; take fewer workers, or a "
+                f"smaller index_mb (now {task.config.index_mb})"
+            ) from error
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _results(
+    executor: ProcessPoolExecutor, task: _Task, chunks: list[tuple[int, int]], most: int
+) -> Iterator[tuple[Findings, int, int]]:
+    """Results in order, never more than `most` of them under way."""
+    pending: deque[Future[tuple[Findings, int, int]]] = deque()
+    for chunk in chunks:
+        pending.append(executor.submit(task, chunk))
+        if len(pending) >= most:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
