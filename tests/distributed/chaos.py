@@ -19,7 +19,7 @@ from distributed_runs import ROOT, Launcher, environment
 
 VICTIMS = ("rank 0", "rank 1", "launcher", "launcher's child")
 MOMENTS = ("starting", "a step", "a save", "a save", "an evaluation")
-LIFE_SECONDS = 150.0
+LIFE_SECONDS = 600.0
 
 
 @dataclass
