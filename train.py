@@ -41,11 +41,18 @@ def run(config: configuration.Config) -> int:
     `StopRequested` when the run was asked to stop and has saved; `RunStopped` when it cannot go on.
     """
     from clex_train import distributed, run_folder
+    from clex_train.cli import out_of_memory
+    from clex_train.faults import RunStopped
 
     run_dir = Path(config.output_dir)
     run_folder.require_writable(run_dir)
     with run_folder.held(run_dir, distributed.rank(), patience=60 * config.engine.timeout):
-        return _run(config, run_dir)
+        try:
+            return _run(config, run_dir)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory.is_out_of_memory(error):
+                raise
+            raise RunStopped(out_of_memory.explain(config, error)) from error
 
 
 def _run(config: configuration.Config, run_dir: Path) -> int:

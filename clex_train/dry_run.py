@@ -76,7 +76,7 @@ def print_plan(config: Config) -> None:
         return
     plan = make_plan(config)
     print(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    print("\n".join((*_summary(config, plan), "", *_table(config, plan))))
+    print("\n".join((*_summary(config, plan), "", *memory_table(config, plan))))
 
 
 def make_plan(config: Config) -> Plan:
@@ -214,7 +214,8 @@ def _evaluation(config: Config, context_len: int) -> str:
     return f"{lengths}; {', '.join(p.name for p in config.evaluation.protocols)}; {when}"
 
 
-def _table(config: Config, plan: Plan) -> Iterator[str]:
+def memory_table(config: Config, plan: Plan) -> Iterator[str]:
+    """The lines of the memory of one rank, by part and moment."""
     engine = config.engine
     yield (
         f"memory of one {'GPU' if plan.on_gpu else 'rank'} of {plan.world_size} in GiB: ZeRO-{engine.zero_stage}, "

@@ -126,3 +126,28 @@ def test_weights_with_a_field_are_not_trained_on_without_it(run):
             f"model.path={run.folder / 'final'}",
             f"output_dir={run.folder}_unused",
         )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:130] . DefaultCPUAllocator: can't allocate memory: 8 TB"),
+    ],
+)
+def test_memory_that_runs_out_in_a_step_becomes_the_estimate_and_what_to_turn_down(run, monkeypatch, capsys, error):
+    def full(parts, batch, spectrum, weight=1.0):
+        raise error
+
+    monkeypatch.setattr(trainer, "forward_backward", full)
+    with pytest.raises(RunStopped) as stopped:
+        run()
+    assert console.report(stopped.value) == console.STOPPED
+    said = capsys.readouterr().err
+    assert "error: out of memory on rank 0: " in said
+    for part in ("parameters", "gradients", "optimizer", "activations", "logits", "ODE", "total"):
+        assert f"\n  {part} " in said, part
+    for remedy in ("engine.micro_batch=1", "engine.activation_checkpointing=true", "engine.offload=optimizer"):
+        assert remedy in said, remedy
+    assert "Traceback" not in said

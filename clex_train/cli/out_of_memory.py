@@ -1,0 +1,70 @@
+"""Memory ran out: the estimate of what each rank holds, and what to turn down, instead of a traceback."""
+
+from collections.abc import Iterator
+
+import torch
+
+from clex_train import distributed, dry_run
+from clex_train.config import Config
+from clex_train.settings.engine import Offload
+
+CPU_WORDS = ("can't allocate memory", "not enough memory")
+"""By which the error of torch's CPU allocator is known, a plain `RuntimeError`."""
+STATE, ROWS = ("parameters", "gradients", "optimizer"), ("activations", "logits")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or what it arose from, says that the GPU's or the host's memory is used up."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_WORDS):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+
+
+def explain(config: Config, error: BaseException) -> str:
+    """What to print: where it happened, the estimate per part, and the remedies with the most effect first."""
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    what = f"out of memory on rank {distributed.rank()}: {first_line}"
+    try:
+        plan = dry_run.make_plan(config)
+    except ValueError as refused:
+        return f"{what}\n(no estimate: {refused})\nturn down: {'; '.join(_rows(config))}"
+    ways = (*_rows(config), *_state(config))
+    if _share(plan, STATE) > _share(plan, ROWS):
+        ways = (*_state(config), *_rows(config))
+    return "\n".join(
+        (
+            f"{what}; the checkpoints are intact",
+            *dry_run.memory_table(config, plan),
+            f"turn down, most effect first: {'; '.join(ways)}",
+            "dry_run=true shows the estimate of any change without a GPU",
+        )
+    )
+
+
+def _share(plan: dry_run.Plan, names: tuple[str, ...]) -> float:
+    """Most bytes that the parts of these names hold together at one moment."""
+    return max(sum(moment) for moment in zip(*(part.device for part in plan.parts if part.name in names), strict=True))
+
+
+def _rows(config: Config) -> Iterator[str]:
+    engine = config.engine
+    if engine.micro_batch is None:
+        yield f"engine.micro_batch=1 (instead of a rank's {config.optim.batch_rows // distributed.world_size()} rows)"
+    elif engine.micro_batch > 1:
+        yield f"engine.micro_batch={engine.micro_batch // 2} (more micro-batches, the same numbers)"
+    if not engine.activation_checkpointing:
+        yield "engine.activation_checkpointing=true (a third more time, the same numbers)"
+    yield f"data.seq_len (now {config.data.seq_len})"
+
+
+def _state(config: Config) -> Iterator[str]:
+    engine = config.engine
+    if engine.zero_stage < 3:
+        yield "engine.zero_stage=3"
+    if engine.offload is Offload.none:
+        yield "engine.offload=optimizer"
+    elif engine.offload is Offload.optimizer:
+        yield "engine.offload=all (with engine.zero_stage=3)"
+    yield f"or more ranks (now {distributed.world_size()}), among which the state is split"
