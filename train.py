@@ -67,6 +67,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     from clex_train.engine.watchdog import watching
     from clex_train.evaluation.training import TrainingEvaluation
     from clex_train.export.final import write_final
+    from clex_train.spikes import SpikeWatch
 
     stop = stopping.StopRequests(
         stopping.signals(),
@@ -112,9 +113,11 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
         engine = engines.build(loaded.model, config)
         if stop.deadline:
             stop.deadline.assume("save", metrics.assumed_save_seconds(modeling.num_parameters(loaded.model)))
+        optim = config.optim
+        spikes = SpikeWatch(optim.spike_factor, optim.spike_window) if optim.spike_factor else None
         flops = metrics.flops_per_token(*modeling.matmul_shape(loaded.model), config.data.seq_len)
         try:
-            parts = trainer.Parts(config, engine, loaded, rows, ode, checkpoints, evaluation, flops, stop)
+            parts = trainer.Parts(config, engine, loaded, rows, ode, checkpoints, evaluation, flops, stop, spikes)
             steps = trainer.train(parts, partial(tracking.Tracker, config, run_dir))
             modeling.solve_table(loaded)
             write_final(run_dir / "final", loaded, engines.consolidated_state_dict(engine), tokenizer)

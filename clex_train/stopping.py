@@ -25,15 +25,17 @@ REPEAT_AFTER = 5.0
 POLL_SECONDS = 1.0
 LAUNCHERS = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
 """Programs or modules, as they stand on a command line."""
+SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
+"""Environment variables of a process that `deepspeed` or `torchrun` started."""
 
 
 class SignalWatch:
     """A thread that marks the first signal or the death of the launcher, and obeys a second signal at once."""
 
     def __init__(self) -> None:
-        self.reason: str | None = None
-        self._since = 0.0
         self._launchers = launchers()
+        self.reason: str | None = "its launcher was gone before it began" if is_orphan(self._launchers) else None
+        self._since = 0.0
 
     def start(self) -> None:
         """Take over the signals of this process; on its main thread."""
@@ -189,6 +191,14 @@ def _lives(process: psutil.Process) -> bool:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def is_orphan(found: list[psutil.Process]) -> bool:
+    """Whether a launcher that began this process, or that launcher's own, has died and left the child to process 1."""
+    if not found:
+        return os.getppid() == 1 and any(name in os.environ for name in SET_BY_LAUNCHERS)
+    # `deepspeed` starts this module, which starts the ranks.
+    return found[-1].ppid() == 1 and "deepspeed.launcher.launch" in found[-1].cmdline()
 
 
 def _is_launcher(arguments: list[str]) -> bool:

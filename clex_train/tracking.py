@@ -42,9 +42,9 @@ class Tracker:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
-        path = run_dir / "metrics.jsonl"
-        self._evaluated = drop_after(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = run_dir / "metrics.jsonl"
+        self._evaluated = drop_after(self._path, first_step)
+        self._file = self._path.open("a", encoding="utf-8")
         self._wandb = _open_wandb(config, run_dir)
 
     def step(self, metrics: dict[str, Any]) -> None:
@@ -75,6 +75,15 @@ class Tracker:
             return
         self._write({"step": step, "save_seconds": seconds})
         logger.info("step %d: training waited %.2f s for its checkpoint", step, seconds)
+
+    def roll_back(self, step: int) -> None:
+        """Forget what came after `step`: it is going to be taken again."""
+        if not self.active:
+            return
+        self._file.close()
+        self._evaluated = drop_after(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._bar.update(step - self._bar.n)
 
     def close(self, finished: bool = True) -> None:
         """Flush and close whatever is open; wandb hears whether the run came to its end."""

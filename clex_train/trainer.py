@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from clex_train.checkpoint.store import Checkpoints
 from clex_train.config import Config
 from clex_train.data.collate import document_lengths, joined, num_scored, separated
 from clex_train.data.loader import batches
+from clex_train.data.order import SkippedRows, original_index
 from clex_train.data.rows import Rows
+from clex_train.engine import non_finite
 from clex_train.engine.deepspeed import learning_rate, set_learning_rate
 from clex_train.engine.ode_optimizer import OdeOptimizer
 from clex_train.faults import RunStopped, StopRequested
@@ -27,12 +30,15 @@ from clex_train.modeling import LoadedModel
 from clex_train.scaling.sampling import draw_batch, draw_document_batch
 from clex_train.scaling.solver import UnstableField
 from clex_train.scaling.spectrum import Spectrum
+from clex_train.spikes import SpikeWatch
 from clex_train.stopping import StopRequests
 from clex_train.tracking import Tracker
 
 logger = log.get(__name__)
 
 Batch = dict[str, torch.Tensor]
+SPIKES = "spikes"
+"""Key of the spike watch beside the ODE's state in a checkpoint."""
 
 
 @dataclass
@@ -51,6 +57,8 @@ class Parts:
     """Of forward and backward, for the MFU on a GPU."""
     stop: StopRequests = field(default_factory=StopRequests)
     """What may ask the run to stop before its last step."""
+    spikes: SpikeWatch | None = None
+    """Decides which losses are spikes; None: none are."""
 
 
 def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
@@ -62,15 +70,7 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
     config = parts.config
     step = saved = resume(parts)
     tracker = tracker_factory(step)
-    stream = batches(
-        parts.rows,
-        first_row=step * config.optim.batch_rows,
-        batch_rows=config.optim.batch_rows,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        micro_batch=parts.engine.train_micro_batch_size_per_gpu(),
-        collate=separated if config.data.document_mask else joined,
-    )
+    stream = _stream(parts, step)
     finished = False
     try:
         _agree(parts, "step")
@@ -83,7 +83,11 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
             tracker.step({"step": step, **figures})
             bad_steps = 0 if _is_finite(figures) else bad_steps + 1
             if bad_steps:
-                _skip_or_stop(parts, step, figures, bad_steps)
+                _skip_or_stop(parts, step, figures, bad_steps, saved)
+            elif parts.spikes and parts.spikes.is_spike(figures["loss"]):
+                step = saved = _roll_back(parts, tracker, step, figures)
+                stream = _stream(parts, step)
+                continue
             if _due(step, config.checkpoint.every) or step == config.optim.steps:
                 tracker.saved(step, save(parts, step))
                 saved = step
@@ -103,29 +107,45 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
     return step
 
 
+def _stream(parts: Parts, step: int) -> Iterator[Iterator[Batch]]:
+    """This rank's micro-batches of each step from `step` on, without the rows that were skipped for a spike."""
+    config = parts.config
+    skipped = parts.spikes.skipped if parts.spikes else []
+    return batches(
+        SkippedRows(parts.rows, skipped) if skipped else parts.rows,
+        first_row=step * config.optim.batch_rows,
+        batch_rows=config.optim.batch_rows,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        micro_batch=parts.engine.train_micro_batch_size_per_gpu(),
+        collate=separated if config.data.document_mask else joined,
+    )
+
+
 def train_step(parts: Parts, step: int, micro_batches: Iterator[Batch]) -> dict[str, Any]:
     """One optimizer step: every micro-batch forward and backward, then the engine's update and the ODE's."""
     config, engine, start = parts.config, parts.engine, time.perf_counter()
     lr = learning_rate(step, config.optim)
     set_learning_rate(engine, lr)
     spectrum = parts.ode.begin(step) if parts.ode else None
-    loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=distributed.device()), 0
-    rows: list[torch.Tensor] = []
     engine.train()
     held = list(micro_batches)
-    for index, (batch, weight) in enumerate(zip(held, loss_weights(held, step), strict=True)):
-        torch.manual_seed(seeding.torch_seed(config.seed, "dropout", step, index, distributed.rank()))
-        loss_sum += forward_backward(parts, batch, spectrum, weight)
-        tokens += batch["input_ids"].numel()
-        rows.append(batch["row_index"])
+    weights, losses = loss_weights(held, step), []
+    for index, (batch, weight) in enumerate(zip(held, weights, strict=True)):
+        _seed_dropout(parts, step, index)
+        losses.append(forward_backward(parts, batch, spectrum, weight))
         engine.step()
-    asked = loss_sum.new_tensor(float(parts.stop.reason("step") is not None))
-    loss_mean, any_asked = distributed.all_reduce_mean(torch.stack([loss_sum / (index + 1), asked])).tolist()
+    rows, tokens = torch.cat([batch["row_index"] for batch in held]), sum(batch["input_ids"].numel() for batch in held)
+    loss = torch.stack(losses).double().mean()
+    asked = loss.new_tensor(float(parts.stop.reason("step") is not None))
+    loss_mean, any_asked = distributed.all_reduce_mean(torch.stack([loss, asked])).tolist()
     parts.stop.agreed |= any_asked > 0
     figures = {"loss": loss_mean, "lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
     if parts.ode and spectrum:
         figures |= {"t": spectrum.t, "ode_grad_norm": parts.ode.finish(lr, apply=_is_finite(figures))}
-    figures["rows"] = metrics.row_spans(distributed.all_gather(torch.cat(rows)))
+    figures["rows"] = metrics.row_spans(distributed.all_gather(rows))
+    if not _is_finite(figures) and config.engine.zero_stage > 0:
+        figures["fault"] = find_fault(parts, step, held, weights, losses, spectrum)
     return figures | _speed(parts, step, tokens * distributed.world_size(), time.perf_counter() - start)
 
 
@@ -150,33 +170,65 @@ def loss_weights(micro_batches: Sequence[Batch], step: int) -> list[float]:
 
 def forward_backward(parts: Parts, batch: Batch, spectrum: Spectrum | None, weight: float = 1.0) -> torch.Tensor:
     """Weighted loss of one micro-batch (mean over its scored tokens), its gradients added up in engine and spectrum."""
-    device = distributed.device()
-    # The mean over no token is 0/0. Every rank runs every forward, so such a micro-batch scores anything, and counts 0.
-    labels = batch["labels"] if weight > 0 else batch["input_ids"]
     with _frequencies(parts, batch, spectrum):
         # Only the loss is held: the logits would otherwise stay through the whole backward pass.
-        loss = (
-            weight
-            * parts.engine(
-                input_ids=batch["input_ids"].to(device),
-                labels=labels.to(device),
-                use_cache=False,
-                **_borders(parts, batch),
-            ).loss
-        )
+        loss = forward(parts.engine, parts, batch, weight)
         parts.engine.backward(loss)
     return loss.detach()
 
 
+def forward(model: Any, parts: Parts, batch: Batch, weight: float) -> torch.Tensor:
+    """Weighted loss of one micro-batch under `model`, the engine or what it wraps."""
+    device = distributed.device()
+    # The mean over no token is 0/0. Every rank runs every forward, so such a micro-batch scores anything, and counts 0.
+    labels = batch["labels"] if weight > 0 else batch["input_ids"]
+    inputs = {"input_ids": batch["input_ids"].to(device), "labels": labels.to(device), **_borders(parts, batch)}
+    return weight * model(use_cache=False, **inputs).loss
+
+
+def find_fault(
+    parts: Parts,
+    step: int,
+    micro_batches: Sequence[Batch],
+    weights: Sequence[float],
+    losses: Sequence[torch.Tensor],
+    spectrum: Spectrum | None,
+) -> str:
+    """Rank, rows and module in which a loss or a gradient of the step stopped being finite; collective.
+
+    Micro-batches are run once more, with the weights that the skipped update left as they were: the first of each rank
+    whose loss is bad, or one after the other until a gradient is.
+    """
+    model: Any = parts.loaded.model
+    bad = [index for index, loss in enumerate(losses) if not bool(loss.isfinite())]
+    chosen = (bad or [0])[:1] if distributed.any_rank(bool(bad)) else range(len(losses))
+    for index in chosen:
+        batch = micro_batches[index]
+        _seed_dropout(parts, step, index)
+        with _frequencies(parts, batch, spectrum):
+            found = non_finite.find(model, partial(forward, model, parts, batch, weights[index]))
+        own = f"rank {distributed.rank()}, rows {metrics.row_spans(batch['row_index'])}: {found}"
+        told = [text for text in distributed.gather_objects(own if bad or found else None) if text]
+        if told:
+            return "; ".join(told)
+    return "not again in a second pass, or in the gradients of weights alone"
+
+
+def _seed_dropout(parts: Parts, step: int, micro_batch: int) -> None:
+    torch.manual_seed(seeding.torch_seed(parts.config.seed, "dropout", step, micro_batch, distributed.rank()))
+
+
 def resume(parts: Parts) -> int:
-    """Load the newest complete checkpoint into the engine and the ODE; 0 when there is none."""
+    """Load the newest complete checkpoint into engine, ODE and spike watch; 0 when there is none."""
     found = parts.checkpoints.load(parts.engine)
     if found is None:
         return 0
-    step, ode_state = found
+    step, state = found
     if parts.ode:
-        assert ode_state is not None, "a checkpoint of a CLEX run has the ODE's state"
-        parts.ode.load_state_dict(ode_state)
+        assert state is not None, "a checkpoint of a CLEX run has the ODE's state"
+        parts.ode.load_state_dict(state)
+    if parts.spikes and state and SPIKES in state:
+        parts.spikes.load_state_dict(state[SPIKES])
     return step
 
 
@@ -187,8 +239,10 @@ def save(parts: Parts, step: int) -> float:
     """
     if parts.ode:
         parts.ode.verify()
-    ode_state = parts.ode.state_dict() if parts.ode else None
-    return parts.checkpoints.save(parts.engine, ode_state, step, step * parts.config.optim.batch_rows)
+    state = parts.ode.state_dict() if parts.ode else {}
+    if parts.spikes:
+        state[SPIKES] = parts.spikes.state_dict()
+    return parts.checkpoints.save(parts.engine, state or None, step, step * parts.config.optim.batch_rows)
 
 
 def _settle(parts: Parts, seconds: float | None) -> None:
@@ -262,14 +316,53 @@ def _is_finite(figures: dict[str, float]) -> bool:
     return math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
 
 
-def _skip_or_stop(parts: Parts, step: int, figures: dict[str, float], bad_steps: int) -> None:
-    """Announce a step whose update was skipped; `RunStopped` after too many. Every rank has the same figures."""
+def _skip_or_stop(parts: Parts, step: int, figures: dict[str, Any], bad_steps: int, saved: int) -> None:
+    """Announce a step whose update was skipped; `RunStopped` after too many, with a checkpoint of what was before them.
+
+    Every rank has the same figures.
+    """
+    optim = parts.config.optim
     what = f"step {step}: loss {figures['loss']:g}, gradient norm {figures['grad_norm']:g}"
     # Only ZeRO's optimizers look before they step: without them the weights are already spoilt.
-    if bad_steps >= parts.config.optim.max_bad_steps or parts.config.engine.zero_stage == 0:
+    if parts.config.engine.zero_stage == 0:
         parts.checkpoints.finish()
         raise RunStopped(f"{what}; {parts.checkpoints.describe_newest()}; lower optim.lr in another output_dir")
-    logger.warning("%s: not finite, its update is skipped on all ranks", what)
+    what += f" ({figures['fault']})"
+    if bad_steps < optim.max_bad_steps:
+        logger.warning("%s: not finite, its update is skipped on all ranks", what)
+        return
+    if step - bad_steps > saved:
+        save(parts, step - bad_steps)
+    parts.checkpoints.finish()
+    raise RunStopped(
+        f"{what}; {bad_steps} such steps in a row, optim.max_bad_steps={optim.max_bad_steps}; "
+        f"{parts.checkpoints.describe_newest()}; lower optim.lr in another output_dir, or leave the rows out"
+    )
+
+
+def _roll_back(parts: Parts, tracker: Tracker, step: int, figures: dict[str, Any]) -> int:
+    """Return to the newest checkpoint and skip the rows of the step whose loss is a spike; collective.
+
+    `RunStopped` when that has been done `optim.max_roll_backs` times, or there is no checkpoint.
+    """
+    spikes, optim = parts.spikes, parts.config.optim
+    assert spikes is not None
+    what = f"step {step}: loss {figures['loss']:g} is a spike, above {spikes.limit():g}, in rows {figures['rows']}"
+    places = range((step - 1) * optim.batch_rows, step * optim.batch_rows)
+    skipped = [original_index(spikes.skipped, place) for place in places]
+    roll_backs, before = spikes.roll_backs, spikes.skipped
+    parts.checkpoints.finish()
+    if roll_backs >= optim.max_roll_backs:
+        raise RunStopped(f"{what}; optim.max_roll_backs={roll_backs}; {parts.checkpoints.describe_newest()}")
+    back = resume(parts)
+    if back == 0:
+        raise RunStopped(f"{what}, and there is no checkpoint to go back to; lower checkpoint.every")
+    # The checkpoint may be from before an earlier roll-back to it.
+    spikes.skipped, spikes.roll_backs = before, roll_backs
+    spikes.skip(skipped)
+    tracker.roll_back(back)
+    logger.warning("%s: back to step %d, and these rows are skipped (roll-back %d)", what, back, spikes.roll_backs)
+    return back
 
 
 def _due(step: int, every: int) -> bool:

@@ -2,15 +2,23 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from composing import composed
+from safetensors.torch import load_file
 
 import train
 from clex_train import trainer
 from clex_train.cli import console
 from clex_train.faults import RunStopped
+
+
+@pytest.fixture(params=[1, 2, 3])
+def stage(request) -> int:
+    """Of ZeRO."""
+    return request.param
 
 
 @pytest.fixture
@@ -40,44 +48,105 @@ def run(tmp_path, tiny_store, tiny_architecture):
     return start
 
 
+def assert_same_model(first: Path, second: Path) -> None:
+    for name in ("model.safetensors", "clex.safetensors"):
+        one, other = load_file(first / "final" / name), load_file(second / "final" / name)
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
 def metrics(run) -> list[dict]:
     """The lines of steps and evaluations."""
     lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if "save_seconds" not in line]
 
 
-def spoil(monkeypatch, steps: set[int], value: float = math.nan) -> None:
-    """Multiply the loss of these steps (1-based) by `value`, as a bad batch or a broken kernel would."""
-    forward_backward, calls = trainer.forward_backward, [0]
+def spoil(monkeypatch, rows: set[int], module: str = "model.layers.1.mlp", value: float = math.nan) -> None:
+    """Multiply what `module` gives for these rows by `value`, as a bad batch or a broken kernel would."""
+    forward = trainer.forward
 
-    def spoilt(*args):
-        calls[0] += 1
-        if calls[0] not in steps:
-            return forward_backward(*args)
-        embedding = args[0].engine.module.get_input_embeddings()
-        hook = embedding.register_forward_hook(lambda module, inputs, output: output * value)
+    def spoilt(model, parts, batch, weight):
+        if not rows.intersection(batch["row_index"].tolist()):
+            return forward(model, parts, batch, weight)
+        broken = parts.loaded.model.get_submodule(module)
+        hook = broken.register_forward_hook(lambda module, inputs, out: out * value, prepend=True)
         try:
-            return forward_backward(*args)
+            return forward(model, parts, batch, weight)
         finally:
             hook.remove()
 
-    monkeypatch.setattr(trainer, "forward_backward", spoilt)
+    monkeypatch.setattr(trainer, "forward", spoilt)
+
+
+class Bursts(torch.autograd.Function):
+    """Passes on what it is given, and a gradient that is not finite."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * math.inf
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_model_and_ode_alike(run, monkeypatch):
-    spoil(monkeypatch, {3})
+    spoil(monkeypatch, {4})
     assert run() == 8
     rows = metrics(run)
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[2]["loss"] is None
+    assert rows[2]["fault"] == "rank 0, rows [[4, 5]]: first in the output of model.layers.1.mlp"
     assert all(math.isfinite(row["loss"]) for row in rows[3:]), "the weights stayed whole"
 
 
+def test_a_gradient_that_is_not_finite_is_traced_to_its_module(run, monkeypatch, stage):
+    forward = trainer.forward
+
+    def spoilt(model, parts, batch, weight):
+        layer = parts.loaded.model.get_submodule("model.layers.0.self_attn.o_proj")
+        bursts = 4 in batch["row_index"].tolist()
+        hook = layer.register_forward_hook(
+            lambda module, inputs, out: Bursts.apply(out) if bursts else out, prepend=True
+        )
+        try:
+            return forward(model, parts, batch, weight)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(trainer, "forward", spoilt)
+    assert run(f"engine.zero_stage={stage}") == 8
+    (fault,) = [row["fault"] for row in metrics(run) if "fault" in row]
+    assert fault.startswith(
+        "rank 0, rows [[4, 5]]: first in the gradient of the output of model.layers.0.self_attn.o_proj"
+    )
+    assert metrics(run)[2]["loss"] is not None
+
+
+def test_looking_for_the_fault_changes_nothing(run, monkeypatch, stage):
+    spoil(monkeypatch, {4})
+    folders = [run.folder.with_name(name) for name in ("looked", "not_looked")]
+    run(f"output_dir={folders[0]}", f"engine.zero_stage={stage}")
+    monkeypatch.setattr(trainer, "find_fault", lambda *_: "")
+    run(f"output_dir={folders[1]}", f"engine.zero_stage={stage}")
+    assert_same_model(*folders)
+
+
 def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_the_last_checkpoint(run, monkeypatch):
-    spoil(monkeypatch, {5, 6})
-    with pytest.raises(RunStopped, match=r"step 6: loss nan.*the last checkpoint is .*step_4"):
+    spoil(monkeypatch, {8, 11})
+    with pytest.raises(RunStopped, match=r"step 6: loss nan.*rows \[\[10, 11\]\].*the last checkpoint is .*step_4"):
         run("optim.max_bad_steps=2")
     assert not (run.folder / "checkpoints" / "step_6").exists()
+
+
+def test_the_state_before_the_bad_steps_is_saved_and_goes_on_to_the_same_bits(run, monkeypatch):
+    whole = run.folder.with_name("whole")
+    run("checkpoint.every=0", f"output_dir={whole}")
+    with monkeypatch.context() as broken:
+        spoil(broken, {6, 8})
+        with pytest.raises(RunStopped, match=r"step 5: .*2 such steps in a row.*the last checkpoint is .*step_3;"):
+            run("checkpoint.every=0", "optim.max_bad_steps=2")
+    assert run("checkpoint.every=0", "optim.max_bad_steps=2") == 8
+    assert_same_model(whole, run.folder)
 
 
 def test_a_field_that_breaks_its_bound_stops_before_it_is_saved(run, capsys):
@@ -151,3 +220,53 @@ def test_memory_that_runs_out_in_a_step_becomes_the_estimate_and_what_to_turn_do
     for remedy in ("engine.micro_batch=1", "engine.activation_checkpointing=true", "engine.offload=optimizer"):
         assert remedy in said, remedy
     assert "Traceback" not in said
+
+
+def with_spike(monkeypatch, rows: set[int]) -> None:
+    """A thousandfold loss, and so its gradient, for these rows."""
+    forward = trainer.forward
+
+    def spoilt(model, parts, batch, weight):
+        loss = forward(model, parts, batch, weight)
+        return loss * 1000 if rows.intersection(batch["row_index"].tolist()) else loss
+
+    monkeypatch.setattr(trainer, "forward", spoilt)
+
+
+SPIKES = ("optim.spike_factor=20", "optim.spike_window=4")
+
+
+def test_a_spike_rolls_back_and_ends_as_a_run_without_its_rows(run, monkeypatch):
+    without = run.folder.with_name("without")
+    run(*SPIKES, "data.skip_rows=[12-13]", f"output_dir={without}")
+    with_spike(monkeypatch, {12})
+    assert run(*SPIKES) == 8
+    assert_same_model(without, run.folder)
+    assert [row["step"] for row in metrics(run)] == list(range(1, 9))
+    assert [row["rows"] for row in metrics(run)][5:] == [[[10, 11]], [[14, 15]], [[16, 17]]]
+
+
+def test_a_run_killed_after_a_roll_back_skips_the_same_rows(run, monkeypatch):
+    with_spike(monkeypatch, {10, 14})
+    whole = run.folder.with_name("whole")
+    run(*SPIKES, "optim.steps=10", f"output_dir={whole}")
+    save = trainer.save
+
+    def killed(parts, step):
+        save(parts, step)
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(*SPIKES, "optim.steps=10")
+    assert run(*SPIKES, "optim.steps=10") == 10
+    assert_same_model(whole, run.folder)
+    assert [row["rows"] for row in metrics(run)][4:8] == [[[8, 9]], [[12, 13]], [[16, 17]], [[18, 19]]]
+
+
+def test_roll_backs_are_bounded(run, monkeypatch):
+    with_spike(monkeypatch, {8, 10, 12})
+    with pytest.raises(RunStopped, match=r"is a spike, above .*optim\.max_roll_backs=2"):
+        run(*SPIKES, "optim.max_roll_backs=2")

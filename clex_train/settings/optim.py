@@ -38,6 +38,12 @@ class OptimConfig:
     """Learning rate at the end of the run as a multiple of the peak."""
     max_bad_steps: int = 3
     """Steps in a row whose loss or gradient is not finite, and which are skipped, before the run stops."""
+    spike_factor: float | None = None
+    """A loss above median + this * MAD of the last `spike_window`: back to the last checkpoint, without its rows."""
+    spike_window: int = 100
+    """Losses that a spike is measured against."""
+    max_roll_backs: int = 3
+    """Spikes of the whole run that are answered with a roll-back; one more stops it."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "greater than 0")
@@ -51,4 +57,12 @@ class OptimConfig:
         require(self.batch_rows >= 1, "optim.batch_rows", self.batch_rows, "at least 1 row")
         require(0 <= self.warmup < 1, "optim.warmup", self.warmup, "a share of the steps in [0, 1)")
         require(self.max_bad_steps >= 1, "optim.max_bad_steps", self.max_bad_steps, "at least 1 step")
+        require(
+            self.spike_factor is None or self.spike_factor > 0,
+            "optim.spike_factor",
+            self.spike_factor,
+            "above 0, or null",
+        )
+        require(self.spike_window >= 3, "optim.spike_window", self.spike_window, "at least 3 losses")
+        require(self.max_roll_backs >= 0, "optim.max_roll_backs", self.max_roll_backs, "0 or more")
         require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "between 0 and 1")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class Life:
     process: subprocess.Popen
     folder: Path
     started: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.time)
 
     def ranks(self) -> list[psutil.Process]:
         """The training processes in the order of their ranks, once the launcher has started them."""
@@ -57,6 +59,14 @@ class Life:
         if name == "launcher":
             return above
         return above.children()[0] if name == "launcher's child" else self.ranks()[int(name[-1])]
+
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written that is not what an earlier launch left unfinished."""
+        with suppress(FileNotFoundError):
+            for path in (self.folder / "checkpoints").glob("*"):
+                if path.is_dir() and not path.name.startswith("step_") and path.stat().st_mtime > self.began:
+                    return True
+        return False
 
     def polls(self) -> Iterator[None]:
         """Goes round while the launch lives."""
@@ -125,7 +135,7 @@ def _await_moment(launch: Life, moment: str, generator: random.Random) -> bool:
     wait = {
         "starting": lambda: True,
         "a step": lambda: _awaits_steps(launch, generator.randint(1, 3)),
-        "a save": lambda: _awaits(launch, lambda: _is_saving(launch.folder)),
+        "a save": lambda: _awaits(launch, launch.is_saving),
         "an evaluation": lambda: _awaits_steps(launch, 1) and _awaits(launch, lambda: _will_evaluate(launch.folder)),
     }[moment]
     pause = {"starting": 5.0, "a step": 0.05, "a save": 0.01, "an evaluation": 0.02}[moment]
@@ -154,10 +164,6 @@ def _awaits_steps(launch: Life, steps: int) -> bool:
             return True
         time.sleep(0.001)
     return False
-
-
-def _is_saving(folder: Path) -> bool:
-    return any(path.is_dir() and not path.name.startswith("step_") for path in (folder / "checkpoints").glob("*"))
 
 
 def _will_evaluate(folder: Path) -> bool:

@@ -1,0 +1,35 @@
+"""train.py with a broken MLP for one row, which one of the ranks reads; the row is the first argument."""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import train
+from clex_train import config as configuration
+from clex_train import log, trainer
+from clex_train.cli import console
+from clex_train.cli.help import help_text
+
+ROW = int(sys.argv.pop(1))
+whole = trainer.forward
+
+
+def spoilt(model: Any, parts: trainer.Parts, batch: trainer.Batch, weight: float) -> Any:
+    """The output of the first MLP is NaN for the row."""
+    bad = ROW in batch["row_index"].tolist()
+    mlp: Any = parts.loaded.model.get_submodule("model.layers.0.mlp")
+    hook = mlp.register_forward_hook(lambda module, inputs, out: out * (math.nan if bad else 1.0), prepend=True)
+    try:
+        return whole(model, parts, batch, weight)
+    finally:
+        hook.remove()
+
+
+if __name__ == "__main__":
+    trainer.forward = spoilt
+    log.setup()
+    configuration.register()
+    sys.exit(console.run(train.main, help_text))

@@ -1,0 +1,41 @@
+"""A row that breaks the loss on one of two ranks: both skip the step, and it is said which rank and rows it was."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from distributed_runs import ROOT, environment, free_port
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_both_ranks_skip_the_step_and_name_the_rank_and_its_rows(launcher, stage: int) -> None:
+    name = f"bad_{stage}"
+    script = str(Path(__file__).with_name("spoilt_rank.py"))
+    overrides = (
+        "scaling=clex",
+        "engine.micro_batch=2",
+        f"engine.zero_stage={stage}",
+        "optim.steps=5",
+        "evaluation=never",
+    )
+    arguments = launcher.command(1, name, *overrides)[2:]
+    meet = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    # Micro-batches of two rows: step 3 reads 16 to 23, rank 1 of its second micro-batch 22 and 23.
+    done = subprocess.run(
+        [sys.executable, *meet, script, "22", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (launcher.folder / name / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert lines[2]["loss"] is None
+    assert lines[2]["fault"] == "rank 1, rows [[22, 23]]: first in the output of model.layers.0.mlp"
+    assert all(math.isfinite(line["loss"]) for line in lines if line["step"] != 3)
