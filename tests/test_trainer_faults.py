@@ -253,9 +253,11 @@ def test_a_run_killed_after_a_roll_back_skips_the_same_rows(run, monkeypatch):
     save = trainer.save
 
     def killed(parts, step):
-        save(parts, step)
+        waited = save(parts, step)
         if step == 6:
+            parts.checkpoints.finish()
             raise KeyboardInterrupt
+        return waited
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer, "save", killed)
