@@ -105,9 +105,7 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_module(run, monkeypatch,
     def spoilt(model, parts, batch, weight):
         layer = parts.loaded.model.get_submodule("model.layers.0.self_attn.o_proj")
         bursts = 4 in batch["row_index"].tolist()
-        hook = layer.register_forward_hook(
-            lambda module, inputs, out: Bursts.apply(out) if bursts else out, prepend=True
-        )
+        hook = layer.register_forward_hook(lambda module, inputs, out: Bursts.apply(out) if bursts else out)
         try:
             return forward(model, parts, batch, weight)
         finally:
