@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+for folder in Path(__file__).resolve().parents[1:3]:
+    sys.path.insert(0, str(folder))
 
-import train
-from clex_train import config as configuration
-from clex_train import log, trainer
-from clex_train.cli import console
-from clex_train.cli.help import help_text
+from composing import composed  # noqa: E402
+
+import train  # noqa: E402
+from clex_train import log, trainer  # noqa: E402
 
 ROW = int(sys.argv.pop(1))
 whole = trainer.forward
@@ -31,5 +31,4 @@ def spoilt(model: Any, parts: trainer.Parts, batch: trainer.Batch, weight: float
 if __name__ == "__main__":
     trainer.forward = spoilt
     log.setup()
-    configuration.register()
-    sys.exit(console.run(train.main, help_text))
+    train.run(composed(*sys.argv[1:]))
