@@ -143,6 +143,7 @@ def _settings(config: Config, folder: Path, submitted_from: Path) -> Iterator[st
     yield assignment("python", launch.python or ("python3" if inside else sys.executable))
     yield assignment("ranks_per_node", launch.ranks)
     yield assignment("max_restarts", launch.max_restarts)
+    yield assignment("linger", launch.linger)
     yield array("arguments", [f"--config-path={folder}", "--config-name=config"])
     yield array("srun_options", [*way_in.srun_options, *launch.srun_options])
     yield array("prefix", way_in.prefix)

@@ -43,6 +43,8 @@ class LaunchConfig:
     """Limit of one life of the job: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS. In a YAML file in quotes."""
     signal_before: int = 300
     """Seconds before the limit at which the run saves a checkpoint and the job goes back into the queue."""
+    linger: int = 600
+    """Seconds that srun may wait for the other ranks after the first one has ended; then the job goes on without it."""
     max_restarts: int = 20
     """How often the job may go back into the queue, for its limit, preemption, a crash or a dead node."""
     layout: Layout = Layout.task_per_node
@@ -99,6 +101,7 @@ class LaunchConfig:
             self.cpus_per_rank,
             "at least 1 core",
         )
+        require(self.linger >= 1, "launch.linger", self.linger, "at least 1 second")
         require(self.max_restarts >= 0, "launch.max_restarts", self.max_restarts, "0 (never) or a number")
         limit = seconds(self.time)
         require(

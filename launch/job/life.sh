@@ -33,6 +33,7 @@ train() { # Sets `code` to what the training answered.
     srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${srun_options[@]}" \
         bash -c "$(declare -p prefix python submission ranks_per_node arguments); $(declare -f on_node task); on_node" &
     step=$!
+    end_lingering_step &
     asked=
     trap 'say "the limit is near: asks the run to save and stop"; ask_to_stop' USR1
     trap 'say "SIGTERM: asks the run to save and stop"; ask_to_stop' TERM
@@ -56,6 +57,16 @@ await_step() { # A trapped signal ends `wait`, not the step.
         wait "$step"
         code=$?
         [[ $interrupted ]] || break
+    done
+}
+
+end_lingering_step() { # srun waits for ever for tasks of a node that died and came back before SLURM noticed.
+    while kill -0 "$step" 2>/dev/null; do
+        if [[ -s $CLEX_TRAIN_EXIT_CODE ]] && (($(date +%s) - $(stat -c %Y "$CLEX_TRAIN_EXIT_CODE") >= linger)); then
+            say "a rank ended $linger s ago and srun still waits for others: ends it"
+            kill -KILL "$step"
+        fi
+        sleep 1
     done
 }
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "srun": """
 printf '%s\\n' "$@" >"$LAB/srun_arguments"
 [ -z "$RANK_ANSWERS" ] || echo "$RANK_ANSWERS" >"$CLEX_TRAIN_EXIT_CODE"
+[ -z "$LINGERS" ] || exec sleep 50
 [ -z "$CHECKPOINT" ] || { mkdir -p "$LAB/run/checkpoints"; echo "$CHECKPOINT" >"$LAB/run/checkpoints/latest"; }
 [ "$SRUN_ANSWERS" != 0 ] || [ -n "$NO_FINAL" ] || mkdir -p "$LAB/run/final"
 [ -z "$STOP_FILE" ] || touch "$LAB/run/stop"
@@ -65,6 +66,7 @@ class Lab:
             "SIGNAL": "",
             "STOP_FILE": "",
             "NO_FINAL": "",
+            "LINGERS": "",
             "JOB_STATE": "RUNNING",
         }
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "LAB": str(self.folder)}

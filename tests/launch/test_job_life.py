@@ -1,5 +1,7 @@
 """When a job goes back into the queue, with stand-ins for SLURM's commands; tests/slurm has the real ones."""
 
+import time
+
 import pytest
 
 
@@ -49,6 +51,14 @@ def test_the_exit_code_of_an_earlier_life_is_not_taken_for_this_one_s(lab):
     (lab.submission / "exit_code").write_text("75\n")
     assert lab.life(lab.script(), SRUN_ANSWERS="1").returncode == 1
     assert not lab.was_requeued
+
+
+def test_an_srun_that_outlives_its_ranks_is_ended_and_their_answer_counts(lab):
+    start = time.monotonic()
+    done = lab.life(lab.script("launch.linger=1"), LINGERS="yes", RANK_ANSWERS="75")
+    assert lab.was_requeued, done.stdout + done.stderr
+    assert "srun still waits" in done.stdout
+    assert time.monotonic() - start < 40
 
 
 def test_ranks_meet_at_the_first_host_and_every_life_at_another_port(lab):
