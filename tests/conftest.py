@@ -1,8 +1,10 @@
 """Fixtures that several folders of tests share."""
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Shapes are types in the mathematics; they are checked here and cost nothing in a run.
 install_import_hook(["clex_train.scaling", "clex_train.rope", "clex_train.attention"], "typechecking.check")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Programs called in a test set up logging for a process of their own, on a stderr that ends with the test."""
+    known = [logging.getLogger(name) for name in (None, "clex_train", "data_prep", "launch")]
+    before = [(logger, logger.level, logger.handlers[:]) for logger in known]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")

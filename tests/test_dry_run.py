@@ -7,7 +7,7 @@ import sys
 import pytest
 from composing import CONF, EXPERIMENTS, composed
 
-from clex_train import dry_run
+from clex_train import distributed, dry_run
 
 ROOT = CONF.parent
 GIB = 2**30
@@ -87,7 +87,7 @@ def test_a_local_directory_stands_before_the_shipped_architecture(tmp_path):
 
 
 def test_only_the_first_rank_prints(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     dry_run.print_plan(composed("+experiment=tiny_clex", "dry_run=true"))
     assert capsys.readouterr().out == ""
 

@@ -1,6 +1,5 @@
 """What train.py refuses, each with one line that names the key, before a model is built or a process group opened."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers import BloomConfig, GPT2Config
 
 import train
 from clex_train import distributed
+from clex_train.checkpoint.manifest import Manifest
 from clex_train.cli.errors import explain
 from clex_train.engine import deepspeed as engines
 
@@ -98,9 +98,7 @@ def test_rows_that_the_ranks_cannot_share(refusal, monkeypatch):
 def test_a_checkpoint_of_another_architecture(refusal, tmp_path):
     folder = tmp_path / "run" / "checkpoints" / "step_5"
     folder.mkdir(parents=True)
-    manifest = {"step": 5, "rows_consumed": 40, "world_size": 1, "zero_stage": 3}
-    manifest |= {"architecture": "another", "data_fingerprint": "", "format": 1}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(Manifest(5, 40, 1, 3, "another", "").render())
     line = refusal()
     assert line.startswith(f"checkpoint {folder}: ")
     assert "architecture" in line

@@ -10,7 +10,7 @@ from composing import composed
 
 import train
 from clex_train import modeling, seeding, trainer
-from clex_train.data import order
+from clex_train.data import build
 from clex_train.data.rows import PADDING, Row
 from clex_train.faults import RunStopped
 from clex_train.scaling.sampling import draw_document_positions
@@ -43,7 +43,7 @@ class GivenRows:
 @pytest.fixture
 def run(tmp_path, tiny_store, tiny_architecture, monkeypatch):
     """train.run on `GivenRows`, documents apart; returns its configuration."""
-    monkeypatch.setattr(order, "ShuffledRows", GivenRows)
+    monkeypatch.setattr(build, "ShuffledRows", GivenRows)
 
     def start(name: str, *overrides: str):
         config = composed(
@@ -64,7 +64,7 @@ def run(tmp_path, tiny_store, tiny_architecture, monkeypatch):
         return config
 
     start.figures = lambda name: [
-        json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().split("\n") if line
+        json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().split("\n") if '"loss"' in line
     ]
     return start
 
