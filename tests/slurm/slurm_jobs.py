@@ -109,9 +109,10 @@ class Jobs:
         os.kill(pid, signal.SIGKILL)
 
     def _metrics(self, name: str) -> list[dict[str, object]]:
+        """The lines of steps; saves and evaluations have lines of their own."""
         path = self.folder / name / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [json.loads(line) for line in lines if line.endswith("\n") and '"loss"' in line]
 
 
 def _read(path: Path) -> str:
