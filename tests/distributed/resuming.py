@@ -27,7 +27,9 @@ from safetensors.torch import load_file  # noqa: E402
 
 import train  # noqa: E402
 from clex_train import distributed, trainer  # noqa: E402
+from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.faults import StopRequested  # noqa: E402
+from clex_train.settings.engine import EngineConfig  # noqa: E402
 
 # Twelve rows a step, so that one and two ranks can take accumulation 3, and four ranks three rows each.
 ROWS = 12
@@ -155,7 +157,8 @@ def figures(folder: Path) -> dict[str, Any]:
 
 
 def main(folder: Path, store: Path, architecture: Path, verbs: str, cells: list[str]) -> None:
-    """Each cell in turn, in one process group."""
+    """Each cell in turn, in one process group, opened first: a barrier before that would wait for nobody."""
+    engines.open_process_group(EngineConfig())
     for cell in cells:
         chosen = with_dropout(architecture, folder / "dropout") if "+dropout" in CELLS[cell] else architecture
         for verb in verbs.split(","):
