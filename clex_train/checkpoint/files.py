@@ -1,7 +1,6 @@
-"""Files that are there whole or not at all: written beside, flushed to disk, renamed; and their SHA-256."""
+"""SHA-256 of files as they are written and as they lie on disk, and folders that go away whole."""
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 from typing import BinaryIO
@@ -39,26 +38,6 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file as it lies on disk, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk, too: a rename is not durable before."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove_folder(folder: Path) -> None:

@@ -20,6 +20,7 @@ from clex_train.checkpoint import files, manifest, universal, untrusted
 from clex_train.checkpoint.manifest import Damaged, Manifest
 from clex_train.checkpoint.untrusted import RunsCode, without_code
 from clex_train.checkpoint.writer import BackgroundWriter, DirectWriter, Writer, Written, writing_with
+from clex_train.data.writer import sync_directory, write_atomically
 from clex_train.faults import RunStopped
 from clex_train.settings.checkpoint import CheckpointConfig, OnFullDisk
 
@@ -248,11 +249,11 @@ class Checkpoints:
             files={name: what.size for name, what in sorted(written.items())},
             sha256={name: what.sha256 for name, what in sorted(written.items())},
         )
-        files.write_text(pending.beside / manifest.MANIFEST, whole.render())
+        write_atomically(pending.beside / manifest.MANIFEST, whole.render().encode())
         files.remove_folder(final)
         pending.beside.rename(final)
-        files.sync_folder(self.folder)
-        files.write_text(self.folder / LATEST, final.name + "\n")
+        sync_directory(self.folder)
+        write_atomically(self.folder / LATEST, f"{final.name}\n".encode())
         self._retire()
 
     def _retire(self) -> None:
