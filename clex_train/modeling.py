@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class LoadedModel:
     table: FrequencyTable | None = None
     """theta(t) as trained; None for plain RoPE."""
     log_scale: LogScale = LogScale.off
+    engine: Any = None
+    """What keeps sharded weights together for as long as the model is used; None for whole ones."""
 
     @property
     def base_inv_freq(self) -> torch.Tensor:
@@ -185,11 +188,11 @@ def _context_of_field(path: str) -> int | None:
     return None
 
 
-def check_attention(implementation: AttentionImplementation) -> None:
-    """Refuse a back end that this machine does not have."""
+def check_attention(implementation: AttentionImplementation, key: str = "attention.implementation") -> None:
+    """Refuse a back end that this machine does not have; `key` is what the user sets it by."""
     require(
         implementation is not AttentionImplementation.flash_attention_2 or is_flash_attn_2_available(),
-        "attention.implementation",
+        key,
         implementation.name,
         "flash-attn is not installed or there is no GPU: pip install -r requirements-gpu.txt, or use sdpa",
     )
@@ -215,14 +218,20 @@ def load_for_training(
     return loaded
 
 
-def load_for_evaluation(spec: ModelConfig, dtype: torch.dtype | str = torch.float32) -> LoadedModel:
+def load_for_evaluation(
+    spec: ModelConfig,
+    dtype: torch.dtype | str = torch.float32,
+    attention: AttentionImplementation = AttentionImplementation.sdpa,
+    sharding: dict[str, Any] | None = None,
+) -> LoadedModel:
     """Load a model directory or hub repository in one call, with its CLEX table if it has one.
 
-    Directories of the original CLEX code are read as such. `dtype="auto"` keeps that of the stored weights.
+    Directories of the original CLEX code are read as such. `dtype="auto"` keeps that of the stored weights. With
+    `sharding`, DeepSpeed's settings of ZeRO-3, each rank keeps its share of the weights while they are read.
     `ValueError` in one line when there is no such model, it has no RoPE, or its files cannot be read.
     """
     length = context_length(spec, architecture(spec))
-    model = _from_pretrained(spec, dtype, AttentionImplementation.sdpa).eval()
+    model = (_from_pretrained if sharding is None else partial(_shards, sharding))(spec, dtype, attention).eval()
     tokenizer = load_tokenizer(spec.tokenizer or str(spec.path), spec)
     loaded = LoadedModel(model, install_rotary(model, length), length, tokenizer)
     directory = Path(str(spec.path))
@@ -283,12 +292,19 @@ def _random_model(config: Config, arch: PretrainedConfig, dtype: torch.dtype) ->
 def _pretrained_model(config: Config, dtype: torch.dtype, deepspeed_dict: dict[str, Any]) -> PreTrainedModel:
     if config.engine.zero_stage != 3:
         return _from_pretrained(config.model, dtype, config.attention.implementation)
+    return _shards(deepspeed_dict, config.model, dtype, config.attention.implementation)
+
+
+def _shards(
+    sharding: dict[str, Any], spec: ModelConfig, dtype: torch.dtype | str, attention: AttentionImplementation
+) -> PreTrainedModel:
+    """The weights, of which this rank keeps its share while they are read. Collective."""
     from transformers.integrations import HfDeepSpeedConfig
 
     # transformers shards the weights while reading them for as long as this object lives.
-    sharding = HfDeepSpeedConfig(deepspeed_dict)
-    model = _from_pretrained(config.model, dtype, config.attention.implementation)
-    del sharding
+    alive = HfDeepSpeedConfig(sharding)
+    model = _from_pretrained(spec, dtype, attention)
+    del alive
     return model
 
 

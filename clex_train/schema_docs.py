@@ -21,7 +21,15 @@ def describe(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
 
 
 def field_docs(schema: type) -> dict[str, str]:
-    """The string under each field of a dataclass, by field name."""
+    """The string under each field of a dataclass and of those it inherits from, by field name."""
+    docs: dict[str, str] = {}
+    for base in reversed(schema.__mro__):
+        if is_dataclass(base):
+            docs |= _own_field_docs(base)
+    return docs
+
+
+def _own_field_docs(schema: type) -> dict[str, str]:
     tree = ast.parse(inspect.getsource(schema)).body[0]
     assert isinstance(tree, ast.ClassDef)
     docs = {}

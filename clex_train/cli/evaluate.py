@@ -4,6 +4,7 @@
     python -m clex_train.cli.evaluate model=path/to/model data=corpora/books lengths=[4096,8192,16384]
     python -m clex_train.cli.evaluate run=runs/tiny_base protocols=[streaming] methods=[lm_infinite]
     deepspeed --module clex_train.cli.evaluate run=runs/llama2_7b_clex          windows dealt to the ranks
+    deepspeed --module clex_train.cli.evaluate run=runs/llama2_70b_clex sharded=true    the weights are split too
 
 Writes `evaluation/<label>.json` in the run folder (or `output`) and prints the table. `--help` lists every key.
 """
@@ -15,34 +16,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 from clex_train import distributed, log, modeling
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console
+from clex_train.cli.loading import LoadingConfig, Source, check, load, locate, run_config
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_tokenizer
-from clex_train.engine import deepspeed
 from clex_train.evaluation import methods, origin, report, runner, streaming
 from clex_train.evaluation.results import Origin, Results, write
 from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, score_stride, select
-from clex_train.modeling import LoadedModel
 from clex_train.settings.bounds import require
-from clex_train.settings.engine import EngineConfig, Precision
 from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 from clex_train.settings.model import ModelConfig
 
 
 @dataclass
-class EvaluateConfig:
-    run: str | None = None
-    """Folder of a finished run: its `final/` is evaluated, by default on its own validation data and lengths."""
-    model: str | None = None
-    """Model directory or hub name instead of a run; needs `data`."""
+class EvaluateConfig(LoadingConfig):
     data: str | None = None
-    """Token store whose validation split is read; by default the run's."""
+    """Token store whose validation split is read; by default the run's. `model` needs one."""
     methods: list[Method] | None = None
     """`trained`: as the model is; `none`, `pi`, `ntk`: those frequencies on its weights; `lm_infinite`: plain ones and
     the Lambda-shaped mask. By default the run's."""
@@ -63,30 +57,14 @@ class EvaluateConfig:
     """Tokens of a window per forward: bounds the memory, not the result; by default the run's."""
     batch_tokens: int | None = None
     """Tokens per forward over several windows; by default `chunk_len`."""
-    context_len: int | None = None
-    """L, the length that the base model was trained on; by default what the model says."""
     seed: int = 0
     """Chooses the windows. Only evaluations of equal seeds compare."""
-    precision: Precision = Precision.auto
-    """`auto`: bf16 on a GPU, fp32 on a CPU."""
-    trust_remote_code: bool = False
-    """Allow Python code from `model` to run. Only for repositories you have read."""
-    revision: str | None = None
-    """Commit, tag or branch of a hub repository."""
-    label: str | None = None
-    """Name in tables and of the file; by default the folder's name."""
-    output: str | None = None
-    """JSON file to write; by default `evaluation/<label>.json` in the run folder, or in `runs/<label>`."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Source):
     """What the command line and the run folder together ask for."""
 
-    model: ModelConfig
-    context_len: int
-    label: str
-    output: Path
     store: TokenStore
     spec: EvaluationConfig
 
@@ -121,38 +99,25 @@ def parse(arguments: list[str]) -> EvaluateConfig:
 
 def make_plan(asked: EvaluateConfig) -> Plan:
     """Fill in what the command line leaves open; `ValueError` for a run, model or store that cannot be evaluated."""
-    config = _run_config(Path(asked.run)) if asked.run else Config()
-    path = str(Path(asked.run) / "final") if asked.run else asked.model
-    model = ModelConfig(
-        path=path, context_len=asked.context_len, trust_remote_code=asked.trust_remote_code, revision=asked.revision
-    )
-    context_len = modeling.context_length(model, modeling.architecture(model))
+    config = run_config(Path(asked.run)) if asked.run else Config()
+    source = locate(asked)
     if not asked.run:
-        config.evaluation.lengths = [multiple * context_len for multiple in (1, 2, 4, 8, 16)]
+        config.evaluation.lengths = [multiple * source.context_len for multiple in (1, 2, 4, 8, 16)]
     keys = ("methods", "lengths", "protocols", "num_windows", "chunk_len", "n_local", "n_global")
     given = {key: value for key in keys if (value := getattr(asked, key)) is not None}
     data = asked.data or config.evaluation.path or config.data.path
     require(data is not None, "data", data, "this run mixed several stores; name the one to evaluate on")
     store = TokenStore(str(data)).split("validation")
-    check_tokenizer(store, modeling.load_tokenizer(str(path), model))
-    label = asked.label or Path(str(asked.run or path)).resolve().name
-    folder = Path(asked.run) if asked.run else Path("runs") / label
+    check_tokenizer(store, modeling.load_tokenizer(asked.path, source.model))
     spec = replace(config.evaluation, **given)
-    _check_streaming(spec)
-    _check_reach(model, spec, context_len)
-    return Plan(
-        model=model,
-        context_len=context_len,
-        label=label,
-        output=Path(asked.output) if asked.output else folder / "evaluation" / f"{label}.json",
-        store=store,
-        spec=spec,
-    )
+    _check_streaming(spec, asked.sharded)
+    _check_reach(source.model, spec, source.context_len)
+    return Plan(**vars(source), store=store, spec=spec)
 
 
 def evaluate(asked: EvaluateConfig, plan: Plan, windows: WindowSet) -> tuple[Results, Origin]:
     """Load the weights on every rank, deal the windows to the ranks, score. Collective."""
-    loaded, dtype = load(asked, plan)
+    loaded, dtype = load(asked, plan.model)
     longest = max(plan.spec.lengths)
     tables = methods.tables(plan.spec.methods, loaded.table, loaded.base_inv_freq, loaded.context_len, longest)
     results = runner.evaluate(
@@ -171,24 +136,13 @@ def evaluate(asked: EvaluateConfig, plan: Plan, windows: WindowSet) -> tuple[Res
 
 def stream(asked: EvaluateConfig, plan: Plan, text: Stream) -> tuple[Results, Origin]:
     """Load the weights and read one long text by each method, and in windows of L."""
-    loaded, dtype = load(asked, plan)
+    loaded, dtype = load(asked, plan.model)
     inserted = methods.insertions(plan.spec, loaded.model, loaded.context_len)
     table = methods.tables([Method.none], None, loaded.base_inv_freq, loaded.context_len, loaded.context_len)["none"]
     loaded.handle.use(table)
     with loaded.handle.pinned(1.0):
         names = [method.value for method in plan.spec.methods]
         return streaming.evaluate(loaded.model, text, names, inserted, plan.spec.chunk_len), facts(plan, dtype)
-
-
-def load(asked: EvaluateConfig, plan: Plan) -> tuple[LoadedModel, torch.dtype]:
-    """The model on this rank's device."""
-    engine = EngineConfig(precision=asked.precision)
-    if distributed.world_size() > 1:
-        deepspeed.open_process_group(engine)
-    dtype = deepspeed.precision(engine)
-    loaded = modeling.load_for_evaluation(plan.model, dtype=dtype)
-    loaded.model.to(distributed.device())
-    return loaded, dtype
 
 
 def facts(plan: Plan, dtype: torch.dtype) -> Origin:
@@ -204,14 +158,13 @@ def usage() -> str:
 
 
 def _check(asked: EvaluateConfig) -> None:
-    require((asked.run is None) != (asked.model is None), "run", asked.run, "name either run=FOLDER or model=DIR")
+    check(asked)
     require(asked.run is not None or asked.data is not None, "data", asked.data, "model=DIR needs a store, data=DIR")
-    require(asked.context_len is None or asked.context_len >= 2, "context_len", asked.context_len, "at least 2 tokens")
     require(asked.batch_tokens is None or asked.batch_tokens >= 1, "batch_tokens", asked.batch_tokens, "at least 1")
     require(asked.seed >= 0, "seed", asked.seed, "0 or a positive integer")
 
 
-def _check_streaming(spec: EvaluationConfig) -> None:
+def _check_streaming(spec: EvaluationConfig, sharded: bool) -> None:
     if Protocol.streaming not in spec.protocols:
         return
     names = [protocol.value for protocol in spec.protocols]
@@ -225,17 +178,7 @@ def _check_streaming(spec: EvaluationConfig) -> None:
         "streaming knows lm_infinite and none (plain attention, whose memory grows with the stream)",
     )
     require(distributed.world_size() == 1, "protocols", ["streaming"], "one stream is read by one process")
-
-
-def _run_config(run: Path) -> Config:
-    require(run.is_dir(), "run", run, "no such folder; give the output_dir of a training run")
-    require((run / "config.yaml").is_file(), "run", run, "not a run folder (no config.yaml); use model=DIR for a model")
-    finished = (run / "final").is_dir()
-    require(finished, "run", run, "not finished (no final/); start the same training command again, it continues")
-    loaded = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(run / "config.yaml"))
-    config = OmegaConf.to_object(loaded)
-    assert isinstance(config, Config)
-    return config
+    require(not sharded, "sharded", sharded, "streaming is read with whole weights; leave the key out")
 
 
 def _check_reach(model: ModelConfig, spec: EvaluationConfig, context_len: int) -> None:

@@ -114,6 +114,29 @@ def build(model: nn.Module, config: Config) -> Any:
     return engine
 
 
+def inference_dict(engine: EngineConfig) -> dict[str, Any]:
+    """DeepSpeed's own configuration for a model that is only read: ZeRO-3, parameters on the host if `offload=all`."""
+    zero: dict[str, Any] = {"stage": 3}
+    if engine.offload is Offload.all:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": precision(engine) is torch.bfloat16},
+        "zero_optimization": zero,
+        "steps_per_print": 2**31,
+    }
+
+
+def build_for_inference(model: nn.Module, engine: EngineConfig) -> Any:
+    """Have a model whose weights are sharded gather each layer's as it runs; the result is kept as long as the model.
+
+    There is no optimizer. Collective, and so is every forward from then on.
+    """
+    import deepspeed
+
+    return deepspeed.initialize(model=model, config=inference_dict(engine), dist_init_required=False)[0]
+
+
 def consolidated_state_dict(engine: Any) -> dict[str, torch.Tensor]:
     """All weights on rank 0's CPU, one parameter at a time; empty on the other ranks. Collective."""
     import deepspeed

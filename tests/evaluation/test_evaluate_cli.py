@@ -1,46 +1,28 @@
 """The evaluate program as a user runs it, in this process."""
 
 import json
-import shutil
 import sys
-from pathlib import Path
 
 import pytest
-import torch
-from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from evaluation_models import CONTEXT_LEN, VOCAB
+from model_directories import save_clex_model, save_model, save_store
 
 from clex_train.cli import console
 from clex_train.cli import evaluate as program
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
-from clex_train.data.writer import write_store
-from clex_train.model_directory import write_clex
 from clex_train.run_folder import as_yaml
-from clex_train.scaling.clex import Clex
-from clex_train.scaling.table import scale_grid
 from data_prep import evaluation_sets
 from data_prep.config import EvaluationSetsVerb
-
-
-def save_tokenizer(folder: Path, vocab_size: int) -> None:
-    vocabulary = {str(i): i for i in range(vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="1"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="0", unk_token="1").save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A model directory, a token store, and a store of another vocabulary."""
     root = tmp_path_factory.mktemp("evaluate")
-    build_tiny_llama().save_pretrained(root / "base")
-    save_tokenizer(root / "base", VOCAB)
-    generator = torch.Generator().manual_seed(0)
-    documents = [torch.randint(2, 90, (n,), generator=generator).tolist() for n in (70, 20, 200)]
-    for name, vocab_size in (("store", VOCAB), ("other", VOCAB - 1)):
-        write_store(root / name, {"train": documents, "validation": documents}, vocab_size)
-        save_tokenizer(root / name / "tokenizer", vocab_size)
+    save_model(root / "base")
+    save_store(root / "store")
+    save_store(root / "other", VOCAB - 1)
     return {"root": str(root), "model": str(root / "base"), "store": str(root / "store"), "other": str(root / "other")}
 
 
@@ -127,11 +109,7 @@ def test_the_numbers_do_not_depend_on_how_the_windows_were_fed(places, tmp_path,
 
 def test_a_clex_run_is_evaluated_with_its_own_table_lengths_and_data(places, tmp_path, monkeypatch, capsys) -> None:
     run = tmp_path / "my_run"
-    shutil.copytree(places["model"], run / "final")
-    inv_freq = 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
-    clex = Clex(inv_freq, t_max=4.0, seed=0)
-    torch.nn.init.normal_(clex.down, std=0.5, generator=torch.Generator().manual_seed(1))
-    write_clex(run / "final", clex, clex.table(scale_grid(4)), CONTEXT_LEN)
+    save_clex_model(run / "final")
     config = Config(output_dir=str(run))
     config.data.path, config.evaluation.lengths = places["store"], [16, 32, 64]
     (run / "config.yaml").write_text(as_yaml(config))

@@ -1,0 +1,121 @@
+"""Which model a program evaluates and how it is held in memory: the keys that these programs share, and the loading.
+
+`sharded=true` splits the weights over the ranks (ZeRO-3) while they are read; each layer's are gathered as it runs, so
+that every rank has to run the same number of forwards. `offload_parameters=true` keeps the shares in host memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from clex_train import distributed, modeling
+from clex_train.config import Config
+from clex_train.engine import deepspeed
+from clex_train.modeling import LoadedModel
+from clex_train.settings.attention import AttentionImplementation
+from clex_train.settings.bounds import require
+from clex_train.settings.engine import EngineConfig, Offload, Precision
+from clex_train.settings.model import ModelConfig
+
+
+@dataclass
+class LoadingConfig:
+    run: str | None = None
+    """Folder of a finished run: its `final/` is evaluated, by default on its own validation data and lengths."""
+    model: str | None = None
+    """Model directory or hub name instead of a run."""
+    context_len: int | None = None
+    """L, the length that the base model was trained on; by default what the model says."""
+    precision: Precision = Precision.auto
+    """`auto`: bf16 on a GPU, fp32 on a CPU."""
+    attention: AttentionImplementation = AttentionImplementation.sdpa
+    """Attention back end of transformers; `flash_attention_2` needs flash-attn and a GPU."""
+    sharded: bool = False
+    """Split the weights over the ranks (ZeRO-3) instead of a copy on each: for a model that one GPU does not hold."""
+    offload_parameters: bool = False
+    """With `sharded`: the weights stay in host memory and visit the GPU layer by layer."""
+    trust_remote_code: bool = False
+    """Allow Python code from `model` to run. Only for repositories you have read."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub repository."""
+    label: str | None = None
+    """Name in tables and of the file; by default the folder's name."""
+    output: str | None = None
+    """JSON file to write; by default `evaluation/<label>.json` in the run folder, or in `runs/<label>`."""
+
+    @property
+    def path(self) -> str:
+        """The model directory or hub name."""
+        return str(Path(self.run) / "final") if self.run else str(self.model)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is evaluated, before weights are read."""
+
+    model: ModelConfig
+    context_len: int
+    label: str
+    output: Path
+
+
+def check(asked: LoadingConfig) -> None:
+    """`ValueError` for keys that contradict each other or this machine."""
+    require((asked.run is None) != (asked.model is None), "run", asked.run, "name either run=FOLDER or model=DIR")
+    require(asked.context_len is None or asked.context_len >= 2, "context_len", asked.context_len, "at least 2 tokens")
+    require(
+        asked.sharded or not asked.offload_parameters,
+        "offload_parameters",
+        asked.offload_parameters,
+        "it is the shares of sharded weights that go to the host; set sharded=true too",
+    )
+    modeling.check_attention(asked.attention, "attention")
+
+
+def locate(asked: LoadingConfig) -> Source:
+    """The model that is meant, its L, and where the results go; `ValueError` if its architecture cannot be read."""
+    model = ModelConfig(
+        path=asked.path,
+        context_len=asked.context_len,
+        trust_remote_code=asked.trust_remote_code,
+        revision=asked.revision,
+    )
+    label = asked.label or Path(asked.run or asked.path).resolve().name
+    folder = Path(asked.run) if asked.run else Path("runs") / label
+    return Source(
+        model=model,
+        context_len=modeling.context_length(model, modeling.architecture(model)),
+        label=label,
+        output=Path(asked.output) if asked.output else folder / "evaluation" / f"{label}.json",
+    )
+
+
+def load(asked: LoadingConfig, model: ModelConfig) -> tuple[LoadedModel, torch.dtype]:
+    """The model on this rank's device, whole or this rank's share of it, and its dtype. Collective."""
+    engine = EngineConfig(precision=asked.precision, offload=Offload.all if asked.offload_parameters else Offload.none)
+    if asked.sharded or distributed.world_size() > 1:
+        deepspeed.open_process_group(engine)
+    dtype = deepspeed.precision(engine)
+    if asked.sharded:
+        loaded = modeling.load_for_evaluation(model, dtype, asked.attention, deepspeed.inference_dict(engine))
+        loaded.engine = deepspeed.build_for_inference(loaded.model, engine)
+        return loaded, dtype
+    loaded = modeling.load_for_evaluation(model, dtype, asked.attention)
+    loaded.model.to(distributed.device())
+    return loaded, dtype
+
+
+def run_config(run: Path) -> Config:
+    """The configuration of a finished run; `ValueError` says what is missing."""
+    require(run.is_dir(), "run", run, "no such folder; give the output_dir of a training run")
+    require((run / "config.yaml").is_file(), "run", run, "not a run folder (no config.yaml); use model=DIR for a model")
+    finished = (run / "final").is_dir()
+    require(finished, "run", run, "not finished (no final/); start the same training command again, it continues")
+    loaded = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(run / "config.yaml"))
+    config = OmegaConf.to_object(loaded)
+    assert isinstance(config, Config)
+    return config

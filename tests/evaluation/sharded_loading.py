@@ -1,0 +1,55 @@
+"""Evaluates model directories with weights split over the ranks; run by torchrun.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/evaluation/sharded_loading.py FOLDER NAME...
+
+For each NAME, FOLDER/NAME/model is evaluated on FOLDER/store as the command line would; one whose name ends in
+`_offloaded` with its parameters in host memory. FOLDER/NAME/<rank>.json says what share of the weights the rank held.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from clex_train import distributed  # noqa: E402
+from clex_train.cli import evaluate as program  # noqa: E402
+from clex_train.cli import loading  # noqa: E402
+
+ARGUMENTS = ["lengths=[16,32,64]", "methods=[trained,ntk]", "protocols=[one_shot,chunked]", "chunk_len=24"]
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Each of the directories in turn."""
+    torch.set_num_threads(1)
+    for name in names:
+        program.load = remembering(folder / name)  # type: ignore[assignment]
+        offload = [f"offload_parameters={str(name.endswith('_offloaded')).lower()}"]
+        sys.argv = [sys.argv[0], *arguments(folder, name), "sharded=true", *offload]
+        program.main()
+
+
+def arguments(folder: Path, name: str) -> list[str]:
+    """The command line for a directory, without what splits it."""
+    places = [f"model={folder / name / 'model'}", f"data={folder / 'store'}", f"output={folder / name / 'result.json'}"]
+    return [*places, *ARGUMENTS]
+
+
+def remembering(folder: Path):
+    """`loading.load` that writes what share of the weights this rank keeps."""
+
+    def load(asked, model):
+        loaded, dtype = loading.load(asked, model)
+        whole = sum(parameter.ds_numel for parameter in loaded.model.parameters())
+        kept = sum(parameter.ds_tensor.numel() for parameter in loaded.model.parameters())
+        (folder / f"{distributed.rank()}.json").write_text(json.dumps(kept / whole))
+        return loaded, dtype
+
+    return load
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,102 @@
+"""The evaluate program on two ranks that each hold a share of the weights, against one process that holds them all."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from model_directories import save_clex_model, save_model, save_store, save_tokenizer
+from sharded_loading import ARGUMENTS, arguments
+
+from clex_train.cli import console
+from clex_train.cli import evaluate as program
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launch(*command: str) -> None:
+    own = {name: value for name, value in os.environ.items() if name not in GROUP}
+    environment = {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def metrics(file: Path) -> dict[str, float]:
+    return json.loads(file.read_text())["metrics"]
+
+
+def in_one_process(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> dict[str, float]:
+    """The same evaluation without splitting, its file moved aside."""
+    output = Path(next(word for word in words if word.startswith("output=")).removeprefix("output="))
+    alone = output.with_name("alone.json")
+    monkeypatch.setattr(sys, "argv", ["evaluate", *words, f"output={alone}"])
+    assert console.run(program.main, program.usage) == 0
+    return metrics(alone)
+
+
+def test_the_command_of_the_docs_gives_one_process_numbers_from_split_weights(tmp_path, monkeypatch) -> None:
+    save_clex_model(tmp_path / "clex" / "model")
+    save_store(tmp_path / "store")
+    words = arguments(tmp_path, "clex")
+    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
+    launch(*deepspeed, "--master_port", free_port(), "--module", "clex_train.cli.evaluate", *words, "sharded=true")
+    found = metrics(tmp_path / "clex" / "result.json")
+    assert found == pytest.approx(in_one_process(monkeypatch, words), rel=1e-5)
+    assert len(found) == 12
+    assert json.loads((tmp_path / "clex" / "result.json").read_text())["environment"]["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_directories_of_every_layout_are_split_while_they_are_read(tmp_path, monkeypatch, goldens) -> None:
+    save_store(tmp_path / "store")
+    save_model(tmp_path / "stock" / "model")
+    save_clex_model(tmp_path / "clex_offloaded" / "model")
+    official = tmp_path / "official" / "model"
+    official.mkdir(parents=True)
+    shutil.copyfile(goldens / "clex_llama.config.json", official / "config.json")
+    shutil.copyfile(goldens / "clex_llama.weights.safetensors", official / "model.safetensors")
+    save_tokenizer(official, 97)
+    names = ["stock", "clex_offloaded", "official"]
+    script = Path(__file__).with_name("sharded_loading.py")
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    launch(sys.executable, *torchrun, str(script), str(tmp_path), *names)
+    for name in names:
+        shares = [json.loads((tmp_path / name / f"{rank}.json").read_text()) for rank in range(2)]
+        assert shares == pytest.approx([0.5, 0.5], abs=0.02)
+        alone = in_one_process(monkeypatch, arguments(tmp_path, name))
+        assert metrics(tmp_path / name / "result.json") == pytest.approx(alone, rel=1e-5)
+        assert len(alone) == 2 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["offload_parameters=true"], "offload_parameters=True: it is the shares of sharded weights"),
+        (["attention=flash_attention_2"], "attention=flash_attention_2: flash-attn is not installed"),
+        (["attention=flash"], "attention: should be one of sdpa"),
+        (["sharded=true", "protocols=[streaming]", "methods=[none]"], "sharded=True: streaming is read with whole"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused_in_a_line(
+    tmp_path, monkeypatch, capsys, arguments, message
+) -> None:
+    save_model(tmp_path / "model")
+    save_store(tmp_path / "store")
+    words = [f"model={tmp_path / 'model'}", f"data={tmp_path / 'store'}", *ARGUMENTS, *arguments]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *words])
+    capsys.readouterr()
+    assert console.run(program.main, program.usage) == console.USER_ERROR
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
