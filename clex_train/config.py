@@ -24,7 +24,7 @@ from clex_train.settings.evaluation import EvaluationConfig, Protocol
 from clex_train.settings.launch import LaunchConfig
 from clex_train.settings.model import Init, ModelConfig
 from clex_train.settings.optim import OptimConfig
-from clex_train.settings.scaling import ScalingConfig, ScalingName
+from clex_train.settings.scaling import FORMULAS, Positions, ScalingConfig, ScalingName
 from clex_train.settings.tracking import TrackingConfig
 from clex_train.suggest import did_you_mean
 
@@ -181,5 +181,24 @@ def check_scaling(config: Config, holds_clex: bool) -> None:
         config.scaling.name is ScalingName.clex or not holds_clex,
         "scaling.name",
         config.scaling.name.name,
-        f"{config.model.path} holds a CLEX field, which plain RoPE would drop; scaling=clex trains it on",
+        f"{config.model.path} holds a CLEX field, which scaling={config.scaling.name.name} would drop; scaling=clex "
+        "trains it on",
+    )
+
+
+def check_positions(config: Config, context_len: int) -> None:
+    """`ValueError` when rows do not fit into the positions that the scaling has for them."""
+    scaling, row_len = config.scaling, config.data.seq_len
+    require(
+        scaling.name is not ScalingName.clex or scaling.positions is not Positions.plain or row_len <= context_len,
+        "scaling.positions",
+        scaling.positions.name,
+        f"rows of {row_len} tokens would leave t * L, L = {context_len}, at a small t; take random, skip or mix",
+    )
+    factor = scaling.factor_for(row_len, context_len)
+    require(
+        scaling.name not in FORMULAS or round(factor * context_len) >= row_len,
+        "scaling.factor" if scaling.factor else "scaling.t_max",
+        factor,
+        f"{factor:g} * {context_len} tokens are fewer than those of a row, data.seq_len={row_len}; raise it",
     )

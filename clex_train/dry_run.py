@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+from clex_train import config as configuration
 from clex_train import distributed, modeling, separation, skeleton
 from clex_train.config import Config
 from clex_train.data.build import mixture_line, packing_line, planned_passes
@@ -23,7 +24,7 @@ from clex_train.engine.memory import Held
 from clex_train.scaling.clex import Clex
 from clex_train.settings.bounds import require
 from clex_train.settings.model import Init, ModelConfig
-from clex_train.settings.scaling import ScalingName
+from clex_train.settings.scaling import FORMULAS, ScalingName
 
 GIB = 2**30
 MOMENTS = ("loss", "layers", "update")
@@ -86,7 +87,9 @@ def make_plan(config: Config) -> Plan:
     arch = modeling.architecture(_readable(config.model))
     context_len = modeling.context_length(config.model, arch)
     _check_lengths(config, context_len)
+    configuration.check_positions(config, context_len)
     separation.check_document_mask(config, arch, context_len)
+    arch = modeling.trained_architecture(config, arch)
     counts, dtype = skeleton.count(arch), engines.precision(config.engine)
     on_gpu = torch.cuda.is_available() or dtype is torch.bfloat16
     clex = _clex(config, counts)
@@ -199,10 +202,22 @@ def _summary(config: Config, plan: Plan) -> Iterator[str]:
 def _scaling(config: Config, context_len: int) -> str:
     if config.scaling.name is ScalingName.none:
         return f"none: plain RoPE, L = {context_len:,} tokens"
+    if config.scaling.name in FORMULAS:
+        return _formula(config, context_len)
     reach = int(config.scaling.t_max * context_len)
     return (
         f"clex: t from 1 to {config.scaling.t_max:g}, L = {context_len:,}: contexts up to {reach:,} tokens; "
         f"positions {config.scaling.positions.name}"
+    )
+
+
+def _formula(config: Config, context_len: int) -> str:
+    scaling = config.scaling
+    factor = scaling.factor_for(config.data.seq_len, context_len)
+    base = f", rope_theta {scaling.rope_theta:g}" if scaling.name is ScalingName.theta else ""
+    return (
+        f"{scaling.name.name}: factor {factor:g}{base}, L = {context_len:,}: contexts up to "
+        f"{round(factor * context_len):,} tokens; positions {scaling.positions.name}"
     )
 
 

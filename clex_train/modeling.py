@@ -18,14 +18,15 @@ from transformers.utils import is_flash_attn_2_available
 from clex_train import log, model_directory, seeding
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.config import Config
-from clex_train.rope import official
+from clex_train.rope import official, recipes
 from clex_train.rope.patch import RotaryHandle, install_rotary, require_rotary
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import require
 from clex_train.settings.model import Init, ModelConfig
-from clex_train.settings.scaling import LogScale, ScalingConfig, ScalingName
+from clex_train.settings.scaling import FORMULAS, LogScale, ScalingConfig, ScalingName
 
 logger = log.get(__name__)
 
@@ -47,6 +48,8 @@ class LoadedModel:
     log_scale: LogScale = LogScale.off
     engine: Any = None
     """What keeps sharded weights together for as long as the model is used; None for whole ones."""
+    formula: Spectrum | None = None
+    """What a recipe by formula trains with: the model's own frequencies, and its scale factor as t."""
 
     @property
     def base_inv_freq(self) -> torch.Tensor:
@@ -145,7 +148,10 @@ def require_directory(key: str, path: str) -> None:
 
 
 def context_length(model: ModelConfig, config: PretrainedConfig) -> int:
-    """L: `model.context_len`, else what an earlier CLEX run recorded, else the architecture's own."""
+    """L: `model.context_len`, else what an earlier run recorded, else the architecture's own.
+
+    A CLEX run records it in `clex.json`, a recipe by formula as `original_max_position_embeddings`.
+    """
     trained_on = _context_of_field(model.path) if model.path else None
     if model.context_len is not None:
         require(
@@ -157,7 +163,8 @@ def context_length(model: ModelConfig, config: PretrainedConfig) -> int:
         return model.context_len
     if trained_on is not None:
         return trained_on
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    served = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = recipes.original_context(config) or served
     require(
         length is not None, "model.context_len", None, "the architecture does not say what context it was trained on"
     )
@@ -198,15 +205,32 @@ def check_attention(implementation: AttentionImplementation, key: str = "attenti
     )
 
 
+def trained_architecture(config: Config, arch: PretrainedConfig) -> PretrainedConfig:
+    """The architecture that a run trains: `arch`, changed where `scaling` is by a formula.
+
+    `ValueError` in one line when it is scaled already, or cannot be scaled so.
+    """
+    scaling, length = config.scaling, context_length(config.model, arch)
+    if scaling.name is ScalingName.clex:
+        recipes.require_unscaled(arch, scaling.name)
+    if scaling.name not in FORMULAS:
+        return arch
+    factor = scaling.factor_for(config.data.seq_len, length)
+    return recipes.scaled(arch, scaling, factor, length, config.model.trust_remote_code)
+
+
 def load_for_training(
     config: Config, arch: PretrainedConfig, dtype: torch.dtype, deepspeed_dict: dict[str, Any]
 ) -> LoadedModel:
-    """Build the model of a run: weights straight into ZeRO-3 shards if they are pretrained, seeded if random."""
-    length = context_length(config.model, arch)
+    """Build the model of a run: weights straight into ZeRO-3 shards if they are pretrained, seeded if random.
+
+    `arch` is the architecture of the base, before `trained_architecture`.
+    """
+    length, trained = context_length(config.model, arch), trained_architecture(config, arch)
     if config.model.init is Init.random:
-        model = _random_model(config, arch, dtype)
+        model = _random_model(config, trained, dtype)
     else:
-        model = _pretrained_model(config, dtype, deepspeed_dict)
+        model = _pretrained_model(config, None if trained is arch else trained, dtype, deepspeed_dict)
     if config.engine.activation_checkpointing:
         recompute_layers(model)
     model.config.use_cache = False
@@ -214,6 +238,9 @@ def load_for_training(
     policy = config.scaling.log_scale
     if config.scaling.name is ScalingName.clex:
         loaded.clex, policy = _clex_for_training(config, loaded.base_inv_freq)
+    if config.scaling.name in FORMULAS:
+        factor = config.scaling.factor_for(config.data.seq_len, length)
+        loaded.formula = dataclasses.replace(loaded.handle.traits.base[loaded.handle.traits.scaled], t=factor)
     _scale_logits(loaded, policy)
     return loaded
 
@@ -289,29 +316,42 @@ def _random_model(config: Config, arch: PretrainedConfig, dtype: torch.dtype) ->
     )
 
 
-def _pretrained_model(config: Config, dtype: torch.dtype, deepspeed_dict: dict[str, Any]) -> PreTrainedModel:
+def _pretrained_model(
+    config: Config, changed: PretrainedConfig | None, dtype: torch.dtype, deepspeed_dict: dict[str, Any]
+) -> PreTrainedModel:
     if config.engine.zero_stage != 3:
-        return _from_pretrained(config.model, dtype, config.attention.implementation)
-    return _shards(deepspeed_dict, config.model, dtype, config.attention.implementation)
+        return _from_pretrained(config.model, dtype, config.attention.implementation, changed)
+    return _shards(deepspeed_dict, config.model, dtype, config.attention.implementation, changed)
 
 
 def _shards(
-    sharding: dict[str, Any], spec: ModelConfig, dtype: torch.dtype | str, attention: AttentionImplementation
+    sharding: dict[str, Any],
+    spec: ModelConfig,
+    dtype: torch.dtype | str,
+    attention: AttentionImplementation,
+    changed: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The weights, of which this rank keeps its share while they are read. Collective."""
     from transformers.integrations import HfDeepSpeedConfig
 
     # transformers shards the weights while reading them for as long as this object lives.
     alive = HfDeepSpeedConfig(sharding)
-    model = _from_pretrained(spec, dtype, attention)
+    model = _from_pretrained(spec, dtype, attention, changed)
     del alive
     return model
 
 
 def _from_pretrained(
-    spec: ModelConfig, dtype: torch.dtype | str, attention: AttentionImplementation
+    spec: ModelConfig,
+    dtype: torch.dtype | str,
+    attention: AttentionImplementation,
+    changed: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
-    directory, options = Path(str(spec.path)), {"dtype": dtype, "attn_implementation": attention.value}
+    """The weights of `spec`, under the architecture `changed` if it is not that of their directory."""
+    directory = Path(str(spec.path))
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention.value}
+    if changed is not None:
+        options["config"] = changed
     try:
         if official.is_official(directory):
             return official.load_official_model(directory, **options)

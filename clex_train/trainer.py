@@ -259,13 +259,13 @@ def _borders(parts: Parts, batch: Batch) -> dict[str, Any]:
 
 
 def _frequencies(parts: Parts, batch: Batch, spectrum: Spectrum | None) -> AbstractContextManager[None]:
-    """The rotary module at the step's spectrum and the rows' own sampled positions; plain RoPE without a spectrum."""
-    if spectrum is None:
+    """The rotary module at the step's spectrum, or a formula's, and the rows' sampled positions; else plain RoPE."""
+    in_force = spectrum or parts.loaded.formula
+    if in_force is None:
         return nullcontext()
     config, rows = parts.config, batch["row_index"].tolist()
     how: dict[str, Any] = {
-        "context_len": parts.loaded.context_len,
-        "t": spectrum.t,
+        **_position_grid(parts, spectrum),
         "seed": config.seed,
         "mix_random": config.scaling.mix_random,
         "max_chunks": config.scaling.max_chunks,
@@ -275,7 +275,17 @@ def _frequencies(parts: Parts, batch: Batch, spectrum: Spectrum | None) -> Abstr
         positions = draw_document_batch(kind, rows, document_lengths(batch["position_ids"]), **how)
     else:
         positions = draw_batch(kind, rows, seq_len=config.data.seq_len, **how)
-    return parts.loaded.handle.training(spectrum, positions)
+    return parts.loaded.handle.training(in_force, positions)
+
+
+def _position_grid(parts: Parts, spectrum: Spectrum | None) -> dict[str, float]:
+    """The grid that positions are drawn from: that of CLEX, or under a formula the whole numbers below factor * L."""
+    context_len, formula = parts.loaded.context_len, parts.loaded.formula
+    if spectrum is not None:
+        return {"context_len": context_len, "t": spectrum.t}
+    assert formula is not None
+    row_len = parts.config.data.seq_len
+    return {"context_len": row_len, "t": round(formula.t * context_len) / row_len}
 
 
 def _evaluate_if_due(parts: Parts, tracker: Tracker, step: int) -> None:

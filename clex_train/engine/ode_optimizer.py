@@ -41,7 +41,7 @@ class OdeOptimizer:
         """
         if step % self.config.check_every == 0:
             self.check(step)
-        t = draw_t(self.seed, step, self.config.t_max)
+        t = draw_t(self.seed, step, self.config.t_max, self.config.t_distribution.value)
         with torch.set_grad_enabled(self.learns):
             self._solved = self.clex.inv_freq(t)
         leaf = distributed.broadcast(self._solved.detach()).to(distributed.device())

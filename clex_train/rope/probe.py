@@ -65,15 +65,15 @@ def find_rotary(model: nn.Module) -> Site:
     raise ValueError(f"model_type={kind}: no rotary position embedding ({_other_positions(model)}); use a RoPE model")
 
 
-def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) -> None:
-    """`ValueError` naming the model type when the architecture has no usable RoPE; decided without any weights."""
+def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) -> Traits:
+    """What the RoPE of an architecture computes; `ValueError` naming the model type without one. Needs no weights."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model_type={config.model_type}: no causal language model of it ({reason})") from error
-    probe(find_rotary(model).module, model.config)
+    return probe(find_rotary(model).module, model.config)
 
 
 def probe(module: nn.Module, config: Any) -> Traits:

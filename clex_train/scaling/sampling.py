@@ -5,6 +5,7 @@
 `random` and `uniform` take n points of the grid (CLEX, arXiv 2310.16450); `skip` lays chunks whose neighbours stay as
 close as in use, with random gaps between the chunks (PoSE, arXiv 2309.10400). All start at 0 and rise strictly. A row
 shorter than L is stretched over t * L by `random` and `uniform`, as the grid says; `skip` keeps its neighbours 1 apart.
+`plain` is 0, 1, 2, ... whatever t is, for rows that fit into t * L as they are.
 Draws are functions of (seed, step) and (seed, row), so ranks, accumulation and resume cannot change them.
 """
 
@@ -19,9 +20,20 @@ from torch import Tensor
 from clex_train.seeding import generator
 
 
-def draw_t(seed: int, step: int, t_max: float) -> float:
-    """t ~ U[1, t_max], continuous, the same on every rank of optimizer step `step`."""
-    return float(generator(seed, "t", step).uniform(1.0, t_max))
+def draw_t(seed: int, step: int, t_max: float, distribution: str = "uniform") -> float:
+    """t in [1, t_max], continuous, the same on every rank of optimizer step `step`.
+
+    `distribution`: `uniform` (the paper), or `log_uniform`, log t ~ U[0, log t_max]: each doubling is as likely.
+    """
+    share = generator(seed, "t", step).uniform()
+    return AT_SHARE[distribution](share, t_max)
+
+
+AT_SHARE: dict[str, Callable[[float, float], float]] = {
+    "uniform": lambda share, t_max: 1.0 + (t_max - 1.0) * share,
+    "log_uniform": lambda share, t_max: float(t_max**share),
+}
+"""Inverse distribution functions: the t below which a share of the draws lies."""
 
 
 def draw_batch(
@@ -90,12 +102,15 @@ def draw_positions(
 ) -> Float64[Tensor, " n"]:
     """Positions of one row of `num_tokens` in [0, t * context_len): first 0, strictly increasing, float64.
 
-    `kind` is `random`, `uniform`, `skip` (between 2 and `max_chunks` chunks) or `mix` (`random` with probability
-    `mix_random`, else `skip`). Raises `ValueError` naming the argument that is out of range.
+    `kind` is `random`, `uniform`, `skip` (between 2 and `max_chunks` chunks), `mix` (`random` with probability
+    `mix_random`, else `skip`) or `plain` (for num_tokens <= t * context_len). Raises `ValueError` naming the argument
+    that is out of range.
     """
     _check(kind, num_tokens, context_len, t, mix_random, max_chunks)
     if kind == "mix":
         kind = "random" if rng.random() < mix_random else "skip"
+    if kind == "plain":
+        return torch.arange(num_tokens, dtype=torch.float64)
     if kind == "skip":
         return torch.from_numpy(skip_positions(num_tokens, context_len, t, rng, max_chunks))
     index = GRID_INDICES[kind](num_tokens, t, rng)
@@ -168,8 +183,8 @@ GRID_INDICES: dict[str, Callable[[int, float, np.random.Generator], np.ndarray]]
 
 
 def _check(kind: str, num_tokens: int, context_len: float, t: float, mix_random: float, max_chunks: int) -> None:
-    if kind not in (*GRID_INDICES, "skip", "mix"):
-        raise ValueError(f"positions={kind}: one of random, uniform, skip, mix")
+    if kind not in (*GRID_INDICES, "skip", "mix", "plain"):
+        raise ValueError(f"positions={kind}: one of random, uniform, skip, mix, plain")
     if num_tokens < 1:
         raise ValueError(f"num_tokens={num_tokens}: at least 1 token")
     if not context_len > 0:

@@ -11,13 +11,28 @@ from clex_train.settings.bounds import require
 class ScalingName(Enum):
     none = "none"
     clex = "clex"
+    pi = "pi"
+    ntk = "ntk"
+    yarn = "yarn"
+    theta = "theta"
+    random_pos = "random_pos"
+
+
+FORMULAS = (ScalingName.pi, ScalingName.ntk, ScalingName.yarn, ScalingName.theta, ScalingName.random_pos)
+"""Recipes with frequencies by a formula at one scale factor for the whole run, said in a stock config.json."""
 
 
 class Positions(Enum):
+    plain = "plain"
     random = "random"
     uniform = "uniform"
     skip = "skip"
     mix = "mix"
+
+
+class Distribution(Enum):
+    uniform = "uniform"
+    log_uniform = "log_uniform"
 
 
 class Activation(Enum):
@@ -35,11 +50,20 @@ class LogScale(Enum):
 @dataclass
 class ScalingConfig:
     name: ScalingName = ScalingName.none
-    """`none` trains with the model's own RoPE; `clex` learns the frequencies as an ODE over the scale factor."""
+    """`none` trains with the model's own RoPE; `clex` learns the frequencies as an ODE over the scale factor; the rest
+    have them by a formula (docs/recipes.md)."""
     t_max: float = 16.0
-    """Largest scale factor: each optimizer step draws t ~ U[1, t_max]; contexts up to t_max * L are served."""
+    """Largest scale factor: each optimizer step draws t from [1, t_max]; contexts up to t_max * L are served."""
+    t_distribution: Distribution = Distribution.uniform
+    """How CLEX draws t: `uniform` (the paper) or `log_uniform`, with equal weight on each doubling of the context."""
+    factor: float | None = None
+    """Scale factor of a recipe by formula: contexts up to factor * L. By default what makes rows longer than L fit,
+    else t_max; for `random_pos` always t_max."""
+    rope_theta: float = 1e6
+    """Base of the frequencies under `theta` (Code Llama's)."""
     positions: Positions = Positions.mix
-    """Where a row's tokens sit in [0, t*L): `random` (the paper), `uniform`, `skip` (chunks with gaps) or `mix`."""
+    """Where a row's tokens sit in [0, t*L): `random` (the paper), `uniform`, `skip` (chunks with gaps), `mix` of random
+    and skip, or `plain` (0, 1, 2, ...)."""
     mix_random: float = 0.25
     """Share of rows that `mix` gives `random` positions; the others take `skip`."""
     max_chunks: int = 8
@@ -67,6 +91,26 @@ class ScalingConfig:
 
     def __post_init__(self) -> None:
         require(self.t_max >= 1, "scaling.t_max", self.t_max, "a scale factor is at least 1")
+        require(self.factor is None or self.factor >= 1, "scaling.factor", self.factor, "a scale factor is at least 1")
+        require(
+            self.factor is None or self.name in FORMULAS,
+            "scaling.factor",
+            self.factor,
+            f"scaling={self.name.name} has none: `clex` serves up to scaling.t_max, `none` changes nothing",
+        )
+        require(self.rope_theta > 1, "scaling.rope_theta", self.rope_theta, "greater than 1")
+        require(
+            self.name is not ScalingName.random_pos or self.positions is not Positions.plain,
+            "scaling.positions",
+            self.positions.name,
+            "random_pos with plain positions is scaling=none; take random",
+        )
+        require(
+            self.name not in FORMULAS or self.log_scale is LogScale.off,
+            "scaling.log_scale",
+            self.log_scale.name,
+            f"the stock config.json of scaling={self.name.name} cannot say it; leave it off",
+        )
         require(0 <= self.mix_random <= 1, "scaling.mix_random", self.mix_random, "a probability between 0 and 1")
         require(self.max_chunks >= 2, "scaling.max_chunks", self.max_chunks, "at least 2 chunks")
         require(self.param_factor > 0, "scaling.param_factor", self.param_factor, "greater than 0")
@@ -76,3 +120,10 @@ class ScalingConfig:
         require(self.max_residual > 0, "scaling.max_residual", self.max_residual, "greater than 0")
         require(1e-12 <= self.tolerance <= 1e-2, "scaling.tolerance", self.tolerance, "between 1e-12 and 1e-2")
         require(self.check_every >= 1, "scaling.check_every", self.check_every, "at least 1 step")
+
+    def factor_for(self, row_len: int, context_len: int) -> float:
+        """The scale factor t of a recipe by formula that trains on rows of `row_len` tokens; L is `context_len`."""
+        if self.factor is not None:
+            return self.factor
+        longer = row_len > context_len and self.name is not ScalingName.random_pos
+        return row_len / context_len if longer else self.t_max

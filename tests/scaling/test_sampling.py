@@ -158,8 +158,32 @@ def test_t_is_continuous_uniform_and_a_function_of_seed_and_step() -> None:
     assert distance < 1.95 / math.sqrt(4000)
 
 
-def test_t_max_1_draws_1() -> None:
-    assert draw_t(0, 0, 1.0) == 1.0
+def test_log_uniform_t_gives_each_doubling_equal_weight_and_the_same_on_every_call() -> None:
+    draws = np.array([draw_t(0, step, 16.0, "log_uniform") for step in range(4000)])
+    assert draw_t(0, 17, 16.0, "log_uniform") == draws[17] != draw_t(1, 17, 16.0, "log_uniform")
+    assert draws.min() >= 1
+    assert draws.max() < 16
+    # Kolmogorov-Smirnov distance of log2 t from U[0, 4], as for the uniform draws.
+    distance = np.abs(np.sort(np.log2(draws)) - 4 * (np.arange(4000) + 0.5) / 4000).max() / 4
+    assert distance < 1.95 / math.sqrt(4000)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.floats(1, 64), SEEDS)
+def test_both_distributions_stay_in_range_and_rise_together(t_max: float, seed: int) -> None:
+    uniform, logarithmic = (draw_t(seed, 3, t_max, name) for name in ("uniform", "log_uniform"))
+    assert 1 <= logarithmic <= uniform <= t_max
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "log_uniform"])
+def test_t_max_1_draws_1(distribution: str) -> None:
+    assert draw_t(0, 0, 1.0, distribution) == 1.0
+
+
+def test_plain_counts_the_tokens_of_a_row_and_of_each_document() -> None:
+    assert draw("plain", 5, 3, 4.0, 0).tolist() == [0, 1, 2, 3, 4]
+    documents = draw_document_batch("plain", [7], [[2, 3]], context_len=8, t=2.0, seed=0)
+    assert documents.tolist() == [[0, 1, 0, 1, 2]]
 
 
 @settings(deadline=None, max_examples=100)

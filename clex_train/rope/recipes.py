@@ -1,0 +1,146 @@
+"""Scaling by a formula as a stock config.json says it, so that any Hugging Face program runs what was trained.
+
+    pi           linear    theta_j / t                                    Chen et al., arXiv 2306.15595
+    ntk          default   rope_theta * (2t - 1)^(d / (d - 2))            CLEX, arXiv 2310.16450: where CLEX starts
+    yarn         yarn      by parts, and a factor on cos and sin          Peng et al., arXiv 2309.00071
+    theta        default   rope_theta = scaling.rope_theta                Code Llama, arXiv 2308.12950
+    random_pos   default   as they are: the positions do the work         Ruoss et al., arXiv 2305.16843
+
+`t` is one scale factor for the whole run, L the context length of the base, d the rotary dimension. The config then
+names t * L as `max_position_embeddings` and L as `original_max_position_embeddings`.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from clex_train.rope.probe import Traits, require_rotary
+from clex_train.settings.bounds import require
+from clex_train.settings.scaling import ScalingConfig, ScalingName
+
+UNSCALED = "default"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a recipe writes its parameters from."""
+
+    scaling: ScalingConfig
+    factor: float
+    context_len: int
+    num_pairs: int
+    rope_theta: float
+
+
+def scaled(
+    base: PretrainedConfig, scaling: ScalingConfig, factor: float, context_len: int, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """A copy of the architecture `base` with the RoPE of `scaling.name` at scale factor `factor`.
+
+    `ValueError` in one line for an architecture that is scaled already, or that has no parameters to say it in.
+    """
+    before = require_rotary(base, trust_remote_code)
+    require_unscaled(base, scaling.name)
+    arch = copy.deepcopy(base)
+    text: Any = arch.get_text_config()
+    parameters = _parameters(text, before)
+    rope_type = (parameters or {}).get("rope_type")
+    require(
+        parameters is not None and rope_type == UNSCALED,
+        "scaling.name",
+        scaling.name.name,
+        f"model_type={base.model_type} has rope_type={rope_type} in rope_parameters, and a recipe starts from "
+        f"{UNSCALED}; scaling=none trains it as it is",
+    )
+    assert parameters is not None
+    num_pairs = len(before.base[before.scaled].inv_freq)
+    asked = _Asked(scaling, factor, context_len, num_pairs, parameters["rope_theta"])
+    parameters.update(PARAMETERS[scaling.name](asked))
+    text.original_max_position_embeddings = context_len
+    text.max_position_embeddings = round(factor * context_len)
+    _require_followed(scaling, factor, before, require_rotary(arch, trust_remote_code), base.model_type)
+    return arch
+
+
+def original_context(config: PretrainedConfig) -> int | None:
+    """L of an architecture whose context was extended, as it says itself; None where it does not."""
+    length = getattr(config.get_text_config(), "original_max_position_embeddings", None)
+    return None if length is None else int(length)
+
+
+def require_unscaled(config: PretrainedConfig, name: ScalingName) -> None:
+    """`ValueError` when the context of an architecture was extended before: another scaling would be on top of that."""
+    original, served = original_context(config), getattr(config.get_text_config(), "max_position_embeddings", None)
+    require(
+        original is None or served is None or original >= served,
+        "scaling.name",
+        name.name,
+        f"this model's context was extended before, from {original} to {served} tokens "
+        "(original_max_position_embeddings in config.json); scaling=none trains it on, others "
+        "start from its base",
+    )
+
+
+def _parameters(text: Any, traits: Traits) -> dict[str, Any] | None:
+    """The rope_parameters of the layers that long contexts need; None when the architecture has none."""
+    parameters: dict[str, Any] | None = getattr(text, "rope_parameters", None)
+    if parameters is None or traits.scaled is None:
+        return parameters
+    return parameters.get(traits.scaled)
+
+
+def _linear(asked: _Asked) -> dict[str, Any]:
+    return {"rope_type": "linear", "factor": float(asked.factor)}
+
+
+def _ntk(asked: _Asked) -> dict[str, Any]:
+    """A larger base is NTK scaling: b'^(-2j/d) = b^(-2j/d) * (2t - 1)^(-2j/(d-2)). The only pair of d = 2 stays."""
+    exponent = asked.num_pairs / (asked.num_pairs - 1) if asked.num_pairs > 1 else 0.0
+    return {"rope_theta": asked.rope_theta * (2 * asked.factor - 1) ** exponent}
+
+
+def _yarn(asked: _Asked) -> dict[str, Any]:
+    return {
+        "rope_type": "yarn",
+        "factor": float(asked.factor),
+        "original_max_position_embeddings": asked.context_len,
+    }
+
+
+def _theta(asked: _Asked) -> dict[str, Any]:
+    require(
+        asked.scaling.rope_theta > asked.rope_theta,
+        "scaling.rope_theta",
+        asked.scaling.rope_theta,
+        f"the model has {asked.rope_theta:g} already; name a larger one",
+    )
+    return {"rope_theta": float(asked.scaling.rope_theta)}
+
+
+def _unchanged(_: _Asked) -> dict[str, Any]:
+    return {}
+
+
+PARAMETERS: dict[ScalingName, Callable[[_Asked], dict[str, Any]]] = {
+    ScalingName.pi: _linear,
+    ScalingName.ntk: _ntk,
+    ScalingName.yarn: _yarn,
+    ScalingName.theta: _theta,
+    ScalingName.random_pos: _unchanged,
+}
+
+
+def _require_followed(scaling: ScalingConfig, factor: float, before: Traits, after: Traits, kind: str) -> None:
+    """A family whose own code reads its base elsewhere would train unscaled and say nothing."""
+    moves = scaling.name is ScalingName.theta or (factor > 1 and scaling.name is not ScalingName.random_pos)
+    same = torch.equal(before.base[before.scaled].inv_freq, after.base[after.scaled].inv_freq)
+    require(
+        not (moves and same),
+        "scaling.name",
+        scaling.name.name,
+        f"the frequencies of model_type={kind} do not follow rope_parameters; scaling=clex scales them",
+    )

@@ -1,0 +1,221 @@
+"""Runs of the recipes by formula: what they train with, what they leave in `final/`, what they refuse."""
+
+import json
+
+import pytest
+import torch
+from composing import composed
+from transformers import AutoModelForCausalLM
+
+import train
+from clex_train import modeling, trainer
+from clex_train.dry_run import print_plan
+from clex_train.rope import recipes
+from clex_train.scaling.baselines import ntk_table, pi_table
+from clex_train.settings.model import ModelConfig
+
+L = 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def run(folder, tiny_store, tiny_architecture):
+    """train.run of a few steps on two cores' worth of tokens; returns the run folder."""
+
+    def start(name: str, *overrides: str):
+        config = composed(*common(folder / name, tiny_store, tiny_architecture), *overrides)
+        train.run(config)
+        return folder / name
+
+    return start
+
+
+def common(output, store, architecture) -> list[str]:
+    return [
+        "+experiment=tiny_base",
+        f"output_dir={output}",
+        f"data.path={store}",
+        f"model.config={architecture}",
+        f"model.context_len={L}",
+        f"data.seq_len={L}",
+        "evaluation=never",
+        "optim.batch_rows=4",
+        "optim.steps=2",
+    ]
+
+
+@pytest.fixture(scope="module")
+def base(run):
+    """A base of plain RoPE, of two steps."""
+    return run("base") / "final"
+
+
+def fine_tuned(run, base, name: str, *overrides: str):
+    return run(name, "model.init=pretrained", f"model.path={base}", "seed=1", *overrides) / "final"
+
+
+@pytest.fixture(scope="module")
+def finals(run, base):
+    """`final/` of every recipe, from one base: at rows of 4 L, or of L with positions that reach 4 L."""
+    long = ("data.seq_len=128",)
+    return {
+        "pi": fine_tuned(run, base, "pi", "scaling=pi", *long),
+        "ntk": fine_tuned(run, base, "ntk", "scaling=ntk", *long),
+        "yarn": fine_tuned(run, base, "yarn", "scaling=yarn", "scaling.factor=4", "scaling.positions=skip"),
+        "theta": fine_tuned(run, base, "theta", "scaling=theta", *long, "data.document_mask=true"),
+        "random_pos": fine_tuned(run, base, "random_pos", "scaling=random_pos", "scaling.t_max=4"),
+    }
+
+
+NAMES = ("pi", "ntk", "yarn", "theta", "random_pos")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_final_is_stock_and_gives_our_logits(finals, name):
+    ids = torch.randint(3, 200, (2, 4 * L), generator=torch.Generator().manual_seed(0))
+    ours = modeling.load_for_evaluation(ModelConfig(path=str(finals[name])))
+    stock = AutoModelForCausalLM.from_pretrained(finals[name]).eval()
+    with torch.no_grad():
+        assert (ours.model(ids).logits - stock(ids).logits).abs().max() < 1e-6
+    assert ours.context_len == L
+    assert stock.config.max_position_embeddings == 4 * L
+    files = {file.name for file in finals[name].iterdir()}
+    assert "clex.json" not in files
+
+
+def test_final_has_the_frequencies_of_the_method_at_the_factor(finals, base):
+    own = modeling.load_for_evaluation(ModelConfig(path=str(base))).base_inv_freq
+    for name, table in (("pi", pi_table), ("ntk", ntk_table)):
+        found = modeling.load_for_evaluation(ModelConfig(path=str(finals[name]))).base_inv_freq
+        expected = table(own, [1.0, 4.0]).at(4.0).inv_freq
+        assert ((found - expected).abs() / expected).max() < 1e-6
+    assert torch.equal(modeling.load_for_evaluation(ModelConfig(path=str(finals["random_pos"]))).base_inv_freq, own)
+
+
+def test_pretrained_weights_are_those_of_the_base(base):
+    config = composed(
+        *common("nowhere", "x", "x")[:1],
+        f"model.path={base}",
+        "model.init=pretrained",
+        "scaling=pi",
+        f"data.seq_len={4 * L}",
+        "model.context_len=32",
+        "engine.zero_stage=0",
+    )
+    loaded = modeling.load_for_training(config, modeling.architecture(config.model), torch.float32, {})
+    stock = AutoModelForCausalLM.from_pretrained(base)
+    for name, weight in stock.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], weight), name
+    assert loaded.formula is not None
+    assert loaded.formula.t == 4.0
+
+
+def test_rows_are_seen_at_the_positions_that_the_recipe_draws(run, base, monkeypatch):
+    seen = []
+    forward = trainer.forward
+
+    def noting(model, parts, batch, weight):
+        override = parts.loaded.handle._override
+        seen.append((override.spectrum.t, override.positions))
+        return forward(model, parts, batch, weight)
+
+    monkeypatch.setattr(trainer, "forward", noting)
+    fine_tuned(run, base, "sampled", "scaling=random_pos", "scaling.t_max=4.5", "optim.steps=3")
+    positions = torch.cat([each for _, each in seen])
+    assert {t for t, _ in seen} == {4.5}
+    assert len(positions) == 12
+    assert torch.equal(positions, positions.round())
+    assert (positions[:, 0] == 0).all()
+    assert (positions[:, -1] == 4.5 * L - 1).all()
+    assert (positions.diff() > 0).all()
+    seen.clear()
+    fine_tuned(run, base, "plain", "scaling=pi", "data.seq_len=128")
+    for _, plain in seen:
+        assert torch.equal(plain, torch.arange(4 * L, dtype=torch.float64).expand(len(plain), -1))
+
+
+def test_plain_positions_train_as_the_stock_model_does(run, base, finals):
+    """A recipe by formula at plain positions is nothing but training the scaled architecture."""
+    by_hand = recipes.scaled(
+        modeling.architecture(ModelConfig(path=str(base))), composed("scaling=pi", "dry_run=true").scaling, 4.0, L
+    )
+    folder = base.parent / "scaled_by_hand"
+    model = AutoModelForCausalLM.from_pretrained(base, config=by_hand)
+    model.save_pretrained(folder)
+    for file in base.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    fine_tuned(run, folder, "by_hand", "data.seq_len=128")
+    assert figures(folder.parents[1] / "by_hand", "loss") == figures(finals["pi"].parent, "loss")
+
+
+def figures(run_folder, key: str) -> list[float]:
+    return [
+        json.loads(line)[key] for line in (run_folder / "metrics.jsonl").read_text().splitlines() if f'"{key}"' in line
+    ]
+
+
+def test_a_recipe_is_trained_on_as_it_is_without_scaling(run, finals):
+    again = run("again", "model.init=pretrained", f"model.path={finals['yarn']}", "seed=2")
+    first, second = (json.loads((path / "config.json").read_text()) for path in (finals["yarn"], again / "final"))
+    assert first == second
+
+
+def test_another_factor_or_other_positions_are_refused_on_resume(run, base, finals):
+    same = ("scaling=yarn", "optim.steps=4")
+    with pytest.raises(ValueError, match=r"yarn/checkpoints/step_2: it holds a model of another architecture"):
+        fine_tuned(run, base, "yarn", *same, "scaling.factor=8", "scaling.positions=skip")
+    with pytest.raises(ValueError, match=r"^optim\.steps, scaling\.positions: differs from .*yarn/config\.yaml"):
+        fine_tuned(run, base, "yarn", *same, "scaling.factor=4", "scaling.positions=random")
+
+
+@pytest.mark.parametrize("name", ["pi", "clex"])
+def test_a_model_that_is_scaled_already_is_refused(run, finals, name):
+    with pytest.raises(ValueError, match=rf"^scaling\.name={name}: .*from 32 to 128 tokens.*scaling=none"):
+        fine_tuned(run, finals["ntk"], "twice", f"scaling={name}", "data.seq_len=128")
+
+
+def test_a_clex_field_is_not_dropped(run, base):
+    clex = run("clex", "model.init=pretrained", f"model.path={base}", "scaling=clex", "scaling.t_max=4") / "final"
+    with pytest.raises(ValueError, match=r"^scaling\.name=pi: .*holds a CLEX field, which scaling=pi would drop"):
+        fine_tuned(run, clex, "dropped", "scaling=pi")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("scaling=pi", "scaling.factor=0.5"), r"^scaling\.factor=0\.5: a scale factor is at least 1"),
+        (
+            ("scaling=pi", "scaling.factor=2", "data.seq_len=128"),
+            r"^scaling\.factor=2\.0: 2 \* 32 tokens .*seq_len=128",
+        ),
+        (("scaling=random_pos", "scaling.t_max=2", "data.seq_len=128"), r"^scaling\.t_max=2\.0: 2 \* 32 tokens"),
+        (("scaling=random_pos", "scaling.positions=plain"), r"^scaling\.positions=plain: random_pos with plain"),
+        (("scaling=clex", "scaling.factor=4"), r"^scaling\.factor=4\.0: scaling=clex has none"),
+        (("scaling=clex", "scaling.positions=plain", "data.seq_len=128"), r"^scaling\.positions=plain: rows of 128"),
+        (("scaling=yarn", "scaling.log_scale=eval"), r"^scaling\.log_scale=eval: the stock config\.json"),
+        (("scaling=theta", "scaling.rope_theta=1"), r"^scaling\.rope_theta=1\.0: greater than 1"),
+    ],
+)
+def test_what_a_recipe_cannot_do_is_refused_in_one_line(run, base, overrides, line):
+    with pytest.raises(ValueError, match=line):
+        fine_tuned(run, base, "refused", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("scaling=pi", "data.seq_len=512"), "pi: factor 4, L = 128: contexts up to 512 tokens; positions plain"),
+        (
+            ("scaling=theta", "scaling.factor=8", "scaling.positions=skip"),
+            "theta: factor 8, rope_theta 1e+06, L = 128: contexts up to 1,024 tokens; positions skip",
+        ),
+        (("scaling=random_pos",), "random_pos: factor 16, L = 128: contexts up to 2,048 tokens; positions random"),
+    ],
+)
+def test_the_plan_shows_the_recipe(overrides, line, capsys):
+    print_plan(composed("+experiment=tiny_base", *overrides, "dry_run=true"))
+    assert f"  scaling     {line}" in capsys.readouterr().out.splitlines()
