@@ -166,12 +166,12 @@ def check_protocols(config: Config) -> None:
 
 def check_reach(config: Config, context_len: int) -> None:
     """`ValueError` when a window to be evaluated is longer than the context that CLEX is trained to serve."""
-    longest, scaling = max(config.evaluation.lengths), config.scaling
+    longest, scaling = config.evaluation.longest(), config.scaling
     require(
         scaling.name is not ScalingName.clex or config.evaluation.every < 0 or longest <= scaling.t_max * context_len,
         "scaling.t_max",
         scaling.t_max,
-        f"serves {scaling.t_max:g} * {context_len} tokens, evaluation.lengths asks for {longest}; raise one or shorten",
+        f"serves {scaling.t_max:g} * {context_len} tokens, the evaluation asks for {longest}; raise one or shorten",
     )
 
 

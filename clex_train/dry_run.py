@@ -125,7 +125,7 @@ def _readable(model: ModelConfig) -> ModelConfig:
 
 
 def _check_lengths(config: Config, context_len: int) -> None:
-    longest = max(config.evaluation.lengths)
+    longest = config.evaluation.longest()
     served = int(config.scaling.t_max * context_len)
     require(
         config.scaling.name is not ScalingName.clex or longest <= served or config.evaluation.every < 0,

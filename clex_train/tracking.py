@@ -57,17 +57,19 @@ class Tracker:
             self._write(metrics)
 
     def lacks_evaluation(self, step: int) -> bool:
-        """Whether metrics.jsonl has no perplexities of this step yet; every rank gets the same answer. Collective."""
+        """Whether metrics.jsonl has no evaluation of this step yet; every rank gets the same answer. Collective."""
         return bool(distributed.broadcast_object(self.active and step not in self._evaluated))
 
     def evaluation(self, step: int, results: dict[str, float]) -> None:
-        """Perplexities by key `perplexity/<method>/<protocol>/<length>`."""
+        """Perplexities by key `perplexity/<method>/<protocol>/<length>`, retrieval by `<task>/<method>/<length>`."""
         if not self.active:
             return
         self._write({"step": step, **results})
         self._evaluated.add(step)
-        shown = "  ".join(f"{key.rsplit('/', 1)[1]}: {value:.2f}" for key, value in results.items())
-        tqdm.write(f"step {step}  perplexity  {shown}", file=sys.stderr)
+        for measure in dict.fromkeys(key.split("/")[0] for key in results):
+            mine = [(key, value) for key, value in results.items() if key.startswith(f"{measure}/")]
+            shown = "  ".join(f"{key.rsplit('/', 1)[1]}: {value:.2f}" for key, value in mine)
+            tqdm.write(f"step {step}  {measure}  {shown}", file=sys.stderr)
 
     def saved(self, step: int, seconds: float) -> None:
         """A checkpoint of this step was begun or written; training waited so many seconds for it."""
@@ -106,7 +108,7 @@ class Tracker:
 def drop_after(path: Path, step: int) -> set[int]:
     """Keep the lines of metrics.jsonl up to `step`, without a last one that a kill cut short.
 
-    Returns the steps whose perplexities are among them.
+    Returns the steps whose evaluations are among them.
     """
     if not path.exists():
         return set()
@@ -119,12 +121,17 @@ def drop_after(path: Path, step: int) -> set[int]:
             continue
         if row["step"] <= step:
             kept.append(line + "\n")
-            if any(key.startswith("perplexity/") for key in row):
+            if any(is_evaluation(key) for key in row):
                 evaluated.add(row["step"])
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(kept), encoding="utf-8")
     beside.replace(path)
     return evaluated
+
+
+def is_evaluation(key: str) -> bool:
+    """Whether a key of metrics.jsonl belongs to an evaluation: perplexity or a retrieval task, method, ..., length."""
+    return key.count("/") >= 2
 
 
 def write_environment(run_dir: Path, first_step: int, data_fingerprint: str) -> None:

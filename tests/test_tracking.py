@@ -40,3 +40,13 @@ def test_evaluations_carry_their_step(tmp_path):
     tracker.evaluation(3, {"perplexity/trained/one_shot/128": 12.5})
     tracker.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "perplexity/trained/one_shot/128": 12.5}
+
+
+def test_a_step_is_evaluated_once_also_if_retrieval_alone_was_asked_for(tmp_path):
+    tracker = _tracker(tmp_path, 0)
+    tracker.step({"step": 2, **FIGURES, "rows/books": 4})
+    tracker.evaluation(3, {"passkey/trained/128": 0.5})
+    tracker.close()
+    resumed = _tracker(tmp_path, 4)
+    assert [resumed.lacks_evaluation(step) for step in (2, 3)] == [True, False]
+    resumed.close()

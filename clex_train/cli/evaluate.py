@@ -3,6 +3,7 @@
     python -m clex_train.cli.evaluate run=runs/tiny_clex methods=[trained,ntk]
     python -m clex_train.cli.evaluate model=path/to/model data=corpora/books lengths=[4096,8192,16384]
     python -m clex_train.cli.evaluate run=runs/tiny_base protocols=[streaming] methods=[lm_infinite]
+    python -m clex_train.cli.evaluate run=runs/tiny_clex protocols=[] tasks=[passkey] depths=[0,0.5,1] num_prompts=20
     deepspeed --module clex_train.cli.evaluate run=runs/llama2_7b_clex          windows dealt to the ranks
     deepspeed --module clex_train.cli.evaluate run=runs/llama2_70b_clex sharded=true    the weights are split too
 
@@ -12,8 +13,10 @@ Writes `evaluation/<label>.json` in the run folder (or `output`) and prints the 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,12 +28,22 @@ from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_tokenizer
 from clex_train.evaluation import methods, origin, report, runner, streaming
-from clex_train.evaluation.results import Origin, Results, write
+from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
+from clex_train.evaluation.retrieval import console as retrieval_console
+from clex_train.evaluation.retrieval import plan as retrieval_plan
+from clex_train.evaluation.retrieval import runner as retrieval
+from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, score_stride, select
 from clex_train.settings.bounds import require
 from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 from clex_train.settings.model import ModelConfig
+from clex_train.settings.retrieval import Task
+
+WINDOW_KEYS = ("lengths", "protocols", "num_windows", "chunk_len")
+TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts")
+KEYS = ("methods", "n_local", "n_global", *WINDOW_KEYS, *TASK_KEYS)
+"""What the command line may say otherwise than the run's `evaluation` group."""
 
 
 @dataclass
@@ -57,6 +70,14 @@ class EvaluateConfig(LoadingConfig):
     """Tokens of a window per forward: bounds the memory, not the result; by default the run's."""
     batch_tokens: int | None = None
     """Tokens per forward over several windows; by default `chunk_len`."""
+    tasks: list[Task] | None = None
+    """Retrieval tasks beside perplexity, or with `protocols=[]` alone; see docs/evaluation.md."""
+    task_lengths: list[int] | None = None
+    """Tokens of a task's prompt and answer together; by default `lengths`."""
+    depths: list[float] | None = None
+    """Where in the text the hidden fact stands, from 0 (start) to 1 (end); by default the run's."""
+    num_prompts: int | None = None
+    """Prompts of a task at each length and depth; by default the run's."""
     seed: int = 0
     """Chooses the windows. Only evaluations of equal seeds compare."""
 
@@ -67,6 +88,7 @@ class Plan(Source):
 
     store: TokenStore
     spec: EvaluationConfig
+    tokenizer: Any
 
 
 def main() -> None:
@@ -76,16 +98,16 @@ def main() -> None:
     if Protocol.streaming in plan.spec.protocols:
         finish(plan, *stream(asked, plan, plan_stream(plan.store, asked.stream_tokens, plan.context_len)))
         return
-    stride = score_stride(plan.spec.lengths, plan.context_len, plan.spec.protocols)
-    windows = select(plan.store, max(plan.spec.lengths), plan.spec.num_windows, stride, asked.seed)
-    finish(plan, *evaluate(asked, plan, windows))
+    cells = retrieval_plan.of_spec(plan.spec, plan.tokenizer, asked.seed)
+    finish(plan, *evaluate(asked, plan, _windows(plan, asked.seed) if plan.spec.protocols else None, cells))
 
 
 def finish(plan: Plan, results: Results, origin: Origin) -> None:
     """Write the results and print their table, on rank 0."""
     if distributed.is_main():
         write(plan.output, results, origin)
-        print(report.console(report.from_results(results, origin)))
+        perplexities = [report.console(report.from_results(results, origin))] if results.scores else []
+        print("\n\n".join([*perplexities, *([retrieval_console.console(results.tasks)] if results.tasks else [])]))
         print(f"\nwritten to {plan.output}")
 
 
@@ -103,35 +125,41 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     source = locate(asked)
     if not asked.run:
         config.evaluation.lengths = [multiple * source.context_len for multiple in (1, 2, 4, 8, 16)]
-    keys = ("methods", "lengths", "protocols", "num_windows", "chunk_len", "n_local", "n_global")
-    given = {key: value for key in keys if (value := getattr(asked, key)) is not None}
+    given = {key: value for key in KEYS if (value := getattr(asked, key)) is not None}
     data = asked.data or config.evaluation.path or config.data.path
     require(data is not None, "data", data, "this run mixed several stores; name the one to evaluate on")
     store = TokenStore(str(data)).split("validation")
-    check_tokenizer(store, modeling.load_tokenizer(asked.path, source.model))
+    tokenizer = modeling.load_tokenizer(asked.path, source.model)
+    check_tokenizer(store, tokenizer)
     spec = replace(config.evaluation, **given)
     _check_streaming(spec, asked.sharded)
     _check_reach(source.model, spec, source.context_len)
-    return Plan(**vars(source), store=store, spec=spec)
+    return Plan(**vars(source), store=store, spec=spec, tokenizer=tokenizer)
 
 
-def evaluate(asked: EvaluateConfig, plan: Plan, windows: WindowSet) -> tuple[Results, Origin]:
-    """Load the weights on every rank, deal the windows to the ranks, score. Collective."""
+def evaluate(
+    asked: EvaluateConfig, plan: Plan, windows: WindowSet | None, cells: Sequence[Cell]
+) -> tuple[Results, Origin]:
+    """Load the weights on every rank, deal windows and prompts to the ranks, score. Collective."""
     loaded, dtype = load(asked, plan.model)
-    longest = max(plan.spec.lengths)
+    longest = plan.spec.longest()
     tables = methods.tables(plan.spec.methods, loaded.table, loaded.base_inv_freq, loaded.context_len, longest)
-    results = runner.evaluate(
-        loaded.model,
-        loaded.handle,
-        tables,
-        windows,
-        plan.spec.lengths,
-        plan.spec.protocols,
-        plan.spec.chunk_len,
-        asked.batch_tokens,
-        inserted=methods.insertions(plan.spec, loaded.model, loaded.context_len),
-    )
-    return results, facts(plan, dtype)
+    inserted = methods.insertions(plan.spec, loaded.model, loaded.context_len)
+    results = Results([], loaded.context_len, NO_WINDOWS)
+    if windows is not None:
+        results = runner.evaluate(
+            loaded.model,
+            loaded.handle,
+            tables,
+            windows,
+            plan.spec.lengths,
+            plan.spec.protocols,
+            plan.spec.chunk_len,
+            asked.batch_tokens,
+            inserted=inserted,
+        )
+    tasks = retrieval.evaluate(loaded.model, loaded.handle, tables, cells, plan.spec.chunk_len, inserted=inserted)
+    return replace(results, tasks=tasks), facts(plan, dtype)
 
 
 def stream(asked: EvaluateConfig, plan: Plan, text: Stream) -> tuple[Results, Origin]:
@@ -157,6 +185,11 @@ def usage() -> str:
     return arguments_of.usage(__doc__, EvaluateConfig)
 
 
+def _windows(plan: Plan, seed: int) -> WindowSet:
+    stride = score_stride(plan.spec.lengths, plan.context_len, plan.spec.protocols)
+    return select(plan.store, max(plan.spec.lengths), plan.spec.num_windows, stride, seed)
+
+
 def _check(asked: EvaluateConfig) -> None:
     check(asked)
     require(asked.run is not None or asked.data is not None, "data", asked.data, "model=DIR needs a store, data=DIR")
@@ -169,6 +202,7 @@ def _check_streaming(spec: EvaluationConfig, sharded: bool) -> None:
         return
     names = [protocol.value for protocol in spec.protocols]
     require(len(spec.protocols) == 1, "protocols", names, "streaming reads other tokens than windows; ask for it alone")
+    require(not spec.tasks, "tasks", [task.value for task in spec.tasks], "streaming goes alone; ask for tasks apart")
     known = {Method.lm_infinite, Method.none}
     names = [method.value for method in spec.methods]
     require(
@@ -183,11 +217,11 @@ def _check_streaming(spec: EvaluationConfig, sharded: bool) -> None:
 
 def _check_reach(model: ModelConfig, spec: EvaluationConfig, context_len: int) -> None:
     """Refuse a length that the model's own field does not serve, while no weights have been read."""
-    t_max, longest = modeling.t_max_of_field(str(model.path)), max(spec.lengths)
+    t_max, longest = modeling.t_max_of_field(str(model.path)), spec.longest()
     require(
         t_max is None or Method.trained not in spec.methods or longest <= t_max * context_len,
         "lengths",
-        spec.lengths,
+        [*spec.lengths, *(spec.task_lengths or [])],
         f"num_tokens={longest}: beyond t_max * L = {t_max or 1:g} * {context_len}; shorten, or leave out trained",
     )
 

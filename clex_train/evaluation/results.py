@@ -6,12 +6,15 @@ comparisons by document need no second run.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+
+NO_WINDOWS: dict[str, Any] = {"count": 0, "length": 0, "documents": [], "fingerprint": ""}
+"""What stands for the windows where retrieval alone was asked for."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,29 @@ class Score:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """A retrieval task by a method at a length, and at a depth where it has one."""
+
+    task: str
+    method: str
+    length: int
+    """Tokens of prompt and answer together, at most."""
+    depth: float | None
+    """Where the answer stands in the text, from 0 (start) to 1 (end)."""
+    correct: int
+    """Prompts that were answered in full."""
+    total: int
+    """Prompts."""
+    score: float
+    """Mean share (0..1) of the expected strings."""
+
+    @property
+    def key(self) -> str:
+        """`<task>/<method>/<length>`: a mean over depths."""
+        return f"{self.task}/{self.method}/{self.length}"
+
+
+@dataclass(frozen=True)
 class Results:
     """All scores of one set of weights over one set of windows."""
 
@@ -58,10 +84,20 @@ class Results:
     """L, the length that counts as 1x."""
     windows: dict[str, Any]
     """What was scored: count, length, score stride, fingerprint, document and start of each window."""
+    tasks: list[TaskScore] = field(default_factory=list)
+    """Retrieval, if it was asked for."""
 
     def metrics(self) -> dict[str, float]:
-        """`perplexity/<method>/<protocol>/<length>` -> value, for the metrics file and the tracker."""
-        return {score.key: score.perplexity for score in self.scores}
+        """`perplexity/<method>/<protocol>/<length>` and `<task>/<method>/<length>` -> value, for files and tracker."""
+        return {score.key: score.perplexity for score in self.scores} | task_metrics(self.tasks)
+
+
+def task_metrics(tasks: Sequence[TaskScore]) -> dict[str, float]:
+    """`<task>/<method>/<length>` -> mean score over the prompts of all depths."""
+    rows = {score.key: [other for other in tasks if other.key == score.key] for score in tasks}
+    return {
+        key: sum(row.score * row.total for row in same) / sum(row.total for row in same) for key, same in rows.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -90,6 +126,7 @@ def write(path: Path, results: Results, origin: Origin) -> None:
         "windows": results.windows,
         "metrics": {key: _finite(value) for key, value in results.metrics().items()},
         "scores": [_score_row(score) for score in results.scores],
+        "tasks": [vars(score) for score in results.tasks],
     }
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -106,7 +143,8 @@ def read(path: Path) -> tuple[Results, Origin]:
         raise ValueError(f"{path}: not an evaluation of format {FORMAT}; write it anew with clex_train.cli.evaluate")
     origin = Origin(**{key: content[key] for key in ("label", "command", "model", "data", "environment")})
     scores = [_score(row) for row in content["scores"]]
-    return Results(scores, content["context_len"], content["windows"]), origin
+    tasks = [TaskScore(**row) for row in content.get("tasks", [])]
+    return Results(scores, content["context_len"], content["windows"], tasks), origin
 
 
 def require_same_tokens(results: Mapping[str, Results]) -> None:

@@ -53,7 +53,7 @@ def evaluate(
     cells = [(method, protocol, length) for method in tables for protocol in protocols for length in sorted(lengths)]
     device = device or distributed.device()
     scores = []
-    with evaluating(model), _keeping_table(handle), progress(len(cells) * windows.tokens.size) as bar:
+    with evaluating(model), keeping_table(handle), progress(len(cells) * windows.tokens.size) as bar:
         for method, protocol, length in cells:
             bar.set_description(f"evaluate {method}, {protocol.value}, {length} tokens", refresh=False)
             handle.use(tables[method])
@@ -119,7 +119,8 @@ def _token_nll(
 
 
 @contextmanager
-def _keeping_table(handle: RotaryHandle) -> Iterator[None]:
+def keeping_table(handle: RotaryHandle) -> Iterator[None]:
+    """The handle's table is put back, whatever was used inside."""
     table = handle.table
     try:
         yield

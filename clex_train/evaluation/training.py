@@ -1,37 +1,51 @@
-"""Extrapolation perplexity of the weights as they are, for the training loop: windows chosen once, scored on call."""
+"""Extrapolation perplexity, and retrieval if asked for, of the weights as they are, for the training loop.
+
+Windows and prompts are chosen once and scored on call.
+"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from clex_train import distributed
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.evaluation import methods, origin, results, runner
+from clex_train.evaluation.retrieval import plan
+from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.windows import score_stride, select
 from clex_train.modeling import LoadedModel, solve_table
 
 
 class TrainingEvaluation:
-    """`evaluation(loaded, step)` -> perplexity by key; collective. Also written to `evaluation/step_<N>.json`.
+    """`evaluation(loaded, step)` -> perplexities and retrieval scores by key; collective.
 
-    Raises `ValueError` on creation when no validation document is as long as the longest window. `interrupted` is
-    asked on every rank between windows; where one says yes, the call raises `StopRequested` and has written nothing.
+    They are also written to `evaluation/step_<N>.json`. Raises `ValueError` on creation when no validation document is
+    as long as the longest window, or no prompt of a task fits a length. `interrupted` is asked on every rank between
+    windows and prompts; where one says yes, the call raises `StopRequested` and has written nothing.
     """
 
     def __init__(
-        self, config: Config, store: TokenStore, context_len: int, interrupted: Callable[[], bool] | None = None
+        self,
+        config: Config,
+        store: TokenStore,
+        context_len: int,
+        tokenizer: Any,
+        interrupted: Callable[[], bool] | None = None,
     ) -> None:
         self.interrupted = interrupted
         self.config, self.spec = config, config.evaluation
         self.store = (TokenStore(self.spec.path) if self.spec.path else store).split("validation")
         stride = score_stride(self.spec.lengths, context_len, self.spec.protocols)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, stride)
+        self.cells = plan.of_spec(self.spec, tokenizer)
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
         table = solve_table(loaded)
-        tables = methods.tables(
-            self.spec.methods, table, loaded.base_inv_freq, loaded.context_len, max(self.spec.lengths)
-        )
+        longest = self.spec.longest()
+        tables = methods.tables(self.spec.methods, table, loaded.base_inv_freq, loaded.context_len, longest)
+        inserted = methods.insertions(self.spec, loaded.model, loaded.context_len)
         scored = runner.evaluate(
             loaded.model,
             loaded.handle,
@@ -41,8 +55,18 @@ class TrainingEvaluation:
             self.spec.protocols,
             self.spec.chunk_len,
             interrupted=self.interrupted,
-            inserted=methods.insertions(self.spec, loaded.model, loaded.context_len),
+            inserted=inserted,
         )
+        tasks = retrieval.evaluate(
+            loaded.model,
+            loaded.handle,
+            tables,
+            self.cells,
+            self.spec.chunk_len,
+            interrupted=self.interrupted,
+            inserted=inserted,
+        )
+        scored = replace(scored, tasks=tasks)
         if distributed.is_main():
             weights = {"path": str(self.config.output_dir), "step": step}
             facts = origin.describe(self.config.name, weights, self.store, next(loaded.model.parameters()).dtype)

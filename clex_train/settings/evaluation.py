@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from clex_train.settings import retrieval
 from clex_train.settings.bounds import require
+from clex_train.settings.retrieval import Task
 
 
 class Protocol(Enum):
@@ -45,6 +47,14 @@ class EvaluationConfig:
     """Windows of the largest length that are scored (fewer if the split has fewer)."""
     chunk_len: int = 1024
     """Tokens per forward inside a `one_shot` window: bounds the memory of logits, not the result."""
+    tasks: list[Task] = field(default_factory=list)
+    """Retrieval tasks beside perplexity: `passkey` (LM-Infinite's form), `passkey_infinitebench`."""
+    task_lengths: list[int] | None = None
+    """Tokens of a task's prompt and answer together; by default `lengths`."""
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    """Where in the text the hidden fact stands, from 0 (start) to 1 (end)."""
+    num_prompts: int = 10
+    """Prompts of a task at each length and depth."""
 
     def __post_init__(self) -> None:
         require(self.every >= -1, "evaluation.every", self.every, "-1 (never), 0 (at the end) or a number of steps")
@@ -62,8 +72,22 @@ class EvaluationConfig:
             "each must be a multiple of the shortest and divide the longest, so that all score the same tokens",
         )
         require(len(self.methods) > 0, "evaluation.methods", self.methods, "one or more methods")
-        require(len(self.protocols) > 0, "evaluation.protocols", self.protocols, "one or more protocols")
+        require(
+            len(self.protocols) > 0 or len(self.tasks) > 0,
+            "evaluation.protocols",
+            self.protocols,
+            "one or more protocols (or none, and evaluation.tasks)",
+        )
         require(self.num_windows >= 1, "evaluation.num_windows", self.num_windows, "at least 1 window")
         require(self.n_local is None or self.n_local >= 1, "evaluation.n_local", self.n_local, "at least 1 token")
         require(self.n_global >= 0, "evaluation.n_global", self.n_global, "0 or more tokens")
         require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")
+        retrieval.check(self.num_prompts, self.depths, self.task_lengths)
+
+    def lengths_of_tasks(self) -> list[int]:
+        """Lengths of the retrieval prompts, in tokens."""
+        return self.lengths if self.task_lengths is None else self.task_lengths
+
+    def longest(self) -> int:
+        """The most tokens that any part of the evaluation reads at a time."""
+        return max([*(self.lengths if self.protocols else []), *(self.lengths_of_tasks() if self.tasks else [])])

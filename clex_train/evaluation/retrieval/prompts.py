@@ -1,0 +1,87 @@
+"""Prompts of a wanted length in tokens: a task says what is asked and how filler goes around it, `fit` how much.
+
+A `Draft` is text as a function of the units of filler in it (sentences, words, tokens of a document). The largest
+number of units is searched for whose text, encoded whole as a user would, stays within the budget.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+FIRST_PROBE = 16
+"""Units of filler from which the tokens of a unit are estimated."""
+BISECT_EVERY = 4
+"""Rounds of interpolation between two of bisection, which bounds their number for uneven filler."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A prompt whose filler has not been laid yet."""
+
+    answers: tuple[str, ...]
+    """What the generation is compared with."""
+    text: Callable[[int], str]
+    """The prompt with so many units of filler (0 or more); longer for more units."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model reads, and what it should answer."""
+
+    ids: list[int]
+    answers: tuple[str, ...]
+
+
+def join(separator: str, *parts: str) -> str:
+    """The parts that are not empty."""
+    return separator.join(part for part in parts if part)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a prompt: with the tokenizer's own BOS if it puts one, without a closing EOS."""
+    ids = list(tokenizer.encode(text, verbose=False))
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def answer_len(tokenizer: Any, answers: tuple[str, ...]) -> int:
+    """Tokens to generate for `answers`: those of writing them as a list, a quarter more, and four."""
+    written = tokenizer.encode(" " + ", ".join(answers), add_special_tokens=False, verbose=False)
+    return len(written) + len(written) // 4 + 4
+
+
+def frame_len(tokenizer: Any, draft: Draft) -> int:
+    """Tokens of the prompt without any filler."""
+    return len(encode(tokenizer, draft.text(0)))
+
+
+def fit(tokenizer: Any, draft: Draft, budget: int) -> Prompt:
+    """The prompt with the most filler that has at most `budget` tokens; `ValueError` when the frame alone has more."""
+    low, best = 0, encode(tokenizer, draft.text(0))
+    if len(best) > budget:
+        raise ValueError(f"budget={budget}: the prompt without filler has {len(best)} tokens")
+    above: tuple[int, int] | None = None
+    units, rounds = FIRST_PROBE, 0
+    while above is None or above[0] - low > 1:
+        ids = encode(tokenizer, draft.text(units))
+        before = (low, len(best))
+        if len(ids) <= budget:
+            low, best = units, ids
+        else:
+            above = (units, len(ids))
+        rounds += 1
+        units = _next(low, len(best), above, before, budget, rounds)
+    return Prompt(best, draft.answers)
+
+
+def _next(
+    low: int, low_cost: int, above: tuple[int, int] | None, before: tuple[int, int], budget: int, rounds: int
+) -> int:
+    """Units to try: where the line through two measured points meets the budget, now and then the middle."""
+    if above is None:
+        rate = max((low_cost - before[1]) / (low - before[0]), 0.25)
+        return low + max(1, int((budget - low_cost) / rate))
+    high, high_cost = above
+    if rounds % BISECT_EVERY == 0:
+        return (low + high) // 2
+    crossing = low + int((budget - low_cost) * (high - low) / (high_cost - low_cost))
+    return min(max(crossing, low + 1), high - 1)

@@ -1,0 +1,105 @@
+"""Retrieval by every method over the cells of a plan, on one rank or many: the same loop for all.
+
+Prompts are dealt to the ranks as windows are (`evaluation.runner.deal`). Each needs the same number of forwards,
+because under ZeRO-3 a forward is a collective: as many chunks of the prompt, as many generated tokens.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from clex_train import distributed
+from clex_train.attention.hf_interface import LmInfinite
+from clex_train.evaluation.perplexity import evaluating
+from clex_train.evaluation.results import TaskScore
+from clex_train.evaluation.retrieval.decoding import greedy
+from clex_train.evaluation.retrieval.plan import Cell
+from clex_train.evaluation.runner import deal, keeping_table, progress
+from clex_train.faults import StopRequested
+from clex_train.rope.patch import RotaryHandle
+from clex_train.scaling.table import FrequencyTable
+
+
+def evaluate(
+    model: nn.Module,
+    handle: RotaryHandle,
+    tables: Mapping[str, FrequencyTable],
+    cells: Sequence[Cell],
+    chunk_len: int = 1024,
+    device: torch.device | None = None,
+    interrupted: Callable[[], bool] | None = None,
+    inserted: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
+) -> list[TaskScore]:
+    """Score the prompts of `cells` with the model's current weights under each of `tables` (by method name).
+
+    t is what the cell's length needs, throughout prompt and answer. Arguments and collective behaviour are those of
+    `evaluation.runner.evaluate`. Raises `ValueError` if a length exceeds what a table serves, before the first
+    forward; `StopRequested` when `interrupted` answers yes on one of the ranks.
+    """
+    if not cells:
+        return []
+    for table in tables.values():
+        table.least_upper_bound(max(cell.length for cell in cells), handle.context_len)
+    device = device or distributed.device()
+    scores: list[TaskScore] = []
+    total = len(tables) * sum(cell.length * cell.size for cell in cells)
+    with evaluating(model), keeping_table(handle), progress(total) as bar:
+        for method, table in tables.items():
+            handle.use(table)
+            for cell in cells:
+                bar.set_description(f"{cell.name.value} {method}, {cell.length} tokens", refresh=False)
+                with (inserted or {}).get(method, nullcontext)() as put_in, handle.fixed(cell.length):
+                    new_cache = put_in.new_cache if isinstance(put_in, LmInfinite) else None
+                    ask = _asking(model, cell, chunk_len, device, new_cache)
+                    generated = _generated(ask, cell, bar, interrupted)
+                scores += _judged(method, cell, generated)
+    return scores
+
+
+def _asking(
+    model: nn.Module, cell: Cell, chunk_len: int, device: torch.device, new_cache: Callable[[], Any] | None
+) -> Callable[[int], Tensor]:
+    def ask(number: int) -> Tensor:
+        prompt = torch.tensor(cell.prompt(number).ids, device=device)
+        return greedy(model, prompt, cell.num_new, cell.num_chunks(chunk_len), new_cache).cpu()
+
+    return ask
+
+
+def _generated(ask: Callable[[int], Tensor], cell: Cell, bar: tqdm, interrupted: Callable[[], bool] | None) -> Tensor:
+    """The answers to all prompts of a cell, int64 [size, num_new] on the CPU, complete on every rank."""
+    generated = torch.zeros(cell.size, cell.num_new, dtype=torch.int64)
+    for indices, counted in deal(cell.size, 1, distributed.rank(), distributed.world_size()):
+        answer = ask(int(indices[0]))
+        if counted[0]:
+            generated[indices[0]] = answer
+        bar.update(cell.length * distributed.world_size())
+        if interrupted and distributed.any_rank(interrupted()):
+            raise StopRequested("the evaluation was interrupted")
+    return distributed.all_reduce_sum(generated)
+
+
+def _judged(method: str, cell: Cell, generated: Tensor) -> Iterator[TaskScore]:
+    """A row for each depth."""
+    shares = [cell.judge(number, _text(cell.tokenizer, row)) for number, row in enumerate(generated.tolist())]
+    for i, depth in enumerate(cell.depths):
+        at_depth = shares[i * cell.num_prompts : (i + 1) * cell.num_prompts]
+        yield TaskScore(
+            task=cell.name.value,
+            method=method,
+            length=cell.length,
+            depth=depth,
+            correct=sum(share == 1 for share in at_depth),
+            total=len(at_depth),
+            score=sum(at_depth) / len(at_depth),
+        )
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    """What was generated before the end of the text."""
+    end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+    return str(tokenizer.decode(ids[:end], skip_special_tokens=True))

@@ -1,0 +1,179 @@
+"""Retrieval over tasks, methods and lengths: known answerers, references without a cache, one rank and two."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import copying_llama
+import pytest
+import torch
+import torch.multiprocessing
+from copying_llama import CONTEXT_LEN
+from local_tokenizers import byte_level
+from transformers import LlamaForCausalLM
+
+from clex_train.evaluation import methods
+from clex_train.evaluation.results import TaskScore, task_metrics
+from clex_train.evaluation.retrieval import runner
+from clex_train.evaluation.retrieval.console import console
+from clex_train.evaluation.retrieval.plan import Cell, make_cells
+from clex_train.faults import StopRequested
+from clex_train.rope.patch import install_rotary
+from clex_train.settings.evaluation import EvaluationConfig, Method
+from clex_train.settings.retrieval import Task
+
+LENGTHS = [256, 512]
+DEPTHS = [0.0, 0.5, 1.0]
+CPU = torch.device("cpu")
+
+
+def run(model: Any, cells: list[Cell], chosen: tuple[Method, ...] = (Method.none,), **settings: Any) -> list[TaskScore]:
+    handle = install_rotary(model, CONTEXT_LEN)
+    frequencies = methods.tables(chosen, None, handle.base_inv_freq, CONTEXT_LEN, max(LENGTHS))
+    spec = EvaluationConfig(n_local=40, n_global=4)
+    inserted = methods.insertions(spec, model, CONTEXT_LEN)
+    try:
+        return runner.evaluate(
+            model, handle, frequencies, cells, **{"chunk_len": 100, "device": CPU, "inserted": inserted, **settings}
+        )
+    finally:
+        handle.undo()
+
+
+def cells_of(tokenizer: Any, tasks: tuple[Task, ...] = (Task.passkey,), num_prompts: int = 2) -> list[Cell]:
+    return make_cells(tokenizer, tasks, LENGTHS, DEPTHS, num_prompts, seed=0)
+
+
+def test_a_model_that_looks_back_answers_all_and_one_that_misreads_none(tokenizer: Any) -> None:
+    cells = cells_of(tokenizer, (Task.passkey, Task.passkey_infinitebench))
+    right, wrong = (run(copying_llama.build(len(tokenizer), shift), cells) for shift in (0, 1))
+    assert [(row.correct, row.total, row.score) for row in right] == [(2, 2, 1.0)] * 12
+    assert [(row.correct, row.total, row.score) for row in wrong] == [(0, 2, 0.0)] * 12
+    assert [(row.task, row.length, row.depth) for row in right[:4]] == [
+        ("passkey", 256, 0.0),
+        ("passkey", 256, 0.5),
+        ("passkey", 256, 1.0),
+        ("passkey", 512, 0.0),
+    ]
+
+
+def small_llama(vocab_size: int) -> LlamaForCausalLM:
+    """Random weights large enough that every position matters, in float64 so that no near ties decide."""
+    model = LlamaForCausalLM(copying_llama.build(vocab_size).config).double()
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+@pytest.mark.parametrize("method", [Method.none, Method.pi, Method.ntk, Method.lm_infinite])
+def test_every_method_decodes_as_whole_forwards_without_a_cache(
+    byte_tokenizer: Any, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cell = small_llama(len(byte_tokenizer)), cells_of(byte_tokenizer, num_prompts=1)[0]
+    heard: list[str] = []
+    monkeypatch.setattr(Cell, "judge", lambda self, number, generation: heard.append(generation) or 0.0)
+    run(model, [cell], (method,))
+    handle = install_rotary(model, CONTEXT_LEN)
+    handle.use(methods.tables([method], None, handle.base_inv_freq, CONTEXT_LEN, 512)[method.value])
+    put_in = methods.insertions(EvaluationConfig(n_local=40, n_global=4), model, CONTEXT_LEN).get(method.value)
+    expected = []
+    with torch.no_grad(), handle.pinned(2.0):
+        inserted = put_in() if put_in else None
+        if inserted:
+            inserted.__enter__()
+        for number in range(cell.size):
+            ids = cell.prompt(number).ids
+            for _ in range(cell.num_new):
+                ids = [*ids, int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
+            expected.append(byte_tokenizer.decode(ids[-cell.num_new :], skip_special_tokens=True))
+        if inserted:
+            inserted.__exit__(None, None, None)
+    assert heard == expected
+    assert len(set(expected)) > 1
+
+
+def test_the_pieces_that_a_prompt_is_read_in_do_not_matter(
+    byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cells = small_llama(len(byte_tokenizer)), cells_of(byte_tokenizer, num_prompts=1)
+    heard: list[str] = []
+    monkeypatch.setattr(Cell, "judge", lambda self, number, generation: heard.append(generation) or 0.0)
+    for chunk_len in (1000, 64, 11):
+        run(model, cells, chunk_len=chunk_len)
+    assert heard[:6] == heard[6:12] == heard[12:]
+
+
+def test_a_key_is_the_mean_over_depths_and_stands_beside_the_grid(byte_tokenizer: Any) -> None:
+    rows = [
+        TaskScore("passkey", "none", 256, 0.0, 4, 4, 1.0),
+        TaskScore("passkey", "none", 256, 1.0, 1, 4, 0.25),
+        TaskScore("passkey", "none", 512, 0.0, 0, 4, 0.0),
+        TaskScore("vt", "none", 512, None, 0, 4, 0.6),
+    ]
+    assert task_metrics(rows) == {"passkey/none/256": 0.625, "passkey/none/512": 0.0, "vt/none/512": 0.6}
+    printed = [line.split() for line in console(rows).splitlines()]
+    assert ["0", "100", "0"] in printed
+    assert ["1", "25", "-"] in printed
+    assert ["vt,", "none", "60"] in printed
+
+
+def test_the_models_table_and_mode_are_put_back_and_a_stop_is_heard(byte_tokenizer: Any) -> None:
+    model, asked = small_llama(len(byte_tokenizer)).train(), []
+    with pytest.raises(StopRequested):
+        run(model, cells_of(byte_tokenizer), interrupted=lambda: asked.append(1) or len(asked) == 2)
+    assert len(asked) == 2
+    assert model.training
+
+
+def test_a_length_beyond_the_table_is_refused_before_any_forward(byte_tokenizer: Any) -> None:
+    model = small_llama(len(byte_tokenizer))
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward was run"))
+    long = make_cells(byte_tokenizer, [Task.passkey], [1024], DEPTHS, 1, 0)
+    with pytest.raises(ValueError, match="num_tokens=1024"):
+        run(model, long)
+
+
+def test_two_ranks_give_the_scores_of_one_with_equally_many_forwards_each(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_rank_main, args=(port, str(tmp_path)), nprocs=2)
+    expected = _half_right()
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["forwards"] == second["forwards"] > 0
+    assert first["rows"] == second["rows"] == [list(vars(row).values()) for row in expected]
+    assert {row.score for row in expected} == {0.0, 1.0}
+
+
+def _half_right() -> list[TaskScore]:
+    """Nine prompts (an odd number) of the length 256, of which the key at depth 0.5 is misread."""
+    tokenizer = byte_level()
+    cell = Cell(Task.passkey, 256, tuple(DEPTHS), 3, 0, tokenizer)
+    misread = {tuple(cell.prompt(number).ids) for number in range(3, 6)}
+    model = copying_llama.build(len(tokenizer))
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        past = kwargs["past_key_values"]
+        seen = (*getattr(past, "seen", []), *kwargs["input_ids"][0].tolist())
+        module.shift = int(any(seen[: len(prompt)] == prompt for prompt in misread))
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    return run(model, [cell])
+
+
+def _rank_main(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    forwards = []
+    torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: forwards.append(1) if type(module).__name__ == "CopyingLlama" else None
+    )
+    content = {"rows": [list(vars(row).values()) for row in _half_right()], "forwards": len(forwards)}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(content))
+    torch.distributed.destroy_process_group()
