@@ -240,7 +240,8 @@ def load_for_training(
         loaded.clex, policy = _clex_for_training(config, loaded.base_inv_freq)
     if config.scaling.name in FORMULAS:
         factor = config.scaling.factor_for(config.data.seq_len, length)
-        loaded.formula = dataclasses.replace(loaded.handle.traits.base[loaded.handle.traits.scaled], t=factor)
+        # The model's own attention factor, which yarn has, stays on whatever spectrum is put in.
+        loaded.formula = Spectrum(loaded.base_inv_freq, t=factor)
     _scale_logits(loaded, policy)
     return loaded
 

@@ -138,18 +138,19 @@ def test_rows_are_seen_at_the_positions_that_the_recipe_draws(run, base, monkeyp
         assert torch.equal(plain, torch.arange(4 * L, dtype=torch.float64).expand(len(plain), -1))
 
 
-def test_plain_positions_train_as_the_stock_model_does(run, base, finals):
-    """A recipe by formula at plain positions is nothing but training the scaled architecture."""
-    by_hand = recipes.scaled(
-        modeling.architecture(ModelConfig(path=str(base))), composed("scaling=pi", "dry_run=true").scaling, 4.0, L
-    )
+def test_plain_positions_train_as_the_stock_model_does(run, base):
+    """A recipe by formula at plain positions is nothing but training the scaled architecture; yarn has a factor too."""
+    scaling = composed("scaling=yarn", "dry_run=true").scaling
+    by_hand = recipes.scaled(modeling.architecture(ModelConfig(path=str(base))), scaling, 4.0, L)
     folder = base.parent / "scaled_by_hand"
     model = AutoModelForCausalLM.from_pretrained(base, config=by_hand)
     model.save_pretrained(folder)
     for file in base.glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
-    fine_tuned(run, folder, "by_hand", "data.seq_len=128")
-    assert figures(folder.parents[1] / "by_hand", "loss") == figures(finals["pi"].parent, "loss")
+    stock = fine_tuned(run, folder, "by_hand", "data.seq_len=128").parent
+    ours = fine_tuned(run, base, "plain_yarn", "scaling=yarn", "data.seq_len=128").parent
+    assert len(figures(ours, "loss")) == 2
+    assert figures(stock, "loss") == figures(ours, "loss")
 
 
 def figures(run_folder, key: str) -> list[float]:
