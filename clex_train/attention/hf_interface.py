@@ -7,7 +7,9 @@ Shapes: `B` batch, `H` heads, `K` key heads, `S` new tokens, `T` keys, `D` head 
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,74 +20,86 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from clex_train import log
+from clex_train.attention.adapters import ADAPTERS, Adapter, SinusoidTables, has_slopes, no_rotation
+from clex_train.attention.fitting import (
+    LAYER,
+    NAME,
+    attention_modules,
+    model_kind,
+    refuse_what_it_cannot,
+    trained_context,
+)
 from clex_train.attention.lambda_cache import LambdaCache, LambdaCacheLayer, room
-from clex_train.attention.lambda_mask import KeyValues, Stream, default_block_len, lambda_attention, rotated_span_len
+from clex_train.attention.lambda_mask import Scheme, lambda_attention, rotated_span_len
 from clex_train.attention.log_scaling import own_window
+from clex_train.attention.middle import Middle
 from clex_train.attention.padding import inverse, order_to_front, take
 from clex_train.attention.partial_softmax import SoftmaxRule
-from clex_train.attention.rotation import RotationTables, Turn, find_rotary_site, turn_of
+from clex_train.attention.rotation import RotarySite, RotationTables, TableRotation, find_rotary_site, turn_of
+from clex_train.attention.stream import KeyValues, Rotation, Stream
+from clex_train.attention.window_part import default_block_len
 
-NAME = "lm_infinite"
-LAYER = "lm_infinite_layer"
 SPECTRUM = "lm_infinite_spectrum"
-UNSUPPORTED = {
-    "cohere2": "its layers with full attention have no positions",
-    "hunyuan_v1_dense": "it normalises keys after their rotation",
-    "hunyuan_v1_moe": "it normalises keys after their rotation",
-}
 
 logger = log.get(__name__)
 
 
-def apply_lm_infinite(model: nn.Module, n_local: int, n_global: int, block_len: int | None = None) -> "LmInfinite":
+def apply_lm_infinite(
+    model: nn.Module, n_local: int, n_global: int, block_len: int | None = None, middle: Middle | None = None
+) -> "LmInfinite":
     """Have every layer with full attention see the `n_local` latest tokens and the `n_global` first ones.
 
-    Layers with a sliding window of their own keep it. `block_len` (queries per block) sets cost, not results. It goes
-    with `install_rotary` in either order. Warns for n_local beyond the model's trained context and n_global >=
-    n_local; `ValueError` for sizes out of range and, by name, for a model that lm_infinite does not fit.
+    `middle` lets tokens between them in (`attention.middle`), which needs a cache that keeps everything. Layers with a
+    sliding window of their own keep it. `block_len` (queries per block) sets cost, not results. It goes with
+    `install_rotary` in either order. Warns for n_local beyond the model's trained context and n_global >= n_local;
+    `ValueError` for sizes out of range and, by name, for a model that lm_infinite does not fit.
     """
     if n_local < 1 or n_global < 0:
         raise ValueError(f"n_local={n_local}, n_global={n_global}: at least 1 and 0 tokens")
     if block_len is not None and block_len < 1:
         raise ValueError(f"block_len={block_len}: at least 1 query")
-    return LmInfinite(model, n_local, n_global, block_len or default_block_len(n_local))
+    return LmInfinite(model, n_local, n_global, block_len or default_block_len(n_local), middle)
 
 
 class LmInfinite:
     """LM-Infinite in force on one model; made by `apply_lm_infinite`."""
 
-    def __init__(self, model: nn.Module, n_local: int, n_global: int, block_len: int) -> None:
-        self.model, self.n_local, self.n_global = model, n_local, n_global
-        attention = _attention_modules(model)
-        turns = [turn_of(module) for module in attention]
-        self._warn()
+    def __init__(
+        self, model: nn.Module, n_local: int, n_global: int, block_len: int, middle: Middle | None = None
+    ) -> None:
+        self.model, self.n_local, self.n_global, self.middle = model, n_local, n_global, middle
+        attention = attention_modules(model)
         windows = [own_window(module) for module in attention]
         longest = max(n_local, *(window or 1 for window in windows))
-        tables = RotationTables(
-            find_rotary_site(model), longest + max(rotated_span_len(longest, block_len), room(longest))
+        rotations, site = _rotations(
+            model, attention, longest + max(rotated_span_len(longest, block_len), room(longest))
         )
+        self._warn()
+        adapter = ADAPTERS.get(model_kind(model))
         self.layers = [
             _Layer(
                 module,
                 n_local if window is None else window,
                 n_global if window is None else 0,
                 block_len,
-                tables,
-                turn,
+                rotation,
+                site,
+                None if middle is None or window is not None else middle.of_layer(module.layer_idx),
+                adapter,
             )
-            for module, window, turn in zip(attention, windows, turns, strict=True)
+            for module, window, rotation in zip(attention, windows, rotations, strict=True)
         ]
-        configs: dict[int, Any] = {id(module.config): module.config for module in (*attention, model)}
-        self._before = [(config, config._attn_implementation) for config in configs.values()]
-        for config in configs.values():
-            config._attn_implementation = NAME
-        self._removals = [model.register_forward_pre_hook(_refuse_what_it_cannot, with_kwargs=True)]
-        for layer in self.layers:
-            setattr(layer.module, LAYER, layer)
-            self._removals.append(layer.module.register_forward_pre_hook(layer.before_call, with_kwargs=True))
+        if middle is not None and all(layer.middle is None for layer in self.layers):
+            raise ValueError(f"middle={middle}: none of the model's {len(self.layers)} layers takes part in it")
+        self._insert()
 
     def new_cache(self) -> LambdaCache:
-        """An empty cache for `past_key_values`, also of `generate`: its size does not grow with the stream."""
+        """An empty cache for `past_key_values`, also of `generate`: its size does not grow with the stream.
+
+        `ValueError` with a middle, which needs all keys.
+        """
+        if self.middle is not None:
+            raise ValueError(f"middle={self.middle}: it needs all keys; use a DynamicCache")
         return LambdaCache([LambdaCacheLayer(layer.n_local, layer.n_global) for layer in self.layers])
 
     def undo(self) -> None:
@@ -96,11 +110,22 @@ class LmInfinite:
             removal.remove()
         for layer in self.layers:
             if getattr(layer.module, LAYER, None) is layer:
-                delattr(layer.module, LAYER)
+                layer.leave()
         self._removals.clear()
 
+    def _insert(self) -> None:
+        modules = [layer.module for layer in self.layers]
+        configs: dict[int, Any] = {id(m.config): m.config for m in (*modules, self.model) if hasattr(m, "config")}
+        self._before = [(config, config._attn_implementation) for config in configs.values()]
+        for config in configs.values():
+            config._attn_implementation = NAME
+        self._removals = [self.model.register_forward_pre_hook(refuse_what_it_cannot, with_kwargs=True)]
+        for layer in self.layers:
+            layer.enter()
+            self._removals.append(layer.module.register_forward_pre_hook(layer.before_call, with_kwargs=True))
+
     def _warn(self) -> None:
-        trained = getattr(self.model.config, "max_position_embeddings", None)
+        trained = trained_context(self.model)
         if trained is not None and self.n_local > trained:
             logger.warning(
                 "n_local=%d is beyond the %d tokens that the model was trained for: distances up to n_local are new to "
@@ -120,14 +145,27 @@ class _Layer:
     n_local: int
     n_global: int
     block_len: int
-    tables: RotationTables
-    turn: Turn
+    rotation: Callable[[Tensor], Rotation]
+    site: RotarySite | None
+    middle: Middle | None
+    adapter: Adapter | None
     cache: LambdaCacheLayer | None = None
+    own_forward: Any = None
 
-    @property
-    def layer_type(self) -> str | None:
-        types = getattr(self.module.config, "layer_types", None)
-        return None if types is None else types[self.module.layer_idx]
+    def enter(self) -> None:
+        """Be found by the attention function, or stand in for the module's `forward` where there is an adapter."""
+        setattr(self.module, LAYER, self)
+        if self.adapter is not None:
+            self.own_forward = self.module.__dict__.get("forward")
+            self.module.forward = self.forward
+
+    def leave(self) -> None:
+        """Undo `enter`."""
+        delattr(self.module, LAYER)
+        if self.adapter is not None:
+            del self.module.forward
+            if self.own_forward is not None:
+                self.module.forward = self.own_forward
 
     def before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -135,24 +173,43 @@ class _Layer:
         """Have the model leave queries and keys unrotated, and tell the cache which new tokens are padding."""
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         call = {**dict(zip(names, args, strict=False)), **kwargs}
-        cos, sin = call["position_embeddings"]
-        call["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+        if call.get("position_embeddings") is not None:
+            cos, sin = call["position_embeddings"]
+            call["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+        mask = call.get("attention_mask")
+        if mask is not None and mask.dim() == 0:
+            call["attention_mask"] = mask = None
         cache = next((value for value in call.values() if isinstance(value, Cache)), None)
-        if cache is not None and not isinstance(cache, (LambdaCache, DynamicCache)):
-            raise ValueError(
-                f"past_key_values={type(cache).__name__}: lm_infinite works with a LambdaCache (constant size) or a "
-                "DynamicCache"
-            )
-        if isinstance(cache, DynamicCache):
-            self._refuse_turned_keys(cache)
+        self._check_cache(cache)
         self.cache = cache.layers[self.module.layer_idx] if isinstance(cache, LambdaCache) else None
-        if self.cache is not None and call.get("attention_mask") is not None:
-            self.cache.incoming = call["attention_mask"][:, -call["hidden_states"].shape[1] :]
+        if self.cache is not None and mask is not None:
+            self.cache.incoming = mask[:, -call["hidden_states"].shape[1] :]
         return (), call
 
-    def _refuse_turned_keys(self, cache: Any) -> None:
+    def forward(self, hidden_states: Float[Tensor, "B S E"], **call: Any) -> tuple[Float[Tensor, "B S E"], None]:
+        """In place of the module's own."""
+        assert self.adapter is not None
+        query, key, value = self.adapter.project(self.module, hidden_states)
+        cache = next((value for value in call.values() if isinstance(value, Cache)), None)
+        if cache is not None:
+            key, value = cache.update(key, value, self.module.layer_idx)
+        rule = self.adapter.softmax(self.module, query.device)
+        attended = _attend(self, query, key, value, call.get("attention_mask"), rule)
+        return self.adapter.finish(self.module, attended.flatten(2), call), None
+
+    def _check_cache(self, cache: Cache | None) -> None:
+        kind = type(cache).__name__
+        if cache is not None and not isinstance(cache, (LambdaCache, DynamicCache)):
+            raise ValueError(
+                f"past_key_values={kind}: lm_infinite works with a LambdaCache (constant size) or a DynamicCache"
+            )
+        if isinstance(cache, LambdaCache) and self.middle is not None:
+            raise ValueError(f"past_key_values={kind}: middle={self.middle} needs all keys; use a DynamicCache")
+        if isinstance(cache, DynamicCache) and self.site is not None:
+            self._refuse_turned_keys(cache, getattr(self.site.module, "spectrum", None))
+
+    def _refuse_turned_keys(self, cache: Any, spectrum: Any) -> None:
         """A rotary handle whose t moves turns the keys of a DynamicCache, which it takes to be rotated."""
-        spectrum = getattr(self.tables.site.module, "spectrum", None)
         before = getattr(cache, SPECTRUM, spectrum)
         setattr(cache, SPECTRUM, spectrum)
         stands_still = before is spectrum or (
@@ -180,27 +237,41 @@ def lm_infinite_attention(
     layer: _Layer | None = getattr(module, LAYER, None)
     if layer is None:
         raise ValueError(f"attn_implementation={NAME}: call apply_lm_infinite(model, n_local=..., n_global=...) first")
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask of {attention_mask.dim()} dimensions: {NAME} takes [rows, tokens]")
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__}: {NAME} does not know learned attention sinks")
     rule = SoftmaxRule(query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, softcap)
+    return _attend(layer, query, key, value, attention_mask, rule), None
+
+
+def padding_mask(
+    *args: Any, attention_mask: Tensor | None = None, config: Any = None, **kwargs: Any
+) -> Bool[Tensor, "B T"] | Bool[Tensor, ""] | None:
+    """Takes the place of transformers' masks: the padding as it was given, None when there is none.
+
+    For MPT, which cannot go on from None, a scalar stands for that.
+    """
+    if attention_mask is not None and not bool(attention_mask.all()):
+        return attention_mask.bool()
+    return torch.ones((), dtype=torch.bool) if getattr(config, "model_type", None) == "mpt" else None
+
+
+def _attend(
+    layer: _Layer, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, rule: SoftmaxRule
+) -> Float[Tensor, "B S H V"]:
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask of {attention_mask.dim()} dimensions: {NAME} takes [rows, tokens]")
     valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     order = None if valid is None else order_to_front(valid)
     window, start, stream = (
         _whole(layer, key, value, attention_mask) if layer.cache is None else _held(layer, key, value)
     )
-    rotation = layer.tables.rotation(query, layer.layer_type, layer.turn)
-    turned = None if layer.cache is None or torch.is_grad_enabled() else layer.cache.turned(rotation)
-    output = lambda_attention(
-        take(query, order), window, start, stream, layer.n_local, rotation, rule, layer.block_len, turned
-    )
-    return take(output, inverse(order)).transpose(1, 2).contiguous(), None
-
-
-def padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Bool[Tensor, "B T"] | None:
-    """Takes the place of transformers' masks: the padding as it was given, None when there is none."""
-    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    rotation = layer.rotation(query)
+    turned = None
+    if layer.cache is not None and isinstance(rotation, TableRotation) and not torch.is_grad_enabled():
+        turned = layer.cache.turned(rotation)
+    scheme = Scheme(layer.n_local, rotation, rule, layer.block_len, layer.middle)
+    output = lambda_attention(take(query, order), window, start, stream, scheme, turned)
+    return take(output, inverse(order)).transpose(1, 2).contiguous()
 
 
 def _held(layer: _Layer, key: Tensor, value: Tensor) -> tuple[KeyValues, KeyValues | None, Stream]:
@@ -228,41 +299,23 @@ def _whole(
     return window, KeyValues(*(take(x, index) for x in window)), stream
 
 
-def _attention_modules(model: nn.Module) -> list[Any]:
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    modules: list[Any] = list(model.modules())
-    if any(hasattr(module, LAYER) for module in modules):
-        raise ValueError("apply_lm_infinite: it is in force on this model already; undo() the earlier one")
-    if kind in UNSUPPORTED or hasattr(model.config, "qk_rope_head_dim"):
-        reason = UNSUPPORTED.get(kind, "it rotates a part of each key that is held apart")
-        raise ValueError(f"model_type={kind}: lm_infinite does not fit it ({reason})")
-    found = [module for module in modules if hasattr(module, "layer_idx") and _uses_interface(module)]
-    if not found:
-        raise ValueError(
-            f"model_type={kind}: its attention does not go through transformers' attention interface with rotary "
-            "position embeddings, and lm_infinite has no adapter for it"
-        )
-    if all(own_window(module) is not None for module in found):
-        raise ValueError(
-            f"model_type={kind}: every layer has a sliding window of its own; set sliding_window to null in config.json"
-        )
-    return found
+def _rotations(
+    model: nn.Module, attention: list[Any], num_positions: int
+) -> tuple[list[Callable[[Tensor], Rotation]], RotarySite | None]:
+    """How each layer rotates, and where the rotary module is that it does so by, if any."""
+    kind = model_kind(model)
+    if kind in ADAPTERS and has_slopes(attention[0], kind):
+        return [no_rotation] * len(attention), None
+    if kind == "gptj":
+        return [SinusoidTables(attention[0], num_positions).rotation] * len(attention), None
+    tables = RotationTables(find_rotary_site(model), num_positions)
+    rotate = [partial(tables.rotation, layer_type=_layer_type(module), turn=turn_of(module)) for module in attention]
+    return list(rotate), tables.site
 
 
-def _uses_interface(module: nn.Module) -> bool:
-    forward = inspect.unwrap(type(module).forward)
-    is_rotary = "position_embeddings" in inspect.signature(forward).parameters
-    return is_rotary and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
-
-
-def _refuse_what_it_cannot(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
-        raise ValueError(f"output_attentions=True: {NAME} never forms the n x n weights; use attn_implementation=eager")
-    positions = kwargs.get("position_ids")
-    if positions is None or kwargs.get("attention_mask") is not None:
-        return
-    if bool((positions.diff(dim=-1) != 1).any()):
-        raise ValueError(f"position_ids that jump (packed documents): {NAME} takes one stream a row")
+def _layer_type(module: Any) -> str | None:
+    types = getattr(module.config, "layer_types", None)
+    return None if types is None else types[module.layer_idx]
 
 
 AttentionInterface.register(NAME, lm_infinite_attention)

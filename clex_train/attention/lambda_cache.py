@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from clex_train.attention.lambda_mask import KeyValues, Stream, Turned
 from clex_train.attention.padding import order_to_front, take
 from clex_train.attention.rotation import TableRotation
+from clex_train.attention.stream import KeyValues, Stream, Turned
 
 SMALLEST_ROOM = 16
 

@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SoftmaxRule:
-    """What stands between scores and weights: factor on q.k, dropout of weights, and Gemma 2's c * tanh(s / c)."""
+    """What stands between scores and weights: factor on q.k, dropout, Gemma 2's c * tanh(s / c), ALiBi's slopes."""
 
     scaling: float
     dropout: float = 0.0
     softcap: float | None = None
+    slopes: Float[Tensor, " H"] | None = None
+    """ALiBi: a query's score falls by its head's slope times the distance of the key."""
 
 
 class Part(NamedTuple):
@@ -35,15 +37,24 @@ def attend(
     values: Float[Tensor, "B K T V"],
     visible: Bool[Tensor, "#B 1 S T"] | None,
     rule: SoftmaxRule,
+    distance: Int[Tensor, "S T"] | None = None,
 ) -> Part:
-    """Attention where `visible` (None: everywhere). The query heads that share a key are folded into the queries."""
+    """Attention where `visible` (None: everywhere). The query heads that share a key are folded into the queries.
+
+    `distance` is what ALiBi's slopes go by; without it every key is as if at distance 0 (see `at_distance`).
+    """
     num_rows, num_heads, num_queries, _ = query.shape
     group = num_heads // keys.shape[1]
     folded = query.reshape(num_rows, keys.shape[1], group * num_queries, -1)
     if visible is not None and group > 1:
         visible = visible.repeat(1, 1, group, 1)
+    bias = None
+    if rule.slopes is not None and distance is not None:
+        slopes = rule.slopes.to(torch.promote_types(query.dtype, torch.float32))
+        lowered = slopes[:, None, None] * -distance.to(slopes.dtype)
+        bias = lowered.reshape(1, keys.shape[1], group * num_queries, -1)
     compute = _fused if can_fuse(folded, keys, values, rule) else _explicit
-    output, log_sum_exp = compute(folded, keys, values, visible, rule)
+    output, log_sum_exp = compute(folded, keys, values, visible, rule, bias)
     return Part(
         output.reshape(num_rows, num_heads, num_queries, -1), log_sum_exp.reshape(num_rows, num_heads, num_queries)
     )
@@ -80,23 +91,39 @@ def join(first: Part, second: Part) -> Part:
     return Part(output.to(first.output.dtype), torch.logaddexp(first.log_sum_exp, second.log_sum_exp))
 
 
-def _explicit(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, rule: SoftmaxRule) -> Part:
+def at_distance(part: Part, rule: SoftmaxRule, distance: float) -> Part:
+    """A part whose keys all have the same `distance`: by ALiBi one term per head, which leaves the weights alone."""
+    if rule.slopes is None:
+        return part
+    return Part(part.output, part.log_sum_exp - rule.slopes[:, None].to(part.log_sum_exp) * distance)
+
+
+def _explicit(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, rule: SoftmaxRule, bias: Tensor | None
+) -> Part:
     """By its definition, in float32 at least; differentiable in everything."""
     scores = (query @ keys.transpose(-1, -2) * rule.scaling).to(torch.promote_types(query.dtype, torch.float32))
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
+    if bias is not None:
+        scores = scores + bias
     if visible is not None:
-        scores = scores.masked_fill(~visible, _masked(scores.dtype))
+        scores = scores.masked_fill(~visible, masked_score(scores.dtype))
     log_sum_exp = scores.logsumexp(dim=-1)
     weights = nn.functional.dropout((scores - log_sum_exp.unsqueeze(-1)).exp(), rule.dropout)
     return Part(weights.to(values.dtype) @ values, log_sum_exp)
 
 
-def _fused(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, rule: SoftmaxRule) -> Part:
-    """By the kernel behind scaled_dot_product_attention on a CPU, which has the log-sum-exp but no gradient of it."""
-    bias = None
+def _fused(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, rule: SoftmaxRule, bias: Tensor | None
+) -> Part:
+    """By the kernel behind scaled_dot_product_attention on a CPU, which has the log-sum-exp but no gradient of it.
+
+    It takes a `bias` of float32 beside bfloat16, in which far distances would run together.
+    """
     if visible is not None:
-        bias = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, _masked(query.dtype))
+        added = torch.zeros((), dtype=query.dtype) if bias is None else bias
+        bias = torch.where(visible, added, masked_score(query.dtype))
     return _kernel(query, keys, values, bias, rule)
 
 
@@ -114,6 +141,6 @@ def can_fuse(query: Tensor, keys: Tensor, values: Tensor, rule: SoftmaxRule) -> 
     return plain and not wants_gradient and query.device.type == "cpu" and query.dtype != torch.float16
 
 
-def _masked(dtype: torch.dtype) -> float:
+def masked_score(dtype: torch.dtype) -> float:
     """Finite, so that a query that sees nothing makes no NaN, and far below every score."""
     return torch.finfo(dtype).min / 2

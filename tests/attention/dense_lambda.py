@@ -26,30 +26,55 @@ class PlainRotation:
         return self.at(x, torch.full((x.shape[2],), position))
 
 
+class Unrotated:
+    """For ALiBi."""
+
+    def at(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x
+
+    def consecutive(self, x: Tensor, first: int) -> Tensor:
+        return x
+
+    def constant(self, x: Tensor, position: int) -> Tensor:
+        return x
+
+
 def dense_lambda(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     n_local: int,
     n_global: int,
-    rotation: PlainRotation,
+    rotation: PlainRotation | Unrotated,
     valid: Tensor | None = None,
+    best: int = 0,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """[B, H, N, D] by an explicit N x N x D table of keys at their distances; `valid` [B, N] is False at padding.
 
-    Padded queries get zeros.
+    Padded queries get zeros. `best` keys of the middle are seen at distance L / 2.
     """
     num_rows, num_heads, num_tokens, width = query.shape
     keys, values = (x.repeat_interleave(num_heads // keys.shape[1], dim=1) for x in (keys, values))
     valid = torch.ones(num_rows, num_tokens, dtype=torch.bool) if valid is None else valid
+    slopes = torch.zeros(num_heads) if slopes is None else slopes
     rank = valid.long().cumsum(1) - 1
     output = torch.zeros_like(query)
     for row in range(num_rows):
         distance = rank[row][:, None] - rank[row][None, :]
-        visible = valid[row][:, None] & valid[row][None, :] & (distance >= 0)
-        visible &= (distance < n_local) | (rank[row][None, :] < n_global)
-        turned = rotation.at(query[row][:, :, None], distance.clamp(0, n_local))
-        scores = (turned * keys[row][:, None]).sum(-1) / width**0.5
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        past = valid[row][:, None] & valid[row][None, :] & (distance >= 0)
+        visible = past & ((distance < n_local) | (rank[row][None, :] < n_global))
+
+        def scores_at(distances: Tensor, row: int = row) -> Tensor:
+            turned = rotation.at(query[row][:, :, None], distances)
+            biased = (turned * keys[row][:, None]).sum(-1) / width**0.5
+            return biased - slopes[:, None, None].to(biased.dtype) * distances
+
+        scores = scores_at(distance.clamp(0, n_local)).masked_fill(~visible, float("-inf"))
+        if best:
+            halfway = scores_at(torch.full_like(distance, n_local // 2)).masked_fill(~(past & ~visible), float("-inf"))
+            place = halfway.argsort(dim=-1, descending=True).argsort(dim=-1)
+            scores = torch.where((place < best) & halfway.isfinite(), halfway, scores)
+        weights = scores.softmax(-1)
         output[row] = weights.masked_fill(~valid[row][:, None], 0.0) @ values[row]
     return output

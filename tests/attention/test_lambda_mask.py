@@ -6,8 +6,9 @@ from dense_lambda import PlainRotation, dense_lambda
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clex_train.attention.lambda_mask import KeyValues, Stream, lambda_attention
+from clex_train.attention.lambda_mask import Scheme, lambda_attention
 from clex_train.attention.partial_softmax import SoftmaxRule
+from clex_train.attention.stream import KeyValues, Stream
 
 WIDTH = 8
 
@@ -25,10 +26,7 @@ def blocked(query, keys, values, n_local, n_global, rotation, padding=None, bloc
         KeyValues(keys, values),
         KeyValues(*start) if n_global else None,
         Stream(keys.shape[2], padding),
-        n_local,
-        rotation,
-        SoftmaxRule(query.shape[-1] ** -0.5),
-        block_len,
+        Scheme(n_local, rotation, SoftmaxRule(query.shape[-1] ** -0.5), block_len),
     )
 
 
@@ -99,8 +97,8 @@ def test_where_the_stream_began_does_not_change_a_single_bit():
 
     def ending_at(num_tokens: int) -> Tensor:
         window = KeyValues(keys, values)
-        rotation, rule = PlainRotation(WIDTH), SoftmaxRule(1.0)
-        return lambda_attention(query[:, :, -4:], window, start, Stream(num_tokens), 8, rotation, rule)
+        scheme = Scheme(8, PlainRotation(WIDTH), SoftmaxRule(1.0))
+        return lambda_attention(query[:, :, -4:], window, start, Stream(num_tokens), scheme)
 
     assert torch.equal(ending_at(1000), ending_at(10**8 + 1000))
 

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clex_train.attention.hf_interface import apply_lm_infinite
+from clex_train.attention.middle import WholeMiddle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rope"))
 from rotary_families import FAMILIES, tiny_model, tokens
 
-# Falcon has its own attention; the others go through the interface.
+# Falcon has its own attention (test_adapters.py); the others go through the interface.
 INTERFACE_FAMILIES = sorted(set(FAMILIES) - {"falcon"})
 
 
@@ -44,6 +45,16 @@ def test_logits_are_those_of_the_original_code(original, key, n, n_local, n_glob
         logits = model(stored["input_ids"][None, :n]).logits[0]
     handle.undo()
     torch.testing.assert_close(logits[rows], expected, rtol=0, atol=1e-4)
+
+
+def test_a_limit_of_the_distance_alone_gives_the_logits_of_the_original_code(original):
+    model, stored = original
+    expected = stored["limitonly.128.logits"]
+    handle = apply_lm_infinite(model, 64, 0, block_len=48, middle=WholeMiddle())
+    with torch.no_grad():
+        logits = model(stored["input_ids"][None, :128]).logits[0]
+    handle.undo()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", INTERFACE_FAMILIES)
@@ -228,15 +239,11 @@ class TestWhatItCannot:
         assert "n_local=17 is beyond the 16 tokens" in caplog.text
         assert "n_global=17 is not below n_local=17" in caplog.text
 
-    @pytest.mark.parametrize("kind", ["falcon", "gptj", "mpt", "gpt2"])
+    @pytest.mark.parametrize("kind", ["gpt2", "codegen"])
     def test_models_without_the_interface_or_without_rotation_are_refused_by_name(self, kind):
-        if kind == "falcon":
-            model = tiny_model(kind)
-        else:
-            sizes = {"mpt": {"d_model": 32, "n_heads": 2, "n_layers": 1}}.get(
-                kind, {"n_embd": 32, "n_head": 2, "n_layer": 1, "rotary_dim": 8}
-            )
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=31, **sizes))
+        sizes = {"n_embd": 32, "n_head": 4, "n_layer": 1, "vocab_size": 31}
+        rotary = {"rotary_dim": 8} if kind == "codegen" else {}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **rotary))
         with pytest.raises(ValueError, match=f"model_type={kind}"):
             apply_lm_infinite(model, 8, 2)
 

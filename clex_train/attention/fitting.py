@@ -1,0 +1,75 @@
+"""Which models lm_infinite fits, and which calls of them: one line that names what is wrong otherwise."""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from clex_train.attention.adapters import ADAPTERS
+from clex_train.attention.log_scaling import own_window
+
+NAME = "lm_infinite"
+LAYER = "lm_infinite_layer"
+UNSUPPORTED = {
+    "cohere2": "its layers with full attention have no positions",
+    "codegen": "it packs its queries, keys and values by tensor-parallel shards of its own",
+    "hunyuan_v1_dense": "it normalises keys after their rotation",
+    "hunyuan_v1_moe": "it normalises keys after their rotation",
+}
+
+
+def model_kind(model: Any) -> str:
+    """The model type as transformers names it."""
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def attention_modules(model: nn.Module) -> list[Any]:
+    """The attention of every layer; `ValueError` naming the model type when lm_infinite does not fit it."""
+    kind = model_kind(model)
+    modules: list[Any] = list(model.modules())
+    if any(hasattr(module, LAYER) for module in modules):
+        raise ValueError("apply_lm_infinite: it is in force on this model already; undo() the earlier one")
+    reason = UNSUPPORTED.get(kind)
+    if hasattr(model.config, "qk_rope_head_dim"):
+        reason = "it rotates a part of each key that is held apart"
+    if reason is not None:
+        raise ValueError(f"model_type={kind}: lm_infinite does not fit it ({reason})")
+    fits = _is_numbered if kind in ADAPTERS else _uses_interface
+    found = [module for module in modules if fits(module)]
+    if not found:
+        raise ValueError(
+            f"model_type={kind}: its attention does not go through transformers' attention interface with rotary "
+            "position embeddings, and lm_infinite has no adapter for it"
+        )
+    if all(own_window(module) is not None for module in found):
+        raise ValueError(
+            f"model_type={kind}: every layer has a sliding window of its own; set sliding_window to null in config.json"
+        )
+    return found
+
+
+def trained_context(model: Any) -> int | None:
+    """Tokens of the context that the model was trained on, as far as its config says."""
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    return next((length for name in names if isinstance(length := getattr(model.config, name, None), int)), None)
+
+
+def refuse_what_it_cannot(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook before each call of the model: attention weights and packed documents are refused."""
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise ValueError(f"output_attentions=True: {NAME} never forms the n x n weights; use attn_implementation=eager")
+    positions = kwargs.get("position_ids")
+    if positions is None or kwargs.get("attention_mask") is not None:
+        return
+    if bool((positions.diff(dim=-1) != 1).any()):
+        raise ValueError(f"position_ids that jump (packed documents): {NAME} takes one stream a row")
+
+
+def _is_numbered(module: nn.Module) -> bool:
+    return hasattr(module, "layer_idx")
+
+
+def _uses_interface(module: nn.Module) -> bool:
+    forward = inspect.unwrap(type(module).forward)
+    is_rotary = "position_embeddings" in inspect.signature(forward).parameters
+    return _is_numbered(module) and is_rotary and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
