@@ -20,18 +20,28 @@ def describe(label: str, weights: dict[str, Any], store: TokenStore, dtype: torc
     """The origin of an evaluation by this process; `weights` says which (path, hash, step)."""
     return Origin(
         label=label,
-        command=[Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]],
+        command=command(),
         model=weights,
         data={"path": str(store.path), "fingerprint": store.fingerprint},
-        environment={
-            "git_commit": tracking.git_commit(),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "dtype": str(dtype).removeprefix("torch."),
-            "world_size": distributed.world_size(),
-        },
+        environment=environment(dtype),
     )
+
+
+def command() -> list[str]:
+    """This process's command line, the interpreter by its name."""
+    return [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
+
+
+def environment(dtype: torch.dtype) -> dict[str, Any]:
+    """Commit, versions, device, dtype and number of ranks."""
+    return {
+        "git_commit": tracking.git_commit(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "world_size": distributed.world_size(),
+    }
 
 
 def weights_hash(directory: Path) -> str | None:

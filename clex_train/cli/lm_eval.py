@@ -1,0 +1,147 @@
+"""LongBench, RULER and any other task of the `lm-eval` package on a trained model, with its own frequencies.
+
+    python -m clex_train.cli.lm_eval run=runs/llama2_7b_clex tasks=[longbench_qasper,longbench_hotpotqa]
+    python -m clex_train.cli.lm_eval model=DIR_OR_HUB_NAME tasks=[niah_single_1,ruler_vt] lengths=[4096,16384]
+    python -m clex_train.cli.lm_eval run=runs/tiny_clex tasks=[my_task] include=folder/of/yaml limit=20
+    deepspeed --module clex_train.cli.lm_eval run=runs/llama2_70b_clex tasks=[longbench] sharded=true
+
+Needs `pip install -r requirements-eval.txt`. Writes `evaluation/lm_eval/<label>.json` in the run folder (or `output`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clex_train import distributed, log
+from clex_train.cli import arguments as arguments_of
+from clex_train.cli import console, loading
+from clex_train.cli.loading import LoadingConfig, Source
+from clex_train.evaluation import harness, origin
+from clex_train.modeling import LoadedModel, t_max_of_field
+from clex_train.settings.bounds import require
+
+FORMAT = 1
+KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples")
+
+
+@dataclass
+class LmEvalConfig(LoadingConfig):
+    tasks: list[str] = field(default_factory=list)
+    """Names of tasks, groups or tags, or patterns such as `longbench_*`."""
+    include: str | None = None
+    """Folder with task files (YAML) of your own."""
+    lengths: list[int] | None = None
+    """Lengths in tokens of tasks that are made at any length (RULER); by default the task's own."""
+    max_length: int | None = None
+    """Most tokens of prompt and answer; longer prompts lose their beginning. By default t_max * L (L without CLEX)."""
+    batch_size: int = 1
+    """Prompts in a forward. They share one t, that of the longest; with 1 each has its own."""
+    num_fewshot: int | None = None
+    """Examples before each question; by default the task's own."""
+    limit: int | None = None
+    """Only the first documents of each task."""
+
+
+def main() -> None:
+    """Run the tasks; names, data and bounds are checked before weights are read."""
+    asked = arguments_of.parse(LmEvalConfig, sys.argv[1:])
+    assert isinstance(asked, LmEvalConfig)
+    check(asked)
+    harness.require_installed()
+    if asked.run:
+        loading.run_config(Path(asked.run))
+    source = loading.locate(asked)
+    max_length = longest(asked, source)
+    metadata: dict[str, Any] = {"tokenizer": asked.path, "pretrained": asked.path}
+    if asked.lengths:
+        metadata["max_seq_lengths"] = asked.lengths
+    tasks = harness.Tasks(asked.tasks, Path(asked.include) if asked.include else None, metadata)
+    loaded, dtype = loading.load(asked, source.model)
+    results = harness.evaluate(loaded, tasks, max_length, asked.batch_size, asked.limit, asked.num_fewshot)
+    if distributed.is_main():
+        file = Path(asked.output) if asked.output else source.output.parent / "lm_eval" / source.output.name
+        write(file, results, facts(source, loaded, dtype, max_length))
+        print(table(results))
+        print(f"\nwritten to {file}")
+
+
+def check(asked: LmEvalConfig) -> None:
+    """`ValueError` for keys that are missing, out of range or contradict each other."""
+    loading.check(asked)
+    require(len(asked.tasks) > 0, "tasks", asked.tasks, "one or more names, such as tasks=[longbench_qasper]")
+    require(asked.include is None or Path(asked.include).is_dir(), "include", asked.include, "no such folder")
+    require(asked.batch_size >= 1, "batch_size", asked.batch_size, "at least 1 prompt")
+    require(asked.limit is None or asked.limit >= 1, "limit", asked.limit, "at least 1 document")
+    require(asked.num_fewshot is None or asked.num_fewshot >= 0, "num_fewshot", asked.num_fewshot, "0 or more")
+    require(
+        asked.sharded or distributed.world_size() == 1,
+        "sharded",
+        asked.sharded,
+        f"{distributed.world_size()} ranks would each do the same; set sharded=true, or start one process",
+    )
+
+
+def longest(asked: LmEvalConfig, source: Source) -> int:
+    """Tokens that a prompt and its answer may have; `ValueError` for more than the field was trained for."""
+    t_max = t_max_of_field(asked.path)
+    reach = int((t_max or 1.0) * source.context_len)
+    chosen = asked.max_length or reach
+    require(chosen >= 2, "max_length", chosen, "at least 2 tokens")
+    require(
+        t_max is None or chosen <= reach,
+        "max_length",
+        chosen,
+        f"beyond t_max * L = {t_max or 1:g} * {source.context_len}; leave the key out",
+    )
+    return chosen
+
+
+def facts(source: Source, loaded: LoadedModel, dtype: torch.dtype, max_length: int) -> dict[str, Any]:
+    """Where the numbers come from."""
+    path = Path(str(source.model.path))
+    return {
+        "label": source.label,
+        "command": origin.command(),
+        "model": {"path": str(path), "hash": origin.weights_hash(path), "revision": source.model.revision},
+        "environment": origin.environment(dtype),
+        "context_len": source.context_len,
+        "frequencies": loaded.table.method if loaded.table is not None else "none",
+        "max_length": max_length,
+    }
+
+
+def write(file: Path, results: dict[str, Any], origin_: dict[str, Any]) -> None:
+    """The metrics by key, and the harness's own account of tasks, versions and examples, as JSON."""
+    kept = {
+        key: results[key]
+        for key in ("results", "groups", "configs", "versions", "n-shot", "n-samples")
+        if key in results
+    }
+    content = {"format": FORMAT, **origin_, "metrics": harness.metrics(results), "lm_eval": kept}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def table(results: dict[str, Any]) -> str:
+    """One line a metric."""
+    rows = harness.metrics(results)
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"{key:<{width}}  {value:.4f}" for key, value in rows.items())
+
+
+def usage() -> str:
+    """The module's own text and a line for every key."""
+    return arguments_of.usage(__doc__, LmEvalConfig)
+
+
+if __name__ == "__main__":
+    log.setup()
+    sys.exit(console.run(main, usage))

@@ -1,0 +1,167 @@
+"""Tasks of lm-eval on local data: its log-likelihoods and generations are those of the model at each prompt's t."""
+
+import json
+import math
+import sys
+from functools import partial
+from importlib import util
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
+from model_directories import save_clex_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from clex_train import modeling
+from clex_train.cli import console
+from clex_train.cli import lm_eval as program
+from clex_train.model_directory import read_clex
+from clex_train.settings.model import ModelConfig
+
+needs_harness = pytest.mark.skipif(util.find_spec("lm_eval") is None, reason="needs requirements-eval.txt")
+
+LENGTHS = (9, 30, 60)
+LIKELIHOOD = """
+task: next_number
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{text}}}}"
+doc_to_target: " {{{{answer}}}}"
+metric_list:
+  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
+"""
+GENERATION = """
+task: continued_numbers
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["none"], max_gen_toks: 3, do_sample: false}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without lm-eval's own 14,000 task files, whose index takes longer than all tests here."""
+    if util.find_spec("lm_eval") is not None:
+        from lm_eval import tasks
+
+        monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLEX model whose tokenizer knows the numbers from 2 up to VOCAB, one word each."""
+    folder = tmp_path_factory.mktemp("lm_eval")
+    save_clex_model(folder / "model")
+    vocabulary = {"<end>": 0, "<unknown>": 1, **{str(i): i for i in range(2, VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unknown>")
+    fast.save_pretrained(folder / "model")
+    return folder
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(2, VOCAB, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def words(tokens: list[int]) -> str:
+    return " ".join(map(str, tokens))
+
+
+def write_task(folder: Path, text: str, answers: list[list[int]]) -> None:
+    """A task file and its documents: each prompt with its answer."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"text": words(p), "answer": words(a)} for p, a in zip(prompts(), answers, strict=True)]
+    data = folder / "documents.json"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    (folder / "task.yaml").write_text(text.format(data=data))
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
+    return console.run(program.main, program.usage)
+
+
+def stock_log_likelihood(model_folder: Path, prompt: list[int], answer: list[int]) -> float:
+    """By transformers' own Llama, the frequencies of the least sufficient t written into its rotary module."""
+    model, (_, table, _) = build_tiny_llama(), read_clex(model_folder)
+    tokens = torch.tensor([prompt + answer])
+    t = math.ceil((tokens.shape[1] - 1) / CONTEXT_LEN)
+    model.model.rotary_emb.inv_freq = table.at(float(t)).inv_freq.float()
+    with torch.no_grad():
+        scores = model(tokens[:, :-1]).logits[0].double().log_softmax(-1)
+    return sum(float(scores[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
+
+
+@needs_harness
+def test_log_likelihoods_are_those_of_the_stock_model_at_the_t_of_each_prompt(place, tmp_path, monkeypatch) -> None:
+    answers = [[7, 5], [11], [80, 3, 9]]
+    write_task(tmp_path / "tasks", LIKELIHOOD, answers)
+    output = tmp_path / "deep" / "out.json"
+    arguments = [f"model={place / 'model'}", "tasks=[next_number]", f"include={tmp_path / 'tasks'}", "precision=fp32"]
+    assert call(monkeypatch, *arguments, f"output={output}") == 0
+    content = json.loads(output.read_text())
+    values = [stock_log_likelihood(place / "model", p, a) for p, a in zip(prompts(), answers, strict=True)]
+    expected = math.exp(-sum(values) / len(values))
+    assert content["metrics"]["lm_eval/next_number/perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert content["max_length"] == 4 * CONTEXT_LEN
+    assert content["frequencies"] == "clex"
+    assert len(content["model"]["hash"]) == 16
+    assert content["lm_eval"]["n-samples"]["next_number"]["effective"] == 3
+
+
+@needs_harness
+def test_generation_crosses_a_step_of_t_as_the_model_does_by_itself(place, tmp_path, monkeypatch, capsys) -> None:
+    loaded = modeling.load_for_evaluation(ModelConfig(path=str(place / "model")))
+    answers = []
+    for prompt in prompts():
+        ids = torch.tensor([prompt])
+        made = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+        answers.append(made[0, len(prompt) :].tolist())
+    write_task(tmp_path / "tasks", GENERATION, answers)
+    arguments = [f"model={place / 'model'}", "tasks=[continued_*]", f"include={tmp_path / 'tasks'}", "precision=fp32"]
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *arguments, "label=mine") == 0
+    content = json.loads((tmp_path / "runs" / "mine" / "evaluation" / "lm_eval" / "mine.json").read_text())
+    assert content["metrics"]["lm_eval/continued_numbers/exact_match"] == 1.0
+    assert "lm_eval/continued_numbers/exact_match" in capsys.readouterr().out
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tasks=[]"], "tasks=[]: one or more names"),
+        (["tasks=[next_numbr]"], "tasks=[next_numbr]: lm-eval has no such task"),
+        (["tasks=[next_number]", "max_length=65"], "max_length=65: beyond t_max * L = 4 * 16"),
+        (["tasks=[next_number]", "include=nowhere"], "include=nowhere: no such folder"),
+        (["tasks=[next_number]", "batch_size=0"], "batch_size=0: at least 1 prompt"),
+        (["tasks=[next_number]", "include={folder}"], "tasks=[next_number]: their data cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_before_weights_are_read(
+    place, tmp_path, monkeypatch, capsys, arguments, message
+) -> None:
+    write_task(tmp_path / "tasks", LIKELIHOOD, [[1], [1], [1]])
+    (tmp_path / "tasks" / "documents.json").unlink()
+    monkeypatch.setattr(program.loading, "load", None)
+    words = [argument.format(folder=tmp_path / "tasks") for argument in arguments]
+    assert call(monkeypatch, f"model={place / 'model'}", *words) == console.USER_ERROR
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_what_installs_it(place, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("clex_train.evaluation.harness.find_spec", lambda name: None)
+    assert call(monkeypatch, f"model={place / 'model'}", "tasks=[any]") == console.USER_ERROR
+    assert "lm-eval is not installed: pip install -r requirements-eval.txt" in capsys.readouterr().err
