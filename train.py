@@ -84,11 +84,11 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     context_len = modeling.context_length(config.model, arch)
     separation.check_document_mask(config, arch, context_len)
     interrupted = lambda: stop.reason() is not None  # noqa: E731
+    configuration.check_protocols(config)
     evaluated = config.evaluation.every >= 0
     evaluation = TrainingEvaluation(config, store, context_len, tokenizer, interrupted) if evaluated else None
     if evaluation:
         require_disjoint(stores.values(), evaluation.store, config.evaluation.allow_overlap)
-    configuration.check_protocols(config)
     configuration.check_reach(config, context_len)
     configuration.check_scaling(config, modeling.has_field(str(config.model.path)))
     configuration.check_positions(config, context_len)

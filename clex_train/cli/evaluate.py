@@ -28,19 +28,20 @@ from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_tokenizer
 from clex_train.evaluation import methods, origin, report, runner, streaming
+from clex_train.evaluation.protocols import Reading, readings
 from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
 from clex_train.evaluation.retrieval import console as retrieval_console
 from clex_train.evaluation.retrieval import plan as retrieval_plan
 from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.streaming import Stream, plan_stream
-from clex_train.evaluation.windows import WindowSet, score_stride, select
+from clex_train.evaluation.windows import WindowSet, select
 from clex_train.settings.bounds import require
 from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 from clex_train.settings.model import ModelConfig
 from clex_train.settings.retrieval import Task
 
-WINDOW_KEYS = ("lengths", "protocols", "num_windows", "chunk_len")
+WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "num_windows", "chunk_len")
 TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts")
 KEYS = ("methods", "n_local", "n_global", *WINDOW_KEYS, *TASK_KEYS)
 """What the command line may say otherwise than the run's `evaluation` group."""
@@ -56,12 +57,17 @@ class EvaluateConfig(LoadingConfig):
     lengths: list[int] | None = None
     """Window lengths in tokens; by default the run's, or 1, 2, 4, 8 and 16 times the model's context length."""
     protocols: list[Protocol] | None = None
-    """`one_shot`: t fixed by the window's length; `chunked` (official): chunks of L through the cache, t grows;
+    """`one_shot`: windows of N, t fixed by N; `chunked` (official): chunks of L through the cache, t grows; `sliding`:
+    windows moved by `stride`; `per_position`: nll against position; `last_k`: a window's last tokens alone;
     `streaming`, by itself: all held-out text as one stream, beside windows of L over the same tokens."""
     n_local: int | None = None
     """Latest tokens that `lm_infinite` sees; by default L."""
     n_global: int | None = None
     """First tokens that `lm_infinite` sees; by default 10."""
+    stride: int | None = None
+    """Tokens by which `sliding` moves its windows; by default 256."""
+    last_k: int | None = None
+    """Tokens at the end of the largest window that `last_k` scores; by default L."""
     stream_tokens: int | None = None
     """Tokens of a stream; by default the whole validation split."""
     num_windows: int | None = None
@@ -98,8 +104,10 @@ def main() -> None:
     if Protocol.streaming in plan.spec.protocols:
         finish(plan, *stream(asked, plan, plan_stream(plan.store, asked.stream_tokens, plan.context_len)))
         return
+    spans = readings(plan.spec, plan.context_len)
+    windows = select(plan.store, max(plan.spec.lengths), plan.spec.num_windows, asked.seed) if spans else None
     cells = retrieval_plan.of_spec(plan.spec, plan.tokenizer, asked.seed)
-    finish(plan, *evaluate(asked, plan, _windows(plan, asked.seed) if plan.spec.protocols else None, cells))
+    finish(plan, *evaluate(asked, plan, windows, spans, cells))
 
 
 def finish(plan: Plan, results: Results, origin: Origin) -> None:
@@ -138,7 +146,7 @@ def make_plan(asked: EvaluateConfig) -> Plan:
 
 
 def evaluate(
-    asked: EvaluateConfig, plan: Plan, windows: WindowSet | None, cells: Sequence[Cell]
+    asked: EvaluateConfig, plan: Plan, windows: WindowSet | None, spans: Sequence[Reading], cells: Sequence[Cell]
 ) -> tuple[Results, Origin]:
     """Load the weights on every rank, deal windows and prompts to the ranks, score. Collective."""
     loaded, dtype = load(asked, plan.model)
@@ -152,8 +160,7 @@ def evaluate(
             loaded.handle,
             tables,
             windows,
-            plan.spec.lengths,
-            plan.spec.protocols,
+            spans,
             plan.spec.chunk_len,
             asked.batch_tokens,
             inserted=inserted,
@@ -183,11 +190,6 @@ def facts(plan: Plan, dtype: torch.dtype) -> Origin:
 def usage() -> str:
     """The module's own text and a line for every key."""
     return arguments_of.usage(__doc__, EvaluateConfig)
-
-
-def _windows(plan: Plan, seed: int) -> WindowSet:
-    stride = score_stride(plan.spec.lengths, plan.context_len, plan.spec.protocols)
-    return select(plan.store, max(plan.spec.lengths), plan.spec.num_windows, stride, seed)
 
 
 def _check(asked: EvaluateConfig) -> None:

@@ -2,10 +2,10 @@
 
     nll_i = -log p(token_i | token_0 .. token_{i-1})            perplexity = exp(mean nll over the scored tokens)
 
-A window passes through the KV cache in chunks, so that one chunk's logits exist at a time. The protocols differ in
-the scale factor alone: `one_shot` holds t at what the whole window needs; `chunked` (the official CLEX evaluation)
-lets t grow with every L tokens. Shapes: `B` windows, `N` tokens of a window, `S` of a chunk, `V` vocabulary, `L`
-tokens the base model was trained on.
+A span passes through the KV cache in chunks, so that one chunk's logits exist at a time. The two ways to read differ
+in the scale factor alone: `one_shot` holds t at what the whole span needs; `chunked` (the official CLEX evaluation)
+lets t grow with every L tokens. Which spans of a window are read is the protocol's (`protocols`). Shapes: `B` spans,
+`N` tokens of a span, `S` of a chunk, `V` vocabulary, `L` tokens the base model was trained on.
 """
 
 import typing
@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from clex_train.rope.patch import RotaryHandle
-from clex_train.settings.evaluation import Protocol
 
 
 class Predict(typing.Protocol):
-    """A protocol's function: tokens int64 [B, N] -> nll float32 [B, N]."""
+    """A way to read a span: tokens int64 [B, N] -> nll float32 [B, N]."""
 
     def __call__(self, model: nn.Module, handle: RotaryHandle, tokens: Tensor, chunk_len: int) -> Tensor: ...
 
@@ -55,9 +54,6 @@ def chunked(model: nn.Module, handle: RotaryHandle, tokens: Tensor, chunk_len: i
         with handle.fixed(stop):
             cache = _feed(model, tokens, start, stop, chunk_len, cache, nll)
     return nll
-
-
-PROTOCOLS: dict[Protocol, Predict] = {Protocol.one_shot: one_shot, Protocol.chunked: chunked}
 
 
 @contextmanager

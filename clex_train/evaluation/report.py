@@ -10,7 +10,7 @@ import json
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class Curve:
     """Whether the frequencies were trained rather than set by a formula."""
     perplexity: dict[int, float]
     origin: Origin
+    num_tokens: int = 0
+    """Scored tokens, equally many at every length."""
+    standard_error: dict[int, float | None] = field(default_factory=dict)
+    """Of the perplexity, by a bootstrap over documents."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,16 @@ class Table:
     @property
     def caption(self) -> str:
         """What the numbers are."""
-        protocols = " and ".join(dict.fromkeys(curve.protocol for curve in self.curves))
+        counts = {curve.protocol: curve.num_tokens or self.num_tokens for curve in self.curves}
+        if len(set(counts.values())) == 1:
+            what = f"({' and '.join(counts)}) on {self.num_tokens:,} held-out tokens"
+        else:
+            what = f"on held-out tokens ({', '.join(f'{name}: {count:,}' for name, count in counts.items())})"
         documents = len(set(self.windows["documents"]))
         read = f"{self.windows['count']} windows of {documents} documents" if documents else "documents in one stream"
-        return f"Perplexity ({protocols}) on {self.num_tokens:,} held-out tokens, the same at every length: {read}"
+        errors = any(error is not None for curve in self.curves for error in curve.standard_error.values())
+        note = "; ± one standard error, by a bootstrap over documents" if errors else ""
+        return f"Perplexity {what}, the same at every length: {read}{note}"
 
 
 def write_report(rows: Sequence[Row], folder: Path, name: str = "perplexity") -> str:
@@ -89,9 +99,10 @@ def read_table(rows: Sequence[Row]) -> Table:
     """Collect the rows' curves from their files."""
     files = {row.path: results.read(row.path) for row in rows}
     first, _ = files[rows[0].path]
-    results.require_same_tokens({str(path): result for path, (result, _) in files.items()})
+    protocols = {row.protocol for row in rows}
+    results.require_same_tokens({str(path): result for path, (result, _) in files.items()}, protocols)
     curves = [_curve(row, *files[row.path]) for row in rows]
-    return Table(curves, first.context_len, first.windows, first.scores[0].num_tokens)
+    return Table(curves, first.context_len, first.windows, curves[0].num_tokens)
 
 
 def from_results(result: Results, origin: Origin) -> Table:
@@ -115,7 +126,9 @@ def as_json(table: Table) -> dict[str, Any]:
                 "label": curve.label,
                 "method": curve.method,
                 "protocol": curve.protocol,
+                "num_tokens": curve.num_tokens,
                 "perplexity": {n: p if math.isfinite(p) else None for n, p in curve.perplexity.items()},
+                "standard_error": curve.standard_error,
                 "origin": vars(curve.origin),
             }
             for curve in table.curves
@@ -171,7 +184,16 @@ def _curve(row: Row, result: Results, origin: Origin) -> Curve:
         have = ", ".join(dict.fromkeys(f"{s.method}/{s.protocol}" for s in result.scores))
         raise ValueError(f"{row.path}: holds no {row.method}/{row.protocol}, only {have}; evaluate it first")
     learned = scores[0].frequencies not in TABLES
-    return Curve(row.label, row.method, row.protocol, learned, {s.length: s.perplexity for s in scores}, origin)
+    return Curve(
+        row.label,
+        row.method,
+        row.protocol,
+        learned,
+        {s.length: s.perplexity for s in scores},
+        origin,
+        scores[0].num_tokens,
+        {s.length: s.standard_error for s in scores},
+    )
 
 
 def _block(table: Table, lengths: list[int], widths: dict[int, int], label_width: int) -> str:
@@ -194,6 +216,11 @@ def _cell(curve: Curve, length: int) -> str:
         return "-"
     if not math.isfinite(value):
         return "inf" if value > 0 else "nan"
+    error = curve.standard_error.get(length)
+    return _number(value) if error is None else f"{_number(value)} ±{_number(error)}"
+
+
+def _number(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:.0f}" if value < 100_000 else f"{value:.1e}"
 
 

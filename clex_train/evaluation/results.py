@@ -1,15 +1,17 @@
 """The outcome of an evaluation, and the JSON file that keeps it with everything needed to repeat or compare it.
 
-Beside the perplexities the file holds each window's summed nll and its document, so that standard errors and paired
-comparisons by document need no second run.
+Beside the perplexities the file holds each window's summed nll and its document, so that paired comparisons by
+document need no second run.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from clex_train.evaluation.bootstrap import Difference, paired_difference, standard_errors
 
 FORMAT = 1
 
@@ -34,7 +36,17 @@ class Score:
     num_tokens: int
     """Scored tokens of all windows together."""
     seconds: float
-    """Wall time."""
+    """Wall time of the forwards; protocols that read the same spans share them, and the time."""
+    fingerprint: str = ""
+    """16 hex digits that two scores share exactly if they are of the same tokens."""
+    standard_error: float | None = None
+    """Of the perplexity, by a bootstrap over documents; None with the reason in `standard_error_note`."""
+    mean_nll_standard_error: float | None = None
+    """Of the mean nll in nats per token; None likewise."""
+    standard_error_note: str = ""
+    """Why there is no standard error."""
+    curve: tuple[tuple[int, float, int], ...] = ()
+    """`per_position`: (position in the window, mean nll, scored tokens) of equal bins of positions."""
 
     @property
     def key(self) -> str:
@@ -83,7 +95,7 @@ class Results:
     context_len: int
     """L, the length that counts as 1x."""
     windows: dict[str, Any]
-    """What was scored: count, length, score stride, fingerprint, document and start of each window."""
+    """What was read: count, length, fingerprint, document and start of each window."""
     tasks: list[TaskScore] = field(default_factory=list)
     """Retrieval, if it was asked for."""
 
@@ -142,23 +154,53 @@ def read(path: Path) -> tuple[Results, Origin]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: not an evaluation of format {FORMAT}; write it anew with clex_train.cli.evaluate")
     origin = Origin(**{key: content[key] for key in ("label", "command", "model", "data", "environment")})
-    scores = [_score(row) for row in content["scores"]]
     tasks = [TaskScore(**row) for row in content.get("tasks", [])]
-    return Results(scores, content["context_len"], content["windows"], tasks), origin
+    rows, windows = content["scores"], content["windows"]
+    if any("fingerprint" not in row for row in rows):
+        # The fingerprint in `windows` was that of the scored tokens; that of the windows themselves is not known.
+        scores = [_older(row, windows) for row in rows]
+        return Results(scores, content["context_len"], {**windows, "fingerprint": ""}, tasks), origin
+    return Results([_score(row) for row in rows], content["context_len"], windows, tasks), origin
 
 
-def require_same_tokens(results: Mapping[str, Results]) -> None:
-    """Raise `ValueError` naming the first two whose scored tokens differ: their numbers must not share a table."""
-    first: tuple[str, str] | None = None
+def require_same_tokens(results: Mapping[str, Results], protocols: Collection[str]) -> None:
+    """Raise `ValueError` naming two whose windows, or scored tokens under one of `protocols`, differ.
+
+    The numbers of such two must not share a table.
+    """
+    first: dict[str, tuple[str, str]] = {}
     for name, result in results.items():
-        fingerprint = result.windows["fingerprint"]
-        if first is None:
-            first = (name, fingerprint)
-        elif fingerprint != first[1]:
-            raise ValueError(
-                f"{name}: scored other tokens than {first[0]} (fingerprints {fingerprint} and {first[1]}); evaluate "
-                "both on one store with the same largest length, number of windows, protocols and seed"
-            )
+        scored = {score.protocol: score.fingerprint for score in result.scores if score.protocol in protocols}
+        for what, fingerprint in {**scored, "windows": result.windows["fingerprint"]}.items():
+            other, expected = first.setdefault(what, (name, fingerprint)) if fingerprint else (name, fingerprint)
+            if fingerprint != expected:
+                raise ValueError(
+                    f"{name}: scored other tokens than {other} ({what}: fingerprints {fingerprint} and {expected}); "
+                    "evaluate both on one store with the same shortest and largest length, number of windows and seed"
+                )
+
+
+def compare(first: Score, second: Score, documents: Sequence[int]) -> Difference:
+    """Mean nll of `first` less that of `second`, by the same resampled documents; `documents` [W] from the results.
+
+    Raises `ValueError` if the two scored other tokens.
+    """
+    if first.fingerprint != second.fingerprint:
+        raise ValueError(f"{first.key} and {second.key} are of other tokens; compare methods under one protocol")
+    tokens = [first.num_tokens // len(first.window_nll)] * len(first.window_nll)
+    return paired_difference(first.window_nll, second.window_nll, tokens, documents)
+
+
+def with_standard_errors(score: Score, documents: Sequence[int]) -> Score:
+    """The score with its standard errors by document; `documents` [W] says which each window is from."""
+    tokens = [score.num_tokens // len(score.window_nll)] * len(score.window_nll)
+    errors = standard_errors(score.window_nll, tokens, documents)
+    return replace(
+        score,
+        standard_error=errors.perplexity,
+        mean_nll_standard_error=errors.mean_nll,
+        standard_error_note=errors.note,
+    )
 
 
 def _score_row(score: Score) -> dict[str, Any]:
@@ -167,13 +209,22 @@ def _score_row(score: Score) -> dict[str, Any]:
         "perplexity": _finite(score.perplexity),
         "mean_nll": _finite(score.mean_nll),
         "window_nll": [_finite(value) for value in score.window_nll],
+        "curve": [(position, _finite(nll), count) for position, nll, count in score.curve],
     }
 
 
 def _score(row: Mapping[str, Any]) -> Score:
     fields: dict[str, Any] = {name: row[name] for name in Score.__dataclass_fields__}
     fields["window_nll"] = [math.nan if value is None else value for value in row["window_nll"]]
+    fields["curve"] = tuple((place, math.nan if nll is None else nll, count) for place, nll, count in row["curve"])
     return Score(**fields)
+
+
+def _older(row: Mapping[str, Any], windows: Mapping[str, Any]) -> Score:
+    """A row from when one set of tokens was scored under all protocols and standard errors were left to the reader."""
+    fields = {name: row[name] for name in Score.__dataclass_fields__ if name in row}
+    score = _score({**vars(Score(**fields)), "fingerprint": windows["fingerprint"]})
+    return with_standard_errors(score, windows["documents"])
 
 
 def _finite(value: float) -> float | None:

@@ -1,29 +1,64 @@
 """Perplexity of every method, protocol and length over one set of windows, on one rank or many.
 
-Pieces are dealt to the ranks; every rank runs the same number of forwards (a rank that is short repeats a piece and
-does not count it), because under ZeRO-3 each forward is a collective. Each token's nll comes from exactly one rank,
-so the result does not depend on their number.
+Spans of windows are dealt to the ranks; every rank runs the same number of forwards (a rank that is short repeats a
+span and does not count it), because under ZeRO-3 each forward is a collective. Each token's nll comes from exactly one
+rank, so the result does not depend on their number.
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from clex_train import distributed
-from clex_train.evaluation.perplexity import PROTOCOLS, evaluating
-from clex_train.evaluation.results import Results, Score
+from clex_train.evaluation.perplexity import Predict, evaluating
+from clex_train.evaluation.protocols import Reading, Span, curve
+from clex_train.evaluation.results import Results, Score, with_standard_errors
 from clex_train.evaluation.windows import WindowSet
 from clex_train.faults import StopRequested
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.table import FrequencyTable
-from clex_train.settings.evaluation import Protocol
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+"""Its unit is work and not tokens, which take longer where the windows are long."""
+
+
+class Job(NamedTuple):
+    """Spans of one length that one or more protocols read in the same way."""
+
+    length: int
+    spans: tuple[Span, ...]
+    read: Predict
+    readings: list[Reading]
+
+    @property
+    def protocols(self) -> str:
+        """Their names."""
+        return "+".join(reading.protocol.value for reading in self.readings)
+
+
+@dataclass(frozen=True)
+class Feeding:
+    """How windows go through a model; no number depends on it."""
+
+    chunk_len: int
+    """Tokens of a span in a forward."""
+    batch_tokens: int
+    """Tokens of several spans in a forward."""
+    device: torch.device
+    interrupted: Callable[[], bool] | None = None
+
+    def batch(self, length: int) -> int:
+        """Spans of `length` tokens that are read together."""
+        return max(1, self.batch_tokens // min(length, self.chunk_len))
 
 
 def evaluate(
@@ -31,8 +66,7 @@ def evaluate(
     handle: RotaryHandle,
     tables: Mapping[str, FrequencyTable],
     windows: WindowSet,
-    lengths: Sequence[int],
-    protocols: Sequence[Protocol],
+    readings: Sequence[Reading],
     chunk_len: int = 1024,
     batch_tokens: int | None = None,
     device: torch.device | None = None,
@@ -41,6 +75,7 @@ def evaluate(
 ) -> Results:
     """Score `windows` with the model's current weights under each of `tables` (method name -> frequencies).
 
+    `readings` says what is read and scored (`protocols.readings`); what two of them read alike is read once.
     At most `chunk_len` tokens of a window and `batch_tokens` tokens over several windows (by default as many) go
     through the model at a time; the tokens are moved to `device` (by default the rank's). `inserted` says what a method
     puts into the model beside its table. Collective: every rank calls it with equal arguments and gets equal results.
@@ -49,49 +84,48 @@ def evaluate(
     `interrupted`, asked between forwards, answers yes on one of the ranks.
     """
     for table in tables.values():
-        table.least_upper_bound(max(lengths), handle.context_len)
-    cells = [(method, protocol, length) for method in tables for protocol in protocols for length in sorted(lengths)]
-    device = device or distributed.device()
-    scores = []
-    with evaluating(model), keeping_table(handle), progress(len(cells) * windows.tokens.size) as bar:
-        for method, protocol, length in cells:
-            bar.set_description(f"evaluate {method}, {protocol.value}, {length} tokens", refresh=False)
-            handle.use(tables[method])
-            start, put_in = time.perf_counter(), (inserted or {}).get(method, nullcontext)
-            predict = partial(PROTOCOLS[protocol], model, handle, chunk_len=chunk_len)
-            batch = max(1, (batch_tokens or chunk_len) // min(length, chunk_len))
-            with put_in():
-                nll = _token_nll(predict, windows.pieces(length), batch, device, bar, interrupted)
-            scored = nll.view(windows.tokens.shape)[:, torch.from_numpy(windows.scored)].double()
-            scores.append(
-                Score(
-                    method=method,
-                    protocol=protocol.value,
-                    length=length,
-                    frequencies=tables[method].method,
-                    t=tables[method].least_upper_bound(length, handle.context_len).t,
-                    window_nll=scored.sum(dim=1).tolist(),
-                    num_tokens=scored.numel(),
-                    seconds=time.perf_counter() - start,
-                )
-            )
+        table.least_upper_bound(windows.longest, handle.context_len)
+    feeding = Feeding(chunk_len, batch_tokens or chunk_len, device or distributed.device(), interrupted)
+    todo, scores = jobs(readings), []
+    total = len(tables) * sum(_work(model, job) * len(windows.tokens) * len(job.spans) for job in todo)
+    with evaluating(model), keeping_table(handle), progress(total, bar_format=BAR) as bar:
+        for method, table in tables.items():
+            handle.use(table)
+            for job in todo:
+                bar.set_description(f"evaluate {method}, {job.protocols}, {job.length} tokens", refresh=False)
+                start = time.perf_counter()
+                with (inserted or {}).get(method, nullcontext)():
+                    nll = _window_nll(model, handle, windows.tokens, job, feeding, bar)
+                t = table.least_upper_bound(job.length, handle.context_len).t
+                made_by = {"method": method, "frequencies": table.method, "t": t}
+                scores += _scores(job, nll, windows, **made_by, seconds=time.perf_counter() - start)
+    order = [(method, reading.protocol.value) for method in tables for reading in readings]
+    scores.sort(key=lambda score: order.index((score.method, score.protocol)))
     return Results(scores, handle.context_len, describe(windows))
 
 
+def jobs(readings: Sequence[Reading]) -> list[Job]:
+    """What there is to read, shortest spans first, each with the protocols that it serves."""
+    found: dict[tuple[int, tuple[Span, ...], Predict], list[Reading]] = {}
+    for reading in readings:
+        for length, spans in reading.spans.items():
+            found.setdefault((length, spans, reading.read), []).append(reading)
+    return sorted((Job(*key, served) for key, served in found.items()), key=lambda job: job.length)
+
+
 def describe(windows: WindowSet) -> dict[str, object]:
-    """What was scored, as plain JSON."""
+    """What was read, as plain JSON."""
     return {
         "count": len(windows.tokens),
         "length": windows.longest,
-        "score_stride": windows.score_stride,
-        "fingerprint": windows.fingerprint,
+        "fingerprint": windows.content,
         "documents": windows.documents.tolist(),
         "starts": windows.starts.tolist(),
     }
 
 
 def deal(num_pieces: int, batch: int, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """This rank's batches as (piece indices, whether each counts); all ranks get batches of the same sizes."""
+    """This rank's batches as (indices of pieces, whether each counts); all ranks get batches of the same sizes."""
     per_rank = -(-num_pieces // world_size)
     slots = rank + world_size * np.arange(per_rank)
     for start in range(0, per_rank, batch):
@@ -99,23 +133,51 @@ def deal(num_pieces: int, batch: int, rank: int, world_size: int) -> Iterator[tu
         yield taken % num_pieces, taken < num_pieces
 
 
-def _token_nll(
-    predict: Callable[[Tensor], Tensor],
-    pieces: np.ndarray,
-    batch: int,
-    device: torch.device,
-    bar: tqdm,
-    interrupted: Callable[[], bool] | None,
-) -> Tensor:
-    """nll float32 [num_pieces, length] on the CPU, complete on every rank."""
-    nll = torch.zeros(pieces.shape, dtype=torch.float32)
-    for indices, counted in deal(len(pieces), batch, distributed.rank(), distributed.world_size()):
-        values = predict(torch.from_numpy(pieces[indices]).to(device)).cpu()
-        nll[indices[counted]] = values[counted]
-        bar.update(values.numel() * distributed.world_size())
-        if interrupted and distributed.any_rank(interrupted()):
+def _window_nll(
+    model: nn.Module, handle: RotaryHandle, tokens: np.ndarray, job: Job, feeding: Feeding, bar: tqdm
+) -> np.ndarray:
+    """nll float32 [W, longest], complete on every rank; 0 for tokens that no span gives."""
+    nll, done, num_ranks = torch.zeros(tokens.shape, dtype=torch.float32), 0, distributed.world_size()
+    num_pieces = len(tokens) * len(job.spans)
+    for indices, counted in deal(num_pieces, feeding.batch(job.length), distributed.rank(), num_ranks):
+        places = [(index // len(job.spans), job.spans[index % len(job.spans)]) for index in indices]
+        pieces = np.stack([tokens[row, span.start : span.stop] for row, span in places])
+        values = job.read(model, handle, torch.from_numpy(pieces).to(feeding.device), feeding.chunk_len).cpu()
+        for (row, span), value in compress(zip(places, values, strict=True), counted):
+            nll[row, span.first : span.stop] = value[span.first - span.start :]
+        before, done = done, min(num_pieces, done + len(indices) * num_ranks)
+        bar.update((done - before) * _work(model, job))
+        if feeding.interrupted and distributed.any_rank(feeding.interrupted()):
             raise StopRequested("the evaluation was interrupted")
-    return distributed.all_reduce_sum(nll)
+    return distributed.all_reduce_sum(nll).numpy()
+
+
+def _scores(job: Job, nll: np.ndarray, windows: WindowSet, **shared: Any) -> list[Score]:
+    """A score for each protocol that the job serves, of `nll` [W, longest]."""
+    return [
+        with_standard_errors(
+            Score(
+                protocol=reading.protocol.value,
+                length=job.length,
+                window_nll=nll[:, reading.scored].sum(axis=1, dtype=np.float64).tolist(),
+                num_tokens=len(nll) * int(reading.scored.sum()),
+                fingerprint=windows.fingerprint(reading.scored),
+                curve=curve(nll, job.spans, reading.scored, reading.most_bins),
+                **shared,
+            ),
+            windows.documents.tolist(),
+        )
+        for reading in job.readings
+    ]
+
+
+def _work(model: nn.Module, job: Job) -> int:
+    """Relative cost of a span of N tokens: N (1 + N / 12 d), for 24 d^2 operations of products and 2 d N of attention.
+
+    d is the width of the model. Long spans come last, so without the second term the time left would be understated.
+    """
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    return round(job.length * (1 + job.length / (12 * width))) if width else job.length
 
 
 @contextmanager
@@ -128,12 +190,14 @@ def keeping_table(handle: RotaryHandle) -> Iterator[None]:
         handle.use(table)
 
 
-def progress(total: int) -> tqdm:
-    """A bar over tokens on rank 0, silent elsewhere; rarely redrawn where it goes into a file."""
+def progress(total: int, **settings: Any) -> tqdm:
+    """A bar with the time left on rank 0, silent elsewhere; rarely redrawn where it goes into a file.
+
+    It counts tokens unless `settings`, those of tqdm, say otherwise.
+    """
     return tqdm(
         total=total,
-        unit="tok",
-        unit_scale=True,
+        **{"unit": "tok", "unit_scale": True, **settings},
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 10,
         disable=not distributed.is_main(),

@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from clex_train.attention.hf_interface import LmInfinite
 from clex_train.data.store import TokenStore
 from clex_train.evaluation.perplexity import evaluating, token_nll
-from clex_train.evaluation.results import Results, Score
+from clex_train.evaluation.results import Results, Score, with_standard_errors
 from clex_train.evaluation.runner import progress
 
 MOST_SEGMENTS = 1024
@@ -45,7 +45,7 @@ class Stream:
         """Scored tokens of a segment."""
         return self.segment_len - self.segment_len // self.context_len
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """What was scored, as plain JSON; the fingerprint is equal for equal tokens."""
         digest = hashlib.blake2b(f"stream/{self.num_tokens}/{self.context_len}/".encode(), digest_size=8)
         for first in range(0, self.num_tokens, 1 << 20):
@@ -94,7 +94,9 @@ def evaluate(
                 cache = handle.new_cache() if isinstance(handle, LmInfinite) else None
                 nll = streamed(model, cache, stream, chunk_len, bar)
                 scores.append(_score(method, "streaming", stream.num_tokens, nll, stream))
-    return Results(scores, stream.context_len, stream.describe())
+    described = stream.describe()
+    scores = [with_standard_errors(replace(score, fingerprint=described["fingerprint"]), []) for score in scores]
+    return Results(scores, stream.context_len, described)
 
 
 def streamed(model: nn.Module, cache: Any, stream: Stream, chunk_len: int, bar: tqdm) -> Iterator[Tensor]:

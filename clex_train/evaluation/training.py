@@ -12,9 +12,10 @@ from clex_train import distributed
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.evaluation import methods, origin, results, runner
+from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.retrieval import plan
 from clex_train.evaluation.retrieval import runner as retrieval
-from clex_train.evaluation.windows import score_stride, select
+from clex_train.evaluation.windows import select
 from clex_train.modeling import LoadedModel, solve_table
 
 
@@ -22,8 +23,9 @@ class TrainingEvaluation:
     """`evaluation(loaded, step)` -> perplexities and retrieval scores by key; collective.
 
     They are also written to `evaluation/step_<N>.json`. Raises `ValueError` on creation when no validation document is
-    as long as the longest window, or no prompt of a task fits a length. `interrupted` is asked on every rank between
-    windows and prompts; where one says yes, the call raises `StopRequested` and has written nothing.
+    as long as the longest window, a protocol's key does not fit the lengths, or no prompt of a task fits a length.
+    `interrupted` is asked on every rank between windows and prompts; where one says yes, the call raises
+    `StopRequested` and has written nothing.
     """
 
     def __init__(
@@ -37,8 +39,8 @@ class TrainingEvaluation:
         self.interrupted = interrupted
         self.config, self.spec = config, config.evaluation
         self.store = (TokenStore(self.spec.path) if self.spec.path else store).split("validation")
-        stride = score_stride(self.spec.lengths, context_len, self.spec.protocols)
-        self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, stride)
+        self.readings = readings(self.spec, context_len)
+        self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows)
         self.cells = plan.of_spec(self.spec, tokenizer)
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
@@ -51,8 +53,7 @@ class TrainingEvaluation:
             loaded.handle,
             tables,
             self.windows,
-            self.spec.lengths,
-            self.spec.protocols,
+            self.readings,
             self.spec.chunk_len,
             interrupted=self.interrupted,
             inserted=inserted,

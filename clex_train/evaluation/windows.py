@@ -1,14 +1,10 @@
-"""Which held-out tokens are scored: windows of the largest length inside single documents, the same at every length.
+"""Which held-out text is read: windows of the largest length inside single documents, the same at every length.
 
-A window of `longest` tokens (W of them) is read as longest/N pieces of N tokens when the length N is evaluated. A
-piece's first token has no context, so tokens whose index in the window is a multiple of the score stride (a divisor
-of every length) are scored at no length: perplexities at two lengths are then averages over the very same tokens and
-differ by context alone.
+What of a window is read at a length, and which of its tokens count, is the protocol's (`protocols`).
 """
 
 import hashlib
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, islice
@@ -18,7 +14,6 @@ import numpy as np
 from clex_train import distributed, log
 from clex_train.data.store import TokenStore
 from clex_train.seeding import generator
-from clex_train.settings.evaluation import Protocol
 
 logger = log.get(__name__)
 
@@ -33,50 +28,30 @@ class WindowSet:
     """int64 [W]: index of the window's document in the split; documents are the unit of a bootstrap."""
     starts: np.ndarray
     """int64 [W]: offset of the window's first token in its document."""
-    score_stride: int
-    """Tokens at multiples of this index in the window are not scored."""
 
     @property
     def longest(self) -> int:
         """Length of every window in tokens."""
         return int(self.tokens.shape[1])
 
-    @property
-    def scored(self) -> np.ndarray:
-        """bool [longest]: the tokens of a window that count."""
-        return np.arange(self.longest) % self.score_stride != 0
+    def fingerprint(self, scored: np.ndarray) -> str:
+        """16 hex digits that two evaluations share exactly if they scored the same tokens; `scored` is bool [longest].
 
-    def pieces(self, length: int) -> np.ndarray:
-        """int64 [W * longest/length, length]: the windows cut up, those of the first window first."""
-        assert self.longest % length == 0, "the length divides the window"
-        assert length % self.score_stride == 0, "a piece's first token is never scored"
-        return self.tokens.reshape(-1, length)
+        Where all but the multiples of a stride are scored, the stride says so: the form that older files have.
+        """
+        gaps = np.flatnonzero(~scored[1:]) + 1
+        stride = int(gaps[0]) if len(gaps) else self.longest
+        regular = np.array_equal(scored, np.arange(self.longest) % stride != 0)
+        place = str(stride) if regular else np.packbits(scored).tobytes().hex()
+        return _digest(f"{self.tokens.shape}/{place}/", self.tokens)
 
     @cached_property
-    def fingerprint(self) -> str:
-        """16 hex digits that two evaluations share exactly if they scored the same tokens."""
-        content = np.ascontiguousarray(self.tokens, dtype="<i8").tobytes()
-        return hashlib.blake2b(
-            f"{self.tokens.shape}/{self.score_stride}/".encode() + content, digest_size=8
-        ).hexdigest()
+    def content(self) -> str:
+        """16 hex digits that two sets share exactly if they hold the same windows of tokens."""
+        return _digest(f"windows/{self.tokens.shape}/", self.tokens)
 
 
-def score_stride(lengths: Sequence[int], context_len: int, protocols: Collection[Protocol]) -> int:
-    """Stride of the unscored tokens: the shortest length, or its common divisor with L where `chunked` cuts at L too.
-
-    Raises `ValueError` if a common divisor of 1 leaves no token to score.
-    """
-    shortest = min(lengths)
-    stride = math.gcd(shortest, context_len) if Protocol.chunked in protocols else shortest
-    if stride < 2:
-        raise ValueError(
-            f"evaluation.lengths={list(lengths)}: {shortest} and the context length {context_len} have no common "
-            "divisor, so `chunked` would leave no token scored; choose multiples of the context length"
-        )
-    return stride
-
-
-def select(store: TokenStore, longest: int, num_windows: int, stride: int, seed: int = 0) -> WindowSet:
+def select(store: TokenStore, longest: int, num_windows: int, seed: int = 0) -> WindowSet:
     """Choose at most `num_windows` non-overlapping windows of `longest` tokens as a function of the seed alone.
 
     Every document that is long enough gives one window before any gives a second, and a larger `num_windows` keeps the
@@ -93,16 +68,19 @@ def select(store: TokenStore, longest: int, num_windows: int, stride: int, seed:
     chosen = sorted(islice(_candidates(capacity, seed), num_windows))
     if len(chosen) < num_windows and distributed.is_main():
         logger.warning(
-            "evaluation.num_windows=%d: the validation split holds %d windows of %d tokens, all are used",
+            "evaluation.num_windows=%d: the validation split holds %d windows of %d tokens, all are used "
+            "(%d of %d documents are shorter)",
             num_windows,
             len(chosen),
             longest,
+            int((capacity == 0).sum()),
+            len(capacity),
         )
     documents, indices = np.array(chosen, dtype=np.int64).T
     starts = indices * longest
     offsets = store.doc_offsets[documents] + starts
     tokens = np.stack([store.tokens(int(start), int(start) + longest) for start in offsets]).astype(np.int64)
-    return WindowSet(tokens, documents, starts, stride)
+    return WindowSet(tokens, documents, starts)
 
 
 def _candidates(capacity: np.ndarray, seed: int) -> Iterator[tuple[int, int]]:
@@ -114,3 +92,8 @@ def _candidates(capacity: np.ndarray, seed: int) -> Iterator[tuple[int, int]]:
         for document in generator(seed, "evaluation_documents", round_).permutation(documents):
             order = generator(seed, "evaluation_windows", int(document)).permutation(capacity[document])
             yield int(document), int(order[round_])
+
+
+def _digest(head: str, tokens: np.ndarray) -> str:
+    content = np.ascontiguousarray(tokens, dtype="<i8").tobytes()
+    return hashlib.blake2b(head.encode() + content, digest_size=8).hexdigest()

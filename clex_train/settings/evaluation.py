@@ -13,6 +13,9 @@ from clex_train.settings.retrieval import Task
 class Protocol(Enum):
     one_shot = "one_shot"
     chunked = "chunked"
+    sliding = "sliding"
+    per_position = "per_position"
+    last_k = "last_k"
     streaming = "streaming"
 
 
@@ -31,7 +34,8 @@ class EvaluationConfig:
     lengths: list[int] = field(default_factory=lambda: [4096, 8192, 16384, 32768, 65536])
     """Window lengths in tokens. The same tokens are scored at every length."""
     protocols: list[Protocol] = field(default_factory=lambda: [Protocol.one_shot])
-    """`one_shot`: t fixed by the window's length; `chunked` (official): chunks of L through the cache, t grows."""
+    """`one_shot`: windows of N, t fixed by N; `chunked` (official): chunks of L through the cache, t grows; `sliding`:
+    windows moved by `stride`; `per_position`: nll against position; `last_k`: a window's last tokens alone."""
     methods: list[Method] = field(default_factory=lambda: [Method.trained])
     """`trained` is the model as trained; `none`, `pi`, `ntk` put those frequencies into the same weights, `lm_infinite`
     plain frequencies and the Lambda-shaped mask."""
@@ -45,8 +49,12 @@ class EvaluationConfig:
     """Evaluate also on a store that shares documents with the training data: a warning instead of an error."""
     num_windows: int = 32
     """Windows of the largest length that are scored (fewer if the split has fewer)."""
+    stride: int = 256
+    """Tokens by which `sliding` moves its windows of N, so that N - stride or more are a token's context."""
+    last_k: int | None = None
+    """Tokens at the end of the largest window that `last_k` scores; by default L."""
     chunk_len: int = 1024
-    """Tokens per forward inside a `one_shot` window: bounds the memory of logits, not the result."""
+    """Tokens of a window per forward: bounds the memory of logits, not the result."""
     tasks: list[Task] = field(default_factory=list)
     """Retrieval tasks beside perplexity: `passkey` (LM-Infinite's form), `passkey_infinitebench`."""
     task_lengths: list[int] | None = None
@@ -79,6 +87,15 @@ class EvaluationConfig:
             "one or more protocols (or none, and evaluation.tasks)",
         )
         require(self.num_windows >= 1, "evaluation.num_windows", self.num_windows, "at least 1 window")
+        require(self.stride >= 1, "evaluation.stride", self.stride, "at least 1 token")
+        require(
+            Protocol.sliding not in self.protocols or self.stride <= shortest,
+            "evaluation.stride",
+            self.stride,
+            f"more than the shortest of evaluation.lengths={self.lengths}, so windows would leave tokens out; "
+            f"say evaluation.stride={shortest} or less",
+        )
+        require(self.last_k is None or self.last_k >= 1, "evaluation.last_k", self.last_k, "at least 1 token")
         require(self.n_local is None or self.n_local >= 1, "evaluation.n_local", self.n_local, "at least 1 token")
         require(self.n_global >= 0, "evaluation.n_global", self.n_global, "0 or more tokens")
         require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")

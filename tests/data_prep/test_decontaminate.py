@@ -207,7 +207,7 @@ def test_the_output_has_all_other_documents_and_says_what_it_left_out(stores, tm
     assert left_out[0]["origin"].endswith("evaluation.jsonl: record 2")
     assert left_out[0]["strongest"]["train_origin"].endswith("train.jsonl: record 1")
     assert left_out[2]["pairs_by_rule"] == {"containment": 1}
-    chosen = windows.select(store, longest=256, num_windows=2, stride=2)
+    chosen = windows.select(store, longest=256, num_windows=2)
     assert set(chosen.documents.tolist()) <= {0, 1}
     clean = run((stores[0], output), tmp_path / "again")
     assert clean["pairs"] == []

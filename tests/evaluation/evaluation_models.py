@@ -29,7 +29,7 @@ def build_tiny_llama() -> LlamaForCausalLM:
     return model
 
 
-def random_windows(count: int, longest: int, stride: int) -> WindowSet:
+def random_windows(count: int, longest: int) -> WindowSet:
     """Each window from a document of its own."""
     tokens = np.random.default_rng(7).integers(0, VOCAB, (count, longest))
-    return WindowSet(tokens, np.arange(count), np.zeros(count, dtype=np.int64), stride)
+    return WindowSet(tokens, np.arange(count), np.zeros(count, dtype=np.int64))

@@ -11,6 +11,7 @@ from clex_train.cli import console
 from clex_train.cli import evaluate as program
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
+from clex_train.data.writer import write_store
 from clex_train.run_folder import as_yaml
 from data_prep import evaluation_sets
 from data_prep.config import EvaluationSetsVerb
@@ -23,7 +24,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     save_model(root / "base")
     save_store(root / "store")
     save_store(root / "other", VOCAB - 1)
-    return {"root": str(root), "model": str(root / "base"), "store": str(root / "store"), "other": str(root / "other")}
+    write_store(root / "train_only", {"train": [[2, 3]], "validation": []}, VOCAB)
+    return {"model": str(root / "base"), "root": str(root)} | {
+        name: str(root / name) for name in ("store", "other", "train_only")
+    }
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -57,6 +61,30 @@ def test_a_model_directory_is_evaluated_and_the_table_printed(places, tmp_path, 
     assert content["windows"]["count"] == 4
     assert len(content["model"]["hash"]) == 16
     assert content["data"]["path"] == places["store"]
+
+
+def test_every_protocol_of_windows_is_one_command_with_errors_and_curves(places, tmp_path, monkeypatch, capsys) -> None:
+    output = tmp_path / "all.json"
+    names = ["one_shot", "chunked", "sliding", "per_position", "last_k"]
+    keys = ["lengths=[16,32]", "methods=[none]", f"protocols=[{','.join(names)}]", "stride=8", "last_k=12"]
+    assert call(monkeypatch, f"model={places['model']}", f"data={places['store']}", *keys, f"output={output}") == 0
+    content, printed = json.loads(output.read_text()), " ".join(capsys.readouterr().out.split())
+    assert set(content["metrics"]) == {f"perplexity/none/{name}/{n}" for name in names for n in (16, 32)}
+    assert [s["num_tokens"] for s in content["scores"]] == [240, 240, 240, 240, 248, 248, 240, 240, 96, 96]
+    assert all(s["standard_error"] > 0 and s["standard_error_note"] == "" for s in content["scores"])
+    assert {s["protocol"] for s in content["scores"] if s["curve"]} == {"per_position"}
+    assert "last_k: 96" in printed
+    assert "±" in printed
+
+
+def test_one_document_has_no_standard_error_and_says_why(places, tmp_path, monkeypatch, capsys) -> None:
+    output = tmp_path / "one.json"
+    keys = ["lengths=[64,128]", "methods=[none]"]
+    assert call(monkeypatch, f"model={places['model']}", f"data={places['store']}", *keys, f"output={output}") == 0
+    scores = json.loads(output.read_text())["scores"]
+    assert {score["standard_error"] for score in scores} == {None}
+    assert {score["standard_error_note"] for score in scores} == {"all windows are from one document"}
+    assert "±" not in capsys.readouterr().out
 
 
 def test_all_held_out_text_is_read_as_one_stream(places, tmp_path, monkeypatch, capsys) -> None:
@@ -157,6 +185,15 @@ def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, mon
             ["model={model}", "data={store}", "protocols=[streaming]", "methods=[none]", "stream_tokens=999"],
             "stream_tokens=999: {store} has 293 validation tokens",
         ),
+        (
+            ["model={model}", "data={store}", "lengths=[16,64]", "protocols=[sliding]", "stride=17"],
+            "evaluation.stride=17: more than the shortest of evaluation.lengths=[16, 64]",
+        ),
+        (
+            ["model={model}", "data={store}", "lengths=[8,64]", "protocols=[last_k]"],
+            "evaluation.last_k=16: more than the shortest of evaluation.lengths=[8, 64]",
+        ),
+        (["model={model}", "data={train_only}", "lengths=[16]"], "the store has no validation documents"),
         (["model={model}", "data={store}", "methods=[]"], "evaluation.methods=[]: one or more methods"),
         (["model={model}", "data=[open"], "data=[open: the value is not valid YAML"),
         (["verbose"], "arguments have the form key=value"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,66 @@ def test_a_file_that_is_no_evaluation_is_named(tmp_path: Path, content: str | No
 def test_a_row_that_was_not_evaluated_is_named_with_what_there_is(files: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=r"holds no pi/one_shot, only none/one_shot, ntk/one_shot"):
         report.read_table([Row("PI", files["base"], "pi")])
+
+
+def with_fingerprints(result: Results, **fingerprints: str) -> Results:
+    scores = [replace(score, fingerprint=fingerprints[score.protocol]) for score in result.scores]
+    return replace(result, scores=scores, windows={**result.windows, "fingerprint": "w"})
+
+
+def test_protocols_are_compared_with_themselves_and_only_if_asked_for(tmp_path: Path) -> None:
+    both = Results(
+        outcome({"none": [3, 4, 5]}).scores + outcome({"none": [3, 4, 6]}, protocol="last_k").scores,
+        128,
+        outcome({}).windows,
+    )
+    paths = {name: tmp_path / f"{name}.json" for name in "abc"}
+    results.write(paths["a"], with_fingerprints(both, one_shot="1", last_k="2"), ORIGIN)
+    results.write(paths["b"], with_fingerprints(both, one_shot="1", last_k="3"), ORIGIN)
+    elsewhere = with_fingerprints(both, one_shot="1", last_k="2")
+    results.write(paths["c"], replace(elsewhere, windows={**elsewhere.windows, "fingerprint": "v"}), ORIGIN)
+    report.read_table([Row("a", paths["a"], "none"), Row("b", paths["b"], "none")])
+    with pytest.raises(ValueError, match=r"b\.json: scored other tokens than .*a\.json \(last_k: fingerprints 3 and 2"):
+        report.read_table([Row("a", paths["a"], "none", "last_k"), Row("b", paths["b"], "none", "last_k")])
+    with pytest.raises(
+        ValueError, match=r"c\.json: scored other tokens than .*a\.json \(windows: fingerprints v and w"
+    ):
+        report.read_table([Row("a", paths["a"], "none", "last_k"), Row("c", paths["c"], "none", "one_shot")])
+
+
+def test_files_from_before_standard_errors_are_read_and_given_them(files: dict[str, Path]) -> None:
+    content = json.loads(files["base"].read_text())
+    newer = ("fingerprint", "standard_error", "mean_nll_standard_error", "standard_error_note", "curve")
+    content["scores"] = [{k: v for k, v in row.items() if k not in newer} for row in content["scores"]]
+    files["base"].write_text(json.dumps(content))
+    read, _ = results.read(files["base"])
+    assert read.metrics() == outcome({"none": [35.0, 37.654, 1e7], "ntk": [35.0, 34.3, 12345.6]}).metrics()
+    assert {score.fingerprint for score in read.scores} == {"f"}
+    assert read.scores[0].standard_error is not None
+    results.write(files["clex"], with_fingerprints(outcome({"trained": [34.0, 33.0, 36.5]}), one_shot="f"), ORIGIN)
+    report.read_table([Row("old", files["base"], "none"), Row("new", files["clex"], "trained")])
+    results.write(files["clex"], with_fingerprints(outcome({"trained": [34.0, 33.0, 36.5]}), one_shot="g"), ORIGIN)
+    with pytest.raises(ValueError, match="scored other tokens"):
+        report.read_table([Row("old", files["base"], "none"), Row("new", files["clex"], "trained")])
+
+
+def test_standard_errors_stand_beside_the_numbers_and_in_the_caption(tmp_path: Path) -> None:
+    one = outcome({"none": [35.0, 37.654, 1e7]})
+    scores = [replace(one.scores[0], standard_error=0.5612), *one.scores[1:]]
+    last = [replace(score, protocol="last_k", num_tokens=7) for score in one.scores]
+    table = report.from_results(Results([*scores, *last], 128, one.windows), ORIGIN)
+    text = report.console(table)
+    assert "35.00 ±0.56" in text
+    assert "| none, one_shot | 35.00 ±0.56 | 37.65 | 1.0e+07 |" in report.markdown(table)
+    assert "held-out tokens (one_shot: 100, last_k: 7), the same at every length" in text.replace("\n", " ")
+    assert "one standard error, by a bootstrap over documents" in text.replace("\n", " ")
+
+
+def test_a_file_keeps_errors_and_curves(tmp_path: Path) -> None:
+    curve = ((0, 3.5, 4), (1, math.nan, 4))
+    score = Score("none", "per_position", 128, "none", 1.0, [300.0, 310.0], 200, 0.1, "f", 0.5, 0.1, "", curve)
+    results.write(tmp_path / "x.json", Results([score], 128, {"fingerprint": "w"}), ORIGIN)
+    read = results.read(tmp_path / "x.json")[0].scores[0]
+    assert (read.standard_error, read.mean_nll_standard_error, read.fingerprint) == (0.5, 0.1, "f")
+    assert read.curve[0] == (0, 3.5, 4)
+    assert math.isnan(read.curve[1][1])

@@ -14,27 +14,30 @@ import torch.multiprocessing
 from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 
 from clex_train.evaluation.methods import tables
+from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.results import Results
 from clex_train.evaluation.runner import deal, evaluate
 from clex_train.rope.patch import install_rotary
-from clex_train.settings.evaluation import Method, Protocol
+from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 
 LENGTHS = [16, 32, 64]
 CPU = torch.device("cpu")
-PROTOCOLS = [Protocol.one_shot, Protocol.chunked]
+PROTOCOLS = [protocol for protocol in Protocol if protocol is not Protocol.streaming]
+READINGS = readings(EvaluationConfig(lengths=LENGTHS, protocols=PROTOCOLS, stride=8), CONTEXT_LEN)
+NAMES = [protocol.value for protocol in PROTOCOLS]
 
 
 def run(num_windows: int = 3, methods: tuple[Method, ...] = (Method.none, Method.ntk), **settings) -> Results:
     model = build_tiny_llama()
     handle = install_rotary(model, CONTEXT_LEN)
-    windows = random_windows(num_windows, max(LENGTHS), stride=CONTEXT_LEN)
+    windows = random_windows(num_windows, max(LENGTHS))
     chosen = tables(methods, None, handle.base_inv_freq, CONTEXT_LEN, max(LENGTHS))
-    return evaluate(model, handle, chosen, windows, LENGTHS, PROTOCOLS, device=CPU, **{"chunk_len": 20, **settings})
+    return evaluate(model, handle, chosen, windows, READINGS, device=CPU, **{"chunk_len": 20, **settings})
 
 
 def test_every_cell_equals_the_naive_average_over_the_same_tokens() -> None:
     results = run()
-    model, windows = build_tiny_llama(), random_windows(3, 64, stride=16)
+    model, windows = build_tiny_llama(), random_windows(3, 64)
     base = 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
     for length in LENGTHS:
         t = length / 16
@@ -56,10 +59,16 @@ def test_all_methods_protocols_and_lengths_are_there_over_equally_many_tokens() 
     assert list(results.metrics()) == [
         f"perplexity/{method}/{protocol}/{length}"
         for method in ("none", "ntk")
-        for protocol in ("one_shot", "chunked")
+        for protocol in NAMES
         for length in LENGTHS
     ]
-    assert {score.num_tokens for score in results.scores} == {3 * (64 - 4)}
+    assert {(score.protocol, score.num_tokens) for score in results.scores} == {
+        ("one_shot", 3 * (64 - 4)),
+        ("chunked", 3 * (64 - 4)),
+        ("per_position", 3 * (64 - 4)),
+        ("sliding", 3 * (64 - 1)),
+        ("last_k", 3 * (16 - 1)),
+    }
     assert [score.t for score in results.scores[:3]] == [1, 2, 4]
     assert results.windows["count"] == 3
 
@@ -93,7 +102,7 @@ def test_the_handle_and_the_model_are_left_as_they_were() -> None:
     before = tables([Method.pi], None, handle.base_inv_freq, CONTEXT_LEN, 64)["pi"]
     handle.use(before)
     chosen = tables([Method.none], None, handle.base_inv_freq, CONTEXT_LEN, 64)
-    evaluate(model, handle, chosen, random_windows(1, 64, 16), LENGTHS, PROTOCOLS, chunk_len=64, device=CPU)
+    evaluate(model, handle, chosen, random_windows(1, 64), READINGS, chunk_len=64, device=CPU)
     assert handle.table is before
     assert model.training
 
@@ -104,7 +113,7 @@ def test_a_length_beyond_a_table_is_refused_before_the_first_forward() -> None:
     short = tables([Method.none], None, handle.base_inv_freq, CONTEXT_LEN, 32)
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward was run"))
     with pytest.raises(ValueError, match="num_tokens=64"):
-        evaluate(model, handle, short, random_windows(1, 64, 16), LENGTHS, PROTOCOLS)
+        evaluate(model, handle, short, random_windows(1, 64), READINGS)
 
 
 @pytest.mark.parametrize(("num_pieces", "batch", "world_size"), [(12, 5, 2), (7, 2, 3), (1, 4, 4), (6, 6, 1)])

@@ -11,10 +11,11 @@ import torch.multiprocessing
 from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 
 from clex_train.evaluation.methods import tables
+from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.runner import evaluate
 from clex_train.rope.patch import install_rotary
 from clex_train.settings.engine import EngineConfig
-from clex_train.settings.evaluation import Method, Protocol
+from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 
 
 @pytest.mark.slow
@@ -53,8 +54,9 @@ def _rank_main(rank: int, port: int, folder: str) -> None:
 
 def _perplexities(model, handle) -> dict[str, float]:
     chosen = tables([Method.none, Method.ntk], None, handle.base_inv_freq, CONTEXT_LEN, 64)
-    windows = random_windows(3, 64, CONTEXT_LEN)
-    return evaluate(model, handle, chosen, windows, [16, 32, 64], list(Protocol), chunk_len=20).metrics()
+    protocols = [protocol for protocol in Protocol if protocol is not Protocol.streaming]
+    spec = EvaluationConfig(lengths=[16, 32, 64], protocols=protocols, stride=8)
+    return evaluate(model, handle, chosen, random_windows(3, 64), readings(spec, CONTEXT_LEN), chunk_len=20).metrics()
 
 
 def _sharded():
@@ -74,7 +76,7 @@ def _sharded():
 
 
 def _train_step(engine) -> float:
-    tokens = torch.from_numpy(random_windows(1, 32, CONTEXT_LEN).tokens)
+    tokens = torch.from_numpy(random_windows(1, 32).tokens)
     engine.train()
     loss = engine(input_ids=tokens, labels=tokens, use_cache=False).loss
     engine.backward(loss)

@@ -1,12 +1,13 @@
 """Which tokens are scored."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
-from clex_train.evaluation.windows import WindowSet, score_stride, select
-from clex_train.settings.evaluation import Protocol
+from clex_train.evaluation.windows import WindowSet, select
 
 DOCUMENT_LENS = (7, 70, 33, 31, 200, 32, 5, 64)
 
@@ -21,7 +22,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 
 def test_every_window_lies_inside_one_document_and_none_overlap(store: TokenStore) -> None:
-    windows = select(store, longest=32, num_windows=100, stride=8)
+    windows = select(store, longest=32, num_windows=100)
     assert windows.tokens.shape == (sum(n // 32 for n in DOCUMENT_LENS), 32)
     spans = set()
     for row, document, start in zip(windows.tokens, windows.documents, windows.starts, strict=True):
@@ -32,16 +33,16 @@ def test_every_window_lies_inside_one_document_and_none_overlap(store: TokenStor
 
 
 def test_the_choice_is_a_function_of_the_seed_alone(store: TokenStore) -> None:
-    first, again = (select(store, 32, 5, 8, seed=3) for _ in range(2))
+    first, again = (select(store, 32, 5, seed=3) for _ in range(2))
     np.testing.assert_array_equal(first.tokens, again.tokens)
-    assert first.fingerprint == again.fingerprint
-    others = {select(store, 32, 5, 8, seed=s).fingerprint for s in range(8)}
+    assert first.content == again.content
+    others = {select(store, 32, 5, seed=s).content for s in range(8)}
     assert len(others) > 1
 
 
 def test_more_windows_keep_those_of_fewer(store: TokenStore) -> None:
     def chosen(count: int) -> set[tuple[int, int]]:
-        windows = select(store, 32, count, 8, seed=1)
+        windows = select(store, 32, count, seed=1)
         return set(zip(windows.documents.tolist(), windows.starts.tolist(), strict=True))
 
     for count in range(1, 10):
@@ -52,42 +53,42 @@ def test_more_windows_keep_those_of_fewer(store: TokenStore) -> None:
 def test_every_long_document_gives_a_window_before_any_gives_two(store: TokenStore) -> None:
     long_enough = [d for d, n in enumerate(DOCUMENT_LENS) if n >= 32]
     for seed in range(5):
-        windows = select(store, 32, len(long_enough), 8, seed=seed)
+        windows = select(store, 32, len(long_enough), seed=seed)
         assert windows.documents.tolist() == long_enough
-
-
-def test_the_same_tokens_are_scored_at_every_length(store: TokenStore) -> None:
-    windows = select(store, longest=64, num_windows=3, stride=8)
-    for length in (8, 16, 32, 64):
-        pieces = windows.pieces(length)
-        np.testing.assert_array_equal(pieces.reshape(windows.tokens.shape), windows.tokens)
-        first_of_a_piece = np.arange(windows.longest) % length == 0
-        assert not (first_of_a_piece & windows.scored).any()
-    assert windows.scored.sum() == 64 - 8
 
 
 def test_too_short_documents_are_one_clear_error(store: TokenStore) -> None:
     with pytest.raises(ValueError, match=r"lengths=256: none of the 8 validation documents .* longest has 200 tokens"):
-        select(store, longest=256, num_windows=4, stride=8)
+        select(store, longest=256, num_windows=4)
 
 
 def test_fewer_windows_than_asked_are_told(store: TokenStore, caplog: pytest.LogCaptureFixture) -> None:
-    select(store, longest=64, num_windows=50, stride=8)
-    assert "num_windows=50: the validation split holds 5 windows of 64 tokens" in caplog.text
+    select(store, longest=64, num_windows=50)
+    assert (
+        "num_windows=50: the validation split holds 5 windows of 64 tokens, all are used (5 of 8 documents"
+        in caplog.text
+    )
 
 
-def test_the_fingerprint_covers_tokens_and_stride(store: TokenStore) -> None:
-    windows = select(store, 32, 4, stride=8)
-    other_stride = WindowSet(windows.tokens, windows.documents, windows.starts, 4)
+def every(stride: int, longest: int = 32) -> np.ndarray:
+    """All tokens but the multiples of a stride."""
+    return np.arange(longest) % stride != 0
+
+
+def test_a_fingerprint_is_shared_exactly_by_equal_tokens_that_are_scored_alike(store: TokenStore) -> None:
+    windows, again = select(store, 32, 4), select(store, 32, 4)
     other_token = windows.tokens.copy()
     other_token[-1, -1] += 1
-    changed = WindowSet(other_token, windows.documents, windows.starts, 8)
-    assert len({windows.fingerprint, other_stride.fingerprint, changed.fingerprint}) == 3
+    changed = WindowSet(other_token, windows.documents, windows.starts)
+    masks = [every(2), every(8), every(32), np.arange(32) >= 16, np.arange(32) >= 17, every(8) & (np.arange(32) != 9)]
+    assert len({windows.fingerprint(mask) for mask in masks}) == len(masks)
+    assert [windows.fingerprint(mask) for mask in masks] == [again.fingerprint(mask) for mask in masks]
+    assert not {windows.fingerprint(mask) for mask in masks} & {changed.fingerprint(mask) for mask in masks}
+    assert windows.content == again.content != changed.content
 
 
-def test_chunked_never_scores_a_chunks_first_token() -> None:
-    assert score_stride([64, 128], context_len=64, protocols=[Protocol.one_shot]) == 64
-    assert score_stride([64, 128], context_len=24, protocols=[Protocol.one_shot]) == 64
-    assert score_stride([64, 128], context_len=24, protocols=[Protocol.one_shot, Protocol.chunked]) == 8
-    with pytest.raises(ValueError, match="no common divisor"):
-        score_stride([64, 128], context_len=27, protocols=[Protocol.chunked])
+def test_fingerprints_are_those_of_files_from_before_protocols_scored_tokens_of_their_own() -> None:
+    tokens = np.arange(64).reshape(2, 32)
+    windows = WindowSet(tokens, np.arange(2), np.zeros(2, dtype=np.int64))
+    before = hashlib.blake2b(b"(2, 32)/8/" + tokens.astype("<i8").tobytes(), digest_size=8).hexdigest()
+    assert windows.fingerprint(every(8)) == before
