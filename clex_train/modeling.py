@@ -26,7 +26,8 @@ from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import require
 from clex_train.settings.model import Init, ModelConfig
-from clex_train.settings.scaling import FORMULAS, LogScale, ScalingConfig, ScalingName
+from clex_train.settings.scaling import FORMULAS, LogScale, Positions, ScalingName
+from clex_train.starting_field import starting_field
 
 logger = log.get(__name__)
 
@@ -237,13 +238,27 @@ def load_for_training(
     loaded = LoadedModel(model, install_rotary(model, length), length)
     policy = config.scaling.log_scale
     if config.scaling.name is ScalingName.clex:
-        loaded.clex, policy = _clex_for_training(config, loaded.base_inv_freq)
+        loaded.clex, policy = starting_field(config, loaded.base_inv_freq)
     if config.scaling.name in FORMULAS:
-        factor = config.scaling.factor_for(config.data.seq_len, length)
-        # The model's own attention factor, which yarn has, stays on whatever spectrum is put in.
-        loaded.formula = Spectrum(loaded.base_inv_freq, t=factor)
+        loaded.formula = _formula(config, loaded)
     _scale_logits(loaded, policy)
     return loaded
+
+
+def _formula(config: Config, loaded: LoadedModel) -> Spectrum:
+    """What a recipe by formula trains with; said in the log."""
+    scaling, row_len, length = config.scaling, config.data.seq_len, loaded.context_len
+    factor = scaling.factor_for(row_len, length)
+    logger.info("scaling=%s: factor %g, L = %d, rows of %d tokens", scaling.name.name, factor, length, row_len)
+    if scaling.positions is Positions.plain and row_len <= length and factor > 1:
+        logger.warning(
+            "scaling.positions=plain: rows of %d tokens show the model no position beyond L = %d; "
+            "skip spreads them over factor * L",
+            row_len,
+            length,
+        )
+    # The model's own attention factor, which yarn has, stays on whatever spectrum is put in.
+    return Spectrum(loaded.base_inv_freq, t=factor)
 
 
 def load_for_evaluation(
@@ -361,64 +376,6 @@ def _from_pretrained(
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path={spec.path}: the weights cannot be loaded ({_first_line(error)})") from error
-
-
-def _clex_for_training(config: Config, base_inv_freq: torch.Tensor) -> tuple[Clex, LogScale]:
-    """The field that is in `model.path`, else a fresh one, and the log-scaling of the run."""
-    scaling, directory = config.scaling, Path(str(config.model.path))
-    has_weights = config.model.init is Init.pretrained
-    if has_weights and model_directory.has_clex(directory):
-        clex, _, _ = model_directory.read_clex(directory)
-        return _continued(clex, scaling, directory), scaling.log_scale
-    if has_weights and official.is_official(directory):
-        field = official.read_official_field(directory, base_inv_freq, scaling.tolerance)
-        return _continued(field.clex, scaling, directory), _official_log_scale(field.log_scale, scaling, directory)
-    clex = Clex(
-        base_inv_freq,
-        t_max=scaling.t_max,
-        param_factor=scaling.param_factor,
-        act=scaling.act.value,
-        official_ntk_base=scaling.official_ntk_base,
-        tolerance=scaling.tolerance,
-        seed=config.seed,
-    )
-    return clex, scaling.log_scale
-
-
-def _continued(clex: Clex, scaling: ScalingConfig, directory: Path) -> Clex:
-    """A trained field, of the shape that the configuration asks for, served up to this run's t_max."""
-    factor = clex.up.shape[1] / (2 * clex.up.shape[0])
-    require(clex.act == scaling.act.value, "scaling.act", scaling.act.name, f"{directory} has {clex.act}; set that")
-    require(
-        round(scaling.param_factor * 2 * len(clex.base_inv_freq)) == clex.up.shape[1],
-        "scaling.param_factor",
-        scaling.param_factor,
-        f"{directory} has {factor:g}; set that",
-    )
-    require(
-        clex.official_ntk_base or not scaling.official_ntk_base,
-        "scaling.official_ntk_base",
-        scaling.official_ntk_base,
-        f"the field of {directory} was trained without it; leave the key out",
-    )
-    if clex.t_max != scaling.t_max:
-        logger.info("scaling.t_max=%g: the field of %s was trained up to %g", scaling.t_max, directory, clex.t_max)
-    clex.t_max, clex.tolerance = float(scaling.t_max), scaling.tolerance
-    logger.info("continuing the vector field of %s (official_ntk_base=%s)", directory, clex.official_ntk_base)
-    return clex
-
-
-def _official_log_scale(policy: str, scaling: ScalingConfig, directory: Path) -> LogScale:
-    """A checkpoint that was made for log-scaling keeps it; one without is free to take it up."""
-    if policy == "off":
-        return scaling.log_scale
-    require(
-        scaling.log_scale in (LogScale.off, LogScale(policy)),
-        "scaling.log_scale",
-        scaling.log_scale.name,
-        f"{directory} was made for scaling.log_scale={policy}; leave the key out",
-    )
-    return LogScale(policy)
 
 
 def _first_line(error: Exception) -> str:

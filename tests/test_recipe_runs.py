@@ -153,6 +153,14 @@ def test_plain_positions_train_as_the_stock_model_does(run, base):
     assert figures(stock, "loss") == figures(ours, "loss")
 
 
+def test_rows_that_never_leave_l_are_warned_of(run, base, caplog):
+    fine_tuned(run, base, "short_rows", "scaling=pi", "scaling.factor=4", "optim.steps=1")
+    assert "scaling.positions=plain: rows of 32 tokens show the model no position beyond L = 32" in caplog.text
+    caplog.clear()
+    fine_tuned(run, base, "skip_rows", "scaling=pi", "scaling.factor=4", "scaling.positions=skip", "optim.steps=1")
+    assert "no position beyond" not in caplog.text
+
+
 def figures(run_folder, key: str) -> list[float]:
     return [
         json.loads(line)[key] for line in (run_folder / "metrics.jsonl").read_text().splitlines() if f'"{key}"' in line
