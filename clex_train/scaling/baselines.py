@@ -1,9 +1,12 @@
-"""Frequency tables that need no training: the base itself, position interpolation, NTK-aware scaling.
+"""Frequency tables in closed form: the base itself, position interpolation, NTK-aware scaling, another base.
 
     none   theta_j(t) = theta_j(1)
     pi     theta_j(t) = theta_j(1) / t                          (Chen et al., arXiv 2306.15595)
     ntk    theta_j(t) = theta_j(1) * (2t - 1)^(-2j / (d - 2))   (CLEX, arXiv 2310.16450: where CLEX starts)
+    theta  theta_j(t) = theta_j(1) * (base / base')^(2j / d)    (Code Llama, arXiv 2308.12950: RoPE at base base')
 
+A model trained at random positions (Ruoss et al., arXiv 2305.16843) is read at plain frequencies and plain positions,
+which is `none`. yarn, dynamic and longrope are transformers' (`rope.hf_scalings`).
 Shapes: `K` scale factors, `P` pairs = d / 2.
 """
 
@@ -38,6 +41,16 @@ def ntk_table(inv_freq: Float[Tensor, " P"], t_grid: Tensor | list[float]) -> Fr
     t = as_grid(t_grid)
     factors = (2 * t[:, None] - 1) ** -ntk_exponents(len(inv_freq))
     return FrequencyTable(t, inv_freq.double() * factors, method="ntk")
+
+
+def theta_table(
+    inv_freq: Float[Tensor, " P"], t_grid: Tensor | list[float], base: float, new_base: float
+) -> FrequencyTable:
+    """RoPE of base `base` (rope_theta) turned into one of `new_base`, the same at every t, also at t = 1."""
+    t = as_grid(t_grid)
+    exponents = torch.arange(len(inv_freq), dtype=torch.float64) / max(1, len(inv_freq))
+    changed = inv_freq.double() * (base / new_base) ** exponents
+    return FrequencyTable(t, changed.expand(len(t), -1).clone(), method="theta")
 
 
 TABLES: dict[str, Callable[[Tensor, Tensor | list[float]], FrequencyTable]] = {

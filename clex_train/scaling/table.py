@@ -6,6 +6,8 @@ Shapes: `K` scale factors, `P` pairs = rotary_dim / 2.
 
 import bisect
 import itertools
+import math
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,12 +23,40 @@ from clex_train.scaling.spectrum import Spectrum
 RELATIVE_SLACK = 1e-12
 
 
+class Frequencies(typing.Protocol):
+    """Frequencies by length: a `FrequencyTable`, or what a model does by itself at each number of tokens."""
+
+    @property
+    def method(self) -> str:
+        """What made them."""
+
+    @property
+    def context_len(self) -> int | None:
+        """L in tokens, None where any will do."""
+
+    @property
+    def num_pairs(self) -> int:
+        """P, half the rotary dimension."""
+
+    @property
+    def t_max(self) -> float:
+        """The largest scale factor that is served."""
+
+    def at(self, t: float) -> Spectrum:
+        """The spectrum at a scale factor."""
+
+    def least_upper_bound(self, num_tokens: int, context_len: int, clamp: bool = False) -> Spectrum:
+        """The spectrum for a call of `num_tokens` tokens."""
+
+
 @dataclass(frozen=True, eq=False)
 class FrequencyTable:
     """theta(t) for scale factors `t` [K] (ascending, the first is 1) as `inv_freq` [K, P], float64, radians per token.
 
     `method` names what made it (`clex`, `ntk`, ...), `digest` the weights it was solved from, `context_len` is L in
-    tokens. Raises `ValueError` for a grid that does not ascend from 1 and for frequencies not finite and positive.
+    tokens, `attention_factors` [K] float64 multiply cos and sin at each t (None: 1 everywhere). A model without RoPE
+    has P = 0. Raises `ValueError` for a grid that does not ascend from 1, for frequencies or factors not finite and
+    positive, and for another number of factors.
     """
 
     t: Float64[Tensor, " K"]
@@ -34,7 +64,7 @@ class FrequencyTable:
     method: str = ""
     context_len: int | None = None
     digest: str = ""
-    attention_factor: float = 1.0
+    attention_factors: Float64[Tensor, " K"] | None = None
     _grid: list[float] = field(init=False, repr=False)
     _spectra: list[Spectrum] = field(init=False, repr=False)
 
@@ -49,9 +79,15 @@ class FrequencyTable:
             raise ValueError(
                 f"inv_freq[{row}, {column}]={value} at t={grid[row]:g}: frequencies are finite and positive"
             )
-        spectra = [Spectrum(theta, t, self.attention_factor) for theta, t in zip(self.inv_freq, grid, strict=True)]
+        factors = self._checked_factors(grid)
+        spectra = [Spectrum(theta, t, a) for theta, t, a in zip(self.inv_freq, grid, factors, strict=True)]
         object.__setattr__(self, "_grid", grid)
         object.__setattr__(self, "_spectra", spectra)
+
+    @property
+    def num_pairs(self) -> int:
+        """P, half the rotary dimension."""
+        return self.inv_freq.shape[1]
 
     @property
     def t_max(self) -> float:
@@ -88,35 +124,53 @@ class FrequencyTable:
             self.method,
             self.context_len,
             self.digest,
-            self.attention_factor,
+            None if self.attention_factors is None else self.attention_factors.to(device),
         )
 
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, the names in its metadata."""
-        metadata = {"method": self.method, "digest": self.digest, "attention_factor": repr(self.attention_factor)}
+        metadata = {"method": self.method, "digest": self.digest}
         if self.context_len is not None:
             metadata["context_len"] = str(self.context_len)
-        tensors = {"t": self.t.cpu().contiguous(), "inv_freq": self.inv_freq.cpu().contiguous()}
-        save_file(tensors, str(path), metadata=metadata)
+        tensors = {"t": self.t, "inv_freq": self.inv_freq}
+        if self.attention_factors is not None:
+            tensors["attention_factors"] = self.attention_factors
+        save_file({name: each.cpu().contiguous() for name, each in tensors.items()}, str(path), metadata=metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> "FrequencyTable":
-        """Read what `save` wrote, to the bit; `ValueError` names the file when it is no frequency table."""
+        """Read what `save` wrote, to the bit, now or when one factor for all t stood in the metadata.
+
+        `ValueError` names the file when it is no frequency table.
+        """
         try:
             with safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
-                t, inv_freq = file.get_tensor("t"), file.get_tensor("inv_freq")
-            length = metadata.get("context_len")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            length, one_factor = metadata.get("context_len"), float(metadata.get("attention_factor", "1"))
+            factors = tensors.get("attention_factors")
+            if factors is None and one_factor != 1.0:
+                factors = torch.full_like(tensors["t"], one_factor)
             return cls(
-                t=t,
-                inv_freq=inv_freq,
+                t=tensors["t"],
+                inv_freq=tensors["inv_freq"],
                 method=metadata.get("method", ""),
                 context_len=None if length is None else int(length),
                 digest=metadata.get("digest", ""),
-                attention_factor=float(metadata.get("attention_factor", "1")),
+                attention_factors=factors,
             )
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise ValueError(f"{path}: not a frequency table: {error}") from error
+
+    def _checked_factors(self, grid: list[float]) -> list[float]:
+        if self.attention_factors is None:
+            return [1.0] * len(grid)
+        factors = self.attention_factors.tolist()
+        if len(factors) != len(grid) or not all(0 < factor < math.inf for factor in factors):
+            raise ValueError(
+                f"attention_factors={_short(factors)}: one for each of {len(grid)} scale factors, finite and positive"
+            )
+        return factors
 
 
 def scale_grid(t_max: float, step: float = 1.0) -> Float64[Tensor, " K"]:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from clex_train.scaling.baselines import TABLES, none_table, ntk_table, pi_table
+from clex_train.scaling.baselines import TABLES, none_table, ntk_table, pi_table, theta_table
 from clex_train.scaling.table import scale_grid
 
 
@@ -57,3 +58,12 @@ def test_a_single_rotated_pair_has_a_table(name: str) -> None:
 
 def test_none_stays_at_the_base() -> None:
     assert torch.equal(none_table(rope(), scale_grid(3)).inv_freq, rope().expand(3, -1))
+
+
+def test_theta_is_the_plain_rope_of_another_base_at_every_t() -> None:
+    config = LlamaConfig(hidden_size=64, num_attention_heads=1, rope_parameters={"rope_theta": 1e6})
+    expected, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    table = theta_table(rope(), scale_grid(4), 10000.0, 1e6)
+    torch.testing.assert_close(table.inv_freq, expected.double().expand(4, -1), rtol=1e-6, atol=0)
+    assert table.method == "theta"
+    assert theta_table(torch.ones(0), scale_grid(2), 1e4, 1e6).num_pairs == 0

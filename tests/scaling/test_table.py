@@ -1,5 +1,6 @@
 """The stored frequency table: exact members, the least-upper-bound rule, and its file."""
 
+import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -63,13 +64,36 @@ def test_beyond_t_max_is_an_error_that_names_the_numbers_or_a_clamp_on_request()
 
 
 def test_a_saved_table_comes_back_to_the_bit(tmp_path: Path) -> None:
-    table = FrequencyTable(TABLE.t, TABLE.inv_freq / 3, "clex", context_len=4096, digest="ab12", attention_factor=1.1)
+    factors = 1 + torch.log(TABLE.t) / 3
+    table = FrequencyTable(TABLE.t, TABLE.inv_freq / 3, "clex", 4096, digest="ab12", attention_factors=factors)
     table.save(tmp_path / "table.safetensors")
     back = FrequencyTable.load(tmp_path / "table.safetensors")
     assert torch.equal(back.t, table.t)
     assert torch.equal(back.inv_freq, table.inv_freq)
-    assert (back.method, back.context_len, back.digest, back.attention_factor) == ("clex", 4096, "ab12", 1.1)
-    assert back.at(3).attention_factor == 1.1
+    assert (back.method, back.context_len, back.digest) == ("clex", 4096, "ab12")
+    assert torch.equal(back.attention_factors, factors)
+
+
+def test_each_t_has_its_own_attention_factor_and_1_without_any() -> None:
+    table = FrequencyTable(TABLE.t, TABLE.inv_freq, attention_factors=1 + torch.log(TABLE.t) / 3)
+    assert [table.at(t).attention_factor for t in (1, 4)] == pytest.approx([1.0, 1 + math.log(4) / 3])
+    assert table.least_upper_bound(65, 64).attention_factor == table.to("cpu").at(2).attention_factor > 1
+    assert {TABLE.at(t).attention_factor for t in range(1, 17)} == {1.0}
+
+
+@pytest.mark.parametrize(("written", "expected"), [(None, 1.0), ("1.0", 1.0), ("1.25", 1.25)])
+def test_files_with_one_factor_in_their_metadata_still_load(tmp_path: Path, written, expected: float) -> None:
+    metadata = {"method": "clex", "context_len": "64"} | ({} if written is None else {"attention_factor": written})
+    save_file({"t": TABLE.t, "inv_freq": TABLE.inv_freq}, str(tmp_path / "table.safetensors"), metadata=metadata)
+    back = FrequencyTable.load(tmp_path / "table.safetensors")
+    assert {back.at(t).attention_factor for t in (1, 7, 16)} == {expected}
+    assert (back.method, back.context_len) == ("clex", 64)
+
+
+@pytest.mark.parametrize("factors", [[1.0, 0.0, 1.0], [1.0, math.nan, 1.0], [1.0, 1.0, math.inf]])
+def test_attention_factors_that_do_not_fit_are_refused(factors: list[float]) -> None:
+    with pytest.raises(ValueError, match="one for each of 3 scale factors, finite and positive"):
+        FrequencyTable(TABLE.t[:3], TABLE.inv_freq[:3], attention_factors=torch.tensor(factors).double())
 
 
 def test_a_view_of_a_larger_tensor_can_be_saved(tmp_path: Path) -> None:
