@@ -19,6 +19,7 @@ from clex_train import log, model_directory, seeding
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.config import Config
 from clex_train.rope import official, recipes
+from clex_train.rope.as_is import install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary, require_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.spectrum import Spectrum
@@ -36,7 +37,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @dataclass
 class LoadedModel:
-    """A model with its rotary module replaced, and what belongs to it."""
+    """A model under a handle, which has replaced its rotary module if there is one, and what belongs to it."""
 
     model: PreTrainedModel
     handle: RotaryHandle
@@ -61,8 +62,15 @@ class LoadedModel:
 def architecture(model: ModelConfig) -> PretrainedConfig:
     """The architecture of `model.path` (or of `model.config` alone).
 
-    `ValueError` in one line if it cannot be read or has no rotary embedding.
+    `ValueError` in one line if it cannot be read or has no rotary embedding that theta(t) can be put into.
     """
+    config = evaluated_architecture(model)
+    require_rotary(config, model.trust_remote_code)
+    return config
+
+
+def evaluated_architecture(model: ModelConfig) -> PretrainedConfig:
+    """The architecture of a model that is only read, which needs no RoPE; `ValueError` if it cannot be read."""
     key, path = ("model.path", model.path) if model.path else ("model.config", _shipped(model.config))
     assert path is not None
     require_directory(key, path)
@@ -80,7 +88,6 @@ def architecture(model: ModelConfig) -> PretrainedConfig:
         path,
         "a checkpoint of the original CLEX code: download it (`hf download`) and give its directory",
     )
-    require_rotary(config, model.trust_remote_code)
     return config
 
 
@@ -164,13 +171,22 @@ def context_length(model: ModelConfig, config: PretrainedConfig) -> int:
         return model.context_len
     if trained_on is not None:
         return trained_on
-    served = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = recipes.original_context(config) or served
+    length = recipes.original_context(config) or _own_context(config.get_text_config())
     require(
         length is not None, "model.context_len", None, "the architecture does not say what context it was trained on"
     )
     assert length is not None
     return int(length)
+
+
+def _own_context(config: Any) -> int | None:
+    """What the architecture says it was trained on; longrope begins at its original length."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope.get("original_max_position_embeddings")
+    # MPT and Bloom have no table of positions, and call it otherwise.
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
 
 
 def has_field(path: str) -> bool:
@@ -270,13 +286,17 @@ def load_for_evaluation(
     """Load a model directory or hub repository in one call, with its CLEX table if it has one.
 
     Directories of the original CLEX code are read as such. `dtype="auto"` keeps that of the stored weights. With
-    `sharding`, DeepSpeed's settings of ZeRO-3, each rank keeps its share of the weights while they are read.
-    `ValueError` in one line when there is no such model, it has no RoPE, or its files cannot be read.
+    `sharding`, DeepSpeed's settings of ZeRO-3, each rank keeps its share of the weights while they are read. A model
+    without RoPE, or with one that follows the length by itself, stands as it is; one without sdpa has eager attention
+    in its place. `ValueError` in one line when there is no such model, it cannot be read through a KV cache, or its
+    files cannot be read.
     """
-    length = context_length(spec, architecture(spec))
-    model = (_from_pretrained if sharding is None else partial(_shards, sharding))(spec, dtype, attention).eval()
+    length = context_length(spec, evaluated_architecture(spec))
+    # Named, sdpa would be an error for Bloom and MPT; unnamed, it is what transformers takes where there is one.
+    wanted = None if attention is AttentionImplementation.sdpa else attention
+    model = (_from_pretrained if sharding is None else partial(_shards, sharding))(spec, dtype, wanted).eval()
     tokenizer = load_tokenizer(spec.tokenizer or str(spec.path), spec)
-    loaded = LoadedModel(model, install_rotary(model, length), length, tokenizer)
+    loaded = LoadedModel(model, install_as_is(model, length), length, tokenizer)
     directory = Path(str(spec.path))
     if model_directory.has_clex(directory):
         loaded.clex, loaded.table, record = model_directory.read_clex(directory)
@@ -344,7 +364,7 @@ def _shards(
     sharding: dict[str, Any],
     spec: ModelConfig,
     dtype: torch.dtype | str,
-    attention: AttentionImplementation,
+    attention: AttentionImplementation | None,
     changed: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The weights, of which this rank keeps its share while they are read. Collective."""
@@ -360,12 +380,12 @@ def _shards(
 def _from_pretrained(
     spec: ModelConfig,
     dtype: torch.dtype | str,
-    attention: AttentionImplementation,
+    attention: AttentionImplementation | None,
     changed: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The weights of `spec`, under the architecture `changed` if it is not that of their directory."""
     directory = Path(str(spec.path))
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention.value}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention and attention.value}
     if changed is not None:
         options["config"] = changed
     try:

@@ -1,4 +1,4 @@
-"""Perplexity of a trained model, or of any Hugging Face causal LM with RoPE, against context length.
+"""Perplexity of a trained model, or of any Hugging Face causal LM, against context length.
 
     python -m clex_train.cli.evaluate run=runs/tiny_clex methods=[trained,ntk]
     python -m clex_train.cli.evaluate model=path/to/model data=corpora/books lengths=[4096,8192,16384]
@@ -36,6 +36,7 @@ from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, select
+from clex_train.rope.as_is import handle_without_weights
 from clex_train.settings.bounds import require
 from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 from clex_train.settings.model import ModelConfig
@@ -43,7 +44,8 @@ from clex_train.settings.retrieval import Task
 
 WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "num_windows", "chunk_len")
 TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts")
-KEYS = ("methods", "n_local", "n_global", *WINDOW_KEYS, *TASK_KEYS)
+METHOD_KEYS = ("methods", "rope_theta", "dynamic_factor", "longrope_factors", "n_local", "n_global")
+KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS)
 """What the command line may say otherwise than the run's `evaluation` group."""
 
 
@@ -52,8 +54,15 @@ class EvaluateConfig(LoadingConfig):
     data: str | None = None
     """Token store whose validation split is read; by default the run's. `model` needs one."""
     methods: list[Method] | None = None
-    """`trained`: as the model is; `none`, `pi`, `ntk`: those frequencies on its weights; `lm_infinite`: plain ones and
-    the Lambda-shaped mask. By default the run's."""
+    """`trained`: as the model is; `clex`: the same, of a model with CLEX; `none`, `pi`, `ntk`, `dynamic_ntk`, `yarn`,
+    `theta`, `longrope`, `random_pos`: those frequencies on its weights; `lm_infinite`: plain ones and the Lambda-shaped
+    mask. By default the run's."""
+    rope_theta: float | None = None
+    """Base of `theta`; by default 1e6."""
+    dynamic_factor: float | None = None
+    """Factor of `dynamic_ntk`; by default t. 1 is the dynamic NTK of the YaRN paper, 2 is `ntk`."""
+    longrope_factors: str | None = None
+    """JSON file with `short_factor` and `long_factor`, for `longrope` on a model without."""
     lengths: list[int] | None = None
     """Window lengths in tokens; by default the run's, or 1, 2, 4, 8 and 16 times the model's context length."""
     protocols: list[Protocol] | None = None
@@ -142,6 +151,7 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     spec = replace(config.evaluation, **given)
     _check_streaming(spec, asked.sharded)
     _check_reach(source.model, spec, source.context_len)
+    _check_methods(source.model, spec, source.context_len)
     return Plan(**vars(source), store=store, spec=spec, tokenizer=tokenizer)
 
 
@@ -150,8 +160,7 @@ def evaluate(
 ) -> tuple[Results, Origin]:
     """Load the weights on every rank, deal windows and prompts to the ranks, score. Collective."""
     loaded, dtype = load(asked, plan.model)
-    longest = plan.spec.longest()
-    tables = methods.tables(plan.spec.methods, loaded.table, loaded.base_inv_freq, loaded.context_len, longest)
+    tables = methods.of_model(plan.spec, loaded)
     inserted = methods.insertions(plan.spec, loaded.model, loaded.context_len)
     results = Results([], loaded.context_len, NO_WINDOWS)
     if windows is not None:
@@ -221,11 +230,18 @@ def _check_reach(model: ModelConfig, spec: EvaluationConfig, context_len: int) -
     """Refuse a length that the model's own field does not serve, while no weights have been read."""
     t_max, longest = modeling.t_max_of_field(str(model.path)), spec.longest()
     require(
-        t_max is None or Method.trained not in spec.methods or longest <= t_max * context_len,
+        t_max is None or not {Method.trained, Method.clex} & set(spec.methods) or longest <= t_max * context_len,
         "lengths",
         [*spec.lengths, *(spec.task_lengths or [])],
-        f"num_tokens={longest}: beyond t_max * L = {t_max or 1:g} * {context_len}; shorten, or leave out trained",
+        f"num_tokens={longest}: beyond t_max * L = {t_max or 1:g} * {context_len}; shorten, or leave trained out",
     )
+
+
+def _check_methods(model: ModelConfig, spec: EvaluationConfig, context_len: int) -> None:
+    """Refuse a method that the model cannot have, while no weights have been read."""
+    arch = modeling.evaluated_architecture(model)
+    unloaded = handle_without_weights(arch, context_len, model.trust_remote_code)
+    methods.check(spec, unloaded, modeling.has_field(str(model.path)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ class LoadingConfig:
     precision: Precision = Precision.auto
     """`auto`: bf16 on a GPU, fp32 on a CPU."""
     attention: AttentionImplementation = AttentionImplementation.sdpa
-    """Attention back end of transformers; `flash_attention_2` needs flash-attn and a GPU."""
+    """Attention back end of transformers; `flash_attention_2` needs flash-attn and a GPU. `sdpa` is `eager` for a model
+    without."""
     sharded: bool = False
     """Split the weights over the ranks (ZeRO-3) instead of a copy on each: for a model that one GPU does not hold."""
     offload_parameters: bool = False
@@ -88,7 +89,7 @@ def locate(asked: LoadingConfig) -> Source:
     folder = Path(asked.run) if asked.run else Path("runs") / label
     return Source(
         model=model,
-        context_len=modeling.context_length(model, modeling.architecture(model)),
+        context_len=modeling.context_length(model, modeling.evaluated_architecture(model)),
         label=label,
         output=Path(asked.output) if asked.output else folder / "evaluation" / f"{label}.json",
     )

@@ -1,39 +1,120 @@
 """The methods that one set of weights is evaluated with: each is a frequency table put on the model, one a mask too.
 
-`trained` is the model's own table (a model without one stands as it is, at its own frequencies); `none` is plain RoPE
-at every length, `lm_infinite` the same under the Lambda-shaped mask, `pi` position interpolation, `ntk` NTK-aware
-scaling with alpha = 2t - 1, where CLEX starts (`scaling.baselines`).
+`trained` is the model's own table, or what it does without one; `clex` the same where that is a CLEX. `none` is plain
+RoPE at every length, and so is `random_pos`, how a model trained at random positions is read; `lm_infinite` the same
+under the Lambda-shaped mask. The others are formulas of t, from `scaling.baselines` and, transformers' own, from
+`rope.hf_scalings`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from clex_train.attention.hf_interface import LmInfinite, apply_lm_infinite
-from clex_train.scaling.baselines import TABLES
-from clex_train.scaling.table import FrequencyTable, scale_grid
+from clex_train.modeling import LoadedModel
+from clex_train.rope import hf_scalings
+from clex_train.rope.as_is import WithoutRotary
+from clex_train.rope.hf_scalings import ConfiguredRope
+from clex_train.rope.patch import RotaryHandle
+from clex_train.scaling.baselines import none_table, ntk_table, pi_table, theta_table
+from clex_train.scaling.table import Frequencies, FrequencyTable, scale_grid
+from clex_train.settings.bounds import require
 from clex_train.settings.evaluation import EvaluationConfig, Method
+
+Formula = Callable[[Tensor, Tensor], FrequencyTable]
+"""(inv_freq [P], t [K]) -> theta(t)."""
+
+FORMULAS: dict[Method, Formula] = {
+    Method.none: none_table,
+    Method.pi: pi_table,
+    Method.ntk: ntk_table,
+    Method.random_pos: none_table,
+    Method.lm_infinite: none_table,
+}
+OF_THE_MODEL = (Method.trained, Method.clex)
+WITHOUT_ROPE = (Method.none, Method.lm_infinite)
+
+
+def of_model(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, Frequencies]:
+    """Frequencies for each of `spec.methods` on a loaded model; `ValueError` for a method that it cannot have."""
+    _require_fitting(spec, loaded.handle, loaded.clex is not None)
+    trained = loaded.table if loaded.table is not None else loaded.handle.own
+    every = formulas(spec, loaded.handle)
+    return tables(spec.methods, trained, loaded.base_inv_freq, loaded.context_len, spec.longest(), every)
+
+
+def check(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool) -> None:
+    """Refuse by name what would be refused when it is put into the model; the handle's model needs no weights."""
+    _require_fitting(spec, handle, has_clex)
+    others = [method for method in spec.methods if method not in OF_THE_MODEL]
+    tables(others, None, handle.base_inv_freq, handle.context_len, spec.longest(), formulas(spec, handle))
+    if Method.lm_infinite in others:
+        with insertions(spec, handle.model, handle.context_len)[Method.lm_infinite.value]():
+            pass
 
 
 def tables(
-    methods: Sequence[Method], trained: FrequencyTable | None, base_inv_freq: Tensor, context_len: int, longest: int
-) -> dict[str, FrequencyTable]:
-    """A table for each method name that serves up to `longest` tokens; `base_inv_freq` [P] is plain RoPE.
+    methods: Sequence[Method],
+    trained: Frequencies | None,
+    base_inv_freq: Tensor,
+    context_len: int,
+    longest: int,
+    formulas: Mapping[Method, Formula] = FORMULAS,
+) -> dict[str, Frequencies]:
+    """Frequencies for each method name that serve up to `longest` tokens; `base_inv_freq` [P] is plain RoPE.
 
-    Raises `ValueError` if the trained table ends before `longest`.
+    The grid is the integers. Raises `ValueError` if the trained table ends before `longest`.
     """
+    assert trained is not None or Method.clex not in methods, "check() has refused clex on a model without"
     grid = scale_grid(math.ceil(longest / context_len))
-    own = trained if trained is not None else TABLES["none"](base_inv_freq, grid)
-    formula = {Method.lm_infinite: "none"}
-    chosen = {
-        m.value: own if m is Method.trained else TABLES[formula.get(m, m.value)](base_inv_freq, grid) for m in methods
-    }
+    own = trained if trained is not None else none_table(base_inv_freq, grid)
+    chosen = {m.value: own if m in OF_THE_MODEL else formulas[m](base_inv_freq, grid) for m in methods}
     for table in chosen.values():
         table.least_upper_bound(longest, context_len)
     return chosen
+
+
+def formulas(spec: EvaluationConfig, handle: RotaryHandle) -> dict[Method, Formula]:
+    """The formulas that a model can have, with what they need of it and of the settings."""
+    if isinstance(handle, WithoutRotary):
+        return dict.fromkeys(WITHOUT_ROPE, none_table)
+    rope = ConfiguredRope(handle.rotary_config, handle.traits.scaled, handle.context_len)
+    return FORMULAS | {
+        Method.theta: lambda inv_freq, t: theta_table(inv_freq, t, rope.theta, spec.rope_theta),
+        Method.dynamic_ntk: partial(hf_scalings.dynamic_table, rope, factor=spec.dynamic_factor),
+        Method.yarn: partial(hf_scalings.yarn_table, rope),
+        Method.longrope: partial(_longrope, spec.longrope_factors, handle.own, rope),
+    }
+
+
+def _longrope(
+    path: str | None, own: Frequencies | None, rope: ConfiguredRope, inv_freq: Tensor, t: Tensor
+) -> FrequencyTable:
+    """The model's own longrope where it has one, else by the factors of a file."""
+    if own is not None and own.method == "longrope":
+        spectra = [own.at(float(each)) for each in t]
+        factors = torch.tensor([spectrum.attention_factor for spectrum in spectra], dtype=torch.float64)
+        thetas = torch.stack([spectrum.inv_freq for spectrum in spectra])
+        return FrequencyTable(t, thetas, "longrope", attention_factors=factors)
+    key, remedy = (
+        "evaluation.longrope_factors",
+        f"model_type={rope.model_type} has no longrope factors; name a JSON file",
+    )
+    require(path is not None, key, path, remedy)
+    return hf_scalings.longrope_table(rope, inv_freq, t, hf_scalings.read_longrope_factors(str(path), len(inv_freq)))
+
+
+def _require_fitting(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool) -> None:
+    names = [method.value for method in spec.methods]
+    require(has_clex or Method.clex not in spec.methods, "methods", names, "this model holds no CLEX; leave clex out")
+    if isinstance(handle, WithoutRotary):
+        remedy = f"model_type={handle.model_type} has no RoPE: trained, none and lm_infinite alone read it as it is"
+        require(set(spec.methods) <= {*OF_THE_MODEL, *WITHOUT_ROPE}, "methods", names, remedy)
+        handle.require_room(spec.longest())
 
 
 def insertions(

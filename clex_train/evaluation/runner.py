@@ -25,7 +25,7 @@ from clex_train.evaluation.results import Results, Score, with_standard_errors
 from clex_train.evaluation.windows import WindowSet
 from clex_train.faults import StopRequested
 from clex_train.rope.patch import RotaryHandle
-from clex_train.scaling.table import FrequencyTable
+from clex_train.scaling.table import Frequencies
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 """Its unit is work and not tokens, which take longer where the windows are long."""
@@ -64,7 +64,7 @@ class Feeding:
 def evaluate(
     model: nn.Module,
     handle: RotaryHandle,
-    tables: Mapping[str, FrequencyTable],
+    tables: Mapping[str, Frequencies],
     windows: WindowSet,
     readings: Sequence[Reading],
     chunk_len: int = 1024,

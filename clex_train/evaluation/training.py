@@ -16,16 +16,18 @@ from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.retrieval import plan
 from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.windows import select
-from clex_train.modeling import LoadedModel, solve_table
+from clex_train.modeling import LoadedModel, architecture, solve_table, trained_architecture
+from clex_train.rope.as_is import handle_without_weights
+from clex_train.settings.scaling import ScalingName
 
 
 class TrainingEvaluation:
     """`evaluation(loaded, step)` -> perplexities and retrieval scores by key; collective.
 
     They are also written to `evaluation/step_<N>.json`. Raises `ValueError` on creation when no validation document is
-    as long as the longest window, a protocol's key does not fit the lengths, or no prompt of a task fits a length.
-    `interrupted` is asked on every rank between windows and prompts; where one says yes, the call raises
-    `StopRequested` and has written nothing.
+    as long as the longest window, a protocol's key does not fit the lengths, or no prompt of a task fits a length,
+    and for a method that the model cannot have. `interrupted` is asked on every rank between windows and prompts; where
+    one says yes, the call raises `StopRequested` and has written nothing.
     """
 
     def __init__(
@@ -38,15 +40,17 @@ class TrainingEvaluation:
     ) -> None:
         self.interrupted = interrupted
         self.config, self.spec = config, config.evaluation
+        arch = trained_architecture(config, architecture(config.model))
+        unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)
+        methods.check(self.spec, unloaded, has_clex=config.scaling.name is ScalingName.clex)
         self.store = (TokenStore(self.spec.path) if self.spec.path else store).split("validation")
         self.readings = readings(self.spec, context_len)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows)
         self.cells = plan.of_spec(self.spec, tokenizer)
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
-        table = solve_table(loaded)
-        longest = self.spec.longest()
-        tables = methods.tables(self.spec.methods, table, loaded.base_inv_freq, loaded.context_len, longest)
+        solve_table(loaded)
+        tables = methods.of_model(self.spec, loaded)
         inserted = methods.insertions(self.spec, loaded.model, loaded.context_len)
         scored = runner.evaluate(
             loaded.model,

@@ -21,10 +21,10 @@ from transformers.cache_utils import Cache
 from clex_train import log
 from clex_train.rope import cache as key_cache
 from clex_train.rope.hooks import Argument, CastPositionEmbeddings, layers_given_position_embeddings
-from clex_train.rope.probe import Site, Traits, find_rotary, probe, require_rotary
+from clex_train.rope.probe import Site, Traits, find_rotary, probe, require_own_length, require_rotary
 from clex_train.rope.rotary import ScaledRotary
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.scaling.table import FrequencyTable
+from clex_train.scaling.table import Frequencies
 
 __all__ = ["RotaryHandle", "install_rotary", "require_rotary"]
 
@@ -42,8 +42,9 @@ def install_rotary(model: nn.Module, context_len: int) -> "RotaryHandle":
     """
     if context_len < 1:
         raise ValueError(f"context_len={context_len}: the context that the base was trained on has at least 1 token")
-    site = find_rotary(model)
-    traits = probe(site.module, getattr(model, "config", None))
+    site, config = find_rotary(model), getattr(model, "config", None)
+    require_own_length(site.module, config)
+    traits = probe(site.module, config)
     return RotaryHandle(model, site, traits, context_len)
 
 
@@ -71,7 +72,9 @@ class RotaryHandle:
 
     def __init__(self, model: nn.Module, site: Site, traits: Traits, context_len: int) -> None:
         self.model, self.context_len, self.traits = model, context_len, traits
-        self.table: FrequencyTable | None = None
+        self.table: Frequencies | None = None
+        self.own: Frequencies | None = None
+        """What the model does at each length without a table; None for the same frequencies at all of them."""
         self.rotary = ScaledRotary(traits.base, traits.scaled, traits.expansion, traits.casts)
         self._site, self._clamp, self._warned = site, False, False
         self._override = _Override()
@@ -95,12 +98,22 @@ class RotaryHandle:
         return self.traits.base[self.traits.scaled].inv_freq.clone()
 
     @property
+    def model_type(self) -> str:
+        """The family, for messages."""
+        return str(getattr(getattr(self.model, "config", None), "model_type", type(self.model).__name__))
+
+    @property
+    def rotary_config(self) -> Any:
+        """The config that the model's rotary module was made from; None for a module that keeps none."""
+        return getattr(self._site.module, "config", None)
+
+    @property
     def layout(self) -> str | None:
         """`half` or `interleaved`: the components of a key that make a pair; None if cached keys cannot be turned."""
         return self.traits.layout
 
-    def use(self, table: FrequencyTable | None, clamp: bool = False) -> None:
-        """From now on each call takes the spectrum of the least t >= n / L in `table`; None returns to plain RoPE.
+    def use(self, table: Frequencies | None, clamp: bool = False) -> None:
+        """From now on each call takes the spectrum of the least t >= n / L in `table`; None returns to the model's own.
 
         A call beyond t_max * L raises `ValueError` naming n, t_max and L, or with `clamp` takes t_max and warns once.
         `ValueError` for a table of another rotary dimension or context length.
@@ -212,6 +225,8 @@ class RotaryHandle:
         return tokens, found["position_ids"], found["past_key_values"]
 
     def _least_upper_bound(self, num_tokens: int) -> Spectrum:
+        if self.table is None and self.own is not None:
+            return self.own.least_upper_bound(num_tokens, self.context_len)
         if self.table is None:
             return self.rotary.base[self.rotary.scaled]
         spectrum = self.table.least_upper_bound(num_tokens, self.context_len, clamp=self._clamp)
@@ -225,11 +240,11 @@ class RotaryHandle:
             )
         return spectrum
 
-    def _check_table(self, table: FrequencyTable) -> None:
+    def _check_table(self, table: Frequencies) -> None:
         pairs = len(self.base_inv_freq)
-        if table.inv_freq.shape[1] != pairs:
+        if table.num_pairs != pairs:
             raise ValueError(
-                f"table of {table.inv_freq.shape[1]} pairs (rotary dimension {2 * table.inv_freq.shape[1]}): "
+                f"table of {table.num_pairs} pairs (rotary dimension {2 * table.num_pairs}): "
                 f"the model rotates {pairs} pairs (rotary dimension {2 * pairs})"
             )
         if table.context_len not in (None, self.context_len):

@@ -4,6 +4,7 @@ A rotary module of transformers maps (x, position_ids[, layer_type]) to (cos, si
 `<layer_type>_inv_freq`; a causal LM holds exactly one. Shapes: `B` batch, `S` sequence, `P` pairs = rotary_dim / 2.
 """
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from clex_train.rope.rotary import EXPANSIONS, LayerType, ScaledRotary
 from clex_train.scaling.spectrum import LAYOUTS, Spectrum, cos_sin
@@ -20,6 +21,7 @@ from clex_train.scaling.spectrum import LAYOUTS, Spectrum, cos_sin
 LOCAL_LAYER_TYPES = ("sliding_attention", "chunked_attention")
 # These change their frequencies with the length of the call by themselves; a table of theta(t) would fight with them.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
+ALIBI = "it has ALiBi biases"
 # Keys of these are normalised with a learned weight per component after the rotation, so turning them again is wrong.
 NORMALISED_AFTER_ROTATION = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl")
 
@@ -56,7 +58,7 @@ def find_rotary(model: nn.Module) -> Site:
     config: Any = getattr(model, "config", None)
     if any(isinstance(module, ScaledRotary) for module in model.modules()):
         raise ValueError("install_rotary: this model's rotary module is already replaced; undo() the earlier handle")
-    if len(sites) == 1 and not getattr(config, "alibi", False):
+    if len(sites) == 1 and has_rotary(model):
         return sites[0]
     kind = getattr(config, "model_type", type(model).__name__)
     if len(sites) > 1:
@@ -65,21 +67,83 @@ def find_rotary(model: nn.Module) -> Site:
     raise ValueError(f"model_type={kind}: no rotary position embedding ({_other_positions(model)}); use a RoPE model")
 
 
+def has_rotary(model: nn.Module) -> bool:
+    """Whether it has a rotary module, one or more, and uses it."""
+    config: Any = getattr(model, "config", None)
+    return not getattr(config, "alibi", False) and any(
+        _is_rotary(module) or isinstance(module, ScaledRotary) for module in model.modules()
+    )
+
+
+def has_alibi(model: nn.Module) -> bool:
+    """Whether a model without rotary module has biases by distance, which know no longest length."""
+    return _other_positions(model) == ALIBI
+
+
 def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) -> Traits:
-    """What the RoPE of an architecture computes; `ValueError` naming the model type without one. Needs no weights."""
+    """What the RoPE of an architecture computes; `ValueError` naming the model type without one that can be scaled.
+
+    Needs no weights.
+    """
+    model = model_on_meta(config, trust_remote_code)
+    module = find_rotary(model).module
+    require_own_length(module, model.config)
+    return probe(module, model.config)
+
+
+def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without weights; `ValueError` names a model type that has no causal language model."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model_type={config.model_type}: no causal language model of it ({reason})") from error
-    return probe(find_rotary(model).module, model.config)
+
+
+def followed_length(module: nn.Module) -> str | None:
+    """The rope_type by which a rotary module changes its frequencies with the length of a call; None if it does not."""
+    types = getattr(module, "rope_type", "default")
+    for rope_type in types.values() if isinstance(types, dict) else [types]:
+        if any(name in str(rope_type) for name in LENGTH_DEPENDENT):
+            return str(rope_type)
+    return None
+
+
+def require_own_length(module: nn.Module, config: Any) -> None:
+    """`ValueError` naming the model type of a rotary module that would fight with a table of theta(t)."""
+    rope_type = followed_length(module)
+    if rope_type is not None:
+        kind = getattr(config, "model_type", type(module).__name__)
+        raise ValueError(
+            f"rope_type={rope_type} of model_type={kind}: it changes its frequencies with the length by itself; "
+            "set rope_type to `default` in rope_parameters of config.json"
+        )
+
+
+def spectrum_at(module: nn.Module, traits: Traits, num_tokens: int, t: float) -> Spectrum:
+    """What a module that follows the length computes for a call of `num_tokens` tokens, its factor over that at L.
+
+    `ValueError` names a module whose cos is not that of the frequencies it then holds.
+    """
+    fresh = _fresh(module)
+    arguments = (torch.zeros(1, 2, 1), torch.tensor([[1, num_tokens - 1]]))
+    cos, _ = fresh(*arguments) if traits.scaled is None else fresh(*arguments, traits.scaled)
+    found = _spectrum(fresh, fresh, traits.scaled)
+    expected = EXPANSIONS[traits.expansion](cos_sin(torch.ones(1, 1), found.inv_freq)[0]) * found.attention_factor
+    if not torch.allclose(expected, cos[:, :1], atol=1e-5):
+        kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
+        raise ValueError(
+            f"rope_type={followed_length(module)} of model_type={kind}: it follows the length in a way of its own; "
+            "set rope_type to `default` in rope_parameters of config.json"
+        )
+    own_factor = traits.base[traits.scaled].attention_factor
+    return Spectrum(found.inv_freq, t, found.attention_factor / own_factor)
 
 
 def probe(module: nn.Module, config: Any) -> Traits:
     """Try the rotary module out; `ValueError` names the model type when its RoPE is of a kind that cannot be scaled."""
     kind = getattr(config, "model_type", type(module).__name__)
-    _refuse_length_dependent(module, kind)
     fresh = _fresh(module)
     types = _layer_types(fresh)
     scaled = _scaled_type(types, kind)
@@ -110,27 +174,17 @@ def _other_positions(model: nn.Module) -> str:
     if names & {"wpe", "embed_positions", "position_embeddings", "position_embedding"}:
         return "it has learned absolute positions"
     if any("alibi" in name for name in vars(source)) or getattr(getattr(model, "config", None), "alibi", False):
-        return "it has ALiBi biases"
+        return ALIBI
     if "embed_positions" in buffers:
         return "it keeps a fixed table of sines in every layer"
     return "no module maps position_ids to cos and sin"
-
-
-def _refuse_length_dependent(module: nn.Module, kind: str) -> None:
-    types = getattr(module, "rope_type", "default")
-    for rope_type in types.values() if isinstance(types, dict) else [types]:
-        if any(name in str(rope_type) for name in LENGTH_DEPENDENT):
-            raise ValueError(
-                f"rope_type={rope_type} of model_type={kind}: it changes its frequencies with the length by itself; "
-                "set rope_type to `default` in rope_parameters of config.json"
-            )
 
 
 def _fresh(module: nn.Module) -> nn.Module:
     """The module built again from its config on the CPU: real and in full precision, however the model was loaded."""
     config = getattr(module, "config", None)
     if config is None:
-        return module
+        return copy.deepcopy(module)
     with torch.device("cpu"):
         return type(module)(config)
 

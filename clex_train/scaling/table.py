@@ -23,6 +23,7 @@ from clex_train.scaling.spectrum import Spectrum
 RELATIVE_SLACK = 1e-12
 
 
+@typing.runtime_checkable
 class Frequencies(typing.Protocol):
     """Frequencies by length: a `FrequencyTable`, or what a model does by itself at each number of tokens."""
 

@@ -21,9 +21,15 @@ class Protocol(Enum):
 
 class Method(Enum):
     trained = "trained"
+    clex = "clex"
     none = "none"
     pi = "pi"
     ntk = "ntk"
+    dynamic_ntk = "dynamic_ntk"
+    yarn = "yarn"
+    theta = "theta"
+    longrope = "longrope"
+    random_pos = "random_pos"
     lm_infinite = "lm_infinite"
 
 
@@ -37,8 +43,15 @@ class EvaluationConfig:
     """`one_shot`: windows of N, t fixed by N; `chunked` (official): chunks of L through the cache, t grows; `sliding`:
     windows moved by `stride`; `per_position`: nll against position; `last_k`: a window's last tokens alone."""
     methods: list[Method] = field(default_factory=lambda: [Method.trained])
-    """`trained` is the model as trained; `none`, `pi`, `ntk` put those frequencies into the same weights, `lm_infinite`
+    """`trained` is the model as it is, `clex` the same where it holds a CLEX. Frequencies put into the same weights:
+    `none` (plain RoPE; so is `random_pos`), `pi`, `ntk`, `dynamic_ntk`, `yarn`, `theta`, `longrope`. `lm_infinite`:
     plain frequencies and the Lambda-shaped mask."""
+    rope_theta: float = 1e6
+    """Base of `theta`, in place of the model's (Code Llama's by default)."""
+    dynamic_factor: float | None = None
+    """Factor of `dynamic_ntk`; by default t. 1 is the dynamic NTK of the YaRN paper, 2 is `ntk`."""
+    longrope_factors: str | None = None
+    """JSON file with `short_factor` and `long_factor`, a number for each pair, for `longrope` on a model without."""
     n_local: int | None = None
     """Latest tokens that `lm_infinite` sees; by default L."""
     n_global: int = 10
@@ -85,6 +98,13 @@ class EvaluationConfig:
             "evaluation.protocols",
             self.protocols,
             "one or more protocols (or none, and evaluation.tasks)",
+        )
+        require(self.rope_theta > 1, "evaluation.rope_theta", self.rope_theta, "a base greater than 1")
+        require(
+            self.dynamic_factor is None or self.dynamic_factor >= 1,
+            "evaluation.dynamic_factor",
+            self.dynamic_factor,
+            "1 or more",
         )
         require(self.num_windows >= 1, "evaluation.num_windows", self.num_windows, "at least 1 window")
         require(self.stride >= 1, "evaluation.stride", self.stride, "at least 1 token")

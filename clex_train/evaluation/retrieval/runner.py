@@ -21,13 +21,13 @@ from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.runner import deal, keeping_table, progress
 from clex_train.faults import StopRequested
 from clex_train.rope.patch import RotaryHandle
-from clex_train.scaling.table import FrequencyTable
+from clex_train.scaling.table import Frequencies
 
 
 def evaluate(
     model: nn.Module,
     handle: RotaryHandle,
-    tables: Mapping[str, FrequencyTable],
+    tables: Mapping[str, Frequencies],
     cells: Sequence[Cell],
     chunk_len: int = 1024,
     device: torch.device | None = None,
