@@ -89,7 +89,8 @@ def make_plan(config: Config) -> Plan:
     _check_lengths(config, context_len)
     configuration.check_positions(config, context_len)
     separation.check_document_mask(config, arch, context_len)
-    arch = modeling.trained_architecture(config, arch)
+    # Only to refuse what cannot be scaled: sizes are the same, and some scaled ones take no handle for training.
+    modeling.trained_architecture(config, arch)
     counts, dtype = skeleton.count(arch), engines.precision(config.engine)
     on_gpu = torch.cuda.is_available() or dtype is torch.bfloat16
     clex = _clex(config, counts)

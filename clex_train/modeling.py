@@ -27,7 +27,7 @@ from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import require
 from clex_train.settings.model import Init, ModelConfig
-from clex_train.settings.scaling import FORMULAS, LogScale, Positions, ScalingName
+from clex_train.settings.scaling import FOLLOWING_LENGTH, FORMULAS, LogScale, Positions, ScalingName
 from clex_train.starting_field import starting_field
 
 logger = log.get(__name__)
@@ -251,7 +251,9 @@ def load_for_training(
     if config.engine.activation_checkpointing:
         recompute_layers(model)
     model.config.use_cache = False
-    loaded = LoadedModel(model, install_rotary(model, length), length)
+    # One that follows the length by itself trains at the frequencies of its rows' length.
+    install = install_as_is if config.scaling.name in FOLLOWING_LENGTH else install_rotary
+    loaded = LoadedModel(model, install(model, length), length)
     policy = config.scaling.log_scale
     if config.scaling.name is ScalingName.clex:
         loaded.clex, policy = starting_field(config, loaded.base_inv_freq)
@@ -273,8 +275,8 @@ def _formula(config: Config, loaded: LoadedModel) -> Spectrum:
             row_len,
             length,
         )
-    # The model's own attention factor, which yarn has, stays on whatever spectrum is put in.
-    return Spectrum(loaded.base_inv_freq, t=factor)
+    served = row_len / length if scaling.positions is Positions.plain else factor
+    return dataclasses.replace(recipes.spectrum_at(loaded.handle, served), t=factor)
 
 
 def load_for_evaluation(

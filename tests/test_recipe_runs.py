@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from composing import composed
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
 from clex_train import modeling, trainer
@@ -59,7 +59,15 @@ def fine_tuned(run, base, name: str, *overrides: str):
 
 
 @pytest.fixture(scope="module")
-def finals(run, base):
+def factors(folder):
+    """LongRoPE's factors for the 8 pairs of the tiny architecture."""
+    path = folder / "factors.json"
+    path.write_text(json.dumps({"short_factor": [1.0] * 7 + [1.1], "long_factor": [1.0 + j / 2 for j in range(8)]}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finals(run, base, factors):
     """`final/` of every recipe, from one base: at rows of 4 L, or of L with positions that reach 4 L."""
     long = ("data.seq_len=128",)
     return {
@@ -67,11 +75,13 @@ def finals(run, base):
         "ntk": fine_tuned(run, base, "ntk", "scaling=ntk", *long),
         "yarn": fine_tuned(run, base, "yarn", "scaling=yarn", "scaling.factor=4", "scaling.positions=skip"),
         "theta": fine_tuned(run, base, "theta", "scaling=theta", *long, "data.document_mask=true"),
+        "dynamic_ntk": fine_tuned(run, base, "dynamic_ntk", "scaling=dynamic_ntk", *long),
+        "longrope": fine_tuned(run, base, "longrope", "scaling=longrope", *long, f"scaling.longrope_factors={factors}"),
         "random_pos": fine_tuned(run, base, "random_pos", "scaling=random_pos", "scaling.t_max=4"),
     }
 
 
-NAMES = ("pi", "ntk", "yarn", "theta", "random_pos")
+NAMES = ("pi", "ntk", "dynamic_ntk", "yarn", "theta", "longrope", "random_pos")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,9 +90,11 @@ def test_final_is_stock_and_gives_our_logits(finals, name):
     ours = modeling.load_for_evaluation(ModelConfig(path=str(finals[name])))
     stock = AutoModelForCausalLM.from_pretrained(finals[name]).eval()
     with torch.no_grad():
-        assert (ours.model(ids).logits - stock(ids).logits).abs().max() < 1e-6
+        for length in (L // 2, 2 * L, 4 * L):
+            assert (ours.model(ids[:, :length]).logits - stock(ids[:, :length]).logits).abs().max() < 1e-6
     assert ours.context_len == L
-    assert stock.config.max_position_embeddings == 4 * L
+    # The dynamic scaling of transformers counts from this length on.
+    assert stock.config.max_position_embeddings == (L if name == "dynamic_ntk" else 4 * L)
     files = {file.name for file in finals[name].iterdir()}
     assert "clex.json" not in files
 
@@ -97,16 +109,7 @@ def test_final_has_the_frequencies_of_the_method_at_the_factor(finals, base):
 
 
 def test_pretrained_weights_are_those_of_the_base(base):
-    config = composed(
-        *common("nowhere", "x", "x")[:1],
-        f"model.path={base}",
-        "model.init=pretrained",
-        "scaling=pi",
-        f"data.seq_len={4 * L}",
-        "model.context_len=32",
-        "engine.zero_stage=0",
-    )
-    loaded = modeling.load_for_training(config, modeling.architecture(config.model), torch.float32, {})
+    loaded = for_training(base, "scaling=pi", f"data.seq_len={4 * L}")
     stock = AutoModelForCausalLM.from_pretrained(base)
     for name, weight in stock.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], weight), name
@@ -136,6 +139,56 @@ def test_rows_are_seen_at_the_positions_that_the_recipe_draws(run, base, monkeyp
     fine_tuned(run, base, "plain", "scaling=pi", "data.seq_len=128")
     for _, plain in seen:
         assert torch.equal(plain, torch.arange(4 * L, dtype=torch.float64).expand(len(plain), -1))
+
+
+@pytest.mark.parametrize("name", ["pi", "dynamic_ntk", "longrope"])
+def test_the_first_loss_is_that_of_the_stock_model_on_the_same_rows(run, base, factors, monkeypatch, name):
+    rows = []
+    forward = trainer.forward
+
+    def noting(model, parts, batch, weight):
+        rows.append(batch["input_ids"])
+        return forward(model, parts, batch, weight)
+
+    monkeypatch.setattr(trainer, "forward", noting)
+    given = (f"scaling.longrope_factors={factors}",) if name == "longrope" else ()
+    final = fine_tuned(run, base, f"first_{name}", f"scaling={name}", "data.seq_len=128", "optim.steps=1", *given)
+    stock = AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.from_pretrained(final))
+    ids = torch.cat(rows)
+    assert ids.shape == (4, 4 * L)
+    with torch.no_grad():
+        expected, plain = (
+            float(model(ids, labels=ids).loss) for model in (stock, AutoModelForCausalLM.from_pretrained(base))
+        )
+    (loss,) = figures(final.parent, "loss")
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert abs(loss - plain) > 1e-5 * loss
+
+
+def test_skipped_positions_train_at_the_frequencies_of_the_whole_reach(base):
+    skipping = ("scaling=dynamic_ntk", "scaling.factor=4", "scaling.positions=skip", "data.seq_len=32")
+    plain = ("scaling=dynamic_ntk", "scaling.factor=4", "data.seq_len=32")
+    (reach, t), (row, _) = (
+        (loaded.formula.inv_freq, loaded.formula.t) for loaded in (for_training(base, *skipping), for_training(base, *plain))
+    )
+    own = modeling.load_for_evaluation(ModelConfig(path=str(base))).base_inv_freq
+    # transformers' growth of the base: (f n/L - f + 1)^(d/(d-2)) with f = 4, n = 4 L, d = 16.
+    growth = 13.0 ** -(torch.arange(8, dtype=torch.float64) / 7)
+    assert t == 4
+    assert ((reach - own * growth).abs() / reach).max() < 1e-6
+    assert torch.equal(row, own)
+
+
+def for_training(base, *overrides: str):
+    config = composed(
+        "+experiment=tiny_base",
+        f"model.path={base}",
+        "model.init=pretrained",
+        f"model.context_len={L}",
+        "engine.zero_stage=0",
+        *overrides,
+    )
+    return modeling.load_for_training(config, modeling.architecture(config.model), torch.float32, {})
 
 
 def test_plain_positions_train_as_the_stock_model_does(run, base):
@@ -206,6 +259,8 @@ def test_a_clex_field_is_not_dropped(run, base):
         (("scaling=clex", "scaling.factor=4"), r"^scaling\.factor=4\.0: scaling=clex has none"),
         (("scaling=clex", "scaling.positions=plain", "data.seq_len=128"), r"^scaling\.positions=plain: rows of 128"),
         (("scaling=yarn", "scaling.log_scale=eval"), r"^scaling\.log_scale=eval: the stock config\.json"),
+        (("scaling=longrope",), r"^scaling\.longrope_factors=None: longrope needs them"),
+        (("scaling=longrope", "scaling.longrope_factors=/none.json"), r"^scaling\.longrope_factors=/none\.json: "),
         (("scaling=theta", "scaling.rope_theta=1"), r"^scaling\.rope_theta=1\.0: greater than 1"),
     ],
 )
@@ -228,3 +283,15 @@ def test_what_a_recipe_cannot_do_is_refused_in_one_line(run, base, overrides, li
 def test_the_plan_shows_the_recipe(overrides, line, capsys):
     print_plan(composed("+experiment=tiny_base", *overrides, "dry_run=true"))
     assert f"  scaling     {line}" in capsys.readouterr().out.splitlines()
+
+
+def test_factors_of_another_width_are_refused(run, base, tmp_path):
+    path = tmp_path / "factors.json"
+    path.write_text(json.dumps({"short_factor": [1.0] * 8, "long_factor": [2.0] * 7}))
+    with pytest.raises(ValueError, match=r"^scaling\.longrope_factors=.*long_factor is a list of 8 numbers.*7 entries"):
+        fine_tuned(run, base, "refused", "scaling=longrope", f"scaling.longrope_factors={path}")
+
+
+def test_a_scaling_that_follows_the_length_is_not_trained_on(run, finals):
+    with pytest.raises(ValueError, match=r"^rope_type=dynamic of model_type=llama: it changes its frequencies"):
+        fine_tuned(run, finals["dynamic_ntk"], "on_dynamic")

@@ -3,22 +3,30 @@
     pi           linear    theta_j / t                                    Chen et al., arXiv 2306.15595
     ntk          default   rope_theta * (2t - 1)^(d / (d - 2))            CLEX, arXiv 2310.16450: where CLEX starts
     yarn         yarn      by parts, and a factor on cos and sin          Peng et al., arXiv 2309.00071
+    dynamic_ntk  dynamic   base * (t n/L - t + 1)^(d / (d - 2)) at n tokens    transformers, after NTK-aware scaling
     theta        default   rope_theta = scaling.rope_theta                Code Llama, arXiv 2308.12950
+    longrope     longrope  theta_j / factor_j, up to L and beyond         Ding et al., arXiv 2402.13753
     random_pos   default   as they are: the positions do the work         Ruoss et al., arXiv 2305.16843
 
 `t` is one scale factor for the whole run, L the context length of the base, d the rotary dimension. The config then
-names t * L as `max_position_embeddings` and L as `original_max_position_embeddings`.
+names t * L as `max_position_embeddings` and L as `original_max_position_embeddings`; dynamic, which counts n from
+`max_position_embeddings` on, keeps L there.
 """
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
+from clex_train.rope.as_is import handle_without_weights
+from clex_train.rope.hf_scalings import read_longrope_factors
+from clex_train.rope.patch import RotaryHandle
 from clex_train.rope.probe import Traits, require_rotary
+from clex_train.scaling.spectrum import Spectrum
 from clex_train.settings.bounds import require
 from clex_train.settings.scaling import ScalingConfig, ScalingName
 
@@ -57,13 +65,23 @@ def scaled(
         f"{UNSCALED}; scaling=none trains it as it is",
     )
     assert parameters is not None
-    num_pairs = len(before.base[before.scaled].inv_freq)
-    asked = _Asked(scaling, factor, context_len, num_pairs, parameters["rope_theta"])
+    own = before.base[before.scaled].inv_freq
+    asked = _Asked(scaling, factor, context_len, len(own), parameters["rope_theta"])
     parameters.update(PARAMETERS[scaling.name](asked))
-    text.original_max_position_embeddings = context_len
-    text.max_position_embeddings = round(factor * context_len)
-    _require_followed(scaling, factor, before, require_rotary(arch, trust_remote_code), base.model_type)
+    text.max_position_embeddings = context_len
+    if scaling.name is not ScalingName.dynamic_ntk:
+        text.original_max_position_embeddings = context_len
+        text.max_position_embeddings = round(factor * context_len)
+    after = spectrum_at(handle_without_weights(arch, context_len, trust_remote_code), factor)
+    _require_followed(scaling, factor, own, after.inv_freq, base.model_type)
     return arch
+
+
+def spectrum_at(handle: RotaryHandle, t: float) -> Spectrum:
+    """What a model computes by itself for a call of t * L tokens, beside the attention factor that it always has."""
+    if handle.own is not None:
+        return replace(handle.own.at(t), t=t)
+    return Spectrum(handle.base_inv_freq, t=t)
 
 
 def original_context(config: PretrainedConfig) -> int | None:
@@ -111,6 +129,21 @@ def _yarn(asked: _Asked) -> dict[str, Any]:
     }
 
 
+def _dynamic(asked: _Asked) -> dict[str, Any]:
+    return {"rope_type": "dynamic", "factor": float(asked.factor)}
+
+
+def _longrope(asked: _Asked) -> dict[str, Any]:
+    key, path = "scaling.longrope_factors", asked.scaling.longrope_factors
+    require(path is not None, key, path, "longrope needs them: name a JSON file with short_factor and long_factor")
+    return {
+        "rope_type": "longrope",
+        "factor": float(asked.factor),
+        "original_max_position_embeddings": asked.context_len,
+        **read_longrope_factors(str(path), asked.num_pairs, key),
+    }
+
+
 def _theta(asked: _Asked) -> dict[str, Any]:
     require(
         asked.scaling.rope_theta > asked.rope_theta,
@@ -129,17 +162,18 @@ PARAMETERS: dict[ScalingName, Callable[[_Asked], dict[str, Any]]] = {
     ScalingName.pi: _linear,
     ScalingName.ntk: _ntk,
     ScalingName.yarn: _yarn,
+    ScalingName.dynamic_ntk: _dynamic,
     ScalingName.theta: _theta,
+    ScalingName.longrope: _longrope,
     ScalingName.random_pos: _unchanged,
 }
 
 
-def _require_followed(scaling: ScalingConfig, factor: float, before: Traits, after: Traits, kind: str) -> None:
+def _require_followed(scaling: ScalingConfig, factor: float, before: Tensor, after: Tensor, kind: str) -> None:
     """A family whose own code reads its base elsewhere would train unscaled and say nothing."""
     moves = scaling.name is ScalingName.theta or (factor > 1 and scaling.name is not ScalingName.random_pos)
-    same = torch.equal(before.base[before.scaled].inv_freq, after.base[after.scaled].inv_freq)
     require(
-        not (moves and same),
+        not (moves and torch.equal(before, after)),
         "scaling.name",
         scaling.name.name,
         f"the frequencies of model_type={kind} do not follow rope_parameters; scaling=clex scales them",

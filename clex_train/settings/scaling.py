@@ -13,13 +13,17 @@ class ScalingName(Enum):
     clex = "clex"
     pi = "pi"
     ntk = "ntk"
+    dynamic_ntk = "dynamic_ntk"
     yarn = "yarn"
     theta = "theta"
+    longrope = "longrope"
     random_pos = "random_pos"
 
 
-FORMULAS = (ScalingName.pi, ScalingName.ntk, ScalingName.yarn, ScalingName.theta, ScalingName.random_pos)
+FORMULAS = tuple(name for name in ScalingName if name not in (ScalingName.none, ScalingName.clex))
 """Recipes with frequencies by a formula at one scale factor for the whole run, said in a stock config.json."""
+FOLLOWING_LENGTH = (ScalingName.dynamic_ntk, ScalingName.longrope)
+"""Those whose frequencies transformers changes with the length of each call; a run trains at those of its rows."""
 
 
 class Positions(Enum):
@@ -61,6 +65,8 @@ class ScalingConfig:
     else t_max; for `random_pos` always t_max."""
     rope_theta: float = 1e6
     """Base of the frequencies under `theta` (Code Llama's)."""
+    longrope_factors: str | None = None
+    """JSON file with `short_factor` (up to L tokens) and `long_factor` (beyond), a number for each pair that rotates."""
     positions: Positions = Positions.mix
     """Where a row's tokens sit in [0, t*L): `random` (the paper), `uniform`, `skip` (chunks with gaps), `mix` of random
     and skip, or `plain` (0, 1, 2, ...)."""
