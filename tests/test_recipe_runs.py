@@ -50,8 +50,15 @@ def common(output, store, architecture) -> list[str]:
 
 @pytest.fixture(scope="module")
 def base(run):
-    """A base of plain RoPE, of two steps."""
-    return run("base") / "final"
+    """A base of plain RoPE, of two steps, whose attention is then sharpened: a fresh one hardly looks at positions."""
+    final = run("base") / "final"
+    model = AutoModelForCausalLM.from_pretrained(final)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.weight.mul_(10)
+    model.save_pretrained(final)
+    return final
 
 
 def fine_tuned(run, base, name: str, *overrides: str):
@@ -162,14 +169,15 @@ def test_the_first_loss_is_that_of_the_stock_model_on_the_same_rows(run, base, f
         )
     (loss,) = figures(final.parent, "loss")
     assert loss == pytest.approx(expected, rel=1e-6)
-    assert abs(loss - plain) > 1e-5 * loss
+    assert abs(loss - plain) > 1e-4 * loss
 
 
 def test_skipped_positions_train_at_the_frequencies_of_the_whole_reach(base):
     skipping = ("scaling=dynamic_ntk", "scaling.factor=4", "scaling.positions=skip", "data.seq_len=32")
     plain = ("scaling=dynamic_ntk", "scaling.factor=4", "data.seq_len=32")
     (reach, t), (row, _) = (
-        (loaded.formula.inv_freq, loaded.formula.t) for loaded in (for_training(base, *skipping), for_training(base, *plain))
+        (loaded.formula.inv_freq, loaded.formula.t)
+        for loaded in (for_training(base, *skipping), for_training(base, *plain))
     )
     own = modeling.load_for_evaluation(ModelConfig(path=str(base))).base_inv_freq
     # transformers' growth of the base: (f n/L - f + 1)^(d/(d-2)) with f = 4, n = 4 L, d = 16.
@@ -276,6 +284,10 @@ def test_what_a_recipe_cannot_do_is_refused_in_one_line(run, base, overrides, li
         (
             ("scaling=theta", "scaling.factor=8", "scaling.positions=skip"),
             "theta: factor 8, rope_theta 1e+06, L = 128: contexts up to 1,024 tokens; positions skip",
+        ),
+        (
+            ("scaling=dynamic_ntk", "data.seq_len=256"),
+            "dynamic_ntk: factor 2, L = 128: contexts up to 256 tokens; positions plain",
         ),
         (("scaling=random_pos",), "random_pos: factor 16, L = 128: contexts up to 2,048 tokens; positions random"),
     ],

@@ -85,19 +85,21 @@ def longrope_table(
     return _table(rope, inv_freq, t_grid, "longrope", lambda t: {"rope_type": "longrope", "factor": t, **factors})
 
 
-def read_longrope_factors(path: str, num_pairs: int) -> dict[str, list[float]]:
+def read_longrope_factors(
+    path: str, num_pairs: int, asked_by: str = "evaluation.longrope_factors"
+) -> dict[str, list[float]]:
     """`{"short_factor": [P], "long_factor": [P]}` of a JSON file; `ValueError` names the file and what is wrong."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"evaluation.longrope_factors={path}: cannot be read as JSON ({error})") from error
+        raise ValueError(f"{asked_by}={path}: cannot be read as JSON ({error})") from error
     for key in LONGROPE_KEYS:
         values = content.get(key) if isinstance(content, dict) else None
         good = isinstance(values, list) and all(isinstance(v, int | float) and v > 0 for v in values)
         if not good or len(values) != num_pairs:  # type: ignore[arg-type]
             found = f"{len(values)} entries" if isinstance(values, list) else "none"
             raise ValueError(
-                f"evaluation.longrope_factors={path}: {key} is a list of {num_pairs} numbers greater than 0, one for "
+                f"{asked_by}={path}: {key} is a list of {num_pairs} numbers greater than 0, one for "
                 f"each pair that the model rotates; found {found}"
             )
     return {key: content[key] for key in LONGROPE_KEYS}

@@ -66,7 +66,7 @@ class ScalingConfig:
     rope_theta: float = 1e6
     """Base of the frequencies under `theta` (Code Llama's)."""
     longrope_factors: str | None = None
-    """JSON file with `short_factor` (up to L tokens) and `long_factor` (beyond), a number for each pair that rotates."""
+    """JSON file with `short_factor` (up to L) and `long_factor` (beyond): a number for each pair that rotates."""
     positions: Positions = Positions.mix
     """Where a row's tokens sit in [0, t*L): `random` (the paper), `uniform`, `skip` (chunks with gaps), `mix` of random
     and skip, or `plain` (0, 1, 2, ...)."""
