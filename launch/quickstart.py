@@ -4,8 +4,8 @@
     2 base      a small Llama with plain RoPE               deepspeed train.py +experiment=tiny_base
     3 clex      fine-tuned from it with CLEX                deepspeed train.py +experiment=tiny_clex
     4 more      the base trained on for as many steps       deepspeed train.py +experiment=tiny_continued
-    5 table     perplexity at 1x to 16x of the training length, as text, JSON, Markdown and PNG; each run has scored
-                the same held-out tokens at its end, the base and the base trained on also with other frequencies
+    5 report    perplexity at 1x to 16x of the training length, as a page, text, JSON, Markdown and PNG; each run has
+                scored the same held-out tokens at its end, the base and the base trained on with other frequencies too
 
 Every stage is the command that a user would type, and is shown before it runs. A finished one is not done again, an
 interrupted one continues from its checkpoint, and one whose recipe has changed says so: `make clean` begins anew.
@@ -40,7 +40,7 @@ def main() -> int:
         print(f"error: stage failed with exit code {error.returncode}: {shlex.join(error.cmd)}", file=sys.stderr)
         return int(error.returncode)
     report(runs, smoke)
-    print(f"\ndone in {(time.monotonic() - start) / 60:.1f} minutes; the figures are in {runs / 'report'}")
+    print(f"\ndone in {(time.monotonic() - start) / 60:.1f} minutes; the report: {runs / 'report' / 'index.html'}")
     return 0
 
 
@@ -61,8 +61,10 @@ def train(name: str, runs: Path, smoke: bool) -> None:
 
 
 def report(runs: Path, smoke: bool) -> None:
-    """Print the table and write it as JSON, Markdown and PNG."""
-    from clex_train.evaluation.report import Row, write_report
+    """Print the table and write the page, with JSON, Markdown and PNG beside it."""
+    from clex_train.evaluation.report.evidence import of_rows
+    from clex_train.evaluation.report.table import Row
+    from clex_train.evaluation.report.write import write
 
     def row(label: str, name: str, method: str) -> Row:
         return Row(label, last_evaluation(runs / name), method)
@@ -75,7 +77,7 @@ def report(runs: Path, smoke: bool) -> None:
         row("base trained on, then NTK(2t-1)", "tiny_continued", "ntk"),
         row("CLEX", "tiny_clex", "trained"),
     ]
-    print("\n" + write_report(rows, runs / "report"))
+    print("\n" + write(of_rows(rows), runs / "report", [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]))
     if smoke:
         print("(a smoke run: these models have hardly been trained)")
 

@@ -27,8 +27,10 @@ from clex_train.cli.loading import LoadingConfig, Source, check, load, locate, r
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_tokenizer
-from clex_train.evaluation import methods, origin, report, runner, streaming
+from clex_train.evaluation import methods, origin, runner, streaming
 from clex_train.evaluation.protocols import Reading, readings
+from clex_train.evaluation.report.table import from_results
+from clex_train.evaluation.report.text import console as console_table
 from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
 from clex_train.evaluation.retrieval import console as retrieval_console
 from clex_train.evaluation.retrieval import plan as retrieval_plan
@@ -123,7 +125,7 @@ def finish(plan: Plan, results: Results, origin: Origin) -> None:
     """Write the results and print their table, on rank 0."""
     if distributed.is_main():
         write(plan.output, results, origin)
-        perplexities = [report.console(report.from_results(results, origin))] if results.scores else []
+        perplexities = [console_table(from_results(results, origin))] if results.scores else []
         print("\n\n".join([*perplexities, *([retrieval_console.console(results.tasks)] if results.tasks else [])]))
         print(f"\nwritten to {plan.output}")
 

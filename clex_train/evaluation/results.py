@@ -6,7 +6,7 @@ document need no second run.
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -153,31 +153,22 @@ def read(path: Path) -> tuple[Results, Origin]:
         raise ValueError(f"{path}: cannot be read as an evaluation ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: not an evaluation of format {FORMAT}; write it anew with clex_train.cli.evaluate")
-    origin = Origin(**{key: content[key] for key in ("label", "command", "model", "data", "environment")})
+    try:
+        return _results(content), Origin(
+            **{key: content[key] for key in ("label", "command", "model", "data", "environment")}
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged or of another version ({error}); evaluate anew") from error
+
+
+def _results(content: Mapping[str, Any]) -> Results:
     tasks = [TaskScore(**row) for row in content.get("tasks", [])]
     rows, windows = content["scores"], content["windows"]
     if any("fingerprint" not in row for row in rows):
         # The fingerprint in `windows` was that of the scored tokens; that of the windows themselves is not known.
         scores = [_older(row, windows) for row in rows]
-        return Results(scores, content["context_len"], {**windows, "fingerprint": ""}, tasks), origin
-    return Results([_score(row) for row in rows], content["context_len"], windows, tasks), origin
-
-
-def require_same_tokens(results: Mapping[str, Results], protocols: Collection[str]) -> None:
-    """Raise `ValueError` naming two whose windows, or scored tokens under one of `protocols`, differ.
-
-    The numbers of such two must not share a table.
-    """
-    first: dict[str, tuple[str, str]] = {}
-    for name, result in results.items():
-        scored = {score.protocol: score.fingerprint for score in result.scores if score.protocol in protocols}
-        for what, fingerprint in {**scored, "windows": result.windows["fingerprint"]}.items():
-            other, expected = first.setdefault(what, (name, fingerprint)) if fingerprint else (name, fingerprint)
-            if fingerprint != expected:
-                raise ValueError(
-                    f"{name}: scored other tokens than {other} ({what}: fingerprints {fingerprint} and {expected}); "
-                    "evaluate both on one store with the same shortest and largest length, number of windows and seed"
-                )
+        return Results(scores, content["context_len"], {**windows, "fingerprint": ""}, tasks)
+    return Results([_score(row) for row in rows], content["context_len"], windows, tasks)
 
 
 def compare(first: Score, second: Score, documents: Sequence[int]) -> Difference:

@@ -1,0 +1,54 @@
+"""One page out of the evaluations of one or several runs: tables, figures, and the source of every number.
+
+    python -m clex_train.cli.report runs/tiny_clex
+    python -m clex_train.cli.report runs/tiny_base runs/tiny_clex output=runs/report
+    python -m clex_train.cli.report runs/tiny_clex/evaluation/step_300.json
+
+A run folder stands for its newest evaluation. Writes index.html (opens anywhere, needs no network), a PNG of each
+figure, perplexity.md and report.json, into the run's own `report/` or, for several, `runs/report`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from clex_train import log
+from clex_train.cli import arguments, console
+from clex_train.evaluation.report import evidence
+from clex_train.evaluation.report.write import INDEX, write
+from clex_train.settings.bounds import require
+
+
+@dataclass
+class ReportConfig:
+    output: str | None = None
+    """Folder to write; by default `report/` in the run folder, or `runs/report` for several."""
+
+
+def main() -> None:
+    """Write the report of what the command line names; nothing is written if one cannot be used."""
+    named = [argument for argument in sys.argv[1:] if "=" not in argument]
+    asked = arguments.parse(ReportConfig, [argument for argument in sys.argv[1:] if "=" in argument])
+    require(len(named) > 0, "runs", named, "name one or more run folders or evaluation files")
+    collected = evidence.collect([Path(name) for name in named])
+    output = Path(asked.output) if asked.output else default_output([Path(name) for name in named])
+    console.say(write(collected, output, [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]))
+    console.say(f"\nwritten to {output / INDEX}")
+
+
+def default_output(named: list[Path]) -> Path:
+    """The report's folder where none is named."""
+    folders = {evidence.run_folder(evidence.find_evaluation(path)) for path in named}
+    return folders.pop() / "report" if len(folders) == 1 else Path("runs/report")
+
+
+def usage() -> str:
+    """The module's own text and a line for every key."""
+    return arguments.usage(__doc__, ReportConfig)
+
+
+if __name__ == "__main__":
+    log.setup()
+    sys.exit(console.run(main, usage))

@@ -1,0 +1,186 @@
+"""What a report is made from: evaluation files and the folders of the runs behind them, read and checked.
+
+    collect([Path("runs/a"), Path("runs/b/evaluation/step_500.json")])
+
+A run folder stands for its newest evaluation. What a run did not record (a frequency table, retrieval tasks, the
+metrics of its training) is absent here, and the figures that need it are left out.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml  # type: ignore[import-untyped]
+
+from clex_train.evaluation import results
+from clex_train.evaluation.origin import weights_hash
+from clex_train.evaluation.report.table import Row, Table, read_tables, rows_of
+from clex_train.evaluation.results import Origin, Results, TaskScore
+from clex_train.model_directory import TABLE
+from clex_train.run_folder import CONFIG
+from clex_train.scaling.table import FrequencyTable
+
+EVALUATIONS, FINAL, METRICS, ENVIRONMENT = "evaluation", "final", "metrics.jsonl", "environment.json"
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run folder: what its training recorded."""
+
+    label: str
+    folder: Path
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of optimizer steps in metrics.jsonl; empty without the file."""
+        path = self.folder / METRICS
+        if not path.is_file():
+            return []
+        return [row for row in _json_lines(path) if "loss" in row]
+
+    def column(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps int64 [n] and values float64 [n] of the steps that have a finite value under `key`."""
+        pairs = [(row["step"], row[key]) for row in self.metrics if isinstance(row.get(key), (int, float))]
+        known = [(step, value) for step, value in pairs if math.isfinite(value)]
+        return np.array([s for s, _ in known], dtype=np.int64), np.array([v for _, v in known], dtype=np.float64)
+
+    @cached_property
+    def frequencies(self) -> FrequencyTable | None:
+        """The learned table of the finished run; None for a run without CLEX."""
+        path = self.folder / FINAL / TABLE
+        return FrequencyTable.load(path) if path.is_file() else None
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Command, commit, versions and machine of the run's start; empty without the file."""
+        path = self.folder / ENVIRONMENT
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return content if isinstance(content, dict) else {}
+
+    @cached_property
+    def last_step(self) -> int | None:
+        """The step after which `final/` was written; None where no config says it."""
+        path = self.folder / CONFIG
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return config.get("optim", {}).get("steps")
+
+    @cached_property
+    def final_hash(self) -> str | None:
+        """Hash of the final weights; None while there are none."""
+        return weights_hash(self.folder / FINAL)
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What one method reached in one retrieval task."""
+
+    label: str
+    task: str
+    rows: list[TaskScore]
+    """A cell each: length, depth where the task has one, prompts answered."""
+    path: Path
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that a report shows."""
+
+    tables: list[Table]
+    tasks: list[TaskScores]
+    runs: list[TrainingRun]
+
+
+def collect(arguments: Sequence[Path]) -> Evidence:
+    """The evidence of run folders and evaluation files; `ValueError` names one that cannot be used and the remedy."""
+    paths = list(dict.fromkeys(find_evaluation(argument) for argument in arguments))
+    files = {path: results.read(path) for path in paths}
+    names = _names({path: origin.label for path, (_, origin) in files.items()})
+    rows: list[Row] = []
+    tasks: list[TaskScores] = []
+    for path, (result, origin) in files.items():
+        prefix = f"{names[path]}: " if len(files) > 1 else ""
+        rows += rows_of(path, result, prefix)
+        tasks += _tasks(path, result, origin, prefix)
+    return Evidence(read_tables(rows), tasks, find_runs(paths))
+
+
+def of_rows(rows: Sequence[Row]) -> Evidence:
+    """The evidence of rows with labels of their own; retrieval tasks and runs are those of the rows' files."""
+    paths = list(dict.fromkeys(row.path for row in rows))
+    prefixes = {path: f"{name}: " if len(paths) > 1 else "" for path, name in _names(dict.fromkeys(paths, "")).items()}
+    tasks = [task for path in paths for task in _tasks(path, *results.read(path), prefixes[path])]
+    return Evidence(read_tables(rows), tasks, find_runs(paths))
+
+
+def find_evaluation(argument: Path) -> Path:
+    """The evaluation file that an argument stands for: itself, or a finished run's newest."""
+    if argument.is_file():
+        return argument
+    if not argument.is_dir():
+        raise ValueError(f"{argument}: no such run folder or evaluation file; give the output_dir of a run")
+    found = sorted((argument / EVALUATIONS).glob("*.json"), key=lambda path: (path.stat().st_mtime, path.name))
+    if (argument / CONFIG).is_file() and not (argument / FINAL).is_dir():
+        instead = f", or name one of its evaluations: {found[-1]}" if found else ""
+        raise ValueError(
+            f"{argument}: not finished (no final/); start the same training command again, it continues{instead}"
+        )
+    if not found:
+        raise ValueError(f"{argument}: no evaluation in it; run python -m clex_train.cli.evaluate run={argument} first")
+    return found[-1]
+
+
+def find_runs(evaluations: Sequence[Path]) -> list[TrainingRun]:
+    """The run folders that evaluation files lie in, as far as training has left something there."""
+    folders = [run_folder(path) for path in evaluations]
+    known = [folder for folder in dict.fromkeys(folders) if (folder / METRICS).is_file() or (folder / FINAL).is_dir()]
+    return [TrainingRun(name, folder) for folder, name in _shortest({folder: folder.parts for folder in known}).items()]
+
+
+def run_folder(evaluation: Path) -> Path:
+    """The run folder of an evaluation file; the file's own folder where it lies in no run."""
+    return evaluation.parent.parent if evaluation.parent.name == EVALUATIONS else evaluation.parent
+
+
+def _tasks(path: Path, result: Results, origin: Origin, prefix: str) -> list[TaskScores]:
+    """The retrieval tasks of an evaluation, by task and method."""
+    grouped: dict[tuple[str, str], list[TaskScore]] = {}
+    for row in result.tasks:
+        grouped.setdefault((row.task, row.method), []).append(row)
+    return [TaskScores(prefix + method, task, rows, path, origin) for (task, method), rows in grouped.items()]
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics; one that is still being written ends them."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                if not line.endswith("\n"):
+                    return
+                raise ValueError(f"{path}: line {number} is no JSON; take the line out") from error
+
+
+def _names(labels: dict[Path, str]) -> dict[Path, str]:
+    """A name for each evaluation file: its label, or where labels recur, as much of the path as tells them apart."""
+    if len(set(labels.values())) == len(labels):
+        return labels
+    by_run = {path: run_folder(path).parts for path in labels}
+    if len(set(by_run.values())) == len(labels):
+        return _shortest(by_run)
+    return _shortest({path: (*parts, path.stem) for path, parts in by_run.items()})
+
+
+def _shortest(parts: dict[Path, tuple[str, ...]]) -> dict[Path, str]:
+    """The shortest ends of paths that differ, all of the same number of parts."""
+    for count in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {path: "/".join(parts_of[-count:]) for path, parts_of in parts.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {path: str(path) for path in parts}

@@ -1,0 +1,112 @@
+"""The report's files: `index.html`, a PNG of each figure, `perplexity.md` and `report.json`.
+
+write(collect([Path("runs/a"), Path("runs/b")]), Path("runs/report"), command)
+"""
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from clex_train import tracking
+from clex_train.evaluation.report import gallery, page, text
+from clex_train.evaluation.report.evidence import Evidence
+from clex_train.evaluation.report.figures.figure import Absent, Figure
+from clex_train.evaluation.report.sources import Source, of_evaluation, of_training
+from clex_train.evaluation.report.table import Curve, Table
+
+INDEX, MARKDOWN, JSON = "index.html", "perplexity.md", "report.json"
+
+
+def write(evidence: Evidence, folder: Path, command: Sequence[str]) -> str:
+    """Write the report into `folder` and return its tables for the console; `command` is what was called.
+
+    PNGs of figures that an earlier report in the folder had, and this one has not, are removed.
+    """
+    figures, absent = gallery.figures(evidence)
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_former(folder, {figure.name for figure in figures})
+    for figure in figures:
+        gallery.write_png(figure, folder / f"{figure.name}.png")
+    made = {
+        "command": shlex.join(command),
+        "git_commit": tracking.git_commit() or "not recorded",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    made_by = f"Written {made['date']} by {made['command']}, commit {made['git_commit']}."
+    (folder / MARKDOWN).write_text(text.markdown(evidence.tables), encoding="utf-8")
+    content = as_json(evidence, figures, absent) | made
+    (folder / JSON).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(page.page(evidence, figures, absent, made_by), encoding="utf-8")
+    return "\n\n".join(text.console(table) for table in evidence.tables)
+
+
+def as_json(evidence: Evidence, figures: Sequence[Figure], absent: Sequence[Absent]) -> dict[str, Any]:
+    """Everything that the page shows, with the command, the weights and the data behind every row and figure."""
+    return {
+        "tables": [_table(table, evidence) for table in evidence.tables],
+        "tasks": [
+            {
+                "label": scores.label,
+                "task": scores.task,
+                "rows": [vars(row) for row in scores.rows],
+                "source": _facts(of_evaluation(scores.path, scores.origin, evidence.runs)),
+            }
+            for scores in evidence.tasks
+        ],
+        "runs": [{"label": run.label, "source": _facts(of_training(run))} for run in evidence.runs],
+        "figures": [
+            {
+                "file": f"{figure.name}.png",
+                "title": figure.title,
+                "caption": figure.caption,
+                "sources": [_facts(source) for source in figure.sources],
+            }
+            for figure in figures
+        ],
+        "not_shown": [asdict(each) for each in absent],
+    }
+
+
+def _table(table: Table, evidence: Evidence) -> dict[str, Any]:
+    return {
+        "title": table.title,
+        "caption": table.caption,
+        "context_len": table.context_len,
+        "lengths": table.lengths,
+        "windows": table.windows,
+        "rows": [_row(curve, evidence) for curve in table.curves],
+    }
+
+
+def _row(curve: Curve, evidence: Evidence) -> dict[str, Any]:
+    return {
+        "label": curve.label,
+        "method": curve.method,
+        "protocol": curve.protocol,
+        "context_len": curve.context_len,
+        "num_tokens": {n: score.num_tokens for n, score in curve.scores.items()},
+        "fingerprint": {n: score.fingerprint for n, score in curve.scores.items()},
+        "perplexity": {n: p if math.isfinite(p) else None for n, p in curve.perplexity.items()},
+        "standard_error": {n: score.standard_error for n, score in curve.scores.items()},
+        "source": _facts(of_evaluation(curve.path, curve.origin, evidence.runs)),
+    }
+
+
+def _facts(source: Source) -> dict[str, str]:
+    return {"title": source.title, **dict(source.facts)}
+
+
+def _remove_former(folder: Path, kept: set[str]) -> None:
+    """Only what an earlier report says that it wrote is removed."""
+    former = folder / JSON
+    if not former.is_file():
+        return
+    for figure in json.loads(former.read_text(encoding="utf-8")).get("figures", []):
+        name = Path(str(figure.get("file"))).name
+        if name.endswith(".png") and name.removesuffix(".png") not in kept:
+            (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,174 @@
+"""What the report program takes, and what it refuses in one line."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from evaluation_files import ORIGIN, add_to_file, make_run, outcome, task_row
+
+from clex_train.cli import console
+from clex_train.cli import report as program
+from clex_train.evaluation import results
+from clex_train.evaluation.report import evidence
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> dict[str, Path]:
+    base = make_run(tmp_path / "runs" / "base", {"none": [35, 60, 900], "ntk": [35, 34, 50]}, learned=False)
+    clex = make_run(tmp_path / "runs" / "clex", {"trained": [34, 33, 36]}, learned=True)
+    return {"base": base, "clex": clex}
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+    return console.run(program.main, program.usage)
+
+
+def test_several_runs_share_a_table_with_the_run_in_each_label(runs: dict[str, Path]) -> None:
+    found = evidence.collect(list(runs.values()))
+    [table] = found.tables
+    assert [curve.label for curve in table.curves] == ["base: none", "base: ntk", "clex: trained"]
+    assert [run.label for run in found.runs] == ["base", "clex"]
+    assert len(found.runs[0].metrics) == 40
+    assert found.runs[0].frequencies is None
+    assert found.runs[1].frequencies is not None
+
+
+def test_one_run_has_its_methods_as_labels_and_its_report_in_its_folder(runs, monkeypatch, capsys) -> None:
+    assert call(monkeypatch, runs["base"]) == 0
+    printed = capsys.readouterr().out
+    assert "\nntk " in printed
+    assert str(runs["base"] / "report" / "index.html") in printed
+    names = {path.name for path in (runs["base"] / "report").iterdir()}
+    figures = {"perplexity.png", "perplexity_enlarged.png", "loss.png", "throughput.png"}
+    assert names >= {"index.html", "perplexity.md", "report.json"} | (figures - {"perplexity_enlarged.png"})
+
+
+def test_a_run_stands_for_its_newest_evaluation_and_a_file_for_itself(runs: dict[str, Path]) -> None:
+    older = runs["base"] / "evaluation" / "step_20.json"
+    results.write(older, outcome({"none": [70, 80, 90]}), ORIGIN)
+    os.utime(older, (1, 1))
+    assert evidence.find_evaluation(runs["base"]).name == "base.json"
+    assert evidence.find_evaluation(older) == older
+
+
+def test_equal_labels_are_told_apart_by_as_much_of_the_path_as_it_takes(tmp_path: Path) -> None:
+    made = [
+        make_run(tmp_path / seed / "tiny", {"none": [p, 4, 5]}, learned=False)
+        for seed, p in (("seed0", 3.0), ("seed1", 3.5))
+    ]
+    found = evidence.collect(made)
+    assert [curve.label for curve in found.tables[0].curves] == ["seed0/tiny: none", "seed1/tiny: none"]
+    assert [run.label for run in found.runs] == ["seed0/tiny", "seed1/tiny"]
+
+
+def test_a_run_that_is_named_twice_is_shown_once(runs: dict[str, Path]) -> None:
+    found = evidence.collect([runs["base"], runs["base"] / "evaluation" / "base.json"])
+    assert [curve.label for curve in found.tables[0].curves] == ["none", "ntk"]
+
+
+def test_retrieval_stands_apart_by_task_and_method(runs: dict[str, Path]) -> None:
+    path = runs["base"] / "evaluation" / "base.json"
+    add_to_file(path, tasks=[task_row("none", 256, depth, 5) for depth in (0.0, 1.0)] + [task_row("ntk", 256, 0.5, 9)])
+    assert [(t.label, t.task, len(t.rows)) for t in evidence.collect([path]).tasks] == [
+        ("none", "passkey", 2),
+        ("ntk", "passkey", 1),
+    ]
+
+
+def test_a_line_of_metrics_that_is_being_written_is_left_out(runs: dict[str, Path]) -> None:
+    with (runs["base"] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "lo')
+    assert len(evidence.collect([runs["base"]]).runs[0].metrics) == 40
+
+
+def test_values_that_are_not_finite_are_left_out_of_a_column(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {"none": [3, 4, 5]}, learned=False)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": 4.5}\n')
+    [found] = evidence.collect([run]).runs
+    steps, losses = found.column("loss")
+    assert (steps.tolist(), losses.tolist()) == ([2], [4.5])
+
+
+def test_what_cannot_be_reported_on_is_named_with_the_remedy(runs, tmp_path, monkeypatch, capsys) -> None:
+    unfinished = make_run(tmp_path / "unfinished", {"none": [3, 4, 5]}, learned=False)
+    (unfinished / "final" / "config.json").unlink()
+    (unfinished / "final").rmdir()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "bad.json").write_text("{")
+    damaged = make_run(tmp_path / "damaged", {"none": [3, 4, 5]}, learned=False)
+    add_to_file(damaged / "evaluation" / "damaged.json", tasks=[{"task": "passkey"}])
+    spoilt = make_run(tmp_path / "spoilt", {"none": [3, 4, 5]}, learned=False)
+    (spoilt / "metrics.jsonl").write_text('{"step": 1, \n{"step": 2, "loss": 4.5}\n')
+    expected = {
+        tmp_path / "nowhere": "no such run folder or evaluation file; give the output_dir of a run",
+        unfinished: f"not finished (no final/); start the same training command again, it continues, or name one of "
+        f"its evaluations: {unfinished}/evaluation/unfinished.json",
+        empty: f"no evaluation in it; run python -m clex_train.cli.evaluate run={empty} first",
+        tmp_path / "bad.json": "cannot be read as an evaluation",
+        damaged: "damaged or of another version",
+        spoilt: "line 1 is no JSON; take the line out",
+    }
+    for path, message in expected.items():
+        assert call(monkeypatch, runs["base"], path, f"output={tmp_path / 'out'}") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert error.startswith(f"error: {path}")
+        assert message in error
+    assert not (tmp_path / "out").exists()
+    assert call(monkeypatch, unfinished / "evaluation" / "unfinished.json", f"output={tmp_path / 'out'}") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "runs=[]: name one or more run folders or evaluation files"),
+        (("a", "out=b"), "out: no such key; did you mean output?"),
+    ],
+)
+def test_a_command_line_without_runs_or_with_an_unknown_key_is_refused(
+    arguments: tuple[str, ...], message: str, monkeypatch, capsys
+) -> None:
+    assert call(monkeypatch, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_second_report_removes_the_figures_that_only_the_first_had(runs, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    assert call(monkeypatch, runs["clex"], f"output={out}") == 0
+    assert (out / "frequencies.png").exists()
+    (out / "mine.png").write_bytes(b"kept")
+    assert call(monkeypatch, runs["base"], f"output={out}") == 0
+    assert not (out / "frequencies.png").exists()
+    assert (out / "mine.png").exists()
+
+
+def test_every_row_and_figure_of_the_json_has_command_weights_data_commit_and_hardware(runs, tmp_path, monkeypatch):
+    assert call(monkeypatch, *runs.values(), f"output={tmp_path}") == 0
+    content = json.loads((tmp_path / "report.json").read_text())
+    rows = [row for table in content["tables"] for row in table["rows"]]
+    assert [row["perplexity"]["2048"] for row in rows] == pytest.approx([900, 50, 36])
+    assert [row["fingerprint"]["128"] for row in rows] == ["f"] * 3
+    sources = [row["source"] for row in rows] + [s for figure in content["figures"] for s in figure["sources"]]
+    for source in sources:
+        assert {"command", "weights", "data", "commit", "hardware"} <= source.keys()
+        assert source["commit"] == "c0ffee"
+    assert rows[0]["source"]["weights"] == "runs/base/final, hash ab12"
+    assert {figure["file"] for figure in content["figures"]} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_weights_of_the_last_step_are_named_by_the_hash_of_final(tmp_path: Path) -> None:
+    from clex_train.evaluation.report.sources import of_evaluation
+
+    run = make_run(tmp_path / "run", {"none": [3, 4, 5]}, learned=False)
+    path = run / "evaluation" / "step_40.json"
+    for step in (40, 20):
+        origin = results.Origin("run", ["train.py"], {"path": str(run), "step": step}, {}, {})
+        results.write(path, outcome({"none": [3, 4, 5]}), origin)
+        [found] = evidence.collect([path]).runs
+        known = found.final_hash if step == 40 else "not recorded"
+        assert dict(of_evaluation(path, origin, [found]).facts)["weights"] == f"{run}, step {step}, hash {known}"
+    assert found.final_hash is not None
