@@ -117,7 +117,7 @@ def main() -> None:
         return
     spans = readings(plan.spec, plan.context_len)
     windows = select(plan.store, max(plan.spec.lengths), plan.spec.num_windows, asked.seed) if spans else None
-    cells = retrieval_plan.of_spec(plan.spec, plan.tokenizer, asked.seed)
+    cells = retrieval_plan.of_spec(plan.spec, plan.tokenizer, plan.store, asked.seed)
     finish(plan, *evaluate(asked, plan, windows, spans, cells))
 
 

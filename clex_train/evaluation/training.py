@@ -46,7 +46,7 @@ class TrainingEvaluation:
         self.store = (TokenStore(self.spec.path) if self.spec.path else store).split("validation")
         self.readings = readings(self.spec, context_len)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows)
-        self.cells = plan.of_spec(self.spec, tokenizer)
+        self.cells = plan.of_spec(self.spec, tokenizer, self.store)
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
         solve_table(loaded)

@@ -69,7 +69,8 @@ class EvaluationConfig:
     chunk_len: int = 1024
     """Tokens of a window per forward: bounds the memory of logits, not the result."""
     tasks: list[Task] = field(default_factory=list)
-    """Retrieval tasks beside perplexity: `passkey` (LM-Infinite's form), `passkey_infinitebench`."""
+    """Retrieval tasks beside perplexity: `passkey` (LM-Infinite's form), `passkey_infinitebench`, `needle` (in real
+    text), `ruler` (all of RULER but question answering), or RULER's tasks by name."""
     task_lengths: list[int] | None = None
     """Tokens of a task's prompt and answer together; by default `lengths`."""
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
@@ -119,7 +120,7 @@ class EvaluationConfig:
         require(self.n_local is None or self.n_local >= 1, "evaluation.n_local", self.n_local, "at least 1 token")
         require(self.n_global >= 0, "evaluation.n_global", self.n_global, "0 or more tokens")
         require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")
-        retrieval.check(self.num_prompts, self.depths, self.task_lengths)
+        retrieval.check(self.tasks, self.num_prompts, self.depths, self.task_lengths)
 
     def lengths_of_tasks(self) -> list[int]:
         """Lengths of the retrieval prompts, in tokens."""

@@ -11,9 +11,41 @@ from clex_train.settings.bounds import require
 class Task(Enum):
     passkey = "passkey"
     passkey_infinitebench = "passkey_infinitebench"
+    needle = "needle"
+    niah_single_1 = "niah_single_1"
+    niah_single_2 = "niah_single_2"
+    niah_single_3 = "niah_single_3"
+    niah_multikey_1 = "niah_multikey_1"
+    niah_multikey_2 = "niah_multikey_2"
+    niah_multikey_3 = "niah_multikey_3"
+    niah_multivalue = "niah_multivalue"
+    niah_multiquery = "niah_multiquery"
+    vt = "vt"
+    cwe = "cwe"
+    fwe = "fwe"
+    qa_1 = "qa_1"
+    qa_2 = "qa_2"
+    ruler = "ruler"
 
 
-GROUPS: dict[Task, tuple[Task, ...]] = {}
+DOWNLOADED = (Task.qa_1, Task.qa_2)
+"""RULER's question answering: over SQuAD and HotpotQA, which nothing here can generate."""
+
+GROUPS: dict[Task, tuple[Task, ...]] = {
+    Task.ruler: (
+        Task.niah_single_1,
+        Task.niah_single_2,
+        Task.niah_single_3,
+        Task.niah_multikey_1,
+        Task.niah_multikey_2,
+        Task.niah_multikey_3,
+        Task.niah_multivalue,
+        Task.niah_multiquery,
+        Task.vt,
+        Task.cwe,
+        Task.fwe,
+    )
+}
 
 
 def expand(tasks: Sequence[Task]) -> list[Task]:
@@ -21,8 +53,11 @@ def expand(tasks: Sequence[Task]) -> list[Task]:
     return list(dict.fromkeys(single for task in tasks for single in GROUPS.get(task, (task,))))
 
 
-def check(num_prompts: int, depths: Sequence[float], lengths: Sequence[int] | None) -> None:
+def check(tasks: Sequence[Task], num_prompts: int, depths: Sequence[float], lengths: Sequence[int] | None) -> None:
     """`ValueError` by key for what no prompt can be made from."""
+    for task in tasks:
+        known = "it needs SQuAD or HotpotQA, which are not generated here; lm-eval has it, or leave it out"
+        require(task not in DOWNLOADED, "evaluation.tasks", task.value, known)
     require(num_prompts >= 1, "evaluation.num_prompts", num_prompts, "at least 1 prompt for each depth and length")
     good = len(depths) > 0 and all(0 <= depth <= 1 for depth in depths)
     require(good, "evaluation.depths", list(depths), "one or more places from 0 (start) to 1 (end)")

@@ -4,15 +4,19 @@ A prompt of one index hides the same thing at every depth, so that depths compar
 for all prompts of a task at a length, and enough for the longest of their answers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from clex_train.evaluation.retrieval.prompts import Draft, Prompt, answer_len, fit, frame_len
+from clex_train import distributed, log
+from clex_train.data.store import TokenStore
+from clex_train.evaluation.retrieval.haystack import Documents
+from clex_train.evaluation.retrieval.prompts import Ask, Draft, Prompt, answer_len, fit, frame_len
 from clex_train.evaluation.retrieval.tasks import TASKS, RetrievalTask
 from clex_train.seeding import generator
 from clex_train.settings.evaluation import EvaluationConfig
-from clex_train.settings.retrieval import Task, expand
+from clex_train.settings.retrieval import DOWNLOADED, Task, expand
+
+logger = log.get(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Cell:
     num_prompts: int
     seed: int
     tokenizer: Any = field(repr=False)
+    documents: Documents | None = field(default=None, repr=False)
+    """Real text, for the tasks that hide something in it."""
     num_new: int = field(init=False)
     """Tokens to generate."""
     shortest: int = field(init=False)
@@ -66,7 +72,7 @@ class Cell:
     def draft(self, index: int, depth: float | None = None) -> Draft:
         """Prompt `index` (0..num_prompts-1) before filler is laid."""
         rng = generator(self.seed, f"retrieval_{self.name.value}", self.length, index)
-        return self.task.draft(rng, depth or 0.0)
+        return self.task.draft(Ask(rng, self.length, depth or 0.0, self.documents))
 
     def prompt(self, number: int) -> Prompt:
         """Prompt `number` (0..size-1): all of the first depth, then all of the second."""
@@ -78,17 +84,25 @@ class Cell:
         return self.task.judge(generation, self.draft(number % self.num_prompts).answers)
 
 
-def of_spec(spec: EvaluationConfig, tokenizer: Any, seed: int = 0) -> list[Cell]:
-    """The cells that `evaluation.tasks` and its companions ask for; `ValueError` as of `make_cells`."""
-    return make_cells(tokenizer, spec.tasks, spec.lengths_of_tasks(), spec.depths, spec.num_prompts, seed)
+def of_spec(spec: EvaluationConfig, tokenizer: Any, store: TokenStore, seed: int = 0) -> list[Cell]:
+    """The cells that `evaluation.tasks` and its companions ask for, real text from the split `store`.
 
-
-def make_cells(
-    tokenizer: Any, tasks: Sequence[Task], lengths: Sequence[int], depths: Sequence[float], num_prompts: int, seed: int
-) -> list[Cell]:
-    """All cells, task by task, shorter lengths first; `ValueError` names the first that has no room."""
+    Task by task, shorter lengths first; `ValueError` names the first length that has no room.
+    """
+    if Task.ruler in spec.tasks and distributed.is_main():
+        left_out = " and ".join(task.value for task in DOWNLOADED)
+        logger.info("evaluation.tasks=ruler: without %s, whose questions would have to be downloaded", left_out)
+    documents = Documents(store, tokenizer)
     return [
-        Cell(task, length, tuple(depths) if TASKS[task].has_depth else (None,), num_prompts, seed, tokenizer)
-        for task in expand(tasks)
-        for length in sorted(set(lengths))
+        Cell(
+            name=task,
+            length=length,
+            depths=tuple(spec.depths) if TASKS[task].has_depth else (None,),
+            num_prompts=spec.num_prompts,
+            seed=seed,
+            tokenizer=tokenizer,
+            documents=documents,
+        )
+        for task in expand(spec.tasks)
+        for length in sorted(set(spec.lengths_of_tasks()))
     ]

@@ -8,10 +8,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from clex_train.evaluation.retrieval.haystack import Documents
+
 FIRST_PROBE = 16
 """Units of filler from which the tokens of a unit are estimated."""
 BISECT_EVERY = 4
 """Rounds of interpolation between two of bisection, which bounds their number for uneven filler."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a task is asked to make a prompt of; equal generators give equal prompts."""
+
+    rng: np.random.Generator
+    length: int
+    """Tokens of prompt and answer together, at most."""
+    depth: float = 0.0
+    """Where the answer stands, from 0 (start) to 1 (end), for tasks that are asked by depth."""
+    source: Documents | None = None
+
+    @property
+    def documents(self) -> Documents:
+        """Real text; tasks that need none are asked without."""
+        assert self.source is not None, "this task needs real text"
+        return self.source
 
 
 @dataclass(frozen=True)

@@ -3,26 +3,37 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from clex_train.evaluation.retrieval import passkey, scoring
-from clex_train.evaluation.retrieval.prompts import Draft
+from clex_train.evaluation.retrieval import counting, needle, niah, passkey, tracing
+from clex_train.evaluation.retrieval.niah import Needles
+from clex_train.evaluation.retrieval.prompts import Ask, Draft
+from clex_train.evaluation.retrieval.scoring import first_number, share_contained
+from clex_train.evaluation.retrieval.words import uuid
 from clex_train.settings.retrieval import Task
-
-Judge = Callable[[str, Sequence[str]], float]
 
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """`draft(rng, depth)` makes a prompt's text, `judge(generation, answers)` is the share (0..1) that was found."""
+    """`draft(ask)` makes a prompt's text, `judge(generation, answers)` is the share (0..1) that was found."""
 
-    draft: Callable[[np.random.Generator, float], Draft]
-    judge: Judge
-    has_depth: bool = True
+    draft: Callable[[Ask], Draft]
+    judge: Callable[[str, Sequence[str]], float] = share_contained
+    has_depth: bool = False
     """Whether prompts are made at every depth of the grid; others place what they hide by themselves."""
 
 
 TASKS: dict[Task, RetrievalTask] = {
-    Task.passkey: RetrievalTask(passkey.lm_infinite, scoring.first_number),
-    Task.passkey_infinitebench: RetrievalTask(passkey.infinitebench, scoring.first_number),
+    Task.passkey: RetrievalTask(passkey.lm_infinite, first_number, has_depth=True),
+    Task.passkey_infinitebench: RetrievalTask(passkey.infinitebench, first_number, has_depth=True),
+    Task.needle: RetrievalTask(needle.in_documents, first_number, has_depth=True),
+    Task.niah_single_1: RetrievalTask(Needles(niah.in_noise)),
+    Task.niah_single_2: RetrievalTask(Needles(niah.in_documents)),
+    Task.niah_single_3: RetrievalTask(Needles(niah.in_documents, draw_value=uuid, what="uuid")),
+    Task.niah_multikey_1: RetrievalTask(Needles(niah.in_documents, num_keys=4)),
+    Task.niah_multikey_2: RetrievalTask(Needles(niah.in_needles)),
+    Task.niah_multikey_3: RetrievalTask(Needles(niah.in_needles, draw_value=uuid, what="uuid", keys=niah.uuids)),
+    Task.niah_multivalue: RetrievalTask(Needles(niah.in_documents, num_values=4)),
+    Task.niah_multiquery: RetrievalTask(Needles(niah.in_documents, num_keys=4, num_queries=4)),
+    Task.vt: RetrievalTask(tracing.variable_tracking),
+    Task.cwe: RetrievalTask(counting.common_words),
+    Task.fwe: RetrievalTask(counting.frequent_words),
 }

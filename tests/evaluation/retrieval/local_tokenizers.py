@@ -1,5 +1,6 @@
 """Tokenizers of the two usual makes, trained here on sources of the standard library."""
 
+import json
 import os
 from functools import cache
 from pathlib import Path
@@ -44,6 +45,10 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    made = json.loads(tokenizer.to_str())
+    # The trainer takes bytes for special tokens, which decoding would leave out.
+    made["added_tokens"] = [token for token in made["added_tokens"] if token["content"] not in fall_back]
+    tokenizer = Tokenizer.from_str(json.dumps(made))
     bos = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -5,8 +5,9 @@ import re
 from typing import Any
 
 import pytest
+from small_cells import make_cells
 
-from clex_train.evaluation.retrieval.plan import Cell, make_cells
+from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.settings.retrieval import Task
 
 TASKS = [Task.passkey, Task.passkey_infinitebench]
@@ -82,7 +83,7 @@ def test_the_forms_differ_as_published(byte_tokenizer: Any) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_the_shortest_length_that_fits_is_the_one_that_the_refusal_names(tokenizer: Any, task: Task) -> None:
     with pytest.raises(ValueError, match=f"evaluation.task_lengths=20: {task.value} needs at least") as refusal:
-        make_cells(tokenizer, [task], [20, 4000], DEPTHS, 1, 0)
+        make_cells(tokenizer, [task], [20, 4000], DEPTHS, 1)
     shortest = int(re.findall(r"at least (\d+)", str(refusal.value))[0])
     made = Cell(task, shortest, DEPTHS, 1, 0, tokenizer)
     assert len(made.prompt(0).ids) <= made.prompt_len

@@ -76,6 +76,8 @@ def test_tasks_stand_beside_perplexity_and_have_lengths_of_their_own(places, tmp
     [
         (["tasks=[passkey]", "task_lengths=[40]"], "evaluation.task_lengths=40: passkey needs at least "),
         (["tasks=[passkeys]"], "tasks[0]: "),
+        (["tasks=[ruler,qa_1]"], "evaluation.tasks=qa_1: it needs SQuAD or HotpotQA"),
+        (["tasks=[ruler]", "task_lengths=[256]"], "evaluation.task_lengths=256: niah_multikey_1 needs at least "),
         (["tasks=[passkey]", "depths=[0,1.5]"], "evaluation.depths=[0.0, 1.5]: one or more places from 0"),
         (["tasks=[passkey]", "depths=[]"], "evaluation.depths=[]: "),
         (["tasks=[passkey]", "num_prompts=0"], "evaluation.num_prompts=0: at least 1"),
@@ -93,7 +95,8 @@ def test_bad_input_is_one_line_that_names_the_key(places, monkeypatch, capsys, a
 
 
 def test_a_training_run_evaluates_the_tasks_that_it_is_asked_for(places, tmp_path, byte_tokenizer) -> None:
-    spec = EvaluationConfig(lengths=[128], tasks=[Task.passkey], task_lengths=[256], depths=[0.0, 1.0], num_prompts=2)
+    tasks = [Task.passkey, Task.needle]
+    spec = EvaluationConfig(lengths=[128], tasks=tasks, task_lengths=[256], depths=[0.0, 1.0], num_prompts=2)
     config = Config(evaluation=spec, output_dir=str(tmp_path))
     model = copying_llama.build(len(byte_tokenizer))
     loaded = LoadedModel(model, install_rotary(model, copying_llama.CONTEXT_LEN), copying_llama.CONTEXT_LEN)
@@ -101,7 +104,7 @@ def test_a_training_run_evaluates_the_tasks_that_it_is_asked_for(places, tmp_pat
         config, TokenStore(places["store"]), copying_llama.CONTEXT_LEN, tokenizer=byte_tokenizer
     )
     metrics = evaluation(loaded, step=7)
-    assert set(metrics) == {"perplexity/trained/one_shot/128", "passkey/trained/256"}
-    assert metrics["passkey/trained/256"] == 1
+    assert set(metrics) == {"perplexity/trained/one_shot/128", "passkey/trained/256", "needle/trained/256"}
+    assert metrics["passkey/trained/256"] == metrics["needle/trained/256"] == 1
     read, _ = results.read(Path(tmp_path) / "evaluation" / "step_7.json")
-    assert [(row.depth, row.correct) for row in read.tasks] == [(0.0, 2), (1.0, 2)]
+    assert [(row.depth, row.correct) for row in read.tasks] == [(0.0, 2), (1.0, 2)] * 2

@@ -10,15 +10,18 @@ import copying_llama
 import pytest
 import torch
 import torch.multiprocessing
-from copying_llama import CONTEXT_LEN
-from local_tokenizers import byte_level
+from copying_llama import CONTEXT_LEN, KnowingLlama
+from local_tokenizers import TEXTS, byte_level
+from small_cells import documents_of, make_cells
 from transformers import LlamaForCausalLM
 
 from clex_train.evaluation import methods
 from clex_train.evaluation.results import TaskScore, task_metrics
 from clex_train.evaluation.retrieval import runner
 from clex_train.evaluation.retrieval.console import console
-from clex_train.evaluation.retrieval.plan import Cell, make_cells
+from clex_train.evaluation.retrieval.haystack import Documents
+from clex_train.evaluation.retrieval.plan import Cell
+from clex_train.evaluation.retrieval.tasks import TASKS
 from clex_train.faults import StopRequested
 from clex_train.rope.patch import install_rotary
 from clex_train.settings.evaluation import EvaluationConfig, Method
@@ -29,9 +32,16 @@ DEPTHS = [0.0, 0.5, 1.0]
 CPU = torch.device("cpu")
 
 
-def run(model: Any, cells: list[Cell], chosen: tuple[Method, ...] = (Method.none,), **settings: Any) -> list[TaskScore]:
+@pytest.fixture(scope="module")
+def documents(byte_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Documents:
+    return documents_of(TEXTS, byte_tokenizer, tmp_path_factory.mktemp("texts") / "store")
+
+
+def run(
+    model: Any, cells: list[Cell], chosen: tuple[Method, ...] = (Method.none,), longest: int = 512, **settings: Any
+) -> list[TaskScore]:
     handle = install_rotary(model, CONTEXT_LEN)
-    frequencies = methods.tables(chosen, None, handle.base_inv_freq, CONTEXT_LEN, max(LENGTHS))
+    frequencies = methods.tables(chosen, None, handle.base_inv_freq, CONTEXT_LEN, longest)
     spec = EvaluationConfig(n_local=40, n_global=4)
     inserted = methods.insertions(spec, model, CONTEXT_LEN)
     try:
@@ -57,6 +67,21 @@ def test_a_model_that_looks_back_answers_all_and_one_that_misreads_none(tokenize
         ("passkey", 256, 1.0),
         ("passkey", 512, 0.0),
     ]
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_a_model_that_knows_the_answers_scores_one_at_every_task_and_zero_where_answers_are_swapped(
+    byte_tokenizer: Any, documents: Documents, task: Task
+) -> None:
+    (cell,) = make_cells(byte_tokenizer, [task], [1200], DEPTHS, 2, documents=documents)
+    prompts = [cell.prompt(number) for number in range(cell.size)]
+    said = [byte_tokenizer.encode(" " + ", ".join(prompt.answers)) for prompt in prompts]
+    model = copying_llama.build(len(byte_tokenizer), make=KnowingLlama)
+    model.end = byte_tokenizer.eos_token_id
+    for answers, share in ((said, 1.0), (said[1:] + said[:1], 0.0)):
+        model.answers = {tuple(prompt.ids): answer for prompt, answer in zip(prompts, answers, strict=True)}
+        rows = run(model, [cell], longest=1200, chunk_len=500)
+        assert sum(row.score for row in rows) / len(rows) == share
 
 
 def small_llama(vocab_size: int) -> LlamaForCausalLM:

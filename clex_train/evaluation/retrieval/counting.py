@@ -1,0 +1,75 @@
+"""RULER's aggregation tasks (Hsieh et al., 2024): which words of a long list appear most often.
+
+Common words: ten words many times each among many words that appear a few times, numbered. Frequent words: coded
+words whose k-th has a share of k^-alpha / zeta(alpha), alpha = 2 (zeta(2) = pi^2 / 6), the first of them dots; the
+next three are asked for.
+"""
+
+import math
+import string
+from itertools import islice
+
+import numpy as np
+
+from clex_train.evaluation.retrieval.prompts import Ask, Draft, join
+from clex_train.evaluation.retrieval.words import names
+
+NUM_COMMON = 10
+NUM_FREQUENT = 3
+LONG = 4096
+"""Tokens from which RULER repeats words more often."""
+CODED_LEN = 6
+TOKENS_PER_CODED_WORD = 50
+LEAST_WORDS = 80
+"""Words from which the counts of the first five ranks differ: (1/16 - 1/25) / zeta(2) of them is more than one."""
+
+
+def common_words(ask: Ask) -> Draft:
+    """A unit of filler is one more uncommon word; common ones appear 30 and others 3 times, 6 and 1 in short texts."""
+    common_count, other_count = (30, 3) if ask.length >= LONG else (6, 1)
+    words, seed = names(ask.rng), int(ask.rng.integers(2**63))
+    common, others = list(islice(words, NUM_COMMON)), list[str]()
+    opening = "Below is a numbered list of words, some of which appear more often than others. Memorize those."
+    question = (
+        f"Question: What are the {NUM_COMMON} most common words in the list above? "
+        f"Answer: The {NUM_COMMON} words that appear most often in the list above are:"
+    )
+
+    def text(units: int) -> str:
+        others.extend(islice(words, max(0, units - len(others))))
+        entries = _shuffled(common * common_count + others[:units] * other_count, seed)
+        listed = " ".join(f"{number}. {word}" for number, word in enumerate(entries, start=1))
+        return join("\n", opening, listed, question)
+
+    return Draft(tuple(common), text)
+
+
+def frequent_words(ask: Ask) -> Draft:
+    """A unit of filler is one more word of the text."""
+    vocabulary = ["...", *_coded(ask.rng, max(5, ask.length // TOKENS_PER_CODED_WORD))]
+    seed = int(ask.rng.integers(2**63))
+    shares = np.arange(1, len(vocabulary) + 1) ** -2.0 / (math.pi**2 / 6)
+    opening = "Read the coded text below and keep track of how often each coded word appears."
+    question = (
+        f"Question: Leave the dots '...' aside. What are the {NUM_FREQUENT} most frequent words of the text above? "
+        f"Answer: The {NUM_FREQUENT} most frequent words of the text above are:"
+    )
+
+    def text(units: int) -> str:
+        counts = ((LEAST_WORDS + units) * shares).astype(int)
+        entries = [word for word, count in zip(vocabulary, counts, strict=True) for _ in range(count)]
+        return join("\n", opening, " ".join(_shuffled(entries, seed)), question)
+
+    return Draft(tuple(vocabulary[1 : 1 + NUM_FREQUENT]), text)
+
+
+def _coded(rng: np.random.Generator, count: int) -> list[str]:
+    """Distinct words of random small letters."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found["".join(rng.choice(list(string.ascii_lowercase), CODED_LEN))] = None
+    return list(found)
+
+
+def _shuffled(entries: list[str], seed: int) -> list[str]:
+    return [entries[i] for i in np.random.default_rng(seed).permutation(len(entries))]

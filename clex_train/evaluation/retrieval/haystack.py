@@ -1,0 +1,100 @@
+"""What is laid around needles, in pieces between their places: repeated sentences, other needles, or real text.
+
+A haystack is a function `(units, depths) -> pieces`: `units` of filler, cut after each of the ascending shares
+`depths` (0..1) of them, so one piece more than there are depths. Pieces are joined by needles, never empty of space.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+
+from clex_train.data.store import TokenStore
+
+Haystack = Callable[[int, Sequence[float]], list[str]]
+
+FILLER = ("The hills are brown.", "The sea is grey.", "The snow is white.", "On we walk.", "Up the road and down.")
+SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*\s+")
+LONGEST_SENTENCE = 600
+"""Characters that a needle is moved at most to the end of a sentence; in text without any it stands between words."""
+
+
+def noise(units: int, depths: Sequence[float]) -> list[str]:
+    """Five short sentences over and over; a unit is a sentence."""
+    return _cut([FILLER[i % len(FILLER)] for i in range(units)], depths)
+
+
+def of_sentences(sentences: Iterator[str]) -> Haystack:
+    """The sentences of an endless iterator, the first of them for few units; a unit is a sentence."""
+    drawn: list[str] = []
+
+    def lay(units: int, depths: Sequence[float]) -> list[str]:
+        drawn.extend(islice(sentences, max(0, units - len(drawn))))
+        return _cut(drawn[:units], depths)
+
+    return lay
+
+
+class Documents:
+    """Real text: the documents of a store's split, each after the other and round again; a unit is a token.
+
+    `tokenizer` gives the store's ids their text.
+    """
+
+    def __init__(self, store: TokenStore, tokenizer: Any) -> None:
+        self.store, self.tokenizer = store, tokenizer
+
+    def starting_at(self, share: float) -> Haystack:
+        """Text from the document that begins at or before the token `share` (0..1) of the split."""
+        offsets = self.store.doc_offsets
+        document = int(np.searchsorted(offsets, share * self.store.num_tokens, side="right")) - 1
+        start = int(offsets[min(document, self.store.num_documents - 1)])
+
+        def lay(units: int, depths: Sequence[float]) -> list[str]:
+            ids = self._read(start, units)
+            text = self._text(ids)
+            places = [_sentence_end(text, len(self._text(ids[: round(d * len(ids))]))) for d in depths]
+            return [text[first:last] for first, last in pairwise([0, *places, len(text)])]
+
+        return lay
+
+    def _read(self, start: int, num_tokens: int) -> np.ndarray:
+        """Tokens from `start` on, round again after the last."""
+        parts, missing = [np.empty(0, np.int64)], num_tokens
+        while missing:
+            taken = self.store.tokens(start, min(start + missing, self.store.num_tokens))
+            parts.append(taken.astype(np.int64))
+            missing, start = missing - len(taken), 0
+        return np.concatenate(parts)
+
+    def _text(self, ids: np.ndarray) -> str:
+        """Documents are paragraphs."""
+        ends = ids == self.store.eos_id
+        documents = [part[part != self.store.eos_id] for part in np.split(ids, np.flatnonzero(ends) + 1)]
+        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return "\n\n".join(str(self.tokenizer.decode(part.tolist(), **how)) for part in documents)
+
+
+def insert(pieces: Sequence[str], needles: Sequence[str]) -> str:
+    """The pieces with a needle in each gap, all kept apart by space."""
+    text = pieces[0]
+    for needle, piece in zip(needles, pieces[1:], strict=True):
+        text += (" " if text and not text[-1].isspace() else "") + needle
+        text += (" " if piece and not piece[0].isspace() else "") + piece
+    return text
+
+
+def _cut(sentences: Sequence[str], depths: Sequence[float]) -> list[str]:
+    places = [0, *(round(depth * len(sentences)) for depth in depths), len(sentences)]
+    return [" ".join(sentences[first:last]) for first, last in pairwise(places)]
+
+
+def _sentence_end(text: str, place: int) -> int:
+    """The nearest end of a sentence at or before `place`, else the nearest gap between words, else `place`."""
+    first = max(0, place - LONGEST_SENTENCE)
+    if place == 0:
+        return 0
+    ends = [match.end() for match in SENTENCE_END.finditer(text, first, place)]
+    return ends[-1] if ends else text.rfind(" ", first, place) + 1 or place

@@ -1,0 +1,38 @@
+"""RULER's variable tracking (Hsieh et al., 2024): a chain of assignments, hidden in order in repeated sentences.
+
+The first variable is given a number, each next one the variable before it; asked for are all that have the number.
+"""
+
+import string
+
+import numpy as np
+
+from clex_train.evaluation.retrieval.haystack import insert, noise
+from clex_train.evaluation.retrieval.prompts import Ask, Draft, join
+from clex_train.evaluation.retrieval.words import digits
+
+NUM_HOPS = 4
+NAME_LEN = 5
+
+
+def variable_tracking(ask: Ask) -> Draft:
+    """One chain of four hops, at random depths."""
+    rng = ask.rng
+    variables, value = _variables(rng, NUM_HOPS + 1), digits(rng, 5)
+    sources = [value, *(f"VAR {name}" for name in variables)]
+    chain = [f"VAR {name} = {source}." for name, source in zip(variables, sources, strict=False)]
+    depths = sorted(rng.random(len(chain)).tolist())
+    opening = "Memorize and follow the chain of variable assignments hidden in the text below."
+    question = (
+        f"Question: Which variables have the value {value} in the text above? Answer: By the chain of assignments in "
+        f"the text above, {len(variables)} variables have the value {value}, they are:"
+    )
+    return Draft(tuple(variables), lambda units: join("\n", opening, insert(noise(units, depths), chain), question))
+
+
+def _variables(rng: np.random.Generator, count: int) -> list[str]:
+    """Distinct names of five capital letters."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found["".join(rng.choice(list(string.ascii_uppercase), NAME_LEN))] = None
+    return list(found)

@@ -1,0 +1,36 @@
+"""Cells of prompts, made directly."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from text_stores import write_text_store
+
+from clex_train.data.store import TokenStore
+from clex_train.evaluation.retrieval.haystack import Documents
+from clex_train.evaluation.retrieval.plan import Cell
+from clex_train.evaluation.retrieval.tasks import TASKS
+from clex_train.settings.retrieval import Task
+
+
+def make_cells(
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    num_prompts: int,
+    seed: int = 0,
+    documents: Documents | None = None,
+) -> list[Cell]:
+    """All cells, task by task."""
+    return [
+        Cell(task, n, tuple(depths) if TASKS[task].has_depth else (None,), num_prompts, seed, tokenizer, documents)
+        for task in tasks
+        for n in lengths
+    ]
+
+
+def documents_of(texts: list[str], tokenizer: Any, folder: Path) -> Documents:
+    """Real text out of a store that is written for it."""
+    write_text_store(folder, texts, tokenizer)
+    return Documents(TokenStore(folder).split("validation"), tokenizer)
