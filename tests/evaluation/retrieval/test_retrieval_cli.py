@@ -19,6 +19,7 @@ from clex_train.evaluation.training import TrainingEvaluation
 from clex_train.modeling import LoadedModel
 from clex_train.rope.patch import install_rotary
 from clex_train.settings.evaluation import EvaluationConfig
+from clex_train.settings.model import ModelConfig
 from clex_train.settings.retrieval import Task
 
 TEXT = "It rained all night. In the morning the river had risen, and nobody crossed the bridge. " * 60
@@ -97,7 +98,7 @@ def test_bad_input_is_one_line_that_names_the_key(places, monkeypatch, capsys, a
 def test_a_training_run_evaluates_the_tasks_that_it_is_asked_for(places, tmp_path, byte_tokenizer) -> None:
     tasks = [Task.passkey, Task.needle]
     spec = EvaluationConfig(lengths=[128], tasks=tasks, task_lengths=[256], depths=[0.0, 1.0], num_prompts=2)
-    config = Config(evaluation=spec, output_dir=str(tmp_path))
+    config = Config(model=ModelConfig(path=places["model"]), evaluation=spec, output_dir=str(tmp_path))
     model = copying_llama.build(len(byte_tokenizer))
     loaded = LoadedModel(model, install_rotary(model, copying_llama.CONTEXT_LEN), copying_llama.CONTEXT_LEN)
     evaluation = TrainingEvaluation(

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,17 @@ from clex_train.evaluation.retrieval.haystack import Documents
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.retrieval.tasks import TASKS
 from clex_train.faults import StopRequested
-from clex_train.rope.patch import install_rotary
+from clex_train.rope.patch import RotaryHandle, install_rotary
+from clex_train.scaling.table import Frequencies
 from clex_train.settings.evaluation import EvaluationConfig, Method
 from clex_train.settings.retrieval import Task
 
 LENGTHS = [256, 512]
 DEPTHS = [0.0, 0.5, 1.0]
 CPU = torch.device("cpu")
+SPEC = EvaluationConfig(n_local=40, n_global=4)
+METHODS = [method for method in Method if method not in (Method.clex, Method.longrope)]
+"""Those that a plain Llama can have without more."""
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +42,17 @@ def documents(byte_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     return documents_of(TEXTS, byte_tokenizer, tmp_path_factory.mktemp("texts") / "store")
 
 
+def tables_of(handle: RotaryHandle, chosen: Sequence[Method], longest: int) -> dict[str, Frequencies]:
+    formulas = methods.formulas(SPEC, handle)
+    return methods.tables(chosen, None, handle.base_inv_freq, CONTEXT_LEN, longest, formulas)
+
+
 def run(
     model: Any, cells: list[Cell], chosen: tuple[Method, ...] = (Method.none,), longest: int = 512, **settings: Any
 ) -> list[TaskScore]:
     handle = install_rotary(model, CONTEXT_LEN)
-    frequencies = methods.tables(chosen, None, handle.base_inv_freq, CONTEXT_LEN, longest)
-    spec = EvaluationConfig(n_local=40, n_global=4)
-    inserted = methods.insertions(spec, model, CONTEXT_LEN)
+    frequencies = tables_of(handle, chosen, longest)
+    inserted = methods.insertions(SPEC, model, CONTEXT_LEN)
     try:
         return runner.evaluate(
             model, handle, frequencies, cells, **{"chunk_len": 100, "device": CPU, "inserted": inserted, **settings}
@@ -94,7 +103,7 @@ def small_llama(vocab_size: int) -> LlamaForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("method", [Method.none, Method.pi, Method.ntk, Method.lm_infinite])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_decodes_as_whole_forwards_without_a_cache(
     byte_tokenizer: Any, method: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,8 +112,8 @@ def test_every_method_decodes_as_whole_forwards_without_a_cache(
     monkeypatch.setattr(Cell, "judge", lambda self, number, generation: heard.append(generation) or 0.0)
     run(model, [cell], (method,))
     handle = install_rotary(model, CONTEXT_LEN)
-    handle.use(methods.tables([method], None, handle.base_inv_freq, CONTEXT_LEN, 512)[method.value])
-    put_in = methods.insertions(EvaluationConfig(n_local=40, n_global=4), model, CONTEXT_LEN).get(method.value)
+    handle.use(tables_of(handle, [method], 512)[method.value])
+    put_in = methods.insertions(SPEC, model, CONTEXT_LEN).get(method.value)
     expected = []
     with torch.no_grad(), handle.pinned(2.0):
         inserted = put_in() if put_in else None
