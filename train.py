@@ -89,6 +89,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     evaluation = TrainingEvaluation(config, store, context_len, tokenizer, interrupted) if evaluated else None
     if evaluation:
         require_disjoint(stores.values(), evaluation.store, config.evaluation.allow_overlap)
+    configuration.check_lambda_mask(config)
     configuration.check_reach(config, context_len)
     configuration.check_scaling(config, modeling.has_field(str(config.model.path)))
     configuration.check_positions(config, context_len)

@@ -20,11 +20,11 @@ from clex_train.settings.bounds import require
 from clex_train.settings.checkpoint import CheckpointConfig
 from clex_train.settings.data import DataConfig, DomainConfig
 from clex_train.settings.engine import EngineConfig
-from clex_train.settings.evaluation import EvaluationConfig, Protocol
+from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 from clex_train.settings.launch import LaunchConfig
 from clex_train.settings.model import Init, ModelConfig
 from clex_train.settings.optim import OptimConfig
-from clex_train.settings.scaling import FORMULAS, Positions, ScalingConfig, ScalingName
+from clex_train.settings.scaling import FORMULAS, LogScale, Positions, ScalingConfig, ScalingName
 from clex_train.settings.tracking import TrackingConfig
 from clex_train.suggest import did_you_mean
 
@@ -184,6 +184,50 @@ def check_scaling(config: Config, holds_clex: bool) -> None:
         f"{config.model.path} holds a CLEX field, which scaling={config.scaling.name.name} would drop; scaling=clex "
         "trains it on",
     )
+
+
+def check_lambda_mask(config: Config) -> None:
+    """`ValueError` for what does not go with training under LM-Infinite's mask."""
+    if not config.attention.lambda_mask:
+        return
+    scaling, evaluation = config.scaling, config.evaluation
+    methods, protocols = ([item.value for item in items] for items in (evaluation.methods, evaluation.protocols))
+    evaluates = evaluation.every >= 0
+    plain = scaling.name is ScalingName.none or scaling.positions is Positions.plain
+    conflicts: list[tuple[bool, str, object, str]] = [
+        (
+            config.data.document_mask,
+            "data.document_mask",
+            True,
+            "the mask takes each row as one stream; set it to false",
+        ),
+        (
+            not plain,
+            "scaling.positions",
+            scaling.positions.name,
+            "sampled positions have no distance limit; take plain",
+        ),
+        (
+            scaling.log_scale is not LogScale.off,
+            "scaling.log_scale",
+            scaling.log_scale.name,
+            "it counts the tokens of a row, of which the mask shows a part; leave the key out",
+        ),
+        (
+            evaluates and Method.lm_infinite in evaluation.methods,
+            "evaluation.methods",
+            methods,
+            "during training every method is under the mask already; leave lm_infinite out",
+        ),
+        (
+            evaluates and Protocol.chunked in evaluation.protocols,
+            "evaluation.protocols",
+            protocols,
+            "chunked moves t while keys are cached, which the mask cannot follow; take one_shot",
+        ),
+    ]
+    for is_wrong, key, value, reason in conflicts:
+        require(not is_wrong, key, value, f"attention=lambda: {reason}")
 
 
 def check_positions(config: Config, context_len: int) -> None:

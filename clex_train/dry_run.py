@@ -87,6 +87,7 @@ def make_plan(config: Config) -> Plan:
     arch = modeling.architecture(_readable(config.model))
     context_len = modeling.context_length(config.model, arch)
     _check_lengths(config, context_len)
+    configuration.check_lambda_mask(config)
     configuration.check_positions(config, context_len)
     separation.check_document_mask(config, arch, context_len)
     # Only to refuse what cannot be scaled: sizes are the same, and some scaled ones take no handle for training.

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import is_flash_attn_2_available
 
 from clex_train import log, model_directory, seeding
+from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.config import Config
 from clex_train.rope import official, recipes
@@ -260,6 +261,8 @@ def load_for_training(
     if config.scaling.name in FORMULAS:
         loaded.formula = _formula(config, loaded)
     _scale_logits(loaded, policy)
+    if config.attention.lambda_mask:
+        apply_lm_infinite(model, config.attention.n_local or length, config.attention.n_global)
     return loaded
 
 

@@ -264,6 +264,9 @@ def _frequencies(parts: Parts, batch: Batch, spectrum: Spectrum | None) -> Abstr
     if in_force is None:
         return nullcontext()
     config, rows = parts.config, batch["row_index"].tolist()
+    if config.attention.lambda_mask:
+        # The mask goes by distance, and `check_lambda_mask` has seen to it that positions are plain.
+        return parts.loaded.handle.training(in_force)
     how: dict[str, Any] = {
         **_position_grid(parts, spectrum),
         "seed": config.seed,

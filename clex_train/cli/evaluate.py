@@ -46,7 +46,7 @@ from clex_train.settings.retrieval import Task
 
 WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "num_windows", "chunk_len")
 TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts")
-METHOD_KEYS = ("methods", "rope_theta", "dynamic_factor", "longrope_factors", "n_local", "n_global")
+METHOD_KEYS = ("methods", "rope_theta", "dynamic_factor", "longrope_factors", "n_local", "n_global", "lm_infinite_t")
 KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS)
 """What the command line may say otherwise than the run's `evaluation` group."""
 
@@ -72,9 +72,11 @@ class EvaluateConfig(LoadingConfig):
     windows moved by `stride`; `per_position`: nll against position; `last_k`: a window's last tokens alone;
     `streaming`, by itself: all held-out text as one stream, beside windows of L over the same tokens."""
     n_local: int | None = None
-    """Latest tokens that `lm_infinite` sees; by default L."""
+    """Latest tokens that `lm_infinite` sees; by default t * L."""
     n_global: int | None = None
     """First tokens that `lm_infinite` sees; by default 10."""
+    lm_infinite_t: float | None = None
+    """t of the model's own table, which `lm_infinite` keeps at every length; by default 1, plain frequencies."""
     stride: int | None = None
     """Tokens by which `sliding` moves its windows; by default 256."""
     last_k: int | None = None
@@ -183,7 +185,7 @@ def evaluate(
 def stream(asked: EvaluateConfig, plan: Plan, text: Stream) -> tuple[Results, Origin]:
     """Load the weights and read one long text by each method, and in windows of L."""
     loaded, dtype = load(asked, plan.model)
-    inserted = methods.insertions(plan.spec, loaded.model, loaded.context_len)
+    inserted = methods.for_streams(plan.spec, loaded)
     table = methods.tables([Method.none], None, loaded.base_inv_freq, loaded.context_len, loaded.context_len)["none"]
     loaded.handle.use(table)
     with loaded.handle.pinned(1.0):

@@ -1,14 +1,15 @@
 """The methods that one set of weights is evaluated with: each is a frequency table put on the model, one a mask too.
 
 `trained` is the model's own table, or what it does without one; `clex` the same where that is a CLEX. `none` is plain
-RoPE at every length, and so is `random_pos`, how a model trained at random positions is read; `lm_infinite` the same
-under the Lambda-shaped mask. The others are formulas of t, from `scaling.baselines` and, transformers' own, from
-`rope.hf_scalings`.
+RoPE at every length, and so is `random_pos`, how a model trained at random positions is read; `lm_infinite` the
+Lambda-shaped mask over plain RoPE, or over the model's own frequencies held at one t. The others are formulas of t,
+from `scaling.baselines` and, transformers' own, from `rope.hf_scalings`.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -28,6 +29,8 @@ from clex_train.settings.evaluation import EvaluationConfig, Method
 Formula = Callable[[Tensor, Tensor], FrequencyTable]
 """(inv_freq [P], t [K]) -> theta(t)."""
 
+InsertedMask = Callable[[], AbstractContextManager[LmInfinite]]
+
 FORMULAS: dict[Method, Formula] = {
     Method.none: none_table,
     Method.pi: pi_table,
@@ -44,6 +47,8 @@ def of_model(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, Frequenci
     _require_fitting(spec, loaded.handle, loaded.clex is not None)
     trained = loaded.table if loaded.table is not None else loaded.handle.own
     every = formulas(spec, loaded.handle)
+    if spec.lm_infinite_t != 1:
+        every[Method.lm_infinite] = partial(_held, trained, spec.lm_infinite_t)
     return tables(spec.methods, trained, loaded.base_inv_freq, loaded.context_len, spec.longest(), every)
 
 
@@ -91,6 +96,14 @@ def formulas(spec: EvaluationConfig, handle: RotaryHandle) -> dict[Method, Formu
     }
 
 
+def _held(own: Frequencies | None, held_t: float, inv_freq: Tensor, t: Tensor) -> FrequencyTable:
+    """The model's own frequencies at `held_t`, whatever the length."""
+    assert own is not None, "check() has refused this"
+    spectrum = own.at(held_t)
+    factors = torch.full((len(t),), spectrum.attention_factor, dtype=torch.float64)
+    return FrequencyTable(t, spectrum.inv_freq.expand(len(t), -1).clone(), "held", attention_factors=factors)
+
+
 def _longrope(
     path: str | None, own: Frequencies | None, rope: ConfiguredRope, inv_freq: Tensor, t: Tensor
 ) -> FrequencyTable:
@@ -111,17 +124,43 @@ def _longrope(
 def _require_fitting(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool) -> None:
     names = [method.value for method in spec.methods]
     require(has_clex or Method.clex not in spec.methods, "methods", names, "this model holds no CLEX; leave clex out")
+    scales = has_clex or getattr(handle, "own", None) is not None
+    require(
+        spec.lm_infinite_t == 1 or scales or Method.lm_infinite not in spec.methods,
+        "lm_infinite_t",
+        spec.lm_infinite_t,
+        "this model has no frequencies of its own at other t; leave the key out",
+    )
     if isinstance(handle, WithoutRotary):
         remedy = f"model_type={handle.model_type} has no RoPE: trained, none and lm_infinite alone read it as it is"
         require(set(spec.methods) <= {*OF_THE_MODEL, *WITHOUT_ROPE}, "methods", names, remedy)
         handle.require_room(spec.longest())
 
 
-def insertions(
-    spec: EvaluationConfig, model: nn.Module, context_len: int
-) -> dict[str, Callable[[], AbstractContextManager[object]]]:
+def insertions(spec: EvaluationConfig, model: nn.Module, context_len: int) -> dict[str, InsertedMask]:
     """What methods put into the model beside a table, by method name."""
-    return {Method.lm_infinite.value: partial(lm_infinite, model, spec.n_local or context_len, spec.n_global)}
+    n_local = spec.n_local or round(spec.lm_infinite_t * context_len)
+    return {Method.lm_infinite.value: partial(lm_infinite, model, n_local, spec.n_global)}
+
+
+def for_streams(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, InsertedMask]:
+    """`insertions` with their frequencies, for a stream during which t stands still."""
+    name = Method.lm_infinite.value
+    table = of_model(replace(spec, methods=[Method.lm_infinite]), loaded)[name]
+    put_in = insertions(spec, loaded.model, loaded.context_len)[name]
+    return {name: partial(lm_infinite_over, loaded.handle, table, put_in)}
+
+
+@contextmanager
+def lm_infinite_over(handle: RotaryHandle, table: Frequencies, put_in: InsertedMask) -> Iterator[LmInfinite]:
+    """The mask over a table that is the same at every t."""
+    before = handle.table
+    handle.use(table)
+    try:
+        with handle.pinned(1.0), put_in() as mask:
+            yield mask
+    finally:
+        handle.use(before)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
-"""The attention back end."""
+"""The attention back end, and who may attend to whom."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+
+from clex_train.settings.bounds import require
 
 
 class AttentionImplementation(Enum):
@@ -17,3 +19,25 @@ class AttentionImplementation(Enum):
 class AttentionConfig:
     implementation: AttentionImplementation = AttentionImplementation.sdpa
     """Attention back end of transformers; `flash_attention_2` needs flash-attn and a GPU."""
+    lambda_mask: bool = False
+    """Train under LM-Infinite's mask: every token sees the `n_local` latest tokens and the `n_global` first ones."""
+    n_local: int | None = None
+    """Latest tokens that a token sees under `lambda_mask`; by default L."""
+    n_global: int = 10
+    """First tokens of a row that every token sees under `lambda_mask`."""
+
+    def __post_init__(self) -> None:
+        require(self.n_local is None or self.n_local >= 1, "attention.n_local", self.n_local, "at least 1 token")
+        require(self.n_global >= 0, "attention.n_global", self.n_global, "0 or more tokens")
+        require(
+            self.lambda_mask or self.n_local is None,
+            "attention.n_local",
+            self.n_local,
+            "it is for LM-Infinite's mask; add attention=lambda",
+        )
+        require(
+            not self.lambda_mask or self.implementation is AttentionImplementation.sdpa,
+            "attention.implementation",
+            self.implementation.name,
+            "LM-Infinite's mask chooses a back end by itself; leave the key out with attention=lambda",
+        )

@@ -53,9 +53,11 @@ class EvaluationConfig:
     longrope_factors: str | None = None
     """JSON file with `short_factor` and `long_factor`, a number for each pair, for `longrope` on a model without."""
     n_local: int | None = None
-    """Latest tokens that `lm_infinite` sees; by default L."""
+    """Latest tokens that `lm_infinite` sees; by default t * L, with t that of `lm_infinite_t`."""
     n_global: int = 10
     """First tokens that `lm_infinite` sees."""
+    lm_infinite_t: float = 1.0
+    """t of the model's own table, which `lm_infinite` keeps at every length; 1 is plain frequencies."""
     path: str | None = None
     """Token store whose validation split is read; by default that of `data.path`; a mixture has to name one."""
     allow_overlap: bool = False
@@ -119,6 +121,7 @@ class EvaluationConfig:
         require(self.last_k is None or self.last_k >= 1, "evaluation.last_k", self.last_k, "at least 1 token")
         require(self.n_local is None or self.n_local >= 1, "evaluation.n_local", self.n_local, "at least 1 token")
         require(self.n_global >= 0, "evaluation.n_global", self.n_global, "0 or more tokens")
+        require(self.lm_infinite_t >= 1, "evaluation.lm_infinite_t", self.lm_infinite_t, "a scale factor of at least 1")
         require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")
         retrieval.check(self.tasks, self.num_prompts, self.depths, self.task_lengths)
 

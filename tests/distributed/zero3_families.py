@@ -24,8 +24,9 @@ from clex_train import distributed, modeling, trainer  # noqa: E402
 from clex_train.config import Config  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.engine.ode_optimizer import OdeOptimizer  # noqa: E402
+from clex_train.settings.attention import AttentionConfig  # noqa: E402
 from clex_train.settings.model import ModelConfig  # noqa: E402
-from clex_train.settings.scaling import Activation, ScalingConfig, ScalingName  # noqa: E402
+from clex_train.settings.scaling import Activation, Positions, ScalingConfig, ScalingName  # noqa: E402
 
 STEPS, ROWS, LENGTH, VOCABULARY = 3, 4, 32, 61
 COMMON: dict[str, Any] = {
@@ -55,7 +56,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": True},
     "phi": {"partial_rotary_factor": 0.5, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "gpt_neox": {"rotary_pct": 0.5},
+    "lambda": {"model_type": "llama", "num_key_value_heads": 2},
 }
+"""`lambda` is a Llama under LM-Infinite's mask."""
 
 
 def main(folder: Path, goldens: Path | None) -> None:
@@ -127,6 +130,9 @@ def configuration(directory: Path, stage: int, act: str) -> Config:
     """CLEX with a field that learns as fast as the model."""
     scaling = ScalingConfig(name=ScalingName.clex, t_max=16.0, act=Activation(act), lr_scale=1.0)
     config = Config(model=ModelConfig(path=str(directory)), scaling=scaling)
+    if directory.name == "lambda":
+        scaling.positions = Positions.plain
+        config.attention = AttentionConfig(lambda_mask=True, n_local=8, n_global=2)
     config.data.seq_len = LENGTH
     config.engine.zero_stage = stage
     config.engine.micro_batch = ROWS // distributed.world_size()
