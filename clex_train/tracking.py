@@ -26,6 +26,10 @@ logger = log.get(__name__)
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "torchdiffeq", "hydra-core", "flash-attn")
 
 
+COLUMNS = ["step", "measure", "method", "protocol", "length", "value"]
+"""Of the table of an evaluation; tasks have no protocol."""
+
+
 class Tracker:
     """Opened once per run: `step` for every optimizer step, `evaluation` for a set of perplexities, `close`."""
 
@@ -66,6 +70,8 @@ class Tracker:
             return
         self._write({"step": step, **results})
         self._evaluated.add(step)
+        if self._wandb is not None:
+            self._wandb.evaluation(step, results)
         for measure in dict.fromkeys(key.split("/")[0] for key in results):
             mine = [(key, value) for key, value in results.items() if key.startswith(f"{measure}/")]
             shown = "  ".join(f"{key.rsplit('/', 1)[1]}: {value:.2f}" for key, value in mine)
@@ -103,6 +109,45 @@ class Tracker:
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in line.items() if not isinstance(value, list)})
+
+
+class WandbRun:
+    """A run of wandb: figures step by step, evaluations also as a table and as curves against length."""
+
+    def __init__(self, module: Any, run: Any) -> None:
+        self._module, self._run = module, run
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Figures of a step, `step` among them."""
+        self._run.log(line)
+
+    def evaluation(self, step: int, results: dict[str, float]) -> None:
+        """`evaluation/table` with a row a key, and `evaluation/<measure>` with a line for each method."""
+        rows = evaluation_rows(step, results)
+        charts = {f"evaluation/{measure}": self._chart(measure, rows) for measure in dict.fromkeys(r[1] for r in rows)}
+        self._run.log({"step": step, "evaluation/table": self._module.Table(columns=COLUMNS, data=rows), **charts})
+
+    def finish(self, exit_code: int) -> None:
+        """The end; another code than 0 marks the run as failed."""
+        self._run.finish(exit_code=exit_code)
+
+    def _chart(self, measure: str, rows: list[list[Any]]) -> Any:
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for _, _, method, protocol, length, value in (row for row in rows if row[1] == measure):
+            lines.setdefault(f"{method}, {protocol}" if protocol else method, []).append((length, value))
+        points = [sorted(line) for line in lines.values()]
+        xs, ys = ([[point[i] for point in line] for line in points] for i in (0, 1))
+        return self._module.plot.line_series(xs, ys, keys=list(lines), title=measure, xname="length in tokens")
+
+
+def evaluation_rows(step: int, results: dict[str, float]) -> list[list[Any]]:
+    """A row of `COLUMNS` for each key of an evaluation; values that are not finite are left out."""
+    rows: list[list[Any]] = []
+    for key, value in results.items():
+        measure, method, *protocol, length = key.split("/")
+        if math.isfinite(value):
+            rows.append([step, measure, method, "".join(protocol), int(length), value])
+    return rows
 
 
 def drop_after(path: Path, step: int) -> set[int]:
@@ -187,7 +232,7 @@ def _postfix(metrics: dict[str, Any]) -> str:
     return text + (f"  t {metrics['t']:.1f}" if "t" in metrics else "")
 
 
-def _open_wandb(config: Config, run_dir: Path) -> Any:
+def _open_wandb(config: Config, run_dir: Path) -> WandbRun | None:
     if config.tracking.wandb is Wandb.off:
         return None
     import wandb
@@ -211,4 +256,4 @@ def _open_wandb(config: Config, run_dir: Path) -> Any:
     )
     # Steps after the last checkpoint are taken again on resume: wandb's own counter cannot go back, ours can.
     run.define_metric("*", step_metric="step")
-    return run
+    return WandbRun(wandb, run)

@@ -1,16 +1,17 @@
 """metrics.jsonl holds every step once, also after a kill and a resume."""
 
 import json
+import math
 
 from clex_train.config import Config
 from clex_train.settings.tracking import TrackingConfig, Wandb
-from clex_train.tracking import Tracker, drop_after
+from clex_train.tracking import COLUMNS, Tracker, drop_after
 
 FIGURES = {"loss": 1.0, "tokens_per_second": 10.0}
 
 
-def _tracker(run_dir, first_step, steps=6):
-    config = Config(tracking=TrackingConfig(wandb=Wandb.off))
+def _tracker(run_dir, first_step, steps=6, wandb=Wandb.off):
+    config = Config(tracking=TrackingConfig(wandb=wandb))
     config.optim.steps = steps
     return Tracker(config, run_dir, first_step)
 
@@ -50,3 +51,34 @@ def test_a_step_is_evaluated_once_also_if_retrieval_alone_was_asked_for(tmp_path
     resumed = _tracker(tmp_path, 4)
     assert [resumed.lacks_evaluation(step) for step in (2, 3)] == [True, False]
     resumed.close()
+
+
+def test_wandb_gets_the_table_of_each_evaluation_and_its_curves(tmp_path, monkeypatch):
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    results = {
+        "perplexity/trained/one_shot/64": 12.0,
+        "perplexity/trained/one_shot/128": 11.5,
+        "perplexity/ntk/one_shot/128": math.inf,
+        "passkey/trained/128": 0.75,
+    }
+    tracker = _tracker(tmp_path, 0, wandb=Wandb.offline)
+    tracker.step({"step": 1, **FIGURES})
+    tracker.evaluation(2, results)
+    tracker.evaluation(4, results)
+    tracker.close()
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/files/media/table/**/*.table.json"))
+    tables = [json.loads(file.read_text()) for file in files if file.parent.name == "evaluation"]
+    listed = {file.name.split("_")[0] for file in files}
+    assert {"table", "perplexity", "passkey"} <= listed
+    own = [table for table in tables if table["columns"] == COLUMNS]
+    assert sorted(table["data"] for table in own) == [
+        [
+            [step, "perplexity", "trained", "one_shot", 64, 12.0],
+            [step, "perplexity", "trained", "one_shot", 128, 11.5],
+            [step, "passkey", "trained", "", 128, 0.75],
+        ]
+        for step in (2, 4)
+    ]
+    curves = [table for table in tables if table["columns"] != COLUMNS]
+    assert [64, "trained, one_shot", 12.0] in [row for table in curves for row in table["data"]]
