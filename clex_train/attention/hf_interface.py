@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from clex_train import log
 from clex_train.attention.adapters import ADAPTERS, Adapter, SinusoidTables, has_slopes, no_rotation
+from clex_train.attention.back_ends import AUTO, BACK_ENDS, Choice, Facts
 from clex_train.attention.fitting import (
     LAYER,
     NAME,
@@ -37,7 +38,6 @@ from clex_train.attention.padding import inverse, order_to_front, take
 from clex_train.attention.partial_softmax import SoftmaxRule
 from clex_train.attention.rotation import RotarySite, RotationTables, TableRotation, find_rotary_site, turn_of
 from clex_train.attention.stream import KeyValues, Rotation, Stream
-from clex_train.attention.window_part import default_block_len
 
 SPECTRUM = "lm_infinite_spectrum"
 
@@ -45,35 +45,45 @@ logger = log.get(__name__)
 
 
 def apply_lm_infinite(
-    model: nn.Module, n_local: int, n_global: int, block_len: int | None = None, middle: Middle | None = None
+    model: nn.Module,
+    n_local: int,
+    n_global: int,
+    block_len: int | None = None,
+    middle: Middle | None = None,
+    back_end: str = AUTO,
 ) -> "LmInfinite":
     """Have every layer with full attention see the `n_local` latest tokens and the `n_global` first ones.
 
     `middle` lets tokens between them in (`attention.middle`), which needs a cache that keeps everything. Layers with a
-    sliding window of their own keep it. `block_len` (queries per block) sets cost, not results. It goes with
-    `install_rotary` in either order. Warns for n_local beyond the model's trained context and n_global >= n_local;
+    sliding window of their own keep it. `block_len` (queries per block) and `back_end` (`auto` or a member of
+    `back_ends.BACK_ENDS`) set cost, not results. It goes with `install_rotary` in either order. Warns
+    for n_local beyond the model's trained context and n_global >= n_local;
     `ValueError` for sizes out of range and, by name, for a model that lm_infinite does not fit.
     """
     if n_local < 1 or n_global < 0:
         raise ValueError(f"n_local={n_local}, n_global={n_global}: at least 1 and 0 tokens")
     if block_len is not None and block_len < 1:
         raise ValueError(f"block_len={block_len}: at least 1 query")
-    return LmInfinite(model, n_local, n_global, block_len or default_block_len(n_local), middle)
+    return LmInfinite(model, n_local, n_global, block_len, middle, Choice(back_end))
 
 
 class LmInfinite:
     """LM-Infinite in force on one model; made by `apply_lm_infinite`."""
 
     def __init__(
-        self, model: nn.Module, n_local: int, n_global: int, block_len: int, middle: Middle | None = None
+        self,
+        model: nn.Module,
+        n_local: int,
+        n_global: int,
+        block_len: int | None,
+        middle: Middle | None,
+        choice: Choice,
     ) -> None:
         self.model, self.n_local, self.n_global, self.middle = model, n_local, n_global, middle
         attention = attention_modules(model)
         windows = [own_window(module) for module in attention]
         longest = max(n_local, *(window or 1 for window in windows))
-        rotations, site = _rotations(
-            model, attention, longest + max(rotated_span_len(longest, block_len), room(longest))
-        )
+        rotations, site = _rotations(model, attention, longest + max(_longest_span(longest, block_len), room(longest)))
         self._warn()
         adapter = ADAPTERS.get(model_kind(model))
         self.layers = [
@@ -86,6 +96,7 @@ class LmInfinite:
                 site,
                 None if middle is None or window is not None else middle.of_layer(module.layer_idx),
                 adapter,
+                choice,
             )
             for module, window, rotation in zip(attention, windows, rotations, strict=True)
         ]
@@ -144,11 +155,12 @@ class _Layer:
     module: Any
     n_local: int
     n_global: int
-    block_len: int
+    block_len: int | None
     rotation: Callable[[Tensor], Rotation]
     site: RotarySite | None
     middle: Middle | None
     adapter: Adapter | None
+    choice: Choice
     cache: LambdaCacheLayer | None = None
     own_forward: Any = None
 
@@ -269,7 +281,9 @@ def _attend(
     turned = None
     if layer.cache is not None and isinstance(rotation, TableRotation) and not torch.is_grad_enabled():
         turned = layer.cache.turned(rotation)
-    scheme = Scheme(layer.n_local, rotation, rule, layer.block_len, layer.middle)
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    back_end = layer.choice.of_call(Facts(query, value, rule, stream.num_padding is not None, wants_gradient))
+    scheme = Scheme(layer.n_local, rotation, rule, layer.block_len, layer.middle, back_end)
     output = lambda_attention(take(query, order), window, start, stream, scheme, turned)
     return take(output, inverse(order)).transpose(1, 2).contiguous()
 
@@ -311,6 +325,12 @@ def _rotations(
     tables = RotationTables(find_rotary_site(model), num_positions)
     rotate = [partial(tables.rotation, layer_type=_layer_type(module), turn=turn_of(module)) for module in attention]
     return list(rotate), tables.site
+
+
+def _longest_span(n_local: int, block_len: int | None) -> int:
+    """Queries whose keys are rotated at one go, at most, whichever back end a call takes."""
+    lengths = [block_len] if block_len else [back_end.block_len(n_local) for back_end in BACK_ENDS.values()]
+    return max(rotated_span_len(n_local, length) for length in lengths)
 
 
 def _layer_type(module: Any) -> str | None:

@@ -16,21 +16,22 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from clex_train.attention.back_ends import BACK_ENDS, BackEnd
 from clex_train.attention.middle import Middle, in_middle
 from clex_train.attention.partial_softmax import Part, SoftmaxRule, at_distance, attend, join
 from clex_train.attention.stream import KeyValues, Place, Rotation, Stream, Turned
-from clex_train.attention.window_part import default_block_len, window_part
 
 
 @dataclass(frozen=True, eq=False)
 class Scheme:
-    """What a layer sees and how positions enter: L, rotation, softmax, queries per block (None: by L), the middle."""
+    """What a layer sees, how positions enter, and what computes it, by `block_len` queries (None: by L)."""
 
     n_local: int
     rotation: Rotation
     rule: SoftmaxRule
     block_len: int | None = None
     middle: Middle | None = None
+    back_end: BackEnd = BACK_ENDS["sdpa"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +62,14 @@ def lambda_attention(
     that are not padding in each row (None for G = 0), at any time also those that are in the window. Memory beyond the
     result is O(C (C + L)), with gradients O(n). `turned` spares the rotation of the window's keys.
     """
-    n_local, size = scheme.n_local, scheme.block_len or default_block_len(scheme.n_local)
+    n_local, size = scheme.n_local, scheme.block_len or scheme.back_end.block_len(scheme.n_local)
     num_queries, num_keys = query.shape[2], window.keys.shape[2]
     assert num_keys >= min(num_queries + n_local - 1, stream.num_tokens), "the window is shorter than its reach"
     assert scheme.middle is None or num_keys == stream.num_tokens, "the middle is not there"
     call = _Call(window, start, stream, scheme)
     tensors = [query, *window, *(start or ())]
-    recompute = num_queries > size and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    recompute = scheme.back_end.recomputes and num_queries > size and wants_gradient
     past, outputs, base = num_keys - num_queries, [], 0
     span_len = rotated_span_len(n_local, size)
     for first in range(0, num_queries, size):
@@ -100,7 +102,7 @@ def _block(
     turned = turned or Turned(scheme.rotation.consecutive(window.keys, 0), 0)
     turned_query = scheme.rotation.consecutive(query, turned.position + place.offset)
     rotated = KeyValues(turned.keys, window.values)
-    part = window_part(turned_query, rotated, place, call.stream.num_padding, scheme.n_local, scheme.rule)
+    part = scheme.back_end.part(turned_query, rotated, place, call.stream.num_padding, scheme.n_local, scheme.rule)
     num_left = place.first_query + query.shape[2] - scheme.n_local
     if num_left <= 0:
         return part.output

@@ -41,8 +41,11 @@ def window_part(
     fits = padding is None and num_queries >= SMALLEST_BLOCK and rule.slopes is None and can_fuse(query, *window, rule)
     if fits and (is_whole_band or is_causal):
         return _band(query, window, is_whole_band, rule)
+    sees_all = num_queries == 1 and place.offset + 1 == num_keys <= n_local and padding is None
+    if sees_all and rule.slopes is None:
+        return attend(query, *window, None, rule)
     distance = _distances(num_queries, num_keys, place, query.device)
-    visible = _in_window(distance, place, padding, n_local)
+    visible = None if sees_all else _in_window(distance, place, padding, n_local)
     return attend(query, *window, visible, rule, distance)
 
 
@@ -71,14 +74,10 @@ def _distances(num_queries: int, num_keys: int, place: Place, device: torch.devi
     return rank[:, None] - torch.arange(num_keys, device=device)
 
 
-def _in_window(distance: Tensor, place: Place, padding: Tensor | None, n_local: int) -> Bool[Tensor, "#B 1 S T"] | None:
-    """Where a key is seen; None when that is everywhere."""
-    num_queries, num_keys = distance.shape
-    sees_all = num_queries == 1 and place.offset + 1 == num_keys <= n_local
-    if sees_all and padding is None:
-        return None
+def _in_window(distance: Tensor, place: Place, padding: Tensor | None, n_local: int) -> Bool[Tensor, "#B 1 S T"]:
+    """Where a key is seen."""
     visible = ((distance >= 0) & (distance < n_local))[None, None]
     if padding is None:
         return visible
-    key = torch.arange(num_keys, device=distance.device)
+    key = torch.arange(distance.shape[1], device=distance.device)
     return visible & (key + place.first_key >= padding[:, None])[:, None, None]

@@ -57,9 +57,15 @@ def test_a_limit_of_the_distance_alone_gives_the_logits_of_the_original_code(ori
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, {"rtol": 0, "atol": 1e-6}), (torch.float32, {"rtol": 1e-5, "atol": 2e-6})],
+    ids=str,
+)
 @pytest.mark.parametrize("family", INTERFACE_FAMILIES)
-def test_within_the_window_a_model_computes_what_it_did(family):
-    model = tiny_model(family)
+def test_within_the_window_a_model_computes_what_it_did(family, dtype, tolerance):
+    model = tiny_model(family, dtype=dtype)
+    model.set_experts_implementation("eager")
     ids = tokens(2, 24)
     with torch.no_grad():
         plain = model(ids).logits
@@ -67,7 +73,7 @@ def test_within_the_window_a_model_computes_what_it_did(family):
         within = model(ids).logits
         handle.undo()
         again = model(ids).logits
-    torch.testing.assert_close(within, plain, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(within, plain, **tolerance)
     assert torch.equal(again, plain)
 
 
@@ -161,6 +167,24 @@ def test_generate_says_the_same_with_a_constant_cache_a_full_one_and_none(beams)
     constant = model.generate(ids, past_key_values=handle.new_cache(), **settings)
     assert torch.equal(constant, model.generate(ids, **settings))
     assert torch.equal(constant, model.generate(ids, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("source", ["from_config", "from_pretrained"])
+def test_the_name_of_the_interface_is_taken_by_transformers_and_waits_for_the_sizes(source, tmp_path):
+    """`attn_implementation="lm_infinite"` is the same as applying it to a model of another back end."""
+    stock, ids = tiny_model("llama"), tokens(1, 40)
+    if source == "from_config":
+        model = AutoModelForCausalLM.from_config(stock.config, attn_implementation="lm_infinite").eval()
+        model.load_state_dict(stock.state_dict())
+    else:
+        stock.save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="lm_infinite").eval()
+    with pytest.raises(ValueError, match="call apply_lm_infinite"):
+        model(ids)
+    apply_lm_infinite(model, 8, 2)
+    apply_lm_infinite(stock, 8, 2)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, stock(ids).logits)
 
 
 def test_the_cache_does_not_grow_and_does_not_mind_where_the_stream_is():
