@@ -15,7 +15,7 @@ from clex_train.evaluation.protocols import Reading, curve, readings
 from clex_train.evaluation.results import Results
 from clex_train.evaluation.runner import evaluate, jobs
 from clex_train.rope.patch import install_rotary
-from clex_train.scaling.baselines import ntk_table, pi_table
+from clex_train.scaling.baselines import none_table, ntk_table, pi_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.settings.evaluation import EvaluationConfig, Protocol
 
@@ -100,6 +100,30 @@ def test_every_protocol_equals_a_plain_computation_in_float64(
     assert score.window_nll == pytest.approx(expected, rel=1e-6)
     assert score.perplexity == pytest.approx(math.exp(sum(expected) / (2 * len(scored))), rel=1e-5)
     assert score.t == max(1.0, math.ceil(2 * length / CONTEXT_LEN) / 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [24, 96])
+def test_sliding_is_the_strided_loop_of_transformers(length: int) -> None:
+    """A stock model, labels of -100 for what an earlier span has scored, the mean loss times its tokens."""
+    windows, stock = random_windows(2, LONGEST), build_tiny_llama().eval()
+    total, count = 0.0, 0
+    for tokens in torch.from_numpy(windows.tokens):
+        reached = 0
+        for start in [*range(0, LONGEST - length, STRIDE), LONGEST - length]:
+            ids = tokens[start : start + length][None]
+            labels = ids.clone()
+            labels[:, : max(1, reached - start)] = -100
+            new = int((labels != -100).sum())
+            total += float(stock(input_ids=ids, labels=labels).loss) * new
+            count, reached = count + new, start + length
+    model = build_tiny_llama()
+    handle = install_rotary(model, CONTEXT_LEN)
+    plain = none_table(handle.base_inv_freq, scale_grid(12))
+    spec = EvaluationConfig(lengths=[length, LONGEST], protocols=[Protocol.sliding], stride=STRIDE)
+    found = evaluate(model, handle, {"none": plain}, windows, readings(spec, CONTEXT_LEN), device=torch.device("cpu"))
+    assert found.scores[0].num_tokens == count
+    assert found.metrics()[f"perplexity/none/sliding/{length}"] == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

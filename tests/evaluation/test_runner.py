@@ -13,10 +13,11 @@ import torch
 import torch.multiprocessing
 from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 
+from clex_train.evaluation import runner
 from clex_train.evaluation.methods import FORMULAS, tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.results import Results
-from clex_train.evaluation.runner import deal, evaluate
+from clex_train.evaluation.runner import deal, evaluate, jobs
 from clex_train.rope.patch import install_rotary
 from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 
@@ -97,6 +98,15 @@ def test_the_methods_are_different_frequencies_on_the_same_weights() -> None:
     assert len({round(value, 6) for value in beyond.values()}) == 3
 
 
+def test_the_bar_ends_full_and_counts_more_for_long_spans(monkeypatch) -> None:
+    bars, make = [], runner.progress
+    monkeypatch.setattr(runner, "progress", lambda *args, **settings: bars.append(make(*args, **settings)) or bars[-1])
+    run(methods=(Method.none,), chunk_len=7, batch_tokens=50)
+    assert bars[0].n == bars[0].total
+    tokens = sum(job.length * len(job.spans) * 3 for job in jobs(READINGS))
+    assert tokens < bars[0].total < 2 * tokens
+
+
 def test_the_handle_and_the_model_are_left_as_they_were() -> None:
     model = build_tiny_llama().train()
     handle = install_rotary(model, CONTEXT_LEN)
@@ -133,6 +143,7 @@ def test_two_ranks_give_the_numbers_of_one_with_equally_many_forwards_each(tmp_p
     torch.multiprocessing.spawn(_rank_main, args=(port, str(tmp_path)), nprocs=2)
     expected = run().scores
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["bar"][0] == first["bar"][1] > 0
     assert first["forwards"] == second["forwards"]
     assert first["window_nll"] == second["window_nll"]
     for ours, theirs in zip(expected, first["window_nll"], strict=True):
@@ -147,7 +158,13 @@ def _rank_main(rank: int, port: int, folder: str) -> None:
     torch.nn.modules.module.register_module_forward_hook(
         lambda module, args, out: forwards.append(1) if type(module).__name__ == "LlamaForCausalLM" else None
     )
+    bars, make = [], runner.progress
+    runner.progress = lambda *args, **settings: bars.append(make(*args, **settings)) or bars[-1]
     results = run()
-    content = {"forwards": len(forwards), "window_nll": [score.window_nll for score in results.scores]}
+    content = {
+        "bar": [bars[0].n, bars[0].total],
+        "forwards": len(forwards),
+        "window_nll": [score.window_nll for score in results.scores],
+    }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(content))
     torch.distributed.destroy_process_group()
