@@ -14,6 +14,17 @@ from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
 
 LENGTHS = (128, 256, 2048)
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 48,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "vocab_size": 16,
+    "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+"""A model with the 12 pairs of the learned frequencies below."""
 ORIGIN = Origin(
     "base",
     ["python", "-m", "clex_train.cli.evaluate", "run=runs/base"],
@@ -79,7 +90,7 @@ def task_row(method: str, length: int, depth: float | None, correct: int, task: 
 def make_run(folder: Path, perplexities: dict[str, list[float]], learned: bool, label: str | None = None) -> Path:
     """A finished run: 40 steps of metrics, one evaluation, and with `learned` a frequency table."""
     (folder / "final").mkdir(parents=True)
-    (folder / "final" / "config.json").write_text("{}")
+    (folder / "final" / "config.json").write_text(json.dumps(LLAMA))
     (folder / "config.yaml").write_text("optim:\n  steps: 40\n")
     facts = {"command": ["python", "train.py"], "git_commit": "c0ffee", "device": "CPU, 2 cores", "packages": {}}
     (folder / "environment.json").write_text(json.dumps({**facts, "data_fingerprint": "dd"}))

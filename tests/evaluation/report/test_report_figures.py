@@ -1,17 +1,20 @@
 """The figures: what is drawn is what was measured, and names never touch."""
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from evaluation_files import ORIGIN, add_to_file, make_run, outcome, relabelled, task_row
+from evaluation_files import LLAMA, ORIGIN, add_to_file, make_run, outcome, relabelled, task_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.text import Text
 from PIL import Image
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from clex_train.evaluation import results
 from clex_train.evaluation.report import gallery
@@ -23,6 +26,15 @@ from clex_train.evaluation.report.figures.figure import Absent, Figure
 from clex_train.evaluation.report.table import from_results
 from clex_train.evaluation.results import Results, Score
 from clex_train.scaling.baselines import ntk_table
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +177,24 @@ def test_frequencies_are_ratios_to_plain_rope_and_to_ntk(found: Evidence) -> Non
     assert frequencies.scale_factors([run.frequencies]) == [2, 8, 16]
     base = run.frequencies.at(1).inv_freq
     panels = by_name(found)["frequencies"].draw(WIDE).axes
-    learned, ntk, pi = (line.get_ydata() for line in panels[2].lines[:3])
+    learned, ntk, pi, yarn = (line.get_ydata() for line in panels[2].lines[:4])
     np.testing.assert_allclose(learned, run.frequencies.at(16).inv_freq / base)
     np.testing.assert_allclose(ntk, ntk_table(base, [1.0, 16.0]).at(16).inv_freq / base)
     np.testing.assert_allclose(pi, np.full(12, 1 / 16))
+    config = LlamaConfig(**LLAMA)
+    config.rope_parameters |= {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 128}
+    expected, _ = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    np.testing.assert_allclose(yarn, expected / base, rtol=1e-6)
     [over] = [line.get_ydata() for line in by_name(found)["frequencies_learned"].draw(NARROW).axes[2].lines[:1]]
     np.testing.assert_allclose(over, np.full(12, 1.15))
+
+
+def test_a_model_without_yarn_says_so_below_the_figure(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {"none": [3, 4, 5]}, learned=True)
+    (run / "final" / "config.json").write_text(json.dumps({**LLAMA, "rope_parameters": LLAMA3_ROPE}))
+    figure = by_name(collect([run]))["frequencies"]
+    assert "Without yarn: methods=[yarn]: " in figure.caption
+    assert len(figure.draw(WIDE).axes[0].lines) == 3
 
 
 def test_runs_of_other_base_frequencies_are_drawn_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

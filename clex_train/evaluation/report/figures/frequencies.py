@@ -15,16 +15,17 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from clex_train.evaluation.report.evidence import Evidence, TrainingRun
+from clex_train.evaluation.report.evidence import FINAL, Evidence, TrainingRun
 from clex_train.evaluation.report.figures import canvas as page
 from clex_train.evaluation.report.figures.canvas import Canvas, Line
 from clex_train.evaluation.report.figures.figure import Absent, Figure
 from clex_train.evaluation.report.sources import of_training
-from clex_train.scaling.baselines import TABLES, ntk_table
-from clex_train.scaling.table import FrequencyTable
+from clex_train.scaling.baselines import ntk_table, pi_table
+from clex_train.scaling.table import FrequencyTable, as_grid
 
-FORMULAS = ("ntk", "pi")
 MOST_PANELS = 3
+
+Formula = Callable[[Tensor, list[float]], FrequencyTable]
 
 
 def figures(evidence: Evidence) -> Iterator[Figure | Absent]:
@@ -40,13 +41,14 @@ def figures(evidence: Evidence) -> Iterator[Figure | Absent]:
         suffix = f"_{index + 1}" if index else ""
         tables = {run.label: run.frequencies for run in group if run.frequencies is not None}
         sources = tuple(map(of_training, group))
+        beside, lacking = formulas(group[0])
         yield Figure(
             f"frequencies{suffix}",
             "Learned frequencies theta(t)",
             "theta_j(t) / theta_j(1) of the pair j, against the formulas from the same theta(1): 1 is plain RoPE, 1/t "
-            "position interpolation. Thick: learned.",
+            f"position interpolation. Thick: learned.{lacking}",
             sources,
-            partial(_panels, partial(_beside_formulas, tables), tables, "theta(t) / theta(1)"),
+            partial(_panels, partial(_beside_formulas, tables, beside), tables, "theta(t) / theta(1)"),
         )
         yield Figure(
             f"frequencies_learned{suffix}",
@@ -71,12 +73,41 @@ def scale_factors(tables: Iterable[FrequencyTable]) -> list[float]:
     return sorted({min(choice, key=lambda t: abs(np.log(t / w))) for w in wanted})
 
 
-def _beside_formulas(tables: Mapping[str, FrequencyTable], t: float) -> list[Line]:
+def formulas(run: TrainingRun) -> tuple[dict[str, Formula], str]:
+    """What the learned frequencies are drawn beside, by name; and what is missing there and why, empty if nothing is.
+
+    YaRN's are transformers' own, which needs the model's config: one that has other than plain RoPE has no YaRN.
+    """
+    known: dict[str, Formula] = {"ntk": ntk_table, "pi": pi_table}
+    try:
+        return {**known, "yarn": _yarn(run)}, ""
+    except ValueError as error:
+        return known, f" Without yarn: {error}."
+
+
+def _yarn(run: TrainingRun) -> Formula:
+    """YaRN for the model in a run's `final/`; `ValueError` for one that cannot have it."""
+    # transformers takes seconds to import: only reports that draw frequencies pay for it.
+    from clex_train.evaluation import methods
+    from clex_train.modeling import architecture, context_length
+    from clex_train.rope.as_is import handle_without_weights
+    from clex_train.settings.evaluation import EvaluationConfig, Method
+    from clex_train.settings.model import ModelConfig
+
+    model = ModelConfig(path=str(run.folder / FINAL))
+    config = architecture(model)
+    handle = handle_without_weights(config, context_length(model, config))
+    yarn = methods.formulas(EvaluationConfig(), handle)[Method.yarn]
+    yarn(handle.base_inv_freq, as_grid([1.0, 2.0]))
+    return lambda base, grid: yarn(base, as_grid(grid))
+
+
+def _beside_formulas(tables: Mapping[str, FrequencyTable], beside: Mapping[str, Formula], t: float) -> list[Line]:
     """theta(t) / theta(1): the learned ones, then the formulas."""
     base = next(iter(tables.values())).at(1).inv_freq
     learned = [(label, table.at(t).inv_freq / table.at(1).inv_freq, True) for label, table in tables.items()]
-    formulas = [(name, TABLES[name](base, [1.0, t]).at(t).inv_freq / base, False) for name in FORMULAS]
-    return [_line(name, ratio, index, bold) for index, (name, ratio, bold) in enumerate([*learned, *formulas])]
+    others = [(name, formula(base, [1.0, t]).at(t).inv_freq / base, False) for name, formula in beside.items()]
+    return [_line(name, ratio, index, bold) for index, (name, ratio, bold) in enumerate([*learned, *others])]
 
 
 def _over_ntk(tables: Mapping[str, FrequencyTable], t: float) -> list[Line]:
