@@ -174,6 +174,9 @@ def _names(labels: dict[Path, str]) -> dict[Path, str]:
     by_run = {path: run_folder(path).parts for path in labels}
     if len(set(by_run.values())) == len(labels):
         return _shortest(by_run)
+    by_file = {path: label if label == path.stem else f"{label}/{path.stem}" for path, label in labels.items()}
+    if len(set(by_file.values())) == len(labels):
+        return by_file
     return _shortest({path: (*parts, path.stem) for path, parts in by_run.items()})
 
 

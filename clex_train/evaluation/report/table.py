@@ -87,13 +87,22 @@ class Table:
 
     @property
     def title(self) -> str:
-        """Short name: protocol, data and longest window."""
+        """Short name: protocol, data and windows."""
         protocol = " and ".join(self.protocols)
         data = Path(str(self.curves[0].origin.data.get("path", "unnamed data"))).name
-        return f"{protocol} on {data}, up to {self.lengths[-1]:,} tokens"
+        count, length = self.windows["count"], self.windows["length"]
+        if not self.windows["documents"]:
+            return f"{protocol} on {data}, one text of {count * length:,} tokens"
+        return f"{protocol} on {data}, {count:,} windows of {length:,} tokens"
 
     @property
     def caption(self) -> str:
+        """What the numbers are, and what stands beside them."""
+        errors = any(score.standard_error is not None for curve in self.curves for score in curve.scores.values())
+        return self.scored + ("; ± one standard error, by a bootstrap over documents" if errors else "")
+
+    @property
+    def scored(self) -> str:
         """What the numbers are."""
         scores = [score for curve in self.curves for score in curve.scores.values()]
         counts = {score.protocol: score.num_tokens for score in scores}
@@ -101,11 +110,9 @@ class Table:
             what = f"({' and '.join(counts)}) on {scores[0].num_tokens:,} held-out tokens"
         else:
             what = f"on held-out tokens ({', '.join(f'{name}: {count:,}' for name, count in counts.items())})"
-        documents = len(set(self.windows.get("documents", [])))
+        documents = len(set(self.windows["documents"]))
         read = f"{self.windows['count']} windows of {documents} documents" if documents else "documents in one stream"
-        errors = any(score.standard_error is not None for score in scores)
-        note = "; ± one standard error, by a bootstrap over documents" if errors else ""
-        return f"Perplexity {what}, the same at every length: {read}{note}"
+        return f"Perplexity {what}, the same at every length: {read}"
 
 
 def read_tables(rows: Sequence[Row]) -> list[Table]:

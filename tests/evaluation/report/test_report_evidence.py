@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from evaluation_files import ORIGIN, add_to_file, make_run, outcome, task_row
+from evaluation_files import ORIGIN, add_to_file, make_run, outcome, relabelled, task_row
 
 from clex_train.cli import console
 from clex_train.cli import report as program
@@ -62,6 +62,14 @@ def test_equal_labels_are_told_apart_by_as_much_of_the_path_as_it_takes(tmp_path
     found = evidence.collect(made)
     assert [curve.label for curve in found.tables[0].curves] == ["seed0/tiny: none", "seed1/tiny: none"]
     assert [run.label for run in found.runs] == ["seed0/tiny", "seed1/tiny"]
+
+
+def test_evaluations_of_one_run_are_told_apart_by_their_files(runs: dict[str, Path]) -> None:
+    more = runs["base"] / "evaluation" / "more.json"
+    results.write(more, outcome({"pi": [3, 4, 5]}), relabelled("base"))
+    found = evidence.collect([runs["base"] / "evaluation" / "base.json", more])
+    assert [curve.label for curve in found.tables[0].curves] == ["base: none", "base: ntk", "base/more: pi"]
+    assert [run.label for run in found.runs] == ["base"]
 
 
 def test_a_run_that_is_named_twice_is_shown_once(runs: dict[str, Path]) -> None:

@@ -151,6 +151,7 @@ def test_a_curve_over_positions_is_drawn_as_the_evaluation_wrote_it(tmp_path: Pa
     scores = [replace(score, curve=bins[score.length]) for score in result.scores]
     results.write(path, replace(result, scores=scores), ORIGIN)
     figure = by_name(collect([path]))["per_position"]
+    assert figure.caption.startswith("Mean negative log-likelihood in windows of 2,048 tokens. 100 held-out tokens")
     line = figure.draw(WIDE).axes[0].lines[0]
     assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([512], [4.5])
 

@@ -34,7 +34,7 @@ def figures(evidence: Evidence) -> Iterator[Figure | Absent]:
         yield Figure(
             name="per_position" if index == 0 else f"per_position_{index + 1}",
             title=f"Loss against position: {table.title}",
-            caption=f"{_what(table, streamed)}. {table.caption.partition(' on ')[2]}.",
+            caption=f"{_what(table, streamed)}. {table.scored.partition(' on ')[2]}.",
             sources=tuple(dict.fromkeys(of_evaluation(curve.path, curve.origin, evidence.runs) for curve in curves)),
             draw=partial(draw, table),
         )

@@ -23,8 +23,7 @@ def figures(evidence: Evidence) -> Iterator[Figure | Absent]:
             "the evaluations hold retrieval tasks alone",
             "python -m clex_train.cli.evaluate run=FOLDER protocols=[one_shot]",
         )
-    # A stream and its windows are one length each: their figure is the loss against position.
-    drawn = [table for table in evidence.tables if any(len(curve.scores) > 1 for curve in table.curves)]
+    drawn = [table for table in evidence.tables if _asks_for_lengths(table)]
     for index, table in enumerate(drawn or evidence.tables[:1]):
         sources = dict.fromkeys(of_evaluation(curve.path, curve.origin, evidence.runs) for curve in table.curves)
         name = "perplexity" if index == 0 else f"perplexity_{index + 1}"
@@ -34,6 +33,12 @@ def figures(evidence: Evidence) -> Iterator[Figure | Absent]:
         if top is not None:
             title = f"The lowest of them, enlarged: {table.title}"
             yield Figure(f"{name}_enlarged", title, _caption(table), tuple(sources), partial(draw, table, top))
+
+
+def _asks_for_lengths(table: Table) -> bool:
+    """Not a stream, which is one length, nor `per_position`: their figure is the loss against position."""
+    by_position = any(score.curve for curve in table.curves for score in curve.scores.values())
+    return not by_position and any(len(curve.scores) > 1 for curve in table.curves)
 
 
 def lowest_part(table: Table) -> float | None:
@@ -89,8 +94,6 @@ def _caption(table: Table) -> str:
     parts = [f"{table.caption}."]
     if any(len(line(curve, 0).x) < len(curve.scores) for curve in table.curves):
         parts.append("Values that are not finite are left out.")
-    if any(score.standard_error is not None for curve in table.curves for score in curve.scores.values()):
-        parts.append("Bars: one standard error.")
     if any(curve.learned for curve in table.curves):
         parts.append("Thick: learned frequencies.")
     return " ".join(parts)
