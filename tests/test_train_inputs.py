@@ -51,6 +51,17 @@ def test_rows_longer_than_the_store(refusal):
     assert refusal("data.seq_len=100000000").startswith("data.seq_len=100000000: ")
 
 
+@pytest.mark.parametrize(
+    ("methods", "line"),
+    [
+        ("[trained,clex]", "methods=['trained', 'clex']: this model holds no CLEX"),
+        ("[longrope]", "evaluation.longrope_factors=None: model_type=llama has no longrope factors"),
+    ],
+)
+def test_an_evaluation_by_a_method_that_the_model_cannot_have(refusal, methods, line):
+    assert refusal(f"evaluation.methods={methods}", "evaluation.every=0").startswith(line)
+
+
 def test_a_store_of_another_tokenizer(refusal, tmp_path, tiny_store):
     other = tmp_path / "other_tokenizer"
     command = [sys.executable, "-m", "data_prep", "train_tokenizer", f"corpus.paths=[{tiny_store.parent / 'texts'}]"]

@@ -113,11 +113,8 @@ def _longrope(
         factors = torch.tensor([spectrum.attention_factor for spectrum in spectra], dtype=torch.float64)
         thetas = torch.stack([spectrum.inv_freq for spectrum in spectra])
         return FrequencyTable(t, thetas, "longrope", attention_factors=factors)
-    key, remedy = (
-        "evaluation.longrope_factors",
-        f"model_type={rope.model_type} has no longrope factors; name a JSON file",
-    )
-    require(path is not None, key, path, remedy)
+    remedy = f"model_type={rope.model_type} has no longrope factors of its own; name a JSON file that has them"
+    require(path is not None, "evaluation.longrope_factors", path, remedy)
     return hf_scalings.longrope_table(rope, inv_freq, t, hf_scalings.read_longrope_factors(str(path), len(inv_freq)))
 
 

@@ -142,7 +142,7 @@ def test_a_clex_run_is_evaluated_with_its_own_table_lengths_and_data(places, tmp
     config.data.path, config.evaluation.lengths = places["store"], [16, 32, 64]
     (run / "config.yaml").write_text(as_yaml(config))
 
-    assert call(monkeypatch, f"run={run}", "methods=[trained,ntk]", "precision=fp32") == 0
+    assert call(monkeypatch, f"run={run}", "methods=[trained,ntk,clex]", "precision=fp32") == 0
     assert "my_run.json" in capsys.readouterr().out
     content = json.loads((run / "evaluation" / "my_run.json").read_text())
     assert [(s["frequencies"], s["length"], s["t"]) for s in content["scores"][:3]] == [
@@ -151,6 +151,7 @@ def test_a_clex_run_is_evaluated_with_its_own_table_lengths_and_data(places, tmp
         ("clex", 64, 4.0),
     ]
     metrics = content["metrics"]
+    assert metrics["perplexity/trained/one_shot/64"] == metrics["perplexity/clex/one_shot/64"]
     assert metrics["perplexity/trained/one_shot/16"] == pytest.approx(metrics["perplexity/ntk/one_shot/16"], rel=1e-6)
     assert metrics["perplexity/trained/one_shot/64"] != pytest.approx(metrics["perplexity/ntk/one_shot/64"], rel=1e-3)
     assert call(monkeypatch, f"run={run}", "lengths=[16,128]") == console.USER_ERROR

@@ -86,7 +86,7 @@ SCALINGS = """## Models with a scaling of their own
 
 A static scaling is where CLEX starts: theta(1) is the model's own frequencies, whatever made them, and its attention
 factor stays. A scaling that changes with the length of a call by itself would fight with t and is refused in one line;
-so are Phi-3 128k models, which use longrope.
+so are Phi-3 128k models, which use longrope. `cli.evaluate` reads them as they are (docs/evaluation.md).
 
 """
 GPTJ = """GPT-J and CodeGen do rotate, but there is no module to replace: every attention layer reads sines from a table
@@ -151,7 +151,8 @@ def _refusal_table() -> str:
     rows = [
         [f"`{kind}`", str(_refusal(lambda kind=kind: require_rotary(AutoConfig.for_model(kind))))] for kind in REFUSED
     ]
-    return "## Refused\n\n" + _table(["model_type", "the line that is printed"], rows)
+    note = "CLEX needs a RoPE. `cli.evaluate` reads those with a KV cache as they are (docs/evaluation.md)."
+    return f"## Refused\n\n{note}\n\n" + _table(["model_type", "the line that is printed"], rows)
 
 
 def _refusal(attempt: Callable[[], object]) -> str | None:

@@ -53,8 +53,10 @@ def stock(model: PreTrainedModel, rope_type: str, t: float, num_pairs: int) -> P
     added: dict[str, Any] = {"rope_type": rope_type, "factor": t, "original_max_position_embeddings": CONTEXT}
     if rope_type == "longrope":
         added |= factors_of(num_pairs)
-    kept = {key: value for key, value in model.config.rope_parameters.items() if key != "rope_type"}
-    config.rope_parameters = kept | added
+    if model.config.model_type == "gemma3_text":
+        config.rope_parameters["full_attention"] |= added
+    else:
+        config.rope_parameters = config.rope_parameters | added
     other = AutoModelForCausalLM.from_config(config).to(model.dtype).eval()
     other.load_state_dict(model.state_dict())
     return other
@@ -80,7 +82,7 @@ def read_in_chunks(model: PreTrainedModel, handle: RotaryHandle, ids: torch.Tens
 
 @torch.no_grad()
 @pytest.mark.parametrize("rope_type", ["linear", "yarn", "dynamic", "longrope"])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi", "gemma3_text"])
 def test_a_table_gives_the_logits_of_the_stock_model_of_that_rope_type(family: str, rope_type: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
     untouched = tiny_model(family, dtype=torch.float64)
@@ -219,6 +221,7 @@ WITHOUT_ROPE: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 4 * CONTEXT},
     "opt": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 64}
     | {"word_embed_proj_dim": 32, "ffn_dim": 64},
+    "codegen": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 4 * CONTEXT, "rotary_dim": 4},
     "gptj": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 4 * CONTEXT, "rotary_dim": 4},
 }
 
