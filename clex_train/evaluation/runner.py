@@ -27,8 +27,8 @@ from clex_train.faults import StopRequested
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.table import Frequencies
 
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-"""Its unit is work and not tokens, which take longer where the windows are long."""
+BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+"""Its unit is work and not tokens, which take longer where the windows are long; tqdm ends `desc` with a colon."""
 
 
 class Job(NamedTuple):

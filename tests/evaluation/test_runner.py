@@ -103,6 +103,7 @@ def test_the_bar_ends_full_and_counts_more_for_long_spans(monkeypatch) -> None:
     monkeypatch.setattr(runner, "progress", lambda *args, **settings: bars.append(make(*args, **settings)) or bars[-1])
     run(methods=(Method.none,), chunk_len=7, batch_tokens=50)
     assert bars[0].n == bars[0].total
+    assert "64 tokens: 100%|" in str(bars[0])
     tokens = sum(job.length * len(job.spans) * 3 for job in jobs(READINGS))
     assert tokens < bars[0].total < 2 * tokens
 
