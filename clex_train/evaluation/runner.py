@@ -19,9 +19,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from clex_train import distributed
+from clex_train.attention.lean import lean_attention
 from clex_train.evaluation.perplexity import Predict, evaluating
 from clex_train.evaluation.protocols import Reading, Span, curve
 from clex_train.evaluation.results import Results, Score, with_standard_errors
+from clex_train.evaluation.scoring_head import tiled_head
 from clex_train.evaluation.windows import WindowSet
 from clex_train.faults import StopRequested
 from clex_train.rope.patch import RotaryHandle
@@ -88,7 +90,7 @@ def evaluate(
     feeding = Feeding(chunk_len, batch_tokens or chunk_len, device or distributed.device(), interrupted)
     todo, scores = jobs(readings), []
     total = len(tables) * sum(_work(model, job) * len(windows.tokens) * len(job.spans) for job in todo)
-    with evaluating(model), keeping_table(handle), progress(total, bar_format=BAR) as bar:
+    with lean(model, feeding.device), keeping_table(handle), progress(total, bar_format=BAR) as bar:
         for method, table in tables.items():
             handle.use(table)
             for job in todo:
@@ -102,6 +104,13 @@ def evaluate(
     order = [(method, reading.protocol.value) for method in tables for reading in readings]
     scores.sort(key=lambda score: order.index((score.method, score.protocol)))
     return Results(scores, handle.context_len, describe(windows))
+
+
+@contextmanager
+def lean(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode in bounded memory: logits in tiles, attention on a CPU without masks. Collective."""
+    with evaluating(model), lean_attention(model), tiled_head(model, device):
+        yield
 
 
 def jobs(readings: Sequence[Reading]) -> list[Job]:

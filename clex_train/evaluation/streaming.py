@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 from clex_train.attention.hf_interface import LmInfinite
 from clex_train.data.store import TokenStore
-from clex_train.evaluation.perplexity import evaluating, token_nll
+from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.results import Results, Score, with_standard_errors
 from clex_train.evaluation.runner import progress
+from clex_train.evaluation.scoring_head import token_nll
 
 MOST_SEGMENTS = 1024
 """Points of the curve of nll against position, at most."""

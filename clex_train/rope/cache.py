@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, QuantizedLayer, StaticLayer
 
+from clex_train.rope.growing import GrowingLayer
 from clex_train.rope.rotary import LayerType
 from clex_train.scaling.spectrum import Spectrum, cos_sin, rotate
 
 ATTRIBUTE = "rotary_record"
 CHUNKS_BEFORE_JOIN = 256
+TURN_TILE = 1024
 # Their keys are not in `layer.keys`, or not only there, so that turning `keys` would miss some.
 UNSUPPORTED_LAYERS = ("BaseQuantizedLayer", "DynamicIndexedLayer", "StaticIndexedLayer")
 
@@ -134,9 +136,22 @@ class _Turn:
         self.factor = spectrum.attention_factor / record.attention_factor
         self._angles: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
+    def in_place(self, keys: Float[Tensor, "B H S D"], device: torch.device) -> None:
+        """Turn all cached keys where they are, by tiles on `device`: what that forms does not grow with the cache."""
+        delta = self.delta.to(device)
+        for first in range(0, keys.shape[2], TURN_TILE):
+            tile = slice(first, first + TURN_TILE)
+            angles = cos_sin(self.positions[:, tile].to(device), delta)
+            keys[:, :, tile] = self._turned(keys[:, :, tile].to(device), *angles).to(keys.device)
+
     def __call__(self, keys: Float[Tensor, "B H S D"]) -> Float[Tensor, "B H S D"]:
         """Turn the last S cached keys in float32; components beyond the rotary part stay."""
-        cos, sin = (angles[:, None, -keys.shape[2] :] for angles in self._on(keys.device))
+        cos, sin = (angles[:, -keys.shape[2] :] for angles in self._on(keys.device))
+        return self._turned(keys, cos, sin)
+
+    def _turned(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`keys` [B, H, S, D] by angles [B or 1, S, P]."""
+        cos, sin = cos[:, None], sin[:, None]
         if cos.shape[0] not in (1, keys.shape[0]):
             raise ValueError(
                 f"past_key_values has {keys.shape[0]} rows, but its keys were written by {cos.shape[0]}: "
@@ -166,6 +181,8 @@ def _turn_layer(layer: Any, turn: _Turn) -> None:
         filled = min(int(layer.get_seq_length()), layer.keys.shape[2])
         keys = layer.keys[:, :, :filled]
         keys.copy_(turn(keys))
+    elif isinstance(layer, GrowingLayer):
+        turn.in_place(layer.keys, layer.device)
     else:
         layer.keys = turn(layer.keys)
 

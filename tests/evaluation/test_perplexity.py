@@ -9,7 +9,8 @@ import torch
 from evaluation_models import build_tiny_llama
 from torch import Tensor
 
-from clex_train.evaluation.perplexity import chunked, evaluating, one_shot, token_nll
+from clex_train.evaluation.perplexity import chunked, evaluating, one_shot
+from clex_train.evaluation.scoring_head import token_nll
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.baselines import ntk_table, pi_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
@@ -117,7 +118,7 @@ def test_token_nll_equals_cross_entropy_whatever_the_tile(dtype: torch.dtype, mo
     logits = logits.to(dtype)
     expected = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), reduction="none")
     for elements in (1, 2 * 31 * 4, 10**6):
-        monkeypatch.setattr("clex_train.evaluation.perplexity.TILE_ELEMENTS", elements)
+        monkeypatch.setattr("clex_train.evaluation.scoring_head.TILE_ELEMENTS", elements)
         torch.testing.assert_close(token_nll(logits, targets).double().flatten(), expected, rtol=1e-6, atol=1e-5)
 
 
