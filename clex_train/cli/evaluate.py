@@ -46,7 +46,8 @@ from clex_train.settings.retrieval import Task
 
 WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "num_windows", "chunk_len")
 TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts")
-METHOD_KEYS = ("methods", "rope_theta", "dynamic_factor", "longrope_factors", "n_local", "n_global", "lm_infinite_t")
+FORMULA_KEYS = ("rope_theta", "dynamic_factor", "longrope_factors", "t_factor")
+METHOD_KEYS = ("methods", *FORMULA_KEYS, "n_local", "n_global", "lm_infinite_t")
 KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS)
 """What the command line may say otherwise than the run's `evaluation` group."""
 
@@ -77,6 +78,8 @@ class EvaluateConfig(LoadingConfig):
     """First tokens that `lm_infinite` sees; by default 10."""
     lm_infinite_t: float | None = None
     """t of the model's own table, which `lm_infinite` keeps at every length; by default 1, plain frequencies."""
+    t_factor: float | None = None
+    """`trained` and `clex` take the t of a text this many times as long, up to t_max; by default 1."""
     stride: int | None = None
     """Tokens by which `sliding` moves its windows; by default 256."""
     last_k: int | None = None
