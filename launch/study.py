@@ -1,0 +1,149 @@
+"""The study behind docs/results.md: one base, every method fine-tuned from it with one budget, one table.
+
+    python -m launch.study --books 'DIR/*.jsonl.zst' [--out runs/study] [--jobs 2] [--seeds 1 2 3] [--smoke]
+
+    1 corpus      a tokenizer and a token store of the books, a share of whole books held out
+    2 base        a small Llama with plain RoPE                          train.py +experiment=study_base
+    3 arms        each arm of `study_arms` from that base, per seed      train.py +experiment=study_finetune scaling=...
+    4 evaluation  the same held-out tokens for all                       clex_train.cli.evaluate run=...
+    5 tables      means over seeds, standard errors by book              OUT/report/tables.md
+
+A stage whose result exists is not done again, and an interrupted training run goes on from its checkpoint: the same
+command is the way to resume. `--jobs` processes of one thread each run side by side.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import study_tables
+from launch.study_arms import ABLATIONS, BASE_METHODS, LONG, MAIN, Arm
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTEXT_LEN = 128
+LENGTHS = [CONTEXT_LEN * multiple for multiple in (1, 2, 4, 8, 16)]
+PROTOCOLS = "protocols=[one_shot,last_k,per_position]"
+SMOKE = ["optim.steps=6"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where the study's files are and how much of it is done."""
+
+    books: str
+    out: Path
+    seeds: list[int]
+    smoke: bool
+    only: list[str] | None = None
+
+    @property
+    def store(self) -> Path:
+        """The token store of the books."""
+        return self.out / "books"
+
+    @property
+    def base(self) -> Path:
+        """Run folder of the base."""
+        return self.out / "base"
+
+    def run(self, arm: Arm, seed: int) -> Path:
+        """Run folder of an arm."""
+        return self.out / arm.name / f"seed_{seed}"
+
+    def runs(self) -> list[tuple[Arm, int]]:
+        """Every training run, what decides most first: the main arms with all seeds, the others with the first."""
+        first, *more = self.seeds
+        once = [(arm, first) for arm in (*MAIN, *ABLATIONS)]
+        pairs = [*once, *((arm, seed) for seed in more for arm in MAIN), *((arm, first) for arm in LONG)]
+        return [(arm, seed) for arm, seed in pairs if self.only is None or arm.name in self.only]
+
+
+def main() -> int:
+    """Do what is not done yet; 1 if a stage failed, after the others were tried."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--books", required=True, help="files of books, a glob of what the corpus `local_books` reads")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="these arms alone; their names are in study_arms.py")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
+    asked = parser.parse_args()
+    study = Study(asked.books, asked.out, asked.seeds, asked.smoke, asked.only)
+    os.chdir(ROOT)
+    try:
+        corpus(study)
+        train(study, study.base, "study_base", [])
+    except subprocess.CalledProcessError as error:
+        return failed(error)
+    evaluate(study, study.base, BASE_METHODS)
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        codes = list(pool.map(lambda pair: arm_of(study, *pair), study.runs()))
+    print(study_tables.write(study.out, study.seeds))
+    return int(any(codes))
+
+
+def corpus(study: Study) -> None:
+    """The tokenizer and the token store; of the 15 books the share was chosen for, its hashes hold out 5."""
+    books = ["+corpus=local_books", f"corpus.paths=[{study.books!r}]", "corpus.validation_share=0.55"]
+    prepare = [sys.executable, "-m", "data_prep"]
+    tokenizer = study.out / "tokenizer"
+    stage(study, tokenizer, [*prepare, "train_tokenizer", *books, "vocab_size=2048", f"output={tokenizer}"])
+    stage(study, study.store, [*prepare, "tokenize", *books, f"tokenizer={tokenizer}", f"output={study.store}"])
+
+
+def arm_of(study: Study, arm: Arm, seed: int) -> int:
+    """Train and evaluate one arm; the exit code of what failed, or 0."""
+    run = study.run(arm, seed)
+    overrides = [f"model.path={study.base / 'final'}", f"seed={seed}", *arm.overrides]
+    try:
+        train(study, run, "study_finetune", overrides)
+        evaluate(study, run, arm.methods)
+    except subprocess.CalledProcessError as error:
+        return failed(error)
+    return 0
+
+
+def train(study: Study, run: Path, experiment: str, overrides: Iterable[str]) -> None:
+    """One training run in one process."""
+    command = [sys.executable, "train.py", f"+experiment={experiment}", f"data.path={study.store}", *overrides]
+    stage(study, run / "final", [*command, f"output_dir={run}", *(SMOKE if study.smoke else [])])
+
+
+def evaluate(study: Study, run: Path, methods: Iterable[str]) -> None:
+    """Perplexity of a run's final model under each method, at every length."""
+    output = run / "evaluation" / "study.json"
+    command = [sys.executable, "-m", "clex_train.cli.evaluate", f"run={run}", f"methods=[{','.join(methods)}]"]
+    command += [
+        f"lengths={LENGTHS}".replace(" ", ""),
+        PROTOCOLS,
+        f"context_len={CONTEXT_LEN}",
+    ]
+    stage(study, output, [*command, f"num_windows={5 if study.smoke else 30}", f"output={output}"])
+
+
+def stage(study: Study, result: Path, command: list[str]) -> None:
+    """Run a command unless its result exists; what it prints goes to a file of its own in OUT/log."""
+    if result.exists():
+        return
+    log = study.out / "log" / ("_".join(result.relative_to(study.out).with_suffix("").parts) + ".txt")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"--- {shlex.join(command)}\n    > {log}", flush=True)
+    with log.open("w", encoding="utf-8") as output:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def failed(error: subprocess.CalledProcessError) -> int:
+    """Say which stage failed; the exit code."""
+    print(f"error: exit code {error.returncode}, see its file in log: {shlex.join(error.cmd)}", file=sys.stderr)
+    return int(error.returncode)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

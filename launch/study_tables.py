@@ -1,0 +1,128 @@
+"""Tables of the study from its evaluation files: perplexity, and what separates each arm from CLEX, by book.
+
+perplexity = exp(mean nll),  the nll of a window averaged over the seeds of an arm
+standard errors from resampled books, the same draws for both sides of a difference
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from clex_train.evaluation import bootstrap, results
+from launch.study_arms import ABLATIONS, BASE_METHODS, LONG, MAIN, Arm
+
+REFERENCE = "clex"
+PROTOCOLS = ("one_shot", "last_k")
+FORMULA_NAMES = {
+    "none": "plain RoPE",
+    "pi": "PI",
+    "ntk": "NTK(2t-1)",
+    "dynamic_ntk": "dynamic NTK",
+    "yarn": "YaRN",
+    "theta": "theta 1e6",
+    "lm_infinite": "LM-Infinite",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table: one method on the weights of one arm, over its seeds."""
+
+    label: str
+    nll: dict[int, np.ndarray]
+    """Length -> [seeds, windows], summed nll of each window's scored tokens, in nats."""
+    tokens: list[int]
+    """[windows]: scored tokens of each."""
+    documents: np.ndarray
+    """[windows]: the book of each window."""
+
+    @property
+    def num_seeds(self) -> int:
+        """Runs that this row is the mean of."""
+        return len(next(iter(self.nll.values())))
+
+
+def write(out: Path, seeds: Sequence[int]) -> str:
+    """Write `OUT/report/tables.md` from what has been evaluated so far, and return its text."""
+    parts = [section(out, seeds, protocol) for protocol in PROTOCOLS]
+    text = "\n\n".join(parts) + "\n"
+    path = out / "report" / "tables.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return text
+
+
+def section(out: Path, seeds: Sequence[int], protocol: str) -> str:
+    """The main table, the differences from CLEX, and the arms of one seed, under one protocol."""
+    main = list(lines(out, seeds, protocol))
+    single = list(arm_lines(out, (*ABLATIONS, *LONG), seeds[:1], protocol))
+    reference = [line for arm in MAIN if arm.name == REFERENCE for line in arm_lines(out, [arm], seeds, protocol)]
+    first = [line for arm in MAIN if arm.name == REFERENCE for line in arm_lines(out, [arm], seeds[:1], protocol)]
+    parts = [f"### {protocol}: perplexity", table(main, perplexity_cell)]
+    if reference:
+        parts += [f"### {protocol}: above CLEX, in percent of perplexity", table(main, against(reference[0]))]
+    if single and first:
+        everything = [*first, *single]
+        parts += [f"### {protocol}: one seed, perplexity", table(everything, perplexity_cell)]
+        parts += [f"### {protocol}: one seed, above CLEX in percent", table(everything, against(first[0]))]
+    return "\n\n".join(parts)
+
+
+def lines(out: Path, seeds: Sequence[int], protocol: str) -> Iterable[Line]:
+    """Rows of the main table: the base under each formula, then the trained arms."""
+    for method in BASE_METHODS:
+        yield from line(f"base, {FORMULA_NAMES[method]}", [out / "base"], method, protocol)
+    yield from arm_lines(out, MAIN, seeds, protocol)
+
+
+def arm_lines(out: Path, arms: Iterable[Arm], seeds: Sequence[int], protocol: str) -> Iterable[Line]:
+    """A row for every method of every arm that has been evaluated."""
+    for arm in arms:
+        for method in arm.methods:
+            label = arm.label if len(arm.methods) == 1 else f"{arm.label}, {FORMULA_NAMES[method]}"
+            yield from line(label, [out / arm.name / f"seed_{seed}" for seed in seeds], method, protocol)
+
+
+def line(label: str, runs: Iterable[Path], method: str, protocol: str) -> Iterable[Line]:
+    """The row of a method over several runs; nothing when none of them has been evaluated."""
+    files = [run / "evaluation" / "study.json" for run in runs]
+    found = [results.read(path)[0] for path in files if path.exists()]
+    scores = [[s for s in one.scores if (s.method, s.protocol) == (method, protocol)] for one in found]
+    if not scores or not scores[0]:
+        return
+    if len({score.fingerprint for of_run in scores for score in of_run}) > 1:
+        raise ValueError(f"{label}: its runs scored different tokens; remove their evaluation/study.json and run again")
+    lengths = [score.length for score in scores[0]]
+    nll = {n: np.array([next(s.window_nll for s in of_run if s.length == n) for of_run in scores]) for n in lengths}
+    documents = np.array(found[0].windows["documents"])
+    yield Line(label, nll, [scores[0][0].num_tokens // len(documents)] * len(documents), documents)
+
+
+def table(rows: Sequence[Line], cell: Callable[[Line, int], str]) -> str:
+    """A Markdown table: a row each, a column for every length."""
+    lengths = sorted({length for row in rows for length in row.nll})
+    head = ["", *(f"{length // lengths[0]}x ({length})" for length in lengths), "seeds"]
+    body = [[row.label, *(cell(row, length) for length in lengths), str(row.num_seeds)] for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---", *["---:"] * (len(head) - 1)], *body])
+
+
+def perplexity_cell(row: Line, length: int) -> str:
+    """Perplexity and its standard error by book."""
+    nll, tokens = row.nll[length].mean(axis=0), row.tokens
+    error = bootstrap.standard_errors(nll.tolist(), tokens, row.documents.tolist()).perplexity
+    return f"{float(np.exp(nll.sum() / sum(tokens))):.2f} ± {error or float('nan'):.2f}"
+
+
+def against(reference: Line) -> Callable[[Line, int], str]:
+    """Cells that say how far a row lies above `reference`, with the standard error of the paired difference."""
+
+    def cell(row: Line, length: int) -> str:
+        if row.label == reference.label:
+            return "0"
+        own, other = (side.nll[length].mean(axis=0).tolist() for side in (row, reference))
+        mean, error, _ = bootstrap.paired_difference(own, other, row.tokens, row.documents.tolist())
+        return f"{100 * np.expm1(mean):+.1f} ± {100 * np.exp(mean) * (error or float('nan')):.1f}"
+
+    return cell
