@@ -24,7 +24,7 @@ from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 from clex_train.settings.launch import LaunchConfig
 from clex_train.settings.model import Init, ModelConfig
 from clex_train.settings.optim import OptimConfig
-from clex_train.settings.scaling import FORMULAS, LogScale, Positions, ScalingConfig, ScalingName
+from clex_train.settings.scaling import FORMULAS, Positions, ScalingConfig, ScalingName
 from clex_train.settings.tracking import TrackingConfig
 from clex_train.suggest import did_you_mean
 
@@ -206,12 +206,6 @@ def check_lambda_mask(config: Config) -> None:
             "scaling.positions",
             scaling.positions.name,
             "sampled positions have no distance limit; take plain",
-        ),
-        (
-            scaling.log_scale is not LogScale.off,
-            "scaling.log_scale",
-            scaling.log_scale.name,
-            "it counts the tokens of a row, of which the mask shows a part; leave the key out",
         ),
         (
             evaluates and Method.lm_infinite in evaluation.methods,

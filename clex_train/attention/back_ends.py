@@ -229,10 +229,12 @@ def _band_mask(num_queries: int, num_keys: int, offset: int, n_local: int, devic
     """The same for all blocks but the first and the last ones of a call.
 
     Masks and score changes are lambdas because flex_attention counts the arguments of the bare function, which a
-    checker of types would hide.
+    checker of types would hide. Where a block lies is a tensor in them: a number would be compiled in, and every
+    length of the last block compile anew.
     """
+    first = torch.tensor(offset, device=device)
     return create_block_mask(
-        lambda batch, head, query, key: (offset + query - key >= 0) & (offset + query - key < n_local),
+        lambda batch, head, query, key: (first + query - key >= 0) & (first + query - key < n_local),
         None,
         None,
         num_queries,
@@ -244,9 +246,10 @@ def _band_mask(num_queries: int, num_keys: int, offset: int, n_local: int, devic
 def _padded_mask(
     num_queries: int, num_keys: int, offset: int, n_local: int, first_key: int, padding: Tensor
 ) -> BlockMask:
+    first, rank = (torch.tensor(number, device=padding.device) for number in (offset, first_key))
     return create_block_mask(
         lambda batch, head, query, key: (
-            (offset + query - key >= 0) & (offset + query - key < n_local) & (first_key + key >= padding[batch])
+            (first + query - key >= 0) & (first + query - key < n_local) & (rank + key >= padding[batch])
         ),
         len(padding),
         None,
@@ -260,8 +263,8 @@ def _score_change(rule: SoftmaxRule, offset: int) -> Callable[..., Tensor] | Non
     """Soft-capping or ALiBi, which no family has together; None for neither."""
     softcap = rule.softcap
     if rule.slopes is not None:
-        slopes = rule.slopes.float()
-        return lambda score, batch, head, query, key: score - slopes[head] * (offset + query - key)
+        slopes, first = rule.slopes.float(), torch.tensor(offset, device=rule.slopes.device)
+        return lambda score, batch, head, query, key: score - slopes[head] * (first + query - key)
     if softcap is not None:
         return lambda score, batch, head, query, key: torch.tanh(score / softcap) * softcap
     return None

@@ -32,7 +32,7 @@ from clex_train.attention.fitting import (
 )
 from clex_train.attention.lambda_cache import LambdaCache, LambdaCacheLayer, room
 from clex_train.attention.lambda_mask import Scheme, lambda_attention, rotated_span_len
-from clex_train.attention.log_scaling import own_window
+from clex_train.attention.log_scaling import MOST_VISIBLE, own_window
 from clex_train.attention.middle import Middle
 from clex_train.attention.padding import inverse, order_to_front, take
 from clex_train.attention.partial_softmax import SoftmaxRule
@@ -167,6 +167,8 @@ class _Layer:
     def enter(self) -> None:
         """Be found by the attention function, or stand in for the module's `forward` where there is an adapter."""
         setattr(self.module, LAYER, self)
+        if self.middle is None:
+            setattr(self.module, MOST_VISIBLE, self.n_local + self.n_global)
         if self.adapter is not None:
             self.own_forward = self.module.__dict__.get("forward")
             self.module.forward = self.forward
@@ -174,6 +176,7 @@ class _Layer:
     def leave(self) -> None:
         """Undo `enter`."""
         delattr(self.module, LAYER)
+        self.module.__dict__.pop(MOST_VISIBLE, None)
         if self.adapter is not None:
             del self.module.forward
             if self.own_forward is not None:

@@ -1,7 +1,8 @@
 """Log-scaling: attention logits times log(n) / log(L), so that their entropy does not grow with the context.
 
 One factor for a whole call, put on the softmax scale that every attention back end of transformers reads from the
-module's `scaling` (not on cos and sin, which would reach only the rotary part of a head).
+module's `scaling` (not on cos and sin, which would reach only the rotary part of a head). Where a mask shows a query no
+more than some number of keys, that number stands for a larger n.
 n tokens of the call (cached keys and new ones; in training those of a row), L the context the base was trained on.
 """
 
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+MOST_VISIBLE = "most_visible_keys"
+"""Attribute of an attention module by which a mask says how many keys a query sees at most."""
 
 Subscribe = Callable[[Callable[[int], None]], Callable[[], None]]
 Policy = Callable[[int, int, bool], float]
@@ -49,6 +53,7 @@ class LogScaling:
     def __init__(self, model: nn.Module, policy: str, context_len: int) -> None:
         self.model, self.policy, self.context_len = model, policy, context_len
         self.factor = 1.0
+        self._most_visible: int | None = None
         self._rule = POLICIES[policy]
         self._attention = [] if policy == "off" else _attention_modules(model)
         self._unsubscribe: Callable[[], None] | None = None
@@ -56,11 +61,14 @@ class LogScaling:
     def follow(self, num_tokens: int) -> None:
         """Set the softmax scales for a call of `num_tokens` tokens."""
         factor = self._rule(num_tokens, self.context_len, self.model.training)
-        if factor == self.factor:
+        # A mask is on all layers or on none, so the first one tells whether it came or went.
+        most_visible = getattr(self._attention[0].module, MOST_VISIBLE, None) if self._attention else None
+        if factor == self.factor and most_visible == self._most_visible:
             return
-        self.factor = factor
+        self.factor, self._most_visible = factor, most_visible
         for item in self._attention:
-            seen = num_tokens if item.window is None else min(num_tokens, item.window)
+            limits = (item.window, getattr(item.module, MOST_VISIBLE, None))
+            seen = min([num_tokens, *(limit for limit in limits if limit is not None)])
             item.module.scaling = item.scaling * self._rule(seen, self.context_len, self.model.training)
 
     def subscribe(self, on_length: Subscribe) -> "LogScaling":
@@ -72,7 +80,7 @@ class LogScaling:
         """Stop following and restore every softmax scale to the bit."""
         if self._unsubscribe is not None:
             self._unsubscribe()
-        self.factor = 1.0
+        self.factor, self._most_visible = 1.0, None
         for item in self._attention:
             item.module.scaling = item.scaling
 

@@ -55,7 +55,6 @@ def test_the_window_is_the_trained_context_by_default():
     [
         (["data.document_mask=true"], "data.document_mask=True: attention=lambda"),
         (["scaling=clex"], "scaling.positions=mix: attention=lambda"),
-        (["scaling=clex", "scaling.positions=plain", "scaling.log_scale=eval"], "scaling.log_scale=eval"),
         (["evaluation.methods=[none,lm_infinite]"], "evaluation.methods="),
         (["evaluation.protocols=[chunked]"], "evaluation.protocols="),
     ],

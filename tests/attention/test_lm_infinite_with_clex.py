@@ -1,5 +1,6 @@
 """The lambda mask over the frequencies of a table: the two go on in either order and see each other's state."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from clex_train.attention.hf_interface import apply_lm_infinite
+from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.baselines import pi_table
 from clex_train.scaling.spectrum import Spectrum
@@ -68,6 +70,27 @@ def test_gradients_reach_the_frequencies():
     with handle.training(Spectrum(inv_freq)):
         model(ids, labels=ids).loss.backward()
     assert inv_freq.grad.abs().min() > 0
+
+
+def test_log_scaling_counts_the_keys_that_the_mask_shows():
+    model, ids = tiny_model("llama"), tokens(1, 100)
+    handle = install_rotary(model, CONTEXT)
+    install_log_scaling(model, "always", CONTEXT, handle.on_length)
+    scales = []
+
+    def call() -> None:
+        with torch.no_grad():
+            model(ids)
+        scales.append({module.scaling * 12**0.5 for module in model.modules() if hasattr(module, "scaling")})
+
+    call()
+    mask = apply_lm_infinite(model, 2 * CONTEXT, 4)
+    call()
+    mask.undo()
+    call()
+    log_of_context = math.log(CONTEXT)
+    expected = [math.log(seen) / log_of_context for seen in (100, 2 * CONTEXT + 4, 100)]
+    assert [min(each) for each in scales] == [max(each) for each in scales] == pytest.approx(expected)
 
 
 def test_sampled_positions_are_refused():
