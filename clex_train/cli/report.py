@@ -34,8 +34,8 @@ def main() -> None:
     require(len(named) > 0, "runs", named, "name one or more run folders or evaluation files")
     collected = evidence.collect([Path(name) for name in named])
     output = Path(asked.output) if asked.output else default_output([Path(name) for name in named])
-    console.say(write(collected, output, [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]))
-    console.say(f"\nwritten to {output / INDEX}")
+    tables = write(collected, output, [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
+    console.say("\n\n".join([*filter(None, [tables]), f"written to {output / INDEX}"]))
 
 
 def default_output(named: list[Path]) -> Path:

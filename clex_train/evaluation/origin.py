@@ -1,6 +1,7 @@
 """Where an evaluation's numbers come from: command, weights, data, versions. Enough to repeat it or to doubt it."""
 
 import hashlib
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +39,7 @@ def environment(dtype: torch.dtype) -> dict[str, Any]:
         "git_commit": tracking.git_commit(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
         "dtype": str(dtype).removeprefix("torch."),
         "world_size": distributed.world_size(),
     }

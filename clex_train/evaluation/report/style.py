@@ -54,5 +54,5 @@ li:target{outline:2px solid var(--link);outline-offset:.5rem}
 }
 """
     f"@media print{{:root{{color-scheme:light;{LIGHT}}}body{{max-width:none;padding:0}}a{{text-decoration:none}}"
-    "figure>.wide{display:block}.narrow{display:none}.scroll{overflow:visible}h2{break-after:avoid}}"
+    "figure>.wide{display:block}.narrow{display:none}.scroll{overflow:visible}h2,h3{break-after:avoid}tr{break-inside:avoid}}"
 )

@@ -86,6 +86,18 @@ def test_retrieval_stands_apart_by_task_and_method(runs: dict[str, Path]) -> Non
     ]
 
 
+def test_retrieval_alone_makes_a_report_without_perplexities(tmp_path: Path, monkeypatch, capsys) -> None:
+    path = tmp_path / "evaluation" / "x.json"
+    results.write(path, results.Results([], 128, results.NO_WINDOWS), ORIGIN)
+    add_to_file(path, tasks=[task_row("none", 256, depth, 5) for depth in (0.0, 1.0)])
+    assert call(monkeypatch, tmp_path) == 0
+    assert capsys.readouterr().out == f"written to {tmp_path}/report/index.html\n"
+    content = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [figure["file"] for figure in content["figures"]] == ["retrieval_passkey.png"]
+    assert content["tasks"][0]["source"]["weights"] == "runs/base/final, hash ab12"
+    assert "Perplexity against length" in [each["title"] for each in content["not_shown"]]
+
+
 def test_a_line_of_metrics_that_is_being_written_is_left_out(runs: dict[str, Path]) -> None:
     with (runs["base"] / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "lo')
