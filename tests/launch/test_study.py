@@ -1,0 +1,90 @@
+"""The study's driver and its tables, on evaluation files made here."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clex_train.evaluation.results import Origin, Results, Score, write
+from launch import study, study_tables
+from launch.study_arms import ABLATIONS, LONG, MAIN, Arm
+
+LENGTHS = (128, 256)
+
+
+def evaluated(run: Path, method: str, nll: float, fingerprint: str = "same") -> None:
+    """An evaluation of two windows of 10 tokens from two books: `nll` nats a token, and 0.5 more."""
+    scores = [
+        Score(method, protocol, n, "x", 1.0, [10 * nll, 10 * (nll + 0.5)], 20, 0.0, fingerprint=fingerprint)
+        for protocol in study_tables.PROTOCOLS
+        for n in LENGTHS
+    ]
+    windows = {"count": 2, "length": 256, "documents": [0, 1], "starts": [0, 0], "fingerprint": "w"}
+    write(run / "evaluation" / "study.json", Results(scores, 128, windows), Origin("x", [], {}, {}))
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """First cell -> the others, of the first table of a text."""
+    table = text.split("\n\n")[1].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return {line[0]: line[1:] for line in cells}
+
+
+def test_a_row_is_the_mean_nll_over_the_seeds_and_over_the_windows(tmp_path):
+    evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
+    evaluated(tmp_path / "clex" / "seed_2", "trained", 3.0)
+    found = rows(study_tables.section(tmp_path, [1, 2], "one_shot"))
+    assert found["CLEX, our recipe"][-1] == "2"
+    assert float(found["CLEX, our recipe"][0].split(" ± ")[0]) == pytest.approx(math.exp(2.75), abs=0.01)
+
+
+def test_differences_are_paired_so_what_all_arms_find_hard_in_a_book_cancels(tmp_path):
+    evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
+    evaluated(tmp_path / "pi" / "seed_1", "trained", 2.1)
+    lines = list(study_tables.lines(tmp_path, [1], "one_shot"))
+    pi, clex = lines
+    assert study_tables.against(clex)(pi, 128) == f"+{100 * math.expm1(0.1):.1f} ± 0.0"
+    assert float(study_tables.perplexity_cell(pi, 128).split(" ± ")[1]) > 0.5
+    assert study_tables.against(clex)(clex, 128) == "0"
+
+
+def test_an_arm_whose_seeds_scored_other_tokens_is_refused_by_name(tmp_path):
+    evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
+    evaluated(tmp_path / "clex" / "seed_2", "trained", 2.0, fingerprint="other")
+    with pytest.raises(ValueError, match="CLEX, our recipe: its runs scored different tokens"):
+        study_tables.section(tmp_path, [1, 2], "one_shot")
+
+
+def test_the_runs_are_each_arm_once_and_the_main_ones_for_every_seed():
+    plan = study.Study("books", Path("out"), [1, 2, 3], smoke=False)
+    pairs = [(arm.name, seed) for arm, seed in plan.runs()]
+    assert len(pairs) == len(set(pairs)) == 3 * len(MAIN) + len(ABLATIONS) + len(LONG)
+    alone = study.Study("books", Path("out"), [1, 2], smoke=False, only=["clex"])
+    assert [(arm.name, seed) for arm, seed in alone.runs()] == [("clex", 1), ("clex", 2)]
+
+
+def test_every_arm_is_a_configuration_that_train_py_takes(compose_arm):
+    for arm in (*MAIN, *ABLATIONS, *LONG):
+        compose_arm(arm)
+
+
+@pytest.fixture
+def compose_arm():
+    from composing import composed
+
+    def compose(arm: Arm) -> None:
+        composed("+experiment=study_finetune", "data.path=x", *arm.overrides)
+
+    return compose
+
+
+def test_a_stage_whose_result_exists_is_not_done_again_and_a_failing_one_is_named(tmp_path):
+    plan = study.Study("books", tmp_path, [1], smoke=False)
+    (tmp_path / "there").mkdir()
+    study.stage(plan, tmp_path / "there", ["no-such-program"])
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        study.stage(plan, tmp_path / "missing", [sys.executable, "-c", "print('why'); raise SystemExit(3)"])
+    assert (tmp_path / "log" / "missing.txt").read_text() == "why\n"
+    assert study.failed(error.value) == 3
