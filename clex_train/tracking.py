@@ -74,7 +74,9 @@ class Tracker:
             self._wandb.evaluation(step, results)
         for measure in dict.fromkeys(key.split("/")[0] for key in results):
             mine = [(key, value) for key, value in results.items() if key.startswith(f"{measure}/")]
-            shown = "  ".join(f"{key.rsplit('/', 1)[1]}: {value:.2f}" for key, value in mine)
+            # With several methods or protocols a length alone would not say which.
+            several = len({key.rsplit("/", 1)[0] for key, _ in mine}) > 1
+            shown = "  ".join(f"{key.split('/', 1 if several else -1)[-1]}: {value:.2f}" for key, value in mine)
             tqdm.write(f"step {step}  {measure}  {shown}", file=sys.stderr)
 
     def saved(self, step: int, seconds: float) -> None:

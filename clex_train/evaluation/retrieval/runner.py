@@ -46,7 +46,9 @@ def evaluate(
         table.least_upper_bound(max(cell.length for cell in cells), handle.context_len)
     device = device or distributed.device()
     scores: list[TaskScore] = []
-    total = len(tables) * sum(cell.length * cell.size for cell in cells)
+    ranks = distributed.world_size()
+    # A rank that is short repeats a prompt.
+    total = len(tables) * sum(cell.length * -(-cell.size // ranks) * ranks for cell in cells)
     with evaluating(model), keeping_table(handle), progress(total) as bar:
         for method, table in tables.items():
             handle.use(table)
