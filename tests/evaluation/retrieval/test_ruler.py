@@ -9,6 +9,7 @@ import pytest
 from local_tokenizers import TEXTS
 from small_cells import documents_of, make_cells
 
+from clex_train.evaluation.retrieval import words
 from clex_train.evaluation.retrieval.haystack import FILLER, Documents
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.retrieval.tasks import TASKS
@@ -81,6 +82,18 @@ def test_a_key_is_hidden_among_as_many_others_as_the_variant_says(tokenizer: Any
     assert counts[Task.niah_multivalue] == (4, 1)
     for task in (Task.niah_multikey_2, Task.niah_multikey_3):
         assert counts[task][0] == counts[task][1] > 20
+
+
+def test_no_decoy_has_the_key_that_is_asked_for(
+    tokenizer: Any, documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So few pairs that the decoys run through all of them.
+    monkeypatch.setattr(words, "ADJECTIVES", words.ADJECTIVES[:2])
+    monkeypatch.setattr(words, "NOUNS", words.NOUNS[:9])
+    made = cell(tokenizer, documents, Task.niah_multikey_2)
+    for number in range(made.size):
+        keys = re.findall(r"One of the special magic \w+ for (\S+) is:", text_of(made, number))
+        assert len(keys) == len(set(keys)) > 2 * 9
 
 
 def test_the_needle_stands_between_sentences_of_real_text_at_its_depth(tokenizer: Any, documents: Documents) -> None:
