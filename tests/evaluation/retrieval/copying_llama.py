@@ -23,7 +23,8 @@ class CopyingLlama(LlamaForCausalLM):
         output = super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
         cache = output.past_key_values
         seen = [*getattr(cache, "seen", []), *input_ids[0].tolist()]
-        cache.seen = seen
+        if cache is not None:
+            cache.seen = seen
         output.logits = torch.zeros_like(output.logits)
         output.logits[0, -1, (self.say(seen) + self.shift) % self.config.vocab_size] = 1
         return output
