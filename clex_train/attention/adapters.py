@@ -135,7 +135,10 @@ class SinusoidTables:
         source, width = sys.modules[type(self.module).__module__], self.module.pos_embd_dim
         key = (x.dtype, x.device)
         if key not in self._known:
-            sin, cos = source.create_sinusoidal_positions(self.num_positions, width).to(x)[None].chunk(2, dim=-1)
+            # Kept for training too, which tensors of inference mode take no part in.
+            with torch.inference_mode(mode=False):
+                table = source.create_sinusoidal_positions(self.num_positions, width).to(x.device, x.dtype)
+                sin, cos = table[None].chunk(2, dim=-1)
             self._known[key] = cos, sin
         function = source.apply_rotary_pos_emb
         # The family's function takes [B, S, H, D], and sin before cos.
@@ -159,12 +162,14 @@ def _slopes_of(module: Any, device: torch.device) -> Float64[Tensor, " H"]:
 
 
 @lru_cache
+@torch.inference_mode(mode=False)
 def _built_slopes(build: Callable[..., Tensor], num_heads: int, device: torch.device) -> Float64[Tensor, " H"]:
     """From the bias of two tokens, which Falcon and Bloom build as slope times index: 0 and the slope."""
     return build(torch.ones(1, 2, device=device), num_heads, torch.float32)[:, 0, 1].double()
 
 
 @lru_cache
+@torch.inference_mode(mode=False)
 def _mpt_slopes(build: Callable[..., Tensor], num_heads: int, device: torch.device) -> Float64[Tensor, " H"]:
     """From the bias of two tokens: minus the slope and 0."""
     return -build(num_heads, 2, device=device)[:, 0, 0].double()

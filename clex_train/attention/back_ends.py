@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from transformers.utils import is_flash_attn_2_available
 
 from clex_train import log
+from clex_train.attention.band_tiles import band_mask, padded_band_mask
 from clex_train.attention.partial_softmax import Part, SoftmaxRule, masked_score
 from clex_train.attention.stream import KeyValues, Place
 from clex_train.attention.window_part import SMALLEST_BLOCK, default_block_len, window_part
@@ -116,7 +117,9 @@ class FlexAttention:
     ) -> Part:
         """See `BackEnd`."""
         sizes = (query.shape[2], window.keys.shape[2], place.offset, n_local)
-        mask = _band_mask(*sizes, query.device) if padding is None else _padded_mask(*sizes, place.first_key, padding)
+        mask = (
+            band_mask(*sizes, query.device) if padding is None else padded_band_mask(*sizes, place.first_key, padding)
+        )
         output, aux = (self._kernel or _compiled_flex())(
             query,
             *window,
@@ -224,43 +227,8 @@ def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-@lru_cache(maxsize=64)
-def _band_mask(num_queries: int, num_keys: int, offset: int, n_local: int, device: torch.device) -> BlockMask:
-    """The same for all blocks but the first and the last ones of a call.
-
-    Masks and score changes are lambdas because flex_attention counts the arguments of the bare function, which a
-    checker of types would hide. Where a block lies is a tensor in them: a number would be compiled in, and every
-    length of the last block compile anew.
-    """
-    first = torch.tensor(offset, device=device)
-    return create_block_mask(
-        lambda batch, head, query, key: (first + query - key >= 0) & (first + query - key < n_local),
-        None,
-        None,
-        num_queries,
-        num_keys,
-        device=device,
-    )
-
-
-def _padded_mask(
-    num_queries: int, num_keys: int, offset: int, n_local: int, first_key: int, padding: Tensor
-) -> BlockMask:
-    first, rank = (torch.tensor(number, device=padding.device) for number in (offset, first_key))
-    return create_block_mask(
-        lambda batch, head, query, key: (
-            (first + query - key >= 0) & (first + query - key < n_local) & (rank + key >= padding[batch])
-        ),
-        len(padding),
-        None,
-        num_queries,
-        num_keys,
-        device=padding.device,
-    )
-
-
 def _score_change(rule: SoftmaxRule, offset: int) -> Callable[..., Tensor] | None:
-    """Soft-capping or ALiBi, which no family has together; None for neither."""
+    """Soft-capping or ALiBi, which no family has together; None for neither. Lambdas, as in `band_tiles`."""
     softcap = rule.softcap
     if rule.slopes is not None:
         slopes, first = rule.slopes.float(), torch.tensor(offset, device=rule.slopes.device)

@@ -1,6 +1,8 @@
 """Which models lm_infinite fits, and which calls of them: one line that names what is wrong otherwise."""
 
+import ast
 import inspect
+import textwrap
 from typing import Any
 
 from torch import nn
@@ -12,6 +14,7 @@ NAME = "lm_infinite"
 LAYER = "lm_infinite_layer"
 UNSUPPORTED = {
     "cohere2": "its layers with full attention have no positions",
+    "falcon_h1": "its layers have a recurrent state beside their attention",
     "codegen": "it packs its queries, keys and values by tensor-parallel shards of its own",
     "hunyuan_v1_dense": "it normalises keys after their rotation",
     "hunyuan_v1_moe": "it normalises keys after their rotation",
@@ -32,10 +35,12 @@ def attention_modules(model: nn.Module) -> list[Any]:
     reason = UNSUPPORTED.get(kind)
     if hasattr(model.config, "qk_rope_head_dim"):
         reason = "it rotates a part of each key that is held apart"
-    if reason is not None:
-        raise ValueError(f"model_type={kind}: lm_infinite does not fit it ({reason})")
     fits = _is_numbered if kind in ADAPTERS else _uses_interface
     found = [module for module in modules if fits(module)]
+    if kind not in ADAPTERS and reason is None:
+        reason = _misfit(found, getattr(model.config, "num_hidden_layers", len(found)))
+    if reason is not None:
+        raise ValueError(f"model_type={kind}: lm_infinite does not fit it ({reason})")
     if not found:
         raise ValueError(
             f"model_type={kind}: its attention does not go through transformers' attention interface with rotary "
@@ -58,11 +63,34 @@ def refuse_what_it_cannot(module: Any, args: tuple[Any, ...], kwargs: dict[str, 
     """A hook before each call of the model: attention weights and packed documents are refused."""
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
         raise ValueError(f"output_attentions=True: {NAME} never forms the n x n weights; use attn_implementation=eager")
-    positions = kwargs.get("position_ids")
-    if positions is None or kwargs.get("attention_mask") is not None:
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    positions, mask = call.get("position_ids"), call.get("attention_mask")
+    if positions is None or positions.shape[-1] == 1:
         return
-    if bool((positions.diff(dim=-1) != 1).any()):
+    jumps = positions.diff(dim=-1) != 1
+    if mask is not None and mask.dim() == 2:
+        is_token = mask[:, -positions.shape[-1] :].bool()
+        jumps = jumps & is_token[:, 1:] & is_token[:, :-1]
+    if bool(jumps.any()):
         raise ValueError(f"position_ids that jump (packed documents): {NAME} takes one stream a row")
+
+
+def _misfit(found: list[Any], num_layers: int) -> str | None:
+    """What would make wrong numbers of these attention modules; None for nothing."""
+    if any(_rotates_under_a_condition(type(module)) for module in found):
+        return "it rotates under a condition, so that layers may be without positions"
+    if found and sorted(module.layer_idx for module in found) != list(range(num_layers)):
+        return f"{len(found)} of its {num_layers} layers have attention, and others a state of their own"
+    return None
+
+
+def _rotates_under_a_condition(kind: type) -> bool:
+    """Whether `forward` applies its rotation within an `if`: what it skips, we would rotate."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))  # type: ignore[attr-defined]
+    guarded = (node for outer in ast.walk(tree) if isinstance(outer, ast.If) for node in ast.walk(outer))
+    calls = (node.func for node in guarded if isinstance(node, ast.Call))
+    return any(isinstance(function, ast.Name) and function.id == "apply_rotary_pos_emb" for function in calls)
 
 
 def _is_numbered(module: nn.Module) -> bool:

@@ -194,6 +194,8 @@ class _Layer:
         mask = call.get("attention_mask")
         if mask is not None and mask.dim() == 0:
             call["attention_mask"] = mask = None
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(f"attention_mask of {mask.dim()} dimensions: {NAME} takes [rows, tokens]")
         cache = next((value for value in call.values() if isinstance(value, Cache)), None)
         self._check_cache(cache)
         self.cache = cache.layers[self.module.layer_idx] if isinstance(cache, LambdaCache) else None
@@ -273,8 +275,6 @@ def padding_mask(
 def _attend(
     layer: _Layer, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, rule: SoftmaxRule
 ) -> Float[Tensor, "B S H V"]:
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask of {attention_mask.dim()} dimensions: {NAME} takes [rows, tokens]")
     valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     order = None if valid is None else order_to_front(valid)
     window, start, stream = (

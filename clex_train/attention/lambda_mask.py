@@ -10,6 +10,7 @@ Keys come unrotated. Shapes: `B` batch, `H` heads, `K` key heads, `S` queries, `
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -69,7 +70,9 @@ def lambda_attention(
     call = _Call(window, start, stream, scheme)
     tensors = [query, *window, *(start or ())]
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    recompute = scheme.back_end.recomputes and num_queries > size and wants_gradient
+    # A middle is scored by explicit matrices of C x n on every back end: kept for all blocks they would be n x n.
+    makes_scores = scheme.back_end.recomputes or scheme.middle is not None
+    recompute = makes_scores and num_queries > size and wants_gradient
     past, outputs, base = num_keys - num_queries, [], 0
     span_len = rotated_span_len(n_local, size)
     for first in range(0, num_queries, size):
@@ -124,8 +127,8 @@ def _global_part(query: Float[Tensor, "B H C D"], start: KeyValues, place: Place
 def _middle_part(query: Float[Tensor, "B H C D"], far: KeyValues, middle: Middle, place: Place, call: _Call) -> Part:
     """Attention to what is let in of the keys that have left the window of the last query."""
     scheme, padding = call.scheme, call.stream.num_padding
-    num_far = far.keys.shape[2]
-    visible = in_middle(query.shape[2], num_far, place.first_query, padding, scheme.n_local, call.n_global, query)
+    where = (query.shape[2], place.first_query, padding, scheme.n_local, call.n_global, query.device)
+    visible = partial(in_middle, *where)
     return middle.part(query, far, visible, scheme.rotation, scheme.rule, scheme.n_local)
 
 

@@ -5,6 +5,7 @@ all keys, so the cache is one that keeps everything, and cost O(n) a query; scor
 and `chunk_len` keys at a time. Shapes: `B` batch, `H` heads, `K` key heads, `S` queries, `T` keys, `D`, `V` widths.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +18,9 @@ from clex_train.attention.stream import KeyValues, Rotation
 
 SMALLEST_CHUNK = 1024
 
+Visible = Callable[[int, int], Tensor]
+"""Which keys first..last-1 of the middle each query sees, bool [#B, 1, S, T]."""
+
 
 @runtime_checkable
 class Middle(Protocol):
@@ -26,12 +30,12 @@ class Middle(Protocol):
         self,
         query: Tensor,
         far: KeyValues,
-        visible: Tensor,
+        visible: Visible,
         rotation: Rotation,
         rule: SoftmaxRule,
         n_local: int,
     ) -> Part:
-        """Attention of unrotated queries to the unrotated keys of `far` that are `visible` [#B, 1, S, T]."""
+        """Attention of unrotated queries to the unrotated keys of `far` that are `visible`."""
 
     def of_layer(self, layer_idx: int) -> "Middle | None":
         """What this layer sees; None for nothing."""
@@ -50,7 +54,7 @@ class WholeMiddle:
         self,
         query: Float[Tensor, "B H S D"],
         far: KeyValues,
-        visible: Bool[Tensor, "#B 1 S T"],
+        visible: Visible,
         rotation: Rotation,
         rule: SoftmaxRule,
         n_local: int,
@@ -59,8 +63,7 @@ class WholeMiddle:
         turned, size, joined = rotation.constant(query, n_local), chunk_len(n_local), None
         for first in range(0, far.keys.shape[2], size):
             keys, values = far.span(first, first + size)
-            seen = visible[..., first : first + size]
-            part = attend(turned, rotation.constant(keys, 0), values, seen, rule)
+            part = attend(turned, rotation.constant(keys, 0), values, visible(first, first + keys.shape[2]), rule)
             joined = part if joined is None else join(joined, part)
         assert joined is not None
         return at_distance(joined, rule, n_local)
@@ -92,7 +95,7 @@ class BestMiddle:
         self,
         query: Float[Tensor, "B H S D"],
         far: KeyValues,
-        visible: Bool[Tensor, "#B 1 S T"],
+        visible: Visible,
         rotation: Rotation,
         rule: SoftmaxRule,
         n_local: int,
@@ -103,7 +106,7 @@ class BestMiddle:
         turned = rotation.constant(query, n_local // 2)
         folded = turned.reshape(num_rows, num_groups, num_heads // num_groups * num_queries, -1)
         keys = rotation.constant(far.keys, 0)
-        index, is_middle = self._select(folded, keys, visible.repeat(1, 1, num_heads // num_groups, 1), n_local)
+        index, is_middle = self._select(folded, keys, visible, num_heads // num_groups, n_local)
         part = _attend_selected(folded, keys, far.values, index, is_middle, rule)
         heads = (num_rows, num_heads, num_queries)
         return at_distance(Part(part.output.reshape(*heads, -1), part.log_sum_exp.reshape(heads)), rule, n_local // 2)
@@ -113,7 +116,8 @@ class BestMiddle:
         self,
         query: Float[Tensor, "B K S D"],
         keys: Float[Tensor, "B K T D"],
-        visible: Bool[Tensor, "#B 1 S T"],
+        visible: Visible,
+        group: int,
         n_local: int,
     ) -> tuple[Int[Tensor, "B K S k"], Bool[Tensor, "B K S k"]]:
         """The best keys of each query, and which of them there are: the middle may hold fewer."""
@@ -124,8 +128,9 @@ class BestMiddle:
         kept = query.new_empty(*query.shape[:3], 0)
         kept_index = torch.empty_like(kept, dtype=torch.int64)
         for first in range(0, keys.shape[2], size):
-            scores = query @ keys[:, :, first : first + size].to(dtype).transpose(-1, -2)
-            scores = scores.masked_fill(~visible[..., first : first + size], float("-inf"))
+            chunk = keys[:, :, first : first + size].to(dtype)
+            hidden = ~visible(first, first + chunk.shape[2]).repeat(1, 1, group, 1)
+            scores = (query @ chunk.transpose(-1, -2)).masked_fill_(hidden, float("-inf"))
             best, index = scores.topk(min(self.num_keys, scores.shape[-1]), dim=-1)
             best, index = torch.cat((kept, best), dim=-1), torch.cat((kept_index, index + first), dim=-1)
             kept, order = best.topk(min(self.num_keys, best.shape[-1]), dim=-1)
@@ -139,11 +144,18 @@ def chunk_len(n_local: int) -> int:
 
 
 def in_middle(
-    num_queries: int, num_far: int, first_query: int, padding: Tensor | None, n_local: int, n_global: int, like: Tensor
+    num_queries: int,
+    first_query: int,
+    padding: Tensor | None,
+    n_local: int,
+    n_global: int,
+    device: torch.device,
+    first: int,
+    last: int,
 ) -> Bool[Tensor, "#B 1 S T"]:
-    """Where i - j >= L and j >= G, j counted without the `padding` [B] at the front of a row."""
-    query = torch.arange(first_query, first_query + num_queries, device=like.device)[:, None]
-    key = torch.arange(num_far, device=like.device)
+    """Where i - j >= L and j >= G of keys first..last-1, j counted without the `padding` [B] at the front of a row."""
+    query = torch.arange(first_query, first_query + num_queries, device=device)[:, None]
+    key = torch.arange(first, last, device=device)
     outside = (query - key >= n_local)[None, None]
     if padding is None:
         return outside & (key >= n_global)

@@ -66,7 +66,8 @@ class RotationTables:
             )
         typed = "layer_type" in inspect.signature(type(rotary).forward).parameters
         layer_type = layer_type if typed and _has_types(rotary) else None
-        key, state = (layer_type, x.dtype, x.device), _state(rotary)
+        # Tables made in inference mode could take no part in training.
+        key, state = (layer_type, x.dtype, x.device, torch.is_inference_mode_enabled()), _state(rotary)
         known = self._known.get(key)
         if known is None or known[0] != state:
             known = (state, *_cos_sin(rotary, x, self.num_positions, layer_type))

@@ -249,6 +249,29 @@ def test_a_copy_of_a_model_stands_on_its_own():
     handle.undo()
 
 
+@pytest.mark.parametrize("family", ["llama", "gptj", "mpt", "bloom"])
+def test_a_model_that_was_used_in_inference_mode_trains(family):
+    model = tiny_model("llama") if family == "llama" else small_adapted(family)
+    apply_lm_infinite(model, 8, 2, block_len=8)
+    ids = tokens(1, 40)
+    with torch.inference_mode():
+        loss = float(model(ids, labels=ids).loss)
+    trained = model(ids, labels=ids).loss
+    trained.backward()
+    assert float(trained.detach()) == pytest.approx(loss, abs=1e-5)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def small_adapted(kind: str) -> torch.nn.Module:
+    sizes = {
+        "gptj": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4, "n_positions": 64},
+        "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+        "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 2},
+    }
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes[kind], vocab_size=256)).eval()
+
+
 class TestWhatItCannot:
     """One line that names what is wrong."""
 
@@ -276,6 +299,44 @@ class TestWhatItCannot:
         apply_lm_infinite(model, 8, 2)
         with pytest.raises(ValueError, match="output_attentions"):
             model(tokens(1, 4), output_attentions=True)
+
+    @pytest.mark.parametrize("kind", ["smollm3", "exaone4"])
+    def test_models_whose_layers_may_have_no_positions(self, kind):
+        sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+        config = AutoConfig.for_model(kind, **sizes, num_hidden_layers=4, vocab_size=31, pad_token_id=0)
+        model = AutoModelForCausalLM.from_config(config)
+        with pytest.raises(ValueError, match=f"model_type={kind}: .*without positions"):
+            apply_lm_infinite(model, 8, 2)
+
+    def test_models_with_layers_that_are_not_attention(self):
+        config = AutoConfig.for_model(
+            "lfm2", hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
+            num_hidden_layers=3, vocab_size=31, layer_types=["conv", "full_attention", "conv"],
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=r"model_type=lfm2: .*1 of its 3 layers"):
+            apply_lm_infinite(AutoModelForCausalLM.from_config(config), 8, 2)
+
+    @pytest.mark.parametrize("constant", [False, True])
+    def test_masks_of_four_dimensions(self, constant):
+        model = tiny_model("llama")
+        handle = apply_lm_infinite(model, 8, 2)
+        mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
+        cache = {"past_key_values": handle.new_cache()} if constant else {}
+        with pytest.raises(ValueError, match="attention_mask of 4 dimensions"):
+            model(tokens(1, 20), attention_mask=mask, **cache)
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_packed_documents_by_position_or_with_a_mask(self, masked):
+        model, jumping = tiny_model("llama"), torch.tensor([[0, 1, 0, 1]])
+        apply_lm_infinite(model, 8, 2)
+        with pytest.raises(ValueError, match="packed documents"):
+            model(tokens(1, 4), torch.ones(1, 4, dtype=torch.int64) if masked else None, jumping)
+
+    def test_positions_of_padding_are_no_packed_documents(self):
+        model = tiny_model("llama")
+        apply_lm_infinite(model, 8, 2)
+        with torch.no_grad():
+            model(tokens(1, 4), torch.tensor([[0, 0, 1, 1]]), torch.tensor([[1, 1, 0, 1]]))
 
     def test_packed_documents(self):
         model = tiny_model("llama")

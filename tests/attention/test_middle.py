@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from clex_train.attention import middle
+from clex_train.attention.back_ends import BlockedSdpa
 from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.attention.lambda_mask import Scheme, lambda_attention
 from clex_train.attention.middle import BestMiddle, WholeMiddle
@@ -170,3 +171,23 @@ class TestWhatItCannot:
             handle.new_cache()
         with pytest.raises(ValueError, match="LambdaCache"):
             model(tokens(1, 4), past_key_values=cache, use_cache=True)
+
+
+def test_a_back_end_without_scores_of_its_own_does_not_keep_those_of_the_middle():
+    """flex_attention is not recomputed by itself; kept for all blocks, the scores of the middle would be n x n."""
+    n, kept = 400, 0
+
+    class KeepsNothing(BlockedSdpa):
+        recomputes = False
+
+    def note(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    inputs = [normal(1, 2, n, WIDTH, seed=seed).requires_grad_() for seed in range(3)]
+    rule = SoftmaxRule(WIDTH**-0.5)
+    scheme = Scheme(8, PlainRotation(WIDTH), rule, 20, WholeMiddle(), KeepsNothing())
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        lambda_attention(inputs[0], KeyValues(*inputs[1:]), None, Stream(n), scheme).sum().backward()
+    assert kept < 2 * n * n
