@@ -42,7 +42,7 @@ def run(config: configuration.Config) -> int:
     """
     from clex_train import distributed, run_folder
     from clex_train.cli import out_of_memory
-    from clex_train.faults import RunStopped
+    from clex_train.faults import RunStopped, is_out_of_memory
 
     run_dir = Path(config.output_dir)
     run_folder.require_writable(run_dir)
@@ -50,7 +50,7 @@ def run(config: configuration.Config) -> int:
         try:
             return _run(config, run_dir)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise RunStopped(out_of_memory.explain(config, error)) from error
 

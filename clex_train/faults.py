@@ -1,4 +1,12 @@
-"""What ends a run before its last step, each with its own exit code."""
+"""What ends a run before its last step, each with its own exit code; and how a full memory is recognised."""
+
+ALLOCATOR_WORDS = (
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""By which errors of allocators that are plain `RuntimeError`s are known."""
 
 
 class RunStopped(RuntimeError):
@@ -13,3 +21,15 @@ class RankLost(RuntimeError):
     """A rank died, froze or hangs, so that the others cannot go on: the message says which and what it was doing."""
 
     exit_code = 4
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or what it arose from, says that the GPU's or the host's memory is used up."""
+    # Programs that only print their help do without torch.
+    from torch import OutOfMemoryError
+
+    if isinstance(error, (OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATOR_WORDS):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)

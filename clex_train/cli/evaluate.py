@@ -36,8 +36,10 @@ from clex_train.evaluation.retrieval import console as retrieval_console
 from clex_train.evaluation.retrieval import plan as retrieval_plan
 from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.retrieval.plan import Cell
+from clex_train.evaluation.room import REMEDIES
 from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, select
+from clex_train.faults import RunStopped
 from clex_train.rope.as_is import handle_without_weights
 from clex_train.settings.bounds import require
 from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
@@ -50,6 +52,8 @@ FORMULA_KEYS = ("rope_theta", "dynamic_factor", "longrope_factors", "t_factor")
 METHOD_KEYS = ("methods", *FORMULA_KEYS, "n_local", "n_global", "lm_infinite_t")
 KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS)
 """What the command line may say otherwise than the run's `evaluation` group."""
+
+logger = log.get(__name__)
 
 
 @dataclass
@@ -92,6 +96,8 @@ class EvaluateConfig(LoadingConfig):
     """Tokens of a window per forward: bounds the memory, not the result; by default the run's."""
     batch_tokens: int | None = None
     """Tokens per forward over several windows; by default `chunk_len`."""
+    offload_cache: bool = False
+    """Cached keys and values wait in host memory and visit the GPU layer by layer: slower, for longer texts."""
     tasks: list[Task] | None = None
     """Retrieval tasks beside perplexity, or with `protocols=[]` alone; see docs/evaluation.md."""
     task_lengths: list[int] | None = None
@@ -127,7 +133,9 @@ def main() -> None:
 
 
 def finish(plan: Plan, results: Results, origin: Origin) -> None:
-    """Write the results and print their table, on rank 0."""
+    """Write the results and print their table, on rank 0; `RunStopped` if nothing fitted into memory."""
+    if results.missing and not (results.scores or results.tasks):
+        raise RunStopped(f"out of memory: nothing fitted, see above ({results.missing[0].reason}); {REMEDIES}")
     if distributed.is_main():
         write(plan.output, results, origin)
         perplexities = [console_table(from_results(results, origin))] if results.scores else []
@@ -180,9 +188,18 @@ def evaluate(
             plan.spec.chunk_len,
             asked.batch_tokens,
             inserted=inserted,
+            cache_on_host=asked.offload_cache,
         )
-    tasks = retrieval.evaluate(loaded.model, loaded.handle, tables, cells, plan.spec.chunk_len, inserted=inserted)
-    return replace(results, tasks=tasks), facts(plan, dtype)
+    tasks, missing = retrieval.evaluate(
+        loaded.model,
+        loaded.handle,
+        tables,
+        cells,
+        plan.spec.chunk_len,
+        inserted=inserted,
+        cache_on_host=asked.offload_cache,
+    )
+    return replace(results, tasks=tasks, missing=[*results.missing, *missing]), facts(plan, dtype)
 
 
 def stream(asked: EvaluateConfig, plan: Plan, text: Stream) -> tuple[Results, Origin]:
@@ -213,6 +230,8 @@ def _check(asked: EvaluateConfig) -> None:
     require(asked.run is not None or asked.data is not None, "data", asked.data, "model=DIR needs a store, data=DIR")
     require(asked.batch_tokens is None or asked.batch_tokens >= 1, "batch_tokens", asked.batch_tokens, "at least 1")
     require(asked.seed >= 0, "seed", asked.seed, "0 or a positive integer")
+    if asked.offload_cache and distributed.device().type == "cpu" and distributed.is_main():
+        logger.info("offload_cache=true changes nothing here: the model is on the CPU, and so is its cache")
 
 
 def _check_streaming(spec: EvaluationConfig, sharded: bool) -> None:

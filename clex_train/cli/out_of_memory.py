@@ -2,24 +2,11 @@
 
 from collections.abc import Iterator
 
-import torch
-
 from clex_train import distributed, dry_run
 from clex_train.config import Config
 from clex_train.settings.engine import Offload
 
-CPU_WORDS = ("can't allocate memory", "not enough memory")
-"""By which the error of torch's CPU allocator is known, a plain `RuntimeError`."""
 STATE, ROWS = ("parameters", "gradients", "optimizer"), ("activations", "logits")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or what it arose from, says that the GPU's or the host's memory is used up."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_WORDS):
-        return True
-    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
 def explain(config: Config, error: BaseException) -> str:

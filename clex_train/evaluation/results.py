@@ -88,6 +88,18 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """A cell of the table that memory did not hold."""
+
+    method: str
+    protocol: str
+    """Or the retrieval task."""
+    length: int
+    reason: str
+    """What the allocator said, and on which rank."""
+
+
+@dataclass(frozen=True)
 class Results:
     """All scores of one set of weights over one set of windows."""
 
@@ -98,6 +110,8 @@ class Results:
     """What was read: count, length, fingerprint, document and start of each window."""
     tasks: list[TaskScore] = field(default_factory=list)
     """Retrieval, if it was asked for."""
+    missing: list[Missing] = field(default_factory=list)
+    """What did not fit into memory."""
 
     def metrics(self) -> dict[str, float]:
         """`perplexity/<method>/<protocol>/<length>` and `<task>/<method>/<length>` -> value, for files and tracker."""
@@ -139,6 +153,7 @@ def write(path: Path, results: Results, origin: Origin) -> None:
         "metrics": {key: _finite(value) for key, value in results.metrics().items()},
         "scores": [_score_row(score) for score in results.scores],
         "tasks": [vars(score) for score in results.tasks],
+        "missing": [vars(cell) for cell in results.missing],
     }
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -163,12 +178,13 @@ def read(path: Path) -> tuple[Results, Origin]:
 
 def _results(content: Mapping[str, Any]) -> Results:
     tasks = [TaskScore(**row) for row in content.get("tasks", [])]
+    missing = [Missing(**row) for row in content.get("missing", [])]
     rows, windows = content["scores"], content["windows"]
     if any("fingerprint" not in row for row in rows):
         # The fingerprint in `windows` was that of the scored tokens; that of the windows themselves is not known.
         scores = [_older(row, windows) for row in rows]
-        return Results(scores, content["context_len"], {**windows, "fingerprint": ""}, tasks)
-    return Results([_score(row) for row in rows], content["context_len"], windows, tasks)
+        return Results(scores, content["context_len"], {**windows, "fingerprint": ""}, tasks, missing)
+    return Results([_score(row) for row in rows], content["context_len"], windows, tasks, missing)
 
 
 def compare(first: Score, second: Score, documents: Sequence[int]) -> Difference:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from clex_train import distributed
 from clex_train.attention.lean import lean_attention
 from clex_train.evaluation.perplexity import Predict, evaluating
 from clex_train.evaluation.protocols import Reading, Span, curve
-from clex_train.evaluation.results import Results, Score, with_standard_errors
+from clex_train.evaluation.results import Missing, Results, Score, with_standard_errors
+from clex_train.evaluation.room import Room
 from clex_train.evaluation.scoring_head import tiled_head
 from clex_train.evaluation.windows import WindowSet
 from clex_train.faults import StopRequested
@@ -57,6 +59,7 @@ class Feeding:
     """Tokens of several spans in a forward."""
     device: torch.device
     interrupted: Callable[[], bool] | None = None
+    cache_on_host: bool = False
 
     def batch(self, length: int) -> int:
         """Spans of `length` tokens that are read together."""
@@ -74,36 +77,44 @@ def evaluate(
     device: torch.device | None = None,
     interrupted: Callable[[], bool] | None = None,
     inserted: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
+    cache_on_host: bool = False,
 ) -> Results:
     """Score `windows` with the model's current weights under each of `tables` (method name -> frequencies).
 
     `readings` says what is read and scored (`protocols.readings`); what two of them read alike is read once.
     At most `chunk_len` tokens of a window and `batch_tokens` tokens over several windows (by default as many) go
     through the model at a time; the tokens are moved to `device` (by default the rank's). `inserted` says what a method
-    puts into the model beside its table. Collective: every rank calls it with equal arguments and gets equal results.
-    The handle's table and the model's mode are put back. Raises
+    puts into the model beside its table, `cache_on_host` whether keys and values wait in host memory. Collective: every
+    rank calls it with equal arguments and gets equal results. The handle's table and the model's mode are put back.
+    What the memory of a rank does not hold is logged, stands in `missing`, and the rest goes on. Raises
     `ValueError` if a length exceeds what a table serves, before the first forward; `StopRequested` as soon as
-    `interrupted`, asked between forwards, answers yes on one of the ranks.
+    `interrupted`, asked between forwards, answers yes on one of the ranks; `RunStopped` if memory runs out while ranks
+    share the weights.
     """
     for table in tables.values():
         table.least_upper_bound(windows.longest, handle.context_len)
-    feeding = Feeding(chunk_len, batch_tokens or chunk_len, device or distributed.device(), interrupted)
-    todo, scores = jobs(readings), []
+    device = device or distributed.device()
+    feeding = Feeding(chunk_len, batch_tokens or chunk_len, device, interrupted, cache_on_host)
+    todo, scores, missing = jobs(readings), list[Score](), list[Missing]()
     total = len(tables) * sum(_work(model, job) * len(windows.tokens) * len(job.spans) for job in todo)
     with lean(model, feeding.device), keeping_table(handle), progress(total, bar_format=BAR) as bar:
         for method, table in tables.items():
             handle.use(table)
             for job in todo:
                 bar.set_description(f"evaluate {method}, {job.protocols}, {job.length} tokens", refresh=False)
+                room = Room(model, f"method {method}, protocol {job.protocols}, {job.length} tokens")
                 start = time.perf_counter()
                 with (inserted or {}).get(method, nullcontext)():
-                    nll = _window_nll(model, handle, windows.tokens, job, feeding, bar)
+                    nll = _window_nll(model, handle, windows.tokens, job, feeding, room, bar)
+                if reason := room.lacking():
+                    missing += [Missing(method, each.protocol.value, job.length, reason) for each in job.readings]
+                    continue
                 t = table.least_upper_bound(job.length, handle.context_len).t
                 made_by = {"method": method, "frequencies": table.method, "t": t}
                 scores += _scores(job, nll, windows, **made_by, seconds=time.perf_counter() - start)
     order = [(method, reading.protocol.value) for method in tables for reading in readings]
     scores.sort(key=lambda score: order.index((score.method, score.protocol)))
-    return Results(scores, handle.context_len, describe(windows))
+    return Results(scores, handle.context_len, describe(windows), missing=missing)
 
 
 @contextmanager
@@ -143,22 +154,29 @@ def deal(num_pieces: int, batch: int, rank: int, world_size: int) -> Iterator[tu
 
 
 def _window_nll(
-    model: nn.Module, handle: RotaryHandle, tokens: np.ndarray, job: Job, feeding: Feeding, bar: tqdm
+    model: nn.Module, handle: RotaryHandle, tokens: np.ndarray, job: Job, feeding: Feeding, room: Room, bar: tqdm
 ) -> np.ndarray:
-    """nll float32 [W, longest], complete on every rank; 0 for tokens that no span gives."""
+    """nll float32 [W, longest], complete on every rank; 0 for tokens that no span gives or that `room` did not hold."""
     nll, done, num_ranks = torch.zeros(tokens.shape, dtype=torch.float32), 0, distributed.world_size()
     num_pieces = len(tokens) * len(job.spans)
     for indices, counted in deal(num_pieces, feeding.batch(job.length), distributed.rank(), num_ranks):
         places = [(index // len(job.spans), job.spans[index % len(job.spans)]) for index in indices]
         pieces = np.stack([tokens[row, span.start : span.stop] for row, span in places])
-        values = job.read(model, handle, torch.from_numpy(pieces).to(feeding.device), feeding.chunk_len).cpu()
-        for (row, span), value in compress(zip(places, values, strict=True), counted):
-            nll[row, span.first : span.stop] = value[span.first - span.start :]
+        values = room.attempt(partial(_read, model, handle, pieces, job, feeding))
+        if values is not None:
+            for (row, span), value in compress(zip(places, values, strict=True), counted):
+                nll[row, span.first : span.stop] = value[span.first - span.start :]
         before, done = done, min(num_pieces, done + len(indices) * num_ranks)
         bar.update((done - before) * _work(model, job))
         if feeding.interrupted and distributed.any_rank(feeding.interrupted()):
             raise StopRequested("the evaluation was interrupted")
     return distributed.all_reduce_sum(nll).numpy()
+
+
+def _read(model: nn.Module, handle: RotaryHandle, pieces: np.ndarray, job: Job, feeding: Feeding) -> torch.Tensor:
+    """nll float32 [B, N] on the CPU."""
+    tokens = torch.from_numpy(pieces).to(feeding.device)
+    return job.read(model, handle, tokens, feeding.chunk_len, feeding.cache_on_host).cpu()
 
 
 def _scores(job: Job, nll: np.ndarray, windows: WindowSet, **shared: Any) -> list[Score]:

@@ -62,7 +62,7 @@ class TrainingEvaluation:
             interrupted=self.interrupted,
             inserted=inserted,
         )
-        tasks = retrieval.evaluate(
+        tasks, missing = retrieval.evaluate(
             loaded.model,
             loaded.handle,
             tables,
@@ -71,7 +71,7 @@ class TrainingEvaluation:
             interrupted=self.interrupted,
             inserted=inserted,
         )
-        scored = replace(scored, tasks=tasks)
+        scored = replace(scored, tasks=tasks, missing=[*scored.missing, *missing])
         if distributed.is_main():
             weights = {"path": str(self.config.output_dir), "step": step}
             facts = origin.describe(self.config.name, weights, self.store, next(loaded.model.parameters()).dtype)

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 from evaluation_models import CONTEXT_LEN, VOCAB
 from model_directories import save_clex_model, save_model, save_store
 
@@ -12,6 +13,7 @@ from clex_train.cli import evaluate as program
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
+from clex_train.evaluation import perplexity
 from clex_train.run_folder import as_yaml
 from data_prep import evaluation_sets
 from data_prep.config import EvaluationSetsVerb
@@ -213,3 +215,38 @@ def test_help_names_every_key(monkeypatch, capsys) -> None:
     printed = capsys.readouterr().out
     for key in program.EvaluateConfig.__dataclass_fields__:
         assert f"\n  {key} (" in printed
+
+
+def test_what_does_not_fit_is_said_and_only_nothing_at_all_is_a_failure(
+    places, tmp_path, monkeypatch, capsys, caplog
+) -> None:
+    base = (f"model={places['model']}", f"data={places['store']}", "lengths=[16,64]", "methods=[none]")
+    output, most = tmp_path / "x.json", [16]
+    score = perplexity.score_chunk
+
+    def fill_up(model, targets, **inputs):
+        if inputs["input_ids"].shape[1] > most[0]:
+            raise MemoryError
+        return score(model, targets, **inputs)
+
+    monkeypatch.setattr(perplexity, "score_chunk", fill_up)
+    assert call(monkeypatch, *base, "chunk_len=64", "batch_tokens=16", f"output={output}") == 0
+    content = json.loads(output.read_text())
+    assert list(content["metrics"]) == ["perplexity/none/one_shot/16"]
+    assert [(row["length"], row["reason"]) for row in content["missing"]] == [(64, "rank 0: MemoryError")]
+    assert "out of memory (OOM): none at 64" in " ".join(capsys.readouterr().out.split())
+    most[0], output = 0, tmp_path / "y.json"
+    assert call(monkeypatch, *base, f"output={output}") == console.STOPPED
+    assert "error: out of memory: nothing fitted, see above (rank 0: MemoryError)" in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it changes where the cache is")
+def test_a_cache_on_the_host_is_said_to_change_nothing_on_a_cpu(places, tmp_path, monkeypatch, caplog) -> None:
+    base = (f"model={places['model']}", f"data={places['store']}", "lengths=[16,64]", "methods=[none]", "chunk_len=10")
+    with caplog.at_level("INFO", logger="clex_train"):
+        for offload in ("false", "true"):
+            assert call(monkeypatch, *base, f"offload_cache={offload}", f"output={tmp_path / offload}.json") == 0
+    assert sum("offload_cache=true changes nothing here" in record.getMessage() for record in caplog.records) == 1
+    found = [json.loads((tmp_path / f"{offload}.json").read_text())["metrics"] for offload in ("false", "true")]
+    assert found[0] == found[1]

@@ -5,7 +5,7 @@ import math
 from clex_train.evaluation.report.table import Curve, Table
 from clex_train.evaluation.results import Score
 
-ABSENT = "-"
+ABSENT, TOO_LARGE = "-", "OOM"
 
 
 def perplexity(value: float) -> str:
@@ -16,9 +16,11 @@ def perplexity(value: float) -> str:
 
 
 def cell(curve: Curve, length: int) -> str:
-    """The perplexity of a row at a length; a dash where it was not measured."""
+    """The perplexity of a row at a length; `OOM` where memory did not hold it, a dash where it was not measured."""
     score = curve.scores.get(length)
-    return ABSENT if score is None else perplexity(score.perplexity)
+    if score is None:
+        return TOO_LARGE if length in curve.missing else ABSENT
+    return perplexity(score.perplexity)
 
 
 def spread(score: Score | None) -> str:

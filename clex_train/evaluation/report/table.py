@@ -45,6 +45,8 @@ class Curve:
     path: Path
     """The evaluation file."""
     origin: Origin
+    missing: frozenset[int] = frozenset()
+    """Lengths that memory did not hold."""
 
     @property
     def learned(self) -> bool:
@@ -97,9 +99,11 @@ class Table:
 
     @property
     def caption(self) -> str:
-        """What the numbers are, and what stands beside them."""
+        """What the numbers are, what stands beside them, and what could not be had."""
         errors = any(score.standard_error is not None for curve in self.curves for score in curve.scores.values())
-        return self.scored + ("; ± one standard error, by a bootstrap over documents" if errors else "")
+        beside = "; ± one standard error, by a bootstrap over documents" if errors else ""
+        lacking = [f"{curve.label} at {length:,}" for curve in self.curves for length in sorted(curve.missing)]
+        return self.scored + beside + (f"; out of memory (OOM): {', '.join(lacking)}" if lacking else "")
 
     @property
     def scored(self) -> str:
@@ -157,4 +161,5 @@ def _curve(row: Row, result: Results, origin: Origin) -> Curve:
     if not scores:
         have = ", ".join(dict.fromkeys(f"{s.method}/{s.protocol}" for s in result.scores)) or "no perplexity at all"
         raise ValueError(f"{row.path}: holds no {row.method}/{row.protocol}, only {have}; evaluate it first")
-    return Curve(row.label, row.method, row.protocol, result.context_len, scores, row.path, origin)
+    missing = frozenset(m.length for m in result.missing if (m.method, m.protocol) == (row.method, row.protocol))
+    return Curve(row.label, row.method, row.protocol, result.context_len, scores, row.path, origin, missing)

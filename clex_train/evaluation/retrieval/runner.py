@@ -6,6 +6,7 @@ because under ZeRO-3 a forward is a collective: as many chunks of the prompt, as
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from tqdm.auto import tqdm
 from clex_train import distributed
 from clex_train.attention.hf_interface import LmInfinite
 from clex_train.evaluation.perplexity import evaluating
-from clex_train.evaluation.results import TaskScore
+from clex_train.evaluation.results import Missing, TaskScore
 from clex_train.evaluation.retrieval.decoding import greedy
 from clex_train.evaluation.retrieval.plan import Cell
+from clex_train.evaluation.room import Room
 from clex_train.evaluation.runner import deal, keeping_table, progress
 from clex_train.faults import StopRequested
+from clex_train.rope.growing import new_cache
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.table import Frequencies
 
@@ -33,19 +36,21 @@ def evaluate(
     device: torch.device | None = None,
     interrupted: Callable[[], bool] | None = None,
     inserted: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
-) -> list[TaskScore]:
+    cache_on_host: bool = False,
+) -> tuple[list[TaskScore], list[Missing]]:
     """Score the prompts of `cells` with the model's current weights under each of `tables` (by method name).
 
+    Returns the scores, and the cells that the memory of a rank did not hold (under the task's name as protocol).
     t is what the cell's length needs, throughout prompt and answer. Arguments and collective behaviour are those of
     `evaluation.runner.evaluate`. Raises `ValueError` if a length exceeds what a table serves, before the first
     forward; `StopRequested` when `interrupted` answers yes on one of the ranks.
     """
     if not cells:
-        return []
+        return [], []
     for table in tables.values():
         table.least_upper_bound(max(cell.length for cell in cells), handle.context_len)
     device = device or distributed.device()
-    scores: list[TaskScore] = []
+    scores, missing = list[TaskScore](), list[Missing]()
     ranks = distributed.world_size()
     # A rank that is short repeats a prompt.
     total = len(tables) * sum(cell.length * -(-cell.size // ranks) * ranks for cell in cells)
@@ -54,30 +59,38 @@ def evaluate(
             handle.use(table)
             for cell in cells:
                 bar.set_description(f"{cell.name.value} {method}, {cell.length} tokens", refresh=False)
+                room = Room(model, f"method {method}, task {cell.name.value}, {cell.length} tokens")
                 with (inserted or {}).get(method, nullcontext)() as put_in, handle.fixed(cell.length):
-                    new_cache = put_in.new_cache if isinstance(put_in, LmInfinite) else None
-                    ask = _asking(model, cell, chunk_len, device, new_cache)
-                    generated = _generated(ask, cell, bar, interrupted)
+                    make_cache = put_in.new_cache if isinstance(put_in, LmInfinite) else None
+                    if make_cache is None and cache_on_host:
+                        make_cache = partial(new_cache, model, cell.length + cell.num_new, on_host=True)
+                    ask = _asking(model, cell, chunk_len, device, make_cache)
+                    generated = _generated(ask, cell, room, bar, interrupted)
+                if reason := room.lacking():
+                    missing.append(Missing(method, cell.name.value, cell.length, reason))
+                    continue
                 scores += _judged(method, cell, generated)
-    return scores
+    return scores, missing
 
 
 def _asking(
-    model: nn.Module, cell: Cell, chunk_len: int, device: torch.device, new_cache: Callable[[], Any] | None
+    model: nn.Module, cell: Cell, chunk_len: int, device: torch.device, make_cache: Callable[[], Any] | None
 ) -> Callable[[int], Tensor]:
     def ask(number: int) -> Tensor:
         prompt = torch.tensor(cell.prompt(number).ids, device=device)
-        return greedy(model, prompt, cell.num_new, cell.num_chunks(chunk_len), new_cache).cpu()
+        return greedy(model, prompt, cell.num_new, cell.num_chunks(chunk_len), make_cache).cpu()
 
     return ask
 
 
-def _generated(ask: Callable[[int], Tensor], cell: Cell, bar: tqdm, interrupted: Callable[[], bool] | None) -> Tensor:
-    """The answers to all prompts of a cell, int64 [size, num_new] on the CPU, complete on every rank."""
+def _generated(
+    ask: Callable[[int], Tensor], cell: Cell, room: Room, bar: tqdm, interrupted: Callable[[], bool] | None
+) -> Tensor:
+    """The answers to all prompts of a cell that `room` holds, int64 [size, num_new] on the CPU, on every rank."""
     generated = torch.zeros(cell.size, cell.num_new, dtype=torch.int64)
     for indices, counted in deal(cell.size, 1, distributed.rank(), distributed.world_size()):
-        answer = ask(int(indices[0]))
-        if counted[0]:
+        answer = room.attempt(partial(ask, int(indices[0])))
+        if counted[0] and answer is not None:
             generated[indices[0]] = answer
         bar.update(cell.length * distributed.world_size())
         if interrupted and distributed.any_rank(interrupted()):

@@ -17,13 +17,14 @@ from small_cells import documents_of, make_cells
 from transformers import LlamaForCausalLM
 
 from clex_train.evaluation import methods
-from clex_train.evaluation.results import TaskScore, task_metrics
+from clex_train.evaluation.results import Missing, TaskScore, task_metrics
 from clex_train.evaluation.retrieval import runner
 from clex_train.evaluation.retrieval.console import console
 from clex_train.evaluation.retrieval.haystack import Documents
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.retrieval.tasks import TASKS
 from clex_train.faults import StopRequested
+from clex_train.rope import growing
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.table import Frequencies
 from clex_train.settings.evaluation import EvaluationConfig, Method
@@ -54,9 +55,11 @@ def run(
     frequencies = tables_of(handle, chosen, longest)
     inserted = methods.insertions(SPEC, model, CONTEXT_LEN)
     try:
-        return runner.evaluate(
+        scores, missing = runner.evaluate(
             model, handle, frequencies, cells, **{"chunk_len": 100, "device": CPU, "inserted": inserted, **settings}
         )
+        assert missing == []
+        return scores
     finally:
         handle.undo()
 
@@ -214,3 +217,31 @@ def _rank_main(rank: int, port: int, folder: str) -> None:
     content = {"rows": [list(vars(row).values()) for row in _half_right()], "forwards": len(forwards)}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(content))
     torch.distributed.destroy_process_group()
+
+
+def test_a_length_that_memory_does_not_hold_is_missing_and_the_other_is_scored(byte_tokenizer: Any) -> None:
+    model, cells = small_llama(len(byte_tokenizer)), cells_of(byte_tokenizer, num_prompts=1)
+    handle = install_rotary(model, CONTEXT_LEN)
+    full = torch.OutOfMemoryError("CUDA out of memory.")
+
+    def fill_up(_: object, args: object, inputs: dict[str, Any]) -> None:
+        if inputs["past_key_values"] is not None and inputs["past_key_values"].get_seq_length() > 256:
+            raise full
+
+    model.register_forward_pre_hook(fill_up, with_kwargs=True)
+    tables = tables_of(handle, [Method.none], 512)
+    scores, missing = runner.evaluate(model, handle, tables, cells, 100, CPU)
+    assert {row.length for row in scores} == {256}
+    assert missing == [Missing("none", "passkey", 512, "rank 0: CUDA out of memory.")]
+
+
+def test_a_cache_on_the_host_changes_no_answer(byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cells = small_llama(len(byte_tokenizer)), cells_of(byte_tokenizer, num_prompts=1)
+    heard: list[str] = []
+    monkeypatch.setattr(Cell, "judge", lambda self, number, generation: heard.append(generation) or 0.0)
+    made: list[object] = []
+    monkeypatch.setattr(runner, "new_cache", lambda *args, **how: made.append(how) or growing.new_cache(*args, **how))
+    for on_host in (False, True):
+        run(model, cells, cache_on_host=on_host)
+    assert heard[:6] == heard[6:]
+    assert made == [{"on_host": True}] * 6
