@@ -6,6 +6,7 @@ that every rank has to run the same number of forwards. `offload_parameters=true
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def check(asked: LoadingConfig) -> None:
 
 
 def locate(asked: LoadingConfig) -> Source:
-    """The model that is meant, its L, and where the results go; `ValueError` if its architecture cannot be read."""
+    """The model that is meant, its L, and where the results go; `ValueError` if one of them cannot be used."""
     model = ModelConfig(
         path=asked.path,
         context_len=asked.context_len,
@@ -87,12 +88,26 @@ def locate(asked: LoadingConfig) -> Source:
     )
     label = asked.label or Path(asked.run or asked.path).resolve().name
     folder = Path(asked.run) if asked.run else Path("runs") / label
+    output = Path(asked.output) if asked.output else folder / "evaluation" / f"{label}.json"
+    if distributed.is_main():
+        require_writable(output)
     return Source(
         model=model,
         context_len=modeling.context_length(model, modeling.evaluated_architecture(model)),
         label=label,
-        output=Path(asked.output) if asked.output else folder / "evaluation" / f"{label}.json",
+        output=output,
     )
+
+
+def require_writable(output: Path) -> None:
+    """`ValueError` for a file that cannot be written, before hours are spent on what would go into it.
+
+    Makes nothing: the nearest folder that is there has to allow it.
+    """
+    require(not output.is_dir(), "output", output, "it is a folder; name a JSON file")
+    there = next(folder for folder in output.absolute().parents if folder.exists())
+    require(there.is_dir(), "output", output, f"{there} is a file, not a folder; name another place")
+    require(os.access(there, os.W_OK | os.X_OK), "output", output, f"{there} is read-only; name another place")
 
 
 def load(asked: LoadingConfig, model: ModelConfig) -> tuple[LoadedModel, torch.dtype]:

@@ -139,7 +139,10 @@ def formulas(spec: EvaluationConfig, handle: RotaryHandle) -> dict[Method, Formu
 def _held(own: Frequencies | None, held_t: float, inv_freq: Tensor, t: Tensor) -> FrequencyTable:
     """The model's own frequencies at `held_t`, whatever the length."""
     assert own is not None, "check() has refused this"
-    spectrum = own.at(held_t)
+    try:
+        spectrum = own.at(held_t)
+    except ValueError as error:
+        raise ValueError(f"lm_infinite_t={held_t:g}: {error}") from error
     factors = torch.full((len(t),), spectrum.attention_factor, dtype=torch.float64)
     return FrequencyTable(t, spectrum.inv_freq.expand(len(t), -1).clone(), "held", attention_factors=factors)
 

@@ -158,6 +158,8 @@ def test_a_clex_run_is_evaluated_with_its_own_table_lengths_and_data(places, tmp
     assert metrics["perplexity/trained/one_shot/64"] != pytest.approx(metrics["perplexity/ntk/one_shot/64"], rel=1e-3)
     assert call(monkeypatch, f"run={run}", "lengths=[16,128]") == console.USER_ERROR
     assert "num_tokens=128: beyond t_max * L = 4 * 16" in capsys.readouterr().err
+    assert call(monkeypatch, f"run={run}", "methods=[lm_infinite]", "lm_infinite_t=1.7") == console.USER_ERROR
+    assert "error: lm_infinite_t=1.7: t=1.7: not on the table's grid" in capsys.readouterr().err
 
 
 def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, monkeypatch, capsys) -> None:
@@ -208,6 +210,21 @@ def test_bad_input_is_one_line_that_names_the_key(places, monkeypatch, capsys, a
     assert status == console.USER_ERROR
     assert message.format(**places) in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_weights_are_read(
+    places, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(program, "load", lambda *_: pytest.fail("weights were read"))
+    (tmp_path / "file").write_text("kept")
+    keys = [f"model={places['model']}", f"data={places['store']}", "lengths=[16]", "methods=[none]"]
+    for output, reason in (("file/deep/result.json", "is a file, not a folder"), (".", "it is a folder")):
+        assert call(monkeypatch, *keys, f"output={tmp_path / output}") == console.USER_ERROR
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1
+        assert said[0].startswith("error: output=")
+        assert reason in said[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_help_names_every_key(monkeypatch, capsys) -> None:
