@@ -1,16 +1,18 @@
 """Time and memory of LM-Infinite against plain attention of the same model, on one machine in one run.
 
-    python benchmarks/bench_lm_infinite.py [--lengths 2048 8192 32768] [--decode-at 2048 32768] [--output FILE.md]
+    python benchmarks/bench_lm_infinite.py --output FILE.md                        # times, and memory of a prefill
+    python benchmarks/bench_lm_infinite.py --only stream --stream 1048576          # memory over a long stream
+    python benchmarks/bench_lm_infinite.py --smoke                                 # small sizes, to see that it runs
 
-The model: 2 layers, hidden 512, 4 heads of 128, random weights; L = 2048, G = 10. Whole forwards are timed, logits of
-the last token only. Plain attention is SDPA; it decodes from a DynamicCache (which copies its keys each step) and from
-a StaticCache (which does not). Prefills take turns, and the median is kept; of decoding steps the mean.
+The model: 2 layers, hidden 512, 4 heads of 128, random weights; L = 2048, G = 10. Whole calls of the model are timed,
+with the logits of the last token only. Whatever is compared takes turns, so that a busy moment meets both.
 """
 
 import argparse
+import copy
+import ctypes
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,13 +23,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from bench_page import publish
+from bench_page import processor, publish
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
-from clex_train.attention.hf_interface import LmInfinite, apply_lm_infinite
+from clex_train.attention.hf_interface import apply_lm_infinite
 
-VOCABULARY = 512
+VOCABULARY, CHUNK = 512, 4096
+HIDDEN, LAYERS, HEADS = 512, 2, 4
+SMOKE = {
+    "prefill": [512, 1024, 2048],
+    "plain_at": 1024,
+    "decode_at": [512, 1024, 2048],
+    "memory": [1024, 4096],
+    "rounds": 2,
+    "plain_rounds": 1,
+    "steps": 4,
+    "decode_rounds": 2,
+    "n_local": 256,
+}
 
 
 def main() -> None:
@@ -35,33 +49,44 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    longest = max(*arguments.lengths, *arguments.decode_at) + arguments.tokens
+    longest = max(*arguments.prefill, *arguments.decode_at, *arguments.memory)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1376, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=longest,
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=1376, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, max_position_embeddings=2 * longest,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model, began = LlamaForCausalLM(config).eval(), time.perf_counter()
+    lines = header(arguments)
     with torch.inference_mode():
-        lines = [*header(arguments), *section_prefill(model, arguments), *section_decoding(model, arguments)]
-        if arguments.stream:
-            lines += section_stream(model, arguments)
+        for name in arguments.only:
+            lines += SECTIONS[name](model, arguments)
+    lines += ["", f"{time.perf_counter() - began:.0f} s in all; load at the end {os.getloadavg()[0]:.1f}."]
     publish(lines, arguments.output)
 
 
 def parse() -> argparse.Namespace:
     """Sizes; the defaults are those of the page of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768, 65536])
-    parser.add_argument("--plain-up-to", type=int, default=32768, help="longest prefill of plain attention")
-    parser.add_argument("--decode-at", type=int, nargs="+", default=[2048, 8192, 32768])
-    parser.add_argument("--tokens", type=int, default=256, help="decoding steps that are averaged")
-    parser.add_argument("--stream", type=int, default=0, help="also stream this many tokens and watch the memory")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=["prefill", "decoding", "memory"])
+    parser.add_argument("--prefill", type=int, nargs="+", default=[8192, 32768, 65536], help="lengths of one call")
+    parser.add_argument("--plain-at", type=int, default=32768, help="context at which plain attention stands beside")
+    parser.add_argument("--decode-at", type=int, nargs="+", default=[4096, 16384, 32768, 65536, 131072])
+    parser.add_argument("--memory", type=int, nargs="+", default=[16384, 65536, 131072], help="lengths of one call")
+    parser.add_argument("--stream", type=int, default=1 << 20, help="tokens of the section `stream`")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each length of prefill")
+    parser.add_argument("--plain-rounds", type=int, default=3, help="in how many of them plain attention takes part")
+    parser.add_argument("--steps", type=int, default=16, help="decoding steps of one turn")
+    parser.add_argument("--decode-rounds", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--n-local", type=int, default=2048)
     parser.add_argument("--n-global", type=int, default=10)
+    parser.add_argument("--smoke", action="store_true", help="small sizes in place of these")
     parser.add_argument("--output", type=Path)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        vars(arguments).update(SMOKE)
+    if arguments.plain_at not in arguments.prefill or arguments.plain_at not in arguments.decode_at:
+        parser.error(f"--plain-at {arguments.plain_at}: one of the lengths of --prefill and of --decode-at")
+    return arguments
 
 
 def header(arguments: argparse.Namespace) -> list[str]:
@@ -71,80 +96,135 @@ def header(arguments: argparse.Namespace) -> list[str]:
         "# LM-Infinite against plain attention",
         "",
         f"`python benchmarks/bench_lm_infinite.py {' '.join(sys.argv[1:])}` at {commit.stdout.strip()}, "
-        f"torch {torch.__version__}, {platform.machine()} with {os.cpu_count()} processors, "
-        f"{arguments.threads} threads, load {os.getloadavg()[0]:.1f}",
+        f"torch {torch.__version__}, {processor()} ({platform.machine()}, {os.cpu_count()} processors), "
+        f"{arguments.threads} threads, float32, load at the beginning {os.getloadavg()[0]:.1f}.",
+        "",
+        f"{LAYERS} layers, hidden {HIDDEN}, {HEADS} heads of {HIDDEN // HEADS}, L = {arguments.n_local:,}, "
+        f"G = {arguments.n_global}; whole model, plain attention is SDPA.",
     ]
 
 
 def section_prefill(model: LlamaForCausalLM, arguments: argparse.Namespace) -> list[str]:
-    """Seconds of one forward, and per 1,000 tokens."""
-    lines = [
-        "",
-        "## Prefill",
-        "",
-        "| tokens | LM-Infinite s | per 1k | plain s | per 1k | faster |",
-        "|--:|--:|--:|--:|--:|--:|",
+    """Seconds per 1,000 tokens of one call without a cache; every turn reads as many tokens, in calls of one length."""
+    longest, plain_at = max(arguments.prefill), arguments.plain_at
+    texts = {length: torch.randint(VOCABULARY, (1, length)) for length in arguments.prefill}
+    ours: dict[int, list[float]] = {length: [] for length in texts}
+    plain: list[float] = []
+    rival = copy.deepcopy(model)
+    handle = apply_lm_infinite(model, arguments.n_local, arguments.n_global)
+    for index in range(arguments.rounds):
+        for length, ids in texts.items():
+            calls = max(1, longest // length)
+            seconds = sum(timed(lambda ids=ids: forward(model, ids, None)) for _ in range(calls))
+            ours[length].append(1000 * seconds / (calls * length))
+        if index < arguments.plain_rounds:
+            plain.append(1000 * timed(lambda: forward(rival, texts[plain_at], None)) / plain_at)
+    handle.undo()
+    lines = ["", "## Prefill", "", "Seconds per 1,000 tokens.", ""]
+    lines += [
+        "| tokens | LM-Infinite, median | least - most | against the shortest, in one round |",
+        "|--:|--:|--:|--:|",
     ]
-    for length in arguments.lengths:
-        ids = torch.randint(VOCABULARY, (1, length))
-        rivals = {"ours": lambda ids=ids: ours(model, arguments, ids)}
-        if length <= arguments.plain_up_to:
-            rivals["plain"] = lambda ids=ids: forward(model, ids, None)
-        seconds = in_turns(rivals, arguments.repeats)
-        cells = [f"{length:,}", f"{seconds['ours']:.3f}", f"{seconds['ours'] / length * 1000:.4f}"]
-        if "plain" in seconds:
-            plain = seconds["plain"]
-            cells += [f"{plain:.3f}", f"{plain / length * 1000:.4f}", f"{plain / seconds['ours']:.2f}"]
-        else:
-            cells += ["", "", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    shortest = ours[min(texts)]
+    for length, seconds in ours.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds, shortest, strict=True))
+        spread = f"{min(seconds):.4f} - {max(seconds):.4f}"
+        lines.append(f"| {length:,} | {statistics.median(seconds):.4f} | {spread} | {ratio:.3f} |")
+    faster = statistics.median(a / b for a, b in zip(plain, ours[plain_at][: len(plain)], strict=True))
+    return [
+        *lines,
+        "",
+        f"Plain attention at {plain_at:,}: {statistics.median(plain):.4f} ({min(plain):.4f} - {max(plain):.4f}); "
+        f"LM-Infinite is **{faster:.2f} times faster** (median of the ratios of {len(plain)} rounds).",
+    ]
 
 
 def section_decoding(model: LlamaForCausalLM, arguments: argparse.Namespace) -> list[str]:
-    """Milliseconds of a decoding step after a context."""
-    titles = "| context | LM-Infinite ms | plain, DynamicCache ms | plain, StaticCache ms | faster than the better |"
-    lines = ["", "## Decoding", "", titles, "|--:|--:|--:|--:|--:|"]
-    for length in arguments.decode_at:
+    """Milliseconds of a step. A cache of LM-Infinite moves its buffer every L / 8 steps, so means are compared."""
+    rival, handle = copy.deepcopy(model), apply_lm_infinite(model, arguments.n_local, arguments.n_global)
+    ours = {f"LM-Infinite at {length:,}": read(model, handle.new_cache(), length) for length in arguments.decode_at}
+    at, room = arguments.plain_at, arguments.steps * arguments.decode_rounds
+    plain: dict[str, Cache] = {
+        f"plain at {at:,}, DynamicCache": filled(DynamicCache(config=model.config), at),
+        f"plain at {at:,}, StaticCache": filled(StaticCache(config=model.config, max_cache_len=at + room), at),
+    }
+    rounds: dict[str, list[float]] = {name: [] for name in (*ours, *plain)}
+    for _ in range(arguments.decode_rounds):
+        for name, cache in ours.items():
+            rounds[name].append(steps(model, cache, arguments.steps))
+        for name, cache in plain.items():
+            rounds[name].append(steps(rival, cache, arguments.steps))
+    handle.undo()
+    mean = {name: statistics.fmean(seconds) for name, seconds in rounds.items()}
+    lines = ["", "## Decoding", "", f"Milliseconds of a step, {room} steps each in turns of {arguments.steps}.", ""]
+    lines += ["| | mean | median turn | least - most |", "|:--|--:|--:|--:|"]
+    for name, seconds in rounds.items():
+        cells = (1000 * number for number in (mean[name], statistics.median(seconds), min(seconds), max(seconds)))
+        lines.append("| {} | {:.2f} | {:.2f} | {:.2f} - {:.2f} |".format(name, *cells))
+    here, best = mean[f"LM-Infinite at {at:,}"], min(plain, key=lambda name: mean[name])
+    ratios = ", ".join(f"{mean[name] / here:.2f} ({name.split(', ')[1]})" for name in plain)
+    constant = [mean[name] for name in ours]
+    return [
+        *lines,
+        "",
+        f"At {at:,} LM-Infinite is faster by {ratios}. The fair figure is the smaller, **{mean[best] / here:.2f}**: a "
+        "DynamicCache copies all keys in every step, a StaticCache none. The caches of plain attention are filled with "
+        "random keys, on which the time of a step does not depend.",
+        f"The slowest of the contexts of LM-Infinite takes {max(constant) / min(constant):.3f} times the fastest.",
+    ]
+
+
+def section_memory(model: LlamaForCausalLM, arguments: argparse.Namespace) -> list[str]:
+    """Peak of the resident set in one call without a cache, above what it was before (the weights and Python)."""
+    handle = apply_lm_infinite(model, arguments.n_local, arguments.n_global)
+    forward(model, torch.randint(VOCABULARY, (1, 2 * arguments.n_local)), None)
+    lines = ["", "## Memory of a prefill", "", "| tokens | MiB above the weights | KiB a token |", "|--:|--:|--:|"]
+    for length in arguments.memory:
         ids = torch.randint(VOCABULARY, (1, length))
-        handle = apply_lm_infinite(model, arguments.n_local, arguments.n_global)
-        constant = handle.new_cache()
-        forward(model, ids, constant)
-        step = [steps(model, constant, arguments.tokens)]
-        handle.undo()
-        plain: list[Cache] = [
-            DynamicCache(config=model.config),
-            StaticCache(config=model.config, max_cache_len=length + arguments.tokens + 1),
-        ]
-        for cache in plain:
-            forward(model, ids, cache)
-            step.append(steps(model, cache, arguments.tokens))
-        cells = [f"{length:,}", *(f"{1000 * seconds:.2f}" for seconds in step), f"{min(step[1:]) / step[0]:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        peak = peak_above(lambda ids=ids: forward(model, ids, None))
+        lines.append(f"| {length:,} | {peak:,.0f} | {1024 * peak / length:.1f} |")
+    handle.undo()
+    mlp = 4 * (4 * 1376 + 2 * HIDDEN) / 1024
+    return [*lines, "", f"The MLP of the model holds {mlp:.1f} KiB a token of these at its peak, whatever attends."]
 
 
 def section_stream(model: LlamaForCausalLM, arguments: argparse.Namespace) -> list[str]:
-    """The resident memory of the process as a stream of tokens goes through one cache, 4,096 at a time."""
+    """The resident set as a stream goes through one constant cache, 4,096 tokens a call, and in decoding on from there.
+
+    The most of all calls since the last line is given, above what the process held before the stream.
+    """
     handle = apply_lm_infinite(model, arguments.n_local, arguments.n_global)
-    cache, chunk = handle.new_cache(), 4096
-    lines = ["", "## Streaming", "", "| tokens | peak memory GiB | s per 1k |", "|--:|--:|--:|"]
-    marks, began = {arguments.stream * part // 8 // chunk for part in range(1, 9)}, time.perf_counter()
-    for index in range(1, arguments.stream // chunk + 1):
-        forward(model, torch.randint(VOCABULARY, (1, chunk)), cache)
-        if index in marks:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            seconds = (time.perf_counter() - began) / (index * chunk) * 1000
-            lines.append(f"| {index * chunk:,} | {memory:.3f} | {seconds:.4f} |")
+    cache, before = handle.new_cache(), trimmed()
+    marks = [mark for mark in (arguments.stream >> shift for shift in (8, 6, 4, 2, 1, 0)) if mark >= CHUNK]
+    lines = ["", "## A stream", "", "| tokens | MiB, reading | MiB, decoding | s per 1k | ms a step |"]
+    lines.append("|--:|--:|--:|--:|--:|")
+    done = 0
+    for mark in marks:
+        began, count, reading = time.perf_counter(), 0, 0.0
+        while done + CHUNK <= mark:
+            ids = torch.randint(VOCABULARY, (1, CHUNK))
+            reading = max(reading, peak_above(lambda ids=ids: forward(model, ids, cache), before))
+            done, count = done + CHUNK, count + CHUNK
+        per_1k = 1000 * (time.perf_counter() - began) / max(count, 1)
+        spent: list[float] = []
+        decoding = peak_above(lambda spent=spent: spent.append(steps(model, cache, arguments.steps)), before)
+        lines.append(f"| {done:,} | {reading:.1f} | {decoding:.1f} | {per_1k:.4f} | {1000 * spent[0]:.2f} |")
     handle.undo()
     return lines
 
 
-def ours(model: LlamaForCausalLM, arguments: argparse.Namespace, ids: torch.Tensor) -> None:
-    """One forward of LM-Infinite, without a cache."""
-    handle: LmInfinite = apply_lm_infinite(model, arguments.n_local, arguments.n_global)
-    forward(model, ids, None)
-    handle.undo()
+def read(model: LlamaForCausalLM, cache: Cache, length: int) -> Cache:
+    """`cache` after a text of `length` tokens."""
+    for first in range(0, length, CHUNK):
+        forward(model, torch.randint(VOCABULARY, (1, min(CHUNK, length - first))), cache)
+    return cache
+
+
+def filled(cache: Cache, length: int) -> Cache:
+    """With random keys and values of `length` tokens."""
+    for layer in range(LAYERS):
+        cache.update(*(torch.randn(1, HEADS, length, HIDDEN // HEADS) for _ in range(2)), layer)
+    return cache
 
 
 def forward(model: LlamaForCausalLM, ids: torch.Tensor, cache: Cache | None) -> None:
@@ -153,18 +233,9 @@ def forward(model: LlamaForCausalLM, ids: torch.Tensor, cache: Cache | None) -> 
 
 
 def steps(model: LlamaForCausalLM, cache: Cache, num_tokens: int) -> float:
-    """Mean seconds of a call with one more token (not the median: now and then a cache moves its buffer)."""
+    """Mean seconds of a call with one more token."""
     token = torch.zeros(1, 1, dtype=torch.int64)
     return statistics.fmean(timed(lambda: forward(model, token, cache)) for _ in range(num_tokens))
-
-
-def in_turns(rivals: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, one after the other in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for _ in range(repeats):
-        for name, run in rivals.items():
-            seconds[name].append(timed(run))
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def timed(run: Callable[[], None]) -> float:
@@ -173,6 +244,33 @@ def timed(run: Callable[[], None]) -> float:
     run()
     return time.perf_counter() - began
 
+
+def peak_above(run: Callable[[], None], before: float | None = None) -> float:
+    """MiB of the resident set's peak during `run`, above `before` (by default what is resident now)."""
+    resident = trimmed()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    run()
+    return status("VmHWM") - (resident if before is None else before)
+
+
+def trimmed() -> float:
+    """MiB resident after what was freed has gone back to the system."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return status("VmRSS")
+
+
+def status(name: str) -> float:
+    """A figure of this process in MiB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+SECTIONS = {
+    "prefill": section_prefill,
+    "decoding": section_decoding,
+    "memory": section_memory,
+    "stream": section_stream,
+}
 
 if __name__ == "__main__":
     main()
