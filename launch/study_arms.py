@@ -40,7 +40,7 @@ MAIN = (
     Arm(
         "clex_paper",
         "CLEX, the paper's recipe",
-        ("scaling=clex", "scaling.positions=random", "scaling.lr_scale=1", "scaling.log_scale=off"),
+        ("scaling=clex", "scaling.positions=random", "scaling.lr_scale=1", "scaling.max_residual=1000"),
     ),
     Arm("clex", "CLEX, our recipe", CLEX),
 )
@@ -53,6 +53,7 @@ ABLATIONS = (
     Arm("lr_scale_0.05", "lr_scale 0.05", (*CLEX, "scaling.lr_scale=0.05")),
     Arm("lr_scale_1", "lr_scale 1", (*CLEX, "scaling.lr_scale=1")),
     Arm("t_max_32", "t_max 32", (*CLEX, "scaling.t_max=32")),
+    Arm("t_max_32_lr_0.05", "t_max 32, lr_scale 0.05", (*CLEX, "scaling.t_max=32", "scaling.lr_scale=0.05")),
     Arm("log_uniform", "t log-uniform", (*CLEX, "scaling.t_distribution=log_uniform")),
     Arm("log_scale_off", "no log-scaling", (*CLEX, "scaling.log_scale=off")),
     Arm("steps_600", "twice as many steps", (*CLEX, "optim.steps=600")),

@@ -28,7 +28,7 @@ def line_for(*overrides: str) -> str:
         ("engine.micro_batch=1.5", "engine.micro_batch=1.5: should be of type integer"),
         ("evaluation.lengths=[a,b]", "evaluation.lengths=[a,b]: should be of type integer"),
         ("optim.betas=3", "optim.betas=3: should be a list such as [1,2]"),
-        ("scaling.positions=rnd", "scaling.positions=rnd: should be one of random, uniform, skip, mix"),
+        ("scaling.positions=rnd", "scaling.positions=rnd: should be one of plain, random, uniform, skip, mix"),
         ("dry_run=maybe", "dry_run=maybe: should be true or false"),
         ("seed=null", "seed=null: null is not allowed here"),
         ("~optim.lr", "~optim.lr: a key cannot be taken away, only set"),
