@@ -5,7 +5,7 @@
     1 corpus      a tokenizer and a token store of the books, a share of whole books held out
     2 base        a small Llama with plain RoPE                          train.py +experiment=study_base
     3 arms        each arm of `study_arms` from that base, per seed      train.py +experiment=study_finetune scaling=...
-    4 evaluation  the same held-out tokens for all                       clex_train.cli.evaluate run=...
+    4 evaluation  held-out windows, others to choose by than to judge by    clex_train.cli.evaluate run=...
     5 tables      means over seeds, standard errors by book              OUT/report/tables.md
 
 A stage whose result exists is not done again, and an interrupted training run goes on from its checkpoint: the same
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import study_tables
-from launch.study_arms import ABLATIONS, BASE_METHODS, LONG, MAIN, Arm
+from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT_LEN = 128
@@ -57,10 +57,8 @@ class Study:
         return self.out / arm.name / f"seed_{seed}"
 
     def runs(self) -> list[tuple[Arm, int]]:
-        """Every training run, what decides most first: the main arms with all seeds, the others with the first."""
-        first, *more = self.seeds
-        once = [(arm, first) for arm in (*MAIN, *ABLATIONS)]
-        pairs = [*once, *((arm, seed) for seed in more for arm in MAIN), *((arm, first) for arm in LONG)]
+        """Every training run: what is chosen from, with one seed, then the main arms with all."""
+        pairs = [(arm, self.seeds[0]) for arm in ABLATIONS] + [(arm, seed) for seed in self.seeds for arm in MAIN]
         return [(arm, seed) for arm, seed in pairs if self.only is None or arm.name in self.only]
 
 
@@ -81,7 +79,7 @@ def main() -> int:
         train(study, study.base, "study_base", [])
     except subprocess.CalledProcessError as error:
         return failed(error)
-    evaluate(study, study.base, BASE_METHODS)
+    evaluate(study, study.base, BASE_METHODS, JUDGING)
     with ThreadPoolExecutor(asked.jobs) as pool:
         codes = list(pool.map(lambda pair: arm_of(study, *pair), study.runs()))
     print(study_tables.write(study.out, study.seeds))
@@ -103,7 +101,7 @@ def arm_of(study: Study, arm: Arm, seed: int) -> int:
     overrides = [f"model.path={study.base / 'final'}", f"seed={seed}", *arm.overrides]
     try:
         train(study, run, "study_finetune", overrides)
-        evaluate(study, run, arm.methods)
+        evaluate(study, run, arm.methods, CHOOSING if arm in ABLATIONS else JUDGING)
     except subprocess.CalledProcessError as error:
         return failed(error)
     return 0
@@ -115,15 +113,11 @@ def train(study: Study, run: Path, experiment: str, overrides: Iterable[str]) ->
     stage(study, run / "final", [*command, f"output_dir={run}", *(SMOKE if study.smoke else [])])
 
 
-def evaluate(study: Study, run: Path, methods: Iterable[str]) -> None:
+def evaluate(study: Study, run: Path, methods: Iterable[str], windows: Windows) -> None:
     """Perplexity of a run's final model under each method, at every length."""
-    output = run / "evaluation" / "study.json"
+    output = run / "evaluation" / f"{windows.name}.json"
     command = [sys.executable, "-m", "clex_train.cli.evaluate", f"run={run}", f"methods=[{','.join(methods)}]"]
-    command += [
-        f"lengths={LENGTHS}".replace(" ", ""),
-        PROTOCOLS,
-        f"context_len={CONTEXT_LEN}",
-    ]
+    command += [f"lengths={LENGTHS}".replace(" ", ""), PROTOCOLS, f"context_len={CONTEXT_LEN}", f"seed={windows.seed}"]
     stage(study, output, [*command, f"num_windows={5 if study.smoke else 30}", f"output={output}"])
 
 

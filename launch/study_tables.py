@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from clex_train.evaluation import bootstrap, results
-from launch.study_arms import ABLATIONS, BASE_METHODS, LONG, MAIN, Arm
+from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows
 
-REFERENCE = "clex"
+BASE_FILE = Path("base") / "evaluation" / f"{JUDGING.name}.json"
+CHOSEN = next(arm.label for arm in MAIN if arm.name == "clex")
 PROTOCOLS = ("one_shot", "last_k")
 FORMULA_NAMES = {
     "none": "plain RoPE",
@@ -55,45 +56,43 @@ def write(out: Path, seeds: Sequence[int]) -> str:
 
 
 def section(out: Path, seeds: Sequence[int], protocol: str) -> str:
-    """The main table, the differences from CLEX, and the arms of one seed, under one protocol."""
-    main = list(lines(out, seeds, protocol))
-    single = list(arm_lines(out, (*ABLATIONS, *LONG), seeds[:1], protocol))
-    reference = [line for arm in MAIN if arm.name == REFERENCE for line in arm_lines(out, [arm], seeds, protocol)]
-    first = [line for arm in MAIN if arm.name == REFERENCE for line in arm_lines(out, [arm], seeds[:1], protocol)]
-    parts = [f"### {protocol}: perplexity", table(main, perplexity_cell)]
-    if reference:
-        parts += [f"### {protocol}: above CLEX, in percent of perplexity", table(main, against(reference[0]))]
-    if single and first:
-        everything = [*first, *single]
-        parts += [f"### {protocol}: one seed, perplexity", table(everything, perplexity_cell)]
-        parts += [f"### {protocol}: one seed, above CLEX in percent", table(everything, against(first[0]))]
-    return "\n\n".join(parts)
+    """The main table, the differences from CLEX, and the arms that were chosen from, under one protocol."""
+    base = [
+        row
+        for method in BASE_METHODS
+        for row in line(f"base, {FORMULA_NAMES[method]}", [out / BASE_FILE], method, protocol)
+    ]
+    parts = _pair(f"{protocol}: perplexity", [*base, *arm_lines(out, MAIN, seeds, protocol, JUDGING)], CHOSEN)
+    single = list(arm_lines(out, ABLATIONS, seeds[:1], protocol, CHOOSING))
+    return "\n\n".join(parts + _pair(f"{protocol}: one seed, for choosing", single, ABLATIONS[0].label))
 
 
-def lines(out: Path, seeds: Sequence[int], protocol: str) -> Iterable[Line]:
-    """Rows of the main table: the base under each formula, then the trained arms."""
-    for method in BASE_METHODS:
-        yield from line(f"base, {FORMULA_NAMES[method]}", [out / "base"], method, protocol)
-    yield from arm_lines(out, MAIN, seeds, protocol)
+def _pair(title: str, rows: Sequence[Line], reference: str) -> list[str]:
+    """A table of perplexities, and one of the differences from the row `reference` where that has been evaluated."""
+    if not rows:
+        return []
+    parts = [f"### {title}", table(rows, perplexity_cell)]
+    found = [row for row in rows if row.label == reference]
+    return [*parts, f"### {title}, percent above `{reference}`", table(rows, against(found[0]))] if found else parts
 
 
-def arm_lines(out: Path, arms: Iterable[Arm], seeds: Sequence[int], protocol: str) -> Iterable[Line]:
+def arm_lines(out: Path, arms: Iterable[Arm], seeds: Sequence[int], protocol: str, windows: Windows) -> Iterable[Line]:
     """A row for every method of every arm that has been evaluated."""
     for arm in arms:
         for method in arm.methods:
             label = arm.label if len(arm.methods) == 1 else f"{arm.label}, {FORMULA_NAMES[method]}"
-            yield from line(label, [out / arm.name / f"seed_{seed}" for seed in seeds], method, protocol)
+            files = [out / arm.name / f"seed_{seed}" / "evaluation" / f"{windows.name}.json" for seed in seeds]
+            yield from line(label, files, method, protocol)
 
 
-def line(label: str, runs: Iterable[Path], method: str, protocol: str) -> Iterable[Line]:
+def line(label: str, files: Iterable[Path], method: str, protocol: str) -> Iterable[Line]:
     """The row of a method over several runs; nothing when none of them has been evaluated."""
-    files = [run / "evaluation" / "study.json" for run in runs]
     found = [results.read(path)[0] for path in files if path.exists()]
     scores = [[s for s in one.scores if (s.method, s.protocol) == (method, protocol)] for one in found]
     if not scores or not scores[0]:
         return
     if len({score.fingerprint for of_run in scores for score in of_run}) > 1:
-        raise ValueError(f"{label}: its runs scored different tokens; remove their evaluation/study.json and run again")
+        raise ValueError(f"{label}: its runs scored different tokens; remove their evaluation files and run again")
     lengths = [score.length for score in scores[0]]
     nll = {n: np.array([next(s.window_nll for s in of_run if s.length == n) for of_run in scores]) for n in lengths}
     documents = np.array(found[0].windows["documents"])
