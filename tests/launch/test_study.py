@@ -9,7 +9,7 @@ import pytest
 
 from clex_train.evaluation.results import Origin, Results, Score, write
 from launch import study, study_tables
-from launch.study_arms import ABLATIONS, LONG, MAIN, Arm
+from launch.study_arms import ABLATIONS, JUDGING, MAIN, Arm
 
 LENGTHS = (128, 256)
 
@@ -22,7 +22,7 @@ def evaluated(run: Path, method: str, nll: float, fingerprint: str = "same") -> 
         for n in LENGTHS
     ]
     windows = {"count": 2, "length": 256, "documents": [0, 1], "starts": [0, 0], "fingerprint": "w"}
-    write(run / "evaluation" / "study.json", Results(scores, 128, windows), Origin("x", [], {}, {}))
+    write(run / "evaluation" / f"{JUDGING.name}.json", Results(scores, 128, windows), Origin("x", [], {}, {}))
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -43,8 +43,7 @@ def test_a_row_is_the_mean_nll_over_the_seeds_and_over_the_windows(tmp_path):
 def test_differences_are_paired_so_what_all_arms_find_hard_in_a_book_cancels(tmp_path):
     evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
     evaluated(tmp_path / "pi" / "seed_1", "trained", 2.1)
-    lines = list(study_tables.lines(tmp_path, [1], "one_shot"))
-    pi, clex = lines
+    pi, clex = study_tables.arm_lines(tmp_path, MAIN, [1], "one_shot", JUDGING)
     assert study_tables.against(clex)(pi, 128) == f"+{100 * math.expm1(0.1):.1f} ± 0.0"
     assert float(study_tables.perplexity_cell(pi, 128).split(" ± ")[1]) > 0.5
     assert study_tables.against(clex)(clex, 128) == "0"
@@ -57,16 +56,23 @@ def test_an_arm_whose_seeds_scored_other_tokens_is_refused_by_name(tmp_path):
         study_tables.section(tmp_path, [1, 2], "one_shot")
 
 
+def test_windows_to_choose_by_are_not_read_for_the_main_table(tmp_path):
+    evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
+    folder = tmp_path / "clex" / "seed_1" / "evaluation"
+    (folder / f"{JUDGING.name}.json").rename(folder / "choosing.json")
+    assert "CLEX" not in study_tables.section(tmp_path, [1], "one_shot")
+
+
 def test_the_runs_are_each_arm_once_and_the_main_ones_for_every_seed():
     plan = study.Study("books", Path("out"), [1, 2, 3], smoke=False)
     pairs = [(arm.name, seed) for arm, seed in plan.runs()]
-    assert len(pairs) == len(set(pairs)) == 3 * len(MAIN) + len(ABLATIONS) + len(LONG)
+    assert len(pairs) == len(set(pairs)) == 3 * len(MAIN) + len(ABLATIONS)
     alone = study.Study("books", Path("out"), [1, 2], smoke=False, only=["clex"])
     assert [(arm.name, seed) for arm, seed in alone.runs()] == [("clex", 1), ("clex", 2)]
 
 
 def test_every_arm_is_a_configuration_that_train_py_takes(compose_arm):
-    for arm in (*MAIN, *ABLATIONS, *LONG):
+    for arm in (*MAIN, *ABLATIONS):
         compose_arm(arm)
 
 
