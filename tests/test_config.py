@@ -41,7 +41,7 @@ def test_an_experiment_serves_every_length_that_it_evaluates(name):
     assert config.scaling.name is ScalingName.none or max(config.evaluation.lengths) == reach
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith("tiny")])
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith(("tiny", "study"))])
 def test_large_experiments_take_two_million_tokens_a_step_and_two_billion_in_all(name):
     config = composed(f"+experiment={name}")
     tokens = config.optim.batch_rows * config.data.seq_len
