@@ -27,7 +27,7 @@ from clex_train.cli.loading import LoadingConfig, Source, check, load, locate, r
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_tokenizer
-from clex_train.evaluation import methods, origin, runner, streaming
+from clex_train.evaluation import methods, origin, room, runner, streaming
 from clex_train.evaluation.protocols import Reading, readings
 from clex_train.evaluation.report.table import from_results
 from clex_train.evaluation.report.text import console as console_table
@@ -117,6 +117,7 @@ class Plan(Source):
     store: TokenStore
     spec: EvaluationConfig
     tokenizer: Any
+    """None where no task needs it."""
 
 
 def main() -> None:
@@ -167,7 +168,7 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     _check_streaming(spec, asked.sharded)
     _check_reach(source.model, spec, source.context_len)
     _check_methods(source.model, spec, source.context_len)
-    return Plan(**vars(source), store=store, spec=spec, tokenizer=tokenizer)
+    return Plan(**vars(source), store=store, spec=spec, tokenizer=tokenizer if spec.tasks else None)
 
 
 def evaluate(
@@ -175,6 +176,9 @@ def evaluate(
 ) -> tuple[Results, Origin]:
     """Load the weights on every rank, deal windows and prompts to the ranks, score. Collective."""
     loaded, dtype = load(asked, plan.model)
+    # A vocabulary and what reading the weights left behind are tens of MiB; scoring needs neither.
+    loaded.tokenizer = None
+    room.give_back()
     tables = methods.of_model(plan.spec, loaded)
     inserted = methods.insertions(plan.spec, loaded.model, loaded.context_len)
     results = Results([], loaded.context_len, NO_WINDOWS)

@@ -6,6 +6,7 @@ for piece in pieces:
 reason = room.lacking()                               the same on every rank
 """
 
+import ctypes
 import gc
 from collections.abc import Callable
 
@@ -76,7 +77,10 @@ def first_line(error: BaseException) -> str:
 
 
 def give_back() -> None:
-    """Free what a failed forward had taken, also from the caching allocator of a GPU."""
+    """Return memory that nothing refers to any more: on a GPU to the driver, on a CPU to the system where libc can."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
