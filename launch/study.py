@@ -6,7 +6,7 @@
     2 base        a small Llama with plain RoPE                          train.py +experiment=study_base
     3 arms        each arm of `study_arms` from that base, per seed      train.py +experiment=study_finetune scaling=...
     4 evaluation  held-out windows, others to choose by than to judge by    clex_train.cli.evaluate run=...
-    5 tables      means over seeds, standard errors by book              OUT/report/tables.md
+    5 tables      means over seeds, standard errors by book; a page      OUT/report/tables.md, OUT/report/index.html
 
 A stage whose result exists is not done again, and an interrupted training run goes on from its checkpoint: the same
 command is the way to resume. `--jobs` processes of one thread each run side by side.
@@ -83,6 +83,8 @@ def main() -> int:
     with ThreadPoolExecutor(asked.jobs) as pool:
         codes = list(pool.map(lambda pair: arm_of(study, *pair), study.runs()))
     print(study_tables.write(study.out, study.seeds))
+    page = study_tables.page(study.out, study.seeds[0], [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
+    print(f"the page of the first seed: {page}")
     return int(any(codes))
 
 

@@ -11,10 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from clex_train.evaluation import bootstrap, results
+from clex_train.evaluation.report.evidence import of_rows
+from clex_train.evaluation.report.table import Row
+from clex_train.evaluation.report.write import write as write_report
 from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows
 
 BASE_FILE = Path("base") / "evaluation" / f"{JUDGING.name}.json"
 CHOSEN = next(arm.label for arm in MAIN if arm.name == "clex")
+BASE_DRAWN = ("none", "ntk", "yarn", "lm_infinite")
+DRAWN = ("one_shot", "per_position", "last_k")
 PROTOCOLS = ("one_shot", "last_k")
 FORMULA_NAMES = {
     "none": "plain RoPE",
@@ -53,6 +58,15 @@ def write(out: Path, seeds: Sequence[int]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return text
+
+
+def page(out: Path, seed: int, command: Sequence[str]) -> Path:
+    """Write the report of the first seed's main arms into `OUT/report`, and return its page."""
+    files = {out / arm.name / f"seed_{seed}" / "evaluation" / f"{JUDGING.name}.json": arm for arm in MAIN}
+    rows = [Row(f"base, {FORMULA_NAMES[m]}", out / BASE_FILE, m, p) for p in DRAWN for m in BASE_DRAWN]
+    rows += [Row(arm.label, path, arm.methods[0], p) for p in DRAWN for path, arm in files.items() if path.exists()]
+    write_report(of_rows(rows), out / "report", command)
+    return out / "report" / "index.html"
 
 
 def section(out: Path, seeds: Sequence[int], protocol: str) -> str:
