@@ -57,7 +57,7 @@ MAIN = (
         ("scaling=clex", "scaling.positions=random", "scaling.lr_scale=1", "scaling.max_residual=1000"),
     ),
     Arm("clex", "CLEX, our recipe", CLEX),
-    Arm("clex_frozen", "the same, field frozen at zero", (*CLEX, "scaling.lr_scale=0")),
+    Arm("clex_frozen", "CLEX, field frozen at zero", (*CLEX, "scaling.lr_scale=0")),
 )
 
 ABLATIONS = (

@@ -54,7 +54,7 @@ def test_the_window_is_the_trained_context_by_default():
     ("overrides", "message"),
     [
         (["data.document_mask=true"], "data.document_mask=True: attention=lambda"),
-        (["scaling=clex"], "scaling.positions=mix: attention=lambda"),
+        (["scaling=clex"], "scaling.positions=skip: attention=lambda"),
         (["evaluation.methods=[none,lm_infinite]"], "evaluation.methods="),
         (["evaluation.protocols=[chunked]"], "evaluation.protocols="),
     ],
