@@ -38,8 +38,11 @@ BASE_METHODS = ("none", "pi", "ntk", "dynamic_ntk", "yarn", "theta", "lm_infinit
 START = ("scaling=clex", "scaling.positions=skip", "scaling.lr_scale=0.002", "scaling.log_scale=eval")
 """The quick start's recipe, where the choosing began."""
 
-CLEX = ("scaling=clex", "scaling.positions=skip", "scaling.lr_scale=0.05", "scaling.t_max=32", "scaling.log_scale=eval")
-"""The recipe that was chosen: t is drawn to twice what will be asked for, and the field learns slowly."""
+CLEX = (*START, "scaling.t_max=32")
+"""The recipe that was chosen: t is drawn to twice what will be asked for."""
+
+CLEX_FAST = (*CLEX, "scaling.lr_scale=0.05")
+"""The same with a field that learns 25 times as fast: better, and one seed in three was stopped by the guard."""
 
 FIXED = ("scaling.factor=16", "scaling.positions=skip")
 """A formula's frequencies at one factor, rows of L spread over 16 L: as PoSE trains, arXiv 2309.10400."""
@@ -57,6 +60,7 @@ MAIN = (
         ("scaling=clex", "scaling.positions=random", "scaling.lr_scale=1", "scaling.max_residual=1000"),
     ),
     Arm("clex", "CLEX, our recipe", CLEX),
+    Arm("clex_fast", "CLEX, lr_scale 0.05", CLEX_FAST),
     Arm("clex_frozen", "CLEX, field frozen at zero", (*CLEX, "scaling.lr_scale=0")),
 )
 
@@ -68,9 +72,9 @@ ABLATIONS = (
     Arm("frozen", "field frozen at zero", (*START, "scaling.lr_scale=0")),
     Arm("lr_scale_0.05", "lr_scale 0.05", (*START, "scaling.lr_scale=0.05")),
     Arm("lr_scale_1", "lr_scale 1", (*START, "scaling.lr_scale=1", "scaling.max_residual=1000")),
-    Arm("t_max_32", "t_max 32", (*START, "scaling.t_max=32")),
+    Arm("t_max_32", "t_max 32: chosen", CLEX),
     Arm("log_uniform", "t log-uniform", (*START, "scaling.t_distribution=log_uniform")),
-    Arm("t_max_32_lr_0.05", "t_max 32, lr_scale 0.05: chosen", CLEX),
+    Arm("t_max_32_lr_0.05", "t_max 32, lr_scale 0.05", CLEX_FAST),
     Arm("log_scale_off", "no log-scaling", (*START, "scaling.log_scale=off")),
     Arm("steps_600", "twice as many steps", (*START, "optim.steps=600")),
 )
