@@ -24,10 +24,10 @@ def part(plan: dry_run.Plan, name: str) -> dry_run.Part:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_a_plan(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan = plan_of(f"+experiment={name}", "engine.world_size=8", "engine.micro_batch=1")
+    plan = plan_of(f"+experiment={name}", "engine.world_size=4", "engine.micro_batch=1")
     assert plan.counts.total == sum(plan.counts.blocks)
     assert 0 < plan.peak == max(plan.totals())
-    assert plan.accumulation * 8 == composed(f"+experiment={name}").optim.batch_rows
+    assert plan.accumulation * 4 == composed(f"+experiment={name}").optim.batch_rows
     assert not list(tmp_path.iterdir())
 
 
