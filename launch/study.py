@@ -77,9 +77,9 @@ def main() -> int:
     try:
         corpus(study)
         train(study, study.base, "study_base", [])
+        evaluate(study, study.base, BASE_METHODS, JUDGING)
     except subprocess.CalledProcessError as error:
         return failed(error)
-    evaluate(study, study.base, BASE_METHODS, JUDGING)
     with ThreadPoolExecutor(asked.jobs) as pool:
         codes = list(pool.map(lambda pair: arm_of(study, *pair), study.runs()))
     print(study_tables.write(study.out, study.seeds))
