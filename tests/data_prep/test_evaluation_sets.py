@@ -58,7 +58,7 @@ def test_a_set_holds_exactly_the_documents_of_at_least_its_length_with_their_ori
         assert found.manifest.settings["evaluation_set"]["min_tokens"] == length
         assert TokenStore(found.path).num_documents == 0
         assert inspect.verify(found) == 2 + len(list(found.tokenizer_path.iterdir()))
-        assert len(select(found, length, found.num_documents, stride=2).documents) == found.num_documents
+        assert len(select(found, length, found.num_documents).documents) == found.num_documents
 
 
 def test_fewer_documents_are_a_choice_by_hash_that_more_only_add_to(store: TokenStore, tmp_path: Path) -> None:
