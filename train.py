@@ -10,8 +10,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from clex_train import architectures, log, stopping
 from clex_train import config as configuration
-from clex_train import log, stopping
 from clex_train.cli import console
 from clex_train.cli.help import help_text
 from clex_train.settings import duration
@@ -75,13 +75,13 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
         stopping.Deadline(duration.seconds("max_runtime", config.max_runtime)) if config.max_runtime else None,
     )
     modeling.check_attention(config.attention.implementation)
-    arch = modeling.architecture(config.model)
+    arch = architectures.to_train(config.model)
     stores = data.open_stores(config.data)
     store, fingerprint = next(iter(stores.values())), data.fingerprint(stores)
     tokenizer = modeling.training_tokenizer(config.model, arch, store.tokenizer_path)
     check_tokenizer(store, tokenizer)
     rows = data.rows_of_run(stores, config.data, config.seed, config.optim)
-    context_len = modeling.context_length(config.model, arch)
+    context_len = architectures.context_length(config.model, arch)
     separation.check_document_mask(config, arch, context_len)
     interrupted = lambda: stop.reason() is not None  # noqa: E731
     configuration.check_protocols(config)
@@ -91,11 +91,11 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
         require_disjoint(stores.values(), evaluation.store, config.evaluation.allow_overlap)
     configuration.check_lambda_mask(config)
     configuration.check_reach(config, context_len)
-    configuration.check_scaling(config, modeling.has_field(str(config.model.path)))
+    configuration.check_scaling(config, architectures.has_field(str(config.model.path)))
     configuration.check_positions(config, context_len)
     settings = engines.deepspeed_dict(config, distributed.world_size())
     trained = modeling.trained_architecture(config, arch)
-    identity = Manifest.of_run(config, modeling.architecture_digest(trained), fingerprint)
+    identity = Manifest.of_run(config, architectures.digest(trained), fingerprint)
     checkpoints = Checkpoints(run_dir, config.checkpoint, identity, config.resume is configuration.Resume.strict)
     newest = checkpoints.newest()
     other_ranks = newest is not None and newest.manifest.world_size != distributed.world_size()

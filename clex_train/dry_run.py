@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+from clex_train import architectures, distributed, modeling, separation, skeleton
 from clex_train import config as configuration
-from clex_train import distributed, modeling, separation, skeleton
 from clex_train.config import Config
 from clex_train.data.build import mixture_line, packing_line, planned_passes
 from clex_train.engine import deepspeed as engines
@@ -84,8 +84,8 @@ def make_plan(config: Config) -> Plan:
     """Compute everything that `print_plan` shows."""
     world_size = config.engine.world_size or distributed.world_size()
     settings = engines.deepspeed_dict(config, world_size)
-    arch = modeling.architecture(_readable(config.model))
-    context_len = modeling.context_length(config.model, arch)
+    arch = architectures.to_train(_readable(config.model))
+    context_len = architectures.context_length(config.model, arch)
     _check_lengths(config, context_len)
     configuration.check_lambda_mask(config)
     configuration.check_positions(config, context_len)

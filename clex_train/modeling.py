@@ -1,27 +1,22 @@
-"""Load a causal LM of transformers, put CLEX into its rotary module, or say in one line why that cannot be.
-
-Everything that can be wrong with `model.*` is found from the architecture alone, before weights are read.
-"""
+"""Load a causal LM of transformers and put CLEX into its rotary module, or say in one line why that cannot be."""
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from clex_train import log, model_directory, seeding
+from clex_train import architectures, log, model_directory, seeding
 from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.config import Config
 from clex_train.rope import official, recipes
 from clex_train.rope.as_is import install_as_is
-from clex_train.rope.patch import RotaryHandle, install_rotary, require_rotary
+from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import FrequencyTable, scale_grid
@@ -32,8 +27,6 @@ from clex_train.settings.scaling import FOLLOWING_LENGTH, FORMULAS, LogScale, Po
 from clex_train.starting_field import starting_field
 
 logger = log.get(__name__)
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass
@@ -60,45 +53,6 @@ class LoadedModel:
         return self.handle.base_inv_freq
 
 
-def architecture(model: ModelConfig) -> PretrainedConfig:
-    """The architecture of `model.path` (or of `model.config` alone).
-
-    `ValueError` in one line if it cannot be read or has no rotary embedding that theta(t) can be put into.
-    """
-    config = evaluated_architecture(model)
-    require_rotary(config, model.trust_remote_code)
-    return config
-
-
-def evaluated_architecture(model: ModelConfig) -> PretrainedConfig:
-    """The architecture of a model that is only read, which needs no RoPE; `ValueError` if it cannot be read."""
-    key, path = ("model.path", model.path) if model.path else ("model.config", _shipped(model.config))
-    assert path is not None
-    require_directory(key, path)
-    try:
-        if official.is_official(Path(path)):
-            config = official.read_official_config(Path(path))
-        else:
-            options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-            config = AutoConfig.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{key}={path}: no readable config.json ({_first_line(error)})") from error
-    require(
-        not official.asks_for_clex(config),
-        key,
-        path,
-        "a checkpoint of the original CLEX code: download it (`hf download`) and give its directory",
-    )
-    return config
-
-
-def _shipped(path: str | None) -> str | None:
-    """A relative `model.config` is looked up from here, then from this repository, so that runs start anywhere."""
-    if path is None or Path(path).exists() or not (REPOSITORY / path).is_dir():
-        return path
-    return str(REPOSITORY / path)
-
-
 def training_tokenizer(model: ModelConfig, arch: PretrainedConfig, store_tokenizer: Path) -> Any:
     """The tokenizer of a run: `model.tokenizer`, else that of pretrained weights, else the store's.
 
@@ -112,14 +66,6 @@ def training_tokenizer(model: ModelConfig, arch: PretrainedConfig, store_tokeniz
         arch.bos_token_id, arch.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         arch.pad_token_id = tokenizer.pad_token_id
     return tokenizer
-
-
-def architecture_digest(arch: PretrainedConfig) -> str:
-    """A digest of everything in an architecture that shapes its weights or its function, for checkpoints."""
-    ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
-    # What differs from the defaults, so that a newer transformers with more fields gives the same digest.
-    facts = {k: v for k, v in arch.to_diff_dict().items() if k not in ignored}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def matmul_shape(model: PreTrainedModel) -> tuple[float, int, int, int]:
@@ -145,74 +91,6 @@ def num_parameters(model: PreTrainedModel) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
-def require_directory(key: str, path: str) -> None:
-    """Refuse what looks like a local path and is none; a name such as `meta-llama/Llama-2-7b-hf` is left to the hub."""
-    local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
-    require(
-        not local or Path(path).is_dir(),
-        key,
-        path,
-        "no such directory; give a model directory or a hub name owner/model",
-    )
-
-
-def context_length(model: ModelConfig, config: PretrainedConfig) -> int:
-    """L: `model.context_len`, else what an earlier run recorded, else the architecture's own.
-
-    A CLEX run records it in `clex.json`, a recipe by formula as `original_max_position_embeddings`.
-    """
-    trained_on = _context_of_field(model.path) if model.path else None
-    if model.context_len is not None:
-        require(
-            trained_on in (None, model.context_len),
-            "model.context_len",
-            model.context_len,
-            f"the CLEX of {model.path} belongs to a base of {trained_on} tokens; leave the key out",
-        )
-        return model.context_len
-    if trained_on is not None:
-        return trained_on
-    length = recipes.original_context(config) or _own_context(config.get_text_config())
-    require(
-        length is not None, "model.context_len", None, "the architecture does not say what context it was trained on"
-    )
-    assert length is not None
-    return int(length)
-
-
-def _own_context(config: Any) -> int | None:
-    """What the architecture says it was trained on; longrope begins at its original length."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        return rope.get("original_max_position_embeddings")
-    # MPT and Bloom have no table of positions, and call it otherwise.
-    names = ("max_position_embeddings", "max_seq_len", "seq_length")
-    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
-
-
-def has_field(path: str) -> bool:
-    """Whether a directory holds a CLEX field, in this project's layout or the official one."""
-    return model_directory.has_clex(Path(path)) or official.is_official(Path(path))
-
-
-def t_max_of_field(path: str) -> float | None:
-    """t_max of the field in a directory, without reading weights; None when there is no field or it does not say."""
-    directory = Path(path)
-    if model_directory.has_clex(directory):
-        return model_directory.read_record(directory).t_max
-    return official.max_factor(directory) if official.is_official(directory) else None
-
-
-def _context_of_field(path: str) -> int | None:
-    """L of the CLEX that is in a directory; None for one without."""
-    directory = Path(path)
-    if model_directory.has_clex(directory):
-        return model_directory.read_record(directory).context_len
-    if official.is_official(directory):
-        return int(official.read_official_config(directory).max_position_embeddings)
-    return None
-
-
 def check_attention(implementation: AttentionImplementation, key: str = "attention.implementation") -> None:
     """Refuse a back end that this machine does not have; `key` is what the user sets it by."""
     require(
@@ -228,7 +106,7 @@ def trained_architecture(config: Config, arch: PretrainedConfig) -> PretrainedCo
 
     `ValueError` in one line when it is scaled already, or cannot be scaled so.
     """
-    scaling, length = config.scaling, context_length(config.model, arch)
+    scaling, length = config.scaling, architectures.context_length(config.model, arch)
     if scaling.name is ScalingName.clex:
         recipes.require_unscaled(arch, scaling.name)
     if scaling.name not in FORMULAS:
@@ -244,7 +122,7 @@ def load_for_training(
 
     `arch` is the architecture of the base, before `trained_architecture`.
     """
-    length, trained = context_length(config.model, arch), trained_architecture(config, arch)
+    length, trained = architectures.context_length(config.model, arch), trained_architecture(config, arch)
     if config.model.init is Init.random:
         model = _random_model(config, trained, dtype)
     else:
@@ -296,7 +174,7 @@ def load_for_evaluation(
     in its place. `ValueError` in one line when there is no such model, it cannot be read through a KV cache, or its
     files cannot be read.
     """
-    length = context_length(spec, evaluated_architecture(spec))
+    length = architectures.context_length(spec, architectures.to_read(spec))
     # Named, sdpa would be an error for Bloom and MPT; unnamed, it is what transformers takes where there is one.
     wanted = None if attention is AttentionImplementation.sdpa else attention
     model = (_from_pretrained if sharding is None else partial(_shards, sharding))(spec, dtype, wanted).eval()

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
+from clex_train import architectures, dry_run, log, run_folder
 from clex_train import config as configuration
-from clex_train import dry_run, log, modeling, run_folder
 from clex_train.cli import console
 from clex_train.config import Config, Resume
 from clex_train.data.store import TokenStore
@@ -78,7 +78,7 @@ def check_files(config: Config) -> None:
     run_dir = Path(config.output_dir)
     TokenStore(str(config.data.path))
     if config.model.path:
-        modeling.require_directory("model.path", config.model.path)
+        architectures.require_directory("model.path", config.model.path)
     run_folder.require_writable(run_dir)
     run_folder.check_config(config, has_checkpoint=any((run_dir / "checkpoints").glob("step_*")))
 

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from launch import study_tables
@@ -52,14 +53,14 @@ class Study:
         """Run folder of the base."""
         return self.out / "base"
 
-    def run(self, arm: Arm, seed: int) -> Path:
-        """Run folder of an arm."""
-        return self.out / arm.name / f"seed_{seed}"
+    def waves(self) -> list[list[tuple[Arm, int]]]:
+        """Arms and seeds: those that train, then those that evaluate another's weights.
 
-    def runs(self) -> list[tuple[Arm, int]]:
-        """Every training run: what is chosen from, with one seed, then the main arms with all."""
+        What is chosen from has one seed and comes first, the main arms have all.
+        """
         pairs = [(arm, self.seeds[0]) for arm in ABLATIONS] + [(arm, seed) for seed in self.seeds for arm in MAIN]
-        return [(arm, seed) for arm, seed in pairs if self.only is None or arm.name in self.only]
+        asked = [(arm, seed) for arm, seed in pairs if self.only is None or arm.name in self.only]
+        return [[pair for pair in asked if (pair[0].weights_of is None) == trains] for trains in (True, False)]
 
 
 def main() -> int:
@@ -77,11 +78,11 @@ def main() -> int:
     try:
         corpus(study)
         train(study, study.base, "study_base", [])
-        evaluate(study, study.base, BASE_METHODS, JUDGING)
+        evaluate(study, study.base, BASE_METHODS, study.base, JUDGING)
     except subprocess.CalledProcessError as error:
         return failed(error)
     with ThreadPoolExecutor(asked.jobs) as pool:
-        codes = list(pool.map(lambda pair: arm_of(study, *pair), study.runs()))
+        codes = [code for wave in study.waves() for code in pool.map(partial(arm_of, study), wave)]
     print(study_tables.write(study.out, study.seeds))
     page = study_tables.page(study.out, study.seeds[0], [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
     print(f"the page of the first seed: {page}")
@@ -97,13 +98,16 @@ def corpus(study: Study) -> None:
     stage(study, study.store, [*prepare, "tokenize", *books, f"tokenizer={tokenizer}", f"output={study.store}"])
 
 
-def arm_of(study: Study, arm: Arm, seed: int) -> int:
+def arm_of(study: Study, arm_and_seed: tuple[Arm, int]) -> int:
     """Train and evaluate one arm; the exit code of what failed, or 0."""
-    run = study.run(arm, seed)
+    arm, seed = arm_and_seed
+    own = study.out / arm.name / f"seed_{seed}"
+    weights = study.out / (arm.weights_of or arm.name) / f"seed_{seed}"
     overrides = [f"model.path={study.base / 'final'}", f"seed={seed}", *arm.overrides]
     try:
-        train(study, run, "study_finetune", overrides)
-        evaluate(study, run, arm.methods, CHOOSING if arm in ABLATIONS else JUDGING)
+        if arm.weights_of is None:
+            train(study, own, "study_finetune", overrides)
+        evaluate(study, weights, arm.methods, own, CHOOSING if arm in ABLATIONS else JUDGING, arm.evaluation)
     except subprocess.CalledProcessError as error:
         return failed(error)
     return 0
@@ -115,11 +119,14 @@ def train(study: Study, run: Path, experiment: str, overrides: Iterable[str]) ->
     stage(study, run / "final", [*command, f"output_dir={run}", *(SMOKE if study.smoke else [])])
 
 
-def evaluate(study: Study, run: Path, methods: Iterable[str], windows: Windows) -> None:
-    """Perplexity of a run's final model under each method, at every length."""
-    output = run / "evaluation" / f"{windows.name}.json"
+def evaluate(
+    study: Study, run: Path, methods: Iterable[str], folder: Path, windows: Windows, overrides: Iterable[str] = ()
+) -> None:
+    """Perplexity of a run's final model under each method, at every length, into a folder's evaluations."""
+    output = folder / "evaluation" / f"{windows.name}.json"
     command = [sys.executable, "-m", "clex_train.cli.evaluate", f"run={run}", f"methods=[{','.join(methods)}]"]
     command += [f"lengths={LENGTHS}".replace(" ", ""), PROTOCOLS, f"context_len={CONTEXT_LEN}", f"seed={windows.seed}"]
+    command += overrides
     stage(study, output, [*command, f"num_windows={5 if study.smoke else 30}", f"output={output}"])
 
 

@@ -19,6 +19,10 @@ class Arm:
     """What it sets on the command line of `train.py`."""
     methods: tuple[str, ...] = ("trained",)
     """Evaluated on its weights; `trained` is the model as it was trained."""
+    weights_of: str | None = None
+    """The arm whose weights it evaluates; None: it trains its own."""
+    evaluation: tuple[str, ...] = ()
+    """What it sets on the command line of the evaluation."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ ABLATIONS = (
     Arm("lr_scale_0.05", "lr_scale 0.05", (*START, "scaling.lr_scale=0.05")),
     Arm("lr_scale_1", "lr_scale 1", (*START, "scaling.lr_scale=1", "scaling.max_residual=1000")),
     Arm("t_max_32", "t_max 32: chosen", CLEX),
+    Arm("t_factor_1.5", "t_max 32, t of 1.5 times the length", (), weights_of="t_max_32", evaluation=("t_factor=1.5",)),
+    Arm("t_factor_2", "t_max 32, t of twice the length", (), weights_of="t_max_32", evaluation=("t_factor=2",)),
     Arm("log_uniform", "t log-uniform", (*START, "scaling.t_distribution=log_uniform")),
     Arm("t_max_32_lr_0.05", "t_max 32, lr_scale 0.05", CLEX_FAST),
     Arm("log_scale_off", "no log-scaling", (*START, "scaling.log_scale=off")),

@@ -8,7 +8,7 @@ from composing import composed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
-from clex_train import modeling, trainer
+from clex_train import architectures, modeling, trainer
 from clex_train.dry_run import print_plan
 from clex_train.rope import recipes
 from clex_train.scaling.baselines import ntk_table, pi_table
@@ -196,13 +196,13 @@ def for_training(base, *overrides: str):
         "engine.zero_stage=0",
         *overrides,
     )
-    return modeling.load_for_training(config, modeling.architecture(config.model), torch.float32, {})
+    return modeling.load_for_training(config, architectures.to_train(config.model), torch.float32, {})
 
 
 def test_plain_positions_train_as_the_stock_model_does(run, base):
     """A recipe by formula at plain positions is nothing but training the scaled architecture; yarn has a factor too."""
     scaling = composed("scaling=yarn", "dry_run=true").scaling
-    by_hand = recipes.scaled(modeling.architecture(ModelConfig(path=str(base))), scaling, 4.0, L)
+    by_hand = recipes.scaled(architectures.to_train(ModelConfig(path=str(base))), scaling, 4.0, L)
     folder = base.parent / "scaled_by_hand"
     model = AutoModelForCausalLM.from_pretrained(base, config=by_hand)
     model.save_pretrained(folder)

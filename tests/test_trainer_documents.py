@@ -9,7 +9,7 @@ import torch
 from composing import composed
 
 import train
-from clex_train import modeling, seeding, trainer
+from clex_train import architectures, modeling, seeding, trainer
 from clex_train.data import build
 from clex_train.data.rows import PADDING, Row
 from clex_train.faults import RunStopped
@@ -71,7 +71,7 @@ def run(tmp_path, tiny_store, tiny_architecture, monkeypatch):
 
 def fresh_model(config):
     """The weights that a run begins with, and its handle."""
-    arch = modeling.architecture(config.model)
+    arch = architectures.to_train(config.model)
     modeling.training_tokenizer(config.model, arch, modeling.Path(config.data.path) / "tokenizer")
     return modeling.load_for_training(config, arch, torch.float32, {})
 

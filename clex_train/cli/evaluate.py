@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from clex_train import distributed, log, modeling
+from clex_train import architectures, distributed, log, modeling
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console
 from clex_train.cli.loading import LoadingConfig, Source, check, load, locate, run_config
@@ -258,7 +258,7 @@ def _check_streaming(spec: EvaluationConfig, sharded: bool) -> None:
 
 def _check_reach(model: ModelConfig, spec: EvaluationConfig, context_len: int) -> None:
     """Refuse a length that the model's own field does not serve, while no weights have been read."""
-    t_max, longest = modeling.t_max_of_field(str(model.path)), spec.longest()
+    t_max, longest = architectures.t_max_of_field(str(model.path)), spec.longest()
     require(
         t_max is None or not {Method.trained, Method.clex} & set(spec.methods) or longest <= t_max * context_len,
         "lengths",
@@ -269,9 +269,9 @@ def _check_reach(model: ModelConfig, spec: EvaluationConfig, context_len: int) -
 
 def _check_methods(model: ModelConfig, spec: EvaluationConfig, context_len: int) -> None:
     """Refuse a method that the model cannot have, while no weights have been read."""
-    arch = modeling.evaluated_architecture(model)
+    arch = architectures.to_read(model)
     unloaded = handle_without_weights(arch, context_len, model.trust_remote_code)
-    methods.check(spec, unloaded, modeling.has_field(str(model.path)))
+    methods.check(spec, unloaded, architectures.has_field(str(model.path)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from clex_train import log, modeling
+from clex_train import architectures, log, modeling
 from clex_train.cli import arguments, console
 from clex_train.export.official import write_official
 from clex_train.settings.bounds import require
@@ -64,11 +64,11 @@ def _source(asked: ExportConfig) -> Path:
         known = asked.log_scale in (LogScale.off, LogScale.official)
         require(known, "log_scale", asked.log_scale.name, "the official layout knows off and official")
     if asked.model is not None:
-        require(modeling.has_field(asked.model), "model", asked.model, "no directory with a CLEX field in it")
+        require(architectures.has_field(asked.model), "model", asked.model, "no directory with a CLEX field in it")
         return Path(asked.model)
     final = Path(str(asked.run)) / "final"
     require(final.is_dir(), "run", asked.run, "no final/ in it; give the output_dir of a finished training run")
-    require(modeling.has_field(str(final)), "run", asked.run, "was trained without CLEX: it has nothing to export")
+    require(architectures.has_field(str(final)), "run", asked.run, "was trained without CLEX: it has nothing to export")
     return final
 
 

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from clex_train import distributed, log
+from clex_train.architectures import t_max_of_field
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console, loading
 from clex_train.cli.loading import LoadingConfig, Source
 from clex_train.evaluation import harness, origin
-from clex_train.modeling import LoadedModel, t_max_of_field
+from clex_train.modeling import LoadedModel
 from clex_train.settings.bounds import require
 
 FORMAT = 1

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from clex_train import distributed, modeling
+from clex_train import architectures, distributed, modeling
 from clex_train.config import Config
 from clex_train.engine import deepspeed
 from clex_train.modeling import LoadedModel
@@ -93,7 +93,7 @@ def locate(asked: LoadingConfig) -> Source:
         require_writable(output)
     return Source(
         model=model,
-        context_len=modeling.context_length(model, modeling.evaluated_architecture(model)),
+        context_len=architectures.context_length(model, architectures.to_read(model)),
         label=label,
         output=output,
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clex_train import distributed
+from clex_train import architectures, distributed
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.evaluation import methods, origin, results, runner
@@ -16,7 +16,7 @@ from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.retrieval import plan
 from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.windows import select
-from clex_train.modeling import LoadedModel, architecture, solve_table, trained_architecture
+from clex_train.modeling import LoadedModel, solve_table, trained_architecture
 from clex_train.rope.as_is import handle_without_weights
 from clex_train.settings.scaling import ScalingName
 
@@ -40,7 +40,7 @@ class TrainingEvaluation:
     ) -> None:
         self.interrupted = interrupted
         self.config, self.spec = config, config.evaluation
-        arch = trained_architecture(config, architecture(config.model))
+        arch = trained_architecture(config, architectures.to_train(config.model))
         unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)
         methods.check(self.spec, unloaded, has_clex=config.scaling.name is ScalingName.clex)
         self.store = (TokenStore(self.spec.path) if self.spec.path else store).split("validation")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from clex_train import architectures, modeling
 from clex_train import config as configuration
-from clex_train import modeling
 from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.config import Config
 from clex_train.evaluation import methods
@@ -25,7 +25,7 @@ SMALL = ("engine.zero_stage=0", "data.seq_len=64")
 
 
 def loaded_for_training(config: Config) -> modeling.LoadedModel:
-    arch = modeling.architecture(config.model)
+    arch = architectures.to_train(config.model)
     arch.num_hidden_layers, arch.hidden_size, arch.intermediate_size, arch.vocab_size = 2, 64, 64, 61
     return modeling.load_for_training(config, arch, torch.float32, {})
 

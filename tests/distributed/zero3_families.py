@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from clex_train import distributed, modeling, trainer  # noqa: E402
+from clex_train import architectures, distributed, modeling, trainer  # noqa: E402
 from clex_train.config import Config  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.engine.ode_optimizer import OdeOptimizer  # noqa: E402
@@ -101,7 +101,7 @@ def train(directory: Path, stage: int, act: str) -> dict[str, Any]:
     """Three optimizer steps, as train.py takes them."""
     config = configuration(directory, stage, act)
     settings = engines.deepspeed_dict(config, distributed.world_size())
-    arch = modeling.architecture(config.model)
+    arch = architectures.to_train(config.model)
     loaded = modeling.load_for_training(config, arch, torch.float32, settings)
     assert loaded.clex is not None
     assert all(hasattr(p, "ds_id") == (stage == 3) for p in loaded.model.parameters()), "sharded while reading"

@@ -11,7 +11,7 @@ from official_directories import official_directory, save_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from clex_train import model_directory, modeling
+from clex_train import architectures, model_directory, modeling
 from clex_train.cli import console, evaluate
 from clex_train.cli import export as program
 from clex_train.config import Config
@@ -43,7 +43,7 @@ def training_config(directory: Path, **scaling: object) -> Config:
 
 
 def load_for_training(config: Config) -> modeling.LoadedModel:
-    return modeling.load_for_training(config, modeling.architecture(config.model), torch.float32, {})
+    return modeling.load_for_training(config, architectures.to_train(config.model), torch.float32, {})
 
 
 @pytest.mark.parametrize("log_scale", [False, True])
@@ -97,7 +97,7 @@ def test_lengths_beyond_the_checkpoint_are_refused_before_weights_are_read(direc
 def test_an_official_checkpoint_that_is_no_directory_says_to_download_it(directory, monkeypatch) -> None:
     monkeypatch.setattr("clex_train.rope.official.is_official", lambda path: False)
     with pytest.raises(ValueError, match="a checkpoint of the original CLEX code: download it"):
-        modeling.architecture(ModelConfig(path=str(directory)))
+        architectures.to_train(ModelConfig(path=str(directory)))
 
 
 @pytest.mark.parametrize("family", ["phi", "mixtral", "gpt_neox"])
@@ -225,7 +225,7 @@ def test_a_larger_t_max_continues_the_same_field_to_longer_contexts(directory: P
 def test_another_context_length_is_refused_before_weights_are_read(directory: Path) -> None:
     model = ModelConfig(path=str(directory), context_len=128)
     with pytest.raises(ValueError, match=r"model\.context_len=128: the CLEX of .* belongs to a base of 64 tokens"):
-        modeling.context_length(model, modeling.architecture(model))
+        architectures.context_length(model, architectures.to_train(model))
 
 
 def test_what_the_layout_cannot_hold_is_refused(directory: Path, tmp_path: Path) -> None:

@@ -65,10 +65,20 @@ def test_windows_to_choose_by_are_not_read_for_the_main_table(tmp_path):
 
 def test_the_runs_are_each_arm_once_and_the_main_ones_for_every_seed():
     plan = study.Study("books", Path("out"), [1, 2, 3], smoke=False)
-    pairs = [(arm.name, seed) for arm, seed in plan.runs()]
+    pairs = [(arm.name, seed) for wave in plan.waves() for arm, seed in wave]
     assert len(pairs) == len(set(pairs)) == 3 * len(MAIN) + len(ABLATIONS)
     alone = study.Study("books", Path("out"), [1, 2], smoke=False, only=["clex"])
-    assert [(arm.name, seed) for arm, seed in alone.runs()] == [("clex", 1), ("clex", 2)]
+    assert [[(arm.name, seed) for arm, seed in wave] for wave in alone.waves()] == [[("clex", 1), ("clex", 2)], []]
+
+
+def test_an_arm_that_evaluates_anothers_weights_comes_after_it():
+    training, borrowing = study.Study("books", Path("out"), [1], smoke=False).waves()
+    trained = {arm.name for arm, _ in training}
+    assert borrowing
+    for arm, _ in borrowing:
+        assert arm.weights_of in trained
+        assert arm.name not in trained
+        assert not arm.overrides, "it trains nothing"
 
 
 def test_every_arm_is_a_configuration_that_train_py_takes(compose_arm):

@@ -88,15 +88,15 @@ def formulas(run: TrainingRun) -> tuple[dict[str, Formula], str]:
 def _yarn(run: TrainingRun) -> Formula:
     """YaRN for the model in a run's `final/`; `ValueError` for one that cannot have it."""
     # transformers takes seconds to import: only reports that draw frequencies pay for it.
+    from clex_train import architectures
     from clex_train.evaluation import methods
-    from clex_train.modeling import architecture, context_length
     from clex_train.rope.as_is import handle_without_weights
     from clex_train.settings.evaluation import EvaluationConfig, Method
     from clex_train.settings.model import ModelConfig
 
     model = ModelConfig(path=str(run.folder / FINAL))
-    config = architecture(model)
-    handle = handle_without_weights(config, context_length(model, config))
+    config = architectures.to_train(model)
+    handle = handle_without_weights(config, architectures.context_length(model, config))
     yarn = methods.formulas(EvaluationConfig(), handle)[Method.yarn]
     yarn(handle.base_inv_freq, as_grid([1.0, 2.0]))
     return lambda base, grid: yarn(base, as_grid(grid))
