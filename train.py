@@ -56,7 +56,7 @@ def run(config: configuration.Config) -> int:
 
 
 def _run(config: configuration.Config, run_dir: Path) -> int:
-    from clex_train import distributed, metrics, modeling, run_folder, separation, tracking, trainer
+    from clex_train import distributed, memory_options, metrics, modeling, run_folder, separation, tracking, trainer
     from clex_train.checkpoint.manifest import Manifest
     from clex_train.checkpoint.store import Checkpoints
     from clex_train.data import build as data
@@ -83,6 +83,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     rows = data.rows_of_run(stores, config.data, config.seed, config.optim)
     context_len = architectures.context_length(config.model, arch)
     separation.check_document_mask(config, arch, context_len)
+    memory_options.check(config.engine, arch, config.model.trust_remote_code)
     interrupted = lambda: stop.reason() is not None  # noqa: E731
     configuration.check_protocols(config)
     evaluated = config.evaluation.every >= 0
@@ -113,6 +114,8 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     with watching(60 * config.engine.timeout):
         checkpoints.choose()
         loaded = modeling.load_for_training(config, arch, engines.precision(config.engine), settings)
+        memory_options.install(loaded.model, config.engine)
+        memory_options.announce(loaded.model, config.engine, distributed.device())
         ode = OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else None
         engine = engines.build(loaded.model, config)
         if stop.deadline:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from clex_train import architectures, distributed, modeling, separation, skeleton
+from clex_train import architectures, distributed, memory_options, modeling, separation, skeleton
 from clex_train import config as configuration
 from clex_train.config import Config
 from clex_train.data.build import mixture_line, packing_line, planned_passes
@@ -23,6 +23,7 @@ from clex_train.engine.footprint import Footprint
 from clex_train.engine.memory import Held
 from clex_train.scaling.clex import Clex
 from clex_train.settings.bounds import require
+from clex_train.settings.engine import EngineConfig
 from clex_train.settings.model import Init, ModelConfig
 from clex_train.settings.scaling import FORMULAS, ScalingName
 
@@ -90,6 +91,7 @@ def make_plan(config: Config) -> Plan:
     configuration.check_lambda_mask(config)
     configuration.check_positions(config, context_len)
     separation.check_document_mask(config, arch, context_len)
+    memory_options.check(config.engine, arch, config.model.trust_remote_code)
     # Only to refuse what cannot be scaled: sizes are the same, and some scaled ones take no handle for training.
     modeling.trained_architecture(config, arch)
     counts, dtype = skeleton.count(arch), engines.precision(config.engine)
@@ -101,7 +103,8 @@ def make_plan(config: Config) -> Plan:
         tokens=config.data.seq_len,
         dtype=dtype,
         attention=config.attention.implementation.value,
-        checkpointing=config.engine.activation_checkpointing,
+        # On a CPU the inputs of layers are in host memory already.
+        engine=dataclasses.replace(config.engine, offload_activations=config.engine.offload_activations and on_gpu),
         learns_frequencies=clex is not None and config.scaling.lr_scale > 0,
     )
     sharding = memory.sharding(settings, world_size, dtype, config.engine.activation_checkpointing, on_gpu)
@@ -152,7 +155,7 @@ def _parts(
         _constant("parameters", memory.parameters(sharding, counts.blocks)),
         _constant("gradients", memory.gradients(sharding, counts.trainable)),
         Part("optimizer", (state.device, state.device, state.device + workspace.device), state.host),
-        Part("activations", (footprint.activations, footprint.layers, 0.0)),
+        Part("activations", (footprint.activations, footprint.layers, 0.0), footprint.host),
         Part("logits", (footprint.logits, 0.0, 0.0)),
         _constant("ODE", _ode(clex) if clex else Held(0.0)),
     )
@@ -237,8 +240,7 @@ def memory_table(config: Config, plan: Plan) -> Iterator[str]:
     yield (
         f"memory of one {'GPU' if plan.on_gpu else 'rank'} of {plan.world_size} in GiB: ZeRO-{engine.zero_stage}, "
         f"offload {engine.offload.name}, {str(plan.dtype).removeprefix('torch.')}, "
-        f"{plan.micro_batch} * {config.data.seq_len:,} tokens, "
-        f"{'layers recomputed' if engine.activation_checkpointing else 'activations kept'}"
+        f"{plan.micro_batch} * {config.data.seq_len:,} tokens, {', '.join(_kept(engine))}"
     )
     yield f"  {'at the moment of':<16}{''.join(f'{moment:>10}' for moment in MOMENTS)}{'host':>10}"
     for part in (*plan.parts, Part("total", plan.totals(), plan.host)):
@@ -246,6 +248,17 @@ def memory_table(config: Config, plan: Plan) -> Iterator[str]:
     moment = MOMENTS[plan.totals().index(plan.peak)]
     remark = f"; leave about {BESIDES:g} GiB for the CUDA context, NCCL and fragmentation" if plan.on_gpu else ""
     yield f"  peak {_gib(plan.peak)} GiB ({moment}){remark}"
+
+
+def _kept(engine: EngineConfig) -> Iterator[str]:
+    """What decides on activations and logits, in words."""
+    if engine.offload_activations:
+        yield "layers recomputed from the host"
+    else:
+        yield "layers recomputed" if engine.activation_checkpointing else "activations kept"
+    for name, tile_len in (("loss", engine.tiled_loss), ("MLP", engine.tiled_mlp)):
+        if tile_len is not None:
+            yield f"{name} in tiles of {tile_len:,}"
 
 
 def _gib(count: float) -> str:

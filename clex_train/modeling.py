@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
@@ -86,9 +87,9 @@ def matmul_shape(model: PreTrainedModel) -> tuple[float, int, int, int]:
     return weights, shape.num_hidden_layers, shape.num_attention_heads, head_dim
 
 
-def num_parameters(model: PreTrainedModel) -> int:
-    """Parameters of a whole or sharded model."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+def num_parameters(module: nn.Module) -> int:
+    """Parameters of a model or a part of it, whole or sharded."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
 def check_attention(implementation: AttentionImplementation, key: str = "attention.implementation") -> None:

@@ -1,17 +1,22 @@
 """A model's shape without its weights: parameters counted and memory measured on the meta device, for any size."""
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from clex_train.engine.footprint import Footprint, attention_by_sizes, measure
-from clex_train.modeling import recompute_layers
+from clex_train import memory_options
+from clex_train.engine import host_inputs, token_loss
+from clex_train.engine.footprint import Footprint, SizesOnHost, attention_by_sizes, measure
+from clex_train.memory_options import decoder_layers
+from clex_train.modeling import num_parameters, recompute_layers
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.spectrum import Spectrum
+from clex_train.settings.engine import EngineConfig
 
 FUSED = "sizes_of_a_fused_kernel"
 AttentionInterface.register(FUSED, attention_by_sizes)
@@ -32,8 +37,8 @@ def count(arch: PretrainedConfig) -> Counts:
     """Count parameters, each once however many places share it. `ValueError` for a model without RoPE."""
     model = on_meta(arch, torch.float32, "eager")
     embedding: Any = model.get_input_embeddings()
-    layers = [_numel(layer) for layer in _layers(model)]
-    total, before = _numel(model), _numel(embedding)
+    layers = [num_parameters(layer) for layer in decoder_layers(model)]
+    total, before = num_parameters(model), num_parameters(embedding)
     return Counts(
         total=total,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -49,10 +54,12 @@ def footprint(
     tokens: int,
     dtype: torch.dtype,
     attention: str,
-    checkpointing: bool,
+    engine: EngineConfig,
     learns_frequencies: bool,
 ) -> Footprint:
     """Activations of a micro-batch of `rows` rows of `tokens` tokens. `attention` is a back end of transformers.
+
+    Of `engine`, what decides on them: recomputation, inputs on the host, tiles.
 
     Layers that are all alike are measured on 2 and 3 of them and extended: bytes grow by the same for each layer.
     """
@@ -60,9 +67,14 @@ def footprint(
 
     def measured(shape: PretrainedConfig) -> Footprint:
         model = on_meta(shape, dtype, implementation).train()
-        if checkpointing:
+        host = SizesOnHost()
+        if engine.activation_checkpointing:
             recompute_layers(model)
-        return _measure(model, rows, tokens, learns_frequencies)
+        if engine.offload_activations:
+            host_inputs.install(model, host.keeping)
+        memory_options.install_tiles(model, engine)
+        found = _measure(model, rows, tokens, token_loss.of(engine), learns_frequencies)
+        return dataclasses.replace(found, host=host.bytes)
 
     num_layers = arch.get_text_config().num_hidden_layers
     if num_layers <= 3 or not _layers_are_alike(arch):
@@ -71,29 +83,22 @@ def footprint(
     return two.extended(three, num_layers - 2)
 
 
-def _measure(model: PreTrainedModel, rows: int, tokens: int, learns_frequencies: bool) -> Footprint:
+def _measure(
+    model: PreTrainedModel, rows: int, tokens: int, loss: token_loss.Loss, learns_frequencies: bool
+) -> Footprint:
     handle = install_rotary(model, tokens)
     input_ids = torch.zeros(rows, tokens, dtype=torch.int64, device="meta")
     if not learns_frequencies:
-        return measure(model, input_ids)
+        return measure(model, input_ids, loss)
     leaf = torch.empty_like(handle.base_inv_freq, device="meta").requires_grad_()
     positions = torch.empty(rows, tokens, dtype=torch.float64, device="meta")
     with handle.training(Spectrum(leaf), positions):
-        return measure(model, input_ids)
+        return measure(model, input_ids, loss)
 
 
 def on_meta(arch: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(arch), dtype=dtype, attn_implementation=attention)
-
-
-def _layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers: the list of modules with the most parameters."""
-    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=_numel)
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _layers_are_alike(arch: PretrainedConfig) -> bool:

@@ -22,7 +22,7 @@ from clex_train.data.collate import document_lengths, joined, num_scored, separa
 from clex_train.data.loader import batches
 from clex_train.data.order import SkippedRows, original_index
 from clex_train.data.rows import Rows
-from clex_train.engine import non_finite
+from clex_train.engine import non_finite, token_loss
 from clex_train.engine.deepspeed import learning_rate, set_learning_rate
 from clex_train.engine.ode_optimizer import OdeOptimizer
 from clex_train.faults import RunStopped, StopRequested
@@ -180,10 +180,9 @@ def forward_backward(parts: Parts, batch: Batch, spectrum: Spectrum | None, weig
 def forward(model: Any, parts: Parts, batch: Batch, weight: float) -> torch.Tensor:
     """Weighted loss of one micro-batch under `model`, the engine or what it wraps."""
     device = distributed.device()
-    # The mean over no token is 0/0. Every rank runs every forward, so such a micro-batch scores anything, and counts 0.
-    labels = batch["labels"] if weight > 0 else batch["input_ids"]
-    inputs = {"input_ids": batch["input_ids"].to(device), "labels": labels.to(device), **_borders(parts, batch)}
-    return weight * model(use_cache=False, **inputs).loss
+    mean_nll = token_loss.of(parts.config.engine)
+    targets = token_loss.shifted(batch["labels"]).to(device)
+    return weight * mean_nll(model, targets, input_ids=batch["input_ids"].to(device), **_borders(parts, batch))
 
 
 def find_fault(

@@ -8,6 +8,7 @@ from composing import CONF
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from clex_train import skeleton
+from clex_train.settings.engine import EngineConfig
 
 PUBLISHED = {
     "llama2_7b": (6_738_415_616, 128),
@@ -63,7 +64,7 @@ def test_counting_leaves_the_architecture_as_it_was():
         tokens=16,
         dtype=torch.bfloat16,
         attention="sdpa",
-        checkpointing=True,
+        engine=EngineConfig(activation_checkpointing=True),
         learns_frequencies=True,
     )
     assert arch.to_dict() == before

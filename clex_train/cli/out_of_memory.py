@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from clex_train import distributed, dry_run
 from clex_train.config import Config
 from clex_train.settings.engine import Offload
@@ -43,6 +45,12 @@ def _rows(config: Config) -> Iterator[str]:
         yield f"engine.micro_batch={engine.micro_batch // 2} (more micro-batches, the same numbers)"
     if not engine.activation_checkpointing:
         yield "engine.activation_checkpointing=true (a third more time, the same numbers)"
+    if engine.tiled_loss is None:
+        yield "engine.tiled_loss=1024 (no logits but those of a tile, the same numbers)"
+    if engine.tiled_mlp is None:
+        yield "engine.tiled_mlp=4096 (MLPs computed once more, the same numbers)"
+    if engine.activation_checkpointing and not engine.offload_activations and torch.cuda.is_available():
+        yield "engine.offload_activations=true (what layers are recomputed from, in host memory)"
     yield f"data.seq_len (now {config.data.seq_len})"
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from clex_train import distributed, log
 from clex_train.config import Config
-from clex_train.engine import extensions
+from clex_train.engine import extensions, tiled_mlp
 from clex_train.settings.bounds import require
 from clex_train.settings.engine import EngineConfig, Offload, Precision
 from clex_train.settings.optim import OptimConfig, Schedule
@@ -105,6 +105,8 @@ def build(model: nn.Module, config: Config) -> Any:
     """Wrap a model into a DeepSpeed engine with its optimizer. Collective: every rank calls it."""
     import deepspeed
 
+    if config.engine.zero_stage == 3:
+        _gather_once(model)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=_optimizer(model, config),
@@ -179,6 +181,16 @@ def _leave_collectives_to_gloo() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _gather_once(model: nn.Module) -> None:
+    """Have sharded weights of an MLP in tiles gathered with the MLP, and not with its layers for each tile again."""
+    import deepspeed
+
+    for module in model.modules():
+        if tiled_mlp.is_tiled(module):
+            for parameter in module.parameters():
+                deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

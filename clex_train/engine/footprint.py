@@ -7,6 +7,7 @@ to RMSNorm, SwiGLU, grouped queries and flash attention: the tests hold the two 
 """
 
 import weakref
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from clex_train.engine.token_loss import Loss, from_logits, shifted
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Footprint:
     """On top of the activations, at most, from the output layer to the gradient that it passes on."""
     layers: float
     """At most from then on, in the backward pass of the layers (activations included)."""
+    host: float = 0.0
+    """Kept for the backward pass in host memory, on top of these."""
 
     def extended(self, longer: "Footprint", layers: int) -> "Footprint":
         """For `layers` more layers, where `longer` is the same with one more: bytes grow by the same for each."""
@@ -33,11 +38,12 @@ class Footprint:
             activations=self.activations + layers * (longer.activations - self.activations),
             logits=self.logits,
             layers=self.layers + layers * (longer.layers - self.layers),
+            host=self.host + layers * (longer.host - self.host),
         )
 
 
-def measure(model: nn.Module, input_ids: Tensor) -> Footprint:
-    """Run the loss of `input_ids` [B, S] and its backward pass; `model` is a causal LM of transformers.
+def measure(model: nn.Module, input_ids: Tensor, loss: Loss = from_logits) -> Footprint:
+    """Run a loss of `input_ids` [B, S] and its backward pass; `model` is a causal LM of transformers.
 
     Each gradient of a parameter is dropped as soon as it is complete: where it goes is the engine's affair.
     """
@@ -47,7 +53,7 @@ def measure(model: nn.Module, input_ids: Tensor) -> Footprint:
     hooks.append(head.register_forward_pre_hook(lambda _, args: marks.reached_head(counter, args[0])))
     try:
         with counter:
-            model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+            loss(model, shifted(input_ids), input_ids=input_ids).backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -87,6 +93,25 @@ class LiveBytes(TorchDispatchMode):
 
     def _release(self, key: int) -> None:
         self.live -= self._bytes.pop(key)
+
+
+class SizesOnHost:
+    """Takes what is saved for the backward pass off the meta device and counts it; it comes back when asked for."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def keeping(self) -> AbstractContextManager[None]:
+        """Tensors that are saved inside are kept on the host."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        self.bytes += tensor.nbytes
+        return tensor.shape, tensor.dtype, tensor.device
+
+    def _unpack(self, packed: Any) -> Tensor:
+        shape, dtype, device = packed
+        return torch.empty(shape, dtype=dtype, device=device)
 
 
 class SizesOfFlashAttention(torch.autograd.Function):

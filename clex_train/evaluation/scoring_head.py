@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clex_train.engine.tiled_loss import logits_of, nll_in_place
+from clex_train.engine.token_loss import standing_in
+
 TILE_ELEMENTS = 2**20
 """Logits that exist at a time, in float32: 4 MiB, about what stays in a cache between its passes."""
 SCORER = "scoring_head"
@@ -30,11 +33,11 @@ def tiled_head(model: nn.Module, device: torch.device) -> Iterator[None]:
         return
     scorer = _TiledHead(head)
     model.__dict__[SCORER] = scorer
-    head.__dict__["forward"] = scorer.forward
     try:
-        yield
+        with standing_in(head, scorer.forward):
+            yield
     finally:
-        del head.__dict__["forward"], model.__dict__[SCORER]
+        del model.__dict__[SCORER]
 
 
 def score_chunk(model: nn.Module, targets: Tensor, **inputs: Any) -> Tensor:
@@ -57,7 +60,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     nll = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
     for tile in _tiles(targets, logits.shape[2]):
         scores = logits[:, tile].to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        nll[:, tile] = _nll_in_place(scores, targets[:, tile])
+        nll[:, tile] = nll_in_place(scores, targets[:, tile])[0]
     return nll
 
 
@@ -76,9 +79,8 @@ class _TiledHead:
         nll = torch.empty(self.targets.shape, dtype=torch.float32, device=hidden.device)
         for tile in _tiles(self.targets, len(weight)):
             targets = self.targets[:, tile]
-            logits = nn.functional.linear(hidden[:, tile][:, : targets.shape[1]], weight, bias)
-            scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            nll[:, tile] = _nll_in_place(scores, targets)
+            scores = logits_of(hidden[:, tile][:, : targets.shape[1]], weight, bias)
+            nll[:, tile] = nll_in_place(scores, targets)[0]
         return nll.unsqueeze(-1)
 
 
@@ -87,14 +89,6 @@ def _tiles(targets: Tensor, vocab_size: int) -> Iterator[slice]:
     columns = max(1, TILE_ELEMENTS // (targets.shape[0] * vocab_size))
     for start in range(0, targets.shape[1], columns):
         yield slice(start, start + columns)
-
-
-def _nll_in_place(scores: Tensor, targets: Tensor) -> Tensor:
-    """log sum exp(scores) - scores[target] without another tile; `scores` [B, S, V] are used up."""
-    chosen = scores.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    largest = scores.amax(dim=-1, keepdim=True)
-    total = scores.sub_(largest).exp_().sum(dim=-1)
-    return total.log() + largest.squeeze(-1) - chosen
 
 
 def _returns_what_it_makes(model: nn.Module, head: nn.Module, device: torch.device) -> bool:

@@ -34,6 +34,12 @@ class EngineConfig:
     """`auto`: bf16 on a GPU, fp32 on a CPU."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    offload_activations: bool = False
+    """Keep in host memory what recomputed layers start from (layers * tokens * width); on a CPU it changes nothing."""
+    tiled_loss: int | None = None
+    """Tokens whose logits exist at a time in the loss, such as 1024; null: those of the whole micro-batch."""
+    tiled_mlp: int | None = None
+    """Tokens that an MLP takes at a time, such as 4096, run once more in the backward pass; null: all of them."""
     timeout: float = 30.0
     """Minutes that a collective may wait for a rank before the run fails."""
     world_size: int | None = None
@@ -45,6 +51,14 @@ class EngineConfig:
         require(
             self.accumulation is None or self.accumulation >= 1, "engine.accumulation", self.accumulation, "at least 1"
         )
+        require(
+            self.activation_checkpointing or not self.offload_activations,
+            "engine.offload_activations",
+            self.offload_activations,
+            "needs engine.activation_checkpointing=true, which keeps a layer's input alone",
+        )
+        for name, tile_len in (("tiled_loss", self.tiled_loss), ("tiled_mlp", self.tiled_mlp)):
+            require(tile_len is None or tile_len >= 1, f"engine.{name}", tile_len, "at least 1 token, or null")
         require(self.timeout > 0, "engine.timeout", self.timeout, "minutes, greater than 0")
         require(
             self.world_size is None or self.world_size >= 1, "engine.world_size", self.world_size, "at least 1 rank"

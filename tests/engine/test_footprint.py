@@ -1,17 +1,20 @@
 """Activations counted on the meta device, against the same model run for real and against the published formula."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen3Config
 
-from clex_train import skeleton
+from clex_train import memory_options, skeleton
+from clex_train.engine import token_loss
 from clex_train.engine.footprint import Footprint, measure
 from clex_train.modeling import recompute_layers
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.spectrum import Spectrum
+from clex_train.settings.engine import EngineConfig
 
 SMALL = {
     "vocab_size": 512,
@@ -25,24 +28,34 @@ LLAMA = LlamaConfig(**SMALL)
 ROWS, TOKENS = 4, 128
 
 
-def run_for_real(arch, dtype: torch.dtype, *, checkpointing: bool, attention: str = "sdpa") -> Footprint:
+def run_for_real(
+    arch, dtype: torch.dtype, *, checkpointing: bool, attention: str = "sdpa", **options: Any
+) -> Footprint:
     """The same count over a real forward and backward pass on the CPU, with frequencies that learn."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(arch), dtype=dtype, attn_implementation=attention).train()
+    engine = EngineConfig(activation_checkpointing=checkpointing, **options)
     if checkpointing:
         recompute_layers(model)
+    memory_options.install(model, engine)
     handle = install_rotary(model, TOKENS)
     leaf = handle.base_inv_freq.requires_grad_()
     positions = torch.arange(TOKENS, dtype=torch.float64).expand(ROWS, TOKENS).contiguous()
     with handle.training(Spectrum(leaf), positions):
-        counted = measure(model, torch.randint(0, 512, (ROWS, TOKENS)))
+        counted = measure(model, torch.randint(0, 512, (ROWS, TOKENS)), token_loss.of(engine))
     assert leaf.grad is not None
     assert all(p.grad is None for p in model.parameters())
     return counted
 
 
 def on_meta(
-    arch, dtype: torch.dtype, *, checkpointing: bool, attention: str = "sdpa", learns: bool = True
+    arch,
+    dtype: torch.dtype,
+    *,
+    checkpointing: bool,
+    attention: str = "sdpa",
+    learns: bool = True,
+    **options: Any,
 ) -> Footprint:
     return skeleton.footprint(
         arch,
@@ -50,7 +63,7 @@ def on_meta(
         tokens=TOKENS,
         dtype=dtype,
         attention=attention,
-        checkpointing=checkpointing,
+        engine=EngineConfig(activation_checkpointing=checkpointing, **options),
         learns_frequencies=learns,
     )
 
@@ -88,6 +101,29 @@ def test_a_fused_query_key_value_product_is_within_a_tenth():
         run_for_real(arch, torch.bfloat16, checkpointing=False),
         0.1,
     )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("options", [{"tiled_loss": 64}, {"tiled_mlp": 64}, {"tiled_loss": 100, "tiled_mlp": 100}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_in_tiles_holds_on_the_meta_device_what_it_holds_for_real(options, checkpointing, dtype):
+    meta = on_meta(LLAMA, dtype, checkpointing=checkpointing, **options)
+    assert_close(meta, run_for_real(LLAMA, dtype, checkpointing=checkpointing, **options), 0.005)
+    whole = on_meta(LLAMA, dtype, checkpointing=checkpointing)
+    assert ("tiled_loss" in options) == (meta.logits < whole.logits / 2)
+    assert ("tiled_mlp" in options) == (meta.layers < whole.layers)
+
+
+def test_inputs_on_the_host_leave_the_device_and_are_counted_there():
+    kept = on_meta(LLAMA, torch.bfloat16, checkpointing=True)
+    moved = on_meta(LLAMA, torch.bfloat16, checkpointing=True, offload_activations=True)
+    inputs = LLAMA.num_hidden_layers * ROWS * TOKENS * 2 * LLAMA.hidden_size
+    assert moved.host == inputs
+    assert kept.activations - moved.activations == inputs
+    assert kept.host == 0
+    deep = copy.deepcopy(LLAMA)
+    deep.num_hidden_layers = 9
+    assert on_meta(deep, torch.bfloat16, checkpointing=True, offload_activations=True).host == 3 * inputs
 
 
 def test_eager_attention_holds_the_whole_score_matrix_on_meta_as_for_real():
@@ -155,11 +191,10 @@ def test_measuring_leaves_the_model_as_it_was():
             return self.head
 
         def forward(self, input_ids: Tensor, **_: object) -> object:
-            logits = self.head(self.body(input_ids))
-            return type("Output", (), {"loss": logits.square().mean()})()
+            return type("Output", (), {"logits": self.head(self.body(input_ids))})()
 
     model = Tiny()
     measure(model, torch.zeros(1, 3, dtype=torch.int64))
     assert not model.head._forward_pre_hooks
-    model(torch.zeros(1, 3, dtype=torch.int64)).loss.backward()
+    model(torch.zeros(1, 3, dtype=torch.int64)).logits.sum().backward()
     assert model.head.weight.grad is not None

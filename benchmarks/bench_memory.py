@@ -1,0 +1,243 @@
+"""Memory of a training step on a CPU, measured and as `dry_run` estimates it, with and without what saves it.
+
+    python benchmarks/bench_memory.py [--output benchmarks/results/NAME.md] [--only CASE ...]
+
+A process of its own for each case builds a Llama with random weights under ZeRO-3 and CLEX as train.py does, takes
+steps of `trainer.train_step` on random rows, and reports the most that its resident set grew above that after imports
+during the last. The estimate is that of `dry_run` for the same configuration.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama in float32, its embeddings not tied, and the one row of its step."""
+
+    layers: int = 6
+    width: int = 512
+    heads: int = 8
+    key_heads: int = 4
+    intermediate: int = 1408
+    vocab: int = 32768
+    tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: options of `engine`, said as in the results."""
+
+    name: str
+    options: dict[str, Any]
+    shape: Shape = Shape()
+
+
+LONG = Shape(layers=2, width=256, heads=4, key_heads=2, intermediate=688, tokens=16384)
+"""The row of the promise: logits of 2 GiB in float32, three times over in a plain loss."""
+
+RECOMPUTED = {"activation_checkpointing": True}
+CASES = (
+    Case("plain", {}),
+    Case("recomputed", RECOMPUTED),
+    Case("inputs on the host", RECOMPUTED | {"offload_activations": True}),
+    Case("tiled loss", {"tiled_loss": 512}),
+    Case("tiled loss and MLP", {"tiled_loss": 512, "tiled_mlp": 512}),
+    Case("recomputed, tiled loss and MLP", RECOMPUTED | {"tiled_loss": 512, "tiled_mlp": 512}),
+    Case("optimizer offloaded", {"offload": "optimizer"}),
+    Case("optimizer offloaded, recomputed, tiled", RECOMPUTED | {"offload": "optimizer", "tiled_loss": 512}),
+    Case("16k row", RECOMPUTED, LONG),
+    Case("16k row in tiles", RECOMPUTED | {"tiled_loss": 512, "tiled_mlp": 2048}, LONG),
+)
+WHOLE, TILED = "16k row", "16k row in tiles"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of one case."""
+
+    case: Case
+    estimated: float
+    moment: str
+    grown: int
+    loss: float
+
+    @property
+    def ratio(self) -> float:
+        """Estimate over measurement."""
+        return self.estimated / self.grown
+
+
+def main() -> None:
+    """Measure, print one Markdown page, write it where `--output` says."""
+    from bench_page import publish
+
+    arguments = parse()
+    chosen = [case for case in CASES if not arguments.only or case.name in arguments.only]
+    found = [measure(case, arguments.steps) for case in chosen]
+    publish(page(found), arguments.output)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=[case.name for case in CASES], help="measure these alone")
+    parser.add_argument("--steps", type=int, default=2, help="of each case; the last is measured")
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    return parser.parse_args()
+
+
+def measure(case: Case, steps: int = 2) -> Measured:
+    """Estimate one case here and measure it in a process of its own."""
+    from clex_train import dry_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_architecture(Path(folder), case.shape)
+        plan = dry_run.make_plan(configuration(Path(folder), case.shape, case.options))
+        words = json.dumps({"folder": folder, "shape": asdict(case.shape), "options": case.options, "steps": steps})
+        command = [sys.executable, __file__, words]
+        # Threads have arenas and buffers of their own, and a launcher gives each rank its share of the cores.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "BENCH_MEMORY_CHILD": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    return Measured(case, plan.peak, dry_run.MOMENTS[plan.totals().index(plan.peak)], said["grown"], said["loss"])
+
+
+def write_architecture(folder: Path, shape: Shape) -> None:
+    """The config.json of the model."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        max_position_embeddings=2048,
+    ).save_pretrained(folder)
+
+
+def configuration(folder: Path, shape: Shape, options: dict[str, Any]) -> Any:
+    """A run with CLEX on one row a step."""
+    from clex_train.config import Config
+    from clex_train.settings.engine import EngineConfig, Offload
+    from clex_train.settings.evaluation import EvaluationConfig
+    from clex_train.settings.model import Init, ModelConfig
+    from clex_train.settings.optim import OptimConfig
+    from clex_train.settings.scaling import ScalingConfig, ScalingName
+
+    offload = Offload(options.get("offload", "none"))
+    config = Config(
+        model=ModelConfig(init=Init.random, config=str(folder)),
+        scaling=ScalingConfig(name=ScalingName.clex, t_max=16.0),
+        engine=EngineConfig(**{**options, "offload": offload}),
+        optim=OptimConfig(batch_rows=1, steps=10),
+        evaluation=EvaluationConfig(every=-1),
+    )
+    config.data.seq_len = shape.tokens
+    return config
+
+
+def child(words: dict[str, Any]) -> None:
+    """One case: prints the growth of the resident set in the last step, and that step's loss."""
+    import torch
+
+    from clex_train import architectures, distributed, memory_options, modeling, trainer
+    from clex_train.engine import deepspeed as engines
+    from clex_train.engine.ode_optimizer import OdeOptimizer
+
+    shape = Shape(**words["shape"])
+    config = configuration(Path(words["folder"]), shape, words["options"])
+    arch = architectures.architecture(config.model)
+    engines.open_process_group(config.engine)
+    before = status("VmRSS:")
+    settings = engines.deepspeed_dict(config, distributed.world_size())
+    loaded = modeling.load_for_training(config, arch, torch.float32, settings)
+    memory_options.install(loaded.model, config.engine)
+    assert loaded.clex is not None
+    engine = engines.build(loaded.model, config)
+    nothing: Any = None
+    ode = OdeOptimizer(loaded.clex, config.scaling, config.seed)
+    parts = trainer.Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
+    for step in range(words["steps"]):
+        # Only the step counts: building the model holds whole weights for a moment.
+        Path("/proc/self/clear_refs").write_text("5")
+        loss = trainer.train_step(parts, step, iter([random_row(shape, step)]))["loss"]
+        grown = status("VmHWM:") - before
+    print(json.dumps({"grown": grown, "loss": loss}))
+
+
+def random_row(shape: Shape, step: int) -> dict[str, Any]:
+    """A micro-batch of one row."""
+    import torch
+
+    ids = torch.randint(shape.vocab, (1, shape.tokens), generator=torch.Generator().manual_seed(step))
+    return {"input_ids": ids, "labels": ids, "row_index": torch.tensor([step])}
+
+
+def status(field: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def page(found: list[Measured]) -> list[str]:
+    """The results in Markdown."""
+    from bench_page import processor
+
+    lines = [
+        "# Memory of a training step, measured and estimated",
+        "",
+        f"- command: `python benchmarks/{Path(__file__).name} {' '.join(sys.argv[1:])}`",
+        f"- hardware: one virtual machine, {processor()}, {os.cpu_count()} cores; one thread a process",
+        f"- software: Python {platform.python_version()}, torch {version('torch')}, transformers "
+        f"{version('transformers')}, deepspeed {version('deepspeed')}; commit {commit()}",
+        "- ZeRO-3 on one rank, float32, CLEX with random positions, AdamW; measured: the most that the resident set of "
+        "a process of its own grew above that after imports, during its last step",
+        f"- most cases: {Shape()}; rows of 16k: {LONG}",
+        "",
+        "| case | engine | estimate, MiB | at the moment of | measured, MiB | estimate / measured | loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for each in found:
+        options = ", ".join(f"{key}={value}" for key, value in each.case.options.items()) or "-"
+        lines.append(
+            f"| {each.case.name} | {options} | {each.estimated / MIB:.0f} | {each.moment} | {each.grown / MIB:.0f} "
+            f"| {each.ratio:.3f} | {each.loss:.6f} |"
+        )
+    by_name = {each.case.name: each for each in found}
+    if WHOLE in by_name and TILED in by_name:
+        ratio = by_name[TILED].grown / by_name[WHOLE].grown
+        lines += ["", f"A row of 16,384 tokens, vocabulary of 32,768: in tiles {ratio:.3f} of the peak without."]
+    return lines
+
+
+def commit() -> str:
+    """The checkout's, short."""
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    if "BENCH_MEMORY_CHILD" in os.environ:
+        child(json.loads(sys.argv[1]))
+    else:
+        main()

@@ -1,0 +1,178 @@
+"""Cross-entropy of an output layer a tile of tokens at a time: the logits of all tokens are never there at once.
+
+    y_i = W h_i + b        z = c tanh(s y / c)        loss = sum_i (logsumexp(z_i) - z_i[target_i])
+
+A tile's gradients are taken while its logits are there, and scaled when the loss's own gradient arrives, as in Liger's
+fused linear cross-entropy (Hsu et al., arXiv 2410.10989, section 3.2), which takes over on a GPU that has it. To
+autograd this is one function of h, W and b: a weight's gradient is complete at once, and its hooks run once.
+
+Shapes: `N` tokens, `T` of a tile, `E` width, `V` vocabulary. `s` and `c` are what a family does with its logits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+"""The target of a token that is not scored, here as in transformers."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a family does with the product of its output layer: z = softcap * tanh(scale * y / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    """None: z = scale * y."""
+
+    @staticmethod
+    def of(config: Any) -> "Logits":
+        """Read off an architecture: Gemma caps, Cohere multiplies, Granite divides."""
+        text = config.get_text_config()
+        scale = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
+        return Logits(scale, getattr(text, "final_logit_softcapping", None))
+
+    def apply_(self, y: Tensor) -> Tensor | None:
+        """Turn y into z in place; returns dz/dy, None where it is 1 throughout."""
+        if self.softcap is None:
+            return None if self.scale == 1.0 else y.mul_(self.scale).new_tensor(self.scale)
+        y.mul_(self.scale / self.softcap).tanh_()
+        slope = torch.square(y).neg_().add_(1.0).mul_(self.scale)
+        y.mul_(self.softcap)
+        return slope
+
+
+def tiled_cross_entropy(
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, tile_len: int, logits: Logits
+) -> Tensor:
+    """Sum of nll over the tokens that are scored, float32 (at least) []; 0 when none is.
+
+    `hidden` [N, E]; `targets` int64 [N], `IGNORED` where a token is not scored; `weight` [V, E]; `bias` [V] or None.
+    """
+    if torch.is_grad_enabled():
+        return _TiledCrossEntropy.apply(hidden, targets, weight, bias, tile_len, logits)
+    losses = [
+        _scored_nll(logits_of(hidden[tile], weight, bias), targets[tile], logits).loss
+        for tile in tiles(len(hidden), tile_len)
+    ]
+    return torch.stack(losses).sum()
+
+
+def fused_cross_entropy(
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, tile_len: int, logits: Logits
+) -> Tensor:
+    """The same by Liger's kernel, which chooses its own tiles; gradients of weights are summed in float32."""
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(
+        ignore_index=IGNORED, reduction="sum", softcap=logits.softcap, accum_dtype=torch.float32
+    )
+    return loss(weight, hidden if logits.scale == 1.0 else hidden * logits.scale, targets, bias)
+
+
+def implementation(device: torch.device, bias: bool, logits: Logits) -> Callable[..., Tensor]:
+    """Which of the two runs on a device: Liger's on a GPU where it is installed, unless it would scale a bias too."""
+    scaled_bias = bias and logits.scale != 1.0
+    fused = device.type == "cuda" and find_spec("liger_kernel") is not None and not scaled_bias
+    return fused_cross_entropy if fused else tiled_cross_entropy
+
+
+def tiles(num_tokens: int, tile_len: int) -> list[slice]:
+    """Slices of at most `tile_len` tokens."""
+    return [slice(start, min(start + tile_len, num_tokens)) for start in range(0, num_tokens, tile_len)]
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W h + b in float32 at least, in memory of its own: [..., V] of `hidden` [..., E]."""
+    made = nn.functional.linear(hidden, weight, bias)
+    return made.to(torch.promote_types(made.dtype, torch.float32))
+
+
+def nll_in_place(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(log sum exp(scores) - scores[target], sum exp(scores - largest)), each [...], without another tile.
+
+    `scores` [..., V] become exp(scores - largest), and divided by the second result the softmax.
+    """
+    chosen = scores.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    largest = scores.amax(dim=-1, keepdim=True)
+    total = scores.sub_(largest).exp_().sum(dim=-1)
+    return total.log() + largest.squeeze(-1) - chosen, total
+
+
+@dataclass
+class _Scored:
+    """A tile whose loss is known: what its gradient is made of."""
+
+    loss: Tensor
+    exponentials: Tensor
+    total: Tensor
+    slope: Tensor | None
+    targets: Tensor
+    is_scored: Tensor
+
+    def gradient(self) -> Tensor:
+        """d loss / d y [T, V], in the memory of the logits."""
+        gradient = self.exponentials.div_(self.total.unsqueeze(-1))
+        gradient.scatter_add_(-1, self.targets.unsqueeze(-1), gradient.new_full((), -1.0).expand(len(gradient), 1))
+        gradient.masked_fill_(~self.is_scored.unsqueeze(-1), 0.0)
+        return gradient if self.slope is None else gradient.mul_(self.slope)
+
+
+def _scored_nll(scores: Tensor, targets: Tensor, logits: Logits) -> _Scored:
+    """The loss of a tile, [T, V] and int64 [T]; `scores` are used up."""
+    is_scored = targets.ne(IGNORED)
+    targets = targets.masked_fill(~is_scored, 0)
+    slope = logits.apply_(scores)
+    nll, total = nll_in_place(scores, targets)
+    return _Scored(nll.masked_fill(~is_scored, 0.0).sum(), scores, total, slope, targets, is_scored)
+
+
+class _TiledCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, tile_len: int, logits: Logits
+    ) -> Tensor:
+        wants_hidden, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        # Hundreds of tiles summed in bfloat16 would lose the small ones.
+        summed = torch.promote_types(weight.dtype, torch.float32)
+        to_hidden = torch.empty_like(hidden) if wants_hidden else None
+        to_weight = torch.zeros_like(weight, dtype=summed) if wants_weight else None
+        to_bias = torch.zeros_like(bias, dtype=summed) if bias is not None and wants_bias else None
+        losses = []
+        for tile in tiles(len(hidden), tile_len):
+            scored = _scored_nll(logits_of(hidden[tile], weight, bias), targets[tile], logits)
+            losses.append(scored.loss)
+            gradient = scored.gradient()
+            if to_bias is not None:
+                to_bias += gradient.sum(dim=0)
+            gradient = gradient.to(hidden.dtype)
+            if to_hidden is not None:
+                torch.mm(gradient, weight, out=to_hidden[tile])
+            if to_weight is not None:
+                _add_product(to_weight, gradient.T, hidden[tile])
+        ctx.save_for_backward(to_hidden, to_weight, to_bias)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (outer,) = grad_outputs
+        to_hidden, to_weight, to_bias = (
+            None if gradient is None else gradient.mul_(outer.to(gradient.dtype)).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return to_hidden, None, to_weight, to_bias, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, where `total` may be of a wider dtype."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

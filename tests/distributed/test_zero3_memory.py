@@ -1,0 +1,41 @@
+"""What saves memory changes neither loss nor weights under ZeRO-3 on two ranks, and gathers no weight twice."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed_runs import ROOT, environment, free_port
+from zero3_memory import FAMILIES, OPTIONS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("memory")
+    script = Path(__file__).with_name("zero3_memory.py")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    command = [sys.executable, *launcher, str(script), str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "figures.json").read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "plain"])
+def test_losses_and_weights_are_those_of_the_plain_run(figures, family: str, name: str) -> None:
+    plain, found = figures[f"{family}/plain"], figures[f"{family}/{name}"]
+    assert all(math.isfinite(loss) for loss in found["losses"])
+    assert found["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+    # The learning rate is 1e-3, and AdamW moves a weight by about as much a step.
+    assert found["distance"] < 2e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "like"), [("tiled_loss", "plain"), ("tiled_mlp", "plain"), ("all", "recomputed")])
+def test_sharded_weights_are_gathered_no_more_often_for_tiles(figures, family: str, name: str, like: str) -> None:
+    assert 0 < figures[f"{family}/{name}"]["gathered"] <= figures[f"{family}/{like}"]["gathered"]

@@ -1,0 +1,122 @@
+"""Trains small models with each way to save memory, under ZeRO-3 on the ranks that torchrun starts.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/distributed/zero3_memory.py FOLDER
+
+Every weight is sharded, gathered for use and let go of at once, as those of a large model are. Rank 0 writes
+FOLDER/figures.json: per family and options the losses of three steps, the largest `distance` of a weight from that of
+the plain run, and the elements that the last step gathered.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from deepspeed.runtime.zero import partition_parameters  # noqa: E402
+from zero3_families import LENGTH, ROWS, STEPS, batch, configuration, save  # noqa: E402
+
+from clex_train import architectures, distributed, memory_options, modeling, trainer  # noqa: E402
+from clex_train.config import Config  # noqa: E402
+from clex_train.engine import deepspeed as engines  # noqa: E402
+from clex_train.engine.ode_optimizer import OdeOptimizer  # noqa: E402
+from clex_train.settings.engine import Offload  # noqa: E402
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tiled_loss": {"tiled_loss": 5},
+    "tiled_mlp": {"tiled_mlp": 7},
+    "all": {"tiled_loss": 5, "tiled_mlp": 7, "activation_checkpointing": True, "offload_activations": True},
+    "recomputed": {"activation_checkpointing": True},
+    "optimizer": {"offload": Offload.optimizer},
+    "optimizer_and_parameters": {"offload": Offload.all},
+}
+FAMILIES = ("qwen3", "gpt_neox", "phi")
+"""With a tied output layer, with biases and without, MLPs behind and beside the attention."""
+
+gathered: list[int] = []
+
+
+def main(folder: Path) -> None:
+    """Every family with every option."""
+    torch.set_num_threads(1)
+    engines.open_process_group(Config().engine)
+    keep_nothing()
+    figures = {}
+    for family in FAMILIES:
+        directory = folder / family
+        if distributed.is_main():
+            save(family, directory)
+        distributed.barrier()
+        plain: dict[str, torch.Tensor] = {}
+        for name, options in OPTIONS.items():
+            figures[f"{family}/{name}"], weights = train(directory, options)
+            plain = plain or weights
+            figures[f"{family}/{name}"]["distance"] = max(
+                (float((weights[key] - plain[key]).abs().max()) for key in weights), default=0.0
+            )
+            gc.collect()
+    if distributed.is_main():
+        (folder / "figures.json").write_text(json.dumps(figures))
+
+
+def keep_nothing() -> None:
+    """Have ZeRO-3 keep no weight whole beyond its use, and count what it gathers."""
+    made, gather = engines.deepspeed_dict, partition_parameters._dist_allgather_fn
+
+    def tight(config: Config, world_size: int) -> dict[str, Any]:
+        settings = made(config, world_size)
+        sizes = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+        settings["zero_optimization"] |= {f"stage3_{size}": 0 for size in sizes}
+        return settings
+
+    def counted(input_tensor: torch.Tensor, output_tensor: torch.Tensor, group: Any = None) -> Any:
+        gathered.append(output_tensor.numel())
+        return gather(input_tensor, output_tensor, group)
+
+    engines.deepspeed_dict = tight
+    partition_parameters._dist_allgather_fn = counted
+
+
+def train(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Three optimizer steps of two unequal micro-batches on each rank; weights on rank 0."""
+    config = configuration(directory, stage=3, act="silu")
+    config.engine.micro_batch = ROWS // distributed.world_size() // 2
+    for key, value in options.items():
+        setattr(config.engine, key, value)
+    arch = architectures.architecture(config.model)
+    memory_options.check(config.engine, arch)
+    settings = engines.deepspeed_dict(config, distributed.world_size())
+    loaded = modeling.load_for_training(config, arch, torch.float32, settings)
+    assert loaded.clex is not None
+    memory_options.install(loaded.model, config.engine)
+    engine = engines.build(loaded.model, config)
+    nothing: Any = None
+    ode = OdeOptimizer(loaded.clex, config.scaling, config.seed)
+    parts = trainer.Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
+    losses = []
+    for step in range(STEPS):
+        gathered.clear()
+        losses.append(trainer.train_step(parts, step, iter(micro_batches(step, arch.vocab_size)))["loss"])
+    figures = {"losses": losses, "gathered": sum(gathered), "gathers": len(gathered)}
+    weights = engines.consolidated_state_dict(engine)
+    engine.destroy()
+    return figures, weights
+
+
+def micro_batches(step: int, vocab_size: int) -> list[dict[str, torch.Tensor]]:
+    """This rank's rows one by one; the second has a third of its tokens to score, on rank 1 none."""
+    rows = batch(step, vocab_size)
+    labels = rows["labels"].clone()
+    labels[1, 0 if distributed.rank() else LENGTH // 3 :] = -100
+    rows = {**rows, "labels": labels}
+    return [{key: value[index : index + 1] for key, value in rows.items()} for index in range(len(labels))]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
