@@ -67,7 +67,7 @@ class BlockedSdpa:
         return None
 
     def block_len(self, n_local: int) -> int:
-        """L / 4 within bounds."""
+        """L / 2 within bounds."""
         return default_block_len(n_local)
 
     def part(

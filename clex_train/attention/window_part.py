@@ -22,8 +22,8 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 64, 1024
 
 
 def default_block_len(n_local: int) -> int:
-    """C = L / 4 within bounds: a quarter more scores than the window needs, in matrices large enough to be fast."""
-    return min(max(n_local // 4, SMALLEST_BLOCK), LARGEST_BLOCK)
+    """C = L / 2 within bounds: the fused kernel of a CPU takes larger tiles from 768 queries on."""
+    return min(max(n_local // 2, SMALLEST_BLOCK), LARGEST_BLOCK)
 
 
 def window_part(
