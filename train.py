@@ -56,13 +56,24 @@ def run(config: configuration.Config) -> int:
 
 
 def _run(config: configuration.Config, run_dir: Path) -> int:
-    from clex_train import distributed, memory_options, metrics, modeling, run_folder, separation, tracking, trainer
+    from clex_train import (
+        distributed,
+        kernels,
+        memory_options,
+        metrics,
+        modeling,
+        run_folder,
+        separation,
+        tracking,
+        trainer,
+    )
     from clex_train.checkpoint.manifest import Manifest
     from clex_train.checkpoint.store import Checkpoints
     from clex_train.data import build as data
     from clex_train.data.overlap import require_disjoint
     from clex_train.data.vocabulary import check_tokenizer
     from clex_train.engine import deepspeed as engines
+    from clex_train.engine import liger
     from clex_train.engine.ode_optimizer import OdeOptimizer
     from clex_train.engine.watchdog import watching
     from clex_train.evaluation.training import TrainingEvaluation
@@ -75,7 +86,9 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
         stopping.Deadline(duration.seconds("max_runtime", config.max_runtime)) if config.max_runtime else None,
     )
     modeling.check_attention(config.attention.implementation)
+    liger.check(config.engine.liger)
     arch = architectures.to_train(config.model)
+    asked, config = config, kernels.chosen(config, arch)
     stores = data.open_stores(config.data)
     store, fingerprint = next(iter(stores.values())), data.fingerprint(stores)
     tokenizer = modeling.training_tokenizer(config.model, arch, store.tokenizer_path)
@@ -96,17 +109,17 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     configuration.check_positions(config, context_len)
     settings = engines.deepspeed_dict(config, distributed.world_size())
     trained = modeling.trained_architecture(config, arch)
-    identity = Manifest.of_run(config, architectures.digest(trained), fingerprint)
+    identity = Manifest.of_run(asked, architectures.digest(trained), fingerprint)
     checkpoints = Checkpoints(run_dir, config.checkpoint, identity, config.resume is configuration.Resume.strict)
     newest = checkpoints.newest()
     other_ranks = newest is not None and newest.manifest.world_size != distributed.world_size()
-    run_folder.check_config(config, newest is not None, other_ranks)
+    run_folder.check_config(asked, newest is not None, other_ranks)
     first_step = newest.manifest.step if newest else 0
     if first_step == config.optim.steps and (run_dir / "final").exists():
         log.get("clex_train").info("%s is finished: its final model is in %s", run_dir, run_dir / "final")
         return first_step
     if distributed.is_main():
-        run_folder.write_config(config)
+        run_folder.write_config(asked)
         (run_dir / STOP_FILE).unlink(missing_ok=True)
         tracking.write_environment(run_dir, first_step, fingerprint)
 
@@ -114,6 +127,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     with watching(60 * config.engine.timeout):
         checkpoints.choose()
         loaded = modeling.load_for_training(config, arch, engines.precision(config.engine), settings)
+        kernels.announce(config, arch, kernels.install(loaded.model, config))
         memory_options.install(loaded.model, config.engine)
         memory_options.announce(loaded.model, config.engine, distributed.device())
         ode = OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else None

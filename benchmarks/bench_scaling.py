@@ -1,11 +1,11 @@
-"""Cost and accuracy of the CLEX mathematics, on one CPU thread (the training step: on all).
+"""Cost and accuracy of the CLEX mathematics, on one CPU thread. A training step with it: bench_step.py.
 
-    python benchmarks/bench_scaling.py [--goldens DIR] [--output benchmarks/results/NAME.md] [--skip-step]
+    python benchmarks/bench_scaling.py [--goldens DIR] [--output benchmarks/results/NAME.md]
 
 1. One solve for theta(t), forward and backward, against the original scheme: RK4 with dt = 0.01 in t, float32.
 2. The first and later evaluation tables.
 3. cos and sin against extended precision, and their time against Hugging Face's.
-4. A whole training step of a small Llama, with CLEX against plain RoPE; at 7B shapes the ODE over a computed step.
+4. The ODE of a training step over a computed step at 7B shapes.
 
 Errors are max |d log theta| against dopri8 in float64 at tolerance 1e-12. What is compared takes turns within one run.
 """
@@ -29,14 +29,12 @@ import torch
 from bench_page import processor, publish
 from safetensors.torch import load_file
 from torchdiffeq import odeint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from clex_train.engine.ode_optimizer import OdeOptimizer
 from clex_train.metrics import PEAK_BF16_FLOPS, flops_per_token
-from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.sampling import draw_batch
 from clex_train.scaling.spectrum import cos_sin
 from clex_train.scaling.table import scale_grid
 from clex_train.scaling.vector_field import VectorField
@@ -52,9 +50,7 @@ def main() -> None:
     """Run every section, print one Markdown page, write it where `--output` says."""
     arguments = parse()
     torch.set_num_threads(1)
-    lines = [*header(), *section_solve(arguments), *section_tables(arguments), *section_cos_sin()]
-    if not arguments.skip_step:
-        lines += [*section_step(arguments), *section_7b()]
+    lines = [*header(), *section_solve(arguments), *section_tables(arguments), *section_cos_sin(), *section_7b()]
     publish(lines, arguments.output)
 
 
@@ -65,11 +61,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--goldens", type=Path, default=goldens, help="folder of clex_ode.safetensors")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each solve; the median is shown")
     parser.add_argument("--tolerance", type=float, default=1e-6, help="of our solver, in log theta")
-    parser.add_argument("--skip-step", action="store_true", help="leave out the training step")
-    parser.add_argument("--hidden", type=int, default=512, help="training step: width of the Llama")
-    parser.add_argument("--layers", type=int, default=4, help="training step: its layers")
-    parser.add_argument("--tokens", type=int, default=1024, help="training step: tokens of its one row")
-    parser.add_argument("--steps", type=int, default=9, help="training step: pairs of steps that are timed")
     parser.add_argument("--output", type=Path, help="also write the page to this file")
     return parser.parse_args()
 
@@ -252,25 +243,11 @@ def timing_row(length: int, inv_freq: torch.Tensor, stock: torch.nn.Module) -> l
     return [f"{length:,}", *(ms(statistics.median(seconds(call) for _ in range(9))) for call in calls)]
 
 
-# 4. The training step
-
-
-def section_step(arguments: argparse.Namespace) -> list[str]:
-    """Steps with CLEX and with plain RoPE in turns on one model: forward, backward, AdamW, the ODE's step included."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    trained = TrainingStep(arguments.hidden, arguments.layers, arguments.tokens)
-    pairs = [(trained.plain(), trained.clex(step)) for step in range(1, arguments.steps + 3)][2:]
-    plain, clex = (statistics.median(pair[k] for pair in pairs) for k in (0, 1))
-    ratio = statistics.median(pair[1] / pair[0] for pair in pairs)
-    row = [f"{trained.num_parameters / 1e6:.1f}M", f"{arguments.tokens:,}", ms(plain), ms(clex), f"{ratio:.3f}"]
-    columns = ["parameters", "tokens", "plain RoPE, ms", "CLEX, ms", "median of the pairs' ratios"]
-    title = f"## A training step, float32, {torch.get_num_threads()} threads"
-    return [title, "", *markdown(columns, [row]), ""]
+# 4. The ODE of a training step
 
 
 def section_7b() -> list[str]:
     """What the ODE adds to a step of LLaMA-2 7B: its measured seconds over a computed step time."""
-    torch.set_num_threads(1)
     scaling = ScalingConfig()
     ode = OdeOptimizer(Clex(rope(1e4), scaling.t_max), scaling, seed=0)
     with torch.no_grad():
@@ -295,56 +272,6 @@ def ode_seconds(ode: OdeOptimizer, step: int) -> float:
     ode.begin(step).inv_freq.square().sum().backward()
     ode.finish(2e-5)
     return time.perf_counter() - start
-
-
-class TrainingStep:
-    """A small Llama with random weights, trained on one row at a time; each method returns the seconds of its step."""
-
-    def __init__(self, hidden: int, layers: int, tokens: int) -> None:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=4096,
-            hidden_size=hidden,
-            intermediate_size=4 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=max(1, hidden // HEAD_DIM),
-            max_position_embeddings=tokens,
-            use_cache=False,
-        )
-        self.model, self.tokens = LlamaForCausalLM(config), tokens
-        self.num_parameters = self.model.num_parameters()
-        self.ids = torch.randint(4096, (1, tokens))
-        self.adamw = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
-        handle = install_rotary(self.model, tokens)
-        scaling = ScalingConfig()
-        self.ode = OdeOptimizer(Clex(handle.base_inv_freq, scaling.t_max), scaling, seed=0)
-        with torch.no_grad():
-            self.ode.clex.down.normal_(0, 0.001)
-        self.ode.check(0)
-        handle.undo()
-
-    def plain(self) -> float:
-        """A step with the stock rotary module."""
-        return seconds_of(self._update)
-
-    def clex(self, step: int) -> float:
-        """A step at sampled t and positions, the ODE solved, differentiated and updated."""
-        handle = install_rotary(self.model, self.tokens)
-        taken = seconds_of(lambda: self._clex_update(handle, step))
-        handle.undo()
-        return taken
-
-    def _clex_update(self, handle: RotaryHandle, step: int) -> None:
-        spectrum = self.ode.begin(step)
-        positions = draw_batch("mix", [step], seq_len=self.tokens, context_len=self.tokens, t=spectrum.t, seed=0)
-        with handle.training(spectrum, positions):
-            self._update()
-        self.ode.finish(1e-5)
-
-    def _update(self) -> None:
-        self.model(self.ids, labels=self.ids).loss.backward()
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
 
 
 # Helpers

@@ -4,6 +4,7 @@ The process group itself is opened by the engine (DeepSpeed); without one, every
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,14 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def to_device(tensor: torch.Tensor, target: torch.device | None = None) -> torch.Tensor:
+    """The tensor on this rank's device, or `target`, without the wait for the device of a copy from pageable memory."""
+    target = target or device()
+    if tensor.device.type == "cpu" and target.type == "cuda":
+        return tensor.pin_memory().to(target, non_blocking=True)
+    return tensor.to(target)
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if is_open() and world_size() > 1:
@@ -55,6 +64,34 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     """Mean over ranks; bitwise the same on every rank."""
     return all_reduce_sum(tensor) / world_size()
+
+
+def sum_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to bring the sum over ranks of a tensor on the device to the host; what is returned waits for it.
+
+    What the device is given to do after this call is not waited for.
+    """
+    total = all_reduce_sum(tensor)
+    if total.device.type == "cpu":
+        return lambda: total
+    host = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
+    host.copy_(total, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> torch.Tensor:
+        arrived.synchronize()
+        return host
+
+    return wait
+
+
+def broadcast_to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's value on the device of every rank; the host does not wait for it."""
+    on_device = to_device(tensor.clone())
+    if world_size() > 1:
+        dist.broadcast(on_device, src=0)
+    return on_device
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,18 @@ def flops_per_token(num_parameters: float, num_layers: int, num_heads: int, head
     return 6.0 * num_parameters + 6.0 * num_layers * num_heads * head_dim * seq_len
 
 
+def speed(step: int, tokens: int, seconds: float, flops_of_a_token: float) -> dict[str, float]:
+    """Figures of step `step` (0-based), in which all ranks read `tokens` tokens in `seconds`."""
+    figures = {
+        "tokens": (step + 1) * tokens,
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "memory_gib": peak_memory_gib(),
+    }
+    mfu = model_flops_utilisation(tokens / seconds, flops_of_a_token, distributed.world_size())
+    return figures if mfu is None else figures | {"mfu": mfu}
+
+
 def model_flops_utilisation(tokens_per_second: float, flops_of_a_token: float, world_size: int) -> float | None:
     """Share of the GPUs' datasheet bf16 peak that the step reached; None on a CPU or an unknown GPU."""
     if not torch.cuda.is_available():

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from transformers.utils import is_flash_attn_2_available
 
 from clex_train import architectures, log, model_directory, seeding
+from clex_train.attention.choice import resolved
 from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.config import Config
@@ -124,6 +125,7 @@ def load_for_training(
     `arch` is the architecture of the base, before `trained_architecture`.
     """
     length, trained = architectures.context_length(config.model, arch), trained_architecture(config, arch)
+    config = dataclasses.replace(config, attention=resolved(config.attention, trained, dtype))
     if config.model.init is Init.random:
         model = _random_model(config, trained, dtype)
     else:
@@ -177,7 +179,8 @@ def load_for_evaluation(
     """
     length = architectures.context_length(spec, architectures.to_read(spec))
     # Named, sdpa would be an error for Bloom and MPT; unnamed, it is what transformers takes where there is one.
-    wanted = None if attention is AttentionImplementation.sdpa else attention
+    unnamed = (AttentionImplementation.auto, AttentionImplementation.sdpa)
+    wanted = None if attention in unnamed else attention
     model = (_from_pretrained if sharding is None else partial(_shards, sharding))(spec, dtype, wanted).eval()
     tokenizer = load_tokenizer(spec.tokenizer or str(spec.path), spec)
     loaded = LoadedModel(model, install_as_is(model, length), length, tokenizer)

@@ -26,6 +26,7 @@ SAFE_TO_CHANGE = (
     "data.skip_rows",
     "data.weights_at",
     "engine.activation_checkpointing",
+    "engine.liger",
     "engine.offload_activations",
     "engine.tiled_loss",
     "engine.tiled_mlp",

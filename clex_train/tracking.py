@@ -105,6 +105,8 @@ class Tracker:
             self._wandb.finish(exit_code=0 if finished else 1)
 
     def _write(self, line: dict[str, Any]) -> None:
+        # What is still on the device is waited for here, in the steps that are written and in no other.
+        line = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in line.items()}
         # JSON has no word for a number that is not finite.
         known = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
         self._file.write(json.dumps(known, allow_nan=False) + "\n")

@@ -23,8 +23,9 @@ from clex_train.data.loader import batches
 from clex_train.data.order import SkippedRows, original_index
 from clex_train.data.rows import Rows
 from clex_train.engine import non_finite, token_loss
-from clex_train.engine.deepspeed import learning_rate, set_learning_rate
+from clex_train.engine.deepspeed import gradient_norm, has_stepped, learning_rate, set_learning_rate
 from clex_train.engine.ode_optimizer import OdeOptimizer
+from clex_train.exchange import exchange
 from clex_train.faults import RunStopped, StopRequested
 from clex_train.modeling import LoadedModel
 from clex_train.scaling.sampling import draw_batch, draw_document_batch
@@ -81,7 +82,7 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
                 figures = train_step(parts, step, next(stream))
             step += 1
             tracker.step({"step": step, **figures})
-            bad_steps = 0 if _is_finite(figures) else bad_steps + 1
+            bad_steps = 0 if _is_updated(parts, figures) else bad_steps + 1
             if bad_steps:
                 _skip_or_stop(parts, step, figures, bad_steps, saved)
             elif parts.spikes and parts.spikes.is_spike(figures["loss"]):
@@ -123,7 +124,10 @@ def _stream(parts: Parts, step: int) -> Iterator[Iterator[Batch]]:
 
 
 def train_step(parts: Parts, step: int, micro_batches: Iterator[Batch]) -> dict[str, Any]:
-    """One optimizer step: every micro-batch forward and backward, then the engine's update and the ODE's."""
+    """One optimizer step: every micro-batch forward and backward, then the engine's update and the ODE's.
+
+    `grad_norm` of the figures may be a tensor on the device, which only who looks at it has to wait for.
+    """
     config, engine, start = parts.config, parts.engine, time.perf_counter()
     lr = learning_rate(step, config.optim)
     set_learning_rate(engine, lr)
@@ -132,21 +136,27 @@ def train_step(parts: Parts, step: int, micro_batches: Iterator[Batch]) -> dict[
     held = list(micro_batches)
     weights, losses = loss_weights(held, step), []
     for index, (batch, weight) in enumerate(zip(held, weights, strict=True)):
+        if index > 0:
+            engine.step()
         _seed_dropout(parts, step, index)
         losses.append(forward_backward(parts, batch, spectrum, weight))
-        engine.step()
-    rows, tokens = torch.cat([batch["row_index"] for batch in held]), sum(batch["input_ids"].numel() for batch in held)
-    loss = torch.stack(losses).double().mean()
-    asked = loss.new_tensor(float(parts.stop.reason("step") is not None))
-    loss_mean, any_asked = distributed.all_reduce_mean(torch.stack([loss, asked])).tolist()
-    parts.stop.agreed |= any_asked > 0
-    figures = {"loss": loss_mean, "lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
+    rows = torch.cat([batch["row_index"] for batch in held])
+    gradient = parts.ode.gradient() if parts.ode else None
+    told = exchange(losses, parts.stop.reason("step") is not None, rows, gradient)
+    engine.step()
+    # From here on the device is busy with the weights; all that the host waits for has been on its way before.
+    found = told()
+    parts.stop.agreed |= found.asked_to_stop
+    figures: dict[str, Any] = {"loss": found.loss, "lr": lr, "grad_norm": gradient_norm(engine)}
+    is_updated = _is_updated(parts, figures)
     if parts.ode and spectrum:
-        figures |= {"t": spectrum.t, "ode_grad_norm": parts.ode.finish(lr, apply=_is_finite(figures))}
-    figures["rows"] = metrics.row_spans(distributed.all_gather(rows))
-    if not _is_finite(figures) and config.engine.zero_stage > 0:
+        figures |= {"t": spectrum.t, "ode_grad_norm": parts.ode.finish(lr, found.gradient, apply=is_updated)}
+        parts.ode.look_ahead(step + 1)
+    figures["rows"] = metrics.row_spans(found.rows)
+    if not is_updated and config.engine.zero_stage > 0:
         figures["fault"] = find_fault(parts, step, held, weights, losses, spectrum)
-    return figures | _speed(parts, step, tokens * distributed.world_size(), time.perf_counter() - start)
+    tokens = config.optim.batch_rows * config.data.seq_len
+    return figures | metrics.speed(step, tokens, time.perf_counter() - start, parts.flops_per_token)
 
 
 def loss_weights(micro_batches: Sequence[Batch], step: int) -> list[float]:
@@ -296,6 +306,8 @@ def _evaluate_if_due(parts: Parts, tracker: Tracker, step: int) -> None:
     due = step > 0 and (_due(step, config.evaluation.every) or step == config.optim.steps)
     if not parts.evaluate or not due or not tracker.lacks_evaluation(step) or _agree(parts, "evaluation"):
         return
+    if parts.ode:
+        parts.ode.agree()
     try:
         with parts.stop.timed("evaluation"):
             results = parts.evaluate(parts.loaded, step)
@@ -324,8 +336,9 @@ def _stop(parts: Parts, step: int, saved: int) -> None:
     raise StopRequested(f"stopped after step {step}: {reason}; {where}; the same command goes on")
 
 
-def _is_finite(figures: dict[str, float]) -> bool:
-    return math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
+def _is_updated(parts: Parts, figures: dict[str, Any]) -> bool:
+    """Whether loss and gradient of the step were finite, so that its update counts; the same on every rank."""
+    return math.isfinite(figures["loss"]) and has_stepped(parts.engine)
 
 
 def _skip_or_stop(parts: Parts, step: int, figures: dict[str, Any], bad_steps: int, saved: int) -> None:
@@ -379,14 +392,3 @@ def _roll_back(parts: Parts, tracker: Tracker, step: int, figures: dict[str, Any
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _speed(parts: Parts, step: int, tokens: int, seconds: float) -> dict[str, float]:
-    figures = {
-        "tokens": (step + 1) * tokens,
-        "tokens_per_second": tokens / seconds,
-        "step_seconds": seconds,
-        "memory_gib": metrics.peak_memory_gib(),
-    }
-    mfu = metrics.model_flops_utilisation(tokens / seconds, parts.flops_per_token, distributed.world_size())
-    return figures if mfu is None else figures | {"mfu": mfu}

@@ -8,6 +8,7 @@ Shapes: `B` batch, `H` heads, `K` key heads, `C` queries of a block, `T` keys, `
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -92,6 +93,8 @@ class FlexAttention:
         """See `BackEnd`."""
         if facts.query.device.type != "cuda":
             return "its kernels are compiled for a GPU"
+        if find_spec("triton") is None:
+            return "triton, which compiles its kernels, is not installed"
         if facts.query.dtype is torch.float64:
             return "its kernels do not compute in float64"
         if facts.rule.dropout > 0:

@@ -34,8 +34,8 @@ class LoadingConfig:
     precision: Precision = Precision.auto
     """`auto`: bf16 on a GPU, fp32 on a CPU."""
     attention: AttentionImplementation = AttentionImplementation.sdpa
-    """Attention back end of transformers; `flash_attention_2` needs flash-attn and a GPU. `sdpa` is `eager` for a model
-    without."""
+    """Attention back end of transformers; `flash_attention_2` needs flash-attn and a GPU. `sdpa`, also by `auto`, is
+    `eager` for a model without."""
     sharded: bool = False
     """Split the weights over the ranks (ZeRO-3) instead of a copy on each: for a model that one GPU does not hold."""
     offload_parameters: bool = False

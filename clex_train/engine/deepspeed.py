@@ -172,6 +172,22 @@ def set_learning_rate(engine: Any, value: float) -> None:
         group["lr"] = value
 
 
+def gradient_norm(engine: Any) -> torch.Tensor | float:
+    """Of the last step, before clipping; a tensor that the device may still have to compute; 0 if not known."""
+    norm = engine.get_global_grad_norm()
+    return 0.0 if norm is None else norm
+
+
+def has_stepped(engine: Any) -> bool:
+    """Whether the last step's gradient was finite; the same on every rank.
+
+    ZeRO's optimizers look before they step, and say so. To ask the norm itself is to wait until they have stepped.
+    """
+    if engine.zero_optimization_stage() > 0:
+        return bool(engine.was_step_applied())
+    return math.isfinite(gradient_norm(engine))
+
+
 def _leave_collectives_to_gloo() -> None:
     """Strike the shared-memory all-reduce off DeepSpeed's own table of usable ops, which it reads when it connects.
 

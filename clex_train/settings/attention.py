@@ -9,6 +9,7 @@ from clex_train.settings.bounds import require
 
 
 class AttentionImplementation(Enum):
+    auto = "auto"
     sdpa = "sdpa"
     eager = "eager"
     flex_attention = "flex_attention"
@@ -17,8 +18,9 @@ class AttentionImplementation(Enum):
 
 @dataclass
 class AttentionConfig:
-    implementation: AttentionImplementation = AttentionImplementation.sdpa
-    """Attention back end of transformers; `flash_attention_2` needs flash-attn and a GPU."""
+    implementation: AttentionImplementation = AttentionImplementation.auto
+    """Attention back end of transformers. `auto`: `flash_attention_2` with flash-attn, a GPU, bf16 and a family that
+    has it, else `sdpa`; the log says which."""
     lambda_mask: bool = False
     """Train under LM-Infinite's mask: every token sees the `n_local` latest tokens and the `n_global` first ones."""
     n_local: int | None = None
@@ -36,7 +38,7 @@ class AttentionConfig:
             "it is for LM-Infinite's mask; add attention=lambda",
         )
         require(
-            not self.lambda_mask or self.implementation is AttentionImplementation.sdpa,
+            not self.lambda_mask or self.implementation in (AttentionImplementation.auto, AttentionImplementation.sdpa),
             "attention.implementation",
             self.implementation.name,
             "LM-Infinite's mask chooses a back end by itself; leave the key out with attention=lambda",

@@ -20,6 +20,12 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class Liger(Enum):
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 @dataclass
 class EngineConfig:
     zero_stage: int = 3
@@ -40,6 +46,8 @@ class EngineConfig:
     """Tokens whose logits exist at a time in the loss, such as 1024; null: those of the whole micro-batch."""
     tiled_mlp: int | None = None
     """Tokens that an MLP takes at a time, such as 4096, run once more in the backward pass; null: all of them."""
+    liger: Liger = Liger.auto
+    """RMSNorm and SwiGLU by the kernels of liger-kernel: `auto` on a GPU that has it, `always` there or an error."""
     timeout: float = 30.0
     """Minutes that a collective may wait for a rank before the run fails."""
     world_size: int | None = None

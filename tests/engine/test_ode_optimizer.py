@@ -108,3 +108,63 @@ def test_a_growing_field_is_announced_before_it_breaks(caplog):
     ode.config.max_residual = residual * 1.5
     ode.check(100)
     assert "scaling.max_residual" in caplog.text
+
+
+def bits(ode: OdeOptimizer) -> list[torch.Tensor]:
+    return list(ode.clex.state_dict().values())
+
+
+def learning(**scaling) -> OdeOptimizer:
+    ode = make(**scaling)
+    with torch.no_grad():
+        ode.clex.down.normal_(std=0.01, generator=torch.Generator().manual_seed(0))
+    return ode
+
+
+def test_to_look_ahead_changes_no_bit_also_over_a_check_of_the_grid():
+    plain, ahead = learning(check_every=3), learning(check_every=3)
+    for number in range(7):
+        step(plain, number)
+        step(ahead, number)
+        ahead.look_ahead(number + 1)
+    assert all(torch.equal(a, b) for a, b in zip(bits(plain), bits(ahead), strict=True))
+
+
+def test_what_was_looked_ahead_is_solved_once(monkeypatch):
+    ode, solved = learning(), []
+    inv_freq = ode.clex.inv_freq
+    monkeypatch.setattr(ode.clex, "inv_freq", lambda t: solved.append(t) or inv_freq(t))
+    ode.look_ahead(1)
+    spectrum = ode.begin(1)
+    assert solved == [spectrum.t]
+
+
+def test_looking_ahead_to_another_step_is_forgotten():
+    ode, expected = learning(), learning().begin(2)
+    ode.look_ahead(1)
+    assert torch.equal(ode.begin(2).inv_freq, expected.inv_freq)
+
+
+def test_a_state_that_is_loaded_takes_the_place_of_what_was_looked_ahead():
+    ode, other = learning(), make()
+    ode.look_ahead(1)
+    ode.load_state_dict(other.state_dict())
+    assert torch.equal(ode.begin(1).inv_freq, other.begin(1).inv_freq)
+
+
+def test_a_field_that_breaks_down_is_found_in_the_step_it_belongs_to():
+    ode = make()
+    with torch.no_grad():
+        ode.clex.down[0, 0] = float("nan")
+    ode.look_ahead(1)
+    with pytest.raises(UnstableField, match="not finite"):
+        ode.begin(1)
+
+
+def test_a_gradient_that_is_handed_in_is_the_one_that_is_taken():
+    taken, given = learning(clip=1e9), learning(clip=1e9)
+    step(taken, 1)
+    given.begin(1).inv_freq.square().sum().backward()
+    given.finish(1e-3, given.gradient() / 3)
+    for one, three in zip(given.clex.parameters(), taken.clex.parameters(), strict=True):
+        torch.testing.assert_close(3 * one.grad, three.grad, rtol=1e-5, atol=1e-12)

@@ -1,0 +1,318 @@
+"""A training step of a Llama with random weights: speed, memory, what it is spent on, and what CLEX adds.
+
+    python benchmarks/bench_step.py --shape 64m --tokens 1024 --output FILE.md
+    deepspeed benchmarks/bench_step.py --shape llama2_7b --tokens 4096 --accumulation 8 \
+        --set engine=zero3 data.seq_len=4096 --output FILE.md
+
+The step is the trainer's own (`clex_train.trainer.train_step`) over rows of random tokens, under any switch of the
+configuration (`--set`). Steps with plain RoPE and with CLEX take turns on one model and one engine, so that a busy
+moment meets both; plain RoPE is the family's own rotary module. MFU counts 6 N + attention for a token, nothing for
+what is recomputed, and divides by the rate of a matrix product measured in the same run.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from bench_page import processor, publish
+from hydra import compose, initialize_config_dir
+from step_profile import profiled
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from clex_train import architectures, distributed, kernels, log, metrics, modeling, trainer
+from clex_train import config as configuration
+from clex_train.config import Config
+from clex_train.data.loader import batches
+from clex_train.data.rows import Row
+from clex_train.engine import deepspeed as engines
+from clex_train.engine.ode_optimizer import OdeOptimizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES: dict[str, dict[str, int]] = {
+    "smoke": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "21m": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "64m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 6},
+    "134m": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 10, "num_attention_heads": 8},
+    "llama2_7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama3_8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+VOCABULARIES = {"llama2_7b": 32000, "llama3_8b": 128256}
+SMALL_VOCABULARY = 4096
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class RandomRows:
+    """Rows of random tokens, each one document; row i is the same in every run."""
+
+    seq_len: int
+    vocabulary: int
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, index: int) -> Row:
+        tokens = np.random.default_rng(index).integers(0, self.vocabulary, self.seq_len)
+        return Row(tokens, np.zeros(self.seq_len, dtype=np.int32), index)
+
+
+def main() -> None:
+    """Measure, print one Markdown page, write it where `--output` says; on rank 0."""
+    arguments = parse()
+    log.setup()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = StepBench(arguments, configured(arguments, Path(folder)))
+        lines = measure(bench, arguments)
+    if distributed.is_main():
+        publish(lines, arguments.output)
+    bench.engine.destroy()
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="64m")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a row")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a micro-batch")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of an optimizer step")
+    parser.add_argument("--pairs", type=int, default=9, help="pairs of steps that are timed")
+    parser.add_argument("--product", type=int, help="order of the matrix product; by default 8192, on a CPU 2048")
+    parser.add_argument("--threads", type=int, help="of torch on a CPU; by default its own choice")
+    parser.add_argument("--set", nargs="*", default=[], help="keys of the configuration, such as engine=zero3_offload")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    return parser.parse_args()
+
+
+def configured(arguments: argparse.Namespace, folder: Path) -> Config:
+    """The configuration of a run by CLEX on this shape; `folder` gets the architecture."""
+    vocabulary = VOCABULARIES.get(arguments.shape, SMALL_VOCABULARY)
+    shape: dict[str, Any] = {**SHAPES[arguments.shape], "vocab_size": vocabulary}
+    LlamaConfig(**shape, max_position_embeddings=arguments.tokens).save_pretrained(folder)
+    rows = arguments.rows * arguments.accumulation * distributed.world_size()
+    overrides = [
+        "engine.activation_checkpointing=false",
+        "scaling=clex",
+        *arguments.set,
+        "model.init=random",
+        f"model.config={folder}",
+        f"model.context_len={arguments.tokens}",
+        "data.path=random_tokens",
+        f"data.seq_len={arguments.tokens}",
+        f"engine.micro_batch={arguments.rows}",
+        f"optim.batch_rows={rows}",
+        "evaluation=never",
+    ]
+    configuration.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return configuration.to_config(compose("config", overrides=overrides))
+
+
+class StepBench:
+    """A model, its engine, and the two ways to take a step with them."""
+
+    def __init__(self, arguments: argparse.Namespace, config: Config) -> None:
+        engines.open_process_group(config.engine)
+        arch = architectures.to_train(config.model)
+        config = kernels.chosen(config, arch)
+        settings = engines.deepspeed_dict(config, distributed.world_size())
+        loaded = modeling.load_for_training(config, arch, engines.precision(config.engine), settings)
+        kernels.announce(config, arch, kernels.install(loaded.model, config))
+        assert loaded.clex is not None
+        ode = OdeOptimizer(loaded.clex, config.scaling, config.seed)
+        # A field that has learned something: at zero the solver would have less to do.
+        with torch.no_grad():
+            loaded.clex.down.normal_(0, 0.001, generator=torch.Generator().manual_seed(0))
+        ode.check(0)
+        self.engine, self.config = engines.build(loaded.model, config), config
+        flops = metrics.flops_per_token(*modeling.matmul_shape(loaded.model), config.data.seq_len)
+        rows = RandomRows(config.data.seq_len, arch.vocab_size)
+        self.parts = trainer.Parts(
+            config,
+            self.engine,
+            loaded,
+            rows,
+            ode,
+            checkpoints=None,
+            evaluate=None,
+            flops_per_token=flops,  # type: ignore[arg-type]
+        )
+        self.tokens = config.data.seq_len * config.optim.batch_rows
+        self.stock = LlamaRotaryEmbedding(arch).to(distributed.device())
+        self._stream = self._batches()
+        # The step before the first check of the grid is due again.
+        self._steps = {"plain RoPE": 1, "CLEX": 1}
+
+    def clex(self) -> float:
+        """Seconds of a step with CLEX, from an idle device to an idle device."""
+        return self._timed("CLEX", self.parts)
+
+    def plain(self) -> float:
+        """Seconds of a step with the family's own rotary module and without an ODE."""
+        with self._stock_rotary():
+            return self._timed("plain RoPE", replace(self.parts, ode=None))
+
+    def _timed(self, name: str, parts: trainer.Parts) -> float:
+        step = self._steps[name]
+        self._steps[name] += 1
+        wait()
+        start = time.perf_counter()
+        trainer.train_step(parts, step, next(self._stream))
+        wait()
+        return time.perf_counter() - start
+
+    @contextmanager
+    def _stock_rotary(self) -> Iterator[None]:
+        """The module stays, and computes what the stock one does: ZeRO-3 has noted the order of modules."""
+        rotary = self.parts.loaded.handle.rotary
+        rotary.forward = self.stock.forward  # type: ignore[method-assign]
+        yield
+        del rotary.forward
+
+    def _batches(self) -> Iterator[Any]:
+        return batches(
+            self.parts.rows,
+            first_row=0,
+            batch_rows=self.config.optim.batch_rows,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            micro_batch=self.config.engine.micro_batch or 1,
+        )
+
+
+def measure(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
+    """The page."""
+    began = time.perf_counter()
+    for _ in range(WARM_UP):
+        bench.plain(), bench.clex()
+    before, pairs = product_rate(arguments, bench), []
+    for index in range(arguments.pairs):
+        # Whoever comes second may find a warmer machine: they take turns in that too.
+        first, second = (bench.plain, bench.clex) if index % 2 == 0 else (bench.clex, bench.plain)
+        one, other = first(), second()
+        pairs.append((one, other) if index % 2 == 0 else (other, one))
+    rate = statistics.median([before, product_rate(arguments, bench)])
+    lines = [*header(bench, arguments), *speeds(bench, pairs, rate), *ode_seconds(bench)]
+    lines += profiled(bench.parts, bench.clex)
+    return [*lines, "", f"{time.perf_counter() - began:.0f} s in all; load at the end {os.getloadavg()[0]:.1f}."]
+
+
+def header(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
+    """What was run, on what."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    config, on_gpu = bench.config, torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else f"{processor()}, {os.cpu_count()} logical cores"
+    threads = "" if on_gpu else f", {torch.get_num_threads()} threads"
+    millions = modeling.num_parameters(bench.parts.loaded.model) / 1e6
+    return [
+        f"# A training step of a Llama of {millions:,.1f}M parameters",
+        "",
+        f"- command: `python benchmarks/{Path(__file__).name} {' '.join(sys.argv[1:])}`",
+        f"- commit: {commit.stdout.strip() or 'unknown'}",
+        f"- hardware: {distributed.world_size()} x {device} ({platform.machine()}){threads}, "
+        f"load at the beginning {os.getloadavg()[0]:.1f}",
+        f"- software: Python {platform.python_version()}, torch {torch.__version__}",
+        f"- model: {SHAPES[arguments.shape]}, random weights, {engines.precision(config.engine)}",
+        f"- step: {config.optim.batch_rows} rows of {config.data.seq_len:,} random tokens, accumulation "
+        f"{arguments.accumulation}, ZeRO-{config.engine.zero_stage}, offload {config.engine.offload.name}, "
+        f"attention {config.attention.implementation.name}, activation checkpointing "
+        f"{'on' if config.engine.activation_checkpointing else 'off'}",
+        "",
+    ]
+
+
+def speeds(bench: StepBench, pairs: list[tuple[float, float]], rate: float) -> list[str]:
+    """Both ways of a step, and their ratio pair by pair."""
+    rows = []
+    for column, name in enumerate(("plain RoPE", "CLEX")):
+        seconds = statistics.median(pair[column] for pair in pairs)
+        speed = bench.tokens / seconds
+        share = speed * bench.parts.flops_per_token / (rate * distributed.world_size())
+        rows.append(f"| {name} | {1e3 * seconds:,.1f} | {speed:,.0f} | {100 * share:.1f} % |")
+    ratios = sorted(pair[1] / pair[0] for pair in pairs)
+    quarter = len(ratios) // 4
+    return [
+        "| | ms a step, median | tokens/s | MFU |",
+        "|---|--:|--:|--:|",
+        *rows,
+        "",
+        f"CLEX over plain RoPE, median of {len(pairs)} pairs in turns: **{statistics.median(ratios):.4f}** "
+        f"(middle half {ratios[quarter]:.4f} to {ratios[-1 - quarter]:.4f}).",
+        "",
+        f"MFU: {bench.parts.flops_per_token / 1e6:,.1f} MFLOP a token (6 N + attention, nothing for recomputation) "
+        f"over {rate / 1e9:,.1f} GFLOP/s of a matrix product in the same run. Peak memory "
+        f"{metrics.peak_memory_gib():.2f} GiB ({'allocated' if torch.cuda.is_available() else 'resident'}).",
+    ]
+
+
+def ode_seconds(bench: StepBench) -> list[str]:
+    """What the host does for the ODE in a step, by the clock, as medians of a few steps."""
+    ode, spent = bench.parts.ode, {"begin": [], "finish": [], "look_ahead": []}  # type: dict[str, list[float]]
+    for name, times in spent.items():
+        setattr(ode, name, clocked(getattr(ode, name), times))
+    for _ in range(5):
+        bench.clex()
+    for name in spent:
+        delattr(ode, name)
+    parts = ", ".join(f"{name} {1e3 * statistics.median(times):.2f}" for name, times in spent.items())
+    return ["", f"The ODE on the host, ms: {parts}. `finish` and `look_ahead` run beside the update of the weights."]
+
+
+def clocked(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
+    """`call`, which leaves its seconds in `times`."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = call(*args, **kwargs)
+        times.append(time.perf_counter() - start)
+        return result
+
+    return run
+
+
+def product_rate(arguments: argparse.Namespace, bench: StepBench) -> float:
+    """FLOP/s of a square matrix product of random data in the dtype of the step, median of several."""
+    on_gpu, device = torch.cuda.is_available(), distributed.device()
+    order, repeats = arguments.product or (8192 if on_gpu else 2048), 20 if on_gpu else 3
+    left, right = (torch.randn(order, order, device=device).to(engines.precision(bench.config.engine)) for _ in "ab")
+    seconds = []
+    for _ in range(repeats + 1):
+        wait()
+        start = time.perf_counter()
+        left @ right
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return 2 * order**3 / statistics.median(seconds[1:])
+
+
+def wait() -> None:
+    """Until the device has nothing to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What a training step is spent on, by torch.profiler: attention, MLP, loss, optimizer, communication, the ODE.
+
+Modules and calls are marked by ranges while the profiler runs. An operation belongs to the innermost range around it;
+one of the backward pass to the range of the forward operation that it is the gradient of, which the profiler knows by a
+number that both carry. Times are each operation's own: of its kernels on a GPU, else of the CPU.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+ATTENTION, MLP, LOSS, OPTIMIZER, COMMUNICATION, ODE, OTHER = (
+    "attention", "MLP", "loss", "optimizer", "communication", "ODE", "other"
+)  # fmt: skip
+MARK = "step part: "
+MODULES = {"self_attn": ATTENTION, "attn": ATTENTION, "attention": ATTENTION, "mlp": MLP, "block_sparse_moe": MLP}
+OPERATIONS = {
+    COMMUNICATION: ("c10d::", "nccl:", "gloo:", "record_param_comms"),
+    LOSS: ("cross_entropy", "nll_loss", "log_softmax"),
+}
+BACKWARD = "autograd::engine::evaluate_function"
+
+
+def profiled(parts: Any, step: Callable[[], float]) -> list[str]:
+    """A table of one step of `trainer.Parts`, taken by `step`, which returns its seconds."""
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    calls = [(parts.engine, "step", OPTIMIZER), *((parts.ode, name, ODE) for name in ("begin", "finish", "look_ahead"))]
+    with marked(parts.loaded.model, calls), profile(activities=activities) as recorded:
+        seconds = step()
+    spent = shares(recorded.events(), on_gpu)
+    total = sum(spent.values())
+    where = "kernels of the GPU" if on_gpu else "operations on the CPU"
+    rows = [f"| {name} | {spent[name] / 1e3:,.1f} | {100 * spent[name] / total:.1f} % |" for name in (
+        ATTENTION, MLP, LOSS, OPTIMIZER, COMMUNICATION, ODE, OTHER)]  # fmt: skip
+    return [
+        "",
+        f"One step under the profiler, {1e3 * seconds:,.1f} ms by the clock; {where}, forward and backward together.",
+        "`other`: norms, residuals, embedding, cos and sin, and what the host does between operations is in none.",
+        "",
+        "| | ms | share |",
+        "|---|--:|--:|",
+        *rows,
+    ]
+
+
+def shares(events: Any, on_gpu: bool) -> dict[str, float]:
+    """Microseconds of each part."""
+    host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    forward: dict[int, str] = {}
+    for event in sorted(host, key=lambda event: event.time_range.start):
+        # Of several operations with one number the last begun made the node of the graph.
+        if event.sequence_nr >= 0 and _backward_number(event) is None:
+            forward[event.sequence_nr] = _part(event, {})
+    spent: dict[str, float] = defaultdict(float)
+    for event in host:
+        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        spent[_part(event, forward)] += own
+    return spent
+
+
+@contextmanager
+def marked(model: nn.Module, calls: list[tuple[Any, str, str]]) -> Iterator[None]:
+    """Ranges around the modules of a model and around methods of objects, (object, name, part)."""
+    handles = []
+    for module, part in _modules(model):
+        ranges: list[Any] = []
+        handles += [
+            module.register_forward_pre_hook(lambda *_, ranges=ranges, part=part: _enter(ranges, part)),
+            module.register_forward_hook(lambda *_, ranges=ranges: ranges.pop().__exit__(None, None, None)),
+        ]
+    for owner, name, part in calls:
+        setattr(owner, name, _ranged(getattr(owner, name), part))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for owner, name, _ in calls:
+            delattr(owner, name)
+
+
+def _modules(model: Any) -> Iterator[tuple[nn.Module, str]]:
+    for name, module in model.named_modules():
+        part = MODULES.get(name.rpartition(".")[2])
+        if part is not None:
+            yield module, part
+    yield model.get_output_embeddings(), LOSS
+
+
+def _enter(ranges: list[Any], part: str) -> None:
+    ranges.append(record_function(MARK + part))
+    ranges[-1].__enter__()
+
+
+def _ranged(call: Callable[..., Any], part: str) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with record_function(MARK + part):
+            return call(*args, **kwargs)
+
+    return run
+
+
+def _part(event: Any, forward: dict[int, str]) -> str:
+    """The part of the innermost range, operation of a known part, or node of the backward pass around an event."""
+    while event is not None:
+        if event.name.startswith(MARK):
+            return str(event.name.removeprefix(MARK))
+        for part, names in OPERATIONS.items():
+            if any(name in event.name for name in names):
+                return part
+        if event.name.startswith(BACKWARD) and event.sequence_nr in forward:
+            return forward[event.sequence_nr]
+        event = event.cpu_parent
+    return OTHER
+
+
+def _backward_number(event: Any) -> int | None:
+    """The number of the backward node around an event; None in the forward pass."""
+    while event is not None:
+        if event.name.startswith(BACKWARD):
+            return int(event.sequence_nr)
+        event = event.cpu_parent
+    return None

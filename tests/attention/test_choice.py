@@ -1,0 +1,72 @@
+"""What `attention.implementation=auto` stands for on a machine, and the name of the kernel."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from clex_train.attention import choice
+from clex_train.settings.attention import AttentionConfig, AttentionImplementation
+
+LLAMA = AutoConfig.for_model("llama", hidden_size=64, num_attention_heads=2, num_hidden_layers=1)
+FLASH, SDPA = AttentionImplementation.flash_attention_2, AttentionImplementation.sdpa
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """As if flash-attn and a GPU were there."""
+    monkeypatch.setattr(choice, "is_flash_attn_2_available", lambda: True)
+
+
+@pytest.mark.skipif(choice.is_flash_attn_2_available(), reason="flash-attn is installed")
+def test_without_flash_attn_it_is_sdpa():
+    assert choice.choose(AttentionConfig(), LLAMA, torch.bfloat16) is SDPA
+
+
+@pytest.mark.usefixtures("flash")
+def test_with_flash_attn_it_is_flash_attn():
+    assert choice.choose(AttentionConfig(), LLAMA, torch.bfloat16) is FLASH
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("asked", [item for item in AttentionImplementation if item.value != "auto"])
+def test_what_is_asked_for_by_name_stays(asked):
+    assert choice.choose(AttentionConfig(implementation=asked), LLAMA, torch.float32) is asked
+
+
+class OwnConfig(type(LLAMA)):
+    """The architecture of a family whose code comes with the model."""
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize(
+    ("arch", "dtype", "reason"),
+    [
+        (LLAMA, torch.float32, "bfloat16, not in float32"),
+        (AutoConfig.for_model("llama", hidden_size=1024, num_attention_heads=2), torch.bfloat16, "the model 512"),
+        (OwnConfig(), torch.bfloat16, "model_type=llama has no flash attention"),
+    ],
+)
+def test_what_flash_attn_cannot_compute_is_left_to_sdpa(arch, dtype, reason):
+    assert reason in choice.flash_refusal(arch, dtype)
+    assert choice.choose(AttentionConfig(), arch, dtype) is SDPA
+
+
+@pytest.mark.usefixtures("flash")
+def test_lm_infinite_has_back_ends_of_its_own():
+    assert choice.choose(AttentionConfig(lambda_mask=True), LLAMA, torch.bfloat16) is SDPA
+
+
+def test_the_kernel_that_is_named_is_the_one_that_computes():
+    query = torch.randn(1, 2, 32, 32, requires_grad=True)
+    with torch.profiler.profile() as recorded:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
+    called = any("flash_attention" in event.name for event in recorded.events())
+    assert (choice.sdpa_kernel(LLAMA, 32, torch.float32, CPU) == "flash") is called
+
+
+def test_the_description_names_kernel_dtype_and_device():
+    text = choice.describe(SDPA, LLAMA, 4096, torch.float32, CPU)
+    assert text == "sdpa, its flash kernel, in float32 on the CPU"
+    eager = choice.describe(AttentionImplementation.eager, LLAMA, 4096, torch.bfloat16, CPU)
+    assert eager == "eager in bfloat16 on the CPU"

@@ -1,0 +1,59 @@
+"""One sum carries everything that the ranks tell each other in a step."""
+
+import pytest
+import torch
+
+from clex_train import distributed
+from clex_train.exchange import exchange
+
+LOSSES = [torch.tensor(1.5), torch.tensor(2.5)]
+
+
+def test_a_single_rank_hears_itself_to_the_bit():
+    gradient = torch.tensor([1 / 3, -2e-300, 7e200], dtype=torch.float64)
+    told = exchange(LOSSES, False, torch.tensor([9, 4]), gradient)()
+    assert told.loss == 2.0
+    assert not told.asked_to_stop
+    assert torch.equal(told.gradient, gradient)
+    assert told.rows.tolist() == [9, 4]
+
+
+def test_without_a_gradient_there_is_none():
+    assert exchange(LOSSES, False, torch.tensor([0]))().gradient.shape == (0,)
+
+
+@pytest.fixture
+def second_of_three(monkeypatch):
+    """This process is rank 1 of 3; the sums of the two others stand ready."""
+    others = {}
+
+    def all_reduce(tensor):
+        return tensor + others["sum"]
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "all_reduce_sum", all_reduce)
+    return others
+
+
+def test_means_are_over_ranks_and_rows_stand_rank_after_rank(second_of_three):
+    # loss, two components of the gradient, who was asked, the rows of ranks 0 and 2
+    second_of_three["sum"] = torch.tensor([7.0, 1.0, 2.0, 0.0, 11, 12, 0, 0, 2**40, 2**40 + 1], dtype=torch.float64)
+    told = exchange(LOSSES, False, torch.tensor([3, 2**52]), torch.tensor([2.0, 4.0], dtype=torch.float64))()
+    assert told.loss == 3.0
+    assert told.gradient.tolist() == [1.0, 2.0]
+    assert told.rows.tolist() == [11, 12, 3, 2**52, 2**40, 2**40 + 1]
+    assert not told.asked_to_stop
+
+
+def test_one_rank_that_was_asked_is_enough(second_of_three):
+    second_of_three["sum"] = torch.zeros(5, dtype=torch.float64)
+    assert exchange(LOSSES, True, torch.tensor([0]))().asked_to_stop
+
+
+def test_a_loss_that_is_not_finite_spoils_neither_rows_nor_flags(second_of_three):
+    second_of_three["sum"] = torch.zeros(5, dtype=torch.float64)
+    told = exchange([torch.tensor(float("nan"))], False, torch.tensor([8]))()
+    assert told.loss != told.loss
+    assert not told.asked_to_stop
+    assert told.rows.tolist() == [0, 8, 0]

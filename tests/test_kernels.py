@@ -1,0 +1,71 @@
+"""A run says once which kernels it has and which packages would make it faster, and keeps `auto` in its folder."""
+
+import pytest
+import torch
+from composing import composed
+from omegaconf import OmegaConf
+
+import train
+from clex_train import kernels
+
+
+@pytest.fixture
+def run(tmp_path, tiny_store, tiny_architecture):
+    """train.run for two steps on a tiny model."""
+
+    def start(*overrides: str) -> int:
+        return train.run(
+            composed(
+                "+experiment=tiny_base",
+                f"output_dir={tmp_path / 'run'}",
+                f"data.path={tiny_store}",
+                f"model.config={tiny_architecture}",
+                "model.context_len=32",
+                "data.seq_len=32",
+                "evaluation=never",
+                "optim.batch_rows=2",
+                "checkpoint.every=2",
+                "optim.steps=4",
+                *overrides,
+            )
+        )
+
+    start.folder = tmp_path / "run"
+    return start
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_run_without_the_optional_packages_goes_through_and_tells_once(run, caplog, monkeypatch):
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    with caplog.at_level("INFO", logger="clex_train"):
+        run()
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if line.startswith("attention:")] == [
+        "attention: sdpa, its flash kernel, in float32 on the CPU"
+    ]
+    about_packages = [line for line in said if "flash-attn" in line or "liger" in line or "triton" in line]
+    assert about_packages == [
+        "flash-attn, liger-kernel, triton not installed: everything runs without, slower on a GPU "
+        "(pip install -r requirements-gpu.txt)"
+    ]
+
+
+def test_with_all_packages_nothing_is_missed(run, caplog, monkeypatch):
+    monkeypatch.setattr(kernels, "find_spec", lambda name: object())
+    with caplog.at_level("INFO", logger="clex_train"):
+        run()
+    assert not [record for record in caplog.records if "not installed" in record.getMessage()]
+
+
+def test_a_run_goes_on_with_another_choice_and_keeps_what_was_asked_for(run):
+    run("max_runtime=10:00:00", "optim.steps=4", "attention.implementation=auto")
+    stored = OmegaConf.load(run.folder / "config.yaml")
+    assert stored.attention.implementation == "auto"
+    (run.folder / "final").rename(run.folder / "before")
+    assert run("attention.implementation=eager", "engine.liger=never") == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_that_cannot_be_had_are_refused_before_anything_is_read(run):
+    with pytest.raises(ValueError, match=r"engine\.liger=always"):
+        run("engine.liger=always", "data.path=/nowhere")
