@@ -64,6 +64,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
         modeling,
         run_folder,
         separation,
+        splitting,
         tracking,
         trainer,
     )
@@ -73,7 +74,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     from clex_train.data.overlap import require_disjoint
     from clex_train.data.vocabulary import check_tokenizer
     from clex_train.engine import deepspeed as engines
-    from clex_train.engine import liger
+    from clex_train.engine import liger, sequence_parallel
     from clex_train.engine.ode_optimizer import OdeOptimizer
     from clex_train.engine.watchdog import watching
     from clex_train.evaluation.training import TrainingEvaluation
@@ -97,6 +98,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     context_len = architectures.context_length(config.model, arch)
     separation.check_document_mask(config, arch, context_len)
     memory_options.check(config.engine, arch, config.model.trust_remote_code)
+    splitting.check_sequence_parallel(config, arch)
     interrupted = lambda: stop.reason() is not None  # noqa: E731
     configuration.check_protocols(config)
     evaluated = config.evaluation.every >= 0
@@ -132,13 +134,16 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
         memory_options.announce(loaded.model, config.engine, distributed.device())
         ode = OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else None
         engine = engines.build(loaded.model, config)
+        sequence = sequence_parallel.of_run(loaded.model, config, engine.train_micro_batch_size_per_gpu())
         if stop.deadline:
             stop.deadline.assume("save", metrics.assumed_save_seconds(modeling.num_parameters(loaded.model)))
         optim = config.optim
         spikes = SpikeWatch(optim.spike_factor, optim.spike_window) if optim.spike_factor else None
         flops = metrics.flops_per_token(*modeling.matmul_shape(loaded.model), config.data.seq_len)
         try:
-            parts = trainer.Parts(config, engine, loaded, rows, ode, checkpoints, evaluation, flops, stop, spikes)
+            parts = trainer.Parts(
+                config, engine, loaded, rows, ode, checkpoints, evaluation, flops, stop, spikes, sequence
+            )
             steps = trainer.train(parts, partial(tracking.Tracker, config, run_dir))
             modeling.solve_table(loaded)
             write_final(run_dir / "final", loaded, engines.consolidated_state_dict(engine), tokenizer)

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from clex_train import architectures, distributed, memory_options, modeling, separation, skeleton
+from clex_train import architectures, distributed, memory_options, modeling, separation, skeleton, splitting
 from clex_train import config as configuration
 from clex_train.config import Config
 from clex_train.data.build import mixture_line, packing_line, planned_passes
+from clex_train.data.shards import part_len
 from clex_train.engine import deepspeed as engines
 from clex_train.engine import memory
 from clex_train.engine.footprint import Footprint
@@ -92,6 +93,7 @@ def make_plan(config: Config) -> Plan:
     configuration.check_positions(config, context_len)
     separation.check_document_mask(config, arch, context_len)
     memory_options.check(config.engine, arch, config.model.trust_remote_code)
+    splitting.check_sequence_parallel(config, arch)
     # Only to refuse what cannot be scaled: sizes are the same, and some scaled ones take no handle for training.
     modeling.trained_architecture(config, arch)
     counts, dtype = skeleton.count(arch), engines.precision(config.engine)
@@ -100,7 +102,7 @@ def make_plan(config: Config) -> Plan:
     footprint = skeleton.footprint(
         arch,
         rows=settings["train_micro_batch_size_per_gpu"],
-        tokens=config.data.seq_len,
+        tokens=part_len(config.data.seq_len, config.engine.sequence_parallel),
         dtype=dtype,
         attention=config.attention.implementation.value,
         # On a CPU the inputs of layers are in host memory already.
@@ -189,7 +191,7 @@ def _summary(config: Config, plan: Plan) -> Iterator[str]:
     if config.model.init is Init.random:
         yield "              the vocabulary is that of model.config here; the run takes the data store's"
     yield (
-        f"  step        {rows:,} rows = {plan.world_size} ranks * {plan.micro_batch} rows "
+        f"  step        {rows:,} rows = {_readers(config, plan)} * {plan.micro_batch} rows "
         f"* {plan.accumulation} micro-batches"
     )
     yield (
@@ -202,6 +204,15 @@ def _summary(config: Config, plan: Plan) -> Iterator[str]:
         yield f"  repeated    {planned_passes(config.data, config.optim)}"
     yield f"  scaling     {_scaling(config, plan.context_len)}"
     yield f"  evaluation  {_evaluation(config, plan.context_len)}"
+
+
+def _readers(config: Config, plan: Plan) -> str:
+    """What reads rows of its own: a rank, or several together."""
+    size = config.engine.sequence_parallel
+    if size == 1:
+        return f"{plan.world_size} ranks"
+    groups = plan.world_size // size
+    return f"{groups} group{'s' if groups > 1 else ''} of {size} ranks"
 
 
 def _scaling(config: Config, context_len: int) -> str:
@@ -240,7 +251,8 @@ def memory_table(config: Config, plan: Plan) -> Iterator[str]:
     yield (
         f"memory of one {'GPU' if plan.on_gpu else 'rank'} of {plan.world_size} in GiB: ZeRO-{engine.zero_stage}, "
         f"offload {engine.offload.name}, {str(plan.dtype).removeprefix('torch.')}, "
-        f"{plan.micro_batch} * {config.data.seq_len:,} tokens, {', '.join(_kept(engine))}"
+        f"{plan.micro_batch} * {part_len(config.data.seq_len, engine.sequence_parallel):,} tokens"
+        f"{'' if engine.sequence_parallel == 1 else f' of {config.data.seq_len:,}'}, {', '.join(_kept(engine))}"
     )
     yield f"  {'at the moment of':<16}{''.join(f'{moment:>10}' for moment in MOMENTS)}{'host':>10}"
     for part in (*plan.parts, Part("total", plan.totals(), plan.host)):

@@ -47,8 +47,8 @@ SAFE_TO_CHANGE = (
 weights and skipped rows because it knows the order of the rows that it has seen, and refuses another.
 """
 
-SHARING = ("engine.micro_batch", "engine.accumulation")
-"""What optim.batch_rows is divided by; a change of it alone would only change how sums are rounded."""
+SHARING = ("engine.micro_batch", "engine.accumulation", "engine.sequence_parallel")
+"""What optim.batch_rows, and rows, are divided by; a change of it alone would only change how sums are rounded."""
 
 
 def check_config(config: Config, has_checkpoint: bool, other_ranks: bool = False) -> None:

@@ -7,28 +7,28 @@ functions of it, so a resumed run reads and draws what the uninterrupted one wou
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
-from clex_train import distributed, log, metrics, seeding
-from clex_train.attention.documents import separating_arguments
+from clex_train import distributed, forward_pass, log, metrics, seeding
 from clex_train.checkpoint.store import Checkpoints
 from clex_train.config import Config
-from clex_train.data.collate import document_lengths, joined, num_scored, separated
+from clex_train.data.collate import joined, separated
 from clex_train.data.loader import batches
 from clex_train.data.order import SkippedRows, original_index
 from clex_train.data.rows import Rows
+from clex_train.data.shards import num_scored, sharded
 from clex_train.engine import non_finite, token_loss
 from clex_train.engine.deepspeed import gradient_norm, has_stepped, learning_rate, set_learning_rate
 from clex_train.engine.ode_optimizer import OdeOptimizer
+from clex_train.engine.sequence_parallel import SequenceParallel
 from clex_train.exchange import exchange
 from clex_train.faults import RunStopped, StopRequested
 from clex_train.modeling import LoadedModel
-from clex_train.scaling.sampling import draw_batch, draw_document_batch
 from clex_train.scaling.solver import UnstableField
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.spikes import SpikeWatch
@@ -60,6 +60,13 @@ class Parts:
     """What may ask the run to stop before its last step."""
     spikes: SpikeWatch | None = None
     """Decides which losses are spikes; None: none are."""
+    sequence: SequenceParallel | None = None
+    """Shares each row with other ranks; None: every rank reads rows of its own."""
+
+    @property
+    def row_ranks(self) -> int:
+        """Ranks that read the same rows."""
+        return self.sequence.size if self.sequence else 1
 
 
 def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
@@ -112,14 +119,16 @@ def _stream(parts: Parts, step: int) -> Iterator[Iterator[Batch]]:
     """This rank's micro-batches of each step from `step` on, without the rows that were skipped for a spike."""
     config = parts.config
     skipped = parts.spikes.skipped if parts.spikes else []
+    collate = separated if config.data.document_mask else joined
+    group, index = divmod(distributed.rank(), parts.row_ranks)
     return batches(
         SkippedRows(parts.rows, skipped) if skipped else parts.rows,
         first_row=step * config.optim.batch_rows,
         batch_rows=config.optim.batch_rows,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        rank=group,
+        world_size=distributed.world_size() // parts.row_ranks,
         micro_batch=parts.engine.train_micro_batch_size_per_gpu(),
-        collate=separated if config.data.document_mask else joined,
+        collate=sharded(collate, index, parts.row_ranks),
     )
 
 
@@ -152,7 +161,7 @@ def train_step(parts: Parts, step: int, micro_batches: Iterator[Batch]) -> dict[
     if parts.ode and spectrum:
         figures |= {"t": spectrum.t, "ode_grad_norm": parts.ode.finish(lr, found.gradient, apply=is_updated)}
         parts.ode.look_ahead(step + 1)
-    figures["rows"] = metrics.row_spans(found.rows)
+    figures["rows"] = metrics.row_spans(found.rows.view(distributed.world_size(), -1)[:: parts.row_ranks])
     if not is_updated and config.engine.zero_stage > 0:
         figures["fault"] = find_fault(parts, step, held, weights, losses, spectrum)
     tokens = config.optim.batch_rows * config.data.seq_len
@@ -166,7 +175,7 @@ def loss_weights(micro_batches: Sequence[Batch], step: int) -> list[float]:
     DeepSpeed takes of the gradients too, is the mean over the tokens of the step however it is spread. All 1 when
     rows have equally many. `RunStopped` when the step has no token to score.
     """
-    scored = torch.tensor([num_scored(batch["labels"]) for batch in micro_batches], dtype=torch.int64)
+    scored = torch.tensor([num_scored(batch) for batch in micro_batches], dtype=torch.int64)
     total = int(distributed.all_reduce_sum(scored.sum()))
     if total == 0:
         rows = [int(index) for batch in micro_batches for index in batch["row_index"]]
@@ -180,7 +189,7 @@ def loss_weights(micro_batches: Sequence[Batch], step: int) -> list[float]:
 
 def forward_backward(parts: Parts, batch: Batch, spectrum: Spectrum | None, weight: float = 1.0) -> torch.Tensor:
     """Weighted loss of one micro-batch (mean over its scored tokens), its gradients added up in engine and spectrum."""
-    with _frequencies(parts, batch, spectrum):
+    with _in_force(parts, batch, spectrum):
         # Only the loss is held: the logits would otherwise stay through the whole backward pass.
         loss = forward(parts.engine, parts, batch, weight)
         parts.engine.backward(loss)
@@ -189,10 +198,14 @@ def forward_backward(parts: Parts, batch: Batch, spectrum: Spectrum | None, weig
 
 def forward(model: Any, parts: Parts, batch: Batch, weight: float) -> torch.Tensor:
     """Weighted loss of one micro-batch under `model`, the engine or what it wraps."""
-    device = distributed.device()
     mean_nll = token_loss.of(parts.config.engine)
-    targets = token_loss.shifted(batch["labels"]).to(device)
-    return weight * mean_nll(model, targets, input_ids=batch["input_ids"].to(device), **_borders(parts, batch))
+    targets = batch["shift_labels"] if parts.sequence else token_loss.shifted(batch["labels"])
+    inputs = forward_pass.arguments(parts.config, batch, parts.sequence)
+    return weight * mean_nll(model, targets.to(distributed.device()), **inputs)
+
+
+def _in_force(parts: Parts, batch: Batch, spectrum: Spectrum | None) -> AbstractContextManager[None]:
+    return forward_pass.in_force(parts.config, parts.loaded, batch, spectrum, parts.sequence)
 
 
 def find_fault(
@@ -209,18 +222,29 @@ def find_fault(
     whose loss is bad, or one after the other until a gradient is.
     """
     model: Any = parts.loaded.model
-    bad = [index for index, loss in enumerate(losses) if not bool(loss.isfinite())]
+    bad = _bad_in_group(parts, losses)
     chosen = (bad or [0])[:1] if distributed.any_rank(bool(bad)) else range(len(losses))
     for index in chosen:
         batch = micro_batches[index]
         _seed_dropout(parts, step, index)
-        with _frequencies(parts, batch, spectrum):
+        with _in_force(parts, batch, spectrum):
             found = non_finite.find(model, partial(forward, model, parts, batch, weights[index]))
         own = f"rank {distributed.rank()}, rows {metrics.row_spans(batch['row_index'])}: {found}"
-        told = [text for text in distributed.gather_objects(own if bad or found else None) if text]
+        is_bad = not bool(losses[index].isfinite())
+        told = [text for text in distributed.gather_objects(own if is_bad or found else None) if text]
         if told:
             return "; ".join(told)
     return "not again in a second pass, or in the gradients of weights alone"
+
+
+def _bad_in_group(parts: Parts, losses: Sequence[torch.Tensor]) -> list[int]:
+    """Micro-batches with a loss that is not finite on this rank or one that shares its rows: they run them together."""
+    own = [index for index, loss in enumerate(losses) if not bool(loss.isfinite())]
+    if parts.row_ranks == 1:
+        return own
+    first = distributed.rank() // parts.row_ranks * parts.row_ranks
+    found = distributed.gather_objects(own)[first : first + parts.row_ranks]
+    return sorted(set().union(*found))
 
 
 def _seed_dropout(parts: Parts, step: int, micro_batch: int) -> None:
@@ -258,46 +282,6 @@ def _settle(parts: Parts, seconds: float | None) -> None:
     """Let the deadline know how long a checkpoint took that has just been completed."""
     if seconds is not None and parts.stop.deadline:
         parts.stop.deadline.took("save", seconds)
-
-
-def _borders(parts: Parts, batch: Batch) -> dict[str, Any]:
-    """What keeps the documents of the batch apart, if they are to be."""
-    if "position_ids" not in batch:
-        return {}
-    return separating_arguments(batch["position_ids"], parts.config.attention.implementation, distributed.device())
-
-
-def _frequencies(parts: Parts, batch: Batch, spectrum: Spectrum | None) -> AbstractContextManager[None]:
-    """The rotary module at the step's spectrum, or a formula's, and the rows' sampled positions; else plain RoPE."""
-    in_force = spectrum or parts.loaded.formula
-    if in_force is None:
-        return nullcontext()
-    config, rows = parts.config, batch["row_index"].tolist()
-    if config.attention.lambda_mask:
-        # The mask goes by distance, and `check_lambda_mask` has seen to it that positions are plain.
-        return parts.loaded.handle.training(in_force)
-    how: dict[str, Any] = {
-        **_position_grid(parts, spectrum),
-        "seed": config.seed,
-        "mix_random": config.scaling.mix_random,
-        "max_chunks": config.scaling.max_chunks,
-    }
-    kind = config.scaling.positions.value
-    if "position_ids" in batch:
-        positions = draw_document_batch(kind, rows, document_lengths(batch["position_ids"]), **how)
-    else:
-        positions = draw_batch(kind, rows, seq_len=config.data.seq_len, **how)
-    return parts.loaded.handle.training(in_force, positions)
-
-
-def _position_grid(parts: Parts, spectrum: Spectrum | None) -> dict[str, float]:
-    """The grid that positions are drawn from: that of CLEX, or under a formula the whole numbers below factor * L."""
-    context_len, formula = parts.loaded.context_len, parts.loaded.formula
-    if spectrum is not None:
-        return {"context_len": context_len, "t": spectrum.t}
-    assert formula is not None
-    row_len = parts.config.data.seq_len
-    return {"context_len": row_len, "t": round(formula.t * context_len) / row_len}
 
 
 def _evaluate_if_due(parts: Parts, tracker: Tracker, step: int) -> None:

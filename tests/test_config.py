@@ -23,7 +23,8 @@ def test_every_experiment_composes_and_is_named_after_its_file(name):
 
 def test_the_experiments_that_users_are_told_about_are_there():
     told = """tiny_base tiny_clex tiny_continued llama2_7b_clex llama2_7b_clex_16k llama2_7b_clex_64k llama2_13b_clex
-    gpt_neox_20b_clex phi2_clex_32k mixtral_8x7b_clex_32k llama3_8b_clex mistral_7b_clex qwen3_8b_clex"""
+    gpt_neox_20b_clex phi2_clex_32k mixtral_8x7b_clex_32k llama3_8b_clex mistral_7b_clex qwen3_8b_clex
+    llama3_8b_clex_1m"""
     assert set(told.split()) <= set(EXPERIMENTS)
 
 

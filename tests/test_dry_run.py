@@ -1,5 +1,6 @@
 """The plan of every experiment, on this machine, without weights, data or DeepSpeed."""
 
+import math
 import resource
 import subprocess
 import sys
@@ -24,10 +25,13 @@ def part(plan: dry_run.Plan, name: str) -> dry_run.Part:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_a_plan(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan = plan_of(f"+experiment={name}", "engine.world_size=4", "engine.micro_batch=1")
+    config = composed(f"+experiment={name}")
+    groups = math.gcd(4, config.optim.batch_rows)
+    ranks = groups * config.engine.sequence_parallel
+    plan = plan_of(f"+experiment={name}", f"engine.world_size={ranks}", "engine.micro_batch=1")
     assert plan.counts.total == sum(plan.counts.blocks)
     assert 0 < plan.peak == max(plan.totals())
-    assert plan.accumulation * 4 == composed(f"+experiment={name}").optim.batch_rows
+    assert plan.accumulation * groups == config.optim.batch_rows
     assert not list(tmp_path.iterdir())
 
 
@@ -47,6 +51,28 @@ def test_more_gpus_hold_less_state_each_and_the_same_activations():
     for name in ("parameters", "gradients", "optimizer"):
         assert part(few, name).device[0] > part(many, name).device[0]
     assert part(few, "activations") == part(many, "activations")
+
+
+def test_ranks_that_share_rows_hold_the_activations_of_their_part(capsys):
+    """State is split over all ranks as ever; the default of both experiments is the eight ranks that a row takes."""
+    experiment = "+experiment=llama2_7b_clex_64k"
+    shared = plan_of(experiment)
+    alone = plan_of(experiment, "engine.sequence_parallel=1")
+    eighth = plan_of(experiment, "engine.sequence_parallel=1", "data.seq_len=8192", "optim.batch_rows=256")
+    assert (shared.world_size, shared.accumulation, alone.accumulation) == (8, 32, 4)
+    for name in ("activations", "logits"):
+        assert part(shared, name) == part(eighth, name)
+        assert part(alone, name).device[0] > 7.9 * part(shared, name).device[0]
+    assert part(shared, "optimizer") == part(alone, "optimizer")
+    dry_run.print_plan(composed(experiment, "dry_run=true"))
+    printed = capsys.readouterr().out
+    assert "  step        32 rows = 1 group of 8 ranks * 1 rows * 32 micro-batches\n" in printed
+    assert "1 * 8,192 tokens of 65,536, " in printed
+
+
+def test_heads_that_ranks_cannot_share_are_refused_in_the_plan():
+    with pytest.raises(ValueError, match=r"engine\.sequence_parallel=3: .* 32 attention heads.* take 1 or 2 or 4 or 8"):
+        plan_of("+experiment=llama2_7b_clex", "engine.sequence_parallel=3", "engine.world_size=3", "optim.batch_rows=9")
 
 
 def test_recomputing_layers_and_offloading_each_save_what_they_are_for():

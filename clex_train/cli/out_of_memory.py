@@ -40,7 +40,8 @@ def _share(plan: dry_run.Plan, names: tuple[str, ...]) -> float:
 def _rows(config: Config) -> Iterator[str]:
     engine = config.engine
     if engine.micro_batch is None:
-        yield f"engine.micro_batch=1 (instead of a rank's {config.optim.batch_rows // distributed.world_size()} rows)"
+        readers = distributed.world_size() // engine.sequence_parallel
+        yield f"engine.micro_batch=1 (instead of a rank's {config.optim.batch_rows // readers} rows)"
     elif engine.micro_batch > 1:
         yield f"engine.micro_batch={engine.micro_batch // 2} (more micro-batches, the same numbers)"
     if not engine.activation_checkpointing:
@@ -51,6 +52,8 @@ def _rows(config: Config) -> Iterator[str]:
         yield "engine.tiled_mlp=4096 (MLPs computed once more, the same numbers)"
     if engine.activation_checkpointing and not engine.offload_activations and torch.cuda.is_available():
         yield "engine.offload_activations=true (what layers are recomputed from, in host memory)"
+    if distributed.world_size() % (2 * engine.sequence_parallel) == 0:
+        yield f"engine.sequence_parallel={2 * engine.sequence_parallel} (half as many tokens of a row on each rank)"
     yield f"data.seq_len (now {config.data.seq_len})"
 
 

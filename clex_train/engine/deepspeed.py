@@ -53,16 +53,25 @@ def precision(engine: EngineConfig) -> torch.dtype:
 def share_rows(config: Config, world_size: int) -> tuple[int, int]:
     """(rows per rank in a forward, micro-batches per step), so that `optim.batch_rows` are read by any number of ranks.
 
-    Raises `ValueError` when the rows cannot be shared evenly, or contradict an explicit `engine.accumulation`.
+    Raises `ValueError` when the rows cannot be shared evenly, or contradict an explicit `engine.accumulation`, or when
+    the ranks do not make whole groups of `engine.sequence_parallel`, which read their rows together.
     """
     engine, rows = config.engine, config.optim.batch_rows
-    together = world_size * (engine.micro_batch or engine.accumulation or 1)
+    groups, left_over = divmod(world_size, engine.sequence_parallel)
+    require(
+        left_over == 0,
+        "engine.sequence_parallel",
+        engine.sequence_parallel,
+        f"must divide the number of ranks, {world_size}: each row is shared by so many; launch a multiple of it",
+    )
+    readers = "ranks" if engine.sequence_parallel == 1 else "groups of engine.sequence_parallel ranks"
+    together = groups * (engine.micro_batch or engine.accumulation or 1)
     named = "engine.accumulation" if engine.micro_batch is None else "engine.micro_batch"
     require(
         rows % together == 0,
         "optim.batch_rows",
         rows,
-        f"must be a multiple of {named} * ranks = {together // world_size} * {world_size}",
+        f"must be a multiple of {named} * {readers} = {together // groups} * {groups}",
     )
     if engine.micro_batch is None:
         return rows // together, engine.accumulation or 1
@@ -71,7 +80,7 @@ def share_rows(config: Config, world_size: int) -> tuple[int, int]:
         engine.accumulation in (None, derived),
         "engine.accumulation",
         engine.accumulation,
-        f"{rows} rows over {world_size} ranks need {derived}; leave it null or change one",
+        f"{rows} rows over {groups} {readers} need {derived}; leave it null or change one",
     )
     return engine.micro_batch, derived
 
@@ -86,7 +95,8 @@ def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
     if engine.offload is Offload.all:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings = {
-        "train_batch_size": config.optim.batch_rows,
+        # To DeepSpeed every rank has rows of its own; those that share one count it once each.
+        "train_batch_size": config.optim.batch_rows * engine.sequence_parallel,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip,

@@ -138,7 +138,9 @@ class WithoutRotary(RotaryHandle):
             )
 
     @contextmanager
-    def training(self, spectrum: Spectrum, positions: Tensor | None = None) -> Iterator[None]:
+    def training(
+        self, spectrum: Spectrum, positions: Tensor | None = None, num_tokens: int | None = None
+    ) -> Iterator[None]:
         """Refused: there are no frequencies to train."""
         raise ValueError(f"model_type={self.model_type}: no rotary position embedding; use a RoPE model")
         yield

@@ -138,11 +138,15 @@ class RotaryHandle:
 
     @contextmanager
     def training(
-        self, spectrum: Spectrum, positions: Float[Tensor, "B S"] | Int64[Tensor, "B S"] | None = None
+        self,
+        spectrum: Spectrum,
+        positions: Float[Tensor, "B S"] | Int64[Tensor, "B S"] | None = None,
+        num_tokens: int | None = None,
     ) -> Iterator[None]:
         """Every call inside uses `spectrum`, lets gradients reach its `inv_freq`, and sees its tokens at `positions`.
 
-        `positions` are plain when None. `ValueError` for positions or frequencies that do not fit.
+        `positions` are plain when None; `num_tokens` are those of the whole row where a call has a part of it. Raises
+        `ValueError` for positions or frequencies that do not fit.
         """
         if positions is not None and positions.dtype not in (torch.float64, torch.int64):
             raise ValueError(f"positions of {positions.dtype}: sampled positions are float64 or int64, to stay exact")
@@ -155,7 +159,7 @@ class RotaryHandle:
             )
         if self.traits.casts and not self.rotary.layers_cast:
             self._cast_in_layers(self._site.parent)
-        with self._overridden(spectrum=spectrum, positions=positions, is_training=True):
+        with self._overridden(spectrum=spectrum, num_tokens=num_tokens, positions=positions, is_training=True):
             yield
 
     def on_length(self, listener: LengthListener) -> Callable[[], None]:

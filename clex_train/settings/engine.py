@@ -36,6 +36,8 @@ class EngineConfig:
     """Rows per rank in one forward and backward; null: as many as the rank has to read between two accumulations."""
     accumulation: int | None = None
     """Micro-batches per optimizer step; by default what optim.batch_rows, micro_batch and the ranks ask for."""
+    sequence_parallel: int = 1
+    """Ranks that share each row, each holding as many of its tokens (Ulysses); divides the ranks and the heads."""
     precision: Precision = Precision.auto
     """`auto`: bf16 on a GPU, fp32 on a CPU."""
     activation_checkpointing: bool = False
@@ -64,6 +66,9 @@ class EngineConfig:
             "engine.offload_activations",
             self.offload_activations,
             "needs engine.activation_checkpointing=true, which keeps a layer's input alone",
+        )
+        require(
+            self.sequence_parallel >= 1, "engine.sequence_parallel", self.sequence_parallel, "at least 1 rank a row"
         )
         for name, tile_len in (("tiled_loss", self.tiled_loss), ("tiled_mlp", self.tiled_mlp)):
             require(tile_len is None or tile_len >= 1, f"engine.{name}", tile_len, "at least 1 token, or null")

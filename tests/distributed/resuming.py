@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 tests/distributed/resuming.py FOLDER STORE ARCHITECTURE VERB,VERB,... NAME...
 
-Each NAME of `CELLS` goes through every VERB:
+Each NAME of `CELLS` or `SHARING` goes through every VERB:
 
     whole       train to the end in FOLDER/<NAME>_whole
     part        train one step beyond the checkpoint of step 4 in FOLDER/<NAME>_from<ranks>, then drop everything
@@ -52,13 +52,16 @@ CELLS = {
     "zero3": ("engine.zero_stage=3", "optim.weight_decay=0.1"),
     "zero3_bf16_dropout": ("engine.zero_stage=3", "engine.precision=bf16", "optim.weight_decay=0.1", "+dropout"),
 }
+TOGETHER = ("engine.accumulation=3", "engine.micro_batch=null", "optim.weight_decay=0.1")
+SHARING = {"rows_shared": ("engine.sequence_parallel=2", *TOGETHER), "rows_alone": TOGETHER}
+"""Rows that two ranks share, and the same step on one."""
 STEPS, STOP = 6, 4
 COMPARED = ("loss", "lr", "t", "grad_norm", "ode_grad_norm", "rows")
 
 
 def overrides(folder: Path, store: Path, architecture: Path, cell: str) -> tuple[str, ...]:
     """Six steps of CLEX with a checkpoint after every second and an evaluation after every third."""
-    settings = [item for item in CELLS.get(cell, ()) if item != "+dropout"]
+    settings = [item for item in {**CELLS, **SHARING}.get(cell, ()) if item != "+dropout"]
     return (
         "+experiment=tiny_base",
         f"output_dir={folder}",
@@ -160,7 +163,7 @@ def main(folder: Path, store: Path, architecture: Path, verbs: str, cells: list[
     """Each cell in turn, in one process group, opened first: a barrier before that would wait for nobody."""
     engines.open_process_group(EngineConfig())
     for cell in cells:
-        chosen = with_dropout(architecture, folder / "dropout") if "+dropout" in CELLS[cell] else architecture
+        chosen = with_dropout(architecture, folder / "dropout") if "+dropout" in CELLS.get(cell, ()) else architecture
         for verb in verbs.split(","):
             VERBS[verb](folder, cell, lambda target: overrides(target, store, chosen, cell))  # noqa: B023
             distributed.barrier()

@@ -62,6 +62,20 @@ def test_one_rank_resumes_to_the_bit(resuming, tmp_path):
     assert report["different"] == []
 
 
+@pytest.mark.timeout(600)
+def test_ranks_that_share_rows_resume_to_the_bit_and_take_the_steps_of_one(resuming, tmp_path):
+    folder = resuming(tmp_path, 2, "whole,part,exact", "rows_shared")
+    report = json.loads((folder / "rows_shared.json").read_text())
+    assert report["compared"] == 40
+    assert report["different"] == []
+    resuming(tmp_path, 1, "whole", "rows_alone")
+    shared, alone = (figures(folder / f"{cell}_whole") for cell in ("rows_shared", "rows_alone"))
+    assert shared.keys() == alone.keys()
+    for key, value in alone.items():
+        within = 1e-5 if key.endswith(" loss") or "perplexity" in key else 1e-3
+        assert shared[key] == (value if key.endswith((" rows", " t")) else pytest.approx(value, rel=within)), key
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 2])

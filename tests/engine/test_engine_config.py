@@ -91,3 +91,28 @@ def test_matrices_decay_and_vectors_do_not():
     config = Config(optim=OptimConfig(weight_decay=0.1))
     groups = engines._optimizer(model, config).param_groups
     assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.1, 1), (0.0, 3)]
+
+
+def test_ranks_that_share_rows_read_them_as_one():
+    config = Config(engine=EngineConfig(micro_batch=2, sequence_parallel=4))
+    config.optim.batch_rows = 12
+    assert engines.share_rows(config, world_size=8) == (2, 3)
+    settings = engines.deepspeed_dict(config, 8)
+    # What DeepSpeed asserts: each of its ranks has rows of its own.
+    assert settings["train_batch_size"] == 2 * 3 * 8
+
+
+@pytest.mark.parametrize("world_size", [1, 6])
+def test_ranks_that_do_not_make_whole_groups_are_refused(world_size):
+    config = Config(engine=EngineConfig(sequence_parallel=4))
+    with pytest.raises(ValueError, match=rf"engine\.sequence_parallel=4: must divide .* ranks, {world_size}"):
+        engines.share_rows(config, world_size)
+
+
+def test_rows_that_groups_cannot_share_are_refused_by_name():
+    config = Config(engine=EngineConfig(sequence_parallel=2))
+    config.optim.batch_rows = 5
+    with pytest.raises(
+        ValueError, match=r"optim\.batch_rows=5: must be .* groups of engine.sequence_parallel ranks = 1 \* 2"
+    ):
+        engines.share_rows(config, 4)

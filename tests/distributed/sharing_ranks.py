@@ -1,0 +1,214 @@
+"""Loss and gradients of one step whose rows two ranks share under ZeRO-3; run by torchrun.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/distributed/sharing_ranks.py FOLDER CASE...
+
+FOLDER/<CASE> holds the weights. Rank 0 writes FOLDER/<CASE>.safetensors: the step's loss, the gradient of every weight,
+of the frequencies and of the ODE, and the loss that the same model has of a whole row outside of training.
+`alone` gives the same on one process without an engine, which shares nothing.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+from clex_train import architectures, distributed, forward_pass, memory_options, modeling, trainer  # noqa: E402
+from clex_train.config import Config  # noqa: E402
+from clex_train.data.rows import PADDING, Row  # noqa: E402
+from clex_train.engine import deepspeed as engines  # noqa: E402
+from clex_train.engine import sequence_parallel  # noqa: E402
+from clex_train.engine.ode_optimizer import OdeOptimizer  # noqa: E402
+from clex_train.settings.attention import AttentionConfig  # noqa: E402
+from clex_train.settings.model import ModelConfig  # noqa: E402
+from clex_train.settings.scaling import LogScale, Positions, ScalingConfig, ScalingName  # noqa: E402
+
+SEQ_LEN, VOCABULARY = 33, 61
+CLEX: dict[str, Any] = {"name": ScalingName.clex, "t_max": 4.0, "lr_scale": 1.0}
+LAYOUTS = {
+    "one": [([33], 0)] * 4,
+    "several": [([5, 1, 16, 11], 0), ([10, 3], 20)],
+}
+"""Documents and padding of the rows of a step. Of the last row the second half is padding, the part of one rank."""
+CASES: dict[str, dict[str, Any]] = {
+    "clex": {"rows": "one", "key_heads": 1, "context_len": 16, "scaling": {**CLEX, "positions": Positions.mix}},
+    "documents": {
+        "rows": "several",
+        "key_heads": 2,
+        "context_len": 16,
+        "scaling": {**CLEX, "positions": Positions.skip},
+    },
+    "lambda": {
+        "rows": "one",
+        "key_heads": 2,
+        "context_len": 64,
+        "scaling": {**CLEX, "positions": Positions.plain, "log_scale": LogScale.official},
+        "attention": AttentionConfig(lambda_mask=True, n_local=6, n_global=2),
+    },
+    "plain": {
+        "rows": "one",
+        "family": "gpt_neox",
+        "key_heads": 4,
+        "context_len": 16,
+        "scaling": {"name": ScalingName.none, "log_scale": LogScale.always},
+    },
+}
+"""Of two micro-batches each. The ranks of `documents` recompute its layers, and take loss and MLPs in tiles."""
+
+
+class GivenRows:
+    """The rows of a case over and over, with tokens of their own."""
+
+    seq_len = SEQ_LEN
+
+    def __init__(self, layout: list[tuple[list[int], int]]) -> None:
+        self.layout = layout
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def __getitem__(self, index: int) -> Row:
+        lengths, padding = self.layout[index % len(self)]
+        segments = np.repeat([*range(len(lengths)), PADDING], [*lengths, padding]).astype(np.int32)
+        return Row(np.random.default_rng(index).integers(3, VOCABULARY, SEQ_LEN), segments, index)
+
+
+def save_model(folder: Path, case: str) -> None:
+    """A seeded random model with weights large enough for every layer to matter."""
+    torch.manual_seed(0)
+    arch = AutoConfig.for_model(
+        CASES[case].get("family", "llama"),
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=CASES[case]["key_heads"],
+        max_position_embeddings=CASES[case]["context_len"],
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(arch)
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder / case)
+
+
+def configuration(folder: Path, case: str, ranks: int) -> Config:
+    """One step of accumulation 2, which `ranks` ranks share."""
+    given = CASES[case]
+    config = Config(model=ModelConfig(path=str(folder / case)), scaling=ScalingConfig(**given["scaling"]))
+    config.attention = given.get("attention", config.attention)
+    config.data.seq_len, config.data.document_mask = SEQ_LEN, given["rows"] == "several"
+    config.engine.zero_stage = 3 if ranks > 1 else 0
+    if case == "documents" and ranks > 1:
+        config.engine.activation_checkpointing, config.engine.tiled_loss, config.engine.tiled_mlp = True, 8, 5
+    config.engine.sequence_parallel, config.engine.accumulation = ranks, 2
+    config.optim.batch_rows = len(LAYOUTS[given["rows"]])
+    config.engine.micro_batch = config.optim.batch_rows // 2
+    return config
+
+
+def parts_of(folder: Path, case: str, ranks: int) -> trainer.Parts:
+    """What train.py builds; without an engine for one process."""
+    config = configuration(folder, case, ranks)
+    settings = engines.deepspeed_dict(config, ranks)
+    loaded = modeling.load_for_training(config, architectures.architecture(config.model), torch.float32, settings)
+    loaded.model.train()
+    memory_options.install(loaded.model, config.engine)
+    if loaded.clex:
+        # A field of zeros passes no gradient to its lower layer.
+        generator = torch.Generator().manual_seed(1)
+        for parameter in loaded.clex.parameters():
+            parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    engine = engines.build(loaded.model, config) if ranks > 1 else None
+    unused: Any = None
+    return trainer.Parts(
+        config=config,
+        engine=engine,
+        loaded=loaded,
+        rows=GivenRows(LAYOUTS[CASES[case]["rows"]]),  # type: ignore[arg-type]
+        ode=OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else None,
+        checkpoints=unused,
+        evaluate=None,
+        sequence=sequence_parallel.of_run(loaded.model, config, config.engine.micro_batch or 1),
+    )
+
+
+def shared(folder: Path, case: str) -> dict[str, Tensor]:
+    """The step by the ranks of this process group."""
+    from deepspeed.utils import safe_get_full_grad
+
+    parts = parts_of(folder, case, distributed.world_size())
+    held = list(next(trainer._stream(parts, 0)))
+    spectrum = parts.ode.begin(0) if parts.ode else None
+    losses = []
+    for index, (batch, weight) in enumerate(zip(held, trainer.loss_weights(held, 0), strict=True)):
+        losses.append(trainer.forward_backward(parts, batch, spectrum, weight))
+        if index + 1 < len(held):
+            parts.engine.step()
+    found = {f"weight/{name}": safe_get_full_grad(p) for name, p in parts.loaded.model.named_parameters()}
+    found["loss"] = distributed.all_reduce_mean(torch.stack(losses).mean())
+    return {**found, **of_ode(parts), "whole_row": loss_of_a_whole_row(parts)}
+
+
+def alone(folder: Path, case: str) -> dict[str, Tensor]:
+    """The step by one process, without DeepSpeed, from whole rows."""
+    parts = parts_of(folder, case, 1)
+    config, loaded = parts.config, parts.loaded
+    collate = trainer.separated if config.data.document_mask else trainer.joined
+    size = config.engine.micro_batch or 1
+    held = [collate([parts.rows[row] for row in range(first, first + size)]) for first in (0, size)]
+    spectrum = parts.ode.begin(0) if parts.ode else None
+    total = torch.zeros(())
+    for batch, weight in zip(held, trainer.loss_weights(held, 0), strict=True):
+        with forward_pass.in_force(config, loaded, batch, spectrum, None):
+            inputs = forward_pass.arguments(config, batch, None)
+            loss = weight * loaded.model(use_cache=False, labels=batch["labels"], **inputs).loss / len(held)
+            loss.backward()
+        total += loss.detach()
+    found = {f"weight/{name}": p.grad for name, p in loaded.model.named_parameters()}
+    return {**found, "loss": total, **of_ode(parts), "whole_row": loss_of_a_whole_row(parts)}
+
+
+def of_ode(parts: trainer.Parts) -> dict[str, Tensor]:
+    """Gradients of the frequencies, mean over the ranks, and of the field's weights before they are clipped."""
+    if parts.ode is None:
+        return {}
+    parts.ode.config.clip = 1e9
+    assert parts.ode._leaf is not None
+    leaf = distributed.all_reduce_mean(parts.ode._leaf.grad)  # type: ignore[arg-type]
+    parts.ode.finish(0.0, apply=False)
+    return {"leaf": leaf, **{f"ode/{name}": p.grad for name, p in parts.ode.clex.named_parameters()}}  # type: ignore[misc]
+
+
+def loss_of_a_whole_row(parts: trainer.Parts) -> Tensor:
+    """As in an evaluation during training: each rank has a row for itself."""
+    ids = torch.from_numpy(parts.rows[7].tokens)[None]
+    with torch.no_grad():
+        return parts.loaded.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    """Each case in turn."""
+    torch.set_num_threads(1)
+    engines.open_process_group(Config().engine)
+    for case in cases:
+        found = shared(folder, case)
+        if distributed.is_main():
+            save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / f"{case}.safetensors")
+        distributed.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

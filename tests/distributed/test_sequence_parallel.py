@@ -1,0 +1,45 @@
+"""Two ranks that share each row take the step of one rank: its loss, and every gradient."""
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_runs import ROOT, environment, free_port
+from safetensors.torch import load_file
+from sharing_ranks import CASES, save_model
+from sharing_ranks import alone as by_one_process
+
+alone = cache(by_one_process)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The figures of every case, by one launch on two ranks under ZeRO-3."""
+    folder = tmp_path_factory.mktemp("shared_rows")
+    for case in CASES:
+        save_model(folder, case)
+    script = Path(__file__).with_name("sharing_ranks.py")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    command = [sys.executable, *launcher, str(script), str(folder), *CASES]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_of_two_ranks_that_share_rows_is_that_of_one(folder, case):
+    shared, expected = load_file(folder / f"{case}.safetensors"), alone(folder, case)
+    assert shared.keys() == expected.keys()
+    assert float(shared["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        assert scale > 0, name
+        assert float((shared[name] - gradient).abs().max()) <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outside_of_training_a_row_is_not_shared(folder, case):
+    assert torch.isclose(load_file(folder / f"{case}.safetensors")["whole_row"], alone(folder, case)["whole_row"])
