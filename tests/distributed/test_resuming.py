@@ -62,6 +62,7 @@ def test_one_rank_resumes_to_the_bit(resuming, tmp_path):
     assert report["different"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ranks_that_share_rows_resume_to_the_bit_and_take_the_steps_of_one(resuming, tmp_path):
     folder = resuming(tmp_path, 2, "whole,part,exact", "rows_shared")
