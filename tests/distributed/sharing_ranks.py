@@ -123,7 +123,7 @@ def parts_of(folder: Path, case: str, ranks: int) -> trainer.Parts:
     """What train.py builds; without an engine for one process."""
     config = configuration(folder, case, ranks)
     settings = engines.deepspeed_dict(config, ranks)
-    loaded = modeling.load_for_training(config, architectures.architecture(config.model), torch.float32, settings)
+    loaded = modeling.load_for_training(config, architectures.to_train(config.model), torch.float32, settings)
     loaded.model.train()
     memory_options.install(loaded.model, config.engine)
     if loaded.clex:
