@@ -29,13 +29,13 @@ MIB = 2**20
 class Shape:
     """A Llama in float32, its embeddings not tied, and the one row of its step."""
 
-    layers: int = 6
+    layers: int = 4
     width: int = 512
     heads: int = 8
     key_heads: int = 4
     intermediate: int = 1408
     vocab: int = 32768
-    tokens: int = 4096
+    tokens: int = 2048
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Case:
     name: str
     options: dict[str, Any]
     shape: Shape = Shape()
+    steps: int = 2
+    """The last is measured."""
 
 
 LONG = Shape(layers=2, width=256, heads=4, key_heads=2, intermediate=688, tokens=16384)
@@ -60,10 +62,15 @@ CASES = (
     Case("recomputed, tiled loss and MLP", RECOMPUTED | {"tiled_loss": 512, "tiled_mlp": 512}),
     Case("optimizer offloaded", {"offload": "optimizer"}),
     Case("optimizer offloaded, recomputed, tiled", RECOMPUTED | {"offload": "optimizer", "tiled_loss": 512}),
-    Case("16k row", RECOMPUTED, LONG),
-    Case("16k row in tiles", RECOMPUTED | {"tiled_loss": 512, "tiled_mlp": 2048}, LONG),
+    Case("16k row", RECOMPUTED, LONG, steps=1),
+    Case("16k row in tiles", RECOMPUTED | {"tiled_loss": 512, "tiled_mlp": 2048}, LONG, steps=1),
 )
 WHOLE, TILED = "16k row", "16k row in tiles"
+
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+"""One thread, since others have buffers of their own. Tensors of a MiB and more go back to the system when they are let
+go of: glibc would keep those below 32 MiB, and what a step no longer holds would stand in the resident set."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def main() -> None:
 
     arguments = parse()
     chosen = [case for case in CASES if not arguments.only or case.name in arguments.only]
-    found = [measure(case, arguments.steps) for case in chosen]
+    found = [measure(case) for case in chosen]
     publish(page(found), arguments.output)
 
 
@@ -96,22 +103,22 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=[case.name for case in CASES], help="measure these alone")
-    parser.add_argument("--steps", type=int, default=2, help="of each case; the last is measured")
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     return parser.parse_args()
 
 
-def measure(case: Case, steps: int = 2) -> Measured:
+def measure(case: Case) -> Measured:
     """Estimate one case here and measure it in a process of its own."""
     from clex_train import dry_run
 
     with tempfile.TemporaryDirectory() as folder:
         write_architecture(Path(folder), case.shape)
         plan = dry_run.make_plan(configuration(Path(folder), case.shape, case.options))
-        words = json.dumps({"folder": folder, "shape": asdict(case.shape), "options": case.options, "steps": steps})
+        words = json.dumps(
+            {"folder": folder, "shape": asdict(case.shape), "options": case.options, "steps": case.steps}
+        )
         command = [sys.executable, __file__, words]
-        # Threads have arenas and buffers of their own, and a launcher gives each rank its share of the cores.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "BENCH_MEMORY_CHILD": "1"}
+        environment = {**os.environ, **ENVIRONMENT, "BENCH_MEMORY_CHILD": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
@@ -164,7 +171,7 @@ def child(words: dict[str, Any]) -> None:
 
     shape = Shape(**words["shape"])
     config = configuration(Path(words["folder"]), shape, words["options"])
-    arch = architectures.architecture(config.model)
+    arch = architectures.to_train(config.model)
     engines.open_process_group(config.engine)
     before = status("VmRSS:")
     settings = engines.deepspeed_dict(config, distributed.world_size())
@@ -205,11 +212,13 @@ def page(found: list[Measured]) -> list[str]:
         "# Memory of a training step, measured and estimated",
         "",
         f"- command: `python benchmarks/{Path(__file__).name} {' '.join(sys.argv[1:])}`",
-        f"- hardware: one virtual machine, {processor()}, {os.cpu_count()} cores; one thread a process",
+        f"- hardware: one virtual machine, {processor()}, {os.cpu_count()} cores; load average "
+        f"{os.getloadavg()[0]:.1f} at the end",
         f"- software: Python {platform.python_version()}, torch {version('torch')}, transformers "
         f"{version('transformers')}, deepspeed {version('deepspeed')}; commit {commit()}",
         "- ZeRO-3 on one rank, float32, CLEX with random positions, AdamW; measured: the most that the resident set of "
-        "a process of its own grew above that after imports, during its last step",
+        "a process of its own grew above that after imports, during its last step, under "
+        + ", ".join(f"`{name}={value}`" for name, value in ENVIRONMENT.items()),
         f"- most cases: {Shape()}; rows of 16k: {LONG}",
         "",
         "| case | engine | estimate, MiB | at the moment of | measured, MiB | estimate / measured | loss |",

@@ -118,12 +118,18 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_module(run, monkeypatch,
     assert metrics(run)[2]["loss"] is not None
 
 
-def test_looking_for_the_fault_changes_nothing(run, monkeypatch, stage):
+TILES = ("engine.tiled_loss=5", "engine.tiled_mlp=7")
+
+
+@pytest.mark.parametrize("options", [(), TILES], ids=["whole", "in_tiles"])
+def test_looking_for_the_fault_changes_nothing(run, monkeypatch, stage, options):
     spoil(monkeypatch, {4})
     folders = [run.folder.with_name(name) for name in ("looked", "not_looked")]
-    run(f"output_dir={folders[0]}", f"engine.zero_stage={stage}")
+    run(f"output_dir={folders[0]}", f"engine.zero_stage={stage}", *options)
+    (line,) = (line for line in (folders[0] / "metrics.jsonl").read_text().splitlines() if '"fault"' in line)
+    assert json.loads(line)["fault"] == "rank 0, rows [[4, 5]]: first in the output of model.layers.1.mlp"
     monkeypatch.setattr(trainer, "find_fault", lambda *_: "")
-    run(f"output_dir={folders[1]}", f"engine.zero_stage={stage}")
+    run(f"output_dir={folders[1]}", f"engine.zero_stage={stage}", *options)
     assert_same_model(*folders)
 
 
@@ -213,8 +219,10 @@ def test_memory_that_runs_out_in_a_step_becomes_the_estimate_and_what_to_turn_do
     assert "error: out of memory on rank 0: " in said
     for part in ("parameters", "gradients", "optimizer", "activations", "logits", "ODE", "total"):
         assert f"\n  {part} " in said, part
-    for remedy in ("engine.micro_batch=1", "engine.activation_checkpointing=true", "engine.offload=optimizer"):
-        assert remedy in said, remedy
+    remedies = ("micro_batch=1", "tiled_loss=1024", "activation_checkpointing=true", "tiled_mlp", "offload=optimizer")
+    for remedy in remedies:
+        assert f"engine.{remedy}" in said, remedy
+    assert said.index("engine.tiled_loss") < said.index("engine.activation_checkpointing"), "logits are the larger part"
     assert "Traceback" not in said
 
 

@@ -145,9 +145,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
         to_bias = torch.zeros_like(bias, dtype=summed) if bias is not None and wants_bias else None
         losses = []
         for tile in tiles(len(hidden), tile_len):
-            scored = _scored_nll(logits_of(hidden[tile], weight, bias), targets[tile], logits)
-            losses.append(scored.loss)
-            gradient = scored.gradient()
+            loss, gradient = _loss_and_gradient(hidden[tile], targets[tile], weight, bias, logits)
+            losses.append(loss)
             if to_bias is not None:
                 to_bias += gradient.sum(dim=0)
             gradient = gradient.to(hidden.dtype)
@@ -155,19 +154,31 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 torch.mm(gradient, weight, out=to_hidden[tile])
             if to_weight is not None:
                 _add_product(to_weight, gradient.T, hidden[tile])
-        ctx.save_for_backward(to_hidden, to_weight, to_bias)
+            # Or it would be there beside the next tile's logits.
+            del gradient
+        ctx.gradients = to_hidden, to_weight, to_bias
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return torch.stack(losses).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        (outer,) = grad_outputs
+        # Handed over: were a reference left here, autograd would copy the gradient of the weight.
+        gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "the loss in tiles goes backward once"
         to_hidden, to_weight, to_bias = (
-            None if gradient is None else gradient.mul_(outer.to(gradient.dtype)).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if gradient is None else gradient.mul_(grad_outputs[0].to(gradient.dtype)).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         return to_hidden, None, to_weight, to_bias, None, None
+
+
+def _loss_and_gradient(
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, logits: Logits
+) -> tuple[Tensor, Tensor]:
+    """The loss of a tile and its gradient for W h + b [T, V]."""
+    scored = _scored_nll(logits_of(hidden, weight, bias), targets, logits)
+    return scored.loss, scored.gradient()
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -90,20 +90,31 @@ class _InTiles(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (outer,), (tokens,) = grad_outputs, ctx.kept.saved_tensors
-        trained = [p for p, needed in zip(ctx.parameters, ctx.needs_input_grad[4:], strict=True) if needed]
+        needed = ctx.needs_input_grad[4:]
+        trained = [p for p, is_needed in zip(ctx.parameters, needed, strict=True) if is_needed]
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
         to_tokens = torch.empty_like(tokens)
         for tile in tiles(tokens.shape[1], ctx.tile_len):
-            part = tokens[:, tile].detach().requires_grad_()
-            with torch.enable_grad():
-                made = ctx.whole(part)
-            to_part, *to_trained = torch.autograd.grad(made, (part, *trained), outer[:, tile])
-            to_tokens[:, tile] = to_part
-            for total, gradient in zip(sums, to_trained, strict=True):
-                total += gradient
+            to_tokens[:, tile] = _backward(ctx.whole, tokens[:, tile], outer[:, tile], trained, sums)
         gradients = iter(sums)
-        to_parameters = [next(gradients).to(p.dtype) if p.requires_grad else None for p in ctx.parameters]
+        to_parameters = [
+            next(gradients).to(p.dtype) if is_needed else None
+            for p, is_needed in zip(ctx.parameters, needed, strict=True)
+        ]
         return to_tokens, None, None, None, *to_parameters
+
+
+def _backward(
+    whole: Callable[[Tensor], Tensor], part: Tensor, outer: Tensor, trained: Sequence[Tensor], sums: Sequence[Tensor]
+) -> Tensor:
+    """The gradient of a tile [1, T, E]; those of the `trained` weights are added to `sums`."""
+    part = part.detach().requires_grad_()
+    with torch.enable_grad():
+        made = whole(part)
+    to_part, *to_trained = torch.autograd.grad(made, (part, *trained), outer)
+    for total, gradient in zip(sums, to_trained, strict=True):
+        total += gradient
+    return to_part
 
 
 def _joined(whole: Callable[[Tensor], Tensor], tokens: Tensor, tile_len: int) -> Tensor:

@@ -31,8 +31,8 @@ def test_losses_and_weights_are_those_of_the_plain_run(figures, family: str, nam
     plain, found = figures[f"{family}/plain"], figures[f"{family}/{name}"]
     assert all(math.isfinite(loss) for loss in found["losses"])
     assert found["losses"] == pytest.approx(plain["losses"], rel=1e-5)
-    # The learning rate is 1e-3, and AdamW moves a weight by about as much a step.
-    assert found["distance"] < 2e-5
+    assert plain["moved"] > 1e-3
+    assert found["distance"] < 2e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
