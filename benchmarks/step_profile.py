@@ -52,16 +52,34 @@ def profiled(parts: Any, step: Callable[[], float]) -> list[str]:
 def shares(events: Any, on_gpu: bool) -> dict[str, float]:
     """Microseconds of each part."""
     host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
-    forward: dict[int, str] = {}
-    for event in sorted(host, key=lambda event: event.time_range.start):
-        # Of several operations with one number the last begun made the node of the graph.
-        if event.sequence_nr >= 0 and _backward_number(event) is None:
-            forward[event.sequence_nr] = _part(event, {})
-    spent: dict[str, float] = defaultdict(float)
+    forward, spent = forward_parts(host), defaultdict(float)
     for event in host:
-        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        spent[_part(event, forward)] += own
+        spent[part_of(event, forward)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     return spent
+
+
+def forward_parts(host: list[Any]) -> dict[int, str]:
+    """The part of each node of the graph, by its number."""
+    found: dict[int, str] = {}
+    for event in sorted(host, key=lambda event: event.time_range.start):
+        # Of several operations with one number the last begun made the node.
+        if event.sequence_nr >= 0 and not _is_backward(event):
+            found[event.sequence_nr] = part_of(event, {})
+    return found
+
+
+def part_of(event: Any, forward: dict[int, str]) -> str:
+    """The part of the innermost range, operation of a known part, or node of the backward pass around an event."""
+    while event is not None:
+        if event.name.startswith(MARK):
+            return str(event.name.removeprefix(MARK))
+        for part, names in OPERATIONS.items():
+            if any(name in event.name for name in names):
+                return part
+        if event.name.startswith(BACKWARD) and event.sequence_nr in forward:
+            return forward[event.sequence_nr]
+        event = event.cpu_parent
+    return OTHER
 
 
 @contextmanager
@@ -106,24 +124,9 @@ def _ranged(call: Callable[..., Any], part: str) -> Callable[..., Any]:
     return run
 
 
-def _part(event: Any, forward: dict[int, str]) -> str:
-    """The part of the innermost range, operation of a known part, or node of the backward pass around an event."""
-    while event is not None:
-        if event.name.startswith(MARK):
-            return str(event.name.removeprefix(MARK))
-        for part, names in OPERATIONS.items():
-            if any(name in event.name for name in names):
-                return part
-        if event.name.startswith(BACKWARD) and event.sequence_nr in forward:
-            return forward[event.sequence_nr]
-        event = event.cpu_parent
-    return OTHER
-
-
-def _backward_number(event: Any) -> int | None:
-    """The number of the backward node around an event; None in the forward pass."""
+def _is_backward(event: Any) -> bool:
     while event is not None:
         if event.name.startswith(BACKWARD):
-            return int(event.sequence_nr)
+            return True
         event = event.cpu_parent
-    return None
+    return False
