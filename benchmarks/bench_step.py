@@ -34,7 +34,7 @@ from step_profile import profiled
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from clex_train import architectures, distributed, kernels, log, metrics, modeling, trainer
+from clex_train import architectures, distributed, kernels, log, memory_options, metrics, modeling, trainer
 from clex_train import config as configuration
 from clex_train.config import Config
 from clex_train.data.loader import batches
@@ -141,6 +141,7 @@ class StepBench:
         settings = engines.deepspeed_dict(config, distributed.world_size())
         loaded = modeling.load_for_training(config, arch, engines.precision(config.engine), settings)
         kernels.announce(config, arch, kernels.install(loaded.model, config))
+        memory_options.install(loaded.model, config.engine)
         assert loaded.clex is not None
         ode = OdeOptimizer(loaded.clex, config.scaling, config.seed)
         # A field that has learned something: at zero the solver would have less to do.
@@ -150,16 +151,8 @@ class StepBench:
         self.engine, self.config = engines.build(loaded.model, config), config
         flops = metrics.flops_per_token(*modeling.matmul_shape(loaded.model), config.data.seq_len)
         rows = RandomRows(config.data.seq_len, arch.vocab_size)
-        self.parts = trainer.Parts(
-            config,
-            self.engine,
-            loaded,
-            rows,
-            ode,
-            checkpoints=None,
-            evaluate=None,
-            flops_per_token=flops,  # type: ignore[arg-type]
-        )
+        nothing: Any = None
+        self.parts = trainer.Parts(config, self.engine, loaded, rows, ode, nothing, None, flops_per_token=flops)
         self.tokens = config.data.seq_len * config.optim.batch_rows
         self.stock = LlamaRotaryEmbedding(arch).to(distributed.device())
         self._stream = self._batches()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from clex_train import distributed
-from clex_train.attention.documents import separating_arguments
+from clex_train.attention.documents import separating_arguments, undivided_arguments
 from clex_train.config import Config
 from clex_train.data import shards
 from clex_train.data.collate import Batch, document_lengths
@@ -31,14 +31,15 @@ def in_force(
 
 def arguments(config: Config, batch: Batch, sequence: SequenceParallel | None) -> dict[str, Any]:
     """What a causal LM is called with for a micro-batch, on this rank's device."""
-    device = distributed.device()
-    inputs = {"input_ids": batch["input_ids"].to(device)}
+    inputs = {"input_ids": distributed.to_device(batch["input_ids"])}
     if sequence is not None:
         positions = shards.positions_of_whole_rows(batch, config.data.seq_len, sequence.size)
-        return {**inputs, "position_ids": shards.cut(positions, sequence.index, sequence.size).to(device)}
+        mine = shards.cut(positions, sequence.index, sequence.size)
+        return {**inputs, "position_ids": distributed.to_device(mine)}
+    implementation, device = config.attention.implementation, distributed.device()
     if "position_ids" in batch:
-        inputs |= separating_arguments(batch["position_ids"], config.attention.implementation, device)
-    return inputs
+        return inputs | separating_arguments(batch["position_ids"], implementation, device)
+    return inputs | undivided_arguments(batch["input_ids"], implementation, device)
 
 
 def _attention(config: Config, batch: Batch, sequence: SequenceParallel | None) -> AbstractContextManager[None]:
@@ -65,7 +66,7 @@ def _frequencies(
     positions = _positions(config, loaded, batch, spectrum)
     if sequence is not None:
         positions = shards.cut(positions, sequence.index, sequence.size)
-    return loaded.handle.training(spectrum_in_force, positions, num_tokens)
+    return loaded.handle.training(spectrum_in_force, distributed.to_device(positions), num_tokens)
 
 
 def _positions(config: Config, loaded: LoadedModel, batch: Batch, spectrum: Spectrum | None) -> torch.Tensor:

@@ -201,7 +201,7 @@ def forward(model: Any, parts: Parts, batch: Batch, weight: float) -> torch.Tens
     mean_nll = token_loss.of(parts.config.engine)
     targets = batch["shift_labels"] if parts.sequence else token_loss.shifted(batch["labels"])
     inputs = forward_pass.arguments(parts.config, batch, parts.sequence)
-    return weight * mean_nll(model, targets.to(distributed.device()), **inputs)
+    return weight * mean_nll(model, distributed.to_device(targets), **inputs)
 
 
 def _in_force(parts: Parts, batch: Batch, spectrum: Spectrum | None) -> AbstractContextManager[None]:

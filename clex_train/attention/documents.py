@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
-from clex_train.distributed import to_device
+from clex_train import distributed
 from clex_train.settings.attention import AttentionImplementation
 
 
@@ -23,7 +23,7 @@ def separating_arguments(
 
     `position_ids`, on the CPU, count from 0 in each document and begin every row with 0.
     """
-    arguments: dict[str, Any] = {"position_ids": to_device(position_ids, device)}
+    arguments: dict[str, Any] = {"position_ids": distributed.to_device(position_ids, device)}
     if implementation is AttentionImplementation.flash_attention_2:
         arguments |= _lengths_for_flash(cumulative_lengths(position_ids), device)
     return arguments
@@ -39,7 +39,7 @@ def undivided_arguments(
 
 
 def _lengths_for_flash(borders: Int32[Tensor, " E"], device: torch.device) -> dict[str, Any]:
-    longest, on_device = int(borders.diff().max()), to_device(borders, device)
+    longest, on_device = int(borders.diff().max()), distributed.to_device(borders, device)
     return {"cu_seq_lens_q": on_device, "cu_seq_lens_k": on_device, "max_length_q": longest, "max_length_k": longest}
 
 

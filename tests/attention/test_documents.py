@@ -9,7 +9,7 @@ import torch
 import varlen
 from torch import Tensor
 
-from clex_train.attention.documents import cumulative_lengths, separating_arguments
+from clex_train.attention.documents import cumulative_lengths, separating_arguments, undivided_arguments
 from clex_train.modeling import recompute_layers
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.sampling import draw_document_batch
@@ -147,3 +147,19 @@ def test_sampled_positions_of_documents_reach_the_rotation_and_not_the_mask(back
 
 def test_cumulative_lengths_lay_the_rows_end_to_end() -> None:
     assert cumulative_lengths(positions_of()).tolist() == [0, 5, 6, 16, 17, 18, 32, 48, 57, 64]
+
+
+@pytest.mark.parametrize("case", ["llama", "a window of 4", "partial rotary", "experts"])
+def test_flash_attention_is_told_that_a_row_is_one_document_and_does_not_look(case: str, monkeypatch: Any) -> None:
+    model = model_of(case, varlen.NAME)
+    ids = tokens(1, 16)
+    monkeypatch.setattr(varlen.utils, "_is_packed_sequence", lambda *_: pytest.fail("a wait for the GPU in each layer"))
+    arguments = undivided_arguments(ids, AttentionImplementation.flash_attention_2, ids.device)
+    found = model(input_ids=ids, use_cache=False, **arguments).logits
+    torch.testing.assert_close(found, alone(model, ids, [[16]]), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("rows", "back_end"), [(2, "flash_attention_2"), (1, "sdpa")])
+def test_where_nobody_looks_nothing_is_told(rows: int, back_end: str) -> None:
+    ids = torch.zeros(rows, 16, dtype=torch.int64)
+    assert undivided_arguments(ids, AttentionImplementation(back_end), ids.device) == {}

@@ -1,0 +1,141 @@
+"""How often the host waits for the device in a step, counted on tensors that would be on the device.
+
+What `to_device` gives counts as being on the device, what transformers makes of nothing does, and all that is computed
+from these, gradients and the optimizer's buffers included; `sum_to_host` brings it back. A read is an operation that
+Python or a shape depends on.
+"""
+
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from composing import composed
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train
+from clex_train import distributed, trainer
+
+READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "repeat_interleave")
+PACKAGES = ("clex_train", "transformers", "deepspeed")
+
+
+class DeviceReads(TorchDispatchMode):
+    """Counts reads of tensors that descend from marked ones, by package, file and function of the caller."""
+
+    def __init__(self):
+        super().__init__()
+        # Storages are kept alive, so that none of them is taken for another at the same place.
+        self.storages, self.reads, self.brought = {}, Counter(), 0
+
+    def mark(self, tensor):
+        storage = tensor.untyped_storage()
+        self.storages[storage._cdata] = storage
+
+    def has(self, tensor):
+        return tensor.untyped_storage()._cdata in self.storages
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if any(map(self.has, tensors)) or (not tensors and caller().startswith("transformers")):
+            if func._schema.name.removeprefix("aten::") in READS:
+                self.reads[caller()] += 1
+            named = zip(func._schema.arguments, args, strict=False)
+            written = [value for argument, value in named if argument.alias_info and argument.alias_info.is_write]
+            for leaf in tree_leaves((result, written)):
+                if isinstance(leaf, torch.Tensor):
+                    self.mark(leaf)
+        return result
+
+
+def caller() -> str:
+    frame = sys._getframe(2)
+    while frame is not None:
+        parts = frame.f_code.co_filename.split("/")
+        for package in PACKAGES:
+            if package in parts:
+                return f"{package}: {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+@pytest.fixture
+def counted(tmp_path, tiny_store, tiny_architecture, monkeypatch):
+    """Runs two steps of train.run; returns what was counted in the second one, and its figures."""
+    counts, figures, mode = [], [], None
+
+    def to_device(tensor, target=None):
+        moved = tensor.detach().clone()
+        if mode is not None:
+            mode.mark(moved)
+        return moved
+
+    def sum_to_host(tensor):
+        brought = tensor.detach().numpy().copy()
+        mode.brought += 1
+        return lambda: torch.from_numpy(brought)
+
+    step = trainer.train_step
+
+    def watched(parts, number, micro_batches):
+        nonlocal mode
+        held = list(micro_batches)
+        with DeviceReads() as mode:
+            figures.append(step(parts, number, iter(held)))
+        counts.append(mode)
+        return figures[-1]
+
+    monkeypatch.setattr(distributed, "to_device", to_device)
+    monkeypatch.setattr(distributed, "sum_to_host", sum_to_host)
+    monkeypatch.setattr(trainer, "train_step", watched)
+
+    def run(*overrides: str):
+        train.run(
+            composed(
+                "+experiment=tiny_base",
+                f"output_dir={tmp_path / 'run'}",
+                f"data.path={tiny_store}",
+                f"model.config={tiny_architecture}",
+                "model.context_len=32",
+                "data.seq_len=32",
+                "evaluation=never",
+                "scaling=clex",
+                "optim.batch_rows=6",
+                "engine.micro_batch=2",
+                "optim.steps=2",
+                *overrides,
+            )
+        )
+        return counts[-1], figures[-1]
+
+    return run
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_host_reads_once_for_all_it_needs_and_deepspeed_once_for_its_norm(counted, stage):
+    found, figures = counted(f"engine.zero_stage={stage}")
+    assert found.brought == 1
+    assert {place: count for place, count in found.reads.items() if place.startswith("clex_train")} == {}
+    assert isinstance(figures["grad_norm"], torch.Tensor), "left on the device for the log"
+    assert found.has(figures["grad_norm"]), "and known to be there"
+    # transformers looks for borders of documents once in each forward, DeepSpeed at the norm before it steps;
+    # ZeRO-1 at those of the two groups of parameters too.
+    assert found.reads == {
+        "transformers: find_packed_sequence_indices": 3,
+        "deepspeed: is_invalid_grad_norm": 1 if stage == 3 else 3,
+    }
+
+
+def test_a_read_in_the_middle_of_a_step_would_be_counted(counted, monkeypatch):
+    forward = trainer.forward
+
+    def reading(*args):
+        loss = forward(*args)
+        float(loss)
+        return loss
+
+    monkeypatch.setattr(trainer, "forward", reading)
+    found, _ = counted()
+    assert found.reads["elsewhere"] + found.reads["clex_train: forward_backward"] == 3
