@@ -85,6 +85,23 @@ def test_recomputing_layers_and_offloading_each_save_what_they_are_for():
     assert offloaded.peak < recomputed.peak
 
 
+def test_tiles_and_inputs_on_the_host_are_in_the_plan(capsys):
+    overrides = ("+experiment=llama2_7b_clex_64k", "engine.sequence_parallel=1", "dry_run=true")
+    plain, long_rows = plan_of(*overrides, "engine=zero3"), plan_of(*overrides, "engine=long_rows")
+    inputs = 32 * 65536 * 4096 * 2
+    assert part(plain, "activations").host == 0
+    assert part(long_rows, "activations").host == inputs
+    assert part(plain, "activations").device[0] - part(long_rows, "activations").device[0] == inputs
+    assert part(plain, "logits").device[0] == pytest.approx(65536 * 32000 * 12, rel=0.1)
+    # The gradient of the output layer's weight is summed in float32, beside what a tile gives.
+    weight, tile, hidden = 32000 * 4096, 1024 * 32000, 65536 * 4096
+    assert part(long_rows, "logits").device[0] < 6 * weight + 12 * tile + 4 * hidden
+    gained = [part(plan, "activations").device[1] - part(plan, "activations").device[0] for plan in (plain, long_rows)]
+    assert gained[0] - gained[1] > 2 * (65536 * 11008 * 2)
+    dry_run.print_plan(composed(*overrides, "engine=long_rows"))
+    assert "layers recomputed from the host, loss in tiles of 1,024, MLP in tiles of 4,096" in capsys.readouterr().out
+
+
 def test_on_a_cpu_everything_lies_in_one_memory():
     plan = plan_of("+experiment=tiny_clex", "engine.precision=fp32")
     assert not plan.on_gpu

@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --nproc_per_node 2 tests/distributed/zero3_memory.py FOLDER
 
-Every weight is sharded, gathered for use and let go of at once, as those of a large model are. Rank 0 writes
+Every weight is sharded, and gathered for use as those of a large model are. Rank 0 writes
 FOLDER/figures.json: per family and options the losses of three steps, the largest `distance` of a weight from that of
 the plain run, and the elements that the last step gathered.
 """
@@ -27,11 +27,19 @@ from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.engine.ode_optimizer import OdeOptimizer  # noqa: E402
 from clex_train.settings.engine import Offload  # noqa: E402
 
+NOTHING_KEPT = {
+    f"stage3_{size}": 0
+    for size in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+}
+FETCHED_AHEAD = {"stage3_param_persistence_threshold": 0}
+"""What DeepSpeed does with large weights by default."""
+ALL = {"tiled_loss": 5, "tiled_mlp": 7, "activation_checkpointing": True, "offload_activations": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tiled_loss": {"tiled_loss": 5},
     "tiled_mlp": {"tiled_mlp": 7},
-    "all": {"tiled_loss": 5, "tiled_mlp": 7, "activation_checkpointing": True, "offload_activations": True},
+    "all": ALL,
+    "all_fetched_ahead": {**ALL, "zero": FETCHED_AHEAD},
     "recomputed": {"activation_checkpointing": True},
     "optimizer": {"offload": Offload.optimizer},
     "optimizer_and_parameters": {"offload": Offload.all},
@@ -40,13 +48,14 @@ FAMILIES = ("qwen3", "gpt_neox")
 """With a tied output layer, gated MLPs and no bias; and the other way round, the MLP beside the attention."""
 
 gathered: list[int] = []
+zero = dict(NOTHING_KEPT)
 
 
 def main(folder: Path) -> None:
     """Every family with every option."""
     torch.set_num_threads(1)
     engines.open_process_group(Config().engine)
-    keep_nothing()
+    take_over()
     figures = {}
     for family in FAMILIES:
         directory = folder / family
@@ -63,21 +72,20 @@ def main(folder: Path) -> None:
         (folder / "figures.json").write_text(json.dumps(figures))
 
 
-def keep_nothing() -> None:
-    """Have ZeRO-3 keep no weight whole beyond its use, and count what it gathers."""
+def take_over() -> None:
+    """Add `zero` to the settings of ZeRO-3, and count what it gathers."""
     made, gather = engines.deepspeed_dict, partition_parameters._dist_allgather_fn
 
-    def tight(config: Config, world_size: int) -> dict[str, Any]:
+    def changed(config: Config, world_size: int) -> dict[str, Any]:
         settings = made(config, world_size)
-        sizes = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
-        settings["zero_optimization"] |= {f"stage3_{size}": 0 for size in sizes}
+        settings["zero_optimization"] |= zero
         return settings
 
     def counted(input_tensor: torch.Tensor, output_tensor: torch.Tensor, group: Any = None) -> Any:
         gathered.append(output_tensor.numel())
         return gather(input_tensor, output_tensor, group)
 
-    engines.deepspeed_dict = tight
+    engines.deepspeed_dict = changed
     partition_parameters._dist_allgather_fn = counted
 
 
@@ -87,8 +95,11 @@ def train(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dic
     # Or AdamW would make a step of the rounding in a gradient that is 0, such as that of a key's bias.
     config.optim.eps = 1e-4
     config.engine.micro_batch = ROWS // distributed.world_size() // 2
+    zero.clear()
+    zero.update(options.get("zero", NOTHING_KEPT))
     for key, value in options.items():
-        setattr(config.engine, key, value)
+        if key != "zero":
+            setattr(config.engine, key, value)
     arch = architectures.to_train(config.model)
     memory_options.check(config.engine, arch)
     settings = engines.deepspeed_dict(config, distributed.world_size())
