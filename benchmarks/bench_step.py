@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -209,7 +211,7 @@ def measure(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
         pairs.append((one, other) if index % 2 == 0 else (other, one))
     rate = statistics.median([before, product_rate(arguments, bench)])
     lines = [*header(bench, arguments), *speeds(bench, pairs, rate), *ode_seconds(bench)]
-    lines += profiled(bench.parts, bench.clex)
+    lines += [*waits(bench), *profiled(bench.parts, bench.clex)]
     return [*lines, "", f"{time.perf_counter() - began:.0f} s in all; load at the end {os.getloadavg()[0]:.1f}."]
 
 
@@ -272,6 +274,22 @@ def ode_seconds(bench: StepBench) -> list[str]:
         delattr(ode, name)
     parts = ", ".join(f"{name} {1e3 * statistics.median(times):.2f}" for name, times in spent.items())
     return ["", f"The ODE on the host, ms: {parts}. `finish` and `look_ahead` run beside the update of the weights."]
+
+
+def waits(bench: StepBench) -> list[str]:
+    """Where the host waited for the GPU in a step, as torch warns of it; nothing on a CPU."""
+    if not torch.cuda.is_available():
+        return []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        bench.clex()
+        torch.cuda.set_sync_debug_mode("default")
+    places = Counter(
+        f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)
+    )
+    found = ", ".join(f"{place} {count}" for place, count in places.most_common()) or "none"
+    return ["", f"Waits of the host for the GPU in a step, by the line that waited: {found}."]
 
 
 def clocked(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:

@@ -45,7 +45,8 @@ def announce(config: Config, arch: PretrainedConfig, num_replaced: int) -> None:
     if attention.lambda_mask:
         logger.info("attention: LM-Infinite, whose back end is named at its first call")
     else:
-        masked = config.data.document_mask
+        # Rows that ranks share are cut into documents instead.
+        masked = config.data.document_mask and config.engine.sequence_parallel == 1
         what = choice.describe(attention.implementation, arch, config.data.seq_len, dtype, distributed.device(), masked)
         logger.info("attention: %s%s", what, _why_not_flash(config, arch, dtype))
     if num_replaced:
