@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache
 from clex_train.attention.hf_interface import apply_lm_infinite
 
 VOCABULARY, CHUNK = 512, 4096
-HIDDEN, LAYERS, HEADS = 512, 2, 4
+LAYERS, HEADS, HEAD_DIM, MLP_PER_HEAD = 2, 4, 128, 344
 SMOKE = {
     "prefill": [512, 1024, 2048],
     "plain_at": 1024,
@@ -52,9 +52,12 @@ def main() -> None:
     torch.manual_seed(0)
     longest = max(*arguments.prefill, *arguments.decode_at, *arguments.memory)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=1376, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, max_position_embeddings=2 * longest,
+        vocab_size=VOCABULARY, hidden_size=HEAD_DIM * arguments.heads, intermediate_size=MLP_PER_HEAD * arguments.heads,
+        num_hidden_layers=arguments.layers, num_attention_heads=arguments.heads, max_position_embeddings=2 * longest,
     )  # fmt: skip
+    if torch.cuda.is_available():
+        torch.set_default_device("cuda")
+        torch.set_default_dtype(torch.bfloat16)
     model, began = LlamaForCausalLM(config).eval(), time.perf_counter()
     lines = header(arguments)
     with torch.inference_mode():
@@ -77,6 +80,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plain-rounds", type=int, default=3, help="in how many of them plain attention takes part")
     parser.add_argument("--steps", type=int, default=16, help="decoding steps of one turn")
     parser.add_argument("--decode-rounds", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--heads", type=int, default=HEADS, help="of 128 components each")
+    parser.add_argument("--batch", type=int, default=1, help="rows that decode together")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--n-local", type=int, default=2048)
     parser.add_argument("--n-global", type=int, default=10)
@@ -93,15 +99,16 @@ def parse() -> argparse.Namespace:
 def header(arguments: argparse.Namespace) -> list[str]:
     """What was run, on what."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return [
         "# LM-Infinite against plain attention",
         "",
         f"`python benchmarks/bench_lm_infinite.py {' '.join(sys.argv[1:])}` at {commit.stdout.strip()}, "
-        f"torch {torch.__version__}, {processor()} ({platform.machine()}, {os.cpu_count()} processors), "
-        f"{arguments.threads} threads, float32, load at the beginning {os.getloadavg()[0]:.1f}.",
+        f"torch {torch.__version__}, {device} ({platform.machine()}, {os.cpu_count()} processors), "
+        f"{arguments.threads} threads, {torch.get_default_dtype()}, load at the beginning {os.getloadavg()[0]:.1f}.",
         "",
-        f"{LAYERS} layers, hidden {HIDDEN}, {HEADS} heads of {HIDDEN // HEADS}, L = {arguments.n_local:,}, "
-        f"G = {arguments.n_global}; whole model, plain attention is SDPA.",
+        f"{arguments.layers} layers, {arguments.heads} heads of {HEAD_DIM}, {arguments.batch} rows in decoding, "
+        f"L = {arguments.n_local:,}, G = {arguments.n_global}; whole model, plain attention is SDPA.",
     ]
 
 
@@ -154,18 +161,23 @@ def section_prefill(model: LlamaForCausalLM, arguments: argparse.Namespace) -> l
 def section_decoding(model: LlamaForCausalLM, arguments: argparse.Namespace) -> list[str]:
     """Milliseconds of a step. A cache of LM-Infinite moves its buffer every L / 8 steps, so means are compared."""
     rival, handle = copy.deepcopy(model), apply_lm_infinite(model, arguments.n_local, arguments.n_global)
-    ours = {f"LM-Infinite at {length:,}": read(model, handle.new_cache(), length) for length in arguments.decode_at}
+    ours = {
+        f"LM-Infinite at {length:,}": read(model, handle.new_cache(), length, arguments.batch)
+        for length in arguments.decode_at
+    }
     at, room = arguments.plain_at, arguments.steps * arguments.decode_rounds
     plain: dict[str, Cache] = {
-        f"plain at {at:,}, DynamicCache": filled(DynamicCache(config=model.config), at),
-        f"plain at {at:,}, StaticCache": filled(StaticCache(config=model.config, max_cache_len=at + room), at),
+        f"plain at {at:,}, DynamicCache": filled(DynamicCache(config=model.config), at, arguments),
+        f"plain at {at:,}, StaticCache": filled(
+            StaticCache(config=model.config, max_cache_len=at + room), at, arguments
+        ),
     }
     rounds: dict[str, list[float]] = {name: [] for name in (*ours, *plain)}
     for _ in range(arguments.decode_rounds):
         for name, cache in ours.items():
-            rounds[name].append(steps(model, cache, arguments.steps))
+            rounds[name].append(steps(model, cache, arguments.steps, arguments.batch))
         for name, cache in plain.items():
-            rounds[name].append(steps(rival, cache, arguments.steps))
+            rounds[name].append(steps(rival, cache, arguments.steps, arguments.batch))
     handle.undo()
     mean = {name: statistics.fmean(seconds) for name, seconds in rounds.items()}
     lines = ["", "## Decoding", "", f"Milliseconds of a step, {room} steps each in turns of {arguments.steps}.", ""]
@@ -196,7 +208,7 @@ def section_memory(model: LlamaForCausalLM, arguments: argparse.Namespace) -> li
         peak = peak_above(lambda ids=ids: forward(model, ids, None))
         lines.append(f"| {length:,} | {peak:,.0f} | {1024 * peak / length:.1f} |")
     handle.undo()
-    mlp = 4 * (4 * 1376 + 2 * HIDDEN) / 1024
+    mlp = 4 * arguments.heads * (4 * MLP_PER_HEAD + 2 * HEAD_DIM) / 1024
     return [*lines, "", f"The MLP of the model holds {mlp:.1f} KiB a token of these at its peak, whatever attends."]
 
 
@@ -219,23 +231,26 @@ def section_stream(model: LlamaForCausalLM, arguments: argparse.Namespace) -> li
             done, count = done + CHUNK, count + CHUNK
         per_1k = 1000 * (time.perf_counter() - began) / max(count, 1)
         spent: list[float] = []
-        decoding = peak_above(lambda spent=spent: spent.append(steps(model, cache, arguments.steps)), before)
+        decoding = peak_above(
+            lambda spent=spent: spent.append(steps(model, cache, arguments.steps, arguments.batch)), before
+        )
         lines.append(f"| {done:,} | {reading:.1f} | {decoding:.1f} | {per_1k:.4f} | {1000 * spent[0]:.2f} |")
     handle.undo()
     return lines
 
 
-def read(model: LlamaForCausalLM, cache: Cache, length: int) -> Cache:
-    """`cache` after a text of `length` tokens."""
+def read(model: LlamaForCausalLM, cache: Cache, length: int, num_rows: int) -> Cache:
+    """`cache` after texts of `length` tokens."""
     for first in range(0, length, CHUNK):
-        forward(model, torch.randint(VOCABULARY, (1, min(CHUNK, length - first))), cache)
+        forward(model, torch.randint(VOCABULARY, (num_rows, min(CHUNK, length - first))), cache)
     return cache
 
 
-def filled(cache: Cache, length: int) -> Cache:
+def filled(cache: Cache, length: int, arguments: argparse.Namespace) -> Cache:
     """With random keys and values of `length` tokens."""
-    for layer in range(LAYERS):
-        cache.update(*(torch.randn(1, HEADS, length, HIDDEN // HEADS) for _ in range(2)), layer)
+    shape = (arguments.batch, arguments.heads, length, HEAD_DIM)
+    for layer in range(arguments.layers):
+        cache.update(*(torch.randn(shape) for _ in range(2)), layer)
     return cache
 
 
@@ -244,9 +259,9 @@ def forward(model: LlamaForCausalLM, ids: torch.Tensor, cache: Cache | None) -> 
     model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
 
 
-def steps(model: LlamaForCausalLM, cache: Cache, num_tokens: int) -> float:
-    """Mean seconds of a call with one more token."""
-    token = torch.zeros(1, 1, dtype=torch.int64)
+def steps(model: LlamaForCausalLM, cache: Cache, num_tokens: int, num_rows: int = 1) -> float:
+    """Mean seconds of a call with one more token in each row."""
+    token = torch.zeros(num_rows, 1, dtype=torch.int64)
     return statistics.fmean(timed(lambda: forward(model, token, cache)) for _ in range(num_tokens))
 
 
@@ -264,9 +279,12 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def timed(run: Callable[[], None]) -> float:
-    """Seconds of one call."""
+    """Seconds of one call, from an idle device to an idle device."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     began = time.perf_counter()
     run()
+    wait()
     return time.perf_counter() - began
 
 
