@@ -39,7 +39,7 @@ LAYOUTS = {
 }
 """Documents and padding of the rows of a step. Of the last row the second half is padding, the part of one rank."""
 CASES: dict[str, dict[str, Any]] = {
-    "clex": {"rows": "one", "key_heads": 1, "context_len": 16, "scaling": {**CLEX, "positions": Positions.mix}},
+    "clex": {"rows": "one", "key_heads": 1, "context_len": 16, "scaling": {**CLEX, "positions": Positions.mix, "log_scale": LogScale.always}},
     "documents": {
         "rows": "several",
         "key_heads": 2,
