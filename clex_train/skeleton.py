@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 
 from clex_train import memory_options
 from clex_train.engine import host_inputs, token_loss
+from clex_train.engine.exchange_sizes import exchanged_by_sizes
 from clex_train.engine.footprint import Footprint, SizesOnHost, attention_by_sizes, measure
 from clex_train.memory_options import decoder_layers
 from clex_train.modeling import num_parameters, recompute_layers
@@ -59,11 +61,12 @@ def footprint(
 ) -> Footprint:
     """Activations of a micro-batch of `rows` rows of `tokens` tokens. `attention` is a back end of transformers.
 
-    Of `engine`, what decides on them: recomputation, inputs on the host, tiles.
+    Of `engine`, what decides on them: recomputation, inputs on the host, tiles, and ranks that share rows, of which
+    `tokens` are this rank's part.
 
     Layers that are all alike are measured on 2 and 3 of them and extended: bytes grow by the same for each layer.
     """
-    implementation = "eager" if attention == "eager" else FUSED
+    implementation = "eager" if attention == "eager" else _fused(engine.sequence_parallel)
 
     def measured(shape: PretrainedConfig) -> Footprint:
         model = on_meta(shape, dtype, implementation).train()
@@ -94,6 +97,15 @@ def _measure(
     positions = torch.empty(rows, tokens, dtype=torch.float64, device="meta")
     with handle.training(Spectrum(leaf), positions):
         return measure(model, input_ids, loss)
+
+
+def _fused(ranks: int) -> str:
+    """The name of a fused kernel, and of the exchange around it where ranks share rows."""
+    if ranks == 1:
+        return FUSED
+    name = f"{FUSED}_over_{ranks}_ranks"
+    AttentionInterface.register(name, partial(exchanged_by_sizes, ranks=ranks))
+    return name
 
 
 def on_meta(arch: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:

@@ -61,8 +61,10 @@ def test_ranks_that_share_rows_hold_the_activations_of_their_part(capsys):
     eighth = plan_of(experiment, "engine.sequence_parallel=1", "data.seq_len=8192", "optim.batch_rows=256")
     assert (shared.world_size, shared.accumulation, alone.accumulation) == (8, 32, 4)
     for name in ("activations", "logits"):
-        assert part(shared, name) == part(eighth, name)
+        assert part(shared, name).device[0] == part(eighth, name).device[0]
         assert part(alone, name).device[0] > 7.9 * part(shared, name).device[0]
+    # The exchange has copies of its own, which come and go in each layer.
+    assert 1 < part(shared, "activations").device[1] / part(eighth, "activations").device[1] < 1.2
     assert part(shared, "optimizer") == part(alone, "optimizer")
     dry_run.print_plan(composed(experiment, "dry_run=true"))
     printed = capsys.readouterr().out

@@ -7,7 +7,10 @@ of the frequencies and of the ODE, and the loss that the same model has of a who
 `alone` gives the same on one process without an engine, which shares nothing.
 """
 
+import json
 import sys
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,15 @@ sys.path.insert(0, str(ROOT))
 
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from clex_train import architectures, distributed, forward_pass, memory_options, modeling, trainer  # noqa: E402
+from clex_train import architectures, distributed, forward_pass, memory_options, modeling, skeleton, trainer  # noqa: E402
 from clex_train.config import Config  # noqa: E402
 from clex_train.data.rows import PADDING, Row  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.engine import sequence_parallel  # noqa: E402
+from clex_train.engine.footprint import measure  # noqa: E402
 from clex_train.engine.ode_optimizer import OdeOptimizer  # noqa: E402
 from clex_train.settings.attention import AttentionConfig  # noqa: E402
+from clex_train.settings.engine import EngineConfig  # noqa: E402
 from clex_train.settings.model import ModelConfig  # noqa: E402
 from clex_train.settings.scaling import LogScale, Positions, ScalingConfig, ScalingName  # noqa: E402
 
@@ -39,7 +44,12 @@ LAYOUTS = {
 }
 """Documents and padding of the rows of a step. Of the last row the second half is padding, the part of one rank."""
 CASES: dict[str, dict[str, Any]] = {
-    "clex": {"rows": "one", "key_heads": 1, "context_len": 16, "scaling": {**CLEX, "positions": Positions.mix, "log_scale": LogScale.always}},
+    "clex": {
+        "rows": "one",
+        "key_heads": 1,
+        "context_len": 16,
+        "scaling": {**CLEX, "positions": Positions.mix, "log_scale": LogScale.always},
+    },
     "documents": {
         "rows": "several",
         "key_heads": 2,
@@ -199,10 +209,28 @@ def loss_of_a_whole_row(parts: trainer.Parts) -> Tensor:
         return parts.loaded.model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
+def memory() -> dict[str, Any]:
+    """Bytes of a forward and backward pass that the ranks share, and those that are expected of it."""
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    arch = AutoConfig.for_model("llama", **sizes, num_attention_heads=8, num_key_value_heads=1)
+    engine = EngineConfig(sequence_parallel=2, activation_checkpointing=True)
+    model = AutoModelForCausalLM.from_config(arch, attn_implementation="sdpa").train()
+    modeling.recompute_layers(model)
+    sequence = sequence_parallel.SequenceParallel(model, 2, 2, timedelta(minutes=5))
+    with sequence.attention(None):
+        counted = measure(model, torch.randint(0, 512, (2, 128)))
+    sizes = {"rows": 2, "tokens": 128, "dtype": torch.float32, "attention": "sdpa", "engine": engine}
+    expected = skeleton.footprint(arch, **sizes, learns_frequencies=False)
+    return {"counted": asdict(counted), "expected": asdict(expected)}
+
+
 def main(folder: Path, cases: list[str]) -> None:
-    """Each case in turn."""
+    """Each case in turn, and FOLDER/memory.json."""
     torch.set_num_threads(1)
     engines.open_process_group(Config().engine)
+    found = memory()
+    if distributed.is_main():
+        (folder / "memory.json").write_text(json.dumps(found))
     for case in cases:
         found = shared(folder, case)
         if distributed.is_main():

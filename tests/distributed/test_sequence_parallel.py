@@ -1,5 +1,6 @@
 """Two ranks that share each row take the step of one rank: its loss, and every gradient."""
 
+import json
 import subprocess
 import sys
 from functools import cache
@@ -43,3 +44,10 @@ def test_a_step_of_two_ranks_that_share_rows_is_that_of_one(folder, case):
 @pytest.mark.parametrize("case", CASES)
 def test_outside_of_training_a_row_is_not_shared(folder, case):
     assert torch.isclose(load_file(folder / f"{case}.safetensors")["whole_row"], alone(folder, case)["whole_row"])
+
+
+def test_the_memory_of_a_part_is_the_one_that_is_planned(folder):
+    """Copies of the exchange among it; at most 2 % of the peak may be of other kernels than the planned ones."""
+    found = json.loads((folder / "memory.json").read_text())
+    for moment in ("activations", "logits", "layers"):
+        assert found["counted"][moment] == pytest.approx(found["expected"][moment], rel=0.02), moment
