@@ -32,7 +32,7 @@ def exchanged_by_sizes(
     whole = [_whole_rows(part, ranks) for part in (query, key, value)]
     for index, tensor in enumerate(whole):
         whole[index] = tensor.permute(1, 2, 0, 3).contiguous()
-    output, _ = attention_by_sizes(module, *whole)
+    output = attention_by_sizes(module, *whole)[0]
     sent = output.transpose(0, 1).reshape(ranks, tokens, rows, -1).contiguous()
     received = _SizesOfAllToAll.apply(sent).permute(1, 2, 0, 3)
     made = received.reshape(tokens, rows, -1).contiguous().transpose(0, 1)
