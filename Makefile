@@ -11,8 +11,8 @@ quickstart: environment  ## the whole main job on the standard library's sources
 smoke: environment  ## the same with few steps, about two minutes
 	$(BIN)/python -m launch.quickstart --smoke
 
-test: .venv/dev  ## the suite without the markers slow, gpu and slurm
-	$(BIN)/python -m pytest
+test: .venv/dev  ## the suite without the markers slow, gpu and slurm, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow

@@ -40,12 +40,12 @@ class TrainingEvaluation:
     ) -> None:
         self.interrupted = interrupted
         self.config, self.spec = config, config.evaluation
-        arch = trained_architecture(config, architectures.to_train(config.model))
-        unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)
-        methods.check(self.spec, unloaded, has_clex=config.scaling.name is ScalingName.clex)
         self.store = (TokenStore(self.spec.path) if self.spec.path else store).split("validation")
         self.readings = readings(self.spec, context_len)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows)
+        arch = trained_architecture(config, architectures.to_train(config.model))
+        unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)
+        methods.check(self.spec, unloaded, has_clex=config.scaling.name is ScalingName.clex)
         self.cells = plan.of_spec(self.spec, tokenizer, self.store)
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:

@@ -161,8 +161,9 @@ class TestChoice:
         apply_lm_infinite(model, 16, 4).undo()
 
     def test_a_gpu_has_flash_attn_for_half_precision_and_flex_attention_for_the_rest(self, monkeypatch):
-        """Devices by name alone: nothing is computed."""
+        """Devices and packages by name alone: nothing is computed."""
         monkeypatch.setattr("clex_train.attention.back_ends.is_flash_attn_2_available", lambda: True)
+        monkeypatch.setattr("clex_train.attention.back_ends.find_spec", lambda name: name)
 
         class OnGpu(Tensor):
             device = torch.device("cuda")

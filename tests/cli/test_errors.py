@@ -50,7 +50,8 @@ def test_an_unknown_experiment_like_no_other_lists_them_all():
 
 
 def test_an_experiment_by_its_beginning_is_completed():
-    assert line_for("+experiment=llama3") == "experiment=llama3: no such option; did you mean llama3_8b_clex?"
+    line = line_for("+experiment=llama3")
+    assert line == "experiment=llama3: no such option; did you mean llama3_8b_clex or llama3_8b_clex_1m?"
 
 
 @pytest.mark.parametrize("override", ["foo", "optim.lr=1e-4}", "name=${nme}", "model=null", "+model=tiny"])

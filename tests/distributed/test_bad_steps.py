@@ -10,7 +10,7 @@ import pytest
 from distributed_runs import ROOT, environment, free_port
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_both_ranks_skip_the_step_and_name_the_rank_and_its_rows(launcher, stage: int) -> None:
     name = f"bad_{stage}"
     script = str(Path(__file__).with_name("spoilt_rank.py"))

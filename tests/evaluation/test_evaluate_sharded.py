@@ -84,7 +84,7 @@ def test_directories_of_every_layout_are_split_while_they_are_read(tmp_path, mon
     [
         (["offload_parameters=true"], "offload_parameters=True: it is the shares of sharded weights"),
         (["attention=flash_attention_2"], "attention=flash_attention_2: flash-attn is not installed"),
-        (["attention=flash"], "attention: should be one of sdpa"),
+        (["attention=flash"], "attention: should be one of auto, sdpa"),
         (["sharded=true", "protocols=[streaming]", "methods=[none]"], "sharded=True: streaming is read with whole"),
     ],
 )
