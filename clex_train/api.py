@@ -51,7 +51,7 @@ class AppliedClex:
     def refresh(self) -> None:
         """Solve for the table anew, after the field was trained; `UnstableField` when it cannot be used."""
         assert self.field is not None, "a bare table has no field to solve"
-        self.table = _table_of(self.field, self.handle.context_len)
+        self.table = replace(_table_of(self.field, self.handle.context_len), t_factor=self.table.t_factor)
         self.handle.use(self.table, self.clamp)
 
     def undo(self) -> None:

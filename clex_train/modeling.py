@@ -44,6 +44,8 @@ class LoadedModel:
     table: FrequencyTable | None = None
     """theta(t) as trained; None for plain RoPE."""
     log_scale: LogScale = LogScale.off
+    t_factor: float = 1.0
+    """Of the table that `solve_table` makes."""
     engine: Any = None
     """What keeps sharded weights together for as long as the model is used; None for whole ones."""
     formula: Spectrum | None = None
@@ -139,6 +141,7 @@ def load_for_training(
     policy = config.scaling.log_scale
     if config.scaling.name is ScalingName.clex:
         loaded.clex, policy = starting_field(config, loaded.base_inv_freq)
+        loaded.t_factor = config.scaling.t_factor
     if config.scaling.name in FORMULAS:
         loaded.formula = _formula(config, loaded)
     _scale_logits(loaded, policy)
@@ -188,6 +191,7 @@ def load_for_evaluation(
     if model_directory.has_clex(directory):
         loaded.clex, loaded.table, record = model_directory.read_clex(directory)
         _scale_logits(loaded, LogScale(record.log_scale))
+        loaded.t_factor = loaded.table.t_factor
         loaded.handle.use(loaded.table)
     elif official.is_official(directory):
         field = official.read_official_field(directory, loaded.base_inv_freq)
@@ -208,7 +212,7 @@ def solve_table(loaded: LoadedModel) -> FrequencyTable | None:
     if loaded.clex is None:
         return None
     table = loaded.clex.table(scale_grid(loaded.clex.t_max))
-    loaded.table = dataclasses.replace(table, context_len=loaded.context_len)
+    loaded.table = dataclasses.replace(table, context_len=loaded.context_len, t_factor=loaded.t_factor)
     loaded.handle.use(loaded.table)
     return loaded.table
 

@@ -39,6 +39,7 @@ SAFE_TO_CHANGE = (
     "name",
     "output_dir",
     "resume",
+    "scaling.t_factor",
     "tracking.",
 )
 """Keys that may differ when a run is continued: they do not touch the numbers it trains on.

@@ -83,7 +83,7 @@ class EvaluateConfig(LoadingConfig):
     lm_infinite_t: float | None = None
     """t of the model's own table, which `lm_infinite` keeps at every length; by default 1, plain frequencies."""
     t_factor: float | None = None
-    """`trained` and `clex` take the t of a text this many times as long, up to t_max; by default 1."""
+    """`trained` and `clex` take the t of a text this many times as long, up to t_max; by default as it was made."""
     stride: int | None = None
     """Tokens by which `sliding` moves its windows; by default 256."""
     last_k: int | None = None

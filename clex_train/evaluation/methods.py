@@ -9,7 +9,7 @@ from `scaling.baselines` and, transformers' own, from `rope.hf_scalings`.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,7 +22,6 @@ from clex_train.rope.as_is import WithoutRotary
 from clex_train.rope.hf_scalings import ConfiguredRope
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.baselines import none_table, ntk_table, pi_table, theta_table
-from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import Frequencies, FrequencyTable, scale_grid
 from clex_train.settings.bounds import require
 from clex_train.settings.evaluation import EvaluationConfig, Method
@@ -50,8 +49,8 @@ def of_model(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, Frequenci
     every = formulas(spec, loaded.handle)
     if spec.lm_infinite_t != 1:
         every[Method.lm_infinite] = partial(_held, trained, spec.lm_infinite_t)
-    if trained is not None and spec.t_factor != 1:
-        trained = Ahead(trained, spec.t_factor)
+    if loaded.table is not None and spec.t_factor is not None:
+        trained = replace(loaded.table, t_factor=spec.t_factor)
     return tables(spec.methods, trained, loaded.base_inv_freq, loaded.context_len, spec.longest(), every)
 
 
@@ -63,43 +62,6 @@ def check(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool) -> None:
     if Method.lm_infinite in others:
         with insertions(spec, handle.model, handle.context_len)[Method.lm_infinite.value]():
             pass
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """A model's own frequencies, each call at the t of one `factor` times as long, or at t_max where that is less."""
-
-    own: Frequencies
-    factor: float
-
-    @property
-    def method(self) -> str:
-        """What made them."""
-        return self.own.method
-
-    @property
-    def context_len(self) -> int | None:
-        """L in tokens."""
-        return self.own.context_len
-
-    @property
-    def num_pairs(self) -> int:
-        """P, half the rotary dimension."""
-        return self.own.num_pairs
-
-    @property
-    def t_max(self) -> float:
-        """The largest scale factor that is served."""
-        return self.own.t_max
-
-    def at(self, t: float) -> Spectrum:
-        """The spectrum at a scale factor, as it is."""
-        return self.own.at(t)
-
-    def least_upper_bound(self, num_tokens: int, context_len: int, clamp: bool = False) -> Spectrum:
-        """The spectrum for a call of `num_tokens` tokens; `ValueError` where the model itself does not serve them."""
-        self.own.least_upper_bound(num_tokens, context_len, clamp)
-        return self.own.least_upper_bound(math.ceil(self.factor * num_tokens), context_len, clamp=True)
 
 
 def tables(
@@ -164,6 +126,7 @@ def _longrope(
 def _require_fitting(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool) -> None:
     names = [method.value for method in spec.methods]
     require(has_clex or Method.clex not in spec.methods, "methods", names, "this model holds no CLEX; leave clex out")
+    require(has_clex or spec.t_factor is None, "t_factor", spec.t_factor, "this model holds no CLEX; leave the key out")
     scales = has_clex or getattr(handle, "own", None) is not None
     require(
         spec.lm_infinite_t == 1 or scales or Method.lm_infinite not in spec.methods,

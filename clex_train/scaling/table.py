@@ -8,7 +8,7 @@ import bisect
 import itertools
 import math
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -55,9 +55,10 @@ class FrequencyTable:
     """theta(t) for scale factors `t` [K] (ascending, the first is 1) as `inv_freq` [K, P], float64, radians per token.
 
     `method` names what made it (`clex`, `ntk`, ...), `digest` the weights it was solved from, `context_len` is L in
-    tokens, `attention_factors` [K] float64 multiply cos and sin at each t (None: 1 everywhere). A model without RoPE
-    has P = 0. Raises `ValueError` for a grid that does not ascend from 1, for frequencies or factors not finite and
-    positive, and for another number of factors.
+    tokens, `attention_factors` [K] float64 multiply cos and sin at each t (None: 1 everywhere). With `t_factor` a call
+    takes the t of one so many times as long, up to t_max. A model without RoPE has P = 0. Raises `ValueError` for a
+    grid that does not ascend from 1, for frequencies or factors not finite and positive, for another number of factors,
+    and for a `t_factor` below 1.
     """
 
     t: Float64[Tensor, " K"]
@@ -66,6 +67,7 @@ class FrequencyTable:
     context_len: int | None = None
     digest: str = ""
     attention_factors: Float64[Tensor, " K"] | None = None
+    t_factor: float = 1.0
     _grid: list[float] = field(init=False, repr=False)
     _spectra: list[Spectrum] = field(init=False, repr=False)
 
@@ -80,6 +82,8 @@ class FrequencyTable:
             raise ValueError(
                 f"inv_freq[{row}, {column}]={value} at t={grid[row]:g}: frequencies are finite and positive"
             )
+        if not 1 <= self.t_factor < math.inf:
+            raise ValueError(f"t_factor={self.t_factor}: finite, 1 or more")
         factors = self._checked_factors(grid)
         spectra = [Spectrum(theta, t, a) for theta, t, a in zip(self.inv_freq, grid, factors, strict=True)]
         object.__setattr__(self, "_grid", grid)
@@ -104,35 +108,32 @@ class FrequencyTable:
         raise ValueError(f"t={t:g}: not on the table's grid of {len(self._grid)} scale factors (nearest: {around})")
 
     def least_upper_bound(self, num_tokens: int, context_len: int, clamp: bool = False) -> Spectrum:
-        """The spectrum of the least grid `t >= num_tokens / context_len`.
+        """The spectrum of the least grid `t >= t_factor * num_tokens / context_len`, or of t_max if that is less.
 
-        Beyond `t_max` a `ValueError` names the numbers, or with `clamp` the last spectrum is given. The same object
-        comes back for the same `t`, so callers may compare by identity.
+        Where already `num_tokens / context_len` is beyond `t_max`, a `ValueError` names the numbers unless `clamp`. The
+        same object comes back for the same `t`, so callers may compare by identity.
         """
-        index = bisect.bisect_left(self._grid, num_tokens / context_len * (1 - RELATIVE_SLACK))
-        if index == len(self._grid) and not clamp:
+        needed = num_tokens / context_len * (1 - RELATIVE_SLACK)
+        if needed > self._grid[-1] and not clamp:
             raise ValueError(
                 f"num_tokens={num_tokens}: beyond t_max * L = {self.t_max:g} * {context_len} = "
                 f"{self.t_max * context_len:.0f} tokens; raise scaling.t_max, shorten the input or allow clamping"
             )
+        index = bisect.bisect_left(self._grid, self.t_factor * needed)
         return self._spectra[min(index, len(self._grid) - 1)]
 
     def to(self, device: torch.device | str) -> "FrequencyTable":
         """The same table on another device."""
-        return FrequencyTable(
-            self.t.to(device),
-            self.inv_freq.to(device),
-            self.method,
-            self.context_len,
-            self.digest,
-            None if self.attention_factors is None else self.attention_factors.to(device),
-        )
+        factors = None if self.attention_factors is None else self.attention_factors.to(device)
+        return replace(self, t=self.t.to(device), inv_freq=self.inv_freq.to(device), attention_factors=factors)
 
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, the names in its metadata."""
         metadata = {"method": self.method, "digest": self.digest}
         if self.context_len is not None:
             metadata["context_len"] = str(self.context_len)
+        if self.t_factor != 1:
+            metadata["t_factor"] = repr(self.t_factor)
         tensors = {"t": self.t, "inv_freq": self.inv_freq}
         if self.attention_factors is not None:
             tensors["attention_factors"] = self.attention_factors
@@ -159,6 +160,7 @@ class FrequencyTable:
                 context_len=None if length is None else int(length),
                 digest=metadata.get("digest", ""),
                 attention_factors=factors,
+                t_factor=float(metadata.get("t_factor", "1")),
             )
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise ValueError(f"{path}: not a frequency table: {error}") from error

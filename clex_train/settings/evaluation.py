@@ -58,8 +58,8 @@ class EvaluationConfig:
     """First tokens that `lm_infinite` sees."""
     lm_infinite_t: float = 1.0
     """t of the model's own table, which `lm_infinite` keeps at every length; 1 is plain frequencies."""
-    t_factor: float = 1.0
-    """`trained` and `clex` take the t of a text this many times as long, up to t_max; 1 is the least t that serves."""
+    t_factor: float | None = None
+    """`trained` and `clex` take the t of a text this many times as long, up to t_max; by default as it was made."""
     path: str | None = None
     """Token store whose validation split is read; by default that of `data.path`; a mixture has to name one."""
     allow_overlap: bool = False
@@ -124,7 +124,7 @@ class EvaluationConfig:
         require(self.n_local is None or self.n_local >= 1, "evaluation.n_local", self.n_local, "at least 1 token")
         require(self.n_global >= 0, "evaluation.n_global", self.n_global, "0 or more tokens")
         require(self.lm_infinite_t >= 1, "evaluation.lm_infinite_t", self.lm_infinite_t, "a scale factor of at least 1")
-        require(self.t_factor >= 1, "evaluation.t_factor", self.t_factor, "1 or more")
+        require(self.t_factor is None or self.t_factor >= 1, "evaluation.t_factor", self.t_factor, "1 or more")
         require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")
         retrieval.check(self.tasks, self.num_prompts, self.depths, self.task_lengths)
 

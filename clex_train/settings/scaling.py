@@ -58,6 +58,8 @@ class ScalingConfig:
     have them by a formula (docs/recipes.md)."""
     t_max: float = 16.0
     """Largest scale factor: each optimizer step draws t from [1, t_max]; contexts up to t_max * L are served."""
+    t_factor: float = 1.0
+    """In use, a context takes the t of one so many times as long, up to t_max; training draws t without it."""
     t_distribution: Distribution = Distribution.uniform
     """How CLEX draws t: `uniform` (the paper) or `log_uniform`, with equal weight on each doubling of the context."""
     factor: float | None = None
@@ -97,6 +99,7 @@ class ScalingConfig:
 
     def __post_init__(self) -> None:
         require(self.t_max >= 1, "scaling.t_max", self.t_max, "a scale factor is at least 1")
+        require(self.t_factor >= 1, "scaling.t_factor", self.t_factor, "1 or more")
         require(self.factor is None or self.factor >= 1, "scaling.factor", self.factor, "a scale factor is at least 1")
         require(
             self.factor is None or self.name in FORMULAS,

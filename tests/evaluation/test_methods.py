@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from clex_train.cli import console
 from clex_train.cli import evaluate as program
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
-from clex_train.evaluation.methods import Ahead, of_model
+from clex_train.evaluation.methods import of_model
 from clex_train.evaluation.windows import select
 from clex_train.modeling import LoadedModel
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.baselines import ntk_table
+from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import scale_grid
 from clex_train.settings.evaluation import EvaluationConfig, Method
 
@@ -189,26 +191,31 @@ def test_a_method_that_a_model_cannot_have_is_one_line_before_weights_are_read(
 
 
 class TestTheTOfALongerText:
-    """`t_factor`: a model's own table, read ahead of the length."""
+    """`t_factor`: the model's own table, read ahead of the length."""
 
-    def test_is_the_least_upper_bound_of_so_many_times_the_tokens_and_ends_at_t_max(self):
-        own = ntk_table(torch.tensor([1.0, 0.1], dtype=torch.float64), [1.0, 2.0, 3.0, 4.0, 8.0])
-        ahead = Ahead(own, 1.5)
-        found = [ahead.least_upper_bound(n, 16).t for n in (8, 16, 32, 48, 64, 128)]
-        assert found == [1.0, 2.0, 3.0, 8.0, 8.0, 8.0]
-        with pytest.raises(ValueError, match="num_tokens=129: beyond t_max"):
-            ahead.least_upper_bound(129, 16)
+    def of(self, t_factor: float | None, own: float = 1.0) -> dict[str, float]:
+        handle = install_rotary(build_tiny_llama(), CONTEXT_LEN)
+        table = replace(ntk_table(handle.base_inv_freq, scale_grid(16)), t_factor=own)
+        clex = Clex(handle.base_inv_freq, t_max=16)
+        loaded = LoadedModel(handle.model, handle, CONTEXT_LEN, clex=clex, table=table)
+        lengths = [CONTEXT_LEN, 2 * CONTEXT_LEN]
+        spec = EvaluationConfig(methods=[Method.trained, Method.ntk], lengths=lengths, t_factor=t_factor)
+        found = of_model(spec, loaded)
+        return {name: table.least_upper_bound(2 * CONTEXT_LEN, CONTEXT_LEN).t for name, table in found.items()}
 
     def test_is_in_force_for_trained_and_for_no_formula(self):
+        assert self.of(2) == {"trained": 4.0, "ntk": 2.0}
+
+    def test_is_by_default_that_of_the_model_and_otherwise_what_is_asked(self):
+        assert self.of(None, own=3.0) == {"trained": 6.0, "ntk": 2.0}
+        assert self.of(1, own=3.0) == {"trained": 2.0, "ntk": 2.0}
+
+    def test_is_refused_for_a_model_without_clex(self):
         handle = install_rotary(build_tiny_llama(), CONTEXT_LEN)
-        table = ntk_table(handle.base_inv_freq, scale_grid(16))
-        loaded = LoadedModel(handle.model, handle, CONTEXT_LEN, table=table)
-        spec = EvaluationConfig(
-            methods=[Method.trained, Method.ntk], lengths=[CONTEXT_LEN, 2 * CONTEXT_LEN], t_factor=2
-        )
-        found = of_model(spec, loaded)
-        t = {name: table.least_upper_bound(2 * CONTEXT_LEN, CONTEXT_LEN).t for name, table in found.items()}
-        assert t == {"trained": 4.0, "ntk": 2.0}
+        with pytest.raises(ValueError, match="t_factor=2: this model holds no CLEX"):
+            of_model(
+                EvaluationConfig(lengths=[CONTEXT_LEN], t_factor=2), LoadedModel(handle.model, handle, CONTEXT_LEN)
+            )
 
     def test_below_one_is_refused(self):
         with pytest.raises(ValueError, match=r"evaluation\.t_factor=0\.5: 1 or more"):

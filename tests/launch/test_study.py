@@ -36,8 +36,8 @@ def test_a_row_is_the_mean_nll_over_the_seeds_and_over_the_windows(tmp_path):
     evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
     evaluated(tmp_path / "clex" / "seed_2", "trained", 3.0)
     found = rows(study_tables.section(tmp_path, [1, 2], "one_shot"))
-    assert found["CLEX, our recipe"][-1] == "2"
-    assert float(found["CLEX, our recipe"][0].split(" ± ")[0]) == pytest.approx(math.exp(2.75), abs=0.01)
+    assert found["CLEX, t of the length"][-1] == "2"
+    assert float(found["CLEX, t of the length"][0].split(" ± ")[0]) == pytest.approx(math.exp(2.75), abs=0.01)
 
 
 def test_differences_are_paired_so_what_all_arms_find_hard_in_a_book_cancels(tmp_path):
@@ -52,7 +52,7 @@ def test_differences_are_paired_so_what_all_arms_find_hard_in_a_book_cancels(tmp
 def test_an_arm_whose_seeds_scored_other_tokens_is_refused_by_name(tmp_path):
     evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
     evaluated(tmp_path / "clex" / "seed_2", "trained", 2.0, fingerprint="other")
-    with pytest.raises(ValueError, match="CLEX, our recipe: its runs scored different tokens"):
+    with pytest.raises(ValueError, match="CLEX, t of the length: its runs scored different tokens"):
         study_tables.section(tmp_path, [1, 2], "one_shot")
 
 

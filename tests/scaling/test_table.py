@@ -1,6 +1,7 @@
 """The stored frequency table: exact members, the least-upper-bound rule, and its file."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -145,3 +146,26 @@ def test_scale_grid_refuses_what_it_cannot_span() -> None:
         scale_grid(0.5)
     with pytest.raises(ValueError, match="step=0"):
         scale_grid(4, 0)
+
+
+class TestTheTOfALongerCall:
+    """`t_factor`: a call takes the t of one so many times as long."""
+
+    def test_is_the_least_upper_bound_of_so_many_times_the_tokens_and_ends_at_t_max(self) -> None:
+        table = replace(ntk_table(BASE, [1.0, 2.0, 3.0, 4.0, 8.0]), t_factor=1.5)
+        assert [table.least_upper_bound(n, 16).t for n in (8, 16, 32, 48, 64, 128)] == [1.0, 2.0, 3.0, 8.0, 8.0, 8.0]
+        with pytest.raises(ValueError, match="num_tokens=129: beyond t_max"):
+            table.least_upper_bound(129, 16)
+        assert table.least_upper_bound(129, 16, clamp=True).t == 8.0
+
+    def test_goes_with_the_file_and_to_other_devices(self, tmp_path: Path) -> None:
+        replace(TABLE, t_factor=2.0).save(tmp_path / "t.safetensors")
+        assert FrequencyTable.load(tmp_path / "t.safetensors").t_factor == 2.0
+        assert replace(TABLE, t_factor=2.0).to("cpu").t_factor == 2.0
+        TABLE.save(tmp_path / "plain.safetensors")
+        assert FrequencyTable.load(tmp_path / "plain.safetensors").t_factor == 1.0
+
+    @pytest.mark.parametrize("t_factor", [0.5, float("nan"), float("inf")])
+    def test_is_finite_and_at_least_1(self, t_factor: float) -> None:
+        with pytest.raises(ValueError, match="t_factor="):
+            replace(TABLE, t_factor=t_factor)
