@@ -17,7 +17,7 @@ from clex_train.evaluation.report.write import write as write_report
 from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows
 
 BASE_FILE = Path("base") / "evaluation" / f"{JUDGING.name}.json"
-CHOSEN = next(arm.label for arm in MAIN if arm.name == "clex")
+CHOSEN = next(arm.label for arm in MAIN if arm.name == "clex_t_factor_2")
 BASE_DRAWN = ("none", "ntk", "yarn", "lm_infinite")
 DRAWN = ("one_shot", "per_position", "last_k")
 PROTOCOLS = ("one_shot", "last_k")
@@ -125,7 +125,7 @@ def perplexity_cell(row: Line, length: int) -> str:
     """Perplexity and its standard error by book."""
     nll, tokens = row.nll[length].mean(axis=0), row.tokens
     error = bootstrap.standard_errors(nll.tolist(), tokens, row.documents.tolist()).perplexity
-    return f"{float(np.exp(nll.sum() / sum(tokens))):.2f} ± {error or float('nan'):.2f}"
+    return f"{float(np.exp(nll.sum() / sum(tokens))):.2f} ± {_or_nan(error):.2f}"
 
 
 def against(reference: Line) -> Callable[[Line, int], str]:
@@ -136,6 +136,10 @@ def against(reference: Line) -> Callable[[Line, int], str]:
             return "0"
         own, other = (side.nll[length].mean(axis=0).tolist() for side in (row, reference))
         mean, error, _ = bootstrap.paired_difference(own, other, row.tokens, row.documents.tolist())
-        return f"{100 * np.expm1(mean):+.1f} ± {100 * np.exp(mean) * (error or float('nan')):.1f}"
+        return f"{100 * np.expm1(mean):+.1f} ± {100 * np.exp(mean) * _or_nan(error):.1f}"
 
     return cell
+
+
+def _or_nan(error: float | None) -> float:
+    return float("nan") if error is None else error
