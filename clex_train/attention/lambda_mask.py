@@ -117,11 +117,17 @@ def _block(
 
 
 def _global_part(query: Float[Tensor, "B H C D"], start: KeyValues, place: Place, call: _Call) -> Part:
-    """Attention to the starting tokens that have left the window, all at distance L."""
+    """Attention to the starting tokens that have left the window, all at distance L.
+
+    The few keys are turned by -L and the queries stay as they are. That the keys are turned by 0 too gives them the
+    factor that some models (YaRN) have in both cos and sin, on the query's behalf.
+    """
     n_local, rotation, rule = call.scheme.n_local, call.scheme.rotation, call.scheme.rule
-    left = _outside_window(query.shape[2], call.n_global, place, call.stream.num_padding, n_local, query.device)
-    keys = rotation.constant(start.keys, 0)
-    return at_distance(attend(rotation.constant(query, n_local), keys, start.values, left, rule), rule, n_local)
+    left = None
+    if call.stream.num_padding is not None or place.first_query - call.n_global + 1 < n_local:
+        left = _outside_window(query.shape[2], call.n_global, place, call.stream.num_padding, n_local, query.device)
+    keys = rotation.constant(rotation.constant(start.keys, 0), -n_local)
+    return at_distance(attend(query, keys, start.values, left, rule), rule, n_local)
 
 
 def _middle_part(query: Float[Tensor, "B H C D"], far: KeyValues, middle: Middle, place: Place, call: _Call) -> Part:

@@ -91,6 +91,16 @@ def join(first: Part, second: Part) -> Part:
     return Part(output.to(first.output.dtype), torch.logaddexp(first.log_sum_exp, second.log_sum_exp))
 
 
+def join_(first: Part, second: Part) -> None:
+    """`join`, written into `first`; without gradients."""
+    weight = torch.sigmoid(second.log_sum_exp - first.log_sum_exp).unsqueeze(-1)
+    if weight.dtype == first.output.dtype:
+        first.output.lerp_(second.output, weight)
+    else:
+        first.output.copy_(torch.lerp(first.output.to(weight.dtype), second.output.to(weight.dtype), weight))
+    first.log_sum_exp.copy_(torch.logaddexp(first.log_sum_exp, second.log_sum_exp))
+
+
 def at_distance(part: Part, rule: SoftmaxRule, distance: float) -> Part:
     """A part whose keys all have the same `distance`: by ALiBi one term per head, which leaves the weights alone."""
     if rule.slopes is None:

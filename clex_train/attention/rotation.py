@@ -29,8 +29,10 @@ class TableRotation:
         return self._apply(x, self.cos[:, first:last], self.sin[:, first:last])
 
     def constant(self, x: Float[Tensor, "B H S D"], position: int) -> Float[Tensor, "B H S D"]:
-        """`x` with every token at `position`."""
-        return self._apply(x, self.cos[:, position : position + 1], self.sin[:, position : position + 1])
+        """`x` with every token at `position`; a negative one turns backwards."""
+        where = slice(abs(position), abs(position) + 1)
+        sin = self.sin[:, where] if position >= 0 else -self.sin[:, where]
+        return self._apply(x, self.cos[:, where], sin)
 
     def _apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned = self.turn(x[..., : self.rotary_dim], cos, sin)

@@ -18,7 +18,7 @@ class Rotation(Protocol):
         """`x` with its tokens at positions first, first + 1, ..."""
 
     def constant(self, x: Tensor, position: int) -> Tensor:
-        """`x` with every token at `position`."""
+        """`x` with every token at `position`, which may be negative."""
 
 
 class NoRotation:

@@ -14,7 +14,7 @@ from clex_train.attention.partial_softmax import (
     attend_anticausal,
     attend_causal,
     can_fuse,
-    join,
+    join_,
 )
 from clex_train.attention.stream import KeyValues, Place
 
@@ -60,13 +60,12 @@ def _band(query: Float[Tensor, "B H C D"], window: KeyValues, is_whole: bool, ru
     part = attend_causal(query, *window.span(own, num_keys), rule)
     leaving = num_queries - 1 if is_whole else 0
     if own > leaving:
-        part = join(part, attend(query, *window.span(leaving, own), None, rule))
-    if not is_whole:
-        return part
-    # The last query sees none of the leaving keys, so it takes no part in this.
-    last = attend_anticausal(query[:, :, :-1], *window.span(0, leaving), rule)
-    joined = join(Part(part.output[:, :, :-1], part.log_sum_exp[:, :, :-1]), last)
-    return Part(*(torch.cat((x, y[:, :, -1:]), dim=2) for x, y in zip(joined, part, strict=True)))
+        join_(part, attend(query, *window.span(leaving, own), None, rule))
+    if is_whole:
+        # The last query sees none of the leaving keys, so it takes no part in this.
+        last = attend_anticausal(query[:, :, :-1], *window.span(0, leaving), rule)
+        join_(Part(part.output[:, :, :-1], part.log_sum_exp[:, :, :-1]), last)
+    return part
 
 
 def _distances(num_queries: int, num_keys: int, place: Place, device: torch.device) -> Tensor:

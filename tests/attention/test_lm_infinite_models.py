@@ -98,12 +98,24 @@ def test_beyond_the_window_blocks_and_caches_do_not_change_a_model(family):
     torch.testing.assert_close(torch.cat(outputs, dim=1), whole, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", INTERFACE_FAMILIES)
-def test_beyond_the_window_a_layer_is_plain_attention_over_what_it_may_see(family):
+FULL = {"layer_types": ["full_attention"]}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *(
+            (f, {"layer_types": ["full_attention"]} if f in ("gemma2", "gemma3_text") else {})
+            for f in INTERFACE_FAMILIES
+        ),
+        pytest.param("llama", {"rope_parameters": YARN}, id="llama-yarn, whose cos and sin have a factor"),
+    ],
+)
+def test_beyond_the_window_a_layer_is_plain_attention_over_what_it_may_see(family, settings):
     """One layer sees embeddings only, so the plain model can be given the G starting tokens, all at distance L."""
     n_local, n_global, num_tokens = 12, 3, 30
-    types = {"layer_types": ["full_attention"]} if family.startswith("gemma") and family != "gemma" else {}
-    model = tiny_model(family, num_layers=1, dtype=torch.float64, **types)
+    model = tiny_model(family, num_layers=1, dtype=torch.float64, **settings)
     model.set_experts_implementation("eager")
     ids = tokens(2, num_tokens)
     seen = torch.cat((ids[:, :n_global], ids[:, -n_local:]), dim=1)
