@@ -17,14 +17,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from bench_page import processor, publish
+from bench_page import freed_memory_kept, processor, publish
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
@@ -263,19 +262,6 @@ def steps(model: LlamaForCausalLM, cache: Cache, num_tokens: int, num_rows: int 
     """Mean seconds of a call with one more token in each row."""
     token = torch.zeros(num_rows, 1, dtype=torch.int64)
     return statistics.fmean(timed(lambda: forward(model, token, cache)) for _ in range(num_tokens))
-
-
-@contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """The C library serves all sizes from its heap and keeps the heap; glibc's constants are those of malloc.h."""
-    trim_threshold, mmap_max = -1, -4
-    library = ctypes.CDLL(None)
-    library.mallopt(mmap_max, 0)
-    library.mallopt(trim_threshold, 2**31 - 1)
-    yield
-    library.mallopt(mmap_max, 65536)
-    library.mallopt(trim_threshold, 128 * 1024)
-    library.malloc_trim(0)
 
 
 def timed(run: Callable[[], None]) -> float:

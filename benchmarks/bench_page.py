@@ -1,7 +1,9 @@
-"""What the benchmarks share: the machine's name, and one page of Markdown on the console and in a file."""
+"""What the benchmarks share: the machine's name, memory that stays, a page of Markdown on the console and in a file."""
 
+import ctypes
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -23,3 +25,16 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """The C library serves all sizes from its heap and keeps the heap; glibc's constants are those of malloc.h."""
+    trim_threshold, mmap_max = -1, -4
+    library = ctypes.CDLL(None)
+    library.mallopt(mmap_max, 0)
+    library.mallopt(trim_threshold, 2**31 - 1)
+    yield
+    library.mallopt(mmap_max, 65536)
+    library.mallopt(trim_threshold, 128 * 1024)
+    library.malloc_trim(0)
