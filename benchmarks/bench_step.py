@@ -116,8 +116,11 @@ def configured(arguments: argparse.Namespace, folder: Path) -> Config:
     shape: dict[str, Any] = {**SHAPES[arguments.shape], "vocab_size": vocabulary}
     LlamaConfig(**shape, max_position_embeddings=arguments.tokens).save_pretrained(folder)
     rows = arguments.rows * arguments.accumulation * distributed.world_size()
+    if any(key.startswith("engine.sequence_parallel=") for key in arguments.set):
+        raise SystemExit("engine.sequence_parallel: this benchmark gives every rank rows of its own; leave it out")
+    chosen = any(key.startswith(("engine=", "engine.activation_checkpointing=")) for key in arguments.set)
     overrides = [
-        "engine.activation_checkpointing=false",
+        *([] if chosen else ["engine.activation_checkpointing=false"]),
         "scaling=clex",
         *arguments.set,
         "model.init=random",

@@ -9,9 +9,11 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from transformers import PretrainedConfig
 
 from clex_train import architectures, distributed, memory_options, modeling, separation, skeleton, splitting
 from clex_train import config as configuration
@@ -23,6 +25,7 @@ from clex_train.engine import memory
 from clex_train.engine.footprint import Footprint
 from clex_train.engine.memory import Held
 from clex_train.scaling.clex import Clex
+from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import require
 from clex_train.settings.engine import EngineConfig
 from clex_train.settings.model import Init, ModelConfig
@@ -56,6 +59,8 @@ class Plan:
     dtype: torch.dtype
     on_gpu: bool
     parts: tuple[Part, ...]
+    evaluation_cache: float
+    """Bytes of the keys and values of the longest text that is evaluated while training goes on; 0 for none."""
 
     def totals(self) -> tuple[float, float, float]:
         """Bytes on the device at each of `MOMENTS`."""
@@ -120,7 +125,8 @@ def make_plan(config: Config) -> Plan:
         context_len=context_len,
         dtype=dtype,
         on_gpu=on_gpu,
-        parts=_parts(sharding, counts, footprint, clex),
+        parts=_parts(sharding, counts, footprint, clex, _document_mask(config, arch, dtype, settings)),
+        evaluation_cache=0.0 if config.evaluation.every < 0 else _cache(arch, config.evaluation.longest(), dtype),
     )
 
 
@@ -142,6 +148,28 @@ def _check_lengths(config: Config, context_len: int) -> None:
     )
 
 
+def _document_mask(config: Config, arch: PretrainedConfig, dtype: torch.dtype, settings: dict[str, Any]) -> Part | None:
+    """Masks [rows, 1, S, S] that keep documents apart: one of bools, and one that SDPA makes of it in each layer."""
+    masked = (AttentionImplementation.auto, AttentionImplementation.sdpa, AttentionImplementation.eager)
+    apart_without = config.engine.sequence_parallel > 1 or config.attention.implementation not in masked
+    if not config.data.document_mask or apart_without:
+        return None
+    bools = settings["train_micro_batch_size_per_gpu"] * config.data.seq_len**2
+    if config.engine.activation_checkpointing:
+        return Part("document mask", (bools, bools * (1 + dtype.itemsize), 0.0))
+    whole = bools * (1 + arch.get_text_config().num_hidden_layers * dtype.itemsize)
+    return Part("document mask", (whole, whole, 0.0))
+
+
+def _cache(arch: PretrainedConfig, num_tokens: int, dtype: torch.dtype) -> float:
+    """Bytes of the keys and values of one text, as a cache of every layer holds them."""
+    shape = arch.get_text_config()
+    heads = shape.num_attention_heads
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    key_heads = getattr(shape, "num_key_value_heads", None) or heads
+    return float(2 * shape.num_hidden_layers * key_heads * width * num_tokens * dtype.itemsize)
+
+
 def _clex(config: Config, counts: skeleton.Counts) -> Clex | None:
     if config.scaling.name is not ScalingName.clex:
         return None
@@ -149,7 +177,7 @@ def _clex(config: Config, counts: skeleton.Counts) -> Clex | None:
 
 
 def _parts(
-    sharding: memory.Sharding, counts: skeleton.Counts, footprint: Footprint, clex: Clex | None
+    sharding: memory.Sharding, counts: skeleton.Counts, footprint: Footprint, clex: Clex | None, mask: Part | None
 ) -> tuple[Part, ...]:
     state = memory.optimizer(sharding, counts.trainable)
     workspace = memory.update_workspace(sharding, counts.trainable)
@@ -159,6 +187,7 @@ def _parts(
         Part("optimizer", (state.device, state.device, state.device + workspace.device), state.host),
         Part("activations", (footprint.activations, footprint.layers, 0.0), footprint.host),
         Part("logits", (footprint.logits, 0.0, 0.0)),
+        *([mask] if mask else []),
         _constant("ODE", _ode(clex) if clex else Held(0.0)),
     )
     return parts if sharding.on_gpu else tuple(map(_in_one_memory, parts))
@@ -204,6 +233,10 @@ def _summary(config: Config, plan: Plan) -> Iterator[str]:
         yield f"  repeated    {planned_passes(config.data, config.optim)}"
     yield f"  scaling     {_scaling(config, plan.context_len)}"
     yield f"  evaluation  {_evaluation(config, plan.context_len)}"
+    if plan.evaluation_cache:
+        longest, size = config.evaluation.longest(), _gib(plan.evaluation_cache)
+        where = "in host memory" if config.evaluation.offload_cache else "beside the state of the training"
+        yield f"              keys and values of {longest:,} tokens: {size} GiB a rank, {where}"
 
 
 def _readers(config: Config, plan: Plan) -> str:
@@ -260,6 +293,8 @@ def memory_table(config: Config, plan: Plan) -> Iterator[str]:
     moment = MOMENTS[plan.totals().index(plan.peak)]
     remark = f"; leave about {BESIDES:g} GiB for the CUDA context, NCCL and fragmentation" if plan.on_gpu else ""
     yield f"  peak {_gib(plan.peak)} GiB ({moment}){remark}"
+    if plan.host >= GIB:
+        yield f"  host {_gib(plan.host)} GiB a rank: a node needs that for each of its ranks"
 
 
 def _kept(engine: EngineConfig) -> Iterator[str]:

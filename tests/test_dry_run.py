@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from composing import CONF, EXPERIMENTS, composed
 
 from clex_train import distributed, dry_run
@@ -102,6 +103,47 @@ def test_tiles_and_inputs_on_the_host_are_in_the_plan(capsys):
     assert gained[0] - gained[1] > 2 * (65536 * 11008 * 2)
     dry_run.print_plan(composed(*overrides, "engine=long_rows"))
     assert "layers recomputed from the host, loss in tiles of 1,024, MLP in tiles of 4,096" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_masks_of_documents_are_those_that_layers_keep(recomputed):
+    """What SDPA makes of the mask of bools is kept for the backward pass of each layer, or of the one recomputed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**settings, num_hidden_layers=3)).train()
+    kept: dict[int, int] = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        if tuple(x.shape) == (1, 1, 256, 256):
+            kept[x.data_ptr()] = x.nbytes
+        return x
+
+    positions = torch.cat((torch.arange(100), torch.arange(156)))[None]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
+    overrides = ("+experiment=tiny_clex", "data.document_mask=true", "data.seq_len=256", "engine.micro_batch=1")
+    recompute = f"engine.activation_checkpointing={str(recomputed).lower()}"
+    plan = plan_of(*overrides, recompute, "engine.precision=fp32", "model=tiny")
+    layers = 1 if recomputed else 4
+    assert len(kept) == 3
+    assert sum(kept.values()) == 3 * 256**2 * 4
+    assert part(plan, "document mask").device[1] == 256**2 * (1 + layers * 4)
+    assert "document mask" not in {p.name for p in plan_of(*overrides, "data.document_mask=false").parts}
+
+
+def test_keys_and_values_of_an_evaluation_are_those_of_a_cache(capsys):
+    """32 layers, 32 key heads of 128, keys and values in bfloat16: half a MiB a token."""
+    plan = plan_of("+experiment=llama2_7b_clex")
+    assert plan.evaluation_cache == 65536 * 2**19
+    assert plan_of("+experiment=llama2_7b_clex_64k").evaluation_cache == 0
+    dry_run.print_plan(composed("+experiment=llama2_13b_clex", "dry_run=true"))
+    assert "keys and values of 65,536 tokens: 50.00 GiB a rank, in host memory" in capsys.readouterr().out
+
+
+def test_a_host_that_is_needed_by_every_rank_is_said(capsys):
+    dry_run.print_plan(composed("+experiment=llama3_8b_clex_1m", "dry_run=true"))
+    assert "host 32.00 GiB a rank: a node needs that for each of its ranks" in capsys.readouterr().out
 
 
 def test_on_a_cpu_everything_lies_in_one_memory():

@@ -50,7 +50,7 @@ WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "num_windows", "chunk
 TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts")
 FORMULA_KEYS = ("rope_theta", "dynamic_factor", "longrope_factors", "t_factor")
 METHOD_KEYS = ("methods", *FORMULA_KEYS, "n_local", "n_global", "lm_infinite_t")
-KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS)
+KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, "offload_cache")
 """What the command line may say otherwise than the run's `evaluation` group."""
 
 logger = log.get(__name__)
@@ -96,8 +96,9 @@ class EvaluateConfig(LoadingConfig):
     """Tokens of a window per forward: bounds the memory, not the result; by default the run's."""
     batch_tokens: int | None = None
     """Tokens per forward over several windows; by default `chunk_len`."""
-    offload_cache: bool = False
-    """Cached keys and values wait in host memory and visit the GPU layer by layer: slower, for longer texts."""
+    offload_cache: bool | None = None
+    """Cached keys and values wait in host memory and visit the GPU layer by layer: slower, for longer texts. By default
+    the run's."""
     tasks: list[Task] | None = None
     """Retrieval tasks beside perplexity, or with `protocols=[]` alone; see docs/evaluation.md."""
     task_lengths: list[int] | None = None
@@ -192,7 +193,7 @@ def evaluate(
             plan.spec.chunk_len,
             asked.batch_tokens,
             inserted=inserted,
-            cache_on_host=asked.offload_cache,
+            cache_on_host=plan.spec.offload_cache,
         )
     tasks, missing = retrieval.evaluate(
         loaded.model,
@@ -201,7 +202,7 @@ def evaluate(
         cells,
         plan.spec.chunk_len,
         inserted=inserted,
-        cache_on_host=asked.offload_cache,
+        cache_on_host=plan.spec.offload_cache,
     )
     return replace(results, tasks=tasks, missing=[*results.missing, *missing]), facts(plan, dtype)
 

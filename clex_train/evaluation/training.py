@@ -61,6 +61,7 @@ class TrainingEvaluation:
             self.spec.chunk_len,
             interrupted=self.interrupted,
             inserted=inserted,
+            cache_on_host=self.spec.offload_cache,
         )
         tasks, missing = retrieval.evaluate(
             loaded.model,
@@ -70,6 +71,7 @@ class TrainingEvaluation:
             self.spec.chunk_len,
             interrupted=self.interrupted,
             inserted=inserted,
+            cache_on_host=self.spec.offload_cache,
         )
         scored = replace(scored, tasks=tasks, missing=[*scored.missing, *missing])
         if distributed.is_main():

@@ -72,6 +72,8 @@ class EvaluationConfig:
     """Tokens at the end of the largest window that `last_k` scores; by default L."""
     chunk_len: int = 1024
     """Tokens of a window per forward: bounds the memory of logits, not the result."""
+    offload_cache: bool = False
+    """Cached keys and values wait in host memory and visit the GPU layer by layer: slower, for longer texts."""
     tasks: list[Task] = field(default_factory=list)
     """Retrieval tasks beside perplexity: `passkey` (LM-Infinite's form), `passkey_infinitebench`, `needle` (in real
     text), `ruler` (all of RULER but question answering), or RULER's tasks by name."""

@@ -17,6 +17,7 @@ from clex_train.data.store import TokenStore
 from clex_train.evaluation import results
 from clex_train.evaluation.training import TrainingEvaluation
 from clex_train.modeling import LoadedModel
+from clex_train.rope import growing
 from clex_train.rope.patch import install_rotary
 from clex_train.settings.evaluation import EvaluationConfig
 from clex_train.settings.model import ModelConfig
@@ -95,9 +96,15 @@ def test_bad_input_is_one_line_that_names_the_key(places, monkeypatch, capsys, a
     assert len(error.strip().splitlines()) == 1
 
 
-def test_a_training_run_evaluates_the_tasks_that_it_is_asked_for(places, tmp_path, byte_tokenizer) -> None:
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_training_run_evaluates_the_tasks_that_it_is_asked_for(
+    places, tmp_path, byte_tokenizer, monkeypatch, on_host: bool
+) -> None:
+    on_the_host, real = [], growing.HostLayer
+    monkeypatch.setattr(growing, "HostLayer", lambda capacity: on_the_host.append(capacity) or real(capacity))
     tasks = [Task.passkey, Task.needle]
-    spec = EvaluationConfig(lengths=[128], tasks=tasks, task_lengths=[256], depths=[0.0, 1.0], num_prompts=2)
+    settings = {"task_lengths": [256], "depths": [0.0, 1.0], "num_prompts": 2, "chunk_len": 32}
+    spec = EvaluationConfig(lengths=[128], tasks=tasks, offload_cache=on_host, **settings)
     config = Config(model=ModelConfig(path=places["model"]), evaluation=spec, output_dir=str(tmp_path))
     model = copying_llama.build(len(byte_tokenizer))
     loaded = LoadedModel(model, install_rotary(model, copying_llama.CONTEXT_LEN), copying_llama.CONTEXT_LEN)
@@ -109,3 +116,5 @@ def test_a_training_run_evaluates_the_tasks_that_it_is_asked_for(places, tmp_pat
     assert metrics["passkey/trained/256"] == metrics["needle/trained/256"] == 1
     read, _ = results.read(Path(tmp_path) / "evaluation" / "step_7.json")
     assert [(row.depth, row.correct) for row in read.tasks] == [(0.0, 2), (1.0, 2)] * 2
+    # Those of the window and those of prompts with their answers.
+    assert {capacity >= 256 for capacity in on_the_host} == ({False, True} if on_host else set())
