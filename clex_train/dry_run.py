@@ -163,11 +163,8 @@ def _document_mask(config: Config, arch: PretrainedConfig, dtype: torch.dtype, s
 
 def _cache(arch: PretrainedConfig, num_tokens: int, dtype: torch.dtype) -> float:
     """Bytes of the keys and values of one text, as a cache of every layer holds them."""
-    shape = arch.get_text_config()
-    heads = shape.num_attention_heads
-    width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    key_heads = getattr(shape, "num_key_value_heads", None) or heads
-    return float(2 * shape.num_hidden_layers * key_heads * width * num_tokens * dtype.itemsize)
+    _, key_heads, width = splitting.heads_of(arch)
+    return float(2 * arch.get_text_config().num_hidden_layers * key_heads * width * num_tokens * dtype.itemsize)
 
 
 def _clex(config: Config, counts: skeleton.Counts) -> Clex | None:

@@ -48,7 +48,7 @@ def check_sequence_parallel(config: Config, arch: PretrainedConfig) -> None:
         f"engine.sequence_parallel={count} exchanges whole rows, for which there is no mask; take sdpa or "
         "flash_attention_2",
     )
-    heads, key_heads, _ = _shape(arch)
+    heads, key_heads, _ = heads_of(arch)
     possible = [n for n in range(2, heads + 1) if heads % n == 0 and (key_heads % n == 0 or n % key_heads == 0)]
     require(
         count in possible,
@@ -70,7 +70,7 @@ def why_not(arch: PretrainedConfig, row_len: int) -> str | None:
     """What keeps ranks from sharing rows of `row_len` tokens of a model; None for nothing."""
     try:
         model = skeleton.on_meta(arch, torch.float32, NAME).eval()
-        seen = _look_at(model, _shape(arch))
+        seen = _look_at(model, heads_of(arch))
     except Exception as error:
         # A family that cannot be looked at is not trusted, whatever it is that it does.
         return f"it cannot be called with a part of a row ({f'{error!r}'.splitlines()[0]})"
@@ -92,7 +92,8 @@ def why_not(arch: PretrainedConfig, row_len: int) -> str | None:
 MISSING = "does not go through transformers' attention interface"
 
 
-def _shape(arch: PretrainedConfig) -> tuple[int, int, int]:
+def heads_of(arch: PretrainedConfig) -> tuple[int, int, int]:
+    """Query heads, key heads and head width of a layer."""
     shape: Any = arch.get_text_config()
     heads = shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
