@@ -37,6 +37,7 @@ from clex_train.settings.model import ModelConfig  # noqa: E402
 from clex_train.settings.scaling import LogScale, Positions, ScalingConfig, ScalingName  # noqa: E402
 
 SEQ_LEN, VOCABULARY = 33, 61
+PASSES = 12
 CLEX: dict[str, Any] = {"name": ScalingName.clex, "t_max": 4.0, "lr_scale": 1.0}
 LAYOUTS = {
     "one": [([33], 0)] * 4,
@@ -210,7 +211,11 @@ def loss_of_a_whole_row(parts: trainer.Parts) -> Tensor:
 
 
 def memory() -> dict[str, Any]:
-    """Bytes of a forward and backward pass that the ranks share, and those that are expected of it."""
+    """Bytes of a forward and backward pass that the ranks share, and those that are expected of it.
+
+    Gloo's two worker threads drop what they exchanged a moment after the exchange is over, on a busy machine only after
+    the next one: every tenth pass counts such a tensor, and none misses one. So the least of several passes counts.
+    """
     sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
     arch = AutoConfig.for_model("llama", **sizes, num_attention_heads=8, num_key_value_heads=1)
     engine = EngineConfig(sequence_parallel=2, activation_checkpointing=True)
@@ -218,7 +223,8 @@ def memory() -> dict[str, Any]:
     modeling.recompute_layers(model)
     sequence = sequence_parallel.SequenceParallel(model, 2, 2, timedelta(minutes=5))
     with sequence.attention(None):
-        counted = measure(model, torch.randint(0, 512, (2, 128)))
+        passes = [measure(model, torch.randint(0, 512, (2, 128))) for _ in range(PASSES)]
+    counted = min(passes, key=lambda found: (found.activations, found.logits, found.layers))
     sizes = {"rows": 2, "tokens": 128, "dtype": torch.float32, "attention": "sdpa", "engine": engine}
     expected = skeleton.footprint(arch, **sizes, learns_frequencies=False)
     return {"counted": asdict(counted), "expected": asdict(expected)}
