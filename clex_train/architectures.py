@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from clex_train import model_directory
+from clex_train.faults import first_line
 from clex_train.rope import official, recipes
 from clex_train.rope.patch import require_rotary
 from clex_train.settings.bounds import require
@@ -41,7 +42,7 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
             options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
             config = AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{key}={path}: no readable config.json ({_first_line(error)})") from error
+        raise ValueError(f"{key}={path}: no readable config.json ({first_line(error)})") from error
     require(
         not official.asks_for_clex(config),
         key,
@@ -132,7 +133,3 @@ def _context_of_field(path: str) -> int | None:
     if official.is_official(directory):
         return int(official.read_official_config(directory).max_position_embeddings)
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -23,6 +23,11 @@ class RankLost(RuntimeError):
     exit_code = 4
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, or what it arose from, says that the GPU's or the host's memory is used up."""
     # Programs that only print their help do without torch.

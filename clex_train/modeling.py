@@ -16,6 +16,7 @@ from clex_train.attention.choice import resolved
 from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.config import Config
+from clex_train.faults import first_line
 from clex_train.rope import official, recipes
 from clex_train.rope.as_is import install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary
@@ -226,7 +227,7 @@ def load_tokenizer(path: str, model: ModelConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no readable tokenizer ({_first_line(error)})") from error
+        raise ValueError(f"{path}: no readable tokenizer ({first_line(error)})") from error
 
 
 def _scale_logits(loaded: LoadedModel, policy: LogScale) -> None:
@@ -286,8 +287,4 @@ def _from_pretrained(
             spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **options
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.path={spec.path}: the weights cannot be loaded ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"model.path={spec.path}: the weights cannot be loaded ({first_line(error)})") from error

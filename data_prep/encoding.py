@@ -8,6 +8,7 @@ from typing import Any
 
 from clex_train.data.manifest import TokenizerInfo
 from clex_train.data.vocabulary import vocabulary_sha256
+from clex_train.faults import first_line
 
 
 def load_tokenizer(name: str) -> Any:
@@ -53,9 +54,5 @@ def _sha256(file: Path) -> str:
 
 def _reason(name: str, error: Exception) -> str:
     if Path(name).is_dir():
-        return f"no usable tokenizer in this directory ({type(error).__name__}: {_first_line(error)})"
+        return f"no usable tokenizer in this directory ({type(error).__name__}: {first_line(error)})"
     return "no such directory, and no such repository could be reached on the hub"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]

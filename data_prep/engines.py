@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from clex_train import log
+from clex_train.faults import first_line
 from data_prep.config import EngineChoice
 
 logger = log.get(__name__)
@@ -112,7 +113,7 @@ class GigatokenEngine:
         try:
             self._tokenizer = gigatoken.Tokenizer.from_json(self._json)
         except Exception as error:  # it raises RuntimeError and ValueError, whatever the reason
-            raise Unsupported((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+            raise Unsupported(first_line(error)) from error
         self._grown = 0
 
     def _doubtful(self, texts: Sequence[str]) -> list[int]:

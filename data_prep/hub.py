@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+from clex_train.faults import first_line
 from data_prep.config import CorpusConfig
 
 
@@ -30,7 +31,7 @@ def read_part(corpus: CorpusConfig, part: int, num_parts: int) -> Iterator[dict[
             record = next(records, None)
         except Exception as error:  # datasets raises what its many readers raise, wrapped in its own types or not
             cause = error.__cause__ or error
-            raise ValueError(f"cannot be read on ({type(cause).__name__}: {_first_line(cause)})") from error
+            raise ValueError(f"cannot be read on ({type(cause).__name__}: {first_line(cause)})") from error
         if record is None:
             return
         yield record
@@ -48,10 +49,6 @@ def _open(name: str, subset: str | None, split: str, revision: str | None) -> An
         return load_dataset(name, subset, split=split, revision=revision, streaming=True)
     except Exception as error:  # as above
         raise ValueError(
-            f"corpus.hub={name} (subset {subset}, split {split}, revision {revision}): {_first_line(error)}; check the "
+            f"corpus.hub={name} (subset {subset}, split {split}, revision {revision}): {first_line(error)}; check the "
             "name and the network, or name a local directory in the hub's layout"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from clex_train.faults import first_line
 from data_prep import hub, json_lines
 from data_prep.config import CorpusConfig
 from data_prep.sources import Piece
@@ -117,9 +118,7 @@ def _read_parquet(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
                     number += 1
                     yield Raw(number, batch.slice(i, 1), piece.num_bytes * number // max(file.metadata.num_rows, 1))
     except (pyarrow.ArrowException, OSError) as error:
-        raise Unreadable(
-            f"{piece.path}: row {number + 1}: {str(error).splitlines()[0]}; fetch the file again"
-        ) from error
+        raise Unreadable(f"{piece.path}: row {number + 1}: {first_line(error)}; fetch the file again") from error
 
 
 def _rows_at_once(metadata: Any) -> int:

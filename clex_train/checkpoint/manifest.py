@@ -19,6 +19,7 @@ from clex_train import distributed
 from clex_train.checkpoint import files
 from clex_train.config import Config
 from clex_train.data.identity import DataOrder, consumed, data_order
+from clex_train.faults import first_line
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -139,7 +140,7 @@ def _parse(folder: Path) -> Manifest:
     except FileNotFoundError as error:
         raise Damaged(f"{MANIFEST} is missing") from error
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{MANIFEST} cannot be read ({str(error).splitlines()[0][:80]})") from error
+        raise Damaged(f"{MANIFEST} cannot be read ({first_line(error)[:80]})") from error
     return manifest
 
 

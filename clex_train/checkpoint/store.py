@@ -21,7 +21,7 @@ from clex_train.checkpoint.manifest import Damaged, Manifest
 from clex_train.checkpoint.untrusted import RunsCode, without_code
 from clex_train.checkpoint.writer import BackgroundWriter, DirectWriter, Writer, Written, writing_with
 from clex_train.data.writer import sync_directory, write_atomically
-from clex_train.faults import RunStopped
+from clex_train.faults import RunStopped, first_line
 from clex_train.settings.checkpoint import CheckpointConfig, OnFullDisk
 
 logger = log.get(__name__)
@@ -232,7 +232,7 @@ class Checkpoints:
         if distributed.is_main():
             files.remove_folder(beside)
         full = all(isinstance(failed, OSError) and failed.errno in NO_ROOM for failed in failures)
-        why = f"checkpoint {beside}: cannot be written ({str(failures[0]).splitlines()[0]}); earlier ones are intact"
+        why = f"checkpoint {beside}: cannot be written ({first_line(failures[0])}); earlier ones are intact"
         if full and self.settings.on_full_disk is OnFullDisk["continue"]:
             if distributed.is_main():
                 logger.error("%s; training goes on without it (checkpoint.on_full_disk=continue)", why)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from clex_train.faults import first_line
+
 NOT_ALLOWED = re.compile(r"(?:GLOBAL|unrecognized function) ([^\s,]+)")
 FORCE, FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -35,7 +37,7 @@ def check(path: Path) -> str | None:
             raise RunsCode(f"checkpoint file {path}: refused, it would call {named[1]}; nothing was run") from error
         return f"{path.name} is not a record of tensors"
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError) as error:
-        return f"{path.name} cannot be read ({str(error).splitlines()[0][:80]})"
+        return f"{path.name} cannot be read ({first_line(error)[:80]})"
     return None
 
 
@@ -51,7 +53,7 @@ def without_code(what: Path) -> Iterator[None]:
         with torch.serialization.safe_globals(_deepspeed_classes()):
             yield
     except pickle.UnpicklingError as error:
-        raise RunsCode(f"checkpoint {what}: refused, {str(error).splitlines()[0][:120]}; nothing was run") from error
+        raise RunsCode(f"checkpoint {what}: refused, {first_line(error)[:120]}; nothing was run") from error
     finally:
         del os.environ[FORCE]
         os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -7,6 +7,7 @@ import torch
 
 from clex_train import distributed, dry_run
 from clex_train.config import Config
+from clex_train.faults import first_line
 from clex_train.settings.engine import EngineConfig, Offload
 
 STATE, ROWS = ("parameters", "gradients", "optimizer"), ("activations", "logits")
@@ -14,8 +15,7 @@ STATE, ROWS = ("parameters", "gradients", "optimizer"), ("activations", "logits"
 
 def explain(config: Config, error: BaseException) -> str:
     """What to print: where it happened, the estimate per part, and the remedies with the most effect first."""
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    what = f"out of memory on rank {distributed.rank()}: {first_line}"
+    what = f"out of memory on rank {distributed.rank()}: {first_line(error)}"
     try:
         plan = dry_run.make_plan(config)
     except ValueError as refused:

@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from clex_train import distributed, log
-from clex_train.faults import RankLost
+from clex_train.faults import RankLost, first_line
 
 logger = log.get(__name__)
 
@@ -110,11 +110,10 @@ class Watchdog:
             yield
         except RuntimeError as error:
             # A checkpoint that the loss of a rank has interrupted says so in its cause.
-            text = str(error.__cause__ or error).strip()
-            if self._store is None or not any(word in text.lower() for word in CONNECTION):
+            cause = error.__cause__ or error
+            if self._store is None or not any(word in str(cause).lower() for word in CONNECTION):
                 raise
-            first_line = (text.splitlines() or [""])[0]
-            raise RankLost(f"{self.diagnosis()}; the checkpoints are intact ({first_line})") from error
+            raise RankLost(f"{self.diagnosis()}; the checkpoints are intact ({first_line(cause)})") from error
         finally:
             self.close()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clex_train import distributed, log
-from clex_train.faults import RunStopped, is_out_of_memory
+from clex_train.faults import RunStopped, first_line, is_out_of_memory
 
 logger = log.get(__name__)
 
@@ -69,11 +69,6 @@ class Room:
 def is_sharded(model: nn.Module) -> bool:
     """Whether ranks hold shares of the weights (ZeRO-3), so that each forward is a collective."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def first_line(error: BaseException) -> str:
-    """The error in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def give_back() -> None:

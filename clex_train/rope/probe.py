@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from clex_train.faults import first_line
 from clex_train.rope.rotary import EXPANSIONS, LayerType, ScaledRotary
 from clex_train.scaling.spectrum import LAYOUTS, Spectrum, cos_sin
 
@@ -97,7 +98,7 @@ def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> 
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"model_type={config.model_type}: no causal language model of it ({reason})") from error
 
 

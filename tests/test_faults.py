@@ -1,0 +1,19 @@
+"""How errors of others are told in one line."""
+
+import pickle
+
+import pytest
+
+from clex_train.faults import first_line
+
+CASES = {
+    "of one line": (ValueError("a"), "a"),
+    "of several, with space around": (OSError("\n first \nsecond\n"), "first"),
+    "without a message": (pickle.UnpicklingError(), "UnpicklingError"),
+    "of blanks": (KeyboardInterrupt("  \n"), "KeyboardInterrupt"),
+}
+
+
+@pytest.mark.parametrize(("error", "line"), CASES.values(), ids=CASES)
+def test_an_error_has_one_line(error, line):
+    assert first_line(error) == line
