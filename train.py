@@ -77,7 +77,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     from clex_train.engine import liger, sequence_parallel
     from clex_train.engine.ode_optimizer import OdeOptimizer
     from clex_train.engine.watchdog import watching
-    from clex_train.evaluation.training import TrainingEvaluation
+    from clex_train.evaluation.training import TrainingEvaluation, warn_of_later
     from clex_train.export.final import write_final
     from clex_train.spikes import SpikeWatch
 
@@ -105,6 +105,8 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     evaluation = TrainingEvaluation(config, store, context_len, tokenizer, interrupted) if evaluated else None
     if evaluation:
         require_disjoint(stores.values(), evaluation.store, config.evaluation.allow_overlap)
+    elif distributed.is_main():
+        warn_of_later(config, store)
     configuration.check_lambda_mask(config)
     configuration.check_reach(config, context_len)
     configuration.check_scaling(config, architectures.has_field(str(config.model.path)))

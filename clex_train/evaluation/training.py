@@ -8,17 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clex_train import architectures, distributed
+from clex_train import architectures, distributed, log
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.evaluation import methods, origin, results, runner
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.retrieval import plan
 from clex_train.evaluation.retrieval import runner as retrieval
-from clex_train.evaluation.windows import select
+from clex_train.evaluation.windows import require_windows, select
 from clex_train.modeling import LoadedModel, solve_table, trained_architecture
 from clex_train.rope.as_is import handle_without_weights
 from clex_train.settings.scaling import ScalingName
+
+logger = log.get(__name__)
 
 
 class TrainingEvaluation:
@@ -40,7 +42,7 @@ class TrainingEvaluation:
     ) -> None:
         self.interrupted = interrupted
         self.config, self.spec = config, config.evaluation
-        self.store = (TokenStore(self.spec.path) if self.spec.path else store).split("validation")
+        self.store = _held_out(config, store)
         self.readings = readings(self.spec, context_len)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows)
         arch = trained_architecture(config, architectures.to_train(config.model))
@@ -79,3 +81,16 @@ class TrainingEvaluation:
             facts = origin.describe(self.config.name, weights, self.store, next(loaded.model.parameters()).dtype)
             results.write(Path(self.config.output_dir) / "evaluation" / f"step_{step}.json", scored, facts)
         return scored.metrics()
+
+
+def warn_of_later(config: Config, store: TokenStore) -> None:
+    """Log why a run without evaluations could not be evaluated at its end: the time to know is before it starts."""
+    try:
+        require_windows(_held_out(config, store), max(config.evaluation.lengths))
+    except ValueError as error:
+        logger.warning("the finished run could not be evaluated as it is configured: %s", error)
+
+
+def _held_out(config: Config, store: TokenStore) -> TokenStore:
+    path = config.evaluation.path
+    return (TokenStore(path) if path else store).split("validation")

@@ -57,14 +57,8 @@ def select(store: TokenStore, longest: int, num_windows: int, seed: int = 0) -> 
     Every document that is long enough gives one window before any gives a second, and a larger `num_windows` keeps the
     windows of a smaller one. Raises `ValueError` if no document has `longest` tokens.
     """
-    document_lens = np.diff(store.doc_offsets)
-    capacity = document_lens // longest
-    if not capacity.any():
-        raise ValueError(
-            f"evaluation.lengths={longest}: none of the {len(document_lens)} validation documents is that long "
-            f"(the longest has {int(document_lens.max(initial=0))} tokens); "
-            "evaluate shorter lengths or name another store"
-        )
+    require_windows(store, longest)
+    capacity = np.diff(store.doc_offsets) // longest
     chosen = sorted(islice(_candidates(capacity, seed), num_windows))
     if len(chosen) < num_windows and distributed.is_main():
         logger.warning(
@@ -81,6 +75,17 @@ def select(store: TokenStore, longest: int, num_windows: int, seed: int = 0) -> 
     offsets = store.doc_offsets[documents] + starts
     tokens = np.stack([store.tokens(int(start), int(start) + longest) for start in offsets]).astype(np.int64)
     return WindowSet(tokens, documents, starts)
+
+
+def require_windows(store: TokenStore, longest: int) -> None:
+    """`ValueError` if no document has `longest` tokens."""
+    document_lens = np.diff(store.doc_offsets)
+    most = int(document_lens.max(initial=0))
+    if most < longest:
+        raise ValueError(
+            f"evaluation.lengths={longest}: none of the {len(document_lens)} validation documents is that long "
+            f"(the longest has {most} tokens); evaluate shorter lengths or name another store"
+        )
 
 
 def _candidates(capacity: np.ndarray, seed: int) -> Iterator[tuple[int, int]]:

@@ -5,9 +5,12 @@ import hashlib
 import numpy as np
 import pytest
 
+from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
+from clex_train.evaluation.training import warn_of_later
 from clex_train.evaluation.windows import WindowSet, select
+from clex_train.settings.evaluation import EvaluationConfig
 
 DOCUMENT_LENS = (7, 70, 33, 31, 200, 32, 5, 64)
 
@@ -68,6 +71,26 @@ def test_fewer_windows_than_asked_are_told(store: TokenStore, caplog: pytest.Log
         "num_windows=50: the validation split holds 5 windows of 64 tokens, all are used (5 of 8 documents"
         in caplog.text
     )
+
+
+@pytest.mark.parametrize(
+    ("validation", "lengths", "said"),
+    [
+        ([[1] * 63], [32, 64], ""),
+        (
+            [[1] * 62],
+            [32, 64],
+            "could not be evaluated as it is configured: evaluation.lengths=64: none of the 1 valid",
+        ),
+        ([], [32], "could not be evaluated as it is configured: data.path="),
+    ],
+)
+def test_a_run_that_evaluates_later_is_told_of_what_will_be_missing(
+    tmp_path, caplog: pytest.LogCaptureFixture, validation: list[list[int]], lengths: list[int], said: str
+) -> None:
+    write_store(tmp_path / "store", {"train": [[1, 2]], "validation": validation}, vocab_size=9)
+    warn_of_later(Config(evaluation=EvaluationConfig(lengths=lengths)), TokenStore(tmp_path / "store"))
+    assert said in caplog.text if said else not caplog.text
 
 
 def every(stride: int, longest: int = 32) -> np.ndarray:
