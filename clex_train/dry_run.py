@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import PretrainedConfig
 
-from clex_train import architectures, distributed, memory_options, modeling, separation, skeleton, splitting
+from clex_train import architectures, distributed, kernels, memory_options, modeling, separation, skeleton, splitting
 from clex_train import config as configuration
 from clex_train.config import Config
 from clex_train.data.build import mixture_line, packing_line, planned_passes
@@ -102,6 +102,7 @@ def make_plan(config: Config) -> Plan:
     # Only to refuse what cannot be scaled: sizes are the same, and some scaled ones take no handle for training.
     modeling.trained_architecture(config, arch)
     counts, dtype = skeleton.count(arch), engines.precision(config.engine)
+    config = kernels.chosen(config, arch)
     on_gpu = torch.cuda.is_available() or dtype is torch.bfloat16
     clex = _clex(config, counts)
     footprint = skeleton.footprint(
@@ -150,7 +151,7 @@ def _check_lengths(config: Config, context_len: int) -> None:
 
 def _document_mask(config: Config, arch: PretrainedConfig, dtype: torch.dtype, settings: dict[str, Any]) -> Part | None:
     """Masks [rows, 1, S, S] that keep documents apart: one of bools, and one that SDPA makes of it in each layer."""
-    masked = (AttentionImplementation.auto, AttentionImplementation.sdpa, AttentionImplementation.eager)
+    masked = (AttentionImplementation.sdpa, AttentionImplementation.eager)
     apart_without = config.engine.sequence_parallel > 1 or config.attention.implementation not in masked
     if not config.data.document_mask or apart_without:
         return None

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from transformers.utils import is_flash_attn_2_available
 
 from clex_train import architectures, log, model_directory, seeding
-from clex_train.attention.choice import resolved
+from clex_train.attention.choice import has_sdpa, resolved
 from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.config import Config
@@ -181,10 +181,12 @@ def load_for_evaluation(
     in its place. `ValueError` in one line when there is no such model, it cannot be read through a KV cache, or its
     files cannot be read.
     """
-    length = architectures.context_length(spec, architectures.to_read(spec))
-    # Named, sdpa would be an error for Bloom and MPT; unnamed, it is what transformers takes where there is one.
-    unnamed = (AttentionImplementation.auto, AttentionImplementation.sdpa)
-    wanted = None if attention in unnamed else attention
+    arch = architectures.to_read(spec)
+    length = architectures.context_length(spec, arch)
+    wanted: AttentionImplementation | None = attention
+    if attention in (AttentionImplementation.auto, AttentionImplementation.sdpa):
+        # Unnamed, it is what transformers takes where code that comes with the model has it.
+        wanted = None if has_sdpa(arch) else AttentionImplementation.eager
     model = (_from_pretrained if sharding is None else partial(_shards, sharding))(spec, dtype, wanted).eval()
     tokenizer = load_tokenizer(spec.tokenizer or str(spec.path), spec)
     loaded = LoadedModel(model, install_as_is(model, length), length, tokenizer)

@@ -1,10 +1,12 @@
 """Which attention a run computes with: what `attention.implementation=auto` stands for, and the kernel's name.
 
 flash-attn where it is installed and can compute the model, else scaled_dot_product_attention, which itself takes
-cuDNN's, a flash, a memory-efficient or an explicit kernel, whichever can compute the call and is first in its order.
+cuDNN's, a flash, a memory-efficient or an explicit kernel, whichever can compute the call and is first in its order;
+the explicit sum of transformers (`eager`) for families that SDPA cannot compute.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -12,6 +14,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from clex_train.attention.back_ends import LARGEST_FLASH_WIDTH
 from clex_train.settings.attention import AttentionConfig, AttentionImplementation
+from clex_train.settings.bounds import require
 
 SDPA_KERNELS = {0: "explicit", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
 """By torch.nn.attention.SDPBackend's numbers."""
@@ -24,12 +27,27 @@ def resolved(asked: AttentionConfig, arch: PretrainedConfig, dtype: torch.dtype)
 
 
 def choose(asked: AttentionConfig, arch: PretrainedConfig, dtype: torch.dtype) -> AttentionImplementation:
-    """The back end of transformers for a model of this architecture, computed in `dtype` on this machine."""
+    """The back end of transformers for a model of this architecture, computed in `dtype` on this machine.
+
+    Raises `ValueError` where `sdpa` is asked for and cannot compute the model.
+    """
     if asked.implementation is not AttentionImplementation.auto:
+        if asked.implementation is AttentionImplementation.sdpa:
+            require(has_sdpa(arch), "attention.implementation", "sdpa", f"not for {arch.model_type}; use auto or eager")
         return asked.implementation
-    if asked.lambda_mask or flash_refusal(arch, dtype) is not None:
-        return AttentionImplementation.sdpa
-    return AttentionImplementation.flash_attention_2
+    if not asked.lambda_mask and flash_refusal(arch, dtype) is None:
+        return AttentionImplementation.flash_attention_2
+    return AttentionImplementation.sdpa if has_sdpa(arch) else AttentionImplementation.eager
+
+
+def has_sdpa(arch: PretrainedConfig) -> bool:
+    """Whether SDPA computes the model's attention, as far as is known.
+
+    It has no cap of attention logits. transformers before 5.21 offers it for Gemma 2 all the same and leaves out the
+    cap, which changes the logits without an error.
+    """
+    capped = getattr(arch.get_text_config(), "attn_logit_softcapping", None) is not None
+    return not capped and all(getattr(each, "_supports_sdpa", True) for each in _families(arch))
 
 
 def flash_refusal(arch: PretrainedConfig, dtype: torch.dtype) -> str | None:
@@ -81,12 +99,14 @@ def head_width(arch: PretrainedConfig) -> int:
 
 def _family_has_flash(arch: PretrainedConfig) -> bool:
     """Code that comes with a model is not looked at, and so not trusted to have it."""
-    known = AutoModelForCausalLM._model_mapping
-    if type(arch) not in known:
-        return False
-    family = known[type(arch)]
-    families = family if isinstance(family, (tuple, list)) else [family]
-    return all(bool(getattr(each, "_supports_flash_attn", False)) for each in families)
+    families = _families(arch)
+    return bool(families) and all(getattr(each, "_supports_flash_attn", False) for each in families)
+
+
+def _families(arch: PretrainedConfig) -> tuple[Any, ...]:
+    """Classes of transformers for the architecture; none for one whose code comes with the model."""
+    family = AutoModelForCausalLM._model_mapping.get(type(arch), ())
+    return tuple(family) if isinstance(family, (tuple, list)) else (family,)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,14 +1,26 @@
 """What `attention.implementation=auto` stands for on a machine, and the name of the kernel."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig
 
+from clex_train import modeling
+from clex_train.architectures import to_train
 from clex_train.attention import choice
+from clex_train.config import Config
 from clex_train.settings.attention import AttentionConfig, AttentionImplementation
+from clex_train.settings.model import ModelConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rope"))
+from rotary_families import tiny_model, tokens
 
 LLAMA = AutoConfig.for_model("llama", hidden_size=64, num_attention_heads=2, num_hidden_layers=1)
+GEMMA2 = AutoConfig.for_model("gemma2", hidden_size=64, num_attention_heads=2, head_dim=32, num_hidden_layers=1)
 FLASH, SDPA = AttentionImplementation.flash_attention_2, AttentionImplementation.sdpa
+EAGER = AttentionImplementation.eager
 CPU = torch.device("cpu")
 
 
@@ -32,6 +44,27 @@ def test_with_flash_attn_it_is_flash_attn():
 @pytest.mark.parametrize("asked", [item for item in AttentionImplementation if item.value != "auto"])
 def test_what_is_asked_for_by_name_stays(asked):
     assert choice.choose(AttentionConfig(implementation=asked), LLAMA, torch.float32) is asked
+
+
+@pytest.mark.parametrize("asked", [AttentionConfig(), AttentionConfig(lambda_mask=True)])
+def test_what_neither_can_compute_is_eager(asked, monkeypatch):
+    """transformers before 5.21 says that SDPA has the caps of Gemma 2, and leaves them out."""
+    monkeypatch.setattr(choice.AutoModelForCausalLM._model_mapping[type(GEMMA2)], "_supports_sdpa", True)
+    assert choice.choose(asked, GEMMA2, torch.float32) is EAGER
+    assert choice.choose(asked, AutoConfig.for_model("bloom"), torch.float32) is EAGER
+    with pytest.raises(ValueError, match=r"^attention\.implementation=sdpa: not for gemma2; use auto or eager$"):
+        choice.choose(AttentionConfig(implementation=SDPA), GEMMA2, torch.float32)
+
+
+def test_a_model_with_capped_logits_is_read_and_trained_with_its_caps(tmp_path):
+    model = tiny_model("gemma2", attn_logit_softcapping=2.0)
+    model.save_pretrained(tmp_path)
+    spec, ids = ModelConfig(path=str(tmp_path)), tokens(2, 16)
+    training = modeling.load_for_training(Config(model=spec), to_train(spec), torch.float32, {})
+    with torch.no_grad():
+        expected = model(ids).logits
+        for loaded in (modeling.load_for_evaluation(spec), training):
+            torch.testing.assert_close(loaded.model.eval()(ids).logits, expected, rtol=0, atol=1e-6)
 
 
 class OwnConfig(type(LLAMA)):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import varlen
+from packaging.version import Version
 from torch import Tensor
 
 from clex_train.attention.documents import cumulative_lengths, separating_arguments, undivided_arguments
@@ -17,7 +18,7 @@ from clex_train.scaling.spectrum import Spectrum
 from clex_train.settings.attention import AttentionImplementation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rope"))
-from rotary_families import tiny_model, tokens
+from rotary_families import TRANSFORMERS, tiny_model, tokens
 
 LAYOUTS = ([5, 1, 10], [1, 1, 14], [16], [9, 7])
 """Documents of four rows of one batch: some of one token, one that fills its row, no two rows cut alike."""
@@ -149,6 +150,7 @@ def test_cumulative_lengths_lay_the_rows_end_to_end() -> None:
     assert cumulative_lengths(positions_of()).tolist() == [0, 5, 6, 16, 17, 18, 32, 48, 57, 64]
 
 
+@pytest.mark.skipif(Version("5.19") > TRANSFORMERS, reason="these versions of transformers look whatever they are told")
 @pytest.mark.parametrize("case", ["llama", "a window of 4", "partial rotary", "experts"])
 def test_flash_attention_is_told_that_a_row_is_one_document_and_does_not_look(case: str, monkeypatch: Any) -> None:
     model = model_of(case, varlen.NAME)

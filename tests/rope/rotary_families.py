@@ -3,9 +3,14 @@
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from clex_train.attention.choice import has_sdpa
+
 VOCABULARY, CONTEXT = 61, 16
+TRANSFORMERS = Version(transformers.__version__)
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -55,7 +60,10 @@ def tiny_model(
     """A model of `family` in evaluation mode, its seeded weights large enough for attention to matter."""
     settings = {**_COMMON, "num_hidden_layers": num_layers, **FAMILIES[family], **overrides}
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).to(dtype).eval()
+    arch = AutoConfig.for_model(family, **settings)
+    # transformers before 5.21 computes some families by SDPA that it cannot compute.
+    named = {} if has_sdpa(arch) else {"attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(arch, **named).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "q_proj" in name or "k_proj" in name or "query_key_value" in name or "qkv_proj" in name:

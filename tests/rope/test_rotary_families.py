@@ -3,7 +3,8 @@
 import family_checks as checks
 import pytest
 from family_table import PAGE, render
-from rotary_families import FAMILIES
+from packaging.version import Version
+from rotary_families import FAMILIES, TRANSFORMERS
 
 WITHOUT_LOG_SCALING = {"falcon"}
 
@@ -26,6 +27,8 @@ def test_cached_keys_follow_t_over_three_crossings(family: str) -> None:
 
 
 def test_generation_with_a_cache_is_generation_without_one(family: str) -> None:
+    if family == "phi3" and Version("5.20") > TRANSFORMERS:
+        pytest.skip("generate() of these versions drops the cache of Phi-3 at L and reads one token")
     assert checks.generates(family)
 
 
@@ -37,5 +40,6 @@ def test_log_scaling_reaches_the_softmax_scale(family: str) -> None:
     assert checks.takes_log_scaling(family) is (family not in WITHOUT_LOG_SCALING)
 
 
+@pytest.mark.skipif(Version("5.20") > TRANSFORMERS, reason="the table is that of newer versions of transformers")
 def test_the_table_in_the_docs_says_what_these_checks_found() -> None:
     assert PAGE.read_text(encoding="utf-8") == render(), "run: python tests/rope/family_table.py"
