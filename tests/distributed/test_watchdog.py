@@ -16,10 +16,10 @@ SCRIPT = Path(__file__).with_name("watched_ranks.py")
 TIMEOUT = 6.0
 
 
-def pair(fault: str, rank: int, seconds: float = TIMEOUT) -> tuple[subprocess.Popen, subprocess.Popen]:
+def pair(fault: str, rank: int) -> tuple[subprocess.Popen, subprocess.Popen]:
     """Both ranks, without a launcher that would end one with the other."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(SCRIPT), fault, str(rank), str(seconds)]
+    command = [sys.executable, str(SCRIPT), fault, str(rank), str(TIMEOUT)]
     first, second = (
         subprocess.Popen(
             command,
@@ -63,7 +63,7 @@ def test_the_other_rank_ends_and_names_it(fault, rank, words):
 
 
 def test_ranks_that_end_well_are_not_missed():
-    processes = pair("none", 0, seconds=1.0)
+    processes = pair("none", 0)
     for process in processes:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
