@@ -176,6 +176,9 @@ def evaluate(
     asked: EvaluateConfig, plan: Plan, windows: WindowSet | None, spans: Sequence[Reading], cells: Sequence[Cell]
 ) -> tuple[Results, Origin]:
     """Load the weights on every rank, deal windows and prompts to the ranks, score. Collective."""
+    if plan.spec.longest() > plan.spec.chunk_len:
+        # A cache grows beside what each chunk makes and frees.
+        room.return_what_is_freed()
     loaded, dtype = load(asked, plan.model)
     # A vocabulary and what reading the weights left behind are tens of MiB; scoring needs neither.
     loaded.tokenizer = None

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clex_train.evaluation.room import trim_heap
 from clex_train.evaluation.scoring_head import score_chunk
 from clex_train.rope.growing import new_cache
 from clex_train.rope.patch import RotaryHandle
@@ -90,6 +89,3 @@ def _feed(model: nn.Module, tokens: Tensor, start: int, stop: int, chunk_len: in
         targets = tokens[:, first + 1 : last + 1]
         inputs = {"input_ids": tokens[:, first:last], "past_key_values": cache, "use_cache": cache is not None}
         nll[:, first + 1 : last + 1] = score_chunk(model, targets, **inputs)
-        if cache is not None and tokens.device.type == "cpu":
-            # What a chunk leaves behind lies between what it adds to the cache: holes that would add up.
-            trim_heap()
