@@ -25,6 +25,7 @@ from clex_train.attention.window_part import SMALLEST_BLOCK, default_block_len, 
 
 AUTO = "auto"
 SMALLEST_FUSED_BLOCK, SMALLEST_FLEX_WIDTH, LARGEST_FLASH_WIDTH = 1024, 16, 256
+MOST_GRAPHS = 64
 
 logger = log.get(__name__)
 
@@ -227,7 +228,12 @@ def fused_block_len(n_local: int) -> int:
 
 @lru_cache
 def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
+    """One graph for each dtype, window, kind of length and rule.
+
+    Past its limit, 8 for all of a process, dynamo would compute uncompiled, with scores [B, H, S, T], and only warn.
+    """
+    torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 def _score_change(rule: SoftmaxRule, offset: int) -> Callable[..., Tensor] | None:

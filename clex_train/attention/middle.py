@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clex_train.attention.partial_softmax import Part, SoftmaxRule, at_distance, attend, join, masked_score
+from clex_train.attention.partial_softmax import Part, SoftmaxRule, at_distance, attend, join, masked_score, scores_of
 from clex_train.attention.stream import KeyValues, Rotation
 
 SMALLEST_CHUNK = 1024
@@ -173,9 +173,7 @@ def _attend_selected(
     """Attention of each query to keys of its own."""
     flat = index.flatten(2)[..., None]
     own_keys, own_values = (x.take_along_dim(flat, dim=2).unflatten(2, index.shape[2:]) for x in (keys, values))
-    scores = ((own_keys @ query[..., None]).squeeze(-1) * rule.scaling).to(
-        torch.promote_types(query.dtype, torch.float32)
-    )
+    scores = scores_of(query[..., None, :], own_keys, rule.scaling).squeeze(-2)
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
     scores = scores.masked_fill(~is_middle, masked_score(scores.dtype))

@@ -112,7 +112,7 @@ def _explicit(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, rule: SoftmaxRule, bias: Tensor | None
 ) -> Part:
     """By its definition, in float32 at least; differentiable in everything."""
-    scores = (query @ keys.transpose(-1, -2) * rule.scaling).to(torch.promote_types(query.dtype, torch.float32))
+    scores = scores_of(query, keys, rule.scaling)
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
     if bias is not None:
@@ -144,11 +144,28 @@ def _kernel(
     return Part(*kernel(query, keys, values, 0.0, is_causal, attn_mask=bias, scale=rule.scaling))
 
 
+def scores_of(query: Float[Tensor, "*B S D"], keys: Float[Tensor, "*B T D"], scaling: float) -> Float[Tensor, "*B S T"]:
+    """scaling * q.k in float32 at least; on a GPU without gradients never rounded to the dtype of the keys."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if query.is_cuda and query.dtype != wide and not _wants_gradient(query, keys):
+        flat = torch.bmm(query.flatten(0, -3), keys.flatten(0, -3).transpose(1, 2), out_dtype=wide)
+        return flat.unflatten(0, query.shape[:-2]) * scaling
+    return (query @ keys.transpose(-1, -2)).to(wide) * scaling
+
+
 def can_fuse(query: Tensor, keys: Tensor, values: Tensor, rule: SoftmaxRule) -> bool:
     """Whether the fused kernel computes this: on a CPU, without gradients, soft-capping or dropout."""
-    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
     plain = rule.softcap is None and rule.dropout == 0.0 and keys.shape[-1] == values.shape[-1]
-    return plain and not wants_gradient and query.device.type == "cpu" and query.dtype != torch.float16
+    return (
+        plain
+        and not _wants_gradient(query, keys, values)
+        and query.device.type == "cpu"
+        and query.dtype != torch.float16
+    )
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def masked_score(dtype: torch.dtype) -> float:

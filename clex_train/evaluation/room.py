@@ -34,6 +34,7 @@ class Room:
 
     def __init__(self, model: nn.Module, cell: str) -> None:
         self.cell, self._reason = cell, ""
+        _unpin()
         self._needs_others = distributed.world_size() > 1 and is_sharded(model)
 
     def attempt(self, work: Callable[[], Tensor]) -> Tensor | None:
@@ -89,5 +90,12 @@ def give_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        _unpin()
     if hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
+
+
+def _unpin() -> None:
+    """Return pinned host memory that is free: a cache of another length takes blocks of another size."""
+    if torch.cuda.is_available():
+        torch._C._host_emptyCache()

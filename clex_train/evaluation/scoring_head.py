@@ -16,7 +16,9 @@ from clex_train.engine.tiled_loss import logits_of, nll_in_place
 from clex_train.engine.token_loss import standing_in
 
 TILE_ELEMENTS = 2**20
-"""Logits that exist at a time, in float32: 4 MiB, about what stays in a cache between its passes."""
+"""Logits that exist at a time, in float32: 4 MiB, about what stays in a CPU's cache between its passes."""
+TILE_ELEMENTS_ON_GPU = 2**26
+"""256 MiB: the weights of the output layer are read anew for each tile, and should be few times."""
 SCORER = "scoring_head"
 
 
@@ -86,7 +88,8 @@ class _TiledHead:
 
 def _tiles(targets: Tensor, vocab_size: int) -> Iterator[slice]:
     """Parts of the columns of `targets` [B, S] whose logits are at most a tile."""
-    columns = max(1, TILE_ELEMENTS // (targets.shape[0] * vocab_size))
+    elements = TILE_ELEMENTS_ON_GPU if targets.is_cuda else TILE_ELEMENTS
+    columns = max(1, elements // (targets.shape[0] * vocab_size))
     for start in range(0, targets.shape[1], columns):
         yield slice(start, start + columns)
 

@@ -1,7 +1,8 @@
 """A KV cache that grows in place: room for all keys and values is set aside once, on the device or on the host.
 
 `torch.cat`, by which a DynamicCache grows, needs a layer's keys twice for a moment, and leaves holes behind it.
-Memory of the host is claimed page by page as it is written, so room that is not reached costs nothing there.
+Memory of the host is claimed page by page as it is written, so room that is not reached costs nothing there, unless it
+is pinned: that is claimed at once, each layer's keys and values in a block of a power of two.
 Shapes: `B` batch, `H` key heads, `S` new tokens, `T` all so far, `D` head width.
 """
 
@@ -63,9 +64,21 @@ class HostLayer(GrowingLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take in keys and values [B, H, S, D]; a copy on their device of all so far [B, H, T, D]."""
         device = key_states.device
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        # Laid out as the buffers are, so that each way is one copy of one block of memory.
+        laid_out = (_by_token(states).contiguous() for states in (key_states, value_states))
+        keys, values = super().update(*map(_by_head, laid_out), *args, **kwargs)
         return keys.to(device), values.to(device)
 
     def _empty(self, states: Tensor) -> Tensor:
-        shape = (states.shape[0], states.shape[1], self.capacity, states.shape[3])
-        return torch.empty(shape, dtype=states.dtype, device="cpu", pin_memory=states.is_cuda)
+        shape = (self.capacity, states.shape[0], states.shape[1], states.shape[3])
+        return _by_head(torch.empty(shape, dtype=states.dtype, device="cpu", pin_memory=states.is_cuda))
+
+
+def _by_token(states: Tensor) -> Tensor:
+    """[B, H, S, D] as [S, B, H, D]."""
+    return states.permute(2, 0, 1, 3)
+
+
+def _by_head(states: Tensor) -> Tensor:
+    """[S, B, H, D] as [B, H, S, D]."""
+    return states.permute(1, 2, 0, 3)

@@ -18,7 +18,7 @@ from torch.nn.attention import flex_attention as flex
 from clex_train.attention.back_ends import BACK_ENDS, Choice, Facts, FlashAttention, FlexAttention, fused_block_len
 from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.attention.lambda_mask import Scheme, lambda_attention
-from clex_train.attention.partial_softmax import SoftmaxRule
+from clex_train.attention.partial_softmax import SoftmaxRule, attend
 from clex_train.attention.stream import KeyValues, Place, Stream
 from clex_train.attention.window_part import window_part
 
@@ -219,6 +219,7 @@ class TestBfloat16:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 class TestOnGpu:
     """Compiled kernels against the dense definition in float64 on the CPU."""
 
@@ -232,6 +233,16 @@ class TestOnGpu:
     def test_flash_attn_forward(self, positions):
         pytest.importorskip("flash_attn")
         self.check("flash_attention", torch.bfloat16, 3e-2, positions, padded=False, with_gradients=False)
+
+    def test_scores_of_bfloat16_are_not_rounded(self):
+        query, keys, values = (
+            3 * normal(2, h, n, 64, seed=n, dtype=torch.bfloat16) for h, n in ((4, 1), (2, 99), (2, 99))
+        )
+        rule = SoftmaxRule(64**-0.5)
+        with torch.no_grad():
+            found = attend(query.cuda(), keys.cuda(), values.cuda(), None, rule)
+        exact = attend(query.double(), keys.double(), values.double(), None, rule)
+        torch.testing.assert_close(found.log_sum_exp.double().cpu(), exact.log_sum_exp, rtol=0, atol=1e-4)
 
     def check(self, name, dtype, tolerance, positions, padded, with_gradients):
         n, n_local, n_global, heads, width = 700, 100, 4, 4, 64

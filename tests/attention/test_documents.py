@@ -104,6 +104,7 @@ def test_flex_attention_keeps_documents_apart(case: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("back_end", ["flex_attention", "flash_attention_2"])
 def test_documents_are_apart_on_a_gpu(back_end: str) -> None:
     if back_end == "flash_attention_2":
