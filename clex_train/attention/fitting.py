@@ -5,8 +5,9 @@ import inspect
 import textwrap
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from clex_train.attention import whole_rows
 from clex_train.attention.adapters import ADAPTERS
 from clex_train.attention.log_scaling import own_window
 
@@ -60,16 +61,28 @@ def trained_context(model: Any) -> int | None:
 
 
 def refuse_what_it_cannot(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A hook before each call of the model: attention weights and packed documents are refused."""
+    """A hook before each call of the model: what would be computed otherwise than it is asked for is refused."""
+    chosen = module.config._attn_implementation
+    if chosen not in (NAME, whole_rows.NAME):
+        raise ValueError(
+            f"attn_implementation={chosen}: {NAME} is in force, whose keys are not rotated; undo() it first"
+        )
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
-        raise ValueError(f"output_attentions=True: {NAME} never forms the n x n weights; use attn_implementation=eager")
+        raise ValueError(
+            f"output_attentions=True: {NAME} never forms the n x n weights; undo() it, then attn_implementation=eager"
+        )
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     call = {**dict(zip(names, args, strict=False)), **kwargs}
+    if call.get("past_key_values") is not None and call.get("use_cache") is False:
+        # `generate` would feed it all tokens so far at every step; MPT's config has use_cache=False.
+        raise ValueError(
+            "use_cache=False with past_key_values: the cache would get each token many times; set it to True"
+        )
     positions, mask = call.get("position_ids"), call.get("attention_mask")
     if positions is None or positions.shape[-1] == 1:
         return
     jumps = positions.diff(dim=-1) != 1
-    if mask is not None and mask.dim() == 2:
+    if isinstance(mask, Tensor) and mask.dim() == 2:
         is_token = mask[:, -positions.shape[-1] :].bool()
         jumps = jumps & is_token[:, 1:] & is_token[:, :-1]
     if bool(jumps.any()):

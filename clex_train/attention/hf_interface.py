@@ -114,7 +114,9 @@ class LmInfinite:
         return LambdaCache([LambdaCacheLayer(layer.n_local, layer.n_global) for layer in self.layers])
 
     def undo(self) -> None:
-        """The model as it was; caches that were filled meanwhile are of no further use."""
+        """The model as it was; caches that were filled meanwhile are of no further use. Once is enough."""
+        if not self._removals:
+            return
         for config, implementation in self._before:
             config._attn_implementation = implementation
         for removal in self._removals:
@@ -189,15 +191,15 @@ class _Layer:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         if call.get("position_embeddings") is not None:
-            cos, sin = call["position_embeddings"]
+            cos, sin = (x.to(_computed_in(x)) for x in call["position_embeddings"])
             call["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+        cache = next((value for value in call.values() if isinstance(value, Cache)), None)
+        self._check_cache(cache)
         mask = call.get("attention_mask")
         if mask is not None and mask.dim() == 0:
             call["attention_mask"] = mask = None
         if mask is not None and mask.dim() != 2:
             raise ValueError(f"attention_mask of {mask.dim()} dimensions: {NAME} takes [rows, tokens]")
-        cache = next((value for value in call.values() if isinstance(value, Cache)), None)
-        self._check_cache(cache)
         self.cache = cache.layers[self.module.layer_idx] if isinstance(cache, LambdaCache) else None
         if self.cache is not None and mask is not None:
             self.cache.incoming = mask[:, -call["hidden_states"].shape[1] :]
@@ -222,11 +224,23 @@ class _Layer:
             )
         if isinstance(cache, LambdaCache) and self.middle is not None:
             raise ValueError(f"past_key_values={kind}: middle={self.middle} needs all keys; use a DynamicCache")
+        if isinstance(cache, LambdaCache):
+            held = cache.layers[self.module.layer_idx]
+            if (held.n_local, held.n_global) != (self.n_local, self.n_global):
+                raise ValueError(
+                    f"past_key_values={kind}: made for n_local={held.n_local}, n_global={held.n_global}, not for "
+                    f"{self.n_local}, {self.n_global}; take new_cache() of the handle that is in force"
+                )
         if isinstance(cache, DynamicCache) and self.site is not None:
             self._refuse_turned_keys(cache, getattr(self.site.module, "spectrum", None))
 
     def _refuse_turned_keys(self, cache: Any, spectrum: Any) -> None:
         """A rotary handle whose t moves turns the keys of a DynamicCache, which it takes to be rotated."""
+        if not hasattr(cache, SPECTRUM) and cache.get_seq_length(self.module.layer_idx):
+            raise ValueError(
+                f"past_key_values={type(cache).__name__}: it was filled without {NAME}, by keys that are rotated; "
+                "begin with an empty one"
+            )
         before = getattr(cache, SPECTRUM, spectrum)
         setattr(cache, SPECTRUM, spectrum)
         stands_still = before is spectrum or (
@@ -270,6 +284,12 @@ def padding_mask(
     if attention_mask is not None and not bool(attention_mask.all()):
         return attention_mask.bool()
     return torch.ones((), dtype=torch.bool) if getattr(config, "model_type", None) == "mpt" else None
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """The dtype of queries, keys and values beside `x`: under autocast it is not that of cos and sin."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _attend(

@@ -64,9 +64,11 @@ class LambdaCacheLayer(CacheLayerMixin):
         """An empty window, of the dtype and device of the first keys."""
         self.dtype, self.device = key_states.dtype, key_states.device
         capacity = self.n_local - 1 + room(self.n_local)
-        self.keys, self.values = (
-            x.new_empty(x.shape[0], x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)
-        )
+        # Those of inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.keys, self.values = (
+                x.new_empty(x.shape[0], x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)
+            )
         self.is_initialized = True
 
     def update(
@@ -103,7 +105,9 @@ class LambdaCacheLayer(CacheLayerMixin):
             return None
         keys = self._window.keys
         if self._rotated is None or self._rotated_by is not rotation.cos:
-            self._rotated, self._rotated_by, self._num_rotated = torch.empty_like(keys), rotation.cos, 0
+            with torch.inference_mode(False):
+                self._rotated = torch.empty_like(keys)
+            self._rotated_by, self._num_rotated = rotation.cos, 0
         fresh = slice(self._num_rotated, self._filled)
         self._rotated[:, :, fresh] = rotation.consecutive(keys[:, :, fresh], self._num_rotated)
         self._num_rotated = self._filled

@@ -8,6 +8,7 @@ frequency table), and are applied by the family's own `apply_rotary_pos_emb`. Sh
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +110,11 @@ def turn_of(attention: nn.Module) -> Turn:
             "rotate its keys"
         )
     # The function turns a query and a key; an empty key costs nothing.
-    return lambda x, cos, sin: function(x, x[:, :0], cos, sin)[0]
+    return partial(_turn_one, function)
+
+
+def _turn_one(function: Callable[..., Any], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return function(x, x[:, :0], cos, sin)[0]
 
 
 def _cos_sin(rotary: Any, x: Tensor, num_positions: int, layer_type: str | None) -> tuple[Tensor, Tensor]:
