@@ -3,7 +3,7 @@
 0    done            1    a bug or a fault of the machine (with its traceback)
 2    the user's input cannot be used; one line says which key and what to do
 3    training was stopped to protect the run; one line says why and where the last checkpoint is;
-     of an evaluation: nothing that was asked for fitted into memory;
+     of an evaluation: nothing that was asked for fitted into memory, or its file could not be written;
      of `data_prep decontaminate`: documents were found on both sides, and no store without them was asked for
 4    a rank died, froze or hangs; one line says which
 141  whoever read the output has gone, as `head` does: the code that a shell gives for SIGPIPE

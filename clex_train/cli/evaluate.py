@@ -23,7 +23,7 @@ import torch
 from clex_train import architectures, distributed, log, modeling
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console
-from clex_train.cli.loading import LoadingConfig, Source, check, load, locate, run_config
+from clex_train.cli.loading import LoadingConfig, Source, check, load, locate, printed_at_least, run_config
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_tokenizer
@@ -135,14 +135,15 @@ def main() -> None:
 
 
 def finish(plan: Plan, results: Results, origin: Origin) -> None:
-    """Write the results and print their table, on rank 0; `RunStopped` if nothing fitted into memory."""
+    """Write the results and print their tables, on rank 0; `RunStopped` if nothing fitted or no file was written."""
     if results.missing and not (results.scores or results.tasks):
         raise RunStopped(f"out of memory: nothing fitted, see above ({results.missing[0].reason}); {REMEDIES}")
     if distributed.is_main():
-        write(plan.output, results, origin)
         perplexities = [console_table(from_results(results, origin))] if results.scores else []
-        print("\n\n".join([*perplexities, *([retrieval_console.console(results.tasks)] if results.tasks else [])]))
-        print(f"\nwritten to {plan.output}")
+        text = "\n\n".join([*perplexities, *([retrieval_console.console(results.tasks)] if results.tasks else [])])
+        with printed_at_least(plan.output, text):
+            write(plan.output, results, origin)
+        console.say(f"{text}\n\nwritten to {plan.output}")
 
 
 def parse(arguments: list[str]) -> EvaluateConfig:

@@ -24,6 +24,7 @@ from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console, loading
 from clex_train.cli.loading import LoadingConfig, Source
 from clex_train.evaluation import harness, origin
+from clex_train.evaluation.results import write_whole
 from clex_train.modeling import LoadedModel
 from clex_train.settings.bounds import require
 
@@ -67,9 +68,10 @@ def main() -> None:
     results = harness.evaluate(loaded, tasks, max_length, asked.batch_size, asked.limit, asked.num_fewshot)
     if distributed.is_main():
         file = Path(asked.output) if asked.output else source.output.parent / "lm_eval" / source.output.name
-        write(file, results, facts(source, loaded, dtype, max_length))
-        print(table(results))
-        print(f"\nwritten to {file}")
+        text = table(results)
+        with loading.printed_at_least(file, text):
+            write(file, results, facts(source, loaded, dtype, max_length))
+        console.say(f"{text}\n\nwritten to {file}")
 
 
 def check(asked: LmEvalConfig) -> None:
@@ -126,9 +128,7 @@ def write(file: Path, results: dict[str, Any], origin_: dict[str, Any]) -> None:
     }
     content = {"format": FORMAT, **origin_, "metrics": harness.metrics(results), "lm_eval": kept}
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_whole(file, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def table(results: dict[str, Any]) -> str:

@@ -7,6 +7,8 @@ that every rank has to run the same number of forwards. `offload_parameters=true
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +16,18 @@ import torch
 from omegaconf import OmegaConf
 
 from clex_train import architectures, distributed, modeling
+from clex_train.cli import console
 from clex_train.config import Config
 from clex_train.engine import deepspeed
+from clex_train.faults import RunStopped, first_line
 from clex_train.modeling import LoadedModel
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import require
 from clex_train.settings.engine import EngineConfig, Offload, Precision
 from clex_train.settings.model import ModelConfig
+
+LONGEST_NAME = 255
+"""Bytes of a file's name that file systems take."""
 
 
 @dataclass
@@ -104,10 +111,33 @@ def require_writable(output: Path) -> None:
 
     Makes nothing: the nearest folder that is there has to allow it.
     """
+    names = (*output.parts, f"{output.stem}.tmp")
+    short = max(len(os.fsencode(name)) for name in names) <= LONGEST_NAME
+    require(
+        short, "output", output, f"a name of more than {LONGEST_NAME} bytes, which no disk takes; give a shorter one"
+    )
     require(not output.is_dir(), "output", output, "it is a folder; name a JSON file")
+    regular = output.is_file() or not output.exists()
+    require(regular, "output", output, "it is a device or a pipe, which a file would replace; name a JSON file")
     there = next(folder for folder in output.absolute().parents if folder.exists())
     require(there.is_dir(), "output", output, f"{there} is a file, not a folder; name another place")
     require(os.access(there, os.W_OK | os.X_OK), "output", output, f"{there} is read-only; name another place")
+
+
+@contextmanager
+def printed_at_least(output: Path, text: str) -> Iterator[None]:
+    """Around the writing of results: what keeps the file from being written, as a full disk does, does not lose them.
+
+    Then `text`, the tables, is printed before the `RunStopped` that says so.
+    """
+    try:
+        yield
+    except OSError as error:
+        console.say(text)
+        raise RunStopped(
+            f"output={output}: cannot be written ({error.strerror or first_line(error)}); the results are printed "
+            f"above, keep them; for the file make room or name another place and evaluate again"
+        ) from error
 
 
 def load(asked: LoadingConfig, model: ModelConfig) -> tuple[LoadedModel, torch.dtype]:

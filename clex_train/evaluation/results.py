@@ -7,6 +7,7 @@ document need no second run.
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,9 +156,19 @@ def write(path: Path, results: Results, origin: Origin) -> None:
         "tasks": [vars(score) for score in results.tasks],
         "missing": [vars(cell) for cell in results.missing],
     }
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all: an `OSError`, as of a full disk, leaves what was there and no other."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def read(path: Path) -> tuple[Results, Origin]:

@@ -1,14 +1,17 @@
 """The evaluate program as a user runs it, in this process."""
 
+import errno
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from evaluation_models import CONTEXT_LEN, VOCAB
 from model_directories import save_clex_model, save_model, save_store
 
-from clex_train.cli import console
+from clex_train.cli import console, loading
 from clex_train.cli import evaluate as program
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
@@ -225,6 +228,44 @@ def test_a_place_that_cannot_be_written_is_refused_before_weights_are_read(
         assert said[0].startswith("error: output=")
         assert reason in said[0]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_pipe_or_a_name_that_is_too_long_is_refused_and_left_as_it_is(places, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(program, "load", lambda *_: pytest.fail("weights were read"))
+    os.mkfifo(tmp_path / "pipe")
+    keys = [f"model={places['model']}", f"data={places['store']}", "lengths=[16]", "methods=[none]"]
+    too_long = "a name of more than 255 bytes"
+    refused = {"pipe": "it is a device or a pipe", "é" * 126 + ".json": too_long, "x" * 252: too_long}
+    for name, reason in refused.items():
+        assert call(monkeypatch, *keys, f"output={tmp_path / name}") == console.USER_ERROR
+        [said] = capsys.readouterr().err.strip().splitlines()
+        assert said.startswith(f"error: output={tmp_path / name}: {reason}")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+    loading.require_writable(tmp_path / ("x" * 250 + ".json"))
+
+
+def test_results_that_cannot_be_written_are_printed_and_what_was_there_is_kept(
+    places, tmp_path, monkeypatch, capsys
+) -> None:
+    output = tmp_path / "x.json"
+    output.write_text("earlier")
+
+    def fill_up(path: Path, text: str, **_: object) -> None:
+        with open(path, "w") as file:
+            file.write(text[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    keys = [f"model={places['model']}", f"data={places['store']}", "lengths=[16]", "methods=[none]"]
+    monkeypatch.setattr(Path, "write_text", fill_up)
+    assert call(monkeypatch, *keys, f"output={output}") == console.STOPPED
+    printed = capsys.readouterr()
+    assert "none" in printed.out
+    assert "written to" not in printed.out
+    assert "Traceback" not in printed.err
+    said = printed.err.strip().splitlines()[-1]
+    assert said.startswith(f"error: output={output}: cannot be written (No space left on device); the results are ")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x.json", "earlier")]
 
 
 def test_help_names_every_key(monkeypatch, capsys) -> None:
