@@ -7,11 +7,13 @@
     deepspeed --module clex_train.cli.evaluate run=runs/llama2_7b_clex          windows dealt to the ranks
     deepspeed --module clex_train.cli.evaluate run=runs/llama2_70b_clex sharded=true    the weights are split too
 
-Writes `evaluation/<label>.json` in the run folder (or `output`) and prints the table. `--help` lists every key.
+Writes `evaluation/<label>.json` in the run folder (or `output`) and prints the table. What that file holds of other
+weights, data or settings stays: the new one is `<label>_2.json` then. `--help` lists every key.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +33,7 @@ from clex_train.evaluation import methods, origin, room, runner, streaming
 from clex_train.evaluation.protocols import Reading, readings
 from clex_train.evaluation.report.table import from_results
 from clex_train.evaluation.report.text import console as console_table
-from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
+from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, place, write
 from clex_train.evaluation.retrieval import console as retrieval_console
 from clex_train.evaluation.retrieval import plan as retrieval_plan
 from clex_train.evaluation.retrieval import runner as retrieval
@@ -52,6 +54,8 @@ FORMULA_KEYS = ("rope_theta", "dynamic_factor", "longrope_factors", "t_factor")
 METHOD_KEYS = ("methods", *FORMULA_KEYS, "n_local", "n_global", "lm_infinite_t")
 KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, "offload_cache")
 """What the command line may say otherwise than the run's `evaluation` group."""
+NOT_SHAPING = ("every", "path", "allow_overlap", "chunk_len", "offload_cache")
+"""What of the `evaluation` group leaves the numbers as they are: when, and how much memory is taken at a time."""
 
 logger = log.get(__name__)
 
@@ -119,6 +123,8 @@ class Plan(Source):
     spec: EvaluationConfig
     tokenizer: Any
     """None where no task needs it."""
+    request: dict[str, Any]
+    """What is asked for, as far as it shapes the numbers, in the types of JSON."""
 
 
 def main() -> None:
@@ -126,24 +132,27 @@ def main() -> None:
     asked = parse(sys.argv[1:])
     plan = make_plan(asked)
     if Protocol.streaming in plan.spec.protocols:
-        finish(plan, *stream(asked, plan, plan_stream(plan.store, asked.stream_tokens, plan.context_len)))
+        finish(asked, plan, *stream(asked, plan, plan_stream(plan.store, asked.stream_tokens, plan.context_len)))
         return
     spans = readings(plan.spec, plan.context_len)
     windows = select(plan.store, max(plan.spec.lengths), plan.spec.num_windows, asked.seed) if spans else None
     cells = retrieval_plan.of_spec(plan.spec, plan.tokenizer, plan.store, asked.seed)
-    finish(plan, *evaluate(asked, plan, windows, spans, cells))
+    finish(asked, plan, *evaluate(asked, plan, windows, spans, cells))
 
 
-def finish(plan: Plan, results: Results, origin: Origin) -> None:
+def finish(asked: EvaluateConfig, plan: Plan, results: Results, origin: Origin) -> None:
     """Write the results and print their tables, on rank 0; `RunStopped` if nothing fitted or no file was written."""
     if results.missing and not (results.scores or results.tasks):
         raise RunStopped(f"out of memory: nothing fitted, see above ({results.missing[0].reason}); {REMEDIES}")
     if distributed.is_main():
         perplexities = [console_table(from_results(results, origin))] if results.scores else []
         text = "\n\n".join([*perplexities, *([retrieval_console.console(results.tasks)] if results.tasks else [])])
-        with printed_at_least(plan.output, text):
-            write(plan.output, results, origin)
-        console.say(f"{text}\n\nwritten to {plan.output}")
+        output = plan.output if asked.output else place(plan.output, origin)
+        if output != plan.output:
+            logger.info("%s holds another evaluation and stays; this one goes beside it: %s", plan.output, output)
+        with printed_at_least(output, text):
+            write(output, results, origin)
+        console.say(f"{text}\n\nwritten to {output}")
 
 
 def parse(arguments: list[str]) -> EvaluateConfig:
@@ -170,7 +179,21 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     _check_streaming(spec, asked.sharded)
     _check_reach(source.model, spec, source.context_len)
     _check_methods(source.model, spec, source.context_len)
-    return Plan(**vars(source), store=store, spec=spec, tokenizer=tokenizer if spec.tasks else None)
+    return Plan(
+        **vars(source),
+        store=store,
+        spec=spec,
+        tokenizer=tokenizer if spec.tasks else None,
+        request=request(asked, spec, source.context_len),
+    )
+
+
+def request(asked: EvaluateConfig, spec: EvaluationConfig, context_len: int) -> dict[str, Any]:
+    """What two evaluations have in common if one only repeats the other, beside their weights, data and dtype."""
+    shaping = {key: value for key, value in vars(spec).items() if key not in NOT_SHAPING}
+    shaping |= {"seed": asked.seed, "stream_tokens": asked.stream_tokens, "context_len": context_len}
+    plain: dict[str, Any] = json.loads(json.dumps(shaping, default=lambda choice: choice.value))
+    return plain
 
 
 def evaluate(
@@ -226,7 +249,8 @@ def facts(plan: Plan, dtype: torch.dtype) -> Origin:
     """Where the numbers come from."""
     path = Path(str(plan.model.path))
     weights = {"path": str(path), "hash": origin.weights_hash(path), "revision": plan.model.revision}
-    return origin.describe(plan.label, weights, plan.store, dtype)
+    described = origin.describe(plan.label, weights, plan.store, dtype)
+    return replace(described, request={**plan.request, "dtype": described.environment["dtype"]})
 
 
 def usage() -> str:

@@ -52,9 +52,10 @@ class LoadingConfig:
     revision: str | None = None
     """Commit, tag or branch of a hub repository."""
     label: str | None = None
-    """Name in tables and of the file; by default the folder's name."""
+    """Name in tables and of the file; by default the folder's name, for the `final/` of a run the run's."""
     output: str | None = None
-    """JSON file to write; by default `evaluation/<label>.json` in the run folder, or in `runs/<label>`."""
+    """JSON file to write; by default `evaluation/<label>.json` in the run folder, or in `runs/<label>`. A file
+    that is named here is replaced."""
 
     @property
     def path(self) -> str:
@@ -93,7 +94,7 @@ def locate(asked: LoadingConfig) -> Source:
         trust_remote_code=asked.trust_remote_code,
         revision=asked.revision,
     )
-    label = asked.label or Path(asked.run or asked.path).resolve().name
+    label = asked.label or _name(Path(asked.run or asked.path).resolve())
     folder = Path(asked.run) if asked.run else Path("runs") / label
     output = Path(asked.output) if asked.output else folder / "evaluation" / f"{label}.json"
     if distributed.is_main():
@@ -104,6 +105,12 @@ def locate(asked: LoadingConfig) -> Source:
         label=label,
         output=output,
     )
+
+
+def _name(folder: Path) -> str:
+    """The name of a run or model; that of the run for its `final/`, which all runs have."""
+    is_final = folder.name == "final" and (folder.parent / "config.yaml").is_file()
+    return folder.parent.name if is_final else folder.name
 
 
 def require_writable(output: Path) -> None:

@@ -4,8 +4,9 @@
     python -m clex_train.cli.report runs/tiny_base runs/tiny_clex output=runs/report
     python -m clex_train.cli.report runs/tiny_clex/evaluation/step_300.json
 
-A run folder stands for its newest evaluation. Writes index.html (opens anywhere, needs no network), a PNG of each
-figure, perplexity.md and report.json, into the run's own `report/` or, for several, `runs/report`.
+A run folder stands for its newest evaluation and the others of the same weights. Writes index.html (opens anywhere,
+needs no network), a PNG of each figure, perplexity.md and report.json, into the run's own `report/` or, for several,
+`runs/report`.
 """
 
 from __future__ import annotations

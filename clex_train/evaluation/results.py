@@ -4,11 +4,14 @@ Beside the perplexities the file holds each window's summed nll and its document
 document need no second run.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +144,20 @@ class Origin:
     """Path and fingerprint of the token store."""
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions, device, number of ranks, dtype."""
+    request: dict[str, Any] = field(default_factory=dict)
+    """What was asked for, as far as it shapes the numbers; empty for an evaluation inside a run and in older files."""
+
+    def repeats(self, other: Origin) -> bool:
+        """Whether both asked the same of the same weights and data, so that one may take the other's place."""
+        same_weights = (self.model.get("hash") or _named(self.model)) == (
+            other.model.get("hash") or _named(other.model)
+        )
+        same_data = self.data.get("fingerprint") == other.data.get("fingerprint")
+        return bool(self.request) and self.request == other.request and same_weights and same_data
+
+
+def _named(model: Mapping[str, Any]) -> tuple[Any, Any]:
+    return model.get("path"), model.get("revision")
 
 
 def write(path: Path, results: Results, origin: Origin) -> None:
@@ -171,6 +188,19 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def place(wished: Path, origin: Origin) -> Path:
+    """The first of x.json, x_2.json, x_3.json, ... that is free, or holds what this evaluation repeats."""
+    numbered = (wished if number == 1 else wished.with_stem(f"{wished.stem}_{number}") for number in count(1))
+    return next(path for path in numbered if not path.exists() or _is_repeated(path, origin))
+
+
+def _is_repeated(path: Path, origin: Origin) -> bool:
+    try:
+        return origin.repeats(read(path)[1])
+    except ValueError:
+        return False
+
+
 def read(path: Path) -> tuple[Results, Origin]:
     """The inverse of `write`; `ValueError` names a file that is missing or is no evaluation."""
     try:
@@ -181,7 +211,8 @@ def read(path: Path) -> tuple[Results, Origin]:
         raise ValueError(f"{path}: not an evaluation of format {FORMAT}; write it anew with clex_train.cli.evaluate")
     try:
         return _results(content), Origin(
-            **{key: content[key] for key in ("label", "command", "model", "data", "environment")}
+            **{key: content[key] for key in ("label", "command", "model", "data", "environment")},
+            request=content.get("request", {}),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged or of another version ({error}); evaluate anew") from error

@@ -17,6 +17,7 @@ from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
 from clex_train.evaluation import perplexity
+from clex_train.evaluation.report import evidence
 from clex_train.run_folder import as_yaml
 from data_prep import evaluation_sets
 from data_prep.config import EvaluationSetsVerb
@@ -266,6 +267,55 @@ def test_results_that_cannot_be_written_are_printed_and_what_was_there_is_kept(
     said = printed.err.strip().splitlines()[-1]
     assert said.startswith(f"error: output={output}: cannot be written (No space left on device); the results are ")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x.json", "earlier")]
+
+
+def test_evaluating_again_replaces_a_repetition_and_keeps_everything_else(
+    places, tmp_path, monkeypatch, caplog
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        save_model(tmp_path / name / "final")
+        (tmp_path / name / "config.yaml").write_text(as_yaml(Config()))
+    save_model(tmp_path / "other" / "final")
+    (tmp_path / "a" / "final" / "clex_note.bin").write_text("other weights than b's")
+    data = (f"data={places['store']}", "lengths=[16]")
+
+    def written() -> dict[str, list[str]]:
+        files = sorted((tmp_path / "runs").rglob("*.json"))
+        return {
+            str(file.relative_to(tmp_path / "runs")): sorted(json.loads(file.read_text())["metrics"]) for file in files
+        }
+
+    def again(*arguments: str) -> None:
+        assert call(monkeypatch, *arguments) == 0
+
+    with caplog.at_level("INFO", logger="clex_train"):
+        again("model=a/final", *data, "methods=[none]")
+        again("model=b/final", *data, "methods=[none]")
+        again("model=other/final", *data, "methods=[none]")
+        again("model=a/final", *data, "methods=[none]", "chunk_len=8", "batch_tokens=16")
+        assert "beside it" not in caplog.text
+        none = ["perplexity/none/one_shot/16"]
+        expected = {"a/evaluation/a.json": none, "b/evaluation/b.json": none, "final/evaluation/final.json": none}
+        assert written() == expected
+        again("model=a/final", *data, "methods=[ntk]")
+        again("model=a/final", *data, "methods=[none]", "num_windows=2")
+        assert "runs/a/evaluation/a.json holds another evaluation and stays; this one goes beside it: " in caplog.text
+    again("model=a/final", *data, "methods=[ntk]")
+    expected |= {"a/evaluation/a_2.json": ["perplexity/ntk/one_shot/16"], "a/evaluation/a_3.json": none}
+    assert written() == expected
+    again("model=b/final", "label=a", *data, "methods=[none]")
+    assert written() == expected | {"a/evaluation/a_4.json": none}
+    again("model=b/final", *data, "methods=[pi]", "output=runs/b/evaluation/b.json")
+    assert written()["b/evaluation/b.json"] == ["perplexity/pi/one_shot/16"]
+
+    found = evidence.collect([tmp_path / "runs" / "a"])
+    labels = {curve.label for table in found.tables for curve in table.curves}
+    assert labels == {"none"}, "the newest is of other weights than the rest"
+    (tmp_path / "runs" / "a" / "evaluation" / "a_4.json").unlink()
+    found = evidence.collect([tmp_path / "runs" / "a"])
+    labels = {curve.label for table in found.tables for curve in table.curves}
+    assert labels == {"a: none", "a/a_2: ntk", "a/a_3: none"}
 
 
 def test_help_names_every_key(monkeypatch, capsys) -> None:

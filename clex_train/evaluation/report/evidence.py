@@ -2,8 +2,8 @@
 
     collect([Path("runs/a"), Path("runs/b/evaluation/step_500.json")])
 
-A run folder stands for its newest evaluation. What a run did not record (a frequency table, retrieval tasks, the
-metrics of its training) is absent here, and the figures that need it are left out.
+A run folder stands for its newest evaluation and the others of the same weights. What a run did not record (a
+frequency table, retrieval tasks, the metrics of its training) is absent here, and figures that need it are left out.
 """
 
 import json
@@ -98,7 +98,7 @@ class Evidence:
 
 def collect(arguments: Sequence[Path]) -> Evidence:
     """The evidence of run folders and evaluation files; `ValueError` names one that cannot be used and the remedy."""
-    paths = list(dict.fromkeys(find_evaluation(argument) for argument in arguments))
+    paths = list(dict.fromkeys(path for argument in arguments for path in find_evaluations(argument)))
     files = {path: results.read(path) for path in paths}
     names = _names({path: origin.label for path, (_, origin) in files.items()})
     rows: list[Row] = []
@@ -116,6 +116,24 @@ def of_rows(rows: Sequence[Row]) -> Evidence:
     prefixes = {path: f"{name}: " if len(paths) > 1 else "" for path, name in _names(dict.fromkeys(paths, "")).items()}
     tasks = [task for path in paths for task in _tasks(path, *results.read(path), prefixes[path])]
     return Evidence(read_tables(rows), tasks, find_runs(paths))
+
+
+def find_evaluations(argument: Path) -> list[Path]:
+    """The evaluation files that an argument stands for: itself, or a finished run's newest and all of its weights."""
+    newest = find_evaluation(argument)
+    if newest == argument:
+        return [newest]
+    weights = results.read(newest)[1].model.get("hash")
+    others = [path for path in newest.parent.glob("*.json") if path != newest and weights and _hash(path) == weights]
+    return sorted([newest, *others], key=lambda path: (len(path.name), path.name))
+
+
+def _hash(path: Path) -> Any:
+    """Hash of the weights of an evaluation file; None where it has none or cannot be read."""
+    try:
+        return results.read(path)[1].model.get("hash")
+    except ValueError:
+        return None
 
 
 def find_evaluation(argument: Path) -> Path:
