@@ -156,6 +156,15 @@ def test_a_command_line_without_runs_or_with_an_unknown_key_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_an_output_that_is_a_file_is_refused_in_one_line(runs, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").write_text("kept")
+    for output in (tmp_path / "file", tmp_path / "file" / "deep"):
+        assert call(monkeypatch, runs["base"], f"output={output}") == console.USER_ERROR
+        said = f"error: output={output}: {tmp_path / 'file'} is a file, not a folder; name a folder for the report\n"
+        assert capsys.readouterr().err == said
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_a_second_report_removes_the_figures_that_only_the_first_had(runs, tmp_path, monkeypatch) -> None:
     out = tmp_path / "out"
     assert call(monkeypatch, runs["clex"], f"output={out}") == 0
