@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from data_prep.config import Format
+from data_prep.sources import expand
 from launch import study_tables
 from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows
 
@@ -64,17 +66,24 @@ class Study:
 
 
 def main() -> int:
-    """Do what is not done yet; 1 if a stage failed, after the others were tried."""
+    """Do what is not done yet; 1 if a stage failed, after the others were tried; 2 for what cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--books", required=True, help="files of books, a glob of what the corpus `local_books` reads")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
+    parser.add_argument("--jobs", type=at_least_one, default=2, help="processes at a time, of one thread each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--only", nargs="+", metavar="ARM", help="these arms alone; their names are in study_arms.py")
+    names = [arm.name for arm in (*MAIN, *ABLATIONS)]
+    only = "these arms alone; their names are in study_arms.py"
+    parser.add_argument("--only", nargs="+", metavar="ARM", choices=names, help=only)
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     asked = parser.parse_args()
     study = Study(asked.books, asked.out, asked.seeds, asked.smoke, asked.only)
     os.chdir(ROOT)
+    try:
+        require_books(study)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         corpus(study)
         train(study, study.base, "study_base", [])
@@ -87,6 +96,24 @@ def main() -> int:
     page = study_tables.page(study.out, study.seeds[0], [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
     print(f"the page of the first seed: {page}")
     return int(any(codes))
+
+
+def at_least_one(text: str) -> int:
+    """A number of processes; `ArgumentTypeError` for none."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: at least 1")
+    return number
+
+
+def require_books(study: Study) -> None:
+    """`ValueError` where the store is still to be made and there are no files to make it of."""
+    try:
+        if not study.store.exists():
+            expand([study.books], Format.auto)
+    except ValueError as error:
+        remedy = "name files as the corpus local_books reads them, a glob in quotes"
+        raise ValueError(f"--books={study.books}: {str(error).rpartition(': ')[2]}; {remedy}") from error
 
 
 def corpus(study: Study) -> None:
@@ -139,12 +166,16 @@ def stage(study: Study, result: Path, command: list[str]) -> None:
     print(f"--- {shlex.join(command)}\n    > {log}", flush=True)
     with log.open("w", encoding="utf-8") as output:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        code = subprocess.run(command, check=False, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
+    if code:
+        raise subprocess.CalledProcessError(code, command, output=str(log))
 
 
 def failed(error: subprocess.CalledProcessError) -> int:
-    """Say which stage failed; the exit code."""
-    print(f"error: exit code {error.returncode}, see its file in log: {shlex.join(error.cmd)}", file=sys.stderr)
+    """Say which stage failed, by its log and the last line there; the exit code."""
+    lines = Path(error.output).read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    print(f"error: exit code {error.returncode}, {error.output}: {last}", file=sys.stderr)
     return int(error.returncode)
 
 

@@ -96,7 +96,7 @@ def compose_arm():
     return compose
 
 
-def test_a_stage_whose_result_exists_is_not_done_again_and_a_failing_one_is_named(tmp_path):
+def test_a_stage_whose_result_exists_is_not_done_again_and_a_failing_one_is_named(tmp_path, capsys):
     plan = study.Study("books", tmp_path, [1], smoke=False)
     (tmp_path / "there").mkdir()
     study.stage(plan, tmp_path / "there", ["no-such-program"])
@@ -104,3 +104,29 @@ def test_a_stage_whose_result_exists_is_not_done_again_and_a_failing_one_is_name
         study.stage(plan, tmp_path / "missing", [sys.executable, "-c", "print('why'); raise SystemExit(3)"])
     assert (tmp_path / "log" / "missing.txt").read_text() == "why\n"
     assert study.failed(error.value) == 3
+    assert capsys.readouterr().err == f"error: exit code 3, {tmp_path / 'log' / 'missing.txt'}: why\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "clex", "clx"], "argument --only: invalid choice: 'clx'"),
+        (["--jobs", "0"], "argument --jobs: 0: at least 1"),
+        (["--seeds"], "argument --seeds: expected at least one argument"),
+        (
+            [],
+            "error: --books={books}: no such file, directory or glob; name files as the corpus local_books reads them",
+        ),
+    ],
+)
+def test_what_the_study_cannot_use_is_refused_before_any_stage(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "stage", lambda *_: pytest.fail("a stage began"))
+    books = str(tmp_path / "*.jsonl.zst")
+    monkeypatch.setattr(sys, "argv", ["study", "--books", books, "--out", str(tmp_path / "out"), *arguments])
+    try:
+        code = study.main()
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert message.format(books=books) in capsys.readouterr().err
