@@ -8,12 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from clex_train import model_directory
 from clex_train.faults import first_line
 from clex_train.rope import official, recipes
 from clex_train.rope.patch import require_rotary
+from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.settings.bounds import require
 from clex_train.settings.model import ModelConfig
 
@@ -95,6 +97,18 @@ def t_max_of_field(path: str) -> float | None:
     if model_directory.has_clex(directory):
         return model_directory.read_record(directory).t_max
     return official.max_factor(directory) if official.is_official(directory) else None
+
+
+def grid_of_field(path: str) -> Tensor | None:
+    """The scale factors [K] that the field in a directory is read at; None when there is no field or it does not say.
+
+    A field of the original code is solved at the integers.
+    """
+    directory = Path(path)
+    if model_directory.has_clex(directory):
+        return FrequencyTable.load(directory / model_directory.TABLE).t
+    t_max = t_max_of_field(path)
+    return scale_grid(t_max) if t_max else None
 
 
 def require_directory(key: str, path: str) -> None:

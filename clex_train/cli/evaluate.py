@@ -300,7 +300,8 @@ def _check_methods(model: ModelConfig, spec: EvaluationConfig, context_len: int)
     """Refuse a method that the model cannot have, while no weights have been read."""
     arch = architectures.to_read(model)
     unloaded = handle_without_weights(arch, context_len, model.trust_remote_code)
-    methods.check(spec, unloaded, architectures.has_field(str(model.path)))
+    path = str(model.path)
+    methods.check(spec, unloaded, architectures.has_field(path), architectures.grid_of_field(path))
 
 
 if __name__ == "__main__":

@@ -54,9 +54,15 @@ def of_model(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, Frequenci
     return tables(spec.methods, trained, loaded.base_inv_freq, loaded.context_len, spec.longest(), every)
 
 
-def check(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool) -> None:
-    """Refuse by name what would be refused when it is put into the model; the handle's model needs no weights."""
+def check(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool, grid: Tensor | None = None) -> None:
+    """Refuse by name what would be refused when it is put into the model; the handle's model needs no weights.
+
+    `grid` [K] is the scale factors of the model's CLEX, where they are known.
+    """
     _require_fitting(spec, handle, has_clex)
+    if spec.lm_infinite_t != 1 and Method.lm_infinite in spec.methods and grid is not None:
+        # Whether there is a t is a matter of the grid, whatever the frequencies.
+        _held(none_table(handle.base_inv_freq, grid), spec.lm_infinite_t, handle.base_inv_freq, grid)
     others = [method for method in spec.methods if method not in OF_THE_MODEL]
     tables(others, None, handle.base_inv_freq, handle.context_len, spec.longest(), formulas(spec, handle))
     if Method.lm_infinite in others:

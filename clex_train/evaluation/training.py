@@ -18,6 +18,7 @@ from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.windows import require_windows, select
 from clex_train.modeling import LoadedModel, solve_table, trained_architecture
 from clex_train.rope.as_is import handle_without_weights
+from clex_train.scaling.table import scale_grid
 from clex_train.settings.scaling import ScalingName
 
 logger = log.get(__name__)
@@ -47,7 +48,8 @@ class TrainingEvaluation:
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows)
         arch = trained_architecture(config, architectures.to_train(config.model))
         unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)
-        methods.check(self.spec, unloaded, has_clex=config.scaling.name is ScalingName.clex)
+        has_clex = config.scaling.name is ScalingName.clex
+        methods.check(self.spec, unloaded, has_clex, scale_grid(config.scaling.t_max) if has_clex else None)
         self.cells = plan.of_spec(self.spec, tokenizer, self.store)
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:

@@ -162,8 +162,10 @@ def test_a_clex_run_is_evaluated_with_its_own_table_lengths_and_data(places, tmp
     assert metrics["perplexity/trained/one_shot/64"] != pytest.approx(metrics["perplexity/ntk/one_shot/64"], rel=1e-3)
     assert call(monkeypatch, f"run={run}", "lengths=[16,128]") == console.USER_ERROR
     assert "num_tokens=128: beyond t_max * L = 4 * 16" in capsys.readouterr().err
-    assert call(monkeypatch, f"run={run}", "methods=[lm_infinite]", "lm_infinite_t=1.7") == console.USER_ERROR
-    assert "error: lm_infinite_t=1.7: t=1.7: not on the table's grid" in capsys.readouterr().err
+    monkeypatch.setattr(program, "load", lambda *_: pytest.fail("weights were read"))
+    for t in ("1.7", "5"):
+        assert call(monkeypatch, f"run={run}", "methods=[lm_infinite]", f"lm_infinite_t={t}") == console.USER_ERROR
+        assert f"error: lm_infinite_t={t}: t={t}: not on the table's grid" in capsys.readouterr().err
 
 
 def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, monkeypatch, capsys) -> None:
