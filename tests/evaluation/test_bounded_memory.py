@@ -56,6 +56,16 @@ def tokens_of(length: int, rows: int = 2) -> torch.Tensor:
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(length))
 
 
+def test_what_goes_to_the_host_and_back_is_one_block_of_memory() -> None:
+    layer, states = HostLayer(capacity=9), torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
+    for new in (states, states[:, :, :1]):
+        keys, values = layer.update(new, -new)
+    assert torch.equal(keys, torch.cat((states, states[:, :, :1]), dim=2))
+    assert torch.equal(values, -keys)
+    assert keys.permute(2, 0, 1, 3).is_contiguous()
+    assert values.permute(2, 0, 1, 3).is_contiguous()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("on_host", [False, True])
 def test_chunks_through_a_growing_cache_are_one_forward(monkeypatch, family: str, on_host: bool) -> None:
