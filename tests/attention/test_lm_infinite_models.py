@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import pickle
 import sys
 from pathlib import Path
 
@@ -370,79 +369,3 @@ class TestWhatItCannot:
         apply_lm_infinite(model, 8, 2)
         with pytest.raises(ValueError, match="undo"):
             apply_lm_infinite(model, 8, 2)
-
-
-def test_another_attention_while_it_is_in_force_is_refused():
-    model = tiny_model("llama")
-    handle = apply_lm_infinite(model, 12, 3)
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match=r"^attn_implementation=sdpa: lm_infinite is in force"):
-        model(tokens(1, 4))
-    handle.undo()
-    model(tokens(1, 4))
-
-
-def test_an_earlier_handle_undoes_nothing_of_a_later_one():
-    model, ids = tiny_model("llama", dtype=torch.float64), tokens(1, 30)
-    first = apply_lm_infinite(model, 12, 3)
-    with torch.no_grad():
-        expected = model(ids).logits
-        first.undo()
-        apply_lm_infinite(model, 12, 3)
-        first.undo()
-        assert torch.equal(model(ids).logits, expected)
-
-
-def test_a_cache_that_would_give_wrong_numbers_is_refused():
-    model, ids = tiny_model("llama"), tokens(1, 8)
-    filled = model(ids, use_cache=True).past_key_values
-    other = apply_lm_infinite(model, 6, 2)
-    foreign = other.new_cache()
-    other.undo()
-    handle = apply_lm_infinite(model, 12, 3)
-    with pytest.raises(ValueError, match=r"^past_key_values=DynamicCache: it was filled without lm_infinite"):
-        model(ids, past_key_values=filled)
-    with pytest.raises(ValueError, match=r"^past_key_values=LambdaCache: made for n_local=6, n_global=2, not for 12"):
-        model(ids, past_key_values=foreign)
-    with pytest.raises(ValueError, match=r"^use_cache=False with past_key_values"):
-        model(ids, past_key_values=handle.new_cache(), use_cache=False)
-
-
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "llama"])
-def test_a_static_cache_is_refused_by_name(family):
-    model = tiny_model(family)
-    apply_lm_infinite(model, 12, 3)
-    with pytest.raises(ValueError, match=r"^past_key_values=StaticCache: lm_infinite works with a LambdaCache"):
-        model.generate(tokens(1, 4), max_new_tokens=4, cache_implementation="static")
-
-
-def test_a_cache_goes_on_outside_of_inference_mode():
-    model, ids = tiny_model("llama"), tokens(1, 30)
-    handle = apply_lm_infinite(model, 6, 2)
-    cache, again = handle.new_cache(), handle.new_cache()
-    with torch.inference_mode():
-        model(ids[:, :20], past_key_values=cache)
-    with torch.no_grad():
-        model(ids[:, :20], past_key_values=again)
-        for step in range(20, 30):
-            found, expected = (model(ids[:, step : step + 1], past_key_values=held).logits for held in (cache, again))
-            assert torch.equal(found, expected)
-
-
-def test_under_autocast_keys_are_of_the_dtype_of_values():
-    model, ids = tiny_model("llama"), tokens(2, 30)
-    handle = apply_lm_infinite(model, 12, 3)
-    with torch.no_grad():
-        expected = model(ids).logits
-        with torch.autocast("cpu", torch.bfloat16):
-            cache = handle.new_cache()
-            pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([20, 1, 9], dim=1)]
-    assert cache.layers[0].keys.dtype is torch.bfloat16
-    assert (torch.cat(pieces, dim=1).float() - expected).norm() < 0.03 * expected.norm()
-
-
-def test_a_model_can_be_pickled_while_it_is_in_force():
-    model, ids = tiny_model("llama"), tokens(1, 30)
-    apply_lm_infinite(model, 12, 3)
-    with torch.no_grad():
-        assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, model(ids).logits)
