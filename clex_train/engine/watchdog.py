@@ -74,7 +74,8 @@ class Watchdog:
     def __init__(self, timeout: float) -> None:
         """`timeout` in seconds: what a collective may wait."""
         self.limit = PATIENCE * timeout
-        self.interval = min(5.0, max(0.2, timeout / 20))
+        # Rank 0 reads every beat, hence more time for many ranks.
+        self.interval = min(max(0.2, timeout / 20), max(1.0, min(5.0, distributed.world_size() / 100)))
         self.heard: dict[int, Heard] = {}
         self._count, self._place, self._since = 0, None, time.monotonic()
         self._answered = time.monotonic()

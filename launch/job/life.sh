@@ -1,5 +1,6 @@
 # --- one life of the job: the same in every life, from the queue to the queue ------------------------------------------
 set -u -o pipefail
+START_SECONDS=600
 
 main() {
     life=${SLURM_RESTART_COUNT:-0}
@@ -8,18 +9,27 @@ main() {
         say "given up: launch.max_restarts=$max_restarts"
         exit 1
     fi
-    meet
-    train
-    say "training ended with exit code $code"
+    launch
+    if fell_at_the_start; then
+        say "that was before it got anywhere: launches it once more"
+        launch
+    fi
     if worth_another_life; then
         requeue
     fi
     exit "$code"
 }
 
+launch() {
+    launches=$((${launches:-0} + 1))
+    meet
+    train
+    say "training ended with exit code $code"
+}
+
 meet() { # The nodes may be others than in the last life: where the ranks meet is found anew.
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + life) % 10000))
+    MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + 2 * life + launches) % 10000))
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$ranks_per_node/" >"$submission/hostfile"
     export MASTER_ADDR MASTER_PORT
     export PYTHONPATH=$submission/code${PYTHONPATH:+:$PYTHONPATH}
@@ -29,7 +39,7 @@ meet() { # The nodes may be others than in the last life: where the ranks meet i
 }
 
 train() { # Sets `code` to what the training answered.
-    checkpoint_before=$(newest_checkpoint)
+    checkpoint_before=$(newest_checkpoint) started=$SECONDS
     srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${srun_options[@]}" \
         bash -c "$(declare -p prefix python submission ranks_per_node arguments); $(declare -f on_node task); on_node" &
     step=$!
@@ -83,13 +93,22 @@ newest_checkpoint() {
     cat "$run_dir/checkpoints/latest" 2>/dev/null
 }
 
+fell_at_the_start() { # SLURM repeats a signal that a node was slow to take, and by then may hit the next life.
+    case $code in 0 | 2 | 3 | 75) return 1 ;; esac
+    [[ ! $asked ]] && ! got_further && ((SECONDS - started < START_SECONDS)) && [[ $(state) = RUNNING ]]
+}
+
 worth_another_life() {
     [[ $(state) = RUNNING ]] || return 1
     case $code in
-    0 | 2 | 3) return 1 ;;                        # done; bad input; stopped to protect what it has
-    75) [[ $asked || ! -e $run_dir/stop ]] ;;     # stopped with a checkpoint, and not by a stop file of the user's
-    *) [[ $(newest_checkpoint) != "$checkpoint_before" ]] ;; # a crash: again if this life got further
+    0 | 2 | 3) return 1 ;;                    # done; bad input; stopped to protect what it has
+    75) [[ $asked || ! -e $run_dir/stop ]] ;; # stopped with a checkpoint, and not by a stop file of the user's
+    *) got_further ;;                         # a crash: again if this life wrote a checkpoint
     esac
+}
+
+got_further() {
+    [[ $(newest_checkpoint) != "$checkpoint_before" ]]
 }
 
 state() { # A job that was cancelled is COMPLETING by now, and stays cancelled.

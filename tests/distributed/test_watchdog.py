@@ -16,10 +16,10 @@ SCRIPT = Path(__file__).with_name("watched_ranks.py")
 TIMEOUT = 6.0
 
 
-def pair(fault: str, rank: int) -> tuple[subprocess.Popen, subprocess.Popen]:
+def pair(fault: str, rank: int, timeout: float = TIMEOUT) -> tuple[subprocess.Popen, subprocess.Popen]:
     """Both ranks, without a launcher that would end one with the other."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(SCRIPT), fault, str(rank), str(TIMEOUT)]
+    command = [sys.executable, str(SCRIPT), fault, str(rank), str(timeout)]
     first, second = (
         subprocess.Popen(
             command,
@@ -60,6 +60,17 @@ def test_the_other_rank_ends_and_names_it(fault, rank, words):
             if process.poll() is None:
                 os.kill(process.pid, signal.SIGKILL)
                 process.communicate()
+
+
+def test_a_rank_that_lost_another_ends_before_slurm_repeats_its_signal():
+    """At the default `engine.timeout`; SLURM gives a node ten seconds (`MessageTimeout`) to end a task."""
+    other, culprit = pair("killed", 1, timeout=1800.0)
+    culprit.communicate(timeout=60)
+    died = time.monotonic()
+    _, errors = other.communicate(timeout=60)
+    assert time.monotonic() - died < 10
+    assert other.returncode == RankLost.exit_code
+    assert "rank 1 is gone" in errors
 
 
 def test_ranks_that_end_well_are_not_missed():

@@ -15,6 +15,8 @@ BASE = ("+experiment=tiny_base", "data.path=store")
 COMMANDS = {
     "srun": """
 printf '%s\\n' "$@" >"$LAB/srun_arguments"
+echo "$MASTER_PORT" >>"$LAB/launches"
+[ -z "$FALLS" ] || [ "$(wc -l <"$LAB/launches")" -le "$FALLS" ] || SRUN_ANSWERS=0 RANK_ANSWERS=
 [ -z "$RANK_ANSWERS" ] || echo "$RANK_ANSWERS" >"$CLEX_TRAIN_EXIT_CODE"
 [ -z "$LINGERS" ] || exec sleep 50
 [ -z "$CHECKPOINT" ] || { mkdir -p "$LAB/run/checkpoints"; echo "$CHECKPOINT" >"$LAB/run/checkpoints/latest"; }
@@ -67,6 +69,7 @@ class Lab:
             "STOP_FILE": "",
             "NO_FINAL": "",
             "LINGERS": "",
+            "FALLS": "",
             "JOB_STATE": "RUNNING",
         }
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "LAB": str(self.folder)}

@@ -61,9 +61,35 @@ def test_an_srun_that_outlives_its_ranks_is_ended_and_their_answer_counts(lab):
     assert time.monotonic() - start < 40
 
 
+@pytest.mark.parametrize(
+    ("facts", "launches", "code"),
+    [
+        ({"SRUN_ANSWERS": "143", "FALLS": "1"}, 2, 0),
+        ({"SRUN_ANSWERS": "1", "RANK_ANSWERS": "4", "FALLS": "1"}, 2, 0),
+        ({"SRUN_ANSWERS": "1"}, 2, 1),
+        ({"SRUN_ANSWERS": "143", "JOB_STATE": "COMPLETING"}, 1, 143),
+        ({"SRUN_ANSWERS": "1", "RANK_ANSWERS": "2"}, 1, 2),
+        ({"SRUN_ANSWERS": "143", "SIGNAL": "TERM"}, 1, 143),
+    ],
+    ids=["signalled", "a rank lost", "a bug", "cancelled", "bad input", "asked to stop"],
+)
+def test_a_training_that_falls_at_the_start_is_launched_once_more(lab, facts, launches, code):
+    done = lab.life(lab.script(), **facts)
+    assert done.returncode == code, done.stdout + done.stderr
+    ports = (lab.folder / "launches").read_text().split()
+    assert len(set(ports)) == len(ports) == launches
+    assert not lab.was_requeued
+
+
+def test_a_training_that_falls_after_a_while_is_not_launched_again(lab):
+    done = lab.life(lab.script().replace("START_SECONDS=600", "START_SECONDS=0"), SRUN_ANSWERS="1")
+    assert done.returncode == 1
+    assert len((lab.folder / "launches").read_text().split()) == 1
+
+
 def test_ranks_meet_at_the_first_host_and_every_life_at_another_port(lab):
     script = lab.script("launch.ranks_per_node=4", "launch.gpus_per_node=4").replace(
-        "\nmain\n", "\nlife=$SLURM_RESTART_COUNT; meet; echo $MASTER_ADDR $MASTER_PORT\n"
+        "\nmain\n", "\nlife=$SLURM_RESTART_COUNT launches=1; meet; echo $MASTER_ADDR $MASTER_PORT\n"
     )
     ports = set()
     for count in range(3):

@@ -99,14 +99,15 @@ class Jobs:
                 found[int(entry.name)] = line
         return found
 
+    def ranks(self, name: str) -> dict[str, int]:
+        """The training processes of a run: {`RANK=0`: process, ...}."""
+        programs = [pid for pid, line in self.processes(name).items() if "/code/train.py" in line]
+        variables = {pid: _read(Path(f"/proc/{pid}/environ")).split() for pid in programs}
+        return {word: pid for pid, words in variables.items() for word in words if word.startswith("RANK=")}
+
     def kill_rank(self, name: str, rank: int) -> None:
         """kill -9 of one training process."""
-        (pid,) = (
-            pid
-            for pid, line in self.processes(name).items()
-            if "/code/train.py" in line and f"RANK={rank}" in _read(Path(f"/proc/{pid}/environ")).split()
-        )
-        os.kill(pid, signal.SIGKILL)
+        os.kill(self.ranks(name)[f"RANK={rank}"], signal.SIGKILL)
 
     def _metrics(self, name: str) -> list[dict[str, object]]:
         """The lines of steps; saves and evaluations have lines of their own."""

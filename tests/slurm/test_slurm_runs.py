@@ -19,8 +19,11 @@ def uninterrupted(jobs):
 
 
 def test_a_run_that_is_stopped_three_times_reads_every_row_once_and_ends_with_the_same_bits(jobs, uninterrupted):
-    """Each time it saves, goes back into the queue and resumes by itself."""
+    """Each time it saves, is requeued and resumes by itself. Before that, a stray signal ends its first launch."""
     job = jobs.submit("stopped", "launch.max_restarts=3")
+    wait_for(lambda: jobs.ranks("stopped"), 60, f"the first ranks\n{jobs.log('stopped')}")
+    jobs.cluster.run("scancel", "--signal=KILL", f"{job}.0")
+    wait_for(lambda: "once more" in jobs.log("stopped"), 60, f"the second launch\n{jobs.log('stopped')}")
     for life, (step, signal) in enumerate([(20, "USR1"), (50, "TERM"), (80, "USR1")], 1):
         jobs.wait_for_step(job, "stopped", step)
         jobs.cluster.run("scancel", "--batch", f"--signal={signal}", job)
