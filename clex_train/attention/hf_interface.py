@@ -201,8 +201,9 @@ class _Layer:
         if mask is not None and mask.dim() != 2:
             raise ValueError(f"attention_mask of {mask.dim()} dimensions: {NAME} takes [rows, tokens]")
         self.cache = cache.layers[self.module.layer_idx] if isinstance(cache, LambdaCache) else None
-        if self.cache is not None and mask is not None:
-            self.cache.incoming = mask[:, -call["hidden_states"].shape[1] :]
+        if self.cache is not None:
+            num_rows, num_new = call["hidden_states"].shape[:2]
+            self.cache.expect(num_rows, None if mask is None else mask[:, -num_new:])
         return (), call
 
     def forward(self, hidden_states: Float[Tensor, "B S E"], **call: Any) -> tuple[Float[Tensor, "B S E"], None]:

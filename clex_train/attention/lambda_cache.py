@@ -46,8 +46,8 @@ class LambdaCacheLayer(CacheLayerMixin):
         self.num_padding: Tensor | None = None
         """int64 [B], padding seen so far; None for none."""
         self.start: KeyValues | None = None
-        self.incoming: Tensor | None = None
-        """bool [B, S], False at padding: set by the attention before `update`; None when all are tokens."""
+        self._is_expected = False
+        self._incoming: Tensor | None = None
         self._filled = 0
         self._most_padding = 0
         self._first_slot: int | None = None
@@ -71,16 +71,35 @@ class LambdaCacheLayer(CacheLayerMixin):
             )
         self.is_initialized = True
 
+    def expect(self, num_rows: int, valid: Bool[Tensor, "B S"] | None) -> None:
+        """Announce an `update` by Lambda attention: its rows, and which of its tokens are no padding (None: all).
+
+        `ValueError` for another number of rows than is held.
+        """
+        if self.is_initialized and num_rows != len(self._window.keys):
+            raise ValueError(
+                f"past_key_values=LambdaCache: filled with {len(self._window.keys)} rows, not with {num_rows}; take "
+                "new_cache(), or change its rows by batch_repeat_interleave or batch_select_indices"
+            )
+        self._is_expected, self._incoming = True, valid
+
     def update(
         self, key_states: Float[Tensor, "B K S D"], value_states: Float[Tensor, "B K S V"], *args: Any, **kwargs: Any
     ) -> tuple[Float[Tensor, "B K T D"], Float[Tensor, "B K T V"]]:
         """Take in new tokens; return all unrotated keys and values that the window of one of them reaches.
 
-        Padding among them is moved to the front of the row. Start tokens are in `start`.
+        Padding among them is moved to the front of the row. Start tokens are in `start`. `ValueError` for a call that
+        was not expected: another attention than Lambda attention would take the window for all keys.
         """
+        if not self._is_expected:
+            raise ValueError(
+                "past_key_values=LambdaCache: lm_infinite is not in force on this model (undo() ends it), whose "
+                "attention needs all keys; leave the cache out, or call apply_lm_infinite first"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new, valid, self.incoming = KeyValues(key_states, value_states), self.incoming, None
+        new, valid = KeyValues(key_states, value_states), self._incoming
+        self._is_expected, self._incoming = False, None
         if valid is not None and bool(valid.all()):
             valid = None
         num_new, capacity = key_states.shape[2], self._window.keys.shape[2]
@@ -128,8 +147,8 @@ class LambdaCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget the stream."""
         self.keys = self.values = None  # type: ignore[assignment]
-        self.start = self.num_padding = self.incoming = None
-        self.is_initialized = False
+        self.start = self.num_padding = self._incoming = None
+        self.is_initialized = self._is_expected = False
         self._filled = self.num_tokens = self._most_padding = self._num_rotated = 0
         self._rotated = self._first_slot = None
 

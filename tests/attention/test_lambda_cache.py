@@ -34,7 +34,7 @@ def streamed(query, keys, values, pieces, n_local, n_global, block_len, valid) -
     scheme = Scheme(n_local, PlainRotation(WIDTH), SoftmaxRule(WIDTH**-0.5), block_len)
     for size in pieces:
         piece, seen = slice(seen, seen + size), seen + size
-        layer.incoming = valid[:, piece]
+        layer.expect(len(keys), valid[:, piece])
         window = KeyValues(*layer.update(keys[:, :, piece], values[:, :, piece]))
         order = order_to_front(valid[:, piece])
         output = lambda_attention(take(query[:, :, piece], order), window, layer.start, layer.stream, scheme)

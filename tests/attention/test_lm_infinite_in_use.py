@@ -49,6 +49,41 @@ def test_a_cache_that_would_give_wrong_numbers_is_refused():
         model(ids, past_key_values=handle.new_cache(), use_cache=False)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon"])
+def test_a_constant_cache_after_undo_is_refused_and_goes_on_when_it_is_in_force_again(family):
+    model, ids = tiny_model(family), tokens(1, 12)
+    handle = apply_lm_infinite(model, 6, 2)
+    cache, empty = handle.new_cache(), handle.new_cache()
+    with torch.no_grad():
+        expected = model(ids).logits
+        model(ids[:, :8], past_key_values=cache, use_cache=True)
+        handle.undo()
+        for held in (cache, empty):
+            with pytest.raises(ValueError, match=r"^past_key_values=LambdaCache: lm_infinite is not in force"):
+                model(ids[:, 8:9], past_key_values=held, use_cache=True)
+        apply_lm_infinite(model, 6, 2)
+        found = model(ids[:, 8:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(found, expected[:, 8:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("held", "new"), [(2, 1), (1, 2), (2, 3)])
+def test_a_constant_cache_of_other_rows_is_refused_before_it_changes(held, new):
+    model, ids = tiny_model("llama"), tokens(3, 12)
+    handle = apply_lm_infinite(model, 6, 2)
+    cache, mask = handle.new_cache(), torch.ones(new, 9, dtype=torch.int64)
+    mask[-1, 0] = 0
+    with torch.no_grad():
+        expected = model(ids[:held]).logits
+        model(ids[:held, :8], past_key_values=cache)
+        for padding in (None, mask):
+            with pytest.raises(
+                ValueError, match=rf"^past_key_values=LambdaCache: filled with {held} rows, not with {new}"
+            ):
+                model(ids[:new, 8:9], past_key_values=cache, attention_mask=padding)
+        found = model(ids[:held, 8:], past_key_values=cache).logits
+    torch.testing.assert_close(found, expected[:, 8:], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "llama"])
 def test_a_static_cache_is_refused_by_name(family):
     model = tiny_model(family)
