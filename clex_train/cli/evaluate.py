@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from clex_train import architectures, distributed, log, modeling
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console
-from clex_train.cli.loading import LoadingConfig, Source, check, load, locate, printed_at_least, run_config
+from clex_train.cli.loading import LoadingConfig, Source, check, keep, load, locate, run_config
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_tokenizer
@@ -33,7 +34,7 @@ from clex_train.evaluation import methods, origin, room, runner, streaming
 from clex_train.evaluation.protocols import Reading, readings
 from clex_train.evaluation.report.table import from_results
 from clex_train.evaluation.report.text import console as console_table
-from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, place, write
+from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
 from clex_train.evaluation.retrieval import console as retrieval_console
 from clex_train.evaluation.retrieval import plan as retrieval_plan
 from clex_train.evaluation.retrieval import runner as retrieval
@@ -147,12 +148,7 @@ def finish(asked: EvaluateConfig, plan: Plan, results: Results, origin: Origin) 
     if distributed.is_main():
         perplexities = [console_table(from_results(results, origin))] if results.scores else []
         text = "\n\n".join([*perplexities, *([retrieval_console.console(results.tasks)] if results.tasks else [])])
-        output = plan.output if asked.output else place(plan.output, origin)
-        if output != plan.output:
-            logger.info("%s holds another evaluation and stays; this one goes beside it: %s", plan.output, output)
-        with printed_at_least(output, text):
-            write(output, results, origin)
-        console.say(f"{text}\n\nwritten to {output}")
+        keep(asked, plan.output, origin, text, partial(write, results=results, origin=origin))
 
 
 def parse(arguments: list[str]) -> EvaluateConfig:

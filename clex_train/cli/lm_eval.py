@@ -6,6 +6,7 @@
     deepspeed --module clex_train.cli.lm_eval run=runs/llama2_70b_clex tasks=[longbench] sharded=true
 
 Needs `pip install -r requirements-eval.txt`. Writes `evaluation/lm_eval/<label>.json` in the run folder (or `output`).
+What that file holds of other weights, tasks or settings stays: the new one is `<label>_2.json` then.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,14 @@ from clex_train.architectures import t_max_of_field
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console, loading
 from clex_train.cli.loading import LoadingConfig, Source
-from clex_train.evaluation import harness, origin
-from clex_train.evaluation.results import write_whole
-from clex_train.modeling import LoadedModel
+from clex_train.evaluation import harness
+from clex_train.evaluation import origin as origins
+from clex_train.evaluation.results import FORMAT, Origin, write_whole
 from clex_train.settings.bounds import require
 
-FORMAT = 1
 KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples")
+TASK_FILES = ("**/*.yaml", "**/*.py", "**/*.json", "**/*.jsonl")
+"""Tasks of one's own and, where they lie beside them, their data."""
 
 
 @dataclass
@@ -67,11 +70,10 @@ def main() -> None:
     loaded, dtype = loading.load(asked, source.model)
     results = harness.evaluate(loaded, tasks, max_length, asked.batch_size, asked.limit, asked.num_fewshot)
     if distributed.is_main():
-        file = Path(asked.output) if asked.output else source.output.parent / "lm_eval" / source.output.name
-        text = table(results)
-        with loading.printed_at_least(file, text):
-            write(file, results, facts(source, loaded, dtype, max_length))
-        console.say(f"{text}\n\nwritten to {file}")
+        file = source.output if asked.output else source.output.parent / "lm_eval" / source.output.name
+        found = facts(asked, source, tasks, dtype, max_length)
+        how = loaded.table.method if loaded.table is not None else "none"
+        loading.keep(asked, file, found, table(results), partial(write, results=results, origin=found, frequencies=how))
 
 
 def check(asked: LmEvalConfig) -> None:
@@ -105,28 +107,39 @@ def longest(asked: LmEvalConfig, source: Source) -> int:
     return chosen
 
 
-def facts(source: Source, loaded: LoadedModel, dtype: torch.dtype, max_length: int) -> dict[str, Any]:
-    """Where the numbers come from."""
-    path = Path(str(source.model.path))
-    return {
-        "label": source.label,
-        "command": origin.command(),
-        "model": {"path": str(path), "hash": origin.weights_hash(path), "revision": source.model.revision},
-        "environment": origin.environment(dtype),
-        "context_len": source.context_len,
-        "frequencies": loaded.table.method if loaded.table is not None else "none",
-        "max_length": max_length,
-    }
+def facts(asked: LmEvalConfig, source: Source, tasks: harness.Tasks, dtype: torch.dtype, max_length: int) -> Origin:
+    """Where the numbers come from; data that tasks fetch are known by the tasks' names alone."""
+    path, environment, data = Path(str(source.model.path)), origins.environment(dtype), {}
+    if asked.include:
+        data = {"path": asked.include, "fingerprint": origins.files_hash(Path(asked.include), TASK_FILES)}
+    shaping = {key: getattr(asked, key) for key in ("lengths", "batch_size", "num_fewshot", "limit")}
+    return Origin(
+        label=source.label,
+        command=origins.command(),
+        model={"path": str(path), "hash": origins.weights_hash(path), "revision": source.model.revision},
+        data=data,
+        environment=environment,
+        request={
+            "tasks": sorted(tasks.names),
+            **shaping,
+            "max_length": max_length,
+            "context_len": source.context_len,
+            "dtype": environment["dtype"],
+        },
+    )
 
 
-def write(file: Path, results: dict[str, Any], origin_: dict[str, Any]) -> None:
+def write(file: Path, results: dict[str, Any], origin: Origin, frequencies: str) -> None:
     """The metrics by key, and the harness's own account of tasks, versions and examples, as JSON."""
-    kept = {
-        key: results[key]
-        for key in ("results", "groups", "configs", "versions", "n-shot", "n-samples")
-        if key in results
+    content = {
+        "format": FORMAT,
+        **vars(origin),
+        "context_len": origin.request["context_len"],
+        "frequencies": frequencies,
+        "max_length": origin.request["max_length"],
+        "metrics": harness.metrics(results),
+        "lm_eval": {key: results[key] for key in KEPT if key in results},
     }
-    content = {"format": FORMAT, **origin_, "metrics": harness.metrics(results), "lm_eval": kept}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(content, indent=1, default=str) + "\n")
 

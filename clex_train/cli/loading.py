@@ -7,7 +7,7 @@ that every rank has to run the same number of forwards. `offload_parameters=true
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from clex_train import architectures, distributed, modeling
+from clex_train import architectures, distributed, log, modeling
 from clex_train.cli import console
 from clex_train.config import Config
 from clex_train.engine import deepspeed
+from clex_train.evaluation.results import Origin, place
 from clex_train.faults import RunStopped, first_line
 from clex_train.modeling import LoadedModel
 from clex_train.settings.attention import AttentionImplementation
@@ -28,6 +29,8 @@ from clex_train.settings.model import ModelConfig
 
 LONGEST_NAME = 255
 """Bytes of a file's name that file systems take."""
+
+logger = log.get(__name__)
 
 
 @dataclass
@@ -129,6 +132,20 @@ def require_writable(output: Path) -> None:
     there = next(folder for folder in output.absolute().parents if folder.exists())
     require(there.is_dir(), "output", output, f"{there} is a file, not a folder; name another place")
     require(os.access(there, os.W_OK | os.X_OK), "output", output, f"{there} is read-only; name another place")
+
+
+def keep(asked: LoadingConfig, wished: Path, origin: Origin, text: str, write: Callable[[Path], None]) -> None:
+    """Have `write` make the file of an evaluation and print `text`, its tables.
+
+    A file at `wished` is replaced if this evaluation repeats it or `output` names it; otherwise it stays, and the new
+    one goes beside it. `RunStopped` if it cannot be written.
+    """
+    output = wished if asked.output else place(wished, origin)
+    if output != wished:
+        logger.info("%s holds another evaluation and stays; this one goes beside it: %s", wished, output)
+    with printed_at_least(output, text):
+        write(output)
+    console.say(f"{text}\n\nwritten to {output}")
 
 
 @contextmanager

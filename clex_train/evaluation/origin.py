@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,13 @@ def environment(dtype: torch.dtype) -> dict[str, Any]:
 
 def weights_hash(directory: Path) -> str | None:
     """16 hex digits over names and contents of a model directory's weights and settings; None for a hub name."""
-    if not directory.is_dir():
-        return None
+    return files_hash(directory, WEIGHT_FILES) if directory.is_dir() else None
+
+
+def files_hash(directory: Path, patterns: Iterable[str]) -> str:
+    """16 hex digits over names and contents of a directory's files of these patterns."""
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(found for pattern in WEIGHT_FILES for found in directory.glob(pattern)):
+    for path in sorted(found for pattern in patterns for found in directory.glob(pattern)):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(BLOCK):

@@ -196,26 +196,33 @@ def place(wished: Path, origin: Origin) -> Path:
 
 def _is_repeated(path: Path, origin: Origin) -> bool:
     try:
-        return origin.repeats(read(path)[1])
-    except ValueError:
+        return origin.repeats(_origin(_content(path)))
+    except (ValueError, KeyError):
         return False
 
 
 def read(path: Path) -> tuple[Results, Origin]:
     """The inverse of `write`; `ValueError` names a file that is missing or is no evaluation."""
+    content = _content(path)
+    try:
+        return _results(content), _origin(content)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged or of another version ({error}); evaluate anew") from error
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as an evaluation ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: not an evaluation of format {FORMAT}; write it anew with clex_train.cli.evaluate")
-    try:
-        return _results(content), Origin(
-            **{key: content[key] for key in ("label", "command", "model", "data", "environment")},
-            request=content.get("request", {}),
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged or of another version ({error}); evaluate anew") from error
+    return content
+
+
+def _origin(content: Mapping[str, Any]) -> Origin:
+    given = {key: content[key] for key in ("label", "command", "model", "data", "environment")}
+    return Origin(**given, request=content.get("request", {}))
 
 
 def _results(content: Mapping[str, Any]) -> Results:

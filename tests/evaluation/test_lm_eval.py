@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from importlib import util
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -136,6 +137,31 @@ def test_generation_crosses_a_step_of_t_as_the_model_does_by_itself(place, tmp_p
     content = json.loads((tmp_path / "runs" / "mine" / "evaluation" / "lm_eval" / "mine.json").read_text())
     assert content["metrics"]["lm_eval/continued_numbers/exact_match"] == 1.0
     assert "lm_eval/continued_numbers/exact_match" in capsys.readouterr().out
+
+
+@needs_harness
+def test_running_again_replaces_a_repetition_and_keeps_everything_else(place, tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.chdir(tmp_path)
+    copytree(place / "model", tmp_path / "other")
+    (tmp_path / "other" / "note.bin").write_text("other weights than the model's")
+    write_task(tmp_path / "tasks", LIKELIHOOD, [[7, 5], [11], [80, 3, 9]])
+
+    def run(*arguments: str, model: Path = place / "model", tasks: str = "next_number") -> list[str]:
+        keys = ["include=tasks", "precision=fp32", "label=mine", *arguments]
+        with caplog.at_level("INFO", logger="clex_train"):
+            assert call(monkeypatch, f"model={model}", f"tasks=[{tasks}]", *keys) == 0
+        return sorted(path.name for path in (tmp_path / "runs" / "mine" / "evaluation" / "lm_eval").iterdir())
+
+    assert run() == ["mine.json"]
+    assert run(tasks="next_*") == ["mine.json"], "the same task by a pattern"
+    assert "beside it" not in caplog.text
+    assert run("limit=2") == ["mine.json", "mine_2.json"]
+    assert "mine.json holds another evaluation and stays; this one goes beside it: " in caplog.text
+    assert run(model=tmp_path / "other") == ["mine.json", "mine_2.json", "mine_3.json"]
+    write_task(tmp_path / "tasks", LIKELIHOOD, [[7, 5], [12], [80, 3, 9]])
+    assert run() == ["mine.json", "mine_2.json", "mine_3.json", "mine_4.json"]
+    assert run("limit=2", "output=runs/mine/evaluation/lm_eval/mine.json") == run()[:4]
+    assert json.loads((tmp_path / "runs/mine/evaluation/lm_eval/mine.json").read_text())["request"]["limit"] == 2
 
 
 @needs_harness
