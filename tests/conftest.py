@@ -8,9 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# The same examples in every run, and none is timed: another process may have the core for a while.
+# `pytest --hypothesis-profile=default` draws others.
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 # Shapes are types in the mathematics; they are checked here and cost nothing in a run.
 install_import_hook(["clex_train.scaling", "clex_train.rope", "clex_train.attention"], "typechecking.check")

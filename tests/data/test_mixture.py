@@ -43,7 +43,7 @@ def test_shares_hold_on_both_sides_of_a_change_of_weights() -> None:
     assert np.abs(error).max() <= 5, "rows of 1,000, in windows before, across and after the change"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.one_of(st.integers(0, 100), st.floats(0, 1)), min_size=1, max_size=20).filter(any),
     st.integers(0, 10**9),
@@ -90,7 +90,7 @@ def test_far_rows_cost_no_more_than_near_ones() -> None:
     assert time.process_time() - start < 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sets(st.integers(0, 200), max_size=90))
 def test_skipping_leaves_the_other_rows_and_their_indices(skipped: set[int]) -> None:
     ranges = [(n, n + 1) for n in sorted(skipped)]

@@ -37,7 +37,7 @@ hashes = st.one_of(st.integers(0, 30), st.integers(0, 3).map(lambda i: (1 << 63)
 shards = st.lists(st.lists(hashes, min_size=1, max_size=12), max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(train=shards, held_out=shards, chunk=st.integers(1, 20))
 def test_the_overlap_is_that_of_python_sets(
     tmp_path_factory: pytest.TempPathFactory, train: list[list[int]], held_out: list[list[int]], chunk: int

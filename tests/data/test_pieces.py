@@ -51,7 +51,7 @@ def slow_best_fit(lengths: list[int], capacity: int) -> list[int]:
     return rooms
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 40), st.lists(st.integers(1, 40), max_size=80))
 def test_grouped_best_fit_fills_bins_as_the_plain_loop_does(capacity: int, lengths: list[int]) -> None:
     items = sorted((min(n, capacity) for n in lengths), reverse=True)

@@ -20,7 +20,7 @@ def row(lengths, padding=0, index=0):
 layouts = st.tuples(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(0, 9))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(layouts, st.integers(2, 6), st.sampled_from([joined, separated]))
 def test_parts_hold_every_token_once_and_predict_the_next_one_of_the_row(layout, count, collate_rows):
     rows = [row(*layout, index=4), row([sum(layout[0]) + layout[1]], index=9)]

@@ -81,7 +81,7 @@ def test_spans_beyond_the_end_are_refused(sharded: Path) -> None:
             store.tokens(start, stop)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(documents=st.lists(st.lists(st.integers(0, 70_000), max_size=20), min_size=1, max_size=12))
 def test_any_documents_come_back(tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]]) -> None:
     path = tmp_path_factory.mktemp("any") / "store"

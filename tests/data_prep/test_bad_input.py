@@ -190,7 +190,7 @@ def test_a_tokenizer_that_cannot_be_used_is_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     content=st.binary(max_size=400), suffix=st.sampled_from([".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet"])
 )
@@ -217,7 +217,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(records=st.lists(values, max_size=6))
 def test_random_json_gives_exactly_its_texts(tmp_path: Path, records: list[object]) -> None:
     path = tmp_path / "fuzz.jsonl"

@@ -56,7 +56,7 @@ def test_the_histogram_counts_every_document_and_token_once(tmp_path: Path) -> N
     assert longest.split() == ["longest:", "101", "tokens"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(lengths=st.lists(st.integers(0, 300), min_size=1, max_size=40), chunk=st.integers(1, 9))
 def test_the_sums_are_those_of_plain_python_however_the_tables_are_read(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], chunk: int

@@ -24,7 +24,7 @@ fragments = st.sampled_from(["\\", '"', "\n", "\x00", "é", "橋", "🌉", "a", 
 texts = st.lists(fragments, max_size=60).map("".join)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(text=texts, ascii_only=st.booleans(), block_bytes=st.integers(16, 50))
 @example(text="🌉" * 50, ascii_only=True, block_bytes=16)
 @example(text="\\" * 99, ascii_only=True, block_bytes=17)
@@ -33,7 +33,7 @@ def test_a_string_is_unescaped_alike_wherever_it_is_cut(text: str, ascii_only: b
     assert json_lines.unescape(memoryview(string), block_bytes) == text.encode()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(content=st.lists(st.sampled_from([b"\\", b"u", b"d83d", b"\\ude00", b"n", b'"', b"\xe9", b"a", b"\t"])))
 def test_a_string_that_is_no_json_never_comes_back(content: list[bytes]) -> None:
     """For every cut: either Python's text, or an error where Python has one (or gives half of a surrogate pair)."""
@@ -71,7 +71,7 @@ def test_what_the_fast_parser_refuses_and_python_takes_is_taken() -> None:
     assert found == {"text": "a", "b": 123456789012345678901234567890, "c": math.inf, "d": "\ud83d"}
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(text=texts, block_bytes=st.integers(1, 20))
 def test_blocks_of_a_text_are_whole_characters_and_all_of_it(text: str, block_bytes: int) -> None:
     found = list(utf8.blocks(text.encode(), block_bytes))

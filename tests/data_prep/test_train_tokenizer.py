@@ -38,7 +38,7 @@ def test_special_tokens_have_the_ids_that_the_tiny_models_expect(corpus: Path, t
     assert tokenizer.is_fast
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(max_size=200))
 def test_any_text_survives_encoding_and_decoding(tokenizer_dir: Path, text: str) -> None:
     tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))

@@ -262,7 +262,7 @@ def test_a_stride_beyond_the_lengths_matters_to_sliding_alone() -> None:
     assert reading_of(Protocol.one_shot, [16, 32]).scored.sum() == 30
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(chunk_len=st.integers(1, 200), batch_tokens=st.integers(1, 800), num_windows=st.integers(1, 2))
 def test_chunks_and_batches_do_not_change_any_protocol(
     results: Results, chunk_len: int, batch_tokens: int, num_windows: int

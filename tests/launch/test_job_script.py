@@ -40,7 +40,7 @@ def plain_run() -> Config:
     return composed(*BASE, "output_dir=run")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(value=text, other=text, values=st.lists(text, max_size=3))
 def test_site_values_reach_the_job_as_they_are_and_none_is_executed(tmp_path, plain_run, value, other, values):
     launch = LaunchConfig(

@@ -35,7 +35,7 @@ def draw(kind: str, num_tokens: int, context_len: int, t: float, seed: int, **op
     return draw_positions(kind, num_tokens, context_len, t, generator(seed, "test"), **options).numpy()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.sampled_from(KINDS), rows(), SCALES, SEEDS)
 def test_positions_start_at_0_rise_strictly_and_stay_below_t_times_l(
     kind: str, row: tuple[int, int], t: float, seed: int
@@ -49,7 +49,7 @@ def test_positions_start_at_0_rise_strictly_and_stay_below_t_times_l(
     assert positions[-1] < t * context_len
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.sampled_from(("random", "uniform")), rows(), SCALES, SEEDS)
 def test_random_and_uniform_lie_on_the_grid(kind: str, row: tuple[int, int], t: float, seed: int) -> None:
     num_tokens, context_len = row
@@ -59,14 +59,14 @@ def test_random_and_uniform_lie_on_the_grid(kind: str, row: tuple[int, int], t: 
     assert index[-1] <= math.floor(num_tokens * t) - 1
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.sampled_from(KINDS), st.integers(1, 200), SCALES, SEEDS)
 def test_rows_of_the_trained_length_take_whole_positions(kind: str, context_len: int, t: float, seed: int) -> None:
     positions = draw(kind, context_len, context_len, t, seed)
     assert np.array_equal(positions, np.round(positions))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.sampled_from(KINDS), rows(), SEEDS)
 def test_t_1_gives_the_plain_grid(kind: str, row: tuple[int, int], seed: int) -> None:
     num_tokens, context_len = row
@@ -76,7 +76,7 @@ def test_t_1_gives_the_plain_grid(kind: str, row: tuple[int, int], seed: int) ->
     np.testing.assert_allclose(draw(kind, num_tokens, context_len, 1.0, seed), expected, rtol=1e-15, atol=0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(rows(), SCALES, SEEDS)
 def test_random_ends_at_the_largest_grid_point(row: tuple[int, int], t: float, seed: int) -> None:
     num_tokens, context_len = row
@@ -85,7 +85,7 @@ def test_random_ends_at_the_largest_grid_point(row: tuple[int, int], t: float, s
         assert positions[-1] == (math.floor(num_tokens * t) - 1) * context_len / num_tokens
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(rows(), SCALES, SEEDS)
 def test_uniform_is_evenly_spaced_to_within_one_grid_step(row: tuple[int, int], t: float, seed: int) -> None:
     num_tokens, context_len = row
@@ -94,7 +94,7 @@ def test_uniform_is_evenly_spaced_to_within_one_grid_step(row: tuple[int, int], 
     assert (np.abs(positions - even) <= context_len / num_tokens * (1 + 1e-9)).all()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(rows(), SCALES, SEEDS, st.integers(2, 8))
 def test_skip_has_few_chunks_and_whole_gaps(row: tuple[int, int], t: float, seed: int, max_chunks: int) -> None:
     num_tokens, context_len = row
@@ -168,7 +168,7 @@ def test_log_uniform_t_gives_each_doubling_equal_weight_and_the_same_on_every_ca
     assert distance < 1.95 / math.sqrt(4000)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.floats(1, 64), SEEDS)
 def test_both_distributions_stay_in_range_and_rise_together(t_max: float, seed: int) -> None:
     uniform, logarithmic = (draw_t(seed, 3, t_max, name) for name in ("uniform", "log_uniform"))
@@ -186,7 +186,7 @@ def test_plain_counts_the_tokens_of_a_row_and_of_each_document() -> None:
     assert documents.tolist() == [[0, 1, 0, 1, 2]]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.sampled_from(KINDS), st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 96), SCALES, SEEDS)
 def test_each_document_of_a_row_restarts_and_spans_its_share(
     kind: str, lengths: list[int], context_len: int, t: float, seed: int

@@ -58,7 +58,7 @@ def test_whole_positions_give_the_same_bits_as_int64_and_as_float64() -> None:
         assert torch.equal(ours, other)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.floats(-1e6, 1e6), st.floats(1e-8, 10.0))
 def test_cos_and_sin_hold_for_any_position_and_frequency(position: float, theta: float) -> None:
     positions, inv_freq = torch.tensor([[position]], dtype=torch.float64), torch.tensor([theta], dtype=torch.float64)

@@ -40,7 +40,7 @@ def test_t_moves_with_the_first_token_beyond_a_multiple() -> None:
     assert [TABLE.least_upper_bound(n, 64).t for n in (65, 128, 129, 1024)] == [2.0, 2.0, 3.0, 16.0]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(1, 10**7), st.integers(1, 200_000), st.sampled_from([1.0, 0.5, 0.25, 0.1, 0.3]))
 def test_least_upper_bound_is_least_and_a_bound(num_tokens: int, context_len: int, step: float) -> None:
     table = FrequencyTable(scale_grid(50, step), BASE.expand(len(scale_grid(50, step)), -1))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_files import LLAMA, ORIGIN, add_to_file, make_run, outcome, relabelled, task_row
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.text import Text
 from PIL import Image
@@ -118,7 +118,6 @@ def test_twelve_methods_differ_in_look_and_their_names_do_not_touch() -> None:
     assert len({(s.color, s.marker, str(s.dashes)) for s in map(page.style, range(12))}) == 12
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=15), st.floats(0.01, 0.06))
 def test_names_move_as_little_as_keeps_them_apart(heights: list[float], distance: float) -> None:
     wanted = np.sort(np.array(heights))
