@@ -6,11 +6,11 @@ each one, so there is no scheduler state to save.
 
 import math
 import os
-import socket
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from clex_train import distributed, log
@@ -30,17 +30,16 @@ def open_process_group(engine: EngineConfig) -> None:
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    import deepspeed
-
+    backend, timeout = "nccl" if on_gpu else "gloo", timedelta(minutes=engine.timeout)
     if on_gpu:
         torch.cuda.set_device(distributed.device())
-    else:
+    if "RANK" not in os.environ:
+        _open_alone(backend, timeout)
+    import deepspeed
+
+    if not on_gpu:
         _leave_collectives_to_gloo()
-    deepspeed.init_distributed(
-        "nccl" if on_gpu else "gloo", timeout=timedelta(minutes=engine.timeout), verbose=False, auto_mpi_discovery=False
-    )
+    deepspeed.init_distributed(backend, timeout=timeout, verbose=False, auto_mpi_discovery=False)
 
 
 def precision(engine: EngineConfig) -> torch.dtype:
@@ -198,6 +197,13 @@ def has_stepped(engine: Any) -> bool:
     return math.isfinite(gradient_norm(engine))
 
 
+def _open_alone(backend: str, timeout: timedelta) -> None:
+    """A group of this rank alone, met at the port that the kernel gives: one that was found free may not stay so."""
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
 def _leave_collectives_to_gloo() -> None:
     """Strike the shared-memory all-reduce off DeepSpeed's own table of usable ops, which it reads when it connects.
 
@@ -243,9 +249,3 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]
         for g in ({"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0})
         if g["params"]
     ]
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

@@ -2,11 +2,12 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -59,13 +60,6 @@ class Launcher:
         """A metric of every step from metrics.jsonl, in order of steps."""
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
         return [row[key] for row in map(json.loads, lines) if key in row]
-
-
-def free_port() -> str:
-    """A port that nobody listens on, so that launches do not collide."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def environment() -> dict[str, str]:

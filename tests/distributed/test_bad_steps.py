@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed_runs import ROOT, environment, free_port
+from distributed_runs import ROOT, environment
+from ports import free_port
 
 
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed_runs import ROOT, environment, free_port
+from distributed_runs import ROOT, environment
+from ports import free_port
 from zero3_families import FAMILIES
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_runs import ROOT, environment, free_port
+from distributed_runs import ROOT, environment
+from ports import free_port
 from safetensors.torch import load_file
 from sharing_ranks import CASES, save_model
 from sharing_ranks import alone as by_one_process

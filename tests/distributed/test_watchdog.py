@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from distributed_runs import ROOT, environment, free_port
+from distributed_runs import ROOT, environment
+from ports import free_port
 
 from clex_train.faults import RankLost
 

@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from model_directories import save_clex_model, save_model, save_store, save_tokenizer
+from ports import free_port
 from sharded_loading import ARGUMENTS, arguments
 
 from clex_train.cli import console
@@ -24,12 +24,6 @@ def launch(*command: str) -> None:
     environment = {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def metrics(file: Path) -> dict[str, float]:

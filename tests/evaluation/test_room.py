@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -115,10 +114,7 @@ def test_ranks_that_share_weights_stop_because_the_others_wait(monkeypatch) -> N
 
 def test_ranks_agree_on_what_one_of_them_does_not_hold(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank_main, args=(port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_rank_main, args=(str(tmp_path),), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert [cell[2:] for cell in first["missing"]] == [[64, f"rank 1: {SAID}"]] * 4
@@ -126,10 +122,10 @@ def test_ranks_agree_on_what_one_of_them_does_not_hold(tmp_path: Path, monkeypat
     assert first["metrics"] == pytest.approx(expected, rel=1e-6)
 
 
-def _rank_main(rank: int, port: int, folder: str) -> None:
+def _rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     found = results_with_room_for(40 if rank == 1 else 64)
     content = {"metrics": found.metrics(), "missing": [list(vars(cell).values()) for cell in found.missing]}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(content))

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -138,10 +137,7 @@ def test_ranks_get_equal_batches_and_every_piece_counts_once(num_pieces: int, ba
 
 def test_two_ranks_give_the_numbers_of_one_with_equally_many_forwards_each(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank_main, args=(port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_rank_main, args=(str(tmp_path),), nprocs=2)
     expected = run().scores
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["bar"][0] == first["bar"][1] > 0
@@ -151,10 +147,10 @@ def test_two_ranks_give_the_numbers_of_one_with_equally_many_forwards_each(tmp_p
         assert theirs == pytest.approx(ours.window_nll, rel=1e-6)
 
 
-def _rank_main(rank: int, port: int, folder: str) -> None:
+def _rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     forwards = []
     torch.nn.modules.module.register_module_forward_hook(
         lambda module, args, out: forwards.append(1) if type(module).__name__ == "LlamaForCausalLM" else None

@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
 from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
+from ports import free_port
 
 from clex_train.evaluation.methods import tables
 from clex_train.evaluation.protocols import readings
@@ -21,10 +21,7 @@ from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 @pytest.mark.slow
 def test_sharded_weights_score_as_whole_ones_and_training_goes_on_unharmed(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank_main, args=(port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_rank_main, args=(free_port(), str(tmp_path)), nprocs=2)
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["sharded"] == found["whole"]
@@ -32,10 +29,10 @@ def test_sharded_weights_score_as_whole_ones_and_training_goes_on_unharmed(tmp_p
         assert found["trained"] != found["sharded"]
 
 
-def _rank_main(rank: int, port: int, folder: str) -> None:
+def _rank_main(rank: int, port: str, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    os.environ.update(MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_PORT=port, DS_ACCELERATOR="cpu")
     from clex_train.engine.deepspeed import open_process_group
 
     open_process_group(EngineConfig())

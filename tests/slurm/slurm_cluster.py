@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ports import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 CLIENT_TIMEOUT = 30.0
 
@@ -147,7 +149,7 @@ class Cluster:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-2000:]}" for path in (self.folder / "log").iterdir())
 
     def _configure(self) -> None:
-        ports = free_ports(1 + len(self.nodes))
+        ports = [free_port() for _ in range(1 + len(self.nodes))]
         hosts = [(name, f"127.0.{i}.1") for i, name in enumerate(self.nodes, 1)] if self.own_hosts else []
         rows = [
             NODE.format(
@@ -194,18 +196,6 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
         time.sleep(0.2)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def _processes() -> list[int]:

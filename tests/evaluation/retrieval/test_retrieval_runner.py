@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -179,10 +178,7 @@ def test_a_length_beyond_the_table_is_refused_before_any_forward(byte_tokenizer:
 
 def test_two_ranks_give_the_scores_of_one_with_equally_many_forwards_each(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank_main, args=(port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_rank_main, args=(str(tmp_path),), nprocs=2)
     expected = _half_right()
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["forwards"] == second["forwards"] > 0
@@ -206,10 +202,10 @@ def _half_right() -> list[TaskScore]:
     return run(model, [cell])
 
 
-def _rank_main(rank: int, port: int, folder: str) -> None:
+def _rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     forwards = []
     torch.nn.modules.module.register_module_forward_hook(
         lambda module, args, out: forwards.append(1) if type(module).__name__ == "CopyingLlama" else None
