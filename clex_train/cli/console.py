@@ -3,7 +3,7 @@
 0    done            1    a bug or a fault of the machine (with its traceback)
 2    the user's input cannot be used; one line says which key and what to do
 3    training was stopped to protect the run; one line says why and where the last checkpoint is;
-     of an evaluation: nothing that was asked for fitted into memory, or its file could not be written;
+     of an evaluation: nothing that was asked for fitted into memory, or its file could not be written, as of a report;
      of `data_prep decontaminate`: documents were found on both sides, and no store without them was asked for
 4    a rank died, froze or hangs; one line says which
 141  whoever read the output has gone, as `head` does: the code that a shell gives for SIGPIPE
@@ -18,13 +18,14 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from clex_train.faults import RankLost, RunStopped, StopRequested
+from clex_train.faults import RankLost, RunStopped, StopRequested, first_line
 
 FAULT = 1
 USER_ERROR = 2
@@ -86,6 +87,12 @@ def say(text: str) -> None:
         # What is still in the buffer would be tried again, and fail again, when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(READER_GONE) from None
+
+
+def unwritten(output: Path, error: OSError, remedy: str) -> RunStopped:
+    """The end of a program that could not write `output`, as on a full disk: names the file that the error is about."""
+    reason = error.strerror or first_line(error)
+    return RunStopped(f"output={error.filename or output}: cannot be written ({reason}); {remedy}")
 
 
 def _record(code: int) -> None:

@@ -20,7 +20,6 @@ from clex_train.cli import console
 from clex_train.config import Config
 from clex_train.engine import deepspeed
 from clex_train.evaluation.results import Origin, place
-from clex_train.faults import RunStopped, first_line
 from clex_train.modeling import LoadedModel
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import require
@@ -158,10 +157,10 @@ def printed_at_least(output: Path, text: str) -> Iterator[None]:
         yield
     except OSError as error:
         console.say(text)
-        raise RunStopped(
-            f"output={output}: cannot be written ({error.strerror or first_line(error)}); the results are printed "
-            f"above, keep them; for the file make room or name another place and evaluate again"
-        ) from error
+        remedy = (
+            "the results are printed above, keep them; for the file make room or name another place and evaluate again"
+        )
+        raise console.unwritten(output, error, remedy) from error
 
 
 def load(asked: LoadingConfig, model: ModelConfig) -> tuple[LoadedModel, torch.dtype]:

@@ -30,7 +30,10 @@ class ReportConfig:
 
 
 def main() -> None:
-    """Write the report of what the command line names; nothing is written if one cannot be used."""
+    """Write the report of what the command line names; nothing is written if one cannot be used.
+
+    `RunStopped` if a file cannot be written.
+    """
     named = [argument for argument in sys.argv[1:] if "=" not in argument]
     asked = arguments.parse(ReportConfig, [argument for argument in sys.argv[1:] if "=" in argument])
     require(len(named) > 0, "runs", named, "name one or more run folders or evaluation files")
@@ -38,7 +41,10 @@ def main() -> None:
     output = Path(asked.output) if asked.output else default_output(paths)
     require_folder(output)
     collected = evidence.collect(paths)
-    tables = write(collected, output, [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
+    try:
+        tables = write(collected, output, [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
+    except OSError as error:
+        raise console.unwritten(output, error, "make room or name another folder, and report again") from error
     console.say("\n\n".join([*filter(None, [tables]), f"written to {output / INDEX}"]))
 
 

@@ -176,15 +176,16 @@ def write(path: Path, results: Results, origin: Origin) -> None:
     write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: an `OSError`, as of a full disk, leaves what was there and no other."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: an `OSError`, as of a full disk, names it and leaves what was there."""
     temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             temporary.unlink()
+        error.filename = str(path)
         raise
 
 

@@ -254,13 +254,13 @@ def test_results_that_cannot_be_written_are_printed_and_what_was_there_is_kept(
     output = tmp_path / "x.json"
     output.write_text("earlier")
 
-    def fill_up(path: Path, text: str, **_: object) -> None:
-        with open(path, "w") as file:
-            file.write(text[:10])
+    def fill_up(path: Path, content: bytes) -> None:
+        with open(path, "wb") as file:
+            file.write(content[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     keys = [f"model={places['model']}", f"data={places['store']}", "lengths=[16]", "methods=[none]"]
-    monkeypatch.setattr(Path, "write_text", fill_up)
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
     assert call(monkeypatch, *keys, f"output={output}") == console.STOPPED
     printed = capsys.readouterr()
     assert "none" in printed.out

@@ -3,7 +3,6 @@
 import io
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from clex_train.evaluation.report.evidence import Evidence
 from clex_train.evaluation.report.figures import frequencies, per_position, perplexity, retrieval, training
@@ -29,12 +28,14 @@ def figures(evidence: Evidence) -> tuple[list[Figure], list[Absent]]:
     return [f for f in every if isinstance(f, Figure)], [f for f in every if isinstance(f, Absent)]
 
 
-def write_png(figure: Figure, path: Path) -> None:
+def png(figure: Figure) -> bytes:
     """The figure on white, with its title above: it will be seen without the page."""
+    buffer = io.BytesIO()
     with drawing(WIDE, figure.name):
         drawn = figure.draw(WIDE)
         drawn.suptitle(plain(figure.title, LONGEST_TITLE), x=0.01, ha="left", fontsize=13)
-        drawn.savefig(path)
+        drawn.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def svg(figure: Figure, size: str) -> str:

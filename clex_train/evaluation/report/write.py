@@ -18,6 +18,7 @@ from clex_train.evaluation.report.evidence import Evidence
 from clex_train.evaluation.report.figures.figure import Absent, Figure
 from clex_train.evaluation.report.sources import Source, of_evaluation, of_training
 from clex_train.evaluation.report.table import Curve, Table
+from clex_train.evaluation.results import write_whole
 
 INDEX, MARKDOWN, JSON = "index.html", "perplexity.md", "report.json"
 
@@ -25,23 +26,24 @@ INDEX, MARKDOWN, JSON = "index.html", "perplexity.md", "report.json"
 def write(evidence: Evidence, folder: Path, command: Sequence[str]) -> str:
     """Write the report into `folder` and return its tables for the console; `command` is what was called.
 
-    PNGs of figures that an earlier report in the folder had, and this one has not, are removed.
+    PNGs of figures that an earlier report in the folder had, and this one has not, are removed. An `OSError` names the
+    file that it is about, and that file stays as it was.
     """
     figures, absent = gallery.figures(evidence)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_former(folder, {figure.name for figure in figures})
     for figure in figures:
-        gallery.write_png(figure, folder / f"{figure.name}.png")
+        write_whole(folder / f"{figure.name}.png", gallery.png(figure))
     made = {
         "command": shlex.join(command),
         "git_commit": tracking.git_commit() or "not recorded",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     made_by = f"Written {made['date']} by {made['command']}, commit {made['git_commit']}."
-    (folder / MARKDOWN).write_text(text.markdown(evidence.tables), encoding="utf-8")
+    write_whole(folder / MARKDOWN, text.markdown(evidence.tables))
     content = as_json(evidence, figures, absent) | made
-    (folder / JSON).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / INDEX).write_text(page.page(evidence, figures, absent, made_by), encoding="utf-8")
+    write_whole(folder / JSON, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / INDEX, page.page(evidence, figures, absent, made_by))
     return "\n\n".join(text.console(table) for table in evidence.tables)
 
 
@@ -103,10 +105,11 @@ def _facts(source: Source) -> dict[str, str]:
 
 def _remove_former(folder: Path, kept: set[str]) -> None:
     """Only what an earlier report says that it wrote is removed."""
-    former = folder / JSON
-    if not former.is_file():
+    try:
+        former = json.loads((folder / JSON).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
         return
-    for figure in json.loads(former.read_text(encoding="utf-8")).get("figures", []):
+    for figure in former.get("figures", []):
         name = Path(str(figure.get("file"))).name
         if name.endswith(".png") and name.removesuffix(".png") not in kept:
             (folder / name).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """What the report program takes, and what it refuses in one line."""
 
+import errno
 import json
 import os
 import sys
@@ -165,6 +166,33 @@ def test_an_output_that_is_a_file_is_refused_in_one_line(runs, tmp_path, monkeyp
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("name", ["perplexity.png", "perplexity.md", "report.json", "index.html"])
+def test_a_file_that_cannot_be_written_is_named_in_one_line_and_kept(name, runs, tmp_path, monkeypatch, capsys) -> None:
+    out, replace = tmp_path / "out", Path.replace
+    assert call(monkeypatch, runs["base"], f"output={out}") == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def fill_up(path: Path, target: Path) -> Path:
+        if target.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fill_up)
+    capsys.readouterr()
+    assert call(monkeypatch, runs["base"], f"output={out}") == console.STOPPED
+    said = f"error: output={out / name}: cannot be written (No space left on device); make room or name another folder"
+    assert capsys.readouterr().err == f"{said}, and report again\n"
+    assert {path.name for path in out.iterdir()} == before.keys()
+    assert (out / name).read_bytes() == before[name]
+
+
+def test_a_folder_in_the_place_of_the_page_is_named_in_one_line(runs, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "out" / "index.html").mkdir(parents=True)
+    assert call(monkeypatch, runs["base"], f"output={tmp_path / 'out'}") == console.STOPPED
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: output={tmp_path / 'out' / 'index.html'}: cannot be written (Is a directory); ")
+
+
 def test_a_second_report_removes_the_figures_that_only_the_first_had(runs, tmp_path, monkeypatch) -> None:
     out = tmp_path / "out"
     assert call(monkeypatch, runs["clex"], f"output={out}") == 0
@@ -173,6 +201,8 @@ def test_a_second_report_removes_the_figures_that_only_the_first_had(runs, tmp_p
     assert call(monkeypatch, runs["base"], f"output={out}") == 0
     assert not (out / "frequencies.png").exists()
     assert (out / "mine.png").exists()
+    (out / "report.json").write_text("{")
+    assert call(monkeypatch, runs["base"], f"output={out}") == 0
 
 
 def test_every_row_and_figure_of_the_json_has_command_weights_data_commit_and_hardware(runs, tmp_path, monkeypatch):
