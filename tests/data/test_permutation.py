@@ -31,9 +31,9 @@ def test_any_size_and_seed_give_a_bijection(size: int, seed: int) -> None:
 @pytest.mark.parametrize("size", [10**9, 10**12 + 39, 2**62 + 1])
 def test_huge_sizes_give_distinct_images_in_range_and_in_no_time(size: int) -> None:
     image = permutation(size)
-    start = time.perf_counter()
+    start = time.process_time()
     images = [image(i) for i in range(2000)] + [image(size - 1 - i) for i in range(2000)]
-    assert time.perf_counter() - start < 2.0, "half a millisecond each would be far too slow"
+    assert time.process_time() - start < 2.0, "half a millisecond each would be far too slow"
     assert len(set(images)) == 4000
     assert min(images) >= 0
     assert max(images) < size

@@ -1,9 +1,11 @@
 """Whole runs through the real launcher: ranks do not change the curve, an interruption does not change a bit."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,9 +48,9 @@ def test_two_ranks_give_the_curve_of_one_rank(launcher, one_rank, two_ranks):
 def test_a_run_killed_in_the_middle_ends_with_the_same_bits(launcher, one_rank, two_ranks, name, ranks, micro_batch):
     overrides = (*CLEX, f"engine.micro_batch={micro_batch}")
     killed = f"{name}_killed"
-    _kill_after(launcher, ranks, killed, 12, overrides)
-    taken = len(launcher.figures(killed, "loss"))
-    assert 12 <= taken < 20, "the kill came in the middle"
+    # A machine with other work may be late to kill: then another run is.
+    while not _kill_after(launcher, ranks, killed, 12, overrides):
+        shutil.rmtree(launcher.folder / killed)
     done = launcher.run(ranks, killed, *overrides)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed step" in done.stderr
@@ -83,8 +85,8 @@ def test_a_finished_run_is_left_as_it_is(launcher, one_rank):
     assert launcher.figures("one", "loss") == before
 
 
-def _kill_after(launcher, ranks: int, name: str, steps: int, overrides: tuple[str, ...]) -> None:
-    """Start a run and kill -9 every process of it once its metrics show `steps` steps."""
+def _kill_after(launcher, ranks: int, name: str, steps: int, overrides: tuple[str, ...]) -> bool:
+    """Start a run and kill -9 every process of it once its metrics show `steps` steps; whether it had more to take."""
     process = subprocess.Popen(
         launcher.command(ranks, name, *overrides),
         cwd=ROOT,
@@ -94,13 +96,13 @@ def _kill_after(launcher, ranks: int, name: str, steps: int, overrides: tuple[st
         stderr=subprocess.DEVNULL,
     )
     metrics = Path(launcher.folder / name / "metrics.jsonl")
-    deadline = time.monotonic() + 200
     while not (metrics.exists() and metrics.read_text().count('"loss"') >= steps):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "no step was taken"
+        assert not process.poll(), "the run failed"
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    return len(launcher.figures(name, "loss")) < 20
 
 
 def _assert_same_model(a: Path, b: Path) -> None:

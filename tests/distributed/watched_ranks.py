@@ -36,11 +36,12 @@ def main(fault: str, rank: int, timeout: float) -> int:
     """Rank `rank` does what its fault says, the other one waits for it in a barrier."""
     # Two processes take as long to start as a busy machine makes them; what is timed begins when both are there.
     place, number = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), int(os.environ["RANK"])
-    store = dist.TCPStore(*place, 2, is_master=number == 0, timeout=timedelta(seconds=60))
+    store = dist.TCPStore(*place, 2, is_master=number == 0, timeout=timedelta(seconds=240))
     dist.init_process_group("gloo", store=store, rank=number, world_size=2, timeout=timedelta(seconds=timeout))
     try:
         with watching(timeout):
             if distributed.rank() == rank:
+                print("now", flush=True)
                 {"stuck": stuck_in_its_own_work, "stopped": stopped, "killed": killed, "none": lambda: None}[fault]()
             distributed.barrier()
     except RankLost as error:

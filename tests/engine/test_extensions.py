@@ -22,17 +22,16 @@ def _hold(path, ready, seconds, over=None):
             over.set()
 
 
-def test_a_killed_builder_leaves_nothing_that_others_wait_for(tmp_path):
+def test_a_killed_builder_leaves_nothing_that_others_wait_for(tmp_path, caplog):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
     builder = context.Process(target=_hold, args=(tmp_path / "op.flock", ready, 600))
     builder.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     os.kill(builder.pid, signal.SIGKILL)
     builder.join()
-    start = time.monotonic()
-    with extensions.exclusive(tmp_path / "op.flock", "op"):
-        assert time.monotonic() - start < 5
+    with caplog.at_level("INFO", logger="clex_train"), extensions.exclusive(tmp_path / "op.flock", "op"):
+        assert "waits while" not in caplog.text
 
 
 def test_a_second_process_waits_for_the_builder(tmp_path):
@@ -40,7 +39,7 @@ def test_a_second_process_waits_for_the_builder(tmp_path):
     ready, over = context.Event(), context.Event()
     builder = context.Process(target=_hold, args=(tmp_path / "op.flock", ready, 1.0, over))
     builder.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     with extensions.exclusive(tmp_path / "op.flock", "op"):
         assert over.is_set()
     builder.join()
@@ -80,6 +79,8 @@ def test_a_launch_goes_on_where_one_was_killed_in_the_middle_of_the_compiler(tmp
         assert time.monotonic() < deadline
         assert build.poll() is None, build.communicate()
         time.sleep(0.01)
+    # So that it has not compiled all before the other one has started.
+    os.killpg(build.pid, signal.SIGSTOP)
     waiting = start_build(source, folder)
     assert "waits while another one compiles small_op" in waiting.stderr.readline()
     os.killpg(build.pid, signal.SIGKILL)
