@@ -9,6 +9,9 @@ main() {
         say "given up: launch.max_restarts=$max_restarts"
         exit 1
     fi
+    asked= step=
+    trap 'say "the limit is near: asks the run to save and stop"; ask_to_stop' USR1
+    trap 'say "SIGTERM: asks the run to save and stop"; ask_to_stop' TERM
     launch
     if fell_at_the_start; then
         say "that was before it got anywhere: launches it once more"
@@ -44,9 +47,7 @@ train() { # Sets `code` to what the training answered.
         bash -c "$(declare -p prefix python submission ranks_per_node arguments); $(declare -f on_node task); on_node" &
     step=$!
     end_lingering_step &
-    asked=
-    trap 'say "the limit is near: asks the run to save and stop"; ask_to_stop' USR1
-    trap 'say "SIGTERM: asks the run to save and stop"; ask_to_stop' TERM
+    [[ ! $asked ]] || ask_to_stop # again, for then there was no step to ask
     await_step
     # Launchers answer 1 for whatever their ranks answered, and one that is killed may even answer 0.
     if [[ -s $CLEX_TRAIN_EXIT_CODE && $(<"$CLEX_TRAIN_EXIT_CODE") != 0 ]]; then

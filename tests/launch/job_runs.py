@@ -18,11 +18,12 @@ printf '%s\\n' "$@" >"$LAB/srun_arguments"
 echo "$MASTER_PORT" >>"$LAB/launches"
 [ -z "$FALLS" ] || [ "$(wc -l <"$LAB/launches")" -le "$FALLS" ] || SRUN_ANSWERS=0 RANK_ANSWERS=
 [ -z "$RANK_ANSWERS" ] || echo "$RANK_ANSWERS" >"$CLEX_TRAIN_EXIT_CODE"
-[ -z "$LINGERS" ] || exec sleep 50
+[ -z "$LINGERS" ] || exec sleep 3600
 [ -z "$CHECKPOINT" ] || { mkdir -p "$LAB/run/checkpoints"; echo "$CHECKPOINT" >"$LAB/run/checkpoints/latest"; }
 [ "$SRUN_ANSWERS" != 0 ] || [ -n "$NO_FINAL" ] || mkdir -p "$LAB/run/final"
 [ -z "$STOP_FILE" ] || touch "$LAB/run/stop"
-[ -z "$SIGNAL" ] || { kill -s "$SIGNAL" "$PPID"; while [ ! -e "$LAB/run/stop" ]; do sleep 0.02; done; }
+[ -z "$SIGNAL" ] || kill -s "$SIGNAL" "$PPID"
+[ -z "$SIGNAL$AWAITS_STOP" ] || while [ ! -e "$LAB/run/stop" ]; do sleep 0.02; done
 exit "$SRUN_ANSWERS"
 """,
     "scontrol": """
@@ -68,6 +69,7 @@ class Lab:
             "SIGNAL": "",
             "STOP_FILE": "",
             "NO_FINAL": "",
+            "AWAITS_STOP": "",
             "LINGERS": "",
             "FALLS": "",
             "JOB_STATE": "RUNNING",
