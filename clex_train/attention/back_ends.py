@@ -72,11 +72,7 @@ class BlockedSdpa:
         """L / 2 within bounds."""
         return default_block_len(n_local)
 
-    def part(
-        self, query: Tensor, window: KeyValues, place: Place, padding: Tensor | None, n_local: int, rule: SoftmaxRule
-    ) -> Part:
-        """See `BackEnd`."""
-        return window_part(query, window, place, padding, n_local, rule)
+    part = staticmethod(window_part)
 
 
 class FlexAttention:

@@ -135,7 +135,7 @@ def _middle_part(query: Float[Tensor, "B H C D"], far: KeyValues, middle: Middle
     scheme, padding = call.scheme, call.stream.num_padding
     where = (query.shape[2], place.first_query, padding, scheme.n_local, call.n_global, query.device)
     visible = partial(in_middle, *where)
-    return middle.part(query, far, visible, scheme.rotation, scheme.rule, scheme.n_local)
+    return middle.part(query, far, visible, scheme.rotation, scheme.n_local, scheme.rule)
 
 
 def _outside_window(

@@ -32,8 +32,8 @@ class Middle(Protocol):
         far: KeyValues,
         visible: Visible,
         rotation: Rotation,
-        rule: SoftmaxRule,
         n_local: int,
+        rule: SoftmaxRule,
     ) -> Part:
         """Attention of unrotated queries to the unrotated keys of `far` that are `visible`."""
 
@@ -56,8 +56,8 @@ class WholeMiddle:
         far: KeyValues,
         visible: Visible,
         rotation: Rotation,
-        rule: SoftmaxRule,
         n_local: int,
+        rule: SoftmaxRule,
     ) -> Part:
         """See `Middle`."""
         turned, size, joined = rotation.constant(query, n_local), chunk_len(n_local), None
@@ -97,8 +97,8 @@ class BestMiddle:
         far: KeyValues,
         visible: Visible,
         rotation: Rotation,
-        rule: SoftmaxRule,
         n_local: int,
+        rule: SoftmaxRule,
     ) -> Part:
         """See `Middle`."""
         num_rows, num_heads, num_queries, _ = query.shape

@@ -3,6 +3,22 @@
 import torch
 from torch import Tensor
 
+from clex_train.attention.stream import KeyValues
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Seeded normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def starting_tokens(keys: Tensor, values: Tensor, n_global: int, padding: Tensor | None = None) -> KeyValues | None:
+    """The first `n_global` tokens of each row after its `padding` [B]."""
+    if n_global == 0:
+        return None
+    first = torch.zeros(len(keys), dtype=torch.int64) if padding is None else padding
+    index = (first[:, None] + torch.arange(n_global)).clamp(max=keys.shape[2] - 1)[:, None, :, None]
+    return KeyValues(*(x.take_along_dim(index, dim=2) for x in (keys, values)))
+
 
 class PlainRotation:
     """RoPE of base 1e4 over the leading `rotary_dim` components, in the dtype of what is rotated."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -59,19 +60,9 @@ def test_tiles_are_those_that_torch_finds_key_by_key(case, padded):
 
 def test_a_long_window_is_not_worked_out_key_by_key():
     """2 L queries of a window of 32k tokens see a mask of 6.4 GiB of booleans when each key is looked at."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, tuple) else (result,):
-                largest = max(largest, tensor.numel() if isinstance(tensor, Tensor) else 0)
-            return result
-
-    with Watch():
+    with LargestTensor() as largest:
         padded_band_mask(65536, 98303, 32767, 32768, 0, torch.tensor([5]))
-    assert largest <= 2 * (65536 // 128) * (98304 // 128)
+    assert largest.elements <= 2 * (65536 // 128) * (98304 // 128)
 
 
 def test_a_mask_that_is_kept_may_take_part_in_training():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dense_lambda import PlainRotation, dense_lambda
+from dense_lambda import PlainRotation, dense_lambda, normal
 from torch import Tensor
 
 from clex_train.attention.lambda_cache import LambdaCacheLayer
@@ -22,10 +22,6 @@ GRID = [
     ([2, 2, 40, 30], 5, 9, 4, 2, 2, 6),
     ([64, 70], 16, 4, 2, 2, 1, 64),
 ]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def streamed(query, keys, values, pieces, n_local, n_global, block_len, valid) -> Tensor:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from dense_lambda import PlainRotation, dense_lambda
+from dense_lambda import PlainRotation, dense_lambda, normal, starting_tokens
+from largest_tensor import LargestTensor
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -13,18 +14,11 @@ from clex_train.attention.stream import KeyValues, Stream
 WIDTH = 8
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def blocked(query, keys, values, n_local, n_global, rotation, padding=None, block_len=None) -> Tensor:
-    first = torch.zeros(len(query), dtype=torch.int64) if padding is None else padding
-    index = (first[:, None] + torch.arange(n_global)).clamp(max=keys.shape[2] - 1)[:, None, :, None]
-    start = [x.take_along_dim(index, dim=2) for x in (keys, values)]
     return lambda_attention(
         query,
         KeyValues(keys, values),
-        KeyValues(*start) if n_global else None,
+        starting_tokens(keys, values, n_global, padding),
         Stream(keys.shape[2], padding),
         Scheme(n_local, rotation, SoftmaxRule(query.shape[-1] ** -0.5), block_len),
     )
@@ -103,21 +97,10 @@ def test_where_the_stream_began_does_not_change_a_single_bit():
     assert torch.equal(ending_at(1000), ending_at(10**8 + 1000))
 
 
-def test_memory_of_a_long_prefill_holds_no_square(monkeypatch):
+def test_memory_of_a_long_prefill_holds_no_square():
     """The largest tensor that the blocks make is C by C + L, however many tokens there are."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, tuple) else (result,):
-                if isinstance(tensor, Tensor):
-                    largest = max(largest, tensor.numel())
-            return result
-
     n, n_local, block_len = 4096, 32, 64
     query, keys, values = (normal(1, 1, n, 4, seed=seed, dtype=torch.float32) for seed in range(3))
-    with Watch():
+    with LargestTensor() as largest:
         blocked(query, keys, values, n_local, 4, PlainRotation(4), block_len=block_len)
-    assert largest <= max(n * 4, block_len * (block_len + n_local))
+    assert largest.elements <= max(n * 4, block_len * (block_len + n_local))

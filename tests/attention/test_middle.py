@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_lambda import PlainRotation, Unrotated, dense_lambda
+from dense_lambda import PlainRotation, Unrotated, dense_lambda, normal, starting_tokens
+from largest_tensor import LargestTensor
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -32,10 +33,6 @@ GRID = [
 ]
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 @pytest.fixture
 def small_chunks(monkeypatch):
     def set_to(size: int) -> None:
@@ -59,9 +56,7 @@ def test_blocks_equal_the_dense_definition_forward_and_backward(case, padded, le
     valid = None if padding is None else torch.arange(n) >= padding[:, None]
 
     def blocked(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        first = torch.zeros(rows, dtype=torch.int64) if padding is None else padding
-        index = (first[:, None] + torch.arange(n_global)).clamp(max=n - 1)[:, None, :, None]
-        start = KeyValues(*(x.take_along_dim(index, dim=2) for x in (keys, values))) if n_global else None
+        start = starting_tokens(keys, values, n_global, padding)
         scheme = Scheme(n_local, rotation, rule, block_len, way)
         return lambda_attention(query, KeyValues(keys, values), start, Stream(n, padding), scheme)
 
@@ -128,25 +123,14 @@ def test_a_middle_of_as_many_keys_as_there_are_is_the_whole_middle_at_half_the_d
 
 
 def test_no_matrix_of_all_queries_and_keys_is_made():
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, tuple) else (result,):
-                if isinstance(tensor, Tensor):
-                    largest = max(largest, tensor.numel())
-            return result
-
     n, block_len = 4096, 64
     query, keys, values = (normal(1, 1, n, 4, seed=seed) for seed in range(3))
     for way in (BestMiddle(5, first_layer=0), WholeMiddle()):
         scheme = Scheme(32, PlainRotation(4), SoftmaxRule(0.5), block_len, way)
-        with Watch():
+        with LargestTensor() as largest:
             lambda_attention(query, KeyValues(keys, values), None, Stream(n), scheme)
-    # The mask of one block over all keys is the largest.
-    assert largest <= block_len * n
+        # The mask of one block over all keys is the largest.
+        assert largest.elements <= block_len * n
 
 
 class TestWhatItCannot:

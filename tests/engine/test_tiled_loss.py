@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from clex_train.engine.tiled_loss import IGNORED, Logits, tiled_cross_entropy
 
@@ -91,26 +90,12 @@ def test_a_hook_on_the_weight_runs_once_with_the_whole_gradient():
     torch.testing.assert_close(seen[0], wanted, rtol=1e-11, atol=1e-12)
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that is made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.elements = max(self.elements, *made, 0)
-        return result
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_no_tensor_is_larger_than_a_tile_or_what_has_to_be_there(form):
     (hidden, weight, bias), targets = inputs(torch.float32, tokens=400)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         tiled_cross_entropy(hidden, targets, weight, bias, 16, form).backward()
     assert largest.elements == max(16 * VOCABULARY, 400 * WIDTH)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         reference(hidden, targets, weight, bias, form).backward()
     assert largest.elements == 400 * VOCABULARY
