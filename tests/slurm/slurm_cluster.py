@@ -20,7 +20,7 @@ from pathlib import Path
 from ports import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-CLIENT_TIMEOUT = 30.0
+CLIENT_TIMEOUT = 120.0
 
 CONFIG = """\
 ClusterName=lab
@@ -51,12 +51,15 @@ MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=10
-KillWait=20
+SlurmdTimeout=20
+MessageTimeout=60
+KillWait=60
 {nodes}
 PartitionName=debug Nodes=ALL Default=YES MaxTime=01:00:00 State=UP
 """
-# cred_expire=5 and sched_interval=1 bring the wait of a requeued job from three minutes to a few seconds.
+# cred_expire=5 and sched_interval=1 bring the wait of a requeued job from three minutes to a few seconds. On a machine
+# with other work nodes answer late: MessageTimeout keeps SLURM from telling them again what by then would reach the
+# next life of a job, and KillWait from killing what still saves.
 
 NODE = (
     "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=8 Boards=1 SocketsPerBoard=1 "
@@ -98,7 +101,7 @@ class Cluster:
         self._daemon("slurmctld", "slurmctld", "-D")
         for node in self.nodes:
             self.start_node(node)
-        wait_for(lambda: self.run("sinfo", "-h", "-o", "%T").stdout.split() == ["idle"], 30, "two idle nodes")
+        wait_for(lambda: self.run("sinfo", "-h", "-o", "%T").stdout.split() == ["idle"], 120, "two idle nodes")
 
     def start_node(self, name: str) -> None:
         """Start a node's slurmd, for the first time or after `kill_node`."""
@@ -181,7 +184,7 @@ class Cluster:
         paths = {"key-file": munge / "key", "socket": self.folder / "munge.sock", "pid-file": munge / "pid"}
         paths |= {"log-file": munge / "log", "seed-file": munge / "seed"}
         self._daemon("munged", "munged", "-F", *(f"--{name}={path}" for name, path in paths.items()))
-        wait_for((self.folder / "munge.sock").exists, 10, "munge's socket")
+        wait_for((self.folder / "munge.sock").exists, 120, "munge's socket")
 
     def _daemon(self, name: str, *command: str) -> None:
         with (self.folder / "log" / f"{name}.out").open("ab") as output:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from slurm_cluster import Cluster, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, ROWS = 120, 8
+STEPS, ROWS = 160, 8
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -35,7 +35,7 @@ class Jobs:
                 *("data.seq_len=32", f"optim.batch_rows={ROWS}", f"optim.steps={STEPS}", "engine.micro_batch=1"),
                 *("scaling=clex", "scaling.lr_scale=1.0", "scaling.t_max=4", "evaluation.every=-1"),
                 *("evaluation.lengths=[32]", "tracking.wandb=off", "checkpoint.every=25", "checkpoint.keep_last=20"),
-                *("launch.nodes=2", "launch.gpus_per_node=0", "launch.ranks_per_node=1", "launch.time=10"),
+                *("launch.nodes=2", "launch.gpus_per_node=0", "launch.ranks_per_node=1", "launch.time=50"),
                 *overrides,
             ],
             cwd=ROOT,
@@ -54,7 +54,7 @@ class Jobs:
     def restarts(self, job: str) -> int:
         return int(self.cluster.job(job)["Restarts"])
 
-    def wait_for_step(self, job: str, name: str, step: int, seconds: float = 120) -> None:
+    def wait_for_step(self, job: str, name: str, step: int, seconds: float = 300) -> None:
         """Until the run has taken so many steps; fails at once when the job is over."""
 
         def taken() -> bool:
@@ -63,13 +63,17 @@ class Jobs:
 
         wait_for(taken, seconds, f"step {step} of {name}\n{self.log(name)}")
 
-    def wait_for_end(self, job: str, name: str, seconds: float = 200) -> str:
+    def wait_for_end(self, job: str, name: str, seconds: float = 400) -> str:
         """The state a job ends in."""
         try:
             wait_for(lambda: self.state(job) in OVER, seconds, f"the end of {name}")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log(name)}\n{self.cluster.job(job)}\n{self.cluster.logs()}") from None
         return self.state(job)
+
+    def wait_for_checkpoint(self, name: str, seconds: float = 120) -> None:
+        """Until a checkpoint is complete, which may be steps after the one that it is of."""
+        wait_for((self.folder / name / "checkpoints" / "latest").exists, seconds, f"a checkpoint of {name}")
 
     def last_step(self, name: str) -> int:
         """The last step that metrics.jsonl shows; 0 before the first."""

@@ -1,5 +1,7 @@
 """Trainings on a real SLURM of two nodes: signalled, requeued, bereft of a node, cancelled; not a bit is changed."""
 
+import re
+
 import pytest
 from composing import composed
 from slurm_cluster import wait_for
@@ -7,7 +9,7 @@ from slurm_jobs import assert_same_run
 
 from launch import slurm
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="session")
@@ -21,15 +23,16 @@ def uninterrupted(jobs):
 def test_a_run_that_is_stopped_three_times_reads_every_row_once_and_ends_with_the_same_bits(jobs, uninterrupted):
     """Each time it saves, is requeued and resumes by itself. Before that, a stray signal ends its first launch."""
     job = jobs.submit("stopped", "launch.max_restarts=3")
-    wait_for(lambda: jobs.ranks("stopped"), 60, f"the first ranks\n{jobs.log('stopped')}")
+    wait_for(lambda: jobs.ranks("stopped"), 300, f"the first ranks\n{jobs.log('stopped')}")
     jobs.cluster.run("scancel", "--signal=KILL", f"{job}.0")
-    wait_for(lambda: "once more" in jobs.log("stopped"), 60, f"the second launch\n{jobs.log('stopped')}")
+    wait_for(lambda: "once more" in jobs.log("stopped"), 300, f"the second launch\n{jobs.log('stopped')}")
     for life, (step, signal) in enumerate([(20, "USR1"), (50, "TERM"), (80, "USR1")], 1):
-        jobs.wait_for_step(job, "stopped", step)
+        # In this life, however far the one before came until it heard of its signal.
+        jobs.wait_for_step(job, "stopped", max(step, jobs.last_step("stopped") + 2))
         jobs.cluster.run("scancel", "--batch", f"--signal={signal}", job)
-        wait_for(lambda life=life: jobs.restarts(job) == life, 60, f"requeue {life}\n{jobs.log('stopped')}")
+        wait_for(lambda life=life: jobs.restarts(job) >= life, 300, f"requeue {life}\n{jobs.log('stopped')}")
     assert jobs.wait_for_end(job, "stopped") == "COMPLETED", jobs.log("stopped")
-    assert jobs.log("stopped").count("resumed step") == 3
+    assert len(set(re.findall(r"resumed step (\d+)", jobs.log("stopped")))) == 3
     assert_same_run(jobs, "stopped", uninterrupted)
 
 
@@ -37,13 +40,14 @@ def test_a_run_survives_a_killed_rank_and_the_death_of_a_node(jobs, cluster, uni
     """With srun starting every rank. A node that is declared down is waited for, because there is no other."""
     job = jobs.submit("bereft", "launch=task_per_rank")
     jobs.wait_for_step(job, "bereft", 30)
+    jobs.wait_for_checkpoint("bereft")
     jobs.kill_rank("bereft", 1)
-    wait_for(lambda: jobs.restarts(job) >= 1, 90, f"the requeue after a crash\n{jobs.log('bereft')}")
+    wait_for(lambda: jobs.restarts(job) >= 1, 300, f"the requeue after a crash\n{jobs.log('bereft')}")
     jobs.wait_for_step(job, "bereft", 60)
     before = jobs.restarts(job)
     cluster.kill_node(cluster.nodes[1])
     try:
-        wait_for(lambda: jobs.restarts(job) > before, 90, f"the requeue by SLURM\n{jobs.log('bereft')}")
+        wait_for(lambda: jobs.restarts(job) > before, 300, f"the requeue by SLURM\n{jobs.log('bereft')}")
     finally:
         cluster.start_node(cluster.nodes[1])
     assert jobs.wait_for_end(job, "bereft") == "COMPLETED", jobs.log("bereft")
@@ -51,18 +55,18 @@ def test_a_run_survives_a_killed_rank_and_the_death_of_a_node(jobs, cluster, uni
 
 
 def test_a_job_near_its_limit_is_requeued_and_a_cancelled_one_is_not(jobs, cluster):
-    """With DeepSpeed's launcher on each node. Steps are long, so that SLURM's signal comes before their end."""
-    limit = ("launch.time=2", "launch.signal_before=60")
-    job = jobs.submit("cancelled", "launch=deepspeed", "optim.batch_rows=64", "checkpoint.every=0", *limit)
-    wait_for(lambda: jobs.restarts(job) >= 1, 150, f"the requeue\n{jobs.log('cancelled')}")
+    """With DeepSpeed's launcher on each node. Steps are long, and too many to end before SLURM's signal."""
+    limit = ("launch.time=2", "launch.signal_before=60", "optim.steps=1000", "checkpoint.every=0")
+    job = jobs.submit("cancelled", "launch=deepspeed", "optim.batch_rows=64", *limit)
+    wait_for(lambda: jobs.restarts(job) >= 1, 300, f"the requeue\n{jobs.log('cancelled')}")
     assert "the limit is near" in jobs.log("cancelled")
     assert "training ended with exit code 75" in jobs.log("cancelled")
     # So that the signal does not come again and again before a slow machine has started the next life.
     cluster.run("scontrol", "update", f"jobid={job}", "timelimit=30")
-    jobs.wait_for_step(job, "cancelled", jobs.last_step("cancelled") + 2, 240)
+    jobs.wait_for_step(job, "cancelled", jobs.last_step("cancelled") + 2, 400)
     cluster.run("scancel", job)
-    assert jobs.wait_for_end(job, "cancelled", 60) == "CANCELLED"
-    wait_for(lambda: not jobs.processes("cancelled"), 10, "the end of every process")
+    assert jobs.wait_for_end(job, "cancelled") == "CANCELLED"
+    wait_for(lambda: not jobs.processes("cancelled"), 120, "the end of every process")
     latest = (jobs.folder / "cancelled" / "checkpoints" / "latest").read_text().strip()
     assert int(latest.removeprefix("step_")) >= jobs.last_step("cancelled")
     assert "Traceback" not in jobs.log("cancelled"), jobs.log("cancelled")
@@ -87,6 +91,6 @@ def test_values_of_the_site_reach_slurm_as_they_are(jobs, cluster, monkeypatch):
     said = cluster.run("scontrol", "-o", "show", "job", job).stdout
     assert f" JobName={nasty}-" in said
     assert f" Comment={nasty} " in said
-    assert jobs.wait_for_end(job, folder.name, 60) == "FAILED"
+    assert jobs.wait_for_end(job, folder.name) == "FAILED"
     assert "training ended with exit code 1" in jobs.log(folder.name), "it is where it was asked for"
     assert not list(jobs.folder.rglob("pwned"))
