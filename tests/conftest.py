@@ -66,7 +66,7 @@ def tiny_store(tmp_path_factory) -> Path:
         ["train_tokenizer", *source, f"output={tokenizer}", "vocab_size=512"],
         ["tokenize", *source, f"tokenizer={tokenizer}", f"output={store}", "corpus.validation_share=0.2"],
     ):
-        subprocess.run([*prepare, *verb], cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True, timeout=120)
+        subprocess.run([*prepare, *verb], cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True, timeout=600)
     return store
 
 

@@ -186,7 +186,7 @@ def little_room(tmp_path):
     if os.system(f"mount -t tmpfs -o size=64k none {folder} 2>/dev/null") != 0:
         pytest.skip("needs the right to mount a small file system")
     yield folder
-    os.system(f"umount {folder}")
+    os.system(f"umount --lazy {folder}")
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -209,7 +209,7 @@ def test_a_full_disk_costs_that_checkpoint_alone(little_room, on_full_disk, over
 
 def test_training_changes_nothing_in_a_checkpoint_that_is_being_written(checkpoints, monkeypatch):
     gate, save = threading.Event(), torch.save
-    monkeypatch.setattr(writer.torch, "save", lambda *given: (gate.wait(10), save(*given)))
+    monkeypatch.setattr(writer.torch, "save", lambda *given: (gate.wait(600), save(*given)))
     engine = FileEngine(20)
     checkpoints.save(engine, None, 20, rows_consumed=160)
     assert checkpoints.poll() is None

@@ -12,7 +12,7 @@ def test_every_import_contract_is_kept():
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout

@@ -56,6 +56,8 @@ def test_a_step_is_evaluated_once_also_if_retrieval_alone_was_asked_for(tmp_path
 def test_wandb_gets_the_table_of_each_evaluation_and_its_curves(tmp_path, monkeypatch):
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
+    for name in ("WANDB__SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):
+        monkeypatch.setenv(name, "600")  # seconds, for a machine with other work
     results = {
         "perplexity/trained/one_shot/64": 12.0,
         "perplexity/trained/one_shot/128": 11.5,

@@ -65,7 +65,7 @@ def test_an_evaluation_by_a_method_that_the_model_cannot_have(refusal, methods, 
 def test_a_store_of_another_tokenizer(refusal, tmp_path, tiny_store):
     other = tmp_path / "other_tokenizer"
     command = [sys.executable, "-m", "data_prep", "train_tokenizer", f"corpus.paths=[{tiny_store.parent / 'texts'}]"]
-    subprocess.run([*command, f"output={other}", "vocab_size=400"], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([*command, f"output={other}", "vocab_size=400"], cwd=ROOT, check=True, timeout=600)
     line = refusal(f"model.tokenizer={other}")
     assert str(tiny_store) in line
     assert "tokenizer" in line
@@ -119,7 +119,7 @@ def test_evaluation_on_training_documents(refusal, tmp_path, tiny_store):
     texts, other = tiny_store.parent / "texts", tmp_path / "other"
     command = [sys.executable, "-m", "data_prep", "tokenize", f"corpus.paths=[{texts}]", "corpus.validation_share=1"]
     command += [f"tokenizer={tiny_store / 'tokenizer'}", f"output={other}"]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
     line = refusal(f"evaluation.path={other}")
     assert line.startswith(f"evaluation.path={other}: ")
     assert ".txt: record 1, in training" in line

@@ -94,7 +94,7 @@ def test_without_the_borders_the_logits_are_others() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", ["llama", "a window of 4"])
 def test_flex_attention_keeps_documents_apart(case: str) -> None:
     # It has no backward pass on a CPU, and takes a minute to compile.

@@ -22,7 +22,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system needs more rights")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    # Lazily: a file of it may be open until the garbage is collected.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture

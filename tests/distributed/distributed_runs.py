@@ -52,7 +52,7 @@ class Launcher:
             env=environment(),
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=600,
             check=False,
         )
 

@@ -31,7 +31,7 @@ def test_both_ranks_skip_the_step_and_name_the_rank_and_its_rows(launcher, stage
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

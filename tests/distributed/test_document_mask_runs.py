@@ -34,11 +34,11 @@ def short_documents(tmp_path_factory, tiny_store) -> Path:
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     made = [f"corpus.paths=[{folder / 'texts.jsonl'}]", f"tokenizer={tiny_store / 'tokenizer'}"]
     command = [sys.executable, "-m", "data_prep", "tokenize", *made, f"output={folder / 'store'}"]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=600)
     return folder / "store"
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1800)
 def test_two_ranks_give_the_curve_of_one_rank(launcher, short_documents):
     for ranks, name, micro_batch in ((1, "apart_one", 4), (2, "apart_two", 1)):
         overrides = (*OPTIONS, f"data.path={short_documents}", f"engine.micro_batch={micro_batch}")

@@ -29,7 +29,7 @@ def resuming(tmp_path_factory, tiny_store, tiny_architecture):
             env=environment(),
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return folder
@@ -64,7 +64,7 @@ def test_one_rank_resumes_to_the_bit(resuming, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_ranks_that_share_rows_resume_to_the_bit_and_take_the_steps_of_one(resuming, tmp_path):
     folder = resuming(tmp_path, 2, "whole,part,exact", "rows_shared")
     report = json.loads((folder / "rows_shared.json").read_text())
@@ -79,7 +79,7 @@ def test_ranks_that_share_rows_resume_to_the_bit_and_take_the_steps_of_one(resum
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_stage_accumulation_offload_and_dropout_resumes_to_the_bit(resuming, tmp_path, ranks):
     folder = resuming(tmp_path, ranks, "whole,part,exact", *CELLS)
@@ -93,7 +93,7 @@ def by_two_ranks(resuming, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_what_two_ranks_left_is_continued_by_one_and_by_four(resuming, by_two_ranks, ranks):
     resuming(by_two_ranks, ranks, "go_on", *ELASTIC)
@@ -107,7 +107,7 @@ def test_what_two_ranks_left_is_continued_by_one_and_by_four(resuming, by_two_ra
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_what_one_rank_left_is_continued_by_two(resuming, by_two_ranks, tmp_path):
     folder = resuming(tmp_path, 1, "part", *ELASTIC)
     for cell in ELASTIC:

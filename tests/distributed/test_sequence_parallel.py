@@ -26,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
     script = Path(__file__).with_name("sharing_ranks.py")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     command = [sys.executable, *launcher, str(script), str(folder), *CASES]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
