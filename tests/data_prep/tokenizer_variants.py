@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -62,13 +63,17 @@ def byte_level_variants(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def sentencepiece(texts: Iterable[str], **parts: Any) -> dict[str, Any]:
     """The Llama 2 kind: spaces are U+2581, one in front, no pre-tokenizer, unknown characters by bytes."""
+    texts = list(texts)
+    # The trainer's own limit takes any of the characters that are equally frequent, others in each process.
+    counts = Counter("".join(texts))
+    known = set(sorted(counts, key=lambda character: (-counts[character], character))[:80])
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(
-        vocab_size=1200, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens], show_progress=False, limit_alphabet=80
+        vocab_size=1200, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens], show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(("".join(filter(known.__contains__, text)) for text in texts), trainer)
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = content["added_tokens"][:3]
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}

@@ -35,7 +35,6 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=700,
         special_tokens=["<unk>", "<s>", "</s>", *fall_back],
-        limit_alphabet=120,
         max_token_length=12,
         show_progress=False,
     )
