@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_tiled_loss import Largest
+from largest_tensor import LargestTensor
 from test_token_loss import FAMILIES, ROWS, TOKENS, build, gradients, rows
 from torch import nn
 
@@ -71,7 +71,7 @@ def test_what_is_inside_an_mlp_is_there_for_one_tile_alone() -> None:
     hidden = torch.randn(2, 100, 32, requires_grad=True)
     (mlp, *_) = tiled(model, 8)
     weights = 32 * 4096
-    with Largest() as largest:
+    with LargestTensor() as largest:
         mlp(hidden).sum().backward()
     assert largest.elements == weights
     assert weights < 2 * 100 * 4096
