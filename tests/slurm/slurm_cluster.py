@@ -7,6 +7,7 @@ live in one folder.
 
 import getpass
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -44,6 +45,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+FirstJobId={first_job}
 SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 SlurmdParameters=config_overrides
@@ -168,6 +170,8 @@ class Cluster:
             host=socket.gethostname().split(".")[0],
             user=getpass.getuser(),
             ports=ports,
+            # The port that the ranks of a job meet at follows from its number: another cluster may be at work beside.
+            first_job=1 + secrets.randbelow(300),
             nodes="\n".join(rows),
         )
         (self.folder / "slurm.conf").write_text(text)
