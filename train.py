@@ -6,6 +6,7 @@
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig
@@ -15,6 +16,9 @@ from clex_train import config as configuration
 from clex_train.cli import console
 from clex_train.cli.help import help_text
 from clex_train.settings import duration
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 STOP_FILE = "stop"
 """In the run folder: while it is there, the run is asked to stop; the next launch removes it."""
@@ -94,8 +98,10 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     store, fingerprint = next(iter(stores.values())), data.fingerprint(stores)
     tokenizer = modeling.training_tokenizer(config.model, arch, store.tokenizer_path)
     check_tokenizer(store, tokenizer)
-    rows = data.rows_of_run(stores, config.data, config.seed, config.optim)
-    context_len = architectures.context_length(config.model, arch)
+    packed = data.pack(stores, config.data)
+    rows = data.rows_of_run(packed, config.data, config.seed, config.optim.batch_rows)
+    context = architectures.context_source(config.model, arch)
+    context_len = context.length
     separation.check_document_mask(config, arch, context_len)
     memory_options.check(config.engine, arch, config.model.trust_remote_code)
     splitting.check_sequence_parallel(config, arch)
@@ -122,6 +128,10 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     if first_step == config.optim.steps and (run_dir / "final").exists():
         log.get("clex_train").info("%s is finished: its final model is in %s", run_dir, run_dir / "final")
         return first_step
+    say_what_is_ahead(
+        config, trained, context, settings, list(data.describe(packed, config.data, config.optim)), first_step
+    )
+    data.warn_of_repetition(packed, config.data, config.optim)
     if distributed.is_main():
         run_folder.write_config(asked)
         (run_dir / STOP_FILE).unlink(missing_ok=True)
@@ -152,6 +162,37 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
         finally:
             engine.destroy()
     return steps
+
+
+def say_what_is_ahead(
+    config: configuration.Config,
+    arch: "PretrainedConfig",
+    context: architectures.ContextLength,
+    settings: dict[str, Any],
+    data: list[tuple[str, str]],
+    first_step: int,
+) -> None:
+    """Print what is about to be trained, before anything that costs; `settings` are DeepSpeed's."""
+    from clex_train import distributed, opening, skeleton
+    from clex_train.engine import deepspeed as engines
+
+    subject = opening.Subject(
+        weights=opening.weights_of(config.model.path, config.model.init, config.model.config),
+        model_type=arch.model_type,
+        num_parameters=skeleton.count(arch).total,
+        dtype=engines.precision(config.engine),
+        context_len=context.length,
+        context_source=context.source,
+    )
+    batch = opening.Batch(
+        distributed.world_size(),
+        settings["train_micro_batch_size_per_gpu"],
+        settings["gradient_accumulation_steps"],
+    )
+    state = f"goes on from step {first_step:,}" if first_step else "a new run"
+    title = f"train {config.name}, {state}, on {opening.device()} ({opening.versions()})"
+    lines = opening.training(config, subject, batch, [opening.labelled(label, text) for label, text in data])
+    opening.say(title, (*lines, *opening.output(config)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Everything that can be wrong with `model.*` is found here, in one line.
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,19 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
         "a checkpoint of the original CLEX code: download it (`hf download`) and give its directory",
     )
     return config
+
+
+@dataclass(frozen=True)
+class ContextLength:
+    """L in tokens, and what says so."""
+
+    length: int
+    source: str
+
+
+def context_source(model: ModelConfig, config: PretrainedConfig) -> ContextLength:
+    """Return L with its source in words."""
+    return ContextLength(context_length(model, config), "model.context_len" if model.context_len else "config.json")
 
 
 def context_length(model: ModelConfig, config: PretrainedConfig) -> int:

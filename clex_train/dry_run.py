@@ -1,4 +1,4 @@
-"""The plan of a run, on any machine: resolved config, sizes, tokens, memory. No weights, no data, no GPU, no DeepSpeed.
+"""Print the plan of a run on any machine: sizes, tokens, memory. No weights, no data, no GPU, no DeepSpeed.
 
 Memory is given at three moments of a step: at the loss, in the backward pass of the layers, in the optimizer's update.
 State follows the formulas of `engine/memory.py`; activations and logits are counted by `engine/footprint.py` on the
@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from transformers import PretrainedConfig
 
-from clex_train import architectures, distributed, kernels, memory_options, modeling, separation, skeleton, splitting
+from clex_train import (
+    architectures,
+    distributed,
+    kernels,
+    memory_options,
+    modeling,
+    opening,
+    separation,
+    skeleton,
+    splitting,
+)
 from clex_train import config as configuration
 from clex_train.config import Config
 from clex_train.data.build import mixture_line, packing_line, planned_passes
@@ -24,12 +33,13 @@ from clex_train.engine import deepspeed as engines
 from clex_train.engine import memory
 from clex_train.engine.footprint import Footprint
 from clex_train.engine.memory import Held
+from clex_train.opening import Batch, Subject
 from clex_train.scaling.clex import Clex
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import require
 from clex_train.settings.engine import EngineConfig
 from clex_train.settings.model import Init, ModelConfig
-from clex_train.settings.scaling import FORMULAS, ScalingName
+from clex_train.settings.scaling import ScalingName
 
 GIB = 2**30
 MOMENTS = ("loss", "layers", "update")
@@ -49,14 +59,10 @@ class Part:
 class Plan:
     """What a run is going to be; `parts` are the memory of one rank."""
 
-    model_type: str
+    subject: Subject
     counts: skeleton.Counts
     num_ode_parameters: int
-    world_size: int
-    micro_batch: int
-    accumulation: int
-    context_len: int
-    dtype: torch.dtype
+    batch: Batch
     on_gpu: bool
     parts: tuple[Part, ...]
     evaluation_cache: float
@@ -83,7 +89,6 @@ def print_plan(config: Config) -> None:
     if not distributed.is_main():
         return
     plan = make_plan(config)
-    print(OmegaConf.to_yaml(OmegaConf.structured(config)))
     print("\n".join((*_summary(config, plan), "", *memory_table(config, plan))))
 
 
@@ -92,7 +97,8 @@ def make_plan(config: Config) -> Plan:
     world_size = config.engine.world_size or distributed.world_size()
     settings = engines.deepspeed_dict(config, world_size)
     arch = architectures.to_train(_readable(config.model))
-    context_len = architectures.context_length(config.model, arch)
+    context = architectures.context_source(config.model, arch)
+    context_len = context.length
     _check_lengths(config, context_len)
     configuration.check_lambda_mask(config)
     configuration.check_positions(config, context_len)
@@ -117,14 +123,17 @@ def make_plan(config: Config) -> Plan:
     )
     sharding = memory.sharding(settings, world_size, dtype, config.engine.activation_checkpointing, on_gpu)
     return Plan(
-        model_type=arch.model_type,
+        subject=Subject(
+            weights=opening.weights_of(config.model.path, config.model.init, config.model.config),
+            model_type=arch.model_type,
+            num_parameters=counts.total,
+            dtype=dtype,
+            context_len=context.length,
+            context_source=context.source,
+        ),
         counts=counts,
         num_ode_parameters=sum(p.numel() for p in clex.parameters()) if clex else 0,
-        world_size=world_size,
-        micro_batch=settings["train_micro_batch_size_per_gpu"],
-        accumulation=sharding.accumulation,
-        context_len=context_len,
-        dtype=dtype,
+        batch=Batch(world_size, settings["train_micro_batch_size_per_gpu"], sharding.accumulation),
         on_gpu=on_gpu,
         parts=_parts(sharding, counts, footprint, clex, _document_mask(config, arch, dtype, settings)),
         evaluation_cache=0.0 if config.evaluation.every < 0 else _cache(arch, config.evaluation.longest(), dtype),
@@ -207,82 +216,36 @@ def _constant(name: str, held: Held) -> Part:
 
 
 def _summary(config: Config, plan: Plan) -> Iterator[str]:
-    rows, tokens = config.optim.batch_rows, config.optim.batch_rows * config.data.seq_len
-    counts = plan.counts
     yield f"plan of {config.name}"
-    trainable = "all" if counts.trainable == counts.total else f"{counts.trainable:,}"
-    yield (
-        f"  model       {plan.model_type}: {counts.total:,} parameters, {trainable} trainable; "
-        f"ODE {plan.num_ode_parameters:,}, in float32 beside the engine"
-    )
+    yield from opening.training(config, plan.subject, plan.batch, _data(config))
+    trainable = "all" if plan.counts.trainable == plan.counts.total else f"{plan.counts.trainable:,}"
+    yield opening.labelled("trained", f"{trainable} parameters, and {plan.num_ode_parameters:,} of the ODE in float32")
     if config.model.init is Init.random:
-        yield "              the vocabulary is that of model.config here; the run takes the data store's"
-    yield (
-        f"  step        {rows:,} rows = {_readers(config, plan)} * {plan.micro_batch} rows "
-        f"* {plan.accumulation} micro-batches"
-    )
-    yield (
-        f"  tokens      {tokens:,} a step * {config.optim.steps:,} steps = {tokens * config.optim.steps:,} "
-        f"in rows of {config.data.seq_len:,}"
-    )
-    yield f"  packing     {packing_line(config.data)}"
-    if config.data.domains:
-        yield f"  mixture     {mixture_line(config.data)}"
-        yield f"  repeated    {planned_passes(config.data, config.optim)}"
-    yield f"  scaling     {_scaling(config, plan.context_len)}"
-    yield f"  evaluation  {_evaluation(config, plan.context_len)}"
+        yield opening.labelled("", "the vocabulary is that of model.config here; the run takes the data store's")
     if plan.evaluation_cache:
         longest, size = config.evaluation.longest(), _gib(plan.evaluation_cache)
         where = "in host memory" if config.evaluation.offload_cache else "beside the state of the training"
-        yield f"              keys and values of {longest:,} tokens: {size} GiB a rank, {where}"
+        yield opening.labelled("", f"evaluating {longest:,} tokens: keys and values take {size} GiB a rank, {where}")
+    yield opening.labelled("output", config.output_dir)
 
 
-def _readers(config: Config, plan: Plan) -> str:
-    """What reads rows of its own: a rank, or several together."""
-    size = config.engine.sequence_parallel
-    if size == 1:
-        return f"{plan.world_size} ranks"
-    groups = plan.world_size // size
-    return f"{groups} group{'s' if groups > 1 else ''} of {size} ranks"
-
-
-def _scaling(config: Config, context_len: int) -> str:
-    if config.scaling.name is ScalingName.none:
-        return f"none: plain RoPE, L = {context_len:,} tokens"
-    if config.scaling.name in FORMULAS:
-        return _formula(config, context_len)
-    reach = int(config.scaling.t_max * context_len)
-    return (
-        f"clex: t from 1 to {config.scaling.t_max:g}, L = {context_len:,}: contexts up to {reach:,} tokens; "
-        f"positions {config.scaling.positions.name}"
-    )
-
-
-def _formula(config: Config, context_len: int) -> str:
-    scaling = config.scaling
-    factor = scaling.factor_for(config.data.seq_len, context_len)
-    base = f", rope_theta {scaling.rope_theta:g}" if scaling.name is ScalingName.theta else ""
-    return (
-        f"{scaling.name.name}: factor {factor:g}{base}, L = {context_len:,}: contexts up to "
-        f"{round(factor * context_len):,} tokens; positions {scaling.positions.name}"
-    )
-
-
-def _evaluation(config: Config, context_len: int) -> str:
-    if config.evaluation.every < 0:
-        return "never"
-    lengths = ", ".join(f"{n:,} ({n / context_len:g} L)" for n in config.evaluation.lengths)
-    when = f"every {config.evaluation.every} steps and at the end" if config.evaluation.every else "at the end"
-    return f"{lengths}; {', '.join(p.name for p in config.evaluation.protocols)}; {when}"
+def _data(config: Config) -> Iterator[str]:
+    """Describe the data by its configuration alone: no store is needed for a plan."""
+    data = config.data
+    yield opening.labelled("data", data.path or (", ".join(data.domains) if data.domains else "no store is named"))
+    yield opening.labelled("packing", packing_line(data))
+    if data.domains:
+        yield opening.labelled("mixture", mixture_line(data))
+        yield opening.labelled("repeated", planned_passes(data, config.optim))
 
 
 def memory_table(config: Config, plan: Plan) -> Iterator[str]:
     """The lines of the memory of one rank, by part and moment."""
-    engine = config.engine
+    engine, batch = config.engine, plan.batch
     yield (
-        f"memory of one {'GPU' if plan.on_gpu else 'rank'} of {plan.world_size} in GiB: ZeRO-{engine.zero_stage}, "
-        f"offload {engine.offload.name}, {str(plan.dtype).removeprefix('torch.')}, "
-        f"{plan.micro_batch} * {part_len(config.data.seq_len, engine.sequence_parallel):,} tokens"
+        f"memory of one {'GPU' if plan.on_gpu else 'rank'} of {batch.world_size} in GiB: ZeRO-{engine.zero_stage}, "
+        f"offload {engine.offload.name}, {str(plan.subject.dtype).removeprefix('torch.')}, "
+        f"{batch.micro_batch} * {part_len(config.data.seq_len, engine.sequence_parallel):,} tokens"
         f"{'' if engine.sequence_parallel == 1 else f' of {config.data.seq_len:,}'}, {', '.join(_kept(engine))}"
     )
     yield f"  {'at the moment of':<16}{''.join(f'{moment:>10}' for moment in MOMENTS)}{'host':>10}"

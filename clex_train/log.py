@@ -3,19 +3,42 @@
 import logging
 import os
 import sys
+import threading
 import warnings
+
+from tqdm import tqdm
+
+
+class AboveBars(logging.StreamHandler):
+    """Writes to standard error above the bars of a terminal, which a plain write would break in two."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line; where no bar is open it is a plain write."""
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+            self.flush()
+        except Exception:
+            self.handleError(record)
 
 
 def setup() -> None:
     """Configure the root logger of an entry point once; library chatter below WARNING is silenced."""
     rank = int(os.environ.get("RANK", "0"))
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _handler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s {f'[rank {rank}] ' if rank else ''}%(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("clex_train", "data_prep", "launch"):
         logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
     # DeepSpeed calls collectives by names that newer torch has renamed; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
+
+
+def _handler() -> logging.Handler:
+    if not sys.stderr.isatty():
+        return logging.StreamHandler(sys.stderr)
+    # tqdm's own lock is shared with forked processes, and one that is killed would never let go of it.
+    tqdm.set_lock(threading.RLock())
+    return AboveBars(sys.stderr)
 
 
 def get(name: str) -> logging.Logger:

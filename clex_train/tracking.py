@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from clex_train import distributed, log
+from clex_train import distributed, log, progress
 from clex_train.config import Config
 from clex_train.settings.tracking import Wandb
 
@@ -38,14 +37,7 @@ class Tracker:
         self.active = distributed.is_main()
         if not self.active:
             return
-        self._bar = tqdm(
-            total=config.optim.steps,
-            initial=first_step,
-            desc=config.name,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
-        )
+        self._bar = progress.bar(config.optim.steps, config.name, initial=first_step, unit="step")
         self._path = run_dir / "metrics.jsonl"
         self._evaluated = drop_after(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
@@ -72,12 +64,6 @@ class Tracker:
         self._evaluated.add(step)
         if self._wandb is not None:
             self._wandb.evaluation(step, results)
-        for measure in dict.fromkeys(key.split("/")[0] for key in results):
-            mine = [(key, value) for key, value in results.items() if key.startswith(f"{measure}/")]
-            # With several methods or protocols a length alone would not say which.
-            several = len({key.rsplit("/", 1)[0] for key, _ in mine}) > 1
-            shown = "  ".join(f"{key.split('/', 1 if several else -1)[-1]}: {value:.2f}" for key, value in mine)
-            tqdm.write(f"step {step}  {measure}  {shown}", file=sys.stderr)
 
     def saved(self, step: int, seconds: float) -> None:
         """A checkpoint of this step was begun or written; training waited so many seconds for it."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
 
-from tqdm import tqdm
-
-_SECONDS_IN_A_LOG = 10.0
+from clex_train import progress
 
 
 class Progress:
@@ -20,9 +17,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._start = time.monotonic()
-        # A log file gets a line now and then, a terminal one that moves.
-        seconds = 0.5 if sys.stderr.isatty() else _SECONDS_IN_A_LOG
-        self._bar = tqdm(total=self._total or None, unit="B", unit_scale=True, desc=self._task, mininterval=seconds)
+        self._bar = progress.bar(self._total or None, self._task, unit="B", unit_scale=True)
         return self
 
     def advance(self, read_bytes: int, text_bytes: int, tokens: int) -> None:

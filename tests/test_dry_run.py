@@ -32,14 +32,14 @@ def test_every_experiment_has_a_plan(name, tmp_path, monkeypatch):
     plan = plan_of(f"+experiment={name}", f"engine.world_size={ranks}", "engine.micro_batch=1")
     assert plan.counts.total == sum(plan.counts.blocks)
     assert 0 < plan.peak == max(plan.totals())
-    assert plan.accumulation * groups == config.optim.batch_rows
+    assert plan.batch.accumulation * groups == config.optim.batch_rows
     assert not list(tmp_path.iterdir())
 
 
 def test_state_of_7b_on_64_gpus_is_exact():
     plan = plan_of("+experiment=llama2_7b_clex", "engine.world_size=64")
     count = 6_738_415_616
-    assert plan.accumulation == 8
+    assert plan.batch.accumulation == 8
     assert part(plan, "optimizer").device[0] == 12 * count / 64
     assert part(plan, "gradients").device[0] == 4 * count / 64 + 2 * 2 * 500_000_000
     assert part(plan, "parameters").device[0] == 2 * count / 64 + 2 * 1_000_000_000
@@ -60,7 +60,7 @@ def test_ranks_that_share_rows_hold_the_activations_of_their_part(capsys):
     shared = plan_of(experiment)
     alone = plan_of(experiment, "engine.sequence_parallel=1")
     eighth = plan_of(experiment, "engine.sequence_parallel=1", "data.seq_len=8192", "optim.batch_rows=256")
-    assert (shared.world_size, shared.accumulation, alone.accumulation) == (8, 32, 4)
+    assert (shared.batch.world_size, shared.batch.accumulation, alone.batch.accumulation) == (8, 32, 4)
     for name in ("activations", "logits"):
         assert part(shared, name).device[0] == part(eighth, name).device[0]
         assert part(alone, name).device[0] > 7.9 * part(shared, name).device[0]
@@ -69,7 +69,7 @@ def test_ranks_that_share_rows_hold_the_activations_of_their_part(capsys):
     assert part(shared, "optimizer") == part(alone, "optimizer")
     dry_run.print_plan(composed(experiment, "dry_run=true"))
     printed = capsys.readouterr().out
-    assert "  step        32 rows = 1 group of 8 ranks * 1 rows * 32 micro-batches\n" in printed
+    assert "a step: 1 group of 8 ranks * 1 sequence * 32 micro-batches\n" in printed
     assert "1 * 8,192 tokens of 65,536, " in printed
 
 
@@ -138,7 +138,7 @@ def test_keys_and_values_of_an_evaluation_are_those_of_a_cache(capsys):
     assert plan.evaluation_cache == 65536 * 2**19
     assert plan_of("+experiment=llama2_7b_clex_64k").evaluation_cache == 0
     dry_run.print_plan(composed("+experiment=llama2_13b_clex", "dry_run=true"))
-    assert "keys and values of 65,536 tokens: 50.00 GiB a rank, in host memory" in capsys.readouterr().out
+    assert "evaluating 65,536 tokens: keys and values take 50.00 GiB a rank, in host memory" in capsys.readouterr().out
 
 
 def test_a_host_that_is_needed_by_every_rank_is_said(capsys):
@@ -197,10 +197,11 @@ def test_the_command_prints_the_plan_in_seconds_without_deepspeed(tmp_path):
     # Eight by itself; the weights of 7B alone would take minutes.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
     for line in (
-        "  steps: 954",
-        "  model       llama: 6,738,415,616 parameters, all trainable; ODE 16,384, in float32 beside the engine",
-        "  step        512 rows = 64 ranks * 1 rows * 8 micro-batches",
-        "  tokens      2,097,152 a step * 954 steps = 2,000,683,008 in rows of 4,096",
+        "  model       pretrained weights of meta-llama/Llama-2-7b-hf: llama, 6,738,415,616 parameters, bfloat16",
+        "  trained     all parameters, and 16,384 of the ODE in float32",
+        "  batch       512 sequences * 4,096 tokens = 2,097,152 tokens a step: 64 ranks * 1 sequence * 8 micro-batches",
+        "  steps       954, in all 2,000,683,008 tokens",
+        "  optimizer   AdamW, lr 2e-05, cosine after 29 warm-up steps",
         "  scaling     clex: t from 1 to 16, L = 4,096: contexts up to 65,536 tokens; positions random",
         "deepspeed imported: False",
     ):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,16 +26,14 @@ import torch
 from clex_train import architectures, distributed, log, modeling
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console
-from clex_train.cli.loading import LoadingConfig, Source, check, keep, load, locate, run_config
+from clex_train.cli.loading import LoadingConfig, Source, check, keep, load, locate, run_config, say_what_is_ahead
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_tokenizer
 from clex_train.evaluation import methods, origin, room, runner, streaming
+from clex_train.evaluation.console import tables_of
 from clex_train.evaluation.protocols import Reading, readings
-from clex_train.evaluation.report.table import from_results
-from clex_train.evaluation.report.text import console as console_table
 from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
-from clex_train.evaluation.retrieval import console as retrieval_console
 from clex_train.evaluation.retrieval import plan as retrieval_plan
 from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.retrieval.plan import Cell
@@ -43,6 +41,7 @@ from clex_train.evaluation.room import REMEDIES
 from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, select
 from clex_train.faults import RunStopped
+from clex_train.opening import labelled
 from clex_train.rope.as_is import handle_without_weights
 from clex_train.settings.bounds import require
 from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
@@ -133,12 +132,35 @@ def main() -> None:
     asked = parse(sys.argv[1:])
     plan = make_plan(asked)
     if Protocol.streaming in plan.spec.protocols:
-        finish(asked, plan, *stream(asked, plan, plan_stream(plan.store, asked.stream_tokens, plan.context_len)))
+        text = plan_stream(plan.store, asked.stream_tokens, plan.context_len)
+        say_what_is_ahead("evaluate", asked, plan, ahead_of_stream(plan, text))
+        finish(asked, plan, *stream(asked, plan, text))
         return
     spans = readings(plan.spec, plan.context_len)
     windows = select(plan.store, max(plan.spec.lengths), plan.spec.num_windows, asked.seed) if spans else None
     cells = retrieval_plan.of_spec(plan.spec, plan.tokenizer, plan.store, asked.seed)
+    say_what_is_ahead("evaluate", asked, plan, ahead(plan, windows, cells))
     finish(asked, plan, *evaluate(asked, plan, windows, spans, cells))
+
+
+def ahead(plan: Plan, windows: WindowSet | None, cells: Sequence[Cell]) -> Iterator[str]:
+    """Yield the lines of the opening block about windows and prompts."""
+    yield labelled("methods", ", ".join(method.value for method in plan.spec.methods))
+    if windows is not None:
+        lengths = ", ".join(f"{length:,}" for length in plan.spec.lengths)
+        protocols = ", ".join(protocol.value for protocol in plan.spec.protocols)
+        yield labelled("data", f"{plan.store.path}: {len(windows.tokens)} windows of held-out documents")
+        yield labelled("perplexity", f"{protocols} at {lengths} tokens")
+    if cells:
+        tasks = ", ".join(dict.fromkeys(cell.name.value for cell in cells))
+        lengths = ", ".join(f"{length:,}" for length in sorted({cell.length for cell in cells}))
+        yield labelled("retrieval", f"{tasks} at {lengths} tokens, {plan.spec.num_prompts} prompts each")
+
+
+def ahead_of_stream(plan: Plan, text: Stream) -> Iterator[str]:
+    """Yield the lines of the opening block about one long text."""
+    yield labelled("methods", ", ".join(method.value for method in plan.spec.methods))
+    yield labelled("data", f"{plan.store.path}: a stream of {text.num_tokens:,} held-out tokens")
 
 
 def finish(asked: EvaluateConfig, plan: Plan, results: Results, origin: Origin) -> None:
@@ -146,9 +168,7 @@ def finish(asked: EvaluateConfig, plan: Plan, results: Results, origin: Origin) 
     if results.missing and not (results.scores or results.tasks):
         raise RunStopped(f"out of memory: nothing fitted, see above ({results.missing[0].reason}); {REMEDIES}")
     if distributed.is_main():
-        perplexities = [console_table(from_results(results, origin))] if results.scores else []
-        text = "\n\n".join([*perplexities, *([retrieval_console.console(results.tasks)] if results.tasks else [])])
-        keep(asked, plan.output, origin, text, partial(write, results=results, origin=origin))
+        keep(asked, plan.output, origin, tables_of(results, origin), partial(write, results=results, origin=origin))
 
 
 def parse(arguments: list[str]) -> EvaluateConfig:

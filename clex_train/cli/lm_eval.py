@@ -28,6 +28,7 @@ from clex_train.cli.loading import LoadingConfig, Source
 from clex_train.evaluation import harness
 from clex_train.evaluation import origin as origins
 from clex_train.evaluation.results import FORMAT, Origin, write_whole
+from clex_train.opening import labelled
 from clex_train.settings.bounds import require
 
 KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples")
@@ -67,6 +68,7 @@ def main() -> None:
     if asked.lengths:
         metadata["max_seq_lengths"] = asked.lengths
     tasks = harness.Tasks(asked.tasks, Path(asked.include) if asked.include else None, metadata)
+    loading.say_what_is_ahead("lm_eval", asked, source, [labelled("tasks", _tasks(asked, tasks, max_length))])
     loaded, dtype = loading.load(asked, source.model)
     results = harness.evaluate(loaded, tasks, max_length, asked.batch_size, asked.limit, asked.num_fewshot)
     if distributed.is_main():
@@ -74,6 +76,11 @@ def main() -> None:
         found = facts(asked, source, tasks, dtype, max_length)
         how = loaded.table.method if loaded.table is not None else "none"
         loading.keep(asked, file, found, table(results), partial(write, results=results, origin=found, frequencies=how))
+
+
+def _tasks(asked: LmEvalConfig, tasks: harness.Tasks, max_length: int) -> str:
+    limit = f", the first {asked.limit} documents of each" if asked.limit else ""
+    return f"{', '.join(sorted(tasks.names))}: prompts and answers of up to {max_length:,} tokens{limit}"
 
 
 def check(asked: LmEvalConfig) -> None:

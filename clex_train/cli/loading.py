@@ -7,7 +7,7 @@ that every rank has to run the same number of forwards. `offload_parameters=true
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from clex_train import architectures, distributed, log, modeling
+from clex_train import architectures, distributed, log, modeling, opening
 from clex_train.cli import console
 from clex_train.config import Config
 from clex_train.engine import deepspeed
 from clex_train.evaluation.results import Origin, place
 from clex_train.modeling import LoadedModel
+from clex_train.rope import probe
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import require
 from clex_train.settings.engine import EngineConfig, Offload, Precision
@@ -71,6 +72,8 @@ class Source:
 
     model: ModelConfig
     context_len: int
+    context_source: str
+    """What says that L is so long."""
     label: str
     output: Path
 
@@ -101,9 +104,11 @@ def locate(asked: LoadingConfig) -> Source:
     output = Path(asked.output) if asked.output else folder / "evaluation" / f"{label}.json"
     if distributed.is_main():
         require_writable(output)
+    context = architectures.context_source(model, architectures.to_read(model))
     return Source(
         model=model,
-        context_len=architectures.context_length(model, architectures.to_read(model)),
+        context_len=context.length,
+        context_source=context.source,
         label=label,
         output=output,
     )
@@ -131,6 +136,41 @@ def require_writable(output: Path) -> None:
     there = next(folder for folder in output.absolute().parents if folder.exists())
     require(there.is_dir(), "output", output, f"{there} is a file, not a folder; name another place")
     require(os.access(there, os.W_OK | os.X_OK), "output", output, f"{there} is read-only; name another place")
+
+
+def say_what_is_ahead(program: str, asked: LoadingConfig, source: Source, lines: Iterable[str]) -> None:
+    """Print what is about to be run, before weights are read; `lines` are the program's own."""
+    if not distributed.is_main():
+        return
+    arch = architectures.to_read(source.model)
+    model = probe.model_on_meta(arch, source.model.trust_remote_code)
+    precision = deepspeed.precision(EngineConfig(precision=asked.precision))
+    subject = opening.Subject(
+        weights=f"weights of {asked.path}",
+        model_type=arch.model_type,
+        num_parameters=modeling.num_parameters(model),
+        dtype=precision,
+        context_len=source.context_len,
+        context_source=source.context_source,
+    )
+    t_max = architectures.t_max_of_field(asked.path)
+    own = "none: its own frequencies" if t_max is None else _reach(t_max, source.context_len)
+    ranks = distributed.world_size()
+    split = ", the weights split over them" if asked.sharded else ""
+    opening.say(
+        f"{program} {source.label} on {opening.device()} ({opening.versions()})",
+        (
+            *opening.model(subject),
+            opening.labelled("scaling", own),
+            *lines,
+            opening.labelled("ranks", f"{ranks}{split}"),
+            opening.labelled("output", str(source.output)),
+        ),
+    )
+
+
+def _reach(t_max: float, context_len: int) -> str:
+    return f"clex: t from 1 to {t_max:g}, contexts up to {int(t_max * context_len):,} tokens"
 
 
 def keep(asked: LoadingConfig, wished: Path, origin: Origin, text: str, write: Callable[[Path], None]) -> None:

@@ -1,13 +1,13 @@
 """The rows of a run from its configuration: stores opened and compared, packed, shuffled, mixed, bad rows left out.
 
-What a user should know of them is logged once: rows, use and cuts of each store, shares of a mixture, passes over each.
+`describe` says what a user should know: rows, use and cuts of each store, shares of a mixture, passes over each.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -75,19 +75,56 @@ def fingerprint(stores: Mapping[str, TokenStore]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def rows_of_run(stores: Mapping[str, TokenStore], data: DataConfig, seed: int, optim: OptimConfig) -> Rows:
-    """The endless order of a run, and its description in the log.
+def pack(stores: Mapping[str, TokenStore], data: DataConfig) -> dict[str, PackedRows]:
+    """Pack every store into rows.
 
     Raises:
-        ValueError: a store cannot give a row, or `data.skip_rows` leaves none.
+        ValueError: a store cannot give a row.
     """
-    packed = {name: PACKINGS[data.packing](store, data) for name, store in stores.items()}
-    for name, rows in packed.items():
-        logger.info("data%s: %s, %s", name and f" {name}", data.packing.value, rows.summary())
-    _report_passes(packed, data, optim)
-    order = mix(packed, data, seed, optim.batch_rows)
+    return {name: PACKINGS[data.packing](store, data) for name, store in stores.items()}
+
+
+def rows_of_run(packed: Mapping[str, Rows], data: DataConfig, seed: int, batch_rows: int) -> Rows:
+    """Return the endless order of a run.
+
+    Raises:
+        ValueError: `data.skip_rows` leaves no row.
+    """
+    order = mix(packed, data, seed, batch_rows)
     ranges = parse_ranges(data.skip_rows)
     return SkippedRows(order, ranges) if ranges else order
+
+
+def describe(packed: Mapping[str, PackedRows], data: DataConfig, optim: OptimConfig) -> Iterator[tuple[str, str]]:
+    """Yield (label, text) of what a run reads: each store and how often, its packing, and the mixture."""
+    passes = passes_of_run(packed, data, optim)
+    for name, rows in packed.items():
+        store = f"{name}: {data.domains[name].path}" if name else str(data.path)
+        yield "data", f"{store}: {len(rows):,} sequences, read {passes[name]:.3g} times"
+        yield "packing", f"{data.packing.value}: {rows.summary()}"
+    if data.domains:
+        yield "mixture", mixture_line(data)
+
+
+def passes_of_run(packed: Mapping[str, Rows], data: DataConfig, optim: OptimConfig) -> dict[str, float]:
+    """Return how often a run reads the rows of each store."""
+    total = optim.steps * optim.batch_rows
+    counts = schedule(data, optim.batch_rows).counts(total) if data.domains else {"": total}
+    return {name: counts[name] / len(rows) for name, rows in packed.items()}
+
+
+def warn_of_repetition(packed: Mapping[str, Rows], data: DataConfig, optim: OptimConfig) -> None:
+    """Log each store that is read more often than repeated data is worth."""
+    for name, times in passes_of_run(packed, data, optim).items():
+        if times > MANY_PASSES:
+            key = f"data.domains.{name}.weight" if name else "optim.steps"
+            logger.warning(
+                "%s is read %.3g times, and beyond %d a repetition teaches little: lower %s or add data",
+                name or "the store",
+                times,
+                MANY_PASSES,
+                key,
+            )
 
 
 def mix(packed: Mapping[str, Rows], data: DataConfig, seed: int, batch_rows: int) -> Rows:
@@ -136,29 +173,6 @@ def _planned(data: DataConfig, name: str, num_rows: int) -> str:
 def _shares(weights: Mapping[str, float]) -> str:
     total = sum(weights.values())
     return ", ".join(f"{name} {100 * weight / total:.4g} %" for name, weight in weights.items())
-
-
-def _report_passes(packed: Mapping[str, Rows], data: DataConfig, optim: OptimConfig) -> None:
-    total = optim.steps * optim.batch_rows
-    counts = schedule(data, optim.batch_rows).counts(total) if data.domains else {"": total}
-    passes = {name: counts[name] / len(rows) for name, rows in packed.items()}
-    if data.domains:
-        logger.info("mixture: %s", mixture_line(data))
-    logger.info(
-        "%s rows in all: %s",
-        f"{total:,}",
-        ", ".join(f"{name or 'the store'} read {times:.3g} times" for name, times in passes.items()),
-    )
-    for name, times in passes.items():
-        if times > MANY_PASSES:
-            key = f"data.domains.{name}.weight" if name else "optim.steps"
-            logger.warning(
-                "%s is read %.3g times, and beyond %d a repetition teaches little: lower %s or add data",
-                name or "the store",
-                times,
-                MANY_PASSES,
-                key,
-            )
 
 
 def _open_domain(name: str, path: str) -> TokenStore:

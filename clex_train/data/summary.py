@@ -24,6 +24,6 @@ class PackingSummary:
         about = "" if self.num_sampled is None else "about "
         sample = "" if self.num_sampled is None else f" (from {self.num_sampled:,} sampled rows)"
         return (
-            f"{self.num_rows:,} rows, {100 * self.utilisation:.4g} % of their tokens used, "
-            f"{about}{self.num_cut:,} documents cut, {about}{self.documents_per_row:.3g} documents a row{sample}"
+            f"{100 * self.utilisation:.4g} % of their tokens used, "
+            f"{about}{self.num_cut:,} documents cut, {about}{self.documents_per_row:.3g} documents a sequence{sample}"
         )

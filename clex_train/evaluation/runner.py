@@ -5,7 +5,6 @@ span and does not count it), because under ZeRO-3 each forward is a collective. 
 rank, so the result does not depend on their number.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from clex_train import distributed
+from clex_train import distributed, progress
 from clex_train.attention.lean import lean_attention
 from clex_train.evaluation.perplexity import Predict, evaluating
 from clex_train.evaluation.protocols import Reading, Span, curve
@@ -97,7 +96,11 @@ def evaluate(
     feeding = Feeding(chunk_len, batch_tokens or chunk_len, device, interrupted, cache_on_host)
     todo, scores, missing = jobs(readings), list[Score](), list[Missing]()
     total = len(tables) * sum(_work(model, job) * len(windows.tokens) * len(job.spans) for job in todo)
-    with lean(model, feeding.device), keeping_table(handle), progress(total, bar_format=BAR) as bar:
+    with (
+        lean(model, feeding.device),
+        keeping_table(handle),
+        progress.bar(total, "evaluate", is_shown=distributed.is_main(), bar_format=BAR) as bar,
+    ):
         for method, table in tables.items():
             handle.use(table)
             for job in todo:
@@ -215,17 +218,3 @@ def keeping_table(handle: RotaryHandle) -> Iterator[None]:
         yield
     finally:
         handle.use(table)
-
-
-def progress(total: int, **settings: Any) -> tqdm:
-    """A bar with the time left on rank 0, silent elsewhere; rarely redrawn where it goes into a file.
-
-    It counts tokens unless `settings`, those of tqdm, say otherwise.
-    """
-    return tqdm(
-        total=total,
-        **{"unit": "tok", "unit_scale": True, **settings},
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-        disable=not distributed.is_main(),
-    )

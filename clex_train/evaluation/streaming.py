@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
+from clex_train import distributed, progress
 from clex_train.attention.hf_interface import LmInfinite
 from clex_train.data.store import TokenStore
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.results import Results, Score, with_standard_errors
-from clex_train.evaluation.runner import progress
 from clex_train.evaluation.scoring_head import token_nll
 
 MOST_SEGMENTS = 1024
@@ -87,8 +87,13 @@ def evaluate(
 
     `inserted` puts a method into the model. Windows of L are labelled `none`, `windows`, at length L.
     """
-    scores = []
-    with evaluating(model), progress((len(methods) + 1) * stream.num_tokens) as bar:
+    scores, num_tokens = [], (len(methods) + 1) * stream.num_tokens
+    with (
+        evaluating(model),
+        progress.bar(
+            num_tokens, "evaluate streaming", is_shown=distributed.is_main(), unit="tok", unit_scale=True
+        ) as bar,
+    ):
         scores.append(_score("none", "windows", stream.context_len, windowed(model, stream, chunk_len, bar), stream))
         for method in methods:
             with inserted.get(method, nullcontext)() as handle:

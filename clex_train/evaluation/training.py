@@ -12,6 +12,7 @@ from clex_train import architectures, distributed, log
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.evaluation import methods, origin, results, runner
+from clex_train.evaluation.console import tables_of
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.retrieval import plan
 from clex_train.evaluation.retrieval import runner as retrieval
@@ -82,6 +83,7 @@ class TrainingEvaluation:
             weights = {"path": str(self.config.output_dir), "step": step}
             facts = origin.describe(self.config.name, weights, self.store, next(loaded.model.parameters()).dtype)
             results.write(Path(self.config.output_dir) / "evaluation" / f"step_{step}.json", scored, facts)
+            logger.info("step %d:\n%s", step, tables_of(scored, facts))
         return scored.metrics()
 
 

@@ -23,7 +23,7 @@ def mixture(tmp_path: Path) -> DataConfig:
 @pytest.mark.parametrize("packing", list(Packing))
 def test_a_mixture_reads_each_store_in_its_share_under_every_packing(mixture: DataConfig, packing: Packing) -> None:
     mixture.packing = packing
-    rows = build.rows_of_run(build.open_stores(mixture), mixture, 0, OptimConfig(steps=4, batch_rows=10))
+    rows = build.rows_of_run(build.pack(build.open_stores(mixture), mixture), mixture, 0, batch_rows=10)
     of_code = [int(rows[i].tokens[0]) >= 50 for i in range(160)]
     assert sum(of_code) == 40
     assert [rows[i].index for i in range(3)] == [0, 1, 2]
@@ -31,7 +31,7 @@ def test_a_mixture_reads_each_store_in_its_share_under_every_packing(mixture: Da
 
 def test_weights_change_at_the_first_row_of_a_step(mixture: DataConfig) -> None:
     mixture.weights_at = {2: {"book": 0}}
-    rows = build.rows_of_run(build.open_stores(mixture), mixture, 0, OptimConfig(steps=4, batch_rows=10))
+    rows = build.rows_of_run(build.pack(build.open_stores(mixture), mixture), mixture, 0, batch_rows=10)
     assert {int(rows[i].tokens[0]) >= 50 for i in range(20)} == {True, False}
     assert all(int(rows[i].tokens[0]) >= 50 for i in range(20, 60))
 
@@ -39,11 +39,18 @@ def test_weights_change_at_the_first_row_of_a_step(mixture: DataConfig) -> None:
 def test_passes_over_each_domain_are_reported_and_many_are_warned_of(
     mixture: DataConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
+    packed, optim = build.pack(build.open_stores(mixture), mixture), OptimConfig(steps=25, batch_rows=10)
+    book, code = (mixture.domains[name].path for name in ("book", "code"))
+    packing = ("packing", "concat: 100 % of their tokens used, 0 documents cut, 1 documents a sequence")
+    assert list(build.describe(packed, mixture, optim)) == [
+        ("data", f"book: {book}: 40 sequences, read 4.7 times"),
+        packing,
+        ("data", f"code: {code}: 40 sequences, read 1.55 times"),
+        packing,
+        ("mixture", "book 75 %, code 25 %"),
+    ]
     with caplog.at_level(logging.INFO, logger="clex_train"):
-        build.rows_of_run(build.open_stores(mixture), mixture, 0, OptimConfig(steps=25, batch_rows=10))
-    assert "data book: concat, 40 rows, 100 % of their tokens used, 0 documents cut, 1 documents a row" in caplog.text
-    assert "mixture: book 75 %, code 25 %" in caplog.text
-    assert "250 rows in all: book read 4.7 times, code read 1.55 times" in caplog.text
+        build.warn_of_repetition(packed, mixture, optim)
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == 1
     assert warned[0].startswith("book is read 4.7 times")

@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing
 from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 
-from clex_train.evaluation import runner
+from clex_train import progress
 from clex_train.evaluation.methods import FORMULAS, tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.results import Results
@@ -98,11 +98,11 @@ def test_the_methods_are_different_frequencies_on_the_same_weights() -> None:
 
 
 def test_the_bar_ends_full_and_counts_more_for_long_spans(monkeypatch) -> None:
-    bars, make = [], runner.progress
-    monkeypatch.setattr(runner, "progress", lambda *args, **settings: bars.append(make(*args, **settings)) or bars[-1])
+    bars, make = [], progress.bar
+    monkeypatch.setattr(progress, "bar", lambda *args, **settings: bars.append(make(*args, **settings)) or bars[-1])
     run(methods=(Method.none,), chunk_len=7, batch_tokens=50)
     assert bars[0].n == bars[0].total
-    assert "64 tokens: 100%|" in str(bars[0])
+    assert "64 tokens: 100 %" in str(bars[0])
     tokens = sum(job.length * len(job.spans) * 3 for job in jobs(READINGS))
     assert tokens < bars[0].total < 2 * tokens
 
@@ -155,8 +155,8 @@ def _rank_main(rank: int, folder: str) -> None:
     torch.nn.modules.module.register_module_forward_hook(
         lambda module, args, out: forwards.append(1) if type(module).__name__ == "LlamaForCausalLM" else None
     )
-    bars, make = [], runner.progress
-    runner.progress = lambda *args, **settings: bars.append(make(*args, **settings)) or bars[-1]
+    bars, make = [], progress.bar
+    progress.bar = lambda *args, **settings: bars.append(make(*args, **settings)) or bars[-1]
     results = run()
     content = {
         "bar": [bars[0].n, bars[0].total],

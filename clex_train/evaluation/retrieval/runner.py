@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from clex_train import distributed
+from clex_train import distributed, progress
 from clex_train.attention.hf_interface import LmInfinite
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.results import Missing, TaskScore
 from clex_train.evaluation.retrieval.decoding import greedy
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.room import Room
-from clex_train.evaluation.runner import deal, keeping_table, progress
+from clex_train.evaluation.runner import deal, keeping_table
 from clex_train.faults import StopRequested
 from clex_train.rope.growing import new_cache
 from clex_train.rope.patch import RotaryHandle
@@ -54,7 +54,11 @@ def evaluate(
     ranks = distributed.world_size()
     # A rank that is short repeats a prompt.
     total = len(tables) * sum(cell.length * -(-cell.size // ranks) * ranks for cell in cells)
-    with evaluating(model), keeping_table(handle), progress(total) as bar:
+    with (
+        evaluating(model),
+        keeping_table(handle),
+        progress.bar(total, "retrieval", is_shown=distributed.is_main(), unit="tok", unit_scale=True) as bar,
+    ):
         for method, table in tables.items():
             handle.use(table)
             for cell in cells:

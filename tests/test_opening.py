@@ -1,0 +1,78 @@
+"""The first lines of a program say what is about to happen to which model, before anything that costs."""
+
+import pytest
+import torch
+from composing import composed
+
+import train
+from clex_train import opening
+from clex_train.engine import deepspeed as engines
+from clex_train.settings.model import Init
+
+
+class Reached(Exception):
+    """The run came to where it takes hold of a device."""
+
+
+@pytest.fixture
+def first_lines(tmp_path, tiny_store, tiny_architecture, monkeypatch, capsys):
+    """Everything that a run prints before it opens a process group."""
+
+    def stop(*_):
+        raise Reached
+
+    monkeypatch.setattr(engines, "open_process_group", stop)
+
+    def lines(*overrides: str) -> list[str]:
+        config = composed(
+            "+experiment=tiny_base",
+            f"output_dir={tmp_path / 'run'}",
+            f"data.path={tiny_store}",
+            f"model.config={tiny_architecture}",
+            "model.context_len=32",
+            "data.seq_len=32",
+            "evaluation.lengths=[32,64]",
+            *overrides,
+        )
+        with pytest.raises(Reached):
+            train.run(config)
+        return capsys.readouterr().err.splitlines()
+
+    return lines
+
+
+def test_a_run_names_weights_length_method_batch_steps_and_folder(first_lines, tmp_path, tiny_store, tiny_architecture):
+    overrides = ("scaling=clex", "scaling.t_max=4", "optim.batch_rows=8", "optim.steps=20", "optim.lr=1e-3")
+    title, *lines = first_lines(*overrides)
+    assert title.startswith("train tiny_base, a new run, on the CPU (torch ")
+    block = dict(line.strip().split(maxsplit=1) for line in lines if line.startswith("  "))
+    assert block["model"].startswith(f"random weights for the architecture of {tiny_architecture}: llama, ")
+    assert block["model"].endswith(" parameters, float32")
+    assert block["context"].startswith("L = 32 tokens (")
+    assert block["scaling"].startswith("clex: t from 1 to 4, L = 32: contexts up to 128 tokens; positions ")
+    assert block["data"].startswith(f"{tiny_store}: ")
+    assert block["batch"] == "8 sequences * 32 tokens = 256 tokens a step: 1 rank * 8 sequences * 1 micro-batch"
+    assert block["steps"] == "20, in all 5,120 tokens"
+    assert "lr 0.001, cosine after" in block["optimizer"]
+    assert block["engine"] == "DeepSpeed ZeRO-3, 1 rank"
+    assert block["evaluation"].startswith("32 (1 L), 64 (2 L) tokens; ")
+    assert block["output"].startswith(f"{tmp_path / 'run'}: ")
+    assert "SIGTERM" in block["to"]
+
+
+def test_weights_are_called_pretrained_or_random():
+    assert opening.weights_of("models/a", Init.pretrained, None) == "pretrained weights of models/a"
+    assert opening.weights_of(None, Init.random, "shapes/b") == "random weights for the architecture of shapes/b"
+
+
+def test_ranks_that_share_a_sequence_are_counted_as_groups():
+    config = composed("+experiment=llama2_7b_clex_64k", "dry_run=true")
+    subject = opening.Subject("weights", "llama", 1, torch.bfloat16, 4096, "model.context_len")
+    lines = list(opening.training(config, subject, opening.Batch(16, 1, 16), []))
+    assert any(line.endswith("2 groups of 8 ranks * 1 sequence * 16 micro-batches") for line in lines)
+
+
+def test_only_the_first_rank_speaks(monkeypatch, capsys):
+    monkeypatch.setattr("clex_train.distributed.rank", lambda: 1)
+    opening.say("title", ["  line"])
+    assert capsys.readouterr() == ("", "")
