@@ -93,15 +93,17 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     modeling.check_attention(config.attention.implementation)
     liger.check(config.engine.liger)
     arch = architectures.to_train(config.model)
-    asked, config = config, kernels.chosen(config, arch)
+    context = architectures.context_source(config.model, arch)
+    context_len = context.length
     stores = data.open_stores(config.data)
+    held_out = data.held_out(config.data, config.evaluation.path)
+    config = configuration.with_lengths(config, context_len, data.longest_document(held_out))
+    asked, config = config, kernels.chosen(config, arch)
     store, fingerprint = next(iter(stores.values())), data.fingerprint(stores)
     tokenizer = modeling.training_tokenizer(config.model, arch, store.tokenizer_path)
     check_tokenizer(store, tokenizer)
     packed = data.pack(stores, config.data)
     rows = data.rows_of_run(packed, config.data, config.seed, config.optim.batch_rows)
-    context = architectures.context_source(config.model, arch)
-    context_len = context.length
     separation.check_document_mask(config, arch, context_len)
     memory_options.check(config.engine, arch, config.model.trust_remote_code)
     splitting.check_sequence_parallel(config, arch)
@@ -128,9 +130,8 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     if first_step == config.optim.steps and (run_dir / "final").exists():
         log.get("clex_train").info("%s is finished: its final model is in %s", run_dir, run_dir / "final")
         return first_step
-    say_what_is_ahead(
-        config, trained, context, settings, list(data.describe(packed, config.data, config.optim)), first_step
-    )
+    lines = list(data.describe(packed, config.data, config.optim, held_out if evaluated else None))
+    say_what_is_ahead(config, trained, context, settings, lines, first_step)
     data.warn_of_repetition(packed, config.data, config.optim)
     if distributed.is_main():
         run_folder.write_config(asked)

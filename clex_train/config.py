@@ -7,7 +7,8 @@ from there on the program sees plain dataclasses.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from hydra.core.config_store import ConfigStore
@@ -152,6 +153,31 @@ def _check_data(config: Config) -> None:
         config.evaluation.path,
         "a mixture has no validation split of its own; name the store to evaluate on (or evaluation=never)",
     )
+
+
+MULTIPLES = (1, 2, 4, 8, 16)
+"""Of L, at which a model is evaluated where no lengths are given."""
+
+
+def with_lengths(config: Config, context_len: int, longest_document: int | None = None) -> Config:
+    """Return the configuration with the lengths that it leaves to the model, whose L is `context_len` tokens.
+
+    `longest_document` is the longest held-out one in tokens, None if it is not known.
+    """
+    data, evaluation, scaling = config.data, config.evaluation, config.scaling
+    if not data.seq_len:
+        data = replace(data, seq_len=context_len)
+    if not evaluation.lengths:
+        t_max = scaling.t_max if scaling.name is ScalingName.clex else None
+        evaluation = replace(evaluation, lengths=default_lengths(context_len, t_max, longest_document))
+    return replace(config, data=data, evaluation=evaluation)
+
+
+def default_lengths(context_len: int, t_max: float | None, longest_document: int | None) -> list[int]:
+    """Return `MULTIPLES` of L as far as t_max serves them and documents reach; None stands for no limit."""
+    limits = (t_max or math.inf, (longest_document or math.inf) / context_len)
+    # Where documents do not even have L tokens, the evaluation says so.
+    return [multiple * context_len for multiple in MULTIPLES if multiple <= min(limits)] or [context_len]
 
 
 def check_protocols(config: Config) -> None:

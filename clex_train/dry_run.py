@@ -27,7 +27,7 @@ from clex_train import (
 )
 from clex_train import config as configuration
 from clex_train.config import Config
-from clex_train.data.build import mixture_line, packing_line, planned_passes
+from clex_train.data.build import held_out, longest_document, mixture_line, packing_line, planned_passes
 from clex_train.data.shards import part_len
 from clex_train.engine import deepspeed as engines
 from clex_train.engine import memory
@@ -59,6 +59,8 @@ class Part:
 class Plan:
     """What a run is going to be; `parts` are the memory of one rank."""
 
+    config: Config
+    """With the lengths that the model gives."""
     subject: Subject
     counts: skeleton.Counts
     num_ode_parameters: int
@@ -89,7 +91,7 @@ def print_plan(config: Config) -> None:
     if not distributed.is_main():
         return
     plan = make_plan(config)
-    print("\n".join((*_summary(config, plan), "", *memory_table(config, plan))))
+    print("\n".join((*_summary(plan), "", *memory_table(plan))))
 
 
 def make_plan(config: Config) -> Plan:
@@ -99,6 +101,8 @@ def make_plan(config: Config) -> Plan:
     arch = architectures.to_train(_readable(config.model))
     context = architectures.context_source(config.model, arch)
     context_len = context.length
+    documents = held_out(config.data, config.evaluation.path)
+    config = configuration.with_lengths(config, context_len, longest_document(documents))
     _check_lengths(config, context_len)
     configuration.check_lambda_mask(config)
     configuration.check_positions(config, context_len)
@@ -123,6 +127,7 @@ def make_plan(config: Config) -> Plan:
     )
     sharding = memory.sharding(settings, world_size, dtype, config.engine.activation_checkpointing, on_gpu)
     return Plan(
+        config=config,
         subject=Subject(
             weights=opening.weights_of(config.model.path, config.model.init, config.model.config),
             model_type=arch.model_type,
@@ -215,7 +220,8 @@ def _constant(name: str, held: Held) -> Part:
     return Part(name, (held.device, held.device, held.device), held.host)
 
 
-def _summary(config: Config, plan: Plan) -> Iterator[str]:
+def _summary(plan: Plan) -> Iterator[str]:
+    config = plan.config
     yield f"plan of {config.name}"
     yield from opening.training(config, plan.subject, plan.batch, _data(config))
     trainable = "all" if plan.counts.trainable == plan.counts.total else f"{plan.counts.trainable:,}"
@@ -239,14 +245,14 @@ def _data(config: Config) -> Iterator[str]:
         yield opening.labelled("repeated", planned_passes(data, config.optim))
 
 
-def memory_table(config: Config, plan: Plan) -> Iterator[str]:
+def memory_table(plan: Plan) -> Iterator[str]:
     """The lines of the memory of one rank, by part and moment."""
-    engine, batch = config.engine, plan.batch
+    engine, batch, seq_len = plan.config.engine, plan.batch, plan.config.data.seq_len
     yield (
         f"memory of one {'GPU' if plan.on_gpu else 'rank'} of {batch.world_size} in GiB: ZeRO-{engine.zero_stage}, "
         f"offload {engine.offload.name}, {str(plan.subject.dtype).removeprefix('torch.')}, "
-        f"{batch.micro_batch} * {part_len(config.data.seq_len, engine.sequence_parallel):,} tokens"
-        f"{'' if engine.sequence_parallel == 1 else f' of {config.data.seq_len:,}'}, {', '.join(_kept(engine))}"
+        f"{batch.micro_batch} * {part_len(seq_len, engine.sequence_parallel):,} tokens"
+        f"{'' if engine.sequence_parallel == 1 else f' of {seq_len:,}'}, {', '.join(_kept(engine))}"
     )
     yield f"  {'at the moment of':<16}{''.join(f'{moment:>10}' for moment in MOMENTS)}{'host':>10}"
     for part in (*plan.parts, Part("total", plan.totals(), plan.host)):

@@ -125,3 +125,23 @@ def test_a_value_out_of_range_stops_with_its_key_and_the_remedy(override, messag
 def test_a_plus_sign_does_not_carry_an_unknown_key_past_the_schema(override, remedy):
     with pytest.raises(ValueError, match=rf"no such key; did you mean .*{remedy}"):
         composed("+experiment=tiny_clex", override)
+
+
+def test_lengths_that_nobody_gave_are_those_of_the_model():
+    config = composed("scaling=clex", "scaling.t_max=4", "dry_run=true")
+    assert (config.data.seq_len, config.evaluation.lengths) == (0, [])
+    told = configuration.with_lengths(config, 1000)
+    assert (told.data.seq_len, told.evaluation.lengths) == (1000, [1000, 2000, 4000])
+
+
+def test_lengths_that_were_given_stay():
+    config = composed("data.seq_len=64", "evaluation.lengths=[64,512]", "dry_run=true")
+    assert configuration.with_lengths(config, 1000, longest_document=100) == config
+
+
+@pytest.mark.parametrize(
+    ("t_max", "longest_document", "lengths"),
+    [(None, None, [8, 16, 32, 64, 128]), (None, 63, [8, 16, 32]), (2.5, 63, [8, 16]), (16, 7, [8])],
+)
+def test_default_lengths_end_where_scaling_or_documents_do(t_max, longest_document, lengths):
+    assert configuration.default_lengths(8, t_max, longest_document) == lengths

@@ -55,6 +55,7 @@ def test_a_run_names_weights_length_method_batch_steps_and_folder(first_lines, t
     assert block["steps"] == "20, in all 5,120 tokens"
     assert "lr 0.001, cosine after" in block["optimizer"]
     assert block["engine"] == "DeepSpeed ZeRO-3, 1 rank"
+    assert block["held"].startswith(f"out    {tiny_store}: ")
     assert block["evaluation"].startswith("32 (1 L), 64 (2 L) tokens; ")
     assert block["output"].startswith(f"{tmp_path / 'run'}: ")
     assert "SIGTERM" in block["to"]

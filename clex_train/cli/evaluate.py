@@ -27,7 +27,8 @@ from clex_train import architectures, distributed, log, modeling
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console
 from clex_train.cli.loading import LoadingConfig, Source, check, keep, load, locate, run_config, say_what_is_ahead
-from clex_train.config import Config
+from clex_train.config import Config, default_lengths
+from clex_train.data.build import longest_document
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_tokenizer
 from clex_train.evaluation import methods, origin, room, runner, streaming
@@ -183,12 +184,13 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     """Fill in what the command line leaves open; `ValueError` for a run, model or store that cannot be evaluated."""
     config = run_config(Path(asked.run)) if asked.run else Config()
     source = locate(asked)
-    if not asked.run:
-        config.evaluation.lengths = [multiple * source.context_len for multiple in (1, 2, 4, 8, 16)]
     given = {key: value for key in KEYS if (value := getattr(asked, key)) is not None}
     data = asked.data or config.evaluation.path or config.data.path
     require(data is not None, "data", data, "this run mixed several stores; name the one to evaluate on")
     store = TokenStore(str(data)).split("validation")
+    if not config.evaluation.lengths:
+        t_max = architectures.t_max_of_field(asked.path)
+        config.evaluation.lengths = default_lengths(source.context_len, t_max, longest_document(store))
     tokenizer = modeling.load_tokenizer(asked.path, source.model)
     check_tokenizer(store, tokenizer)
     spec = replace(config.evaluation, **given)

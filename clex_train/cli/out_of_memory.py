@@ -26,7 +26,7 @@ def explain(config: Config, error: BaseException) -> str:
     return "\n".join(
         (
             f"{what}; the checkpoints are intact",
-            *dry_run.memory_table(config, plan),
+            *dry_run.memory_table(plan),
             f"turn down, most effect first: {'; '.join(ways)}",
             "dry_run=true shows the estimate of any change without a GPU",
         )

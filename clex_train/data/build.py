@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from clex_train import log
 from clex_train.data.manifest import read_manifest
 from clex_train.data.mixture import MixedRows, Schedule
@@ -67,6 +69,19 @@ def open_stores(data: DataConfig) -> dict[str, TokenStore]:
     return stores
 
 
+def held_out(data: DataConfig, evaluation_path: str | None) -> TokenStore | None:
+    """Return the documents that an evaluation may read; None where their store is not there."""
+    try:
+        return TokenStore(str(evaluation_path or data.path)).split("validation")
+    except ValueError:
+        return None
+
+
+def longest_document(store: TokenStore | None) -> int | None:
+    """Return the tokens of the longest document of a split; None for one that is not there."""
+    return None if store is None else int(np.diff(store.doc_offsets).max(initial=0))
+
+
 def fingerprint(stores: Mapping[str, TokenStore]) -> str:
     """That of the store, or one of all domains and their names."""
     if "" in stores:
@@ -95,8 +110,10 @@ def rows_of_run(packed: Mapping[str, Rows], data: DataConfig, seed: int, batch_r
     return SkippedRows(order, ranges) if ranges else order
 
 
-def describe(packed: Mapping[str, PackedRows], data: DataConfig, optim: OptimConfig) -> Iterator[tuple[str, str]]:
-    """Yield (label, text) of what a run reads: each store and how often, its packing, and the mixture."""
+def describe(
+    packed: Mapping[str, PackedRows], data: DataConfig, optim: OptimConfig, held_out: TokenStore | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield (label, text) of what a run reads: each store and how often, its packing, the mixture, held-out text."""
     passes = passes_of_run(packed, data, optim)
     for name, rows in packed.items():
         store = f"{name}: {data.domains[name].path}" if name else str(data.path)
@@ -104,6 +121,9 @@ def describe(packed: Mapping[str, PackedRows], data: DataConfig, optim: OptimCon
         yield "packing", f"{data.packing.value}: {rows.summary()}"
     if data.domains:
         yield "mixture", mixture_line(data)
+    if held_out is not None:
+        count, longest = len(held_out.doc_offsets) - 1, longest_document(held_out)
+        yield "held out", f"{held_out.path}: {count:,} documents of up to {longest:,} tokens"
 
 
 def passes_of_run(packed: Mapping[str, Rows], data: DataConfig, optim: OptimConfig) -> dict[str, float]:

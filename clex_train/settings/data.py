@@ -32,8 +32,8 @@ class DataConfig:
     """Several stores instead of `path`, mixed by weight: `{book: {path: DIR, weight: 40}, code: {...}}`."""
     weights_at: dict[Any, dict[str, Any]] = field(default_factory=dict)
     """Curriculum: from a step on, the weights named here, as `{1000: {book: 50, code: 0}}`; the others stay."""
-    seq_len: int = 4096
-    """Tokens in a training row. Rows of any length are cut from one store without tokenising again."""
+    seq_len: int = 0
+    """Tokens in a training sequence; 0 takes L, the model's own context. A store serves any length."""
     packing: Packing = Packing.concat
     """`concat`: documents joined and cut; `best_fit`: fewest cuts, padded; `long_documents`: each row inside one."""
     min_document_tokens: int | None = None
@@ -44,7 +44,12 @@ class DataConfig:
     """Keep the documents of a row apart: no attention across them, positions (CLEX's too) from 0 in each."""
 
     def __post_init__(self) -> None:
-        require(self.seq_len >= 2, "data.seq_len", self.seq_len, "at least 2 tokens, one to read and one to predict")
+        require(
+            self.seq_len == 0 or self.seq_len >= 2,
+            "data.seq_len",
+            self.seq_len,
+            "at least 2 tokens, one to read and one to predict; 0 takes the model's own context",
+        )
         self._check_documents()
         self._check_weights("data.domains", ".weight", {name: domain.weight for name, domain in self.domains.items()})
         # The command line, `+data.weights_at.1000.book=50`, has texts for keys where YAML has numbers.

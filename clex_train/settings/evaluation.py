@@ -37,8 +37,9 @@ class Method(Enum):
 class EvaluationConfig:
     every: int = 0
     """Optimizer steps between evaluations during training; 0 evaluates only at the end, -1 never."""
-    lengths: list[int] = field(default_factory=lambda: [4096, 8192, 16384, 32768, 65536])
-    """Window lengths in tokens. The same tokens are scored at every length."""
+    lengths: list[int] = field(default_factory=list)
+    """Window lengths in tokens. The same tokens are scored at every length. An empty list takes 1, 2, 4, 8 and 16
+    times L, as far as the scaling serves them and the held-out documents are that long."""
     protocols: list[Protocol] = field(default_factory=lambda: [Protocol.one_shot])
     """`one_shot`: windows of N, t fixed by N; `chunked` (official): chunks of L through the cache, t grows; `sliding`:
     windows moved by `stride`; `per_position`: nll against position; `last_k`: a window's last tokens alone."""
@@ -86,19 +87,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require(self.every >= -1, "evaluation.every", self.every, "-1 (never), 0 (at the end) or a number of steps")
-        require(
-            len(self.lengths) > 0 and all(n >= 2 for n in self.lengths),
-            "evaluation.lengths",
-            self.lengths,
-            "one or more lengths of at least 2 tokens",
-        )
-        shortest, longest = min(self.lengths), max(self.lengths)
-        require(
-            all(longest % n == 0 and n % shortest == 0 for n in self.lengths),
-            "evaluation.lengths",
-            self.lengths,
-            "each must be a multiple of the shortest and divide the longest, so that all score the same tokens",
-        )
+        if self.lengths:
+            self._check_lengths()
         require(len(self.methods) > 0, "evaluation.methods", self.methods, "one or more methods")
         require(
             len(self.protocols) > 0 or len(self.tasks) > 0,
@@ -115,13 +105,6 @@ class EvaluationConfig:
         )
         require(self.num_windows >= 1, "evaluation.num_windows", self.num_windows, "at least 1 window")
         require(self.stride >= 1, "evaluation.stride", self.stride, "at least 1 token")
-        require(
-            Protocol.sliding not in self.protocols or self.stride <= shortest,
-            "evaluation.stride",
-            self.stride,
-            f"more than the shortest of evaluation.lengths={self.lengths}, so windows would leave tokens out; "
-            f"say evaluation.stride={shortest} or less",
-        )
         require(self.last_k is None or self.last_k >= 1, "evaluation.last_k", self.last_k, "at least 1 token")
         require(self.n_local is None or self.n_local >= 1, "evaluation.n_local", self.n_local, "at least 1 token")
         require(self.n_global >= 0, "evaluation.n_global", self.n_global, "0 or more tokens")
@@ -129,6 +112,23 @@ class EvaluationConfig:
         require(self.t_factor is None or self.t_factor >= 1, "evaluation.t_factor", self.t_factor, "1 or more")
         require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")
         retrieval.check(self.tasks, self.num_prompts, self.depths, self.task_lengths)
+
+    def _check_lengths(self) -> None:
+        require(all(n >= 2 for n in self.lengths), "evaluation.lengths", self.lengths, "each has at least 2 tokens")
+        shortest, longest = min(self.lengths), max(self.lengths)
+        require(
+            all(longest % n == 0 and n % shortest == 0 for n in self.lengths),
+            "evaluation.lengths",
+            self.lengths,
+            "each must be a multiple of the shortest and divide the longest, so that all score the same tokens",
+        )
+        require(
+            Protocol.sliding not in self.protocols or self.stride <= shortest,
+            "evaluation.stride",
+            self.stride,
+            f"more than the shortest of evaluation.lengths={self.lengths}, so windows would leave tokens out; "
+            f"say evaluation.stride={shortest} or less",
+        )
 
     def lengths_of_tasks(self) -> list[int]:
         """Lengths of the retrieval prompts, in tokens."""
