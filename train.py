@@ -71,12 +71,13 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
         splitting,
         tracking,
         trainer,
+        weights,
     )
     from clex_train.checkpoint.manifest import Manifest
     from clex_train.checkpoint.store import Checkpoints
     from clex_train.data import build as data
     from clex_train.data.overlap import require_disjoint
-    from clex_train.data.vocabulary import check_tokenizer
+    from clex_train.data.vocabulary import check_embedding, check_tokenizer
     from clex_train.engine import deepspeed as engines
     from clex_train.engine import liger, sequence_parallel
     from clex_train.engine.ode_optimizer import OdeOptimizer
@@ -93,6 +94,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     modeling.check_attention(config.attention.implementation)
     liger.check(config.engine.liger)
     arch = architectures.to_train(config.model)
+    weights.check(config.model, arch)
     context = architectures.context_source(config.model, arch)
     context_len = context.length
     stores = data.open_stores(config.data)
@@ -102,6 +104,8 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     store, fingerprint = next(iter(stores.values())), data.fingerprint(stores)
     tokenizer = modeling.training_tokenizer(config.model, arch, store.tokenizer_path)
     check_tokenizer(store, tokenizer)
+    for each in stores.values():
+        check_embedding(each, architectures.embedding_rows(arch), architectures.name(config.model))
     packed = data.pack(stores, config.data)
     rows = data.rows_of_run(packed, config.data, config.seed, config.optim.batch_rows)
     separation.check_document_mask(config, arch, context_len)
@@ -125,7 +129,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     checkpoints = Checkpoints(run_dir, config.checkpoint, identity, config.resume is configuration.Resume.strict)
     newest = checkpoints.newest()
     other_ranks = newest is not None and newest.manifest.world_size != distributed.world_size()
-    run_folder.check_config(asked, newest is not None, other_ranks)
+    run_folder.check_config(asked, newest is not None, other_ranks, architectures.own_context(asked.model, arch))
     first_step = newest.manifest.step if newest else 0
     if first_step == config.optim.steps and (run_dir / "final").exists():
         log.get("clex_train").info("%s is finished: its final model is in %s", run_dir, run_dir / "final")
@@ -178,7 +182,7 @@ def say_what_is_ahead(
     from clex_train.engine import deepspeed as engines
 
     subject = opening.Subject(
-        weights=opening.weights_of(config.model.path, config.model.init, config.model.config),
+        weights=opening.weights_of(config.model),
         model_type=arch.model_type,
         num_parameters=skeleton.count(arch).total,
         dtype=engines.precision(config.engine),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clex_train import model_directory
 from clex_train.attention.log_scaling import LogScaling, install_log_scaling
-from clex_train.rope import official
+from clex_train.rope import official, recipes
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import FrequencyTable, scale_grid
@@ -149,7 +149,7 @@ def _recorded_context(source: Source | None) -> int | None:
 
 
 def _own_context(model: Any) -> int:
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if length is None:
+    own = recipes.own_context(model.config, "context_len")
+    if own is None:
         raise ValueError("context_len: the model's config has no max_position_embeddings; say what it was trained on")
-    return int(length)
+    return own.length

@@ -3,22 +3,21 @@
 Everything that can be wrong with `model.*` is found here, in one line.
 """
 
+import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from clex_train import model_directory
-from clex_train.faults import first_line
+from clex_train import hub, model_directory
 from clex_train.rope import official, recipes
 from clex_train.rope.patch import require_rotary
+from clex_train.rope.recipes import ContextLength
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.settings.bounds import require
-from clex_train.settings.model import ModelConfig
+from clex_train.settings.model import Init, ModelConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -34,18 +33,19 @@ def to_train(model: ModelConfig) -> PretrainedConfig:
 
 
 def to_read(model: ModelConfig) -> PretrainedConfig:
-    """The architecture of a model that is only read, which needs no RoPE; `ValueError` if it cannot be read."""
+    """Read the architecture of a model that is only read, which needs no RoPE; `ValueError` if it cannot be read."""
     key, path = ("model.path", model.path) if model.path else ("model.config", _shipped(model.config))
     assert path is not None
     require_directory(key, path)
+    _require_meant(model)
     try:
         if official.is_official(Path(path)):
             config = official.read_official_config(Path(path))
         else:
             options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-            config = AutoConfig.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{key}={path}: no readable config.json ({first_line(error)})") from error
+            config = AutoConfig.from_pretrained(path, **options, **hub.options(path))
+    except Exception as error:  # whatever a library raises over a config.json, KeyError to its own types, is about it
+        raise ValueError(f"{key}={path}: no readable config.json ({hub.why_not_read(path, error)})") from error
     require(
         not official.asks_for_clex(config),
         key,
@@ -55,41 +55,99 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
     return config
 
 
-@dataclass(frozen=True)
-class ContextLength:
-    """L in tokens, and what says so."""
+def _require_meant(model: ModelConfig) -> None:
+    """Refuse random weights beside a path that has some: one of the two is not meant."""
+    has_weights = model.path is not None and (not Path(model.path).is_dir() or model_directory.has_weights(model.path))
+    require(
+        model.init is not Init.random or not has_weights,
+        "model.init",
+        "random",
+        f"the weights of model.path={model.path} would be ignored; leave model.init out to train them, or say "
+        "model.config=DIR model.path=null for random weights of an architecture",
+    )
 
-    length: int
-    source: str
+
+def stand_in(model: ModelConfig) -> ModelConfig:
+    """For a dry run: let `model.config` stand in for a `model.path` that is not on this machine.
+
+    A preset names the architecture of one model, and `_name_or_path` in its config.json says which, so that it is not
+    taken for that of another path. A user's own config.json without is taken as meant. `ValueError` names both.
+    """
+    if model.path is None or model.config is None or Path(model.path).is_dir():
+        return model
+    shown = _shown(model.config)
+    if shown is None or shown == model.path or _tail(shown) == _tail(model.path):
+        return dataclasses.replace(model, path=None, init=None)
+    require(
+        not _is_local(model.path),
+        "model.path",
+        model.path,
+        f"no such directory, and model.config={model.config} is the architecture of {shown}, not of it; copy the "
+        "config.json of yours here and name its directory by model.config",
+    )
+    # A hub name: its own config.json is small enough to fetch.
+    return dataclasses.replace(model, config=None)
 
 
-def context_source(model: ModelConfig, config: PretrainedConfig) -> ContextLength:
-    """Return L with its source in words."""
-    return ContextLength(context_length(model, config), "model.context_len" if model.context_len else "config.json")
+def _shown(config: str) -> str | None:
+    """Which model an architecture's directory says that it belongs to."""
+    try:
+        facts = json.loads((Path(str(_shipped(config))) / "config.json").read_text(encoding="utf-8"))
+        name = facts.get("_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        # For `to_read` to refuse in its own words.
+        return None
+    return str(name) if name else None
+
+
+def _tail(path: str) -> tuple[str, ...]:
+    """What a model is called wherever it lies: its folder's name, with the run's for the `final/` of a run."""
+    parts = Path(path).parts
+    return parts[-2:] if parts[-1:] == ("final",) else parts[-1:]
 
 
 def context_length(model: ModelConfig, config: PretrainedConfig) -> int:
-    """L: `model.context_len`, else what an earlier run recorded, else the architecture's own.
+    """L in tokens; see `context_source`."""
+    return context_source(model, config).length
+
+
+def context_source(model: ModelConfig, config: PretrainedConfig) -> ContextLength:
+    """L and where it comes from: `model.context_len`, else what an earlier run recorded, else the architecture's own.
 
     A CLEX run records it in `clex.json`, a recipe by formula as `original_max_position_embeddings`.
     """
     trained_on = _context_of_field(model.path) if model.path else None
     if model.context_len is not None:
         require(
-            trained_on in (None, model.context_len),
+            trained_on is None or trained_on.length == model.context_len,
             "model.context_len",
             model.context_len,
-            f"the CLEX of {model.path} belongs to a base of {trained_on} tokens; leave the key out",
+            f"the CLEX of {model.path} belongs to a base of {trained_on.length if trained_on else 0} tokens; leave the "
+            "key out",
         )
-        return model.context_len
-    if trained_on is not None:
-        return trained_on
-    length = recipes.original_context(config) or _own_context(config.get_text_config())
-    require(
-        length is not None, "model.context_len", None, "the architecture does not say what context it was trained on"
-    )
-    assert length is not None
-    return int(length)
+        return ContextLength(model.context_len, "model.context_len")
+    own = trained_on or recipes.own_context(config)
+    require(own is not None, "model.context_len", None, "the architecture does not say what context it was trained on")
+    assert own is not None
+    return own
+
+
+def own_context(model: ModelConfig, config: PretrainedConfig) -> int | None:
+    """L without `model.context_len`; None where the model does not say it, or not clearly."""
+    try:
+        return context_length(dataclasses.replace(model, context_len=None), config)
+    except ValueError:
+        return None
+
+
+def name(model: ModelConfig) -> str:
+    """What a model is called in messages: where its weights are, else where its architecture is."""
+    return str(model.path or model.config)
+
+
+def embedding_rows(arch: PretrainedConfig) -> int:
+    """How many ids the input embedding has a row for."""
+    return int(arch.get_text_config().vocab_size)
 
 
 def digest(arch: PretrainedConfig) -> str:
@@ -127,13 +185,17 @@ def grid_of_field(path: str) -> Tensor | None:
 
 def require_directory(key: str, path: str) -> None:
     """Refuse what looks like a local path and is none; a name such as `meta-llama/Llama-2-7b-hf` is left to the hub."""
-    local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
     require(
-        not local or Path(path).is_dir(),
+        not _is_local(path) or Path(path).is_dir(),
         key,
         path,
         "no such directory; give a model directory or a hub name owner/model",
     )
+
+
+def _is_local(path: str) -> bool:
+    """Whether it looks like a directory rather than the name of a hub repository."""
+    return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
 
 
 def _shipped(path: str | None) -> str | None:
@@ -143,21 +205,12 @@ def _shipped(path: str | None) -> str | None:
     return str(REPOSITORY / path)
 
 
-def _own_context(config: Any) -> int | None:
-    """What the architecture says it was trained on; longrope begins at its original length."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        return rope.get("original_max_position_embeddings")
-    # MPT and Bloom have no table of positions, and call it otherwise.
-    names = ("max_position_embeddings", "max_seq_len", "seq_length")
-    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
-
-
-def _context_of_field(path: str) -> int | None:
+def _context_of_field(path: str) -> ContextLength | None:
     """L of the CLEX that is in a directory; None for one without."""
     directory = Path(path)
     if model_directory.has_clex(directory):
-        return model_directory.read_record(directory).context_len
+        return ContextLength(model_directory.read_record(directory).context_len, model_directory.CLEX_JSON)
     if official.is_official(directory):
-        return int(official.read_official_config(directory).max_position_embeddings)
+        length = int(official.read_official_config(directory).max_position_embeddings)
+        return ContextLength(length, "max_position_embeddings of the original CLEX")
     return None

@@ -106,17 +106,11 @@ def _check_between_groups(config: Config) -> None:
         model.path is not None or model.config is not None,
         "model.path",
         model.path,
-        "name a model directory or hub repository (or model.config with model.init=random)",
-    )
-    require(
-        model.init is Init.pretrained or model.config is not None,
-        "model.config",
-        model.config,
-        "model.init=random needs the directory of an architecture",
+        "name a model directory or hub repository (or model.config alone for random weights)",
     )
     _check_data(config)
     require(
-        config.dry_run or model.init is Init.random or model.path is not None,
+        config.dry_run or model.init is not Init.pretrained or model.path is not None,
         "model.path",
         model.path,
         "model.init=pretrained needs weights: name a model directory or hub repository",

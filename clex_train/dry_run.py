@@ -19,16 +19,21 @@ from clex_train import (
     distributed,
     kernels,
     memory_options,
+    model_directory,
     modeling,
     opening,
     separation,
     skeleton,
     splitting,
+    weights,
 )
 from clex_train import config as configuration
 from clex_train.config import Config
 from clex_train.data.build import held_out, longest_document, mixture_line, packing_line, planned_passes
+from clex_train.data.manifest import MANIFEST
 from clex_train.data.shards import part_len
+from clex_train.data.store import TokenStore
+from clex_train.data.vocabulary import check_embedding
 from clex_train.engine import deepspeed as engines
 from clex_train.engine import memory
 from clex_train.engine.footprint import Footprint
@@ -38,7 +43,6 @@ from clex_train.scaling.clex import Clex
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import require
 from clex_train.settings.engine import EngineConfig
-from clex_train.settings.model import Init, ModelConfig
 from clex_train.settings.scaling import ScalingName
 
 GIB = 2**30
@@ -98,8 +102,12 @@ def make_plan(config: Config) -> Plan:
     """Compute everything that `print_plan` shows."""
     world_size = config.engine.world_size or distributed.world_size()
     settings = engines.deepspeed_dict(config, world_size)
-    arch = architectures.to_train(_readable(config.model))
-    context = architectures.context_source(config.model, arch)
+    model = architectures.stand_in(config.model)
+    arch = architectures.to_train(model)
+    if model.path and model_directory.has_weights(model.path):
+        weights.check(model, arch)
+    _check_ids(config, arch)
+    context = architectures.context_source(model, arch)
     context_len = context.length
     documents = held_out(config.data, config.evaluation.path)
     config = configuration.with_lengths(config, context_len, longest_document(documents))
@@ -129,7 +137,7 @@ def make_plan(config: Config) -> Plan:
     return Plan(
         config=config,
         subject=Subject(
-            weights=opening.weights_of(config.model.path, config.model.init, config.model.config),
+            weights=opening.weights_of(config.model, model.path is not None),
             model_type=arch.model_type,
             num_parameters=counts.total,
             dtype=dtype,
@@ -145,11 +153,12 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def _readable(model: ModelConfig) -> ModelConfig:
-    """The architecture shipped with the configuration stands in for weights that are not on this machine."""
-    if model.path and Path(model.path).is_dir():
-        return model
-    return dataclasses.replace(model, path=None) if model.config else model
+def _check_ids(config: Config, arch: PretrainedConfig) -> None:
+    """That the embedding has every id of the stores that are on this machine; random weights take their vocabulary."""
+    paths = [config.data.path, *(domain.path for domain in config.data.domains.values())]
+    for path in filter(None, paths):
+        if config.model.is_pretrained and (Path(path) / MANIFEST).is_file():
+            check_embedding(TokenStore(path), architectures.embedding_rows(arch), architectures.name(config.model))
 
 
 def _check_lengths(config: Config, context_len: int) -> None:
@@ -226,7 +235,7 @@ def _summary(plan: Plan) -> Iterator[str]:
     yield from opening.training(config, plan.subject, plan.batch, _data(config))
     trainable = "all" if plan.counts.trainable == plan.counts.total else f"{plan.counts.trainable:,}"
     yield opening.labelled("trained", f"{trainable} parameters, and {plan.num_ode_parameters:,} of the ODE in float32")
-    if config.model.init is Init.random:
+    if not config.model.is_pretrained:
         yield opening.labelled("", "the vocabulary is that of model.config here; the run takes the data store's")
     if plan.evaluation_cache:
         longest, size = config.evaluation.longest(), _gib(plan.evaluation_cache)

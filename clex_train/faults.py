@@ -24,8 +24,14 @@ class RankLost(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()
+    """Return the first line of an error's message, with the next where it ends in a colon.
+
+    A `KeyError` says no more than a key, and some errors nothing: those have their type named.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines or isinstance(error, KeyError):
+        return ": ".join([type(error).__name__, *lines[:1]])
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,6 +19,13 @@ from clex_train.scaling.table import FrequencyTable
 from clex_train.settings.scaling import LogScale
 
 CLEX_JSON, CLEX_TENSORS, TABLE = "clex.json", "clex.safetensors", "frequencies.safetensors"
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""In the order in which transformers looks for them."""
 FORMAT = 1
 
 
@@ -39,6 +46,11 @@ class ClexRecord:
 def has_clex(directory: Path) -> bool:
     """Whether the directory was written by a CLEX run."""
     return (directory / CLEX_JSON).is_file()
+
+
+def has_weights(directory: Path | str) -> bool:
+    """Whether there are weight files that transformers reads, or an index of them."""
+    return any((Path(directory) / name).exists() for name in WEIGHT_FILES)
 
 
 def write_clex(

@@ -11,12 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from clex_train import architectures, log, model_directory, seeding
+from clex_train import architectures, hub, log, model_directory, seeding, weights
 from clex_train.attention.choice import has_sdpa, resolved
 from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.config import Config
-from clex_train.faults import first_line
 from clex_train.rope import official, recipes
 from clex_train.rope.as_is import install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary
@@ -25,9 +24,11 @@ from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import require
-from clex_train.settings.model import Init, ModelConfig
+from clex_train.settings.model import ModelConfig
 from clex_train.settings.scaling import FOLLOWING_LENGTH, FORMULAS, LogScale, Positions, ScalingName
 from clex_train.starting_field import starting_field
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 logger = log.get(__name__)
 
@@ -63,10 +64,10 @@ def training_tokenizer(model: ModelConfig, arch: PretrainedConfig, store_tokeniz
 
     A model that is trained from scratch takes its vocabulary: `arch` is changed to it.
     """
-    own = model.path if model.init is Init.pretrained else None
+    own = model.path if model.is_pretrained else None
     path = model.tokenizer or own or str(store_tokenizer)
     tokenizer = load_tokenizer(path, model)
-    if model.init is Init.random:
+    if not model.is_pretrained:
         arch.vocab_size = len(tokenizer)
         arch.bos_token_id, arch.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         arch.pad_token_id = tokenizer.pad_token_id
@@ -80,15 +81,15 @@ def matmul_shape(model: PreTrainedModel) -> tuple[float, int, int, int]:
     """
     shape: Any = model.config.get_text_config()
     visited = getattr(shape, "num_experts_per_tok", 1) / max(1, getattr(shape, "num_local_experts", None) or 1)
-    weights = 0.0
+    visits = 0.0
     for name, parameter in model.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())
-        weights += size * (visited if ".experts." in name else 1.0)
+        visits += size * (visited if ".experts." in name else 1.0)
     if not getattr(shape, "tie_word_embeddings", False):
         embedding: Any = model.get_input_embeddings().weight
-        weights -= getattr(embedding, "ds_numel", embedding.numel())
+        visits -= getattr(embedding, "ds_numel", embedding.numel())
     head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    return weights, shape.num_hidden_layers, shape.num_attention_heads, head_dim
+    return visits, shape.num_hidden_layers, shape.num_attention_heads, head_dim
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -129,10 +130,10 @@ def load_for_training(
     """
     length, trained = architectures.context_length(config.model, arch), trained_architecture(config, arch)
     config = dataclasses.replace(config, attention=resolved(config.attention, trained, dtype))
-    if config.model.init is Init.random:
-        model = _random_model(config, trained, dtype)
-    else:
+    if config.model.is_pretrained:
         model = _pretrained_model(config, None if trained is arch else trained, dtype, deepspeed_dict)
+    else:
+        model = _random_model(config, trained, dtype)
     if config.engine.activation_checkpointing:
         recompute_layers(model)
     model.config.use_cache = False
@@ -182,6 +183,7 @@ def load_for_evaluation(
     files cannot be read.
     """
     arch = architectures.to_read(spec)
+    weights.check(spec, arch)
     length = architectures.context_length(spec, arch)
     wanted: AttentionImplementation | None = attention
     if attention in (AttentionImplementation.auto, AttentionImplementation.sdpa):
@@ -222,14 +224,23 @@ def solve_table(loaded: LoadedModel) -> FrequencyTable | None:
 
 def load_tokenizer(path: str, model: ModelConfig) -> Any:
     """The tokenizer of a directory or hub repository; `ValueError` in one line when there is none."""
-    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, **hub.options(path)}
     if official.is_official(Path(path)):
         # transformers would read the architecture by itself and warn of the rope type it does not know.
         options["config"] = official.read_official_config(Path(path))
     try:
         return AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no readable tokenizer ({first_line(error)})") from error
+    except Exception as error:  # whatever a library raises over a tokenizer's files is about them
+        raise ValueError(f"{path}: {_no_tokenizer(path, error)}") from error
+
+
+def _no_tokenizer(path: str, error: Exception) -> str:
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+        return (
+            f"no tokenizer in it ({' or '.join(TOKENIZER_FILES)}); copy the tokenizer's files beside the weights, or "
+            "name their directory, model.tokenizer=DIR in training"
+        )
+    return f"no readable tokenizer ({hub.why_not_read(path, error)}); copy its files again"
 
 
 def _scale_logits(loaded: LoadedModel, policy: LogScale) -> None:
@@ -249,6 +260,8 @@ def _random_model(config: Config, arch: PretrainedConfig, dtype: torch.dtype) ->
 def _pretrained_model(
     config: Config, changed: PretrainedConfig | None, dtype: torch.dtype, deepspeed_dict: dict[str, Any]
 ) -> PreTrainedModel:
+    # Of the same numbers on every rank, should `model.allow_missing` let some be drawn.
+    torch.manual_seed(seeding.torch_seed(config.seed, "weights"))
     if config.engine.zero_stage != 3:
         return _from_pretrained(config.model, dtype, config.attention.implementation, changed)
     return _shards(deepspeed_dict, config.model, dtype, config.attention.implementation, changed)
@@ -266,7 +279,7 @@ def _shards(
 
     # transformers shards the weights while reading them for as long as this object lives.
     alive = HfDeepSpeedConfig(sharding)
-    model = _from_pretrained(spec, dtype, attention, changed)
+    model = _from_pretrained(spec, dtype, attention, changed, is_sharded=True)
     del alive
     return model
 
@@ -276,17 +289,27 @@ def _from_pretrained(
     dtype: torch.dtype | str,
     attention: AttentionImplementation | None,
     changed: PretrainedConfig | None = None,
+    is_sharded: bool = False,
 ) -> PreTrainedModel:
-    """The weights of `spec`, under the architecture `changed` if it is not that of their directory."""
-    directory = Path(str(spec.path))
+    """The weights of `spec`, under the architecture `changed` if it is not that of their directory.
+
+    `ValueError` names tensors that weights and architecture do not share.
+    """
+    path, directory = str(spec.path), Path(str(spec.path))
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention and attention.value}
+    # Both are judged by the report, which names the tensors.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **hub.options(path)}
     if changed is not None:
         options["config"] = changed
     try:
         if official.is_official(directory):
-            return official.load_official_model(directory, **options)
-        return AutoModelForCausalLM.from_pretrained(
-            spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **options
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.path={spec.path}: the weights cannot be loaded ({first_line(error)})") from error
+            model, report = official.load_official_model(directory, **options)
+        else:
+            options |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+            model, report = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = hub.why_not_read(path, error)
+        raise ValueError(f"model.path={path}: the weights cannot be loaded ({reason})") from error
+    weights.check_loaded(spec, model.config, report, is_sharded)
+    weights.announce(report, spec.allow_missing)
+    return model

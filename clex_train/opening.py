@@ -15,7 +15,7 @@ import torch
 from clex_train import distributed
 from clex_train.config import Config
 from clex_train.settings.engine import Offload
-from clex_train.settings.model import Init
+from clex_train.settings.model import ModelConfig
 from clex_train.settings.scaling import FORMULAS, ScalingName
 
 LABEL = 12
@@ -62,11 +62,12 @@ def labelled(label: str, text: str) -> str:
     return f"  {label:<{LABEL}}{text}"
 
 
-def weights_of(path: str | None, init: Init, config: str | None) -> str:
-    """Return where the weights of a run come from, in words."""
-    if init is Init.random:
-        return f"random weights for the architecture of {config or path}"
-    return f"pretrained weights of {path or config}"
+def weights_of(named: ModelConfig, is_there: bool = True) -> str:
+    """Return where the weights of a run come from, in words; without them, what stands in for a plan."""
+    if not named.is_pretrained:
+        return f"random weights for the architecture of {named.config or named.path}"
+    planned_by = "" if is_there else f" (not on this machine; planned by the architecture of {named.config})"
+    return f"pretrained weights of {named.path or named.config}{planned_by}"
 
 
 def model(subject: Subject) -> Iterator[str]:

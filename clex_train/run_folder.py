@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from clex_train import log
+from clex_train import distributed, log
 from clex_train.config import Config, Resume
 
 logger = log.get(__name__)
@@ -34,28 +34,40 @@ SAFE_TO_CHANGE = (
     "engine.world_size",
     "evaluation.",
     "launch.",
+    "model.allow_missing",
     "model.config",
+    "model.path",
+    "model.revision",
+    "model.tokenizer",
     "max_runtime",
     "name",
     "output_dir",
     "resume",
+    "scaling.longrope_factors",
     "scaling.t_factor",
     "tracking.",
 )
 """Keys that may differ when a run is continued: they do not touch the numbers it trains on.
 
-`data.path` and `model.config` are among them because the checkpoint knows their content by a fingerprint; domains,
-weights and skipped rows because it knows the order of the rows that it has seen, and refuses another.
+Directories are among them because the checkpoint knows what they hold: data and vocabulary by a fingerprint, the
+architecture and its frequencies by a digest, weights by its own. Domains, weights and skipped rows are because it knows
+the order of the rows that it has seen, and refuses another.
 """
+
+MOVED = ("data.path", "evaluation.path", "model.path", "model.revision", "model.tokenizer", "scaling.longrope_factors")
+"""Of those, what is said in a line when it differs."""
 
 SHARING = ("engine.micro_batch", "engine.accumulation", "engine.sequence_parallel")
 """What optim.batch_rows, and rows, are divided by; a change of it alone would only change how sums are rounded."""
 
 
-def check_config(config: Config, has_checkpoint: bool, other_ranks: bool = False) -> None:
+def check_config(
+    config: Config, has_checkpoint: bool, other_ranks: bool = False, own_context: int | None = None
+) -> None:
     """Compare with the run that the folder holds; every rank may call it, nothing is written.
 
-    On another number of ranks, the rows of a step may be shared out in another way.
+    On another number of ranks, the rows of a step may be shared out in another way. `own_context` is L as the model
+    says it, which is what a `model.context_len` of null stands for.
 
     Raises `ValueError` when the folder holds a checkpoint although `resume=never`, or a run whose configuration
     differs in a key that is not safe to change.
@@ -66,7 +78,7 @@ def check_config(config: Config, has_checkpoint: bool, other_ranks: bool = False
     if config.resume is Resume.never:
         raise ValueError(f"resume=never: {path.parent} already holds checkpoints; choose another output_dir")
     if path.exists():
-        _refuse_changes(path, config, SAFE_TO_CHANGE + (SHARING if other_ranks else ()))
+        _refuse_changes(path, config, SAFE_TO_CHANGE + (SHARING if other_ranks else ()), own_context)
 
 
 def write_config(config: Config) -> None:
@@ -143,17 +155,36 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return changed
 
 
-def _refuse_changes(path: Path, config: Config, safe: tuple[str, ...]) -> None:
+def _refuse_changes(path: Path, config: Config, safe: tuple[str, ...], own_context: int | None) -> None:
     # Over the defaults, so that a key which the program has learned since does not count as a change.
-    old = OmegaConf.merge(OmegaConf.create(_plain(OmegaConf.structured(Config))), OmegaConf.load(path))
-    new = OmegaConf.structured(config)
-    changed = changed_keys(_plain(old), _plain(new))
+    merged = OmegaConf.merge(OmegaConf.create(_plain(OmegaConf.structured(Config))), OmegaConf.load(path))
+    old, new = (_resolved(_plain(each), own_context) for each in (merged, OmegaConf.structured(config)))
+    changed = changed_keys(old, new)
     unsafe = [key for key in changed if not key.startswith(safe)]
+    is_finished = (path.parent / "final").is_dir()
+    if is_finished and "optim.steps" in unsafe:
+        raise ValueError(
+            f"optim.steps={config.optim.steps}: {path.parent} is finished after {old['optim']['steps']} steps, "
+            "for which its learning rate was scheduled; train its final model on in another output_dir, with "
+            f"model.path={path.parent / 'final'}"
+        )
     if unsafe:
         raise ValueError(
             f"{', '.join(unsafe)}: differs from {path}, whose checkpoints this run would continue; "
             "restore the value or choose another output_dir"
         )
+    for key in changed:
+        if key in MOVED and distributed.is_main():
+            before, after = (OmegaConf.select(OmegaConf.create(each), key) for each in (old, new))
+            logger.info("%s was %s, is %s now: the run goes on from its own checkpoint", key, before, after)
+
+
+def _resolved(plain: dict[str, Any], own_context: int | None) -> dict[str, Any]:
+    """A configuration with what keys of the model stand for when they are left out: earlier ones spelt them out."""
+    model = dict(plain["model"])
+    model["init"] = model["init"] or ("pretrained" if model["path"] else "random")
+    model["context_len"] = model["context_len"] or own_context
+    return {**plain, "model": model}
 
 
 def _plain(node: Any) -> Any:

@@ -22,7 +22,6 @@ from clex_train.rope import official
 from clex_train.rope.probe import find_rotary
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import require
-from clex_train.settings.model import Init
 from clex_train.settings.scaling import LogScale
 
 NAME = "borders_of_documents"
@@ -85,7 +84,7 @@ def require_separable(arch: PretrainedConfig, implementation: AttentionImplement
 def _log_scale(config: Config) -> LogScale:
     """The log-scaling that the run is going to have: a checkpoint of the original code brings its own."""
     directory = Path(str(config.model.path))
-    brings = config.model.init is Init.pretrained and official.is_official(directory)
+    brings = config.model.is_pretrained and official.is_official(directory)
     own = LogScale(official.log_scale_policy(directory)) if brings else LogScale.off
     return config.scaling.log_scale if own is LogScale.off else own
 

@@ -9,7 +9,6 @@ from clex_train.config import Config
 from clex_train.rope import official
 from clex_train.scaling.clex import Clex
 from clex_train.settings.bounds import require
-from clex_train.settings.model import Init
 from clex_train.settings.scaling import LogScale, ScalingConfig
 
 logger = log.get(__name__)
@@ -21,7 +20,7 @@ def starting_field(config: Config, base_inv_freq: torch.Tensor) -> tuple[Clex, L
     `ValueError` names a key of `scaling` that does not fit the field that is there.
     """
     scaling, directory = config.scaling, Path(str(config.model.path))
-    has_weights = config.model.init is Init.pretrained
+    has_weights = config.model.is_pretrained
     if has_weights and model_directory.has_clex(directory):
         clex, _, _ = model_directory.read_clex(directory)
         return _continued(clex, scaling, directory), scaling.log_scale

@@ -79,6 +79,7 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
     step = saved = resume(parts)
     tracker = tracker_factory(step)
     stream = _stream(parts, step)
+    losses: list[float] = []
     finished = False
     try:
         _agree(parts, "step")
@@ -88,6 +89,7 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
             with parts.stop.timed("step"):
                 figures = train_step(parts, step, next(stream))
             step += 1
+            losses.append(figures["loss"])
             tracker.step({"step": step, **figures})
             bad_steps = 0 if _is_updated(parts, figures) else bad_steps + 1
             if bad_steps:
@@ -107,8 +109,9 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
         finished = True
     except UnstableField as error:
         parts.checkpoints.finish()
+        why = non_finite.why_unstable(parts.loaded.model, error, losses, config.optim.lr)
         raise RunStopped(
-            f"step {step}: {error}; {parts.checkpoints.describe_newest()}; start again in another output_dir"
+            f"step {step}: {why}; {parts.checkpoints.describe_newest()}; start again in another output_dir"
         ) from error
     finally:
         tracker.close(finished)
@@ -328,7 +331,7 @@ def _is_updated(parts: Parts, figures: dict[str, Any]) -> bool:
 def _skip_or_stop(parts: Parts, step: int, figures: dict[str, Any], bad_steps: int, saved: int) -> None:
     """Announce a step whose update was skipped; `RunStopped` after too many, with a checkpoint of what was before them.
 
-    Every rank has the same figures.
+    All steps of a run are too many too: its weights would be those that it began with. Every rank has the same figures.
     """
     optim = parts.config.optim
     what = f"step {step}: loss {figures['loss']:g}, gradient norm {figures['grad_norm']:g}"
@@ -337,6 +340,9 @@ def _skip_or_stop(parts: Parts, step: int, figures: dict[str, Any], bad_steps: i
         parts.checkpoints.finish()
         raise RunStopped(f"{what}; {parts.checkpoints.describe_newest()}; lower optim.lr in another output_dir")
     what += f" ({figures['fault']})"
+    if bad_steps == step == optim.steps:
+        remedy = non_finite.remedy(parts.loaded.model)
+        raise RunStopped(f"{what}; none of the run's {step} steps was taken, so nothing was learned; {remedy}")
     if bad_steps < optim.max_bad_steps:
         logger.warning("%s: not finite, its update is skipped on all ranks", what)
         return
@@ -345,7 +351,7 @@ def _skip_or_stop(parts: Parts, step: int, figures: dict[str, Any], bad_steps: i
     parts.checkpoints.finish()
     raise RunStopped(
         f"{what}; {bad_steps} such steps in a row, optim.max_bad_steps={optim.max_bad_steps}; "
-        f"{parts.checkpoints.describe_newest()}; lower optim.lr in another output_dir, or leave the rows out"
+        f"{parts.checkpoints.describe_newest()}; {non_finite.remedy(parts.loaded.model)}"
     )
 
 

@@ -19,11 +19,12 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from clex_train import architectures, dry_run, log, run_folder
+from clex_train import architectures, dry_run, log, run_folder, weights
 from clex_train import config as configuration
 from clex_train.cli import console
 from clex_train.config import Config, Resume
-from clex_train.data.store import TokenStore
+from clex_train.data.build import open_stores
+from clex_train.data.vocabulary import check_embedding
 from clex_train.schema_docs import describe
 from clex_train.settings.bounds import require
 from clex_train.settings.launch import LaunchConfig
@@ -76,11 +77,16 @@ def check_files(config: Config) -> None:
     Raises `ValueError` with the key and the remedy.
     """
     run_dir = Path(config.output_dir)
-    TokenStore(str(config.data.path))
+    stores = open_stores(config.data)
     if config.model.path:
         architectures.require_directory("model.path", config.model.path)
+    arch = architectures.to_train(architectures.stand_in(config.model))
+    weights.check(config.model, arch)
+    for store in stores.values() if config.model.is_pretrained else ():
+        check_embedding(store, architectures.embedding_rows(arch), architectures.name(config.model))
     run_folder.require_writable(run_dir)
-    run_folder.check_config(config, has_checkpoint=any((run_dir / "checkpoints").glob("step_*")))
+    has_checkpoint = any((run_dir / "checkpoints").glob("step_*"))
+    run_folder.check_config(config, has_checkpoint, own_context=architectures.own_context(config.model, arch))
 
 
 def submit(config: Config) -> None:

@@ -5,8 +5,8 @@ from composing import CONF, EXPERIMENTS, composed
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from clex_train import architectures, run_folder
 from clex_train import config as configuration
-from clex_train import run_folder
 from clex_train.config import Config
 from clex_train.schema_docs import describe
 from clex_train.settings.scaling import ScalingName
@@ -37,8 +37,9 @@ def test_every_option_of_a_group_composes(group):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_serves_every_length_that_it_evaluates(name):
     config = composed(f"+experiment={name}")
-    assert config.model.context_len is not None
-    reach = config.scaling.t_max * config.model.context_len
+    model = architectures.stand_in(config.model)
+    assert model.context_len is None, "L is the architecture's own"
+    reach = config.scaling.t_max * architectures.context_length(model, architectures.to_read(model))
     assert config.scaling.name is ScalingName.none or max(config.evaluation.lengths) == reach
 
 

@@ -1,13 +1,16 @@
 """The plan of every experiment, on this machine, without weights, data or DeepSpeed."""
 
+import json
 import math
 import resource
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from composing import CONF, EXPERIMENTS, composed
+from tiny_causal_lm import save_tiny_llama
 
 from clex_train import distributed, dry_run
 
@@ -166,11 +169,52 @@ def test_a_length_that_the_scaling_does_not_serve_is_refused():
 def test_a_local_directory_stands_before_the_shipped_architecture(tmp_path):
     from transformers import LlamaConfig
 
-    LlamaConfig(
-        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    ).save_pretrained(tmp_path)
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    LlamaConfig(**sizes, num_hidden_layers=2, max_position_embeddings=8192).save_pretrained(tmp_path)
     plan = plan_of("+experiment=llama2_7b_clex", f"model.path={tmp_path}")
     assert plan.counts.blocks[0] == 3200
+    assert plan.context_len == 8192, "nothing of the preset outlives another path"
+
+
+def test_weights_of_another_shape_are_refused_in_the_plan(tmp_path):
+    save_tiny_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(
+        ValueError, match=r"model\.path=.*down_proj\.weight is \[48, 64\] in its weights and \[48, 96\]"
+    ):
+        plan_of(f"model.path={tmp_path}", "evaluation=never")
+
+
+def test_the_shipped_architecture_stands_in_for_its_own_model_alone(tmp_path):
+    elsewhere = plan_of("+experiment=llama2_7b_clex", "model.path=/models/Llama-2-7b-hf")
+    assert elsewhere.counts.total == 6_738_415_616
+    with pytest.raises(
+        ValueError, match=r"model\.path=/models/mine: no such directory, .* of meta-llama/Llama-2-7b-hf"
+    ):
+        plan_of("+experiment=llama2_7b_clex", "model.path=/models/mine")
+    with pytest.raises(ValueError, match=r"model\.path=/models/mine: no such directory, .* of runs/tiny_base/final"):
+        plan_of("model.path=/models/mine")
+    # A user's own config.json, which does not say what it is of, is meant.
+    shutil.copytree(CONF / "model/architectures/tiny", tmp_path / "mine")
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())
+    del config["_name_or_path"]
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    keys = ("model.path=/models/mine", f"model.config={tmp_path / 'mine'}", "evaluation=never")
+    assert plan_of(*keys).context_len == 128
+
+
+def test_a_hub_name_that_cannot_be_fetched_is_not_planned_as_another_model():
+    with pytest.raises(
+        ValueError, match=r"model\.path=owner/other: no readable config\.json \(the hub cannot be reached"
+    ):
+        plan_of("+experiment=llama2_7b_clex", "model.path=owner/other")
+
+
+def test_ids_that_the_embedding_lacks_are_refused_where_the_store_is_there(tmp_path, tiny_store):
+    save_tiny_llama(tmp_path)
+    with pytest.raises(ValueError, match=r"data\.path=.*the embedding of .* has 61 rows"):
+        plan_of(f"model.path={tmp_path}", f"data.path={tiny_store}", "evaluation=never")
 
 
 def test_only_the_first_rank_prints(monkeypatch, capsys):

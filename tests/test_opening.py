@@ -7,7 +7,7 @@ from composing import composed
 import train
 from clex_train import opening
 from clex_train.engine import deepspeed as engines
-from clex_train.settings.model import Init
+from clex_train.settings.model import ModelConfig
 
 
 class Reached(Exception):
@@ -62,8 +62,10 @@ def test_a_run_names_weights_length_method_batch_steps_and_folder(first_lines, t
 
 
 def test_weights_are_called_pretrained_or_random():
-    assert opening.weights_of("models/a", Init.pretrained, None) == "pretrained weights of models/a"
-    assert opening.weights_of(None, Init.random, "shapes/b") == "random weights for the architecture of shapes/b"
+    named, drawn = ModelConfig(path="models/a", config="shapes/b"), ModelConfig(config="shapes/b")
+    assert opening.weights_of(named) == "pretrained weights of models/a"
+    assert opening.weights_of(drawn) == "random weights for the architecture of shapes/b"
+    assert "not on this machine; planned by the architecture of shapes/b" in opening.weights_of(named, is_there=False)
 
 
 def test_ranks_that_share_a_sequence_are_counted_as_groups():

@@ -30,7 +30,7 @@ from clex_train.cli.loading import LoadingConfig, Source, check, keep, load, loc
 from clex_train.config import Config, default_lengths
 from clex_train.data.build import longest_document
 from clex_train.data.store import TokenStore
-from clex_train.data.vocabulary import check_tokenizer
+from clex_train.data.vocabulary import check_embedding, check_tokenizer
 from clex_train.evaluation import methods, origin, room, runner, streaming
 from clex_train.evaluation.console import tables_of
 from clex_train.evaluation.protocols import Reading, readings
@@ -193,6 +193,7 @@ def make_plan(asked: EvaluateConfig) -> Plan:
         config.evaluation.lengths = default_lengths(source.context_len, t_max, longest_document(store))
     tokenizer = modeling.load_tokenizer(asked.path, source.model)
     check_tokenizer(store, tokenizer)
+    check_embedding(store, architectures.embedding_rows(architectures.to_read(source.model)), asked.path)
     spec = replace(config.evaluation, **given)
     _check_streaming(spec, asked.sharded)
     _check_reach(source.model, spec, source.context_len)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from clex_train import architectures, distributed, log, modeling, opening
+from clex_train import architectures, distributed, log, modeling, opening, weights
 from clex_train.cli import console
 from clex_train.config import Config
 from clex_train.engine import deepspeed
@@ -99,12 +99,14 @@ def locate(asked: LoadingConfig) -> Source:
         trust_remote_code=asked.trust_remote_code,
         revision=asked.revision,
     )
+    arch = architectures.to_read(model)
+    weights.check(model, arch)
     label = asked.label or _name(Path(asked.run or asked.path).resolve())
     folder = Path(asked.run) if asked.run else Path("runs") / label
     output = Path(asked.output) if asked.output else folder / "evaluation" / f"{label}.json"
     if distributed.is_main():
         require_writable(output)
-    context = architectures.context_source(model, architectures.to_read(model))
+    context = architectures.context_source(model, arch)
     return Source(
         model=model,
         context_len=context.length,

@@ -13,6 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from clex_train.data.store import TokenStore
 
+SPAN = 1 << 24
+"""Tokens that are looked through at a time."""
+
 
 @runtime_checkable
 class HasVocabulary(Protocol):
@@ -42,6 +45,38 @@ def check_tokenizer(store: TokenStore, tokenizer: str | Path | HasVocabulary) ->
     )
 
 
+def check_embedding(store: TokenStore, num_rows: int, model: str) -> None:
+    """Make sure that an embedding of `num_rows` rows has one for every id of a store.
+
+    A tokenizer may have more ids than the embedding (a padding token that was added) as long as no document has them,
+    so tokens are read, up to the first that is beyond, only where it has.
+
+    Raises:
+        ValueError: naming the id, before a device-side assert would.
+    """
+    info = store.manifest.tokenizer
+    if info.vocab_size <= num_rows:
+        return
+    for name, index in (("EOS", info.eos_id), ("BOS", info.bos_id)):
+        if index is not None and index >= num_rows:
+            raise ValueError(_beyond(store, f"its {name} is {index}", num_rows, model))
+    for start in range(0, store.num_tokens, SPAN):
+        largest = int(store.tokens(start, min(start + SPAN, store.num_tokens)).max())
+        if largest >= num_rows:
+            raise ValueError(_beyond(store, f"it has the id {largest}", num_rows, model))
+
+
+def check_ids(tokenizer: Any, num_rows: int, model: str) -> None:
+    """Make sure that an embedding has a row for what a tokenizer makes of any text; `ValueError` names the id."""
+    ids = {"EOS": tokenizer.eos_token_id, "BOS": tokenizer.bos_token_id, "last id": tokenizer.vocab_size - 1}
+    for name, index in ids.items():
+        if index is not None and index >= num_rows:
+            raise ValueError(
+                f"model.path={model}: its tokenizer's {name} is {index}, and its embedding has {num_rows} rows "
+                "(vocab_size); give the tokenizer that it was trained with"
+            )
+
+
 def vocabulary_sha256(vocabulary: dict[str, int]) -> str:
     """sha256 over all (id, token) in ascending order."""
     pairs = sorted((index, token) for token, index in vocabulary.items())
@@ -66,6 +101,13 @@ def vocabulary(tokenizer: str | Path | HasVocabulary) -> dict[str, int]:
         return _model_vocabulary(content["model"]) | {t["content"]: t["id"] for t in content.get("added_tokens") or []}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a tokenizer file ({error!r})") from error
+
+
+def _beyond(store: TokenStore, what: str, num_rows: int, model: str) -> str:
+    return (
+        f"data.path={store.path}: {what}, and the embedding of {model} has {num_rows} rows (vocab_size); take a store "
+        "made by the model's own tokenizer"
+    )
 
 
 def _model_vocabulary(model: dict[str, Any]) -> dict[str, int]:

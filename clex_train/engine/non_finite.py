@@ -4,12 +4,20 @@ Run after the fact, on the micro-batch that gave it: hooks that look at every ou
 wait for the host each time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from clex_train import distributed
+from clex_train.scaling.solver import UnstableField
+
+DIVERGED = 2.0
+"""A loss this many times that of the first step is that of a model which has come apart."""
+LARGEST_LR = 0.1
+"""AdamW moves a weight by about the learning rate in a step, and weights are of the order of 0.01 to 1."""
 
 
 class FirstNonFinite:
@@ -71,6 +79,40 @@ def find(model: nn.Module, loss: Callable[[], Tensor]) -> FirstNonFinite:
     finally:
         first.remove()
     return found
+
+
+def remedy(model: nn.Module) -> str:
+    """What to do about losses or gradients that are not finite; collective."""
+    name = spoilt_parameter(model)
+    if name is None:
+        return "lower optim.lr in another output_dir, or leave the rows out"
+    return f"the weights of {name} are not finite: start from others"
+
+
+def why_unstable(model: nn.Module, error: UnstableField, losses: Sequence[float], lr: float) -> str:
+    """The cause of a field that cannot be used: the model's own, if its weights or losses say so. Collective."""
+    spoilt = spoilt_parameter(model)
+    if spoilt:
+        return f"the weights of {spoilt} are not finite, and {error.what}; lower optim.lr={lr:g}"
+    if losses and not losses[-1] <= DIVERGED * losses[0]:
+        return f"the loss went from {losses[0]:.4g} to {losses[-1]:.4g}, and {error.what}; lower optim.lr={lr:g}"
+    if lr > LARGEST_LR:
+        return f"optim.lr={lr:g} moves every weight by as much in a step, and {error.what}; lower optim.lr"
+    return str(error)
+
+
+def spoilt_parameter(model: nn.Module) -> str | None:
+    """The first parameter with a number that is not finite on any rank, None if there is none; collective."""
+    return next(filter(None, distributed.gather_objects(_own_spoilt_parameter(model))), None)
+
+
+def _own_spoilt_parameter(model: nn.Module) -> str | None:
+    for name, parameter in model.named_parameters():
+        # Under ZeRO-3 a parameter is empty between forwards, and this rank's share of it is beside it.
+        own = getattr(parameter, "ds_tensor", parameter)
+        if not bool(own.isfinite().all()):
+            return name
+    return None
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

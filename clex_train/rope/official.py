@@ -69,11 +69,16 @@ def asks_for_clex(config: PretrainedConfig) -> bool:
 
 def load_official_model(
     directory: Path, dtype: torch.dtype | str = torch.float32, **from_pretrained: Any
-) -> PreTrainedModel:
-    """The stock model of a directory of the original code; further arguments go to `from_pretrained`."""
-    config = read_official_config(directory)
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The stock model of a directory of the original code, and what transformers says of its other tensors.
+
+    Further arguments go to `from_pretrained`.
+    """
+    options = {"config": read_official_config(directory), "dtype": dtype, **from_pretrained}
     with _without_report():
-        return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, **from_pretrained)
+        model, report = AutoModelForCausalLM.from_pretrained(directory, **options | {"output_loading_info": True})
+    report["unexpected_keys"] = {name for name in report["unexpected_keys"] if CLEX_LAYER not in name}
+    return model, report
 
 
 def read_official_field(directory: Path, inv_freq: Float64[Tensor, " P"], tolerance: float = 1e-6) -> OfficialField:

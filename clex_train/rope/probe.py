@@ -93,11 +93,11 @@ def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) ->
 
 
 def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without weights; `ValueError` names a model type that has no causal language model."""
+    """The model without weights; `ValueError` names a model type that has none, or whose config it cannot be of."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # whatever a family's own code raises over sizes that it cannot have
         reason = first_line(error)
         raise ValueError(f"model_type={config.model_type}: no causal language model of it ({reason})") from error
 

@@ -16,7 +16,7 @@ names t * L as `max_position_embeddings` and L as `original_max_position_embeddi
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +25,23 @@ from transformers import PretrainedConfig
 from clex_train.rope.as_is import handle_without_weights
 from clex_train.rope.hf_scalings import read_longrope_factors
 from clex_train.rope.patch import RotaryHandle
-from clex_train.rope.probe import Traits, require_rotary
+from clex_train.rope.probe import LOCAL_LAYER_TYPES, Traits, require_rotary
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.settings.bounds import require
 from clex_train.settings.scaling import ScalingConfig, ScalingName
 
 UNSCALED = "default"
+# These scale every call alike, so a config may give the length before or after.
+STATIC = ("linear", "yarn", "llama3")
+# MPT and Bloom have no table of positions, and call the length otherwise.
+LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length")
+
+
+class ContextLength(NamedTuple):
+    """L in tokens, and where it comes from, in words for the user."""
+
+    length: int
+    source: str
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,55 @@ def original_context(config: PretrainedConfig) -> int | None:
     """L of an architecture whose context was extended, as it says itself; None where it does not."""
     length = getattr(config.get_text_config(), "original_max_position_embeddings", None)
     return None if length is None else int(length)
+
+
+def own_context(config: PretrainedConfig, key: str = "model.context_len") -> ContextLength | None:
+    """Read the context that an architecture serves by itself; None where it does not say.
+
+    A static scaling may or may not be in `max_position_embeddings` already: Qwen's cards leave it at the unscaled
+    length, DeepSeek multiplies it. Where neither can be told, `ValueError` asks for `key`.
+    """
+    text, original = config.get_text_config(), original_context(config)
+    if original is not None:
+        return ContextLength(original, "original_max_position_embeddings")
+    name = next((name for name in LENGTHS if getattr(text, name, None)), None)
+    stated = None if name is None else ContextLength(int(getattr(text, name)), name)
+    parameters = _global_parameters(getattr(text, "rope_parameters", None) or {})
+    rope_type, own = parameters.get("rope_type"), parameters.get("original_max_position_embeddings")
+    if rope_type == "longrope" and own:
+        # Its short factors end there; beyond it follows the length by itself.
+        return ContextLength(int(own), "original_max_position_embeddings of its longrope")
+    factor = float(parameters.get("factor") or 1)
+    if rope_type not in STATIC or stated is None or factor <= 1:
+        return stated
+    return _static_context(str(rope_type), factor, own, stated, key)
+
+
+def _static_context(rope_type: str, factor: float, own: Any, stated: ContextLength, key: str) -> ContextLength:
+    """L under a static scaling by `factor` of the `own` original length."""
+    if rope_type == "llama3":
+        # Its factor is that of the slowest frequencies, not the ratio of the lengths.
+        served = stated if own and stated.length > own else None
+    else:
+        served = (
+            ContextLength(round(factor * own), f"{rope_type} factor {factor:g} * original {own:,}") if own else None
+        )
+    require(
+        served is not None and stated.length <= served.length,
+        key,
+        None,
+        f"the config scales RoPE by {rope_type} (factor {factor:g}, original {own}) and says {stated.source}="
+        f"{stated.length}, which may be the length before or after; set the length that the model serves",
+    )
+    assert served is not None
+    return stated if served.length == stated.length else served
+
+
+def _global_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The RoPE of the layers that see the whole context, where each type of layer has its own."""
+    nested = {name: each for name, each in parameters.items() if isinstance(each, dict)}
+    chosen = [each for name, each in nested.items() if name not in LOCAL_LAYER_TYPES]
+    return chosen[0] if chosen else parameters
 
 
 def require_unscaled(config: PretrainedConfig, name: ScalingName) -> None:

@@ -104,9 +104,10 @@ class Clex(nn.Module):
             at, value = float(t[beyond[0]]), float(moved[beyond[0]])
             raise UnstableField(
                 f"the CLEX field has moved log theta by {value:.3g} at t={at:.3g}, beyond scaling.max_residual="
-                f"{max_residual:g}; lower scaling.lr_scale or scaling.clip",
+                f"{max_residual:g}",
                 at,
                 value,
+                "scaling.lr_scale or scaling.clip",
             )
         return float(moved.max())
 
@@ -129,9 +130,7 @@ class Clex(nn.Module):
             if not bool(torch.isfinite(weight).all()):
                 index = (~torch.isfinite(weight)).nonzero()[0].tolist()
                 value = float(weight.detach()[tuple(index)])
-                raise UnstableField(
-                    f"CLEX weight {name}{index}={value}: not finite; lower scaling.lr_scale", 1.0, value
-                )
+                raise UnstableField(f"CLEX weight {name}{index}={value}: not finite", 1.0, value, "scaling.lr_scale")
         start = network_input_start(self.base_inv_freq.log(), self.official_ntk_base)
         return VectorField.build(self.up, self.down, start, self.act)
 
@@ -167,7 +166,7 @@ def _require_usable(good: Tensor, learned: Tensor, t: Tensor) -> None:
     row, column = (~good).nonzero()[0].tolist()
     at, value = float(t[row]), float(learned.detach()[row, column])
     message = f"the CLEX field breaks down at t={at:.3g}: it moves log theta[{column}] by {value:.3g}"
-    raise UnstableField(f"{message}; lower scaling.lr_scale or scaling.t_max", at, value)
+    raise UnstableField(message, at, value, "scaling.lr_scale or scaling.t_max")
 
 
 def _check_arguments(inv_freq: Tensor, t_max: float, param_factor: float, act: str, tolerance: float) -> None:

@@ -25,11 +25,14 @@ Field = Callable[[Tensor, Tensor], Tensor]
 
 
 class UnstableField(ValueError):
-    """The learned field cannot be used: too stiff, not finite, or beyond its bound. Carries `t` and `value`."""
+    """The learned field cannot be used: too stiff, not finite, or beyond its bound.
 
-    def __init__(self, message: str, t: float, value: float) -> None:
-        super().__init__(message)
-        self.t, self.value = t, value
+    Carries `t` and `value`, and `what` is wrong without the keys to `lower`, for who knows of another cause.
+    """
+
+    def __init__(self, what: str, t: float, value: float, lower: str) -> None:
+        super().__init__(f"{what}; lower {lower}")
+        self.what, self.t, self.value = what, t, value
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,8 @@ def _too_stiff(errors: Tensor, t_nodes: Tensor, num_steps: int, tolerance: float
     t, error = float(t_nodes[first]), float(errors.max())
     return UnstableField(
         f"the CLEX field is too stiff from t={t:.3g} on: {num_steps} steps leave an error of {error:.1e} in log theta, "
-        f"above scaling.tolerance={tolerance:g}; lower scaling.lr_scale or scaling.t_max",
+        f"above scaling.tolerance={tolerance:g}",
         t,
         error,
+        "scaling.lr_scale or scaling.t_max",
     )

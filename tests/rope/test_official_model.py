@@ -35,7 +35,7 @@ def directory(tmp_path: Path, goldens: Path) -> Path:
 
 
 def load(directory: Path) -> tuple[PreTrainedModel, RotaryHandle, OfficialField]:
-    model = load_official_model(directory)
+    model, _ = load_official_model(directory)
     handle = install_rotary(model, model.config.max_position_embeddings)
     return model, handle, read_official_field(directory, handle.base_inv_freq)
 

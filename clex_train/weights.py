@@ -1,0 +1,258 @@
+"""Refuse weights that are not those of the architecture, from the headers of their files alone.
+
+transformers draws what a checkpoint lacks at random and drops what it does not know, with a table in its log. Here
+names and shapes are matched by its own loader on the meta device, where 7B takes a second and no memory: renamed and
+merged tensors, tied ones and those that a family ignores are its business. Nothing is trained or evaluated before that.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from clex_train import log
+from clex_train.faults import first_line
+from clex_train.model_directory import WEIGHT_FILES
+from clex_train.rope import official
+from clex_train.settings.bounds import require
+from clex_train.settings.model import ModelConfig
+
+Report = Mapping[str, Any]
+"""What transformers calls the loading info: missing_keys, unexpected_keys, mismatched_keys."""
+
+NAMED = 3
+LFS_POINTER = b"version https://git-lfs"
+DEQUANTISED = ("fp8", "mxfp4")
+"""Methods whose weights transformers turns into floating point by itself while reading them."""
+ADAPTER = "adapter_config.json"
+OTHER_LAYOUTS = (".safetensors", ".bin", ".gguf", ".pth", ".pt", ".h5", ".msgpack")
+
+logger = log.get(__name__)
+
+
+def check(model: ModelConfig, arch: PretrainedConfig) -> None:
+    """Refuse a local `model.path` whose weights cannot be used whole; `ValueError` names the file or the tensors.
+
+    A hub name is checked while it is loaded (`check_loaded`), since its files may not be here yet.
+    """
+    if model.path is None or not model.is_pretrained:
+        return
+    require_unquantised(model.path, arch)
+    directory = Path(model.path)
+    if directory.is_dir():
+        _check_directory(directory, model, arch)
+
+
+def check_loaded(model: ModelConfig, arch: PretrainedConfig, report: Report, is_sharded: bool) -> None:
+    """Judge what transformers says about the weights that it has loaded.
+
+    Under ZeRO-3 it says only what is missing, so the files of a hub name, which are in the cache now, are compared.
+    """
+    if is_sharded and not Path(str(model.path)).is_dir():
+        cached = try_to_load_from_cache(str(model.path), "config.json", revision=model.revision)
+        if isinstance(cached, str):
+            _check_directory(Path(cached).parent, model, arch)
+    refuse(report, str(model.path), model.allow_missing)
+
+
+def require_unquantised(path: str, arch: PretrainedConfig) -> None:
+    """Refuse weights of a few bits, which can be neither trained whole nor read without the library that made them."""
+    config = getattr(arch, "quantization_config", None)
+    facts = config if isinstance(config, dict) else vars(config) if config is not None else {}
+    method = getattr(facts.get("quant_method"), "value", facts.get("quant_method"))
+    require(
+        config is None or method in DEQUANTISED,
+        "model.path",
+        path,
+        f"its weights are quantised ({method}) and cannot be trained whole; give the model that they were made from",
+    )
+
+
+def refuse(report: Report, path: str, allowed: Iterable[str] = ()) -> None:
+    """`ValueError` naming the tensors that weights and architecture do not share, but for those allowed."""
+    missing, unexpected = (_beyond(report[f"{kind}_keys"], allowed) for kind in ("missing", "unexpected"))
+    faults, remedy = [], "copy config.json and weights of one model again"
+    if prefix := _prefix(missing, unexpected):
+        faults.append(f"the names of its tensors begin with `{prefix}`: {_named(unexpected)}")
+        remedy = _without(prefix)
+    elif missing or unexpected:
+        faults += [f"its weights lack {_named(missing)}, which would be drawn at random"] if missing else []
+        faults += [f"its config.json has no {_named(unexpected)}, which would be left out"] if unexpected else []
+        remedy += ", or name what may differ in model.allow_missing"
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        others = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
+        faults.append(f"{name} is {[*found]} in its weights and {[*expected]} by its config.json{others}")
+    if faults:
+        raise ValueError(f"model.path={path}: {'; '.join(faults)}; {remedy}")
+
+
+def announce(report: Report, allowed: Iterable[str]) -> None:
+    """Name in the log what was drawn or left out by leave of `model.allow_missing`."""
+    patterns = list(allowed)
+    for kind, what in (("missing", "drawn from the seed"), ("unexpected", "left out")):
+        names = [name for name in sorted(report[f"{kind}_keys"]) if _matches(name, patterns)]
+        if names:
+            logger.warning("model.allow_missing: %s: %s", what, ", ".join(names))
+
+
+def compare(arch: PretrainedConfig, tensors: dict[str, Tensor], trust_remote_code: bool = False) -> Report:
+    """Match tensors on the meta device with an architecture, by transformers' own loader."""
+    with torch.device("meta"):
+        model_class = type(AutoModelForCausalLM.from_config(arch, trust_remote_code=trust_remote_code))
+    with quiet():
+        _, report = model_class.from_pretrained(
+            None,
+            config=arch,
+            state_dict=tensors,
+            device_map={"": "meta"},
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    return report
+
+
+def files(directory: Path) -> list[Path]:
+    """The weight files that transformers would read; `ValueError` when there are none or one is not there."""
+    chosen = next((directory / name for name in WEIGHT_FILES if (directory / name).exists()), None)
+    if chosen is None:
+        raise ValueError(f"model.path={directory}: {_no_weights(directory)}")
+    if chosen.suffix != ".json":
+        return [chosen]
+    _require_content(chosen)
+    try:
+        names = sorted(set(json.loads(chosen.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{chosen}: not an index of weight files ({first_line(error)}); copy it again") from error
+    absent = [name for name in names if not (directory / name).exists()]
+    if absent:
+        raise ValueError(
+            f"model.path={directory}: {chosen.name} names {_named(absent, 'file')}, not there; copy the directory again"
+        )
+    return [directory / name for name in names]
+
+
+def headers(paths: Iterable[Path]) -> dict[str, Tensor]:
+    """Every tensor of the files by name, on the meta device; `ValueError` names a file that is not whole."""
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        _require_content(path)
+        try:
+            found |= _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+        except Exception as error:  # whatever a damaged archive makes zipfile, pickle and torch raise
+            reason = first_line(error)
+            raise ValueError(f"{path}: not readable weights, cut short or damaged ({reason}); copy it again") from error
+    return found
+
+
+def _check_directory(directory: Path, model: ModelConfig, arch: PretrainedConfig) -> None:
+    require(
+        not (directory / ADAPTER).exists(),
+        "model.path",
+        directory,
+        f"holds an adapter ({ADAPTER}); merge it into its base (merge_and_unload) and give what save_pretrained writes",
+    )
+    tensors = headers(files(directory))
+    if official.is_official(directory):
+        tensors = {name: tensor for name, tensor in tensors.items() if official.CLEX_LAYER not in name}
+    if getattr(arch, "quantization_config", None) is not None:
+        # Scales beside the weights are matched while these are turned into floating point.
+        return
+    try:
+        report = compare(arch, tensors, model.trust_remote_code)
+    except RuntimeError as error:
+        raise ValueError(
+            f"model.path={directory}: its weights cannot be put into its architecture ({first_line(error)}); copy "
+            "config.json and weights of one model again"
+        ) from error
+    refuse(report, str(model.path), model.allow_missing)
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    tensors = torch.load(path, map_location="meta", weights_only=True)
+    return {name: tensor.float() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
+def _require_content(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(
+                f"{path}: a git-lfs pointer instead of the file; run `git lfs pull` in {path.parent}, or fetch it again"
+            )
+
+
+def _no_weights(directory: Path) -> str:
+    others = sorted(path.name for path in directory.iterdir() if path.suffix in OTHER_LAYOUTS)
+    there = f"{', '.join(others[:NAMED])} is not in transformers' layout; " if others else ""
+    return (
+        f"no weights in it ({WEIGHT_FILES[0]} or an index of shards); {there}give a directory that save_pretrained "
+        "writes, or draw random ones with model.config=DIR model.path=null"
+    )
+
+
+def _beyond(names: Iterable[str], allowed: Iterable[str]) -> list[str]:
+    patterns = list(allowed)
+    return sorted(name for name in names if not _matches(name, patterns))
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _prefix(missing: list[str], unexpected: list[str]) -> str | None:
+    """What wrappers such as DDP, torch.compile and PEFT put before the names of most missing tensors."""
+    known = set(missing)
+    found = Counter(name[: -len(tail)] for name in unexpected for tail in _tails(name) if tail in known)
+    if not found:
+        return None
+    prefix, count = found.most_common(1)[0]
+    return prefix if 2 * count >= len(missing) else None
+
+
+def _tails(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[i:]) for i in range(1, len(parts)))
+
+
+def _without(prefix: str) -> str:
+    if "base_model" in prefix:
+        return "merge the adapter into its base (merge_and_unload) and give what save_pretrained writes"
+    return f"save the model inside the wrapper, or rename them by name.removeprefix('{prefix}')"
+
+
+def _named(names: list[str], what: str = "tensor") -> str:
+    """A count and the first few."""
+    shown = ", ".join(names[:NAMED])
+    more = ", ..." if len(names) > NAMED else ""
+    return f"{len(names)} {what}{'' if len(names) == 1 else 's'} ({shown}{more})"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own report and progress bars out of the log."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

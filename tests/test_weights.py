@@ -1,0 +1,202 @@
+"""Weights are those of the architecture, tensor by tensor, or are refused in one line before they are read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_causal_lm import save_tiny_llama, tiny_llama
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
+
+from clex_train import architectures, modeling, weights
+from clex_train.cli.errors import explain
+from clex_train.settings.model import ModelConfig
+
+GATE = "model.layers.0.mlp.gate_proj.weight"
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A model with its tokenizer, as save_pretrained leaves it."""
+    save_tiny_llama(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def rewrite(directory: Path, change) -> None:
+    """Put `change(tensors)` in place of the tensors of a directory."""
+    file = directory / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def without(*names: str):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+def refusal(directory: Path, **keys) -> str:
+    """The one line in which a directory is refused, by training's check and by a whole load alike."""
+    model = ModelConfig(path=str(directory), **keys)
+    with pytest.raises(ValueError) as checked:  # noqa: PT011  the message is what the tests look at
+        weights.check(model, architectures.to_read(model))
+    with pytest.raises(ValueError) as loaded:  # noqa: PT011
+        modeling.load_for_evaluation(model)
+    line = explain(checked.value)
+    assert line is not None, "shown as the user's mistake, with exit code 2"
+    assert line == explain(loaded.value)
+    assert str(directory) in line
+    return line
+
+
+def accepted(directory: Path, **keys) -> modeling.LoadedModel:
+    model = ModelConfig(path=str(directory), **keys)
+    weights.check(model, architectures.to_read(model))
+    return modeling.load_for_evaluation(model)
+
+
+def test_tensors_that_the_weights_lack_are_named(base):
+    rewrite(base, without(UP, GATE))
+    assert f"its weights lack 2 tensors ({GATE}, {UP}), which would be drawn at random" in refusal(base)
+
+
+def test_many_tensors_are_counted(base):
+    rewrite(base, lambda tensors: {name: tensor for name, tensor in tensors.items() if ".mlp." not in name})
+    assert "its weights lack 6 tensors (model.layers.0.mlp.down_proj.weight, " in refusal(base)
+
+
+def test_tensors_that_the_architecture_lacks_are_named(base):
+    rewrite(base, lambda tensors: tensors | {"model.layers.0.mlp.bias_of_mine": torch.zeros(3)})
+    assert "has no 1 tensor (model.layers.0.mlp.bias_of_mine), which would be left out" in refusal(base)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model._orig_mod.", "_forward_module.module."])
+def test_a_prefix_of_a_wrapper_is_named_with_the_way_to_remove_it(base, prefix):
+    rewrite(base, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
+    line = refusal(base)
+    assert f"the names of its tensors begin with `{prefix}`" in line
+    assert f"name.removeprefix('{prefix}')" in line
+
+
+def test_an_adapter_that_was_not_merged_is_told_to_merge(base):
+    prefix = "base_model.model."
+    rewrite(base, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
+    assert "merge_and_unload" in refusal(base)
+
+
+def test_a_directory_with_an_adapter_is_refused(base):
+    (base / "adapter_config.json").write_text("{}")
+    assert "holds an adapter (adapter_config.json); merge it into its base" in refusal(base)
+
+
+def test_tensors_of_other_shapes_are_named_with_both(base):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    line = refusal(base)
+    assert "model.layers.0.mlp.down_proj.weight is [48, 64] in its weights and [48, 96] by its config.json" in line
+    assert "(and 5 more)" in line
+
+
+def test_a_git_lfs_pointer_is_named_with_the_command(base):
+    file = base / "model.safetensors"
+    file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n")
+    assert refusal(base).startswith(f"{file}: a git-lfs pointer instead of the file; run `git lfs pull`")
+
+
+@pytest.mark.parametrize("kept", [0, 6, 200, -1])
+def test_a_file_cut_short_is_named(base, kept):
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    assert refusal(base).startswith(f"{file}: not readable weights, cut short or damaged (")
+
+
+def test_shards_that_an_index_names_in_vain_are_named(base):
+    tiny_llama().save_pretrained(base, max_shard_size="20KB")
+    (base / "model.safetensors").unlink(missing_ok=True)
+    shards = sorted(base.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    shards[1].unlink()
+    assert f"names 1 file ({shards[1].name}), not there" in refusal(base)
+
+
+def test_an_index_that_is_a_git_lfs_pointer_is_named(base):
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors.index.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "a git-lfs pointer instead of the file" in refusal(base)
+
+
+def test_a_directory_without_weights_says_what_is_there_instead(base):
+    (base / "model.safetensors").rename(base / "consolidated.00.pth")
+    line = refusal(base)
+    assert "no weights in it (model.safetensors or an index of shards)" in line
+    assert "consolidated.00.pth is not in transformers' layout" in line
+
+
+def test_pickled_weights_are_checked_and_read_as_well(base):
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    torch.save({name: tensor for name, tensor in tensors.items() if name != UP}, base / "pytorch_model.bin")
+    assert f"its weights lack 1 tensor ({UP})" in refusal(base)
+    torch.save(tensors, base / "pytorch_model.bin")
+    loaded = accepted(base)
+    assert torch.equal(loaded.model.state_dict()[UP], tensors[UP])
+    (base / "pytorch_model.bin").write_bytes(b"PK not a checkpoint")
+    assert "pytorch_model.bin: not readable weights" in refusal(base)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "hqq"])
+def test_quantised_weights_are_refused_before_a_library_is_asked_for(base, method):
+    config = json.loads((base / "config.json").read_text())
+    quantised = config | {"quantization_config": {"quant_method": method, "bits": 4}}
+    (base / "config.json").write_text(json.dumps(quantised))
+    assert f"its weights are quantised ({method}) and cannot be trained whole" in refusal(base)
+
+
+def test_tied_embeddings_that_are_stored_once_are_not_missing(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    arch = AutoConfig.from_pretrained(tmp_path)
+    weights.check(ModelConfig(path=str(tmp_path)), arch)
+    # Both at once are as good, as pickled checkpoints have them.
+    rewrite(tmp_path, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    weights.check(ModelConfig(path=str(tmp_path)), arch)
+
+
+def test_experts_that_transformers_merges_are_not_missing(tmp_path):
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    arch = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
+    AutoModelForCausalLM.from_config(arch).save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert any("experts.3.w2" in name for name in names), "stored under other names than the model's"
+    weights.check(ModelConfig(path=str(tmp_path)), arch)
+    rewrite(
+        tmp_path, lambda tensors: {n: t for n, t in tensors.items() if "layers.1.block_sparse_moe.experts.3" not in n}
+    )
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts"):
+        weights.check(ModelConfig(path=str(tmp_path)), arch)
+
+
+def test_weights_of_a_float_type_of_their_own_are_matched_by_shape(tmp_path):
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    weights.check(ModelConfig(path=str(tmp_path)), AutoConfig.from_pretrained(tmp_path))
+
+
+def test_a_buffer_that_old_checkpoints_carry_is_transformers_business(base):
+    rewrite(base, lambda tensors: tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)})
+    accepted(base)
+
+
+def test_tensors_that_may_be_missing_are_drawn_and_named(base, caplog):
+    rewrite(base, without(UP, GATE))
+    assert f"its weights lack 1 tensor ({GATE})" in refusal(base, allow_missing=["*.up_proj.weight"])
+    caplog.set_level("WARNING", logger="clex_train")
+    loaded = accepted(base, allow_missing=["*.up_proj.weight", GATE])
+    assert f"model.allow_missing: drawn from the seed: {GATE}, {UP}" in caplog.text
+    assert float(loaded.model.state_dict()[UP].std()) > 0
+
+
+def test_tensors_that_may_be_left_out_are_named(base, caplog):
+    rewrite(base, lambda tensors: tensors | {"vision.weight": torch.zeros(3)})
+    caplog.set_level("WARNING", logger="clex_train")
+    accepted(base, allow_missing=["vision.*"])
+    assert "model.allow_missing: left out: vision.weight" in caplog.text
