@@ -1,8 +1,10 @@
 """The run folder refuses what it cannot hold or continue, naming the key."""
 
 import pytest
+import yaml
+from composing import composed
 
-from clex_train import run_folder
+from clex_train import architectures, run_folder
 from clex_train.config import Config, Resume
 
 
@@ -55,3 +57,74 @@ def test_a_key_that_the_program_has_learned_since_is_no_change(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "max_bad_steps" not in line))
     run_folder.check_config(config, has_checkpoint=True)
+
+
+# What runs of earlier commits wrote: the presets spelt L and the initial weights out, and there was no allow_missing.
+EARLIER = {
+    "llama2_7b": {
+        "path": "/models/Llama-2-7b-hf",
+        "init": "pretrained",
+        "config": "conf/model/architectures/llama2_7b",
+        "context_len": 4096,
+    },
+    "tiny": {"path": None, "init": "random", "config": "conf/model/architectures/tiny", "context_len": 128},
+}
+
+
+def _earlier(folder, name) -> Config:
+    """Today's configuration of a run whose config.yaml is an earlier commit's."""
+    path = [f"model.path={EARLIER[name]['path']}"] if EARLIER[name]["path"] else []
+    config = composed(f"model={name}", *path, f"output_dir={folder}", "data.path=corpora/books")
+    run_folder.write_config(config)
+    file = folder / "config.yaml"
+    content = yaml.safe_load(file.read_text())
+    content["model"] = EARLIER[name] | {"tokenizer": None, "trust_remote_code": False, "revision": None}
+    file.write_text(yaml.safe_dump(content))
+    return config
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_a_run_of_an_earlier_commit_goes_on(tmp_path, name):
+    config = _earlier(tmp_path, name)
+    assert (config.model.init, config.model.context_len) == (None, None)
+    shown = architectures.stand_in(config.model)
+    own = architectures.own_context(shown, architectures.to_read(shown))
+    run_folder.check_config(config, has_checkpoint=True, own_context=own)
+    run_folder.write_config(config)
+    run_folder.check_config(config, has_checkpoint=True, own_context=own)
+
+
+def test_what_the_keys_of_an_earlier_run_stand_for_may_not_change(tmp_path):
+    config = _earlier(tmp_path, "tiny")
+    with pytest.raises(ValueError, match=r"^model\.context_len: differs from"):
+        run_folder.check_config(config, has_checkpoint=True, own_context=256)
+    config.model.path = "/models/mine"
+    with pytest.raises(ValueError, match=r"^model\.init: differs from"):
+        run_folder.check_config(config, has_checkpoint=True, own_context=128)
+
+
+def test_what_a_run_reads_may_move_and_is_said(tmp_path, caplog):
+    config = _config(tmp_path)
+    config.model.path, config.data.path, config.model.tokenizer = "/models/base", "/corpora/books", "/models/base"
+    config.evaluation.path = "/corpora/held_out"
+    run_folder.write_config(config)
+    for group, name in (("model", "path"), ("model", "tokenizer"), ("data", "path"), ("evaluation", "path")):
+        setattr(getattr(config, group), name, f"/elsewhere{getattr(getattr(config, group), name)}")
+    caplog.set_level("INFO", logger="clex_train")
+    run_folder.check_config(config, has_checkpoint=True)
+    for line in ("model.path was /models/base, is /elsewhere/models/base now", "data.path was /corpora/books, is"):
+        assert line in caplog.text
+    assert len(caplog.records) == 4
+
+
+def test_a_finished_run_is_not_lengthened_but_trained_on(tmp_path):
+    run_folder.write_config(_config(tmp_path, steps=100))
+    with pytest.raises(ValueError, match=r"^optim\.steps: differs"):
+        run_folder.check_config(_config(tmp_path, steps=200), has_checkpoint=True)
+    (tmp_path / "final").mkdir()
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        run_folder.check_config(_config(tmp_path, steps=200), has_checkpoint=True)
+    assert str(raised.value) == (
+        f"optim.steps=200: {tmp_path} is finished after 100 steps, for which its learning rate was scheduled; train "
+        f"its final model on in another output_dir, with model.path={tmp_path / 'final'}"
+    )

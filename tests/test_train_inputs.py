@@ -1,12 +1,14 @@
 """What train.py refuses, each with one line that names the key, before a model is built or a process group opened."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from composing import composed
-from transformers import BloomConfig, GPT2Config
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BloomConfig, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import train
 from clex_train import distributed
@@ -154,3 +156,57 @@ def test_rows_of_documents_longer_than_all(refusal):
 
 def test_skipping_more_rows_than_there_are(refusal):
     assert refusal("data.skip_rows=[0-99999999]").startswith("data.skip_rows=['0-99999999']: 100000000 rows, and one")
+
+
+@pytest.fixture
+def base(tmp_path, tiny_store):
+    """A user's own model of L = 64 with the store's tokenizer."""
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    arch = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64)
+    LlamaForCausalLM(arch).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_store / "tokenizer").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+OWN_LENGTH = ("model.context_len=null", "scaling=clex", "scaling.t_max=4")
+
+
+def test_the_length_is_that_of_the_path_whatever_the_preset_says(refusal, base):
+    line = refusal(f"model.path={base}", *OWN_LENGTH, "evaluation.lengths=[64,512]")
+    assert line.startswith("scaling.t_max=4.0: serves 4 * 64 tokens, the evaluation asks for 512")
+
+
+def test_random_weights_beside_a_path_that_has_some(refusal, base):
+    line = refusal(f"model.path={base}", "model.init=random")
+    assert line.startswith(f"model.init=random: the weights of model.path={base} would be ignored")
+
+
+def test_weights_that_are_not_the_model_s(refusal, base):
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    line = refusal(f"model.path={base}", *OWN_LENGTH)
+    assert "its weights lack 1 tensor (model.layers.1.mlp.up_proj.weight)" in line
+
+
+def test_ids_that_the_embedding_lacks(refusal, base):
+    config = LlamaConfig.from_pretrained(base)
+    config.vocab_size = 300
+    LlamaForCausalLM(config).save_pretrained(base)
+    line = refusal(f"model.path={base}", *OWN_LENGTH)
+    assert re.match(r"data\.path=.*: it has the id \d+, and the embedding of .*base has 300 rows", line)
+
+
+def test_a_base_without_its_tokenizer(refusal, base):
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    line = refusal(f"model.path={base}", *OWN_LENGTH)
+    assert line.startswith(f"{base}: no tokenizer in it (tokenizer.json or tokenizer.model")
+    assert "model.tokenizer=DIR" in line
+
+
+def test_a_tokenizer_that_cannot_be_read(refusal, base):
+    (base / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    line = refusal(f"model.path={base}", *OWN_LENGTH)
+    assert line.startswith(f"{base}: no readable tokenizer (")
+    assert not line.endswith(":)")

@@ -2,12 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from composing import composed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from clex_train import trainer
@@ -138,6 +139,62 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_the_last_checkpoint(r
     with pytest.raises(RunStopped, match=r"step 6: loss nan.*rows \[\[10, 11\]\].*the last checkpoint is .*step_4"):
         run("optim.max_bad_steps=2")
     assert not (run.folder / "checkpoints" / "step_6").exists()
+
+
+def test_a_run_none_of_whose_steps_was_taken_is_stopped_and_writes_no_model(run, monkeypatch):
+    spoil(monkeypatch, set(range(16)))
+    with pytest.raises(
+        RunStopped, match=r"step 2: loss nan.*first in the output of model\.layers\.1\.mlp.*"
+    ) as stopped:
+        run("optim.steps=2")
+    assert "none of the run's 2 steps was taken, so nothing was learned" in str(stopped.value)
+    assert console.report(stopped.value) == console.STOPPED
+    assert not (run.folder / "final").exists()
+    assert not list((run.folder / "checkpoints").glob("step_*"))
+
+
+def test_a_run_whose_last_step_alone_is_skipped_is_finished(run, monkeypatch):
+    spoil(monkeypatch, {2, 3})
+    assert run("optim.steps=2") == 2
+    assert (run.folder / "final").is_dir()
+
+
+def test_weights_that_came_with_a_nan_are_named(run, tmp_path, tiny_store):
+    run("optim.steps=1", "scaling=none")
+    base = run.folder.rename(tmp_path / "base") / "final"
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunStopped, match=r"the weights of model\.layers\.1\.mlp\.up_proj\.weight are not finite"):
+        run("optim.steps=2", f"model.path={base}")
+
+
+def test_a_learning_rate_that_breaks_the_model_is_named_before_the_field_s(run):
+    with pytest.raises(RunStopped) as stopped:
+        run("optim.lr=1e4", "optim.warmup=0")
+    line = str(stopped.value)
+    assert "optim.lr" in line
+    assert "lower scaling.lr_scale" not in line
+
+
+def test_a_finished_run_with_more_steps_is_told_to_train_its_model_on(run):
+    run("optim.steps=2")
+    with pytest.raises(ValueError, match=r"^optim\.steps=4: .* is finished after 2 steps, .*model\.path=.*run/final"):
+        run("optim.steps=4")
+
+
+def test_a_run_goes_on_after_its_base_has_moved(run, tmp_path, caplog):
+    caplog.set_level("INFO", logger="clex_train")
+    run("optim.steps=1", "scaling=none")
+    base = run.folder.rename(tmp_path / "base") / "final"
+    run(f"model.path={base}", "optim.steps=4")
+    whole = shutil.copytree(run.folder, tmp_path / "whole")
+    for part in ("final", "checkpoints/step_4"):
+        shutil.rmtree(run.folder / part)
+    moved = base.rename(tmp_path / "elsewhere")
+    assert run(f"model.path={moved}", "optim.steps=4") == 4
+    assert f"model.path was {base}, is {moved} now: the run goes on from its own checkpoint" in caplog.text
+    assert_same_model(whole, run.folder)
 
 
 def test_the_state_before_the_bad_steps_is_saved_and_goes_on_to_the_same_bits(run, monkeypatch):

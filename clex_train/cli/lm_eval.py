@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from clex_train import distributed, log
-from clex_train.architectures import t_max_of_field
+from clex_train import architectures, distributed, log, modeling
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console, loading
 from clex_train.cli.loading import LoadingConfig, Source
+from clex_train.data.vocabulary import check_ids
 from clex_train.evaluation import harness
 from clex_train.evaluation import origin as origins
 from clex_train.evaluation.results import FORMAT, Origin, write_whole
@@ -63,6 +63,8 @@ def main() -> None:
     if asked.run:
         loading.run_config(Path(asked.run))
     source = loading.locate(asked)
+    rows = architectures.embedding_rows(architectures.to_read(source.model))
+    check_ids(modeling.load_tokenizer(asked.path, source.model), rows, asked.path)
     max_length = longest(asked, source)
     metadata: dict[str, Any] = {"tokenizer": asked.path, "pretrained": asked.path}
     if asked.lengths:
@@ -101,7 +103,7 @@ def check(asked: LmEvalConfig) -> None:
 
 def longest(asked: LmEvalConfig, source: Source) -> int:
     """Tokens that a prompt and its answer may have; `ValueError` for more than the field was trained for."""
-    t_max = t_max_of_field(asked.path)
+    t_max = architectures.t_max_of_field(asked.path)
     reach = int((t_max or 1.0) * source.context_len)
     chosen = asked.max_length or reach
     require(chosen >= 2, "max_length", chosen, "at least 2 tokens")

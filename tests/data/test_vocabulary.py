@@ -4,10 +4,18 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from clex_train.data import vocabulary as vocabulary_of_store
 from clex_train.data.manifest import TOKENIZER
 from clex_train.data.store import TokenStore
-from clex_train.data.vocabulary import check_tokenizer, vocabulary, vocabulary_sha256
+from clex_train.data.vocabulary import (
+    check_embedding,
+    check_ids,
+    check_tokenizer,
+    vocabulary,
+    vocabulary_sha256,
+)
 from clex_train.data.writer import write_store
 
 
@@ -80,3 +88,44 @@ def test_a_directory_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(ValueError, match="not a tokenizer file"):
         vocabulary(tmp_path)
+
+
+def small_store(folder: Path, documents: list[list[int]], vocab_size: int, eos_id: int = 0) -> TokenStore:
+    write_store(folder, {"train": documents}, vocab_size, eos_id)
+    return TokenStore(folder)
+
+
+def test_an_id_that_the_embedding_lacks_is_named(tmp_path: Path) -> None:
+    store = small_store(tmp_path / "store", [[1, 2], [3, 299, 1]], vocab_size=512)
+    check_embedding(store, 512, "a/model")
+    check_embedding(store, 300, "a/model")
+    with pytest.raises(
+        ValueError, match=r"data\.path=.*: it has the id 299, and the embedding of a/model has 299 rows"
+    ):
+        check_embedding(store, 299, "a/model")
+
+
+def test_ids_beyond_the_embedding_that_no_document_has_do_no_harm(tmp_path: Path, monkeypatch) -> None:
+    """A padding token that was added to the tokenizer; and all of the store is looked through."""
+    monkeypatch.setattr(vocabulary_of_store, "SPAN", 3)
+    check_embedding(small_store(tmp_path / "padded", [[1] * 10], vocab_size=301), 300, "a/model")
+    store = small_store(tmp_path / "last", [[1] * 10, [300]], vocab_size=301)
+    with pytest.raises(ValueError, match="it has the id 300"):
+        check_embedding(store, 300, "a/model")
+
+
+def test_an_eos_that_the_embedding_lacks_is_named(tmp_path: Path) -> None:
+    store = small_store(tmp_path / "store", [[1, 2]], vocab_size=512, eos_id=511)
+    with pytest.raises(ValueError, match=r"its EOS is 511, and the embedding of a/model has 511 rows"):
+        check_embedding(store, 511, "a/model")
+
+
+def test_a_tokenizer_of_more_ids_than_the_embedding_is_refused() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_level([*"abcd"], added=("</s>",)), eos_token="</s>")
+    check_ids(tokenizer, 5, "a/model")
+    with pytest.raises(ValueError, match=r"^model\.path=a/model: its tokenizer's EOS is 4, .* has 4 rows"):
+        check_ids(tokenizer, 4, "a/model")
+    tokenizer.eos_token = None
+    check_ids(tokenizer, 4, "a/model")
+    with pytest.raises(ValueError, match=r"its tokenizer's last id is 3, and its embedding has 3 rows"):
+        check_ids(tokenizer, 3, "a/model")
