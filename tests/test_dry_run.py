@@ -173,7 +173,7 @@ def test_a_local_directory_stands_before_the_shipped_architecture(tmp_path):
     LlamaConfig(**sizes, num_hidden_layers=2, max_position_embeddings=8192).save_pretrained(tmp_path)
     plan = plan_of("+experiment=llama2_7b_clex", f"model.path={tmp_path}")
     assert plan.counts.blocks[0] == 3200
-    assert plan.context_len == 8192, "nothing of the preset outlives another path"
+    assert plan.subject.context_len == 8192, "nothing of the preset outlives another path"
 
 
 def test_weights_of_another_shape_are_refused_in_the_plan(tmp_path):
@@ -201,7 +201,7 @@ def test_the_shipped_architecture_stands_in_for_its_own_model_alone(tmp_path):
     del config["_name_or_path"]
     (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
     keys = ("model.path=/models/mine", f"model.config={tmp_path / 'mine'}", "evaluation=never")
-    assert plan_of(*keys).context_len == 128
+    assert plan_of(*keys).subject.context_len == 128
 
 
 def test_a_hub_name_that_cannot_be_fetched_is_not_planned_as_another_model():
@@ -241,7 +241,8 @@ def test_the_command_prints_the_plan_in_seconds_without_deepspeed(tmp_path):
     # Eight by itself; the weights of 7B alone would take minutes.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
     for line in (
-        "  model       pretrained weights of meta-llama/Llama-2-7b-hf: llama, 6,738,415,616 parameters, bfloat16",
+        "  model       pretrained weights of meta-llama/Llama-2-7b-hf (not on this machine; planned by the "
+        "architecture of conf/model/architectures/llama2_7b): llama, 6,738,415,616 parameters, bfloat16",
         "  trained     all parameters, and 16,384 of the ODE in float32",
         "  batch       512 sequences * 4,096 tokens = 2,097,152 tokens a step: 64 ranks * 1 sequence * 8 micro-batches",
         "  steps       954, in all 2,000,683,008 tokens",
