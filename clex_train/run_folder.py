@@ -161,8 +161,7 @@ def _refuse_changes(path: Path, config: Config, safe: tuple[str, ...], own_conte
     old, new = (_resolved(_plain(each), own_context) for each in (merged, OmegaConf.structured(config)))
     changed = changed_keys(old, new)
     unsafe = [key for key in changed if not key.startswith(safe)]
-    is_finished = (path.parent / "final").is_dir()
-    if is_finished and "optim.steps" in unsafe:
+    if unsafe == ["optim.steps"] and (path.parent / "final").is_dir():
         raise ValueError(
             f"optim.steps={config.optim.steps}: {path.parent} is finished after {old['optim']['steps']} steps, "
             "for which its learning rate was scheduled; train its final model on in another output_dir, with "

@@ -84,11 +84,11 @@ def test_official_to_ours_to_official_keeps_every_bit(directory: Path, tmp_path:
 
 
 def test_lengths_beyond_the_checkpoint_are_refused_before_weights_are_read(directory, tmp_path, monkeypatch, capsys):
-    (directory / "model.safetensors").unlink()
-    documents = [list(range(2, 2048 - 500))]
-    write_store(tmp_path / "store", {"train": documents, "validation": documents}, 2048)
-    save_tokenizer(tmp_path / "store" / "tokenizer", 2048)
-    save_tokenizer(directory, 2048)
+    monkeypatch.setattr(evaluate, "load", lambda *_: pytest.fail("weights were read"))
+    documents = [[2 + i % 500 for i in range(1500)]]
+    write_store(tmp_path / "store", {"train": documents, "validation": documents}, 512)
+    save_tokenizer(tmp_path / "store" / "tokenizer", 512)
+    save_tokenizer(directory, 512)
     arguments = [f"model={directory}", f"data={tmp_path / 'store'}", "lengths=[64,1088]"]
     assert call(monkeypatch, *arguments, program=evaluate) == console.USER_ERROR
     assert "num_tokens=1088: beyond t_max * L = 16 * 64" in capsys.readouterr().err
