@@ -1,6 +1,5 @@
 """The run folder: created, checked and guarded against a changed configuration before anything expensive starts."""
 
-import fcntl
 import os
 import socket
 import time
@@ -13,6 +12,7 @@ from omegaconf import OmegaConf
 
 from clex_train import distributed, log
 from clex_train.config import Config, Resume
+from clex_train.locks import Lock, try_lock
 
 logger = log.get(__name__)
 
@@ -119,23 +119,14 @@ def held(folder: Path, rank: int, patience: float) -> Iterator[None]:
 
 def _lock(file: IO[str], path: Path, patience: float) -> None:
     start, said, folder = time.monotonic(), False, path.parents[1]
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            holder = path.read_text(encoding="utf-8").strip()
-            if time.monotonic() - start > patience:
-                raise ValueError(
-                    f"output_dir={path.parents[1]}: in use by {holder}; end it or choose another"
-                ) from error
-            if not said:
-                logger.warning("waits for %s, which is still in %s", holder, folder)
-            said = True
-            time.sleep(0.2)
-        except OSError as error:
-            logger.warning("%s: cannot be locked here (%s); start one launch at a time", path, error.strerror)
-            return
+    while try_lock(file, path, "start one launch at a time") is Lock.busy:
+        holder = path.read_text(encoding="utf-8").strip()
+        if time.monotonic() - start > patience:
+            raise ValueError(f"output_dir={folder}: in use by {holder}; end it or choose another")
+        if not said:
+            logger.warning("waits for %s, which is still in %s", holder, folder)
+        said = True
+        time.sleep(0.2)
 
 
 def as_yaml(config: Config) -> str:

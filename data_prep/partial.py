@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 from clex_train import log
 from clex_train.data.manifest import MANIFEST, Manifest, partial_path, read_manifest
 from clex_train.data.writer import move_store, write_atomically
+from clex_train.locks import Lock, try_lock
 from data_prep.shards import UNITS
 
 logger = log.get(__name__)
@@ -60,10 +60,8 @@ def open_partial(output: Path, settings: dict[str, Any], overwrite: bool) -> Ite
     except OSError as error:
         raise ValueError(f"output={output}: cannot write there ({error.strerror}); choose another place") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"output={output}: another program is writing this store; wait for it") from error
+        if try_lock(lock, partial / LOCK, "let no other program write this store meanwhile") is Lock.busy:
+            raise ValueError(f"output={output}: another program is writing this store; wait for it")
         if not _continues(partial, settings, overwrite):
             _begin(partial, settings)
         yield partial

@@ -2,10 +2,9 @@
 
 torch's build waits for a file named `lock` and never removes one that a killed build left behind, so that every later
 launch hangs without a word. Here an `flock` of ours, which the kernel releases when its holder dies, guards the build:
-whoever holds it knows that a `lock` it finds is dead.
+whoever holds it knows that a `lock` it finds is dead. Without `flock` torch's file is all there is.
 """
 
-import fcntl
 import os
 import sys
 import time
@@ -14,8 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clex_train import log
+from clex_train.locks import Lock, try_lock
 
 logger = log.get(__name__)
+
+POLL_SECONDS = 0.2
 
 
 def build(builder_class_name: str) -> None:
@@ -31,8 +33,9 @@ def build(builder_class_name: str) -> None:
         return
     folder = Path(_get_build_directory(builder.name, verbose=False))
     _put_on_path(Path(sys.executable).parent)
-    with exclusive(folder.with_suffix(".flock"), builder.name):
-        (folder / "lock").unlink(missing_ok=True)
+    with exclusive(folder.with_suffix(".flock"), builder.name) as is_held:
+        if is_held:
+            (folder / "lock").unlink(missing_ok=True)
         if not any(folder.glob("*.so")):
             logger.info("compiling %s once for this machine, about a minute ...", builder.name)
         builder.load(verbose=False)
@@ -45,15 +48,20 @@ def _put_on_path(folder: Path) -> None:
 
 
 @contextmanager
-def exclusive(path: Path, name: str) -> Iterator[None]:
-    """Hold an exclusive `flock` on `path`, saying whom it waits for when another process has it."""
+def exclusive(path: Path, name: str) -> Iterator[bool]:
+    """Hold an exclusive `flock` on `path`, saying whom it waits for when another process has it.
+
+    Yields False where the file system has no locks: then another process may be building.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    advice = f"should the build of {name} hang, remove {path.with_suffix('') / 'lock'}, or set TORCH_EXTENSIONS_DIR"
     with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            start = time.monotonic()
+        start = time.monotonic()
+        found = try_lock(handle, path, advice)
+        if found is Lock.busy:
             logger.info("process %d waits while another one compiles %s (%s)", os.getpid(), name, path)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            while found is Lock.busy:
+                time.sleep(POLL_SECONDS)
+                found = try_lock(handle, path, advice)
             logger.info("process %d waited %.0f s for %s", os.getpid(), time.monotonic() - start, name)
-        yield
+        yield found is Lock.taken

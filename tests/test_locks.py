@@ -1,0 +1,37 @@
+"""File locks keep others out where the file system has them; where it has none the work goes on with a warning."""
+
+import errno
+import fcntl
+from pathlib import Path
+
+import pytest
+
+from clex_train import run_folder
+from clex_train.engine import extensions
+from clex_train.locks import Lock, try_lock
+from data_prep.partial import open_partial
+
+
+def test_a_second_holder_finds_the_lock_busy_until_the_first_lets_go(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("w") as first, (tmp_path / "lock").open("w") as second:
+        assert try_lock(first, tmp_path / "lock", "-") is Lock.taken
+        assert try_lock(second, tmp_path / "lock", "-") is Lock.busy
+        first.close()
+        assert try_lock(second, tmp_path / "lock", "-") is Lock.taken
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_gives_a_warning_and_the_work_goes_on(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, "not here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with open_partial(tmp_path / "store", {"a": 1}, overwrite=False) as partial:
+        assert partial.is_dir()
+    with run_folder.held(tmp_path / "run", rank=0, patience=0):
+        pass
+    with extensions.exclusive(tmp_path / "op.flock", "op") as is_held:
+        assert not is_held, "torch's own lock may be another process's, which must not be removed"
+    assert caplog.text.count("this file system has no locks (not here)") == 3
