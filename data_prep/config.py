@@ -40,7 +40,7 @@ class CorpusConfig:
     source: CorpusSource = CorpusSource.files
     """`files`: what `paths` names; `hub`: a data set in the hub's layout; `stdlib`: this Python's standard library."""
     paths: list[str] = field(default_factory=list)
-    """Files, directories (read recursively) and globs; .gz and .zst are decompressed while reading."""
+    """Files, directories (read recursively) and globs; .gz, .zst, .xz and .bz2 are decompressed while reading."""
     hub: str | None = None
     """Name of a data set on the Hugging Face hub, or a local directory in its layout; streamed."""
     hub_subset: str | None = None
@@ -50,7 +50,7 @@ class CorpusConfig:
     hub_revision: str | None = None
     """Commit, tag or branch of the hub data set; pin it for stores that must be repeatable."""
     format: Format = Format.auto
-    """`auto` goes by the file's name: .jsonl .json .ndjson .txt .text .md, each also with .gz or .zst; .parquet."""
+    """`auto` goes by the file's name: .jsonl .jsonlines .json .ndjson .txt .text .md, also compressed; .parquet."""
     text_field: str = "text"
     """Field of a record that holds the document; a dot descends into a nested record."""
     where: dict[str, str] = field(default_factory=dict)

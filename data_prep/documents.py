@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from clex_train import log
 from data_prep.config import CorpusConfig, OnBadRecord
-from data_prep.readers import READERS, Raw, Unreadable, place
+from data_prep.readers import READERS, Raw, Unreadable, chat_remedy, fields_of, key_of, place, remedy
 from data_prep.sources import Piece
+from data_prep.streams import is_lfs_pointer
 from data_prep.utf8 import Utf8, decode, is_blank
 
 logger = log.get(__name__)
 
 MAX_WARNINGS = 5
 _MISSING = object()
+_LFS_REMEDY = "fetch it by `git lfs pull`"
 
 
 @dataclass(frozen=True)
 class Document:
-    """`content`: the text in UTF-8; `fields`: the record without it; `record`: its number in the piece.
+    """`content`: the text in UTF-8; `fields`: those that were to be kept; `record`: its number in the piece.
 
     `consumed`: bytes on disk read so far.
     """
@@ -49,26 +51,32 @@ class Document:
         return len(self.content)
 
 
-def documents(piece: Piece, corpus: CorpusConfig, counts: Counter[str]) -> Iterator[Document]:
+def documents(piece: Piece, corpus: CorpusConfig, counts: Counter[str], keep: Sequence[str] = ()) -> Iterator[Document]:
     """Yield the documents of a piece, in order.
 
     Args:
         piece: what to read.
         corpus: its text field, filter, split rule and policy for bad records.
         counts: is added to: `documents`, `filtered` (by `where`), `bad_records` (skipped).
+        keep: further fields of a record to keep where they are there. No others are converted, so that a field which
+            nobody needs cannot make a record a bad one.
 
     Raises:
         ValueError: a bad record under `on_bad_record=error`, or a file that cannot be read to its end; the message
             names file, line or row, and remedy.
     """
+    if piece.format != "hub" and is_lfs_pointer(piece.path):
+        _refuse(piece.path, _BadRecord("a git-lfs pointer and not the file itself", _LFS_REMEDY), corpus, counts)
+        return
     reader = READERS[piece.format]
-    for raw in reader.read(piece, corpus):
+    names = [*fields_of(corpus), *keep]
+    for raw in reader.read(piece, corpus, names):
         try:
-            document = _document(raw, reader.parse(raw.take(), corpus), corpus)
+            document = _document(raw, reader.parse(raw.take(), names), corpus, keep)
         except Unreadable:
             raise
         except ValueError as error:
-            _refuse(piece, raw, error, corpus, counts)
+            _refuse(place(piece, raw.number), error, corpus, counts)
             continue
         counts["filtered" if document is None else "documents"] += 1
         if document is not None:
@@ -83,7 +91,7 @@ def lookup(fields: Mapping[str, Any], name: str) -> Any:
         for part in name.split("."):
             value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
     if value is _MISSING:
-        raise ValueError(f"no field {name!r}, the record has {', '.join(map(repr, fields)) or 'none'}")
+        raise _BadRecord(f"no field {name!r}, the record has {', '.join(map(repr, fields)) or 'none'}")
     return value
 
 
@@ -97,25 +105,41 @@ def is_validation(value: int, share: float) -> bool:
     return value < share * 2.0**64
 
 
-def _document(raw: Raw, fields: Mapping[str, Any], corpus: CorpusConfig) -> Document | None:
-    if any(_as_str(lookup(fields, name)) != value for name, value in corpus.where.items()):
+class _BadRecord(ValueError):
+    """A record that cannot be used, and the remedy if there is a better one than to mend it."""
+
+    def __init__(self, message: str, remedy: str = "mend it") -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+def _document(raw: Raw, fields: Mapping[str, Any], corpus: CorpusConfig, keep: Sequence[str] = ()) -> Document | None:
+    if any(_as_str(_field(fields, name, corpus)) != value for name, value in corpus.where.items()):
         return None
-    content = _content(lookup(fields, corpus.text_field), corpus.text_field)
+    content = _content(_field(fields, corpus.text_field, corpus), fields, corpus.text_field)
     value = text_hash = hash64(content)
     if corpus.split_field:
-        value = hash64(_encode(_as_str(lookup(fields, corpus.split_field))))
+        value = hash64(_encode(_as_str(_field(fields, corpus.split_field, corpus))))
     split = "validation" if is_validation(value, corpus.validation_share) else "train"
-    others = {name: value for name, value in fields.items() if name != corpus.text_field}
-    return Document(content, others, text_hash, split, raw.number, raw.consumed)
+    kept = {name: fields[name] for name in keep if name in fields}
+    return Document(content, kept, text_hash, split, raw.number, raw.consumed)
 
 
-def _content(text: Any, field: str) -> bytes:
+def _field(fields: Mapping[str, Any], name: str, corpus: CorpusConfig) -> Any:
+    try:
+        return lookup(fields, name)
+    except ValueError as error:
+        raise _BadRecord(str(error), remedy(key_of(corpus, name), fields)) from error
+
+
+def _content(text: Any, fields: Mapping[str, Any], name: str) -> bytes:
     """The text in UTF-8, checked."""
     if not isinstance(text, (str, Utf8)):
-        raise ValueError(f"field {field!r} must be a text, this is {type(text).__name__}")
+        advice = chat_remedy(fields) or "mend it"
+        raise _BadRecord(f"field {name!r} must be a text, this is {type(text).__name__}", advice)
     content = text.content if isinstance(text, Utf8) else _encode(text)
     if is_blank(content):
-        raise ValueError(f"field {field!r} is empty")
+        raise ValueError(f"field {name!r} is empty")
     return content
 
 
@@ -130,10 +154,11 @@ def _encode(text: str) -> bytes:
         raise ValueError(f"character {error.start + 1} of the text is half of a surrogate pair, not Unicode") from error
 
 
-def _refuse(piece: Piece, raw: Raw, error: ValueError, corpus: CorpusConfig, counts: Counter[str]) -> None:
-    message = f"{place(piece, raw.number)}: {error}"
+def _refuse(where: str, error: ValueError, corpus: CorpusConfig, counts: Counter[str]) -> None:
+    advice = error.remedy if isinstance(error, _BadRecord) else "mend it"
     if corpus.on_bad_record is OnBadRecord.error:
-        raise ValueError(f"{message}; mend it, or leave such records out by corpus.on_bad_record=skip") from error
+        others = "leave such records out by corpus.on_bad_record=skip"
+        raise ValueError(f"{where}: {error}; {advice}, or {others}") from error
     counts["bad_records"] += 1
     if counts["bad_records"] <= MAX_WARNINGS:
-        logger.warning("left out: %s", message)
+        logger.warning("left out: %s: %s", where, error)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
@@ -17,6 +17,7 @@ from clex_train.data.writer import publish
 from data_prep.config import CorpusVerb
 from data_prep.documents import documents
 from data_prep.sources import plan
+from data_prep.utf8 import printable
 
 logger = log.get(__name__)
 
@@ -41,14 +42,20 @@ def run(config: CorpusVerb) -> None:
     try:
         with file, _compressed(file, output) as stream:
             for piece in (piece for unit in units for piece in unit.pieces):
-                for document in documents(piece, config.corpus, counts):
-                    record = {"text": document.text, "meta": document.fields.get("meta", {"path": piece.path})}
-                    stream.write(json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n")
+                for document in documents(piece, config.corpus, counts, keep=["meta"]):
+                    origin = {"path": printable(piece.path)}
+                    record = {"text": document.text, "meta": document.fields.get("meta", origin)}
+                    stream.write(_line(record))
         with open(unfinished, "r+b") as written:
             publish(written, output)
     finally:
         unfinished.unlink(missing_ok=True)
     logger.info("%s is complete: %d documents", output, counts["documents"])
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    """A record as a line of JSON; half of a surrogate pair in `meta` stays the escape that it was."""
+    return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,13 +19,16 @@ def num_shards(corpus: CorpusConfig) -> int:
     return int(_open_corpus(corpus).num_shards)
 
 
-def read_part(corpus: CorpusConfig, part: int, num_parts: int) -> Iterator[dict[str, Any]]:
+def read_part(corpus: CorpusConfig, part: int, num_parts: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the records of part `part` of `num_parts`, in order.
+
+    Of a record the fields `names` are read (a dot descends) and no others. A data set that does not say which columns
+    it has is read with all of them.
 
     Raises:
         ValueError: the part cannot be read to its end; the message of `datasets` is kept.
     """
-    records = iter(_open_corpus(corpus).shard(num_shards=num_parts, index=part))
+    records = iter(_with_fields(_open_corpus(corpus), names).shard(num_shards=num_parts, index=part))
     while True:
         try:
             record = next(records, None)
@@ -35,6 +38,13 @@ def read_part(corpus: CorpusConfig, part: int, num_parts: int) -> Iterator[dict[
         if record is None:
             return
         yield record
+
+
+def _with_fields(dataset: Any, names: Sequence[str]) -> Any:
+    """The data set without the columns that nobody asks for, unless one that is asked for is missing."""
+    present = dataset.column_names
+    wanted = {name if name in (present or ()) else name.partition(".")[0] for name in names}
+    return dataset.select_columns([name for name in present if name in wanted]) if present else dataset
 
 
 def _open_corpus(corpus: CorpusConfig) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,19 +27,33 @@ _LOW_SURROGATE = re.compile(rb"\\u[dD][c-fC-F]")
 _LONGEST_ESCAPE = len(r"\ud83d\ude00")
 
 
-def parse(line: bytes, text_field: str) -> dict[str, Any]:
+class _Unread:
+    """Stands for a member that was not asked for, and so not decoded."""
+
+    def __repr__(self) -> str:
+        return "(not read)"
+
+
+UNREAD = _Unread()
+
+
+def parse(line: bytes, text_field: str, names: Sequence[str] | None = None) -> dict[str, Any]:
     """The object in a line; its text, if long, as `Utf8`.
 
     Args:
         line: white space around the object is allowed.
         text_field: name of the member with the text; a dot descends into a nested object.
+        names: members to decode, `text_field` included; the others are `UNREAD`. By default all.
 
     Raises:
         ValueError: malformed JSON, no object, or not UTF-8.
     """
     with suppress(ValueError, RecursionError):
-        return _members(line, text_field)
-    return _parse_slowly(line)
+        return {
+            key: _value(memoryview(raw), key, text_field) if _is_wanted(key, names) else UNREAD
+            for key, raw in _MEMBERS.decode(line).items()
+        }
+    return {key: value if _is_wanted(key, names) else UNREAD for key, value in _parse_slowly(line).items()}
 
 
 def unescape(string: memoryview, block_bytes: int = BLOCK_BYTES) -> bytes:
@@ -60,7 +75,11 @@ def unescape(string: memoryview, block_bytes: int = BLOCK_BYTES) -> bytes:
     return content.getvalue()
 
 
-def _members(content: bytes | memoryview, text_field: str) -> dict[str, Any]:
+def _is_wanted(key: str, names: Sequence[str] | None) -> bool:
+    return names is None or any(name == key or name.startswith(f"{key}.") for name in names)
+
+
+def _members(content: memoryview, text_field: str) -> dict[str, Any]:
     return {key: _value(memoryview(raw), key, text_field) for key, raw in _MEMBERS.decode(content).items()}
 
 
@@ -73,12 +92,12 @@ def _value(raw: memoryview, key: str, text_field: str) -> Any:
     try:
         return msgspec.json.decode(raw)
     except msgspec.ValidationError:  # a number beyond 64 bits
-        return json.loads(bytes(raw))
+        return json.loads(bytes(raw), parse_int=_integer)
 
 
 def _parse_slowly(line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(decode(line.rstrip()))
+        record = json.loads(decode(line.rstrip()), parse_int=_integer)
     except json.JSONDecodeError as error:
         reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         raise ValueError(f"malformed JSON ({reason})") from error
@@ -87,6 +106,14 @@ def _parse_slowly(line: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"a JSON object is expected, this is a {type(record).__name__}")
     return record
+
+
+def _integer(digits: str) -> int | float:
+    """Python converts no integer of more than 4,300 digits; such a one is as good as infinite."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
 
 
 def _cut(string: memoryview, start: int, stop: int) -> int:

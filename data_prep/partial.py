@@ -51,7 +51,8 @@ def open_partial(output: Path, settings: dict[str, Any], overwrite: bool) -> Ite
     """Yield the locked directory to write in, empty or with what an earlier program of the same settings finished.
 
     Raises:
-        ValueError: not writable, in use, or begun with other settings.
+        ValueError: not writable, in use, or begun with other settings. After one from the caller, a directory without
+            anything finished is removed, so that the corrected command finds nothing in its way.
     """
     partial = partial_path(output)
     try:
@@ -64,7 +65,12 @@ def open_partial(output: Path, settings: dict[str, Any], overwrite: bool) -> Ite
             raise ValueError(f"output={output}: another program is writing this store; wait for it")
         if not _continues(partial, settings, overwrite):
             _begin(partial, settings)
-        yield partial
+        try:
+            yield partial
+        except ValueError:
+            if not _has_work(partial):
+                shutil.rmtree(partial)
+            raise
 
 
 @contextmanager
@@ -94,13 +100,20 @@ def publish(partial: Path, manifest: Manifest, output: Path) -> None:
 
 def _continues(partial: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     before = _earlier_settings(partial)
-    differences = _differences(before, settings) if before is not None else ["nothing there"]
-    if before is not None and differences and not overwrite:
+    if before is None or not _has_work(partial):
+        return False
+    differences = _differences(before, settings)
+    if differences and not overwrite:
         raise ValueError(
             f"output={partial}: half written with other settings ({'; '.join(differences)}); run the earlier command "
             "again to finish it, or overwrite=true to begin anew"
         )
     return not differences
+
+
+def _has_work(partial: Path) -> bool:
+    """Whether anything is finished that another command would have to throw away."""
+    return (partial / MANIFEST).is_file() or any((partial / UNITS).glob("*.json"))
 
 
 def _earlier_settings(partial: Path) -> dict[str, Any] | None:

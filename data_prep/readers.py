@@ -5,7 +5,7 @@ A record is read first and parsed after, so that a bad one can be named by its p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ from data_prep import hub, json_lines
 from data_prep.config import CorpusConfig
 from data_prep.sources import Piece
 from data_prep.streams import DamagedStream, open_stream
-from data_prep.utf8 import Utf8
+from data_prep.utf8 import Utf8, printable
 
 PARQUET_ROWS = 64
 PARQUET_BATCH_BYTES = 4_000_000
+CHAT_FIELDS = ("messages", "conversations", "conversation", "dialogue", "dialog")
+"""Names under which data sets of chats keep their turns."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -40,11 +42,12 @@ class Raw:
 class Reader:
     """`read` yields the records of a piece; `parse` makes a dict of one or raises `ValueError`; `unit` names one.
 
-    Texts may stay `Utf8` in the dict.
+    Both are given the names of the fields that are wanted, the text's first: no other is converted. Texts may stay
+    `Utf8` in the dict.
     """
 
-    read: Callable[[Piece, CorpusConfig], Iterator[Raw]]
-    parse: Callable[[Any, CorpusConfig], dict[str, Any]]
+    read: Callable[[Piece, CorpusConfig, Sequence[str]], Iterator[Raw]]
+    parse: Callable[[Any, Sequence[str]], dict[str, Any]]
     unit: str
 
 
@@ -61,7 +64,7 @@ def place(piece: Piece, number: int) -> str:
     return f"{piece.path}: {READERS[piece.format].unit} {number + _lines_before(piece)}"
 
 
-def _read_lines(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
+def _read_lines(piece: Piece, corpus: CorpusConfig, names: Sequence[str]) -> Iterator[Raw]:
     """The lines that begin in the piece; blank lines are counted, not yielded."""
     number = 0
     try:
@@ -86,11 +89,11 @@ def _read_lines(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
         raise Unreadable(f"{place(piece, number + 1)}: {error}") from error
 
 
-def _parse_json(line: bytes, corpus: CorpusConfig) -> dict[str, Any]:
-    return json_lines.parse(line, corpus.text_field)
+def _parse_json(line: bytes, names: Sequence[str]) -> dict[str, Any]:
+    return json_lines.parse(line, names[0], names)
 
 
-def _read_whole(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
+def _read_whole(piece: Piece, corpus: CorpusConfig, names: Sequence[str]) -> Iterator[Raw]:
     try:
         with open_stream(piece.path) as (content, _):
             yield Raw(1, (piece.path, content.read().removeprefix(_BOM)), piece.num_bytes)
@@ -98,12 +101,12 @@ def _read_whole(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
         raise Unreadable(f"{piece.path}: {error}") from error
 
 
-def _parse_text(file: tuple[str, bytes], corpus: CorpusConfig) -> dict[str, Any]:
+def _parse_text(file: tuple[str, bytes], names: Sequence[str]) -> dict[str, Any]:
     path, content = file
-    return {corpus.text_field: Utf8(content), "meta": {"path": path}}
+    return {names[0]: Utf8(content), "meta": {"path": printable(path)}}
 
 
-def _read_parquet(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
+def _read_parquet(piece: Piece, corpus: CorpusConfig, names: Sequence[str]) -> Iterator[Raw]:
     import pyarrow
     import pyarrow.parquet
 
@@ -112,7 +115,7 @@ def _read_parquet(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
         with pyarrow.parquet.ParquetFile(
             piece.path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
         ) as file:
-            columns = _columns(piece, corpus, file.schema_arrow.names)
+            columns = _columns(piece, corpus, names, file)
             for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata), columns=columns):
                 for i in range(batch.num_rows):
                     number += 1
@@ -128,18 +131,24 @@ def _rows_at_once(metadata: Any) -> int:
     return max(1, min(PARQUET_ROWS, int(PARQUET_BATCH_BYTES / max(row_bytes, 1))))
 
 
-def _parse_row(row: Any, corpus: CorpusConfig) -> dict[str, Any]:
+def _parse_row(row: Any, names: Sequence[str]) -> dict[str, Any]:
     """A batch of one row as a dict; its text is not decoded, so that one that is not UTF-8 is a bad record."""
     import pyarrow
 
     columns = dict(zip(row.schema.names, row.columns, strict=True))
-    text = columns.pop(corpus.text_field, None)
-    fields = {name: column[0].as_py() for name, column in columns.items()}
-    if text is None:
-        return fields
-    if text.type in (pyarrow.string(), pyarrow.large_string()) and text.null_count == 0:
-        return {corpus.text_field: Utf8(_cell(text)), **fields}
-    return {corpus.text_field: text[0].as_py(), **fields}
+    text = columns.get(names[0])
+    if text is not None and text.type in (pyarrow.string(), pyarrow.large_string()) and text.null_count == 0:
+        del columns[names[0]]
+        return {names[0]: Utf8(_cell(text)), **{name: _python(name, column) for name, column in columns.items()}}
+    return {name: _python(name, column) for name, column in columns.items()}
+
+
+def _python(name: str, column: Any) -> Any:
+    """The only value of a column, which may be one that Python has no type for, such as a date before the year 1."""
+    try:
+        return column[0].as_py()
+    except (OverflowError, ValueError) as error:
+        raise ValueError(f"column {name!r} has a value that cannot be read ({first_line(error)})") from error
 
 
 def _cell(column: Any) -> bytes:
@@ -152,30 +161,66 @@ def _cell(column: Any) -> bytes:
     return content.slice(start, stop - start).to_pybytes() if stop > start else b""
 
 
-def _columns(piece: Piece, corpus: CorpusConfig, present: list[str]) -> list[str]:
-    """The columns to read: those that the corpus names, and `meta`."""
-    named = [corpus.text_field, *corpus.where, *([corpus.split_field] if corpus.split_field else [])]
-    needed = {name if name in present else name.split(".")[0] for name in named}
-    missing = sorted(needed.difference(present))
-    if missing:
-        raise Unreadable(
-            f"{piece.path}: no column {missing[0]!r}, it has {', '.join(present)}; set corpus.text_field (or where, "
-            "split_field) to one of these"
-        )
-    return [name for name in present if name in needed or name == "meta"]
+def _columns(piece: Piece, corpus: CorpusConfig, names: Sequence[str], file: Any) -> list[str]:
+    """The columns to read: those that are wanted, of a nested one the member alone; others are not even decoded.
+
+    Raises:
+        Unreadable: there is no column of a name that the corpus gives.
+    """
+    paths = [file.schema.column(i).path for i in range(len(file.schema))]
+    present = list(dict.fromkeys(file.schema_arrow.names))
+    columns = []
+    for name in names:
+        if any(path == name or path.startswith(f"{name}.") for path in paths):
+            columns.append(name)
+        elif name.partition(".")[0] in present:
+            columns.append(name.partition(".")[0])
+        elif key := key_of(corpus, name):
+            raise Unreadable(f"{piece.path}: no column {name!r}, it has {', '.join(present)}; {remedy(key, present)}")
+    return list(dict.fromkeys(columns))
 
 
-def _read_hub(piece: Piece, corpus: CorpusConfig) -> Iterator[Raw]:
+def fields_of(corpus: CorpusConfig) -> list[str]:
+    """The fields that the corpus names, the text's first."""
+    return [corpus.text_field, *corpus.where, *([corpus.split_field] if corpus.split_field else [])]
+
+
+def key_of(corpus: CorpusConfig, name: str) -> str:
+    """The key that names this field; "" for one that is taken along only if it is there."""
+    keys = {corpus.split_field or "": "corpus.split_field", **dict.fromkeys(corpus.where, "corpus.where")}
+    return {**keys, corpus.text_field: "corpus.text_field"}.get(name, "")
+
+
+def remedy(key: str, present: Iterable[str]) -> str:
+    """What to do about a record without the field that `key` names."""
+    if key == "corpus.text_field":
+        return chat_remedy(present) or "set corpus.text_field=NAME, one of these"
+    return f"set {key} to one of these"
+
+
+def chat_remedy(present: Iterable[str]) -> str:
+    """What to do about a record that holds a chat; "" if none of its fields looks like one."""
+    chat = [name for name in present if name in CHAT_FIELDS]
+    if not chat:
+        return ""
+    return (
+        f"{chat[0]!r} looks like chat data, which is not supported as such: write every conversation as one text, such "
+        "as with the tokenizer's apply_chat_template(..., tokenize=False), and set corpus.text_field=NAME to its field "
+        "(special tokens in a text are encoded as plain text)"
+    )
+
+
+def _read_hub(piece: Piece, corpus: CorpusConfig, names: Sequence[str]) -> Iterator[Raw]:
     number = 0
     try:
-        for record in hub.read_part(corpus, piece.start, piece.stop):
+        for record in hub.read_part(corpus, piece.start, piece.stop, names):
             number += 1
             yield Raw(number, record, 0)
     except ValueError as error:
         raise Unreadable(f"{place(piece, number + 1)}: {error}") from error
 
 
-def _as_is(record: dict[str, Any], corpus: CorpusConfig) -> dict[str, Any]:
+def _as_is(record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return record
 
 

@@ -14,20 +14,12 @@ from pathlib import Path
 
 from clex_train import log
 from data_prep import hub, stdlib
-from data_prep.config import CorpusConfig, CorpusSource, Format, require_corpus
-from data_prep.streams import COMPRESSIONS
+from data_prep.config import CorpusConfig, CorpusSource, Format, OnBadRecord, require_corpus
+from data_prep.folders import format_of, texts_in
+from data_prep.streams import compression, is_lfs_pointer
 
 logger = log.get(__name__)
 
-SUFFIXES = {
-    ".jsonl": Format.jsonl,
-    ".json": Format.jsonl,
-    ".ndjson": Format.jsonl,
-    ".txt": Format.txt,
-    ".text": Format.txt,
-    ".md": Format.txt,
-    ".parquet": Format.parquet,
-}
 MAX_HUB_UNITS = 1024
 MAX_UNIT_PIECES = 4096
 
@@ -75,12 +67,30 @@ def plan(corpus: CorpusConfig, shard_bytes: int) -> list[Unit]:
 
 
 def _plan_files(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
-    pieces = []
-    for path in expand(corpus.paths, corpus.format):
+    files = {path: format_of(path, corpus.format) for path in expand(corpus.paths, corpus.format)}
+    pieces, pointers, empty = [], [], []
+    for path, format in files.items():
         if not os.access(path, os.R_OK):
             raise ValueError(f"corpus.paths={path}: not readable; check its permissions")
-        pieces += _cut(path, format_of(path, corpus.format), path.stat().st_size, shard_bytes)
+        size = path.stat().st_size
+        if is_lfs_pointer(path):
+            pointers.append(path)
+        if not size:
+            empty.append(path)
+        pieces += _cut(path, format, size, shard_bytes)
+    if pointers and corpus.on_bad_record is OnBadRecord.error:
+        raise ValueError(f"corpus.paths={pointers[0]}: {_lfs_pointers(len(pointers))}")
+    if empty:
+        logger.warning("%d files are empty, such as %s", len(empty), empty[0])
     return pieces
+
+
+def _lfs_pointers(count: int) -> str:
+    others = f", and so are {count - 1} more" if count > 1 else ""
+    return (
+        f"a git-lfs pointer and not the file itself{others}; fetch it by `git lfs pull`, or leave pointers out by "
+        "corpus.on_bad_record=skip"
+    )
 
 
 def _plan_stdlib(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
@@ -103,28 +113,15 @@ def expand(paths: Iterable[str], format: Format) -> list[Path]:
     """Files, directories and globs as a list of files, each once: in the order given, sorted within each entry."""
     files: dict[Path, None] = {}
     for entry in paths:
-        for path in _expand_entry(os.path.expanduser(entry), format):
+        try:
+            found = _expand_entry(os.path.expanduser(entry), format)
+        except PermissionError as error:
+            raise ValueError(f"corpus.paths={entry}: not readable; check the permissions of its folders") from error
+        for path in found:
             if path in files:
                 logger.warning("%s is named twice by corpus.paths; it is read once", path)
             files[path] = None
     return list(files)
-
-
-def format_of(path: Path, format: Format) -> Format:
-    """The format of a file: as configured, or by its suffix.
-
-    Raises:
-        ValueError: the suffix is unknown.
-    """
-    if format is not Format.auto:
-        return format
-    name = path.name.lower()
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    found = SUFFIXES.get(Path(name).suffix)
-    if found is None:
-        raise ValueError(f"corpus.paths={path}: unknown suffix; set corpus.format to jsonl, txt or parquet")
-    return found
 
 
 def _expand_entry(entry: str, format: Format) -> list[Path]:
@@ -132,28 +129,30 @@ def _expand_entry(entry: str, format: Format) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and _is_text(file, path, format))
-    else:
-        found = sorted(Path(name) for name in glob.glob(entry, recursive=True) if os.path.isfile(name))
+        return texts_in(path, format)
+    matches = sorted(map(Path, glob.glob(entry, recursive=True)))
+    found = [match for match in matches if match.is_file()]
     if not found:
-        kind = "no file of a known format in this directory" if path.is_dir() else "no such file, directory or glob"
+        kind = f"matches folders alone, such as {matches[0]}; end it with /**" if matches else _nothing_there(path)
         raise ValueError(f"corpus.paths={entry}: {kind}")
+    others = [match for match in matches if not match.is_file()]
+    if others and "**" not in Path(entry).parts:
+        logger.warning("corpus.paths=%s: %d matches are no files and left out: %s", entry, len(others), _some(others))
     return found
 
 
-def _is_text(file: Path, root: Path, format: Format) -> bool:
-    if any(part.startswith(".") for part in file.relative_to(root).parts):
-        return False
-    try:
-        return format_of(file, Format.auto) is not None and file.name != "README.md"
-    except ValueError:
-        return format is not Format.auto and Path(file.name.lower()).suffix not in SUFFIXES
+def _nothing_there(path: Path) -> str:
+    return "a link to nothing" if path.is_symlink() else "no such file, directory or glob"
+
+
+def _some(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
 
 
 def _cut(path: Path, format: Format, size: int, shard_bytes: int) -> list[Piece]:
     """One piece a file; an uncompressed .jsonl file is cut every `shard_bytes` (a line belongs to where it begins)."""
     step = size
-    if format is Format.jsonl and not path.name.endswith(COMPRESSIONS):
+    if format is Format.jsonl and not compression(path):
         step = shard_bytes
     return [
         Piece(str(path), format.name, start, min(start + step, size)) for start in range(0, size, step or 1) if size

@@ -1,24 +1,42 @@
-"""Opens plain, gzip and zstandard files as binary streams that fail, and do not just end, when they are cut short."""
+"""Open plain and compressed files as binary streams that fail, and do not just end, when they are cut short."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import zstandard
 
-COMPRESSIONS = (".gz", ".zst")
 _INPUT_BYTES = 1 << 16
+_LFS_HEADER = b"version https://git-lfs.github.com/spec/"
+_LFS_POINTER_BYTES = 1024  # the most that the specification allows
 _MAX_WINDOW = 1 << 31  # what `zstd --long=31` writes, the most the format's own tool reads
 
 
 class DamagedStream(ValueError):
     """A compressed file that is truncated or corrupt."""
+
+
+def compression(path: str | Path) -> str:
+    """The suffix of `COMPRESSIONS` that a file's name ends with, in lower case; "" for a file that is read as it is."""
+    suffix = Path(path).suffix.lower()
+    return suffix if suffix in COMPRESSIONS else ""
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Whether a file is what git-lfs leaves in place of one that was not downloaded; only small files are opened."""
+    if os.path.getsize(path) > _LFS_POINTER_BYTES:
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(_LFS_HEADER)) == _LFS_HEADER
 
 
 @contextmanager
@@ -29,19 +47,18 @@ def open_stream(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         DamagedStream: while reading, if the compressed file is truncated or corrupt.
     """
     with open(path, "rb") as raw:
-        if str(path).endswith(".zst"):
-            yield cast(BinaryIO, io.BufferedReader(_ZstdReader(raw), 1 << 18)), raw
-        elif str(path).endswith(".gz"):
-            yield cast(BinaryIO, io.BufferedReader(_GzipReader(raw), 1 << 18)), raw
+        suffix = compression(path)
+        if suffix:
+            yield cast(BinaryIO, io.BufferedReader(COMPRESSIONS[suffix](raw), 1 << 18)), raw
         else:
             yield raw, raw
 
 
-class _GzipReader(io.RawIOBase):
-    """gzip's errors, all of them, as `DamagedStream`."""
+class _LibraryReader(io.RawIOBase):
+    """A reader of the standard library whose errors, all of them, become `DamagedStream`."""
 
-    def __init__(self, raw: BinaryIO) -> None:
-        self._content = gzip.GzipFile(fileobj=raw)
+    def __init__(self, name: str, content: io.BufferedIOBase) -> None:
+        self._name, self._content = name, content
 
     def readable(self) -> bool:
         return True
@@ -49,8 +66,10 @@ class _GzipReader(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         try:
             return self._content.readinto(buffer)
-        except (EOFError, OSError, zlib.error) as error:
-            raise DamagedStream(f"gzip stream is truncated or corrupt ({error}); fetch the file again") from error
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            raise DamagedStream(
+                f"{self._name} stream is truncated or corrupt ({error}); fetch the file again"
+            ) from error
 
 
 class _ZstdReader(io.RawIOBase):
@@ -90,3 +109,13 @@ class _ZstdReader(io.RawIOBase):
             if self._between_frames:
                 self._frame = self._context.decompressobj()
         return b"".join(parts)
+
+
+COMPRESSIONS: dict[str, Callable[[BinaryIO], io.RawIOBase]] = {
+    ".gz": lambda raw: _LibraryReader("gzip", gzip.GzipFile(fileobj=raw)),
+    ".bz2": lambda raw: _LibraryReader("bzip2", bz2.BZ2File(raw)),
+    ".xz": lambda raw: _LibraryReader("xz", lzma.LZMAFile(raw)),  # noqa: SIM115  closed with the file below it
+    ".zst": _ZstdReader,
+    ".zstd": _ZstdReader,
+}
+"""What opens a file by the last suffix of its name."""

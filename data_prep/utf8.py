@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -47,6 +48,11 @@ def border(view: memoryview, start: int, stop: int) -> int:
     if stop >= len(view):
         return len(view)
     return next((i for i in range(stop, max(stop - 4, start), -1) if view[i] & 0xC0 != 0x80), stop)
+
+
+def printable(path: str) -> str:
+    """A file's name as text that every encoding of Unicode takes; its bytes that are not UTF-8 as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def is_blank(content: bytes) -> bool:

@@ -1,7 +1,9 @@
 """Ways to write a small corpus, tokenise it, and read the store back."""
 
+import bz2
 import gzip
 import json
+import lzma
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -35,13 +37,16 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
     ".zst": zstandard.ZstdCompressor().compress,
+    ".zstd": zstandard.ZstdCompressor().compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
 }
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
     """Write records, compressed as the suffix says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(COMPRESS[path.suffix if path.suffix in COMPRESS else ""](jsonl(records)))
+    path.write_bytes(COMPRESS.get(path.suffix.lower(), bytes)(jsonl(records)))
     return path
 
 

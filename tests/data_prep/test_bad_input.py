@@ -80,7 +80,7 @@ def test_records_left_out_by_a_filter_are_counted(tmp_path: Path, tokenizer_dir:
     assert store.manifest.sources[0].counts == {"documents": 1, "filtered": 1}
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
 @pytest.mark.parametrize("policy", list(OnBadRecord))
 def test_a_truncated_file_stops_the_program_even_if_bad_records_are_skipped(
     tmp_path: Path, tokenizer_dir: Path, suffix: str, policy: OnBadRecord
@@ -88,7 +88,7 @@ def test_a_truncated_file_stops_the_program_even_if_bad_records_are_skipped(
     content = COMPRESS[suffix](jsonl([{"text": os.urandom(300).hex()} for _ in range(100)]))
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(content[: len(content) // 2])
-    message = rf"a\.jsonl{suffix}: line \d+: (gzip|zstandard) stream is truncated.*; fetch the file again"
+    message = rf"a\.jsonl{suffix}: line \d+: (gzip|zstandard|xz|bzip2) stream is truncated.*; fetch the file again"
     with pytest.raises(ValueError, match=message):
         tokenize_files([path], tokenizer_dir, tmp_path / "store", on_bad_record=policy)
 

@@ -1,0 +1,111 @@
+"""The texts in a folder, by the suffixes of their names, and one line about everything there that is not read."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+
+from clex_train import log
+from data_prep.config import Format
+from data_prep.streams import compression
+
+logger = log.get(__name__)
+
+SUFFIXES = {
+    ".jsonl": Format.jsonl,
+    ".jsonlines": Format.jsonl,
+    ".json": Format.jsonl,
+    ".ndjson": Format.jsonl,
+    ".txt": Format.txt,
+    ".text": Format.txt,
+    ".md": Format.txt,
+    ".parquet": Format.parquet,
+}
+MAX_KINDS = 12
+"""Kinds of files that the line about what is left out names."""
+
+
+def format_of(path: Path, format: Format) -> Format:
+    """The format of a file: as configured, or by its suffix in any case, behind which one compression may stand.
+
+    Raises:
+        ValueError: the suffix is unknown.
+    """
+    if format is not Format.auto:
+        return format
+    packed = compression(path)
+    found = SUFFIXES.get(Path(path.name[: len(path.name) - len(packed)]).suffix.lower())
+    if found is None:
+        raise ValueError(f"corpus.paths={path}: unknown suffix; set corpus.format to jsonl, txt or parquet")
+    if found is Format.parquet and packed:
+        raise ValueError(f"corpus.paths={path}: a parquet file is not read through {packed}; unpack it")
+    return found
+
+
+def texts_in(folder: Path, format: Format) -> list[Path]:
+    """Every file of a known format in a folder, at any depth, sorted; what else is there is logged in one line.
+
+    Raises:
+        ValueError: no such file is there; the message says what is.
+    """
+    found: list[Path] = []
+    left_out: dict[str, list[str]] = defaultdict(list)
+
+    def unreadable(error: OSError) -> None:
+        left_out["unreadable folder"].append(os.path.relpath(str(error.filename), folder))
+
+    for place, folders, files in os.walk(folder, onerror=unreadable):
+        below = Path(place).relative_to(folder)
+        for name in [name for name in folders if name.startswith(".")]:
+            folders.remove(name)
+            left_out["hidden"].append(f"{below / name}/")
+        for name in folders:
+            if os.path.islink(os.path.join(place, name)):
+                left_out["link to a folder, to be named by itself"].append(str(below / name))
+        for name in files:
+            reason = _why_not(Path(place, name), format)
+            if reason:
+                left_out[reason].append(str(below / name))
+            else:
+                found.append(Path(place, name))
+    if not found:
+        there = f"; it has {_in_words(left_out)}" if left_out else ""
+        raise ValueError(f"corpus.paths={folder}: no file of a known format in this directory{there}")
+    if left_out:
+        total = sum(map(len, left_out.values()))
+        logger.warning(
+            "corpus.paths=%s: %d files read, %d left out: %s", folder, len(found), total, _in_words(left_out)
+        )
+    return sorted(found)
+
+
+def _why_not(file: Path, format: Format) -> str:
+    """The kind of a file that is left out, in words; "" for one that is read."""
+    if file.name.startswith("."):
+        return "hidden"
+    if not os.path.isfile(file):
+        return "broken link" if file.is_symlink() else "no regular file"
+    if file.name == "README.md":
+        return "README.md"
+    try:
+        format_of(file, format)
+    except ValueError:
+        return _suffix(file) or "without a suffix"
+    return ""
+
+
+def _suffix(file: Path) -> str:
+    packed = compression(file)
+    return Path(file.name[: len(file.name) - len(packed)]).suffix.lower() + packed
+
+
+def _in_words(left_out: dict[str, list[str]]) -> str:
+    """`2 .csv (a.csv, b.csv), 1 hidden (.cache/)`, the most frequent kinds first."""
+    kinds = sorted(left_out.items(), key=lambda kind: -len(kind[1]))
+    parts = []
+    for kind, names in kinds[:MAX_KINDS]:
+        some = ", ".join(sorted(names)[:2]) + (", ..." if len(names) > 2 else "")
+        parts.append(f"{len(names)} {kind} ({some})")
+    rest = sum(len(names) for _, names in kinds[MAX_KINDS:])
+    return ", ".join(parts) + (f", {rest} of other kinds" if rest else "")
