@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from clex_train.settings.bos import Bos
 from clex_train.settings.bounds import require
 from clex_train.settings.data import Packing
 
@@ -56,7 +57,8 @@ class CorpusConfig:
     where: dict[str, str] = field(default_factory=dict)
     """Keep only records whose fields equal these values, as where={meta.redpajama_set_name: RedPajamaBook}."""
     validation_share: float = 0.01
-    """Share of the documents held out; the hash of a document's text decides, so added documents move no other."""
+    """Share of the documents held out, a few at least of a small corpus; the hash of a document's text decides, so that
+    added documents move no other."""
     split_field: str | None = None
     """Decide the split by this field instead of the text, to keep documents of one origin on one side."""
     on_bad_record: OnBadRecord = OnBadRecord.error
@@ -93,6 +95,8 @@ class TokenizerConfig:
     """Directory or hub name of a fast Hugging Face tokenizer with an EOS token; `tokenizer=PATH` says the same."""
     engine: EngineChoice = EngineChoice.auto
     """What encodes; the ids are the same. `auto`: gigatoken where it can, else tokenizers; a name: that or an error."""
+    trust_remote_code: bool = False
+    """Allow Python code that comes with the tokenizer to run. Only for repositories you have read."""
 
 
 @dataclass
@@ -101,6 +105,8 @@ class TokenizeVerb:
     """What to read: a file of conf/corpus by `+corpus=NAME`, or single keys."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer and what runs it."""
+    bos: Bos = Bos.auto
+    """BOS at the beginning of every document. `auto`: as the tokenizer does with a text of its own accord."""
     output: str = "corpora/${corpus.name}"
     """Directory of the token store to write."""
     workers: int = 1

@@ -152,8 +152,9 @@ class Report:
 
 def write_report(report: Report, folder: Path) -> None:
     """Write report.json and report.md."""
-    write_atomically(folder / "report.json", report.to_json().encode())
-    write_atomically(folder / "report.md", report.to_markdown().encode())
+    # Names of files may have bytes that are not UTF-8; they are written as escapes.
+    write_atomically(folder / "report.json", report.to_json().encode("utf-8", "backslashreplace"))
+    write_atomically(folder / "report.md", report.to_markdown().encode("utf-8", "backslashreplace"))
 
 
 def origin(store: TokenStore, doc_id: int) -> str:

@@ -1,7 +1,7 @@
 """From records to documents: the text field, the filter, the policy for bad records, and the split by hash.
 
-A document is held out if the first 8 bytes of blake2b(text), read as a little endian integer, are below
-`validation_share` * 2^64: a property of the document alone, so adding documents moves none from one split to the other.
+A document is held out if the first 8 bytes of blake2b(text), read as a little endian integer, are below a border
+(`data_prep/held_out.py`): by its own text, so that adding documents moves none from one split to the other.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Document:
         return len(self.content)
 
 
-def documents(piece: Piece, corpus: CorpusConfig, counts: Counter[str], keep: Sequence[str] = ()) -> Iterator[Document]:
+def documents(
+    piece: Piece, corpus: CorpusConfig, counts: Counter[str], keep: Sequence[str] = (), below: float = 0.0
+) -> Iterator[Document]:
     """Yield the documents of a piece, in order.
 
     Args:
@@ -60,6 +62,7 @@ def documents(piece: Piece, corpus: CorpusConfig, counts: Counter[str], keep: Se
         counts: is added to: `documents`, `filtered` (by `where`), `bad_records` (skipped).
         keep: further fields of a record to keep where they are there. No others are converted, so that a field which
             nobody needs cannot make a record a bad one.
+        below: documents whose value is below are of the validation split.
 
     Raises:
         ValueError: a bad record under `on_bad_record=error`, or a file that cannot be read to its end; the message
@@ -72,7 +75,7 @@ def documents(piece: Piece, corpus: CorpusConfig, counts: Counter[str], keep: Se
     names = [*fields_of(corpus), *keep]
     for raw in reader.read(piece, corpus, names):
         try:
-            document = _document(raw, reader.parse(raw.take(), names), corpus, keep)
+            document = _document(raw, reader.parse(raw.take(), names), corpus, keep, below)
         except Unreadable:
             raise
         except ValueError as error:
@@ -81,6 +84,20 @@ def documents(piece: Piece, corpus: CorpusConfig, counts: Counter[str], keep: Se
         counts["filtered" if document is None else "documents"] += 1
         if document is not None:
             yield document
+
+
+def require_documents(corpus: CorpusConfig, counts: Counter[str]) -> None:
+    """Raise `ValueError` if no record became a document: nothing that is made of such a corpus was meant."""
+    if not counts["documents"]:
+        raise ValueError(
+            f"corpus.name={corpus.name}: the corpus is empty, no record became a document ({in_words(counts)}); check "
+            "corpus.paths, corpus.where and corpus.text_field"
+        )
+
+
+def in_words(counts: Counter[str]) -> str:
+    """`2 bad records, 17 documents`."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts.items())) or "no records"
 
 
 def lookup(fields: Mapping[str, Any], name: str) -> Any:
@@ -100,11 +117,6 @@ def hash64(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def is_validation(value: int, share: float) -> bool:
-    """Whether a document of this hash is held out when `share` of all are."""
-    return value < share * 2.0**64
-
-
 class _BadRecord(ValueError):
     """A record that cannot be used, and the remedy if there is a better one than to mend it."""
 
@@ -113,14 +125,16 @@ class _BadRecord(ValueError):
         self.remedy = remedy
 
 
-def _document(raw: Raw, fields: Mapping[str, Any], corpus: CorpusConfig, keep: Sequence[str] = ()) -> Document | None:
+def _document(
+    raw: Raw, fields: Mapping[str, Any], corpus: CorpusConfig, keep: Sequence[str], below: float
+) -> Document | None:
     if any(_as_str(_field(fields, name, corpus)) != value for name, value in corpus.where.items()):
         return None
     content = _content(_field(fields, corpus.text_field, corpus), fields, corpus.text_field)
     value = text_hash = hash64(content)
     if corpus.split_field:
         value = hash64(_encode(_as_str(_field(fields, corpus.split_field, corpus))))
-    split = "validation" if is_validation(value, corpus.validation_share) else "train"
+    split = "validation" if value < below else "train"
     kept = {name: fields[name] for name in keep if name in fields}
     return Document(content, kept, text_hash, split, raw.number, raw.consumed)
 

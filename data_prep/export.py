@@ -15,7 +15,7 @@ import zstandard
 from clex_train import log
 from clex_train.data.writer import publish
 from data_prep.config import CorpusVerb
-from data_prep.documents import documents
+from data_prep.documents import documents, require_documents
 from data_prep.sources import plan
 from data_prep.utf8 import printable
 
@@ -46,6 +46,7 @@ def run(config: CorpusVerb) -> None:
                     origin = {"path": printable(piece.path)}
                     record = {"text": document.text, "meta": document.fields.get("meta", origin)}
                     stream.write(_line(record))
+        require_documents(config.corpus, counts)
         with open(unfinished, "r+b") as written:
             publish(written, output)
     finally:

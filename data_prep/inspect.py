@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clex_train.cli.console import say
+from clex_train.data.bos import in_words
 from clex_train.data.manifest import SPLITS
 from clex_train.data.overlap import overlap
 from clex_train.data.store import TokenStore
@@ -105,8 +106,10 @@ def _summary(store: TokenStore) -> list[str]:
         f"{store.path}: token store, format version {manifest.version}, {store.dtype.name}",
         f"  fingerprint  {store.fingerprint}",
         f"  tokenizer    {tokenizer.vocab_size} tokens, EOS {tokenizer.eos_token!r} = {tokenizer.eos_id}",
+        f"  BOS          {in_words(store)}",
         f"  sources      {len(manifest.sources)} ({', '.join(f'{v} {k}' for k, v in sorted(counts.items()))})",
-        f"  split        {manifest.split_rule.get('validation_share')} held out by {manifest.split_rule.get('value')}",
+        f"  split        {manifest.split_rule.get('validation_share')} held out by {manifest.split_rule.get('value')}"
+        + (", raised so that there are error bars" if "held_out" in manifest.split_rule else ""),
     ]
     for split in SPLITS:
         size = f"{manifest.num_documents(split):,} documents, {manifest.num_tokens(split):,} tokens"
@@ -137,9 +140,11 @@ def _show_texts(views: dict[str, TokenStore], config: InspectVerb) -> None:
     """Decoded beginnings of documents, and decoded rows; the tokenizer is loaded for them alone."""
     if not views or not (config.samples or config.rows):
         return
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(next(iter(views.values())).tokenizer_path)
+    # Not AutoTokenizer, which may find that the tokenizer has Python code of its own, and ask whether to run it.
+    file = next(iter(views.values())).tokenizer_path / "tokenizer.json"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
     for split, view in views.items():
         if config.samples:
             say("\n".join(["", f"{split}: beginnings of documents", *_samples(view, tokenizer, config)]))

@@ -57,7 +57,9 @@ class WordReader:
     def words(self, doc_id: int) -> np.ndarray:
         """uint64 [W]: a hash of each word of a document, in order; memory beside it does not grow with W."""
         start, stop = (int(offset) for offset in self._offsets[doc_id : doc_id + 2])
-        parts = [self._words(self._decode(first, last)) for first, last in self._pieces(start, stop - 1)]
+        parts = [
+            self._words(self._decode(first, last)) for first, last in self._pieces(start + self.store.bos, stop - 1)
+        ]
         return np.concatenate([np.empty(0, np.uint64), *parts])
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -26,6 +26,8 @@ logger = log.get(__name__)
 
 LOCK = "lock"
 REQUEST = "request.json"
+_NOT_RECORDED = {"bos": False}
+"""What settings mean that have no such key, as in a store of an earlier version."""
 
 
 def is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
@@ -38,7 +40,7 @@ def is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         return False
     differences = ["it is no token store"]
     if (output / MANIFEST).is_file():
-        differences = _differences(read_manifest(output).settings, settings)
+        differences = _differences(_NOT_RECORDED | read_manifest(output).settings, _NOT_RECORDED | settings)
     if differences and not overwrite:
         raise ValueError(
             f"output={output}: exists with other content ({'; '.join(differences)}); choose another, or overwrite=true"
@@ -102,7 +104,7 @@ def _continues(partial: Path, settings: dict[str, Any], overwrite: bool) -> bool
     before = _earlier_settings(partial)
     if before is None or not _has_work(partial):
         return False
-    differences = _differences(before, settings)
+    differences = _differences(_NOT_RECORDED | before, _NOT_RECORDED | settings)
     if differences and not overwrite:
         raise ValueError(
             f"output={partial}: half written with other settings ({'; '.join(differences)}); run the earlier command "
@@ -113,7 +115,8 @@ def _continues(partial: Path, settings: dict[str, Any], overwrite: bool) -> bool
 
 def _has_work(partial: Path) -> bool:
     """Whether anything is finished that another command would have to throw away."""
-    return (partial / MANIFEST).is_file() or any((partial / UNITS).glob("*.json"))
+    units = (json.loads(unit.read_text(encoding="utf-8")) for unit in (partial / UNITS).glob("*.json"))
+    return (partial / MANIFEST).is_file() or any(unit["shards"] for unit in units)
 
 
 def _earlier_settings(partial: Path) -> dict[str, Any] | None:

@@ -44,7 +44,8 @@ class Job:
     """What the units of a store have in common.
 
     `partial` is the directory it is written in, `engine` what encodes; with `falls_back` a shard on which the engine
-    and `tokenizers` disagree is tokenised again by `tokenizers`. `cut` cuts texts where that changes no id.
+    and `tokenizers` disagree is tokenised again by `tokenizers`. `cut` cuts texts where that changes no id. `bos`: each
+    document begins with BOS. Documents whose hash is below `below` are held out.
     """
 
     partial: Path
@@ -53,6 +54,8 @@ class Job:
     cut: Callable[[str], Iterator[tuple[str, bool]]]
     engine: str
     falls_back: bool
+    bos: bool
+    below: float
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class _Piece:
     """A piece of a document's text; the rest is as in `Document`."""
 
     text: str
+    is_first: bool
     is_last: bool
     split: str
     text_hash: int
@@ -127,7 +131,7 @@ def _tokenize(unit: Unit, job: Job, engine: str, advance: Advance) -> Result:
     dtype = token_dtype(job.tokenizer.vocab_size)
     with ExitStack() as stack:
         writers = {s: stack.enter_context(ShardWriter(job.partial / s, unit.name, dtype)) for s in SPLITS}
-        pieces = _pieces(_documents(unit, job.corpus, counts, advance), job.cut)
+        pieces = _pieces(_documents(unit, job, counts, advance), job.cut)
         _encode(pieces, unit, job, engine, writers, advance)
         shards = {split: writer.close() for split, writer in writers.items() if writer.num_documents}
     sources = [
@@ -143,6 +147,7 @@ def _encode(
     """Encode the pieces of documents, in order, and write their ids as they come."""
     engine = load(name, job.partial / TOKENIZER)
     eos = np.array([job.tokenizer.eos_id], np.uint32)
+    bos = np.array([job.tokenizer.bos_id] if job.bos else [], np.uint32)
     check = None
     if name != TokenizersEngine.name:
         check = SampleCheck(load(TokenizersEngine.name, job.partial / TOKENIZER), unit.name)
@@ -153,11 +158,14 @@ def _encode(
             _compare(check, batch, encoded, unit)
         for piece, ids in zip(batch, encoded, strict=True):
             writer = writers[piece.split]
+            if piece.is_first:
+                writer.write(bos)
             writer.write(ids)
             if piece.is_last:
                 writer.write(eos)
                 writer.end_document(piece.text_hash, piece.source, piece.record)
-        advance(0, sum(map(_utf8_bytes, texts)), sum(map(len, encoded)) + sum(piece.is_last for piece in batch))
+        borders = sum(piece.is_last + len(bos) * piece.is_first for piece in batch)
+        advance(0, sum(map(_utf8_bytes, texts)), sum(map(len, encoded)) + borders)
 
 
 def _compare(check: SampleCheck, batch: list[_Piece], encoded: Sequence[np.ndarray], unit: Unit) -> None:
@@ -200,13 +208,11 @@ def check_sources(unit: Unit, result: Result) -> None:
             )
 
 
-def _documents(
-    unit: Unit, corpus: CorpusConfig, counts: list[Counter[str]], advance: Advance
-) -> Iterator[tuple[int, Document]]:
+def _documents(unit: Unit, job: Job, counts: list[Counter[str]], advance: Advance) -> Iterator[tuple[int, Document]]:
     """Yield (number of the source in the store, document) over all pieces of a unit, reporting the bytes read."""
     for i, piece in enumerate(unit.pieces):
         reported = 0
-        for document in documents(piece, corpus, counts[i]):
+        for document in documents(piece, job.corpus, counts[i], below=job.below):
             yield unit.first_source + i, document
             advance(document.consumed - reported, 0, 0)
             reported = document.consumed
@@ -218,8 +224,8 @@ def _pieces(
     items: Iterable[tuple[int, Document]], cut: Callable[[str], Iterator[tuple[str, bool]]]
 ) -> Iterator[_Piece]:
     for source, document in items:
-        for text, is_last in cut(document.text):
-            yield _Piece(text, is_last, document.split, document.text_hash, source, document.record)
+        for number, (text, is_last) in enumerate(cut(document.text)):
+            yield _Piece(text, number == 0, is_last, document.split, document.text_hash, source, document.record)
         del document  # the next one may be as large
 
 

@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from clex_train import log
+from clex_train.data.bos import resolve
 from clex_train.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, read_manifest, token_dtype
 from data_prep.config import CorpusConfig, EngineChoice, TokenizeVerb
 from data_prep.cutting import Uncuttable, cutter, uncut
+from data_prep.documents import in_words, require_documents
 from data_prep.encoding import load_tokenizer, save_tokenizer
 from data_prep.engines import choose
+from data_prep.held_out import LEAST, HeldOut, rule
 from data_prep.partial import disk_full_explained, is_done, open_partial, publish
 from data_prep.progress import Progress
 from data_prep.shards import Job, check_sources, load_result, run_units
@@ -40,26 +43,33 @@ def run(config: TokenizeVerb) -> None:
     """
     output = Path(config.output)
     units = plan(config.corpus, config.shard_mb * 1_000_000)
-    tokenizer = load_tokenizer(config.tokenizer.path)
-    settings = _settings(config, units, tokenizer.backend_tokenizer.to_str())
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.trust_remote_code)
+    bos = resolve(config.bos, tokenizer, "bos")
+    held_out = rule(config.corpus, units)
+    settings = _settings(config, units, tokenizer.backend_tokenizer.to_str(), bos, held_out)
     if is_done(output, settings, config.overwrite):
         logger.info("%s holds this store already", output)
         return
     with disk_full_explained(output), open_partial(output, settings, config.overwrite) as partial:
-        manifest = _complete(config, units, tokenizer, partial, settings)
+        manifest = _complete(config, units, tokenizer, partial, settings, held_out)
         publish(partial, manifest, output)
     _report(manifest, output)
 
 
 def _complete(
-    config: TokenizeVerb, units: list[Unit], tokenizer: Any, partial: Path, settings: dict[str, Any]
+    config: TokenizeVerb,
+    units: list[Unit],
+    tokenizer: Any,
+    partial: Path,
+    settings: dict[str, Any],
+    held_out: HeldOut,
 ) -> Manifest:
     if (partial / MANIFEST).is_file():
         return read_manifest(partial)
     finished = {unit: result for unit in units if (result := load_result(partial, unit))}
     for unit, result in finished.items():
         check_sources(unit, result)
-    job = _job(config, tokenizer, partial)
+    job = _job(config, tokenizer, partial, settings["bos"], held_out)
     todo = [unit for unit in units if unit not in finished]
     if len(todo) < len(units):
         logger.info("%d of %d shards are there already", len(units) - len(todo), len(units))
@@ -68,7 +78,7 @@ def _complete(
     return _manifest(partial, units, job, settings)
 
 
-def _job(config: TokenizeVerb, tokenizer: Any, partial: Path) -> Job:
+def _job(config: TokenizeVerb, tokenizer: Any, partial: Path, bos: bool, held_out: HeldOut) -> Job:
     content = tokenizer.backend_tokenizer.to_str()
     try:
         cut: Callable[[str], Iterator[tuple[str, bool]]] = cutter(content)
@@ -83,10 +93,14 @@ def _job(config: TokenizeVerb, tokenizer: Any, partial: Path) -> Job:
         cut,
         choose(config.tokenizer.engine, content),
         falls_back=config.tokenizer.engine is EngineChoice.auto,
+        bos=bos,
+        below=held_out.below,
     )
 
 
-def _settings(config: TokenizeVerb, units: list[Unit], tokenizer_json: str) -> dict[str, Any]:
+def _settings(
+    config: TokenizeVerb, units: list[Unit], tokenizer_json: str, bos: bool, held_out: HeldOut
+) -> dict[str, Any]:
     """What the store's content depends on: requests of equal settings give equal stores."""
     corpus = {k: v.name if isinstance(v, Enum) else v for k, v in dataclasses.asdict(config.corpus).items()}
     files = json.dumps([dataclasses.asdict(unit) for unit in units])
@@ -95,6 +109,8 @@ def _settings(config: TokenizeVerb, units: list[Unit], tokenizer_json: str) -> d
         "shard_mb": config.shard_mb,
         "files_and_sizes_sha256": hashlib.sha256(files.encode()).hexdigest(),
         "tokenizer_json_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
+        "bos": bos,
+        **({} if held_out.raised_to is None else {"held_out": dataclasses.asdict(held_out)}),
     }
 
 
@@ -104,17 +120,15 @@ def _manifest(partial: Path, units: list[Unit], job: Job, settings: dict[str, An
     manifest = Manifest(
         dtype=token_dtype(job.tokenizer.vocab_size).str,
         tokenizer=job.tokenizer,
+        bos=job.bos,
         splits={split: [r.shards[split] for r in results if split in r.shards] for split in SPLITS},
-        split_rule=_split_rule(job.corpus),
+        split_rule=_split_rule(job.corpus) | ({"held_out": settings["held_out"]} if "held_out" in settings else {}),
         sources=[source for result in results for source in result.sources],
         settings=settings,
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("tokenizers", "transformers", *{r.engine for r in results})},
     )
-    if sum(manifest.num_documents(split) for split in SPLITS) == 0:
-        raise ValueError(
-            f"corpus.name={job.corpus.name}: the corpus is empty, no record became a document ({_counts(manifest)})"
-        )
+    require_documents(job.corpus, _counts(manifest))
     return manifest
 
 
@@ -129,16 +143,28 @@ def _split_rule(corpus: CorpusConfig) -> dict[str, Any]:
 def _report(manifest: Manifest, output: Path) -> None:
     for split in SPLITS:
         logger.info("%s: %d documents, %d tokens", split, manifest.num_documents(split), manifest.num_tokens(split))
-    logger.info("%s is complete (%s)", output, _counts(manifest))
-    if manifest.num_documents("validation") == 0 and manifest.split_rule["validation_share"] > 0:
-        logger.warning(
-            "no document fell into the validation split: evaluation needs some; raise corpus.validation_share=%s",
-            manifest.split_rule["validation_share"],
-        )
+    logger.info("%s is complete (%s)", output, in_words(_counts(manifest)))
+    _report_split(manifest)
 
 
-def _counts(manifest: Manifest) -> str:
+def _report_split(manifest: Manifest) -> None:
+    """Say what evaluation has to do with, if it is not what the share says."""
+    share, found = manifest.split_rule["validation_share"], manifest.num_documents("validation")
+    remedy = f"raise corpus.validation_share={share}, add documents, or cut long ones into several"
+    if not share:
+        return
+    if found == 0:
+        logger.warning("no document is held out, so nothing can be evaluated on this store: %s", remedy)
+    elif found < LEAST:
+        logger.warning("1 document is held out, and no error bars can come of one: %s", remedy)
+    elif "held_out" in manifest.split_rule:
+        total = found + manifest.num_documents("train")
+        words = "corpus.validation_share=%s of %d documents is too few for error bars: %d are held out"
+        logger.info(words, share, total, found)
+
+
+def _counts(manifest: Manifest) -> Counter[str]:
     total = Counter[str]()
     for source in manifest.sources:
         total.update(source.counts)
-    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(total.items())) or "no records"
+    return total

@@ -15,6 +15,7 @@ from typing import Any
 from clex_train import log
 from data_prep.config import CorpusConfig, TrainTokenizerVerb
 from data_prep.documents import documents
+from data_prep.held_out import rule
 from data_prep.sources import Unit, plan
 
 logger = log.get(__name__)
@@ -74,9 +75,10 @@ def train(texts: Iterator[str], config: TrainTokenizerVerb) -> Any:
 def _texts(units: list[Unit], corpus: CorpusConfig, max_bytes: int) -> Iterator[str]:
     """Training documents, in order, until `max_bytes` of text."""
     read = 0
+    below = rule(corpus, units).below
     for unit in units:
         for piece in unit.pieces:
-            for document in documents(piece, corpus, Counter()):
+            for document in documents(piece, corpus, Counter(), below=below):
                 if document.split == "train":
                     yield document.text
                     read += document.text_bytes

@@ -10,7 +10,9 @@
 75   training was asked to stop and has a checkpoint (EX_TEMPFAIL of sysexits.h): the same command goes on
 """
 
+import codecs
 import functools
+import io
 import os
 import signal
 import sys
@@ -34,6 +36,9 @@ GO_ON = 75
 READER_GONE = 128 + signal.SIGPIPE
 PATIENCE = 2.0
 EXIT_CODE_FILE = "CLEX_TRAIN_EXIT_CODE"
+_ON_A_TYPEWRITER = "clex_train.on_a_typewriter"
+_TYPEWRITER = {"\u00b1": "~", "\u2026": "~", "\u2013": "-", "\u2014": "-", "\u00d7": "x", "\u2192": ">", "\u2588": "#"}
+"""One character for one, so that the columns of a table stay in line."""
 
 
 class _Failed(SystemExit):
@@ -65,6 +70,7 @@ def run(main: Callable[[], object], help_text: Callable[[], str]) -> int:
 
 
 def _run(main: Callable[[], object], help_text: Callable[[], str]) -> int:
+    show_any_text()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv[1:] = without_launcher_arguments(sys.argv[1:])
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
@@ -77,6 +83,26 @@ def _run(main: Callable[[], object], help_text: Callable[[], str]) -> int:
     except Exception as error:
         return report(error)
     return 0
+
+
+def show_any_text() -> None:
+    """Let standard output take characters that its encoding lacks, as an ascii terminal's does: never end over one.
+
+    Dashes and the like become what a typewriter has, anything else (a file's name in another alphabet) an escape.
+    """
+    codecs.register_error(_ON_A_TYPEWRITER, _typed)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ON_A_TYPEWRITER)
+
+
+def _typed(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What stands for characters that cannot be encoded; an error handler of `codecs`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    typed = (_TYPEWRITER.get(c) or c.encode("ascii", "backslashreplace").decode() for c in characters)
+    return "".join(typed), error.end
 
 
 def say(text: str) -> None:

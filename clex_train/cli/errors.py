@@ -44,7 +44,8 @@ def explain(error: BaseException) -> str | None:
         return _no_such_key(error, cause) if _is_unknown_key(cause) else _refused_value(error, cause)
     if isinstance(error, HydraException):
         return _composition(error)
-    if isinstance(error, ValueError) and _is_about_input(error):
+    # Text that cannot be encoded or decoded here is a fault of ours: readers of the user's files say which and where.
+    if isinstance(error, ValueError) and not isinstance(error, UnicodeError) and _is_about_input(error):
         return " ".join(str(error).split())
     return None
 

@@ -28,6 +28,7 @@ from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console
 from clex_train.cli.loading import LoadingConfig, Source, check, keep, load, locate, run_config, say_what_is_ahead
 from clex_train.config import Config, default_lengths
+from clex_train.data import bos
 from clex_train.data.build import longest_document
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_embedding, check_tokenizer
@@ -44,6 +45,7 @@ from clex_train.evaluation.windows import WindowSet, select
 from clex_train.faults import RunStopped
 from clex_train.opening import labelled
 from clex_train.rope.as_is import handle_without_weights
+from clex_train.settings.bos import Bos
 from clex_train.settings.bounds import require
 from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 from clex_train.settings.model import ModelConfig
@@ -53,9 +55,9 @@ WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "num_windows", "chunk
 TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts")
 FORMULA_KEYS = ("rope_theta", "dynamic_factor", "longrope_factors", "t_factor")
 METHOD_KEYS = ("methods", *FORMULA_KEYS, "n_local", "n_global", "lm_infinite_t")
-KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, "offload_cache")
+KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, "offload_cache", "bos")
 """What the command line may say otherwise than the run's `evaluation` group."""
-NOT_SHAPING = ("every", "path", "allow_overlap", "chunk_len", "offload_cache")
+NOT_SHAPING = ("every", "path", "allow_overlap", "chunk_len", "offload_cache", "bos")
 """What of the `evaluation` group leaves the numbers as they are: when, and how much memory is taken at a time."""
 
 logger = log.get(__name__)
@@ -89,6 +91,9 @@ class EvaluateConfig(LoadingConfig):
     """t of the model's own table, which `lm_infinite` keeps at every length; by default 1, plain frequencies."""
     t_factor: float | None = None
     """`trained` and `clex` take the t of a text this many times as long, up to t_max; by default as it was made."""
+    bos: Bos | None = None
+    """BOS at the beginning of windows and prompts. `auto`: as in the store's documents, or as the tokenizer does if the
+    store has no record of it. By default the run's."""
     stride: int | None = None
     """Tokens by which `sliding` moves its windows; by default 256."""
     last_k: int | None = None
@@ -124,6 +129,8 @@ class Plan(Source):
     spec: EvaluationConfig
     tokenizer: Any
     """None where no task needs it."""
+    bos_id: int | None
+    """What windows and prompts begin with; None: with their own first token."""
     request: dict[str, Any]
     """What is asked for, as far as it shapes the numbers, in the types of JSON."""
 
@@ -133,13 +140,14 @@ def main() -> None:
     asked = parse(sys.argv[1:])
     plan = make_plan(asked)
     if Protocol.streaming in plan.spec.protocols:
-        text = plan_stream(plan.store, asked.stream_tokens, plan.context_len)
+        text = plan_stream(plan.store, asked.stream_tokens, plan.context_len, plan.bos_id)
         say_what_is_ahead("evaluate", asked, plan, ahead_of_stream(plan, text))
         finish(asked, plan, *stream(asked, plan, text))
         return
     spans = readings(plan.spec, plan.context_len)
-    windows = select(plan.store, max(plan.spec.lengths), plan.spec.num_windows, asked.seed) if spans else None
-    cells = retrieval_plan.of_spec(plan.spec, plan.tokenizer, plan.store, asked.seed)
+    longest, count = max(plan.spec.lengths), plan.spec.num_windows
+    windows = select(plan.store, longest, count, asked.seed, plan.bos_id) if spans else None
+    cells = retrieval_plan.of_spec(plan.spec, plan.tokenizer, plan.store, asked.seed, plan.bos_id is not None)
     say_what_is_ahead("evaluate", asked, plan, ahead(plan, windows, cells))
     finish(asked, plan, *evaluate(asked, plan, windows, spans, cells))
 
@@ -195,6 +203,7 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     check_tokenizer(store, tokenizer)
     check_embedding(store, architectures.embedding_rows(architectures.to_read(source.model)), asked.path)
     spec = replace(config.evaluation, **given)
+    bos_id = bos.of_evaluation(spec.bos, store, tokenizer, "bos")
     _check_streaming(spec, asked.sharded)
     _check_reach(source.model, spec, source.context_len)
     _check_methods(source.model, spec, source.context_len)
@@ -203,7 +212,8 @@ def make_plan(asked: EvaluateConfig) -> Plan:
         store=store,
         spec=spec,
         tokenizer=tokenizer if spec.tasks else None,
-        request=request(asked, spec, source.context_len),
+        bos_id=bos_id,
+        request=request(asked, spec, source.context_len) | ({} if bos_id is None else {"bos": True}),
     )
 
 

@@ -24,11 +24,13 @@ from clex_train import architectures, distributed, log, modeling
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console, loading
 from clex_train.cli.loading import LoadingConfig, Source
+from clex_train.data.bos import adds_bos
 from clex_train.data.vocabulary import check_ids
 from clex_train.evaluation import harness
 from clex_train.evaluation import origin as origins
 from clex_train.evaluation.results import FORMAT, Origin, write_whole
 from clex_train.opening import labelled
+from clex_train.settings.bos import Bos
 from clex_train.settings.bounds import require
 
 KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples")
@@ -50,6 +52,8 @@ class LmEvalConfig(LoadingConfig):
     """Prompts in a forward. They share one t, that of the longest; with 1 each has its own."""
     num_fewshot: int | None = None
     """Examples before each question; by default the task's own."""
+    bos: Bos = Bos.auto
+    """BOS at the beginning of prompts. `auto`: as the tokenizer does, and the harness for it."""
     limit: int | None = None
     """Only the first documents of each task."""
 
@@ -63,16 +67,24 @@ def main() -> None:
     if asked.run:
         loading.run_config(Path(asked.run))
     source = loading.locate(asked)
-    rows = architectures.embedding_rows(architectures.to_read(source.model))
-    check_ids(modeling.load_tokenizer(asked.path, source.model), rows, asked.path)
+    # Refuses a tokenizer with Python code of its own, which tasks such as RULER's would run without asking.
+    tokenizer = modeling.load_tokenizer(asked.path, source.model)
+    check_ids(tokenizer, architectures.embedding_rows(architectures.to_read(source.model)), asked.path)
     max_length = longest(asked, source)
+    require(
+        asked.bos is not Bos.always or adds_bos(tokenizer),
+        "bos",
+        asked.bos.value,
+        "the harness puts BOS where the tokenizer does, and this one puts none; leave the key out",
+    )
     metadata: dict[str, Any] = {"tokenizer": asked.path, "pretrained": asked.path}
     if asked.lengths:
         metadata["max_seq_lengths"] = asked.lengths
     tasks = harness.Tasks(asked.tasks, Path(asked.include) if asked.include else None, metadata)
     loading.say_what_is_ahead("lm_eval", asked, source, [labelled("tasks", _tasks(asked, tasks, max_length))])
     loaded, dtype = loading.load(asked, source.model)
-    results = harness.evaluate(loaded, tasks, max_length, asked.batch_size, asked.limit, asked.num_fewshot)
+    bos = False if asked.bos is Bos.never else None
+    results = harness.evaluate(loaded, tasks, max_length, asked.batch_size, asked.limit, asked.num_fewshot, bos)
     if distributed.is_main():
         file = source.output if asked.output else source.output.parent / "lm_eval" / source.output.name
         found = facts(asked, source, tasks, dtype, max_length)
@@ -122,6 +134,7 @@ def facts(asked: LmEvalConfig, source: Source, tasks: harness.Tasks, dtype: torc
     if asked.include:
         data = {"path": asked.include, "fingerprint": origins.files_hash(Path(asked.include), TASK_FILES)}
     shaping = {key: getattr(asked, key) for key in ("lengths", "batch_size", "num_fewshot", "limit")}
+    shaping |= {} if asked.bos is Bos.auto else {"bos": asked.bos.value}
     return Origin(
         label=source.label,
         command=origins.command(),

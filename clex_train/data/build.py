@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from clex_train import log
+from clex_train.data.bos import in_words
 from clex_train.data.manifest import read_manifest
 from clex_train.data.mixture import MixedRows, Schedule
 from clex_train.data.order import ShuffledRows, SkippedRows
@@ -209,6 +210,11 @@ def _check_same_tokenizer(key: str, store: TokenStore, first_key: str, first: To
         raise ValueError(
             f"{key}.path={store.path}: documents end with {ours.eos_token!r}, those of {first_key} with "
             f"{theirs.eos_token!r}; tokenise both with one tokenizer"
+        )
+    if store.bos != first.bos:
+        raise ValueError(
+            f"{key}.path={store.path}: its documents have {in_words(store)}, those of {first_key}.path={first.path} "
+            f"{in_words(first)}; tokenise both with one bos="
         )
     if ours.vocabulary_sha256 != theirs.vocabulary_sha256:
         raise ValueError(

@@ -2,7 +2,8 @@
 
     <store>/manifest.json            written last: a directory without it is not a store
             tokenizer/               copy of the tokenizer's files, so that training needs no other path
-            train/00000.tokens       token ids, uint16 or uint32 little endian; each document ends with EOS
+            train/00000.tokens       token ids, uint16 or uint32 little endian; each document begins with BOS
+                                     if `bos`, and ends with EOS
             train/00000.documents    one `DOCUMENT` record a document
             validation/...           the same for the documents held out
 
@@ -39,6 +40,8 @@ class TokenizerInfo:
     eos_id: int
     bos_token: str | None = None
     bos_id: int | None = None
+    adds_bos: bool | None = None
+    """Whether it begins a text with BOS by itself; None in stores that have no record of it."""
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of each file under `tokenizer/`."""
 
@@ -69,6 +72,8 @@ class Manifest:
     dtype: str
     tokenizer: TokenizerInfo
     splits: dict[str, list[Shard]]
+    bos: bool | None = None
+    """Whether every document begins with BOS; None in stores that have no record of it, and so no BOS."""
     split_rule: dict[str, Any] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -88,11 +93,17 @@ class Manifest:
         """sha256 over what training reads (tokens, their order, the vocabulary), not over paths or versions."""
         shards = {split: [dataclasses.astuple(s)[1:] for s in shards] for split, shards in self.splits.items()}
         content = [self.dtype, self.tokenizer.vocabulary_sha256, self.tokenizer.eos_id, shards]
+        if self.bos:
+            content.append(f"BOS {self.tokenizer.bos_id}")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """The text of manifest.json.
+
+        Bytes of a file's name that are not UTF-8 are lone surrogates in Python; as JSON's escapes they come back.
+        """
+        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

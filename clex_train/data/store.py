@@ -56,6 +56,11 @@ class TokenStore:
         return self.manifest.tokenizer.eos_id
 
     @property
+    def bos(self) -> bool:
+        """Whether every document begins with BOS."""
+        return bool(self.manifest.bos)
+
+    @property
     def shards(self) -> list[Shard]:
         """The shards of this split that hold documents, in order."""
         return list(self._shards)

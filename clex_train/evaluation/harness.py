@@ -56,11 +56,13 @@ def evaluate(
     batch_size: int = 1,
     limit: int | None = None,
     num_fewshot: int | None = None,
+    bos: bool | None = None,
 ) -> dict[str, Any]:
     """The harness's own results (`results`, `configs`, `versions`, ...). Collective when the weights are sharded.
 
     Prompts are cut on the left to `max_length` tokens with what is generated, as the harness does it; `limit` takes the
-    first documents of each task. Then every rank computes the same.
+    first documents of each task. Then every rank computes the same. `bos=False` takes
+    BOS off the prompts of a tokenizer that puts it there.
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -72,6 +74,7 @@ def evaluate(
         max_length=max_length,
         batch_size=batch_size,
         backend="causal",
+        add_bos_token=bos,
     )
     # That of the first parameter otherwise, which may wait in host memory.
     model._device = distributed.device()

@@ -5,7 +5,8 @@
     sliding                  [0, N), [S, S + N), ...      stride S; YaRN (2309.00071, 4.3), LongLoRA (2309.12307, 4)
     last_k                   [W - N, W)                   the last K tokens of a window, after ever more context
 
-A token takes its nll from the first span that holds it behind the span's first token, which has no context. Scored
+A token takes its nll from the first span that holds it behind the span's first token, which has no context (BOS stands
+in its place where windows begin with it). Scored
 are the tokens that every length gives a nll, so a protocol's columns are averages over the very same tokens. Shapes:
 `W` tokens of a window, the largest length.
 """

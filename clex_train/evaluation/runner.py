@@ -108,7 +108,7 @@ def evaluate(
                 room = Room(model, f"method {method}, protocol {job.protocols}, {job.length} tokens")
                 start = time.perf_counter()
                 with (inserted or {}).get(method, nullcontext)():
-                    nll = _window_nll(model, handle, windows.tokens, job, feeding, room, bar)
+                    nll = _window_nll(model, handle, windows, job, feeding, room, bar)
                 if reason := room.lacking():
                     missing += [Missing(method, each.protocol.value, job.length, reason) for each in job.readings]
                     continue
@@ -144,6 +144,7 @@ def describe(windows: WindowSet) -> dict[str, object]:
         "fingerprint": windows.content,
         "documents": windows.documents.tolist(),
         "starts": windows.starts.tolist(),
+        **({} if windows.bos_id is None else {"bos_id": windows.bos_id}),
     }
 
 
@@ -157,14 +158,14 @@ def deal(num_pieces: int, batch: int, rank: int, world_size: int) -> Iterator[tu
 
 
 def _window_nll(
-    model: nn.Module, handle: RotaryHandle, tokens: np.ndarray, job: Job, feeding: Feeding, room: Room, bar: tqdm
+    model: nn.Module, handle: RotaryHandle, windows: WindowSet, job: Job, feeding: Feeding, room: Room, bar: tqdm
 ) -> np.ndarray:
     """nll float32 [W, longest], complete on every rank; 0 for tokens that no span gives or that `room` did not hold."""
-    nll, done, num_ranks = torch.zeros(tokens.shape, dtype=torch.float32), 0, distributed.world_size()
-    num_pieces = len(tokens) * len(job.spans)
+    nll, done, num_ranks = torch.zeros(windows.tokens.shape, dtype=torch.float32), 0, distributed.world_size()
+    num_pieces = len(windows.tokens) * len(job.spans)
     for indices, counted in deal(num_pieces, feeding.batch(job.length), distributed.rank(), num_ranks):
         places = [(index // len(job.spans), job.spans[index % len(job.spans)]) for index in indices]
-        pieces = np.stack([tokens[row, span.start : span.stop] for row, span in places])
+        pieces = np.stack([windows.span(row, span.start, span.stop) for row, span in places])
         values = room.attempt(partial(_read, model, handle, pieces, job, feeding))
         if values is not None:
             for (row, span), value in compress(zip(places, values, strict=True), counted):

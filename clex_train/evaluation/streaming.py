@@ -36,10 +36,15 @@ class Stream:
     segment_len: int
     context_len: int
     """L; tokens at its multiples are not scored."""
+    bos_id: int | None = None
+    """BOS, in place of the first token of the stream and of every window of L, none of which is scored."""
 
     def read(self, first: int, last: int) -> Tensor:
         """Tokens first..last-1, int64 [1, last - first]."""
-        return torch.from_numpy(self.store.tokens(first, last).astype("int64"))[None]
+        tokens = torch.from_numpy(self.store.tokens(first, last).astype("int64"))
+        if first == 0 and self.bos_id is not None:
+            tokens[0] = self.bos_id
+        return tokens[None]
 
     @property
     def scored_per_segment(self) -> int:
@@ -48,7 +53,8 @@ class Stream:
 
     def describe(self) -> dict[str, Any]:
         """What was scored, as plain JSON; the fingerprint is equal for equal tokens."""
-        digest = hashlib.blake2b(f"stream/{self.num_tokens}/{self.context_len}/".encode(), digest_size=8)
+        begin = "" if self.bos_id is None else f"bos {self.bos_id}/"
+        digest = hashlib.blake2b(f"stream/{self.num_tokens}/{self.context_len}/{begin}".encode(), digest_size=8)
         for first in range(0, self.num_tokens, 1 << 20):
             digest.update(self.store.tokens(first, min(first + (1 << 20), self.num_tokens)).astype("<i8").tobytes())
         return {
@@ -60,7 +66,7 @@ class Stream:
         }
 
 
-def plan_stream(store: TokenStore, num_tokens: int | None, context_len: int) -> Stream:
+def plan_stream(store: TokenStore, num_tokens: int | None, context_len: int, bos_id: int | None = None) -> Stream:
     """As much of `num_tokens` (None: the whole split) as is a multiple of the segment, itself a multiple of L.
 
     `ValueError` when the split holds fewer than `num_tokens`, or fewer than L, tokens.
@@ -73,7 +79,7 @@ def plan_stream(store: TokenStore, num_tokens: int | None, context_len: int) -> 
         )
     windows = wanted // context_len
     segment_len = context_len * -(-windows // MOST_SEGMENTS)
-    return Stream(store, wanted // segment_len * segment_len, segment_len, context_len)
+    return Stream(store, wanted // segment_len * segment_len, segment_len, context_len, bos_id)
 
 
 def evaluate(
@@ -131,6 +137,8 @@ def windowed(model: nn.Module, stream: Stream, chunk_len: int, bar: tqdm) -> Ite
     step = context_len * max(1, chunk_len // context_len)
     for first in range(0, stream.num_tokens, step):
         tokens = stream.read(first, min(first + step, stream.num_tokens)).view(-1, context_len).to(device)
+        if stream.bos_id is not None:
+            tokens[:, 0] = stream.bos_id
         nll = torch.zeros(tokens.shape)
         nll[:, 1:] = token_nll(model(input_ids=tokens, use_cache=False).logits[:, :-1], tokens[:, 1:]).cpu()
         yield nll.flatten()

@@ -10,6 +10,7 @@ from typing import Any
 
 from clex_train import architectures, distributed, log
 from clex_train.config import Config
+from clex_train.data import bos
 from clex_train.data.store import TokenStore
 from clex_train.evaluation import methods, origin, results, runner
 from clex_train.evaluation.console import tables_of
@@ -46,12 +47,14 @@ class TrainingEvaluation:
         self.config, self.spec = config, config.evaluation
         self.store = _held_out(config, store)
         self.readings = readings(self.spec, context_len)
-        self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows)
+        bos_id = bos.of_evaluation(self.spec.bos, self.store, tokenizer)
+        bos.warn_of_others(store, self.store, bos_id)
+        self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, bos_id=bos_id)
         arch = trained_architecture(config, architectures.to_train(config.model))
         unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)
         has_clex = config.scaling.name is ScalingName.clex
         methods.check(self.spec, unloaded, has_clex, scale_grid(config.scaling.t_max) if has_clex else None)
-        self.cells = plan.of_spec(self.spec, tokenizer, self.store)
+        self.cells = plan.of_spec(self.spec, tokenizer, self.store, bos=bos_id is not None)
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
         solve_table(loaded)

@@ -28,6 +28,9 @@ class WindowSet:
     """int64 [W]: index of the window's document in the split; documents are the unit of a bootstrap."""
     starts: np.ndarray
     """int64 [W]: offset of the window's first token in its document."""
+    bos_id: int | None = None
+    """BOS, which stands in place of the first token of whatever is read at once. That token is never scored, so the
+    same tokens are, with BOS and without."""
 
     @property
     def longest(self) -> int:
@@ -43,19 +46,31 @@ class WindowSet:
         stride = int(gaps[0]) if len(gaps) else self.longest
         regular = np.array_equal(scored, np.arange(self.longest) % stride != 0)
         place = str(stride) if regular else np.packbits(scored).tobytes().hex()
-        return _digest(f"{self.tokens.shape}/{place}/", self.tokens)
+        return _digest(f"{self.tokens.shape}/{place}/{self._begin}", self.tokens)
 
     @cached_property
     def content(self) -> str:
         """16 hex digits that two sets share exactly if they hold the same windows of tokens."""
-        return _digest(f"windows/{self.tokens.shape}/", self.tokens)
+        return _digest(f"windows/{self.tokens.shape}/{self._begin}", self.tokens)
+
+    def span(self, window: int, start: int, stop: int) -> np.ndarray:
+        """int64 [stop - start]: what a model reads of a window, begun with BOS where there is one."""
+        tokens = self.tokens[window, start:stop].copy()
+        if self.bos_id is not None:
+            tokens[0] = self.bos_id
+        return tokens
+
+    @property
+    def _begin(self) -> str:
+        return "" if self.bos_id is None else f"bos {self.bos_id}/"
 
 
-def select(store: TokenStore, longest: int, num_windows: int, seed: int = 0) -> WindowSet:
+def select(store: TokenStore, longest: int, num_windows: int, seed: int = 0, bos_id: int | None = None) -> WindowSet:
     """Choose at most `num_windows` non-overlapping windows of `longest` tokens as a function of the seed alone.
 
     Every document that is long enough gives one window before any gives a second, and a larger `num_windows` keeps the
-    windows of a smaller one. Raises `ValueError` if no document has `longest` tokens.
+    windows of a smaller one. `bos_id` begins whatever is read at once. Raises `ValueError` if no
+    document has `longest` tokens.
     """
     require_windows(store, longest)
     capacity = np.diff(store.doc_offsets) // longest
@@ -74,7 +89,7 @@ def select(store: TokenStore, longest: int, num_windows: int, seed: int = 0) -> 
     starts = indices * longest
     offsets = store.doc_offsets[documents] + starts
     tokens = np.stack([store.tokens(int(start), int(start) + longest) for start in offsets]).astype(np.int64)
-    return WindowSet(tokens, documents, starts)
+    return WindowSet(tokens, documents, starts, bos_id)
 
 
 def require_windows(store: TokenStore, longest: int) -> None:

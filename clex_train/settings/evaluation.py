@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from clex_train.settings import retrieval
+from clex_train.settings.bos import Bos
 from clex_train.settings.bounds import require
 from clex_train.settings.retrieval import Task
 
@@ -65,6 +66,9 @@ class EvaluationConfig:
     """Token store whose validation split is read; by default that of `data.path`; a mixture has to name one."""
     allow_overlap: bool = False
     """Evaluate also on a store that shares documents with the training data: a warning instead of an error."""
+    bos: Bos = Bos.auto
+    """BOS at the beginning of windows and prompts, in place of a token that is not scored. `auto`: as in the store's
+    documents, or as the tokenizer does if the store has no record of it."""
     num_windows: int = 32
     """Windows of the largest length that are scored (fewer if the split has fewer)."""
     stride: int = 256

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 from small_corpora import TEXTS
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from data_prep import train_tokenizer
 from data_prep.config import CorpusConfig, TrainTokenizerVerb
@@ -15,4 +17,16 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = TrainTokenizerVerb(corpus=CorpusConfig(), vocab_size=400, model_max_length=512)
     path = tmp_path_factory.mktemp("tokenizer") / "bpe"
     train_tokenizer.train(iter(TEXTS * 3), config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tokenizer, but it begins every text with BOS, as those of Llama and Gemma do."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "bos"
+    tokenizer.save_pretrained(path)
     return path

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,29 @@ def empty_directory(folder: Path, tokenizer_dir: Path) -> Path:
     return folder / "tokenizer"
 
 
+def weights_alone(folder: Path, tokenizer_dir: Path) -> Path:
+    (folder / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / "model" / name).write_text("{}")
+    return folder / "model"
+
+
+def lfs_pointer(folder: Path, tokenizer_dir: Path) -> Path:
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\n")
+    return folder / "tokenizer"
+
+
+def with_code(folder: Path, tokenizer_dir: Path) -> Path:
+    """A tokenizer whose code, if it were run, would end the program."""
+    shutil.copytree(tokenizer_dir, folder / "tokenizer")
+    config = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["tokenization_x.XTokenizer", None]}, "tokenizer_class": "XTokenizer"}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer" / "tokenization_x.py").write_text("raise SystemExit('code was run')\n")
+    return folder / "tokenizer"
+
+
 def missing_directory(folder: Path, tokenizer_dir: Path) -> Path:
     return folder / "no" / "such" / "tokenizer"
 
@@ -178,13 +202,24 @@ def missing_directory(folder: Path, tokenizer_dir: Path) -> Path:
     ("make", "message"),
     [
         (no_eos, "it has no EOS token"),
-        (empty_directory, "no usable tokenizer in this directory"),
+        (empty_directory, r"no tokenizer in this directory \(no tokenizer.json; it has no files\)"),
+        (weights_alone, r"it has config.json, model.safetensors\); name a directory .* train_tokenizer"),
+        (lfs_pointer, "tokenizer.json is a git-lfs pointer and not the file itself; fetch it by `git lfs pull`"),
+        (
+            with_code,
+            "Python code of its own, which is not run unasked; read it, then say tokenizer.trust_remote_code=true",
+        ),
         (missing_directory, "no such directory"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_used_is_one_clear_line(
-    tmp_path: Path, tokenizer_dir: Path, make: Callable[[Path, Path], Path], message: str
+    tmp_path: Path,
+    tokenizer_dir: Path,
+    make: Callable[[Path, Path], Path],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is asked on the terminal"))
     with pytest.raises(ValueError, match=message) as caught:
         load_tokenizer(str(make(tmp_path, tokenizer_dir)))
     assert "\n" not in str(caught.value)

@@ -1,5 +1,8 @@
 """`python -m data_prep` as a user types it: its verbs, its defaults, its one-line errors and exit codes."""
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +52,28 @@ def test_nothing_but_the_output_is_written(run, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     run("corpus", "corpus.paths=[a.jsonl]", "output=b.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+
+
+def test_file_names_that_are_not_utf8_go_all_the_way(run, tmp_path: Path, tokenizer_dir: Path) -> None:
+    folder = tmp_path / "names"
+    folder.mkdir()
+    name = os.fsdecode(b"caf\xe9.txt")
+    (folder / name).write_text("a text")
+    shutil.copy(folder / name, tmp_path / os.fsdecode(b"\xff.txt"))
+    code, _, errors = run("tokenize", "corpus.paths=[names]", f"tokenizer={tokenizer_dir}", "output=store")
+    assert code == 0, errors
+    store = TokenStore("store")
+    assert store.manifest.sources[0].path == f"names/{name}"
+    assert Path(store.manifest.sources[0].path).read_text() == "a text"
+    code, report, errors = run("inspect", "store=store", "verify=true")
+    assert (code, "caf\\udce9.txt" in report) == (0, True), errors
+    code, _, errors = run("corpus", "corpus.paths=[names]", "output=names.jsonl")
+    assert code == 0, errors
+    record = json.loads((tmp_path / "names.jsonl").read_bytes().decode("utf-8"))
+    assert record == {"text": "a text", "meta": {"path": "names/caf\\xe9.txt"}}
+    named = f'corpus.paths=["{os.fsdecode(bytes([255]))}.txt"]'
+    code, _, errors = run("tokenize", named, f"tokenizer={tokenizer_dir}")
+    assert code == 0, errors
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "corpus").glob("*.yaml")))

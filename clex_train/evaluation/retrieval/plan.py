@@ -32,6 +32,8 @@ class Cell:
     tokenizer: Any = field(repr=False)
     documents: Documents | None = field(default=None, repr=False)
     """Real text, for the tasks that hide something in it."""
+    bos: bool | None = None
+    """Whether prompts begin with BOS; None: as the tokenizer does."""
     num_new: int = field(init=False)
     """Tokens to generate."""
     shortest: int = field(init=False)
@@ -39,7 +41,7 @@ class Cell:
 
     def __post_init__(self) -> None:
         drafts = [self.draft(index) for index in range(self.num_prompts)]
-        frames = [frame_len(self.tokenizer, draft) for draft in drafts]
+        frames = [frame_len(self.tokenizer, draft, self.bos) for draft in drafts]
         num_new = max(answer_len(self.tokenizer, draft.answers) for draft in drafts)
         if max(frames) + num_new > self.length:
             raise ValueError(
@@ -77,17 +79,20 @@ class Cell:
     def prompt(self, number: int) -> Prompt:
         """Prompt `number` (0..size-1): all of the first depth, then all of the second."""
         depth, index = divmod(number, self.num_prompts)
-        return fit(self.tokenizer, self.draft(index, self.depths[depth]), self.prompt_len)
+        return fit(self.tokenizer, self.draft(index, self.depths[depth]), self.prompt_len, self.bos)
 
     def judge(self, number: int, generation: str) -> float:
         """Share (0..1) of what prompt `number` expects that the generation has."""
         return self.task.judge(generation, self.draft(number % self.num_prompts).answers)
 
 
-def of_spec(spec: EvaluationConfig, tokenizer: Any, store: TokenStore, seed: int = 0) -> list[Cell]:
+def of_spec(
+    spec: EvaluationConfig, tokenizer: Any, store: TokenStore, seed: int = 0, bos: bool | None = None
+) -> list[Cell]:
     """The cells that `evaluation.tasks` and its companions ask for, real text from the split `store`.
 
-    Task by task, shorter lengths first; `ValueError` names the first length that has no room.
+    Task by task, shorter lengths first; `ValueError` names the first length that has no room. `bos` says whether
+    prompts begin with BOS; None: as the tokenizer does.
     """
     if Task.ruler in spec.tasks and distributed.is_main():
         left_out = " and ".join(task.value for task in DOWNLOADED)
@@ -102,6 +107,7 @@ def of_spec(spec: EvaluationConfig, tokenizer: Any, store: TokenStore, seed: int
             seed=seed,
             tokenizer=tokenizer,
             documents=documents,
+            bos=bos,
         )
         for task in expand(spec.tasks)
         for length in sorted(set(spec.lengths_of_tasks()))

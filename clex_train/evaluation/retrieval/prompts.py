@@ -59,10 +59,15 @@ def join(separator: str, *parts: str) -> str:
     return separator.join(part for part in parts if part)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a prompt: with the tokenizer's own BOS if it puts one, without a closing EOS."""
+def encode(tokenizer: Any, text: str, bos: bool | None = None) -> list[int]:
+    """The ids of a prompt without a closing EOS; with BOS or without it, by default as the tokenizer does."""
     ids = list(tokenizer.encode(text, verbose=False))
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        del ids[-1]
+    has_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    if bos is None or bos == has_bos:
+        return ids
+    return [tokenizer.bos_token_id, *ids] if bos else ids[1:]
 
 
 def answer_len(tokenizer: Any, answers: tuple[str, ...]) -> int:
@@ -71,20 +76,20 @@ def answer_len(tokenizer: Any, answers: tuple[str, ...]) -> int:
     return len(written) + len(written) // 4 + 4
 
 
-def frame_len(tokenizer: Any, draft: Draft) -> int:
+def frame_len(tokenizer: Any, draft: Draft, bos: bool | None = None) -> int:
     """Tokens of the prompt without any filler."""
-    return len(encode(tokenizer, draft.text(0)))
+    return len(encode(tokenizer, draft.text(0), bos))
 
 
-def fit(tokenizer: Any, draft: Draft, budget: int) -> Prompt:
+def fit(tokenizer: Any, draft: Draft, budget: int, bos: bool | None = None) -> Prompt:
     """The prompt with the most filler that has at most `budget` tokens; `ValueError` when the frame alone has more."""
-    low, best = 0, encode(tokenizer, draft.text(0))
+    low, best = 0, encode(tokenizer, draft.text(0), bos)
     if len(best) > budget:
         raise ValueError(f"budget={budget}: the prompt without filler has {len(best)} tokens")
     above: tuple[int, int] | None = None
     units, rounds = FIRST_PROBE, 0
     while above is None or above[0] - low > 1:
-        ids = encode(tokenizer, draft.text(units))
+        ids = encode(tokenizer, draft.text(units), bos)
         before = (low, len(best))
         if len(ids) <= budget:
             low, best = units, ids
