@@ -55,7 +55,7 @@ class CorpusConfig:
     text_field: str = "text"
     """Field of a record that holds the document; a dot descends into a nested record."""
     where: dict[str, str] = field(default_factory=dict)
-    """Keep only records whose fields equal these values, as where={meta.redpajama_set_name: RedPajamaBook}."""
+    """Keep only records whose fields equal these values, as +corpus.where={meta.redpajama_set_name: RedPajamaBook}."""
     validation_share: float = 0.01
     """Share of the documents held out, a few at least of a small corpus; the hash of a document's text decides, so that
     added documents move no other."""

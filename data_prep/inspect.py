@@ -106,7 +106,7 @@ def _summary(store: TokenStore) -> list[str]:
         f"{store.path}: token store, format version {manifest.version}, {store.dtype.name}",
         f"  fingerprint  {store.fingerprint}",
         f"  tokenizer    {tokenizer.vocab_size} tokens, EOS {tokenizer.eos_token!r} = {tokenizer.eos_id}",
-        f"  BOS          {in_words(store)}",
+        f"  documents    {in_words(store)}",
         f"  sources      {len(manifest.sources)} ({', '.join(f'{v} {k}' for k, v in sorted(counts.items()))})",
         f"  split        {manifest.split_rule.get('validation_share')} held out by {manifest.split_rule.get('value')}"
         + (", raised so that there are error bars" if "held_out" in manifest.split_rule else ""),

@@ -204,6 +204,7 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     check_embedding(store, architectures.embedding_rows(architectures.to_read(source.model)), asked.path)
     spec = replace(config.evaluation, **given)
     bos_id = bos.of_evaluation(spec.bos, store, tokenizer, "bos")
+    bos.warn_of_others(store, bos_id, "bos")
     _check_streaming(spec, asked.sharded)
     _check_reach(source.model, spec, source.context_len)
     _check_methods(source.model, spec, source.context_len)

@@ -54,19 +54,17 @@ def of_evaluation(choice: Bos, store: TokenStore, tokenizer: Any, key: str = "ev
     return info.bos_id if choice is Bos.always or (choice is Bos.auto and adds_bos(tokenizer)) else None
 
 
-def warn_of_others(train: TokenStore, evaluation: TokenStore, bos_id: int | None) -> None:
-    """Say so if windows begin with BOS and the documents that are trained on do not, or the other way round."""
-    if train.bos == (bos_id is not None) or not distributed.is_main():
+def warn_of_others(store: TokenStore, bos_id: int | None, key: str = "evaluation.bos") -> None:
+    """Say so if windows begin with BOS and the documents of a store do not, or the other way round."""
+    if store.bos == (bos_id is not None) or not distributed.is_main():
         return
     logger.warning(
-        "evaluation begins its windows %s BOS, the documents of data.path=%s have %s (evaluation.path=%s: %s); "
-        "evaluation.bos=%s makes them alike",
+        "evaluation begins windows and prompts %s BOS, the documents of %s have %s; %s=%s makes them alike",
         "without" if bos_id is None else "with",
-        train.path,
-        in_words(train),
-        evaluation.path,
-        in_words(evaluation),
-        Bos.always.value if train.bos else Bos.never.value,
+        store.path,
+        in_words(store),
+        key,
+        Bos.always.value if store.bos else Bos.never.value,
     )
 
 

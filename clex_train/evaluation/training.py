@@ -48,7 +48,7 @@ class TrainingEvaluation:
         self.store = _held_out(config, store)
         self.readings = readings(self.spec, context_len)
         bos_id = bos.of_evaluation(self.spec.bos, self.store, tokenizer)
-        bos.warn_of_others(store, self.store, bos_id)
+        bos.warn_of_others(store, bos_id)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, bos_id=bos_id)
         arch = trained_architecture(config, architectures.to_train(config.model))
         unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)

@@ -99,7 +99,7 @@ def test_sets_chosen_from_a_store_and_its_report_know_of_bos(
     assert all(document[0] == 1 for document in documents(chosen))
     inspect.run(InspectVerb(str(store.path), samples=7, rows=0))
     output = capsys.readouterr().out
-    assert "BOS          BOS as the tokenizer does: yes" in output
+    assert "documents    BOS as the tokenizer does: yes" in output
     assert "'<s>It was a bright" in output
 
 

@@ -158,8 +158,11 @@ def test_a_stream_and_each_window_beside_it_begin_with_bos(store: TokenStore) ->
 def test_windows_unlike_the_documents_of_the_training_are_said_so(
     store: TokenStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bos.warn_of_others(recorded(store, True), recorded(store, True), BOS)
+    bos.warn_of_others(recorded(store, True), BOS)
+    bos.warn_of_others(recorded(store, False), None)
     assert not caplog.records
-    bos.warn_of_others(recorded(store, True), recorded(store, False), None)
-    assert "evaluation begins its windows without BOS" in caplog.text
+    bos.warn_of_others(recorded(store, True), None)
+    assert "evaluation begins windows and prompts without BOS" in caplog.text
     assert "evaluation.bos=always makes them alike" in caplog.text
+    bos.warn_of_others(recorded(store, None), BOS, "bos")
+    assert "have no BOS (the store was written before it could have one); bos=never makes them alike" in caplog.text
