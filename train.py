@@ -204,4 +204,4 @@ if __name__ == "__main__":
     log.setup()
     stopping.listen()
     configuration.register()
-    sys.exit(console.run(main, help_text))
+    sys.exit(console.run(main, help_text, configuration.Config))

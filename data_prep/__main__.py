@@ -65,7 +65,7 @@ def main() -> int:
     schema, module = VERBS[verb]
     ConfigStore.instance().store(name="data_prep_schema", node=schema)
     sys.argv[1:] = [_by_its_path(argument) for argument in sys.argv[2:]]
-    return console.run(partial(_run, module), partial(_help, verb, schema))
+    return console.run(partial(_run, module), partial(_help, verb, schema), schema)
 
 
 def _by_its_path(argument: str) -> str:

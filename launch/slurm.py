@@ -21,7 +21,8 @@ from hydra import compose, initialize_config_dir
 
 from clex_train import architectures, dry_run, log, run_folder, weights
 from clex_train import config as configuration
-from clex_train.cli import console
+from clex_train.cli import config_files, console
+from clex_train.cli.overrides import for_hydra
 from clex_train.config import Config, Resume
 from clex_train.data.build import open_stores
 from clex_train.data.vocabulary import check_embedding
@@ -51,7 +52,11 @@ def composed(overrides: Sequence[str]) -> Config:
         require(not word.startswith("-"), "argument", word, f"give key=value, or {DRY_RUN}; --help lists the keys")
     configuration.register()
     with initialize_config_dir(str(snapshot.ROOT / "conf"), version_base="1.3"):
-        return configuration.to_config(compose("config", overrides=list(overrides)))
+        words = for_hydra(Config, overrides)
+        config = configuration.to_config(compose("config", overrides=words))
+        hydra = compose("config", overrides=[*words, "hydra.runtime.output_dir=."], return_hydra_config=True).hydra
+        config_files.require_texts(Config, hydra)
+        return config
 
 
 def check(config: Config) -> None:

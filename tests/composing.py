@@ -5,6 +5,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from clex_train import config as configuration
+from clex_train.cli.overrides import for_hydra
 from clex_train.config import Config
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -15,4 +16,4 @@ def composed(*overrides: str) -> Config:
     """The checked configuration of `train.py OVERRIDES`."""
     configuration.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return configuration.to_config(compose("config", overrides=list(overrides)))
+        return configuration.to_config(compose("config", overrides=for_hydra(Config, overrides)))

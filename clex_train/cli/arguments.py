@@ -6,6 +6,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
+from clex_train.cli.overrides import for_yaml
 from clex_train.schema_docs import describe
 
 
@@ -16,7 +17,7 @@ def parse(schema: type, arguments: Sequence[str]) -> Any:
         if "=" not in argument:
             raise ValueError(f"{argument}: arguments have the form key=value; --help lists the keys")
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([argument]))
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([for_yaml(schema, argument)]))
         except yaml.YAMLError as error:
             raise ValueError(f"{argument}: the value is not valid YAML; check its brackets and quotes") from error
     return OmegaConf.to_object(merged)

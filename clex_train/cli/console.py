@@ -14,6 +14,7 @@ import codecs
 import functools
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -25,8 +26,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from clex_train.cli import config_files, overrides
 from clex_train.faults import RankLost, RunStopped, StopRequested, first_line
 
 FAULT = 1
@@ -55,6 +57,7 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
     @functools.wraps(function)
     def guarded(composed: DictConfig) -> None:
         try:
+            config_files.require_texts(OmegaConf.get_type(composed), HydraConfig.get())
             function(composed)
         except Exception as error:
             raise _Failed(error) from error
@@ -62,17 +65,22 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
     return guarded
 
 
-def run(main: Callable[[], object], help_text: Callable[[], str]) -> int:
-    """Run an entry point's main; returns the exit code. Launchers' own arguments are taken off `sys.argv` first."""
-    code = _run(main, help_text)
+def run(main: Callable[[], object], help_text: Callable[[], str], schema: type | None = None) -> int:
+    """Run an entry point's main; returns the exit code. Launchers' own arguments are taken off `sys.argv` first.
+
+    Name the `schema` where Hydra reads `sys.argv`: its text fields then get the text as it was typed.
+    """
+    code = _run(main, help_text, schema)
     _record(code)
     return code
 
 
-def _run(main: Callable[[], object], help_text: Callable[[], str]) -> int:
+def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type | None) -> int:
     show_any_text()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv[1:] = without_launcher_arguments(sys.argv[1:])
+    if schema is not None:
+        sys.argv[1:] = overrides.for_hydra(schema, sys.argv[1:])
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
         say(help_text())
         return 0
@@ -178,5 +186,5 @@ def sweep_folder(output_dir: str) -> str:
         return output_dir
     typed = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
     swept = {o.key_or_group for o in OverridesParser.create().parse_overrides(typed) if o.is_sweep_override()}
-    chosen = [item for item in job.overrides.task if item.lstrip("+").partition("=")[0] in swept]
+    chosen = [re.sub("['\"]", "", item) for item in job.overrides.task if item.lstrip("+").partition("=")[0] in swept]
     return f"{output_dir}/{','.join(chosen).replace('/', '_') or f'job={job.job.num}'}"

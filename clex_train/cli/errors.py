@@ -6,18 +6,24 @@
 Works for every schema, since what may be written is read off the error itself.
 """
 
+import dis
 import re
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 
+import hydra
+import yaml  # type: ignore[import-untyped]
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, Node
 from omegaconf.errors import OmegaConfBaseException
 
+from clex_train.cli import config_files
 from clex_train.suggest import did_you_mean, in_words
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+HYDRA = Path(str(hydra.__file__)).resolve().parent
+RAISE = dis.opmap["RAISE_VARARGS"]
 
 REASONS = (
     (r"could not be converted to (\w+)", "should be of type {}"),
@@ -25,6 +31,7 @@ REASONS = (
     (r"is not a valid bool", "should be true or false"),
     (r"is not Optional", "null is not allowed here"),
     (r"is not a ListConfig", "should be a list such as [1,2]"),
+    (r"Cannot merge DictConfig with ListConfig", "should be `key: value` lines, not a list"),
     (r"does not support deletion", "a key cannot be taken away, only set"),
 )
 """Sentences of OmegaConf that it gives no type to tell by, and what to say instead."""
@@ -38,14 +45,16 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not of the form key=value ({_lines(error)[1]}); quote values with special characters"
+        return _unparsed(str(error.override).lstrip("+"))
+    if isinstance(error, yaml.YAMLError):
+        return _not_yaml(error)
     cause = _from_omegaconf(error)
     if cause is not None:
-        return _no_such_key(error, cause) if _is_unknown_key(cause) else _refused_value(error, cause)
+        line = _no_such_key(error, cause) if _is_unknown_key(cause) else _refused_value(error, cause)
+        return f"{_place(error, cause)}{line}"
     if isinstance(error, HydraException):
         return _composition(error)
-    # Text that cannot be encoded or decoded here is a fault of ours: readers of the user's files say which and where.
-    if isinstance(error, ValueError) and not isinstance(error, UnicodeError) and _is_about_input(error):
+    if isinstance(error, ValueError) and _was_raised_for_the_user(error):
         return " ".join(str(error).split())
     return None
 
@@ -57,14 +66,15 @@ def _missing_option(error: MissingConfigException) -> str:
         return _lines(error)[0]
     like = [name for name in options if name.startswith(option)]
     remedy = f"did you mean {in_words(like)}?" if like else did_you_mean(option, options)
-    return f"{group}={option}: no such option; {remedy or f'take one of {in_words(options)}'}"
+    every = f"take one of {in_words(options)}" if options else f"conf/{group} has no file {option}.yaml"
+    return f"{group}={option}: no such option; {remedy or every}"
 
 
 def _from_omegaconf(error: BaseException) -> OmegaConfBaseException | None:
     """The OmegaConf error behind what Hydra raised, if there is one."""
     link: BaseException | None = error
     while link is not None and not isinstance(link, OmegaConfBaseException):
-        link = link.__cause__
+        link = link.__cause__ or (link.__context__ if isinstance(link, HydraException) else None)
     return link
 
 
@@ -72,17 +82,55 @@ def _is_unknown_key(cause: OmegaConfBaseException) -> bool:
     return isinstance(cause, (AttributeError, KeyError)) and "not in" in str(cause)
 
 
+def _unparsed(override: str) -> str:
+    """What is wrong with an argument that Hydra cannot read."""
+    key, equals, value = override.partition("=")
+    bare = re.sub(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"", "", value)
+    if not equals or not key:
+        return f"{override}: not of the form key=value"
+    for opening, closing in ("[]", "{}", "()"):
+        if bare.count(opening) != bare.count(closing):
+            missing = closing if bare.count(opening) > bare.count(closing) else opening
+            return f"{override}: a bracket is missing: {missing}"
+    if "'" in bare or '"' in bare:
+        return f"{override}: a quotation mark is not closed"
+    return f"{override}: the value cannot be read; quote it if it has special characters: '{key}=\"...\"'"
+
+
+def _not_yaml(error: yaml.YAMLError) -> str:
+    """The file, the line and what is wrong there."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return f"{' '.join(str(error).split())}; save the file as UTF-8 text"
+    mark = error.problem_mark or error.context_mark
+    place = f"{config_files.shown(Path(mark.name))}, line {mark.line + 1}" if mark else "configuration"
+    reason = str(error.problem or error.context or "cannot be read")
+    what = "a tab is no indentation; use spaces" if "'\\t'" in reason else reason
+    opened = error.context_mark
+    since = f" ({error.context}, which began in line {opened.line + 1})" if opened and error.context else ""
+    return f"{place}: not valid YAML: {what}{since}"
+
+
+def _place(error: BaseException, cause: OmegaConfBaseException) -> str:
+    """The file in conf/ that a mistake is in, and its line; empty where it was made on the command line."""
+    found = re.match(r"In '([^']+)': ", _lines(error)[0])
+    if not found:
+        return ""
+    file = REPOSITORY / "conf" / f"{found[1]}.yaml"
+    if not file.is_file():
+        return f"{found[1]}: "
+    line = config_files.line_of(file, str(cause.full_key))
+    return f"{config_files.shown(file)}{f', line {line}' if line else ''}: "
+
+
 def _no_such_key(error: BaseException, cause: OmegaConfBaseException) -> str:
-    key = _quoted(error) or str(cause.full_key)
-    names = _names(cause.parent_node)
-    if key in names:
-        return f"{key}: a mapping takes new names with a plus sign, +{key}=..."
-    return f"{key}: no such key; {did_you_mean(key, names) or '--help lists them all'}"
+    written = _quoted(error)
+    key = written if written and "=" not in written else str(cause.full_key)
+    return f"{key}: no such key; {did_you_mean(key, _names(cause.parent_node)) or '--help lists them all'}"
 
 
 def _refused_value(error: BaseException, cause: OmegaConfBaseException) -> str:
     written = _quoted(error) or str(cause.full_key)
-    return f"{written}: {_in_our_words(_lines(cause)[0])}"
+    return f"{written or 'the file'}: {_in_our_words(_lines(cause)[0])}"
 
 
 def _in_our_words(reason: str) -> str:
@@ -97,19 +145,24 @@ def _in_our_words(reason: str) -> str:
 def _composition(error: HydraException) -> str:
     first, *rest = _lines(error)
     written = _quoted(error)
+    ambiguous = re.fullmatch(r"Ambiguous value for argument '([^=]+)=(.*)'", first)
+    if ambiguous:
+        key, value = ambiguous.groups()
+        return f"{key}={value}: several values; a list is written {key}=[{value}], a sweep needs -m"
     if written in ADDED:
         return f"{written}: {ADDED[written]} is added with a plus sign: +{written}=NAME"
     return f"{written}: no such group; --help lists them" if "No match" in " ".join((first, *rest)) else first
 
 
 def _quoted(error: BaseException) -> str:
-    """The override as it was typed, from Hydra's message."""
+    """The override in Hydra's message, without the plus signs that mappings get."""
     if not isinstance(error, ConfigCompositionException):
         return ""
     first = _lines(error)[0]
     for opening, ending in (("Error merging override ", ""), ("Could not override '", "'")):
         if first.startswith(opening):
-            return first.removeprefix(opening).partition(ending)[0] if ending else first.removeprefix(opening)
+            written = first.removeprefix(opening)
+            return (written.partition(ending)[0] if ending else written).lstrip("+")
     return ""
 
 
@@ -132,12 +185,20 @@ def _dotted(node: DictConfig, prefix: str) -> Iterator[str]:
             yield from _dotted(child, f"{name}.")
 
 
-def _is_about_input(error: ValueError) -> bool:
-    """Raised by our own code or by Hydra: out of any other library a ValueError is a bug to look into."""
-    frames = traceback.extract_tb(error.__traceback__)
-    file = Path(frames[-1].filename).resolve() if frames else REPOSITORY
+def _was_raised_for_the_user(error: ValueError) -> bool:
+    """Whether a `raise` statement of our own code, or Hydra, made this error.
+
+    Anything else is a bug to look into: out of another library, or out of an expression of ours such as int(x).
+    """
+    place: TracebackType | None = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None:
+        return False
+    code = place.tb_frame.f_code
+    file = Path(code.co_filename).resolve()
     is_ours = file.is_relative_to(REPOSITORY) and "site-packages" not in file.parts
-    return is_ours or "hydra" in file.parts
+    return file.is_relative_to(HYDRA) or (is_ours and code.co_code[place.tb_lasti] == RAISE)
 
 
 def _lines(error: BaseException) -> list[str]:

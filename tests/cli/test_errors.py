@@ -1,9 +1,14 @@
 """Mistakes on the command line, through the real composition, each answered in one line."""
 
+from contextlib import suppress
+from shutil import copytree
+
 import pytest
-from composing import composed
+import torch
+from composing import CONF, composed
 
 from clex_train.cli.errors import explain
+from clex_train.settings.bounds import require
 
 
 def line_for(*overrides: str) -> str:
@@ -37,6 +42,18 @@ def line_for(*overrides: str) -> str:
         ("+experiment=tiny_clxe", "experiment=tiny_clxe: no such option; did you mean tiny_clex or tiny_base?"),
         ("+experiments=tiny_clex", "experiments: no such key; --help lists them all"),
         ("optim.lr=-1", "optim.lr=-1.0: greater than 0"),
+        ("optim.learning_rate=1", "optim.learning_rate: no such key; did you mean optim.lr?"),
+        ("max_steps=3", "max_steps: no such key; did you mean optim.steps?"),
+        ("data.max_seq_length=3", "data.max_seq_length: no such key; did you mean data.seq_len?"),
+        ("evaluation.lengths=[128,256", "evaluation.lengths=[128,256: a bracket is missing: ]"),
+        ("launch.environment={A:1", "launch.environment={A:1: a bracket is missing: }"),
+        ("name='abc", "name='abc: a quotation mark is not closed"),
+        ("launch.envronment.A=1", "launch.envronment.A: no such key; did you mean launch.environment?"),
+        (
+            "evaluation.lengths=128,256",
+            "evaluation.lengths=128,256: several values; a list is written evaluation.lengths=[128,256], "
+            "a sweep needs -m",
+        ),
     ],
 )
 def test_a_mistake_names_the_key_and_the_remedy(override, line):
@@ -54,6 +71,37 @@ def test_an_experiment_by_its_beginning_is_completed():
     assert line == "experiment=llama3: no such option; did you mean llama3_8b_clex or llama3_8b_clex_1m?"
 
 
+@pytest.fixture
+def own_file(monkeypatch, tmp_path):
+    """Composes with an experiment of the user's own, `mine`, of the text that is given."""
+    copytree(CONF, tmp_path / "conf")
+    monkeypatch.setattr("composing.CONF", tmp_path / "conf")
+    monkeypatch.setattr("clex_train.cli.errors.REPOSITORY", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def line(text: str) -> str:
+        (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
+        return line_for("+experiment=mine")
+
+    return line
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("name: [a\nseed: 1\n", "line 3: not valid YAML: expected ',' or ']', but got ':'"),
+        ("optim:\n\tlr: 1\n", "line 3: not valid YAML: a tab is no indentation; use spaces"),
+        ("optim:\n lr: 1\n  steps: 2\n", "line 4: not valid YAML: mapping values are not allowed here"),
+        ("name: a\nname: b\n", "line 3: not valid YAML: found duplicate key name"),
+        ("seed: 1\noptim:\n  lrr: 1\n", "line 4: optim.lrr: no such key; did you mean optim.lr?"),
+        ("optim:\n  lr: abc\n", "line 3: optim.lr: should be of type float"),
+        ("evaluation:\n  lengths: 5\n", "line 3: evaluation.lengths: should be a list such as [1,2]"),
+    ],
+)
+def test_a_mistake_in_a_file_of_ones_own_names_file_and_line(own_file, text, line):
+    assert own_file(text).startswith(f"conf/experiment/mine.yaml, {line}")
+
+
 @pytest.mark.parametrize("override", ["foo", "optim.lr=1e-4}", "name=${nme}", "model=null", "+model=tiny"])
 def test_what_cannot_be_read_is_said_in_one_line(override):
     assert line_for(override)
@@ -69,6 +117,40 @@ def test_a_fault_of_the_program_is_left_to_its_traceback():
     assert of(KeyError("x")) is None
     assert of(RuntimeError("x")) is None
     assert of(ValueError("data.path=x: not\n a store")) == "data.path=x: not a store"
+
+
+def _shares(rows: str) -> list[int]:
+    return [int(row) for row in rows.split()]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda: list(zip([1], [1, 2], strict=True)),
+        lambda: _shares("1 x"),
+        lambda: "é".encode("ascii"),
+        lambda: torch.zeros(2).reshape(3),
+        lambda: next(iter(())),
+        lambda: [].remove(1),
+    ],
+)
+def test_what_an_expression_of_ours_raises_is_our_fault(fault):
+    with pytest.raises((ValueError, RuntimeError, StopIteration)) as caught:
+        fault()
+    assert explain(caught.value) is None
+
+
+def test_a_refusal_stays_one_through_reraising_and_context_managers():
+    def refused() -> None:
+        with suppress(KeyError):
+            try:
+                require(False, "engine.x", 1, "not so")
+            except ValueError:
+                raise
+
+    with pytest.raises(ValueError, match="not so") as caught:
+        refused()
+    assert explain(caught.value) == "engine.x=1: not so"
 
 
 def test_a_value_error_out_of_a_library_is_no_mistake_of_the_user():

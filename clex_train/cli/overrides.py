@@ -1,0 +1,165 @@
+"""Rewrite `key=value` arguments so that text fields get the text as it was typed, and mappings take new names.
+
+Hydra and YAML give words types of their own: 2024_01_05 is the number 20240105, 1e3 is 1000.0 and `no` is false. The
+schema says which fields hold text; there the value is quoted before it is parsed. Values that are quoted already,
+`null`, interpolations and Hydra's functions stay as they are.
+"""
+
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+ATOM = re.compile(r"[\w.:+\-]+")
+"""Items of lists and mappings that are quoted: whatever may be taken for a number or a boolean is among them."""
+FUNCTION = re.compile(r"\w+\(.*\)", re.DOTALL)
+MULTIRUN = ("-m", "--multirun")
+
+
+@dataclass(frozen=True)
+class Syntax:
+    """How the parser that comes next writes texts, and whether commas outside of brackets separate runs of a sweep."""
+
+    quote: Callable[[str], str]
+    sweeps: bool = False
+
+
+def for_hydra(schema: type, arguments: Sequence[str]) -> list[str]:
+    """The arguments of a program that Hydra composes."""
+    syntax = Syntax(_hydra_quotes, sweeps=any(argument in MULTIRUN for argument in arguments))
+    return [_for_hydra(schema, argument, syntax) for argument in arguments]
+
+
+def for_yaml(schema: type, argument: str) -> str:
+    """A `key=value` argument whose value YAML parses."""
+    key, _, value = argument.partition("=")
+    return f"{key}={_as_typed(value, type_at(schema, key), Syntax(_yaml_quotes))}"
+
+
+def passes_mapping(schema: type, key: str) -> str | None:
+    """The mapping that a dotted key names or leads into, as `launch.environment` for `launch.environment.CC`."""
+    parts = key.split(".")
+    prefixes = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return next((prefix for prefix in prefixes if typing.get_origin(type_at(schema, prefix)) is dict), None)
+
+
+def type_at(schema: Any, key: str) -> Any:
+    """The type of what a dotted key names (`a.0` for an item of a list); None for a key that is not in the schema."""
+    here = schema
+    for part in key.split("."):
+        if typing.get_origin(here) in (dict, list):
+            here = typing.get_args(here)[-1]
+        elif is_dataclass(here) and isinstance(here, type):
+            here = typing.get_type_hints(here).get(part)
+        else:
+            return None
+        here = _without_none(here)
+    return here
+
+
+def _for_hydra(schema: type, argument: str, syntax: Syntax) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals or argument.startswith(("-", "~")):
+        return argument
+    name = key.lstrip("+")
+    value = _as_typed(value, type_at(schema, name), syntax)
+    mapping = passes_mapping(schema, name)
+    if mapping is None:
+        return f"{key}={value}"
+    # New names need `++`, and a new entry that is a dataclass can only be added whole.
+    path = name.removeprefix(mapping).strip(".").split(".")
+    if not path[0] or syntax.sweeps or not is_dataclass(type_at(schema, f"{mapping}.{path[0]}")):
+        return f"++{name}={value}"
+    for part in reversed(path):
+        value = f"{{{part}:{value}}}"
+    return f"++{mapping}={value}"
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = [choice for choice in typing.get_args(hint) if choice is not type(None)] or [None]
+    return hint
+
+
+def _as_typed(value: str, hint: Any, syntax: Syntax) -> str:
+    """`value` with the texts in it quoted, as far as `hint` says that they are texts."""
+    if hint is str:
+        items = _split(value, ",") if syntax.sweeps else [value]
+        return ",".join(item if _stays(item) else syntax.quote(item) for item in items)
+    body = value.strip()
+    if typing.get_origin(hint) is list and body[:1] == "[" and body[-1:] == "]":
+        (inner,) = typing.get_args(hint)
+        return f"[{','.join(_item(item, inner, syntax) for item in _split(body[1:-1], ','))}]"
+    is_mapping = typing.get_origin(hint) is dict or is_dataclass(hint)
+    if is_mapping and body[:1] == "{" and body[-1:] == "}":
+        return f"{{{','.join(_entry(item, hint, syntax) for item in _split(body[1:-1], ','))}}}"
+    return value
+
+
+def _item(text: str, hint: Any, syntax: Syntax) -> str:
+    """One item of a list or mapping: there, spaces around a text are not part of it."""
+    if hint is not str:
+        return _as_typed(text, hint, syntax)
+    bare = text.strip()
+    return syntax.quote(bare) if ATOM.fullmatch(bare) and bare != "null" else text
+
+
+def _entry(text: str, hint: Any, syntax: Syntax) -> str:
+    name, colon, value = text.partition(":")
+    if not colon:
+        return text
+    if typing.get_origin(hint) is dict:
+        inner = _without_none(typing.get_args(hint)[1])
+    else:
+        known = {field.name for field in fields(hint)}
+        inner = type_at(hint, name.strip()) if name.strip() in known else None
+    return f"{name}:{_item(value, inner, syntax)}"
+
+
+def _stays(text: str) -> bool:
+    """Whether a value is not plain text: empty, quoted or escaped by the user, null, an interpolation, a function."""
+    return (
+        not text
+        or text[0] in "'\""
+        or "\\" in text
+        or "${" in text
+        or text.strip() == "null"
+        or FUNCTION.fullmatch(text) is not None
+    )
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at separators outside of quotes and brackets; a text of white space has no items."""
+    return ["".join(item) for item in _items(text, separator)] if text.strip() else []
+
+
+def _items(text: str, separator: str) -> Iterator[list[str]]:
+    item, depth, quote = list[str](), 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "[{(":
+            depth += 1
+        elif character in "]})":
+            depth -= 1
+        elif character == separator and depth == 0:
+            yield item
+            item = []
+            continue
+        item.append(character)
+    yield item
+
+
+def _hydra_quotes(text: str) -> str:
+    return QuotedString(text, Quote.double if "'" in text else Quote.single).with_quotes()
+
+
+def _yaml_quotes(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

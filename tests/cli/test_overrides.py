@@ -1,0 +1,131 @@
+"""Text fields get the text as it was typed, whatever Hydra or YAML would make of it; mappings take new names."""
+
+import sys
+
+import pytest
+from composing import composed
+
+from clex_train.cli import arguments, console
+from clex_train.cli.evaluate import EvaluateConfig
+from clex_train.cli.overrides import for_hydra
+from clex_train.config import Config
+from data_prep.config import DecontaminateVerb, TokenizeVerb
+from launch import slurm
+
+TEXTS = [
+    "2024_01_05",
+    "1e3",
+    "1234e10",
+    "no",
+    "true",
+    "off",
+    "0x10",
+    "010",
+    "10:30:00",
+    ".5",
+    "nan",
+    "a=b",
+    "a, b",
+    "-1",
+]
+ATOMS = [text for text in TEXTS if text not in ("a=b", "a, b")]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "it's (1)", "[a", "x{y}", "caf\u00e9", " lead"])
+def test_a_text_is_kept_as_typed(text):
+    assert composed(f"name={text}").name == text
+    assert arguments.parse(EvaluateConfig, [f"label={text}"]).label == text
+
+
+@pytest.mark.parametrize("text", ATOMS)
+def test_texts_in_lists_and_mappings_are_kept_as_typed(text):
+    config = composed(f"launch.modules=[a,{text}, {text}]", f"launch.environment={{A: {text},B:x}}")
+    assert config.launch.modules == ["a", text, text]
+    assert config.launch.environment == {"A": text, "B": "x"}
+    assert composed(f"launch.environment.A={text}").launch.environment == {"A": text}
+    domains = composed("data.path=null", f"data.domains={{a: {{path: {text}, weight: 2}}}}", "evaluation=never")
+    assert domains.data.domains["a"].path == text
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [("name='1e3'", "1e3"), ('name="a b"', "a b"), ("name=run_${seed}", "run_0"), (r"name=a\,b", "a,b")],
+)
+def test_what_is_quoted_escaped_or_interpolated_is_left_alone(override, name):
+    assert composed(override).name == name
+
+
+def test_null_is_null_and_numbers_stay_numbers():
+    config = composed("model.revision=null", "optim.lr=1e-4", "evaluation.lengths=[128,256]", "launch.memory=0")
+    assert (config.model.revision, config.optim.lr, config.launch.memory) == (None, 1e-4, "0")
+    assert config.evaluation.lengths == [128, 256]
+
+
+def test_a_sweep_over_texts_splits_at_commas():
+    assert for_hydra(Config, ["-m", "name=1e3,no", "seed=1,2"]) == ["-m", "name='1e3','no'", "seed=1,2"]
+
+
+def test_verbs_of_data_prep_keep_texts():
+    assert for_hydra(TokenizeVerb, ["corpus.where={language: no}"]) == ["++corpus.where={language:'no'}"]
+    assert for_hydra(DecontaminateVerb, ["evaluation.path=1e3", "ngrams=[2,3]"]) == [
+        "evaluation.path='1e3'",
+        "ngrams=[2,3]",
+    ]
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_a_mapping_takes_new_names_with_and_without_plus_signs(plus):
+    config = composed(
+        "data=longcorpus",
+        f"{plus}data.domains.new={{path: x, weight: 1}}",
+        "evaluation=never",
+        "launch=h100_infiniband",
+    )
+    assert config.data.domains["new"].weight == 1
+    assert composed("launch=h100_infiniband", f"{plus}launch.environment.A=b").launch.environment == {
+        "NCCL_IB_HCA": "mlx5",
+        "A": "b",
+    }
+    weights = composed("data=longcorpus", f"{plus}data.weights_at={{5: {{book: 10}}}}", "evaluation=never")
+    assert weights.data.weights_at == {5: {"book": 10}}
+
+
+def test_one_field_of_a_domain_is_changed_and_the_others_stay():
+    config = composed("data=longcorpus", "data.domains.book.weight=7", "evaluation=never")
+    assert config.data.domains["book"].weight == 7
+    assert config.data.domains["book"].path is not None
+
+
+@pytest.fixture
+def own_option(tmp_path, monkeypatch):
+    """Runs the launcher with an option of the user's own for `launch`, of the text that is given."""
+
+    def line(text: str, capsys) -> tuple[int, str]:
+        (tmp_path / "launch").mkdir(exist_ok=True)
+        (tmp_path / "launch" / "mine.yaml").write_text(f"# A test.\n{text}")
+        words = ["launch.slurm", "--dry-run", "launch=mine", f"hydra.searchpath=[file://{tmp_path}]"]
+        monkeypatch.setattr(sys, "argv", words)
+        code = console.run(slurm.main, slurm.usage)
+        return code, capsys.readouterr().err
+
+    return line
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("environment: {A: 1e3}\n", 'line 2: launch.environment.A: YAML reads 1e3 as 1000.0; write "1e3"'),
+        ("time: 23:30:00\n", "line 2: launch.time: YAML reads 23:30:00 as 84600"),
+        ("account: no\n", "line 2: launch.account: YAML reads no as False"),
+        ("modules:\n  - a\n  - 1_0\n", "line 4: launch.modules.1: YAML reads 1_0 as 10"),
+    ],
+)
+def test_a_text_that_yaml_changes_asks_for_quotes(own_option, capsys, text, line):
+    code, said = own_option(text, capsys)
+    assert code == 2
+    assert f"mine.yaml, {line}" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_text_that_yaml_gives_back_as_it_was_is_taken(own_option, capsys):
+    assert own_option("memory: 0\nenvironment: {A: 1, B: '1e3'}\nqos: null\n", capsys) == (0, "")
