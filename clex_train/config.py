@@ -63,7 +63,7 @@ class Config:
     """Run folder: config, metrics, checkpoints, final model, evaluation."""
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", self.seed, "0 or a positive integer")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 or a positive integer below 2**63")
         if self.max_runtime is not None:
             duration.seconds("max_runtime", self.max_runtime)
 

@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from clex_train.settings.bos import Bos
-from clex_train.settings.bounds import require
+from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
 from clex_train.settings.data import Packing
+
+MOST_WORKERS = 1024
+MOST_MB = 2**20
+"""A terabyte."""
 
 
 class CorpusSource(Enum):
@@ -117,6 +121,7 @@ class TokenizeVerb:
     """Replace a store, or the half-written one, that exists and was asked for with other settings."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "", {"workers": MOST_WORKERS, "shard_mb": MOST_MB})
         require(self.workers >= 1, "workers", self.workers, "at least 1 process")
         require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "at least 1 megabyte")
 
@@ -143,6 +148,9 @@ class TrainTokenizerVerb:
     """Replace an output that exists."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "", {"vocab_size": 2**24, "model_max_length": MOST_TOKENS, "max_mb": MOST_MB})
+        longest = self.model_max_length
+        require(longest is None or longest >= 1, "model_max_length", longest, "at least 1 token")
         require(self.vocab_size >= 259, "vocab_size", self.vocab_size, "at least 259: every byte and 3 special tokens")
         require(self.max_mb >= 1, "max_mb", self.max_mb, "at least 1 megabyte")
         special = (self.pad_token, self.bos_token, self.eos_token)
@@ -171,11 +179,12 @@ class InspectVerb:
     """Read everything first and compare the checksums; a damaged file is an error that names it."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "", {"samples": 10**4, "sample_tokens": 10**6, "rows": 10**4, "seq_len": MOST_TOKENS})
         require(self.samples >= 0, "samples", self.samples, "0 or more")
         require(self.sample_tokens >= 1, "sample_tokens", self.sample_tokens, "at least 1")
         require(self.rows >= 0, "rows", self.rows, "0 or more")
         require(self.seq_len >= 2, "seq_len", self.seq_len, "at least 2 tokens")
-        require(self.seed >= 0, "seed", self.seed, "0 or a positive integer")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 or a positive integer below 2**63")
         require(self.plot is None or self.plot.endswith(".png"), "plot", self.plot, "must end in .png")
 
 
@@ -193,6 +202,7 @@ class EvaluationSetsVerb:
     """Replace a set that exists and was asked for with other settings."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "", {"lengths": MOST_TOKENS, "max_documents": 10**12})
         require(
             len(self.lengths) > 0 and all(n >= 2 for n in self.lengths),
             "lengths",
@@ -240,6 +250,7 @@ class DecontaminateVerb:
     """Megabytes of evaluation n-grams in memory; what does not fit takes another pass over the training documents."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "", {"ngrams": 64, "shingle": 64, "workers": MOST_WORKERS, "index_mb": MOST_MB})
         require(len(self.ngrams) > 0, "ngrams", self.ngrams, "name at least one size, such as [2,3,4]")
         require(
             all(n >= 1 for n in self.ngrams) and len(set(self.ngrams)) == len(self.ngrams),

@@ -46,7 +46,7 @@ from clex_train.faults import RunStopped
 from clex_train.opening import labelled
 from clex_train.rope.as_is import handle_without_weights
 from clex_train.settings.bos import Bos
-from clex_train.settings.bounds import require
+from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
 from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 from clex_train.settings.model import ModelConfig
 from clex_train.settings.retrieval import Task
@@ -292,7 +292,9 @@ def _check(asked: EvaluateConfig) -> None:
     check(asked)
     require(asked.run is not None or asked.data is not None, "data", asked.data, "model=DIR needs a store, data=DIR")
     require(asked.batch_tokens is None or asked.batch_tokens >= 1, "batch_tokens", asked.batch_tokens, "at least 1")
-    require(asked.seed >= 0, "seed", asked.seed, "0 or a positive integer")
+    require_at_most(asked, "", {"batch_tokens": MOST_TOKENS, "stream_tokens": 2**40})
+    require(asked.stream_tokens is None or asked.stream_tokens >= 2, "stream_tokens", asked.stream_tokens, "at least 2")
+    require(0 <= asked.seed < 2**63, "seed", asked.seed, "0 or a positive integer below 2**63")
     if asked.offload_cache and distributed.device().type == "cpu" and distributed.is_main():
         logger.info("offload_cache=true changes nothing here: the model is on the CPU, and so is its cache")
 

@@ -31,8 +31,16 @@ from clex_train.evaluation import origin as origins
 from clex_train.evaluation.results import FORMAT, Origin, write_whole
 from clex_train.opening import labelled
 from clex_train.settings.bos import Bos
-from clex_train.settings.bounds import require
+from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
 
+MOST = {
+    "lengths": MOST_TOKENS,
+    "max_length": MOST_TOKENS,
+    "batch_size": 2**20,
+    "num_fewshot": 10**4,
+    "limit": 10**9,
+}
+"""Bounds of numbers that nobody can mean to exceed."""
 KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples")
 TASK_FILES = ("**/*.yaml", "**/*.py", "**/*.json", "**/*.jsonl")
 """Tasks of one's own and, where they lie beside them, their data."""
@@ -100,6 +108,8 @@ def _tasks(asked: LmEvalConfig, tasks: harness.Tasks, max_length: int) -> str:
 def check(asked: LmEvalConfig) -> None:
     """`ValueError` for keys that are missing, out of range or contradict each other."""
     loading.check(asked)
+    require_at_most(asked, "", MOST)
+    require(all(n >= 2 for n in asked.lengths or ()), "lengths", asked.lengths, "lengths of at least 2 tokens")
     require(len(asked.tasks) > 0, "tasks", asked.tasks, "one or more names, such as tasks=[longbench_qasper]")
     require(asked.include is None or Path(asked.include).is_dir(), "include", asked.include, "no such folder")
     require(asked.batch_size >= 1, "batch_size", asked.batch_size, "at least 1 prompt")

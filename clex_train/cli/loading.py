@@ -23,7 +23,7 @@ from clex_train.evaluation.results import Origin, place
 from clex_train.modeling import LoadedModel
 from clex_train.rope import probe
 from clex_train.settings.attention import AttentionImplementation
-from clex_train.settings.bounds import require
+from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
 from clex_train.settings.engine import EngineConfig, Offload, Precision
 from clex_train.settings.model import ModelConfig
 
@@ -81,6 +81,7 @@ class Source:
 def check(asked: LoadingConfig) -> None:
     """`ValueError` for keys that contradict each other or this machine."""
     require((asked.run is None) != (asked.model is None), "run", asked.run, "name either run=FOLDER or model=DIR")
+    require_at_most(asked, "", {"context_len": MOST_TOKENS})
     require(asked.context_len is None or asked.context_len >= 2, "context_len", asked.context_len, "at least 2 tokens")
     require(
         asked.sharded or not asked.offload_parameters,

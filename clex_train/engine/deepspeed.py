@@ -15,7 +15,7 @@ from torch import nn
 
 from clex_train import distributed, log
 from clex_train.config import Config
-from clex_train.engine import extensions, tiled_mlp
+from clex_train.engine import extensions, rendezvous, tiled_mlp
 from clex_train.settings.bounds import require
 from clex_train.settings.engine import EngineConfig, Offload, Precision
 from clex_train.settings.optim import OptimConfig, Schedule
@@ -24,7 +24,10 @@ logger = log.get(__name__)
 
 
 def open_process_group(engine: EngineConfig) -> None:
-    """Join the process group that the launcher describes, or open one of a single rank: NCCL on GPUs, else gloo."""
+    """Join the process group that the launcher describes, or open one of a single rank: NCCL on GPUs, else gloo.
+
+    `ValueError` if the port that was named is in use.
+    """
     if distributed.is_open():
         return
     on_gpu = torch.cuda.is_available()
@@ -33,8 +36,14 @@ def open_process_group(engine: EngineConfig) -> None:
     backend, timeout = "nccl" if on_gpu else "gloo", timedelta(minutes=engine.timeout)
     if on_gpu:
         torch.cuda.set_device(distributed.device())
+        # DeepSpeed goes by LOCAL_RANK alone.
+        os.environ["LOCAL_RANK"] = str(distributed.device().index)
     if "RANK" not in os.environ:
         _open_alone(backend, timeout)
+    elif rendezvous.may_choose_port():
+        rendezvous.open_at_free_port(backend, timeout)
+    else:
+        rendezvous.require_free_port()
     import deepspeed
 
     if not on_gpu:

@@ -21,6 +21,8 @@ from clex_train.scaling.spectrum import Spectrum
 
 # Two scale factors this close are the same one: room for the rounding of n / L and of decimal grids, far below a token.
 RELATIVE_SLACK = 1e-12
+MOST_FACTORS = 2**17
+"""Scale factors of a grid; with 64 pairs their frequencies take 64 MiB."""
 
 
 @typing.runtime_checkable
@@ -182,6 +184,8 @@ def scale_grid(t_max: float, step: float = 1.0) -> Float64[Tensor, " K"]:
         raise ValueError(f"t_max={t_max}: a scale factor is at least 1")
     if not step > 0:
         raise ValueError(f"step={step}: the spacing of scale factors is greater than 0")
+    if not (t_max - 1) / step < MOST_FACTORS:
+        raise ValueError(f"t_max={t_max}: more than {MOST_FACTORS:,} scale factors in steps of {step:g}; lower it")
     grid = 1 + step * torch.arange(int((t_max - 1) / step) + 1, dtype=torch.float64)
     inside = grid[grid < t_max * (1 - RELATIVE_SLACK)]
     return torch.cat((inside, torch.tensor([t_max], dtype=torch.float64)))

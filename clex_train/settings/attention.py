@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from clex_train.settings.bounds import require
+from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
 
 
 class AttentionImplementation(Enum):
@@ -14,6 +14,13 @@ class AttentionImplementation(Enum):
     eager = "eager"
     flex_attention = "flex_attention"
     flash_attention_2 = "flash_attention_2"
+
+
+MOST = {
+    "n_local": MOST_TOKENS,
+    "n_global": MOST_TOKENS,
+}
+"""Bounds of numbers that nobody can mean to exceed."""
 
 
 @dataclass
@@ -29,6 +36,7 @@ class AttentionConfig:
     """First tokens of a row that every token sees under `lambda_mask`."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "attention.", MOST)
         require(self.n_local is None or self.n_local >= 1, "attention.n_local", self.n_local, "at least 1 token")
         require(self.n_global >= 0, "attention.n_global", self.n_global, "0 or more tokens")
         require(

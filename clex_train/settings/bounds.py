@@ -1,7 +1,34 @@
-"""Bounds of fields: the one form in which a value out of range is refused."""
+"""Bounds of fields: the one form in which a value out of range is refused, and the most that can be meant."""
+
+from collections.abc import Mapping
+
+MOST_TOKENS = 2**27
+"""Tokens of a row, a window or a prompt: at this length the keys and values of a 7B model fill 64 TiB."""
+MOST_SCALE = 2**14
+"""Scale factors: the ODE is solved at every integer up to t_max, which takes a quarter of a minute here."""
+MOST_ROPE_THETA = 1e12
+MOST_STEPS = 10**9
+MOST_RANKS = 2**20
+MOST_ITEMS = 1000
+"""Items of a list of numbers."""
 
 
 def require(condition: bool, key: str, value: object, remedy: str) -> None:
     """Raise `ValueError` in the one form users see for a value that is out of range."""
     if not condition:
         raise ValueError(f"{key}={value}: {remedy}")
+
+
+def require_at_most(settings: object, prefix: str, most: Mapping[str, float]) -> None:
+    """Refuse numbers that no machine could serve, and those that are not finite, before anything is made of them.
+
+    `most` has a bound for each field of `settings` that it names; lists are bounded item by item, and in length.
+    """
+    for name, bound in most.items():
+        value = getattr(settings, name)
+        items = value if isinstance(value, list) else [value]
+        key = f"{prefix}{name}"
+        require(len(items) <= MOST_ITEMS, key, f"[{len(items)} numbers]", f"at most {MOST_ITEMS}")
+        for item in items:
+            # Infinity and NaN are below no bound.
+            require(item is None or item <= bound, key, value, f"a finite number, at most {bound:,}")

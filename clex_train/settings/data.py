@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from clex_train.settings.bounds import require
+from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
+
+MOST_WEIGHT = 1e12
+MOST_DIGITS = 15
+"""Of a step or the index of a row."""
 
 
 class Packing(Enum):
@@ -22,6 +26,13 @@ class DomainConfig:
     """Directory of the domain's token store."""
     weight: float = 1.0
     """Share of the rows, relative to the weights of the other domains; 0 leaves the domain out."""
+
+
+MOST = {
+    "seq_len": MOST_TOKENS,
+    "min_document_tokens": MOST_TOKENS,
+}
+"""Bounds of numbers that nobody can mean to exceed."""
 
 
 @dataclass
@@ -44,6 +55,7 @@ class DataConfig:
     """Keep the documents of a row apart: no attention across them, positions (CLEX's too) from 0 in each."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "data.", MOST)
         require(
             self.seq_len == 0 or self.seq_len >= 2,
             "data.seq_len",
@@ -93,7 +105,8 @@ class DataConfig:
         for name, weight in weights.items():
             # Hydra takes no nested mapping of floats that are written as integers, so the type is looked at here.
             number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
-            require(number and weight >= 0, f"{key}.{name}{field}", weight, "a weight is a number of 0 or more")
+            good = number and 0 <= weight <= MOST_WEIGHT
+            require(good, f"{key}.{name}{field}", weight, f"a weight is a number from 0 to {MOST_WEIGHT:g}")
         require(not weights or any(weights.values()), key, weights, "at least one domain needs a weight above 0")
 
 
@@ -113,13 +126,14 @@ def parse_ranges(items: list[str]) -> list[tuple[int, int]]:
 
 
 def _step(key: object) -> int:
-    require(str(key).isdecimal(), "data.weights_at", key, "a step, from which the weights hold")
+    good = str(key).isdecimal() and len(str(key)) <= MOST_DIGITS
+    require(good, "data.weights_at", key, "a step, from which the weights hold")
     return int(str(key))
 
 
 def _range(item: str) -> tuple[int, int]:
     first, dash, last = str(item).strip().partition("-")
-    digits = first.isdecimal() and (last.isdecimal() if dash else True)
+    digits = first.isdecimal() and (last.isdecimal() if dash else True) and max(len(first), len(last)) <= MOST_DIGITS
     require(
         digits and int(last or first) >= int(first),
         "data.skip_rows",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from clex_train.settings.bounds import require
+from clex_train.settings.bounds import MOST_RANKS, MOST_TOKENS, require, require_at_most
 
 
 class Offload(Enum):
@@ -24,6 +24,18 @@ class Liger(Enum):
     auto = "auto"
     always = "always"
     never = "never"
+
+
+MOST = {
+    "micro_batch": 2**20,
+    "accumulation": 2**24,
+    "sequence_parallel": MOST_RANKS,
+    "tiled_loss": MOST_TOKENS,
+    "tiled_mlp": MOST_TOKENS,
+    "timeout": 60 * 24 * 30,
+    "world_size": MOST_RANKS,
+}
+"""Bounds of numbers that nobody can mean to exceed."""
 
 
 @dataclass
@@ -56,6 +68,7 @@ class EngineConfig:
     """Ranks assumed by `dry_run`'s memory estimate; a real run takes what the launcher gives."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "engine.", MOST)
         require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         require(self.micro_batch is None or self.micro_batch >= 1, "engine.micro_batch", self.micro_batch, "at least 1")
         require(

@@ -7,7 +7,7 @@ from enum import Enum
 
 from clex_train.settings import retrieval
 from clex_train.settings.bos import Bos
-from clex_train.settings.bounds import require
+from clex_train.settings.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOST_TOKENS, require, require_at_most
 from clex_train.settings.retrieval import Task
 
 
@@ -32,6 +32,26 @@ class Method(Enum):
     longrope = "longrope"
     random_pos = "random_pos"
     lm_infinite = "lm_infinite"
+
+
+MOST = {
+    "every": MOST_STEPS,
+    "lengths": MOST_TOKENS,
+    "rope_theta": MOST_ROPE_THETA,
+    "dynamic_factor": MOST_SCALE,
+    "n_local": MOST_TOKENS,
+    "n_global": MOST_TOKENS,
+    "lm_infinite_t": MOST_SCALE,
+    "t_factor": MOST_SCALE,
+    "num_windows": 10**6,
+    "stride": MOST_TOKENS,
+    "last_k": MOST_TOKENS,
+    "chunk_len": MOST_TOKENS,
+    "task_lengths": MOST_TOKENS,
+    "depths": 1,
+    "num_prompts": 10**4,
+}
+"""Bounds of numbers that nobody can mean to exceed."""
 
 
 @dataclass
@@ -90,6 +110,7 @@ class EvaluationConfig:
     """Prompts of a task at each length and depth."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "evaluation.", MOST)
         require(self.every >= -1, "evaluation.every", self.every, "-1 (never), 0 (at the end) or a number of steps")
         if self.lengths:
             self._check_lengths()

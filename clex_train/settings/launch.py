@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
-from clex_train.settings.bounds import require
+from clex_train.settings.bounds import MOST_RANKS, require, require_at_most
 
 
 class Layout(Enum):
@@ -23,6 +23,17 @@ class Container(Enum):
     none = "none"
     pyxis = "pyxis"
     apptainer = "apptainer"
+
+
+MOST = {
+    "nodes": MOST_RANKS,
+    "gpus_per_node": 1024,
+    "ranks_per_node": 1024,
+    "cpus_per_rank": 4096,
+    "linger": 10**6,
+    "max_restarts": 10**6,
+}
+"""Bounds of numbers that nobody can mean to exceed."""
 
 
 @dataclass
@@ -81,6 +92,7 @@ class LaunchConfig:
     """Interpreter on the nodes; by default the one that submits, in a container its `python3`."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "launch.", MOST)
         require(self.nodes >= 1, "launch.nodes", self.nodes, "at least 1 node")
         require(self.gpus_per_node >= 0, "launch.gpus_per_node", self.gpus_per_node, "0 or a number of GPUs")
         require(

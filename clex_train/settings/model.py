@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from clex_train.settings.bounds import require
+from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
 
 
 class Init(Enum):
@@ -37,6 +37,7 @@ class ModelConfig:
     """Commit, tag or branch of a hub repository; pin it for runs that must be repeatable."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "model.", {"context_len": MOST_TOKENS})
         require(
             self.context_len is None or self.context_len >= 2,
             "model.context_len",

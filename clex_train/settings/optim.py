@@ -5,13 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from clex_train.settings.bounds import require
+from clex_train.settings.bounds import MOST_STEPS, require, require_at_most
 
 
 class Schedule(Enum):
     cosine = "cosine"
     linear = "linear"
     constant = "constant"
+
+
+MOST = {
+    "lr": 10,
+    "eps": 1,
+    "weight_decay": 1e3,
+    "clip": 1e12,
+    "steps": MOST_STEPS,
+    "batch_rows": 2**24,
+    "max_bad_steps": MOST_STEPS,
+    "spike_factor": 1e9,
+    "spike_window": 10**6,
+    "max_roll_backs": MOST_STEPS,
+}
+"""Bounds of numbers that nobody can mean to exceed."""
 
 
 @dataclass
@@ -46,6 +61,7 @@ class OptimConfig:
     """Spikes of the whole run that are answered with a roll-back; one more stops it."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "optim.", MOST)
         require(self.lr > 0, "optim.lr", self.lr, "greater than 0")
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two of [0, 1)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from clex_train.settings.bounds import require
+from clex_train.settings.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOST_TOKENS, require, require_at_most
 
 
 class ScalingName(Enum):
@@ -49,6 +49,22 @@ class LogScale(Enum):
     eval = "eval"
     always = "always"
     official = "official"
+
+
+MOST = {
+    "t_max": MOST_SCALE,
+    "t_factor": MOST_SCALE,
+    "factor": MOST_SCALE,
+    "rope_theta": MOST_ROPE_THETA,
+    "max_chunks": MOST_TOKENS,
+    "param_factor": 64,
+    "lr_scale": 1e6,
+    "weight_decay": 1e3,
+    "clip": 1e12,
+    "max_residual": 1e9,
+    "check_every": MOST_STEPS,
+}
+"""Bounds of numbers that nobody can mean to exceed."""
 
 
 @dataclass
@@ -98,6 +114,7 @@ class ScalingConfig:
     """The vector field sees log theta_ntk at base 10000 whatever the model's base, as in the official code."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "scaling.", MOST)
         require(self.t_max >= 1, "scaling.t_max", self.t_max, "a scale factor is at least 1")
         require(self.t_factor >= 1, "scaling.t_factor", self.t_factor, "1 or more")
         require(self.factor is None or self.factor >= 1, "scaling.factor", self.factor, "a scale factor is at least 1")

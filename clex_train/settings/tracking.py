@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from clex_train.settings.bounds import require
+from clex_train.settings.bounds import MOST_STEPS, require, require_at_most
 
 
 class Wandb(Enum):
     online = "online"
     offline = "offline"
     off = "off"
+
+
+MOST = {
+    "log_every": MOST_STEPS,
+}
+"""Bounds of numbers that nobody can mean to exceed."""
 
 
 @dataclass
@@ -24,4 +30,5 @@ class TrackingConfig:
     """Optimizer steps between two lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "tracking.", MOST)
         require(self.log_every >= 1, "tracking.log_every", self.log_every, "at least 1 step")

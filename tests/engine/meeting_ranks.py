@@ -1,0 +1,21 @@
+"""A program of ranks that meet, tell each other their ports, and nothing else."""
+
+import os
+import sys
+
+from clex_train import distributed
+from clex_train.cli import console
+from clex_train.engine.deepspeed import open_process_group
+from clex_train.settings.engine import EngineConfig
+
+
+def main() -> None:
+    """Print the port of every rank, by rank 0."""
+    open_process_group(EngineConfig())
+    ports = distributed.gather_objects(os.environ["MASTER_PORT"])
+    if distributed.is_main():
+        print("met", *ports, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main, str))

@@ -1,0 +1,104 @@
+"""Ranks meet beside another job: at a port of their own where none was named, else one line says that it is taken."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from ports import free_port
+
+from clex_train.engine import rendezvous
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = str(Path(__file__).with_name("meeting_ranks.py"))
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_SIZE", "LOCAL_SIZE")
+
+
+@contextmanager
+def taken(port: int) -> Iterator[None]:
+    """Somebody listens at the port and answers nobody, if nobody did before."""
+    with socket.socket(socket.AF_INET6) as holder:
+        holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        with suppress(OSError):
+            holder.bind(("::", port))
+            holder.listen()
+        yield
+
+
+def launch(*words: str) -> subprocess.CompletedProcess[str]:
+    """DeepSpeed's launcher with two ranks of the program."""
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    environment = {name: value for name, value in os.environ.items() if name not in GROUP}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [deepspeed, "--num_accelerators", "2", *words, PROGRAM],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_a_launch_beside_another_job_at_deepspeeds_port_takes_one_of_its_own():
+    with taken(int(rendezvous.DEEPSPEED_PORT)):
+        done = launch()
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("met ")]
+    first, second = line.split()[1:]
+    assert first == second != rendezvous.DEEPSPEED_PORT
+    assert not list(Path(tempfile.gettempdir()).glob(f"clex_train_port_{os.getuid()}_*.tmp"))
+
+
+def test_a_port_that_was_named_and_is_taken_is_one_line():
+    port = free_port()
+    with taken(int(port)):
+        done = launch("--master_port", port)
+    assert done.returncode == 2
+    ours = [line for line in done.stderr.splitlines() if "MASTER_PORT" in line or "Traceback" in line]
+    assert ours == [
+        f"error: MASTER_PORT={port}: the port is in use by another program; give another to the launcher, "
+        "such as deepspeed --master_port=PORT or torchrun --master-port=PORT"
+    ]
+
+
+@pytest.fixture
+def rank(monkeypatch):
+    """Sets what a launcher tells a rank."""
+
+    def put(**variables: str) -> None:
+        for name in (*GROUP, "TORCHELASTIC_USE_AGENT_STORE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+def test_only_the_rank_that_is_to_listen_asks_whether_it_can(rank):
+    port = free_port()
+    with taken(int(port)):
+        rank(RANK="1", MASTER_PORT=port)
+        rendezvous.require_free_port()
+        rank(RANK="0", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
+        rendezvous.require_free_port()
+        rank(RANK="0", MASTER_PORT=port)
+        with pytest.raises(ValueError, match=f"MASTER_PORT={port}: the port is in use"):
+            rendezvous.require_free_port()
+    rendezvous.require_free_port()
+
+
+def test_a_port_is_chosen_on_one_machine_for_the_default_alone(rank, monkeypatch):
+    one = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "CROSS_SIZE": "1", "MASTER_PORT": "29500"}
+    rank(**one)
+    assert not rendezvous.may_choose_port(), "not a child of DeepSpeed's launcher"
+    monkeypatch.setattr(rendezvous, "_launcher", object)
+    assert rendezvous.may_choose_port()
+    for other in ({"MASTER_PORT": "29501"}, {"CROSS_SIZE": "2", "WORLD_SIZE": "4"}):
+        rank(**one | other)
+        assert not rendezvous.may_choose_port()
