@@ -49,14 +49,15 @@ def run(config: configuration.Config) -> int:
     from clex_train.faults import RunStopped, is_out_of_memory
 
     run_dir = Path(config.output_dir)
-    run_folder.require_writable(run_dir)
-    with run_folder.held(run_dir, distributed.rank(), patience=60 * config.engine.timeout):
-        try:
-            return _run(config, run_dir)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise RunStopped(out_of_memory.explain(config, error)) from error
+    with run_folder.left_as_found(run_dir):
+        run_folder.require_writable(run_dir)
+        with run_folder.held(run_dir, distributed.rank(), patience=60 * config.engine.timeout):
+            try:
+                return _run(config, run_dir)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise RunStopped(out_of_memory.explain(config, error)) from error
 
 
 def _run(config: configuration.Config, run_dir: Path) -> int:
@@ -93,6 +94,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     )
     modeling.check_attention(config.attention.implementation)
     liger.check(config.engine.liger)
+    tracking.require_login(config.tracking)
     arch = architectures.to_train(config.model)
     weights.check(config.model, arch)
     context = architectures.context_source(config.model, arch)

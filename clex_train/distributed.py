@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from clex_train.settings.bounds import require
+
 
 def is_open() -> bool:
     """Whether a process group exists."""
@@ -32,10 +34,24 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this rank: its CUDA device if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    """The device of this rank: its CUDA device if there is one, else the CPU.
+
+    Where a task is bound to one GPU (`srun --gpus-per-task=1`) that is cuda:0, whatever its number among the tasks.
+    `ValueError` for more ranks than visible devices.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    # Ranks of torchrun and of DeepSpeed's launcher see the same devices unless a wrapper has bound each to its own.
+    together = max(int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    is_bound = visible == 1 and (together == 1 or os.environ.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0)
+    require(
+        local < visible or is_bound,
+        "LOCAL_RANK",
+        local,
+        f"{visible} GPUs are visible to this rank; launch no more ranks on a machine than it has GPUs",
+    )
+    return torch.device("cuda", 0 if is_bound else local)
 
 
 def to_device(tensor: torch.Tensor, target: torch.device | None = None) -> torch.Tensor:

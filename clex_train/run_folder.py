@@ -1,10 +1,11 @@
 """The run folder: created, checked and guarded against a changed configuration before anything expensive starts."""
 
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,7 @@ from clex_train.locks import Lock, try_lock
 logger = log.get(__name__)
 
 CONFIG = "config.yaml"
+LOCKS = "locks"
 
 SAFE_TO_CHANGE = (
     "attention.implementation",
@@ -101,13 +103,28 @@ def require_writable(folder: Path) -> None:
 
 
 @contextmanager
+def left_as_found(folder: Path) -> Iterator[None]:
+    """Take a folder away again that was made inside and holds nothing when a `ValueError` refuses the launch."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except ValueError:
+        if folder in made and folder.is_dir() and all(entry.name == LOCKS for entry in folder.iterdir()):
+            shutil.rmtree(folder / LOCKS, ignore_errors=True)
+        with suppress(OSError):
+            for place in made:
+                place.rmdir()
+        raise
+
+
+@contextmanager
 def held(folder: Path, rank: int, patience: float) -> Iterator[None]:
     """Keep other launches out of a run folder; the kernel lets go of it when this process dies.
 
     Waits up to `patience` seconds for the same rank of an earlier launch, which may still be saving after its launcher
     was killed. `ValueError` when it does not end.
     """
-    path = folder / "locks" / f"rank_{rank}"
+    path = folder / LOCKS / f"rank_{rank}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         _lock(file, path, patience)

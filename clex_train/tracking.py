@@ -5,25 +5,31 @@ metrics.jsonl is truncated to the resumed step before a run continues, so that e
 
 import json
 import math
+import netrc
 import os
 import platform
 import secrets
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
 from clex_train import distributed, log, progress
 from clex_train.config import Config
-from clex_train.settings.tracking import Wandb
+from clex_train.settings.bounds import require
+from clex_train.settings.tracking import TrackingConfig, Wandb
 
 logger = log.get(__name__)
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "torchdiffeq", "hydra-core", "flash-attn")
 
+
+CLOUDS = ("api.wandb.ai", "api.forge.coreweave.com")
 
 COLUMNS = ["step", "measure", "method", "protocol", "length", "value"]
 """Of the table of an evaluation; tasks have no protocol."""
@@ -128,6 +134,34 @@ class WandbRun:
         points = [sorted(line) for line in lines.values()]
         xs, ys = ([[point[i] for point in line] for line in points] for i in (0, 1))
         return self._module.plot.line_series(xs, ys, keys=list(lines), title=measure, xname="length in tokens")
+
+
+def require_login(tracking: TrackingConfig) -> None:
+    """`ValueError` on rank 0 if wandb is to be online and nobody is logged in; asks nobody and connects to nothing."""
+    if tracking.wandb is not Wandb.online or not distributed.is_main():
+        return
+    import wandb
+
+    settings = wandb.setup().settings
+    known = bool(settings.api_key or getattr(settings, "identity_token_file", None))
+    require(
+        known or _in_netrc(urlsplit(settings.base_url).netloc),
+        "tracking.wandb",
+        tracking.wandb.value,
+        "nobody is logged in to wandb here; run `wandb login`, set WANDB_API_KEY, or take tracking=offline",
+    )
+
+
+def _in_netrc(host: str) -> bool:
+    """Whether a netrc file, where `wandb login` writes it, has a login for the host; wandb's cloud has two names."""
+    named = os.environ.get("NETRC")
+    files = [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]
+    for file in files:
+        with suppress(OSError, netrc.NetrcParseError):
+            logins = netrc.netrc(file.expanduser())
+            if logins.authenticators(host) or (host in CLOUDS and any(map(logins.authenticators, CLOUDS))):
+                return True
+    return False
 
 
 def evaluation_rows(step: int, results: dict[str, float]) -> list[list[Any]]:

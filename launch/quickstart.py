@@ -19,13 +19,15 @@ import sys
 import time
 from pathlib import Path
 
+from clex_train.cli.console import GO_ON
+
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE_STEPS = {"tiny_base": 40, "tiny_clex": 20, "tiny_continued": 20}
 SMOKE_OVERRIDES = ["evaluation.num_windows=2", "tracking.wandb=off"]
 
 
 def main() -> int:
-    """Run the five stages; returns the exit code of the first that fails."""
+    """Run the five stages; returns the exit code of the first that fails or is stopped."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in about two minutes")
     smoke = parser.parse_args().smoke
@@ -37,11 +39,18 @@ def main() -> int:
         for name in SMOKE_STEPS:
             train(name, runs, smoke)
     except subprocess.CalledProcessError as error:
-        print(f"error: stage failed with exit code {error.returncode}: {shlex.join(error.cmd)}", file=sys.stderr)
+        print(ended(error), file=sys.stderr)
         return int(error.returncode)
     report(runs, smoke)
     print(f"\ndone in {(time.monotonic() - start) / 60:.1f} minutes; the report: {runs / 'report' / 'index.html'}")
     return 0
+
+
+def ended(error: subprocess.CalledProcessError) -> str:
+    """How a stage ended before its time, in one line."""
+    if error.returncode == GO_ON:
+        return f"stopped as asked; the same command goes on with this stage: {shlex.join(error.cmd)}"
+    return f"error: stage failed with exit code {error.returncode}: {shlex.join(error.cmd)}"
 
 
 def corpus() -> None:

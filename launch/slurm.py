@@ -98,14 +98,15 @@ def submit(config: Config) -> None:
     """Write the submission and give it to sbatch. `ValueError` with sbatch's own words when it is refused."""
     if shutil.which("sbatch") is None:
         raise ValueError("sbatch: not installed here; submit from a login node of the cluster, or look with --dry-run")
-    check_files(config)
     folder = submission_folder(config)
-    write(config, folder)
-    try:
-        job_id = _sbatch(folder / job_script.NAME)
-    except ValueError:
-        shutil.rmtree(folder)
-        raise
+    with run_folder.left_as_found(Path(config.output_dir)), run_folder.left_as_found(folder.parent):
+        check_files(config)
+        write(config, folder)
+        try:
+            job_id = _sbatch(folder / job_script.NAME)
+        except ValueError:
+            shutil.rmtree(folder)
+            raise
     print(f"job {job_id} submitted; its log: {job_script.log_file(Path(config.output_dir))}")
     print(f"script, configuration and code: {folder}")
 

@@ -1,35 +1,82 @@
-"""A copy of the code as it is now, so that a job that waits or is requeued runs what was submitted."""
+"""A copy of the code as it is now, so that a job that waits or is requeued runs what was submitted.
+
+Copied are the files that git tracks, and small new sources at the top or in the folders of the code. Data that lie in
+the checkout and files with secrets are left out, with a line that names them.
+"""
 
 import shutil
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
+from clex_train import log
 from clex_train.tracking import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("train.py", "clex_train", "conf", "data_prep", "launch", "pyproject.toml", "requirements.txt")
-"""What is copied where there is no git to ask."""
+"""What is copied where there is no git to ask, and the folders that new files are copied from."""
+SOURCES = {".py", ".pyi", ".yaml", ".yml", ".json", ".toml", ".txt", ".md", ".sh", ".cu", ".cpp", ".h", ".jinja"}
+SECRETS = (".env", ".env.*", "*.env", ".netrc", "_netrc", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "credentials*")
+MOST_BYTES = 2**20
+"""Of a new file; what is larger is data."""
+NAMED = 5
+
+logger = log.get(__name__)
 
 
 def copy_code(target: Path) -> None:
-    """Copy the files that git knows or would add, or `PARTS` without git, and write the commit beside them."""
+    """Copy the code and write the commit beside it; what is left out of new files is said in one line."""
     target.mkdir(parents=True)
-    for name in _known_to_git() or _of_parts():
+    tracked, others = _known_to_git() or ([], _of_parts())
+    new = [name for name in others if _is_small_source(name)]
+    copied = [name for name in (*tracked, *new) if not _may_be_secret(name)]
+    for name in copied:
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, copy)
     (target / "COMMIT").write_text(f"{git_commit() or ''}\n", encoding="utf-8")
+    _say_what_is_left_out([name for name in (*tracked, *others) if name not in set(copied)])
 
 
-def _known_to_git() -> list[str]:
-    """Tracked files and those that are neither tracked nor ignored; empty where this is no checkout."""
-    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+def _say_what_is_left_out(names: list[str]) -> None:
+    if not names:
+        return
+    size = sum((ROOT / name).stat().st_size for name in names) / 1e6
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    logger.warning(
+        "left out of the copy of the code: %s%s (%d files, %.1f MB; secrets, data, or not in the folders of the code); "
+        "the job does not see them",
+        ", ".join(names[:NAMED]),
+        more,
+        len(names),
+        size,
+    )
+
+
+def _is_small_source(name: str) -> bool:
+    path = Path(name)
+    is_place = len(path.parts) == 1 or path.parts[0] in PARTS
+    is_source = path.suffix in SOURCES or path.name == ".gitignore"
+    return is_place and is_source and (ROOT / name).stat().st_size <= MOST_BYTES
+
+
+def _may_be_secret(name: str) -> bool:
+    return any(fnmatch(Path(name).name, pattern) for pattern in SECRETS)
+
+
+def _known_to_git() -> tuple[list[str], list[str]] | None:
+    """Files that git tracks, and those that are neither tracked nor ignored; None where this is no checkout."""
+    tracked, new = (_listed(kind) for kind in (["--cached"], ["--others", "--exclude-standard"]))
+    return (tracked, new) if "train.py" in tracked else None
+
+
+def _listed(kind: list[str]) -> list[str]:
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", *kind]
     try:
         listed = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout.decode()
     except (OSError, subprocess.SubprocessError):
         return []
-    names = [name for name in dict.fromkeys(listed.split("\0")) if name and (ROOT / name).is_file()]
-    return names if "train.py" in names else []
+    return [name for name in dict.fromkeys(listed.split("\0")) if name and (ROOT / name).is_file()]
 
 
 def _of_parts() -> list[str]:

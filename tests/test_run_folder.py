@@ -128,3 +128,26 @@ def test_a_finished_run_is_not_lengthened_but_trained_on(tmp_path):
         f"optim.steps=200: {tmp_path} is finished after 100 steps, for which its learning rate was scheduled; train "
         f"its final model on in another output_dir, with model.path={tmp_path / 'final'}"
     )
+
+
+def _refuse(folder, *files):
+    with run_folder.left_as_found(folder):
+        run_folder.require_writable(folder)
+        with run_folder.held(folder, 0, 1.0):
+            for name in files:
+                (folder / name).write_text("")
+            raise ValueError("x=1: refused")
+
+
+def test_a_refused_launch_leaves_no_folder_that_it_made(tmp_path):
+    with pytest.raises(ValueError, match="refused"):
+        _refuse(tmp_path / "runs" / "mine")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_launch_leaves_what_was_there_or_has_been_written(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for folder, files, left in ((tmp_path / "mine", (), {"locks"}), (tmp_path / "new", ("a",), {"a", "locks"})):
+        with pytest.raises(ValueError, match="refused"):
+            _refuse(folder, *files)
+        assert {entry.name for entry in folder.iterdir()} == left

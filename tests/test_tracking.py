@@ -2,10 +2,15 @@
 
 import json
 import math
+import os
 
+import pytest
+import wandb
+
+from clex_train.cli.errors import explain
 from clex_train.config import Config
 from clex_train.settings.tracking import TrackingConfig, Wandb
-from clex_train.tracking import COLUMNS, Tracker, drop_after
+from clex_train.tracking import COLUMNS, Tracker, drop_after, require_login
 
 FIGURES = {"loss": 1.0, "tokens_per_second": 10.0}
 
@@ -84,3 +89,43 @@ def test_wandb_gets_the_table_of_each_evaluation_and_its_curves(tmp_path, monkey
     ]
     curves = [table for table in tables if table["columns"] != COLUMNS]
     assert [64, "trained, one_shot", 12.0] in [row for table in curves for row in table["data"]]
+
+
+@pytest.fixture
+def without_login(monkeypatch, tmp_path):
+    """A home in which nobody is logged in to wandb."""
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC", raising=False)
+    yield tmp_path
+    wandb.teardown()
+
+
+def test_online_without_a_login_is_refused_with_the_remedy(without_login):
+    with pytest.raises(ValueError, match=r"tracking\.wandb=online: nobody is logged in.*WANDB_API_KEY") as caught:
+        require_login(TrackingConfig(wandb=Wandb.online))
+    assert explain(caught.value) is not None
+
+
+@pytest.mark.parametrize("wandb_mode", [Wandb.offline, Wandb.off])
+def test_other_ways_need_no_login(without_login, wandb_mode):
+    require_login(TrackingConfig(wandb=wandb_mode))
+
+
+def test_a_key_or_a_netrc_of_the_host_is_a_login(without_login, monkeypatch):
+    netrc = without_login / ".netrc"
+    netrc.write_text("machine elsewhere\n login user\n password x\n")
+    with pytest.raises(ValueError, match="nobody is logged in"):
+        require_login(TrackingConfig(wandb=Wandb.online))
+    netrc.write_text("machine api.wandb.ai\n login user\n password x\n")
+    require_login(TrackingConfig(wandb=Wandb.online))
+    netrc.unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    wandb.teardown()
+    require_login(TrackingConfig(wandb=Wandb.online))
+
+
+def test_other_ranks_leave_the_refusal_to_rank_0(without_login, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    require_login(TrackingConfig(wandb=Wandb.online))

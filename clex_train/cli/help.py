@@ -20,7 +20,7 @@ USAGE = """\
 Train or fine-tune a model with CLEX.
 
     deepspeed train.py +experiment=NAME [key=value ...]       all GPUs of this machine, or its CPU
-    torchrun --nproc_per_node 2 train.py +experiment=NAME ... the same with torch's launcher
+    torchrun --standalone --nproc_per_node 2 train.py ...     the same with torch's launcher
     python train.py +experiment=NAME ...                      one process
 
     ... dry_run=true engine.world_size=64                     sizes, memory and tokens; nothing is loaded

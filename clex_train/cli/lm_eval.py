@@ -46,6 +46,9 @@ TASK_FILES = ("**/*.yaml", "**/*.py", "**/*.json", "**/*.jsonl")
 """Tasks of one's own and, where they lie beside them, their data."""
 
 
+logger = log.get(__name__)
+
+
 @dataclass
 class LmEvalConfig(LoadingConfig):
     tasks: list[str] = field(default_factory=list)
@@ -93,7 +96,10 @@ def main() -> None:
     loaded, dtype = loading.load(asked, source.model)
     bos = False if asked.bos is Bos.never else None
     results = harness.evaluate(loaded, tasks, max_length, asked.batch_size, asked.limit, asked.num_fewshot, bos)
+    not_run = harness.take_out_not_run(results)
     if distributed.is_main():
+        if not_run:
+            logger.info("not run, and left out: %s", ", ".join(not_run))
         file = source.output if asked.output else source.output.parent / "lm_eval" / source.output.name
         found = facts(asked, source, tasks, dtype, max_length)
         how = loaded.table.method if loaded.table is not None else "none"

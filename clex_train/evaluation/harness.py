@@ -14,6 +14,9 @@ from typing import Any
 from clex_train import distributed
 from clex_train.modeling import LoadedModel
 
+NOT_RUN = -1
+"""What lm-eval's tasks at several lengths score for a length without prompts."""
+
 
 def require_installed() -> None:
     """`ValueError` naming the remedy when lm-eval is missing."""
@@ -90,6 +93,25 @@ def evaluate(
         log_samples=False,
     )
     return distributed.broadcast_object(found)
+
+
+def take_out_not_run(results: dict[str, Any]) -> list[str]:
+    """Take lengths that no prompt had out of the results, which lm-eval marks by a score of -1; returns their names.
+
+    RULER's tasks have a metric for each length, named by it, also for those that were not asked for.
+    """
+    names = []
+    for group in ("results", "groups"):
+        for task, row in results.get(group, {}).items():
+            for metric in [metric for metric, value in row.items() if _is_not_run(metric, value)]:
+                del row[metric]
+                row.pop(metric.replace(",", "_stderr,"), None)
+                names.append(f"{task}/{metric.partition(',')[0]}")
+    return list(dict.fromkeys(names))
+
+
+def _is_not_run(metric: str, value: object) -> bool:
+    return metric.partition(",")[0].isdecimal() and value == NOT_RUN
 
 
 def metrics(results: Mapping[str, Any]) -> dict[str, float]:

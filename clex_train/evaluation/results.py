@@ -19,6 +19,9 @@ from clex_train.evaluation.bootstrap import Difference, paired_difference, stand
 
 FORMAT = 1
 
+MOST_PROMPTS, MOST_CHARACTERS = 100, 500
+"""Prompts of a task, method, length and depth whose answers a file keeps, and how much of each text."""
+
 NO_WINDOWS: dict[str, Any] = {"count": 0, "length": 0, "documents": [], "fingerprint": ""}
 """What stands for the windows where retrieval alone was asked for."""
 
@@ -84,6 +87,10 @@ class TaskScore:
     """Prompts."""
     score: float
     """Mean share (0..1) of the expected strings."""
+    seed: int | None = None
+    """What the prompts are a function of, with task, length and number; None in files of older versions."""
+    prompts: list[dict[str, Any]] = field(default_factory=list)
+    """Of the first `MOST_PROMPTS`: number, fingerprint of the tokens read, expected and given texts, share."""
 
     @property
     def key(self) -> str:

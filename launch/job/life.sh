@@ -33,12 +33,19 @@ launch() {
 meet() { # The nodes may be others than in the last life: where the ranks meet is found anew.
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + 2 * life + launches) % 10000))
+    while is_taken "$MASTER_PORT"; do # by another job on this node, which is the first
+        MASTER_PORT=$((MASTER_PORT + 1))
+    done
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$ranks_per_node/" >"$submission/hostfile"
     export MASTER_ADDR MASTER_PORT
     export PYTHONPATH=$submission/code${PYTHONPATH:+:$PYTHONPATH}
     # The first rank to end writes its exit code here.
     export CLEX_TRAIN_EXIT_CODE=$submission/exit_code
     rm -f "$CLEX_TRAIN_EXIT_CODE" "$run_dir/stop"
+}
+
+is_taken() { # Whether somebody on this node listens at a port.
+    (: <>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
 }
 
 train() { # Sets `code` to what the training answered.

@@ -7,6 +7,8 @@ from composing import composed
 
 from clex_train.cli import arguments, console
 from clex_train.cli.evaluate import EvaluateConfig
+from clex_train.cli.export import ExportConfig
+from clex_train.cli.lm_eval import LmEvalConfig
 from clex_train.cli.overrides import for_hydra
 from clex_train.config import Config
 from data_prep.config import DecontaminateVerb, TokenizeVerb
@@ -129,3 +131,28 @@ def test_a_text_that_yaml_changes_asks_for_quotes(own_option, capsys, text, line
 
 def test_a_text_that_yaml_gives_back_as_it_was_is_taken(own_option, capsys):
     assert own_option("memory: 0\nenvironment: {A: 1, B: '1e3'}\nqos: null\n", capsys) == (0, "")
+
+
+def test_a_folder_alone_is_a_run_or_a_model(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "model").mkdir()
+    for schema in (EvaluateConfig, LmEvalConfig, ExportConfig):
+        run, model = (arguments.parse(schema, [str(tmp_path / name)]) for name in ("run", "model"))
+        assert (run.run, run.model) == (str(tmp_path / "run"), None)
+        assert (model.run, model.model) == (None, str(tmp_path / "model"))
+    assert arguments.parse(EvaluateConfig, ["runs/gone"]).run == "runs/gone"
+    assert arguments.parse(EvaluateConfig, ["owner/name"]).model == "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["runs/a", "runs/b"], "runs/a runs/b: name one run folder or model"),
+        (["verbose"], "verbose: arguments have the form key=value"),
+        (["--verbose"], "--verbose: arguments have the form key=value"),
+    ],
+)
+def test_a_word_alone_that_is_no_folder_is_refused(words, line):
+    with pytest.raises(ValueError, match=line):
+        arguments.parse(EvaluateConfig, words)

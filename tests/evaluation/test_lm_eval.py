@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from clex_train import modeling
 from clex_train.cli import console
 from clex_train.cli import lm_eval as program
+from clex_train.evaluation import harness
 from clex_train.model_directory import read_clex
 from clex_train.settings.model import ModelConfig
 
@@ -191,3 +192,21 @@ def test_a_missing_package_is_named_with_what_installs_it(place, monkeypatch, ca
     monkeypatch.setattr("clex_train.evaluation.harness.find_spec", lambda name: None)
     assert call(monkeypatch, f"model={place / 'model'}", "tasks=[any]") == console.USER_ERROR
     assert "lm-eval is not installed: pip install -r requirements-eval.txt" in capsys.readouterr().err
+
+
+def test_a_length_that_was_not_run_is_no_score() -> None:
+    """In the form of lm-eval's RULER tasks, which have a metric for each length."""
+    results = {
+        "results": {
+            "niah_single_1": {"alias": "a", "4096,none": 0.5, "4096_stderr,none": "N/A", "8192,none": -1},
+            "cola": {"mcc,none": -1, "8192_stderr,none": 0.0},
+        },
+        "groups": {"ruler": {"4096,none": 0.25, "8192,none": -1, "8192_stderr,none": "N/A"}},
+    }
+    assert harness.take_out_not_run(results) == ["niah_single_1/8192", "ruler/8192"]
+    assert harness.metrics(results) == {
+        "lm_eval/niah_single_1/4096": 0.5,
+        "lm_eval/cola/mcc": -1.0,
+        "lm_eval/cola/8192_stderr": 0.0,
+    }
+    assert results["groups"] == {"ruler": {"4096,none": 0.25}}

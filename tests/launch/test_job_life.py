@@ -1,5 +1,7 @@
 """When a job goes back into the queue, with stand-ins for SLURM's commands; tests/slurm has the real ones."""
 
+import socket
+
 import pytest
 
 
@@ -101,6 +103,14 @@ def test_ranks_meet_at_the_first_host_and_every_life_at_another_port(lab):
         ports.add(port)
     assert len(ports) == 3
     assert (lab.submission / "hostfile").read_text() == "n1 slots=4\nn2 slots=4\n"
+
+
+def test_a_port_of_another_job_on_the_first_node_is_passed_over(lab):
+    script = lab.script().replace("\nmain\n", "\nlife=0 launches=1; meet; echo $MASTER_PORT\n")
+    first = int(lab.life(script).stdout)
+    with socket.create_server(("", first)):
+        assert int(lab.life(script).stdout) > first
+    assert int(lab.life(script).stdout) == first
 
 
 def test_modules_are_loaded_and_one_that_is_missing_ends_the_job(lab):

@@ -87,7 +87,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, overrides, 
     assert done.stderr.startswith(f"error: {message}")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "sbatch_arguments").exists()
-    assert not list(tmp_path.glob("run/launch/*"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_sbatch_the_remedy_is_named(command, tmp_path):
@@ -102,11 +102,11 @@ def test_what_sbatch_refuses_is_said_in_its_words_and_taken_back(command, tmp_pa
     done = command("launch.partition=nope", sbatch=refusal)
     assert done.returncode == 2
     assert done.stderr == ("error: sbatch refuses the job: invalid partition specified: nope; change the launch keys\n")
-    assert not list((tmp_path / "run" / "launch").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_snapshot_without_git_has_what_runs_and_no_caches(tmp_path, monkeypatch):
-    monkeypatch.setattr(snapshot, "_known_to_git", list)
+    monkeypatch.setattr(snapshot, "_known_to_git", lambda: None)
     snapshot.copy_code(tmp_path / "code")
     copied = {str(path.relative_to(tmp_path / "code")) for path in (tmp_path / "code").rglob("*") if path.is_file()}
     assert {"train.py", "clex_train/trainer.py", "conf/config.yaml", "launch/job/life.sh", "COMMIT"} <= copied
@@ -130,6 +130,33 @@ def test_a_snapshot_by_git_has_new_files_and_no_ignored_ones(tmp_path, monkeypat
     monkeypatch.setattr(snapshot, "ROOT", checkout)
     snapshot.copy_code(tmp_path / "code")
     assert {path.name for path in (tmp_path / "code").iterdir()} == {".gitignore", "COMMIT", "new.py", "train.py"}
+
+
+def test_data_and_secrets_in_the_checkout_are_left_out_with_a_line(tmp_path, monkeypatch, caplog):
+    checkout = tmp_path / "checkout"
+    for name in ("data", "conf", "mine"):
+        (checkout / name).mkdir(parents=True)
+    files = [
+        "train.py",
+        ".env",
+        "conf/new.yaml",
+        "conf/token.key",
+        "data/notes.txt",
+        "mine/code.py",
+        "conf/weights.bin",
+    ]
+    for name in files:
+        (checkout / name).write_text(name)
+    (checkout / "large.json").write_bytes(b"x" * (snapshot.MOST_BYTES + 1))
+    for words in (["init", "-q"], ["add", "train.py", ".env"]):
+        subprocess.run(["git", "-C", str(checkout), *words], check=True)
+    monkeypatch.setattr(snapshot, "ROOT", checkout)
+    snapshot.copy_code(tmp_path / "code")
+    copied = {str(path.relative_to(tmp_path / "code")) for path in (tmp_path / "code").rglob("*") if path.is_file()}
+    assert copied == {"train.py", "conf/new.yaml", "COMMIT"}, "also a secret that git tracks stays where it is"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "(6 files, 1.0 MB; secrets, data" in line
+    assert ".env" in line
 
 
 def test_an_exit_code_is_recorded_by_the_first_rank_that_ends(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ because under ZeRO-3 a forward is a collective: as many chunks of the prompt, as
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from clex_train import distributed, progress
 from clex_train.attention.hf_interface import LmInfinite
 from clex_train.evaluation.perplexity import evaluating
-from clex_train.evaluation.results import Missing, TaskScore
+from clex_train.evaluation.results import MOST_CHARACTERS, MOST_PROMPTS, Missing, TaskScore
 from clex_train.evaluation.retrieval.decoding import greedy
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.room import Room
@@ -81,17 +82,27 @@ def _asking(
     model: nn.Module, cell: Cell, chunk_len: int, device: torch.device, make_cache: Callable[[], Any] | None
 ) -> Callable[[int], Tensor]:
     def ask(number: int) -> Tensor:
-        prompt = torch.tensor(cell.prompt(number).ids, device=device)
-        return greedy(model, prompt, cell.num_new, cell.num_chunks(chunk_len), make_cache).cpu()
+        ids = torch.tensor(cell.prompt(number).ids)
+        answer = greedy(model, ids.to(device), cell.num_new, cell.num_chunks(chunk_len), make_cache).cpu()
+        return torch.cat((fingerprint(ids), answer))
 
     return ask
+
+
+def fingerprint(ids: Tensor) -> Tensor:
+    """int64 [1]: 8 bytes of a hash of a prompt's ids, which is what the ranks tell each other of it."""
+    digest = blake2b(ids.to(torch.int64).numpy().tobytes(), digest_size=8).digest()
+    return torch.tensor([int.from_bytes(digest, "little", signed=True)])
 
 
 def _generated(
     ask: Callable[[int], Tensor], cell: Cell, room: Room, bar: tqdm, interrupted: Callable[[], bool] | None
 ) -> Tensor:
-    """The answers to all prompts of a cell that `room` holds, int64 [size, num_new] on the CPU, on every rank."""
-    generated = torch.zeros(cell.size, cell.num_new, dtype=torch.int64)
+    """Fingerprint and answer of each prompt of a cell that `room` holds, int64 [size, 1 + num_new] on the CPU.
+
+    The same on every rank.
+    """
+    generated = torch.zeros(cell.size, 1 + cell.num_new, dtype=torch.int64)
     for indices, counted in deal(cell.size, 1, distributed.rank(), distributed.world_size()):
         answer = room.attempt(partial(ask, int(indices[0])))
         if counted[0] and answer is not None:
@@ -104,9 +115,11 @@ def _generated(
 
 def _judged(method: str, cell: Cell, generated: Tensor) -> Iterator[TaskScore]:
     """A row for each depth."""
-    shares = [cell.judge(number, _text(cell.tokenizer, row)) for number, row in enumerate(generated.tolist())]
+    texts = [_text(cell.tokenizer, row) for row in generated[:, 1:].tolist()]
+    shares = [cell.judge(number, text) for number, text in enumerate(texts)]
     for i, depth in enumerate(cell.depths):
-        at_depth = shares[i * cell.num_prompts : (i + 1) * cell.num_prompts]
+        numbers = range(i * cell.num_prompts, (i + 1) * cell.num_prompts)
+        at_depth = [shares[number] for number in numbers]
         yield TaskScore(
             task=cell.name.value,
             method=method,
@@ -115,7 +128,24 @@ def _judged(method: str, cell: Cell, generated: Tensor) -> Iterator[TaskScore]:
             correct=sum(share == 1 for share in at_depth),
             total=len(at_depth),
             score=sum(at_depth) / len(at_depth),
+            seed=cell.seed,
+            prompts=[
+                _record(cell, number, int(generated[number, 0]), texts[number], shares[number])
+                for number in numbers[:MOST_PROMPTS]
+            ],
         )
+
+
+def _record(cell: Cell, number: int, hashed: int, given: str, share: float) -> dict[str, Any]:
+    """What a file keeps of a prompt and its answer."""
+    expected = cell.draft(number % cell.num_prompts).answers
+    return {
+        "number": number,
+        "fingerprint": f"{hashed % 2**64:016x}",
+        "expected": [answer[:MOST_CHARACTERS] for answer in expected],
+        "given": given[:MOST_CHARACTERS],
+        "share": share,
+    }
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:

@@ -160,6 +160,23 @@ def test_a_key_is_the_mean_over_depths_and_stands_beside_the_grid(byte_tokenizer
     assert ["vt,", "none", "60"] in printed
 
 
+def test_a_row_keeps_what_was_asked_expected_and_given(byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "MOST_PROMPTS", 2)
+    (cell,) = cells_of(byte_tokenizer, num_prompts=3)[:1]
+    scores = run(copying_llama.build(len(byte_tokenizer)), [cell])
+    assert len(scores) == len(cell.depths)
+    for i, row in enumerate(scores):
+        assert row.seed == cell.seed
+        assert [record["number"] for record in row.prompts] == [3 * i, 3 * i + 1]
+        for record in row.prompts:
+            prompt = cell.prompt(record["number"])
+            hashed = int(runner.fingerprint(torch.tensor(prompt.ids))) % 2**64
+            assert record["fingerprint"] == f"{hashed:016x}"
+            assert record["expected"] == list(prompt.answers)
+            assert record["share"] == cell.judge(record["number"], record["given"])
+    assert TaskScore(**json.loads(json.dumps(vars(scores[0])))) == scores[0]
+
+
 def test_the_models_table_and_mode_are_put_back_and_a_stop_is_heard(byte_tokenizer: Any) -> None:
     model, asked = small_llama(len(byte_tokenizer)).train(), []
     with pytest.raises(StopRequested):

@@ -1,0 +1,25 @@
+"""What the quick start says when a stage ends before its time."""
+
+import subprocess
+import sys
+
+import pytest
+
+from launch import quickstart
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        (75, "stopped as asked; the same command goes on with this stage: deepspeed train.py +experiment=tiny_base"),
+        (3, "error: stage failed with exit code 3: deepspeed train.py +experiment=tiny_base"),
+    ],
+)
+def test_a_stage_that_was_stopped_has_not_failed(monkeypatch, capsys, code, line):
+    def ended() -> None:
+        raise subprocess.CalledProcessError(code, ["deepspeed", "train.py", "+experiment=tiny_base"])
+
+    monkeypatch.setattr(quickstart, "corpus", ended)
+    monkeypatch.setattr(sys, "argv", ["quickstart"])
+    assert quickstart.main() == code
+    assert capsys.readouterr().err == f"{line}\n"
