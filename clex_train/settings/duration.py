@@ -7,7 +7,7 @@ import re
 from clex_train.settings.bounds import require
 
 LONGEST_HOURS = 24 * 366
-_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+_CLOCK = re.compile(r"(?:(\d{1,9})-)?(\d{1,9}):([0-5]\d):([0-5]\d)")
 _HOURS = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 

@@ -168,7 +168,7 @@ class LaunchConfig:
 
 def seconds(time: str) -> int:
     """Seconds of a SLURM time limit; `ValueError` when it is not in one of SLURM's forms, or is nought."""
-    parts = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    parts = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", time)
     require(parts is not None, "launch.time", time, "minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS")
     assert parts is not None
     days, *rest = (int(part) if part is not None else None for part in parts.groups())

@@ -206,7 +206,7 @@ def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, mon
         ),
         (["model={model}", "data={train_only}", "lengths=[16]"], "the store has no validation documents"),
         (["model={model}", "data={store}", "methods=[]"], "evaluation.methods=[]: one or more methods"),
-        (["model={model}", "data=[open"], "data=[open: the value is not valid YAML"),
+        (["model={model}", "lengths=[open"], "lengths=[open: the value is not valid YAML"),
         (["verbose"], "arguments have the form key=value"),
     ],
 )
