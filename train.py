@@ -136,7 +136,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     if first_step == config.optim.steps and (run_dir / "final").exists():
         log.get("clex_train").info("%s is finished: its final model is in %s", run_dir, run_dir / "final")
         return first_step
-    lines = list(data.describe(packed, config.data, config.optim, held_out if evaluated else None))
+    lines = list(data.describe(stores, packed, config.data, config.optim, held_out if evaluated else None))
     say_what_is_ahead(config, trained, context, settings, lines, first_step)
     data.warn_of_repetition(packed, config.data, config.optim)
     if distributed.is_main():

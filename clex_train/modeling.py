@@ -1,6 +1,9 @@
 """Load a causal LM of transformers and put CLEX into its rotary module, or say in one line why that cannot be."""
 
 import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,8 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
+from transformers.utils import logging as transformers_logging
 
-from clex_train import architectures, hub, log, model_directory, seeding, weights
+from clex_train import architectures, distributed, hub, log, model_directory, seeding, weights
 from clex_train.attention.choice import has_sdpa, resolved
 from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.attention.log_scaling import install_log_scaling
@@ -222,6 +226,20 @@ def solve_table(loaded: LoadedModel) -> FrequencyTable | None:
     return loaded.table
 
 
+@contextmanager
+def bars_on_a_terminal() -> Iterator[None]:
+    """Keep transformers' bars of reading and writing weights out of files, and to one rank."""
+    is_wanted = sys.stderr.isatty() and distributed.is_main()
+    if is_wanted or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
 def load_tokenizer(path: str, model: ModelConfig) -> Any:
     """The tokenizer of a directory or hub repository; `ValueError` in one line when there is none."""
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, **hub.options(path)}
@@ -302,11 +320,12 @@ def _from_pretrained(
     if changed is not None:
         options["config"] = changed
     try:
-        if official.is_official(directory):
-            model, report = official.load_official_model(directory, **options)
-        else:
-            options |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-            model, report = AutoModelForCausalLM.from_pretrained(path, **options)
+        with bars_on_a_terminal():
+            if official.is_official(directory):
+                model, report = official.load_official_model(directory, **options)
+            else:
+                options |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+                model, report = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = hub.why_not_read(path, error)
         raise ValueError(f"model.path={path}: the weights cannot be loaded ({reason})") from error

@@ -112,13 +112,18 @@ def rows_of_run(packed: Mapping[str, Rows], data: DataConfig, seed: int, batch_r
 
 
 def describe(
-    packed: Mapping[str, PackedRows], data: DataConfig, optim: OptimConfig, held_out: TokenStore | None = None
+    stores: Mapping[str, TokenStore],
+    packed: Mapping[str, PackedRows],
+    data: DataConfig,
+    optim: OptimConfig,
+    held_out: TokenStore | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Yield (label, text) of what a run reads: each store and how often, its packing, the mixture, held-out text."""
     passes = passes_of_run(packed, data, optim)
     for name, rows in packed.items():
         store = f"{name}: {data.domains[name].path}" if name else str(data.path)
         yield "data", f"{store}: {len(rows):,} sequences, read {passes[name]:.3g} times"
+        yield "begin", f"documents have {in_words(stores[name])}"
         yield "packing", f"{data.packing.value}: {rows.summary()}"
     if data.domains:
         yield "mixture", mixture_line(data)

@@ -7,7 +7,7 @@ import torch
 
 from clex_train import distributed, log, model_directory
 from clex_train.export.folder import complete_or_absent
-from clex_train.modeling import LoadedModel
+from clex_train.modeling import LoadedModel, bars_on_a_terminal
 
 logger = log.get(__name__)
 
@@ -20,7 +20,8 @@ def write_final(directory: Path, loaded: LoadedModel, state_dict: dict[str, torc
     if distributed.is_main():
         with complete_or_absent(directory) as folder:
             loaded.model.config.use_cache = True
-            loaded.model.save_pretrained(folder, state_dict=state_dict)
+            with bars_on_a_terminal():
+                loaded.model.save_pretrained(folder, state_dict=state_dict)
             tokenizer.save_pretrained(folder)
             if loaded.clex is not None:
                 assert loaded.table is not None, "solve_table comes first"

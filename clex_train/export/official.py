@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clex_train import log
 from clex_train.export.folder import complete_or_absent
-from clex_train.modeling import LoadedModel
+from clex_train.modeling import LoadedModel, bars_on_a_terminal
 from clex_train.rope.official import official_config
 from clex_train.scaling.official import official_tensors
 from clex_train.settings.scaling import LogScale
@@ -44,7 +44,8 @@ def write_official(directory: Path, loaded: LoadedModel, log_scale: LogScale | N
         )
     facts = official_config(loaded.model.config, loaded.clex, loaded.context_len, policy is LogScale.official)
     with complete_or_absent(directory) as folder:
-        loaded.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        with bars_on_a_terminal():
+            loaded.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         _add_tensors(folder, official_tensors(loaded.clex, f"{loaded.model.base_model_prefix}."))
         (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         if loaded.tokenizer is not None:

@@ -39,13 +39,17 @@ def test_weights_change_at_the_first_row_of_a_step(mixture: DataConfig) -> None:
 def test_passes_over_each_domain_are_reported_and_many_are_warned_of(
     mixture: DataConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    packed, optim = build.pack(build.open_stores(mixture), mixture), OptimConfig(steps=25, batch_rows=10)
+    stores, optim = build.open_stores(mixture), OptimConfig(steps=25, batch_rows=10)
+    packed = build.pack(stores, mixture)
     book, code = (mixture.domains[name].path for name in ("book", "code"))
     packing = ("packing", "concat: 100 % of their tokens used, 0 documents cut, 1 documents a sequence")
-    assert list(build.describe(packed, mixture, optim)) == [
+    begin = ("begin", "documents have no BOS")
+    assert list(build.describe(stores, packed, mixture, optim)) == [
         ("data", f"book: {book}: 40 sequences, read 4.7 times"),
+        begin,
         packing,
         ("data", f"code: {code}: 40 sequences, read 1.55 times"),
+        begin,
         packing,
         ("mixture", "book 75 %, code 25 %"),
     ]
@@ -108,7 +112,7 @@ def test_skipped_rows_are_read_as_indices_and_closed_ranges() -> None:
     ("fields", "message"),
     [
         ({"weights_at": {5: {"cod": 1}}}, r"data.weights_at.5.cod=1: no such domain; data.domains has book, code"),
-        ({"weights_at": {5: {"book": -1}}}, r"data.weights_at.5.book=-1: a weight is a number of 0 or more"),
+        ({"weights_at": {5: {"book": -1}}}, r"data.weights_at.5.book=-1: a weight is a number from 0 to"),
         ({"weights_at": {5: {"book": "much"}}}, r"data.weights_at.5.book=much: a weight"),
         ({"weights_at": {5: {"book": 0, "code": 0}}}, r"data.weights_at.5=.*at least one domain needs a weight"),
         ({"weights_at": {0: {"book": 2}}}, r"data.weights_at.0=.*a step of at least 1"),
