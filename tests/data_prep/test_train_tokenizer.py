@@ -1,6 +1,7 @@
 """The trained tokenizer loses nothing, is the same every time, and is what Hugging Face loads."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_held_out_documents_are_not_learned_from(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", content)
     corpus = CorpusConfig(paths=[str(path)], validation_share=0.5)
     (unit,) = plan(corpus, 1 << 40)
-    splits = {d.text: d.split for d in documents(unit.pieces[0], corpus, train_tokenizer.Counter())}
+    splits = {d.text: d.split for d in documents(unit.pieces[0], corpus, Counter(), below=2.0**63)}
     read = list(train_tokenizer._texts([unit], corpus, 10**9))
     assert read == [text for text, split in splits.items() if split == "train"]
     assert 60 < len(read) < 140
