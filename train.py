@@ -139,12 +139,11 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     lines = list(data.describe(stores, packed, config.data, config.optim, held_out if evaluated else None))
     say_what_is_ahead(config, trained, context, settings, lines, first_step)
     data.warn_of_repetition(packed, config.data, config.optim)
+    engines.open_process_group(config.engine)
     if distributed.is_main():
         run_folder.write_config(asked)
         (run_dir / STOP_FILE).unlink(missing_ok=True)
         tracking.write_environment(run_dir, first_step, fingerprint)
-
-    engines.open_process_group(config.engine)
     with watching(60 * config.engine.timeout):
         checkpoints.choose()
         loaded = modeling.load_for_training(config, arch, engines.precision(config.engine), settings)

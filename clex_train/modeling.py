@@ -271,7 +271,10 @@ def _random_model(config: Config, arch: PretrainedConfig, dtype: torch.dtype) ->
     """The same weights on every rank, so that sharding them later needs no broadcast and no rank count matters."""
     torch.manual_seed(seeding.torch_seed(config.seed, "weights"))
     return AutoModelForCausalLM.from_config(
-        arch, dtype=dtype, attn_implementation=config.attention.implementation.value
+        arch,
+        dtype=dtype,
+        attn_implementation=config.attention.implementation.value,
+        trust_remote_code=config.model.trust_remote_code,
     )
 
 

@@ -109,8 +109,11 @@ def _fused(ranks: int) -> str:
 
 
 def on_meta(arch: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    # Unsaid, transformers asks on the terminal. A configuration class of the model's own was read with the user's leave.
+    allowed = not type(arch).__module__.startswith("transformers.")
+    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": allowed}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(arch), dtype=dtype, attn_implementation=attention)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(arch), **options)
 
 
 def _layers_are_alike(arch: PretrainedConfig) -> bool:
