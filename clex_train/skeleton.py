@@ -89,7 +89,8 @@ def footprint(
 def _measure(
     model: PreTrainedModel, rows: int, tokens: int, loss: token_loss.Loss, learns_frequencies: bool
 ) -> Footprint:
-    handle = install_rotary(model, tokens)
+    # L is of no consequence here: nothing is scaled, and a model with windows alone may be trained as it is.
+    handle = install_rotary(model, 1)
     input_ids = torch.zeros(rows, tokens, dtype=torch.int64, device="meta")
     if not learns_frequencies:
         return measure(model, input_ids, loss)
@@ -109,7 +110,7 @@ def _fused(ranks: int) -> str:
 
 
 def on_meta(arch: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    # Unsaid, transformers asks on the terminal. A configuration class of the model's own was read with the user's leave.
+    # Left out, transformers asks on the terminal. A model's own configuration class was read with the user's leave.
     allowed = not type(arch).__module__.startswith("transformers.")
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": allowed}
     with torch.device("meta"):

@@ -8,12 +8,13 @@ Shapes: `B` batch, `H` heads, `K` key heads, `S` tokens, `D` head width, `E` hid
 import math
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from clex_train.attention.partial_softmax import SoftmaxRule
 from clex_train.attention.rotation import TableRotation
@@ -51,7 +52,7 @@ class GptJ:
 
     def softmax(self, module: Any, device: torch.device) -> SoftmaxRule:
         """See `Adapter`."""
-        return SoftmaxRule(1 / module.scale_attn, module.attn_dropout.p if module.training else 0.0)
+        return SoftmaxRule(1 / math.sqrt(module.head_dim), module.config.attn_pdrop if module.training else 0.0)
 
 
 class Falcon:
@@ -132,7 +133,7 @@ class SinusoidTables:
 
     def rotation(self, x: Tensor) -> Rotation:
         """In the dtype and on the device of `x`."""
-        source, width = sys.modules[type(self.module).__module__], self.module.pos_embd_dim
+        source, width = sys.modules[type(self.module).__module__], self.module.rotary_dim or self.module.embed_dim
         key = (x.dtype, x.device)
         if key not in self._known:
             # Kept for training too, which tensors of inference mode take no part in.
@@ -145,6 +146,29 @@ class SinusoidTables:
         return TableRotation(
             *self._known[key], width, lambda x, cos, sin: function(x.transpose(1, 2), sin, cos).transpose(1, 2)
         )
+
+
+def within_tables(model: nn.Module) -> list[RemovableHandle]:
+    """Hooks by which GPT-J reads its table of sines for the whole model (transformers 5.24) without going beyond it.
+
+    What it reads is not used: `SinusoidTables` has longer ones.
+    """
+    hooks = []
+    for module in model.modules():
+        table = getattr(module, "embed_positions", None)
+        if isinstance(table, Tensor) and not hasattr(module, "layer_idx"):
+            last = len(table) - 1
+            hooks.append(module.register_forward_pre_hook(partial(_clamp_positions, last), with_kwargs=True))
+    return hooks
+
+
+def _clamp_positions(
+    last: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def clamped(value: Any) -> Any:
+        return value.clamp(max=last) if isinstance(value, Tensor) and not value.is_floating_point() else value
+
+    return tuple(map(clamped, args)), {name: clamped(value) for name, value in kwargs.items()}
 
 
 def has_slopes(module: Any, kind: str) -> bool:

@@ -1,21 +1,20 @@
 """Which models lm_infinite fits, and which calls of them: one line that names what is wrong otherwise."""
 
-import ast
 import inspect
-import textwrap
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 from clex_train.attention import whole_rows
 from clex_train.attention.adapters import ADAPTERS
-from clex_train.attention.log_scaling import own_window
+from clex_train.attention.rotation import find_rotary_site
+from clex_train.libraries import kv_cache
+from clex_train.libraries.layers import Trial, attempt_all, layer_type, own_window, rotary_attention
 
 NAME = "lm_infinite"
 LAYER = "lm_infinite_layer"
 UNSUPPORTED = {
-    "cohere2": "its layers with full attention have no positions",
-    "falcon_h1": "its layers have a recurrent state beside their attention",
     "codegen": "it packs its queries, keys and values by tensor-parallel shards of its own",
     "hunyuan_v1_dense": "it normalises keys after their rotation",
     "hunyuan_v1_moe": "it normalises keys after their rotation",
@@ -36,10 +35,11 @@ def attention_modules(model: nn.Module) -> list[Any]:
     reason = UNSUPPORTED.get(kind)
     if hasattr(model.config, "qk_rope_head_dim"):
         reason = "it rotates a part of each key that is held apart"
-    fits = _is_numbered if kind in ADAPTERS else _uses_interface
-    found = [module for module in modules if fits(module)]
-    if kind not in ADAPTERS and reason is None:
-        reason = _misfit(found, getattr(model.config, "num_hidden_layers", len(found)))
+    if kind in ADAPTERS:
+        found = [module for module in modules if _is_numbered(module)]
+    else:
+        found = rotary_attention(model)
+        reason = reason or _misfit_of(model, found)
     if reason is not None:
         raise ValueError(f"model_type={kind}: lm_infinite does not fit it ({reason})")
     if not found:
@@ -73,11 +73,9 @@ def refuse_what_it_cannot(module: Any, args: tuple[Any, ...], kwargs: dict[str, 
         )
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     call = {**dict(zip(names, args, strict=False)), **kwargs}
-    if call.get("past_key_values") is not None and call.get("use_cache") is False:
+    if kv_cache.in_call(args, kwargs) is not None and call.get("use_cache") is False:
         # `generate` would feed it all tokens so far at every step; MPT's config has use_cache=False.
-        raise ValueError(
-            "use_cache=False with past_key_values: the cache would get each token many times; set it to True"
-        )
+        raise ValueError("use_cache=False with a KV cache: the cache would get each token many times; set it to True")
     positions, mask = call.get("position_ids"), call.get("attention_mask")
     if positions is None or positions.shape[-1] == 1:
         return
@@ -89,28 +87,41 @@ def refuse_what_it_cannot(module: Any, args: tuple[Any, ...], kwargs: dict[str, 
         raise ValueError(f"position_ids that jump (packed documents): {NAME} takes one stream a row")
 
 
-def _misfit(found: list[Any], num_layers: int) -> str | None:
-    """What would make wrong numbers of these attention modules; None for nothing."""
-    if any(_rotates_under_a_condition(type(module)) for module in found):
-        return "it rotates under a condition, so that layers may be without positions"
-    if found and sorted(module.layer_idx for module in found) != list(range(num_layers)):
+def _misfit_of(model: Any, found: list[Any]) -> str | None:
+    if not found:
+        return None
+    num_layers = getattr(model.config, "num_hidden_layers", len(found))
+    if sorted(module.layer_idx for module in found) != list(range(num_layers)):
         return f"{len(found)} of its {num_layers} layers have attention, and others a state of their own"
-    return None
+    if _has_state(model.config):
+        return "its layers have a recurrent state beside their attention"
+    return _misfit(_tried(model, found))
 
 
-def _rotates_under_a_condition(kind: type) -> bool:
-    """Whether `forward` applies its rotation within an `if`: what it skips, we would rotate."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))  # type: ignore[attr-defined]
-    guarded = (node for outer in ast.walk(tree) if isinstance(outer, ast.If) for node in ast.walk(outer))
-    calls = (node.func for node in guarded if isinstance(node, ast.Call))
-    return any(isinstance(function, ast.Name) and function.id == "apply_rotary_pos_emb" for function in calls)
+def _misfit(trials: list[Trial]) -> str | None:
+    """What would make wrong numbers of the layers, in their order; None for nothing."""
+    plain = [str(index) for index, trial in enumerate(trials) if trial.rotates is False]
+    untried = [trial for trial in trials if not trial.reached_interface]
+    if plain:
+        return f"layers {', '.join(plain[:4])}{' ...' if len(plain) > 4 else ''} are without positions"
+    if any(trial.options.get("s_aux") is not None for trial in trials):
+        return "its attention has learned sinks"
+    if any(trial.makes_mask for trial in trials):
+        return "its attention makes masks of its own"
+    reason = (untried[0].reason or "it is not in the interface") if untried else ""
+    return f"its attention cannot be tried out by itself: {reason}" if untried else None
+
+
+def _tried(model: nn.Module, modules: list[Any]) -> list[Trial]:
+    """Each of the modules tried out with cos and sin of the model's own rotary module."""
+    site = find_rotary_site(model)
+    return attempt_all(modules, lambda module: site.cos_shape(layer_type(module)), model.config)
+
+
+def _has_state(config: Any) -> bool:
+    """Whether layers keep a recurrent state in the cache, beside keys or instead of them."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
 
 
 def _is_numbered(module: nn.Module) -> bool:
     return hasattr(module, "layer_idx")
-
-
-def _uses_interface(module: nn.Module) -> bool:
-    forward = inspect.unwrap(type(module).forward)
-    is_rotary = "position_embeddings" in inspect.signature(forward).parameters
-    return _is_numbered(module) and is_rotary and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names

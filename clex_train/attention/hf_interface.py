@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from clex_train import log
-from clex_train.attention.adapters import ADAPTERS, Adapter, SinusoidTables, has_slopes, no_rotation
+from clex_train.attention.adapters import ADAPTERS, Adapter, SinusoidTables, has_slopes, no_rotation, within_tables
 from clex_train.attention.back_ends import AUTO, BACK_ENDS, Choice, Facts
 from clex_train.attention.fitting import (
     LAYER,
@@ -32,12 +33,15 @@ from clex_train.attention.fitting import (
 )
 from clex_train.attention.lambda_cache import LambdaCache, LambdaCacheLayer, room
 from clex_train.attention.lambda_mask import Scheme, lambda_attention, rotated_span_len
-from clex_train.attention.log_scaling import MOST_VISIBLE, own_window
+from clex_train.attention.log_scaling import MOST_VISIBLE
 from clex_train.attention.middle import Middle
 from clex_train.attention.padding import inverse, order_to_front, take
 from clex_train.attention.partial_softmax import SoftmaxRule
 from clex_train.attention.rotation import RotarySite, RotationTables, TableRotation, find_rotary_site, turn_of
 from clex_train.attention.stream import KeyValues, Rotation, Stream
+from clex_train.libraries import kv_cache
+from clex_train.libraries.kv_cache import LibraryChanged
+from clex_train.libraries.layers import own_window
 
 SPECTRUM = "lm_infinite_spectrum"
 
@@ -105,7 +109,7 @@ class LmInfinite:
         self._insert()
 
     def new_cache(self) -> LambdaCache:
-        """An empty cache for `past_key_values`, also of `generate`: its size does not grow with the stream.
+        """An empty cache for calls of the model, also of `generate`: its size does not grow with the stream.
 
         `ValueError` with a middle, which needs all keys.
         """
@@ -132,7 +136,11 @@ class LmInfinite:
         self._before = [(config, config._attn_implementation) for config in configs.values()]
         for config in configs.values():
             config._attn_implementation = NAME
-        self._removals = [self.model.register_forward_pre_hook(refuse_what_it_cannot, with_kwargs=True)]
+        self._removals: list[RemovableHandle] = [
+            self.model.register_forward_pre_hook(refuse_what_it_cannot, with_kwargs=True)
+        ]
+        if model_kind(self.model) == "gptj":
+            self._removals += within_tables(self.model)
         for layer in self.layers:
             layer.enter()
             self._removals.append(layer.module.register_forward_pre_hook(layer.before_call, with_kwargs=True))
@@ -164,6 +172,8 @@ class _Layer:
     adapter: Adapter | None
     choice: Choice
     cache: LambdaCacheLayer | None = None
+    has_cache: bool = False
+    """Whether the call that is under way has a KV cache among its arguments."""
     own_forward: Any = None
 
     def enter(self) -> None:
@@ -193,8 +203,9 @@ class _Layer:
         if call.get("position_embeddings") is not None:
             cos, sin = (x.to(_computed_in(x)) for x in call["position_embeddings"])
             call["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
-        cache = next((value for value in call.values() if isinstance(value, Cache)), None)
+        cache = kv_cache.in_call((), call)
         self._check_cache(cache)
+        self.has_cache = cache is not None
         mask = call.get("attention_mask")
         if mask is not None and mask.dim() == 0:
             call["attention_mask"] = mask = None
@@ -210,7 +221,7 @@ class _Layer:
         """In place of the module's own."""
         assert self.adapter is not None
         query, key, value = self.adapter.project(self.module, hidden_states)
-        cache = next((value for value in call.values() if isinstance(value, Cache)), None)
+        cache = kv_cache.in_call((), call)
         if cache is not None:
             key, value = cache.update(key, value, self.module.layer_idx)
         rule = self.adapter.softmax(self.module, query.device)
@@ -220,16 +231,14 @@ class _Layer:
     def _check_cache(self, cache: Cache | None) -> None:
         kind = type(cache).__name__
         if cache is not None and not isinstance(cache, (LambdaCache, DynamicCache)):
-            raise ValueError(
-                f"past_key_values={kind}: lm_infinite works with a LambdaCache (constant size) or a DynamicCache"
-            )
+            raise ValueError(f"cache={kind}: lm_infinite works with a LambdaCache (constant size) or a DynamicCache")
         if isinstance(cache, LambdaCache) and self.middle is not None:
-            raise ValueError(f"past_key_values={kind}: middle={self.middle} needs all keys; use a DynamicCache")
+            raise ValueError(f"cache={kind}: middle={self.middle} needs all keys; use a DynamicCache")
         if isinstance(cache, LambdaCache):
             held = cache.layers[self.module.layer_idx]
             if (held.n_local, held.n_global) != (self.n_local, self.n_global):
                 raise ValueError(
-                    f"past_key_values={kind}: made for n_local={held.n_local}, n_global={held.n_global}, not for "
+                    f"cache={kind}: made for n_local={held.n_local}, n_global={held.n_global}, not for "
                     f"{self.n_local}, {self.n_global}; take new_cache() of the handle that is in force"
                 )
         if isinstance(cache, DynamicCache) and self.site is not None:
@@ -239,7 +248,7 @@ class _Layer:
         """A rotary handle whose t moves turns the keys of a DynamicCache, which it takes to be rotated."""
         if not hasattr(cache, SPECTRUM) and cache.get_seq_length(self.module.layer_idx):
             raise ValueError(
-                f"past_key_values={type(cache).__name__}: it was filled without {NAME}, by keys that are rotated; "
+                f"cache={type(cache).__name__}: it was filled without {NAME}, by keys that are rotated; "
                 "begin with an empty one"
             )
         before = getattr(cache, SPECTRUM, spectrum)
@@ -249,7 +258,7 @@ class _Layer:
         )
         if not stands_still:
             raise ValueError(
-                f"past_key_values={type(cache).__name__}: t moved while keys are cached; with {NAME} pin it by "
+                f"cache={type(cache).__name__}: t moved while keys are cached; with {NAME} pin it by "
                 "handle.pinned(t) or handle.fixed(num_tokens)"
             )
 
@@ -269,8 +278,6 @@ def lm_infinite_attention(
     layer: _Layer | None = getattr(module, LAYER, None)
     if layer is None:
         raise ValueError(f"attn_implementation={NAME}: call apply_lm_infinite(model, n_local=..., n_global=...) first")
-    if kwargs.get("s_aux") is not None:
-        raise ValueError(f"{type(module).__name__}: {NAME} does not know learned attention sinks")
     rule = SoftmaxRule(query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, softcap)
     return _attend(layer, query, key, value, attention_mask, rule), None
 
@@ -296,6 +303,9 @@ def _computed_in(x: Tensor) -> torch.dtype:
 def _attend(
     layer: _Layer, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, rule: SoftmaxRule
 ) -> Float[Tensor, "B S H V"]:
+    if key.shape[2] != query.shape[2] and not layer.has_cache:
+        kind = type(layer.module).__name__
+        raise LibraryChanged(f"{kind} attends to keys of a KV cache, and none was found in its arguments")
     valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     order = None if valid is None else order_to_front(valid)
     window, start, stream = (
@@ -325,6 +335,7 @@ def _whole(
     num_keys, padding = key.shape[2], None
     window = KeyValues(key, value)
     if mask is not None:
+        _refuse_lost_tokens(mask, num_keys)
         valid = mask[:, -num_keys:]
         order = order_to_front(valid)
         window, padding = KeyValues(take(key, order), take(value, order)), (~valid).sum(dim=1)
@@ -335,6 +346,16 @@ def _whole(
         return window, window.span(0, min(layer.n_global, num_keys)), stream
     index = (padding[:, None] + torch.arange(layer.n_global, device=key.device)).clamp(max=num_keys - 1)
     return window, KeyValues(*(take(x, index) for x in window)), stream
+
+
+def _refuse_lost_tokens(mask: Bool[Tensor, "B T"], num_keys: int) -> None:
+    """A windowed cache counts padding as tokens: with padding among its keys, some that a query sees are gone."""
+    lost, kept = mask[:, :-num_keys].any(dim=1), (~mask[:, -num_keys:]).any(dim=1)
+    if mask.shape[1] > num_keys and bool((lost & kept).any()):
+        raise ValueError(
+            "attention_mask with padding behind tokens: the sliding window of the KV cache has let go of tokens that "
+            "are still seen; pad on the left, or use DynamicCache() without a config"
+        )
 
 
 def _rotations(

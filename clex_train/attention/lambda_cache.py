@@ -28,7 +28,7 @@ def room(n_local: int) -> int:
 
 
 class LambdaCache(Cache):
-    """`past_key_values` for a model after `apply_lm_infinite`; made by `LmInfinite.new_cache`."""
+    """A KV cache for a model after `apply_lm_infinite`; made by `LmInfinite.new_cache`."""
 
     def __init__(self, layers: list["LambdaCacheLayer"]) -> None:
         super().__init__(layers=list(layers))
@@ -78,7 +78,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         """
         if self.is_initialized and num_rows != len(self._window.keys):
             raise ValueError(
-                f"past_key_values=LambdaCache: filled with {len(self._window.keys)} rows, not with {num_rows}; take "
+                f"cache=LambdaCache: filled with {len(self._window.keys)} rows, not with {num_rows}; take "
                 "new_cache(), or change its rows by batch_repeat_interleave or batch_select_indices"
             )
         self._is_expected, self._incoming = True, valid
@@ -93,7 +93,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         """
         if not self._is_expected:
             raise ValueError(
-                "past_key_values=LambdaCache: lm_infinite is not in force on this model (undo() ends it), whose "
+                "cache=LambdaCache: lm_infinite is not in force on this model (undo() ends it), whose "
                 "attention needs all keys; leave the cache out, or call apply_lm_infinite first"
             )
         if not self.is_initialized:

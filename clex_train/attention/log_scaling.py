@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from clex_train.libraries.layers import own_window
+
 MOST_VISIBLE = "most_visible_keys"
 """Attribute of an attention module by which a mask says how many keys a query sees at most."""
 
@@ -114,15 +116,3 @@ def _attention_modules(model: nn.Module) -> list[_ScaledAttention]:
             "use scaling.log_scale=off"
         )
     return found
-
-
-def own_window(attention: Any) -> int | None:
-    """Keys that a layer sees at most; some families keep it on the module, the others in the config for all layers."""
-    config = getattr(attention, "config", None)
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[attention.layer_idx] == "full_attention":
-        return None
-    has_own = hasattr(attention, "sliding_window")
-    window = attention.sliding_window if has_own else getattr(config, "sliding_window", None)
-    # A window of 0 is how Qwen2-MoE says that there is none.
-    return window or None

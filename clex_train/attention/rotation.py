@@ -51,6 +51,13 @@ class RotarySite(NamedTuple):
         """The rotary module of this moment."""
         return getattr(self.parent, self.name)
 
+    def cos_shape(self, layer_type: str | None) -> tuple[int, ...]:
+        """Shape [1, 2, W] of cos for two tokens in a layer of `layer_type`."""
+        rotary = self.module
+        buffer = next(rotary.buffers(), None)
+        x = torch.empty(1, 1, 1, device="cpu" if buffer is None else buffer.device)
+        return tuple(_cos_sin(rotary, x, 2, _used_type(rotary, layer_type))[0].shape)
+
 
 class RotationTables:
     """Tables for positions 0..M-1 by layer type, made again only when the model's frequencies change."""
@@ -67,8 +74,7 @@ class RotationTables:
                 "attention=lm_infinite sees tokens at their distances and cannot use sampled positions; "
                 "train with scaling.positions=plain"
             )
-        typed = "layer_type" in inspect.signature(type(rotary).forward).parameters
-        layer_type = layer_type if typed and _has_types(rotary) else None
+        layer_type = _used_type(rotary, layer_type)
         # Tables made in inference mode could take no part in training.
         key, state = (layer_type, x.dtype, x.device, torch.is_inference_mode_enabled()), _state(rotary)
         known = self._known.get(key)
@@ -122,10 +128,19 @@ def _cos_sin(rotary: Any, x: Tensor, num_positions: int, layer_type: str | None)
     like = torch.empty(1, 1, 1, dtype=x.dtype, device=x.device)
     # A module that notes the positions of the model's call must not take ours for them.
     noted = getattr(rotary, "last_position_ids", None)
-    cos, sin = rotary(like, positions) if layer_type is None else rotary(like, positions, layer_type)
+    found = rotary(like, positions) if layer_type is None else rotary(like, positions, layer_type)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ValueError(f"{type(rotary).__name__}: it does not return cos and sin, so lm_infinite cannot rotate by it")
+    cos, sin = found
     if noted is not None:
         rotary.last_position_ids = noted
     return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def _used_type(rotary: Any, layer_type: str | None) -> str | None:
+    """The type that the rotary module is called with; None where it knows no types."""
+    typed = "layer_type" in inspect.signature(type(rotary).forward).parameters
+    return layer_type if typed and _has_types(rotary) else None
 
 
 def _has_types(rotary: Any) -> bool:

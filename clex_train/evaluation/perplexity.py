@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from clex_train.evaluation.scoring_head import score_chunk
+from clex_train.libraries import kv_cache
 from clex_train.rope.growing import new_cache
 from clex_train.rope.patch import RotaryHandle
 
@@ -87,5 +88,5 @@ def _feed(model: nn.Module, tokens: Tensor, start: int, stop: int, chunk_len: in
     for first in range(start, stop, chunk_len):
         last = min(first + chunk_len, stop)
         targets = tokens[:, first + 1 : last + 1]
-        inputs = {"input_ids": tokens[:, first:last], "past_key_values": cache, "use_cache": cache is not None}
+        inputs = {"input_ids": tokens[:, first:last], "use_cache": cache is not None, **kv_cache.passed(model, cache)}
         nll[:, first + 1 : last + 1] = score_chunk(model, targets, **inputs)

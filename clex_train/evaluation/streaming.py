@@ -22,6 +22,7 @@ from clex_train.data.store import TokenStore
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.results import Results, Score, with_standard_errors
 from clex_train.evaluation.scoring_head import token_nll
+from clex_train.libraries import kv_cache
 
 MOST_SEGMENTS = 1024
 """Points of the curve of nll against position, at most."""
@@ -121,8 +122,8 @@ def streamed(model: nn.Module, cache: Any, stream: Stream, chunk_len: int, bar: 
     for first in range(0, stream.num_tokens, chunk_len):
         last = min(first + chunk_len, stream.num_tokens)
         tokens = stream.read(first, min(last + 1, stream.num_tokens)).to(device)
-        output = model(input_ids=tokens[:, : last - first], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=tokens[:, : last - first], use_cache=True, **kv_cache.passed(model, cache))
+        cache = kv_cache.taken_out(output)
         targets = tokens[:, 1:]
         nll = token_nll(output.logits[:, : targets.shape[1]], targets)[0].cpu()
         del output

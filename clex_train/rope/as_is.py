@@ -5,7 +5,6 @@ dynamic or longrope follows the length of each call by itself: here it follows t
 a window read in chunks is read as in one forward. Shapes: `P` pairs = rotary_dim / 2.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from clex_train.libraries import kv_cache
 from clex_train.rope import probe
 from clex_train.rope.patch import LengthListener, RotaryHandle
 from clex_train.scaling.spectrum import Spectrum
@@ -86,7 +86,7 @@ class WithoutRotary(RotaryHandle):
         self.max_tokens: int | None = None
         if not probe.has_alibi(model):
             self.max_tokens = getattr(config, "max_position_embeddings", None)
-        if "past_key_values" not in inspect.signature(type(model).forward).parameters:
+        if not kv_cache.takes_keys(model):
             raise ValueError(
                 f"model_type={self.model_type}: no rotary position embedding and no KV cache to read windows through; "
                 "use a transformer"

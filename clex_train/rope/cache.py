@@ -7,6 +7,7 @@ the record of the spectrum and positions its keys were rotated at, so requests d
 copy of a cache knows what it holds. Shapes: `B` batch, `H` key heads, `S` cached tokens, `D` head width, `P` pairs.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,17 +15,35 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import cache_utils
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, QuantizedLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    QuantizedLayer,
+    StaticIndexedLayer,
+    StaticLayer,
+)
 
 from clex_train.rope.growing import GrowingLayer
-from clex_train.rope.rotary import LayerType
 from clex_train.scaling.spectrum import Spectrum, cos_sin, rotate
 
 ATTRIBUTE = "rotary_record"
 CHUNKS_BEFORE_JOIN = 256
 TURN_TILE = 1024
-# Their keys are not in `layer.keys`, or not only there, so that turning `keys` would miss some.
-UNSUPPORTED_LAYERS = ("BaseQuantizedLayer", "DynamicIndexedLayer", "StaticIndexedLayer")
+# Their keys are not in `layer.keys`, or not only there, so that turning `keys` would miss some. Up to 5.19 transformers
+# has one kind of quantised layer, the one that is known here.
+UNSUPPORTED_LAYERS = (
+    getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer),
+    DynamicIndexedLayer,
+    StaticIndexedLayer,
+)
+ROW_METHODS: dict[str, Callable[[Any, int], Tensor]] = {
+    "reorder_cache": lambda beam_idx, rows: beam_idx,
+    "batch_select_indices": lambda indices, rows: torch.arange(rows)[torch.as_tensor(indices).cpu()],
+    "batch_repeat_interleave": lambda repeats, rows: torch.arange(rows).repeat_interleave(repeats),
+}
+"""Methods of a `Cache` that move its rows: (argument, rows before) -> int64 [rows after], which row each one was."""
 
 
 @dataclass
@@ -50,8 +69,7 @@ class KeyRecord:
 
     def positions(self) -> Int[Tensor, "B S"]:
         """The position of every key."""
-        rows = max(chunk.shape[0] for chunk in self.chunks)
-        return torch.cat([chunk.expand(rows, -1) for chunk in self.chunks], dim=1)
+        return torch.cat([chunk.expand(self.num_rows, -1) for chunk in self.chunks], dim=1)
 
     def trim(self, num_keys: int) -> None:
         """Forget the keys that were cropped from the end."""
@@ -59,6 +77,17 @@ class KeyRecord:
             self.chunks = [self.positions()[:, :num_keys]] if num_keys else []
             self.num_tokens = int(self.chunks[0].max()) + 1 if num_keys else 0
             self.num_keys = num_keys
+
+    def move_rows(self, which: Int[Tensor, " B"]) -> None:
+        """Let row i be what row `which[i]` was; not for rows that all have the same positions."""
+        positions = self.positions()
+        self.chunks = [positions[which.to(positions.device)]]
+        self.num_tokens = int(self.chunks[0].max()) + 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows whose positions are told apart; 1 where all have the same."""
+        return max((chunk.shape[0] for chunk in self.chunks), default=1)
 
     def is_at(self, spectrum: Spectrum) -> bool:
         """Whether the keys need no turning for `spectrum`."""
@@ -89,7 +118,7 @@ def record_of(cache: Cache | None) -> KeyRecord | None:
     record = getattr(cache, ATTRIBUTE, None)
     if record is None or record.num_keys < length:
         raise ValueError(
-            f"past_key_values holds {length} keys of unknown rotation; fill the cache through the model after "
+            f"the KV cache holds {length} keys of unknown rotation; fill the cache through the model after "
             "install_rotary, or start from an empty one"
         )
     record.trim(length)
@@ -105,26 +134,50 @@ def note(
         record.move_to(spectrum)
     record.append(position_ids, num_tokens)
     setattr(cache, ATTRIBUTE, record)
+    for name in ROW_METHODS:
+        if name not in vars(cache):
+            setattr(cache, name, _RowMethod(cache, name))
+
+
+class _RowMethod:
+    """A method of one cache that moves its rows, and the positions in its record with them."""
+
+    def __init__(self, cache: Cache, name: str) -> None:
+        self.cache, self.name = cache, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        getattr(type(self.cache), self.name)(self.cache, *args, **kwargs)
+        record: KeyRecord | None = getattr(self.cache, ATTRIBUTE, None)
+        if record is None or record.num_rows == 1:
+            return
+        record.trim(num_cached(self.cache))
+        [argument] = (*args, *kwargs.values())
+        record.move_rows(ROW_METHODS[self.name](argument, record.num_rows))
 
 
 @torch.no_grad()
 def turn_keys(
-    cache: Cache, record: KeyRecord, spectrum: Spectrum, layout: str | None, scaled: LayerType, layer_types: list[str]
+    cache: Cache, record: KeyRecord, spectrum: Spectrum, layout: str | None, scaled: Mapping[int, bool | None]
 ) -> None:
     """Bring every key of the scaled layers from the record's spectrum to `spectrum`, and the record with them.
 
-    `layout` is how components pair up; `scaled` and `layer_types` (per layer) say which layers share the scaled RoPE
-    (all of them when `scaled` is None). `ValueError` names a cache or an architecture whose keys cannot be turned.
+    `layout` is how components pair up; `scaled` says by layer whether its keys are rotated by the scaled RoPE, None or
+    no entry where that is not known. `ValueError` names a cache or an architecture whose keys cannot be turned.
     """
     if record.is_at(spectrum):
         return
-    _refuse_unsupported(cache, layout)
+    filled = {i: layer for i, layer in enumerate(cache.layers) if _has_keys(layer)}
+    _refuse_unsupported(cache, layout, [i for i in filled if scaled.get(i) is None])
     assert layout is not None
     turn = _Turn(record, spectrum, layout)
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, CacheLayerMixin) and (scaled is None or layer_types[index] == scaled):
+    for index, layer in filled.items():
+        if scaled[index]:
             _turn_layer(layer, turn)
     record.move_to(spectrum)
+
+
+def _has_keys(layer: Any) -> bool:
+    return isinstance(layer, CacheLayerMixin) and layer.is_initialized and layer.keys is not None
 
 
 class _Turn:
@@ -154,7 +207,7 @@ class _Turn:
         cos, sin = cos[:, None], sin[:, None]
         if cos.shape[0] not in (1, keys.shape[0]):
             raise ValueError(
-                f"past_key_values has {keys.shape[0]} rows, but its keys were written by {cos.shape[0]}: "
+                f"the KV cache has {keys.shape[0]} rows, but its keys were written by {cos.shape[0]}: "
                 "change the number of rows only while t stands still"
             )
         width = 2 * cos.shape[-1]
@@ -170,8 +223,6 @@ class _Turn:
 
 
 def _turn_layer(layer: Any, turn: _Turn) -> None:
-    if not layer.is_initialized or layer.keys is None:
-        return
     if isinstance(layer, QuantizedLayer):
         _turn_quantised(layer, turn)
     elif layer.keys.numel() == 0:
@@ -189,6 +240,7 @@ def _turn_layer(layer: Any, turn: _Turn) -> None:
 
 def _turn_quantised(layer: Any, turn: _Turn) -> None:
     """Older keys are quantised anew, as the layer does by itself every `residual_length` tokens."""
+    _reorder_quantised(layer)
     older = layer._dequantize(layer._quantized_keys)
     latest = [layer.keys] if layer.keys.dim() == 4 else []
     turned = turn(torch.cat([older, *latest], dim=2))
@@ -198,21 +250,33 @@ def _turn_quantised(layer: Any, turn: _Turn) -> None:
         layer.keys = turned[:, :, num_older:]
 
 
-def _refuse_unsupported(cache: Cache, layout: str | None) -> None:
+def _reorder_quantised(layer: Any) -> None:
+    """Move the rows of older keys and values now: from 5.20 on a layer puts that off until its next update."""
+    pending = getattr(layer, "_pending_beam_idx", None)
+    if pending is None:
+        return
+    for name, axis in (("_quantized_keys", layer.axis_key), ("_quantized_values", layer.axis_value)):
+        states = layer._dequantize(getattr(layer, name))
+        setattr(layer, name, layer._quantize(states.index_select(0, pending.to(states.device)).contiguous(), axis=axis))
+    layer._pending_beam_idx = None
+
+
+def _refuse_unsupported(cache: Cache, layout: str | None, unknown: list[int]) -> None:
     reason = _unsupported(cache)
     if reason is None and layout is None:
         reason = "the model's attention does not rotate the leading part of its keys in a known layout"
+    if reason is None and unknown:
+        reason = f"it could not be found out whether layer {unknown[0]} of the model rotates its keys"
     if reason is not None:
         raise ValueError(
-            f"past_key_values={type(cache).__name__}: t moves while keys are cached, and {reason}; "
+            f"cache={type(cache).__name__}: t moves while keys are cached, and {reason}; "
             "pin t with handle.pinned(t) or handle.fixed(num_tokens), or use a DynamicCache or StaticCache"
         )
 
 
 def _unsupported(cache: Cache) -> str | None:
-    classes = tuple(getattr(cache_utils, name) for name in UNSUPPORTED_LAYERS if hasattr(cache_utils, name))
     for layer in cache.layers:
         is_known = isinstance(layer, (DynamicLayer, StaticLayer)) or not isinstance(layer, CacheLayerMixin)
-        if not is_known or (isinstance(layer, classes) and not isinstance(layer, QuantizedLayer)):
+        if not is_known or (isinstance(layer, UNSUPPORTED_LAYERS) and not isinstance(layer, QuantizedLayer)):
             return f"keys in a {type(layer).__name__} cannot be turned in place"
     return "keys that are offloaded cannot be turned in place" if getattr(cache, "offloading", False) else None

@@ -6,6 +6,7 @@ is pinned: that is claimed at once, each layer's keys and values in a block of a
 Shapes: `B` batch, `H` key heads, `S` new tokens, `T` all so far, `D` head width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,6 +52,27 @@ class GrowingLayer(DynamicLayer):
         self._fill(num_tokens)
         return self.keys, self.values
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i be what row beam_idx[i] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows of `indices`."""
+        self._map_rows(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        filled = [states[:, :, : self.keys.shape[2]] for states in self._buffers]
+        self._buffers = [self._empty(function(states)) for states in filled]
+        for buffer, states in zip(self._buffers, filled, strict=True):
+            buffer[:, :, : states.shape[2]] = function(states)
+        self._fill(filled[0].shape[2])
+
     def _empty(self, states: Tensor) -> Tensor:
         return states.new_empty(states.shape[0], states.shape[1], self.capacity, states.shape[3])
 
@@ -71,7 +93,8 @@ class HostLayer(GrowingLayer):
 
     def _empty(self, states: Tensor) -> Tensor:
         shape = (self.capacity, states.shape[0], states.shape[1], states.shape[3])
-        return _by_head(torch.empty(shape, dtype=states.dtype, device="cpu", pin_memory=states.is_cuda))
+        pinned = states.is_cuda or states.is_pinned()
+        return _by_head(torch.empty(shape, dtype=states.dtype, device="cpu", pin_memory=pinned))
 
 
 def _by_token(states: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ handle.undo()                   the model as it was
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from clex_train import log
+from clex_train.libraries import kv_cache
+from clex_train.libraries.kv_cache import LibraryChanged
 from clex_train.rope import cache as key_cache
+from clex_train.rope import reach
 from clex_train.rope.hooks import Argument, CastPositionEmbeddings, layers_given_position_embeddings
 from clex_train.rope.probe import Site, Traits, find_rotary, probe, require_own_length, require_rotary
 from clex_train.rope.rotary import ScaledRotary
@@ -30,7 +34,7 @@ __all__ = ["RotaryHandle", "install_rotary", "require_rotary"]
 
 logger = log.get(__name__)
 
-CALL_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "past_key_values")
+CALL_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids")
 LengthListener = Callable[[int], None]
 
 
@@ -38,13 +42,14 @@ def install_rotary(model: nn.Module, context_len: int) -> "RotaryHandle":
     """Replace the rotary module of `model`, which then computes what it did before until the handle is told otherwise.
 
     `context_len` is L in tokens. Weights are not needed yet (meta device); `deepspeed.initialize` comes after.
-    `ValueError` names the model type when it has no RoPE, or one that cannot be scaled.
+    `ValueError` names the model type when it has no RoPE, one that cannot be scaled, or one with nothing to extend.
     """
     if context_len < 1:
         raise ValueError(f"context_len={context_len}: the context that the base was trained on has at least 1 token")
     site, config = find_rotary(model), getattr(model, "config", None)
     require_own_length(site.module, config)
     traits = probe(site.module, config)
+    reach.require_reach(model, traits, context_len)
     return RotaryHandle(model, site, traits, context_len)
 
 
@@ -65,6 +70,7 @@ class _CallState(NamedTuple):
     cache: Cache | None
     record: key_cache.KeyRecord | None
     num_tokens: int
+    num_new: int
 
 
 class RotaryHandle:
@@ -80,11 +86,7 @@ class RotaryHandle:
         self._override = _Override()
         self._call: _CallState | None = None
         self._listeners: list[LengthListener] = []
-        self._layer_types = list(getattr(getattr(site.parent, "config", None), "layer_types", None) or [])
-        self._arguments = {
-            name: Argument(site.parent, name)
-            for name in ("input_ids", "inputs_embeds", "position_ids", "past_key_values")
-        }
+        self._arguments = {name: Argument(site.parent, name) for name in CALL_ARGUMENTS}
         setattr(site.parent, site.name, self.rotary)
         # Bound methods, so that a deep copy of the model carries hooks that belong to the copy.
         self._removals = [
@@ -111,6 +113,11 @@ class RotaryHandle:
     def layout(self) -> str | None:
         """`half` or `interleaved`: the components of a key that make a pair; None if cached keys cannot be turned."""
         return self.traits.layout
+
+    @cached_property
+    def scaled_layers(self) -> dict[int, bool | None]:
+        """By index of the layer, whether the scaled RoPE rotates its keys; None where that could not be found out."""
+        return reach.scaled_layers(self.model, self.traits)
 
     def use(self, table: Frequencies | None, clamp: bool = False) -> None:
         """From now on each call takes the spectrum of the least t >= n / L in `table`; None returns to the model's own.
@@ -198,26 +205,27 @@ class RotaryHandle:
         override = self._override
         record = key_cache.record_of(cache)
         if override.is_training and record is not None:
-            raise ValueError(
-                f"past_key_values holds {record.num_keys} keys: training rows are fed whole, without a cache"
-            )
+            raise ValueError(f"the KV cache holds {record.num_keys} keys: training rows are fed whole, without a cache")
         num_new = tokens.shape[1]
         num_tokens = num_new if override.is_training else _num_tokens(num_new, position_ids, record)
         spectrum = self._least_upper_bound(num_tokens) if override.spectrum is None else override.spectrum
         if cache is not None and record is not None:
-            traits = self.traits
-            key_cache.turn_keys(cache, record, spectrum, traits.layout, traits.scaled, self._layer_types)
+            key_cache.turn_keys(cache, record, spectrum, self.layout, self.scaled_layers)
         self.rotary.spectrum, self.rotary.positions = spectrum, override.positions
-        self._call = _CallState(spectrum, cache, record, num_tokens)
+        self._call = _CallState(spectrum, cache, record, num_tokens, num_new)
         for listener in self._listeners:
             listener(override.num_tokens or num_tokens)
 
     def _after_call(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call, self._call = self._call, None
         position_ids, self.rotary.last_position_ids = self.rotary.last_position_ids, None
-        if call is None or position_ids is None:
+        if position_ids is None:
             return
-        cache = _cache_in(output) if call.cache is None else call.cache
+        if call is None:
+            decoder = type(self._site.parent).__name__
+            raise LibraryChanged(f"{decoder} took tokens under other names than input_ids and inputs_embeds")
+        kv_cache.require_seen(call.cache, output, call.num_new)
+        cache = kv_cache.in_output(output) if call.cache is None else call.cache
         if cache is not None:
             key_cache.note(cache, call.record, call.spectrum, position_ids, call.num_tokens)
 
@@ -226,7 +234,7 @@ class RotaryHandle:
     ) -> tuple[Tensor | None, Tensor | None, Cache | None]:
         found = {name: argument.find(args, kwargs) for name, argument in self._arguments.items()}
         tokens = found["inputs_embeds"] if found["input_ids"] is None else found["input_ids"]
-        return tokens, found["position_ids"], found["past_key_values"]
+        return tokens, found["position_ids"], kv_cache.in_call(args, kwargs)
 
     def _least_upper_bound(self, num_tokens: int) -> Spectrum:
         if self.table is None and self.own is not None:
@@ -280,10 +288,3 @@ def _require_usable(positions: Tensor) -> None:
     wrong = positions[~((positions >= 0) & (positions < float("inf")))]
     if len(wrong):
         raise ValueError(f"positions={float(wrong[0]):g}: sampled positions are finite and 0 or more")
-
-
-def _cache_in(output: Any) -> Cache | None:
-    """The cache that the model made by itself, in any form of output."""
-    if isinstance(output, tuple):
-        return next((part for part in output if isinstance(part, Cache)), None)
-    return getattr(output, "past_key_values", None)

@@ -41,11 +41,11 @@ def test_a_cache_that_would_give_wrong_numbers_is_refused():
     foreign = other.new_cache()
     other.undo()
     handle = apply_lm_infinite(model, 12, 3)
-    with pytest.raises(ValueError, match=r"^past_key_values=DynamicCache: it was filled without lm_infinite"):
+    with pytest.raises(ValueError, match=r"^cache=DynamicCache: it was filled without lm_infinite"):
         model(ids, past_key_values=filled)
-    with pytest.raises(ValueError, match=r"^past_key_values=LambdaCache: made for n_local=6, n_global=2, not for 12"):
+    with pytest.raises(ValueError, match=r"^cache=LambdaCache: made for n_local=6, n_global=2, not for 12"):
         model(ids, past_key_values=foreign)
-    with pytest.raises(ValueError, match=r"^use_cache=False with past_key_values"):
+    with pytest.raises(ValueError, match=r"^use_cache=False with a KV cache"):
         model(ids, past_key_values=handle.new_cache(), use_cache=False)
 
 
@@ -59,7 +59,7 @@ def test_a_constant_cache_after_undo_is_refused_and_goes_on_when_it_is_in_force_
         model(ids[:, :8], past_key_values=cache, use_cache=True)
         handle.undo()
         for held in (cache, empty):
-            with pytest.raises(ValueError, match=r"^past_key_values=LambdaCache: lm_infinite is not in force"):
+            with pytest.raises(ValueError, match=r"^cache=LambdaCache: lm_infinite is not in force"):
                 model(ids[:, 8:9], past_key_values=held, use_cache=True)
         apply_lm_infinite(model, 6, 2)
         found = model(ids[:, 8:], past_key_values=cache, use_cache=True).logits
@@ -76,9 +76,7 @@ def test_a_constant_cache_of_other_rows_is_refused_before_it_changes(held, new):
         expected = model(ids[:held]).logits
         model(ids[:held, :8], past_key_values=cache)
         for padding in (None, mask):
-            with pytest.raises(
-                ValueError, match=rf"^past_key_values=LambdaCache: filled with {held} rows, not with {new}"
-            ):
+            with pytest.raises(ValueError, match=rf"^cache=LambdaCache: filled with {held} rows, not with {new}"):
                 model(ids[:new, 8:9], past_key_values=cache, attention_mask=padding)
         found = model(ids[:held, 8:], past_key_values=cache).logits
     torch.testing.assert_close(found, expected[:, 8:], rtol=0, atol=1e-5)
@@ -88,7 +86,7 @@ def test_a_constant_cache_of_other_rows_is_refused_before_it_changes(held, new):
 def test_a_static_cache_is_refused_by_name(family):
     model = tiny_model(family)
     apply_lm_infinite(model, 12, 3)
-    with pytest.raises(ValueError, match=r"^past_key_values=StaticCache: lm_infinite works with a LambdaCache"):
+    with pytest.raises(ValueError, match=r"^cache=StaticCache: lm_infinite works with a LambdaCache"):
         model.generate(tokens(1, 4), max_new_tokens=4, cache_implementation="static")
 
 

@@ -234,7 +234,7 @@ def test_a_training_row_is_not_continued_from_a_cache() -> None:
     cache = model(tokens(1, 8), use_cache=True).past_key_values
     with (
         handle.training(Spectrum(handle.base_inv_freq)),
-        pytest.raises(ValueError, match="past_key_values holds 8 keys"),
+        pytest.raises(ValueError, match="the KV cache holds 8 keys"),
     ):
         model(tokens(1, 8), past_key_values=cache)
 

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, DynamicIndexedLayer, QuantizedCache, QuantizedLayer
 from unrotated_cache import reference_logits
 
+from clex_train.rope.growing import new_cache
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.baselines import none_table, ntk_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
@@ -48,7 +49,7 @@ def test_a_static_cache_follows_t_like_a_dynamic_one(family: str) -> None:
 @pytest.mark.parametrize("window", [12, 40])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_sliding_window_drops_keys_and_turns_the_rest(kind: str, window: int) -> None:
-    model, _, _ = patched("mistral", sliding_window=window)
+    model, _, _ = patched("gemma2", sliding_window=window, layer_types=["sliding_attention", "full_attention"])
     ids = tokens(1, sum(PIECES))
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=64)
     found = feed(model, ids, PIECES, cache)
@@ -201,7 +202,7 @@ def test_keys_of_unknown_rotation_are_refused() -> None:
     cache = DynamicCache()
     feed(model, tokens(1, 8), [8], cache)
     install_rotary(model, CONTEXT)
-    with pytest.raises(ValueError, match="past_key_values holds 8 keys of unknown rotation"):
+    with pytest.raises(ValueError, match="the KV cache holds 8 keys of unknown rotation"):
         feed(model, tokens(1, 1), [1], cache)
 
 
@@ -248,7 +249,7 @@ def test_a_cache_whose_keys_cannot_be_turned_is_refused_by_name_when_t_moves() -
 
     with handle.pinned(3.0):
         feed(model, tokens(1, 24), [10, 14], Cache(layer_class_to_replicate=Unknown))
-    with pytest.raises(ValueError, match=r"past_key_values=Cache: t moves .* keys in a Unknown .* pin t"):
+    with pytest.raises(ValueError, match=r"cache=Cache: t moves .* keys in a Unknown .* pin t"):
         feed(model, tokens(1, 24), [10, 14], Cache(layer_class_to_replicate=Unknown))
 
 
@@ -306,12 +307,75 @@ def test_bfloat16_keys_after_sixteen_crossings_are_nearly_as_good_as_unrotated_o
     assert ours < 1.5 * official
 
 
-def test_rows_may_not_change_while_t_moves() -> None:
+def padded_call(pad: list[int], stop: int, start: int = 0) -> dict[str, torch.Tensor]:
+    """Tokens start..stop-1 of rows with `pad` tokens of left padding each."""
+    ids, padding = tokens(len(pad), 34)[:, :stop], torch.tensor(pad)[:, None]
+    mask = (torch.arange(stop)[None] >= padding).long()
+    positions = (torch.arange(start, stop)[None] - padding).clamp(min=0)
+    return {"input_ids": ids[:, start:], "attention_mask": mask, "position_ids": positions}
+
+
+ROW_CHANGES = {
+    "reorder_cache": (torch.tensor([2, 0, 1]), [2, 0, 1]),
+    "batch_select_indices": (torch.tensor([1, 2]), [1, 2]),
+    "batch_repeat_interleave": (2, [0, 0, 1, 1, 2, 2]),
+}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "growing", "quantised"])
+@pytest.mark.parametrize("method", ROW_CHANGES)
+@torch.no_grad()
+def test_positions_travel_with_the_rows_of_a_cache(method: str, kind: str) -> None:
+    model, _, _ = patched(num_layers=1)
+    argument, order = ROW_CHANGES[method]
+    if kind == "quantised" and method != "reorder_cache":
+        pytest.skip("a quantised layer of transformers cannot change its number of rows")
+    kinds = {
+        "dynamic": DynamicCache,
+        "growing": lambda: new_cache(model, 40),
+        "quantised": lambda: QuantisedLayers(None),
+    }
+    cache, pad = kinds[kind](), [0, 5, 9]
+    model(**padded_call(pad, 15), past_key_values=cache, use_cache=True)
+    getattr(cache, method)(argument)
+    later = {name: value[order] for name, value in padded_call(pad, 34, start=15).items()}
+    found = model(**later, past_key_values=cache, use_cache=True).logits
+    whole = {name: value[order] for name, value in padded_call(pad, 34).items()}
+    assert torch.allclose(found, model(**whole, use_cache=False).logits[:, 15:], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_cache_moves_its_own_rows() -> None:
+    model, _, _ = patched(num_layers=1)
+    cache, pad, order = DynamicCache(), [0, 9], torch.tensor([1, 0])
+    model(**padded_call(pad, 15), past_key_values=cache, use_cache=True)
+    twin = copy.deepcopy(cache)
+    twin.reorder_cache(order)
+    later = padded_call(pad, 34, start=15)
+    found = model(**later, past_key_values=cache, use_cache=True).logits
+    turned = {name: value[order] for name, value in later.items()}
+    assert torch.allclose(model(**turned, past_key_values=twin).logits, found[order], atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_rows_that_are_lost_do_not_count_for_the_length() -> None:
+    model, handle, _ = patched()
+    cache, seen = DynamicCache(), []
+    model(**padded_call([0, 9], 15), past_key_values=cache, use_cache=True)
+    cache.batch_select_indices(torch.tensor([1]))
+    handle.on_length(seen.append)
+    later = {name: value[1:] for name, value in padded_call([0, 9], 16, start=15).items()}
+    model(**later, past_key_values=cache, use_cache=True)
+    assert seen == [7]
+
+
+def test_rows_that_are_changed_behind_the_cache_are_refused_when_t_moves() -> None:
     model, _, _ = patched()
     cache = DynamicCache()
     position_ids = torch.arange(10).expand(2, -1)
     with torch.no_grad():
         model(tokens(2, 10), position_ids=position_ids, past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(2)
+    for layer in cache.layers:
+        layer.batch_repeat_interleave(2)
     with pytest.raises(ValueError, match="4 rows, but its keys were written by 2"):
         feed(model, tokens(4, 20), [20], cache)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clex_train.libraries import kv_cache
+
 
 def greedy(
     model: nn.Module,
@@ -38,5 +40,5 @@ def greedy(
 
 def _next_token(model: nn.Module, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """The likeliest token [1] after `tokens` [S] and those in the cache, and the grown cache."""
-    output = model(input_ids=tokens[None], past_key_values=cache, use_cache=True)
-    return output.logits[0, -1:].argmax(dim=-1), output.past_key_values
+    output = model(input_ids=tokens[None], use_cache=True, **kv_cache.passed(model, cache))
+    return output.logits[0, -1:].argmax(dim=-1), kv_cache.taken_out(output)

@@ -1,0 +1,176 @@
+"""What the attention of each layer does with positions, learned by trying it on the meta device.
+
+A layer's attention is built again from its config without weights and called with two tokens. Autograd then says
+whether the keys depend on cos and sin, and a function of ours in transformers' attention interface what the layer
+passes on. No family is named. Shapes: `S` tokens, `W` width of cos.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import DynamicCache
+
+NAME = "trial_of_a_layer"
+GIVEN = "position_embeddings"
+PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass
+class Trial:
+    """What one attention module did."""
+
+    rotates: bool | None = None
+    """Whether its keys depend on cos and sin; None when it could not be tried out."""
+    reason: str = ""
+    """Why it could not."""
+    reached_interface: bool = False
+    """Whether it called an attention function of transformers' attention interface."""
+    makes_mask: bool = False
+    """Whether it passes a mask on that it was not given."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What it passes to the attention function beside queries, keys, values and mask."""
+
+
+class _Reached(Exception):
+    """Ends a trial in the attention function."""
+
+
+class _Watch(DynamicCache):
+    """A cache that keeps the keys of the first update and gives them back."""
+
+    keys: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys = key_states if self.keys is None else self.keys
+        return key_states, value_states
+
+
+def rotary_attention(model: nn.Module) -> list[Any]:
+    """The attention module of every layer that is given cos and sin, in the order of the layers."""
+    found = [module for module in _innermost(model) if isinstance(getattr(module, "layer_idx", None), int)]
+    return sorted(found, key=lambda module: module.layer_idx)
+
+
+def attempt_all(
+    modules: list[Any], cos_shape: Callable[[Any], tuple[int, ...] | None], config: Any = None
+) -> list[Trial]:
+    """`attempt` every module, once for those that are alike; `cos_shape` says what each is given.
+
+    `config` is that of the model, for modules that keep none.
+    """
+    known: dict[Any, Trial] = {}
+    trials = []
+    for module in modules:
+        shape = cos_shape(module)
+        key = (shape, *_facts(module))
+        if key not in known:
+            known[key] = (
+                Trial(reason="no cos and sin for its type") if shape is None else attempt(module, shape, config)
+            )
+        trials.append(known[key])
+    return trials
+
+
+def attempt(module: Any, cos_shape: tuple[int, ...], config: Any = None) -> Trial:
+    """Try an attention module with cos and sin of `cos_shape` [1, S, W]; its weights may be anywhere, or sharded."""
+    trial, watch, config = Trial(), _Watch(), getattr(module, "config", config)
+    cos, sin = (torch.empty(cos_shape, device="meta", requires_grad=True) for _ in range(2))
+
+    def reached(
+        _: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> None:
+        trial.makes_mask, trial.options = attention_mask is not None, options
+        watch.keys = key if watch.keys is None else watch.keys
+        raise _Reached
+
+    AttentionInterface.register(NAME, reached)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
+            twin = _without_weights(module, config)
+            hidden = torch.empty(1, cos_shape[1], config.hidden_size)
+            type(twin).forward(twin, **_arguments(twin, hidden, (cos, sin), watch))
+    except _Reached:
+        trial.reached_interface = True
+    except Exception as error:
+        # Any failure is an answer here: the caller decides what an unknown layer may be used for.
+        trial.reason = f"{type(error).__name__}: {error}"
+    if watch.keys is not None:
+        trial.rotates = _depends(watch.keys, cos, sin)
+    return trial
+
+
+def own_window(attention: Any) -> int | None:
+    """Keys that a layer sees at most; some families keep it on the module, the others in the config for all layers."""
+    config = getattr(attention, "config", None)
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[attention.layer_idx] == "full_attention":
+        return None
+    has_own = hasattr(attention, "sliding_window")
+    window = attention.sliding_window if has_own else getattr(config, "sliding_window", None)
+    # A window of 0 is how Qwen2-MoE says that there is none.
+    return window or None
+
+
+def layer_type(attention: Any) -> str | None:
+    """The type of a layer as its config says it; None for a model without types."""
+    types = getattr(getattr(attention, "config", None), "layer_types", None)
+    return None if types is None else str(types[attention.layer_idx])
+
+
+def _innermost(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules given cos and sin of which no part is given them: decoder layers pass them on."""
+    inner = [found for child in module.children() for found in _innermost(child)]
+    if inner:
+        yield from inner
+    elif GIVEN in inspect.signature(type(module).forward).parameters:
+        yield module
+
+
+def _facts(module: Any) -> tuple[Any, ...]:
+    """What may tell a layer from another of its class: its plain attributes and its entries in lists of the config."""
+    index, lists = module.layer_idx, vars(getattr(module, "config", None) or nn.Module())
+    own = [(name, value) for name, value in vars(module).items() if isinstance(value, PLAIN) and name != "layer_idx"]
+    listed = [(n, v[index]) for n, v in lists.items() if isinstance(v, (list, tuple)) and index < len(v)]
+    return (type(module), *own, *((name, value) for name, value in listed if isinstance(value, PLAIN)))
+
+
+def _without_weights(module: Any, config: Any) -> Any:
+    """The module built again from its config, with our attention function, and in evaluation mode."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = NAME
+    known = {"config": config, "layer_idx": module.layer_idx}
+    wanted = list(inspect.signature(type(module).__init__).parameters.values())[1:]
+    given = {each.name: known.get(each.name, getattr(module, each.name, each.default)) for each in wanted}
+    return type(module)(**given).eval()
+
+
+def _arguments(twin: Any, hidden: Tensor, pair: tuple[Tensor, Tensor], cache: DynamicCache) -> dict[str, Any]:
+    """Arguments for `forward` by its parameters: None for those that must be given and say nothing here."""
+    arguments: dict[str, Any] = {}
+    for name, parameter in list(inspect.signature(type(twin).forward).parameters.items())[1:]:
+        if name == "hidden_states":
+            arguments[name] = hidden
+        elif name == GIVEN:
+            arguments[name] = pair
+        elif name == "position_ids":
+            arguments[name] = torch.arange(hidden.shape[1])[None]
+        elif "Cache" in str(parameter.annotation):
+            arguments[name] = cache
+        elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            arguments[name] = None
+    return arguments
+
+
+def _depends(keys: Tensor, *inputs: Tensor) -> bool:
+    if not keys.requires_grad:
+        return False
+    with torch.enable_grad():
+        total = keys.sum()
+    gradients = torch.autograd.grad(total, inputs, allow_unused=True)
+    return any(gradient is not None for gradient in gradients)

@@ -1,0 +1,60 @@
+"""Which layers the scaled RoPE rotates, and how far back these see: whether longer contexts have anything to extend.
+
+Layers are tried out one by one (`libraries.layers`), since families skip the rotation in layers with full attention
+(SmolLM3, EXAONE 4, Cohere 2), and see through windows in some layers or all (Gemma, Mistral v0.1, Phi-3 4k).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from clex_train.libraries import layers
+from clex_train.rope.probe import Traits, find_rotary, model_on_meta, probe
+from clex_train.rope.rotary import EXPANSIONS
+
+
+def scaled_layers(model: nn.Module, traits: Traits) -> dict[int, bool | None]:
+    """By index of the layer, whether the scaled RoPE rotates its keys; None where that could not be found out."""
+    return {module.layer_idx: rotates for module, rotates in _tried(model, traits)}
+
+
+def require_reach(model: nn.Module, traits: Traits, context_len: int) -> None:
+    """`ValueError` naming the model type when every layer that rotates sees a window of at most L tokens.
+
+    Such a layer meets no distance that it was not trained on, however long the context.
+    """
+    tried = _tried(model, traits)
+    windows = [layers.own_window(module) for module, rotates in tried if rotates]
+    open_ended = any(window is None or window > context_len for window in windows)
+    if not windows or open_ended or any(rotates is None for _, rotates in tried):
+        return
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    longest = max(window for window in windows if window is not None)
+    known = f"model_type={kind}: every layer with RoPE sees a window of {longest} tokens, of L = {context_len}"
+    if any(layers.own_window(module) is None for module, _ in tried):
+        raise ValueError(f"{known}, and the layers with full attention have no positions: nothing can be extended")
+    raise ValueError(f"{known}: nothing can be extended; set sliding_window to null in config.json")
+
+
+def require_reach_of(config: PretrainedConfig, context_len: int, trust_remote_code: bool = False) -> None:
+    """`require_reach` of an architecture, without weights."""
+    model = model_on_meta(config, trust_remote_code)
+    require_reach(model, probe(find_rotary(model).module, model.config), context_len)
+
+
+def _tried(model: nn.Module, traits: Traits) -> list[tuple[Any, bool | None]]:
+    """Every attention module with positions, and whether the scaled RoPE rotates its keys."""
+
+    def cos_shape(module: Any) -> tuple[int, ...] | None:
+        kind = None if traits.scaled is None else layers.layer_type(module)
+        if kind not in traits.base:
+            return None
+        return tuple(EXPANSIONS[traits.expansion](torch.empty(1, 2, len(traits.base[kind].inv_freq))).shape)
+
+    modules = layers.rotary_attention(model)
+    trials = layers.attempt_all(modules, cos_shape, getattr(model, "config", None))
+    is_local = [traits.scaled is not None and layers.layer_type(module) != traits.scaled for module in modules]
+    found = zip(modules, trials, is_local, strict=True)
+    return [(module, False if local else trial.rotates) for module, trial, local in found]

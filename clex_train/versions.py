@@ -1,0 +1,45 @@
+"""Newest versions of the core libraries that the test suite has run with, and a line for each that is newer.
+
+Minor releases of transformers and DeepSpeed rename what others build on. `constraints.txt` pins the same versions for
+an install from a clone; a test keeps the two alike. Nothing here imports a library, so any program may ask.
+"""
+
+from importlib import metadata
+
+from packaging.version import Version
+
+NEWEST_TESTED = {
+    "torch": "2.13.0",
+    "transformers": "5.24.0",
+    "deepspeed": "0.19.8",
+    "tokenizers": "0.23.3",
+    "accelerate": "1.15.0",
+    "safetensors": "0.8.0",
+}
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution without its build label (`+cpu`); None when it is not installed."""
+    try:
+        return Version(metadata.version(name)).public
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def describe(name: str) -> str:
+    """Installed and newest tested version, for errors."""
+    return f"{name} {installed(name) or 'unknown'} is installed, {NEWEST_TESTED[name]} is the newest tested"
+
+
+def untested() -> list[str]:
+    """One line for each core library that is newer than any version the suite has run with."""
+    return [_line(name, found) for name in NEWEST_TESTED if (found := installed(name)) and _is_newer(name, found)]
+
+
+def _is_newer(name: str, found: str) -> bool:
+    return Version(found) > Version(NEWEST_TESTED[name])
+
+
+def _line(name: str, found: str) -> str:
+    tested = NEWEST_TESTED[name]
+    return f"{name} {found} is newer than {tested}, the newest tested; pip install {name}=={tested} if results surprise"
