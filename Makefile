@@ -2,8 +2,12 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := -m pip install --disable-pip-version-check
+# The newest versions that were run, unless the environment has its own reasons: make CONSTRAINTS=other.txt
+CONSTRAINTS ?= constraints.txt
+OLDEST := tests/rope tests/attention tests/libraries tests/engine tests/test_api.py tests/test_checkpoint.py
 
-.PHONY: quickstart smoke test test-slow test-gpu test-slurm check format environment clean
+.PHONY: quickstart smoke test test-oldest test-slow test-gpu test-slurm check format environment clean
 
 quickstart: environment  ## the whole main job on the standard library's sources, about 15 minutes on 2 cores
 	$(BIN)/python -m launch.quickstart
@@ -13,6 +17,9 @@ smoke: environment  ## the same with few steps, about two minutes
 
 test: .venv/dev  ## the suite without the markers slow, gpu and slurm, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-oldest: .venv-oldest/dev  ## what depends most on transformers and DeepSpeed, on the oldest versions allowed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(OLDEST)
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
@@ -39,12 +46,18 @@ environment: .venv/run
 	@launch/prerequisites.sh $(PYTHON)
 	$(PYTHON) -m venv .venv
 
-.venv/run: requirements.txt .venv/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -r requirements.txt
+.venv/run: requirements.txt $(CONSTRAINTS) .venv/bin/python
+	$(BIN)/python $(PIP) --progress-bar on -r requirements.txt -c $(CONSTRAINTS)
 	@touch $@
 
 .venv/dev: requirements-dev.txt .venv/run
-	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	$(BIN)/python $(PIP) -q -r requirements-dev.txt -c $(CONSTRAINTS)
+	@touch $@
+
+.venv-oldest/dev: requirements-dev.txt requirements.txt constraints-oldest.txt
+	@launch/prerequisites.sh $(PYTHON)
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python $(PIP) -q -r requirements-dev.txt -c constraints-oldest.txt
 	@touch $@
 
 clean:  ## what the quick start made, not the environment

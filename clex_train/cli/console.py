@@ -28,8 +28,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from clex_train import log, versions
 from clex_train.cli import config_files, overrides
 from clex_train.faults import RankLost, RunStopped, StopRequested, first_line
+
+logger = log.get(__name__)
 
 FAULT = 1
 USER_ERROR = 2
@@ -84,6 +87,9 @@ def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type 
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
         say(help_text())
         return 0
+    if int(os.environ.get("RANK", "0")) == 0:
+        for line in versions.untested():
+            logger.warning("%s", line)
     try:
         main()
     except _Failed as failed:

@@ -25,7 +25,15 @@ from clex_train.libraries.kv_cache import LibraryChanged
 from clex_train.rope import cache as key_cache
 from clex_train.rope import reach
 from clex_train.rope.hooks import Argument, CastPositionEmbeddings, layers_given_position_embeddings
-from clex_train.rope.probe import Site, Traits, find_rotary, probe, require_own_length, require_rotary
+from clex_train.rope.probe import (
+    Site,
+    Traits,
+    find_rotary,
+    probe,
+    require_frequencies,
+    require_own_length,
+    require_rotary,
+)
 from clex_train.rope.rotary import ScaledRotary
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import Frequencies
@@ -49,6 +57,7 @@ def install_rotary(model: nn.Module, context_len: int) -> "RotaryHandle":
     site, config = find_rotary(model), getattr(model, "config", None)
     require_own_length(site.module, config)
     traits = probe(site.module, config)
+    require_frequencies(site.module, traits, config)
     reach.require_reach(model, traits, context_len)
     return RotaryHandle(model, site, traits, context_len)
 

@@ -89,7 +89,9 @@ def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) ->
     model = model_on_meta(config, trust_remote_code)
     module = find_rotary(model).module
     require_own_length(module, model.config)
-    return probe(module, model.config)
+    traits = probe(module, model.config)
+    require_frequencies(module, traits, model.config)
+    return traits
 
 
 def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -119,6 +121,19 @@ def require_own_length(module: nn.Module, config: Any) -> None:
         raise ValueError(
             f"rope_type={rope_type} of model_type={kind}: it changes its frequencies with the length by itself; "
             "set rope_type to `default` in rope_parameters of config.json"
+        )
+
+
+def require_frequencies(module: nn.Module, traits: Traits, config: Any) -> None:
+    """`ValueError` naming the model type when some of its frequencies are 0: those pairs do not rotate at any t."""
+    own = traits.base[traits.scaled].inv_freq
+    still = int((~(own > 0)).sum())
+    if still:
+        kind, types = getattr(config, "model_type", type(module).__name__), getattr(module, "rope_type", None)
+        rope_type = types.get(traits.scaled) if isinstance(types, dict) else types
+        raise ValueError(
+            f"rope_type={rope_type} of model_type={kind}: {still} of its {len(own)} frequencies are 0, and theta(t) "
+            "starts from positive ones; scaling=none trains it as it is"
         )
 
 

@@ -172,8 +172,13 @@ def _require_usable(good: Tensor, learned: Tensor, t: Tensor) -> None:
 def _check_arguments(inv_freq: Tensor, t_max: float, param_factor: float, act: str, tolerance: float) -> None:
     if inv_freq.ndim != 1 or len(inv_freq) == 0:
         raise ValueError(f"inv_freq of shape {tuple(inv_freq.shape)}: one frequency per rotated pair is expected")
-    if not bool((torch.isfinite(inv_freq) & (inv_freq > 0)).all()):
-        raise ValueError(f"inv_freq={inv_freq.tolist()}: CLEX starts from finite, positive frequencies")
+    unusable = (~(torch.isfinite(inv_freq) & (inv_freq > 0))).nonzero().flatten().tolist()
+    if unusable:
+        j = unusable[0]
+        raise ValueError(
+            f"inv_freq[{j}]={float(inv_freq[j]):g}, {len(unusable)} of {len(inv_freq)} like it: "
+            "CLEX starts from finite, positive frequencies"
+        )
     if not t_max >= 1 or not math.isfinite(t_max):
         raise ValueError(f"t_max={t_max}: a scale factor is at least 1")
     if not param_factor > 0:

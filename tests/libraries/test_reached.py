@@ -1,0 +1,89 @@
+"""What this project relies on inside of libraries is there in the installed versions; a failure names what has gone."""
+
+import ast
+import importlib
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.version import Version
+
+from clex_train import versions
+from clex_train.libraries.reached import REACHED, Reach
+
+ROOT = Path(__file__).resolve().parents[2]
+PRIVATE = re.compile(r"\b(?!self\b|cls\b)\w+\.(_[a-z]\w+)")
+OWN = re.compile(r"^\s*(?:self\.)?(_\w+)\b|def (_\w+)|self\.(_\w+)", re.MULTILINE)
+
+
+def missing(target: str) -> bool:
+    """Whether a target of the list is not there."""
+    module, _, path = target.partition(":")
+    path, _, attribute = path.partition("@")
+    path, _, parameter = path.removesuffix(")").partition("(")
+    try:
+        found = importlib.import_module(module)
+        for name in path.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError):
+        return True
+    if parameter:
+        return parameter not in inspect.signature(found).parameters
+    return bool(attribute) and not any(attribute in assigned(parent) for parent in found.__mro__[:-1])
+
+
+def assigned(cls: type) -> set[str]:
+    """Attributes that a class declares or its methods assign to self."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError):
+        return set()
+    stores = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    return stores | {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+@pytest.mark.parametrize("reach", REACHED, ids=lambda reach: reach.target)
+def test_what_is_relied_on_is_there(reach: Reach) -> None:
+    library = reach.target.partition(":")[0].partition(".")[0]
+    found = Version(str(versions.installed(library)))
+    if (reach.since and found < Version(reach.since)) or (reach.cuda and not torch.cuda.is_available()):
+        pytest.skip(f"not in {library} {found}")
+    assert not missing(reach.target), f"{reach.target} has gone from {library} {found}: {reach.gone}"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "torch:nothing",
+        "clex_train.versions:describe(nothing)",
+        "transformers.cache_utils:Cache@nothing",
+        "nothing:at_all",
+    ],
+)
+def test_the_check_tells_what_is_not_there(target: str) -> None:
+    assert missing(target)
+
+
+def test_targets_are_named_once_and_say_why() -> None:
+    targets = [reach.target for reach in REACHED]
+    assert len(set(targets)) == len(targets)
+    assert all(reach.why and reach.gone for reach in REACHED)
+
+
+def test_every_private_name_of_another_object_is_in_the_list() -> None:
+    listed = " ".join(reach.target for reach in REACHED)
+    found: dict[str, str] = {}
+    for path in [*(ROOT / "clex_train").rglob("*.py"), ROOT / "train.py"]:
+        code = path.read_text(encoding="utf-8")
+        own = {name for groups in OWN.findall(code) for name in groups if name}
+        for name in PRIVATE.findall(re.sub(r'"""[\s\S]*?"""|#.*', "", code)):
+            if name not in own and name not in listed and name not in ALLOWED:
+                found[name] = str(path.relative_to(ROOT))
+    assert not found, f"list them in libraries.reached, or do without: {found}"
+
+
+ALLOWED = {"_dynamo", "_version", "_device", "_fields", "_asdict", "_replace", "_exit", "_current_frames"}
+"""Modules whose members are listed, names of the standard library, and lm-eval's model, which is optional."""
