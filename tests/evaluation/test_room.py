@@ -19,6 +19,7 @@ from clex_train.evaluation.results import Origin, Results, read, write
 from clex_train.evaluation.room import Room
 from clex_train.evaluation.runner import evaluate
 from clex_train.faults import RunStopped
+from clex_train.libraries import kv_cache
 from clex_train.rope.patch import install_rotary
 from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 
@@ -32,7 +33,7 @@ def results_with_room_for(most: int) -> Results:
     handle = install_rotary(model, CONTEXT_LEN)
 
     def fill_up(_: object, args: object, inputs: dict) -> None:
-        cache = inputs.get("past_key_values")
+        cache = kv_cache.in_call((), inputs)
         if cache is not None and cache.get_seq_length() + inputs["input_ids"].shape[1] > most:
             raise torch.OutOfMemoryError(SAID)
 

@@ -23,6 +23,7 @@ from clex_train.evaluation.retrieval.haystack import Documents
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.retrieval.tasks import TASKS
 from clex_train.faults import StopRequested
+from clex_train.libraries import kv_cache
 from clex_train.rope import growing
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.table import Frequencies
@@ -211,7 +212,7 @@ def _half_right() -> list[TaskScore]:
     model = copying_llama.build(len(tokenizer))
 
     def look(module: Any, args: Any, kwargs: Any) -> None:
-        past = kwargs["past_key_values"]
+        past = kv_cache.in_call((), kwargs)
         seen = (*getattr(past, "seen", []), *kwargs["input_ids"][0].tolist())
         module.shift = int(any(seen[: len(prompt)] == prompt for prompt in misread))
 
@@ -238,7 +239,7 @@ def test_a_length_that_memory_does_not_hold_is_missing_and_the_other_is_scored(b
     full = torch.OutOfMemoryError("CUDA out of memory.")
 
     def fill_up(_: object, args: object, inputs: dict[str, Any]) -> None:
-        if inputs["past_key_values"] is not None and inputs["past_key_values"].get_seq_length() > 256:
+        if (past := kv_cache.in_call((), inputs)) is not None and past.get_seq_length() > 256:
             raise full
 
     model.register_forward_pre_hook(fill_up, with_kwargs=True)
