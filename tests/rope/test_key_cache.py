@@ -330,6 +330,8 @@ def test_positions_travel_with_the_rows_of_a_cache(method: str, kind: str) -> No
     argument, order = ROW_CHANGES[method]
     if kind == "quantised" and method != "reorder_cache":
         pytest.skip("a quantised layer of transformers cannot change its number of rows")
+    if kind == "quantised" and not hasattr(QuantizedLayer, "_apply_pending_reorder"):
+        pytest.skip("this transformers moves only those rows of a quantised layer that are not yet quantised")
     kinds = {
         "dynamic": DynamicCache,
         "growing": lambda: new_cache(model, 40),
