@@ -62,7 +62,8 @@ def corpus() -> None:
 
 def train(name: str, runs: Path, smoke: bool) -> None:
     """One training run by DeepSpeed's launcher."""
-    command = [str(Path(sys.executable).with_name("deepspeed")), "train.py", f"+experiment={name}"]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "warning"]
+    command = [*launcher, "train.py", f"+experiment={name}"]
     if smoke:
         command += [f"optim.steps={SMOKE_STEPS[name]}", f"output_dir={runs / name}", *SMOKE_OVERRIDES]
         command += [] if name == "tiny_base" else [f"model.path={runs / 'tiny_base' / 'final'}"]

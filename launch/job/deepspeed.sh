@@ -1,6 +1,6 @@
 # --- one task on each node: DeepSpeed's launcher starts its ranks ------------------------------------------------------
 task() {
-    exec "${prefix[@]}" "$python" -m deepspeed.launcher.runner --hostfile="$submission/hostfile" --no_ssh \
+    exec "${prefix[@]}" "$python" -m deepspeed.launcher.runner --log_level=warning --hostfile="$submission/hostfile" --no_ssh \
         --node_rank="$SLURM_NODEID" --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" \
         "$submission/code/train.py" "${arguments[@]}"
 }
