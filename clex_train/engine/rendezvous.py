@@ -1,4 +1,4 @@
-"""Where the ranks of a launch meet: a port of their own where none was named.
+"""Rendezvous of the ranks of a launch, at a port of their own where none was named.
 
 DeepSpeed's launcher gives every job the same default port, so that a second job on the machine would die. Where all
 ranks are on one machine, rank 0 takes any free port and leaves its number in a file that is named after the launcher's
@@ -17,15 +17,17 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
+from clex_train.settings.bounds import require
+
 DEEPSPEED_PORT = "29500"
 LAUNCHER = "deepspeed.launcher.launch"
 HOST = "127.0.0.1"
-CLOCK_SLACK = 5.0
-"""Seconds by which the clocks of files and of processes may differ."""
+SAME_START = 2.0
+"""Seconds by which two readings of the launcher's start may differ, should the machine's clock be set meanwhile."""
 
 
 def may_choose_port() -> bool:
-    """Whether all ranks are children of DeepSpeed's launcher on this machine, at the port that it gives by default.
+    """Return True if all ranks are children of DeepSpeed's launcher on this machine, at the port it gives by default.
 
     On one machine no port has to be agreed on with anybody else, so naming the default is as good as naming none.
     """
@@ -39,31 +41,37 @@ def open_at_free_port(backend: str, timeout: timedelta) -> None:
     if rank == 0:
         store = dist.TCPStore(HOST, 0, ranks, is_master=True, timeout=timeout, wait_for_workers=False)
         _write(note, store.port)
+        # NCCL's group opens without waiting for the others, who could then find the file gone.
+        store.wait([_arrival(other) for other in range(1, ranks)], timeout)
+        note.unlink(missing_ok=True)
     else:
         store = dist.TCPStore(HOST, _read(note, timeout), ranks, is_master=False, timeout=timeout)
+        store.set(_arrival(rank), "")
     os.environ.update(MASTER_ADDR=HOST, MASTER_PORT=str(store.port))
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
-    if rank == 0:
-        # Every rank has met here, so all have read it.
-        note.unlink(missing_ok=True)
 
 
 def require_free_port() -> None:
-    """`ValueError` on the rank that is to listen if somebody else listens at the port already."""
+    """Refuse a port that the rank which listens cannot have: `ValueError` in one line, on that rank alone."""
     listens = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     port = os.environ.get("MASTER_PORT", "")
     if not (listens and port.isdecimal()):
         return
+    require(0 < int(port) < 2**16, "MASTER_PORT", port, "a port is a number from 1 to 65535")
     dual = socket.has_dualstack_ipv6()
     try:
         socket.create_server(
             ("", int(port)), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
         ).close()
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
+        reasons = {
+            errno.EADDRINUSE: "the port is in use by another program",
+            errno.EACCES: "the port is for root alone",
+        }
+        if error.errno not in reasons:
             raise
         raise ValueError(
-            f"MASTER_PORT={port}: the port is in use by another program; give another to the launcher, "
+            f"MASTER_PORT={port}: {reasons[error.errno]}; give another to the launcher, "
             "such as deepspeed --master_port=PORT or torchrun --master-port=PORT"
         ) from error
 
@@ -76,32 +84,41 @@ def _launcher() -> psutil.Process | None:
         return None
 
 
+def _arrival(rank: int) -> str:
+    """Return the key by which a rank says that it has found the store."""
+    return f"clex_train/arrived/{rank}"
+
+
 def _note() -> Path:
-    """The file of this launch."""
+    """Return the file of this launch; containers that share a folder of temporary files differ by their host's name."""
+    name = f"clex_train_port_{os.getuid()}_{socket.gethostname()}_{_require_launcher().pid}"
+    return Path(tempfile.gettempdir()) / name
+
+
+def _require_launcher() -> psutil.Process:
     launcher = _launcher()
-    assert launcher is not None, "asked for by `may_choose_port`"
-    return Path(tempfile.gettempdir()) / f"clex_train_port_{os.getuid()}_{launcher.pid}"
+    assert launcher is not None, "`may_choose_port` has found one"
+    return launcher
 
 
 def _write(note: Path, port: int) -> None:
-    beside = note.with_suffix(".tmp")
+    beside = note.with_name(f"{note.name}.tmp")
     beside.unlink(missing_ok=True)
     with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(str(port))
+        file.write(f"{port} {_require_launcher().create_time()}")
     beside.replace(note)
 
 
 def _read(note: Path, timeout: timedelta) -> int:
-    """The port that rank 0 writes; waits for it.
+    """Wait for the port that rank 0 writes, and return it.
 
     A file of another user's is not taken for it, nor one that a killed launch of the same process id has left.
     """
-    launcher, end = _launcher(), time.monotonic() + timeout.total_seconds()
-    since = launcher.create_time() - CLOCK_SLACK if launcher else 0.0
+    began, end = _require_launcher().create_time(), time.monotonic() + timeout.total_seconds()
     while time.monotonic() < end:
         with suppress(FileNotFoundError):
-            found = note.stat()
-            if found.st_uid == os.getuid() and found.st_mtime >= since:
-                return int(note.read_text(encoding="utf-8"))
+            port, launched = note.read_text(encoding="utf-8").split()
+            if note.stat().st_uid == os.getuid() and abs(float(launched) - began) < SAME_START:
+                return int(port)
         time.sleep(0.05)
     raise RuntimeError(f"rank 0 has opened no port within {timeout}; its own output says why")

@@ -1,15 +1,20 @@
 """Ranks meet beside another job: at a port of their own where none was named, else one line says that it is taken."""
 
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from ports import free_port
 
 from clex_train.engine import rendezvous
@@ -53,6 +58,50 @@ def test_a_launch_beside_another_job_at_deepspeeds_port_takes_one_of_its_own():
     first, second = line.split()[1:]
     assert first == second != rendezvous.DEEPSPEED_PORT
     assert not list(Path(tempfile.gettempdir()).glob(f"clex_train_port_{os.getuid()}_*.tmp"))
+
+
+def _meet_without_waiting(rank: int, folder: str, seconds_late: float) -> None:
+    """A rank under a backend whose group opens without waiting for the others, as NCCL's does."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: F401  registers the backend
+
+    time.sleep(seconds_late)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", TMPDIR=folder)
+    tempfile.tempdir = folder
+    rendezvous._launcher = lambda: psutil.Process(os.getppid())
+    rendezvous.open_at_free_port("fake", timedelta(seconds=60))
+    Path(folder, f"met_{rank}").write_text(os.environ["MASTER_PORT"])
+    torch.distributed.destroy_process_group()
+
+
+def test_a_rank_that_comes_late_finds_the_port_whatever_the_backend_waits_for(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    ranks = [spawn.Process(target=_meet_without_waiting, args=(rank, str(tmp_path), 2.0 * rank)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    first, second = ((tmp_path / f"met_{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert {path.name for path in tmp_path.iterdir()} == {"met_0", "met_1"}
+
+
+def test_a_note_that_a_killed_launch_left_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(rendezvous, "_launcher", psutil.Process)
+    note = rendezvous._note()
+    note.write_text(f"12345 {psutil.Process().create_time() - 60}")
+    with pytest.raises(RuntimeError, match="rank 0 has opened no port"):
+        rendezvous._read(note, timedelta(seconds=0.2))
+    rendezvous._write(note, 23456)
+    assert rendezvous._read(note, timedelta(seconds=5)) == 23456
+
+
+@pytest.mark.parametrize("port", ["0", "99999"])
+def test_a_port_that_is_none_is_one_line(rank, port):
+    rank(RANK="0", MASTER_PORT=port)
+    with pytest.raises(ValueError, match=f"^MASTER_PORT={port}: a port is a number from 1 to 65535"):
+        rendezvous.require_free_port()
 
 
 def test_a_port_that_was_named_and_is_taken_is_one_line():
