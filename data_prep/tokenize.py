@@ -50,10 +50,27 @@ def run(config: TokenizeVerb) -> None:
     if is_done(output, settings, config.overwrite):
         logger.info("%s holds this store already", output)
         return
+    say_what_is_ahead(config, units, len(tokenizer), bos)
     with disk_full_explained(output), open_partial(output, settings, config.overwrite) as partial:
         manifest = _complete(config, units, tokenizer, partial, settings, held_out)
         publish(partial, manifest, output)
     _report(manifest, output)
+
+
+def say_what_is_ahead(config: TokenizeVerb, units: list[Unit], vocab_size: int, bos: bool) -> None:
+    """Log what is read, by which tokenizer, and where it goes, before the work."""
+    paths = {piece.path for unit in units for piece in unit.pieces}
+    megabytes = sum(piece.num_bytes for unit in units for piece in unit.pieces) / 1e6
+    logger.info(
+        "tokenise corpus %s (%.1f MB, files: %d) with %s (%d tokens), each document %s BOS, into %s",
+        config.corpus.name,
+        megabytes,
+        len(paths),
+        config.tokenizer.path,
+        vocab_size,
+        "with" if bos else "without",
+        config.output,
+    )
 
 
 def _complete(

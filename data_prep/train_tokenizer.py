@@ -7,6 +7,7 @@ encoded and decoded without loss, there is no unknown token.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ def run(config: TrainTokenizerVerb) -> None:
     if output.exists() and not config.overwrite:
         raise ValueError(f"output={output}: exists; choose another directory, or overwrite=true")
     units = plan(config.corpus, 1 << 62)
+    logger.info("train a tokenizer of %d tokens on corpus %s into %s", config.vocab_size, config.corpus.name, output)
     unfinished = output.with_name(output.name + ".partial")
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,7 @@ def train(texts: Iterator[str], config: TrainTokenizerVerb) -> Any:
         vocab_size=config.vocab_size,
         special_tokens=[config.pad_token, config.bos_token, config.eos_token],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=True,
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     length = {} if config.model_max_length is None else {"model_max_length": config.model_max_length}
