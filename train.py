@@ -96,6 +96,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     liger.check(config.engine.liger)
     tracking.require_login(config.tracking)
     arch = architectures.to_train(config.model)
+    architectures.warn_of_unused_config(config.model)
     weights.check(config.model, arch)
     context = architectures.context_source(config.model, arch)
     context_len = context.length
@@ -179,13 +180,13 @@ def say_what_is_ahead(
     first_step: int,
 ) -> None:
     """Print what is about to be trained, before anything that costs; `settings` are DeepSpeed's."""
-    from clex_train import distributed, opening, skeleton
+    from clex_train import distributed, modeling, opening
     from clex_train.engine import deepspeed as engines
 
     subject = opening.Subject(
         weights=opening.weights_of(config.model),
         model_type=arch.model_type,
-        num_parameters=skeleton.count(arch).total,
+        num_parameters=modeling.count_parameters(arch, config.model.trust_remote_code),
         dtype=engines.precision(config.engine),
         context_len=context.length,
         context_source=context.source,

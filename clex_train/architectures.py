@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from clex_train import hub, model_directory
+from clex_train import hub, log, model_directory
 from clex_train.rope import official, recipes
 from clex_train.rope.patch import require_rotary
 from clex_train.rope.recipes import ContextLength
@@ -20,6 +20,8 @@ from clex_train.settings.bounds import require
 from clex_train.settings.model import Init, ModelConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+logger = log.get(__name__)
 
 
 def to_train(model: ModelConfig) -> PretrainedConfig:
@@ -76,7 +78,7 @@ def stand_in(model: ModelConfig) -> ModelConfig:
     if model.path is None or model.config is None or Path(model.path).is_dir():
         return model
     shown = _shown(model.config)
-    if shown is None or shown == model.path or _tail(shown) == _tail(model.path):
+    if shown is None or _is_name_of(shown, model.path):
         return dataclasses.replace(model, path=None, init=None)
     require(
         not _is_local(model.path),
@@ -89,8 +91,26 @@ def stand_in(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, config=None)
 
 
+def warn_of_unused_config(model: ModelConfig) -> None:
+    """Log that `model.config` has no effect beside a `model.path` of another model, which has its own config.json."""
+    if model.path is None or model.config is None:
+        return
+    shown = _shown(model.config) or str(_shipped(model.config))
+    if not _is_name_of(shown, model.path):
+        logger.info(
+            "model.config=%s (the architecture of %s) is left unread: model.path=%s has a config.json of its own",
+            model.config,
+            shown,
+            model.path,
+        )
+
+
+def _is_name_of(shown: str, path: str) -> bool:
+    return shown == path or _tail(shown) == _tail(path)
+
+
 def _shown(config: str) -> str | None:
-    """Which model an architecture's directory says that it belongs to."""
+    """Read which model an architecture's directory says that it belongs to."""
     try:
         facts = json.loads((Path(str(_shipped(config))) / "config.json").read_text(encoding="utf-8"))
         name = facts.get("_name_or_path")
@@ -101,7 +121,7 @@ def _shown(config: str) -> str | None:
 
 
 def _tail(path: str) -> tuple[str, ...]:
-    """What a model is called wherever it lies: its folder's name, with the run's for the `final/` of a run."""
+    """Name a model wherever it lies: by its folder, with the run's for the `final/` of a run."""
     parts = Path(path).parts
     return parts[-2:] if parts[-1:] == ("final",) else parts[-1:]
 
@@ -116,18 +136,19 @@ def context_source(model: ModelConfig, config: PretrainedConfig) -> ContextLengt
 
     A CLEX run records it in `clex.json`, a recipe by formula as `original_max_position_embeddings`.
     """
+    key = f"{model.PREFIX}context_len"
     trained_on = _context_of_field(model.path) if model.path else None
     if model.context_len is not None:
         require(
             trained_on is None or trained_on.length == model.context_len,
-            "model.context_len",
+            key,
             model.context_len,
             f"the CLEX of {model.path} belongs to a base of {trained_on.length if trained_on else 0} tokens; leave the "
             "key out",
         )
-        return ContextLength(model.context_len, "model.context_len")
-    own = trained_on or recipes.own_context(config)
-    require(own is not None, "model.context_len", None, "the architecture does not say what context it was trained on")
+        return ContextLength(model.context_len, key)
+    own = trained_on or recipes.own_context(config, key)
+    require(own is not None, key, None, "the architecture does not say what context it was trained on")
     assert own is not None
     return own
 
@@ -141,7 +162,7 @@ def own_context(model: ModelConfig, config: PretrainedConfig) -> int | None:
 
 
 def name(model: ModelConfig) -> str:
-    """What a model is called in messages: where its weights are, else where its architecture is."""
+    """Name a model in messages: by where its weights are, else by where its architecture is."""
     return str(model.path or model.config)
 
 

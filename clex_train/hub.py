@@ -19,12 +19,12 @@ logger = log.get(__name__)
 
 
 def options(path: str) -> dict[str, Any]:
-    """Arguments of every `from_pretrained` of a directory or hub name."""
+    """Return the arguments of every `from_pretrained` of a directory or hub name."""
     return {} if Path(path).is_dir() or unreachable() is None else {"local_files_only": True}
 
 
 def why_not_read(path: str, error: BaseException) -> str:
-    """Why a library could not read something of `path`, with the remedy where the hub is what is missing."""
+    """Explain why a library could not read something of `path`, with the remedy if the hub is out of reach."""
     if Path(path).is_dir() or unreachable() is None:
         return first_line(error)
     return (
@@ -35,7 +35,7 @@ def why_not_read(path: str, error: BaseException) -> str:
 
 @cache
 def unreachable() -> str | None:
-    """Why the hub cannot be reached, None if it can."""
+    """Return the reason why the hub cannot be reached, None if it can."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:

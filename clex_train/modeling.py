@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from clex_train.attention.choice import has_sdpa, resolved
 from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.config import Config
-from clex_train.rope import official, recipes
+from clex_train.faults import is_out_of_memory
+from clex_train.rope import official, probe, recipes
 from clex_train.rope.as_is import install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.rope.reach import require_reach_of
@@ -100,6 +100,11 @@ def matmul_shape(model: PreTrainedModel) -> tuple[float, int, int, int]:
 def num_parameters(module: nn.Module) -> int:
     """Parameters of a model or a part of it, whole or sharded."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+
+
+def count_parameters(arch: PretrainedConfig, trust_remote_code: bool = False) -> int:
+    """Count the parameters of an architecture without its weights, whatever its positions are."""
+    return num_parameters(probe.model_on_meta(arch, trust_remote_code))
 
 
 def check_attention(implementation: AttentionImplementation, key: str = "attention.implementation") -> None:
@@ -195,7 +200,10 @@ def load_for_evaluation(
     if attention in (AttentionImplementation.auto, AttentionImplementation.sdpa):
         # Unnamed, it is what transformers takes where code that comes with the model has it.
         wanted = None if has_sdpa(arch) else AttentionImplementation.eager
-    model = (_from_pretrained if sharding is None else partial(_shards, sharding))(spec, dtype, wanted).eval()
+    if spec.allow_missing:
+        # What is drawn is the same on every rank.
+        torch.manual_seed(seeding.torch_seed(0, "weights"))
+    model = _load_weights(spec, dtype, wanted, sharding=sharding).eval()
     tokenizer = load_tokenizer(spec.tokenizer or str(spec.path), spec)
     loaded = LoadedModel(model, install_as_is(model, length), length, tokenizer)
     directory = Path(str(spec.path))
@@ -243,8 +251,13 @@ def bars_on_a_terminal() -> Iterator[None]:
 
 
 def load_tokenizer(path: str, model: ModelConfig) -> Any:
-    """The tokenizer of a directory or hub repository; `ValueError` in one line when there is none."""
+    """Load the tokenizer of a directory or hub repository; `ValueError` in one line when there is none.
+
+    That of the model's own repository is of the same revision as its weights.
+    """
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, **hub.options(path)}
+    if path == model.path and not Path(path).is_dir():
+        options["revision"] = model.revision
     if official.is_official(Path(path)):
         # transformers would read the architecture by itself and warn of the rope type it does not know.
         options["config"] = official.read_official_config(Path(path))
@@ -285,9 +298,30 @@ def _pretrained_model(
 ) -> PreTrainedModel:
     # Of the same numbers on every rank, should `model.allow_missing` let some be drawn.
     torch.manual_seed(seeding.torch_seed(config.seed, "weights"))
-    if config.engine.zero_stage != 3:
-        return _from_pretrained(config.model, dtype, config.attention.implementation, changed)
-    return _shards(deepspeed_dict, config.model, dtype, config.attention.implementation, changed)
+    sharding = deepspeed_dict if config.engine.zero_stage == 3 else None
+    return _load_weights(config.model, dtype, config.attention.implementation, changed, sharding)
+
+
+def _load_weights(
+    spec: ModelConfig,
+    dtype: torch.dtype | str,
+    attention: AttentionImplementation | None,
+    changed: PretrainedConfig | None = None,
+    sharding: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Load the weights of `spec`, under the architecture `changed` if it is not that of their directory.
+
+    With `sharding`, DeepSpeed's settings, this rank keeps its share of them while they are read; collective.
+    `ValueError` names tensors that weights and architecture do not share.
+    """
+    if sharding is None:
+        model, report = _from_pretrained(spec, dtype, attention, changed)
+    else:
+        model, report = _shards(sharding, spec, dtype, attention, changed)
+    # Of a hub name the files are compared by a model on the meta device, which must not be sharded.
+    weights.check_loaded(spec, model.config, report)
+    weights.announce(report, spec)
+    return model
 
 
 def _shards(
@@ -295,45 +329,42 @@ def _shards(
     spec: ModelConfig,
     dtype: torch.dtype | str,
     attention: AttentionImplementation | None,
-    changed: PretrainedConfig | None = None,
-) -> PreTrainedModel:
-    """The weights, of which this rank keeps its share while they are read. Collective."""
+    changed: PretrainedConfig | None,
+) -> tuple[PreTrainedModel, weights.Report]:
+    """Load the weights, of which this rank keeps its share while they are read. Collective."""
     from transformers.integrations import HfDeepSpeedConfig
 
-    # transformers shards the weights while reading them for as long as this object lives.
+    # transformers shards every model that is built for as long as this object lives.
     alive = HfDeepSpeedConfig(sharding)
-    model = _from_pretrained(spec, dtype, attention, changed, is_sharded=True)
-    del alive
-    return model
+    try:
+        return _from_pretrained(spec, dtype, attention, changed, is_sharded=True)
+    finally:
+        del alive
 
 
 def _from_pretrained(
     spec: ModelConfig,
     dtype: torch.dtype | str,
     attention: AttentionImplementation | None,
-    changed: PretrainedConfig | None = None,
+    changed: PretrainedConfig | None,
     is_sharded: bool = False,
-) -> PreTrainedModel:
-    """The weights of `spec`, under the architecture `changed` if it is not that of their directory.
-
-    `ValueError` names tensors that weights and architecture do not share.
-    """
+) -> tuple[PreTrainedModel, weights.Report]:
+    """Load the weights, with transformers' report on them, which names the tensors that do not fit."""
     path, directory = str(spec.path), Path(str(spec.path))
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention and attention.value}
-    # Both are judged by the report, which names the tensors.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **hub.options(path)}
     if changed is not None:
         options["config"] = changed
     try:
         with bars_on_a_terminal():
             if official.is_official(directory):
-                model, report = official.load_official_model(directory, **options)
-            else:
-                options |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-                model, report = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError) as error:
+                return official.load_official_model(directory, **options)
+            options |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+            model, report = AutoModelForCausalLM.from_pretrained(path, **options)
+            return model, report
+    except Exception as error:  # whatever the loader raises over files that do not belong together
+        # Reading shares is collective: a rank that is lost is not a fault of the files.
+        if is_out_of_memory(error) or (is_sharded and isinstance(error, RuntimeError)):
+            raise
         reason = hub.why_not_read(path, error)
         raise ValueError(f"model.path={path}: the weights cannot be loaded ({reason})") from error
-    weights.check_loaded(spec, model.config, report, is_sharded)
-    weights.announce(report, spec.allow_missing)
-    return model

@@ -22,18 +22,20 @@ from transformers.utils import logging as transformers_logging
 
 from clex_train import log
 from clex_train.faults import first_line
-from clex_train.model_directory import WEIGHT_FILES
+from clex_train.model_directory import WEIGHT_FILES, has_weights
 from clex_train.rope import official
 from clex_train.settings.bounds import require
 from clex_train.settings.model import ModelConfig
 
 Report = Mapping[str, Any]
-"""What transformers calls the loading info: missing_keys, unexpected_keys, mismatched_keys."""
+"""The loading info of transformers: missing_keys, unexpected_keys, mismatched_keys."""
 
 NAMED = 3
 LFS_POINTER = b"version https://git-lfs"
-DEQUANTISED = ("fp8", "mxfp4")
-"""Methods whose weights transformers turns into floating point by itself while reading them."""
+CONSTANTS = (".masked_bias", ".inv_freq")
+MASKS = (".attn.bias", ".attention.bias")
+"""Buffers of old checkpoints of GPT-2, GPT-Neo and Llama that models compute by themselves. A causal mask shares its
+name with a real bias, and is known by its shape."""
 ADAPTER = "adapter_config.json"
 OTHER_LAYOUTS = (".safetensors", ".bin", ".gguf", ".pth", ".pt", ".h5", ".msgpack")
 
@@ -53,34 +55,43 @@ def check(model: ModelConfig, arch: PretrainedConfig) -> None:
         _check_directory(directory, model, arch)
 
 
-def check_loaded(model: ModelConfig, arch: PretrainedConfig, report: Report, is_sharded: bool) -> None:
-    """Judge what transformers says about the weights that it has loaded.
+def check_loaded(model: ModelConfig, arch: PretrainedConfig, report: Report) -> None:
+    """Judge the report of transformers about the weights that it has loaded.
 
     Under ZeRO-3 it says only what is missing, so the files of a hub name, which are in the cache now, are compared.
+    Call it once transformers has stopped to shard what is built: a sharded model has no place on the meta device.
     """
-    if is_sharded and not Path(str(model.path)).is_dir():
-        cached = try_to_load_from_cache(str(model.path), "config.json", revision=model.revision)
-        if isinstance(cached, str):
-            _check_directory(Path(cached).parent, model, arch)
-    refuse(report, str(model.path), model.allow_missing)
+    directory = _local(model)
+    if directory and directory != Path(str(model.path)):
+        _check_directory(directory, model, arch)
+    is_open = directory and any(name.endswith(MASKS) for name in report["unexpected_keys"])
+    refuse(report, model, headers(files(directory)) if directory and is_open else {})
 
 
 def require_unquantised(path: str, arch: PretrainedConfig) -> None:
-    """Refuse weights of a few bits, which can be neither trained whole nor read without the library that made them."""
+    """Refuse weights of a few bits, which cannot be trained whole.
+
+    fp8 and mxfp4 too: transformers turns them into floating point only where the GPU has no kernel for them.
+    """
     config = getattr(arch, "quantization_config", None)
     facts = config if isinstance(config, dict) else vars(config) if config is not None else {}
     method = getattr(facts.get("quant_method"), "value", facts.get("quant_method"))
     require(
-        config is None or method in DEQUANTISED,
+        config is None,
         "model.path",
         path,
-        f"its weights are quantised ({method}) and cannot be trained whole; give the model that they were made from",
+        f"its weights are quantised ({method}) and cannot be trained whole; give the model that they were made from, "
+        "or a copy of them in bfloat16",
     )
 
 
-def refuse(report: Report, path: str, allowed: Iterable[str] = ()) -> None:
-    """`ValueError` naming the tensors that weights and architecture do not share, but for those allowed."""
-    missing, unexpected = (_beyond(report[f"{kind}_keys"], allowed) for kind in ("missing", "unexpected"))
+def refuse(report: Report, model: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` naming the tensors that weights and architecture do not share, but for those allowed.
+
+    `tensors` are those of the weights, for the shapes of what may be a constant.
+    """
+    left_out = [name for name in report["unexpected_keys"] if not _is_constant(name, tensors.get(name))]
+    missing, unexpected = (_beyond(names, model.allow_missing) for names in (report["missing_keys"], left_out))
     faults, remedy = [], "copy config.json and weights of one model again"
     if prefix := _prefix(missing, unexpected):
         faults.append(f"the names of its tensors begin with `{prefix}`: {_named(unexpected)}")
@@ -88,22 +99,22 @@ def refuse(report: Report, path: str, allowed: Iterable[str] = ()) -> None:
     elif missing or unexpected:
         faults += [f"its weights lack {_named(missing)}, which would be drawn at random"] if missing else []
         faults += [f"its config.json has no {_named(unexpected)}, which would be left out"] if unexpected else []
-        remedy += ", or name what may differ in model.allow_missing"
+        remedy += f", or name what may differ in {model.PREFIX}allow_missing"
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]
         others = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
         faults.append(f"{name} is {[*found]} in its weights and {[*expected]} by its config.json{others}")
     if faults:
-        raise ValueError(f"model.path={path}: {'; '.join(faults)}; {remedy}")
+        raise ValueError(f"model.path={model.path}: {'; '.join(faults)}; {remedy}")
 
 
-def announce(report: Report, allowed: Iterable[str]) -> None:
-    """Name in the log what was drawn or left out by leave of `model.allow_missing`."""
-    patterns = list(allowed)
+def announce(report: Report, model: ModelConfig) -> None:
+    """Name in the log what `model.allow_missing` had drawn or left out."""
+    patterns = list(model.allow_missing)
     for kind, what in (("missing", "drawn from the seed"), ("unexpected", "left out")):
         names = [name for name in sorted(report[f"{kind}_keys"]) if _matches(name, patterns)]
         if names:
-            logger.warning("model.allow_missing: %s: %s", what, ", ".join(names))
+            logger.warning("%sallow_missing: %s: %s", model.PREFIX, what, ", ".join(names))
 
 
 def compare(arch: PretrainedConfig, tensors: dict[str, Tensor], trust_remote_code: bool = False) -> Report:
@@ -124,7 +135,7 @@ def compare(arch: PretrainedConfig, tensors: dict[str, Tensor], trust_remote_cod
 
 
 def files(directory: Path) -> list[Path]:
-    """The weight files that transformers would read; `ValueError` when there are none or one is not there."""
+    """List the weight files that transformers would read; `ValueError` when there are none or one is not there."""
     chosen = next((directory / name for name in WEIGHT_FILES if (directory / name).exists()), None)
     if chosen is None:
         raise ValueError(f"model.path={directory}: {_no_weights(directory)}")
@@ -144,7 +155,7 @@ def files(directory: Path) -> list[Path]:
 
 
 def headers(paths: Iterable[Path]) -> dict[str, Tensor]:
-    """Every tensor of the files by name, on the meta device; `ValueError` names a file that is not whole."""
+    """Read every tensor of the files by name, on the meta device; `ValueError` names a file that is not whole."""
     found: dict[str, Tensor] = {}
     for path in paths:
         _require_content(path)
@@ -166,17 +177,31 @@ def _check_directory(directory: Path, model: ModelConfig, arch: PretrainedConfig
     tensors = headers(files(directory))
     if official.is_official(directory):
         tensors = {name: tensor for name, tensor in tensors.items() if official.CLEX_LAYER not in name}
-    if getattr(arch, "quantization_config", None) is not None:
-        # Scales beside the weights are matched while these are turned into floating point.
-        return
     try:
         report = compare(arch, tensors, model.trust_remote_code)
-    except RuntimeError as error:
+    except Exception as error:  # whatever the code of a family raises over tensors that are not its own
         raise ValueError(
             f"model.path={directory}: its weights cannot be put into its architecture ({first_line(error)}); copy "
             "config.json and weights of one model again"
         ) from error
-    refuse(report, str(model.path), model.allow_missing)
+    refuse(report, model, tensors)
+
+
+def _local(model: ModelConfig) -> Path | None:
+    """Find the directory of a model, for a hub name in the cache; None where its weights are not there."""
+    directory = Path(str(model.path))
+    if directory.is_dir():
+        return directory
+    cached = try_to_load_from_cache(str(model.path), "config.json", revision=model.revision)
+    return Path(cached).parent if isinstance(cached, str) and has_weights(str(Path(cached).parent)) else None
+
+
+def _is_constant(name: str, tensor: Tensor | None) -> bool:
+    """Tell a buffer that the model computes by itself: frequencies, the fill value of a mask, a causal mask."""
+    if name.endswith(CONSTANTS):
+        return True
+    is_square = tensor is not None and tensor.dim() == 4 and tensor.shape == (1, 1, *2 * tensor.shape[-1:])
+    return name.endswith(MASKS) and is_square
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -217,7 +242,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _prefix(missing: list[str], unexpected: list[str]) -> str | None:
-    """What wrappers such as DDP, torch.compile and PEFT put before the names of most missing tensors."""
+    """Find what wrappers such as DDP, torch.compile and PEFT put before the names of most missing tensors."""
     known = set(missing)
     found = Counter(name[: -len(tail)] for name in unexpected for tail in _tails(name) if tail in known)
     if not found:
@@ -238,7 +263,7 @@ def _without(prefix: str) -> str:
 
 
 def _named(names: list[str], what: str = "tensor") -> str:
-    """A count and the first few."""
+    """Count names and show the first few."""
     shown = ", ".join(names[:NAMED])
     more = ", ..." if len(names) > NAMED else ""
     return f"{len(names)} {what}{'' if len(names) == 1 else 's'} ({shown}{more})"

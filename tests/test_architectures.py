@@ -9,6 +9,7 @@ from transformers import BloomConfig, Gemma3TextConfig, LlamaConfig
 
 from clex_train import api, architectures, hub
 from clex_train.cli.errors import explain
+from clex_train.cli.loading import EvaluatedModel
 from clex_train.rope import probe, recipes
 from clex_train.scaling.clex import Clex
 from clex_train.settings.model import Init, ModelConfig
@@ -48,6 +49,18 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
         # What follows the length by itself serves the length that it says before it begins to.
         (scaled("dynamic", stated=64, factor=4.0), (64, "max_position_embeddings")),
         (BloomConfig(n_layer=1, seq_length=2048), (2048, "seq_length")),
+        # Gemma 3 of 4B and more: 8 times the length that it was trained on first.
+        (
+            Gemma3TextConfig(
+                **SIZES,
+                max_position_embeddings=131072,
+                rope_parameters={
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+            ),
+            (131072, "max_position_embeddings"),
+        ),
     ],
 )
 def test_l_is_what_the_config_serves_and_says_where_from(config, expected):
@@ -68,13 +81,6 @@ def test_longrope_begins_at_its_original_length():
         scaled("linear", stated=64, factor=4.0),
         scaled("yarn", stated=512, **YARN),
         scaled("llama3", stated=64, **LLAMA3),
-        Gemma3TextConfig(
-            **SIZES,
-            rope_parameters={
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
-        ),
     ],
 )
 def test_l_is_asked_for_where_a_scaling_leaves_it_open(config):
@@ -82,6 +88,34 @@ def test_l_is_asked_for_where_a_scaling_leaves_it_open(config):
         source(config)
     assert source(config, context_len=1000) == (1000, "model.context_len")
     assert architectures.own_context(ModelConfig(path="a/b"), config) is None
+
+
+def test_a_program_that_evaluates_asks_for_its_own_key():
+    model = EvaluatedModel(path="a/b")
+    with pytest.raises(ValueError, match=r"^context_len=None: the config scales RoPE by "):
+        architectures.context_source(model, scaled("linear", stated=64, factor=4.0))
+    with pytest.raises(ValueError, match=r"^context_len=1: at least 2"):
+        EvaluatedModel(path="a/b", context_len=1)
+
+
+def test_a_config_beside_the_path_of_another_model_is_said_to_have_no_effect(tmp_path, caplog):
+    caplog.set_level("INFO", logger="clex_train")
+    own = save_tiny_llama(tmp_path / "Llama-2-7b-hf")
+    for overrides in (
+        ["model=llama2_7b"],
+        ["model=llama2_7b", f"model.path={tmp_path}/Llama-2-7b-hf"],
+        [f"model.path={tmp_path}", "model.config=null"],
+    ):
+        architectures.warn_of_unused_config(composed(*overrides, "dry_run=true").model)
+    assert not caplog.messages
+    architectures.warn_of_unused_config(composed(f"model.path={tmp_path}", "dry_run=true").model)
+    own.config.save_pretrained(tmp_path / "other")
+    architectures.warn_of_unused_config(ModelConfig(path=str(tmp_path), config=str(tmp_path / "other")))
+    assert [line.partition(" (")[0] for line in caplog.messages] == [
+        "model.config=conf/model/architectures/tiny",
+        f"model.config={tmp_path}/other",
+    ]
+    assert all(f"is left unread: model.path={tmp_path} has" in line for line in caplog.messages)
 
 
 def test_the_library_takes_the_same_length():

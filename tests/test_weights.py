@@ -1,16 +1,29 @@
 """Weights are those of the architecture, tensor by tensor, or are refused in one line before they are read."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny_causal_lm import save_tiny_llama, tiny_llama
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+)
 
-from clex_train import architectures, modeling, weights
+from clex_train import architectures, hub, modeling, weights
+from clex_train.cli import arguments, loading
 from clex_train.cli.errors import explain
+from clex_train.cli.evaluate import EvaluateConfig
+from clex_train.engine import deepspeed as engines
+from clex_train.settings.engine import EngineConfig
 from clex_train.settings.model import ModelConfig
 
 GATE = "model.layers.0.mlp.gate_proj.weight"
@@ -32,6 +45,14 @@ def rewrite(directory: Path, change) -> None:
 
 def without(*names: str):
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+def refusal_of_check(directory: Path) -> str:
+    """The line of training's check alone."""
+    model = ModelConfig(path=str(directory))
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        weights.check(model, architectures.to_read(model))
+    return str(explain(raised.value))
 
 
 def refusal(directory: Path, **keys) -> str:
@@ -143,7 +164,7 @@ def test_pickled_weights_are_checked_and_read_as_well(base):
     assert "pytorch_model.bin: not readable weights" in refusal(base)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "hqq"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "hqq", "fp8", "mxfp4"])
 def test_quantised_weights_are_refused_before_a_library_is_asked_for(base, method):
     config = json.loads((base / "config.json").read_text())
     quantised = config | {"quantization_config": {"quant_method": method, "bits": 4}}
@@ -200,3 +221,116 @@ def test_tensors_that_may_be_left_out_are_named(base, caplog):
     caplog.set_level("WARNING", logger="clex_train")
     accepted(base, allow_missing=["vision.*"])
     assert "model.allow_missing: left out: vision.weight" in caplog.text
+
+
+def test_masks_and_frequencies_that_old_checkpoints_carry_are_no_weights(tmp_path):
+    arch = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=61, n_positions=16)
+    AutoModelForCausalLM.from_config(arch).save_pretrained(tmp_path / "gpt2")
+    neo = GPTNeoConfig(
+        hidden_size=32, num_layers=1, num_heads=2, attention_types=[[["global"], 1]], vocab_size=61,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(neo).save_pretrained(tmp_path / "neo")
+    square, mask = torch.ones(1, 1, 16, 16, dtype=torch.bool), torch.tensor(-1e9)
+    for name, attention in (("gpt2", "attn"), ("neo", "attn.attention")):
+        carried = {f"transformer.h.0.{attention}.bias": square, f"transformer.h.0.{attention}.masked_bias": mask}
+        rewrite(tmp_path / name, lambda tensors, carried=carried: tensors | carried)
+        model = ModelConfig(path=str(tmp_path / name))
+        weights.check(model, architectures.to_read(model))
+        *_, report = modeling._from_pretrained(model, torch.float32, None, None)
+        weights.check_loaded(model, architectures.to_read(model), report)
+
+
+def test_a_bias_under_the_name_of_a_mask_is_not_left_out(base):
+    rewrite(base, lambda tensors: tensors | {"model.layers.0.attention.bias": torch.ones(48)})
+    assert "has no 1 tensor (model.layers.0.attention.bias), which would be left out" in refusal(base)
+    rewrite(base, lambda tensors: tensors | {"model.layers.0.attention.bias": torch.ones(1, 1, 16, 16)})
+    accepted(base)
+
+
+@pytest.fixture
+def hub_name(base, monkeypatch) -> str:
+    """The model as `hf download` leaves it, on a machine without network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(base.parent / "hub"))
+    hub.unreachable.cache_clear()
+    repository = base.parent / "hub" / "models--owner--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("c0ffee")
+    (repository / "refs" / "older").write_text("0ddba11")
+    shutil.copytree(base, repository / "snapshots" / "c0ffee")
+    yield "owner/model"
+    hub.unreachable.cache_clear()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "zero3"])
+def test_a_hub_name_is_loaded_and_its_tensors_are_judged(base, hub_name, sharded):
+    settings = None
+    if sharded:
+        engines.open_process_group(EngineConfig())
+        settings = engines.inference_dict(EngineConfig())
+    loaded = modeling.load_for_evaluation(ModelConfig(path=hub_name), sharding=settings)
+    assert all(hasattr(parameter, "ds_tensor") is sharded for parameter in loaded.model.parameters())
+    own = loaded.model.get_parameter(UP)
+    stored = load_file(base / "model.safetensors")[UP]
+    assert torch.equal(getattr(own, "ds_tensor", own).detach().view(-1).cpu(), stored.view(-1))
+
+    snapshot = base.parent / "hub" / "models--owner--model" / "snapshots" / "c0ffee"
+    rewrite(snapshot, without(UP))
+    rewrite(snapshot, lambda tensors: tensors | {"of_mine": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"^model\.path=owner/model: its weights lack 1 tensor .*no 1 tensor \(of_min"):
+        modeling.load_for_evaluation(ModelConfig(path=hub_name), sharding=settings)
+
+
+def test_a_tokenizer_is_of_the_revision_of_its_weights(base, hub_name):
+    snapshots = base.parent / "hub" / "models--owner--model" / "snapshots"
+    shutil.copytree(snapshots / "c0ffee", snapshots / "0ddba11")
+    file = snapshots / "0ddba11" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"60"', '"sixty"'))
+    of_main, of_older = (ModelConfig(path=hub_name, revision=name) for name in (None, "older"))
+    assert "60" in modeling.load_tokenizer(hub_name, of_main).get_vocab()
+    assert "sixty" in modeling.load_tokenizer(hub_name, of_older).get_vocab()
+    with pytest.raises(ValueError, match=r"^owner/model: no readable tokenizer \("):
+        modeling.load_tokenizer(hub_name, ModelConfig(path=hub_name, revision="no_such_branch"))
+
+
+@pytest.mark.parametrize("error", [KeyError("experts"), AttributeError("'list' has no items"), AssertionError()])
+def test_whatever_the_loader_raises_over_mixed_up_files_is_one_line(base, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", fail)
+    assert "its weights cannot be put into its architecture (" in refusal_of_check(base)
+    monkeypatch.setattr(weights, "check", lambda *_: None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ValueError, match=r"^model\.path=.*: the weights cannot be loaded \(") as raised:
+        modeling.load_for_evaluation(ModelConfig(path=str(base)))
+    assert explain(raised.value) is not None
+
+
+def test_a_full_memory_or_a_lost_rank_is_no_fault_of_the_files(base, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        modeling.load_for_evaluation(ModelConfig(path=str(base)))
+    error = RuntimeError("Connection closed by peer")
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        modeling.load_for_evaluation(ModelConfig(path=str(base)), sharding=engines.inference_dict(EngineConfig()))
+
+
+def test_programs_that_evaluate_name_their_own_keys(base, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    rewrite(base, without(UP))
+    with pytest.raises(ValueError, match=r"; copy .* again, or name what may differ in allow_missing$"):
+        loading.locate(loading.LoadingConfig(model=str(base)))
+    source = loading.locate(loading.LoadingConfig(model=str(base), allow_missing=["*.up_proj.weight"]))
+    caplog.set_level("WARNING", logger="clex_train")
+    drawn = [modeling.load_for_evaluation(source.model).model.get_parameter(UP) for _ in range(2)]
+    assert torch.equal(*drawn), "the same on every rank"
+    assert f"allow_missing: drawn from the seed: {UP}" in caplog.messages
+    assert arguments.parse(EvaluateConfig, [f"model={base}", "data=x", "allow_missing=[lm_head.*]"]).allow_missing == [
+        "lm_head.*"
+    ]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from omegaconf import OmegaConf
@@ -21,7 +22,6 @@ from clex_train.config import Config
 from clex_train.engine import deepspeed
 from clex_train.evaluation.results import Origin, place
 from clex_train.modeling import LoadedModel
-from clex_train.rope import probe
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
 from clex_train.settings.engine import EngineConfig, Offload, Precision
@@ -42,6 +42,9 @@ class LoadingConfig:
     """Model directory or hub name instead of a run."""
     context_len: int | None = None
     """L, the length that the base model was trained on; by default what the model says."""
+    allow_missing: list[str] = field(default_factory=list)
+    """Patterns such as `["lm_head.*"]` of tensors that weights and architecture need not share. Any other is refused by
+    name."""
     precision: Precision = Precision.auto
     """`auto`: bf16 on a GPU, fp32 on a CPU."""
     attention: AttentionImplementation = AttentionImplementation.sdpa
@@ -65,6 +68,13 @@ class LoadingConfig:
     def path(self) -> str:
         """The model directory or hub name."""
         return str(Path(self.run) / "final") if self.run else str(self.model)
+
+
+@dataclass
+class EvaluatedModel(ModelConfig):
+    """A model whose keys stand by themselves on the command line, not in a group."""
+
+    PREFIX: ClassVar[str] = ""
 
 
 @dataclass(frozen=True)
@@ -95,9 +105,10 @@ def check(asked: LoadingConfig) -> None:
 
 def locate(asked: LoadingConfig) -> Source:
     """The model that is meant, its L, and where the results go; `ValueError` if one of them cannot be used."""
-    model = ModelConfig(
+    model = EvaluatedModel(
         path=asked.path,
         context_len=asked.context_len,
+        allow_missing=asked.allow_missing,
         trust_remote_code=asked.trust_remote_code,
         revision=asked.revision,
     )
@@ -147,12 +158,11 @@ def say_what_is_ahead(program: str, asked: LoadingConfig, source: Source, lines:
     if not distributed.is_main():
         return
     arch = architectures.to_read(source.model)
-    model = probe.model_on_meta(arch, source.model.trust_remote_code)
     precision = deepspeed.precision(EngineConfig(precision=asked.precision))
     subject = opening.Subject(
         weights=f"weights of {asked.path}",
         model_type=arch.model_type,
-        num_parameters=modeling.num_parameters(model),
+        num_parameters=modeling.count_parameters(arch, source.model.trust_remote_code),
         dtype=precision,
         context_len=source.context_len,
         context_source=source.context_source,

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from clex_train.faults import first_line
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.official import clex_from_official, official_rope_scaling
 
@@ -58,7 +59,10 @@ def log_scale_policy(directory: Path) -> str:
 def max_factor(directory: Path) -> float | None:
     """t_max of the checkpoint, read from `config.json` alone; None where that does not say it."""
     value = _read_facts(directory)["rope_scaling"].get("max_factor")
-    return None if value is None else float(value)
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{directory / 'config.json'}: max_factor={value}: not a number") from error
 
 
 def asks_for_clex(config: PretrainedConfig) -> bool:
@@ -70,7 +74,7 @@ def asks_for_clex(config: PretrainedConfig) -> bool:
 def load_official_model(
     directory: Path, dtype: torch.dtype | str = torch.float32, **from_pretrained: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The stock model of a directory of the original code, and what transformers says of its other tensors.
+    """Load the stock model of a directory of the original code, with transformers' loading info of other tensors.
 
     Further arguments go to `from_pretrained`.
     """
@@ -90,8 +94,8 @@ def read_official_field(directory: Path, inv_freq: Float64[Tensor, " P"], tolera
     facts = _read_facts(directory)
     try:
         clex = clex_from_official(dict(_clex_tensors(directory)), facts["rope_scaling"], inv_freq, tolerance)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from error
+    except Exception as error:  # whatever tensors or numbers that are not a field's make torch and its readers raise
+        raise ValueError(f"{directory}: {first_line(error)}") from error
     return OfficialField(clex, int(facts["max_position_embeddings"]), log_scale_policy(directory))
 
 
@@ -126,8 +130,8 @@ def _require_plain_start(clex: Clex, theta: float, rope_type: str) -> None:
 
 
 def _is_clex(facts: dict[str, Any]) -> bool:
-    scaling = facts.get("rope_scaling") or {}
-    return "clex" in (scaling.get("type"), scaling.get("rope_type"))
+    scaling = facts.get("rope_scaling")
+    return isinstance(scaling, dict) and "clex" in (scaling.get("type"), scaling.get("rope_type"))
 
 
 def _read_facts(directory: Path) -> dict[str, Any]:

@@ -114,13 +114,17 @@ def own_context(config: PretrainedConfig, key: str = "model.context_len") -> Con
         return ContextLength(original, "original_max_position_embeddings")
     name = next((name for name in LENGTHS if getattr(text, name, None)), None)
     stated = None if name is None else ContextLength(int(getattr(text, name)), name)
-    parameters = _global_parameters(getattr(text, "rope_parameters", None) or {})
+    by_layer_type = getattr(text, "rope_parameters", None) or {}
+    parameters = _global_parameters(by_layer_type)
     rope_type, own = parameters.get("rope_type"), parameters.get("original_max_position_embeddings")
     if rope_type == "longrope" and own:
         # Its short factors end there; beyond it follows the length by itself.
         return ContextLength(int(own), "original_max_position_embeddings of its longrope")
     factor = float(parameters.get("factor") or 1)
     if rope_type not in STATIC or stated is None or factor <= 1:
+        return stated
+    if parameters is not by_layer_type and own is None:
+        # Gemma 3, whose local layers are as they were, states the length that its scaled layers serve.
         return stated
     return _static_context(str(rope_type), factor, own, stated, key)
 

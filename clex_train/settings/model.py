@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
 
@@ -36,11 +37,14 @@ class ModelConfig:
     revision: str | None = None
     """Commit, tag or branch of a hub repository; pin it for runs that must be repeatable."""
 
+    PREFIX: ClassVar[str] = "model."
+    """Before the names of these keys on a command line; programs that evaluate have them without."""
+
     def __post_init__(self) -> None:
-        require_at_most(self, "model.", {"context_len": MOST_TOKENS})
+        require_at_most(self, self.PREFIX, {"context_len": MOST_TOKENS})
         require(
             self.context_len is None or self.context_len >= 2,
-            "model.context_len",
+            f"{self.PREFIX}context_len",
             self.context_len,
             "at least 2 tokens",
         )
