@@ -154,11 +154,15 @@ def make_plan(config: Config) -> Plan:
 
 
 def _check_ids(config: Config, arch: PretrainedConfig) -> None:
-    """That the embedding has every id of the stores that are on this machine; random weights take their vocabulary."""
+    """Check that the embedding has every id of the stores on this machine; random weights take their vocabulary."""
     paths = [config.data.path, *(domain.path for domain in config.data.domains.values())]
     for path in filter(None, paths):
         if config.model.is_pretrained and (Path(path) / MANIFEST).is_file():
             check_embedding(TokenStore(path), architectures.embedding_rows(arch), architectures.name(config.model))
+    documents = held_out(config.data, config.evaluation.path) if config.evaluation.every >= 0 else None
+    if config.model.is_pretrained and documents is not None:
+        key = "evaluation.path" if config.evaluation.path else "data.path"
+        check_embedding(documents, architectures.embedding_rows(arch), architectures.name(config.model), key)
 
 
 def _check_lengths(config: Config, context_len: int) -> None:

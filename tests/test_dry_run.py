@@ -215,6 +215,8 @@ def test_ids_that_the_embedding_lacks_are_refused_where_the_store_is_there(tmp_p
     save_tiny_llama(tmp_path)
     with pytest.raises(ValueError, match=r"data\.path=.*the embedding of .* has 61 rows"):
         plan_of(f"model.path={tmp_path}", f"data.path={tiny_store}", "evaluation=never")
+    with pytest.raises(ValueError, match=r"evaluation\.path=.*the embedding of .* has 61 rows"):
+        plan_of(f"model.path={tmp_path}", "data.path=/not/here", f"evaluation.path={tiny_store}")
 
 
 def test_only_the_first_rank_prints(monkeypatch, capsys):

@@ -15,6 +15,7 @@ import train
 from clex_train import distributed
 from clex_train.checkpoint.manifest import Manifest
 from clex_train.cli.errors import explain
+from clex_train.data import vocabulary
 from clex_train.engine import deepspeed as engines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,6 +197,17 @@ def test_ids_that_the_embedding_lacks(refusal, base):
     LlamaForCausalLM(config).save_pretrained(base)
     line = refusal(f"model.path={base}", *OWN_LENGTH)
     assert re.match(r"data\.path=.*: it has the id \d+, and the embedding of .*base has 300 rows", line)
+
+
+@pytest.mark.parametrize("key", ["data", "evaluation"])
+def test_held_out_ids_that_the_embedding_lacks(refusal, base, tiny_store, monkeypatch, key):
+    """Of a store whose training documents have none of them."""
+    monkeypatch.setattr(vocabulary, "check_embedding", lambda *_: None)
+    config = LlamaConfig.from_pretrained(base)
+    config.vocab_size = 300
+    LlamaForCausalLM(config).save_pretrained(base)
+    line = refusal(f"model.path={base}", *OWN_LENGTH, f"{key}.path={tiny_store}")
+    assert re.match(rf"{key}\.path=.*: it has the id \d+, and the embedding of .*base has 300 rows", line)
 
 
 def test_a_base_without_its_tokenizer(refusal, base):

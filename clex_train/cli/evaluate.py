@@ -31,7 +31,7 @@ from clex_train.config import Config, default_lengths
 from clex_train.data import bos
 from clex_train.data.build import longest_document
 from clex_train.data.store import TokenStore
-from clex_train.data.vocabulary import check_embedding, check_tokenizer
+from clex_train.data.vocabulary import check_bos, check_embedding, check_tokenizer
 from clex_train.evaluation import methods, origin, room, runner, streaming
 from clex_train.evaluation.console import tables_of
 from clex_train.evaluation.protocols import Reading, readings
@@ -201,9 +201,11 @@ def make_plan(asked: EvaluateConfig) -> Plan:
         config.evaluation.lengths = default_lengths(source.context_len, t_max, longest_document(store))
     tokenizer = modeling.load_tokenizer(asked.path, source.model)
     check_tokenizer(store, tokenizer)
-    check_embedding(store, architectures.embedding_rows(architectures.to_read(source.model)), asked.path)
+    num_rows = architectures.embedding_rows(architectures.to_read(source.model))
+    check_embedding(store, num_rows, asked.path, "data")
     spec = replace(config.evaluation, **given)
     bos_id = bos.of_evaluation(spec.bos, store, tokenizer, "bos")
+    check_bos(bos_id, num_rows, asked.path, "bos")
     bos.warn_of_others(store, bos_id, "bos")
     _check_streaming(spec, asked.sharded)
     _check_reach(source.model, spec, source.context_len)

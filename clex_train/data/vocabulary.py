@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from clex_train import distributed
 from clex_train.data.store import TokenStore
 
 SPAN = 1 << 24
@@ -45,25 +46,36 @@ def check_tokenizer(store: TokenStore, tokenizer: str | Path | HasVocabulary) ->
     )
 
 
-def check_embedding(store: TokenStore, num_rows: int, model: str) -> None:
+def check_embedding(store: TokenStore, num_rows: int, model: str, key: str = "data.path") -> None:
     """Make sure that an embedding of `num_rows` rows has one for every id of a store.
 
     A tokenizer may have more ids than the embedding (a padding token that was added) as long as no document has them,
-    so tokens are read, up to the first that is beyond, only where it has.
+    so tokens are read, up to the first that is beyond, only where it has, and only on rank 0.
 
     Raises:
-        ValueError: naming the id, before a device-side assert would.
+        ValueError: naming `key`, the store and the id, before a device-side assert would.
     """
     info = store.manifest.tokenizer
     if info.vocab_size <= num_rows:
         return
-    for name, index in (("EOS", info.eos_id), ("BOS", info.bos_id)):
+    for name, index in (("EOS", info.eos_id), ("BOS", info.bos_id if store.bos else None)):
         if index is not None and index >= num_rows:
-            raise ValueError(_beyond(store, f"its {name} is {index}", num_rows, model))
+            raise ValueError(_beyond(key, store, f"its {name} is {index}", num_rows, model))
+    if not distributed.is_main():
+        # A refusal on rank 0 has the launcher end the others; a billion tokens need not be read by each of them.
+        return
     for start in range(0, store.num_tokens, SPAN):
         largest = int(store.tokens(start, min(start + SPAN, store.num_tokens)).max())
         if largest >= num_rows:
-            raise ValueError(_beyond(store, f"it has the id {largest}", num_rows, model))
+            raise ValueError(_beyond(key, store, f"it has the id {largest}", num_rows, model))
+
+
+def check_bos(bos_id: int | None, num_rows: int, model: str, key: str = "evaluation.bos") -> None:
+    """Make sure that an embedding has a row for what windows and prompts begin with; `ValueError` names `key`."""
+    if bos_id is not None and bos_id >= num_rows:
+        raise ValueError(
+            f"{key}: BOS is {bos_id}, and the embedding of {model} has {num_rows} rows (vocab_size); say {key}=never"
+        )
 
 
 def check_ids(tokenizer: Any, num_rows: int, model: str) -> None:
@@ -103,9 +115,9 @@ def vocabulary(tokenizer: str | Path | HasVocabulary) -> dict[str, int]:
         raise ValueError(f"{path}: not a tokenizer file ({error!r})") from error
 
 
-def _beyond(store: TokenStore, what: str, num_rows: int, model: str) -> str:
+def _beyond(key: str, store: TokenStore, what: str, num_rows: int, model: str) -> str:
     return (
-        f"data.path={store.path}: {what}, and the embedding of {model} has {num_rows} rows (vocab_size); take a store "
+        f"{key}={store.path}: {what}, and the embedding of {model} has {num_rows} rows (vocab_size); take a store "
         "made by the model's own tokenizer"
     )
 

@@ -12,6 +12,7 @@ from clex_train import architectures, distributed, log
 from clex_train.config import Config
 from clex_train.data import bos
 from clex_train.data.store import TokenStore
+from clex_train.data.vocabulary import check_bos, check_embedding
 from clex_train.evaluation import methods, origin, results, runner
 from clex_train.evaluation.console import tables_of
 from clex_train.evaluation.protocols import readings
@@ -49,6 +50,8 @@ class TrainingEvaluation:
         self.readings = readings(self.spec, context_len)
         bos_id = bos.of_evaluation(self.spec.bos, self.store, tokenizer)
         bos.warn_of_others(store, bos_id)
+        if config.model.is_pretrained:
+            _check_ids(config, self.store, bos_id)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, bos_id=bos_id)
         arch = trained_architecture(config, architectures.to_train(config.model))
         unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)
@@ -96,6 +99,14 @@ def warn_of_later(config: Config, store: TokenStore) -> None:
         require_windows(_held_out(config, store), max(config.evaluation.lengths))
     except ValueError as error:
         logger.warning("the finished run could not be evaluated as it is configured: %s", error)
+
+
+def _check_ids(config: Config, store: TokenStore, bos_id: int | None) -> None:
+    """Refuse held-out text with ids beyond the embedding of the weights; random ones take the store's vocabulary."""
+    num_rows = architectures.embedding_rows(architectures.to_read(config.model))
+    name = architectures.name(config.model)
+    check_embedding(store, num_rows, name, "evaluation.path" if config.evaluation.path else "data.path")
+    check_bos(bos_id, num_rows, name)
 
 
 def _held_out(config: Config, store: TokenStore) -> TokenStore:

@@ -1,15 +1,18 @@
 """A tokenizer is accepted exactly if it has the vocabulary that the store was written with."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from clex_train import distributed
 from clex_train.data import vocabulary as vocabulary_of_store
 from clex_train.data.manifest import TOKENIZER
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import (
+    check_bos,
     check_embedding,
     check_ids,
     check_tokenizer,
@@ -118,6 +121,30 @@ def test_an_eos_that_the_embedding_lacks_is_named(tmp_path: Path) -> None:
     store = small_store(tmp_path / "store", [[1, 2]], vocab_size=512, eos_id=511)
     with pytest.raises(ValueError, match=r"its EOS is 511, and the embedding of a/model has 511 rows"):
         check_embedding(store, 511, "a/model")
+
+
+def test_a_bos_that_the_embedding_lacks_matters_where_documents_begin_with_it(tmp_path: Path) -> None:
+    store = small_store(tmp_path / "store", [[1, 2]], vocab_size=512)
+    manifest = store.manifest
+    info = replace(manifest.tokenizer, bos_token="511", bos_id=511)
+    store.manifest = replace(manifest, tokenizer=info, bos=False)
+    check_embedding(store, 511, "a/model")
+    store.manifest = replace(manifest, tokenizer=info, bos=True)
+    with pytest.raises(ValueError, match=r"its BOS is 511, and the embedding of a/model has 511 rows"):
+        check_embedding(store, 511, "a/model")
+    check_bos(None, 511, "a/model")
+    check_bos(510, 511, "a/model")
+    with pytest.raises(ValueError, match=r"^evaluation\.bos: BOS is 511, .* 511 rows .*; say evaluation\.bos=never"):
+        check_bos(511, 511, "a/model")
+
+
+def test_a_store_is_looked_through_by_one_rank_and_named_by_its_key(tmp_path: Path, monkeypatch) -> None:
+    store = small_store(tmp_path / "store", [[1, 299]], vocab_size=512)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    check_embedding(store, 299, "a/model")
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    with pytest.raises(ValueError, match=r"^evaluation\.path=.*: it has the id 299"):
+        check_embedding(store, 299, "a/model", "evaluation.path")
 
 
 def test_a_tokenizer_of_more_ids_than_the_embedding_is_refused() -> None:
