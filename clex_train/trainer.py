@@ -342,6 +342,7 @@ def _skip_or_stop(parts: Parts, step: int, figures: dict[str, Any], bad_steps: i
     what += f" ({figures['fault']})"
     if bad_steps == step == optim.steps:
         remedy = non_finite.remedy(parts.loaded.model)
+        parts.checkpoints.finish()
         raise RunStopped(f"{what}; none of the run's {step} steps was taken, so nothing was learned; {remedy}")
     if bad_steps < optim.max_bad_steps:
         logger.warning("%s: not finite, its update is skipped on all ranks", what)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from clex_train import trainer
+from clex_train.checkpoint.store import Checkpoints
 from clex_train.cli import console
 from clex_train.faults import RunStopped
 
@@ -143,11 +144,14 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_the_last_checkpoint(r
 
 def test_a_run_none_of_whose_steps_was_taken_is_stopped_and_writes_no_model(run, monkeypatch):
     spoil(monkeypatch, set(range(16)))
+    finished, finish = [], Checkpoints.finish
+    monkeypatch.setattr(Checkpoints, "finish", lambda self: (finished.append(True), finish(self)))
     with pytest.raises(
         RunStopped, match=r"step 2: loss nan.*first in the output of model\.layers\.1\.mlp.*"
     ) as stopped:
         run("optim.steps=2")
     assert "none of the run's 2 steps was taken, so nothing was learned" in str(stopped.value)
+    assert finished, "a checkpoint that is being written is left whole"
     assert console.report(stopped.value) == console.STOPPED
     assert not (run.folder / "final").exists()
     assert not list((run.folder / "checkpoints").glob("step_*"))

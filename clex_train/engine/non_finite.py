@@ -82,7 +82,7 @@ def find(model: nn.Module, loss: Callable[[], Tensor]) -> FirstNonFinite:
 
 
 def remedy(model: nn.Module) -> str:
-    """What to do about losses or gradients that are not finite; collective."""
+    """Advise on losses or gradients that are not finite; collective."""
     name = spoilt_parameter(model)
     if name is None:
         return "lower optim.lr in another output_dir, or leave the rows out"
@@ -90,7 +90,7 @@ def remedy(model: nn.Module) -> str:
 
 
 def why_unstable(model: nn.Module, error: UnstableField, losses: Sequence[float], lr: float) -> str:
-    """The cause of a field that cannot be used: the model's own, if its weights or losses say so. Collective."""
+    """Explain a field that cannot be used: by the model, if its weights or losses say so. Collective."""
     spoilt = spoilt_parameter(model)
     if spoilt:
         return f"the weights of {spoilt} are not finite, and {error.what}; lower optim.lr={lr:g}"
