@@ -1,4 +1,4 @@
-"""The life of a store while it is written: begun or continued in `<output>.partial`, complete when renamed.
+"""Write a store: begun or continued in `<output>.partial`, complete when renamed.
 
 <output>.partial/lock           held by the program that writes
                  request.json   what the content depends on: a later program continues only the same request
@@ -27,11 +27,11 @@ logger = log.get(__name__)
 LOCK = "lock"
 REQUEST = "request.json"
 _NOT_RECORDED = {"bos": False}
-"""What settings mean that have no such key, as in a store of an earlier version."""
+"""Values of settings that stores of earlier versions do not record."""
 
 
 def is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `output` holds the store of these settings already.
+    """Tell whether `output` holds the store of these settings already.
 
     Raises:
         ValueError: it holds something else, and may not be overwritten.
@@ -71,7 +71,8 @@ def open_partial(output: Path, settings: dict[str, Any], overwrite: bool) -> Ite
             yield partial
         except ValueError:
             if not _has_work(partial):
-                shutil.rmtree(partial)
+                # NFS keeps the open lock under another name: what then stays is taken over by the next command.
+                shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
@@ -114,7 +115,7 @@ def _continues(partial: Path, settings: dict[str, Any], overwrite: bool) -> bool
 
 
 def _has_work(partial: Path) -> bool:
-    """Whether anything is finished that another command would have to throw away."""
+    """Tell whether anything is finished that another command would have to throw away."""
     units = (json.loads(unit.read_text(encoding="utf-8")) for unit in (partial / UNITS).glob("*.json"))
     return (partial / MANIFEST).is_file() or any(unit["shards"] for unit in units)
 
@@ -138,7 +139,7 @@ def _begin(partial: Path, settings: dict[str, Any]) -> None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """The keys whose values differ, with both values."""
+    """List the keys whose values differ, with both values."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)

@@ -1,8 +1,10 @@
 """A store holds exactly the corpus, token for token, and the same bytes however it was made."""
 
+import errno
 import fcntl
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -250,6 +252,24 @@ def test_the_same_request_again_does_nothing_and_another_is_refused(tmp_path: Pa
     other = tokenize_files([path], tokenizer_dir, tmp_path / "store", validation_share=0.5, overwrite=True)
     assert other.split("validation").num_documents > 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "store"]
+
+
+def test_what_a_file_system_keeps_of_a_refused_store_hides_no_refusal(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS gives the lock another name while it is open, so its directory cannot be removed."""
+    bad = write_jsonl(tmp_path / "a.jsonl", ["{"])
+    good = write_jsonl(tmp_path / "b.jsonl", records(5))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        with pytest.raises(ValueError, match="malformed JSON"):
+            tokenize_files([bad], tokenizer_dir, tmp_path / "store")
+    assert partial_path(tmp_path / "store").exists()
+    assert tokenize_files([good], tokenizer_dir, tmp_path / "store").num_documents == 5
 
 
 def test_a_half_written_store_of_another_request_is_not_touched(tmp_path: Path, tokenizer_dir: Path) -> None:
