@@ -11,7 +11,7 @@ from data_prep.config import CorpusConfig
 
 
 def num_shards(corpus: CorpusConfig) -> int:
-    """Files that the data set consists of: the most parts it can be read in.
+    """Count the files of the data set, which is the most parts that it can be read in.
 
     Raises:
         ValueError: no such data set, subset, split or revision, or the hub cannot be reached.
@@ -19,16 +19,18 @@ def num_shards(corpus: CorpusConfig) -> int:
     return int(_open_corpus(corpus).num_shards)
 
 
-def read_part(corpus: CorpusConfig, part: int, num_parts: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def read_part(
+    corpus: CorpusConfig, part: int, num_parts: int, names: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
     """Yield the records of part `part` of `num_parts`, in order.
 
-    Of a record the fields `names` are read (a dot descends) and no others. A data set that does not say which columns
-    it has is read with all of them.
+    Only the columns of `names` and `optional` are read (a dot descends). All columns are read where the data set does
+    not say which it has, or lacks one of `names`: the error about that can then list what there is.
 
     Raises:
         ValueError: the part cannot be read to its end; the message of `datasets` is kept.
     """
-    records = iter(_with_fields(_open_corpus(corpus), names).shard(num_shards=num_parts, index=part))
+    records = iter(_select(_open_corpus(corpus), names, optional).shard(num_shards=num_parts, index=part))
     while True:
         try:
             record = next(records, None)
@@ -40,11 +42,15 @@ def read_part(corpus: CorpusConfig, part: int, num_parts: int, names: Sequence[s
         yield record
 
 
-def _with_fields(dataset: Any, names: Sequence[str]) -> Any:
-    """The data set without the columns that nobody asks for, unless one that is asked for is missing."""
-    present = dataset.column_names
-    wanted = {name if name in (present or ()) else name.partition(".")[0] for name in names}
-    return dataset.select_columns([name for name in present if name in wanted]) if present else dataset
+def _select(dataset: Any, names: Sequence[str], optional: Sequence[str]) -> Any:
+    """Drop unneeded columns, unless one of `names` is missing."""
+    present = dataset.column_names or []
+    required, others = (
+        {name if name in present else name.partition(".")[0] for name in group} for group in (names, optional)
+    )
+    if not required.issubset(present):
+        return dataset
+    return dataset.select_columns([name for name in present if name in required | others])
 
 
 def _open_corpus(corpus: CorpusConfig) -> Any:

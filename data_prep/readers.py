@@ -56,7 +56,7 @@ class Unreadable(ValueError):
 
 
 def place(piece: Piece, number: int) -> str:
-    """Where a record stands, for an error message: file and line (counted in the whole file), row or part."""
+    """Say where a record stands, for an error message: file and line (counted in the whole file), row or part."""
     if piece.format == "hub":
         return f"{piece.path}: part {piece.start} of {piece.stop}, row {number}"
     if READERS[piece.format].unit == "file":
@@ -132,7 +132,7 @@ def _rows_at_once(metadata: Any) -> int:
 
 
 def _parse_row(row: Any, names: Sequence[str]) -> dict[str, Any]:
-    """A batch of one row as a dict; its text is not decoded, so that one that is not UTF-8 is a bad record."""
+    """Convert a batch of one row to a dict; its text is not decoded, so that one that is not UTF-8 is a bad record."""
     import pyarrow
 
     columns = dict(zip(row.schema.names, row.columns, strict=True))
@@ -144,7 +144,7 @@ def _parse_row(row: Any, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _python(name: str, column: Any) -> Any:
-    """The only value of a column, which may be one that Python has no type for, such as a date before the year 1."""
+    """Return the only value of a column; Python may have no type for it, as for a date before the year 1."""
     try:
         return column[0].as_py()
     except (OverflowError, ValueError) as error:
@@ -162,7 +162,7 @@ def _cell(column: Any) -> bytes:
 
 
 def _columns(piece: Piece, corpus: CorpusConfig, names: Sequence[str], file: Any) -> list[str]:
-    """The columns to read: those that are wanted, of a nested one the member alone; others are not even decoded.
+    """Choose the columns to read: those that are wanted, of a nested one the member alone; others are not even decoded.
 
     Raises:
         Unreadable: there is no column of a name that the corpus gives.
@@ -181,25 +181,25 @@ def _columns(piece: Piece, corpus: CorpusConfig, names: Sequence[str], file: Any
 
 
 def fields_of(corpus: CorpusConfig) -> list[str]:
-    """The fields that the corpus names, the text's first."""
+    """List the fields that the corpus names, the text's first."""
     return [corpus.text_field, *corpus.where, *([corpus.split_field] if corpus.split_field else [])]
 
 
 def key_of(corpus: CorpusConfig, name: str) -> str:
-    """The key that names this field; "" for one that is taken along only if it is there."""
+    """Return the key that names this field; "" for one that is taken along only if it is there."""
     keys = {corpus.split_field or "": "corpus.split_field", **dict.fromkeys(corpus.where, "corpus.where")}
     return {**keys, corpus.text_field: "corpus.text_field"}.get(name, "")
 
 
 def remedy(key: str, present: Iterable[str]) -> str:
-    """What to do about a record without the field that `key` names."""
+    """Say what to do about a record without the field that `key` names."""
     if key == "corpus.text_field":
         return chat_remedy(present) or "set corpus.text_field=NAME, one of these"
     return f"set {key} to one of these"
 
 
 def chat_remedy(present: Iterable[str]) -> str:
-    """What to do about a record that holds a chat; "" if none of its fields looks like one."""
+    """Say what to do about a record that holds a chat; "" if none of its fields looks like one."""
     chat = [name for name in present if name in CHAT_FIELDS]
     if not chat:
         return ""
@@ -213,7 +213,7 @@ def chat_remedy(present: Iterable[str]) -> str:
 def _read_hub(piece: Piece, corpus: CorpusConfig, names: Sequence[str]) -> Iterator[Raw]:
     number = 0
     try:
-        for record in hub.read_part(corpus, piece.start, piece.stop, names):
+        for record in hub.read_part(corpus, piece.start, piece.stop, fields_of(corpus), optional=names):
             number += 1
             yield Raw(number, record, 0)
     except ValueError as error:

@@ -52,6 +52,35 @@ def tokenize(dataset: Path, tokenizer_dir: Path, output: Path, workers: int = 1,
     return TokenStore(output)
 
 
+def test_a_wrong_text_column_lists_the_columns_that_are_there(
+    dataset: Path, columns: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"no field 'text', .* has 'content'; set corpus\.text_field=NAME, one of these"
+    ):
+        tokenize(columns, tokenizer_dir, tmp_path / "store")
+    with pytest.raises(ValueError, match=r"no field 'language', .* has 'content'; set corpus\.where to one of these"):
+        tokenize(columns, tokenizer_dir, tmp_path / "store", text_field="content", where={"language": "en"})
+
+
+def test_chat_data_is_recognised(tokenizer_dir: Path, tmp_path: Path) -> None:
+    messages = pyarrow.table({"messages": [[{"role": "user", "content": "hello"}]], "id": [1]})
+    (tmp_path / "chat").mkdir()
+    pyarrow.parquet.write_table(messages, tmp_path / "chat" / "train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"has 'messages', 'id'; 'messages' looks like chat data"):
+        tokenize(tmp_path / "chat", tokenizer_dir, tmp_path / "store")
+
+
+def test_only_the_columns_that_are_needed_are_read(columns: Path) -> None:
+    table = pyarrow.table({"content": ["a"], "meta": ["m"], "image": ["i"]})
+    (columns / "data" / "train-00001-of-00002.parquet").unlink()
+    pyarrow.parquet.write_table(table, columns / "data" / "train-00000-of-00002.parquet")
+    corpus = CorpusConfig(source=CorpusSource.hub, hub=str(columns))
+    for optional, expected in (([], {"content"}), (["meta"], {"content", "meta"}), (["none"], {"content"})):
+        (record,) = hub.read_part(corpus, 0, 1, ["content"], optional)
+        assert record.keys() == expected
+
+
 def test_a_subset_is_streamed_in_the_order_of_its_files(dataset: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     store = tokenize(dataset, tokenizer_dir, tmp_path / "store", hub_subset="book")
     assert stored_texts(store) == [f"{part} {text}" for part in range(5) for text in TEXTS]
