@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clex_train.cli.console import say
-from clex_train.data.bos import in_words
+from clex_train.data.bos import describe_bos
 from clex_train.data.manifest import SPLITS
 from clex_train.data.overlap import overlap
 from clex_train.data.store import TokenStore
@@ -106,7 +106,7 @@ def _summary(store: TokenStore) -> list[str]:
         f"{store.path}: token store, format version {manifest.version}, {store.dtype.name}",
         f"  fingerprint  {store.fingerprint}",
         f"  tokenizer    {tokenizer.vocab_size} tokens, EOS {tokenizer.eos_token!r} = {tokenizer.eos_id}",
-        f"  documents    {in_words(store)}",
+        f"  documents    {describe_bos(store)}",
         f"  sources      {len(manifest.sources)} ({', '.join(f'{v} {k}' for k, v in sorted(counts.items()))})",
         f"  split        {manifest.split_rule.get('validation_share')} held out by {manifest.split_rule.get('value')}"
         + (", raised so that there are error bars" if "held_out" in manifest.split_rule else ""),

@@ -28,7 +28,7 @@ from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console
 from clex_train.cli.loading import LoadingConfig, Source, check, keep, load, locate, run_config, say_what_is_ahead
 from clex_train.config import Config, default_lengths
-from clex_train.data import bos
+from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.data.build import longest_document
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_bos, check_embedding, check_tokenizer
@@ -92,8 +92,8 @@ class EvaluateConfig(LoadingConfig):
     t_factor: float | None = None
     """`trained` and `clex` take the t of a text this many times as long, up to t_max; by default as it was made."""
     bos: Bos | None = None
-    """BOS at the beginning of windows and prompts. `auto`: as in the store's documents, or as the tokenizer does if the
-    store has no record of it. By default the run's."""
+    """BOS at the beginning of windows and prompts. `auto`: as in the store's documents; with `model=`, as the tokenizer
+    does if the store has no record of it. By default the run's."""
     stride: int | None = None
     """Tokens by which `sliding` moves its windows; by default 256."""
     last_k: int | None = None
@@ -204,9 +204,9 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     num_rows = architectures.embedding_rows(architectures.to_read(source.model))
     check_embedding(store, num_rows, asked.path, "data")
     spec = replace(config.evaluation, **given)
-    bos_id = bos.of_evaluation(spec.bos, store, tokenizer, "bos")
+    bos_id = evaluation_bos_id(spec.bos, store, None if asked.run else tokenizer, "bos")
     check_bos(bos_id, num_rows, asked.path, "bos")
-    bos.warn_of_others(store, bos_id, "bos")
+    warn_if_bos_differs(store, bos_id, "bos")
     _check_streaming(spec, asked.sharded)
     _check_reach(source.model, spec, source.context_len)
     _check_methods(source.model, spec, source.context_len)

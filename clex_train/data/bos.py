@@ -11,18 +11,19 @@ from typing import Any
 from clex_train import distributed, log
 from clex_train.data.store import TokenStore
 from clex_train.settings.bos import Bos
+from clex_train.settings.bounds import require
 
 logger = log.get(__name__)
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether a tokenizer of transformers begins a text with its BOS by itself."""
+    """Tell whether a tokenizer of transformers begins a text with its BOS by itself."""
     bos_id = tokenizer.bos_token_id
     return bos_id is not None and list(tokenizer("x")["input_ids"])[:1] == [bos_id]
 
 
 def resolve(choice: Bos, tokenizer: Any, key: str) -> bool:
-    """Whether documents begin with BOS.
+    """Decide whether documents begin with BOS.
 
     Raises:
         ValueError: `always`, of a tokenizer without a BOS token.
@@ -32,44 +33,47 @@ def resolve(choice: Bos, tokenizer: Any, key: str) -> bool:
     return adds_bos(tokenizer) if choice is Bos.auto else choice is Bos.always
 
 
-def of_evaluation(choice: Bos, store: TokenStore, tokenizer: Any, key: str = "evaluation.bos") -> int | None:
-    """The id that windows and prompts begin with, None for none.
+def evaluation_bos_id(choice: Bos, store: TokenStore, tokenizer: Any = None, key: str = "evaluation.bos") -> int | None:
+    """Choose the id that windows and prompts begin with, None for none.
 
-    `auto` follows the store, whose documents a model was trained on or is compared by; a store that was written before
-    it had a record of BOS follows the tokenizer.
+    `auto` follows the store. One without a record of BOS has documents without it, and so had the training on it:
+    a run that is resumed under a newer version keeps its evaluations comparable.
 
     Args:
-        tokenizer: of transformers; looked at only if the store has no record.
+        tokenizer: of transformers, for a model that was not trained on the store: `auto` follows it where the store
+            has no record.
 
     Raises:
         ValueError: `always`, of a tokenizer without a BOS token.
     """
-    info = store.manifest.tokenizer
-    if choice is Bos.auto and (store.manifest.bos is not None or info.bos_id is None):
-        return info.bos_id if store.bos else None
-    if choice is not Bos.never and info.bos_id is None:
-        raise ValueError(
-            f"{key}=always: the tokenizer of {store.path} has no BOS token; say {key}=never, or tokenise again with one"
-        )
-    return info.bos_id if choice is Bos.always or (choice is Bos.auto and adds_bos(tokenizer)) else None
+    bos_id = store.manifest.tokenizer.bos_id
+    if choice is Bos.never:
+        return None
+    if choice is Bos.always:
+        remedy = f"the tokenizer of {store.path} has no BOS token; say {key}=never, or tokenise again with one"
+        require(bos_id is not None, key, choice.value, remedy)
+        return bos_id
+    follows_tokenizer = store.manifest.bos is None and bos_id is not None and tokenizer is not None
+    has_bos = adds_bos(tokenizer) if follows_tokenizer else store.bos
+    return bos_id if has_bos else None
 
 
-def warn_of_others(store: TokenStore, bos_id: int | None, key: str = "evaluation.bos") -> None:
-    """Say so if windows begin with BOS and the documents of a store do not, or the other way round."""
+def warn_if_bos_differs(store: TokenStore, bos_id: int | None, key: str = "evaluation.bos") -> None:
+    """Warn if windows begin with BOS and the documents of a store do not, or the other way round."""
     if store.bos == (bos_id is not None) or not distributed.is_main():
         return
     logger.warning(
         "evaluation begins windows and prompts %s BOS, the documents of %s have %s; %s=%s makes them alike",
         "without" if bos_id is None else "with",
         store.path,
-        in_words(store),
+        describe_bos(store),
         key,
         Bos.always.value if store.bos else Bos.never.value,
     )
 
 
-def in_words(store: TokenStore) -> str:
-    """What the documents of a store begin with, for a line of output."""
+def describe_bos(store: TokenStore) -> str:
+    """Describe in words what the documents of a store begin with."""
     info = store.manifest.tokenizer
     if store.manifest.bos is None:
         return "no BOS" if info.bos_id is None else "no BOS (the store was written before it could have one)"

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from clex_train import log
-from clex_train.data.bos import in_words
+from clex_train.data.bos import describe_bos
 from clex_train.data.manifest import read_manifest
 from clex_train.data.mixture import MixedRows, Schedule
 from clex_train.data.order import ShuffledRows, SkippedRows
@@ -123,7 +123,7 @@ def describe(
     for name, rows in packed.items():
         store = f"{name}: {data.domains[name].path}" if name else str(data.path)
         yield "data", f"{store}: {len(rows):,} sequences, read {passes[name]:.3g} times"
-        yield "begin", f"documents have {in_words(stores[name])}"
+        yield "begin", f"documents have {describe_bos(stores[name])}"
         yield "packing", f"{data.packing.value}: {rows.summary()}"
     if data.domains:
         yield "mixture", mixture_line(data)
@@ -218,8 +218,8 @@ def _check_same_tokenizer(key: str, store: TokenStore, first_key: str, first: To
         )
     if store.bos != first.bos:
         raise ValueError(
-            f"{key}.path={store.path}: its documents have {in_words(store)}, those of {first_key}.path={first.path} "
-            f"{in_words(first)}; tokenise both with one bos="
+            f"{key}.path={store.path}: its documents have {describe_bos(store)}, those of "
+            f"{first_key}.path={first.path} {describe_bos(first)}; tokenise both with one bos="
         )
     if ours.vocabulary_sha256 != theirs.vocabulary_sha256:
         raise ValueError(

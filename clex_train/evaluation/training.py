@@ -10,7 +10,7 @@ from typing import Any
 
 from clex_train import architectures, distributed, log
 from clex_train.config import Config
-from clex_train.data import bos
+from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_bos, check_embedding
 from clex_train.evaluation import methods, origin, results, runner
@@ -48,8 +48,8 @@ class TrainingEvaluation:
         self.config, self.spec = config, config.evaluation
         self.store = _held_out(config, store)
         self.readings = readings(self.spec, context_len)
-        bos_id = bos.of_evaluation(self.spec.bos, self.store, tokenizer)
-        bos.warn_of_others(store, bos_id)
+        bos_id = evaluation_bos_id(self.spec.bos, self.store)
+        warn_if_bos_differs(store, bos_id)
         if config.model.is_pretrained:
             _check_ids(config, self.store, bos_id)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, bos_id=bos_id)

@@ -1,4 +1,4 @@
-"""Whether texts begin with the tokenizer's BOS."""
+"""The choice of BOS at the beginning of documents, evaluation windows and prompts."""
 
 from enum import Enum
 

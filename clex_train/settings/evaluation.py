@@ -88,7 +88,7 @@ class EvaluationConfig:
     """Evaluate also on a store that shares documents with the training data: a warning instead of an error."""
     bos: Bos = Bos.auto
     """BOS at the beginning of windows and prompts, in place of a token that is not scored. `auto`: as in the store's
-    documents, or as the tokenizer does if the store has no record of it."""
+    documents; a store without a record of it has none."""
     num_windows: int = 32
     """Windows of the largest length that are scored (fewer if the split has fewer)."""
     stride: int = 256

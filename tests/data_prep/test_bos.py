@@ -8,7 +8,7 @@ from small_corpora import TEXTS, tokenize_files, write_jsonl
 from transformers import AutoTokenizer
 
 from clex_train.data import build
-from clex_train.data.bos import adds_bos, in_words
+from clex_train.data.bos import adds_bos, describe_bos
 from clex_train.data.manifest import MANIFEST
 from clex_train.data.store import TokenStore
 from clex_train.settings.bos import Bos
@@ -42,7 +42,7 @@ def test_documents_are_what_hugging_face_makes_of_them_and_eos(
         assert found == [[*tokenizer(text)["input_ids"], store.eos_id] for text in LONG[:-1]]
         assert last.count(1) == int(has_bos)
         assert tokenizer.decode(last[int(has_bos) : -1]) == LONG[-1]
-        assert (store.bos, in_words(store)) == (has_bos, f"BOS as the tokenizer does: {'yes' if has_bos else 'no'}")
+        assert (store.bos, describe_bos(store)) == (has_bos, f"BOS as the tokenizer does: {'yes' if has_bos else 'no'}")
 
 
 def test_always_and_never_overrule_the_tokenizer(
@@ -54,8 +54,8 @@ def test_always_and_never_overrule_the_tokenizer(
     assert documents(always) == documents(own)
     assert documents(never) == [document[1:] for document in documents(own)]
     assert len({own.fingerprint, never.fingerprint}) == 2
-    assert in_words(always) == "BOS, though the tokenizer puts none"
-    assert in_words(never) == "no BOS, though the tokenizer puts one"
+    assert describe_bos(always) == "BOS, though the tokenizer puts none"
+    assert describe_bos(never) == "no BOS, though the tokenizer puts one"
 
 
 def test_always_is_refused_of_a_tokenizer_without_bos(corpus: Path, tmp_path: Path, tokenizer_dir: Path) -> None:

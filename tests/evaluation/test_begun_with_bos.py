@@ -10,7 +10,7 @@ import torch
 from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama, random_windows
 from tqdm.auto import tqdm
 
-from clex_train.data import bos
+from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.data.manifest import MANIFEST
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
@@ -114,18 +114,25 @@ def tokenizer_that(adds: bool) -> object:
         (Bos.never, True, True, None),
     ],
 )
-def test_auto_follows_the_store_and_without_a_record_the_tokenizer(
+def test_auto_follows_the_store_and_without_a_record_the_tokenizer_of_a_model_from_elsewhere(
     store: TokenStore, choice: Bos, record: bool | None, adds: bool, expected: int | None
 ) -> None:
-    assert bos.of_evaluation(choice, recorded(store, record), tokenizer_that(adds)) == expected
+    assert evaluation_bos_id(choice, recorded(store, record), tokenizer_that(adds)) == expected
+
+
+def test_a_model_trained_on_a_store_without_a_record_is_evaluated_without_bos(store: TokenStore) -> None:
+    old = recorded(store, None)
+    assert evaluation_bos_id(Bos.auto, old) is None
+    assert evaluation_bos_id(Bos.always, old) == BOS
+    assert evaluation_bos_id(Bos.auto, recorded(store, True)) == BOS
 
 
 def test_a_tokenizer_without_bos_is_refused_by_always_alone(store: TokenStore) -> None:
     without = recorded(store, None, bos_id=None)
-    assert bos.of_evaluation(Bos.auto, without, SimpleNamespace()) is None
-    assert bos.of_evaluation(Bos.never, without, SimpleNamespace()) is None
+    assert evaluation_bos_id(Bos.auto, without, SimpleNamespace()) is None
+    assert evaluation_bos_id(Bos.never, without, SimpleNamespace()) is None
     with pytest.raises(ValueError, match=r"^evaluation\.bos=always: .* has no BOS token"):
-        bos.of_evaluation(Bos.always, without, SimpleNamespace())
+        evaluation_bos_id(Bos.always, without, SimpleNamespace())
 
 
 @pytest.mark.parametrize("adds", [True, False])
@@ -158,11 +165,11 @@ def test_a_stream_and_each_window_beside_it_begin_with_bos(store: TokenStore) ->
 def test_windows_unlike_the_documents_of_the_training_are_said_so(
     store: TokenStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bos.warn_of_others(recorded(store, True), BOS)
-    bos.warn_of_others(recorded(store, False), None)
+    warn_if_bos_differs(recorded(store, True), BOS)
+    warn_if_bos_differs(recorded(store, False), None)
     assert not caplog.records
-    bos.warn_of_others(recorded(store, True), None)
+    warn_if_bos_differs(recorded(store, True), None)
     assert "evaluation begins windows and prompts without BOS" in caplog.text
     assert "evaluation.bos=always makes them alike" in caplog.text
-    bos.warn_of_others(recorded(store, None), BOS, "bos")
+    warn_if_bos_differs(recorded(store, None), BOS, "bos")
     assert "have no BOS (the store was written before it could have one); bos=never makes them alike" in caplog.text
