@@ -13,12 +13,12 @@ GLOBAL = "# @package _global_"
 
 
 def line_of(file: Path, key: str) -> int:
-    """The line, from 1, where a dotted key of the whole configuration stands; 0 if it is not in the file."""
+    """Return the line, from 1, where a dotted key of the whole configuration stands; 0 if it is not in the file."""
     return next((node.start_mark.line + 1 for path, node in _leaves(file) if path == key), 0)
 
 
 def require_texts(schema: type | None, hydra: Any) -> None:
-    """`ValueError` for a text without quotes that YAML read as something else, in a file that `hydra` composed."""
+    """Raise `ValueError` for a text without quotes that YAML read as something else, in a file `hydra` composed."""
     for file in _chosen(hydra):
         loaded = OmegaConf.to_container(OmegaConf.load(file))
         prefix = _package(file)
@@ -34,13 +34,13 @@ def require_texts(schema: type | None, hydra: Any) -> None:
 
 
 def shown(file: Path) -> str:
-    """A file's path from the current folder if it is below that."""
+    """Return a file's path from the current folder if it is below that."""
     here = Path.cwd()
     return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
 
 def _chosen(hydra: Any) -> Iterator[Path]:
-    """The files of the primary configuration, of each group's option, and those that they name without a group."""
+    """Yield the files of the primary configuration, of each group's option, and those named without a group."""
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     names = [str(hydra.job.config_name), *(f"{group}/{name}" for group, name in hydra.runtime.choices.items())]
     seen = set[Path]()
@@ -61,14 +61,14 @@ def _defaults(file: Path) -> list[Any]:
 
 
 def _package(file: Path) -> str:
-    """What goes before a file's own keys, with its dot: nothing, or the folder's name."""
+    """Return what goes before a file's own keys, with its dot: nothing, or the folder's name."""
     lines = file.read_text(encoding="utf-8").splitlines()
     whole = GLOBAL in (line.strip() for line in lines) or (file.parent / "config.yaml").is_file()
     return "" if whole else f"{file.parent.name}."
 
 
 def _leaves(file: Path) -> Iterator[tuple[str, Any]]:
-    """Every key of the file, dotted and with its package, and the node of its value; mappings and lists included."""
+    """Yield every key of the file, dotted and with its package, and the node of its value, mappings and lists too."""
     root = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
     yield from _below(root, _package(file))
 
@@ -86,7 +86,7 @@ def _below(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _value(loaded: Any, path: list[str]) -> Any:
-    """The value at a path of keys, which YAML may have read as numbers; None if it is not there or no scalar."""
+    """Return the value at a path of keys, which YAML may have read as numbers; None if it is not there or no scalar."""
     for part in path:
         items = loaded.items() if isinstance(loaded, Mapping) else enumerate(loaded) if isinstance(loaded, list) else ()
         loaded = next((value for key, value in items if str(key) == part), None)

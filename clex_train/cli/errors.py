@@ -8,6 +8,7 @@ Works for every schema, since what may be written is read off the error itself.
 
 import dis
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ REASONS = (
     (r"is not Optional", "null is not allowed here"),
     (r"is not a ListConfig", "should be a list such as [1,2]"),
     (r"Cannot merge DictConfig with ListConfig", "should be `key: value` lines, not a list"),
+    (r"is not a subclass of", "no such entry yet; add it in a YAML file"),
     (r"does not support deletion", "a key cannot be taken away, only set"),
 )
 """Sentences of OmegaConf that it gives no type to tell by, and what to say instead."""
@@ -48,6 +50,8 @@ def explain(error: BaseException) -> str | None:
         return _unparsed(str(error.override).lstrip("+"))
     if isinstance(error, yaml.YAMLError):
         return _not_yaml(error)
+    if isinstance(error, UnicodeDecodeError):
+        return _not_utf8()
     cause = _from_omegaconf(error)
     if cause is not None:
         line = _no_such_key(error, cause) if _is_unknown_key(cause) else _refused_value(error, cause)
@@ -83,7 +87,7 @@ def _is_unknown_key(cause: OmegaConfBaseException) -> bool:
 
 
 def _unparsed(override: str) -> str:
-    """What is wrong with an argument that Hydra cannot read."""
+    """Say what is wrong with an argument that Hydra cannot read."""
     key, equals, value = override.partition("=")
     bare = re.sub(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"", "", value)
     if not equals or not key:
@@ -108,6 +112,22 @@ def _not_yaml(error: yaml.YAMLError) -> str:
     opened = error.context_mark
     since = f" ({error.context}, which began in line {opened.line + 1})" if opened and error.context else ""
     return f"{place}: not valid YAML: {what}{since}"
+
+
+def _not_utf8() -> str | None:
+    """Name the configuration file that is not UTF-8; None if each is, and the error is about something else.
+
+    The error knows the bytes and not the file.
+    """
+    folders = [REPOSITORY / "conf", *map(Path, re.findall(r"file://([^,\]'\"]+)", " ".join(sys.argv[1:])))]
+    for file in (file for folder in folders for file in sorted(folder.rglob("*.yaml"))):
+        content = file.read_bytes()
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            return f"{config_files.shown(file)}, line {line}: not UTF-8; save the file as UTF-8 text"
+    return None
 
 
 def _place(error: BaseException, cause: OmegaConfBaseException) -> str:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 
 ATOM = re.compile(r"[\w.:+\-]+")
 """Items of lists and mappings that are quoted: whatever may be taken for a number or a boolean is among them."""
 FUNCTION = re.compile(r"\w+\(.*\)", re.DOTALL)
-MULTIRUN = ("-m", "--multirun")
+MULTIRUN = re.compile(r"-m|--multirun|\+{0,2}hydra\.mode=(RunMode\.)?MULTIRUN")
 
 
 @dataclass(frozen=True)
@@ -30,26 +32,26 @@ class Syntax:
 
 
 def for_hydra(schema: type, arguments: Sequence[str]) -> list[str]:
-    """The arguments of a program that Hydra composes."""
-    syntax = Syntax(_hydra_quotes, sweeps=any(argument in MULTIRUN for argument in arguments))
+    """Rewrite the arguments of a program that Hydra composes."""
+    syntax = Syntax(_hydra_quotes, sweeps=any(map(MULTIRUN.fullmatch, arguments)))
     return [_for_hydra(schema, argument, syntax) for argument in arguments]
 
 
 def for_yaml(schema: type, argument: str) -> str:
-    """A `key=value` argument whose value YAML parses."""
+    """Rewrite a `key=value` argument whose value YAML parses."""
     key, _, value = argument.partition("=")
     return f"{key}={_as_typed(value, type_at(schema, key), Syntax(_yaml_quotes))}"
 
 
 def passes_mapping(schema: type, key: str) -> str | None:
-    """The mapping that a dotted key names or leads into, as `launch.environment` for `launch.environment.CC`."""
+    """Return the mapping that a dotted key names or leads into, as `launch.environment` for `launch.environment.CC`."""
     parts = key.split(".")
     prefixes = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
     return next((prefix for prefix in prefixes if typing.get_origin(type_at(schema, prefix)) is dict), None)
 
 
 def type_at(schema: Any, key: str) -> Any:
-    """The type of what a dotted key names (`a.0` for an item of a list); None for a key that is not in the schema."""
+    """Return the type at a dotted key (`a.0` for an item of a list); None for a key that is not in the schema."""
     here = schema
     for part in key.split("."):
         if typing.get_origin(here) in (dict, list):
@@ -73,11 +75,29 @@ def _for_hydra(schema: type, argument: str, syntax: Syntax) -> str:
         return f"{key}={value}"
     # New names need `++`, and a new entry that is a dataclass can only be added whole.
     path = name.removeprefix(mapping).strip(".").split(".")
-    if not path[0] or syntax.sweeps or not is_dataclass(type_at(schema, f"{mapping}.{path[0]}")):
+    is_entry = is_dataclass(type_at(schema, f"{mapping}.{path[0]}")) and _is_text_in_braces(path[0])
+    if not is_entry or (syntax.sweeps and _is_swept(value)):
         return f"++{name}={value}"
     for part in reversed(path):
         value = f"{{{part}:{value}}}"
     return f"++{mapping}={value}"
+
+
+def _is_text_in_braces(name: str) -> bool:
+    """Tell whether Hydra reads `name` in `{name: value}` as this text: 2024 or `true` would get another type."""
+    try:
+        key = next(iter(OverridesParser.create().parse_override(f"key={{{name}:0}}").value()))  # type: ignore[arg-type]
+    except (HydraException, StopIteration):
+        return False
+    return isinstance(key, str) and key == name
+
+
+def _is_swept(value: str) -> bool:
+    """Tell whether a value is one for each run of a sweep: by commas outside of brackets, or by a function."""
+    try:
+        return OverridesParser.create().parse_override(f"key={value}").is_sweep_override()
+    except HydraException:
+        return False
 
 
 def _without_none(hint: Any) -> Any:
@@ -87,9 +107,10 @@ def _without_none(hint: Any) -> Any:
 
 
 def _as_typed(value: str, hint: Any, syntax: Syntax) -> str:
-    """`value` with the texts in it quoted, as far as `hint` says that they are texts."""
+    """Quote the texts in `value`, as far as `hint` says that they are texts."""
     if hint is str:
-        items = _split(value, ",") if syntax.sweeps else [value]
+        items = _split(value, ",") if syntax.sweeps else []
+        items = [item.strip() for item in items] if len(items) > 1 else [value]
         return ",".join(item if _stays(item) else syntax.quote(item) for item in items)
     body = value.strip()
     if typing.get_origin(hint) is list and body[:1] == "[" and body[-1:] == "]":
@@ -102,7 +123,7 @@ def _as_typed(value: str, hint: Any, syntax: Syntax) -> str:
 
 
 def _item(text: str, hint: Any, syntax: Syntax) -> str:
-    """One item of a list or mapping: there, spaces around a text are not part of it."""
+    """Quote one item of a list or mapping, where spaces around a text are not part of it."""
     if hint is not str:
         return _as_typed(text, hint, syntax)
     bare = text.strip()
@@ -122,7 +143,7 @@ def _entry(text: str, hint: Any, syntax: Syntax) -> str:
 
 
 def _stays(text: str) -> bool:
-    """Whether a value is not plain text: empty, quoted or escaped by the user, null, an interpolation, a function."""
+    """Tell whether a value is left alone: empty, quoted or escaped by the user, null, an interpolation, a function."""
     return (
         not text
         or text[0] in "'\""

@@ -49,6 +49,7 @@ def line_for(*overrides: str) -> str:
         ("launch.environment={A:1", "launch.environment={A:1: a bracket is missing: }"),
         ("name='abc", "name='abc: a quotation mark is not closed"),
         ("launch.envronment.A=1", "launch.envronment.A: no such key; did you mean launch.environment?"),
+        ("data.domains.2024.weight=40", "data.domains.2024.weight=40: no such entry yet; add it in a YAML file"),
         (
             "evaluation.lengths=128,256",
             "evaluation.lengths=128,256: several values; a list is written evaluation.lengths=[128,256], "
@@ -100,6 +101,18 @@ def own_file(monkeypatch, tmp_path):
 )
 def test_a_mistake_in_a_file_of_ones_own_names_file_and_line(own_file, text, line):
     assert own_file(text).startswith(f"conf/experiment/mine.yaml, {line}")
+
+
+def test_a_file_that_is_not_utf8_is_named(own_file, tmp_path):
+    (tmp_path / "conf" / "data" / "latin.yaml").write_bytes("path: corpora/x\n# caf\u00e9\n".encode("latin-1"))
+    said = line_for("data=latin")
+    assert said == "conf/data/latin.yaml, line 2: not UTF-8; save the file as UTF-8 text"
+
+
+def test_bytes_that_no_configuration_file_holds_are_our_fault(own_file):
+    with pytest.raises(UnicodeDecodeError) as caught:
+        b"\xe9".decode("utf-8")
+    assert explain(caught.value) is None
 
 
 @pytest.mark.parametrize("override", ["foo", "optim.lr=1e-4}", "name=${nme}", "model=null", "+model=tiny"])

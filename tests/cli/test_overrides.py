@@ -1,9 +1,10 @@
 """Text fields get the text as it was typed, whatever Hydra or YAML would make of it; mappings take new names."""
 
 import sys
+from shutil import copytree
 
 import pytest
-from composing import composed
+from composing import CONF, composed
 
 from clex_train.cli import arguments, console
 from clex_train.cli.evaluate import EvaluateConfig
@@ -67,6 +68,34 @@ def test_a_sweep_over_texts_splits_at_commas():
     assert for_hydra(Config, ["-m", "name=1e3,no", "seed=1,2"]) == ["-m", "name='1e3','no'", "seed=1,2"]
 
 
+def test_spaces_around_the_texts_of_a_sweep_are_no_part_of_them():
+    assert for_hydra(Config, ["--multirun", "name=a, 1e3 ,'b, c'"]) == ["--multirun", "name='a','1e3','b, c'"]
+    assert for_hydra(Config, ["-m", "name= lead"]) == ["-m", "name=' lead'"]
+
+
+@pytest.mark.parametrize("mode", ["hydra.mode=MULTIRUN", "++hydra.mode=MULTIRUN", "hydra.mode=RunMode.MULTIRUN"])
+def test_a_sweep_may_be_asked_for_by_hydras_own_key(mode):
+    assert for_hydra(Config, [mode, "name=a,b"]) == [mode, "name='a','b'"]
+    assert for_hydra(Config, ["hydra.mode=RUN", "name=a,b"]) == ["hydra.mode=RUN", "name='a,b'"]
+
+
+def test_a_sweep_takes_new_domains_by_single_keys():
+    new = ["data.domains.new.path=x", "data.domains.new.weight=3"]
+    given = for_hydra(Config, ["-m", *new, "optim.lr=1e-4,2e-4"])
+    assert given[1:3] == ["++data.domains={new:{path:'x'}}", "++data.domains={new:{weight:3}}"]
+    for value in ("1,2", "choice(1,2)", "range(1,3)"):
+        assert (
+            for_hydra(Config, ["-m", f"data.domains.book.weight={value}"])[1] == f"++data.domains.book.weight={value}"
+        )
+
+
+@pytest.mark.parametrize("name", ["2024", "1e3", "true", "null", "nan", "1_0"])
+def test_a_domain_whose_name_hydra_reads_as_something_else_keeps_its_name(own_domains, name):
+    config = own_domains(name, f"data.domains.{name}.weight=40")
+    assert config.data.domains[name].weight == 40
+    assert config.data.domains[name].path == "x"
+
+
 def test_verbs_of_data_prep_keep_texts():
     assert for_hydra(TokenizeVerb, ["corpus.where={language: no}"]) == ["++corpus.where={language:'no'}"]
     assert for_hydra(DecontaminateVerb, ["evaluation.path=1e3", "ngrams=[2,3]"]) == [
@@ -96,6 +125,19 @@ def test_one_field_of_a_domain_is_changed_and_the_others_stay():
     config = composed("data=longcorpus", "data.domains.book.weight=7", "evaluation=never")
     assert config.data.domains["book"].weight == 7
     assert config.data.domains["book"].path is not None
+
+
+@pytest.fixture
+def own_domains(tmp_path, monkeypatch):
+    """Composes with a mixture of the user's own, of one domain of the name that is given."""
+
+    def compose(name: str, *overrides: str) -> Config:
+        copytree(CONF, tmp_path / "conf")
+        monkeypatch.setattr("composing.CONF", tmp_path / "conf")
+        (tmp_path / "conf" / "data" / "mine.yaml").write_text(f'path: null\ndomains:\n  "{name}": {{path: x}}\n')
+        return composed("data=mine", "evaluation=never", *overrides)
+
+    return compose
 
 
 @pytest.fixture
