@@ -5,6 +5,7 @@ Nobody can be kept out there, so the work goes on and the user is told not to st
 """
 
 import fcntl
+import os
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +34,7 @@ def try_lock(file: IO[Any], path: Path, advice: str) -> Lock:
     except BlockingIOError:
         return Lock.busy
     except OSError as error:
-        logger.warning("%s: this file system has no locks (%s); %s", path, error.strerror, advice)
+        if os.environ.get("RANK", "0") == "0":  # once, not on every rank of a launch
+            logger.warning("%s: this file system has no locks (%s); %s", path, error.strerror, advice)
         return Lock.unsupported
     return Lock.taken

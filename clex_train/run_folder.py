@@ -93,10 +93,9 @@ def write_config(config: Config) -> None:
 
 def require_writable(folder: Path) -> None:
     """Create the folder and prove with a file that it can be written."""
+    probe = folder / f".writable_{socket.gethostname()}_{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable_{socket.gethostname()}_{os.getpid()}"
-        probe.write_text("")
+        _open_below(folder, probe, "w").close()
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir={folder}: cannot be written ({error.strerror}); choose another") from error
@@ -104,8 +103,11 @@ def require_writable(folder: Path) -> None:
 
 @contextmanager
 def left_as_found(folder: Path) -> Iterator[None]:
-    """Take a folder away again that was made inside and holds nothing when a `ValueError` refuses the launch."""
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    """Remove a folder again that was made inside and holds nothing when a `ValueError` refuses the launch.
+
+    Rank 0 alone removes, and only what was not there when it came: the other ranks may be about to open a file there.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()] if distributed.is_main() else []
     try:
         yield
     except ValueError:
@@ -125,13 +127,21 @@ def held(folder: Path, rank: int, patience: float) -> Iterator[None]:
     was killed. `ValueError` when it does not end.
     """
     path = folder / LOCKS / f"rank_{rank}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    with _open_below(path.parent, path, "a+") as file:
         _lock(file, path, patience)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def _open_below(folder: Path, path: Path, mode: str) -> IO[str]:
+    """Open a file in a folder, which is made if need be; once more where rank 0 removed it in between."""
+    with suppress(FileNotFoundError):
+        folder.mkdir(parents=True, exist_ok=True)
+        return path.open(mode, encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    return path.open(mode, encoding="utf-8")
 
 
 def _lock(file: IO[str], path: Path, patience: float) -> None:

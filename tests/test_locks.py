@@ -12,6 +12,20 @@ from clex_train.locks import Lock, try_lock
 from data_prep.partial import open_partial
 
 
+def test_of_several_ranks_the_first_alone_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "not here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for rank in ("0", "1", "10"):
+        monkeypatch.setenv("RANK", rank)
+        with (tmp_path / "lock").open("w") as file:
+            assert try_lock(file, tmp_path / "lock", "-") is Lock.unsupported
+    assert len(caplog.records) == 1
+
+
 def test_a_second_holder_finds_the_lock_busy_until_the_first_lets_go(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("w") as first, (tmp_path / "lock").open("w") as second:
         assert try_lock(first, tmp_path / "lock", "-") is Lock.taken

@@ -1,5 +1,8 @@
 """The run folder refuses what it cannot hold or continue, naming the key."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import yaml
 from composing import composed
@@ -143,6 +146,31 @@ def test_a_refused_launch_leaves_no_folder_that_it_made(tmp_path):
     with pytest.raises(ValueError, match="refused"):
         _refuse(tmp_path / "runs" / "mine")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rank_0_alone_takes_the_folder_of_a_refused_launch_away(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="refused"):
+        _refuse(tmp_path / "mine")
+    assert (tmp_path / "mine" / "locks").is_dir()
+
+
+@pytest.mark.parametrize("name", ["rank_1", ".writable_"])
+def test_a_rank_finds_its_folder_again_that_rank_0_removes_under_it(tmp_path, monkeypatch, name):
+    folder, opened = tmp_path / "runs" / "mine", []
+    open_file = Path.open
+
+    def open_after_removal(path, *args, **kwargs):
+        if path.name.startswith(name) and not opened:
+            opened.append(path)
+            shutil.rmtree(tmp_path / "runs")
+        return open_file(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_after_removal)
+    run_folder.require_writable(folder)
+    with run_folder.held(folder, 1, 0.0):
+        assert (folder / "locks" / "rank_1").is_file()
+    assert opened
 
 
 def test_a_refused_launch_leaves_what_was_there_or_has_been_written(tmp_path):
