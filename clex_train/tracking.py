@@ -209,7 +209,8 @@ def write_environment(run_dir: Path, first_step: int, data_fingerprint: str) -> 
     They hold the command, the commit, versions, the machine and the fingerprint of the data.
     """
     facts = {
-        "command": [sys.executable, *sys.argv],
+        # As typed: console.run has rewritten sys.argv, where texts are quoted for Hydra.
+        "command": [sys.executable, *sys.orig_argv[1:]],
         "git_commit": git_commit(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "python": platform.python_version(),

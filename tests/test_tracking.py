@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 
 import pytest
 import wandb
@@ -10,7 +11,7 @@ import wandb
 from clex_train.cli.errors import explain
 from clex_train.config import Config
 from clex_train.settings.tracking import TrackingConfig, Wandb
-from clex_train.tracking import COLUMNS, Tracker, drop_after, require_login
+from clex_train.tracking import COLUMNS, Tracker, drop_after, require_login, write_environment
 
 FIGURES = {"loss": 1.0, "tokens_per_second": 10.0}
 
@@ -32,6 +33,14 @@ def test_steps_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     resumed.close()
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_environment_holds_the_command_as_it_was_typed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "name='1e3'"])
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-u", "train.py", "--local_rank=0", "name=1e3"])
+    write_environment(tmp_path, 0, "f")
+    facts = json.loads((tmp_path / "environment.json").read_text())
+    assert facts["command"] == [sys.executable, "-u", "train.py", "--local_rank=0", "name=1e3"]
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
