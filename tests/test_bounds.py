@@ -9,6 +9,7 @@ import time
 import typing
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from clex_train.cli.lm_eval import LmEvalConfig
 from clex_train.cli.overrides import type_at
 from clex_train.config import Config
 from clex_train.scaling.table import scale_grid
+from clex_train.settings.bounds import require_at_most
 from clex_train.settings.data import DataConfig, DomainConfig
 from clex_train.settings.evaluation import EvaluationConfig
 from data_prep.__main__ import VERBS
@@ -135,6 +137,17 @@ def test_a_number_of_data_prep_is_bounded(verb):
             accepted = line is None and value != "-1"
             assert line is not None or accepted, f"{verb}: {key}={value} was taken"
             assert line is not None or math.isfinite(float(value)), f"{verb}: {key}={value} was taken"
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, [1.0, -math.inf], 10**400, 3])
+def test_what_is_not_finite_or_too_large_is_refused(value):
+    with pytest.raises(ValueError, match=r"^a\.x=.*: a finite number, at most 2$"):
+        require_at_most(SimpleNamespace(x=value), "a.", {"x": 2})
+
+
+@pytest.mark.parametrize("value", [None, -(10**400), -1e300, [2, 2.0]])
+def test_finite_numbers_up_to_the_bound_are_taken(value):
+    require_at_most(SimpleNamespace(x=value), "a.", {"x": 2})
 
 
 def test_a_list_of_numbers_has_no_more_than_can_be_evaluated(training):

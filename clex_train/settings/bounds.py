@@ -1,5 +1,6 @@
 """Bounds of fields: the one form in which a value out of range is refused, and the most that can be meant."""
 
+import math
 from collections.abc import Mapping
 
 MOST_TOKENS = 2**27
@@ -30,5 +31,6 @@ def require_at_most(settings: object, prefix: str, most: Mapping[str, float]) ->
         key = f"{prefix}{name}"
         require(len(items) <= MOST_ITEMS, key, f"[{len(items)} numbers]", f"at most {MOST_ITEMS}")
         for item in items:
-            # Infinity and NaN are below no bound.
-            require(item is None or item <= bound, key, value, f"a finite number, at most {bound:,}")
+            # -inf is below every bound; an int is finite, and may be too large for math.isfinite.
+            is_finite = not isinstance(item, float) or math.isfinite(item)
+            require(item is None or (is_finite and item <= bound), key, value, f"a finite number, at most {bound:,}")
