@@ -96,12 +96,12 @@ def require_documents(corpus: CorpusConfig, counts: Counter[str]) -> None:
 
 
 def in_words(counts: Counter[str]) -> str:
-    """`2 bad records, 17 documents`."""
+    """Say `2 bad records, 17 documents`."""
     return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts.items())) or "no records"
 
 
 def lookup(fields: Mapping[str, Any], name: str) -> Any:
-    """The value of a field, where a dot descends into a nested record; `ValueError` if it is not there."""
+    """Return the value of a field, where a dot descends into a nested record; `ValueError` if it is not there."""
     value: Any = fields.get(name, _MISSING)
     if value is _MISSING:
         value = fields
@@ -147,7 +147,7 @@ def _field(fields: Mapping[str, Any], name: str, corpus: CorpusConfig) -> Any:
 
 
 def _content(text: Any, fields: Mapping[str, Any], name: str) -> bytes:
-    """The text in UTF-8, checked."""
+    """Check the text and return it in UTF-8."""
     if not isinstance(text, (str, Utf8)):
         advice = chat_remedy(fields) or "mend it"
         raise _BadRecord(f"field {name!r} must be a text, this is {type(text).__name__}", advice)

@@ -44,8 +44,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # transformers raises OSError, ValueError, KeyError or ImportError, as the files have it
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"tokenizer={name}: it comes with Python code of its own, which is not run unasked; read it, then say "
-                "tokenizer.trust_remote_code=true"
+                f"tokenizer={name}: it comes with Python code of its own, which is not run unless you allow "
+                "it; read it, then say tokenizer.trust_remote_code=true"
             ) from error
         raise ValueError(f"tokenizer={name}: {_reason(directory, error)}; {_REMEDY}") from error
     if not getattr(tokenizer, "is_fast", False):
@@ -76,7 +76,7 @@ def _sha256(file: Path) -> str:
 
 
 def _obstacle(directory: Path) -> str:
-    """Why a directory has no tokenizer that could be loaded, as far as its files say so; "" if nothing is found."""
+    """Say why a directory has no tokenizer that could be loaded, as far as its files say so; "" if nothing is found."""
     if not directory.is_dir():
         return ""
     files = sorted(file.name for file in directory.iterdir() if file.is_file())

@@ -27,7 +27,7 @@ MAX_KINDS = 12
 
 
 def format_of(path: Path, format: Format) -> Format:
-    """The format of a file: as configured, or by its suffix in any case, behind which one compression may stand.
+    """Tell the format of a file: as configured, or by its suffix in any case, behind which one compression may stand.
 
     Raises:
         ValueError: the suffix is unknown.
@@ -44,7 +44,7 @@ def format_of(path: Path, format: Format) -> Format:
 
 
 def texts_in(folder: Path, format: Format) -> list[Path]:
-    """Every file of a known format in a folder, at any depth, sorted; what else is there is logged in one line.
+    """List every file of a known format in a folder, at any depth, sorted; what else is there is logged in one line.
 
     Raises:
         ValueError: no such file is there; the message says what is.
@@ -81,7 +81,7 @@ def texts_in(folder: Path, format: Format) -> list[Path]:
 
 
 def _why_not(file: Path, format: Format) -> str:
-    """The kind of a file that is left out, in words; "" for one that is read."""
+    """Name the kind of a file that is left out, in words; "" for one that is read."""
     if file.name.startswith("."):
         return "hidden"
     if not os.path.isfile(file):
@@ -101,7 +101,7 @@ def _suffix(file: Path) -> str:
 
 
 def _in_words(left_out: dict[str, list[str]]) -> str:
-    """`2 .csv (a.csv, b.csv), 1 hidden (.cache/)`, the most frequent kinds first."""
+    """Say `2 .csv (a.csv, b.csv), 1 hidden (.cache/)`, the most frequent kinds first."""
     kinds = sorted(left_out.items(), key=lambda kind: -len(kind[1]))
     parts = []
     for kind, names in kinds[:MAX_KINDS]:

@@ -1,4 +1,4 @@
-"""Which documents are held out: those whose hash is below a border, and a few at least of a small corpus.
+"""Hold documents out: those whose hash is below a border, and a few at least of a small corpus.
 
     value = first 8 bytes of blake2b(text), little endian        held out: value < max(share * 2^64, border)
 
@@ -40,12 +40,12 @@ class HeldOut:
 
 
 def few(num_texts: int) -> int:
-    """A tenth of the texts, but at least 2 and at most 4; never more than half."""
+    """Return how many texts to hold out: a tenth, but at least 2 and at most 4; never more than half."""
     return min(max(LEAST, min(MOST, num_texts // 10)), num_texts // 2)
 
 
 def rule(corpus: CorpusConfig, units: list[Unit]) -> HeldOut:
-    """The rule of a corpus, a function of its content alone.
+    """Choose the rule of a corpus, a function of its content alone.
 
     A small corpus is read once for it, as far as the `MOST` documents that the share holds out by itself.
 

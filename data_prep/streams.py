@@ -32,7 +32,7 @@ def compression(path: str | Path) -> str:
 
 
 def is_lfs_pointer(path: str | Path) -> bool:
-    """Whether a file is what git-lfs leaves in place of one that was not downloaded; only small files are opened."""
+    """Tell whether a file is what git-lfs leaves in place of one not downloaded; only small files are opened."""
     if os.path.getsize(path) > _LFS_POINTER_BYTES:
         return False
     with open(path, "rb") as file:

@@ -118,7 +118,7 @@ def _job(config: TokenizeVerb, tokenizer: Any, partial: Path, bos: bool, held_ou
 def _settings(
     config: TokenizeVerb, units: list[Unit], tokenizer_json: str, bos: bool, held_out: HeldOut
 ) -> dict[str, Any]:
-    """What the store's content depends on: requests of equal settings give equal stores."""
+    """Record what the store's content depends on: requests of equal settings give equal stores."""
     corpus = {k: v.name if isinstance(v, Enum) else v for k, v in dataclasses.asdict(config.corpus).items()}
     files = json.dumps([dataclasses.asdict(unit) for unit in units])
     return {
@@ -165,7 +165,7 @@ def _report(manifest: Manifest, output: Path) -> None:
 
 
 def _report_split(manifest: Manifest) -> None:
-    """Say what evaluation has to do with, if it is not what the share says."""
+    """Say how much is held out, where it is not what the share says."""
     share, found = manifest.split_rule["validation_share"], manifest.num_documents("validation")
     remedy = f"raise corpus.validation_share={share}, add documents, or cut long ones into several"
     if not share:

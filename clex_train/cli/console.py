@@ -111,7 +111,7 @@ def show_any_text() -> None:
 
 
 def _typed(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What stands for characters that cannot be encoded; an error handler of `codecs`."""
+    """Replace characters that cannot be encoded; an error handler of `codecs`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     characters = error.object[error.start : error.end]

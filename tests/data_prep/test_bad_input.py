@@ -207,7 +207,8 @@ def missing_directory(folder: Path, tokenizer_dir: Path) -> Path:
         (lfs_pointer, "tokenizer.json is a git-lfs pointer and not the file itself; fetch it by `git lfs pull`"),
         (
             with_code,
-            "Python code of its own, which is not run unasked; read it, then say tokenizer.trust_remote_code=true",
+            "Python code of its own, which is not run unless you allow it; read it, then say "
+            "tokenizer.trust_remote_code=true",
         ),
         (missing_directory, "no such directory"),
     ],
