@@ -104,6 +104,7 @@ def make_plan(config: Config) -> Plan:
     settings = engines.deepspeed_dict(config, world_size)
     model = architectures.stand_in(config.model)
     arch = architectures.to_train(model)
+    architectures.warn_of_unused_config(model)
     if model.path and model_directory.has_weights(model.path):
         weights.check(model, arch)
     _check_ids(config, arch)

@@ -19,7 +19,7 @@ from clex_train.attention.choice import has_sdpa, resolved
 from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.config import Config
-from clex_train.faults import is_out_of_memory
+from clex_train.faults import first_line, is_out_of_memory
 from clex_train.rope import official, probe, recipes
 from clex_train.rope.as_is import install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary
@@ -366,5 +366,6 @@ def _from_pretrained(
         # Reading shares is collective: a rank that is lost is not a fault of the files.
         if is_out_of_memory(error) or (is_sharded and isinstance(error, RuntimeError)):
             raise
-        reason = hub.why_not_read(path, error)
+        # Only of files that are not there can a hub out of reach be the reason.
+        reason = hub.why_not_read(path, error) if isinstance(error, OSError) else first_line(error)
         raise ValueError(f"model.path={path}: the weights cannot be loaded ({reason})") from error

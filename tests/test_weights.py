@@ -308,6 +308,15 @@ def test_whatever_the_loader_raises_over_mixed_up_files_is_one_line(base, monkey
     assert explain(raised.value) is not None
 
 
+def test_an_unreachable_hub_is_not_blamed_for_files_that_are_there(hub_name, monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("experts")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ValueError, match=r"the weights cannot be loaded \(KeyError: 'experts'\)$"):
+        modeling.load_for_evaluation(ModelConfig(path=hub_name))
+
+
 def test_a_full_memory_or_a_lost_rank_is_no_fault_of_the_files(base, monkeypatch):
     def fail(*_, **__):
         raise error
