@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from composing import CONF, composed
 from tiny_causal_lm import save_tiny_llama, tiny_llama
 from transformers import BloomConfig, Gemma3TextConfig, LlamaConfig
@@ -10,7 +11,7 @@ from transformers import BloomConfig, Gemma3TextConfig, LlamaConfig
 from clex_train import api, architectures, hub
 from clex_train.cli.errors import explain
 from clex_train.cli.loading import EvaluatedModel
-from clex_train.rope import probe, recipes
+from clex_train.rope import official, probe, recipes
 from clex_train.scaling.clex import Clex
 from clex_train.settings.model import Init, ModelConfig
 from clex_train.settings.scaling import Positions, ScalingConfig, ScalingName
@@ -263,3 +264,17 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, caplog):
         hub.unreachable.cache_clear()
     assert len(asked) == 1
     assert caplog.text.count("cannot be reached") == 1
+
+
+def test_a_damaged_directory_of_the_original_code_is_one_line(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"rope_scaling": "clex"}))
+    assert not official.is_official(tmp_path)
+    scaling = {"type": "clex", "max_factor": "many"}
+    file.write_text(json.dumps({"rope_scaling": scaling, "max_position_embeddings": 64}))
+    with pytest.raises(ValueError, match=r"config\.json: max_factor=many: not a number"):
+        official.max_factor(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        official.read_official_field(tmp_path, torch.ones(4, dtype=torch.float64))
+    assert str(explain(raised.value)).startswith(f"{tmp_path}: ")
