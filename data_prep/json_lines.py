@@ -48,7 +48,7 @@ def parse(line: bytes, text_field: str, names: Sequence[str] | None = None) -> d
     Raises:
         ValueError: malformed JSON, no object, or not UTF-8.
     """
-    with suppress(ValueError, RecursionError):
+    with suppress(ValueError, RecursionError, msgspec.DecodeError):  # in 0.20 no ValueError
         return {
             key: _value(memoryview(raw), key, text_field) if _is_wanted(key, names) else UNREAD
             for key, raw in _MEMBERS.decode(line).items()

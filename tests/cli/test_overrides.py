@@ -89,7 +89,7 @@ def test_a_sweep_takes_new_domains_by_single_keys():
         )
 
 
-@pytest.mark.parametrize("name", ["2024", "1e3", "true", "null", "nan", "1_0"])
+@pytest.mark.parametrize("name", ["2024", "true", "null", "nan", "1_0"])
 def test_a_domain_whose_name_hydra_reads_as_something_else_keeps_its_name(own_domains, name):
     config = own_domains(name, f"data.domains.{name}.weight=40")
     assert config.data.domains[name].weight == 40
