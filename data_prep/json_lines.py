@@ -70,7 +70,10 @@ def unescape(string: memoryview, block_bytes: int = BLOCK_BYTES) -> bytes:
     start = 0
     while start < len(string):
         stop = _cut(string, start, start + block_bytes)
-        content.write(_STRING.decode(b'"%b"' % bytes(string[start:stop])).encode())
+        try:
+            content.write(_STRING.decode(b'"%b"' % bytes(string[start:stop])).encode())
+        except msgspec.DecodeError as error:  # in 0.20 no ValueError
+            raise ValueError(str(error)) from error
         start = stop
     return content.getvalue()
 
