@@ -27,6 +27,7 @@ from bench_page import processor, publish
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
+from clex_train.libraries import kv_cache
 from clex_train.rope import cache as key_cache
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.clex import Clex
@@ -121,11 +122,11 @@ def decode(model: LlamaForCausalLM, cache: Cache, context: int, num_tokens: int)
     """Greedy decoding step by step; the last cached token is computed again first, which brings t back."""
     shorten(cache, context - 1)
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    model(token, past_key_values=cache)
+    model(token, **kv_cache.passed(model, cache))
     seconds = []
     for _ in range(num_tokens):
         start = time.perf_counter()
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+        token = model(token, **kv_cache.passed(model, cache)).logits[:, -1:].argmax(dim=-1)
         token.item()
         seconds.append(time.perf_counter() - start)
     return seconds

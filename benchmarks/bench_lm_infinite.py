@@ -28,6 +28,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from transformers.cache_utils import Cache
 
 from clex_train.attention.hf_interface import apply_lm_infinite
+from clex_train.libraries import kv_cache
 
 VOCABULARY, CHUNK = 512, 4096
 LAYERS, HEADS, HEAD_DIM, MLP_PER_HEAD = 2, 4, 128, 344
@@ -255,7 +256,7 @@ def filled(cache: Cache, length: int, arguments: argparse.Namespace) -> Cache:
 
 def forward(model: LlamaForCausalLM, ids: torch.Tensor, cache: Cache | None) -> None:
     """One call of the model, which takes in `ids`."""
-    model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+    model(ids, use_cache=cache is not None, logits_to_keep=1, **kv_cache.passed(model, cache))
 
 
 def steps(model: LlamaForCausalLM, cache: Cache, num_tokens: int, num_rows: int = 1) -> float:

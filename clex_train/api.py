@@ -83,6 +83,7 @@ def apply_clex(
     length = context_len or _recorded_context(source) or _own_context(model)
     handle = install_rotary(model, length)
     try:
+        handle.require_scalable()
         field, table, policy = _read(source, handle, t_max)
         handle.use(table, clamp)
         scaling = install_log_scaling(model, log_scale or policy, length, handle.on_length)

@@ -23,7 +23,7 @@ from clex_train.faults import first_line, is_out_of_memory
 from clex_train.rope import official, probe, recipes
 from clex_train.rope.as_is import install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary
-from clex_train.rope.reach import require_reach_of
+from clex_train.rope.reach import require_scalable_config
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import FrequencyTable, scale_grid
@@ -125,7 +125,7 @@ def trained_architecture(config: Config, arch: PretrainedConfig) -> PretrainedCo
     scaling, length = config.scaling, architectures.context_length(config.model, arch)
     if scaling.name is ScalingName.clex:
         recipes.require_unscaled(arch, scaling.name)
-        require_reach_of(arch, length, config.model.trust_remote_code)
+        require_scalable_config(arch, length, config.model.trust_remote_code)
     if scaling.name not in FORMULAS:
         return arch
     factor = scaling.factor_for(config.data.seq_len, length)

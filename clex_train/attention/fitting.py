@@ -1,16 +1,16 @@
 """Which models lm_infinite fits, and which calls of them: one line that names what is wrong otherwise."""
 
-import inspect
 from typing import Any
 
+from jaxtyping import Bool
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
 from clex_train.attention import whole_rows
 from clex_train.attention.adapters import ADAPTERS
 from clex_train.attention.rotation import find_rotary_site
 from clex_train.libraries import kv_cache
-from clex_train.libraries.layers import Trial, attempt_all, layer_type, own_window, rotary_attention
+from clex_train.libraries.layers import Trial, attempt_all, layer_type, own_window, parameter_names, rotary_attention
 
 NAME = "lm_infinite"
 LAYER = "lm_infinite_layer"
@@ -71,12 +71,16 @@ def refuse_what_it_cannot(module: Any, args: tuple[Any, ...], kwargs: dict[str, 
         raise ValueError(
             f"output_attentions=True: {NAME} never forms the n x n weights; undo() it, then attn_implementation=eager"
         )
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    call = {**dict(zip(names, args, strict=False)), **kwargs}
-    if kv_cache.in_call(args, kwargs) is not None and call.get("use_cache") is False:
+    call, cache = (
+        {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs},
+        kv_cache.in_call(args, kwargs),
+    )
+    if cache is not None and call.get("use_cache") is False:
         # `generate` would feed it all tokens so far at every step; MPT's config has use_cache=False.
         raise ValueError("use_cache=False with a KV cache: the cache would get each token many times; set it to True")
     positions, mask = call.get("position_ids"), call.get("attention_mask")
+    if isinstance(cache, DynamicCache) and isinstance(mask, Tensor) and mask.dim() == 2:
+        _refuse_lost_tokens(mask.bool(), cache, call)
     if positions is None or positions.shape[-1] == 1:
         return
     jumps = positions.diff(dim=-1) != 1
@@ -85,6 +89,21 @@ def refuse_what_it_cannot(module: Any, args: tuple[Any, ...], kwargs: dict[str, 
         jumps = jumps & is_token[:, 1:] & is_token[:, :-1]
     if bool(jumps.any()):
         raise ValueError(f"position_ids that jump (packed documents): {NAME} takes one stream a row")
+
+
+def _refuse_lost_tokens(mask: Bool[Tensor, "B T"], cache: DynamicCache, call: dict[str, Any]) -> None:
+    """Refuse padding among the keys of a windowed cache: it counts as tokens, and some that a query sees are gone."""
+    tokens = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    filled = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin) and layer.is_initialized]
+    num_new = 0 if tokens is None else tokens.shape[1]
+    for num_keys in {layer.keys.shape[2] + num_new for layer in filled}:
+        lost, kept = mask[:, :-num_keys].any(dim=1), (~mask[:, -num_keys:]).any(dim=1)
+        # Only of a window that is full, since the answer waits for the device.
+        if mask.shape[1] > num_keys and bool((lost & kept).any()):
+            raise ValueError(
+                "attention_mask with padding behind tokens: the sliding window of the KV cache has let go of tokens "
+                "that are still seen; pad on the left, or use DynamicCache() without a config"
+            )
 
 
 def _misfit_of(model: Any, found: list[Any]) -> str | None:

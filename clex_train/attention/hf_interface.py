@@ -6,7 +6,6 @@ queries, keys and caches stay unrotated, and `lambda_attention` rotates them by 
 Shapes: `B` batch, `H` heads, `K` key heads, `S` new tokens, `T` keys, `D` head width.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +40,7 @@ from clex_train.attention.rotation import RotarySite, RotationTables, TableRotat
 from clex_train.attention.stream import KeyValues, Rotation, Stream
 from clex_train.libraries import kv_cache
 from clex_train.libraries.kv_cache import LibraryChanged
-from clex_train.libraries.layers import own_window
+from clex_train.libraries.layers import own_window, parameter_names
 
 SPECTRUM = "lm_infinite_spectrum"
 
@@ -198,8 +197,7 @@ class _Layer:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Have the model leave queries and keys unrotated, and tell the cache which new tokens are padding."""
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        call = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
         if call.get("position_embeddings") is not None:
             cos, sin = (x.to(_computed_in(x)) for x in call["position_embeddings"])
             call["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
@@ -335,7 +333,6 @@ def _whole(
     num_keys, padding = key.shape[2], None
     window = KeyValues(key, value)
     if mask is not None:
-        _refuse_lost_tokens(mask, num_keys)
         valid = mask[:, -num_keys:]
         order = order_to_front(valid)
         window, padding = KeyValues(take(key, order), take(value, order)), (~valid).sum(dim=1)
@@ -346,16 +343,6 @@ def _whole(
         return window, window.span(0, min(layer.n_global, num_keys)), stream
     index = (padding[:, None] + torch.arange(layer.n_global, device=key.device)).clamp(max=num_keys - 1)
     return window, KeyValues(*(take(x, index) for x in window)), stream
-
-
-def _refuse_lost_tokens(mask: Bool[Tensor, "B T"], num_keys: int) -> None:
-    """A windowed cache counts padding as tokens: with padding among its keys, some that a query sees are gone."""
-    lost, kept = mask[:, :-num_keys].any(dim=1), (~mask[:, -num_keys:]).any(dim=1)
-    if mask.shape[1] > num_keys and bool((lost & kept).any()):
-        raise ValueError(
-            "attention_mask with padding behind tokens: the sliding window of the KV cache has let go of tokens that "
-            "are still seen; pad on the left, or use DynamicCache() without a config"
-        )
 
 
 def _rotations(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 def order_to_front(valid: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"] | None:
     """The index of each token in the row with its padding moved to the front; None when it is there already."""
-    if bool((valid[:, 1:] >= valid[:, :-1]).all()):
+    if valid.shape[1] == 1 or bool((valid[:, 1:] >= valid[:, :-1]).all()):
         return None
     return valid.to(torch.int8).argsort(dim=1, stable=True)
 

@@ -21,7 +21,6 @@ from clex_train.rope import hf_scalings
 from clex_train.rope.as_is import WithoutRotary
 from clex_train.rope.hf_scalings import ConfiguredRope
 from clex_train.rope.patch import RotaryHandle
-from clex_train.rope.reach import require_reach
 from clex_train.scaling.baselines import none_table, ntk_table, pi_table, theta_table
 from clex_train.scaling.table import Frequencies, FrequencyTable, scale_grid
 from clex_train.settings.bounds import require
@@ -142,8 +141,8 @@ def _require_fitting(spec: EvaluationConfig, handle: RotaryHandle, has_clex: boo
         "this model has no frequencies of its own at other t; leave the key out",
     )
     if {*spec.methods} - {*WITHOUT_ROPE, Method.trained, Method.random_pos} and not isinstance(handle, WithoutRotary):
-        # What a field was trained for and formulas of t extend; the model as it is reads any length.
-        require_reach(handle.model, handle.traits, handle.context_len)
+        # A field and formulas of t change the frequencies; the model's own read any length.
+        handle.require_scalable()
     if isinstance(handle, WithoutRotary):
         remedy = f"model_type={handle.model_type} has no RoPE: trained, none and lm_infinite alone read it as it is"
         require(set(spec.methods) <= {*OF_THE_MODEL, *WITHOUT_ROPE}, "methods", names, remedy)

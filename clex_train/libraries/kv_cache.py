@@ -4,8 +4,9 @@ transformers called the parameter `past_key_values` up to 5.23 and calls it `cac
 model use names of their own. An instance of transformers' `Cache` is one under any name.
 """
 
+import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -84,10 +85,14 @@ def require_seen(given: Cache | None, output: Any, num_new: int) -> None:
 
 def _parameter(model: nn.Module) -> str | None:
     """By its type; by name where the code of a model has no types. A wrapper such as an engine has its model's."""
-    parameters = inspect.signature(type(model).forward).parameters
+    name, inner = _parameter_of(type(model).forward), getattr(model, "module", None)
+    return _parameter(inner) if name is None and isinstance(inner, nn.Module) else name
+
+
+@functools.cache
+def _parameter_of(forward: Callable[..., Any]) -> str | None:
+    """Read the signature once for a class: every decoding step asks."""
+    parameters = inspect.signature(forward).parameters
     typed = [name for name, each in parameters.items() if "Cache" in str(each.annotation)]
     named = [name for name in UNANNOTATED if name in parameters]
-    inner = getattr(model, "module", None)
-    if not typed and not named and isinstance(inner, nn.Module):
-        return _parameter(inner)
     return next(iter([*typed, *named]), None)

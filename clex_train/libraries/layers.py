@@ -6,6 +6,7 @@ passes on. No family is named. Shapes: `S` tokens, `W` width of cos.
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -121,6 +122,12 @@ def layer_type(attention: Any) -> str | None:
     """The type of a layer as its config says it; None for a model without types."""
     types = getattr(getattr(attention, "config", None), "layer_types", None)
     return None if types is None else str(types[attention.layer_idx])
+
+
+@functools.cache
+def parameter_names(forward: Callable[..., Any]) -> list[str]:
+    """List the parameters of a method, read once: hooks ask in every layer of every decoding step."""
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 def _innermost(module: nn.Module) -> Iterator[nn.Module]:

@@ -78,11 +78,16 @@ class KeyRecord:
             self.num_tokens = int(self.chunks[0].max()) + 1 if num_keys else 0
             self.num_keys = num_keys
 
-    def move_rows(self, which: Int[Tensor, " B"]) -> None:
-        """Let row i be what row `which[i]` was; not for rows that all have the same positions."""
+    def move_rows(self, which: Int[Tensor, " B"], may_lose_rows: bool = True) -> None:
+        """Let row i be what row `which[i]` was; not for rows that all have the same positions.
+
+        Beams change places within their request, of which one stays: unless `may_lose_rows`, `num_tokens` is kept.
+        """
         positions = self.positions()
         self.chunks = [positions[which.to(positions.device)]]
-        self.num_tokens = int(self.chunks[0].max()) + 1
+        if may_lose_rows:
+            # Reading the largest position waits for the device, which every step of a beam search would do.
+            self.num_tokens = int(self.chunks[0].max()) + 1
 
     @property
     def num_rows(self) -> int:
@@ -134,25 +139,58 @@ def note(
         record.move_to(spectrum)
     record.append(position_ids, num_tokens)
     setattr(cache, ATTRIBUTE, record)
-    for name in ROW_METHODS:
-        if name not in vars(cache):
-            setattr(cache, name, _RowMethod(cache, name))
+    if not isinstance(cache, _Recorded):
+        cache.__class__ = _recorded(type(cache))
 
 
-class _RowMethod:
-    """A method of one cache that moves its rows, and the positions in its record with them."""
+class _Recorded:
+    """Mixin for the class of one cache: a method that moves rows moves the positions in the record with them.
 
-    def __init__(self, cache: Cache, name: str) -> None:
-        self.cache, self.name = cache, name
+    The instance changes its class. Methods that were set on it would refer back to it, and keep its keys in memory
+    until the garbage collector looks for cycles.
+    """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        getattr(type(self.cache), self.name)(self.cache, *args, **kwargs)
-        record: KeyRecord | None = getattr(self.cache, ATTRIBUTE, None)
+    def reorder_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Let row i be what row beam_idx[i] was."""
+        self._move_rows("reorder_cache", args, kwargs)
+
+    def batch_select_indices(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the rows of `indices`."""
+        self._move_rows("batch_select_indices", args, kwargs)
+
+    def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> None:
+        """Repeat every row `repeats` times."""
+        self._move_rows("batch_repeat_interleave", args, kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle as an instance of the class in the library, which has a name to be found by."""
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        return (_blank, (type(self).__bases__[1],), *reduced[2:])
+
+    def _move_rows(self: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        getattr(super(), name)(*args, **kwargs)
+        record: KeyRecord | None = getattr(self, ATTRIBUTE, None)
         if record is None or record.num_rows == 1:
             return
-        record.trim(num_cached(self.cache))
+        record.trim(num_cached(self))
         [argument] = (*args, *kwargs.values())
-        record.move_rows(ROW_METHODS[self.name](argument, record.num_rows))
+        record.move_rows(ROW_METHODS[name](argument, record.num_rows), may_lose_rows=name != "reorder_cache")
+
+
+def _recorded(kind: type) -> type:
+    """Derive the class of recorded caches of `kind` once, under the name of `kind`, which messages show."""
+    derived: list[type] = kind.__subclasses__()
+    known = next((each for each in derived if _Recorded in each.__bases__), None)
+    if known is not None:
+        return known
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (_Recorded, kind), names)
+
+
+def _blank(kind: type) -> Any:
+    """Make a recorded cache of `kind` without its state."""
+    recorded: Any = _recorded(kind)
+    return recorded.__new__(recorded)
 
 
 @torch.no_grad()
@@ -239,7 +277,7 @@ def _turn_layer(layer: Any, turn: _Turn) -> None:
 
 
 def _turn_quantised(layer: Any, turn: _Turn) -> None:
-    """Older keys are quantised anew, as the layer does by itself every `residual_length` tokens."""
+    """Quantise older keys again, as the layer does by itself every `residual_length` tokens."""
     _reorder_quantised(layer)
     older = layer._dequantize(layer._quantized_keys)
     latest = [layer.keys] if layer.keys.dim() == 4 else []
@@ -266,7 +304,7 @@ def _refuse_unsupported(cache: Cache, layout: str | None, unknown: list[int]) ->
     if reason is None and layout is None:
         reason = "the model's attention does not rotate the leading part of its keys in a known layout"
     if reason is None and unknown:
-        reason = f"it could not be found out whether layer {unknown[0]} of the model rotates its keys"
+        reason = f"unknown whether layer {unknown[0]} of the model rotates its keys"
     if reason is not None:
         raise ValueError(
             f"cache={type(cache).__name__}: t moves while keys are cached, and {reason}; "

@@ -36,7 +36,7 @@ class GrowingLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Set the room aside, of the dtype of the first keys."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._buffers = [self._empty(states) for states in (key_states, value_states)]
+        self._buffers = [self._empty(states, states) for states in (key_states, value_states)]
         self._fill(0)
         self.is_initialized = True
 
@@ -67,13 +67,18 @@ class GrowingLayer(DynamicLayer):
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
-        filled = [states[:, :, : self.keys.shape[2]] for states in self._buffers]
-        self._buffers = [self._empty(function(states)) for states in filled]
-        for buffer, states in zip(self._buffers, filled, strict=True):
-            buffer[:, :, : states.shape[2]] = function(states)
-        self._fill(filled[0].shape[2])
+        num_tokens = self.keys.shape[2]
+        self._buffers = [self._moved(buffer, function(buffer[:, :, :num_tokens])) for buffer in self._buffers]
+        self._fill(num_tokens)
 
-    def _empty(self, states: Tensor) -> Tensor:
+    def _moved(self, before: Tensor, states: Tensor) -> Tensor:
+        """Put `states` into a buffer of their own, in the kind of memory that `before` is in."""
+        buffer = self._empty(states, before)
+        buffer[:, :, : states.shape[2]] = states
+        return buffer
+
+    def _empty(self, states: Tensor, source: Tensor) -> Tensor:
+        """Set room aside for the rows of `states`; `source` is what came from there, or is there now."""
         return states.new_empty(states.shape[0], states.shape[1], self.capacity, states.shape[3])
 
     def _fill(self, num_tokens: int) -> None:
@@ -91,9 +96,10 @@ class HostLayer(GrowingLayer):
         keys, values = super().update(*map(_by_head, laid_out), *args, **kwargs)
         return keys.to(device), values.to(device)
 
-    def _empty(self, states: Tensor) -> Tensor:
+    def _empty(self, states: Tensor, source: Tensor) -> Tensor:
         shape = (self.capacity, states.shape[0], states.shape[1], states.shape[3])
-        pinned = states.is_cuda or states.is_pinned()
+        # Rows that were selected from pinned memory are in memory that is not.
+        pinned = source.is_cuda or source.is_pinned()
         return _by_head(torch.empty(shape, dtype=states.dtype, device="cpu", pin_memory=pinned))
 
 

@@ -30,7 +30,6 @@ from clex_train.rope.probe import (
     Traits,
     find_rotary,
     probe,
-    require_frequencies,
     require_own_length,
     require_rotary,
 )
@@ -50,15 +49,14 @@ def install_rotary(model: nn.Module, context_len: int) -> "RotaryHandle":
     """Replace the rotary module of `model`, which then computes what it did before until the handle is told otherwise.
 
     `context_len` is L in tokens. Weights are not needed yet (meta device); `deepspeed.initialize` comes after.
-    `ValueError` names the model type when it has no RoPE, one that cannot be scaled, or one with nothing to extend.
+    `ValueError` names the model type when it has no RoPE, or one that follows the length by itself. A model on which
+    theta(t) has nothing to act is no error yet: `require_scalable` is asked by whoever scales.
     """
     if context_len < 1:
         raise ValueError(f"context_len={context_len}: the context that the base was trained on has at least 1 token")
     site, config = find_rotary(model), getattr(model, "config", None)
     require_own_length(site.module, config)
     traits = probe(site.module, config)
-    require_frequencies(site.module, traits, config)
-    reach.require_reach(model, traits, context_len)
     return RotaryHandle(model, site, traits, context_len)
 
 
@@ -125,8 +123,12 @@ class RotaryHandle:
 
     @cached_property
     def scaled_layers(self) -> dict[int, bool | None]:
-        """By index of the layer, whether the scaled RoPE rotates its keys; None where that could not be found out."""
+        """Say by index of the layer whether the scaled RoPE rotates its keys; None for unknown."""
         return reach.scaled_layers(self.model, self.traits)
+
+    def require_scalable(self) -> None:
+        """Raise `ValueError` naming the model type where theta(t) has nothing to act on (`reach.require_scalable`)."""
+        reach.require_scalable(self.model, self._site.module, self.traits, self.context_len)
 
     def use(self, table: Frequencies | None, clamp: bool = False) -> None:
         """From now on each call takes the spectrum of the least t >= n / L in `table`; None returns to the model's own.

@@ -82,16 +82,14 @@ def has_alibi(model: nn.Module) -> bool:
 
 
 def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) -> Traits:
-    """What the RoPE of an architecture computes; `ValueError` naming the model type without one that can be scaled.
+    """Learn what the RoPE of an architecture computes, without weights.
 
-    Needs no weights.
+    `ValueError` names the model type without one, or with one that follows the length by itself.
     """
     model = model_on_meta(config, trust_remote_code)
     module = find_rotary(model).module
     require_own_length(module, model.config)
-    traits = probe(module, model.config)
-    require_frequencies(module, traits, model.config)
-    return traits
+    return probe(module, model.config)
 
 
 def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -125,7 +123,7 @@ def require_own_length(module: nn.Module, config: Any) -> None:
 
 
 def require_frequencies(module: nn.Module, traits: Traits, config: Any) -> None:
-    """`ValueError` naming the model type when some of its frequencies are 0: those pairs do not rotate at any t."""
+    """Raise `ValueError` naming the model type when some frequencies are 0: those pairs do not rotate at any t."""
     own = traits.base[traits.scaled].inv_freq
     still = int((~(own > 0)).sum())
     if still:
@@ -133,7 +131,7 @@ def require_frequencies(module: nn.Module, traits: Traits, config: Any) -> None:
         rope_type = types.get(traits.scaled) if isinstance(types, dict) else types
         raise ValueError(
             f"rope_type={rope_type} of model_type={kind}: {still} of its {len(own)} frequencies are 0, and theta(t) "
-            "starts from positive ones; scaling=none trains it as it is"
+            "starts from positive ones; scaling=none trains it and methods=[trained] reads it unscaled"
         )
 
 

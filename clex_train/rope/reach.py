@@ -11,20 +11,33 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from clex_train.libraries import layers
-from clex_train.rope.probe import Traits, find_rotary, model_on_meta, probe
+from clex_train.rope.probe import Traits, find_rotary, model_on_meta, probe, require_frequencies
 from clex_train.rope.rotary import EXPANSIONS
 
 
 def scaled_layers(model: nn.Module, traits: Traits) -> dict[int, bool | None]:
-    """By index of the layer, whether the scaled RoPE rotates its keys; None where that could not be found out."""
+    """Say by index of the layer whether the scaled RoPE rotates its keys; None for unknown."""
     return {module.layer_idx: rotates for module, rotates in _tried(model, traits)}
 
 
-def require_reach(model: nn.Module, traits: Traits, context_len: int) -> None:
-    """`ValueError` naming the model type when every layer that rotates sees a window of at most L tokens.
+def require_scalable(model: nn.Module, rotary: nn.Module, traits: Traits, context_len: int) -> None:
+    """Raise `ValueError` naming the model type where other frequencies than its own would be of no use.
 
-    Such a layer meets no distance that it was not trained on, however long the context.
+    Some of them are 0 and stay so at every t, or every layer that rotates sees a window of at most L tokens and meets
+    no distance that it was not trained on. `rotary` is the model's own rotary module.
     """
+    require_frequencies(rotary, traits, getattr(model, "config", None))
+    _require_reach(model, traits, context_len)
+
+
+def require_scalable_config(config: PretrainedConfig, context_len: int, trust_remote_code: bool = False) -> None:
+    """Check an architecture like `require_scalable`, without weights."""
+    model = model_on_meta(config, trust_remote_code)
+    rotary = find_rotary(model).module
+    require_scalable(model, rotary, probe(rotary, model.config), context_len)
+
+
+def _require_reach(model: nn.Module, traits: Traits, context_len: int) -> None:
     tried = _tried(model, traits)
     windows = [layers.own_window(module) for module, rotates in tried if rotates]
     open_ended = any(window is None or window > context_len for window in windows)
@@ -38,14 +51,8 @@ def require_reach(model: nn.Module, traits: Traits, context_len: int) -> None:
     raise ValueError(f"{known}: nothing can be extended; set sliding_window to null in config.json")
 
 
-def require_reach_of(config: PretrainedConfig, context_len: int, trust_remote_code: bool = False) -> None:
-    """`require_reach` of an architecture, without weights."""
-    model = model_on_meta(config, trust_remote_code)
-    require_reach(model, probe(find_rotary(model).module, model.config), context_len)
-
-
 def _tried(model: nn.Module, traits: Traits) -> list[tuple[Any, bool | None]]:
-    """Every attention module with positions, and whether the scaled RoPE rotates its keys."""
+    """Try every attention module with positions: does the scaled RoPE rotate its keys?"""
 
     def cos_shape(module: Any) -> tuple[int, ...] | None:
         kind = None if traits.scaled is None else layers.layer_type(module)

@@ -26,7 +26,7 @@ from clex_train.rope.as_is import handle_without_weights
 from clex_train.rope.hf_scalings import read_longrope_factors
 from clex_train.rope.patch import RotaryHandle
 from clex_train.rope.probe import LOCAL_LAYER_TYPES, Traits, require_rotary
-from clex_train.rope.reach import require_reach_of
+from clex_train.rope.reach import require_scalable_config
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.settings.bounds import require
 from clex_train.settings.scaling import ScalingConfig, ScalingName
@@ -65,7 +65,7 @@ def scaled(
     """
     before = require_rotary(base, trust_remote_code)
     require_unscaled(base, scaling.name)
-    require_reach_of(base, context_len, trust_remote_code)
+    require_scalable_config(base, context_len, trust_remote_code)
     arch = copy.deepcopy(base)
     text: Any = arch.get_text_config()
     parameters = _parameters(text, before)

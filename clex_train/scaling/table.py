@@ -59,8 +59,8 @@ class FrequencyTable:
     `method` names what made it (`clex`, `ntk`, ...), `digest` the weights it was solved from, `context_len` is L in
     tokens, `attention_factors` [K] float64 multiply cos and sin at each t (None: 1 everywhere). With `t_factor` a call
     takes the t of one so many times as long, up to t_max. A model without RoPE has P = 0. Raises `ValueError` for a
-    grid that does not ascend from 1, for frequencies or factors not finite and positive, for another number of factors,
-    and for a `t_factor` below 1.
+    grid that does not ascend from 1, for frequencies or factors not finite and positive (a pair may be 0 at every t),
+    for another number of factors, and for a `t_factor` below 1.
     """
 
     t: Float64[Tensor, " K"]
@@ -77,7 +77,9 @@ class FrequencyTable:
         grid = self.t.tolist()
         if not grid or grid[0] != 1.0 or any(a >= b for a, b in itertools.pairwise(grid)):
             raise ValueError(f"t={_short(grid)}: the scale factors of a table ascend, starting at 1")
-        good = torch.isfinite(self.inv_freq) & (self.inv_freq > 0)
+        # A pair that the model does not rotate at all (Gemma 4) has 0 at every t.
+        is_still = (self.inv_freq == 0).all(dim=0)
+        good = torch.isfinite(self.inv_freq) & ((self.inv_freq > 0) | is_still)
         if not bool(good.all()):
             row, column = (~good).nonzero()[0].tolist()
             value = float(self.inv_freq[row, column])

@@ -66,6 +66,20 @@ def test_what_goes_to_the_host_and_back_is_one_block_of_memory() -> None:
     assert values.permute(2, 0, 1, 3).is_contiguous()
 
 
+def test_rows_move_from_pinned_memory_into_pinned_memory_by_one_selection(monkeypatch) -> None:
+    layer, states, asked, looked = HostLayer(capacity=9), torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5), [], []
+    layer.update(states, -states)
+    pinned, empty, order = {buffer.data_ptr() for buffer in layer._buffers}, torch.empty, torch.tensor([1, 1, 0])
+    # As on a machine with a GPU: what is selected from a pinned buffer is not pinned itself.
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda x: x.data_ptr() in pinned)
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: asked.append(pin_memory) or empty(*a, **k))
+    layer._map_rows(lambda x: looked.append(x) or x[order])
+    assert asked == [True, True]
+    assert len(looked) == 2
+    assert torch.equal(layer.keys, states[order])
+    assert torch.equal(layer.values, -states[order])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("on_host", [False, True])
 def test_chunks_through_a_growing_cache_are_one_forward(monkeypatch, family: str, on_host: bool) -> None:

@@ -59,6 +59,13 @@ def test_a_cache_passed_in_is_the_one_that_comes_out(kind: str) -> None:
     assert cache.get_seq_length() == 3
 
 
+def test_the_signature_of_a_class_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache = llama(), DynamicCache()
+    first = kv_cache.passed(model, cache)
+    monkeypatch.setattr("inspect.signature", None)
+    assert kv_cache.passed(llama(), cache) == first
+
+
 def test_a_recurrent_state_is_no_kv_cache() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", num_hidden_layers=1))

@@ -5,36 +5,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from cached_calls import PIECES, T_MAX, QuantisedLayers, feed, patched
 from rotary_families import CONTEXT, tiny_model, tokens
-from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache, DynamicIndexedLayer, QuantizedCache, QuantizedLayer
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicIndexedLayer
 from unrotated_cache import reference_logits
 
-from clex_train.rope.growing import new_cache
-from clex_train.rope.patch import RotaryHandle, install_rotary
+from clex_train.rope.patch import install_rotary
 from clex_train.scaling.baselines import none_table, ntk_table
-from clex_train.scaling.table import FrequencyTable, scale_grid
-
-T_MAX = 5.0
-PIECES = [10, 6, 1, 1, 15, 1, 14, 1]  # t moves with the third, the fifth and the last
-
-
-def patched(family: str = "llama", **overrides: object) -> tuple[PreTrainedModel, RotaryHandle, FrequencyTable]:
-    model = tiny_model(family, **overrides)
-    handle = install_rotary(model, CONTEXT)
-    table = ntk_table(handle.base_inv_freq, scale_grid(T_MAX))
-    handle.use(table)
-    return model, handle, table
-
-
-@torch.no_grad()
-def feed(model: PreTrainedModel, ids: torch.Tensor, pieces: list[int], cache: object = None) -> torch.Tensor:
-    logits, start = [], 0
-    for length in pieces:
-        output = model(ids[:, start : start + length], past_key_values=cache, use_cache=True)
-        cache, start = output.past_key_values, start + length
-        logits.append(output.logits)
-    return torch.cat(logits, dim=1)
+from clex_train.scaling.table import scale_grid
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -206,20 +185,6 @@ def test_keys_of_unknown_rotation_are_refused() -> None:
         feed(model, tokens(1, 1), [1], cache)
 
 
-class QuantisedLayers(QuantizedCache):
-    """A quantised cache without a quantisation library: the layers transformers derives from, rounding to `steps`."""
-
-    def __init__(self, steps: float | None, residual_length: int = 8) -> None:
-        class Layer(QuantizedLayer):
-            def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-                return tensor.clone() if steps is None else (tensor * steps).round()
-
-            def _dequantize(self, tensor: torch.Tensor) -> torch.Tensor:
-                return tensor if steps is None else tensor / steps
-
-        Cache.__init__(self, layer_class_to_replicate=lambda: Layer(residual_length=residual_length))
-
-
 @pytest.mark.parametrize("residual_length", [1, 8, 100])
 def test_quantised_keys_are_turned_with_the_ones_that_are_not_yet_quantised(residual_length: int) -> None:
     model, _, _ = patched()
@@ -305,79 +270,3 @@ def test_bfloat16_keys_after_sixteen_crossings_are_nearly_as_good_as_unrotated_o
     turned = feed(rounded, ids, pieces)
     ours, official = ((logits.float() - exact).square().mean().sqrt() for logits in (turned, unrotated))
     assert ours < 1.5 * official
-
-
-def padded_call(pad: list[int], stop: int, start: int = 0) -> dict[str, torch.Tensor]:
-    """Tokens start..stop-1 of rows with `pad` tokens of left padding each."""
-    ids, padding = tokens(len(pad), 34)[:, :stop], torch.tensor(pad)[:, None]
-    mask = (torch.arange(stop)[None] >= padding).long()
-    positions = (torch.arange(start, stop)[None] - padding).clamp(min=0)
-    return {"input_ids": ids[:, start:], "attention_mask": mask, "position_ids": positions}
-
-
-ROW_CHANGES = {
-    "reorder_cache": (torch.tensor([2, 0, 1]), [2, 0, 1]),
-    "batch_select_indices": (torch.tensor([1, 2]), [1, 2]),
-    "batch_repeat_interleave": (2, [0, 0, 1, 1, 2, 2]),
-}
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "growing", "quantised"])
-@pytest.mark.parametrize("method", ROW_CHANGES)
-@torch.no_grad()
-def test_positions_travel_with_the_rows_of_a_cache(method: str, kind: str) -> None:
-    model, _, _ = patched(num_layers=1)
-    argument, order = ROW_CHANGES[method]
-    if kind == "quantised" and method != "reorder_cache":
-        pytest.skip("a quantised layer of transformers cannot change its number of rows")
-    if kind == "quantised" and not hasattr(QuantizedLayer, "_apply_pending_reorder"):
-        pytest.skip("this transformers moves only those rows of a quantised layer that are not yet quantised")
-    kinds = {
-        "dynamic": DynamicCache,
-        "growing": lambda: new_cache(model, 40),
-        "quantised": lambda: QuantisedLayers(None),
-    }
-    cache, pad = kinds[kind](), [0, 5, 9]
-    model(**padded_call(pad, 15), past_key_values=cache, use_cache=True)
-    getattr(cache, method)(argument)
-    later = {name: value[order] for name, value in padded_call(pad, 34, start=15).items()}
-    found = model(**later, past_key_values=cache, use_cache=True).logits
-    whole = {name: value[order] for name, value in padded_call(pad, 34).items()}
-    assert torch.allclose(found, model(**whole, use_cache=False).logits[:, 15:], atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_a_copy_of_a_cache_moves_its_own_rows() -> None:
-    model, _, _ = patched(num_layers=1)
-    cache, pad, order = DynamicCache(), [0, 9], torch.tensor([1, 0])
-    model(**padded_call(pad, 15), past_key_values=cache, use_cache=True)
-    twin = copy.deepcopy(cache)
-    twin.reorder_cache(order)
-    later = padded_call(pad, 34, start=15)
-    found = model(**later, past_key_values=cache, use_cache=True).logits
-    turned = {name: value[order] for name, value in later.items()}
-    assert torch.allclose(model(**turned, past_key_values=twin).logits, found[order], atol=1e-6, rtol=0)
-
-
-@torch.no_grad()
-def test_rows_that_are_lost_do_not_count_for_the_length() -> None:
-    model, handle, _ = patched()
-    cache, seen = DynamicCache(), []
-    model(**padded_call([0, 9], 15), past_key_values=cache, use_cache=True)
-    cache.batch_select_indices(torch.tensor([1]))
-    handle.on_length(seen.append)
-    later = {name: value[1:] for name, value in padded_call([0, 9], 16, start=15).items()}
-    model(**later, past_key_values=cache, use_cache=True)
-    assert seen == [7]
-
-
-def test_rows_that_are_changed_behind_the_cache_are_refused_when_t_moves() -> None:
-    model, _, _ = patched()
-    cache = DynamicCache()
-    position_ids = torch.arange(10).expand(2, -1)
-    with torch.no_grad():
-        model(tokens(2, 10), position_ids=position_ids, past_key_values=cache, use_cache=True)
-    for layer in cache.layers:
-        layer.batch_repeat_interleave(2)
-    with pytest.raises(ValueError, match="4 rows, but its keys were written by 2"):
-        feed(model, tokens(4, 20), [20], cache)
