@@ -26,12 +26,12 @@ class LibraryChanged(RuntimeError):
 
 
 def in_call(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Cache | None:
-    """The cache among the arguments of a call, wherever it stands; None for a call without one."""
+    """Find the cache among the arguments of a call, wherever it stands; None for a call without one."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
 def in_output(output: Any) -> Cache | None:
-    """The cache in the output of a model: a tuple, a `ModelOutput` or another object with attributes."""
+    """Find the cache in the output of a model: a tuple, a `ModelOutput` or another object with attributes."""
     if isinstance(output, Mapping):
         parts: Iterable[Any] = output.values()
     elif isinstance(output, (tuple, list)):
@@ -42,7 +42,7 @@ def in_output(output: Any) -> Cache | None:
 
 
 def taken_out(output: Any) -> Cache:
-    """The cache in the output of a call that asked for one; `LibraryChanged` when there is none."""
+    """Take the cache out of the output of a call that asked for one; `LibraryChanged` when there is none."""
     cache = in_output(output)
     if cache is None:
         raise LibraryChanged(f"use_cache=True: {type(output).__name__} holds no KV cache")
@@ -50,12 +50,12 @@ def taken_out(output: Any) -> Cache:
 
 
 def passed(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
-    """Keyword arguments that pass `cache` to `model`; without one, none."""
+    """Return keyword arguments that pass `cache` to `model`; without one, none."""
     return {} if cache is None else {parameter(model): cache}
 
 
 def parameter(model: nn.Module) -> str:
-    """The parameter by which `model.forward` takes a cache; `ValueError` names a model type that takes none."""
+    """Name the parameter by which `model.forward` takes a cache; `ValueError` names a model type that takes none."""
     name = _parameter(model)
     if name is None:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -64,14 +64,14 @@ def parameter(model: nn.Module) -> str:
 
 
 def takes_keys(model: nn.Module) -> bool:
-    """Whether `model` takes a cache, and one that holds keys: a recurrent state alone is none."""
+    """Tell whether `model` takes a cache that holds keys: a recurrent state alone is none."""
     if _parameter(model) is None:
         return False
     return any(isinstance(layer, CacheLayerMixin) for layer in DynamicCache(config=model.config).layers)
 
 
 def require_seen(given: Cache | None, output: Any, num_new: int) -> None:
-    """`LibraryChanged` when a call of `num_new` tokens used a cache that was not found among its arguments.
+    """Raise `LibraryChanged` when a call of `num_new` tokens used a cache that was not found among its arguments.
 
     A cache that the model made itself comes out with the new tokens alone.
     """
@@ -84,7 +84,7 @@ def require_seen(given: Cache | None, output: Any, num_new: int) -> None:
 
 
 def _parameter(model: nn.Module) -> str | None:
-    """By its type; by name where the code of a model has no types. A wrapper such as an engine has its model's."""
+    """Find it by type, or by name where a model's code has no types. A wrapper such as an engine has its model's."""
     name, inner = _parameter_of(type(model).forward), getattr(model, "module", None)
     return _parameter(inner) if name is None and isinstance(inner, nn.Module) else name
 

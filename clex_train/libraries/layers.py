@@ -1,4 +1,4 @@
-"""What the attention of each layer does with positions, learned by trying it on the meta device.
+"""Try the attention of each layer on the meta device, to learn how it uses positions.
 
 A layer's attention is built again from its config without weights and called with two tokens. Autograd then says
 whether the keys depend on cos and sin, and a function of ours in transformers' attention interface what the layer
@@ -24,7 +24,7 @@ PLAIN = (bool, int, float, str, type(None))
 
 @dataclass
 class Trial:
-    """What one attention module did."""
+    """Record how one attention module used positions."""
 
     rotates: bool | None = None
     """Whether its keys depend on cos and sin; None when it could not be tried out."""
@@ -53,7 +53,7 @@ class _Watch(DynamicCache):
 
 
 def rotary_attention(model: nn.Module) -> list[Any]:
-    """The attention module of every layer that is given cos and sin, in the order of the layers."""
+    """Find the attention module of every layer that is given cos and sin, in the order of the layers."""
     found = [module for module in _innermost(model) if isinstance(getattr(module, "layer_idx", None), int)]
     return sorted(found, key=lambda module: module.layer_idx)
 
@@ -107,7 +107,7 @@ def attempt(module: Any, cos_shape: tuple[int, ...], config: Any = None) -> Tria
 
 
 def own_window(attention: Any) -> int | None:
-    """Keys that a layer sees at most; some families keep it on the module, the others in the config for all layers."""
+    """Return how many keys a layer sees at most; some families keep it on the module, others in the config for all."""
     config = getattr(attention, "config", None)
     types = getattr(config, "layer_types", None)
     if types is not None and types[attention.layer_idx] == "full_attention":
@@ -119,7 +119,7 @@ def own_window(attention: Any) -> int | None:
 
 
 def layer_type(attention: Any) -> str | None:
-    """The type of a layer as its config says it; None for a model without types."""
+    """Return the type of a layer as its config says it; None for a model without types."""
     types = getattr(getattr(attention, "config", None), "layer_types", None)
     return None if types is None else str(types[attention.layer_idx])
 
@@ -131,7 +131,7 @@ def parameter_names(forward: Callable[..., Any]) -> list[str]:
 
 
 def _innermost(module: nn.Module) -> Iterator[nn.Module]:
-    """Modules given cos and sin of which no part is given them: decoder layers pass them on."""
+    """Yield modules given cos and sin of which no part is given them: decoder layers pass them on."""
     inner = [found for child in module.children() for found in _innermost(child)]
     if inner:
         yield from inner
@@ -140,7 +140,7 @@ def _innermost(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _facts(module: Any) -> tuple[Any, ...]:
-    """What may tell a layer from another of its class: its plain attributes and its entries in lists of the config."""
+    """Collect what tells a layer from another of its class: its plain attributes and entries in lists of the config."""
     index, lists = module.layer_idx, vars(getattr(module, "config", None) or nn.Module())
     own = [(name, value) for name, value in vars(module).items() if isinstance(value, PLAIN) and name != "layer_idx"]
     listed = [(n, v[index]) for n, v in lists.items() if isinstance(v, (list, tuple)) and index < len(v)]
@@ -148,7 +148,7 @@ def _facts(module: Any) -> tuple[Any, ...]:
 
 
 def _without_weights(module: Any, config: Any) -> Any:
-    """The module built again from its config, with our attention function, and in evaluation mode."""
+    """Build the module again from its config, with our attention function, and in evaluation mode."""
     config = copy.deepcopy(config)
     config._attn_implementation = NAME
     known = {"config": config, "layer_idx": module.layer_idx}
@@ -158,7 +158,7 @@ def _without_weights(module: Any, config: Any) -> Any:
 
 
 def _arguments(twin: Any, hidden: Tensor, pair: tuple[Tensor, Tensor], cache: DynamicCache) -> dict[str, Any]:
-    """Arguments for `forward` by its parameters: None for those that must be given and say nothing here."""
+    """Choose arguments for `forward` by its parameters: None for those that must be given and say nothing here."""
     arguments: dict[str, Any] = {}
     for name, parameter in list(inspect.signature(type(twin).forward).parameters.items())[1:]:
         if name == "hidden_states":

@@ -1,10 +1,11 @@
-"""Every private name and every name inside of a library that this project relies on without a contract.
+"""Private names and names inside of libraries that this project relies on without a contract.
 
 `target` is read by `tests/libraries/test_reached.py`, which tries each one on the installed version and fails by name:
 
     package.module:Class.attribute     an attribute that is there
     package.module:function(name)      a parameter of that name
     package.module:Class@attribute     an attribute that instances get: the class or a parent assigns it
+    package.module:function=>text      a name that the source of a function mentions
 
 An entry without a check cannot exist, since the target is the check. Prefer a type or a public function to a new entry.
 """
@@ -33,6 +34,7 @@ _MPT = f"{_MODELS}.mpt.modeling_mpt"
 _BLOOM = f"{_MODELS}.bloom.modeling_bloom"
 _TURNED = "a call is refused: `LibraryChanged` names the versions"
 _WITHOUT_LAMBDA = "apply_lm_infinite fails at once, or at the first call of the family"
+_UNREAD = "weights that do not fit their config.json are not found before training"
 _ZERO = "sharded parameters look empty: counts, decay groups and loading are wrong"
 
 REACHED = (
@@ -55,6 +57,7 @@ REACHED = (
     Reach(f"{_MODELS}.mistral.configuration_mistral:MistralConfig.sliding_window", "the window", "windows are missed"),
     Reach(f"{_MODELS}.gemma3.configuration_gemma3:Gemma3TextConfig.layer_types", "local layers", "windows are missed"),
     # Caches (rope.cache, rope.growing, attention.lambda_cache).
+    Reach(f"{_CACHE}:Cache.get_seq_length", "the number of cached keys", "n of a call is not known"),
     Reach(f"{_CACHE}:Cache.reorder_cache(beam_idx)", "positions travel with rows", "rows are turned wrongly"),
     Reach(f"{_CACHE}:Cache.batch_select_indices(indices)", "positions travel with rows", "rows are turned wrongly"),
     Reach(f"{_CACHE}:Cache.batch_repeat_interleave(repeats)", "positions travel with rows", "rows are turned wrongly"),
@@ -78,6 +81,23 @@ REACHED = (
     Reach("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS", "the model's own function", "the import fails"),
     Reach("transformers.modeling_utils:PreTrainedModel._supports_sdpa", "which back ends it has", "all are assumed"),
     Reach("transformers.modeling_utils:PreTrainedModel._supports_flash_attn", "the same", "flash is never chosen"),
+    *(
+        Reach(f"transformers.modeling_utils:PreTrainedModel.from_pretrained=>{name}", why, _UNREAD)
+        for name, why in (
+            ("state_dict", "tensors without data are matched with an architecture"),
+            ("device_map", "the same, on the meta device"),
+            ("output_loading_info", "the tensors that did not match"),
+            ("ignore_mismatched_sizes", "shapes are reported, not raised"),
+        )
+    ),
+    *(
+        Reach(f"transformers.modeling_utils:LoadStateDictInfo@{name}", "a key of the loading report", _UNREAD)
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    ),
+    Reach("transformers.modeling_utils:PreTrainedModel.gradient_checkpointing_enable", "activation checkpointing",
+          "recomputation fails at the start"),
+    Reach("transformers.modeling_utils:PreTrainedModel.activation_checkpointing_enable", "the same, by its new name",
+          "recomputation fails at the start", "5.23"),
     Reach("transformers:AutoModelForCausalLM._model_mapping", "the class of an architecture", "choosing fails"),
     Reach("transformers.modeling_rope_utils:ROPE_INIT_FUNCTIONS", "formulas of transformers", "the import fails"),
     Reach("transformers.integrations:HfDeepSpeedConfig", "weights are sharded while read", "loading fails"),
@@ -101,6 +121,15 @@ REACHED = (
     # DeepSpeed (engine.*, checkpoint.*).
     Reach("deepspeed.ops:__compatible_ops__", "no op for shared memory is compiled on a CPU", "the start fails"),
     Reach("deepspeed.runtime.zero.partition_parameters:Init(config_dict_or_path)", "parameters carry ds_id", _ZERO),
+    *(
+        Reach(f"deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param=>param.{name}", why, _ZERO)
+        for name, why in (
+            ("ds_id", "whether a parameter is sharded"),
+            ("ds_numel", "the number of weights of a sharded parameter"),
+            ("ds_shape", "the decay group of a sharded parameter"),
+            ("ds_tensor", "this rank's share, for numbers that are not finite"),
+        )
+    ),
     Reach("deepspeed:zero.register_external_parameter", "a weight used outside its module", "ZeRO-3 forward fails"),
     Reach("deepspeed.runtime.engine:DeepSpeedEngine._copy_recovery_script", "no script a checkpoint", "saving fails"),
     Reach("deepspeed.runtime.engine:DeepSpeedEngine@_config", "universal checkpoints", "they are not loaded"),

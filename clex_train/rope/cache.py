@@ -48,7 +48,7 @@ ROW_METHODS: dict[str, Callable[[Any, int], Tensor]] = {
 
 @dataclass
 class KeyRecord:
-    """What a cache's keys were rotated by: one spectrum for all, and the position of each."""
+    """Record of how a cache's keys were rotated: one spectrum for all, and the position of each."""
 
     inv_freq: Float[Tensor, " P"]
     attention_factor: float
@@ -68,7 +68,7 @@ class KeyRecord:
             self.chunks = [self.positions()]
 
     def positions(self) -> Int[Tensor, "B S"]:
-        """The position of every key."""
+        """Return the position of every key."""
         return torch.cat([chunk.expand(self.num_rows, -1) for chunk in self.chunks], dim=1)
 
     def trim(self, num_keys: int) -> None:
@@ -91,11 +91,11 @@ class KeyRecord:
 
     @property
     def num_rows(self) -> int:
-        """Rows whose positions are told apart; 1 where all have the same."""
+        """Count rows whose positions are told apart; 1 where all have the same."""
         return max((chunk.shape[0] for chunk in self.chunks), default=1)
 
     def is_at(self, spectrum: Spectrum) -> bool:
-        """Whether the keys need no turning for `spectrum`."""
+        """Tell whether the keys need no turning for `spectrum`."""
         own, other = self.inv_freq, spectrum.inv_freq.detach()
         same = own is spectrum.inv_freq or torch.equal(own.double().cpu(), other.double().cpu())
         return same and self.attention_factor == spectrum.attention_factor
@@ -108,12 +108,12 @@ class KeyRecord:
 
 
 def num_cached(cache: Cache | None) -> int:
-    """Keys that the cache has seen (of which a sliding window may have dropped some)."""
+    """Count keys that the cache has seen (of which a sliding window may have dropped some)."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def record_of(cache: Cache | None) -> KeyRecord | None:
-    """The record of a cache that holds keys, trimmed to them; None for an empty one.
+    """Return the record of a cache that holds keys, trimmed to them; None for an empty one.
 
     `ValueError` for keys that were put there while no handle was watching: nothing says what they are rotated by.
     """

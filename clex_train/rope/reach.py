@@ -1,4 +1,4 @@
-"""Which layers the scaled RoPE rotates, and how far back these see: whether longer contexts have anything to extend.
+"""Find the layers that the scaled RoPE rotates and how far back they see: is there anything to extend?
 
 Layers are tried out one by one (`libraries.layers`), since families skip the rotation in layers with full attention
 (SmolLM3, EXAONE 4, Cohere 2), and see through windows in some layers or all (Gemma, Mistral v0.1, Phi-3 4k).

@@ -22,6 +22,7 @@ OWN = re.compile(r"^\s*(?:self\.)?(_\w+)\b|def (_\w+)|self\.(_\w+)", re.MULTILIN
 def missing(target: str) -> bool:
     """Whether a target of the list is not there."""
     module, _, path = target.partition(":")
+    path, _, mentioned = path.partition("=>")
     path, _, attribute = path.partition("@")
     path, _, parameter = path.removesuffix(")").partition("(")
     try:
@@ -30,6 +31,8 @@ def missing(target: str) -> bool:
             found = getattr(found, name)
     except (ImportError, AttributeError):
         return True
+    if mentioned:
+        return re.search(rf"\b{re.escape(mentioned)}\b", inspect.getsource(found)) is None
     if parameter:
         return parameter not in inspect.signature(found).parameters
     return bool(attribute) and not any(attribute in assigned(parent) for parent in found.__mro__[:-1])
@@ -60,6 +63,7 @@ def test_what_is_relied_on_is_there(reach: Reach) -> None:
         "torch:nothing",
         "clex_train.versions:describe(nothing)",
         "transformers.cache_utils:Cache@nothing",
+        "transformers.modeling_utils:PreTrainedModel.from_pretrained=>no_such_option",
         "nothing:at_all",
     ],
 )
