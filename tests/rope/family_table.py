@@ -79,11 +79,13 @@ COLUMNS = """- rotary / head: dimensions of the small model, unequal when the ro
 
 """
 LAYERS = """Gemma 3 has two rotary embeddings: the local layers (sliding windows) keep theirs, the global ones follow t.
+Families with one rotary embedding for both kinds (Gemma 2, GPT-OSS, Qwen2 with mixed windows) do not keep local
+layers apart: theta(t) acts on them too, though their window shows them no new distance.
 Falcon computes its softmax scale inside its attention, so log-scaling is refused by name for it.
 
 Some families do not rotate in layers with full attention (SmolLM3, EXAONE 4, EXAONE MoE, Cohere 2, AFMoE): cached
 keys of such layers stay as they are. Where every layer that rotates sees a window of at most L tokens, as in
-Mistral v0.1, Phi-3 4k, EXAONE 4 32B and Cohere 2, nothing can be extended, and the model is refused with the remedy
+Mistral v0.1, Phi-3 4k, EXAONE 4 32B and Cohere 2, nothing can be extended, and scaling is refused with the remedy
 or the reason.
 
 """
