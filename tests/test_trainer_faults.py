@@ -175,7 +175,7 @@ def test_weights_that_came_with_a_nan_are_named(run, tmp_path, tiny_store):
 
 def test_a_learning_rate_that_breaks_the_model_is_named_before_the_field_s(run):
     with pytest.raises(RunStopped) as stopped:
-        run("optim.lr=1e4", "optim.warmup=0")
+        run("optim.lr=10", "optim.warmup=0")
     line = str(stopped.value)
     assert "optim.lr" in line
     assert "lower scaling.lr_scale" not in line

@@ -50,7 +50,7 @@ def test_the_program_asks_prompts_alone_and_keeps_the_rows(places, tmp_path, mon
     assert "passkey, ntk: percent of 2 prompts answered" in printed
     content = json.loads(output.read_text())
     assert [tuple(row) for row in content["tasks"]] == [
-        ("task", "method", "length", "depth", "correct", "total", "score")
+        ("task", "method", "length", "depth", "correct", "total", "score", "seed", "prompts")
     ] * 8
     assert [(row["method"], row["length"], row["depth"]) for row in content["tasks"][:3]] == [
         ("none", 256, 0.0),
@@ -80,7 +80,8 @@ def test_tasks_stand_beside_perplexity_and_have_lengths_of_their_own(places, tmp
         (["tasks=[passkeys]"], "tasks[0]: "),
         (["tasks=[ruler,qa_1]"], "evaluation.tasks=qa_1: it needs SQuAD or HotpotQA"),
         (["tasks=[ruler]", "task_lengths=[256]"], "evaluation.task_lengths=256: niah_multikey_1 needs at least "),
-        (["tasks=[passkey]", "depths=[0,1.5]"], "evaluation.depths=[0.0, 1.5]: one or more places from 0"),
+        (["tasks=[passkey]", "depths=[0,1.5]"], "evaluation.depths=[0.0, 1.5]: a finite number, at most 1"),
+        (["tasks=[passkey]", "depths=[-0.5]"], "evaluation.depths=[-0.5]: one or more places from 0"),
         (["tasks=[passkey]", "depths=[]"], "evaluation.depths=[]: "),
         (["tasks=[passkey]", "num_prompts=0"], "evaluation.num_prompts=0: at least 1"),
         (["tasks=[passkey]", "task_lengths=[]"], "evaluation.task_lengths=[]: "),
