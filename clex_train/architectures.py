@@ -167,7 +167,7 @@ def name(model: ModelConfig) -> str:
 
 
 def embedding_rows(arch: PretrainedConfig) -> int:
-    """How many ids the input embedding has a row for."""
+    """Return the number of ids that the input embedding has a row for."""
     return int(arch.get_text_config().vocab_size)
 
 
@@ -215,7 +215,7 @@ def require_directory(key: str, path: str) -> None:
 
 
 def _is_local(path: str) -> bool:
-    """Whether it looks like a directory rather than the name of a hub repository."""
+    """Return True if it looks like a directory rather than the name of a hub repository."""
     return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
 
 

@@ -49,7 +49,7 @@ def has_clex(directory: Path) -> bool:
 
 
 def has_weights(directory: Path | str) -> bool:
-    """Whether there are weight files that transformers reads, or an index of them."""
+    """Return True if there are weight files that transformers reads, or an index of them."""
     return any((Path(directory) / name).exists() for name in WEIGHT_FILES)
 
 

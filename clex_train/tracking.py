@@ -153,7 +153,7 @@ def require_login(tracking: TrackingConfig) -> None:
 
 
 def _in_netrc(host: str) -> bool:
-    """Whether a netrc file, where `wandb login` writes it, has a login for the host; wandb's cloud has two names."""
+    """Return True if a netrc file, which `wandb login` writes, has a login for the host or its other name."""
     named = os.environ.get("NETRC")
     files = [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]
     for file in files:

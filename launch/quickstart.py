@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def ended(error: subprocess.CalledProcessError) -> str:
-    """How a stage ended before its time, in one line."""
+    """Say in one line how a stage ended before its time."""
     if error.returncode == GO_ON:
         return f"stopped as asked; the same command goes on with this stage: {shlex.join(error.cmd)}"
     return f"error: stage failed with exit code {error.returncode}: {shlex.join(error.cmd)}"

@@ -118,7 +118,7 @@ def _misfit_of(model: Any, found: list[Any]) -> str | None:
 
 
 def _misfit(trials: list[Trial]) -> str | None:
-    """What would make wrong numbers of the layers, in their order; None for nothing."""
+    """Return what would make wrong numbers of the layers, in their order; None for nothing."""
     plain = [str(index) for index, trial in enumerate(trials) if trial.rotates is False]
     untried = [trial for trial in trials if not trial.reached_interface]
     if plain:
@@ -138,7 +138,7 @@ def _tried(model: nn.Module, modules: list[Any]) -> list[Trial]:
 
 
 def _has_state(config: Any) -> bool:
-    """Whether layers keep a recurrent state in the cache, beside keys or instead of them."""
+    """Return True if layers keep a recurrent state in the cache, beside keys or instead of them."""
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
 
 

@@ -206,7 +206,7 @@ def _dotted(node: DictConfig, prefix: str) -> Iterator[str]:
 
 
 def _was_raised_for_the_user(error: ValueError) -> bool:
-    """Whether a `raise` statement of our own code, or Hydra, made this error.
+    """Return True if a `raise` statement of our own code, or Hydra, made this error.
 
     Anything else is a bug to look into: out of another library, or out of an expression of ours such as int(x).
     """

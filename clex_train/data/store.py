@@ -57,7 +57,7 @@ class TokenStore:
 
     @property
     def bos(self) -> bool:
-        """Whether every document begins with BOS."""
+        """Return True if every document begins with BOS."""
         return bool(self.manifest.bos)
 
     @property

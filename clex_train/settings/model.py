@@ -51,5 +51,5 @@ class ModelConfig:
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether training starts from the weights of `path`."""
+        """Return True if training starts from the weights of `path`."""
         return self.init is Init.pretrained or (self.init is None and self.path is not None)

@@ -137,7 +137,7 @@ def _judged(method: str, cell: Cell, generated: Tensor) -> Iterator[TaskScore]:
 
 
 def _record(cell: Cell, number: int, hashed: int, given: str, share: float) -> dict[str, Any]:
-    """What a file keeps of a prompt and its answer."""
+    """Return what a file keeps of a prompt and its answer."""
     expected = cell.draft(number % cell.num_prompts).answers
     return {
         "number": number,
