@@ -8,6 +8,7 @@ import sys
 import pytest
 import wandb
 
+from clex_train import distributed
 from clex_train.cli.errors import explain
 from clex_train.config import Config
 from clex_train.settings.tracking import TrackingConfig, Wandb
@@ -136,5 +137,5 @@ def test_a_key_or_a_netrc_of_the_host_is_a_login(without_login, monkeypatch):
 
 
 def test_other_ranks_leave_the_refusal_to_rank_0(without_login, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     require_login(TrackingConfig(wandb=Wandb.online))
