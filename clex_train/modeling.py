@@ -175,6 +175,14 @@ def _formula(config: Config, loaded: LoadedModel) -> Spectrum:
             row_len,
             length,
         )
+    local = sorted(loaded.handle.rotary.local_layers)
+    if local and factor > 1:
+        logger.warning(
+            "scaling=%s: layers %s see at most L tokens and share the RoPE of the others, so they are scaled too, as "
+            "transformers reads the model's config; scaling=clex leaves them as they are",
+            scaling.name.name,
+            ", ".join(map(str, local)),
+        )
     served = row_len / length if scaling.positions is Positions.plain else factor
     return dataclasses.replace(recipes.spectrum_at(loaded.handle, served), t=factor)
 

@@ -199,7 +199,7 @@ class _Layer:
         """Have the model leave queries and keys unrotated, and tell the cache which new tokens are padding."""
         call = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
         if call.get("position_embeddings") is not None:
-            cos, sin = (x.to(_computed_in(x)) for x in call["position_embeddings"])
+            cos, sin = (x.to(_computed_in(x)) for x in call["position_embeddings"][:2])
             call["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
         cache = kv_cache.in_call((), call)
         self._check_cache(cache)
@@ -355,8 +355,11 @@ def _rotations(
     if kind == "gptj":
         return [SinusoidTables(attention[0], num_positions).rotation] * len(attention), None
     tables = RotationTables(find_rotary_site(model), num_positions)
-    rotate = [partial(tables.rotation, layer_type=_layer_type(module), turn=turn_of(module)) for module in attention]
-    return list(rotate), tables.site
+    rotate: list[Callable[[Tensor], Rotation]] = [
+        partial(tables.rotation, layer_idx=module.layer_idx, layer_type=_layer_type(module), turn=turn_of(module))
+        for module in attention
+    ]
+    return rotate, tables.site
 
 
 def _longest_span(n_local: int, block_len: int | None) -> int:

@@ -66,8 +66,8 @@ class RotationTables:
         self.site, self.num_positions = site, num_positions
         self._known: dict[tuple[Any, ...], tuple[Any, Tensor, Tensor]] = {}
 
-    def rotation(self, x: Tensor, layer_type: str | None, turn: Turn) -> TableRotation:
-        """The rotation of a layer of `layer_type`, in the dtype and on the device of `x`."""
+    def rotation(self, x: Tensor, layer_idx: int, layer_type: str | None, turn: Turn) -> TableRotation:
+        """The rotation of layer `layer_idx` of `layer_type`, in the dtype and on the device of `x`."""
         rotary = self.site.module
         if getattr(rotary, "positions", None) is not None:
             raise ValueError(
@@ -76,10 +76,11 @@ class RotationTables:
             )
         layer_type = _used_type(rotary, layer_type)
         # Tables made in inference mode could take no part in training.
-        key, state = (layer_type, x.dtype, x.device, torch.is_inference_mode_enabled()), _state(rotary)
+        is_local = layer_idx in getattr(rotary, "local_layers", ())
+        key, state = (layer_type, is_local, x.dtype, x.device, torch.is_inference_mode_enabled()), _state(rotary)
         known = self._known.get(key)
         if known is None or known[0] != state:
-            known = (state, *_cos_sin(rotary, x, self.num_positions, layer_type))
+            known = (state, *_cos_sin(rotary, x, self.num_positions, layer_type, is_local))
             if not known[1].requires_grad:
                 self._known[key] = known
         return TableRotation(known[1], known[2], 2 * _num_pairs(rotary, layer_type), turn)
@@ -123,15 +124,18 @@ def _turn_one(function: Callable[..., Any], x: Tensor, cos: Tensor, sin: Tensor)
     return function(x, x[:, :0], cos, sin)[0]
 
 
-def _cos_sin(rotary: Any, x: Tensor, num_positions: int, layer_type: str | None) -> tuple[Tensor, Tensor]:
+def _cos_sin(
+    rotary: Any, x: Tensor, num_positions: int, layer_type: str | None, is_local: bool = False
+) -> tuple[Tensor, Tensor]:
     positions = torch.arange(num_positions, device=x.device)[None]
     like = torch.empty(1, 1, 1, dtype=x.dtype, device=x.device)
     # A module that notes the positions of the model's call must not take ours for them.
     noted = getattr(rotary, "last_position_ids", None)
     found = rotary(like, positions) if layer_type is None else rotary(like, positions, layer_type)
-    if not isinstance(found, tuple) or len(found) != 2:
+    if not isinstance(found, tuple) or len(found) not in (2, 4):
         raise ValueError(f"{type(rotary).__name__}: it does not return cos and sin, so lm_infinite cannot rotate by it")
-    cos, sin = found
+    # Our rotary module returns the pair of local layers behind that of the others.
+    cos, sin = found[2:] if is_local else found[:2]
     if noted is not None:
         rotary.last_position_ids = noted
     return cos.to(x.dtype), sin.to(x.dtype)

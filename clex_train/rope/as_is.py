@@ -32,13 +32,14 @@ def install_as_is(model: nn.Module, context_len: int) -> RotaryHandle:
     if not probe.has_rotary(model):
         return WithoutRotary(model, context_len)
     site = probe.find_rotary(model)
-    handle = RotaryHandle(model, site, probe.probe(site.module, getattr(model, "config", None)), context_len)
+    config = getattr(model, "config", None)
     if isinstance(getattr(site.module, "rope_type", None), dict):
         # Local layers keep one spectrum, so of several RoPEs none may follow the length.
-        probe.require_own_length(site.module, handle.rotary_config)
-    if probe.followed_length(site.module) is not None:
-        handle.own = OwnScaling(site.module, handle.traits, context_len)
-    return handle
+        probe.require_own_length(site.module, config)
+    traits = probe.probe(site.module, config)
+    follows = probe.followed_length(site.module) is not None
+    own = OwnScaling(site.module, traits, context_len) if follows else None
+    return RotaryHandle(model, site, traits, context_len, own)
 
 
 def handle_without_weights(config: PretrainedConfig, context_len: int, trust_remote_code: bool = False) -> RotaryHandle:

@@ -51,6 +51,24 @@ class CastPositionEmbeddings:
         return self.embeddings.replaced(args, kwargs, tuple(half.to(hidden.dtype) for half in pair))
 
 
+class OwnPositionEmbeddings:
+    """Forward pre-hook of an attention module: of both pairs that the rotary module returned, the one of this layer.
+
+    They travel through the decoder layers as one tuple, so that recomputation in the backward pass meets the same.
+    """
+
+    def __init__(self, attention: nn.Module, is_local: bool) -> None:
+        self.embeddings, self.is_local = Argument(attention, "position_embeddings"), is_local
+
+    def __call__(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        given = self.embeddings.find(args, kwargs)
+        if not isinstance(given, tuple) or len(given) == 2:
+            return None
+        return self.embeddings.replaced(args, kwargs, given[2:] if self.is_local else given[:2])
+
+
 def layers_given_position_embeddings(parent: nn.Module) -> list[nn.Module]:
     """The outermost submodules whose forward takes `position_embeddings`: the decoder layers."""
     found: list[nn.Module] = []

@@ -22,9 +22,15 @@ from transformers.cache_utils import Cache
 from clex_train import log
 from clex_train.libraries import kv_cache
 from clex_train.libraries.kv_cache import LibraryChanged
+from clex_train.libraries.layers import rotary_attention
 from clex_train.rope import cache as key_cache
 from clex_train.rope import reach
-from clex_train.rope.hooks import Argument, CastPositionEmbeddings, layers_given_position_embeddings
+from clex_train.rope.hooks import (
+    Argument,
+    CastPositionEmbeddings,
+    OwnPositionEmbeddings,
+    layers_given_position_embeddings,
+)
 from clex_train.rope.probe import (
     Site,
     Traits,
@@ -83,10 +89,12 @@ class _CallState(NamedTuple):
 class RotaryHandle:
     """Control of one model's frequencies; made by `install_rotary`."""
 
-    def __init__(self, model: nn.Module, site: Site, traits: Traits, context_len: int) -> None:
+    def __init__(
+        self, model: nn.Module, site: Site, traits: Traits, context_len: int, own: Frequencies | None = None
+    ) -> None:
         self.model, self.context_len, self.traits = model, context_len, traits
         self.table: Frequencies | None = None
-        self.own: Frequencies | None = None
+        self.own = own
         """What the model does at each length without a table; None for the same frequencies at all of them."""
         self.rotary = ScaledRotary(traits.base, traits.scaled, traits.expansion, traits.casts)
         self._site, self._clamp, self._warned = site, False, False
@@ -100,6 +108,7 @@ class RotaryHandle:
             site.parent.register_forward_pre_hook(self._before_call, with_kwargs=True),
             site.parent.register_forward_hook(self._after_call),
         ]
+        self._keep_local_layers()
 
     @property
     def base_inv_freq(self) -> Float64[Tensor, " P"]:
@@ -124,7 +133,7 @@ class RotaryHandle:
     @cached_property
     def scaled_layers(self) -> dict[int, bool | None]:
         """Say by index of the layer whether the scaled RoPE rotates its keys; None for unknown."""
-        return reach.scaled_layers(self.model, self.traits)
+        return reach.scaled_layers(self.model, self.traits, self.rotary.local_layers)
 
     def require_scalable(self) -> None:
         """Raise `ValueError` naming the model type where theta(t) has nothing to act on (`reach.require_scalable`)."""
@@ -200,6 +209,14 @@ class RotaryHandle:
             removal.remove()
         self._removals.clear()
         self._listeners.clear()
+
+    def _keep_local_layers(self) -> None:
+        """Let layers with a short window keep the model's own frequencies, unless those follow the length."""
+        local = reach.local_layers(self.model, self.traits, self.context_len) if self.own is None else frozenset()
+        self.rotary.local_layers = local
+        for attention in rotary_attention(self.model) if local else []:
+            hook = OwnPositionEmbeddings(attention, attention.layer_idx in local)
+            self._removals.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _cast_in_layers(self, parent: nn.Module) -> None:
         """Only once gradients are wanted, and then for good: a hook per layer is what a decoding step would feel."""

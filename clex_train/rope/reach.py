@@ -4,6 +4,7 @@ Layers are tried out one by one (`libraries.layers`), since families skip the ro
 (SmolLM3, EXAONE 4, Cohere 2), and see through windows in some layers or all (Gemma, Mistral v0.1, Phi-3 4k).
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,9 +16,21 @@ from clex_train.rope.probe import Traits, find_rotary, model_on_meta, probe, req
 from clex_train.rope.rotary import EXPANSIONS
 
 
-def scaled_layers(model: nn.Module, traits: Traits) -> dict[int, bool | None]:
-    """Say by index of the layer whether the scaled RoPE rotates its keys; None for unknown."""
-    return {module.layer_idx: rotates for module, rotates in _tried(model, traits)}
+def local_layers(model: nn.Module, traits: Traits, context_len: int) -> frozenset[int]:
+    """List the layers whose window of at most L tokens shows them no new distance, where all share one RoPE.
+
+    Where layer types have a RoPE each, the rotary module keeps them apart by itself.
+    """
+    if traits.scaled is not None:
+        return frozenset()
+    windows = {module.layer_idx: layers.own_window(module) for module in layers.rotary_attention(model)}
+    return frozenset(index for index, window in windows.items() if window is not None and window <= context_len)
+
+
+def scaled_layers(model: nn.Module, traits: Traits, local: Collection[int]) -> dict[int, bool | None]:
+    """Say by layer index whether the scaled RoPE rotates its keys: None for unknown, False for `local` ones."""
+    tried = _tried(model, traits)
+    return {module.layer_idx: False if module.layer_idx in local else rotates for module, rotates in tried}
 
 
 def require_scalable(model: nn.Module, rotary: nn.Module, traits: Traits, context_len: int) -> None:

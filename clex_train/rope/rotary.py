@@ -2,8 +2,9 @@
 
     cos, sin = attention_factor * cos(m theta), attention_factor * sin(m theta)
 
-It differs from the stock module in four ways: the phase keeps its accuracy at long positions, gradients reach the
-frequencies, sampled positions replace `position_ids` while training, and nothing is cached between calls.
+It differs from the stock module in five ways: the phase keeps its accuracy at long positions, gradients reach the
+frequencies, sampled positions replace `position_ids` while training, nothing is cached between calls, and layers that
+see a short window keep the model's own frequencies where one RoPE serves all layers.
 Shapes: `B` batch, `S` sequence, `P` pairs = rotary_dim / 2, `W` width of cos that the model expects.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from clex_train.scaling.spectrum import Spectrum, cos_sin
 
 LayerType = str | None
+Pair = tuple[Tensor, Tensor]
 
 EXPANSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "twice": lambda angles: torch.cat((angles, angles), dim=-1),
@@ -47,21 +49,29 @@ class ScaledRotary(nn.Module):
         self.expansion, self.casts = expansion, casts
         # Set once every decoder layer has a hook that casts; until then this module rounds like the stock one.
         self.layers_cast = False
-        self._moved: dict[LayerType, tuple[Spectrum, Tensor]] = {}
+        # Indices of layers that keep the model's own frequencies though they share the one RoPE.
+        self.local_layers: frozenset[int] = frozenset()
+        self._moved: dict[tuple[LayerType, bool], tuple[Spectrum, Tensor]] = {}
 
     def forward(
         self, x: Float[Tensor, "B ..."], position_ids: Num[Tensor, "#B S"], layer_type: str | None = None
-    ) -> tuple[Float[Tensor, "#B S W"], Float[Tensor, "#B S W"]]:
+    ) -> tuple[Float[Tensor, "#B S W"], ...]:
         """cos and sin, in the dtype of `x` or in float32 while gradients are wanted (each layer then casts its own).
 
+        With `local_layers` the cos and sin of the model's own frequencies follow (`hooks.OwnPositionEmbeddings`).
         Raises `ValueError` when sampled positions do not fit the batch or `position_ids` are not integers.
         """
         if position_ids.is_floating_point():
             raise ValueError(f"position_ids of {position_ids.dtype}: give sampled positions to handle.training()")
         self.last_position_ids = position_ids
-        is_scaled = layer_type == self.scaled
-        positions = self._sampled(x.shape[0], position_ids) if is_scaled else position_ids
-        spectrum = self.spectrum if is_scaled else self.base[layer_type]
+        if layer_type != self.scaled:
+            return self._pair(x, position_ids, self.base[layer_type], layer_type)
+        scaled = self._pair(x, self._sampled(x.shape[0], position_ids), self.spectrum, layer_type)
+        if not self.local_layers:
+            return scaled
+        return (*scaled, *self._pair(x, position_ids, self.base[layer_type], layer_type))
+
+    def _pair(self, x: Tensor, positions: Tensor, spectrum: Spectrum, layer_type: LayerType) -> Pair:
         cos, sin = cos_sin(positions, self._inv_freq_on(spectrum, layer_type, x.device))
         expand, factor = EXPANSIONS[self.expansion], spectrum.attention_factor * self.own_factor[layer_type]
         if factor != 1.0:
@@ -86,9 +96,10 @@ class ScaledRotary(nn.Module):
         """The frequencies on the device of the activations, copied once per spectrum."""
         if spectrum.inv_freq.device == device or spectrum.inv_freq.requires_grad:
             return spectrum.inv_freq.to(device)
-        known = self._moved.get(layer_type)
+        key = (layer_type, spectrum is self.base[layer_type])
+        known = self._moved.get(key)
         if known is None or known[0] is not spectrum or known[1].device != device:
-            known = self._moved[layer_type] = (spectrum, spectrum.inv_freq.to(device))
+            known = self._moved[key] = (spectrum, spectrum.inv_freq.to(device))
         return known[1]
 
     def extra_repr(self) -> str:

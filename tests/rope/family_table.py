@@ -78,9 +78,11 @@ COLUMNS = """- rotary / head: dimensions of the small model, unequal when the ro
 - undo: logits and modules are those of before, to the bit.
 
 """
-LAYERS = """Gemma 3 has two rotary embeddings: the local layers (sliding windows) keep theirs, the global ones follow t.
-Families with one rotary embedding for both kinds (Gemma 2, GPT-OSS, Qwen2 with mixed windows) do not keep local
-layers apart: theta(t) acts on them too, though their window shows them no new distance.
+LAYERS = """Layers whose sliding window holds at most L tokens keep the model's own frequencies, and plain positions in
+training: they see no distance that is new to them. Gemma 3 has a rotary embedding for them; where one serves all layers
+(Gemma 2, GPT-OSS, Qwen2 and Qwen3 with mixed windows), each layer is given the cos and sin that it needs. A recipe by
+formula (`scaling=yarn`) is trained as transformers reads the model's config, which scales these families in every
+layer, and says so.
 Falcon computes its softmax scale inside its attention, so log-scaling is refused by name for it.
 
 Some families do not rotate in layers with full attention (SmolLM3, EXAONE 4, EXAONE MoE, Cohere 2, AFMoE): cached
