@@ -58,6 +58,10 @@ class KeyRecord:
     """int64 [B or 1, s] in the order of the keys."""
     num_keys: int = 0
     """Keys whose positions are in `chunks`; counted along, since every decoding step asks."""
+    num_before_move: int | None = None
+    """Keys before the last call, if t moved within its tokens; None if it did not."""
+    lost_candidates: bool = False
+    """Whether some tokens of such a call were kept and others taken back, as assisted decoding does."""
 
     def append(self, position_ids: Int[Tensor, "B s"], num_tokens: int) -> None:
         """Note the positions of keys that were added."""
@@ -74,6 +78,7 @@ class KeyRecord:
     def trim(self, num_keys: int) -> None:
         """Forget the keys that were cropped from the end."""
         if num_keys < self.num_keys:
+            self.lost_candidates = self.num_before_move is not None and num_keys > self.num_before_move
             self.chunks = [self.positions()[:, :num_keys]] if num_keys else []
             self.num_tokens = int(self.chunks[0].max()) + 1 if num_keys else 0
             self.num_keys = num_keys
@@ -131,12 +136,21 @@ def record_of(cache: Cache | None) -> KeyRecord | None:
 
 
 def note(
-    cache: Cache, record: KeyRecord | None, spectrum: Spectrum, position_ids: Int[Tensor, "B s"], num_tokens: int
+    cache: Cache,
+    record: KeyRecord | None,
+    spectrum: Spectrum,
+    position_ids: Int[Tensor, "B s"],
+    num_tokens: int,
+    moved: bool = False,
 ) -> None:
-    """Record on the cache that the keys at `position_ids` were added at `spectrum`; `record` is None for the first."""
+    """Record on the cache that the keys at `position_ids` were added at `spectrum`; `record` is None for the first.
+
+    `moved` says that the first of them, alone, would have been added at another spectrum.
+    """
     if record is None:
         record = KeyRecord(spectrum.inv_freq, spectrum.attention_factor)
         record.move_to(spectrum)
+    record.num_before_move = record.num_keys if moved else None
     record.append(position_ids, num_tokens)
     setattr(cache, ATTRIBUTE, record)
     if not isinstance(cache, _Recorded):

@@ -84,6 +84,8 @@ class _CallState(NamedTuple):
     record: key_cache.KeyRecord | None
     num_tokens: int
     num_new: int
+    moved: bool
+    """Whether the first of several new tokens alone would have had another spectrum."""
 
 
 class RotaryHandle:
@@ -98,6 +100,7 @@ class RotaryHandle:
         """What the model does at each length without a table; None for the same frequencies at all of them."""
         self.rotary = ScaledRotary(traits.base, traits.scaled, traits.expansion, traits.casts)
         self._site, self._clamp, self._warned = site, False, False
+        self._warned_of_candidates = False
         self._override = _Override()
         self._call: _CallState | None = None
         self._listeners: list[LengthListener] = []
@@ -237,10 +240,13 @@ class RotaryHandle:
         num_new = tokens.shape[1]
         num_tokens = num_new if override.is_training else _num_tokens(num_new, position_ids, record)
         spectrum = self._least_upper_bound(num_tokens) if override.spectrum is None else override.spectrum
+        moved = False
         if cache is not None and record is not None:
+            moved = override.spectrum is None and num_new > 1 and not self._is_alike(record.num_tokens + 1, spectrum)
+            self._warn_of_candidates(record)
             key_cache.turn_keys(cache, record, spectrum, self.layout, self.scaled_layers)
         self.rotary.spectrum, self.rotary.positions = spectrum, override.positions
-        self._call = _CallState(spectrum, cache, record, num_tokens, num_new)
+        self._call = _CallState(spectrum, cache, record, num_tokens, num_new, moved)
         for listener in self._listeners:
             listener(override.num_tokens or num_tokens)
 
@@ -255,7 +261,7 @@ class RotaryHandle:
         kv_cache.require_seen(call.cache, output, call.num_new)
         cache = kv_cache.in_output(output) if call.cache is None else call.cache
         if cache is not None:
-            key_cache.note(cache, call.record, call.spectrum, position_ids, call.num_tokens)
+            key_cache.note(cache, call.record, call.spectrum, position_ids, call.num_tokens, call.moved)
 
     def _inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -279,6 +285,20 @@ class RotaryHandle:
                 self.context_len,
             )
         return spectrum
+
+    def _is_alike(self, num_tokens: int, spectrum: Spectrum) -> bool:
+        own = self._least_upper_bound(num_tokens)
+        return own is spectrum or own.t == spectrum.t
+
+    def _warn_of_candidates(self, record: key_cache.KeyRecord) -> None:
+        """Say once that candidates were verified at a t beyond theirs; plain decoding might have taken others."""
+        if record.lost_candidates and not self._warned_of_candidates:
+            self._warned_of_candidates = True
+            logger.warning(
+                "assisted decoding: t moved within tokens that were verified in one call, so the answer can differ "
+                "from plain decoding; pin t with handle.pinned(t) or handle.fixed(num_tokens)"
+            )
+        record.lost_candidates = False
 
     def _check_table(self, table: Frequencies) -> None:
         pairs = len(self.base_inv_freq)

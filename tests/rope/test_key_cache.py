@@ -229,6 +229,40 @@ def test_assisted_decoding_gives_the_greedy_answer_at_a_pinned_t(lookup: bool) -
         assert torch.equal(model.generate(ids, max_new_tokens=30, do_sample=False, **help_with), greedy)
 
 
+@pytest.mark.parametrize("pin", [False, True])
+@pytest.mark.parametrize("lookup", [False, True])
+def test_assisted_decoding_across_a_move_of_t_is_said_once(
+    lookup: bool, pin: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, handle, _ = patched()
+    assistant, other, _ = patched(num_layers=1)
+    help_with = {"prompt_lookup_num_tokens": 3} if lookup else {"assistant_model": assistant}
+    with (
+        caplog.at_level("WARNING", logger="clex_train"),
+        handle.pinned(4.0) if pin else nullcontext(),
+        other.pinned(4.0) if pin else nullcontext(),
+    ):
+        for seed in range(4):
+            ids = tokens(1, 12, seed=seed).repeat(1, 2)
+            model.generate(ids, max_new_tokens=30, do_sample=False, **help_with)
+    said = [record for record in caplog.records if "assisted decoding" in record.getMessage()]
+    assert len(said) <= (0 if pin else 2 - lookup)
+    assert pin or said
+
+
+def test_chunks_and_a_new_turn_on_a_cropped_cache_are_not_taken_for_assisted_decoding(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, _, _ = patched()
+    ids = tokens(1, 40)
+    with caplog.at_level("WARNING", logger="clex_train"):
+        cache = model(ids[:, :10], use_cache=True).past_key_values
+        cache = model(ids[:, 10:40], past_key_values=cache, use_cache=True).past_key_values
+        cache.crop(-30)
+        model(ids[:, 10:40], past_key_values=cache, use_cache=True)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("lookup", [False, True])
 def test_assisted_decoding_leaves_a_cache_that_knows_its_keys(lookup: bool) -> None:
     model, _, _ = patched(num_layers=1)
