@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 import zstandard
 
 from clex_train import log
-from clex_train.data.writer import publish
+from clex_train.files import publish
 from data_prep.config import CorpusVerb
 from data_prep.documents import documents, require_documents
 from data_prep.sources import plan

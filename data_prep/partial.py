@@ -18,7 +18,8 @@ from typing import Any
 
 from clex_train import log
 from clex_train.data.manifest import MANIFEST, Manifest, partial_path, read_manifest
-from clex_train.data.writer import move_store, write_atomically
+from clex_train.data.writer import move_store
+from clex_train.files import write_atomically
 from clex_train.locks import Lock, try_lock
 from data_prep.shards import UNITS
 

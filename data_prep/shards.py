@@ -20,7 +20,8 @@ import numpy as np
 
 from clex_train import log
 from clex_train.data.manifest import SPLITS, TOKENIZER, Shard, Source, TokenizerInfo, token_dtype
-from clex_train.data.writer import ShardWriter, write_atomically
+from clex_train.data.writer import ShardWriter
+from clex_train.files import write_atomically
 from data_prep.config import CorpusConfig
 from data_prep.documents import Document, documents
 from data_prep.engines import TokenizersEngine, load

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_causal_lm import CONTEXT, VOCABULARY, tiny_llama
 
 from clex_train.api import apply_clex
-from clex_train.export.folder import complete_or_absent
+from clex_train.files import complete_or_absent
 from clex_train.model_directory import write_clex
 from clex_train.rope.patch import install_rotary
 from clex_train.rope.rotary import ScaledRotary

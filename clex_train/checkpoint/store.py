@@ -20,8 +20,8 @@ from clex_train.checkpoint import files, manifest, universal, untrusted
 from clex_train.checkpoint.manifest import Damaged, Manifest
 from clex_train.checkpoint.untrusted import RunsCode, without_code
 from clex_train.checkpoint.writer import BackgroundWriter, DirectWriter, Writer, Written, writing_with
-from clex_train.data.writer import sync_directory, write_atomically
 from clex_train.faults import RunStopped, first_line
+from clex_train.files import sync_directory, write_atomically
 from clex_train.settings.checkpoint import CheckpointConfig, OnFullDisk
 
 logger = log.get(__name__)

@@ -26,6 +26,7 @@ from clex_train.data.manifest import (
     token_dtype,
 )
 from clex_train.data.vocabulary import vocabulary_sha256
+from clex_train.files import publish, sync_directory, write_atomically
 
 _TABLE_ROWS = 4096
 
@@ -107,31 +108,6 @@ class _HashedFile:
         content = items.tobytes()
         self.file.write(content)
         self.sha256.update(content)
-
-
-def publish(file: BinaryIO, path: Path) -> None:
-    """Flush an open file to disk, close it and rename it to `path`."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(file.name, path)
-    sync_directory(path.parent)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or none."""
-    with open(path.with_name(path.name + ".tmp"), "wb") as file:
-        file.write(content)
-        publish(file, path)
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames inside a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def move_store(partial: Path, store: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from clex_train import distributed, log, model_directory
-from clex_train.export.folder import complete_or_absent
+from clex_train.files import complete_or_absent
 from clex_train.modeling import LoadedModel, bars_on_a_terminal
 
 logger = log.get(__name__)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clex_train import log
-from clex_train.export.folder import complete_or_absent
+from clex_train.files import complete_or_absent
 from clex_train.modeling import LoadedModel, bars_on_a_terminal
 from clex_train.rope.official import official_config
 from clex_train.scaling.official import official_tensors

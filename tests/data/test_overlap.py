@@ -12,7 +12,8 @@ from clex_train.data import overlap as overlaps
 from clex_train.data.manifest import MANIFEST, Manifest, TokenizerInfo, partial_path
 from clex_train.data.overlap import Overlap, overlap, require_disjoint
 from clex_train.data.store import TokenStore
-from clex_train.data.writer import ShardWriter, move_store, write_atomically, write_store
+from clex_train.data.writer import ShardWriter, move_store, write_store
+from clex_train.files import write_atomically
 
 
 def store_of_hashes(path: Path, splits: dict[str, list[list[int]]]) -> Path:

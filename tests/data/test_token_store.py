@@ -13,7 +13,8 @@ from clex_train.data.manifest import MANIFEST, Manifest, TokenizerInfo, partial_
 from clex_train.data.order import ShuffledRows
 from clex_train.data.packing import ConcatRows
 from clex_train.data.store import TokenStore
-from clex_train.data.writer import ShardWriter, move_store, write_atomically, write_store
+from clex_train.data.writer import ShardWriter, move_store, write_store
+from clex_train.files import write_atomically
 
 SHARDS = [[[5, 6, 7], [8]], [[9] * 10], [[1], [2], [3, 4]]]
 

@@ -1,0 +1,48 @@
+"""Write files that a crash or a power cut leaves whole or absent: write beside, fsync, rename, fsync of the folder."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+def publish(file: BinaryIO, path: Path) -> None:
+    """Flush an open file to disk, close it and rename it to `path`."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(file.name, path)
+    sync_directory(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or none."""
+    with open(path.with_name(path.name + ".tmp"), "wb") as file:
+        file.write(content)
+        publish(file, path)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def complete_or_absent(directory: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `directory` when the block ends without an error."""
+    beside = directory.with_name("saving_" + directory.name)
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    replaced = directory.with_name("replaced_" + directory.name)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if directory.exists():
+        directory.rename(replaced)
+    beside.rename(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
