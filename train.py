@@ -60,6 +60,7 @@ def run(config: configuration.Config) -> int:
                 raise RunStopped(out_of_memory.explain(config, error)) from error
 
 
+@log.after_opening()
 def _run(config: configuration.Config, run_dir: Path) -> int:
     from clex_train import (
         distributed,

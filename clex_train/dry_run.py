@@ -18,6 +18,7 @@ from clex_train import (
     architectures,
     distributed,
     kernels,
+    log,
     memory_options,
     model_directory,
     modeling,
@@ -90,12 +91,13 @@ class Plan:
         return sum(part.host for part in self.parts)
 
 
+@log.after_opening()
 def print_plan(config: Config) -> None:
     """Print the plan on rank 0. `ValueError` in one line for what would stop the run later."""
     if not distributed.is_main():
         return
     plan = make_plan(config)
-    print("\n".join((*_summary(plan), "", *memory_table(plan))))
+    print("\n".join((*_summary(plan), "", *memory_table(plan))), flush=True)
 
 
 def make_plan(config: Config) -> Plan:

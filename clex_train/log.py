@@ -5,8 +5,14 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 
 from tqdm import tqdm
+
+HELD_BACK = 10_000
+"""Lines of a program that are kept before its opening block."""
 
 
 class AboveBars(logging.StreamHandler):
@@ -26,11 +32,35 @@ def setup() -> None:
     rank = int(os.environ.get("RANK", "0"))
     handler = _handler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s {f'[rank {rank}] ' if rank else ''}%(message)s", "%H:%M:%S"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    # Passes every line on at once, but for those before the opening block.
+    queue = MemoryHandler(0, target=handler)
+    logging.basicConfig(level=logging.WARNING, handlers=[queue], force=True)
     for name in ("clex_train", "data_prep", "launch"):
         logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
     # DeepSpeed calls collectives by names that newer torch has renamed; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
+
+
+@contextmanager
+def after_opening() -> Iterator[None]:
+    """Hold lines back until `release`, or until the program ends without an opening block."""
+    _set_capacity(HELD_BACK)
+    try:
+        yield
+    finally:
+        release()
+
+
+def release() -> None:
+    """Write the lines that were held back, and every later one at once."""
+    _set_capacity(0)
+
+
+def _set_capacity(lines: int) -> None:
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, MemoryHandler):
+            handler.capacity, handler.flushLevel = lines, logging.CRITICAL
+            handler.flush()
 
 
 def _handler() -> logging.Handler:

@@ -1,6 +1,7 @@
 """Compose the block of lines that a program prints first: what it is about to do, to which model, where.
 
-Every line is `  label       text`. Programs print the block before they read weights or take a GPU.
+Every line is `  label       text`. Programs print the block before they read weights or take a GPU, and what they log
+meanwhile comes after it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from importlib.metadata import version
 
 import torch
 
-from clex_train import distributed
+from clex_train import distributed, log
 from clex_train.config import Config
 from clex_train.settings.engine import Offload
 from clex_train.settings.model import ModelConfig
@@ -50,6 +51,7 @@ def say(title: str, lines: Iterable[str]) -> None:
     """Print a block on rank 0, to standard error, so that standard output has results alone."""
     if distributed.is_main():
         print("\n".join((title, *lines)), file=sys.stderr, flush=True)
+    log.release()
 
 
 def versions() -> str:

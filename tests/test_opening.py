@@ -1,11 +1,14 @@
 """The first lines of a program say what is about to happen to which model, before anything that costs."""
 
+import logging
+
 import pytest
 import torch
 from composing import composed
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
-from clex_train import opening
+from clex_train import log, opening
 from clex_train.engine import deepspeed as engines
 from clex_train.settings.model import ModelConfig
 
@@ -80,3 +83,39 @@ def test_only_the_first_rank_speaks(monkeypatch, capsys):
     monkeypatch.setattr("clex_train.distributed.rank", lambda: 1)
     opening.say("title", ["  line"])
     assert capsys.readouterr() == ("", "")
+
+
+def log_to_stderr(monkeypatch) -> None:
+    """Have the log of a program on the standard error that a test reads."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    log.setup()
+
+
+def test_what_is_found_before_the_block_is_logged_after_it(
+    first_lines, tmp_path, tiny_store, tiny_architecture, monkeypatch, capsys
+):
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_architecture, vocab_size=512))
+    model.save_pretrained(tmp_path / "mine")
+    capsys.readouterr()
+    log_to_stderr(monkeypatch)
+    overrides = (f"model.path={tmp_path / 'mine'}", f"model.tokenizer={tiny_store / 'tokenizer'}")
+    title, *lines = first_lines(*overrides, "evaluation.num_windows=100000")
+    assert title.startswith("train tiny_base, a new run, ")
+    block = [line for line in lines if line.startswith("  ")]
+    assert lines[: len(block)] == block, "\n".join(lines)
+    assert "model.config=" in lines[len(block)]
+    assert "evaluation.num_windows=100000: " in lines[len(block) + 1]
+
+
+def test_a_refusal_comes_after_what_was_found_before_it(monkeypatch, capsys):
+    log_to_stderr(monkeypatch)
+
+    @log.after_opening()
+    def refused():
+        log.get("clex_train").warning("found")
+        assert capsys.readouterr().err == ""
+        raise ValueError("x=1: refused")
+
+    with pytest.raises(ValueError, match="refused"):
+        refused()
+    assert capsys.readouterr().err.endswith(" found\n")

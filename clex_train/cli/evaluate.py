@@ -135,6 +135,7 @@ class Plan(Source):
     """What is asked for, as far as it shapes the numbers, in the types of JSON."""
 
 
+@log.after_opening()
 def main() -> None:
     """Evaluate what the command line names; whatever can be refused is refused before weights are read."""
     asked = parse(sys.argv[1:])

@@ -69,6 +69,7 @@ class LmEvalConfig(LoadingConfig):
     """Only the first documents of each task."""
 
 
+@log.after_opening()
 def main() -> None:
     """Run the tasks; names, data and bounds are checked before weights are read."""
     asked = arguments_of.parse(LmEvalConfig, sys.argv[1:])
