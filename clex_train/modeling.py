@@ -364,7 +364,7 @@ def _from_pretrained(
     if changed is not None:
         options["config"] = changed
     try:
-        with bars_on_a_terminal():
+        with bars_on_a_terminal(), weights.without_report():
             if official.is_official(directory):
                 return official.load_official_model(directory, **options)
             options |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}

@@ -6,6 +6,7 @@ merged tensors, tied ones and those that a family ignores are its business. Noth
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from clex_train import log
@@ -31,6 +32,8 @@ Report = Mapping[str, Any]
 """The loading info of transformers: missing_keys, unexpected_keys, mismatched_keys."""
 
 NAMED = 3
+REPORT = "LOAD REPORT"
+"""In the title of transformers' table of missing, unexpected and mis-shaped tensors."""
 LFS_POINTER = b"version https://git-lfs"
 CONSTANTS = (".masked_bias", ".inv_freq")
 MASKS = (".attn.bias", ".attention.bias")
@@ -281,3 +284,21 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Keep transformers' table of tensors out of the log while weights load: here they are refused or named in a line.
+
+    Its other warnings stay. Were the table to get another title, it would be back beside that line.
+    """
+    source = logging.getLogger(PreTrainedModel.__module__)
+    source.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        source.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return REPORT not in record.getMessage()
