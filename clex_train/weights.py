@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from clex_train import log
-from clex_train.faults import first_line
+from clex_train.faults import first_line, is_lfs_pointer
 from clex_train.model_directory import WEIGHT_FILES, has_weights
 from clex_train.rope import official
 from clex_train.settings.bounds import require
@@ -34,7 +34,6 @@ Report = Mapping[str, Any]
 NAMED = 3
 REPORT = "LOAD REPORT"
 """In the title of transformers' table of missing, unexpected and mis-shaped tensors."""
-LFS_POINTER = b"version https://git-lfs"
 CONSTANTS = (".masked_bias", ".inv_freq")
 MASKS = (".attn.bias", ".attention.bias")
 """Buffers of old checkpoints of GPT-2, GPT-Neo and Llama that models compute by themselves. A causal mask shares its
@@ -219,11 +218,10 @@ def _pickled(path: Path) -> dict[str, Tensor]:
 
 
 def _require_content(path: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(
-                f"{path}: a git-lfs pointer instead of the file; run `git lfs pull` in {path.parent}, or fetch it again"
-            )
+    if is_lfs_pointer(path):
+        raise ValueError(
+            f"{path}: a git-lfs pointer instead of the file; run `git lfs pull` in {path.parent}, or fetch it again"
+        )
 
 
 def _no_weights(directory: Path) -> str:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from clex_train import log
+from clex_train.faults import is_lfs_pointer
 from data_prep.config import CorpusConfig, OnBadRecord
 from data_prep.readers import READERS, Raw, Unreadable, chat_remedy, fields_of, key_of, place, remedy
 from data_prep.sources import Piece
-from data_prep.streams import is_lfs_pointer
 from data_prep.utf8 import Utf8, decode, is_blank
 
 logger = log.get(__name__)

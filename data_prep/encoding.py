@@ -9,8 +9,7 @@ from typing import Any
 from clex_train.data.bos import adds_bos
 from clex_train.data.manifest import TokenizerInfo
 from clex_train.data.vocabulary import vocabulary_sha256
-from clex_train.faults import first_line
-from data_prep.streams import is_lfs_pointer
+from clex_train.faults import first_line, is_lfs_pointer
 
 TOKENIZER_FILES = (
     "tokenizer.json",

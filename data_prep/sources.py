@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clex_train import log
+from clex_train.faults import is_lfs_pointer
 from data_prep import hub, stdlib
 from data_prep.config import CorpusConfig, CorpusSource, Format, OnBadRecord, require_corpus
 from data_prep.folders import format_of, texts_in
-from data_prep.streams import compression, is_lfs_pointer
+from data_prep.streams import compression
 
 logger = log.get(__name__)
 

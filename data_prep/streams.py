@@ -6,7 +6,6 @@ import bz2
 import gzip
 import io
 import lzma
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +15,6 @@ from typing import BinaryIO, cast
 import zstandard
 
 _INPUT_BYTES = 1 << 16
-_LFS_HEADER = b"version https://git-lfs.github.com/spec/"
-_LFS_POINTER_BYTES = 1024  # the most that the specification allows
 _MAX_WINDOW = 1 << 31  # what `zstd --long=31` writes, the most the format's own tool reads
 
 
@@ -29,14 +26,6 @@ def compression(path: str | Path) -> str:
     """The suffix of `COMPRESSIONS` that a file's name ends with, in lower case; "" for a file that is read as it is."""
     suffix = Path(path).suffix.lower()
     return suffix if suffix in COMPRESSIONS else ""
-
-
-def is_lfs_pointer(path: str | Path) -> bool:
-    """Tell whether a file is what git-lfs leaves in place of one not downloaded; only small files are opened."""
-    if os.path.getsize(path) > _LFS_POINTER_BYTES:
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(_LFS_HEADER)) == _LFS_HEADER
 
 
 @contextmanager
