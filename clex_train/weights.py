@@ -45,15 +45,15 @@ logger = log.get(__name__)
 
 
 def check(model: ModelConfig, arch: PretrainedConfig) -> None:
-    """Refuse a local `model.path` whose weights cannot be used whole; `ValueError` names the file or the tensors.
+    """Refuse a `model.path` whose weights cannot be used whole; `ValueError` names the file or the tensors.
 
-    A hub name is checked while it is loaded (`check_loaded`), since its files may not be here yet.
+    A hub name is checked here if the cache has all of its files, else once they have been loaded (`check_loaded`).
     """
     if model.path is None or not model.is_pretrained:
         return
     require_unquantised(model.path, arch)
-    directory = Path(model.path)
-    if directory.is_dir():
+    directory = _local(model)
+    if directory and (directory == Path(model.path) or _has_all_files(directory)):
         _check_directory(directory, model, arch)
 
 
@@ -196,6 +196,14 @@ def _local(model: ModelConfig) -> Path | None:
         return directory
     cached = try_to_load_from_cache(str(model.path), "config.json", revision=model.revision)
     return Path(cached).parent if isinstance(cached, str) and has_weights(str(Path(cached).parent)) else None
+
+
+def _has_all_files(snapshot: Path) -> bool:
+    """Tell whether the cache has every weight file of a hub name; what it lacks is downloaded as it is loaded."""
+    try:
+        return bool(files(snapshot))
+    except ValueError:
+        return False
 
 
 def _is_constant(name: str, tensor: Tensor | None) -> bool:

@@ -286,6 +286,25 @@ def test_a_hub_name_is_loaded_and_its_tensors_are_judged(base, hub_name, sharded
         modeling.load_for_evaluation(ModelConfig(path=hub_name), sharding=settings)
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "zero3"])
+def test_a_mis_shaped_tensor_of_a_hub_name_is_refused_before_anything_is_built(base, hub_name, sharded, monkeypatch):
+    snapshot = base.parent / "hub" / "models--owner--model" / "snapshots" / "c0ffee"
+    rewrite(snapshot, lambda tensors: tensors | {UP: tensors[UP][:, 1:].contiguous()})
+    settings = engines.inference_dict(EngineConfig()) if sharded else None
+    monkeypatch.setattr(modeling, "_load_weights", None)
+    with pytest.raises(ValueError, match=rf"^model\.path=owner/model: {UP} is .* in its weights and .* by its config"):
+        modeling.load_for_evaluation(ModelConfig(path=hub_name), sharding=settings)
+
+
+def test_a_hub_name_of_which_the_cache_lacks_a_shard_is_left_to_the_loader(base, hub_name):
+    snapshot = base.parent / "hub" / "models--owner--model" / "snapshots" / "c0ffee"
+    (snapshot / "model.safetensors").unlink()
+    index = {"weight_map": {UP: "model-00001-of-00002.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = ModelConfig(path=hub_name)
+    weights.check(model, architectures.to_read(model))
+
+
 def test_a_tokenizer_is_of_the_revision_of_its_weights(base, hub_name):
     snapshots = base.parent / "hub" / "models--owner--model" / "snapshots"
     shutil.copytree(snapshots / "c0ffee", snapshots / "0ddba11")
