@@ -32,6 +32,7 @@ Report = Mapping[str, Any]
 """The loading info of transformers: missing_keys, unexpected_keys, mismatched_keys."""
 
 NAMED = 3
+RANDOM = "or draw random ones with model.config=DIR model.path=null"
 REPORT = "LOAD REPORT"
 """In the title of transformers' table of missing, unexpected and mis-shaped tensors."""
 CONSTANTS = (".masked_bias", ".inv_freq")
@@ -136,11 +137,14 @@ def compare(arch: PretrainedConfig, tensors: dict[str, Tensor], trust_remote_cod
     return report
 
 
-def files(directory: Path) -> list[Path]:
-    """List the weight files that transformers would read; `ValueError` when there are none or one is not there."""
+def files(directory: Path, or_else: str = "") -> list[Path]:
+    """List the weight files that transformers would read; `ValueError` when there are none or one is not there.
+
+    `or_else` is another remedy where there are none.
+    """
     chosen = next((directory / name for name in WEIGHT_FILES if (directory / name).exists()), None)
     if chosen is None:
-        raise ValueError(f"model.path={directory}: {_no_weights(directory)}")
+        raise ValueError(f"model.path={directory}: {_no_weights(directory)}{or_else}")
     if chosen.suffix != ".json":
         return [chosen]
     _require_content(chosen)
@@ -176,7 +180,8 @@ def _check_directory(directory: Path, model: ModelConfig, arch: PretrainedConfig
         directory,
         f"holds an adapter ({ADAPTER}); merge it into its base (merge_and_unload) and give what save_pretrained writes",
     )
-    tensors = headers(files(directory))
+    is_trained = model.PREFIX == ModelConfig.PREFIX
+    tensors = headers(files(directory, ", " + RANDOM if is_trained else ""))
     if official.is_official(directory):
         tensors = {name: tensor for name, tensor in tensors.items() if official.CLEX_LAYER not in name}
     try:
@@ -237,7 +242,7 @@ def _no_weights(directory: Path) -> str:
     there = f"{', '.join(others[:NAMED])} is not in transformers' layout; " if others else ""
     return (
         f"no weights in it ({WEIGHT_FILES[0]} or an index of shards); {there}give a directory that save_pretrained "
-        "writes, or draw random ones with model.config=DIR model.path=null"
+        "writes"
     )
 
 

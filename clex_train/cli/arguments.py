@@ -1,15 +1,24 @@
 """`key=value` arguments of the programs that are not composed by Hydra."""
 
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
+from clex_train.cli.errors import explain
 from clex_train.cli.overrides import for_yaml
+from clex_train.faults import RunStopped
 from clex_train.schema_docs import describe
+
+IN_A_GROUP = re.compile(r"(?<![\w./])(model|data|evaluation|attention)\.([a-z]\w*)")
+"""Keys of training as messages name them, and not a part of a file's name."""
 
 
 def parse(schema: type, arguments: Sequence[str]) -> Any:
@@ -25,6 +34,48 @@ def parse(schema: type, arguments: Sequence[str]) -> Any:
         except yaml.YAMLError as error:
             raise ValueError(f"{argument}: the value is not valid YAML; check its brackets and quotes") from error
     return OmegaConf.to_object(merged)
+
+
+@contextmanager
+def named_as_typed(asked: Any) -> Iterator[None]:
+    """Name the keys of this command line in errors and in the log, where code that training shares names its own.
+
+    `asked` is what `parse` returned, of a schema with `run` and `model`.
+    """
+    typed = partial(IN_A_GROUP.sub, partial(_own_key, asked))
+
+    def rename(record: logging.LogRecord) -> bool:
+        if record.name.startswith("clex_train"):
+            record.msg, record.args = typed(record.getMessage()), None
+        return True
+
+    handlers = logging.getLogger().handlers[:]
+    for handler in handlers:
+        handler.addFilter(rename)
+    try:
+        yield
+    except RunStopped as error:
+        raise RunStopped(typed(str(error))) from error
+    except ValueError as error:
+        line = explain(error)
+        if line is None or typed(line) == line:
+            raise
+        raise ValueError(typed(line)) from error
+    finally:
+        for handler in handlers:
+            handler.removeFilter(rename)
+
+
+def _own_key(asked: Any, found: re.Match[str]) -> str:
+    """Return how `asked` names a key of a group; a key that it does not have stays."""
+    group, key = found.groups()
+    own = {
+        ("model", "path"): "run" if asked.run else "model",
+        ("data", "path"): "data",
+        ("evaluation", "path"): "data",
+        ("attention", "implementation"): "attention",
+    }.get((group, key), key)
+    return own if own in {field.name for field in fields(asked)} else found[0]
 
 
 def _named(schema: type, argument: str) -> str:

@@ -139,6 +139,11 @@ class Plan(Source):
 def main() -> None:
     """Evaluate what the command line names; whatever can be refused is refused before weights are read."""
     asked = parse(sys.argv[1:])
+    with arguments_of.named_as_typed(asked):
+        _run(asked)
+
+
+def _run(asked: EvaluateConfig) -> None:
     plan = make_plan(asked)
     if Protocol.streaming in plan.spec.protocols:
         text = plan_stream(plan.store, asked.stream_tokens, plan.context_len, plan.bos_id)

@@ -75,6 +75,11 @@ def main() -> None:
     asked = arguments_of.parse(LmEvalConfig, sys.argv[1:])
     assert isinstance(asked, LmEvalConfig)
     check(asked)
+    with arguments_of.named_as_typed(asked):
+        _run(asked)
+
+
+def _run(asked: LmEvalConfig) -> None:
     harness.require_installed()
     if asked.run:
         loading.run_config(Path(asked.run))

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -183,13 +185,14 @@ def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, mon
         (["model={model}", "data={store}", "methods=[yarn7]"], "methods[0]: "),
         (["model={model}", "data={store}", "chunk_len=many"], "chunk_len: "),
         (["model={model}", "data={store}", "chunk_len=0"], "chunk_len=0"),
-        (["model={model}", "data={store}", "lengths=[16,24]"], "evaluation.lengths=[16, 24]"),
+        (["model={model}", "data={store}", "lengths=[16,24]"], "lengths=[16, 24]"),
         (["model={model}", "data={store}", "lengths=[16,256]"], "none of the 3 validation documents is that long"),
         (["model={model}", "data={other}", "lengths=[16]"], "tokenised with another tokenizer"),
-        (["model={root}/nowhere", "data={store}"], "no such directory"),
+        (["model={root}/nowhere", "data={store}"], "model={root}/nowhere: no such directory"),
+        (["model={store}", "data={store}"], "model={store}: no readable config.json"),
         (["run={root}/nowhere"], "run={root}/nowhere: no such folder"),
         (["run={model}"], "not a run folder (no config.yaml)"),
-        (["model={model}", "data={root}/nowhere"], "data.path={root}/nowhere: no such directory"),
+        (["model={model}", "data={root}/nowhere"], "data={root}/nowhere: no such directory"),
         (["model={model}", "data={store}", "protocols=[streaming]", "methods=[ntk]"], "['ntk']: streaming knows"),
         (["model={model}", "data={store}", "protocols=[streaming,one_shot]"], "ask for it alone"),
         (
@@ -198,14 +201,14 @@ def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, mon
         ),
         (
             ["model={model}", "data={store}", "lengths=[16,64]", "protocols=[sliding]", "stride=17"],
-            "evaluation.stride=17: more than the shortest of evaluation.lengths=[16, 64]",
+            "stride=17: more than the shortest of lengths=[16, 64]",
         ),
         (
             ["model={model}", "data={store}", "lengths=[8,64]", "protocols=[last_k]"],
-            "evaluation.last_k=16: more than the shortest of evaluation.lengths=[8, 64]",
+            "last_k=16: more than the shortest of lengths=[8, 64]",
         ),
         (["model={model}", "data={train_only}", "lengths=[16]"], "the store has no validation documents"),
-        (["model={model}", "data={store}", "methods=[]"], "evaluation.methods=[]: one or more methods"),
+        (["model={model}", "data={store}", "methods=[]"], "methods=[]: one or more methods"),
         (["model={model}", "lengths=[open"], "lengths=[open: the value is not valid YAML"),
         (["verbose"], "arguments have the form key=value"),
     ],
@@ -216,6 +219,23 @@ def test_bad_input_is_one_line_that_names_the_key(places, monkeypatch, capsys, a
     assert status == console.USER_ERROR
     assert message.format(**places) in error
     assert len(error.strip().splitlines()) == 1
+    assert not re.search(r"\b(model|data|evaluation|attention)\.\w+=", error), "a key that this program does not have"
+
+
+def test_refusals_of_a_run_s_model_name_the_run(places, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "mine" / "final").mkdir(parents=True)
+    shutil.copy(Path(places["model"]) / "config.json", tmp_path / "mine" / "final")
+    (tmp_path / "mine" / "config.yaml").write_text(as_yaml(Config()))
+    assert call(monkeypatch, f"run={tmp_path / 'mine'}", f"data={places['store']}") == console.USER_ERROR
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: run={tmp_path / 'mine' / 'final'}: no weights in it (model.safetensors or an index")
+    assert line.endswith("give a directory that save_pretrained writes\n"), "and no remedy of training's"
+
+
+def test_the_log_names_the_keys_that_were_typed(places, tmp_path, monkeypatch, caplog) -> None:
+    keys = ["lengths=[16]", "methods=[none]", "num_windows=999", f"output={tmp_path / 'x.json'}"]
+    assert call(monkeypatch, f"model={places['model']}", f"data={places['store']}", *keys) == 0
+    assert any(line.startswith("num_windows=999: ") for line in caplog.messages)
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_weights_are_read(

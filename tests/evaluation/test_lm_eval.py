@@ -188,6 +188,13 @@ def test_bad_input_is_one_line_before_weights_are_read(
     assert message in capsys.readouterr().err
 
 
+@needs_harness
+def test_a_model_that_cannot_be_read_is_refused_by_the_key_that_names_it(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "empty").mkdir()
+    assert call(monkeypatch, f"model={tmp_path / 'empty'}", "tasks=[any]") == console.USER_ERROR
+    assert capsys.readouterr().err.startswith(f"error: model={tmp_path / 'empty'}: no readable config.json (")
+
+
 def test_a_missing_package_is_named_with_what_installs_it(place, monkeypatch, capsys) -> None:
     monkeypatch.setattr("clex_train.evaluation.harness.find_spec", lambda name: None)
     assert call(monkeypatch, f"model={place / 'model'}", "tasks=[any]") == console.USER_ERROR
