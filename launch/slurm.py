@@ -26,6 +26,7 @@ from clex_train.cli.overrides import for_hydra
 from clex_train.config import Config, Resume
 from clex_train.data.build import open_stores
 from clex_train.data.vocabulary import check_embedding
+from clex_train.evaluation.training import check_ids
 from clex_train.schema_docs import describe
 from clex_train.settings.bounds import require
 from clex_train.settings.launch import LaunchConfig
@@ -89,6 +90,8 @@ def check_files(config: Config) -> None:
     weights.check(config.model, arch)
     for store in stores.values() if config.model.is_pretrained else ():
         check_embedding(store, architectures.embedding_rows(arch), architectures.name(config.model))
+    if config.evaluation.every >= 0:
+        check_ids(config, next(iter(stores.values())))
     run_folder.require_writable(run_dir)
     has_checkpoint = any((run_dir / "checkpoints").glob("step_*"))
     run_folder.check_config(config, has_checkpoint, own_context=architectures.own_context(config.model, arch))

@@ -50,8 +50,7 @@ class TrainingEvaluation:
         self.readings = readings(self.spec, context_len)
         bos_id = evaluation_bos_id(self.spec.bos, self.store)
         warn_if_bos_differs(store, bos_id)
-        if config.model.is_pretrained:
-            _check_ids(config, self.store, bos_id)
+        check_ids(config, store)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, bos_id=bos_id)
         arch = trained_architecture(config, architectures.to_train(config.model))
         unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)
@@ -101,12 +100,18 @@ def warn_of_later(config: Config, store: TokenStore) -> None:
         logger.warning("the finished run could not be evaluated as it is configured: %s", error)
 
 
-def _check_ids(config: Config, store: TokenStore, bos_id: int | None) -> None:
-    """Refuse held-out text with ids beyond the embedding of the weights; random ones take the store's vocabulary."""
+def check_ids(config: Config, store: TokenStore) -> None:
+    """Refuse held-out text with ids beyond the embedding of the weights; random ones take the store's vocabulary.
+
+    `store` is the one that is trained on, whose validation split is read unless `evaluation.path` names another.
+    """
+    if not config.model.is_pretrained:
+        return
+    held_out = _held_out(config, store)
     num_rows = architectures.embedding_rows(architectures.to_read(config.model))
     name = architectures.name(config.model)
-    check_embedding(store, num_rows, name, "evaluation.path" if config.evaluation.path else "data.path")
-    check_bos(bos_id, num_rows, name)
+    check_embedding(held_out, num_rows, name, "evaluation.path" if config.evaluation.path else "data.path")
+    check_bos(evaluation_bos_id(config.evaluation.bos, held_out), num_rows, name)
 
 
 def _held_out(config: Config, store: TokenStore) -> TokenStore:

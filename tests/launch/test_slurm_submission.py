@@ -1,6 +1,7 @@
 """`python -m launch.slurm` as a command, with a stand-in for sbatch: what it writes, prints and refuses."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from clex_train.cli import console
 from clex_train.tracking import git_commit
@@ -87,6 +89,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, overrides, 
     assert done.stderr.startswith(f"error: {message}")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "sbatch_arguments").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_ids_that_the_embedding_lacks_are_refused_as_train_py_does(command, tmp_path, tiny_store, monkeypatch):
+    """Of a store whose training documents have none of them."""
+    for module in (slurm, slurm.dry_run):
+        monkeypatch.setattr(module, "check_embedding", lambda *_: None)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "base")
+    done = command("model.path=base", f"evaluation.path={tiny_store}")
+    assert done.returncode == 2
+    line = rf"error: evaluation\.path={tiny_store}: it has the id \d+, and the embedding of base has 300 rows"
+    assert re.search(line, done.stderr), done.stderr
     assert not (tmp_path / "run").exists()
 
 
