@@ -105,14 +105,12 @@ def require_writable(folder: Path) -> None:
 def left_as_found(folder: Path) -> Iterator[None]:
     """Remove a folder again that was made inside and holds nothing when a `ValueError` refuses the launch.
 
-    Rank 0 alone removes, and only what was not there when it came: the other ranks may be about to open a file there.
+    Of several ranks each removes what was not there when it came.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()] if distributed.is_main() else []
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         yield
     except ValueError:
-        if folder in made and folder.is_dir() and all(entry.name == LOCKS for entry in folder.iterdir()):
-            shutil.rmtree(folder / LOCKS, ignore_errors=True)
         with suppress(OSError):
             for place in made:
                 place.rmdir()
@@ -124,15 +122,33 @@ def held(folder: Path, rank: int, patience: float) -> Iterator[None]:
     """Keep other launches out of a run folder; the kernel lets go of it when this process dies.
 
     Waits up to `patience` seconds for the same rank of an earlier launch, which may still be saving after its launcher
-    was killed. `ValueError` when it does not end.
+    was killed. `ValueError` when it does not end. A launch that is refused inside leaves no locks in an empty folder.
     """
-    path = folder / LOCKS / f"rank_{rank}"
-    with _open_below(path.parent, path, "a+") as file:
-        _lock(file, path, patience)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+    path, is_ours = folder / LOCKS / f"rank_{rank}", False
+    try:
+        with _open_below(path.parent, path, "a+") as file:
+            _lock(file, path, patience)
+            is_ours = True
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+    except ValueError:
+        if is_ours and all(entry.name == LOCKS for entry in folder.glob("*")):
+            _remove_locks(path, rank)
+        raise
+
+
+def _remove_locks(path: Path, rank: int) -> None:
+    """Rank 0 removes those of every rank, which its launcher is about to end; another rank its own.
+
+    A rank that is about to open its own finds the folder gone and makes it once more.
+    """
+    if rank == 0:
+        shutil.rmtree(path.parent, ignore_errors=True)
+    path.unlink(missing_ok=True)
+    with suppress(OSError):
+        path.parent.rmdir()
 
 
 def _open_below(folder: Path, path: Path, mode: str) -> IO[str]:

@@ -1,13 +1,14 @@
 """The run folder refuses what it cannot hold or continue, naming the key."""
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import yaml
 from composing import composed
 
-from clex_train import architectures, distributed, run_folder
+from clex_train import architectures, run_folder
 from clex_train.config import Config, Resume
 
 
@@ -133,10 +134,10 @@ def test_a_finished_run_is_not_lengthened_but_trained_on(tmp_path):
     )
 
 
-def _refuse(folder, *files):
+def _refuse(folder, *files, rank=0):
     with run_folder.left_as_found(folder):
         run_folder.require_writable(folder)
-        with run_folder.held(folder, 0, 1.0):
+        with run_folder.held(folder, rank, 1.0):
             for name in files:
                 (folder / name).write_text("")
             raise ValueError("x=1: refused")
@@ -148,12 +149,33 @@ def test_a_refused_launch_leaves_no_folder_that_it_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rank_0_alone_takes_the_folder_of_a_refused_launch_away(tmp_path, monkeypatch):
-    # Not by the environment: another test of this process may have left a process group open.
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    with pytest.raises(ValueError, match="refused"):
-        _refuse(tmp_path / "mine")
-    assert (tmp_path / "mine" / "locks").is_dir()
+@pytest.mark.parametrize("first", [0, 1], ids=["the_folder_of_rank_0", "the_folder_of_rank_1"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["0_is_refused_first", "1_is_refused_first"])
+def test_ranks_that_are_refused_leave_nothing_whoever_made_the_folder(tmp_path, first, order):
+    ranks, folder = {}, tmp_path / "mine"
+    for rank in (first, 1 - first):
+        ranks[rank] = ExitStack()
+        ranks[rank].enter_context(run_folder.left_as_found(folder))
+        run_folder.require_writable(folder)
+        ranks[rank].enter_context(run_folder.held(folder, rank, 1.0))
+    refused = ValueError("x=1: refused")
+    for rank in order:
+        assert not ranks[rank].__exit__(ValueError, refused, None)
+    assert list(tmp_path.iterdir()) in ([], [folder])
+    assert not (folder / "locks").exists()
+
+
+def test_a_rank_that_is_refused_alone_leaves_the_locks_of_others(tmp_path):
+    with run_folder.held(tmp_path / "mine", 0, 1.0), pytest.raises(ValueError, match="refused"):
+        _refuse(tmp_path / "mine", rank=1)
+    assert [lock.name for lock in (tmp_path / "mine" / "locks").iterdir()] == ["rank_0"]
+
+
+def test_a_launch_that_finds_the_folder_in_use_leaves_its_locks(tmp_path):
+    with run_folder.held(tmp_path / "mine", 0, 1.0):
+        with pytest.raises(ValueError, match="in use by"):
+            _refuse(tmp_path / "mine")
+        assert [lock.name for lock in (tmp_path / "mine" / "locks").iterdir()] == ["rank_0"]
 
 
 @pytest.mark.parametrize("name", ["rank_1", ".writable_"])
@@ -176,7 +198,7 @@ def test_a_rank_finds_its_folder_again_that_rank_0_removes_under_it(tmp_path, mo
 
 def test_a_refused_launch_leaves_what_was_there_or_has_been_written(tmp_path):
     (tmp_path / "mine").mkdir()
-    for folder, files, left in ((tmp_path / "mine", (), {"locks"}), (tmp_path / "new", ("a",), {"a", "locks"})):
+    for folder, files, left in ((tmp_path / "mine", (), set()), (tmp_path / "new", ("a",), {"a", "locks"})):
         with pytest.raises(ValueError, match="refused"):
             _refuse(folder, *files)
         assert {entry.name for entry in folder.iterdir()} == left
