@@ -5,8 +5,10 @@ The process group itself is opened by the engine (DeepSpeed); without one, every
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -37,21 +39,37 @@ def device() -> torch.device:
     """The device of this rank: its CUDA device if there is one, else the CPU.
 
     Where a task is bound to one GPU (`srun --gpus-per-task=1`) that is cuda:0, whatever its number among the tasks.
-    `ValueError` for more ranks than visible devices.
+    `ValueError` for more ranks than visible devices, on each of them: NCCL refuses two on one GPU in words of its own.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    # Ranks of torchrun and of DeepSpeed's launcher see the same devices unless a wrapper has bound each to its own.
     together = max(int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
-    is_bound = visible == 1 and (together == 1 or os.environ.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0)
+    is_bound = visible == 1 and (together == 1 or _has_gpu_of_its_own(os.environ.get("CUDA_VISIBLE_DEVICES", "")))
     require(
-        local < visible or is_bound,
+        is_bound or max(local + 1, together) <= visible,
         "LOCAL_RANK",
         local,
-        f"{visible} GPUs are visible to this rank; launch no more ranks on a machine than it has GPUs",
+        f"{max(local + 1, together)} ranks on this machine, and {visible} visible GPU{'' if visible == 1 else 's'}; "
+        "start as many ranks as GPUs, such as torchrun --nproc-per-node=gpu",
     )
     return torch.device("cuda", 0 if is_bound else local)
+
+
+@cache
+def _has_gpu_of_its_own(devices: str) -> bool:
+    """Tell whether a wrapper has bound this rank to one GPU, `devices`: the launcher then sees others, or all.
+
+    Otherwise ranks of torchrun and of DeepSpeed's launcher see the same, what a user has exported included.
+    """
+    if not devices or "," in devices:
+        return False
+    try:
+        environments = (process.environ() for process in psutil.Process().parents())
+        of_launcher = next(variables for variables in environments if "LOCAL_RANK" not in variables)
+    except (psutil.Error, StopIteration):
+        return True
+    return of_launcher.get("CUDA_VISIBLE_DEVICES") != devices
 
 
 def to_device(tensor: torch.Tensor, target: torch.device | None = None) -> torch.Tensor:

@@ -1,14 +1,20 @@
 """The device of a rank follows what is visible to it."""
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
 
 from clex_train import distributed
+from clex_train.engine import deepspeed as engines
+from clex_train.settings.engine import EngineConfig
 
 
 @pytest.fixture
 def rank(monkeypatch):
     """Sets how many GPUs a rank sees and what its launcher tells it."""
+    distributed._has_gpu_of_its_own.cache_clear()
 
     def put(visible: int, **variables: str) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -18,7 +24,8 @@ def rank(monkeypatch):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
 
-    return put
+    yield put
+    distributed._has_gpu_of_its_own.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -38,14 +45,29 @@ def test_a_rank_takes_its_own_of_the_devices_that_it_sees(rank, visible, variabl
 
 
 @pytest.mark.parametrize(
-    ("visible", "variables"),
+    ("visible", "variables", "ranks"),
     [
-        (2, {"LOCAL_RANK": "2"}),
-        (1, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}),
-        (1, {"LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}),
+        (2, {"LOCAL_RANK": "2"}, 3),
+        (1, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 2),
+        (1, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, 2),
+        (4, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}, 8),
+        (1, {"LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, 2),
     ],
 )
-def test_more_ranks_than_devices_are_refused(rank, visible, variables):
+def test_more_ranks_than_devices_are_refused_on_each_before_the_group_is_opened(rank, visible, variables, ranks):
     rank(visible, **variables)
-    with pytest.raises(ValueError, match=rf"LOCAL_RANK={variables['LOCAL_RANK']}: {visible} GPUs are visible"):
-        distributed.device()
+    line = rf"^LOCAL_RANK={variables['LOCAL_RANK']}: {ranks} ranks on this machine, and {visible} visible GPU"
+    with pytest.raises(ValueError, match=line):
+        engines.open_process_group(EngineConfig())
+
+
+@pytest.mark.parametrize("of_launcher", [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "2,3"}, {}])
+def test_one_device_that_the_launcher_has_is_not_one_for_each_rank(rank, monkeypatch, of_launcher):
+    rank(1, LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="3")
+    processes = [SimpleNamespace(environ=lambda: {"LOCAL_RANK": "1"}), SimpleNamespace(environ=lambda: of_launcher)]
+    monkeypatch.setattr(psutil.Process, "parents", lambda process: processes)
+    if of_launcher == {"CUDA_VISIBLE_DEVICES": "3"}:
+        with pytest.raises(ValueError, match=r"^LOCAL_RANK=1: 2 ranks on this machine, and 1 visible GPU; start"):
+            distributed.device()
+    else:
+        assert distributed.device() == torch.device("cuda", 0), "a wrapper has bound it"
