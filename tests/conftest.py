@@ -4,8 +4,9 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -86,3 +87,23 @@ def tiny_architecture(tmp_path_factory) -> Path:
         tie_word_embeddings=True,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_store, tiny_architecture) -> Callable[..., Any]:
+    """Compose the configuration of a run of seconds: `tiny_run(folder, *overrides)`, rows of L = 32 tokens."""
+    from composing import composed
+
+    def configuration(folder: Path, *overrides: str) -> Any:
+        return composed(
+            "+experiment=tiny_base",
+            f"output_dir={folder}",
+            f"data.path={tiny_store}",
+            f"model.config={tiny_architecture}",
+            "model.context_len=32",
+            "data.seq_len=32",
+            "evaluation.lengths=[32,64]",
+            *overrides,
+        )
+
+    return configuration

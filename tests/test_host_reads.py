@@ -10,7 +10,6 @@ from collections import Counter
 
 import pytest
 import torch
-from composing import composed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -62,7 +61,7 @@ def caller() -> str:
 
 
 @pytest.fixture
-def counted(tmp_path, tiny_store, tiny_architecture, monkeypatch):
+def counted(tmp_path, tiny_run, monkeypatch):
     """Runs two steps of train.run; returns what was counted in the second one, and its figures."""
     counts, figures, mode = [], [], None
 
@@ -92,22 +91,8 @@ def counted(tmp_path, tiny_store, tiny_architecture, monkeypatch):
     monkeypatch.setattr(trainer, "train_step", watched)
 
     def run(*overrides: str):
-        train.run(
-            composed(
-                "+experiment=tiny_base",
-                f"output_dir={tmp_path / 'run'}",
-                f"data.path={tiny_store}",
-                f"model.config={tiny_architecture}",
-                "model.context_len=32",
-                "data.seq_len=32",
-                "evaluation=never",
-                "scaling=clex",
-                "optim.batch_rows=6",
-                "engine.micro_batch=2",
-                "optim.steps=2",
-                *overrides,
-            )
-        )
+        batch = ("optim.batch_rows=6", "engine.micro_batch=2", "optim.steps=2")
+        train.run(tiny_run(tmp_path / "run", "evaluation=never", "scaling=clex", *batch, *overrides))
         return counts[-1], figures[-1]
 
     return run

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from composing import composed
 from omegaconf import OmegaConf
 
 import train
@@ -10,25 +9,12 @@ from clex_train import kernels
 
 
 @pytest.fixture
-def run(tmp_path, tiny_store, tiny_architecture):
+def run(tmp_path, tiny_run):
     """train.run for two steps on a tiny model."""
 
     def start(*overrides: str) -> int:
-        return train.run(
-            composed(
-                "+experiment=tiny_base",
-                f"output_dir={tmp_path / 'run'}",
-                f"data.path={tiny_store}",
-                f"model.config={tiny_architecture}",
-                "model.context_len=32",
-                "data.seq_len=32",
-                "evaluation=never",
-                "optim.batch_rows=2",
-                "checkpoint.every=2",
-                "optim.steps=4",
-                *overrides,
-            )
-        )
+        length = ("optim.batch_rows=2", "checkpoint.every=2", "optim.steps=4")
+        return train.run(tiny_run(tmp_path / "run", "evaluation=never", *length, *overrides))
 
     start.folder = tmp_path / "run"
     return start

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from composing import CONF, composed
+from composing import CONF
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -83,17 +83,10 @@ ALL = ("activation_checkpointing=true", "offload_activations=true", "tiled_loss=
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_run_with_all_of_them_ends_at_the_weights_of_one_without(
-    tmp_path, tiny_store, tiny_architecture, stage: int
-) -> None:
+def test_a_run_with_all_of_them_ends_at_the_weights_of_one_without(tmp_path, tiny_run, stage: int) -> None:
     def final(name: str, *overrides: str) -> dict[str, torch.Tensor]:
-        config = composed(
-            "+experiment=tiny_base",
-            f"output_dir={tmp_path / name}",
-            f"data.path={tiny_store}",
-            f"model.config={tiny_architecture}",
-            "model.context_len=32",
-            "data.seq_len=32",
+        config = tiny_run(
+            tmp_path / name,
             "data.document_mask=true",
             "evaluation=never",
             "scaling=clex",

@@ -18,7 +18,7 @@ class Reached(Exception):
 
 
 @pytest.fixture
-def first_lines(tmp_path, tiny_store, tiny_architecture, monkeypatch, capsys):
+def first_lines(tmp_path, tiny_run, monkeypatch, capsys):
     """Everything that a run prints before it opens a process group."""
 
     def stop(*_):
@@ -27,18 +27,8 @@ def first_lines(tmp_path, tiny_store, tiny_architecture, monkeypatch, capsys):
     monkeypatch.setattr(engines, "open_process_group", stop)
 
     def lines(*overrides: str) -> list[str]:
-        config = composed(
-            "+experiment=tiny_base",
-            f"output_dir={tmp_path / 'run'}",
-            f"data.path={tiny_store}",
-            f"model.config={tiny_architecture}",
-            "model.context_len=32",
-            "data.seq_len=32",
-            "evaluation.lengths=[32,64]",
-            *overrides,
-        )
         with pytest.raises(Reached):
-            train.run(config)
+            train.run(tiny_run(tmp_path / "run", *overrides))
         return capsys.readouterr().err.splitlines()
 
     return lines

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def refusal(tmp_path, tiny_store, tiny_architecture, monkeypatch):
+def refusal(tmp_path, tiny_run, monkeypatch):
     """The line that a run with these overrides ends in, before it opens a process group."""
 
     def too_late(*_):
@@ -31,16 +31,7 @@ def refusal(tmp_path, tiny_store, tiny_architecture, monkeypatch):
     monkeypatch.setattr(engines, "open_process_group", too_late)
 
     def line(*overrides: str) -> str:
-        config = composed(
-            "+experiment=tiny_base",
-            f"output_dir={tmp_path / 'run'}",
-            f"data.path={tiny_store}",
-            f"model.config={tiny_architecture}",
-            "model.context_len=32",
-            "data.seq_len=32",
-            "evaluation.lengths=[32,64]",
-            *overrides,
-        )
+        config = tiny_run(tmp_path / "run", *overrides)
         with pytest.raises(ValueError) as raised:  # noqa: PT011  the message is what the tests look at
             train.run(config)
         text = explain(raised.value)

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from composing import composed
 
 import train
 from clex_train import architectures, modeling, seeding, trainer
@@ -41,17 +40,13 @@ class GivenRows:
 
 
 @pytest.fixture
-def run(tmp_path, tiny_store, tiny_architecture, monkeypatch):
+def run(tmp_path, tiny_run, monkeypatch):
     """train.run on `GivenRows`, documents apart; returns its configuration."""
     monkeypatch.setattr(build, "ShuffledRows", GivenRows)
 
     def start(name: str, *overrides: str):
-        config = composed(
-            "+experiment=tiny_base",
-            f"output_dir={tmp_path / name}",
-            f"data.path={tiny_store}",
-            f"model.config={tiny_architecture}",
-            "model.context_len=32",
+        config = tiny_run(
+            tmp_path / name,
             f"data.seq_len={SEQ_LEN}",
             "data.document_mask=true",
             "evaluation=never",

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from composing import composed
 from safetensors.torch import load_file, save_file
 
 import train
@@ -24,27 +23,12 @@ def stage(request) -> int:
 
 
 @pytest.fixture
-def run(tmp_path, tiny_store, tiny_architecture):
+def run(tmp_path, tiny_run):
     """train.run on a tiny model, without evaluation unless an override asks for it."""
 
     def start(*overrides: str) -> int:
-        return train.run(
-            composed(
-                "+experiment=tiny_base",
-                f"output_dir={tmp_path / 'run'}",
-                f"data.path={tiny_store}",
-                f"model.config={tiny_architecture}",
-                "model.context_len=32",
-                "data.seq_len=32",
-                "evaluation=never",
-                "evaluation.lengths=[32,64]",
-                "scaling=clex",
-                "optim.batch_rows=2",
-                "optim.steps=8",
-                "checkpoint.every=2",
-                *overrides,
-            )
-        )
+        length = ("optim.batch_rows=2", "optim.steps=8", "checkpoint.every=2")
+        return train.run(tiny_run(tmp_path / "run", "evaluation=never", "scaling=clex", *length, *overrides))
 
     start.folder = tmp_path / "run"
     return start

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from composing import composed
 from safetensors.torch import load_file
 
 import train
@@ -16,28 +15,14 @@ from clex_train.faults import RunStopped, StopRequested
 
 
 @pytest.fixture
-def run(tmp_path, tiny_store, tiny_architecture, monkeypatch):
+def run(tmp_path, tiny_run, monkeypatch):
     """train.run on a tiny model, in a folder of the test."""
     monkeypatch.setattr(stopping, "POLL_SECONDS", 0.0)
 
     def start(name: str, *overrides: str) -> Path:
-        train.run(
-            composed(
-                "+experiment=tiny_base",
-                f"output_dir={tmp_path / name}",
-                f"data.path={tiny_store}",
-                f"model.config={tiny_architecture}",
-                "model.context_len=32",
-                "data.seq_len=32",
-                "evaluation.lengths=[32,64]",
-                "evaluation.methods=[trained]",
-                "evaluation.num_windows=2",
-                "scaling=clex",
-                "optim.batch_rows=2",
-                "optim.steps=6",
-                *overrides,
-            )
-        )
+        evaluation = ("evaluation.methods=[trained]", "evaluation.num_windows=2")
+        length = ("optim.batch_rows=2", "optim.steps=6")
+        train.run(tiny_run(tmp_path / name, "scaling=clex", *evaluation, *length, *overrides))
         return tmp_path / name
 
     start.folder = tmp_path
