@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
 from clex_train import log, opening
+from clex_train.cli import loading
 from clex_train.engine import deepspeed as engines
 from clex_train.settings.model import ModelConfig
 
@@ -109,3 +110,14 @@ def test_a_refusal_comes_after_what_was_found_before_it(monkeypatch, capsys):
     with pytest.raises(ValueError, match="refused"):
         refused()
     assert capsys.readouterr().err.endswith(" found\n")
+
+
+def test_other_ranks_log_at_once_when_rank_0_has_said_what_is_ahead(monkeypatch, capsys):
+    log_to_stderr(monkeypatch)
+    monkeypatch.setattr("clex_train.distributed.rank", lambda: 1)
+    for say in (lambda: opening.say("title", []), lambda: loading.say_what_is_ahead("evaluate", None, None, [])):
+        with log.after_opening():
+            log.get("clex_train").warning("found")
+            assert capsys.readouterr().err == ""
+            say()
+            assert capsys.readouterr().err.endswith(" found\n")

@@ -156,6 +156,8 @@ def require_writable(output: Path) -> None:
 def say_what_is_ahead(program: str, asked: LoadingConfig, source: Source, lines: Iterable[str]) -> None:
     """Print what is about to be run, before weights are read; `lines` are the program's own."""
     if not distributed.is_main():
+        # What rank 0 does once its block is printed.
+        log.release()
         return
     arch = architectures.to_read(source.model)
     precision = deepspeed.precision(EngineConfig(precision=asked.precision))
