@@ -94,6 +94,8 @@ REACHED = (
         Reach(f"transformers.modeling_utils:LoadStateDictInfo@{name}", "a key of the loading report", _UNREAD)
         for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
     ),
+    Reach("transformers.utils.loading_report:log_state_dict_report=>LOAD REPORT", "its table is left out where a line "
+          "of ours names the tensors", "the table appears beside that line"),
     Reach("transformers.modeling_utils:PreTrainedModel.gradient_checkpointing_enable", "activation checkpointing",
           "recomputation fails at the start"),
     Reach("transformers.modeling_utils:PreTrainedModel.activation_checkpointing_enable", "the same, by its new name",
