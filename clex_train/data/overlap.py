@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clex_train import distributed, log
+from clex_train import log
 from clex_train.data.store import TokenStore
 
 logger = log.get(__name__)
@@ -52,6 +52,8 @@ def require_disjoint(train: Iterable[TokenStore], held_out: TokenStore, allow_ov
     Raises:
         ValueError: a text is on both sides; says how many are, one of them by its origin on both sides, and the remedy.
     """
+    from clex_train import distributed  # here: a program that only tokenises needs no torch
+
     for store in train:
         found = overlap(store, held_out)
         if not found:

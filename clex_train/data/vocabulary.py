@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from clex_train import distributed
 from clex_train.data.store import TokenStore
 
 SPAN = 1 << 24
@@ -55,6 +54,8 @@ def check_embedding(store: TokenStore, num_rows: int, model: str, key: str = "da
     Raises:
         ValueError: naming `key`, the store and the id, before a device-side assert would.
     """
+    from clex_train import distributed  # here: a program that only tokenises needs no torch
+
     info = store.manifest.tokenizer
     if info.vocab_size <= num_rows:
         return
