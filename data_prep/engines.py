@@ -81,7 +81,8 @@ class GigatokenEngine:
         self._reference = TokenizersEngine(tokenizer_json)
         self._trusted = trusted_characters()
         self._parallel = num_threads() > 1
-        self._renew()
+        self._tokenizer = self._begin()
+        self._grown = 0
         texts = probes([token["content"] for token in json.loads(tokenizer_json).get("added_tokens") or []])
         for text, ours, theirs in zip(texts, self.encode(texts), self._reference.encode(texts), strict=True):
             if not np.array_equal(ours, theirs):
@@ -104,16 +105,19 @@ class GigatokenEngine:
             self._renew()
         return ids
 
-    def _renew(self) -> None:
+    def _begin(self) -> Any:
         import gigatoken
 
-        self._tokenizer: Any = None
-        gc.collect()
-        _return_free_memory()
         try:
-            self._tokenizer = gigatoken.Tokenizer.from_json(self._json)
+            return gigatoken.Tokenizer.from_json(self._json)
         except Exception as error:  # it raises RuntimeError and ValueError, whatever the reason
             raise Unsupported(first_line(error)) from error
+
+    def _renew(self) -> None:
+        self._tokenizer = None
+        gc.collect()
+        _return_free_memory()
+        self._tokenizer = self._begin()
         self._grown = 0
 
     def _doubtful(self, texts: Sequence[str]) -> list[int]:
