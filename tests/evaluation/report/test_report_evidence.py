@@ -12,7 +12,7 @@ from evaluation_files import ORIGIN, add_to_file, make_run, outcome, relabelled,
 from clex_train.cli import console
 from clex_train.cli import report as program
 from clex_train.evaluation import results
-from clex_train.evaluation.report import evidence
+from clex_train.evaluation.report import evidence, gallery
 
 
 @pytest.fixture
@@ -20,6 +20,13 @@ def runs(tmp_path: Path) -> dict[str, Path]:
     base = make_run(tmp_path / "runs" / "base", {"none": [35, 60, 900], "ntk": [35, 34, 50]}, learned=False)
     clex = make_run(tmp_path / "runs" / "clex", {"trained": [34, 33, 36]}, learned=True)
     return {"base": base, "clex": clex}
+
+
+@pytest.fixture
+def _nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty image stands for each figure, where only files and texts are looked at."""
+    monkeypatch.setattr(gallery, "png", lambda figure: b"")
+    monkeypatch.setattr(gallery, "svg", lambda figure, size: "<svg></svg>")
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -113,6 +120,7 @@ def test_values_that_are_not_finite_are_left_out_of_a_column(tmp_path: Path) -> 
     assert (steps.tolist(), losses.tolist()) == ([2], [4.5])
 
 
+@pytest.mark.usefixtures("_nothing_is_drawn")
 def test_what_cannot_be_reported_on_is_named_with_the_remedy(runs, tmp_path, monkeypatch, capsys) -> None:
     unfinished = make_run(tmp_path / "unfinished", {"none": [3, 4, 5]}, learned=False)
     (unfinished / "final" / "config.json").unlink()
@@ -166,6 +174,7 @@ def test_an_output_that_is_a_file_is_refused_in_one_line(runs, tmp_path, monkeyp
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.usefixtures("_nothing_is_drawn")
 @pytest.mark.parametrize("name", ["perplexity.png", "perplexity.md", "report.json", "index.html"])
 def test_a_file_that_cannot_be_written_is_named_in_one_line_and_kept(name, runs, tmp_path, monkeypatch, capsys) -> None:
     out, replace = tmp_path / "out", Path.replace
@@ -186,6 +195,7 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line_and_kept(name, runs,
     assert (out / name).read_bytes() == before[name]
 
 
+@pytest.mark.usefixtures("_nothing_is_drawn")
 def test_a_folder_in_the_place_of_the_page_is_named_in_one_line(runs, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "out" / "index.html").mkdir(parents=True)
     assert call(monkeypatch, runs["base"], f"output={tmp_path / 'out'}") == console.STOPPED
@@ -193,6 +203,7 @@ def test_a_folder_in_the_place_of_the_page_is_named_in_one_line(runs, tmp_path, 
     assert said.startswith(f"error: output={tmp_path / 'out' / 'index.html'}: cannot be written (Is a directory); ")
 
 
+@pytest.mark.usefixtures("_nothing_is_drawn")
 def test_a_second_report_removes_the_figures_that_only_the_first_had(runs, tmp_path, monkeypatch) -> None:
     out = tmp_path / "out"
     assert call(monkeypatch, runs["clex"], f"output={out}") == 0
@@ -205,6 +216,7 @@ def test_a_second_report_removes_the_figures_that_only_the_first_had(runs, tmp_p
     assert call(monkeypatch, runs["base"], f"output={out}") == 0
 
 
+@pytest.mark.usefixtures("_nothing_is_drawn")
 def test_every_row_and_figure_of_the_json_has_command_weights_data_commit_and_hardware(runs, tmp_path, monkeypatch):
     assert call(monkeypatch, *runs.values(), f"output={tmp_path}") == 0
     content = json.loads((tmp_path / "report.json").read_text())
