@@ -79,7 +79,9 @@ def test_gigatoken_gives_the_ids_of_tokenizers_for_any_text(base: dict[str, Any]
         assert ours.tolist() == theirs.tolist(), ascii(text)
 
 
-@pytest.mark.parametrize("name", ["gpt2, NFC", "llama3", "o200k"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("gpt2, NFC", marks=pytest.mark.slow), pytest.param("llama3", marks=pytest.mark.slow), "o200k"]
+)
 def test_gigatoken_agrees_on_every_character_that_is_trusted(base: dict[str, Any], name: str) -> None:
     """Letter, number, white space or mark: what a character is taken for shows in the words around it."""
     content = json.dumps(byte_level_variants(base)[name])
