@@ -16,7 +16,7 @@ smoke: environment  ## the same with few steps, about two minutes
 	$(BIN)/python -m launch.quickstart --smoke
 
 test: .venv/dev  ## the suite without the markers slow, gpu and slurm, on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-oldest: .venv-oldest/dev  ## what depends most on transformers and DeepSpeed, on the oldest versions allowed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(OLDEST)
