@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm_processes import Program
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "your_model.md").read_text(encoding="utf-8")
@@ -125,8 +126,8 @@ def test_the_plan_for_eight_gpus_is_one(outputs):
     ],
 )
 def test_the_three_refusals_are_those_of_the_page(outputs, place, arguments, line):
-    command = [sys.executable, "train.py", "name=refused", "data.path=corpora/mine", "scaling=clex", *arguments]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, check=False)
+    command = ["train.py", "name=refused", "data.path=corpora/mine", "scaling=clex", *arguments]
+    done = Program(command, place).end()
     assert done.returncode == 2, done.stderr
     refusals = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
     assert len(refusals) == 1

@@ -42,14 +42,14 @@ GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 class Program:
     """A script with its arguments, or `-m` and a module, as they would follow `python`."""
 
-    def __init__(self, command: list[str], **variables: str) -> None:
+    def __init__(self, command: list[str], folder: Path = ROOT, **variables: str) -> None:
         own = {name: value for name, value in os.environ.items() if name not in GROUP}
         self.command = command
-        self._folder = tempfile.TemporaryDirectory()
-        self.outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        self._outputs = tempfile.TemporaryDirectory()
+        self.outputs = [Path(self._outputs.name, name) for name in ("stdout", "stderr")]
         for output in self.outputs:
             output.touch()
-        arguments = (command, own | {"PYTHONPATH": str(ROOT)} | variables, self.outputs)
+        arguments = (command, folder, own | {"PYTHONPATH": str(ROOT)} | variables, self.outputs)
         self.process: Any = _context().Process(target=_program, args=arguments)
         self.process.start()
 
@@ -116,11 +116,11 @@ def _context() -> Any:
     return context
 
 
-def _program(command: list[str], variables: dict[str, str], outputs: list[Path]) -> None:
+def _program(command: list[str], folder: Path, variables: dict[str, str], outputs: list[Path]) -> None:
     """Become the program."""
     for number, output in enumerate(outputs, 1):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), number)
-    os.chdir(ROOT)
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""})
     torch.set_num_threads(1)
@@ -129,5 +129,5 @@ def _program(command: list[str], variables: dict[str, str], outputs: list[Path])
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = command
-        sys.path[:0] = [str(ROOT), str((ROOT / command[0]).parent)]
+        sys.path[:0] = [str(ROOT), str(Path(command[0]).absolute().parent)]
         runpy.run_path(command[0], run_name="__main__")

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ports import free_port
+from warm_processes import GROUP, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a process group that was opened in this process leaves in the environment."""
 
 
 @dataclass
@@ -25,9 +24,13 @@ class Launcher:
 
     def command(self, ranks: int, name: str, *overrides: str) -> list[str]:
         """DeepSpeed's launcher with `ranks` CPU ranks on a model of some 50 thousand parameters."""
-        launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", free_port(), "train.py"]
+        launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", free_port()]
+        return [*(launcher if ranks > 1 else [sys.executable]), *self.program(name, *overrides)]
+
+    def program(self, name: str, *overrides: str) -> list[str]:
+        """What each rank runs."""
         return [
-            *(launcher if ranks > 1 else [sys.executable, "train.py"]),
+            "train.py",
             "+experiment=tiny_base",
             f"output_dir={self.folder / name}",
             f"data.path={self.store}",
@@ -45,7 +48,11 @@ class Launcher:
         ]
 
     def run(self, ranks: int, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-        """Run to the end; the output is kept."""
+        """Run to the end, without a launcher; the output of one rank is kept."""
+        return run_ranks(ranks, self.program(name, *overrides))
+
+    def launch(self, ranks: int, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+        """Run to the end as a user would; the output is kept."""
         return subprocess.run(
             self.command(ranks, name, *overrides),
             cwd=ROOT,

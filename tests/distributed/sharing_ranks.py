@@ -1,4 +1,4 @@
-"""Loss and gradients of one step whose rows two ranks share under ZeRO-3; run by torchrun.
+"""Loss and gradients of one step whose rows two ranks share under ZeRO-3.
 
     python -m torch.distributed.run --nproc_per_node 2 tests/distributed/sharing_ranks.py FOLDER CASE...
 

@@ -2,13 +2,10 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from distributed_runs import ROOT, environment
-from ports import free_port
+from warm_processes import run_ranks
 
 
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
@@ -22,18 +19,8 @@ def test_both_ranks_skip_the_step_and_name_the_rank_and_its_rows(launcher, stage
         "optim.steps=5",
         "evaluation=never",
     )
-    arguments = launcher.command(1, name, *overrides)[2:]
-    meet = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     # Micro-batches of two rows: step 3 reads 16 to 23, rank 1 of its second micro-batch 22 and 23.
-    done = subprocess.run(
-        [sys.executable, *meet, script, "22", *arguments],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = run_ranks(2, [script, "22", *launcher.program(name, *overrides)[1:]])
     assert done.returncode == 0, done.stderr[-3000:]
     written = map(json.loads, (launcher.folder / name / "metrics.jsonl").read_text().splitlines())
     lines = [line for line in written if "loss" in line]

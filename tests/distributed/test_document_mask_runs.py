@@ -1,14 +1,14 @@
-"""Documents kept apart, through the real launcher: rows with different numbers of scored tokens on two ZeRO-3 ranks."""
+"""Documents kept apart, in whole runs: rows with different numbers of scored tokens on two ZeRO-3 ranks."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from distributed_runs import ROOT, environment
+
+from data_prep import tokenize
+from data_prep.config import CorpusConfig, TokenizerConfig, TokenizeVerb
 
 OPTIONS = (
     "scaling=clex",
@@ -32,9 +32,9 @@ def short_documents(tmp_path_factory, tiny_store) -> Path:
         if paragraph.strip()
     ]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    made = [f"corpus.paths=[{folder / 'texts.jsonl'}]", f"tokenizer={tiny_store / 'tokenizer'}"]
-    command = [sys.executable, "-m", "data_prep", "tokenize", *made, f"output={folder / 'store'}"]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=600)
+    corpus = CorpusConfig(paths=[str(folder / "texts.jsonl")])
+    tokenizer = TokenizerConfig(path=str(tiny_store / "tokenizer"))
+    tokenize.run(TokenizeVerb(corpus=corpus, tokenizer=tokenizer, output=str(folder / "store")))
     return folder / "store"
 
 

@@ -2,15 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from distributed_runs import ROOT, environment
-from ports import free_port
 from resuming import CELLS, figures
 from safetensors.torch import load_file
+from warm_processes import run_ranks
 
 ELASTIC = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 
@@ -21,16 +18,7 @@ def resuming(tmp_path_factory, tiny_store, tiny_architecture):
     script = Path(__file__).with_name("resuming.py")
 
     def launch(folder: Path, ranks: int, verbs: str, *cells: str) -> Path:
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", free_port()]
-        command = [sys.executable, *(launcher if ranks > 1 else []), str(script), str(folder)]
-        done = subprocess.run(
-            [*command, str(tiny_store), str(tiny_architecture), verbs, *cells],
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        done = run_ranks(ranks, [str(script), str(folder), str(tiny_store), str(tiny_architecture), verbs, *cells])
         assert done.returncode == 0, done.stderr[-3000:]
         return folder
 

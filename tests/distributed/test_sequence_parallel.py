@@ -1,32 +1,27 @@
 """Two ranks that share each row take the step of one rank: its loss, and every gradient."""
 
 import json
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from distributed_runs import ROOT, environment
-from ports import free_port
 from safetensors.torch import load_file
 from sharing_ranks import CASES, save_model
 from sharing_ranks import alone as by_one_process
+from warm_processes import run_ranks
 
 alone = cache(by_one_process)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The figures of every case, by one launch on two ranks under ZeRO-3."""
+    """The figures of every case, by one run of two ranks under ZeRO-3."""
     folder = tmp_path_factory.mktemp("shared_rows")
     for case in CASES:
         save_model(folder, case)
     script = Path(__file__).with_name("sharing_ranks.py")
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    command = [sys.executable, *launcher, str(script), str(folder), *CASES]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    done = run_ranks(2, [str(script), str(folder), *CASES])
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

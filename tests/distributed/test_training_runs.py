@@ -1,17 +1,14 @@
 """Whole runs through the real launcher: ranks do not change the curve, an interruption does not change a bit."""
 
-import os
 import shutil
-import signal
-import subprocess
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from distributed_runs import ROOT, environment
+from ports import free_port
 from safetensors.torch import load_file
+from warm_processes import Program, rank_of
 
 CLEX = ("scaling=clex", "scaling.lr_scale=1.0", "scaling.t_max=4", "checkpoint.every=5", "checkpoint.keep_last=8")
 
@@ -27,7 +24,7 @@ def one_rank(launcher):
 @pytest.fixture(scope="session")
 def two_ranks(launcher):
     """The same global batch on two ZeRO-3 ranks, accumulation 4, uninterrupted."""
-    done = launcher.run(2, "two", *CLEX, "engine.micro_batch=1")
+    done = launcher.launch(2, "two", *CLEX, "engine.micro_batch=1")
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -87,21 +84,14 @@ def test_a_finished_run_is_left_as_it_is(launcher, one_rank):
 
 def _kill_after(launcher, ranks: int, name: str, steps: int, overrides: tuple[str, ...]) -> bool:
     """Start a run and kill -9 every process of it once its metrics show `steps` steps; whether it had more to take."""
-    process = subprocess.Popen(
-        launcher.command(ranks, name, *overrides),
-        cwd=ROOT,
-        env=environment(),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    port, command = free_port(), launcher.program(name, *overrides)
+    processes = [Program(command, **rank_of(rank, ranks, port)) for rank in range(ranks)]
     metrics = Path(launcher.folder / name / "metrics.jsonl")
     while not (metrics.exists() and metrics.read_text().count('"loss"') >= steps):
-        assert not process.poll(), "the run failed"
+        assert not any(process.process.exitcode for process in processes), "the run failed"
         time.sleep(0.005)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for process in processes:
+        process.kill()
     return len(launcher.figures(name, "loss")) < 20
 
 

@@ -1,15 +1,11 @@
 """A rank that dies, freezes or hangs: the other one ends within the timeout and says which rank it was."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from distributed_runs import ROOT, environment
 from ports import free_port
+from warm_processes import Program, rank_of
 
 from clex_train.faults import RankLost
 
@@ -19,22 +15,19 @@ STUCK = 240
 """Seconds after which a test is given up, on a machine with much other work too."""
 
 
-def pair(fault: str, rank: int, timeout: float = TIMEOUT) -> tuple[subprocess.Popen, subprocess.Popen]:
+def pair(fault: str, rank: int, timeout: float = TIMEOUT) -> tuple[Program, Program]:
     """Both ranks, without a launcher that would end one with the other."""
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(SCRIPT), fault, str(rank), str(timeout)]
-    first, second = (
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment() | meeting | {"RANK": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in (0, 1)
-    )
+    port, command = free_port(), [str(SCRIPT), fault, str(rank), str(timeout)]
+    first, second = (Program(command, **rank_of(number, 2, port)) for number in (0, 1))
     return first, second
+
+
+def await_fault(culprit: Program) -> None:
+    """Wait for the line that a rank writes before its fault."""
+    stop = time.monotonic() + STUCK
+    while culprit.said() != "now\n":
+        assert time.monotonic() < stop, culprit.said()
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -51,20 +44,18 @@ def test_the_other_rank_ends_and_names_it(fault, rank, words):
     processes = pair(fault, rank)
     culprit, other = processes[rank], processes[1 - rank]
     try:
-        assert culprit.stdout.readline() == "now\n"
+        await_fault(culprit)
         start = time.monotonic()
-        _, errors = other.communicate(timeout=STUCK)
-        assert other.returncode == RankLost.exit_code, errors
-        (line,) = [line for line in errors.splitlines() if line.startswith(("LOST", "error:"))]
+        done = other.end(STUCK)
+        assert done.returncode == RankLost.exit_code, done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith(("LOST", "error:"))]
         assert f"rank {rank}" in line, line
         assert f"rank {1 - rank}" not in line, line
         assert words in line, line
         assert time.monotonic() - start < 6 * TIMEOUT, "twice is long"
     finally:
-        for process in (culprit, other):
-            if process.poll() is None:
-                os.kill(process.pid, signal.SIGKILL)
-                process.communicate()
+        for process in processes:
+            process.kill()
 
 
 def test_a_rank_that_lost_another_ends_before_slurm_repeats_its_signal():
@@ -75,17 +66,17 @@ def test_a_rank_that_lost_another_ends_before_slurm_repeats_its_signal():
     taken = []
     while not taken or (taken[-1] >= 10 and len(taken) < 4):
         other, culprit = pair("killed", 1, timeout=1800.0)
-        culprit.communicate(timeout=STUCK)
+        culprit.end(STUCK)
         died = time.monotonic()
-        _, errors = other.communicate(timeout=STUCK)
+        done = other.end(STUCK)
         taken.append(time.monotonic() - died)
-        assert other.returncode == RankLost.exit_code
-        assert "rank 1 is gone" in errors
+        assert done.returncode == RankLost.exit_code
+        assert "rank 1 is gone" in done.stderr
     assert min(taken) < 10, taken
 
 
 def test_ranks_that_end_well_are_not_missed():
     processes = pair("none", 0)
     for process in processes:
-        _, errors = process.communicate(timeout=STUCK)
-        assert process.returncode == 0, errors
+        done = process.end(STUCK)
+        assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Two gloo ranks under a watchdog, one of which misbehaves; run by torchrun: `watched_ranks.py FAULT TIMEOUT`."""
+"""Two gloo ranks under a watchdog, one of which misbehaves; `watched_ranks.py FAULT RANK TIMEOUT`."""
 
 import os
 import signal

@@ -1,6 +1,5 @@
 """Ranks meet beside another job: at a port of their own where none was named, else one line says that it is taken."""
 
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import torch
 from ports import free_port
+from warm_processes import call_on_two_ranks
 
 from clex_train.engine import rendezvous
 
@@ -60,11 +60,11 @@ def test_a_launch_beside_another_job_at_deepspeeds_port_takes_one_of_its_own():
     assert not list(Path(tempfile.gettempdir()).glob(f"clex_train_port_{os.getuid()}_*.tmp"))
 
 
-def _meet_without_waiting(rank: int, folder: str, seconds_late: float) -> None:
+def _meet_without_waiting(rank: int, folder: str) -> None:
     """A rank under a backend whose group opens without waiting for the others, as NCCL's does."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: F401  registers the backend
 
-    time.sleep(seconds_late)
+    time.sleep(2.0 * rank)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", TMPDIR=folder)
     tempfile.tempdir = folder
     rendezvous._launcher = lambda: psutil.Process(os.getppid())
@@ -74,13 +74,7 @@ def _meet_without_waiting(rank: int, folder: str, seconds_late: float) -> None:
 
 
 def test_a_rank_that_comes_late_finds_the_port_whatever_the_backend_waits_for(tmp_path):
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=_meet_without_waiting, args=(rank, str(tmp_path), 2.0 * rank)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    call_on_two_ranks(_meet_without_waiting, str(tmp_path))
     first, second = ((tmp_path / f"met_{rank}").read_text() for rank in (0, 1))
     assert first == second
     assert {path.name for path in tmp_path.iterdir()} == {"met_0", "met_1"}

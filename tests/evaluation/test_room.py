@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
+from warm_processes import call_on_two_ranks
 
 from clex_train.evaluation import room
 from clex_train.evaluation.methods import tables
@@ -113,9 +113,8 @@ def test_ranks_that_share_weights_stop_because_the_others_wait(monkeypatch) -> N
         Room(model, "a cell").attempt(too_much_for_the_host)
 
 
-def test_ranks_agree_on_what_one_of_them_does_not_hold(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    torch.multiprocessing.spawn(_rank_main, args=(str(tmp_path),), nprocs=2)
+def test_ranks_agree_on_what_one_of_them_does_not_hold(tmp_path: Path) -> None:
+    call_on_two_ranks(_rank_main, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert [cell[2:] for cell in first["missing"]] == [[64, f"rank 1: {SAID}"]] * 4

@@ -9,8 +9,8 @@ import numpy as np
 import plain_llama
 import pytest
 import torch
-import torch.multiprocessing
 from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
+from warm_processes import call_on_two_ranks
 
 from clex_train import progress
 from clex_train.evaluation.methods import FORMULAS, tables
@@ -135,9 +135,8 @@ def test_ranks_get_equal_batches_and_every_piece_counts_once(num_pieces: int, ba
     assert sorted(counted.tolist()) == list(range(num_pieces))
 
 
-def test_two_ranks_give_the_numbers_of_one_with_equally_many_forwards_each(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    torch.multiprocessing.spawn(_rank_main, args=(str(tmp_path),), nprocs=2)
+def test_two_ranks_give_the_numbers_of_one_with_equally_many_forwards_each(tmp_path: Path) -> None:
+    call_on_two_ranks(_rank_main, str(tmp_path))
     expected = run().scores
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["bar"][0] == first["bar"][1] > 0

@@ -9,11 +9,11 @@ from typing import Any
 import copying_llama
 import pytest
 import torch
-import torch.multiprocessing
 from copying_llama import CONTEXT_LEN, KnowingLlama
 from local_tokenizers import TEXTS, byte_level
 from small_cells import documents_of, make_cells
 from transformers import LlamaForCausalLM
+from warm_processes import call_on_two_ranks
 
 from clex_train.evaluation import methods
 from clex_train.evaluation.results import Missing, TaskScore, task_metrics
@@ -194,9 +194,8 @@ def test_a_length_beyond_the_table_is_refused_before_any_forward(byte_tokenizer:
         run(model, long)
 
 
-def test_two_ranks_give_the_scores_of_one_with_equally_many_forwards_each(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    torch.multiprocessing.spawn(_rank_main, args=(str(tmp_path),), nprocs=2)
+def test_two_ranks_give_the_scores_of_one_with_equally_many_forwards_each(tmp_path: Path) -> None:
+    call_on_two_ranks(_rank_main, str(tmp_path))
     expected = _half_right()
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["forwards"] == second["forwards"] > 0
