@@ -5,7 +5,8 @@ BIN := .venv/bin
 PIP := -m pip install --disable-pip-version-check
 # The newest versions that were run, unless the environment has its own reasons: make CONSTRAINTS=other.txt
 CONSTRAINTS ?= constraints.txt
-OLDEST := tests/rope tests/attention tests/libraries tests/engine tests/test_api.py tests/test_checkpoint.py
+OLDEST := tests/rope tests/attention tests/libraries tests/engine tests/test_api.py tests/test_checkpoint.py \
+	tests/test_tracking.py tests/evaluation/report tests/data_prep/test_damaged_files.py tests/data_prep/test_readers.py
 
 .PHONY: quickstart smoke test test-oldest test-slow test-gpu test-slurm check format environment clean
 
