@@ -1,8 +1,4 @@
-"""What ends a run before its last step, each with its own exit code; how a full memory is recognised, and a file that
-git-lfs has not downloaded.
-"""
-
-from pathlib import Path
+"""What ends a run before its last step, each with its own exit code; and how a full memory is recognised."""
 
 ALLOCATOR_WORDS = (
     "can't allocate memory",
@@ -11,9 +7,6 @@ ALLOCATOR_WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 """By which errors of allocators that are plain `RuntimeError`s are known."""
-LFS_HEADER = b"version https://git-lfs.github.com/spec/"
-LFS_MOST_BYTES = 1024
-"""The most that the specification of git-lfs allows a pointer to have."""
 
 
 class RunStopped(RuntimeError):
@@ -51,11 +44,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATOR_WORDS):
         return True
     return error.__cause__ is not None and is_out_of_memory(error.__cause__)
-
-
-def is_lfs_pointer(path: str | Path) -> bool:
-    """Tell whether a file is what git-lfs leaves in place of one not downloaded; only small files are opened."""
-    if Path(path).stat().st_size > LFS_MOST_BYTES:
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(LFS_HEADER)) == LFS_HEADER

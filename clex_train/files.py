@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+LFS_HEADER = b"version https://git-lfs.github.com/spec/"
+LFS_MOST_BYTES = 1024
+"""The most that the specification of git-lfs allows a pointer to have."""
+
 
 def publish(file: BinaryIO, path: Path) -> None:
     """Flush an open file to disk, close it and rename it to `path`."""
@@ -46,3 +50,11 @@ def complete_or_absent(directory: Path) -> Iterator[Path]:
         directory.rename(replaced)
     beside.rename(directory)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Tell whether a file is what git-lfs leaves in place of one not downloaded; only small files are opened."""
+    if Path(path).stat().st_size > LFS_MOST_BYTES:
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(LFS_HEADER)) == LFS_HEADER

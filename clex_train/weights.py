@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from clex_train import log
-from clex_train.faults import first_line, is_lfs_pointer
+from clex_train.faults import first_line
+from clex_train.files import is_lfs_pointer
 from clex_train.model_directory import WEIGHT_FILES, has_weights
 from clex_train.rope import official
 from clex_train.settings.bounds import require

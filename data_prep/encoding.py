@@ -9,7 +9,8 @@ from typing import Any
 from clex_train.data.bos import adds_bos
 from clex_train.data.manifest import TokenizerInfo
 from clex_train.data.vocabulary import vocabulary_sha256
-from clex_train.faults import first_line, is_lfs_pointer
+from clex_train.faults import first_line
+from clex_train.files import is_lfs_pointer
 
 TOKENIZER_FILES = (
     "tokenizer.json",
