@@ -16,7 +16,7 @@ from clex_train.settings.bounds import require
 
 
 def is_open() -> bool:
-    """Whether a process group exists."""
+    """Tell whether a process group exists."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -36,7 +36,7 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this rank: its CUDA device if there is one, else the CPU.
+    """Return the device of this rank: its CUDA device if there is one, else the CPU.
 
     Where a task is bound to one GPU (`srun --gpus-per-task=1`) that is cuda:0, whatever its number among the tasks.
     `ValueError` for more ranks than visible devices, on each of them: NCCL refuses two on one GPU in words of its own.
@@ -73,7 +73,7 @@ def _has_gpu_of_its_own(devices: str) -> bool:
 
 
 def to_device(tensor: torch.Tensor, target: torch.device | None = None) -> torch.Tensor:
-    """The tensor on this rank's device, or `target`, without the wait for the device of a copy from pageable memory."""
+    """Copy a tensor to this rank's device, or `target`, without waiting as a copy from pageable memory does."""
     target = target or device()
     if tensor.device.type == "cpu" and target.type == "cuda":
         return tensor.pin_memory().to(target, non_blocking=True)
@@ -147,7 +147,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The small picklable objects of all ranks, in their order, on every rank."""
+    """Gather the small picklable objects of all ranks, in their order, on every rank."""
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
@@ -156,7 +156,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
-    """The equally shaped tensors of all ranks, stacked in their order [ranks, ...], on every rank."""
+    """Gather equally shaped tensors of all ranks, stacked in their order [ranks, ...], on every rank."""
     if world_size() == 1:
         return tensor[None].clone()
     on_device = tensor.to(device())
@@ -166,5 +166,5 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on at least one rank; every rank gets the same answer."""
+    """Tell whether the flag is set on at least one rank; every rank gets the same answer."""
     return bool(all_reduce_sum(torch.tensor(float(flag))) > 0)

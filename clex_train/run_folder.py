@@ -173,7 +173,7 @@ def _lock(file: IO[str], path: Path, patience: float) -> None:
 
 
 def as_yaml(config: Config) -> str:
-    """The resolved configuration as YAML."""
+    """Render the resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -213,7 +213,7 @@ def _refuse_changes(path: Path, config: Config, safe: tuple[str, ...], own_conte
 
 
 def _resolved(plain: dict[str, Any], own_context: int | None) -> dict[str, Any]:
-    """A configuration with what keys of the model stand for when they are left out: earlier ones spelt them out."""
+    """Fill in what keys of the model stand for when they are left out: earlier configurations spelt them out."""
     model = dict(plain["model"])
     model["init"] = model["init"] or ("pretrained" if model["path"] else "random")
     model["context_len"] = model["context_len"] or own_context
@@ -221,5 +221,5 @@ def _resolved(plain: dict[str, Any], own_context: int | None) -> dict[str, Any]:
 
 
 def _plain(node: Any) -> Any:
-    """A configuration as dicts, lists and the names of enum members, the way it stands in YAML."""
+    """Convert a configuration to dicts, lists and the names of enum members, the way it stands in YAML."""
     return OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(node)))

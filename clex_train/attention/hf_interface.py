@@ -348,7 +348,7 @@ def _whole(
 def _rotations(
     model: nn.Module, attention: list[Any], num_positions: int
 ) -> tuple[list[Callable[[Tensor], Rotation]], RotarySite | None]:
-    """How each layer rotates, and where the rotary module is that it does so by, if any."""
+    """Find how each layer rotates, and the rotary module that it does so by, if any."""
     kind = model_kind(model)
     if kind in ADAPTERS and has_slopes(attention[0], kind):
         return [no_rotation] * len(attention), None

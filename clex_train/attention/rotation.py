@@ -67,7 +67,7 @@ class RotationTables:
         self._known: dict[tuple[Any, ...], tuple[Any, Tensor, Tensor]] = {}
 
     def rotation(self, x: Tensor, layer_idx: int, layer_type: str | None, turn: Turn) -> TableRotation:
-        """The rotation of layer `layer_idx` of `layer_type`, in the dtype and on the device of `x`."""
+        """Return the rotation of layer `layer_idx` of `layer_type`, in the dtype and on the device of `x`."""
         rotary = self.site.module
         if getattr(rotary, "positions", None) is not None:
             raise ValueError(
@@ -87,7 +87,7 @@ class RotationTables:
 
 
 def find_rotary_site(model: nn.Module) -> RotarySite:
-    """The one module that maps (x, position_ids) to (cos, sin); `ValueError` names the model type otherwise."""
+    """Find the one module that maps (x, position_ids) to (cos, sin); `ValueError` names the model type otherwise."""
     sites = [
         RotarySite(parent, name)
         for parent in model.modules()
@@ -108,7 +108,7 @@ def find_rotary_site(model: nn.Module) -> RotarySite:
 
 
 def turn_of(attention: nn.Module) -> Turn:
-    """The family's own rotation of one tensor; `ValueError` when its module has none of the usual form."""
+    """Return the family's own rotation of one tensor; `ValueError` when its module has none of the usual form."""
     source = sys.modules[type(attention).__module__]
     function = getattr(source, "apply_rotary_pos_emb", None)
     if function is None or list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
@@ -142,7 +142,7 @@ def _cos_sin(
 
 
 def _used_type(rotary: Any, layer_type: str | None) -> str | None:
-    """The type that the rotary module is called with; None where it knows no types."""
+    """Return the type that the rotary module is called with; None where it knows no types."""
     typed = "layer_type" in inspect.signature(type(rotary).forward).parameters
     return layer_type if typed and _has_types(rotary) else None
 

@@ -71,7 +71,7 @@ class Checkpoints:
         return max(self._list()[0], key=lambda found: found.manifest.step, default=None)
 
     def describe_newest(self) -> str:
-        """Where a stopped run stands, in words."""
+        """Describe where a stopped run stands."""
         found = self.newest()
         return f"the last checkpoint is {found.path}" if found else "there is no checkpoint yet"
 
@@ -164,7 +164,7 @@ class Checkpoints:
         return found.manifest.step, ode_state
 
     def _fits_ranks(self, found: Found) -> bool:
-        """Whether as many ranks wrote it, or each of them held everything."""
+        """Tell whether as many ranks wrote it, or each of them held everything."""
         return found.manifest.world_size == distributed.world_size() or found.manifest.zero_stage == 0
 
     def _load_converted(self, engine: Any, found: Found) -> Any:
@@ -187,7 +187,7 @@ class Checkpoints:
         return good, damage
 
     def _verify(self, found: Found) -> str | None:
-        """What is wrong with its contents, or None; the files are shared among the ranks. `RunsCode` on every rank."""
+        """Find what is wrong with its contents, or None. The ranks share the files; `RunsCode` is on every rank."""
         names = sorted(found.manifest.files, key=lambda name: -found.manifest.files[name])
         said = distributed.gather_objects(_wrong(found, names[distributed.rank() :: distributed.world_size()]))
         for refusal in said:
@@ -275,7 +275,7 @@ def _attempt(action: Any) -> Any:
 
 
 def _wrong(found: Found, names: list[str]) -> str | RunsCode | None:
-    """What is wrong with some files of a checkpoint, or None."""
+    """Find what is wrong with some files of a checkpoint, or None."""
     try:
         manifest.check_contents(found.path, found.manifest, names)
         with without_code(found.path):

@@ -227,7 +227,7 @@ def make_plan(asked: EvaluateConfig) -> Plan:
 
 
 def request(asked: EvaluateConfig, spec: EvaluationConfig, context_len: int) -> dict[str, Any]:
-    """What two evaluations have in common if one only repeats the other, beside their weights, data and dtype."""
+    """Collect what two evaluations share if one only repeats the other, beside weights, data and dtype."""
     shaping = {key: value for key, value in vars(spec).items() if key not in NOT_SHAPING}
     shaping |= {"seed": asked.seed, "stream_tokens": asked.stream_tokens, "context_len": context_len}
     plain: dict[str, Any] = json.loads(json.dumps(shaping, default=lambda choice: choice.value))
@@ -284,7 +284,7 @@ def stream(asked: EvaluateConfig, plan: Plan, text: Stream) -> tuple[Results, Or
 
 
 def facts(plan: Plan, dtype: torch.dtype) -> Origin:
-    """Where the numbers come from."""
+    """Record where the numbers come from."""
     path = Path(str(plan.model.path))
     weights = {"path": str(path), "hash": origin.weights_hash(path), "revision": plan.model.revision}
     described = origin.describe(plan.label, weights, plan.store, dtype)

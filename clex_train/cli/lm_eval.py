@@ -151,7 +151,7 @@ def longest(asked: LmEvalConfig, source: Source) -> int:
 
 
 def facts(asked: LmEvalConfig, source: Source, tasks: harness.Tasks, dtype: torch.dtype, max_length: int) -> Origin:
-    """Where the numbers come from; data that tasks fetch are known by the tasks' names alone."""
+    """Record where the numbers come from; data that tasks fetch are known by the tasks' names alone."""
     path, environment, data = Path(str(source.model.path)), origins.environment(dtype), {}
     if asked.include:
         data = {"path": asked.include, "fingerprint": origins.files_hash(Path(asked.include), TASK_FILES)}

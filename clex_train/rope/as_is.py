@@ -24,7 +24,7 @@ MOST_KNOWN = 256
 
 
 def install_as_is(model: nn.Module, context_len: int) -> RotaryHandle:
-    """The handle of a model that is only read: it does what it did before, whatever its positions are.
+    """Make the handle of a model that is only read: it does what it did before, whatever its positions are.
 
     `context_len` is L in tokens. `ValueError` names a model type that cannot be read through a KV cache, or whose
     RoPE follows the length in a way of its own.
