@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from clex_train.attention.choice import has_sdpa
 
@@ -60,14 +60,21 @@ def tiny_model(
     """A model of `family` in evaluation mode, its seeded weights large enough for attention to matter."""
     settings = {**_COMMON, "num_hidden_layers": num_layers, **FAMILIES[family], **overrides}
     torch.manual_seed(seed)
-    arch = AutoConfig.for_model(family, **settings)
-    # transformers before 5.21 computes some families by SDPA that it cannot compute.
-    named = {} if has_sdpa(arch) else {"attn_implementation": "eager"}
-    model = AutoModelForCausalLM.from_config(arch, **named).to(dtype).eval()
+    model = from_config(AutoConfig.for_model(family, **settings)).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "q_proj" in name or "k_proj" in name or "query_key_value" in name or "qkv_proj" in name:
                 parameter.mul_(8)
+    return model
+
+
+def from_config(arch: PretrainedConfig) -> PreTrainedModel:
+    """Build a model with random weights whose attention is the family's.
+
+    transformers before 5.21 offers SDPA for Gemma 2 and leaves out its cap.
+    """
+    named = {} if has_sdpa(arch) else {"attn_implementation": "eager"}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(arch, **named)
     return model
 
 

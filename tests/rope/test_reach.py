@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from rotary_families import CONTEXT, tokens
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from rotary_families import CONTEXT, from_config, tokens
+from transformers import AutoConfig, PreTrainedModel
 
 from clex_train import architectures
 from clex_train.api import apply_clex
@@ -53,7 +53,7 @@ UNSCALABLE: dict[str, dict[str, Any]] = {
 def model_of(kind: str, num_layers: int = 2, **settings: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     arch = AutoConfig.for_model(kind, **{**SIZES, "num_hidden_layers": num_layers, **settings})
-    model = AutoModelForCausalLM.from_config(arch).eval()
+    model = from_config(arch).eval()
     for name, parameter in model.named_parameters():
         if "q_proj" in name or "k_proj" in name:
             parameter.data.mul_(20)
