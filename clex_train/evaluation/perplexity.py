@@ -9,7 +9,7 @@ evaluation) lets t grow with every L tokens. Which spans of a window are read is
 """
 
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,17 +21,35 @@ from clex_train.libraries import kv_cache
 from clex_train.rope.growing import new_cache
 from clex_train.rope.patch import RotaryHandle
 
+Advance = Callable[[int], None]
+"""Called after each chunk with the tokens of a span read so far."""
+
 
 class Predict(typing.Protocol):
     """A way to read a span: tokens int64 [B, N] -> nll float32 [B, N]."""
 
     def __call__(
-        self, model: nn.Module, handle: RotaryHandle, tokens: Tensor, chunk_len: int, cache_on_host: bool = False
+        self,
+        model: nn.Module,
+        handle: RotaryHandle,
+        tokens: Tensor,
+        chunk_len: int,
+        cache_on_host: bool = False,
+        advance: Advance = ...,
     ) -> Tensor: ...
 
 
+def ignore(num_tokens: int) -> None:
+    """Watch no progress."""
+
+
 def one_shot(
-    model: nn.Module, handle: RotaryHandle, tokens: Tensor, chunk_len: int, cache_on_host: bool = False
+    model: nn.Module,
+    handle: RotaryHandle,
+    tokens: Tensor,
+    chunk_len: int,
+    cache_on_host: bool = False,
+    advance: Advance = ignore,
 ) -> Tensor:
     """nll float32 [B, N] of `tokens` int64 [B, N] at the least t >= N / L throughout; the first column is 0.
 
@@ -41,12 +59,17 @@ def one_shot(
     nll = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
     cache = _new_cache(model, tokens, chunk_len, cache_on_host)
     with handle.fixed(tokens.shape[1]):
-        _feed(model, tokens, 0, tokens.shape[1], chunk_len, cache, nll)
+        _feed(model, tokens, 0, tokens.shape[1], chunk_len, cache, nll, advance)
     return nll
 
 
 def chunked(
-    model: nn.Module, handle: RotaryHandle, tokens: Tensor, chunk_len: int, cache_on_host: bool = False
+    model: nn.Module,
+    handle: RotaryHandle,
+    tokens: Tensor,
+    chunk_len: int,
+    cache_on_host: bool = False,
+    advance: Advance = ignore,
 ) -> Tensor:
     """nll float32 [B, N] of `tokens` int64 [B, N] read L at a time, each L at the t that all tokens so far need.
 
@@ -59,7 +82,7 @@ def chunked(
     for start in range(0, tokens.shape[1], handle.context_len):
         stop = min(start + handle.context_len, tokens.shape[1])
         with handle.fixed(stop):
-            _feed(model, tokens, start, stop, chunk_len, cache, nll)
+            _feed(model, tokens, start, stop, chunk_len, cache, nll, advance)
     return nll
 
 
@@ -83,10 +106,20 @@ def _new_cache(model: nn.Module, tokens: Tensor, chunk_len: int, on_host: bool) 
     return new_cache(model, tokens.shape[1], on_host) if tokens.shape[1] > chunk_len else None
 
 
-def _feed(model: nn.Module, tokens: Tensor, start: int, stop: int, chunk_len: int, cache: Any, nll: Tensor) -> None:
+def _feed(
+    model: nn.Module,
+    tokens: Tensor,
+    start: int,
+    stop: int,
+    chunk_len: int,
+    cache: Any,
+    nll: Tensor,
+    advance: Advance,
+) -> None:
     """Read tokens [start, stop) in chunks through the cache, write what they predict (one further) into `nll`."""
     for first in range(start, stop, chunk_len):
         last = min(first + chunk_len, stop)
         targets = tokens[:, first + 1 : last + 1]
         inputs = {"input_ids": tokens[:, first:last], "use_cache": cache is not None, **kv_cache.passed(model, cache)}
         nll[:, first + 1 : last + 1] = score_chunk(model, targets, **inputs)
+        advance(last)

@@ -54,11 +54,13 @@ class Score:
     """Why there is no standard error."""
     curve: tuple[tuple[int, float, int], ...] = ()
     """`per_position`: (position in the window, mean nll, scored tokens) of equal bins of positions."""
+    copied_from: str = ""
+    """Key of the score that this one equals by definition and was copied from; empty for one of its own forwards."""
 
     @property
     def key(self) -> str:
         """`perplexity/<method>/<protocol>/<length>`."""
-        return f"perplexity/{self.method}/{self.protocol}/{self.length}"
+        return score_key(self.method, self.protocol, self.length)
 
     @property
     def mean_nll(self) -> float:
@@ -69,6 +71,16 @@ class Score:
     def perplexity(self) -> float:
         """exp of the mean nll; infinite where that overflows."""
         return math.exp(self.mean_nll) if not self.mean_nll > 700 else math.inf
+
+
+def score_key(method: str, protocol: str, length: int) -> str:
+    """`perplexity/<method>/<protocol>/<length>`."""
+    return f"perplexity/{method}/{protocol}/{length}"
+
+
+def exact_score(row: Mapping[str, Any]) -> Score:
+    """The inverse of `vars(score)` after a way through JSON; raises `TypeError` for anything else."""
+    return Score(**{**row, "curve": tuple((place, nll, count) for place, nll, count in row["curve"])})
 
 
 @dataclass(frozen=True)
@@ -91,11 +103,18 @@ class TaskScore:
     """What the prompts are a function of, with task, length and number; None in files of older versions."""
     prompts: list[dict[str, Any]] = field(default_factory=list)
     """Of the first `MOST_PROMPTS`: number, fingerprint of the tokens read, expected and given texts, share."""
+    copied_from: str = ""
+    """Key of the score that this one equals by definition and was copied from; empty for one of its own forwards."""
 
     @property
     def key(self) -> str:
         """`<task>/<method>/<length>`: a mean over depths."""
-        return f"{self.task}/{self.method}/{self.length}"
+        return task_key(self.task, self.method, self.length)
+
+
+def task_key(task: str, method: str, length: int) -> str:
+    """`<task>/<method>/<length>`."""
+    return f"{task}/{method}/{length}"
 
 
 @dataclass(frozen=True)
@@ -278,7 +297,8 @@ def _score_row(score: Score) -> dict[str, Any]:
 
 
 def _score(row: Mapping[str, Any]) -> Score:
-    fields: dict[str, Any] = {name: row[name] for name in Score.__dataclass_fields__}
+    # Older files have copied nothing.
+    fields: dict[str, Any] = {name: {"copied_from": "", **row}[name] for name in Score.__dataclass_fields__}
     fields["window_nll"] = [math.nan if value is None else value for value in row["window_nll"]]
     fields["curve"] = tuple((place, math.nan if nll is None else nll, count) for place, nll, count in row["curve"])
     return Score(**fields)

@@ -59,6 +59,10 @@ class Room:
         give_back()
         return None
 
+    def holds_so_far(self) -> bool:
+        """Whether no rank has lacked memory yet. Collective."""
+        return not distributed.any_rank(bool(self._reason))
+
     def lacking(self) -> str:
         """Why the first rank that lacked memory did, logged by rank 0; empty where all had enough. Collective."""
         if not distributed.any_rank(bool(self._reason)):

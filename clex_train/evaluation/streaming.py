@@ -19,8 +19,9 @@ from tqdm import tqdm
 from clex_train import distributed, progress
 from clex_train.attention.hf_interface import LmInfinite
 from clex_train.data.store import TokenStore
+from clex_train.evaluation.partial import Partial
 from clex_train.evaluation.perplexity import evaluating
-from clex_train.evaluation.results import Results, Score, with_standard_errors
+from clex_train.evaluation.results import Results, Score, exact_score, score_key, with_standard_errors
 from clex_train.evaluation.scoring_head import token_nll
 from clex_train.libraries import kv_cache
 
@@ -89,27 +90,39 @@ def evaluate(
     methods: Sequence[str],
     inserted: Mapping[str, Callable[[], AbstractContextManager[object]]],
     chunk_len: int,
+    kept: Partial | None = None,
 ) -> Results:
     """The stream by each method (`lm_infinite` with a cache of constant size, `none` with all keys), and in windows.
 
-    `inserted` puts a method into the model. Windows of L are labelled `none`, `windows`, at length L.
+    `inserted` puts a method into the model, `kept` is what an interrupted evaluation has finished: whole readings of
+    the stream, since what a model has seen of it is in its cache. Windows of L are labelled `none`, `windows`, at
+    length L.
     """
-    scores, num_tokens = [], (len(methods) + 1) * stream.num_tokens
+    kept, described = kept or Partial(), stream.describe()
+    asked = [("none", "windows", stream.context_len), *((name, "streaming", stream.num_tokens) for name in methods)]
+    scores = {each: kept.find([score_key(*each)], exact_score) or [] for each in asked}
+    num_tokens = sum(not found for found in scores.values()) * stream.num_tokens
     with (
         evaluating(model),
         progress.bar(
             num_tokens, "evaluate streaming", is_shown=distributed.is_main(), unit="tok", unit_scale=True
         ) as bar,
     ):
-        scores.append(_score("none", "windows", stream.context_len, windowed(model, stream, chunk_len, bar), stream))
-        for method in methods:
-            with inserted.get(method, nullcontext)() as handle:
+        for method, protocol, length in asked:
+            if scores[method, protocol, length]:
+                continue
+            with inserted.get(method, nullcontext)() if protocol == "streaming" else nullcontext() as handle:
                 cache = handle.new_cache() if isinstance(handle, LmInfinite) else None
-                nll = streamed(model, cache, stream, chunk_len, bar)
-                scores.append(_score(method, "streaming", stream.num_tokens, nll, stream))
-    described = stream.describe()
-    scores = [with_standard_errors(replace(score, fingerprint=described["fingerprint"]), []) for score in scores]
-    return Results(scores, stream.context_len, described)
+                parts = (
+                    windowed(model, stream, chunk_len, bar)
+                    if protocol == "windows"
+                    else streamed(model, cache, stream, chunk_len, bar)
+                )
+                score = _score(method, protocol, length, parts, stream)
+            score = with_standard_errors(replace(score, fingerprint=described["fingerprint"]), [])
+            scores[method, protocol, length] = [score]
+            kept.finish({score.key: vars(score)})
+    return Results([score for found in scores.values() for score in found], stream.context_len, described)
 
 
 def streamed(model: nn.Module, cache: Any, stream: Stream, chunk_len: int, bar: tqdm) -> Iterator[Tensor]:

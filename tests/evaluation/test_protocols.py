@@ -166,7 +166,7 @@ def test_what_protocols_read_alike_is_read_once() -> None:
     spec = EvaluationConfig(lengths=[32, 64], protocols=WINDOWED, stride=8, last_k=16)
     shared = {
         (job.length, job.read.__name__, len(job.spans)): [reading.protocol.value for reading in job.readings]
-        for job in jobs(readings(spec, CONTEXT_LEN))
+        for job in jobs(readings(spec, CONTEXT_LEN), CONTEXT_LEN)
     }
     assert shared == {
         (32, "one_shot", 2): ["one_shot", "per_position"],

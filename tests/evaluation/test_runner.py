@@ -103,7 +103,7 @@ def test_the_bar_ends_full_and_counts_more_for_long_spans(monkeypatch) -> None:
     run(methods=(Method.none,), chunk_len=7, batch_tokens=50)
     assert bars[0].n == bars[0].total
     assert "64 tokens: 100 %" in str(bars[0])
-    tokens = sum(job.length * len(job.spans) * 3 for job in jobs(READINGS))
+    tokens = sum(job.length * len(job.spans) * 3 for job in jobs(READINGS, CONTEXT_LEN))
     assert tokens < bars[0].total < 2 * tokens
 
 

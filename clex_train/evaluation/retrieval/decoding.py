@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clex_train.evaluation.perplexity import Advance, ignore
 from clex_train.libraries import kv_cache
 
 
@@ -19,18 +20,22 @@ def greedy(
     num_new: int,
     num_chunks: int,
     new_cache: Callable[[], Any] | None = None,
+    advance: Advance = ignore,
 ) -> Tensor:
     """int64 [G]: the `num_new` likeliest next tokens after `prompt` int64 [N], whatever is among them.
 
     The prompt is read in `num_chunks` pieces of nearly equal length (fewer when it has fewer tokens), which bounds the
     memory and does not change the result beyond rounding. A number of pieces, not their length, so that prompts of
     nearly equal length need equally many forwards: G - 1 more than there are pieces. `new_cache` makes the cache; by
-    default the model does.
+    default the model does;
+    `advance` hears after each piece how many tokens have been read.
     """
     cache = new_cache() if new_cache else None
-    token = prompt[:0]
+    token, num_read = prompt[:0], 0
     for chunk in prompt.tensor_split(num_chunks):
         token, cache = _next_token(model, chunk, cache)
+        num_read += len(chunk)
+        advance(num_read)
     generated = [token]
     for _ in range(num_new - 1):
         token, cache = _next_token(model, token, cache)

@@ -4,8 +4,11 @@ Prompts are dealt to the ranks as windows are (`evaluation.runner.deal`). Each n
 because under ZeRO-3 a forward is a collective: as many chunks of the prompt, as many generated tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from typing import Any
@@ -16,16 +19,21 @@ from tqdm import tqdm
 
 from clex_train import distributed, progress
 from clex_train.attention.hf_interface import LmInfinite
+from clex_train.evaluation.partial import Partial
 from clex_train.evaluation.perplexity import evaluating
-from clex_train.evaluation.results import MOST_CHARACTERS, MOST_PROMPTS, Missing, TaskScore
+from clex_train.evaluation.results import MOST_CHARACTERS, MOST_PROMPTS, Missing, TaskScore, task_key
 from clex_train.evaluation.retrieval.decoding import greedy
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.room import Room
-from clex_train.evaluation.runner import deal, keeping_table
+from clex_train.evaluation.runner import Gauge, Inserted, deal, keeping_table
+from clex_train.evaluation.same_cells import identity
 from clex_train.faults import StopRequested
 from clex_train.rope.growing import new_cache
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.table import Frequencies
+
+Outcome = Sequence[TaskScore | Missing]
+"""Of a cell: a row for each depth, or why there is none."""
 
 
 def evaluate(
@@ -36,8 +44,9 @@ def evaluate(
     chunk_len: int = 1024,
     device: torch.device | None = None,
     interrupted: Callable[[], bool] | None = None,
-    inserted: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
+    inserted: Inserted | None = None,
     cache_on_host: bool = False,
+    kept: Partial | None = None,
 ) -> tuple[list[TaskScore], list[Missing]]:
     """Score the prompts of `cells` with the model's current weights under each of `tables` (by method name).
 
@@ -50,67 +59,153 @@ def evaluate(
         return [], []
     for table in tables.values():
         table.least_upper_bound(max(cell.length for cell in cells), handle.context_len)
-    device = device or distributed.device()
-    scores, missing = list[TaskScore](), list[Missing]()
-    ranks = distributed.world_size()
+    device, kept, ranks = device or distributed.device(), kept or Partial(), distributed.world_size()
+    how = Decoding(model, chunk_len, device, interrupted, cache_on_host, kept)
+    todo = asked(tables, cells, handle.context_len, inserted or {})
+    outcomes = {each: _found(each, kept) for each in todo}
+    own = [each.cell for each in todo if each.source is None and not outcomes[each]]
     # A rank that is short repeats a prompt.
-    total = len(tables) * sum(cell.length * -(-cell.size // ranks) * ranks for cell in cells)
+    total = sum(cell.length * -(-cell.size // ranks) * ranks for cell in own)
     with (
         evaluating(model),
         keeping_table(handle),
         progress.bar(total, "retrieval", is_shown=distributed.is_main(), unit="tok", unit_scale=True) as bar,
     ):
-        for method, table in tables.items():
-            handle.use(table)
-            for cell in cells:
-                bar.set_description(f"{cell.name.value} {method}, {cell.length} tokens", refresh=False)
-                room = Room(model, f"method {method}, task {cell.name.value}, {cell.length} tokens")
-                with (inserted or {}).get(method, nullcontext)() as put_in, handle.fixed(cell.length):
-                    make_cache = put_in.new_cache if isinstance(put_in, LmInfinite) else None
-                    if make_cache is None and cache_on_host:
-                        make_cache = partial(new_cache, model, cell.length + cell.num_new, on_host=True)
-                    ask = _asking(model, cell, chunk_len, device, make_cache)
-                    generated = _generated(ask, cell, room, bar, interrupted)
-                if reason := room.lacking():
-                    missing.append(Missing(method, cell.name.value, cell.length, reason))
-                    continue
-                scores += _judged(method, cell, generated)
-    return scores, missing
+        for each in todo:
+            if each.source is not None:
+                outcomes[each] = outcomes[each] or _copies(each, outcomes[each.source])
+            elif not outcomes[each]:
+                handle.use(each.table)
+                with (inserted or {}).get(each.method, nullcontext)() as put_in, handle.fixed(each.cell.length):
+                    outcomes[each] = _computed(each, put_in, how, bar)
+            scored = [vars(row) for row in outcomes[each] if isinstance(row, TaskScore)]
+            kept.finish({each.key: scored} if scored else {})
+    rows = [row for outcome in outcomes.values() for row in outcome]
+    scores = [row for row in rows if isinstance(row, TaskScore)]
+    return scores, [row for row in rows if isinstance(row, Missing)]
 
 
-def _asking(
-    model: nn.Module, cell: Cell, chunk_len: int, device: torch.device, make_cache: Callable[[], Any] | None
-) -> Callable[[int], Tensor]:
-    def ask(number: int) -> Tensor:
-        ids = torch.tensor(cell.prompt(number).ids)
-        answer = greedy(model, ids.to(device), cell.num_new, cell.num_chunks(chunk_len), make_cache).cpu()
-        return torch.cat((fingerprint(ids), answer))
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The prompts of a cell under a method."""
 
-    return ask
+    method: str
+    table: Frequencies
+    cell: Cell
+    source: Asked | None
+    """What this one equals by definition; None for one with forwards of its own."""
+
+    @property
+    def key(self) -> str:
+        """Of the scores."""
+        return task_key(self.cell.name.value, self.method, self.cell.length)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How prompts go through a model; no answer depends on it beyond rounding."""
+
+    model: nn.Module
+    chunk_len: int
+    device: torch.device
+    interrupted: Callable[[], bool] | None
+    cache_on_host: bool
+    kept: Partial
+    """What was finished before, and is kept from now on."""
+
+
+def asked(
+    tables: Mapping[str, Frequencies], cells: Sequence[Cell], context_len: int, inserted: Collection[str] = ()
+) -> list[Asked]:
+    """All cells of the first method, then those of the second; `inserted` are the methods with a mask of their own."""
+    todo, first = list[Asked](), dict[object, Asked]()
+    for method, table in tables.items():
+        for number, cell in enumerate(cells):
+            does = identity(method, table, [cell.length], context_len, inserted)
+            each = Asked(method, table, cell, first.get((number, does)))
+            first.setdefault((number, does), each)
+            todo.append(each)
+    return todo
+
+
+def _found(each: Asked, kept: Partial) -> Outcome:
+    """The rows as an interrupted evaluation left them; empty if it did not finish them."""
+    found = kept.find([each.key], lambda rows: [TaskScore(**row) for row in rows])
+    return found[0] if found else []
+
+
+def _copies(each: Asked, outcome: Outcome) -> Outcome:
+    """The outcome of equal prompts under this method's name."""
+    return [
+        replace(row, method=each.method, copied_from=row.key)
+        if isinstance(row, TaskScore)
+        else replace(row, method=each.method)
+        for row in outcome
+    ]
+
+
+def _computed(each: Asked, put_in: object, how: Decoding, bar: tqdm) -> Outcome:
+    """A row for each depth of a cell, or why there is none."""
+    cell = each.cell
+    bar.set_description(f"{cell.name.value} {each.method}, {cell.length} tokens", refresh=False)
+    room = Room(how.model, f"method {each.method}, task {cell.name.value}, {cell.length} tokens")
+    make_cache = put_in.new_cache if isinstance(put_in, LmInfinite) and put_in.middle is None else None
+    if make_cache is None and how.cache_on_host:
+        make_cache = partial(new_cache, how.model, cell.length + cell.num_new, on_host=True)
+    generated = _generated(each, make_cache, how, room, bar)
+    if reason := room.lacking():
+        return [Missing(each.method, cell.name.value, cell.length, reason)]
+    return list(_judged(each.method, cell, generated))
+
+
+def _generated(each: Asked, make_cache: Callable[[], Any] | None, how: Decoding, room: Room, bar: tqdm) -> Tensor:
+    """Fingerprint and answer of each prompt of a cell that `room` holds, int64 [size, 1 + num_new] on the CPU.
+
+    The same on every rank. Those that an interrupted evaluation left are with rank 0.
+    """
+    cell, ranks = each.cell, distributed.world_size()
+    generated, num_done = _left(each, how.kept)
+    for number, (indices, counted) in enumerate(deal(cell.size, 1, distributed.rank(), ranks)):
+        gauge = Gauge(bar, ranks, int)
+        if number >= num_done:
+            answer = room.attempt(partial(_ask, cell, int(indices[0]), how, make_cache, gauge))
+            if counted[0] and answer is not None:
+                generated[indices[0]] = answer
+            # Zeros in place of what did not fit are no answers to go on from.
+            if how.kept.is_due() and room.holds_so_far():
+                so_far = distributed.all_reduce_sum(generated).tolist()
+                how.kept.keep(each.key, {"rounds": number + 1, "generated": so_far})
+        gauge(cell.length)
+        if how.interrupted and distributed.any_rank(how.interrupted()):
+            raise StopRequested("the evaluation was interrupted")
+    return distributed.all_reduce_sum(generated)
+
+
+def _left(each: Asked, kept: Partial) -> tuple[Tensor, int]:
+    """What an interrupted evaluation left of a cell: int64 [size, 1 + num_new], zeros but on rank 0, and its rounds."""
+    generated = torch.zeros(each.cell.size, 1 + each.cell.num_new, dtype=torch.int64)
+    left, num_done = kept.pieces(each.key), 0
+    with suppress(KeyError, TypeError, ValueError):
+        found = torch.tensor(left["generated"], dtype=torch.int64)
+        if found.shape == generated.shape:
+            num_done = int(left["rounds"])
+            generated = found if distributed.is_main() else generated
+    return generated, num_done
+
+
+def _ask(
+    cell: Cell, number: int, how: Decoding, make_cache: Callable[[], Any] | None, advance: Callable[[int], None]
+) -> Tensor:
+    ids = torch.tensor(cell.prompt(number).ids)
+    num_chunks = cell.num_chunks(how.chunk_len)
+    answer = greedy(how.model, ids.to(how.device), cell.num_new, num_chunks, make_cache, advance).cpu()
+    return torch.cat((fingerprint(ids), answer))
 
 
 def fingerprint(ids: Tensor) -> Tensor:
     """int64 [1]: 8 bytes of a hash of a prompt's ids, which is what the ranks tell each other of it."""
     digest = blake2b(ids.to(torch.int64).numpy().tobytes(), digest_size=8).digest()
     return torch.tensor([int.from_bytes(digest, "little", signed=True)])
-
-
-def _generated(
-    ask: Callable[[int], Tensor], cell: Cell, room: Room, bar: tqdm, interrupted: Callable[[], bool] | None
-) -> Tensor:
-    """Fingerprint and answer of each prompt of a cell that `room` holds, int64 [size, 1 + num_new] on the CPU.
-
-    The same on every rank.
-    """
-    generated = torch.zeros(cell.size, 1 + cell.num_new, dtype=torch.int64)
-    for indices, counted in deal(cell.size, 1, distributed.rank(), distributed.world_size()):
-        answer = room.attempt(partial(ask, int(indices[0])))
-        if counted[0] and answer is not None:
-            generated[indices[0]] = answer
-        bar.update(cell.length * distributed.world_size())
-        if interrupted and distributed.any_rank(interrupted()):
-            raise StopRequested("the evaluation was interrupted")
-    return distributed.all_reduce_sum(generated)
 
 
 def _judged(method: str, cell: Cell, generated: Tensor) -> Iterator[TaskScore]:
