@@ -25,8 +25,18 @@ import torch
 
 from clex_train import architectures, distributed, log, modeling
 from clex_train.cli import arguments as arguments_of
-from clex_train.cli import console
-from clex_train.cli.loading import LoadingConfig, Source, check, keep, load, locate, run_config, say_what_is_ahead
+from clex_train.cli import console, forecast
+from clex_train.cli.loading import (
+    Source,
+    check,
+    keep,
+    load,
+    locate,
+    partial_of,
+    run_config,
+    say_what_is_ahead,
+)
+from clex_train.cli.method_keys import METHOD_KEYS, MethodConfig, given
 from clex_train.config import Config, default_lengths
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.data.build import longest_document
@@ -34,12 +44,15 @@ from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_bos, check_embedding, check_tokenizer
 from clex_train.evaluation import methods, origin, room, runner, streaming
 from clex_train.evaluation.console import tables_of
+from clex_train.evaluation.partial import Partial, say_found
 from clex_train.evaluation.protocols import Reading, readings
 from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
 from clex_train.evaluation.retrieval import plan as retrieval_plan
 from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.retrieval.plan import Cell
+from clex_train.evaluation.retrieval.runner import asked as asked_of
 from clex_train.evaluation.room import REMEDIES
+from clex_train.evaluation.runner import Feeding
 from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, select
 from clex_train.faults import RunStopped
@@ -52,45 +65,27 @@ from clex_train.settings.model import ModelConfig
 from clex_train.settings.retrieval import Task
 
 WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "num_windows", "chunk_len")
-TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts")
-FORMULA_KEYS = ("rope_theta", "dynamic_factor", "longrope_factors", "t_factor")
-METHOD_KEYS = ("methods", *FORMULA_KEYS, "n_local", "n_global", "lm_infinite_t")
+TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts", "chat_template")
 KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, "offload_cache", "bos")
 """What the command line may say otherwise than the run's `evaluation` group."""
 NOT_SHAPING = ("every", "path", "allow_overlap", "chunk_len", "offload_cache", "bos")
 """What of the `evaluation` group leaves the numbers as they are: when, and how much memory is taken at a time."""
+LATER = ("lm_infinite_top_k", "lm_infinite_top_k_layer", "chat_template")
+"""Keys that older files lack; they are the same request where these have their defaults."""
 
 logger = log.get(__name__)
 
 
 @dataclass
-class EvaluateConfig(LoadingConfig):
+class EvaluateConfig(MethodConfig):
     data: str | None = None
     """Token store whose validation split is read; by default the run's. `model` needs one."""
-    methods: list[Method] | None = None
-    """`trained`: as the model is; `clex`: the same, of a model with CLEX; `none`, `pi`, `ntk`, `dynamic_ntk`, `yarn`,
-    `theta`, `longrope`, `random_pos`: those frequencies on its weights; `lm_infinite`: plain ones and the Lambda-shaped
-    mask. By default the run's."""
-    rope_theta: float | None = None
-    """Base of `theta`; by default 1e6."""
-    dynamic_factor: float | None = None
-    """Factor of `dynamic_ntk`; by default t. 1 is the dynamic NTK of the YaRN paper, 2 is `ntk`."""
-    longrope_factors: str | None = None
-    """JSON file with `short_factor` and `long_factor`, for `longrope` on a model without."""
     lengths: list[int] | None = None
     """Window lengths in tokens; by default the run's, or 1, 2, 4, 8 and 16 times the model's context length."""
     protocols: list[Protocol] | None = None
     """`one_shot`: windows of N, t fixed by N; `chunked` (official): chunks of L through the cache, t grows; `sliding`:
     windows moved by `stride`; `per_position`: nll against position; `last_k`: a window's last tokens alone;
     `streaming`, by itself: all held-out text as one stream, beside windows of L over the same tokens."""
-    n_local: int | None = None
-    """Latest tokens that `lm_infinite` sees; by default t * L."""
-    n_global: int | None = None
-    """First tokens that `lm_infinite` sees; by default 10."""
-    lm_infinite_t: float | None = None
-    """t of the model's own table, which `lm_infinite` keeps at every length; by default 1, plain frequencies."""
-    t_factor: float | None = None
-    """`trained` and `clex` take the t of a text this many times as long, up to t_max; by default as it was made."""
     bos: Bos | None = None
     """BOS at the beginning of windows and prompts. `auto`: as in the store's documents; with `model=`, as the tokenizer
     does if the store has no record of it. By default the run's."""
@@ -117,6 +112,8 @@ class EvaluateConfig(LoadingConfig):
     """Where in the text the hidden fact stands, from 0 (start) to 1 (end); by default the run's."""
     num_prompts: int | None = None
     """Prompts of a task at each length and depth; by default the run's."""
+    chat_template: bool | None = None
+    """Tasks are asked as a user does in the chat template of the tokenizer, for instruct models."""
     seed: int = 0
     """Chooses the windows. Only evaluations of equal seeds compare."""
 
@@ -135,6 +132,10 @@ class Plan(Source):
     """What is asked for, as far as it shapes the numbers, in the types of JSON."""
 
 
+Done = tuple[Results, Origin, Partial]
+"""Of an evaluation: its outcome, where it comes from, and what was kept for the case of an interruption."""
+
+
 @log.after_opening()
 def main() -> None:
     """Evaluate what the command line names; whatever can be refused is refused before weights are read."""
@@ -148,14 +149,16 @@ def _run(asked: EvaluateConfig) -> None:
     if Protocol.streaming in plan.spec.protocols:
         text = plan_stream(plan.store, asked.stream_tokens, plan.context_len, plan.bos_id)
         say_what_is_ahead("evaluate", asked, plan, ahead_of_stream(plan, text))
-        finish(asked, plan, *stream(asked, plan, text))
+        if done := stream(asked, plan, text):
+            finish(asked, plan, *done)
         return
     spans = readings(plan.spec, plan.context_len)
     longest, count = max(plan.spec.lengths), plan.spec.num_windows
     windows = select(plan.store, longest, count, asked.seed, plan.bos_id) if spans else None
     cells = retrieval_plan.of_spec(plan.spec, plan.tokenizer, plan.store, asked.seed, plan.bos_id is not None)
     say_what_is_ahead("evaluate", asked, plan, ahead(plan, windows, cells))
-    finish(asked, plan, *evaluate(asked, plan, windows, spans, cells))
+    if done := evaluate(asked, plan, windows, spans, cells):
+        finish(asked, plan, *done)
 
 
 def ahead(plan: Plan, windows: WindowSet | None, cells: Sequence[Cell]) -> Iterator[str]:
@@ -178,12 +181,16 @@ def ahead_of_stream(plan: Plan, text: Stream) -> Iterator[str]:
     yield labelled("data", f"{plan.store.path}: a stream of {text.num_tokens:,} held-out tokens")
 
 
-def finish(asked: EvaluateConfig, plan: Plan, results: Results, origin: Origin) -> None:
-    """Write the results and print their tables, on rank 0; `RunStopped` if nothing fitted or no file was written."""
+def finish(asked: EvaluateConfig, plan: Plan, results: Results, origin: Origin, kept: Partial) -> None:
+    """Write the results and print their tables, on rank 0; `RunStopped` if nothing fitted or no file was written.
+
+    What was kept for the case of an interruption goes when the results are written.
+    """
     if results.missing and not (results.scores or results.tasks):
         raise RunStopped(f"out of memory: nothing fitted, see above ({results.missing[0].reason}); {REMEDIES}")
     if distributed.is_main():
         keep(asked, plan.output, origin, tables_of(results, origin), partial(write, results=results, origin=origin))
+    kept.remove()
 
 
 def parse(arguments: list[str]) -> EvaluateConfig:
@@ -198,7 +205,6 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     """Fill in what the command line leaves open; `ValueError` for a run, model or store that cannot be evaluated."""
     config = run_config(Path(asked.run)) if asked.run else Config()
     source = locate(asked)
-    given = {key: value for key in KEYS if (value := getattr(asked, key)) is not None}
     data = asked.data or config.evaluation.path or config.data.path
     require(data is not None, "data", data, "this run mixed several stores; name the one to evaluate on")
     store = TokenStore(str(data)).split("validation")
@@ -209,7 +215,7 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     check_tokenizer(store, tokenizer)
     num_rows = architectures.embedding_rows(architectures.to_read(source.model))
     check_embedding(store, num_rows, asked.path, "data")
-    spec = replace(config.evaluation, **given)
+    spec = replace(config.evaluation, **given(asked, KEYS))
     bos_id = evaluation_bos_id(spec.bos, store, None if asked.run else tokenizer, "bos")
     check_bos(bos_id, num_rows, asked.path, "bos")
     warn_if_bos_differs(store, bos_id, "bos")
@@ -228,7 +234,9 @@ def make_plan(asked: EvaluateConfig) -> Plan:
 
 def request(asked: EvaluateConfig, spec: EvaluationConfig, context_len: int) -> dict[str, Any]:
     """Collect what two evaluations share if one only repeats the other, beside weights, data and dtype."""
-    shaping = {key: value for key, value in vars(spec).items() if key not in NOT_SHAPING}
+    defaults = EvaluationConfig()
+    unsaid = {*NOT_SHAPING, *(key for key in LATER if getattr(spec, key) == getattr(defaults, key))}
+    shaping = {key: value for key, value in vars(spec).items() if key not in unsaid}
     shaping |= {"seed": asked.seed, "stream_tokens": asked.stream_tokens, "context_len": context_len}
     plain: dict[str, Any] = json.loads(json.dumps(shaping, default=lambda choice: choice.value))
     return plain
@@ -236,51 +244,72 @@ def request(asked: EvaluateConfig, spec: EvaluationConfig, context_len: int) -> 
 
 def evaluate(
     asked: EvaluateConfig, plan: Plan, windows: WindowSet | None, spans: Sequence[Reading], cells: Sequence[Cell]
-) -> tuple[Results, Origin]:
-    """Load the weights on every rank, deal windows and prompts to the ranks, score. Collective."""
-    if plan.spec.longest() > plan.spec.chunk_len:
+) -> Done | None:
+    """Load the weights on every rank, deal windows and prompts to the ranks, score. Collective.
+
+    A dry run ends after saying what it takes.
+    """
+    spec = plan.spec
+    if spec.longest() > spec.chunk_len:
         # A cache grows beside what each chunk makes and frees.
         room.return_what_is_freed()
     loaded, dtype = load(asked, plan.model)
     # A vocabulary and what reading the weights left behind are tens of MiB; scoring needs neither.
     loaded.tokenizer = None
     room.give_back()
-    tables = methods.of_model(plan.spec, loaded)
-    inserted = methods.insertions(plan.spec, loaded.model, loaded.context_len)
-    results = Results([], loaded.context_len, NO_WINDOWS)
-    if windows is not None:
-        results = runner.evaluate(
-            loaded.model,
-            loaded.handle,
-            tables,
-            windows,
-            spans,
-            plan.spec.chunk_len,
-            asked.batch_tokens,
-            inserted=inserted,
-            cache_on_host=plan.spec.offload_cache,
+    tables = methods.of_model(spec, loaded)
+    inserted = methods.insertions(spec, loaded.model, loaded.context_len)
+    if asked.dry_run:
+        amount = forecast.of_prompts(
+            loaded.model, asked_of(tables, cells, loaded.context_len, inserted), spec.chunk_len
         )
-    tasks, missing = retrieval.evaluate(
-        loaded.model,
-        loaded.handle,
-        tables,
-        cells,
-        plan.spec.chunk_len,
-        inserted=inserted,
-        cache_on_host=plan.spec.offload_cache,
-    )
-    return replace(results, tasks=tasks, missing=[*results.missing, *missing]), facts(plan, dtype)
+        if windows is not None:
+            todo = runner.cells(tables, spans, loaded.context_len, inserted)
+            feeding = Feeding(spec.chunk_len, asked.batch_tokens or spec.chunk_len, distributed.device())
+            amount += forecast.of_windows(loaded.model, todo, len(windows.tokens), feeding, loaded.context_len)
+        forecast.say(loaded, amount, spec.chunk_len, spec.offload_cache, asked.sharded)
+        return None
+    come_from = facts(plan, dtype)
+    kept = resume(asked, plan, come_from, {"windows": windows.content if windows is not None else ""})
+    say_found(kept, len(tables) * (sum(len(span.spans) for span in spans) + len(cells)))
+    results = Results([], loaded.context_len, NO_WINDOWS)
+    how: dict[str, Any] = {"inserted": inserted, "cache_on_host": spec.offload_cache, "kept": kept}
+    model, handle, size = loaded.model, loaded.handle, spec.chunk_len
+    if windows is not None:
+        results = runner.evaluate(model, handle, tables, windows, spans, size, asked.batch_tokens, **how)
+    tasks, missing = retrieval.evaluate(model, handle, tables, cells, size, **how)
+    return replace(results, tasks=tasks, missing=[*results.missing, *missing]), come_from, kept
 
 
-def stream(asked: EvaluateConfig, plan: Plan, text: Stream) -> tuple[Results, Origin]:
-    """Load the weights and read one long text by each method, and in windows of L."""
+def stream(asked: EvaluateConfig, plan: Plan, text: Stream) -> Done | None:
+    """Load the weights and read one long text by each method, and in windows of L; a dry run says what it takes."""
     loaded, dtype = load(asked, plan.model)
     inserted = methods.for_streams(plan.spec, loaded)
     table = methods.tables([Method.none], None, loaded.base_inv_freq, loaded.context_len, loaded.context_len)["none"]
     loaded.handle.use(table)
+    names = [method.value for method in plan.spec.methods]
+    if asked.dry_run:
+        amount = forecast.of_stream(loaded.model, text, names, plan.spec.chunk_len)
+        forecast.say(loaded, amount, plan.spec.chunk_len, False, asked.sharded)
+        return None
+    come_from = facts(plan, dtype)
+    kept = resume(asked, plan, come_from, {"stream": text.num_tokens})
+    say_found(kept, len(names) + 1)
     with loaded.handle.pinned(1.0):
-        names = [method.value for method in plan.spec.methods]
-        return streaming.evaluate(loaded.model, text, names, inserted, plan.spec.chunk_len), facts(plan, dtype)
+        return streaming.evaluate(loaded.model, text, names, inserted, plan.spec.chunk_len, kept), come_from, kept
+
+
+def resume(asked: EvaluateConfig, plan: Plan, come_from: Origin, read: dict[str, Any]) -> Partial:
+    """What an interrupted evaluation left, of the same in every regard that the last bit of a number depends on."""
+    more: dict[str, Any] = {
+        "bos_id": plan.bos_id,
+        "chunk_len": plan.spec.chunk_len,
+        "batch_tokens": asked.batch_tokens,
+        "offload_cache": plan.spec.offload_cache,
+    }
+    if plan.spec.longrope_factors is not None:
+        more["longrope_factors_content"] = Path(plan.spec.longrope_factors).read_text(encoding="utf-8")
+    return partial_of(asked, plan.model, plan.output, come_from, {**more, **read})
 
 
 def facts(plan: Plan, dtype: torch.dtype) -> Origin:
@@ -314,6 +343,8 @@ def _check_streaming(spec: EvaluationConfig, sharded: bool) -> None:
     require(len(spec.protocols) == 1, "protocols", names, "streaming reads other tokens than windows; ask for it alone")
     require(not spec.tasks, "tasks", [task.value for task in spec.tasks], "streaming goes alone; ask for tasks apart")
     known = {Method.lm_infinite, Method.none}
+    remedy = "a stream goes through a cache of constant size, which lets go of those keys; leave the key out"
+    require(spec.lm_infinite_top_k == 0, "lm_infinite_top_k", spec.lm_infinite_top_k, remedy)
     names = [method.value for method in spec.methods]
     require(
         set(spec.methods) <= known,

@@ -7,11 +7,11 @@ that every rank has to run the same number of forwards. `offload_parameters=true
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from omegaconf import OmegaConf
@@ -20,6 +20,9 @@ from clex_train import architectures, distributed, log, modeling, opening, weigh
 from clex_train.cli import console
 from clex_train.config import Config
 from clex_train.engine import deepspeed
+from clex_train.evaluation import origin as origins
+from clex_train.evaluation import partial
+from clex_train.evaluation.partial import Partial
 from clex_train.evaluation.results import Origin, place
 from clex_train.modeling import LoadedModel
 from clex_train.settings.attention import AttentionImplementation
@@ -29,6 +32,7 @@ from clex_train.settings.model import ModelConfig
 
 LONGEST_NAME = 255
 """Bytes of a file's name that file systems take."""
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.py")
 
 logger = log.get(__name__)
 
@@ -63,6 +67,10 @@ class LoadingConfig:
     output: str | None = None
     """JSON file to write; by default `evaluation/<label>.json` in the run folder, or in `runs/<label>`. A file
     that is named here is replaced."""
+
+    dry_run: bool = False
+    """Only say what it takes: cells, forwards, tokens, memory, and a time from one timed chunk. Reads the weights for
+    that; evaluates nothing and writes no file."""
 
     @property
     def path(self) -> str:
@@ -180,7 +188,7 @@ def say_what_is_ahead(program: str, asked: LoadingConfig, source: Source, lines:
             opening.labelled("scaling", own),
             *lines,
             opening.labelled("ranks", f"{ranks}{split}"),
-            opening.labelled("output", str(source.output)),
+            opening.labelled("output", "none: a dry run times one chunk" if asked.dry_run else str(source.output)),
         ),
     )
 
@@ -201,6 +209,29 @@ def keep(asked: LoadingConfig, wished: Path, origin: Origin, text: str, write: C
     with printed_at_least(output, text):
         write(output)
     console.say(f"{text}\n\nwritten to {output}")
+
+
+def partial_of(
+    asked: LoadingConfig, model: ModelConfig, output: Path, origin: Origin, more: Mapping[str, Any]
+) -> Partial:
+    """Return what an interrupted evaluation for `output` left that had the same origin and the same `more`. Collective.
+
+    The weights are known by their hash, a hub model's by name and revision; the tokenizer and Python code that come
+    with them by their files.
+    """
+    directory = Path(str(model.path))
+    facts = {
+        **origin.request,
+        **origin.environment,
+        "weights": origin.model.get("hash") or [str(directory), model.revision],
+        "tokenizer": origins.files_hash(directory, TOKENIZER_FILES) if directory.is_dir() else "",
+        "data": origin.data.get("fingerprint", ""),
+        "attention": asked.attention.value,
+        "sharded": asked.sharded,
+        "offload_parameters": asked.offload_parameters,
+        **more,
+    }
+    return partial.resume(output, facts)
 
 
 @contextmanager

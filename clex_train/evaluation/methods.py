@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clex_train.attention.hf_interface import LmInfinite, apply_lm_infinite
+from clex_train.attention.middle import BestMiddle
 from clex_train.modeling import LoadedModel
 from clex_train.rope import hf_scalings
 from clex_train.rope.as_is import WithoutRotary
@@ -140,6 +142,11 @@ def _require_fitting(spec: EvaluationConfig, handle: RotaryHandle, has_clex: boo
         spec.lm_infinite_t,
         "this model has no frequencies of its own at other t; leave the key out",
     )
+    if spec.lm_infinite_top_k and Method.lm_infinite in spec.methods:
+        config: Any = handle.model.config
+        layer, num_layers = spec.lm_infinite_top_k_layer, config.get_text_config().num_hidden_layers
+        remedy = f"the model has {num_layers} layers; name one of them, from 0"
+        require(layer < num_layers, "lm_infinite_top_k_layer", layer, remedy)
     if {*spec.methods} - {*WITHOUT_ROPE, Method.trained, Method.random_pos} and not isinstance(handle, WithoutRotary):
         # A field and formulas of t change the frequencies; the model's own read any length.
         handle.require_scalable()
@@ -152,7 +159,8 @@ def _require_fitting(spec: EvaluationConfig, handle: RotaryHandle, has_clex: boo
 def insertions(spec: EvaluationConfig, model: nn.Module, context_len: int) -> dict[str, InsertedMask]:
     """What methods put into the model beside a table, by method name."""
     n_local = spec.n_local or round(spec.lm_infinite_t * context_len)
-    return {Method.lm_infinite.value: partial(lm_infinite, model, n_local, spec.n_global)}
+    best = BestMiddle(spec.lm_infinite_top_k, spec.lm_infinite_top_k_layer) if spec.lm_infinite_top_k else None
+    return {Method.lm_infinite.value: partial(lm_infinite, model, n_local, spec.n_global, best)}
 
 
 def for_streams(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, InsertedMask]:
@@ -176,9 +184,11 @@ def lm_infinite_over(handle: RotaryHandle, table: Frequencies, put_in: InsertedM
 
 
 @contextmanager
-def lm_infinite(model: nn.Module, n_local: int, n_global: int) -> Iterator[LmInfinite]:
+def lm_infinite(
+    model: nn.Module, n_local: int, n_global: int, middle: BestMiddle | None = None
+) -> Iterator[LmInfinite]:
     """The Lambda-shaped mask in force on a model; `ValueError` by name for one that it does not fit."""
-    handle = apply_lm_infinite(model, n_local, n_global)
+    handle = apply_lm_infinite(model, n_local, n_global, middle=middle)
     try:
         yield handle
     finally:

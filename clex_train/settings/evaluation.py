@@ -42,6 +42,8 @@ MOST = {
     "n_local": MOST_TOKENS,
     "n_global": MOST_TOKENS,
     "lm_infinite_t": MOST_SCALE,
+    "lm_infinite_top_k": MOST_TOKENS,
+    "lm_infinite_top_k_layer": 10**4,
     "t_factor": MOST_SCALE,
     "num_windows": 10**6,
     "stride": MOST_TOKENS,
@@ -80,6 +82,11 @@ class EvaluationConfig:
     """First tokens that `lm_infinite` sees."""
     lm_infinite_t: float = 1.0
     """t of the model's own table, which `lm_infinite` keeps at every length; 1 is plain frequencies."""
+    lm_infinite_top_k: int = 0
+    """Best keys between the first and the latest tokens that each query of `lm_infinite` also sees, at distance
+    n_local / 2; the paper's option has 5."""
+    lm_infinite_top_k_layer: int = 5
+    """First layer that sees them."""
     t_factor: float | None = None
     """`trained` and `clex` take the t of a text this many times as long, up to t_max; by default as it was made."""
     path: str | None = None
@@ -108,6 +115,8 @@ class EvaluationConfig:
     """Where in the text the hidden fact stands, from 0 (start) to 1 (end)."""
     num_prompts: int = 10
     """Prompts of a task at each length and depth."""
+    chat_template: bool = False
+    """Tasks are asked as a user does in the chat template of the tokenizer, for instruct models."""
 
     def __post_init__(self) -> None:
         require_at_most(self, "evaluation.", MOST)
@@ -134,6 +143,9 @@ class EvaluationConfig:
         require(self.n_local is None or self.n_local >= 1, "evaluation.n_local", self.n_local, "at least 1 token")
         require(self.n_global >= 0, "evaluation.n_global", self.n_global, "0 or more tokens")
         require(self.lm_infinite_t >= 1, "evaluation.lm_infinite_t", self.lm_infinite_t, "a scale factor of at least 1")
+        require(self.lm_infinite_top_k >= 0, "evaluation.lm_infinite_top_k", self.lm_infinite_top_k, "0 or more keys")
+        layer = self.lm_infinite_top_k_layer
+        require(layer >= 0, "evaluation.lm_infinite_top_k_layer", layer, "the index of a layer, from 0")
         require(self.t_factor is None or self.t_factor >= 1, "evaluation.t_factor", self.t_factor, "1 or more")
         require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")
         retrieval.check(self.tasks, self.num_prompts, self.depths, self.task_lengths)

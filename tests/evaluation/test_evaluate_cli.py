@@ -18,7 +18,7 @@ from clex_train.cli import evaluate as program
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
-from clex_train.evaluation import perplexity
+from clex_train.evaluation import partial, perplexity
 from clex_train.evaluation.report import evidence
 from clex_train.run_folder import as_yaml
 from data_prep import evaluation_sets
@@ -288,7 +288,9 @@ def test_results_that_cannot_be_written_are_printed_and_what_was_there_is_kept(
     assert "Traceback" not in printed.err
     said = printed.err.strip().splitlines()[-1]
     assert said.startswith(f"error: output={output}: cannot be written (No space left on device); the results are ")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x.json", "earlier")]
+    [kept] = tmp_path.glob("x.*.partial")
+    assert sorted(tmp_path.iterdir()) == sorted([kept, output])
+    assert output.read_text() == "earlier"
 
 
 def test_evaluating_again_replaces_a_repetition_and_keeps_everything_else(
@@ -380,3 +382,94 @@ def test_a_cache_on_the_host_is_said_to_change_nothing_on_a_cpu(places, tmp_path
     assert sum("offload_cache=true changes nothing here" in record.getMessage() for record in caplog.records) == 1
     found = [json.loads((tmp_path / f"{offload}.json").read_text())["metrics"] for offload in ("false", "true")]
     assert found[0] == found[1]
+
+
+class Interrupted(BaseException):
+    """What ends the program in the middle."""
+
+
+def test_the_same_command_goes_on_where_it_was_interrupted(places, tmp_path, monkeypatch, caplog) -> None:
+    asked = [f"model={places['model']}", f"data={places['store']}", "methods=[none,ntk]", "precision=fp32"]
+    asked += ["lengths=[16,32,64]", "protocols=[one_shot,chunked]", "chunk_len=24"]
+    output, most, forwards = tmp_path / "result.json", [10**9], []
+    score = perplexity.score_chunk
+
+    def counted(model, targets, **inputs):
+        if len(forwards) == most[0]:
+            raise Interrupted
+        forwards.append(1)
+        return score(model, targets, **inputs)
+
+    monkeypatch.setattr(perplexity, "score_chunk", counted)
+    monkeypatch.setattr(partial, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(partial, "WRITES", 0)
+    assert call(monkeypatch, *asked, f"output={tmp_path / 'whole.json'}") == 0
+    whole, undisturbed = json.loads((tmp_path / "whole.json").read_text()), len(forwards)
+    forwards.clear()
+    for stop in (undisturbed // 2, undisturbed - 3):
+        most[0] = stop
+        with pytest.raises(Interrupted):
+            call(monkeypatch, *asked, f"output={output}")
+        assert len(list(tmp_path.glob("result.*.partial"))) == 1
+    most[0] = 10**9
+    with caplog.at_level("INFO", logger="clex_train"):
+        assert call(monkeypatch, *asked, "num_windows=2", f"output={output}") == 0
+        assert "with other num_windows, windows and is not used; give that command again" in caplog.text
+        spent = len(forwards)
+        forwards[:] = forwards[: undisturbed - 3]
+        caplog.clear()
+        assert call(monkeypatch, *asked, f"output={output}") == 0
+    assert "11 of 12 cells found from an interrupted evaluation" in caplog.text
+    assert spent > undisturbed - 3
+    assert len(forwards) <= undisturbed + 2 * 3, "what a kill loses is a window of three chunks, at most"
+    content = json.loads(output.read_text())
+    for row in (*whole["scores"], *content["scores"]):
+        del row["seconds"]
+    same = ("metrics", "scores", "windows", "request", "model", "data")
+    assert {key: content[key] for key in same} == {key: whole[key] for key in same}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "whole.json"]
+
+
+def test_a_dry_run_says_the_forwards_that_are_then_made_and_writes_nothing(
+    places, tmp_path, monkeypatch, capsys
+) -> None:
+    forwards, score = [], perplexity.score_chunk
+    monkeypatch.setattr(
+        perplexity, "score_chunk", lambda *args, **inputs: (forwards.append(1), score(*args, **inputs))[1]
+    )
+    monkeypatch.chdir(tmp_path)
+    asked = [f"model={places['model']}", f"data={places['store']}", "methods=[none,ntk]", "lengths=[16,32,64]"]
+    asked += ["protocols=[one_shot,chunked,sliding]", "stride=8", "chunk_len=24", "precision=fp32"]
+    assert call(monkeypatch, *asked, "dry_run=true") == 0
+    printed = capsys.readouterr()
+    assert "none: a dry run times one chunk" in printed.err
+    said = dict(line.split(maxsplit=1) for line in printed.out.splitlines())
+    assert list(said) == ["cells", "forwards", "tokens", "memory", "time"]
+    assert said["cells"] == "18, of which 3 equal others and are copied"
+    assert said["memory"].startswith("weights 0.00 GiB a rank, keys and values at most 0.00 GiB")
+    assert said["time"].startswith("about ")
+    assert forwards == []
+    assert list(tmp_path.iterdir()) == []
+    assert call(monkeypatch, *asked) == 0
+    assert int(said["forwards"].split()[0].replace(",", "")) == len(forwards)
+
+
+def test_the_best_keys_of_the_middle_have_a_key(places, tmp_path, monkeypatch, capsys) -> None:
+    asked = [f"model={places['model']}", f"data={places['store']}", "methods=[lm_infinite]", "lengths=[64]"]
+    asked += ["n_local=8", "n_global=2", "chunk_len=64", "precision=fp32"]
+    found = {}
+    for name, more in {
+        "off": [],
+        "one": ["lm_infinite_top_k=1", "lm_infinite_top_k_layer=1"],
+        "all": ["lm_infinite_top_k=64", "lm_infinite_top_k_layer=0"],
+    }.items():
+        assert call(monkeypatch, *asked, *more, f"output={tmp_path / name}") == 0
+        content = json.loads((tmp_path / name).read_text())
+        found[name] = content["metrics"]["perplexity/lm_infinite/one_shot/64"]
+        assert ("lm_infinite_top_k" in content["request"]) == bool(more)
+    assert len(set(found.values())) == 3
+    assert call(monkeypatch, *asked, "lm_infinite_top_k=5") == console.USER_ERROR
+    assert "lm_infinite_top_k_layer=5: the model has 2 layers; name one of them, from 0" in capsys.readouterr().err
+    streaming = [*asked, "protocols=[streaming]", "lm_infinite_top_k=5", "lm_infinite_top_k_layer=0"]
+    assert call(monkeypatch, *streaming) == console.USER_ERROR
+    assert "lm_infinite_top_k=5: a stream goes through a cache of constant size" in capsys.readouterr().err

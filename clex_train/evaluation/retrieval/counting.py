@@ -30,10 +30,8 @@ def common_words(ask: Ask) -> Draft:
     words, seed = names(ask.rng), int(ask.rng.integers(2**63))
     common, others = list(islice(words, NUM_COMMON)), list[str]()
     opening = "Below is a numbered list of words, some of which appear more often than others. Memorize those."
-    question = (
-        f"Question: What are the {NUM_COMMON} most common words in the list above? "
-        f"Answer: The {NUM_COMMON} words that appear most often in the list above are:"
-    )
+    lead = f"Answer: The {NUM_COMMON} words that appear most often in the list above are:"
+    question = f"Question: What are the {NUM_COMMON} most common words in the list above? {lead}"
 
     def text(units: int) -> str:
         others.extend(islice(words, max(0, units - len(others))))
@@ -41,7 +39,7 @@ def common_words(ask: Ask) -> Draft:
         listed = " ".join(f"{number}. {word}" for number, word in enumerate(entries, start=1))
         return join("\n", opening, listed, question)
 
-    return Draft(tuple(common), text)
+    return Draft(tuple(common), text, lead)
 
 
 def frequent_words(ask: Ask) -> Draft:
@@ -50,9 +48,10 @@ def frequent_words(ask: Ask) -> Draft:
     seed = int(ask.rng.integers(2**63))
     shares = np.arange(1, len(vocabulary) + 1) ** -2.0 / (math.pi**2 / 6)
     opening = "Read the coded text below and keep track of how often each coded word appears."
+    lead = f"Answer: The {NUM_FREQUENT} most frequent words of the text above are:"
     question = (
         f"Question: Leave the dots '...' aside. What are the {NUM_FREQUENT} most frequent words of the text above? "
-        f"Answer: The {NUM_FREQUENT} most frequent words of the text above are:"
+        f"{lead}"
     )
 
     def text(units: int) -> str:
@@ -60,7 +59,7 @@ def frequent_words(ask: Ask) -> Draft:
         entries = [word for word, count in zip(vocabulary, counts, strict=True) for _ in range(count)]
         return join("\n", opening, " ".join(_shuffled(entries, seed)), question)
 
-    return Draft(tuple(vocabulary[1 : 1 + NUM_FREQUENT]), text)
+    return Draft(tuple(vocabulary[1 : 1 + NUM_FREQUENT]), text, lead)
 
 
 def _coded(rng: np.random.Generator, count: int) -> list[str]:

@@ -14,10 +14,11 @@ def in_documents(ask: Ask) -> Draft:
     name, number = next(names(ask.rng)), digits(ask.rng, 6)
     lay = ask.documents.starting_at(ask.rng.random())
     opening = "Read the text below. There will be a question about it."
-    question = f"What is the secret number of {name}? The secret number of {name} is"
+    lead = f"The secret number of {name} is"
+    question = f"What is the secret number of {name}? {lead}"
 
     def text(units: int) -> str:
         context = insert(lay(units, [ask.depth]), [f"The secret number of {name} is {number}."])
         return join("\n\n", opening, context, question)
 
-    return Draft((number,), text)
+    return Draft((number,), text, lead)

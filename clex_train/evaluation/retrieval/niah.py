@@ -59,22 +59,23 @@ class Needles:
         depths = sorted(rng.random(len(needles)).tolist())
         lay = self.haystack(ask, (self.sentence(key, self.draw_value(rng)) for key in others))
         answers = tuple(value for key, value in pairs if key in asked)
+        question, lead = self.question(asked, len(answers))
         opening = f"Some special magic {self.what}s are hidden in the text below. Memorize them for a question."
 
         def text(units: int) -> str:
-            return join("\n", opening, insert(lay(units, depths), needles), self.question(asked, len(answers)))
+            return join("\n", opening, insert(lay(units, depths), needles), f"{question} {lead}")
 
-        return Draft(answers, text)
+        return Draft(answers, text, lead)
 
     def sentence(self, key: str, value: str) -> str:
         """A needle."""
         return f"One of the special magic {self.what}s for {key} is: {value}."
 
-    def question(self, asked: list[str], num_answers: int) -> str:
+    def question(self, asked: list[str], num_answers: int) -> tuple[str, str]:
         """What is asked, and the beginning of the answer."""
         verb, noun = ("is", self.what) if num_answers == 1 else ("are all", f"{self.what}s")
         subject = f"the special magic {noun} for {enumerated(asked)} in the text above"
-        return f"What {verb} {subject}? {subject[0].upper()}{subject[1:]} {verb.split()[0]}"
+        return f"What {verb} {subject}?", f"{subject[0].upper()}{subject[1:]} {verb.split()[0]}"
 
 
 def uuids(rng: np.random.Generator) -> Iterator[str]:

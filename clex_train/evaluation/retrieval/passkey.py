@@ -11,18 +11,19 @@ from clex_train.evaluation.retrieval.prompts import Ask, Draft, join
 from clex_train.evaluation.retrieval.words import digits
 
 NOTICE = "One important fact is hidden in the long and unimportant text below. Find it and remember it."
+LEAD = "The pass key is"
 
 
 def lm_infinite(ask: Ask) -> Draft:
     """The form of LM-Infinite; the key stands after the share `ask.depth` of the filler."""
     key = digits(ask.rng, 5)
-    question = "What is the pass key? The pass key is"
+    question = f"What is the pass key? {LEAD}"
 
     def text(units: int) -> str:
         before, after = noise(units, [ask.depth])
         return join("\n", f"{NOTICE} You will be asked about it.", before, statement(key), after, question)
 
-    return Draft((key,), text)
+    return Draft((key,), text, LEAD)
 
 
 def infinitebench(ask: Ask) -> Draft:
@@ -33,9 +34,9 @@ def infinitebench(ask: Ask) -> Draft:
         before, after = noise(units, [ask.depth])
         context = join(" ", before, statement(key), after)
         notice = f"{NOTICE} There will be a question about it."
-        return join("\n\n", notice, context, "What is the pass key?", "The pass key is")
+        return join("\n\n", notice, context, "What is the pass key?", LEAD)
 
-    return Draft((key,), text)
+    return Draft((key,), text, LEAD)
 
 
 def statement(key: str) -> str:

@@ -13,6 +13,7 @@ from clex_train.evaluation.retrieval.haystack import Documents
 from clex_train.evaluation.retrieval.prompts import Ask, Draft, Prompt, answer_len, fit, frame_len
 from clex_train.evaluation.retrieval.tasks import TASKS, RetrievalTask
 from clex_train.seeding import generator
+from clex_train.settings.bounds import require
 from clex_train.settings.evaluation import EvaluationConfig
 from clex_train.settings.retrieval import DOWNLOADED, Task, expand
 
@@ -34,6 +35,8 @@ class Cell:
     """Real text, for the tasks that hide something in it."""
     bos: bool | None = None
     """Whether prompts begin with BOS; None: as the tokenizer does."""
+    in_chat: bool = False
+    """Whether prompts are a user's turn in the tokenizer's chat template, which then puts BOS."""
     num_new: int = field(init=False)
     """Tokens to generate."""
     shortest: int = field(init=False)
@@ -41,7 +44,7 @@ class Cell:
 
     def __post_init__(self) -> None:
         drafts = [self.draft(index) for index in range(self.num_prompts)]
-        frames = [frame_len(self.tokenizer, draft, self.bos) for draft in drafts]
+        frames = [frame_len(self.tokenizer, draft, self.bos, self.in_chat) for draft in drafts]
         num_new = max(answer_len(self.tokenizer, draft.answers) for draft in drafts)
         if max(frames) + num_new > self.length:
             raise ValueError(
@@ -79,11 +82,22 @@ class Cell:
     def prompt(self, number: int) -> Prompt:
         """Prompt `number` (0..size-1): all of the first depth, then all of the second."""
         depth, index = divmod(number, self.num_prompts)
-        return fit(self.tokenizer, self.draft(index, self.depths[depth]), self.prompt_len, self.bos)
+        return fit(self.tokenizer, self.draft(index, self.depths[depth]), self.prompt_len, self.bos, self.in_chat)
 
     def judge(self, number: int, generation: str) -> float:
         """Share (0..1) of what prompt `number` expects that the generation has."""
         return self.task.judge(generation, self.draft(number % self.num_prompts).answers)
+
+
+def require_chat_template(tokenizer: Any) -> None:
+    """`ValueError` with the remedy for a tokenizer that has no chat template."""
+    require(
+        getattr(tokenizer, "chat_template", None) is not None,
+        "chat_template",
+        True,
+        "the tokenizer has no chat template; leave the key out, or put the instruct model's chat_template.jinja "
+        "beside the tokenizer's files",
+    )
 
 
 def of_spec(
@@ -97,6 +111,8 @@ def of_spec(
     if Task.ruler in spec.tasks and distributed.is_main():
         left_out = " and ".join(task.value for task in DOWNLOADED)
         logger.info("evaluation.tasks=ruler: without %s, whose questions would have to be downloaded", left_out)
+    if spec.tasks and spec.chat_template:
+        require_chat_template(tokenizer)
     documents = Documents(store, tokenizer)
     return [
         Cell(
@@ -108,6 +124,7 @@ def of_spec(
             tokenizer=tokenizer,
             documents=documents,
             bos=bos,
+            in_chat=spec.chat_template,
         )
         for task in expand(spec.tasks)
         for length in sorted(set(spec.lengths_of_tasks()))

@@ -44,6 +44,8 @@ class Draft:
     """What the generation is compared with."""
     text: Callable[[int], str]
     """The prompt with so many units of filler (0 or more); longer for more units."""
+    lead: str = ""
+    """How the answer begins: the end of every text, which in a chat is the assistant's."""
 
 
 @dataclass(frozen=True)
@@ -70,26 +72,37 @@ def encode(tokenizer: Any, text: str, bos: bool | None = None) -> list[int]:
     return [tokenizer.bos_token_id, *ids] if bos else ids[1:]
 
 
+def encode_in_chat(tokenizer: Any, text: str, lead: str) -> list[int]:
+    """The ids of a user's turn and of the beginning `lead` of the answer to it, by the tokenizer's chat template.
+
+    The template puts BOS and every other special token.
+    """
+    assert text.endswith(lead), "a prompt ends with the beginning of its answer"
+    turn = [{"role": "user", "content": text.removesuffix(lead).rstrip()}]
+    written = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + lead
+    return list(tokenizer.encode(written, add_special_tokens=False, verbose=False))
+
+
 def answer_len(tokenizer: Any, answers: tuple[str, ...]) -> int:
     """Tokens to generate for `answers`: those of writing them as a list, a quarter more, and four."""
     written = tokenizer.encode(" " + ", ".join(answers), add_special_tokens=False, verbose=False)
     return len(written) + len(written) // 4 + 4
 
 
-def frame_len(tokenizer: Any, draft: Draft, bos: bool | None = None) -> int:
+def frame_len(tokenizer: Any, draft: Draft, bos: bool | None = None, in_chat: bool = False) -> int:
     """Tokens of the prompt without any filler."""
-    return len(encode(tokenizer, draft.text(0), bos))
+    return len(_encode(tokenizer, draft, 0, bos, in_chat))
 
 
-def fit(tokenizer: Any, draft: Draft, budget: int, bos: bool | None = None) -> Prompt:
+def fit(tokenizer: Any, draft: Draft, budget: int, bos: bool | None = None, in_chat: bool = False) -> Prompt:
     """The prompt with the most filler that has at most `budget` tokens; `ValueError` when the frame alone has more."""
-    low, best = 0, encode(tokenizer, draft.text(0), bos)
+    low, best = 0, _encode(tokenizer, draft, 0, bos, in_chat)
     if len(best) > budget:
         raise ValueError(f"budget={budget}: the prompt without filler has {len(best)} tokens")
     above: tuple[int, int] | None = None
     units, rounds = FIRST_PROBE, 0
     while above is None or above[0] - low > 1:
-        ids = encode(tokenizer, draft.text(units), bos)
+        ids = _encode(tokenizer, draft, units, bos, in_chat)
         before = (low, len(best))
         if len(ids) <= budget:
             low, best = units, ids
@@ -98,6 +111,11 @@ def fit(tokenizer: Any, draft: Draft, budget: int, bos: bool | None = None) -> P
         rounds += 1
         units = _next(low, len(best), above, before, budget, rounds)
     return Prompt(best, draft.answers)
+
+
+def _encode(tokenizer: Any, draft: Draft, units: int, bos: bool | None, in_chat: bool) -> list[int]:
+    text = draft.text(units)
+    return encode_in_chat(tokenizer, text, draft.lead) if in_chat else encode(tokenizer, text, bos)
 
 
 def _next(

@@ -23,11 +23,14 @@ def variable_tracking(ask: Ask) -> Draft:
     chain = [f"VAR {name} = {source}." for name, source in zip(variables, sources, strict=False)]
     depths = sorted(rng.random(len(chain)).tolist())
     opening = "Memorize and follow the chain of variable assignments hidden in the text below."
-    question = (
-        f"Question: Which variables have the value {value} in the text above? Answer: By the chain of assignments in "
-        f"the text above, {len(variables)} variables have the value {value}, they are:"
+    lead = (
+        f"Answer: By the chain of assignments in the text above, {len(variables)} variables have the value {value}, "
+        "they are:"
     )
-    return Draft(tuple(variables), lambda units: join("\n", opening, insert(noise(units, depths), chain), question))
+    question = f"Question: Which variables have the value {value} in the text above? {lead}"
+    return Draft(
+        tuple(variables), lambda units: join("\n", opening, insert(noise(units, depths), chain), question), lead
+    )
 
 
 def _variables(rng: np.random.Generator, count: int) -> list[str]:

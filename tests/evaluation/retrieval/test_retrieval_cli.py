@@ -1,6 +1,7 @@
 """Retrieval as a user asks for it: of the evaluate program, and in a training run."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ from clex_train.cli import console
 from clex_train.cli import evaluate as program
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
-from clex_train.evaluation import results
+from clex_train.evaluation import partial, results
+from clex_train.evaluation.retrieval import runner
+from clex_train.evaluation.retrieval.haystack import Documents
+from clex_train.evaluation.retrieval.prompts import Ask
+from clex_train.evaluation.retrieval.tasks import TASKS
 from clex_train.evaluation.training import TrainingEvaluation
 from clex_train.modeling import LoadedModel
 from clex_train.rope import growing
 from clex_train.rope.patch import install_rotary
+from clex_train.seeding import generator
 from clex_train.settings.evaluation import EvaluationConfig
 from clex_train.settings.model import ModelConfig
 from clex_train.settings.retrieval import Task
@@ -50,7 +56,7 @@ def test_the_program_asks_prompts_alone_and_keeps_the_rows(places, tmp_path, mon
     assert "passkey, ntk: percent of 2 prompts answered" in printed
     content = json.loads(output.read_text())
     assert [tuple(row) for row in content["tasks"]] == [
-        ("task", "method", "length", "depth", "correct", "total", "score", "seed", "prompts")
+        ("task", "method", "length", "depth", "correct", "total", "score", "seed", "prompts", "copied_from")
     ] * 8
     assert [(row["method"], row["length"], row["depth"]) for row in content["tasks"][:3]] == [
         ("none", 256, 0.0),
@@ -119,3 +125,63 @@ def test_a_training_run_evaluates_the_tasks_that_it_is_asked_for(
     assert [(row.depth, row.correct) for row in read.tasks] == [(0.0, 2), (1.0, 2)] * 2
     # Those of the window and those of prompts with their answers.
     assert {capacity >= 256 for capacity in on_the_host} == ({False, True} if on_host else set())
+
+
+class Interrupted(BaseException):
+    """What ends the program in the middle."""
+
+
+def test_the_same_command_goes_on_where_it_was_interrupted(places, tmp_path, monkeypatch, caplog) -> None:
+    asked = ["tasks=[passkey]", "protocols=[]", "lengths=[256,512]", "depths=[0,1]", "num_prompts=2", "chunk_len=100"]
+    monkeypatch.setattr(partial, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(partial, "WRITES", 0)
+    assert call(monkeypatch, places, *asked, f"output={tmp_path / 'whole.json'}") == 0
+    asked_for, greedy, most = [], runner.greedy, [6]
+
+    def counted(*args: Any) -> Any:
+        if len(asked_for) == most[0]:
+            raise Interrupted
+        asked_for.append(1)
+        return greedy(*args)
+
+    monkeypatch.setattr(runner, "greedy", counted)
+    output = tmp_path / "x.json"
+    with pytest.raises(Interrupted):
+        call(monkeypatch, places, *asked, f"output={output}")
+    most[0] = 100
+    with caplog.at_level("INFO", logger="clex_train"):
+        assert call(monkeypatch, places, *asked, f"output={output}") == 0
+    assert "1 of 4 cells found from an interrupted evaluation" in caplog.text
+    assert len(asked_for) == 4 * 4, "two lengths, two methods, no prompt twice"
+    found = [json.loads(file.read_text()) for file in (output, tmp_path / "whole.json")]
+    assert found[0]["tasks"] == found[1]["tasks"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.json", "x.json"]
+
+
+def test_instruct_models_are_asked_in_their_chat_template(
+    places, tmp_path, monkeypatch, capsys, byte_tokenizer
+) -> None:
+    asked = ["tasks=[passkey]", "protocols=[]", "lengths=[256]", "depths=[0.5]", "num_prompts=1"]
+    assert call(monkeypatch, places, *asked, "chat_template=true") == console.USER_ERROR
+    assert "error: chat_template=True: the tokenizer has no chat template; leave" in capsys.readouterr().err
+    instruct = shutil.copytree(places["model"], tmp_path / "instruct")
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
+    (instruct / "chat_template.jinja").write_text(template)
+    read, greedy = [], runner.greedy
+    monkeypatch.setattr(runner, "greedy", lambda model, ids, *more: (read.append(ids), greedy(model, ids, *more))[1])
+    output = tmp_path / "x.json"
+    own = {**places, "model": str(instruct)}
+    assert call(monkeypatch, own, *asked, "chat_template=true", "methods=[none]", f"output={output}") == 0
+    text = byte_tokenizer.decode(read[0])
+    assert text.startswith("[user]One important fact is hidden")
+    assert text.endswith("What is the pass key?[assistant]The pass key is")
+    assert json.loads(output.read_text())["request"]["chat_template"] is True
+    assert len(read[0]) <= 256
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_every_text_ends_with_the_beginning_of_its_answer(places, byte_tokenizer, task: Task) -> None:
+    documents = Documents(TokenStore(places["store"]).split("validation"), byte_tokenizer)
+    draft = TASKS[task].draft(Ask(generator(0, "test"), 1200, 0.5, documents))
+    assert draft.lead
+    assert all(draft.text(units).endswith((f" {draft.lead}", f"\n{draft.lead}")) for units in (0, 9))

@@ -1,0 +1,54 @@
+"""The keys of the methods that a model is evaluated with, which the programs of evaluation share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from clex_train.cli.loading import LoadingConfig
+from clex_train.settings.evaluation import Method
+
+METHOD_KEYS = (
+    "methods",
+    "rope_theta",
+    "dynamic_factor",
+    "longrope_factors",
+    "t_factor",
+    "n_local",
+    "n_global",
+    "lm_infinite_t",
+    "lm_infinite_top_k",
+    "lm_infinite_top_k_layer",
+)
+
+
+@dataclass
+class MethodConfig(LoadingConfig):
+    methods: list[Method] | None = None
+    """`trained`: as the model is; `clex`: the same, of a model with CLEX; `none`, `pi`, `ntk`, `dynamic_ntk`, `yarn`,
+    `theta`, `longrope`, `random_pos`: those frequencies on its weights; `lm_infinite`: plain ones and the Lambda-shaped
+    mask. By default the run's, or as the model is."""
+    rope_theta: float | None = None
+    """Base of `theta`; by default 1e6."""
+    dynamic_factor: float | None = None
+    """Factor of `dynamic_ntk`; by default t. 1 is the dynamic NTK of the YaRN paper, 2 is `ntk`."""
+    longrope_factors: str | None = None
+    """JSON file with `short_factor` and `long_factor`, for `longrope` on a model without."""
+    n_local: int | None = None
+    """Latest tokens that `lm_infinite` sees; by default t * L."""
+    n_global: int | None = None
+    """First tokens that `lm_infinite` sees; by default 10."""
+    lm_infinite_t: float | None = None
+    """t of the model's own table, which `lm_infinite` keeps at every length; by default 1, plain frequencies."""
+    lm_infinite_top_k: int | None = None
+    """Best keys between the first and the latest tokens that each query of `lm_infinite` also sees; by default 0. The
+    paper's option has 5."""
+    lm_infinite_top_k_layer: int | None = None
+    """First layer that sees them; by default 5."""
+    t_factor: float | None = None
+    """`trained` and `clex` take the t of a text this many times as long, up to t_max; by default as it was made."""
+
+
+def given(asked: object, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The keys that the command line says, with their values."""
+    return {key: value for key in keys if (value := getattr(asked, key)) is not None}
