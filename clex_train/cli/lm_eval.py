@@ -6,32 +6,44 @@
     deepspeed --module clex_train.cli.lm_eval run=runs/llama2_70b_clex tasks=[longbench] sharded=true
 
 Needs `pip install -r requirements-eval.txt`. Writes `evaluation/lm_eval/<label>.json` in the run folder (or `output`).
-What that file holds of other weights, tasks or settings stays: the new one is `<label>_2.json` then.
+What that file holds of other weights, tasks or settings stays: the new one is `<label>_2.json` then. An interrupted
+evaluation goes on when the same command is given again; `dry_run=true` only says what it takes.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from clex_train import architectures, distributed, log, modeling
 from clex_train.cli import arguments as arguments_of
-from clex_train.cli import console, loading
-from clex_train.cli.loading import LoadingConfig, Source
+from clex_train.cli import console, forecast, loading
+from clex_train.cli.forecast import Amount
+from clex_train.cli.loading import Source
+from clex_train.cli.method_keys import METHOD_KEYS, MethodConfig, given
 from clex_train.data.bos import adds_bos
 from clex_train.data.vocabulary import check_ids
-from clex_train.evaluation import harness
+from clex_train.evaluation import harness, methods
 from clex_train.evaluation import origin as origins
+from clex_train.evaluation.partial import Partial
 from clex_train.evaluation.results import FORMAT, Origin, write_whole
+from clex_train.evaluation.retrieval.plan import require_chat_template
+from clex_train.evaluation.runner import keeping_table
+from clex_train.modeling import LoadedModel
 from clex_train.opening import labelled
+from clex_train.rope.as_is import handle_without_weights
 from clex_train.settings.bos import Bos
 from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
+from clex_train.settings.evaluation import EvaluationConfig, Method
 
 MOST = {
     "lengths": MOST_TOKENS,
@@ -50,7 +62,7 @@ logger = log.get(__name__)
 
 
 @dataclass
-class LmEvalConfig(LoadingConfig):
+class LmEvalConfig(MethodConfig):
     tasks: list[str] = field(default_factory=list)
     """Names of tasks, groups or tags, or patterns such as `longbench_*`."""
     include: str | None = None
@@ -67,6 +79,8 @@ class LmEvalConfig(LoadingConfig):
     """BOS at the beginning of prompts. `auto`: as the tokenizer does, and the harness for it."""
     limit: int | None = None
     """Only the first documents of each task."""
+    chat_template: bool = False
+    """Prompts are turns in the chat template of the tokenizer, for instruct models."""
 
 
 @log.after_opening()
@@ -94,22 +108,107 @@ def _run(asked: LmEvalConfig) -> None:
         asked.bos.value,
         "the harness puts BOS where the tokenizer does, and this one puts none; leave the key out",
     )
+    if asked.chat_template:
+        require_chat_template(tokenizer)
+    spec = _spec(asked, source, max_length)
     metadata: dict[str, Any] = {"tokenizer": asked.path, "pretrained": asked.path}
     if asked.lengths:
         metadata["max_seq_lengths"] = asked.lengths
     tasks = harness.Tasks(asked.tasks, Path(asked.include) if asked.include else None, metadata)
     loading.say_what_is_ahead("lm_eval", asked, source, [labelled("tasks", _tasks(asked, tasks, max_length))])
     loaded, dtype = loading.load(asked, source.model)
-    bos = False if asked.bos is Bos.never else None
-    results = harness.evaluate(loaded, tasks, max_length, asked.batch_size, asked.limit, asked.num_fewshot, bos)
-    not_run = harness.take_out_not_run(results)
+    asking = harness.Asking(
+        max_length,
+        asked.batch_size,
+        asked.limit,
+        asked.num_fewshot,
+        bos=False if asked.bos is Bos.never else None,
+        in_chat=asked.chat_template,
+    )
+    if asked.dry_run:
+        _say_amount(asked, loaded, harness.count(loaded, tasks, asking))
+        return
+    file = source.output if asked.output else source.output.parent / "lm_eval" / source.output.name
+    origin = facts(asked, source, tasks, dtype, max_length)
+    kept = loading.partial_of(asked, source.model, file, origin, {"lm_eval": version("lm_eval")})
+    found = list(evaluate(asked, loaded, spec, tasks, asking, kept))
     if distributed.is_main():
-        if not_run:
-            logger.info("not run, and left out: %s", ", ".join(not_run))
-        file = source.output if asked.output else source.output.parent / "lm_eval" / source.output.name
-        found = facts(asked, source, tasks, dtype, max_length)
-        how = loaded.table.method if loaded.table is not None else "none"
-        loading.keep(asked, file, found, table(results), partial(write, results=results, origin=found, frequencies=how))
+        text = "\n".join(filter(None, map(table, found)))
+        loading.keep(asked, file, origin, text, partial(write, found=found, origin=origin))
+    kept.remove()
+
+
+class Found(NamedTuple):
+    """The harness's results on a model as it is, or by a method."""
+
+    method: str
+    """Empty for the model as it is."""
+    frequencies: str
+    results: dict[str, Any]
+
+    def metrics(self) -> dict[str, float]:
+        """Values by key."""
+        return harness.metrics(self.results, self.method)
+
+
+def evaluate(
+    asked: LmEvalConfig,
+    loaded: LoadedModel,
+    spec: EvaluationConfig,
+    tasks: harness.Tasks,
+    asking: harness.Asking,
+    kept: Partial,
+) -> Iterator[Found]:
+    """Ask the tasks of the model as it is, or with each of the methods that are named. Collective."""
+    if asked.methods is None:
+        results = harness.evaluate(loaded, tasks, asking, kept)
+        yield _without_not_run(Found("", loaded.table.method if loaded.table is not None else "none", results))
+        return
+    inserted = methods.insertions(spec, loaded.model, loaded.context_len)
+    for name, frequencies in methods.of_model(spec, loaded).items():
+        with keeping_table(loaded.handle), inserted.get(name, nullcontext)():
+            loaded.handle.use(frequencies)
+            results = harness.evaluate(loaded, tasks, asking, kept, name)
+        yield _without_not_run(Found(name, frequencies.method, results))
+
+
+def _say_amount(asked: LmEvalConfig, loaded: LoadedModel, counted: harness.Counted) -> None:
+    """Print what the tasks take. A prompt is read by one forward, and so is every token that is generated."""
+    num_methods = len(asked.methods or [None])
+    amount = Amount(
+        cells=num_methods * counted.tasks,
+        forwards=num_methods * (len(counted.prompts) + counted.generated),
+        tokens=num_methods * (sum(counted.prompts) + counted.generated),
+        work=num_methods * sum(forecast.work_of(loaded.model, length) for length in counted.prompts),
+        decoded=num_methods * counted.generated,
+        cached=asked.batch_size * max(counted.prompts, default=0) if counted.generated else 0,
+        longest=max(counted.prompts, default=0),
+    )
+    forecast.say(loaded, amount, forecast.MOST_TIMED, False, asked.sharded)
+
+
+def _without_not_run(found: Found) -> Found:
+    not_run = harness.take_out_not_run(found.results)
+    if not_run and distributed.is_main():
+        logger.info("not run, and left out: %s", ", ".join(not_run))
+    return found
+
+
+def _spec(asked: LmEvalConfig, source: Source, max_length: int) -> EvaluationConfig:
+    """The methods and what they take; `ValueError` for one that the model cannot have."""
+    said = given(asked, METHOD_KEYS)
+    require(
+        asked.methods is not None or not said,
+        "methods",
+        asked.methods,
+        f"{next(iter(said), '')} goes with a method; name it, as in methods=[lm_infinite]",
+    )
+    spec = EvaluationConfig(**said, lengths=[max_length])
+    arch = architectures.to_read(source.model)
+    unloaded = handle_without_weights(arch, source.context_len, source.model.trust_remote_code)
+    path = str(source.model.path)
+    methods.check(spec, unloaded, architectures.has_field(path), architectures.grid_of_field(path))
+    return spec
 
 
 def _tasks(asked: LmEvalConfig, tasks: harness.Tasks, max_length: int) -> str:
@@ -142,7 +241,7 @@ def longest(asked: LmEvalConfig, source: Source) -> int:
     chosen = asked.max_length or reach
     require(chosen >= 2, "max_length", chosen, "at least 2 tokens")
     require(
-        t_max is None or chosen <= reach,
+        t_max is None or chosen <= reach or not {Method.trained, Method.clex} & {*(asked.methods or [Method.trained])},
         "max_length",
         chosen,
         f"beyond t_max * L = {t_max or 1:g} * {source.context_len}; leave the key out",
@@ -157,6 +256,10 @@ def facts(asked: LmEvalConfig, source: Source, tasks: harness.Tasks, dtype: torc
         data = {"path": asked.include, "fingerprint": origins.files_hash(Path(asked.include), TASK_FILES)}
     shaping = {key: getattr(asked, key) for key in ("lengths", "batch_size", "num_fewshot", "limit")}
     shaping |= {} if asked.bos is Bos.auto else {"bos": asked.bos.value}
+    shaping |= {"chat_template": True} if asked.chat_template else {}
+    shaping |= json.loads(json.dumps(given(asked, METHOD_KEYS), default=lambda choice: choice.value))
+    if asked.longrope_factors is not None:
+        shaping["longrope_factors"] = Path(asked.longrope_factors).read_text(encoding="utf-8")
     return Origin(
         label=source.label,
         command=origins.command(),
@@ -173,24 +276,29 @@ def facts(asked: LmEvalConfig, source: Source, tasks: harness.Tasks, dtype: torc
     )
 
 
-def write(file: Path, results: dict[str, Any], origin: Origin, frequencies: str) -> None:
-    """The metrics by key, and the harness's own account of tasks, versions and examples, as JSON."""
+def write(file: Path, found: Sequence[Found], origin: Origin) -> None:
+    """The metrics by key, and the harness's own account of tasks, versions and examples, as JSON.
+
+    `frequencies` and `lm_eval` are by method where methods were named.
+    """
+    accounts = {each.method: {key: each.results[key] for key in KEPT if key in each.results} for each in found}
+    frequencies = {each.method: each.frequencies for each in found}
     content = {
         "format": FORMAT,
         **vars(origin),
         "context_len": origin.request["context_len"],
-        "frequencies": frequencies,
+        "frequencies": frequencies.get("", frequencies),
         "max_length": origin.request["max_length"],
-        "metrics": harness.metrics(results),
-        "lm_eval": {key: results[key] for key in KEPT if key in results},
+        "metrics": {key: value for each in found for key, value in each.metrics().items()},
+        "lm_eval": accounts.get("", accounts),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(content, indent=1, default=str) + "\n")
 
 
-def table(results: dict[str, Any]) -> str:
+def table(found: Found) -> str:
     """One line a metric."""
-    rows = harness.metrics(results)
+    rows = found.metrics()
     width = max(map(len, rows), default=0)
     return "\n".join(f"{key:<{width}}  {value:.4f}" for key, value in rows.items())
 

@@ -7,24 +7,27 @@ from functools import partial
 from importlib import util
 from pathlib import Path
 from shutil import copytree
+from typing import NamedTuple
 
 import pytest
 import torch
 from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 from model_directories import save_clex_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from clex_train import modeling
 from clex_train.cli import console
 from clex_train.cli import lm_eval as program
 from clex_train.evaluation import harness
+from clex_train.evaluation import partial as partial_file
 from clex_train.model_directory import read_clex
 from clex_train.settings.model import ModelConfig
 
 needs_harness = pytest.mark.skipif(util.find_spec("lm_eval") is None, reason="needs requirements-eval.txt")
 
 LENGTHS = (9, 30, 60)
+LIMIT = [10**9]
 LIKELIHOOD = """
 task: next_number
 dataset_path: json
@@ -193,6 +196,126 @@ def test_a_model_that_cannot_be_read_is_refused_by_the_key_that_names_it(tmp_pat
     (tmp_path / "empty").mkdir()
     assert call(monkeypatch, f"model={tmp_path / 'empty'}", "tasks=[any]") == console.USER_ERROR
     assert capsys.readouterr().err.startswith(f"error: model={tmp_path / 'empty'}: no readable config.json (")
+
+
+class Interrupted(BaseException):
+    """What ends the program in the middle."""
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every forward; where there are as many as `LIMIT` says, the program ends."""
+    made: list[int] = []
+    call = LlamaForCausalLM.forward
+
+    def counted(self, *args, **inputs):
+        if len(made) == LIMIT[0]:
+            raise Interrupted
+        made.append(1)
+        return call(self, *args, **inputs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
+    monkeypatch.setattr(partial_file, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(partial_file, "WRITES", 0)
+    monkeypatch.setitem(globals(), "LIMIT", [10**9])
+    return made
+
+
+@needs_harness
+@pytest.mark.parametrize(("kind", "text"), [("next_number", LIKELIHOOD), ("continued_numbers", GENERATION)])
+def test_the_same_command_goes_on_where_it_was_interrupted(
+    place, tmp_path, monkeypatch, caplog, forwards, kind, text
+) -> None:
+    write_task(tmp_path / "tasks", text, [[7, 5], [11], [80, 3, 9]])
+    asked = [f"model={place / 'model'}", f"tasks=[{kind}]", f"include={tmp_path / 'tasks'}", "precision=fp32"]
+    asked += ["methods=[trained,ntk]"]
+    assert call(monkeypatch, *asked, f"output={tmp_path / 'whole.json'}") == 0
+    undisturbed = len(forwards)
+    forwards.clear()
+    output, LIMIT[0] = tmp_path / "x.json", undisturbed - 1
+    with pytest.raises(Interrupted):
+        call(monkeypatch, *asked, f"output={output}")
+    LIMIT[0] = 10**9
+    with caplog.at_level("INFO", logger="clex_train"):
+        assert call(monkeypatch, *asked, f"output={output}") == 0
+    assert ": 3 of 3 requests found from an interrupted evaluation (" in caplog.text
+    assert "ntk/" in caplog.text
+    assert ": 2 of 3 requests found from an interrupted evaluation (" in caplog.text
+    assert len(forwards) <= undisturbed + 2
+    whole, content = (json.loads(file.read_text()) for file in (tmp_path / "whole.json", output))
+    assert content["metrics"] == whole["metrics"]
+    assert [path.name for path in tmp_path.glob("*.partial")] == []
+
+
+@needs_harness
+def test_methods_are_those_of_the_stock_model_with_their_frequencies(place, tmp_path, monkeypatch, capsys) -> None:
+    answers = [[7, 5], [11], [80, 3, 9]]
+    write_task(tmp_path / "tasks", LIKELIHOOD, answers)
+    asked = [f"model={place / 'model'}", "tasks=[next_number]", f"include={tmp_path / 'tasks'}", "precision=fp32"]
+    assert call(monkeypatch, *asked, "methods=[trained,none,lm_infinite]", f"output={tmp_path / 'x.json'}") == 0
+    content = json.loads((tmp_path / "x.json").read_text())
+    found = {m: content["metrics"][f"lm_eval/next_number/{m}/perplexity"] for m in ("trained", "none", "lm_infinite")}
+    assert content["frequencies"] == {"trained": "clex", "none": "none", "lm_infinite": "none"}
+    assert set(content["lm_eval"]) == {"trained", "none", "lm_infinite"}
+    model, total = build_tiny_llama(), 0.0
+    for prompt, answer in zip(prompts(), answers, strict=True):
+        with torch.no_grad():
+            scores = model(torch.tensor([prompt + answer])[:, :-1]).logits[0].double().log_softmax(-1)
+        total += sum(float(scores[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
+    assert found["none"] == pytest.approx(math.exp(-total / len(answers)), rel=1e-5)
+    assert len({round(value, 3) for value in found.values()}) == 3
+    assert call(monkeypatch, *asked, "n_local=8") == console.USER_ERROR
+    assert "methods=None: n_local goes with a method; name it" in capsys.readouterr().err
+
+
+@needs_harness
+def test_a_chat_template_is_what_the_model_reads_and_its_lack_is_refused(place, tmp_path, monkeypatch, capsys) -> None:
+    answers = [[7, 5], [11], [80, 3, 9]]
+    write_task(tmp_path / "tasks", LIKELIHOOD, answers)
+    asked = [f"model={place / 'model'}", "tasks=[next_number]", f"include={tmp_path / 'tasks'}", "precision=fp32"]
+    assert call(monkeypatch, *asked, "chat_template=true") == console.USER_ERROR
+    assert "chat_template=True: the tokenizer has no chat template; leave the key out" in capsys.readouterr().err
+    copytree(place / "model", tmp_path / "instruct")
+    template = "{% for m in messages %}2 3 {{ m['content'] }} 4{% endfor %}{% if add_generation_prompt %} 5{% endif %}"
+    (tmp_path / "instruct" / "chat_template.jinja").write_text(template)
+    asked[0] = f"model={tmp_path / 'instruct'}"
+    read, forward = [], LlamaForCausalLM.forward
+
+    def heard(self, input_ids=None, *args, **inputs):
+        read.append(input_ids[0].tolist())
+        return forward(self, input_ids, *args, **inputs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", heard)
+    assert call(monkeypatch, *asked, "chat_template=true", f"output={tmp_path / 'x.json'}") == 0
+    # What is beyond max_length loses its beginning.
+    asked_for = [[2, 3, *p, 4, 5, *a][-65:-1] for p, a in zip(prompts(), answers, strict=True)]
+    assert sorted(read) == sorted(asked_for)
+    assert json.loads((tmp_path / "x.json").read_text())["request"]["chat_template"] is True
+
+
+@needs_harness
+def test_a_dry_run_counts_the_forwards_and_writes_nothing(place, tmp_path, monkeypatch, capsys, forwards) -> None:
+    write_task(tmp_path / "tasks", GENERATION, [[7, 5], [11], [80, 3, 9]])
+    asked = [f"model={place / 'model'}", "tasks=[continued_numbers]", f"include={tmp_path / 'tasks'}"]
+    asked += ["precision=fp32", f"output={tmp_path / 'x.json'}"]
+    assert call(monkeypatch, *asked, "dry_run=true") == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(said) == ["cells", "forwards", "tokens", "memory", "time"]
+    assert not (tmp_path / "x.json").exists()
+    forwards.clear()
+    assert call(monkeypatch, *asked) == 0
+    assert int(said["forwards"].split()[0]) == len(forwards) == 9
+    assert int(said["tokens"]) == sum(LENGTHS) + 6
+
+
+def test_groups_keep_the_requests_of_a_document_together() -> None:
+    class Request(NamedTuple):
+        task_name: str
+        doc_id: int
+
+    requests = [Request("a", doc) for doc in (0, 0, 1, 1, 1, 2)] + [Request("b", 2)]
+    assert [len(group) for group in harness.groups(requests, 1)] == [2, 3, 1, 1]
+    assert [len(group) for group in harness.groups(requests, 3)] == [5, 2]
 
 
 def test_a_missing_package_is_named_with_what_installs_it(place, monkeypatch, capsys) -> None:
