@@ -19,8 +19,8 @@ from clex_train.evaluation.bootstrap import Difference, paired_difference, stand
 
 FORMAT = 1
 
-MOST_PROMPTS, MOST_CHARACTERS = 100, 500
-"""Prompts of a task, method, length and depth whose answers a file keeps, and how much of each text."""
+MOST_CHARACTERS = 500
+"""Of an expected or a given text in a file."""
 
 NO_WINDOWS: dict[str, Any] = {"count": 0, "length": 0, "documents": [], "fingerprint": ""}
 """What stands for the windows where retrieval alone was asked for."""
@@ -102,7 +102,7 @@ class TaskScore:
     seed: int | None = None
     """What the prompts are a function of, with task, length and number; None in files of older versions."""
     prompts: list[dict[str, Any]] = field(default_factory=list)
-    """Of the first `MOST_PROMPTS`: number, fingerprint of the tokens read, expected and given texts, share."""
+    """Of each: number, fingerprint of the tokens read, expected and given texts, share."""
     copied_from: str = ""
     """Key of the score that this one equals by definition and was copied from; empty for one of its own forwards."""
 

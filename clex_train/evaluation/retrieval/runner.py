@@ -21,7 +21,7 @@ from clex_train import distributed, progress
 from clex_train.attention.hf_interface import LmInfinite
 from clex_train.evaluation.partial import Partial
 from clex_train.evaluation.perplexity import evaluating
-from clex_train.evaluation.results import MOST_CHARACTERS, MOST_PROMPTS, Missing, TaskScore, task_key
+from clex_train.evaluation.results import MOST_CHARACTERS, Missing, TaskScore, task_key
 from clex_train.evaluation.retrieval.decoding import greedy
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.room import Room
@@ -225,8 +225,7 @@ def _judged(method: str, cell: Cell, generated: Tensor) -> Iterator[TaskScore]:
             score=sum(at_depth) / len(at_depth),
             seed=cell.seed,
             prompts=[
-                _record(cell, number, int(generated[number, 0]), texts[number], shares[number])
-                for number in numbers[:MOST_PROMPTS]
+                _record(cell, number, int(generated[number, 0]), texts[number], shares[number]) for number in numbers
             ],
         )
 

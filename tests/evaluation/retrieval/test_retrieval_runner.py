@@ -161,14 +161,13 @@ def test_a_key_is_the_mean_over_depths_and_stands_beside_the_grid(byte_tokenizer
     assert ["vt,", "none", "60"] in printed
 
 
-def test_a_row_keeps_what_was_asked_expected_and_given(byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "MOST_PROMPTS", 2)
+def test_a_row_keeps_what_was_asked_expected_and_given(byte_tokenizer: Any) -> None:
     (cell,) = cells_of(byte_tokenizer, num_prompts=3)[:1]
     scores = run(copying_llama.build(len(byte_tokenizer)), [cell])
     assert len(scores) == len(cell.depths)
     for i, row in enumerate(scores):
         assert row.seed == cell.seed
-        assert [record["number"] for record in row.prompts] == [3 * i, 3 * i + 1]
+        assert [record["number"] for record in row.prompts] == [3 * i, 3 * i + 1, 3 * i + 2]
         for record in row.prompts:
             prompt = cell.prompt(record["number"])
             hashed = int(runner.fingerprint(torch.tensor(prompt.ids))) % 2**64
