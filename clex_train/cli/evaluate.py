@@ -8,7 +8,8 @@
     deepspeed --module clex_train.cli.evaluate run=runs/llama2_70b_clex sharded=true    the weights are split too
 
 Writes `evaluation/<label>.json` in the run folder (or `output`) and prints the table. What that file holds of other
-weights, data or settings stays: the new one is `<label>_2.json` then. `--help` lists every key.
+weights, data or settings stays: the new one is `<label>_2.json` then. An interrupted evaluation goes on when the same
+command is given again; `dry_run=true` only says what it takes. `--help` lists every key.
 """
 
 from __future__ import annotations

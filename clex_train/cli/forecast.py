@@ -63,7 +63,7 @@ class Amount:
 
 
 def of_windows(model: nn.Module, todo: Sequence[Cell], num_windows: int, feeding: Feeding, context_len: int) -> Amount:
-    """The cells of perplexity; those that are finished already are left out of `todo`."""
+    """The cells of perplexity."""
     total = Amount()
     for cell in todo:
         job, protocols = cell.job, len(cell.job.readings)

@@ -10,6 +10,7 @@ same content, so they agree on which collectives are left.
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -79,8 +80,9 @@ class Partial:
     def remove(self) -> None:
         """Delete the file: the result has been written."""
         if self.path is not None and distributed.is_main():
-            with suppress(OSError):
-                self.path.unlink(missing_ok=True)
+            for path in (self.path, _unfinished(self.path)):
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def _has_waited(self) -> bool:
         return time.monotonic() - self._written >= max(LEAST_SECONDS, WRITES * self._cost)
@@ -102,7 +104,7 @@ class Partial:
         """Log once that nothing is kept: the evaluation itself needs no file until its end."""
         assert self.path is not None
         with suppress(OSError):
-            self.path.with_name(self.path.name + ".tmp").unlink(missing_ok=True)
+            _unfinished(self.path).unlink(missing_ok=True)
         if not self._complained:
             reason = error.strerror or first_line(error)
             logger.warning("%s: cannot be written (%s); an interruption now would lose more", self.path, reason)
@@ -140,6 +142,11 @@ def _place(output: Path, digest: str) -> Path:
     return output.with_name(name if is_short else f"{digest}{SUFFIX}")
 
 
+def _unfinished(path: Path) -> Path:
+    """What a kill in the middle of a write leaves, and the next write replaces."""
+    return path.with_name(f"{path.name}.tmp")
+
+
 def _content(path: Path) -> dict[str, Any] | None:
     """Read a partial file; None where there is none, and with a line for one that is damaged."""
     if not path.is_file():
@@ -164,9 +171,10 @@ def _is_pair(pieces: Any) -> bool:
 
 def _name_others(output: Path, own: Partial) -> None:
     """Name the newest partial file of the same result that other facts made, and how many there are."""
-    head = f"{output.stem}."
+    # Not what is globbed: a label may have brackets, and be the beginning of another.
+    name = re.compile(re.escape(output.stem) + r"\.[0-9a-f]{16}" + re.escape(SUFFIX))
     found = output.parent.glob(f"*{SUFFIX}") if output.parent.is_dir() else ()
-    others = [path for path in found if path.name.startswith(head) and path != own.path and path.is_file()]
+    others = [path for path in found if name.fullmatch(path.name) and path != own.path and path.is_file()]
     if not others:
         return
     newest = max(others, key=lambda path: path.stat().st_mtime)

@@ -18,7 +18,7 @@ from clex_train.cli import evaluate as program
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
-from clex_train.evaluation import partial, perplexity
+from clex_train.evaluation import partial, perplexity, streaming
 from clex_train.evaluation.report import evidence
 from clex_train.run_folder import as_yaml
 from data_prep import evaluation_sets
@@ -473,3 +473,31 @@ def test_the_best_keys_of_the_middle_have_a_key(places, tmp_path, monkeypatch, c
     streaming = [*asked, "protocols=[streaming]", "lm_infinite_top_k=5", "lm_infinite_top_k_layer=0"]
     assert call(monkeypatch, *streaming) == console.USER_ERROR
     assert "lm_infinite_top_k=5: a stream goes through a cache of constant size" in capsys.readouterr().err
+
+
+def test_an_interrupted_stream_goes_on_with_the_reading_that_was_not_finished(
+    places, tmp_path, monkeypatch, caplog
+) -> None:
+    asked = [f"model={places['model']}", f"data={places['store']}", "protocols=[streaming]", "precision=fp32"]
+    asked += ["methods=[lm_infinite,none]", "n_local=12", "n_global=2", "chunk_len=50"]
+    assert call(monkeypatch, *asked, f"output={tmp_path / 'whole.json'}") == 0
+    read, most, streamed = [], [1], streaming.streamed
+
+    def counted(*args):
+        if len(read) == most[0]:
+            raise Interrupted
+        read.append(1)
+        return streamed(*args)
+
+    monkeypatch.setattr(streaming, "streamed", counted)
+    with pytest.raises(Interrupted):
+        call(monkeypatch, *asked, f"output={tmp_path / 'x.json'}")
+    most[0] = 2
+    with caplog.at_level("INFO", logger="clex_train"):
+        assert call(monkeypatch, *asked, f"output={tmp_path / 'x.json'}") == 0
+    assert "2 of 3 cells found from an interrupted evaluation" in caplog.text
+    found = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("x", "whole")]
+    for row in (*found[0]["scores"], *found[1]["scores"]):
+        del row["seconds"]
+    assert found[0]["scores"] == found[1]["scores"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.json", "x.json"]
