@@ -8,10 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "__main__":
+    # Before the imports that take seconds, so that Ctrl-C has its one line from the first moment.
+    from clex_train import stopping
+
+    stopping.listen()
+
 import hydra
 from omegaconf import DictConfig
 
-from clex_train import architectures, log, stopping
+from clex_train import architectures, log, stopping, terminal
 from clex_train import config as configuration
 from clex_train.cli import console
 from clex_train.cli.help import help_text
@@ -204,7 +210,7 @@ def say_what_is_ahead(
 
 
 if __name__ == "__main__":
+    terminal.outlive("stdout", "stderr")
     log.setup()
-    stopping.listen()
     configuration.register()
-    sys.exit(console.run(main, help_text, configuration.Config))
+    sys.exit(console.run(main, help_text, configuration.Config, kept="training had not begun"))

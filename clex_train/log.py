@@ -11,6 +11,8 @@ from logging.handlers import MemoryHandler
 
 from tqdm import tqdm
 
+from clex_train import terminal
+
 HELD_BACK = 10_000
 """Lines of a program that are kept before its opening block."""
 
@@ -29,6 +31,7 @@ class AboveBars(logging.StreamHandler):
 
 def setup() -> None:
     """Configure the root logger of an entry point once; library chatter below WARNING is silenced."""
+    terminal.outlive("stderr")
     rank = int(os.environ.get("RANK", "0"))
     handler = _handler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s {f'[rank {rank}] ' if rank else ''}%(message)s", "%H:%M:%S"))

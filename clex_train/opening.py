@@ -94,7 +94,10 @@ def output(config: Config) -> Iterator[str]:
     every = config.checkpoint.every
     kept = f"a checkpoint every {every:,} steps and at the end" if every else "a checkpoint at the end only"
     yield labelled("output", f"{config.output_dir}: {kept}, then the model in final/")
-    yield labelled("to stop", "a file named stop in that folder, or SIGTERM: saves and ends; the same command resumes")
+    yield labelled(
+        "to stop",
+        "Ctrl-C saves and stops, as do SIGTERM and a file named stop in that folder; the same command goes on",
+    )
 
 
 def device() -> str:

@@ -19,6 +19,8 @@ logger = log.get(__name__)
 
 CONFIG = "config.yaml"
 LOCKS = "locks"
+WRITTEN_FIRST = (LOCKS, CONFIG, "environment.json")
+"""What a launch leaves in a new folder before it trains."""
 
 SAFE_TO_CHANGE = (
     "attention.implementation",
@@ -103,14 +105,19 @@ def require_writable(folder: Path) -> None:
 
 @contextmanager
 def left_as_found(folder: Path) -> Iterator[None]:
-    """Remove a folder again that was made inside and holds nothing when a `ValueError` refuses the launch.
+    """Remove a folder again that was made inside and holds nothing when the launch is refused or interrupted.
+
+    A `ValueError` refuses it. What an interrupted launch has written before it trains goes too.
 
     Of several ranks each removes what was not there when it came.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         yield
-    except ValueError:
+    except (ValueError, KeyboardInterrupt) as end:
+        interrupted = isinstance(end, KeyboardInterrupt) and distributed.is_main()
+        if interrupted and folder in made and all(entry.name in WRITTEN_FIRST for entry in folder.glob("*")):
+            shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):
             for place in made:
                 place.rmdir()

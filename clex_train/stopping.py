@@ -1,8 +1,9 @@
-"""What asks a run to stop with a checkpoint: SIGTERM, SIGUSR1, a launcher that died, a stop file, `max_runtime`.
+"""Requests to stop: SIGINT, SIGTERM, SIGHUP, SIGUSR1, a launcher that died, a stop file, `max_runtime`.
 
-A signal only leaves a mark, whatever it interrupts; the ranks agree between two steps, or between two windows of an
-evaluation. Signals are taken by a thread, because Python's own handlers wait for the main thread to come back from a
-collective: a second one, `REPEAT_AFTER` seconds or more behind the first, ends the process at once.
+While a run trains, a signal only leaves a mark, whatever it interrupts; the ranks agree between two steps, or between
+two windows of an evaluation. Anywhere else a signal ends the program: `Interrupted` in the main thread, with one line.
+Signals are taken by a thread, because Python's own handlers wait for the main thread to come back from a collective:
+a second one ends the process at once.
 """
 
 import os
@@ -12,16 +13,25 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a program which has nothing to save."""
+SIGNALS = (*ENDING, signal.SIGUSR1)
+IGNORABLE = (signal.SIGINT, signal.SIGHUP)
+"""Signals that stay ignored if they were when the program began, as under `nohup` or in a script's background."""
 REPEAT_AFTER = 5.0
 """Seconds in which a repeated signal is taken for the same request: launchers pass on what the whole group got."""
+MOMENT = 0.5
+"""The same for a second SIGINT after the first: whoever presses Ctrl-C twice means it."""
+GRACE = 3.0
+"""Seconds that an interrupted program may take to unwind, for instance out of a library that does not come back."""
 POLL_SECONDS = 1.0
 LAUNCHERS = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
 """Programs or modules, as they stand on a command line."""
@@ -29,23 +39,75 @@ SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
 """Environment variables of a process that `deepspeed` or `torchrun` started."""
 
 
-class SignalWatch:
-    """A thread that marks the first signal or the death of the launcher, and obeys a second signal at once."""
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the program with exit code 128 + its number; no `except Exception` takes it for an error."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.number = number
+
+
+class SignalWatch:
+    """A thread that marks the first signal or the death of the launcher, and obeys a second signal at once.
+
+    `ends`: signals that for now raise `Interrupted` instead of only leaving a mark.
+    """
+
+    def __init__(self, ends: Collection[signal.Signals] = ()) -> None:
+        self.ends = frozenset(ends)
+        self.is_leaving = False
+        """The program is past its work and exits: what a launcher still sends is no second request."""
         self._launchers = launchers()
         self.reason: str | None = "its launcher was gone before it began" if is_orphan(self._launchers) else None
+        self._first: signal.Signals | None = None
         self._since = 0.0
+        self._is_settled = False
+        self._raised = False
+        self._deferring = 0
+        self._deferred: signal.Signals | None = None
 
-    def start(self) -> None:
+    def start(self, taken: Collection[signal.Signals] = SIGNALS) -> None:
         """Take over the signals of this process; on its main thread."""
         reading, writing = socket.socketpair()
         writing.setblocking(False)
+        for number in taken:
+            if number not in IGNORABLE or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
         signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, _leave_to_the_thread)
+        sys.unraisablehook = self._lost(sys.unraisablehook)
         self._sockets = (reading, writing)
         threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
+
+    def leave_marks(self) -> None:
+        """From here on signals only leave a mark: there is something to save."""
+        self.ends = frozenset()
+
+    @property
+    def interrupted(self) -> signal.Signals | None:
+        """The signal that ended the program, also where a library made another error of `Interrupted`."""
+        return self._first if self._raised else None
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Raise `Interrupted` only when the block has ended."""
+        self._deferring += 1
+        try:
+            yield
+        finally:
+            self._deferring -= 1
+        number, self._deferred = self._deferred, None
+        if number is not None:
+            self._handle(number, None)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Python's handler, on the main thread: what only leaves a mark is left to the thread."""
+        if number not in self.ends or self._raised:
+            return
+        if self._deferring:
+            self._deferred = signal.Signals(number)
+            return
+        self._raised = True
+        raise Interrupted(number)
 
     def _watch(self, reading: socket.socket) -> None:
         while True:
@@ -53,31 +115,94 @@ class SignalWatch:
             for number in reading.recv(64) if ready else b"":
                 if number in SIGNALS:
                     self._mark(signal.Signals(number))
+            if self._first and not self._is_settled:
+                # A library that keeps the GIL may let this thread see a launcher's copy late, but not after this.
+                time.sleep(MOMENT)
+                self._since, self._is_settled = time.monotonic(), True
+            if self._first and time.monotonic() - self._since > GRACE and (self._raised or self._first in self.ends):
+                self._end(self._first, f"interrupted by {self._first.name}")
             if self.reason is None and (gone := [process for process in self._launchers if not _lives(process)]):
                 self.reason = f"its launcher (process {gone[0].pid}) is gone"
 
     def _mark(self, number: signal.Signals) -> None:
-        if self._since == 0.0:
-            self._since, self.reason = time.monotonic(), f"{number.name} arrived"
-        elif time.monotonic() - self._since >= REPEAT_AFTER:
-            os.write(sys.stderr.fileno(), f"a second signal ({number.name}): ended at once\n".encode())
-            os._exit(128 + number)
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._since, self.reason = number, now, f"{number.name} arrived"
+            if number not in self.ends:
+                _say(f"{number.name}: finishes and saves what it is doing; a second Ctrl-C ends it at once")
+        elif self._is_second(number, now - self._since):
+            self._end(number, f"a second signal ({number.name}): ended at once")
+
+    def _is_second(self, number: signal.Signals, elapsed: float) -> bool:
+        """Whether a later signal is another request and not the first one that a launcher passes on."""
+        if number is signal.SIGINT and self._first is signal.SIGINT:
+            return elapsed >= MOMENT
+        passed_on = self._first in IGNORABLE and number is signal.SIGTERM and bool(self._launchers)
+        return elapsed >= REPEAT_AFTER and not passed_on and not self.is_leaving
+
+    def _end(self, number: signal.Signals, line: str) -> None:
+        _say(line)
+        os._exit(128 + number)
+
+    def _lost(self, hook: Any) -> Any:
+        """Stand in for `sys.unraisablehook`: `Interrupted` in a finalizer would be printed and forgotten."""
+
+        def report(lost: Any) -> None:
+            if isinstance(lost.exc_value, Interrupted):
+                self._end(signal.Signals(lost.exc_value.number), str(lost.exc_value))
+            hook(lost)
+
+        return report
 
 
 _WATCH: SignalWatch | None = None
 
 
 def listen() -> None:
-    """Take over the signals of this process, as early as its entry point can; a second call changes nothing."""
+    """Take over the signals of a training program, before its first costly import; a second call changes nothing.
+
+    Until the run trains SIGINT ends it; the others leave a mark that it obeys before its first step.
+    """
+    _begin([signal.SIGINT], SIGNALS)
+
+
+def end_on_signals() -> None:
+    """Let SIGINT, SIGTERM and SIGHUP end a program with `Interrupted`, which `cli.console` says in one line."""
+    _begin(ENDING, ENDING)
+
+
+def _begin(ends: Collection[signal.Signals], taken: Collection[signal.Signals]) -> None:
     global _WATCH
     if _WATCH is None:
-        _WATCH = SignalWatch()
-        _WATCH.start()
+        _WATCH = SignalWatch(ends)
+        _WATCH.start(taken)
 
 
 def signals() -> SignalWatch | None:
-    """The watch that `listen` started, if it did."""
+    """The watch that `listen` or `end_on_signals` started, if one did."""
     return _WATCH
+
+
+@contextmanager
+def shielding_children() -> Iterator[None]:
+    """Within, child processes begin with SIGINT and SIGHUP blocked, and no signal interrupts their start.
+
+    A terminal sends both to the whole group, but it is this process that has to end its helpers.
+    """
+    with _WATCH.deferring() if _WATCH else nullcontext():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORABLE)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _say(line: str) -> None:
+    """Write a line to standard error without Python's buffers, whose lock the main thread may hold; rank 0 speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            # After the ^C that a terminal echoes.
+            os.write(2, f"{os.linesep if os.isatty(2) else ''}{line}\n".encode())
 
 
 class StopRequests:
@@ -178,7 +303,7 @@ def launchers() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().parents():
         try:
-            if not _is_launcher(process.cmdline()):
+            if not is_launcher(process.cmdline()):
                 break
         except psutil.Error:
             break
@@ -201,9 +326,6 @@ def is_orphan(found: list[psutil.Process]) -> bool:
     return found[-1].ppid() == 1 and "deepspeed.launcher.launch" in found[-1].cmdline()
 
 
-def _is_launcher(arguments: list[str]) -> bool:
+def is_launcher(arguments: list[str]) -> bool:
+    """Whether a command line is that of `deepspeed` or `torchrun`."""
     return any(Path(argument).name in LAUNCHERS for argument in arguments[:4])
-
-
-def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
-    """Keep the signal from ending the process; the thread hears of it through the wake-up socket."""

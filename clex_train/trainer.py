@@ -76,6 +76,8 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
     the run cannot go on.
     """
     config = parts.config
+    if parts.stop.signals:
+        parts.stop.signals.leave_marks()
     step = saved = resume(parts)
     tracker = tracker_factory(step)
     stream = _stream(parts, step)
@@ -256,7 +258,7 @@ def _seed_dropout(parts: Parts, step: int, micro_batch: int) -> None:
 
 def resume(parts: Parts) -> int:
     """Load the newest complete checkpoint into engine, ODE and spike watch; 0 when there is none."""
-    found = parts.checkpoints.load(parts.engine)
+    found = parts.checkpoints.load(parts.engine, lambda: parts.stop.reason() is not None)
     if found is None:
         return 0
     step, state = found

@@ -22,6 +22,7 @@ from clex_train import stopping
 stopping.REPEAT_AFTER, heard, mark = {repeat_after}, [], stopping.SignalWatch._mark
 stopping.SignalWatch._mark = lambda watch, number: (mark(watch, number), heard.append(number))
 stopping.listen()
+stopping.signals().leave_marks()
 print("ready", flush=True)
 while stopping.signals().reason is None:
     time.sleep(0.01)
@@ -42,7 +43,7 @@ def listener(rest: str, repeat_after: float = 0.5) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_leaves_a_mark_and_the_process_goes_on(number):
     process = listener("time.sleep(0.2)")
     process.send_signal(number)
@@ -67,7 +68,7 @@ def test_a_second_signal_ends_a_process_whose_main_thread_is_stuck_in_a_library(
     )
     process.send_signal(signal.SIGUSR1)
     assert "SIGUSR1" in process.stdout.readline()
-    time.sleep(0.7)
+    time.sleep(stopping.MOMENT + 0.7)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 128 + signal.SIGTERM
     assert "a second signal (SIGTERM)" in process.stderr.read()

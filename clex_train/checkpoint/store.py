@@ -9,6 +9,7 @@ is replaced. A folder whose files are not those of its manifest is damaged: it i
 
 import errno
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,11 +144,13 @@ class Checkpoints:
         self._chosen = chosen
         return chosen
 
-    def load(self, engine: Any) -> tuple[int, dict[str, Any] | None] | None:
+    def load(
+        self, engine: Any, interrupted: Callable[[], bool] | None = None
+    ) -> tuple[int, dict[str, Any] | None] | None:
         """Continue the checkpoint of `choose`: (step, ODE state), or None when there is none. Collective.
 
-        One written by another number of ranks is converted. `ValueError` as from `choose`, for one that cannot be
-        converted, and for one whose files would run code.
+        One written by another number of ranks is converted: `StopRequested` when `interrupted` says so meanwhile on a
+        rank. `ValueError` as from `choose`, for one that cannot be converted, and for one whose files would run code.
         """
         self.finish()
         found, self._chosen = self._chosen or self.choose(), None
@@ -157,7 +160,7 @@ class Checkpoints:
             if self._fits_ranks(found):
                 loaded, _ = engine.load_checkpoint(str(self.folder), tag=found.path.name)
             else:
-                loaded = self._load_converted(engine, found)
+                loaded = self._load_converted(engine, found, interrupted)
             ode_state = torch.load(found.path / ODE, weights_only=True) if ODE in found.manifest.files else None
         assert loaded is not None, f"DeepSpeed found nothing in {found.path}"
         logger.info("resumed step %d from %s", found.manifest.step, found.path)
@@ -167,8 +170,8 @@ class Checkpoints:
         """Tell whether as many ranks wrote it, or each of them held everything."""
         return found.manifest.world_size == distributed.world_size() or found.manifest.zero_stage == 0
 
-    def _load_converted(self, engine: Any, found: Found) -> Any:
-        folder = universal.convert(found.path)
+    def _load_converted(self, engine: Any, found: Found, interrupted: Callable[[], bool] | None) -> Any:
+        folder = universal.convert(found.path, interrupted)
         with universal.universal_loading(engine):
             loaded, _ = engine.load_checkpoint(str(folder), tag=found.path.name)
         distributed.barrier()

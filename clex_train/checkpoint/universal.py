@@ -8,11 +8,15 @@ vectors too), and all sub-groups share one tensor of the step, which each of the
 """
 
 import argparse
+import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,26 +25,45 @@ import torch
 from clex_train import distributed, log
 from clex_train.checkpoint import files
 from clex_train.checkpoint.untrusted import without_code
+from clex_train.faults import StopRequested
 
 logger = log.get(__name__)
 
 FOLDER = "universal"
-PATIENCE = 5.0
+PATIENCE = 1.0
 WORKERS = 2
+STOPPING = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
+"""Exit codes of a conversion that was asked to end, as DeepSpeed's launcher asks each process below a rank."""
+BAR = re.compile(r"\d+%\||\d+it \[")
+"""A line of a progress bar, which says nothing about a failure."""
 
 
-def convert(checkpoint: Path) -> Path:
+def convert(checkpoint: Path, interrupted: Callable[[], bool] | None = None) -> Path:
     """Rank 0 converts a verified checkpoint beside it while the others wait; returns the folder of both. Collective.
 
-    Raises `ValueError` with DeepSpeed's last word when it cannot be converted, on every rank.
+    Raises `ValueError` with DeepSpeed's last word when it cannot be converted, on every rank; `StopRequested` when
+    `interrupted` says so on a rank, or a signal to the process group ended the conversion.
     """
     target, beside = checkpoint.with_name(FOLDER), checkpoint.with_name(f"converting_{FOLDER}")
     with tempfile.TemporaryFile("w+") as said:
         process = _start(checkpoint, beside, said) if distributed.is_main() else None
-        # In turns of a few seconds, so that a conversion may take longer than a collective may wait.
+        stopped = False
+        # In turns of a second, so that a conversion may take longer than a collective may wait.
         while distributed.any_rank(process is not None and not _ended(process)):
-            pass
+            if stopped := distributed.any_rank(interrupted is not None and interrupted()):
+                break
+        asked = interrupted is not None and interrupted()
+        stopped = stopped or distributed.any_rank(process is not None and _was_stopped(process, asked))
+        if process and process.poll() != 0:
+            _kill_group(process)
         failure = distributed.broadcast_object(_conclude(process, said, beside, target) if process else None)
+    if stopped:
+        if distributed.is_main():
+            discard(checkpoint.parent)
+        raise StopRequested(
+            f"stopped while {checkpoint} was being converted for {distributed.world_size()} ranks; it is intact; "
+            "the same command goes on"
+        )
     if failure is not None:
         raise ValueError(
             f"checkpoint {checkpoint}: cannot be converted for {distributed.world_size()} ranks ({failure}); "
@@ -80,7 +103,29 @@ def _start(checkpoint: Path, beside: Path, said: IO[str]) -> subprocess.Popen[by
     logger.info("converting %s for %d ranks; all ranks wait", checkpoint, distributed.world_size())
     discard(checkpoint.parent)
     command = [sys.executable, "-m", "clex_train.checkpoint.universal", str(checkpoint), str(beside / checkpoint.name)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL, stderr=said)
+    # In a session of its own, where no terminal's signal reaches it; it ends when its standard input does, with this
+    # process.
+    return subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=said,
+        start_new_session=True,
+    )
+
+
+def _was_stopped(process: subprocess.Popen[bytes], asked: bool) -> bool:
+    """Whether a conversion failed because the run, or it, was asked to stop."""
+    code = process.poll()
+    return code in STOPPING or (code is not None and code != 0 and asked)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End a conversion that is not wanted any more, with workers that may have outlived it."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:
@@ -98,8 +143,16 @@ def _conclude(process: subprocess.Popen[bytes], said: IO[str], beside: Path, tar
         return None
     files.remove_folder(beside)
     said.seek(0)
-    lines = said.read().strip().splitlines()
-    return lines[-1] if lines else f"its process ended with {process.returncode}"
+    lines = [line for line in said.read().splitlines() if line.strip() and not BAR.search(line)]
+    if process.returncode < 0:
+        return f"its process was ended by {signal.Signals(-process.returncode).name}, as where memory is short"
+    return lines[-1].strip() if lines else f"its process ended with {process.returncode}"
+
+
+def _end_with_parent() -> None:
+    """Kill this process group once standard input is closed: whoever started the conversion is gone."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _main() -> None:
@@ -107,6 +160,7 @@ def _main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     given = parser.parse_args()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     from deepspeed.checkpoint import ds_to_universal
 
     given.folder.mkdir(parents=True)

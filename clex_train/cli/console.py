@@ -8,6 +8,7 @@
 4    a rank died, froze or hangs; one line says which
 141  whoever read the output has gone, as `head` does: the code that a shell gives for SIGPIPE
 75   training was asked to stop and has a checkpoint (EX_TEMPFAIL of sysexits.h): the same command goes on
+129, 130, 143   ended by SIGHUP, SIGINT or SIGTERM (128 + the signal's number); one line says what is kept
 """
 
 import codecs
@@ -28,9 +29,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from clex_train import log, versions
+from clex_train import log, stopping, versions
 from clex_train.cli import config_files, overrides
 from clex_train.faults import RankLost, RunStopped, StopRequested, first_line
+from clex_train.stopping import Interrupted
 
 logger = log.get(__name__)
 
@@ -68,14 +70,33 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
     return guarded
 
 
-def run(main: Callable[[], object], help_text: Callable[[], str], schema: type | None = None) -> int:
+def run(
+    main: Callable[[], object], help_text: Callable[[], str], schema: type | None = None, kept: str = "nothing is kept"
+) -> int:
     """Run an entry point's main; returns the exit code. Launchers' own arguments are taken off `sys.argv` first.
 
-    Name the `schema` where Hydra reads `sys.argv`: its text fields then get the text as it was typed.
+    Name the `schema` where Hydra reads `sys.argv`: its text fields then get the text as it was typed. `kept` says what
+    of its work outlives a signal that ends it, and whether the same command goes on.
     """
-    code = _run(main, help_text, schema)
+    try:
+        code = _run(main, help_text, schema)
+    except KeyboardInterrupt as interrupt:
+        code = _interrupted(interrupt, kept)
+    if watch := stopping.signals():
+        watch.is_leaving = True
     _record(code)
     return code
+
+
+def _interrupted(interrupt: KeyboardInterrupt, kept: str) -> int:
+    """Say once, on rank 0, which signal ended the program; returns the exit code."""
+    # Without a watch, or where a library took SIGINT over, it is Python's own.
+    own = interrupt if isinstance(interrupt, Interrupted) else Interrupted(signal.SIGINT)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{own}; {kept}", file=sys.stderr)
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    return 128 + own.number
 
 
 def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type | None) -> int:
@@ -92,9 +113,11 @@ def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type 
             logger.warning("%s", line)
     try:
         main()
-    except _Failed as failed:
-        return report(failed.error)
-    except Exception as error:
+    except (_Failed, Exception) as raised:
+        error = raised.error if isinstance(raised, _Failed) else raised
+        if (watch := stopping.signals()) and watch.interrupted and not isinstance(error, StopRequested):
+            # A library, for instance while it was imported, has made an error of its own of the interrupt.
+            raise Interrupted(watch.interrupted) from error
         return report(error)
     return 0
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import FrameType
@@ -157,7 +157,8 @@ class Watchdog:
         if self._closed.is_set():
             return
         line = f"error: {what}; the checkpoints are intact\n"
-        os.write(sys.stderr.fileno(), line.encode())
+        with suppress(OSError):  # a terminal that was closed
+            os.write(sys.stderr.fileno(), line.encode())
         os._exit(EXIT_CODE)
 
     def _hear(self, ranks: Any) -> None:
