@@ -22,6 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    # Before the imports that take seconds.
+    from clex_train import stopping
+
+    stopping.end_on_signals()
+
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -51,6 +57,13 @@ VERBS: dict[str, tuple[type, str]] = {
 }
 """The schema of each verb and the module whose `run` does it, imported when asked for."""
 
+BEGINS_ANEW = "nothing is kept, the same command begins anew"
+KEPT = {
+    "tokenize": "finished shards are kept, the same command goes on",
+    "inspect": "nothing was changed",
+}
+"""What is left of the work of a verb that a signal ends."""
+
 
 def main() -> int:
     """Run the verb that the first argument names; returns the exit code."""
@@ -65,7 +78,7 @@ def main() -> int:
     schema, module = VERBS[verb]
     ConfigStore.instance().store(name="data_prep_schema", node=schema)
     sys.argv[1:] = [_by_its_path(argument) for argument in sys.argv[2:]]
-    return console.run(partial(_run, module), partial(_help, verb, schema), schema)
+    return console.run(partial(_run, module), partial(_help, verb, schema), schema, KEPT.get(verb, BEGINS_ANEW))
 
 
 def _by_its_path(argument: str) -> str:

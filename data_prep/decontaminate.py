@@ -7,11 +7,11 @@ lists what was found; with `output=` a store is written without it.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from data_prep.decontaminated import require_writable, write_decontaminated
 from data_prep.decontamination_report import Report, write_report
 from data_prep.ngrams import NgramIndex, WordReader, build_index
 from data_prep.progress import Progress
+from data_prep.workers import pool
 
 logger = log.get(__name__)
 
@@ -109,9 +110,10 @@ def scan(
             with TemporaryDirectory(dir=scratch, prefix=".index_") as folder:
                 wordless += _prepare(evaluation, group, config, Path(folder))
                 found = Findings()
-                for part, num_bytes, num_tokens in _in_order(_Task(train.path, Path(folder), config), chunks):
-                    found.add(part)
-                    progress.advance(num_tokens * train.dtype.itemsize, num_bytes, num_tokens)
+                with closing(_in_order(_Task(train.path, Path(folder), config), chunks)) as results:
+                    for part, num_bytes, num_tokens in results:
+                        found.add(part)
+                        progress.advance(num_tokens * train.dtype.itemsize, num_bytes, num_tokens)
             total.offending += [replace(p, evaluation_doc=group[p.evaluation_doc]) for p in found.offending]
             total.nearest |= {group[e]: replace(p, evaluation_doc=group[e]) for e, p in found.nearest.items()}
             total.wordless = found.wordless
@@ -186,15 +188,14 @@ def _opened(train: Path, folder: Path, minhash: float | None) -> tuple[WordReade
     return WordReader(TokenStore(train)), index, sketches
 
 
-def _in_order(task: _Task, chunks: list[tuple[int, int]]) -> Iterator[tuple[Findings, int, int]]:
+def _in_order(task: _Task, chunks: list[tuple[int, int]]) -> Generator[tuple[Findings, int, int]]:
     """Results of the task in the order of the chunks."""
     workers = min(task.config.workers, len(chunks))
     if workers < 2:
         yield from map(task, chunks)
         _opened.cache_clear()
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, log.setup) as executor:
+    with pool(workers, log.setup) as executor:
         try:
             yield from _results(executor, task, chunks, 2 * workers)
         except BrokenProcessPool as error:
@@ -202,8 +203,6 @@ def _in_order(task: _Task, chunks: list[tuple[int, int]]) -> Iterator[tuple[Find
                 f"workers={workers}: a worker was killed, most likely for want of memory; take fewer workers, or a "
                 f"smaller index_mb (now {task.config.index_mb})"
             ) from error
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _results(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from data_prep.progress import Progress
 from data_prep.readers import place
 from data_prep.sampling import Mismatch, SampleCheck
 from data_prep.sources import Piece, Unit
+from data_prep.workers import manager, pool
 
 logger = log.get(__name__)
 
@@ -245,12 +245,8 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 
 
 def _run_in_processes(units: list[Unit], job: Job, workers: int, progress: Progress) -> None:
-    context = multiprocessing.get_context("spawn")
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(workers, context, _start_worker, (workers,)) as executor,
-    ):
-        queue = manager.Queue()
+    with manager() as shared, pool(workers, _start_worker, workers) as executor:
+        queue = shared.Queue()
         pending = {executor.submit(tokenize_unit, unit, job, _Reporter(queue)) for unit in units}
         try:
             _follow(pending, queue, progress)
@@ -259,8 +255,6 @@ def _run_in_processes(units: list[Unit], job: Job, workers: int, progress: Progr
                 f"workers={workers}: a worker was killed, most likely for want of memory; take fewer workers and run "
                 "the same command again, finished shards are kept"
             ) from error
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _follow(pending: set[Future[None]], queue: Queue[tuple[int, int, int]], progress: Progress) -> None:

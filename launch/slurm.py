@@ -17,6 +17,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    # Before the imports that take seconds.
+    from clex_train import stopping
+
+    stopping.end_on_signals()
+
 from hydra import compose, initialize_config_dir
 
 from clex_train import architectures, dry_run, log, run_folder, weights
@@ -149,4 +155,4 @@ def _sbatch(script: Path) -> str:
 
 if __name__ == "__main__":
     log.setup()
-    sys.exit(console.run(main, usage))
+    sys.exit(console.run(main, usage, kept="squeue shows whether the job was submitted"))

@@ -22,6 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    # Before the imports that take seconds.
+    from clex_train import stopping
+
+    stopping.end_on_signals()
+
 import torch
 
 from clex_train import architectures, distributed, log, modeling

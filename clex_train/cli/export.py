@@ -14,6 +14,12 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+if __name__ == "__main__":
+    # Before the imports that take seconds.
+    from clex_train import stopping
+
+    stopping.end_on_signals()
+
 from clex_train import architectures, log, modeling
 from clex_train.cli import arguments, console
 from clex_train.export.official import write_official

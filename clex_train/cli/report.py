@@ -16,6 +16,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":
+    # Before the imports that take seconds.
+    from clex_train import stopping
+
+    stopping.end_on_signals()
+
 from clex_train import log
 from clex_train.cli import arguments, console
 from clex_train.evaluation.report import evidence
