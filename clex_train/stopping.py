@@ -55,6 +55,8 @@ class SignalWatch:
 
     def __init__(self, ends: Collection[signal.Signals] = ()) -> None:
         self.ends = frozenset(ends)
+        self.unwinds = False
+        """Somebody waits for `Interrupted`; before, while the program imports, there is nothing to unwind."""
         self.is_leaving = False
         """The program is past its work and exits: what a launcher still sends is no second request."""
         self._launchers = launchers()
@@ -101,8 +103,10 @@ class SignalWatch:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Python's handler, on the main thread: what only leaves a mark is left to the thread."""
-        if number not in self.ends or self._raised:
+        if number not in self.ends or self._raised or self.is_leaving:
             return
+        if not self.unwinds:
+            self._end(signal.Signals(number), f"{Interrupted(number)} before it began")
         if self._deferring:
             self._deferred = signal.Signals(number)
             return
@@ -119,10 +123,15 @@ class SignalWatch:
                 # A library that keeps the GIL may let this thread see a launcher's copy late, but not after this.
                 time.sleep(MOMENT)
                 self._since, self._is_settled = time.monotonic(), True
-            if self._first and time.monotonic() - self._since > GRACE and (self._raised or self._first in self.ends):
-                self._end(self._first, f"interrupted by {self._first.name}")
+            if self._first and self._is_stuck():
+                self._end(self._first, str(Interrupted(self._first)))
             if self.reason is None and (gone := [process for process in self._launchers if not _lives(process)]):
                 self.reason = f"its launcher (process {gone[0].pid}) is gone"
+
+    def _is_stuck(self) -> bool:
+        """Whether the main thread has had the time to unwind from a signal that ends the program, and has not."""
+        ends = self._raised or self._first in self.ends
+        return ends and not self.is_leaving and time.monotonic() - self._since > GRACE
 
     def _mark(self, number: signal.Signals) -> None:
         now = time.monotonic()

@@ -78,11 +78,14 @@ def run(
     Name the `schema` where Hydra reads `sys.argv`: its text fields then get the text as it was typed. `kept` says what
     of its work outlives a signal that ends it, and whether the same command goes on.
     """
+    watch = stopping.signals()
     try:
+        if watch:
+            watch.unwinds = True
         code = _run(main, help_text, schema)
     except KeyboardInterrupt as interrupt:
         code = _interrupted(interrupt, kept)
-    if watch := stopping.signals():
+    if watch:
         watch.is_leaving = True
     _record(code)
     return code

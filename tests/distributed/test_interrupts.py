@@ -1,0 +1,147 @@
+"""Ctrl-C, SIGTERM, a closed terminal and kill -9 at random moments: the same command ends with the same bits.
+
+INTERRUPT_TRIALS=20 python -m pytest -m slow -s tests/distributed/test_interrupts.py
+"""
+
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from chaos import last_row
+from distributed_runs import BIN, Launcher
+from interrupting import Interrupter, report, tracebacks_of_ours
+from ports import free_port
+from safetensors.torch import load_file
+
+TRIALS = int(os.environ.get("INTERRUPT_TRIALS", "4"))
+SEED = int(os.environ.get("INTERRUPT_SEED", "0"))
+STEPS = 12
+OVERRIDES = (
+    "scaling=clex",
+    "scaling.t_max=4",
+    "engine.micro_batch=1",
+    "evaluation.every=6",
+    "evaluation.lengths=[32,64]",
+    "evaluation.num_windows=1",
+    "engine.timeout=1",
+    f"optim.steps={STEPS}",
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200 + 240 * TRIALS)]
+
+
+def launch(launcher: Launcher, by: str, name: str) -> list[str]:
+    """The command of a run under a launcher."""
+    command = launcher.command(2 if by == "deepspeed" else 1, name, *OVERRIDES)
+    if by == "torchrun":
+        torchrun = [str(BIN / "torchrun"), "--nproc-per-node=2", f"--master-port={free_port()}"]
+        return [*torchrun, *command[command.index("train.py") :]]
+    return command
+
+
+def moments(folder: Path, generator: random.Random) -> dict:
+    """When to send a signal to a run: as it starts, in its steps, or around its end."""
+
+    def rows() -> int:
+        row = last_row(folder)
+        return row["step"] if row else 0
+
+    def starting(process) -> None:
+        time.sleep(generator.uniform(0, 15))
+
+    def training(process) -> None:
+        before = rows()
+        while process.poll() is None and rows() in (0, before):
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 1))
+
+    def ending(process) -> None:
+        while process.poll() is None and rows() < STEPS:
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 0.5))
+
+    return {"starting": starting, "training": training, "training again": training, "ending": ending}
+
+
+@pytest.fixture(scope="module")
+def left_alone(launcher) -> dict[int, Path]:
+    """Undisturbed runs by their number of ranks."""
+    for ranks in (1, 2):
+        done = launcher.run(ranks, f"left_alone_{ranks}", *OVERRIDES)
+        assert done.returncode == 0, done.stderr
+    return {ranks: launcher.folder / f"left_alone_{ranks}" for ranks in (1, 2)}
+
+
+@pytest.mark.parametrize("by", ["python", "torchrun", "deepspeed"])
+def test_training_that_signals_interrupt_ends_with_the_same_bits(launcher, left_alone, by):
+    generator, trials = random.Random(f"{SEED} {by}"), []
+    while len(trials) < TRIALS:
+        name = f"{by}_{len(trials)}"
+        folder = launcher.folder / name
+        log = launcher.folder / f"{name}.log"
+        command = launch(launcher, by, name)
+        run = Interrupter(command, folder / "final", log, moments(folder, generator), generator)
+        run.run(TRIALS - len(trials))
+        trials += run.trials
+        run.finish()
+        report(run.trials)
+        check_equal(folder, left_alone[1 if by == "python" else 2])
+        steps = launcher.figures(name, "loss")
+        assert steps == launcher.figures(f"left_alone_{1 if by == 'python' else 2}", "loss"), "each step once"
+    check_ends(trials, by)
+
+
+def check_equal(folder: Path, whole: Path) -> None:
+    """The final models are the same to the bit, and nothing of an interrupted launch is left in the folder."""
+    files = sorted(path.name for path in (whole / "final").glob("*.safetensors"))
+    assert "model.safetensors" in files
+    for file in files:
+        first, second = load_file(whole / "final" / file), load_file(folder / "final" / file)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), file
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+def check_ends(trials, by: str) -> None:
+    """No traceback of ours, no orphan; without a launcher between, the documented exit codes."""
+    for trial in trials:
+        assert not tracebacks_of_ours(trial.output), trial.output
+        assert trial.orphans == [], trial.orphans
+        if by == "python":
+            assert trial.code in (0, 75, -9, 130), (trial.number, trial.moment, trial.code)
+            assert "Traceback" not in trial.output
+
+
+def test_tokenising_that_signals_interrupt_ends_with_the_same_bytes(tmp_path, tiny_store):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for index in range(6):
+        (texts / f"{index}.txt").write_text(f"{index} the clocks were striking thirteen " * 200_000)
+    generator = random.Random(SEED)
+
+    def command(store: str) -> list[str]:
+        verb = [sys.executable, "-m", "data_prep", "tokenize", "workers=2", "shard_mb=1", f"output={tmp_path / store}"]
+        return [*verb, f"corpus.paths=[{texts}]", f"tokenizer={tiny_store / 'tokenizer'}", "corpus.name=tiny"]
+
+    whole = Interrupter(command("whole"), tmp_path / "whole", tmp_path / "log", {}, generator)
+    whole.finish()
+    trials = []
+    while len(trials) < TRIALS:
+        store = tmp_path / f"store_{len(trials)}"
+        moment = {"any": lambda process: time.sleep(generator.uniform(0, 25))}
+        run = Interrupter(command(store.name), store, tmp_path / "log", moment, generator)
+        run.run(TRIALS - len(trials))
+        trials += run.trials
+        run.finish()
+        files = {path.relative_to(store): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+        assert files == {path: (tmp_path / "whole" / path).read_bytes() for path in files}
+        assert not list(tmp_path.glob("*.partial"))
+    report(trials)
+    for trial in trials:
+        assert "Traceback" not in trial.output, trial.output
+        assert trial.orphans == [], trial.orphans
+        assert trial.code in (0, -9, 128 + trial.number), trial.code
