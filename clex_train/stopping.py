@@ -29,7 +29,7 @@ IGNORABLE = (signal.SIGINT, signal.SIGHUP)
 REPEAT_AFTER = 5.0
 """Seconds in which a repeated signal is taken for the same request: launchers pass on what the whole group got."""
 MOMENT = 0.5
-"""The same for a second SIGINT after the first: whoever presses Ctrl-C twice means it."""
+"""The same for SIGINT after a first signal: whoever presses Ctrl-C twice means it."""
 GRACE = 3.0
 """Seconds that an interrupted program may take to unwind, for instance out of a library that does not come back."""
 POLL_SECONDS = 1.0
@@ -144,7 +144,7 @@ class SignalWatch:
 
     def _is_second(self, number: signal.Signals, elapsed: float) -> bool:
         """Whether a later signal is another request and not the first one that a launcher passes on."""
-        if number is signal.SIGINT and self._first is signal.SIGINT:
+        if number is signal.SIGINT:
             return elapsed >= MOMENT
         passed_on = self._first in IGNORABLE and number is signal.SIGTERM and bool(self._launchers)
         return elapsed >= REPEAT_AFTER and not passed_on and not self.is_leaving

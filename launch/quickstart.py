@@ -19,7 +19,16 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    # Before the imports that take seconds.
+    from launch import stages
+
+    stages.listen()
+
+from clex_train import terminal
 from clex_train.cli.console import GO_ON
+from clex_train.stopping import Interrupted
+from launch import stages
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE_STEPS = {"tiny_base": 40, "tiny_clex": 20, "tiny_continued": 20}
@@ -41,6 +50,8 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(ended(error), file=sys.stderr)
         return int(error.returncode)
+    except Interrupted as interrupt:
+        return stages.ended(interrupt)
     report(runs, smoke)
     print(f"\ndone in {(time.monotonic() - start) / 60:.1f} minutes; the report: {runs / 'report' / 'index.html'}")
     return 0
@@ -108,8 +119,10 @@ def stage(result: Path, command: list[str]) -> None:
 def call(command: list[str]) -> None:
     """Run a command; its output goes straight to the console."""
     print(f"--- {shlex.join(command)}", flush=True)
-    subprocess.run(command, check=True)
+    if code := stages.run(command):
+        raise subprocess.CalledProcessError(code, command)
 
 
 if __name__ == "__main__":
+    terminal.outlive("stdout", "stderr")
     sys.exit(main())

@@ -23,9 +23,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":
+    # Before the imports that take seconds.
+    from launch import stages
+
+    stages.listen()
+
+from clex_train import terminal
+from clex_train.stopping import Interrupted
 from data_prep.config import Format
 from data_prep.sources import expand
-from launch import study_tables
+from launch import stages, study_tables
 from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,10 +96,12 @@ def main() -> int:
         corpus(study)
         train(study, study.base, "study_base", [])
         evaluate(study, study.base, BASE_METHODS, study.base, JUDGING)
+        with ThreadPoolExecutor(asked.jobs) as pool:
+            codes = [code for wave in study.waves() for code in pool.map(partial(arm_of, study), wave)]
     except subprocess.CalledProcessError as error:
         return failed(error)
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        codes = [code for wave in study.waves() for code in pool.map(partial(arm_of, study), wave)]
+    except Interrupted as interrupt:
+        return stages.ended(interrupt)
     print(study_tables.write(study.out, study.seeds))
     page = study_tables.page(study.out, study.seeds[0], [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
     print(f"the page of the first seed: {page}")
@@ -166,7 +176,7 @@ def stage(study: Study, result: Path, command: list[str]) -> None:
     print(f"--- {shlex.join(command)}\n    > {log}", flush=True)
     with log.open("w", encoding="utf-8") as output:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        code = subprocess.run(command, check=False, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
+        code = stages.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     if code:
         raise subprocess.CalledProcessError(code, command, output=str(log))
 
@@ -180,4 +190,5 @@ def failed(error: subprocess.CalledProcessError) -> int:
 
 
 if __name__ == "__main__":
+    terminal.outlive("stdout", "stderr")
     sys.exit(main())

@@ -170,3 +170,122 @@ def test_a_zombie_launcher_is_gone():
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert not stopping._lives(watched)
     process.wait()
+
+
+PROGRAM = """
+import signal, sys, time
+from clex_train import stopping
+stopping.end_on_signals()
+from clex_train.cli import console
+def work():
+    print("ready", flush=True)
+    {work}
+sys.exit(console.run(work, str, kept="its cells are kept"))
+"""
+
+
+def program(work: str, **options) -> subprocess.Popen:
+    """A program that does some `work` under `console.run`, in an interactive shell if nothing else is said."""
+    options = {"preexec_fn": take_signals, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM.format(work=work)], cwd=ROOT, text=True, **options)
+    if process.stdout:
+        assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def take_signals() -> None:
+    """Undo what a test run in the background leaves to its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", stopping.ENDING)
+def test_a_program_without_anything_to_save_ends_with_one_line_and_the_shell_s_code(number):
+    process = program("time.sleep(600)")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert errors == f"interrupted by {number.name}; its cells are kept\n"
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "\n    try: time.sleep(600)\n    except BaseException as error: raise ImportError('numpy failed') from error",
+        "\n    class Late:\n        def __del__(self): time.sleep(600)\n    late = Late(); del late",
+    ],
+    ids=["made into another error by a library", "raised in a finalizer"],
+)
+def test_an_interrupt_that_python_or_a_library_spoils_is_one_line_all_the_same(work):
+    process = program(work)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    assert errors.startswith("interrupted by SIGINT")
+    assert errors.count("\n") == 1
+
+
+def test_a_program_stuck_in_a_library_ends_after_its_grace():
+    process = program(
+        "import ctypes; lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)\n"
+        "    lock(mutex); lock(mutex)"
+    )
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors == "interrupted by SIGTERM\n"
+
+
+def test_a_program_under_nohup_does_not_hear_of_a_closed_terminal():
+    def nohup() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    process = program("time.sleep(1.5); print('done')", preexec_fn=nohup)
+    process.send_signal(signal.SIGHUP)
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, output, errors) == (0, "done\n", "")
+
+
+def test_an_interrupt_is_deferred_to_the_end_of_a_block():
+    process = program("\n    with stopping.shielding_children():\n        time.sleep(1.5); print('whole', flush=True)")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert (process.returncode, output) == (130, "whole\n")
+
+
+def test_a_second_ctrl_c_ends_a_saving_run_at_once_and_a_launcher_s_copy_of_the_first_does_not():
+    process = listener("time.sleep(600)", repeat_after=600)
+    process.send_signal(signal.SIGINT)
+    assert "SIGINT" in process.stdout.readline()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+    time.sleep(2 * stopping.MOMENT + 0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    first, second = errors.splitlines()
+    assert first.startswith("SIGINT: finishes and saves")
+    assert second == "a second signal (SIGINT): ended at once"
+
+
+def test_output_that_nobody_can_read_any_more_neither_fails_nor_changes_the_exit_code():
+    program = (
+        "import sys, time; from clex_train import log, terminal; terminal.outlive('stdout', 'stderr'); log.setup()\n"
+        "print('ready', flush=True); time.sleep(1)\n"
+        "print('lost'); print('lost', file=sys.stderr); log.get('clex_train').info('lost'); sys.exit(75)"
+    )
+    master, slave = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=slave, stderr=slave)
+    os.close(slave)
+    assert os.read(master, 64).startswith(b"ready")
+    os.close(master)
+    assert process.wait(120) == 75
+    reading, writing = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=writing, stderr=writing)
+    os.close(writing)
+    os.close(reading)
+    assert process.wait(120) == 75

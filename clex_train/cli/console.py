@@ -13,6 +13,7 @@
 
 import codecs
 import functools
+import gc
 import io
 import os
 import re
@@ -87,6 +88,8 @@ def run(
         code = _interrupted(interrupt, kept)
     if watch:
         watch.is_leaving = True
+        # What torch and its like have made is not worth the seconds in which the interpreter would take it apart.
+        gc.freeze()
     _record(code)
     return code
 

@@ -1,0 +1,76 @@
+"""Worker processes end with the program that started them, however it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import sys, time
+if __name__ == "__main__":
+    from clex_train import stopping
+    stopping.end_on_signals()
+from clex_train.cli import console
+from data_prep.workers import manager, pool
+
+def idle():
+    pass
+
+def work(queue):
+    queue.put(1)
+    time.sleep(600)
+
+def main():
+    with manager() as shared, pool(2, idle) as executor:
+        queue = shared.Queue()
+        tasks = [executor.submit(work, queue) for _ in range(3)]
+        queue.get(), queue.get()
+        print("ready", flush=True)
+        tasks[0].result()
+
+if __name__ == "__main__":
+    sys.exit(console.run(main, str, kept="shards are kept"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGKILL, -9, ""),
+        (signal.SIGINT, 130, "interrupted by SIGINT; shards are kept\n"),
+        (signal.SIGTERM, 143, "interrupted by SIGTERM; shards are kept\n"),
+        (signal.SIGHUP, 129, "interrupted by SIGHUP; shards are kept\n"),
+    ],
+)
+def test_no_worker_outlives_the_program(tmp_path, number, code, said):
+    file = tmp_path / "program.py"
+    file.write_text(PROGRAM)
+    process = subprocess.Popen(
+        [sys.executable, str(file)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)],
+    )
+    assert process.stdout.readline() == "ready\n"
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 3, "two workers and what they share"
+    if number is signal.SIGKILL:
+        process.kill()
+    else:
+        os.killpg(process.pid, number)  # as a terminal sends it
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert number is signal.SIGKILL or errors == said
+    _, alive = psutil.wait_procs(workers, timeout=5)
+    assert not alive, f"{time.monotonic() - began:.1f} s after the program"
