@@ -251,6 +251,7 @@ def test_a_program_under_nohup_does_not_hear_of_a_closed_terminal():
 
 def test_an_interrupt_is_deferred_to_the_end_of_a_block():
     process = program("\n    with stopping.shielding_children():\n        time.sleep(1.5); print('whole', flush=True)")
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert (process.returncode, output) == (130, "whole\n")
