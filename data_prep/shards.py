@@ -6,14 +6,15 @@ import dataclasses
 import hashlib
 import json
 import os
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import Queue
 
 import numpy as np
 
@@ -28,14 +29,13 @@ from data_prep.progress import Progress
 from data_prep.readers import place
 from data_prep.sampling import Mismatch, SampleCheck
 from data_prep.sources import Piece, Unit
-from data_prep.workers import manager, pool
+from data_prep.workers import pool, reports
 
 logger = log.get(__name__)
 
 UNITS = "units"
 BATCH_CHARS = 1_500_000
 BATCH_PIECES = 1024
-_POLL_SECONDS = 0.2
 
 Advance = Callable[[int, int, int], object]
 
@@ -245,11 +245,13 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 
 
 def _run_in_processes(units: list[Unit], job: Job, workers: int, progress: Progress) -> None:
-    with manager() as shared, pool(workers, _start_worker, workers) as executor:
-        queue = shared.Queue()
-        pending = {executor.submit(tokenize_unit, unit, job, _Reporter(queue)) for unit in units}
+    def advance(report: bytes) -> None:
+        progress.advance(*_REPORT.unpack(report))
+
+    with reports(advance) as reporting, pool(workers, _start_worker, workers, reporting) as executor:
+        pending = {executor.submit(tokenize_unit, unit, job, _report) for unit in units}
         try:
-            _follow(pending, queue, progress)
+            _follow(pending)
         except BrokenProcessPool as error:
             raise ValueError(
                 f"workers={workers}: a worker was killed, most likely for want of memory; take fewer workers and run "
@@ -257,13 +259,11 @@ def _run_in_processes(units: list[Unit], job: Job, workers: int, progress: Progr
             ) from error
 
 
-def _follow(pending: set[Future[None]], queue: Queue[tuple[int, int, int]], progress: Progress) -> None:
+def _follow(pending: set[Future[None]]) -> None:
     while pending:
-        done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
+        done, pending = wait(pending, return_when=FIRST_EXCEPTION)
         for future in done:
             _raise_as_ours(future)
-        for _ in range(queue.qsize()):
-            progress.advance(*queue.get())
 
 
 def _raise_as_ours(future: Future[None]) -> None:
@@ -274,19 +274,22 @@ def _raise_as_ours(future: Future[None]) -> None:
         raise ValueError(str(error)) from error
 
 
-@dataclass(frozen=True)
-class _Reporter:
-    """Sends a worker's progress to the program that draws the bar."""
-
-    queue: Queue[tuple[int, int, int]]
-
-    def __call__(self, read_bytes: int, text_bytes: int, tokens: int) -> None:
-        if read_bytes or text_bytes or tokens:
-            self.queue.put((read_bytes, text_bytes, tokens))
+_reporting: Connection | None = None
+_REPORT = struct.Struct("3q")
 
 
-def _start_worker(workers: int) -> None:
+def _report(read_bytes: int, text_bytes: int, tokens: int) -> None:
+    """Send a worker's progress to the program that draws the bar."""
+    assert _reporting is not None
+    if read_bytes or text_bytes or tokens:
+        with suppress(BrokenPipeError):  # the program was killed, and this worker is about to end
+            _reporting.send_bytes(_REPORT.pack(read_bytes, text_bytes, tokens))
+
+
+def _start_worker(workers: int, reporting: Connection) -> None:
     """The tokenizer's own threads share the cores with those of the other workers."""
+    global _reporting
+    _reporting = reporting
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     log.setup()
 

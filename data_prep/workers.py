@@ -7,9 +7,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing.context import SpawnContext
-from multiprocessing.managers import SyncManager
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from typing import Any
 
 from clex_train.stopping import shielding_children
@@ -29,8 +28,9 @@ def pool(workers: int, start: Callable[..., object], *arguments: Any) -> Iterato
 
     At the end of the block, work that runs is waited for and the rest dropped; an interrupt kills the processes.
     """
+    context = multiprocessing.get_context("spawn")
     with shielding_children():
-        executor = _Pool(workers, _context(), _start, (start, *arguments))
+        executor = _Pool(workers, context, _start, (start, *arguments))
     try:
         yield executor
     except Exception:
@@ -45,22 +45,28 @@ def pool(workers: int, start: Callable[..., object], *arguments: Any) -> Iterato
 
 
 @contextmanager
-def manager() -> Iterator[SyncManager]:
-    """A manager of objects that the workers of a `pool` inside share."""
-    with shielding_children():
-        context = _context()
-    with shielding_children():
-        shared = SyncManager(ctx=context)
-        shared.start(end_with_parent)
-    with shared:
-        yield shared
+def reports(receive: Callable[[bytes], object]) -> Iterator[Connection]:
+    """Yield where workers of a `pool` inside `send_bytes` to; a thread here hands each message on.
 
+    Messages are short: the kernel writes up to 512 bytes in one piece, so that the workers need no lock, which a killed
+    one would never let go of.
+    """
+    reading, writing = multiprocessing.Pipe(duplex=False)
 
-def _context() -> SpawnContext:
-    context = multiprocessing.get_context("spawn")
-    # The first semaphore of a process starts multiprocessing's resource tracker, which then unblocks SIGINT.
-    context.Lock()
-    return context
+    def read() -> None:
+        with suppress(EOFError):
+            while True:
+                receive(reading.recv_bytes())
+
+    thread = threading.Thread(target=read, name="reports", daemon=True)
+    thread.start()
+    try:
+        yield writing
+    finally:
+        # The workers are gone by now, and with the last writer the thread ends.
+        writing.close()
+        thread.join()
+        reading.close()
 
 
 def end_with_parent() -> None:

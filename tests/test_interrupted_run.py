@@ -6,7 +6,9 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +36,17 @@ def await_lines(process: subprocess.Popen, path: Path, wanted: int) -> None:
         time.sleep(0.05)
 
 
+enough = threading.Event()
+
+
+def drain(process: subprocess.Popen, master: int) -> None:
+    """Take what a program prints on a terminal, until there is enough."""
+    os.set_blocking(master, False)
+    while process.poll() is None and not enough.wait(0.1):
+        with suppress(BlockingIOError, OSError):
+            os.read(master, 1 << 16)
+
+
 def test_ctrl_c_saves_the_step_and_says_in_one_line_how_to_go_on(tmp_path, tiny_store, tiny_architecture):
     folder = tmp_path / "run"
     process = begin(folder, tiny_store, tiny_architecture, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -55,8 +68,11 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path, tiny_store, tiny_archite
     master, terminal = pty.openpty()
     process = begin(folder, tiny_store, tiny_architecture, stdin=terminal, stdout=terminal, stderr=terminal)
     os.close(terminal)
-    os.set_blocking(master, False)
+    reader = threading.Thread(target=drain, args=(process, master))
+    reader.start()
     await_lines(process, folder / "metrics.jsonl", 3)
+    enough.set()
+    reader.join()
     os.close(master)
     os.killpg(process.pid, signal.SIGHUP)  # the kernel's, for a process whose controlling terminal it was
     assert process.wait(300) == 75

@@ -30,6 +30,7 @@ OVERRIDES = (
     "engine.timeout=1",
     f"optim.steps={STEPS}",
 )
+STEP_NAMES = [f"step_{step}" for step in range(1, STEPS + 1)]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200 + 240 * TRIALS)]
 
@@ -103,7 +104,10 @@ def check_equal(folder: Path, whole: Path) -> None:
         first, second = load_file(whole / "final" / file), load_file(folder / "final" / file)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first), file
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
+    # Each resumed launch leaves a description of its environment.
+    left = {path.name for path in folder.iterdir() if not path.name.startswith("environment_step_")}
+    assert left == {path.name for path in whole.iterdir()}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} <= {"latest", *STEP_NAMES}
 
 
 def check_ends(trials, by: str) -> None:
@@ -144,4 +148,5 @@ def test_tokenising_that_signals_interrupt_ends_with_the_same_bytes(tmp_path, ti
     for trial in trials:
         assert "Traceback" not in trial.output, trial.output
         assert trial.orphans == [], trial.orphans
-        assert trial.code in (0, -9, 128 + trial.number), trial.code
+        # 2: a worker was killed, which is said in a line.
+        assert trial.code in (0, 2, -9, 128 + trial.number), trial.code
