@@ -384,4 +384,4 @@ def _check_methods(model: ModelConfig, spec: EvaluationConfig, context_len: int)
 
 if __name__ == "__main__":
     log.setup()
-    sys.exit(console.run(main, usage))
+    sys.exit(console.run(main, usage, kept="finished parts are kept, the same command goes on"))

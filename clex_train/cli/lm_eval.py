@@ -316,4 +316,4 @@ def usage() -> str:
 
 if __name__ == "__main__":
     log.setup()
-    sys.exit(console.run(main, usage))
+    sys.exit(console.run(main, usage, kept="finished parts are kept, the same command goes on"))
