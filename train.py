@@ -26,6 +26,8 @@ from clex_train.settings import duration
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from clex_train.checkpoint.store import Checkpoints
+
 STOP_FILE = "stop"
 """In the run folder: while it is there, the run is asked to stop; the next launch removes it."""
 
@@ -58,6 +60,8 @@ def run(config: configuration.Config) -> int:
     with run_folder.left_as_found(run_dir):
         run_folder.require_writable(run_dir)
         with run_folder.held(run_dir, distributed.rank(), patience=60 * config.engine.timeout):
+            if distributed.is_main():
+                run_folder.tidy(run_dir)
             try:
                 return _run(config, run_dir)
             except (RuntimeError, MemoryError) as error:
@@ -136,22 +140,20 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     settings = engines.deepspeed_dict(config, distributed.world_size())
     trained = modeling.trained_architecture(config, arch)
     identity = Manifest.of_run(asked, architectures.digest(trained), fingerprint)
-    checkpoints = Checkpoints(run_dir, config.checkpoint, identity, config.resume is configuration.Resume.strict)
+    is_strict = config.resume is configuration.Resume.strict
+    checkpoints = Checkpoints(run_dir, config.checkpoint, identity, is_strict, run_folder.as_yaml(asked))
     newest = checkpoints.newest()
     other_ranks = newest is not None and newest.manifest.world_size != distributed.world_size()
-    run_folder.check_config(asked, newest is not None, other_ranks, architectures.own_context(asked.model, arch))
+    kept = newest.config() if newest else None
+    run_folder.check_config(asked, newest is not None, other_ranks, architectures.own_context(asked.model, arch), kept)
     first_step = newest.manifest.step if newest else 0
-    if first_step == config.optim.steps and (run_dir / "final").exists():
-        log.get("clex_train").info("%s is finished: its final model is in %s", run_dir, run_dir / "final")
+    if first_step == config.optim.steps and _is_finished(asked, checkpoints, kept):
         return first_step
     lines = list(data.describe(stores, packed, config.data, config.optim, held_out if evaluated else None))
     say_what_is_ahead(config, trained, context, settings, lines, first_step)
     data.warn_of_repetition(packed, config.data, config.optim)
     engines.open_process_group(config.engine)
-    if distributed.is_main():
-        run_folder.write_config(asked)
-        (run_dir / STOP_FILE).unlink(missing_ok=True)
-        tracking.write_environment(run_dir, first_step, fingerprint)
+    distributed.write_on_main(partial(_write_records, asked, kept, first_step, fingerprint))
     with watching(60 * config.engine.timeout):
         checkpoints.choose()
         loaded = modeling.load_for_training(config, arch, engines.precision(config.engine), settings)
@@ -172,10 +174,43 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
             )
             steps = trainer.train(parts, partial(tracking.Tracker, config, run_dir))
             modeling.solve_table(loaded)
-            write_final(run_dir / "final", loaded, engines.consolidated_state_dict(engine), tokenizer)
+            write_final(run_dir / run_folder.FINAL, loaded, engines.consolidated_state_dict(engine), tokenizer)
         finally:
             engine.destroy()
     return steps
+
+
+def _is_finished(config: configuration.Config, checkpoints: "Checkpoints", kept: Path | None) -> bool:
+    """Tell whether the run's final model is whole, and tidy the folder if so; `kept` as in `_write_records`."""
+    from clex_train import distributed, run_folder
+    from clex_train.engine import deepspeed as engines
+    from clex_train.export.final import is_finished
+
+    final = Path(config.output_dir) / run_folder.FINAL
+    engines.open_process_group(config.engine)
+    if not is_finished(final):
+        return False
+    log.get("clex_train").info("%s is finished: its final model is in %s", config.output_dir, final)
+
+    def tidy() -> None:
+        checkpoints.tidy()
+        checkpoints.retire(config.optim.steps)
+        run_folder.restore_config(config, kept)
+
+    distributed.write_on_main(tidy)
+    return True
+
+
+def _write_records(config: configuration.Config, kept: Path | None, first_step: int, fingerprint: str) -> None:
+    """Write what says how the run was launched; `kept` is the newest checkpoint's copy of the configuration."""
+    from clex_train import run_folder, tracking
+
+    run_dir = Path(config.output_dir)
+    if first_step:
+        run_folder.restore_config(config, kept)
+    run_folder.write_config(config)
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
+    tracking.write_environment(run_dir, first_step, fingerprint)
 
 
 def say_what_is_ahead(

@@ -12,7 +12,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from clex_train.faults import RunStopped, first_line
 from clex_train.settings.bounds import require
+
+MAKE_ROOM = "what was saved is intact: make room and run the same command again"
 
 
 def is_open() -> bool:
@@ -144,6 +147,28 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=device())
     return box[0]
+
+
+def try_on_main(write: Callable[[], object]) -> OSError | None:
+    """Have rank 0 write files; every rank learns the error that kept it from that, or None. Collective."""
+    failure = None
+    if is_main():
+        try:
+            write()
+        except OSError as error:
+            failure = error
+    return broadcast_object(failure) if is_open() else failure
+
+
+def write_on_main(write: Callable[[], object]) -> None:
+    """Have rank 0 write files; `RunStopped` on every rank when it cannot, as on a full disk. Collective."""
+    if (failure := try_on_main(write)) is not None:
+        raise RunStopped(f"{unwritten(failure)}; {MAKE_ROOM}") from failure
+
+
+def unwritten(error: OSError) -> str:
+    """Name the file that an error is about, and why it could not be written."""
+    return f"{error.filename or 'a file of the run'}: cannot be written ({error.strerror or first_line(error)})"
 
 
 def gather_objects(value: Any) -> list[Any]:

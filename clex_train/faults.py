@@ -1,4 +1,8 @@
-"""What ends a run before its last step, each with its own exit code; and how a full memory is recognised."""
+"""What ends a run before its last step, each with its own exit code; how a full memory or disk is recognised."""
+
+import errno
+import os
+import re
 
 ALLOCATOR_WORDS = (
     "can't allocate memory",
@@ -7,6 +11,10 @@ ALLOCATOR_WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 """By which errors of allocators that are plain `RuntimeError`s are known."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OS_ERROR_OF_RUST = re.compile(r"\(os error (\d+)\)$")
+"""How the libraries in Rust (safetensors, tokenizers) end the message of an error of the operating system."""
 
 
 class RunStopped(RuntimeError):
@@ -44,3 +52,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATOR_WORDS):
         return True
     return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """Return the `OSError` that an error is or arose from, also within a library in Rust; None for any other error."""
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        if isinstance(link, OSError):
+            return link
+        if isinstance(link, Exception) and (found := OS_ERROR_OF_RUST.search(str(link))):
+            return OSError(int(found[1]), os.strerror(int(found[1])))
+        seen.append(link)
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def no_room(error: BaseException) -> OSError | None:
+    """Return the `OSError` of a full disk or a used-up quota that an error is or arose from."""
+    found = disk_error(error)
+    return found if found is not None and found.errno in NO_ROOM else None

@@ -1,5 +1,6 @@
 """The run folder: created, checked and guarded against a changed configuration before anything expensive starts."""
 
+import json
 import os
 import shutil
 import socket
@@ -9,16 +10,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from clex_train import distributed, log
+from clex_train import distributed, files, log
 from clex_train.config import Config, Resume
+from clex_train.faults import NO_ROOM, first_line
 from clex_train.locks import Lock, try_lock
 
 logger = log.get(__name__)
 
 CONFIG = "config.yaml"
 LOCKS = "locks"
+FINAL = "final"
 WRITTEN_FIRST = (LOCKS, CONFIG, "environment.json")
 """What a launch leaves in a new folder before it trains."""
 
@@ -66,12 +71,17 @@ SHARING = ("engine.micro_batch", "engine.accumulation", "engine.sequence_paralle
 
 
 def check_config(
-    config: Config, has_checkpoint: bool, other_ranks: bool = False, own_context: int | None = None
+    config: Config,
+    has_checkpoint: bool,
+    other_ranks: bool = False,
+    own_context: int | None = None,
+    copy: Path | None = None,
 ) -> None:
     """Compare with the run that the folder holds; every rank may call it, nothing is written.
 
     On another number of ranks, the rows of a step may be shared out in another way. `own_context` is L as the model
-    says it, which is what a `model.context_len` of null stands for.
+    says it, which is what a `model.context_len` of null stands for. `copy` is the configuration that the newest
+    checkpoint was written under, verified: where there is one, config.yaml may be damaged or missing.
 
     Raises `ValueError` when the folder holds a checkpoint although `resume=never`, or a run whose configuration
     differs in a key that is not safe to change.
@@ -81,25 +91,79 @@ def check_config(
         return
     if config.resume is Resume.never:
         raise ValueError(f"resume=never: {path.parent} already holds checkpoints; choose another output_dir")
-    if path.exists():
-        _refuse_changes(path, config, SAFE_TO_CHANGE + (SHARING if other_ranks else ()), own_context)
+    old = load_config(copy) if copy else load_config(path) if path.exists() else None
+    if old is not None:
+        _refuse_changes(path, old, config, SAFE_TO_CHANGE + (SHARING if other_ranks else ()), own_context)
 
 
 def write_config(config: Config) -> None:
     """Write `config.yaml` into the run folder, whole or not at all; on one rank."""
+    files.write_atomically(Path(config.output_dir) / CONFIG, as_yaml(config))
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """The content of a config.yaml; `ValueError` says what to do about one that is empty or damaged."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(content, dict) or not content:
+            raise ValueError("no keys in it")
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise ValueError(
+            f"{path}: damaged, cannot be read as a configuration ({first_line(error)[:80]}); the same training command "
+            "restores it from the newest checkpoint; one of an earlier version has no copy of it: then restore a "
+            "backup, or remove the file, and the run goes on unchecked under the configuration that you give"
+        ) from error
+    return {str(key): value for key, value in content.items()}
+
+
+def restore_config(config: Config, copy: Path | None) -> None:
+    """Write a missing or damaged config.yaml anew, with a line; on one rank.
+
+    It gets the text of the checkpoint's `copy`, or else that of the present configuration, which is checked to agree.
+    """
     path = Path(config.output_dir) / CONFIG
-    beside = path.with_suffix(".tmp")
-    beside.write_text(as_yaml(config), encoding="utf-8")
-    beside.replace(path)
+    try:
+        if path.exists():
+            load_config(path)
+            return
+    except ValueError as error:
+        logger.warning("%s is damaged (%s); kept as %s", path, _reason(error), files.set_aside(path).name)
+    files.write_atomically(path, copy.read_bytes() if copy else as_yaml(config))
+    logger.info("%s is restored%s", path, f" from {copy}" if copy else "")
+
+
+def _reason(error: BaseException) -> str:
+    return first_line(error.__cause__ or error)[:80]
+
+
+def tidy(folder: Path) -> None:
+    """Remove what interrupted launches left in a run folder, and set damaged records aside; on rank 0, under its lock.
+
+    Evaluations of other programs, which hold no lock, are left alone.
+    """
+    files.recover(folder / FINAL)
+    own = ("config", "metrics", "wandb_id", "environment", "evaluation/step_")
+    for pattern in (".writable_*", *(f"{name}*{files.UNFINISHED}" for name in own)):
+        for leftover in folder.glob(pattern):
+            leftover.unlink(missing_ok=True)
+    for leftover in folder.glob(f"{files.REMOVING}*{FINAL}"):
+        files.remove_folder(leftover)
+    for record in folder.glob("environment*.json"):
+        try:
+            json.loads(record.read_bytes())
+        except (ValueError, RecursionError):
+            logger.warning("%s is damaged; kept as %s", record, files.set_aside(record).name)
 
 
 def require_writable(folder: Path) -> None:
-    """Create the folder and prove with a file that it can be written."""
+    """Create the folder and prove with a file that it can be written. A full disk is an `OSError`."""
     probe = folder / f".writable_{socket.gethostname()}_{os.getpid()}"
     try:
         _open_below(folder, probe, "w").close()
         probe.unlink(missing_ok=True)
     except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
         raise ValueError(f"output_dir={folder}: cannot be written ({error.strerror}); choose another") from error
 
 
@@ -161,9 +225,9 @@ def _remove_locks(path: Path, rank: int) -> None:
 def _open_below(folder: Path, path: Path, mode: str) -> IO[str]:
     """Open a file in a folder, which is made if need be; once more where rank 0 removed it in between."""
     with suppress(FileNotFoundError):
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         return path.open(mode, encoding="utf-8")
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     return path.open(mode, encoding="utf-8")
 
 
@@ -196,13 +260,15 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return changed
 
 
-def _refuse_changes(path: Path, config: Config, safe: tuple[str, ...], own_context: int | None) -> None:
+def _refuse_changes(
+    path: Path, before: dict[str, Any], config: Config, safe: tuple[str, ...], own_context: int | None
+) -> None:
     # Over the defaults, so that a key which the program has learned since does not count as a change.
-    merged = OmegaConf.merge(OmegaConf.create(_plain(OmegaConf.structured(Config))), OmegaConf.load(path))
+    merged = OmegaConf.merge(OmegaConf.create(_plain(OmegaConf.structured(Config))), OmegaConf.create(before))
     old, new = (_resolved(_plain(each), own_context) for each in (merged, OmegaConf.structured(config)))
     changed = changed_keys(old, new)
     unsafe = [key for key in changed if not key.startswith(safe)]
-    if unsafe == ["optim.steps"] and (path.parent / "final").is_dir():
+    if unsafe == ["optim.steps"] and (path.parent / FINAL).is_dir():
         raise ValueError(
             f"optim.steps={config.optim.steps}: {path.parent} is finished after {old['optim']['steps']} steps, "
             "for which its learning rate was scheduled; train its final model on in another output_dir, with "

@@ -222,6 +222,8 @@ class StopRequests:
     ) -> None:
         self.signals, self.stop_file, self.deadline = signals, stop_file, deadline
         self.agreed = False
+        self.fault: str | None = None
+        """What makes this rank ask for the stop although nobody else did: the run ends as one that cannot go on."""
         self._reason: str | None = None
         self._looked = 0.0
 
@@ -247,6 +249,8 @@ class StopRequests:
         return self.deadline is not None and not self.deadline.has_measured and self.deadline.exceeded_by() is not None
 
     def _find_reason(self, *ahead: str) -> str | None:
+        if self.fault:
+            return self.fault
         if self.signals and self.signals.reason:
             return self.signals.reason
         if self.stop_file and self._sees_stop_file(self.stop_file):

@@ -1,13 +1,11 @@
-"""Where figures go: metrics.jsonl always, a live bar on the console, wandb if asked for; all on rank 0 only.
-
-metrics.jsonl is truncated to the resumed step before a run continues, so that every step stands in it once.
-"""
+"""Where figures go: metrics.jsonl always, a live bar on the console, wandb if asked for; all on rank 0 only."""
 
 import json
 import math
 import netrc
 import os
 import platform
+import re
 import secrets
 import subprocess
 import sys
@@ -19,16 +17,18 @@ from urllib.parse import urlsplit
 
 import torch
 
-from clex_train import distributed, log, progress
+from clex_train import distributed, files, log, progress
 from clex_train.config import Config
+from clex_train.metrics_log import MetricsLog
 from clex_train.settings.bounds import require
+from clex_train.settings.checkpoint import OnFullDisk
 from clex_train.settings.tracking import TrackingConfig, Wandb
 
 logger = log.get(__name__)
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "torchdiffeq", "hydra-core", "flash-attn")
 
-
+WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CLOUDS = ("api.wandb.ai", "api.forge.coreweave.com")
 
 COLUMNS = ["step", "measure", "method", "protocol", "length", "value"]
@@ -41,13 +41,19 @@ class Tracker:
     def __init__(self, config: Config, run_dir: Path, first_step: int) -> None:
         self.log_every = config.tracking.log_every
         self.active = distributed.is_main()
+        self.fault: str | None = None
+        """On rank 0, why the run has to stop: its figures find no room, and it may not go on without them."""
+        self._goes_on = config.checkpoint.on_full_disk is OnFullDisk["continue"]
+        distributed.write_on_main(lambda: self._open(config, run_dir, first_step))
         if not self.active:
             return
+        self._evaluated = evaluated_steps(self._log.rows)
+        self._wandb = _open_wandb(config, run_dir, self._run_id)
         self._bar = progress.bar(config.optim.steps, config.name, initial=first_step, unit="step")
-        self._path = run_dir / "metrics.jsonl"
-        self._evaluated = drop_after(self._path, first_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._wandb = _open_wandb(config, run_dir)
+
+    def _open(self, config: Config, run_dir: Path, first_step: int) -> None:
+        self._log = MetricsLog(run_dir / "metrics.jsonl", first_step)
+        self._run_id = "" if config.tracking.wandb is Wandb.off else _wandb_id(run_dir / "wandb_id")
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One optimizer step: the bar always moves; every `log_every` steps a line is written."""
@@ -67,6 +73,7 @@ class Tracker:
         if not self.active:
             return
         self._write({"step": step, **results})
+        self._sync()
         self._evaluated.add(step)
         if self._wandb is not None:
             self._wandb.evaluation(step, results)
@@ -76,15 +83,15 @@ class Tracker:
         if not self.active:
             return
         self._write({"step": step, "save_seconds": seconds})
+        self._sync()
         logger.info("step %d: training waited %.2f s for its checkpoint", step, seconds)
 
     def roll_back(self, step: int) -> None:
-        """Forget what came after `step`: it is going to be taken again."""
+        """Forget what came after `step`: it is going to be taken again. Collective."""
+        distributed.write_on_main(lambda: self._log.cut_back(step))
         if not self.active:
             return
-        self._file.close()
-        self._evaluated = drop_after(self._path, step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._evaluated = evaluated_steps(self._log.rows)
         self._bar.update(step - self._bar.n)
 
     def close(self, finished: bool = True) -> None:
@@ -92,7 +99,7 @@ class Tracker:
         if not self.active:
             return
         self._bar.close()
-        self._file.close()
+        self._log.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if finished else 1)
 
@@ -101,10 +108,24 @@ class Tracker:
         line = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in line.items()}
         # JSON has no word for a number that is not finite.
         known = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
-        self._file.write(json.dumps(known, allow_nan=False) + "\n")
-        self._file.flush()
+        before = self._log.failure
+        self._log.append(known)
+        self._note(before)
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in line.items() if not isinstance(value, list)})
+
+    def _sync(self) -> None:
+        before = self._log.failure
+        self._log.sync()
+        self._note(before)
+
+    def _note(self, before: OSError | None) -> None:
+        """Say once that the log finds no room, and whether the run may go on."""
+        failure = self._log.failure
+        why = distributed.unwritten(failure) if failure else None
+        self.fault = None if self._goes_on else why
+        if why and self._goes_on and before is None:
+            logger.error("%s; its lines wait in memory, training goes on (checkpoint.on_full_disk=continue)", why)
 
 
 class WandbRun:
@@ -174,28 +195,9 @@ def evaluation_rows(step: int, results: dict[str, float]) -> list[list[Any]]:
     return rows
 
 
-def drop_after(path: Path, step: int) -> set[int]:
-    """Keep the lines of metrics.jsonl up to `step`, without a last one that a kill cut short.
-
-    Returns the steps whose evaluations are among them.
-    """
-    if not path.exists():
-        return set()
-    kept, evaluated = [], set()
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            logger.warning("%s: dropped a line that was cut short", path)
-            continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
-            if any(is_evaluation(key) for key in row):
-                evaluated.add(row["step"])
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
-    return evaluated
+def evaluated_steps(rows: list[dict[str, Any]]) -> set[int]:
+    """Steps whose evaluations are among the rows of metrics.jsonl."""
+    return {row["step"] for row in rows if any(is_evaluation(key) for key in row)}
 
 
 def is_evaluation(key: str) -> bool:
@@ -220,7 +222,7 @@ def write_environment(run_dir: Path, first_step: int, data_fingerprint: str) -> 
         "data_fingerprint": data_fingerprint,
     }
     name = f"environment_step_{first_step}.json" if first_step else "environment.json"
-    (run_dir / name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    files.write_atomically(run_dir / name, json.dumps(facts, indent=2) + "\n")
 
 
 def git_commit() -> str | None:
@@ -257,19 +259,11 @@ def _postfix(metrics: dict[str, Any]) -> str:
     return text + (f"  t {metrics['t']:.1f}" if "t" in metrics else "")
 
 
-def _open_wandb(config: Config, run_dir: Path) -> WandbRun | None:
+def _open_wandb(config: Config, run_dir: Path, run_id: str) -> WandbRun | None:
     if config.tracking.wandb is Wandb.off:
         return None
     import wandb
 
-    id_file = run_dir / "wandb_id"
-    known = id_file.read_text().strip() if id_file.exists() else ""
-    run_id = known or secrets.token_hex(4)
-    if not known:
-        # Whole or not at all: a run that is killed here must find its own wandb run again.
-        beside = id_file.with_suffix(".tmp")
-        beside.write_text(run_id + "\n")
-        beside.replace(id_file)
     run = wandb.init(
         project=config.tracking.project,
         name=config.name,
@@ -282,3 +276,15 @@ def _open_wandb(config: Config, run_dir: Path) -> WandbRun | None:
     # Steps after the last checkpoint are taken again on resume: wandb's own counter cannot go back, ours can.
     run.define_metric("*", step_metric="step")
     return WandbRun(wandb, run)
+
+
+def _wandb_id(path: Path) -> str:
+    """The id of the run at wandb; a new one where there is none, or what is left of it is damaged."""
+    if path.exists():
+        if known := WANDB_ID.fullmatch(path.read_text(encoding="utf-8", errors="replace").strip()):
+            return known[0]
+        logger.warning("%s: damaged, kept as %s; the run begins anew at wandb", path, files.set_aside(path).name)
+    run_id = secrets.token_hex(4)
+    # Durable before wandb hears of it: a run that is killed here must find its own wandb run again.
+    files.write_atomically(path, run_id + "\n")
+    return run_id

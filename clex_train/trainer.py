@@ -7,7 +7,7 @@ functions of it, so a resumed run reads and draws what the uninterrupted one wou
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -93,6 +93,7 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
             step += 1
             losses.append(figures["loss"])
             tracker.step({"step": step, **figures})
+            parts.stop.fault = tracker.fault
             bad_steps = 0 if _is_updated(parts, figures) else bad_steps + 1
             if bad_steps:
                 _skip_or_stop(parts, step, figures, bad_steps, saved)
@@ -115,6 +116,11 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
         raise RunStopped(
             f"step {step}: {why}; {parts.checkpoints.describe_newest()}; start again in another output_dir"
         ) from error
+    except RunStopped:
+        # A checkpoint that is being written is worth having all the more; the first error is the one to report.
+        with suppress(RunStopped):
+            parts.checkpoints.finish()
+        raise
     finally:
         tracker.close(finished)
     return step
@@ -314,14 +320,16 @@ def _agree(parts: Parts, *ahead: str) -> bool:
 
 def _stop(parts: Parts, step: int, saved: int) -> None:
     """Save the last step if that was not done and raise `StopRequested`; `RunStopped` if stopping leads nowhere."""
-    answers = distributed.gather_objects((parts.stop.reason(), parts.stop.leads_nowhere))
-    reason = next(f"{reason} (rank {rank})" for rank, (reason, _) in enumerate(answers) if reason)
-    if any(leads_nowhere for _, leads_nowhere in answers):
+    answers = distributed.gather_objects((parts.stop.reason(), parts.stop.leads_nowhere, parts.stop.fault))
+    reason = next(f"{reason} (rank {rank})" for rank, (reason, *_) in enumerate(answers) if reason)
+    if any(leads_nowhere for _, leads_nowhere, _ in answers):
         raise RunStopped(f"{reason}: too short for one step, or one evaluation, and its checkpoint; raise max_runtime")
     if step > saved:
         save(parts, step)
     parts.checkpoints.finish()
     where = parts.checkpoints.describe_newest()
+    if fault := next((fault for *_, fault in answers if fault), None):
+        raise RunStopped(f"{fault}; {where}: make room and run the same command again")
     raise StopRequested(f"stopped after step {step}: {reason}; {where}; the same command goes on")
 
 

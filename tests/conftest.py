@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from full_disk import mounted
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
@@ -45,6 +46,13 @@ def _logging_as_it_was() -> Iterator[None]:
     for logger, level, handlers in before:
         logger.setLevel(level)
         logger.handlers[:] = handlers
+
+
+@pytest.fixture
+def little_room(tmp_path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    with mounted(tmp_path / "disk", "64k") as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

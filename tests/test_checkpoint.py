@@ -178,17 +178,6 @@ def test_a_failed_save_names_the_folder_and_leaves_the_others(checkpoints, monke
     assert (found.folder / "latest").read_text() == "step_15\n"
 
 
-@pytest.fixture
-def little_room(tmp_path):
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.system(f"mount -t tmpfs -o size=64k none {folder} 2>/dev/null") != 0:
-        pytest.skip("needs the right to mount a small file system")
-    yield folder
-    os.system(f"umount --lazy {folder}")
-
-
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("on_full_disk", ["stop", "continue"])
 def test_a_full_disk_costs_that_checkpoint_alone(little_room, on_full_disk, overlap, caplog):

@@ -1,5 +1,7 @@
 """metrics.jsonl holds every step once, also after a kill and a resume."""
 
+import errno
+import io
 import json
 import math
 import os
@@ -8,17 +10,20 @@ import sys
 import pytest
 import wandb
 
-from clex_train import distributed
+from clex_train import distributed, metrics_log
 from clex_train.cli.errors import explain
 from clex_train.config import Config
+from clex_train.faults import RunStopped
+from clex_train.settings.checkpoint import OnFullDisk
 from clex_train.settings.tracking import TrackingConfig, Wandb
-from clex_train.tracking import COLUMNS, Tracker, drop_after, require_login, write_environment
+from clex_train.tracking import COLUMNS, Tracker, _wandb_id, require_login, write_environment
 
 FIGURES = {"loss": 1.0, "tokens_per_second": 10.0}
 
 
-def _tracker(run_dir, first_step, steps=6, wandb=Wandb.off):
+def _tracker(run_dir, first_step, steps=6, wandb=Wandb.off, on_full_disk="stop"):
     config = Config(tracking=TrackingConfig(wandb=wandb))
+    config.checkpoint.on_full_disk = OnFullDisk[on_full_disk]
     config.optim.steps = steps
     return Tracker(config, run_dir, first_step)
 
@@ -42,13 +47,6 @@ def test_the_environment_holds_the_command_as_it_was_typed(tmp_path, monkeypatch
     write_environment(tmp_path, 0, "f")
     facts = json.loads((tmp_path / "environment.json").read_text())
     assert facts["command"] == [sys.executable, "-u", "train.py", "--local_rank=0", "name=1e3"]
-
-
-def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    drop_after(path, 5)
-    assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
 def test_evaluations_carry_their_step(tmp_path):
@@ -139,3 +137,65 @@ def test_a_key_or_a_netrc_of_the_host_is_a_login(without_login, monkeypatch):
 def test_other_ranks_leave_the_refusal_to_rank_0(without_login, monkeypatch):
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     require_login(TrackingConfig(wandb=Wandb.online))
+
+
+def test_a_damaged_id_of_wandb_is_set_aside_and_a_new_one_is_kept(tmp_path, caplog):
+    path = tmp_path / "wandb_id"
+    first = _wandb_id(path)
+    assert _wandb_id(path) == first
+    path.write_bytes(b"ab\0\0\0\0\xff\n")
+    second = _wandb_id(path)
+    assert _wandb_id(path) == second != first
+    assert "damaged, kept as wandb_id.damaged" in caplog.text
+
+
+@pytest.fixture
+def full_log(tmp_path, monkeypatch):
+    """Makes the disk full, or not, for what is appended to metrics.jsonl."""
+    full = [False]
+    write = io.FileIO.write
+
+    class Disk(io.FileIO):
+        def write(self, content):
+            if not full[0]:
+                return write(self, content)
+            write(self, content[:3])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics_log, "open_to_append", lambda path: Disk(path, "ab"))
+    return full
+
+
+def test_figures_that_find_no_room_wait_for_it_while_training_goes_on(tmp_path, full_log, caplog):
+    tracker = _tracker(tmp_path, 0, on_full_disk="continue")
+    for step in range(1, 6):
+        full_log[0] = step in (2, 3)
+        tracker.step({"step": step, **FIGURES})
+        assert tracker.fault is None
+    tracker.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith(f"{tmp_path / 'metrics.jsonl'}: cannot be written (No space left on device); its lines wait")
+
+
+def test_figures_that_find_no_room_stop_the_run_and_leave_no_half_a_line(tmp_path, full_log, caplog):
+    tracker = _tracker(tmp_path, 0)
+    tracker.step({"step": 1, **FIGURES})
+    full_log[0] = True
+    tracker.step({"step": 2, **FIGURES})
+    assert tracker.fault == f"{tmp_path / 'metrics.jsonl'}: cannot be written (No space left on device)"
+    tracker.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert "its last lines are lost: 1" in caplog.text
+
+
+def test_a_log_that_cannot_be_opened_stops_the_launch_with_the_file(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", str(path))
+
+    monkeypatch.setattr(metrics_log, "open_to_append", full)
+    with pytest.raises(
+        RunStopped, match=r"metrics\.jsonl: cannot be written \(Disk quota exceeded\).*make room and run"
+    ):
+        _tracker(tmp_path, 0)

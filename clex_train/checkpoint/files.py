@@ -1,13 +1,7 @@
-"""SHA-256 of files as they are written and as they lie on disk, and folders that go away whole."""
+"""The SHA-256 of a file while it is written."""
 
 import hashlib
-import shutil
-from pathlib import Path
 from typing import BinaryIO
-
-from clex_train import log
-
-logger = log.get(__name__)
 
 
 class HashingFile:
@@ -32,21 +26,3 @@ class HashingFile:
     def hexdigest(self) -> str:
         """SHA-256 of everything written so far."""
         return self._digest.hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file as it lies on disk, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder; under another name first, so that a kill in between leaves nothing that looks like damage."""
-    doomed = folder if folder.name.startswith("removing_") else folder.with_name(f"removing_{folder.name}")
-    try:
-        if folder.exists() and doomed != folder:
-            shutil.rmtree(doomed, ignore_errors=True)
-            folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    except OSError as error:
-        logger.warning("%s cannot be removed (%s)", folder, error)

@@ -15,8 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from clex_train import distributed
-from clex_train.checkpoint import files
+from clex_train import distributed, files
 from clex_train.config import Config
 from clex_train.data.identity import DataOrder, consumed, data_order
 from clex_train.faults import first_line

@@ -1,13 +1,14 @@
 """Checkpoints of a run: DeepSpeed's sharded engine state, the ODE's state and the step, complete or not there at all.
 
-    checkpoints/step_<N>/    DeepSpeed's files, `ode.pt`, `manifest.json`
+    checkpoints/step_<N>/    DeepSpeed's files, `ode.pt`, `config.yaml`, `manifest.json`
     checkpoints/latest       the name of the newest complete one
 
 A checkpoint is written into `saving_step_<N>`, flushed to disk and renamed when every rank has finished, then `latest`
 is replaced. A folder whose files are not those of its manifest is damaged: it is named, and passed over or refused.
 """
 
-import errno
+import hashlib
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,19 +17,18 @@ from typing import Any
 
 import torch
 
-from clex_train import distributed, log
-from clex_train.checkpoint import files, manifest, universal, untrusted
+from clex_train import distributed, files, log
+from clex_train.checkpoint import manifest, universal, untrusted
 from clex_train.checkpoint.manifest import Damaged, Manifest
 from clex_train.checkpoint.untrusted import RunsCode, without_code
 from clex_train.checkpoint.writer import BackgroundWriter, DirectWriter, Writer, Written, writing_with
-from clex_train.faults import RunStopped, first_line
-from clex_train.files import sync_directory, write_atomically
+from clex_train.faults import NO_ROOM, RunStopped, first_line
+from clex_train.files import make_folder, sync_directory, write_atomically
 from clex_train.settings.checkpoint import CheckpointConfig, OnFullDisk
 
 logger = log.get(__name__)
 
-ODE, LATEST = "ode.pt", "latest"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ODE, CONFIG, LATEST = "ode.pt", "config.yaml", "latest"
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,14 @@ class Found:
 
     path: Path
     manifest: Manifest
+
+    def config(self) -> Path | None:
+        """Its copy of the run's configuration, if it has a whole one; earlier versions kept none."""
+        try:
+            whole = files.sha256(self.path / CONFIG) == self.manifest.sha256.get(CONFIG)
+        except OSError:
+            return None
+        return self.path / CONFIG if whole else None
 
 
 @dataclass
@@ -53,14 +61,18 @@ class Checkpoints:
     """The checkpoints of one run folder.
 
     `strict` refuses a folder in which something newer than the newest good one is damaged, instead of passing it over.
+    `config` is the text of the run's configuration, of which every checkpoint keeps a copy.
     Raises `ValueError` on creation, naming what differs, when the newest one belongs to another model or data.
     """
 
-    def __init__(self, run_dir: Path, settings: CheckpointConfig, identity: Manifest, strict: bool = False) -> None:
+    def __init__(
+        self, run_dir: Path, settings: CheckpointConfig, identity: Manifest, strict: bool = False, config: str = ""
+    ) -> None:
         self.folder = run_dir / "checkpoints"
         self.settings = settings
         self.identity = identity
         self.strict = strict
+        self.config = config
         self._writer: Writer = BackgroundWriter() if settings.overlap else DirectWriter()
         self._pending: _Pending | None = None
         self._chosen: Found | None = None
@@ -128,6 +140,8 @@ class Checkpoints:
         the ranks do not see the same files.
         """
         started = time.perf_counter()
+        if distributed.is_main():
+            self.tidy()
         good, damage = self._list()
         good.sort(key=lambda found: -found.manifest.step)
         self._require_same([found.path.name for found in good])
@@ -141,8 +155,27 @@ class Checkpoints:
         self._judge(chosen, damage)
         if chosen and distributed.is_main():
             logger.info("verified %s in %.1f s", chosen.path, _since(started))
+            # Not before: those that surplus ones would give way to have been verified now.
+            self.retire(chosen.manifest.step)
         self._chosen = chosen
         return chosen
+
+    def tidy(self) -> None:
+        """Remove what interrupted saves and conversions left, and finish a replacing of `latest`; on one rank."""
+        self._complete_latest()
+        (self.folder / f"{LATEST}{files.UNFINISHED}").unlink(missing_ok=True)
+        for leftover in [*self.folder.glob("saving_step_*"), *self.folder.glob(f"{files.REMOVING}*")]:
+            files.remove_folder(leftover)
+        universal.discard(self.folder)
+
+    def retire(self, newest: int) -> None:
+        """Remove the checkpoints up to step `newest` that are kept no longer; on one rank."""
+        every = self.settings.keep_every
+        complete = sorted((found.manifest.step, found.path) for found in self._list()[0])
+        complete = [each for each in complete if each[0] <= newest]
+        for step, path in complete[: -self.settings.keep_last]:
+            if not every or step % every:
+                files.remove_folder(path)
 
     def load(
         self, engine: Any, interrupted: Callable[[], bool] | None = None
@@ -245,6 +278,10 @@ class Checkpoints:
     def _publish(self, pending: _Pending, written: dict[str, Written]) -> None:
         """Make a written folder the newest checkpoint; on one rank."""
         final = self.folder / f"step_{pending.step}"
+        if self.config:
+            write_atomically(pending.beside / CONFIG, self.config)
+            content = self.config.encode()
+            written[CONFIG] = Written(len(content), hashlib.sha256(content).hexdigest())
         whole = replace(
             self.identity,
             step=pending.step,
@@ -257,16 +294,33 @@ class Checkpoints:
         pending.beside.rename(final)
         sync_directory(self.folder)
         write_atomically(self.folder / LATEST, f"{final.name}\n".encode())
-        self._retire()
+        self.retire(pending.step)
 
-    def _retire(self) -> None:
-        every = self.settings.keep_every
-        complete = sorted((found.manifest.step, found.path) for found in self._list()[0])
-        for step, path in complete[: -self.settings.keep_last]:
-            if not every or step % every:
-                files.remove_folder(path)
-        for leftover in [*self.folder.glob("saving_step_*"), *self.folder.glob("removing_*")]:
-            files.remove_folder(leftover)
+    def _complete_latest(self) -> None:
+        """Let `latest` name the newest checkpoint where a kill came between its renaming and that of `latest`.
+
+        Then it names the one before, which is there until `latest` is replaced; it is missing beside the first; or it
+        names one that was about to be replaced. Anything else is damage, which `choose` judges.
+        """
+        good, damage = self._list()
+        names = [found.path.name for found in sorted(good, key=lambda found: -found.manifest.step)]
+        if not names or damage:
+            return
+        latest = self.folder / LATEST
+        named = latest.read_bytes() if latest.exists() else None
+        before = f"{names[1]}\n".encode() if len(names) > 1 else None
+        if named == before or self._was_being_replaced(named):
+            write_atomically(latest, f"{names[0]}\n")
+
+    def _was_being_replaced(self, named: bytes | None) -> bool:
+        found = re.fullmatch(rb"(step_\d+)\n", named or b"")
+        name = found[1].decode() if found else ""
+        prefixes = (files.SAVING, files.REMOVING)
+        return (
+            bool(name)
+            and not (self.folder / name).exists()
+            and any((self.folder / f"{prefix}{name}").exists() for prefix in prefixes)
+        )
 
 
 def _attempt(action: Any) -> Any:
@@ -292,7 +346,7 @@ def _wrong(found: Found, names: list[str]) -> str | RunsCode | None:
 
 def _make_room(beside: Path) -> None:
     files.remove_folder(beside)
-    beside.mkdir(parents=True)
+    make_folder(beside)
 
 
 def _step(path: Path) -> int:

@@ -22,8 +22,7 @@ from typing import IO, Any
 
 import torch
 
-from clex_train import distributed, log
-from clex_train.checkpoint import files
+from clex_train import distributed, files, log
 from clex_train.checkpoint.untrusted import without_code
 from clex_train.faults import StopRequested
 

@@ -21,6 +21,7 @@ import torch
 
 from clex_train import log
 from clex_train.checkpoint.files import HashingFile
+from clex_train.faults import disk_error
 
 logger = log.get(__name__)
 
@@ -131,7 +132,7 @@ def write(state: Any, path: Path) -> Written:
             torch.save(state, cast(IO[bytes], file))
         except RuntimeError as error:
             # torch wraps what the file said when it closes the archive.
-            if (cause := _cause(error)) is not None:
+            if (cause := disk_error(error)) is not None:
                 raise cause from None
             raise
         os.fsync(raw.fileno())
@@ -183,13 +184,3 @@ def _fits(state: Any) -> bool:
     _map_tensors(state, count)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return sum(sizes.values()) * ranks < 0.9 * psutil.virtual_memory().available
-
-
-def _cause(error: RuntimeError) -> OSError | None:
-    """The `OSError` that led to an error, if one did."""
-    causes: list[BaseException] = []
-    seen: BaseException | None = error
-    while seen is not None and seen not in causes:
-        causes.append(seen)
-        seen = seen.__cause__ or seen.__context__
-    return next((cause for cause in causes if isinstance(cause, OSError)), None)

@@ -3,7 +3,8 @@
 0    done            1    a bug or a fault of the machine (with its traceback)
 2    the user's input cannot be used; one line says which key and what to do
 3    training was stopped to protect the run; one line says why and where the last checkpoint is;
-     of an evaluation: nothing that was asked for fitted into memory, or its file could not be written, as of a report;
+     of an evaluation: nothing that was asked for fitted into memory;
+     of every program: the disk is full, or a quota used up; one line names the file;
      of `data_prep decontaminate`: documents were found on both sides, and no store without them was asked for
 4    a rank died, froze or hangs; one line says which
 141  whoever read the output has gone, as `head` does: the code that a shell gives for SIGPIPE
@@ -32,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clex_train import log, stopping, versions
 from clex_train.cli import config_files, overrides
-from clex_train.faults import RankLost, RunStopped, StopRequested, first_line
+from clex_train.faults import RankLost, RunStopped, StopRequested, first_line, no_room
 from clex_train.stopping import Interrupted
 
 logger = log.get(__name__)
@@ -198,6 +199,9 @@ def _classify(error: Exception) -> tuple[str | None, int]:
         return str(error), STOPPED
     if isinstance(error, RankLost):
         return str(error), RankLost.exit_code
+    if (full := no_room(error)) is not None and not isinstance(error, ValueError):
+        file = full.filename or "a file"
+        return f"{file}: cannot be written ({full.strerror}); make room and run the same command again", STOPPED
     return explain(error), USER_ERROR
 
 

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     stopping.end_on_signals()
 
 from clex_train import architectures, log, modeling
-from clex_train.cli import arguments, console
+from clex_train.cli import arguments, console, loading
 from clex_train.export.official import write_official
 from clex_train.settings.bounds import require
 from clex_train.settings.model import ModelConfig
@@ -75,6 +75,7 @@ def _source(asked: ExportConfig) -> Path:
         return Path(asked.model)
     final = Path(str(asked.run)) / "final"
     require(final.is_dir(), "run", asked.run, "no final/ in it; give the output_dir of a finished training run")
+    loading.require_whole(Path(str(asked.run)))
     require(architectures.has_field(str(final)), "run", asked.run, "was trained without CLEX: it has nothing to export")
     return final
 

@@ -41,9 +41,10 @@ from clex_train.data.vocabulary import check_ids
 from clex_train.evaluation import harness, methods
 from clex_train.evaluation import origin as origins
 from clex_train.evaluation.partial import Partial
-from clex_train.evaluation.results import FORMAT, Origin, write_whole
+from clex_train.evaluation.results import FORMAT, Origin
 from clex_train.evaluation.retrieval.plan import require_chat_template
 from clex_train.evaluation.runner import keeping_table
+from clex_train.files import make_folder, write_atomically
 from clex_train.modeling import LoadedModel
 from clex_train.opening import labelled
 from clex_train.rope.as_is import handle_without_weights
@@ -298,8 +299,8 @@ def write(file: Path, found: Sequence[Found], origin: Origin) -> None:
         "metrics": {key: value for each in found for key, value in each.metrics().items()},
         "lm_eval": accounts.get("", accounts),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(content, indent=1, default=str) + "\n")
+    make_folder(file.parent)
+    write_atomically(file, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def table(found: Found) -> str:

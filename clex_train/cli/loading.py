@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from omegaconf import OmegaConf
 
-from clex_train import architectures, distributed, log, modeling, opening, weights
+from clex_train import architectures, checksums, distributed, log, modeling, opening, run_folder, weights
 from clex_train.cli import console
 from clex_train.config import Config
 from clex_train.engine import deepspeed
@@ -24,6 +24,7 @@ from clex_train.evaluation import origin as origins
 from clex_train.evaluation import partial
 from clex_train.evaluation.partial import Partial
 from clex_train.evaluation.results import Origin, place
+from clex_train.files import UNFINISHED
 from clex_train.modeling import LoadedModel
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
@@ -148,7 +149,7 @@ def require_writable(output: Path) -> None:
 
     Makes nothing: the nearest folder that is there has to allow it.
     """
-    names = (*output.parts, f"{output.stem}.tmp")
+    names = (*output.parts, f"{output.name}{UNFINISHED}")
     short = max(len(os.fsencode(name)) for name in names) <= LONGEST_NAME
     require(
         short, "output", output, f"a name of more than {LONGEST_NAME} bytes, which no disk takes; give a shorter one"
@@ -271,7 +272,19 @@ def run_config(run: Path) -> Config:
     require((run / "config.yaml").is_file(), "run", run, "not a run folder (no config.yaml); use model=DIR for a model")
     finished = (run / "final").is_dir()
     require(finished, "run", run, "not finished (no final/); start the same training command again, it continues")
-    loaded = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(run / "config.yaml"))
+    require_whole(run)
+    loaded = OmegaConf.merge(OmegaConf.structured(Config), run_folder.load_config(run / "config.yaml"))
     config = OmegaConf.to_object(loaded)
     assert isinstance(config, Config)
     return config
+
+
+def require_whole(run: Path) -> None:
+    """`ValueError` if a file of a run's `final/` is missing or has another size than it was written with."""
+    try:
+        if checksums.has(run / "final"):
+            checksums.require_sizes(run / "final")
+    except checksums.Damaged as damaged:
+        raise ValueError(
+            f"run={run}: its final/ is damaged: {damaged}; start the same training command again, it is written anew"
+        ) from damaged

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from clex_train.evaluation.bootstrap import Difference, paired_difference, standard_errors
+from clex_train.files import make_folder, write_atomically
 
 FORMAT = 1
 
@@ -188,7 +188,7 @@ def _named(model: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def write(path: Path, results: Results, origin: Origin) -> None:
     """Write one evaluation as JSON; numbers that are not finite become null. Parent folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     content = {
         "format": FORMAT,
         **vars(origin),
@@ -199,20 +199,7 @@ def write(path: Path, results: Results, origin: Origin) -> None:
         "tasks": [vars(score) for score in results.tasks],
         "missing": [vars(cell) for cell in results.missing],
     }
-    write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: an `OSError`, as of a full disk, names it and leaves what was there."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        error.filename = str(path)
-        raise
+    write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def place(wished: Path, origin: Origin) -> Path:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clex_train import architectures, distributed, log
 from clex_train.config import Config
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
@@ -22,6 +24,7 @@ from clex_train.evaluation.windows import require_windows, select
 from clex_train.modeling import LoadedModel, solve_table, trained_architecture
 from clex_train.rope.as_is import handle_without_weights
 from clex_train.scaling.table import scale_grid
+from clex_train.settings.checkpoint import OnFullDisk
 from clex_train.settings.scaling import ScalingName
 
 logger = log.get(__name__)
@@ -84,12 +87,24 @@ class TrainingEvaluation:
             cache_on_host=self.spec.offload_cache,
         )
         scored = replace(scored, tasks=tasks, missing=[*scored.missing, *missing])
-        if distributed.is_main():
-            weights = {"path": str(self.config.output_dir), "step": step}
-            facts = origin.describe(self.config.name, weights, self.store, next(loaded.model.parameters()).dtype)
-            results.write(Path(self.config.output_dir) / "evaluation" / f"step_{step}.json", scored, facts)
-            logger.info("step %d:\n%s", step, tables_of(scored, facts))
+        self._keep(scored, next(loaded.model.parameters()).dtype, step)
         return scored.metrics()
+
+    def _keep(self, scored: results.Results, dtype: torch.dtype, step: int) -> None:
+        """Print the tables and write the file; a full disk ends the run or not, as it was asked for. Collective."""
+        path = Path(self.config.output_dir) / "evaluation" / f"step_{step}.json"
+
+        def write() -> None:
+            weights = {"path": str(self.config.output_dir), "step": step}
+            facts = origin.describe(self.config.name, weights, self.store, dtype)
+            logger.info("step %d:\n%s", step, tables_of(scored, facts))
+            results.write(path, scored, facts)
+
+        if self.config.checkpoint.on_full_disk is not OnFullDisk["continue"]:
+            distributed.write_on_main(write)
+        elif (failure := distributed.try_on_main(write)) is not None and distributed.is_main():
+            why = distributed.unwritten(failure)
+            logger.error("%s; training goes on without it (checkpoint.on_full_disk=continue)", why)
 
 
 def warn_of_later(config: Config, store: TokenStore) -> None:

@@ -18,7 +18,7 @@ from clex_train.evaluation.report.evidence import Evidence
 from clex_train.evaluation.report.figures.figure import Absent, Figure
 from clex_train.evaluation.report.sources import Source, of_evaluation, of_training
 from clex_train.evaluation.report.table import Curve, Table
-from clex_train.evaluation.results import write_whole
+from clex_train.files import make_folder, write_atomically
 
 INDEX, MARKDOWN, JSON = "index.html", "perplexity.md", "report.json"
 
@@ -30,20 +30,20 @@ def write(evidence: Evidence, folder: Path, command: Sequence[str]) -> str:
     file that it is about, and that file stays as it was.
     """
     figures, absent = gallery.figures(evidence)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     _remove_former(folder, {figure.name for figure in figures})
     for figure in figures:
-        write_whole(folder / f"{figure.name}.png", gallery.png(figure))
+        write_atomically(folder / f"{figure.name}.png", gallery.png(figure))
     made = {
         "command": shlex.join(command),
         "git_commit": tracking.git_commit() or "not recorded",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     made_by = f"Written {made['date']} by {made['command']}, commit {made['git_commit']}."
-    write_whole(folder / MARKDOWN, text.markdown(evidence.tables))
+    write_atomically(folder / MARKDOWN, text.markdown(evidence.tables))
     content = as_json(evidence, figures, absent) | made
-    write_whole(folder / JSON, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    write_whole(folder / INDEX, page.page(evidence, figures, absent, made_by))
+    write_atomically(folder / JSON, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_atomically(folder / INDEX, page.page(evidence, figures, absent, made_by))
     return "\n\n".join(text.console(table) for table in evidence.tables)
 
 
@@ -107,9 +107,10 @@ def _remove_former(folder: Path, kept: set[str]) -> None:
     """Only what an earlier report says that it wrote is removed."""
     try:
         former = json.loads((folder / JSON).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        figures = former["figures"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return
-    for figure in former.get("figures", []):
+    for figure in figures:
         name = Path(str(figure.get("file"))).name
         if name.endswith(".png") and name.removesuffix(".png") not in kept:
             (folder / name).unlink(missing_ok=True)

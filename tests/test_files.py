@@ -1,0 +1,130 @@
+"""What is written appears whole, or what was there stays; a full disk is named, whichever library met it."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clex_train import checksums, files
+from clex_train.cli import console
+from clex_train.faults import disk_error
+
+
+def _text(folder: Path) -> None:
+    (folder / "text").write_text("x" * 300_000)
+
+
+def _safetensors(folder: Path) -> None:
+    save_file({"a": torch.zeros(100_000)}, folder / "model.safetensors")
+
+
+def _tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE(vocab={f"w{i}": i for i in range(20_000)}, merges=[])).save(str(folder / "tokenizer.json"))
+
+
+def _pickle(folder: Path) -> None:
+    torch.save(torch.zeros(100_000), folder / "state.pt")
+
+
+@pytest.mark.parametrize("write", [_text, _safetensors, _tokenizer])
+def test_a_folder_that_finds_no_room_is_named_and_leaves_what_was_there(little_room, write):
+    saved = little_room / "saved"
+    with files.complete_or_absent(saved) as folder:
+        (folder / "old").write_text("old")
+
+    def fill() -> None:
+        with files.complete_or_absent(saved) as folder:
+            write(folder)
+
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        fill()
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(saved))
+    assert {path.name for path in little_room.rglob("*")} == {"saved", "old"}
+
+
+def test_a_file_that_finds_no_room_is_named_and_leaves_what_was_there(little_room):
+    path = little_room / "a.json"
+    files.write_atomically(path, "old")
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        files.write_atomically(path, b"x" * 300_000)
+    assert raised.value.filename == str(path)
+    assert [entry.name for entry in little_room.iterdir()] == ["a.json"]
+    assert path.read_text() == "old"
+
+
+def test_every_program_ends_on_a_full_disk_with_one_line_and_code_3(little_room, capsys):
+    for write in (_text, _safetensors, _tokenizer):
+        with pytest.raises(Exception, match=r"No space left|os error 28") as raised:
+            write(little_room)
+        assert console.report(raised.value) == console.STOPPED
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(": cannot be written (No space left on device); make room and run the same command again")
+        for left in little_room.iterdir():
+            left.unlink()
+
+
+def test_an_error_of_another_kind_is_no_full_disk():
+    assert disk_error(ValueError("no (os error 28) at the end of it")) is None
+    assert console._classify(OSError(errno.EIO, "Input/output error"))[0] is None
+
+
+def test_what_was_about_to_be_replaced_is_put_back(tmp_path):
+    for name in ("replaced_final", "saving_final"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "from").write_text(name)
+    files.recover(tmp_path / "final")
+    assert {path.name for path in tmp_path.iterdir()} == {"final"}
+    assert (tmp_path / "final" / "from").read_text() == "replaced_final"
+    (tmp_path / "replaced_final").mkdir()
+    files.recover(tmp_path / "final")
+    assert (tmp_path / "final" / "from").read_text() == "replaced_final"
+    assert {path.name for path in tmp_path.iterdir()} == {"final"}
+
+
+@pytest.fixture
+def listed(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    (folder / "templates").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "templates/chat.jinja"):
+        (folder / name).write_text(name * 50)
+    checksums.write(folder)
+    (folder / "README.md").write_text("added by a user")
+    return folder
+
+
+def test_a_whole_folder_is_told_from_one_with_any_damage(listed):
+    checksums.require_contents(listed)
+    for name in ("config.json", "model.safetensors", "templates/chat.jinja", checksums.NAME):
+        path, content = listed / name, (listed / name).read_bytes()
+        at = content.index(b"s")  # of "files" in the listing: one without it is none
+        for damaged in (b"", content[:-2], bytes(len(content)), content[:at] + b"~" + content[at + 1 :]):
+            path.write_bytes(damaged)
+            with pytest.raises(checksums.Damaged, match=path.name):
+                checksums.require_contents(listed)
+        path.unlink()
+        with pytest.raises(checksums.Damaged, match=path.name):
+            checksums.require_contents(listed)
+        path.write_bytes(content)
+    checksums.require_contents(listed)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname"])
+def test_a_listing_cannot_name_what_lies_outside(listed, name):
+    text = (listed / checksums.NAME).read_text()
+    (listed / checksums.NAME).write_text(text.replace("config.json", name))
+    with pytest.raises(checksums.Damaged, match="names a file outside"):
+        checksums.require_sizes(listed)
+
+
+def test_new_folders_reach_the_disk_with_their_names(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync_directory", synced.append)
+    files.make_folder(tmp_path / "a" / "b")
+    files.make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path, tmp_path / "a"]
+    assert os.listdir(tmp_path / "a") == ["b"]

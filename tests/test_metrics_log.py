@@ -1,0 +1,91 @@
+"""A damaged metrics.jsonl costs its damaged lines and nothing else."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from clex_train.metrics_log import MetricsLog, cut_back
+
+LINES = [json.dumps({"step": step, "loss": 1.5, "rows": [[step, step]]}).encode() + b"\n" for step in range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'{"step": 3, "lo',
+        b"\0" * 40,
+        b'{"step": 3, "loss"\xba 1.5}',
+        b'{"stap": 3, "loss": 1.5}',
+        b'{"step": "3"}',
+        b'{"step": true}',
+        b"[3]",
+        b"3",
+        b"",
+        b"[" * 100_000,
+        b'{"step": ' + b"9" * 10_000 + b"}",
+    ],
+    ids=["cut", "zeros", "no UTF-8", "no step", "text", "bool", "list", "number", "empty", "deep", "long number"],
+)
+@pytest.mark.parametrize("place", [0, 2, 8])
+def test_a_line_that_cannot_be_read_is_set_aside_with_one_line(tmp_path, caplog, bad, place):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join([*LINES[:place], bad + b"\n", *LINES[place:]]))
+    rows = cut_back(path, 6)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert path.read_bytes() == b"".join(LINES[:6])
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == bad + b"\n"
+    (said,) = [record.message for record in caplog.records]
+    assert said == f"{path}: lines that cannot be read: 1; they are kept in metrics.jsonl.damaged"
+
+
+def test_a_last_line_that_a_kill_cut_short_is_set_aside_even_if_it_reads_well(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(LINES[0] + LINES[1].rstrip(b"\n"))
+    cut_back(path, 6)
+    assert path.read_bytes() == LINES[0]
+    log = MetricsLog(path, 6)
+    log.append({"step": 2})
+    log.close()
+    assert path.read_bytes() == LINES[0] + b'{"step": 2}\n'
+
+
+def _fuzzed(rng: random.Random) -> bytes:
+    content = bytearray(b"".join(LINES))
+    for _ in range(rng.randrange(1, 4)):
+        at = rng.randrange(len(content))
+        match rng.randrange(4):
+            case 0:
+                content[at] ^= 1 << rng.randrange(8)
+            case 1:
+                del content[at : at + rng.randrange(60)]
+            case 2:
+                content[at:at] = rng.randbytes(rng.randrange(60))
+            case _:
+                content[at:] = b"\0" * (len(content) - at)
+    return bytes(content)
+
+
+def test_of_a_thousand_fuzzed_logs_none_stops_a_run_and_every_byte_is_kept_or_set_aside(tmp_path: Path):
+    rng = random.Random(0)
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.damaged"
+    for _ in range(1000):
+        content = _fuzzed(rng)
+        path.write_bytes(content)
+        aside.unlink(missing_ok=True)
+        rows = cut_back(path, 10**30)
+        kept, damaged = path.read_bytes(), aside.read_bytes() if aside.exists() else b""
+        assert [json.loads(line) for line in kept.splitlines()] == rows
+        assert sorted((kept + damaged).split(b"\n")) == sorted(
+            (content + b"\n" * (not content.endswith(b"\n"))).split(b"\n")
+        )
+        assert cut_back(path, 10**30) == rows
+
+
+def test_a_log_that_is_whole_is_not_written_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(LINES))
+    before = path.stat()
+    cut_back(path, 8)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
