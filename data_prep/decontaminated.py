@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -14,6 +13,7 @@ import numpy as np
 from clex_train.data.manifest import SPLITS, TOKENIZER, Manifest, Shard
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import ShardWriter
+from clex_train.faults import NO_ROOM
 from data_prep.decontamination_report import Report
 from data_prep.partial import open_partial, publish
 
@@ -48,7 +48,7 @@ def write_decontaminated(report: Report, output: Path, overwrite: bool) -> None:
             shard = _copy(store, kept, partial / store.split_name)
             publish(partial, _manifest(store, shard, settings), output)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in NO_ROOM:
             raise
         raise ValueError(
             f"output={output}: the disk is full; free some space and run the same command again"

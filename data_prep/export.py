@@ -16,7 +16,8 @@ from clex_train import log
 from clex_train.files import publish
 from data_prep.config import CorpusVerb
 from data_prep.documents import documents, require_documents
-from data_prep.sources import plan
+from data_prep.partial import disk_full_explained, require_writable
+from data_prep.sources import Unit, plan
 from data_prep.utf8 import printable
 
 logger = log.get(__name__)
@@ -32,15 +33,16 @@ def run(config: CorpusVerb) -> None:
     if output.exists() and not config.overwrite:
         raise ValueError(f"output={output}: exists; choose another file, or overwrite=true")
     units = plan(config.corpus, 1 << 62)
+    with disk_full_explained(output):
+        _write(output, units, config)
+
+
+def _write(output: Path, units: list[Unit], config: CorpusVerb) -> None:
     counts: Counter[str] = Counter()
     unfinished = output.with_name(output.name + ".partial")
+    require_writable(output)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        file = open(unfinished, "wb")  # noqa: SIM115  closed by publish
-    except OSError as error:
-        raise ValueError(f"output={output}: cannot write there ({error.strerror}); choose another place") from error
-    try:
-        with file, _compressed(file, output) as stream:
+        with open(unfinished, "wb") as file, _compressed(file, output) as stream:
             for piece in (piece for unit in units for piece in unit.pieces):
                 for document in documents(piece, config.corpus, counts, keep=["meta"]):
                     origin = {"path": printable(piece.path)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from clex_train.files import make_folder, write_atomically
 from data_prep.statistics import Statistics
 
 COLORS = {"train": "#3366AA", "validation": "#DD8833"}
@@ -35,8 +37,10 @@ def plot(statistics: Mapping[str, Statistics], title: str, path: Path) -> None:
     handles = above.get_legend_handles_labels()[0]
     figure.legend(handles, list(labels.values()), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(f"Document lengths of {title}", x=0.01, ha="left", fontsize=13)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix(".") or None)
+    make_folder(path.parent)
+    write_atomically(path, drawn.getvalue())
     plt.close(figure)
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from clex_train import log
 from clex_train.data.manifest import MANIFEST, Manifest, partial_path, read_manifest
 from clex_train.data.writer import move_store
-from clex_train.files import write_atomically
+from clex_train.faults import NO_ROOM
+from clex_train.files import make_folder, write_atomically
 from clex_train.locks import Lock, try_lock
 from data_prep.shards import UNITS
 
@@ -77,13 +78,25 @@ def open_partial(output: Path, settings: dict[str, Any], overwrite: bool) -> Ite
             raise
 
 
+def require_writable(output: Path) -> None:
+    """Make the folder that `output` is to lie in; `ValueError` if it cannot be written."""
+    try:
+        make_folder(output.parent)
+        if not os.access(output.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
+        raise ValueError(f"output={output}: cannot write there ({error.strerror}); choose another place") from error
+
+
 @contextmanager
 def disk_full_explained(output: Path) -> Iterator[None]:
     """Raise `ValueError` with the remedy if what is written meanwhile finds the disk full."""
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in NO_ROOM:
             raise
         remedy = "free some space and run the same command again; what is finished is kept"
         raise ValueError(f"output={output}: the disk is full; {remedy}") from error

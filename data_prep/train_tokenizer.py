@@ -6,7 +6,6 @@ encoded and decoded without loss, there is no unknown token.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from clex_train import log
+from clex_train.files import complete_or_absent
 from data_prep.config import CorpusConfig, TrainTokenizerVerb
 from data_prep.documents import documents
 from data_prep.held_out import rule
+from data_prep.partial import disk_full_explained, require_writable
 from data_prep.sources import Unit, plan
 
 logger = log.get(__name__)
@@ -33,18 +34,17 @@ def run(config: TrainTokenizerVerb) -> None:
         raise ValueError(f"output={output}: exists; choose another directory, or overwrite=true")
     units = plan(config.corpus, 1 << 62)
     logger.info("train a tokenizer of %d tokens on corpus %s into %s", config.vocab_size, config.corpus.name, output)
-    unfinished = output.with_name(output.name + ".partial")
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output={output}: cannot write there ({error.strerror}); choose another place") from error
-    tokenizer = train(_texts(units, config.corpus, config.max_mb * 1_000_000), config)
-    if len(tokenizer) < config.vocab_size:
-        logger.warning("vocab_size=%d: the corpus gives %d tokens only", config.vocab_size, len(tokenizer))
-    tokenizer.save_pretrained(unfinished)
-    if output.exists():
-        shutil.rmtree(output)
-    unfinished.rename(output)
+    with disk_full_explained(output):
+        require_writable(output)
+        _write(output, units, config)
+
+
+def _write(output: Path, units: list[Unit], config: TrainTokenizerVerb) -> None:
+    with complete_or_absent(output) as unfinished:
+        tokenizer = train(_texts(units, config.corpus, config.max_mb * 1_000_000), config)
+        if len(tokenizer) < config.vocab_size:
+            logger.warning("vocab_size=%d: the corpus gives %d tokens only", config.vocab_size, len(tokenizer))
+        tokenizer.save_pretrained(unfinished)
     logger.info("%s is complete: %d tokens", output, len(tokenizer))
 
 

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from hydra import compose, initialize_config_dir
 
-from clex_train import architectures, dry_run, log, run_folder, weights
+from clex_train import architectures, dry_run, files, log, run_folder, weights
 from clex_train import config as configuration
 from clex_train.cli import config_files, console
 from clex_train.cli.overrides import for_hydra
@@ -122,10 +122,10 @@ def submit(config: Config) -> None:
 
 def write(config: Config, folder: Path) -> None:
     """The submission: `code/`, `config.yaml` as train.py will read it, and the script."""
-    folder.mkdir(parents=True)
-    snapshot.copy_code(folder / job_script.CODE)
-    (folder / "config.yaml").write_text(job_script.configuration_text(config, folder), encoding="utf-8")
-    (folder / job_script.NAME).write_text(job_script.render(config, folder, Path.cwd()), encoding="utf-8")
+    with files.complete_or_absent(folder) as unfinished:
+        snapshot.copy_code(unfinished / job_script.CODE)
+        files.write_atomically(unfinished / "config.yaml", job_script.configuration_text(config, folder))
+        files.write_atomically(unfinished / job_script.NAME, job_script.render(config, folder, Path.cwd()))
 
 
 def submission_folder(config: Config) -> Path:

@@ -14,6 +14,7 @@ from clex_train.evaluation import bootstrap, results
 from clex_train.evaluation.report.evidence import of_rows
 from clex_train.evaluation.report.table import Row
 from clex_train.evaluation.report.write import write as write_report
+from clex_train.files import make_folder, write_atomically
 from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows
 
 BASE_FILE = Path("base") / "evaluation" / f"{JUDGING.name}.json"
@@ -55,8 +56,8 @@ def write(out: Path, seeds: Sequence[int]) -> str:
     parts = [section(out, seeds, protocol) for protocol in PROTOCOLS]
     text = "\n\n".join(parts) + "\n"
     path = out / "report" / "tables.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    make_folder(path.parent)
+    write_atomically(path, text)
     return text
 
 

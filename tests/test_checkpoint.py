@@ -43,8 +43,8 @@ class FileEngine:
         return tag, {}
 
 
-def opened(run_dir: Path, strict: bool = False, **settings: object) -> Checkpoints:
-    return Checkpoints(run_dir, CheckpointConfig(**settings), IDENTITY, strict)
+def opened(run_dir: Path, strict: bool = False, config: str = "", **settings: object) -> Checkpoints:
+    return Checkpoints(run_dir, CheckpointConfig(**settings), IDENTITY, strict, config)
 
 
 def saved(found: Checkpoints, step: int, engine: FileEngine | None = None) -> None:

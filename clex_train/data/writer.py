@@ -26,7 +26,7 @@ from clex_train.data.manifest import (
     token_dtype,
 )
 from clex_train.data.vocabulary import vocabulary_sha256
-from clex_train.files import publish, sync_directory, write_atomically
+from clex_train.files import publish, sync_directory, sync_tree, write_atomically
 
 _TABLE_ROWS = 4096
 
@@ -112,7 +112,8 @@ class _HashedFile:
 
 def move_store(partial: Path, store: Path) -> None:
     """Rename a complete `partial` directory to `store`, which must not exist."""
-    sync_directory(partial)
+    # The tokenizer's files too, which its library has written.
+    sync_tree(partial)
     os.rename(partial, store)
     sync_directory(store.parent)
 
