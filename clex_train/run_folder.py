@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -105,8 +106,9 @@ def load_config(path: Path) -> dict[str, Any]:
     """The content of a config.yaml; `ValueError` says what to do about one that is empty or damaged."""
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
-        if not isinstance(content, dict) or not content:
-            raise ValueError("no keys in it")
+        # OmegaConf makes a key of any text.
+        if not isinstance(content, dict) or not content.keys() & {key.name for key in fields(Config)}:
+            raise ValueError("it has none of its keys")
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ValueError(
             f"{path}: damaged, cannot be read as a configuration ({first_line(error)[:80]}); the same training command "
