@@ -41,7 +41,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
     An `OSError`, as of a full disk, names `path`, and what was there stays.
     """
-    unfinished = path.with_name(path.name + UNFINISHED)
+    unfinished = path.with_suffix(UNFINISHED)
     try:
         with open(unfinished, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

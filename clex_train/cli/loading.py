@@ -149,7 +149,7 @@ def require_writable(output: Path) -> None:
 
     Makes nothing: the nearest folder that is there has to allow it.
     """
-    names = (*output.parts, f"{output.name}{UNFINISHED}")
+    names = (*output.parts, f"{output.stem}{UNFINISHED}")
     short = max(len(os.fsencode(name)) for name in names) <= LONGEST_NAME
     require(
         short, "output", output, f"a name of more than {LONGEST_NAME} bytes, which no disk takes; give a shorter one"

@@ -30,7 +30,7 @@ class CheckpointConfig:
     overlap: bool = True
     """Copy the state to host memory and write it while training goes on; false writes it before the next step."""
     on_full_disk: OnFullDisk = OnFullDisk.stop
-    """A checkpoint that finds no room is given up: `stop` the run then, or `continue` without it."""
+    """A checkpoint or evaluation that finds no room is given up: `stop` the run then, or `continue` without it."""
 
     def __post_init__(self) -> None:
         require_at_most(self, "checkpoint.", MOST)

@@ -7,12 +7,14 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 from evaluation_models import CONTEXT_LEN, VOCAB
 from model_directories import save_clex_model, save_model, save_store
 
+from clex_train import files
 from clex_train.cli import console, loading
 from clex_train.cli import evaluate as program
 from clex_train.config import Config
@@ -274,13 +276,11 @@ def test_results_that_cannot_be_written_are_printed_and_what_was_there_is_kept(
     output = tmp_path / "x.json"
     output.write_text("earlier")
 
-    def fill_up(path: Path, content: bytes) -> None:
-        with open(path, "wb") as file:
-            file.write(content[:10])
+    def fill_up(file: BinaryIO, path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     keys = [f"model={places['model']}", f"data={places['store']}", "lengths=[16]", "methods=[none]"]
-    monkeypatch.setattr(Path, "write_bytes", fill_up)
+    monkeypatch.setattr(files, "publish", fill_up)
     assert call(monkeypatch, *keys, f"output={output}") == console.STOPPED
     printed = capsys.readouterr()
     assert "none" in printed.out

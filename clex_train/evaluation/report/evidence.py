@@ -8,22 +8,25 @@ frequency table, retrieval tasks, the metrics of its training) is absent here, a
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml  # type: ignore[import-untyped]
 
+from clex_train import log
 from clex_train.evaluation import results
 from clex_train.evaluation.origin import weights_hash
 from clex_train.evaluation.report.table import Row, Table, read_tables, rows_of
 from clex_train.evaluation.results import Origin, Results, TaskScore
+from clex_train.metrics_log import parse
 from clex_train.model_directory import TABLE
-from clex_train.run_folder import CONFIG
+from clex_train.run_folder import CONFIG, load_config
 from clex_train.scaling.table import FrequencyTable
+
+logger = log.get(__name__)
 
 EVALUATIONS, FINAL, METRICS, ENVIRONMENT = "evaluation", "final", "metrics.jsonl", "environment.json"
 
@@ -41,7 +44,7 @@ class TrainingRun:
         path = self.folder / METRICS
         if not path.is_file():
             return []
-        return [row for row in _json_lines(path) if "loss" in row]
+        return [row for row in _rows(path) if "loss" in row]
 
     def column(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps int64 [n] and values float64 [n] of the steps that have a finite value under `key`."""
@@ -59,14 +62,18 @@ class TrainingRun:
     def environment(self) -> dict[str, Any]:
         """Command, commit, versions and machine of the run's start; empty without the file."""
         path = self.folder / ENVIRONMENT
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            content = json.loads(path.read_bytes()) if path.is_file() else {}
+        except (ValueError, RecursionError):
+            logger.warning("%s: damaged, what it recorded is left out", path)
+            content = {}
         return content if isinstance(content, dict) else {}
 
     @cached_property
     def last_step(self) -> int | None:
         """The step after which `final/` was written; None where no config says it."""
         path = self.folder / CONFIG
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        config = load_config(path) if path.is_file() else {}
         return config.get("optim", {}).get("steps")
 
     @cached_property
@@ -173,16 +180,14 @@ def _tasks(path: Path, result: Results, origin: Origin, prefix: str) -> list[Tas
     return [TaskScores(prefix + method, task, rows, path, origin) for (task, method), rows in grouped.items()]
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics; one that is still being written ends them."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                if not line.endswith("\n"):
-                    return
-                raise ValueError(f"{path}: line {number} is no JSON; take the line out") from error
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics but for damaged ones, which a line says; the last may still be being written."""
+    with path.open("rb") as file:
+        lines = list(file)
+    rows = [(line, parse(line)) for line in lines]
+    if damaged := sum(row is None and line.endswith(b"\n") for line, row in rows):
+        logger.warning("%s: lines that cannot be read are left out: %d", path, damaged)
+    return [row for _, row in rows if row is not None]
 
 
 def _names(labels: dict[Path, str]) -> dict[Path, str]:

@@ -121,6 +121,21 @@ def test_values_that_are_not_finite_are_left_out_of_a_column(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("_nothing_is_drawn")
+def test_damaged_records_of_training_are_left_out_of_a_report_with_a_line_each(runs, tmp_path, monkeypatch, caplog):
+    run = make_run(tmp_path / "spoilt", {"none": [3, 4, 5]}, learned=False)
+    (run / "metrics.jsonl").write_bytes(b'{"step": 1, \n\xff\0\n{"step": 2, "loss": 4.5}\n{"step": 3, "lo')
+    (run / "environment.json").write_bytes(bytes(200))
+    assert call(monkeypatch, run, f"output={tmp_path / 'out'}") == 0
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert sorted(line.removeprefix(f"{run}/") for line in said if "spoilt" in line) == [
+        "environment.json: damaged, what it recorded is left out",
+        "metrics.jsonl: lines that cannot be read are left out: 2",
+    ]
+    (found,) = evidence.find_runs([run / "evaluation" / "spoilt.json"])
+    assert found.column("loss")[1].tolist() == [4.5]
+
+
+@pytest.mark.usefixtures("_nothing_is_drawn")
 def test_what_cannot_be_reported_on_is_named_with_the_remedy(runs, tmp_path, monkeypatch, capsys) -> None:
     unfinished = make_run(tmp_path / "unfinished", {"none": [3, 4, 5]}, learned=False)
     (unfinished / "final" / "config.json").unlink()
@@ -130,8 +145,6 @@ def test_what_cannot_be_reported_on_is_named_with_the_remedy(runs, tmp_path, mon
     (tmp_path / "bad.json").write_text("{")
     damaged = make_run(tmp_path / "damaged", {"none": [3, 4, 5]}, learned=False)
     add_to_file(damaged / "evaluation" / "damaged.json", tasks=[{"task": "passkey"}])
-    spoilt = make_run(tmp_path / "spoilt", {"none": [3, 4, 5]}, learned=False)
-    (spoilt / "metrics.jsonl").write_text('{"step": 1, \n{"step": 2, "loss": 4.5}\n')
     expected = {
         tmp_path / "nowhere": "no such run folder or evaluation file; give the output_dir of a run",
         unfinished: f"not finished (no final/); start the same training command again, it continues, or name one of "
@@ -139,7 +152,6 @@ def test_what_cannot_be_reported_on_is_named_with_the_remedy(runs, tmp_path, mon
         empty: f"no evaluation in it; run python -m clex_train.cli.evaluate run={empty} first",
         tmp_path / "bad.json": "cannot be read as an evaluation",
         damaged: "damaged or of another version",
-        spoilt: "line 1 is no JSON; take the line out",
     }
     for path, message in expected.items():
         assert call(monkeypatch, runs["base"], path, f"output={tmp_path / 'out'}") == 2
@@ -177,16 +189,16 @@ def test_an_output_that_is_a_file_is_refused_in_one_line(runs, tmp_path, monkeyp
 @pytest.mark.usefixtures("_nothing_is_drawn")
 @pytest.mark.parametrize("name", ["perplexity.png", "perplexity.md", "report.json", "index.html"])
 def test_a_file_that_cannot_be_written_is_named_in_one_line_and_kept(name, runs, tmp_path, monkeypatch, capsys) -> None:
-    out, replace = tmp_path / "out", Path.replace
+    out, replace = tmp_path / "out", os.replace
     assert call(monkeypatch, runs["base"], f"output={out}") == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
-    def fill_up(path: Path, target: Path) -> Path:
+    def fill_up(path: str, target: Path) -> None:
         if target.name == name:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return replace(path, target)
+        replace(path, target)
 
-    monkeypatch.setattr(Path, "replace", fill_up)
+    monkeypatch.setattr(os, "replace", fill_up)
     capsys.readouterr()
     assert call(monkeypatch, runs["base"], f"output={out}") == console.STOPPED
     said = f"error: output={out / name}: cannot be written (No space left on device); make room or name another folder"
