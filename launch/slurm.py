@@ -27,6 +27,7 @@ from hydra import compose, initialize_config_dir
 
 from clex_train import architectures, dry_run, files, log, run_folder, weights
 from clex_train import config as configuration
+from clex_train.checkpoint.store import newest_config
 from clex_train.cli import config_files, console
 from clex_train.cli.overrides import for_hydra
 from clex_train.config import Config, Resume
@@ -100,7 +101,8 @@ def check_files(config: Config) -> None:
         check_ids(config, next(iter(stores.values())))
     run_folder.require_writable(run_dir)
     has_checkpoint = any((run_dir / "checkpoints").glob("step_*"))
-    run_folder.check_config(config, has_checkpoint, own_context=architectures.own_context(config.model, arch))
+    own, copy = architectures.own_context(config.model, arch), newest_config(run_dir)
+    run_folder.check_config(config, has_checkpoint, own_context=own, copy=copy)
 
 
 def submit(config: Config) -> None:

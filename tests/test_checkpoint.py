@@ -16,7 +16,7 @@ import torch
 
 from clex_train.checkpoint import manifest, writer
 from clex_train.checkpoint.manifest import Manifest
-from clex_train.checkpoint.store import Checkpoints
+from clex_train.checkpoint.store import Checkpoints, newest_config
 from clex_train.checkpoint.untrusted import RunsCode
 from clex_train.config import Config
 from clex_train.faults import RunStopped
@@ -264,6 +264,19 @@ def test_the_manifest_says_where_the_run_stood_and_what_every_file_must_be(check
     other = Manifest.of_run(Config(seed=1), architecture="a", data_fingerprint="d")
     assert len(found["config_hash"]) == 64
     assert found["config_hash"] != other.config_hash
+
+
+def test_a_configuration_is_kept_in_each_checkpoint_and_a_damaged_copy_is_none(tmp_path):
+    assert newest_config(tmp_path) is None
+    for step in (5, 10):
+        saved(opened(tmp_path, config=f"step: {step}\n"), step)
+    copy = newest_config(tmp_path)
+    assert copy == tmp_path / "checkpoints" / "step_10" / "config.yaml"
+    assert copy.read_text() == "step: 10\n"
+    copy.write_text("step: 12\n")
+    assert newest_config(tmp_path) is None
+    copy.unlink()
+    assert newest_config(tmp_path).read_text() == "step: 5\n"
 
 
 def test_weights_and_skipped_rows_may_change_only_ahead_of_a_checkpoint(tmp_path):

@@ -214,13 +214,7 @@ class Checkpoints:
 
     def _list(self) -> tuple[list[Found], dict[Path, str]]:
         """Checkpoints with files of the right sizes, and what is wrong with the others."""
-        good, damage = [], {}
-        for path in self.folder.glob("step_*"):
-            try:
-                good.append(Found(path, manifest.read(path)))
-            except Damaged as damaged:
-                damage[path] = str(damaged)
-        return good, damage
+        return _list(self.folder)
 
     def _verify(self, found: Found) -> str | None:
         """Find what is wrong with its contents, or None. The ranks share the files; `RunsCode` is on every rank."""
@@ -321,6 +315,22 @@ class Checkpoints:
             and not (self.folder / name).exists()
             and any((self.folder / f"{prefix}{name}").exists() for prefix in prefixes)
         )
+
+
+def newest_config(run_dir: Path) -> Path | None:
+    """The newest checkpoint's copy of its run's configuration, if it has a whole one; files only."""
+    newest = max(_list(run_dir / "checkpoints")[0], key=lambda found: found.manifest.step, default=None)
+    return newest.config() if newest else None
+
+
+def _list(folder: Path) -> tuple[list[Found], dict[Path, str]]:
+    good, damage = [], {}
+    for path in folder.glob("step_*"):
+        try:
+            good.append(Found(path, manifest.read(path)))
+        except Damaged as damaged:
+            damage[path] = str(damaged)
+    return good, damage
 
 
 def _attempt(action: Any) -> Any:
