@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,12 @@ install_import_hook(["clex_train.scaling", "clex_train.rope", "clex_train.attent
 
 
 LONGEST = ("test_your_model_page.py", "test_training_runs.py", "test_engines.py")
+
+
+def pytest_configure() -> None:
+    """Let programs that tests start hear of SIGINT: a suite that a script runs in the background ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
