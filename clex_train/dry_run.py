@@ -18,6 +18,7 @@ from clex_train import (
     architectures,
     distributed,
     kernels,
+    log,
     memory_options,
     model_directory,
     modeling,
@@ -95,7 +96,7 @@ def print_plan(config: Config) -> None:
     if not distributed.is_main():
         return
     plan = make_plan(config)
-    print("\n".join((*_summary(plan), "", *memory_table(plan))))
+    print(log.printable("\n".join((*_summary(plan), "", *memory_table(plan)))))
 
 
 def make_plan(config: Config) -> Plan:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 import torch
 
-from clex_train import distributed
+from clex_train import distributed, log
 from clex_train.config import Config
 from clex_train.settings.engine import Offload
 from clex_train.settings.model import ModelConfig
@@ -49,7 +49,7 @@ class Batch:
 def say(title: str, lines: Iterable[str]) -> None:
     """Print a block on rank 0, to standard error, so that standard output has results alone."""
     if distributed.is_main():
-        print("\n".join((title, *lines)), file=sys.stderr, flush=True)
+        print(log.printable("\n".join((title, *lines))), file=sys.stderr, flush=True)
 
 
 def versions() -> str:

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from clex_train import distributed, log
+from clex_train import distributed, log, recorded_config
 from clex_train.config import Config, Resume
 from clex_train.locks import Lock, try_lock
 
@@ -164,7 +164,7 @@ def as_yaml(config: Config) -> str:
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys whose values differ between two nested configurations."""
     changed = []
-    for key in sorted({*old, *new}):
+    for key in sorted({*old, *new}, key=str):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             changed += changed_keys(before, after, f"{prefix}{key}.")
@@ -175,8 +175,8 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 def _refuse_changes(path: Path, config: Config, safe: tuple[str, ...], own_context: int | None) -> None:
     # Over the defaults, so that a key which the program has learned since does not count as a change.
-    merged = OmegaConf.merge(OmegaConf.create(_plain(OmegaConf.structured(Config))), OmegaConf.load(path))
-    old, new = (_resolved(_plain(each), own_context) for each in (merged, OmegaConf.structured(config)))
+    recorded, now = recorded_config.over_defaults(path), recorded_config.plain(OmegaConf.structured(config))
+    old, new = (_resolved(each, own_context) for each in (recorded, now))
     changed = changed_keys(old, new)
     unsafe = [key for key in changed if not key.startswith(safe)]
     if unsafe == ["optim.steps"] and (path.parent / "final").is_dir():
@@ -192,18 +192,14 @@ def _refuse_changes(path: Path, config: Config, safe: tuple[str, ...], own_conte
         )
     for key in changed:
         if key in MOVED and distributed.is_main():
-            before, after = (OmegaConf.select(OmegaConf.create(each), key) for each in (old, new))
+            group, _, name = key.rpartition(".")
+            before, after = (each[group].get(name) for each in (old, new))
             logger.info("%s was %s, is %s now: the run goes on from its own checkpoint", key, before, after)
 
 
 def _resolved(plain: dict[str, Any], own_context: int | None) -> dict[str, Any]:
     """A configuration with what keys of the model stand for when they are left out: earlier ones spelt them out."""
     model = dict(plain["model"])
-    model["init"] = model["init"] or ("pretrained" if model["path"] else "random")
-    model["context_len"] = model["context_len"] or own_context
+    model["init"] = model.get("init") or ("pretrained" if model.get("path") else "random")
+    model["context_len"] = model.get("context_len") or own_context
     return {**plain, "model": model}
-
-
-def _plain(node: Any) -> Any:
-    """A configuration as dicts, lists and the names of enum members, the way it stands in YAML."""
-    return OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(node)))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from clex_train import distributed, forward_pass, log, metrics, seeding
-from clex_train.checkpoint.store import Checkpoints
+from clex_train.checkpoint.store import ODE, Checkpoints
 from clex_train.config import Config
 from clex_train.data.collate import joined, separated
 from clex_train.data.loader import batches
@@ -27,7 +27,7 @@ from clex_train.engine.deepspeed import gradient_norm, has_stepped, learning_rat
 from clex_train.engine.ode_optimizer import OdeOptimizer
 from clex_train.engine.sequence_parallel import SequenceParallel
 from clex_train.exchange import exchange
-from clex_train.faults import RunStopped, StopRequested
+from clex_train.faults import RunStopped, StopRequested, first_line
 from clex_train.modeling import LoadedModel
 from clex_train.scaling.solver import UnstableField
 from clex_train.scaling.spectrum import Spectrum
@@ -260,11 +260,17 @@ def resume(parts: Parts) -> int:
     if found is None:
         return 0
     step, state = found
-    if parts.ode:
-        assert state is not None, "a checkpoint of a CLEX run has the ODE's state"
-        parts.ode.load_state_dict(state)
-    if parts.spikes and state and SPIKES in state:
-        parts.spikes.load_state_dict(state[SPIKES])
+    try:
+        if parts.ode:
+            parts.ode.load_state_dict(state or {})
+        if parts.spikes and state and SPIKES in state:
+            parts.spikes.load_state_dict(state[SPIKES])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        folder = parts.checkpoints.folder
+        raise ValueError(
+            f"checkpoint {folder / f'step_{step}'}: {ODE} is not the state of this run's field ({first_line(error)}); "
+            "remove the checkpoint to continue an older one, or choose another output_dir"
+        ) from error
     return step
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from clex_train import log
+from clex_train.files import open_regular
 
 logger = log.get(__name__)
 
@@ -36,7 +37,7 @@ class HashingFile:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file as it lies on disk, in hexadecimal."""
-    with path.open("rb") as file:
+    with open_regular(path, within=path.parent) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -21,12 +21,16 @@ from clex_train.checkpoint.manifest import Damaged, Manifest
 from clex_train.checkpoint.untrusted import RunsCode, without_code
 from clex_train.checkpoint.writer import BackgroundWriter, DirectWriter, Writer, Written, writing_with
 from clex_train.faults import RunStopped, first_line
-from clex_train.files import sync_directory, write_atomically
+from clex_train.files import BadFile, read_regular, sync_directory, write_atomically
 from clex_train.settings.checkpoint import CheckpointConfig, OnFullDisk
 
 logger = log.get(__name__)
 
 ODE, LATEST = "ode.pt", "latest"
+MOST_NAME = 256
+"""Bytes of `latest`."""
+MOST_DIGITS = 18
+"""Of a step; Python refuses to read integers of thousands."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -211,9 +215,11 @@ class Checkpoints:
     def _latest_is_wrong(self, chosen: Found, newer: dict[Path, str]) -> str | None:
         """Nothing is loaded by what `latest` says, but a reader may go by it."""
         try:
-            named = (self.folder / LATEST).read_bytes()
-        except OSError:
+            named = read_regular(self.folder / LATEST, within=self.folder, most=MOST_NAME)
+        except FileNotFoundError:
             return "it is missing"
+        except BadFile as error:
+            return error.reason
         newest = max([chosen.path, *newer], key=_step)
         return None if named == f"{newest.name}\n".encode() else f"it does not name {newest.name}"
 
@@ -295,7 +301,7 @@ def _make_room(beside: Path) -> None:
 def _step(path: Path) -> int:
     """The step in a checkpoint's name; a name without one counts as the newest."""
     digits = path.name.removeprefix("step_")
-    return int(digits) if digits.isdecimal() else 2**62
+    return int(digits) if digits.isdecimal() and len(digits) <= MOST_DIGITS else 2**62
 
 
 def _since(started: float) -> float:

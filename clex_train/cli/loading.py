@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from omegaconf import OmegaConf
 
-from clex_train import architectures, distributed, log, modeling, opening, weights
+from clex_train import architectures, distributed, log, modeling, opening, recorded_config, weights
 from clex_train.cli import console
 from clex_train.config import Config
 from clex_train.engine import deepspeed
@@ -235,10 +234,7 @@ def load(asked: LoadingConfig, model: ModelConfig) -> tuple[LoadedModel, torch.d
 def run_config(run: Path) -> Config:
     """The configuration of a finished run; `ValueError` says what is missing."""
     require(run.is_dir(), "run", run, "no such folder; give the output_dir of a training run")
-    require((run / "config.yaml").is_file(), "run", run, "not a run folder (no config.yaml); use model=DIR for a model")
+    require((run / "config.yaml").exists(), "run", run, "not a run folder (no config.yaml); use model=DIR for a model")
     finished = (run / "final").is_dir()
     require(finished, "run", run, "not finished (no final/); start the same training command again, it continues")
-    loaded = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(run / "config.yaml"))
-    config = OmegaConf.to_object(loaded)
-    assert isinstance(config, Config)
-    return config
+    return recorded_config.read(run / "config.yaml")
