@@ -101,6 +101,11 @@ def open_regular(path: Path, within: Path | None = None) -> BufferedReader:
     return open(descriptor, "rb")
 
 
+def require_regular(path: Path) -> None:
+    """Raise as `open_regular` does, before a library opens a file that it would wait for or read without end."""
+    open_regular(path).close()
+
+
 def read_regular(path: Path, within: Path | None = None, most: int = LARGEST_RECORD) -> bytes:
     """Read a whole regular file of at most `most` bytes; raises as `open_regular`."""
     try:

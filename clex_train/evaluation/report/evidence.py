@@ -6,7 +6,6 @@ A run folder stands for its newest evaluation and the others of the same weights
 frequency table, retrieval tasks, the metrics of its training) is absent here, and figures that need it are left out.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,17 +13,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
-import yaml  # type: ignore[import-untyped]
 
+from clex_train import recorded_config
 from clex_train.evaluation import results
 from clex_train.evaluation.origin import weights_hash
 from clex_train.evaluation.report.table import Row, Table, read_tables, rows_of
 from clex_train.evaluation.results import Origin, Results, TaskScore
+from clex_train.files import BadFile, open_regular
 from clex_train.model_directory import TABLE
+from clex_train.records import Count, parse_json, read_json
 from clex_train.run_folder import CONFIG
 from clex_train.scaling.table import FrequencyTable
 
+LONGEST_LINE = 2**20
+"""Bytes of a line of metrics; most have some hundred."""
 EVALUATIONS, FINAL, METRICS, ENVIRONMENT = "evaluation", "final", "metrics.jsonl", "environment.json"
 
 
@@ -39,9 +43,9 @@ class TrainingRun:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of optimizer steps in metrics.jsonl; empty without the file."""
         path = self.folder / METRICS
-        if not path.is_file():
+        if not path.exists():
             return []
-        return [row for row in _json_lines(path) if "loss" in row]
+        return [row for row in _json_lines(path, self.folder) if "loss" in row and "step" in row]
 
     def column(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps int64 [n] and values float64 [n] of the steps that have a finite value under `key`."""
@@ -59,15 +63,17 @@ class TrainingRun:
     def environment(self) -> dict[str, Any]:
         """Command, commit, versions and machine of the run's start; empty without the file."""
         path = self.folder / ENVIRONMENT
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            content = read_json(path, within=self.folder) if path.exists() else {}
+        except BadFile as error:
+            raise ValueError(f"{error}; take the file out of the run folder") from error
         return content if isinstance(content, dict) else {}
 
     @cached_property
     def last_step(self) -> int | None:
         """The step after which `final/` was written; None where no config says it."""
         path = self.folder / CONFIG
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return config.get("optim", {}).get("steps")
+        return recorded_config.over_defaults(path)["optim"]["steps"] if path.exists() else None
 
     @cached_property
     def final_hash(self) -> str | None:
@@ -173,16 +179,20 @@ def _tasks(path: Path, result: Results, origin: Origin, prefix: str) -> list[Tas
     return [TaskScores(prefix + method, task, rows, path, origin) for (task, method), rows in grouped.items()]
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _json_lines(path: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """The lines of a run's metrics; one that is still being written ends them."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with open_regular(path, within=folder) as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                if not line.endswith("\n"):
+                row = parse_json(line, path)
+                msgspec.convert(row, dict[str, Any])
+                msgspec.convert(row.get("step", 0), Count)
+            except (BadFile, msgspec.ValidationError) as error:
+                if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
                     return
-                raise ValueError(f"{path}: line {number} is no JSON; take the line out") from error
+                what = "no JSON" if isinstance(error, BadFile) else "no metrics of a step"
+                raise ValueError(f"{path}: line {number} is {what}; take the line out") from error
+            yield row
 
 
 def _names(labels: dict[Path, str]) -> dict[Path, str]:
