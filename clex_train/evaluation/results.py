@@ -297,7 +297,7 @@ def _score(row: Mapping[str, Any]) -> Score:
 
 def _require_windows(rows: Any, windows: Any) -> None:
     """Raise `ValueError` for windows and scores that are not of each other."""
-    documents = msgspec.convert(windows["documents"], list[int])
+    documents = msgspec.convert(windows.get("documents", []), list[int])
     lengths = {len(row["window_nll"]) for row in rows}
     # A stream is read in segments, of no document each.
     if documents and lengths - {len(documents)}:
