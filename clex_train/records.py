@@ -4,8 +4,11 @@ A size is bounded before a file is read, the number of values before it is parse
 it is composed. Nothing is interpolated: what a file holds is data.
 """
 
+import gc
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -63,9 +66,22 @@ def parse_json(content: bytes, path: Path) -> Any:
     if content.count(b",") + content.count(b"[") + content.count(b"{") > MOST_VALUES:
         raise BadFile(path, f"more than {MOST_VALUES:,} values")
     try:
-        return json.loads(content.decode("utf-8"))
+        with _without_collection():
+            return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise BadFile(path, f"not JSON ({first_line(error)})") from error
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Within, Python does not look for cycles: among millions of new values that takes longer than parsing them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def decode(content: Any, schema: type[T], path: Path) -> T:
@@ -76,7 +92,7 @@ def decode(content: Any, schema: type[T], path: Path) -> T:
     """
     try:
         return msgspec.convert(content, schema)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, RecursionError, UnicodeError) as error:
         raise BadFile(path, f"damaged ({first_line(error)})") from error
 
 
@@ -105,7 +121,7 @@ def read_yaml_mapping(path: Path, within: Path | None = None) -> dict[str, Any]:
     return content
 
 
-def require_bounded(text: str, path: Path) -> None:
+def require_bounded(text: str, path: Path | str) -> None:
     """Refuse YAML that expands to more than `MOST_NODES` nodes, whoever is to load it; raises `BadFile`.
 
     Without an alias it has no more nodes than characters and is left alone.
@@ -124,12 +140,12 @@ def _loaded(text: str, path: Path) -> Any:
         loader.dispose()
 
 
-def _require_few(root: Any, path: Path) -> None:
+def _require_few(root: Any, path: Path | str) -> None:
     if root is not None and _num_nodes(root, {}, path) > MOST_NODES:
         raise BadFile(path, f"stands for more than {MOST_NODES:,} values, aliases written out; shorten it")
 
 
-def _num_nodes(node: Any, known: dict[int, int | None], path: Path) -> int:
+def _num_nodes(node: Any, known: dict[int, int | None], path: Path | str) -> int:
     """Nodes below and with `node`, every alias counted anew."""
     if not isinstance(node, yaml.CollectionNode):
         return 1

@@ -5,10 +5,10 @@ names and shapes are matched by its own loader on the meta device, where 7B take
 merged tensors, tied ones and those that a family ignores are its business. Nothing is trained or evaluated before that.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from clex_train import log
 from clex_train.faults import first_line
+from clex_train.files import BadFile, open_regular
 from clex_train.model_directory import WEIGHT_FILES, has_weights
+from clex_train.records import read_record
 from clex_train.rope import official
 from clex_train.settings.bounds import require
 from clex_train.settings.model import ModelConfig
@@ -134,6 +136,13 @@ def compare(arch: PretrainedConfig, tensors: dict[str, Tensor], trust_remote_cod
     return report
 
 
+@dataclass(frozen=True)
+class _Index:
+    """What is read of `model.safetensors.index.json`."""
+
+    weight_map: dict[str, str]
+
+
 def files(directory: Path) -> list[Path]:
     """List the weight files that transformers would read; `ValueError` when there are none or one is not there."""
     chosen = next((directory / name for name in WEIGHT_FILES if (directory / name).exists()), None)
@@ -143,9 +152,11 @@ def files(directory: Path) -> list[Path]:
         return [chosen]
     _require_content(chosen)
     try:
-        names = sorted(set(json.loads(chosen.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{chosen}: not an index of weight files ({first_line(error)}); copy it again") from error
+        names = sorted(set(read_record(chosen, _Index).weight_map.values()))
+        if bad := [name for name in names if ".." in Path(name).parts or Path(name).is_absolute()]:
+            raise BadFile(chosen, f"it names {bad[0]!r}, which is no file of its folder")
+    except BadFile as error:
+        raise ValueError(f"{chosen}: not an index of weight files ({error.reason}); copy it again") from error
     absent = [name for name in names if not (directory / name).exists()]
     if absent:
         raise ValueError(
@@ -216,7 +227,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
 
 
 def _require_content(path: Path) -> None:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(
                 f"{path}: a git-lfs pointer instead of the file; run `git lfs pull` in {path.parent}, or fetch it again"

@@ -54,6 +54,11 @@ def without_code(what: Path) -> Iterator[None]:
             yield
     except pickle.UnpicklingError as error:
         raise RunsCode(f"checkpoint {what}: refused, {first_line(error)[:120]}; nothing was run") from error
+    except RuntimeError as error:
+        # A tensor whose bytes do not have the archive's own checksum is noticed when it is read, not by `check`.
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise ValueError(f"checkpoint {what}: damaged ({first_line(error)[:120]}); remove it and go on") from error
     finally:
         del os.environ[FORCE]
         os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -91,6 +91,8 @@ def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type 
         for line in versions.untested():
             logger.warning("%s", line)
     try:
+        if schema is not None:
+            config_files.require_few_values(sys.argv[1:])
         main()
     except _Failed as failed:
         return report(failed.error)

@@ -44,6 +44,11 @@ ADDED = {"experiment": "an experiment", "corpus": "a corpus"}
 
 def explain(error: BaseException) -> str | None:
     """The one line for a mistake of the user; None for anything else, which deserves its traceback."""
+    line = _line(error)
+    return None if line is None else " ".join(line.split())
+
+
+def _line(error: BaseException) -> str | None:
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
@@ -59,7 +64,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, HydraException):
         return _composition(error)
     if isinstance(error, ValueError) and _was_raised_for_the_user(error):
-        return " ".join(str(error).split())
+        return str(error)
     return None
 
 

@@ -229,7 +229,7 @@ def read(path: Path) -> tuple[Results, Origin]:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = read_json(path, most=LARGEST)
+        content = read_json(path, within=path.parent, most=LARGEST)
     except (FileNotFoundError, BadFile) as error:
         raise ValueError(f"{path}: cannot be read as an evaluation ({first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

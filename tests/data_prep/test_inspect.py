@@ -15,6 +15,7 @@ from clex_train.data import store as stores
 from clex_train.data.manifest import Source
 from clex_train.data.order import ShuffledRows
 from clex_train.data.packing import ConcatRows
+from clex_train.data.shard_files import TokenFile
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
 from data_prep import inspect, statistics
@@ -178,10 +179,10 @@ def test_a_text_in_both_splits_is_reported_with_both_places(
 
 
 def test_the_tokens_of_shards_are_not_read_for_counts(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_tokens(store: TokenStore, shard: int) -> np.ndarray:
-        raise AssertionError("tokens were mapped")
+    def no_tokens(store: TokenStore, shard: int) -> TokenFile:
+        raise AssertionError("tokens were read")
 
-    monkeypatch.setattr(stores.TokenStore, "_map_tokens", no_tokens)
+    monkeypatch.setattr(stores.TokenStore, "_open_tokens", no_tokens)
     inspect.run(InspectVerb(store=str(store.path), samples=0, rows=0))
 
 

@@ -8,7 +8,7 @@ frequency table, retrieval tasks, the metrics of its training) is absent here, a
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,21 @@ from clex_train.evaluation.report.table import Row, Table, read_tables, rows_of
 from clex_train.evaluation.results import Origin, Results, TaskScore
 from clex_train.files import BadFile, open_regular
 from clex_train.model_directory import TABLE
-from clex_train.records import Count, parse_json, read_json
+from clex_train.records import Count, decode, parse_json, read_json
 from clex_train.run_folder import CONFIG
 from clex_train.scaling.table import FrequencyTable
 
 LONGEST_LINE = 2**20
 """Bytes of a line of metrics; most have some hundred."""
 EVALUATIONS, FINAL, METRICS, ENVIRONMENT = "evaluation", "final", "metrics.jsonl", "environment.json"
+
+
+@dataclass(frozen=True)
+class _Environment:
+    """What environment.json has to be for a report."""
+
+    command: list[str] = field(default_factory=list)
+    packages: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,11 +71,14 @@ class TrainingRun:
     def environment(self) -> dict[str, Any]:
         """Command, commit, versions and machine of the run's start; empty without the file."""
         path = self.folder / ENVIRONMENT
+        if not path.exists():
+            return {}
         try:
-            content = read_json(path, within=self.folder) if path.exists() else {}
+            content: dict[str, Any] = read_json(path, within=self.folder)
+            decode(content, _Environment, path)
         except BadFile as error:
             raise ValueError(f"{error}; take the file out of the run folder") from error
-        return content if isinstance(content, dict) else {}
+        return content
 
     @cached_property
     def last_step(self) -> int | None:
@@ -148,7 +159,7 @@ def find_evaluation(argument: Path) -> Path:
         return argument
     if not argument.is_dir():
         raise ValueError(f"{argument}: no such run folder or evaluation file; give the output_dir of a run")
-    found = sorted((argument / EVALUATIONS).glob("*.json"), key=lambda path: (path.stat().st_mtime, path.name))
+    found = sorted((argument / EVALUATIONS).glob("*.json"), key=lambda path: (path.lstat().st_mtime, path.name))
     if (argument / CONFIG).is_file() and not (argument / FINAL).is_dir():
         instead = f", or name one of its evaluations: {found[-1]}" if found else ""
         raise ValueError(
