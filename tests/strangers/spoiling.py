@@ -1,4 +1,4 @@
-"""Ways to spoil a small file, each a function of a random generator: its values, its bytes, what its name stands for."""
+"""Ways to spoil a small file, as functions of a random generator: its values, its bytes, what its name stands for."""
 
 import copy
 import json
