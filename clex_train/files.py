@@ -110,7 +110,8 @@ def read_regular(path: Path, within: Path | None = None, most: int = LARGEST_REC
     """Read a whole regular file of at most `most` bytes; raises as `open_regular`."""
     try:
         with open_regular(path, within) as file:
-            content = file.read(most + 1)
+            # As much as there is, since Python reserves what is asked for, and one byte more for a file that grows.
+            content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise

@@ -49,7 +49,9 @@ class TokenFile:
         self._path, self._dtype, self._vocab_size = path, dtype, vocab_size
         self._num_bytes = shard.num_tokens * dtype.itemsize
         self._file = _open(path, store)
-        self._sums = _read_sums(path.with_suffix(".blocks"), store, shard) if shard.blocks_sha256 else None
+        self._sums: np.ndarray | None = None
+        if shard.blocks_sha256:
+            self._sums = _read_sums(path.with_suffix(".blocks"), store, shard, num_blocks(self._num_bytes))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Token ids [stop - start], read-only.
@@ -163,9 +165,9 @@ def _checked_index(store: Path, path: Path, shard: Shard, *facts: int) -> np.nda
     return np.concatenate(index)
 
 
-def _read_sums(path: Path, store: Path, shard: Shard) -> np.ndarray:
+def _read_sums(path: Path, store: Path, shard: Shard, count: int) -> np.ndarray:
     try:
-        content = read_regular(path, store, most=2**30)
+        content = read_regular(path, store, most=count * BLOCK_SUM.itemsize)
     except (BadFile, FileNotFoundError) as error:
         raise _unreadable(path, error) from error
     if hashlib.sha256(content).hexdigest() != shard.blocks_sha256:

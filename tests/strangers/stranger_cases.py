@@ -143,7 +143,7 @@ def store_case(folder: Path, draw: random.Random) -> Action:
 
 def _resign_store(store: Path) -> None:
     """Give the shard the sums of its files, as who sends a store can."""
-    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, OSError):
+    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError):
         manifest = json.loads((store / MANIFEST).read_bytes())
         for shard in manifest["splits"]["train"]:
             for suffix in ("tokens", "documents", "blocks"):
