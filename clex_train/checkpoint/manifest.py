@@ -26,6 +26,8 @@ from clex_train.records import Count, decode, parse_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+LARGEST = 2**22
+"""Bytes of a manifest that are read at most; a file of a checkpoint takes some 200."""
 ONLY_SIZES = 1
 ADDED_IN_2 = ("config_hash", "versions", "sha256", "checksum")
 
@@ -137,7 +139,7 @@ def check_compatible(path: Path, manifest: Manifest, expected: Manifest) -> None
 def _parse(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
-        content = read_regular(path, within=folder)
+        content = read_regular(path, within=folder, most=LARGEST)
         said = parse_json(content, path)
         manifest = decode(said, Manifest, path)
         require_order(manifest.data_order, path)
