@@ -45,11 +45,14 @@ from data_prep import inspect as inspect_verb
 from data_prep import partial, statistics
 
 SECONDS = 10
+"""Of processor time that a case may take: a machine with other work takes many times as long by the clock."""
+PATIENCE = 120
+"""Seconds by the clock after which a case waits for something."""
 Action = Callable[[], object]
 
 
 class Hang(BaseException):
-    """A case took longer than `SECONDS`."""
+    """A case took longer than `SECONDS`, or waits."""
 
 
 def prepare(folder: Path) -> Path:
@@ -335,22 +338,29 @@ def run_case(base: Path, kind: str, seed: int) -> str | None:
 
 
 def _outcome(action: Action, output: io.StringIO) -> str | None:
-    signal.signal(signal.SIGALRM, _hangs)
-    signal.alarm(SECONDS)
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, _hangs)
+    signal.alarm(PATIENCE)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         action()
     except Hang:
         return f"took more than {SECONDS} s: {traceback.format_exc()[-1500:]}"
     except Exception as error:
-        signal.alarm(0)
+        _stop_clocks()
         line, code = console._classify(error)
         if line is None or "\n" in line or explain(error) is None:
             return "".join(traceback.format_exception(error))[-1500:]
         console.report(error)
         assert code == console.USER_ERROR
     finally:
-        signal.alarm(0)
+        _stop_clocks()
     return None
+
+
+def _stop_clocks() -> None:
+    signal.alarm(0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _hangs(*_: object) -> None:
