@@ -5,14 +5,30 @@ Hugging Face ignore the file, and files that a user adds later are not in it.
 """
 
 import json
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 from clex_train import files
+from clex_train.faults import first_line
+from clex_train.files import BadFile
+from clex_train.records import Count, read_record
 
 NAME = "checksums.json"
-LARGEST = 2**24
-"""Bytes; a listing of more is none of ours."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Size in bytes and SHA-256 of one file."""
+
+    size: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What is read of the file."""
+
+    files: dict[str, _Entry]
 
 
 class Damaged(Exception):
@@ -41,10 +57,13 @@ def require_sizes(folder: Path) -> dict[str, str]:
     """
     listed = _read(folder / NAME)
     for name, (size, _) in listed.items():
-        path = folder / name
-        if not path.is_file():
-            raise Damaged(f"{name} is missing")
-        if (found := path.stat().st_size) != size:
+        try:
+            found = files.regular_size(folder / name)
+        except FileNotFoundError as error:
+            raise Damaged(f"{name} is missing") from error
+        except BadFile as error:
+            raise Damaged(f"{name} is {error.reason}") from error
+        if found != size:
             raise Damaged(f"{name} has {found} bytes instead of {size}")
     return {name: digest for name, (_, digest) in listed.items()}
 
@@ -54,25 +73,17 @@ def require_contents(folder: Path) -> None:
     for name, digest in require_sizes(folder).items():
         try:
             found = files.sha256(folder / name)
-        except OSError as error:
-            raise Damaged(f"{name} cannot be read ({error.strerror})") from error
+        except (OSError, BadFile) as error:
+            raise Damaged(f"{name} cannot be read ({first_line(error)})") from error
         if found != digest:
             raise Damaged(f"{name} does not have its SHA-256")
 
 
 def _read(path: Path) -> dict[str, tuple[int, str]]:
     try:
-        if not path.is_file() or path.stat().st_size > LARGEST:
-            raise Damaged(f"{NAME} is no listing of files")
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        listed = {str(name): (int(row["size"]), str(row["sha256"])) for name, row in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        listed = read_record(path, _Listing, within=path.parent).files
+    except (BadFile, FileNotFoundError) as error:
         raise Damaged(f"{NAME} cannot be read") from error
-    if outside := [name for name in listed if not _is_inside(name)]:
+    if outside := [name for name in listed if not files.is_inside(name)]:
         raise Damaged(f"{NAME} names a file outside the folder: {outside[0]!r}")
-    return listed
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
+    return {name: (entry.size, entry.sha256) for name, entry in listed.items()}

@@ -97,7 +97,7 @@ def print_plan(config: Config) -> None:
     if not distributed.is_main():
         return
     plan = make_plan(config)
-    print("\n".join((*_summary(plan), "", *memory_table(plan))), flush=True)
+    print(log.printable("\n".join((*_summary(plan), "", *memory_table(plan)))), flush=True)
 
 
 def make_plan(config: Config) -> Plan:

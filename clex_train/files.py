@@ -1,15 +1,18 @@
-"""Write files and folders that a crash, a power cut or a full disk leaves whole or absent.
+"""Write files and folders whole or not at all, through power cuts and full disks; read files that anyone has written.
 
 Write under another name, fsync, rename, fsync the folder: a rename reaches the disk before the data of the file unless
-that was flushed first. Everything that a resume or a user depends on goes through this module.
+that was flushed first. Everything that a resume or a user depends on goes through this module. Read only what is a
+regular file, inside its folder and of a bounded size.
 """
 
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from clex_train import log
@@ -25,6 +28,19 @@ SAVING, REPLACED, REMOVING = "saving_", "replaced_", "removing_"
 LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 LFS_MOST_BYTES = 1024
 """The most that the specification of git-lfs allows a pointer to have."""
+LARGEST_RECORD = 16 * 2**20
+"""Bytes of a small file (a manifest, a configuration, a log of evaluations) that are read at most by default."""
+
+
+class BadFile(ValueError):
+    """A file is not what its name promises: names the file, and `reason` says what is wrong in a few words."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = Path(path), reason
+
+    def __reduce__(self) -> tuple[type["BadFile"], tuple[str, str]]:
+        return type(self), (str(self.path), self.reason)
 
 
 def publish(file: BinaryIO, path: Path) -> None:
@@ -41,16 +57,21 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
     An `OSError`, as of a full disk, names `path`, and what was there stays.
     """
-    unfinished = path.with_suffix(UNFINISHED)
+    beside = unfinished(path)
     try:
-        with open(unfinished, "wb") as file:
+        with open(beside, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             publish(file, path)
     except OSError as error:
         with suppress(OSError):
-            unfinished.unlink()
+            beside.unlink()
         error.filename = str(path)
         raise
+
+
+def unfinished(path: Path) -> Path:
+    """Return the path under which `write_atomically` writes a file; a kill can leave it, the next write replaces it."""
+    return path.with_suffix(UNFINISHED)
 
 
 def sync_directory(path: Path) -> None:
@@ -85,14 +106,14 @@ def complete_or_absent(directory: Path) -> Iterator[Path]:
     After an error the folder is removed. A full disk is an `OSError` that names `directory`, whichever library met it.
     """
     recover(directory)
-    unfinished = directory.with_name(SAVING + directory.name)
+    saving = directory.with_name(SAVING + directory.name)
     try:
-        make_folder(unfinished)
-        yield unfinished
-        sync_tree(unfinished)
-        _take_place(unfinished, directory)
+        make_folder(saving)
+        yield saving
+        sync_tree(saving)
+        _take_place(saving, directory)
     except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(saving, ignore_errors=True)
         if (cause := no_room(error)) is not None:
             raise OSError(cause.errno, cause.strerror, str(directory)) from error
         raise
@@ -109,11 +130,11 @@ def recover(directory: Path) -> None:
             remove_folder(leftover)
 
 
-def _take_place(unfinished: Path, directory: Path) -> None:
+def _take_place(saving: Path, directory: Path) -> None:
     replaced = directory.with_name(REPLACED + directory.name)
     if directory.exists():
         directory.rename(replaced)
-    unfinished.rename(directory)
+    saving.rename(directory)
     sync_directory(directory.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -138,15 +159,81 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file as it lies on disk, in hexadecimal."""
-    with path.open("rb") as file:
+def is_plain_name(name: str) -> bool:
+    """Return True for the name of an entry of a folder: no separator, no `..`, nothing that a terminal acts upon."""
+    return name not in ("", ".", "..") and "/" not in name and name.isprintable()
+
+
+def is_inside(name: str) -> bool:
+    """Return True for a relative path that names something below the folder it is relative to."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def open_regular(path: Path, within: Path | None = None) -> BufferedReader:
+    """Open a regular file for reading; a pipe is not waited for and a device not read.
+
+    Args:
+        path: the file.
+        within: a folder that the file has to lie in once links are followed; None follows them anywhere.
+
+    Raises:
+        BadFile: it is something else, lies elsewhere or cannot be read.
+        FileNotFoundError: there is nothing of this name.
+    """
+    try:
+        if within is not None and not path.resolve().is_relative_to(within.resolve()):
+            raise BadFile(path, f"leads out of {within}; put a copy of the file there instead")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, BadFile):
+            raise
+        # A loop of links is a RuntimeError of pathlib, a NUL in a name a ValueError.
+        raise BadFile(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadFile(path, "not a regular file but a folder, a pipe or a device")
+    return open(descriptor, "rb")
+
+
+def require_regular(path: Path) -> None:
+    """Raise as `open_regular` does, before a library opens a file that it would wait for or read without end."""
+    open_regular(path).close()
+
+
+def read_regular(path: Path, within: Path | None = None, most: int = LARGEST_RECORD) -> bytes:
+    """Read a whole regular file of at most `most` bytes; raises as `open_regular`."""
+    try:
+        with open_regular(path, within) as file:
+            # As much as there is, since Python reserves what is asked for, and one byte more for a file that grows.
+            content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise BadFile(path, f"cannot be read ({error.strerror})") from error
+    if len(content) > most:
+        raise BadFile(path, f"larger than {most:,} bytes, which no such file is")
+    return content
+
+
+def regular_size(path: Path, within: Path | None = None) -> int:
+    """Return the size in bytes of a regular file; raises as `open_regular`."""
+    with open_regular(path, within) as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def sha256(path: Path, within: Path | None = None) -> str:
+    """SHA-256 of a regular file as it lies on disk, in hexadecimal; raises as `open_regular`, or `OSError`."""
+    with open_regular(path, within) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_lfs_pointer(path: str | Path) -> bool:
-    """Tell whether a file is what git-lfs leaves in place of one not downloaded; only small files are opened."""
-    if Path(path).stat().st_size > LFS_MOST_BYTES:
+    """Tell whether a file is what git-lfs leaves in place of one not downloaded; opens small files alone."""
+    facts = Path(path).stat()
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size > LFS_MOST_BYTES:
         return False
     with open(path, "rb") as file:
         return file.read(len(LFS_HEADER)) == LFS_HEADER

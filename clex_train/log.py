@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import threading
 import warnings
@@ -15,6 +16,20 @@ from clex_train import terminal
 
 HELD_BACK = 10_000
 """Lines of a program that are kept before its opening block."""
+_ACTED_UPON = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Control characters but tab and newline, and those that turn the direction of a line: a terminal acts upon them."""
+
+
+def printable(text: str) -> str:
+    """Write what a terminal would act upon as escapes: names and texts of files may come from strangers."""
+    return _ACTED_UPON.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class _Printable(logging.Formatter):
+    """A line that a terminal only shows."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 class AboveBars(logging.StreamHandler):
@@ -34,7 +49,7 @@ def setup() -> None:
     terminal.outlive("stderr")
     rank = int(os.environ.get("RANK", "0"))
     handler = _handler()
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {f'[rank {rank}] ' if rank else ''}%(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Printable(f"%(asctime)s {f'[rank {rank}] ' if rank else ''}%(message)s", "%H:%M:%S"))
     # Passes every line on at once, but for those before the opening block.
     queue = MemoryHandler(0, target=handler)
     logging.basicConfig(level=logging.WARNING, handlers=[queue], force=True)

@@ -14,6 +14,10 @@ from clex_train import files, log
 
 logger = log.get(__name__)
 
+LONGEST_LINE = 2**20
+"""Bytes of a line that a reader takes at once; most have some hundred."""
+MOST_STEPS = 2**62
+
 
 class MetricsLog:
     """Appends whole lines. Lines that find no room wait in memory, and `failure` says why, until they are written."""
@@ -80,8 +84,10 @@ def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
 
     The file is written anew only where that changes it.
     """
-    content = path.read_bytes() if path.exists() else b""
-    lines = io.BytesIO(content).readlines()
+    lines: list[bytes] = []
+    if path.exists():
+        with files.open_regular(path) as file:
+            lines = file.readlines()
     rows = [parse(line) for line in lines]
     damaged = [line for line, row in zip(lines, rows, strict=True) if row is None]
     kept = [(line, row) for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= step]
@@ -96,10 +102,10 @@ def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """A whole line of the log as a row with a step, or None for one that is damaged."""
+    """Return a whole line of the log as a row with a step, or None for one that is damaged."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    is_row = isinstance(row, dict) and type(row.get("step")) is int
+    is_row = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < MOST_STEPS
     return row if is_row else None

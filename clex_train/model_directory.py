@@ -9,13 +9,19 @@ frequencies.safetensors                             the table theta(t) that trai
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from safetensors import SafetensorError
+from msgspec import Meta
 from safetensors.torch import load_file, save_file
 
+from clex_train import records
+from clex_train.faults import first_line
+from clex_train.files import BadFile, require_regular
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.table import FrequencyTable
+from clex_train.scaling.solver import MAX_STEPS
+from clex_train.scaling.table import MOST_FACTORS, FrequencyTable
+from clex_train.settings.bounds import MOST_TOKENS
 from clex_train.settings.scaling import LogScale
 
 CLEX_JSON, CLEX_TENSORS, TABLE = "clex.json", "clex.safetensors", "frequencies.safetensors"
@@ -33,12 +39,12 @@ FORMAT = 1
 class ClexRecord:
     """What `clex.json` holds."""
 
-    context_len: int
-    t_max: float
+    context_len: Annotated[int, Meta(ge=1, le=MOST_TOKENS)]
+    t_max: Annotated[float, Meta(ge=1, le=MOST_FACTORS)]
     act: str
-    param_factor: float
+    param_factor: Annotated[float, Meta(gt=0)]
     official_ntk_base: bool
-    tolerance: float
+    tolerance: Annotated[float, Meta(gt=0)]
     log_scale: str
     format: int = FORMAT
 
@@ -76,9 +82,13 @@ def read_record(directory: Path) -> ClexRecord:
     """Read `clex.json`; `ValueError` names the file when it is damaged or of a later format."""
     path = directory / CLEX_JSON
     try:
-        record = ClexRecord(**json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path}: not a CLEX record ({error}); copy the model directory again") from error
+        record = records.read_record(path, ClexRecord)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: missing; copy the model directory again") from error
+    except BadFile as error:
+        raise ValueError(f"{path}: not a CLEX record ({error.reason}); copy the model directory again") from error
+    if record.log_scale not in [policy.value for policy in LogScale]:
+        raise ValueError(f"{path}: log_scale={record.log_scale!r} is no policy that this program knows; update it")
     if record.format > FORMAT:
         raise ValueError(f"{path}: format {record.format} is newer than this program's {FORMAT}; update it")
     return record
@@ -88,7 +98,9 @@ def read_clex(directory: Path) -> tuple[Clex, FrequencyTable, ClexRecord]:
     """The vector field, its stored table and its record, as written; `ValueError` names a damaged file."""
     record, path = read_record(directory), directory / CLEX_TENSORS
     try:
+        require_regular(path)
         state = load_file(path)
+        _require_described(state, record)
         clex = Clex(
             state["base_inv_freq"],
             t_max=record.t_max,
@@ -98,10 +110,19 @@ def read_clex(directory: Path) -> tuple[Clex, FrequencyTable, ClexRecord]:
             tolerance=record.tolerance,
         )
         clex.load_state_dict(state)
-    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # whatever safetensors and torch raise over tensors that are not a field's
+        reason = first_line(error)
         raise ValueError(f"{path}: not the field that {CLEX_JSON} describes ({reason}); copy it again") from error
     for name, weight in clex.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{path}: `{name}` has weights that are not finite; copy it again")
     return clex, FrequencyTable.load(directory / TABLE), record
+
+
+def _require_described(state: dict[str, torch.Tensor], record: ClexRecord) -> None:
+    """Raise `ValueError` before a field is made whose size, or whose solver's grid, the record alone decides."""
+    num_pairs, hidden = state["up"].shape
+    if state["base_inv_freq"].shape != (num_pairs,) or hidden != max(1, round(record.param_factor * 2 * num_pairs)):
+        raise ValueError(f"`up` is {num_pairs} x {hidden}, param_factor={record.param_factor:g}")
+    if not 1 <= int(state["steps"]) <= MAX_STEPS:
+        raise ValueError(f"`steps` is {int(state['steps'])}, from 1 to {MAX_STEPS} are sensible")

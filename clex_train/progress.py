@@ -37,7 +37,7 @@ def bar(total: float | None, desc: str, *, is_shown: bool = True, **settings: An
     Where standard error is not a terminal, a task shorter than `SECONDS_BETWEEN_LINES` leaves no line.
     """
     # As `set_description` writes it.
-    shared = {"total": total, "desc": f"{desc}: ", "disable": not is_shown, **settings}
+    shared = {"total": total, "desc": f"{log.printable(desc)}: ", "disable": not is_shown, **settings}
     if sys.stderr.isatty():
         return tqdm(**shared, dynamic_ncols=True, mininterval=SECONDS_BETWEEN_REDRAWS)
     shared["bar_format"] = UNKNOWN_TOTAL if total is None else LINE

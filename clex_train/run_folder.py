@@ -1,24 +1,22 @@
 """The run folder: created, checked and guarded against a changed configuration before anything expensive starts."""
 
-import json
 import os
 import shutil
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
-import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from clex_train import distributed, files, log
+from clex_train import distributed, files, log, recorded_config
 from clex_train.config import Config, Resume
 from clex_train.faults import NO_ROOM, first_line
+from clex_train.files import BadFile
 from clex_train.locks import Lock, try_lock
+from clex_train.records import read_json
 
 logger = log.get(__name__)
 
@@ -92,30 +90,13 @@ def check_config(
         return
     if config.resume is Resume.never:
         raise ValueError(f"resume=never: {path.parent} already holds checkpoints; choose another output_dir")
-    old = load_config(copy) if copy else load_config(path) if path.exists() else None
-    if old is not None:
-        _refuse_changes(path, old, config, SAFE_TO_CHANGE + (SHARING if other_ranks else ()), own_context)
+    if copy or path.exists():
+        _refuse_changes(path, copy or path, config, SAFE_TO_CHANGE + (SHARING if other_ranks else ()), own_context)
 
 
 def write_config(config: Config) -> None:
     """Write `config.yaml` into the run folder, whole or not at all; on one rank."""
     files.write_atomically(Path(config.output_dir) / CONFIG, as_yaml(config))
-
-
-def load_config(path: Path) -> dict[str, Any]:
-    """The content of a config.yaml; `ValueError` says what to do about one that is empty or damaged."""
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-        # OmegaConf makes a key of any text.
-        if not isinstance(content, dict) or not content.keys() & {key.name for key in fields(Config)}:
-            raise ValueError("it has none of its keys")
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise ValueError(
-            f"{path}: damaged, cannot be read as a configuration ({first_line(error)[:80]}); the same training command "
-            "restores it from the newest checkpoint; one of an earlier version has no copy of it: then restore a "
-            "backup, or remove the file, and the run goes on unchecked under the configuration that you give"
-        ) from error
-    return {str(key): value for key, value in content.items()}
 
 
 def restore_config(config: Config, copy: Path | None) -> None:
@@ -126,7 +107,7 @@ def restore_config(config: Config, copy: Path | None) -> None:
     path = Path(config.output_dir) / CONFIG
     try:
         if path.exists():
-            load_config(path)
+            recorded_config.over_defaults(path)
             return
     except ValueError as error:
         logger.warning("%s is damaged (%s); kept as %s", path, _reason(error), files.set_aside(path).name)
@@ -134,8 +115,9 @@ def restore_config(config: Config, copy: Path | None) -> None:
     logger.info("%s is restored%s", path, f" from {copy}" if copy else "")
 
 
-def _reason(error: BaseException) -> str:
-    return first_line(error.__cause__ or error)[:80]
+def _reason(error: ValueError) -> str:
+    cause = error.__cause__
+    return cause.reason if isinstance(cause, BadFile) else first_line(error)
 
 
 def tidy(folder: Path) -> None:
@@ -152,8 +134,8 @@ def tidy(folder: Path) -> None:
         files.remove_folder(leftover)
     for record in folder.glob("environment*.json"):
         try:
-            json.loads(record.read_bytes())
-        except (ValueError, RecursionError):
+            read_json(record, within=folder)
+        except BadFile:
             logger.warning("%s is damaged; kept as %s", record, files.set_aside(record).name)
 
 
@@ -253,7 +235,7 @@ def as_yaml(config: Config) -> str:
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys whose values differ between two nested configurations."""
     changed = []
-    for key in sorted({*old, *new}):
+    for key in sorted({*old, *new}, key=str):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             changed += changed_keys(before, after, f"{prefix}{key}.")
@@ -262,12 +244,10 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return changed
 
 
-def _refuse_changes(
-    path: Path, before: dict[str, Any], config: Config, safe: tuple[str, ...], own_context: int | None
-) -> None:
+def _refuse_changes(path: Path, before: Path, config: Config, safe: tuple[str, ...], own_context: int | None) -> None:
     # Over the defaults, so that a key which the program has learned since does not count as a change.
-    merged = OmegaConf.merge(OmegaConf.create(_plain(OmegaConf.structured(Config))), OmegaConf.create(before))
-    old, new = (_resolved(_plain(each), own_context) for each in (merged, OmegaConf.structured(config)))
+    recorded, now = recorded_config.over_defaults(before), recorded_config.plain(OmegaConf.structured(config))
+    old, new = (_resolved(each, own_context) for each in (recorded, now))
     changed = changed_keys(old, new)
     unsafe = [key for key in changed if not key.startswith(safe)]
     if unsafe == ["optim.steps"] and (path.parent / FINAL).is_dir():
@@ -283,18 +263,14 @@ def _refuse_changes(
         )
     for key in changed:
         if key in MOVED and distributed.is_main():
-            before, after = (OmegaConf.select(OmegaConf.create(each), key) for each in (old, new))
+            group, _, name = key.rpartition(".")
+            before, after = (each[group].get(name) for each in (old, new))
             logger.info("%s was %s, is %s now: the run goes on from its own checkpoint", key, before, after)
 
 
 def _resolved(plain: dict[str, Any], own_context: int | None) -> dict[str, Any]:
     """Fill in what keys of the model stand for when they are left out: earlier configurations spelt them out."""
     model = dict(plain["model"])
-    model["init"] = model["init"] or ("pretrained" if model["path"] else "random")
-    model["context_len"] = model["context_len"] or own_context
+    model["init"] = model.get("init") or ("pretrained" if model.get("path") else "random")
+    model["context_len"] = model.get("context_len") or own_context
     return {**plain, "model": model}
-
-
-def _plain(node: Any) -> Any:
-    """Convert a configuration to dicts, lists and the names of enum members, the way it stands in YAML."""
-    return OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(node)))

@@ -15,19 +15,21 @@ from typing import Any
 import torch
 
 from clex_train import distributed, forward_pass, log, metrics, seeding
-from clex_train.checkpoint.store import Checkpoints
+from clex_train.checkpoint.store import ODE, Checkpoints
 from clex_train.config import Config
 from clex_train.data.collate import joined, separated
 from clex_train.data.loader import batches
 from clex_train.data.order import SkippedRows, original_index
 from clex_train.data.rows import Rows
-from clex_train.data.shards import num_scored, sharded
+from clex_train.data.shard_files import DamagedStore
+from clex_train.data.shards import sharded
+from clex_train.data.step_rows import loss_weights, read_step
 from clex_train.engine import non_finite, token_loss
 from clex_train.engine.deepspeed import gradient_norm, has_stepped, learning_rate, set_learning_rate
 from clex_train.engine.ode_optimizer import OdeOptimizer
 from clex_train.engine.sequence_parallel import SequenceParallel
 from clex_train.exchange import exchange
-from clex_train.faults import RunStopped, StopRequested
+from clex_train.faults import RunStopped, StopRequested, first_line
 from clex_train.modeling import LoadedModel
 from clex_train.scaling.solver import UnstableField
 from clex_train.scaling.spectrum import Spectrum
@@ -110,12 +112,8 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
             _stop(parts, step, saved)
         _settle(parts, parts.checkpoints.finish())
         finished = True
-    except UnstableField as error:
-        parts.checkpoints.finish()
-        why = non_finite.why_unstable(parts.loaded.model, error, losses, config.optim.lr)
-        raise RunStopped(
-            f"step {step}: {why}; {parts.checkpoints.describe_newest()}; start again in another output_dir"
-        ) from error
+    except (DamagedStore, UnstableField) as error:
+        raise _why_ended(parts, error, step, saved, losses) from error
     except RunStopped:
         # A checkpoint that is being written is worth having all the more; the first error is the one to report.
         with suppress(RunStopped):
@@ -124,6 +122,20 @@ def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:
     finally:
         tracker.close(finished)
     return step
+
+
+def _why_ended(
+    parts: Parts, error: DamagedStore | UnstableField, step: int, saved: int, losses: list[float]
+) -> Exception:
+    """The error that the user sees of a run whose next step cannot be taken. Collective; the step before is saved."""
+    if isinstance(error, DamagedStore):
+        if step > saved:
+            save(parts, step)
+        parts.checkpoints.finish()
+        return DamagedStore(f"step {step + 1}: {error}; {parts.checkpoints.describe_newest()}")
+    parts.checkpoints.finish()
+    why = non_finite.why_unstable(parts.loaded.model, error, losses, parts.config.optim.lr)
+    return RunStopped(f"step {step}: {why}; {parts.checkpoints.describe_newest()}; start again in another output_dir")
 
 
 def _stream(parts: Parts, step: int) -> Iterator[Iterator[Batch]]:
@@ -149,12 +161,12 @@ def train_step(parts: Parts, step: int, micro_batches: Iterator[Batch]) -> dict[
     `grad_norm` of the figures may be a tensor on the device, which only who looks at it has to wait for.
     """
     config, engine, start = parts.config, parts.engine, time.perf_counter()
+    held, damage = read_step(micro_batches)
+    weights, losses = loss_weights(held, step, damage), []
     lr = learning_rate(step, config.optim)
     set_learning_rate(engine, lr)
     spectrum = parts.ode.begin(step) if parts.ode else None
     engine.train()
-    held = list(micro_batches)
-    weights, losses = loss_weights(held, step), []
     for index, (batch, weight) in enumerate(zip(held, weights, strict=True)):
         if index > 0:
             engine.step()
@@ -177,25 +189,6 @@ def train_step(parts: Parts, step: int, micro_batches: Iterator[Batch]) -> dict[
         figures["fault"] = find_fault(parts, step, held, weights, losses, spectrum)
     tokens = config.optim.batch_rows * config.data.seq_len
     return figures | metrics.speed(step, tokens, time.perf_counter() - start, parts.flops_per_token)
-
-
-def loss_weights(micro_batches: Sequence[Batch], step: int) -> list[float]:
-    """What the mean loss of each of this rank's micro-batches counts in the mean over all of the step; collective.
-
-    Scored tokens of the micro-batch over the mean of all micro-batches and ranks, so that the weighted mean, which
-    DeepSpeed takes of the gradients too, is the mean over the tokens of the step however it is spread. All 1 when
-    rows have equally many. `RunStopped` when the step has no token to score.
-    """
-    scored = torch.tensor([num_scored(batch) for batch in micro_batches], dtype=torch.int64)
-    total = int(distributed.all_reduce_sum(scored.sum()))
-    if total == 0:
-        rows = [int(index) for batch in micro_batches for index in batch["row_index"]]
-        raise RunStopped(
-            f"step {step}: no token can be scored (here of rows {min(rows)} to {max(rows)}): they hold documents "
-            "of one token, or padding; raise optim.batch_rows or set data.document_mask=false"
-        )
-    share = len(micro_batches) * distributed.world_size()
-    return [int(count) * share / total for count in scored]
 
 
 def forward_backward(parts: Parts, batch: Batch, spectrum: Spectrum | None, weight: float = 1.0) -> torch.Tensor:
@@ -268,11 +261,17 @@ def resume(parts: Parts) -> int:
     if found is None:
         return 0
     step, state = found
-    if parts.ode:
-        assert state is not None, "a checkpoint of a CLEX run has the ODE's state"
-        parts.ode.load_state_dict(state)
-    if parts.spikes and state and SPIKES in state:
-        parts.spikes.load_state_dict(state[SPIKES])
+    try:
+        if parts.ode:
+            parts.ode.load_state_dict(state or {})
+        if parts.spikes and state and SPIKES in state:
+            parts.spikes.load_state_dict(state[SPIKES])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        folder = parts.checkpoints.folder
+        raise ValueError(
+            f"checkpoint {folder / f'step_{step}'}: {ODE} is not the state of this run's field ({first_line(error)}); "
+            "remove the checkpoint to continue an older one, or choose another output_dir"
+        ) from error
     return step
 
 

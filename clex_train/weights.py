@@ -5,11 +5,11 @@ names and shapes are matched by its own loader on the meta device, where 7B take
 merged tensors, tied ones and those that a family ignores are its business. Nothing is trained or evaluated before that.
 """
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from clex_train import log
 from clex_train.faults import first_line
-from clex_train.files import is_lfs_pointer
+from clex_train.files import BadFile, is_inside, is_lfs_pointer, require_regular
 from clex_train.model_directory import WEIGHT_FILES, has_weights
+from clex_train.records import read_record
 from clex_train.rope import official
 from clex_train.settings.bounds import require
 from clex_train.settings.model import ModelConfig
@@ -138,6 +139,13 @@ def compare(arch: PretrainedConfig, tensors: dict[str, Tensor], trust_remote_cod
     return report
 
 
+@dataclass(frozen=True)
+class _Index:
+    """What is read of `model.safetensors.index.json`."""
+
+    weight_map: dict[str, str]
+
+
 def files(directory: Path, or_else: str = "") -> list[Path]:
     """List the weight files that transformers would read; `ValueError` when there are none or one is not there.
 
@@ -150,9 +158,11 @@ def files(directory: Path, or_else: str = "") -> list[Path]:
         return [chosen]
     _require_content(chosen)
     try:
-        names = sorted(set(json.loads(chosen.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{chosen}: not an index of weight files ({first_line(error)}); copy it again") from error
+        names = sorted(set(read_record(chosen, _Index).weight_map.values()))
+        if bad := [name for name in names if not is_inside(name)]:
+            raise BadFile(chosen, f"it names {bad[0]!r}, which is no file of its folder")
+    except BadFile as error:
+        raise ValueError(f"{chosen}: not an index of weight files ({error.reason}); copy it again") from error
     absent = [name for name in names if not (directory / name).exists()]
     if absent:
         raise ValueError(
@@ -232,6 +242,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
 
 
 def _require_content(path: Path) -> None:
+    require_regular(path)
     if is_lfs_pointer(path):
         raise ValueError(
             f"{path}: a git-lfs pointer instead of the file; run `git lfs pull` in {path.parent}, or fetch it again"

@@ -73,7 +73,7 @@ def main() -> int:
         print(__doc__)
         return 0
     if verb not in VERBS:
-        print(f"error: {verb}: no such verb; take one of {', '.join(VERBS)}", file=sys.stderr)
+        print(f"error: {log.printable(verb)}: no such verb; take one of {', '.join(VERBS)}", file=sys.stderr)
         return console.USER_ERROR
     schema, module = VERBS[verb]
     ConfigStore.instance().store(name="data_prep_schema", node=schema)

@@ -54,7 +54,7 @@ def run(config: DecontaminateVerb) -> None:
     findings, wordless = scan(train, evaluation, config, folder)
     report = Report(train, evaluation, config, findings, wordless)
     write_report(report, folder)
-    print("\n".join(report.summary()))
+    print(log.printable("\n".join(report.summary())))
     logger.info("the pairs are in %s", folder / "report.md")
     _conclude(report, folder, config)
 

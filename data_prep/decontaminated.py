@@ -56,7 +56,7 @@ def write_decontaminated(report: Report, output: Path, overwrite: bool) -> None:
 
 
 def _copy(store: TokenStore, kept: np.ndarray, folder: Path) -> Shard:
-    records = np.concatenate([np.asarray(table) for _, table in store.document_tables()])
+    records = np.concatenate([table[:] for _, table in store.document_tables()])
     with ShardWriter(folder, _SHARD, store.dtype) as writer:
         for doc in map(int, kept):
             start, stop = (int(offset) for offset in store.doc_offsets[doc : doc + 2])

@@ -130,7 +130,7 @@ def _records(store: TokenStore, documents: np.ndarray) -> np.ndarray:
     parts = [np.empty(0, DOCUMENT)]
     for first, table in store.document_tables():
         inside = documents[(documents >= first) & (documents < first + len(table))]
-        parts.append(np.asarray(table[inside - first]))
+        parts.append(table[:][inside - first])
     return np.concatenate(parts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from clex_train.data.bos import describe_bos
 from clex_train.data.manifest import SPLITS
 from clex_train.data.overlap import overlap
 from clex_train.data.store import TokenStore
+from clex_train.files import BadFile, sha256
 from clex_train.seeding import generator
 from clex_train.settings.bounds import require
 from data_prep import length_plot, row_samples
@@ -20,6 +20,7 @@ from data_prep.config import InspectVerb
 from data_prep.statistics import Domain, Statistics, collect, domains
 
 _BAR = 40
+_WHOLE = "of whole files alone: verify=true compares them"
 MAX_DOMAINS = 30
 
 
@@ -58,8 +59,10 @@ def verify(store: TokenStore) -> int:
         for shard in store.manifest.splits[split]:
             expected[store.path / split / f"{shard.name}.tokens"] = shard.tokens_sha256
             expected[store.path / split / f"{shard.name}.documents"] = shard.documents_sha256
+            if shard.blocks_sha256:
+                expected[store.path / split / f"{shard.name}.blocks"] = shard.blocks_sha256
     for file, digest in expected.items():
-        if not file.is_file() or _sha256(file) != digest:
+        if _sha256(file, store.path) != digest:
             raise ValueError(
                 f"{file}: damaged, its checksum is not that of the manifest; copy it again or tokenise again"
             )
@@ -107,6 +110,7 @@ def _summary(store: TokenStore) -> list[str]:
         f"  fingerprint  {store.fingerprint}",
         f"  tokenizer    {tokenizer.vocab_size} tokens, EOS {tokenizer.eos_token!r} = {tokenizer.eos_id}",
         f"  documents    {describe_bos(store)}",
+        f"  checksums    {'of each block, seen when read' if store.has_block_sums else _WHOLE}",
         f"  sources      {len(manifest.sources)} ({', '.join(f'{v} {k}' for k, v in sorted(counts.items()))})",
         f"  split        {manifest.split_rule.get('validation_share')} held out by {manifest.split_rule.get('value')}"
         + (", raised so that there are error bars" if "held_out" in manifest.split_rule else ""),
@@ -162,6 +166,9 @@ def _samples(store: TokenStore, tokenizer: Any, config: InspectVerb) -> Iterator
         yield f"  document {doc_id} ({stop - start:,} tokens, {store.place(doc_id)})\n    {text!r}"
 
 
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+def _sha256(file: Path, store: Path) -> str:
+    """sha256 of a file; "" for one that is missing or leads out of the store."""
+    try:
+        return sha256(file, within=store)
+    except (BadFile, FileNotFoundError):
+        return ""

@@ -20,8 +20,9 @@ from clex_train import log
 from clex_train.data.manifest import MANIFEST, Manifest, partial_path, read_manifest
 from clex_train.data.writer import move_store
 from clex_train.faults import NO_ROOM
-from clex_train.files import make_folder, write_atomically
+from clex_train.files import BadFile, make_folder, write_atomically
 from clex_train.locks import Lock, try_lock
+from clex_train.records import read_json
 from data_prep.shards import UNITS
 
 logger = log.get(__name__)
@@ -130,16 +131,27 @@ def _continues(partial: Path, settings: dict[str, Any], overwrite: bool) -> bool
 
 def _has_work(partial: Path) -> bool:
     """Tell whether anything is finished that another command would have to throw away."""
-    units = (json.loads(unit.read_text(encoding="utf-8")) for unit in (partial / UNITS).glob("*.json"))
-    return (partial / MANIFEST).is_file() or any(unit["shards"] for unit in units)
+    units = (_own_record(unit).get("shards") for unit in (partial / UNITS).glob("*.json"))
+    return (partial / MANIFEST).is_file() or any(units)
 
 
 def _earlier_settings(partial: Path) -> dict[str, Any] | None:
     if (partial / MANIFEST).is_file():
         return read_manifest(partial).settings
     if (partial / REQUEST).is_file():
-        return dict(json.loads((partial / REQUEST).read_text(encoding="utf-8")))
+        return _own_record(partial / REQUEST)
     return None
+
+
+def _own_record(path: Path) -> dict[str, Any]:
+    """Read a file that this program has left in a partial directory; `ValueError` for one that is damaged."""
+    try:
+        content = read_json(path, within=path.parent)
+    except BadFile as error:
+        raise ValueError(f"{error}; remove the file and run the same command again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: damaged; remove the file and run the same command again")
+    return content
 
 
 def _begin(partial: Path, settings: dict[str, Any]) -> None:

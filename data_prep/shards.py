@@ -21,7 +21,8 @@ import numpy as np
 from clex_train import log
 from clex_train.data.manifest import SPLITS, TOKENIZER, Shard, Source, TokenizerInfo, token_dtype
 from clex_train.data.writer import ShardWriter
-from clex_train.files import write_atomically
+from clex_train.files import BadFile, write_atomically
+from clex_train.records import read_record
 from data_prep.config import CorpusConfig
 from data_prep.documents import Document, documents
 from data_prep.engines import TokenizersEngine, load
@@ -187,10 +188,10 @@ def load_result(partial: Path, unit: Unit) -> Result | None:
     path = _result_path(partial, unit)
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    shards = {split: Shard(**shard) for split, shard in content["shards"].items()}
-    sources = [Source(**source) for source in content["sources"]]
-    return Result(shards, sources, content["modified"], content["engine"])
+    try:
+        return read_record(path, Result, within=partial)
+    except BadFile as error:
+        raise ValueError(f"{error}; remove this file, and the same command makes the shard again") from error
 
 
 def check_sources(unit: Unit, result: Result) -> None:

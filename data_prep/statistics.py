@@ -61,7 +61,7 @@ def collect(store: TokenStore) -> Statistics:
         file = store.path / store.split_name / f"{shard.name}.documents"
         before = 0
         for first in range(0, len(table), CHUNK_DOCUMENTS):
-            records = np.asarray(table[first : first + CHUNK_DOCUMENTS])
+            records = table[first : first + CHUNK_DOCUMENTS]
             lengths, sources = np.diff(records["stop"], prepend=before), records["source"]
             _check(file, lengths, sources, num_sources)
             before = int(records["stop"][-1])

@@ -9,7 +9,7 @@ import torch
 
 import train
 from clex_train import architectures, modeling, seeding, trainer
-from clex_train.data import build
+from clex_train.data import build, step_rows
 from clex_train.data.rows import PADDING, Row
 from clex_train.faults import RunStopped
 from clex_train.scaling.sampling import draw_document_positions
@@ -160,9 +160,9 @@ def batches_of(counts):
 
 
 def test_weights_are_the_share_of_scored_tokens_and_one_on_average():
-    weights = trainer.loss_weights(batches_of([1, 0, 11, 4]), step=0)
+    weights = step_rows.loss_weights(batches_of([1, 0, 11, 4]), step=0)
     assert weights == [0.25, 0.0, 2.75, 1.0]
 
 
 def test_weights_of_equal_rows_are_one_to_the_bit():
-    assert trainer.loss_weights(batches_of([7] * 3), step=0) == [1.0] * 3
+    assert step_rows.loss_weights(batches_of([7] * 3), step=0) == [1.0] * 3

@@ -17,11 +17,15 @@ from typing import Any
 
 from clex_train import distributed, files
 from clex_train.config import Config
-from clex_train.data.identity import DataOrder, consumed, data_order
+from clex_train.data.identity import DataOrder, consumed, data_order, require_order
 from clex_train.faults import first_line
+from clex_train.files import BadFile, is_plain_name, read_regular
+from clex_train.records import Count, decode, parse_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+LARGEST = 2**22
+"""Bytes of a manifest that are read at most; a file of a checkpoint takes some 200."""
 ONLY_SIZES = 1
 ADDED_IN_2 = ("config_hash", "versions", "sha256", "checksum")
 
@@ -34,16 +38,16 @@ class Damaged(Exception):
 class Manifest:
     """The run a checkpoint belongs to and where the run stood."""
 
-    step: int
-    rows_consumed: int
-    world_size: int
-    zero_stage: int
+    step: Count
+    rows_consumed: Count
+    world_size: Count
+    zero_stage: Count
     architecture: str
     """Digest of the model's architecture; another one cannot be resumed."""
     data_fingerprint: str
     data_order: DataOrder = field(default_factory=dict)
     """Weights of the domains and rows left out, as `data.identity.data_order` records them."""
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, Count] = field(default_factory=dict)
     """Size in bytes of every file beside the manifest."""
     format: int = FORMAT
     config_hash: str = ""
@@ -85,9 +89,12 @@ def read(folder: Path) -> Manifest:
         raise Damaged(f"{MANIFEST} is that of step {manifest.step}")
     for name, size in manifest.files.items():
         try:
-            found = (folder / name).stat().st_size
-        except OSError as error:
+            # Opened as it will be read, so that a pipe, a device or a link to elsewhere is refused here.
+            found = files.regular_size(folder / name, within=folder)
+        except FileNotFoundError as error:
             raise Damaged(f"{name} is missing") from error
+        except BadFile as error:
+            raise Damaged(f"{name}: {error.reason}") from error
         if found != size:
             raise Damaged(f"{name} has {found} bytes instead of {size}")
     return manifest
@@ -100,9 +107,9 @@ def check_contents(folder: Path, manifest: Manifest, names: list[str]) -> None:
     """
     for name in [name for name in names if name in manifest.sha256]:
         try:
-            found = files.sha256(folder / name)
-        except OSError as error:
-            raise Damaged(f"{name} cannot be read ({error.strerror})") from error
+            found = files.sha256(folder / name, within=folder)
+        except (OSError, BadFile) as error:
+            raise Damaged(f"{name} cannot be read ({first_line(error)})") from error
         if found != manifest.sha256[name]:
             raise Damaged(f"{name} does not have its SHA-256")
 
@@ -127,19 +134,24 @@ def check_compatible(path: Path, manifest: Manifest, expected: Manifest) -> None
 
 
 def _parse(folder: Path) -> Manifest:
+    path = folder / MANIFEST
     try:
-        text = (folder / MANIFEST).read_bytes().decode("utf-8")
-        said = json.loads(text)
-        manifest = Manifest(**said)
-        if manifest.format not in (ONLY_SIZES, FORMAT):
-            raise Damaged(f"{MANIFEST} has format {manifest.format!r}, this program reads up to {FORMAT}")
-        old = manifest.format == ONLY_SIZES and not said.keys() & set(ADDED_IN_2)
-        if text != (_json(said) if old else manifest.render()):
-            raise Damaged(f"{MANIFEST} is not as it was written")
+        content = read_regular(path, within=folder, most=LARGEST)
+        said = parse_json(content, path)
+        manifest = decode(said, Manifest, path)
+        require_order(manifest.data_order, path)
     except FileNotFoundError as error:
         raise Damaged(f"{MANIFEST} is missing") from error
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{MANIFEST} cannot be read ({first_line(error)[:80]})") from error
+    except BadFile as error:
+        raise Damaged(f"{MANIFEST}: {error.reason}") from error
+    if manifest.format not in (ONLY_SIZES, FORMAT):
+        raise Damaged(f"{MANIFEST} has format {manifest.format!r}, this program reads up to {FORMAT}")
+    old = manifest.format == ONLY_SIZES and not said.keys() & set(ADDED_IN_2)
+    if content.decode("utf-8") != (_json(said) if old else manifest.render()):
+        raise Damaged(f"{MANIFEST} is not as it was written")
+    for name in {*manifest.files, *manifest.sha256}:
+        if not is_plain_name(name):
+            raise Damaged(f"{MANIFEST} names {name!r}, which is no file of its folder")
     return manifest
 
 

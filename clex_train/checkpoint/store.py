@@ -23,12 +23,16 @@ from clex_train.checkpoint.manifest import Damaged, Manifest
 from clex_train.checkpoint.untrusted import RunsCode, without_code
 from clex_train.checkpoint.writer import BackgroundWriter, DirectWriter, Writer, Written, writing_with
 from clex_train.faults import NO_ROOM, RunStopped, first_line
-from clex_train.files import make_folder, sync_directory, write_atomically
+from clex_train.files import BadFile, make_folder, read_regular, sync_directory, write_atomically
 from clex_train.settings.checkpoint import CheckpointConfig, OnFullDisk
 
 logger = log.get(__name__)
 
 ODE, CONFIG, LATEST = "ode.pt", "config.yaml", "latest"
+MOST_NAME = 256
+"""Bytes of `latest`."""
+MOST_DIGITS = 18
+"""Of a step; Python refuses to read integers of thousands."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class Found:
     def config(self) -> Path | None:
         """Its copy of the run's configuration, if it has a whole one; earlier versions kept none."""
         try:
-            whole = files.sha256(self.path / CONFIG) == self.manifest.sha256.get(CONFIG)
-        except OSError:
+            whole = files.sha256(self.path / CONFIG, within=self.path) == self.manifest.sha256.get(CONFIG)
+        except (OSError, BadFile):
             return None
         return self.path / CONFIG if whole else None
 
@@ -163,7 +167,7 @@ class Checkpoints:
     def tidy(self) -> None:
         """Remove what interrupted saves and conversions left, and finish a replacing of `latest`; on one rank."""
         self._complete_latest()
-        (self.folder / f"{LATEST}{files.UNFINISHED}").unlink(missing_ok=True)
+        files.unfinished(self.folder / LATEST).unlink(missing_ok=True)
         for leftover in [*self.folder.glob("saving_step_*"), *self.folder.glob(f"{files.REMOVING}*")]:
             files.remove_folder(leftover)
         universal.discard(self.folder)
@@ -241,9 +245,11 @@ class Checkpoints:
     def _latest_is_wrong(self, chosen: Found, newer: dict[Path, str]) -> str | None:
         """Nothing is loaded by what `latest` says, but a reader may go by it."""
         try:
-            named = (self.folder / LATEST).read_bytes()
-        except OSError:
+            named = read_regular(self.folder / LATEST, within=self.folder, most=MOST_NAME)
+        except FileNotFoundError:
             return "it is missing"
+        except BadFile as error:
+            return error.reason
         newest = max([chosen.path, *newer], key=_step)
         return None if named == f"{newest.name}\n".encode() else f"it does not name {newest.name}"
 
@@ -301,7 +307,12 @@ class Checkpoints:
         if not names or damage:
             return
         latest = self.folder / LATEST
-        named = latest.read_bytes() if latest.exists() else None
+        try:
+            named = read_regular(latest, within=self.folder, most=MOST_NAME)
+        except FileNotFoundError:
+            named = None
+        except BadFile:
+            return
         before = f"{names[1]}\n".encode() if len(names) > 1 else None
         if named == before or self._was_being_replaced(named):
             write_atomically(latest, f"{names[0]}\n")
@@ -362,7 +373,7 @@ def _make_room(beside: Path) -> None:
 def _step(path: Path) -> int:
     """The step in a checkpoint's name; a name without one counts as the newest."""
     digits = path.name.removeprefix("step_")
-    return int(digits) if digits.isdecimal() else 2**62
+    return int(digits) if digits.isdecimal() and len(digits) <= MOST_DIGITS else 2**62
 
 
 def _since(started: float) -> float:

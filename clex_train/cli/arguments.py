@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from clex_train.cli.errors import explain
 from clex_train.cli.overrides import for_yaml
 from clex_train.faults import RunStopped
+from clex_train.records import require_bounded
 from clex_train.schema_docs import describe
 
 IN_A_GROUP = re.compile(r"(?<![\w./])(model|data|evaluation|attention)\.([a-z]\w*)")
@@ -30,7 +31,13 @@ def parse(schema: type, arguments: Sequence[str]) -> Any:
     for argument in arguments:
         argument = _named(schema, argument)
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([for_yaml(schema, argument)]))
+            written = for_yaml(schema, argument)
+            require_bounded(written.partition("=")[2], argument)
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([written]))
+        except RecursionError as error:
+            raise ValueError(
+                f"{argument.partition('=')[0]}: the value is nested too deeply; check its brackets"
+            ) from error
         except yaml.YAMLError as error:
             raise ValueError(f"{argument}: the value is not valid YAML; check its brackets and quotes") from error
     return OmegaConf.to_object(merged)

@@ -1,6 +1,8 @@
 """The YAML files that a configuration is composed from: where a key stands, and texts that YAML took for numbers."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,10 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
 from clex_train.cli.overrides import type_at
+from clex_train.files import read_regular
+from clex_train.records import require_bounded
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
 GLOBAL = "# @package _global_"
 
 
@@ -31,6 +36,22 @@ def require_texts(schema: type | None, hydra: Any) -> None:
                     f"{shown(file)}, line {node.start_mark.line + 1}: {key}: YAML reads {node.value} as {value}; "
                     f'write "{node.value}"'
                 )
+
+
+def require_few_values(arguments: Sequence[str]) -> None:
+    """Raise `ValueError` for a file of a few hundred bytes whose aliases stand for millions of values.
+
+    Hydra would write them all out. Looked at are this repository's `conf/` and the folders that `arguments` name.
+    """
+    named = re.findall(r"(?:^|\s)(?:--config-dir|-cd|--config-path|-cp)[= ](\S+)", " ".join(arguments))
+    named += re.findall(r"file://([^,\]'\"\s]+)", " ".join(arguments))
+    for folder in [CONF, *map(Path, named)]:
+        for file in (*folder.glob("*.yaml"), *folder.glob("*/*.yaml")):
+            content = read_regular(file)
+            if b"&" in content:
+                # Hydra says what is wrong with the rest.
+                with suppress(yaml.YAMLError, UnicodeDecodeError):
+                    require_bounded(content.decode("utf-8"), file)
 
 
 def shown(file: Path) -> str:

@@ -119,6 +119,8 @@ def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type 
         for line in versions.untested():
             logger.warning("%s", line)
     try:
+        if schema is not None:
+            config_files.require_few_values(sys.argv[1:])
         main()
     except (_Failed, Exception) as raised:
         error = raised.error if isinstance(raised, _Failed) else raised
@@ -152,7 +154,7 @@ def _typed(error: UnicodeError) -> tuple[str | bytes, int]:
 def say(text: str) -> None:
     """Print to standard output at once. Ends the program quietly, exit code 141, if nobody reads it any more."""
     try:
-        print(text, flush=True)
+        print(log.printable(text), flush=True)
     except BrokenPipeError:
         # What is still in the buffer would be tried again, and fail again, when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -177,7 +179,7 @@ def report(error: Exception) -> int:
     """Print what the user can mend as one line, anything else with its traceback; returns the exit code."""
     if isinstance(error, StopRequested):
         if int(os.environ.get("RANK", "0")) == 0:
-            print(error, file=sys.stderr)
+            print(log.printable(str(error)), file=sys.stderr)
         return GO_ON
     line, code = _classify(error)
     if line is None:
@@ -187,7 +189,7 @@ def report(error: Exception) -> int:
     if rank:
         # Most errors are those of every rank and rank 0 says them: then its launcher ends this rank meanwhile.
         time.sleep(PATIENCE)
-    print(f"error{f' of rank {rank}' if rank else ''}: {line}", file=sys.stderr)
+    print(f"error{f' of rank {rank}' if rank else ''}: {log.printable(line)}", file=sys.stderr)
     return code
 
 

@@ -44,6 +44,11 @@ ADDED = {"experiment": "an experiment", "corpus": "a corpus"}
 
 def explain(error: BaseException) -> str | None:
     """The one line for a mistake of the user; None for anything else, which deserves its traceback."""
+    line = _line(error)
+    return None if line is None else " ".join(line.split())
+
+
+def _line(error: BaseException) -> str | None:
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
@@ -59,7 +64,9 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, HydraException):
         return _composition(error)
     if isinstance(error, ValueError) and _was_raised_for_the_user(error):
-        return " ".join(str(error).split())
+        return str(error)
+    if isinstance(error, TypeError) and (place := _innermost(error)) and place.name == "defaults_list.py":
+        return "a group of the configuration is null where it takes the name of an option; --help lists them"
     return None
 
 
@@ -210,15 +217,27 @@ def _was_raised_for_the_user(error: ValueError) -> bool:
 
     Anything else is a bug to look into: out of another library, or out of an expression of ours such as int(x).
     """
-    place: TracebackType | None = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
+    place = _innermost_frame(error)
     if place is None:
         return False
     code = place.tb_frame.f_code
     file = Path(code.co_filename).resolve()
     is_ours = file.is_relative_to(REPOSITORY) and "site-packages" not in file.parts
     return file.is_relative_to(HYDRA) or (is_ours and code.co_code[place.tb_lasti] == RAISE)
+
+
+def _innermost(error: BaseException) -> Path | None:
+    """The file of Hydra's that an error comes from; None for any other."""
+    place = _innermost_frame(error)
+    file = Path(place.tb_frame.f_code.co_filename).resolve() if place else None
+    return file if file and file.is_relative_to(HYDRA) else None
+
+
+def _innermost_frame(error: BaseException) -> TracebackType | None:
+    place: TracebackType | None = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place
 
 
 def _lines(error: BaseException) -> list[str]:

@@ -51,7 +51,7 @@ def main() -> None:
     asked = arguments.parse(ExportConfig, sys.argv[1:])
     source = _source(asked)
     output = Path(asked.output)
-    print(f"export {source} as {asked.format.value} to {output}", file=sys.stderr, flush=True)
+    print(log.printable(f"export {source} as {asked.format.value} to {output}"), file=sys.stderr, flush=True)
     loaded = modeling.load_for_evaluation(ModelConfig(path=str(source)), dtype="auto")
     write_official(output, loaded, asked.log_scale)
     print(f"written to {output}")

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from omegaconf import OmegaConf
 
-from clex_train import architectures, checksums, distributed, log, modeling, opening, run_folder, weights
+from clex_train import architectures, checksums, distributed, log, modeling, opening, recorded_config, weights
 from clex_train.cli import console
 from clex_train.config import Config
 from clex_train.engine import deepspeed
@@ -24,7 +23,7 @@ from clex_train.evaluation import origin as origins
 from clex_train.evaluation import partial
 from clex_train.evaluation.partial import Partial
 from clex_train.evaluation.results import Origin, place
-from clex_train.files import UNFINISHED
+from clex_train.files import unfinished
 from clex_train.modeling import LoadedModel
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
@@ -149,7 +148,7 @@ def require_writable(output: Path) -> None:
 
     Makes nothing: the nearest folder that is there has to allow it.
     """
-    names = (*output.parts, f"{output.stem}{UNFINISHED}")
+    names = (*output.parts, unfinished(output).name)
     short = max(len(os.fsencode(name)) for name in names) <= LONGEST_NAME
     require(
         short, "output", output, f"a name of more than {LONGEST_NAME} bytes, which no disk takes; give a shorter one"
@@ -269,14 +268,11 @@ def load(asked: LoadingConfig, model: ModelConfig) -> tuple[LoadedModel, torch.d
 def run_config(run: Path) -> Config:
     """The configuration of a finished run; `ValueError` says what is missing."""
     require(run.is_dir(), "run", run, "no such folder; give the output_dir of a training run")
-    require((run / "config.yaml").is_file(), "run", run, "not a run folder (no config.yaml); use model=DIR for a model")
+    require((run / "config.yaml").exists(), "run", run, "not a run folder (no config.yaml); use model=DIR for a model")
     finished = (run / "final").is_dir()
     require(finished, "run", run, "not finished (no final/); start the same training command again, it continues")
     require_whole(run)
-    loaded = OmegaConf.merge(OmegaConf.structured(Config), run_folder.load_config(run / "config.yaml"))
-    config = OmegaConf.to_object(loaded)
-    assert isinstance(config, Config)
-    return config
+    return recorded_config.read(run / "config.yaml")
 
 
 def require_whole(run: Path) -> None:

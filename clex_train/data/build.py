@@ -62,12 +62,29 @@ def open_stores(data: DataConfig) -> dict[str, TokenStore]:
         ValueError: a store is missing or damaged, or two were tokenised differently.
     """
     if not data.domains:
-        return {"": TokenStore(str(data.path))}
+        stores = {"": TokenStore(str(data.path))}
+        _warn_of_unseen(stores)
+        return stores
     stores = {name: _open_domain(name, str(domain.path)) for name, domain in data.domains.items()}
+    _warn_of_unseen(stores)
     first_name, first = next(iter(stores.items()))
     for name, store in stores.items():
         _check_same_tokenizer(f"data.domains.{name}", store, f"data.domains.{first_name}", first)
     return stores
+
+
+def _warn_of_unseen(stores: Mapping[str, TokenStore]) -> None:
+    """Log each store of an earlier version, which has checksums of whole files alone."""
+    from clex_train import distributed  # here: a program that only tokenises needs no torch
+
+    for store in stores.values():
+        if not store.has_block_sums and distributed.is_main():
+            logger.warning(
+                "%s has no checksums of blocks (an earlier version wrote it): damaged tokens are trained on unseen; "
+                "`python -m data_prep inspect store=%s verify=true` reads it whole, tokenising again adds them",
+                store.path,
+                store.path,
+            )
 
 
 def held_out(data: DataConfig, evaluation_path: str | None) -> TokenStore | None:

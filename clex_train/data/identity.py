@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from clex_train import records
 from clex_train.data.order import original_index
 from clex_train.settings.data import DataConfig, parse_ranges
 
 DataOrder = dict[str, list[Any]]
 """`weights`: pairs [first row, weight of each domain]; `skip_rows`: half-open pairs; ascending, as in JSON."""
+
+
+@dataclass(frozen=True)
+class _Schema:
+    """What a `DataOrder` has to be, for one that was read from a file."""
+
+    weights: list[tuple[records.Count, dict[str, float]]] = field(default_factory=list)
+    skip_rows: list[tuple[records.Count, records.Count]] = field(default_factory=list)
 
 
 def data_order(data: DataConfig, batch_rows: int) -> DataOrder:
@@ -18,6 +29,11 @@ def data_order(data: DataConfig, batch_rows: int) -> DataOrder:
         "weights": [[step * batch_rows, weights] for step, weights in phases.items()],
         "skip_rows": [list(pair) for pair in parse_ranges(data.skip_rows)],
     }
+
+
+def require_order(order: DataOrder, path: Path) -> None:
+    """Raise `files.BadFile` for an order, read from the file `path`, that `data_order` would not have written."""
+    records.decode(order, _Schema, path)
 
 
 def consumed(order: DataOrder, num_rows: int) -> DataOrder:

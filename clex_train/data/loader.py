@@ -7,7 +7,7 @@ micro-batch 1, ... gives these rows in ascending order for any world size, so th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from clex_train.data.collate import Batch, Collate, joined
 from clex_train.data.rows import Rows
@@ -38,6 +38,7 @@ def batches(
 
     Raises:
         ValueError: `batch_rows` is not a multiple of `world_size * micro_batch`; raised here, not at the first step.
+            The iterator of a step raises what reading its rows does, such as `DamagedStore`.
     """
     if batch_rows % (world_size * micro_batch):
         raise ValueError(
@@ -79,7 +80,13 @@ def _read_ahead(
     with ThreadPoolExecutor(1, thread_name_prefix="rows") as reader:
         following = reader.submit(read, first_row)
         while True:
-            step = following.result()
+            step = following
+            wait([step])
             first_row += batch_rows
             following = reader.submit(read, first_row)
-            yield iter(step)
+            yield _micro_batches_of(step)
+
+
+def _micro_batches_of(step: Future[list[Batch]]) -> Iterator[Batch]:
+    """The micro-batches of a step that was read; what kept it from being read is raised where they are used."""
+    yield from step.result()

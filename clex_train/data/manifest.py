@@ -5,6 +5,7 @@
             train/00000.tokens       token ids, uint16 or uint32 little endian; each document begins with BOS
                                      if `bos`, and ends with EOS
             train/00000.documents    one `DOCUMENT` record a document
+            train/00000.blocks       CRC-32 of each `BLOCK` bytes of the tokens; not in stores of earlier versions
             validation/...           the same for the documents held out
 
 Shards follow each other in the order of the manifest; a reader sees one long sequence of tokens per split.
@@ -15,11 +16,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
+
+from clex_train.files import BadFile, is_plain_name
+from clex_train.records import Count, decode, read_json
 
 FORMAT = "clex-token-store"
 VERSION = 1
@@ -31,15 +37,21 @@ DOCUMENT = np.dtype([("stop", "<i8"), ("text_hash", "<u8"), ("source", "<i4"), (
 """A document: its end in the shard's tokens (EOS included), the hash of its text, its source (index into
 `Manifest.sources`) and its record in that source (line or row, counted from 1)."""
 
+BLOCK = 1 << 14
+"""Bytes of a token file that have one checksum: reading a row of 4,096 ids reads one or two of them."""
+BLOCK_SUM = np.dtype("<u4")
+LARGEST = 2**28
+"""Bytes of a manifest that are read at most; a source file takes some 400."""
+
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    vocab_size: int
+    vocab_size: Annotated[int, Meta(ge=1, le=2**32)]
     vocabulary_sha256: str
     eos_token: str
-    eos_id: int
+    eos_id: Count
     bos_token: str | None = None
-    bos_id: int | None = None
+    bos_id: Count | None = None
     adds_bos: bool | None = None
     """Whether it begins a text with BOS by itself; None in stores that have no record of it."""
     files: dict[str, str] = field(default_factory=dict)
@@ -51,20 +63,22 @@ class Source:
     """Bytes [start, stop) of a file, or part `start` of `stop` of a streamed data set, and what was read from it."""
 
     path: str
-    start: int
-    stop: int
+    start: Count
+    stop: Count
     sha256: str | None
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, Count] = field(default_factory=dict)
     is_part: bool = False
 
 
 @dataclass(frozen=True)
 class Shard:
     name: str
-    num_documents: int
-    num_tokens: int
+    num_documents: Count
+    num_tokens: Count
     tokens_sha256: str
     documents_sha256: str
+    blocks_sha256: str = ""
+    """Of `.blocks`; empty in stores of earlier versions, which have no checksum of parts."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,7 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """sha256 over what training reads (tokens, their order, the vocabulary), not over paths or versions."""
-        shards = {split: [dataclasses.astuple(s)[1:] for s in shards] for split, shards in self.splits.items()}
+        shards = {split: [_content(shard) for shard in shards] for split, shards in self.splits.items()}
         content = [self.dtype, self.tokenizer.vocabulary_sha256, self.tokenizer.eos_id, shards]
         if self.bos:
             content.append(f"BOS {self.tokenizer.bos_id}")
@@ -106,6 +120,10 @@ class Manifest:
         return text.encode("utf-8", "backslashreplace").decode()
 
 
+def _content(shard: Shard) -> list[int | str]:
+    return [shard.num_documents, shard.num_tokens, shard.tokens_sha256, shard.documents_sha256]
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest of uint16 and uint32 (little endian) that holds every id below `vocab_size`."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
@@ -118,14 +136,16 @@ def read_manifest(store: Path) -> Manifest:
         ValueError: the directory is missing, is no store, is half written, or of a format this program does not know.
     """
     path = store / MANIFEST
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ValueError(f"data.path={store}: {_why_not_a_store(store)}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = isinstance(content, dict) and content.get("format") == FORMAT
-    except ValueError:
-        known = False
-    if not known:
+        content = read_json(path, within=store, most=LARGEST)
+    except FileNotFoundError as error:
+        raise ValueError(f"data.path={store}: manifest.json is a broken link; copy the store again") from error
+    except BadFile as error:
+        what = f"manifest.json is not that of a token store: {error.reason}"
+        raise ValueError(f"data.path={store}: {what}; copy it again or tokenise again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"data.path={store}: manifest.json is not that of a token store; tokenise again")
     if content.get("version") != VERSION:
         raise ValueError(
@@ -133,9 +153,9 @@ def read_manifest(store: Path) -> Manifest:
             f"{VERSION}; use the program that wrote it, or tokenise again"
         )
     try:
-        return _parse(content)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"data.path={store}: manifest.json is damaged ({error!r}); tokenise again") from error
+        return _checked(decode(content, Manifest, path), path)
+    except BadFile as error:
+        raise ValueError(f"data.path={store}: manifest.json is {error.reason}; tokenise again") from error
 
 
 def partial_path(store: Path) -> Path:
@@ -155,18 +175,21 @@ def _why_not_a_store(store: Path) -> str:
     return "not a token store (no manifest.json); name a directory that `python -m data_prep tokenize` wrote"
 
 
-def _parse(content: dict[str, Any]) -> Manifest:
-    content = _known_fields(Manifest, content)
-    content["tokenizer"] = TokenizerInfo(**_known_fields(TokenizerInfo, content["tokenizer"]))
-    content["sources"] = [Source(**_known_fields(Source, source)) for source in content.get("sources", [])]
-    content["splits"] = {
-        split: [Shard(**_known_fields(Shard, shard)) for shard in content["splits"][split]] for split in SPLITS
-    }
-    if content["dtype"] not in ("<u2", "<u4"):
-        raise KeyError(f"dtype {content['dtype']}")
-    return Manifest(**content)
-
-
-def _known_fields(schema: type, content: dict[str, Any]) -> dict[str, Any]:
-    names = {item.name for item in dataclasses.fields(schema)}
-    return {name: value for name, value in content.items() if name in names}
+def _checked(manifest: Manifest, path: Path) -> Manifest:
+    """Raise `BadFile` for what the types of the fields do not say."""
+    if manifest.dtype not in ("<u2", "<u4"):
+        raise BadFile(path, f"damaged (dtype {manifest.dtype!r})")
+    if set(manifest.splits) != set(SPLITS):
+        raise BadFile(path, f"damaged (its splits are {', '.join(sorted(manifest.splits)) or 'none'})")
+    names = [shard.name for shards in manifest.splits.values() for shard in shards]
+    for name in [*names, *manifest.tokenizer.files]:
+        if not is_plain_name(name):
+            raise BadFile(path, f"damaged (it names {name!r}, which is no file of its folder)")
+    if manifest.tokenizer.vocab_size > np.iinfo(manifest.dtype).max + 1:
+        raise BadFile(path, f"damaged (its vocabulary does not fit the dtype {manifest.dtype})")
+    for what, index in (("EOS", manifest.tokenizer.eos_id), ("BOS", manifest.tokenizer.bos_id)):
+        if index is not None and index >= manifest.tokenizer.vocab_size:
+            raise BadFile(path, f"damaged ({what} is {index}, the vocabulary has {manifest.tokenizer.vocab_size} ids)")
+    if any(not shard.num_documents <= shard.num_tokens for shards in manifest.splits.values() for shard in shards):
+        raise BadFile(path, "damaged (a shard of more documents than tokens)")
+    return manifest

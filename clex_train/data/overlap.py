@@ -1,6 +1,6 @@
 """Documents that are in both of two splits, found by the hash of their text.
 
-The smaller side's hashes are sorted in memory (8 bytes a document); the larger side is streamed from its memory map.
+The smaller side's hashes are sorted in memory (8 bytes a document); the larger side is streamed from its tables.
 Nearly all of its hashes are told apart by their first 22 bits, in a table that fits a cache, before any is looked for.
 """
 
@@ -90,7 +90,7 @@ def _matches(store: TokenStore, wanted: np.ndarray) -> Iterator[tuple[np.ndarray
     maybe[wanted >> _SHIFT] = True
     for first_doc, records in store.document_tables():
         for start in range(0, len(records), CHUNK_DOCUMENTS):
-            hashes = np.ascontiguousarray(records["text_hash"][start : start + CHUNK_DOCUMENTS])
+            hashes = np.ascontiguousarray(records[start : start + CHUNK_DOCUMENTS]["text_hash"])
             candidates = np.flatnonzero(maybe[hashes >> _SHIFT])
             # In ascending order neighbours look at the same places; at random each would miss the cache.
             candidates = candidates[np.argsort(hashes[candidates])]

@@ -1,18 +1,19 @@
-"""A token store read through memory maps: any span of a split's tokens, and where its documents begin and end.
+"""A token store: any span of a split's tokens, and where its documents begin and end.
 
-Opening costs one manifest and one `stat` a file, whatever the size: shards are mapped when first touched.
+Opening reads the manifest and the tables of documents, which are checked as a whole (28 bytes a document, once in a
+process); tokens are read and checked when a row needs them.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from clex_train.data.manifest import DOCUMENT, SPLITS, TOKENIZER, Manifest, Shard, read_manifest
+from clex_train.data.manifest import SPLITS, TOKENIZER, Manifest, Shard, read_manifest
+from clex_train.data.shard_files import DocumentTable, TokenFile, check_sizes, checked_index
 
 MAX_OPEN_SHARDS = 64
 
@@ -36,9 +37,9 @@ class TokenStore:
         self._token_starts = _starts([shard.num_tokens for shard in self._shards])
         self._document_starts = _starts([shard.num_documents for shard in self._shards])
         self._check_files()
-        # A mapping holds a file descriptor, so a mixture of stores of thousands of shards must not keep all open.
-        self._tokens_of = lru_cache(MAX_OPEN_SHARDS)(self._map_tokens)
-        self._stops_of = lru_cache(MAX_OPEN_SHARDS)(self._map_stops)
+        # A mixture of stores of thousands of shards must not keep all files open.
+        self._tokens_of = lru_cache(MAX_OPEN_SHARDS)(self._open_tokens)
+        self._documents_of = lru_cache(MAX_OPEN_SHARDS)(self._open_documents)
 
     @property
     def num_tokens(self) -> int:
@@ -49,6 +50,11 @@ class TokenStore:
     def num_documents(self) -> int:
         """Documents of this split."""
         return int(self._document_starts[-1])
+
+    @property
+    def has_block_sums(self) -> bool:
+        """Return True if flipped bits are seen where tokens are read: not in stores of earlier versions."""
+        return all(shard.blocks_sha256 for shard in self._shards)
 
     @property
     def eos_id(self) -> int:
@@ -78,7 +84,7 @@ class TokenStore:
     @cached_property
     def doc_offsets(self) -> np.ndarray:
         """int64 [D+1]: document `d` is the span [doc_offsets[d], doc_offsets[d+1]), its EOS included."""
-        stops = [self._documents_of(i)["stop"] + self._token_starts[i] for i in range(len(self._shards))]
+        stops = [self._documents_of(i)[:]["stop"] + self._token_starts[i] for i in range(len(self._shards))]
         return np.concatenate([np.zeros(1, np.int64), *stops])
 
     def split(self, name: str) -> TokenStore:
@@ -100,6 +106,7 @@ class TokenStore:
 
         Raises:
             IndexError: the span is not within [0, num_tokens].
+            DamagedStore: a block has not its checksum, or a file was cut short; a `ValueError`.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start}:{stop} of {self.num_tokens} in {self.path}/{self.split_name}")
@@ -107,7 +114,7 @@ class TokenStore:
         parts = []
         while start < stop:
             base, end = int(self._token_starts[shard]), int(self._token_starts[shard + 1])
-            parts.append(self._tokens_of(shard)[start - base : min(stop, end) - base])
+            parts.append(self._tokens_of(shard).read(start - base, min(stop, end) - base))
             start, shard = min(stop, end), shard + 1
         if len(parts) == 1:
             return parts[0]
@@ -134,7 +141,8 @@ class TokenStore:
     def origin(self, doc_id: int) -> str:
         """Where a document came from: source file and record (line, row or file number in it, from 1)."""
         shard = int(np.searchsorted(self._document_starts, doc_id, side="right")) - 1
-        record = self._documents_of(shard)[doc_id - int(self._document_starts[shard])]
+        index = doc_id - int(self._document_starts[shard])
+        (record,) = self._documents_of(shard)[index : index + 1]
         source = self.manifest.sources[int(record["source"])]
         place = f" (from byte {source.start})" if source.start else ""
         if source.is_part:
@@ -149,16 +157,17 @@ class TokenStore:
         """(start, stop) of one document's tokens, EOS included, from its shard's table alone."""
         shard = int(np.searchsorted(self._document_starts, doc_id, side="right")) - 1
         record = doc_id - int(self._document_starts[shard])
-        stops, base = self._stops_of(shard), int(self._token_starts[shard])
-        return base + (int(stops[record - 1]) if record else 0), base + int(stops[record])
+        start, stop = self._documents_of(shard).span(record)
+        base = int(self._token_starts[shard])
+        return base + start, base + stop
 
     def text_hashes(self) -> np.ndarray:
         """uint64 [D]: a hash of each document's text; equal for equal documents, in any store."""
-        hashes = [self._documents_of(i)["text_hash"] for i in range(len(self._shards))]
+        hashes = [self._documents_of(i)[:]["text_hash"] for i in range(len(self._shards))]
         return np.concatenate([np.empty(0, np.uint64), *hashes])
 
-    def document_tables(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first doc_id, `DOCUMENT` records [D_i], memory-mapped) of each shard, in order."""
+    def document_tables(self) -> Iterator[tuple[int, DocumentTable]]:
+        """Yield (first doc_id, table of `DOCUMENT` records, to be read by slices) of each shard, in order."""
         for i, first_doc in enumerate(self._document_starts[:-1]):
             yield int(first_doc), self._documents_of(i)
 
@@ -168,39 +177,28 @@ class TokenStore:
         parts = []
         while start < stop:
             base, end = int(self._token_starts[shard]), int(self._token_starts[shard + 1])
-            stops, last = self._stops_of(shard), min(stop, end) - base
-            # `bisect` touches a few records of the mapped table; numpy's searchsorted would copy its whole column.
-            first = bisect_right(stops, start - base)
-            parts.append(stops[first : bisect_left(stops, last, lo=first)] + base)
+            last = min(stop, end) - base
+            parts.append(self._documents_of(shard).stops_between(start - base, last) + base)
             if base + last < stop:
                 parts.append(np.array([end]))
             start, shard = base + last, shard + 1
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
 
-    def _map_tokens(self, shard: int) -> np.ndarray:
-        return np.memmap(self._file(shard, "tokens"), self.dtype, mode="r")
+    def _open_tokens(self, shard: int) -> TokenFile:
+        vocab_size = self.manifest.tokenizer.vocab_size
+        return TokenFile(self.path, self._file(shard, "tokens"), self._shards[shard], self.dtype, vocab_size)
 
-    def _map_stops(self, shard: int) -> np.ndarray:
-        return np.asarray(self._documents_of(shard))["stop"]
-
-    def _documents_of(self, shard: int) -> np.ndarray:
-        return np.memmap(self._file(shard, "documents"), DOCUMENT, mode="r")
+    def _open_documents(self, shard: int) -> DocumentTable:
+        return DocumentTable(self.path, self._file(shard, "documents"), self._shards[shard])
 
     def _file(self, shard: int, suffix: str) -> Path:
         return self.path / self.split_name / f"{self._shards[shard].name}.{suffix}"
 
     def _check_files(self) -> None:
         for i, shard in enumerate(self._shards):
-            _check_size(self._file(i, "tokens"), shard.num_tokens * self.dtype.itemsize)
-            _check_size(self._file(i, "documents"), shard.num_documents * DOCUMENT.itemsize)
+            check_sizes(self.path, self._file(i, "tokens"), shard, self.dtype)
+            checked_index(self.path, self._file(i, "documents"), shard)
 
 
 def _starts(counts: list[int]) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-
-
-def _check_size(file: Path, expected: int) -> None:
-    size = file.stat().st_size if file.is_file() else None
-    if size != expected:
-        found = "is missing" if size is None else f"has {size} bytes"
-        raise ValueError(f"{file}: {found}, the manifest says {expected}; copy the store again or tokenise again")

@@ -11,8 +11,14 @@ import json
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from clex_train.data.store import TokenStore
+import msgspec
 
+from clex_train.data.store import TokenStore
+from clex_train.faults import first_line
+from clex_train.records import read_json
+
+LARGEST = 2**28
+"""Bytes of a tokenizer.json that are read at most; those of 250,000 tokens have some thirty million."""
 SPAN = 1 << 24
 """Tokens that are looked through at a time."""
 
@@ -105,15 +111,15 @@ def vocabulary(tokenizer: str | Path | HasVocabulary) -> dict[str, int]:
     if isinstance(tokenizer, HasVocabulary):
         return dict(tokenizer.get_vocab())
     path = Path(tokenizer) / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
             f"tokenizer={tokenizer}: no tokenizer.json there; save the fast tokenizer of transformers into a directory"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, most=LARGEST)
         return _model_vocabulary(content["model"]) | {t["content"]: t["id"] for t in content.get("added_tokens") or []}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a tokenizer file ({error!r})") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a tokenizer file ({first_line(error)}); copy it again") from error
 
 
 def _beyond(key: str, store: TokenStore, what: str, num_rows: int, model: str) -> str:
@@ -126,8 +132,9 @@ def _beyond(key: str, store: TokenStore, what: str, num_rows: int, model: str) -
 def _model_vocabulary(model: dict[str, Any]) -> dict[str, int]:
     entries = model["vocab"]
     if isinstance(entries, dict):
-        return dict(entries)
-    return {token: index for index, (token, _) in enumerate(entries)}  # Unigram lists (token, score)
+        return msgspec.convert(entries, dict[str, int])
+    pairs = msgspec.convert(entries, list[tuple[str, float]])  # of Unigram: (token, score)
+    return {token: index for index, (token, _) in enumerate(pairs)}
 
 
 def _first_difference(ours: dict[str, int], theirs: dict[str, int]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import BinaryIO
 import numpy as np
 
 from clex_train.data.manifest import (
+    BLOCK,
+    BLOCK_SUM,
     DOCUMENT,
     MANIFEST,
     SPLITS,
@@ -26,7 +29,7 @@ from clex_train.data.manifest import (
     token_dtype,
 )
 from clex_train.data.vocabulary import vocabulary_sha256
-from clex_train.files import publish, sync_directory, sync_tree, write_atomically
+from clex_train.files import publish, sync_directory, sync_tree, unfinished, write_atomically
 
 _TABLE_ROWS = 4096
 
@@ -42,6 +45,7 @@ class ShardWriter:
         self._folder, self._name, self._dtype = folder, name, dtype
         self._largest = np.iinfo(dtype).max
         self._tokens = _HashedFile(self._path("tokens.tmp"))
+        self._blocks = _BlockSums()
         self._table = _HashedFile(self._path("documents.tmp"))
         self._documents: list[tuple[int, int, int, int]] = []
         self.num_documents = self._num_tokens = 0
@@ -50,7 +54,9 @@ class ShardWriter:
         """Append ids [n], n >= 0, to the document that is being written; the last ones must be its EOS."""
         if len(ids):
             assert 0 <= ids.min() <= ids.max() <= self._largest, "ids do not fit the dtype"
-            self._tokens.write(ids.astype(self._dtype))
+            content = ids.astype(self._dtype).tobytes()
+            self._tokens.write(content)
+            self._blocks.add(content)
             self._num_tokens += len(ids)
 
     def end_document(self, text_hash: int, source: int, record: int) -> None:
@@ -68,18 +74,21 @@ class ShardWriter:
     def close(self) -> Shard:
         """Flush both files to disk under their final names and describe the shard."""
         self._write_table()
+        sums = self._blocks.content()
         publish(self._tokens.file, self._path("tokens"))
         publish(self._table.file, self._path("documents"))
+        write_atomically(self._path("blocks"), sums)
         return Shard(
             self._name,
             self.num_documents,
             self._num_tokens,
             self._tokens.sha256.hexdigest(),
             self._table.sha256.hexdigest(),
+            hashlib.sha256(sums).hexdigest(),
         )
 
     def _write_table(self) -> None:
-        self._table.write(np.array(self._documents, DOCUMENT))
+        self._table.write(np.array(self._documents, DOCUMENT).tobytes())
         self._documents = []
 
     def __enter__(self) -> ShardWriter:
@@ -88,10 +97,11 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for part, suffix in ((self._tokens, "tokens.tmp"), (self._table, "documents.tmp")):
+        for part in (self._tokens, self._table):
             with suppress(OSError):  # a full disk: what could not be written is removed anyway
                 part.file.close()
-            self._path(suffix).unlink(missing_ok=True)
+        for path in (self._path("tokens.tmp"), self._path("documents.tmp"), unfinished(self._path("blocks"))):
+            path.unlink(missing_ok=True)
 
     def _path(self, suffix: str) -> Path:
         return self._folder / f"{self._name}.{suffix}"
@@ -104,10 +114,37 @@ class _HashedFile:
         self.file: BinaryIO = open(path, "wb")  # noqa: SIM115  closed by its owner
         self.sha256 = hashlib.sha256()
 
-    def write(self, items: np.ndarray) -> None:
-        content = items.tobytes()
+    def write(self, content: bytes) -> None:
         self.file.write(content)
         self.sha256.update(content)
+
+
+class _BlockSums:
+    """The CRC-32 of each `BLOCK` bytes of a file that is only appended to."""
+
+    def __init__(self) -> None:
+        self._sums: list[int] = []
+        self._running = self._filled = 0
+
+    def add(self, content: bytes) -> None:
+        view = memoryview(content)
+        while len(view):
+            part = view[: BLOCK - self._filled]
+            self._running = zlib.crc32(part, self._running)
+            self._filled += len(part)
+            view = view[len(part) :]
+            if self._filled == BLOCK:
+                self._end_block()
+
+    def content(self) -> bytes:
+        """The `.blocks` file of what was added."""
+        if self._filled:
+            self._end_block()
+        return np.array(self._sums, BLOCK_SUM).tobytes()
+
+    def _end_block(self) -> None:
+        self._sums.append(self._running)
+        self._running = self._filled = 0
 
 
 def move_store(partial: Path, store: Path) -> None:

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clex_train import distributed, log
+from clex_train.evaluation.results import LARGEST
 from clex_train.faults import first_line
-from clex_train.files import write_atomically
+from clex_train.files import BadFile, unfinished, write_atomically
+from clex_train.records import read_json
 
 FORMAT = 1
 SUFFIX = ".partial"
@@ -28,7 +30,6 @@ LEAST_SECONDS = 0.2
 WRITES = 50
 """Time between those writes in units of what the last one took: at most 2 % of the time goes into them."""
 LONGEST_NAME = 255
-MOST_BYTES = 2**32
 
 Decoded = TypeVar("Decoded")
 
@@ -80,7 +81,7 @@ class Partial:
     def remove(self) -> None:
         """Delete the file: the result has been written."""
         if self.path is not None and distributed.is_main():
-            for path in (self.path, _unfinished(self.path)):
+            for path in (self.path, unfinished(self.path)):
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
 
@@ -104,7 +105,7 @@ class Partial:
         """Log once that nothing is kept: the evaluation itself needs no file until its end."""
         assert self.path is not None
         with suppress(OSError):
-            _unfinished(self.path).unlink(missing_ok=True)
+            unfinished(self.path).unlink(missing_ok=True)
         if not self._complained:
             reason = error.strerror or first_line(error)
             logger.warning("%s: cannot be written (%s); an interruption now would lose more", self.path, reason)
@@ -138,29 +139,23 @@ def say_found(partial: Partial, total: int, of: str = "cells") -> None:
 
 def _place(output: Path, digest: str) -> Path:
     name = f"{output.stem}.{digest}{SUFFIX}"
-    is_short = len(os.fsencode(f"{name}.tmp")) <= LONGEST_NAME
+    is_short = len(os.fsencode(name)) <= LONGEST_NAME
     return output.with_name(name if is_short else f"{digest}{SUFFIX}")
-
-
-def _unfinished(path: Path) -> Path:
-    """What a kill in the middle of a write leaves, and the next write replaces."""
-    return path.with_name(f"{path.name}.tmp")
 
 
 def _content(path: Path) -> dict[str, Any] | None:
     """Read a partial file; None where there is none, and with a line for one that is damaged."""
-    if not path.is_file():
-        return None
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"more than {MOST_BYTES} bytes")
-        content = json.loads(path.read_bytes())
+        content = read_json(path, within=path.parent, most=LARGEST)
         pieces = content["pieces"]
         good = isinstance(content["facts"], dict) and isinstance(content["cells"], dict)
         if not good or content["format"] != FORMAT or not (pieces is None or _is_pair(pieces)):
             raise ValueError("not of this format")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        logger.warning("%s: damaged (%s), not used; the evaluation starts from its beginning", path, first_line(error))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = error.reason if isinstance(error, BadFile) else first_line(error)
+        logger.warning("%s: damaged (%s), not used; the evaluation starts from its beginning", path, reason)
         return None
     return content if isinstance(content, dict) else None
 

@@ -12,12 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from clex_train.evaluation.bootstrap import Difference, paired_difference, standard_errors
-from clex_train.files import make_folder, write_atomically
+from clex_train.faults import first_line
+from clex_train.files import BadFile, make_folder, write_atomically
+from clex_train.records import read_json
 
 FORMAT = 1
+LARGEST = 2**28
+"""Bytes of an evaluation file that are read at most: a window takes some 20 a cell."""
+
+Length = Annotated[int, msgspec.Meta(ge=1, lt=2**62)]
 
 MOST_CHARACTERS = 500
 """Of an expected or a given text in a file."""
@@ -32,7 +40,7 @@ class Score:
 
     method: str
     protocol: str
-    length: int
+    length: Length
     """Tokens of context in a window."""
     frequencies: str
     """What made the frequency table: `clex`, `none`, `ntk`, ..."""
@@ -40,7 +48,7 @@ class Score:
     """Scale factor at the window's full length."""
     window_nll: list[float]
     """[W]: summed negative log-likelihood of each window's scored tokens, in nats."""
-    num_tokens: int
+    num_tokens: Length
     """Scored tokens of all windows together."""
     seconds: float
     """Wall time of the forwards; protocols that read the same spans share them, and the time."""
@@ -79,8 +87,8 @@ def score_key(method: str, protocol: str, length: int) -> str:
 
 
 def exact_score(row: Mapping[str, Any]) -> Score:
-    """The inverse of `vars(score)` after a way through JSON; raises `TypeError` for anything else."""
-    return Score(**{**row, "curve": tuple((place, nll, count) for place, nll, count in row["curve"])})
+    """Invert `vars(score)` after a way through JSON; raises `ValueError` for anything else."""
+    return msgspec.convert(row, Score)
 
 
 @dataclass(frozen=True)
@@ -220,15 +228,15 @@ def read(path: Path) -> tuple[Results, Origin]:
     content = _content(path)
     try:
         return _results(content), _origin(content)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged or of another version ({error}); evaluate anew") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged or of another version ({first_line(error)}); evaluate anew") from error
 
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as an evaluation ({error})") from error
+        content = read_json(path, within=path.parent, most=LARGEST)
+    except (FileNotFoundError, BadFile) as error:
+        raise ValueError(f"{path}: cannot be read as an evaluation ({first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: not an evaluation of format {FORMAT}; write it anew with clex_train.cli.evaluate")
     return content
@@ -236,13 +244,15 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _origin(content: Mapping[str, Any]) -> Origin:
     given = {key: content[key] for key in ("label", "command", "model", "data", "environment")}
-    return Origin(**given, request=content.get("request", {}))
+    return msgspec.convert({**given, "request": content.get("request", {})}, Origin)
 
 
 def _results(content: Mapping[str, Any]) -> Results:
-    tasks = [TaskScore(**row) for row in content.get("tasks", [])]
-    missing = [Missing(**row) for row in content.get("missing", [])]
+    tasks = msgspec.convert(content.get("tasks", []), list[TaskScore])
+    missing = msgspec.convert(content.get("missing", []), list[Missing])
     rows, windows = content["scores"], content["windows"]
+    _require_windows(rows, windows)
+    msgspec.convert(content["context_len"], Length)
     if any("fingerprint" not in row for row in rows):
         # The fingerprint in `windows` was that of the scored tokens; that of the windows themselves is not known.
         scores = [_older(row, windows) for row in rows]
@@ -288,7 +298,16 @@ def _score(row: Mapping[str, Any]) -> Score:
     fields: dict[str, Any] = {name: {"copied_from": "", **row}[name] for name in Score.__dataclass_fields__}
     fields["window_nll"] = [math.nan if value is None else value for value in row["window_nll"]]
     fields["curve"] = tuple((place, math.nan if nll is None else nll, count) for place, nll, count in row["curve"])
-    return Score(**fields)
+    return msgspec.convert(fields, Score)
+
+
+def _require_windows(rows: Any, windows: Any) -> None:
+    """Raise `ValueError` for windows and scores that are not of each other."""
+    documents = msgspec.convert(windows.get("documents", []), list[int])
+    lengths = {len(row["window_nll"]) for row in rows}
+    # A stream is read in segments, of no document each.
+    if documents and lengths - {len(documents)}:
+        raise ValueError(f"scores of {sorted(lengths)} windows, and {len(documents)} windows")
 
 
 def _older(row: Mapping[str, Any], windows: Mapping[str, Any]) -> Score:

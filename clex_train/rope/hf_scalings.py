@@ -7,7 +7,6 @@ Sources: yarn, arXiv 2309.00071; longrope, arXiv 2402.13753. Shapes: `K` scale f
 """
 
 import copy
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from clex_train.files import BadFile
+from clex_train.records import read_json
 from clex_train.rope.rotary import LayerType
 from clex_train.scaling.table import FrequencyTable, as_grid
 
@@ -90,12 +91,12 @@ def read_longrope_factors(
 ) -> dict[str, list[float]]:
     """`{"short_factor": [P], "long_factor": [P]}` of a JSON file; `ValueError` names the file and what is wrong."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = read_json(Path(path))
+    except (FileNotFoundError, BadFile) as error:
         raise ValueError(f"{asked_by}={path}: cannot be read as JSON ({error})") from error
     for key in LONGROPE_KEYS:
         values = content.get(key) if isinstance(content, dict) else None
-        good = isinstance(values, list) and all(isinstance(v, int | float) and v > 0 for v in values)
+        good = isinstance(values, list) and all(isinstance(v, int | float) and 0 < v < 1e308 for v in values)
         if not good or len(values) != num_pairs:  # type: ignore[arg-type]
             found = f"{len(values)} entries" if isinstance(values, list) else "none"
             raise ValueError(

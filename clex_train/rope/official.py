@@ -6,7 +6,6 @@
 Stock transformers refuses that rope type and knows no such weights, so both are taken out before it looks.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from clex_train.faults import first_line
+from clex_train.files import BadFile
+from clex_train.records import read_json
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.official import clex_from_official, official_rope_scaling
 
@@ -146,8 +147,8 @@ def _read_facts(directory: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        facts = read_json(path)
+    except (FileNotFoundError, BadFile) as error:
         raise ValueError(f"{path}: not a readable config ({error})") from error
     return facts if isinstance(facts, dict) else {}
 

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float64
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clex_train.faults import first_line
+from clex_train.files import require_regular
 from clex_train.scaling.spectrum import Spectrum
 
 # Two scale factors this close are the same one: room for the rounding of n / L and of decimal grids, far below a token.
@@ -150,10 +152,15 @@ class FrequencyTable:
         `ValueError` names the file when it is no frequency table.
         """
         try:
+            require_regular(Path(path))
             with safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             length, one_factor = metadata.get("context_len"), float(metadata.get("attention_factor", "1"))
+            if any(each.dtype != torch.float64 for each in tensors.values()):
+                raise ValueError("its tensors are float64")
+            if tensors["inv_freq"].shape != (len(tensors["t"]), tensors["inv_freq"].shape[-1]):
+                raise ValueError("`inv_freq` has a row for each scale factor")
             factors = tensors.get("attention_factors")
             if factors is None and one_factor != 1.0:
                 factors = torch.full_like(tensors["t"], one_factor)
@@ -166,8 +173,8 @@ class FrequencyTable:
                 attention_factors=factors,
                 t_factor=float(metadata.get("t_factor", "1")),
             )
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise ValueError(f"{path}: not a frequency table: {error}") from error
+        except Exception as error:  # whatever safetensors and torch raise over tensors of other shapes and types
+            raise ValueError(f"{path}: not a frequency table ({first_line(error)}); copy it again") from error
 
     def _checked_factors(self, grid: list[float]) -> list[float]:
         if self.attention_factors is None:

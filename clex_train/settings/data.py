@@ -63,6 +63,10 @@ class DataConfig:
             "at least 2 tokens, one to read and one to predict; 0 takes the model's own context",
         )
         self._check_documents()
+        for name, domain in self.domains.items():
+            # Interpolations and additions get past the type of the mapping.
+            is_domain = isinstance(domain, DomainConfig)
+            require(is_domain, f"data.domains.{name}", domain, "should have path and weight: {path:STORE,weight:1}")
         self._check_weights("data.domains", ".weight", {name: domain.weight for name, domain in self.domains.items()})
         # The command line, `+data.weights_at.1000.book=50`, has texts for keys where YAML has numbers.
         self.weights_at = {_step(step): named for step, named in self.weights_at.items()}

@@ -10,6 +10,7 @@ from clex_train.data.loader import Batch, batches
 from clex_train.data.order import ShuffledRows
 from clex_train.data.packing import ConcatRows
 from clex_train.data.rows import Rows
+from clex_train.data.shard_files import DamagedStore
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
 
@@ -86,5 +87,6 @@ def test_an_error_while_reading_ahead_reaches_the_reader(tmp_path: Path) -> None
     write_store(tmp_path / "store", {"train": [[3] * 100]}, vocab_size=10)
     rows = ConcatRows(TokenStore(tmp_path / "store"), seq_len=10)
     (tmp_path / "store" / "train" / "00000.tokens").unlink()
-    with pytest.raises(FileNotFoundError):
-        next(batches(rows, 0, 2, 0, 1, 1))
+    step = next(batches(rows, 0, 2, 0, 1, 1))
+    with pytest.raises(DamagedStore, match=r"00000\.tokens: is missing"):
+        next(step)

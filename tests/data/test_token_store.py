@@ -1,7 +1,9 @@
 """The store gives back the tokens and documents it was written with, over any shards, or says what is wrong."""
 
+import hashlib
 import json
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clex_train.data.manifest import MANIFEST, Manifest, TokenizerInfo, partial_path, token_dtype
+from clex_train.data.manifest import (
+    BLOCK,
+    BLOCK_SUM,
+    DOCUMENT,
+    MANIFEST,
+    Manifest,
+    TokenizerInfo,
+    partial_path,
+    token_dtype,
+)
 from clex_train.data.order import ShuffledRows
 from clex_train.data.packing import ConcatRows
 from clex_train.data.store import TokenStore
@@ -116,10 +127,20 @@ def test_the_fingerprint_is_of_the_content_not_of_the_place(tmp_path: Path) -> N
 def test_a_sparse_store_of_ten_billion_tokens_opens_at_once(tmp_path: Path) -> None:
     """Nothing is read but what a row needs: the file has holes, reading it all would take long."""
     write_store(tmp_path / "store", {"train": [[1]]}, vocab_size=10)
+    shard = tmp_path / "store" / "train" / "00000.tokens"
+    table = np.array([(10**10, 0, 0, 1)], DOCUMENT).tobytes()
+    sums = np.full(-(-2 * 10**10 // BLOCK), zlib.crc32(bytes(BLOCK)), BLOCK_SUM)
+    sums[-1] = zlib.crc32(bytes(2 * 10**10 % BLOCK))
+    shard.with_suffix(".documents").write_bytes(table)
+    shard.with_suffix(".blocks").write_bytes(sums.tobytes())
+    os.truncate(shard, 2 * 10**10)
     manifest = json.loads((tmp_path / "store" / MANIFEST).read_text())
-    manifest["splits"]["train"][0]["num_tokens"] = 10**10
+    manifest["splits"]["train"][0] |= {
+        "num_tokens": 10**10,
+        "documents_sha256": hashlib.sha256(table).hexdigest(),
+        "blocks_sha256": hashlib.sha256(sums.tobytes()).hexdigest(),
+    }
     (tmp_path / "store" / MANIFEST).write_text(json.dumps(manifest))
-    os.truncate(tmp_path / "store" / "train" / "00000.tokens", 2 * 10**10)
     rows = ShuffledRows(ConcatRows(TokenStore(tmp_path / "store"), seq_len=4096), seed=0)
     assert len(rows) == 10**10 // 4096
     assert rows[10**7].tokens.shape == (4096,)

@@ -1,5 +1,6 @@
 """What `inspect` prints is what the store holds, a flipped bit is found, and a reader that leaves ends it quietly."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from clex_train.data import store as stores
 from clex_train.data.manifest import Source
 from clex_train.data.order import ShuffledRows
 from clex_train.data.packing import ConcatRows
+from clex_train.data.shard_files import TokenFile
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
 from data_prep import inspect, statistics
@@ -178,10 +180,10 @@ def test_a_text_in_both_splits_is_reported_with_both_places(
 
 
 def test_the_tokens_of_shards_are_not_read_for_counts(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_tokens(store: TokenStore, shard: int) -> np.ndarray:
-        raise AssertionError("tokens were mapped")
+    def no_tokens(store: TokenStore, shard: int) -> TokenFile:
+        raise AssertionError("tokens were read")
 
-    monkeypatch.setattr(stores.TokenStore, "_map_tokens", no_tokens)
+    monkeypatch.setattr(stores.TokenStore, "_open_tokens", no_tokens)
     inspect.run(InspectVerb(store=str(store.path), samples=0, rows=0))
 
 
@@ -208,3 +210,17 @@ def test_no_store_says_what_to_name(tmp_path: Path) -> None:
         inspect.run(InspectVerb())
     with pytest.raises(ValueError, match=r"^store=.*nowhere: no such directory"):
         inspect.run(InspectVerb(store=str(tmp_path / "nowhere")))
+
+
+def test_escape_sequences_of_a_store_are_shown_and_not_sent_to_the_terminal(store: TokenStore, capsys) -> None:
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    manifest["sources"][0]["path"] = "/texts/\x1b]0;title\x07/a.txt"
+    manifest["sources"][0]["counts"] = {"\x1b[2J": 1}
+    manifest["split_rule"]["value"] = "\x1b[31m\u202e"
+    manifest["settings"]["evaluation_set"] = {"\x9bkey": "\x1b[8m"}
+    (store.path / "manifest.json").write_text(json.dumps(manifest))
+    inspect.run(InspectVerb(store=str(store.path), samples=2, rows=1))
+    printed = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(printed)
+    assert r"\x1b[2J" in printed
+    assert r"\x1b[31m\u202e" in printed

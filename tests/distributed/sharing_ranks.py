@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from clex_train import architectures, distributed, forward_pass, memory_options, modeling, skeleton, trainer  # noqa: E402
 from clex_train.config import Config  # noqa: E402
+from clex_train.data import step_rows  # noqa: E402
 from clex_train.data.rows import PADDING, Row  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.engine import sequence_parallel  # noqa: E402
@@ -164,7 +165,7 @@ def shared(folder: Path, case: str) -> dict[str, Tensor]:
     held = list(next(trainer._stream(parts, 0)))
     spectrum = parts.ode.begin(0) if parts.ode else None
     losses = []
-    for index, (batch, weight) in enumerate(zip(held, trainer.loss_weights(held, 0), strict=True)):
+    for index, (batch, weight) in enumerate(zip(held, step_rows.loss_weights(held, 0), strict=True)):
         losses.append(trainer.forward_backward(parts, batch, spectrum, weight))
         if index + 1 < len(held):
             parts.engine.step()
@@ -182,7 +183,7 @@ def alone(folder: Path, case: str) -> dict[str, Tensor]:
     held = [collate([parts.rows[row] for row in range(first, first + size)]) for first in (0, size)]
     spectrum = parts.ode.begin(0) if parts.ode else None
     total = torch.zeros(())
-    for batch, weight in zip(held, trainer.loss_weights(held, 0), strict=True):
+    for batch, weight in zip(held, step_rows.loss_weights(held, 0), strict=True):
         with forward_pass.in_force(config, loaded, batch, spectrum, None):
             inputs = forward_pass.arguments(config, batch, None)
             loss = weight * loaded.model(use_cache=False, labels=batch["labels"], **inputs).loss / len(held)

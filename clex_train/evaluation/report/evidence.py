@@ -6,29 +6,38 @@ A run folder stands for its newest evaluation and the others of the same weights
 frequency table, retrieval tasks, the metrics of its training) is absent here, and figures that need it are left out.
 """
 
-import json
-import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clex_train import log
+from clex_train import log, recorded_config
 from clex_train.evaluation import results
 from clex_train.evaluation.origin import weights_hash
 from clex_train.evaluation.report.table import Row, Table, read_tables, rows_of
 from clex_train.evaluation.results import Origin, Results, TaskScore
-from clex_train.metrics_log import parse
+from clex_train.files import BadFile, open_regular
+from clex_train.metrics_log import LONGEST_LINE, parse
 from clex_train.model_directory import TABLE
-from clex_train.run_folder import CONFIG, load_config
+from clex_train.records import decode, read_json
+from clex_train.run_folder import CONFIG
 from clex_train.scaling.table import FrequencyTable
 
 logger = log.get(__name__)
 
 EVALUATIONS, FINAL, METRICS, ENVIRONMENT = "evaluation", "final", "metrics.jsonl", "environment.json"
+
+
+@dataclass(frozen=True)
+class _Environment:
+    """What environment.json has to be for a report."""
+
+    command: list[str] = field(default_factory=list)
+    packages: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,14 +51,14 @@ class TrainingRun:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of optimizer steps in metrics.jsonl; empty without the file."""
         path = self.folder / METRICS
-        if not path.is_file():
+        if not path.exists():
             return []
-        return [row for row in _rows(path) if "loss" in row]
+        return [row for row in _rows(path, self.folder) if "loss" in row]
 
     def column(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps int64 [n] and values float64 [n] of the steps that have a finite value under `key`."""
         pairs = [(row["step"], row[key]) for row in self.metrics if isinstance(row.get(key), (int, float))]
-        known = [(step, value) for step, value in pairs if math.isfinite(value)]
+        known = [(step, value) for step, value in pairs if abs(value) <= sys.float_info.max]
         return np.array([s for s, _ in known], dtype=np.int64), np.array([v for _, v in known], dtype=np.float64)
 
     @cached_property
@@ -62,19 +71,21 @@ class TrainingRun:
     def environment(self) -> dict[str, Any]:
         """Command, commit, versions and machine of the run's start; empty without the file."""
         path = self.folder / ENVIRONMENT
+        if not path.exists():
+            return {}
         try:
-            content = json.loads(path.read_bytes()) if path.is_file() else {}
-        except (ValueError, RecursionError):
+            content: dict[str, Any] = read_json(path, within=self.folder)
+            decode(content, _Environment, path)
+        except BadFile:
             logger.warning("%s: damaged, what it recorded is left out", path)
-            content = {}
-        return content if isinstance(content, dict) else {}
+            return {}
+        return content
 
     @cached_property
     def last_step(self) -> int | None:
         """The step after which `final/` was written; None where no config says it."""
         path = self.folder / CONFIG
-        config = load_config(path) if path.is_file() else {}
-        return config.get("optim", {}).get("steps")
+        return recorded_config.over_defaults(path)["optim"]["steps"] if path.exists() else None
 
     @cached_property
     def final_hash(self) -> str | None:
@@ -149,7 +160,7 @@ def find_evaluation(argument: Path) -> Path:
         return argument
     if not argument.is_dir():
         raise ValueError(f"{argument}: no such run folder or evaluation file; give the output_dir of a run")
-    found = sorted((argument / EVALUATIONS).glob("*.json"), key=lambda path: (path.stat().st_mtime, path.name))
+    found = sorted((argument / EVALUATIONS).glob("*.json"), key=lambda path: (path.lstat().st_mtime, path.name))
     if (argument / CONFIG).is_file() and not (argument / FINAL).is_dir():
         instead = f", or name one of its evaluations: {found[-1]}" if found else ""
         raise ValueError(
@@ -180,14 +191,18 @@ def _tasks(path: Path, result: Results, origin: Origin, prefix: str) -> list[Tas
     return [TaskScores(prefix + method, task, rows, path, origin) for (task, method), rows in grouped.items()]
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path, folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics but for damaged ones, which a line says; the last may still be being written."""
-    with path.open("rb") as file:
-        lines = list(file)
-    rows = [(line, parse(line)) for line in lines]
-    if damaged := sum(row is None and line.endswith(b"\n") for line, row in rows):
+    rows, damaged = [], 0
+    with open_regular(path, within=folder) as file:
+        for line in iter(lambda: file.readline(LONGEST_LINE), b""):
+            if (row := parse(line)) is not None:
+                rows.append(row)
+            else:
+                damaged += line.endswith(b"\n")
+    if damaged:
         logger.warning("%s: lines that cannot be read are left out: %d", path, damaged)
-    return [row for _, row in rows if row is not None]
+    return rows
 
 
 def _names(labels: dict[Path, str]) -> dict[Path, str]:

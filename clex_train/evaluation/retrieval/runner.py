@@ -13,6 +13,7 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -130,7 +131,7 @@ def asked(
 
 def _found(each: Asked, kept: Partial) -> Outcome:
     """The rows as an interrupted evaluation left them; empty if it did not finish them."""
-    found = kept.find([each.key], lambda rows: [TaskScore(**row) for row in rows])
+    found = kept.find([each.key], lambda rows: msgspec.convert(rows, list[TaskScore]))
     return found[0] if found else []
 
 

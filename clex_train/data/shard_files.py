@@ -1,0 +1,211 @@
+"""The files of one shard, read with `pread` and checked: its table of documents when opened, its tokens block by block.
+
+    <name>.tokens       token ids
+    <name>.blocks       uint32 little endian: the CRC-32 of each `BLOCK` bytes of the tokens, the last ones shorter
+    <name>.documents    one `DOCUMENT` record a document
+
+A memory map would end the process with SIGBUS where a file is cut short under it or its disk fails; a read that comes
+back short is one line. Stores of earlier versions have no `.blocks`; their tokens are read without a checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from functools import cache
+from io import BufferedReader
+from pathlib import Path
+
+import numpy as np
+
+from clex_train.data.manifest import BLOCK, BLOCK_SUM, DOCUMENT, Shard
+from clex_train.files import BadFile, open_regular, read_regular, regular_size
+
+REMEDY = "copy the store again or tokenise again"
+STRIDE = 128
+"""Documents from one entry of a table's index in memory to the next."""
+CHUNK = 1 << 16
+"""Records of a table that are checked at a time."""
+
+
+class DamagedStore(ValueError):
+    """A file of a token store is not what was written; names the file, the place in it and the remedy."""
+
+
+class TokenFile:
+    """The tokens of a shard; every block that a span touches is compared with its checksum, each time it is read.
+
+    Args:
+        store: the folder of the store, which no file may lead out of.
+        path: the token file.
+        vocab_size: ids are below it.
+
+    Raises:
+        DamagedStore: the file or its checksums cannot be read.
+    """
+
+    def __init__(self, store: Path, path: Path, shard: Shard, dtype: np.dtype, vocab_size: int) -> None:
+        self._path, self._dtype, self._vocab_size = path, dtype, vocab_size
+        self._num_bytes = shard.num_tokens * dtype.itemsize
+        self._file = _open(path, store)
+        self._sums: np.ndarray | None = None
+        if shard.blocks_sha256:
+            self._sums = _read_sums(path.with_suffix(".blocks"), store, shard, num_blocks(self._num_bytes))
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Token ids [stop - start], read-only.
+
+        Raises:
+            DamagedStore: a block has not its checksum, the file was cut short, or an id is not of the vocabulary.
+        """
+        size = self._dtype.itemsize
+        first, last = start * size, stop * size
+        if self._sums is None:
+            ids = np.frombuffer(_pread(self._file, self._path, first, last), self._dtype)
+        else:
+            begin = first - first % BLOCK
+            end = min(last + -last % BLOCK, self._num_bytes)
+            content = memoryview(_pread(self._file, self._path, begin, end))
+            self._check(content, begin // BLOCK, self._sums)
+            ids = np.frombuffer(content[first - begin : last - begin], self._dtype)
+        self._require_known(ids, start)
+        return ids
+
+    def _check(self, content: memoryview, first_block: int, sums: np.ndarray) -> None:
+        for number, at in enumerate(range(0, len(content), BLOCK), first_block):
+            if zlib.crc32(content[at : at + BLOCK]) != sums[number]:
+                raise DamagedStore(
+                    f"{self._path}: damaged, block {number} (from byte {number * BLOCK}) has not its checksum; {REMEDY}"
+                )
+
+    def _require_known(self, ids: np.ndarray, start: int) -> None:
+        if self._vocab_size <= np.iinfo(self._dtype).max and len(ids) and ids.max() >= self._vocab_size:
+            place = int((ids >= self._vocab_size).argmax())
+            raise DamagedStore(
+                f"{self._path}: damaged, token {start + place} has the id {ids[place]}, and the store's vocabulary "
+                f"{self._vocab_size} ids; {REMEDY}"
+            )
+
+
+class DocumentTable:
+    """The `DOCUMENT` records of a shard, by slices; checked as a whole when a process first opens it.
+
+    Raises:
+        DamagedStore: it has not its checksum, or the ends of its documents do not ascend to that of the tokens.
+    """
+
+    def __init__(self, store: Path, path: Path, shard: Shard) -> None:
+        self._path, self._num_documents = path, shard.num_documents
+        self._file = _open(path, store)
+        # Stops of every `STRIDE`-th document: a search in memory leaves one short read, not twenty.
+        self._index = checked_index(store, path, shard)
+
+    def __len__(self) -> int:
+        return self._num_documents
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        """Read the records of a slice of step 1."""
+        first, last, _ = span.indices(len(self))
+        size = DOCUMENT.itemsize
+        return np.frombuffer(_pread(self._file, self._path, first * size, max(first, last) * size), DOCUMENT)
+
+    def stops_between(self, low: int, high: int) -> np.ndarray:
+        """int64: where documents end strictly between two tokens of the shard, ascending."""
+        first = int(np.searchsorted(self._index, low, side="right")) * STRIDE
+        last = int(np.searchsorted(self._index, high, side="left")) * STRIDE + STRIDE
+        stops = np.ascontiguousarray(self[first:last]["stop"])
+        return stops[np.searchsorted(stops, low, side="right") : np.searchsorted(stops, high, side="left")]
+
+    def span(self, record: int) -> tuple[int, int]:
+        """Return the (start, stop) of one document in the shard."""
+        stops = self[max(record - 1, 0) : record + 1]["stop"]
+        return (int(stops[0]) if record else 0), int(stops[-1])
+
+
+def check_sizes(store: Path, path: Path, shard: Shard, dtype: np.dtype) -> None:
+    """Compare the sizes of a shard's files with the manifest; `path` is that of its tokens. Raises `DamagedStore`."""
+    num_bytes = shard.num_tokens * dtype.itemsize
+    _check_size(path, store, num_bytes)
+    _check_size(path.with_suffix(".documents"), store, shard.num_documents * DOCUMENT.itemsize)
+    if shard.blocks_sha256:
+        _check_size(path.with_suffix(".blocks"), store, num_blocks(num_bytes) * BLOCK_SUM.itemsize)
+
+
+def num_blocks(num_bytes: int) -> int:
+    """Count the blocks of a token file, the last one shorter."""
+    return -(-num_bytes // BLOCK)
+
+
+def checked_index(store: Path, path: Path, shard: Shard) -> np.ndarray:
+    """Check a table of documents as `DocumentTable` does; the stops of documents `STRIDE - 1`, `2 * STRIDE - 1`, ..."""
+    with _open(path, store) as file:
+        facts = os.fstat(file.fileno())
+    return _checked_index(store, path, shard, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@cache
+def _checked_index(store: Path, path: Path, shard: Shard, *facts: int) -> np.ndarray:
+    """As `checked_index`, once in a process for a file of these `facts` (inode, size, time): a run opens it often."""
+    digest, before, index = hashlib.sha256(), 0, [np.empty(0, np.int64)]
+    with _open(path, store) as file:
+        for first in range(0, shard.num_documents, CHUNK):
+            last = min(first + CHUNK, shard.num_documents)
+            content = _pread(file, path, first * DOCUMENT.itemsize, last * DOCUMENT.itemsize)
+            digest.update(content)
+            stops = np.ascontiguousarray(np.frombuffer(content, DOCUMENT)["stop"])
+            if (np.diff(stops, prepend=before) < 1).any():
+                raise DamagedStore(f"{path}: damaged, the ends of its documents do not ascend; {REMEDY}")
+            before = int(stops[-1])
+            index.append(stops[STRIDE - 1 :: STRIDE])
+    if digest.hexdigest() != shard.documents_sha256:
+        raise DamagedStore(f"{path}: damaged, its checksum is not that of the manifest; {REMEDY}")
+    if before != shard.num_tokens:
+        raise DamagedStore(f"{path}: its documents end at token {before}, the shard at {shard.num_tokens}; {REMEDY}")
+    return np.concatenate(index)
+
+
+def _read_sums(path: Path, store: Path, shard: Shard, count: int) -> np.ndarray:
+    try:
+        content = read_regular(path, store, most=count * BLOCK_SUM.itemsize)
+    except (BadFile, FileNotFoundError) as error:
+        raise _unreadable(path, error) from error
+    if hashlib.sha256(content).hexdigest() != shard.blocks_sha256:
+        raise DamagedStore(f"{path}: damaged, its checksum is not that of the manifest; {REMEDY}")
+    return np.frombuffer(content, BLOCK_SUM)
+
+
+def _pread(file: BufferedReader, path: Path, first: int, last: int) -> bytes:
+    """Read bytes [first, last) whole; a kernel gives at most 2 GiB at once."""
+    parts = []
+    while first < last:
+        try:
+            part = os.pread(file.fileno(), last - first, first)
+        except OSError as error:
+            raise DamagedStore(f"{path}: cannot be read from byte {first} ({error.strerror}); {REMEDY}") from error
+        if not part:
+            size = os.fstat(file.fileno()).st_size
+            raise DamagedStore(f"{path}: cut short, it has {size} bytes and is read up to byte {last}; {REMEDY}")
+        parts.append(part)
+        first += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _open(path: Path, store: Path) -> BufferedReader:
+    try:
+        return open_regular(path, within=store)
+    except (BadFile, FileNotFoundError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: BadFile | FileNotFoundError) -> DamagedStore:
+    return DamagedStore(f"{path}: {error.reason if isinstance(error, BadFile) else 'is missing'}; {REMEDY}")
+
+
+def _check_size(file: Path, store: Path, expected: int) -> None:
+    try:
+        size = regular_size(file, within=store)
+    except (BadFile, FileNotFoundError) as error:
+        raise _unreadable(file, error) from error
+    if size != expected:
+        raise DamagedStore(f"{file}: has {size} bytes, the manifest says {expected}; {REMEDY}")
