@@ -64,7 +64,7 @@ class SignalWatch:
         self._first: signal.Signals | None = None
         self._since = 0.0
         self._is_settled = False
-        self._raised = False
+        self._raised: signal.Signals | None = None
         self._deferring = 0
         self._deferred: signal.Signals | None = None
 
@@ -87,7 +87,8 @@ class SignalWatch:
     @property
     def interrupted(self) -> signal.Signals | None:
         """The signal that ended the program, also where a library made another error of `Interrupted`."""
-        return self._first if self._raised else None
+        # Not `_first`: the thread that sets it may come later than the error that the library made.
+        return self._raised
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
@@ -110,7 +111,7 @@ class SignalWatch:
         if self._deferring:
             self._deferred = signal.Signals(number)
             return
-        self._raised = True
+        self._raised = signal.Signals(number)
         raise Interrupted(number)
 
     def _watch(self, reading: socket.socket) -> None:
@@ -130,7 +131,7 @@ class SignalWatch:
 
     def _is_stuck(self) -> bool:
         """Whether the main thread has had the time to unwind from a signal that ends the program, and has not."""
-        ends = self._raised or self._first in self.ends
+        ends = self._raised is not None or self._first in self.ends
         return ends and not self.is_leaving and time.monotonic() - self._since > GRACE
 
     def _mark(self, number: signal.Signals) -> None:

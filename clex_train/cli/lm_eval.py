@@ -95,8 +95,8 @@ def main() -> None:
     """Run the tasks; names, data and bounds are checked before weights are read."""
     asked = arguments_of.parse(LmEvalConfig, sys.argv[1:])
     assert isinstance(asked, LmEvalConfig)
-    check(asked)
     with arguments_of.named_as_typed(asked):
+        check(asked)
         _run(asked)
 
 
@@ -203,14 +203,7 @@ def _without_not_run(found: Found) -> Found:
 
 def _spec(asked: LmEvalConfig, source: Source, max_length: int) -> EvaluationConfig:
     """The methods and what they take; `ValueError` for one that the model cannot have."""
-    said = given(asked, METHOD_KEYS)
-    require(
-        asked.methods is not None or not said,
-        "methods",
-        asked.methods,
-        f"{next(iter(said), '')} goes with a method; name it, as in methods=[lm_infinite]",
-    )
-    spec = EvaluationConfig(**said, lengths=[max_length])
+    spec = EvaluationConfig(**given(asked, METHOD_KEYS), lengths=[max_length])
     arch = architectures.to_read(source.model)
     unloaded = handle_without_weights(arch, source.context_len, source.model.trust_remote_code)
     path = str(source.model.path)
@@ -239,6 +232,15 @@ def check(asked: LmEvalConfig) -> None:
         asked.sharded,
         f"{distributed.world_size()} ranks would each do the same; set sharded=true, or start one process",
     )
+    said = given(asked, METHOD_KEYS)
+    require(
+        asked.methods is not None or not said,
+        "methods",
+        asked.methods,
+        f"{next(iter(said), '')} goes with a method; name it, as in methods=[lm_infinite]",
+    )
+    # Bounds every number of a method, before the model is looked for.
+    EvaluationConfig(**said)
 
 
 def longest(asked: LmEvalConfig, source: Source) -> int:
