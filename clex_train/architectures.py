@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from clex_train import hub, log, model_directory
-from clex_train.rope import official, recipes
+from clex_train.rope import config_values, official, recipes
 from clex_train.rope.patch import require_rotary
 from clex_train.rope.recipes import ContextLength
 from clex_train.scaling.table import FrequencyTable, scale_grid
@@ -54,6 +54,7 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
         path,
         "a checkpoint of the original CLEX code: download it (`hf download`) and give its directory",
     )
+    config_values.require_sensible(config, f"{key}={path}", model.trust_remote_code)
     return config
 
 
@@ -232,6 +233,9 @@ def _context_of_field(path: str) -> ContextLength | None:
     if model_directory.has_clex(directory):
         return ContextLength(model_directory.read_record(directory).context_len, model_directory.CLEX_JSON)
     if official.is_official(directory):
-        length = int(official.read_official_config(directory).max_position_embeddings)
+        config = official.read_official_config(directory)
+        config.name_or_path = path
+        length = recipes.stated_length(config, "max_position_embeddings")
+        assert length is not None
         return ContextLength(length, "max_position_embeddings of the original CLEX")
     return None

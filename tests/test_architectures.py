@@ -175,7 +175,8 @@ def test_a_config_that_cannot_be_used_is_one_line_with_exit_code_2(tmp_path, cha
         architectures.to_train(model)
     line = explain(raised.value)
     assert line is not None
-    assert line.startswith((f"model.path={tmp_path}: no readable config.json (", "model_type="))
+    path = f"model.path={tmp_path}"
+    assert line.startswith((f"{path}: no readable config.json (", f"{path}: its config.json has ", "model_type="))
     assert not line.endswith(":)")
 
 

@@ -28,7 +28,7 @@ from clex_train.rope.patch import RotaryHandle
 from clex_train.rope.probe import LOCAL_LAYER_TYPES, Traits, require_rotary
 from clex_train.rope.reach import require_scalable_config
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.settings.bounds import require
+from clex_train.settings.bounds import MOST_TOKENS, require
 from clex_train.settings.scaling import ScalingConfig, ScalingName
 
 UNSCALED = "default"
@@ -99,8 +99,7 @@ def spectrum_at(handle: RotaryHandle, t: float) -> Spectrum:
 
 def original_context(config: PretrainedConfig) -> int | None:
     """L of an architecture whose context was extended, as it says itself; None where it does not."""
-    length = getattr(config.get_text_config(), "original_max_position_embeddings", None)
-    return None if length is None else int(length)
+    return stated_length(config, "original_max_position_embeddings")
 
 
 def own_context(config: PretrainedConfig, key: str = "model.context_len") -> ContextLength | None:
@@ -109,11 +108,11 @@ def own_context(config: PretrainedConfig, key: str = "model.context_len") -> Con
     A static scaling may or may not be in `max_position_embeddings` already: Qwen's cards leave it at the unscaled
     length, DeepSeek multiplies it. Where neither can be told, `ValueError` asks for `key`.
     """
-    text, original = config.get_text_config(), original_context(config)
+    text, original = config.get_text_config(), stated_length(config, "original_max_position_embeddings", key)
     if original is not None:
         return ContextLength(original, "original_max_position_embeddings")
-    name = next((name for name in LENGTHS if getattr(text, name, None)), None)
-    stated = None if name is None else ContextLength(int(getattr(text, name)), name)
+    lengths = ((name, stated_length(config, name, key)) for name in LENGTHS)
+    stated = next((ContextLength(length, name) for name, length in lengths if length is not None), None)
     by_layer_type = getattr(text, "rope_parameters", None) or {}
     parameters = _global_parameters(by_layer_type)
     rope_type, own = parameters.get("rope_type"), parameters.get("original_max_position_embeddings")
@@ -127,6 +126,20 @@ def own_context(config: PretrainedConfig, key: str = "model.context_len") -> Con
         # Gemma 3, whose local layers are as they were, states the length that its scaled layers serve.
         return stated
     return _static_context(str(rope_type), factor, own, stated, key)
+
+
+def stated_length(config: PretrainedConfig, name: str, key: str = "model.context_len") -> int | None:
+    """Read a number of tokens; `ValueError` asks for `key` where it cannot be meant."""
+    value = getattr(config.get_text_config(), name, None)
+    if value is None:
+        return None
+    source = f"{config.name_or_path}/config.json" if config.name_or_path else "config.json"
+    if not (isinstance(value, (int, float)) and 2 <= value <= MOST_TOKENS and value == int(value)):
+        raise ValueError(
+            f"{source}: {name}={value}: from 2 to {MOST_TOKENS:,} tokens can be meant; correct it, or name the context "
+            f"that the model serves by {key}=N"
+        )
+    return int(value)
 
 
 def _static_context(rope_type: str, factor: float, own: Any, stated: ContextLength, key: str) -> ContextLength:
