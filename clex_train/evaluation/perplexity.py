@@ -8,18 +8,23 @@ evaluation) lets t grow with every L tokens. Which spans of a window are read is
 `B` spans, `N` tokens of a span, `S` of a chunk, `V` vocabulary, `L` tokens the base model was trained on.
 """
 
+import math
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from clex_train import distributed, log
+from clex_train.evaluation.results import Score
 from clex_train.evaluation.scoring_head import score_chunk
 from clex_train.libraries import kv_cache
 from clex_train.rope.growing import new_cache
 from clex_train.rope.patch import RotaryHandle
+
+logger = log.get(__name__)
 
 Advance = Callable[[int], None]
 """Called after each chunk with the tokens of a span read so far."""
@@ -123,3 +128,16 @@ def _feed(
         inputs = {"input_ids": tokens[:, first:last], "use_cache": cache is not None, **kv_cache.passed(model, cache)}
         nll[:, first + 1 : last + 1] = score_chunk(model, targets, **inputs)
         advance(last)
+
+
+def warn_of_overflow(scores: Iterable[Score]) -> None:
+    """Name on rank 0 the cells whose perplexity is not finite: nan or inf in tables, null in files."""
+    for score in scores if distributed.is_main() else ():
+        if not math.isfinite(score.perplexity):
+            logger.warning(
+                "%s: the perplexity is %s: activations or losses overflow in %d tokens; try engine.precision=fp32, or "
+                "leave the cell out",
+                score.key,
+                score.perplexity,
+                score.length,
+            )

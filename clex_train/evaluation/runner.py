@@ -24,7 +24,7 @@ from tqdm import tqdm
 from clex_train import distributed, progress
 from clex_train.attention.lean import lean_attention
 from clex_train.evaluation.partial import Partial
-from clex_train.evaluation.perplexity import Advance, Predict, evaluating, one_shot
+from clex_train.evaluation.perplexity import Advance, Predict, evaluating, one_shot, warn_of_overflow
 from clex_train.evaluation.protocols import Reading, Span, curve
 from clex_train.evaluation.results import Missing, Results, Score, exact_score, score_key, with_standard_errors
 from clex_train.evaluation.room import Room
@@ -155,6 +155,7 @@ def evaluate(
     order = [(method, reading.protocol.value) for method in tables for reading in readings]
     scores = [each for each in found if isinstance(each, Score)]
     scores.sort(key=lambda score: order.index((score.method, score.protocol)))
+    warn_of_overflow(scores)
     missing = [each for each in found if isinstance(each, Missing)]
     return Results(scores, handle.context_len, describe(windows), missing=missing)
 

@@ -20,7 +20,7 @@ from clex_train import distributed, progress
 from clex_train.attention.hf_interface import LmInfinite
 from clex_train.data.store import TokenStore
 from clex_train.evaluation.partial import Partial
-from clex_train.evaluation.perplexity import evaluating
+from clex_train.evaluation.perplexity import evaluating, warn_of_overflow
 from clex_train.evaluation.results import Results, Score, exact_score, score_key, with_standard_errors
 from clex_train.evaluation.scoring_head import token_nll
 from clex_train.libraries import kv_cache
@@ -122,7 +122,9 @@ def evaluate(
             score = with_standard_errors(replace(score, fingerprint=described["fingerprint"]), [])
             scores[method, protocol, length] = [score]
             kept.finish({score.key: vars(score)})
-    return Results([score for found in scores.values() for score in found], stream.context_len, described)
+    scored = [score for found in scores.values() for score in found]
+    warn_of_overflow(scored)
+    return Results(scored, stream.context_len, described)
 
 
 def streamed(model: nn.Module, cache: Any, stream: Stream, chunk_len: int, bar: tqdm) -> Iterator[Tensor]:

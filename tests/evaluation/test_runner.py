@@ -27,8 +27,10 @@ READINGS = readings(EvaluationConfig(lengths=LENGTHS, protocols=PROTOCOLS, strid
 NAMES = [protocol.value for protocol in PROTOCOLS]
 
 
-def run(num_windows: int = 3, methods: tuple[Method, ...] = (Method.none, Method.ntk), **settings) -> Results:
-    model = build_tiny_llama()
+def run(
+    num_windows: int = 3, methods: tuple[Method, ...] = (Method.none, Method.ntk), model=None, **settings
+) -> Results:
+    model = model or build_tiny_llama()
     handle = install_rotary(model, CONTEXT_LEN)
     windows = random_windows(num_windows, max(LENGTHS))
     chosen = tables(methods, None, handle.base_inv_freq, CONTEXT_LEN, max(LENGTHS))
@@ -85,6 +87,18 @@ def test_window_sums_add_up_to_the_perplexity_and_belong_to_their_window() -> No
 def test_memory_settings_do_not_change_the_numbers(settings: dict[str, int]) -> None:
     expected, changed = run().metrics(), run(**settings).metrics()
     assert changed == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_cell_whose_numbers_overflow_is_named(caplog) -> None:
+    assert run().scores
+    assert not caplog.messages
+    model = build_tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(3e38)
+    results = run(model=model, methods=(Method.none,))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert [line.split(":")[0] for line in caplog.messages] == [score.key for score in results.scores]
+    assert "perplexity is nan: activations or losses overflow in 16 tokens; try engine.precision=fp32" in caplog.text
 
 
 def test_the_methods_are_different_frequencies_on_the_same_weights() -> None:

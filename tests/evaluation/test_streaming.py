@@ -12,7 +12,7 @@ from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
 from clex_train.evaluation.perplexity import evaluating
-from clex_train.evaluation.streaming import plan_stream, segment_sums, streamed, windowed
+from clex_train.evaluation.streaming import evaluate, plan_stream, segment_sums, streamed, windowed
 
 BAR = tqdm(disable=True)
 NUM_TOKENS = 160
@@ -68,3 +68,12 @@ def test_the_curve_has_a_bounded_number_of_points(store: TokenStore, monkeypatch
 def test_a_stream_that_the_store_cannot_give_is_refused(store: TokenStore, num_tokens: int) -> None:
     with pytest.raises(ValueError, match=rf"stream_tokens={num_tokens}: .* has 186 validation tokens"):
         plan_stream(store, num_tokens, CONTEXT_LEN)
+
+
+def test_a_stream_whose_numbers_overflow_is_named(store: TokenStore, caplog: pytest.LogCaptureFixture) -> None:
+    model, stream = build_tiny_llama().eval(), plan_stream(store, NUM_TOKENS, CONTEXT_LEN)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(3e38)
+    evaluate(model, stream, ["none"], {}, chunk_len=16)
+    keys = [f"perplexity/none/windows/{CONTEXT_LEN}", f"perplexity/none/streaming/{NUM_TOKENS}"]
+    assert [line.split(":")[0] for line in caplog.messages] == keys
