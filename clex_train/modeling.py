@@ -199,7 +199,7 @@ def load_for_evaluation(
     `sharding`, DeepSpeed's settings of ZeRO-3, each rank keeps its share of the weights while they are read. A model
     without RoPE, or with one that follows the length by itself, stands as it is; one without sdpa has eager attention
     in its place. `ValueError` in one line when there is no such model, it cannot be read through a KV cache, or its
-    files cannot be read.
+    files cannot be read or hold numbers that are not finite. Collective.
     """
     arch = architectures.to_read(spec)
     weights.check(spec, arch)
@@ -212,6 +212,7 @@ def load_for_evaluation(
         # What is drawn is the same on every rank.
         torch.manual_seed(seeding.torch_seed(0, "weights"))
     model = _load_weights(spec, dtype, wanted, sharding=sharding).eval()
+    weights.require_finite(model, str(spec.path))
     tokenizer = load_tokenizer(spec.tokenizer or str(spec.path), spec)
     loaded = LoadedModel(model, install_as_is(model, length), length, tokenizer)
     directory = Path(str(spec.path))

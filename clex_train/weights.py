@@ -16,24 +16,21 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from clex_train import log
+from clex_train import distributed, log
 from clex_train.faults import first_line
-from clex_train.files import BadFile, is_inside, is_lfs_pointer, require_regular
-from clex_train.model_directory import WEIGHT_FILES, has_weights
-from clex_train.records import read_record
+from clex_train.model_directory import has_weights
 from clex_train.rope import official
 from clex_train.settings.bounds import require
 from clex_train.settings.model import ModelConfig
+from clex_train.weight_files import NotThere, Stored, files, have_equal_values, named, read_headers
 
 Report = Mapping[str, Any]
 """The loading info of transformers: missing_keys, unexpected_keys, mismatched_keys."""
 
-NAMED = 3
 RANDOM = "or draw random ones with model.config=DIR model.path=null"
 REPORT = "LOAD REPORT"
 """In the title of transformers' table of missing, unexpected and mis-shaped tensors."""
@@ -42,7 +39,6 @@ MASKS = (".attn.bias", ".attention.bias")
 """Buffers of old checkpoints of GPT-2, GPT-Neo and Llama that models compute by themselves. A causal mask shares its
 name with a real bias, and is known by its shape."""
 ADAPTER = "adapter_config.json"
-OTHER_LAYOUTS = (".safetensors", ".bin", ".gguf", ".pth", ".pt", ".h5", ".msgpack")
 
 logger = log.get(__name__)
 
@@ -70,7 +66,7 @@ def check_loaded(model: ModelConfig, arch: PretrainedConfig, report: Report) -> 
     if directory and directory != Path(str(model.path)):
         _check_directory(directory, model, arch)
     is_open = directory and any(name.endswith(MASKS) for name in report["unexpected_keys"])
-    refuse(report, model, headers(files(directory)) if directory and is_open else {})
+    refuse(report, model, read_headers(directory).tensors if directory and is_open else {})
 
 
 def require_unquantised(path: str, arch: PretrainedConfig) -> None:
@@ -99,11 +95,11 @@ def refuse(report: Report, model: ModelConfig, tensors: Mapping[str, Tensor]) ->
     missing, unexpected = (_beyond(names, model.allow_missing) for names in (report["missing_keys"], left_out))
     faults, remedy = [], "copy config.json and weights of one model again"
     if prefix := _prefix(missing, unexpected):
-        faults.append(f"the names of its tensors begin with `{prefix}`: {_named(unexpected)}")
+        faults.append(f"the names of its tensors begin with `{prefix}`: {named(unexpected)}")
         remedy = _without(prefix)
     elif missing or unexpected:
-        faults += [f"its weights lack {_named(missing)}, which would be drawn at random"] if missing else []
-        faults += [f"its config.json has no {_named(unexpected)}, which would be left out"] if unexpected else []
+        faults += [f"its weights lack {named(missing)}, which would be drawn at random"] if missing else []
+        faults += [f"its config.json has no {named(unexpected)}, which would be left out"] if unexpected else []
         remedy += f", or name what may differ in {model.PREFIX}allow_missing"
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]
@@ -122,66 +118,57 @@ def announce(report: Report, model: ModelConfig) -> None:
             logger.warning("%sallow_missing: %s: %s", model.PREFIX, what, ", ".join(names))
 
 
-def compare(arch: PretrainedConfig, tensors: dict[str, Tensor], trust_remote_code: bool = False) -> Report:
+def require_finite(model: nn.Module, path: str) -> None:
+    """Refuse loaded weights with a number that is not finite on any rank. Collective."""
+    name = spoilt_parameter(model)
+    require(
+        name is None,
+        "model.path",
+        path,
+        f"the weights of {name} are not finite: copy them again, or give others, such as an earlier checkpoint",
+    )
+
+
+def spoilt_parameter(model: nn.Module) -> str | None:
+    """Find the first parameter with a number that is not finite on any rank, None if there is none. Collective."""
+    own = (name for name, parameter in model.named_parameters() if not _is_finite(parameter))
+    return next(filter(None, distributed.gather_objects(next(own, None))), None)
+
+
+def _is_finite(parameter: Tensor) -> bool:
+    # Under ZeRO-3 a parameter is empty between forwards, and this rank's share of it is beside it.
+    own: Tensor = getattr(parameter, "ds_tensor", parameter).detach()
+    # A sum takes no memory and is finite unless a number is not, or the sum overflows.
+    return bool(own.sum(dtype=torch.float32).isfinite()) or bool(own.isfinite().all())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How tensors fit an architecture."""
+
+    report: Report
+    parameters: frozenset[str]
+    """Names of the architecture's parameters."""
+    tied: Mapping[str, str]
+    """Parameters that the architecture makes one with another."""
+
+
+def compare(arch: PretrainedConfig, tensors: Mapping[str, Tensor], trust_remote_code: bool = False) -> Comparison:
     """Match tensors on the meta device with an architecture, by transformers' own loader."""
     with torch.device("meta"):
         model_class = type(AutoModelForCausalLM.from_config(arch, trust_remote_code=trust_remote_code))
     with quiet():
-        _, report = model_class.from_pretrained(
+        model, report = model_class.from_pretrained(
             None,
             config=arch,
-            state_dict=tensors,
+            state_dict={name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()},
             device_map={"": "meta"},
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    return report
-
-
-@dataclass(frozen=True)
-class _Index:
-    """What is read of `model.safetensors.index.json`."""
-
-    weight_map: dict[str, str]
-
-
-def files(directory: Path, or_else: str = "") -> list[Path]:
-    """List the weight files that transformers would read; `ValueError` when there are none or one is not there.
-
-    `or_else` is another remedy where there are none.
-    """
-    chosen = next((directory / name for name in WEIGHT_FILES if (directory / name).exists()), None)
-    if chosen is None:
-        raise ValueError(f"model.path={directory}: {_no_weights(directory)}{or_else}")
-    if chosen.suffix != ".json":
-        return [chosen]
-    _require_content(chosen)
-    try:
-        names = sorted(set(read_record(chosen, _Index).weight_map.values()))
-        if bad := [name for name in names if not is_inside(name)]:
-            raise BadFile(chosen, f"it names {bad[0]!r}, which is no file of its folder")
-    except BadFile as error:
-        raise ValueError(f"{chosen}: not an index of weight files ({error.reason}); copy it again") from error
-    absent = [name for name in names if not (directory / name).exists()]
-    if absent:
-        raise ValueError(
-            f"model.path={directory}: {chosen.name} names {_named(absent, 'file')}, not there; copy the directory again"
-        )
-    return [directory / name for name in names]
-
-
-def headers(paths: Iterable[Path]) -> dict[str, Tensor]:
-    """Read every tensor of the files by name, on the meta device; `ValueError` names a file that is not whole."""
-    found: dict[str, Tensor] = {}
-    for path in paths:
-        _require_content(path)
-        try:
-            found |= _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
-        except Exception as error:  # whatever a damaged archive makes zipfile, pickle and torch raise
-            reason = first_line(error)
-            raise ValueError(f"{path}: not readable weights, cut short or damaged ({reason}); copy it again") from error
-    return found
+    parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
+    return Comparison(report, parameters, model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
 def _check_directory(directory: Path, model: ModelConfig, arch: PretrainedConfig) -> None:
@@ -192,17 +179,69 @@ def _check_directory(directory: Path, model: ModelConfig, arch: PretrainedConfig
         f"holds an adapter ({ADAPTER}); merge it into its base (merge_and_unload) and give what save_pretrained writes",
     )
     is_trained = model.PREFIX == ModelConfig.PREFIX
-    tensors = headers(files(directory, ", " + RANDOM if is_trained else ""))
+    stored = read_headers(directory, ", " + RANDOM if is_trained else "")
+    tensors = stored.tensors
     if official.is_official(directory):
         tensors = {name: tensor for name, tensor in tensors.items() if official.CLEX_LAYER not in name}
+    odd = {name for name, tensor in tensors.items() if not _is_trainable(tensor.dtype)}
     try:
-        report = compare(arch, tensors, model.trust_remote_code)
+        matched = compare(arch, tensors, model.trust_remote_code)
+        # What is missing without them is what they were read for.
+        without = {name: tensor for name, tensor in tensors.items() if name not in odd}
+        floats = compare(arch, without, model.trust_remote_code) if odd else matched
     except Exception as error:  # whatever the code of a family raises over tensors that are not its own
         raise ValueError(
             f"model.path={directory}: its weights cannot be put into its architecture ({first_line(error)}); copy "
             "config.json and weights of one model again"
         ) from error
-    refuse(report, model, tensors)
+    refuse(matched.report, model, tensors)
+    # Merged ones have fewer parts without them, and another shape.
+    needed = odd | {*floats.report["missing_keys"]} | {name for name, *_ in floats.report["mismatched_keys"]}
+    needed = (needed - {*matched.report["missing_keys"]}) & matched.parameters
+    _require_floats(model, sorted(needed), {str(tensors[name].dtype) for name in odd})
+    for target, source in matched.tied.items():
+        _require_equal(model, stored, target, source)
+
+
+def _is_trainable(dtype: torch.dtype) -> bool:
+    """Return True for floating point of 16 bits and more: a number of 8 bits means nothing without its scale."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def _require_floats(model: ModelConfig, names: list[str], dtypes: set[str]) -> None:
+    found = " and ".join(sorted(dtype.removeprefix("torch.") for dtype in dtypes))
+    require(
+        not names,
+        "model.path",
+        model.path,
+        f"its weights hold {named(names)} as {found}, which would be cast as they are, without the scales of a "
+        "quantisation; give a copy of the model in bfloat16",
+    )
+
+
+def _require_equal(model: ModelConfig, stored: Stored, target: str, source: str) -> None:
+    """Refuse two tensors that the architecture ties and the weights hold with different values.
+
+    transformers reads both, and under ZeRO-3 the first alone.
+    """
+    names = [name for name in (_stored_as(target, stored), _stored_as(source, stored)) if name]
+    if len({*names}) < 2 or stored.tensors[names[0]].shape != stored.tensors[names[1]].shape:
+        return
+    require(
+        have_equal_values(stored, *names),
+        "model.path",
+        model.path,
+        f"its weights hold {names[0]} and {names[1]} with different values, and its config.json makes them one tensor "
+        f"(tie_word_embeddings); set tie_word_embeddings=false in config.json, or remove {names[0]} from the weights",
+    )
+
+
+def _stored_as(name: str, stored: Stored) -> str | None:
+    """Find a parameter in the files, where its name may have the prefix of a body or lack it."""
+    if name in stored.tensors:
+        return name
+    like = [each for each in stored.tensors if each.endswith(f".{name}") or name.endswith(f".{each}")]
+    return like[0] if len(like) == 1 else None
 
 
 def _local(model: ModelConfig) -> Path | None:
@@ -218,7 +257,7 @@ def _has_all_files(snapshot: Path) -> bool:
     """Tell whether the cache has every weight file of a hub name; what it lacks is downloaded as it is loaded."""
     try:
         return bool(files(snapshot))
-    except ValueError:
+    except NotThere:
         return False
 
 
@@ -228,34 +267,6 @@ def _is_constant(name: str, tensor: Tensor | None) -> bool:
         return True
     is_square = tensor is not None and tensor.dim() == 4 and tensor.shape == (1, 1, *2 * tensor.shape[-1:])
     return name.endswith(MASKS) and is_square
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-
-
-def _pickled(path: Path) -> dict[str, Tensor]:
-    tensors = torch.load(path, map_location="meta", weights_only=True)
-    return {name: tensor.float() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-
-
-def _require_content(path: Path) -> None:
-    require_regular(path)
-    if is_lfs_pointer(path):
-        raise ValueError(
-            f"{path}: a git-lfs pointer instead of the file; run `git lfs pull` in {path.parent}, or fetch it again"
-        )
-
-
-def _no_weights(directory: Path) -> str:
-    others = sorted(path.name for path in directory.iterdir() if path.suffix in OTHER_LAYOUTS)
-    there = f"{', '.join(others[:NAMED])} is not in transformers' layout; " if others else ""
-    return (
-        f"no weights in it ({WEIGHT_FILES[0]} or an index of shards); {there}give a directory that save_pretrained "
-        "writes"
-    )
 
 
 def _beyond(names: Iterable[str], allowed: Iterable[str]) -> list[str]:
@@ -286,13 +297,6 @@ def _without(prefix: str) -> str:
     if "base_model" in prefix:
         return "merge the adapter into its base (merge_and_unload) and give what save_pretrained writes"
     return f"save the model inside the wrapper, or rename them by name.removeprefix('{prefix}')"
-
-
-def _named(names: list[str], what: str = "tensor") -> str:
-    """Count names and show the first few."""
-    shown = ", ".join(names[:NAMED])
-    more = ", ..." if len(names) > NAMED else ""
-    return f"{len(names)} {what}{'' if len(names) == 1 else 's'} ({shown}{more})"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_causal_lm import save_tiny_llama, tiny_llama
 from transformers import (
     AutoConfig,
@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
 )
+from weight_directories import GATE, UP, accepted, refusal, refusal_of_check, rewrite, without
 
 from clex_train import architectures, hub, modeling, weights
 from clex_train.cli import arguments, loading
@@ -27,53 +28,12 @@ from clex_train.engine import deepspeed as engines
 from clex_train.settings.engine import EngineConfig
 from clex_train.settings.model import ModelConfig
 
-GATE = "model.layers.0.mlp.gate_proj.weight"
-UP = "model.layers.1.mlp.up_proj.weight"
-
 
 @pytest.fixture
 def base(tmp_path) -> Path:
     """A model with its tokenizer, as save_pretrained leaves it."""
     save_tiny_llama(tmp_path / "base")
     return tmp_path / "base"
-
-
-def rewrite(directory: Path, change) -> None:
-    """Put `change(tensors)` in place of the tensors of a directory."""
-    file = directory / "model.safetensors"
-    save_file(change(load_file(file)), file, metadata={"format": "pt"})
-
-
-def without(*names: str):
-    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names}
-
-
-def refusal_of_check(directory: Path) -> str:
-    """The line of training's check alone."""
-    model = ModelConfig(path=str(directory))
-    with pytest.raises(ValueError) as raised:  # noqa: PT011
-        weights.check(model, architectures.to_read(model))
-    return str(explain(raised.value))
-
-
-def refusal(directory: Path, **keys) -> str:
-    """The one line in which a directory is refused, by training's check and by a whole load alike."""
-    model = ModelConfig(path=str(directory), **keys)
-    with pytest.raises(ValueError) as checked:  # noqa: PT011  the message is what the tests look at
-        weights.check(model, architectures.to_read(model))
-    with pytest.raises(ValueError) as loaded:  # noqa: PT011
-        modeling.load_for_evaluation(model)
-    line = explain(checked.value)
-    assert line is not None, "shown as the user's mistake, with exit code 2"
-    assert line == explain(loaded.value)
-    assert str(directory) in line
-    return line
-
-
-def accepted(directory: Path, **keys) -> modeling.LoadedModel:
-    model = ModelConfig(path=str(directory), **keys)
-    weights.check(model, architectures.to_read(model))
-    return modeling.load_for_evaluation(model)
 
 
 def test_tensors_that_the_weights_lack_are_named(base):
@@ -299,7 +259,7 @@ def test_a_mis_shaped_tensor_of_a_hub_name_is_refused_before_anything_is_built(b
 def test_a_hub_name_of_which_the_cache_lacks_a_shard_is_left_to_the_loader(base, hub_name):
     snapshot = base.parent / "hub" / "models--owner--model" / "snapshots" / "c0ffee"
     (snapshot / "model.safetensors").unlink()
-    index = {"weight_map": {UP: "model-00001-of-00002.safetensors"}}
+    index = {"metadata": {}, "weight_map": {UP: "model-00001-of-00002.safetensors"}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
     model = ModelConfig(path=hub_name)
     weights.check(model, architectures.to_read(model))

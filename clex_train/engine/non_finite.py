@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clex_train import distributed
 from clex_train.scaling.solver import UnstableField
+from clex_train.weights import spoilt_parameter
 
 DIVERGED = 2.0
 """A loss this many times that of the first step is that of a model which has come apart."""
@@ -99,20 +99,6 @@ def why_unstable(model: nn.Module, error: UnstableField, losses: Sequence[float]
     if lr > LARGEST_LR:
         return f"optim.lr={lr:g} moves every weight by as much in a step, and {error.what}; lower optim.lr"
     return str(error)
-
-
-def spoilt_parameter(model: nn.Module) -> str | None:
-    """The first parameter with a number that is not finite on any rank, None if there is none; collective."""
-    return next(filter(None, distributed.gather_objects(_own_spoilt_parameter(model))), None)
-
-
-def _own_spoilt_parameter(model: nn.Module) -> str | None:
-    for name, parameter in model.named_parameters():
-        # Under ZeRO-3 a parameter is empty between forwards, and this rank's share of it is beside it.
-        own = getattr(parameter, "ds_tensor", parameter)
-        if not bool(own.isfinite().all()):
-            return name
-    return None
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

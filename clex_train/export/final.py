@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from clex_train import checksums, distributed, log, model_directory, weights
+from clex_train import checksums, distributed, log, model_directory, weight_files
 from clex_train.faults import first_line
 from clex_train.files import complete_or_absent
 from clex_train.modeling import LoadedModel, bars_on_a_terminal
@@ -69,6 +69,7 @@ def _require_readable(directory: Path) -> None:
         except (OSError, ValueError, RecursionError) as error:
             raise checksums.Damaged(f"{path.name} is no JSON") from error
     try:
-        weights.headers([*weights.files(directory), *directory.glob("*.safetensors")])
+        for path in {*weight_files.files(directory), *directory.glob("*.safetensors")}:
+            weight_files.header(path)
     except ValueError as error:
         raise checksums.Damaged(first_line(error)) from error

@@ -94,6 +94,8 @@ REACHED = (
         Reach(f"transformers.modeling_utils:LoadStateDictInfo@{name}", "a key of the loading report", _UNREAD)
         for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
     ),
+    Reach("transformers.modeling_utils:PreTrainedModel.get_expanded_tied_weights_keys(all_submodels)",
+          "tied tensors that weights hold twice are compared", "no weights can be checked"),
     Reach("transformers.utils.loading_report:log_state_dict_report=>LOAD REPORT", "its table is left out where a line "
           "of ours names the tensors", "the table appears beside that line"),
     Reach("transformers.modeling_utils:PreTrainedModel.gradient_checkpointing_enable", "activation checkpointing",

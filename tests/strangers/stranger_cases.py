@@ -22,7 +22,7 @@ import torch
 from composing import composed
 from spoiling import OUTSIDE_SECRET, SECRET, SECRET_NAME, as_text, spoil_bytes, spoil_file, spoil_json, yaml_bomb
 
-from clex_train import model_directory, recorded_config, run_folder, weights
+from clex_train import model_directory, recorded_config, run_folder, weight_files
 from clex_train.checkpoint import manifest as checkpoint_manifest
 from clex_train.checkpoint.store import Checkpoints
 from clex_train.checkpoint.untrusted import without_code
@@ -237,7 +237,7 @@ def model_case(folder: Path, draw: random.Random) -> Action:
         elif name == "factors.json":
             read_longrope_factors(str(final / name), 4)
         elif name == "model.safetensors.index.json":
-            weights.files(final)
+            weight_files.files(final)
         else:
             clex, table, record = model_directory.read_clex(final)
             console.say(f"{clex.inv_freq(record.t_max).shape} {table.at(1.0).t}")

@@ -1,0 +1,55 @@
+"""Model directories whose weights are changed, and how training's check and a whole load judge them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clex_train import architectures, modeling, weights
+from clex_train.cli.errors import explain
+from clex_train.settings.model import ModelConfig
+
+GATE = "model.layers.0.mlp.gate_proj.weight"
+UP = "model.layers.1.mlp.up_proj.weight"
+
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def rewrite(directory: Path, change: Change) -> None:
+    """Put `change(tensors)` in place of the tensors of a directory."""
+    file = directory / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def without(*names: str) -> Change:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+def refusal_of_check(directory: Path) -> str:
+    """The line of training's check alone."""
+    model = ModelConfig(path=str(directory))
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        weights.check(model, architectures.to_read(model))
+    return str(explain(raised.value))
+
+
+def refusal(directory: Path, **keys) -> str:
+    """The one line in which a directory is refused, by training's check and by a whole load alike."""
+    model = ModelConfig(path=str(directory), **keys)
+    with pytest.raises(ValueError) as checked:  # noqa: PT011  the message is what the tests look at
+        weights.check(model, architectures.to_read(model))
+    with pytest.raises(ValueError) as loaded:  # noqa: PT011
+        modeling.load_for_evaluation(model)
+    line = explain(checked.value)
+    assert line is not None, "shown as the user's mistake, with exit code 2"
+    assert line == explain(loaded.value)
+    assert str(directory) in line
+    return line
+
+
+def accepted(directory: Path, **keys) -> modeling.LoadedModel:
+    model = ModelConfig(path=str(directory), **keys)
+    weights.check(model, architectures.to_read(model))
+    return modeling.load_for_evaluation(model)
