@@ -1,6 +1,8 @@
 """Weights mean one model, whichever program reads them: tied tensors, dtypes, shards, indices and nested files."""
 
 import json
+import math
+import os
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_causal_lm import save_tiny_llama, tiny_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig
+from warm_processes import call_on_two_ranks
 from weight_directories import GATE, UP, accepted, refusal, refusal_of_check, rewrite
 
-from clex_train import architectures, weight_files, weights
+from clex_train import architectures, modeling, weight_files, weights
+from clex_train.cli.errors import explain
+from clex_train.engine import deepspeed as engines
+from clex_train.settings.engine import EngineConfig
 from clex_train.settings.model import ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -172,15 +178,39 @@ def test_a_file_with_objects_of_a_trainer_is_not_called_damaged(base):
     assert refusal(base).startswith(f"{file}: it holds Python objects beside tensors, as a trainer's checkpoint does")
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "zero3"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_not_evaluated(base, value):
+def test_weights_that_are_not_finite_are_not_evaluated(base, value, sharded):
     def spoil(tensors):
         tensors[UP][3, 4] = value
         return tensors
 
     rewrite(base, spoil)
-    with pytest.raises(ValueError, match=rf"^model\.path=.*/base: the weights of {UP} are not finite: copy them again"):
-        accepted(base)
+    settings = None
+    if sharded:
+        engines.open_process_group(EngineConfig())
+        settings = engines.inference_dict(EngineConfig())
+    with pytest.raises(ValueError, match="not finite") as raised:
+        modeling.load_for_evaluation(ModelConfig(path=str(base)), sharding=settings)
+    assert explain(raised.value) == (
+        f"model.path={base}: the weights of {UP} are not finite: copy them again, or give others, such as an earlier "
+        "checkpoint"
+    )
+
+
+def test_ranks_agree_on_a_number_that_one_of_them_holds(tmp_path):
+    call_on_two_ranks(_hold_a_share, str(tmp_path))
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["weight", "weight"]
+
+
+def _hold_a_share(rank: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    # As ZeRO-3 leaves a parameter between forwards: empty, its share beside it.
+    layer = torch.nn.Linear(2, 2, bias=False)
+    layer.weight.ds_tensor = torch.tensor([1.0, math.nan if rank == 1 else 2.0])
+    layer.weight.data = torch.empty(0)
+    (Path(folder) / str(rank)).write_text(str(weights.spoilt_parameter(layer)))
 
 
 def test_finite_weights_whose_sum_overflows_are_evaluated(base):

@@ -76,7 +76,7 @@ def _write_run(run: Path) -> None:
     (run / "final").mkdir()
     clex = Clex(torch.logspace(0, -3, 4, dtype=torch.float64), t_max=4.0)
     model_directory.write_clex(run / "final", clex, clex.table(scale_grid(4.0)), context_len=32)
-    names = {"weight_map": {"a": "model-1.safetensors"}}
+    names = {"metadata": {}, "weight_map": {"a": "model-1.safetensors"}}
     (run / "final" / "model.safetensors.index.json").write_text(json.dumps(names))
     (run / "final" / "model-1.safetensors").write_bytes(b"x")
     tokens = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}, "added_tokens": [{"content": "c", "id": 2}]}
