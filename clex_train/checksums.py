@@ -57,26 +57,37 @@ def require_sizes(folder: Path) -> dict[str, str]:
     """
     listed = _read(folder / NAME)
     for name, (size, _) in listed.items():
-        try:
-            found = files.regular_size(folder / name)
-        except FileNotFoundError as error:
-            raise Damaged(f"{name} is missing") from error
-        except BadFile as error:
-            raise Damaged(f"{name} is {error.reason}") from error
-        if found != size:
-            raise Damaged(f"{name} has {found} bytes instead of {size}")
+        check_size(folder, name, size)
     return {name: digest for name, (_, digest) in listed.items()}
 
 
 def require_contents(folder: Path) -> None:
     """Compare every byte with the listing: reads the whole folder. Raises `Damaged`, naming the file."""
     for name, digest in require_sizes(folder).items():
-        try:
-            found = files.sha256(folder / name)
-        except (OSError, BadFile) as error:
-            raise Damaged(f"{name} cannot be read ({first_line(error)})") from error
-        if found != digest:
-            raise Damaged(f"{name} does not have its SHA-256")
+        check_content(folder, name, digest)
+
+
+def check_size(folder: Path, name: str, size: int, within: Path | None = None) -> None:
+    """Compare the size of one file; `within` as for `files.open_regular`. Raises `Damaged`, naming the file."""
+    try:
+        # Opened as it will be read, so that a pipe or a device, and a link that leads out of `within`, is refused here.
+        found = files.regular_size(folder / name, within)
+    except FileNotFoundError as error:
+        raise Damaged(f"{name} is missing") from error
+    except BadFile as error:
+        raise Damaged(f"{name}: {error.reason}") from error
+    if found != size:
+        raise Damaged(f"{name} has {found} bytes instead of {size}")
+
+
+def check_content(folder: Path, name: str, digest: str, within: Path | None = None) -> None:
+    """Compare every byte of one file with its SHA-256; otherwise as `check_size`."""
+    try:
+        found = files.sha256(folder / name, within)
+    except (OSError, BadFile) as error:
+        raise Damaged(f"{name} cannot be read ({first_line(error)})") from error
+    if found != digest:
+        raise Damaged(f"{name} does not have its SHA-256")
 
 
 def _read(path: Path) -> dict[str, tuple[int, str]]:

@@ -25,6 +25,8 @@ DAMAGED = ".damaged"
 """Ending of the name under which a damaged file, or its damaged lines, are kept."""
 SAVING, REPLACED, REMOVING = "saving_", "replaced_", "removing_"
 """Prefixes of folders that only an interrupted program leaves behind."""
+LONGEST_NAME = 255
+"""Bytes of a file's name that file systems take."""
 LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 LFS_MOST_BYTES = 1024
 """The most that the specification of git-lfs allows a pointer to have."""

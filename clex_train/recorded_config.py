@@ -17,6 +17,8 @@ from clex_train.faults import first_line
 from clex_train.files import BadFile
 from clex_train.records import decode, read_yaml_mapping
 
+CONFIG = "config.yaml"
+"""The file's name, in a run folder and in each of its checkpoints."""
 INTERPOLATION = re.compile(r"(\\*)\$\{")
 REMEDY = "copy the run folder again, or choose another output_dir"
 RESTORE = (

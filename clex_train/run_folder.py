@@ -16,11 +16,11 @@ from clex_train.config import Config, Resume
 from clex_train.faults import NO_ROOM, first_line
 from clex_train.files import BadFile
 from clex_train.locks import Lock, try_lock
+from clex_train.recorded_config import CONFIG
 from clex_train.records import read_json
 
 logger = log.get(__name__)
 
-CONFIG = "config.yaml"
 LOCKS = "locks"
 FINAL = "final"
 WRITTEN_FIRST = (LOCKS, CONFIG, "environment.json")

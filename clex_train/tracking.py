@@ -28,6 +28,8 @@ logger = log.get(__name__)
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "torchdiffeq", "hydra-core", "flash-attn")
 
+MOST_ID = 256
+"""Bytes of the file with a run's id at wandb."""
 WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CLOUDS = ("api.wandb.ai", "api.forge.coreweave.com")
 
@@ -281,8 +283,10 @@ def _open_wandb(config: Config, run_dir: Path, run_id: str) -> WandbRun | None:
 def _wandb_id(path: Path) -> str:
     """The id of the run at wandb; a new one where there is none, or what is left of it is damaged."""
     if path.exists():
-        if known := WANDB_ID.fullmatch(path.read_text(encoding="utf-8", errors="replace").strip()):
-            return known[0]
+        with suppress(files.BadFile):
+            content = files.read_regular(path, within=path.parent, most=MOST_ID).decode("utf-8", "replace")
+            if known := WANDB_ID.fullmatch(content.strip()):
+                return known[0]
         logger.warning("%s: damaged, kept as %s; the run begins anew at wandb", path, files.set_aside(path).name)
     run_id = secrets.token_hex(4)
     # Durable before wandb hears of it: a run that is killed here must find its own wandb run again.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from clex_train.data.bos import adds_bos
 from clex_train.data.manifest import TokenizerInfo
 from clex_train.data.vocabulary import vocabulary_sha256
 from clex_train.faults import first_line
-from clex_train.files import is_lfs_pointer
+from clex_train.files import is_lfs_pointer, sha256
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -67,12 +66,8 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> TokenizerInfo:
         eos_id=int(tokenizer.eos_token_id),
         bos_token=None if tokenizer.bos_token is None else str(tokenizer.bos_token),
         bos_id=tokenizer.bos_token_id,
-        files={file.name: _sha256(file) for file in sorted(directory.iterdir()) if file.is_file()},
+        files={file.name: sha256(file) for file in sorted(directory.iterdir()) if file.is_file()},
     )
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _obstacle(directory: Path) -> str:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from clex_train import files
 from clex_train.checkpoint import manifest, writer
 from clex_train.checkpoint.manifest import Manifest
 from clex_train.checkpoint.store import Checkpoints, newest_config
@@ -234,7 +235,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_not_run(checkpoints, tm
     torch.save({"weights": torch.zeros(3), "extra": Harmful(ran)}, folder / name)
     genuine = manifest.read(checkpoints.folder / "step_10")
     sizes = {file: (folder / file).stat().st_size for file in genuine.files}
-    sums = {file: manifest.files.sha256(folder / file) for file in genuine.files}
+    sums = {file: files.sha256(folder / file) for file in genuine.files}
     forged = Manifest(**{**vars(genuine), "step": 15, "files": sizes, "sha256": sums})
     (folder / "manifest.json").write_text(forged.render())
     with pytest.raises(RunsCode, match=rf"{name}: refused, it would call posix.system; nothing was run"):

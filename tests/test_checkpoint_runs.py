@@ -10,6 +10,7 @@ import torch
 from composing import composed
 
 import train
+from clex_train import files
 from clex_train.checkpoint import manifest, writer
 from clex_train.checkpoint.untrusted import RunsCode
 from clex_train.cli import console
@@ -82,7 +83,7 @@ def test_code_in_a_checkpoint_is_refused_before_the_model_is_loaded(arguments, l
     (path,) = folder.glob("*model_states.pt")
     torch.save({"module": Harmful()}, path)
     genuine = json.loads((folder / "manifest.json").read_text())
-    genuine["files"][path.name], genuine["sha256"][path.name] = path.stat().st_size, manifest.files.sha256(path)
+    genuine["files"][path.name], genuine["sha256"][path.name] = path.stat().st_size, files.sha256(path)
     (folder / "manifest.json").write_text(manifest.Manifest(**genuine).render())
     monkeypatch.setattr("clex_train.modeling.load_for_training", None)
     with pytest.raises(RunsCode, match=r"refused, it would call posix\.system; nothing was run") as refused:

@@ -15,10 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from clex_train import distributed, files
+from clex_train import checksums, distributed
+from clex_train.checksums import Damaged
 from clex_train.config import Config
 from clex_train.data.identity import DataOrder, consumed, data_order, require_order
-from clex_train.faults import first_line
 from clex_train.files import BadFile, is_plain_name, read_regular
 from clex_train.records import Count, decode, parse_json
 
@@ -28,10 +28,6 @@ LARGEST = 2**22
 """Bytes of a manifest that are read at most; a file of a checkpoint takes some 200."""
 ONLY_SIZES = 1
 ADDED_IN_2 = ("config_hash", "versions", "sha256", "checksum")
-
-
-class Damaged(Exception):
-    """A checkpoint is not what was written; says in a few words what is wrong with which file."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +84,7 @@ def read(folder: Path) -> Manifest:
     if folder.name != f"step_{manifest.step}":
         raise Damaged(f"{MANIFEST} is that of step {manifest.step}")
     for name, size in manifest.files.items():
-        try:
-            # Opened as it will be read, so that a pipe, a device or a link to elsewhere is refused here.
-            found = files.regular_size(folder / name, within=folder)
-        except FileNotFoundError as error:
-            raise Damaged(f"{name} is missing") from error
-        except BadFile as error:
-            raise Damaged(f"{name}: {error.reason}") from error
-        if found != size:
-            raise Damaged(f"{name} has {found} bytes instead of {size}")
+        checksums.check_size(folder, name, size, within=folder)
     return manifest
 
 
@@ -106,12 +94,7 @@ def check_contents(folder: Path, manifest: Manifest, names: list[str]) -> None:
     Raises `Damaged`, naming the file.
     """
     for name in [name for name in names if name in manifest.sha256]:
-        try:
-            found = files.sha256(folder / name, within=folder)
-        except (OSError, BadFile) as error:
-            raise Damaged(f"{name} cannot be read ({first_line(error)})") from error
-        if found != manifest.sha256[name]:
-            raise Damaged(f"{name} does not have its SHA-256")
+        checksums.check_content(folder, name, manifest.sha256[name], within=folder)
 
 
 def check_compatible(path: Path, manifest: Manifest, expected: Manifest) -> None:

@@ -19,16 +19,18 @@ import torch
 
 from clex_train import distributed, files, log
 from clex_train.checkpoint import manifest, universal, untrusted
-from clex_train.checkpoint.manifest import Damaged, Manifest
+from clex_train.checkpoint.manifest import Manifest
 from clex_train.checkpoint.untrusted import RunsCode, without_code
 from clex_train.checkpoint.writer import BackgroundWriter, DirectWriter, Writer, Written, writing_with
+from clex_train.checksums import Damaged
 from clex_train.faults import NO_ROOM, RunStopped, first_line
 from clex_train.files import BadFile, make_folder, read_regular, sync_directory, write_atomically
+from clex_train.recorded_config import CONFIG
 from clex_train.settings.checkpoint import CheckpointConfig, OnFullDisk
 
 logger = log.get(__name__)
 
-ODE, CONFIG, LATEST = "ode.pt", "config.yaml", "latest"
+ODE, LATEST = "ode.pt", "latest"
 MOST_NAME = 256
 """Bytes of `latest`."""
 MOST_DIGITS = 18

@@ -23,15 +23,13 @@ from clex_train.evaluation import origin as origins
 from clex_train.evaluation import partial
 from clex_train.evaluation.partial import Partial
 from clex_train.evaluation.results import Origin, place
-from clex_train.files import unfinished
+from clex_train.files import LONGEST_NAME, unfinished
 from clex_train.modeling import LoadedModel
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
 from clex_train.settings.engine import EngineConfig, Offload, Precision
 from clex_train.settings.model import ModelConfig
 
-LONGEST_NAME = 255
-"""Bytes of a file's name that file systems take."""
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.py")
 
 logger = log.get(__name__)
@@ -268,11 +266,16 @@ def load(asked: LoadingConfig, model: ModelConfig) -> tuple[LoadedModel, torch.d
 def run_config(run: Path) -> Config:
     """The configuration of a finished run; `ValueError` says what is missing."""
     require(run.is_dir(), "run", run, "no such folder; give the output_dir of a training run")
-    require((run / "config.yaml").exists(), "run", run, "not a run folder (no config.yaml); use model=DIR for a model")
+    require(
+        (run / recorded_config.CONFIG).exists(),
+        "run",
+        run,
+        "not a run folder (no config.yaml); use model=DIR for a model",
+    )
     finished = (run / "final").is_dir()
     require(finished, "run", run, "not finished (no final/); start the same training command again, it continues")
     require_whole(run)
-    return recorded_config.read(run / "config.yaml")
+    return recorded_config.read(run / recorded_config.CONFIG)
 
 
 def require_whole(run: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from clex_train import distributed, log
 from clex_train.evaluation.results import LARGEST
 from clex_train.faults import first_line
-from clex_train.files import BadFile, unfinished, write_atomically
+from clex_train.files import LONGEST_NAME, BadFile, unfinished, write_atomically
 from clex_train.records import read_json
 
 FORMAT = 1
@@ -29,7 +29,6 @@ LEAST_SECONDS = 0.2
 """Between two writes for pieces of a cell."""
 WRITES = 50
 """Time between those writes in units of what the last one took: at most 2 % of the time goes into them."""
-LONGEST_NAME = 255
 
 Decoded = TypeVar("Decoded")
 

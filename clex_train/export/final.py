@@ -1,6 +1,5 @@
 """`final/`: the trained model as one Hugging Face directory, with the ODE, its table and the tokenizer beside it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,14 @@ import torch
 
 from clex_train import checksums, distributed, log, model_directory, weight_files
 from clex_train.faults import first_line
-from clex_train.files import complete_or_absent
+from clex_train.files import BadFile, complete_or_absent
 from clex_train.modeling import LoadedModel, bars_on_a_terminal
+from clex_train.records import read_json
 
 logger = log.get(__name__)
+
+LARGEST = 2**28
+"""Bytes of a JSON file of a model, such as tokenizer.json, that are read at most."""
 
 
 def write_final(directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Tensor], tokenizer: Any) -> None:
@@ -65,8 +68,8 @@ def _require_readable(directory: Path) -> None:
     """Look for damage in what an earlier version wrote, without sums: in JSON files and in the headers of weights."""
     for path in sorted(directory.glob("*.json")):
         try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            read_json(path, most=LARGEST)
+        except (FileNotFoundError, BadFile) as error:
             raise checksums.Damaged(f"{path.name} is no JSON") from error
     try:
         for path in {*weight_files.files(directory), *directory.glob("*.safetensors")}:

@@ -23,13 +23,14 @@ from clex_train.evaluation.results import Origin, Results, TaskScore
 from clex_train.files import BadFile, open_regular
 from clex_train.metrics_log import LONGEST_LINE, parse
 from clex_train.model_directory import TABLE
+from clex_train.recorded_config import CONFIG
 from clex_train.records import decode, read_json
-from clex_train.run_folder import CONFIG
+from clex_train.run_folder import FINAL
 from clex_train.scaling.table import FrequencyTable
 
 logger = log.get(__name__)
 
-EVALUATIONS, FINAL, METRICS, ENVIRONMENT = "evaluation", "final", "metrics.jsonl", "environment.json"
+EVALUATIONS, METRICS, ENVIRONMENT = "evaluation", "metrics.jsonl", "environment.json"
 
 
 @dataclass(frozen=True)

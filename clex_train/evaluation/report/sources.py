@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clex_train.evaluation.report.evidence import FINAL, TrainingRun, run_folder
+from clex_train.evaluation.report.evidence import TrainingRun, run_folder
 from clex_train.evaluation.results import Origin
+from clex_train.run_folder import FINAL
 
 UNKNOWN = "not recorded"
 

@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,18 @@ from clex_train.evaluation.report.evidence import Evidence
 from clex_train.evaluation.report.figures.figure import Absent, Figure
 from clex_train.evaluation.report.sources import Source, of_evaluation, of_training
 from clex_train.evaluation.report.table import Curve, Table
-from clex_train.files import make_folder, write_atomically
+from clex_train.evaluation.results import LARGEST
+from clex_train.files import BadFile, make_folder, write_atomically
+from clex_train.records import read_record
 
 INDEX, MARKDOWN, JSON = "index.html", "perplexity.md", "report.json"
+
+
+@dataclass(frozen=True)
+class _Former:
+    """What is read of an earlier report."""
+
+    figures: list[dict[str, Any]]
 
 
 def write(evidence: Evidence, folder: Path, command: Sequence[str]) -> str:
@@ -106,11 +115,10 @@ def _facts(source: Source) -> dict[str, str]:
 def _remove_former(folder: Path, kept: set[str]) -> None:
     """Only what an earlier report says that it wrote is removed."""
     try:
-        former = json.loads((folder / JSON).read_text(encoding="utf-8"))
-        figures = former["figures"]
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        former = read_record(folder / JSON, _Former, within=folder, most=LARGEST)
+    except (FileNotFoundError, BadFile):
         return
-    for figure in figures:
+    for figure in former.figures:
         name = Path(str(figure.get("file"))).name
         if name.endswith(".png") and name.removesuffix(".png") not in kept:
             (folder / name).unlink(missing_ok=True)

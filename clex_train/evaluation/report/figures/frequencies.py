@@ -15,11 +15,12 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from clex_train.evaluation.report.evidence import FINAL, Evidence, TrainingRun
+from clex_train.evaluation.report.evidence import Evidence, TrainingRun
 from clex_train.evaluation.report.figures import canvas as page
 from clex_train.evaluation.report.figures.canvas import Canvas, Line
 from clex_train.evaluation.report.figures.figure import Absent, Figure
 from clex_train.evaluation.report.sources import of_training
+from clex_train.run_folder import FINAL
 from clex_train.scaling.baselines import ntk_table, pi_table
 from clex_train.scaling.table import FrequencyTable, as_grid
 
