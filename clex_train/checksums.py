@@ -5,6 +5,7 @@ Hugging Face ignore the file, and files that a user adds later are not in it.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def write(folder: Path) -> None:
 
 def has(folder: Path) -> bool:
     """Tell whether a folder has a listing; those of earlier versions have none."""
-    return (folder / NAME).exists()
+    # A link that leads nowhere too: it is a damaged listing, not none.
+    return os.path.lexists(folder / NAME)
 
 
 def require_sizes(folder: Path) -> dict[str, str]:

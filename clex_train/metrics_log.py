@@ -84,21 +84,30 @@ def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
 
     The file is written anew only where that changes it.
     """
-    lines: list[bytes] = []
-    if path.exists():
-        with files.open_regular(path) as file:
-            lines = file.readlines()
+    lines = _lines(path)
     rows = [parse(line) for line in lines]
     damaged = [line for line, row in zip(lines, rows, strict=True) if row is None]
     kept = [(line, row) for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= step]
     if damaged:
         aside = path.with_name(path.name + files.DAMAGED)
-        earlier = aside.read_bytes() if aside.exists() else b""
-        files.write_atomically(aside, earlier + b"".join(line.rstrip(b"\n") + b"\n" for line in damaged))
+        every = [*_lines(aside), *(line.rstrip(b"\n") + b"\n" for line in damaged)]
+        files.write_atomically(aside, b"".join(every))
         logger.warning("%s: lines that cannot be read: %d; they are kept in %s", path, len(damaged), aside.name)
     if len(kept) < len(lines):
         files.write_atomically(path, b"".join(line for line, _ in kept))
     return [row for _, row in kept]
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Read the lines of a log; none where there is no file, or where something else in its place is set aside."""
+    try:
+        with files.open_regular(path, within=path.parent) as file:
+            return file.readlines()
+    except FileNotFoundError:
+        return []
+    except files.BadFile as error:
+        logger.warning("%s; kept as %s, a new file begins", error, files.set_aside(path).name)
+        return []
 
 
 def parse(line: bytes) -> dict[str, Any] | None:

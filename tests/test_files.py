@@ -121,6 +121,22 @@ def test_a_listing_cannot_name_what_lies_outside(listed, name):
         checksums.require_sizes(listed)
 
 
+@pytest.mark.parametrize("place", ["pipe", "link", "dangling"])
+def test_a_listing_or_a_listed_file_that_is_no_regular_file_of_the_folder_is_damage(listed, place):
+    for name in (checksums.NAME, "config.json"):
+        (listed / name).rename(listed.parent / name)
+        if place == "pipe":
+            os.mkfifo(listed / name)
+        else:
+            (listed / name).symlink_to("/dev/zero" if place == "link" else listed.parent / "nothing")
+        assert checksums.has(listed)
+        with pytest.raises(checksums.Damaged, match=name):
+            checksums.require_contents(listed)
+        (listed / name).unlink()
+        (listed.parent / name).rename(listed / name)
+    checksums.require_contents(listed)
+
+
 def test_new_folders_reach_the_disk_with_their_names(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(files, "sync_directory", synced.append)

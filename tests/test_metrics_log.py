@@ -1,6 +1,7 @@
 """A damaged metrics.jsonl costs its damaged lines and nothing else."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -38,6 +39,25 @@ def test_a_line_that_cannot_be_read_is_set_aside_with_one_line(tmp_path, caplog,
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == bad + b"\n"
     (said,) = [record.message for record in caplog.records]
     assert said == f"{path}: lines that cannot be read: 1; they are kept in metrics.jsonl.damaged"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.damaged"])
+@pytest.mark.parametrize("place", ["pipe", "link", "dangling"])
+def test_a_log_that_is_a_pipe_or_leads_out_of_its_folder_is_set_aside_unread(tmp_path, caplog, name, place):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    outside.write_bytes(LINES[0])
+    (run / "metrics.jsonl").write_bytes(b"no row\n")
+    (run / name).unlink(missing_ok=True)
+    if place == "pipe":
+        os.mkfifo(run / name)
+    else:
+        (run / name).symlink_to(outside if place == "link" else tmp_path / "nothing")
+    MetricsLog(run / "metrics.jsonl", 6).close()
+    assert caplog.records[0].message.endswith(f"; kept as {name}.damaged, a new file begins")
+    assert (run / "metrics.jsonl").read_bytes() == b""
+    assert outside.read_bytes() == LINES[0]
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_a_last_line_that_a_kill_cut_short_is_set_aside_even_if_it_reads_well(tmp_path):

@@ -157,6 +157,23 @@ def test_a_damaged_file_is_named_in_a_line_and_replaced(tmp_path, caplog, conten
     assert resume(tmp_path / "x.json", FACTS).cells == {"cell": 1}
 
 
+def test_a_partial_file_that_is_a_pipe_or_leads_elsewhere_is_not_read(tmp_path, caplog) -> None:
+    folder, outside = tmp_path / "evaluation", tmp_path / "outside"
+    kept = resume(folder / "x.json", FACTS)
+    kept.finish({"cell": 1})
+    assert kept.path is not None
+    kept.path.rename(outside)
+    os.mkfifo(kept.path)
+    assert resume(folder / "x.json", FACTS).cells == {}
+    kept.path.unlink()
+    kept.path.symlink_to(outside)
+    again = resume(folder / "x.json", FACTS)
+    assert again.cells == {}
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [f"{kept.path}: damaged"] * 2
+    again.finish({"cell": 2})
+    assert resume(folder / "x.json", FACTS).cells == {"cell": 2}
+
+
 def test_ill_typed_cells_and_pieces_are_computed_again(model, tmp_path) -> None:
     kept, whole = resume(tmp_path / "x.json", FACTS), model.run()
     kept.finish({"perplexity/none/one_shot/16": {"method": 3}, "perplexity/none/chunked/16": None})
