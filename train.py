@@ -150,6 +150,9 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     if first_step == config.optim.steps and _is_finished(asked, checkpoints, kept):
         return first_step
     lines = list(data.describe(stores, packed, config.data, config.optim, held_out if evaluated else None))
+    if distributed.is_main():
+        # Before the block invites to make it.
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
     say_what_is_ahead(config, trained, context, settings, lines, first_step)
     data.warn_of_repetition(packed, config.data, config.optim)
     engines.open_process_group(config.engine)
@@ -209,7 +212,6 @@ def _write_records(config: configuration.Config, kept: Path | None, first_step: 
     if first_step:
         run_folder.restore_config(config, kept)
     run_folder.write_config(config)
-    (run_dir / STOP_FILE).unlink(missing_ok=True)
     tracking.write_environment(run_dir, first_step, fingerprint)
 
 

@@ -85,8 +85,8 @@ def stand_in(model: ModelConfig) -> ModelConfig:
         not _is_local(model.path),
         "model.path",
         model.path,
-        f"no such directory, and model.config={model.config} is the architecture of {shown}, not of it; copy the "
-        "config.json of yours here and name its directory by model.config",
+        f"no such directory; for a plan without the model, copy its config.json here and name the directory of that "
+        f"by model.config ({model.config} is the architecture of {shown})",
     )
     # A hub name: its own config.json is small enough to fetch.
     return dataclasses.replace(model, config=None)
@@ -99,7 +99,7 @@ def warn_of_unused_config(model: ModelConfig) -> None:
     shown = _shown(model.config) or str(_shipped(model.config))
     if not _is_name_of(shown, model.path):
         logger.info(
-            "model.config=%s (the architecture of %s) is left unread: model.path=%s has a config.json of its own",
+            "model.config=%s (the architecture of %s) is not used: model.path=%s has its own config.json",
             model.config,
             shown,
             model.path,

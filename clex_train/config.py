@@ -187,11 +187,13 @@ def check_protocols(config: Config) -> None:
 def check_reach(config: Config, context_len: int) -> None:
     """`ValueError` when a window to be evaluated is longer than the context that CLEX is trained to serve."""
     longest, scaling = config.evaluation.longest(), config.scaling
+    served = int(scaling.t_max * context_len)
     require(
-        scaling.name is not ScalingName.clex or config.evaluation.every < 0 or longest <= scaling.t_max * context_len,
-        "scaling.t_max",
-        scaling.t_max,
-        f"serves {scaling.t_max:g} * {context_len} tokens, the evaluation asks for {longest}; raise one or shorten",
+        scaling.name is not ScalingName.clex or config.evaluation.every < 0 or longest <= served,
+        "evaluation.lengths",
+        config.evaluation.lengths,
+        f"beyond scaling.t_max * L = {scaling.t_max:g} * {context_len} = {served} tokens; raise scaling.t_max, or "
+        "evaluation.lengths=[] takes lengths that follow from the model's L",
     )
 
 
@@ -247,6 +249,14 @@ def check_lambda_mask(config: Config) -> None:
 def check_positions(config: Config, context_len: int) -> None:
     """`ValueError` when rows do not fit into the positions that the scaling has for them."""
     scaling, row_len = config.scaling, config.data.seq_len
+    served = int(scaling.t_max * context_len)
+    require(
+        scaling.name is not ScalingName.clex or row_len <= served,
+        "data.seq_len",
+        row_len,
+        f"longer than the scaling.t_max * L = {scaling.t_max:g} * {context_len} = {served} tokens that CLEX serves; "
+        "data.seq_len=0 takes the model's L",
+    )
     require(
         scaling.name is not ScalingName.clex or scaling.positions is not Positions.plain or row_len <= context_len,
         "scaling.positions",

@@ -6,9 +6,8 @@ architecture itself.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +29,16 @@ from clex_train import (
 )
 from clex_train import config as configuration
 from clex_train.config import Config
-from clex_train.data.build import held_out, longest_document, mixture_line, packing_line, planned_passes
-from clex_train.data.manifest import MANIFEST
+from clex_train.data.build import (
+    describe,
+    held_out,
+    longest_document,
+    mixture_line,
+    pack,
+    packing_line,
+    planned_passes,
+    stores_here,
+)
 from clex_train.data.shards import part_len
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_embedding
@@ -42,7 +49,6 @@ from clex_train.engine.memory import Held
 from clex_train.opening import Batch, Subject
 from clex_train.scaling.clex import Clex
 from clex_train.settings.attention import AttentionImplementation
-from clex_train.settings.bounds import require
 from clex_train.settings.engine import EngineConfig
 from clex_train.settings.scaling import ScalingName
 
@@ -74,6 +80,8 @@ class Plan:
     parts: tuple[Part, ...]
     evaluation_cache: float
     """Bytes of the keys and values of the longest text that is evaluated while training goes on; 0 for none."""
+    stores: Mapping[str, TokenStore]
+    """Those that are on this machine, by domain."""
 
     def totals(self) -> tuple[float, float, float]:
         """Bytes on the device at each of `MOMENTS`."""
@@ -109,12 +117,13 @@ def make_plan(config: Config) -> Plan:
     architectures.warn_of_unused_config(model)
     if model.path and model_directory.has_weights(model.path):
         weights.check(model, arch)
-    _check_ids(config, arch)
+    stores = stores_here(config.data)
+    _check_ids(config, arch, stores)
     context = architectures.context_source(model, arch)
     context_len = context.length
     documents = held_out(config.data, config.evaluation.path)
     config = configuration.with_lengths(config, context_len, longest_document(documents))
-    _check_lengths(config, context_len)
+    configuration.check_reach(config, context_len)
     configuration.check_lambda_mask(config)
     configuration.check_positions(config, context_len)
     separation.check_document_mask(config, arch, context_len)
@@ -153,30 +162,19 @@ def make_plan(config: Config) -> Plan:
         on_gpu=on_gpu,
         parts=_parts(sharding, counts, footprint, clex, _document_mask(config, arch, dtype, settings)),
         evaluation_cache=0.0 if config.evaluation.every < 0 else _cache(arch, config.evaluation.longest(), dtype),
+        stores=stores,
     )
 
 
-def _check_ids(config: Config, arch: PretrainedConfig) -> None:
+def _check_ids(config: Config, arch: PretrainedConfig, stores: Mapping[str, TokenStore]) -> None:
     """Check that the embedding has every id of the stores on this machine; random weights take their vocabulary."""
-    paths = [config.data.path, *(domain.path for domain in config.data.domains.values())]
-    for path in filter(None, paths):
-        if config.model.is_pretrained and (Path(path) / MANIFEST).is_file():
-            check_embedding(TokenStore(path), architectures.embedding_rows(arch), architectures.name(config.model))
+    for store in stores.values():
+        if config.model.is_pretrained:
+            check_embedding(store, architectures.embedding_rows(arch), architectures.name(config.model))
     documents = held_out(config.data, config.evaluation.path) if config.evaluation.every >= 0 else None
     if config.model.is_pretrained and documents is not None:
         key = "evaluation.path" if config.evaluation.path else "data.path"
         check_embedding(documents, architectures.embedding_rows(arch), architectures.name(config.model), key)
-
-
-def _check_lengths(config: Config, context_len: int) -> None:
-    longest = config.evaluation.longest()
-    served = int(config.scaling.t_max * context_len)
-    require(
-        config.scaling.name is not ScalingName.clex or longest <= served or config.evaluation.every < 0,
-        "evaluation.lengths",
-        config.evaluation.lengths,
-        f"beyond scaling.t_max * L = {config.scaling.t_max:g} * {context_len} = {served} tokens; raise scaling.t_max",
-    )
 
 
 def _document_mask(config: Config, arch: PretrainedConfig, dtype: torch.dtype, settings: dict[str, Any]) -> Part | None:
@@ -239,7 +237,7 @@ def _constant(name: str, held: Held) -> Part:
 def _summary(plan: Plan) -> Iterator[str]:
     config = plan.config
     yield f"plan of {config.name}"
-    yield from opening.training(config, plan.subject, plan.batch, _data(config))
+    yield from opening.training(config, plan.subject, plan.batch, _data(config, plan.stores))
     trainable = "all" if plan.counts.trainable == plan.counts.total else f"{plan.counts.trainable:,}"
     yield opening.labelled("trained", f"{trainable} parameters, and {plan.num_ode_parameters:,} of the ODE in float32")
     if not config.model.is_pretrained:
@@ -251,10 +249,17 @@ def _summary(plan: Plan) -> Iterator[str]:
     yield opening.labelled("output", config.output_dir)
 
 
-def _data(config: Config) -> Iterator[str]:
-    """Describe the data by its configuration alone: no store is needed for a plan."""
+def _data(config: Config, stores: Mapping[str, TokenStore]) -> Iterator[str]:
+    """Describe what the run reads as the run does, or by its configuration where a store is on another machine."""
     data = config.data
-    yield opening.labelled("data", data.path or (", ".join(data.domains) if data.domains else "no store is named"))
+    if len(stores) == max(1, len(data.domains)):
+        documents = held_out(data, config.evaluation.path) if config.evaluation.every >= 0 else None
+        lines = describe(stores, pack(stores, data), data, config.optim, documents)
+        yield from (opening.labelled(label, text) for label, text in lines)
+        return
+    named = ", ".join(data.domains) or data.path
+    missing = "not all of it on this machine" if data.domains else "not on this machine"
+    yield opening.labelled("data", f"{named} ({missing}: not checked)" if named else "no store is named")
     yield opening.labelled("packing", packing_line(data))
     if data.domains:
         yield opening.labelled("mixture", mixture_line(data))

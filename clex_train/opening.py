@@ -84,7 +84,7 @@ def training(config: Config, subject: Subject, batch: Batch, data: Iterable[str]
     yield from model(subject)
     yield labelled("scaling", _scaling(config, subject.context_len))
     yield from data
-    yield from _steps(config, batch)
+    yield from _steps(config, batch, subject.context_len)
     yield labelled("engine", _engine(config, batch))
     yield labelled("evaluation", _evaluation(config, subject.context_len))
 
@@ -109,16 +109,16 @@ def _counted(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def _steps(config: Config, batch: Batch) -> Iterator[str]:
+def _steps(config: Config, batch: Batch, context_len: int) -> Iterator[str]:
     rows, seq_len, optim = config.optim.batch_rows, config.data.seq_len, config.optim
-    yield labelled(
-        "batch",
-        f"{rows:,} sequences * {seq_len:,} tokens = {rows * seq_len:,} tokens a step: {_readers(config, batch)} * "
-        f"{_counted(batch.micro_batch, 'sequence')} * {_counted(batch.accumulation, 'micro-batch', 'micro-batches')}",
-    )
+    in_contexts = "" if seq_len == context_len else f" ({seq_len / context_len:g} L)"
+    sequences = f"{_counted(rows, 'sequence')} * {seq_len:,} tokens{in_contexts}"
+    each = f"{_counted(batch.micro_batch, 'sequence')} * {_counted(batch.accumulation, 'micro-batch', 'micro-batches')}"
+    tokens = f"{rows * seq_len:,} tokens a step"
+    yield labelled("batch", f"{sequences} = {tokens}: {_readers(config, batch)} * {each}")
     yield labelled("steps", f"{optim.steps:,}, in all {rows * seq_len * optim.steps:,} tokens")
-    warmup = round(optim.warmup * optim.steps)
-    yield labelled("optimizer", f"AdamW, lr {optim.lr:g}, {optim.schedule.value} after {warmup:,} warm-up steps")
+    warmup = _counted(round(optim.warmup * optim.steps), "warm-up step")
+    yield labelled("optimizer", f"AdamW, lr {optim.lr:g}, {optim.schedule.value} after {warmup}")
 
 
 def _readers(config: Config, batch: Batch) -> str:

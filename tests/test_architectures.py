@@ -116,7 +116,7 @@ def test_a_config_beside_the_path_of_another_model_is_said_to_have_no_effect(tmp
         "model.config=conf/model/architectures/tiny",
         f"model.config={tmp_path}/other",
     ]
-    assert all(f"is left unread: model.path={tmp_path} has" in line for line in caplog.messages)
+    assert all(f"is not used: model.path={tmp_path} has" in line for line in caplog.messages)
 
 
 def test_the_library_takes_the_same_length():

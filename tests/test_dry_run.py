@@ -190,10 +190,10 @@ def test_the_shipped_architecture_stands_in_for_its_own_model_alone(tmp_path):
     elsewhere = plan_of("+experiment=llama2_7b_clex", "model.path=/models/Llama-2-7b-hf")
     assert elsewhere.counts.total == 6_738_415_616
     with pytest.raises(
-        ValueError, match=r"model\.path=/models/mine: no such directory, .* of meta-llama/Llama-2-7b-hf"
+        ValueError, match=r"model\.path=/models/mine: no such directory; .* of meta-llama/Llama-2-7b-hf"
     ):
         plan_of("+experiment=llama2_7b_clex", "model.path=/models/mine")
-    with pytest.raises(ValueError, match=r"model\.path=/models/mine: no such directory, .* of runs/tiny_base/final"):
+    with pytest.raises(ValueError, match=r"model\.path=/models/mine: no such directory; .* of runs/tiny_base/final"):
         plan_of("model.path=/models/mine")
     # A user's own config.json, which does not say what it is of, is meant.
     shutil.copytree(CONF / "model/architectures/tiny", tmp_path / "mine")
@@ -209,6 +209,30 @@ def test_a_hub_name_that_cannot_be_fetched_is_not_planned_as_another_model():
         ValueError, match=r"model\.path=owner/other: no readable config\.json \(the hub cannot be reached"
     ):
         plan_of("+experiment=llama2_7b_clex", "model.path=owner/other")
+
+
+def test_a_store_on_this_machine_is_described_and_refused_as_by_a_run(capsys, tmp_path, tiny_store):
+    keys = ("+experiment=tiny_clex", "model=tiny", "data.seq_len=64", "evaluation.lengths=[64]", "dry_run=true")
+    dry_run.print_plan(composed(*keys, f"data.path={tiny_store}"))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"  data        {tiny_store}: ") and line.endswith(" epochs") for line in lines)
+    assert any(line.startswith(f"  held out    {tiny_store}") for line in lines)
+    with pytest.raises(ValueError, match=rf"^data\.path={tmp_path}: not a token store"):
+        plan_of(*keys, f"data.path={tmp_path}")
+    dry_run.print_plan(composed(*keys, "data.path=/not/here"))
+    assert "  data        /not/here (not on this machine: not checked)" in capsys.readouterr().out.splitlines()
+
+
+def test_a_presets_sequences_are_refused_beyond_what_another_model_serves():
+    keys = ("+experiment=llama2_7b_clex", "model=tiny", "evaluation=never", "engine.precision=fp32")
+    with pytest.raises(ValueError, match=r"^data\.seq_len=4096: longer than .* = 16 \* 128 = 2048 tokens that CLEX"):
+        plan_of(*keys)
+
+
+def test_sequences_of_more_than_l_tokens_are_said_in_the_plan(capsys):
+    keys = ("+experiment=tiny_clex", "data.seq_len=512", "evaluation=never", "dry_run=true")
+    dry_run.print_plan(composed(*keys))
+    assert " sequences * 512 tokens (4 L) = " in capsys.readouterr().out
 
 
 def test_ids_that_the_embedding_lacks_are_refused_where_the_store_is_there(tmp_path, tiny_store):
@@ -260,11 +284,18 @@ def test_the_command_prints_the_plan_in_seconds_without_deepspeed(tmp_path):
 
 def test_the_plan_names_packing_and_mixture_in_a_line_each(capsys):
     curriculum = "+data.weights_at={10: {book: 0, code: 30}}"
-    overrides = ("data=longcorpus", "data.packing=best_fit", "data.skip_rows=[3,10-19]", curriculum, "dry_run=true")
+    overrides = (
+        "data=longcorpus",
+        "data.seq_len=2048",
+        "data.packing=best_fit",
+        "data.skip_rows=[3,10-19]",
+        curriculum,
+        "dry_run=true",
+    )
     dry_run.print_plan(composed("+experiment=tiny_clex", *overrides))
     lines = capsys.readouterr().out.splitlines()
     (packing,) = (line for line in lines if line.startswith("  packing     "))
-    assert packing.startswith("  packing     best_fit: whole documents together in rows of 4,096 tokens")
+    assert packing.startswith("  packing     best_fit: whole documents together in rows of 2,048 tokens")
     assert packing.endswith("; 11 rows skipped")
     (mixture,) = (line for line in lines if line.startswith("  mixture     "))
     assert "book 40 %, arxiv 20 %, general 20 %, code 10 %, qa 5 %, paper 5 %; from step 10: book 0 %" in mixture

@@ -45,7 +45,7 @@ def test_a_run_names_weights_length_method_batch_steps_and_folder(first_lines, t
     assert block["context"].startswith("L = 32 tokens (")
     assert block["scaling"].startswith("clex: t from 1 to 4, L = 32: contexts up to 128 tokens; positions ")
     assert block["data"].startswith(f"{tiny_store}: ")
-    assert block["begin"] == "documents have BOS as the tokenizer does: no"
+    assert block["begin"] == "documents have no BOS, as the tokenizer does"
     assert block["batch"] == "8 sequences * 32 tokens = 256 tokens a step: 1 rank * 8 sequences * 1 micro-batch"
     assert block["steps"] == "20, in all 5,120 tokens"
     assert "lr 0.001, cosine after" in block["optimizer"]

@@ -166,7 +166,9 @@ OWN_LENGTH = ("model.context_len=null", "scaling=clex", "scaling.t_max=4")
 
 def test_the_length_is_that_of_the_path_whatever_the_preset_says(refusal, base):
     line = refusal(f"model.path={base}", *OWN_LENGTH, "evaluation.lengths=[64,512]")
-    assert line.startswith("scaling.t_max=4.0: serves 4 * 64 tokens, the evaluation asks for 512")
+    assert line.startswith(
+        "evaluation.lengths=[64, 512]: beyond scaling.t_max * L = 4 * 64 = 256 tokens; raise scaling.t_max"
+    )
 
 
 def test_random_weights_beside_a_path_that_has_some(refusal, base):

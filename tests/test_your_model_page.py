@@ -109,12 +109,17 @@ def test_the_evaluation_prints_a_row_for_each_method(outputs):
         assert re.search(rf"^{method}\s+\d", outputs[4], re.MULTILINE)
 
 
+def test_the_model_before_has_results_of_its_own(outputs, place):
+    assert re.search(r"^trained\s+\d", outputs[5], re.MULTILINE)
+    assert (place / "runs" / "mine_before" / "evaluation" / "mine_before.json").is_file()
+
+
 def test_the_answer_continues_the_prompt(outputs):
-    assert "In the beginning" in outputs[5]
+    assert "In the beginning" in outputs[6]
 
 
 def test_the_plan_for_eight_gpus_is_one(outputs):
-    assert "memory of one GPU of 8" in outputs[6]
+    assert "memory of one GPU of 8" in outputs[7]
 
 
 @pytest.mark.parametrize(

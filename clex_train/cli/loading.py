@@ -123,6 +123,8 @@ def locate(asked: LoadingConfig) -> Source:
     label = asked.label or _name(Path(asked.run or asked.path).resolve())
     folder = Path(asked.run) if asked.run else Path("runs") / label
     output = Path(asked.output) if asked.output else folder / "evaluation" / f"{label}.json"
+    if not asked.run and not asked.output:
+        _require_no_other_run(folder, Path(asked.path), label)
     if distributed.is_main():
         require_writable(output)
     context = architectures.context_source(model, arch)
@@ -132,6 +134,14 @@ def locate(asked: LoadingConfig) -> Source:
         context_source=context.source,
         label=label,
         output=output,
+    )
+
+
+def _require_no_other_run(folder: Path, model: Path, label: str) -> None:
+    """Refuse a folder of results that is a training run of another model, whose report would take them for its own."""
+    is_other = (folder / "config.yaml").is_file() and folder.resolve() not in model.resolve().parents
+    require(
+        not is_other, "label", label, f"{folder} is a training run, and model={model} is not of it; name another label"
     )
 
 

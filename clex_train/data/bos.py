@@ -80,5 +80,5 @@ def describe_bos(store: TokenStore) -> str:
     if store.manifest.bos is None:
         return "no BOS" if info.bos_id is None else "no BOS (the store was written before it could have one)"
     if info.adds_bos == store.bos:
-        return f"BOS as the tokenizer does: {'yes' if store.bos else 'no'}"
+        return f"{'a' if store.bos else 'no'} BOS, as the tokenizer does"
     return "BOS, though the tokenizer puts none" if store.bos else "no BOS, though the tokenizer puts one"

@@ -73,6 +73,17 @@ def open_stores(data: DataConfig) -> dict[str, TokenStore]:
     return stores
 
 
+def stores_here(data: DataConfig) -> dict[str, TokenStore]:
+    """Open those stores of `open_stores` that are on this machine, for a plan that needs none.
+
+    Raises:
+        ValueError: what is there is no store.
+    """
+    paths = {name: domain.path for name, domain in data.domains.items()} or {"": data.path}
+    here = {name: str(path) for name, path in paths.items() if path and Path(path).exists()}
+    return {name: _open_domain(name, path) if name else TokenStore(path) for name, path in here.items()}
+
+
 def _warn_of_unseen(stores: Mapping[str, TokenStore]) -> None:
     """Log each store of an earlier version, which has checksums of whole files alone."""
     from clex_train import distributed  # here: a program that only tokenises needs no torch
@@ -139,7 +150,7 @@ def describe(
     passes = passes_of_run(packed, data, optim)
     for name, rows in packed.items():
         store = f"{name}: {data.domains[name].path}" if name else str(data.path)
-        yield "data", f"{store}: {len(rows):,} sequences, read {passes[name]:.3g} times"
+        yield "data", f"{store}: {len(rows):,} sequences, {passes[name]:.3g} epochs"
         yield "begin", f"documents have {describe_bos(stores[name])}"
         yield "packing", f"{data.packing.value}: {rows.summary()}"
     if data.domains:

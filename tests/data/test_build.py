@@ -45,10 +45,10 @@ def test_passes_over_each_domain_are_reported_and_many_are_warned_of(
     packing = ("packing", "concat: 100 % of their tokens used, 0 documents cut, 1 documents a sequence")
     begin = ("begin", "documents have no BOS")
     assert list(build.describe(stores, packed, mixture, optim)) == [
-        ("data", f"book: {book}: 40 sequences, read 4.7 times"),
+        ("data", f"book: {book}: 40 sequences, 4.7 epochs"),
         begin,
         packing,
-        ("data", f"code: {code}: 40 sequences, read 1.55 times"),
+        ("data", f"code: {code}: 40 sequences, 1.55 epochs"),
         begin,
         packing,
         ("mixture", "book 75 %, code 25 %"),

@@ -42,7 +42,7 @@ def test_documents_are_what_hugging_face_makes_of_them_and_eos(
         assert found == [[*tokenizer(text)["input_ids"], store.eos_id] for text in LONG[:-1]]
         assert last.count(1) == int(has_bos)
         assert tokenizer.decode(last[int(has_bos) : -1]) == LONG[-1]
-        assert (store.bos, describe_bos(store)) == (has_bos, f"BOS as the tokenizer does: {'yes' if has_bos else 'no'}")
+        assert (store.bos, describe_bos(store)) == (has_bos, f"{'a' if has_bos else 'no'} BOS, as the tokenizer does")
 
 
 def test_always_and_never_overrule_the_tokenizer(
@@ -99,7 +99,7 @@ def test_sets_chosen_from_a_store_and_its_report_know_of_bos(
     assert all(document[0] == 1 for document in documents(chosen))
     inspect.run(InspectVerb(str(store.path), samples=7, rows=0))
     output = capsys.readouterr().out
-    assert "documents    BOS as the tokenizer does: yes" in output
+    assert "documents    a BOS, as the tokenizer does" in output
     assert "'<s>It was a bright" in output
 
 

@@ -172,6 +172,22 @@ def test_a_clex_run_is_evaluated_with_its_own_table_lengths_and_data(places, tmp
         assert f"error: lm_infinite_t={t}: t={t}: not on the table's grid" in capsys.readouterr().err
 
 
+def test_results_of_another_model_do_not_go_into_the_folder_of_a_run(places, tmp_path, monkeypatch, capsys) -> None:
+    """A report of that run would take them for its own; the run's own final/ is no other model."""
+    monkeypatch.chdir(tmp_path)
+    save_clex_model(tmp_path / "runs" / "mine" / "final")
+    (tmp_path / "runs" / "mine" / "config.yaml").write_text(as_yaml(Config()))
+    shutil.copytree(places["model"], tmp_path / "models" / "mine")
+    keys = (f"data={places['store']}", "lengths=[16]", "methods=[none]", "num_windows=2", "precision=fp32")
+    assert call(monkeypatch, "model=models/mine", *keys) == console.USER_ERROR
+    assert "label=mine: runs/mine is a training run, and model=models/mine is not of it" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "mine" / "evaluation").exists()
+    assert call(monkeypatch, "model=models/mine", *keys, "label=base") == 0
+    assert call(monkeypatch, "model=runs/mine/final", *keys) == 0
+    assert (tmp_path / "runs" / "base" / "evaluation" / "base.json").is_file()
+    assert (tmp_path / "runs" / "mine" / "evaluation" / "mine.json").is_file()
+
+
 def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "config.yaml").write_text(as_yaml(Config()))
     assert call(monkeypatch, f"run={tmp_path}") == console.USER_ERROR
