@@ -70,7 +70,7 @@ REACHED = (
     Reach(f"{_CACHE}:QuantizedLayer._dequantize", "quantised keys are turned", "moving t fails"),
     Reach(f"{_CACHE}:QuantizedLayer._quantize(axis)", "quantised keys are turned", "moving t fails"),
     Reach(f"{_CACHE}:QuantizedLayer@_pending_beam_idx", "rows of a beam search", "rows are turned wrongly", "5.20"),
-    Reach(f"{_CACHE}:BaseQuantizedLayer", "other quantised layers are refused", "their keys are not turned", "5.20"),
+    Reach(f"{_CACHE}:BaseQuantizedLayer", "other quantised layers are refused", "their keys are not turned", "5.21"),
     Reach(f"{_CACHE}:LinearAttentionCacheLayerMixin", "models with a recurrent state", "the import fails"),
     # Attention (attention.*, libraries.layers).
     Reach("transformers.configuration_utils:PretrainedConfig@_attn_implementation_internal",
