@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from clex_train.files import require_plain_name
 from clex_train.schema_docs import describe
 from clex_train.settings import duration
 from clex_train.settings.attention import AttentionConfig
@@ -100,13 +102,28 @@ def _refuse_unknown_of_domains(composed: DictConfig) -> None:
                 raise ValueError(f"data.domains.{name}.{key}: no such key; a domain has {' and '.join(known)}")
 
 
+def _check_names(config: Config) -> None:
+    """Refuse what leads out of the folders that are meant; not in the schema, which reads earlier runs too."""
+    require_plain_name("name", config.name, "it names the run's folder by default")
+    require(config.output_dir.strip() != "", "output_dir", repr(config.output_dir), "name the run's folder")
+
+
 def _check_between_groups(config: Config) -> None:
     model, engine, optim = config.model, config.engine, config.optim
+    _check_names(config)
     require(
         model.path is not None or model.config is not None,
         "model.path",
         model.path,
         "name a model directory or hub repository (or model.config alone for random weights)",
+    )
+    is_local = model.path is None or Path(model.path).is_dir()
+    where = "there is no model.path" if model.path is None else f"{model.path} is a folder on this machine"
+    require(
+        model.revision is None or not is_local,
+        "model.revision",
+        model.revision,
+        f"is of a hub repository, and {where}; leave the key out",
     )
     _check_data(config)
     require(

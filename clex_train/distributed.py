@@ -12,6 +12,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from clex_train import ranks
 from clex_train.faults import RunStopped, first_line
 from clex_train.settings.bounds import require
 
@@ -25,12 +26,12 @@ def is_open() -> bool:
 
 def rank() -> int:
     """Global rank; before the group is open, what the launcher put into the environment."""
-    return dist.get_rank() if is_open() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if is_open() else ranks.of_launch()[0]
 
 
 def world_size() -> int:
     """Number of ranks; before the group is open, what the launcher put into the environment."""
-    return dist.get_world_size() if is_open() else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if is_open() else ranks.of_launch()[1]
 
 
 def is_main() -> bool:
@@ -46,8 +47,8 @@ def device() -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    together = max(int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    local, visible = ranks.number("LOCAL_RANK", 0), torch.cuda.device_count()
+    together = max(ranks.number(name, 1, least=1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
     is_bound = visible == 1 and (together == 1 or _has_gpu_of_its_own(os.environ.get("CUDA_VISIBLE_DEVICES", "")))
     require(
         is_bound or max(local + 1, together) <= visible,

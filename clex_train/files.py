@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -16,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from clex_train import log
-from clex_train.faults import no_room
+from clex_train.faults import NO_ROOM, no_room
+from clex_train.settings.bounds import require, shortened
 
 logger = log.get(__name__)
 
@@ -30,6 +32,10 @@ LONGEST_NAME = 255
 LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 LFS_MOST_BYTES = 1024
 """The most that the specification of git-lfs allows a pointer to have."""
+LONGEST_NAME = 255
+"""Bytes of a file's name that file systems take."""
+LONGEST_LABEL = 200
+"""Bytes of a name that a user gives, to which endings such as `_2.json` are added."""
 LARGEST_RECORD = 16 * 2**20
 """Bytes of a small file (a manifest, a configuration, a log of evaluations) that are read at most by default."""
 
@@ -164,6 +170,35 @@ def set_aside(path: Path) -> Path:
 def is_plain_name(name: str) -> bool:
     """Return True for the name of an entry of a folder: no separator, no `..`, nothing that a terminal acts upon."""
     return name not in ("", ".", "..") and "/" not in name and name.isprintable()
+
+
+def require_plain_name(key: str, value: str, purpose: str) -> None:
+    """Raise `ValueError` for a name that leads out of its folder or names no file; `purpose` says what it becomes."""
+    fits = is_plain_name(value.strip()) and len(os.fsencode(value)) <= LONGEST_LABEL
+    remedy = f"{purpose}: a plain name of 1 to {LONGEST_LABEL} bytes, without slashes"
+    require(fits and value.isprintable(), key, shortened(value), remedy)
+
+
+def require_place(key: str, value: Path, folder: Path, beside: str = "") -> None:
+    """`ValueError` unless `folder` is there and can be written in, or can be made, for the output `value` of `key`.
+
+    Makes nothing that stays: the nearest folder that is there has to take a file. A full disk is an `OSError`. `beside`
+    is the name under which the output is written at first.
+    """
+    short = all(len(os.fsencode(name)) <= LONGEST_NAME for name in (*value.parts, beside))
+    remedy = f"a name of more than {LONGEST_NAME} bytes, which no disk takes; give a shorter one"
+    require(short, key, value, remedy)
+    folder = folder.absolute()
+    # Unlike `Path.exists`, False in a folder that may not be looked into.
+    there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    require(there.is_dir(), key, value, f"{there} is a file, not a folder; name another place")
+    require(os.access(there, os.W_OK | os.X_OK), key, value, f"{there} is read-only; name another place")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
+        raise ValueError(f"{key}={value}: {there} takes no files ({error.strerror}); name another place") from error
 
 
 def is_inside(name: str) -> bool:

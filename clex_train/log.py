@@ -1,7 +1,6 @@
 """Logging for programs of many ranks: rank 0 speaks at INFO, the others from WARNING on, each line with its rank."""
 
 import logging
-import os
 import re
 import sys
 import threading
@@ -12,7 +11,7 @@ from logging.handlers import MemoryHandler
 
 from tqdm import tqdm
 
-from clex_train import terminal
+from clex_train import ranks, terminal
 
 HELD_BACK = 10_000
 """Lines of a program that are kept before its opening block."""
@@ -47,7 +46,7 @@ class AboveBars(logging.StreamHandler):
 def setup() -> None:
     """Configure the root logger of an entry point once; library chatter below WARNING is silenced."""
     terminal.outlive("stderr")
-    rank = int(os.environ.get("RANK", "0"))
+    rank = ranks.shown()
     handler = _handler()
     handler.setFormatter(_Printable(f"%(asctime)s {f'[rank {rank}] ' if rank else ''}%(message)s", "%H:%M:%S"))
     # Passes every line on at once, but for those before the opening block.

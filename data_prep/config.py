@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from clex_train.files import require_plain_name
 from clex_train.settings.bos import Bos
 from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
 from clex_train.settings.data import Packing
@@ -69,6 +70,7 @@ class CorpusConfig:
     """A record that cannot be used stops the program (`error`), or is left out, logged and counted (`skip`)."""
 
     def __post_init__(self) -> None:
+        require_plain_name("corpus.name", self.name, "it names the outputs by default")
         require(
             0 <= self.validation_share <= 1, "corpus.validation_share", self.validation_share, "a share between 0 and 1"
         )

@@ -15,7 +15,7 @@ from clex_train.data.store import TokenStore
 from clex_train.data.writer import ShardWriter
 from clex_train.faults import NO_ROOM
 from data_prep.decontamination_report import Report
-from data_prep.partial import open_partial, publish
+from data_prep.partial import open_partial, publish, require_place_of_store
 
 _COPIED_TOKENS = 1 << 22
 _SHARD = "00000"
@@ -27,6 +27,7 @@ def require_writable(output: Path, overwrite: bool, inputs: Sequence[Path]) -> N
         raise ValueError(f"output={output}: a store that is read is not overwritten; choose another")
     if output.exists() and not overwrite:
         raise ValueError(f"output={output}: exists; choose another, or overwrite=true")
+    require_place_of_store(output)
 
 
 def write_decontaminated(report: Report, output: Path, overwrite: bool) -> None:

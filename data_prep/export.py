@@ -16,7 +16,7 @@ from clex_train import log
 from clex_train.files import publish
 from data_prep.config import CorpusVerb
 from data_prep.documents import documents, require_documents
-from data_prep.partial import disk_full_explained, require_writable
+from data_prep.partial import disk_full_explained, require_free, require_writable
 from data_prep.sources import Unit, plan
 from data_prep.utf8 import printable
 
@@ -30,8 +30,7 @@ def run(config: CorpusVerb) -> None:
         ValueError: the corpus cannot be read, or the output exists or is not writable.
     """
     output = Path(config.output)
-    if output.exists() and not config.overwrite:
-        raise ValueError(f"output={output}: exists; choose another file, or overwrite=true")
+    require_free(output, "file", config.overwrite)
     units = plan(config.corpus, 1 << 62)
     with disk_full_explained(output):
         _write(output, units, config)

@@ -12,7 +12,7 @@ from clex_train.data.bos import describe_bos
 from clex_train.data.manifest import SPLITS
 from clex_train.data.overlap import overlap
 from clex_train.data.store import TokenStore
-from clex_train.files import BadFile, sha256
+from clex_train.files import BadFile, require_place, sha256
 from clex_train.seeding import generator
 from clex_train.settings.bounds import require
 from data_prep import length_plot, row_samples
@@ -32,6 +32,8 @@ def run(config: InspectVerb) -> None:
     """
     require(config.store is not None, "store", config.store, "name the directory of a token store: store=corpora/books")
     store = _open(str(config.store))
+    if config.plot:
+        require_place("plot", Path(config.plot), Path(config.plot).parent)
     if config.verify:
         say(f"{verify(store)} files verified, every checksum is that of the manifest")
     say("\n".join(_summary(store)))

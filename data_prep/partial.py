@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -20,9 +19,10 @@ from clex_train import log
 from clex_train.data.manifest import MANIFEST, Manifest, partial_path, read_manifest
 from clex_train.data.writer import move_store
 from clex_train.faults import NO_ROOM
-from clex_train.files import BadFile, make_folder, write_atomically
+from clex_train.files import BadFile, make_folder, require_place, write_atomically
 from clex_train.locks import Lock, try_lock
 from clex_train.records import read_json
+from clex_train.settings.bounds import require
 from data_prep.shards import UNITS
 
 logger = log.get(__name__)
@@ -79,12 +79,26 @@ def open_partial(output: Path, settings: dict[str, Any], overwrite: bool) -> Ite
             raise
 
 
+def require_free(output: Path, wanted: str, overwrite: bool) -> None:
+    """`ValueError` if `output`, a "file" or "directory" as `wanted` says, exists and may not or cannot be replaced."""
+    if not os.path.exists(output):  # unlike that of a `Path`, no error for a name that is too long
+        return
+    require(overwrite, "output", output, f"exists; choose another {wanted}, or overwrite=true")
+    found = "directory" if output.is_dir() else "file"
+    require(found == wanted, "output", output, f"is a {found}, which no {wanted} replaces; choose another {wanted}")
+
+
+def require_place_of_store(output: Path) -> None:
+    """`ValueError` if no store can be written at `output`, before anything is read; makes nothing."""
+    with disk_full_explained(output):
+        require_place("output", output, output.parent, partial_path(output).name)
+
+
 def require_writable(output: Path) -> None:
     """Make the folder that `output` is to lie in; `ValueError` if it cannot be written."""
+    require_place("output", output, output.parent, output.name + ".partial")
     try:
         make_folder(output.parent)
-        if not os.access(output.parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         if error.errno in NO_ROOM:
             raise

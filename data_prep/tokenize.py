@@ -27,7 +27,7 @@ from data_prep.documents import in_words, require_documents
 from data_prep.encoding import load_tokenizer, save_tokenizer
 from data_prep.engines import choose
 from data_prep.held_out import LEAST, HeldOut, rule
-from data_prep.partial import disk_full_explained, is_done, open_partial, publish
+from data_prep.partial import disk_full_explained, is_done, open_partial, publish, require_place_of_store
 from data_prep.progress import Progress
 from data_prep.shards import Job, check_sources, load_result, run_units
 from data_prep.sources import Unit, plan
@@ -42,6 +42,7 @@ def run(config: TokenizeVerb) -> None:
         ValueError: the corpus, the tokenizer or the output cannot be used; the message names key or file, and remedy.
     """
     output = Path(config.output)
+    require_place_of_store(output)
     units = plan(config.corpus, config.shard_mb * 1_000_000)
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.trust_remote_code)
     bos = resolve(config.bos, tokenizer, "bos")

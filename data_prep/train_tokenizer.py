@@ -17,7 +17,7 @@ from clex_train.files import complete_or_absent
 from data_prep.config import CorpusConfig, TrainTokenizerVerb
 from data_prep.documents import documents
 from data_prep.held_out import rule
-from data_prep.partial import disk_full_explained, require_writable
+from data_prep.partial import disk_full_explained, require_free, require_writable
 from data_prep.sources import Unit, plan
 
 logger = log.get(__name__)
@@ -30,8 +30,7 @@ def run(config: TrainTokenizerVerb) -> None:
         ValueError: the corpus cannot be read or has too little text, or the output exists or is not writable.
     """
     output = Path(config.output)
-    if output.exists() and not config.overwrite:
-        raise ValueError(f"output={output}: exists; choose another directory, or overwrite=true")
+    require_free(output, "directory", config.overwrite)
     units = plan(config.corpus, 1 << 62)
     logger.info("train a tokenizer of %d tokens on corpus %s into %s", config.vocab_size, config.corpus.name, output)
     with disk_full_explained(output):

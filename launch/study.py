@@ -30,6 +30,7 @@ if __name__ == "__main__":
     stages.listen()
 
 from clex_train import terminal
+from clex_train.files import require_place
 from clex_train.stopping import Interrupted
 from data_prep.config import Format
 from data_prep.sources import expand
@@ -88,7 +89,7 @@ def main() -> int:
     study = Study(asked.books, asked.out, asked.seeds, asked.smoke, asked.only)
     os.chdir(ROOT)
     try:
-        require_books(study)
+        require_usable(study)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -116,8 +117,9 @@ def at_least_one(text: str) -> int:
     return number
 
 
-def require_books(study: Study) -> None:
-    """`ValueError` where the store is still to be made and there are no files to make it of."""
+def require_usable(study: Study) -> None:
+    """`ValueError` where nothing can be written, or the store is still to be made and there are no files for it."""
+    require_place("--out", study.out, study.out)
     try:
         if not study.store.exists():
             expand([study.books], Format.auto)

@@ -85,7 +85,7 @@ def test_longrope_begins_at_its_original_length():
     ],
 )
 def test_l_is_asked_for_where_a_scaling_leaves_it_open(config):
-    with pytest.raises(ValueError, match=r"^model\.context_len=None: the config scales RoPE by .* set the length"):
+    with pytest.raises(ValueError, match=r"^model\.context_len: the config scales RoPE by .* set the length"):
         source(config)
     assert source(config, context_len=1000) == (1000, "model.context_len")
     assert architectures.own_context(ModelConfig(path="a/b"), config) is None
@@ -93,7 +93,7 @@ def test_l_is_asked_for_where_a_scaling_leaves_it_open(config):
 
 def test_a_program_that_evaluates_asks_for_its_own_key():
     model = EvaluatedModel(path="a/b")
-    with pytest.raises(ValueError, match=r"^context_len=None: the config scales RoPE by "):
+    with pytest.raises(ValueError, match=r"^context_len: the config scales RoPE by "):
         architectures.context_source(model, scaled("linear", stated=64, factor=4.0))
     with pytest.raises(ValueError, match=r"^context_len=1: at least 2"):
         EvaluatedModel(path="a/b", context_len=1)

@@ -144,3 +144,29 @@ def test_new_folders_reach_the_disk_with_their_names(tmp_path, monkeypatch):
     files.make_folder(tmp_path / "a" / "b")
     assert synced == [tmp_path, tmp_path / "a"]
     assert os.listdir(tmp_path / "a") == ["b"]
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "a/b", "../x", "/x", "a\nb", "a\x00b", "x" * 201])
+def test_a_name_that_is_not_plain_is_refused_in_one_line(name):
+    with pytest.raises(ValueError, match=r"^label=.*: a use: a plain name of 1 to 200 bytes") as refusal:
+        files.require_plain_name("label", name, "a use")
+    assert len(str(refusal.value).splitlines()) == 1
+    assert len(str(refusal.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["x", "2024 (1)", "caf\u00e9", "...", "x" * 200])
+def test_a_plain_name_is_taken(name):
+    files.require_plain_name("label", name, "a use")
+
+
+def test_a_place_that_takes_no_output_is_refused_and_nothing_is_made(tmp_path):
+    (tmp_path / "file").touch()
+    for place, reason in (
+        (tmp_path / "file" / "x", "file is a file, not a folder"),
+        (Path("/proc/nope/x"), r"/proc (is read-only|takes no files \(.*\))"),
+        (tmp_path / ("x" * 256), "a name of more than 255 bytes"),
+    ):
+        with pytest.raises(ValueError, match=f"^output={place}: .*{reason}"):
+            files.require_place("output", place, place.parent)
+    files.require_place("output", tmp_path / "a" / "b" / "c", tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

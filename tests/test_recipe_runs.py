@@ -267,7 +267,7 @@ def test_a_clex_field_is_not_dropped(run, base):
         (("scaling=clex", "scaling.factor=4"), r"^scaling\.factor=4\.0: scaling=clex has none"),
         (("scaling=clex", "scaling.positions=plain", "data.seq_len=128"), r"^scaling\.positions=plain: rows of 128"),
         (("scaling=yarn", "scaling.log_scale=eval"), r"^scaling\.log_scale=eval: the stock config\.json"),
-        (("scaling=longrope",), r"^scaling\.longrope_factors=None: longrope needs them"),
+        (("scaling=longrope",), r"^scaling\.longrope_factors: longrope needs them"),
         (("scaling=longrope", "scaling.longrope_factors=/none.json"), r"^scaling\.longrope_factors=/none\.json: "),
         (("scaling=theta", "scaling.rope_theta=1"), r"^scaling\.rope_theta=1\.0: greater than 1"),
     ],

@@ -50,7 +50,7 @@ def test_rows_longer_than_the_store(refusal):
     ("methods", "line"),
     [
         ("[trained,clex]", "methods=['trained', 'clex']: this model holds no CLEX"),
-        ("[longrope]", "evaluation.longrope_factors=None: model_type=llama has no longrope factors"),
+        ("[longrope]", "evaluation.longrope_factors: model_type=llama has no longrope factors"),
     ],
 )
 def test_an_evaluation_by_a_method_that_the_model_cannot_have(refusal, methods, line):
@@ -131,8 +131,8 @@ def test_a_mixture_that_cannot_be_read(refusal, tiny_store):
     ("overrides", "line"),
     [
         (["data.path=x", "+data.domains={a: {path: y}}"], "data.path=x: one store or several"),
-        (["data.path=null", "+data.domains={a: {path: y}}"], "evaluation.path=None: a mixture has no validation split"),
-        (["data.path=null", "+data.domains={a: {weight: 2}}"], "data.domains.a.path=None: name the token store"),
+        (["data.path=null", "+data.domains={a: {path: y}}"], "evaluation.path: a mixture has no validation split"),
+        (["data.path=null", "+data.domains={a: {weight: 2}}"], "data.domains.a.path: name the token store"),
         (["data=longcorpus", "+data.domains.qa.wieght=2"], "data.domains.qa.wieght: no such key"),
     ],
 )

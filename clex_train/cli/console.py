@@ -31,8 +31,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from clex_train import log, stopping, versions
-from clex_train.cli import config_files, overrides
+from clex_train import log, ranks, stopping, versions
+from clex_train.cli import config_files, flags, overrides
 from clex_train.faults import RankLost, RunStopped, StopRequested, first_line, no_room
 from clex_train.stopping import Interrupted
 
@@ -99,7 +99,7 @@ def _interrupted(interrupt: KeyboardInterrupt, kept: str) -> int:
     """Say once, on rank 0, which signal ended the program; returns the exit code."""
     # Without a watch, or where a library took SIGINT over, it is Python's own.
     own = interrupt if isinstance(interrupt, Interrupted) else Interrupted(signal.SIGINT)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if ranks.shown() == 0:
         print(f"{own}; {kept}", file=sys.stderr)
     with suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -115,12 +115,13 @@ def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type 
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
         say(help_text())
         return 0
-    if int(os.environ.get("RANK", "0")) == 0:
+    if ranks.shown() == 0:
         for line in versions.untested():
             logger.warning("%s", line)
     try:
         if schema is not None:
             config_files.require_few_values(sys.argv[1:])
+            sys.argv[1:] = flags.put_last(sys.argv[1:])
         main()
     except (_Failed, Exception) as raised:
         error = raised.error if isinstance(raised, _Failed) else raised
@@ -178,14 +179,14 @@ def _record(code: int) -> None:
 def report(error: Exception) -> int:
     """Print what the user can mend as one line, anything else with its traceback; returns the exit code."""
     if isinstance(error, StopRequested):
-        if int(os.environ.get("RANK", "0")) == 0:
+        if ranks.shown() == 0:
             print(log.printable(str(error)), file=sys.stderr)
         return GO_ON
     line, code = _classify(error)
     if line is None:
         traceback.print_exception(error)
         return FAULT
-    rank = int(os.environ.get("RANK", "0"))
+    rank = ranks.shown()
     if rank:
         # Most errors are those of every rank and rank 0 says them: then its launcher ends this rank meanwhile.
         time.sleep(PATIENCE)

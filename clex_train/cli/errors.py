@@ -28,6 +28,7 @@ RAISE = dis.opmap["RAISE_VARARGS"]
 
 REASONS = (
     (r"could not be converted to (\w+)", "should be of type {}"),
+    (r"Invalid value '(?:True|False)', expected one of \[(.*)\]", "should be one of {} (in quotes, in a YAML file)"),
     (r"expected one of \[(.*)\]", "should be one of {}"),
     (r"is not a valid bool", "should be true or false"),
     (r"is not Optional", "null is not allowed here"),
@@ -71,14 +72,21 @@ def _line(error: BaseException) -> str | None:
 
 
 def _missing_option(error: MissingConfigException) -> str:
-    group, _, option = str(error.missing_cfg_file).rpartition("/")
+    # The groups of conf/ are folders of one level: a slash after it is part of what was typed.
+    group, slash, option = str(error.missing_cfg_file).partition("/")
     options = list(error.options or ())
-    if not group:
+    if not slash:
         return _lines(error)[0]
+    if group in ("model", "data") and _is_like_a_path(option):
+        return f"{group}={option}: no such option; for a directory of your own: {group}.path={option}"
     like = [name for name in options if name.startswith(option)]
     remedy = f"did you mean {in_words(like)}?" if like else did_you_mean(option, options)
     every = f"take one of {in_words(options)}" if options else f"conf/{group} has no file {option}.yaml"
     return f"{group}={option}: no such option; {remedy or every}"
+
+
+def _is_like_a_path(option: str) -> bool:
+    return "/" in option or option.startswith((".", "~")) or Path(option).is_dir()
 
 
 def _from_omegaconf(error: BaseException) -> OmegaConfBaseException | None:

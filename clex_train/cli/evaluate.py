@@ -88,7 +88,7 @@ class EvaluateConfig(MethodConfig):
     data: str | None = None
     """Token store whose validation split is read; by default the run's. `model` needs one."""
     lengths: list[int] | None = None
-    """Window lengths in tokens; by default the run's, or 1, 2, 4, 8 and 16 times the model's context length."""
+    """Window lengths in tokens; by default the run's, or, as with an empty list, 1, 2, 4, 8 and 16 times L."""
     protocols: list[Protocol] | None = None
     """`one_shot`: windows of N, t fixed by N; `chunked` (official): chunks of L through the cache, t grows; `sliding`:
     windows moved by `stride`; `per_position`: nll against position; `last_k`: a window's last tokens alone;
@@ -215,14 +215,15 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     data = asked.data or config.evaluation.path or config.data.path
     require(data is not None, "data", data, "this run mixed several stores; name the one to evaluate on")
     store = TokenStore(str(data)).split("validation")
-    if not config.evaluation.lengths:
-        t_max = architectures.t_max_of_field(asked.path)
-        config.evaluation.lengths = default_lengths(source.context_len, t_max, longest_document(store))
     tokenizer = modeling.load_tokenizer(asked.path, source.model)
     check_tokenizer(store, tokenizer)
     num_rows = architectures.embedding_rows(architectures.to_read(source.model))
     check_embedding(store, num_rows, asked.path, "data")
-    spec = replace(config.evaluation, **given(asked, KEYS))
+    said = given(asked, KEYS)
+    if not said.get("lengths", config.evaluation.lengths):
+        t_max = architectures.t_max_of_field(asked.path)
+        said["lengths"] = default_lengths(source.context_len, t_max, longest_document(store))
+    spec = replace(config.evaluation, **said)
     bos_id = evaluation_bos_id(spec.bos, store, None if asked.run else tokenizer, "bos")
     check_bos(bos_id, num_rows, asked.path, "bos")
     warn_if_bos_differs(store, bos_id, "bos")

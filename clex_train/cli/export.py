@@ -20,9 +20,9 @@ if __name__ == "__main__":
 
     stopping.end_on_signals()
 
-from clex_train import architectures, log, modeling
+from clex_train import architectures, files, log, model_directory, modeling
 from clex_train.cli import arguments, console, loading
-from clex_train.export.official import write_official
+from clex_train.export.official import require_known, write_official
 from clex_train.settings.bounds import require
 from clex_train.settings.model import ModelConfig
 from clex_train.settings.scaling import LogScale
@@ -50,6 +50,7 @@ def main() -> None:
     """Export what the command line names; whatever can be refused is refused before weights are read."""
     asked = arguments.parse(ExportConfig, sys.argv[1:])
     source = _source(asked)
+    _require_known(asked.log_scale, source)
     output = Path(asked.output)
     print(log.printable(f"export {source} as {asked.format.value} to {output}"), file=sys.stderr, flush=True)
     loaded = modeling.load_for_evaluation(ModelConfig(path=str(source)), dtype="auto")
@@ -65,11 +66,10 @@ def usage() -> str:
 def _source(asked: ExportConfig) -> Path:
     """The model directory that is asked for; `ValueError` names the key that is missing or wrong."""
     require((asked.run is None) != (asked.model is None), "run", asked.run, "name either run=FOLDER or model=DIR")
-    require(asked.output is not None, "output", asked.output, "name the directory to write, output=DIR")
-    require(not Path(str(asked.output)).exists(), "output", asked.output, "exists already; name another directory")
-    if asked.log_scale is not None:
-        known = asked.log_scale in (LogScale.off, LogScale.official)
-        require(known, "log_scale", asked.log_scale.name, "the official layout knows off and official")
+    require(bool(asked.output), "output", asked.output or None, "name the directory to write, output=DIR")
+    output = Path(str(asked.output))
+    files.require_place("output", output, output.parent, files.SAVING + output.name)
+    require(not output.exists(), "output", asked.output, "exists already; name another directory")
     if asked.model is not None:
         require(architectures.has_field(asked.model), "model", asked.model, "no directory with a CLEX field in it")
         return Path(asked.model)
@@ -78,6 +78,14 @@ def _source(asked: ExportConfig) -> Path:
     loading.require_whole(Path(str(asked.run)))
     require(architectures.has_field(str(final)), "run", asked.run, "was trained without CLEX: it has nothing to export")
     return final
+
+
+def _require_known(asked: LogScale | None, source: Path) -> None:
+    """`ValueError` for a policy that the format does not know: `asked`, or the one that the model was trained with."""
+    if asked is not None:
+        require_known(asked)
+    elif model_directory.has_clex(source):
+        require_known(LogScale(model_directory.read_record(source).log_scale))
 
 
 if __name__ == "__main__":

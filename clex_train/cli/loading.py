@@ -6,7 +6,6 @@ that every rank has to run the same number of forwards. `offload_parameters=true
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from clex_train.evaluation import origin as origins
 from clex_train.evaluation import partial
 from clex_train.evaluation.partial import Partial
 from clex_train.evaluation.results import Origin, place
-from clex_train.files import LONGEST_NAME, unfinished
+from clex_train.files import require_place, require_plain_name, unfinished
 from clex_train.modeling import LoadedModel
 from clex_train.settings.attention import AttentionImplementation
 from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
@@ -98,6 +97,10 @@ class Source:
 def check(asked: LoadingConfig) -> None:
     """`ValueError` for keys that contradict each other or this machine."""
     require((asked.run is None) != (asked.model is None), "run", asked.run, "name either run=FOLDER or model=DIR")
+    if asked.label is not None:
+        require_plain_name("label", asked.label, "it names the file of results")
+    require(asked.output != "", "output", "''", "name a JSON file, or leave the key out")
+    _check_revision(asked)
     require_at_most(asked, "", {"context_len": MOST_TOKENS})
     require(asked.context_len is None or asked.context_len >= 2, "context_len", asked.context_len, "at least 2 tokens")
     require(
@@ -107,6 +110,13 @@ def check(asked: LoadingConfig) -> None:
         "it is the shares of sharded weights that go to the host; set sharded=true too",
     )
     modeling.check_attention(asked.attention, "attention")
+
+
+def _check_revision(asked: LoadingConfig) -> None:
+    """Refuse a revision that nobody would read, and the results would name."""
+    local = asked.run or (asked.model if asked.model and Path(asked.model).is_dir() else None)
+    remedy = f"is of a hub repository, and {local} is a folder on this machine; leave the key out"
+    require(asked.revision is None or local is None, "revision", asked.revision, remedy)
 
 
 def locate(asked: LoadingConfig) -> Source:
@@ -154,19 +164,12 @@ def _name(folder: Path) -> str:
 def require_writable(output: Path) -> None:
     """`ValueError` for a file that cannot be written, before hours are spent on what would go into it.
 
-    Makes nothing: the nearest folder that is there has to allow it.
+    Makes nothing.
     """
-    names = (*output.parts, unfinished(output).name)
-    short = max(len(os.fsencode(name)) for name in names) <= LONGEST_NAME
-    require(
-        short, "output", output, f"a name of more than {LONGEST_NAME} bytes, which no disk takes; give a shorter one"
-    )
+    require_place("output", output, output.parent, unfinished(output).name)
     require(not output.is_dir(), "output", output, "it is a folder; name a JSON file")
     regular = output.is_file() or not output.exists()
     require(regular, "output", output, "it is a device or a pipe, which a file would replace; name a JSON file")
-    there = next(folder for folder in output.absolute().parents if folder.exists())
-    require(there.is_dir(), "output", output, f"{there} is a file, not a folder; name another place")
-    require(os.access(there, os.W_OK | os.X_OK), "output", output, f"{there} is read-only; name another place")
 
 
 def say_what_is_ahead(program: str, asked: LoadingConfig, source: Source, lines: Iterable[str]) -> None:

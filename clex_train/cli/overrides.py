@@ -1,7 +1,8 @@
 """Rewrite `key=value` arguments so that text fields get the text as it was typed, and mappings take new names.
 
 Hydra and YAML give words types of their own: 2024_01_05 is the number 20240105, 1e3 is 1000.0 and `no` is false. The
-schema says which fields hold text; there the value is quoted before it is parsed. Values that are quoted already,
+schema says which fields hold text; there the value is quoted before it is parsed, and so is the name of a choice, where
+YAML would take `off` for false. Values that are quoted already,
 `null`, interpolations and Hydra's functions stay as they are.
 """
 
@@ -11,6 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -108,10 +110,10 @@ def _without_none(hint: Any) -> Any:
 
 def _as_typed(value: str, hint: Any, syntax: Syntax) -> str:
     """Quote the texts in `value`, as far as `hint` says that they are texts."""
-    if hint is str:
+    if hint is str or _is_choice(hint):
         items = _split(value, ",") if syntax.sweeps else []
         items = [item.strip() for item in items] if len(items) > 1 else [value]
-        return ",".join(item if _stays(item) else syntax.quote(item) for item in items)
+        return ",".join(item if _stays(item, hint) else syntax.quote(item) for item in items)
     body = value.strip()
     if typing.get_origin(hint) is list and body[:1] == "[" and body[-1:] == "]":
         (inner,) = typing.get_args(hint)
@@ -124,9 +126,11 @@ def _as_typed(value: str, hint: Any, syntax: Syntax) -> str:
 
 def _item(text: str, hint: Any, syntax: Syntax) -> str:
     """Quote one item of a list or mapping, where spaces around a text are not part of it."""
+    bare = text.strip()
+    if _is_choice(hint):
+        return text if _stays(bare, hint) else syntax.quote(bare)
     if hint is not str:
         return _as_typed(text, hint, syntax)
-    bare = text.strip()
     return syntax.quote(bare) if ATOM.fullmatch(bare) and bare != "null" else text
 
 
@@ -142,8 +146,17 @@ def _entry(text: str, hint: Any, syntax: Syntax) -> str:
     return f"{name}:{_item(value, inner, syntax)}"
 
 
-def _stays(text: str) -> bool:
-    """Tell whether a value is left alone: empty, quoted or escaped by the user, null, an interpolation, a function."""
+def _is_choice(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Enum)
+
+
+def _stays(text: str, hint: Any) -> bool:
+    """Tell whether a value is left alone: empty, quoted or escaped by the user, null, an interpolation, a function.
+
+    So is what names no choice, which is refused as it was typed.
+    """
+    if _is_choice(hint):
+        return text not in hint.__members__
     return (
         not text
         or text[0] in "'\""

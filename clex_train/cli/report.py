@@ -11,7 +11,6 @@ needs no network), a PNG of each figure, perplexity.md and report.json, into the
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from clex_train import log
 from clex_train.cli import arguments, console
 from clex_train.evaluation.report import evidence
 from clex_train.evaluation.report.write import INDEX, write
+from clex_train.files import require_place
 from clex_train.settings.bounds import require
 
 
@@ -44,8 +44,9 @@ def main() -> None:
     asked = arguments.parse(ReportConfig, [argument for argument in sys.argv[1:] if "=" in argument])
     require(len(named) > 0, "runs", named, "name one or more run folders or evaluation files")
     paths = [Path(name) for name in named]
+    require(asked.output != "", "output", "''", "name a folder for the report, or leave the key out")
     output = Path(asked.output) if asked.output else default_output(paths)
-    require_folder(output)
+    require_place("output", output, output)
     collected = evidence.collect(paths)
     try:
         tables = write(collected, output, [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
@@ -58,13 +59,6 @@ def default_output(named: list[Path]) -> Path:
     """The report's folder where none is named."""
     folders = {evidence.run_folder(evidence.find_evaluation(path)) for path in named}
     return folders.pop() / "report" if len(folders) == 1 else Path("runs/report")
-
-
-def require_folder(output: Path) -> None:
-    """`ValueError` for a folder that cannot be made or written to; makes nothing."""
-    there = next(place for place in (output, *output.absolute().parents) if place.exists())
-    require(there.is_dir(), "output", output, f"{there} is a file, not a folder; name a folder for the report")
-    require(os.access(there, os.W_OK | os.X_OK), "output", output, f"{there} is read-only; name another place")
 
 
 def usage() -> str:

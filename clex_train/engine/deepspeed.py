@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from clex_train import distributed, log
+from clex_train import distributed, log, ranks
 from clex_train.config import Config
 from clex_train.engine import extensions, rendezvous, tiled_mlp
 from clex_train.settings.bounds import require
@@ -43,6 +43,7 @@ def open_process_group(engine: EngineConfig) -> None:
     elif rendezvous.may_choose_port():
         rendezvous.open_at_free_port(backend, timeout)
     else:
+        ranks.require_meeting_place()
         rendezvous.require_free_port()
     import deepspeed
 

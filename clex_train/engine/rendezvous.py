@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-from clex_train.settings.bounds import require
+from clex_train import ranks
 
 DEEPSPEED_PORT = "29500"
 LAUNCHER = "deepspeed.launcher.launch"
@@ -37,27 +37,30 @@ def may_choose_port() -> bool:
 
 def open_at_free_port(backend: str, timeout: timedelta) -> None:
     """Open the process group at a port that the kernel gives to rank 0, and set MASTER_ADDR and MASTER_PORT to it."""
-    rank, ranks, note = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _note()
+    rank, count, note = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _note()
     if rank == 0:
-        store = dist.TCPStore(HOST, 0, ranks, is_master=True, timeout=timeout, wait_for_workers=False)
+        store = dist.TCPStore(HOST, 0, count, is_master=True, timeout=timeout, wait_for_workers=False)
         _write(note, store.port)
         # NCCL's group opens without waiting for the others, who could then find the file gone.
-        store.wait([_arrival(other) for other in range(1, ranks)], timeout)
+        store.wait([_arrival(other) for other in range(1, count)], timeout)
         note.unlink(missing_ok=True)
     else:
-        store = dist.TCPStore(HOST, _read(note, timeout), ranks, is_master=False, timeout=timeout)
+        store = dist.TCPStore(HOST, _read(note, timeout), count, is_master=False, timeout=timeout)
         store.set(_arrival(rank), "")
     os.environ.update(MASTER_ADDR=HOST, MASTER_PORT=str(store.port))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
 
 
 def require_free_port() -> None:
-    """Refuse a port that the rank which listens cannot have: `ValueError` in one line, on that rank alone."""
+    """Refuse a port that the rank which listens cannot have: `ValueError` in one line, on that rank alone.
+
+    What is no port at all is refused on every rank.
+    """
     listens = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    port = os.environ.get("MASTER_PORT", "")
-    if not (listens and port.isdecimal()):
+    ranks.require_port()
+    port = os.environ.get("MASTER_PORT")
+    if not listens or port is None:
         return
-    require(0 < int(port) < 2**16, "MASTER_PORT", port, "a port is a number from 1 to 65535")
     dual = socket.has_dualstack_ipv6()
     try:
         socket.create_server(

@@ -37,11 +37,7 @@ def write_official(directory: Path, loaded: LoadedModel, log_scale: LogScale | N
     if loaded.clex is None:
         raise ValueError("the model has no CLEX field (clex.json); only a model trained with scaling=clex has one")
     policy = log_scale or loaded.log_scale
-    if policy not in (LogScale.off, LogScale.official):
-        raise ValueError(
-            f"log_scale={policy.name}: the official layout knows `off` and `official` (which also scales below L); "
-            "name one of them"
-        )
+    require_known(policy)
     facts = official_config(loaded.model.config, loaded.clex, loaded.context_len, policy is LogScale.official)
     with complete_or_absent(directory) as folder:
         with bars_on_a_terminal():
@@ -51,6 +47,15 @@ def write_official(directory: Path, loaded: LoadedModel, log_scale: LogScale | N
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(folder)
     logger.info("the model in the official layout is in %s", directory)
+
+
+def require_known(policy: LogScale) -> None:
+    """`ValueError` for a policy of log-scaling that the layout cannot say."""
+    if policy not in (LogScale.off, LogScale.official):
+        raise ValueError(
+            f"log_scale={policy.name}: the official layout knows `off` and `official` (which also scales below L); "
+            "name one of them"
+        )
 
 
 def _add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:

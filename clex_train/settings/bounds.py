@@ -12,12 +12,20 @@ MOST_STEPS = 10**9
 MOST_RANKS = 2**20
 MOST_ITEMS = 1000
 """Items of a list of numbers."""
+LONGEST_SHOWN = 80
+"""Characters of a refused name that the message repeats."""
 
 
 def require(condition: bool, key: str, value: object, remedy: str) -> None:
-    """Raise `ValueError` in the one form users see for a value that is out of range."""
+    """Raise `ValueError` in the one form users see for a value that is out of range, or for a key without a value."""
     if not condition:
-        raise ValueError(f"{key}={value}: {remedy}")
+        raise ValueError(f"{key}: {remedy}" if value is None else f"{key}={value}: {remedy}")
+
+
+def shortened(text: str) -> str:
+    """Return a text as it can stand in one line: in quotes if it is empty or has what cannot be seen, and not long."""
+    shown = text if text.strip() == text != "" and text.isprintable() else repr(text)
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
 
 
 def require_at_most(settings: object, prefix: str, most: Mapping[str, float]) -> None:

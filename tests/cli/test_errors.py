@@ -10,6 +10,9 @@ from composing import CONF, composed
 from clex_train.cli.errors import explain
 from clex_train.settings.bounds import require
 
+PLAIN = "it names the run's folder by default: a plain name of 1 to 200 bytes, without slashes"
+LAUNCHERS = "apptainer, cpu, deepspeed, h100_infiniband, pyxis, task_per_rank or torchrun"
+
 
 def line_for(*overrides: str) -> str:
     try:
@@ -41,6 +44,18 @@ def line_for(*overrides: str) -> str:
         ("experiment=tiny_clex", "experiment: an experiment is added with a plus sign: +experiment=NAME"),
         ("+experiment=tiny_clxe", "experiment=tiny_clxe: no such option; did you mean tiny_clex or tiny_base?"),
         ("+experiments=tiny_clex", "experiments: no such key; --help lists them all"),
+        ("data=corpora/mine", "data=corpora/mine: no such option; for a directory of your own: data.path=corpora/mine"),
+        ("model=/mine/7b", "model=/mine/7b: no such option; for a directory of your own: model.path=/mine/7b"),
+        ("launch=a/b", f"launch=a/b: no such option; take one of {LAUNCHERS}"),
+        ("name=../../x", f"name=../../x: {PLAIN}"),
+        ("name=''", f"name='': {PLAIN}"),
+        ("output_dir=''", "output_dir='': name the run's folder"),
+        ("output_dir=' '", "output_dir=' ': name the run's folder"),
+        ("data.path=null", "data.path: name a token store; `python -m data_prep tokenize` writes one"),
+        (
+            "+model.revision=abc",
+            "model.revision=abc: is of a hub repository, and there is no model.path; leave the key out",
+        ),
         ("optim.lr=-1", "optim.lr=-1.0: greater than 0"),
         ("optim.learning_rate=1", "optim.learning_rate: no such key; did you mean optim.lr?"),
         ("max_steps=3", "max_steps: no such key; did you mean optim.steps?"),
@@ -96,6 +111,10 @@ def own_file(monkeypatch, tmp_path):
         ("name: a\nname: b\n", "line 3: not valid YAML: found duplicate key name"),
         ("seed: 1\noptim:\n  lrr: 1\n", "line 4: optim.lrr: no such key; did you mean optim.lr?"),
         ("optim:\n  lr: abc\n", "line 3: optim.lr: should be of type float"),
+        (
+            "scaling:\n  log_scale: off\n",
+            "line 3: scaling.log_scale: should be one of off, eval, always, official (in quotes, in a YAML file)",
+        ),
         ("evaluation:\n  lengths: 5\n", "line 3: evaluation.lengths: should be a list such as [1,2]"),
     ],
 )
@@ -172,3 +191,9 @@ def test_a_value_error_out_of_a_library_is_no_mistake_of_the_user():
     with pytest.raises(ValueError, match="shape") as caught:
         np.broadcast_shapes((2,), (3,))
     assert explain(caught.value) is None
+
+
+def test_a_revision_of_a_model_on_this_machine_is_refused(tmp_path):
+    line = line_for(f"model.path={tmp_path}", "model.revision=abc")
+    where = f"{tmp_path} is a folder on this machine"
+    assert line == f"model.revision=abc: is of a hub repository, and {where}; leave the key out"

@@ -1,10 +1,12 @@
 """Text fields get the text as it was typed, whatever Hydra or YAML would make of it; mappings take new names."""
 
 import sys
+from dataclasses import dataclass, field
 from shutil import copytree
 
 import pytest
 from composing import CONF, composed
+from omegaconf.errors import ValidationError
 
 from clex_train.cli import arguments, console
 from clex_train.cli.evaluate import EvaluateConfig
@@ -12,6 +14,7 @@ from clex_train.cli.export import ExportConfig
 from clex_train.cli.lm_eval import LmEvalConfig
 from clex_train.cli.overrides import for_hydra
 from clex_train.config import Config
+from clex_train.settings.scaling import LogScale
 from data_prep.config import DecontaminateVerb, TokenizeVerb
 from launch import slurm
 
@@ -198,3 +201,21 @@ def test_a_folder_alone_is_a_run_or_a_model(tmp_path):
 def test_a_word_alone_that_is_no_folder_is_refused(words, line):
     with pytest.raises(ValueError, match=line):
         arguments.parse(EvaluateConfig, words)
+
+
+@dataclass
+class Choices:
+    one: LogScale | None = None
+    several: list[LogScale] = field(default_factory=list)
+
+
+def test_choices_that_yaml_reads_as_booleans_are_choices():
+    """`off` is false in YAML, alone and in lists; null and what is no choice stay what they are."""
+    parsed = arguments.parse(Choices, ["one=off", "several=[eval, off,official]"])
+    assert parsed == Choices(LogScale.off, [LogScale.eval, LogScale.off, LogScale.official])
+    assert arguments.parse(ExportConfig, ["log_scale=off"]).log_scale is LogScale.off
+    assert arguments.parse(ExportConfig, ["log_scale=off", "log_scale=null"]).log_scale is None
+    assert composed("scaling.log_scale=off").scaling.log_scale is LogScale.off
+    with pytest.raises(ValidationError, match="expected one of"):
+        arguments.parse(ExportConfig, ["log_scale=no"])
+    assert for_hydra(Config, ["-m", "scaling.log_scale=off, eval"])[1] == "scaling.log_scale='off','eval'"

@@ -141,7 +141,7 @@ def make_unwritable(folder: Path) -> Path:
 
 def test_an_output_that_cannot_be_written_is_refused_before_reading(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["{"])
-    with pytest.raises(ValueError, match=r"output=.*file/store: cannot write there \(.*\); choose another place"):
+    with pytest.raises(ValueError, match=r"output=.*file/store: .*/file is a file, not a folder; name another place"):
         tokenize_files([path], tokenizer_dir, make_unwritable(tmp_path))
 
 

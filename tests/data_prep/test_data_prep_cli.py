@@ -98,7 +98,7 @@ def test_every_corpus_file_composes_and_says_what_it_is(run, name: str) -> None:
         (["tokenize", "+corpus=stdlib", "shard_mb=0"], "shard_mb=0: at least 1 megabyte"),
         (["tokenize"], "corpus.paths=[]: nothing to read; add +corpus=NAME"),
         (["tokenize", "corpus.paths=[nowhere.jsonl]"], "corpus.paths=nowhere.jsonl: no such file"),
-        (["inspect"], "store=None: name the directory of a token store"),
+        (["inspect"], "store: name the directory of a token store"),
         (["inspect", "store=nowhere"], "nowhere: no such directory"),
         (["inspect", "store=x", "workers=2"], "workers: no such key"),
     ],

@@ -255,7 +255,7 @@ def test_nothing_left_is_no_store(stores, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train": None}, "train=None: name the directory of a token store"),
+        ({"train": None}, "train: name the directory of a token store"),
         ({"train": "nowhere"}, "^train=nowhere: no such directory"),
         ({"evaluation": "nowhere"}, "^evaluation=nowhere: no such directory"),
         ({"ngrams": []}, r"ngrams=\[\]: name at least one size"),

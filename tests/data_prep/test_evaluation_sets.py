@@ -128,8 +128,8 @@ def test_a_moved_store_is_the_same_request(store: TokenStore, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"output": "x"}, "store=None: name the directory of a token store"),
-        ({"store": "x"}, "output=None: name the directory to write the sets in"),
+        ({"output": "x"}, "store: name the directory of a token store"),
+        ({"store": "x"}, "output: name the directory to write the sets in"),
         ({"store": "nowhere", "output": "x"}, "^store=nowhere: no such directory"),
     ],
 )

@@ -206,7 +206,7 @@ def test_a_reader_that_leaves_ends_the_report_without_a_traceback(store: TokenSt
 
 
 def test_no_store_says_what_to_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="store=None: name the directory of a token store"):
+    with pytest.raises(ValueError, match="store: name the directory of a token store"):
         inspect.run(InspectVerb())
     with pytest.raises(ValueError, match=r"^store=.*nowhere: no such directory"):
         inspect.run(InspectVerb(store=str(tmp_path / "nowhere")))

@@ -197,8 +197,17 @@ def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data={store}"], "run=None: name either run=FOLDER or model=DIR"),
-        (["model={model}"], "data=None: model=DIR needs a store"),
+        (["data={store}"], "run: name either run=FOLDER or model=DIR"),
+        (["model={model}"], "data: model=DIR needs a store"),
+        (["model={model}", "data={store}", "revision=abc"], "revision=abc: is of a hub repository, and {model} is"),
+        (["run={model}", "revision=abc"], "revision=abc: is of a hub repository, and {model} is a folder"),
+        (
+            ["model={model}", "data={store}", "label=../../evil"],
+            "label=../../evil: it names the file of results",
+        ),
+        (["model={model}", "data={store}", "label=''"], "label='': it names the file of results: a plain name"),
+        (["model={model}", "data={store}", "output=''"], "output='': name a JSON file, or leave the key out"),
+        (["model={model}", "data={store}", "task_lengths=[]"], "task_lengths=[]: one or more lengths"),
         (["model={model}", "data={store}", "lenghts=[16]"], "lenghts"),
         (["model={model}", "data={store}", "methods=[yarn7]"], "methods[0]: "),
         (["model={model}", "data={store}", "chunk_len=many"], "chunk_len: "),
@@ -520,3 +529,15 @@ def test_an_interrupted_stream_goes_on_with_the_reading_that_was_not_finished(
         del row["seconds"]
     assert found[0]["scores"] == found[1]["scores"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.json", "x.json"]
+
+
+def test_an_empty_list_of_lengths_takes_the_multiples_of_l(places) -> None:
+    """As in training; no text is read for that, and what a run recorded is not taken."""
+    model, data = f"model={places['model']}", f"data={places['store']}"
+    empty, unsaid, said = (
+        program.make_plan(program.parse([model, data, *more])).spec.lengths
+        for more in (["lengths=[]"], [], ["lengths=[16]"])
+    )
+    assert empty == unsaid
+    assert empty[0] == program.make_plan(program.parse([model, data])).context_len
+    assert said == [16]

@@ -265,7 +265,7 @@ def test_methods_are_those_of_the_stock_model_with_their_frequencies(place, tmp_
     assert found["none"] == pytest.approx(math.exp(-total / len(answers)), rel=1e-5)
     assert len({round(value, 3) for value in found.values()}) == 3
     assert call(monkeypatch, *asked, "n_local=8") == console.USER_ERROR
-    assert "methods=None: n_local goes with a method; name it" in capsys.readouterr().err
+    assert "methods: n_local goes with a method; name it" in capsys.readouterr().err
 
 
 @needs_harness

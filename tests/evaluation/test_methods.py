@@ -168,7 +168,7 @@ def test_an_alibi_model_is_read_as_it_is(places, tmp_path, monkeypatch) -> None:
     ("model", "arguments", "message"),
     [
         ("llama", ["methods=[clex]"], "methods=['clex']: this model holds no CLEX"),
-        ("llama", ["methods=[longrope]"], "longrope_factors=None: model_type=llama has no longrope factors"),
+        ("llama", ["methods=[longrope]"], "longrope_factors: model_type=llama has no longrope factors"),
         ("llama", ["methods=[longrope]", "longrope_factors={root}/no.json"], "longrope_factors={root}/no.json: cannot"),
         ("llama", ["methods=[theta]", "rope_theta=1"], "rope_theta=1.0: a base greater than 1"),
         ("llama", ["methods=[dynamic_ntk]", "dynamic_factor=0.5"], "dynamic_factor=0.5: 1 or more"),

@@ -22,6 +22,7 @@ from clex_train.export.official import write_official
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.official import official_rope_scaling, official_tensors
 from clex_train.scaling.sampling import draw_batch
+from clex_train.scaling.table import scale_grid
 from clex_train.settings.model import ModelConfig
 from clex_train.settings.scaling import Activation, LogScale, ScalingConfig, ScalingName
 
@@ -270,17 +271,26 @@ def test_the_program_writes_what_the_function_writes(directory, tmp_path, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["output={new}"], "run=None: name either run=FOLDER or model=DIR"),
-        (["model={official}"], "output=None: name the directory to write"),
+        (["output={new}"], "run: name either run=FOLDER or model=DIR"),
+        (["model={official}"], "output: name the directory to write"),
         (["model={official}", "output={official}"], "exists already"),
         (["model={new}", "output={new}"], "no directory with a CLEX field"),
         (["run={official}", "output={new}"], "no final/ in it"),
         (["model={official}", "output={new}", "format=onnx"], "format"),
         (["model={official}", "output={new}", "log_scale=eval"], "log_scale=eval"),
+        (["model={official}", "output="], "output: name the directory to write"),
+        (["model={official}", "output={official}/config.json/x"], "config.json is a file, not a folder"),
+        (["model={official}", "output=/proc/nope/x"], "error: output=/proc/nope/x: /proc "),
+        (["model={official}", "output={new}/" + "x" * 250], "a name of more than 255 bytes"),
+        (["model={trained}", "output={new}"], "log_scale=eval: the official layout knows `off` and `official`"),
     ],
 )
 def test_bad_input_of_the_program_is_one_line(directory, tmp_path, monkeypatch, capsys, arguments, message) -> None:
-    places = {"official": directory, "new": tmp_path / "new"}
+    places = {"official": directory, "new": tmp_path / "new", "trained": tmp_path / "trained"}
+    places["trained"].mkdir()
+    clex = Clex(torch.ones(4, dtype=torch.float64), t_max=2.0)
+    model_directory.write_clex(places["trained"], clex, clex.table(scale_grid(2.0)), 64, LogScale.eval)
+    monkeypatch.setattr(modeling, "load_for_evaluation", lambda *_, **__: pytest.fail("weights were read"))
     assert call(monkeypatch, *(argument.format(**places) for argument in arguments)) == console.USER_ERROR
     error = capsys.readouterr().err
     assert message in error

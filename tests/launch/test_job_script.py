@@ -131,7 +131,7 @@ def test_directives_ask_for_what_the_keys_say(lab):
         ('launch.setup=["a\\nb"]', "launch.setup='a\\nb': one line of printable characters"),
         ("launch.sbatch_options=[-p x]", "launch.sbatch_options=-p x: write each as --name or --name=value"),
         ("+launch.environment={a-b: c}", "launch.environment=a-b: not the name of an environment variable"),
-        ("launch.container=pyxis", "launch.container_image=None: launch.container=pyxis needs an image"),
+        ("launch.container=pyxis", "launch.container_image: launch.container=pyxis needs an image"),
         ("launch.container_image=x", "launch.container=none: choose pyxis or apptainer"),
     ],
 )

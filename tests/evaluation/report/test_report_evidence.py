@@ -181,7 +181,7 @@ def test_an_output_that_is_a_file_is_refused_in_one_line(runs, tmp_path, monkeyp
     (tmp_path / "file").write_text("kept")
     for output in (tmp_path / "file", tmp_path / "file" / "deep"):
         assert call(monkeypatch, runs["base"], f"output={output}") == console.USER_ERROR
-        said = f"error: output={output}: {tmp_path / 'file'} is a file, not a folder; name a folder for the report\n"
+        said = f"error: output={output}: {tmp_path / 'file'} is a file, not a folder; name another place\n"
         assert capsys.readouterr().err == said
     assert (tmp_path / "file").read_text() == "kept"
 

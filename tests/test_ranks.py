@@ -1,0 +1,72 @@
+"""What the environment says of ranks: nonsense is one line that names the variable, before anything is opened."""
+
+import sys
+
+import pytest
+
+from clex_train import distributed, ranks
+from clex_train.cli import console
+
+ALL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    def put(text: str) -> None:
+        for name in ALL:
+            monkeypatch.delenv(name, raising=False)
+        for item in text.split():
+            monkeypatch.setenv(*item.split("="))
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ("RANK=abc", "RANK=abc: should be a number from 0; it is for a launcher to set"),
+        ("RANK=-1 WORLD_SIZE=2", "RANK=-1: should be a number from 0"),
+        ("RANK= WORLD_SIZE=2", "RANK='': should be a number from 0"),
+        ("RANK=0 WORLD_SIZE=two", "WORLD_SIZE=two: should be a number from 1"),
+        ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE=0: should be a number from 1"),
+        ("RANK=0 WORLD_SIZE=99999999999", "WORLD_SIZE=99999999999: should be a number"),
+        ("RANK=2 WORLD_SIZE=2", "RANK=2: should be below WORLD_SIZE=2"),
+        ("RANK=1", "RANK=1: should be below WORLD_SIZE=1"),
+        ("WORLD_SIZE=4", "WORLD_SIZE=4: RANK is not set"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=x", "LOCAL_RANK=x: should be a number from 0"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=2", "LOCAL_RANK=2: should be below WORLD_SIZE=2"),
+        ("RANK=0 WORLD_SIZE=4 LOCAL_RANK=2 LOCAL_WORLD_SIZE=2", "LOCAL_RANK=2: should be below LOCAL_WORLD_SIZE=2"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=4", "LOCAL_WORLD_SIZE=4: should be at most WORLD_SIZE=2"),
+        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=abc", "MASTER_PORT=abc: a port is a number from 1 to 65535"),
+        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=-1", "MASTER_PORT=-1: a port is a number from 1 to 65535"),
+        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=65536", "MASTER_PORT=65536: a port is a number from 1 to 65535"),
+    ],
+)
+def test_nonsense_is_one_line_and_exit_code_2(environment, monkeypatch, capsys, variables, line):
+    environment(variables)
+    monkeypatch.setattr(console, "PATIENCE", 0.0)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    assert console.run(distributed.world_size, str) == console.USER_ERROR
+    [said] = capsys.readouterr().err.strip().splitlines()
+    assert said.partition(": ")[2].startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("variables", "launch"),
+    [
+        ("", (0, 1)),
+        ("WORLD_SIZE=1", (0, 1)),
+        # Kubernetes names the address of a service called `master` so; no launcher has set it.
+        ("MASTER_PORT=tcp://10.0.0.1:80", (0, 1)),
+        ("RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 MASTER_PORT=29500", (3, 4)),
+    ],
+)
+def test_what_launchers_set_is_taken(environment, variables, launch):
+    environment(variables)
+    assert (distributed.rank(), distributed.world_size()) == ranks.of_launch() == launch
+
+
+def test_a_launch_that_names_no_place_to_meet_is_refused(environment):
+    environment("RANK=0 WORLD_SIZE=1 MASTER_PORT=29500")
+    with pytest.raises(ValueError, match=r"^MASTER_ADDR: not set, where RANK is; it is for"):
+        ranks.require_meeting_place()
