@@ -32,8 +32,6 @@ LONGEST_NAME = 255
 LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 LFS_MOST_BYTES = 1024
 """The most that the specification of git-lfs allows a pointer to have."""
-LONGEST_NAME = 255
-"""Bytes of a file's name that file systems take."""
 LONGEST_LABEL = 200
 """Bytes of a name that a user gives, to which endings such as `_2.json` are added."""
 LARGEST_RECORD = 16 * 2**20
