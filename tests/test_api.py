@@ -143,7 +143,7 @@ def spoil(folder: Path, name: str, value: torch.Tensor) -> None:
     ("name", "value", "message"),
     [
         ("up", torch.full((6, 12), float("nan")), "clex.safetensors: `up` has weights that are not finite"),
-        ("up", torch.zeros(5, 12), r"clex.safetensors: not the field that clex.json describes .*\[5, 12\]"),
+        ("up", torch.zeros(5, 12), "clex.safetensors: not the field that clex.json describes .*5 x 12"),
         ("base_inv_freq", torch.zeros(6).double(), "clex.safetensors: .*finite, positive frequencies"),
     ],
 )

@@ -3,7 +3,6 @@
 What the system has not yet handed to the disk is not in the image, and its journal is replayed when a copy is mounted.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import environments
 import pytest
 from composing import composed
 
@@ -64,7 +64,7 @@ def test_a_run_on_a_disk_without_power_goes_on_to_the_same_bits(image, tmp_path,
     disk = tmp_path / "disk"
     with mounted(image, disk):
         command = [sys.executable, "train.py", *arguments, f"output_dir={disk / 'run'}"]
-        run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+        run = subprocess.Popen(command, cwd=ROOT, env=environments.of_a_launch(), stderr=subprocess.DEVNULL)
         during, after = [], []
         while run.poll() is None:
             time.sleep(1.0)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import environments
 import pytest
 from warm_processes import Program
 
@@ -51,10 +52,7 @@ def place(tmp_path_factory, tiny_store) -> Path:
 def outputs(place) -> list[str]:
     """What each block of the page printed, in order; the first that fails ends the module."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    # What another test of this process may have left: its process group, and the address of its wandb service.
-    clean = {key: value for key, value in os.environ.items() if key not in group and not key.startswith("WANDB_")}
-    environment = {**clean, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    environment = environments.of_a_launch(PATH=path, WANDB_MODE="offline")
     printed = []
     for language, text in BLOCKS:
         command = ["bash", "-euc", text] if language == "bash" else [sys.executable, "-c", text]

@@ -19,6 +19,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import environments
 import pytest
 import torch
 import torch.multiprocessing
@@ -35,21 +36,18 @@ IMPORTED = [
     "clex_train.evaluation.training",
     "clex_train.engine.deepspeed",
 ]
-GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a process group that was opened in this process leaves in the environment."""
 
 
 class Program:
     """A script with its arguments, or `-m` and a module, as they would follow `python`."""
 
     def __init__(self, command: list[str], folder: Path = ROOT, **variables: str) -> None:
-        own = {name: value for name, value in os.environ.items() if name not in GROUP}
         self.command = command
         self._outputs = tempfile.TemporaryDirectory()
         self.outputs = [Path(self._outputs.name, name) for name in ("stdout", "stderr")]
         for output in self.outputs:
             output.touch()
-        arguments = (command, folder, own | {"PYTHONPATH": str(ROOT)} | variables, self.outputs)
+        arguments = (command, folder, environments.of_a_launch(**variables), self.outputs)
         self.process: Any = _context().Process(target=_program, args=arguments)
         self.process.start()
 
@@ -110,7 +108,7 @@ def _context() -> Any:
         patch.chdir(ROOT)
         for name, value in (("CUDA_VISIBLE_DEVICES", ""), ("HF_HUB_OFFLINE", "1"), ("OMP_NUM_THREADS", "1")):
             patch.setenv(name, value)
-        for name in GROUP:
+        for name in environments.GROUP:
             patch.delenv(name, raising=False)
         forkserver.ensure_running()
     return context

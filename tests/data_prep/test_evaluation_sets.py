@@ -57,7 +57,7 @@ def test_a_set_holds_exactly_the_documents_of_at_least_its_length_with_their_ori
         assert found.manifest.settings["evaluation_set"]["store_fingerprint"] == store.fingerprint
         assert found.manifest.settings["evaluation_set"]["min_tokens"] == length
         assert TokenStore(found.path).num_documents == 0
-        assert inspect.verify(found) == 2 + len(list(found.tokenizer_path.iterdir()))
+        assert inspect.verify(found) == 3 + len(list(found.tokenizer_path.iterdir()))
         assert len(select(found, length, found.num_documents).documents) == found.num_documents
 
 

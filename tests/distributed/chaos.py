@@ -15,8 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import environments
 import psutil
-from distributed_runs import ROOT, Launcher, environment
+from distributed_runs import ROOT, Launcher
 
 VICTIMS = ("rank 0", "rank 1", "launcher", "launcher's child")
 MOMENTS = ("starting", "a step", "a save", "a save", "an evaluation")
@@ -99,7 +100,7 @@ def _launch(launcher: Launcher, name: str, life: int, overrides: tuple[str, ...]
         process = subprocess.Popen(
             launcher.command(2, name, *overrides),
             cwd=ROOT,
-            env=environment(),
+            env=environments.of_a_launch(),
             start_new_session=True,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -1,14 +1,14 @@
 """Real launches of train.py on a tiny model, for the tests of whole runs."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import environments
 from ports import free_port
-from warm_processes import GROUP, run_ranks
+from warm_processes import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -56,7 +56,7 @@ class Launcher:
         return subprocess.run(
             self.command(ranks, name, *overrides),
             cwd=ROOT,
-            env=environment(),
+            env=environments.of_a_launch(),
             capture_output=True,
             text=True,
             timeout=600,
@@ -67,9 +67,3 @@ class Launcher:
         """A metric of every step from metrics.jsonl, in order of steps."""
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
         return [row[key] for row in map(json.loads, lines) if key in row]
-
-
-def environment() -> dict[str, str]:
-    """One thread a rank: several launches share two cores. Of a process group of this process they know nothing."""
-    own = {name: value for name, value in os.environ.items() if name not in GROUP}
-    return {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

@@ -11,8 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import environments
 import psutil
-from distributed_runs import ROOT, environment
+from distributed_runs import ROOT
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 ORPHAN_SECONDS = float(os.environ.get("INTERRUPT_SECONDS", "5"))
@@ -59,7 +60,13 @@ class Interrupter:
     def finish(self) -> None:
         """Run the same command to its end."""
         done = subprocess.run(
-            self.command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, check=False
+            self.command,
+            cwd=ROOT,
+            env=environments.of_a_launch(),
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert not tracebacks_of_ours(done.stdout + done.stderr)
@@ -94,7 +101,7 @@ def start(command: list[str], log) -> subprocess.Popen:
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment(),
+        env=environments.of_a_launch(),
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import environments
 import pytest
-from distributed_runs import ROOT, environment
+from distributed_runs import ROOT
 from ports import free_port
 from zero3_families import FAMILIES
 
@@ -21,7 +22,9 @@ def figures(tmp_path_factory, goldens: Path) -> dict[str, Any]:
     script = Path(__file__).with_name("zero3_families.py")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     command = [sys.executable, *launcher, str(script), str(folder), str(goldens)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environments.of_a_launch(), capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "figures.json").read_text())
 

@@ -4,8 +4,9 @@ import json
 import subprocess
 import sys
 
+import environments
 import pytest
-from distributed_runs import ROOT, environment
+from distributed_runs import ROOT
 
 
 @pytest.mark.slow
@@ -19,7 +20,9 @@ def test_lm_infinite_evaluates_a_model_as_it_was_trained_under_the_mask(launcher
     during = json.loads(next((folder / "evaluation").glob("step_*.json")).read_text())["metrics"]
     command = [sys.executable, "-m", "clex_train.cli.evaluate", f"run={folder}", "methods=[lm_infinite,trained]"]
     sizes = ["n_local=16", "n_global=3", f"output={launcher.folder / 'after.json'}"]
-    done = subprocess.run([*command, *sizes], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*command, *sizes], cwd=ROOT, env=environments.of_a_launch(), capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     after = json.loads((launcher.folder / "after.json").read_text())["metrics"]
     for length in (32, 64, 128):

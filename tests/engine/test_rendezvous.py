@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
+import environments
 import psutil
 import pytest
 import torch
@@ -21,7 +22,7 @@ from clex_train.engine import rendezvous
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = str(Path(__file__).with_name("meeting_ranks.py"))
-GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_SIZE", "LOCAL_SIZE")
+GROUP = (*environments.GROUP, "CROSS_SIZE", "LOCAL_SIZE")
 
 
 @contextmanager
@@ -38,8 +39,7 @@ def taken(port: int) -> Iterator[None]:
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
     """DeepSpeed's launcher with two ranks of the program."""
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    environment = {name: value for name, value in os.environ.items() if name not in GROUP}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = environments.of_a_launch()
     return subprocess.run(
         [deepspeed, "--num_accelerators", "2", *words, PROGRAM],
         capture_output=True,

@@ -1,7 +1,6 @@
 """Real signals end the evaluate program at random moments; the same command ends with the same numbers."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import environments
 import pytest
 import torch
 from evaluation_models import VOCAB
@@ -55,6 +55,5 @@ def test_a_program_that_is_killed_three_times_ends_with_the_same_bits(tmp_path: 
 
 
 def _start(folder: Path, asked: list[str], name: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "clex_train.cli.evaluate", *asked, f"output={name}.json"]
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, env=environments.of_a_launch(), stderr=subprocess.PIPE, text=True)

@@ -1,12 +1,12 @@
 """The evaluate program on two ranks that each hold a share of the weights, against one process that holds them all."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import environments
 import pytest
 from model_directories import save_clex_model, save_model, save_store, save_tokenizer
 from ports import free_port
@@ -16,12 +16,10 @@ from clex_train.cli import console
 from clex_train.cli import evaluate as program
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def launch(*command: str) -> None:
-    own = {name: value for name, value in os.environ.items() if name not in GROUP}
-    environment = {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment = environments.of_a_launch()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
