@@ -84,6 +84,18 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
+def convert(content: Any, schema: type[T]) -> T:
+    """Check parsed JSON against a type.
+
+    Raises:
+        ValueError: a field is missing or of another type; msgspec's own error is none in 0.20.
+    """
+    try:
+        return msgspec.convert(content, schema)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from error
+
+
 def decode(content: Any, schema: type[T], path: Path) -> T:
     """Check parsed JSON against a dataclass, field by field; keys that it does not have are left out.
 
@@ -91,8 +103,8 @@ def decode(content: Any, schema: type[T], path: Path) -> T:
         BadFile: a field is missing or of another type.
     """
     try:
-        return msgspec.convert(content, schema)
-    except (msgspec.ValidationError, RecursionError, UnicodeError) as error:
+        return convert(content, schema)
+    except (ValueError, RecursionError) as error:
         raise BadFile(path, f"damaged ({first_line(error)})") from error
 
 

@@ -11,11 +11,9 @@ import json
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import msgspec
-
 from clex_train.data.store import TokenStore
 from clex_train.faults import first_line
-from clex_train.records import read_json
+from clex_train.records import convert, read_json
 
 LARGEST = 2**28
 """Bytes of a tokenizer.json that are read at most; those of 250,000 tokens have some thirty million."""
@@ -132,8 +130,8 @@ def _beyond(key: str, store: TokenStore, what: str, num_rows: int, model: str) -
 def _model_vocabulary(model: dict[str, Any]) -> dict[str, int]:
     entries = model["vocab"]
     if isinstance(entries, dict):
-        return msgspec.convert(entries, dict[str, int])
-    pairs = msgspec.convert(entries, list[tuple[str, float]])  # of Unigram: (token, score)
+        return convert(entries, dict[str, int])
+    pairs = convert(entries, list[tuple[str, float]])  # of Unigram: (token, score)
     return {token: index for index, (token, _) in enumerate(pairs)}
 
 

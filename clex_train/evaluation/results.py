@@ -19,7 +19,7 @@ import msgspec
 from clex_train.evaluation.bootstrap import Difference, paired_difference, standard_errors
 from clex_train.faults import first_line
 from clex_train.files import BadFile, make_folder, write_atomically
-from clex_train.records import read_json
+from clex_train.records import convert, read_json
 
 FORMAT = 1
 LARGEST = 2**28
@@ -88,7 +88,7 @@ def score_key(method: str, protocol: str, length: int) -> str:
 
 def exact_score(row: Mapping[str, Any]) -> Score:
     """Invert `vars(score)` after a way through JSON; raises `ValueError` for anything else."""
-    return msgspec.convert(row, Score)
+    return convert(row, Score)
 
 
 @dataclass(frozen=True)
@@ -244,15 +244,15 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _origin(content: Mapping[str, Any]) -> Origin:
     given = {key: content[key] for key in ("label", "command", "model", "data", "environment")}
-    return msgspec.convert({**given, "request": content.get("request", {})}, Origin)
+    return convert({**given, "request": content.get("request", {})}, Origin)
 
 
 def _results(content: Mapping[str, Any]) -> Results:
-    tasks = msgspec.convert(content.get("tasks", []), list[TaskScore])
-    missing = msgspec.convert(content.get("missing", []), list[Missing])
+    tasks = convert(content.get("tasks", []), list[TaskScore])
+    missing = convert(content.get("missing", []), list[Missing])
     rows, windows = content["scores"], content["windows"]
     _require_windows(rows, windows)
-    msgspec.convert(content["context_len"], Length)
+    convert(content["context_len"], Length)
     if any("fingerprint" not in row for row in rows):
         # The fingerprint in `windows` was that of the scored tokens; that of the windows themselves is not known.
         scores = [_older(row, windows) for row in rows]
@@ -298,12 +298,12 @@ def _score(row: Mapping[str, Any]) -> Score:
     fields: dict[str, Any] = {name: {"copied_from": "", **row}[name] for name in Score.__dataclass_fields__}
     fields["window_nll"] = [math.nan if value is None else value for value in row["window_nll"]]
     fields["curve"] = tuple((place, math.nan if nll is None else nll, count) for place, nll, count in row["curve"])
-    return msgspec.convert(fields, Score)
+    return convert(fields, Score)
 
 
 def _require_windows(rows: Any, windows: Any) -> None:
     """Raise `ValueError` for windows and scores that are not of each other."""
-    documents = msgspec.convert(windows.get("documents", []), list[int])
+    documents = convert(windows.get("documents", []), list[int])
     lengths = {len(row["window_nll"]) for row in rows}
     # A stream is read in segments, of no document each.
     if documents and lengths - {len(documents)}:

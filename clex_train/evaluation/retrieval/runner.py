@@ -13,7 +13,6 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from clex_train.evaluation.room import Room
 from clex_train.evaluation.runner import Gauge, Inserted, deal, keeping_table
 from clex_train.evaluation.same_cells import identity
 from clex_train.faults import StopRequested
+from clex_train.records import convert
 from clex_train.rope.growing import new_cache
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.table import Frequencies
@@ -131,7 +131,7 @@ def asked(
 
 def _found(each: Asked, kept: Partial) -> Outcome:
     """The rows as an interrupted evaluation left them; empty if it did not finish them."""
-    found = kept.find([each.key], lambda rows: msgspec.convert(rows, list[TaskScore]))
+    found = kept.find([each.key], lambda rows: convert(rows, list[TaskScore]))
     return found[0] if found else []
 
 
