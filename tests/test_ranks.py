@@ -13,6 +13,8 @@ ALL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MA
 @pytest.fixture
 def environment(monkeypatch):
     def put(text: str) -> None:
+        # Another test of this process may have left a group of one rank.
+        monkeypatch.setattr(distributed, "is_open", lambda: False)
         for name in ALL:
             monkeypatch.delenv(name, raising=False)
         for item in text.split():

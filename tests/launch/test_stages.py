@@ -21,9 +21,7 @@ try:
 except Interrupted as interrupt:
     sys.exit(stages.ended(interrupt))
 """
-RANK = (
-    "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit({code})); print('ready', flush=True)"
-)
+RANK = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: {answer}); print('ready', flush=True)"
 
 
 def job(*stage: str) -> subprocess.Popen:
@@ -45,7 +43,7 @@ def test_a_signal_reaches_the_rank_and_not_its_launcher_and_no_stage_begins_afte
     launcher.write_text(
         "import subprocess, sys\nsys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
     )
-    process = job(sys.executable, str(launcher), f"{RANK.format(code=code)}\ntime.sleep(600)")
+    process = job(sys.executable, str(launcher), f"{RANK.format(answer=f'sys.exit({code})')}\ntime.sleep(600)")
     below = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
@@ -56,9 +54,7 @@ def test_a_signal_reaches_the_rank_and_not_its_launcher_and_no_stage_begins_afte
 
 
 def test_a_second_signal_is_passed_on_too():
-    process = job(
-        sys.executable, "-c", f"{RANK.format(code=0)}\nsignal.signal(signal.SIGTERM, lambda *_: 0)\ntime.sleep(600)"
-    )
+    process = job(sys.executable, "-c", f"{RANK.format(answer=0)}\ntime.sleep(600)")
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None
