@@ -35,6 +35,9 @@ IMPORTED = [
     "clex_train.checkpoint.store",
     "clex_train.evaluation.training",
     "clex_train.engine.deepspeed",
+    # Imports torch's compiler, as DeepSpeed does when it builds any optimizer.
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "data_prep.tokenize",
 ]
 
 
