@@ -36,6 +36,8 @@ _NOT_RECORDED = {"bos": False}
 def is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     """Tell whether `output` holds the store of these settings already.
 
+    With `overwrite`, what a program that was killed right after it had replaced a store has left is removed.
+
     Raises:
         ValueError: it holds something else, and may not be overwritten.
     """
@@ -48,6 +50,8 @@ def is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         raise ValueError(
             f"output={output}: exists with other content ({'; '.join(differences)}); choose another, or overwrite=true"
         )
+    if overwrite and not differences:
+        shutil.rmtree(_replaced(output), ignore_errors=True)
     return not differences
 
 
@@ -123,11 +127,17 @@ def publish(partial: Path, manifest: Manifest, output: Path) -> None:
     shutil.rmtree(partial / UNITS, ignore_errors=True)
     for name in (REQUEST, LOCK):
         (partial / name).unlink(missing_ok=True)
-    replaced = output.with_name(output.name + ".replaced")
     if output.exists():
-        os.rename(output, replaced)
+        # A folder is not renamed over one that a kill has left.
+        shutil.rmtree(_replaced(output), ignore_errors=True)
+        os.rename(output, _replaced(output))
     move_store(partial, output)
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(_replaced(output), ignore_errors=True)
+
+
+def _replaced(output: Path) -> Path:
+    """Return where a store waits until the one that replaces it has its name."""
+    return output.with_name(output.name + ".replaced")
 
 
 def _continues(partial: Path, settings: dict[str, Any], overwrite: bool) -> bool:

@@ -103,7 +103,7 @@ class Crashing:
 
     def _require(self, holds: bool, failure: str) -> None:
         if not holds:
-            print(failure)
+            print(failure, flush=True)
             self.failures.append(failure)
 
 

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +253,18 @@ def test_the_same_request_again_does_nothing_and_another_is_refused(tmp_path: Pa
     other = tokenize_files([path], tokenizer_dir, tmp_path / "store", validation_share=0.5, overwrite=True)
     assert other.split("validation").num_documents > 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "store"]
+
+
+def test_what_a_kill_right_after_a_store_was_replaced_left_is_removed_and_in_nobodys_way(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", records(20))
+    first = files_of(tokenize_files([path], tokenizer_dir, tmp_path / "store").path)
+    for share in (0.0, 0.5):
+        shutil.copytree(tmp_path / "store", tmp_path / "store.replaced")
+        store = tokenize_files([path], tokenizer_dir, tmp_path / "store", validation_share=share, overwrite=True)
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.jsonl", "store"]
+        assert (files_of(store.path) == first) == (share == 0.0)
 
 
 def test_what_a_file_system_keeps_of_a_refused_store_hides_no_refusal(
