@@ -3,11 +3,11 @@
 import json
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from same_models import assert_same_model
 
 import train
 from clex_train import trainer
@@ -32,12 +32,6 @@ def run(tmp_path, tiny_run):
 
     start.folder = tmp_path / "run"
     return start
-
-
-def assert_same_model(first: Path, second: Path) -> None:
-    for name in ("model.safetensors", "clex.safetensors"):
-        one, other = load_file(first / "final" / name), load_file(second / "final" / name)
-        assert all(torch.equal(one[key], other[key]) for key in one), name
 
 
 def metrics(run) -> list[dict]:
@@ -116,7 +110,7 @@ def test_looking_for_the_fault_changes_nothing(run, monkeypatch, stage, options)
     assert json.loads(line)["fault"] == "rank 0, rows [[4, 5]]: first in the output of model.layers.1.mlp"
     monkeypatch.setattr(trainer, "find_fault", lambda *_: "")
     run(f"output_dir={folders[1]}", f"engine.zero_stage={stage}", *options)
-    assert_same_model(*folders)
+    assert_same_model(*(folder / "final" for folder in folders))
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_the_last_checkpoint(run, monkeypatch):
@@ -182,7 +176,7 @@ def test_a_run_goes_on_after_its_base_has_moved(run, tmp_path, caplog):
     moved = base.rename(tmp_path / "elsewhere")
     assert run(f"model.path={moved}", "optim.steps=4") == 4
     assert f"model.path was {base}, is {moved} now: the run goes on from its own checkpoint" in caplog.text
-    assert_same_model(whole, run.folder)
+    assert_same_model(whole / "final", run.folder / "final")
 
 
 def test_the_state_before_the_bad_steps_is_saved_and_goes_on_to_the_same_bits(run, monkeypatch):
@@ -193,7 +187,7 @@ def test_the_state_before_the_bad_steps_is_saved_and_goes_on_to_the_same_bits(ru
         with pytest.raises(RunStopped, match=r"step 5: .*2 such steps in a row.*the last checkpoint is .*step_3;"):
             run("checkpoint.every=0", "optim.max_bad_steps=2")
     assert run("checkpoint.every=0", "optim.max_bad_steps=2") == 8
-    assert_same_model(whole, run.folder)
+    assert_same_model(whole / "final", run.folder / "final")
 
 
 def test_a_field_that_breaks_its_bound_stops_before_it_is_saved(run, capsys):
@@ -290,7 +284,7 @@ def test_a_spike_rolls_back_and_ends_as_a_run_without_its_rows(run, monkeypatch)
     run(*SPIKES, "data.skip_rows=[12-13]", f"output_dir={without}")
     with_spike(monkeypatch, {12})
     assert run(*SPIKES) == 8
-    assert_same_model(without, run.folder)
+    assert_same_model(without / "final", run.folder / "final")
     assert [row["step"] for row in metrics(run)] == list(range(1, 9))
     assert [row["rows"] for row in metrics(run)][5:] == [[[10, 11]], [[14, 15]], [[16, 17]]]
 
@@ -313,7 +307,7 @@ def test_a_run_killed_after_a_roll_back_skips_the_same_rows(run, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(*SPIKES, "optim.steps=10")
     assert run(*SPIKES, "optim.steps=10") == 10
-    assert_same_model(whole, run.folder)
+    assert_same_model(whole / "final", run.folder / "final")
     assert [row["rows"] for row in metrics(run)][4:8] == [[[8, 9]], [[12, 13]], [[16, 17]], [[18, 19]]]
 
 

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from same_models import assert_same_model
 
 import train
 from clex_train import stopping, trainer
@@ -57,9 +56,7 @@ def test_a_stop_file_saves_the_step_and_the_same_command_ends_with_the_same_bits
     assert "stopped after step 3" in capsys.readouterr().err
     stopped = run("stopped")
     assert not (stopped / "stop").exists()
-    for file in ("model.safetensors", "clex.safetensors"):
-        first, second = load_file(whole / "final" / file), load_file(stopped / "final" / file)
-        assert all(torch.equal(first[key], second[key]) for key in first), file
+    assert_same_model(whole / "final", stopped / "final")
     assert [row.get("rows") for row in metrics(stopped)] == [row.get("rows") for row in metrics(whole)]
     assert [row["rows"] for row in metrics(whole)[:6]] == [[[2 * step, 2 * step + 1]] for step in range(6)]
 

@@ -9,9 +9,8 @@ import time
 from collections import Counter
 
 import pytest
-import torch
 from chaos import last_row, run_with_kills
-from safetensors.torch import load_file
+from same_models import assert_same_model
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "4"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
@@ -41,12 +40,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits_and_rows(launche
     assert len(kills) == KILLS, "the run was finished before all kills were done"
     assert any(kill.moment == "a save" for kill in kills)
     left_alone, killed = launcher.folder / "left_alone", launcher.folder / "killed"
-    files = sorted(path.name for path in (left_alone / "final").glob("*.safetensors"))
-    assert "model.safetensors" in files
-    for name in files:
-        first, second = load_file(left_alone / "final" / name), load_file(killed / "final" / name)
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first), name
+    assert_same_model(left_alone / "final", killed / "final")
     rows = [
         row for step in launcher.figures("killed", "rows") for first, last in step for row in range(first, last + 1)
     ]

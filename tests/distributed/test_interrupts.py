@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from chaos import last_row
 from distributed_runs import BIN, Launcher
 from interrupting import Interrupter, report, tracebacks_of_ours
 from ports import free_port
-from safetensors.torch import load_file
+from same_models import assert_same_model
 
 TRIALS = int(os.environ.get("INTERRUPT_TRIALS", "4"))
 SEED = int(os.environ.get("INTERRUPT_SEED", "0"))
@@ -98,12 +97,7 @@ def test_training_that_signals_interrupt_ends_with_the_same_bits(launcher, left_
 
 def check_equal(folder: Path, whole: Path) -> None:
     """The final models are the same to the bit, and nothing of an interrupted launch is left in the folder."""
-    files = sorted(path.name for path in (whole / "final").glob("*.safetensors"))
-    assert "model.safetensors" in files
-    for file in files:
-        first, second = load_file(whole / "final" / file), load_file(folder / "final" / file)
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first), file
+    assert_same_model(whole / "final", folder / "final")
     # Each resumed launch leaves a description of its environment.
     left = {path.name for path in folder.iterdir() if not path.name.startswith("environment_step_")}
     assert left == {path.name for path in whole.iterdir()}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ports import free_port
-from safetensors.torch import load_file
+from same_models import assert_same_model
 from warm_processes import Program, rank_of
 
 CLEX = ("scaling=clex", "scaling.lr_scale=1.0", "scaling.t_max=4", "checkpoint.every=5", "checkpoint.keep_last=8")
@@ -53,7 +53,7 @@ def test_a_run_killed_in_the_middle_ends_with_the_same_bits(launcher, one_rank, 
     assert "resumed step" in done.stderr
     for key in ("loss", "t", "grad_norm", "ode_grad_norm"):
         assert launcher.figures(killed, key) == launcher.figures(name, key), key
-    _assert_same_model(launcher.folder / killed / "final", launcher.folder / name / "final")
+    assert_same_model(launcher.folder / killed / "final", launcher.folder / name / "final")
 
 
 def test_the_final_model_loads_in_one_call_with_its_table(launcher, one_rank):
@@ -93,10 +93,3 @@ def _kill_after(launcher, ranks: int, name: str, steps: int, overrides: tuple[st
     for process in processes:
         process.kill()
     return len(launcher.figures(name, "loss")) < 20
-
-
-def _assert_same_model(a: Path, b: Path) -> None:
-    for name in ("model.safetensors", "clex.safetensors", "frequencies.safetensors"):
-        first, second = load_file(a / name), load_file(b / name)
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first), name
