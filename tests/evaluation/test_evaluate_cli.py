@@ -2,47 +2,25 @@
 
 import errno
 import json
-import os
-import re
-import shutil
-import sys
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 import torch
-from evaluation_models import CONTEXT_LEN, VOCAB
-from model_directories import save_clex_model, save_model, save_store
+from evaluate_program import call
+from evaluation_models import CONTEXT_LEN
+from model_directories import save_clex_model, save_model
 
 from clex_train import files
-from clex_train.cli import console, loading
+from clex_train.cli import console
 from clex_train.cli import evaluate as program
 from clex_train.config import Config
 from clex_train.data.store import TokenStore
-from clex_train.data.writer import write_store
-from clex_train.evaluation import partial, perplexity, streaming
+from clex_train.evaluation import perplexity
 from clex_train.evaluation.report import evidence
 from clex_train.run_folder import as_yaml
 from data_prep import evaluation_sets
 from data_prep.config import EvaluationSetsVerb
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A model directory, a token store, and a store of another vocabulary."""
-    root = tmp_path_factory.mktemp("evaluate")
-    save_model(root / "base")
-    save_store(root / "store")
-    save_store(root / "other", VOCAB - 1)
-    write_store(root / "train_only", {"train": [[2, 3]], "validation": []}, VOCAB)
-    return {"model": str(root / "base"), "root": str(root)} | {
-        name: str(root / name) for name in ("store", "other", "train_only")
-    }
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
-    return console.run(program.main, program.usage)
 
 
 def test_a_model_directory_is_evaluated_and_the_table_printed(places, tmp_path, monkeypatch, capsys) -> None:
@@ -172,129 +150,6 @@ def test_a_clex_run_is_evaluated_with_its_own_table_lengths_and_data(places, tmp
         assert f"error: lm_infinite_t={t}: t={t}: not on the table's grid" in capsys.readouterr().err
 
 
-def test_results_of_another_model_do_not_go_into_the_folder_of_a_run(places, tmp_path, monkeypatch, capsys) -> None:
-    """A report of that run would take them for its own; the run's own final/ is no other model."""
-    monkeypatch.chdir(tmp_path)
-    save_clex_model(tmp_path / "runs" / "mine" / "final")
-    (tmp_path / "runs" / "mine" / "config.yaml").write_text(as_yaml(Config()))
-    shutil.copytree(places["model"], tmp_path / "models" / "mine")
-    keys = (f"data={places['store']}", "lengths=[16]", "methods=[none]", "num_windows=2", "precision=fp32")
-    assert call(monkeypatch, "model=models/mine", *keys) == console.USER_ERROR
-    assert "label=mine: runs/mine is a training run, and model=models/mine is not of it" in capsys.readouterr().err
-    assert not (tmp_path / "runs" / "mine" / "evaluation").exists()
-    assert call(monkeypatch, "model=models/mine", *keys, "label=base") == 0
-    assert call(monkeypatch, "model=runs/mine/final", *keys) == 0
-    assert (tmp_path / "runs" / "base" / "evaluation" / "base.json").is_file()
-    assert (tmp_path / "runs" / "mine" / "evaluation" / "mine.json").is_file()
-
-
-def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, monkeypatch, capsys) -> None:
-    (tmp_path / "config.yaml").write_text(as_yaml(Config()))
-    assert call(monkeypatch, f"run={tmp_path}") == console.USER_ERROR
-    assert "not finished (no final/); start the same training command again" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["data={store}"], "run: name either run=FOLDER or model=DIR"),
-        (["model={model}"], "data: model=DIR needs a store"),
-        (["model={model}", "data={store}", "revision=abc"], "revision=abc: is of a hub repository, and {model} is"),
-        (["run={model}", "revision=abc"], "revision=abc: is of a hub repository, and {model} is a folder"),
-        (
-            ["model={model}", "data={store}", "label=../../evil"],
-            "label=../../evil: it names the file of results",
-        ),
-        (["model={model}", "data={store}", "label=''"], "label='': it names the file of results: a plain name"),
-        (["model={model}", "data={store}", "output=''"], "output='': name a JSON file, or leave the key out"),
-        (["model={model}", "data={store}", "task_lengths=[]"], "task_lengths=[]: one or more lengths"),
-        (["model={model}", "data={store}", "lenghts=[16]"], "lenghts"),
-        (["model={model}", "data={store}", "methods=[yarn7]"], "methods[0]: "),
-        (["model={model}", "data={store}", "chunk_len=many"], "chunk_len: "),
-        (["model={model}", "data={store}", "chunk_len=0"], "chunk_len=0"),
-        (["model={model}", "data={store}", "lengths=[16,24]"], "lengths=[16, 24]"),
-        (["model={model}", "data={store}", "lengths=[16,256]"], "none of the 3 validation documents is that long"),
-        (["model={model}", "data={other}", "lengths=[16]"], "tokenised with another tokenizer"),
-        (["model={root}/nowhere", "data={store}"], "model={root}/nowhere: no such directory"),
-        (["model={store}", "data={store}"], "model={store}: no readable config.json"),
-        (["run={root}/nowhere"], "run={root}/nowhere: no such folder"),
-        (["run={model}"], "not a run folder (no config.yaml)"),
-        (["model={model}", "data={root}/nowhere"], "data={root}/nowhere: no such directory"),
-        (["model={model}", "data={store}", "protocols=[streaming]", "methods=[ntk]"], "['ntk']: streaming knows"),
-        (["model={model}", "data={store}", "protocols=[streaming,one_shot]"], "ask for it alone"),
-        (
-            ["model={model}", "data={store}", "protocols=[streaming]", "methods=[none]", "stream_tokens=999"],
-            "stream_tokens=999: {store} has 293 validation tokens",
-        ),
-        (
-            ["model={model}", "data={store}", "lengths=[16,64]", "protocols=[sliding]", "stride=17"],
-            "stride=17: more than the shortest of lengths=[16, 64]",
-        ),
-        (
-            ["model={model}", "data={store}", "lengths=[8,64]", "protocols=[last_k]"],
-            "last_k=16: more than the shortest of lengths=[8, 64]",
-        ),
-        (["model={model}", "data={train_only}", "lengths=[16]"], "the store has no validation documents"),
-        (["model={model}", "data={store}", "methods=[]"], "methods=[]: one or more methods"),
-        (["model={model}", "lengths=[open"], "lengths=[open: the value is not valid YAML"),
-        (["verbose"], "arguments have the form key=value"),
-    ],
-)
-def test_bad_input_is_one_line_that_names_the_key(places, monkeypatch, capsys, arguments, message) -> None:
-    status = call(monkeypatch, *(argument.format(**places) for argument in arguments))
-    error = capsys.readouterr().err
-    assert status == console.USER_ERROR
-    assert message.format(**places) in error
-    assert len(error.strip().splitlines()) == 1
-    assert not re.search(r"\b(model|data|evaluation|attention)\.\w+=", error), "a key that this program does not have"
-
-
-def test_refusals_of_a_run_s_model_name_the_run(places, tmp_path, monkeypatch, capsys) -> None:
-    (tmp_path / "mine" / "final").mkdir(parents=True)
-    shutil.copy(Path(places["model"]) / "config.json", tmp_path / "mine" / "final")
-    (tmp_path / "mine" / "config.yaml").write_text(as_yaml(Config()))
-    assert call(monkeypatch, f"run={tmp_path / 'mine'}", f"data={places['store']}") == console.USER_ERROR
-    line = capsys.readouterr().err
-    assert line.startswith(f"error: run={tmp_path / 'mine' / 'final'}: no weights in it (model.safetensors or an index")
-    assert line.endswith("give a directory that save_pretrained writes\n"), "and no remedy of training's"
-
-
-def test_the_log_names_the_keys_that_were_typed(places, tmp_path, monkeypatch, caplog) -> None:
-    keys = ["lengths=[16]", "methods=[none]", "num_windows=999", f"output={tmp_path / 'x.json'}"]
-    assert call(monkeypatch, f"model={places['model']}", f"data={places['store']}", *keys) == 0
-    assert any(line.startswith("num_windows=999: ") for line in caplog.messages)
-
-
-def test_a_place_that_cannot_be_written_is_refused_before_weights_are_read(
-    places, tmp_path, monkeypatch, capsys
-) -> None:
-    monkeypatch.setattr(program, "load", lambda *_: pytest.fail("weights were read"))
-    (tmp_path / "file").write_text("kept")
-    keys = [f"model={places['model']}", f"data={places['store']}", "lengths=[16]", "methods=[none]"]
-    for output, reason in (("file/deep/result.json", "is a file, not a folder"), (".", "it is a folder")):
-        assert call(monkeypatch, *keys, f"output={tmp_path / output}") == console.USER_ERROR
-        said = capsys.readouterr().err.strip().splitlines()
-        assert len(said) == 1
-        assert said[0].startswith("error: output=")
-        assert reason in said[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_pipe_or_a_name_that_is_too_long_is_refused_and_left_as_it_is(places, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(program, "load", lambda *_: pytest.fail("weights were read"))
-    os.mkfifo(tmp_path / "pipe")
-    keys = [f"model={places['model']}", f"data={places['store']}", "lengths=[16]", "methods=[none]"]
-    too_long = "a name of more than 255 bytes"
-    refused = {"pipe": "it is a device or a pipe", "é" * 126 + ".json": too_long, "x" * 252: too_long}
-    for name, reason in refused.items():
-        assert call(monkeypatch, *keys, f"output={tmp_path / name}") == console.USER_ERROR
-        [said] = capsys.readouterr().err.strip().splitlines()
-        assert said.startswith(f"error: output={tmp_path / name}: {reason}")
-    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
-    assert (tmp_path / "pipe").is_fifo()
-    loading.require_writable(tmp_path / ("x" * 250 + ".json"))
-
-
 def test_results_that_cannot_be_written_are_printed_and_what_was_there_is_kept(
     places, tmp_path, monkeypatch, capsys
 ) -> None:
@@ -370,13 +225,6 @@ def test_evaluating_again_replaces_a_repetition_and_keeps_everything_else(
     assert labels == {"a: none", "a/a_2: ntk", "a/a_3: none"}
 
 
-def test_help_names_every_key(monkeypatch, capsys) -> None:
-    assert call(monkeypatch, "--help") == 0
-    printed = capsys.readouterr().out
-    for key in program.EvaluateConfig.__dataclass_fields__:
-        assert f"\n  {key} (" in printed
-
-
 def test_what_does_not_fit_is_said_and_only_nothing_at_all_is_a_failure(
     places, tmp_path, monkeypatch, capsys, caplog
 ) -> None:
@@ -410,52 +258,6 @@ def test_a_cache_on_the_host_is_said_to_change_nothing_on_a_cpu(places, tmp_path
     assert sum("offload_cache=true changes nothing here" in record.getMessage() for record in caplog.records) == 1
     found = [json.loads((tmp_path / f"{offload}.json").read_text())["metrics"] for offload in ("false", "true")]
     assert found[0] == found[1]
-
-
-class Interrupted(BaseException):
-    """What ends the program in the middle."""
-
-
-def test_the_same_command_goes_on_where_it_was_interrupted(places, tmp_path, monkeypatch, caplog) -> None:
-    asked = [f"model={places['model']}", f"data={places['store']}", "methods=[none,ntk]", "precision=fp32"]
-    asked += ["lengths=[16,32,64]", "protocols=[one_shot,chunked]", "chunk_len=24"]
-    output, most, forwards = tmp_path / "result.json", [10**9], []
-    score = perplexity.score_chunk
-
-    def counted(model, targets, **inputs):
-        if len(forwards) == most[0]:
-            raise Interrupted
-        forwards.append(1)
-        return score(model, targets, **inputs)
-
-    monkeypatch.setattr(perplexity, "score_chunk", counted)
-    monkeypatch.setattr(partial, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(partial, "WRITES", 0)
-    assert call(monkeypatch, *asked, f"output={tmp_path / 'whole.json'}") == 0
-    whole, undisturbed = json.loads((tmp_path / "whole.json").read_text()), len(forwards)
-    forwards.clear()
-    for stop in (undisturbed // 2, undisturbed - 3):
-        most[0] = stop
-        with pytest.raises(Interrupted):
-            call(monkeypatch, *asked, f"output={output}")
-        assert len(list(tmp_path.glob("result.*.partial"))) == 1
-    most[0] = 10**9
-    with caplog.at_level("INFO", logger="clex_train"):
-        assert call(monkeypatch, *asked, "num_windows=2", f"output={output}") == 0
-        assert "with other num_windows, windows and is not used; give that command again" in caplog.text
-        spent = len(forwards)
-        forwards[:] = forwards[: undisturbed - 3]
-        caplog.clear()
-        assert call(monkeypatch, *asked, f"output={output}") == 0
-    assert "11 of 12 cells found from an interrupted evaluation" in caplog.text
-    assert spent > undisturbed - 3
-    assert len(forwards) <= undisturbed + 2 * 3, "what a kill loses is a window of three chunks, at most"
-    content = json.loads(output.read_text())
-    for row in (*whole["scores"], *content["scores"]):
-        del row["seconds"]
-    same = ("metrics", "scores", "windows", "request", "model", "data")
-    assert {key: content[key] for key in same} == {key: whole[key] for key in same}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "whole.json"]
 
 
 def test_a_dry_run_says_the_forwards_that_are_then_made_and_writes_nothing(
@@ -501,34 +303,6 @@ def test_the_best_keys_of_the_middle_have_a_key(places, tmp_path, monkeypatch, c
     streaming = [*asked, "protocols=[streaming]", "lm_infinite_top_k=5", "lm_infinite_top_k_layer=0"]
     assert call(monkeypatch, *streaming) == console.USER_ERROR
     assert "lm_infinite_top_k=5: a stream goes through a cache of constant size" in capsys.readouterr().err
-
-
-def test_an_interrupted_stream_goes_on_with_the_reading_that_was_not_finished(
-    places, tmp_path, monkeypatch, caplog
-) -> None:
-    asked = [f"model={places['model']}", f"data={places['store']}", "protocols=[streaming]", "precision=fp32"]
-    asked += ["methods=[lm_infinite,none]", "n_local=12", "n_global=2", "chunk_len=50"]
-    assert call(monkeypatch, *asked, f"output={tmp_path / 'whole.json'}") == 0
-    read, most, streamed = [], [1], streaming.streamed
-
-    def counted(*args):
-        if len(read) == most[0]:
-            raise Interrupted
-        read.append(1)
-        return streamed(*args)
-
-    monkeypatch.setattr(streaming, "streamed", counted)
-    with pytest.raises(Interrupted):
-        call(monkeypatch, *asked, f"output={tmp_path / 'x.json'}")
-    most[0] = 2
-    with caplog.at_level("INFO", logger="clex_train"):
-        assert call(monkeypatch, *asked, f"output={tmp_path / 'x.json'}") == 0
-    assert "2 of 3 cells found from an interrupted evaluation" in caplog.text
-    found = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("x", "whole")]
-    for row in (*found[0]["scores"], *found[1]["scores"]):
-        del row["seconds"]
-    assert found[0]["scores"] == found[1]["scores"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.json", "x.json"]
 
 
 def test_an_empty_list_of_lengths_takes_the_multiples_of_l(places) -> None:

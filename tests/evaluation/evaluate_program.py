@@ -1,0 +1,13 @@
+"""Run the evaluate program in this process."""
+
+import sys
+
+import pytest
+
+from clex_train.cli import console
+from clex_train.cli import evaluate as program
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    return console.run(program.main, program.usage)
