@@ -123,14 +123,7 @@ def make_plan(config: Config) -> Plan:
     context_len = context.length
     documents = held_out(config.data, config.evaluation.path)
     config = configuration.with_lengths(config, context_len, longest_document(documents))
-    configuration.check_reach(config, context_len)
-    configuration.check_lambda_mask(config)
-    configuration.check_positions(config, context_len)
-    separation.check_document_mask(config, arch, context_len)
-    memory_options.check(config.engine, arch, config.model.trust_remote_code)
-    splitting.check_sequence_parallel(config, arch)
-    # Only to refuse what cannot be scaled: sizes are the same, and some scaled ones take no handle for training.
-    modeling.trained_architecture(config, arch)
+    _check(config, arch, context_len)
     counts, dtype = skeleton.count(arch), engines.precision(config.engine)
     config = kernels.chosen(config, arch)
     on_gpu = torch.cuda.is_available() or dtype is torch.bfloat16
@@ -164,6 +157,18 @@ def make_plan(config: Config) -> Plan:
         evaluation_cache=0.0 if config.evaluation.every < 0 else _cache(arch, config.evaluation.longest(), dtype),
         stores=stores,
     )
+
+
+def _check(config: Config, arch: PretrainedConfig, context_len: int) -> None:
+    """Raise `ValueError` for what the run would refuse."""
+    configuration.check_reach(config, context_len)
+    configuration.check_lambda_mask(config)
+    configuration.check_positions(config, context_len)
+    separation.check_document_mask(config, arch, context_len)
+    memory_options.check(config.engine, arch, config.model.trust_remote_code)
+    splitting.check_sequence_parallel(config, arch)
+    # Only to refuse what cannot be scaled: sizes are the same, and some scaled ones take no handle for training.
+    modeling.trained_architecture(config, arch)
 
 
 def _check_ids(config: Config, arch: PretrainedConfig, stores: Mapping[str, TokenStore]) -> None:

@@ -59,7 +59,7 @@ class Job(NamedTuple):
         return "+".join(reading.protocol.value for reading in self.readings)
 
     def lengths_read(self, context_len: int) -> Iterator[int]:
-        """The numbers of tokens whose t a span is read at."""
+        """List the numbers of tokens whose t a span is read at."""
         yield from () if self.read is one_shot else range(context_len, self.length, context_len)
         yield self.length
 
@@ -151,13 +151,17 @@ def evaluate(
                 with (inserted or {}).get(cell.method, nullcontext)():
                     outcomes[cell] = _computed(model, handle, windows, cell, feeding, bar)
             kept.finish({each.key: vars(each) for each in outcomes[cell] if isinstance(each, Score)})
-    found = [each for outcome in outcomes.values() for each in outcome]
     order = [(method, reading.protocol.value) for method in tables for reading in readings]
+    scores, missing = _sorted([each for outcome in outcomes.values() for each in outcome], order)
+    warn_of_overflow(scores)
+    return Results(scores, handle.context_len, describe(windows), missing=missing)
+
+
+def _sorted(found: list[Score | Missing], order: list[tuple[str, str]]) -> tuple[list[Score], list[Missing]]:
+    """Part scores, in the order of (method, protocol), from what could not be computed."""
     scores = [each for each in found if isinstance(each, Score)]
     scores.sort(key=lambda score: order.index((score.method, score.protocol)))
-    warn_of_overflow(scores)
-    missing = [each for each in found if isinstance(each, Missing)]
-    return Results(scores, handle.context_len, describe(windows), missing=missing)
+    return scores, [each for each in found if isinstance(each, Missing)]
 
 
 @contextmanager
@@ -168,7 +172,7 @@ def lean(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def jobs(readings: Sequence[Reading], context_len: int) -> list[Job]:
-    """What there is to read, shortest spans first, each with the protocols that it serves; `context_len` is L."""
+    """List what there is to read, shortest spans first, each with the protocols that it serves; `context_len` is L."""
     found: dict[tuple[int, tuple[Span, ...], Predict], list[Reading]] = {}
     for reading in readings:
         for length, spans in reading.spans.items():
@@ -181,7 +185,7 @@ def jobs(readings: Sequence[Reading], context_len: int) -> list[Job]:
 def cells(
     tables: Mapping[str, Frequencies], readings: Sequence[Reading], context_len: int, inserted: Collection[str] = ()
 ) -> list[Cell]:
-    """All jobs of the first method, then those of the second; `inserted` are the methods with a mask of their own."""
+    """List the jobs of the first method, then those of the second; `inserted` are methods with a mask of their own."""
     todo, first = list[Cell](), dict[object, Cell]()
     for method, table in tables.items():
         for number, job in enumerate(jobs(readings, context_len)):
@@ -214,12 +218,12 @@ def deal(num_pieces: int, batch: int, rank: int, world_size: int) -> Iterator[tu
 
 
 def _found(cell: Cell, kept: Partial) -> Outcome:
-    """The cell's scores as an interrupted evaluation left them; empty if it did not finish them."""
+    """Return the cell's scores as an interrupted evaluation left them; empty if it did not finish them."""
     return kept.find(cell.keys, exact_score) or []
 
 
 def _copies(cell: Cell, outcome: Outcome, context_len: int) -> Outcome:
-    """The outcome of an equal cell under this cell's name."""
+    """Copy the outcome of an equal cell under this cell's name."""
     t = cell.table.least_upper_bound(cell.job.length, context_len).t
     made_by: dict[str, Any] = {"method": cell.method, "frequencies": cell.table.method, "t": t}
     return [
@@ -233,7 +237,7 @@ def _copies(cell: Cell, outcome: Outcome, context_len: int) -> Outcome:
 def _computed(
     model: nn.Module, handle: RotaryHandle, windows: WindowSet, cell: Cell, feeding: Feeding, bar: tqdm
 ) -> Outcome:
-    """A score for each protocol of the cell, or why there is none."""
+    """Compute a score for each protocol of the cell, or why there is none."""
     job = cell.job
     bar.set_description(f"evaluate {cell.method}, {job.protocols}, {job.length} tokens", refresh=False)
     room, started = Room(model, cell.name), _Started(cell, windows, feeding.kept)
@@ -327,13 +331,13 @@ class Gauge:
 def _read(
     model: nn.Module, handle: RotaryHandle, pieces: np.ndarray, job: Job, feeding: Feeding, advance: Advance
 ) -> torch.Tensor:
-    """nll float32 [B, N] on the CPU."""
+    """Read windows; returns nll float32 [B, N] on the CPU."""
     tokens = torch.from_numpy(pieces).to(feeding.device)
     return job.read(model, handle, tokens, feeding.chunk_len, feeding.cache_on_host, advance).cpu()
 
 
 def _scores(job: Job, nll: np.ndarray, windows: WindowSet, **shared: Any) -> Outcome:
-    """A score for each protocol that the job serves, of `nll` [W, longest]."""
+    """Compute a score for each protocol that the job serves, of `nll` [W, longest]."""
     return [
         with_standard_errors(
             Score(
