@@ -71,7 +71,7 @@ def _require_meant(model: ModelConfig) -> None:
 
 
 def stand_in(model: ModelConfig) -> ModelConfig:
-    """For a dry run: let `model.config` stand in for a `model.path` that is not on this machine.
+    """Let `model.config` stand in, in a dry run, for a `model.path` that is not on this machine.
 
     A preset names the architecture of one model, and `_name_or_path` in its config.json says which, so that it is not
     taken for that of another path. A user's own config.json without is taken as meant. `ValueError` names both.

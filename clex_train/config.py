@@ -202,7 +202,7 @@ def check_protocols(config: Config) -> None:
 
 
 def check_reach(config: Config, context_len: int) -> None:
-    """`ValueError` when a window to be evaluated is longer than the context that CLEX is trained to serve."""
+    """Raise `ValueError` when a window to be evaluated is longer than the context that CLEX is trained to serve."""
     longest, scaling = config.evaluation.longest(), config.scaling
     served = int(scaling.t_max * context_len)
     require(
@@ -264,7 +264,7 @@ def check_lambda_mask(config: Config) -> None:
 
 
 def check_positions(config: Config, context_len: int) -> None:
-    """`ValueError` when rows do not fit into the positions that the scaling has for them."""
+    """Raise `ValueError` when rows do not fit into the positions that the scaling has for them."""
     scaling, row_len = config.scaling, config.data.seq_len
     served = int(scaling.t_max * context_len)
     require(

@@ -30,7 +30,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Number of ranks; before the group is open, what the launcher put into the environment."""
+    """Return the number of ranks; before the group is open, what the launcher put into the environment."""
     return dist.get_world_size() if is_open() else ranks.of_launch()[1]
 
 

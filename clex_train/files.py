@@ -178,7 +178,7 @@ def require_plain_name(key: str, value: str, purpose: str) -> None:
 
 
 def require_place(key: str, value: Path, folder: Path, beside: str = "") -> None:
-    """`ValueError` unless `folder` is there and can be written in, or can be made, for the output `value` of `key`.
+    """Raise `ValueError` unless `folder` can be written in, or made, for the output `value` of `key`.
 
     Makes nothing that stays: the nearest folder that is there has to take a file. A full disk is an `OSError`. `beside`
     is the name under which the output is written at first.

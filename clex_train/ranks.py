@@ -35,13 +35,13 @@ def of_launch() -> tuple[int, int]:
 
 
 def require_meeting_place() -> None:
-    """`ValueError` where a rank is not told how many there are and where they meet."""
+    """Raise `ValueError` where a rank is not told how many there are and where they meet."""
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         require(name in os.environ, name, None, f"not set, where RANK is; {REMEDY}")
 
 
 def require_port() -> None:
-    """`ValueError` for a MASTER_PORT that is no port."""
+    """Raise `ValueError` for a MASTER_PORT that is no port."""
     port = os.environ.get("MASTER_PORT")
     digits = port is None or (port.isascii() and port.isdecimal() and len(port) <= 5)
     require(

@@ -81,7 +81,7 @@ class SignalWatch:
         threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
 
     def leave_marks(self) -> None:
-        """From here on signals only leave a mark: there is something to save."""
+        """Let signals only leave a mark from here on: there is something to save."""
         self.ends = frozenset()
 
     @property
@@ -103,7 +103,7 @@ class SignalWatch:
             self._handle(number, None)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Python's handler, on the main thread: what only leaves a mark is left to the thread."""
+        """Handle a signal on Python's main thread: what only leaves a mark is left to the thread."""
         if number not in self.ends or self._raised or self.is_leaving:
             return
         if not self.unwinds:
@@ -130,7 +130,7 @@ class SignalWatch:
                 self.reason = f"its launcher (process {gone[0].pid}) is gone"
 
     def _is_stuck(self) -> bool:
-        """Whether the main thread has had the time to unwind from a signal that ends the program, and has not."""
+        """Tell whether the main thread has had the time to unwind from a signal that ends the program, and has not."""
         ends = self._raised is not None or self._first in self.ends
         return ends and not self.is_leaving and time.monotonic() - self._since > GRACE
 
@@ -144,7 +144,7 @@ class SignalWatch:
             self._end(number, f"a second signal ({number.name}): ended at once")
 
     def _is_second(self, number: signal.Signals, elapsed: float) -> bool:
-        """Whether a later signal is another request and not the first one that a launcher passes on."""
+        """Tell whether a later signal is another request and not the first one that a launcher passes on."""
         if number is signal.SIGINT:
             return elapsed >= MOMENT
         passed_on = self._first in IGNORABLE and number is signal.SIGTERM and bool(self._launchers)
@@ -189,13 +189,13 @@ def _begin(ends: Collection[signal.Signals], taken: Collection[signal.Signals]) 
 
 
 def signals() -> SignalWatch | None:
-    """The watch that `listen` or `end_on_signals` started, if one did."""
+    """Return the watch that `listen` or `end_on_signals` started, if one did."""
     return _WATCH
 
 
 @contextmanager
 def shielding_children() -> Iterator[None]:
-    """Within, child processes begin with SIGINT and SIGHUP blocked, and no signal interrupts their start.
+    """Start child processes, within, with SIGINT and SIGHUP blocked, and let no signal interrupt their start.
 
     A terminal sends both to the whole group, but it is this process that has to end its helpers.
     """
@@ -313,7 +313,7 @@ class Deadline:
 
 
 def launchers() -> list[psutil.Process]:
-    """The launcher's processes above this one, nearest first; empty without one."""
+    """List the launcher's processes above this one, nearest first; empty without one."""
     found = []
     for process in psutil.Process().parents():
         try:
@@ -341,5 +341,5 @@ def is_orphan(found: list[psutil.Process]) -> bool:
 
 
 def is_launcher(arguments: list[str]) -> bool:
-    """Whether a command line is that of `deepspeed` or `torchrun`."""
+    """Tell whether a command line is that of `deepspeed` or `torchrun`."""
     return any(Path(argument).name in LAUNCHERS for argument in arguments[:4])

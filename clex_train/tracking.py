@@ -71,7 +71,7 @@ class Tracker:
         return bool(distributed.broadcast_object(self.active and step not in self._evaluated))
 
     def evaluation(self, step: int, results: dict[str, float]) -> None:
-        """Perplexities by key `perplexity/<method>/<protocol>/<length>`, retrieval by `<task>/<method>/<length>`."""
+        """Record perplexities as `perplexity/<method>/<protocol>/<length>`, retrieval as `<task>/<method>/<length>`."""
         if not self.active:
             return
         self._write({"step": step, **results})
@@ -81,7 +81,7 @@ class Tracker:
             self._wandb.evaluation(step, results)
 
     def saved(self, step: int, seconds: float) -> None:
-        """A checkpoint of this step was begun or written; training waited so many seconds for it."""
+        """Record that a checkpoint of this step was begun or written, and how long training waited for it."""
         if not self.active:
             return
         self._write({"step": step, "save_seconds": seconds})
@@ -198,7 +198,7 @@ def evaluation_rows(step: int, results: dict[str, float]) -> list[list[Any]]:
 
 
 def evaluated_steps(rows: list[dict[str, Any]]) -> set[int]:
-    """Steps whose evaluations are among the rows of metrics.jsonl."""
+    """List the steps whose evaluations are among the rows of metrics.jsonl."""
     return {row["step"] for row in rows if any(is_evaluation(key) for key in row)}
 
 
@@ -281,7 +281,7 @@ def _open_wandb(config: Config, run_dir: Path, run_id: str) -> WandbRun | None:
 
 
 def _wandb_id(path: Path) -> str:
-    """The id of the run at wandb; a new one where there is none, or what is left of it is damaged."""
+    """Return the id of the run at wandb; a new one where there is none, or what is left of it is damaged."""
     if path.exists():
         with suppress(files.BadFile):
             content = files.read_regular(path, within=path.parent, most=MOST_ID).decode("utf-8", "replace")

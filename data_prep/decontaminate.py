@@ -189,7 +189,7 @@ def _opened(train: Path, folder: Path, minhash: float | None) -> tuple[WordReade
 
 
 def _in_order(task: _Task, chunks: list[tuple[int, int]]) -> Generator[tuple[Findings, int, int]]:
-    """Results of the task in the order of the chunks."""
+    """Yield the results of the task in the order of the chunks."""
     workers = min(task.config.workers, len(chunks))
     if workers < 2:
         yield from map(task, chunks)

@@ -84,7 +84,7 @@ def open_partial(output: Path, settings: dict[str, Any], overwrite: bool) -> Ite
 
 
 def require_free(output: Path, wanted: str, overwrite: bool) -> None:
-    """`ValueError` if `output`, a "file" or "directory" as `wanted` says, exists and may not or cannot be replaced."""
+    """Raise `ValueError` if `output`, a "file" or "directory" as `wanted` says, is there and cannot be replaced."""
     if not os.path.exists(output):  # unlike that of a `Path`, no error for a name that is too long
         return
     require(overwrite, "output", output, f"exists; choose another {wanted}, or overwrite=true")
@@ -93,7 +93,7 @@ def require_free(output: Path, wanted: str, overwrite: bool) -> None:
 
 
 def require_place_of_store(output: Path) -> None:
-    """`ValueError` if no store can be written at `output`, before anything is read; makes nothing."""
+    """Raise `ValueError` if no store can be written at `output`, before anything is read; makes nothing."""
     with disk_full_explained(output):
         require_place("output", output, output.parent, partial_path(output).name)
 

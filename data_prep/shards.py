@@ -288,7 +288,7 @@ def _report(read_bytes: int, text_bytes: int, tokens: int) -> None:
 
 
 def _start_worker(workers: int, reporting: Connection) -> None:
-    """The tokenizer's own threads share the cores with those of the other workers."""
+    """Let the tokenizer's own threads share the cores with those of the other workers."""
     global _reporting
     _reporting = reporting
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))

@@ -24,7 +24,7 @@ class _Pool(ProcessPoolExecutor):
 
 @contextmanager
 def pool(workers: int, start: Callable[..., object], *arguments: Any) -> Iterator[ProcessPoolExecutor]:
-    """Processes that each call `start(*arguments)` first.
+    """Start processes that each call `start(*arguments)` first.
 
     At the end of the block, work that runs is waited for and the rest dropped; an interrupt kills the processes.
     """

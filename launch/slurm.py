@@ -85,7 +85,7 @@ def check(config: Config) -> None:
 
 
 def check_files(config: Config) -> None:
-    """That the data, the weights and the run folder can be used, before a queue has been waited for.
+    """Check that the data, the weights and the run folder can be used, before a queue has been waited for.
 
     Raises `ValueError` with the key and the remedy.
     """
@@ -123,7 +123,7 @@ def submit(config: Config) -> None:
 
 
 def write(config: Config, folder: Path) -> None:
-    """The submission: `code/`, `config.yaml` as train.py will read it, and the script."""
+    """Write the submission: `code/`, `config.yaml` as train.py will read it, and the script."""
     with files.complete_or_absent(folder) as unfinished:
         snapshot.copy_code(unfinished / job_script.CODE)
         files.write_atomically(unfinished / "config.yaml", job_script.configuration_text(config, folder))

@@ -118,7 +118,7 @@ def at_least_one(text: str) -> int:
 
 
 def require_usable(study: Study) -> None:
-    """`ValueError` where nothing can be written, or the store is still to be made and there are no files for it."""
+    """Raise `ValueError` if nothing can be written, or the store is still to be made and has no files."""
     require_place("--out", study.out, study.out)
     try:
         if not study.store.exists():

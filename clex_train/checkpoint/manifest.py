@@ -76,7 +76,7 @@ class Manifest:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of a checkpoint whose files have the right sizes; contents are for `check_contents`.
+    """Read the manifest of a checkpoint whose files have the right sizes; contents are for `check_contents`.
 
     Raises `Damaged`, naming the file.
     """

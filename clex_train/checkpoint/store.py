@@ -45,7 +45,7 @@ class Found:
     manifest: Manifest
 
     def config(self) -> Path | None:
-        """Its copy of the run's configuration, if it has a whole one; earlier versions kept none."""
+        """Find its copy of the run's configuration, if it has a whole one; earlier versions kept none."""
         try:
             whole = files.sha256(self.path / CONFIG, within=self.path) == self.manifest.sha256.get(CONFIG)
         except (OSError, BadFile):
@@ -140,7 +140,7 @@ class Checkpoints:
         return seconds
 
     def choose(self) -> Found | None:
-        """The newest checkpoint all of whose files have their SHA-256, each read by one rank. Collective.
+        """Choose the newest checkpoint all of whose files have their SHA-256, each read by one rank. Collective.
 
         Raises `ValueError` when there are only damaged ones; with `strict`, when a newer thing than it is damaged; when
         the ranks do not see the same files.
@@ -219,7 +219,7 @@ class Checkpoints:
         return loaded
 
     def _list(self) -> tuple[list[Found], dict[Path, str]]:
-        """Checkpoints with files of the right sizes, and what is wrong with the others."""
+        """List checkpoints with files of the right sizes, and what is wrong with the others."""
         return _list(self.folder)
 
     def _verify(self, found: Found) -> str | None:
@@ -331,7 +331,7 @@ class Checkpoints:
 
 
 def newest_config(run_dir: Path) -> Path | None:
-    """The newest checkpoint's copy of its run's configuration, if it has a whole one; files only."""
+    """Find the newest checkpoint's copy of its run's configuration, if it has a whole one; files only."""
     newest = max(_list(run_dir / "checkpoints")[0], key=lambda found: found.manifest.step, default=None)
     return newest.config() if newest else None
 

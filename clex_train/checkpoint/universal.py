@@ -115,7 +115,7 @@ def _start(checkpoint: Path, beside: Path, said: IO[str]) -> subprocess.Popen[by
 
 
 def _was_stopped(process: subprocess.Popen[bytes], asked: bool) -> bool:
-    """Whether a conversion failed because the run, or it, was asked to stop."""
+    """Tell whether a conversion failed because the run, or it, was asked to stop."""
     code = process.poll()
     return code in STOPPING or (code is not None and code != 0 and asked)
 
@@ -136,7 +136,7 @@ def _ended(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _conclude(process: subprocess.Popen[bytes], said: IO[str], beside: Path, target: Path) -> str | None:
-    """What went wrong, in one line, or None once the folder stands under its name."""
+    """Return what went wrong, in one line, or None once the folder stands under its name."""
     if process.returncode == 0:
         beside.rename(target)
         return None

@@ -125,7 +125,7 @@ def writing_with(engine: Any, writer: Writer) -> Iterator[None]:
 
 
 def write(state: Any, path: Path) -> Written:
-    """`torch.save`, hashed on the way and flushed to the disk. `OSError` or `RuntimeError` if it fails."""
+    """Write by `torch.save`, hash on the way and flush to the disk. `OSError` or `RuntimeError` if it fails."""
     with path.open("wb", buffering=0) as raw:
         file = HashingFile(raw)
         try:

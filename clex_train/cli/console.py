@@ -195,7 +195,7 @@ def report(error: Exception) -> int:
 
 
 def _classify(error: Exception) -> tuple[str | None, int]:
-    """The line to print and the exit code; no line for what deserves its traceback."""
+    """Return the line to print and the exit code; no line for what deserves its traceback."""
     from clex_train.cli.errors import explain
 
     if isinstance(error, RunStopped):

@@ -308,7 +308,7 @@ def stream(asked: EvaluateConfig, plan: Plan, text: Stream) -> Done | None:
 
 
 def resume(asked: EvaluateConfig, plan: Plan, come_from: Origin, read: dict[str, Any]) -> Partial:
-    """What an interrupted evaluation left, of the same in every regard that the last bit of a number depends on."""
+    """Find what an interrupted evaluation left that is the same in all that the last bit of a number depends on."""
     more: dict[str, Any] = {
         "bos_id": plan.bos_id,
         "chunk_len": plan.spec.chunk_len,

@@ -64,7 +64,7 @@ def usage() -> str:
 
 
 def _source(asked: ExportConfig) -> Path:
-    """The model directory that is asked for; `ValueError` names the key that is missing or wrong."""
+    """Return the model directory that is asked for; `ValueError` names the key that is missing or wrong."""
     require((asked.run is None) != (asked.model is None), "run", asked.run, "name either run=FOLDER or model=DIR")
     require(bool(asked.output), "output", asked.output or None, "name the directory to write, output=DIR")
     output = Path(str(asked.output))
@@ -81,7 +81,7 @@ def _source(asked: ExportConfig) -> Path:
 
 
 def _require_known(asked: LogScale | None, source: Path) -> None:
-    """`ValueError` for a policy that the format does not know: `asked`, or the one that the model was trained with."""
+    """Refuse a policy that the format does not know: `asked`, or the one that the model was trained with."""
     if asked is not None:
         require_known(asked)
     elif model_directory.has_clex(source):

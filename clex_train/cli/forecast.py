@@ -63,7 +63,7 @@ class Amount:
 
 
 def of_windows(model: nn.Module, todo: Sequence[Cell], num_windows: int, feeding: Feeding, context_len: int) -> Amount:
-    """The cells of perplexity."""
+    """Sum up the cells of perplexity."""
     total = Amount()
     for cell in todo:
         job, protocols = cell.job, len(cell.job.readings)
@@ -87,7 +87,7 @@ def of_windows(model: nn.Module, todo: Sequence[Cell], num_windows: int, feeding
 
 
 def of_prompts(model: nn.Module, todo: Sequence[Asked], chunk_len: int) -> Amount:
-    """The cells of retrieval."""
+    """Sum up the cells of retrieval."""
     total = Amount()
     for each in todo:
         cell = each.cell
@@ -108,7 +108,7 @@ def of_prompts(model: nn.Module, todo: Sequence[Asked], chunk_len: int) -> Amoun
 
 
 def of_stream(model: nn.Module, text: Stream, methods: Sequence[str], chunk_len: int) -> Amount:
-    """One text by each method, and in windows of L."""
+    """Sum up one text by each method, and in windows of L."""
     at_once = text.context_len * max(1, chunk_len // text.context_len)
     windows, length = -(-text.num_tokens // at_once), text.num_tokens
     plain = "none" in methods
@@ -149,7 +149,7 @@ def _memory(model: nn.Module, amount: Amount, on_host: bool, sharded: bool) -> I
 
 
 def _bytes_of_token(model: nn.Module) -> int:
-    """Of keys and values, in all layers."""
+    """Count the bytes of keys and values in all layers."""
     config: Any = model.config
     _, key_heads, width = splitting.heads_of(config)
     num_layers: int = config.get_text_config().num_hidden_layers
@@ -163,7 +163,7 @@ def _seconds(loaded: LoadedModel, amount: Amount, num_tokens: int) -> float:
 
 
 def _timed(loaded: LoadedModel, num_tokens: int) -> float:
-    """Seconds of a forward of so many tokens, after one that warms up."""
+    """Measure the seconds of a forward of so many tokens, after one that warms up."""
     device = distributed.device()
     tokens = torch.zeros((1, num_tokens), dtype=torch.int64, device=device)
     with lean(loaded.model, device), keeping_table(loaded.handle):
@@ -178,7 +178,7 @@ def _timed(loaded: LoadedModel, num_tokens: int) -> float:
 
 
 def _shared(pieces: int) -> int:
-    """Of a rank."""
+    """Return how many of the pieces the busiest rank has."""
     return -(-pieces // distributed.world_size())
 
 

@@ -154,7 +154,7 @@ class Found(NamedTuple):
     results: dict[str, Any]
 
     def metrics(self) -> dict[str, float]:
-        """Values by key."""
+        """Return values by key."""
         return harness.metrics(self.results, self.method)
 
 
@@ -202,7 +202,7 @@ def _without_not_run(found: Found) -> Found:
 
 
 def _spec(asked: LmEvalConfig, source: Source, max_length: int) -> EvaluationConfig:
-    """The methods and what they take; `ValueError` for one that the model cannot have."""
+    """Return the methods and what they take; `ValueError` for one that the model cannot have."""
     spec = EvaluationConfig(**given(asked, METHOD_KEYS), lengths=[max_length])
     arch = architectures.to_read(source.model)
     unloaded = handle_without_weights(arch, source.context_len, source.model.trust_remote_code)
@@ -217,7 +217,7 @@ def _tasks(asked: LmEvalConfig, tasks: harness.Tasks, max_length: int) -> str:
 
 
 def check(asked: LmEvalConfig) -> None:
-    """`ValueError` for keys that are missing, out of range or contradict each other."""
+    """Refuse by `ValueError` keys that are missing, out of range or contradict each other."""
     loading.check(asked)
     require_at_most(asked, "", MOST)
     require(all(n >= 2 for n in asked.lengths or ()), "lengths", asked.lengths, "lengths of at least 2 tokens")
@@ -244,7 +244,7 @@ def check(asked: LmEvalConfig) -> None:
 
 
 def longest(asked: LmEvalConfig, source: Source) -> int:
-    """Tokens that a prompt and its answer may have; `ValueError` for more than the field was trained for."""
+    """Return how many tokens a prompt and its answer may have; `ValueError` for more than the field was trained for."""
     t_max = architectures.t_max_of_field(asked.path)
     reach = int((t_max or 1.0) * source.context_len)
     chosen = asked.max_length or reach
@@ -286,7 +286,7 @@ def facts(asked: LmEvalConfig, source: Source, tasks: harness.Tasks, dtype: torc
 
 
 def write(file: Path, found: Sequence[Found], origin: Origin) -> None:
-    """The metrics by key, and the harness's own account of tasks, versions and examples, as JSON.
+    """Write the metrics by key, and the harness's own account of tasks, versions and examples, as JSON.
 
     `frequencies` and `lm_eval` are by method where methods were named.
     """
@@ -306,7 +306,7 @@ def write(file: Path, found: Sequence[Found], origin: Origin) -> None:
 
 
 def table(found: Found) -> str:
-    """One line a metric."""
+    """Format one line a metric."""
     rows = found.metrics()
     width = max(map(len, rows), default=0)
     return "\n".join(f"{key:<{width}}  {value:.4f}" for key, value in rows.items())

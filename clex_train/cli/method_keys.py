@@ -50,5 +50,5 @@ class MethodConfig(LoadingConfig):
 
 
 def given(asked: object, keys: tuple[str, ...]) -> dict[str, Any]:
-    """The keys that the command line says, with their values."""
+    """Return the keys that the command line says, with their values."""
     return {key: value for key in keys if (value := getattr(asked, key)) is not None}

@@ -83,9 +83,10 @@ class Asking:
 def evaluate(
     loaded: LoadedModel, tasks: Tasks, asking: Asking, kept: Partial | None = None, method: str = ""
 ) -> dict[str, Any]:
-    """The harness's own results (`results`, `configs`, `versions`, ...). Collective when the weights are sharded.
+    """Run the harness and return its own results (`results`, `configs`, `versions`, ...).
 
-    Every rank computes the same. `kept` is what an interrupted evaluation has finished, of each `method` by its name.
+    Collective when the weights are sharded. Every rank computes the same. `kept` is what an interrupted evaluation has
+    finished, of each `method` by its name.
     """
     model = _model(loaded, asking)
     for kind in KINDS:
@@ -129,7 +130,7 @@ def count(loaded: LoadedModel, tasks: Tasks, asking: Asking) -> Counted:
 
 
 def _model(loaded: LoadedModel, asking: Asking) -> Any:
-    """The harness's own model around ours."""
+    """Make the harness's own model around ours."""
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(
@@ -178,7 +179,7 @@ class InGroups:
         self._least = batch_size if batch_size == 1 else BATCHES * batch_size
 
     def __call__(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
-        """The answers in the order of the requests."""
+        """Return the answers in the order of the requests."""
         todo = {f"{self._prefix}/{i}/{_digest(group)}": group for i, group in enumerate(groups(requests, self._least))}
         found = {key: answers[0] for key in todo if (answers := self._kept.find([key], _answers))}
         self._say_found(requests, todo, found)
@@ -210,7 +211,7 @@ class InGroups:
 
 
 def groups(requests: Sequence[Any], least: int) -> list[list[Any]]:
-    """The requests in groups of at least so many (but for the last); those of a document stay together."""
+    """Put the requests into groups of at least so many (but for the last); those of a document stay together."""
     found: list[list[Any]] = []
     for _, of_document in groupby(requests, key=lambda request: (request.task_name, request.doc_id)):
         if not found or len(found[-1]) >= least:
@@ -225,7 +226,7 @@ def _digest(group: Sequence[Any]) -> str:
 
 
 def _answers(kept: Any) -> list[Any]:
-    """The answers of a group as the harness makes them: log-likelihoods are pairs."""
+    """Return the answers of a group as the harness makes them: log-likelihoods are pairs."""
     return [tuple(answer) if isinstance(answer, list) else answer for answer in kept]
 
 
@@ -249,7 +250,7 @@ def _is_not_run(metric: str, value: object) -> bool:
 
 
 def metrics(results: Mapping[str, Any], method: str = "") -> dict[str, float]:
-    """`lm_eval/<task>/<metric>` -> value, standard errors as `lm_eval/<task>/<metric>_stderr`; filters by name.
+    """Map `lm_eval/<task>/<metric>` to its value, standard errors as `lm_eval/<task>/<metric>_stderr`; filters by name.
 
     With a method `lm_eval/<task>/<method>/<metric>`.
     """

@@ -157,7 +157,7 @@ def _require_fitting(spec: EvaluationConfig, handle: RotaryHandle, has_clex: boo
 
 
 def insertions(spec: EvaluationConfig, model: nn.Module, context_len: int) -> dict[str, InsertedMask]:
-    """What methods put into the model beside a table, by method name."""
+    """Return what methods put into the model beside a table, by method name."""
     n_local = spec.n_local or round(spec.lm_infinite_t * context_len)
     best = BestMiddle(spec.lm_infinite_top_k, spec.lm_infinite_top_k_layer) if spec.lm_infinite_top_k else None
     return {Method.lm_infinite.value: partial(lm_infinite, model, n_local, spec.n_global, best)}
@@ -187,7 +187,7 @@ def lm_infinite_over(handle: RotaryHandle, table: Frequencies, put_in: InsertedM
 def lm_infinite(
     model: nn.Module, n_local: int, n_global: int, middle: BestMiddle | None = None
 ) -> Iterator[LmInfinite]:
-    """The Lambda-shaped mask in force on a model; `ValueError` by name for one that it does not fit."""
+    """Put the Lambda-shaped mask into a model; `ValueError` by name for one that it does not fit."""
     handle = apply_lm_infinite(model, n_local, n_global, middle=middle)
     try:
         yield handle

@@ -69,7 +69,7 @@ class Partial:
         return self._pieces[1] if self._pieces is not None and self._pieces[0] == key else None
 
     def is_due(self) -> bool:
-        """Whether the pieces of the cell in progress should be kept now: rank 0's clock decides. Collective."""
+        """Tell whether the pieces of the cell in progress should be kept now: rank 0's clock decides. Collective."""
         return self.path is not None and bool(distributed.broadcast_object(self._has_waited()))
 
     def keep(self, key: str, content: Any) -> None:

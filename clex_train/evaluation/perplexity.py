@@ -56,7 +56,7 @@ def one_shot(
     cache_on_host: bool = False,
     advance: Advance = ignore,
 ) -> Tensor:
-    """nll float32 [B, N] of `tokens` int64 [B, N] at the least t >= N / L throughout; the first column is 0.
+    """Return nll float32 [B, N] of `tokens` int64 [B, N] at the least t >= N / L throughout; the first column is 0.
 
     The numbers of one forward over the span up to rounding: `chunk_len` and `cache_on_host` bound the memory. Raises
     `ValueError` if the handle's table ends before N tokens.
@@ -76,7 +76,7 @@ def chunked(
     cache_on_host: bool = False,
     advance: Advance = ignore,
 ) -> Tensor:
-    """nll float32 [B, N] of `tokens` int64 [B, N] read L at a time, each L at the t that all tokens so far need.
+    """Return nll float32 [B, N] of `tokens` int64 [B, N], each L tokens read at the t that all so far need.
 
     Cached keys follow t, hidden states stay as they were computed. The official code does not score the first token
     of each L: leave multiples of L out of the scored tokens to compare with it. `chunk_len` and `cache_on_host`

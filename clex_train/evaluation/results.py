@@ -82,7 +82,7 @@ class Score:
 
 
 def score_key(method: str, protocol: str, length: int) -> str:
-    """`perplexity/<method>/<protocol>/<length>`."""
+    """Return `perplexity/<method>/<protocol>/<length>`."""
     return f"perplexity/{method}/{protocol}/{length}"
 
 
@@ -121,7 +121,7 @@ class TaskScore:
 
 
 def task_key(task: str, method: str, length: int) -> str:
-    """`<task>/<method>/<length>`."""
+    """Return `<task>/<method>/<length>`."""
     return f"{task}/{method}/{length}"
 
 

@@ -60,7 +60,7 @@ class Room:
         return None
 
     def holds_so_far(self) -> bool:
-        """Whether no rank has lacked memory yet. Collective."""
+        """Tell whether no rank has lacked memory yet. Collective."""
         return not distributed.any_rank(bool(self._reason))
 
     def lacking(self) -> str:

@@ -14,7 +14,7 @@ Identity = tuple[object, ...]
 def identity(
     method: str, table: Frequencies, lengths: Iterable[int], context_len: int, inserted: Collection[str]
 ) -> Identity:
-    """What a method does to a model at these numbers of tokens: equal for methods that do the same.
+    """Say what a method does to a model at these numbers of tokens: equal for methods that do the same.
 
     `inserted` are the methods that put something of their own into the model; each of them is alone.
     """

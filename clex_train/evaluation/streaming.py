@@ -92,7 +92,7 @@ def evaluate(
     chunk_len: int,
     kept: Partial | None = None,
 ) -> Results:
-    """The stream by each method (`lm_infinite` with a cache of constant size, `none` with all keys), and in windows.
+    """Score the stream by each method (`lm_infinite` in a constant cache, `none` in a growing one) and in windows.
 
     `inserted` puts a method into the model, `kept` is what an interrupted evaluation has finished: whole readings of
     the stream, since what a model has seen of it is in its cache. Windows of L are labelled `none`, `windows`, at

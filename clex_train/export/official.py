@@ -50,7 +50,7 @@ def write_official(directory: Path, loaded: LoadedModel, log_scale: LogScale | N
 
 
 def require_known(policy: LogScale) -> None:
-    """`ValueError` for a policy of log-scaling that the layout cannot say."""
+    """Refuse by `ValueError` a policy of log-scaling that the layout cannot say."""
     if policy not in (LogScale.off, LogScale.official):
         raise ValueError(
             f"log_scale={policy.name}: the official layout knows `off` and `official` (which also scales below L); "

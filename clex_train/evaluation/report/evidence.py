@@ -57,7 +57,7 @@ class TrainingRun:
         return [row for row in _rows(path, self.folder) if "loss" in row]
 
     def column(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps int64 [n] and values float64 [n] of the steps that have a finite value under `key`."""
+        """Return steps int64 [n] and values float64 [n] of the steps that have a finite value under `key`."""
         pairs = [(row["step"], row[key]) for row in self.metrics if isinstance(row.get(key), (int, float))]
         known = [(step, value) for step, value in pairs if abs(value) <= sys.float_info.max]
         return np.array([s for s, _ in known], dtype=np.int64), np.array([v for _, v in known], dtype=np.float64)
@@ -193,7 +193,7 @@ def _tasks(path: Path, result: Results, origin: Origin, prefix: str) -> list[Tas
 
 
 def _rows(path: Path, folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics but for damaged ones, which a line says; the last may still be being written."""
+    """Read the lines of a run's metrics but for damaged ones, which a line names; the last may be unfinished."""
     rows, damaged = [], 0
     with open_regular(path, within=folder) as file:
         for line in iter(lambda: file.readline(LONGEST_LINE), b""):

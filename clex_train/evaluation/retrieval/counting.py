@@ -25,7 +25,10 @@ LEAST_WORDS = 80
 
 
 def common_words(ask: Ask) -> Draft:
-    """A unit of filler is one more uncommon word; common ones appear 30 and others 3 times, 6 and 1 in short texts."""
+    """Ask for common words, which appear 30 times and others 3 times, 6 and 1 in short texts.
+
+    A unit of filler is one more uncommon word.
+    """
     common_count, other_count = (30, 3) if ask.length >= LONG else (6, 1)
     words, seed = names(ask.rng), int(ask.rng.integers(2**63))
     common, others = list(islice(words, NUM_COMMON)), list[str]()
@@ -43,7 +46,7 @@ def common_words(ask: Ask) -> Draft:
 
 
 def frequent_words(ask: Ask) -> Draft:
-    """A unit of filler is one more word of the text."""
+    """Ask for frequent words: a unit of filler is one more word of the text."""
     vocabulary = ["...", *_coded(ask.rng, max(5, ask.length // TOKENS_PER_CODED_WORD))]
     seed = int(ask.rng.integers(2**63))
     shares = np.arange(1, len(vocabulary) + 1) ** -2.0 / (math.pi**2 / 6)

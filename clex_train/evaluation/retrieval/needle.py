@@ -10,7 +10,7 @@ from clex_train.evaluation.retrieval.words import digits, names
 
 
 def in_documents(ask: Ask) -> Draft:
-    """The needle stands at the end of the sentence before the share `ask.depth` of the text's tokens."""
+    """Put the needle at the end of the sentence before the share `ask.depth` of the text's tokens."""
     name, number = next(names(ask.rng)), digits(ask.rng, 6)
     lay = ask.documents.starting_at(ask.rng.random())
     opening = "Read the text below. There will be a question about it."

@@ -72,7 +72,7 @@ class Needles:
         return f"One of the special magic {self.what}s for {key} is: {value}."
 
     def question(self, asked: list[str], num_answers: int) -> tuple[str, str]:
-        """What is asked, and the beginning of the answer."""
+        """Return what is asked, and the beginning of the answer."""
         verb, noun = ("is", self.what) if num_answers == 1 else ("are all", f"{self.what}s")
         subject = f"the special magic {noun} for {enumerated(asked)} in the text above"
         return f"What {verb} {subject}?", f"{subject[0].upper()}{subject[1:]} {verb.split()[0]}"

@@ -15,7 +15,7 @@ LEAD = "The pass key is"
 
 
 def lm_infinite(ask: Ask) -> Draft:
-    """The form of LM-Infinite; the key stands after the share `ask.depth` of the filler."""
+    """Build the form of LM-Infinite; the key stands after the share `ask.depth` of the filler."""
     key = digits(ask.rng, 5)
     question = f"What is the pass key? {LEAD}"
 
@@ -27,7 +27,7 @@ def lm_infinite(ask: Ask) -> Draft:
 
 
 def infinitebench(ask: Ask) -> Draft:
-    """The form of InfiniteBench; the key stands after the share `ask.depth` of the filler."""
+    """Build the form of InfiniteBench; the key stands after the share `ask.depth` of the filler."""
     key = digits(ask.rng, 5)
 
     def text(units: int) -> str:

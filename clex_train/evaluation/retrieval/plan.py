@@ -90,7 +90,7 @@ class Cell:
 
 
 def require_chat_template(tokenizer: Any) -> None:
-    """`ValueError` with the remedy for a tokenizer that has no chat template."""
+    """Refuse by `ValueError` with the remedy a tokenizer that has no chat template."""
     require(
         getattr(tokenizer, "chat_template", None) is not None,
         "chat_template",
@@ -103,7 +103,7 @@ def require_chat_template(tokenizer: Any) -> None:
 def of_spec(
     spec: EvaluationConfig, tokenizer: Any, store: TokenStore, seed: int = 0, bos: bool | None = None
 ) -> list[Cell]:
-    """The cells that `evaluation.tasks` and its companions ask for, real text from the split `store`.
+    """List the cells that `evaluation.tasks` and its companions ask for, real text from the split `store`.
 
     Task by task, shorter lengths first; `ValueError` names the first length that has no room. `bos` says whether
     prompts begin with BOS; None: as the tokenizer does.

@@ -73,7 +73,7 @@ def encode(tokenizer: Any, text: str, bos: bool | None = None) -> list[int]:
 
 
 def encode_in_chat(tokenizer: Any, text: str, lead: str) -> list[int]:
-    """The ids of a user's turn and of the beginning `lead` of the answer to it, by the tokenizer's chat template.
+    """Encode a user's turn and the beginning `lead` of the answer to it by the tokenizer's chat template.
 
     The template puts BOS and every other special token.
     """
@@ -90,12 +90,12 @@ def answer_len(tokenizer: Any, answers: tuple[str, ...]) -> int:
 
 
 def frame_len(tokenizer: Any, draft: Draft, bos: bool | None = None, in_chat: bool = False) -> int:
-    """Tokens of the prompt without any filler."""
+    """Count the tokens of the prompt without any filler."""
     return len(_encode(tokenizer, draft, 0, bos, in_chat))
 
 
 def fit(tokenizer: Any, draft: Draft, budget: int, bos: bool | None = None, in_chat: bool = False) -> Prompt:
-    """The prompt with the most filler that has at most `budget` tokens; `ValueError` when the frame alone has more."""
+    """Fit the most filler into `budget` tokens; `ValueError` when the frame of the prompt alone has more."""
     low, best = 0, _encode(tokenizer, draft, 0, bos, in_chat)
     if len(best) > budget:
         raise ValueError(f"budget={budget}: the prompt without filler has {len(best)} tokens")

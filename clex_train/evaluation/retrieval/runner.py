@@ -118,7 +118,7 @@ class Decoding:
 def asked(
     tables: Mapping[str, Frequencies], cells: Sequence[Cell], context_len: int, inserted: Collection[str] = ()
 ) -> list[Asked]:
-    """All cells of the first method, then those of the second; `inserted` are the methods with a mask of their own."""
+    """List the cells of the first method, then those of the second; `inserted` are methods with a mask of their own."""
     todo, first = list[Asked](), dict[object, Asked]()
     for method, table in tables.items():
         for number, cell in enumerate(cells):
@@ -130,13 +130,13 @@ def asked(
 
 
 def _found(each: Asked, kept: Partial) -> Outcome:
-    """The rows as an interrupted evaluation left them; empty if it did not finish them."""
+    """Return the rows as an interrupted evaluation left them; empty if it did not finish them."""
     found = kept.find([each.key], lambda rows: convert(rows, list[TaskScore]))
     return found[0] if found else []
 
 
 def _copies(each: Asked, outcome: Outcome) -> Outcome:
-    """The outcome of equal prompts under this method's name."""
+    """Copy the outcome of equal prompts under this method's name."""
     return [
         replace(row, method=each.method, copied_from=row.key)
         if isinstance(row, TaskScore)
@@ -146,7 +146,7 @@ def _copies(each: Asked, outcome: Outcome) -> Outcome:
 
 
 def _computed(each: Asked, put_in: object, how: Decoding, bar: tqdm) -> Outcome:
-    """A row for each depth of a cell, or why there is none."""
+    """Compute a row for each depth of a cell, or why there is none."""
     cell = each.cell
     bar.set_description(f"{cell.name.value} {each.method}, {cell.length} tokens", refresh=False)
     room = Room(how.model, f"method {each.method}, task {cell.name.value}, {cell.length} tokens")
@@ -183,7 +183,7 @@ def _generated(each: Asked, make_cache: Callable[[], Any] | None, how: Decoding,
 
 
 def _left(each: Asked, kept: Partial) -> tuple[Tensor, int]:
-    """What an interrupted evaluation left of a cell: int64 [size, 1 + num_new], zeros but on rank 0, and its rounds."""
+    """Return the rest of an interrupted cell: int64 [size, 1 + num_new], zeros but on rank 0, and its rounds."""
     generated = torch.zeros(each.cell.size, 1 + each.cell.num_new, dtype=torch.int64)
     left, num_done = kept.pieces(each.key), 0
     with suppress(KeyError, TypeError, ValueError):
@@ -210,7 +210,7 @@ def fingerprint(ids: Tensor) -> Tensor:
 
 
 def _judged(method: str, cell: Cell, generated: Tensor) -> Iterator[TaskScore]:
-    """A row for each depth."""
+    """Judge the answers: a row for each depth."""
     texts = [_text(cell.tokenizer, row) for row in generated[:, 1:].tolist()]
     shares = [cell.judge(number, text) for number, text in enumerate(texts)]
     for i, depth in enumerate(cell.depths):

@@ -16,7 +16,7 @@ NAME_LEN = 5
 
 
 def variable_tracking(ask: Ask) -> Draft:
-    """One chain of four hops, at random depths."""
+    """Build one chain of four hops, at random depths."""
     rng = ask.rng
     variables, value = _variables(rng, NUM_HOPS + 1), digits(rng, 5)
     sources = [value, *(f"VAR {name}" for name in variables)]
