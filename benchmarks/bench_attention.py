@@ -26,9 +26,9 @@ from bench_page import processor, publish
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from clex_train.attention.choice import sdpa_kernel
-from clex_train.attention.hf_interface import apply_lm_infinite
-from clex_train.faults import is_out_of_memory
+from clex_train.attention.select import sdpa_kernel
+from clex_train.lm_infinite.install import apply_lm_infinite
+from clex_train.utils.errors import is_out_of_memory
 
 VOCABULARY, INTERMEDIATE = 64, 64
 LM_INFINITE = "LM-Infinite"

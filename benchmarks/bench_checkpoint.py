@@ -27,14 +27,14 @@ import torch
 from bench_page import processor, publish
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from clex_train import distributed, log
 from clex_train.checkpoint.manifest import Manifest
 from clex_train.checkpoint.store import Checkpoints
 from clex_train.checkpoint.writer import write
-from clex_train.config import Config
+from clex_train.config.checkpoint import CheckpointConfig
+from clex_train.config.optim import OptimConfig
+from clex_train.config.root import Config
 from clex_train.engine import deepspeed as engines
-from clex_train.settings.checkpoint import CheckpointConfig
-from clex_train.settings.optim import OptimConfig
+from clex_train.utils import distributed, log
 
 LEAST = 12
 """Bytes per parameter: a float32 weight and AdamW's two moments."""

@@ -25,7 +25,7 @@ MIB = 2**20
 CHILD = """
 import json
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-from clex_train import log
+from clex_train.utils import log
 from clex_train.cli import console
 from clex_train.cli import evaluate as program
 

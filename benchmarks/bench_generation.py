@@ -27,8 +27,8 @@ from bench_page import processor, publish
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
-from clex_train.libraries import kv_cache
-from clex_train.rope import cache as key_cache
+from clex_train.attention import kv_cache
+from clex_train.rope import key_cache
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import FrequencyTable, scale_grid

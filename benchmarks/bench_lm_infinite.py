@@ -27,8 +27,8 @@ from bench_page import freed_memory_kept, processor, publish
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
-from clex_train.attention.hf_interface import apply_lm_infinite
-from clex_train.libraries import kv_cache
+from clex_train.attention import kv_cache
+from clex_train.lm_infinite.install import apply_lm_infinite
 
 VOCABULARY, CHUNK = 512, 4096
 LAYERS, HEADS, HEAD_DIM, MLP_PER_HEAD = 2, 4, 128, 344

@@ -109,7 +109,7 @@ def parse() -> argparse.Namespace:
 
 def measure(case: Case) -> Measured:
     """Estimate one case here and measure it in a process of its own."""
-    from clex_train import dry_run
+    from clex_train.preflight import dry_run
 
     with tempfile.TemporaryDirectory() as folder:
         write_architecture(Path(folder), case.shape)
@@ -142,12 +142,12 @@ def write_architecture(folder: Path, shape: Shape) -> None:
 
 def configuration(folder: Path, shape: Shape, options: dict[str, Any]) -> Any:
     """A run with CLEX on one row a step."""
-    from clex_train.config import Config
-    from clex_train.settings.engine import EngineConfig, Offload
-    from clex_train.settings.evaluation import EvaluationConfig
-    from clex_train.settings.model import Init, ModelConfig
-    from clex_train.settings.optim import OptimConfig
-    from clex_train.settings.scaling import ScalingConfig, ScalingName
+    from clex_train.config.engine import EngineConfig, Offload
+    from clex_train.config.evaluation import EvaluationConfig
+    from clex_train.config.model import Init, ModelConfig
+    from clex_train.config.optim import OptimConfig
+    from clex_train.config.root import Config
+    from clex_train.config.scaling import ScalingConfig, ScalingName
 
     offload = Offload(options.get("offload", "none"))
     config = Config(
@@ -165,27 +165,29 @@ def child(words: dict[str, Any]) -> None:
     """One case: prints the growth of the resident set in the last step, and that step's loss."""
     import torch
 
-    from clex_train import architectures, distributed, memory_options, modeling, trainer
     from clex_train.engine import deepspeed as engines
-    from clex_train.engine.ode_optimizer import OdeOptimizer
+    from clex_train.models import architecture, load, memory_options
+    from clex_train.training import loop
+    from clex_train.training.ode_optimizer import OdeOptimizer
+    from clex_train.utils import distributed
 
     shape = Shape(**words["shape"])
     config = configuration(Path(words["folder"]), shape, words["options"])
-    arch = architectures.to_train(config.model)
+    arch = architecture.to_train(config.model)
     engines.open_process_group(config.engine)
     before = status("VmRSS:")
     settings = engines.deepspeed_dict(config, distributed.world_size())
-    loaded = modeling.load_for_training(config, arch, torch.float32, settings)
+    loaded = load.load_for_training(config, arch, torch.float32, settings)
     memory_options.install(loaded.model, config.engine)
     assert loaded.clex is not None
     engine = engines.build(loaded.model, config)
     nothing: Any = None
     ode = OdeOptimizer(loaded.clex, config.scaling, config.seed)
-    parts = trainer.Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
+    parts = loop.Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
     for step in range(words["steps"]):
         # Only the step counts: building the model holds whole weights for a moment.
         Path("/proc/self/clear_refs").write_text("5")
-        loss = trainer.train_step(parts, step, iter([random_row(shape, step)]))["loss"]
+        loss = loop.train_step(parts, step, iter([random_row(shape, step)]))["loss"]
         grown = status("VmHWM:") - before
     print(json.dumps({"grown": grown, "loss": loss}))
 

@@ -32,13 +32,13 @@ from torchdiffeq import odeint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from clex_train.engine.ode_optimizer import OdeOptimizer
-from clex_train.metrics import PEAK_BF16_FLOPS, flops_per_token
+from clex_train.config.scaling import ScalingConfig
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.spectrum import cos_sin
 from clex_train.scaling.table import scale_grid
 from clex_train.scaling.vector_field import VectorField
-from clex_train.settings.scaling import ScalingConfig
+from clex_train.tracking.metrics import PEAK_BF16_FLOPS, flops_per_token
+from clex_train.training.ode_optimizer import OdeOptimizer
 
 HEAD_DIM = 128
 SHARE_OF_PEAK = 0.4

@@ -4,7 +4,7 @@
     deepspeed benchmarks/bench_step.py --shape llama2_7b --tokens 4096 --accumulation 8 \
         --set engine=zero3 data.seq_len=4096 --output FILE.md
 
-The step is the trainer's own (`clex_train.trainer.train_step`) over rows of random tokens, under any switch of the
+The step is `clex_train.training.loop.train_step` over rows of random tokens, under any switch of the
 configuration (`--set`). Steps with plain RoPE and with CLEX take turns on one model and one engine, so that a busy
 moment meets both; plain RoPE is the family's own rotary module. On a CPU the C library keeps what is freed: else half
 of a step is the clearing of pages. MFU counts 6 N + attention for a token, nothing for what is recomputed, and divides
@@ -37,13 +37,16 @@ from step_profile import profiled
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from clex_train import architectures, distributed, kernels, log, memory_options, metrics, modeling, trainer
-from clex_train import config as configuration
-from clex_train.config import Config
+from clex_train.config import root as configuration
+from clex_train.config.root import Config
 from clex_train.data.loader import batches
 from clex_train.data.rows import Row
 from clex_train.engine import deepspeed as engines
-from clex_train.engine.ode_optimizer import OdeOptimizer
+from clex_train.models import architecture, kernels, load, memory_options
+from clex_train.tracking import metrics
+from clex_train.training import loop
+from clex_train.training.ode_optimizer import OdeOptimizer
+from clex_train.utils import distributed, log
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES: dict[str, dict[str, int]] = {
@@ -142,10 +145,10 @@ class StepBench:
 
     def __init__(self, arguments: argparse.Namespace, config: Config) -> None:
         engines.open_process_group(config.engine)
-        arch = architectures.to_train(config.model)
+        arch = architecture.to_train(config.model)
         config = kernels.chosen(config, arch)
         settings = engines.deepspeed_dict(config, distributed.world_size())
-        loaded = modeling.load_for_training(config, arch, engines.precision(config.engine), settings)
+        loaded = load.load_for_training(config, arch, engines.precision(config.engine), settings)
         kernels.announce(config, arch, kernels.install(loaded.model, config))
         memory_options.install(loaded.model, config.engine)
         assert loaded.clex is not None
@@ -155,10 +158,10 @@ class StepBench:
             loaded.clex.down.normal_(0, 0.001, generator=torch.Generator().manual_seed(0))
         ode.check(0)
         self.engine, self.config = engines.build(loaded.model, config), config
-        flops = metrics.flops_per_token(*modeling.matmul_shape(loaded.model), config.data.seq_len)
+        flops = metrics.flops_per_token(*load.matmul_shape(loaded.model), config.data.seq_len)
         rows = RandomRows(config.data.seq_len, arch.vocab_size)
         nothing: Any = None
-        self.parts = trainer.Parts(config, self.engine, loaded, rows, ode, nothing, None, flops_per_token=flops)
+        self.parts = loop.Parts(config, self.engine, loaded, rows, ode, nothing, None, flops_per_token=flops)
         self.tokens = config.data.seq_len * config.optim.batch_rows
         self.stock = LlamaRotaryEmbedding(arch).to(distributed.device())
         self._stream = self._batches()
@@ -174,12 +177,12 @@ class StepBench:
         with self._stock_rotary():
             return self._timed("plain RoPE", replace(self.parts, ode=None))
 
-    def _timed(self, name: str, parts: trainer.Parts) -> float:
+    def _timed(self, name: str, parts: loop.Parts) -> float:
         step = self._steps[name]
         self._steps[name] += 1
         wait()
         start = time.perf_counter()
-        trainer.train_step(parts, step, next(self._stream))
+        loop.train_step(parts, step, next(self._stream))
         wait()
         return time.perf_counter() - start
 
@@ -225,7 +228,7 @@ def header(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
     config, on_gpu = bench.config, torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else f"{processor()}, {os.cpu_count()} logical cores"
     threads = "" if on_gpu else f", {torch.get_num_threads()} threads"
-    millions = modeling.num_parameters(bench.parts.loaded.model) / 1e6
+    millions = load.num_parameters(bench.parts.loaded.model) / 1e6
     return [
         f"# A training step of a Llama of {millions:,.1f}M parameters",
         "",

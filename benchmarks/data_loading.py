@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from clex_train.data.collate import joined, separated
+from clex_train.data.batch import joined, separated
 from clex_train.data.loader import Collate, batches
 from clex_train.data.manifest import DOCUMENT, MANIFEST
 from clex_train.data.order import ShuffledRows

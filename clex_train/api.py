@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clex_train import model_directory
 from clex_train.attention.log_scaling import LogScaling, install_log_scaling
-from clex_train.rope import official, recipes
+from clex_train.models import directory as model_directory
+from clex_train.models import official
+from clex_train.rope import recipes
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import FrequencyTable, scale_grid

@@ -24,18 +24,18 @@ from typing import Any
 
 if __name__ == "__main__":
     # Before the imports that take seconds.
-    from clex_train import stopping
+    from clex_train.resilience import stop_requests
 
-    stopping.end_on_signals()
+    stop_requests.end_on_signals()
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from clex_train import log
 from clex_train.cli import console
 from clex_train.cli.help import options
-from clex_train.schema_docs import describe
+from clex_train.config.docs import describe
+from clex_train.utils import log
 from data_prep.config import (
     CorpusVerb,
     DecontaminateVerb,

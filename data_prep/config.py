@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from clex_train.files import require_plain_name
-from clex_train.settings.bos import Bos
-from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
-from clex_train.settings.data import Packing
+from clex_train.config.bos import Bos
+from clex_train.config.data import Packing
+from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
+from clex_train.utils.files import require_plain_name
 
 MOST_WORKERS = 1024
 MOST_MB = 2**20

@@ -19,10 +19,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from clex_train import log
 from clex_train.data.store import TokenStore
-from clex_train.faults import RunStopped
-from clex_train.settings.bounds import require
+from clex_train.utils import log
+from clex_train.utils.bounds import require
+from clex_train.utils.errors import RunStopped
 from data_prep.config import DecontaminateVerb
 from data_prep.contamination import Findings, Sketches, compare, in_batches, signature
 from data_prep.decontaminated import require_writable, write_decontaminated

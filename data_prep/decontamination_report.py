@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clex_train.data.store import TokenStore
-from clex_train.files import write_atomically
+from clex_train.utils.files import write_atomically
 from data_prep.config import DecontaminateVerb
 from data_prep.contamination import Findings, Pair
 

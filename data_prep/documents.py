@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clex_train import log
-from clex_train.files import is_lfs_pointer
+from clex_train.utils import log
+from clex_train.utils.files import is_lfs_pointer
 from data_prep.config import CorpusConfig, OnBadRecord
 from data_prep.readers import READERS, Raw, Unreadable, chat_remedy, fields_of, key_of, place, remedy
 from data_prep.sources import Piece

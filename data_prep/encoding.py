@@ -8,8 +8,8 @@ from typing import Any
 from clex_train.data.bos import adds_bos
 from clex_train.data.manifest import TokenizerInfo
 from clex_train.data.vocabulary import vocabulary_sha256
-from clex_train.faults import first_line
-from clex_train.files import is_lfs_pointer, sha256
+from clex_train.utils.errors import first_line
+from clex_train.utils.files import is_lfs_pointer, sha256
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from clex_train import log
-from clex_train.faults import first_line
+from clex_train.utils import log
+from clex_train.utils.errors import first_line
 from data_prep.config import EngineChoice
 
 logger = log.get(__name__)

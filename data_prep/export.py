@@ -12,8 +12,8 @@ from typing import Any, BinaryIO, cast
 
 import zstandard
 
-from clex_train import log
-from clex_train.files import publish
+from clex_train.utils import log
+from clex_train.utils.files import publish
 from data_prep.config import CorpusVerb
 from data_prep.documents import documents, require_documents
 from data_prep.partial import disk_full_explained, require_free, require_writable

@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-from clex_train import log
+from clex_train.utils import log
 from data_prep.config import Format
 from data_prep.streams import compression
 

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from heapq import nsmallest
 
-from clex_train import log
+from clex_train.utils import log
 from data_prep.config import CorpusConfig, CorpusSource
 from data_prep.documents import MAX_WARNINGS, documents
 from data_prep.sources import Unit

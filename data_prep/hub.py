@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from clex_train.faults import first_line
+from clex_train.utils.errors import first_line
 from data_prep.config import CorpusConfig
 
 

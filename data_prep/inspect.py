@@ -12,9 +12,9 @@ from clex_train.data.bos import describe_bos
 from clex_train.data.manifest import SPLITS
 from clex_train.data.overlap import overlap
 from clex_train.data.store import TokenStore
-from clex_train.files import BadFile, require_place, sha256
-from clex_train.seeding import generator
-from clex_train.settings.bounds import require
+from clex_train.utils.bounds import require
+from clex_train.utils.files import BadFile, require_place, sha256
+from clex_train.utils.seeding import generator
 from data_prep import length_plot, row_samples
 from data_prep.config import InspectVerb
 from data_prep.statistics import Domain, Statistics, collect, domains

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clex_train.files import make_folder, write_atomically
+from clex_train.utils.files import make_folder, write_atomically
 from data_prep.statistics import Statistics
 
 COLORS = {"train": "#3366AA", "validation": "#DD8833"}

@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clex_train import log
 from clex_train.data.manifest import MANIFEST, Manifest, partial_path, read_manifest
 from clex_train.data.writer import move_store
-from clex_train.faults import NO_ROOM
-from clex_train.files import BadFile, make_folder, require_place, write_atomically
-from clex_train.locks import Lock, try_lock
-from clex_train.records import read_json
-from clex_train.settings.bounds import require
+from clex_train.utils import log
+from clex_train.utils.bounds import require
+from clex_train.utils.errors import NO_ROOM
+from clex_train.utils.files import BadFile, make_folder, require_place, write_atomically
+from clex_train.utils.locks import Lock, try_lock
+from clex_train.utils.records import read_json
 from data_prep.shards import UNITS
 
 logger = log.get(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from clex_train import progress
+from clex_train.utils import progress
 
 
 class Progress:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clex_train.faults import first_line
+from clex_train.utils.errors import first_line
 from data_prep import hub, json_lines
 from data_prep.config import CorpusConfig
 from data_prep.sources import Piece

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from clex_train.config.data import DataConfig
 from clex_train.data.build import PACKINGS
 from clex_train.data.order import ShuffledRows
 from clex_train.data.rows import PADDING, Row
 from clex_train.data.store import TokenStore
-from clex_train.settings.data import DataConfig
 from data_prep.config import InspectVerb
 
 

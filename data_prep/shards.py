@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from clex_train import log
 from clex_train.data.manifest import SPLITS, TOKENIZER, Shard, Source, TokenizerInfo, token_dtype
 from clex_train.data.writer import ShardWriter
-from clex_train.files import BadFile, write_atomically
-from clex_train.records import read_record
+from clex_train.utils import log
+from clex_train.utils.files import BadFile, write_atomically
+from clex_train.utils.records import read_record
 from data_prep.config import CorpusConfig
 from data_prep.documents import Document, documents
 from data_prep.engines import TokenizersEngine, load

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from clex_train import log
-from clex_train.files import is_lfs_pointer
+from clex_train.utils import log
+from clex_train.utils.files import is_lfs_pointer
 from data_prep import hub, stdlib
 from data_prep.config import CorpusConfig, CorpusSource, Format, OnBadRecord, require_corpus
 from data_prep.folders import format_of, texts_in

@@ -18,9 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from clex_train import log
 from clex_train.data.bos import resolve
 from clex_train.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, read_manifest, token_dtype
+from clex_train.utils import log
 from data_prep.config import CorpusConfig, EngineChoice, TokenizeVerb
 from data_prep.cutting import Uncuttable, cutter, uncut
 from data_prep.documents import in_words, require_documents

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clex_train import log
-from clex_train.files import complete_or_absent
+from clex_train.utils import log
+from clex_train.utils.files import complete_or_absent
 from data_prep.config import CorpusConfig, TrainTokenizerVerb
 from data_prep.documents import documents
 from data_prep.held_out import rule

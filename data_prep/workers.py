@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from clex_train.stopping import shielding_children
+from clex_train.resilience.stop_requests import shielding_children
 
 
 class _Pool(ProcessPoolExecutor):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clex_train.settings.launch import Container, LaunchConfig
+from clex_train.config.launch import Container, LaunchConfig
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from clex_train import run_folder
-from clex_train.config import Config
-from clex_train.settings.bounds import require
-from clex_train.settings.launch import Container, LaunchConfig, Layout
+from clex_train.config.launch import Container, LaunchConfig, Layout
+from clex_train.config.root import Config
+from clex_train.tracking import run_folder
+from clex_train.utils.bounds import require
 from launch.containers import entrance
 from launch.snapshot import ROOT
 

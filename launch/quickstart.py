@@ -25,9 +25,9 @@ if __name__ == "__main__":
 
     stages.listen()
 
-from clex_train import terminal
 from clex_train.cli.console import GO_ON
-from clex_train.stopping import Interrupted
+from clex_train.resilience.stop_requests import Interrupted
+from clex_train.utils import terminal
 from launch import stages
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,24 +19,27 @@ from pathlib import Path
 
 if __name__ == "__main__":
     # Before the imports that take seconds.
-    from clex_train import stopping
+    from clex_train.resilience import stop_requests
 
-    stopping.end_on_signals()
+    stop_requests.end_on_signals()
 
 from hydra import compose, initialize_config_dir
 
-from clex_train import architectures, dry_run, files, log, run_folder, weights
-from clex_train import config as configuration
 from clex_train.checkpoint.store import newest_config
 from clex_train.cli import config_files, console
 from clex_train.cli.overrides import for_hydra
-from clex_train.config import Config, Resume
+from clex_train.config import root as configuration
+from clex_train.config.docs import describe
+from clex_train.config.launch import LaunchConfig
+from clex_train.config.root import Config, Resume
 from clex_train.data.build import open_stores
 from clex_train.data.vocabulary import check_embedding
-from clex_train.evaluation.training import check_ids
-from clex_train.schema_docs import describe
-from clex_train.settings.bounds import require
-from clex_train.settings.launch import LaunchConfig
+from clex_train.evaluation.during_training import check_ids
+from clex_train.models import architecture, weights
+from clex_train.preflight import dry_run
+from clex_train.tracking import run_folder
+from clex_train.utils import files, log
+from clex_train.utils.bounds import require
 from launch import job_script, snapshot
 
 DRY_RUN = "--dry-run"
@@ -92,16 +95,16 @@ def check_files(config: Config) -> None:
     run_dir = Path(config.output_dir)
     stores = open_stores(config.data)
     if config.model.path:
-        architectures.require_directory("model.path", config.model.path)
-    arch = architectures.to_train(architectures.stand_in(config.model))
+        architecture.require_directory("model.path", config.model.path)
+    arch = architecture.to_train(architecture.stand_in(config.model))
     weights.check(config.model, arch)
     for store in stores.values() if config.model.is_pretrained else ():
-        check_embedding(store, architectures.embedding_rows(arch), architectures.name(config.model))
+        check_embedding(store, architecture.embedding_rows(arch), architecture.name(config.model))
     if config.evaluation.every >= 0:
         check_ids(config, next(iter(stores.values())))
     run_folder.require_writable(run_dir)
     has_checkpoint = any((run_dir / "checkpoints").glob("step_*"))
-    own, copy = architectures.own_context(config.model, arch), newest_config(run_dir)
+    own, copy = architecture.own_context(config.model, arch), newest_config(run_dir)
     run_folder.check_config(config, has_checkpoint, own_context=own, copy=copy)
 
 

@@ -9,8 +9,8 @@ import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
 
-from clex_train import log
-from clex_train.tracking import git_commit
+from clex_train.tracking.tracker import git_commit
+from clex_train.utils import log
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("train.py", "clex_train", "conf", "data_prep", "launch", "pyproject.toml", "requirements.txt")

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from clex_train.stopping import ENDING, IGNORABLE, Interrupted, is_launcher
+from clex_train.resilience.stop_requests import ENDING, IGNORABLE, Interrupted, is_launcher
 
 KEPT = "finished stages are kept, the same command goes on"
 

@@ -29,9 +29,9 @@ if __name__ == "__main__":
 
     stages.listen()
 
-from clex_train import terminal
-from clex_train.files import require_place
-from clex_train.stopping import Interrupted
+from clex_train.resilience.stop_requests import Interrupted
+from clex_train.utils import terminal
+from clex_train.utils.files import require_place
 from data_prep.config import Format
 from data_prep.sources import expand
 from launch import stages, study_tables

@@ -22,7 +22,10 @@ settings.register_profile("suite", deadline=None, derandomize=True, suppress_hea
 settings.load_profile("suite")
 
 # Shapes are types in the mathematics; they are checked here and cost nothing in a run.
-install_import_hook(["clex_train.scaling", "clex_train.rope", "clex_train.attention"], "typechecking.check")
+install_import_hook(
+    ["clex_train.scaling", "clex_train.rope", "clex_train.attention", "clex_train.lm_infinite", "clex_train.models"],
+    "typechecking.check",
+)
 
 
 LONGEST = ("test_your_model_page.py", "test_training_runs.py", "test_engines.py")

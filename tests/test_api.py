@@ -8,14 +8,14 @@ from safetensors.torch import load_file, save_file
 from tiny_causal_lm import CONTEXT, VOCABULARY, tiny_llama
 
 from clex_train.api import apply_clex
-from clex_train.files import complete_or_absent
-from clex_train.model_directory import write_clex
+from clex_train.config.scaling import LogScale
+from clex_train.models.directory import write_clex
 from clex_train.rope.patch import install_rotary
 from clex_train.rope.rotary import ScaledRotary
 from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import FrequencyTable, scale_grid
-from clex_train.settings.scaling import LogScale
+from clex_train.utils.files import complete_or_absent
 
 BASE = install_rotary(tiny_llama(), CONTEXT).base_inv_freq
 

@@ -8,13 +8,14 @@ from composing import CONF, composed
 from tiny_causal_lm import save_tiny_llama, tiny_llama
 from transformers import BloomConfig, Gemma3TextConfig, LlamaConfig
 
-from clex_train import api, architectures, hub
+from clex_train import api
 from clex_train.cli.errors import explain
 from clex_train.cli.loading import EvaluatedModel
-from clex_train.rope import official, probe, recipes
+from clex_train.config.model import Init, ModelConfig
+from clex_train.config.scaling import Positions, ScalingConfig, ScalingName
+from clex_train.models import architecture, hub, official
+from clex_train.rope import probe, recipes
 from clex_train.scaling.clex import Clex
-from clex_train.settings.model import Init, ModelConfig
-from clex_train.settings.scaling import Positions, ScalingConfig, ScalingName
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 ORIGINAL = 64
@@ -27,7 +28,7 @@ def scaled(rope_type: str, *, stated: int, **parameters) -> LlamaConfig:
 
 
 def source(config, **keys) -> tuple[int, str]:
-    return tuple(architectures.context_source(ModelConfig(path="a/b", **keys), config))
+    return tuple(architecture.context_source(ModelConfig(path="a/b", **keys), config))
 
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": ORIGINAL}
@@ -66,7 +67,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 )
 def test_l_is_what_the_config_serves_and_says_where_from(config, expected):
     assert source(config) == expected
-    assert architectures.context_length(ModelConfig(path="a/b"), config) == expected[0]
+    assert architecture.context_length(ModelConfig(path="a/b"), config) == expected[0]
 
 
 def test_longrope_begins_at_its_original_length():
@@ -88,13 +89,13 @@ def test_l_is_asked_for_where_a_scaling_leaves_it_open(config):
     with pytest.raises(ValueError, match=r"^model\.context_len: the config scales RoPE by .* set the length"):
         source(config)
     assert source(config, context_len=1000) == (1000, "model.context_len")
-    assert architectures.own_context(ModelConfig(path="a/b"), config) is None
+    assert architecture.own_context(ModelConfig(path="a/b"), config) is None
 
 
 def test_a_program_that_evaluates_asks_for_its_own_key():
     model = EvaluatedModel(path="a/b")
     with pytest.raises(ValueError, match=r"^context_len: the config scales RoPE by "):
-        architectures.context_source(model, scaled("linear", stated=64, factor=4.0))
+        architecture.context_source(model, scaled("linear", stated=64, factor=4.0))
     with pytest.raises(ValueError, match=r"^context_len=1: at least 2"):
         EvaluatedModel(path="a/b", context_len=1)
 
@@ -107,11 +108,11 @@ def test_a_config_beside_the_path_of_another_model_is_said_to_have_no_effect(tmp
         ["model=llama2_7b", f"model.path={tmp_path}/Llama-2-7b-hf"],
         [f"model.path={tmp_path}", "model.config=null"],
     ):
-        architectures.warn_of_unused_config(composed(*overrides, "dry_run=true").model)
+        architecture.warn_of_unused_config(composed(*overrides, "dry_run=true").model)
     assert not caplog.messages
-    architectures.warn_of_unused_config(composed(f"model.path={tmp_path}", "dry_run=true").model)
+    architecture.warn_of_unused_config(composed(f"model.path={tmp_path}", "dry_run=true").model)
     own.config.save_pretrained(tmp_path / "other")
-    architectures.warn_of_unused_config(ModelConfig(path=str(tmp_path), config=str(tmp_path / "other")))
+    architecture.warn_of_unused_config(ModelConfig(path=str(tmp_path), config=str(tmp_path / "other")))
     assert [line.partition(" (")[0] for line in caplog.messages] == [
         "model.config=conf/model/architectures/tiny",
         f"model.config={tmp_path}/other",
@@ -135,14 +136,14 @@ def test_what_a_recipe_writes_is_the_length_of_its_base():
 
 
 def test_a_field_says_what_it_was_trained_on(tmp_path):
-    from clex_train import model_directory
+    from clex_train.models import directory
 
     model = save_tiny_llama(tmp_path)
     field = Clex(api.apply_clex(model).handle.base_inv_freq, t_max=4.0)
     table = field.table([1.0, 2.0, 4.0])
-    model_directory.write_clex(tmp_path, field, table, context_len=8)
-    config = architectures.to_read(ModelConfig(path=str(tmp_path)))
-    assert architectures.context_source(ModelConfig(path=str(tmp_path)), config) == (8, "clex.json")
+    directory.write_clex(tmp_path, field, table, context_len=8)
+    config = architecture.to_read(ModelConfig(path=str(tmp_path)))
+    assert architecture.context_source(ModelConfig(path=str(tmp_path)), config) == (8, "clex.json")
 
 
 # Each as published or as somebody has it, and refused by transformers or huggingface_hub by another kind of error.
@@ -172,7 +173,7 @@ def test_a_config_that_cannot_be_used_is_one_line_with_exit_code_2(tmp_path, cha
     (tmp_path / "config.json").write_text(json.dumps(facts))
     model = ModelConfig(path=str(tmp_path))
     with pytest.raises(ValueError) as raised:  # noqa: PT011
-        architectures.to_train(model)
+        architecture.to_train(model)
     line = explain(raised.value)
     assert line is not None
     path = f"model.path={tmp_path}"
@@ -184,7 +185,7 @@ def test_a_config_that_cannot_be_used_is_one_line_with_exit_code_2(tmp_path, cha
 def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"no readable config\.json \("):
-        architectures.to_read(ModelConfig(path=str(tmp_path)))
+        architecture.to_read(ModelConfig(path=str(tmp_path)))
 
 
 def test_sizes_that_a_family_s_own_code_refuses_are_named_with_the_family():
@@ -208,22 +209,22 @@ def test_random_weights_in_place_of_those_that_are_named_are_refused(tmp_path, n
     with pytest.raises(
         ValueError, match=r"^model\.init=random: the weights of model\.path=.* model\.config=DIR model\.path=null"
     ):
-        architectures.to_read(ModelConfig(path=path, init=Init.random))
+        architecture.to_read(ModelConfig(path=path, init=Init.random))
 
 
 def test_random_weights_of_a_directory_without_any_are_meant(tmp_path):
     LlamaConfig(**SIZES).save_pretrained(tmp_path)
-    assert architectures.to_read(ModelConfig(path=str(tmp_path), init=Init.random)).model_type == "llama"
+    assert architecture.to_read(ModelConfig(path=str(tmp_path), init=Init.random)).model_type == "llama"
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
 def test_a_preset_says_nothing_that_its_architecture_says(name):
     preset = composed(f"model={name}", "dry_run=true").model
     assert (preset.init, preset.context_len) == (None, None), "so that it cannot outlive another model.path"
-    shown = architectures.stand_in(preset)
+    shown = architecture.stand_in(preset)
     assert shown.path is None
     length = int(json.loads((CONF.parent / str(shown.config) / "config.json").read_text())["max_position_embeddings"])
-    assert architectures.context_source(shown, architectures.to_train(shown)) == (length, "max_position_embeddings")
+    assert architecture.context_source(shown, architecture.to_train(shown)) == (length, "max_position_embeddings")
 
 
 def test_the_name_in_a_shipped_config_is_not_part_of_the_architecture(tmp_path):
@@ -231,15 +232,15 @@ def test_the_name_in_a_shipped_config_is_not_part_of_the_architecture(tmp_path):
     facts = json.loads(shipped.read_text())
     assert facts.pop("_name_or_path") == "meta-llama/Llama-2-7b-hf"
     (tmp_path / "config.json").write_text(json.dumps(facts))
-    named, nameless = (architectures.to_read(ModelConfig(config=str(each))) for each in (shipped.parent, tmp_path))
-    assert architectures.digest(named) == architectures.digest(nameless)
+    named, nameless = (architecture.to_read(ModelConfig(config=str(each))) for each in (shipped.parent, tmp_path))
+    assert architecture.digest(named) == architecture.digest(nameless)
 
 
 def test_an_offline_hub_is_said_with_what_to_do(monkeypatch):
     with pytest.raises(
         ValueError, match=r"^model\.path=owner/model: no readable config\.json \(the hub cannot be reached"
     ) as raised:
-        architectures.to_read(ModelConfig(path="owner/model"))
+        architecture.to_read(ModelConfig(path="owner/model"))
     assert "`hf download owner/model`" in str(raised.value)
 
 
@@ -258,7 +259,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, caplog):
         with pytest.raises(
             ValueError, match=r"the hub cannot be reached, Name or service not known, and its cache here"
         ):
-            architectures.to_read(ModelConfig(path="owner/model"))
+            architecture.to_read(ModelConfig(path="owner/model"))
         assert hub.options("owner/another") == {"local_files_only": True}
         assert hub.options(str(CONF)) == {}, "a directory needs no hub"
     finally:

@@ -18,18 +18,18 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clex_train import config as configuration
-from clex_train import dry_run
 from clex_train.cli import arguments, lm_eval
 from clex_train.cli.errors import explain
 from clex_train.cli.evaluate import KEYS, EvaluateConfig, parse
 from clex_train.cli.lm_eval import LmEvalConfig
 from clex_train.cli.overrides import type_at
-from clex_train.config import Config
+from clex_train.config import root as configuration
+from clex_train.config.data import DataConfig, DomainConfig
+from clex_train.config.evaluation import EvaluationConfig
+from clex_train.config.root import Config
+from clex_train.preflight import dry_run
 from clex_train.scaling.table import scale_grid
-from clex_train.settings.bounds import require_at_most
-from clex_train.settings.data import DataConfig, DomainConfig
-from clex_train.settings.evaluation import EvaluationConfig
+from clex_train.utils.bounds import require_at_most
 from data_prep.__main__ import VERBS
 
 VALUES = ["nan", "inf", "-inf", "-1", "1e300", str(10**18)]

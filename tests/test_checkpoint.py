@@ -14,14 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clex_train import files
 from clex_train.checkpoint import manifest, writer
 from clex_train.checkpoint.manifest import Manifest
+from clex_train.checkpoint.safe_load import RunsCode
 from clex_train.checkpoint.store import Checkpoints, newest_config
-from clex_train.checkpoint.untrusted import RunsCode
-from clex_train.config import Config
-from clex_train.faults import RunStopped
-from clex_train.settings.checkpoint import CheckpointConfig, OnFullDisk
+from clex_train.config.checkpoint import CheckpointConfig, OnFullDisk
+from clex_train.config.root import Config
+from clex_train.utils import files
+from clex_train.utils.errors import RunStopped
 
 IDENTITY = Manifest.of_run(Config(), architecture="a", data_fingerprint="d")
 SHARDS = ("zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt")

@@ -10,10 +10,10 @@ import torch
 from composing import composed
 
 import train
-from clex_train import files
 from clex_train.checkpoint import manifest, writer
-from clex_train.checkpoint.untrusted import RunsCode
+from clex_train.checkpoint.safe_load import RunsCode
 from clex_train.cli import console
+from clex_train.utils import files
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_code_in_a_checkpoint_is_refused_before_the_model_is_loaded(arguments, l
     genuine = json.loads((folder / "manifest.json").read_text())
     genuine["files"][path.name], genuine["sha256"][path.name] = path.stat().st_size, files.sha256(path)
     (folder / "manifest.json").write_text(manifest.Manifest(**genuine).render())
-    monkeypatch.setattr("clex_train.modeling.load_for_training", None)
+    monkeypatch.setattr("clex_train.models.load.load_for_training", None)
     with pytest.raises(RunsCode, match=r"refused, it would call posix\.system; nothing was run") as refused:
         train.run(composed(*arguments, f"output_dir={left}"))
     assert console.report(refused.value) == console.USER_ERROR

@@ -5,11 +5,12 @@ from composing import CONF, EXPERIMENTS, composed
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from clex_train import architectures, run_folder
-from clex_train import config as configuration
-from clex_train.config import Config
-from clex_train.schema_docs import describe
-from clex_train.settings.scaling import ScalingName
+from clex_train.config import root as configuration
+from clex_train.config.docs import describe
+from clex_train.config.root import Config
+from clex_train.config.scaling import ScalingName
+from clex_train.models import architecture
+from clex_train.tracking import run_folder
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "corpus")
 
@@ -37,9 +38,9 @@ def test_every_option_of_a_group_composes(group):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_serves_every_length_that_it_evaluates(name):
     config = composed(f"+experiment={name}")
-    model = architectures.stand_in(config.model)
+    model = architecture.stand_in(config.model)
     assert model.context_len is None, "L is the architecture's own"
-    reach = config.scaling.t_max * architectures.context_length(model, architectures.to_read(model))
+    reach = config.scaling.t_max * architecture.context_length(model, architecture.to_read(model))
     assert config.scaling.name is ScalingName.none or max(config.evaluation.lengths) == reach
 
 

@@ -110,7 +110,7 @@ def test_tokenize_killed_while_it_replaces_a_store_ends_with_the_same_bytes(toke
 WRITER = """
 import sys
 from pathlib import Path
-from clex_train import files
+from clex_train.utils import files
 
 place = Path(sys.argv[1])
 files.write_atomically(place / "record", "new" * 1000)
@@ -135,7 +135,7 @@ def _old(place: Path) -> None:
 
 
 def test_a_file_and_a_folder_are_old_or_new_wherever_their_writer_is_killed(tmp_path):
-    from clex_train import files
+    from clex_train.utils import files
 
     program, place = tmp_path / "writer.py", tmp_path / "place"
     program.write_text(WRITER)

@@ -6,9 +6,9 @@ import psutil
 import pytest
 import torch
 
-from clex_train import distributed
+from clex_train.config.engine import EngineConfig
 from clex_train.engine import deepspeed as engines
-from clex_train.settings.engine import EngineConfig
+from clex_train.utils import distributed
 
 
 @pytest.fixture

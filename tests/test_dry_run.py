@@ -12,7 +12,8 @@ import torch
 from composing import CONF, EXPERIMENTS, composed
 from tiny_causal_lm import save_tiny_llama
 
-from clex_train import distributed, dry_run
+from clex_train.preflight import dry_run
+from clex_train.utils import distributed
 
 ROOT = CONF.parent
 GIB = 2**30

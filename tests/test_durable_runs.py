@@ -9,9 +9,9 @@ from composing import composed
 from full_disk import mounted, resize
 
 import train
-from clex_train import checksums
 from clex_train.cli import console
-from clex_train.faults import RunStopped
+from clex_train.utils import checksums
+from clex_train.utils.errors import RunStopped
 
 
 @pytest.fixture(scope="module")

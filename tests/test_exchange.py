@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from clex_train import distributed
-from clex_train.exchange import exchange
+from clex_train.training.step_reduce import exchange
+from clex_train.utils import distributed
 
 LOSSES = [torch.tensor(1.5), torch.tensor(2.5)]
 

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from clex_train.faults import first_line
+from clex_train.utils.errors import first_line
 
 CASES = {
     "of one line": (ValueError("a"), "a"),

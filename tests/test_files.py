@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clex_train import checksums, files
 from clex_train.cli import console
-from clex_train.faults import disk_error
+from clex_train.utils import checksums, files
+from clex_train.utils.errors import disk_error
 
 
 def _text(folder: Path) -> None:

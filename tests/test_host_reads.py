@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from clex_train import distributed, trainer
+from clex_train.training import loop
+from clex_train.utils import distributed
 
 READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "repeat_interleave")
 PACKAGES = ("clex_train", "transformers", "deepspeed")
@@ -76,7 +77,7 @@ def counted(tmp_path, tiny_run, monkeypatch):
         mode.brought += 1
         return lambda: torch.from_numpy(brought)
 
-    step = trainer.train_step
+    step = loop.train_step
 
     def watched(parts, number, micro_batches):
         nonlocal mode
@@ -88,7 +89,7 @@ def counted(tmp_path, tiny_run, monkeypatch):
 
     monkeypatch.setattr(distributed, "to_device", to_device)
     monkeypatch.setattr(distributed, "sum_to_host", sum_to_host)
-    monkeypatch.setattr(trainer, "train_step", watched)
+    monkeypatch.setattr(loop, "train_step", watched)
 
     def run(*overrides: str):
         batch = ("optim.batch_rows=6", "engine.micro_batch=2", "optim.steps=2")
@@ -114,13 +115,13 @@ def test_the_host_reads_once_for_all_it_needs_and_deepspeed_once_for_its_norm(co
 
 
 def test_a_read_in_the_middle_of_a_step_would_be_counted(counted, monkeypatch):
-    forward = trainer.forward
+    forward = loop.forward
 
     def reading(*args):
         loss = forward(*args)
         float(loss)
         return loss
 
-    monkeypatch.setattr(trainer, "forward", reading)
+    monkeypatch.setattr(loop, "forward", reading)
     found, _ = counted()
     assert found.reads["elsewhere"] + found.reads["clex_train: forward_backward"] == 3

@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 import train
-from clex_train import kernels
+from clex_train.models import kernels
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_causal_lm import save_tiny_llama
 
-from clex_train.model_directory import write_clex
+from clex_train.models.directory import write_clex
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import scale_grid

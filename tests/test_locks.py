@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from clex_train import run_folder
 from clex_train.engine import extensions
-from clex_train.locks import Lock, try_lock
+from clex_train.tracking import run_folder
+from clex_train.utils.locks import Lock, try_lock
 from data_prep.partial import open_partial
 
 

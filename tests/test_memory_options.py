@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
-from clex_train import memory_options
-from clex_train.settings.engine import EngineConfig
+from clex_train.config.engine import EngineConfig
+from clex_train.models import memory_options
 
 SHIPPED = sorted(path.name for path in (CONF / "model" / "architectures").iterdir())
 TILES = EngineConfig(tiled_loss=8, tiled_mlp=8)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clex_train.metrics_log import MetricsLog, cut_back
+from clex_train.tracking.metrics_log import MetricsLog, cut_back
 
 LINES = [json.dumps({"step": step, "loss": 1.5, "rows": [[step, step]]}).encode() + b"\n" for step in range(1, 9)]
 

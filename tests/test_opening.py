@@ -8,10 +8,11 @@ from composing import composed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
-from clex_train import log, opening
 from clex_train.cli import loading
+from clex_train.config.model import ModelConfig
 from clex_train.engine import deepspeed as engines
-from clex_train.settings.model import ModelConfig
+from clex_train.tracking import summary
+from clex_train.utils import log
 
 
 class Reached(Exception):
@@ -58,21 +59,21 @@ def test_a_run_names_weights_length_method_batch_steps_and_folder(first_lines, t
 
 def test_weights_are_called_pretrained_or_random():
     named, drawn = ModelConfig(path="models/a", config="shapes/b"), ModelConfig(config="shapes/b")
-    assert opening.weights_of(named) == "pretrained weights of models/a"
-    assert opening.weights_of(drawn) == "random weights for the architecture of shapes/b"
-    assert "not on this machine; planned by the architecture of shapes/b" in opening.weights_of(named, is_there=False)
+    assert summary.weights_of(named) == "pretrained weights of models/a"
+    assert summary.weights_of(drawn) == "random weights for the architecture of shapes/b"
+    assert "not on this machine; planned by the architecture of shapes/b" in summary.weights_of(named, is_there=False)
 
 
 def test_ranks_that_share_a_sequence_are_counted_as_groups():
     config = composed("+experiment=llama2_7b_clex_64k", "dry_run=true")
-    subject = opening.Subject("weights", "llama", 1, torch.bfloat16, 4096, "model.context_len")
-    lines = list(opening.training(config, subject, opening.Batch(16, 1, 16), []))
+    subject = summary.Subject("weights", "llama", 1, torch.bfloat16, 4096, "model.context_len")
+    lines = list(summary.training(config, subject, summary.Batch(16, 1, 16), []))
     assert any(line.endswith("2 groups of 8 ranks * 1 sequence * 16 micro-batches") for line in lines)
 
 
 def test_only_the_first_rank_speaks(monkeypatch, capsys):
-    monkeypatch.setattr("clex_train.distributed.rank", lambda: 1)
-    opening.say("title", ["  line"])
+    monkeypatch.setattr("clex_train.utils.distributed.rank", lambda: 1)
+    summary.say("title", ["  line"])
     assert capsys.readouterr() == ("", "")
 
 
@@ -114,8 +115,8 @@ def test_a_refusal_comes_after_what_was_found_before_it(monkeypatch, capsys):
 
 def test_other_ranks_log_at_once_when_rank_0_has_said_what_is_ahead(monkeypatch, capsys):
     log_to_stderr(monkeypatch)
-    monkeypatch.setattr("clex_train.distributed.rank", lambda: 1)
-    for say in (lambda: opening.say("title", []), lambda: loading.say_what_is_ahead("evaluate", None, None, [])):
+    monkeypatch.setattr("clex_train.utils.distributed.rank", lambda: 1)
+    for say in (lambda: summary.say("title", []), lambda: loading.say_what_is_ahead("evaluate", None, None, [])):
         with log.after_opening():
             log.get("clex_train").warning("found")
             assert capsys.readouterr().err == ""

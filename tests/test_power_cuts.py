@@ -16,7 +16,7 @@ import pytest
 from composing import composed
 
 import train
-from clex_train.export.final import is_finished
+from clex_train.models.save import is_finished
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}

@@ -15,11 +15,13 @@ from test_checkpoint import FileEngine, opened, saved
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from clex_train import checksums, files, metrics_log, run_folder, tracking
-from clex_train.config import Config
+from clex_train.config.root import Config
 from clex_train.evaluation import results
-from clex_train.export import final
-from clex_train.faults import RunStopped
+from clex_train.models import save
+from clex_train.tracking import metrics_log, run_folder
+from clex_train.tracking import tracker as tracking
+from clex_train.utils import checksums, files
+from clex_train.utils.errors import RunStopped
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -123,7 +125,7 @@ def tokenizer():
 
 def _write_final(folder: Path, tokenizer, value: float) -> dict[str, bytes]:
     loaded = SimpleNamespace(model=Weights(), clex=None)
-    final.write_final(folder, loaded, {"w": torch.full((100,), value)}, tokenizer)
+    save.write_final(folder, loaded, {"w": torch.full((100,), value)}, tokenizer)
     return _contents(folder)
 
 
@@ -139,7 +141,7 @@ def test_a_final_model_that_counts_as_finished_is_whole(tmp_path, tokenizer, mon
         folder = image.write(laid_out)
         run_folder.tidy(folder)
         assert {entry.name for entry in folder.iterdir()} <= {"final"}, (image.moment, image.kind)
-        if final.is_finished(folder / "final"):
+        if save.is_finished(folder / "final"):
             finished += 1
             assert _contents(folder / "final") in [*whole, *written], (image.moment, image.kind)
         else:
@@ -152,17 +154,17 @@ def test_a_final_model_that_counts_as_finished_is_whole(tmp_path, tokenizer, mon
 def test_a_damaged_final_model_never_counts_as_finished(tmp_path, tokenizer):
     folder = tmp_path / "final"
     names = _write_final(folder, tokenizer, 1.0)
-    assert final.is_finished(folder)
+    assert save.is_finished(folder)
     for name, content in names.items():
         for damaged in (b"", bytes(len(content))):
             (folder / name).write_bytes(damaged)
-            assert not final.is_finished(folder)
+            assert not save.is_finished(folder)
         (folder / name).write_bytes(content)
     (folder / checksums.NAME).unlink()
-    assert final.is_finished(folder), "as an earlier version wrote it"
+    assert save.is_finished(folder), "as an earlier version wrote it"
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         (folder / name).write_bytes(bytes(len(names[name])))
-        assert not final.is_finished(folder)
+        assert not save.is_finished(folder)
         (folder / name).write_bytes(names[name])
 
 
@@ -198,4 +200,4 @@ def test_a_full_disk_at_the_final_model_stops_the_run_in_one_line(little_room, t
     assert [entry.name for entry in little_room.iterdir()] == ["other"]
     (little_room / "other").unlink()
     _write_final(little_room / "final", tokenizer, 1.0)
-    assert final.is_finished(little_room / "final")
+    assert save.is_finished(little_room / "final")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clex_train import progress
+from clex_train.utils import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,7 +55,7 @@ def test_a_task_of_unknown_size_counts(lines):
 def test_a_line_of_the_log_does_not_break_the_bar_of_a_terminal():
     """On a real pseudo-terminal, as a user sees it."""
     code = (
-        "from clex_train import log, progress; log.setup()\n"
+        "from clex_train.utils import log, progress; log.setup()\n"
         "with progress.bar(3, 'train') as bar:\n"
         "    bar.update(); log.get('clex_train').info('a checkpoint'); bar.update(2)\n"
     )

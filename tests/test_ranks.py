@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from clex_train import distributed, ranks
 from clex_train.cli import console
+from clex_train.utils import distributed, ranks
 
 ALL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -8,11 +8,13 @@ from composing import composed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
-from clex_train import architectures, modeling, trainer
-from clex_train.dry_run import print_plan
+from clex_train.config.model import ModelConfig
+from clex_train.models import architecture as architectures
+from clex_train.models import load
+from clex_train.preflight.dry_run import print_plan
 from clex_train.rope import recipes
 from clex_train.scaling.baselines import ntk_table, pi_table
-from clex_train.settings.model import ModelConfig
+from clex_train.training import loop
 
 L = 32
 
@@ -94,7 +96,7 @@ NAMES = ("pi", "ntk", "dynamic_ntk", "yarn", "theta", "longrope", "random_pos")
 @pytest.mark.parametrize("name", NAMES)
 def test_final_is_stock_and_gives_our_logits(finals, name):
     ids = torch.randint(3, 200, (2, 4 * L), generator=torch.Generator().manual_seed(0))
-    ours = modeling.load_for_evaluation(ModelConfig(path=str(finals[name])))
+    ours = load.load_for_evaluation(ModelConfig(path=str(finals[name])))
     stock = AutoModelForCausalLM.from_pretrained(finals[name]).eval()
     with torch.no_grad():
         for length in (L // 2, 2 * L, 4 * L):
@@ -107,12 +109,12 @@ def test_final_is_stock_and_gives_our_logits(finals, name):
 
 
 def test_final_has_the_frequencies_of_the_method_at_the_factor(finals, base):
-    own = modeling.load_for_evaluation(ModelConfig(path=str(base))).base_inv_freq
+    own = load.load_for_evaluation(ModelConfig(path=str(base))).base_inv_freq
     for name, table in (("pi", pi_table), ("ntk", ntk_table)):
-        found = modeling.load_for_evaluation(ModelConfig(path=str(finals[name]))).base_inv_freq
+        found = load.load_for_evaluation(ModelConfig(path=str(finals[name]))).base_inv_freq
         expected = table(own, [1.0, 4.0]).at(4.0).inv_freq
         assert ((found - expected).abs() / expected).max() < 1e-6
-    assert torch.equal(modeling.load_for_evaluation(ModelConfig(path=str(finals["random_pos"]))).base_inv_freq, own)
+    assert torch.equal(load.load_for_evaluation(ModelConfig(path=str(finals["random_pos"]))).base_inv_freq, own)
 
 
 def test_pretrained_weights_are_those_of_the_base(base):
@@ -126,14 +128,14 @@ def test_pretrained_weights_are_those_of_the_base(base):
 
 def test_rows_are_seen_at_the_positions_that_the_recipe_draws(run, base, monkeypatch):
     seen = []
-    forward = trainer.forward
+    forward = loop.forward
 
     def noting(model, parts, batch, weight):
         override = parts.loaded.handle._override
         seen.append((override.spectrum.t, override.positions))
         return forward(model, parts, batch, weight)
 
-    monkeypatch.setattr(trainer, "forward", noting)
+    monkeypatch.setattr(loop, "forward", noting)
     fine_tuned(run, base, "sampled", "scaling=random_pos", "scaling.t_max=4.5", "optim.steps=3")
     positions = torch.cat([each for _, each in seen])
     assert {t for t, _ in seen} == {4.5}
@@ -151,13 +153,13 @@ def test_rows_are_seen_at_the_positions_that_the_recipe_draws(run, base, monkeyp
 @pytest.mark.parametrize("name", ["pi", "dynamic_ntk", "longrope"])
 def test_the_first_loss_is_that_of_the_stock_model_on_the_same_rows(run, base, factors, monkeypatch, name):
     rows = []
-    forward = trainer.forward
+    forward = loop.forward
 
     def noting(model, parts, batch, weight):
         rows.append(batch["input_ids"])
         return forward(model, parts, batch, weight)
 
-    monkeypatch.setattr(trainer, "forward", noting)
+    monkeypatch.setattr(loop, "forward", noting)
     given = (f"scaling.longrope_factors={factors}",) if name == "longrope" else ()
     final = fine_tuned(run, base, f"first_{name}", f"scaling={name}", "data.seq_len=128", "optim.steps=1", *given)
     stock = AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.from_pretrained(final))
@@ -179,7 +181,7 @@ def test_skipped_positions_train_at_the_frequencies_of_the_whole_reach(base):
         (loaded.formula.inv_freq, loaded.formula.t)
         for loaded in (for_training(base, *skipping), for_training(base, *plain))
     )
-    own = modeling.load_for_evaluation(ModelConfig(path=str(base))).base_inv_freq
+    own = load.load_for_evaluation(ModelConfig(path=str(base))).base_inv_freq
     # transformers' growth of the base: (f n/L - f + 1)^(d/(d-2)) with f = 4, n = 4 L, d = 16.
     growth = 13.0 ** -(torch.arange(8, dtype=torch.float64) / 7)
     assert t == 4
@@ -196,7 +198,7 @@ def for_training(base, *overrides: str):
         "engine.zero_stage=0",
         *overrides,
     )
-    return modeling.load_for_training(config, architectures.to_train(config.model), torch.float32, {})
+    return load.load_for_training(config, architectures.to_train(config.model), torch.float32, {})
 
 
 def test_plain_positions_train_as_the_stock_model_does(run, base):

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from composing import composed
 
-from clex_train import recorded_config, run_folder
 from clex_train.cli.loading import run_config
-from clex_train.config import Config
-from clex_train.files import BadFile, open_regular, read_regular
-from clex_train.log import printable
-from clex_train.records import read_json, read_yaml, require_bounded
+from clex_train.config import recorded
+from clex_train.config.root import Config
+from clex_train.tracking import run_folder
+from clex_train.utils.files import BadFile, open_regular, read_regular
+from clex_train.utils.log import printable
+from clex_train.utils.records import read_json, read_yaml, require_bounded
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 30))
 
@@ -54,7 +55,7 @@ def test_the_user_s_own_command_line_interpolates_as_before(monkeypatch: pytest.
 def test_what_a_run_records_is_read_back_equal(tmp_path: Path, experiment: str) -> None:
     config = composed(f"+experiment={experiment}", f"output_dir={tmp_path}", "model.path=/models/base")
     run_folder.write_config(config)
-    assert recorded_config.read(tmp_path / "config.yaml") == config
+    assert recorded.read(tmp_path / "config.yaml") == config
 
 
 def test_a_bomb_of_aliases_is_refused_at_once(run: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from composing import composed
 
-from clex_train import architectures, run_folder
-from clex_train.config import Config, Resume
+from clex_train.config.root import Config, Resume
+from clex_train.models import architecture
+from clex_train.tracking import run_folder
 
 
 def _config(folder, **optim):
@@ -91,8 +92,8 @@ def _earlier(folder, name) -> Config:
 def test_a_run_of_an_earlier_commit_goes_on(tmp_path, name):
     config = _earlier(tmp_path, name)
     assert (config.model.init, config.model.context_len) == (None, None)
-    shown = architectures.stand_in(config.model)
-    own = architectures.own_context(shown, architectures.to_read(shown))
+    shown = architecture.stand_in(config.model)
+    own = architecture.own_context(shown, architecture.to_read(shown))
     run_folder.check_config(config, has_checkpoint=True, own_context=own)
     run_folder.write_config(config)
     run_folder.check_config(config, has_checkpoint=True, own_context=own)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from clex_train.config import Config
-from clex_train.separation import check_document_mask, require_separable
-from clex_train.settings.attention import AttentionImplementation
-from clex_train.settings.scaling import LogScale
+from clex_train.config.attention import AttentionImplementation
+from clex_train.config.root import Config
+from clex_train.config.scaling import LogScale
+from clex_train.preflight.document_mask import check_document_mask, require_separable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "rope"))
 from rotary_families import FAMILIES, tiny_model, tokens

@@ -2,7 +2,7 @@
 
 import math
 
-from clex_train.spikes import SpikeWatch
+from clex_train.resilience.loss_spikes import SpikeWatch
 
 
 def test_nothing_is_a_spike_before_there_is_a_history():

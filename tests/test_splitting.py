@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from clex_train.config import Config
-from clex_train.settings.attention import AttentionImplementation
-from clex_train.splitting import check_sequence_parallel, why_not
+from clex_train.config.attention import AttentionImplementation
+from clex_train.config.root import Config
+from clex_train.preflight.sequence_parallel import check_sequence_parallel, why_not
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "rope"))
 from rotary_families import FAMILIES, tiny_model

@@ -11,22 +11,23 @@ from pathlib import Path
 import psutil
 import pytest
 
-from clex_train import run_folder, stopping
-from clex_train.settings import duration
-from clex_train.stopping import Deadline, StopRequests
+from clex_train.config import duration
+from clex_train.resilience import stop_requests
+from clex_train.resilience.stop_requests import Deadline, StopRequests
+from clex_train.tracking import run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTENER = """
 import sys, time
-from clex_train import stopping
-stopping.REPEAT_AFTER, heard, mark = {repeat_after}, [], stopping.SignalWatch._mark
-stopping.SignalWatch._mark = lambda watch, number: (mark(watch, number), heard.append(number))
-stopping.listen()
-stopping.signals().leave_marks()
+from clex_train.resilience import stop_requests
+stop_requests.REPEAT_AFTER, heard, mark = {repeat_after}, [], stop_requests.SignalWatch._mark
+stop_requests.SignalWatch._mark = lambda watch, number: (mark(watch, number), heard.append(number))
+stop_requests.listen()
+stop_requests.signals().leave_marks()
 print("ready", flush=True)
-while stopping.signals().reason is None:
+while stop_requests.signals().reason is None:
     time.sleep(0.01)
-print(stopping.signals().reason, flush=True)
+print(stop_requests.signals().reason, flush=True)
 {rest}
 """
 
@@ -68,7 +69,7 @@ def test_a_second_signal_ends_a_process_whose_main_thread_is_stuck_in_a_library(
     )
     process.send_signal(signal.SIGUSR1)
     assert "SIGUSR1" in process.stdout.readline()
-    time.sleep(stopping.MOMENT + 0.7)
+    time.sleep(stop_requests.MOMENT + 0.7)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 128 + signal.SIGTERM
     assert "a second signal (SIGTERM)" in process.stderr.read()
@@ -88,7 +89,7 @@ def test_the_death_of_a_launcher_is_a_request_to_stop(tmp_path):
 
 
 def test_a_program_that_no_launcher_started_watches_none():
-    assert stopping.launchers() == []
+    assert stop_requests.launchers() == []
 
 
 def test_a_stop_file_is_a_reason_that_stays(tmp_path):
@@ -168,14 +169,14 @@ def test_a_zombie_launcher_is_gone():
     process = subprocess.Popen([sys.executable, "-c", ""])
     watched = psutil.Process(process.pid)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert not stopping._lives(watched)
+    assert not stop_requests._lives(watched)
     process.wait()
 
 
 PROGRAM = """
 import signal, sys, time
-from clex_train import stopping
-stopping.end_on_signals()
+from clex_train.resilience import stop_requests
+stop_requests.end_on_signals()
 from clex_train.cli import console
 def work():
     print("ready", flush=True)
@@ -199,7 +200,7 @@ def take_signals() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("number", stopping.ENDING)
+@pytest.mark.parametrize("number", stop_requests.ENDING)
 def test_a_program_without_anything_to_save_ends_with_one_line_and_the_shell_s_code(number):
     process = program("time.sleep(600)")
     process.send_signal(number)
@@ -250,7 +251,9 @@ def test_a_program_under_nohup_does_not_hear_of_a_closed_terminal():
 
 
 def test_an_interrupt_is_deferred_to_the_end_of_a_block():
-    process = program("\n    with stopping.shielding_children():\n        time.sleep(1.5); print('whole', flush=True)")
+    process = program(
+        "\n    with stop_requests.shielding_children():\n        time.sleep(1.5); print('whole', flush=True)"
+    )
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
@@ -263,7 +266,7 @@ def test_a_second_ctrl_c_ends_a_saving_run_at_once_and_a_launcher_s_copy_of_the_
     assert "SIGINT" in process.stdout.readline()
     for number in (signal.SIGINT, signal.SIGTERM):
         process.send_signal(number)
-    time.sleep(2 * stopping.MOMENT + 0.5)
+    time.sleep(2 * stop_requests.MOMENT + 0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
@@ -275,7 +278,8 @@ def test_a_second_ctrl_c_ends_a_saving_run_at_once_and_a_launcher_s_copy_of_the_
 
 def test_output_that_nobody_can_read_any_more_neither_fails_nor_changes_the_exit_code():
     program = (
-        "import sys, time; from clex_train import log, terminal; terminal.outlive('stdout', 'stderr'); log.setup()\n"
+        "import sys, time; from clex_train.utils import log, terminal\n"
+        "terminal.outlive('stdout', 'stderr'); log.setup()\n"
         "print('ready', flush=True); time.sleep(1)\n"
         "print('lost'); print('lost', file=sys.stderr); log.get('clex_train').info('lost'); sys.exit(75)"
     )

@@ -10,13 +10,14 @@ import sys
 import pytest
 import wandb
 
-from clex_train import distributed, metrics_log
 from clex_train.cli.errors import explain
-from clex_train.config import Config
-from clex_train.faults import RunStopped
-from clex_train.settings.checkpoint import OnFullDisk
-from clex_train.settings.tracking import TrackingConfig, Wandb
-from clex_train.tracking import COLUMNS, Tracker, _wandb_id, require_login, write_environment
+from clex_train.config.checkpoint import OnFullDisk
+from clex_train.config.root import Config
+from clex_train.config.tracking import TrackingConfig, Wandb
+from clex_train.tracking import metrics_log
+from clex_train.tracking.tracker import COLUMNS, Tracker, _wandb_id, require_login, write_environment
+from clex_train.utils import distributed
+from clex_train.utils.errors import RunStopped
 
 FIGURES = {"loss": 1.0, "tokens_per_second": 10.0}
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BloomConfig, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import train
-from clex_train import distributed
 from clex_train.checkpoint.manifest import Manifest
 from clex_train.cli.errors import explain
 from clex_train.data import vocabulary
 from clex_train.engine import deepspeed as engines
+from clex_train.utils import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,10 +8,10 @@ from composing import composed
 from same_models import assert_same_model
 
 import train
-from clex_train import trainer
 from clex_train.cli import console
 from clex_train.data.manifest import BLOCK
 from clex_train.data.shard_files import DamagedStore
+from clex_train.training import loop
 
 
 def _flip_every_block(folder: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_run_that_meets_a_damaged_block_saves_and_goes_on_to_the_same_bits(
         return tmp_path / name / "final"
 
     undisturbed = start("undisturbed")
-    step = trainer.train_step
+    step = loop.train_step
 
     def damaging(parts, number, micro_batches):
         if number == 3:
@@ -51,7 +51,7 @@ def test_a_run_that_meets_a_damaged_block_saves_and_goes_on_to_the_same_bits(
         return step(parts, number, micro_batches)
 
     with monkeypatch.context() as damaged:
-        damaged.setattr(trainer, "train_step", damaging)
+        damaged.setattr(loop, "train_step", damaging)
         with pytest.raises(DamagedStore) as caught:
             start("damaged")
     line = str(caught.value)

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import train
-from clex_train import architectures, modeling, seeding, trainer
 from clex_train.data import build, step_rows
 from clex_train.data.rows import PADDING, Row
-from clex_train.faults import RunStopped
-from clex_train.scaling.sampling import draw_document_positions
+from clex_train.models import architecture, load
+from clex_train.scaling.position_sampling import draw_document_positions
+from clex_train.training import loop
+from clex_train.utils import seeding
+from clex_train.utils.errors import RunStopped
 
 SEQ_LEN = 24
 LAYOUTS = [([24], 0), ([5, 1, 10, 8], 0), ([1, 1, 14], 8), ([1] * 20, 4), ([2, 3], 19), ([12, 12], 0)]
@@ -66,9 +68,9 @@ def run(tmp_path, tiny_run, monkeypatch):
 
 def fresh_model(config):
     """The weights that a run begins with, and its handle."""
-    arch = architectures.to_train(config.model)
-    modeling.training_tokenizer(config.model, arch, modeling.Path(config.data.path) / "tokenizer")
-    return modeling.load_for_training(config, arch, torch.float32, {})
+    arch = architecture.to_train(config.model)
+    load.training_tokenizer(config.model, arch, load.Path(config.data.path) / "tokenizer")
+    return load.load_for_training(config, arch, torch.float32, {})
 
 
 def reference(config, row_indices, t=None):
@@ -128,7 +130,7 @@ def test_a_resumed_run_goes_on_to_the_bit(run, monkeypatch):
     clex = ("scaling=clex", "scaling.t_max=4", "engine.micro_batch=2", "checkpoint.every=2", "optim.steps=4")
     run("whole", *clex)
     with monkeypatch.context() as broken:
-        broken.setattr(trainer, "train_step", failing_at(3, trainer.train_step))
+        broken.setattr(loop, "train_step", failing_at(3, loop.train_step))
         with pytest.raises(KeyboardInterrupt):
             run("parts", *clex)
     run("parts", *clex)

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from same_models import assert_same_model
 
 import train
-from clex_train import trainer
 from clex_train.checkpoint.store import Checkpoints
 from clex_train.cli import console
-from clex_train.faults import RunStopped
+from clex_train.training import loop
+from clex_train.utils.errors import RunStopped
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -42,7 +42,7 @@ def metrics(run) -> list[dict]:
 
 def spoil(monkeypatch, rows: set[int], module: str = "model.layers.1.mlp", value: float = math.nan) -> None:
     """Multiply what `module` gives for these rows by `value`, as a bad batch or a broken kernel would."""
-    forward = trainer.forward
+    forward = loop.forward
 
     def spoilt(model, parts, batch, weight):
         if not rows.intersection(batch["row_index"].tolist()):
@@ -54,7 +54,7 @@ def spoil(monkeypatch, rows: set[int], module: str = "model.layers.1.mlp", value
         finally:
             hook.remove()
 
-    monkeypatch.setattr(trainer, "forward", spoilt)
+    monkeypatch.setattr(loop, "forward", spoilt)
 
 
 class Bursts(torch.autograd.Function):
@@ -80,7 +80,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_model_and_ode_alike(run, monkey
 
 
 def test_a_gradient_that_is_not_finite_is_traced_to_its_module(run, monkeypatch, stage):
-    forward = trainer.forward
+    forward = loop.forward
 
     def spoilt(model, parts, batch, weight):
         layer = parts.loaded.model.get_submodule("model.layers.0.self_attn.o_proj")
@@ -91,7 +91,7 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_module(run, monkeypatch,
         finally:
             hook.remove()
 
-    monkeypatch.setattr(trainer, "forward", spoilt)
+    monkeypatch.setattr(loop, "forward", spoilt)
     assert run(f"engine.zero_stage={stage}") == 8
     (fault,) = [row["fault"] for row in metrics(run) if "fault" in row]
     assert fault.startswith("rank 0, rows [[4, 5]]: first in the gradient of the output of model.layers.0.self_attn.")
@@ -108,7 +108,7 @@ def test_looking_for_the_fault_changes_nothing(run, monkeypatch, stage, options)
     run(f"output_dir={folders[0]}", f"engine.zero_stage={stage}", *options)
     (line,) = (line for line in (folders[0] / "metrics.jsonl").read_text().splitlines() if '"fault"' in line)
     assert json.loads(line)["fault"] == "rank 0, rows [[4, 5]]: first in the output of model.layers.1.mlp"
-    monkeypatch.setattr(trainer, "find_fault", lambda *_: "")
+    monkeypatch.setattr(loop, "find_fault", lambda *_: "")
     run(f"output_dir={folders[1]}", f"engine.zero_stage={stage}", *options)
     assert_same_model(*(folder / "final" for folder in folders))
 
@@ -201,7 +201,7 @@ def test_a_field_that_breaks_its_bound_stops_before_it_is_saved(run, capsys):
 
 def test_a_run_killed_between_saving_and_evaluating_evaluates_on_resume(run, monkeypatch):
     evaluated = []
-    from clex_train.evaluation.training import TrainingEvaluation
+    from clex_train.evaluation.during_training import TrainingEvaluation
 
     def fails_at_4(self, loaded, step):
         evaluated.append(step)
@@ -222,7 +222,7 @@ def test_a_run_killed_between_saving_and_evaluating_evaluates_on_resume(run, mon
 def test_a_finished_run_returns_at_once(run, monkeypatch):
     assert run() == 8
     before = (run.folder / "final" / "model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(trainer, "train", None)
+    monkeypatch.setattr(loop, "train", None)
     assert run() == 8
     assert (run.folder / "final" / "model.safetensors").stat().st_mtime_ns == before
 
@@ -250,7 +250,7 @@ def test_memory_that_runs_out_in_a_step_becomes_the_estimate_and_what_to_turn_do
     def full(parts, batch, spectrum, weight=1.0):
         raise error
 
-    monkeypatch.setattr(trainer, "forward_backward", full)
+    monkeypatch.setattr(loop, "forward_backward", full)
     with pytest.raises(RunStopped) as stopped:
         run()
     assert console.report(stopped.value) == console.STOPPED
@@ -267,13 +267,13 @@ def test_memory_that_runs_out_in_a_step_becomes_the_estimate_and_what_to_turn_do
 
 def with_spike(monkeypatch, rows: set[int]) -> None:
     """A thousandfold loss, and so its gradient, for these rows."""
-    forward = trainer.forward
+    forward = loop.forward
 
     def spoilt(model, parts, batch, weight):
         loss = forward(model, parts, batch, weight)
         return loss * 1000 if rows.intersection(batch["row_index"].tolist()) else loss
 
-    monkeypatch.setattr(trainer, "forward", spoilt)
+    monkeypatch.setattr(loop, "forward", spoilt)
 
 
 SPIKES = ("optim.spike_factor=20", "optim.spike_window=4")
@@ -293,7 +293,7 @@ def test_a_run_killed_after_a_roll_back_skips_the_same_rows(run, monkeypatch):
     with_spike(monkeypatch, {10, 14})
     whole = run.folder.with_name("whole")
     run(*SPIKES, "optim.steps=10", f"output_dir={whole}")
-    save = trainer.save
+    save = loop.save
 
     def killed(parts, step):
         waited = save(parts, step)
@@ -303,7 +303,7 @@ def test_a_run_killed_after_a_roll_back_skips_the_same_rows(run, monkeypatch):
         return waited
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "save", killed)
+        patched.setattr(loop, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             run(*SPIKES, "optim.steps=10")
     assert run(*SPIKES, "optim.steps=10") == 10

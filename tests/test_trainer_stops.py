@@ -7,16 +7,17 @@ import pytest
 from same_models import assert_same_model
 
 import train
-from clex_train import stopping, trainer
 from clex_train.cli import console
 from clex_train.evaluation import runner
-from clex_train.faults import RunStopped, StopRequested
+from clex_train.resilience import stop_requests
+from clex_train.training import loop
+from clex_train.utils.errors import RunStopped, StopRequested
 
 
 @pytest.fixture
 def run(tmp_path, tiny_run, monkeypatch):
     """train.run on a tiny model, in a folder of the test."""
-    monkeypatch.setattr(stopping, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(stop_requests, "POLL_SECONDS", 0.0)
 
     def start(name: str, *overrides: str) -> Path:
         evaluation = ("evaluation.methods=[trained]", "evaluation.num_windows=2")
@@ -49,7 +50,7 @@ def metrics(folder: Path) -> list[dict]:
 def test_a_stop_file_saves_the_step_and_the_same_command_ends_with_the_same_bits(run, monkeypatch, capsys):
     whole = run("whole")
     with monkeypatch.context() as patched:
-        touch_after(patched, trainer, "forward_backward", 3, run.folder / "stopped" / "stop")
+        touch_after(patched, loop, "forward_backward", 3, run.folder / "stopped" / "stop")
         with pytest.raises(StopRequested, match=r"after step 3: .*stop is there .*step_3; the same command") as asked:
             run("stopped")
     assert console.report(asked.value) == console.GO_ON == 75
@@ -74,9 +75,9 @@ def test_an_evaluation_is_interrupted_between_windows_and_done_again(run, monkey
 
 
 def test_a_run_asked_to_stop_while_it_loads_takes_no_step(run, monkeypatch):
-    from clex_train import modeling
+    from clex_train.models import load
 
-    touch_after(monkeypatch, modeling, "load_for_training", 1, run.folder / "run" / "stop")
+    touch_after(monkeypatch, load, "load_for_training", 1, run.folder / "run" / "stop")
     with pytest.raises(StopRequested, match=r"after step 0: .*there is no checkpoint yet"):
         run("run")
 
@@ -87,7 +88,7 @@ def test_a_max_runtime_too_short_for_one_step_is_an_error_and_no_request_to_go_o
 
 
 def test_max_runtime_stops_before_a_step_that_would_not_fit(run, monkeypatch):
-    expected = stopping.Deadline.exceeded_by
+    expected = stop_requests.Deadline.exceeded_by
     asked = []
 
     def late(self, *ahead):
@@ -95,7 +96,7 @@ def test_max_runtime_stops_before_a_step_that_would_not_fit(run, monkeypatch):
         self.limit = 1e9 if len(asked) < 4 else 0.0
         return expected(self, *ahead)
 
-    monkeypatch.setattr(stopping.Deadline, "exceeded_by", late)
+    monkeypatch.setattr(stop_requests.Deadline, "exceeded_by", late)
     with pytest.raises(StopRequested, match=r"after step 3: max_runtime ends in 0 s .*step_3"):
         run("run", "max_runtime=100")
     assert asked[0] == ("step",)

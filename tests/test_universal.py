@@ -11,7 +11,7 @@ import pytest
 
 from clex_train.checkpoint import universal
 from clex_train.cli import console
-from clex_train.faults import StopRequested
+from clex_train.utils.errors import StopRequested
 
 ROOT = Path(__file__).resolve().parents[1]
 BAR = "sys.stderr.write('50%|#####     | 1/2 [00:01<00:01,  1.0it/s]\\r'); sys.stderr.flush()"

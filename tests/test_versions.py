@@ -9,8 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from clex_train import versions
 from clex_train.cli import console
+from clex_train.utils import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,6 +82,6 @@ def test_a_newer_library_is_said_in_one_line_at_the_start(
 
 
 def test_asking_imports_no_library() -> None:
-    code = "import sys; from clex_train import versions; versions.untested(); print({'torch'} & {*sys.modules})"
+    code = "import sys; from clex_train.utils import versions; versions.untested(); print({'torch'} & {*sys.modules})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.strip() == "set()"

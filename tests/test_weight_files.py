@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, Mixtra
 from warm_processes import call_on_two_ranks
 from weight_directories import GATE, UP, accepted, refusal, refusal_of_check, rewrite
 
-from clex_train import architectures, modeling, weight_files, weights
 from clex_train.cli.errors import explain
+from clex_train.config.engine import EngineConfig
+from clex_train.config.model import ModelConfig
 from clex_train.engine import deepspeed as engines
-from clex_train.settings.engine import EngineConfig
-from clex_train.settings.model import ModelConfig
+from clex_train.models import architecture, load, weight_files, weights
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
@@ -127,7 +127,7 @@ def test_masks_and_positions_of_old_checkpoints_are_no_parameters(tmp_path, dtyp
     carried = {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 16, 16, dtype=dtype)}
     rewrite(tmp_path, lambda tensors: tensors | carried)
     model = ModelConfig(path=str(tmp_path))
-    weights.check(model, architectures.to_read(model))
+    weights.check(model, architecture.to_read(model))
 
 
 def test_half_and_double_precision_are_accepted(base):
@@ -191,7 +191,7 @@ def test_weights_that_are_not_finite_are_not_evaluated(base, value, sharded):
         engines.open_process_group(EngineConfig())
         settings = engines.inference_dict(EngineConfig())
     with pytest.raises(ValueError, match="not finite") as raised:
-        modeling.load_for_evaluation(ModelConfig(path=str(base)), sharding=settings)
+        load.load_for_evaluation(ModelConfig(path=str(base)), sharding=settings)
     assert explain(raised.value) == (
         f"model.path={base}: the weights of {UP} are not finite: copy them again, or give others, such as an earlier "
         "checkpoint"

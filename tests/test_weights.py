@@ -20,13 +20,13 @@ from transformers import (
 )
 from weight_directories import GATE, UP, accepted, refusal, refusal_of_check, rewrite, without
 
-from clex_train import architectures, hub, modeling, weights
 from clex_train.cli import arguments, loading
 from clex_train.cli.errors import explain
 from clex_train.cli.evaluate import EvaluateConfig
+from clex_train.config.engine import EngineConfig
+from clex_train.config.model import ModelConfig
 from clex_train.engine import deepspeed as engines
-from clex_train.settings.engine import EngineConfig
-from clex_train.settings.model import ModelConfig
+from clex_train.models import architecture, hub, load, weights
 
 
 @pytest.fixture
@@ -200,9 +200,9 @@ def test_masks_and_frequencies_that_old_checkpoints_carry_are_no_weights(tmp_pat
         carried = {f"transformer.h.0.{attention}.bias": square, f"transformer.h.0.{attention}.masked_bias": mask}
         rewrite(tmp_path / name, lambda tensors, carried=carried: tensors | carried)
         model = ModelConfig(path=str(tmp_path / name))
-        weights.check(model, architectures.to_read(model))
-        *_, report = modeling._from_pretrained(model, torch.float32, None, None)
-        weights.check_loaded(model, architectures.to_read(model), report)
+        weights.check(model, architecture.to_read(model))
+        *_, report = load._from_pretrained(model, torch.float32, None, None)
+        weights.check_loaded(model, architecture.to_read(model), report)
 
 
 def test_a_bias_under_the_name_of_a_mask_is_not_left_out(base):
@@ -233,7 +233,7 @@ def test_a_hub_name_is_loaded_and_its_tensors_are_judged(base, hub_name, sharded
     if sharded:
         engines.open_process_group(EngineConfig())
         settings = engines.inference_dict(EngineConfig())
-    loaded = modeling.load_for_evaluation(ModelConfig(path=hub_name), sharding=settings)
+    loaded = load.load_for_evaluation(ModelConfig(path=hub_name), sharding=settings)
     assert all(hasattr(parameter, "ds_tensor") is sharded for parameter in loaded.model.parameters())
     own = loaded.model.get_parameter(UP)
     stored = load_file(base / "model.safetensors")[UP]
@@ -243,7 +243,7 @@ def test_a_hub_name_is_loaded_and_its_tensors_are_judged(base, hub_name, sharded
     rewrite(snapshot, without(UP))
     rewrite(snapshot, lambda tensors: tensors | {"of_mine": torch.ones(2)})
     with pytest.raises(ValueError, match=r"^model\.path=owner/model: its weights lack 1 tensor .*no 1 tensor \(of_min"):
-        modeling.load_for_evaluation(ModelConfig(path=hub_name), sharding=settings)
+        load.load_for_evaluation(ModelConfig(path=hub_name), sharding=settings)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "zero3"])
@@ -251,9 +251,9 @@ def test_a_mis_shaped_tensor_of_a_hub_name_is_refused_before_anything_is_built(b
     snapshot = base.parent / "hub" / "models--owner--model" / "snapshots" / "c0ffee"
     rewrite(snapshot, lambda tensors: tensors | {UP: tensors[UP][:, 1:].contiguous()})
     settings = engines.inference_dict(EngineConfig()) if sharded else None
-    monkeypatch.setattr(modeling, "_load_weights", None)
+    monkeypatch.setattr(load, "_load_weights", None)
     with pytest.raises(ValueError, match=rf"^model\.path=owner/model: {UP} is .* in its weights and .* by its config"):
-        modeling.load_for_evaluation(ModelConfig(path=hub_name), sharding=settings)
+        load.load_for_evaluation(ModelConfig(path=hub_name), sharding=settings)
 
 
 def test_a_hub_name_of_which_the_cache_lacks_a_shard_is_left_to_the_loader(base, hub_name):
@@ -262,7 +262,7 @@ def test_a_hub_name_of_which_the_cache_lacks_a_shard_is_left_to_the_loader(base,
     index = {"metadata": {}, "weight_map": {UP: "model-00001-of-00002.safetensors"}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
     model = ModelConfig(path=hub_name)
-    weights.check(model, architectures.to_read(model))
+    weights.check(model, architecture.to_read(model))
 
 
 def test_a_tokenizer_is_of_the_revision_of_its_weights(base, hub_name):
@@ -271,10 +271,10 @@ def test_a_tokenizer_is_of_the_revision_of_its_weights(base, hub_name):
     file = snapshots / "0ddba11" / "tokenizer.json"
     file.write_text(file.read_text().replace('"60"', '"sixty"'))
     of_main, of_older = (ModelConfig(path=hub_name, revision=name) for name in (None, "older"))
-    assert "60" in modeling.load_tokenizer(hub_name, of_main).get_vocab()
-    assert "sixty" in modeling.load_tokenizer(hub_name, of_older).get_vocab()
+    assert "60" in load.load_tokenizer(hub_name, of_main).get_vocab()
+    assert "sixty" in load.load_tokenizer(hub_name, of_older).get_vocab()
     with pytest.raises(ValueError, match=r"^owner/model: no readable tokenizer \("):
-        modeling.load_tokenizer(hub_name, ModelConfig(path=hub_name, revision="no_such_branch"))
+        load.load_tokenizer(hub_name, ModelConfig(path=hub_name, revision="no_such_branch"))
 
 
 @pytest.mark.parametrize("error", [KeyError("experts"), AttributeError("'list' has no items"), AssertionError()])
@@ -287,7 +287,7 @@ def test_whatever_the_loader_raises_over_mixed_up_files_is_one_line(base, monkey
     monkeypatch.setattr(weights, "check", lambda *_: None)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(ValueError, match=r"^model\.path=.*: the weights cannot be loaded \(") as raised:
-        modeling.load_for_evaluation(ModelConfig(path=str(base)))
+        load.load_for_evaluation(ModelConfig(path=str(base)))
     assert explain(raised.value) is not None
 
 
@@ -297,7 +297,7 @@ def test_an_unreachable_hub_is_not_blamed_for_files_that_are_there(hub_name, mon
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(ValueError, match=r"the weights cannot be loaded \(KeyError: 'experts'\)$"):
-        modeling.load_for_evaluation(ModelConfig(path=hub_name))
+        load.load_for_evaluation(ModelConfig(path=hub_name))
 
 
 def test_a_full_memory_or_a_lost_rank_is_no_fault_of_the_files(base, monkeypatch):
@@ -307,10 +307,10 @@ def test_a_full_memory_or_a_lost_rank_is_no_fault_of_the_files(base, monkeypatch
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     error = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
-        modeling.load_for_evaluation(ModelConfig(path=str(base)))
+        load.load_for_evaluation(ModelConfig(path=str(base)))
     error = RuntimeError("Connection closed by peer")
     with pytest.raises(RuntimeError, match="closed by peer"):
-        modeling.load_for_evaluation(ModelConfig(path=str(base)), sharding=engines.inference_dict(EngineConfig()))
+        load.load_for_evaluation(ModelConfig(path=str(base)), sharding=engines.inference_dict(EngineConfig()))
 
 
 def test_programs_that_evaluate_name_their_own_keys(base, tmp_path, monkeypatch, caplog):
@@ -320,7 +320,7 @@ def test_programs_that_evaluate_name_their_own_keys(base, tmp_path, monkeypatch,
         loading.locate(loading.LoadingConfig(model=str(base)))
     source = loading.locate(loading.LoadingConfig(model=str(base), allow_missing=["*.up_proj.weight"]))
     caplog.set_level("WARNING", logger="clex_train")
-    drawn = [modeling.load_for_evaluation(source.model).model.get_parameter(UP) for _ in range(2)]
+    drawn = [load.load_for_evaluation(source.model).model.get_parameter(UP) for _ in range(2)]
     assert torch.equal(*drawn), "the same on every rank"
     assert f"allow_missing: drawn from the seed: {UP}" in caplog.messages
     assert arguments.parse(EvaluateConfig, [f"model={base}", "data=x", "allow_missing=[lm_head.*]"]).allow_missing == [

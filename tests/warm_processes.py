@@ -31,9 +31,9 @@ IMPORTED = [
     "deepspeed",
     "transformers.models.llama.modeling_llama",
     "train",
-    "clex_train.trainer",
+    "clex_train.training.loop",
     "clex_train.checkpoint.store",
-    "clex_train.evaluation.training",
+    "clex_train.evaluation.during_training",
     "clex_train.engine.deepspeed",
     # Imports torch's compiler, as DeepSpeed does when it builds any optimizer.
     "deepspeed.runtime.zero.muon.muon_optimizer",

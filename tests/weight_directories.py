@@ -7,9 +7,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clex_train import architectures, modeling, weights
 from clex_train.cli.errors import explain
-from clex_train.settings.model import ModelConfig
+from clex_train.config.model import ModelConfig
+from clex_train.models import architecture, load, weights
 
 GATE = "model.layers.0.mlp.gate_proj.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -31,7 +31,7 @@ def refusal_of_check(directory: Path) -> str:
     """The line of training's check alone."""
     model = ModelConfig(path=str(directory))
     with pytest.raises(ValueError) as raised:  # noqa: PT011
-        weights.check(model, architectures.to_read(model))
+        weights.check(model, architecture.to_read(model))
     return str(explain(raised.value))
 
 
@@ -39,9 +39,9 @@ def refusal(directory: Path, **keys) -> str:
     """The one line in which a directory is refused, by training's check and by a whole load alike."""
     model = ModelConfig(path=str(directory), **keys)
     with pytest.raises(ValueError) as checked:  # noqa: PT011  the message is what the tests look at
-        weights.check(model, architectures.to_read(model))
+        weights.check(model, architecture.to_read(model))
     with pytest.raises(ValueError) as loaded:  # noqa: PT011
-        modeling.load_for_evaluation(model)
+        load.load_for_evaluation(model)
     line = explain(checked.value)
     assert line is not None, "shown as the user's mistake, with exit code 2"
     assert line == explain(loaded.value)
@@ -49,7 +49,7 @@ def refusal(directory: Path, **keys) -> str:
     return line
 
 
-def accepted(directory: Path, **keys) -> modeling.LoadedModel:
+def accepted(directory: Path, **keys) -> load.LoadedModel:
     model = ModelConfig(path=str(directory), **keys)
-    weights.check(model, architectures.to_read(model))
-    return modeling.load_for_evaluation(model)
+    weights.check(model, architecture.to_read(model))
+    return load.load_for_evaluation(model)

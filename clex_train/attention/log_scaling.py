@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from clex_train.libraries.layers import own_window
+from clex_train.attention.layer_probe import own_window
 
 MOST_VISIBLE = "most_visible_keys"
 """Attribute of an attention module by which a mask says how many keys a query sees at most."""

@@ -15,12 +15,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from clex_train import checksums, distributed
-from clex_train.checksums import Damaged
-from clex_train.config import Config
+from clex_train.config.root import Config
 from clex_train.data.identity import DataOrder, consumed, data_order, require_order
-from clex_train.files import BadFile, is_plain_name, read_regular
-from clex_train.records import Count, decode, parse_json
+from clex_train.utils import checksums, distributed
+from clex_train.utils.checksums import Damaged
+from clex_train.utils.files import BadFile, is_plain_name, read_regular
+from clex_train.utils.records import Count, decode, parse_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"

@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from clex_train import distributed, files, log
-from clex_train.checkpoint import manifest, universal, untrusted
+from clex_train.checkpoint import manifest, safe_load, universal
 from clex_train.checkpoint.manifest import Manifest
-from clex_train.checkpoint.untrusted import RunsCode, without_code
+from clex_train.checkpoint.safe_load import RunsCode, without_code
 from clex_train.checkpoint.writer import BackgroundWriter, DirectWriter, Writer, Written, writing_with
-from clex_train.checksums import Damaged
-from clex_train.faults import NO_ROOM, RunStopped, first_line
-from clex_train.files import BadFile, make_folder, read_regular, sync_directory, write_atomically
-from clex_train.recorded_config import CONFIG
-from clex_train.settings.checkpoint import CheckpointConfig, OnFullDisk
+from clex_train.config.checkpoint import CheckpointConfig, OnFullDisk
+from clex_train.config.recorded import CONFIG
+from clex_train.utils import distributed, files, log
+from clex_train.utils.checksums import Damaged
+from clex_train.utils.errors import NO_ROOM, RunStopped, first_line
+from clex_train.utils.files import BadFile, make_folder, read_regular, sync_directory, write_atomically
 
 logger = log.get(__name__)
 
@@ -359,7 +359,7 @@ def _wrong(found: Found, names: list[str]) -> str | RunsCode | None:
     try:
         manifest.check_contents(found.path, found.manifest, names)
         with without_code(found.path):
-            reasons = [untrusted.check(found.path / name) for name in names if name.endswith(".pt")]
+            reasons = [safe_load.check(found.path / name) for name in names if name.endswith(".pt")]
     except Damaged as damaged:
         return str(damaged)
     except RunsCode as refusal:

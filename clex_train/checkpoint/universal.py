@@ -22,9 +22,9 @@ from typing import IO, Any
 
 import torch
 
-from clex_train import distributed, files, log
-from clex_train.checkpoint.untrusted import without_code
-from clex_train.faults import StopRequested
+from clex_train.checkpoint.safe_load import without_code
+from clex_train.utils import distributed, files, log
+from clex_train.utils.errors import StopRequested
 
 logger = log.get(__name__)
 

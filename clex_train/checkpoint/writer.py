@@ -19,9 +19,9 @@ from typing import IO, Any, Protocol, cast
 import psutil
 import torch
 
-from clex_train import log
-from clex_train.checkpoint.files import HashingFile
-from clex_train.faults import disk_error
+from clex_train.checkpoint.hashing import HashingFile
+from clex_train.utils import log
+from clex_train.utils.errors import disk_error
 
 logger = log.get(__name__)
 

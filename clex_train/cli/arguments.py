@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 
 from clex_train.cli.errors import explain
 from clex_train.cli.overrides import for_yaml
-from clex_train.faults import RunStopped
-from clex_train.records import require_bounded
-from clex_train.schema_docs import describe
+from clex_train.config.docs import describe
+from clex_train.utils.errors import RunStopped
+from clex_train.utils.records import require_bounded
 
 IN_A_GROUP = re.compile(r"(?<![\w./])(model|data|evaluation|attention)\.([a-z]\w*)")
 """Keys of training as messages name them, and not a part of a file's name."""

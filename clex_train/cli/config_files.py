@@ -10,8 +10,8 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
 from clex_train.cli.overrides import type_at
-from clex_train.files import read_regular
-from clex_train.records import require_bounded
+from clex_train.utils.files import read_regular
+from clex_train.utils.records import require_bounded
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 GLOBAL = "# @package _global_"

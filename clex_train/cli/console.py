@@ -31,10 +31,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from clex_train import log, ranks, stopping, versions
 from clex_train.cli import config_files, flags, overrides
-from clex_train.faults import RankLost, RunStopped, StopRequested, first_line, no_room
-from clex_train.stopping import Interrupted
+from clex_train.resilience import stop_requests
+from clex_train.resilience.stop_requests import Interrupted
+from clex_train.utils import log, ranks, versions
+from clex_train.utils.errors import RankLost, RunStopped, StopRequested, first_line, no_room
 
 logger = log.get(__name__)
 
@@ -80,7 +81,7 @@ def run(
     Name the `schema` where Hydra reads `sys.argv`: its text fields then get the text as it was typed. `kept` says what
     of its work outlives a signal that ends it, and whether the same command goes on.
     """
-    watch = stopping.signals()
+    watch = stop_requests.signals()
     try:
         if watch:
             watch.unwinds = True
@@ -125,7 +126,7 @@ def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type 
         main()
     except (_Failed, Exception) as raised:
         error = raised.error if isinstance(raised, _Failed) else raised
-        if (watch := stopping.signals()) and watch.interrupted and not isinstance(error, StopRequested):
+        if (watch := stop_requests.signals()) and watch.interrupted and not isinstance(error, StopRequested):
             # A library, for instance while it was imported, has made an error of its own of the interrupt.
             raise Interrupted(watch.interrupted) from error
         return report(error)

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, Node
 from omegaconf.errors import OmegaConfBaseException
 
 from clex_train.cli import config_files
-from clex_train.suggest import did_you_mean, in_words
+from clex_train.config.suggestions import did_you_mean, in_words
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HYDRA = Path(str(hydra.__file__)).resolve().parent

@@ -24,13 +24,12 @@ from typing import Any
 
 if __name__ == "__main__":
     # Before the imports that take seconds.
-    from clex_train import stopping
+    from clex_train.resilience import stop_requests
 
-    stopping.end_on_signals()
+    stop_requests.end_on_signals()
 
 import torch
 
-from clex_train import architectures, distributed, log, modeling
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console, forecast
 from clex_train.cli.loading import (
@@ -44,32 +43,36 @@ from clex_train.cli.loading import (
     say_what_is_ahead,
 )
 from clex_train.cli.method_keys import METHOD_KEYS, MethodConfig, given
-from clex_train.config import Config, default_lengths
+from clex_train.config.bos import Bos
+from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.config.model import ModelConfig
+from clex_train.config.retrieval import Task
+from clex_train.config.root import Config, default_lengths
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.data.build import longest_document
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_bos, check_embedding, check_tokenizer
-from clex_train.evaluation import methods, origin, room, runner, streaming
+from clex_train.evaluation import methods, out_of_memory, runner, streaming
+from clex_train.evaluation import provenance as origin
 from clex_train.evaluation.console import tables_of
-from clex_train.evaluation.partial import Partial, say_found
+from clex_train.evaluation.out_of_memory import REMEDIES
+from clex_train.evaluation.partial_results import Partial, say_found
 from clex_train.evaluation.protocols import Reading, readings
 from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
 from clex_train.evaluation.retrieval import plan as retrieval_plan
 from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.retrieval.runner import asked as asked_of
-from clex_train.evaluation.room import REMEDIES
 from clex_train.evaluation.runner import Feeding
 from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, select
-from clex_train.faults import RunStopped
-from clex_train.opening import labelled
-from clex_train.rope.as_is import handle_without_weights
-from clex_train.settings.bos import Bos
-from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
-from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
-from clex_train.settings.model import ModelConfig
-from clex_train.settings.retrieval import Task
+from clex_train.models import architecture
+from clex_train.models import load as modeling
+from clex_train.rope.native import handle_without_weights
+from clex_train.tracking.summary import labelled
+from clex_train.utils import distributed, log
+from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
+from clex_train.utils.errors import RunStopped
 
 WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "num_windows", "chunk_len")
 TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts", "chat_template")
@@ -217,11 +220,11 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     store = TokenStore(str(data)).split("validation")
     tokenizer = modeling.load_tokenizer(asked.path, source.model)
     check_tokenizer(store, tokenizer)
-    num_rows = architectures.embedding_rows(architectures.to_read(source.model))
+    num_rows = architecture.embedding_rows(architecture.to_read(source.model))
     check_embedding(store, num_rows, asked.path, "data")
     said = given(asked, KEYS)
     if not said.get("lengths", config.evaluation.lengths):
-        t_max = architectures.t_max_of_field(asked.path)
+        t_max = architecture.t_max_of_field(asked.path)
         said["lengths"] = default_lengths(source.context_len, t_max, longest_document(store))
     spec = replace(config.evaluation, **said)
     bos_id = evaluation_bos_id(spec.bos, store, None if asked.run else tokenizer, "bos")
@@ -260,11 +263,11 @@ def evaluate(
     spec = plan.spec
     if spec.longest() > spec.chunk_len:
         # A cache grows beside what each chunk makes and frees.
-        room.return_what_is_freed()
+        out_of_memory.return_what_is_freed()
     loaded, dtype = load(asked, plan.model)
     # A vocabulary and what reading the weights left behind are tens of MiB; scoring needs neither.
     loaded.tokenizer = None
-    room.give_back()
+    out_of_memory.give_back()
     tables = methods.of_model(spec, loaded)
     inserted = methods.insertions(spec, loaded.model, loaded.context_len)
     if asked.dry_run:
@@ -366,7 +369,7 @@ def _check_streaming(spec: EvaluationConfig, sharded: bool) -> None:
 
 def _check_reach(model: ModelConfig, spec: EvaluationConfig, context_len: int) -> None:
     """Refuse a length that the model's own field does not serve, while no weights have been read."""
-    t_max, longest = architectures.t_max_of_field(str(model.path)), spec.longest()
+    t_max, longest = architecture.t_max_of_field(str(model.path)), spec.longest()
     require(
         t_max is None or not {Method.trained, Method.clex} & set(spec.methods) or longest <= t_max * context_len,
         "lengths",
@@ -377,10 +380,10 @@ def _check_reach(model: ModelConfig, spec: EvaluationConfig, context_len: int) -
 
 def _check_methods(model: ModelConfig, spec: EvaluationConfig, context_len: int) -> None:
     """Refuse a method that the model cannot have, while no weights have been read."""
-    arch = architectures.to_read(model)
+    arch = architecture.to_read(model)
     unloaded = handle_without_weights(arch, context_len, model.trust_remote_code)
     path = str(model.path)
-    methods.check(spec, unloaded, architectures.has_field(path), architectures.grid_of_field(path))
+    methods.check(spec, unloaded, architecture.has_field(path), architecture.grid_of_field(path))
 
 
 if __name__ == "__main__":

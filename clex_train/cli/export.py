@@ -16,16 +16,17 @@ from pathlib import Path
 
 if __name__ == "__main__":
     # Before the imports that take seconds.
-    from clex_train import stopping
+    from clex_train.resilience import stop_requests
 
-    stopping.end_on_signals()
+    stop_requests.end_on_signals()
 
-from clex_train import architectures, files, log, model_directory, modeling
 from clex_train.cli import arguments, console, loading
+from clex_train.config.model import ModelConfig
+from clex_train.config.scaling import LogScale
 from clex_train.export.official import require_known, write_official
-from clex_train.settings.bounds import require
-from clex_train.settings.model import ModelConfig
-from clex_train.settings.scaling import LogScale
+from clex_train.models import architecture, directory, load
+from clex_train.utils import files, log
+from clex_train.utils.bounds import require
 
 
 class Format(Enum):
@@ -53,7 +54,7 @@ def main() -> None:
     _require_known(asked.log_scale, source)
     output = Path(asked.output)
     print(log.printable(f"export {source} as {asked.format.value} to {output}"), file=sys.stderr, flush=True)
-    loaded = modeling.load_for_evaluation(ModelConfig(path=str(source)), dtype="auto")
+    loaded = load.load_for_evaluation(ModelConfig(path=str(source)), dtype="auto")
     write_official(output, loaded, asked.log_scale)
     print(f"written to {output}")
 
@@ -71,12 +72,12 @@ def _source(asked: ExportConfig) -> Path:
     files.require_place("output", output, output.parent, files.SAVING + output.name)
     require(not output.exists(), "output", asked.output, "exists already; name another directory")
     if asked.model is not None:
-        require(architectures.has_field(asked.model), "model", asked.model, "no directory with a CLEX field in it")
+        require(architecture.has_field(asked.model), "model", asked.model, "no directory with a CLEX field in it")
         return Path(asked.model)
     final = Path(str(asked.run)) / "final"
     require(final.is_dir(), "run", asked.run, "no final/ in it; give the output_dir of a finished training run")
     loading.require_whole(Path(str(asked.run)))
-    require(architectures.has_field(str(final)), "run", asked.run, "was trained without CLEX: it has nothing to export")
+    require(architecture.has_field(str(final)), "run", asked.run, "was trained without CLEX: it has nothing to export")
     return final
 
 
@@ -84,8 +85,8 @@ def _require_known(asked: LogScale | None, source: Path) -> None:
     """Refuse a policy that the format does not know: `asked`, or the one that the model was trained with."""
     if asked is not None:
         require_known(asked)
-    elif model_directory.has_clex(source):
-        require_known(LogScale(model_directory.read_record(source).log_scale))
+    elif directory.has_clex(source):
+        require_known(LogScale(directory.read_record(source).log_scale))
 
 
 if __name__ == "__main__":

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from clex_train import distributed, opening, splitting
 from clex_train.cli import console
 from clex_train.evaluation.perplexity import one_shot
 from clex_train.evaluation.retrieval.runner import Asked
 from clex_train.evaluation.runner import Cell, Feeding, keeping_table, lean, work_of
 from clex_train.evaluation.scoring_head import score_chunk
 from clex_train.evaluation.streaming import Stream
-from clex_train.modeling import LoadedModel, num_parameters
+from clex_train.models.load import LoadedModel, num_parameters
+from clex_train.preflight import sequence_parallel
+from clex_train.tracking import summary
+from clex_train.utils import distributed
 
 GIB = 2**30
 MOST_TIMED = 1024
@@ -129,11 +131,11 @@ def say(loaded: LoadedModel, amount: Amount, chunk_len: int, on_host: bool, shar
     """Time one chunk and print what the evaluation takes, on rank 0. Collective."""
     seconds = _seconds(loaded, amount, max(1, min(chunk_len, MOST_TIMED, amount.longest)))
     lines = [
-        opening.labelled("cells", f"{amount.cells:,}, of which {amount.copies:,} equal others and are copied"),
-        opening.labelled("forwards", f"{amount.forwards:,} on each of {distributed.world_size()} ranks"),
-        opening.labelled("tokens", f"{amount.tokens:,}"),
-        opening.labelled("memory", ", ".join(_memory(loaded.model, amount, on_host, sharded))),
-        opening.labelled("time", f"about {_readable(seconds)} after loading, by one timed chunk"),
+        summary.labelled("cells", f"{amount.cells:,}, of which {amount.copies:,} equal others and are copied"),
+        summary.labelled("forwards", f"{amount.forwards:,} on each of {distributed.world_size()} ranks"),
+        summary.labelled("tokens", f"{amount.tokens:,}"),
+        summary.labelled("memory", ", ".join(_memory(loaded.model, amount, on_host, sharded))),
+        summary.labelled("time", f"about {_readable(seconds)} after loading, by one timed chunk"),
     ]
     if distributed.is_main():
         console.say("\n".join(lines))
@@ -151,7 +153,7 @@ def _memory(model: nn.Module, amount: Amount, on_host: bool, sharded: bool) -> I
 def _bytes_of_token(model: nn.Module) -> int:
     """Count the bytes of keys and values in all layers."""
     config: Any = model.config
-    _, key_heads, width = splitting.heads_of(config)
+    _, key_heads, width = sequence_parallel.heads_of(config)
     num_layers: int = config.get_text_config().num_hidden_layers
     return 2 * num_layers * key_heads * width * next(model.parameters()).element_size()
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from itertools import groupby, takewhile
 from pathlib import Path
 
-from clex_train.config import Config
-from clex_train.schema_docs import describe
+from clex_train.config.docs import describe
+from clex_train.config.root import Config
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = ("model", "data", "scaling", "attention", "engine", "optim", "evaluation", "tracking", "launch")
@@ -55,7 +55,7 @@ def options(group: str) -> list[tuple[str, str]]:
 def _markdown_lines() -> Iterator[str]:
     yield "# Configuration"
     yield ""
-    yield "Written by `python -m clex_train.cli.help > docs/configuration.md` from the schema in `clex_train/config.py`"
+    yield "Written by `python -m clex_train.cli.help > docs/configuration.md` from the schema in `clex_train/config/`"
     yield "and the comments in `conf/`; `python train.py --help` prints the same."
     yield ""
     yield "A run takes one option of each group, an experiment that overrides them, and the command line:"

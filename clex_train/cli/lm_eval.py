@@ -24,33 +24,34 @@ from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     # Before the imports that take seconds.
-    from clex_train import stopping
+    from clex_train.resilience import stop_requests
 
-    stopping.end_on_signals()
+    stop_requests.end_on_signals()
 
 import torch
 
-from clex_train import architectures, distributed, log, modeling
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console, forecast, loading
 from clex_train.cli.forecast import Amount
 from clex_train.cli.loading import Source
 from clex_train.cli.method_keys import METHOD_KEYS, MethodConfig, given
+from clex_train.config.bos import Bos
+from clex_train.config.evaluation import EvaluationConfig, Method
 from clex_train.data.bos import adds_bos
 from clex_train.data.vocabulary import check_ids
 from clex_train.evaluation import harness, methods
-from clex_train.evaluation import origin as origins
-from clex_train.evaluation.partial import Partial
+from clex_train.evaluation import provenance as origins
+from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.results import FORMAT, Origin
 from clex_train.evaluation.retrieval.plan import require_chat_template
 from clex_train.evaluation.runner import keeping_table
-from clex_train.files import make_folder, write_atomically
-from clex_train.modeling import LoadedModel
-from clex_train.opening import labelled
-from clex_train.rope.as_is import handle_without_weights
-from clex_train.settings.bos import Bos
-from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
-from clex_train.settings.evaluation import EvaluationConfig, Method
+from clex_train.models import architecture, load
+from clex_train.models.load import LoadedModel
+from clex_train.rope.native import handle_without_weights
+from clex_train.tracking.summary import labelled
+from clex_train.utils import distributed, log
+from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
+from clex_train.utils.files import make_folder, write_atomically
 
 MOST = {
     "lengths": MOST_TOKENS,
@@ -106,8 +107,8 @@ def _run(asked: LmEvalConfig) -> None:
         loading.run_config(Path(asked.run))
     source = loading.locate(asked)
     # Refuses a tokenizer with Python code of its own, which tasks such as RULER's would run without asking.
-    tokenizer = modeling.load_tokenizer(asked.path, source.model)
-    check_ids(tokenizer, architectures.embedding_rows(architectures.to_read(source.model)), asked.path)
+    tokenizer = load.load_tokenizer(asked.path, source.model)
+    check_ids(tokenizer, architecture.embedding_rows(architecture.to_read(source.model)), asked.path)
     max_length = longest(asked, source)
     require(
         asked.bos is not Bos.always or adds_bos(tokenizer),
@@ -204,10 +205,10 @@ def _without_not_run(found: Found) -> Found:
 def _spec(asked: LmEvalConfig, source: Source, max_length: int) -> EvaluationConfig:
     """Return the methods and what they take; `ValueError` for one that the model cannot have."""
     spec = EvaluationConfig(**given(asked, METHOD_KEYS), lengths=[max_length])
-    arch = architectures.to_read(source.model)
+    arch = architecture.to_read(source.model)
     unloaded = handle_without_weights(arch, source.context_len, source.model.trust_remote_code)
     path = str(source.model.path)
-    methods.check(spec, unloaded, architectures.has_field(path), architectures.grid_of_field(path))
+    methods.check(spec, unloaded, architecture.has_field(path), architecture.grid_of_field(path))
     return spec
 
 
@@ -245,7 +246,7 @@ def check(asked: LmEvalConfig) -> None:
 
 def longest(asked: LmEvalConfig, source: Source) -> int:
     """Return how many tokens a prompt and its answer may have; `ValueError` for more than the field was trained for."""
-    t_max = architectures.t_max_of_field(asked.path)
+    t_max = architecture.t_max_of_field(asked.path)
     reach = int((t_max or 1.0) * source.context_len)
     chosen = asked.max_length or reach
     require(chosen >= 2, "max_length", chosen, "at least 2 tokens")

@@ -14,20 +14,24 @@ from typing import Any, ClassVar
 
 import torch
 
-from clex_train import architectures, checksums, distributed, log, modeling, opening, recorded_config, weights
 from clex_train.cli import console
-from clex_train.config import Config
+from clex_train.config import recorded
+from clex_train.config.attention import AttentionImplementation
+from clex_train.config.engine import EngineConfig, Offload, Precision
+from clex_train.config.model import ModelConfig
+from clex_train.config.root import Config
 from clex_train.engine import deepspeed
-from clex_train.evaluation import origin as origins
-from clex_train.evaluation import partial
-from clex_train.evaluation.partial import Partial
+from clex_train.evaluation import partial_results
+from clex_train.evaluation import provenance as origins
+from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.results import Origin, place
-from clex_train.files import require_place, require_plain_name, unfinished
-from clex_train.modeling import LoadedModel
-from clex_train.settings.attention import AttentionImplementation
-from clex_train.settings.bounds import MOST_TOKENS, require, require_at_most
-from clex_train.settings.engine import EngineConfig, Offload, Precision
-from clex_train.settings.model import ModelConfig
+from clex_train.models import architecture, weights
+from clex_train.models import load as modeling
+from clex_train.models.load import LoadedModel
+from clex_train.tracking import summary
+from clex_train.utils import checksums, distributed, log
+from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
+from clex_train.utils.files import require_place, require_plain_name, unfinished
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.py")
 
@@ -128,7 +132,7 @@ def locate(asked: LoadingConfig) -> Source:
         trust_remote_code=asked.trust_remote_code,
         revision=asked.revision,
     )
-    arch = architectures.to_read(model)
+    arch = architecture.to_read(model)
     weights.check(model, arch)
     label = asked.label or _name(Path(asked.run or asked.path).resolve())
     folder = Path(asked.run) if asked.run else Path("runs") / label
@@ -137,7 +141,7 @@ def locate(asked: LoadingConfig) -> Source:
         _require_no_other_run(folder, Path(asked.path), label)
     if distributed.is_main():
         require_writable(output)
-    context = architectures.context_source(model, arch)
+    context = architecture.context_source(model, arch)
     return Source(
         model=model,
         context_len=context.length,
@@ -178,9 +182,9 @@ def say_what_is_ahead(program: str, asked: LoadingConfig, source: Source, lines:
         # What rank 0 does once its block is printed.
         log.release()
         return
-    arch = architectures.to_read(source.model)
+    arch = architecture.to_read(source.model)
     precision = deepspeed.precision(EngineConfig(precision=asked.precision))
-    subject = opening.Subject(
+    subject = summary.Subject(
         weights=f"weights of {asked.path}",
         model_type=arch.model_type,
         num_parameters=modeling.count_parameters(arch, source.model.trust_remote_code),
@@ -188,18 +192,18 @@ def say_what_is_ahead(program: str, asked: LoadingConfig, source: Source, lines:
         context_len=source.context_len,
         context_source=source.context_source,
     )
-    t_max = architectures.t_max_of_field(asked.path)
+    t_max = architecture.t_max_of_field(asked.path)
     own = "none: its own frequencies" if t_max is None else _reach(t_max, source.context_len)
     ranks = distributed.world_size()
     split = ", the weights split over them" if asked.sharded else ""
-    opening.say(
-        f"{program} {source.label} on {opening.device()} ({opening.versions()})",
+    summary.say(
+        f"{program} {source.label} on {summary.device()} ({summary.versions()})",
         (
-            *opening.model(subject),
-            opening.labelled("scaling", own),
+            *summary.model(subject),
+            summary.labelled("scaling", own),
             *lines,
-            opening.labelled("ranks", f"{ranks}{split}"),
-            opening.labelled("output", "none: a dry run times one chunk" if asked.dry_run else str(source.output)),
+            summary.labelled("ranks", f"{ranks}{split}"),
+            summary.labelled("output", "none: a dry run times one chunk" if asked.dry_run else str(source.output)),
         ),
     )
 
@@ -242,7 +246,7 @@ def partial_of(
         "offload_parameters": asked.offload_parameters,
         **more,
     }
-    return partial.resume(output, facts)
+    return partial_results.resume(output, facts)
 
 
 @contextmanager
@@ -280,7 +284,7 @@ def run_config(run: Path) -> Config:
     """Read the configuration of a finished run; `ValueError` says what is missing."""
     require(run.is_dir(), "run", run, "no such folder; give the output_dir of a training run")
     require(
-        (run / recorded_config.CONFIG).exists(),
+        (run / recorded.CONFIG).exists(),
         "run",
         run,
         "not a run folder (no config.yaml); use model=DIR for a model",
@@ -288,7 +292,7 @@ def run_config(run: Path) -> Config:
     finished = (run / "final").is_dir()
     require(finished, "run", run, "not finished (no final/); start the same training command again, it continues")
     require_whole(run)
-    return recorded_config.read(run / recorded_config.CONFIG)
+    return recorded.read(run / recorded.CONFIG)
 
 
 def require_whole(run: Path) -> None:

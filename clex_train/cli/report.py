@@ -17,16 +17,16 @@ from pathlib import Path
 
 if __name__ == "__main__":
     # Before the imports that take seconds.
-    from clex_train import stopping
+    from clex_train.resilience import stop_requests
 
-    stopping.end_on_signals()
+    stop_requests.end_on_signals()
 
-from clex_train import log
 from clex_train.cli import arguments, console
 from clex_train.evaluation.report import evidence
 from clex_train.evaluation.report.write import INDEX, write
-from clex_train.files import require_place
-from clex_train.settings.bounds import require
+from clex_train.utils import log
+from clex_train.utils.bounds import require
+from clex_train.utils.files import require_place
 
 
 @dataclass

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from clex_train import log
+from clex_train.config.bos import Bos
 from clex_train.data.store import TokenStore
-from clex_train.settings.bos import Bos
-from clex_train.settings.bounds import require
+from clex_train.utils import log
+from clex_train.utils.bounds import require
 
 logger = log.get(__name__)
 
@@ -60,7 +60,7 @@ def evaluation_bos_id(choice: Bos, store: TokenStore, tokenizer: Any = None, key
 
 def warn_if_bos_differs(store: TokenStore, bos_id: int | None, key: str = "evaluation.bos") -> None:
     """Warn if windows begin with BOS and the documents of a store do not, or the other way round."""
-    from clex_train import distributed  # here: a program that only tokenises needs no torch
+    from clex_train.utils import distributed  # here: a program that only tokenises needs no torch
 
     if store.bos == (bos_id is not None) or not distributed.is_main():
         return

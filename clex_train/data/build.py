@@ -13,7 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from clex_train import log
+from clex_train.config.data import DataConfig, Packing, parse_ranges
+from clex_train.config.optim import OptimConfig
 from clex_train.data.bos import describe_bos
 from clex_train.data.manifest import read_manifest
 from clex_train.data.mixture import MixedRows, Schedule
@@ -23,8 +24,7 @@ from clex_train.data.pieces import best_fit, long_documents
 from clex_train.data.rows import Rows
 from clex_train.data.store import TokenStore
 from clex_train.data.summary import PackingSummary
-from clex_train.settings.data import DataConfig, Packing, parse_ranges
-from clex_train.settings.optim import OptimConfig
+from clex_train.utils import log
 
 logger = log.get(__name__)
 
@@ -86,7 +86,7 @@ def stores_here(data: DataConfig) -> dict[str, TokenStore]:
 
 def _warn_of_unseen(stores: Mapping[str, TokenStore]) -> None:
     """Log each store of an earlier version, which has checksums of whole files alone."""
-    from clex_train import distributed  # here: a program that only tokenises needs no torch
+    from clex_train.utils import distributed  # here: a program that only tokenises needs no torch
 
     for store in stores.values():
         if not store.has_block_sums and distributed.is_main():

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clex_train import records
+from clex_train.config.data import DataConfig, parse_ranges
 from clex_train.data.order import original_index
-from clex_train.settings.data import DataConfig, parse_ranges
+from clex_train.utils import records
 
 DataOrder = dict[str, list[Any]]
 """`weights`: pairs [first row, weight of each domain]; `skip_rows`: half-open pairs; ascending, as in JSON."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from clex_train.data.collate import Batch, Collate, joined
+from clex_train.data.batch import Batch, Collate, joined
 from clex_train.data.rows import Rows
 
 

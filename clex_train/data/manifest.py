@@ -24,8 +24,8 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta
 
-from clex_train.files import BadFile, is_plain_name
-from clex_train.records import Count, decode, read_json
+from clex_train.utils.files import BadFile, is_plain_name
+from clex_train.utils.records import Count, decode, read_json
 
 FORMAT = "clex-token-store"
 VERSION = 1

@@ -14,7 +14,7 @@ from itertools import accumulate
 
 from clex_train.data.permutation import Permutation
 from clex_train.data.rows import Row, Rows
-from clex_train.seeding import generator
+from clex_train.utils.seeding import generator
 
 
 class ShuffledRows:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clex_train import log
 from clex_train.data.store import TokenStore
+from clex_train.utils import log
 
 logger = log.get(__name__)
 
@@ -52,7 +52,7 @@ def require_disjoint(train: Iterable[TokenStore], held_out: TokenStore, allow_ov
     Raises:
         ValueError: a text is on both sides; says how many are, one of them by its origin on both sides, and the remedy.
     """
-    from clex_train import distributed  # here: a program that only tokenises needs no torch
+    from clex_train.utils import distributed  # here: a program that only tokenises needs no torch
 
     for store in train:
         found = overlap(store, held_out)

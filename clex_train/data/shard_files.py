@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from clex_train.data.manifest import BLOCK, BLOCK_SUM, DOCUMENT, Shard
-from clex_train.files import BadFile, open_regular, read_regular, regular_size
+from clex_train.utils.files import BadFile, open_regular, read_regular, regular_size
 
 REMEDY = "copy the store again or tokenise again"
 STRIDE = 128

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clex_train.data import collate as whole
-from clex_train.data.collate import UNSCORED, Batch, Collate
+from clex_train.data import batch as whole
+from clex_train.data.batch import UNSCORED, Batch, Collate
 from clex_train.data.rows import Row
 
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from clex_train import distributed
-from clex_train.data.collate import Batch
+from clex_train.data.batch import Batch
 from clex_train.data.shard_files import DamagedStore
 from clex_train.data.shards import num_scored
-from clex_train.faults import RunStopped
+from clex_train.utils import distributed
+from clex_train.utils.errors import RunStopped
 
 
 def read_step(micro_batches: Iterator[Batch]) -> tuple[list[Batch], DamagedStore | None]:

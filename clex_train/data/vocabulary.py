@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from clex_train.data.store import TokenStore
-from clex_train.faults import first_line
-from clex_train.records import convert, read_json
+from clex_train.utils.errors import first_line
+from clex_train.utils.records import convert, read_json
 
 LARGEST = 2**28
 """Bytes of a tokenizer.json that are read at most; those of 250,000 tokens have some thirty million."""
@@ -58,7 +58,7 @@ def check_embedding(store: TokenStore, num_rows: int, model: str, key: str = "da
     Raises:
         ValueError: naming `key`, the store and the id, before a device-side assert would.
     """
-    from clex_train import distributed  # here: a program that only tokenises needs no torch
+    from clex_train.utils import distributed  # here: a program that only tokenises needs no torch
 
     info = store.manifest.tokenizer
     if info.vocab_size <= num_rows:

@@ -29,7 +29,7 @@ from clex_train.data.manifest import (
     token_dtype,
 )
 from clex_train.data.vocabulary import vocabulary_sha256
-from clex_train.files import publish, sync_directory, sync_tree, unfinished, write_atomically
+from clex_train.utils.files import publish, sync_directory, sync_tree, unfinished, write_atomically
 
 _TABLE_ROWS = 4096
 

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from clex_train import distributed, log, ranks
-from clex_train.config import Config
+from clex_train.config.engine import EngineConfig, Offload, Precision
+from clex_train.config.optim import OptimConfig, Schedule
+from clex_train.config.root import Config
 from clex_train.engine import extensions, rendezvous, tiled_mlp
-from clex_train.settings.bounds import require
-from clex_train.settings.engine import EngineConfig, Offload, Precision
-from clex_train.settings.optim import OptimConfig, Schedule
+from clex_train.utils import distributed, log, ranks
+from clex_train.utils.bounds import require
 
 logger = log.get(__name__)
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clex_train import log
-from clex_train.locks import Lock, try_lock
+from clex_train.utils import log
+from clex_train.utils.locks import Lock, try_lock
 
 logger = log.get(__name__)
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clex_train.settings.bounds import require
-from clex_train.settings.engine import Liger
+from clex_train.config.engine import Liger
+from clex_train.utils.bounds import require
 
 
 class Kernels(NamedTuple):

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-from clex_train import ranks
+from clex_train.utils import ranks
 
 DEEPSPEED_PORT = "29500"
 LAUNCHER = "deepspeed.launcher.launch"

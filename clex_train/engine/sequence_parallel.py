@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clex_train import distributed
-from clex_train.attention.whole_rows import Attention, WholeRows
-from clex_train.config import Config
+from clex_train.attention.ulysses import Attention, WholeRows
+from clex_train.config.root import Config
+from clex_train.utils import distributed
 
 
 class SequenceParallel:

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from clex_train.config.engine import EngineConfig
 from clex_train.engine.tiled_loss import IGNORED, Logits, implementation
-from clex_train.settings.engine import EngineConfig
 
 NLL = "nll_targets"
 """Argument that a model takes after `install_tiles`: the targets of a call that is to return its loss alone."""

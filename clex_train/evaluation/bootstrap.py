@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clex_train.seeding import generator
+from clex_train.utils.seeding import generator
 
 NUM_RESAMPLES = 1000
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from clex_train import distributed, log, progress, seeding
-from clex_train.evaluation.partial import Partial
-from clex_train.modeling import LoadedModel
+from clex_train.evaluation.partial_results import Partial
+from clex_train.models.load import LoadedModel
+from clex_train.utils import distributed, log, progress, seeding
 
 NOT_RUN = -1
 """What lm-eval's tasks at several lengths score for a length without prompts."""

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clex_train.attention.hf_interface import LmInfinite, apply_lm_infinite
-from clex_train.attention.middle import BestMiddle
-from clex_train.modeling import LoadedModel
+from clex_train.config.evaluation import EvaluationConfig, Method
+from clex_train.lm_infinite.install import LmInfinite, apply_lm_infinite
+from clex_train.lm_infinite.middle_tokens import BestMiddle
+from clex_train.models.load import LoadedModel
 from clex_train.rope import hf_scalings
-from clex_train.rope.as_is import WithoutRotary
 from clex_train.rope.hf_scalings import ConfiguredRope
+from clex_train.rope.native import WithoutRotary
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.baselines import none_table, ntk_table, pi_table, theta_table
 from clex_train.scaling.table import Frequencies, FrequencyTable, scale_grid
-from clex_train.settings.bounds import require
-from clex_train.settings.evaluation import EvaluationConfig, Method
+from clex_train.utils.bounds import require
 
 Formula = Callable[[Tensor, Tensor], FrequencyTable]
 """(inv_freq [P], t [K]) -> theta(t)."""

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clex_train import distributed, log
+from clex_train.attention import kv_cache
 from clex_train.evaluation.results import Score
 from clex_train.evaluation.scoring_head import score_chunk
-from clex_train.libraries import kv_cache
-from clex_train.rope.growing import new_cache
 from clex_train.rope.patch import RotaryHandle
+from clex_train.rope.preallocated_cache import new_cache
+from clex_train.utils import distributed, log
 
 logger = log.get(__name__)
 

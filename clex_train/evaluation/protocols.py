@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.evaluation.perplexity import Predict, chunked, one_shot
-from clex_train.settings.bounds import require
-from clex_train.settings.evaluation import EvaluationConfig, Protocol
+from clex_train.utils.bounds import require
 
 MOST_BINS = 128
 """Points of a curve of nll against position, at most."""

@@ -17,9 +17,9 @@ from typing import Annotated, Any
 import msgspec
 
 from clex_train.evaluation.bootstrap import Difference, paired_difference, standard_errors
-from clex_train.faults import first_line
-from clex_train.files import BadFile, make_folder, write_atomically
-from clex_train.records import convert, read_json
+from clex_train.utils.errors import first_line
+from clex_train.utils.files import BadFile, make_folder, write_atomically
+from clex_train.utils.records import convert, read_json
 
 FORMAT = 1
 LARGEST = 2**28

@@ -21,19 +21,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from clex_train import distributed, progress
-from clex_train.attention.lean import lean_attention
-from clex_train.evaluation.partial import Partial
+from clex_train.attention.chunked_sdpa import lean_attention
+from clex_train.evaluation.duplicates import identity
+from clex_train.evaluation.out_of_memory import Room
+from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.perplexity import Advance, Predict, evaluating, one_shot, warn_of_overflow
 from clex_train.evaluation.protocols import Reading, Span, curve
 from clex_train.evaluation.results import Missing, Results, Score, exact_score, score_key, with_standard_errors
-from clex_train.evaluation.room import Room
-from clex_train.evaluation.same_cells import identity
 from clex_train.evaluation.scoring_head import tiled_head
 from clex_train.evaluation.windows import WindowSet
-from clex_train.faults import StopRequested
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.table import Frequencies
+from clex_train.utils import distributed, progress
+from clex_train.utils.errors import StopRequested
 
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 """Its unit is work and not tokens, which take longer where the windows are long; tqdm ends `desc` with a colon."""

@@ -11,9 +11,9 @@ from itertools import count, islice
 
 import numpy as np
 
-from clex_train import distributed, log
 from clex_train.data.store import TokenStore
-from clex_train.seeding import generator
+from clex_train.utils import distributed, log
+from clex_train.utils.seeding import generator
 
 logger = log.get(__name__)
 

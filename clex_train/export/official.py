@@ -13,12 +13,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clex_train import log
-from clex_train.files import complete_or_absent
-from clex_train.modeling import LoadedModel, bars_on_a_terminal
-from clex_train.rope.official import official_config
-from clex_train.scaling.official import official_tensors
-from clex_train.settings.scaling import LogScale
+from clex_train.config.scaling import LogScale
+from clex_train.models.load import LoadedModel, bars_on_a_terminal
+from clex_train.models.official import official_config
+from clex_train.models.official_field import official_tensors
+from clex_train.utils import log
+from clex_train.utils.files import complete_or_absent
 
 logger = log.get(__name__)
 

@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from clex_train.files import BadFile
-from clex_train.records import read_json
 from clex_train.rope.rotary import LayerType
 from clex_train.scaling.table import FrequencyTable, as_grid
+from clex_train.utils.files import BadFile
+from clex_train.utils.records import read_json
 
 LONGROPE_KEYS = ("short_factor", "long_factor")
 _KEPT = ("rope_theta", "partial_rotary_factor")

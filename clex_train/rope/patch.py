@@ -19,12 +19,10 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from clex_train import log
-from clex_train.libraries import kv_cache
-from clex_train.libraries.kv_cache import LibraryChanged
-from clex_train.libraries.layers import rotary_attention
-from clex_train.rope import cache as key_cache
-from clex_train.rope import reach
+from clex_train.attention import kv_cache
+from clex_train.attention.kv_cache import LibraryChanged
+from clex_train.attention.layer_probe import rotary_attention
+from clex_train.rope import key_cache, receptive_field
 from clex_train.rope.hooks import (
     Argument,
     CastPositionEmbeddings,
@@ -42,6 +40,7 @@ from clex_train.rope.probe import (
 from clex_train.rope.rotary import ScaledRotary
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import Frequencies
+from clex_train.utils import log
 
 __all__ = ["RotaryHandle", "install_rotary", "require_rotary"]
 
@@ -136,11 +135,11 @@ class RotaryHandle:
     @cached_property
     def scaled_layers(self) -> dict[int, bool | None]:
         """Say by index of the layer whether the scaled RoPE rotates its keys; None for unknown."""
-        return reach.scaled_layers(self.model, self.traits, self.rotary.local_layers)
+        return receptive_field.scaled_layers(self.model, self.traits, self.rotary.local_layers)
 
     def require_scalable(self) -> None:
         """Raise `ValueError` naming the model type where theta(t) has nothing to act on (`reach.require_scalable`)."""
-        reach.require_scalable(self.model, self._site.module, self.traits, self.context_len)
+        receptive_field.require_scalable(self.model, self._site.module, self.traits, self.context_len)
 
     def use(self, table: Frequencies | None, clamp: bool = False) -> None:
         """From now on each call takes the spectrum of the least t >= n / L in `table`; None returns to the model's own.
@@ -215,7 +214,9 @@ class RotaryHandle:
 
     def _keep_local_layers(self) -> None:
         """Let layers with a short window keep the model's own frequencies, unless those follow the length."""
-        local = reach.local_layers(self.model, self.traits, self.context_len) if self.own is None else frozenset()
+        local = (
+            receptive_field.local_layers(self.model, self.traits, self.context_len) if self.own is None else frozenset()
+        )
         self.rotary.local_layers = local
         for attention in rotary_attention(self.model) if local else []:
             hook = OwnPositionEmbeddings(attention, attention.layer_idx in local)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from clex_train.faults import first_line
 from clex_train.rope.rotary import EXPANSIONS, LayerType, ScaledRotary
 from clex_train.scaling.spectrum import LAYOUTS, Spectrum, cos_sin
+from clex_train.utils.errors import first_line
 
 LOCAL_LAYER_TYPES = ("sliding_attention", "chunked_attention")
 # These change their frequencies with the length of the call by themselves; a table of theta(t) would fight with them.

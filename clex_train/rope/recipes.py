@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from clex_train.rope.as_is import handle_without_weights
+from clex_train.config.scaling import ScalingConfig, ScalingName
 from clex_train.rope.hf_scalings import read_longrope_factors
+from clex_train.rope.native import handle_without_weights
 from clex_train.rope.patch import RotaryHandle
 from clex_train.rope.probe import LOCAL_LAYER_TYPES, Traits, require_rotary
-from clex_train.rope.reach import require_scalable_config
+from clex_train.rope.receptive_field import require_scalable_config
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.settings.bounds import MOST_TOKENS, require
-from clex_train.settings.scaling import ScalingConfig, ScalingName
+from clex_train.utils.bounds import MOST_TOKENS, require
 
 UNSCALED = "default"
 # These scale every call alike, so a config may give the length before or after.

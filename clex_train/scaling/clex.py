@@ -19,7 +19,7 @@ from clex_train.scaling.baselines import ntk_exponents
 from clex_train.scaling.solver import SolverReport, UnstableField
 from clex_train.scaling.table import FrequencyTable, as_grid, scale_grid
 from clex_train.scaling.vector_field import ACTIVATIONS, VectorField, network_input_start
-from clex_train.seeding import generator
+from clex_train.utils.seeding import generator
 
 Grid = Tensor | list[float] | tuple[float, ...]
 # Scale factors at which the size of the learned part is checked.

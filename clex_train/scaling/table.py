@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clex_train.faults import first_line
-from clex_train.files import require_regular
 from clex_train.scaling.spectrum import Spectrum
+from clex_train.utils.errors import first_line
+from clex_train.utils.files import require_regular
 
 # Two scale factors this close are the same one: room for the rounding of n / L and of decimal grids, far below a token.
 RELATIVE_SLACK = 1e-12

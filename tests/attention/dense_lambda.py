@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from clex_train.attention.stream import KeyValues
+from clex_train.lm_infinite.stream import KeyValues
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

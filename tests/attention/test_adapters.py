@@ -8,7 +8,7 @@ from dense_lambda import Unrotated, dense_lambda
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from clex_train.attention.hf_interface import apply_lm_infinite
+from clex_train.lm_infinite.install import apply_lm_infinite
 
 VOCABULARY = 61
 FAMILIES = {

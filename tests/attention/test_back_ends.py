@@ -15,12 +15,12 @@ from dense_lambda import PlainRotation, Unrotated, dense_lambda
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from clex_train.attention.back_ends import BACK_ENDS, Choice, Facts, FlashAttention, FlexAttention, fused_block_len
-from clex_train.attention.hf_interface import apply_lm_infinite
-from clex_train.attention.lambda_mask import Scheme, lambda_attention
 from clex_train.attention.partial_softmax import SoftmaxRule, attend
-from clex_train.attention.stream import KeyValues, Place, Stream
-from clex_train.attention.window_part import window_part
+from clex_train.lm_infinite.back_ends import BACK_ENDS, Choice, Facts, FlashAttention, FlexAttention, fused_block_len
+from clex_train.lm_infinite.install import apply_lm_infinite
+from clex_train.lm_infinite.lambda_attention import Scheme, lambda_attention
+from clex_train.lm_infinite.local_window import window_part
+from clex_train.lm_infinite.stream import KeyValues, Place, Stream
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rope"))
 from rotary_families import tiny_model, tokens
@@ -162,8 +162,8 @@ class TestChoice:
 
     def test_a_gpu_has_flash_attn_for_half_precision_and_flex_attention_for_the_rest(self, monkeypatch):
         """Devices and packages by name alone: nothing is computed."""
-        monkeypatch.setattr("clex_train.attention.back_ends.is_flash_attn_2_available", lambda: True)
-        monkeypatch.setattr("clex_train.attention.back_ends.find_spec", lambda name: name)
+        monkeypatch.setattr("clex_train.lm_infinite.back_ends.is_flash_attn_2_available", lambda: True)
+        monkeypatch.setattr("clex_train.lm_infinite.back_ends.find_spec", lambda name: name)
 
         class OnGpu(Tensor):
             device = torch.device("cuda")

@@ -6,8 +6,8 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from clex_train.attention import band_tiles
-from clex_train.attention.band_tiles import band_mask, padded_band_mask
+from clex_train.lm_infinite import block_mask
+from clex_train.lm_infinite.block_mask import band_mask, padded_band_mask
 
 # queries, keys, offset of the first query among the keys, L
 CASES = [
@@ -66,7 +66,7 @@ def test_a_long_window_is_not_worked_out_key_by_key():
 
 
 def test_a_mask_that_is_kept_may_take_part_in_training():
-    band_tiles.band_mask.cache_clear()
+    block_mask.band_mask.cache_clear()
     with torch.inference_mode():
         mask = band_mask(256, 256, 0, 64, CPU)
     assert not mask.kv_indices.is_inference()

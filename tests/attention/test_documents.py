@@ -10,12 +10,12 @@ import varlen
 from packaging.version import Version
 from torch import Tensor
 
-from clex_train.attention.documents import cumulative_lengths, separating_arguments, undivided_arguments
-from clex_train.modeling import recompute_layers
+from clex_train.attention.document_mask import cumulative_lengths, separating_arguments, undivided_arguments
+from clex_train.config.attention import AttentionImplementation
+from clex_train.models.load import recompute_layers
 from clex_train.rope.patch import install_rotary
-from clex_train.scaling.sampling import draw_document_batch
+from clex_train.scaling.position_sampling import draw_document_batch
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.settings.attention import AttentionImplementation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rope"))
 from rotary_families import TRANSFORMERS, tiny_model, tokens

@@ -5,11 +5,11 @@ import torch
 from dense_lambda import PlainRotation, dense_lambda, normal
 from torch import Tensor
 
-from clex_train.attention.lambda_cache import LambdaCacheLayer
-from clex_train.attention.lambda_mask import Scheme, lambda_attention
-from clex_train.attention.padding import inverse, order_to_front, take
 from clex_train.attention.partial_softmax import SoftmaxRule
-from clex_train.attention.stream import KeyValues
+from clex_train.lm_infinite.cache import LambdaCacheLayer
+from clex_train.lm_infinite.lambda_attention import Scheme, lambda_attention
+from clex_train.lm_infinite.padding import inverse, order_to_front, take
+from clex_train.lm_infinite.stream import KeyValues
 
 WIDTH = 8
 

@@ -7,9 +7,9 @@ from largest_tensor import LargestTensor
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clex_train.attention.lambda_mask import Scheme, lambda_attention
 from clex_train.attention.partial_softmax import SoftmaxRule
-from clex_train.attention.stream import KeyValues, Stream
+from clex_train.lm_infinite.lambda_attention import Scheme, lambda_attention
+from clex_train.lm_infinite.stream import KeyValues, Stream
 
 WIDTH = 8
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from clex_train import architectures, modeling
-from clex_train import config as configuration
-from clex_train.attention.hf_interface import apply_lm_infinite
-from clex_train.config import Config
+from clex_train.config import root as configuration
+from clex_train.config.evaluation import EvaluationConfig, Method
+from clex_train.config.root import Config
 from clex_train.evaluation import methods
+from clex_train.lm_infinite.install import apply_lm_infinite
+from clex_train.models import architecture, load
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.baselines import pi_table
 from clex_train.scaling.clex import Clex
-from clex_train.settings.evaluation import EvaluationConfig, Method
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rope"))
@@ -24,10 +24,10 @@ from rotary_families import CONTEXT, tiny_model, tokens
 SMALL = ("engine.zero_stage=0", "data.seq_len=64")
 
 
-def loaded_for_training(config: Config) -> modeling.LoadedModel:
-    arch = architectures.to_train(config.model)
+def loaded_for_training(config: Config) -> load.LoadedModel:
+    arch = architecture.to_train(config.model)
     arch.num_hidden_layers, arch.hidden_size, arch.intermediate_size, arch.vocab_size = 2, 64, 64, 61
-    return modeling.load_for_training(config, arch, torch.float32, {})
+    return load.load_for_training(config, arch, torch.float32, {})
 
 
 def test_a_run_with_attention_lambda_trains_the_model_under_the_mask():
@@ -91,12 +91,12 @@ def test_keys_of_the_mask_out_of_range_are_refused(overrides, message):
 class TestTheMaskOverATrainedTable:
     """`lm_infinite_t`: the table's frequencies at one t, and a window of t * L."""
 
-    def loaded(self, grid: list[float]) -> modeling.LoadedModel:
+    def loaded(self, grid: list[float]) -> load.LoadedModel:
         model = tiny_model("llama")
         handle = install_rotary(model, CONTEXT)
         own = pi_table(handle.base_inv_freq, torch.tensor(grid, dtype=torch.float64))
         clex = Clex(handle.base_inv_freq, t_max=8.0)
-        return modeling.LoadedModel(model, handle, CONTEXT, clex=clex, table=own)
+        return load.LoadedModel(model, handle, CONTEXT, clex=clex, table=own)
 
     def spec(self, t: float = 2.0) -> EvaluationConfig:
         lengths = [6 * CONTEXT]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clex_train.attention.hf_interface import apply_lm_infinite
+from clex_train.lm_infinite.install import apply_lm_infinite
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rope"))
 from rotary_families import tiny_model, tokens

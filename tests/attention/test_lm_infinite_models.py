@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from clex_train.attention.hf_interface import apply_lm_infinite
-from clex_train.attention.middle import WholeMiddle
+from clex_train.lm_infinite.install import apply_lm_infinite
+from clex_train.lm_infinite.middle_tokens import WholeMiddle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rope"))
 from rotary_families import FAMILIES, tiny_model, tokens

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.attention.log_scaling import install_log_scaling
+from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.baselines import pi_table
 from clex_train.scaling.spectrum import Spectrum

@@ -10,13 +10,13 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 from transformers import DynamicCache
 
-from clex_train.attention import middle
-from clex_train.attention.back_ends import BlockedSdpa
-from clex_train.attention.hf_interface import apply_lm_infinite
-from clex_train.attention.lambda_mask import Scheme, lambda_attention
-from clex_train.attention.middle import BestMiddle, WholeMiddle
 from clex_train.attention.partial_softmax import SoftmaxRule
-from clex_train.attention.stream import KeyValues, Stream
+from clex_train.lm_infinite import middle_tokens
+from clex_train.lm_infinite.back_ends import BlockedSdpa
+from clex_train.lm_infinite.install import apply_lm_infinite
+from clex_train.lm_infinite.lambda_attention import Scheme, lambda_attention
+from clex_train.lm_infinite.middle_tokens import BestMiddle, WholeMiddle
+from clex_train.lm_infinite.stream import KeyValues, Stream
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rope"))
 from rotary_families import tiny_model, tokens
@@ -36,7 +36,7 @@ GRID = [
 @pytest.fixture
 def small_chunks(monkeypatch):
     def set_to(size: int) -> None:
-        monkeypatch.setattr(middle, "chunk_len", lambda n_local: size)
+        monkeypatch.setattr(middle_tokens, "chunk_len", lambda n_local: size)
 
     return set_to
 

@@ -8,9 +8,9 @@ import torch
 import varlen
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from clex_train.attention import whole_rows
-from clex_train.attention.whole_rows import WholeRows
-from clex_train.modeling import recompute_layers
+from clex_train.attention import ulysses
+from clex_train.attention.ulysses import WholeRows
+from clex_train.models.load import recompute_layers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rope"))
 from rotary_families import tiny_model, tokens
@@ -60,7 +60,7 @@ def test_documents_are_apart_as_under_the_mask_of_transformers(family, recompute
 
 
 def test_flash_attention_is_told_the_lengths(monkeypatch):
-    monkeypatch.setitem(whole_rows.BY_DOCUMENTS, varlen.NAME, WholeRows._by_lengths)
+    monkeypatch.setitem(ulysses.BY_DOCUMENTS, varlen.NAME, WholeRows._by_lengths)
     model = tiny_model("llama")
     expected = logits_and_gradients(model)
     model.set_attn_implementation(varlen.NAME)

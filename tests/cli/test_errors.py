@@ -8,7 +8,7 @@ import torch
 from composing import CONF, composed
 
 from clex_train.cli.errors import explain
-from clex_train.settings.bounds import require
+from clex_train.utils.bounds import require
 
 PLAIN = "it names the run's folder by default: a plain name of 1 to 200 bytes, without slashes"
 LAUNCHERS = "apptainer, cpu, deepspeed, h100_infiniband, pyxis, task_per_rank or torchrun"

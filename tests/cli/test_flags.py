@@ -7,7 +7,7 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from clex_train.cli import console, flags
-from clex_train.config import Config
+from clex_train.config.root import Config
 
 
 def test_the_flags_are_those_of_the_hydra_that_is_installed():

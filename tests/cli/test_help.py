@@ -3,8 +3,8 @@
 from composing import CONF, EXPERIMENTS
 
 from clex_train.cli import help as cli_help
-from clex_train.config import Config
-from clex_train.schema_docs import describe
+from clex_train.config.docs import describe
+from clex_train.config.root import Config
 
 
 def test_help_names_every_key_with_its_default_and_every_experiment_and_option():

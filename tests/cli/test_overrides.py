@@ -13,8 +13,8 @@ from clex_train.cli.evaluate import EvaluateConfig
 from clex_train.cli.export import ExportConfig
 from clex_train.cli.lm_eval import LmEvalConfig
 from clex_train.cli.overrides import for_hydra
-from clex_train.config import Config
-from clex_train.settings.scaling import LogScale
+from clex_train.config.root import Config
+from clex_train.config.scaling import LogScale
 from data_prep.config import DecontaminateVerb, TokenizeVerb
 from launch import slurm
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from clex_train.config.data import DataConfig, DomainConfig, Packing, parse_ranges
+from clex_train.config.optim import OptimConfig
 from clex_train.data import build
 from clex_train.data.identity import consumed, data_order
 from clex_train.data.writer import write_store
-from clex_train.settings.data import DataConfig, DomainConfig, Packing, parse_ranges
-from clex_train.settings.optim import OptimConfig
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from clex_train import distributed
 from clex_train.data import step_rows
 from clex_train.data.manifest import BLOCK, DOCUMENT, MANIFEST
 from clex_train.data.packing import ConcatRows
 from clex_train.data.shard_files import DamagedStore
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
+from clex_train.utils import distributed
 
 DOCUMENTS = [list(np.random.default_rng(i).integers(1, 1000, 50 + 37 * i)) for i in range(60)]
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clex_train.data.collate import UNSCORED, document_lengths, joined, num_scored, positions_in, separated
+from clex_train.data.batch import UNSCORED, document_lengths, joined, num_scored, positions_in, separated
 from clex_train.data.rows import PADDING, Row
 
 ROWS = st.lists(

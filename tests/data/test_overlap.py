@@ -13,7 +13,7 @@ from clex_train.data.manifest import MANIFEST, Manifest, TokenizerInfo, partial_
 from clex_train.data.overlap import Overlap, overlap, require_disjoint
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import ShardWriter, move_store, write_store
-from clex_train.files import write_atomically
+from clex_train.utils.files import write_atomically
 
 
 def store_of_hashes(path: Path, splits: dict[str, list[list[int]]]) -> Path:

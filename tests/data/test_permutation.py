@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clex_train.data.permutation import Permutation
-from clex_train.seeding import generator
+from clex_train.utils.seeding import generator
 
 
 def permutation(size: int, seed: int = 0) -> Permutation:

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clex_train.data import collate, shards
-from clex_train.data.collate import UNSCORED, joined, separated
+from clex_train.data import batch as collate
+from clex_train.data import shards
+from clex_train.data.batch import UNSCORED, joined, separated
 from clex_train.data.rows import PADDING, Row
 
 

@@ -25,7 +25,7 @@ from clex_train.data.order import ShuffledRows
 from clex_train.data.packing import ConcatRows
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import ShardWriter, move_store, write_store
-from clex_train.files import write_atomically
+from clex_train.utils.files import write_atomically
 
 SHARDS = [[[5, 6, 7], [8]], [[9] * 10], [[1], [2], [3, 4]]]
 

@@ -7,7 +7,6 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from clex_train import distributed
 from clex_train.data import vocabulary as vocabulary_of_store
 from clex_train.data.manifest import TOKENIZER
 from clex_train.data.store import TokenStore
@@ -20,6 +19,7 @@ from clex_train.data.vocabulary import (
     vocabulary_sha256,
 )
 from clex_train.data.writer import write_store
+from clex_train.utils import distributed
 
 
 def word_level(tokens: list[str], added: tuple[str, ...] = ()) -> Tokenizer:

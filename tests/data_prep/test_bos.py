@@ -7,12 +7,12 @@ import pytest
 from small_corpora import TEXTS, tokenize_files, write_jsonl
 from transformers import AutoTokenizer
 
+from clex_train.config.bos import Bos
+from clex_train.config.data import DataConfig, DomainConfig
 from clex_train.data import build
 from clex_train.data.bos import adds_bos, describe_bos
 from clex_train.data.manifest import MANIFEST
 from clex_train.data.store import TokenStore
-from clex_train.settings.bos import Bos
-from clex_train.settings.data import DataConfig, DomainConfig
 from data_prep import evaluation_sets, inspect
 from data_prep.config import EvaluationSetsVerb, InspectVerb
 from data_prep.ngrams import WordReader

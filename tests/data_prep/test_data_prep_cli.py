@@ -11,8 +11,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from small_corpora import TEXTS, write_jsonl
 
+from clex_train.config.docs import describe
 from clex_train.data.store import TokenStore
-from clex_train.schema_docs import describe
 from data_prep import __main__ as program
 
 ROOT = Path(__file__).resolve().parents[2]

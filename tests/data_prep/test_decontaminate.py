@@ -17,7 +17,7 @@ from small_corpora import files_of, stored_texts, tokenize_files, write_jsonl
 
 from clex_train.data.store import TokenStore
 from clex_train.evaluation import windows
-from clex_train.faults import RunStopped
+from clex_train.utils.errors import RunStopped
 from data_prep import contamination, decontaminate, ngrams
 from data_prep.config import CorpusConfig, DecontaminateVerb, EvaluationStore
 from data_prep.documents import documents

@@ -128,7 +128,7 @@ def test_rows_are_those_of_a_run_and_a_border_stands_between_their_documents(
 
 
 def test_padding_of_a_packing_is_shown_as_such(store: TokenStore, capsys: pytest.CaptureFixture[str]) -> None:
-    from clex_train.settings.data import Packing
+    from clex_train.config.data import Packing
 
     report = report_of(store.path, capsys, rows=1, seq_len=store.num_tokens + 7, packing=Packing.concat)
     assert f"fewer than seq_len={store.num_tokens + 7}" in report

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys, time
 if __name__ == "__main__":
-    from clex_train import stopping
-    stopping.end_on_signals()
+    from clex_train.resilience import stop_requests
+    stop_requests.end_on_signals()
 from clex_train.cli import console
 from data_prep.workers import pool, reports
 

@@ -26,10 +26,11 @@ from composing import composed  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import train  # noqa: E402
-from clex_train import distributed, trainer  # noqa: E402
+from clex_train.config.engine import EngineConfig  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
-from clex_train.faults import StopRequested  # noqa: E402
-from clex_train.settings.engine import EngineConfig  # noqa: E402
+from clex_train.training import loop  # noqa: E402
+from clex_train.utils import distributed  # noqa: E402
+from clex_train.utils.errors import StopRequested  # noqa: E402
 
 # Twelve rows a step, so that one and two ranks can take accumulation 3, and four ranks three rows each.
 ROWS = 12
@@ -100,19 +101,19 @@ def whole(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> 
 
 
 def part(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> None:
-    real = trainer.train_step
+    real = loop.train_step
 
     def stops(parts: Any, step: int, micro_batches: Any) -> dict[str, Any]:
         if step == STOP + 1:
             raise StopRequested("enough")
         return real(parts, step, micro_batches)
 
-    trainer.train_step = stops
+    loop.train_step = stops
     try:
         with suppress(StopRequested):
             train.run(composed(*given(folder / f"{cell}_from{distributed.world_size()}")))
     finally:
-        trainer.train_step = real
+        loop.train_step = real
 
 
 def go_on(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> None:

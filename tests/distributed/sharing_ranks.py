@@ -24,18 +24,21 @@ sys.path.insert(0, str(ROOT))
 
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from clex_train import architectures, distributed, forward_pass, memory_options, modeling, skeleton, trainer  # noqa: E402
-from clex_train.config import Config  # noqa: E402
+from clex_train.config.attention import AttentionConfig  # noqa: E402
+from clex_train.config.engine import EngineConfig  # noqa: E402
+from clex_train.config.model import ModelConfig  # noqa: E402
+from clex_train.config.root import Config  # noqa: E402
+from clex_train.config.scaling import LogScale, Positions, ScalingConfig, ScalingName  # noqa: E402
 from clex_train.data import step_rows  # noqa: E402
 from clex_train.data.rows import PADDING, Row  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.engine import sequence_parallel  # noqa: E402
-from clex_train.engine.footprint import measure  # noqa: E402
-from clex_train.engine.ode_optimizer import OdeOptimizer  # noqa: E402
-from clex_train.settings.attention import AttentionConfig  # noqa: E402
-from clex_train.settings.engine import EngineConfig  # noqa: E402
-from clex_train.settings.model import ModelConfig  # noqa: E402
-from clex_train.settings.scaling import LogScale, Positions, ScalingConfig, ScalingName  # noqa: E402
+from clex_train.models import architecture, load, memory_options  # noqa: E402
+from clex_train.preflight import meta_model  # noqa: E402
+from clex_train.preflight.activations import measure  # noqa: E402
+from clex_train.training import loop, step  # noqa: E402
+from clex_train.training.ode_optimizer import OdeOptimizer  # noqa: E402
+from clex_train.utils import distributed  # noqa: E402
 
 SEQ_LEN, VOCABULARY = 33, 61
 PASSES = 12
@@ -131,11 +134,11 @@ def configuration(folder: Path, case: str, ranks: int) -> Config:
     return config
 
 
-def parts_of(folder: Path, case: str, ranks: int) -> trainer.Parts:
+def parts_of(folder: Path, case: str, ranks: int) -> loop.Parts:
     """What train.py builds; without an engine for one process."""
     config = configuration(folder, case, ranks)
     settings = engines.deepspeed_dict(config, ranks)
-    loaded = modeling.load_for_training(config, architectures.to_train(config.model), torch.float32, settings)
+    loaded = load.load_for_training(config, architecture.to_train(config.model), torch.float32, settings)
     loaded.model.train()
     memory_options.install(loaded.model, config.engine)
     if loaded.clex:
@@ -145,7 +148,7 @@ def parts_of(folder: Path, case: str, ranks: int) -> trainer.Parts:
             parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     engine = engines.build(loaded.model, config) if ranks > 1 else None
     unused: Any = None
-    return trainer.Parts(
+    return loop.Parts(
         config=config,
         engine=engine,
         loaded=loaded,
@@ -162,11 +165,11 @@ def shared(folder: Path, case: str) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_grad
 
     parts = parts_of(folder, case, distributed.world_size())
-    held = list(next(trainer._stream(parts, 0)))
+    held = list(next(loop._stream(parts, 0)))
     spectrum = parts.ode.begin(0) if parts.ode else None
     losses = []
     for index, (batch, weight) in enumerate(zip(held, step_rows.loss_weights(held, 0), strict=True)):
-        losses.append(trainer.forward_backward(parts, batch, spectrum, weight))
+        losses.append(loop.forward_backward(parts, batch, spectrum, weight))
         if index + 1 < len(held):
             parts.engine.step()
     found = {f"weight/{name}": safe_get_full_grad(p) for name, p in parts.loaded.model.named_parameters()}
@@ -178,14 +181,14 @@ def alone(folder: Path, case: str) -> dict[str, Tensor]:
     """The step by one process, without DeepSpeed, from whole rows."""
     parts = parts_of(folder, case, 1)
     config, loaded = parts.config, parts.loaded
-    collate = trainer.separated if config.data.document_mask else trainer.joined
+    collate = loop.separated if config.data.document_mask else loop.joined
     size = config.engine.micro_batch or 1
     held = [collate([parts.rows[row] for row in range(first, first + size)]) for first in (0, size)]
     spectrum = parts.ode.begin(0) if parts.ode else None
     total = torch.zeros(())
     for batch, weight in zip(held, step_rows.loss_weights(held, 0), strict=True):
-        with forward_pass.in_force(config, loaded, batch, spectrum, None):
-            inputs = forward_pass.arguments(config, batch, None)
+        with step.in_force(config, loaded, batch, spectrum, None):
+            inputs = step.arguments(config, batch, None)
             loss = weight * loaded.model(use_cache=False, labels=batch["labels"], **inputs).loss / len(held)
             loss.backward()
         total += loss.detach()
@@ -193,7 +196,7 @@ def alone(folder: Path, case: str) -> dict[str, Tensor]:
     return {**found, "loss": total, **of_ode(parts), "whole_row": loss_of_a_whole_row(parts)}
 
 
-def of_ode(parts: trainer.Parts) -> dict[str, Tensor]:
+def of_ode(parts: loop.Parts) -> dict[str, Tensor]:
     """Gradients of the frequencies, mean over the ranks, and of the field's weights before they are clipped."""
     if parts.ode is None:
         return {}
@@ -204,7 +207,7 @@ def of_ode(parts: trainer.Parts) -> dict[str, Tensor]:
     return {"leaf": leaf, **{f"ode/{name}": p.grad for name, p in parts.ode.clex.named_parameters()}}  # type: ignore[misc]
 
 
-def loss_of_a_whole_row(parts: trainer.Parts) -> Tensor:
+def loss_of_a_whole_row(parts: loop.Parts) -> Tensor:
     """As in an evaluation during training: each rank has a row for itself."""
     ids = torch.from_numpy(parts.rows[7].tokens)[None]
     with torch.no_grad():
@@ -221,13 +224,13 @@ def memory() -> dict[str, Any]:
     arch = AutoConfig.for_model("llama", **sizes, num_attention_heads=8, num_key_value_heads=1)
     engine = EngineConfig(sequence_parallel=2, activation_checkpointing=True)
     model = AutoModelForCausalLM.from_config(arch, attn_implementation="sdpa").train()
-    modeling.recompute_layers(model)
+    load.recompute_layers(model)
     sequence = sequence_parallel.SequenceParallel(model, 2, 2, timedelta(minutes=5))
     with sequence.attention(None):
         passes = [measure(model, torch.randint(0, 512, (2, 128))) for _ in range(PASSES)]
     counted = min(passes, key=lambda found: (found.activations, found.logits, found.layers))
     sizes = {"rows": 2, "tokens": 128, "dtype": torch.float32, "attention": "sdpa", "engine": engine}
-    expected = skeleton.footprint(arch, **sizes, learns_frequencies=False)
+    expected = meta_model.footprint(arch, **sizes, learns_frequencies=False)
     return {"counted": asdict(counted), "expected": asdict(expected)}
 
 

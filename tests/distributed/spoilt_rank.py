@@ -11,13 +11,14 @@ for folder in Path(__file__).resolve().parents[1:3]:
 from composing import composed  # noqa: E402
 
 import train  # noqa: E402
-from clex_train import log, trainer  # noqa: E402
+from clex_train.training import loop  # noqa: E402
+from clex_train.utils import log  # noqa: E402
 
 ROW = int(sys.argv.pop(1))
-whole = trainer.forward
+whole = loop.forward
 
 
-def spoilt(model: Any, parts: trainer.Parts, batch: trainer.Batch, weight: float) -> Any:
+def spoilt(model: Any, parts: loop.Parts, batch: loop.Batch, weight: float) -> Any:
     """The output of the first MLP is NaN for the row."""
     bad = ROW in batch["row_index"].tolist()
     mlp: Any = parts.loaded.model.get_submodule("model.layers.0.mlp")
@@ -29,6 +30,6 @@ def spoilt(model: Any, parts: trainer.Parts, batch: trainer.Batch, weight: float
 
 
 if __name__ == "__main__":
-    trainer.forward = spoilt
+    loop.forward = spoilt
     log.setup()
     train.run(composed(*sys.argv[1:]))

@@ -57,8 +57,8 @@ def test_a_run_killed_in_the_middle_ends_with_the_same_bits(launcher, one_rank, 
 
 
 def test_the_final_model_loads_in_one_call_with_its_table(launcher, one_rank):
-    from clex_train.modeling import load_for_evaluation
-    from clex_train.settings.model import ModelConfig
+    from clex_train.config.model import ModelConfig
+    from clex_train.models.load import load_for_evaluation
 
     loaded = load_for_evaluation(ModelConfig(path=str(launcher.folder / "one" / "final")))
     assert loaded.context_len == 32

@@ -7,7 +7,7 @@ import pytest
 from ports import free_port
 from warm_processes import Program, rank_of
 
-from clex_train.faults import RankLost
+from clex_train.utils.errors import RankLost
 
 SCRIPT = Path(__file__).with_name("watched_ranks.py")
 TIMEOUT = 10.0

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from clex_train import distributed
-from clex_train.engine.watchdog import watching
-from clex_train.faults import RankLost
+from clex_train.resilience.watchdog import watching
+from clex_train.utils import distributed
+from clex_train.utils.errors import RankLost
 
 
 def stuck_in_its_own_work() -> None:

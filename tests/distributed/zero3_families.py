@@ -20,13 +20,15 @@ sys.path.insert(0, str(ROOT))
 
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from clex_train import architectures, distributed, modeling, trainer  # noqa: E402
-from clex_train.config import Config  # noqa: E402
+from clex_train.config.attention import AttentionConfig  # noqa: E402
+from clex_train.config.model import ModelConfig  # noqa: E402
+from clex_train.config.root import Config  # noqa: E402
+from clex_train.config.scaling import Activation, Positions, ScalingConfig, ScalingName  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
-from clex_train.engine.ode_optimizer import OdeOptimizer  # noqa: E402
-from clex_train.settings.attention import AttentionConfig  # noqa: E402
-from clex_train.settings.model import ModelConfig  # noqa: E402
-from clex_train.settings.scaling import Activation, Positions, ScalingConfig, ScalingName  # noqa: E402
+from clex_train.models import architecture, load  # noqa: E402
+from clex_train.training import loop  # noqa: E402
+from clex_train.training.ode_optimizer import OdeOptimizer  # noqa: E402
+from clex_train.utils import distributed  # noqa: E402
 
 STEPS, ROWS, LENGTH, VOCABULARY = 3, 4, 32, 61
 COMMON: dict[str, Any] = {
@@ -101,12 +103,12 @@ def train(directory: Path, stage: int, act: str) -> dict[str, Any]:
     """Three optimizer steps, as train.py takes them."""
     config = configuration(directory, stage, act)
     settings = engines.deepspeed_dict(config, distributed.world_size())
-    arch = architectures.to_train(config.model)
-    loaded = modeling.load_for_training(config, arch, torch.float32, settings)
+    arch = architecture.to_train(config.model)
+    loaded = load.load_for_training(config, arch, torch.float32, settings)
     assert loaded.clex is not None
     assert all(hasattr(p, "ds_id") == (stage == 3) for p in loaded.model.parameters()), "sharded while reading"
     engine = engines.build(loaded.model, config)
-    parts: Any = trainer.Parts(
+    parts: Any = loop.Parts(
         config=config,
         engine=engine,
         loaded=loaded,
@@ -116,7 +118,7 @@ def train(directory: Path, stage: int, act: str) -> dict[str, Any]:
         evaluate=None,
     )
     before = engines.consolidated_state_dict(engine)
-    steps = [trainer.train_step(parts, step, iter([batch(step, arch.vocab_size)])) for step in range(STEPS)]
+    steps = [loop.train_step(parts, step, iter([batch(step, arch.vocab_size)])) for step in range(STEPS)]
     after = engines.consolidated_state_dict(engine)
     return {
         "losses": [figures["loss"] for figures in steps],

@@ -21,11 +21,13 @@ sys.path.insert(0, str(ROOT))
 from deepspeed.runtime.zero import partition_parameters  # noqa: E402
 from zero3_families import LENGTH, ROWS, STEPS, batch, configuration, save  # noqa: E402
 
-from clex_train import architectures, distributed, memory_options, modeling, trainer  # noqa: E402
-from clex_train.config import Config  # noqa: E402
+from clex_train.config.engine import Offload  # noqa: E402
+from clex_train.config.root import Config  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
-from clex_train.engine.ode_optimizer import OdeOptimizer  # noqa: E402
-from clex_train.settings.engine import Offload  # noqa: E402
+from clex_train.models import architecture, load, memory_options  # noqa: E402
+from clex_train.training import loop  # noqa: E402
+from clex_train.training.ode_optimizer import OdeOptimizer  # noqa: E402
+from clex_train.utils import distributed  # noqa: E402
 
 NOTHING_KEPT = {
     f"stage3_{size}": 0
@@ -100,20 +102,20 @@ def train(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dic
     for key, value in options.items():
         if key != "zero":
             setattr(config.engine, key, value)
-    arch = architectures.to_train(config.model)
+    arch = architecture.to_train(config.model)
     memory_options.check(config.engine, arch)
     settings = engines.deepspeed_dict(config, distributed.world_size())
-    loaded = modeling.load_for_training(config, arch, torch.float32, settings)
+    loaded = load.load_for_training(config, arch, torch.float32, settings)
     assert loaded.clex is not None
     memory_options.install(loaded.model, config.engine)
     engine = engines.build(loaded.model, config)
     nothing: Any = None
     ode = OdeOptimizer(loaded.clex, config.scaling, config.seed)
-    parts = trainer.Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
+    parts = loop.Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
     losses, before = [], engines.consolidated_state_dict(engine)
     for step in range(STEPS):
         gathered.clear()
-        losses.append(trainer.train_step(parts, step, iter(micro_batches(step, arch.vocab_size)))["loss"])
+        losses.append(loop.train_step(parts, step, iter(micro_batches(step, arch.vocab_size)))["loss"])
     figures = {"losses": losses, "gathered": sum(gathered), "gathers": len(gathered)}
     weights = engines.consolidated_state_dict(engine)
     figures["moved"] = farthest(before, weights)

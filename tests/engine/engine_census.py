@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
-from clex_train.engine import memory
+from clex_train.preflight import memory
 
 WIDTH, NUM_BLOCKS, BUCKET = 256, 12, 100_000
 BLOCK = WIDTH * WIDTH

@@ -3,10 +3,10 @@
 import os
 import sys
 
-from clex_train import distributed
 from clex_train.cli import console
+from clex_train.config.engine import EngineConfig
 from clex_train.engine.deepspeed import open_process_group
-from clex_train.settings.engine import EngineConfig
+from clex_train.utils import distributed
 
 
 def main() -> None:

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from clex_train.config import Config
+from clex_train.config.engine import EngineConfig, Offload, Precision
+from clex_train.config.optim import OptimConfig, Schedule
+from clex_train.config.root import Config
 from clex_train.engine import deepspeed as engines
-from clex_train.settings.engine import EngineConfig, Offload, Precision
-from clex_train.settings.optim import OptimConfig, Schedule
 
 
 def test_cosine_rises_over_the_warm_up_peaks_and_ends_at_the_floor():

@@ -49,7 +49,7 @@ BUILD = """
 import sys
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import load
-from clex_train import log
+from clex_train.utils import log
 from clex_train.engine import extensions
 
 class Builder:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen3Config
 
-from clex_train import memory_options, skeleton
+from clex_train.config.engine import EngineConfig
 from clex_train.engine import token_loss
-from clex_train.engine.footprint import Footprint, measure
-from clex_train.modeling import recompute_layers
+from clex_train.models import memory_options
+from clex_train.models.load import recompute_layers
+from clex_train.preflight import meta_model
+from clex_train.preflight.activations import Footprint, measure
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.settings.engine import EngineConfig
 
 SMALL = {
     "vocab_size": 512,
@@ -57,7 +58,7 @@ def on_meta(
     learns: bool = True,
     **options: Any,
 ) -> Footprint:
-    return skeleton.footprint(
+    return meta_model.footprint(
         arch,
         rows=ROWS,
         tokens=TOKENS,

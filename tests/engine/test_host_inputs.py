@@ -5,8 +5,8 @@ import torch
 from test_token_loss import ROWS, TOKENS, build, rows
 from torch.autograd.graph import saved_tensors_hooks
 
-from clex_train.engine import host_inputs, token_loss
-from clex_train.modeling import recompute_layers
+from clex_train.engine import activation_offload, token_loss
+from clex_train.models.load import recompute_layers
 
 
 def gradients(model) -> list[torch.Tensor]:
@@ -20,7 +20,7 @@ def test_on_a_cpu_no_bit_changes(family: str) -> None:
     plain, offloaded = build(family), build(family)
     for model in (plain, offloaded):
         recompute_layers(model)
-    host_inputs.install(offloaded)
+    activation_offload.install(offloaded)
     assert all(torch.equal(one, other) for one, other in zip(gradients(plain), gradients(offloaded), strict=True))
 
 
@@ -36,7 +36,7 @@ def test_the_input_of_each_layer_goes_away_and_comes_back_and_nothing_else() -> 
         return tensor
 
     recompute_layers(model)
-    host_inputs.install(model, lambda: saved_tensors_hooks(pack, unpack))
+    activation_offload.install(model, lambda: saved_tensors_hooks(pack, unpack))
     gradients(model)
     layers = model.config.num_hidden_layers
     assert [shape for shape in gone if len(shape) == 3] == [(ROWS, TOKENS, 32)] * layers

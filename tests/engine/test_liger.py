@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from clex_train.config.engine import Liger
 from clex_train.engine import liger
-from clex_train.settings.engine import Liger
 
 COMMON = {
     "vocab_size": 61,

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from clex_train.config import Config
+from clex_train.config.engine import EngineConfig, Offload, Precision
+from clex_train.config.optim import OptimConfig
+from clex_train.config.root import Config
 from clex_train.engine import deepspeed as engines
-from clex_train.engine import memory
-from clex_train.settings.engine import EngineConfig, Offload, Precision
-from clex_train.settings.optim import OptimConfig
+from clex_train.preflight import memory
 
 BF16 = memory.Sharding(stage=3, world_size=8, parameter=2, gradient=2, on_gpu=True, reduce_bucket=100)
 BLOCKS = (1000, *[500] * 10, 1000)

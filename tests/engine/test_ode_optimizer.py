@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from clex_train.engine.ode_optimizer import OdeOptimizer
+from clex_train.config.scaling import ScalingConfig
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.sampling import draw_t
+from clex_train.scaling.position_sampling import draw_t
 from clex_train.scaling.solver import UnstableField
-from clex_train.settings.scaling import ScalingConfig
+from clex_train.training.ode_optimizer import OdeOptimizer
 
 BASE = 10000.0 ** -(torch.arange(8, dtype=torch.float64) / 8)
 

@@ -7,8 +7,8 @@ from test_token_loss import FAMILIES, ROWS, TOKENS, build, gradients, rows
 from torch import nn
 
 from clex_train.engine import tiled_mlp, token_loss
-from clex_train.memory_options import decoder_layers
-from clex_train.modeling import recompute_layers
+from clex_train.models.load import recompute_layers
+from clex_train.models.memory_options import decoder_layers
 
 DENSE = [family for family in FAMILIES if family != "mixtral"]
 TILE = 7

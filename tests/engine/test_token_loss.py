@@ -5,10 +5,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clex_train.engine import token_loss
-from clex_train.engine.non_finite import find
 from clex_train.engine.tiled_loss import IGNORED
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.scoring_head import score_chunk, tiled_head, token_nll
+from clex_train.training.non_finite import find
 
 VOCABULARY, ROWS, TOKENS, TILE = 61, 3, 17, 4
 COMMON = {

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from clex_train.data.writer import write_store
-from clex_train.model_directory import write_clex
+from clex_train.models.directory import write_clex
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import scale_grid
 

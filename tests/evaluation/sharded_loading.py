@@ -15,9 +15,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from clex_train import distributed  # noqa: E402
 from clex_train.cli import evaluate as program  # noqa: E402
 from clex_train.cli import loading  # noqa: E402
+from clex_train.utils import distributed  # noqa: E402
 
 ARGUMENTS = ["lengths=[16,32,64]", "methods=[trained,ntk]", "protocols=[one_shot,chunked]", "chunk_len=24"]
 

@@ -10,6 +10,8 @@ import torch
 from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama, random_windows
 from tqdm.auto import tqdm
 
+from clex_train.config.bos import Bos
+from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.data.manifest import MANIFEST
 from clex_train.data.store import TokenStore
@@ -22,8 +24,6 @@ from clex_train.evaluation.retrieval.prompts import encode
 from clex_train.evaluation.streaming import plan_stream, streamed, windowed
 from clex_train.evaluation.windows import select
 from clex_train.rope.patch import install_rotary
-from clex_train.settings.bos import Bos
-from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 
 BOS, LENGTHS = 5, [16, 32, 64]
 PROTOCOLS = [protocol for protocol in Protocol if protocol is not Protocol.streaming]

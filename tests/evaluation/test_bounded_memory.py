@@ -8,12 +8,12 @@ import torch
 from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from clex_train.attention.lean import NAME, lean_attention
+from clex_train.attention.chunked_sdpa import NAME, lean_attention
 from clex_train.evaluation import scoring_head
 from clex_train.evaluation.perplexity import chunked, evaluating, one_shot
 from clex_train.evaluation.scoring_head import score_chunk, tiled_head, token_nll
-from clex_train.rope.growing import GrowingLayer, HostLayer, new_cache
 from clex_train.rope.patch import install_rotary
+from clex_train.rope.preallocated_cache import GrowingLayer, HostLayer, new_cache
 from clex_train.scaling.baselines import TABLES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -124,7 +124,7 @@ def _stock_cache(model):
 
 
 def test_keys_are_turned_in_their_buffer_tile_by_tile(monkeypatch) -> None:
-    monkeypatch.setattr("clex_train.rope.cache.TURN_TILE", 7)
+    monkeypatch.setattr("clex_train.rope.key_cache.TURN_TILE", 7)
     model = build_tiny_llama().eval()
     handle = install_rotary(model, CONTEXT_LEN)
     handle.use(TABLES["ntk"](handle.base_inv_freq, torch.arange(1, 9, dtype=torch.float64)))

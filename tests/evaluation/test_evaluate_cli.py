@@ -11,14 +11,14 @@ from evaluate_program import call
 from evaluation_models import CONTEXT_LEN
 from model_directories import save_clex_model, save_model
 
-from clex_train import files
 from clex_train.cli import console
 from clex_train.cli import evaluate as program
-from clex_train.config import Config
+from clex_train.config.root import Config
 from clex_train.data.store import TokenStore
 from clex_train.evaluation import perplexity
 from clex_train.evaluation.report import evidence
-from clex_train.run_folder import as_yaml
+from clex_train.tracking.run_folder import as_yaml
+from clex_train.utils import files
 from data_prep import evaluation_sets
 from data_prep.config import EvaluationSetsVerb
 

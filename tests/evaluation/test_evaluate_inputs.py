@@ -11,8 +11,8 @@ from model_directories import save_clex_model
 
 from clex_train.cli import console, loading
 from clex_train.cli import evaluate as program
-from clex_train.config import Config
-from clex_train.run_folder import as_yaml
+from clex_train.config.root import Config
+from clex_train.tracking.run_folder import as_yaml
 
 
 def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, monkeypatch, capsys) -> None:

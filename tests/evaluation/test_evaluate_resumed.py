@@ -5,7 +5,7 @@ import json
 import pytest
 from evaluate_program import call
 
-from clex_train.evaluation import partial, perplexity, streaming
+from clex_train.evaluation import partial_results, perplexity, streaming
 
 
 class Interrupted(BaseException):
@@ -25,8 +25,8 @@ def test_the_same_command_goes_on_where_it_was_interrupted(places, tmp_path, mon
         return score(model, targets, **inputs)
 
     monkeypatch.setattr(perplexity, "score_chunk", counted)
-    monkeypatch.setattr(partial, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(partial, "WRITES", 0)
+    monkeypatch.setattr(partial_results, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(partial_results, "WRITES", 0)
     assert call(monkeypatch, *asked, f"output={tmp_path / 'whole.json'}") == 0
     whole, undisturbed = json.loads((tmp_path / "whole.json").read_text()), len(forwards)
     forwards.clear()

@@ -16,13 +16,13 @@ from model_directories import save_clex_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from clex_train import modeling
 from clex_train.cli import console
 from clex_train.cli import lm_eval as program
+from clex_train.config.model import ModelConfig
 from clex_train.evaluation import harness
-from clex_train.evaluation import partial as partial_file
-from clex_train.model_directory import read_clex
-from clex_train.settings.model import ModelConfig
+from clex_train.evaluation import partial_results as partial_file
+from clex_train.models import load
+from clex_train.models.directory import read_clex
 
 needs_harness = pytest.mark.skipif(util.find_spec("lm_eval") is None, reason="needs requirements-eval.txt")
 
@@ -128,7 +128,7 @@ def test_log_likelihoods_are_those_of_the_stock_model_at_the_t_of_each_prompt(pl
 
 @needs_harness
 def test_generation_crosses_a_step_of_t_as_the_model_does_by_itself(place, tmp_path, monkeypatch, capsys) -> None:
-    loaded = modeling.load_for_evaluation(ModelConfig(path=str(place / "model")))
+    loaded = load.load_for_evaluation(ModelConfig(path=str(place / "model")))
     answers = []
     for prompt in prompts():
         ids = torch.tensor([prompt])

@@ -11,14 +11,14 @@ import torch
 import torch.multiprocessing
 from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 
-from clex_train.evaluation import partial
+from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.evaluation import partial_results
 from clex_train.evaluation.methods import tables
-from clex_train.evaluation.partial import Partial, resume
+from clex_train.evaluation.partial_results import Partial, resume
 from clex_train.evaluation.protocols import Reading, readings
 from clex_train.evaluation.results import Results, Score
 from clex_train.evaluation.runner import evaluate
 from clex_train.rope.patch import install_rotary
-from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 
 LENGTHS = [16, 32, 64]
 PROTOCOLS = [Protocol.one_shot, Protocol.chunked, Protocol.per_position]
@@ -70,8 +70,8 @@ def model() -> Model:
 @pytest.fixture
 def _keep_every_batch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Not only those that are worth the time of a write."""
-    monkeypatch.setattr(partial, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(partial, "WRITES", 0)
+    monkeypatch.setattr(partial_results, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(partial_results, "WRITES", 0)
     return
 
 
@@ -123,7 +123,7 @@ def test_finished_cells_are_found_said_and_not_computed_again(model, tmp_path, c
     whole = model.run(kept)
     with caplog.at_level("INFO", logger="clex_train"):
         again = resume(tmp_path / "x.json", FACTS)
-        partial.say_found(again, 18)
+        partial_results.say_found(again, 18)
     assert f"18 of 18 cells found from an interrupted evaluation ({kept.path})" in caplog.text
     results = model.run(again, last=1)
     assert numbers(results) == numbers(whole)
@@ -212,7 +212,7 @@ def test_cells_that_are_equal_by_definition_are_computed_once_and_say_so(model) 
 
 
 def test_the_bar_moves_with_every_chunk_of_a_window(model, monkeypatch) -> None:
-    from clex_train import progress
+    from clex_train.utils import progress
 
     moves: list[tuple[int, float]] = []
     make = progress.bar
@@ -259,7 +259,7 @@ def _rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    partial.LEAST_SECONDS, partial.WRITES = 0.0, 0
+    partial_results.LEAST_SECONDS, partial_results.WRITES = 0.0, 0
     model, file = Model(), Path(folder) / "x.json"
     found: dict[str, object] = {"whole": [score.window_nll for score in model.run().scores]}
     found["forwards"] = model.forwards

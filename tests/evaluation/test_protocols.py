@@ -11,13 +11,13 @@ from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.evaluation.protocols import Reading, curve, readings
 from clex_train.evaluation.results import Results
 from clex_train.evaluation.runner import evaluate, jobs
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.baselines import none_table, ntk_table, pi_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
-from clex_train.settings.evaluation import EvaluationConfig, Protocol
 
 LENGTHS = [24, 48, 96, 192]
 LONGEST = 192

@@ -10,18 +10,18 @@ import torch
 from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 from warm_processes import call_on_two_ranks
 
-from clex_train.evaluation import room
+from clex_train.attention import kv_cache
+from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.evaluation import out_of_memory
 from clex_train.evaluation.methods import tables
+from clex_train.evaluation.out_of_memory import Room
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.report.table import from_results
 from clex_train.evaluation.report.text import console
 from clex_train.evaluation.results import Origin, Results, read, write
-from clex_train.evaluation.room import Room
 from clex_train.evaluation.runner import evaluate
-from clex_train.faults import RunStopped
-from clex_train.libraries import kv_cache
 from clex_train.rope.patch import install_rotary
-from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.utils.errors import RunStopped
 
 METHODS, PROTOCOLS = (Method.none, Method.ntk), [Protocol.one_shot, Protocol.chunked]
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -105,7 +105,7 @@ def test_what_a_failed_forward_made_is_given_back() -> None:
 
 
 def test_ranks_that_share_weights_stop_because_the_others_wait(monkeypatch) -> None:
-    monkeypatch.setattr(room.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(out_of_memory.distributed, "world_size", lambda: 2)
     model = build_tiny_llama()
     assert Room(model, "a cell").attempt(too_much_for_the_host) is None
     model.lm_head.weight.ds_id = 0

@@ -12,13 +12,13 @@ import torch
 from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 from warm_processes import call_on_two_ranks
 
-from clex_train import progress
+from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
 from clex_train.evaluation.methods import FORMULAS, tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.results import Results
 from clex_train.evaluation.runner import deal, evaluate, jobs
 from clex_train.rope.patch import install_rotary
-from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.utils import progress
 
 LENGTHS = [16, 32, 64]
 CPU = torch.device("cpu")

@@ -10,12 +10,12 @@ import torch.multiprocessing
 from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 from ports import free_port
 
+from clex_train.config.engine import EngineConfig
+from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
 from clex_train.evaluation.methods import tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.runner import evaluate
 from clex_train.rope.patch import install_rotary
-from clex_train.settings.engine import EngineConfig
-from clex_train.settings.evaluation import EvaluationConfig, Method, Protocol
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ import torch
 from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 from tqdm.auto import tqdm
 
-from clex_train.attention.hf_interface import apply_lm_infinite
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.streaming import evaluate, plan_stream, segment_sums, streamed, windowed
+from clex_train.lm_infinite.install import apply_lm_infinite
 
 BAR = tqdm(disable=True)
 NUM_TOKENS = 160

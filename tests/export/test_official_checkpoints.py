@@ -11,20 +11,21 @@ from official_directories import official_directory, save_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from clex_train import architectures, model_directory, modeling
 from clex_train.cli import console, evaluate
 from clex_train.cli import export as program
-from clex_train.config import Config
+from clex_train.config.model import ModelConfig
+from clex_train.config.root import Config
+from clex_train.config.scaling import Activation, LogScale, ScalingConfig, ScalingName
 from clex_train.data.writer import write_store
-from clex_train.engine.ode_optimizer import OdeOptimizer
-from clex_train.export.final import write_final
 from clex_train.export.official import write_official
+from clex_train.models import architecture, load
+from clex_train.models import directory as model_directory
+from clex_train.models.official_field import official_rope_scaling, official_tensors
+from clex_train.models.save import write_final
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.official import official_rope_scaling, official_tensors
-from clex_train.scaling.sampling import draw_batch
+from clex_train.scaling.position_sampling import draw_batch
 from clex_train.scaling.table import scale_grid
-from clex_train.settings.model import ModelConfig
-from clex_train.settings.scaling import Activation, LogScale, ScalingConfig, ScalingName
+from clex_train.training.ode_optimizer import OdeOptimizer
 
 # Three times the float32 error of the original code, by number of tokens (see the README of the goldens).
 TOLERANCE = {32: 3e-5, 64: 3e-5, 65: 3e-5, 128: 9e-5, 200: 9e-5, 512: 4.2e-4, 1000: 1.05e-3}
@@ -43,15 +44,15 @@ def training_config(directory: Path, **scaling: object) -> Config:
     return config
 
 
-def load_for_training(config: Config) -> modeling.LoadedModel:
-    return modeling.load_for_training(config, architectures.to_train(config.model), torch.float32, {})
+def load_for_training(config: Config) -> load.LoadedModel:
+    return load.load_for_training(config, architecture.to_train(config.model), torch.float32, {})
 
 
 @pytest.mark.parametrize("log_scale", [False, True])
 @torch.no_grad()
 def test_evaluation_gives_the_logits_of_the_original_code(tmp_path: Path, goldens: Path, log_scale: bool) -> None:
     directory = official_directory(tmp_path / "official", goldens, log_scale=log_scale)
-    loaded = modeling.load_for_evaluation(ModelConfig(path=str(directory)))
+    loaded = load.load_for_evaluation(ModelConfig(path=str(directory)))
     expected = load_file(goldens / "clex_eval_tanh.safetensors")
     assert loaded.context_len == 64
     assert loaded.log_scale is (LogScale.official if log_scale else LogScale.off)
@@ -64,13 +65,13 @@ def test_evaluation_gives_the_logits_of_the_original_code(tmp_path: Path, golden
 
 def test_official_to_ours_to_official_keeps_every_bit(directory: Path, tmp_path: Path) -> None:
     loaded = load_for_training(training_config(directory))
-    loaded.tokenizer = modeling.load_tokenizer(str(directory), ModelConfig())
-    modeling.solve_table(loaded)
+    loaded.tokenizer = load.load_tokenizer(str(directory), ModelConfig())
+    load.solve_table(loaded)
     write_final(tmp_path / "final", loaded, loaded.model.state_dict(), loaded.tokenizer)
     record = model_directory.read_record(tmp_path / "final")
     assert record.official_ntk_base
     assert record.t_max == 16.0
-    ours = modeling.load_for_evaluation(ModelConfig(path=str(tmp_path / "final")), dtype="auto")
+    ours = load.load_for_evaluation(ModelConfig(path=str(tmp_path / "final")), dtype="auto")
     write_official(tmp_path / "again", ours)
     given, written = (load_file(folder / "model.safetensors") for folder in (directory, tmp_path / "again"))
     assert given.keys() == written.keys()
@@ -96,9 +97,9 @@ def test_lengths_beyond_the_checkpoint_are_refused_before_weights_are_read(direc
 
 
 def test_an_official_checkpoint_that_is_no_directory_says_to_download_it(directory, monkeypatch) -> None:
-    monkeypatch.setattr("clex_train.rope.official.is_official", lambda path: False)
+    monkeypatch.setattr("clex_train.models.official.is_official", lambda path: False)
     with pytest.raises(ValueError, match="a checkpoint of the original CLEX code: download it"):
-        architectures.to_train(ModelConfig(path=str(directory)))
+        architecture.to_train(ModelConfig(path=str(directory)))
 
 
 @pytest.mark.parametrize("family", ["phi", "mixtral", "gpt_neox"])
@@ -106,22 +107,22 @@ def test_an_official_checkpoint_that_is_no_directory_says_to_download_it(directo
 def test_a_directory_of_any_family_that_was_written_gives_the_same_logits(family: str, tmp_path: Path) -> None:
     base, folder = tmp_path / "base", tmp_path / "official"
     save_base(family, base)
-    model = modeling.load_for_evaluation(ModelConfig(path=str(base)))
+    model = load.load_for_evaluation(ModelConfig(path=str(base)))
     model.clex = Clex(model.base_inv_freq, t_max=4.0, act="tanh", official_ntk_base=True)
     torch.nn.init.normal_(model.clex.down, std=0.3, generator=torch.Generator().manual_seed(1))
-    modeling.solve_table(model)
+    load.solve_table(model)
     write_official(folder, model)
     ids = torch.arange(40)[None]
-    again = modeling.load_for_evaluation(ModelConfig(path=str(folder)))
+    again = load.load_for_evaluation(ModelConfig(path=str(folder)))
     assert torch.allclose(again.model(ids).logits, model.model(ids).logits, atol=1e-6, rtol=0)
     assert torch.equal(again.base_inv_freq, model.base_inv_freq)
-    plain = modeling.load_for_evaluation(ModelConfig(path=str(base))).model(ids).logits
+    plain = load.load_for_evaluation(ModelConfig(path=str(base))).model(ids).logits
     assert not torch.allclose(plain, again.model(ids).logits, atol=1e-3)
 
 
 def test_experts_are_written_under_the_names_of_the_original_code(tmp_path: Path) -> None:
     save_base("mixtral", tmp_path / "base")
-    loaded = modeling.load_for_evaluation(ModelConfig(path=str(tmp_path / "base")))
+    loaded = load.load_for_evaluation(ModelConfig(path=str(tmp_path / "base")))
     loaded.clex = Clex(loaded.base_inv_freq, t_max=4.0, official_ntk_base=True)
     write_official(tmp_path / "official", loaded)
     names = set(load_file(tmp_path / "official" / "model.safetensors"))
@@ -151,11 +152,11 @@ def save_base(family: str, folder: Path) -> None:
 
 def test_shards_carry_the_field_in_a_file_of_its_own(directory: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("clex_train.export.official.SHARD_SIZE", "1MB")
-    loaded = modeling.load_for_evaluation(ModelConfig(path=str(directory)))
+    loaded = load.load_for_evaluation(ModelConfig(path=str(directory)))
     write_official(tmp_path / "sharded", loaded)
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     assert index["weight_map"]["model.clex_layer.proj_func.ode_up_proj"] == "model-clex.safetensors"
-    again = modeling.load_for_evaluation(ModelConfig(path=str(tmp_path / "sharded")))
+    again = load.load_for_evaluation(ModelConfig(path=str(tmp_path / "sharded")))
     ids = torch.arange(200)[None]
     with torch.no_grad():
         assert torch.equal(again.model(ids).logits, loaded.model(ids).logits)
@@ -186,7 +187,7 @@ def test_training_goes_on_from_the_trained_field(directory: Path, tmp_path: Path
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert not torch.equal(loaded.clex.down, start)
-    modeling.solve_table(loaded)
+    load.solve_table(loaded)
     write_official(tmp_path / "tuned", loaded)
     written = load_file(tmp_path / "tuned" / "model.safetensors")
     assert torch.equal(written["model.clex_layer.proj_func.ode_down_proj"], loaded.clex.down)
@@ -217,7 +218,7 @@ def test_log_scaling_and_the_ntk_base_come_from_the_checkpoint(tmp_path: Path, g
 
 def test_a_larger_t_max_continues_the_same_field_to_longer_contexts(directory: Path) -> None:
     loaded = load_for_training(training_config(directory, t_max=24.0))
-    table = modeling.solve_table(loaded)
+    table = load.solve_table(loaded)
     assert table is not None
     assert table.t_max == 24.0
     assert official_rope_scaling(loaded.clex)["max_factor"] == 24
@@ -226,11 +227,11 @@ def test_a_larger_t_max_continues_the_same_field_to_longer_contexts(directory: P
 def test_another_context_length_is_refused_before_weights_are_read(directory: Path) -> None:
     model = ModelConfig(path=str(directory), context_len=128)
     with pytest.raises(ValueError, match=r"model\.context_len=128: the CLEX of .* belongs to a base of 64 tokens"):
-        architectures.context_length(model, architectures.to_train(model))
+        architecture.context_length(model, architecture.to_train(model))
 
 
 def test_what_the_layout_cannot_hold_is_refused(directory: Path, tmp_path: Path) -> None:
-    loaded = modeling.load_for_evaluation(ModelConfig(path=str(directory)))
+    loaded = load.load_for_evaluation(ModelConfig(path=str(directory)))
     loaded.log_scale = LogScale.eval
     with pytest.raises(ValueError, match="log_scale=eval: the official layout knows `off` and `official`"):
         write_official(tmp_path / "out", loaded)
@@ -290,7 +291,7 @@ def test_bad_input_of_the_program_is_one_line(directory, tmp_path, monkeypatch, 
     places["trained"].mkdir()
     clex = Clex(torch.ones(4, dtype=torch.float64), t_max=2.0)
     model_directory.write_clex(places["trained"], clex, clex.table(scale_grid(2.0)), 64, LogScale.eval)
-    monkeypatch.setattr(modeling, "load_for_evaluation", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(load, "load_for_evaluation", lambda *_, **__: pytest.fail("weights were read"))
     assert call(monkeypatch, *(argument.format(**places) for argument in arguments)) == console.USER_ERROR
     error = capsys.readouterr().err
     assert message in error

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from job_runs import BASE
 
-from clex_train import config as configuration
-from clex_train.config import Config
-from clex_train.settings.launch import Container, LaunchConfig, seconds
+from clex_train.config import root as configuration
+from clex_train.config.launch import Container, LaunchConfig, seconds
+from clex_train.config.root import Config
 from launch import job_script
 from launch.containers import entrance
 

@@ -12,7 +12,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clex_train.cli import console
-from clex_train.tracking import git_commit
+from clex_train.tracking.tracker import git_commit
 from launch import slurm, snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,9 +124,9 @@ def test_a_snapshot_without_git_has_what_runs_and_no_caches(tmp_path, monkeypatc
     monkeypatch.setattr(snapshot, "_known_to_git", lambda: None)
     snapshot.copy_code(tmp_path / "code")
     copied = {str(path.relative_to(tmp_path / "code")) for path in (tmp_path / "code").rglob("*") if path.is_file()}
-    assert {"train.py", "clex_train/trainer.py", "conf/config.yaml", "launch/job/life.sh", "COMMIT"} <= copied
+    assert {"train.py", "clex_train/training/loop.py", "conf/config.yaml", "launch/job/life.sh", "COMMIT"} <= copied
     assert not any("__pycache__" in name for name in copied)
-    program = "import train; from clex_train.tracking import git_commit; print(train.__file__, git_commit())"
+    program = "import train; from clex_train.tracking.tracker import git_commit; print(train.__file__, git_commit())"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path / "code", capture_output=True, text=True, check=True
     )

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 JOB = """
 import sys
 from launch import stages
-from clex_train.stopping import Interrupted
+from clex_train.resilience.stop_requests import Interrupted
 stages.listen()
 try:
     print("code", stages.run(sys.argv[1:]), flush=True)

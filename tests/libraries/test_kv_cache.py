@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from clex_train.attention.hf_interface import apply_lm_infinite
-from clex_train.libraries import kv_cache
-from clex_train.libraries.kv_cache import LibraryChanged
+from clex_train.attention import kv_cache
+from clex_train.attention.kv_cache import LibraryChanged
+from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.baselines import ntk_table
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from packaging.version import Version
 
-from clex_train import versions
-from clex_train.libraries.reached import REACHED, Reach
+from clex_train.utils import versions
+from clex_train.utils.private_names import REACHED, Reach
 
 ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = re.compile(r"\b(?!self\b|cls\b)\w+\.(_[a-z]\w+)")
@@ -61,7 +61,7 @@ def test_what_is_relied_on_is_there(reach: Reach) -> None:
     "target",
     [
         "torch:nothing",
-        "clex_train.versions:describe(nothing)",
+        "clex_train.utils.versions:describe(nothing)",
         "transformers.cache_utils:Cache@nothing",
         "transformers.modeling_utils:PreTrainedModel.from_pretrained=>no_such_option",
         "nothing:at_all",

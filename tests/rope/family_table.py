@@ -12,9 +12,9 @@ import family_checks as checks  # noqa: E402
 from rotary_families import CONTEXT, FAMILIES, tiny_model  # noqa: E402
 from transformers import AutoConfig, PretrainedConfig  # noqa: E402
 
+from clex_train.config.attention import AttentionImplementation  # noqa: E402
+from clex_train.preflight.document_mask import require_separable  # noqa: E402
 from clex_train.rope.patch import install_rotary, require_rotary  # noqa: E402
-from clex_train.separation import require_separable  # noqa: E402
-from clex_train.settings.attention import AttentionImplementation  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 

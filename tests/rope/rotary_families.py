@@ -7,7 +7,7 @@ import transformers
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from clex_train.attention.choice import has_sdpa
+from clex_train.attention.select import has_sdpa
 
 VOCABULARY, CONTEXT = 61, 16
 TRANSFORMERS = Version(transformers.__version__)

@@ -14,7 +14,7 @@ from rotary_families import tokens
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
-from clex_train.rope.growing import new_cache
+from clex_train.rope.preallocated_cache import new_cache
 
 ROW_CHANGES = {
     "reorder_cache": (torch.tensor([2, 0, 1]), [2, 0, 1]),

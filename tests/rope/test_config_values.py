@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig
 
-from clex_train import architectures
 from clex_train.cli.errors import explain
 from clex_train.cli.loading import EvaluatedModel
-from clex_train.rope import config_values
-from clex_train.settings.model import ModelConfig
+from clex_train.config.model import ModelConfig
+from clex_train.models import architecture
+from clex_train.rope import config_checks
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -35,9 +35,9 @@ def change(directory: Path, rope: dict | None = None, **facts) -> None:
 def refusal(model: ModelConfig) -> str:
     """The line in which training and evaluation alike refuse an architecture."""
     lines = set()
-    for read in (architectures.to_read, architectures.to_train):
+    for read in (architecture.to_read, architecture.to_train):
         with pytest.raises(ValueError) as raised:  # noqa: PT011
-            architectures.context_source(model, read(model))
+            architecture.context_source(model, read(model))
         lines.add(explain(raised.value))
     (line,) = lines
     assert line is not None, "shown as the user's mistake, with exit code 2"
@@ -99,17 +99,17 @@ def test_each_type_of_layer_is_looked_at():
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    config_values.require_sensible(Gemma3TextConfig(**SIZES, rope_parameters=rope), "model")
+    config_checks.require_sensible(Gemma3TextConfig(**SIZES, rope_parameters=rope), "model")
     rope["sliding_attention"]["rope_theta"] = 0.0
     with pytest.raises(ValueError, match=r"^model: its config\.json has rope_theta=0\.0 for RoPE"):
-        config_values.require_sensible(Gemma3TextConfig(**SIZES, rope_parameters=rope), "model")
+        config_checks.require_sensible(Gemma3TextConfig(**SIZES, rope_parameters=rope), "model")
 
 
 @pytest.mark.parametrize("rope", [{}, YARN, LLAMA3, {"rope_type": "dynamic", "factor": 2.0}, {"rope_theta": 4.6e10}])
 def test_values_of_released_models_are_accepted(directory, rope):
     change(directory, rope)
     model = ModelConfig(path=str(directory))
-    assert architectures.context_length(model, architectures.to_read(model)) == 256
+    assert architecture.context_length(model, architecture.to_read(model)) == 256
 
 
 @pytest.mark.parametrize("length", [-4, 0, 1, 10**12, 10**30])
@@ -122,4 +122,4 @@ def test_a_length_that_cannot_be_meant_is_named_with_the_key_that_replaces_it(di
     )
     assert refusal(EvaluatedModel(path=str(directory))).endswith(" by context_len=N")
     named = ModelConfig(path=str(directory), context_len=256)
-    assert architectures.context_length(named, architectures.to_read(named)) == 256
+    assert architecture.context_length(named, architecture.to_read(named)) == 256

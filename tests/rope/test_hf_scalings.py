@@ -9,7 +9,6 @@ import torch
 from rotary_families import CONTEXT, VOCABULARY, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from clex_train.rope.as_is import handle_without_weights, install_as_is
 from clex_train.rope.hf_scalings import (
     ConfiguredRope,
     dynamic_table,
@@ -18,6 +17,7 @@ from clex_train.rope.hf_scalings import (
     read_longrope_factors,
     yarn_table,
 )
+from clex_train.rope.native import handle_without_weights, install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.baselines import ntk_table, pi_table
 from clex_train.scaling.table import FrequencyTable, scale_grid

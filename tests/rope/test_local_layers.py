@@ -12,18 +12,18 @@ from test_reach import HYBRID, model_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from clex_train import architectures
-from clex_train.attention.hf_interface import apply_lm_infinite
-from clex_train.config import Config
-from clex_train.libraries import kv_cache
-from clex_train.modeling import load_for_training, recompute_layers
-from clex_train.rope.as_is import install_as_is
+from clex_train.attention import kv_cache
+from clex_train.config.data import DataConfig
+from clex_train.config.model import ModelConfig
+from clex_train.config.root import Config
+from clex_train.config.scaling import Positions, ScalingConfig, ScalingName
+from clex_train.lm_infinite.install import apply_lm_infinite
+from clex_train.models import architecture
+from clex_train.models.load import load_for_training, recompute_layers
+from clex_train.rope.native import install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.spectrum import Spectrum, cos_sin
-from clex_train.settings.data import DataConfig
-from clex_train.settings.model import ModelConfig
-from clex_train.settings.scaling import Positions, ScalingConfig, ScalingName
 
 WINDOW = 12
 LOCAL: dict[str, Any] = {"layer_types": HYBRID, "sliding_window": WINDOW}
@@ -172,7 +172,7 @@ def test_a_recipe_by_formula_says_that_it_scales_local_layers_too(
     scaling = ScalingConfig(name=ScalingName.yarn, factor=4.0, positions=Positions.skip)
     config = Config(model=base, data=DataConfig(seq_len=CONTEXT), scaling=scaling)
     with caplog.at_level("WARNING", logger="clex_train"):
-        loaded = load_for_training(config, architectures.to_train(base), torch.float32, {})
+        loaded = load_for_training(config, architecture.to_train(base), torch.float32, {})
     assert "scaling=yarn: layers 0 see at most L tokens" in caplog.text
     ids = tokens(1, CONTEXT)
     assert loaded.formula is not None

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from clex_train.attention.log_scaling import install_log_scaling
-from clex_train.rope.official import (
+from clex_train.models.official import (
     OfficialField,
     is_official,
     load_official_model,

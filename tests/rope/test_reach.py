@@ -9,21 +9,21 @@ import torch
 from rotary_families import CONTEXT, from_config, tokens
 from transformers import AutoConfig, PreTrainedModel
 
-from clex_train import architectures
 from clex_train.api import apply_clex
-from clex_train.attention.hf_interface import apply_lm_infinite
-from clex_train.config import Config
+from clex_train.attention import kv_cache
+from clex_train.config.evaluation import EvaluationConfig, Method
+from clex_train.config.model import Init, ModelConfig
+from clex_train.config.root import Config
+from clex_train.config.scaling import ScalingConfig, ScalingName
 from clex_train.evaluation import methods
-from clex_train.libraries import kv_cache
-from clex_train.modeling import LoadedModel, load_for_training, trained_architecture
-from clex_train.rope.as_is import install_as_is
+from clex_train.lm_infinite.install import apply_lm_infinite
+from clex_train.models import architecture
+from clex_train.models.load import LoadedModel, load_for_training, trained_architecture
+from clex_train.rope.native import install_as_is
 from clex_train.rope.patch import install_rotary
-from clex_train.rope.reach import require_scalable_config
+from clex_train.rope.receptive_field import require_scalable_config
 from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.settings.evaluation import EvaluationConfig, Method
-from clex_train.settings.model import Init, ModelConfig
-from clex_train.settings.scaling import ScalingConfig, ScalingName
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -116,14 +116,14 @@ def test_what_cannot_be_scaled_trains_as_it_is(kind: str, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     base = ModelConfig(path=str(tmp_path), init=Init.pretrained, context_len=CONTEXT, config=None)
     config = Config(model=base, scaling=ScalingConfig(name=ScalingName.none))
-    loaded = load_for_training(config, architectures.to_train(base), torch.float32, {})
+    loaded = load_for_training(config, architecture.to_train(base), torch.float32, {})
     ids = tokens(1, 2 * CONTEXT)
     with loaded.handle.training(Spectrum(loaded.base_inv_freq)):
         found = loaded.model(ids).logits
     assert torch.allclose(found, model(ids).logits, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match=f"model_type={kind}: "):
         trained_architecture(
-            dataclasses.replace(config, scaling=ScalingConfig(name=ScalingName.clex)), architectures.to_train(base)
+            dataclasses.replace(config, scaling=ScalingConfig(name=ScalingName.clex)), architecture.to_train(base)
         )
 
 

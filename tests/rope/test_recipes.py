@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig
 
+from clex_train.config.scaling import Positions, ScalingConfig, ScalingName
 from clex_train.rope import recipes
 from clex_train.rope.probe import require_rotary
 from clex_train.scaling.baselines import ntk_table, pi_table
-from clex_train.settings.scaling import Positions, ScalingConfig, ScalingName
 
 L = 128
 SIZES = {

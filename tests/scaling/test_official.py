@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clex_train.scaling.clex import Clex
-from clex_train.scaling.official import (
+from clex_train.models.official_field import (
     DOWN,
     INV_FREQ,
     UP,
@@ -18,6 +17,7 @@ from clex_train.scaling.official import (
     official_rope_scaling,
     official_tensors,
 )
+from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import scale_grid
 
 

@@ -8,8 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clex_train.scaling.sampling import draw_batch, draw_document_batch, draw_document_positions, draw_positions, draw_t
-from clex_train.seeding import generator
+from clex_train.scaling.position_sampling import (
+    draw_batch,
+    draw_document_batch,
+    draw_document_positions,
+    draw_positions,
+    draw_t,
+)
+from clex_train.utils.seeding import generator
 
 KINDS = ("random", "uniform", "skip", "mix")
 SEEDS = st.integers(0, 2**31)

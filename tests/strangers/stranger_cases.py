@@ -22,14 +22,15 @@ import torch
 from composing import composed
 from spoiling import OUTSIDE_SECRET, SECRET, SECRET_NAME, as_text, spoil_bytes, spoil_file, spoil_json, yaml_bomb
 
-from clex_train import model_directory, recorded_config, run_folder, weight_files
 from clex_train.checkpoint import manifest as checkpoint_manifest
+from clex_train.checkpoint.safe_load import without_code
 from clex_train.checkpoint.store import Checkpoints
-from clex_train.checkpoint.untrusted import without_code
 from clex_train.cli import arguments, console
 from clex_train.cli.errors import explain
 from clex_train.cli.evaluate import EvaluateConfig
-from clex_train.config import Config
+from clex_train.config import recorded
+from clex_train.config.checkpoint import CheckpointConfig
+from clex_train.config.root import Config
 from clex_train.data.manifest import MANIFEST
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import vocabulary
@@ -37,10 +38,11 @@ from clex_train.data.writer import write_store
 from clex_train.evaluation import results
 from clex_train.evaluation.report import evidence, sources, text
 from clex_train.evaluation.results import Origin, Results, Score
+from clex_train.models import directory, weight_files
 from clex_train.rope.hf_scalings import read_longrope_factors
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import scale_grid
-from clex_train.settings.checkpoint import CheckpointConfig
+from clex_train.tracking import run_folder
 from data_prep import inspect as inspect_verb
 from data_prep import partial, statistics
 
@@ -75,7 +77,7 @@ def _write_run(run: Path) -> None:
     (run / "checkpoints" / "latest").write_text("step_3\n")
     (run / "final").mkdir()
     clex = Clex(torch.logspace(0, -3, 4, dtype=torch.float64), t_max=4.0)
-    model_directory.write_clex(run / "final", clex, clex.table(scale_grid(4.0)), context_len=32)
+    directory.write_clex(run / "final", clex, clex.table(scale_grid(4.0)), context_len=32)
     names = {"metadata": {}, "weight_map": {"a": "model-1.safetensors"}}
     (run / "final" / "model.safetensors.index.json").write_text(json.dumps(names))
     (run / "final" / "model-1.safetensors").write_bytes(b"x")
@@ -213,7 +215,7 @@ def config_case(folder: Path, draw: random.Random) -> Action:
 
     def read() -> None:
         config = Config(output_dir=str(folder / "run"), name="strangers")
-        console.say(str(recorded_config.read(path)))
+        console.say(str(recorded.read(path)))
         run_folder.check_config(config, has_checkpoint=True)
 
     return read
@@ -239,7 +241,7 @@ def model_case(folder: Path, draw: random.Random) -> Action:
         elif name == "model.safetensors.index.json":
             weight_files.files(final)
         else:
-            clex, table, record = model_directory.read_clex(final)
+            clex, table, record = directory.read_clex(final)
             console.say(f"{clex.inv_freq(record.t_max).shape} {table.at(1.0).t}")
 
     return read

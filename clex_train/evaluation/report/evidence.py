@@ -15,18 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from clex_train import log, recorded_config
+from clex_train.config import recorded
+from clex_train.config.recorded import CONFIG
 from clex_train.evaluation import results
-from clex_train.evaluation.origin import weights_hash
+from clex_train.evaluation.provenance import weights_hash
 from clex_train.evaluation.report.table import Row, Table, read_tables, rows_of
 from clex_train.evaluation.results import Origin, Results, TaskScore
-from clex_train.files import BadFile, open_regular
-from clex_train.metrics_log import LONGEST_LINE, parse
-from clex_train.model_directory import TABLE
-from clex_train.recorded_config import CONFIG
-from clex_train.records import decode, read_json
-from clex_train.run_folder import FINAL
+from clex_train.models.directory import TABLE
 from clex_train.scaling.table import FrequencyTable
+from clex_train.tracking.metrics_log import LONGEST_LINE, parse
+from clex_train.tracking.run_folder import FINAL
+from clex_train.utils import log
+from clex_train.utils.files import BadFile, open_regular
+from clex_train.utils.records import decode, read_json
 
 logger = log.get(__name__)
 
@@ -86,7 +87,7 @@ class TrainingRun:
     def last_step(self) -> int | None:
         """The step after which `final/` was written; None where no config says it."""
         path = self.folder / CONFIG
-        return recorded_config.over_defaults(path)["optim"]["steps"] if path.exists() else None
+        return recorded.over_defaults(path)["optim"]["steps"] if path.exists() else None
 
     @cached_property
     def final_hash(self) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from clex_train.evaluation.report.evidence import TrainingRun, run_folder
 from clex_train.evaluation.results import Origin
-from clex_train.run_folder import FINAL
+from clex_train.tracking.run_folder import FINAL
 
 UNKNOWN = "not recorded"
 

@@ -12,15 +12,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from clex_train import tracking
 from clex_train.evaluation.report import gallery, page, text
 from clex_train.evaluation.report.evidence import Evidence
 from clex_train.evaluation.report.figures.figure import Absent, Figure
 from clex_train.evaluation.report.sources import Source, of_evaluation, of_training
 from clex_train.evaluation.report.table import Curve, Table
 from clex_train.evaluation.results import LARGEST
-from clex_train.files import BadFile, make_folder, write_atomically
-from clex_train.records import read_record
+from clex_train.tracking import tracker
+from clex_train.utils.files import BadFile, make_folder, write_atomically
+from clex_train.utils.records import read_record
 
 INDEX, MARKDOWN, JSON = "index.html", "perplexity.md", "report.json"
 
@@ -45,7 +45,7 @@ def write(evidence: Evidence, folder: Path, command: Sequence[str]) -> str:
         write_atomically(folder / f"{figure.name}.png", gallery.png(figure))
     made = {
         "command": shlex.join(command),
-        "git_commit": tracking.git_commit() or "not recorded",
+        "git_commit": tracker.git_commit() or "not recorded",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     made_by = f"Written {made['date']} by {made['command']}, commit {made['git_commit']}."

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clex_train.attention import kv_cache
 from clex_train.evaluation.perplexity import Advance, ignore
-from clex_train.libraries import kv_cache
 
 
 def greedy(

@@ -7,15 +7,15 @@ for all prompts of a task at a length, and enough for the longest of their answe
 from dataclasses import dataclass, field
 from typing import Any
 
-from clex_train import distributed, log
+from clex_train.config.evaluation import EvaluationConfig
+from clex_train.config.retrieval import DOWNLOADED, Task, expand
 from clex_train.data.store import TokenStore
 from clex_train.evaluation.retrieval.haystack import Documents
 from clex_train.evaluation.retrieval.prompts import Ask, Draft, Prompt, answer_len, fit, frame_len
 from clex_train.evaluation.retrieval.tasks import TASKS, RetrievalTask
-from clex_train.seeding import generator
-from clex_train.settings.bounds import require
-from clex_train.settings.evaluation import EvaluationConfig
-from clex_train.settings.retrieval import DOWNLOADED, Task, expand
+from clex_train.utils import distributed, log
+from clex_train.utils.bounds import require
+from clex_train.utils.seeding import generator
 
 logger = log.get(__name__)
 

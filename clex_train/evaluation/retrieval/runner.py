@@ -17,21 +17,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clex_train import distributed, progress
-from clex_train.attention.hf_interface import LmInfinite
-from clex_train.evaluation.partial import Partial
+from clex_train.evaluation.duplicates import identity
+from clex_train.evaluation.out_of_memory import Room
+from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.results import MOST_CHARACTERS, Missing, TaskScore, task_key
 from clex_train.evaluation.retrieval.decoding import greedy
 from clex_train.evaluation.retrieval.plan import Cell
-from clex_train.evaluation.room import Room
 from clex_train.evaluation.runner import Gauge, Inserted, deal, keeping_table
-from clex_train.evaluation.same_cells import identity
-from clex_train.faults import StopRequested
-from clex_train.records import convert
-from clex_train.rope.growing import new_cache
+from clex_train.lm_infinite.install import LmInfinite
 from clex_train.rope.patch import RotaryHandle
+from clex_train.rope.preallocated_cache import new_cache
 from clex_train.scaling.table import Frequencies
+from clex_train.utils import distributed, progress
+from clex_train.utils.errors import StopRequested
+from clex_train.utils.records import convert
 
 Outcome = Sequence[TaskScore | Missing]
 """Of a cell: a row for each depth, or why there is none."""

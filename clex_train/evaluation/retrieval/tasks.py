@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from clex_train.config.retrieval import Task
 from clex_train.evaluation.retrieval import counting, needle, niah, passkey, tracing
 from clex_train.evaluation.retrieval.niah import Needles
 from clex_train.evaluation.retrieval.prompts import Ask, Draft
 from clex_train.evaluation.retrieval.scoring import first_number, share_contained
 from clex_train.evaluation.retrieval.words import uuid
-from clex_train.settings.retrieval import Task
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from clex_train.evaluation import results
 from clex_train.evaluation.results import Origin, Results, Score
-from clex_train.model_directory import TABLE
+from clex_train.models.directory import TABLE
 from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from text_stores import write_text_store
 
+from clex_train.config.retrieval import Task
 from clex_train.data.store import TokenStore
 from clex_train.evaluation.retrieval.haystack import Documents
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.retrieval.tasks import TASKS
-from clex_train.settings.retrieval import Task
 
 
 def make_cells(

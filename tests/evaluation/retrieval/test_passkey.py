@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from small_cells import make_cells
 
+from clex_train.config.retrieval import Task
 from clex_train.evaluation.retrieval.plan import Cell
-from clex_train.settings.retrieval import Task
 
 TASKS = [Task.passkey, Task.passkey_infinitebench]
 DEPTHS = (0.0, 0.3, 0.5, 1.0)

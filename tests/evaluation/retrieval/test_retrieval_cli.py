@@ -13,21 +13,21 @@ from transformers import LlamaForCausalLM
 
 from clex_train.cli import console
 from clex_train.cli import evaluate as program
-from clex_train.config import Config
+from clex_train.config.evaluation import EvaluationConfig
+from clex_train.config.model import ModelConfig
+from clex_train.config.retrieval import Task
+from clex_train.config.root import Config
 from clex_train.data.store import TokenStore
-from clex_train.evaluation import partial, results
+from clex_train.evaluation import partial_results, results
+from clex_train.evaluation.during_training import TrainingEvaluation
 from clex_train.evaluation.retrieval import runner
 from clex_train.evaluation.retrieval.haystack import Documents
 from clex_train.evaluation.retrieval.prompts import Ask
 from clex_train.evaluation.retrieval.tasks import TASKS
-from clex_train.evaluation.training import TrainingEvaluation
-from clex_train.modeling import LoadedModel
-from clex_train.rope import growing
+from clex_train.models.load import LoadedModel
+from clex_train.rope import preallocated_cache
 from clex_train.rope.patch import install_rotary
-from clex_train.seeding import generator
-from clex_train.settings.evaluation import EvaluationConfig
-from clex_train.settings.model import ModelConfig
-from clex_train.settings.retrieval import Task
+from clex_train.utils.seeding import generator
 
 TEXT = "It rained all night. In the morning the river had risen, and nobody crossed the bridge. " * 60
 
@@ -107,8 +107,10 @@ def test_bad_input_is_one_line_that_names_the_key(places, monkeypatch, capsys, a
 def test_a_training_run_evaluates_the_tasks_that_it_is_asked_for(
     places, tmp_path, byte_tokenizer, monkeypatch, on_host: bool
 ) -> None:
-    on_the_host, real = [], growing.HostLayer
-    monkeypatch.setattr(growing, "HostLayer", lambda capacity: on_the_host.append(capacity) or real(capacity))
+    on_the_host, real = [], preallocated_cache.HostLayer
+    monkeypatch.setattr(
+        preallocated_cache, "HostLayer", lambda capacity: on_the_host.append(capacity) or real(capacity)
+    )
     tasks = [Task.passkey, Task.needle]
     settings = {"task_lengths": [256], "depths": [0.0, 1.0], "num_prompts": 2, "chunk_len": 32}
     spec = EvaluationConfig(lengths=[128], tasks=tasks, offload_cache=on_host, **settings)
@@ -133,8 +135,8 @@ class Interrupted(BaseException):
 
 def test_the_same_command_goes_on_where_it_was_interrupted(places, tmp_path, monkeypatch, caplog) -> None:
     asked = ["tasks=[passkey]", "protocols=[]", "lengths=[256,512]", "depths=[0,1]", "num_prompts=2", "chunk_len=100"]
-    monkeypatch.setattr(partial, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(partial, "WRITES", 0)
+    monkeypatch.setattr(partial_results, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(partial_results, "WRITES", 0)
     assert call(monkeypatch, places, *asked, f"output={tmp_path / 'whole.json'}") == 0
     asked_for, greedy, most = [], runner.greedy, [6]
 

@@ -15,6 +15,9 @@ from small_cells import documents_of, make_cells
 from transformers import LlamaForCausalLM
 from warm_processes import call_on_two_ranks
 
+from clex_train.attention import kv_cache
+from clex_train.config.evaluation import EvaluationConfig, Method
+from clex_train.config.retrieval import Task
 from clex_train.evaluation import methods
 from clex_train.evaluation.results import Missing, TaskScore, task_metrics
 from clex_train.evaluation.retrieval import runner
@@ -22,13 +25,10 @@ from clex_train.evaluation.retrieval.console import console
 from clex_train.evaluation.retrieval.haystack import Documents
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.retrieval.tasks import TASKS
-from clex_train.faults import StopRequested
-from clex_train.libraries import kv_cache
-from clex_train.rope import growing
+from clex_train.rope import preallocated_cache
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.table import Frequencies
-from clex_train.settings.evaluation import EvaluationConfig, Method
-from clex_train.settings.retrieval import Task
+from clex_train.utils.errors import StopRequested
 
 LENGTHS = [256, 512]
 DEPTHS = [0.0, 0.5, 1.0]
@@ -252,7 +252,9 @@ def test_a_cache_on_the_host_changes_no_answer(byte_tokenizer: Any, monkeypatch:
     heard: list[str] = []
     monkeypatch.setattr(Cell, "judge", lambda self, number, generation: heard.append(generation) or 0.0)
     made: list[object] = []
-    monkeypatch.setattr(runner, "new_cache", lambda *args, **how: made.append(how) or growing.new_cache(*args, **how))
+    monkeypatch.setattr(
+        runner, "new_cache", lambda *args, **how: made.append(how) or preallocated_cache.new_cache(*args, **how)
+    )
     for on_host in (False, True):
         run(model, cells, cache_on_host=on_host)
     assert heard[:6] == heard[6:]

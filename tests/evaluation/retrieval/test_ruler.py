@@ -9,11 +9,11 @@ import pytest
 from local_tokenizers import TEXTS
 from small_cells import documents_of, make_cells
 
+from clex_train.config.retrieval import DOWNLOADED, GROUPS, Task, expand
 from clex_train.evaluation.retrieval import words
 from clex_train.evaluation.retrieval.haystack import FILLER, Documents
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.retrieval.tasks import TASKS
-from clex_train.settings.retrieval import DOWNLOADED, GROUPS, Task, expand
 
 LENGTH = 3000
 NIAH = [task for task in Task if task.value.startswith("niah")]

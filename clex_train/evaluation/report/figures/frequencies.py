@@ -20,9 +20,9 @@ from clex_train.evaluation.report.figures import canvas as page
 from clex_train.evaluation.report.figures.canvas import Canvas, Line
 from clex_train.evaluation.report.figures.figure import Absent, Figure
 from clex_train.evaluation.report.sources import of_training
-from clex_train.run_folder import FINAL
 from clex_train.scaling.baselines import ntk_table, pi_table
 from clex_train.scaling.table import FrequencyTable, as_grid
+from clex_train.tracking.run_folder import FINAL
 
 MOST_PANELS = 3
 
@@ -89,15 +89,15 @@ def formulas(run: TrainingRun) -> tuple[dict[str, Formula], str]:
 def _yarn(run: TrainingRun) -> Formula:
     """YaRN for the model in a run's `final/`; `ValueError` for one that cannot have it."""
     # transformers takes seconds to import: only reports that draw frequencies pay for it.
-    from clex_train import architectures
+    from clex_train.config.evaluation import EvaluationConfig, Method
+    from clex_train.config.model import ModelConfig
     from clex_train.evaluation import methods
-    from clex_train.rope.as_is import handle_without_weights
-    from clex_train.settings.evaluation import EvaluationConfig, Method
-    from clex_train.settings.model import ModelConfig
+    from clex_train.models import architecture
+    from clex_train.rope.native import handle_without_weights
 
     model = ModelConfig(path=str(run.folder / FINAL))
-    config = architectures.to_train(model)
-    handle = handle_without_weights(config, architectures.context_length(model, config))
+    config = architecture.to_train(model)
+    handle = handle_without_weights(config, architecture.context_length(model, config))
     yarn = methods.formulas(EvaluationConfig(), handle)[Method.yarn]
     yarn(handle.base_inv_freq, as_grid([1.0, 2.0]))
     return lambda base, grid: yarn(base, as_grid(grid))

@@ -1,0 +1,87 @@
+"""Read the `config.yaml` of a run folder as data: typed and over today's defaults, but never interpolated.
+
+OmegaConf would resolve a text such as `${oc.env:HOME}`, and a folder from a stranger could so have a program print the
+reader's environment. The user's own `conf/` and command line are composed by Hydra and interpolate as they always did.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from clex_train.config.root import Config
+from clex_train.utils.errors import first_line
+from clex_train.utils.files import BadFile
+from clex_train.utils.records import decode, read_yaml_mapping
+
+CONFIG = "config.yaml"
+"""The file's name, in a run folder and in each of its checkpoints."""
+INTERPOLATION = re.compile(r"(\\*)\$\{")
+REMEDY = "copy the run folder again, or choose another output_dir"
+RESTORE = (
+    "the same training command restores it from the newest checkpoint; one of an earlier version has no copy of it: "
+    "then restore a backup, or remove the file, and the run goes on unchecked under the configuration that you give"
+)
+
+
+def over_defaults(path: Path) -> dict[str, Any]:
+    """Return the recorded values as they stand in the file, over today's defaults for keys that it does not have.
+
+    Raises:
+        ValueError: the file is missing, damaged, or has a single value where there is a group.
+    """
+    defaults = plain(OmegaConf.structured(Config))
+    try:
+        recorded = read_yaml_mapping(path, within=path.parent)
+        if not recorded.keys() & defaults.keys():
+            raise BadFile(path, "it has none of its keys")
+        return _merged(defaults, recorded, path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: missing; {REMEDY}") from error
+    except BadFile as error:
+        raise ValueError(f"{path}: damaged, cannot be read as a configuration ({error.reason}); {RESTORE}") from error
+
+
+def read(path: Path) -> Config:
+    """Return the recorded configuration, checked; raises `ValueError` as `over_defaults` does, and for a bad value."""
+    recorded = _literal(over_defaults(path))
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(recorded)))
+    except (OmegaConfBaseException, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+        # OmegaConf has no one error for values that do not fit a schema.
+        raise ValueError(f"{path}: not the configuration of a run ({first_line(error)}); {REMEDY}") from error
+    try:
+        # OmegaConf takes a mapping for an item of any list.
+        return decode(msgspec.to_builtins(config), Config, path)
+    except BadFile as error:
+        raise ValueError(f"{error}; {REMEDY}") from error
+
+
+def plain(node: Any) -> Any:
+    """Return a configuration as dicts, lists and the names of enum members, the way it stands in YAML."""
+    return OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(node)))
+
+
+def _merged(defaults: dict[str, Any], recorded: dict[str, Any], path: Path, prefix: str = "") -> dict[str, Any]:
+    merged = dict(defaults)
+    for key, value in recorded.items():
+        before = defaults.get(key)
+        if isinstance(before, dict):
+            if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+                raise BadFile(path, f"{prefix}{key}: should be `key: value` lines")
+            merged[key] = _merged(before, value, path, f"{prefix}{key}.")
+        else:
+            merged[key] = value
+    return merged
+
+
+def _literal(value: Any) -> Any:
+    """Escape what OmegaConf would interpolate, in every text of nested values, so that it comes back as it was."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value

@@ -1,0 +1,289 @@
+"""The configuration of a training run: the groups of `clex_train/settings` joined, and the checks between them.
+
+Each group is one dataclass with a string under each field and its bounds in `__post_init__`. Hydra composes `conf/`
+into these schemas, so a misspelt key or a wrong type is refused while composing. Entry points call `to_config` once:
+from there on the program sees plain dataclasses.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from clex_train.config import duration
+from clex_train.config.attention import AttentionConfig
+from clex_train.config.checkpoint import CheckpointConfig
+from clex_train.config.data import DataConfig, DomainConfig
+from clex_train.config.docs import describe
+from clex_train.config.engine import EngineConfig
+from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.config.launch import LaunchConfig
+from clex_train.config.model import Init, ModelConfig
+from clex_train.config.optim import OptimConfig
+from clex_train.config.scaling import FORMULAS, Positions, ScalingConfig, ScalingName
+from clex_train.config.suggestions import did_you_mean
+from clex_train.config.tracking import TrackingConfig
+from clex_train.utils.bounds import require
+from clex_train.utils.files import require_plain_name
+
+
+class Resume(Enum):
+    auto = "auto"
+    strict = "strict"
+    never = "never"
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    name: str = "run"
+    """Name of the run; experiments set it to their own."""
+    seed: int = 0
+    """All randomness is a function of this, the stream and the step."""
+    resume: Resume = Resume.auto
+    """`auto` continues the newest good checkpoint of `output_dir`, `strict` only if nothing newer is damaged; `never`
+    refuses a folder that has one."""
+    max_runtime: str | None = None
+    """Stop in time with a checkpoint and exit code 75: hours, or [days-]hours:minutes:seconds since the launch."""
+    dry_run: bool = False
+    """Print the plan (sizes, memory, tokens) and exit: no weights, no GPU, no data needed."""
+    output_dir: str = "runs/${name}"
+    """Run folder: config, metrics, checkpoints, final model, evaluation."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 or a positive integer below 2**63")
+        if self.max_runtime is not None:
+            duration.seconds("max_runtime", self.max_runtime)
+
+
+def register() -> None:
+    """Put the schema into Hydra's ConfigStore under the name that `conf/config.yaml` lists first."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Turn what Hydra composed into a checked `Config`; `ValueError` names the key, the value and the remedy."""
+    _refuse_unknown(composed)
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    _check_between_groups(config)
+    return config
+
+
+def _refuse_unknown(composed: DictConfig) -> None:
+    """Hydra lets `+key=value` past a schema; a field that nobody reads is a mistake all the same."""
+    known = [key for key, *_ in describe(Config)]
+    for group, value in composed.items_ex(resolve=False):
+        for key in [f"{group!s}.{name!s}" for name in value] if isinstance(value, DictConfig) else [str(group)]:
+            if key not in known:
+                raise ValueError(f"{key}: no such key; {did_you_mean(key, known) or '--help lists them all'}")
+    _refuse_unknown_of_domains(composed)
+
+
+def _refuse_unknown_of_domains(composed: DictConfig) -> None:
+    known = [key for key, *_ in describe(DomainConfig)]
+    for name, domain in composed.data.domains.items_ex(resolve=False):
+        for key in domain:
+            if key not in known:
+                raise ValueError(f"data.domains.{name}.{key}: no such key; a domain has {' and '.join(known)}")
+
+
+def _check_names(config: Config) -> None:
+    """Refuse what leads out of the folders that are meant; not in the schema, which reads earlier runs too."""
+    require_plain_name("name", config.name, "it names the run's folder by default")
+    require(config.output_dir.strip() != "", "output_dir", repr(config.output_dir), "name the run's folder")
+
+
+def _check_between_groups(config: Config) -> None:
+    model, engine, optim = config.model, config.engine, config.optim
+    _check_names(config)
+    require(
+        model.path is not None or model.config is not None,
+        "model.path",
+        model.path,
+        "name a model directory or hub repository (or model.config alone for random weights)",
+    )
+    is_local = model.path is None or Path(model.path).is_dir()
+    where = "there is no model.path" if model.path is None else f"{model.path} is a folder on this machine"
+    require(
+        model.revision is None or not is_local,
+        "model.revision",
+        model.revision,
+        f"is of a hub repository, and {where}; leave the key out",
+    )
+    _check_data(config)
+    require(
+        config.dry_run or model.init is not Init.pretrained or model.path is not None,
+        "model.path",
+        model.path,
+        "model.init=pretrained needs weights: name a model directory or hub repository",
+    )
+    rows = (engine.micro_batch or 1) * (engine.accumulation or 1)
+    require(
+        optim.batch_rows % rows == 0,
+        "optim.batch_rows",
+        optim.batch_rows,
+        f"must be a multiple of engine.micro_batch * engine.accumulation = {rows}",
+    )
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    require(
+        config.dry_run or data.path is not None or len(data.domains) > 0,
+        "data.path",
+        data.path,
+        "name a token store; `python -m data_prep tokenize` writes one",
+    )
+    require(
+        data.path is None or not data.domains,
+        "data.path",
+        data.path,
+        f"one store or several: with data.domains ({', '.join(data.domains)}) say data.path=null",
+    )
+    for name, domain in data.domains.items():
+        missing = not config.dry_run and domain.path is None
+        require(not missing, f"data.domains.{name}.path", domain.path, "name the token store of this domain")
+    require(
+        config.dry_run or not data.domains or config.evaluation.path is not None or config.evaluation.every < 0,
+        "evaluation.path",
+        config.evaluation.path,
+        "a mixture has no validation split of its own; name the store to evaluate on (or evaluation=never)",
+    )
+
+
+MULTIPLES = (1, 2, 4, 8, 16)
+"""Of L, at which a model is evaluated where no lengths are given."""
+
+
+def with_lengths(config: Config, context_len: int, longest_document: int | None = None) -> Config:
+    """Return the configuration with the lengths that it leaves to the model, whose L is `context_len` tokens.
+
+    `longest_document` is the longest held-out one in tokens, None if it is not known.
+    """
+    data, evaluation, scaling = config.data, config.evaluation, config.scaling
+    if not data.seq_len:
+        data = replace(data, seq_len=context_len)
+    if not evaluation.lengths:
+        t_max = scaling.t_max if scaling.name is ScalingName.clex else None
+        evaluation = replace(evaluation, lengths=default_lengths(context_len, t_max, longest_document))
+    return replace(config, data=data, evaluation=evaluation)
+
+
+def default_lengths(context_len: int, t_max: float | None, longest_document: int | None) -> list[int]:
+    """Return `MULTIPLES` of L as far as t_max serves them and documents reach; None stands for no limit."""
+    limits = (t_max or math.inf, (longest_document or math.inf) / context_len)
+    # Where documents do not even have L tokens, the evaluation says so.
+    return [multiple * context_len for multiple in MULTIPLES if multiple <= min(limits)] or [context_len]
+
+
+def check_protocols(config: Config) -> None:
+    """`ValueError` for a protocol that is not for windows, which is what a run evaluates on."""
+    require(
+        Protocol.streaming not in config.evaluation.protocols,
+        "evaluation.protocols",
+        [protocol.value for protocol in config.evaluation.protocols],
+        "streaming reads one long text, after the run: python -m clex_train.cli.evaluate run=... protocols=[streaming]",
+    )
+
+
+def check_reach(config: Config, context_len: int) -> None:
+    """Raise `ValueError` when a window to be evaluated is longer than the context that CLEX is trained to serve."""
+    longest, scaling = config.evaluation.longest(), config.scaling
+    served = int(scaling.t_max * context_len)
+    require(
+        scaling.name is not ScalingName.clex or config.evaluation.every < 0 or longest <= served,
+        "evaluation.lengths",
+        config.evaluation.lengths,
+        f"beyond scaling.t_max * L = {scaling.t_max:g} * {context_len} = {served} tokens; raise scaling.t_max, or "
+        "evaluation.lengths=[] takes lengths that follow from the model's L",
+    )
+
+
+def check_scaling(config: Config, holds_clex: bool) -> None:
+    """`ValueError` when weights that were trained with CLEX are to be trained on without it."""
+    require(
+        config.scaling.name is ScalingName.clex or not holds_clex,
+        "scaling.name",
+        config.scaling.name.name,
+        f"{config.model.path} holds a CLEX field, which scaling={config.scaling.name.name} would drop; scaling=clex "
+        "trains it on",
+    )
+
+
+def check_lambda_mask(config: Config) -> None:
+    """`ValueError` for what does not go with training under LM-Infinite's mask."""
+    if not config.attention.lambda_mask:
+        return
+    scaling, evaluation = config.scaling, config.evaluation
+    methods, protocols = ([item.value for item in items] for items in (evaluation.methods, evaluation.protocols))
+    evaluates = evaluation.every >= 0
+    plain = scaling.name is ScalingName.none or scaling.positions is Positions.plain
+    conflicts: list[tuple[bool, str, object, str]] = [
+        (
+            config.data.document_mask,
+            "data.document_mask",
+            True,
+            "the mask takes each row as one stream; set it to false",
+        ),
+        (
+            not plain,
+            "scaling.positions",
+            scaling.positions.name,
+            "sampled positions have no distance limit; take plain",
+        ),
+        (
+            evaluates and Method.lm_infinite in evaluation.methods,
+            "evaluation.methods",
+            methods,
+            "during training every method is under the mask already; leave lm_infinite out",
+        ),
+        (
+            evaluates and Protocol.chunked in evaluation.protocols,
+            "evaluation.protocols",
+            protocols,
+            "chunked moves t while keys are cached, which the mask cannot follow; take one_shot",
+        ),
+    ]
+    for is_wrong, key, value, reason in conflicts:
+        require(not is_wrong, key, value, f"attention=lambda: {reason}")
+
+
+def check_positions(config: Config, context_len: int) -> None:
+    """Raise `ValueError` when rows do not fit into the positions that the scaling has for them."""
+    scaling, row_len = config.scaling, config.data.seq_len
+    served = int(scaling.t_max * context_len)
+    require(
+        scaling.name is not ScalingName.clex or row_len <= served,
+        "data.seq_len",
+        row_len,
+        f"longer than the scaling.t_max * L = {scaling.t_max:g} * {context_len} = {served} tokens that CLEX serves; "
+        "data.seq_len=0 takes the model's L",
+    )
+    require(
+        scaling.name is not ScalingName.clex or scaling.positions is not Positions.plain or row_len <= context_len,
+        "scaling.positions",
+        scaling.positions.name,
+        f"rows of {row_len} tokens would leave t * L, L = {context_len}, at a small t; take random, skip or mix",
+    )
+    factor = scaling.factor_for(row_len, context_len)
+    require(
+        scaling.name not in FORMULAS or round(factor * context_len) >= row_len,
+        "scaling.factor" if scaling.factor else "scaling.t_max",
+        factor,
+        f"{factor:g} * {context_len} tokens are fewer than those of a row, data.seq_len={row_len}; raise it",
+    )

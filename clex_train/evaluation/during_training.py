@@ -1,0 +1,135 @@
+"""Extrapolation perplexity, and retrieval if asked for, of the weights as they are, for the training loop.
+
+Windows and prompts are chosen once and scored on call.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clex_train.config.checkpoint import OnFullDisk
+from clex_train.config.root import Config
+from clex_train.config.scaling import ScalingName
+from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
+from clex_train.data.store import TokenStore
+from clex_train.data.vocabulary import check_bos, check_embedding
+from clex_train.evaluation import methods, provenance, results, runner
+from clex_train.evaluation.console import tables_of
+from clex_train.evaluation.protocols import readings
+from clex_train.evaluation.retrieval import plan
+from clex_train.evaluation.retrieval import runner as retrieval
+from clex_train.evaluation.windows import require_windows, select
+from clex_train.models import architecture
+from clex_train.models.load import LoadedModel, solve_table, trained_architecture
+from clex_train.rope.native import handle_without_weights
+from clex_train.scaling.table import scale_grid
+from clex_train.utils import distributed, log
+
+logger = log.get(__name__)
+
+
+class TrainingEvaluation:
+    """`evaluation(loaded, step)` -> perplexities and retrieval scores by key; collective.
+
+    They are also written to `evaluation/step_<N>.json`. Raises `ValueError` on creation when no validation document is
+    as long as the longest window, a protocol's key does not fit the lengths, or no prompt of a task fits a length,
+    and for a method that the model cannot have. `interrupted` is asked on every rank between windows and prompts; where
+    one says yes, the call raises `StopRequested` and has written nothing.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: TokenStore,
+        context_len: int,
+        tokenizer: Any,
+        interrupted: Callable[[], bool] | None = None,
+    ) -> None:
+        self.interrupted = interrupted
+        self.config, self.spec = config, config.evaluation
+        self.store = _held_out(config, store)
+        self.readings = readings(self.spec, context_len)
+        bos_id = evaluation_bos_id(self.spec.bos, self.store)
+        warn_if_bos_differs(store, bos_id)
+        check_ids(config, store)
+        self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, bos_id=bos_id)
+        arch = trained_architecture(config, architecture.to_train(config.model))
+        unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)
+        has_clex = config.scaling.name is ScalingName.clex
+        methods.check(self.spec, unloaded, has_clex, scale_grid(config.scaling.t_max) if has_clex else None)
+        self.cells = plan.of_spec(self.spec, tokenizer, self.store, bos=bos_id is not None)
+
+    def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
+        solve_table(loaded)
+        tables = methods.of_model(self.spec, loaded)
+        inserted = methods.insertions(self.spec, loaded.model, loaded.context_len)
+        scored = runner.evaluate(
+            loaded.model,
+            loaded.handle,
+            tables,
+            self.windows,
+            self.readings,
+            self.spec.chunk_len,
+            interrupted=self.interrupted,
+            inserted=inserted,
+            cache_on_host=self.spec.offload_cache,
+        )
+        tasks, missing = retrieval.evaluate(
+            loaded.model,
+            loaded.handle,
+            tables,
+            self.cells,
+            self.spec.chunk_len,
+            interrupted=self.interrupted,
+            inserted=inserted,
+            cache_on_host=self.spec.offload_cache,
+        )
+        scored = replace(scored, tasks=tasks, missing=[*scored.missing, *missing])
+        self._keep(scored, next(loaded.model.parameters()).dtype, step)
+        return scored.metrics()
+
+    def _keep(self, scored: results.Results, dtype: torch.dtype, step: int) -> None:
+        """Print the tables and write the file; a full disk ends the run or not, as it was asked for. Collective."""
+        path = Path(self.config.output_dir) / "evaluation" / f"step_{step}.json"
+
+        def write() -> None:
+            weights = {"path": str(self.config.output_dir), "step": step}
+            facts = provenance.describe(self.config.name, weights, self.store, dtype)
+            logger.info("step %d:\n%s", step, tables_of(scored, facts))
+            results.write(path, scored, facts)
+
+        if self.config.checkpoint.on_full_disk is not OnFullDisk["continue"]:
+            distributed.write_on_main(write)
+        elif (failure := distributed.try_on_main(write)) is not None and distributed.is_main():
+            why = distributed.unwritten(failure)
+            logger.error("%s; training goes on without it (checkpoint.on_full_disk=continue)", why)
+
+
+def warn_of_later(config: Config, store: TokenStore) -> None:
+    """Log why a run without evaluations could not be evaluated at its end: the time to know is before it starts."""
+    try:
+        require_windows(_held_out(config, store), max(config.evaluation.lengths))
+    except ValueError as error:
+        logger.warning("the finished run could not be evaluated as it is configured: %s", error)
+
+
+def check_ids(config: Config, store: TokenStore) -> None:
+    """Refuse held-out text with ids beyond the embedding of the weights; random ones take the store's vocabulary.
+
+    `store` is the one that is trained on, whose validation split is read unless `evaluation.path` names another.
+    """
+    if not config.model.is_pretrained:
+        return
+    held_out = _held_out(config, store)
+    num_rows = architecture.embedding_rows(architecture.to_read(config.model))
+    name = architecture.name(config.model)
+    check_embedding(held_out, num_rows, name, "evaluation.path" if config.evaluation.path else "data.path")
+    check_bos(evaluation_bos_id(config.evaluation.bos, held_out), num_rows, name)
+
+
+def _held_out(config: Config, store: TokenStore) -> TokenStore:
+    path = config.evaluation.path
+    return (TokenStore(path) if path else store).split("validation")

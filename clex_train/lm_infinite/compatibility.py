@@ -1,0 +1,152 @@
+"""Which models lm_infinite fits, and which calls of them: one line that names what is wrong otherwise."""
+
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
+
+from clex_train.attention import kv_cache, ulysses
+from clex_train.attention.layer_probe import (
+    Trial,
+    attempt_all,
+    layer_type,
+    own_window,
+    parameter_names,
+    rotary_attention,
+)
+from clex_train.lm_infinite.adapters import ADAPTERS
+from clex_train.lm_infinite.rotation import find_rotary_site
+
+NAME = "lm_infinite"
+LAYER = "lm_infinite_layer"
+UNSUPPORTED = {
+    "codegen": "it packs its queries, keys and values by tensor-parallel shards of its own",
+    "hunyuan_v1_dense": "it normalises keys after their rotation",
+    "hunyuan_v1_moe": "it normalises keys after their rotation",
+}
+
+
+def model_kind(model: Any) -> str:
+    """The model type as transformers names it."""
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def attention_modules(model: nn.Module) -> list[Any]:
+    """The attention of every layer; `ValueError` naming the model type when lm_infinite does not fit it."""
+    kind = model_kind(model)
+    modules: list[Any] = list(model.modules())
+    if any(hasattr(module, LAYER) for module in modules):
+        raise ValueError("apply_lm_infinite: it is in force on this model already; undo() the earlier one")
+    reason = UNSUPPORTED.get(kind)
+    if hasattr(model.config, "qk_rope_head_dim"):
+        reason = "it rotates a part of each key that is held apart"
+    if kind in ADAPTERS:
+        found = [module for module in modules if _is_numbered(module)]
+    else:
+        found = rotary_attention(model)
+        reason = reason or _misfit_of(model, found)
+    if reason is not None:
+        raise ValueError(f"model_type={kind}: lm_infinite does not fit it ({reason})")
+    if not found:
+        raise ValueError(
+            f"model_type={kind}: its attention does not go through transformers' attention interface with rotary "
+            "position embeddings, and lm_infinite has no adapter for it"
+        )
+    if all(own_window(module) is not None for module in found):
+        raise ValueError(
+            f"model_type={kind}: every layer has a sliding window of its own; set sliding_window to null in config.json"
+        )
+    return found
+
+
+def trained_context(model: Any) -> int | None:
+    """Tokens of the context that the model was trained on, as far as its config says."""
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    return next((length for name in names if isinstance(length := getattr(model.config, name, None), int)), None)
+
+
+def refuse_what_it_cannot(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook before each call of the model: what would be computed otherwise than it is asked for is refused."""
+    chosen = module.config._attn_implementation
+    if chosen not in (NAME, ulysses.NAME):
+        raise ValueError(
+            f"attn_implementation={chosen}: {NAME} is in force, whose keys are not rotated; undo() it first"
+        )
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise ValueError(
+            f"output_attentions=True: {NAME} never forms the n x n weights; undo() it, then attn_implementation=eager"
+        )
+    call, cache = (
+        {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs},
+        kv_cache.in_call(args, kwargs),
+    )
+    if cache is not None and call.get("use_cache") is False:
+        # `generate` would feed it all tokens so far at every step; MPT's config has use_cache=False.
+        raise ValueError("use_cache=False with a KV cache: the cache would get each token many times; set it to True")
+    positions, mask = call.get("position_ids"), call.get("attention_mask")
+    if isinstance(cache, DynamicCache) and isinstance(mask, Tensor) and mask.dim() == 2:
+        _refuse_lost_tokens(mask.bool(), cache, call)
+    if positions is None or positions.shape[-1] == 1:
+        return
+    jumps = positions.diff(dim=-1) != 1
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        is_token = mask[:, -positions.shape[-1] :].bool()
+        jumps = jumps & is_token[:, 1:] & is_token[:, :-1]
+    if bool(jumps.any()):
+        raise ValueError(f"position_ids that jump (packed documents): {NAME} takes one stream a row")
+
+
+def _refuse_lost_tokens(mask: Bool[Tensor, "B T"], cache: DynamicCache, call: dict[str, Any]) -> None:
+    """Refuse padding among the keys of a windowed cache: it counts as tokens, and some that a query sees are gone."""
+    tokens = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    filled = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin) and layer.is_initialized]
+    num_new = 0 if tokens is None else tokens.shape[1]
+    for num_keys in {layer.keys.shape[2] + num_new for layer in filled}:
+        lost, kept = mask[:, :-num_keys].any(dim=1), (~mask[:, -num_keys:]).any(dim=1)
+        # Only of a window that is full, since the answer waits for the device.
+        if mask.shape[1] > num_keys and bool((lost & kept).any()):
+            raise ValueError(
+                "attention_mask with padding behind tokens: the sliding window of the KV cache has let go of tokens "
+                "that are still seen; pad on the left, or use DynamicCache() without a config"
+            )
+
+
+def _misfit_of(model: Any, found: list[Any]) -> str | None:
+    if not found:
+        return None
+    num_layers = getattr(model.config, "num_hidden_layers", len(found))
+    if sorted(module.layer_idx for module in found) != list(range(num_layers)):
+        return f"{len(found)} of its {num_layers} layers have attention, and others a state of their own"
+    if _has_state(model.config):
+        return "its layers have a recurrent state beside their attention"
+    return _misfit(_tried(model, found))
+
+
+def _misfit(trials: list[Trial]) -> str | None:
+    """Return what would make wrong numbers of the layers, in their order; None for nothing."""
+    plain = [str(index) for index, trial in enumerate(trials) if trial.rotates is False]
+    untried = [trial for trial in trials if not trial.reached_interface]
+    if plain:
+        return f"layers {', '.join(plain[:4])}{' ...' if len(plain) > 4 else ''} are without positions"
+    if any(trial.options.get("s_aux") is not None for trial in trials):
+        return "its attention has learned sinks"
+    if any(trial.makes_mask for trial in trials):
+        return "its attention makes masks of its own"
+    reason = (untried[0].reason or "it is not in the interface") if untried else ""
+    return f"its attention cannot be tried out by itself: {reason}" if untried else None
+
+
+def _tried(model: nn.Module, modules: list[Any]) -> list[Trial]:
+    """Each of the modules tried out with cos and sin of the model's own rotary module."""
+    site = find_rotary_site(model)
+    return attempt_all(modules, lambda module: site.cos_shape(layer_type(module)), model.config)
+
+
+def _has_state(config: Any) -> bool:
+    """Return True if layers keep a recurrent state in the cache, beside keys or instead of them."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
+
+
+def _is_numbered(module: nn.Module) -> bool:
+    return hasattr(module, "layer_idx")

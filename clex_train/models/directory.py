@@ -1,0 +1,128 @@
+"""The layout of a model on disk: a stock Hugging Face directory plus the three files that CLEX adds.
+
+config.json, model*.safetensors, tokenizer files    readable by any Hugging Face program (with plain RoPE)
+clex.json                                           L, t_max and the shape and quirks of the vector field
+clex.safetensors                                    the state of `scaling.clex.Clex`: weights, start, solver grid
+frequencies.safetensors                             the table theta(t) that training, evaluation and export share
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from msgspec import Meta
+from safetensors.torch import load_file, save_file
+
+from clex_train.config.scaling import LogScale
+from clex_train.scaling.clex import Clex
+from clex_train.scaling.solver import MAX_STEPS
+from clex_train.scaling.table import MOST_FACTORS, FrequencyTable
+from clex_train.utils import records
+from clex_train.utils.bounds import MOST_TOKENS
+from clex_train.utils.errors import first_line
+from clex_train.utils.files import BadFile, require_regular
+
+CLEX_JSON, CLEX_TENSORS, TABLE = "clex.json", "clex.safetensors", "frequencies.safetensors"
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""In the order in which transformers looks for them."""
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ClexRecord:
+    """What `clex.json` holds."""
+
+    context_len: Annotated[int, Meta(ge=1, le=MOST_TOKENS)]
+    t_max: Annotated[float, Meta(ge=1, le=MOST_FACTORS)]
+    act: str
+    param_factor: Annotated[float, Meta(gt=0)]
+    official_ntk_base: bool
+    tolerance: Annotated[float, Meta(gt=0)]
+    log_scale: str
+    format: int = FORMAT
+
+
+def has_clex(directory: Path) -> bool:
+    """Whether the directory was written by a CLEX run."""
+    return (directory / CLEX_JSON).is_file()
+
+
+def has_weights(directory: Path | str) -> bool:
+    """Return True if there are weight files that transformers reads, or an index of them."""
+    return any((Path(directory) / name).exists() for name in WEIGHT_FILES)
+
+
+def write_clex(
+    directory: Path, clex: Clex, table: FrequencyTable, context_len: int, log_scale: LogScale = LogScale.off
+) -> None:
+    """Write the three CLEX files into a model directory; the record says what the field is, not what was asked for."""
+    num_pairs, hidden = clex.up.shape
+    record = ClexRecord(
+        context_len=context_len,
+        t_max=clex.t_max,
+        act=clex.act,
+        param_factor=hidden / (2 * num_pairs),
+        official_ntk_base=clex.official_ntk_base,
+        tolerance=clex.tolerance,
+        log_scale=log_scale.value,
+    )
+    (directory / CLEX_JSON).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+    save_file(clex.state_dict(), directory / CLEX_TENSORS)
+    table.save(directory / TABLE)
+
+
+def read_record(directory: Path) -> ClexRecord:
+    """Read `clex.json`; `ValueError` names the file when it is damaged or of a later format."""
+    path = directory / CLEX_JSON
+    try:
+        record = records.read_record(path, ClexRecord)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: missing; copy the model directory again") from error
+    except BadFile as error:
+        raise ValueError(f"{path}: not a CLEX record ({error.reason}); copy the model directory again") from error
+    if record.log_scale not in [policy.value for policy in LogScale]:
+        raise ValueError(f"{path}: log_scale={record.log_scale!r} is no policy that this program knows; update it")
+    if record.format > FORMAT:
+        raise ValueError(f"{path}: format {record.format} is newer than this program's {FORMAT}; update it")
+    return record
+
+
+def read_clex(directory: Path) -> tuple[Clex, FrequencyTable, ClexRecord]:
+    """The vector field, its stored table and its record, as written; `ValueError` names a damaged file."""
+    record, path = read_record(directory), directory / CLEX_TENSORS
+    try:
+        require_regular(path)
+        state = load_file(path)
+        _require_described(state, record)
+        clex = Clex(
+            state["base_inv_freq"],
+            t_max=record.t_max,
+            param_factor=record.param_factor,
+            act=record.act,
+            official_ntk_base=record.official_ntk_base,
+            tolerance=record.tolerance,
+        )
+        clex.load_state_dict(state)
+    except Exception as error:  # whatever safetensors and torch raise over tensors that are not a field's
+        reason = first_line(error)
+        raise ValueError(f"{path}: not the field that {CLEX_JSON} describes ({reason}); copy it again") from error
+    for name, weight in clex.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{path}: `{name}` has weights that are not finite; copy it again")
+    return clex, FrequencyTable.load(directory / TABLE), record
+
+
+def _require_described(state: dict[str, torch.Tensor], record: ClexRecord) -> None:
+    """Raise `ValueError` before a field is made whose size, or whose solver's grid, the record alone decides."""
+    num_pairs, hidden = state["up"].shape
+    if state["base_inv_freq"].shape != (num_pairs,) or hidden != max(1, round(record.param_factor * 2 * num_pairs)):
+        raise ValueError(f"`up` is {num_pairs} x {hidden}, param_factor={record.param_factor:g}")
+    if not 1 <= int(state["steps"]) <= MAX_STEPS:
+        raise ValueError(f"`steps` is {int(state['steps'])}, from 1 to {MAX_STEPS} are sensible")

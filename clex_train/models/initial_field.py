@@ -1,0 +1,76 @@
+"""The vector field that a CLEX run starts from: that of an earlier run, of an official checkpoint, or a fresh one."""
+
+from pathlib import Path
+
+import torch
+
+from clex_train.config.root import Config
+from clex_train.config.scaling import LogScale, ScalingConfig
+from clex_train.models import directory as model_directory
+from clex_train.models import official
+from clex_train.scaling.clex import Clex
+from clex_train.utils import log
+from clex_train.utils.bounds import require
+
+logger = log.get(__name__)
+
+
+def starting_field(config: Config, base_inv_freq: torch.Tensor) -> tuple[Clex, LogScale]:
+    """The field that is in `model.path`, else a fresh one from `base_inv_freq` [P], and the log-scaling of the run.
+
+    `ValueError` names a key of `scaling` that does not fit the field that is there.
+    """
+    scaling, directory = config.scaling, Path(str(config.model.path))
+    has_weights = config.model.is_pretrained
+    if has_weights and model_directory.has_clex(directory):
+        clex, _, _ = model_directory.read_clex(directory)
+        return _continued(clex, scaling, directory), scaling.log_scale
+    if has_weights and official.is_official(directory):
+        field = official.read_official_field(directory, base_inv_freq, scaling.tolerance)
+        return _continued(field.clex, scaling, directory), _official_log_scale(field.log_scale, scaling, directory)
+    clex = Clex(
+        base_inv_freq,
+        t_max=scaling.t_max,
+        param_factor=scaling.param_factor,
+        act=scaling.act.value,
+        official_ntk_base=scaling.official_ntk_base,
+        tolerance=scaling.tolerance,
+        seed=config.seed,
+    )
+    return clex, scaling.log_scale
+
+
+def _continued(clex: Clex, scaling: ScalingConfig, directory: Path) -> Clex:
+    """A trained field, of the shape that the configuration asks for, served up to this run's t_max."""
+    factor = clex.up.shape[1] / (2 * clex.up.shape[0])
+    require(clex.act == scaling.act.value, "scaling.act", scaling.act.name, f"{directory} has {clex.act}; set that")
+    require(
+        round(scaling.param_factor * 2 * len(clex.base_inv_freq)) == clex.up.shape[1],
+        "scaling.param_factor",
+        scaling.param_factor,
+        f"{directory} has {factor:g}; set that",
+    )
+    require(
+        clex.official_ntk_base or not scaling.official_ntk_base,
+        "scaling.official_ntk_base",
+        scaling.official_ntk_base,
+        f"the field of {directory} was trained without it; leave the key out",
+    )
+    if clex.t_max != scaling.t_max:
+        logger.info("scaling.t_max=%g: the field of %s was trained up to %g", scaling.t_max, directory, clex.t_max)
+    clex.t_max, clex.tolerance = float(scaling.t_max), scaling.tolerance
+    logger.info("continuing the vector field of %s (official_ntk_base=%s)", directory, clex.official_ntk_base)
+    return clex
+
+
+def _official_log_scale(policy: str, scaling: ScalingConfig, directory: Path) -> LogScale:
+    """A checkpoint that was made for log-scaling keeps it; one without is free to take it up."""
+    if policy == "off":
+        return scaling.log_scale
+    require(
+        scaling.log_scale in (LogScale.off, LogScale(policy)),
+        "scaling.log_scale",
+        scaling.log_scale.name,
+        f"{directory} was made for scaling.log_scale={policy}; leave the key out",
+    )
+    return LogScale(policy)

@@ -1,0 +1,108 @@
+"""What `engine` may do with a model to hold less at once: the loss and the MLPs in tiles, layers' inputs on the host.
+
+None of it changes a number but by rounding. What a family cannot have is refused from its architecture alone.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from clex_train.config.engine import EngineConfig
+from clex_train.engine import activation_offload, tiled_mlp, token_loss
+from clex_train.engine.tiled_loss import Logits, implementation, tiled_cross_entropy
+from clex_train.models.load import num_parameters
+from clex_train.rope.probe import model_on_meta
+from clex_train.utils import log
+
+logger = log.get(__name__)
+
+
+def check(engine: EngineConfig, arch: PretrainedConfig, trust_remote_code: bool = False) -> None:
+    """`ValueError` in one line, naming the model type, for what an architecture cannot have. Needs no weights."""
+    if engine.tiled_loss is None and engine.tiled_mlp is None:
+        return
+    model = model_on_meta(arch, trust_remote_code)
+    if engine.tiled_mlp is not None:
+        try:
+            tiled_mlp.find(decoder_layers(model))
+        except ValueError as error:
+            raise ValueError(
+                f"engine.tiled_mlp={engine.tiled_mlp}: model_type={arch.model_type}: {error}; set it to null"
+            ) from error
+    if engine.tiled_loss is not None and not _loss_is_that_of_its_logits(model):
+        raise ValueError(
+            f"engine.tiled_loss={engine.tiled_loss}: model_type={arch.model_type} makes its loss of more than its "
+            "output layer, logit scaling and soft-capping (a router's loss?); set it to null"
+        )
+
+
+def install(model: PreTrainedModel, engine: EngineConfig) -> None:
+    """Prepare a model, whose layers are recomputed already if they are to be, before the engine is built."""
+    install_tiles(model, engine)
+    if engine.offload_activations:
+        activation_offload.install(model)
+
+
+def install_tiles(model: PreTrainedModel, engine: EngineConfig) -> None:
+    """The loss and the MLPs in tiles, if they are to be."""
+    if engine.tiled_mlp is not None:
+        tiled_mlp.install(tiled_mlp.find(decoder_layers(model)), engine.tiled_mlp)
+    if engine.tiled_loss is not None:
+        token_loss.install_tiles(model, engine.tiled_loss)
+
+
+def announce(model: PreTrainedModel, engine: EngineConfig, device: torch.device) -> None:
+    """Say in the log what is in force and what it makes no use of."""
+    if engine.tiled_loss is not None:
+        head: Any = model.get_output_embeddings()
+        chosen = implementation(device, head.bias is not None, Logits.of(model.config))
+        by = "in PyTorch" if chosen is tiled_cross_entropy else "by Liger's fused kernel, which chooses its own"
+        logger.info("engine.tiled_loss=%d: the loss is made in tiles, %s", engine.tiled_loss, by)
+    if engine.offload_activations and device.type == "cpu":
+        logger.info("engine.offload_activations=true changes nothing here: the layers run on a CPU")
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers: the list of modules with the most parameters."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return max(lists, key=num_parameters)
+
+
+class _Given(nn.Module):
+    """Stands in for a decoder: whatever it is asked, its hidden states are these."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden)
+
+
+def _loss_is_that_of_its_logits(model: Any) -> bool:
+    """Whether a model's own code, between given hidden states and a small output layer, makes the loss of tiles.
+
+    `model` has no weights and is used up. Large logits make soft-capping show.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or model.base_model is model:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    hidden, small = torch.randn(1, 6, 4, generator=generator), nn.Linear(4, head.out_features, head.bias is not None)
+    for parameter in small.parameters():
+        nn.init.normal_(parameter, std=20.0, generator=generator)
+    labels = torch.randint(head.out_features, (1, 6), generator=generator)
+    model.set_output_embeddings(small)
+    setattr(model, model.base_model_prefix, _Given(hidden))
+    targets = token_loss.shifted(labels)[0]
+    with torch.no_grad():
+        try:
+            own = model(input_ids=labels, labels=labels, use_cache=False).loss
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            # It asks its decoder for more than hidden states.
+            return False
+        total = tiled_cross_entropy(hidden[0], targets, small.weight, small.bias, 4, Logits.of(model.config))
+    return bool(torch.isclose(own.float(), total / token_loss.num_scored(targets), rtol=1e-4))

@@ -1,0 +1,80 @@
+"""`final/`: the trained model as one Hugging Face directory, with the ODE, its table and the tokenizer beside it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clex_train.models import directory as model_directory
+from clex_train.models import weight_files
+from clex_train.models.load import LoadedModel, bars_on_a_terminal
+from clex_train.utils import checksums, distributed, log
+from clex_train.utils.errors import first_line
+from clex_train.utils.files import BadFile, complete_or_absent
+from clex_train.utils.records import read_json
+
+logger = log.get(__name__)
+
+LARGEST = 2**28
+"""Bytes of a JSON file of a model, such as tokenizer.json, that are read at most."""
+
+
+def write_final(directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Tensor], tokenizer: Any) -> None:
+    """Write a model directory that appears complete or not at all. Rank 0 writes; collective.
+
+    `state_dict` holds the consolidated weights on rank 0 (`engine.deepspeed.consolidated_state_dict`). Raises
+    `RunStopped` on every rank when it cannot be written: the
+    checkpoints of the run have what it would hold.
+    """
+    distributed.write_on_main(lambda: _write(directory, loaded, state_dict, tokenizer))
+
+
+def _write(directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Tensor], tokenizer: Any) -> None:
+    with complete_or_absent(directory) as folder:
+        loaded.model.config.use_cache = True
+        with bars_on_a_terminal():
+            loaded.model.save_pretrained(folder, state_dict=state_dict)
+        tokenizer.save_pretrained(folder)
+        if loaded.clex is not None:
+            assert loaded.table is not None, "solve_table comes first"
+            model_directory.write_clex(folder, loaded.clex, loaded.table, loaded.context_len, loaded.log_scale)
+        checksums.write(folder)
+    logger.info("the final model is in %s", directory)
+
+
+def is_finished(directory: Path) -> bool:
+    """Tell whether `final/` holds a whole model; a damaged one is named. Rank 0 reads, all ranks agree. Collective.
+
+    Every byte is hashed: 14 GB take half a minute on one rank, in a launch that does nothing else.
+    """
+    reason = distributed.broadcast_object(_why_damaged(directory) if distributed.is_main() else None)
+    if reason is not None and directory.exists() and distributed.is_main():
+        logger.warning("%s is damaged: %s; it is written again from the last checkpoint", directory, reason)
+    return reason is None
+
+
+def _why_damaged(directory: Path) -> str | None:
+    if not directory.is_dir():
+        return "it is missing"
+    try:
+        if checksums.has(directory):
+            checksums.require_contents(directory)
+        else:
+            _require_readable(directory)
+    except checksums.Damaged as damaged:
+        return str(damaged)
+    return None
+
+
+def _require_readable(directory: Path) -> None:
+    """Look for damage in what an earlier version wrote, without sums: in JSON files and in the headers of weights."""
+    for path in sorted(directory.glob("*.json")):
+        try:
+            read_json(path, most=LARGEST)
+        except (FileNotFoundError, BadFile) as error:
+            raise checksums.Damaged(f"{path.name} is no JSON") from error
+    try:
+        for path in {*weight_files.files(directory), *directory.glob("*.safetensors")}:
+            weight_files.header(path)
+    except ValueError as error:
+        raise checksums.Damaged(first_line(error)) from error

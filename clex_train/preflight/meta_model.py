@@ -1,0 +1,131 @@
+"""A model's shape without its weights: parameters counted and memory measured on the meta device, for any size."""
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from clex_train.config.engine import EngineConfig
+from clex_train.engine import activation_offload, token_loss
+from clex_train.models import memory_options
+from clex_train.models.load import num_parameters, recompute_layers
+from clex_train.models.memory_options import decoder_layers
+from clex_train.preflight.activations import Footprint, SizesOnHost, attention_by_sizes, measure
+from clex_train.preflight.ulysses_memory import exchanged_by_sizes
+from clex_train.rope.patch import install_rotary
+from clex_train.scaling.spectrum import Spectrum
+
+FUSED = "sizes_of_a_fused_kernel"
+AttentionInterface.register(FUSED, attention_by_sizes)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters; `blocks` in the order of use: embedding, each layer, what comes after."""
+
+    total: int
+    trainable: int
+    blocks: tuple[int, ...]
+    base_inv_freq: Tensor
+    """The model's own inverse frequencies, float64 [P]."""
+
+
+def count(arch: PretrainedConfig) -> Counts:
+    """Count parameters, each once however many places share it. `ValueError` for a model without RoPE."""
+    model = on_meta(arch, torch.float32, "eager")
+    embedding: Any = model.get_input_embeddings()
+    layers = [num_parameters(layer) for layer in decoder_layers(model)]
+    total, before = num_parameters(model), num_parameters(embedding)
+    return Counts(
+        total=total,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        blocks=(before, *layers, total - before - sum(layers)),
+        base_inv_freq=install_rotary(model, 1).base_inv_freq,
+    )
+
+
+def footprint(
+    arch: PretrainedConfig,
+    *,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype,
+    attention: str,
+    engine: EngineConfig,
+    learns_frequencies: bool,
+) -> Footprint:
+    """Activations of a micro-batch of `rows` rows of `tokens` tokens. `attention` is a back end of transformers.
+
+    Of `engine`, what decides on them: recomputation, inputs on the host, tiles, and ranks that share rows, of which
+    `tokens` are this rank's part.
+
+    Layers that are all alike are measured on 2 and 3 of them and extended: bytes grow by the same for each layer.
+    """
+    implementation = "eager" if attention == "eager" else _fused(engine.sequence_parallel)
+
+    def measured(shape: PretrainedConfig) -> Footprint:
+        model = on_meta(shape, dtype, implementation).train()
+        host = SizesOnHost()
+        if engine.activation_checkpointing:
+            recompute_layers(model)
+        if engine.offload_activations:
+            activation_offload.install(model, host.keeping)
+        memory_options.install_tiles(model, engine)
+        found = _measure(model, rows, tokens, token_loss.of(engine), learns_frequencies)
+        return dataclasses.replace(found, host=host.bytes)
+
+    num_layers = arch.get_text_config().num_hidden_layers
+    if num_layers <= 3 or not _layers_are_alike(arch):
+        return measured(arch)
+    two, three = measured(_shortened(arch, 2)), measured(_shortened(arch, 3))
+    return two.extended(three, num_layers - 2)
+
+
+def _measure(
+    model: PreTrainedModel, rows: int, tokens: int, loss: token_loss.Loss, learns_frequencies: bool
+) -> Footprint:
+    # L is of no consequence here: nothing is scaled, and a model with windows alone may be trained as it is.
+    handle = install_rotary(model, 1)
+    input_ids = torch.zeros(rows, tokens, dtype=torch.int64, device="meta")
+    if not learns_frequencies:
+        return measure(model, input_ids, loss)
+    leaf = torch.empty_like(handle.base_inv_freq, device="meta").requires_grad_()
+    positions = torch.empty(rows, tokens, dtype=torch.float64, device="meta")
+    with handle.training(Spectrum(leaf), positions):
+        return measure(model, input_ids, loss)
+
+
+def _fused(ranks: int) -> str:
+    """The name of a fused kernel, and of the exchange around it where ranks share rows."""
+    if ranks == 1:
+        return FUSED
+    name = f"{FUSED}_over_{ranks}_ranks"
+    AttentionInterface.register(name, partial(exchanged_by_sizes, ranks=ranks))
+    return name
+
+
+def on_meta(arch: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    # Left out, transformers asks on the terminal. A model's own configuration class was read with the user's leave.
+    allowed = not type(arch).__module__.startswith("transformers.")
+    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": allowed}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(arch), **options)
+
+
+def _layers_are_alike(arch: PretrainedConfig) -> bool:
+    return len(set(getattr(arch.get_text_config(), "layer_types", None) or [None])) == 1
+
+
+def _shortened(arch: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    """The same architecture with fewer layers."""
+    short = copy.deepcopy(arch)
+    text = short.get_text_config()
+    text.num_hidden_layers = num_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:num_layers]
+    return short

@@ -1,0 +1,80 @@
+"""Memory ran out: the estimate of what each rank holds, and what to turn down, instead of a traceback."""
+
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+
+from clex_train.config.engine import EngineConfig, Offload
+from clex_train.config.root import Config
+from clex_train.preflight import dry_run
+from clex_train.utils import distributed
+from clex_train.utils.errors import first_line
+
+STATE, ROWS = ("parameters", "gradients", "optimizer"), ("activations", "logits")
+
+
+def explain(config: Config, error: BaseException) -> str:
+    """What to print: where it happened, the estimate per part, and the remedies with the most effect first."""
+    what = f"out of memory on rank {distributed.rank()}: {first_line(error)}"
+    try:
+        plan = dry_run.make_plan(config)
+    except ValueError as refused:
+        return f"{what}\n(no estimate: {refused})\nturn down: {'; '.join(_rows(config))}"
+    ways = (*_rows(config, plan), *_state(config))
+    if _share(plan, STATE) > _share(plan, ROWS):
+        ways = (*_state(config), *_rows(config, plan))
+    return "\n".join(
+        (
+            f"{what}; the checkpoints are intact",
+            *dry_run.memory_table(plan),
+            f"turn down, most effect first: {'; '.join(ways)}",
+            "dry_run=true shows the estimate of any change without a GPU",
+        )
+    )
+
+
+def _share(plan: dry_run.Plan, names: tuple[str, ...]) -> float:
+    """Most bytes that the parts of these names hold together at one moment."""
+    return max(sum(moment) for moment in zip(*(part.device for part in plan.parts if part.name in names), strict=True))
+
+
+def _rows(config: Config, plan: dry_run.Plan | None = None) -> Iterator[str]:
+    """For activations and logits, those for the larger of the two first."""
+    engine = config.engine
+    if engine.micro_batch is None:
+        readers = distributed.world_size() // engine.sequence_parallel
+        yield f"engine.micro_batch=1 (instead of a rank's {config.optim.batch_rows // readers} rows)"
+    elif engine.micro_batch > 1:
+        yield f"engine.micro_batch={engine.micro_batch // 2} (more micro-batches, the same numbers)"
+    ways = (_activations(engine), _logits(engine))
+    logits_first = plan is not None and _share(plan, ("logits",)) > _share(plan, ("activations",))
+    yield from chain(*(reversed(ways) if logits_first else ways))
+    if distributed.world_size() % (2 * engine.sequence_parallel) == 0:
+        yield f"engine.sequence_parallel={2 * engine.sequence_parallel} (half as many tokens of a row on each rank)"
+    yield f"data.seq_len (now {config.data.seq_len})"
+
+
+def _logits(engine: EngineConfig) -> Iterator[str]:
+    if engine.tiled_loss is None:
+        yield "engine.tiled_loss=1024 (a tile's logits at a time, the same numbers)"
+
+
+def _activations(engine: EngineConfig) -> Iterator[str]:
+    if not engine.activation_checkpointing:
+        yield "engine.activation_checkpointing=true (a third more time, the same numbers)"
+    elif not engine.offload_activations and torch.cuda.is_available():
+        yield "engine.offload_activations=true (what layers are recomputed from, in host memory)"
+    if engine.tiled_mlp is None:
+        yield "engine.tiled_mlp=4096 (MLPs a tile at a time, computed once more; the same numbers)"
+
+
+def _state(config: Config) -> Iterator[str]:
+    engine = config.engine
+    if engine.zero_stage < 3:
+        yield "engine.zero_stage=3"
+    if engine.offload is Offload.none:
+        yield "engine.offload=optimizer"
+    elif engine.offload is Offload.optimizer:
+        yield "engine.offload=all (with engine.zero_stage=3)"
+    yield f"or more ranks (now {distributed.world_size()}), among which the state is split"

@@ -1,0 +1,154 @@
+"""Models that are evaluated as they are, though no theta(t) can be trained on them.
+
+ALiBi, learned positions and the like have nothing to scale: the handle only watches the length. A RoPE of rope_type
+dynamic or longrope follows the length of each call by itself: here it follows the length that the handle says, so that
+a window read in chunks is read as in one forward. Shapes: `P` pairs = rotary_dim / 2.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from clex_train.attention import kv_cache
+from clex_train.rope import probe
+from clex_train.rope.patch import LengthListener, RotaryHandle
+from clex_train.scaling.spectrum import Spectrum
+from clex_train.scaling.table import Frequencies
+
+MOST_KNOWN = 256
+
+
+def install_as_is(model: nn.Module, context_len: int) -> RotaryHandle:
+    """Make the handle of a model that is only read: it does what it did before, whatever its positions are.
+
+    `context_len` is L in tokens. `ValueError` names a model type that cannot be read through a KV cache, or whose
+    RoPE follows the length in a way of its own.
+    """
+    if not probe.has_rotary(model):
+        return WithoutRotary(model, context_len)
+    site = probe.find_rotary(model)
+    config = getattr(model, "config", None)
+    if isinstance(getattr(site.module, "rope_type", None), dict):
+        # Local layers keep one spectrum, so of several RoPEs none may follow the length.
+        probe.require_own_length(site.module, config)
+    traits = probe.probe(site.module, config)
+    follows = probe.followed_length(site.module) is not None
+    own = OwnScaling(site.module, traits, context_len) if follows else None
+    return RotaryHandle(model, site, traits, context_len, own)
+
+
+def handle_without_weights(config: PretrainedConfig, context_len: int, trust_remote_code: bool = False) -> RotaryHandle:
+    """`install_as_is` on an architecture alone, to know beforehand what can be asked of it."""
+    return install_as_is(probe.model_on_meta(config, trust_remote_code), context_len)
+
+
+class OwnScaling:
+    """theta at every number of tokens as the model's own rotary module has it (`scaling.table.Frequencies`)."""
+
+    def __init__(self, module: nn.Module, traits: probe.Traits, context_len: int) -> None:
+        self.method = str(probe.followed_length(module))
+        self.context_len: int | None = context_len
+        self.num_pairs = len(traits.base[traits.scaled].inv_freq)
+        self.t_max = float("inf")
+        self._module, self._traits, self._length = module, traits, context_len
+        self._known: dict[int, Spectrum] = {}
+        self.at(2.0)
+
+    def at(self, t: float) -> Spectrum:
+        """The spectrum of a call of t * L tokens."""
+        return self.least_upper_bound(round(t * self._length), self._length)
+
+    def least_upper_bound(self, num_tokens: int, context_len: int, clamp: bool = False) -> Spectrum:
+        """The spectrum of a call of `num_tokens` tokens; there is no t_max, so nothing to clamp."""
+        if num_tokens not in self._known:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            t = max(1.0, num_tokens / context_len)
+            self._known[num_tokens] = probe.spectrum_at(self._module, self._traits, num_tokens, t)
+        return self._known[num_tokens]
+
+
+class WithoutRotary(RotaryHandle):
+    """The handle of a model without RoPE: nothing is replaced, tables have no pairs, t is only a label.
+
+    `max_tokens` is how many positions a model with a table of them has, None where there is no limit.
+    """
+
+    def __init__(self, model: nn.Module, context_len: int) -> None:
+        self.model, self.context_len = model, context_len
+        self.table: Frequencies | None = None
+        self.own: Frequencies | None = None
+        config: Any = getattr(model, "config", None)
+        self.max_tokens: int | None = None
+        if not probe.has_alibi(model):
+            self.max_tokens = getattr(config, "max_position_embeddings", None)
+        if not kv_cache.takes_keys(model):
+            raise ValueError(
+                f"model_type={self.model_type}: no rotary position embedding and no KV cache to read windows through; "
+                "use a transformer"
+            )
+
+    @property
+    def base_inv_freq(self) -> Float64[Tensor, " P"]:
+        """No frequencies: P = 0."""
+        return torch.zeros(0, dtype=torch.float64)
+
+    @property
+    def layout(self) -> str | None:
+        """No pairs."""
+        return None
+
+    def use(self, table: Frequencies | None, clamp: bool = False) -> None:
+        """Keep the table, which labels lengths with t; `ValueError` for one that has frequencies."""
+        if table is not None and table.num_pairs:
+            raise ValueError(f"table of {table.num_pairs} pairs: model_type={self.model_type} has no RoPE")
+        self.table = table
+
+    @contextmanager
+    def pinned(self, t: float) -> Iterator[None]:
+        """The model as it is."""
+        yield
+
+    @contextmanager
+    def fixed(self, num_tokens: int) -> Iterator[None]:
+        """The model as it is, with room for `num_tokens`; `ValueError` beyond its table of positions."""
+        self.require_room(num_tokens)
+        config: Any = self.model.config
+        room = getattr(config, "max_seq_len", None)
+        # MPT builds its biases for this many tokens; those of fewer are their tail, so more of them change nothing.
+        if room is None or room >= num_tokens:
+            yield
+            return
+        config.max_seq_len = num_tokens
+        try:
+            yield
+        finally:
+            config.max_seq_len = room
+
+    def require_room(self, num_tokens: int) -> None:
+        """`ValueError` naming both numbers when the model has fewer positions."""
+        if self.max_tokens is not None and num_tokens > self.max_tokens:
+            raise ValueError(
+                f"num_tokens={num_tokens}: model_type={self.model_type} has learned or tabled positions for "
+                f"{self.max_tokens} tokens and no others; shorten evaluation.lengths"
+            )
+
+    @contextmanager
+    def training(
+        self, spectrum: Spectrum, positions: Tensor | None = None, num_tokens: int | None = None
+    ) -> Iterator[None]:
+        """Refused: there are no frequencies to train."""
+        raise ValueError(f"model_type={self.model_type}: no rotary position embedding; use a RoPE model")
+        yield
+
+    def on_length(self, listener: LengthListener) -> Callable[[], None]:
+        """Refused: what follows the length goes with a CLEX field."""
+        raise ValueError(f"model_type={self.model_type}: no rotary position embedding, so no length is followed")
+
+    def undo(self) -> None:
+        """Nothing was changed."""

@@ -1,0 +1,80 @@
+"""Find the layers that the scaled RoPE rotates and how far back they see: is there anything to extend?
+
+Layers are tried out one by one (`libraries.layers`), since families skip the rotation in layers with full attention
+(SmolLM3, EXAONE 4, Cohere 2), and see through windows in some layers or all (Gemma, Mistral v0.1, Phi-3 4k).
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from clex_train.attention import layer_probe
+from clex_train.rope.probe import Traits, find_rotary, model_on_meta, probe, require_frequencies
+from clex_train.rope.rotary import EXPANSIONS
+
+
+def local_layers(model: nn.Module, traits: Traits, context_len: int) -> frozenset[int]:
+    """List the layers whose window of at most L tokens shows them no new distance, where all share one RoPE.
+
+    Where layer types have a RoPE each, the rotary module keeps them apart by itself.
+    """
+    if traits.scaled is not None:
+        return frozenset()
+    windows = {module.layer_idx: layer_probe.own_window(module) for module in layer_probe.rotary_attention(model)}
+    return frozenset(index for index, window in windows.items() if window is not None and window <= context_len)
+
+
+def scaled_layers(model: nn.Module, traits: Traits, local: Collection[int]) -> dict[int, bool | None]:
+    """Say by layer index whether the scaled RoPE rotates its keys: None for unknown, False for `local` ones."""
+    tried = _tried(model, traits)
+    return {module.layer_idx: False if module.layer_idx in local else rotates for module, rotates in tried}
+
+
+def require_scalable(model: nn.Module, rotary: nn.Module, traits: Traits, context_len: int) -> None:
+    """Raise `ValueError` naming the model type where other frequencies than its own would be of no use.
+
+    Some of them are 0 and stay so at every t, or every layer that rotates sees a window of at most L tokens and meets
+    no distance that it was not trained on. `rotary` is the model's own rotary module.
+    """
+    require_frequencies(rotary, traits, getattr(model, "config", None))
+    _require_reach(model, traits, context_len)
+
+
+def require_scalable_config(config: PretrainedConfig, context_len: int, trust_remote_code: bool = False) -> None:
+    """Check an architecture like `require_scalable`, without weights."""
+    model = model_on_meta(config, trust_remote_code)
+    rotary = find_rotary(model).module
+    require_scalable(model, rotary, probe(rotary, model.config), context_len)
+
+
+def _require_reach(model: nn.Module, traits: Traits, context_len: int) -> None:
+    tried = _tried(model, traits)
+    windows = [layer_probe.own_window(module) for module, rotates in tried if rotates]
+    open_ended = any(window is None or window > context_len for window in windows)
+    if not windows or open_ended or any(rotates is None for _, rotates in tried):
+        return
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    longest = max(window for window in windows if window is not None)
+    known = f"model_type={kind}: every layer with RoPE sees a window of {longest} tokens, of L = {context_len}"
+    if any(layer_probe.own_window(module) is None for module, _ in tried):
+        raise ValueError(f"{known}, and the layers with full attention have no positions: nothing can be extended")
+    raise ValueError(f"{known}: nothing can be extended; set sliding_window to null in config.json")
+
+
+def _tried(model: nn.Module, traits: Traits) -> list[tuple[Any, bool | None]]:
+    """Try every attention module with positions: does the scaled RoPE rotate its keys?"""
+
+    def cos_shape(module: Any) -> tuple[int, ...] | None:
+        kind = None if traits.scaled is None else layer_probe.layer_type(module)
+        if kind not in traits.base:
+            return None
+        return tuple(EXPANSIONS[traits.expansion](torch.empty(1, 2, len(traits.base[kind].inv_freq))).shape)
+
+    modules = layer_probe.rotary_attention(model)
+    trials = layer_probe.attempt_all(modules, cos_shape, getattr(model, "config", None))
+    is_local = [traits.scaled is not None and layer_probe.layer_type(module) != traits.scaled for module in modules]
+    found = zip(modules, trials, is_local, strict=True)
+    return [(module, False if local else trial.rotates) for module, trial, local in found]

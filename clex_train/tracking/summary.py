@@ -1,0 +1,167 @@
+"""Compose the block of lines that a program prints first: what it is about to do, to which model, where.
+
+Every line is `  label       text`. Programs print the block before they read weights or take a GPU, and what they log
+meanwhile comes after it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+
+from clex_train.config.engine import Offload
+from clex_train.config.model import ModelConfig
+from clex_train.config.root import Config
+from clex_train.config.scaling import FORMULAS, ScalingName
+from clex_train.utils import distributed, log
+
+LABEL = 12
+PACKAGES = ("torch", "transformers", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that a program is about to run, as far as it is known without its weights."""
+
+    weights: str
+    """Where they come from, in words: a directory, a hub name, or an architecture with random ones."""
+    model_type: str
+    num_parameters: int
+    dtype: torch.dtype
+    context_len: int
+    """L in tokens."""
+    context_source: str
+    """What says so."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How the sequences of an optimizer step are shared."""
+
+    world_size: int
+    micro_batch: int
+    accumulation: int
+
+
+def say(title: str, lines: Iterable[str]) -> None:
+    """Print a block on rank 0, to standard error, so that standard output has results alone."""
+    if distributed.is_main():
+        print(log.printable("\n".join((title, *lines))), file=sys.stderr, flush=True)
+    log.release()
+
+
+def versions() -> str:
+    """Return the versions of the libraries that numbers depend on."""
+    return ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+
+
+def labelled(label: str, text: str) -> str:
+    """Return one line of a block; a label that is empty continues the line above."""
+    return f"  {label:<{LABEL}}{text}"
+
+
+def weights_of(named: ModelConfig, is_there: bool = True) -> str:
+    """Return where the weights of a run come from, in words; without them, what stands in for a plan."""
+    if not named.is_pretrained:
+        return f"random weights for the architecture of {named.config or named.path}"
+    planned_by = "" if is_there else f" (not on this machine; planned by the architecture of {named.config})"
+    return f"pretrained weights of {named.path or named.config}{planned_by}"
+
+
+def model(subject: Subject) -> Iterator[str]:
+    """Yield what is known of the model: its weights and its context."""
+    dtype = str(subject.dtype).removeprefix("torch.")
+    yield labelled("model", f"{subject.weights}: {subject.model_type}, {subject.num_parameters:,} parameters, {dtype}")
+    yield labelled("context", f"L = {subject.context_len:,} tokens ({subject.context_source})")
+
+
+def training(config: Config, subject: Subject, batch: Batch, data: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of a training run or its plan; `data` are the lines about what it reads."""
+    yield from model(subject)
+    yield labelled("scaling", _scaling(config, subject.context_len))
+    yield from data
+    yield from _steps(config, batch, subject.context_len)
+    yield labelled("engine", _engine(config, batch))
+    yield labelled("evaluation", _evaluation(config, subject.context_len))
+
+
+def output(config: Config) -> Iterator[str]:
+    """Yield where a run writes, and how it is ended and resumed."""
+    every = config.checkpoint.every
+    kept = f"a checkpoint every {every:,} steps and at the end" if every else "a checkpoint at the end only"
+    yield labelled("output", f"{config.output_dir}: {kept}, then the model in final/")
+    yield labelled(
+        "to stop",
+        "Ctrl-C saves and stops, as do SIGTERM and a file named stop in that folder; the same command goes on",
+    )
+
+
+def device() -> str:
+    """Return what this rank computes on, in words."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
+
+
+def _counted(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def _steps(config: Config, batch: Batch, context_len: int) -> Iterator[str]:
+    rows, seq_len, optim = config.optim.batch_rows, config.data.seq_len, config.optim
+    in_contexts = "" if seq_len == context_len else f" ({seq_len / context_len:g} L)"
+    sequences = f"{_counted(rows, 'sequence')} * {seq_len:,} tokens{in_contexts}"
+    each = f"{_counted(batch.micro_batch, 'sequence')} * {_counted(batch.accumulation, 'micro-batch', 'micro-batches')}"
+    tokens = f"{rows * seq_len:,} tokens a step"
+    yield labelled("batch", f"{sequences} = {tokens}: {_readers(config, batch)} * {each}")
+    yield labelled("steps", f"{optim.steps:,}, in all {rows * seq_len * optim.steps:,} tokens")
+    warmup = _counted(round(optim.warmup * optim.steps), "warm-up step")
+    yield labelled("optimizer", f"AdamW, lr {optim.lr:g}, {optim.schedule.value} after {warmup}")
+
+
+def _readers(config: Config, batch: Batch) -> str:
+    """Return who reads sequences of its own: a rank, or several together."""
+    size = config.engine.sequence_parallel
+    if size == 1:
+        return _counted(batch.world_size, "rank")
+    return f"{_counted(batch.world_size // size, 'group')} of {size} ranks"
+
+
+def _engine(config: Config, batch: Batch) -> str:
+    offload = "" if config.engine.offload is Offload.none else f", offload {config.engine.offload.name}"
+    return f"DeepSpeed ZeRO-{config.engine.zero_stage}{offload}, {_counted(batch.world_size, 'rank')}"
+
+
+def _scaling(config: Config, context_len: int) -> str:
+    scaling = config.scaling
+    if scaling.name is ScalingName.none:
+        return f"none: plain RoPE, contexts up to L = {context_len:,} tokens"
+    if scaling.name in FORMULAS:
+        return _formula(config, context_len)
+    reach = int(scaling.t_max * context_len)
+    return (
+        f"clex: t from 1 to {scaling.t_max:g}, L = {context_len:,}: contexts up to {reach:,} tokens; "
+        f"positions {scaling.positions.name}"
+    )
+
+
+def _formula(config: Config, context_len: int) -> str:
+    scaling = config.scaling
+    factor = scaling.factor_for(config.data.seq_len, context_len)
+    base = f", rope_theta {scaling.rope_theta:g}" if scaling.name is ScalingName.theta else ""
+    return (
+        f"{scaling.name.name}: factor {factor:g}{base}, L = {context_len:,}: contexts up to "
+        f"{round(factor * context_len):,} tokens; positions {scaling.positions.name}"
+    )
+
+
+def _evaluation(config: Config, context_len: int) -> str:
+    if config.evaluation.every < 0:
+        return "never"
+    lengths = ", ".join(f"{n:,} ({n / context_len:g} L)" for n in config.evaluation.lengths)
+    when = f"every {config.evaluation.every} steps and at the end" if config.evaluation.every else "at the end"
+    methods = ", ".join(method.value for method in config.evaluation.methods)
+    protocols = ", ".join(protocol.name for protocol in config.evaluation.protocols)
+    return f"{lengths} tokens; {methods}; {protocols}; {when}"

@@ -1,0 +1,113 @@
+"""Where a number stopped being finite: the first module, by a second forward and backward pass with hooks.
+
+Run after the fact, on the micro-batch that gave it: hooks that look at every output in every step would make the device
+wait for the host each time.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clex_train.models.weights import spoilt_parameter
+from clex_train.scaling.solver import UnstableField
+
+DIVERGED = 2.0
+"""A loss this many times that of the first step is that of a model which has come apart."""
+LARGEST_LR = 0.1
+"""AdamW moves a weight by about the learning rate in a step, and weights are of the order of 0.01 to 1."""
+
+
+class FirstNonFinite:
+    """Names of modules: `output` the first in the forward pass whose output, `gradient` the first in the backward pass
+    whose output's gradient is not finite; None while there is none.
+    """
+
+    def __init__(self) -> None:
+        self.output: str | None = None
+        self.gradient: str | None = None
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Hooks on every module of `model` within the block."""
+        handles = [
+            module.register_forward_hook(self._hook(name or type(model).__name__))
+            for name, module in model.named_modules()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __bool__(self) -> bool:
+        return self.output is not None or self.gradient is not None
+
+    def __str__(self) -> str:
+        if self.output:
+            return f"first in the output of {self.output}"
+        if self.gradient:
+            return f"first in the gradient of the output of {self.gradient}"
+        return "not again in a second pass, or in the gradients of weights alone"
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            for tensor in _tensors(output):
+                if self.output is None and not tensor.isfinite().all():
+                    self.output = name
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: self._look_back(name, gradient))
+
+        return look
+
+    def _look_back(self, name: str, gradient: Tensor) -> None:
+        if self.gradient is None and not gradient.isfinite().all():
+            self.gradient = name
+
+
+def find(model: nn.Module, loss: Callable[[], Tensor]) -> FirstNonFinite:
+    """Run `loss` and its backward pass under watch; no gradient is left on any parameter. Collective under ZeRO-3."""
+    found, embedded = FirstNonFinite(), []
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    first = embedding.register_forward_hook(lambda module, inputs, output: embedded.append(output))
+    try:
+        with found.watching(model):
+            # Towards the embedding's output and no further: the weights' gradients are not computed.
+            torch.autograd.grad(loss(), embedded[:1], allow_unused=True)
+    finally:
+        first.remove()
+    return found
+
+
+def remedy(model: nn.Module) -> str:
+    """Advise on losses or gradients that are not finite; collective."""
+    name = spoilt_parameter(model)
+    if name is None:
+        return "lower optim.lr in another output_dir, or leave the rows out"
+    return f"the weights of {name} are not finite: start from others"
+
+
+def why_unstable(model: nn.Module, error: UnstableField, losses: Sequence[float], lr: float) -> str:
+    """Explain a field that cannot be used: by the model, if its weights or losses say so. Collective."""
+    spoilt = spoilt_parameter(model)
+    if spoilt:
+        return f"the weights of {spoilt} are not finite, and {error.what}; lower optim.lr={lr:g}"
+    if losses and not losses[-1] <= DIVERGED * losses[0]:
+        return f"the loss went from {losses[0]:.4g} to {losses[-1]:.4g}, and {error.what}; lower optim.lr={lr:g}"
+    if lr > LARGEST_LR:
+        return f"optim.lr={lr:g} moves every weight by as much in a step, and {error.what}; lower optim.lr"
+    return str(error)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)

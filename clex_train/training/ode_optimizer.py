@@ -1,0 +1,143 @@
+"""The ODE's own training step, outside the DeepSpeed engine.
+
+    begin       draw t, solve for theta(t), detach it as a leaf that every layer and micro-batch of the step shares
+    gradient    what the step's backward passes left on the leaf, to be averaged over the ranks
+    finish      run the one backward pass through the ODE with that, clip, step
+    look_ahead  solve for the next step; like `finish` beside the device, which is busy with the update of the weights
+
+The ODE is small, float32 and replicated on the CPU of each rank, so neither the engine's bf16 cast nor its global
+gradient norm touches it. (CLEX, arXiv 2310.16450; design in docs/mathematics.md.)
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from clex_train.config.scaling import ScalingConfig
+from clex_train.scaling.clex import Clex
+from clex_train.scaling.position_sampling import draw_t
+from clex_train.scaling.solver import UnstableField
+from clex_train.scaling.spectrum import Spectrum
+from clex_train.scaling.table import scale_grid
+from clex_train.utils import distributed, log
+
+logger = log.get(__name__)
+
+
+class OdeOptimizer:
+    """Trains a `Clex` beside the engine: `spectrum = begin(step)`, forwards and backwards, then `finish(lr)`."""
+
+    def __init__(self, clex: Clex, config: ScalingConfig, seed: int) -> None:
+        self.clex = clex
+        self.config = config
+        self.seed = seed
+        self.learns = config.lr_scale > 0
+        self.adamw = torch.optim.AdamW(clex.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay)
+        self._solved: torch.Tensor | None = None
+        self._leaf: torch.Tensor | None = None
+        self._ahead: tuple[int, torch.Tensor] | None = None
+        """A step to come and its solution with the current parameters."""
+
+    def begin(self, step: int) -> Spectrum:
+        """The frequencies of optimizer step `step`; gradients are collected if the field learns.
+
+        Rank 0's solve is what every rank uses. `UnstableField` if the field has left its bounds or outgrown its grid.
+        """
+        if step % self.config.check_every == 0:
+            self.check(step)
+        ahead, self._ahead = self._ahead, None
+        self._solved = ahead[1] if ahead and ahead[0] == step else self._solve(step)
+        self._leaf = distributed.broadcast_to_device(self._solved.detach()).requires_grad_(self.learns)
+        return Spectrum(inv_freq=self._leaf, t=self._t(step))
+
+    def look_ahead(self, step: int) -> None:
+        """Solve for `step` already; `begin` takes it up, to the same bits. Nothing where the grid is checked first."""
+        if step % self.config.check_every == 0:
+            return
+        try:
+            self._ahead = (step, self._solve(step))
+        except UnstableField:
+            # For `begin` to find again, in the step that it belongs to.
+            self._ahead = None
+
+    def gradient(self) -> torch.Tensor:
+        """What this rank's backward passes left on the frequencies: float64 [P] on the device; empty if frozen."""
+        assert self._leaf is not None
+        if not self.learns:
+            return self._leaf.new_zeros(0)
+        assert self._leaf.grad is not None, "no gradient reached the frequencies: is the rotary module installed?"
+        return self._leaf.grad
+
+    def finish(self, model_lr: float, gradient: torch.Tensor | None = None, apply: bool = True) -> float:
+        """Update the ODE; returns the gradient norm. `gradient` is the mean over ranks of what they have of it.
+
+        By default the mean is taken here, collectively. Without `apply` nothing moves: the engine has skipped its own
+        update of this step.
+        """
+        assert self._solved is not None
+        if not self.learns:
+            return 0.0
+        mean = distributed.all_reduce_mean(self.gradient()) if gradient is None else gradient
+        self.adamw.zero_grad(set_to_none=True)
+        torch.autograd.backward(self._solved, mean.to(self._solved))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.clex.parameters(), self.config.clip))
+        self._solved = self._leaf = None
+        if apply and math.isfinite(norm):
+            for group in self.adamw.param_groups:
+                group["lr"] = model_lr * self.config.lr_scale
+            self.adamw.step()
+        return norm
+
+    def verify(self) -> None:
+        """`UnstableField` if the field is not fit to be kept: not finite, too stiff, out of bounds. Collective."""
+        self.agree()
+        self.clex.check_residual(self.config.max_residual)
+        self.clex.table(scale_grid(self.config.t_max))
+
+    def check(self, step: int) -> float:
+        """Fit the solver's grid to the current field; returns the largest residual |log theta - log theta_ntk|.
+
+        Collective. Raises `UnstableField` if the field is not finite, too stiff, or larger than `scaling.max_residual`.
+        """
+        self.agree()
+        self._ahead = None
+        before, limit = self.clex.num_steps, self.config.max_residual
+        report = self.clex.refine()
+        if report.num_steps > before:
+            logger.info("step %d: the ODE needs a finer grid: %s", step, report)
+        residual = self.clex.check_residual(limit)
+        if residual > limit / 2:
+            logger.warning(
+                "step %d: the field has moved log theta by %.2f of scaling.max_residual=%g; lower scaling.lr_scale",
+                step,
+                residual,
+                limit,
+            )
+        return residual
+
+    def agree(self) -> None:
+        """Take rank 0's parameters, so that rounding on different processors cannot let the ranks drift apart.
+
+        Collective, and not needed in every step: what is trained are rank 0's parameters, whose solution every rank
+        uses; the others' follow them by themselves where processors round alike.
+        """
+        vector = torch.nn.utils.parameters_to_vector(self.clex.parameters()).detach()
+        torch.nn.utils.vector_to_parameters(distributed.broadcast(vector), self.clex.parameters())
+
+    def _t(self, step: int) -> float:
+        return draw_t(self.seed, step, self.config.t_max, self.config.t_distribution.value)
+
+    def _solve(self, step: int) -> torch.Tensor:
+        with torch.set_grad_enabled(self.learns):
+            return self.clex.inv_freq(self._t(step))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters, the solver's grid and the optimizer's moments."""
+        return {"clex": self.clex.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self._ahead = None
+        self.clex.load_state_dict(state["clex"])
+        self.adamw.load_state_dict(state["adamw"])

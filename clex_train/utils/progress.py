@@ -1,0 +1,44 @@
+"""Show how far a program has come: a moving bar on a terminal, a line of the log now and then anywhere else."""
+
+import io
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from clex_train.utils import log
+
+SECONDS_BETWEEN_REDRAWS = 0.5
+SECONDS_BETWEEN_LINES = 15.0
+LINE = "{desc}{percentage:.0f} %, {elapsed} so far, {remaining} left{postfix}"
+UNKNOWN_TOTAL = "{desc}{n_fmt} {unit}, {elapsed} so far{postfix}"
+
+logger = log.get(__name__)
+
+
+class LogLines(tqdm):
+    """A bar whose redraws are lines of the log: redrawn in a file it would be one endless line."""
+
+    def __init__(self, **settings: Any) -> None:
+        # tqdm ends a bar by characters of its own, which are of no use here; lines go to the log.
+        super().__init__(**settings, file=io.StringIO(), miniters=1)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Log the bar's text; tqdm calls this for every redraw, and with an empty text to wipe the bar."""
+        text = str(self) if msg is None else msg
+        if text:
+            logger.info("%s", text)
+        return bool(text)
+
+
+def bar(total: float | None, desc: str, *, is_shown: bool = True, **settings: Any) -> tqdm:
+    """Make the bar of a task of `total` units, None if unknown; use it as a context manager. `settings` are tqdm's.
+
+    Where standard error is not a terminal, a task shorter than `SECONDS_BETWEEN_LINES` leaves no line.
+    """
+    # As `set_description` writes it.
+    shared = {"total": total, "desc": f"{log.printable(desc)}: ", "disable": not is_shown, **settings}
+    if sys.stderr.isatty():
+        return tqdm(**shared, dynamic_ncols=True, mininterval=SECONDS_BETWEEN_REDRAWS)
+    shared["bar_format"] = UNKNOWN_TOTAL if total is None else LINE
+    return LogLines(**shared, mininterval=SECONDS_BETWEEN_LINES, delay=SECONDS_BETWEEN_LINES)
