@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from full_disk import mounted
+import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
+
+from tests.helpers import typechecking
+from tests.helpers.full_disk import mounted
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,8 +26,15 @@ settings.load_profile("suite")
 
 # Shapes are types in the mathematics; they are checked here and cost nothing in a run.
 install_import_hook(
-    ["clex_train.scaling", "clex_train.rope", "clex_train.attention", "clex_train.lm_infinite", "clex_train.models"],
-    "typechecking.check",
+    [
+        "clex_train.scaling",
+        "clex_train.rope",
+        "clex_train.attention",
+        "clex_train.lm_infinite",
+        "clex_train.models.official",
+        "clex_train.models.official_field",
+    ],
+    f"{typechecking.__name__}.check",
 )
 
 
@@ -45,6 +55,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Leave what was imported out of every later garbage collection; that of torch alone takes a third of a second."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Models this small only wait for a second thread, most of all on a shared machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +142,7 @@ def tiny_architecture(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tiny_store, tiny_architecture) -> Callable[..., Any]:
     """Compose the configuration of a run of seconds: `tiny_run(folder, *overrides)`, rows of L = 32 tokens."""
-    from composing import composed
+    from tests.helpers.composing import composed
 
     def configuration(folder: Path, *overrides: str) -> Any:
         return composed(

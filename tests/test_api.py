@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_causal_lm import CONTEXT, VOCABULARY, tiny_llama
 
 from clex_train.api import apply_clex
 from clex_train.config.scaling import LogScale
@@ -16,6 +15,7 @@ from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.utils.files import complete_or_absent
+from tests.helpers.tiny_causal_lm import CONTEXT, VOCABULARY, tiny_llama
 
 BASE = install_rotary(tiny_llama(), CONTEXT).base_inv_freq
 

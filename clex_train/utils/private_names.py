@@ -1,6 +1,6 @@
 """Private names and names inside of libraries that this project relies on without a contract.
 
-`target` is read by `tests/libraries/test_reached.py`, which tries each one on the installed version and fails by name:
+`target` is read by `tests/utils/test_private_names.py`, which tries each on the installed version and fails by name:
 
     package.module:Class.attribute     an attribute that is there
     package.module:function(name)      a parameter of that name

@@ -5,10 +5,10 @@ from shutil import copytree
 
 import pytest
 import torch
-from composing import CONF, composed
 
 from clex_train.cli.errors import explain
 from clex_train.utils.bounds import require
+from tests.helpers.composing import CONF, composed
 
 PLAIN = "it names the run's folder by default: a plain name of 1 to 200 bytes, without slashes"
 LAUNCHERS = "apptainer, cpu, deepspeed, h100_infiniband, pyxis, task_per_rank or torchrun"

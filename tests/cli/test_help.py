@@ -1,10 +1,9 @@
 """`--help` and docs/configuration.md say everything that the schema and conf/ hold."""
 
-from composing import CONF, EXPERIMENTS
-
 from clex_train.cli import help as cli_help
 from clex_train.config.docs import describe
 from clex_train.config.root import Config
+from tests.helpers.composing import CONF, EXPERIMENTS
 
 
 def test_help_names_every_key_with_its_default_and_every_experiment_and_option():

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from shutil import copytree
 
 import pytest
-from composing import CONF, composed
 from omegaconf.errors import ValidationError
 
 from clex_train.cli import arguments, console
@@ -17,6 +16,7 @@ from clex_train.config.root import Config
 from clex_train.config.scaling import LogScale
 from data_prep.config import DecontaminateVerb, TokenizeVerb
 from launch import slurm
+from tests.helpers.composing import CONF, composed
 
 TEXTS = [
     "2024_01_05",

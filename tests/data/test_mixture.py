@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_order import Numbers
 
 from clex_train.data.mixture import MixedRows, Schedule
 from clex_train.data.order import ShuffledRows, SkippedRows
+from tests.data.test_order import Numbers
 
 RECIPE = {"book": 40, "arxiv": 20, "general": 20, "code": 10, "qa": 5, "paper": 5}
 OTHER = {"book": 5, "arxiv": 25, "general": 0, "code": 55, "qa": 5, "paper": 10}

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from small_corpora import TEXTS
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from data_prep import train_tokenizer
 from data_prep.config import CorpusConfig, TrainTokenizerVerb
+from tests.data_prep.small_corpora import TEXTS
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_corpora import COMPRESS, TEXTS, jsonl, stored_texts, tokenize_files, write_jsonl
 from transformers import AutoTokenizer
 
 from clex_train.data.manifest import partial_path
@@ -20,6 +19,7 @@ from data_prep.config import CorpusConfig, OnBadRecord
 from data_prep.documents import documents
 from data_prep.encoding import load_tokenizer
 from data_prep.sources import Piece
+from tests.data_prep.small_corpora import COMPRESS, TEXTS, jsonl, stored_texts, tokenize_files, write_jsonl
 
 GOOD = [{"text": "good"}, {"text": "fine"}]
 

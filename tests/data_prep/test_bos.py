@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from small_corpora import TEXTS, tokenize_files, write_jsonl
 from transformers import AutoTokenizer
 
 from clex_train.config.bos import Bos
@@ -16,6 +15,7 @@ from clex_train.data.store import TokenStore
 from data_prep import evaluation_sets, inspect
 from data_prep.config import EvaluationSetsVerb, InspectVerb
 from data_prep.ngrams import WordReader
+from tests.data_prep.small_corpora import TEXTS, tokenize_files, write_jsonl
 
 LONG = [*TEXTS, "many words " * 20_000, "<s> not BOS but text"]
 

@@ -12,11 +12,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from small_corpora import stored_texts, write_jsonl
 
 from clex_train.data.store import TokenStore
 from data_prep.config import TokenizeVerb
 from data_prep.tokenize import run
+from tests.data_prep.small_corpora import stored_texts, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_corpora import TEXTS
-from tokenizer_variants import byte_level_variants, learn, metaspace, sentencepiece, split, with_parts
 
 from data_prep import cutting
 from data_prep.cutting import Uncuttable, cutter
 from data_prep.engines import GigatokenEngine, TokenizersEngine
+from tests.data_prep.small_corpora import TEXTS
+from tests.data_prep.tokenizer_variants import byte_level_variants, learn, metaspace, sentencepiece, split, with_parts
 
 CORPUS = [Path(__file__).read_text(encoding="utf-8"), *TEXTS] * 3
 PARTS = ["a", "b c", " d", "the", "It's", " ", "  ", "\n", "\n\n", "\r\n", ".", "。", "!\n", "/", "x\n/y", "1", "23"]

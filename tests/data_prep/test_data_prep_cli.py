@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
-from small_corpora import TEXTS, write_jsonl
 
 from clex_train.config.docs import describe
 from clex_train.data.store import TokenStore
 from data_prep import __main__ as program
+from tests.data_prep.small_corpora import TEXTS, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 

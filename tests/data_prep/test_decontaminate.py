@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_corpora import files_of, stored_texts, tokenize_files, write_jsonl
 
 from clex_train.data.store import TokenStore
 from clex_train.evaluation import windows
@@ -22,6 +21,7 @@ from data_prep import contamination, decontaminate, ngrams
 from data_prep.config import CorpusConfig, DecontaminateVerb, EvaluationStore
 from data_prep.documents import documents
 from data_prep.sources import plan
+from tests.data_prep.small_corpora import files_of, stored_texts, tokenize_files, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [f"word{i}" for i in range(4000)]

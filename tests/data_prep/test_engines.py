@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_corpora import TEXTS, files_of, tokenize_files, write_jsonl
-from tokenizer_variants import byte_level_variants, learn, sentencepiece, with_parts
 from transformers import PreTrainedTokenizerFast
 
 from clex_train.data.manifest import partial_path
@@ -18,6 +16,8 @@ from data_prep.config import EngineChoice, Format
 from data_prep.engines import GigatokenEngine, TokenizersEngine, Unsupported, choose, trusted_characters
 from data_prep.sources import expand
 from data_prep.streams import open_stream
+from tests.data_prep.small_corpora import TEXTS, files_of, tokenize_files, write_jsonl
+from tests.data_prep.tokenizer_variants import byte_level_variants, learn, sentencepiece, with_parts
 
 pytest.importorskip("gigatoken")
 

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from small_corpora import TEXTS, files_of, tokenize_files, write_jsonl
 
 from data_prep import export
 from data_prep.config import CorpusConfig, CorpusVerb
 from data_prep.streams import open_stream
+from tests.data_prep.small_corpora import TEXTS, files_of, tokenize_files, write_jsonl
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_corpora import files_of, tokenize_files, write_jsonl
 
 from clex_train.data.manifest import partial_path
+from tests.data_prep.small_corpora import files_of, tokenize_files, write_jsonl
 
 DISK_KB = 4096
 

@@ -4,13 +4,13 @@ import logging
 from pathlib import Path
 
 import pytest
-from small_corpora import files_of, stored_texts, tokenize_files, write_jsonl
 
 from clex_train.data.store import TokenStore
 from data_prep import export, held_out, train_tokenizer
 from data_prep.config import CorpusConfig, CorpusVerb, OnBadRecord
 from data_prep.documents import hash64
 from data_prep.sources import plan
+from tests.data_prep.small_corpora import files_of, stored_texts, tokenize_files, write_jsonl
 
 
 def texts(count: int) -> list[dict[str, str]]:

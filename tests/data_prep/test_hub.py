@@ -6,12 +6,12 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from small_corpora import TEXTS, files_of, stored_texts, write_jsonl
 
 from clex_train.data.store import TokenStore
 from data_prep import hub
 from data_prep.config import CorpusConfig, CorpusSource, OnBadRecord, TokenizerConfig, TokenizeVerb
 from data_prep.tokenize import run
+from tests.data_prep.small_corpora import TEXTS, files_of, stored_texts, write_jsonl
 
 CARD = """---
 configs:

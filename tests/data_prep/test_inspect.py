@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_corpora import TEXTS, tokenize_files, write_jsonl
 
 from clex_train.data import store as stores
 from clex_train.data.manifest import Source
@@ -22,6 +21,7 @@ from clex_train.data.writer import write_store
 from data_prep import inspect, statistics
 from data_prep.config import InspectVerb
 from data_prep.statistics import collect, domain_names
+from tests.data_prep.small_corpora import TEXTS, tokenize_files, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 

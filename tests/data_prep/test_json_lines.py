@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_corpora import COMPRESS
 
 from data_prep import json_lines, utf8
 from data_prep.utf8 import Utf8
+from tests.data_prep.small_corpora import COMPRESS
 
 ROOT = Path(__file__).resolve().parents[2]
 

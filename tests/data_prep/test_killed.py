@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from small_corpora import files_of, tokenize_files, write_jsonl
 
 from clex_train.data.manifest import MANIFEST, partial_path
 from clex_train.data.store import TokenStore
+from tests.data_prep.small_corpora import files_of, tokenize_files, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the clocks were striking thirteen and the day was bright and cold in April "

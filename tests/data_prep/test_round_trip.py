@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-from small_corpora import stored_texts, tokenize_files
-
 from data_prep.streams import open_stream
+from tests.data_prep.small_corpora import stored_texts, tokenize_files
 
 
 def test_all_of_the_real_text_round_trips_through_a_store(

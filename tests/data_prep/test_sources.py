@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from small_corpora import write_jsonl
 
 from data_prep import stdlib
 from data_prep.config import CorpusConfig, CorpusSource, Format
 from data_prep.sources import Unit, expand, plan
+from tests.data_prep.small_corpora import write_jsonl
 
 
 @pytest.fixture

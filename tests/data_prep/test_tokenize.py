@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_corpora import TEXTS, files_of, stored_texts, tokenize_files, write_jsonl
 from transformers import AutoTokenizer
 
 from clex_train.data.manifest import partial_path
@@ -24,6 +23,7 @@ from data_prep import shards
 from data_prep.config import CorpusConfig, CorpusSource, TokenizerConfig, TokenizeVerb
 from data_prep.streams import open_stream
 from data_prep.tokenize import run
+from tests.data_prep.small_corpora import TEXTS, files_of, stored_texts, tokenize_files, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -180,9 +180,8 @@ def test_the_batch_size_moves_no_token(
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[1])
 from data_prep import shards
-from small_corpora import tokenize_files
+from tests.data_prep.small_corpora import tokenize_files
 
 whole = shards.tokenize_unit
 
@@ -194,7 +193,7 @@ def in_the_middle(unit, job, advance):
     whole(unit, job, dies)
 
 shards.tokenize_unit = in_the_middle
-tokenize_files([sys.argv[2]], sys.argv[3], sys.argv[4], shard_mb=1, validation_share=0.2)
+tokenize_files([sys.argv[1]], sys.argv[2], sys.argv[3], shard_mb=1, validation_share=0.2)
 """
 
 
@@ -203,7 +202,7 @@ def test_a_killed_program_is_continued_to_the_same_bytes(
 ) -> None:
     """Killed by -9 in the middle of its second shard; the first one is not written again."""
     output = tmp_path / "store"
-    arguments = [str(Path(__file__).parent), str(corpus), str(tokenizer_dir), str(output)]
+    arguments = [str(corpus), str(tokenizer_dir), str(output)]
     program = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, check=False)
     assert program.returncode == -signal.SIGKILL
     assert list(partial_path(output).glob("train/00001*")), "begun"

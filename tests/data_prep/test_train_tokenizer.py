@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_corpora import TEXTS, files_of, write_jsonl
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -17,6 +16,7 @@ from data_prep.config import CorpusConfig, CorpusSource, TrainTokenizerVerb
 from data_prep.documents import documents
 from data_prep.sources import plan
 from data_prep.streams import open_stream
+from tests.data_prep.small_corpora import TEXTS, files_of, write_jsonl
 
 
 def train(paths: list[Path], output: Path, **settings: Any) -> Path:

@@ -15,9 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import environments
 import psutil
-from distributed_runs import ROOT, Launcher
+
+from tests.distributed.distributed_runs import ROOT, Launcher
+from tests.helpers import environments
 
 VICTIMS = ("rank 0", "rank 1", "launcher", "launcher's child")
 MOMENTS = ("starting", "a step", "a save", "a save", "an evaluation")

@@ -1,7 +1,8 @@
 """A tiny model and launches of it, shared by the tests of whole runs."""
 
 import pytest
-from distributed_runs import Launcher
+
+from tests.distributed.distributed_runs import Launcher
 
 
 @pytest.fixture(scope="session")

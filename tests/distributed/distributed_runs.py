@@ -6,9 +6,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import environments
-from ports import free_port
-from warm_processes import run_ranks
+from tests.helpers import environments
+from tests.helpers.ports import free_port
+from tests.helpers.warm_processes import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

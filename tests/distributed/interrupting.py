@@ -11,9 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import environments
 import psutil
-from distributed_runs import ROOT
+
+from tests.distributed.distributed_runs import ROOT
+from tests.helpers import environments
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 ORPHAN_SECONDS = float(os.environ.get("INTERRUPT_SECONDS", "5"))

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from composing import composed  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import train  # noqa: E402
@@ -31,6 +30,7 @@ from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.training import loop  # noqa: E402
 from clex_train.utils import distributed  # noqa: E402
 from clex_train.utils.errors import StopRequested  # noqa: E402
+from tests.helpers.composing import composed  # noqa: E402
 
 # Twelve rows a step, so that one and two ranks can take accumulation 3, and four ranks three rows each.
 ROWS = 12

@@ -5,14 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-for folder in Path(__file__).resolve().parents[1:3]:
-    sys.path.insert(0, str(folder))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from composing import composed  # noqa: E402
-
-import train  # noqa: E402
-from clex_train.training import loop  # noqa: E402
-from clex_train.utils import log  # noqa: E402
+import train
+from clex_train.training import loop
+from clex_train.utils import log
+from tests.helpers.composing import composed
 
 ROW = int(sys.argv.pop(1))
 whole = loop.forward

@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 
 import pytest
-from warm_processes import run_ranks
+
+from tests.helpers.warm_processes import run_ranks
 
 
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])

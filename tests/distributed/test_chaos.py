@@ -9,8 +9,9 @@ import time
 from collections import Counter
 
 import pytest
-from chaos import last_row, run_with_kills
-from same_models import assert_same_model
+
+from tests.distributed.chaos import last_row, run_with_kills
+from tests.helpers.same_models import assert_same_model
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "4"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))

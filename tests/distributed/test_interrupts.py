@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from chaos import last_row
-from distributed_runs import BIN, Launcher
-from interrupting import Interrupter, report, tracebacks_of_ours
-from ports import free_port
-from same_models import assert_same_model
+
+from tests.distributed.chaos import last_row
+from tests.distributed.distributed_runs import BIN, Launcher
+from tests.distributed.interrupting import Interrupter, report, tracebacks_of_ours
+from tests.helpers.ports import free_port
+from tests.helpers.same_models import assert_same_model
 
 TRIALS = int(os.environ.get("INTERRUPT_TRIALS", "4"))
 SEED = int(os.environ.get("INTERRUPT_SEED", "0"))

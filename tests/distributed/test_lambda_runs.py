@@ -4,9 +4,10 @@ import json
 import subprocess
 import sys
 
-import environments
 import pytest
-from distributed_runs import ROOT
+
+from tests.distributed.distributed_runs import ROOT
+from tests.helpers import environments
 
 
 @pytest.mark.slow

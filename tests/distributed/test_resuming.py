@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from resuming import CELLS, figures
 from safetensors.torch import load_file
-from warm_processes import run_ranks
+
+from tests.distributed.resuming import CELLS, figures
+from tests.helpers.warm_processes import run_ranks
 
 ELASTIC = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from sharing_ranks import CASES, save_model
-from sharing_ranks import alone as by_one_process
-from warm_processes import run_ranks
+
+from tests.distributed.sharing_ranks import CASES, save_model
+from tests.distributed.sharing_ranks import alone as by_one_process
+from tests.helpers.warm_processes import run_ranks
 
 alone = cache(by_one_process)
 

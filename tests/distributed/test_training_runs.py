@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ports import free_port
-from same_models import assert_same_model
-from warm_processes import Program, rank_of
+
+from tests.helpers.ports import free_port
+from tests.helpers.same_models import assert_same_model
+from tests.helpers.warm_processes import Program, rank_of
 
 CLEX = ("scaling=clex", "scaling.lr_scale=1.0", "scaling.t_max=4", "checkpoint.every=5", "checkpoint.keep_last=8")
 

@@ -4,10 +4,10 @@ import time
 from pathlib import Path
 
 import pytest
-from ports import free_port
-from warm_processes import Program, rank_of
 
 from clex_train.utils.errors import RankLost
+from tests.helpers.ports import free_port
+from tests.helpers.warm_processes import Program, rank_of
 
 SCRIPT = Path(__file__).with_name("watched_ranks.py")
 TIMEOUT = 10.0

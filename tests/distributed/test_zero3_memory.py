@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import environments
 import pytest
-from distributed_runs import ROOT
-from ports import free_port
-from zero3_memory import FAMILIES, OPTIONS
+
+from tests.distributed.distributed_runs import ROOT
+from tests.distributed.zero3_memory import FAMILIES, OPTIONS
+from tests.helpers import environments
+from tests.helpers.ports import free_port
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from deepspeed.runtime.zero import partition_parameters  # noqa: E402
-from zero3_families import LENGTH, ROWS, STEPS, batch, configuration, save  # noqa: E402
 
 from clex_train.config.engine import Offload  # noqa: E402
 from clex_train.config.root import Config  # noqa: E402
@@ -28,6 +27,7 @@ from clex_train.models import architecture, load, memory_options  # noqa: E402
 from clex_train.training import loop  # noqa: E402
 from clex_train.training.ode_optimizer import OdeOptimizer  # noqa: E402
 from clex_train.utils import distributed  # noqa: E402
+from tests.distributed.zero3_families import LENGTH, ROWS, STEPS, batch, configuration, save  # noqa: E402
 
 NOTHING_KEPT = {
     f"stage3_{size}": 0

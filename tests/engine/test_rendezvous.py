@@ -11,14 +11,14 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
-import environments
 import psutil
 import pytest
 import torch
-from ports import free_port
-from warm_processes import call_on_two_ranks
 
 from clex_train.engine import rendezvous
+from tests.helpers import environments
+from tests.helpers.ports import free_port
+from tests.helpers.warm_processes import call_on_two_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = str(Path(__file__).with_name("meeting_ranks.py"))

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from largest_tensor import LargestTensor
 from torch import Tensor
 
 from clex_train.engine.tiled_loss import IGNORED, Logits, tiled_cross_entropy
+from tests.helpers.largest_tensor import LargestTensor
 
 TOKENS, WIDTH, VOCABULARY = 37, 8, 53
 FORMS = [Logits(), Logits(scale=0.25), Logits(softcap=3.0), Logits(scale=2.0, softcap=3.0)]

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from largest_tensor import LargestTensor
-from test_token_loss import FAMILIES, ROWS, TOKENS, build, gradients, rows
 from torch import nn
 
 from clex_train.engine import tiled_mlp, token_loss
 from clex_train.models.load import recompute_layers
 from clex_train.models.memory_options import decoder_layers
+from tests.engine.test_token_loss import FAMILIES, ROWS, TOKENS, build, gradients, rows
+from tests.helpers.largest_tensor import LargestTensor
 
 DENSE = [family for family in FAMILIES if family != "mixtral"]
 TILE = 7

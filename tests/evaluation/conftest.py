@@ -1,22 +1,10 @@
 """Settings for this folder's tests."""
 
-from collections.abc import Iterator
-
 import pytest
-import torch
-from evaluation_models import VOCAB
-from model_directories import save_model, save_store
 
 from clex_train.data.writer import write_store
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    """The models are so small that handing work to threads costs more than the work, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.evaluation.evaluation_models import VOCAB
+from tests.evaluation.model_directories import save_model, save_store
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -11,6 +10,7 @@ from clex_train.data.writer import write_store
 from clex_train.models.directory import write_clex
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import scale_grid
+from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 
 
 def save_tokenizer(folder: Path, vocab_size: int) -> None:

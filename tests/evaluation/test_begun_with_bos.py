@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama, random_windows
 from tqdm.auto import tqdm
 
 from clex_train.config.bos import Bos
@@ -24,6 +23,7 @@ from clex_train.evaluation.retrieval.prompts import encode
 from clex_train.evaluation.streaming import plan_stream, streamed, windowed
 from clex_train.evaluation.windows import select
 from clex_train.rope.patch import install_rotary
+from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama, random_windows
 
 BOS, LENGTHS = 5, [16, 32, 64]
 PROTOCOLS = [protocol for protocol in Protocol if protocol is not Protocol.streaming]

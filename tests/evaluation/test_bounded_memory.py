@@ -1,11 +1,9 @@
 """What bounds the memory of an evaluation changes no number; and the bound itself, measured."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clex_train.attention.chunked_sdpa import NAME, lean_attention
@@ -15,8 +13,7 @@ from clex_train.evaluation.scoring_head import score_chunk, tiled_head, token_nl
 from clex_train.rope.patch import install_rotary
 from clex_train.rope.preallocated_cache import GrowingLayer, HostLayer, new_cache
 from clex_train.scaling.baselines import TABLES
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 
 CPU = torch.device("cpu")
 COMMON = {

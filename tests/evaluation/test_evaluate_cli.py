@@ -7,9 +7,6 @@ from typing import BinaryIO
 
 import pytest
 import torch
-from evaluate_program import call
-from evaluation_models import CONTEXT_LEN
-from model_directories import save_clex_model, save_model
 
 from clex_train.cli import console
 from clex_train.cli import evaluate as program
@@ -21,6 +18,9 @@ from clex_train.tracking.run_folder import as_yaml
 from clex_train.utils import files
 from data_prep import evaluation_sets
 from data_prep.config import EvaluationSetsVerb
+from tests.evaluation.evaluate_program import call
+from tests.evaluation.evaluation_models import CONTEXT_LEN
+from tests.evaluation.model_directories import save_clex_model, save_model
 
 
 def test_a_model_directory_is_evaluated_and_the_table_printed(places, tmp_path, monkeypatch, capsys) -> None:

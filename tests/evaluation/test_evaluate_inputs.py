@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from evaluate_program import call
-from model_directories import save_clex_model
 
 from clex_train.cli import console, loading
 from clex_train.cli import evaluate as program
 from clex_train.config.root import Config
 from clex_train.tracking.run_folder import as_yaml
+from tests.evaluation.evaluate_program import call
+from tests.evaluation.model_directories import save_clex_model
 
 
 def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, monkeypatch, capsys) -> None:

@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import environments
 import pytest
 import torch
-from evaluation_models import VOCAB
-from model_directories import save_model
 
 from clex_train.data.writer import write_store
+from tests.evaluation.evaluation_models import VOCAB
+from tests.evaluation.model_directories import save_model
+from tests.helpers import environments
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)

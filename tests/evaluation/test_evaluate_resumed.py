@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from evaluate_program import call
 
 from clex_train.evaluation import partial_results, perplexity, streaming
+from tests.evaluation.evaluate_program import call
 
 
 class Interrupted(BaseException):

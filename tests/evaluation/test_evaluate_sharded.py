@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import environments
 import pytest
-from model_directories import save_clex_model, save_model, save_store, save_tokenizer
-from ports import free_port
-from sharded_loading import ARGUMENTS, arguments
 
 from clex_train.cli import console
 from clex_train.cli import evaluate as program
+from tests.evaluation.model_directories import save_clex_model, save_model, save_store, save_tokenizer
+from tests.evaluation.sharded_loading import ARGUMENTS, arguments
+from tests.helpers import environments
+from tests.helpers.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 

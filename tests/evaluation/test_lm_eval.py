@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
-from model_directories import save_clex_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -23,6 +21,8 @@ from clex_train.evaluation import harness
 from clex_train.evaluation import partial_results as partial_file
 from clex_train.models import load
 from clex_train.models.directory import read_clex
+from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
+from tests.evaluation.model_directories import save_clex_model
 
 needs_harness = pytest.mark.skipif(util.find_spec("lm_eval") is None, reason="needs requirements-eval.txt")
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -25,6 +24,7 @@ from clex_train.rope.patch import install_rotary
 from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import scale_grid
+from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 
 LENGTHS = [16, 32, 64, 128]
 RUN_ON = ["precision=fp32", "num_windows=2", "lengths=[16,32,64,128]", "chunk_len=24"]

@@ -3,10 +3,8 @@
 import math
 import weakref
 
-import plain_llama
 import pytest
 import torch
-from evaluation_models import build_tiny_llama
 from torch import Tensor
 
 from clex_train.evaluation.perplexity import chunked, evaluating, one_shot
@@ -14,6 +12,8 @@ from clex_train.evaluation.scoring_head import token_nll
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.baselines import ntk_table, pi_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
+from tests.evaluation import plain_llama
+from tests.evaluation.evaluation_models import build_tiny_llama
 
 L = 16
 LENGTHS = (16, 32, 64, 112)

@@ -4,10 +4,8 @@ import math
 from functools import cache
 
 import numpy as np
-import plain_llama
 import pytest
 import torch
-from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +16,8 @@ from clex_train.evaluation.runner import evaluate, jobs
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.baselines import none_table, ntk_table, pi_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
+from tests.evaluation import plain_llama
+from tests.evaluation.evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 
 LENGTHS = [24, 48, 96, 192]
 LONGEST = 192

@@ -6,11 +6,8 @@ import os
 from pathlib import Path
 
 import numpy as np
-import plain_llama
 import pytest
 import torch
-from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
-from warm_processes import call_on_two_ranks
 
 from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
 from clex_train.evaluation.methods import FORMULAS, tables
@@ -19,6 +16,9 @@ from clex_train.evaluation.results import Results
 from clex_train.evaluation.runner import deal, evaluate, jobs
 from clex_train.rope.patch import install_rotary
 from clex_train.utils import progress
+from tests.evaluation import plain_llama
+from tests.evaluation.evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
+from tests.helpers.warm_processes import call_on_two_ranks
 
 LENGTHS = [16, 32, 64]
 CPU = torch.device("cpu")

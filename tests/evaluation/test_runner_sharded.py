@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
-from ports import free_port
 
 from clex_train.config.engine import EngineConfig
 from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
@@ -16,6 +14,8 @@ from clex_train.evaluation.methods import tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.runner import evaluate
 from clex_train.rope.patch import install_rotary
+from tests.evaluation.evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
+from tests.helpers.ports import free_port
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 from tqdm.auto import tqdm
 
 from clex_train.data.store import TokenStore
@@ -13,6 +12,7 @@ from clex_train.data.writer import write_store
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.streaming import evaluate, plan_stream, segment_sums, streamed, windowed
 from clex_train.lm_infinite.install import apply_lm_infinite
+from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 
 BAR = tqdm(disable=True)
 NUM_TOKENS = 160

@@ -7,7 +7,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from official_directories import official_directory, save_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,6 +25,7 @@ from clex_train.scaling.clex import Clex
 from clex_train.scaling.position_sampling import draw_batch
 from clex_train.scaling.table import scale_grid
 from clex_train.training.ode_optimizer import OdeOptimizer
+from tests.export.official_directories import official_directory, save_tokenizer
 
 # Three times the float32 error of the original code, by number of tokens (see the README of the goldens).
 TOLERANCE = {32: 3e-5, 64: 3e-5, 65: 3e-5, 128: 9e-5, 200: 9e-5, 512: 4.2e-4, 1000: 1.05e-3}

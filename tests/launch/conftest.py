@@ -1,7 +1,8 @@
 """A folder in which a job script finds stand-ins for SLURM's commands."""
 
 import pytest
-from job_runs import Lab
+
+from tests.launch.job_runs import Lab
 
 
 @pytest.fixture

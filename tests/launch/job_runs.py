@@ -6,9 +6,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from composing import composed
-
 from launch import job_script
+from tests.helpers.composing import composed
 
 BASE = ("+experiment=tiny_base", "data.path=store")
 

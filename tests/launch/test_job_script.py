@@ -5,17 +5,17 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from composing import composed
 from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from job_runs import BASE
 
 from clex_train.config import root as configuration
 from clex_train.config.launch import Container, LaunchConfig, seconds
 from clex_train.config.root import Config
 from launch import job_script
 from launch.containers import entrance
+from tests.helpers.composing import composed
+from tests.launch.job_runs import BASE
 
 NASTY = (
     "$(touch pwned)",

@@ -88,7 +88,7 @@ def test_every_arm_is_a_configuration_that_train_py_takes(compose_arm):
 
 @pytest.fixture
 def compose_arm():
-    from composing import composed
+    from tests.helpers.composing import composed
 
     def compose(arm: Arm) -> None:
         composed("+experiment=study_finetune", "data.path=x", *arm.overrides)

@@ -1,13 +1,13 @@
 """Calls of a small model through a KV cache, for tests."""
 
 import torch
-from rotary_families import CONTEXT, tiny_model, tokens
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, QuantizedCache, QuantizedLayer
 
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
+from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 
 T_MAX = 5.0
 PIECES = [10, 6, 1, 1, 15, 1, 14, 1]  # t moves with the third, the fifth and the last

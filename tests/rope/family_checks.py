@@ -3,13 +3,13 @@
 from functools import cache
 
 import torch
-from rotary_families import CONTEXT, tiny_model, tokens
-from unrotated_cache import reference_logits
 
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.spectrum import Spectrum
+from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
+from tests.rope.unrotated_cache import reference_logits
 
 GRID = [1.0, 2.0, 3.0, 4.0, 5.0]
 PIECES = [10, 6, 1, 1, 15, 1, 14, 1]  # t moves with the third, the fifth and the last

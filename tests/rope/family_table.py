@@ -8,13 +8,13 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-import family_checks as checks  # noqa: E402
-from rotary_families import CONTEXT, FAMILIES, tiny_model  # noqa: E402
 from transformers import AutoConfig, PretrainedConfig  # noqa: E402
 
 from clex_train.config.attention import AttentionImplementation  # noqa: E402
 from clex_train.preflight.document_mask import require_separable  # noqa: E402
 from clex_train.rope.patch import install_rotary, require_rotary  # noqa: E402
+from tests.rope import family_checks as checks  # noqa: E402
+from tests.rope.rotary_families import CONTEXT, FAMILIES, tiny_model  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from cached_calls import QuantisedLayers, feed, padded_call, patched
-from rotary_families import tokens
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
 from clex_train.rope.preallocated_cache import new_cache
+from tests.rope.cached_calls import QuantisedLayers, feed, padded_call, patched
+from tests.rope.rotary_families import tokens
 
 ROW_CHANGES = {
     "reorder_cache": (torch.tensor([2, 0, 1]), [2, 0, 1]),

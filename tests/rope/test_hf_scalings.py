@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from rotary_families import CONTEXT, VOCABULARY, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from clex_train.rope.hf_scalings import (
@@ -21,6 +20,7 @@ from clex_train.rope.native import handle_without_weights, install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.baselines import ntk_table, pi_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
+from tests.rope.rotary_families import CONTEXT, VOCABULARY, tiny_model
 
 LENGTHS = [CONTEXT, 2 * CONTEXT, 3 * CONTEXT, 8 * CONTEXT]
 GRID = scale_grid(8)

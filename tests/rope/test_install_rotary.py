@@ -5,7 +5,6 @@ import logging
 
 import pytest
 import torch
-from rotary_families import CONTEXT, tiny_model, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from clex_train.rope.patch import install_rotary, require_rotary
@@ -13,6 +12,7 @@ from clex_train.rope.rotary import ScaledRotary
 from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import FrequencyTable, scale_grid
+from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from cached_calls import PIECES, T_MAX, QuantisedLayers, feed, patched
-from rotary_families import CONTEXT, tiny_model, tokens
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicIndexedLayer
-from unrotated_cache import reference_logits
 
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.baselines import none_table, ntk_table
 from clex_train.scaling.table import scale_grid
+from tests.rope.cached_calls import PIECES, T_MAX, QuantisedLayers, feed, patched
+from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
+from tests.rope.unrotated_cache import reference_logits
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from rotary_families import CONTEXT, tokens
-from test_reach import HYBRID, model_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,6 +22,8 @@ from clex_train.rope.native import install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.spectrum import Spectrum, cos_sin
+from tests.rope.rotary_families import CONTEXT, tokens
+from tests.rope.test_receptive_field import HYBRID, model_of
 
 WINDOW = 12
 LOCAL: dict[str, Any] = {"layer_types": HYBRID, "sliding_window": WINDOW}

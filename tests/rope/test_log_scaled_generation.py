@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from rotary_families import CONTEXT, tiny_model, tokens
 
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import scale_grid
+from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 
 
 @torch.no_grad()

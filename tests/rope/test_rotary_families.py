@@ -1,10 +1,11 @@
 """Every family: untouched at t = 1, gradients into the frequencies, cached keys that follow t, undone to the bit."""
 
-import family_checks as checks
 import pytest
-from family_table import PAGE, render
 from packaging.version import Version
-from rotary_families import FAMILIES, TRANSFORMERS
+
+from tests.rope import family_checks as checks
+from tests.rope.family_table import PAGE, render
+from tests.rope.rotary_families import FAMILIES, TRANSFORMERS
 
 WITHOUT_LOG_SCALING = {"falcon"}
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from rotary_families import CONTEXT, tiny_model, tokens
 from torch import Tensor, nn
 
 from clex_train.rope.patch import install_rotary
 from clex_train.rope.rotary import ScaledRotary
 from clex_train.scaling.spectrum import Spectrum
+from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 
 ROWS, LENGTH, T = 4, 24, 3.0
 

@@ -1,8 +1,9 @@
 """A real SLURM of two nodes, and the launcher in front of it; skipped where SLURM is not installed."""
 
 import pytest
-from slurm_cluster import Cluster, missing_programs
-from slurm_jobs import Jobs
+
+from tests.slurm.slurm_cluster import Cluster, missing_programs
+from tests.slurm.slurm_jobs import Jobs
 
 
 @pytest.fixture(scope="session")

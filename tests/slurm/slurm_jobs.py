@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from slurm_cluster import Cluster, wait_for
+
+from tests.slurm.slurm_cluster import Cluster, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, ROWS = 160, 8

@@ -3,11 +3,11 @@
 import re
 
 import pytest
-from composing import composed
-from slurm_cluster import wait_for
-from slurm_jobs import assert_same_run
 
 from launch import slurm
+from tests.helpers.composing import composed
+from tests.slurm.slurm_cluster import wait_for
+from tests.slurm.slurm_jobs import assert_same_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 

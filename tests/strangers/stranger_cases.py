@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composing import composed
-from spoiling import OUTSIDE_SECRET, SECRET, SECRET_NAME, as_text, spoil_bytes, spoil_file, spoil_json, yaml_bomb
 
 from clex_train.checkpoint import manifest as checkpoint_manifest
 from clex_train.checkpoint.safe_load import without_code
@@ -45,6 +43,17 @@ from clex_train.scaling.table import scale_grid
 from clex_train.tracking import run_folder
 from data_prep import inspect as inspect_verb
 from data_prep import partial, statistics
+from tests.helpers.composing import composed
+from tests.strangers.spoiling import (
+    OUTSIDE_SECRET,
+    SECRET,
+    SECRET_NAME,
+    as_text,
+    spoil_bytes,
+    spoil_file,
+    spoil_json,
+    yaml_bomb,
+)
 
 SECONDS = 10
 """Of processor time that a case may take: a machine with other work takes many times as long by the clock."""

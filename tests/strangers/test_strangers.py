@@ -12,9 +12,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from stranger_cases import KINDS, prepare, run_case
 
-HERE = Path(__file__).parent
+from tests.strangers.stranger_cases import KINDS, prepare, run_case
+
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = {
     "store": 20, "checkpoint": 16, "record": 10, "config": 12, "model": 16, "report": 10, "unit": 6, "override": 12,
 }  # fmt: skip
@@ -30,10 +31,11 @@ def test_a_spoilt_file_or_argument_is_read_or_refused_in_one_line(kind: str, tmp
 @pytest.mark.slow
 def test_many_are_and_memory_stays_below_a_gigabyte(tmp_path: Path) -> None:
     count = int(os.environ.get("CLEX_TRAIN_STRANGERS", "400"))
-    paths = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).resolve()), str(tmp_path), str(count)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20 * count, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", __name__, str(tmp_path), str(count)]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20 * count, check=False
+    )
     print(ended.stdout)
     assert ended.returncode == 0, ended.stdout + ended.stderr[-3000:]
 

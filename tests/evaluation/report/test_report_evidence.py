@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from evaluation_files import ORIGIN, add_to_file, make_run, outcome, relabelled, task_row
 
 from clex_train.cli import console
 from clex_train.cli import report as program
 from clex_train.evaluation import results
 from clex_train.evaluation.report import evidence, gallery
+from tests.evaluation.report.evaluation_files import ORIGIN, add_to_file, make_run, outcome, relabelled, task_row
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_files import LLAMA, ORIGIN, add_to_file, make_run, outcome, relabelled, task_row
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.text import Text
@@ -26,6 +25,7 @@ from clex_train.evaluation.report.figures.figure import Absent, Figure
 from clex_train.evaluation.report.table import from_results
 from clex_train.evaluation.results import Results, Score
 from clex_train.scaling.baselines import ntk_table
+from tests.evaluation.report.evaluation_files import LLAMA, ORIGIN, add_to_file, make_run, outcome, relabelled, task_row
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

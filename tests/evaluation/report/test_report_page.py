@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from evaluation_files import add_to_file, make_run, task_row
 
 from clex_train.evaluation.report import cells
 from clex_train.evaluation.report.evidence import Evidence, collect
 from clex_train.evaluation.report.write import write
+from tests.evaluation.report.evaluation_files import add_to_file, make_run, task_row
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from evaluation_files import ORIGIN, outcome
 
 from clex_train.evaluation import results
 from clex_train.evaluation.report import cells, text
 from clex_train.evaluation.report.table import Row, Table, from_results, read_tables
 from clex_train.evaluation.results import Results, Score
+from tests.evaluation.report.evaluation_files import ORIGIN, outcome
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from local_tokenizers import byte_level, sentencepiece_like
+
+from tests.evaluation.retrieval.local_tokenizers import byte_level, sentencepiece_like
 
 
 @pytest.fixture(scope="session", params=[byte_level, sentencepiece_like], ids=["byte_level", "sentencepiece"])

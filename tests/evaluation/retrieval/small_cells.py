@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from text_stores import write_text_store
-
 from clex_train.config.retrieval import Task
 from clex_train.data.store import TokenStore
 from clex_train.evaluation.retrieval.haystack import Documents
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.retrieval.tasks import TASKS
+from tests.evaluation.retrieval.text_stores import write_text_store
 
 
 def make_cells(

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 
 from clex_train.config.evaluation import Method
 from clex_train.evaluation.methods import tables
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.retrieval.decoding import greedy
 from clex_train.rope.patch import install_rotary
+from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 
 LENGTH, NUM_NEW = 64, 9
 PROMPT = torch.randint(1, VOCAB, (LENGTH - NUM_NEW,), generator=torch.Generator().manual_seed(3))

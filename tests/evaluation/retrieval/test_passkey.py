@@ -5,10 +5,10 @@ import re
 from typing import Any
 
 import pytest
-from small_cells import make_cells
 
 from clex_train.config.retrieval import Task
 from clex_train.evaluation.retrieval.plan import Cell
+from tests.evaluation.retrieval.small_cells import make_cells
 
 TASKS = [Task.passkey, Task.passkey_infinitebench]
 DEPTHS = (0.0, 0.3, 0.5, 1.0)

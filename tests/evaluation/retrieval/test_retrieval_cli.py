@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import copying_llama
 import pytest
-from text_stores import write_text_store
 from transformers import LlamaForCausalLM
 
 from clex_train.cli import console
@@ -28,6 +26,8 @@ from clex_train.models.load import LoadedModel
 from clex_train.rope import preallocated_cache
 from clex_train.rope.patch import install_rotary
 from clex_train.utils.seeding import generator
+from tests.evaluation.retrieval import copying_llama
+from tests.evaluation.retrieval.text_stores import write_text_store
 
 TEXT = "It rained all night. In the morning the river had risen, and nobody crossed the bridge. " * 60
 

@@ -6,14 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import copying_llama
 import pytest
 import torch
-from copying_llama import CONTEXT_LEN, KnowingLlama
-from local_tokenizers import TEXTS, byte_level
-from small_cells import documents_of, make_cells
 from transformers import LlamaForCausalLM
-from warm_processes import call_on_two_ranks
 
 from clex_train.attention import kv_cache
 from clex_train.config.evaluation import EvaluationConfig, Method
@@ -29,6 +24,11 @@ from clex_train.rope import preallocated_cache
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.table import Frequencies
 from clex_train.utils.errors import StopRequested
+from tests.evaluation.retrieval import copying_llama
+from tests.evaluation.retrieval.copying_llama import CONTEXT_LEN, KnowingLlama
+from tests.evaluation.retrieval.local_tokenizers import TEXTS, byte_level
+from tests.evaluation.retrieval.small_cells import documents_of, make_cells
+from tests.helpers.warm_processes import call_on_two_ranks
 
 LENGTHS = [256, 512]
 DEPTHS = [0.0, 0.5, 1.0]

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_tokenizers import TEXTS
-from small_cells import documents_of, make_cells
 
 from clex_train.config.retrieval import DOWNLOADED, GROUPS, Task, expand
 from clex_train.evaluation.retrieval import words
 from clex_train.evaluation.retrieval.haystack import FILLER, Documents
 from clex_train.evaluation.retrieval.plan import Cell
 from clex_train.evaluation.retrieval.tasks import TASKS
+from tests.evaluation.retrieval.local_tokenizers import TEXTS
+from tests.evaluation.retrieval.small_cells import documents_of, make_cells
 
 LENGTH = 3000
 NIAH = [task for task in Task if task.value.startswith("niah")]

@@ -1,0 +1,100 @@
+"""What `attention.implementation=auto` stands for on a machine, and the name of the kernel."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from clex_train.attention import select
+from clex_train.config.attention import AttentionConfig, AttentionImplementation
+from clex_train.config.model import ModelConfig
+from clex_train.config.root import Config
+from clex_train.models import load
+from clex_train.models.architecture import to_train
+from tests.rope.rotary_families import tiny_model, tokens
+
+LLAMA = AutoConfig.for_model("llama", hidden_size=64, num_attention_heads=2, num_hidden_layers=1)
+GEMMA2 = AutoConfig.for_model("gemma2", hidden_size=64, num_attention_heads=2, head_dim=32, num_hidden_layers=1)
+FLASH, SDPA = AttentionImplementation.flash_attention_2, AttentionImplementation.sdpa
+EAGER = AttentionImplementation.eager
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """As if flash-attn and a GPU were there."""
+    monkeypatch.setattr(select, "is_flash_attn_2_available", lambda: True)
+
+
+@pytest.mark.skipif(select.is_flash_attn_2_available(), reason="flash-attn is installed")
+def test_without_flash_attn_it_is_sdpa():
+    assert select.choose(AttentionConfig(), LLAMA, torch.bfloat16) is SDPA
+
+
+@pytest.mark.usefixtures("flash")
+def test_with_flash_attn_it_is_flash_attn():
+    assert select.choose(AttentionConfig(), LLAMA, torch.bfloat16) is FLASH
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("asked", [item for item in AttentionImplementation if item.value != "auto"])
+def test_what_is_asked_for_by_name_stays(asked):
+    assert select.choose(AttentionConfig(implementation=asked), LLAMA, torch.float32) is asked
+
+
+@pytest.mark.parametrize("asked", [AttentionConfig(), AttentionConfig(lambda_mask=True)])
+def test_what_neither_can_compute_is_eager(asked, monkeypatch):
+    """transformers before 5.21 says that SDPA has the caps of Gemma 2, and leaves them out."""
+    monkeypatch.setattr(select.AutoModelForCausalLM._model_mapping[type(GEMMA2)], "_supports_sdpa", True)
+    assert select.choose(asked, GEMMA2, torch.float32) is EAGER
+    assert select.choose(asked, AutoConfig.for_model("bloom"), torch.float32) is EAGER
+    with pytest.raises(ValueError, match=r"^attention\.implementation=sdpa: not for gemma2; use auto or eager$"):
+        select.choose(AttentionConfig(implementation=SDPA), GEMMA2, torch.float32)
+
+
+def test_a_model_with_capped_logits_is_read_and_trained_with_its_caps(tmp_path):
+    model = tiny_model("gemma2", attn_logit_softcapping=2.0)
+    model.save_pretrained(tmp_path)
+    spec, ids = ModelConfig(path=str(tmp_path)), tokens(2, 16)
+    training = load.load_for_training(Config(model=spec), to_train(spec), torch.float32, {})
+    with torch.no_grad():
+        expected = model(ids).logits
+        for loaded in (load.load_for_evaluation(spec), training):
+            torch.testing.assert_close(loaded.model.eval()(ids).logits, expected, rtol=0, atol=1e-6)
+
+
+class OwnConfig(type(LLAMA)):
+    """The architecture of a family whose code comes with the model."""
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize(
+    ("arch", "dtype", "reason"),
+    [
+        (LLAMA, torch.float32, "bfloat16, not in float32"),
+        (AutoConfig.for_model("llama", hidden_size=1024, num_attention_heads=2), torch.bfloat16, "the model 512"),
+        (OwnConfig(), torch.bfloat16, "model_type=llama has no flash attention"),
+    ],
+)
+def test_what_flash_attn_cannot_compute_is_left_to_sdpa(arch, dtype, reason):
+    assert reason in select.flash_refusal(arch, dtype)
+    assert select.choose(AttentionConfig(), arch, dtype) is SDPA
+
+
+@pytest.mark.usefixtures("flash")
+def test_lm_infinite_has_back_ends_of_its_own():
+    assert select.choose(AttentionConfig(lambda_mask=True), LLAMA, torch.bfloat16) is SDPA
+
+
+def test_the_kernel_that_is_named_is_the_one_that_computes():
+    query = torch.randn(1, 2, 32, 32, requires_grad=True)
+    with torch.profiler.profile() as recorded:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
+    called = any("flash_attention" in event.name for event in recorded.events())
+    assert (select.sdpa_kernel(LLAMA, 32, torch.float32, CPU) == "flash") is called
+
+
+def test_the_description_names_kernel_dtype_and_device():
+    text = select.describe(SDPA, LLAMA, 4096, torch.float32, CPU)
+    assert text == "sdpa, its flash kernel, in float32 on the CPU"
+    eager = select.describe(AttentionImplementation.eager, LLAMA, 4096, torch.bfloat16, CPU)
+    assert eager == "eager in bfloat16 on the CPU"

@@ -1,0 +1,92 @@
+"""A conversion for another number of ranks that is interrupted, fails, or loses the process that started it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from clex_train.checkpoint import universal
+from clex_train.cli import console
+from clex_train.utils.errors import StopRequested
+
+ROOT = Path(__file__).resolve().parents[2]
+BAR = "sys.stderr.write('50%|#####     | 1/2 [00:01<00:01,  1.0it/s]\\r'); sys.stderr.flush()"
+started: list[subprocess.Popen] = []
+
+
+@pytest.fixture
+def converts(tmp_path, monkeypatch):
+    """A checkpoint whose conversion is a program of the test's."""
+
+    def by(program: str) -> Path:
+        def start(checkpoint, beside, said):
+            (beside / checkpoint.name).mkdir(parents=True)
+            command = [sys.executable, "-c", f"import os, sys, time\n{BAR}\n{program}"]
+            started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stderr=said, start_new_session=True))
+            return started[-1]
+
+        monkeypatch.setattr(universal, "_start", start)
+        return tmp_path / "checkpoints" / "step_4"
+
+    return by
+
+
+def test_a_request_to_stop_ends_the_conversion_and_leaves_nothing_of_it(converts, monkeypatch):
+    monkeypatch.setattr(universal, "PATIENCE", 0.1)
+    checkpoint = converts("time.sleep(600)")
+    with pytest.raises(StopRequested, match=r"step_4 was being converted for 1 ranks; it is intact; the same") as asked:
+        universal.convert(checkpoint, lambda: True)
+    assert console.report(asked.value) == console.GO_ON
+    assert started[-1].returncode == -signal.SIGKILL
+    assert not list(checkpoint.parent.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_conversion_that_a_launcher_ends_is_a_request_to_stop(converts, number):
+    checkpoint = converts(
+        f"import signal; signal.signal({int(number)}, signal.SIG_DFL); os.kill(os.getpid(), {number})"
+    )
+    with pytest.raises(StopRequested):
+        universal.convert(checkpoint, lambda: False)
+    assert not list(checkpoint.parent.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("sys.exit('ZeRO stage 7 is unknown')", r"\(ZeRO stage 7 is unknown\)"),
+        ("sys.exit(1)", r"\(its process ended with 1\)"),
+        ("os.kill(os.getpid(), 9)", r"\(its process was ended by SIGKILL, as where memory is short\)"),
+    ],
+)
+def test_a_failed_conversion_gives_its_reason_and_no_progress_bar(converts, program, reason):
+    with pytest.raises(ValueError, match=rf"cannot be converted for 1 ranks {reason}; launch as many"):
+        universal.convert(converts(program), lambda: False)
+
+
+def test_a_conversion_and_its_workers_end_with_the_rank_that_started_it():
+    program = (
+        "import subprocess, sys, threading, time; from clex_train.checkpoint import universal\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "threading.Thread(target=universal._end_with_parent, daemon=True).start()\n"
+        "print('ready', flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    workers = psutil.Process(process.pid).children()
+    assert workers
+    process.stdin.close()
+    assert process.wait(60) == -signal.SIGKILL
+    assert not psutil.wait_procs(workers, timeout=5)[1]

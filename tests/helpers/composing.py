@@ -1,0 +1,19 @@
+"""Compose the real configuration as train.py does."""
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from clex_train.cli.overrides import for_hydra
+from clex_train.config import root as configuration
+from clex_train.config.root import Config
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+
+
+def composed(*overrides: str) -> Config:
+    """The checked configuration of `train.py OVERRIDES`."""
+    configuration.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return configuration.to_config(compose("config", overrides=for_hydra(Config, overrides)))

@@ -1,0 +1,282 @@
+"""What a model says before its weights are read: L and where it comes from, and what is no readable config.json."""
+
+import json
+
+import pytest
+import torch
+from transformers import BloomConfig, Gemma3TextConfig, LlamaConfig
+
+from clex_train import api
+from clex_train.cli.errors import explain
+from clex_train.cli.loading import EvaluatedModel
+from clex_train.config.model import Init, ModelConfig
+from clex_train.config.scaling import Positions, ScalingConfig, ScalingName
+from clex_train.models import architecture, hub, official
+from clex_train.rope import probe, recipes
+from clex_train.scaling.clex import Clex
+from tests.helpers.composing import CONF, composed
+from tests.helpers.tiny_causal_lm import save_tiny_llama, tiny_llama
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+ORIGINAL = 64
+
+
+def scaled(rope_type: str, *, stated: int, **parameters) -> LlamaConfig:
+    """A config that says `stated` tokens, and a scaling."""
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, **parameters}
+    return LlamaConfig(**SIZES, max_position_embeddings=stated, rope_parameters=rope)
+
+
+def source(config, **keys) -> tuple[int, str]:
+    return tuple(architecture.context_source(ModelConfig(path="a/b", **keys), config))
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(**SIZES, max_position_embeddings=96), (96, "max_position_embeddings")),
+        # Qwen's cards leave the length at the original, and some a little above it; DeepSeek's give the served one.
+        (scaled("yarn", stated=64, **YARN), (256, "yarn factor 4 * original 64")),
+        (scaled("yarn", stated=80, **YARN), (256, "yarn factor 4 * original 64")),
+        (scaled("yarn", stated=256, **YARN), (256, "max_position_embeddings")),
+        (scaled("linear", stated=64, **YARN), (256, "linear factor 4 * original 64")),
+        # A factor of 1 scales nothing.
+        (scaled("linear", stated=64, factor=1.0), (64, "max_position_embeddings")),
+        # Llama 3.1: 16 times the original length at factor 8.
+        (scaled("llama3", stated=1024, **LLAMA3), (1024, "max_position_embeddings")),
+        # What follows the length by itself serves the length that it says before it begins to.
+        (scaled("dynamic", stated=64, factor=4.0), (64, "max_position_embeddings")),
+        (BloomConfig(n_layer=1, seq_length=2048), (2048, "seq_length")),
+        # Gemma 3 of 4B and more: 8 times the length that it was trained on first.
+        (
+            Gemma3TextConfig(
+                **SIZES,
+                max_position_embeddings=131072,
+                rope_parameters={
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+            ),
+            (131072, "max_position_embeddings"),
+        ),
+    ],
+)
+def test_l_is_what_the_config_serves_and_says_where_from(config, expected):
+    assert source(config) == expected
+    assert architecture.context_length(ModelConfig(path="a/b"), config) == expected[0]
+
+
+def test_longrope_begins_at_its_original_length():
+    factors = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+    rope = {"rope_type": "longrope", **factors, "original_max_position_embeddings": ORIGINAL}
+    config = LlamaConfig(**SIZES, max_position_embeddings=256, rope_parameters=rope | {"rope_theta": 1e4})
+    assert source(config) == (ORIGINAL, "original_max_position_embeddings of its longrope")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        scaled("linear", stated=64, factor=4.0),
+        scaled("yarn", stated=512, **YARN),
+        scaled("llama3", stated=64, **LLAMA3),
+    ],
+)
+def test_l_is_asked_for_where_a_scaling_leaves_it_open(config):
+    with pytest.raises(ValueError, match=r"^model\.context_len: the config scales RoPE by .* set the length"):
+        source(config)
+    assert source(config, context_len=1000) == (1000, "model.context_len")
+    assert architecture.own_context(ModelConfig(path="a/b"), config) is None
+
+
+def test_a_program_that_evaluates_asks_for_its_own_key():
+    model = EvaluatedModel(path="a/b")
+    with pytest.raises(ValueError, match=r"^context_len: the config scales RoPE by "):
+        architecture.context_source(model, scaled("linear", stated=64, factor=4.0))
+    with pytest.raises(ValueError, match=r"^context_len=1: at least 2"):
+        EvaluatedModel(path="a/b", context_len=1)
+
+
+def test_a_config_beside_the_path_of_another_model_is_said_to_have_no_effect(tmp_path, caplog):
+    caplog.set_level("INFO", logger="clex_train")
+    own = save_tiny_llama(tmp_path / "Llama-2-7b-hf")
+    for overrides in (
+        ["model=llama2_7b"],
+        ["model=llama2_7b", f"model.path={tmp_path}/Llama-2-7b-hf"],
+        [f"model.path={tmp_path}", "model.config=null"],
+    ):
+        architecture.warn_of_unused_config(composed(*overrides, "dry_run=true").model)
+    assert not caplog.messages
+    architecture.warn_of_unused_config(composed(f"model.path={tmp_path}", "dry_run=true").model)
+    own.config.save_pretrained(tmp_path / "other")
+    architecture.warn_of_unused_config(ModelConfig(path=str(tmp_path), config=str(tmp_path / "other")))
+    assert [line.partition(" (")[0] for line in caplog.messages] == [
+        "model.config=conf/model/architectures/tiny",
+        f"model.config={tmp_path}/other",
+    ]
+    assert all(f"is not used: model.path={tmp_path} has" in line for line in caplog.messages)
+
+
+def test_the_library_takes_the_same_length():
+    model = tiny_llama(
+        rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    )
+    applied = api.apply_clex(model)
+    assert applied.handle.context_len == 64
+    applied.undo()
+
+
+def test_what_a_recipe_writes_is_the_length_of_its_base():
+    scaling = ScalingConfig(name=ScalingName.yarn, positions=Positions.skip)
+    config = recipes.scaled(LlamaConfig(**SIZES, max_position_embeddings=64), scaling, 4.0, 64)
+    assert source(config) == (64, "original_max_position_embeddings")
+
+
+def test_a_field_says_what_it_was_trained_on(tmp_path):
+    from clex_train.models import directory
+
+    model = save_tiny_llama(tmp_path)
+    field = Clex(api.apply_clex(model).handle.base_inv_freq, t_max=4.0)
+    table = field.table([1.0, 2.0, 4.0])
+    directory.write_clex(tmp_path, field, table, context_len=8)
+    config = architecture.to_read(ModelConfig(path=str(tmp_path)))
+    assert architecture.context_source(ModelConfig(path=str(tmp_path)), config) == (8, "clex.json")
+
+
+# Each as published or as somebody has it, and refused by transformers or huggingface_hub by another kind of error.
+UNREADABLE = {
+    "su, the first config of Phi-3-mini-128k": {
+        "model_type": "phi3",
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": None,
+        "rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
+    },
+    "a scaling without a factor": {"rope_parameters": None, "rope_scaling": {"type": "linear"}},
+    "a width that heads do not divide": {"hidden_size": 33},
+    "a text for a number": {"num_hidden_layers": "two"},
+    "a list for a number": {"vocab_size": [61]},
+    "an unknown model type": {"model_type": "no_such_family"},
+    "no model type": {"model_type": None},
+    "a scaling that is a text": {"rope_parameters": None, "rope_scaling": "yarn"},
+    "a scaling of no known type": {"rope_parameters": {"rope_type": "no_such_scaling", "rope_theta": 1e4}},
+}
+
+
+@pytest.mark.parametrize("changes", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_a_config_that_cannot_be_used_is_one_line_with_exit_code_2(tmp_path, changes):
+    save_tiny_llama(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    model = ModelConfig(path=str(tmp_path))
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        architecture.to_train(model)
+    line = explain(raised.value)
+    assert line is not None
+    path = f"model.path={tmp_path}"
+    assert line.startswith((f"{path}: no readable config.json (", f"{path}: its config.json has ", "model_type="))
+    assert not line.endswith(":)")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", "version https://git-lfs.github.com/spec/v1\n"])
+def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"no readable config\.json \("):
+        architecture.to_read(ModelConfig(path=str(tmp_path)))
+
+
+def test_sizes_that_a_family_s_own_code_refuses_are_named_with_the_family():
+    with pytest.raises(ValueError, match=r"^model_type=llama: no causal language model of it \("):
+        probe.model_on_meta(LlamaConfig(**SIZES | {"hidden_act": "no_such_activation"}))
+
+
+def test_weights_of_a_path_are_taken_unless_there_is_a_config_alone(tmp_path):
+    assert ModelConfig(path="a/b").is_pretrained
+    assert ModelConfig(path="a/b", config="c").is_pretrained
+    assert not ModelConfig(config="c").is_pretrained
+    assert not ModelConfig(path="a/b", init=Init.random).is_pretrained
+    assert composed("model.path=/my/model", "dry_run=true").model.is_pretrained, "whatever the preset is"
+    assert not composed("model=tiny").model.is_pretrained
+
+
+@pytest.mark.parametrize("named", ["directory", "hub"])
+def test_random_weights_in_place_of_those_that_are_named_are_refused(tmp_path, named):
+    save_tiny_llama(tmp_path)
+    path = str(tmp_path) if named == "directory" else "owner/model"
+    with pytest.raises(
+        ValueError, match=r"^model\.init=random: the weights of model\.path=.* model\.config=DIR model\.path=null"
+    ):
+        architecture.to_read(ModelConfig(path=path, init=Init.random))
+
+
+def test_random_weights_of_a_directory_without_any_are_meant(tmp_path):
+    LlamaConfig(**SIZES).save_pretrained(tmp_path)
+    assert architecture.to_read(ModelConfig(path=str(tmp_path), init=Init.random)).model_type == "llama"
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
+def test_a_preset_says_nothing_that_its_architecture_says(name):
+    preset = composed(f"model={name}", "dry_run=true").model
+    assert (preset.init, preset.context_len) == (None, None), "so that it cannot outlive another model.path"
+    shown = architecture.stand_in(preset)
+    assert shown.path is None
+    length = int(json.loads((CONF.parent / str(shown.config) / "config.json").read_text())["max_position_embeddings"])
+    assert architecture.context_source(shown, architecture.to_train(shown)) == (length, "max_position_embeddings")
+
+
+def test_the_name_in_a_shipped_config_is_not_part_of_the_architecture(tmp_path):
+    shipped = CONF / "model/architectures/llama2_7b/config.json"
+    facts = json.loads(shipped.read_text())
+    assert facts.pop("_name_or_path") == "meta-llama/Llama-2-7b-hf"
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    named, nameless = (architecture.to_read(ModelConfig(config=str(each))) for each in (shipped.parent, tmp_path))
+    assert architecture.digest(named) == architecture.digest(nameless)
+
+
+def test_an_offline_hub_is_said_with_what_to_do(monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"^model\.path=owner/model: no readable config\.json \(the hub cannot be reached"
+    ) as raised:
+        architecture.to_read(ModelConfig(path="owner/model"))
+    assert "`hf download owner/model`" in str(raised.value)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, caplog):
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(url)
+            raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_session", Session)
+    hub.unreachable.cache_clear()
+    try:
+        with pytest.raises(
+            ValueError, match=r"the hub cannot be reached, Name or service not known, and its cache here"
+        ):
+            architecture.to_read(ModelConfig(path="owner/model"))
+        assert hub.options("owner/another") == {"local_files_only": True}
+        assert hub.options(str(CONF)) == {}, "a directory needs no hub"
+    finally:
+        hub.unreachable.cache_clear()
+    assert len(asked) == 1
+    assert caplog.text.count("cannot be reached") == 1
+
+
+def test_a_damaged_directory_of_the_original_code_is_one_line(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"rope_scaling": "clex"}))
+    assert not official.is_official(tmp_path)
+    scaling = {"type": "clex", "max_factor": "many"}
+    file.write_text(json.dumps({"rope_scaling": scaling, "max_position_embeddings": 64}))
+    with pytest.raises(ValueError, match=r"config\.json: max_factor=many: not a number"):
+        official.max_factor(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        official.read_official_field(tmp_path, torch.ones(4, dtype=torch.float64))
+    assert str(explain(raised.value)).startswith(f"{tmp_path}: ")

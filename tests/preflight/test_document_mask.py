@@ -1,0 +1,81 @@
+"""Whether a family can keep documents apart is found from its architecture, and agrees with what its logits say."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from clex_train.config.attention import AttentionImplementation
+from clex_train.config.root import Config
+from clex_train.config.scaling import LogScale
+from clex_train.preflight.document_mask import check_document_mask, require_separable
+from tests.rope.rotary_families import FAMILIES, tiny_model, tokens
+
+SDPA, FLASH = AttentionImplementation.sdpa, AttentionImplementation.flash_attention_2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_answer_is_that_of_the_logits(family):
+    model = tiny_model(family)
+    first = tokens(1, 12)
+    second = first.clone()
+    second[0, :5] = tokens(1, 5, seed=2)
+    positions = torch.cat((torch.arange(5), torch.arange(7)))[None]
+    with torch.no_grad():
+        one, other = (model(input_ids=ids, position_ids=positions, use_cache=False).logits for ids in (first, second))
+    assert (one[0, :5] - other[0, :5]).abs().max() > 1e-3, "the first document did change"
+    leaks = bool((one[0, 5:] - other[0, 5:]).abs().max() > 1e-6)
+    # Falcon keeps documents apart since transformers 5.24, by masks of its own, which are not trusted.
+    assert not leaks or family == "falcon"
+    if family == "falcon":
+        with pytest.raises(ValueError, match=rf"data\.document_mask=True: model_type={family} .*set it to false"):
+            require_separable(model.config, SDPA)
+    else:
+        require_separable(model.config, SDPA)
+
+
+def small(family, **settings):
+    return AutoConfig.for_model(family, hidden_size=32, num_hidden_layers=2, vocab_size=40, **settings)
+
+
+@pytest.mark.parametrize(
+    ("arch", "implementation", "reason"),
+    [
+        (lambda: small("gpt_oss"), SDPA, "layer 0 and 1 others mix tokens"),
+        (lambda: small("stablelm"), FLASH, "layer 0 and 1 others mix tokens"),
+        (lambda: small("minimax", layer_types=["full_attention", "linear_attention"]), SDPA, "layer 1 and 0 others"),
+        (lambda: small("falcon_h1"), SDPA, r"mamba\.conv1d mixes tokens"),
+    ],
+)
+def test_what_leaks_is_refused_with_its_reason(arch, implementation, reason):
+    """A mask without borders, lengths that flash attention does not get, layers without attention, and beside it."""
+    with pytest.raises(ValueError, match=rf"document_mask=True: model_type=.*{reason}.*set it to false"):
+        require_separable(arch(), implementation)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"falcon", "stablelm"}))
+def test_flash_attention_gets_the_lengths_in(family):
+    require_separable(tiny_model(family).config, FLASH)
+
+
+def configuration(**log_scale):
+    config = Config()
+    config.data.document_mask, config.data.seq_len = True, 64
+    config.scaling.log_scale = log_scale["policy"]
+    return config
+
+
+@pytest.mark.parametrize(("policy", "context_len"), [(LogScale.always, 63), (LogScale.official, 128)])
+def test_log_scaling_by_the_tokens_of_a_row_is_refused(policy, context_len):
+    with pytest.raises(ValueError, match=rf"scaling\.log_scale={policy.name}: .* with data.document_mask=true use off"):
+        check_document_mask(configuration(policy=policy), small("llama"), context_len)
+
+
+@pytest.mark.parametrize("policy", [LogScale.off, LogScale.eval, LogScale.always])
+def test_log_scaling_that_leaves_rows_alone_is_allowed(policy):
+    check_document_mask(configuration(policy=policy), small("llama"), 64)
+
+
+def test_a_family_that_leaks_may_train_with_documents_joined():
+    config = configuration(policy=LogScale.always)
+    config.data.document_mask = False
+    check_document_mask(config, tiny_model("falcon").config, 16)
