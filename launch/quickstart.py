@@ -84,7 +84,7 @@ def train(name: str, runs: Path, smoke: bool) -> None:
 def report(runs: Path, smoke: bool) -> None:
     """Print the table and write the page, with JSON, Markdown and PNG beside it."""
     from clex_train.evaluation.report.evidence import of_rows
-    from clex_train.evaluation.report.table import Row
+    from clex_train.evaluation.report.tables import Row
     from clex_train.evaluation.report.write import write
 
     def row(label: str, name: str, method: str) -> Row:

@@ -12,7 +12,7 @@ import numpy as np
 
 from clex_train.evaluation import bootstrap, results
 from clex_train.evaluation.report.evidence import of_rows
-from clex_train.evaluation.report.table import Row
+from clex_train.evaluation.report.tables import Row
 from clex_train.evaluation.report.write import write as write_report
 from clex_train.utils.files import make_folder, write_atomically
 from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows

@@ -1,7 +1,7 @@
 """Show the results of an evaluation as the plain tables of a terminal."""
 
-from clex_train.evaluation.report.table import from_results
-from clex_train.evaluation.report.text import console as perplexity_table
+from clex_train.evaluation.report.tables import console as perplexity_table
+from clex_train.evaluation.report.tables import from_results
 from clex_train.evaluation.results import Origin, Results
 from clex_train.evaluation.retrieval.console import console as retrieval_table
 

@@ -14,8 +14,7 @@ from clex_train.evaluation import out_of_memory
 from clex_train.evaluation.methods import tables
 from clex_train.evaluation.out_of_memory import Room
 from clex_train.evaluation.protocols import readings
-from clex_train.evaluation.report.table import from_results
-from clex_train.evaluation.report.text import console
+from clex_train.evaluation.report.tables import console, from_results
 from clex_train.evaluation.results import Origin, Results, read, write
 from clex_train.evaluation.runner import evaluate
 from clex_train.rope.patch import install_rotary

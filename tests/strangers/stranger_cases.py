@@ -34,7 +34,7 @@ from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import vocabulary
 from clex_train.data.writer import write_store
 from clex_train.evaluation import results
-from clex_train.evaluation.report import evidence, sources, text
+from clex_train.evaluation.report import evidence, sources, tables
 from clex_train.evaluation.results import Origin, Results, Score
 from clex_train.models import directory, weight_files
 from clex_train.rope.hf_scalings import read_longrope_factors
@@ -270,7 +270,7 @@ def report_case(folder: Path, draw: random.Random) -> Action:
         for table in found.tables:
             for curve in table.curves:
                 console.say(str(sources.of_evaluation(curve.path, curve.origin, found.runs)))
-        console.say(text.markdown(found.tables))
+        console.say(tables.markdown(found.tables))
 
     return read
 

@@ -19,7 +19,7 @@ from clex_train.config import recorded
 from clex_train.config.recorded import CONFIG
 from clex_train.evaluation import results
 from clex_train.evaluation.provenance import weights_hash
-from clex_train.evaluation.report.table import Row, Table, read_tables, rows_of
+from clex_train.evaluation.report.tables import Row, Table, read_tables, rows_of
 from clex_train.evaluation.results import Origin, Results, TaskScore
 from clex_train.models.directory import TABLE
 from clex_train.scaling.table import FrequencyTable

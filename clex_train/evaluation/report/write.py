@@ -1,4 +1,4 @@
-"""The report's files: `index.html`, a PNG of each figure, `perplexity.md` and `report.json`.
+"""Write the files of a report: `index.html`, a PNG of each figure, `perplexity.md` and `report.json`.
 
 write(collect([Path("runs/a"), Path("runs/b")]), Path("runs/report"), command)
 """
@@ -12,11 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from clex_train.evaluation.report import gallery, page, text
+from clex_train.evaluation.report import page
 from clex_train.evaluation.report.evidence import Evidence
-from clex_train.evaluation.report.figures.figure import Absent, Figure
+from clex_train.evaluation.report.figures import collect_figures
+from clex_train.evaluation.report.plotting import Absent, Figure, to_png
 from clex_train.evaluation.report.sources import Source, of_evaluation, of_training
-from clex_train.evaluation.report.table import Curve, Table
+from clex_train.evaluation.report.tables import Curve, Table, console, markdown
 from clex_train.evaluation.results import LARGEST
 from clex_train.tracking import tracker
 from clex_train.utils.files import BadFile, make_folder, write_atomically
@@ -26,38 +27,38 @@ INDEX, MARKDOWN, JSON = "index.html", "perplexity.md", "report.json"
 
 
 @dataclass(frozen=True)
-class _Former:
-    """What is read of an earlier report."""
+class _Earlier:
+    """The part of an earlier report.json that is read."""
 
     figures: list[dict[str, Any]]
 
 
 def write(evidence: Evidence, folder: Path, command: Sequence[str]) -> str:
-    """Write the report into `folder` and return its tables for the console; `command` is what was called.
+    """Write the report into `folder` and return its tables for the console; `command` is the command line.
 
-    PNGs of figures that an earlier report in the folder had, and this one has not, are removed. An `OSError` names the
-    file that it is about, and that file stays as it was.
+    Removes PNGs of figures that an earlier report in the folder had and this one has not. An `OSError` names the file
+    that it is about, and that file stays as it was.
     """
-    figures, absent = gallery.figures(evidence)
+    figures, absent = collect_figures(evidence)
     make_folder(folder)
-    _remove_former(folder, {figure.name for figure in figures})
+    _remove_stale(folder, {figure.name for figure in figures})
     for figure in figures:
-        write_atomically(folder / f"{figure.name}.png", gallery.png(figure))
+        write_atomically(folder / f"{figure.name}.png", to_png(figure))
     made = {
         "command": shlex.join(command),
         "git_commit": tracker.git_commit() or "not recorded",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     made_by = f"Written {made['date']} by {made['command']}, commit {made['git_commit']}."
-    write_atomically(folder / MARKDOWN, text.markdown(evidence.tables))
+    write_atomically(folder / MARKDOWN, markdown(evidence.tables))
     content = as_json(evidence, figures, absent) | made
     write_atomically(folder / JSON, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    write_atomically(folder / INDEX, page.page(evidence, figures, absent, made_by))
-    return "\n\n".join(text.console(table) for table in evidence.tables)
+    write_atomically(folder / INDEX, page.render(evidence, figures, absent, made_by))
+    return "\n\n".join(console(table) for table in evidence.tables)
 
 
 def as_json(evidence: Evidence, figures: Sequence[Figure], absent: Sequence[Absent]) -> dict[str, Any]:
-    """Everything that the page shows, with the command, the weights and the data behind every row and figure."""
+    """Return everything that the page shows, with command, weights and data of every row and figure."""
     return {
         "tables": [_table(table, evidence) for table in evidence.tables],
         "tasks": [
@@ -112,13 +113,13 @@ def _facts(source: Source) -> dict[str, str]:
     return {"title": source.title, **dict(source.facts)}
 
 
-def _remove_former(folder: Path, kept: set[str]) -> None:
-    """Only what an earlier report says that it wrote is removed."""
+def _remove_stale(folder: Path, kept: set[str]) -> None:
+    """Remove figures that an earlier report lists and this one has not."""
     try:
-        former = read_record(folder / JSON, _Former, within=folder, most=LARGEST)
+        earlier = read_record(folder / JSON, _Earlier, within=folder, most=LARGEST)
     except (FileNotFoundError, BadFile):
         return
-    for figure in former.figures:
+    for figure in earlier.figures:
         name = Path(str(figure.get("file"))).name
         if name.endswith(".png") and name.removesuffix(".png") not in kept:
             (folder / name).unlink(missing_ok=True)

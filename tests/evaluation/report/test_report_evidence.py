@@ -11,7 +11,7 @@ import pytest
 from clex_train.cli import console
 from clex_train.cli import report as program
 from clex_train.evaluation import results
-from clex_train.evaluation.report import evidence, gallery
+from clex_train.evaluation.report import evidence, page, write
 from tests.evaluation.report.evaluation_files import ORIGIN, add_to_file, make_run, outcome, relabelled, task_row
 
 
@@ -25,8 +25,8 @@ def runs(tmp_path: Path) -> dict[str, Path]:
 @pytest.fixture
 def _nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty image stands for each figure, where only files and texts are looked at."""
-    monkeypatch.setattr(gallery, "png", lambda figure: b"")
-    monkeypatch.setattr(gallery, "svg", lambda figure, size: "<svg></svg>")
+    monkeypatch.setattr(write, "to_png", lambda figure: b"")
+    monkeypatch.setattr(page, "to_svg", lambda figure: "<svg></svg>")
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

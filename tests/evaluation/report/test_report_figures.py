@@ -8,21 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from matplotlib.text import Text
 from PIL import Image
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from clex_train.evaluation import results
-from clex_train.evaluation.report import gallery
+from clex_train.evaluation.report import figures, frequencies, plotting
 from clex_train.evaluation.report.evidence import Evidence, collect
-from clex_train.evaluation.report.figures import canvas as page
-from clex_train.evaluation.report.figures import frequencies, per_position, perplexity, retrieval, training
-from clex_train.evaluation.report.figures.canvas import NARROW, WIDE, Canvas
-from clex_train.evaluation.report.figures.figure import Absent, Figure
-from clex_train.evaluation.report.table import from_results
+from clex_train.evaluation.report.plotting import Absent, Figure
+from clex_train.evaluation.report.tables import from_results
 from clex_train.evaluation.results import Results, Score
 from clex_train.scaling.baselines import ntk_table
 from tests.evaluation.report.evaluation_files import LLAMA, ORIGIN, add_to_file, make_run, outcome, relabelled, task_row
@@ -51,12 +45,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
 
 
 def by_name(found: Evidence) -> dict[str, Figure]:
-    return {figure.name: figure for figure in gallery.figures(found)[0]}
+    return {figure.name: figure for figure in figures.collect_figures(found)[0]}
 
 
 def test_a_full_report_has_every_figure_of_its_runs(found: Evidence) -> None:
-    figures, absent = gallery.figures(found)
-    assert [figure.name for figure in figures] == [
+    shown, absent = figures.collect_figures(found)
+    assert [figure.name for figure in shown] == [
         "perplexity",
         "perplexity_enlarged",
         "retrieval_passkey",
@@ -72,15 +66,14 @@ def test_a_full_report_has_every_figure_of_its_runs(found: Evidence) -> None:
 def test_figures_without_data_say_what_they_lack_and_how_to_get_it(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     results.write(path, outcome({"none": [3, 4, 5]}), ORIGIN)
-    figures, absent = gallery.figures(collect([path]))
-    assert [figure.name for figure in figures] == ["perplexity"]
+    shown, absent = figures.collect_figures(collect([path]))
+    assert [figure.name for figure in shown] == ["perplexity"]
     assert len(absent) == 6
     assert all(each.reason and ("clex_train.cli" in each.remedy or "scaling=clex" in each.remedy) for each in absent)
 
 
-@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
-def test_the_lines_of_perplexity_are_the_scores(found: Evidence, size: Canvas) -> None:
-    [axes] = by_name(found)["perplexity"].draw(size).axes
+def test_the_lines_of_perplexity_are_the_scores(found: Evidence) -> None:
+    [axes] = by_name(found)["perplexity"].draw().axes
     drawn = {tuple(line.get_ydata().round(6)) for line in axes.lines if len(line.get_xdata()) == 3}
     assert drawn == {(35, 60, 900), (35, 34, 50), (34, 33, 36)}
     assert axes.get_xscale() == axes.get_yscale() == "log"
@@ -89,12 +82,12 @@ def test_the_lines_of_perplexity_are_the_scores(found: Evidence, size: Canvas) -
 
 def test_a_row_out_of_proportion_gets_the_others_a_figure_of_their_own(found: Evidence) -> None:
     [table] = found.tables
-    top = perplexity.lowest_part(table)
+    top = figures.lowest_part(table)
     assert top == pytest.approx(54)
-    [axes] = by_name(found)["perplexity_enlarged"].draw(WIDE).axes
+    [axes] = by_name(found)["perplexity_enlarged"].draw().axes
     assert axes.get_ylim()[1] == pytest.approx(54)
     calm = from_results(outcome({"none": [35, 36, 37], "pi": [35, 36, 38], "ntk": [35, 36, 39]}), ORIGIN)
-    assert perplexity.lowest_part(calm) is None
+    assert figures.lowest_part(calm) is None
 
 
 def test_values_that_are_not_finite_leave_a_gap_that_is_owned_to(tmp_path: Path) -> None:
@@ -102,43 +95,43 @@ def test_values_that_are_not_finite_leave_a_gap_that_is_owned_to(tmp_path: Path)
     results.write(path, outcome({"none": [3, float("inf"), 5]}), ORIGIN)
     figure = by_name(collect([path]))["perplexity"]
     assert "not finite are left out" in figure.caption
-    assert figure.draw(WIDE).axes[0].lines[0].get_xdata().tolist() == [128, 2048]
+    assert figure.draw().axes[0].lines[0].get_xdata().tolist() == [128, 2048]
 
 
-def test_twelve_methods_differ_in_look_and_their_names_do_not_touch() -> None:
+def test_no_color_stands_for_two_of_twelve_methods_of_a_panel_and_names_do_not_touch() -> None:
     methods = {f"method_{i}": [10 + 0.01 * i, 11 + 0.01 * i, 12 + 0.01 * i] for i in range(12)}
-    figure = perplexity.draw(from_results(outcome(methods), ORIGIN), None, WIDE)
+    figure = figures.draw_perplexity(from_results(outcome(methods), ORIGIN))
     figure.draw_without_rendering()
-    texts = {text.get_text(): text for text in figure.findobj(Text) if text.get_text() in methods}
-    assert texts.keys() == methods.keys()
-    boxes = sorted((text.get_window_extent() for text in texts.values()), key=lambda box: box.y0)
-    assert all(lower.y1 <= upper.y0 + 1 for lower, upper in itertools.pairwise(boxes))
-    assert boxes[0].y0 >= 0
-    assert max(box.x1 for box in boxes) <= figure.bbox.x1
-    assert len({(s.color, s.marker, str(s.dashes)) for s in map(page.style, range(12))}) == 12
+    assert len(figure.axes) == 2
+    named = []
+    for axes in figure.axes:
+        drawn = [line for line in axes.lines if line.get_marker() not in ("None", None)]
+        assert len({line.get_color() for line in drawn}) == len(drawn) == 6
+        faint = [line for line in axes.lines if line.get_color() == plotting.GRID]
+        assert len(faint) == 6, "the rows of the other panel"
+        texts = axes.get_legend().get_texts()
+        named += [text.get_text() for text in texts]
+        boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: box.y0)
+        assert all(lower.y1 <= upper.y0 + 1 for lower, upper in itertools.pairwise(boxes))
+        assert max(box.x1 for box in boxes) <= figure.bbox.x1
+    assert sorted(named) == sorted(methods)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=15), st.floats(0.01, 0.06))
-def test_names_move_as_little_as_keeps_them_apart(heights: list[float], distance: float) -> None:
-    wanted = np.sort(np.array(heights))
-    moved = page.spread(wanted, distance)
-    assert np.all(np.diff(moved) >= distance - 1e-9)
-    assert moved.min() >= -1e-9
-    assert moved.max() <= 1 + 1e-9
-    if np.all(np.diff(wanted) >= distance):
-        np.testing.assert_allclose(moved, wanted, atol=1e-9)
+def test_a_legend_lists_lines_in_the_order_of_their_ends(found: Evidence) -> None:
+    [axes] = by_name(found)["perplexity"].draw().axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["base: none", "base: ntk", "clex: trained"]
 
 
 def test_a_label_is_shown_letter_by_letter() -> None:
-    assert page.plain("a $x^2$") == r"a \$x^2\$"
-    assert page.plain("_hidden") == " _hidden"
-    assert page.plain("n" * 50) == "n" * 35 + "…"
+    assert plotting.as_text("a $x^2$") == r"a \$x^2\$"
+    assert plotting.as_text("_hidden") == " _hidden"
+    assert plotting.as_text("n" * 50) == "n" * 35 + "…"
 
 
 def test_standard_errors_are_drawn_as_bars() -> None:
     result = outcome({"none": [3, 4, 5]})
     result = replace(result, scores=[replace(score, standard_error=0.5) for score in result.scores])
-    line = perplexity.line(from_results(result, ORIGIN).curves[0], 0)
+    line = figures.perplexity_line(from_results(result, ORIGIN).curves[0])
     assert line.errors is not None
     assert line.errors.tolist() == [0.5] * 3
 
@@ -151,7 +144,7 @@ def test_a_curve_over_positions_is_drawn_as_the_evaluation_wrote_it(tmp_path: Pa
     results.write(path, replace(result, scores=scores), ORIGIN)
     figure = by_name(collect([path]))["per_position"]
     assert figure.caption.startswith("Mean negative log-likelihood in windows of 2,048 tokens. 100 held-out tokens")
-    line = figure.draw(WIDE).axes[0].lines[0]
+    line = figure.draw().axes[0].lines[0]
     assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([512], [4.5])
 
 
@@ -165,8 +158,8 @@ def test_a_stream_is_drawn_by_the_means_of_its_segments(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     results.write(path, Results(scores, 128, windows), ORIGIN)
     figure = by_name(collect([path]))["per_position"]
-    line = figure.draw(WIDE).axes[0].lines[0]
-    assert len(line.get_xdata()) == per_position.MOST_SEGMENTS
+    line = figure.draw().axes[0].lines[0]
+    assert len(line.get_xdata()) == figures.MAX_SEGMENTS
     np.testing.assert_allclose(line.get_xdata()[:2], [128, 384])
     np.testing.assert_allclose(line.get_ydata(), 105 / 50)
 
@@ -176,7 +169,7 @@ def test_frequencies_are_ratios_to_plain_rope_and_to_ntk(found: Evidence) -> Non
     assert run.frequencies is not None
     assert frequencies.scale_factors([run.frequencies]) == [2, 8, 16]
     base = run.frequencies.at(1).inv_freq
-    panels = by_name(found)["frequencies"].draw(WIDE).axes
+    panels = by_name(found)["frequencies"].draw().axes
     learned, ntk, pi, yarn = (line.get_ydata() for line in panels[2].lines[:4])
     np.testing.assert_allclose(learned, run.frequencies.at(16).inv_freq / base)
     np.testing.assert_allclose(ntk, ntk_table(base, [1.0, 16.0]).at(16).inv_freq / base)
@@ -185,7 +178,7 @@ def test_frequencies_are_ratios_to_plain_rope_and_to_ntk(found: Evidence) -> Non
     config.rope_parameters |= {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 128}
     expected, _ = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
     np.testing.assert_allclose(yarn, expected / base, rtol=1e-6)
-    [over] = [line.get_ydata() for line in by_name(found)["frequencies_learned"].draw(NARROW).axes[2].lines[:1]]
+    [over] = [line.get_ydata() for line in by_name(found)["frequencies_learned"].draw().axes[2].lines[:1]]
     np.testing.assert_allclose(over, np.full(12, 1.15))
 
 
@@ -194,7 +187,7 @@ def test_a_model_without_yarn_says_so_below_the_figure(tmp_path: Path) -> None:
     (run / "final" / "config.json").write_text(json.dumps({**LLAMA, "rope_parameters": LLAMA3_ROPE}))
     figure = by_name(collect([run]))["frequencies"]
     assert "Without yarn: methods=[yarn]: " in figure.caption
-    assert len(figure.draw(WIDE).axes[0].lines) == 3
+    assert len(figure.draw().axes[0].lines) == 3
 
 
 def test_runs_of_other_base_frequencies_are_drawn_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,37 +202,37 @@ def test_runs_of_other_base_frequencies_are_drawn_apart(tmp_path: Path, monkeypa
 
 def test_the_heat_map_puts_each_score_at_its_depth_and_length(found: Evidence) -> None:
     [scores] = [scores for scores in found.tasks if scores.task == "passkey"]
-    cells = retrieval.grid(scores, [256, 1024, 2048], [0.0, 0.5, 1.0])
+    cells = figures.retrieval_grid(scores, [256, 1024, 2048], [0.0, 0.5, 1.0])
     np.testing.assert_array_equal(cells, [[0, np.nan, 0], [0.5, np.nan, 0.5], [1, np.nan, 1]])
-    figure = by_name(found)["retrieval_passkey"].draw(WIDE)
+    figure = by_name(found)["retrieval_passkey"].draw()
     assert [text.get_text() for text in figure.axes[0].texts] == ["0", "0", "50", "50", "100", "100"]
     assert figure.axes[0].get_ylim() == (3, 0)
 
 
 def test_training_is_drawn_as_means_of_intervals() -> None:
-    last, mean, low, high = training.binned(np.arange(1, 1001), np.arange(1000.0), most=10)
+    last, mean, low, high = figures.bin_steps(np.arange(1, 1001), np.arange(1000.0), most=10)
     assert last.tolist() == list(range(100, 1001, 100))
     np.testing.assert_allclose(mean, np.arange(49.5, 1000, 100))
     assert np.all((low < mean) & (mean < high))
 
 
 def test_every_t_of_a_short_run_is_drawn(found: Evidence) -> None:
-    line = by_name(found)["scale_factor"].draw(WIDE).axes[0].lines[0]
+    line = by_name(found)["scale_factor"].draw().axes[0].lines[0]
     assert line.get_xdata().tolist() == list(range(1, 41))
     assert line.get_ydata().tolist() == [1 + step % 16 for step in range(1, 41)]
 
 
 def test_pngs_are_drawn_large_and_in_the_colours_of_their_lines(found: Evidence, tmp_path: Path) -> None:
     for name, figure in by_name(found).items():
-        (tmp_path / f"{name}.png").write_bytes(gallery.png(figure))
+        (tmp_path / f"{name}.png").write_bytes(plotting.to_png(figure))
         assert min(Image.open(tmp_path / f"{name}.png").size) >= 300
     image = Image.open(tmp_path / "perplexity.png").convert("RGB")
     present = {colour for _, colour in image.getcolors(maxcolors=2**24)}
-    assert [tuple(bytes.fromhex(c[1:])) in present for c in page.COLORS] == [True] * 3 + [False] * 5
+    assert [tuple(bytes.fromhex(c[1:])) in present for c in plotting.COLORS] == [True] * 3 + [False] * 5
 
 
 def test_one_figure_that_cannot_be_drawn_names_the_command(found: Evidence) -> None:
-    [absent] = [each for each in per_position.figures(found) if isinstance(each, Absent)]
+    [absent] = [each for each in figures.loss_by_position(found) if isinstance(each, Absent)]
     assert "protocols=[per_position]" in absent.remedy
 
 
@@ -247,5 +240,4 @@ def test_a_label_of_any_kind_is_drawn(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     for label in ("$x$ _{", "_start", "<b>&"):
         results.write(path, outcome({label: [3, 4, 5]}), relabelled(label))
-        for size in gallery.PAGES:
-            assert "<b>" not in gallery.svg(by_name(collect([path]))["perplexity"], size)
+        assert "<b>" not in plotting.to_svg(by_name(collect([path]))["perplexity"])

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from clex_train.evaluation import results
-from clex_train.evaluation.report import cells, text
-from clex_train.evaluation.report.table import Row, Table, from_results, read_tables
+from clex_train.evaluation.report.tables import Row, Table, console, from_results, markdown, read_tables
 from clex_train.evaluation.results import Results, Score
 from tests.evaluation.report.evaluation_files import ORIGIN, outcome
 
@@ -53,7 +52,7 @@ def test_numbers_that_are_not_finite_survive_as_standard_json(tmp_path: Path) ->
 
 
 def test_markdown_has_a_row_a_method_and_marks_the_lowest_of_each_column(files: dict[str, Path]) -> None:
-    lines = text.markdown(read_tables(rows_of(files))).splitlines()
+    lines = markdown(read_tables(rows_of(files))).splitlines()
     assert lines[0] == "|  | 1x (128) | 2x (256) | 16x (2048) |"
     assert lines[2] == "| base as it is | 35.00 | 37.65 | 1.0e+07 |"
     assert lines[3] == "| NTK(2t-1), untrained | 35.00 | 34.30 | 12346 |"
@@ -62,13 +61,13 @@ def test_markdown_has_a_row_a_method_and_marks_the_lowest_of_each_column(files: 
 
 
 def test_a_label_cannot_break_out_of_its_markdown_cell(files: dict[str, Path]) -> None:
-    table = text.markdown(read_tables([Row("a|b *x* [y](z)\nc_d _e_ <i>", files["clex"], "trained")]))
+    table = markdown(read_tables([Row("a|b *x* [y](z)\nc_d _e_ <i>", files["clex"], "trained")]))
     assert table.splitlines()[2].startswith(r"| a\|b \*x\* \[y\](z) c_d \_e\_ \<i\> | 34.00")
 
 
 def test_rows_that_are_written_alike_share_the_mark_and_a_column_of_equals_has_none() -> None:
     table = from_results(outcome({"none": [35.001, 4, 6], "pi": [35.0, 4, 5], "ntk": [36, 4, math.inf]}), ORIGIN)
-    assert [cells.best(table, n) for n in (128, 256, 2048)] == [{0, 1}, set(), {1}]
+    assert [table.best(n) for n in (128, 256, 2048)] == [{0, 1}, set(), {1}]
 
 
 def test_standard_errors_stand_beside_the_numbers_and_in_the_caption() -> None:
@@ -76,9 +75,9 @@ def test_standard_errors_stand_beside_the_numbers_and_in_the_caption() -> None:
     scores = [replace(one.scores[0], standard_error=0.5612), *one.scores[1:]]
     last = [replace(score, protocol="last_k", num_tokens=7) for score in one.scores]
     table = from_results(Results([*scores, *last], 128, one.windows), ORIGIN)
-    shown = text.console(table)
+    shown = console(table)
     assert "35.00 ±0.56" in shown
-    assert "| none, one_shot | **35.00** ±0.56 | **37.65** | **1.0e+07** |" in text.markdown([table])
+    assert "| none, one_shot | **35.00** ±0.56 | **37.65** | **1.0e+07** |" in markdown([table])
     assert "held-out tokens (one_shot: 100, last_k: 7), the same at every length" in shown.replace("\n", " ")
     assert "one standard error, by a bootstrap over documents" in shown.replace("\n", " ")
 
@@ -89,7 +88,7 @@ def test_many_lengths_and_long_names_still_fit_the_console() -> None:
     table = from_results(Results(scores, 128, windows), ORIGIN)
     curve = table.curves[0]
     long_named = replace(curve, label="a name " * 20)
-    shown = text.console(Table([long_named], windows))
+    shown = console(Table([long_named], windows))
     assert max(len(line) for line in shown.splitlines()) <= 100
     assert all(str(128 * 2**i) in shown for i in range(14))
 
@@ -122,8 +121,8 @@ def test_rows_that_were_trained_at_different_lengths_have_no_multiples(tmp_path:
         results.write(path, outcome({"none": [3, 4, 5]}, context_len=context_len), ORIGIN)
     [table] = read_tables([Row(path.name, path, "none") for path in paths])
     assert (table.context_len, table.context_lens) == (None, [128, 256])
-    assert text.markdown([table]).startswith("|  | 128 | 256 | 2048 |\n")
-    assert text.console(table).splitlines()[2].startswith("length in tokens")
+    assert markdown([table]).startswith("|  | 128 | 256 | 2048 |\n")
+    assert console(table).splitlines()[2].startswith("length in tokens")
 
 
 @pytest.mark.parametrize(
