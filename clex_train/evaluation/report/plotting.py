@@ -164,7 +164,7 @@ def mark_training_lengths(axes: Axes, context_lens: Sequence[int]) -> None:
     for row, context_len in enumerate(context_lens):
         axes.axvline(context_len, color=GREY, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
         text, offset = f"trained at {format_tokens(context_len)}", (5, 3 + 12 * row)
-        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "bottom"}
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "bottom"}
         axes.annotate(text, (context_len, 1), xytext=offset, color=GREY, fontsize=8, **place)
 
 
