@@ -192,12 +192,15 @@ def child(words: dict[str, Any]) -> None:
     print(json.dumps({"grown": grown, "loss": loss}))
 
 
-def random_row(shape: Shape, step: int) -> dict[str, Any]:
+def random_row(shape: Shape, step: int) -> Any:
     """A micro-batch of one row."""
     import torch
 
+    from clex_train.data.batch import UNSCORED, MicroBatch
+
     ids = torch.randint(shape.vocab, (1, shape.tokens), generator=torch.Generator().manual_seed(step))
-    return {"input_ids": ids, "labels": ids, "row_index": torch.tensor([step])}
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=UNSCORED)
+    return MicroBatch(ids, targets, None, torch.tensor([step]))
 
 
 def status(field: str) -> int:

@@ -16,12 +16,12 @@ import torch
 
 from clex_train.checkpoint.store import ODE, Checkpoints
 from clex_train.config.root import Config
-from clex_train.data.batch import joined, separated
+from clex_train.data.batch import MicroBatch, collate_documents, collate_rows
 from clex_train.data.loader import batches
 from clex_train.data.order import SkippedRows, original_index
 from clex_train.data.rows import Rows
 from clex_train.data.shard_files import DamagedStore
-from clex_train.data.shards import sharded
+from clex_train.data.shards import shard_collate
 from clex_train.data.step_rows import loss_weights, read_step
 from clex_train.engine import token_loss
 from clex_train.engine.deepspeed import gradient_norm, has_stepped, learning_rate, set_learning_rate
@@ -42,7 +42,6 @@ from clex_train.utils.errors import RunStopped, StopRequested, first_line
 
 logger = log.get(__name__)
 
-Batch = dict[str, torch.Tensor]
 SPIKES = "spikes"
 """Key of the spike watch beside the ODE's state in a checkpoint."""
 
@@ -141,11 +140,11 @@ def _why_ended(
     return RunStopped(f"step {step}: {why}; {parts.checkpoints.describe_newest()}; start again in another output_dir")
 
 
-def _stream(parts: Parts, step: int) -> Iterator[Iterator[Batch]]:
+def _stream(parts: Parts, step: int) -> Iterator[Iterator[MicroBatch]]:
     """This rank's micro-batches of each step from `step` on, without the rows that were skipped for a spike."""
     config = parts.config
     skipped = parts.spikes.skipped if parts.spikes else []
-    collate = separated if config.data.document_mask else joined
+    collate = collate_documents if config.data.document_mask else collate_rows
     group, index = divmod(distributed.rank(), parts.row_ranks)
     return batches(
         SkippedRows(parts.rows, skipped) if skipped else parts.rows,
@@ -154,11 +153,11 @@ def _stream(parts: Parts, step: int) -> Iterator[Iterator[Batch]]:
         rank=group,
         world_size=distributed.world_size() // parts.row_ranks,
         micro_batch=parts.engine.train_micro_batch_size_per_gpu(),
-        collate=sharded(collate, index, parts.row_ranks),
+        collate=shard_collate(collate, index, parts.row_ranks),
     )
 
 
-def train_step(parts: Parts, step: int, micro_batches: Iterator[Batch]) -> dict[str, Any]:
+def train_step(parts: Parts, step: int, micro_batches: Iterator[MicroBatch]) -> dict[str, Any]:
     """One optimizer step: every micro-batch forward and backward, then the engine's update and the ODE's.
 
     `grad_norm` of the figures may be a tensor on the device, which only who looks at it has to wait for.
@@ -175,7 +174,7 @@ def train_step(parts: Parts, step: int, micro_batches: Iterator[Batch]) -> dict[
             engine.step()
         _seed_dropout(parts, step, index)
         losses.append(forward_backward(parts, batch, spectrum, weight))
-    rows = torch.cat([batch["row_index"] for batch in held])
+    rows = torch.cat([batch.row_indices for batch in held])
     gradient = parts.ode.gradient() if parts.ode else None
     told = exchange(losses, parts.stop.reason("step") is not None, rows, gradient)
     engine.step()
@@ -194,7 +193,7 @@ def train_step(parts: Parts, step: int, micro_batches: Iterator[Batch]) -> dict[
     return figures | metrics.speed(step, tokens, time.perf_counter() - start, parts.flops_per_token)
 
 
-def forward_backward(parts: Parts, batch: Batch, spectrum: Spectrum | None, weight: float = 1.0) -> torch.Tensor:
+def forward_backward(parts: Parts, batch: MicroBatch, spectrum: Spectrum | None, weight: float = 1.0) -> torch.Tensor:
     """Weighted loss of one micro-batch (mean over its scored tokens), its gradients added up in engine and spectrum."""
     with _in_force(parts, batch, spectrum):
         # Only the loss is held: the logits would otherwise stay through the whole backward pass.
@@ -203,22 +202,21 @@ def forward_backward(parts: Parts, batch: Batch, spectrum: Spectrum | None, weig
     return loss.detach()
 
 
-def forward(model: Any, parts: Parts, batch: Batch, weight: float) -> torch.Tensor:
+def forward(model: Any, parts: Parts, batch: MicroBatch, weight: float) -> torch.Tensor:
     """Weighted loss of one micro-batch under `model`, the engine or what it wraps."""
     mean_nll = token_loss.of(parts.config.engine)
-    targets = batch["shift_labels"] if parts.sequence else token_loss.shifted(batch["labels"])
     inputs = forward_pass.arguments(parts.config, batch, parts.sequence)
-    return weight * mean_nll(model, distributed.to_device(targets), **inputs)
+    return weight * mean_nll(model, distributed.to_device(batch.targets), **inputs)
 
 
-def _in_force(parts: Parts, batch: Batch, spectrum: Spectrum | None) -> AbstractContextManager[None]:
+def _in_force(parts: Parts, batch: MicroBatch, spectrum: Spectrum | None) -> AbstractContextManager[None]:
     return forward_pass.in_force(parts.config, parts.loaded, batch, spectrum, parts.sequence)
 
 
 def find_fault(
     parts: Parts,
     step: int,
-    micro_batches: Sequence[Batch],
+    micro_batches: Sequence[MicroBatch],
     weights: Sequence[float],
     losses: Sequence[torch.Tensor],
     spectrum: Spectrum | None,
@@ -236,7 +234,7 @@ def find_fault(
         _seed_dropout(parts, step, index)
         with _in_force(parts, batch, spectrum):
             found = non_finite.find(model, partial(forward, model, parts, batch, weights[index]))
-        own = f"rank {distributed.rank()}, rows {metrics.row_spans(batch['row_index'])}: {found}"
+        own = f"rank {distributed.rank()}, rows {metrics.row_spans(batch.row_indices)}: {found}"
         is_bad = not bool(losses[index].isfinite())
         told = [text for text in distributed.gather_objects(own if is_bad or found else None) if text]
         if told:

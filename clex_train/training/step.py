@@ -12,7 +12,7 @@ import torch
 from clex_train.attention.document_mask import separating_arguments, undivided_arguments
 from clex_train.config.root import Config
 from clex_train.data import shards
-from clex_train.data.batch import Batch, document_lengths
+from clex_train.data.batch import MicroBatch, document_lengths
 from clex_train.engine.sequence_parallel import SequenceParallel
 from clex_train.models.load import LoadedModel
 from clex_train.scaling.position_sampling import draw_batch, draw_document_batch
@@ -22,37 +22,37 @@ from clex_train.utils import distributed
 
 @contextmanager
 def in_force(
-    config: Config, loaded: LoadedModel, batch: Batch, spectrum: Spectrum | None, sequence: SequenceParallel | None
+    config: Config, loaded: LoadedModel, batch: MicroBatch, spectrum: Spectrum | None, sequence: SequenceParallel | None
 ) -> Iterator[None]:
     """The rotary module at the step's spectrum, or a formula's, with the rows' positions; attention over whole rows."""
     with _frequencies(config, loaded, batch, spectrum, sequence), _attention(config, batch, sequence):
         yield
 
 
-def arguments(config: Config, batch: Batch, sequence: SequenceParallel | None) -> dict[str, Any]:
+def arguments(config: Config, batch: MicroBatch, sequence: SequenceParallel | None) -> dict[str, Any]:
     """What a causal LM is called with for a micro-batch, on this rank's device."""
-    inputs = {"input_ids": distributed.to_device(batch["input_ids"])}
+    inputs = {"input_ids": distributed.to_device(batch.token_ids)}
     if sequence is not None:
-        positions = shards.positions_of_whole_rows(batch, config.data.seq_len, sequence.size)
-        mine = shards.cut(positions, sequence.index, sequence.size)
+        positions = shards.padded_positions(batch, config.data.seq_len, sequence.size)
+        mine = shards.shard(positions, sequence.index, sequence.size)
         return {**inputs, "position_ids": distributed.to_device(mine)}
     implementation, device = config.attention.implementation, distributed.device()
-    if "position_ids" in batch:
-        return inputs | separating_arguments(batch["position_ids"], implementation, device)
-    return inputs | undivided_arguments(batch["input_ids"], implementation, device)
+    if batch.document_positions is not None:
+        return inputs | separating_arguments(batch.document_positions, implementation, device)
+    return inputs | undivided_arguments(batch.token_ids, implementation, device)
 
 
-def _attention(config: Config, batch: Batch, sequence: SequenceParallel | None) -> AbstractContextManager[None]:
+def _attention(config: Config, batch: MicroBatch, sequence: SequenceParallel | None) -> AbstractContextManager[None]:
     if sequence is None:
         return nullcontext()
-    has_documents = "position_ids" in batch
+    has_documents = batch.document_positions is not None
     return sequence.attention(
-        shards.positions_of_whole_rows(batch, config.data.seq_len, sequence.size) if has_documents else None
+        shards.padded_positions(batch, config.data.seq_len, sequence.size) if has_documents else None
     )
 
 
 def _frequencies(
-    config: Config, loaded: LoadedModel, batch: Batch, spectrum: Spectrum | None, sequence: SequenceParallel | None
+    config: Config, loaded: LoadedModel, batch: MicroBatch, spectrum: Spectrum | None, sequence: SequenceParallel | None
 ) -> AbstractContextManager[None]:
     """The rotary module at the step's spectrum, or a formula's, and the rows' sampled positions; else plain RoPE."""
     spectrum_in_force = spectrum or loaded.formula
@@ -65,21 +65,21 @@ def _frequencies(
         return loaded.handle.training(spectrum_in_force, num_tokens=num_tokens)
     positions = _positions(config, loaded, batch, spectrum)
     if sequence is not None:
-        positions = shards.cut(positions, sequence.index, sequence.size)
+        positions = shards.shard(positions, sequence.index, sequence.size)
     return loaded.handle.training(spectrum_in_force, distributed.to_device(positions), num_tokens)
 
 
-def _positions(config: Config, loaded: LoadedModel, batch: Batch, spectrum: Spectrum | None) -> torch.Tensor:
+def _positions(config: Config, loaded: LoadedModel, batch: MicroBatch, spectrum: Spectrum | None) -> torch.Tensor:
     """Sampled positions of the whole rows, float64 [B, S]: a function of the rows' indices, not of who has them."""
-    kind, rows = config.scaling.positions.value, batch["row_index"].tolist()
+    kind, rows = config.scaling.positions.value, batch.row_indices.tolist()
     how: dict[str, Any] = {
         **_position_grid(config, loaded, spectrum),
         "seed": config.seed,
         "mix_random": config.scaling.mix_random,
         "max_chunks": config.scaling.max_chunks,
     }
-    if "position_ids" in batch:
-        return draw_document_batch(kind, rows, document_lengths(batch["position_ids"]), **how)
+    if batch.document_positions is not None:
+        return draw_document_batch(kind, rows, document_lengths(batch.document_positions), **how)
     return draw_batch(kind, rows, seq_len=config.data.seq_len, **how)
 
 

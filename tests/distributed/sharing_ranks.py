@@ -30,6 +30,7 @@ from clex_train.config.model import ModelConfig  # noqa: E402
 from clex_train.config.root import Config  # noqa: E402
 from clex_train.config.scaling import LogScale, Positions, ScalingConfig, ScalingName  # noqa: E402
 from clex_train.data import step_rows  # noqa: E402
+from clex_train.data.batch import UNSCORED, collate_documents, collate_rows  # noqa: E402
 from clex_train.data.rows import PADDING, Row  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.engine import sequence_parallel  # noqa: E402
@@ -181,7 +182,7 @@ def alone(folder: Path, case: str) -> dict[str, Tensor]:
     """The step by one process, without DeepSpeed, from whole rows."""
     parts = parts_of(folder, case, 1)
     config, loaded = parts.config, parts.loaded
-    collate = loop.separated if config.data.document_mask else loop.joined
+    collate = collate_documents if config.data.document_mask else collate_rows
     size = config.engine.micro_batch or 1
     held = [collate([parts.rows[row] for row in range(first, first + size)]) for first in (0, size)]
     spectrum = parts.ode.begin(0) if parts.ode else None
@@ -189,7 +190,9 @@ def alone(folder: Path, case: str) -> dict[str, Tensor]:
     for batch, weight in zip(held, step_rows.loss_weights(held, 0), strict=True):
         with step.in_force(config, loaded, batch, spectrum, None):
             inputs = step.arguments(config, batch, None)
-            loss = weight * loaded.model(use_cache=False, labels=batch["labels"], **inputs).loss / len(held)
+            # The library's own loss shifts its labels itself.
+            labels = torch.nn.functional.pad(batch.targets[:, :-1], (1, 0), value=UNSCORED)
+            loss = weight * loaded.model(use_cache=False, labels=labels, **inputs).loss / len(held)
             loss.backward()
         total += loss.detach()
     found = {f"weight/{name}": p.grad for name, p in loaded.model.named_parameters()}

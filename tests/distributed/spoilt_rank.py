@@ -8,6 +8,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
+from clex_train.data.batch import MicroBatch
 from clex_train.training import loop
 from clex_train.utils import log
 from tests.helpers.composing import composed
@@ -16,9 +17,9 @@ ROW = int(sys.argv.pop(1))
 whole = loop.forward
 
 
-def spoilt(model: Any, parts: loop.Parts, batch: loop.Batch, weight: float) -> Any:
+def spoilt(model: Any, parts: loop.Parts, batch: MicroBatch, weight: float) -> Any:
     """The output of the first MLP is NaN for the row."""
-    bad = ROW in batch["row_index"].tolist()
+    bad = ROW in batch.row_indices.tolist()
     mlp: Any = parts.loaded.model.get_submodule("model.layers.0.mlp")
     hook = mlp.register_forward_hook(lambda module, inputs, out: out * (math.nan if bad else 1.0), prepend=True)
     try:

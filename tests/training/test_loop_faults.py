@@ -45,7 +45,7 @@ def spoil(monkeypatch, rows: set[int], module: str = "model.layers.1.mlp", value
     forward = loop.forward
 
     def spoilt(model, parts, batch, weight):
-        if not rows.intersection(batch["row_index"].tolist()):
+        if not rows.intersection(batch.row_indices.tolist()):
             return forward(model, parts, batch, weight)
         broken = parts.loaded.model.get_submodule(module)
         hook = broken.register_forward_hook(lambda module, inputs, out: out * value, prepend=True)
@@ -84,7 +84,7 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_module(run, monkeypatch,
 
     def spoilt(model, parts, batch, weight):
         layer = parts.loaded.model.get_submodule("model.layers.0.self_attn.o_proj")
-        bursts = 4 in batch["row_index"].tolist()
+        bursts = 4 in batch.row_indices.tolist()
         hook = layer.register_forward_hook(lambda module, inputs, out: Bursts.apply(out) if bursts else out)
         try:
             return forward(model, parts, batch, weight)
@@ -271,7 +271,7 @@ def with_spike(monkeypatch, rows: set[int]) -> None:
 
     def spoilt(model, parts, batch, weight):
         loss = forward(model, parts, batch, weight)
-        return loss * 1000 if rows.intersection(batch["row_index"].tolist()) else loss
+        return loss * 1000 if rows.intersection(batch.row_indices.tolist()) else loss
 
     monkeypatch.setattr(loop, "forward", spoilt)
 

@@ -156,7 +156,7 @@ def test_the_first_loss_is_that_of_the_stock_model_on_the_same_rows(run, base, f
     forward = loop.forward
 
     def noting(model, parts, batch, weight):
-        rows.append(batch["input_ids"])
+        rows.append(batch.token_ids)
         return forward(model, parts, batch, weight)
 
     monkeypatch.setattr(loop, "forward", noting)
