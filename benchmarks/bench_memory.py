@@ -169,6 +169,7 @@ def child(words: dict[str, Any]) -> None:
     from clex_train.models import architecture, load, memory_options
     from clex_train.training import loop
     from clex_train.training.ode_optimizer import OdeOptimizer
+    from clex_train.training.state import Parts
     from clex_train.utils import distributed
 
     shape = Shape(**words["shape"])
@@ -183,7 +184,7 @@ def child(words: dict[str, Any]) -> None:
     engine = engines.build(loaded.model, config)
     nothing: Any = None
     ode = OdeOptimizer(loaded.clex, config.scaling, config.seed)
-    parts = loop.Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
+    parts = Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
     for step in range(words["steps"]):
         # Only the step counts: building the model holds whole weights for a moment.
         Path("/proc/self/clear_refs").write_text("5")

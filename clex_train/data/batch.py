@@ -34,6 +34,12 @@ class MicroBatch:
     """[B]: index of each row in the order of the run, which sampled positions are a function of."""
 
     @property
+    def masked_positions(self) -> Tensor:
+        """`document_positions` of a micro-batch that was collated by `collate_documents`."""
+        assert self.document_positions is not None, "collated by collate_rows: its documents are joined"
+        return self.document_positions
+
+    @property
     def num_scored(self) -> int:
         """Number of tokens that the loss is a mean over."""
         return int((self.targets != UNSCORED).sum())

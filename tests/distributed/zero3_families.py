@@ -29,6 +29,7 @@ from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.models import architecture, load  # noqa: E402
 from clex_train.training import loop  # noqa: E402
 from clex_train.training.ode_optimizer import OdeOptimizer  # noqa: E402
+from clex_train.training.state import Parts  # noqa: E402
 from clex_train.utils import distributed  # noqa: E402
 
 STEPS, ROWS, LENGTH, VOCABULARY = 3, 4, 32, 61
@@ -109,7 +110,7 @@ def train(directory: Path, stage: int, act: str) -> dict[str, Any]:
     assert loaded.clex is not None
     assert all(hasattr(p, "ds_id") == (stage == 3) for p in loaded.model.parameters()), "sharded while reading"
     engine = engines.build(loaded.model, config)
-    parts: Any = loop.Parts(
+    parts: Any = Parts(
         config=config,
         engine=engine,
         loaded=loaded,

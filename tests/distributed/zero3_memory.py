@@ -27,6 +27,7 @@ from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.models import architecture, load, memory_options  # noqa: E402
 from clex_train.training import loop  # noqa: E402
 from clex_train.training.ode_optimizer import OdeOptimizer  # noqa: E402
+from clex_train.training.state import Parts  # noqa: E402
 from clex_train.utils import distributed  # noqa: E402
 from tests.distributed.zero3_families import LENGTH, ROWS, STEPS, batch, configuration, save  # noqa: E402
 
@@ -112,7 +113,7 @@ def train(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dic
     engine = engines.build(loaded.model, config)
     nothing: Any = None
     ode = OdeOptimizer(loaded.clex, config.scaling, config.seed)
-    parts = loop.Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
+    parts = Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
     losses, before = [], engines.consolidated_state_dict(engine)
     for step in range(STEPS):
         gathered.clear()
