@@ -229,7 +229,7 @@ class Checkpoints:
         for refusal in said:
             if isinstance(refusal, RunsCode):
                 raise refusal
-        return next((reason for reason in said if reason is not None), None)
+        return next((reason for reason in said if isinstance(reason, str)), None)
 
     def _judge(self, chosen: Found | None, damage: dict[Path, str]) -> None:
         """Warn of what is damaged and newer than the chosen one, or refuse to go on."""

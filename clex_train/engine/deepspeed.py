@@ -243,7 +243,8 @@ def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         extensions.build("CPUAdamBuilder")
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, **arguments)
+        on_host: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, **arguments)
+        return on_host
     return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **arguments)
 
 

@@ -47,7 +47,8 @@ def from_logits(model: Any, targets: Tensor, **inputs: Any) -> Tensor:
 
 def in_tiles(model: Any, targets: Tensor, **inputs: Any) -> Tensor:
     """From the hidden states, by a model that `install_tiles` has prepared."""
-    return model(use_cache=False, **{NLL: targets}, **inputs)
+    loss: Tensor = model(use_cache=False, **{NLL: targets}, **inputs)
+    return loss
 
 
 def install_tiles(model: nn.Module, tile_len: int) -> None:

@@ -64,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages created inside that are still alive; `peak` is the most since it was reset."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves TorchDispatchMode untyped
         self.live = self.peak = 0
         # Held for as long as this counter, so that no new storage takes the identity of an old one.
         self._own = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
@@ -136,7 +136,7 @@ def attention_by_sizes(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
     """`SizesOfFlashAttention` in the signature of transformers' attention interface."""
-    return SizesOfFlashAttention.apply(query, key, value).transpose(1, 2), None
+    return SizesOfFlashAttention.apply(query, key, value).transpose(1, 2), None  # type: ignore[no-untyped-call]  # torch leaves Function.apply untyped
 
 
 class _Marks:

@@ -151,7 +151,8 @@ def spread(heights: np.ndarray, distance: float) -> np.ndarray:
     """Ascending heights [n] in 0..1 moved as little as possible until neighbours are `distance` apart."""
     steps = distance * np.arange(len(heights))
     room = max(0.0, 1 - float(steps[-1]))
-    return np.clip(isotonic_regression(heights - steps).x, 0, room) + steps
+    moved: np.ndarray = np.clip(isotonic_regression(heights - steps).x, 0, room) + steps
+    return moved
 
 
 def below(canvas: Canvas, axes: Axes, lines: Sequence[Line]) -> None:
