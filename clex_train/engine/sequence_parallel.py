@@ -11,7 +11,6 @@ are weighed by scored tokens, which is the gradient of the mean over the tokens 
 
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,12 +18,13 @@ import torch.distributed as dist
 from clex_train.attention.ulysses import Attention, WholeRows
 from clex_train.config.root import Config
 from clex_train.utils import distributed
+from clex_train.utils.protocols import CausalLM
 
 
 class SequenceParallel:
     """This rank's part in its group: tokens [index * n, (index + 1) * n) of each row that the group reads."""
 
-    def __init__(self, model: Any, size: int, rows: int, timeout: timedelta) -> None:
+    def __init__(self, model: CausalLM, size: int, rows: int, timeout: timedelta) -> None:
         """Collective. `rows` are those of a micro-batch."""
         self.size, self.index = size, distributed.rank() % size
         self._shape, self._rows, self._group = model.config.get_text_config(), rows, _own_group(size, timeout)
@@ -54,7 +54,7 @@ class SequenceParallel:
         return exchange
 
 
-def of_run(model: Any, config: Config, rows: int) -> SequenceParallel | None:
+def of_run(model: CausalLM, config: Config, rows: int) -> SequenceParallel | None:
     """What `engine.sequence_parallel` asks for; None where rows are not shared. Collective."""
     engine = config.engine
     if engine.sequence_parallel == 1:
@@ -62,8 +62,10 @@ def of_run(model: Any, config: Config, rows: int) -> SequenceParallel | None:
     return SequenceParallel(model, engine.sequence_parallel, rows, timedelta(minutes=engine.timeout))
 
 
-def _own_group(size: int, timeout: timedelta) -> Any:
+def _own_group(size: int, timeout: timedelta) -> dist.ProcessGroup:
     """Consecutive ranks, which are the closest to each other; every rank takes part in making every group."""
     first = range(0, distributed.world_size(), size)
-    groups = [dist.new_group(list(range(start, start + size)), timeout=timeout) for start in first]
+    groups: list[dist.ProcessGroup] = [
+        dist.new_group(list(range(start, start + size)), timeout=timeout) for start in first
+    ]
     return groups[distributed.rank() // size]

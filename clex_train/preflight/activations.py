@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from clex_train.engine.token_loss import Loss, from_logits, shifted
 
@@ -42,14 +43,14 @@ class Footprint:
         )
 
 
-def measure(model: nn.Module, input_ids: Tensor, loss: Loss = from_logits) -> Footprint:
+def measure(model: PreTrainedModel, input_ids: Tensor, loss: Loss = from_logits) -> Footprint:
     """Run a loss of `input_ids` [B, S] and its backward pass; `model` is a causal LM of transformers.
 
     Each gradient of a parameter is dropped as soon as it is complete: where it goes is the engine's affair.
     """
     hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in model.parameters() if p.requires_grad]
     counter, marks = LiveBytes(model), _Marks()
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()
     hooks.append(head.register_forward_pre_hook(lambda _, args: marks.reached_head(counter, args[0])))
     try:
         with counter:

@@ -20,6 +20,7 @@ from clex_train.models.load import LoadedModel
 from clex_train.scaling.position_sampling import draw_batch, draw_document_batch
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils import distributed
+from clex_train.utils.protocols import CausalLM, Engine
 
 Frequencies = Callable[[MicroBatch, Spectrum | None], AbstractContextManager[None]]
 """Sets frequencies and positions of a micro-batch's forward and backward pass."""
@@ -66,7 +67,7 @@ class ForwardPass:
         with self._frequencies(batch, spectrum), self.layout.attention(batch):
             yield
 
-    def loss(self, model: Any, batch: MicroBatch, weight: float) -> Tensor:
+    def loss(self, model: CausalLM | Engine, batch: MicroBatch, weight: float) -> Tensor:
         """Return `weight` times the mean nll of the scored tokens under `model`, the engine or the module it wraps."""
         inputs = self.layout.inputs(batch)
         return weight * self._mean_nll(model, distributed.to_device(batch.targets), **inputs)

@@ -5,11 +5,12 @@ They name what is used here and nothing else, so that a stand-in in a test, or a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    # Programs that only tokenise need no torch.
+    # At run time this module needs no torch, which programs that only tokenise do not import.
     from torch import Tensor, nn
 
 
@@ -71,10 +72,32 @@ class Engine(Protocol):
 
 
 class CausalLM(Protocol):
-    """A causal LM of transformers, or an engine around it, as a function of token ids."""
+    """A causal LM of transformers."""
+
+    config: Any
+    """Its architecture, a `PretrainedConfig`."""
+    base_model: nn.Module
+    """The decoder, without the output layer."""
+    forward: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return an output with `logits` [B, S, V], or the loss where a tiled loss is installed."""
+        """Return an output with `logits` [B, S, V], or the loss alone where a tiled loss is installed."""
+        ...
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding of token ids."""
+        ...
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the output layer."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Iterate over all modules."""
+        ...
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Iterate over all modules with their names."""
         ...
 
 
@@ -84,19 +107,37 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
+    bos_token: str | None
+    eos_token: str | None
+    vocab_size: int
+    """Without added tokens; `len` counts them."""
+    backend_tokenizer: Any
+    """The `tokenizers.Tokenizer` below it."""
 
     def __len__(self) -> int:
-        """Return the size of the vocabulary with added tokens."""
+        """Return the number of ids."""
         ...
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any:
-        """Encode a text; the ids are under `input_ids`."""
+    def __call__(self, text: str) -> Mapping[str, Any]:
+        """Encode a text with the special tokens that the tokenizer adds; the ids are under `input_ids`."""
         ...
 
-    def decode(self, token_ids: Sequence[int] | int, *, skip_special_tokens: bool = False) -> Any:
-        """Return the text of token ids."""
+    def get_vocab(self) -> dict[str, int]:
+        """Return all tokens with their ids."""
         ...
 
-    def convert_ids_to_tokens(self, ids: Iterable[int]) -> Any:
-        """Return the vocabulary's entries of ids."""
+    def encode(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> list[int]:
+        """Return the ids of a text."""
+        ...
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False, **options: Any) -> Any:
+        """Return the text of ids."""
+        ...
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
+        """Write turns of a conversation as the model was trained to read them."""
+        ...
+
+    def save_pretrained(self, save_directory: Path) -> object:
+        """Write the tokenizer's files."""
         ...
