@@ -19,7 +19,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clex_train.attention.document_mask import cumulative_lengths, separating_arguments
 from clex_train.config.attention import AttentionImplementation
-from clex_train.utils.protocols import CausalLM
 
 NAME = "whole_rows"
 LINK = "whole_rows_of_model"
@@ -36,7 +35,7 @@ class WholeRows:
     [B, H, n, D] of this rank's tokens, calls `attention` with [B, H / N, S, D] and gives back [B, n, H * D].
     """
 
-    def __init__(self, model: CausalLM, exchange: Callable[[Attention], Attention]) -> None:
+    def __init__(self, model: nn.Module, exchange: Callable[[Attention], Attention]) -> None:
         self._exchange = exchange(self._attend)
         configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
         self._configs: list[Any] = list(configs.values())

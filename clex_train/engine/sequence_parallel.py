@@ -11,23 +11,25 @@ are weighed by scored tokens, which is the gradient of the mean over the tokens 
 
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from clex_train.attention.ulysses import Attention, WholeRows
 from clex_train.config.root import Config
 from clex_train.utils import distributed
-from clex_train.utils.protocols import CausalLM
 
 
 class SequenceParallel:
     """This rank's part in its group: tokens [index * n, (index + 1) * n) of each row that the group reads."""
 
-    def __init__(self, model: CausalLM, size: int, rows: int, timeout: timedelta) -> None:
+    def __init__(self, model: nn.Module, size: int, rows: int, timeout: timedelta) -> None:
         """Collective. `rows` are those of a micro-batch."""
         self.size, self.index = size, distributed.rank() % size
-        self._shape, self._rows, self._group = model.config.get_text_config(), rows, _own_group(size, timeout)
+        config: Any = model.config
+        self._shape, self._rows, self._group = config.get_text_config(), rows, _own_group(size, timeout)
         self._attention = WholeRows(model, self._exchange)
 
     def attention(self, position_ids: torch.Tensor | None) -> AbstractContextManager[None]:
@@ -54,7 +56,7 @@ class SequenceParallel:
         return exchange
 
 
-def of_run(model: CausalLM, config: Config, rows: int) -> SequenceParallel | None:
+def of_run(model: nn.Module, config: Config, rows: int) -> SequenceParallel | None:
     """What `engine.sequence_parallel` asks for; None where rows are not shared. Collective."""
     engine = config.engine
     if engine.sequence_parallel == 1:
