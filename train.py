@@ -87,11 +87,12 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     from clex_train.models.save import write_final
     from clex_train.preflight import document_mask
     from clex_train.preflight import sequence_parallel as splitting
-    from clex_train.resilience.loss_spikes import SpikeWatch
+    from clex_train.resilience.loss_spikes import NoSpikeWatch, SpikeWatch
     from clex_train.resilience.watchdog import watching
     from clex_train.tracking import metrics, run_folder, tracker
     from clex_train.training import loop
-    from clex_train.training.ode_optimizer import OdeOptimizer
+    from clex_train.training.ode_optimizer import FixedFrequencies, OdeOptimizer
+    from clex_train.training.state import Parts
     from clex_train.utils import distributed
 
     stop = stop_requests.StopRequests(
@@ -159,18 +160,16 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
         kernels.announce(config, arch, kernels.install(loaded.model, config))
         memory_options.install(loaded.model, config.engine)
         memory_options.announce(loaded.model, config.engine, distributed.device())
-        ode = OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else None
+        learned = loaded.clex
+        ode = OdeOptimizer(learned, config.scaling, config.seed) if learned else FixedFrequencies(loaded.formula)
         engine = engines.build(loaded.model, config)
         sequence = sequence_parallel.of_run(loaded.model, config, engine.train_micro_batch_size_per_gpu())
-        if stop.deadline:
-            stop.deadline.assume("save", metrics.assumed_save_seconds(load.num_parameters(loaded.model)))
+        stop.deadline.assume("save", metrics.assumed_save_seconds(load.num_parameters(loaded.model)))
         optim = config.optim
-        spikes = SpikeWatch(optim.spike_factor, optim.spike_window) if optim.spike_factor else None
+        spikes = SpikeWatch(optim.spike_factor, optim.spike_window) if optim.spike_factor else NoSpikeWatch()
         flops = metrics.flops_per_token(*load.matmul_shape(loaded.model), config.data.seq_len)
         try:
-            parts = loop.Parts(
-                config, engine, loaded, rows, ode, checkpoints, evaluation, flops, stop, spikes, sequence
-            )
+            parts = Parts(config, engine, loaded, rows, ode, checkpoints, evaluation, flops, stop, spikes, sequence)
             steps = loop.train(parts, partial(tracker.Tracker, config, run_dir))
             load.solve_table(loaded)
             write_final(run_dir / run_folder.FINAL, loaded, engines.consolidated_state_dict(engine), tokenizer)

@@ -169,6 +169,7 @@ def child(words: dict[str, Any]) -> None:
     from clex_train.models import architecture, load, memory_options
     from clex_train.training import loop
     from clex_train.training.ode_optimizer import OdeOptimizer
+    from clex_train.training.state import Parts
     from clex_train.utils import distributed
 
     shape = Shape(**words["shape"])
@@ -183,7 +184,7 @@ def child(words: dict[str, Any]) -> None:
     engine = engines.build(loaded.model, config)
     nothing: Any = None
     ode = OdeOptimizer(loaded.clex, config.scaling, config.seed)
-    parts = loop.Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
+    parts = Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
     for step in range(words["steps"]):
         # Only the step counts: building the model holds whole weights for a moment.
         Path("/proc/self/clear_refs").write_text("5")
@@ -192,12 +193,15 @@ def child(words: dict[str, Any]) -> None:
     print(json.dumps({"grown": grown, "loss": loss}))
 
 
-def random_row(shape: Shape, step: int) -> dict[str, Any]:
+def random_row(shape: Shape, step: int) -> Any:
     """A micro-batch of one row."""
     import torch
 
+    from clex_train.data.batch import UNSCORED, MicroBatch
+
     ids = torch.randint(shape.vocab, (1, shape.tokens), generator=torch.Generator().manual_seed(step))
-    return {"input_ids": ids, "labels": ids, "row_index": torch.tensor([step])}
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=UNSCORED)
+    return MicroBatch(ids, targets, None, torch.tensor([step]))
 
 
 def status(field: str) -> int:

@@ -45,7 +45,8 @@ from clex_train.engine import deepspeed as engines
 from clex_train.models import architecture, kernels, load, memory_options
 from clex_train.tracking import metrics
 from clex_train.training import loop
-from clex_train.training.ode_optimizer import OdeOptimizer
+from clex_train.training.ode_optimizer import FixedFrequencies, OdeOptimizer
+from clex_train.training.state import Parts
 from clex_train.utils import distributed, log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,7 +162,7 @@ class StepBench:
         flops = metrics.flops_per_token(*load.matmul_shape(loaded.model), config.data.seq_len)
         rows = RandomRows(config.data.seq_len, arch.vocab_size)
         nothing: Any = None
-        self.parts = loop.Parts(config, self.engine, loaded, rows, ode, nothing, None, flops_per_token=flops)
+        self.parts = Parts(config, self.engine, loaded, rows, ode, nothing, None, flops_per_token=flops)
         self.tokens = config.data.seq_len * config.optim.batch_rows
         self.stock = LlamaRotaryEmbedding(arch).to(distributed.device())
         self._stream = self._batches()
@@ -174,10 +175,11 @@ class StepBench:
 
     def plain(self) -> float:
         """Seconds of a step with the family's own rotary module and without an ODE."""
+        unscaled = replace(self.parts.loaded, clex=None)
         with self._stock_rotary():
-            return self._timed("plain RoPE", replace(self.parts, ode=None))
+            return self._timed("plain RoPE", replace(self.parts, ode=FixedFrequencies(), loaded=unscaled))
 
-    def _timed(self, name: str, parts: loop.Parts) -> float:
+    def _timed(self, name: str, parts: Parts) -> float:
         step = self._steps[name]
         self._steps[name] += 1
         wait()
@@ -273,7 +275,7 @@ def speeds(bench: StepBench, pairs: list[tuple[float, float]], rate: float) -> l
 
 def ode_seconds(bench: StepBench) -> list[str]:
     """What the host does for the ODE in a step, by the clock, as medians of a few steps."""
-    ode, spent = bench.parts.ode, {"begin": [], "finish": [], "look_ahead": []}  # type: dict[str, list[float]]
+    ode, spent = bench.parts.ode, {"begin": [], "finish": [], "prefetch": []}  # type: dict[str, list[float]]
     for name, times in spent.items():
         setattr(ode, name, clocked(getattr(ode, name), times))
     for _ in range(5):
@@ -281,7 +283,7 @@ def ode_seconds(bench: StepBench) -> list[str]:
     for name in spent:
         delattr(ode, name)
     parts = ", ".join(f"{name} {1e3 * statistics.median(times):.2f}" for name, times in spent.items())
-    return ["", f"The ODE on the host, ms: {parts}. `finish` and `look_ahead` run beside the update of the weights."]
+    return ["", f"The ODE on the host, ms: {parts}. `finish` and `prefetch` run beside the update of the weights."]
 
 
 def waits(bench: StepBench) -> list[str]:

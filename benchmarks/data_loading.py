@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from clex_train.data.batch import joined, separated
-from clex_train.data.loader import Collate, batches
+from clex_train.data.batch import Collate, collate_documents, collate_rows
+from clex_train.data.loader import batches
 from clex_train.data.manifest import DOCUMENT, MANIFEST
 from clex_train.data.order import ShuffledRows
 from clex_train.data.packing import ConcatRows
@@ -56,7 +56,7 @@ def speeds(path: Path, repeats: int) -> list[str]:
     lines += ["| packing | tokens in a row | documents joined | documents kept apart |", "|---|---:|---:|---:|"]
     for seq_len in (128, 4096, 32768):
         for name, rows in (("concat", ConcatRows(store, seq_len)), ("best_fit", best_fit(store, seq_len))):
-            cells = [f"{speed(rows, collate, repeats) / 1e6:.1f}" for collate in (joined, separated)]
+            cells = [f"{speed(rows, collate, repeats) / 1e6:.1f}" for collate in (collate_rows, collate_documents)]
             lines.append(f"| {name} | {seq_len:,} | {' | '.join(cells)} |")
     return lines
 
@@ -83,7 +83,7 @@ def large_store(path: Path, repeats: int) -> list[str]:
         for _ in range(repeats):
             start = time.perf_counter()
             rows = ShuffledRows(ConcatRows(TokenStore(path), 128), seed=0)
-            next(next(batches(rows, first_row, 8, 0, 1, 8, joined)))
+            next(next(batches(rows, first_row, 8, 0, 1, 8, collate_rows)))
             found.append(1000 * (time.perf_counter() - start))
         lines.append(f"- {words}: {statistics.median(found):.1f} ms (the slowest of {repeats}: {max(found):.1f})")
     return lines

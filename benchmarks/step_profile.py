@@ -27,10 +27,10 @@ BACKWARD = "autograd::engine::evaluate_function"
 
 
 def profiled(parts: Any, step: Callable[[], float]) -> list[str]:
-    """A table of one step of `trainer.Parts`, taken by `step`, which returns its seconds."""
+    """A table of one step of `training.state.Parts`, taken by `step`, which returns its seconds."""
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    calls = [(parts.engine, "step", OPTIMIZER), *((parts.ode, name, ODE) for name in ("begin", "finish", "look_ahead"))]
+    calls = [(parts.engine, "step", OPTIMIZER), *((parts.ode, name, ODE) for name in ("begin", "finish", "prefetch"))]
     with marked(parts.loaded.model, calls), profile(activities=activities) as recorded:
         seconds = step()
     spent = shares(recorded.events(), on_gpu)

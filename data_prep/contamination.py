@@ -161,7 +161,8 @@ def in_batches(
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """part / whole, 0 where there is nothing."""
-    return np.divide(part, whole, out=np.zeros(part.shape), where=whole > 0)
+    shares: np.ndarray = np.divide(part, whole, out=np.zeros(part.shape), where=whole > 0)
+    return shares
 
 
 def _sketch(permutations: int, values: np.ndarray | None = None) -> MinHash:

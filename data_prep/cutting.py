@@ -144,7 +144,8 @@ _LOCAL_STEPS: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 def _check_pre_tokenizer(step: dict[str, Any]) -> str:
     """The name of the step if it prepends something, else ''."""
-    if not _LOCAL_STEPS.get(step["type"], lambda _: False)(step):
+    is_local = _LOCAL_STEPS.get(step["type"])
+    if is_local is None or not is_local(step):
         pattern = f" {step['pattern']}" if "pattern" in step else ""
         raise Uncuttable(f"its pre-tokenizer {step['type']}{pattern} is not known to treat pieces as the whole")
     prepends = step.get("add_prefix_space") or step.get("prepend_scheme", "never") != "never"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from clex_train.data.bos import adds_bos
 from clex_train.data.manifest import TokenizerInfo
 from clex_train.data.vocabulary import vocabulary_sha256
 from clex_train.utils.errors import first_line
 from clex_train.utils.files import is_lfs_pointer, sha256
+from clex_train.utils.protocols import Tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -23,7 +23,7 @@ TOKENIZER_FILES = (
 _REMEDY = "name a directory or hub repository with a tokenizer (`python -m data_prep train_tokenizer` makes one)"
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
     """The fast tokenizer of a directory or hub repository.
 
     Python code that comes with it is run only where `trust_remote_code` says so; nobody is asked on the terminal.
@@ -39,7 +39,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     if reason := _obstacle(directory):
         raise ValueError(f"tokenizer={name}: {reason}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError or ImportError, as the files have it
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -54,16 +54,17 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Any, directory: Path) -> TokenizerInfo:
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> TokenizerInfo:
     """Write the tokenizer's files to `directory` and describe them."""
     tokenizer.save_pretrained(directory)
     vocabulary = tokenizer.get_vocab()
+    assert tokenizer.eos_token_id is not None, "load_tokenizer refuses a tokenizer without EOS"
     return TokenizerInfo(
         vocab_size=max(vocabulary.values()) + 1,
         vocabulary_sha256=vocabulary_sha256(vocabulary),
         adds_bos=adds_bos(tokenizer),
         eos_token=str(tokenizer.eos_token),
-        eos_id=int(tokenizer.eos_token_id),
+        eos_id=tokenizer.eos_token_id,
         bos_token=None if tokenizer.bos_token is None else str(tokenizer.bos_token),
         bos_id=tokenizer.bos_token_id,
         files={file.name: sha256(file) for file in sorted(directory.iterdir()) if file.is_file()},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from clex_train.cli.console import say
 from clex_train.data.bos import describe_bos
@@ -14,6 +13,7 @@ from clex_train.data.overlap import overlap
 from clex_train.data.store import TokenStore
 from clex_train.utils.bounds import require
 from clex_train.utils.files import BadFile, require_place, sha256
+from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.seeding import generator
 from data_prep import length_plot, row_samples
 from data_prep.config import InspectVerb
@@ -160,7 +160,7 @@ def _show_texts(views: dict[str, TokenStore], config: InspectVerb) -> None:
             say(line)
 
 
-def _samples(store: TokenStore, tokenizer: Any, config: InspectVerb) -> Iterator[str]:
+def _samples(store: TokenStore, tokenizer: Tokenizer, config: InspectVerb) -> Iterator[str]:
     chosen = generator(0, "inspect").permutation(store.num_documents)[: config.samples]
     for doc_id in sorted(map(int, chosen)):
         start, stop = store.span(doc_id)

@@ -88,9 +88,9 @@ def _members(content: memoryview, text_field: str) -> dict[str, Any]:
 
 def _value(raw: memoryview, key: str, text_field: str) -> Any:
     if len(raw) >= LONG_BYTES:
-        if key == text_field and raw[:1] == b'"':
+        if key == text_field and raw[0] == ord('"'):
             return Utf8(unescape(raw[1:-1]))
-        if text_field.startswith(f"{key}.") and raw[:1] == b"{":
+        if text_field.startswith(f"{key}.") and raw[0] == ord("{"):
             return _members(raw, text_field.removeprefix(f"{key}."))
     try:
         return msgspec.json.decode(raw)

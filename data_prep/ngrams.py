@@ -251,4 +251,5 @@ def _borders(cumulative: np.ndarray, most: int) -> np.ndarray:
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """The indices of several ranges, one after another."""
     before = np.cumsum(counts) - counts
-    return np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
+    indices: np.ndarray = np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
+    return indices

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -13,10 +12,11 @@ from clex_train.data.build import PACKINGS
 from clex_train.data.order import ShuffledRows
 from clex_train.data.rows import PADDING, Row
 from clex_train.data.store import TokenStore
+from clex_train.utils.protocols import Tokenizer
 from data_prep.config import InspectVerb
 
 
-def lines(store: TokenStore, tokenizer: Any, config: InspectVerb) -> Iterator[str]:
+def lines(store: TokenStore, tokenizer: Tokenizer, config: InspectVerb) -> Iterator[str]:
     """Describe rows 0 to `config.rows` - 1 of a run of `config.seed` on the training split alone."""
     if store.num_tokens < config.seq_len:
         yield f"  none: {store.num_tokens:,} {store.split_name} tokens are fewer than seq_len={config.seq_len}"
@@ -30,7 +30,7 @@ def lines(store: TokenStore, tokenizer: Any, config: InspectVerb) -> Iterator[st
         yield from _pieces(row, store.eos_id, tokenizer)
 
 
-def _pieces(row: Row, eos_id: int, tokenizer: Any) -> Iterator[str]:
+def _pieces(row: Row, eos_id: int, tokenizer: Tokenizer) -> Iterator[str]:
     borders = [0, *(np.flatnonzero(np.diff(row.segments)) + 1).tolist(), len(row.tokens)]
     for number, (start, stop) in enumerate(pairwise(borders), start=1):
         if row.segments[start] == PADDING:

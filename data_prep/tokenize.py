@@ -21,6 +21,7 @@ from typing import Any
 from clex_train.data.bos import resolve
 from clex_train.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, read_manifest, token_dtype
 from clex_train.utils import log
+from clex_train.utils.protocols import Tokenizer
 from data_prep.config import CorpusConfig, EngineChoice, TokenizeVerb
 from data_prep.cutting import Uncuttable, cutter, uncut
 from data_prep.documents import in_words, require_documents
@@ -77,7 +78,7 @@ def say_what_is_ahead(config: TokenizeVerb, units: list[Unit], vocab_size: int, 
 def _complete(
     config: TokenizeVerb,
     units: list[Unit],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     partial: Path,
     settings: dict[str, Any],
     held_out: HeldOut,
@@ -96,7 +97,7 @@ def _complete(
     return _manifest(partial, units, job, settings)
 
 
-def _job(config: TokenizeVerb, tokenizer: Any, partial: Path, bos: bool, held_out: HeldOut) -> Job:
+def _job(config: TokenizeVerb, tokenizer: Tokenizer, partial: Path, bos: bool, held_out: HeldOut) -> Job:
     content = tokenizer.backend_tokenizer.to_str()
     try:
         cut: Callable[[str], Iterator[tuple[str, bool]]] = cutter(content)

@@ -6,7 +6,7 @@ transformers hands SDPA a mask [S, T], which becomes floating point, and repeats
 64k tokens these are larger than everything else. Shapes: `B` batch, `H` heads, `K` key heads, `S` queries, `T` keys.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,7 +59,8 @@ def lean_sdpa(
             shape = (1, 1, query.shape[2], key.shape[2])
             attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(num_cached)
         arguments = {"dropout": dropout, "scaling": scaling, **kwargs}
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **arguments)
+        attention: Callable[..., tuple[Tensor, None]] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return attention(module, query, key, value, attention_mask, **arguments)
     part = attend_causal(query, key[:, :, num_cached:], value[:, :, num_cached:], rule)
     if num_cached > 0:
         part = join(attend(query, key[:, :, :num_cached], value[:, :, :num_cached], None, rule), part)
@@ -82,7 +83,8 @@ def no_mask_if_causal(
     is_whole = local_size is None or kv_length <= local_size
     if allow_is_causal_skip and tail and is_whole and (attention_mask is None or bool(attention_mask.all())):
         return None
-    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+    make_mask: Callable[..., Tensor | None] = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    return make_mask(
         *args,
         q_length=q_length,
         kv_length=kv_length,

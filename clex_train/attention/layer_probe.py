@@ -42,7 +42,7 @@ class _Reached(Exception):
     """Ends a trial in the attention function."""
 
 
-class _Watch(DynamicCache):
+class _Watch(DynamicCache):  # type: ignore[misc]  # mypy does not follow transformers
     """A cache that keeps the keys of the first update and gives them back."""
 
     keys: Tensor | None = None

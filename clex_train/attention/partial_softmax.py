@@ -149,7 +149,8 @@ def scores_of(query: Float[Tensor, "*B S D"], keys: Float[Tensor, "*B T D"], sca
     wide = torch.promote_types(query.dtype, torch.float32)
     if query.is_cuda and query.dtype != wide and not _wants_gradient(query, keys):
         flat = torch.bmm(query.flatten(0, -3), keys.flatten(0, -3).transpose(1, 2), out_dtype=wide)
-        return flat.unflatten(0, query.shape[:-2]) * scaling
+        scores: Tensor = flat.unflatten(0, query.shape[:-2]) * scaling
+        return scores
     return (query @ keys.transpose(-1, -2)).to(wide) * scaling
 
 

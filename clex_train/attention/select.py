@@ -94,7 +94,8 @@ def describe(
 def head_width(arch: PretrainedConfig) -> int:
     """Components of a head."""
     shape = arch.get_text_config()
-    return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    width: int = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return width
 
 
 def _family_has_flash(arch: PretrainedConfig) -> bool:

@@ -77,7 +77,8 @@ class WholeRows:
                 setattr(module, GROUPS, groups)
             elif hasattr(module, GROUPS):
                 delattr(module, GROUPS)
-        return output.unflatten(-1, (query.shape[1], -1))
+        by_heads: Tensor = output.unflatten(-1, (query.shape[1], -1))
+        return by_heads
 
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, position_ids: Tensor, **options: Any

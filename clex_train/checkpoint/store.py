@@ -27,6 +27,7 @@ from clex_train.utils import distributed, files, log
 from clex_train.utils.checksums import Damaged
 from clex_train.utils.errors import NO_ROOM, RunStopped, first_line
 from clex_train.utils.files import BadFile, make_folder, read_regular, sync_directory, write_atomically
+from clex_train.utils.protocols import Engine
 
 logger = log.get(__name__)
 
@@ -94,7 +95,7 @@ class Checkpoints:
         found = self.newest()
         return f"the last checkpoint is {found.path}" if found else "there is no checkpoint yet"
 
-    def save(self, engine: Any, ode_state: dict[str, Any] | None, step: int, rows_consumed: int) -> float:
+    def save(self, engine: Engine, ode_state: dict[str, Any] | None, step: int, rows_consumed: int) -> float:
         """Begin a checkpoint, or write it whole without `overlap`; the seconds that training waited. Collective.
 
         Raises `RunStopped` when it cannot be written; earlier checkpoints and `latest` are then as they were.
@@ -184,7 +185,7 @@ class Checkpoints:
                 files.remove_folder(path)
 
     def load(
-        self, engine: Any, interrupted: Callable[[], bool] | None = None
+        self, engine: Engine, interrupted: Callable[[], bool] | None = None
     ) -> tuple[int, dict[str, Any] | None] | None:
         """Continue the checkpoint of `choose`: (step, ODE state), or None when there is none. Collective.
 
@@ -209,7 +210,7 @@ class Checkpoints:
         """Tell whether as many ranks wrote it, or each of them held everything."""
         return found.manifest.world_size == distributed.world_size() or found.manifest.zero_stage == 0
 
-    def _load_converted(self, engine: Any, found: Found, interrupted: Callable[[], bool] | None) -> Any:
+    def _load_converted(self, engine: Engine, found: Found, interrupted: Callable[[], bool] | None) -> Any:
         folder = universal.convert(found.path, interrupted)
         with universal.universal_loading(engine):
             loaded, _ = engine.load_checkpoint(str(folder), tag=found.path.name)
@@ -229,7 +230,7 @@ class Checkpoints:
         for refusal in said:
             if isinstance(refusal, RunsCode):
                 raise refusal
-        return next((reason for reason in said if reason is not None), None)
+        return next((reason for reason in said if isinstance(reason, str)), None)
 
     def _judge(self, chosen: Found | None, damage: dict[Path, str]) -> None:
         """Warn of what is damaged and newer than the chosen one, or refuse to go on."""

@@ -183,4 +183,5 @@ def _fits(state: Any) -> bool:
 
     _map_tensors(state, count)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return sum(sizes.values()) * ranks < 0.9 * psutil.virtual_memory().available
+    available: int = psutil.virtual_memory().available
+    return sum(sizes.values()) * ranks < 0.9 * available

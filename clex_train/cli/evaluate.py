@@ -73,6 +73,7 @@ from clex_train.tracking.summary import labelled
 from clex_train.utils import distributed, log
 from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
 from clex_train.utils.errors import RunStopped
+from clex_train.utils.protocols import Tokenizer
 
 WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "num_windows", "chunk_len")
 TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts", "chat_template")
@@ -134,7 +135,7 @@ class Plan(Source):
 
     store: TokenStore
     spec: EvaluationConfig
-    tokenizer: Any
+    tokenizer: Tokenizer | None
     """None where no task needs it."""
     bos_id: int | None
     """What windows and prompts begin with; None: with their own first token."""
@@ -165,7 +166,11 @@ def _run(asked: EvaluateConfig) -> None:
     spans = readings(plan.spec, plan.context_len)
     longest, count = max(plan.spec.lengths), plan.spec.num_windows
     windows = select(plan.store, longest, count, asked.seed, plan.bos_id) if spans else None
-    cells = retrieval_plan.of_spec(plan.spec, plan.tokenizer, plan.store, asked.seed, plan.bos_id is not None)
+    cells = (
+        []
+        if plan.tokenizer is None
+        else retrieval_plan.of_spec(plan.spec, plan.tokenizer, plan.store, asked.seed, plan.bos_id is not None)
+    )
     say_what_is_ahead("evaluate", asked, plan, ahead(plan, windows, cells))
     if done := evaluate(asked, plan, windows, spans, cells):
         finish(asked, plan, *done)

@@ -44,7 +44,7 @@ from clex_train.evaluation import provenance as origins
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.results import FORMAT, Origin
 from clex_train.evaluation.retrieval.plan import require_chat_template
-from clex_train.evaluation.runner import keeping_table
+from clex_train.evaluation.runner import keeping_table, work_of
 from clex_train.models import architecture, load
 from clex_train.models.load import LoadedModel
 from clex_train.rope.native import handle_without_weights
@@ -187,7 +187,7 @@ def _say_amount(asked: LmEvalConfig, loaded: LoadedModel, counted: harness.Count
         cells=num_methods * counted.tasks,
         forwards=num_methods * (len(counted.prompts) + counted.generated),
         tokens=num_methods * (sum(counted.prompts) + counted.generated),
-        work=num_methods * sum(forecast.work_of(loaded.model, length) for length in counted.prompts),
+        work=num_methods * sum(work_of(loaded.model, length) for length in counted.prompts),
         decoded=num_methods * counted.generated,
         cached=asked.batch_size * max(counted.prompts, default=0) if counted.generated else 0,
         longest=max(counted.prompts, default=0),

@@ -50,7 +50,7 @@ class DataConfig:
     min_document_tokens: int | None = None
     """Shortest document that `long_documents` reads, in tokens; by default `seq_len`."""
     skip_rows: list[str] = field(default_factory=list)
-    """Rows to leave out, by index or range, both ends included: `[17,100-199]`. An index is a batch's `row_index`."""
+    """Rows to leave out, by index or range, both ends included: `[17,100-199]`. An index is one of `row_indices`."""
     document_mask: bool = False
     """Keep the documents of a row apart: no attention across them, positions (CLEX's too) from 0 in each."""
 

@@ -6,23 +6,22 @@ not. Models trained with it rely on it: Gemma is near random without (lm-evaluat
 
 from __future__ import annotations
 
-from typing import Any
-
 from clex_train.config.bos import Bos
 from clex_train.data.store import TokenStore
 from clex_train.utils import log
 from clex_train.utils.bounds import require
+from clex_train.utils.protocols import Tokenizer
 
 logger = log.get(__name__)
 
 
-def adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: Tokenizer) -> bool:
     """Tell whether a tokenizer of transformers begins a text with its BOS by itself."""
     bos_id = tokenizer.bos_token_id
     return bos_id is not None and list(tokenizer("x")["input_ids"])[:1] == [bos_id]
 
 
-def resolve(choice: Bos, tokenizer: Any, key: str) -> bool:
+def resolve(choice: Bos, tokenizer: Tokenizer, key: str) -> bool:
     """Decide whether documents begin with BOS.
 
     Raises:
@@ -33,7 +32,9 @@ def resolve(choice: Bos, tokenizer: Any, key: str) -> bool:
     return adds_bos(tokenizer) if choice is Bos.auto else choice is Bos.always
 
 
-def evaluation_bos_id(choice: Bos, store: TokenStore, tokenizer: Any = None, key: str = "evaluation.bos") -> int | None:
+def evaluation_bos_id(
+    choice: Bos, store: TokenStore, tokenizer: Tokenizer | None = None, key: str = "evaluation.bos"
+) -> int | None:
     """Choose the id that windows and prompts begin with, None for none.
 
     `auto` follows the store. One without a record of BOS has documents without it, and so had the training on it:
@@ -53,8 +54,8 @@ def evaluation_bos_id(choice: Bos, store: TokenStore, tokenizer: Any = None, key
         remedy = f"the tokenizer of {store.path} has no BOS token; say {key}=never, or tokenise again with one"
         require(bos_id is not None, key, choice.value, remedy)
         return bos_id
-    follows_tokenizer = store.manifest.bos is None and bos_id is not None and tokenizer is not None
-    has_bos = adds_bos(tokenizer) if follows_tokenizer else store.bos
+    is_free = store.manifest.bos is None and bos_id is not None
+    has_bos = adds_bos(tokenizer) if is_free and tokenizer is not None else store.bos
     return bos_id if has_bos else None
 
 

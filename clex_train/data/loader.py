@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from clex_train.data.batch import Batch, Collate, joined
+from clex_train.data.batch import Collate, MicroBatch, collate_rows
 from clex_train.data.rows import Rows
 
 
@@ -20,8 +20,8 @@ def batches(
     rank: int,
     world_size: int,
     micro_batch: int,
-    collate: Collate = joined,
-) -> Iterator[Iterator[Batch]]:
+    collate: Collate = collate_rows,
+) -> Iterator[Iterator[MicroBatch]]:
     """Yield, for each optimizer step without end, an iterator over this rank's micro-batches of the step.
 
     Args:
@@ -30,11 +30,10 @@ def batches(
         batch_rows: rows per optimizer step over all ranks.
         rank, world_size: this rank among those that share the rows.
         micro_batch: rows per rank in one forward.
-        collate: what makes a micro-batch of its rows, of `data.collate`: `joined` or `separated` documents.
+        collate: makes a micro-batch of its rows: `collate_rows`, `collate_documents`, or a shard of either.
 
     Returns:
-        Iterators of `batch_rows / (world_size * micro_batch)` dicts of int64 CPU tensors with the keys of `collate`.
-        A thread reads one step ahead.
+        Iterators of `batch_rows / (world_size * micro_batch)` micro-batches. A thread reads one step ahead.
 
     Raises:
         ValueError: `batch_rows` is not a multiple of `world_size * micro_batch`; raised here, not at the first step.
@@ -57,8 +56,8 @@ def micro_batches(
     rank: int,
     world_size: int,
     micro_batch: int,
-    collate: Collate = joined,
-) -> Iterator[Batch]:
+    collate: Collate = collate_rows,
+) -> Iterator[MicroBatch]:
     """Yield this rank's micro-batches of the one step that begins at global row `first_row`; arguments as `batches`."""
     for start in range(first_row, first_row + batch_rows, world_size * micro_batch):
         first = start + rank * micro_batch
@@ -73,8 +72,8 @@ def _read_ahead(
     world_size: int,
     micro_batch: int,
     collate: Collate,
-) -> Iterator[Iterator[Batch]]:
-    def read(step_start: int) -> list[Batch]:
+) -> Iterator[Iterator[MicroBatch]]:
+    def read(step_start: int) -> list[MicroBatch]:
         return list(micro_batches(rows, step_start, batch_rows, rank, world_size, micro_batch, collate))
 
     with ThreadPoolExecutor(1, thread_name_prefix="rows") as reader:
@@ -87,6 +86,6 @@ def _read_ahead(
             yield _micro_batches_of(step)
 
 
-def _micro_batches_of(step: Future[list[Batch]]) -> Iterator[Batch]:
-    """The micro-batches of a step that was read; what kept it from being read is raised where they are used."""
+def _micro_batches_of(step: Future[list[MicroBatch]]) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of a step that was read ahead; an error of reading them belongs to this step."""
     yield from step.result()

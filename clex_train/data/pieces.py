@@ -192,4 +192,5 @@ def _full_spans(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> np.nda
     counts = lengths // seq_len
     before = np.cumsum(counts) - counts
     within = np.arange(int(counts.sum())) - np.repeat(before, counts)
-    return np.repeat(starts, counts) + within * seq_len
+    spans: np.ndarray = np.repeat(starts, counts) + within * seq_len
+    return spans

@@ -24,7 +24,7 @@ class Row:
     segments: np.ndarray
     """int32 [S]: which document of the row a token belongs to, counted from 0 and ascending; `PADDING` at the end."""
     index: int
-    """The row's index in its order: in a run the global `row_index`, of which sampled positions are a function."""
+    """Index in its order: in a run one of `MicroBatch.row_indices`, which sampled positions are a function of."""
 
 
 class Rows(Protocol):

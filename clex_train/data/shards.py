@@ -1,71 +1,62 @@
-"""One rank's part of rows that several ranks share: consecutive tokens, as many for each, the last part padded.
+"""Sequence-parallel shards: consecutive tokens of each row, equally many on every rank, the last shard padded.
 
     row of S tokens, N ranks    rank r has tokens [r * n, (r + 1) * n), n = ceil(S / N); beyond S there is padding
 
-Every rank of a group reads the same whole rows, which are a function of their index, and cuts out its part: nothing is
-exchanged for it, and a run goes on with another N from the same rows. Labels are shifted over the whole row first, so
-that the last token of a part predicts the first one of the next. Shapes: `B` rows, `S` tokens of a row, `n` of a part.
+Every rank of a group reads the same whole rows, which are a function of their index, and cuts out its shard. So no rank
+sends tokens to another, and a run resumes with another N from the same rows. Shapes: `B` rows, `S` tokens of a row,
+`n` tokens of a shard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from clex_train.data import batch as whole
-from clex_train.data.batch import UNSCORED, Batch, Collate
+from clex_train.data.batch import UNSCORED, Collate, MicroBatch
 from clex_train.data.rows import Row
 
 
-def sharded(collate: Collate, index: int, count: int) -> Collate:
-    """`collate` for part `index` of `count` of each row; `collate` itself where rows are not shared."""
+def shard_collate(collate: Collate, index: int, count: int) -> Collate:
+    """Make `collate` return shard `index` of `count` of each row; `collate` itself for a single rank."""
 
-    def collate_part(rows: Sequence[Row]) -> Batch:
-        return part_of(collate(rows), index, count)
+    def collate_shard(rows: Sequence[Row]) -> MicroBatch:
+        return shard_batch(collate(rows), index, count)
 
-    return collate_part if count > 1 else collate
-
-
-def part_of(batch: Batch, index: int, count: int) -> Batch:
-    """Part `index` of `count` of a micro-batch of whole rows.
-
-    `input_ids` and `shift_labels` int64 [B, n], the latter what each token has to predict; `position_ids` [B, S] of the
-    whole rows where documents are kept apart, and `row_index` [B].
-    """
-    labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=UNSCORED)
-    part: Batch = {name: batch[name] for name in ("row_index", "position_ids") if name in batch}
-    shift_labels = cut(labels, index, count, UNSCORED)
-    return {**part, "input_ids": cut(batch["input_ids"], index, count), "shift_labels": shift_labels}
+    return collate_shard if count > 1 else collate
 
 
-def cut(tensor: Tensor, index: int, count: int, fill: float = 0) -> Tensor:
-    """Part `index` of `count` of [B, S], padded with `fill`: [B, n], contiguous."""
+def shard_batch(batch: MicroBatch, index: int, count: int) -> MicroBatch:
+    """Cut shard `index` of `count` out of a micro-batch of whole rows."""
+    return replace(
+        batch,
+        token_ids=shard(batch.token_ids, index, count),
+        targets=shard(batch.targets, index, count, UNSCORED),
+    )
+
+
+def shard(tensor: Tensor, index: int, count: int, fill: float = 0) -> Tensor:
+    """Cut shard `index` of `count` out of [B, S], padded with `fill`: [B, n], contiguous."""
     start, length = index * part_len(tensor.shape[1], count), part_len(tensor.shape[1], count)
     part = tensor[:, start : start + length]
     return torch.nn.functional.pad(part, (0, length - part.shape[1]), value=fill).contiguous()
 
 
 def part_len(row_len: int, count: int) -> int:
-    """n: tokens of a part of a row."""
+    """Return n, the tokens of a shard of a row of `row_len` tokens."""
     return -(-row_len // count)
 
 
-def positions_of_whole_rows(batch: Batch, row_len: int, count: int) -> Tensor:
-    """`position_ids` of rows with their padding, int64 [B, N * n]: those of documents, else 0, 1, 2, ...
+def padded_positions(batch: MicroBatch, row_len: int, count: int) -> Tensor:
+    """Return the plain positions of whole rows with their padding, int64 [B, N * n].
 
-    Where documents are kept apart, padding is one more of them.
+    They restart at each document where documents are masked from each other, and at the padding then, as at one more
+    document; else they are 0, 1, 2, ...
     """
     padded = count * part_len(row_len, count)
-    num_rows = len(batch["row_index"])
-    if "position_ids" not in batch:
+    num_rows = len(batch.row_indices)
+    if batch.document_positions is None:
         return torch.arange(padded).expand(num_rows, -1)
-    return torch.cat((batch["position_ids"], torch.arange(padded - row_len).expand(num_rows, -1)), dim=1)
-
-
-def num_scored(batch: Batch) -> int:
-    """How many tokens the loss of a micro-batch, of whole rows or of parts, is a mean over."""
-    if "shift_labels" in batch:
-        return int((batch["shift_labels"] != UNSCORED).sum())
-    return whole.num_scored(batch["labels"])
+    return torch.cat((batch.document_positions, torch.arange(padded - row_len).expand(num_rows, -1)), dim=1)

@@ -1,39 +1,44 @@
-"""The rows of one optimizer step: read on every rank or refused on every rank, and what each micro-batch counts."""
+"""Micro-batches of one optimizer step: read on every rank or refused on every rank, and weighted by scored tokens."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from clex_train.data.batch import Batch
+from clex_train.data.batch import MicroBatch
 from clex_train.data.shard_files import DamagedStore
-from clex_train.data.shards import num_scored
 from clex_train.utils import distributed
 from clex_train.utils.errors import RunStopped
 
 
-def read_step(micro_batches: Iterator[Batch]) -> tuple[list[Batch], DamagedStore | None]:
-    """This rank's micro-batches of a step, or none and what is wrong with the store they are read from."""
+def read_step(micro_batches: Iterator[MicroBatch]) -> tuple[list[MicroBatch], DamagedStore | None]:
+    """Read this rank's micro-batches of a step; none, and the damage, if their store cannot be read.
+
+    The error is returned and not raised, so that `loss_weights` can raise it on all ranks together.
+    """
     try:
         return list(micro_batches), None
     except DamagedStore as damage:
         return [], damage
 
 
-def loss_weights(micro_batches: Sequence[Batch], step: int, damage: DamagedStore | None = None) -> list[float]:
-    """What the mean loss of each of this rank's micro-batches counts in the mean over all of the step; collective.
+def loss_weights(micro_batches: Sequence[MicroBatch], step: int, damage: DamagedStore | None = None) -> list[float]:
+    """Return the weight of each of this rank's mean losses in the mean over all tokens of the step; collective.
 
-    Scored tokens of the micro-batch over the mean of all micro-batches and ranks, so that the weighted mean, which
-    DeepSpeed takes of the gradients too, is the mean over the tokens of the step however it is spread. All 1 when
-    rows have equally many. `RunStopped` when the step has no token to score; `DamagedStore` on every rank where one of
-    them could not read its rows, with what `damage` is there.
+    The weight is the micro-batch's scored tokens over the mean of all micro-batches and ranks. Losses and DeepSpeed's
+    mean of the gradients are then means over the tokens of the step, however they are spread. All weights are 1 when
+    micro-batches have equally many scored tokens.
+
+    Raises:
+        RunStopped: the step has no token to score.
+        DamagedStore: on every rank, when `damage` is given on one.
     """
-    scored = torch.tensor([num_scored(batch) for batch in micro_batches], dtype=torch.int64)
+    scored = torch.tensor([batch.num_scored for batch in micro_batches], dtype=torch.int64)
     sums = torch.stack((scored.sum(), torch.tensor(int(damage is not None))))
     total, num_damaged = distributed.all_reduce_sum(sums).tolist()
     if num_damaged:
         raise DamagedStore(next(str(found) for found in distributed.gather_objects(damage) if found is not None))
     if total == 0:
-        rows = [int(index) for batch in micro_batches for index in batch["row_index"]]
+        rows = [int(index) for batch in micro_batches for index in batch.row_indices]
         raise RunStopped(
             f"step {step}: no token can be scored (here of rows {min(rows)} to {max(rows)}): they hold documents "
             "of one token, or padding; raise optim.batch_rows or set data.document_mask=false"

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from clex_train.data.store import TokenStore
 from clex_train.utils.errors import first_line
+from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.records import convert, read_json
 
 LARGEST = 2**28
@@ -83,7 +84,7 @@ def check_bos(bos_id: int | None, num_rows: int, model: str, key: str = "evaluat
         )
 
 
-def check_ids(tokenizer: Any, num_rows: int, model: str) -> None:
+def check_ids(tokenizer: Tokenizer, num_rows: int, model: str) -> None:
     """Make sure that an embedding has a row for what a tokenizer makes of any text; `ValueError` names the id."""
     ids = {"EOS": tokenizer.eos_token_id, "BOS": tokenizer.bos_token_id, "last id": tokenizer.vocab_size - 1}
     for name, index in ids.items():

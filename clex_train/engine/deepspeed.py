@@ -19,6 +19,7 @@ from clex_train.config.root import Config
 from clex_train.engine import extensions, rendezvous, tiled_mlp
 from clex_train.utils import distributed, log, ranks
 from clex_train.utils.bounds import require
+from clex_train.utils.protocols import Engine
 
 logger = log.get(__name__)
 
@@ -120,19 +121,19 @@ def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
     return settings
 
 
-def build(model: nn.Module, config: Config) -> Any:
+def build(model: nn.Module, config: Config) -> Engine:
     """Wrap a model into a DeepSpeed engine with its optimizer. Collective: every rank calls it."""
     import deepspeed
 
     if config.engine.zero_stage == 3:
         _gather_once(model)
-    engine, *_ = deepspeed.initialize(
+    built: tuple[Engine, ...] = deepspeed.initialize(
         model=model,
         optimizer=_optimizer(model, config),
         config=deepspeed_dict(config, distributed.world_size()),
         dist_init_required=False,
     )
-    return engine
+    return built[0]
 
 
 def inference_dict(engine: EngineConfig) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def build_for_inference(model: nn.Module, engine: EngineConfig) -> Any:
     return deepspeed.initialize(model=model, config=inference_dict(engine), dist_init_required=False)[0]
 
 
-def consolidated_state_dict(engine: Any) -> dict[str, torch.Tensor]:
+def consolidated_state_dict(engine: Engine) -> dict[str, torch.Tensor]:
     """All weights on rank 0's CPU, one parameter at a time; empty on the other ranks. Collective."""
     import deepspeed
 
@@ -185,19 +186,19 @@ def learning_rate(step: int, optim: OptimConfig) -> float:
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * falling)
 
 
-def set_learning_rate(engine: Any, value: float) -> None:
+def set_learning_rate(engine: Engine, value: float) -> None:
     """Set the learning rate of the step that comes next."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value
 
 
-def gradient_norm(engine: Any) -> torch.Tensor | float:
+def gradient_norm(engine: Engine) -> torch.Tensor | float:
     """Of the last step, before clipping; a tensor that the device may still have to compute; 0 if not known."""
     norm = engine.get_global_grad_norm()
     return 0.0 if norm is None else norm
 
 
-def has_stepped(engine: Any) -> bool:
+def has_stepped(engine: Engine) -> bool:
     """Whether the last step's gradient was finite; the same on every rank.
 
     ZeRO's optimizers look before they step, and say so. To ask the norm itself is to wait until they have stepped.
@@ -243,7 +244,8 @@ def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         extensions.build("CPUAdamBuilder")
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, **arguments)
+        on_host: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, **arguments)
+        return on_host
     return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **arguments)
 
 

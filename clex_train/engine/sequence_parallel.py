@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from clex_train.attention.ulysses import Attention, WholeRows
 from clex_train.config.root import Config
@@ -24,10 +25,11 @@ from clex_train.utils import distributed
 class SequenceParallel:
     """This rank's part in its group: tokens [index * n, (index + 1) * n) of each row that the group reads."""
 
-    def __init__(self, model: Any, size: int, rows: int, timeout: timedelta) -> None:
+    def __init__(self, model: nn.Module, size: int, rows: int, timeout: timedelta) -> None:
         """Collective. `rows` are those of a micro-batch."""
         self.size, self.index = size, distributed.rank() % size
-        self._shape, self._rows, self._group = model.config.get_text_config(), rows, _own_group(size, timeout)
+        config: Any = model.config
+        self._shape, self._rows, self._group = config.get_text_config(), rows, _own_group(size, timeout)
         self._attention = WholeRows(model, self._exchange)
 
     def attention(self, position_ids: torch.Tensor | None) -> AbstractContextManager[None]:
@@ -54,7 +56,7 @@ class SequenceParallel:
         return exchange
 
 
-def of_run(model: Any, config: Config, rows: int) -> SequenceParallel | None:
+def of_run(model: nn.Module, config: Config, rows: int) -> SequenceParallel | None:
     """What `engine.sequence_parallel` asks for; None where rows are not shared. Collective."""
     engine = config.engine
     if engine.sequence_parallel == 1:
@@ -62,8 +64,10 @@ def of_run(model: Any, config: Config, rows: int) -> SequenceParallel | None:
     return SequenceParallel(model, engine.sequence_parallel, rows, timedelta(minutes=engine.timeout))
 
 
-def _own_group(size: int, timeout: timedelta) -> Any:
+def _own_group(size: int, timeout: timedelta) -> dist.ProcessGroup:
     """Consecutive ranks, which are the closest to each other; every rank takes part in making every group."""
     first = range(0, distributed.world_size(), size)
-    groups = [dist.new_group(list(range(start, start + size)), timeout=timeout) for start in first]
+    groups: list[dist.ProcessGroup] = [
+        dist.new_group(list(range(start, start + size)), timeout=timeout) for start in first
+    ]
     return groups[distributed.rank() // size]

@@ -55,7 +55,8 @@ def tiled_cross_entropy(
     `hidden` [N, E]; `targets` int64 [N], `IGNORED` where a token is not scored; `weight` [V, E]; `bias` [V] or None.
     """
     if torch.is_grad_enabled():
-        return _TiledCrossEntropy.apply(hidden, targets, weight, bias, tile_len, logits)
+        total: Tensor = _TiledCrossEntropy.apply(hidden, targets, weight, bias, tile_len, logits)  # type: ignore[no-untyped-call]  # torch leaves Function.apply untyped
+        return total
     losses = [
         _scored_nll(logits_of(hidden[tile], weight, bias), targets[tile], logits).loss
         for tile in tiles(len(hidden), tile_len)
@@ -69,10 +70,11 @@ def fused_cross_entropy(
     """The same by Liger's kernel, which chooses its own tiles; gradients of weights are summed in float32."""
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
-    loss = LigerFusedLinearCrossEntropyLoss(
+    cross_entropy = LigerFusedLinearCrossEntropyLoss(
         ignore_index=IGNORED, reduction="sum", softcap=logits.softcap, accum_dtype=torch.float32
     )
-    return loss(weight, hidden if logits.scale == 1.0 else hidden * logits.scale, targets, bias)
+    total: Tensor = cross_entropy(weight, hidden if logits.scale == 1.0 else hidden * logits.scale, targets, bias)
+    return total
 
 
 def implementation(device: torch.device, bias: bool, logits: Logits) -> Callable[..., Tensor]:

@@ -56,8 +56,8 @@ def _forward(whole: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], ti
         if not tokens.requires_grad:
             # Something has to carry the input to the backward pass of the weights.
             tokens = tokens.detach().requires_grad_()
-        kept = _Kept.apply(tokens)
-        made = _InTiles.apply(kept, kept.grad_fn, whole, tile_len, *parameters)
+        kept = _Kept.apply(tokens)  # type: ignore[no-untyped-call]  # torch leaves Function.apply untyped
+        made = _InTiles.apply(kept, kept.grad_fn, whole, tile_len, *parameters)  # type: ignore[no-untyped-call]  # torch leaves Function.apply untyped
     return made.view(*hidden.shape[:-1], -1)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clex_train.config.engine import EngineConfig
 from clex_train.engine.tiled_loss import IGNORED, Logits, implementation
+from clex_train.utils.protocols import CausalLM, Engine
 
 NLL = "nll_targets"
 """Argument that a model takes after `install_tiles`: the targets of a call that is to return its loss alone."""
@@ -21,7 +22,7 @@ NLL = "nll_targets"
 class Loss(Protocol):
     """Mean nll [] of `targets` int64 [B, S]: of the scored ones, 0 when none is. `model` may be an engine's."""
 
-    def __call__(self, model: Any, targets: Tensor, **inputs: Any) -> Tensor: ...
+    def __call__(self, model: CausalLM | Engine, targets: Tensor, **inputs: Any) -> Tensor: ...
 
 
 def of(engine: EngineConfig) -> Loss:
@@ -34,7 +35,7 @@ def shifted(labels: Tensor) -> Tensor:
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def from_logits(model: Any, targets: Tensor, **inputs: Any) -> Tensor:
+def from_logits(model: CausalLM | Engine, targets: Tensor, **inputs: Any) -> Tensor:
     """From the logits [B, S, V] of the whole micro-batch, in float32; with the router's loss if the model makes one."""
     output = model(use_cache=False, **inputs)
     total = nn.functional.cross_entropy(
@@ -45,20 +46,19 @@ def from_logits(model: Any, targets: Tensor, **inputs: Any) -> Tensor:
     return loss if balance is None else loss + _balance_weight(model) * balance
 
 
-def in_tiles(model: Any, targets: Tensor, **inputs: Any) -> Tensor:
+def in_tiles(model: CausalLM | Engine, targets: Tensor, **inputs: Any) -> Tensor:
     """From the hidden states, by a model that `install_tiles` has prepared."""
-    return model(use_cache=False, **{NLL: targets}, **inputs)
+    loss: Tensor = model(use_cache=False, **{NLL: targets}, **inputs)
+    return loss
 
 
-def install_tiles(model: nn.Module, tile_len: int) -> None:
+def install_tiles(model: CausalLM, tile_len: int) -> None:
     """Have a causal LM of transformers take the argument `NLL` and return the loss in tiles of `tile_len` tokens.
 
     Without the argument it is as before. The output layer runs once a call, as a module, so that sharded weights are
     gathered once and the engine's hooks see it.
     """
-    own: Callable[..., Any] = model.forward
-    decoder: nn.Module = model.base_model  # type: ignore[assignment]
-    head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
+    own, decoder, head = model.forward, model.base_model, model.get_output_embeddings()
     logits = Logits.of(model.config)
 
     def score(targets: Tensor, hidden: Tensor) -> Tensor:
@@ -96,5 +96,7 @@ def num_scored(targets: Tensor) -> Tensor:
     return targets.ne(IGNORED).sum().clamp(min=1)
 
 
-def _balance_weight(model: Any) -> float:
-    return float(getattr(model, "module", model).config.get_text_config().router_aux_loss_coef)
+def _balance_weight(model: CausalLM | Engine) -> float:
+    # An engine has a `config` too, which is DeepSpeed's.
+    unwrapped: Any = getattr(model, "module", model)
+    return float(unwrapped.config.get_text_config().router_aux_loss_coef)

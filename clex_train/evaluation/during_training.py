@@ -6,7 +6,6 @@ Windows and prompts are chosen once and scored on call.
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,6 +26,7 @@ from clex_train.models.load import LoadedModel, solve_table, trained_architectur
 from clex_train.rope.native import handle_without_weights
 from clex_train.scaling.table import scale_grid
 from clex_train.utils import distributed, log
+from clex_train.utils.protocols import Tokenizer
 
 logger = log.get(__name__)
 
@@ -45,7 +45,7 @@ class TrainingEvaluation:
         config: Config,
         store: TokenStore,
         context_len: int,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         interrupted: Callable[[], bool] | None = None,
     ) -> None:
         self.interrupted = interrupted

@@ -49,7 +49,8 @@ def score_chunk(model: nn.Module, targets: Tensor, **inputs: Any) -> Tensor:
         return token_nll(model(**inputs).logits[:, : targets.shape[1]], targets)
     scorer.targets = targets
     try:
-        return model(**inputs).logits.squeeze(-1)
+        nll: Tensor = model(**inputs).logits.squeeze(-1)
+        return nll
     finally:
         scorer.targets = None
 

@@ -27,14 +27,14 @@ def room(n_local: int) -> int:
     return max(SMALLEST_ROOM, n_local // 8)
 
 
-class LambdaCache(Cache):
+class LambdaCache(Cache):  # type: ignore[misc]  # mypy does not follow transformers
     """A KV cache for a model after `apply_lm_infinite`; made by `LmInfinite.new_cache`."""
 
     def __init__(self, layers: list["LambdaCacheLayer"]) -> None:
         super().__init__(layers=list(layers))
 
 
-class LambdaCacheLayer(CacheLayerMixin):
+class LambdaCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not follow transformers
     """One layer: the starting tokens, and a window that returns what the new queries can reach."""
 
     is_sliding = False

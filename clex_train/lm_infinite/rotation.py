@@ -121,7 +121,8 @@ def turn_of(attention: nn.Module) -> Turn:
 
 
 def _turn_one(function: Callable[..., Any], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return function(x, x[:, :0], cos, sin)[0]
+    rotated: Tensor = function(x, x[:, :0], cos, sin)[0]
+    return rotated
 
 
 def _cos_sin(

@@ -34,6 +34,7 @@ from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.utils import distributed, log, seeding
 from clex_train.utils.bounds import require
 from clex_train.utils.errors import first_line, is_out_of_memory
+from clex_train.utils.protocols import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -48,7 +49,7 @@ class LoadedModel:
     handle: RotaryHandle
     context_len: int
     """L: tokens that the base was trained on."""
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
     clex: Clex | None = None
     table: FrequencyTable | None = None
     """theta(t) as trained; None for plain RoPE."""
@@ -66,7 +67,7 @@ class LoadedModel:
         return self.handle.base_inv_freq
 
 
-def training_tokenizer(model: ModelConfig, arch: PretrainedConfig, store_tokenizer: Path) -> Any:
+def training_tokenizer(model: ModelConfig, arch: PretrainedConfig, store_tokenizer: Path) -> Tokenizer:
     """The tokenizer of a run: `model.tokenizer`, else that of pretrained weights, else the store's.
 
     A model that is trained from scratch takes its vocabulary: `arch` is changed to it.
@@ -261,7 +262,7 @@ def bars_on_a_terminal() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def load_tokenizer(path: str, model: ModelConfig) -> Any:
+def load_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
     """Load the tokenizer of a directory or hub repository; `ValueError` in one line when there is none.
 
     That of the model's own repository is of the same revision as its weights.
@@ -273,9 +274,10 @@ def load_tokenizer(path: str, model: ModelConfig) -> Any:
         # transformers would read the architecture by itself and warn of the rope type it does not know.
         options["config"] = official.read_official_config(Path(path))
     try:
-        return AutoTokenizer.from_pretrained(path, **options)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # whatever a library raises over a tokenizer's files is about them
         raise ValueError(f"{path}: {_no_tokenizer(path, error)}") from error
+    return tokenizer
 
 
 def _no_tokenizer(path: str, error: Exception) -> str:

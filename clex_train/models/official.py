@@ -105,7 +105,7 @@ def official_config(config: PretrainedConfig, clex: Clex, context_len: int, log_
 
     `ValueError` when the field starts from other frequencies than rope_theta alone gives: the format knows no others.
     """
-    facts = config.to_dict()
+    facts: dict[str, Any] = config.to_dict()
     rope = facts.pop("rope_parameters", None) or {}
     theta = float(rope.get("rope_theta", 10000.0))
     _require_plain_start(clex, theta, str(rope.get("rope_type")))

@@ -1,7 +1,6 @@
 """`final/`: the trained model as one Hugging Face directory, with the ODE, its table and the tokenizer beside it."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,6 +10,7 @@ from clex_train.models.load import LoadedModel, bars_on_a_terminal
 from clex_train.utils import checksums, distributed, log
 from clex_train.utils.errors import first_line
 from clex_train.utils.files import BadFile, complete_or_absent
+from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.records import read_json
 
 logger = log.get(__name__)
@@ -19,7 +19,9 @@ LARGEST = 2**28
 """Bytes of a JSON file of a model, such as tokenizer.json, that are read at most."""
 
 
-def write_final(directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Tensor], tokenizer: Any) -> None:
+def write_final(
+    directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Tensor], tokenizer: Tokenizer
+) -> None:
     """Write a model directory that appears complete or not at all. Rank 0 writes; collective.
 
     `state_dict` holds the consolidated weights on rank 0 (`engine.deepspeed.consolidated_state_dict`). Raises
@@ -29,7 +31,7 @@ def write_final(directory: Path, loaded: LoadedModel, state_dict: dict[str, torc
     distributed.write_on_main(lambda: _write(directory, loaded, state_dict, tokenizer))
 
 
-def _write(directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Tensor], tokenizer: Any) -> None:
+def _write(directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
     with complete_or_absent(directory) as folder:
         loaded.model.config.use_cache = True
         with bars_on_a_terminal():

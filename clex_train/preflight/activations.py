@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from clex_train.engine.token_loss import Loss, from_logits, shifted
 
@@ -42,14 +43,14 @@ class Footprint:
         )
 
 
-def measure(model: nn.Module, input_ids: Tensor, loss: Loss = from_logits) -> Footprint:
+def measure(model: PreTrainedModel, input_ids: Tensor, loss: Loss = from_logits) -> Footprint:
     """Run a loss of `input_ids` [B, S] and its backward pass; `model` is a causal LM of transformers.
 
     Each gradient of a parameter is dropped as soon as it is complete: where it goes is the engine's affair.
     """
     hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in model.parameters() if p.requires_grad]
     counter, marks = LiveBytes(model), _Marks()
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()
     hooks.append(head.register_forward_pre_hook(lambda _, args: marks.reached_head(counter, args[0])))
     try:
         with counter:
@@ -64,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages created inside that are still alive; `peak` is the most since it was reset."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves TorchDispatchMode untyped
         self.live = self.peak = 0
         # Held for as long as this counter, so that no new storage takes the identity of an old one.
         self._own = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
@@ -136,7 +137,7 @@ def attention_by_sizes(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
     """`SizesOfFlashAttention` in the signature of transformers' attention interface."""
-    return SizesOfFlashAttention.apply(query, key, value).transpose(1, 2), None
+    return SizesOfFlashAttention.apply(query, key, value).transpose(1, 2), None  # type: ignore[no-untyped-call]  # torch leaves Function.apply untyped
 
 
 class _Marks:

@@ -36,7 +36,10 @@ def explain(config: Config, error: BaseException) -> str:
 
 def _share(plan: dry_run.Plan, names: tuple[str, ...]) -> float:
     """Most bytes that the parts of these names hold together at one moment."""
-    return max(sum(moment) for moment in zip(*(part.device for part in plan.parts if part.name in names), strict=True))
+    most: float = max(
+        sum(moment) for moment in zip(*(part.device for part in plan.parts if part.name in names), strict=True)
+    )
+    return most
 
 
 def _rows(config: Config, plan: dry_run.Plan | None = None) -> Iterator[str]:

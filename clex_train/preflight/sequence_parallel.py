@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
-from clex_train.attention.log_scaling import own_window
+from clex_train.attention.layer_probe import own_window
 from clex_train.config.attention import AttentionImplementation
 from clex_train.config.root import Config
 from clex_train.preflight import meta_model

@@ -34,7 +34,7 @@ def exchanged_by_sizes(
         whole[index] = tensor.permute(1, 2, 0, 3).contiguous()
     output = attention_by_sizes(module, *whole)[0]
     sent = output.transpose(0, 1).reshape(ranks, tokens, rows, -1).contiguous()
-    received = _SizesOfAllToAll.apply(sent).permute(1, 2, 0, 3)
+    received = _SizesOfAllToAll.apply(sent).permute(1, 2, 0, 3)  # type: ignore[no-untyped-call]  # torch leaves Function.apply untyped
     made = received.reshape(tokens, rows, -1).contiguous().transpose(0, 1)
     return made.reshape(rows, tokens, heads, width), None
 
@@ -46,5 +46,5 @@ def _whole_rows(part: Tensor, ranks: int) -> Tensor:
     if heads < ranks:
         part = part.repeat_interleave(ranks // heads, dim=2)
     dealt = part.reshape(tokens, rows, ranks, -1, width).permute(2, 0, 1, 3, 4).contiguous()
-    received: Tensor = _SizesOfAllToAll.apply(dealt)
+    received: Tensor = _SizesOfAllToAll.apply(dealt)  # type: ignore[no-untyped-call]  # torch leaves Function.apply untyped
     return received.reshape(ranks * tokens, rows, -1, width).contiguous()

@@ -61,3 +61,30 @@ class SpikeWatch:
         self.losses = list(state["losses"])
         self.skipped = [(start, stop) for start, stop in state["skipped"]]
         self.roll_backs = state["roll_backs"]
+
+
+class NoSpikeWatch:
+    """Stands in for `SpikeWatch` in a run without `optim.spike_factor`: no loss is a spike."""
+
+    def __init__(self) -> None:
+        self.skipped: list[tuple[int, int]] = []
+        self.roll_backs = 0
+
+    def limit(self) -> float:
+        """Return infinity."""
+        return math.inf
+
+    def is_spike(self, loss: float) -> bool:
+        """Take no loss for a spike."""
+        return False
+
+    def skip(self, places: list[int]) -> None:
+        """Refuse: nothing but a spike leads here."""
+        raise AssertionError("rows are skipped for spikes alone")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return an empty state, of which checkpoints have no entry."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Ignore the state of a run that was launched with a spike watch."""

@@ -221,12 +221,18 @@ class StopRequests:
     def __init__(
         self, signals: SignalWatch | None = None, stop_file: Path | None = None, deadline: "Deadline | None" = None
     ) -> None:
-        self.signals, self.stop_file, self.deadline = signals, stop_file, deadline
+        self.signals, self.stop_file = signals, stop_file
+        self.deadline: Deadline | NoDeadline = deadline or NoDeadline()
         self.agreed = False
         self.fault: str | None = None
         """What makes this rank ask for the stop although nobody else did: the run ends as one that cannot go on."""
         self._reason: str | None = None
         self._looked = 0.0
+
+    def leave_marks(self) -> None:
+        """Let signals only leave a mark from here on, if they are watched: there is something to save."""
+        if self.signals:
+            self.signals.leave_marks()
 
     def reason(self, *ahead: str) -> str | None:
         """Why this rank wants to stop before doing what `ahead` names (kinds of work that `Deadline` knows).
@@ -241,13 +247,12 @@ class StopRequests:
         """Measure a `step`, an `evaluation` or a `save` for the deadline, unless it fails."""
         start = time.monotonic()
         yield
-        if self.deadline:
-            self.deadline.took(kind, time.monotonic() - start)
+        self.deadline.took(kind, time.monotonic() - start)
 
     @property
     def leads_nowhere(self) -> bool:
         """Whether `max_runtime` is too short for a single step or evaluation, so that starting again would not help."""
-        return self.deadline is not None and not self.deadline.has_measured and self.deadline.exceeded_by() is not None
+        return not self.deadline.has_measured and self.deadline.exceeded_by() is not None
 
     def _find_reason(self, *ahead: str) -> str | None:
         if self.fault:
@@ -256,7 +261,7 @@ class StopRequests:
             return self.signals.reason
         if self.stop_file and self._sees_stop_file(self.stop_file):
             return f"{self.stop_file} is there"
-        return self.deadline.exceeded_by(*ahead) if self.deadline else None
+        return self.deadline.exceeded_by(*ahead)
 
     def _sees_stop_file(self, path: Path) -> bool:
         """Asked at most once a second: a network file system answers slowly."""
@@ -310,6 +315,22 @@ class Deadline:
     def _expected(self, kind: str) -> float:
         known = self._measured.get(kind)
         return self.SLACK * (max(known) if known else self._assumed.get(kind, 0.0))
+
+
+class NoDeadline:
+    """Stands in for `Deadline` in a run without `max_runtime`: everything fits."""
+
+    has_measured = True
+
+    def assume(self, kind: str, seconds: float) -> None:
+        """Ignore an expectation."""
+
+    def took(self, kind: str, seconds: float) -> None:
+        """Ignore a measurement."""
+
+    def exceeded_by(self, *ahead: str) -> str | None:
+        """Return no reason to stop."""
+        return None
 
 
 def launchers() -> list[psutil.Process]:

@@ -125,7 +125,7 @@ def record_of(cache: Cache | None) -> KeyRecord | None:
     length = num_cached(cache)
     if length == 0:
         return None
-    record = getattr(cache, ATTRIBUTE, None)
+    record: KeyRecord | None = getattr(cache, ATTRIBUTE, None)
     if record is None or record.num_keys < length:
         raise ValueError(
             f"the KV cache holds {length} keys of unknown rotation; fill the cache through the model after "

@@ -26,7 +26,7 @@ def new_cache(model: Any, capacity: int, on_host: bool = False) -> DynamicCache:
     return cache
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # mypy does not follow transformers
     """One layer whose `keys` and `values` are the filled part of buffers [B, H, capacity, D]."""
 
     def __init__(self, capacity: int) -> None:

@@ -150,7 +150,8 @@ def random_indices(num_tokens: int, t: float, rng: np.random.Generator) -> np.nd
 
 def uniform_indices(num_tokens: int, t: float, rng: np.random.Generator) -> np.ndarray:
     """Every t-th grid point, rounded down: evenly spaced to within one grid step. Draws nothing."""
-    return np.floor(np.arange(num_tokens) * t).astype(np.int64)
+    indices: np.ndarray = np.floor(np.arange(num_tokens) * t).astype(np.int64)
+    return indices
 
 
 def skip_positions(
@@ -168,7 +169,8 @@ def skip_positions(
     shifts = np.sort(rng.integers(0, room, num_chunks - 1, endpoint=True))
     gaps = np.zeros(num_tokens)
     gaps[starts] = np.diff(shifts, prepend=0)
-    return np.arange(num_tokens) * spacing + gaps.cumsum()
+    positions: np.ndarray = np.arange(num_tokens) * spacing + gaps.cumsum()
+    return positions
 
 
 def _subset(rng: np.random.Generator, population: int, size: int) -> np.ndarray:

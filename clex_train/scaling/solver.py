@@ -60,7 +60,7 @@ def integrate(
     if len(grid) == 1:
         return y0.expand(len(t_points), -1)
     nodes = _subdivide(grid, float(stretched(t_max)) / num_steps)
-    solution = odeint(
+    solution: Tensor = odeint(
         field,
         y0,
         u_of_stretched(grid).to(y0.device),
@@ -123,7 +123,7 @@ def _doubling_errors(field: Field, y0: Tensor, t_max: float, num_steps: int) -> 
 
 def _more_steps(num_steps: int, error: float, tolerance: float, max_steps: int) -> int:
     """Steps that order 4 predicts, at most four times as many at once: far from the limit the order is not yet seen."""
-    factor = min(4.0, SAFETY * (error / tolerance) ** 0.25)
+    factor: float = min(4.0, SAFETY * (error / tolerance) ** 0.25)
     return min(max_steps, max(num_steps + 1, math.ceil(num_steps * factor)))
 
 

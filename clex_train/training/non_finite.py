@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clex_train.models.weights import spoilt_parameter
 from clex_train.scaling.solver import UnstableField
+from clex_train.utils.protocols import CausalLM
 
 DIVERGED = 2.0
 """A loss this many times that of the first step is that of a model which has come apart."""
@@ -30,7 +31,7 @@ class FirstNonFinite:
         self.gradient: str | None = None
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
+    def watching(self, model: CausalLM) -> Iterator[None]:
         """Hooks on every module of `model` within the block."""
         handles = [
             module.register_forward_hook(self._hook(name or type(model).__name__))
@@ -67,11 +68,10 @@ class FirstNonFinite:
             self.gradient = name
 
 
-def find(model: nn.Module, loss: Callable[[], Tensor]) -> FirstNonFinite:
+def find(model: CausalLM, loss: Callable[[], Tensor]) -> FirstNonFinite:
     """Run `loss` and its backward pass under watch; no gradient is left on any parameter. Collective under ZeRO-3."""
     found, embedded = FirstNonFinite(), []
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    first = embedding.register_forward_hook(lambda module, inputs, output: embedded.append(output))
+    first = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: embedded.append(output))
     try:
         with found.watching(model):
             # Towards the embedding's output and no further: the weights' gradients are not computed.

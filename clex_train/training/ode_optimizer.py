@@ -1,9 +1,9 @@
 """The ODE's own training step, outside the DeepSpeed engine.
 
     begin       draw t, solve for theta(t), detach it as a leaf that every layer and micro-batch of the step shares
-    gradient    what the step's backward passes left on the leaf, to be averaged over the ranks
+    gradient    return the gradient that the step's backward passes left on the leaf, to be averaged over the ranks
     finish      run the one backward pass through the ODE with that, clip, step
-    look_ahead  solve for the next step; like `finish` beside the device, which is busy with the update of the weights
+    prefetch    solve for the next step; like `finish` on the host, while the device updates the weights
 
 The ODE is small, float32 and replicated on the CPU of each rank, so neither the engine's bf16 cast nor its global
 gradient norm touches it. (CLEX, arXiv 2310.16450; design in docs/mathematics.md.)
@@ -51,29 +51,35 @@ class OdeOptimizer:
         self._leaf = distributed.broadcast_to_device(self._solved.detach()).requires_grad_(self.learns)
         return Spectrum(inv_freq=self._leaf, t=self._t(step))
 
-    def look_ahead(self, step: int) -> None:
-        """Solve for `step` already; `begin` takes it up, to the same bits. Nothing where the grid is checked first."""
+    def prefetch(self, step: int) -> None:
+        """Solve for `step` already; `begin` takes the same bits. Does nothing where the grid is checked first."""
         if step % self.config.check_every == 0:
             return
         try:
             self._ahead = (step, self._solve(step))
         except UnstableField:
-            # For `begin` to find again, in the step that it belongs to.
+            # `begin` finds it again, in the step that it belongs to.
             self._ahead = None
 
     def gradient(self) -> torch.Tensor:
-        """What this rank's backward passes left on the frequencies: float64 [P] on the device; empty if frozen."""
+        """Return the gradient of this rank's backward passes: float64 [P] on the device; empty if frozen."""
         assert self._leaf is not None
         if not self.learns:
             return self._leaf.new_zeros(0)
         assert self._leaf.grad is not None, "no gradient reached the frequencies: is the rotary module installed?"
         return self._leaf.grad
 
-    def finish(self, model_lr: float, gradient: torch.Tensor | None = None, apply: bool = True) -> float:
-        """Update the ODE; returns the gradient norm. `gradient` is the mean over ranks of what they have of it.
+    def update(self, step: int, model_lr: float, gradient: torch.Tensor, apply: bool) -> dict[str, float]:
+        """`finish` step `step` and `prefetch` the next one; return `t` and `ode_grad_norm` for the log."""
+        norm = self.finish(model_lr, gradient, apply)
+        self.prefetch(step + 1)
+        return {"t": self._t(step), "ode_grad_norm": norm}
 
-        By default the mean is taken here, collectively. Without `apply` nothing moves: the engine has skipped its own
-        update of this step.
+    def finish(self, model_lr: float, gradient: torch.Tensor | None = None, apply: bool = True) -> float:
+        """Update the ODE by `gradient`, a mean over ranks; return the norm of the field's own gradient.
+
+        By default the mean is taken here, collectively. Without `apply` the field stays as it was, because the engine
+        has skipped its own update of this step.
         """
         assert self._solved is not None
         if not self.learns:
@@ -91,7 +97,7 @@ class OdeOptimizer:
 
     def verify(self) -> None:
         """`UnstableField` if the field is not fit to be kept: not finite, too stiff, out of bounds. Collective."""
-        self.agree()
+        self.sync_from_rank0()
         self.clex.check_residual(self.config.max_residual)
         self.clex.table(scale_grid(self.config.t_max))
 
@@ -100,7 +106,7 @@ class OdeOptimizer:
 
         Collective. Raises `UnstableField` if the field is not finite, too stiff, or larger than `scaling.max_residual`.
         """
-        self.agree()
+        self.sync_from_rank0()
         self._ahead = None
         before, limit = self.clex.num_steps, self.config.max_residual
         report = self.clex.refine()
@@ -116,11 +122,10 @@ class OdeOptimizer:
             )
         return residual
 
-    def agree(self) -> None:
-        """Take rank 0's parameters, so that rounding on different processors cannot let the ranks drift apart.
+    def sync_from_rank0(self) -> None:
+        """Broadcast rank 0's parameters, so that rounding on different processors cannot let the ranks drift apart.
 
-        Collective, and not needed in every step: what is trained are rank 0's parameters, whose solution every rank
-        uses; the others' follow them by themselves where processors round alike.
+        Collective, and not needed in every step: every rank uses the solution of rank 0's parameters.
         """
         vector = torch.nn.utils.parameters_to_vector(self.clex.parameters()).detach()
         torch.nn.utils.vector_to_parameters(distributed.broadcast(vector), self.clex.parameters())
@@ -133,11 +138,44 @@ class OdeOptimizer:
             return self.clex.inv_freq(self._t(step))
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters, the solver's grid and the optimizer's moments."""
+        """Return parameters, the solver's grid and the optimizer's moments."""
         return {"clex": self.clex.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._ahead = None
         self.clex.load_state_dict(state["clex"])
         self.adamw.load_state_dict(state["adamw"])
+
+
+class FixedFrequencies:
+    """Stands in for `OdeOptimizer` in a run that learns no frequencies: the model's own, or those of a formula."""
+
+    def __init__(self, spectrum: Spectrum | None = None) -> None:
+        self.spectrum = spectrum
+        """The formula's; None for the model's own frequencies."""
+
+    def begin(self, step: int) -> Spectrum | None:
+        """Return the same spectrum in every step."""
+        return self.spectrum
+
+    def gradient(self) -> torch.Tensor:
+        """Return an empty gradient."""
+        return torch.zeros(0, dtype=torch.float64, device=distributed.device())
+
+    def update(self, step: int, model_lr: float, gradient: torch.Tensor, apply: bool) -> dict[str, float]:
+        """Return no figures."""
+        return {}
+
+    def sync_from_rank0(self) -> None:
+        """Leave the ranks alone: they have nothing to differ in."""
+
+    def verify(self) -> None:
+        """Accept: frequencies that do not move stay usable."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return an empty state, of which checkpoints have no file."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Ignore the state of a checkpoint, in which only a spike watch's can be."""

@@ -1,93 +1,191 @@
-"""What the forward and backward pass of a micro-batch run under, and what the model is called with.
+"""Forward pass of a micro-batch: inputs, attention, frequencies, positions and loss, chosen once for a run.
 
-Frequencies of the step, positions of the rows, borders of documents, and the part of each row that this rank has.
+`build_forward_pass` reads the configuration; afterwards nothing asks which mode a run is in. A `Layout` says which
+tokens of a row this rank feeds to the model, `Frequencies` put the step's spectrum and positions on its rotary module.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 
 from clex_train.attention.document_mask import separating_arguments, undivided_arguments
 from clex_train.config.root import Config
 from clex_train.data import shards
-from clex_train.data.batch import Batch, document_lengths
+from clex_train.data.batch import MicroBatch, document_lengths
+from clex_train.engine import token_loss
 from clex_train.engine.sequence_parallel import SequenceParallel
 from clex_train.models.load import LoadedModel
 from clex_train.scaling.position_sampling import draw_batch, draw_document_batch
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils import distributed
+from clex_train.utils.protocols import CausalLM, Engine
+
+Frequencies = Callable[[MicroBatch, Spectrum | None], AbstractContextManager[None]]
+"""Sets frequencies and positions of a micro-batch's forward and backward pass."""
+SamplePositions = Callable[[MicroBatch, Spectrum], Tensor]
+"""Draws positions of whole rows, float64 [B, S]."""
 
 
-@contextmanager
-def in_force(
-    config: Config, loaded: LoadedModel, batch: Batch, spectrum: Spectrum | None, sequence: SequenceParallel | None
-) -> Iterator[None]:
-    """The rotary module at the step's spectrum, or a formula's, with the rows' positions; attention over whole rows."""
-    with _frequencies(config, loaded, batch, spectrum, sequence), _attention(config, batch, sequence):
-        yield
+class Layout(Protocol):
+    """Distribution of the tokens of a row over ranks."""
+
+    size: int
+    """Ranks that read the same rows."""
+    index: int
+    """This rank's place among them."""
+    num_tokens: int | None
+    """Tokens of a whole row, where a call of the model has a shard of it."""
+
+    def inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        """Make the arguments of a causal LM, on this rank's device."""
+        ...
+
+    def attention(self, batch: MicroBatch) -> AbstractContextManager[None]:
+        """Within it, attention sees whole rows."""
+        ...
+
+    def shard(self, positions: Tensor) -> Tensor:
+        """Cut this rank's tokens out of [B, S]."""
+        ...
 
 
-def arguments(config: Config, batch: Batch, sequence: SequenceParallel | None) -> dict[str, Any]:
-    """What a causal LM is called with for a micro-batch, on this rank's device."""
-    inputs = {"input_ids": distributed.to_device(batch["input_ids"])}
-    if sequence is not None:
-        positions = shards.positions_of_whole_rows(batch, config.data.seq_len, sequence.size)
-        mine = shards.cut(positions, sequence.index, sequence.size)
-        return {**inputs, "position_ids": distributed.to_device(mine)}
-    implementation, device = config.attention.implementation, distributed.device()
-    if "position_ids" in batch:
-        return inputs | separating_arguments(batch["position_ids"], implementation, device)
-    return inputs | undivided_arguments(batch["input_ids"], implementation, device)
+class ForwardPass:
+    """Loss of a micro-batch: `with conditions(batch, spectrum): loss(model, batch, weight)`, backward pass included."""
+
+    def __init__(self, mean_nll: token_loss.Loss, layout: Layout, frequencies: Frequencies) -> None:
+        self.layout = layout
+        self._mean_nll, self._frequencies = mean_nll, frequencies
+
+    @contextmanager
+    def conditions(self, batch: MicroBatch, spectrum: Spectrum | None) -> Iterator[None]:
+        """Set frequencies, positions and attention for the block.
+
+        The backward pass belongs inside: with activation checkpointing it runs the layers again.
+        """
+        with self._frequencies(batch, spectrum), self.layout.attention(batch):
+            yield
+
+    def loss(self, model: CausalLM | Engine, batch: MicroBatch, weight: float) -> Tensor:
+        """Return `weight` times the mean nll of the scored tokens under `model`, the engine or the module it wraps."""
+        inputs = self.layout.inputs(batch)
+        return weight * self._mean_nll(model, distributed.to_device(batch.targets), **inputs)
 
 
-def _attention(config: Config, batch: Batch, sequence: SequenceParallel | None) -> AbstractContextManager[None]:
-    if sequence is None:
+def build_forward_pass(config: Config, loaded: LoadedModel, sequence: SequenceParallel | None) -> ForwardPass:
+    """Choose the strategies of a run; `sequence` is its sequence parallelism, None for whole rows on every rank."""
+    layout: Layout = WholeRowLayout(config) if sequence is None else SequenceParallelLayout(config, sequence)
+    return ForwardPass(token_loss.of(config.engine), layout, choose_frequencies(config, loaded, layout))
+
+
+class WholeRowLayout:
+    """Every rank reads rows of its own."""
+
+    size = 1
+    index = 0
+    num_tokens: int | None = None
+
+    def __init__(self, config: Config) -> None:
+        self._implementation = config.attention.implementation
+        self._mask = self._masked if config.data.document_mask else self._joined
+
+    def inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        return {"input_ids": distributed.to_device(batch.token_ids), **self._mask(batch)}
+
+    def attention(self, batch: MicroBatch) -> AbstractContextManager[None]:
         return nullcontext()
-    has_documents = "position_ids" in batch
-    return sequence.attention(
-        shards.positions_of_whole_rows(batch, config.data.seq_len, sequence.size) if has_documents else None
-    )
+
+    def shard(self, positions: Tensor) -> Tensor:
+        return positions
+
+    def _masked(self, batch: MicroBatch) -> dict[str, Any]:
+        return separating_arguments(batch.masked_positions, self._implementation, distributed.device())
+
+    def _joined(self, batch: MicroBatch) -> dict[str, Any]:
+        return undivided_arguments(batch.token_ids, self._implementation, distributed.device())
 
 
-def _frequencies(
-    config: Config, loaded: LoadedModel, batch: Batch, spectrum: Spectrum | None, sequence: SequenceParallel | None
-) -> AbstractContextManager[None]:
-    """The rotary module at the step's spectrum, or a formula's, and the rows' sampled positions; else plain RoPE."""
-    spectrum_in_force = spectrum or loaded.formula
-    row_len = config.data.seq_len
-    if spectrum_in_force is None:
-        return nullcontext() if sequence is None else loaded.handle.fixed(row_len)
-    num_tokens = None if sequence is None else row_len
+class SequenceParallelLayout:
+    """The ranks of a group share each row."""
+
+    def __init__(self, config: Config, sequence: SequenceParallel) -> None:
+        self.size, self.index = sequence.size, sequence.index
+        self.num_tokens: int | None = config.data.seq_len
+        self._sequence, self._row_len = sequence, config.data.seq_len
+        # Rows of one document need no borders, so attention is one call a row.
+        self._borders: Callable[[MicroBatch], Tensor | None] = (
+            self._positions if config.data.document_mask else lambda batch: None
+        )
+
+    def inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        # A shard does not begin at position 0, which a model would take it to without `position_ids`.
+        positions = self.shard(self._positions(batch))
+        return {
+            "input_ids": distributed.to_device(batch.token_ids),
+            "position_ids": distributed.to_device(positions),
+        }
+
+    def attention(self, batch: MicroBatch) -> AbstractContextManager[None]:
+        return self._sequence.attention(self._borders(batch))
+
+    def shard(self, positions: Tensor) -> Tensor:
+        return shards.shard(positions, self.index, self.size)
+
+    def _positions(self, batch: MicroBatch) -> Tensor:
+        return shards.padded_positions(batch, self._row_len, self.size)
+
+
+def choose_frequencies(config: Config, loaded: LoadedModel, layout: Layout) -> Frequencies:
+    """Choose between the model's own frequencies and a step's spectrum, at plain or at sampled positions."""
+    handle, num_tokens = loaded.handle, layout.num_tokens
+    if loaded.clex is None and loaded.formula is None:
+        if num_tokens is None:
+            return lambda batch, spectrum: nullcontext()
+        # A model whose RoPE follows the length would take that of a shard.
+        return lambda batch, spectrum: handle.fixed(num_tokens)
     if config.attention.lambda_mask:
-        # The mask goes by distance, and `check_lambda_mask` has seen to it that positions are plain.
-        return loaded.handle.training(spectrum_in_force, num_tokens=num_tokens)
-    positions = _positions(config, loaded, batch, spectrum)
-    if sequence is not None:
-        positions = shards.cut(positions, sequence.index, sequence.size)
-    return loaded.handle.training(spectrum_in_force, distributed.to_device(positions), num_tokens)
+        # The lambda mask goes by distance between positions; preflight refuses sampled ones with it.
+        return lambda batch, spectrum: handle.training(_given(spectrum), num_tokens=num_tokens)
+    sample = choose_positions(config, loaded)
+
+    def at_sampled_positions(batch: MicroBatch, spectrum: Spectrum | None) -> AbstractContextManager[None]:
+        positions = layout.shard(sample(batch, _given(spectrum)))
+        return handle.training(_given(spectrum), distributed.to_device(positions), num_tokens)
+
+    return at_sampled_positions
 
 
-def _positions(config: Config, loaded: LoadedModel, batch: Batch, spectrum: Spectrum | None) -> torch.Tensor:
-    """Sampled positions of the whole rows, float64 [B, S]: a function of the rows' indices, not of who has them."""
-    kind, rows = config.scaling.positions.value, batch["row_index"].tolist()
-    how: dict[str, Any] = {
-        **_position_grid(config, loaded, spectrum),
+def choose_positions(config: Config, loaded: LoadedModel) -> SamplePositions:
+    """Choose how positions of whole rows are drawn: a function of the rows' indices, whichever rank reads them."""
+    scaling, row_len = config.scaling, config.data.seq_len
+    kind, grid = scaling.positions.value, _position_grid(config, loaded)
+    options: dict[str, Any] = {
         "seed": config.seed,
-        "mix_random": config.scaling.mix_random,
-        "max_chunks": config.scaling.max_chunks,
+        "mix_random": scaling.mix_random,
+        "max_chunks": scaling.max_chunks,
     }
-    if "position_ids" in batch:
-        return draw_document_batch(kind, rows, document_lengths(batch["position_ids"]), **how)
-    return draw_batch(kind, rows, seq_len=config.data.seq_len, **how)
+
+    def in_documents(batch: MicroBatch, spectrum: Spectrum) -> Tensor:
+        rows, lengths = batch.row_indices.tolist(), document_lengths(batch.masked_positions)
+        return draw_document_batch(kind, rows, lengths, **grid(spectrum), **options)
+
+    def in_rows(batch: MicroBatch, spectrum: Spectrum) -> Tensor:
+        return draw_batch(kind, batch.row_indices.tolist(), seq_len=row_len, **grid(spectrum), **options)
+
+    return in_documents if config.data.document_mask else in_rows
 
 
-def _position_grid(config: Config, loaded: LoadedModel, spectrum: Spectrum | None) -> dict[str, float]:
-    """The grid that positions are drawn from: that of CLEX, or under a formula the whole numbers below factor * L."""
-    context_len, formula = loaded.context_len, loaded.formula
-    if spectrum is not None:
-        return {"context_len": context_len, "t": spectrum.t}
-    assert formula is not None
-    row_len = config.data.seq_len
-    return {"context_len": row_len, "t": round(formula.t * context_len) / row_len}
+def _position_grid(config: Config, loaded: LoadedModel) -> Callable[[Spectrum], dict[str, Any]]:
+    """Return the grid of positions below t * L of a step: CLEX draws t; a formula's factor is the same in all steps."""
+    context_len, row_len = loaded.context_len, config.data.seq_len
+    if loaded.formula is None:
+        return lambda spectrum: {"context_len": context_len, "t": spectrum.t}
+    # Whole numbers below factor * L, which needs not be a multiple of a row.
+    fixed = {"context_len": row_len, "t": round(loaded.formula.t * context_len) / row_len}
+    return lambda spectrum: fixed
+
+
+def _given(spectrum: Spectrum | None) -> Spectrum:
+    assert spectrum is not None, "a scaled model trains at the spectrum of `parts.ode.begin(step)`"
+    return spectrum

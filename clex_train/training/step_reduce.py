@@ -1,8 +1,8 @@
-"""What the ranks tell each other once in an optimizer step, in one collective and one copy to the host.
+"""All-reduce of what the ranks share once in an optimizer step, in one collective and one copy to the host.
 
-    [sum of losses | ranks that were asked to stop | gradient of the frequencies | row indices, each rank in its place]
+    [sum of losses | number of ranks asked to stop | gradient of the frequencies | row indices, each rank in its place]
 
-It leaves before the weights are updated, so that the host reads it while the device is busy with the update. All in
+It begins before the weights are updated, so that the host reads it while the device is busy with the update. All in
 float64: integers below 2^53 are exact in it.
 """
 
@@ -16,41 +16,42 @@ from clex_train.utils import distributed
 
 
 @dataclass(frozen=True)
-class Told:
-    """The same on every rank."""
+class StepReduction:
+    """Values of a step that are the same on every rank."""
 
     loss: float
     """Mean over micro-batches and ranks."""
-    asked_to_stop: bool
-    """Whether a rank was."""
+    stop_requested: bool
+    """True if any rank was asked to stop."""
     gradient: Tensor
-    """Mean over ranks of the gradient that was handed in, float64 on the host."""
+    """Mean over ranks of their gradients, float64 [P] on the host."""
     rows: Tensor
     """Indices of all rows of the step, int64, rank after rank."""
 
 
-def exchange(
-    losses: Sequence[Tensor], asked_to_stop: bool, rows: Tensor, gradient: Tensor | None = None
-) -> Callable[[], Told]:
-    """Send this rank's part; what is returned waits for the sum. Collective.
+def all_reduce_step(
+    losses: Sequence[Tensor], stop_requested: bool, rows: Tensor, gradient: Tensor
+) -> Callable[[], StepReduction]:
+    """Begin the all-reduce of a step; the function that is returned waits for it. Collective.
 
     Args:
         losses: of the micro-batches, scalars on the device.
-        asked_to_stop: whether this rank was.
-        rows: indices of this rank's rows, int64 on the host, as many on every rank.
-        gradient: float64 [P] on the device; None for none, P = 0.
+        stop_requested: this rank was asked to stop.
+        rows: indices of this rank's rows, int64 on the host, equally many on every rank.
+        gradient: float64 [P] on the device; P = 0 without one.
     """
     ranks, first = distributed.world_size(), distributed.rank() * len(rows)
     known = torch.zeros(1 + ranks * len(rows), dtype=torch.float64)
-    known[0] = float(asked_to_stop)
+    known[0] = float(stop_requested)
+    # Each rank fills its own places, so the sum over ranks is a gather.
     known[1 + first : 1 + first + len(rows)] = rows.double()
     loss = torch.stack(list(losses)).double().mean().reshape(1)
-    averaged = loss if gradient is None else torch.cat((loss, gradient))
-    wait = distributed.sum_to_host(torch.cat((averaged, distributed.to_device(known))))
+    averaged = torch.cat((loss, gradient))
+    wait_for_sum = distributed.sum_to_host(torch.cat((averaged, distributed.to_device(known))))
 
-    def read() -> Told:
-        total = wait()
+    def wait() -> StepReduction:
+        total = wait_for_sum()
         means, counts = total[: len(averaged)] / ranks, total[len(averaged) :]
-        return Told(float(means[0]), float(counts[0]) > 0, means[1:], counts[1:].long())
+        return StepReduction(float(means[0]), float(counts[0]) > 0, means[1:], counts[1:].long())
 
-    return read
+    return wait

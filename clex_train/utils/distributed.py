@@ -4,9 +4,9 @@ The process group itself is opened by the engine (DeepSpeed); without one, every
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -15,6 +15,8 @@ import torch.distributed as dist
 from clex_train.utils import ranks
 from clex_train.utils.bounds import require
 from clex_train.utils.errors import RunStopped, first_line
+
+T = TypeVar("T")
 
 MAKE_ROOM = "what was saved is intact: make room and run the same command again"
 
@@ -69,7 +71,7 @@ def _has_gpu_of_its_own(devices: str) -> bool:
     if not devices or "," in devices:
         return False
     try:
-        environments = (process.environ() for process in psutil.Process().parents())
+        environments: Iterator[dict[str, str]] = (process.environ() for process in psutil.Process().parents())
         of_launcher = next(variables for variables in environments if "LOCAL_RANK" not in variables)
     except (psutil.Error, StopIteration):
         return True
@@ -141,7 +143,7 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     return on_device.to(tensor.device)
 
 
-def broadcast_object(value: Any) -> Any:
+def broadcast_object(value: T) -> T:
     """Rank 0's small picklable object on every rank."""
     if world_size() == 1:
         return value
@@ -172,7 +174,7 @@ def unwritten(error: OSError) -> str:
     return f"{error.filename or 'a file of the run'}: cannot be written ({error.strerror or first_line(error)})"
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: T) -> list[T]:
     """Gather the small picklable objects of all ranks, in their order, on every rank."""
     if world_size() == 1:
         return [value]

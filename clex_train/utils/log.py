@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ class _Printable(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
-class AboveBars(logging.StreamHandler):
+class AboveBars(logging.StreamHandler[TextIO]):
     """Writes to standard error above the bars of a terminal, which a plain write would break in two."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -16,7 +16,7 @@ UNKNOWN_TOTAL = "{desc}{n_fmt} {unit}, {elapsed} so far{postfix}"
 logger = log.get(__name__)
 
 
-class LogLines(tqdm):
+class LogLines(tqdm):  # type: ignore[misc]  # tqdm has no annotations
     """A bar whose redraws are lines of the log: redrawn in a file it would be one endless line."""
 
     def __init__(self, **settings: Any) -> None:

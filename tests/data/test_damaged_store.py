@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from clex_train.data import step_rows
+from clex_train.data.batch import MicroBatch
 from clex_train.data.manifest import BLOCK, DOCUMENT, MANIFEST
 from clex_train.data.packing import ConcatRows
 from clex_train.data.shard_files import DamagedStore
@@ -196,6 +197,7 @@ def test_a_rank_whose_rows_are_good_refuses_the_step_with_the_one_whose_are_not(
     other = DamagedStore("store/train/00000.tokens: damaged")
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda sums: sums + torch.tensor([0, 1]))
     monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, other])
-    batch = {"labels": torch.ones(1, 8, dtype=torch.long), "row_index": torch.tensor([0])}
+    ones = torch.ones(1, 8, dtype=torch.long)
+    batch = MicroBatch(ones, ones, None, torch.tensor([0]))
     with pytest.raises(DamagedStore, match=r"00000\.tokens: damaged"):
         step_rows.loss_weights([batch], step=3)

@@ -6,7 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clex_train.data.batch import UNSCORED, document_lengths, joined, num_scored, positions_in, separated
+from clex_train.data.batch import (
+    UNSCORED,
+    collate_documents,
+    collate_rows,
+    document_lengths,
+    positions_in_segments,
+)
 from clex_train.data.rows import PADDING, Row
 
 ROWS = st.lists(
@@ -32,56 +38,57 @@ def of_equal_length(layouts: list[tuple[list[int], int]]) -> list[Row]:
 
 
 def test_documents_that_are_joined_are_scored_throughout():
-    batch = joined([row([3, 5], index=4), row([8], index=5)])
-    assert batch.keys() == {"input_ids", "labels", "row_index"}
-    assert torch.equal(batch["labels"], batch["input_ids"])
-    assert batch["row_index"].tolist() == [4, 5]
-    assert num_scored(batch["labels"]) == 2 * 7, "the first token of a row has nothing before it"
+    batch = collate_rows([row([3, 5], index=4), row([8], index=5)])
+    assert batch.document_positions is None
+    assert torch.equal(batch.targets[:, :-1], batch.token_ids[:, 1:])
+    assert batch.targets[:, -1].tolist() == [UNSCORED] * 2, "nothing follows the last token of a row"
+    assert batch.row_indices.tolist() == [4, 5]
+    assert batch.num_scored == 2 * 7
 
 
 def test_padding_is_never_scored():
-    for collate in (joined, separated):
+    for collate in (collate_rows, collate_documents):
         batch = collate([row([3, 2], padding=3)])
-        assert batch["labels"][0, 5:].tolist() == [UNSCORED] * 3
-        assert batch["input_ids"][0].tolist() == list(range(8)), "what is read stays as it is"
-    assert num_scored(joined([row([3, 2], padding=3)])["labels"]) == 4
+        assert batch.targets[0, 4:].tolist() == [UNSCORED] * 4
+        assert batch.token_ids[0].tolist() == list(range(8)), "what is read stays as it is"
+    assert collate_rows([row([3, 2], padding=3)]).num_scored == 4
 
 
 def test_documents_kept_apart_restart_and_their_first_tokens_are_not_scored():
-    batch = separated([row([3, 1, 1, 2], padding=2), row([9], index=7)])
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 0, 1, 0, 1], list(range(9))]
-    assert batch["segment_ids"].tolist() == [[0, 0, 0, 1, 2, 3, 3, PADDING, PADDING], [0] * 9]
-    assert batch["labels"].tolist() == [
-        [UNSCORED, 1, 2, UNSCORED, UNSCORED, UNSCORED, 6, UNSCORED, UNSCORED],
-        [UNSCORED, *range(701, 709)],
+    batch = collate_documents([row([3, 1, 1, 2], padding=2), row([9], index=7)])
+    assert batch.document_positions.tolist() == [[0, 1, 2, 0, 0, 0, 1, 0, 1], list(range(9))]
+    assert batch.targets.tolist() == [
+        [1, 2, UNSCORED, UNSCORED, UNSCORED, 6, UNSCORED, UNSCORED, UNSCORED],
+        [*range(701, 709), UNSCORED],
     ]
-    assert num_scored(batch["labels"]) == 2 + 1 + 8
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    assert batch.num_scored == 2 + 1 + 8
+    for name in ("token_ids", "targets", "document_positions", "row_indices"):
+        assert getattr(batch, name).dtype == torch.int64, name
 
 
 @given(ROWS)
 def test_positions_and_lengths_are_those_of_a_walk_over_the_row(layouts: list[tuple[list[int], int]]):
     rows = of_equal_length(layouts)
-    batch = separated(rows)
-    for number, (made, positions) in enumerate(zip(rows, batch["position_ids"].tolist(), strict=True)):
+    batch = collate_documents(rows)
+    for number, (made, positions) in enumerate(zip(rows, batch.document_positions.tolist(), strict=True)):
         expected, lengths, before = [], [], None
         for segment in made.segments.tolist():
             expected.append(expected[-1] + 1 if segment == before else 0)
             lengths = [*lengths[:-1], lengths[-1] + 1] if segment == before else [*lengths, 1]
             before = segment
         assert positions == expected
-        assert document_lengths(batch["position_ids"])[number] == lengths
+        assert document_lengths(batch.document_positions)[number] == lengths
     scored = sum(max(0, n - 1) for made in rows for n in np.bincount(made.segments[made.segments >= 0]).tolist())
-    assert num_scored(batch["labels"]) == scored
+    assert batch.num_scored == scored
 
 
-def test_labels_are_a_copy_of_their_own():
-    for collate in (joined, separated):
+def test_targets_are_a_copy_of_their_own():
+    for collate in (collate_rows, collate_documents):
         batch = collate([row([4, 4])])
-        batch["labels"][:] = UNSCORED
-        assert (batch["input_ids"] >= 0).all()
+        batch.targets[:] = UNSCORED
+        assert (batch.token_ids >= 0).all()
 
 
 @pytest.mark.parametrize("segments", [[[5]], [[2, 2, 3]], [[0], [1]]])
 def test_positions_need_no_more_than_equal_neighbours(segments: list[list[int]]):
-    assert positions_in(torch.tensor(segments))[:, 0].eq(0).all()
+    assert positions_in_segments(torch.tensor(segments))[:, 0].eq(0).all()

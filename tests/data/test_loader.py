@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from clex_train.data.loader import Batch, batches
+from clex_train.data.batch import MicroBatch
+from clex_train.data.loader import batches
 from clex_train.data.order import ShuffledRows
 from clex_train.data.packing import ConcatRows
 from clex_train.data.rows import Rows
 from clex_train.data.shard_files import DamagedStore
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
+
+TENSORS = ("token_ids", "targets", "row_indices")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     return ShuffledRows(ConcatRows(TokenStore(path), seq_len=16), seed=5)
 
 
-def steps(rows: Rows, count: int, world_size: int, micro_batch: int, first_row: int = 0) -> list[list[Batch]]:
+def steps(rows: Rows, count: int, world_size: int, micro_batch: int, first_row: int = 0) -> list[list[MicroBatch]]:
     """Per step, the micro-batches of all ranks: those of micro-batch 0 by rank, then those of micro-batch 1, ..."""
     streams = [
         [list(step) for step in islice(batches(rows, first_row, 24, rank, world_size, micro_batch), count)]
@@ -39,9 +42,9 @@ def test_the_global_order_does_not_depend_on_ranks_or_micro_batch(
     rows: Rows, world_size: int, micro_batch: int
 ) -> None:
     for step, parts in enumerate(steps(rows, 4, world_size, micro_batch)):
-        index = torch.cat([part["row_index"] for part in parts])
+        index = torch.cat([part.row_indices for part in parts])
         assert index.tolist() == list(range(24 * step, 24 * step + 24))
-        tokens = torch.cat([part["input_ids"] for part in parts])
+        tokens = torch.cat([part.token_ids for part in parts])
         assert all(tokens[i].tolist() == rows[int(index[i])].tokens.tolist() for i in range(24))
 
 
@@ -50,23 +53,26 @@ def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(rows: Rows) -> Non
     resumed = steps(rows, 3, 2, 3, first_row=3 * 24)
     for before, after in zip(whole[3:], resumed, strict=True):
         for expected, got in zip(before, after, strict=True):
-            assert all(torch.equal(expected[key], got[key]) for key in expected)
+            for name in TENSORS:
+                assert torch.equal(getattr(expected, name), getattr(got, name)), name
 
 
-def test_batches_are_int64_with_labels_of_their_own(rows: Rows) -> None:
+def test_batches_are_int64_with_targets_of_their_own(rows: Rows) -> None:
     batch = next(next(batches(rows, 0, 8, 0, 1, 4)))
-    assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
-        "input_ids": (torch.int64, (4, 16)),
-        "labels": (torch.int64, (4, 16)),
-        "row_index": (torch.int64, (4,)),
+    shapes = {name: (getattr(batch, name).dtype, tuple(getattr(batch, name).shape)) for name in TENSORS}
+    assert shapes == {
+        "token_ids": (torch.int64, (4, 16)),
+        "targets": (torch.int64, (4, 16)),
+        "row_indices": (torch.int64, (4,)),
     }
-    batch["labels"][:] = -100
-    assert (batch["input_ids"] >= 0).all()
+    assert batch.document_positions is None
+    batch.targets[:] = -100
+    assert (batch.token_ids >= 0).all()
 
 
 def test_more_rows_than_an_epoch_go_on_with_the_next(rows: Rows) -> None:
     stream = batches(rows, 0, len(rows), 0, 1, len(rows))
-    first, second = (next(next(stream))["input_ids"] for _ in range(2))
+    first, second = (next(next(stream)).token_ids for _ in range(2))
     assert not torch.equal(first, second)
     assert sorted(first.tolist()) == sorted(second.tolist())
 
@@ -75,7 +81,7 @@ def test_an_unread_step_does_not_shift_the_next(rows: Rows) -> None:
     stream = batches(rows, 0, 8, 0, 1, 4)
     next(stream)
     next(next(stream))
-    assert next(next(stream))["row_index"].tolist() == [16, 17, 18, 19]
+    assert next(next(stream)).row_indices.tolist() == [16, 17, 18, 19]
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused_at_once(rows: Rows) -> None:

@@ -6,9 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clex_train.data import batch as collate
 from clex_train.data import shards
-from clex_train.data.batch import UNSCORED, joined, separated
+from clex_train.data.batch import UNSCORED, collate_documents, collate_rows
 from clex_train.data.rows import PADDING, Row
 
 
@@ -22,38 +21,38 @@ layouts = st.tuples(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.inte
 
 
 @settings(max_examples=50)
-@given(layouts, st.integers(2, 6), st.sampled_from([joined, separated]))
-def test_parts_hold_every_token_once_and_predict_the_next_one_of_the_row(layout, count, collate_rows):
+@given(layouts, st.integers(2, 6), st.sampled_from([collate_rows, collate_documents]))
+def test_parts_hold_every_token_once_and_predict_the_next_one_of_the_row(layout, count, collate):
     rows = [row(*layout, index=4), row([sum(layout[0]) + layout[1]], index=9)]
-    whole, length = collate_rows(rows), len(rows[0].tokens)
-    parts = [shards.sharded(collate_rows, index, count)(rows) for index in range(count)]
-    ids, labels = (torch.cat([part[name] for part in parts], dim=1) for name in ("input_ids", "shift_labels"))
-    assert len({part["input_ids"].shape for part in parts}) == 1
-    assert torch.equal(ids[:, :length], whole["input_ids"])
-    assert torch.equal(labels[:, : length - 1], whole["labels"][:, 1:])
-    assert (labels[:, length - 1 :] == UNSCORED).all(), "nothing follows the last token, and padding is not scored"
-    assert sum(map(shards.num_scored, parts)) == collate.num_scored(whole["labels"]) == shards.num_scored(whole)
-    assert all(torch.equal(part["row_index"], whole["row_index"]) for part in parts)
+    whole, length = collate(rows), len(rows[0].tokens)
+    parts = [shards.shard_collate(collate, index, count)(rows) for index in range(count)]
+    ids, targets = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("token_ids", "targets"))
+    assert len({part.token_ids.shape for part in parts}) == 1
+    assert torch.equal(ids[:, :length], whole.token_ids)
+    assert torch.equal(targets[:, :length], whole.targets)
+    assert (targets[:, length - 1 :] == UNSCORED).all(), "nothing follows the last token, and padding is not scored"
+    assert sum(part.num_scored for part in parts) == whole.num_scored
+    assert all(torch.equal(part.row_indices, whole.row_indices) for part in parts)
 
 
 def test_rows_that_are_not_shared_are_collated_as_before():
-    assert shards.sharded(joined, 0, 1) is joined
+    assert shards.shard_collate(collate_rows, 0, 1) is collate_rows
 
 
 def test_positions_of_one_document_go_on_over_the_padding():
-    batch = shards.part_of(joined([row([7]), row([7])]), 0, 2)
-    assert shards.positions_of_whole_rows(batch, 7, 2).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]] * 2
+    batch = shards.shard_batch(collate_rows([row([7]), row([7])]), 0, 2)
+    assert shards.padded_positions(batch, 7, 2).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]] * 2
 
 
 def test_positions_of_documents_restart_also_at_the_padding_of_a_part():
-    batch = shards.part_of(separated([row([3, 1], padding=1), row([5])]), 1, 3)
-    assert shards.positions_of_whole_rows(batch, 5, 3).tolist() == [[0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 4, 0]]
+    batch = shards.shard_batch(collate_documents([row([3, 1], padding=1), row([5])]), 1, 3)
+    assert shards.padded_positions(batch, 5, 3).tolist() == [[0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 4, 0]]
 
 
 @pytest.mark.parametrize(("length", "count"), [(8, 2), (7, 2), (3, 8)])
 def test_a_part_is_padded_with_what_is_asked_for(length, count):
     whole = torch.arange(1, 2 * length + 1).view(2, length)
-    parts = torch.cat([shards.cut(whole, index, count, fill=-5) for index in range(count)], dim=1)
+    parts = torch.cat([shards.shard(whole, index, count, fill=-5) for index in range(count)], dim=1)
     assert parts.shape[1] == count * shards.part_len(length, count)
     assert torch.equal(parts[:, :length], whole)
     assert (parts[:, length:] == -5).all()

@@ -30,14 +30,16 @@ from clex_train.config.model import ModelConfig  # noqa: E402
 from clex_train.config.root import Config  # noqa: E402
 from clex_train.config.scaling import LogScale, Positions, ScalingConfig, ScalingName  # noqa: E402
 from clex_train.data import step_rows  # noqa: E402
+from clex_train.data.batch import UNSCORED, collate_documents, collate_rows  # noqa: E402
 from clex_train.data.rows import PADDING, Row  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.engine import sequence_parallel  # noqa: E402
 from clex_train.models import architecture, load, memory_options  # noqa: E402
 from clex_train.preflight import meta_model  # noqa: E402
 from clex_train.preflight.activations import measure  # noqa: E402
-from clex_train.training import loop, step  # noqa: E402
-from clex_train.training.ode_optimizer import OdeOptimizer  # noqa: E402
+from clex_train.training import loop  # noqa: E402
+from clex_train.training.ode_optimizer import FixedFrequencies, OdeOptimizer  # noqa: E402
+from clex_train.training.state import Parts  # noqa: E402
 from clex_train.utils import distributed  # noqa: E402
 
 SEQ_LEN, VOCABULARY = 33, 61
@@ -134,7 +136,7 @@ def configuration(folder: Path, case: str, ranks: int) -> Config:
     return config
 
 
-def parts_of(folder: Path, case: str, ranks: int) -> loop.Parts:
+def parts_of(folder: Path, case: str, ranks: int) -> Parts:
     """What train.py builds; without an engine for one process."""
     config = configuration(folder, case, ranks)
     settings = engines.deepspeed_dict(config, ranks)
@@ -148,12 +150,12 @@ def parts_of(folder: Path, case: str, ranks: int) -> loop.Parts:
             parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     engine = engines.build(loaded.model, config) if ranks > 1 else None
     unused: Any = None
-    return loop.Parts(
+    return Parts(
         config=config,
         engine=engine,
         loaded=loaded,
         rows=GivenRows(LAYOUTS[CASES[case]["rows"]]),  # type: ignore[arg-type]
-        ode=OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else None,
+        ode=OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else FixedFrequencies(),
         checkpoints=unused,
         evaluate=None,
         sequence=sequence_parallel.of_run(loaded.model, config, config.engine.micro_batch or 1),
@@ -165,8 +167,8 @@ def shared(folder: Path, case: str) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_grad
 
     parts = parts_of(folder, case, distributed.world_size())
-    held = list(next(loop._stream(parts, 0)))
-    spectrum = parts.ode.begin(0) if parts.ode else None
+    held = list(next(loop.read_micro_batches(parts, 0)))
+    spectrum = parts.ode.begin(0)
     losses = []
     for index, (batch, weight) in enumerate(zip(held, step_rows.loss_weights(held, 0), strict=True)):
         losses.append(loop.forward_backward(parts, batch, spectrum, weight))
@@ -181,24 +183,26 @@ def alone(folder: Path, case: str) -> dict[str, Tensor]:
     """The step by one process, without DeepSpeed, from whole rows."""
     parts = parts_of(folder, case, 1)
     config, loaded = parts.config, parts.loaded
-    collate = loop.separated if config.data.document_mask else loop.joined
+    collate = collate_documents if config.data.document_mask else collate_rows
     size = config.engine.micro_batch or 1
     held = [collate([parts.rows[row] for row in range(first, first + size)]) for first in (0, size)]
-    spectrum = parts.ode.begin(0) if parts.ode else None
+    spectrum = parts.ode.begin(0)
     total = torch.zeros(())
     for batch, weight in zip(held, step_rows.loss_weights(held, 0), strict=True):
-        with step.in_force(config, loaded, batch, spectrum, None):
-            inputs = step.arguments(config, batch, None)
-            loss = weight * loaded.model(use_cache=False, labels=batch["labels"], **inputs).loss / len(held)
+        with parts.forward_pass.conditions(batch, spectrum):
+            inputs = parts.forward_pass.layout.inputs(batch)
+            # The library's own loss shifts its labels itself.
+            labels = torch.nn.functional.pad(batch.targets[:, :-1], (1, 0), value=UNSCORED)
+            loss = weight * loaded.model(use_cache=False, labels=labels, **inputs).loss / len(held)
             loss.backward()
         total += loss.detach()
     found = {f"weight/{name}": p.grad for name, p in loaded.model.named_parameters()}
     return {**found, "loss": total, **of_ode(parts), "whole_row": loss_of_a_whole_row(parts)}
 
 
-def of_ode(parts: loop.Parts) -> dict[str, Tensor]:
+def of_ode(parts: Parts) -> dict[str, Tensor]:
     """Gradients of the frequencies, mean over the ranks, and of the field's weights before they are clipped."""
-    if parts.ode is None:
+    if isinstance(parts.ode, FixedFrequencies):
         return {}
     parts.ode.config.clip = 1e9
     assert parts.ode._leaf is not None
@@ -207,7 +211,7 @@ def of_ode(parts: loop.Parts) -> dict[str, Tensor]:
     return {"leaf": leaf, **{f"ode/{name}": p.grad for name, p in parts.ode.clex.named_parameters()}}  # type: ignore[misc]
 
 
-def loss_of_a_whole_row(parts: loop.Parts) -> Tensor:
+def loss_of_a_whole_row(parts: Parts) -> Tensor:
     """As in an evaluation during training: each rank has a row for itself."""
     ids = torch.from_numpy(parts.rows[7].tokens)[None]
     with torch.no_grad():

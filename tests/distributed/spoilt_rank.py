@@ -8,26 +8,27 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
-from clex_train.training import loop
+from clex_train.data.batch import MicroBatch
+from clex_train.training.step import ForwardPass
 from clex_train.utils import log
 from tests.helpers.composing import composed
 
 ROW = int(sys.argv.pop(1))
-whole = loop.forward
+whole = ForwardPass.loss
 
 
-def spoilt(model: Any, parts: loop.Parts, batch: loop.Batch, weight: float) -> Any:
+def spoilt(self: ForwardPass, model: Any, batch: MicroBatch, weight: float) -> Any:
     """The output of the first MLP is NaN for the row."""
-    bad = ROW in batch["row_index"].tolist()
-    mlp: Any = parts.loaded.model.get_submodule("model.layers.0.mlp")
+    bad = ROW in batch.row_indices.tolist()
+    mlp: Any = getattr(model, "module", model).get_submodule("model.layers.0.mlp")
     hook = mlp.register_forward_hook(lambda module, inputs, out: out * (math.nan if bad else 1.0), prepend=True)
     try:
-        return whole(model, parts, batch, weight)
+        return whole(self, model, batch, weight)
     finally:
         hook.remove()
 
 
 if __name__ == "__main__":
-    loop.forward = spoilt
+    ForwardPass.loss = spoilt  # type: ignore[method-assign]
     log.setup()
     train.run(composed(*sys.argv[1:]))

@@ -24,10 +24,12 @@ from clex_train.config.attention import AttentionConfig  # noqa: E402
 from clex_train.config.model import ModelConfig  # noqa: E402
 from clex_train.config.root import Config  # noqa: E402
 from clex_train.config.scaling import Activation, Positions, ScalingConfig, ScalingName  # noqa: E402
+from clex_train.data.batch import UNSCORED, MicroBatch  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.models import architecture, load  # noqa: E402
 from clex_train.training import loop  # noqa: E402
 from clex_train.training.ode_optimizer import OdeOptimizer  # noqa: E402
+from clex_train.training.state import Parts  # noqa: E402
 from clex_train.utils import distributed  # noqa: E402
 
 STEPS, ROWS, LENGTH, VOCABULARY = 3, 4, 32, 61
@@ -108,7 +110,7 @@ def train(directory: Path, stage: int, act: str) -> dict[str, Any]:
     assert loaded.clex is not None
     assert all(hasattr(p, "ds_id") == (stage == 3) for p in loaded.model.parameters()), "sharded while reading"
     engine = engines.build(loaded.model, config)
-    parts: Any = loop.Parts(
+    parts: Any = Parts(
         config=config,
         engine=engine,
         loaded=loaded,
@@ -142,13 +144,14 @@ def configuration(directory: Path, stage: int, act: str) -> Config:
     return config
 
 
-def batch(step: int, vocab_size: int) -> dict[str, torch.Tensor]:
+def batch(step: int, vocab_size: int) -> MicroBatch:
     """This rank's rows of a step; the rows of a step are the same however many ranks share them."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(3, vocab_size, (ROWS, LENGTH), generator=generator)
     index = torch.arange(step * ROWS, (step + 1) * ROWS)
     mine = slice(distributed.rank(), None, distributed.world_size())
-    return {"input_ids": ids[mine], "labels": ids[mine], "row_index": index[mine]}
+    targets = torch.nn.functional.pad(ids[mine, 1:], (0, 1), value=UNSCORED)
+    return MicroBatch(ids[mine], targets, None, index[mine])
 
 
 if __name__ == "__main__":

@@ -22,10 +22,12 @@ from deepspeed.runtime.zero import partition_parameters  # noqa: E402
 
 from clex_train.config.engine import Offload  # noqa: E402
 from clex_train.config.root import Config  # noqa: E402
+from clex_train.data.batch import UNSCORED, MicroBatch  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.models import architecture, load, memory_options  # noqa: E402
 from clex_train.training import loop  # noqa: E402
 from clex_train.training.ode_optimizer import OdeOptimizer  # noqa: E402
+from clex_train.training.state import Parts  # noqa: E402
 from clex_train.utils import distributed  # noqa: E402
 from tests.distributed.zero3_families import LENGTH, ROWS, STEPS, batch, configuration, save  # noqa: E402
 
@@ -111,7 +113,7 @@ def train(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dic
     engine = engines.build(loaded.model, config)
     nothing: Any = None
     ode = OdeOptimizer(loaded.clex, config.scaling, config.seed)
-    parts = loop.Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
+    parts = Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
     losses, before = [], engines.consolidated_state_dict(engine)
     for step in range(STEPS):
         gathered.clear()
@@ -128,13 +130,12 @@ def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max((float((one[key] - other[key]).abs().max()) for key in one), default=0.0)
 
 
-def micro_batches(step: int, vocab_size: int) -> list[dict[str, torch.Tensor]]:
+def micro_batches(step: int, vocab_size: int) -> list[MicroBatch]:
     """This rank's rows one by one; the second has a third of its tokens to score, on rank 1 none."""
     rows = batch(step, vocab_size)
-    labels = rows["labels"].clone()
-    labels[1, 0 if distributed.rank() else LENGTH // 3 :] = -100
-    rows = {**rows, "labels": labels}
-    return [{key: value[index : index + 1] for key, value in rows.items()} for index in range(len(labels))]
+    rows.targets[1, 0 if distributed.rank() else LENGTH // 3 - 1 :] = UNSCORED
+    one_by_one = (slice(index, index + 1) for index in range(len(rows.targets)))
+    return [MicroBatch(rows.token_ids[i], rows.targets[i], None, rows.row_indices[i]) for i in one_by_one]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 
 import train
 from clex_train.data import build, step_rows
+from clex_train.data.batch import MicroBatch
 from clex_train.data.rows import PADDING, Row
 from clex_train.models import architecture, load
 from clex_train.scaling.position_sampling import draw_document_positions
@@ -157,8 +158,8 @@ def test_a_step_without_a_token_to_score_stops_by_name(run, monkeypatch):
 
 def batches_of(counts):
     """Micro-batches of one row with so many tokens to score."""
-    labels = [torch.where(torch.arange(12) <= count, 1, -100)[None] for count in counts]
-    return [{"labels": each, "row_index": torch.tensor([0])} for each in labels]
+    targets = [torch.where(torch.arange(12) < count, 1, -100)[None] for count in counts]
+    return [MicroBatch(torch.ones(1, 12), each, None, torch.tensor([0])) for each in targets]
 
 
 def test_weights_are_the_share_of_scored_tokens_and_one_on_average():

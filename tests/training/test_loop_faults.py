@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 import train
 from clex_train.checkpoint.store import Checkpoints
 from clex_train.cli import console
-from clex_train.training import loop
+from clex_train.training import loop, recovery, state
+from clex_train.training.step import ForwardPass
 from clex_train.utils.errors import RunStopped
 from tests.helpers.same_models import assert_same_model
 
@@ -42,19 +43,19 @@ def metrics(run) -> list[dict]:
 
 def spoil(monkeypatch, rows: set[int], module: str = "model.layers.1.mlp", value: float = math.nan) -> None:
     """Multiply what `module` gives for these rows by `value`, as a bad batch or a broken kernel would."""
-    forward = loop.forward
+    loss = ForwardPass.loss
 
-    def spoilt(model, parts, batch, weight):
-        if not rows.intersection(batch["row_index"].tolist()):
-            return forward(model, parts, batch, weight)
-        broken = parts.loaded.model.get_submodule(module)
+    def spoilt(self, model, batch, weight):
+        if not rows.intersection(batch.row_indices.tolist()):
+            return loss(self, model, batch, weight)
+        broken = getattr(model, "module", model).get_submodule(module)
         hook = broken.register_forward_hook(lambda module, inputs, out: out * value, prepend=True)
         try:
-            return forward(model, parts, batch, weight)
+            return loss(self, model, batch, weight)
         finally:
             hook.remove()
 
-    monkeypatch.setattr(loop, "forward", spoilt)
+    monkeypatch.setattr(ForwardPass, "loss", spoilt)
 
 
 class Bursts(torch.autograd.Function):
@@ -80,18 +81,18 @@ def test_a_step_that_is_not_finite_is_skipped_by_model_and_ode_alike(run, monkey
 
 
 def test_a_gradient_that_is_not_finite_is_traced_to_its_module(run, monkeypatch, stage):
-    forward = loop.forward
+    loss = ForwardPass.loss
 
-    def spoilt(model, parts, batch, weight):
-        layer = parts.loaded.model.get_submodule("model.layers.0.self_attn.o_proj")
-        bursts = 4 in batch["row_index"].tolist()
+    def spoilt(self, model, batch, weight):
+        layer = getattr(model, "module", model).get_submodule("model.layers.0.self_attn.o_proj")
+        bursts = 4 in batch.row_indices.tolist()
         hook = layer.register_forward_hook(lambda module, inputs, out: Bursts.apply(out) if bursts else out)
         try:
-            return forward(model, parts, batch, weight)
+            return loss(self, model, batch, weight)
         finally:
             hook.remove()
 
-    monkeypatch.setattr(loop, "forward", spoilt)
+    monkeypatch.setattr(ForwardPass, "loss", spoilt)
     assert run(f"engine.zero_stage={stage}") == 8
     (fault,) = [row["fault"] for row in metrics(run) if "fault" in row]
     assert fault.startswith("rank 0, rows [[4, 5]]: first in the gradient of the output of model.layers.0.self_attn.")
@@ -108,7 +109,7 @@ def test_looking_for_the_fault_changes_nothing(run, monkeypatch, stage, options)
     run(f"output_dir={folders[0]}", f"engine.zero_stage={stage}", *options)
     (line,) = (line for line in (folders[0] / "metrics.jsonl").read_text().splitlines() if '"fault"' in line)
     assert json.loads(line)["fault"] == "rank 0, rows [[4, 5]]: first in the output of model.layers.1.mlp"
-    monkeypatch.setattr(loop, "find_fault", lambda *_: "")
+    monkeypatch.setattr(recovery, "find_fault", lambda *_: "")
     run(f"output_dir={folders[1]}", f"engine.zero_stage={stage}", *options)
     assert_same_model(*(folder / "final" for folder in folders))
 
@@ -195,8 +196,8 @@ def test_a_field_that_breaks_its_bound_stops_before_it_is_saved(run, capsys):
         run("scaling.lr_scale=1", "optim.lr=0.05", "scaling.max_residual=1e-3")
     assert console.report(stopped.value) == console.STOPPED
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: step ")
-    for state in (run.folder / "checkpoints").glob("step_*/ode.pt"):
-        assert torch.load(state, weights_only=True)["clex"]["down"].isfinite().all()
+    for saved in (run.folder / "checkpoints").glob("step_*/ode.pt"):
+        assert torch.load(saved, weights_only=True)["clex"]["down"].isfinite().all()
 
 
 def test_a_run_killed_between_saving_and_evaluating_evaluates_on_resume(run, monkeypatch):
@@ -267,13 +268,13 @@ def test_memory_that_runs_out_in_a_step_becomes_the_estimate_and_what_to_turn_do
 
 def with_spike(monkeypatch, rows: set[int]) -> None:
     """A thousandfold loss, and so its gradient, for these rows."""
-    forward = loop.forward
+    loss = ForwardPass.loss
 
-    def spoilt(model, parts, batch, weight):
-        loss = forward(model, parts, batch, weight)
-        return loss * 1000 if rows.intersection(batch["row_index"].tolist()) else loss
+    def spoilt(self, model, batch, weight):
+        found = loss(self, model, batch, weight)
+        return found * 1000 if rows.intersection(batch.row_indices.tolist()) else found
 
-    monkeypatch.setattr(loop, "forward", spoilt)
+    monkeypatch.setattr(ForwardPass, "loss", spoilt)
 
 
 SPIKES = ("optim.spike_factor=20", "optim.spike_window=4")
@@ -293,7 +294,7 @@ def test_a_run_killed_after_a_roll_back_skips_the_same_rows(run, monkeypatch):
     with_spike(monkeypatch, {10, 14})
     whole = run.folder.with_name("whole")
     run(*SPIKES, "optim.steps=10", f"output_dir={whole}")
-    save = loop.save
+    save = state.save
 
     def killed(parts, step):
         waited = save(parts, step)
@@ -303,7 +304,7 @@ def test_a_run_killed_after_a_roll_back_skips_the_same_rows(run, monkeypatch):
         return waited
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "save", killed)
+        patched.setattr(state, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             run(*SPIKES, "optim.steps=10")
     assert run(*SPIKES, "optim.steps=10") == 10

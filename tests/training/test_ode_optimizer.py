@@ -121,12 +121,12 @@ def learning(**scaling) -> OdeOptimizer:
     return ode
 
 
-def test_to_look_ahead_changes_no_bit_also_over_a_check_of_the_grid():
+def test_prefetching_changes_no_bit_also_over_a_check_of_the_grid():
     plain, ahead = learning(check_every=3), learning(check_every=3)
     for number in range(7):
         step(plain, number)
         step(ahead, number)
-        ahead.look_ahead(number + 1)
+        ahead.prefetch(number + 1)
     assert all(torch.equal(a, b) for a, b in zip(bits(plain), bits(ahead), strict=True))
 
 
@@ -134,20 +134,20 @@ def test_what_was_looked_ahead_is_solved_once(monkeypatch):
     ode, solved = learning(), []
     inv_freq = ode.clex.inv_freq
     monkeypatch.setattr(ode.clex, "inv_freq", lambda t: solved.append(t) or inv_freq(t))
-    ode.look_ahead(1)
+    ode.prefetch(1)
     spectrum = ode.begin(1)
     assert solved == [spectrum.t]
 
 
 def test_looking_ahead_to_another_step_is_forgotten():
     ode, expected = learning(), learning().begin(2)
-    ode.look_ahead(1)
+    ode.prefetch(1)
     assert torch.equal(ode.begin(2).inv_freq, expected.inv_freq)
 
 
 def test_a_state_that_is_loaded_takes_the_place_of_what_was_looked_ahead():
     ode, other = learning(), make()
-    ode.look_ahead(1)
+    ode.prefetch(1)
     ode.load_state_dict(other.state_dict())
     assert torch.equal(ode.begin(1).inv_freq, other.begin(1).inv_freq)
 
@@ -156,7 +156,7 @@ def test_a_field_that_breaks_down_is_found_in_the_step_it_belongs_to():
     ode = make()
     with torch.no_grad():
         ode.clex.down[0, 0] = float("nan")
-    ode.look_ahead(1)
+    ode.prefetch(1)
     with pytest.raises(UnstableField, match="not finite"):
         ode.begin(1)
 

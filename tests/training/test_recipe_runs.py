@@ -12,8 +12,9 @@ from clex_train.models import architecture as architectures
 from clex_train.models import load
 from clex_train.preflight.dry_run import print_plan
 from clex_train.rope import recipes
+from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.baselines import ntk_table, pi_table
-from clex_train.training import loop
+from clex_train.training.step import ForwardPass
 from tests.helpers.composing import composed
 
 L = 32
@@ -128,14 +129,13 @@ def test_pretrained_weights_are_those_of_the_base(base):
 
 def test_rows_are_seen_at_the_positions_that_the_recipe_draws(run, base, monkeypatch):
     seen = []
-    forward = loop.forward
+    training = RotaryHandle.training
 
-    def noting(model, parts, batch, weight):
-        override = parts.loaded.handle._override
-        seen.append((override.spectrum.t, override.positions))
-        return forward(model, parts, batch, weight)
+    def noting(self, spectrum, positions, num_tokens):
+        seen.append((spectrum.t, positions))
+        return training(self, spectrum, positions, num_tokens)
 
-    monkeypatch.setattr(loop, "forward", noting)
+    monkeypatch.setattr(RotaryHandle, "training", noting)
     fine_tuned(run, base, "sampled", "scaling=random_pos", "scaling.t_max=4.5", "optim.steps=3")
     positions = torch.cat([each for _, each in seen])
     assert {t for t, _ in seen} == {4.5}
@@ -153,13 +153,13 @@ def test_rows_are_seen_at_the_positions_that_the_recipe_draws(run, base, monkeyp
 @pytest.mark.parametrize("name", ["pi", "dynamic_ntk", "longrope"])
 def test_the_first_loss_is_that_of_the_stock_model_on_the_same_rows(run, base, factors, monkeypatch, name):
     rows = []
-    forward = loop.forward
+    loss_of = ForwardPass.loss
 
-    def noting(model, parts, batch, weight):
-        rows.append(batch["input_ids"])
-        return forward(model, parts, batch, weight)
+    def noting(self, model, batch, weight):
+        rows.append(batch.token_ids)
+        return loss_of(self, model, batch, weight)
 
-    monkeypatch.setattr(loop, "forward", noting)
+    monkeypatch.setattr(ForwardPass, "loss", noting)
     given = (f"scaling.longrope_factors={factors}",) if name == "longrope" else ()
     final = fine_tuned(run, base, f"first_{name}", f"scaling={name}", "data.seq_len=128", "optim.steps=1", *given)
     stock = AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.from_pretrained(final))

@@ -1,25 +1,26 @@
-"""One sum carries everything that the ranks tell each other in a step."""
+"""One all-reduce carries everything that the ranks share in a step."""
 
 import pytest
 import torch
 
-from clex_train.training.step_reduce import exchange
+from clex_train.training.step_reduce import all_reduce_step
 from clex_train.utils import distributed
 
 LOSSES = [torch.tensor(1.5), torch.tensor(2.5)]
+NOTHING = torch.zeros(0, dtype=torch.float64)
 
 
 def test_a_single_rank_hears_itself_to_the_bit():
     gradient = torch.tensor([1 / 3, -2e-300, 7e200], dtype=torch.float64)
-    told = exchange(LOSSES, False, torch.tensor([9, 4]), gradient)()
-    assert told.loss == 2.0
-    assert not told.asked_to_stop
-    assert torch.equal(told.gradient, gradient)
-    assert told.rows.tolist() == [9, 4]
+    reduced = all_reduce_step(LOSSES, False, torch.tensor([9, 4]), gradient)()
+    assert reduced.loss == 2.0
+    assert not reduced.stop_requested
+    assert torch.equal(reduced.gradient, gradient)
+    assert reduced.rows.tolist() == [9, 4]
 
 
 def test_without_a_gradient_there_is_none():
-    assert exchange(LOSSES, False, torch.tensor([0]))().gradient.shape == (0,)
+    assert all_reduce_step(LOSSES, False, torch.tensor([0]), NOTHING)().gradient.shape == (0,)
 
 
 @pytest.fixture
@@ -39,21 +40,21 @@ def second_of_three(monkeypatch):
 def test_means_are_over_ranks_and_rows_stand_rank_after_rank(second_of_three):
     # loss, two components of the gradient, who was asked, the rows of ranks 0 and 2
     second_of_three["sum"] = torch.tensor([7.0, 1.0, 2.0, 0.0, 11, 12, 0, 0, 2**40, 2**40 + 1], dtype=torch.float64)
-    told = exchange(LOSSES, False, torch.tensor([3, 2**52]), torch.tensor([2.0, 4.0], dtype=torch.float64))()
-    assert told.loss == 3.0
-    assert told.gradient.tolist() == [1.0, 2.0]
-    assert told.rows.tolist() == [11, 12, 3, 2**52, 2**40, 2**40 + 1]
-    assert not told.asked_to_stop
+    reduced = all_reduce_step(LOSSES, False, torch.tensor([3, 2**52]), torch.tensor([2.0, 4.0], dtype=torch.float64))()
+    assert reduced.loss == 3.0
+    assert reduced.gradient.tolist() == [1.0, 2.0]
+    assert reduced.rows.tolist() == [11, 12, 3, 2**52, 2**40, 2**40 + 1]
+    assert not reduced.stop_requested
 
 
 def test_one_rank_that_was_asked_is_enough(second_of_three):
     second_of_three["sum"] = torch.zeros(5, dtype=torch.float64)
-    assert exchange(LOSSES, True, torch.tensor([0]))().asked_to_stop
+    assert all_reduce_step(LOSSES, True, torch.tensor([0]), NOTHING)().stop_requested
 
 
 def test_a_loss_that_is_not_finite_spoils_neither_rows_nor_flags(second_of_three):
     second_of_three["sum"] = torch.zeros(5, dtype=torch.float64)
-    told = exchange([torch.tensor(float("nan"))], False, torch.tensor([8]))()
-    assert told.loss != told.loss
-    assert not told.asked_to_stop
-    assert told.rows.tolist() == [0, 8, 0]
+    reduced = all_reduce_step([torch.tensor(float("nan"))], False, torch.tensor([8]), NOTHING)()
+    assert reduced.loss != reduced.loss
+    assert not reduced.stop_requested
+    assert reduced.rows.tolist() == [0, 8, 0]

@@ -7,11 +7,11 @@ A haystack is a function `(units, depths) -> pieces`: `units` of filler, cut aft
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
-from typing import Any
 
 import numpy as np
 
 from clex_train.data.store import TokenStore
+from clex_train.utils.protocols import Tokenizer
 
 Haystack = Callable[[int, Sequence[float]], list[str]]
 
@@ -43,7 +43,7 @@ class Documents:
     `tokenizer` gives the store's ids their text.
     """
 
-    def __init__(self, store: TokenStore, tokenizer: Any) -> None:
+    def __init__(self, store: TokenStore, tokenizer: Tokenizer) -> None:
         self.store, self.tokenizer = store, tokenizer
 
     def starting_at(self, share: float) -> Haystack:
@@ -73,8 +73,11 @@ class Documents:
         """Documents are paragraphs."""
         ends = ids == self.store.eos_id
         documents = [part[part != self.store.eos_id] for part in np.split(ids, np.flatnonzero(ends) + 1)]
-        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return "\n\n".join(str(self.tokenizer.decode(part.tolist(), **how)) for part in documents)
+        texts = (
+            self.tokenizer.decode(part.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for part in documents
+        )
+        return "\n\n".join(map(str, texts))
 
 
 def insert(pieces: Sequence[str], needles: Sequence[str]) -> str:

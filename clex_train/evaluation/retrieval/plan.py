@@ -5,7 +5,6 @@ for all prompts of a task at a length, and enough for the longest of their answe
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.retrieval import DOWNLOADED, Task, expand
@@ -15,6 +14,7 @@ from clex_train.evaluation.retrieval.prompts import Ask, Draft, Prompt, answer_l
 from clex_train.evaluation.retrieval.tasks import TASKS, RetrievalTask
 from clex_train.utils import distributed, log
 from clex_train.utils.bounds import require
+from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.seeding import generator
 
 logger = log.get(__name__)
@@ -30,7 +30,7 @@ class Cell:
     depths: tuple[float | None, ...]
     num_prompts: int
     seed: int
-    tokenizer: Any = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
     documents: Documents | None = field(default=None, repr=False)
     """Real text, for the tasks that hide something in it."""
     bos: bool | None = None
@@ -89,7 +89,7 @@ class Cell:
         return self.task.judge(generation, self.draft(number % self.num_prompts).answers)
 
 
-def require_chat_template(tokenizer: Any) -> None:
+def require_chat_template(tokenizer: Tokenizer) -> None:
     """Refuse by `ValueError` with the remedy a tokenizer that has no chat template."""
     require(
         getattr(tokenizer, "chat_template", None) is not None,
@@ -101,7 +101,7 @@ def require_chat_template(tokenizer: Any) -> None:
 
 
 def of_spec(
-    spec: EvaluationConfig, tokenizer: Any, store: TokenStore, seed: int = 0, bos: bool | None = None
+    spec: EvaluationConfig, tokenizer: Tokenizer, store: TokenStore, seed: int = 0, bos: bool | None = None
 ) -> list[Cell]:
     """List the cells that `evaluation.tasks` and its companions ask for, real text from the split `store`.
 

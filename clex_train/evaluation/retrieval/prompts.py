@@ -6,11 +6,11 @@ number of units is searched for whose text, encoded whole as a user would, stays
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from clex_train.evaluation.retrieval.haystack import Documents
+from clex_train.utils.protocols import Tokenizer
 
 FIRST_PROBE = 16
 """Units of filler from which the tokens of a unit are estimated."""
@@ -61,18 +61,22 @@ def join(separator: str, *parts: str) -> str:
     return separator.join(part for part in parts if part)
 
 
-def encode(tokenizer: Any, text: str, bos: bool | None = None) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str, bos: bool | None = None) -> list[int]:
     """The ids of a prompt without a closing EOS; with BOS or without it, by default as the tokenizer does."""
     ids = list(tokenizer.encode(text, verbose=False))
     if ids and ids[-1] == tokenizer.eos_token_id:
         del ids[-1]
-    has_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    bos_id = tokenizer.bos_token_id
+    has_bos = bos_id is not None and ids[:1] == [bos_id]
     if bos is None or bos == has_bos:
         return ids
-    return [tokenizer.bos_token_id, *ids] if bos else ids[1:]
+    if not bos:
+        return ids[1:]
+    assert bos_id is not None, "`evaluation_bos_id` refuses BOS without a BOS token"
+    return [bos_id, *ids]
 
 
-def encode_in_chat(tokenizer: Any, text: str, lead: str) -> list[int]:
+def encode_in_chat(tokenizer: Tokenizer, text: str, lead: str) -> list[int]:
     """Encode a user's turn and the beginning `lead` of the answer to it by the tokenizer's chat template.
 
     The template puts BOS and every other special token.
@@ -83,18 +87,18 @@ def encode_in_chat(tokenizer: Any, text: str, lead: str) -> list[int]:
     return list(tokenizer.encode(written, add_special_tokens=False, verbose=False))
 
 
-def answer_len(tokenizer: Any, answers: tuple[str, ...]) -> int:
+def answer_len(tokenizer: Tokenizer, answers: tuple[str, ...]) -> int:
     """Tokens to generate for `answers`: those of writing them as a list, a quarter more, and four."""
     written = tokenizer.encode(" " + ", ".join(answers), add_special_tokens=False, verbose=False)
     return len(written) + len(written) // 4 + 4
 
 
-def frame_len(tokenizer: Any, draft: Draft, bos: bool | None = None, in_chat: bool = False) -> int:
+def frame_len(tokenizer: Tokenizer, draft: Draft, bos: bool | None = None, in_chat: bool = False) -> int:
     """Count the tokens of the prompt without any filler."""
     return len(_encode(tokenizer, draft, 0, bos, in_chat))
 
 
-def fit(tokenizer: Any, draft: Draft, budget: int, bos: bool | None = None, in_chat: bool = False) -> Prompt:
+def fit(tokenizer: Tokenizer, draft: Draft, budget: int, bos: bool | None = None, in_chat: bool = False) -> Prompt:
     """Fit the most filler into `budget` tokens; `ValueError` when the frame of the prompt alone has more."""
     low, best = 0, _encode(tokenizer, draft, 0, bos, in_chat)
     if len(best) > budget:
@@ -113,7 +117,7 @@ def fit(tokenizer: Any, draft: Draft, budget: int, bos: bool | None = None, in_c
     return Prompt(best, draft.answers)
 
 
-def _encode(tokenizer: Any, draft: Draft, units: int, bos: bool | None, in_chat: bool) -> list[int]:
+def _encode(tokenizer: Tokenizer, draft: Draft, units: int, bos: bool | None, in_chat: bool) -> list[int]:
     text = draft.text(units)
     return encode_in_chat(tokenizer, text, draft.lead) if in_chat else encode(tokenizer, text, bos)
 

@@ -31,6 +31,7 @@ from clex_train.rope.preallocated_cache import new_cache
 from clex_train.scaling.table import Frequencies
 from clex_train.utils import distributed, progress
 from clex_train.utils.errors import StopRequested
+from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.records import convert
 
 Outcome = Sequence[TaskScore | Missing]
@@ -243,7 +244,7 @@ def _record(cell: Cell, number: int, hashed: int, given: str, share: float) -> d
     }
 
 
-def _text(tokenizer: Any, ids: list[int]) -> str:
+def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
     """What was generated before the end of the text."""
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
     return str(tokenizer.decode(ids[:end], skip_special_tokens=True))
