@@ -40,6 +40,7 @@ from clex_train.preflight import dry_run
 from clex_train.tracking import run_folder
 from clex_train.utils import files, log
 from clex_train.utils.bounds import require
+from clex_train.utils.errors import ConfigError, InputError
 from launch import job_script, snapshot
 
 DRY_RUN = "--dry-run"
@@ -111,14 +112,16 @@ def check_files(config: Config) -> None:
 def submit(config: Config) -> None:
     """Write the submission and give it to sbatch. `ValueError` with sbatch's own words when it is refused."""
     if shutil.which("sbatch") is None:
-        raise ValueError("sbatch: not installed here; submit from a login node of the cluster, or look with --dry-run")
+        raise ConfigError(
+            "sbatch", None, "not installed here; submit from a login node of the cluster, or look with --dry-run"
+        )
     folder = submission_folder(config)
     with run_folder.left_as_found(Path(config.output_dir)), run_folder.left_as_found(folder.parent):
         check_files(config)
         write(config, folder)
         try:
             job_id = _sbatch(folder / job_script.NAME)
-        except ValueError:
+        except InputError:
             shutil.rmtree(folder)
             raise
     print(f"job {job_id} submitted; its log: {job_script.log_file(Path(config.output_dir))}")
@@ -154,7 +157,7 @@ def _sbatch(script: Path) -> str:
     )
     if done.returncode:
         said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
-        raise ValueError(f"sbatch refuses the job: {said}; change the launch keys")
+        raise ConfigError("sbatch refuses the job", None, f"{said}; change the launch keys")
     return done.stdout.strip().partition(";")[0]
 
 

@@ -27,6 +27,7 @@ from clex_train.models.load import LoadedModel, solve_table, trained_architectur
 from clex_train.rope.native import handle_without_weights
 from clex_train.scaling.table import scale_grid
 from clex_train.utils import distributed, log
+from clex_train.utils.errors import InputError
 
 logger = log.get(__name__)
 
@@ -112,7 +113,7 @@ def warn_of_later(config: Config, store: TokenStore) -> None:
     """Log why a run without evaluations could not be evaluated at its end: the time to know is before it starts."""
     try:
         require_windows(_held_out(config, store), max(config.evaluation.lengths))
-    except ValueError as error:
+    except InputError as error:
         logger.warning("the finished run could not be evaluated as it is configured: %s", error)
 
 

@@ -33,7 +33,7 @@ from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.utils import distributed, log, seeding
 from clex_train.utils.bounds import require
-from clex_train.utils.errors import first_line, is_out_of_memory
+from clex_train.utils.errors import ConfigError, first_line, is_out_of_memory
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -275,7 +275,7 @@ def load_tokenizer(path: str, model: ModelConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # whatever a library raises over a tokenizer's files is about them
-        raise ValueError(f"{path}: {_no_tokenizer(path, error)}") from error
+        raise ConfigError(path, None, _no_tokenizer(path, error)) from error
 
 
 def _no_tokenizer(path: str, error: Exception) -> str:
@@ -379,4 +379,4 @@ def _from_pretrained(
             raise
         # Only of files that are not there can a hub out of reach be the reason.
         reason = hub.why_not_read(path, error) if isinstance(error, OSError) else first_line(error)
-        raise ValueError(f"model.path={path}: the weights cannot be loaded ({reason})") from error
+        raise ConfigError("model.path", path, f"the weights cannot be loaded ({reason})") from error

@@ -16,6 +16,7 @@ from clex_train.engine.tiled_loss import Logits, implementation, tiled_cross_ent
 from clex_train.models.load import num_parameters
 from clex_train.rope.probe import model_on_meta
 from clex_train.utils import log
+from clex_train.utils.errors import ConfigError
 
 logger = log.get(__name__)
 
@@ -28,14 +29,16 @@ def check(engine: EngineConfig, arch: PretrainedConfig, trust_remote_code: bool 
     if engine.tiled_mlp is not None:
         try:
             tiled_mlp.find(decoder_layers(model))
-        except ValueError as error:
-            raise ValueError(
-                f"engine.tiled_mlp={engine.tiled_mlp}: model_type={arch.model_type}: {error}; set it to null"
+        except tiled_mlp.NotTokenwise as error:
+            raise ConfigError(
+                "engine.tiled_mlp", engine.tiled_mlp, f"model_type={arch.model_type}: {error}; set it to null"
             ) from error
     if engine.tiled_loss is not None and not _loss_is_that_of_its_logits(model):
-        raise ValueError(
-            f"engine.tiled_loss={engine.tiled_loss}: model_type={arch.model_type} makes its loss of more than its "
-            "output layer, logit scaling and soft-capping (a router's loss?); set it to null"
+        raise ConfigError(
+            "engine.tiled_loss",
+            engine.tiled_loss,
+            f"model_type={arch.model_type} makes its loss of more than its "
+            "output layer, logit scaling and soft-capping (a router's loss?); set it to null",
         )
 
 

@@ -9,7 +9,7 @@ from clex_train.config.engine import EngineConfig, Offload
 from clex_train.config.root import Config
 from clex_train.preflight import dry_run
 from clex_train.utils import distributed
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import InputError, first_line
 
 STATE, ROWS = ("parameters", "gradients", "optimizer"), ("activations", "logits")
 
@@ -19,7 +19,7 @@ def explain(config: Config, error: BaseException) -> str:
     what = f"out of memory on rank {distributed.rank()}: {first_line(error)}"
     try:
         plan = dry_run.make_plan(config)
-    except ValueError as refused:
+    except InputError as refused:
         return f"{what}\n(no estimate: {refused})\nturn down: {'; '.join(_rows(config))}"
     ways = (*_rows(config, plan), *_state(config))
     if _share(plan, STATE) > _share(plan, ROWS):

@@ -30,6 +30,7 @@ from clex_train.rope.probe import LOCAL_LAYER_TYPES, Traits, require_rotary
 from clex_train.rope.receptive_field import require_scalable_config
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils.bounds import MOST_TOKENS, require
+from clex_train.utils.errors import ConfigError
 
 UNSCALED = "default"
 # These scale every call alike, so a config may give the length before or after.
@@ -135,9 +136,11 @@ def stated_length(config: PretrainedConfig, name: str, key: str = "model.context
         return None
     source = f"{config.name_or_path}/config.json" if config.name_or_path else "config.json"
     if not (isinstance(value, (int, float)) and 2 <= value <= MOST_TOKENS and value == int(value)):
-        raise ValueError(
-            f"{source}: {name}={value}: from 2 to {MOST_TOKENS:,} tokens can be meant; correct it, or name the context "
-            f"that the model serves by {key}=N"
+        raise ConfigError(
+            source,
+            None,
+            f"{name}={value}: from 2 to {MOST_TOKENS:,} tokens can be meant; correct it, or name the context "
+            f"that the model serves by {key}=N",
         )
     return int(value)
 

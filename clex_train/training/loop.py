@@ -38,7 +38,7 @@ from clex_train.training import step as forward_pass
 from clex_train.training.ode_optimizer import OdeOptimizer
 from clex_train.training.step_reduce import exchange
 from clex_train.utils import distributed, log, seeding
-from clex_train.utils.errors import RunStopped, StopRequested, first_line
+from clex_train.utils.errors import ConfigError, RunStopped, StopRequested, first_line
 
 logger = log.get(__name__)
 
@@ -271,9 +271,11 @@ def resume(parts: Parts) -> int:
             parts.spikes.load_state_dict(state[SPIKES])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         folder = parts.checkpoints.folder
-        raise ValueError(
-            f"checkpoint {folder / f'step_{step}'}: {ODE} is not the state of this run's field ({first_line(error)}); "
-            "remove the checkpoint to continue an older one, or choose another output_dir"
+        raise ConfigError(
+            f"checkpoint {folder / f'step_{step}'}",
+            None,
+            f"{ODE} is not the state of this run's field ({first_line(error)}); "
+            "remove the checkpoint to continue an older one, or choose another output_dir",
         ) from error
     return step
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from clex_train.evaluation import results
 from clex_train.evaluation.results import Origin, Results, Score
+from clex_train.utils.errors import ConfigError
 
 LEARNED = "clex"
 """What a score says of the frequencies that were trained rather than set by a formula."""
@@ -160,6 +161,6 @@ def _curve(row: Row, result: Results, origin: Origin) -> Curve:
     scores = {s.length: s for s in result.scores if (s.method, s.protocol) == (row.method, row.protocol)}
     if not scores:
         have = ", ".join(dict.fromkeys(f"{s.method}/{s.protocol}" for s in result.scores)) or "no perplexity at all"
-        raise ValueError(f"{row.path}: holds no {row.method}/{row.protocol}, only {have}; evaluate it first")
+        raise ConfigError(row.path, None, f"holds no {row.method}/{row.protocol}, only {have}; evaluate it first")
     missing = frozenset(m.length for m in result.missing if (m.method, m.protocol) == (row.method, row.protocol))
     return Curve(row.label, row.method, row.protocol, result.context_len, scores, row.path, origin, missing)

@@ -23,6 +23,7 @@ from clex_train.evaluation.report.sources import of_training
 from clex_train.scaling.baselines import ntk_table, pi_table
 from clex_train.scaling.table import FrequencyTable, as_grid
 from clex_train.tracking.run_folder import FINAL
+from clex_train.utils.errors import InputError
 
 MOST_PANELS = 3
 
@@ -82,7 +83,7 @@ def formulas(run: TrainingRun) -> tuple[dict[str, Formula], str]:
     known: dict[str, Formula] = {"ntk": ntk_table, "pi": pi_table}
     try:
         return {**known, "yarn": _yarn(run)}, ""
-    except ValueError as error:
+    except InputError as error:
         return known, f" Without yarn: {error}."
 
 
