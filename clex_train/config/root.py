@@ -130,7 +130,7 @@ def _check_between_groups(config: Config) -> None:
     )
     _check_data(config)
     require(
-        config.dry_run or model.init is not Init.pretrained or model.path is not None,
+        model.init is not Init.pretrained or model.path is not None,
         "model.path",
         model.path,
         "model.init=pretrained needs weights: name a model directory or hub repository",

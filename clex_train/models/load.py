@@ -135,13 +135,23 @@ def trained_architecture(config: Config, arch: PretrainedConfig) -> PretrainedCo
 
 
 def load_for_training(
-    config: Config, arch: PretrainedConfig, dtype: torch.dtype, deepspeed_dict: dict[str, Any]
+    config: Config,
+    arch: PretrainedConfig,
+    dtype: torch.dtype,
+    deepspeed_dict: dict[str, Any],
+    trained: PretrainedConfig | None = None,
 ) -> LoadedModel:
     """Build the model of a run: weights straight into ZeRO-3 shards if they are pretrained, seeded if random.
 
-    `arch` is the architecture of the base, before `trained_architecture`.
+    Args:
+        config: of the run.
+        arch: the architecture of the base.
+        dtype: of the weights.
+        deepspeed_dict: DeepSpeed's own configuration.
+        trained: what `trained_architecture` made of `arch`, where the caller has it.
     """
-    length, trained = architecture.context_length(config.model, arch), trained_architecture(config, arch)
+    length = architecture.context_length(config.model, arch)
+    trained = trained_architecture(config, arch) if trained is None else trained
     config = dataclasses.replace(config, attention=resolved(config.attention, trained, dtype))
     if config.model.is_pretrained:
         model = _pretrained_model(config, None if trained is arch else trained, dtype, deepspeed_dict)

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from clex_train.config.model import ModelConfig
 from clex_train.models import official
 from clex_train.models.directory import has_weights
 from clex_train.models.weight_files import NotThere, Stored, files, have_equal_values, named, read_headers
+from clex_train.rope.probe import model_on_meta
 from clex_train.utils import distributed, log
 from clex_train.utils.bounds import require
 from clex_train.utils.errors import ConfigError, first_line
@@ -155,8 +156,7 @@ class Comparison:
 
 def compare(arch: PretrainedConfig, tensors: Mapping[str, Tensor], trust_remote_code: bool = False) -> Comparison:
     """Match tensors on the meta device with an architecture, by transformers' own loader."""
-    with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(arch, trust_remote_code=trust_remote_code))
+    model_class = type(model_on_meta(arch, trust_remote_code))
     with quiet():
         model, report = model_class.from_pretrained(
             None,

@@ -6,8 +6,11 @@ A rotary module of transformers maps (x, position_ids[, layer_type]) to (cos, si
 
 import copy
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +95,40 @@ def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) ->
     return probe(module, model.config)
 
 
+_shared: ContextVar[dict[str, PreTrainedModel] | None] = ContextVar("shared_meta_models", default=None)
+
+
+@contextmanager
+def sharing_meta_models() -> Iterator[None]:
+    """Build the model of each architecture once inside: `model_on_meta` returns it to every caller.
+
+    Whoever changes one has to put back what was changed.
+    """
+    token = _shared.set(_shared.get() or {})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
 def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without weights; `ValueError` names a model type that has none, or whose config it cannot be of."""
+    """Build a model without weights, or return that of `sharing_meta_models`.
+
+    Raises:
+        ConfigError: its model type has no causal language model, or none of this config.
+    """
+    known = _shared.get()
+    if known is None:
+        return _build_on_meta(config, trust_remote_code)
+    facts = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = f"{type(config).__qualname__} {trust_remote_code} {facts}"
+    if key not in known:
+        # Of a copy, since callers change theirs later, as its vocabulary, and a model keeps the config it was built of.
+        known[key] = _build_on_meta(copy.deepcopy(config), trust_remote_code)
+    return known[key]
+
+
+def _build_on_meta(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

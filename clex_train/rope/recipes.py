@@ -86,7 +86,9 @@ def scaled(
     if scaling.name is not ScalingName.dynamic_ntk:
         text.original_max_position_embeddings = context_len
         text.max_position_embeddings = round(factor * context_len)
-    after = spectrum_at(handle_without_weights(arch, context_len, trust_remote_code), factor)
+    handle = handle_without_weights(arch, context_len, trust_remote_code)
+    after = spectrum_at(handle, factor)
+    handle.undo()
     _require_followed(scaling, factor, own, after.inv_freq, base.model_type)
     return arch
 

@@ -153,6 +153,20 @@ def require_writable(folder: Path) -> None:
 
 
 @contextmanager
+def opened(folder: Path, patience: float) -> Iterator[None]:
+    """Create, lock and tidy the folder of a run, for as long as this launch is in it.
+
+    A launch that is refused inside leaves nothing behind. Raises as `require_writable` and `held` do.
+    """
+    with left_as_found(folder):
+        require_writable(folder)
+        with held(folder, distributed.rank(), patience):
+            if distributed.is_main():
+                tidy(folder)
+            yield
+
+
+@contextmanager
 def left_as_found(folder: Path) -> Iterator[None]:
     """Remove a folder again that was made inside and holds nothing when the launch is refused or interrupted.
 

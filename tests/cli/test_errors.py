@@ -96,7 +96,7 @@ def test_an_experiment_by_its_beginning_is_completed():
 def own_file(monkeypatch, tmp_path):
     """Composes with an experiment of the user's own, `mine`, of the text that is given."""
     copytree(CONF, tmp_path / "conf")
-    monkeypatch.setattr("composing.CONF", tmp_path / "conf")
+    monkeypatch.setattr("tests.helpers.composing.CONF", tmp_path / "conf")
     monkeypatch.setattr("clex_train.cli.errors.REPOSITORY", tmp_path)
     monkeypatch.chdir(tmp_path)
 
