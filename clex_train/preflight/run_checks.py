@@ -251,10 +251,12 @@ def _plan_evaluation(
         if inputs.is_complete and store is not None and distributed.is_main():
             during_training.warn_of_later(config, store)
         return None
-    _check_methods(config, trained, context_len)
     if inputs.held_out is None or store is None or (inputs.tokenizer is None and config.evaluation.tasks):
+        _check_methods(config, trained, context_len)
         return None
+    # Before the methods, which would otherwise refuse tables for lengths that no document has.
     evaluation = TrainingEvaluation(config, store, inputs.held_out, context_len, inputs.tokenizer)
+    _check_methods(config, trained, context_len)
     require_disjoint(inputs.stores.values(), evaluation.store, config.evaluation.allow_overlap)
     return evaluation
 

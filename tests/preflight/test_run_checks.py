@@ -125,7 +125,7 @@ def test_the_run_its_dry_run_and_its_submission_refuse_the_same_in_the_same_line
         is_pretrained=st.booleans(),
     )
     # Without shrinking: a configuration of six keys is small, and each try takes a second.
-    @settings(max_examples=30, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(max_examples=24, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     def compare(changes, is_pretrained):
         choices = {"model.path": str(base), "model.config": None} if is_pretrained else {}
         choices.update(changes)
