@@ -110,10 +110,12 @@ def parse() -> argparse.Namespace:
 def measure(case: Case) -> Measured:
     """Estimate one case here and measure it in a process of its own."""
     from clex_train.preflight import dry_run
+    from clex_train.preflight.run_checks import Scope, run_checks
 
     with tempfile.TemporaryDirectory() as folder:
         write_architecture(Path(folder), case.shape)
-        plan = dry_run.make_plan(configuration(Path(folder), case.shape, case.options))
+        ready = run_checks(configuration(Path(folder), case.shape, case.options), Scope.plan)
+        plan = dry_run.make_plan(ready)
         words = json.dumps(
             {"folder": folder, "shape": asdict(case.shape), "options": case.options, "steps": case.steps}
         )

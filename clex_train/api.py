@@ -23,6 +23,7 @@ from clex_train.rope import recipes
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import FrequencyTable, scale_grid
+from clex_train.utils.errors import ConfigError
 
 Source = str | Path | Clex | FrequencyTable
 T_MAX = 16.0
@@ -122,15 +123,18 @@ def _require_same_base(found: Tensor, own: Tensor, source: Any) -> None:
     """A field continues the frequencies it was trained on; on others it would compute something else."""
     name = source if isinstance(source, str | Path) else "the field"
     if len(found) != len(own):
-        raise ValueError(
-            f"{name}: rotary dimension {2 * len(found)}, and the model's is {2 * len(own)}; "
-            "apply it to its own base model"
+        raise ConfigError(
+            name,
+            None,
+            f"rotary dimension {2 * len(found)}, and the model's is {2 * len(own)}; apply it to its own base model",
         )
     if not torch.allclose(found.cpu(), own, rtol=1e-4, atol=0):
         j = int(((found.cpu() - own).abs() / own).argmax())
-        raise ValueError(
-            f"{name}: starts from theta[{j}]={float(found[j]):.6g}, and the model's is {float(own[j]):.6g}; "
-            "apply it to its own base model"
+        raise ConfigError(
+            name,
+            None,
+            f"starts from theta[{j}]={float(found[j]):.6g}, and the model's is {float(own[j]):.6g}; "
+            "apply it to its own base model",
         )
 
 
@@ -145,13 +149,15 @@ def _recorded_context(source: Source | None) -> int | None:
         return model_directory.read_record(directory).context_len
     if official.is_official(directory):
         return int(official.read_official_config(directory).max_position_embeddings)
-    raise ValueError(
-        f"{directory}: no CLEX in it (neither clex.json nor rope_scaling.type=clex); give the final/ of a run"
+    raise ConfigError(
+        directory, None, "no CLEX in it (neither clex.json nor rope_scaling.type=clex); give the final/ of a run"
     )
 
 
 def _own_context(model: Any) -> int:
     own = recipes.own_context(model.config, "context_len")
     if own is None:
-        raise ValueError("context_len: the model's config has no max_position_embeddings; say what it was trained on")
+        raise ConfigError(
+            "context_len", None, "the model's config has no max_position_embeddings; say what it was trained on"
+        )
     return own.length

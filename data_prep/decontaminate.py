@@ -22,7 +22,7 @@ import numpy as np
 from clex_train.data.store import TokenStore
 from clex_train.utils import log
 from clex_train.utils.bounds import require
-from clex_train.utils.errors import RunStopped
+from clex_train.utils.errors import ConfigError, RunStopped, renamed_key
 from data_prep.config import DecontaminateVerb
 from data_prep.contamination import Findings, Sketches, compare, in_batches, signature
 from data_prep.decontaminated import require_writable, write_decontaminated
@@ -74,10 +74,8 @@ def _conclude(report: Report, folder: Path, config: DecontaminateVerb) -> None:
 
 def _open(key: str, path: str | None, split: str) -> TokenStore:
     require(bool(path), key, path, "name the directory of a token store")
-    try:
+    with renamed_key("data.path", key):
         return TokenStore(str(path)).split(split)
-    except ValueError as error:
-        raise ValueError(str(error).replace("data.path=", f"{key}=", 1)) from error
 
 
 def _create(folder: Path) -> None:
@@ -85,7 +83,7 @@ def _create(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").touch()
     except OSError as error:
-        raise ValueError(f"report={folder}: cannot write there ({error.strerror}); choose another place") from error
+        raise ConfigError("report", folder, f"cannot write there ({error.strerror}); choose another place") from error
 
 
 def scan(
@@ -199,9 +197,11 @@ def _in_order(task: _Task, chunks: list[tuple[int, int]]) -> Generator[tuple[Fin
         try:
             yield from _results(executor, task, chunks, 2 * workers)
         except BrokenProcessPool as error:
-            raise ValueError(
-                f"workers={workers}: a worker was killed, most likely for want of memory; take fewer workers, or a "
-                f"smaller index_mb (now {task.config.index_mb})"
+            raise ConfigError(
+                "workers",
+                workers,
+                "a worker was killed, most likely for want of memory; take fewer workers, or a "
+                f"smaller index_mb (now {task.config.index_mb})",
             ) from error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from clex_train.data.manifest import SPLITS, TOKENIZER, Manifest, Shard
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import ShardWriter
-from clex_train.utils.errors import NO_ROOM
+from clex_train.utils.errors import NO_ROOM, ConfigError
 from data_prep.decontamination_report import Report
 from data_prep.partial import open_partial, publish, require_place_of_store
 
@@ -24,9 +24,9 @@ _SHARD = "00000"
 def require_writable(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     """Raise `ValueError` if `output` is one of the stores that are read, or exists and may not be replaced."""
     if output.resolve() in [store.resolve() for store in inputs]:
-        raise ValueError(f"output={output}: a store that is read is not overwritten; choose another")
+        raise ConfigError("output", output, "a store that is read is not overwritten; choose another")
     if output.exists() and not overwrite:
-        raise ValueError(f"output={output}: exists; choose another, or overwrite=true")
+        raise ConfigError("output", output, "exists; choose another, or overwrite=true")
     require_place_of_store(output)
 
 
@@ -51,8 +51,8 @@ def write_decontaminated(report: Report, output: Path, overwrite: bool) -> None:
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        raise ValueError(
-            f"output={output}: the disk is full; free some space and run the same command again"
+        raise ConfigError(
+            "output", output, "the disk is full; free some space and run the same command again"
         ) from error
 
 

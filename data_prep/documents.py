@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clex_train.utils import log
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import is_lfs_pointer
 from data_prep.config import CorpusConfig, OnBadRecord
 from data_prep.readers import READERS, Raw, Unreadable, chat_remedy, fields_of, key_of, place, remedy
@@ -89,9 +90,11 @@ def documents(
 def require_documents(corpus: CorpusConfig, counts: Counter[str]) -> None:
     """Raise `ValueError` if no record became a document: nothing that is made of such a corpus was meant."""
     if not counts["documents"]:
-        raise ValueError(
-            f"corpus.name={corpus.name}: the corpus is empty, no record became a document ({in_words(counts)}); check "
-            "corpus.paths, corpus.where and corpus.text_field"
+        raise ConfigError(
+            "corpus.name",
+            corpus.name,
+            f"the corpus is empty, no record became a document ({in_words(counts)}); check "
+            "corpus.paths, corpus.where and corpus.text_field",
         )
 
 
@@ -172,7 +175,7 @@ def _refuse(where: str, error: ValueError, corpus: CorpusConfig, counts: Counter
     advice = error.remedy if isinstance(error, _BadRecord) else "mend it"
     if corpus.on_bad_record is OnBadRecord.error:
         others = "leave such records out by corpus.on_bad_record=skip"
-        raise ValueError(f"{where}: {error}; {advice}, or {others}") from error
+        raise ConfigError(where, None, f"{error}; {advice}, or {others}") from error
     counts["bad_records"] += 1
     if counts["bad_records"] <= MAX_WARNINGS:
         logger.warning("left out: %s: %s", where, error)

@@ -7,7 +7,7 @@ from pathlib import Path
 from clex_train.data.bos import adds_bos
 from clex_train.data.manifest import TokenizerInfo
 from clex_train.data.vocabulary import vocabulary_sha256
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import is_lfs_pointer, sha256
 from clex_train.utils.protocols import Tokenizer
 
@@ -35,22 +35,26 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
 
     directory = Path(name)
     if not directory.is_dir() and (directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ValueError(f"tokenizer={name}: no such directory; {_REMEDY}")
+        raise ConfigError("tokenizer", name, f"no such directory; {_REMEDY}")
     if reason := _obstacle(directory):
-        raise ValueError(f"tokenizer={name}: {reason}")
+        raise ConfigError("tokenizer", name, reason)
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError or ImportError, as the files have it
         if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"tokenizer={name}: it comes with Python code of its own, which is not run unless you allow "
-                "it; read it, then say tokenizer.trust_remote_code=true"
+            raise ConfigError(
+                "tokenizer",
+                name,
+                "it comes with Python code of its own, which is not run unless you allow "
+                "it; read it, then say tokenizer.trust_remote_code=true",
             ) from error
-        raise ValueError(f"tokenizer={name}: {_reason(directory, error)}; {_REMEDY}") from error
+        raise ConfigError("tokenizer", name, f"{_reason(directory, error)}; {_REMEDY}") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"tokenizer={name}: it has no fast version (tokenizer.json); convert it with transformers")
+        raise ConfigError("tokenizer", name, "it has no fast version (tokenizer.json); convert it with transformers")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer={name}: it has no EOS token, which ends every document; set eos_token and save it")
+        raise ConfigError(
+            "tokenizer", name, "it has no EOS token, which ends every document; set eos_token and save it"
+        )
     return tokenizer
 
 

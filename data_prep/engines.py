@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from clex_train.utils import log
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import ConfigError, first_line
 from data_prep.config import EngineChoice
 
 logger = log.get(__name__)
@@ -153,7 +153,7 @@ def choose(choice: EngineChoice, tokenizer_json: str) -> str:
     except Unsupported as error:
         if choice is EngineChoice.gigatoken:
             remedy = "take tokenizer.engine=auto or tokenizers"
-            raise ValueError(f"tokenizer.engine=gigatoken: cannot be used: {error}; {remedy}") from error
+            raise ConfigError("tokenizer.engine", "gigatoken", f"cannot be used: {error}; {remedy}") from error
         logger.info("tokenising with tokenizers; gigatoken, which is faster, cannot be used: %s", error)
         return EngineChoice.tokenizers.name
     logger.info("tokenising with gigatoken, checked against tokenizers")

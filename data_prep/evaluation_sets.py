@@ -19,6 +19,7 @@ from clex_train.data.store import TokenStore
 from clex_train.data.writer import ShardWriter
 from clex_train.utils import log
 from clex_train.utils.bounds import require
+from clex_train.utils.errors import ConfigError, renamed_key
 from data_prep.config import EvaluationSetsVerb
 from data_prep.partial import disk_full_explained, is_done, open_partial, publish
 
@@ -65,11 +66,8 @@ def choose(store: TokenStore, min_tokens: int, max_documents: int | None) -> np.
 
 
 def _held_out(path: str) -> TokenStore:
-    try:
+    with renamed_key("data.path", "store"):
         return TokenStore(path).split("validation")
-    except ValueError as error:
-        # The store speaks of `data.path`, which is no key of this program.
-        raise ValueError(str(error).replace("data.path=", "store=", 1)) from error
 
 
 def _require_documents(store: TokenStore, lengths: list[int]) -> None:
@@ -80,9 +78,11 @@ def _require_documents(store: TokenStore, lengths: list[int]) -> None:
     if missing:
         others = [length for length in lengths if length <= longest]
         remedy = f"take lengths={others}" if others else f"take lengths of at most {longest}"
-        raise ValueError(
-            f"lengths={missing}: none of the {len(document_lens)} validation documents of {store.path} has so many "
-            f"tokens (the longest has {longest}, its EOS included); {remedy}, or another store"
+        raise ConfigError(
+            "lengths",
+            missing,
+            f"none of the {len(document_lens)} validation documents of {store.path} has so many "
+            f"tokens (the longest has {longest}, its EOS included); {remedy}, or another store",
         )
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from clex_train.utils import log
+from clex_train.utils.errors import ConfigError, InputError
 from data_prep.config import Format
 from data_prep.streams import compression
 
@@ -37,9 +38,9 @@ def format_of(path: Path, format: Format) -> Format:
     packed = compression(path)
     found = SUFFIXES.get(Path(path.name[: len(path.name) - len(packed)]).suffix.lower())
     if found is None:
-        raise ValueError(f"corpus.paths={path}: unknown suffix; set corpus.format to jsonl, txt or parquet")
+        raise ConfigError("corpus.paths", path, "unknown suffix; set corpus.format to jsonl, txt or parquet")
     if found is Format.parquet and packed:
-        raise ValueError(f"corpus.paths={path}: a parquet file is not read through {packed}; unpack it")
+        raise ConfigError("corpus.paths", path, f"a parquet file is not read through {packed}; unpack it")
     return found
 
 
@@ -71,7 +72,7 @@ def texts_in(folder: Path, format: Format) -> list[Path]:
                 found.append(Path(place, name))
     if not found:
         there = f"; it has {_in_words(left_out)}" if left_out else ""
-        raise ValueError(f"corpus.paths={folder}: no file of a known format in this directory{there}")
+        raise ConfigError("corpus.paths", folder, f"no file of a known format in this directory{there}")
     if left_out:
         total = sum(map(len, left_out.values()))
         logger.warning(
@@ -90,7 +91,7 @@ def _why_not(file: Path, format: Format) -> str:
         return "README.md"
     try:
         format_of(file, format)
-    except ValueError:
+    except InputError:
         return _suffix(file) or "without a suffix"
     return ""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import ConfigError, first_line
 from data_prep.config import CorpusConfig
 
 
@@ -64,7 +64,8 @@ def _open(name: str, subset: str | None, split: str, revision: str | None) -> An
     try:
         return load_dataset(name, subset, split=split, revision=revision, streaming=True)
     except Exception as error:  # as above
-        raise ValueError(
-            f"corpus.hub={name} (subset {subset}, split {split}, revision {revision}): {first_line(error)}; check the "
-            "name and the network, or name a local directory in the hub's layout"
+        raise ConfigError(
+            "corpus.hub",
+            f"{name} (subset {subset}, split {split}, revision {revision})",
+            f"{first_line(error)}; check the name and the network, or name a local directory in the hub's layout",
         ) from error

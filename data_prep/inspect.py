@@ -12,6 +12,7 @@ from clex_train.data.manifest import SPLITS
 from clex_train.data.overlap import overlap
 from clex_train.data.store import TokenStore
 from clex_train.utils.bounds import require
+from clex_train.utils.errors import ConfigError, renamed_key
 from clex_train.utils.files import BadFile, require_place, sha256
 from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.seeding import generator
@@ -65,8 +66,8 @@ def verify(store: TokenStore) -> int:
                 expected[store.path / split / f"{shard.name}.blocks"] = shard.blocks_sha256
     for file, digest in expected.items():
         if _sha256(file, store.path) != digest:
-            raise ValueError(
-                f"{file}: damaged, its checksum is not that of the manifest; copy it again or tokenise again"
+            raise ConfigError(
+                file, None, "damaged, its checksum is not that of the manifest; copy it again or tokenise again"
             )
     return len(expected)
 
@@ -95,11 +96,8 @@ def overlap_line(train: TokenStore, held_out: TokenStore) -> str:
 
 
 def _open(path: str) -> TokenStore:
-    try:
+    with renamed_key("data.path", "store"):
         return TokenStore(path)
-    except ValueError as error:
-        # The store speaks of `data.path`, which is no key of this program.
-        raise ValueError(str(error).replace("data.path=", "store=", 1)) from error
 
 
 def _summary(store: TokenStore) -> list[str]:

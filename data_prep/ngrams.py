@@ -17,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from clex_train.data.store import TokenStore
+from clex_train.utils.errors import ConfigError
 
 PIECE_TOKENS = 1 << 16
 PART_WORDS = 1 << 22
@@ -42,7 +43,7 @@ class WordReader:
     def __init__(self, store: TokenStore) -> None:
         file = store.tokenizer_path / "tokenizer.json"
         if not file.is_file():
-            raise ValueError(f"{file}: missing, so the tokens cannot be read as words; tokenise again")
+            raise ConfigError(file, None, "missing, so the tokens cannot be read as words; tokenise again")
         self.store = store
         self.num_bytes = 0
         self._offsets = store.doc_offsets

@@ -19,7 +19,7 @@ from clex_train.data.manifest import MANIFEST, Manifest, partial_path, read_mani
 from clex_train.data.writer import move_store
 from clex_train.utils import log
 from clex_train.utils.bounds import require
-from clex_train.utils.errors import NO_ROOM
+from clex_train.utils.errors import NO_ROOM, ConfigError
 from clex_train.utils.files import BadFile, make_folder, require_place, write_atomically
 from clex_train.utils.locks import Lock, try_lock
 from clex_train.utils.records import read_json
@@ -47,8 +47,8 @@ def is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if (output / MANIFEST).is_file():
         differences = _differences(_NOT_RECORDED | read_manifest(output).settings, _NOT_RECORDED | settings)
     if differences and not overwrite:
-        raise ValueError(
-            f"output={output}: exists with other content ({'; '.join(differences)}); choose another, or overwrite=true"
+        raise ConfigError(
+            "output", output, f"exists with other content ({'; '.join(differences)}); choose another, or overwrite=true"
         )
     if overwrite and not differences:
         shutil.rmtree(_replaced(output), ignore_errors=True)
@@ -68,10 +68,10 @@ def open_partial(output: Path, settings: dict[str, Any], overwrite: bool) -> Ite
         partial.mkdir(parents=True, exist_ok=True)
         lock = open(partial / LOCK, "w")  # noqa: SIM115  closed below
     except OSError as error:
-        raise ValueError(f"output={output}: cannot write there ({error.strerror}); choose another place") from error
+        raise ConfigError("output", output, f"cannot write there ({error.strerror}); choose another place") from error
     with lock:
         if try_lock(lock, partial / LOCK, "let no other program write this store meanwhile") is Lock.busy:
-            raise ValueError(f"output={output}: another program is writing this store; wait for it")
+            raise ConfigError("output", output, "another program is writing this store; wait for it")
         if not _continues(partial, settings, overwrite):
             _begin(partial, settings)
         try:
@@ -106,7 +106,7 @@ def require_writable(output: Path) -> None:
     except OSError as error:
         if error.errno in NO_ROOM:
             raise
-        raise ValueError(f"output={output}: cannot write there ({error.strerror}); choose another place") from error
+        raise ConfigError("output", output, f"cannot write there ({error.strerror}); choose another place") from error
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def disk_full_explained(output: Path) -> Iterator[None]:
         if error.errno not in NO_ROOM:
             raise
         remedy = "free some space and run the same command again; what is finished is kept"
-        raise ValueError(f"output={output}: the disk is full; {remedy}") from error
+        raise ConfigError("output", output, f"the disk is full; {remedy}") from error
 
 
 def publish(partial: Path, manifest: Manifest, output: Path) -> None:
@@ -146,9 +146,11 @@ def _continues(partial: Path, settings: dict[str, Any], overwrite: bool) -> bool
         return False
     differences = _differences(_NOT_RECORDED | before, _NOT_RECORDED | settings)
     if differences and not overwrite:
-        raise ValueError(
-            f"output={partial}: half written with other settings ({'; '.join(differences)}); run the earlier command "
-            "again to finish it, or overwrite=true to begin anew"
+        raise ConfigError(
+            "output",
+            partial,
+            f"half written with other settings ({'; '.join(differences)}); run the earlier command "
+            "again to finish it, or overwrite=true to begin anew",
         )
     return not differences
 
@@ -172,9 +174,9 @@ def _own_record(path: Path) -> dict[str, Any]:
     try:
         content = read_json(path, within=path.parent)
     except BadFile as error:
-        raise ValueError(f"{error}; remove the file and run the same command again") from error
+        raise ConfigError(path, None, f"{error.reason}; remove the file and run the same command again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: damaged; remove the file and run the same command again")
+        raise ConfigError(path, None, "damaged; remove the file and run the same command again")
     return content
 
 

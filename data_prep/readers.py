@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import InputError, first_line
 from data_prep import hub, json_lines
 from data_prep.config import CorpusConfig
 from data_prep.sources import Piece
@@ -51,7 +51,7 @@ class Reader:
     unit: str
 
 
-class Unreadable(ValueError):
+class Unreadable(InputError):
     """The rest of a piece cannot be read; unlike a bad record, this is never skipped."""
 
 

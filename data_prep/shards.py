@@ -21,6 +21,7 @@ import numpy as np
 from clex_train.data.manifest import SPLITS, TOKENIZER, Shard, Source, TokenizerInfo, token_dtype
 from clex_train.data.writer import ShardWriter
 from clex_train.utils import log
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import BadFile, write_atomically
 from clex_train.utils.records import read_record
 from data_prep.config import CorpusConfig
@@ -116,7 +117,7 @@ def tokenize_unit(unit: Unit, job: Job, advance: Advance) -> None:
     except _OtherIds as error:
         if not job.falls_back:
             remedy = "take tokenizer.engine=auto or tokenizers"
-            raise ValueError(f"tokenizer.engine={job.engine}: {error}; {remedy}") from error
+            raise ConfigError("tokenizer.engine", job.engine, f"{error}; {remedy}") from error
         logger.warning("shard %s: %s; it is tokenised again with tokenizers", unit.name, error)
         advance(*(-amount for amount in reported))
         result = _tokenize(unit, job, TokenizersEngine.name, advance)
@@ -191,7 +192,9 @@ def load_result(partial: Path, unit: Unit) -> Result | None:
     try:
         return read_record(path, Result, within=partial)
     except BadFile as error:
-        raise ValueError(f"{error}; remove this file, and the same command makes the shard again") from error
+        raise ConfigError(
+            path, None, f"{error.reason}; remove this file, and the same command makes the shard again"
+        ) from error
 
 
 def check_sources(unit: Unit, result: Result) -> None:
@@ -204,9 +207,11 @@ def check_sources(unit: Unit, result: Result) -> None:
     """
     for piece, source, modified in zip(unit.pieces, result.sources, result.modified, strict=True):
         if _modified(piece) != modified and sha256_of(piece) != source.sha256:
-            raise ValueError(
-                f"{piece.path}: changed (with the same size) after shard {unit.name} was made of it; put the earlier "
-                "file back, or begin anew with overwrite=true"
+            raise ConfigError(
+                piece.path,
+                None,
+                f"changed (with the same size) after shard {unit.name} was made of it; put the earlier "
+                "file back, or begin anew with overwrite=true",
             )
 
 
@@ -254,9 +259,11 @@ def _run_in_processes(units: list[Unit], job: Job, workers: int, progress: Progr
         try:
             _follow(pending)
         except BrokenProcessPool as error:
-            raise ValueError(
-                f"workers={workers}: a worker was killed, most likely for want of memory; take fewer workers and run "
-                "the same command again, finished shards are kept"
+            raise ConfigError(
+                "workers",
+                workers,
+                "a worker was killed, most likely for want of memory; take fewer workers and run "
+                "the same command again, finished shards are kept",
             ) from error
 
 
@@ -264,15 +271,7 @@ def _follow(pending: set[Future[None]]) -> None:
     while pending:
         done, pending = wait(pending, return_when=FIRST_EXCEPTION)
         for future in done:
-            _raise_as_ours(future)
-
-
-def _raise_as_ours(future: Future[None]) -> None:
-    """Raise a worker's error, if it ended with one, from here and not from the library that carried it over."""
-    try:
-        future.result()
-    except ValueError as error:
-        raise ValueError(str(error)) from error
+            future.result()
 
 
 _reporting: Connection | None = None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clex_train.utils import log
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import is_lfs_pointer
 from data_prep import hub, stdlib
 from data_prep.config import CorpusConfig, CorpusSource, Format, OnBadRecord, require_corpus
@@ -63,7 +64,7 @@ def plan(corpus: CorpusConfig, shard_bytes: int) -> list[Unit]:
     require_corpus(corpus)
     pieces = _PLANNERS[corpus.source](corpus, shard_bytes)
     if not pieces:
-        raise ValueError(f"corpus.paths={list(corpus.paths)}: the corpus is empty, no file holds a byte")
+        raise ConfigError("corpus.paths", list(corpus.paths), "the corpus is empty, no file holds a byte")
     return _group(pieces, shard_bytes)
 
 
@@ -72,7 +73,7 @@ def _plan_files(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
     pieces, pointers, empty = [], [], []
     for path, format in files.items():
         if not os.access(path, os.R_OK):
-            raise ValueError(f"corpus.paths={path}: not readable; check its permissions")
+            raise ConfigError("corpus.paths", path, "not readable; check its permissions")
         size = path.stat().st_size
         if is_lfs_pointer(path):
             pointers.append(path)
@@ -80,7 +81,7 @@ def _plan_files(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
             empty.append(path)
         pieces += _cut(path, format, size, shard_bytes)
     if pointers and corpus.on_bad_record is OnBadRecord.error:
-        raise ValueError(f"corpus.paths={pointers[0]}: {_lfs_pointers(len(pointers))}")
+        raise ConfigError("corpus.paths", pointers[0], _lfs_pointers(len(pointers)))
     if empty:
         logger.warning("%d files are empty, such as %s", len(empty), empty[0])
     return pieces
@@ -117,7 +118,7 @@ def expand(paths: Iterable[str], format: Format) -> list[Path]:
         try:
             found = _expand_entry(os.path.expanduser(entry), format)
         except PermissionError as error:
-            raise ValueError(f"corpus.paths={entry}: not readable; check the permissions of its folders") from error
+            raise ConfigError("corpus.paths", entry, "not readable; check the permissions of its folders") from error
         for path in found:
             if path in files:
                 logger.warning("%s is named twice by corpus.paths; it is read once", path)
@@ -135,7 +136,7 @@ def _expand_entry(entry: str, format: Format) -> list[Path]:
     found = [match for match in matches if match.is_file()]
     if not found:
         kind = f"matches folders alone, such as {matches[0]}; end it with /**" if matches else _nothing_there(path)
-        raise ValueError(f"corpus.paths={entry}: {kind}")
+        raise ConfigError("corpus.paths", entry, kind)
     others = [match for match in matches if not match.is_file()]
     if others and "**" not in Path(entry).parts:
         logger.warning("corpus.paths=%s: %d matches are no files and left out: %s", entry, len(others), _some(others))

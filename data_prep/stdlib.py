@@ -5,6 +5,8 @@ from __future__ import annotations
 import sysconfig
 from pathlib import Path
 
+from clex_train.utils.errors import ConfigError
+
 LEFT_OUT = frozenset(
     ("test", "tests", "encodings", "pydoc_data", "idlelib", "site-packages", "dist-packages", "__pycache__")
 )
@@ -25,7 +27,7 @@ def modules(library: Path | None = None) -> list[Path]:
     library = library or root()
     found = sorted(path for path in library.rglob("*.py") if _is_module(path, library))
     if not found:
-        raise ValueError(f"corpus.source=stdlib: no .py files in {library}; use a Python that ships its sources")
+        raise ConfigError("corpus.source", "stdlib", f"no .py files in {library}; use a Python that ships its sources")
     return found
 
 

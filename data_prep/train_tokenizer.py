@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clex_train.utils import log
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import complete_or_absent
 from data_prep.config import CorpusConfig, TrainTokenizerVerb
 from data_prep.documents import documents
@@ -87,4 +88,4 @@ def _texts(units: list[Unit], corpus: CorpusConfig, max_bytes: int) -> Iterator[
                         logger.info("max_mb=%d reached; the rest of the corpus is not read", max_bytes // 1_000_000)
                         return
     if not read:
-        raise ValueError(f"corpus.name={corpus.name}: the corpus is empty, no training document in it")
+        raise ConfigError("corpus.name", corpus.name, "the corpus is empty, no training document in it")

@@ -9,7 +9,6 @@ configuration and the script are written into a folder of their own in the run f
 is edited afterwards does not reach it. docs/slurm.md has the rest.
 """
 
-import dataclasses
 import shutil
 import subprocess
 import sys
@@ -25,21 +24,17 @@ if __name__ == "__main__":
 
 from hydra import compose, initialize_config_dir
 
-from clex_train.checkpoint.store import newest_config
 from clex_train.cli import config_files, console
 from clex_train.cli.overrides import for_hydra
 from clex_train.config import root as configuration
 from clex_train.config.docs import describe
 from clex_train.config.launch import LaunchConfig
 from clex_train.config.root import Config, Resume
-from clex_train.data.build import open_stores
-from clex_train.data.vocabulary import check_embedding
-from clex_train.evaluation.during_training import check_ids
-from clex_train.models import architecture, weights
-from clex_train.preflight import dry_run
+from clex_train.preflight.run_checks import Scope, run_checks
 from clex_train.tracking import run_folder
 from clex_train.utils import files, log
 from clex_train.utils.bounds import require
+from clex_train.utils.errors import ConfigError, InputError
 from launch import job_script, snapshot
 
 DRY_RUN = "--dry-run"
@@ -50,8 +45,8 @@ def main() -> None:
     """Check, write, submit: what the command line asks for."""
     overrides = [argument for argument in sys.argv[1:] if argument != DRY_RUN]
     config = composed(overrides)
-    check(config)
     if DRY_RUN in sys.argv[1:]:
+        check(config, Scope.plan)
         print(job_script.render(config, submission_folder(config), Path.cwd()))
     else:
         submit(config)
@@ -70,14 +65,13 @@ def composed(overrides: Sequence[str]) -> Config:
         return config
 
 
-def check(config: Config) -> None:
-    """What train.py would refuse on the nodes and can be seen from here: rows over ranks, architecture, lengths.
+def check(config: Config, scope: Scope) -> None:
+    """Refuse what train.py would refuse on the nodes, and what cannot be a job.
 
-    Raises `ValueError` with the key and the remedy.
+    Raises:
+        ConfigError: naming the key and the remedy.
     """
-    ranks = config.launch.nodes * config.launch.ranks
-    engine = dataclasses.replace(config.engine, world_size=ranks)
-    dry_run.make_plan(dataclasses.replace(config, engine=engine))
+    run_checks(config, scope)
     require(not config.dry_run, "dry_run", True, f"would be submitted as a job; {DRY_RUN} shows the script here")
     require(
         config.resume is not Resume.never or config.launch.max_restarts == 0,
@@ -87,38 +81,20 @@ def check(config: Config) -> None:
     )
 
 
-def check_files(config: Config) -> None:
-    """Check that the data, the weights and the run folder can be used, before a queue has been waited for.
-
-    Raises `ValueError` with the key and the remedy.
-    """
-    run_dir = Path(config.output_dir)
-    stores = open_stores(config.data)
-    if config.model.path:
-        architecture.require_directory("model.path", config.model.path)
-    arch = architecture.to_train(architecture.stand_in(config.model))
-    weights.check(config.model, arch)
-    for store in stores.values() if config.model.is_pretrained else ():
-        check_embedding(store, architecture.embedding_rows(arch), architecture.name(config.model))
-    if config.evaluation.every >= 0:
-        check_ids(config, next(iter(stores.values())))
-    run_folder.require_writable(run_dir)
-    has_checkpoint = any((run_dir / "checkpoints").glob("step_*"))
-    own, copy = architecture.own_context(config.model, arch), newest_config(run_dir)
-    run_folder.check_config(config, has_checkpoint, own_context=own, copy=copy)
-
-
 def submit(config: Config) -> None:
-    """Write the submission and give it to sbatch. `ValueError` with sbatch's own words when it is refused."""
+    """Check, write the submission and give it to sbatch; `ConfigError` with sbatch's own words when it is refused."""
+    check(config, Scope.submission)
     if shutil.which("sbatch") is None:
-        raise ValueError("sbatch: not installed here; submit from a login node of the cluster, or look with --dry-run")
+        raise ConfigError(
+            "sbatch", None, "not installed here; submit from a login node of the cluster, or look with --dry-run"
+        )
     folder = submission_folder(config)
     with run_folder.left_as_found(Path(config.output_dir)), run_folder.left_as_found(folder.parent):
-        check_files(config)
+        run_folder.require_writable(Path(config.output_dir))
         write(config, folder)
         try:
             job_id = _sbatch(folder / job_script.NAME)
-        except ValueError:
+        except InputError:
             shutil.rmtree(folder)
             raise
     print(f"job {job_id} submitted; its log: {job_script.log_file(Path(config.output_dir))}")
@@ -154,7 +130,7 @@ def _sbatch(script: Path) -> str:
     )
     if done.returncode:
         said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
-        raise ValueError(f"sbatch refuses the job: {said}; change the launch keys")
+        raise ConfigError("sbatch refuses the job", None, f"{said}; change the launch keys")
     return done.stdout.strip().partition(";")[0]
 
 

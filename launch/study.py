@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 from clex_train.resilience.stop_requests import Interrupted
 from clex_train.utils import terminal
+from clex_train.utils.errors import ConfigError, InputError
 from clex_train.utils.files import require_place
 from data_prep.config import Format
 from data_prep.sources import expand
@@ -90,7 +91,7 @@ def main() -> int:
     os.chdir(ROOT)
     try:
         require_usable(study)
-    except ValueError as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
@@ -123,9 +124,9 @@ def require_usable(study: Study) -> None:
     try:
         if not study.store.exists():
             expand([study.books], Format.auto)
-    except ValueError as error:
+    except InputError as error:
         remedy = "name files as the corpus local_books reads them, a glob in quotes"
-        raise ValueError(f"--books={study.books}: {str(error).rpartition(': ')[2]}; {remedy}") from error
+        raise ConfigError("--books", study.books, f"{str(error).rpartition(': ')[2]}; {remedy}") from error
 
 
 def corpus(study: Study) -> None:

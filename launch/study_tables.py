@@ -14,6 +14,7 @@ from clex_train.evaluation import bootstrap, results
 from clex_train.evaluation.report.evidence import of_rows
 from clex_train.evaluation.report.tables import Row
 from clex_train.evaluation.report.write import write as write_report
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import make_folder, write_atomically
 from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows
 
@@ -107,7 +108,7 @@ def line(label: str, files: Iterable[Path], method: str, protocol: str) -> Itera
     if not scores or not scores[0]:
         return
     if len({score.fingerprint for of_run in scores for score in of_run}) > 1:
-        raise ValueError(f"{label}: its runs scored different tokens; remove their evaluation files and run again")
+        raise ConfigError(label, None, "its runs scored different tokens; remove their evaluation files and run again")
     lengths = [score.length for score in scores[0]]
     nll = {n: np.array([next(s.window_nll for s in of_run if s.length == n) for of_run in scores]) for n in lengths}
     documents = np.array(found[0].windows["documents"])

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from clex_train.utils import versions
+from clex_train.utils.errors import ConfigError
 
 UNANNOTATED = ("cache", "past_key_values")
 """Names under which models whose code has no type annotations take a cache."""
@@ -59,7 +60,7 @@ def parameter(model: nn.Module) -> str:
     name = _parameter(model)
     if name is None:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        raise ValueError(f"model_type={kind}: its forward takes no KV cache ({versions.describe('transformers')})")
+        raise ConfigError("model_type", kind, f"its forward takes no KV cache ({versions.describe('transformers')})")
     return name
 
 

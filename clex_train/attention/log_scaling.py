@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from clex_train.attention.layer_probe import own_window
+from clex_train.utils.errors import ConfigError
 
 MOST_VISIBLE = "most_visible_keys"
 """Attribute of an attention module by which a mask says how many keys a query sees at most."""
@@ -98,7 +99,7 @@ def install_log_scaling(model: nn.Module, policy: str, context_len: int, on_leng
     if policy not in POLICIES:
         raise ValueError(f"log_scale={policy}: one of {', '.join(POLICIES)}")
     if context_len < 2:
-        raise ValueError(f"context_len={context_len}: log-scaling divides by log(L), which needs L of at least 2")
+        raise ConfigError("context_len", context_len, "log-scaling divides by log(L), which needs L of at least 2")
     return LogScaling(model, policy, context_len).subscribe(on_length)
 
 
@@ -111,8 +112,10 @@ def _attention_modules(model: nn.Module) -> list[_ScaledAttention]:
     ]
     if not found:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        raise ValueError(
-            f"log_scale: the attention of model_type={kind} does not read its softmax scale from `scaling`; "
-            "use scaling.log_scale=off"
+        raise ConfigError(
+            "log_scale",
+            None,
+            f"the attention of model_type={kind} does not read its softmax scale from `scaling`; "
+            "use scaling.log_scale=off",
         )
     return found

@@ -19,6 +19,7 @@ from clex_train.config.root import Config
 from clex_train.data.identity import DataOrder, consumed, data_order, require_order
 from clex_train.utils import checksums, distributed
 from clex_train.utils.checksums import Damaged
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import BadFile, is_plain_name, read_regular
 from clex_train.utils.records import Count, decode, parse_json
 
@@ -106,13 +107,15 @@ def check_compatible(path: Path, manifest: Manifest, expected: Manifest) -> None
     }
     for name, remedy in remedies.items():
         if getattr(manifest, name) != getattr(expected, name):
-            raise ValueError(f"checkpoint {path}: {remedy}")
+            raise ConfigError(f"checkpoint {path}", None, remedy)
     before, now = (consumed(m.data_order, manifest.rows_consumed) for m in (manifest, expected))
     for name in before:
         if before[name] != now[name]:
-            raise ValueError(
-                f"data.{name}: checkpoint {path} has read {manifest.rows_consumed} rows under {before[name]}, which "
-                f"would have been {now[name]}; change only what comes after, or choose another output_dir"
+            raise ConfigError(
+                f"data.{name}",
+                None,
+                f"checkpoint {path} has read {manifest.rows_consumed} rows under {before[name]}, which "
+                f"would have been {now[name]}; change only what comes after, or choose another output_dir",
             )
 
 

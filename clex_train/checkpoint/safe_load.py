@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import ConfigError, InputError, first_line
 
 NOT_ALLOWED = re.compile(r"(?:GLOBAL|unrecognized function) ([^\s,]+)")
 FORCE, FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
-class RunsCode(ValueError):
+class RunsCode(InputError):
     """A file of a checkpoint asks for a function that no checkpoint of ours has; none was called."""
 
 
@@ -58,7 +58,9 @@ def without_code(what: Path) -> Iterator[None]:
         # A tensor whose bytes do not have the archive's own checksum is noticed when it is read, not by `check`.
         if "PytorchStreamReader" not in str(error):
             raise
-        raise ValueError(f"checkpoint {what}: damaged ({first_line(error)[:120]}); remove it and go on") from error
+        raise ConfigError(
+            f"checkpoint {what}", None, f"damaged ({first_line(error)[:120]}); remove it and go on"
+        ) from error
     finally:
         del os.environ[FORCE]
         os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -25,7 +25,7 @@ from clex_train.config.checkpoint import CheckpointConfig, OnFullDisk
 from clex_train.config.recorded import CONFIG
 from clex_train.utils import distributed, files, log
 from clex_train.utils.checksums import Damaged
-from clex_train.utils.errors import NO_ROOM, RunStopped, first_line
+from clex_train.utils.errors import NO_ROOM, ConfigError, RunStopped, first_line
 from clex_train.utils.files import BadFile, make_folder, read_regular, sync_directory, write_atomically
 from clex_train.utils.protocols import Engine
 
@@ -239,9 +239,13 @@ class Checkpoints:
             newer[self.folder / LATEST] = why
         said = "; ".join(f"checkpoint {path} is damaged: {why}" for path, why in sorted(newer.items()))
         if newer and chosen is None:
-            raise ValueError(f"{said}; no older one is left: remove it to start again, or choose another output_dir")
+            raise ConfigError(
+                f"{said}; no older one is left", None, "remove it to start again, or choose another output_dir"
+            )
         if newer and self.strict:
-            raise ValueError(f"resume=strict: {said}; resume=auto would continue {chosen.path if chosen else None}")
+            raise ConfigError(
+                "resume", "strict", f"{said}; resume=auto would continue {chosen.path if chosen else None}"
+            )
         if newer and distributed.is_main():
             logger.warning("%s; %s is continued instead", said, chosen.path if chosen else None)
 
@@ -258,9 +262,10 @@ class Checkpoints:
 
     def _require_same(self, names: list[str]) -> None:
         if distributed.any_rank(names != distributed.broadcast_object(names)):
-            raise ValueError(
-                f"output_dir={self.folder.parent}: the ranks see different checkpoints; it must be on a file system "
-                "that all nodes share"
+            raise ConfigError(
+                "output_dir",
+                self.folder.parent,
+                "the ranks see different checkpoints; it must be on a file system that all nodes share",
             )
 
     def _agree(self, failure: Exception | None, beside: Path) -> bool:

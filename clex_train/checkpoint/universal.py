@@ -24,7 +24,7 @@ import torch
 
 from clex_train.checkpoint.safe_load import without_code
 from clex_train.utils import distributed, files, log
-from clex_train.utils.errors import StopRequested
+from clex_train.utils.errors import ConfigError, StopRequested
 
 logger = log.get(__name__)
 
@@ -64,9 +64,10 @@ def convert(checkpoint: Path, interrupted: Callable[[], bool] | None = None) -> 
             "the same command goes on"
         )
     if failure is not None:
-        raise ValueError(
-            f"checkpoint {checkpoint}: cannot be converted for {distributed.world_size()} ranks ({failure}); "
-            "launch as many ranks as wrote it"
+        raise ConfigError(
+            f"checkpoint {checkpoint}",
+            None,
+            f"cannot be converted for {distributed.world_size()} ranks ({failure}); launch as many ranks as wrote it",
         )
     return target
 

@@ -12,10 +12,9 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
-from clex_train.cli.errors import explain
 from clex_train.cli.overrides import for_yaml
 from clex_train.config.docs import describe
-from clex_train.utils.errors import RunStopped
+from clex_train.utils.errors import ConfigError, InputError, RunStopped
 from clex_train.utils.records import require_bounded
 
 IN_A_GROUP = re.compile(r"(?<![\w./])(model|data|evaluation|attention)\.([a-z]\w*)")
@@ -27,7 +26,9 @@ def parse(schema: type, arguments: Sequence[str]) -> Any:
     merged = OmegaConf.structured(schema)
     alone = [argument for argument in arguments if "=" not in argument]
     if len(alone) > 1:
-        raise ValueError(f"{' '.join(alone)}: name one run folder or model; other arguments have the form key=value")
+        raise ConfigError(
+            " ".join(alone), None, "name one run folder or model; other arguments have the form key=value"
+        )
     for argument in arguments:
         argument = _named(schema, argument)
         try:
@@ -35,11 +36,11 @@ def parse(schema: type, arguments: Sequence[str]) -> Any:
             require_bounded(written.partition("=")[2], argument)
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([written]))
         except RecursionError as error:
-            raise ValueError(
-                f"{argument.partition('=')[0]}: the value is nested too deeply; check its brackets"
+            raise ConfigError(
+                argument.partition("=")[0], None, "the value is nested too deeply; check its brackets"
             ) from error
         except yaml.YAMLError as error:
-            raise ValueError(f"{argument}: the value is not valid YAML; check its brackets and quotes") from error
+            raise ConfigError(argument, None, "the value is not valid YAML; check its brackets and quotes") from error
     return OmegaConf.to_object(merged)
 
 
@@ -63,11 +64,11 @@ def named_as_typed(asked: Any) -> Iterator[None]:
         yield
     except RunStopped as error:
         raise RunStopped(typed(str(error))) from error
-    except ValueError as error:
-        line = explain(error)
-        if line is None or typed(line) == line:
+    except InputError as error:
+        line = str(error)
+        if typed(line) == line:
             raise
-        raise ValueError(typed(line)) from error
+        raise InputError(typed(line)) from error
     finally:
         for handler in handlers:
             handler.removeFilter(rename)
@@ -92,7 +93,7 @@ def _named(schema: type, argument: str) -> str:
     path = Path(argument)
     takes_model = {"run", "model"} <= {field.name for field in fields(schema)}
     if not takes_model or argument.startswith("-") or not ("/" in argument or path.is_dir()):
-        raise ValueError(f"{argument}: arguments have the form key=value; --help lists the keys")
+        raise ConfigError(argument, None, "arguments have the form key=value; --help lists the keys")
     is_run = (path / "config.yaml").is_file() or (path.parts[:1] == ("runs",) and not path.exists())
     return f"{'run' if is_run else 'model'}={argument}"
 

@@ -10,6 +10,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
 from clex_train.cli.overrides import type_at
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import read_regular
 from clex_train.utils.records import require_bounded
 
@@ -32,9 +33,10 @@ def require_texts(schema: type | None, hydra: Any) -> None:
                 continue
             value = _value(loaded, key.removeprefix(prefix).split("."))
             if value is not None and str(value) != node.value and not isinstance(value, str):
-                raise ValueError(
-                    f"{shown(file)}, line {node.start_mark.line + 1}: {key}: YAML reads {node.value} as {value}; "
-                    f'write "{node.value}"'
+                raise ConfigError(
+                    f"{shown(file)}, line {node.start_mark.line + 1}",
+                    None,
+                    f'{key}: YAML reads {node.value} as {value}; write "{node.value}"',
                 )
 
 

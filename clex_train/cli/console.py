@@ -1,7 +1,7 @@
 """What every entry point does around its Hydra main: arguments of launchers, `--help`, errors in one line, exit codes.
 
 0    done            1    a bug or a fault of the machine (with its traceback)
-2    the user's input cannot be used; one line says which key and what to do
+2    the user's input cannot be used (`InputError`, or Hydra's own); one line says which key and what to do
 3    training was stopped to protect the run; one line says why and where the last checkpoint is;
      of an evaluation: nothing that was asked for fitted into memory;
      of every program: the disk is full, or a quota used up; one line names the file;
@@ -35,7 +35,7 @@ from clex_train.cli import config_files, flags, overrides
 from clex_train.resilience import stop_requests
 from clex_train.resilience.stop_requests import Interrupted
 from clex_train.utils import log, ranks, versions
-from clex_train.utils.errors import RankLost, RunStopped, StopRequested, first_line, no_room
+from clex_train.utils.errors import InputError, RankLost, RunStopped, StopRequested, first_line, no_room
 
 logger = log.get(__name__)
 
@@ -203,7 +203,7 @@ def _classify(error: Exception) -> tuple[str | None, int]:
         return str(error), STOPPED
     if isinstance(error, RankLost):
         return str(error), RankLost.exit_code
-    if (full := no_room(error)) is not None and not isinstance(error, ValueError):
+    if (full := no_room(error)) is not None and not isinstance(error, InputError):
         file = full.filename or "a file"
         return f"{file}: cannot be written ({full.strerror}); make room and run the same command again", STOPPED
     return explain(error), USER_ERROR

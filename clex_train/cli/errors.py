@@ -6,12 +6,11 @@
 Works for every schema, since what may be written is read off the error itself.
 """
 
-import dis
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import hydra
 import yaml  # type: ignore[import-untyped]
@@ -21,10 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clex_train.cli import config_files
 from clex_train.config.suggestions import did_you_mean, in_words
+from clex_train.utils.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HYDRA = Path(str(hydra.__file__)).resolve().parent
-RAISE = dis.opmap["RAISE_VARARGS"]
 
 REASONS = (
     (r"could not be converted to (\w+)", "should be of type {}"),
@@ -64,9 +63,13 @@ def _line(error: BaseException) -> str | None:
         return f"{_place(error, cause)}{line}"
     if isinstance(error, HydraException):
         return _composition(error)
-    if isinstance(error, ValueError) and _was_raised_for_the_user(error):
+    if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, TypeError) and (place := _innermost(error)) and place.name == "defaults_list.py":
+    file = _file_of_hydra(error)
+    if isinstance(error, ValueError) and file:
+        # Hydra has no type of its own for some of its complaints about arguments.
+        return str(error)
+    if isinstance(error, TypeError) and file and file.name == "defaults_list.py":
         return "a group of the configuration is null where it takes the name of an option; --help lists them"
     return None
 
@@ -220,32 +223,11 @@ def _dotted(node: DictConfig, prefix: str) -> Iterator[str]:
             yield from _dotted(child, f"{name}.")
 
 
-def _was_raised_for_the_user(error: ValueError) -> bool:
-    """Return True if a `raise` statement of our own code, or Hydra, made this error.
-
-    Anything else is a bug to look into: out of another library, or out of an expression of ours such as int(x).
-    """
-    place = _innermost_frame(error)
-    if place is None:
-        return False
-    code = place.tb_frame.f_code
-    file = Path(code.co_filename).resolve()
-    is_ours = file.is_relative_to(REPOSITORY) and "site-packages" not in file.parts
-    return file.is_relative_to(HYDRA) or (is_ours and code.co_code[place.tb_lasti] == RAISE)
-
-
-def _innermost(error: BaseException) -> Path | None:
-    """The file of Hydra's that an error comes from; None for any other."""
-    place = _innermost_frame(error)
-    file = Path(place.tb_frame.f_code.co_filename).resolve() if place else None
+def _file_of_hydra(error: BaseException) -> Path | None:
+    """Return the file of Hydra's that raised an error; None for any other."""
+    frames = traceback.extract_tb(error.__traceback__)
+    file = Path(frames[-1].filename).resolve() if frames else None
     return file if file and file.is_relative_to(HYDRA) else None
-
-
-def _innermost_frame(error: BaseException) -> TracebackType | None:
-    place: TracebackType | None = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    return place
 
 
 def _lines(error: BaseException) -> list[str]:

@@ -4,6 +4,8 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import NoReturn
 
+from clex_train.utils.errors import ConfigError, InputError
+
 SWITCHES = (
     ("--help", "-h"),
     ("--hydra-help",),
@@ -25,7 +27,7 @@ WITH_A_VALUE = (
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print below its usage."""
-        raise ValueError(f"{message}; --help says what there is")
+        raise InputError(f"{message}; --help says what there is")
 
 
 def put_last(arguments: Sequence[str]) -> list[str]:
@@ -36,7 +38,7 @@ def put_last(arguments: Sequence[str]) -> list[str]:
     overrides, flags = parser().parse_known_args(arguments)[1], list(arguments)
     unknown = [argument for argument in overrides if argument.startswith("-")]
     if unknown:
-        raise ValueError(f"argument={unknown[0]}: give key=value, without dashes; --help lists the keys")
+        raise ConfigError("argument", unknown[0], "give key=value, without dashes; --help lists the keys")
     for override in overrides:
         flags.remove(override)
     return [*overrides, *flags]

@@ -31,6 +31,7 @@ from clex_train.models.load import LoadedModel
 from clex_train.tracking import summary
 from clex_train.utils import checksums, distributed, log
 from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import require_place, require_plain_name, unfinished
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.py")
@@ -301,6 +302,6 @@ def require_whole(run: Path) -> None:
         if checksums.has(run / "final"):
             checksums.require_sizes(run / "final")
     except checksums.Damaged as damaged:
-        raise ValueError(
-            f"run={run}: its final/ is damaged: {damaged}; start the same training command again, it is written anew"
+        raise ConfigError(
+            "run", run, f"its final/ is damaged: {damaged}; start the same training command again, it is written anew"
         ) from damaged

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clex_train.config.root import Config
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import BadFile
 from clex_train.utils.records import decode, read_yaml_mapping
 
@@ -40,9 +40,11 @@ def over_defaults(path: Path) -> dict[str, Any]:
             raise BadFile(path, "it has none of its keys")
         return _merged(defaults, recorded, path)
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: missing; {REMEDY}") from error
+        raise ConfigError(path, None, f"missing; {REMEDY}") from error
     except BadFile as error:
-        raise ValueError(f"{path}: damaged, cannot be read as a configuration ({error.reason}); {RESTORE}") from error
+        raise ConfigError(
+            path, None, f"damaged, cannot be read as a configuration ({error.reason}); {RESTORE}"
+        ) from error
 
 
 def read(path: Path) -> Config:
@@ -52,12 +54,12 @@ def read(path: Path) -> Config:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(recorded)))
     except (OmegaConfBaseException, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
         # OmegaConf has no one error for values that do not fit a schema.
-        raise ValueError(f"{path}: not the configuration of a run ({first_line(error)}); {REMEDY}") from error
+        raise ConfigError(path, None, f"not the configuration of a run ({first_line(error)}); {REMEDY}") from error
     try:
         # OmegaConf takes a mapping for an item of any list.
         return decode(msgspec.to_builtins(config), Config, path)
     except BadFile as error:
-        raise ValueError(f"{error}; {REMEDY}") from error
+        raise ConfigError(path, None, f"{error.reason}; {REMEDY}") from error
 
 
 def plain(node: Any) -> Any:

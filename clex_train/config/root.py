@@ -29,6 +29,7 @@ from clex_train.config.scaling import FORMULAS, Positions, ScalingConfig, Scalin
 from clex_train.config.suggestions import did_you_mean
 from clex_train.config.tracking import TrackingConfig
 from clex_train.utils.bounds import require
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import require_plain_name
 
 
@@ -90,7 +91,7 @@ def _refuse_unknown(composed: DictConfig) -> None:
     for group, value in composed.items_ex(resolve=False):
         for key in [f"{group!s}.{name!s}" for name in value] if isinstance(value, DictConfig) else [str(group)]:
             if key not in known:
-                raise ValueError(f"{key}: no such key; {did_you_mean(key, known) or '--help lists them all'}")
+                raise ConfigError(key, None, f"no such key; {did_you_mean(key, known) or '--help lists them all'}")
     _refuse_unknown_of_domains(composed)
 
 
@@ -99,7 +100,9 @@ def _refuse_unknown_of_domains(composed: DictConfig) -> None:
     for name, domain in composed.data.domains.items_ex(resolve=False):
         for key in domain:
             if key not in known:
-                raise ValueError(f"data.domains.{name}.{key}: no such key; a domain has {' and '.join(known)}")
+                raise ConfigError(
+                    f"data.domains.{name}.{key}", None, f"no such key; a domain has {' and '.join(known)}"
+                )
 
 
 def _check_names(config: Config) -> None:
@@ -127,7 +130,7 @@ def _check_between_groups(config: Config) -> None:
     )
     _check_data(config)
     require(
-        config.dry_run or model.init is not Init.pretrained or model.path is not None,
+        model.init is not Init.pretrained or model.path is not None,
         "model.path",
         model.path,
         "model.init=pretrained needs weights: name a model directory or hub repository",

@@ -10,6 +10,7 @@ from clex_train.config.bos import Bos
 from clex_train.data.store import TokenStore
 from clex_train.utils import log
 from clex_train.utils.bounds import require
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.protocols import Tokenizer
 
 logger = log.get(__name__)
@@ -28,7 +29,9 @@ def resolve(choice: Bos, tokenizer: Tokenizer, key: str) -> bool:
         ValueError: `always`, of a tokenizer without a BOS token.
     """
     if choice is Bos.always and tokenizer.bos_token_id is None:
-        raise ValueError(f"{key}=always: the tokenizer has no BOS token; set bos_token and save it, or say {key}=never")
+        raise ConfigError(
+            key, "always", f"the tokenizer has no BOS token; set bos_token and save it, or say {key}=never"
+        )
     return adds_bos(tokenizer) if choice is Bos.auto else choice is Bos.always
 
 

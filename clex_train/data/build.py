@@ -25,6 +25,7 @@ from clex_train.data.rows import Rows
 from clex_train.data.store import TokenStore
 from clex_train.data.summary import PackingSummary
 from clex_train.utils import log
+from clex_train.utils.errors import ConfigError, InputError, renamed_key
 
 logger = log.get(__name__)
 
@@ -102,7 +103,7 @@ def held_out(data: DataConfig, evaluation_path: str | None) -> TokenStore | None
     """Return the documents that an evaluation may read; None where their store is not there."""
     try:
         return TokenStore(str(evaluation_path or data.path)).split("validation")
-    except ValueError:
+    except InputError:
         return None
 
 
@@ -217,7 +218,7 @@ def _planned(data: DataConfig, name: str, num_rows: int) -> str:
     tokens = num_rows * data.seq_len
     try:
         available = read_manifest(Path(str(data.domains[name].path))).num_tokens("train")
-    except ValueError:
+    except InputError:
         return f"unknown ({tokens:,} tokens, no store at {data.domains[name].path})"
     # Padding and documents that are too short make it more; concat reads every token.
     least = "" if data.packing is Packing.concat else "at least "
@@ -230,27 +231,30 @@ def _shares(weights: Mapping[str, float]) -> str:
 
 
 def _open_domain(name: str, path: str) -> TokenStore:
-    try:
+    with renamed_key("data.path", f"data.domains.{name}.path"):
         return TokenStore(path)
-    except ValueError as error:
-        # The store speaks of `data.path`, which this run has not set.
-        raise ValueError(str(error).replace("data.path=", f"data.domains.{name}.path=", 1)) from error
 
 
 def _check_same_tokenizer(key: str, store: TokenStore, first_key: str, first: TokenStore) -> None:
     ours, theirs = store.manifest.tokenizer, first.manifest.tokenizer
     if ours.eos_id != theirs.eos_id:
-        raise ValueError(
-            f"{key}.path={store.path}: documents end with {ours.eos_token!r}, those of {first_key} with "
-            f"{theirs.eos_token!r}; tokenise both with one tokenizer"
+        raise ConfigError(
+            f"{key}.path",
+            store.path,
+            f"documents end with {ours.eos_token!r}, those of {first_key} with "
+            f"{theirs.eos_token!r}; tokenise both with one tokenizer",
         )
     if store.bos != first.bos:
-        raise ValueError(
-            f"{key}.path={store.path}: its documents have {describe_bos(store)}, those of "
-            f"{first_key}.path={first.path} {describe_bos(first)}; tokenise both with one bos="
+        raise ConfigError(
+            f"{key}.path",
+            store.path,
+            f"its documents have {describe_bos(store)}, those of "
+            f"{first_key}.path={first.path} {describe_bos(first)}; tokenise both with one bos=",
         )
     if ours.vocabulary_sha256 != theirs.vocabulary_sha256:
-        raise ValueError(
-            f"{key}.path={store.path}: another tokenizer ({ours.vocab_size} tokens) than {first_key}.path={first.path} "
-            f"({theirs.vocab_size} tokens); tokenise all domains with one"
+        raise ConfigError(
+            f"{key}.path",
+            store.path,
+            f"another tokenizer ({ours.vocab_size} tokens) than {first_key}.path={first.path} "
+            f"({theirs.vocab_size} tokens); tokenise all domains with one",
         )

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from clex_train.data.batch import Collate, MicroBatch, collate_rows
 from clex_train.data.rows import Rows
+from clex_train.utils.errors import ConfigError
 
 
 def batches(
@@ -40,9 +41,11 @@ def batches(
             The iterator of a step raises what reading its rows does, such as `DamagedStore`.
     """
     if batch_rows % (world_size * micro_batch):
-        raise ValueError(
-            f"optim.batch_rows={batch_rows}: must be a multiple of ranks * engine.micro_batch = "
-            f"{world_size} * {micro_batch} = {world_size * micro_batch}"
+        raise ConfigError(
+            "optim.batch_rows",
+            batch_rows,
+            "must be a multiple of ranks * engine.micro_batch = "
+            f"{world_size} * {micro_batch} = {world_size * micro_batch}",
         )
     assert 0 <= rank < world_size, (rank, world_size)
     assert first_row >= 0, first_row

@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta
 
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import BadFile, is_plain_name
 from clex_train.utils.records import Count, decode, read_json
 
@@ -137,25 +138,27 @@ def read_manifest(store: Path) -> Manifest:
     """
     path = store / MANIFEST
     if not os.path.lexists(path):
-        raise ValueError(f"data.path={store}: {_why_not_a_store(store)}")
+        raise ConfigError("data.path", store, _why_not_a_store(store))
     try:
         content = read_json(path, within=store, most=LARGEST)
     except FileNotFoundError as error:
-        raise ValueError(f"data.path={store}: manifest.json is a broken link; copy the store again") from error
+        raise ConfigError("data.path", store, "manifest.json is a broken link; copy the store again") from error
     except BadFile as error:
         what = f"manifest.json is not that of a token store: {error.reason}"
-        raise ValueError(f"data.path={store}: {what}; copy it again or tokenise again") from error
+        raise ConfigError("data.path", store, f"{what}; copy it again or tokenise again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"data.path={store}: manifest.json is not that of a token store; tokenise again")
+        raise ConfigError("data.path", store, "manifest.json is not that of a token store; tokenise again")
     if content.get("version") != VERSION:
-        raise ValueError(
-            f"data.path={store}: store of format version {content.get('version')}, this program reads version "
-            f"{VERSION}; use the program that wrote it, or tokenise again"
+        raise ConfigError(
+            "data.path",
+            store,
+            f"store of format version {content.get('version')}, this program reads version "
+            f"{VERSION}; use the program that wrote it, or tokenise again",
         )
     try:
         return _checked(decode(content, Manifest, path), path)
     except BadFile as error:
-        raise ValueError(f"data.path={store}: manifest.json is {error.reason}; tokenise again") from error
+        raise ConfigError("data.path", store, f"manifest.json is {error.reason}; tokenise again") from error
 
 
 def partial_path(store: Path) -> Path:

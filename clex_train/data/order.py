@@ -14,6 +14,7 @@ from itertools import accumulate
 
 from clex_train.data.permutation import Permutation
 from clex_train.data.rows import Row, Rows
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.seeding import generator
 
 
@@ -59,9 +60,11 @@ class SkippedRows:
     def __init__(self, rows: Rows, ranges: Sequence[tuple[int, int]]) -> None:
         lengths = [stop - start for start, stop in ranges]
         if ranges and sum(lengths) >= len(rows):
-            raise ValueError(
-                f"data.skip_rows={[f'{start}-{stop - 1}' for start, stop in ranges]}: {sum(lengths)} rows, and one "
-                f"pass over the data has {len(rows)}; name the bad rows alone, or take another store"
+            raise ConfigError(
+                "data.skip_rows",
+                f"{[f'{start}-{stop - 1}' for start, stop in ranges]}",
+                f"{sum(lengths)} rows, and one "
+                f"pass over the data has {len(rows)}; name the bad rows alone, or take another store",
             )
         self.rows = rows
         self.seq_len = rows.seq_len

@@ -13,6 +13,7 @@ import numpy as np
 
 from clex_train.data.store import TokenStore
 from clex_train.utils import log
+from clex_train.utils.errors import ConfigError
 
 logger = log.get(__name__)
 
@@ -59,17 +60,19 @@ def require_disjoint(train: Iterable[TokenStore], held_out: TokenStore, allow_ov
         if not found:
             continue
         facts = (
-            f"evaluation.path={held_out.path}: {found.num_held_out} of its {held_out.num_documents} "
+            f"{found.num_held_out} of its {held_out.num_documents} "
             f"{held_out.split_name} documents are training documents of data.path={store.path} as well, such as "
             f"{held_out.place(found.held_out_doc)}, in training {store.place(found.train_doc)}"
         )
         if not allow_overlap:
-            raise ValueError(
+            raise ConfigError(
+                "evaluation.path",
+                held_out.path,
                 f"{facts}; name another store by evaluation.path, remove them by `python -m data_prep decontaminate`, "
-                "or evaluate on them on purpose with evaluation.allow_overlap=true"
+                "or evaluate on them on purpose with evaluation.allow_overlap=true",
             )
         if distributed.is_main():
-            logger.warning("%s; evaluation.allow_overlap=true", facts)
+            logger.warning("evaluation.path=%s: %s; evaluation.allow_overlap=true", held_out.path, facts)
 
 
 def _values_in(store: TokenStore, wanted: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 from clex_train.data.rows import Row
 from clex_train.data.store import TokenStore
 from clex_train.data.summary import PackingSummary
+from clex_train.utils.errors import ConfigError
 
 NUM_SAMPLED = 512
 """Rows that the summary of a larger store is estimated from."""
@@ -24,11 +25,13 @@ class ConcatRows:
 
     def __init__(self, store: TokenStore, seq_len: int) -> None:
         if seq_len < 1:
-            raise ValueError(f"data.seq_len={seq_len}: at least 1 token")
+            raise ConfigError("data.seq_len", seq_len, "at least 1 token")
         if seq_len > store.num_tokens:
-            raise ValueError(
-                f"data.seq_len={seq_len}: {store.path} has {store.num_tokens} {store.split_name} tokens, fewer than "
-                f"one row; take data.seq_len<={store.num_tokens} or a larger store"
+            raise ConfigError(
+                "data.seq_len",
+                seq_len,
+                f"{store.path} has {store.num_tokens} {store.split_name} tokens, fewer than "
+                f"one row; take data.seq_len<={store.num_tokens} or a larger store",
             )
         self.store = store
         self.seq_len = seq_len

@@ -14,6 +14,7 @@ import numpy as np
 from clex_train.data.rows import PADDING, Row
 from clex_train.data.store import TokenStore
 from clex_train.data.summary import PackingSummary
+from clex_train.utils.errors import ConfigError
 
 
 class PieceRows:
@@ -77,10 +78,12 @@ def long_documents(store: TokenStore, seq_len: int, min_tokens: int) -> PieceRow
     lengths = np.diff(offsets)
     chosen = np.flatnonzero(lengths >= min_tokens)
     if not len(chosen):
-        raise ValueError(
-            f"data.min_document_tokens={min_tokens}: none of the {len(lengths)} {store.split_name} documents of "
+        raise ConfigError(
+            "data.min_document_tokens",
+            min_tokens,
+            f"none of the {len(lengths)} {store.split_name} documents of "
             f"{store.path} is that long (the longest has {int(lengths.max(initial=0))} tokens); take fewer, or a "
-            "shorter data.seq_len"
+            "shorter data.seq_len",
         )
     starts = _full_spans(offsets[chosen], lengths[chosen], seq_len)
     num_cut = int((lengths[chosen] != seq_len).sum())
@@ -96,7 +99,7 @@ def best_fit(store: TokenStore, seq_len: int) -> PieceRows:
     offsets = store.doc_offsets
     lengths = np.diff(offsets)
     if not len(lengths):
-        raise ValueError(f"data.path={store.path}: the store has no {store.split_name} documents")
+        raise ConfigError("data.path", store.path, f"the store has no {store.split_name} documents")
     full = _full_spans(offsets[:-1], lengths, seq_len)
     rests = lengths % seq_len
     documents = np.flatnonzero(rests)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from clex_train.data.manifest import BLOCK, BLOCK_SUM, DOCUMENT, Shard
+from clex_train.utils.errors import InputError
 from clex_train.utils.files import BadFile, open_regular, read_regular, regular_size
 
 REMEDY = "copy the store again or tokenise again"
@@ -29,7 +30,7 @@ CHUNK = 1 << 16
 """Records of a table that are checked at a time."""
 
 
-class DamagedStore(ValueError):
+class DamagedStore(InputError):
     """A file of a token store is not what was written; names the file, the place in it and the remedy."""
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from clex_train.data.manifest import SPLITS, TOKENIZER, Manifest, Shard, read_manifest
 from clex_train.data.shard_files import DocumentTable, TokenFile, check_sizes, checked_index
+from clex_train.utils.errors import ConfigError
 
 MAX_OPEN_SHARDS = 64
 
@@ -95,9 +96,11 @@ class TokenStore:
         """
         view = TokenStore(self.path, name)
         if view.num_documents == 0:
-            raise ValueError(
-                f"data.path={self.path}: the store has no {name} documents; tokenise again with another "
-                f"corpus.validation_share (now {self.manifest.split_rule.get('validation_share')})"
+            raise ConfigError(
+                "data.path",
+                self.path,
+                f"the store has no {name} documents; tokenise again with another "
+                f"corpus.validation_share (now {self.manifest.split_rule.get('validation_share')})",
             )
         return view
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from clex_train.data.store import TokenStore
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.records import convert, read_json
 
@@ -44,9 +44,11 @@ def check_tokenizer(store: TokenStore, tokenizer: str | Path | HasVocabulary) ->
         return
     name = tokenizer if isinstance(tokenizer, str | Path) else getattr(tokenizer, "name_or_path", "this tokenizer")
     difference = _first_difference(vocabulary(store.tokenizer_path), given)
-    raise ValueError(
-        f"data.path={store.path}: tokenised with another tokenizer than {name} ({difference}); take a store made "
-        f"by the model's own tokenizer, or tokenise again with tokenizer={name}"
+    raise ConfigError(
+        "data.path",
+        store.path,
+        f"tokenised with another tokenizer than {name} ({difference}); take a store made "
+        f"by the model's own tokenizer, or tokenise again with tokenizer={name}",
     )
 
 
@@ -66,21 +68,23 @@ def check_embedding(store: TokenStore, num_rows: int, model: str, key: str = "da
         return
     for name, index in (("EOS", info.eos_id), ("BOS", info.bos_id if store.bos else None)):
         if index is not None and index >= num_rows:
-            raise ValueError(_beyond(key, store, f"its {name} is {index}", num_rows, model))
+            raise _beyond(key, store, f"its {name} is {index}", num_rows, model)
     if not distributed.is_main():
         # A refusal on rank 0 has the launcher end the others; a billion tokens need not be read by each of them.
         return
     for start in range(0, store.num_tokens, SPAN):
         largest = int(store.tokens(start, min(start + SPAN, store.num_tokens)).max())
         if largest >= num_rows:
-            raise ValueError(_beyond(key, store, f"it has the id {largest}", num_rows, model))
+            raise _beyond(key, store, f"it has the id {largest}", num_rows, model)
 
 
 def check_bos(bos_id: int | None, num_rows: int, model: str, key: str = "evaluation.bos") -> None:
     """Make sure that an embedding has a row for what windows and prompts begin with; `ValueError` names `key`."""
     if bos_id is not None and bos_id >= num_rows:
-        raise ValueError(
-            f"{key}: BOS is {bos_id}, and the embedding of {model} has {num_rows} rows (vocab_size); say {key}=never"
+        raise ConfigError(
+            key,
+            None,
+            f"BOS is {bos_id}, and the embedding of {model} has {num_rows} rows (vocab_size); say {key}=never",
         )
 
 
@@ -89,9 +93,11 @@ def check_ids(tokenizer: Tokenizer, num_rows: int, model: str) -> None:
     ids = {"EOS": tokenizer.eos_token_id, "BOS": tokenizer.bos_token_id, "last id": tokenizer.vocab_size - 1}
     for name, index in ids.items():
         if index is not None and index >= num_rows:
-            raise ValueError(
-                f"model.path={model}: its tokenizer's {name} is {index}, and its embedding has {num_rows} rows "
-                "(vocab_size); give the tokenizer that it was trained with"
+            raise ConfigError(
+                "model.path",
+                model,
+                f"its tokenizer's {name} is {index}, and its embedding has {num_rows} rows "
+                "(vocab_size); give the tokenizer that it was trained with",
             )
 
 
@@ -111,20 +117,22 @@ def vocabulary(tokenizer: str | Path | HasVocabulary) -> dict[str, int]:
         return dict(tokenizer.get_vocab())
     path = Path(tokenizer) / "tokenizer.json"
     if not path.exists():
-        raise ValueError(
-            f"tokenizer={tokenizer}: no tokenizer.json there; save the fast tokenizer of transformers into a directory"
+        raise ConfigError(
+            "tokenizer", tokenizer, "no tokenizer.json there; save the fast tokenizer of transformers into a directory"
         )
     try:
         content = read_json(path, most=LARGEST)
         return _model_vocabulary(content["model"]) | {t["content"]: t["id"] for t in content.get("added_tokens") or []}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a tokenizer file ({first_line(error)}); copy it again") from error
+        raise ConfigError(path, None, f"not a tokenizer file ({first_line(error)}); copy it again") from error
 
 
-def _beyond(key: str, store: TokenStore, what: str, num_rows: int, model: str) -> str:
-    return (
-        f"{key}={store.path}: {what}, and the embedding of {model} has {num_rows} rows (vocab_size); take a store "
-        "made by the model's own tokenizer"
+def _beyond(key: str, store: TokenStore, what: str, num_rows: int, model: str) -> ConfigError:
+    return ConfigError(
+        key,
+        store.path,
+        f"{what}, and the embedding of {model} has {num_rows} rows (vocab_size); take a store "
+        "made by the model's own tokenizer",
     )
 
 

@@ -18,6 +18,7 @@ import psutil
 import torch.distributed as dist
 
 from clex_train.utils import ranks
+from clex_train.utils.errors import ConfigError
 
 DEEPSPEED_PORT = "29500"
 LAUNCHER = "deepspeed.launcher.launch"
@@ -73,9 +74,11 @@ def require_free_port() -> None:
         }
         if error.errno not in reasons:
             raise
-        raise ValueError(
-            f"MASTER_PORT={port}: {reasons[error.errno]}; give another to the launcher, "
-            "such as deepspeed --master_port=PORT or torchrun --master-port=PORT"
+        raise ConfigError(
+            "MASTER_PORT",
+            port,
+            f"{reasons[error.errno]}; give another to the launcher, "
+            "such as deepspeed --master_port=PORT or torchrun --master-port=PORT",
         ) from error
 
 

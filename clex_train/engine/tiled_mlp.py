@@ -21,13 +21,17 @@ NAMES = ("mlp", "feed_forward", "ffn")
 """What families call the MLP of a layer."""
 
 
+class NotTokenwise(ValueError):
+    """An MLP cannot be computed in tiles of tokens; the message says why."""
+
+
 def find(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """The MLPs of decoder layers; `ValueError` names what cannot be taken token by token."""
+    """The MLPs of decoder layers; `NotTokenwise` names what cannot be taken token by token."""
     found = []
     for layer in layers:
         mlp = next((child for name, child in layer.named_children() if name in NAMES), None)
         if mlp is None:
-            raise ValueError(f"{type(layer).__name__} has no MLP under the names {', '.join(NAMES)}")
+            raise NotTokenwise(f"{type(layer).__name__} has no MLP under the names {', '.join(NAMES)}")
         _require_token_by_token(mlp)
         found.append(mlp)
     return found
@@ -134,8 +138,8 @@ def _require_token_by_token(mlp: nn.Module) -> None:
     for name, module in mlp.named_modules():
         kind = type(module).__name__
         if any(word in f"{name} {kind}".lower() for word in ("expert", "router", "moe")):
-            raise ValueError(f"{type(mlp).__name__} is a mixture of experts, whose tokens are not taken in tiles")
+            raise NotTokenwise(f"{type(mlp).__name__} is a mixture of experts, whose tokens are not taken in tiles")
         if isinstance(module, nn.Dropout) and module.p > 0:
-            raise ValueError(f"{type(mlp).__name__} has dropout, which would be drawn twice")
+            raise NotTokenwise(f"{type(mlp).__name__} has dropout, which would be drawn twice")
         if not isinstance(module, nn.Linear) and "norm" not in kind.lower() and list(module.parameters(recurse=False)):
-            raise ValueError(f"{type(mlp).__name__} has weights in {kind}, which may look at more than one token")
+            raise NotTokenwise(f"{type(mlp).__name__} has weights in {kind}, which may look at more than one token")

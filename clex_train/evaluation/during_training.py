@@ -22,10 +22,12 @@ from clex_train.evaluation.retrieval import plan
 from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.windows import require_windows, select
 from clex_train.models import architecture
-from clex_train.models.load import LoadedModel, solve_table, trained_architecture
-from clex_train.rope.native import handle_without_weights
+from clex_train.models.load import LoadedModel, solve_table
+from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.table import scale_grid
 from clex_train.utils import distributed, log
+from clex_train.utils.bounds import require
+from clex_train.utils.errors import InputError
 from clex_train.utils.protocols import Tokenizer
 
 logger = log.get(__name__)
@@ -34,32 +36,27 @@ logger = log.get(__name__)
 class TrainingEvaluation:
     """`evaluation(loaded, step)` -> perplexities and retrieval scores by key; collective.
 
-    They are also written to `evaluation/step_<N>.json`. Raises `ValueError` on creation when no validation document is
-    as long as the longest window, a protocol's key does not fit the lengths, or no prompt of a task fits a length,
-    and for a method that the model cannot have. `interrupted` is asked on every rank between windows and prompts; where
-    one says yes, the call raises `StopRequested` and has written nothing.
+    They are also written to `evaluation/step_<N>.json`. Raises `ConfigError` on creation when no document of `held_out`
+    is as long as the longest window, a protocol's key does not fit the lengths, or no prompt of a task fits a length.
+    `interrupted` is called on every rank between windows and prompts; where one returns True, the call raises
+    `StopRequested` and has written nothing.
     """
 
     def __init__(
         self,
         config: Config,
         store: TokenStore,
+        held_out: TokenStore,
         context_len: int,
         tokenizer: Tokenizer,
-        interrupted: Callable[[], bool] | None = None,
     ) -> None:
-        self.interrupted = interrupted
+        self.interrupted: Callable[[], bool] | None = None
         self.config, self.spec = config, config.evaluation
-        self.store = _held_out(config, store)
+        self.store = held_out
         self.readings = readings(self.spec, context_len)
         bos_id = evaluation_bos_id(self.spec.bos, self.store)
         warn_if_bos_differs(store, bos_id)
-        check_ids(config, store)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, bos_id=bos_id)
-        arch = trained_architecture(config, architecture.to_train(config.model))
-        unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)
-        has_clex = config.scaling.name is ScalingName.clex
-        methods.check(self.spec, unloaded, has_clex, scale_grid(config.scaling.t_max) if has_clex else None)
         self.cells = plan.of_spec(self.spec, tokenizer, self.store, bos=bos_id is not None)
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
@@ -111,25 +108,29 @@ class TrainingEvaluation:
 def warn_of_later(config: Config, store: TokenStore) -> None:
     """Log why a run without evaluations could not be evaluated at its end: the time to know is before it starts."""
     try:
-        require_windows(_held_out(config, store), max(config.evaluation.lengths))
-    except ValueError as error:
+        require_windows(held_out(config, store), max(config.evaluation.lengths))
+    except InputError as error:
         logger.warning("the finished run could not be evaluated as it is configured: %s", error)
 
 
-def check_ids(config: Config, store: TokenStore) -> None:
-    """Refuse held-out text with ids beyond the embedding of the weights; random ones take the store's vocabulary.
+def check_methods(config: Config, handle: RotaryHandle) -> None:
+    """Refuse methods and protocols that the trained model cannot have; that of the handle needs no weights."""
+    has_clex = config.scaling.name is ScalingName.clex
+    readings(config.evaluation, handle.context_len)
+    methods.check(config.evaluation, handle, has_clex, scale_grid(config.scaling.t_max) if has_clex else None)
 
-    `store` is the one that is trained on, whose validation split is read unless `evaluation.path` names another.
-    """
-    if not config.model.is_pretrained:
-        return
-    held_out = _held_out(config, store)
-    num_rows = architecture.embedding_rows(architecture.to_read(config.model))
+
+def check_ids(config: Config, held_out: TokenStore, num_rows: int) -> None:
+    """Refuse held-out text with ids beyond the embedding of pretrained weights, which has `num_rows` rows."""
     name = architecture.name(config.model)
     check_embedding(held_out, num_rows, name, "evaluation.path" if config.evaluation.path else "data.path")
     check_bos(evaluation_bos_id(config.evaluation.bos, held_out), num_rows, name)
 
 
-def _held_out(config: Config, store: TokenStore) -> TokenStore:
+def held_out(config: Config, store: TokenStore | None) -> TokenStore:
+    """Return the documents to evaluate on: those of `evaluation.path`, else the validation split of the only store."""
     path = config.evaluation.path
-    return (TokenStore(path) if path else store).split("validation")
+    if path is None and store is not None:
+        return store.split("validation")
+    require(path is not None, "evaluation.path", path, "a mixture has no validation split of its own; name a store")
+    return TokenStore(str(path)).split("validation")

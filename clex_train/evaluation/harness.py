@@ -20,6 +20,7 @@ import torch
 from clex_train.evaluation.partial_results import Partial
 from clex_train.models.load import LoadedModel
 from clex_train.utils import distributed, log, progress, seeding
+from clex_train.utils.errors import ConfigError
 
 NOT_RUN = -1
 """What lm-eval's tasks at several lengths score for a length without prompts."""
@@ -33,7 +34,7 @@ logger = log.get(__name__)
 def require_installed() -> None:
     """`ValueError` naming the remedy when lm-eval is missing."""
     if find_spec("lm_eval") is None:
-        raise ValueError("lm-eval is not installed: pip install -r requirements-eval.txt")
+        raise ConfigError("lm-eval is not installed", None, "pip install -r requirements-eval.txt")
 
 
 class Tasks:
@@ -52,9 +53,11 @@ class Tasks:
         self.manager = TaskManager(include_path=include, metadata=dict(metadata))
         for name in names:
             if not self.manager.match_tasks([name]):
-                raise ValueError(
-                    f"tasks=[{name}]: lm-eval has no such task; `lm-eval ls tasks` lists them, and include=FOLDER "
-                    "adds task files of your own"
+                raise ConfigError(
+                    "tasks",
+                    f"[{name}]",
+                    "lm-eval has no such task; `lm-eval ls tasks` lists them, and include=FOLDER "
+                    "adds task files of your own",
                 )
         self.names = self.manager.match_tasks(list(names))
         self.loaded = _load(self.manager, self.names)
@@ -268,10 +271,12 @@ def _load(manager: Any, names: list[str]) -> Any:
         return manager.load(names)
     except ImportError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"tasks=[{','.join(names)}]: a package is missing ({reason})") from error
+        raise ConfigError("tasks", f"[{','.join(names)}]", f"a package is missing ({reason})") from error
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"tasks=[{','.join(names)}]: their data cannot be read ({reason}); without a network, fill the cache of "
-            "datasets (HF_HOME) on a machine that has one"
+        raise ConfigError(
+            "tasks",
+            f"[{','.join(names)}]",
+            f"their data cannot be read ({reason}); without a network, fill the cache of "
+            "datasets (HF_HOME) on a machine that has one",
         ) from error

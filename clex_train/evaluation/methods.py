@@ -27,6 +27,7 @@ from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.baselines import none_table, ntk_table, pi_table, theta_table
 from clex_train.scaling.table import Frequencies, FrequencyTable, scale_grid
 from clex_train.utils.bounds import require
+from clex_train.utils.errors import ConfigError
 
 Formula = Callable[[Tensor, Tensor], FrequencyTable]
 """(inv_freq [P], t [K]) -> theta(t)."""
@@ -112,7 +113,7 @@ def _held(own: Frequencies | None, held_t: float, inv_freq: Tensor, t: Tensor) -
     try:
         spectrum = own.at(held_t)
     except ValueError as error:
-        raise ValueError(f"lm_infinite_t={held_t:g}: {error}") from error
+        raise ConfigError("lm_infinite_t", f"{held_t:g}", str(error)) from error
     factors = torch.full((len(t),), spectrum.attention_factor, dtype=torch.float64)
     return FrequencyTable(t, spectrum.inv_freq.expand(len(t), -1).clone(), "held", attention_factors=factors)
 

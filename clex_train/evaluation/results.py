@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import msgspec
 
 from clex_train.evaluation.bootstrap import Difference, paired_difference, standard_errors
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import BadFile, make_folder, write_atomically
 from clex_train.utils.records import convert, read_json
 
@@ -229,16 +229,18 @@ def read(path: Path) -> tuple[Results, Origin]:
     try:
         return _results(content), _origin(content)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged or of another version ({first_line(error)}); evaluate anew") from error
+        raise ConfigError(path, None, f"damaged or of another version ({first_line(error)}); evaluate anew") from error
 
 
 def _content(path: Path) -> dict[str, Any]:
     try:
         content = read_json(path, within=path.parent, most=LARGEST)
     except (FileNotFoundError, BadFile) as error:
-        raise ValueError(f"{path}: cannot be read as an evaluation ({first_line(error)})") from error
+        raise ConfigError(path, None, f"cannot be read as an evaluation ({first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path}: not an evaluation of format {FORMAT}; write it anew with clex_train.cli.evaluate")
+        raise ConfigError(
+            path, None, f"not an evaluation of format {FORMAT}; write it anew with clex_train.cli.evaluate"
+        )
     return content
 
 
@@ -266,7 +268,9 @@ def compare(first: Score, second: Score, documents: Sequence[int]) -> Difference
     Raises `ValueError` if the two scored other tokens.
     """
     if first.fingerprint != second.fingerprint:
-        raise ValueError(f"{first.key} and {second.key} are of other tokens; compare methods under one protocol")
+        raise ConfigError(
+            f"{first.key} and {second.key}", None, "scored different tokens; compare methods under one protocol"
+        )
     tokens = [first.num_tokens // len(first.window_nll)] * len(first.window_nll)
     return paired_difference(first.window_nll, second.window_nll, tokens, documents)
 

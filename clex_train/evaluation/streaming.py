@@ -24,6 +24,7 @@ from clex_train.evaluation.results import Results, Score, exact_score, score_key
 from clex_train.evaluation.scoring_head import token_nll
 from clex_train.lm_infinite.install import LmInfinite
 from clex_train.utils import distributed, progress
+from clex_train.utils.errors import ConfigError
 
 MOST_SEGMENTS = 1024
 """Points of the curve of nll against position, at most."""
@@ -75,9 +76,11 @@ def plan_stream(store: TokenStore, num_tokens: int | None, context_len: int, bos
     """
     wanted = store.num_tokens if num_tokens is None else num_tokens
     if not context_len <= wanted <= store.num_tokens:
-        raise ValueError(
-            f"stream_tokens={wanted}: {store.path} has {store.num_tokens} {store.split_name} tokens, and a stream "
-            f"takes at least one window of {context_len}; name another number or a larger store"
+        raise ConfigError(
+            "stream_tokens",
+            wanted,
+            f"{store.path} has {store.num_tokens} {store.split_name} tokens, and a stream "
+            f"takes at least one window of {context_len}; name another number or a larger store",
         )
     windows = wanted // context_len
     segment_len = context_len * -(-windows // MOST_SEGMENTS)

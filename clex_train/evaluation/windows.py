@@ -13,6 +13,7 @@ import numpy as np
 
 from clex_train.data.store import TokenStore
 from clex_train.utils import distributed, log
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.seeding import generator
 
 logger = log.get(__name__)
@@ -97,9 +98,11 @@ def require_windows(store: TokenStore, longest: int) -> None:
     document_lens = np.diff(store.doc_offsets)
     most = int(document_lens.max(initial=0))
     if most < longest:
-        raise ValueError(
-            f"evaluation.lengths={longest}: none of the {len(document_lens)} validation documents is that long "
-            f"(the longest has {most} tokens); evaluate shorter lengths or name another store"
+        raise ConfigError(
+            "evaluation.lengths",
+            longest,
+            f"none of the {len(document_lens)} validation documents is that long "
+            f"(the longest has {most} tokens); evaluate shorter lengths or name another store",
         )
 
 

@@ -18,6 +18,7 @@ from clex_train.models.load import LoadedModel, bars_on_a_terminal
 from clex_train.models.official import official_config
 from clex_train.models.official_field import official_tensors
 from clex_train.utils import log
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import complete_or_absent
 
 logger = log.get(__name__)
@@ -35,7 +36,7 @@ def write_official(directory: Path, loaded: LoadedModel, log_scale: LogScale | N
     scaling, another log-scaling.
     """
     if loaded.clex is None:
-        raise ValueError("the model has no CLEX field (clex.json); only a model trained with scaling=clex has one")
+        raise ConfigError("clex.json", None, "the model has no CLEX field; only one trained with scaling=clex has it")
     policy = log_scale or loaded.log_scale
     require_known(policy)
     facts = official_config(loaded.model.config, loaded.clex, loaded.context_len, policy is LogScale.official)
@@ -52,9 +53,10 @@ def write_official(directory: Path, loaded: LoadedModel, log_scale: LogScale | N
 def require_known(policy: LogScale) -> None:
     """Refuse by `ValueError` a policy of log-scaling that the layout cannot say."""
     if policy not in (LogScale.off, LogScale.official):
-        raise ValueError(
-            f"log_scale={policy.name}: the official layout knows `off` and `official` (which also scales below L); "
-            "name one of them"
+        raise ConfigError(
+            "log_scale",
+            policy.name,
+            "the official layout knows `off` and `official` (which also scales below L); name one of them",
         )
 
 

@@ -17,6 +17,7 @@ from clex_train.attention.layer_probe import (
 )
 from clex_train.lm_infinite.adapters import ADAPTERS
 from clex_train.lm_infinite.rotation import find_rotary_site
+from clex_train.utils.errors import ConfigError
 
 NAME = "lm_infinite"
 LAYER = "lm_infinite_layer"
@@ -47,15 +48,17 @@ def attention_modules(model: nn.Module) -> list[Any]:
         found = rotary_attention(model)
         reason = reason or _misfit_of(model, found)
     if reason is not None:
-        raise ValueError(f"model_type={kind}: lm_infinite does not fit it ({reason})")
+        raise ConfigError("model_type", kind, f"lm_infinite does not fit it ({reason})")
     if not found:
-        raise ValueError(
-            f"model_type={kind}: its attention does not go through transformers' attention interface with rotary "
-            "position embeddings, and lm_infinite has no adapter for it"
+        raise ConfigError(
+            "model_type",
+            kind,
+            "its attention does not go through transformers' attention interface with rotary "
+            "position embeddings, and lm_infinite has no adapter for it",
         )
     if all(own_window(module) is not None for module in found):
-        raise ValueError(
-            f"model_type={kind}: every layer has a sliding window of its own; set sliding_window to null in config.json"
+        raise ConfigError(
+            "model_type", kind, "every layer has a sliding window of its own; set sliding_window to null in config.json"
         )
     return found
 

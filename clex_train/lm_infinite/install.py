@@ -41,6 +41,7 @@ from clex_train.lm_infinite.padding import inverse, order_to_front, take
 from clex_train.lm_infinite.rotation import RotarySite, RotationTables, TableRotation, find_rotary_site, turn_of
 from clex_train.lm_infinite.stream import KeyValues, Rotation, Stream
 from clex_train.utils import log
+from clex_train.utils.errors import ConfigError
 
 SPECTRUM = "lm_infinite_spectrum"
 
@@ -104,7 +105,7 @@ class LmInfinite:
             for module, window, rotation in zip(attention, windows, rotations, strict=True)
         ]
         if middle is not None and all(layer.middle is None for layer in self.layers):
-            raise ValueError(f"middle={middle}: none of the model's {len(self.layers)} layers takes part in it")
+            raise ConfigError("middle", middle, f"none of the model's {len(self.layers)} layers takes part in it")
         self._insert()
 
     def new_cache(self) -> LambdaCache:

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clex_train.utils.errors import ConfigError
+
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -96,13 +98,14 @@ def find_rotary_site(model: nn.Module) -> RotarySite:
     ]
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if len(sites) != 1:
-        raise ValueError(f"model_type={kind}: {len(sites)} rotary modules where lm_infinite needs exactly one")
+        raise ConfigError("model_type", kind, f"{len(sites)} rotary modules where lm_infinite needs exactly one")
     types = getattr(sites[0].module, "rope_type", "default")
     for rope_type in types.values() if isinstance(types, dict) else [types]:
         if any(name in str(rope_type) for name in ("dynamic", "longrope")):
-            raise ValueError(
-                f"rope_type={rope_type} of model_type={kind}: its frequencies change with the length; "
-                "set rope_type to `default` in rope_parameters of config.json"
+            raise ConfigError(
+                "rope_type",
+                f"{rope_type} of model_type={kind}",
+                "its frequencies change with the length; set rope_type to `default` in rope_parameters of config.json",
             )
     return sites[0]
 
@@ -112,9 +115,10 @@ def turn_of(attention: nn.Module) -> Turn:
     source = sys.modules[type(attention).__module__]
     function = getattr(source, "apply_rotary_pos_emb", None)
     if function is None or list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
-        raise ValueError(
-            f"{type(attention).__name__}: no function apply_rotary_pos_emb(q, k, cos, sin), so lm_infinite cannot "
-            "rotate its keys"
+        raise ConfigError(
+            type(attention).__name__,
+            None,
+            "no function apply_rotary_pos_emb(q, k, cos, sin), so lm_infinite cannot rotate its keys",
         )
     # The function turns a query and a key; an empty key costs nothing.
     return partial(_turn_one, function)
@@ -134,7 +138,9 @@ def _cos_sin(
     noted = getattr(rotary, "last_position_ids", None)
     found = rotary(like, positions) if layer_type is None else rotary(like, positions, layer_type)
     if not isinstance(found, tuple) or len(found) not in (2, 4):
-        raise ValueError(f"{type(rotary).__name__}: it does not return cos and sin, so lm_infinite cannot rotate by it")
+        raise ConfigError(
+            type(rotary).__name__, None, "it does not return cos and sin, so lm_infinite cannot rotate by it"
+        )
     # Our rotary module returns the pair of local layers behind that of the others.
     cos, sin = found[2:] if is_local else found[:2]
     if noted is not None:

@@ -20,6 +20,7 @@ from clex_train.rope.recipes import ContextLength
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.utils import log
 from clex_train.utils.bounds import require
+from clex_train.utils.errors import ConfigError, InputError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -49,7 +50,7 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
             options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
             config = AutoConfig.from_pretrained(path, **options, **hub.options(path))
     except Exception as error:  # whatever a library raises over a config.json, KeyError to its own types, is about it
-        raise ValueError(f"{key}={path}: no readable config.json ({hub.why_not_read(path, error)})") from error
+        raise ConfigError(key, path, f"no readable config.json ({hub.why_not_read(path, error)})") from error
     require(
         not official.asks_for_clex(config),
         key,
@@ -160,7 +161,7 @@ def own_context(model: ModelConfig, config: PretrainedConfig) -> int | None:
     """L without `model.context_len`; None where the model does not say it, or not clearly."""
     try:
         return context_length(dataclasses.replace(model, context_len=None), config)
-    except ValueError:
+    except InputError:
         return None
 
 

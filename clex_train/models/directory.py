@@ -21,7 +21,7 @@ from clex_train.scaling.solver import MAX_STEPS
 from clex_train.scaling.table import MOST_FACTORS, FrequencyTable
 from clex_train.utils import records
 from clex_train.utils.bounds import MOST_TOKENS
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import BadFile, require_regular
 
 CLEX_JSON, CLEX_TENSORS, TABLE = "clex.json", "clex.safetensors", "frequencies.safetensors"
@@ -84,13 +84,13 @@ def read_record(directory: Path) -> ClexRecord:
     try:
         record = records.read_record(path, ClexRecord)
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: missing; copy the model directory again") from error
+        raise ConfigError(path, None, "missing; copy the model directory again") from error
     except BadFile as error:
-        raise ValueError(f"{path}: not a CLEX record ({error.reason}); copy the model directory again") from error
+        raise ConfigError(path, None, f"not a CLEX record ({error.reason}); copy the model directory again") from error
     if record.log_scale not in [policy.value for policy in LogScale]:
-        raise ValueError(f"{path}: log_scale={record.log_scale!r} is no policy that this program knows; update it")
+        raise ConfigError(path, None, f"log_scale={record.log_scale!r} is no policy that this program knows; update it")
     if record.format > FORMAT:
-        raise ValueError(f"{path}: format {record.format} is newer than this program's {FORMAT}; update it")
+        raise ConfigError(path, None, f"format {record.format} is newer than this program's {FORMAT}; update it")
     return record
 
 
@@ -112,10 +112,10 @@ def read_clex(directory: Path) -> tuple[Clex, FrequencyTable, ClexRecord]:
         clex.load_state_dict(state)
     except Exception as error:  # whatever safetensors and torch raise over tensors that are not a field's
         reason = first_line(error)
-        raise ValueError(f"{path}: not the field that {CLEX_JSON} describes ({reason}); copy it again") from error
+        raise ConfigError(path, None, f"not the field that {CLEX_JSON} describes ({reason}); copy it again") from error
     for name, weight in clex.named_parameters():
         if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{path}: `{name}` has weights that are not finite; copy it again")
+            raise ConfigError(path, None, f"`{name}` has weights that are not finite; copy it again")
     return clex, FrequencyTable.load(directory / TABLE), record
 
 

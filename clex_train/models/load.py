@@ -33,7 +33,7 @@ from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.utils import distributed, log, seeding
 from clex_train.utils.bounds import require
-from clex_train.utils.errors import first_line, is_out_of_memory
+from clex_train.utils.errors import ConfigError, first_line, is_out_of_memory
 from clex_train.utils.protocols import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -136,13 +136,23 @@ def trained_architecture(config: Config, arch: PretrainedConfig) -> PretrainedCo
 
 
 def load_for_training(
-    config: Config, arch: PretrainedConfig, dtype: torch.dtype, deepspeed_dict: dict[str, Any]
+    config: Config,
+    arch: PretrainedConfig,
+    dtype: torch.dtype,
+    deepspeed_dict: dict[str, Any],
+    trained: PretrainedConfig | None = None,
 ) -> LoadedModel:
     """Build the model of a run: weights straight into ZeRO-3 shards if they are pretrained, seeded if random.
 
-    `arch` is the architecture of the base, before `trained_architecture`.
+    Args:
+        config: of the run.
+        arch: the architecture of the base.
+        dtype: of the weights.
+        deepspeed_dict: DeepSpeed's own configuration.
+        trained: what `trained_architecture` made of `arch`, where the caller has it.
     """
-    length, trained = architecture.context_length(config.model, arch), trained_architecture(config, arch)
+    length = architecture.context_length(config.model, arch)
+    trained = trained_architecture(config, arch) if trained is None else trained
     config = dataclasses.replace(config, attention=resolved(config.attention, trained, dtype))
     if config.model.is_pretrained:
         model = _pretrained_model(config, None if trained is arch else trained, dtype, deepspeed_dict)
@@ -276,7 +286,7 @@ def load_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # whatever a library raises over a tokenizer's files is about them
-        raise ValueError(f"{path}: {_no_tokenizer(path, error)}") from error
+        raise ConfigError(path, None, _no_tokenizer(path, error)) from error
     return tokenizer
 
 
@@ -381,4 +391,4 @@ def _from_pretrained(
             raise
         # Only of files that are not there can a hub out of reach be the reason.
         reason = hub.why_not_read(path, error) if isinstance(error, OSError) else first_line(error)
-        raise ValueError(f"model.path={path}: the weights cannot be loaded ({reason})") from error
+        raise ConfigError("model.path", path, f"the weights cannot be loaded ({reason})") from error

@@ -3,6 +3,8 @@
 None of it changes a number but by rounding. What a family cannot have is refused from its architecture alone.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from clex_train.engine.tiled_loss import Logits, implementation, tiled_cross_ent
 from clex_train.models.load import num_parameters
 from clex_train.rope.probe import model_on_meta
 from clex_train.utils import log
+from clex_train.utils.errors import ConfigError
 
 logger = log.get(__name__)
 
@@ -28,14 +31,16 @@ def check(engine: EngineConfig, arch: PretrainedConfig, trust_remote_code: bool 
     if engine.tiled_mlp is not None:
         try:
             tiled_mlp.find(decoder_layers(model))
-        except ValueError as error:
-            raise ValueError(
-                f"engine.tiled_mlp={engine.tiled_mlp}: model_type={arch.model_type}: {error}; set it to null"
+        except tiled_mlp.NotTokenwise as error:
+            raise ConfigError(
+                "engine.tiled_mlp", engine.tiled_mlp, f"model_type={arch.model_type}: {error}; set it to null"
             ) from error
     if engine.tiled_loss is not None and not _loss_is_that_of_its_logits(model):
-        raise ValueError(
-            f"engine.tiled_loss={engine.tiled_loss}: model_type={arch.model_type} makes its loss of more than its "
-            "output layer, logit scaling and soft-capping (a router's loss?); set it to null"
+        raise ConfigError(
+            "engine.tiled_loss",
+            engine.tiled_loss,
+            f"model_type={arch.model_type} makes its loss of more than its "
+            "output layer, logit scaling and soft-capping (a router's loss?); set it to null",
         )
 
 
@@ -83,9 +88,9 @@ class _Given(nn.Module):
 
 
 def _loss_is_that_of_its_logits(model: Any) -> bool:
-    """Whether a model's own code, between given hidden states and a small output layer, makes the loss of tiles.
+    """Tell whether a model's own code, between given hidden states and a small output layer, makes the loss of tiles.
 
-    `model` has no weights and is used up. Large logits make soft-capping show.
+    Large logits make soft-capping show. `model` has no weights, and gets its own parts back.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or model.base_model is model:
@@ -95,10 +100,8 @@ def _loss_is_that_of_its_logits(model: Any) -> bool:
     for parameter in small.parameters():
         nn.init.normal_(parameter, std=20.0, generator=generator)
     labels = torch.randint(head.out_features, (1, 6), generator=generator)
-    model.set_output_embeddings(small)
-    setattr(model, model.base_model_prefix, _Given(hidden))
     targets = token_loss.shifted(labels)[0]
-    with torch.no_grad():
+    with torch.no_grad(), _replaced(model, small, _Given(hidden)):
         try:
             own = model(input_ids=labels, labels=labels, use_cache=False).loss
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
@@ -106,3 +109,16 @@ def _loss_is_that_of_its_logits(model: Any) -> bool:
             return False
         total = tiled_cross_entropy(hidden[0], targets, small.weight, small.bias, 4, Logits.of(model.config))
     return bool(torch.isclose(own.float(), total / token_loss.num_scored(targets), rtol=1e-4))
+
+
+@contextmanager
+def _replaced(model: Any, head: nn.Module, decoder: nn.Module) -> Iterator[None]:
+    """Give a model another output layer and decoder inside."""
+    own_head, own_decoder = model.get_output_embeddings(), model.base_model
+    model.set_output_embeddings(head)
+    setattr(model, model.base_model_prefix, decoder)
+    try:
+        yield
+    finally:
+        setattr(model, model.base_model_prefix, own_decoder)
+        model.set_output_embeddings(own_head)

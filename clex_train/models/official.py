@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from clex_train.models.official_field import clex_from_official, official_rope_scaling
 from clex_train.scaling.clex import Clex
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import BadFile
 from clex_train.utils.records import read_json
 
@@ -63,7 +63,7 @@ def max_factor(directory: Path) -> float | None:
     try:
         return None if value is None else float(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{directory / 'config.json'}: max_factor={value}: not a number") from error
+        raise ConfigError(directory / "config.json", None, f"max_factor={value}: not a number") from error
 
 
 def asks_for_clex(config: PretrainedConfig) -> bool:
@@ -96,7 +96,7 @@ def read_official_field(directory: Path, inv_freq: Float64[Tensor, " P"], tolera
     try:
         clex = clex_from_official(dict(_clex_tensors(directory)), facts["rope_scaling"], inv_freq, tolerance)
     except Exception as error:  # whatever tensors or numbers that are not a field's make torch and its readers raise
-        raise ValueError(f"{directory}: {first_line(error)}") from error
+        raise ConfigError(directory, None, first_line(error)) from error
     return OfficialField(clex, int(facts["max_position_embeddings"]), log_scale_policy(directory))
 
 
@@ -124,9 +124,11 @@ def official_config(config: PretrainedConfig, clex: Clex, context_len: int, log_
 def _require_plain_start(clex: Clex, theta: float, rope_type: str) -> None:
     pairs = torch.arange(len(clex.base_inv_freq), dtype=torch.float64)
     if not torch.allclose(clex.base_inv_freq.cpu(), theta ** (-pairs / len(pairs)), rtol=1e-5, atol=0):
-        raise ValueError(
-            f"rope_type={rope_type}: the official layout starts from rope_theta={theta:g} alone, and this model from "
-            "frequencies that another scaling made; keep it in this project's layout"
+        raise ConfigError(
+            "rope_type",
+            rope_type,
+            f"the official layout starts from rope_theta={theta:g} alone, and this model from "
+            "frequencies that another scaling made; keep it in this project's layout",
         )
 
 
@@ -139,9 +141,9 @@ def _read_facts(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     facts = _read_json(path)
     if not _is_clex(facts):
-        raise ValueError(f'{path}: rope_scaling={facts.get("rope_scaling")}: "type": "clex" is expected')
+        raise ConfigError(path, None, f'rope_scaling={facts.get("rope_scaling")}: "type": "clex" is expected')
     if "max_position_embeddings" not in facts:
-        raise ValueError(f"{path}: max_position_embeddings is missing, the context that the base was trained on")
+        raise ConfigError(path, None, "max_position_embeddings is missing, the context that the base was trained on")
     return facts
 
 
@@ -149,7 +151,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         facts = read_json(path)
     except (FileNotFoundError, BadFile) as error:
-        raise ValueError(f"{path}: not a readable config ({error})") from error
+        raise ConfigError(path, None, f"not a readable config ({error})") from error
     return facts if isinstance(facts, dict) else {}
 
 

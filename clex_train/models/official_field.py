@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clex_train.scaling.clex import Clex
+from clex_train.utils.errors import ConfigError
 
 UP, DOWN, INV_FREQ = "clex_layer.proj_func.ode_up_proj", "clex_layer.proj_func.ode_down_proj", "clex_layer.inv_freq"
 
@@ -38,9 +39,11 @@ def clex_from_official(
     """
     kind = rope_scaling.get("type", rope_scaling.get("rope_type"))
     if kind != "clex":
-        raise ValueError(f"rope_scaling.type={kind}: 'clex' is expected beside CLEX weights")
+        raise ConfigError("rope_scaling.type", kind, "'clex' is expected beside CLEX weights")
     if "max_factor" not in rope_scaling:
-        raise ValueError("rope_scaling.max_factor is missing: it says up to which scale factor the ODE was trained")
+        raise ConfigError(
+            "rope_scaling.max_factor is missing", None, "it says up to which scale factor the ODE was trained"
+        )
     hidden = _find(tensors, UP).shape[-1]
     clex = Clex(
         inv_freq,
@@ -61,12 +64,14 @@ def load_official(clex: Clex, tensors: Mapping[str, Tensor]) -> None:
     for suffix, weight in ((UP, clex.up), (DOWN, clex.down)):
         given = _find(tensors, suffix)
         if given.shape != weight.shape:
-            raise ValueError(
-                f"{suffix} of shape {tuple(given.shape)}: the model's {len(clex.base_inv_freq)} rotated pairs ask for "
-                f"{tuple(weight.shape)}; check the rotary dimension and rope_scaling.param_factor"
+            raise ConfigError(
+                f"{suffix} of shape {tuple(given.shape)}",
+                None,
+                f"the model's {len(clex.base_inv_freq)} rotated pairs ask for "
+                f"{tuple(weight.shape)}; check the rotary dimension and rope_scaling.param_factor",
             )
         if not bool(torch.isfinite(given).all()):
-            raise ValueError(f"{suffix}: the weights are not finite; copy the checkpoint again")
+            raise ConfigError(suffix, None, "the weights are not finite; copy the checkpoint again")
         weight.copy_(given)
 
 
@@ -85,9 +90,11 @@ def official_rope_scaling(clex: Clex) -> dict[str, Any]:
     The official code always feeds the network base 10000, so a field trained otherwise would compute other frequencies.
     """
     if not clex.official_ntk_base and not _starts_at_official_base(clex):
-        raise ValueError(
-            "scaling.official_ntk_base=false: the official layout computes other frequencies from these weights; "
-            "train with scaling.official_ntk_base=true, or export without the ODE"
+        raise ConfigError(
+            "scaling.official_ntk_base",
+            "false",
+            "the official layout computes other frequencies from these weights; "
+            "train with scaling.official_ntk_base=true, or export without the ODE",
         )
     num_pairs, hidden = clex.up.shape
     factor = hidden / (2 * num_pairs)
@@ -110,4 +117,4 @@ def _find(tensors: Mapping[str, Tensor], suffix: str) -> Tensor:
     for name, tensor in tensors.items():
         if name.endswith(suffix):
             return tensor
-    raise ValueError(f"no tensor named ...{suffix}: not an official CLEX checkpoint")
+    raise ConfigError(f"no tensor named ...{suffix}", None, "not an official CLEX checkpoint")

@@ -8,7 +8,7 @@ from clex_train.models import directory as model_directory
 from clex_train.models import weight_files
 from clex_train.models.load import LoadedModel, bars_on_a_terminal
 from clex_train.utils import checksums, distributed, log
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import InputError, first_line
 from clex_train.utils.files import BadFile, complete_or_absent
 from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.records import read_json
@@ -78,5 +78,5 @@ def _require_readable(directory: Path) -> None:
     try:
         for path in {*weight_files.files(directory), *directory.glob("*.safetensors")}:
             weight_files.header(path)
-    except ValueError as error:
+    except InputError as error:
         raise checksums.Damaged(first_line(error)) from error

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from clex_train.models.directory import WEIGHT_FILES
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import BadFile, is_inside, is_lfs_pointer, require_regular
 from clex_train.utils.records import read_record
 
@@ -27,7 +27,7 @@ OBJECTS = "Unsupported global"
 """In torch's message about a pickle of more than tensors."""
 
 
-class NotThere(ValueError):
+class NotThere(ConfigError):
     """A weight file that the directory should have is absent."""
 
 
@@ -54,14 +54,14 @@ def files(directory: Path, or_else: str = "") -> list[Path]:
     """
     chosen = _chosen(directory)
     if chosen is None:
-        raise NotThere(f"model.path={directory}: {_no_weights(directory)}{or_else}")
+        raise NotThere("model.path", directory, f"{_no_weights(directory)}{or_else}")
     if chosen.suffix != ".json":
         return [chosen]
     names = sorted(set(_read_index(chosen).weight_map.values()))
     absent = [name for name in names if not (directory / name).exists()]
     if absent:
         raise NotThere(
-            f"model.path={directory}: {chosen.name} names {named(absent, 'file')}, not there; copy the directory again"
+            "model.path", directory, f"{chosen.name} names {named(absent, 'file')}, not there; copy the directory again"
         )
     return [directory / name for name in names]
 
@@ -72,9 +72,11 @@ def read_headers(directory: Path, or_else: str = "") -> Stored:
     for path in files(directory, or_else):
         tensors = header(path)
         if twice := sorted(tensors.keys() & found.places.keys()):
-            raise ValueError(
-                f"model.path={directory}: {named(twice)} in both {found.places[twice[0]].name} and {path.name}, and "
-                "only one of them would be used; keep the shards of one save and copy the directory again"
+            raise ConfigError(
+                "model.path",
+                directory,
+                f"{named(twice)} in both {found.places[twice[0]].name} and {path.name}, and "
+                "only one of them would be used; keep the shards of one save and copy the directory again",
             )
         found.tensors.update(tensors)
         found.places.update(dict.fromkeys(tensors, path))
@@ -90,12 +92,16 @@ def header(path: Path) -> dict[str, Tensor]:
         tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     except Exception as error:  # whatever a damaged archive makes zipfile, pickle and torch raise
         if OBJECTS in str(error):
-            raise ValueError(
-                f"{path}: it holds Python objects beside tensors, as a trainer's checkpoint does, and they are not "
-                "loaded; give a directory that save_pretrained writes"
+            raise ConfigError(
+                path,
+                None,
+                "it holds Python objects beside tensors, as a trainer's checkpoint does, and they are not "
+                "loaded; give a directory that save_pretrained writes",
             ) from error
         reason = first_line(error)
-        raise ValueError(f"{path}: not readable weights, cut short or damaged ({reason}); copy it again") from error
+        raise ConfigError(
+            path, None, f"not readable weights, cut short or damaged ({reason}); copy it again"
+        ) from error
     _require_flat(path, content)
     return tensors
 
@@ -126,11 +132,13 @@ def _read_index(path: Path) -> _Index:
         if bad := [name for name in sorted(index.weight_map.values()) if not is_inside(name)]:
             raise BadFile(path, f"it names {bad[0]!r}, which is no file of its folder")
     except BadFile as error:
-        raise ValueError(f"{path}: not an index of weight files ({error.reason}); copy it again") from error
+        raise ConfigError(path, None, f"not an index of weight files ({error.reason}); copy it again") from error
     if index.metadata is None:
-        raise ValueError(
-            f'{path}: no `metadata` in it, without which transformers does not read an index; add "metadata": {{}} '
-            "beside weight_map, or copy it again"
+        raise ConfigError(
+            path,
+            None,
+            'no `metadata` in it, without which transformers does not read an index; add "metadata": {} '
+            "beside weight_map, or copy it again",
         )
     return index
 
@@ -150,9 +158,11 @@ def _require_as_indexed(directory: Path, places: Mapping[str, Path]) -> None:
     if wrong:
         name = wrong[0]
         others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(
-            f"model.path={directory}: {chosen.name} says that {name} is in {weight_map[name]}, and it is in "
-            f"{places[name].name}{others}; copy the index and the shards of one save again"
+        raise ConfigError(
+            "model.path",
+            directory,
+            f"{chosen.name} says that {name} is in {weight_map[name]}, and it is in "
+            f"{places[name].name}{others}; copy the index and the shards of one save again",
         )
 
 
@@ -181,9 +191,11 @@ def _require_flat(path: Path, content: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping) and any(isinstance(each, Tensor) for each in value.values())
     ]
     if nested:
-        raise ValueError(
-            f"{path}: a trainer's checkpoint, with tensors nested under `{'`, `'.join(nested[:NAMED])}`; save those of "
-            f"the model by themselves, torch.save(torch.load(FILE)[{nested[0]!r}], FILE)"
+        raise ConfigError(
+            path,
+            None,
+            f"a trainer's checkpoint, with tensors nested under `{'`, `'.join(nested[:NAMED])}`; save those of "
+            f"the model by themselves, torch.save(torch.load(FILE)[{nested[0]!r}], FILE)",
         )
 
 
@@ -202,8 +214,8 @@ def _pieces(path: Path, name: str) -> Iterator[Tensor]:
 def _require_content(path: Path) -> None:
     require_regular(path)
     if is_lfs_pointer(path):
-        raise ValueError(
-            f"{path}: a git-lfs pointer instead of the file; run `git lfs pull` in {path.parent}, or fetch it again"
+        raise ConfigError(
+            path, None, f"a git-lfs pointer instead of the file; run `git lfs pull` in {path.parent}, or fetch it again"
         )
 
 

@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from clex_train.config.model import ModelConfig
 from clex_train.models import official
 from clex_train.models.directory import has_weights
 from clex_train.models.weight_files import NotThere, Stored, files, have_equal_values, named, read_headers
+from clex_train.rope.probe import model_on_meta
 from clex_train.utils import distributed, log
 from clex_train.utils.bounds import require
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import ConfigError, first_line
 
 Report = Mapping[str, Any]
 """The loading info of transformers: missing_keys, unexpected_keys, mismatched_keys."""
@@ -106,7 +107,7 @@ def refuse(report: Report, model: ModelConfig, tensors: Mapping[str, Tensor]) ->
         others = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
         faults.append(f"{name} is {[*found]} in its weights and {[*expected]} by its config.json{others}")
     if faults:
-        raise ValueError(f"model.path={model.path}: {'; '.join(faults)}; {remedy}")
+        raise ConfigError("model.path", model.path, f"{'; '.join(faults)}; {remedy}")
 
 
 def announce(report: Report, model: ModelConfig) -> None:
@@ -155,8 +156,7 @@ class Comparison:
 
 def compare(arch: PretrainedConfig, tensors: Mapping[str, Tensor], trust_remote_code: bool = False) -> Comparison:
     """Match tensors on the meta device with an architecture, by transformers' own loader."""
-    with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(arch, trust_remote_code=trust_remote_code))
+    model_class = type(model_on_meta(arch, trust_remote_code))
     with quiet():
         model, report = model_class.from_pretrained(
             None,
@@ -190,9 +190,11 @@ def _check_directory(directory: Path, model: ModelConfig, arch: PretrainedConfig
         without = {name: tensor for name, tensor in tensors.items() if name not in odd}
         floats = compare(arch, without, model.trust_remote_code) if odd else matched
     except Exception as error:  # whatever the code of a family raises over tensors that are not its own
-        raise ValueError(
-            f"model.path={directory}: its weights cannot be put into its architecture ({first_line(error)}); copy "
-            "config.json and weights of one model again"
+        raise ConfigError(
+            "model.path",
+            directory,
+            f"its weights cannot be put into its architecture ({first_line(error)}); copy "
+            "config.json and weights of one model again",
         ) from error
     refuse(matched.report, model, tensors)
     # Merged ones have fewer parts without them, and another shape.

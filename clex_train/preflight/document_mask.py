@@ -23,6 +23,7 @@ from clex_train.preflight import meta_model
 from clex_train.preflight.activations import LiveBytes
 from clex_train.rope.probe import find_rotary
 from clex_train.utils.bounds import require
+from clex_train.utils.errors import ConfigError
 
 NAME = "borders_of_documents"
 LENGTHS = ((3, 1, 4), (1, 5, 2))
@@ -65,9 +66,11 @@ def require_separable(arch: PretrainedConfig, implementation: AttentionImplement
     except Exception as error:
         # A family that cannot be looked at is not trusted, whatever it is that it does.
         first_line = f"{error!r}".splitlines()[0]
-        raise ValueError(
-            f"data.document_mask=True: model_type={kind} does not take the borders of documents the way transformers' "
-            f"families do ({first_line}); set it to false"
+        raise ConfigError(
+            "data.document_mask",
+            "True",
+            f"model_type={kind} does not take the borders of documents the way transformers' "
+            f"families do ({first_line}); set it to false",
         ) from error
     leaking = [layer for layer in range(arch.get_text_config().num_hidden_layers) if not seen.get(layer, False)]
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv1d)]

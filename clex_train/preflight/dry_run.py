@@ -1,41 +1,29 @@
 """Print the plan of a run on any machine: sizes, tokens, memory. No weights, no data, no GPU, no DeepSpeed.
 
 Memory is given at three moments of a step: at the loss, in the backward pass of the layers, in the optimizer's update.
-State follows the formulas of `engine/memory.py`; activations and logits are counted by `engine/footprint.py` on the
-architecture itself.
+State follows the formulas of `preflight/memory.py`; activations and logits are counted by `preflight/activations.py` on
+the architecture itself.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from clex_train.config import root as configuration
 from clex_train.config.attention import AttentionImplementation
 from clex_train.config.engine import EngineConfig
 from clex_train.config.root import Config
 from clex_train.config.scaling import ScalingName
-from clex_train.data.build import (
-    describe,
-    held_out,
-    longest_document,
-    mixture_line,
-    pack,
-    packing_line,
-    planned_passes,
-    stores_here,
-)
+from clex_train.data.build import describe, mixture_line, packing_line, planned_passes
 from clex_train.data.shards import part_len
-from clex_train.data.store import TokenStore
-from clex_train.data.vocabulary import check_embedding
 from clex_train.engine import deepspeed as engines
-from clex_train.models import architecture, directory, kernels, load, memory_options, weights
-from clex_train.preflight import document_mask, memory, meta_model, sequence_parallel
+from clex_train.preflight import memory, meta_model, sequence_parallel
 from clex_train.preflight.activations import Footprint
 from clex_train.preflight.memory import Held
+from clex_train.preflight.run_checks import Inputs, Preflight, Scope, run_checks
 from clex_train.scaling.clex import Clex
 from clex_train.tracking import summary
 from clex_train.tracking.summary import Batch, Subject
@@ -69,8 +57,7 @@ class Plan:
     parts: tuple[Part, ...]
     evaluation_cache: float
     """Bytes of the keys and values of the longest text that is evaluated while training goes on; 0 for none."""
-    stores: Mapping[str, TokenStore]
-    """Those that are on this machine, by domain."""
+    inputs: Inputs
 
     def totals(self) -> tuple[float, float, float]:
         """Bytes on the device at each of `MOMENTS`."""
@@ -90,85 +77,55 @@ class Plan:
 
 @log.after_opening()
 def print_plan(config: Config) -> None:
-    """Print the plan on rank 0. `ValueError` in one line for what would stop the run later."""
+    """Print the plan on rank 0; raises `ConfigError` for whatever a run of the same configuration would refuse."""
     if not distributed.is_main():
         return
-    plan = make_plan(config)
+    plan = make_plan(run_checks(config, Scope.plan))
     print(log.printable("\n".join((*_summary(plan), "", *memory_table(plan)))), flush=True)
 
 
-def make_plan(config: Config) -> Plan:
-    """Compute everything that `print_plan` shows."""
-    world_size = config.engine.world_size or distributed.world_size()
-    settings = engines.deepspeed_dict(config, world_size)
-    model = architecture.stand_in(config.model)
-    arch = architecture.to_train(model)
-    architecture.warn_of_unused_config(model)
-    if model.path and directory.has_weights(model.path):
-        weights.check(model, arch)
-    stores = stores_here(config.data)
-    _check_ids(config, arch, stores)
-    context = architecture.context_source(model, arch)
-    context_len = context.length
-    documents = held_out(config.data, config.evaluation.path)
-    config = configuration.with_lengths(config, context_len, longest_document(documents))
-    _check(config, arch, context_len)
-    counts, dtype = meta_model.count(arch), engines.precision(config.engine)
-    config = kernels.chosen(config, arch)
+def make_plan(ready: Preflight) -> Plan:
+    """Compute everything that `print_plan` shows from what the checks built."""
+    config, arch, settings = ready.config, ready.arch, ready.settings
+    counts, dtype = meta_model.count(ready.on_meta), engines.precision(config.engine)
     on_gpu = torch.cuda.is_available() or dtype is torch.bfloat16
     clex = _clex(config, counts)
-    footprint = meta_model.footprint(
-        arch,
-        rows=settings["train_micro_batch_size_per_gpu"],
-        tokens=part_len(config.data.seq_len, config.engine.sequence_parallel),
-        dtype=dtype,
-        attention=config.attention.implementation.value,
-        # On a CPU the inputs of layers are in host memory already.
-        engine=dataclasses.replace(config.engine, offload_activations=config.engine.offload_activations and on_gpu),
-        learns_frequencies=clex is not None and config.scaling.lr_scale > 0,
-    )
-    sharding = memory.sharding(settings, world_size, dtype, config.engine.activation_checkpointing, on_gpu)
+    sharding = memory.sharding(settings, ready.world_size, dtype, config.engine.activation_checkpointing, on_gpu)
+    footprint = _footprint(ready, dtype, clex is not None and config.scaling.lr_scale > 0, on_gpu)
     return Plan(
         config=config,
         subject=Subject(
-            weights=summary.weights_of(config.model, model.path is not None),
+            weights=summary.weights_of(config.model, ready.model.path is not None),
             model_type=arch.model_type,
             num_parameters=counts.total,
             dtype=dtype,
-            context_len=context.length,
-            context_source=context.source,
+            context_len=ready.context.length,
+            context_source=ready.context.source,
         ),
         counts=counts,
         num_ode_parameters=sum(p.numel() for p in clex.parameters()) if clex else 0,
-        batch=Batch(world_size, settings["train_micro_batch_size_per_gpu"], sharding.accumulation),
+        batch=Batch(ready.world_size, settings["train_micro_batch_size_per_gpu"], sharding.accumulation),
         on_gpu=on_gpu,
         parts=_parts(sharding, counts, footprint, clex, _document_mask(config, arch, dtype, settings)),
         evaluation_cache=0.0 if config.evaluation.every < 0 else _cache(arch, config.evaluation.longest(), dtype),
-        stores=stores,
+        inputs=ready.inputs,
     )
 
 
-def _check(config: Config, arch: PretrainedConfig, context_len: int) -> None:
-    """Raise `ValueError` for what the run would refuse."""
-    configuration.check_reach(config, context_len)
-    configuration.check_lambda_mask(config)
-    configuration.check_positions(config, context_len)
-    document_mask.check_document_mask(config, arch, context_len)
-    memory_options.check(config.engine, arch, config.model.trust_remote_code)
-    sequence_parallel.check_sequence_parallel(config, arch)
-    # Only to refuse what cannot be scaled: sizes are the same, and some scaled ones take no handle for training.
-    load.trained_architecture(config, arch)
-
-
-def _check_ids(config: Config, arch: PretrainedConfig, stores: Mapping[str, TokenStore]) -> None:
-    """Check that the embedding has every id of the stores on this machine; random weights take their vocabulary."""
-    for store in stores.values():
-        if config.model.is_pretrained:
-            check_embedding(store, architecture.embedding_rows(arch), architecture.name(config.model))
-    documents = held_out(config.data, config.evaluation.path) if config.evaluation.every >= 0 else None
-    if config.model.is_pretrained and documents is not None:
-        key = "evaluation.path" if config.evaluation.path else "data.path"
-        check_embedding(documents, architecture.embedding_rows(arch), architecture.name(config.model), key)
+def _footprint(ready: Preflight, dtype: torch.dtype, learns_frequencies: bool, on_gpu: bool) -> Footprint:
+    """Measure the activations of a micro batch."""
+    config, engine = ready.config, ready.config.engine
+    return meta_model.footprint(
+        # Sizes are those of the trained architecture, which may follow the length and then takes no handle.
+        ready.arch,
+        rows=ready.settings["train_micro_batch_size_per_gpu"],
+        tokens=part_len(config.data.seq_len, engine.sequence_parallel),
+        dtype=dtype,
+        attention=config.attention.implementation.value,
+        # On a CPU the inputs of layers are in host memory already.
+        engine=dataclasses.replace(engine, offload_activations=engine.offload_activations and on_gpu),
+        learns_frequencies=learns_frequencies,
+    )
 
 
 def _document_mask(config: Config, arch: PretrainedConfig, dtype: torch.dtype, settings: dict[str, Any]) -> Part | None:
@@ -231,10 +188,10 @@ def _constant(name: str, held: Held) -> Part:
 def _summary(plan: Plan) -> Iterator[str]:
     config = plan.config
     yield f"plan of {config.name}"
-    yield from summary.training(config, plan.subject, plan.batch, _data(config, plan.stores))
+    yield from summary.training(config, plan.subject, plan.batch, _data(config, plan.inputs))
     trainable = "all" if plan.counts.trainable == plan.counts.total else f"{plan.counts.trainable:,}"
     yield summary.labelled("trained", f"{trainable} parameters, and {plan.num_ode_parameters:,} of the ODE in float32")
-    if not config.model.is_pretrained:
+    if not config.model.is_pretrained and plan.inputs.tokenizer is None:
         yield summary.labelled("", "the vocabulary is that of model.config here; the run takes the data store's")
     if plan.evaluation_cache:
         longest, size = config.evaluation.longest(), _gib(plan.evaluation_cache)
@@ -243,12 +200,12 @@ def _summary(plan: Plan) -> Iterator[str]:
     yield summary.labelled("output", config.output_dir)
 
 
-def _data(config: Config, stores: Mapping[str, TokenStore]) -> Iterator[str]:
+def _data(config: Config, inputs: Inputs) -> Iterator[str]:
     """Describe what the run reads as the run does, or by its configuration where a store is on another machine."""
     data = config.data
-    if len(stores) == max(1, len(data.domains)):
-        documents = held_out(data, config.evaluation.path) if config.evaluation.every >= 0 else None
-        lines = describe(stores, pack(stores, data), data, config.optim, documents)
+    if inputs.is_complete:
+        documents = inputs.held_out if config.evaluation.every >= 0 else None
+        lines = describe(inputs.stores, inputs.packed, data, config.optim, documents)
         yield from (summary.labelled(label, text) for label, text in lines)
         return
     named = ", ".join(data.domains) or data.path

@@ -18,6 +18,7 @@ from clex_train.models.memory_options import decoder_layers
 from clex_train.preflight.activations import Footprint, SizesOnHost, attention_by_sizes, measure
 from clex_train.preflight.ulysses_memory import exchanged_by_sizes
 from clex_train.rope.patch import install_rotary
+from clex_train.rope.probe import find_rotary, probe
 from clex_train.scaling.spectrum import Spectrum
 
 FUSED = "sizes_of_a_fused_kernel"
@@ -35,9 +36,10 @@ class Counts:
     """The model's own inverse frequencies, float64 [P]."""
 
 
-def count(arch: PretrainedConfig) -> Counts:
-    """Count parameters, each once however many places share it. `ValueError` for a model without RoPE."""
-    model = on_meta(arch, torch.float32, "eager")
+def count(model: PreTrainedModel) -> Counts:
+    """Count parameters, each once however many places share it; `ConfigError` for a model without RoPE."""
+    rotary = find_rotary(model).module
+    traits = probe(rotary, model.config)
     embedding: Any = model.get_input_embeddings()
     layers = [num_parameters(layer) for layer in decoder_layers(model)]
     total, before = num_parameters(model), num_parameters(embedding)
@@ -45,7 +47,7 @@ def count(arch: PretrainedConfig) -> Counts:
         total=total,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         blocks=(before, *layers, total - before - sum(layers)),
-        base_inv_freq=install_rotary(model, 1).base_inv_freq,
+        base_inv_freq=traits.base[traits.scaled].inv_freq,
     )
 
 

@@ -1,6 +1,8 @@
-"""Memory ran out: the estimate of what each rank holds, and what to turn down, instead of a traceback."""
+"""Out of memory: print what each rank holds and what to turn down, instead of a traceback."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -8,18 +10,41 @@ import torch
 from clex_train.config.engine import EngineConfig, Offload
 from clex_train.config.root import Config
 from clex_train.preflight import dry_run
+from clex_train.preflight.run_checks import Preflight, Scope, run_checks
 from clex_train.utils import distributed
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import InputError, RunStopped, first_line, is_out_of_memory
 
 STATE, ROWS = ("parameters", "gradients", "optimizer"), ("activations", "logits")
 
 
-def explain(config: Config, error: BaseException) -> str:
-    """What to print: where it happened, the estimate per part, and the remedies with the most effect first."""
+@dataclass
+class Page:
+    """What `explaining` prints is made of; a caller adds what the checks built once they have passed."""
+
+    ready: Preflight | None = None
+
+
+@contextmanager
+def explaining(config: Config) -> Iterator[Page]:
+    """Turn an error of a full GPU or host memory inside into a `RunStopped` with the estimate and the remedies."""
+    page = Page()
+    try:
+        yield page
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunStopped(explain(config, error, page.ready)) from error
+
+
+def explain(config: Config, error: BaseException, ready: Preflight | None = None) -> str:
+    """Compose the page: where it happened, the estimate per part, and the remedies with the most effect first.
+
+    `ready` is what the checks of the run built; without it they are run for a plan.
+    """
     what = f"out of memory on rank {distributed.rank()}: {first_line(error)}"
     try:
-        plan = dry_run.make_plan(config)
-    except ValueError as refused:
+        plan = dry_run.make_plan(ready or run_checks(config, Scope.plan))
+    except InputError as refused:
         return f"{what}\n(no estimate: {refused})\nturn down: {'; '.join(_rows(config))}"
     ways = (*_rows(config, plan), *_state(config))
     if _share(plan, STATE) > _share(plan, ROWS):

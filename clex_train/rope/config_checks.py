@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_TOKENS
+from clex_train.utils.errors import ConfigError
 
 UNSCALED = "default"
 NEEDS_FACTOR = ("linear", "dynamic", "llama3")
@@ -40,9 +41,11 @@ def require_sensible(config: PretrainedConfig, source: str, has_own_code: bool =
     known = {UNSCALED, getattr(text, "default_rope_type", UNSCALED), *ROPE_INIT_FUNCTIONS}
     for parameters in _sets(text):
         for key, remedy in _faults(parameters, set() if has_own_code else known):
-            raise ValueError(
-                f"{source}: its config.json has {key}={parameters.get(key)!r} for RoPE, and it has to be {remedy}; "
-                "correct it, or copy the config.json of the model again"
+            raise ConfigError(
+                source,
+                None,
+                f"its config.json has {key}={parameters.get(key)!r} for RoPE, and it has to be {remedy}; "
+                "correct it, or copy the config.json of the model again",
             )
 
 

@@ -19,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from clex_train.rope.rotary import LayerType
 from clex_train.scaling.table import FrequencyTable, as_grid
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import BadFile
 from clex_train.utils.records import read_json
 
@@ -53,8 +54,8 @@ class ConfiguredRope:
         """Its base, rope_theta; `ValueError` names the model type where the config does not say it."""
         theta = self.parameters.get("rope_theta") or getattr(self.config, "rope_theta", None)
         if theta is None:
-            raise ValueError(
-                f"model_type={self.model_type}: its config names no rope_theta, so no other base replaces it"
+            raise ConfigError(
+                "model_type", self.model_type, "its config names no rope_theta, so no other base replaces it"
             )
         return float(theta)
 
@@ -93,15 +94,17 @@ def read_longrope_factors(
     try:
         content = read_json(Path(path))
     except (FileNotFoundError, BadFile) as error:
-        raise ValueError(f"{asked_by}={path}: cannot be read as JSON ({error})") from error
+        raise ConfigError(asked_by, path, f"cannot be read as JSON ({error})") from error
     for key in LONGROPE_KEYS:
         values = content.get(key) if isinstance(content, dict) else None
         good = isinstance(values, list) and all(isinstance(v, int | float) and 0 < v < 1e308 for v in values)
         if not good or len(values) != num_pairs:  # type: ignore[arg-type]
             found = f"{len(values)} entries" if isinstance(values, list) else "none"
-            raise ValueError(
-                f"{asked_by}={path}: {key} is a list of {num_pairs} numbers greater than 0, one for "
-                f"each pair that the model rotates; found {found}"
+            raise ConfigError(
+                asked_by,
+                path,
+                f"{key} is a list of {num_pairs} numbers greater than 0, one for "
+                f"each pair that the model rotates; found {found}",
             )
     return {key: content[key] for key in LONGROPE_KEYS}
 
@@ -142,7 +145,9 @@ def _require_plain(rope: ConfiguredRope, inv_freq: Tensor, method: str) -> None:
         [(plain, _)] = _rows(rope, [1.0], lambda t: {"rope_type": "linear", "factor": t})
         if plain.shape == inv_freq.shape and torch.allclose(plain, inv_freq.double().cpu(), rtol=1e-5, atol=0):
             return
-    raise ValueError(
-        f"methods=[{method}]: transformers' formula starts from plain RoPE, and model_type={rope.model_type} has "
-        f"other frequencies (rope_type={rope.parameters.get('rope_type')}); leave {method} out"
+    raise ConfigError(
+        "methods",
+        f"[{method}]",
+        f"transformers' formula starts from plain RoPE, and model_type={rope.model_type} has "
+        f"other frequencies (rope_type={rope.parameters.get('rope_type')}); leave {method} out",
     )

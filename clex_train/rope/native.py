@@ -19,6 +19,7 @@ from clex_train.rope import probe
 from clex_train.rope.patch import LengthListener, RotaryHandle
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import Frequencies
+from clex_train.utils.errors import ConfigError
 
 MOST_KNOWN = 256
 
@@ -88,9 +89,10 @@ class WithoutRotary(RotaryHandle):
         if not probe.has_alibi(model):
             self.max_tokens = getattr(config, "max_position_embeddings", None)
         if not kv_cache.takes_keys(model):
-            raise ValueError(
-                f"model_type={self.model_type}: no rotary position embedding and no KV cache to read windows through; "
-                "use a transformer"
+            raise ConfigError(
+                "model_type",
+                self.model_type,
+                "no rotary position embedding and no KV cache to read windows through; use a transformer",
             )
 
     @property
@@ -133,9 +135,11 @@ class WithoutRotary(RotaryHandle):
     def require_room(self, num_tokens: int) -> None:
         """`ValueError` naming both numbers when the model has fewer positions."""
         if self.max_tokens is not None and num_tokens > self.max_tokens:
-            raise ValueError(
-                f"num_tokens={num_tokens}: model_type={self.model_type} has learned or tabled positions for "
-                f"{self.max_tokens} tokens and no others; shorten evaluation.lengths"
+            raise ConfigError(
+                "num_tokens",
+                num_tokens,
+                f"model_type={self.model_type} has learned or tabled positions for "
+                f"{self.max_tokens} tokens and no others; shorten evaluation.lengths",
             )
 
     @contextmanager
@@ -143,12 +147,12 @@ class WithoutRotary(RotaryHandle):
         self, spectrum: Spectrum, positions: Tensor | None = None, num_tokens: int | None = None
     ) -> Iterator[None]:
         """Refused: there are no frequencies to train."""
-        raise ValueError(f"model_type={self.model_type}: no rotary position embedding; use a RoPE model")
+        raise ConfigError("model_type", self.model_type, "no rotary position embedding; use a RoPE model")
         yield
 
     def on_length(self, listener: LengthListener) -> Callable[[], None]:
         """Refused: what follows the length goes with a CLEX field."""
-        raise ValueError(f"model_type={self.model_type}: no rotary position embedding, so no length is followed")
+        raise ConfigError("model_type", self.model_type, "no rotary position embedding, so no length is followed")
 
     def undo(self) -> None:
         """Nothing was changed."""

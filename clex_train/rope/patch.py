@@ -41,6 +41,7 @@ from clex_train.rope.rotary import ScaledRotary
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import Frequencies
 from clex_train.utils import log
+from clex_train.utils.errors import ConfigError
 
 __all__ = ["RotaryHandle", "install_rotary", "require_rotary"]
 
@@ -304,12 +305,15 @@ class RotaryHandle:
     def _check_table(self, table: Frequencies) -> None:
         pairs = len(self.base_inv_freq)
         if table.num_pairs != pairs:
-            raise ValueError(
-                f"table of {table.num_pairs} pairs (rotary dimension {2 * table.num_pairs}): "
-                f"the model rotates {pairs} pairs (rotary dimension {2 * pairs})"
+            raise ConfigError(
+                f"table of {table.num_pairs} pairs (rotary dimension {2 * table.num_pairs})",
+                None,
+                f"the model rotates {pairs} pairs (rotary dimension {2 * pairs})",
             )
         if table.context_len not in (None, self.context_len):
-            raise ValueError(f"table for context_len={table.context_len}: the model's handle has {self.context_len}")
+            raise ConfigError(
+                f"table for context_len={table.context_len}", None, f"the model's handle has {self.context_len}"
+            )
 
     @contextmanager
     def _overridden(self, **override: Any) -> Iterator[None]:

@@ -6,8 +6,11 @@ A rotary module of transformers maps (x, position_ids[, layer_type]) to (cos, si
 
 import copy
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from clex_train.rope.rotary import EXPANSIONS, LayerType, ScaledRotary
 from clex_train.scaling.spectrum import LAYOUTS, Spectrum, cos_sin
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import ConfigError, first_line
 
 LOCAL_LAYER_TYPES = ("sliding_attention", "chunked_attention")
 # These change their frequencies with the length of the call by themselves; a table of theta(t) would fight with them.
@@ -64,8 +67,8 @@ def find_rotary(model: nn.Module) -> Site:
     kind = getattr(config, "model_type", type(model).__name__)
     if len(sites) > 1:
         names = ", ".join(type(site.module).__name__ for site in sites)
-        raise ValueError(f"model_type={kind}: {len(sites)} rotary modules ({names}) where exactly one is expected")
-    raise ValueError(f"model_type={kind}: no rotary position embedding ({_other_positions(model)}); use a RoPE model")
+        raise ConfigError("model_type", kind, f"{len(sites)} rotary modules ({names}) where exactly one is expected")
+    raise ConfigError("model_type", kind, f"no rotary position embedding ({_other_positions(model)}); use a RoPE model")
 
 
 def has_rotary(model: nn.Module) -> bool:
@@ -92,14 +95,46 @@ def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) ->
     return probe(module, model.config)
 
 
+_shared: ContextVar[dict[str, PreTrainedModel] | None] = ContextVar("shared_meta_models", default=None)
+
+
+@contextmanager
+def sharing_meta_models() -> Iterator[None]:
+    """Build the model of each architecture once inside: `model_on_meta` returns it to every caller.
+
+    Whoever changes one has to put back what was changed.
+    """
+    token = _shared.set(_shared.get() or {})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
 def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without weights; `ValueError` names a model type that has none, or whose config it cannot be of."""
+    """Build a model without weights, or return that of `sharing_meta_models`.
+
+    Raises:
+        ConfigError: its model type has no causal language model, or none of this config.
+    """
+    known = _shared.get()
+    if known is None:
+        return _build_on_meta(config, trust_remote_code)
+    facts = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = f"{type(config).__qualname__} {trust_remote_code} {facts}"
+    if key not in known:
+        # Of a copy, since callers change theirs later, as its vocabulary, and a model keeps the config it was built of.
+        known[key] = _build_on_meta(copy.deepcopy(config), trust_remote_code)
+    return known[key]
+
+
+def _build_on_meta(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a family's own code raises over sizes that it cannot have
         reason = first_line(error)
-        raise ValueError(f"model_type={config.model_type}: no causal language model of it ({reason})") from error
+        raise ConfigError("model_type", config.model_type, f"no causal language model of it ({reason})") from error
 
 
 def followed_length(module: nn.Module) -> str | None:
@@ -116,9 +151,11 @@ def require_own_length(module: nn.Module, config: Any) -> None:
     rope_type = followed_length(module)
     if rope_type is not None:
         kind = getattr(config, "model_type", type(module).__name__)
-        raise ValueError(
-            f"rope_type={rope_type} of model_type={kind}: it changes its frequencies with the length by itself; "
-            "set rope_type to `default` in rope_parameters of config.json"
+        raise ConfigError(
+            "rope_type",
+            f"{rope_type} of model_type={kind}",
+            "it changes its frequencies with the length by itself; "
+            "set rope_type to `default` in rope_parameters of config.json",
         )
 
 
@@ -129,9 +166,11 @@ def require_frequencies(module: nn.Module, traits: Traits, config: Any) -> None:
     if still:
         kind, types = getattr(config, "model_type", type(module).__name__), getattr(module, "rope_type", None)
         rope_type = types.get(traits.scaled) if isinstance(types, dict) else types
-        raise ValueError(
-            f"rope_type={rope_type} of model_type={kind}: {still} of its {len(own)} frequencies are 0, and theta(t) "
-            "starts from positive ones; scaling=none trains it and methods=[trained] reads it unscaled"
+        raise ConfigError(
+            "rope_type",
+            f"{rope_type} of model_type={kind}",
+            f"{still} of its {len(own)} frequencies are 0, and theta(t) "
+            "starts from positive ones; scaling=none trains it and methods=[trained] reads it unscaled",
         )
 
 
@@ -147,9 +186,10 @@ def spectrum_at(module: nn.Module, traits: Traits, num_tokens: int, t: float) ->
     expected = EXPANSIONS[traits.expansion](cos_sin(torch.ones(1, 1), found.inv_freq)[0]) * found.attention_factor
     if not torch.allclose(expected, cos[:, :1], atol=1e-5):
         kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
-        raise ValueError(
-            f"rope_type={followed_length(module)} of model_type={kind}: it follows the length in a way of its own; "
-            "set rope_type to `default` in rope_parameters of config.json"
+        raise ConfigError(
+            "rope_type",
+            f"{followed_length(module)} of model_type={kind}",
+            "it follows the length in a way of its own; set rope_type to `default` in rope_parameters of config.json",
         )
     own_factor = traits.base[traits.scaled].attention_factor
     return Spectrum(found.inv_freq, t, found.attention_factor / own_factor)
@@ -213,7 +253,7 @@ def _layer_types(module: nn.Module) -> list[LayerType]:
 def _scaled_type(types: list[LayerType], kind: str) -> LayerType:
     scaled = [layer_type for layer_type in types if layer_type not in LOCAL_LAYER_TYPES]
     if len(scaled) != 1:
-        raise ValueError(f"model_type={kind}: rotary layer types {types}, of which exactly one should be global")
+        raise ConfigError("model_type", kind, f"rotary layer types {types}, of which exactly one should be global")
     return scaled[0]
 
 
@@ -230,7 +270,7 @@ def _try_forward(fresh: nn.Module, layer_type: LayerType, kind: str) -> tuple[Te
     """cos at positions 0..3 and whether it comes in the dtype of x."""
     result = fresh(*_call(torch.float32, layer_type))
     if not (isinstance(result, tuple) and len(result) == 2 and result[0].dtype == torch.float32):
-        raise ValueError(f"model_type={kind}: its rotary module does not return cos and sin")
+        raise ConfigError("model_type", kind, "its rotary module does not return cos and sin")
     return result[0], fresh(*_call(torch.bfloat16, layer_type))[0].dtype == torch.bfloat16
 
 
@@ -246,7 +286,7 @@ def _expansion(cos: Tensor, spectrum: Spectrum, kind: str) -> str:
         candidate = expand(expected) * spectrum.attention_factor
         if candidate.shape == cos.shape and torch.allclose(candidate, cos, atol=1e-5):
             return name
-    raise ValueError(f"model_type={kind}: its cos is not cos(position * inv_freq) in an arrangement that is known")
+    raise ConfigError("model_type", kind, "its cos is not cos(position * inv_freq) in an arrangement that is known")
 
 
 def _layout(fresh: nn.Module, config: Any, spectrum: Spectrum, expansion: str) -> str | None:

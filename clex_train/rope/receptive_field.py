@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from clex_train.attention import layer_probe
 from clex_train.rope.probe import Traits, find_rotary, model_on_meta, probe, require_frequencies
 from clex_train.rope.rotary import EXPANSIONS
+from clex_train.utils.errors import ConfigError
 
 
 def local_layers(model: nn.Module, traits: Traits, context_len: int) -> frozenset[int]:
@@ -60,8 +61,10 @@ def _require_reach(model: nn.Module, traits: Traits, context_len: int) -> None:
     longest = max(window for window in windows if window is not None)
     known = f"model_type={kind}: every layer with RoPE sees a window of {longest} tokens, of L = {context_len}"
     if any(layer_probe.own_window(module) is None for module, _ in tried):
-        raise ValueError(f"{known}, and the layers with full attention have no positions: nothing can be extended")
-    raise ValueError(f"{known}: nothing can be extended; set sliding_window to null in config.json")
+        raise ConfigError(
+            f"{known}, and the layers with full attention have no positions", None, "nothing can be extended"
+        )
+    raise ConfigError(known, None, "nothing can be extended; set sliding_window to null in config.json")
 
 
 def _tried(model: nn.Module, traits: Traits) -> list[tuple[Any, bool | None]]:

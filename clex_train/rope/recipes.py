@@ -30,6 +30,7 @@ from clex_train.rope.probe import LOCAL_LAYER_TYPES, Traits, require_rotary
 from clex_train.rope.receptive_field import require_scalable_config
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils.bounds import MOST_TOKENS, require
+from clex_train.utils.errors import ConfigError
 
 UNSCALED = "default"
 # These scale every call alike, so a config may give the length before or after.
@@ -85,7 +86,9 @@ def scaled(
     if scaling.name is not ScalingName.dynamic_ntk:
         text.original_max_position_embeddings = context_len
         text.max_position_embeddings = round(factor * context_len)
-    after = spectrum_at(handle_without_weights(arch, context_len, trust_remote_code), factor)
+    handle = handle_without_weights(arch, context_len, trust_remote_code)
+    after = spectrum_at(handle, factor)
+    handle.undo()
     _require_followed(scaling, factor, own, after.inv_freq, base.model_type)
     return arch
 
@@ -135,9 +138,11 @@ def stated_length(config: PretrainedConfig, name: str, key: str = "model.context
         return None
     source = f"{config.name_or_path}/config.json" if config.name_or_path else "config.json"
     if not (isinstance(value, (int, float)) and 2 <= value <= MOST_TOKENS and value == int(value)):
-        raise ValueError(
-            f"{source}: {name}={value}: from 2 to {MOST_TOKENS:,} tokens can be meant; correct it, or name the context "
-            f"that the model serves by {key}=N"
+        raise ConfigError(
+            source,
+            None,
+            f"{name}={value}: from 2 to {MOST_TOKENS:,} tokens can be meant; correct it, or name the context "
+            f"that the model serves by {key}=N",
         )
     return int(value)
 

@@ -16,6 +16,8 @@ from jaxtyping import Float64
 from torch import Tensor
 from torchdiffeq import odeint
 
+from clex_train.utils.errors import InputError
+
 MIN_STEPS = 8
 MAX_STEPS = 1024
 # A factor on the step count above what order 4 predicts, so that the next check passes without another round.
@@ -24,7 +26,7 @@ SAFETY = 1.05
 Field = Callable[[Tensor, Tensor], Tensor]
 
 
-class UnstableField(ValueError):
+class UnstableField(InputError):
     """The learned field cannot be used: too stiff, not finite, or beyond its bound.
 
     Carries `t` and `value`, and `what` is wrong without the keys to `lower`, for who knows of another cause.

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import require_regular
 
 # Two scale factors this close are the same one: room for the rounding of n / L and of decimal grids, far below a token.
@@ -121,9 +121,11 @@ class FrequencyTable:
         """
         needed = num_tokens / context_len * (1 - RELATIVE_SLACK)
         if needed > self._grid[-1] and not clamp:
-            raise ValueError(
-                f"num_tokens={num_tokens}: beyond t_max * L = {self.t_max:g} * {context_len} = "
-                f"{self.t_max * context_len:.0f} tokens; raise scaling.t_max, shorten the input or allow clamping"
+            raise ConfigError(
+                "num_tokens",
+                num_tokens,
+                f"beyond t_max * L = {self.t_max:g} * {context_len} = "
+                f"{self.t_max * context_len:.0f} tokens; raise scaling.t_max, shorten the input or allow clamping",
             )
         index = bisect.bisect_left(self._grid, self.t_factor * needed)
         return self._spectra[min(index, len(self._grid) - 1)]
@@ -174,7 +176,7 @@ class FrequencyTable:
                 t_factor=float(metadata.get("t_factor", "1")),
             )
         except Exception as error:  # whatever safetensors and torch raise over tensors of other shapes and types
-            raise ValueError(f"{path}: not a frequency table ({first_line(error)}); copy it again") from error
+            raise ConfigError(path, None, f"not a frequency table ({first_line(error)}); copy it again") from error
 
     def _checked_factors(self, grid: list[float]) -> list[float]:
         if self.attention_factors is None:
@@ -194,7 +196,7 @@ def scale_grid(t_max: float, step: float = 1.0) -> Float64[Tensor, " K"]:
     if not step > 0:
         raise ValueError(f"step={step}: the spacing of scale factors is greater than 0")
     if not (t_max - 1) / step < MOST_FACTORS:
-        raise ValueError(f"t_max={t_max}: more than {MOST_FACTORS:,} scale factors in steps of {step:g}; lower it")
+        raise ConfigError("t_max", t_max, f"more than {MOST_FACTORS:,} scale factors in steps of {step:g}; lower it")
     grid = 1 + step * torch.arange(int((t_max - 1) / step) + 1, dtype=torch.float64)
     inside = grid[grid < t_max * (1 - RELATIVE_SLACK)]
     return torch.cat((inside, torch.tensor([t_max], dtype=torch.float64)))

@@ -15,7 +15,7 @@ from clex_train.config import recorded as recorded_config
 from clex_train.config.recorded import CONFIG
 from clex_train.config.root import Config, Resume
 from clex_train.utils import distributed, files, log
-from clex_train.utils.errors import NO_ROOM, first_line
+from clex_train.utils.errors import NO_ROOM, ConfigError, InputError, first_line
 from clex_train.utils.files import BadFile
 from clex_train.utils.locks import Lock, try_lock
 from clex_train.utils.records import read_json
@@ -90,7 +90,7 @@ def check_config(
     if not has_checkpoint:
         return
     if config.resume is Resume.never:
-        raise ValueError(f"resume=never: {path.parent} already holds checkpoints; choose another output_dir")
+        raise ConfigError("resume", "never", f"{path.parent} already holds checkpoints; choose another output_dir")
     if copy or path.exists():
         _refuse_changes(path, copy or path, config, SAFE_TO_CHANGE + (SHARING if other_ranks else ()), own_context)
 
@@ -110,13 +110,13 @@ def restore_config(config: Config, copy: Path | None) -> None:
         if path.exists():
             recorded_config.over_defaults(path)
             return
-    except ValueError as error:
+    except InputError as error:
         logger.warning("%s is damaged (%s); kept as %s", path, _reason(error), files.set_aside(path).name)
     files.write_atomically(path, copy.read_bytes() if copy else as_yaml(config))
     logger.info("%s is restored%s", path, f" from {copy}" if copy else "")
 
 
-def _reason(error: ValueError) -> str:
+def _reason(error: InputError) -> str:
     cause = error.__cause__
     return cause.reason if isinstance(cause, BadFile) else first_line(error)
 
@@ -149,21 +149,35 @@ def require_writable(folder: Path) -> None:
     except OSError as error:
         if error.errno in NO_ROOM:
             raise
-        raise ValueError(f"output_dir={folder}: cannot be written ({error.strerror}); choose another") from error
+        raise ConfigError("output_dir", folder, f"cannot be written ({error.strerror}); choose another") from error
+
+
+@contextmanager
+def opened(folder: Path, patience: float) -> Iterator[None]:
+    """Create, lock and tidy the folder of a run, for as long as this launch is in it.
+
+    A launch that is refused inside leaves nothing behind. Raises as `require_writable` and `held` do.
+    """
+    with left_as_found(folder):
+        require_writable(folder)
+        with held(folder, distributed.rank(), patience):
+            if distributed.is_main():
+                tidy(folder)
+            yield
 
 
 @contextmanager
 def left_as_found(folder: Path) -> Iterator[None]:
     """Remove a folder again that was made inside and holds nothing when the launch is refused or interrupted.
 
-    A `ValueError` refuses it. What an interrupted launch has written before it trains goes too.
+    An `InputError` refuses it. What an interrupted launch has written before it trains goes too.
 
     Of several ranks each removes what was not there when it came.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         yield
-    except (ValueError, KeyboardInterrupt) as end:
+    except (InputError, KeyboardInterrupt) as end:
         interrupted = isinstance(end, KeyboardInterrupt) and distributed.is_main()
         if interrupted and folder in made and all(entry.name in WRITTEN_FIRST for entry in folder.glob("*")):
             shutil.rmtree(folder, ignore_errors=True)
@@ -189,7 +203,7 @@ def held(folder: Path, rank: int, patience: float) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             yield
-    except ValueError:
+    except InputError:
         if is_ours and all(entry.name == LOCKS for entry in folder.glob("*")):
             _remove_locks(path, rank)
         raise
@@ -221,7 +235,7 @@ def _lock(file: IO[str], path: Path, patience: float) -> None:
     while try_lock(file, path, "start one launch at a time") is Lock.busy:
         holder = path.read_text(encoding="utf-8").strip()
         if time.monotonic() - start > patience:
-            raise ValueError(f"output_dir={folder}: in use by {holder}; end it or choose another")
+            raise ConfigError("output_dir", folder, f"in use by {holder}; end it or choose another")
         if not said:
             logger.warning("waits for %s, which is still in %s", holder, folder)
         said = True
@@ -252,15 +266,19 @@ def _refuse_changes(path: Path, before: Path, config: Config, safe: tuple[str, .
     changed = changed_keys(old, new)
     unsafe = [key for key in changed if not key.startswith(safe)]
     if unsafe == ["optim.steps"] and (path.parent / FINAL).is_dir():
-        raise ValueError(
-            f"optim.steps={config.optim.steps}: {path.parent} is finished after {old['optim']['steps']} steps, "
+        raise ConfigError(
+            "optim.steps",
+            config.optim.steps,
+            f"{path.parent} is finished after {old['optim']['steps']} steps, "
             "for which its learning rate was scheduled; train its final model on in another output_dir, with "
-            f"model.path={path.parent / 'final'}"
+            f"model.path={path.parent / 'final'}",
         )
     if unsafe:
-        raise ValueError(
-            f"{', '.join(unsafe)}: differs from {path}, whose checkpoints this run would continue; "
-            "restore the value or choose another output_dir"
+        raise ConfigError(
+            ", ".join(unsafe),
+            None,
+            f"differs from {path}, whose checkpoints this run would continue; "
+            "restore the value or choose another output_dir",
         )
     for key in changed:
         if key in MOVED and distributed.is_main():

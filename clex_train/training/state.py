@@ -12,7 +12,7 @@ from clex_train.resilience.loss_spikes import NoSpikeWatch, SpikeWatch
 from clex_train.resilience.stop_requests import StopRequests
 from clex_train.training.ode_optimizer import FixedFrequencies, OdeOptimizer
 from clex_train.training.step import ForwardPass, build_forward_pass
-from clex_train.utils.errors import first_line
+from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.protocols import Engine
 
 SPIKES = "spikes"
@@ -68,7 +68,7 @@ def resume(parts: Parts) -> int:
     """Load the newest complete checkpoint into engine, ODE and spike watch; return its step, 0 without one.
 
     Raises:
-        ValueError: the checkpoint's state is not that of this run's field.
+        ConfigError: the checkpoint's state is not that of this run's field.
     """
     found = parts.checkpoints.load(parts.engine, lambda: parts.stop.reason() is not None)
     if found is None:
@@ -80,9 +80,11 @@ def resume(parts: Parts) -> int:
             parts.spikes.load_state_dict(state[SPIKES])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         folder = parts.checkpoints.folder
-        raise ValueError(
-            f"checkpoint {folder / f'step_{step}'}: {ODE} is not the state of this run's field ({first_line(error)}); "
-            "remove the checkpoint to continue an older one, or choose another output_dir"
+        raise ConfigError(
+            f"checkpoint {folder / f'step_{step}'}",
+            None,
+            f"{ODE} is not the state of this run's field ({first_line(error)}); "
+            "remove the checkpoint to continue an older one, or choose another output_dir",
         ) from error
     return step
 

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+from clex_train.utils.errors import ConfigError
+
 MOST_TOKENS = 2**27
 """Tokens of a row, a window or a prompt: at this length the keys and values of a 7B model fill 64 TiB."""
 MOST_SCALE = 2**14
@@ -17,9 +19,9 @@ LONGEST_SHOWN = 80
 
 
 def require(condition: bool, key: str, value: object, remedy: str) -> None:
-    """Raise `ValueError` in the one form users see for a value that is out of range, or for a key without a value."""
+    """Raise `ConfigError` unless a condition on a value of the user's holds."""
     if not condition:
-        raise ValueError(f"{key}: {remedy}" if value is None else f"{key}={value}: {remedy}")
+        raise ConfigError(key, value, remedy)
 
 
 def shortened(text: str) -> str:

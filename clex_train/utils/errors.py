@@ -1,8 +1,10 @@
-"""What ends a run before its last step, each with its own exit code; how a full memory or disk is recognised."""
+"""Errors that end a program, each with its own exit code, and tests for a full memory or disk."""
 
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 ALLOCATOR_WORDS = (
     "can't allocate memory",
@@ -17,6 +19,31 @@ OS_ERROR_OF_RUST = re.compile(r"\(os error (\d+)\)$")
 """How the libraries in Rust (safetensors, tokenizers) end the message of an error of the operating system."""
 
 
+class InputError(ValueError):
+    """The user's input cannot be used: programs print the message as one line and exit with code 2.
+
+    Any other `ValueError` is a bug: it keeps its traceback, and the exit code is 1.
+    """
+
+
+class ConfigError(InputError):
+    """A key, argument or file of the user's is refused.
+
+    Args:
+        key: the configuration key, argument or file at fault.
+        value: the refused value; None for a key without one, or for a file.
+        remedy: why it is refused, and what to do about it.
+    """
+
+    def __init__(self, key: object, value: object, remedy: str) -> None:
+        # The arguments as they are, so that worker processes can pickle the error.
+        super().__init__(key, value, remedy)
+        self.key, self.value, self.remedy = str(key), value, remedy
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.remedy}" if self.value is None else f"{self.key}={self.value}: {self.remedy}"
+
+
 class RunStopped(RuntimeError):
     """Training was stopped to protect what it has: the message says why, what is safe, and what to do."""
 
@@ -29,6 +56,17 @@ class RankLost(RuntimeError):
     """A rank died, froze or hangs, so that the others cannot go on: the message says which and what it was doing."""
 
     exit_code = 4
+
+
+@contextmanager
+def renamed_key(key: str, new: str) -> Iterator[None]:
+    """Name a refused `key` as `new` inside, where the program's user sets the value by another key."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.key != key:
+            raise
+        raise ConfigError(new, error.value, error.remedy) from error
 
 
 def first_line(error: BaseException) -> str:

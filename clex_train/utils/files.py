@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from clex_train.utils import log
 from clex_train.utils.bounds import require, shortened
-from clex_train.utils.errors import NO_ROOM, no_room
+from clex_train.utils.errors import NO_ROOM, ConfigError, InputError, no_room
 
 logger = log.get(__name__)
 
@@ -38,7 +38,7 @@ LARGEST_RECORD = 16 * 2**20
 """Bytes of a small file (a manifest, a configuration, a log of evaluations) that are read at most by default."""
 
 
-class BadFile(ValueError):
+class BadFile(InputError):
     """A file is not what its name promises: names the file, and `reason` says what is wrong in a few words."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
@@ -196,7 +196,7 @@ def require_place(key: str, value: Path, folder: Path, beside: str = "") -> None
     except OSError as error:
         if error.errno in NO_ROOM:
             raise
-        raise ValueError(f"{key}={value}: {there} takes no files ({error.strerror}); name another place") from error
+        raise ConfigError(key, value, f"{there} takes no files ({error.strerror}); name another place") from error
 
 
 def is_inside(name: str) -> bool:

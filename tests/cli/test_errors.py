@@ -1,13 +1,18 @@
 """Mistakes on the command line, through the real composition, each answered in one line."""
 
+import pickle
 from contextlib import suppress
+from pathlib import Path
 from shutil import copytree
 
 import pytest
 import torch
 
+from clex_train.cli import console
 from clex_train.cli.errors import explain
 from clex_train.utils.bounds import require
+from clex_train.utils.errors import ConfigError, renamed_key
+from clex_train.utils.files import BadFile
 from tests.helpers.composing import CONF, composed
 
 PLAIN = "it names the run's folder by default: a plain name of 1 to 200 bytes, without slashes"
@@ -91,7 +96,7 @@ def test_an_experiment_by_its_beginning_is_completed():
 def own_file(monkeypatch, tmp_path):
     """Composes with an experiment of the user's own, `mine`, of the text that is given."""
     copytree(CONF, tmp_path / "conf")
-    monkeypatch.setattr("composing.CONF", tmp_path / "conf")
+    monkeypatch.setattr("tests.helpers.composing.CONF", tmp_path / "conf")
     monkeypatch.setattr("clex_train.cli.errors.REPOSITORY", tmp_path)
     monkeypatch.chdir(tmp_path)
 
@@ -148,7 +153,36 @@ def test_a_fault_of_the_program_is_left_to_its_traceback():
 
     assert of(KeyError("x")) is None
     assert of(RuntimeError("x")) is None
-    assert of(ValueError("data.path=x: not\n a store")) == "data.path=x: not a store"
+    assert of(ValueError("data.path=x: not a store")) is None
+    assert of(ConfigError("data.path", "x", "not\n a store")) == "data.path=x: not a store"
+    assert of(ConfigError("data.path", None, "name one")) == "data.path: name one"
+    assert of(BadFile("a.json", "not JSON")) == "a.json: not JSON"
+
+
+def test_a_value_error_of_ours_exits_1_with_its_traceback_and_a_mistake_of_the_user_2_with_a_line(capsys):
+    def code_of(error: Exception) -> int:
+        try:
+            raise error
+        except ValueError as caught:
+            return console.report(caught)
+
+    assert code_of(ValueError("budget=3: too few")) == console.FAULT
+    assert "Traceback" in capsys.readouterr().err
+    assert code_of(ConfigError("optim.lr", -1, "greater than 0")) == console.USER_ERROR
+    assert capsys.readouterr().err == "error: optim.lr=-1: greater than 0\n"
+
+
+def test_a_mistake_that_a_worker_process_found_is_the_same_mistake():
+    found = pickle.loads(pickle.dumps(ConfigError("corpus.paths", Path("x.txt"), "not readable")))
+    assert (found.key, found.value, found.remedy) == ("corpus.paths", Path("x.txt"), "not readable")
+    assert str(found) == "corpus.paths=x.txt: not readable"
+
+
+def test_another_program_names_the_refused_key_as_its_user_does():
+    with pytest.raises(ConfigError, match=r"^store=x: not one$"), renamed_key("data.path", "store"):
+        raise ConfigError("data.path", "x", "not one")
+    with pytest.raises(ConfigError, match=r"^seed=-1: 0 or more$"), renamed_key("data.path", "store"):
+        raise ConfigError("seed", -1, "0 or more")
 
 
 def _shares(rows: str) -> list[int]:

@@ -136,7 +136,7 @@ def own_domains(tmp_path, monkeypatch):
 
     def compose(name: str, *overrides: str) -> Config:
         copytree(CONF, tmp_path / "conf")
-        monkeypatch.setattr("composing.CONF", tmp_path / "conf")
+        monkeypatch.setattr("tests.helpers.composing.CONF", tmp_path / "conf")
         (tmp_path / "conf" / "data" / "mine.yaml").write_text(f'path: null\ndomains:\n  "{name}": {{path: x}}\n')
         return composed("data=mine", "evaluation=never", *overrides)
 

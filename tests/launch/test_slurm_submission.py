@@ -12,6 +12,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clex_train.cli import console
+from clex_train.data import vocabulary
 from clex_train.tracking.tracker import git_commit
 from launch import slurm, snapshot
 
@@ -80,6 +81,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(command, tmp_path):
         (("output_dir=/proc/run",), "output_dir=/proc/run: cannot be written"),
         (("-m", "seed=1,2"), "argument=-m: give key=value, or --dry-run"),
         (("resume=never",), "resume=never: a job that is requeued has to resume"),
+        (("evaluation.protocols=[streaming]",), "evaluation.protocols=['streaming']: streaming reads one long text"),
         (("dry_run=true",), "dry_run=True: would be submitted as a job; --dry-run shows the script"),
     ],
 )
@@ -94,8 +96,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, overrides, 
 
 def test_held_out_ids_that_the_embedding_lacks_are_refused_as_train_py_does(command, tmp_path, tiny_store, monkeypatch):
     """Of a store whose training documents have none of them."""
-    for module in (slurm, slurm.dry_run):
-        monkeypatch.setattr(module, "check_embedding", lambda *_: None)
+    monkeypatch.setattr(vocabulary, "check_embedding", lambda *_: None)
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "base")
     done = command("model.path=base", f"evaluation.path={tiny_store}")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from clex_train.preflight import dry_run
+from clex_train.preflight.run_checks import Scope, run_checks
 from clex_train.utils import distributed
 from tests.helpers.composing import CONF, EXPERIMENTS, composed
 from tests.helpers.tiny_causal_lm import save_tiny_llama
@@ -20,7 +21,7 @@ GIB = 2**30
 
 
 def plan_of(*overrides: str) -> dry_run.Plan:
-    return dry_run.make_plan(composed(*overrides, "dry_run=true"))
+    return dry_run.make_plan(run_checks(composed(*overrides, "dry_run=true"), Scope.plan))
 
 
 def part(plan: dry_run.Plan, name: str) -> dry_run.Part:

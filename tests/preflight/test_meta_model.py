@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 from clex_train.config.engine import EngineConfig
 from clex_train.preflight import meta_model
+from clex_train.rope.probe import model_on_meta
 from tests.helpers.composing import CONF
 
 PUBLISHED = {
@@ -25,7 +26,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shipped_architectures_have_the_published_number_of_parameters(name):
-    counts = meta_model.count(AutoConfig.from_pretrained(CONF / "model" / "architectures" / name))
+    counts = meta_model.count(model_on_meta(AutoConfig.from_pretrained(CONF / "model" / "architectures" / name)))
     total, rotary_dim = PUBLISHED[name]
     assert counts.total == counts.trainable == total == sum(counts.blocks)
     assert 2 * len(counts.base_inv_freq) == rotary_dim
@@ -43,7 +44,7 @@ def test_blocks_are_the_embedding_the_layers_and_the_rest(tied):
     )
     model = AutoModelForCausalLM.from_config(copy.deepcopy(arch))
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    counts = meta_model.count(arch)
+    counts = meta_model.count(model_on_meta(arch))
     assert counts.total == sum(p.numel() for p in model.parameters())
     assert counts.blocks == (3200, layer, layer, layer, 32 + (0 if tied else 3200))
     assert torch.equal(counts.base_inv_freq, model.model.rotary_emb.inv_freq.double())
@@ -51,13 +52,13 @@ def test_blocks_are_the_embedding_the_layers_and_the_rest(tied):
 
 def test_a_model_without_rope_is_refused_by_its_type():
     with pytest.raises(ValueError, match="model_type=gpt2"):
-        meta_model.count(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64))
+        meta_model.count(model_on_meta(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64)))
 
 
 def test_counting_leaves_the_architecture_as_it_was():
     arch = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4)
     before = arch.to_dict()
-    meta_model.count(arch)
+    meta_model.count(model_on_meta(arch))
     meta_model.footprint(
         arch,
         rows=1,

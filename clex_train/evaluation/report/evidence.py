@@ -26,6 +26,7 @@ from clex_train.scaling.table import FrequencyTable
 from clex_train.tracking.metrics_log import LONGEST_LINE, parse
 from clex_train.tracking.run_folder import FINAL
 from clex_train.utils import log
+from clex_train.utils.errors import ConfigError, InputError
 from clex_train.utils.files import BadFile, open_regular
 from clex_train.utils.records import decode, read_json
 
@@ -152,7 +153,7 @@ def _hash(path: Path) -> Any:
     """Hash of the weights of an evaluation file; None where it has none or cannot be read."""
     try:
         return results.read(path)[1].model.get("hash")
-    except ValueError:
+    except InputError:
         return None
 
 
@@ -161,15 +162,17 @@ def find_evaluation(argument: Path) -> Path:
     if argument.is_file():
         return argument
     if not argument.is_dir():
-        raise ValueError(f"{argument}: no such run folder or evaluation file; give the output_dir of a run")
+        raise ConfigError(argument, None, "no such run folder or evaluation file; give the output_dir of a run")
     found = sorted((argument / EVALUATIONS).glob("*.json"), key=lambda path: (path.lstat().st_mtime, path.name))
     if (argument / CONFIG).is_file() and not (argument / FINAL).is_dir():
         instead = f", or name one of its evaluations: {found[-1]}" if found else ""
-        raise ValueError(
-            f"{argument}: not finished (no final/); start the same training command again, it continues{instead}"
+        raise ConfigError(
+            argument, None, f"not finished (no final/); start the same training command again, it continues{instead}"
         )
     if not found:
-        raise ValueError(f"{argument}: no evaluation in it; run python -m clex_train.cli.evaluate run={argument} first")
+        raise ConfigError(
+            argument, None, f"no evaluation in it; run python -m clex_train.cli.evaluate run={argument} first"
+        )
     return found[-1]
 
 

@@ -21,6 +21,7 @@ from clex_train.evaluation.report.sources import of_training
 from clex_train.scaling.baselines import ntk_table, pi_table
 from clex_train.scaling.table import FrequencyTable, as_grid
 from clex_train.tracking.run_folder import FINAL
+from clex_train.utils.errors import InputError
 
 MAX_PANELS = 3
 
@@ -71,12 +72,12 @@ def formulas(run: TrainingRun) -> tuple[dict[str, Formula], str]:
     known: dict[str, Formula] = {"ntk": ntk_table, "pi": pi_table}
     try:
         return {**known, "yarn": _yarn(run)}, ""
-    except ValueError as error:
+    except InputError as error:
         return known, f" Without yarn: {error}."
 
 
 def _yarn(run: TrainingRun) -> Formula:
-    """Build YaRN for the model in a run's `final/`; raises `ValueError` for one that cannot have it."""
+    """Build YaRN for the model in a run's `final/`; raises `ConfigError` for one that cannot have it."""
     # transformers takes seconds to import: only reports that draw frequencies pay for it.
     from clex_train.config.evaluation import EvaluationConfig, Method
     from clex_train.config.model import ModelConfig

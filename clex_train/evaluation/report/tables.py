@@ -17,6 +17,7 @@ from typing import Any
 
 from clex_train.evaluation import results
 from clex_train.evaluation.results import Origin, Results, Score
+from clex_train.utils.errors import ConfigError
 
 LEARNED = "clex"
 """`Score.frequencies` of trained frequencies; those of a formula have its name."""
@@ -182,7 +183,7 @@ def _curve(row: Row, result: Results, origin: Origin) -> Curve:
     scores = {s.length: s for s in result.scores if (s.method, s.protocol) == (row.method, row.protocol)}
     if not scores:
         have = ", ".join(dict.fromkeys(f"{s.method}/{s.protocol}" for s in result.scores)) or "no perplexity at all"
-        raise ValueError(f"{row.path}: holds no {row.method}/{row.protocol}, only {have}; evaluate it first")
+        raise ConfigError(row.path, None, f"holds no {row.method}/{row.protocol}, only {have}; evaluate it first")
     missing = frozenset(m.length for m in result.missing if (m.method, m.protocol) == (row.method, row.protocol))
     return Curve(row.label, row.method, row.protocol, result.context_len, scores, row.path, origin, missing)
 

@@ -14,6 +14,7 @@ from clex_train.evaluation.retrieval.prompts import Ask, Draft, Prompt, answer_l
 from clex_train.evaluation.retrieval.tasks import TASKS, RetrievalTask
 from clex_train.utils import distributed, log
 from clex_train.utils.bounds import require
+from clex_train.utils.errors import ConfigError
 from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.seeding import generator
 
@@ -47,10 +48,12 @@ class Cell:
         frames = [frame_len(self.tokenizer, draft, self.bos, self.in_chat) for draft in drafts]
         num_new = max(answer_len(self.tokenizer, draft.answers) for draft in drafts)
         if max(frames) + num_new > self.length:
-            raise ValueError(
-                f"evaluation.task_lengths={self.length}: {self.name.value} needs at least {max(frames) + num_new} "
+            raise ConfigError(
+                "evaluation.task_lengths",
+                self.length,
+                f"{self.name.value} needs at least {max(frames) + num_new} "
                 f"tokens ({max(frames)} of question and hidden text, {num_new} of answer); "
-                "name greater lengths or leave the task out"
+                "name greater lengths or leave the task out",
             )
         object.__setattr__(self, "num_new", num_new)
         object.__setattr__(self, "shortest", min(frames))

@@ -117,8 +117,9 @@ def test_a_training_run_evaluates_the_tasks_that_it_is_asked_for(
     config = Config(model=ModelConfig(path=places["model"]), evaluation=spec, output_dir=str(tmp_path))
     model = copying_llama.build(len(byte_tokenizer))
     loaded = LoadedModel(model, install_rotary(model, copying_llama.CONTEXT_LEN), copying_llama.CONTEXT_LEN)
+    store = TokenStore(places["store"])
     evaluation = TrainingEvaluation(
-        config, TokenStore(places["store"]), copying_llama.CONTEXT_LEN, tokenizer=byte_tokenizer
+        config, store, store.split("validation"), copying_llama.CONTEXT_LEN, tokenizer=byte_tokenizer
     )
     metrics = evaluation(loaded, step=7)
     assert set(metrics) == {"perplexity/trained/one_shot/128", "passkey/trained/256", "needle/trained/256"}

@@ -1,0 +1,42 @@
+"""Write the model of a finished run into `final/`, and recognise a run that has it."""
+
+from pathlib import Path
+
+from clex_train.engine import deepspeed as engines
+from clex_train.models import load
+from clex_train.models.save import is_finished as is_whole
+from clex_train.models.save import write_final
+from clex_train.preflight.run_checks import Preflight
+from clex_train.tracking import run_folder
+from clex_train.training.state import Parts
+from clex_train.utils import distributed, log
+from clex_train.utils.protocols import Tokenizer
+
+logger = log.get(__name__)
+
+
+def save(parts: Parts, tokenizer: Tokenizer) -> None:
+    """Write the weights, the frequencies of the last step and the tokenizer. Collective."""
+    load.solve_table(parts.loaded)
+    final = Path(parts.config.output_dir) / run_folder.FINAL
+    write_final(final, parts.loaded, engines.consolidated_state_dict(parts.engine), tokenizer)
+
+
+def is_finished(ready: Preflight) -> bool:
+    """Tell whether the run has taken its last step and its final model is whole; tidies its folder then. Collective."""
+    history, config = ready.history, ready.requested
+    if history is None or history.first_step != config.optim.steps:
+        return False
+    engines.open_process_group(config.engine)
+    final = Path(config.output_dir) / run_folder.FINAL
+    if not is_whole(final):
+        return False
+    logger.info("%s is finished: its final model is in %s", config.output_dir, final)
+
+    def tidy() -> None:
+        history.checkpoints.tidy()
+        history.checkpoints.retire(config.optim.steps)
+        run_folder.restore_config(config, history.recorded)
+
+    distributed.write_on_main(tidy)
+    return True

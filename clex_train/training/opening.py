@@ -1,0 +1,60 @@
+"""Open a run that the checks let pass: print what is ahead, join the process group, write the launch's records."""
+
+from functools import partial
+from pathlib import Path
+
+from clex_train.data import build as data
+from clex_train.engine import deepspeed as engines
+from clex_train.models import load
+from clex_train.preflight.run_checks import Preflight
+from clex_train.tracking import run_folder, summary, tracker
+from clex_train.utils import distributed
+
+STOP_FILE = "stop"
+"""In the run folder: while it is there, the run is asked to stop; the next launch removes it."""
+
+
+def open_run(ready: Preflight) -> None:
+    """Print the opening block, join the process group and write the run's records. Collective."""
+    run_dir, config = Path(ready.config.output_dir), ready.config
+    if distributed.is_main():
+        # Before the block invites to make it.
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
+    print_opening(ready)
+    data.warn_of_repetition(ready.inputs.packed, config.data, config.optim)
+    engines.open_process_group(config.engine)
+    distributed.write_on_main(partial(_write_records, ready))
+
+
+def print_opening(ready: Preflight) -> None:
+    """Print what is about to be trained, before anything that costs."""
+    assert ready.history is not None
+    config, settings, inputs, first_step = ready.config, ready.settings, ready.inputs, ready.history.first_step
+    subject = summary.Subject(
+        weights=summary.weights_of(config.model),
+        model_type=ready.trained.model_type,
+        num_parameters=load.num_parameters(ready.on_meta),
+        dtype=engines.precision(config.engine),
+        context_len=ready.context.length,
+        context_source=ready.context.source,
+    )
+    micro_batch, accumulation = (
+        settings[name] for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    )
+    batch = summary.Batch(ready.world_size, micro_batch, accumulation)
+    documents = inputs.held_out if ready.evaluation else None
+    described = data.describe(inputs.stores, inputs.packed, config.data, config.optim, documents)
+    lines = summary.training(config, subject, batch, [summary.labelled(label, text) for label, text in described])
+    state = f"goes on from step {first_step:,}" if first_step else "a new run"
+    title = f"train {config.name}, {state}, on {summary.device()} ({summary.versions()})"
+    summary.say(title, (*lines, *summary.output(config)))
+
+
+def _write_records(ready: Preflight) -> None:
+    """Write how the run was launched."""
+    assert ready.history is not None
+    run_dir, first_step = Path(ready.config.output_dir), ready.history.first_step
+    if first_step:
+        run_folder.restore_config(ready.requested, ready.history.recorded)
+    run_folder.write_config(ready.requested)
+    tracker.write_environment(run_dir, first_step, data.fingerprint(ready.inputs.stores))
