@@ -44,7 +44,8 @@ from clex_train.cli.loading import (
 )
 from clex_train.cli.method_keys import METHOD_KEYS, MethodConfig, given
 from clex_train.config.bos import Bos
-from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.config.evaluation import EvaluationConfig, Protocol
+from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.retrieval import Task
 from clex_train.config.root import Config, default_lengths

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clex_train.cli.loading import LoadingConfig
-from clex_train.config.evaluation import Method
+from clex_train.config.method import Method
 
 METHOD_KEYS = (
     "methods",

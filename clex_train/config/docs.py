@@ -16,7 +16,9 @@ def describe(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
         if is_dataclass(value):
             rows += describe(type(value), f"{prefix}{item.name}.")
         else:
-            rows.append((prefix + item.name, _type_name(item.type, value), _show(value), docs[item.name]))
+            choices = "|".join(each.name for each in item.metadata.get("choices", ()))
+            kind = choices or _type_name(item.type, value)
+            rows.append((prefix + item.name, kind, _show(value), docs[item.name]))
     return rows
 
 

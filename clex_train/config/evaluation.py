@@ -7,6 +7,7 @@ from enum import Enum
 
 from clex_train.config import retrieval
 from clex_train.config.bos import Bos
+from clex_train.config.method import Method
 from clex_train.config.retrieval import Task
 from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOST_TOKENS, require, require_at_most
 
@@ -18,20 +19,6 @@ class Protocol(Enum):
     per_position = "per_position"
     last_k = "last_k"
     streaming = "streaming"
-
-
-class Method(Enum):
-    trained = "trained"
-    clex = "clex"
-    none = "none"
-    pi = "pi"
-    ntk = "ntk"
-    dynamic_ntk = "dynamic_ntk"
-    yarn = "yarn"
-    theta = "theta"
-    longrope = "longrope"
-    random_pos = "random_pos"
-    lm_infinite = "lm_infinite"
 
 
 MOST = {

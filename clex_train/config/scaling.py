@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
+from clex_train.config.method import EVALUATION_ONLY, FORMULAS, TRAINED_BY, Method
 from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOST_TOKENS, require, require_at_most
 
-
-class ScalingName(Enum):
-    none = "none"
-    clex = "clex"
-    pi = "pi"
-    ntk = "ntk"
-    dynamic_ntk = "dynamic_ntk"
-    yarn = "yarn"
-    theta = "theta"
-    longrope = "longrope"
-    random_pos = "random_pos"
-
-
-FORMULAS = tuple(name for name in ScalingName if name not in (ScalingName.none, ScalingName.clex))
-"""Recipes with frequencies by a formula at one scale factor for the whole run, said in a stock config.json."""
-FOLLOWING_LENGTH = (ScalingName.dynamic_ntk, ScalingName.longrope)
+FOLLOWING_LENGTH = (Method.dynamic_ntk, Method.longrope)
 """Those whose frequencies transformers changes with the length of each call; a run trains at those of its rows."""
 
 
@@ -69,7 +55,7 @@ MOST = {
 
 @dataclass
 class ScalingConfig:
-    name: ScalingName = ScalingName.none
+    name: Method = field(default=Method.none, metadata={"choices": TRAINED_BY})
     """`none` trains with the model's own RoPE; `clex` learns the frequencies as an ODE over the scale factor; the rest
     have them by a formula (docs/recipes.md)."""
     t_max: float = 16.0
@@ -114,6 +100,12 @@ class ScalingConfig:
     """The vector field sees log theta_ntk at base 10000 whatever the model's base, as in the official code."""
 
     def __post_init__(self) -> None:
+        require(
+            self.name not in EVALUATION_ONLY,
+            "scaling.name",
+            self.name.name,
+            f"reads a model in evaluation (evaluation.methods); train by {', '.join(each.name for each in TRAINED_BY)}",
+        )
         require_at_most(self, "scaling.", MOST)
         require(self.t_max >= 1, "scaling.t_max", self.t_max, "a scale factor is at least 1")
         require(self.t_factor >= 1, "scaling.t_factor", self.t_factor, "1 or more")
@@ -126,7 +118,7 @@ class ScalingConfig:
         )
         require(self.rope_theta > 1, "scaling.rope_theta", self.rope_theta, "greater than 1")
         require(
-            self.name is not ScalingName.random_pos or self.positions is not Positions.plain,
+            self.name is not Method.random_pos or self.positions is not Positions.plain,
             "scaling.positions",
             self.positions.name,
             "random_pos with plain positions is scaling=none; take random",
@@ -151,5 +143,5 @@ class ScalingConfig:
         """The scale factor t of a recipe by formula that trains on rows of `row_len` tokens; L is `context_len`."""
         if self.factor is not None:
             return self.factor
-        longer = row_len > context_len and self.name is not ScalingName.random_pos
+        longer = row_len > context_len and self.name is not Method.random_pos
         return row_len / context_len if longer else self.t_max

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from clex_train.config.checkpoint import OnFullDisk
+from clex_train.config.method import Method
 from clex_train.config.root import Config
-from clex_train.config.scaling import ScalingName
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_bos, check_embedding
@@ -58,7 +58,7 @@ class TrainingEvaluation:
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, bos_id=bos_id)
         arch = trained_architecture(config, architecture.to_train(config.model))
         unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)
-        has_clex = config.scaling.name is ScalingName.clex
+        has_clex = config.scaling.name is Method.clex
         methods.check(self.spec, unloaded, has_clex, scale_grid(config.scaling.t_max) if has_clex else None)
         self.cells = plan.of_spec(self.spec, tokenizer, self.store, bos=bos_id is not None)
 

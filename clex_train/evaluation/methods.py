@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clex_train.config.evaluation import EvaluationConfig, Method
+from clex_train.config.evaluation import EvaluationConfig
+from clex_train.config.method import Method
 from clex_train.lm_infinite.install import LmInfinite, apply_lm_infinite
 from clex_train.lm_infinite.middle_tokens import BestMiddle
 from clex_train.models.load import LoadedModel

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from clex_train.config.scaling import ScalingConfig, ScalingName
+from clex_train.config.method import Method
+from clex_train.config.scaling import ScalingConfig
 from clex_train.rope.hf_scalings import read_longrope_factors
 from clex_train.rope.native import handle_without_weights
 from clex_train.rope.patch import RotaryHandle
@@ -82,7 +83,7 @@ def scaled(
     asked = _Asked(scaling, factor, context_len, len(own), parameters["rope_theta"])
     parameters.update(PARAMETERS[scaling.name](asked))
     text.max_position_embeddings = context_len
-    if scaling.name is not ScalingName.dynamic_ntk:
+    if scaling.name is not Method.dynamic_ntk:
         text.original_max_position_embeddings = context_len
         text.max_position_embeddings = round(factor * context_len)
     after = spectrum_at(handle_without_weights(arch, context_len, trust_remote_code), factor)
@@ -169,7 +170,7 @@ def _global_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     return chosen[0] if chosen else parameters
 
 
-def require_unscaled(config: PretrainedConfig, name: ScalingName) -> None:
+def require_unscaled(config: PretrainedConfig, name: Method) -> None:
     """`ValueError` when the context of an architecture was extended before: another scaling would be on top of that."""
     original, served = original_context(config), getattr(config.get_text_config(), "max_position_embeddings", None)
     require(
@@ -237,20 +238,20 @@ def _unchanged(_: _Asked) -> dict[str, Any]:
     return {}
 
 
-PARAMETERS: dict[ScalingName, Callable[[_Asked], dict[str, Any]]] = {
-    ScalingName.pi: _linear,
-    ScalingName.ntk: _ntk,
-    ScalingName.yarn: _yarn,
-    ScalingName.dynamic_ntk: _dynamic,
-    ScalingName.theta: _theta,
-    ScalingName.longrope: _longrope,
-    ScalingName.random_pos: _unchanged,
+PARAMETERS: dict[Method, Callable[[_Asked], dict[str, Any]]] = {
+    Method.pi: _linear,
+    Method.ntk: _ntk,
+    Method.yarn: _yarn,
+    Method.dynamic_ntk: _dynamic,
+    Method.theta: _theta,
+    Method.longrope: _longrope,
+    Method.random_pos: _unchanged,
 }
 
 
 def _require_followed(scaling: ScalingConfig, factor: float, before: Tensor, after: Tensor, kind: str) -> None:
     """A family whose own code reads its base elsewhere would train unscaled and say nothing."""
-    moves = scaling.name is ScalingName.theta or (factor > 1 and scaling.name is not ScalingName.random_pos)
+    moves = scaling.name is Method.theta or (factor > 1 and scaling.name is not Method.random_pos)
     require(
         not (moves and torch.equal(before, after)),
         "scaling.name",

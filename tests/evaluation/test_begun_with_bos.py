@@ -10,7 +10,8 @@ import torch
 from tqdm.auto import tqdm
 
 from clex_train.config.bos import Bos
-from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.config.evaluation import EvaluationConfig, Protocol
+from clex_train.config.method import Method
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.data.manifest import MANIFEST
 from clex_train.data.store import TokenStore

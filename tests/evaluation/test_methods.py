@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from clex_train.cli import console
 from clex_train.cli import evaluate as program
-from clex_train.config.evaluation import EvaluationConfig, Method
+from clex_train.config.evaluation import EvaluationConfig
+from clex_train.config.method import Method
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
 from clex_train.evaluation.methods import of_model

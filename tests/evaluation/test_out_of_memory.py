@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from clex_train.attention import kv_cache
-from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.config.evaluation import EvaluationConfig, Protocol
+from clex_train.config.method import Method
 from clex_train.evaluation import out_of_memory
 from clex_train.evaluation.methods import tables
 from clex_train.evaluation.out_of_memory import Room

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.config.evaluation import EvaluationConfig, Protocol
+from clex_train.config.method import Method
 from clex_train.evaluation import partial_results
 from clex_train.evaluation.methods import tables
 from clex_train.evaluation.partial_results import Partial, resume

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.config.evaluation import EvaluationConfig, Protocol
+from clex_train.config.method import Method
 from clex_train.evaluation.methods import FORMULAS, tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.results import Results

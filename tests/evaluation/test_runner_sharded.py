@@ -9,7 +9,8 @@ import torch
 import torch.multiprocessing
 
 from clex_train.config.engine import EngineConfig
-from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.config.evaluation import EvaluationConfig, Protocol
+from clex_train.config.method import Method
 from clex_train.evaluation.methods import tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.runner import evaluate

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from clex_train.config import root as configuration
-from clex_train.config.evaluation import EvaluationConfig, Method
+from clex_train.config.evaluation import EvaluationConfig
+from clex_train.config.method import Method
 from clex_train.config.root import Config
 from clex_train.evaluation import methods
 from clex_train.lm_infinite.install import apply_lm_infinite

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clex_train.config.evaluation import Method
+from clex_train.config.method import Method
 from clex_train.evaluation.methods import tables
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.retrieval.decoding import greedy

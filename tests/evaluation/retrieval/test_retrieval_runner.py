@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from clex_train.attention import kv_cache
-from clex_train.config.evaluation import EvaluationConfig, Method
+from clex_train.config.evaluation import EvaluationConfig
+from clex_train.config.method import Method
 from clex_train.config.retrieval import Task
 from clex_train.evaluation import methods
 from clex_train.evaluation.results import Missing, TaskScore, task_metrics

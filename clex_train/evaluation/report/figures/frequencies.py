@@ -89,7 +89,8 @@ def formulas(run: TrainingRun) -> tuple[dict[str, Formula], str]:
 def _yarn(run: TrainingRun) -> Formula:
     """YaRN for the model in a run's `final/`; `ValueError` for one that cannot have it."""
     # transformers takes seconds to import: only reports that draw frequencies pay for it.
-    from clex_train.config.evaluation import EvaluationConfig, Method
+    from clex_train.config.evaluation import EvaluationConfig
+    from clex_train.config.method import Method
     from clex_train.config.model import ModelConfig
     from clex_train.evaluation import methods
     from clex_train.models import architecture
