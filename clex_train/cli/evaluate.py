@@ -297,7 +297,7 @@ def stream(asked: EvaluateConfig, plan: Plan, text: Stream) -> Done | None:
     """Load the weights and read one long text by each method, and in windows of L; a dry run says what it takes."""
     loaded, dtype = load(asked, plan.model)
     inserted = methods.for_streams(plan.spec, loaded)
-    table = methods.tables([Method.none], None, loaded.base_inv_freq, loaded.context_len, loaded.context_len)["none"]
+    table = methods.tables([Method.none], methods.base_rope(loaded.handle), loaded.context_len)["none"]
     loaded.handle.use(table)
     names = [method.value for method in plan.spec.methods]
     if asked.dry_run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from clex_train.config import retrieval
 from clex_train.config.bos import Bos
@@ -153,6 +154,11 @@ class EvaluationConfig:
             f"more than the shortest of evaluation.lengths={self.lengths}, so windows would leave tokens out; "
             f"say evaluation.stride={shortest} or less",
         )
+
+    def method_settings(self) -> dict[str, Any]:
+        """The keys of this group that are settings of a method, by the field of its class."""
+        names = ("rope_theta", "dynamic_factor", "longrope_factors", "lm_infinite_t")
+        return {name: getattr(self, name) for name in names}
 
     def lengths_of_tasks(self) -> list[int]:
         """Lengths of the retrieval prompts, in tokens."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from clex_train.config.method import EVALUATION_ONLY, FORMULAS, TRAINED_BY, Method
 from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOST_TOKENS, require, require_at_most
-
-FOLLOWING_LENGTH = (Method.dynamic_ntk, Method.longrope)
-"""Those whose frequencies transformers changes with the length of each call; a run trains at those of its rows."""
 
 
 class Positions(Enum):
@@ -138,6 +136,10 @@ class ScalingConfig:
         require(self.max_residual > 0, "scaling.max_residual", self.max_residual, "greater than 0")
         require(1e-12 <= self.tolerance <= 1e-2, "scaling.tolerance", self.tolerance, "between 1e-12 and 1e-2")
         require(self.check_every >= 1, "scaling.check_every", self.check_every, "at least 1 step")
+
+    def method_settings(self) -> dict[str, Any]:
+        """The keys of this group that are settings of a method, by the field of its class."""
+        return {"rope_theta": self.rope_theta, "longrope_factors": self.longrope_factors}
 
     def factor_for(self, row_len: int, context_len: int) -> float:
         """The scale factor t of a recipe by formula that trains on rows of `row_len` tokens; L is `context_len`."""

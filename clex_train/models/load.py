@@ -20,7 +20,7 @@ from clex_train.config.attention import AttentionImplementation
 from clex_train.config.method import FORMULAS, Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
-from clex_train.config.scaling import FOLLOWING_LENGTH, LogScale, Positions
+from clex_train.config.scaling import LogScale, Positions
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models import architecture, hub, official, weights
 from clex_train.models import directory as model_directory
@@ -29,6 +29,7 @@ from clex_train.rope import probe, recipes
 from clex_train.rope.native import install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.rope.receptive_field import require_scalable_config
+from clex_train.scaling import methods
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import FrequencyTable, scale_grid
@@ -152,7 +153,7 @@ def load_for_training(
         recompute_layers(model)
     model.config.use_cache = False
     # One that follows the length by itself trains at the frequencies of its rows' length.
-    install = install_as_is if config.scaling.name in FOLLOWING_LENGTH else install_rotary
+    install = install_as_is if methods.for_training(config.scaling).follows_length else install_rotary
     loaded = LoadedModel(model, install(model, length), length)
     policy = config.scaling.log_scale
     if config.scaling.name is Method.clex:

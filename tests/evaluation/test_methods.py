@@ -22,8 +22,8 @@ from clex_train.evaluation.methods import of_model
 from clex_train.evaluation.windows import select
 from clex_train.models.load import LoadedModel
 from clex_train.rope.patch import install_rotary
-from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.table import scale_grid
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 

@@ -21,7 +21,7 @@ from clex_train.models import architecture
 from clex_train.models.load import load_for_training, recompute_layers
 from clex_train.rope.native import install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary
-from clex_train.scaling.baselines import ntk_table
+from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.spectrum import Spectrum, cos_sin
 from tests.rope.rotary_families import CONTEXT, tokens
 from tests.rope.test_receptive_field import HYBRID, model_of

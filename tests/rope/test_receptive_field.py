@@ -22,7 +22,7 @@ from clex_train.models.load import LoadedModel, load_for_training, trained_archi
 from clex_train.rope.native import install_as_is
 from clex_train.rope.patch import install_rotary
 from clex_train.rope.receptive_field import require_scalable_config
-from clex_train.scaling.baselines import ntk_table
+from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.spectrum import Spectrum
 from tests.rope.rotary_families import CONTEXT, from_config, tokens
 

@@ -12,7 +12,8 @@ from clex_train.models import architecture as architectures
 from clex_train.models import load
 from clex_train.preflight.dry_run import print_plan
 from clex_train.rope import recipes
-from clex_train.scaling.baselines import ntk_table, pi_table
+from clex_train.scaling.methods.ntk import ntk_table
+from clex_train.scaling.methods.pi import pi_table
 from clex_train.training import loop
 from tests.helpers.composing import composed
 

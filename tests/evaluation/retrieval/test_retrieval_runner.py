@@ -45,8 +45,7 @@ def documents(byte_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def tables_of(handle: RotaryHandle, chosen: Sequence[Method], longest: int) -> dict[str, Frequencies]:
-    formulas = methods.formulas(SPEC, handle)
-    return methods.tables(chosen, None, handle.base_inv_freq, CONTEXT_LEN, longest, formulas)
+    return methods.tables(chosen, methods.base_rope(handle), longest, SPEC)
 
 
 def run(
