@@ -81,7 +81,7 @@ KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, "offload_cache", "bos")
 """What the command line may say otherwise than the run's `evaluation` group."""
 NOT_SHAPING = ("every", "path", "allow_overlap", "chunk_len", "offload_cache", "bos")
 """What of the `evaluation` group leaves the numbers as they are: when, and how much memory is taken at a time."""
-LATER = ("lm_infinite_top_k", "lm_infinite_top_k_layer", "chat_template")
+LATER = ("lm_infinite_top_k", "lm_infinite_top_k_layer", "chat_template", "method_options")
 """Keys that older files lack; they are the same request where these have their defaults."""
 
 logger = log.get(__name__)

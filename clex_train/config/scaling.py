@@ -69,6 +69,9 @@ class ScalingConfig:
     """Base of the frequencies under `theta` (Code Llama's)."""
     longrope_factors: str | None = None
     """JSON file with `short_factor` (up to L) and `long_factor` (beyond): a number for each pair that rotates."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of a method that have no key here, as `scaling.options.NAME=value`: the fields of its class in
+    `clex_train/scaling/methods`."""
     positions: Positions = Positions.mix
     """Where a row's tokens sit in [0, t*L): `random` (the paper), `uniform`, `skip` (chunks with gaps), `mix` of random
     and skip, or `plain` (0, 1, 2, ...)."""
@@ -113,6 +116,12 @@ class ScalingConfig:
             "scaling.factor",
             self.factor,
             f"scaling={self.name.name} has none: `clex` serves up to scaling.t_max, `none` changes nothing",
+        )
+        require(
+            not self.options or self.name in FORMULAS,
+            "scaling.options",
+            self.options,
+            f"scaling={self.name.name} has none; leave the key out",
         )
         require(self.rope_theta > 1, "scaling.rope_theta", self.rope_theta, "greater than 1")
         require(

@@ -67,6 +67,13 @@ def scaled(
         text.max_position_embeddings = round(factor * context_len)
     after = spectrum_at(handle_without_weights(arch, context_len, trust_remote_code), factor)
     require(
+        len(after.inv_freq) == len(own),
+        "scaling.name",
+        scaling.name.name,
+        f"its rope_parameters are of whole heads: model_type={base.model_type} would rotate {len(after.inv_freq)} "
+        f"pairs, and its weights were trained with {len(own)}",
+    )
+    require(
         not (method.changes(factor) and torch.equal(rope.inv_freq, after.inv_freq)),
         "scaling.name",
         scaling.name.name,

@@ -151,8 +151,9 @@ def _formula(config: Config, context_len: int) -> str:
     scaling = config.scaling
     factor = scaling.factor_for(config.data.seq_len, context_len)
     base = f", rope_theta {scaling.rope_theta:g}" if scaling.name is Method.theta else ""
+    options = "".join(f", {name} {value}" for name, value in scaling.options.items())
     return (
-        f"{scaling.name.name}: factor {factor:g}{base}, L = {context_len:,}: contexts up to "
+        f"{scaling.name.name}: factor {factor:g}{base}{options}, L = {context_len:,}: contexts up to "
         f"{round(factor * context_len):,} tokens; positions {scaling.positions.name}"
     )
 

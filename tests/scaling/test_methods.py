@@ -1,6 +1,7 @@
 """The methods of scaling: closed forms against transformers and their formulas, and one module for each name."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from clex_train.cli.evaluate import parse
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import FORMULAS, Method
 from clex_train.config.scaling import ScalingConfig
@@ -91,7 +93,37 @@ def test_settings_come_from_the_keys_of_their_group() -> None:
     trained = methods.for_training(ScalingConfig(name=Method.theta, rope_theta=2e6))
     read = methods.for_evaluation(Method.dynamic_ntk, EvaluationConfig(dynamic_factor=2.0))
     assert trained == LargerBase(rope_theta=2e6)
-    assert read == DynamicNtk(dynamic_factor=2.0, prefix="evaluation.")
+    assert isinstance(read, DynamicNtk)
+    assert (read.dynamic_factor, read.prefix) == (2.0, "evaluation.")
+
+
+def test_options_are_set_by_name_and_typed() -> None:
+    config = composed("scaling=dynamic_ntk", "scaling.options.dynamic_factor=2", "dry_run=true").scaling
+    assert methods.for_training(config) == DynamicNtk(dynamic_factor=2.0)
+    asked = parse(["model=.", "data=.", "methods=[dynamic_ntk]", "method_options.lm_infinite.x=1"])
+    assert asked.method_options == {"lm_infinite": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("pi", {"x": 1}, r"scaling\.options\.x=1: no such option; pi has none"),
+        ("theta", {"rope_theta": 1e7}, r"scaling\.options\.rope_theta=10000000\.0: no such option; theta has none"),
+        ("dynamic_ntk", {"dynamic_factor": "a"}, r"scaling\.options\.dynamic_factor=a: Expected `float \| null`"),
+    ],
+)
+def test_an_option_that_a_method_does_not_take_is_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        methods.for_training(ScalingConfig(name=Method(name), options=options))
+
+
+def test_options_of_no_method_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^scaling\.options={'p': 1}: scaling=none has none"):
+        ScalingConfig(options={"p": 1})
+    with pytest.raises(ValueError, match=r"^evaluation\.method_options=yarn7: no such method; one of trained, clex"):
+        EvaluationConfig(method_options={"yarn7": {}})
+    with pytest.raises(ValueError, match=r"^evaluation\.method_options\.yarn\.x=1: no such option; yarn has none"):
+        methods.for_evaluation(Method.yarn, EvaluationConfig(method_options={"yarn": {"x": 1}}))
 
 
 def test_what_needs_a_model_s_config_is_refused_without_one() -> None:

@@ -50,10 +50,16 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingMethod(ABC):
-    """A method of scaling RoPE. The dataclass fields of a subclass are its settings."""
+    """A method of scaling RoPE. The dataclass fields of a subclass are its settings.
+
+    A field takes the value of the key of this name in `scaling` or `evaluation` where there is one (`method_settings`),
+    else that of `scaling.options` or `evaluation.method_options`.
+    """
 
     prefix: str = "scaling."
     """Group of the settings in messages: `scaling.` in training, `evaluation.` in evaluation."""
+    options_prefix: str = "scaling.options."
+    """The same for settings without a key in the group."""
 
     title: ClassVar[str]
     """The label, without settings."""
