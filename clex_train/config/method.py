@@ -19,6 +19,7 @@ class Method(Enum):
     yarn = "yarn"
     theta = "theta"
     longrope = "longrope"
+    p_rope = "p_rope"
     random_pos = "random_pos"
     lm_infinite = "lm_infinite"
 
