@@ -20,6 +20,7 @@ class Method(Enum):
     theta = "theta"
     longrope = "longrope"
     p_rope = "p_rope"
+    cope = "cope"
     random_pos = "random_pos"
     lm_infinite = "lm_infinite"
 
