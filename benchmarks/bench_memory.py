@@ -146,15 +146,16 @@ def configuration(folder: Path, shape: Shape, options: dict[str, Any]) -> Any:
     """A run with CLEX on one row a step."""
     from clex_train.config.engine import EngineConfig, Offload
     from clex_train.config.evaluation import EvaluationConfig
+    from clex_train.config.method import Method
     from clex_train.config.model import Init, ModelConfig
     from clex_train.config.optim import OptimConfig
     from clex_train.config.root import Config
-    from clex_train.config.scaling import ScalingConfig, ScalingName
+    from clex_train.config.scaling import ScalingConfig
 
     offload = Offload(options.get("offload", "none"))
     config = Config(
         model=ModelConfig(init=Init.random, config=str(folder)),
-        scaling=ScalingConfig(name=ScalingName.clex, t_max=16.0),
+        scaling=ScalingConfig(name=Method.clex, t_max=16.0),
         engine=EngineConfig(**{**options, "offload": offload}),
         optim=OptimConfig(batch_rows=1, steps=10),
         evaluation=EvaluationConfig(every=-1),

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from clex_train.config.method import Method
 from clex_train.evaluation import bootstrap, results
 from clex_train.evaluation.report.evidence import of_rows
 from clex_train.evaluation.report.tables import Row
 from clex_train.evaluation.report.write import write as write_report
+from clex_train.scaling import methods
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import make_folder, write_atomically
 from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows
@@ -23,15 +25,7 @@ CHOSEN = next(arm.label for arm in MAIN if arm.name == "clex_t_factor_2")
 BASE_DRAWN = ("none", "ntk", "yarn", "lm_infinite")
 DRAWN = ("one_shot", "per_position", "last_k")
 PROTOCOLS = ("one_shot", "last_k")
-FORMULA_NAMES = {
-    "none": "plain RoPE",
-    "pi": "PI",
-    "ntk": "NTK(2t-1)",
-    "dynamic_ntk": "dynamic NTK",
-    "yarn": "YaRN",
-    "theta": "theta 1e6",
-    "lm_infinite": "LM-Infinite",
-}
+FORMULA_NAMES = {name: methods.create(Method(name)).label for name in BASE_METHODS}
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ from clex_train.cli.loading import (
 )
 from clex_train.cli.method_keys import METHOD_KEYS, MethodConfig, given
 from clex_train.config.bos import Bos
-from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.config.evaluation import EvaluationConfig, Protocol
+from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.retrieval import Task
 from clex_train.config.root import Config, default_lengths
@@ -81,7 +82,7 @@ KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, "offload_cache", "bos")
 """What the command line may say otherwise than the run's `evaluation` group."""
 NOT_SHAPING = ("every", "path", "allow_overlap", "chunk_len", "offload_cache", "bos")
 """What of the `evaluation` group leaves the numbers as they are: when, and how much memory is taken at a time."""
-LATER = ("lm_infinite_top_k", "lm_infinite_top_k_layer", "chat_template")
+LATER = ("lm_infinite_top_k", "lm_infinite_top_k_layer", "chat_template", "method_options")
 """Keys that older files lack; they are the same request where these have their defaults."""
 
 logger = log.get(__name__)
@@ -301,7 +302,7 @@ def stream(asked: EvaluateConfig, plan: Plan, text: Stream) -> Done | None:
     """Load the weights and read one long text by each method, and in windows of L; a dry run says what it takes."""
     loaded, dtype = load(asked, plan.model)
     inserted = methods.for_streams(plan.spec, loaded)
-    table = methods.tables([Method.none], None, loaded.base_inv_freq, loaded.context_len, loaded.context_len)["none"]
+    table = methods.tables([Method.none], methods.base_rope(loaded.handle), loaded.context_len)["none"]
     loaded.handle.use(table)
     names = [method.value for method in plan.spec.methods]
     if asked.dry_run:

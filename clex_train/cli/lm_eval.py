@@ -36,7 +36,8 @@ from clex_train.cli.forecast import Amount
 from clex_train.cli.loading import Source
 from clex_train.cli.method_keys import METHOD_KEYS, MethodConfig, given
 from clex_train.config.bos import Bos
-from clex_train.config.evaluation import EvaluationConfig, Method
+from clex_train.config.evaluation import EvaluationConfig
+from clex_train.config.method import Method
 from clex_train.data.bos import adds_bos
 from clex_train.data.vocabulary import check_ids
 from clex_train.evaluation import harness, methods

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from clex_train.cli.loading import LoadingConfig
-from clex_train.config.evaluation import Method
+from clex_train.config.method import Method
 
 METHOD_KEYS = (
     "methods",
     "rope_theta",
     "dynamic_factor",
     "longrope_factors",
+    "method_options",
     "t_factor",
     "n_local",
     "n_global",
@@ -24,16 +25,17 @@ METHOD_KEYS = (
 
 @dataclass
 class MethodConfig(LoadingConfig):
-    methods: list[Method] | None = None
-    """`trained`: as the model is; `clex`: the same, of a model with CLEX; `none`, `pi`, `ntk`, `dynamic_ntk`, `yarn`,
-    `theta`, `longrope`, `random_pos`: those frequencies on its weights; `lm_infinite`: plain ones and the Lambda-shaped
-    mask. By default the run's, or as the model is."""
+    methods: list[Method] | None = field(default=None, metadata={"choices": Method})
+    """`trained`: the model as it is; `clex`: the same, of a model with CLEX; `lm_infinite`: plain frequencies and the
+    Lambda-shaped mask; the others: their frequencies on its weights. By default the run's, or as the model is."""
     rope_theta: float | None = None
     """Base of `theta`; by default 1e6."""
     dynamic_factor: float | None = None
     """Factor of `dynamic_ntk`; by default t. 1 is the dynamic NTK of the YaRN paper, 2 is `ntk`."""
     longrope_factors: str | None = None
     """JSON file with `short_factor` and `long_factor`, for `longrope` on a model without."""
+    method_options: dict[str, dict[str, Any]] | None = None
+    """Other settings of methods, as `method_options.METHOD.NAME=value`."""
     n_local: int | None = None
     """Latest tokens that `lm_infinite` sees; by default t * L."""
     n_global: int | None = None

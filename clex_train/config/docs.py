@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -16,7 +16,8 @@ def describe(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
         if is_dataclass(value):
             rows += describe(type(value), f"{prefix}{item.name}.")
         else:
-            rows.append((prefix + item.name, _type_name(item.type, value), _show(value), docs[item.name]))
+            kind = _choices(item, value) or _type_name(item.type, value)
+            rows.append((prefix + item.name, kind, _show(value), docs[item.name]))
     return rows
 
 
@@ -42,6 +43,12 @@ def _own_field_docs(schema: type) -> dict[str, str]:
         ):
             docs[statement.target.id] = str(following.value.value)
     return docs
+
+
+def _choices(item: Field[Any], value: Any) -> str:
+    """The values that a field names itself, where they are not those of its type."""
+    names = "|".join(each.name for each in item.metadata.get("choices", ()))
+    return f"list[{names}]" if names and str(item.type).startswith("list") else names
 
 
 def _type_name(annotation: Any, value: Any) -> str:

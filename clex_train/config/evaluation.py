@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from clex_train.config import retrieval
 from clex_train.config.bos import Bos
+from clex_train.config.method import Method
 from clex_train.config.retrieval import Task
 from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOST_TOKENS, require, require_at_most
 
@@ -18,20 +20,6 @@ class Protocol(Enum):
     per_position = "per_position"
     last_k = "last_k"
     streaming = "streaming"
-
-
-class Method(Enum):
-    trained = "trained"
-    clex = "clex"
-    none = "none"
-    pi = "pi"
-    ntk = "ntk"
-    dynamic_ntk = "dynamic_ntk"
-    yarn = "yarn"
-    theta = "theta"
-    longrope = "longrope"
-    random_pos = "random_pos"
-    lm_infinite = "lm_infinite"
 
 
 MOST = {
@@ -66,16 +54,19 @@ class EvaluationConfig:
     protocols: list[Protocol] = field(default_factory=lambda: [Protocol.one_shot])
     """`one_shot`: windows of N, t fixed by N; `chunked` (official): chunks of L through the cache, t grows; `sliding`:
     windows moved by `stride`; `per_position`: nll against position; `last_k`: a window's last tokens alone."""
-    methods: list[Method] = field(default_factory=lambda: [Method.trained])
-    """`trained` is the model as it is, `clex` the same where it holds a CLEX. Frequencies put into the same weights:
-    `none` (plain RoPE; so is `random_pos`), `pi`, `ntk`, `dynamic_ntk`, `yarn`, `theta`, `longrope`. `lm_infinite`:
-    plain frequencies and the Lambda-shaped mask."""
+    methods: list[Method] = field(default_factory=lambda: [Method.trained], metadata={"choices": Method})
+    """`trained` is the model as it is, `clex` the same where it holds a CLEX, `lm_infinite` plain frequencies and the
+    Lambda-shaped mask. The others put their frequencies into the same weights (docs/recipes.md); `none` and
+    `random_pos` are plain RoPE."""
     rope_theta: float = 1e6
     """Base of `theta`, in place of the model's (Code Llama's by default)."""
     dynamic_factor: float | None = None
     """Factor of `dynamic_ntk`; by default t. 1 is the dynamic NTK of the YaRN paper, 2 is `ntk`."""
     longrope_factors: str | None = None
     """JSON file with `short_factor` and `long_factor`, a number for each pair, for `longrope` on a model without."""
+    method_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of methods that have no key here, as `evaluation.method_options.METHOD.NAME=value`: the fields of their
+    classes in `clex_train/scaling/methods`."""
     n_local: int | None = None
     """Latest tokens that `lm_infinite` sees; by default t * L, with t that of `lm_infinite_t`."""
     n_global: int = 10
@@ -137,6 +128,9 @@ class EvaluationConfig:
             self.dynamic_factor,
             "1 or more",
         )
+        for name in self.method_options:
+            known = ", ".join(method.value for method in Method)
+            require(name in Method.__members__, "evaluation.method_options", name, f"no such method; one of {known}")
         require(self.num_windows >= 1, "evaluation.num_windows", self.num_windows, "at least 1 window")
         require(self.stride >= 1, "evaluation.stride", self.stride, "at least 1 token")
         require(self.last_k is None or self.last_k >= 1, "evaluation.last_k", self.last_k, "at least 1 token")
@@ -166,6 +160,11 @@ class EvaluationConfig:
             f"more than the shortest of evaluation.lengths={self.lengths}, so windows would leave tokens out; "
             f"say evaluation.stride={shortest} or less",
         )
+
+    def method_settings(self) -> dict[str, Any]:
+        """The keys of this group that are settings of a method, by the field of its class."""
+        names = ("rope_theta", "dynamic_factor", "longrope_factors", "lm_infinite_t")
+        return {name: getattr(self, name) for name in names}
 
     def lengths_of_tasks(self) -> list[int]:
         """Lengths of the retrieval prompts, in tokens."""

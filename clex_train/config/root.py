@@ -21,11 +21,12 @@ from clex_train.config.checkpoint import CheckpointConfig
 from clex_train.config.data import DataConfig, DomainConfig
 from clex_train.config.docs import describe
 from clex_train.config.engine import EngineConfig
-from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.launch import LaunchConfig
+from clex_train.config.method import FORMULAS, Method
 from clex_train.config.model import Init, ModelConfig
 from clex_train.config.optim import OptimConfig
-from clex_train.config.scaling import FORMULAS, Positions, ScalingConfig, ScalingName
+from clex_train.config.scaling import Positions, ScalingConfig
 from clex_train.config.suggestions import did_you_mean
 from clex_train.config.tracking import TrackingConfig
 from clex_train.utils.bounds import require
@@ -182,7 +183,7 @@ def with_lengths(config: Config, context_len: int, longest_document: int | None 
     if not data.seq_len:
         data = replace(data, seq_len=context_len)
     if not evaluation.lengths:
-        t_max = scaling.t_max if scaling.name is ScalingName.clex else None
+        t_max = scaling.t_max if scaling.name is Method.clex else None
         evaluation = replace(evaluation, lengths=default_lengths(context_len, t_max, longest_document))
     return replace(config, data=data, evaluation=evaluation)
 
@@ -209,7 +210,7 @@ def check_reach(config: Config, context_len: int) -> None:
     longest, scaling = config.evaluation.longest(), config.scaling
     served = int(scaling.t_max * context_len)
     require(
-        scaling.name is not ScalingName.clex or config.evaluation.every < 0 or longest <= served,
+        scaling.name is not Method.clex or config.evaluation.every < 0 or longest <= served,
         "evaluation.lengths",
         config.evaluation.lengths,
         f"beyond scaling.t_max * L = {scaling.t_max:g} * {context_len} = {served} tokens; raise scaling.t_max, or "
@@ -220,7 +221,7 @@ def check_reach(config: Config, context_len: int) -> None:
 def check_scaling(config: Config, holds_clex: bool) -> None:
     """`ValueError` when weights that were trained with CLEX are to be trained on without it."""
     require(
-        config.scaling.name is ScalingName.clex or not holds_clex,
+        config.scaling.name is Method.clex or not holds_clex,
         "scaling.name",
         config.scaling.name.name,
         f"{config.model.path} holds a CLEX field, which scaling={config.scaling.name.name} would drop; scaling=clex "
@@ -235,7 +236,7 @@ def check_lambda_mask(config: Config) -> None:
     scaling, evaluation = config.scaling, config.evaluation
     methods, protocols = ([item.value for item in items] for items in (evaluation.methods, evaluation.protocols))
     evaluates = evaluation.every >= 0
-    plain = scaling.name is ScalingName.none or scaling.positions is Positions.plain
+    plain = scaling.name is Method.none or scaling.positions is Positions.plain
     conflicts: list[tuple[bool, str, object, str]] = [
         (
             config.data.document_mask,
@@ -271,14 +272,14 @@ def check_positions(config: Config, context_len: int) -> None:
     scaling, row_len = config.scaling, config.data.seq_len
     served = int(scaling.t_max * context_len)
     require(
-        scaling.name is not ScalingName.clex or row_len <= served,
+        scaling.name is not Method.clex or row_len <= served,
         "data.seq_len",
         row_len,
         f"longer than the scaling.t_max * L = {scaling.t_max:g} * {context_len} = {served} tokens that CLEX serves; "
         "data.seq_len=0 takes the model's L",
     )
     require(
-        scaling.name is not ScalingName.clex or scaling.positions is not Positions.plain or row_len <= context_len,
+        scaling.name is not Method.clex or scaling.positions is not Positions.plain or row_len <= context_len,
         "scaling.positions",
         scaling.positions.name,
         f"rows of {row_len} tokens would leave t * L, L = {context_len}, at a small t; take random, skip or mix",

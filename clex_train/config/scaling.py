@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
+from clex_train.config.method import EVALUATION_ONLY, FORMULAS, TRAINED_BY, Method
 from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOST_TOKENS, require, require_at_most
-
-
-class ScalingName(Enum):
-    none = "none"
-    clex = "clex"
-    pi = "pi"
-    ntk = "ntk"
-    dynamic_ntk = "dynamic_ntk"
-    yarn = "yarn"
-    theta = "theta"
-    longrope = "longrope"
-    random_pos = "random_pos"
-
-
-FORMULAS = tuple(name for name in ScalingName if name not in (ScalingName.none, ScalingName.clex))
-"""Recipes with frequencies by a formula at one scale factor for the whole run, said in a stock config.json."""
-FOLLOWING_LENGTH = (ScalingName.dynamic_ntk, ScalingName.longrope)
-"""Those whose frequencies transformers changes with the length of each call; a run trains at those of its rows."""
 
 
 class Positions(Enum):
@@ -69,7 +53,7 @@ MOST = {
 
 @dataclass
 class ScalingConfig:
-    name: ScalingName = ScalingName.none
+    name: Method = field(default=Method.none, metadata={"choices": TRAINED_BY})
     """`none` trains with the model's own RoPE; `clex` learns the frequencies as an ODE over the scale factor; the rest
     have them by a formula (docs/recipes.md)."""
     t_max: float = 16.0
@@ -85,6 +69,9 @@ class ScalingConfig:
     """Base of the frequencies under `theta` (Code Llama's)."""
     longrope_factors: str | None = None
     """JSON file with `short_factor` (up to L) and `long_factor` (beyond): a number for each pair that rotates."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of a method that have no key here, as `scaling.options.NAME=value`: the fields of its class in
+    `clex_train/scaling/methods`."""
     positions: Positions = Positions.mix
     """Where a row's tokens sit in [0, t*L): `random` (the paper), `uniform`, `skip` (chunks with gaps), `mix` of random
     and skip, or `plain` (0, 1, 2, ...)."""
@@ -114,6 +101,12 @@ class ScalingConfig:
     """The vector field sees log theta_ntk at base 10000 whatever the model's base, as in the official code."""
 
     def __post_init__(self) -> None:
+        require(
+            self.name not in EVALUATION_ONLY,
+            "scaling.name",
+            self.name.name,
+            f"reads a model in evaluation (evaluation.methods); train by {', '.join(each.name for each in TRAINED_BY)}",
+        )
         require_at_most(self, "scaling.", MOST)
         require(self.t_max >= 1, "scaling.t_max", self.t_max, "a scale factor is at least 1")
         require(self.t_factor >= 1, "scaling.t_factor", self.t_factor, "1 or more")
@@ -124,9 +117,15 @@ class ScalingConfig:
             self.factor,
             f"scaling={self.name.name} has none: `clex` serves up to scaling.t_max, `none` changes nothing",
         )
+        require(
+            not self.options or self.name in FORMULAS,
+            "scaling.options",
+            self.options,
+            f"scaling={self.name.name} has none; leave the key out",
+        )
         require(self.rope_theta > 1, "scaling.rope_theta", self.rope_theta, "greater than 1")
         require(
-            self.name is not ScalingName.random_pos or self.positions is not Positions.plain,
+            self.name is not Method.random_pos or self.positions is not Positions.plain,
             "scaling.positions",
             self.positions.name,
             "random_pos with plain positions is scaling=none; take random",
@@ -147,9 +146,13 @@ class ScalingConfig:
         require(1e-12 <= self.tolerance <= 1e-2, "scaling.tolerance", self.tolerance, "between 1e-12 and 1e-2")
         require(self.check_every >= 1, "scaling.check_every", self.check_every, "at least 1 step")
 
+    def method_settings(self) -> dict[str, Any]:
+        """The keys of this group that are settings of a method, by the field of its class."""
+        return {"rope_theta": self.rope_theta, "longrope_factors": self.longrope_factors}
+
     def factor_for(self, row_len: int, context_len: int) -> float:
         """The scale factor t of a recipe by formula that trains on rows of `row_len` tokens; L is `context_len`."""
         if self.factor is not None:
             return self.factor
-        longer = row_len > context_len and self.name is not ScalingName.random_pos
+        longer = row_len > context_len and self.name is not Method.random_pos
         return row_len / context_len if longer else self.t_max

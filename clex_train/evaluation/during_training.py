@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from clex_train.config.checkpoint import OnFullDisk
+from clex_train.config.method import Method
 from clex_train.config.root import Config
-from clex_train.config.scaling import ScalingName
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_bos, check_embedding
@@ -115,7 +115,7 @@ def warn_of_later(config: Config, store: TokenStore) -> None:
 
 def check_methods(config: Config, handle: RotaryHandle) -> None:
     """Refuse methods and protocols that the trained model cannot have; that of the handle needs no weights."""
-    has_clex = config.scaling.name is ScalingName.clex
+    has_clex = config.scaling.name is Method.clex
     readings(config.evaluation, handle.context_len)
     methods.check(config.evaluation, handle, has_clex, scale_grid(config.scaling.t_max) if has_clex else None)
 

@@ -2,45 +2,35 @@
 
 `trained` is the model's own table, or what it does without one; `clex` the same where that is a CLEX. `none` is plain
 RoPE at every length, and so is `random_pos`, how a model trained at random positions is read; `lm_infinite` the
-Lambda-shaped mask over plain RoPE, or over the model's own frequencies held at one t. The others are formulas of t,
-from `scaling.baselines` and, transformers' own, from `rope.hf_scalings`.
+Lambda-shaped mask over plain RoPE, or over the model's own frequencies at one t. The frequencies are those of
+`scaling.methods`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from clex_train.config.evaluation import EvaluationConfig, Method
+from clex_train.config.evaluation import EvaluationConfig
+from clex_train.config.method import Method
 from clex_train.lm_infinite.install import LmInfinite, apply_lm_infinite
 from clex_train.lm_infinite.middle_tokens import BestMiddle
 from clex_train.models.load import LoadedModel
-from clex_train.rope import hf_scalings
 from clex_train.rope.hf_scalings import ConfiguredRope
 from clex_train.rope.native import WithoutRotary
 from clex_train.rope.patch import RotaryHandle
-from clex_train.scaling.baselines import none_table, ntk_table, pi_table, theta_table
-from clex_train.scaling.table import Frequencies, FrequencyTable, scale_grid
+from clex_train.scaling.methods import for_evaluation
+from clex_train.scaling.methods.base import Rope
+from clex_train.scaling.methods.none import none_table
+from clex_train.scaling.table import Frequencies, scale_grid
 from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError
-
-Formula = Callable[[Tensor, Tensor], FrequencyTable]
-"""(inv_freq [P], t [K]) -> theta(t)."""
 
 InsertedMask = Callable[[], AbstractContextManager[LmInfinite]]
 
-FORMULAS: dict[Method, Formula] = {
-    Method.none: none_table,
-    Method.pi: pi_table,
-    Method.ntk: ntk_table,
-    Method.random_pos: none_table,
-    Method.lm_infinite: none_table,
-}
 OF_THE_MODEL = (Method.trained, Method.clex)
 WITHOUT_ROPE = (Method.none, Method.lm_infinite)
 
@@ -48,13 +38,10 @@ WITHOUT_ROPE = (Method.none, Method.lm_infinite)
 def of_model(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, Frequencies]:
     """Frequencies for each of `spec.methods` on a loaded model; `ValueError` for a method that it cannot have."""
     _require_fitting(spec, loaded.handle, loaded.clex is not None)
-    trained = loaded.table if loaded.table is not None else loaded.handle.own
-    every = formulas(spec, loaded.handle)
-    if spec.lm_infinite_t != 1:
-        every[Method.lm_infinite] = partial(_held, trained, spec.lm_infinite_t)
+    own = loaded.table if loaded.table is not None else loaded.handle.own
     if loaded.table is not None and spec.t_factor is not None:
-        trained = replace(loaded.table, t_factor=spec.t_factor)
-    return tables(spec.methods, trained, loaded.base_inv_freq, loaded.context_len, spec.longest(), every)
+        own = replace(loaded.table, t_factor=spec.t_factor)
+    return tables(spec.methods, base_rope(loaded.handle, own), spec.longest(), spec)
 
 
 def check(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool, grid: Tensor | None = None) -> None:
@@ -63,73 +50,40 @@ def check(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool, grid: Te
     `grid` [K] is the scale factors of the model's CLEX, where they are known.
     """
     _require_fitting(spec, handle, has_clex)
-    if spec.lm_infinite_t != 1 and Method.lm_infinite in spec.methods and grid is not None:
-        # Whether there is a t is a matter of the grid, whatever the frequencies.
-        _held(none_table(handle.base_inv_freq, grid), spec.lm_infinite_t, handle.base_inv_freq, grid)
+    own = handle.own
+    if own is None and grid is not None:
+        # Which t there are is a matter of the grid, whatever the frequencies.
+        own = none_table(handle.base_inv_freq, grid)
+    # Without a grid, the t of a CLEX are checked once its table is read.
+    known = spec if own is not None else replace(spec, lm_infinite_t=1)
     others = [method for method in spec.methods if method not in OF_THE_MODEL]
-    tables(others, None, handle.base_inv_freq, handle.context_len, spec.longest(), formulas(spec, handle))
+    tables(others, base_rope(handle, own), spec.longest(), known)
     if Method.lm_infinite in others:
         with insertions(spec, handle.model, handle.context_len)[Method.lm_infinite.value]():
             pass
 
 
 def tables(
-    methods: Sequence[Method],
-    trained: Frequencies | None,
-    base_inv_freq: Tensor,
-    context_len: int,
-    longest: int,
-    formulas: Mapping[Method, Formula] = FORMULAS,
+    methods: Sequence[Method], rope: Rope, longest: int, spec: EvaluationConfig | None = None
 ) -> dict[str, Frequencies]:
-    """Frequencies for each method name that serve up to `longest` tokens; `base_inv_freq` [P] is plain RoPE.
+    """Frequencies for each method name that serve up to `longest` tokens, with the settings of `spec`.
 
-    The grid is the integers. Raises `ValueError` if the trained table ends before `longest`.
+    The grid is the integers. Raises `ValueError` if the model's own table ends before `longest`.
     """
-    assert trained is not None or Method.clex not in methods, "check() has refused clex on a model without"
-    grid = scale_grid(math.ceil(longest / context_len))
-    own = trained if trained is not None else none_table(base_inv_freq, grid)
-    chosen = {m.value: own if m in OF_THE_MODEL else formulas[m](base_inv_freq, grid) for m in methods}
+    spec = spec or EvaluationConfig()
+    grid = scale_grid(math.ceil(longest / rope.context_len))
+    chosen = {method.value: for_evaluation(method, spec).table(rope, grid) for method in methods}
     for table in chosen.values():
-        table.least_upper_bound(longest, context_len)
+        table.least_upper_bound(longest, rope.context_len)
     return chosen
 
 
-def formulas(spec: EvaluationConfig, handle: RotaryHandle) -> dict[Method, Formula]:
-    """The formulas that a model can have, with what they need of it and of the settings."""
+def base_rope(handle: RotaryHandle, own: Frequencies | None = None) -> Rope:
+    """The RoPE that methods start from: that of the model's config, with the model's `own` scaling."""
     if isinstance(handle, WithoutRotary):
-        return dict.fromkeys(WITHOUT_ROPE, none_table)
-    rope = ConfiguredRope(handle.rotary_config, handle.traits.scaled, handle.context_len)
-    return FORMULAS | {
-        Method.theta: lambda inv_freq, t: theta_table(inv_freq, t, rope.theta, spec.rope_theta),
-        Method.dynamic_ntk: partial(hf_scalings.dynamic_table, rope, factor=spec.dynamic_factor),
-        Method.yarn: partial(hf_scalings.yarn_table, rope),
-        Method.longrope: partial(_longrope, spec.longrope_factors, handle.own, rope),
-    }
-
-
-def _held(own: Frequencies | None, held_t: float, inv_freq: Tensor, t: Tensor) -> FrequencyTable:
-    """The model's own frequencies at `held_t`, whatever the length."""
-    assert own is not None, "check() has refused this"
-    try:
-        spectrum = own.at(held_t)
-    except ValueError as error:
-        raise ConfigError("lm_infinite_t", f"{held_t:g}", str(error)) from error
-    factors = torch.full((len(t),), spectrum.attention_factor, dtype=torch.float64)
-    return FrequencyTable(t, spectrum.inv_freq.expand(len(t), -1).clone(), "held", attention_factors=factors)
-
-
-def _longrope(
-    path: str | None, own: Frequencies | None, rope: ConfiguredRope, inv_freq: Tensor, t: Tensor
-) -> FrequencyTable:
-    """The model's own longrope where it has one, else by the factors of a file."""
-    if own is not None and own.method == "longrope":
-        spectra = [own.at(float(each)) for each in t]
-        factors = torch.tensor([spectrum.attention_factor for spectrum in spectra], dtype=torch.float64)
-        thetas = torch.stack([spectrum.inv_freq for spectrum in spectra])
-        return FrequencyTable(t, thetas, "longrope", attention_factors=factors)
-    remedy = f"model_type={rope.model_type} has no longrope factors of its own; name a JSON file that has them"
-    require(path is not None, "evaluation.longrope_factors", path, remedy)
-    return hf_scalings.longrope_table(rope, inv_freq, t, hf_scalings.read_longrope_factors(str(path), len(inv_freq)))
+        return Rope(handle.base_inv_freq, handle.context_len, own)
+    how: dict[str, Any] = {"config": handle.rotary_config, "layer_type": handle.traits.scaled}
+    return ConfiguredRope(handle.base_inv_freq, handle.context_len, own, **how)
 
 
 def _require_fitting(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool) -> None:

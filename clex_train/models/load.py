@@ -17,9 +17,10 @@ from transformers.utils import logging as transformers_logging
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.attention.select import has_sdpa, resolved
 from clex_train.config.attention import AttentionImplementation
+from clex_train.config.method import FORMULAS, Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
-from clex_train.config.scaling import FOLLOWING_LENGTH, FORMULAS, LogScale, Positions, ScalingName
+from clex_train.config.scaling import LogScale, Positions
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models import architecture, hub, official, weights
 from clex_train.models import directory as model_directory
@@ -28,6 +29,7 @@ from clex_train.rope import probe, recipes
 from clex_train.rope.native import install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.rope.receptive_field import require_scalable_config
+from clex_train.scaling import methods
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import FrequencyTable, scale_grid
@@ -126,7 +128,7 @@ def trained_architecture(config: Config, arch: PretrainedConfig) -> PretrainedCo
     `ValueError` in one line when it is scaled already, or cannot be scaled so.
     """
     scaling, length = config.scaling, architecture.context_length(config.model, arch)
-    if scaling.name is ScalingName.clex:
+    if scaling.name is Method.clex:
         recipes.require_unscaled(arch, scaling.name)
         require_scalable_config(arch, length, config.model.trust_remote_code)
     if scaling.name not in FORMULAS:
@@ -162,10 +164,10 @@ def load_for_training(
         recompute_layers(model)
     model.config.use_cache = False
     # One that follows the length by itself trains at the frequencies of its rows' length.
-    install = install_as_is if config.scaling.name in FOLLOWING_LENGTH else install_rotary
+    install = install_as_is if methods.for_training(config.scaling).follows_length else install_rotary
     loaded = LoadedModel(model, install(model, length), length)
     policy = config.scaling.log_scale
-    if config.scaling.name is ScalingName.clex:
+    if config.scaling.name is Method.clex:
         loaded.clex, policy = starting_field(config, loaded.base_inv_freq)
         loaded.t_factor = config.scaling.t_factor
     if config.scaling.name in FORMULAS:

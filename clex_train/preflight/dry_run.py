@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 
 from clex_train.config.attention import AttentionImplementation
 from clex_train.config.engine import EngineConfig
+from clex_train.config.method import Method
 from clex_train.config.root import Config
-from clex_train.config.scaling import ScalingName
 from clex_train.data.build import describe, mixture_line, packing_line, planned_passes
 from clex_train.data.shards import part_len
 from clex_train.engine import deepspeed as engines
@@ -148,7 +148,7 @@ def _cache(arch: PretrainedConfig, num_tokens: int, dtype: torch.dtype) -> float
 
 
 def _clex(config: Config, counts: meta_model.Counts) -> Clex | None:
-    if config.scaling.name is not ScalingName.clex:
+    if config.scaling.name is not Method.clex:
         return None
     return Clex(counts.base_inv_freq, t_max=config.scaling.t_max, param_factor=config.scaling.param_factor)
 

@@ -1,4 +1,4 @@
-"""Frequency tables by transformers' own formulas: linear, dynamic, yarn, longrope.
+"""Frequency tables by transformers' own formulas, for the methods of `scaling.methods` that are defined by them.
 
     theta(t), attention factor(t) = ROPE_INIT_FUNCTIONS[rope_type](config with factor t and original length L, n = t L)
 
@@ -7,9 +7,8 @@ Sources: yarn, arXiv 2309.00071; longrope, arXiv 2402.13753. Shapes: `K` scale f
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,25 +17,20 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from clex_train.rope.rotary import LayerType
+from clex_train.scaling.methods.base import ParametersAt, Rope, TGrid
 from clex_train.scaling.table import FrequencyTable, as_grid
 from clex_train.utils.errors import ConfigError
-from clex_train.utils.files import BadFile
-from clex_train.utils.records import read_json
 
-LONGROPE_KEYS = ("short_factor", "long_factor")
 _KEPT = ("rope_theta", "partial_rotary_factor")
 
-ParametersAt = Callable[[float], dict[str, Any]]
 
-
-@dataclass(frozen=True)
-class ConfiguredRope:
-    """The RoPE of a model as its rotary module's `config` describes it, `layer_type` being the one that is scaled."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ConfiguredRope(Rope):
+    """The RoPE of a model as its rotary module's `config` describes it."""
 
     config: Any
     layer_type: LayerType
-    context_len: int
-    """L in tokens."""
+    """The type of layer that is scaled, None where all have one RoPE."""
 
     @property
     def model_type(self) -> str:
@@ -49,6 +43,11 @@ class ConfiguredRope:
         every = getattr(self.config, "rope_parameters", None) or {}
         return dict(every if self.layer_type is None else every.get(self.layer_type) or {})
 
+    def update(self, parameters: dict[str, Any]) -> None:
+        """Write `rope_parameters` into the config, for the layers that are scaled."""
+        every = self.config.rope_parameters
+        (every if self.layer_type is None else every[self.layer_type]).update(parameters)
+
     @property
     def theta(self) -> float:
         """Its base, rope_theta; `ValueError` names the model type where the config does not say it."""
@@ -59,64 +58,12 @@ class ConfiguredRope:
             )
         return float(theta)
 
-
-def linear_table(rope: ConfiguredRope, inv_freq: Float[Tensor, " P"], t_grid: Tensor | list[float]) -> FrequencyTable:
-    """Position interpolation, which is what transformers calls linear."""
-    return _table(rope, inv_freq, t_grid, "pi", lambda t: {"rope_type": "linear", "factor": t})
-
-
-def yarn_table(rope: ConfiguredRope, inv_freq: Float[Tensor, " P"], t_grid: Tensor | list[float]) -> FrequencyTable:
-    """YaRN of factor t, with its attention factor 0.1 ln t + 1."""
-    return _table(rope, inv_freq, t_grid, "yarn", lambda t: {"rope_type": "yarn", "factor": t})
-
-
-def dynamic_table(
-    rope: ConfiguredRope, inv_freq: Float[Tensor, " P"], t_grid: Tensor | list[float], factor: float | None = None
-) -> FrequencyTable:
-    """Dynamic NTK scaling at t L tokens: the base grows by (factor t - factor + 1)^(d / (d - 2)); factor None is t."""
-    return _table(rope, inv_freq, t_grid, "dynamic_ntk", lambda t: {"rope_type": "dynamic", "factor": factor or t})
-
-
-def longrope_table(
-    rope: ConfiguredRope,
-    inv_freq: Float[Tensor, " P"],
-    t_grid: Tensor | list[float],
-    factors: dict[str, list[float]],
-) -> FrequencyTable:
-    """LongRoPE: theta_j(1) / short_factor_j up to L tokens, / long_factor_j beyond, attention factor by t."""
-    return _table(rope, inv_freq, t_grid, "longrope", lambda t: {"rope_type": "longrope", "factor": t, **factors})
-
-
-def read_longrope_factors(
-    path: str, num_pairs: int, asked_by: str = "evaluation.longrope_factors"
-) -> dict[str, list[float]]:
-    """`{"short_factor": [P], "long_factor": [P]}` of a JSON file; `ValueError` names the file and what is wrong."""
-    try:
-        content = read_json(Path(path))
-    except (FileNotFoundError, BadFile) as error:
-        raise ConfigError(asked_by, path, f"cannot be read as JSON ({error})") from error
-    for key in LONGROPE_KEYS:
-        values = content.get(key) if isinstance(content, dict) else None
-        good = isinstance(values, list) and all(isinstance(v, int | float) and 0 < v < 1e308 for v in values)
-        if not good or len(values) != num_pairs:  # type: ignore[arg-type]
-            found = f"{len(values)} entries" if isinstance(values, list) else "none"
-            raise ConfigError(
-                asked_by,
-                path,
-                f"{key} is a list of {num_pairs} numbers greater than 0, one for "
-                f"each pair that the model rotates; found {found}",
-            )
-    return {key: content[key] for key in LONGROPE_KEYS}
-
-
-def _table(
-    rope: ConfiguredRope, inv_freq: Tensor, t_grid: Tensor | list[float], method: str, parameters: ParametersAt
-) -> FrequencyTable:
-    """A row for every t; `ValueError` names a model whose frequencies are not those that the formula starts from."""
-    _require_plain(rope, inv_freq, method)
-    grid = as_grid(t_grid)
-    thetas, factors = zip(*_rows(rope, grid.tolist(), parameters), strict=True)
-    return FrequencyTable(grid, torch.stack(thetas), method, attention_factors=torch.tensor(factors).double())
+    def stock_table(self, method: str, t_grid: TGrid, parameters: ParametersAt) -> FrequencyTable:
+        """Compute theta(t) and the attention factors; `ValueError` names a model that is scaled already."""
+        _require_plain(self, method)
+        grid = as_grid(t_grid)
+        thetas, factors = zip(*_rows(self, grid.tolist(), parameters), strict=True)
+        return FrequencyTable(grid, torch.stack(thetas), method, attention_factors=torch.tensor(factors).double())
 
 
 def _rows(
@@ -140,8 +87,9 @@ def _rows(
         yield theta.double(), float(factor)
 
 
-def _require_plain(rope: ConfiguredRope, inv_freq: Tensor, method: str) -> None:
+def _require_plain(rope: ConfiguredRope, method: str) -> None:
     if rope.parameters:
+        inv_freq = rope.inv_freq
         [(plain, _)] = _rows(rope, [1.0], lambda t: {"rope_type": "linear", "factor": t})
         if plain.shape == inv_freq.shape and torch.allclose(plain, inv_freq.double().cpu(), rtol=1e-5, atol=0):
             return

@@ -1,33 +1,25 @@
 """Scaling by a formula as a stock config.json says it, so that any Hugging Face program runs what was trained.
 
-    pi           linear    theta_j / t                                    Chen et al., arXiv 2306.15595
-    ntk          default   rope_theta * (2t - 1)^(d / (d - 2))            CLEX, arXiv 2310.16450: where CLEX starts
-    yarn         yarn      by parts, and a factor on cos and sin          Peng et al., arXiv 2309.00071
-    dynamic_ntk  dynamic   base * (t n/L - t + 1)^(d / (d - 2)) at n tokens    transformers, after NTK-aware scaling
-    theta        default   rope_theta = scaling.rope_theta                Code Llama, arXiv 2308.12950
-    longrope     longrope  theta_j / factor_j, up to L and beyond         Ding et al., arXiv 2402.13753
-    random_pos   default   as they are: the positions do the work         Ruoss et al., arXiv 2305.16843
-
-`t` is one scale factor for the whole run, L the context length of the base, d the rotary dimension. The config then
-names t * L as `max_position_embeddings` and L as `original_max_position_embeddings`; dynamic, which counts n from
-`max_position_embeddings` on, keeps L there.
+`t` is one scale factor for the whole run, L the context length of the base. The config then names t * L as
+`max_position_embeddings` and L as `original_max_position_embeddings`; dynamic, which counts from
+`max_position_embeddings` on, keeps L there. What else it says is the method's (`scaling.methods`).
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PretrainedConfig
 
-from clex_train.config.scaling import ScalingConfig, ScalingName
-from clex_train.rope.hf_scalings import read_longrope_factors
+from clex_train.config.method import Method
+from clex_train.config.scaling import ScalingConfig
+from clex_train.rope.hf_scalings import ConfiguredRope
 from clex_train.rope.native import handle_without_weights
 from clex_train.rope.patch import RotaryHandle
-from clex_train.rope.probe import LOCAL_LAYER_TYPES, Traits, require_rotary
+from clex_train.rope.probe import LOCAL_LAYER_TYPES, require_rotary
 from clex_train.rope.receptive_field import require_scalable_config
+from clex_train.scaling import methods
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils.bounds import MOST_TOKENS, require
 from clex_train.utils.errors import ConfigError
@@ -46,17 +38,6 @@ class ContextLength(NamedTuple):
     source: str
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What a recipe writes its parameters from."""
-
-    scaling: ScalingConfig
-    factor: float
-    context_len: int
-    num_pairs: int
-    rope_theta: float
-
-
 def scaled(
     base: PretrainedConfig, scaling: ScalingConfig, factor: float, context_len: int, trust_remote_code: bool = False
 ) -> PretrainedConfig:
@@ -69,27 +50,39 @@ def scaled(
     require_scalable_config(base, context_len, trust_remote_code)
     arch = copy.deepcopy(base)
     text: Any = arch.get_text_config()
-    parameters = _parameters(text, before)
-    rope_type = (parameters or {}).get("rope_type")
+    own = before.base[before.scaled].inv_freq
+    rope = ConfiguredRope(own, context_len, config=text, layer_type=before.scaled)
+    rope_type = rope.parameters.get("rope_type")
     require(
-        parameters is not None and rope_type == UNSCALED,
+        rope_type == UNSCALED,
         "scaling.name",
         scaling.name.name,
         f"model_type={base.model_type} has rope_type={rope_type} in rope_parameters, and a recipe starts from "
         f"{UNSCALED}; scaling=none trains it as it is",
     )
-    assert parameters is not None
-    own = before.base[before.scaled].inv_freq
-    asked = _Asked(scaling, factor, context_len, len(own), parameters["rope_theta"])
-    parameters.update(PARAMETERS[scaling.name](asked))
+    method = methods.for_training(scaling)
+    rope.update(method.hf_parameters(rope, factor))
     text.max_position_embeddings = context_len
-    if scaling.name is not ScalingName.dynamic_ntk:
+    if not method.counts_from_context:
         text.original_max_position_embeddings = context_len
         text.max_position_embeddings = round(factor * context_len)
     handle = handle_without_weights(arch, context_len, trust_remote_code)
     after = spectrum_at(handle, factor)
     handle.undo()
-    _require_followed(scaling, factor, own, after.inv_freq, base.model_type)
+    require(
+        len(after.inv_freq) == len(own),
+        "scaling.name",
+        scaling.name.name,
+        f"its rope_parameters are of whole heads: model_type={base.model_type} would rotate {len(after.inv_freq)} "
+        f"pairs, and its weights were trained with {len(own)}",
+    )
+    require(
+        not (method.changes(factor) and torch.equal(rope.inv_freq, after.inv_freq)),
+        "scaling.name",
+        scaling.name.name,
+        # A family whose own code reads its base elsewhere would train unscaled without a word.
+        f"the frequencies of model_type={base.model_type} do not follow rope_parameters; scaling=clex scales them",
+    )
     return arch
 
 
@@ -174,7 +167,7 @@ def _global_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     return chosen[0] if chosen else parameters
 
 
-def require_unscaled(config: PretrainedConfig, name: ScalingName) -> None:
+def require_unscaled(config: PretrainedConfig, name: Method) -> None:
     """`ValueError` when the context of an architecture was extended before: another scaling would be on top of that."""
     original, served = original_context(config), getattr(config.get_text_config(), "max_position_embeddings", None)
     require(
@@ -184,81 +177,4 @@ def require_unscaled(config: PretrainedConfig, name: ScalingName) -> None:
         f"this model's context was extended before, from {original} to {served} tokens "
         "(original_max_position_embeddings in config.json); scaling=none trains it on, others "
         "start from its base",
-    )
-
-
-def _parameters(text: Any, traits: Traits) -> dict[str, Any] | None:
-    """The rope_parameters of the layers that long contexts need; None when the architecture has none."""
-    parameters: dict[str, Any] | None = getattr(text, "rope_parameters", None)
-    if parameters is None or traits.scaled is None:
-        return parameters
-    return parameters.get(traits.scaled)
-
-
-def _linear(asked: _Asked) -> dict[str, Any]:
-    return {"rope_type": "linear", "factor": float(asked.factor)}
-
-
-def _ntk(asked: _Asked) -> dict[str, Any]:
-    """A larger base is NTK scaling: b'^(-2j/d) = b^(-2j/d) * (2t - 1)^(-2j/(d-2)). The only pair of d = 2 stays."""
-    exponent = asked.num_pairs / (asked.num_pairs - 1) if asked.num_pairs > 1 else 0.0
-    return {"rope_theta": asked.rope_theta * (2 * asked.factor - 1) ** exponent}
-
-
-def _yarn(asked: _Asked) -> dict[str, Any]:
-    return {
-        "rope_type": "yarn",
-        "factor": float(asked.factor),
-        "original_max_position_embeddings": asked.context_len,
-    }
-
-
-def _dynamic(asked: _Asked) -> dict[str, Any]:
-    return {"rope_type": "dynamic", "factor": float(asked.factor)}
-
-
-def _longrope(asked: _Asked) -> dict[str, Any]:
-    key, path = "scaling.longrope_factors", asked.scaling.longrope_factors
-    require(path is not None, key, path, "longrope needs them: name a JSON file with short_factor and long_factor")
-    return {
-        "rope_type": "longrope",
-        "factor": float(asked.factor),
-        "original_max_position_embeddings": asked.context_len,
-        **read_longrope_factors(str(path), asked.num_pairs, key),
-    }
-
-
-def _theta(asked: _Asked) -> dict[str, Any]:
-    require(
-        asked.scaling.rope_theta > asked.rope_theta,
-        "scaling.rope_theta",
-        asked.scaling.rope_theta,
-        f"the model has {asked.rope_theta:g} already; name a larger one",
-    )
-    return {"rope_theta": float(asked.scaling.rope_theta)}
-
-
-def _unchanged(_: _Asked) -> dict[str, Any]:
-    return {}
-
-
-PARAMETERS: dict[ScalingName, Callable[[_Asked], dict[str, Any]]] = {
-    ScalingName.pi: _linear,
-    ScalingName.ntk: _ntk,
-    ScalingName.yarn: _yarn,
-    ScalingName.dynamic_ntk: _dynamic,
-    ScalingName.theta: _theta,
-    ScalingName.longrope: _longrope,
-    ScalingName.random_pos: _unchanged,
-}
-
-
-def _require_followed(scaling: ScalingConfig, factor: float, before: Tensor, after: Tensor, kind: str) -> None:
-    """A family whose own code reads its base elsewhere would train unscaled and say nothing."""
-    moves = scaling.name is ScalingName.theta or (factor > 1 and scaling.name is not ScalingName.random_pos)
-    require(
-        not (moves and torch.equal(before, after)),
-        "scaling.name",
-        scaling.name.name,
-        f"the frequencies of model_type={kind} do not follow rope_parameters; scaling=clex scales them",
     )

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from clex_train.scaling import solver
-from clex_train.scaling.baselines import ntk_exponents
+from clex_train.scaling.methods.ntk import ntk_exponents
 from clex_train.scaling.solver import SolverReport, UnstableField
 from clex_train.scaling.table import FrequencyTable, as_grid, scale_grid
 from clex_train.scaling.vector_field import ACTIVATIONS, VectorField, network_input_start

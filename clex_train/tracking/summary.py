@@ -14,9 +14,9 @@ from importlib.metadata import version
 import torch
 
 from clex_train.config.engine import Offload
+from clex_train.config.method import FORMULAS, Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
-from clex_train.config.scaling import FORMULAS, ScalingName
 from clex_train.utils import distributed, log
 
 LABEL = 12
@@ -136,7 +136,7 @@ def _engine(config: Config, batch: Batch) -> str:
 
 def _scaling(config: Config, context_len: int) -> str:
     scaling = config.scaling
-    if scaling.name is ScalingName.none:
+    if scaling.name is Method.none:
         return f"none: plain RoPE, contexts up to L = {context_len:,} tokens"
     if scaling.name in FORMULAS:
         return _formula(config, context_len)
@@ -150,9 +150,10 @@ def _scaling(config: Config, context_len: int) -> str:
 def _formula(config: Config, context_len: int) -> str:
     scaling = config.scaling
     factor = scaling.factor_for(config.data.seq_len, context_len)
-    base = f", rope_theta {scaling.rope_theta:g}" if scaling.name is ScalingName.theta else ""
+    base = f", rope_theta {scaling.rope_theta:g}" if scaling.name is Method.theta else ""
+    options = "".join(f", {name} {value}" for name, value in scaling.options.items())
     return (
-        f"{scaling.name.name}: factor {factor:g}{base}, L = {context_len:,}: contexts up to "
+        f"{scaling.name.name}: factor {factor:g}{base}{options}, L = {context_len:,}: contexts up to "
         f"{round(factor * context_len):,} tokens; positions {scaling.positions.name}"
     )
 

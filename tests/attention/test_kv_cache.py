@@ -14,7 +14,7 @@ from clex_train.attention import kv_cache
 from clex_train.attention.kv_cache import LibraryChanged
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.rope.patch import install_rotary
-from clex_train.scaling.baselines import ntk_table
+from clex_train.scaling.methods.ntk import ntk_table
 
 
 def llama(**changes: Any) -> LlamaForCausalLM:

@@ -6,8 +6,8 @@ from omegaconf import OmegaConf
 
 from clex_train.config import root as configuration
 from clex_train.config.docs import describe
+from clex_train.config.method import Method
 from clex_train.config.root import Config
-from clex_train.config.scaling import ScalingName
 from clex_train.models import architecture
 from clex_train.tracking import run_folder
 from tests.helpers.composing import CONF, EXPERIMENTS, composed
@@ -41,7 +41,7 @@ def test_an_experiment_serves_every_length_that_it_evaluates(name):
     model = architecture.stand_in(config.model)
     assert model.context_len is None, "L is the architecture's own"
     reach = config.scaling.t_max * architecture.context_length(model, architecture.to_read(model))
-    assert config.scaling.name is ScalingName.none or max(config.evaluation.lengths) == reach
+    assert config.scaling.name is Method.none or max(config.evaluation.lengths) == reach
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith(("tiny", "study"))])
@@ -63,8 +63,8 @@ def test_the_paper_s_recipe_for_llama_2_7b():
 
 def test_the_tiny_runs_differ_in_the_scaling_alone():
     clex, continued = composed("+experiment=tiny_clex"), composed("+experiment=tiny_continued")
-    assert clex.scaling.name is ScalingName.clex
-    assert continued.scaling.name is ScalingName.none
+    assert clex.scaling.name is Method.clex
+    assert continued.scaling.name is Method.none
     for part in ("model", "data", "optim", "engine", "seed"):
         assert getattr(clex, part) == getattr(continued, part)
     assert clex.evaluation.lengths == continued.evaluation.lengths
@@ -147,3 +147,10 @@ def test_lengths_that_were_given_stay():
 )
 def test_default_lengths_end_where_scaling_or_documents_do(t_max, longest_document, lengths):
     assert configuration.default_lengths(8, t_max, longest_document) == lengths
+
+
+def test_a_method_that_only_reads_a_model_is_refused_in_training():
+    with pytest.raises(
+        ValueError, match=r"^scaling\.name=lm_infinite: reads a model in evaluation .*; train by clex, "
+    ):
+        composed("+experiment=tiny_clex", "scaling.name=lm_infinite")

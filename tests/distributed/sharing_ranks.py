@@ -26,9 +26,10 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from clex_train.config.attention import AttentionConfig  # noqa: E402
 from clex_train.config.engine import EngineConfig  # noqa: E402
+from clex_train.config.method import Method  # noqa: E402
 from clex_train.config.model import ModelConfig  # noqa: E402
 from clex_train.config.root import Config  # noqa: E402
-from clex_train.config.scaling import LogScale, Positions, ScalingConfig, ScalingName  # noqa: E402
+from clex_train.config.scaling import LogScale, Positions, ScalingConfig  # noqa: E402
 from clex_train.data import step_rows  # noqa: E402
 from clex_train.data.batch import UNSCORED, collate_documents, collate_rows  # noqa: E402
 from clex_train.data.rows import PADDING, Row  # noqa: E402
@@ -44,7 +45,7 @@ from clex_train.utils import distributed  # noqa: E402
 
 SEQ_LEN, VOCABULARY = 33, 61
 PASSES = 12
-CLEX: dict[str, Any] = {"name": ScalingName.clex, "t_max": 4.0, "lr_scale": 1.0}
+CLEX: dict[str, Any] = {"name": Method.clex, "t_max": 4.0, "lr_scale": 1.0}
 LAYOUTS = {
     "one": [([33], 0)] * 4,
     "several": [([5, 1, 16, 11], 0), ([10, 3], 20)],
@@ -75,7 +76,7 @@ CASES: dict[str, dict[str, Any]] = {
         "family": "gpt_neox",
         "key_heads": 4,
         "context_len": 16,
-        "scaling": {"name": ScalingName.none, "log_scale": LogScale.always},
+        "scaling": {"name": Method.none, "log_scale": LogScale.always},
     },
 }
 """Of two micro-batches each. The ranks of `documents` recompute its layers, and take loss and MLPs in tiles."""

@@ -21,9 +21,10 @@ sys.path.insert(0, str(ROOT))
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from clex_train.config.attention import AttentionConfig  # noqa: E402
+from clex_train.config.method import Method  # noqa: E402
 from clex_train.config.model import ModelConfig  # noqa: E402
 from clex_train.config.root import Config  # noqa: E402
-from clex_train.config.scaling import Activation, Positions, ScalingConfig, ScalingName  # noqa: E402
+from clex_train.config.scaling import Activation, Positions, ScalingConfig  # noqa: E402
 from clex_train.data.batch import UNSCORED, MicroBatch  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
 from clex_train.models import architecture, load  # noqa: E402
@@ -132,7 +133,7 @@ def train(directory: Path, stage: int, act: str) -> dict[str, Any]:
 
 def configuration(directory: Path, stage: int, act: str) -> Config:
     """CLEX with a field that learns as fast as the model."""
-    scaling = ScalingConfig(name=ScalingName.clex, t_max=16.0, act=Activation(act), lr_scale=1.0)
+    scaling = ScalingConfig(name=Method.clex, t_max=16.0, act=Activation(act), lr_scale=1.0)
     config = Config(model=ModelConfig(path=str(directory)), scaling=scaling)
     if directory.name == "lambda":
         scaling.positions = Positions.plain

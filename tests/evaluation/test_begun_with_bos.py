@@ -10,13 +10,14 @@ import torch
 from tqdm.auto import tqdm
 
 from clex_train.config.bos import Bos
-from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.config.evaluation import EvaluationConfig, Protocol
+from clex_train.config.method import Method
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.data.manifest import MANIFEST
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
 from clex_train.evaluation import runner
-from clex_train.evaluation.methods import tables
+from clex_train.evaluation.methods import base_rope, tables
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.retrieval.prompts import encode
@@ -32,7 +33,7 @@ PROTOCOLS = [protocol for protocol in Protocol if protocol is not Protocol.strea
 def evaluate(windows, chunk_len=1000):
     model = build_tiny_llama()
     handle = install_rotary(model, CONTEXT_LEN)
-    chosen = tables((Method.none,), None, handle.base_inv_freq, CONTEXT_LEN, max(LENGTHS))
+    chosen = tables((Method.none,), base_rope(handle), max(LENGTHS))
     todo = readings(EvaluationConfig(lengths=LENGTHS, protocols=PROTOCOLS, stride=8), CONTEXT_LEN)
     return runner.evaluate(model, handle, chosen, windows, todo, chunk_len=chunk_len, device=torch.device("cpu"))
 

@@ -12,7 +12,7 @@ from clex_train.evaluation.perplexity import chunked, evaluating, one_shot
 from clex_train.evaluation.scoring_head import score_chunk, tiled_head, token_nll
 from clex_train.rope.patch import install_rotary
 from clex_train.rope.preallocated_cache import GrowingLayer, HostLayer, new_cache
-from clex_train.scaling.baselines import TABLES
+from clex_train.scaling.methods.ntk import ntk_table
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def test_the_protocols_give_in_bounded_memory_what_they_give_without(monkeypatch
     monkeypatch.setattr(scoring_head, "TILE_ELEMENTS", 5 * VOCAB)
     model = build_tiny_llama()
     handle = install_rotary(model, CONTEXT_LEN)
-    handle.use(TABLES["ntk"](handle.base_inv_freq, torch.arange(1, 9, dtype=torch.float64)))
+    handle.use(ntk_table(handle.base_inv_freq, torch.arange(1, 9, dtype=torch.float64)))
     tokens = tokens_of(6 * CONTEXT_LEN)
     for read in (one_shot, chunked):
         with evaluating(model), monkeypatch.context() as stock:
@@ -124,7 +124,7 @@ def test_keys_are_turned_in_their_buffer_tile_by_tile(monkeypatch) -> None:
     monkeypatch.setattr("clex_train.rope.key_cache.TURN_TILE", 7)
     model = build_tiny_llama().eval()
     handle = install_rotary(model, CONTEXT_LEN)
-    handle.use(TABLES["ntk"](handle.base_inv_freq, torch.arange(1, 9, dtype=torch.float64)))
+    handle.use(ntk_table(handle.base_inv_freq, torch.arange(1, 9, dtype=torch.float64)))
     tokens, caches = tokens_of(60), [_stock_cache(model), new_cache(model, 60), new_cache(model, 60, on_host=True)]
     with torch.no_grad():
         for cache in caches:

@@ -14,15 +14,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from clex_train.cli import console
 from clex_train.cli import evaluate as program
-from clex_train.config.evaluation import EvaluationConfig, Method
+from clex_train.config.evaluation import EvaluationConfig
+from clex_train.config.method import Method
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_store
 from clex_train.evaluation.methods import of_model
 from clex_train.evaluation.windows import select
 from clex_train.models.load import LoadedModel
 from clex_train.rope.patch import install_rotary
-from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.table import scale_grid
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from clex_train.attention import kv_cache
-from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.config.evaluation import EvaluationConfig, Protocol
+from clex_train.config.method import Method
 from clex_train.evaluation import out_of_memory
-from clex_train.evaluation.methods import tables
+from clex_train.evaluation.methods import base_rope, tables
 from clex_train.evaluation.out_of_memory import Room
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.report.tables import console, from_results
@@ -37,7 +38,7 @@ def results_with_room_for(most: int) -> Results:
             raise torch.OutOfMemoryError(SAID)
 
     model.register_forward_pre_hook(fill_up, with_kwargs=True)
-    chosen = tables(METHODS, None, handle.base_inv_freq, CONTEXT_LEN, 64)
+    chosen = tables(METHODS, base_rope(handle), 64)
     asked = readings(EvaluationConfig(lengths=[16, 32, 64], protocols=PROTOCOLS), CONTEXT_LEN)
     return evaluate(model, handle, chosen, random_windows(3, 64), asked, chunk_len=10, device=torch.device("cpu"))
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.config.evaluation import EvaluationConfig, Protocol
+from clex_train.config.method import Method
 from clex_train.evaluation import partial_results
-from clex_train.evaluation.methods import tables
+from clex_train.evaluation.methods import base_rope, tables
 from clex_train.evaluation.partial_results import Partial, resume
 from clex_train.evaluation.protocols import Reading, readings
 from clex_train.evaluation.results import Results, Score
@@ -56,7 +57,7 @@ class Model:
         """Evaluate, at most for `last` forwards."""
         self.forwards, self.last = 0, last
         longest = max(todo[0].spans)
-        chosen = tables(methods, None, self.handle.base_inv_freq, CONTEXT_LEN, longest)
+        chosen = tables(methods, base_rope(self.handle), longest)
         windows, cpu = random_windows(settings.get("windows", 3), longest), torch.device("cpu")
         size = settings.get("chunk_len", 20)
         return evaluate(self.model, self.handle, chosen, windows, todo, size, device=cpu, kept=kept)
@@ -203,7 +204,7 @@ def test_cells_that_are_equal_by_definition_are_computed_once_and_say_so(model) 
         assert (mine.window_nll == theirs.window_nll) == (mine.length <= CONTEXT_LEN)
     assert {score.frequencies for score in of_ntk} == {"ntk"}
     alone = Model()
-    chosen = tables([Method.ntk], None, alone.handle.base_inv_freq, CONTEXT_LEN, max(LENGTHS))
+    chosen = tables([Method.ntk], base_rope(alone.handle), max(LENGTHS))
     windows = random_windows(3, max(LENGTHS))
     apart = evaluate(alone.model, alone.handle, chosen, windows, READINGS, 20, device=torch.device("cpu"))
     assert [score.window_nll for score in apart.scores] == [score.window_nll for score in of_ntk]

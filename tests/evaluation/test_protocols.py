@@ -14,7 +14,9 @@ from clex_train.evaluation.protocols import Reading, curve, readings
 from clex_train.evaluation.results import Results
 from clex_train.evaluation.runner import evaluate, jobs
 from clex_train.rope.patch import install_rotary
-from clex_train.scaling.baselines import none_table, ntk_table, pi_table
+from clex_train.scaling.methods.none import none_table
+from clex_train.scaling.methods.ntk import ntk_table
+from clex_train.scaling.methods.pi import pi_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from tests.evaluation import plain_llama
 from tests.evaluation.evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows

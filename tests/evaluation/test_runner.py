@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
-from clex_train.evaluation.methods import FORMULAS, tables
+from clex_train.config.evaluation import EvaluationConfig, Protocol
+from clex_train.config.method import Method
+from clex_train.evaluation.methods import base_rope, tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.results import Results
 from clex_train.evaluation.runner import deal, evaluate, jobs
@@ -33,7 +34,7 @@ def run(
     model = model or build_tiny_llama()
     handle = install_rotary(model, CONTEXT_LEN)
     windows = random_windows(num_windows, max(LENGTHS))
-    chosen = tables(methods, None, handle.base_inv_freq, CONTEXT_LEN, max(LENGTHS))
+    chosen = tables(methods, base_rope(handle), max(LENGTHS))
     return evaluate(model, handle, chosen, windows, READINGS, device=CPU, **{"chunk_len": 20, **settings})
 
 
@@ -102,7 +103,7 @@ def test_a_cell_whose_numbers_overflow_is_named(caplog) -> None:
 
 
 def test_the_methods_are_different_frequencies_on_the_same_weights() -> None:
-    methods = (Method.trained, *FORMULAS)
+    methods = (Method.trained, Method.none, Method.pi, Method.ntk, Method.random_pos, Method.lm_infinite)
     metrics = run(methods=methods).metrics()
     at_training_length = {metrics[f"perplexity/{m.value}/one_shot/16"] for m in methods}
     assert max(at_training_length) == pytest.approx(min(at_training_length), rel=1e-6)
@@ -124,9 +125,9 @@ def test_the_bar_ends_full_and_counts_more_for_long_spans(monkeypatch) -> None:
 def test_the_handle_and_the_model_are_left_as_they_were() -> None:
     model = build_tiny_llama().train()
     handle = install_rotary(model, CONTEXT_LEN)
-    before = tables([Method.pi], None, handle.base_inv_freq, CONTEXT_LEN, 64)["pi"]
+    before = tables([Method.pi], base_rope(handle), 64)["pi"]
     handle.use(before)
-    chosen = tables([Method.none], None, handle.base_inv_freq, CONTEXT_LEN, 64)
+    chosen = tables([Method.none], base_rope(handle), 64)
     evaluate(model, handle, chosen, random_windows(1, 64), READINGS, chunk_len=64, device=CPU)
     assert handle.table is before
     assert model.training
@@ -135,7 +136,7 @@ def test_the_handle_and_the_model_are_left_as_they_were() -> None:
 def test_a_length_beyond_a_table_is_refused_before_the_first_forward() -> None:
     model = build_tiny_llama()
     handle = install_rotary(model, CONTEXT_LEN)
-    short = tables([Method.none], None, handle.base_inv_freq, CONTEXT_LEN, 32)
+    short = tables([Method.none], base_rope(handle), 32)
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward was run"))
     with pytest.raises(ValueError, match="num_tokens=64"):
         evaluate(model, handle, short, random_windows(1, 64), READINGS)

@@ -9,8 +9,9 @@ import torch
 import torch.multiprocessing
 
 from clex_train.config.engine import EngineConfig
-from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
-from clex_train.evaluation.methods import tables
+from clex_train.config.evaluation import EvaluationConfig, Protocol
+from clex_train.config.method import Method
+from clex_train.evaluation.methods import base_rope, tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.runner import evaluate
 from clex_train.rope.patch import install_rotary
@@ -50,7 +51,7 @@ def _rank_main(rank: int, port: str, folder: str) -> None:
 
 
 def _perplexities(model, handle) -> dict[str, float]:
-    chosen = tables([Method.none, Method.ntk], None, handle.base_inv_freq, CONTEXT_LEN, 64)
+    chosen = tables([Method.none, Method.ntk], base_rope(handle), 64)
     protocols = [protocol for protocol in Protocol if protocol is not Protocol.streaming]
     spec = EvaluationConfig(lengths=[16, 32, 64], protocols=protocols, stride=8)
     return evaluate(model, handle, chosen, random_windows(3, 64), readings(spec, CONTEXT_LEN), chunk_len=20).metrics()

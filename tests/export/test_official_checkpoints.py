@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from clex_train.cli import console, evaluate
 from clex_train.cli import export as program
+from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
-from clex_train.config.scaling import Activation, LogScale, ScalingConfig, ScalingName
+from clex_train.config.scaling import Activation, LogScale, ScalingConfig
 from clex_train.data.writer import write_store
 from clex_train.export.official import write_official
 from clex_train.models import architecture, load
@@ -38,7 +39,7 @@ def directory(tmp_path: Path, goldens: Path) -> Path:
 
 
 def training_config(directory: Path, **scaling: object) -> Config:
-    settings = {"name": ScalingName.clex, "t_max": 16.0, "act": Activation.tanh, "lr_scale": 1.0, **scaling}
+    settings = {"name": Method.clex, "t_max": 16.0, "act": Activation.tanh, "lr_scale": 1.0, **scaling}
     config = Config(model=ModelConfig(path=str(directory)), scaling=ScalingConfig(**settings))
     config.engine.zero_stage = 0
     return config

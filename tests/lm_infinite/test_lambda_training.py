@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from clex_train.config import root as configuration
-from clex_train.config.evaluation import EvaluationConfig, Method
+from clex_train.config.evaluation import EvaluationConfig
+from clex_train.config.method import Method
 from clex_train.config.root import Config
 from clex_train.evaluation import methods
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models import architecture, load
 from clex_train.rope.patch import install_rotary
-from clex_train.scaling.baselines import pi_table
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.methods.pi import pi_table
 from tests.helpers.composing import composed
 from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 

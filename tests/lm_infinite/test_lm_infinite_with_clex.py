@@ -8,7 +8,7 @@ import torch
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.rope.patch import install_rotary
-from clex_train.scaling.baselines import pi_table
+from clex_train.scaling.methods.pi import pi_table
 from clex_train.scaling.spectrum import Spectrum
 from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 

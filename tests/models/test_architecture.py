@@ -9,8 +9,9 @@ from transformers import BloomConfig, Gemma3TextConfig, LlamaConfig
 from clex_train import api
 from clex_train.cli.errors import explain
 from clex_train.cli.loading import EvaluatedModel
+from clex_train.config.method import Method
 from clex_train.config.model import Init, ModelConfig
-from clex_train.config.scaling import Positions, ScalingConfig, ScalingName
+from clex_train.config.scaling import Positions, ScalingConfig
 from clex_train.models import architecture, hub, official
 from clex_train.rope import probe, recipes
 from clex_train.scaling.clex import Clex
@@ -130,7 +131,7 @@ def test_the_library_takes_the_same_length():
 
 
 def test_what_a_recipe_writes_is_the_length_of_its_base():
-    scaling = ScalingConfig(name=ScalingName.yarn, positions=Positions.skip)
+    scaling = ScalingConfig(name=Method.yarn, positions=Positions.skip)
     config = recipes.scaled(LlamaConfig(**SIZES, max_position_embeddings=64), scaling, 4.0, 64)
     assert source(config) == (64, "original_max_position_embeddings")
 

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, QuantizedCache, QuantizedLayer
 
 from clex_train.rope.patch import RotaryHandle, install_rotary
-from clex_train.scaling.baselines import ntk_table
+from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 

@@ -8,17 +8,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from clex_train.rope.hf_scalings import (
-    ConfiguredRope,
-    dynamic_table,
-    linear_table,
-    longrope_table,
-    read_longrope_factors,
-    yarn_table,
-)
+from clex_train.rope.hf_scalings import ConfiguredRope
 from clex_train.rope.native import handle_without_weights, install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary
-from clex_train.scaling.baselines import ntk_table, pi_table
+from clex_train.scaling.methods.dynamic_ntk import DynamicNtk
+from clex_train.scaling.methods.longrope import LongRope, read_longrope_factors
+from clex_train.scaling.methods.ntk import ntk_table
+from clex_train.scaling.methods.pi import PositionInterpolation, pi_table
+from clex_train.scaling.methods.yarn import Yarn
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from tests.rope.rotary_families import CONTEXT, VOCABULARY, tiny_model
 
@@ -34,17 +31,23 @@ def factors_of(num_pairs: int) -> dict[str, list[float]]:
 
 
 def rope_of(handle: RotaryHandle) -> ConfiguredRope:
-    return ConfiguredRope(handle.rotary_config, handle.traits.scaled, CONTEXT)
+    return ConfiguredRope(handle.base_inv_freq, CONTEXT, config=handle.rotary_config, layer_type=handle.traits.scaled)
 
 
-def tables_of(handle: RotaryHandle) -> dict[str, FrequencyTable]:
-    rope, base = rope_of(handle), handle.base_inv_freq
+def tables_of(handle: RotaryHandle, factors: Path) -> dict[str, FrequencyTable]:
+    rope = rope_of(handle)
+    factors.write_text(json.dumps(factors_of(len(handle.base_inv_freq))))
     return {
-        "linear": linear_table(rope, base, GRID),
-        "yarn": yarn_table(rope, base, GRID),
-        "dynamic": dynamic_table(rope, base, GRID),
-        "longrope": longrope_table(rope, base, GRID, factors_of(len(base))),
+        "linear": rope.stock_table("pi", GRID, lambda t: PositionInterpolation().hf_parameters(rope, t)),
+        "yarn": Yarn().table(rope, GRID),
+        "dynamic": DynamicNtk().table(rope, GRID),
+        "longrope": LongRope(longrope_factors=str(factors)).table(rope, GRID),
     }
+
+
+@pytest.fixture
+def factors(tmp_path: Path) -> Path:
+    return tmp_path / "factors.json"
 
 
 def stock(model: PreTrainedModel, rope_type: str, t: float, num_pairs: int) -> PreTrainedModel:
@@ -83,11 +86,13 @@ def read_in_chunks(model: PreTrainedModel, handle: RotaryHandle, ids: torch.Tens
 @torch.no_grad()
 @pytest.mark.parametrize("rope_type", ["linear", "yarn", "dynamic", "longrope"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi", "gemma3_text"])
-def test_a_table_gives_the_logits_of_the_stock_model_of_that_rope_type(family: str, rope_type: str) -> None:
+def test_a_table_gives_the_logits_of_the_stock_model_of_that_rope_type(
+    family: str, rope_type: str, factors: Path
+) -> None:
     model = tiny_model(family, dtype=torch.float64)
     untouched = tiny_model(family, dtype=torch.float64)
     handle = install_rotary(model, CONTEXT)
-    table = tables_of(handle)[rope_type]
+    table = tables_of(handle, factors)[rope_type]
     for length in LENGTHS:
         ids = tokens(length)
         expected = stock(untouched, rope_type, length / CONTEXT, table.num_pairs)(ids).logits
@@ -102,11 +107,11 @@ def test_a_table_gives_the_logits_of_the_stock_model_of_that_rope_type(family: s
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text", "phi3", "mistral"])
-def test_formulas_meet_those_of_this_project(family: str) -> None:
+def test_formulas_meet_those_of_this_project(family: str, factors: Path) -> None:
     handle = install_rotary(tiny_model(family), CONTEXT)
-    tables, base = tables_of(handle), handle.base_inv_freq
+    tables, base = tables_of(handle, factors), handle.base_inv_freq
     torch.testing.assert_close(tables["linear"].inv_freq, pi_table(base, GRID).inv_freq, rtol=3e-7, atol=0)
-    at_2 = dynamic_table(rope_of(handle), base, GRID, factor=2.0)
+    at_2 = DynamicNtk(dynamic_factor=2.0).table(rope_of(handle), GRID)
     torch.testing.assert_close(at_2.inv_freq, ntk_table(base, GRID).inv_freq, rtol=1e-6, atol=0)
     for name in ("linear", "yarn", "dynamic"):
         torch.testing.assert_close(tables[name].inv_freq[0], base, rtol=3e-7, atol=0)
@@ -114,8 +119,8 @@ def test_formulas_meet_those_of_this_project(family: str) -> None:
     torch.testing.assert_close(tables["longrope"].inv_freq[0], base / short, rtol=3e-7, atol=0)
 
 
-def test_yarn_and_longrope_sharpen_attention_more_with_t_and_not_at_all_at_1() -> None:
-    tables = tables_of(install_rotary(tiny_model("llama"), CONTEXT))
+def test_yarn_and_longrope_sharpen_attention_more_with_t_and_not_at_all_at_1(factors: Path) -> None:
+    tables = tables_of(install_rotary(tiny_model("llama"), CONTEXT), factors)
     assert tables["yarn"].attention_factors[3] == pytest.approx(0.1 * torch.log(torch.tensor(4.0)).item() + 1)
     for name in ("yarn", "longrope"):
         factors = tables[name].attention_factors
@@ -123,10 +128,10 @@ def test_yarn_and_longrope_sharpen_attention_more_with_t_and_not_at_all_at_1() -
         assert bool((factors.diff() > 0).all())
 
 
-def test_what_a_model_config_says_is_left_as_it_was() -> None:
+def test_what_a_model_config_says_is_left_as_it_was(factors: Path) -> None:
     model = tiny_model("phi3")
     before = model.config.to_dict()
-    tables_of(install_rotary(model, CONTEXT))
+    tables_of(install_rotary(model, CONTEXT), factors)
     assert model.config.to_dict() == before
 
 
@@ -141,7 +146,7 @@ def test_what_a_model_config_says_is_left_as_it_was() -> None:
 def test_a_model_with_a_scaling_of_its_own_has_no_other_on_top(scaling: dict[str, Any]) -> None:
     handle = install_rotary(tiny_model("llama", rope_parameters={"rope_theta": 1e4, **scaling}), CONTEXT)
     with pytest.raises(ValueError, match=rf"methods=\[yarn\]: .*model_type=llama .*rope_type={scaling['rope_type']}"):
-        yarn_table(rope_of(handle), handle.base_inv_freq, GRID)
+        Yarn().table(rope_of(handle), GRID)
 
 
 def scaled_by_itself(family: str, rope_type: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:

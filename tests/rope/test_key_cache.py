@@ -9,7 +9,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicIndexedLayer
 
 from clex_train.rope.patch import install_rotary
-from clex_train.scaling.baselines import none_table, ntk_table
+from clex_train.scaling.methods.none import none_table
+from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.table import scale_grid
 from tests.rope.cached_calls import PIECES, T_MAX, QuantisedLayers, feed, patched
 from tests.rope.rotary_families import CONTEXT, tiny_model, tokens

@@ -12,15 +12,16 @@ from transformers import PreTrainedModel
 
 from clex_train.attention import kv_cache
 from clex_train.config.data import DataConfig
+from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
-from clex_train.config.scaling import Positions, ScalingConfig, ScalingName
+from clex_train.config.scaling import Positions, ScalingConfig
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models import architecture
 from clex_train.models.load import load_for_training, recompute_layers
 from clex_train.rope.native import install_as_is
 from clex_train.rope.patch import RotaryHandle, install_rotary
-from clex_train.scaling.baselines import ntk_table
+from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.spectrum import Spectrum, cos_sin
 from tests.rope.rotary_families import CONTEXT, tokens
 from tests.rope.test_receptive_field import HYBRID, model_of
@@ -169,7 +170,7 @@ def test_a_recipe_by_formula_says_that_it_scales_local_layers_too(
 ) -> None:
     model_of("gemma2", **MIXED["gemma2"]).save_pretrained(tmp_path)
     base = ModelConfig(path=str(tmp_path), context_len=CONTEXT)
-    scaling = ScalingConfig(name=ScalingName.yarn, factor=4.0, positions=Positions.skip)
+    scaling = ScalingConfig(name=Method.yarn, factor=4.0, positions=Positions.skip)
     config = Config(model=base, data=DataConfig(seq_len=CONTEXT), scaling=scaling)
     with caplog.at_level("WARNING", logger="clex_train"):
         loaded = load_for_training(config, architecture.to_train(base), torch.float32, {})

@@ -10,10 +10,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from clex_train.api import apply_clex
 from clex_train.attention import kv_cache
-from clex_train.config.evaluation import EvaluationConfig, Method
+from clex_train.config.evaluation import EvaluationConfig
+from clex_train.config.method import Method
 from clex_train.config.model import Init, ModelConfig
 from clex_train.config.root import Config
-from clex_train.config.scaling import ScalingConfig, ScalingName
+from clex_train.config.scaling import ScalingConfig
 from clex_train.evaluation import methods
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models import architecture
@@ -21,7 +22,7 @@ from clex_train.models.load import LoadedModel, load_for_training, trained_archi
 from clex_train.rope.native import install_as_is
 from clex_train.rope.patch import install_rotary
 from clex_train.rope.receptive_field import require_scalable_config
-from clex_train.scaling.baselines import ntk_table
+from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.spectrum import Spectrum
 from tests.rope.rotary_families import CONTEXT, from_config, tokens
 
@@ -115,7 +116,7 @@ def test_what_cannot_be_scaled_trains_as_it_is(kind: str, tmp_path: Path) -> Non
     model = model_of(kind, **UNSCALABLE.get(kind, {"sliding_window": 12}))
     model.save_pretrained(tmp_path)
     base = ModelConfig(path=str(tmp_path), init=Init.pretrained, context_len=CONTEXT, config=None)
-    config = Config(model=base, scaling=ScalingConfig(name=ScalingName.none))
+    config = Config(model=base, scaling=ScalingConfig(name=Method.none))
     loaded = load_for_training(config, architecture.to_train(base), torch.float32, {})
     ids = tokens(1, 2 * CONTEXT)
     with loaded.handle.training(Spectrum(loaded.base_inv_freq)):
@@ -123,7 +124,7 @@ def test_what_cannot_be_scaled_trains_as_it_is(kind: str, tmp_path: Path) -> Non
     assert torch.allclose(found, model(ids).logits, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match=f"model_type={kind}: "):
         trained_architecture(
-            dataclasses.replace(config, scaling=ScalingConfig(name=ScalingName.clex)), architecture.to_train(base)
+            dataclasses.replace(config, scaling=ScalingConfig(name=Method.clex)), architecture.to_train(base)
         )
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig
 
-from clex_train.config.scaling import Positions, ScalingConfig, ScalingName
+from clex_train.config.method import Method
+from clex_train.config.scaling import Positions, ScalingConfig
 from clex_train.rope import recipes
 from clex_train.rope.probe import require_rotary
-from clex_train.scaling.baselines import ntk_table, pi_table
+from clex_train.scaling.methods.ntk import ntk_table
+from clex_train.scaling.methods.pi import PositionInterpolation, pi_table
 
 L = 128
 SIZES = {
@@ -29,7 +31,7 @@ FAMILIES = {
 
 
 def recipe(name: str, **settings) -> ScalingConfig:
-    return ScalingConfig(name=ScalingName(name), positions=Positions.skip, **settings)
+    return ScalingConfig(name=Method(name), positions=Positions.skip, **settings)
 
 
 def spectrum(config):
@@ -116,6 +118,6 @@ def test_a_model_without_rope_is_refused():
 
 
 def test_a_family_that_reads_its_base_elsewhere_is_refused(monkeypatch):
-    monkeypatch.setitem(recipes.PARAMETERS, ScalingName.pi, lambda asked: {"scaling_factor": asked.factor})
+    monkeypatch.setattr(PositionInterpolation, "hf_parameters", lambda self, rope, factor: {"scaling_factor": factor})
     with pytest.raises(ValueError, match=r"frequencies of model_type=llama do not follow rope_parameters"):
         recipes.scaled(FAMILIES["llama"], recipe("pi"), 4.0, L)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torchdiffeq import odeint
 
-from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.solver import MIN_STEPS, UnstableField
 from clex_train.scaling.table import scale_grid
 

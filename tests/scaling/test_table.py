@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from clex_train.scaling.baselines import ntk_table, pi_table
+from clex_train.scaling.methods.ntk import ntk_table
+from clex_train.scaling.methods.pi import pi_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
 
 BASE = 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)

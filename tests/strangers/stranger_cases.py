@@ -37,8 +37,8 @@ from clex_train.evaluation import results
 from clex_train.evaluation.report import evidence, sources, tables
 from clex_train.evaluation.results import Origin, Results, Score
 from clex_train.models import directory, weight_files
-from clex_train.rope.hf_scalings import read_longrope_factors
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.methods.longrope import read_longrope_factors
 from clex_train.scaling.table import scale_grid
 from clex_train.tracking import run_folder
 from data_prep import inspect as inspect_verb

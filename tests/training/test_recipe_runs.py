@@ -13,7 +13,8 @@ from clex_train.models import load
 from clex_train.preflight.dry_run import print_plan
 from clex_train.rope import recipes
 from clex_train.rope.patch import RotaryHandle
-from clex_train.scaling.baselines import ntk_table, pi_table
+from clex_train.scaling.methods.ntk import ntk_table
+from clex_train.scaling.methods.pi import pi_table
 from clex_train.training.step import ForwardPass
 from tests.helpers.composing import composed
 

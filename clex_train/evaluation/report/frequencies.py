@@ -18,8 +18,10 @@ from clex_train.evaluation.report import plotting
 from clex_train.evaluation.report.evidence import Evidence, TrainingRun
 from clex_train.evaluation.report.plotting import Absent, Figure, Line
 from clex_train.evaluation.report.sources import of_training
-from clex_train.scaling.baselines import ntk_table, pi_table
-from clex_train.scaling.table import FrequencyTable, as_grid
+from clex_train.scaling.methods.ntk import ntk_table
+from clex_train.scaling.methods.pi import pi_table
+from clex_train.scaling.methods.yarn import Yarn
+from clex_train.scaling.table import FrequencyTable
 from clex_train.tracking.run_folder import FINAL
 from clex_train.utils.errors import InputError
 
@@ -79,18 +81,18 @@ def formulas(run: TrainingRun) -> tuple[dict[str, Formula], str]:
 def _yarn(run: TrainingRun) -> Formula:
     """Build YaRN for the model in a run's `final/`; raises `ConfigError` for one that cannot have it."""
     # transformers takes seconds to import: only reports that draw frequencies pay for it.
-    from clex_train.config.evaluation import EvaluationConfig, Method
     from clex_train.config.model import ModelConfig
-    from clex_train.evaluation import methods
+    from clex_train.evaluation.methods import base_rope
     from clex_train.models import architecture
     from clex_train.rope.native import handle_without_weights
 
     model = ModelConfig(path=str(run.folder / FINAL))
     config = architecture.to_train(model)
     handle = handle_without_weights(config, architecture.context_length(model, config))
-    yarn = methods.formulas(EvaluationConfig(), handle)[Method.yarn]
-    yarn(handle.base_inv_freq, as_grid([1.0, 2.0]))
-    return lambda base, grid: yarn(base, as_grid(grid))
+    rope, yarn = base_rope(handle), Yarn()
+    # A model that cannot have YaRN is refused here, before anything is drawn.
+    yarn.table(rope, [1.0, 2.0])
+    return lambda _, grid: yarn.table(rope, grid)
 
 
 def _ratios(tables: Mapping[str, FrequencyTable], known: Mapping[str, Formula], t: float) -> list[Line]:

@@ -10,7 +10,7 @@ import torch
 from clex_train.evaluation import results
 from clex_train.evaluation.results import Origin, Results, Score
 from clex_train.models.directory import TABLE
-from clex_train.scaling.baselines import ntk_table
+from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
 
 LENGTHS = (128, 256, 2048)

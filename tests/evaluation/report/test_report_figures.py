@@ -18,7 +18,7 @@ from clex_train.evaluation.report.evidence import Evidence, collect
 from clex_train.evaluation.report.plotting import Absent, Figure
 from clex_train.evaluation.report.tables import from_results
 from clex_train.evaluation.results import Results, Score
-from clex_train.scaling.baselines import ntk_table
+from clex_train.scaling.methods.ntk import ntk_table
 from tests.evaluation.report.evaluation_files import LLAMA, ORIGIN, add_to_file, make_run, outcome, relabelled, task_row
 
 LLAMA3_ROPE = {

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from clex_train.config.evaluation import Method
-from clex_train.evaluation.methods import tables
+from clex_train.config.method import Method
+from clex_train.evaluation.methods import base_rope, tables
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.retrieval.decoding import greedy
 from clex_train.rope.patch import install_rotary
@@ -18,7 +18,7 @@ PROMPT = torch.randint(1, VOCAB, (LENGTH - NUM_NEW,), generator=torch.Generator(
 def test_it_is_what_generate_gives(num_chunks: int) -> None:
     model = build_tiny_llama().double()
     handle = install_rotary(model, CONTEXT_LEN)
-    handle.use(tables([Method.ntk], None, handle.base_inv_freq, CONTEXT_LEN, LENGTH)["ntk"])
+    handle.use(tables([Method.ntk], base_rope(handle), LENGTH)["ntk"])
     with evaluating(model), handle.fixed(LENGTH):
         ours = greedy(model, PROMPT, NUM_NEW, num_chunks)
         theirs = model.generate(PROMPT[None], do_sample=False, max_new_tokens=NUM_NEW, eos_token_id=None)

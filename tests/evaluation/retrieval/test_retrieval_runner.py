@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from clex_train.attention import kv_cache
-from clex_train.config.evaluation import EvaluationConfig, Method
+from clex_train.config.evaluation import EvaluationConfig
+from clex_train.config.method import Method
 from clex_train.config.retrieval import Task
 from clex_train.evaluation import methods
 from clex_train.evaluation.results import Missing, TaskScore, task_metrics
@@ -44,8 +45,7 @@ def documents(byte_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def tables_of(handle: RotaryHandle, chosen: Sequence[Method], longest: int) -> dict[str, Frequencies]:
-    formulas = methods.formulas(SPEC, handle)
-    return methods.tables(chosen, None, handle.base_inv_freq, CONTEXT_LEN, longest, formulas)
+    return methods.tables(chosen, methods.base_rope(handle), longest, SPEC)
 
 
 def run(

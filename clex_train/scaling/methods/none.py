@@ -1,0 +1,38 @@
+"""Plain RoPE: the base frequencies at every scale factor (Su et al., arXiv 2104.09864).
+
+    theta_j(t) = theta_j(1)
+
+Shapes: `P` pairs = rotary_dim / 2.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid, constant_table
+from clex_train.scaling.table import FrequencyTable
+
+
+@dataclass(frozen=True)
+class Plain(ScalingMethod):
+    """The model's own RoPE: pre-training, or the base trained on without any scaling."""
+
+    title: ClassVar[str] = "plain RoPE"
+
+    def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:
+        """Return the base frequencies at every t."""
+        return none_table(rope.inv_freq, t_grid)
+
+    def changes(self, factor: float) -> bool:
+        """Tell that the frequencies stay as they are."""
+        return False
+
+
+def none_table(inv_freq: Float[Tensor, " P"], t_grid: TGrid) -> FrequencyTable:
+    """The base frequencies at every t."""
+    return constant_table(inv_freq, t_grid, "none")
+
+
+METHOD = Plain

@@ -1,0 +1,50 @@
+"""NTK-aware scaling with alpha = 2t - 1, where CLEX starts (CLEX, arXiv 2310.16450).
+
+    theta_j(t) = theta_j(1) * (2t - 1)^(-2j / (d - 2))
+
+It equals a larger base, b' = b * (2t - 1)^(d / (d - 2)), so a stock config needs no rope type.
+Shapes: `P` pairs = d / 2.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid
+from clex_train.scaling.table import FrequencyTable, as_grid
+
+
+@dataclass(frozen=True)
+class NtkAware(ScalingMethod):
+    """The fastest pair stays, the slowest is divided by 2t - 1."""
+
+    title: ClassVar[str] = "NTK(2t-1)"
+
+    def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:
+        """Return the frequencies that an untrained CLEX gives."""
+        return ntk_table(rope.inv_freq, t_grid)
+
+    def hf_parameters(self, rope: Rope, factor: float) -> dict[str, Any]:
+        """Return the larger base: b'^(-2j/d) = b^(-2j/d) * (2t - 1)^(-2j/(d-2))."""
+        num_pairs = len(rope.inv_freq)
+        # The only pair of d = 2 turns at frequency 1 whatever the base.
+        exponent = num_pairs / (num_pairs - 1) if num_pairs > 1 else 0.0
+        return {"rope_theta": rope.theta * (2 * factor - 1) ** exponent}
+
+
+def ntk_exponents(num_pairs: int) -> Float64[Tensor, " P"]:
+    """2j / (d - 2), which rises from 0 for the fastest pair to 1 for the slowest; 0 for the only pair of d = 2."""
+    return torch.arange(num_pairs, dtype=torch.float64) / max(1, num_pairs - 1)
+
+
+def ntk_table(inv_freq: Float[Tensor, " P"], t_grid: TGrid) -> FrequencyTable:
+    """NTK-aware scaling with alpha = 2t - 1: what an untrained CLEX gives."""
+    t = as_grid(t_grid)
+    factors = (2 * t[:, None] - 1) ** -ntk_exponents(len(inv_freq))
+    return FrequencyTable(t, inv_freq.double() * factors, method="ntk")
+
+
+METHOD = NtkAware

@@ -1,0 +1,33 @@
+"""YaRN: frequencies by parts and a factor on the attention (Peng et al., arXiv 2309.00071), `yarn` in transformers.
+
+Pairs that turn often within L keep their frequency, pairs that turn less than once are divided by t, a ramp lies
+between; cos and sin are multiplied by 0.1 ln t + 1.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid
+from clex_train.scaling.table import FrequencyTable
+
+
+@dataclass(frozen=True)
+class Yarn(ScalingMethod):
+    """transformers' own formula at factor t and original length L."""
+
+    title: ClassVar[str] = "YaRN"
+
+    def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:
+        """Return transformers' frequencies and attention factors."""
+        return rope.stock_table("yarn", t_grid, lambda t: self.hf_parameters(rope, t))
+
+    def hf_parameters(self, rope: Rope, factor: float) -> dict[str, Any]:
+        """Return the `yarn` rope type."""
+        return {
+            "rope_type": "yarn",
+            "factor": float(factor),
+            "original_max_position_embeddings": rope.context_len,
+        }
+
+
+METHOD = Yarn
