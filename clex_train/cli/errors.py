@@ -21,8 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clex_train.cli import config_files
 from clex_train.config.suggestions import did_you_mean, in_words
+from clex_train.utils import locations
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = locations.ROOT
+INSTALLED = (locations.ROOT, *(locations.PACKAGE.parent / name for name in ("clex_train", "data_prep", "launch")))
 HYDRA = Path(str(hydra.__file__)).resolve().parent
 RAISE = dis.opmap["RAISE_VARARGS"]
 
@@ -231,6 +233,8 @@ def _was_raised_for_the_user(error: ValueError) -> bool:
     code = place.tb_frame.f_code
     file = Path(code.co_filename).resolve()
     is_ours = file.is_relative_to(REPOSITORY) and "site-packages" not in file.parts
+    if not locations.IS_CHECKOUT:
+        is_ours = any(file.is_relative_to(place) for place in INSTALLED)
     return file.is_relative_to(HYDRA) or (is_ours and code.co_code[place.tb_lasti] == RAISE)
 
 
