@@ -15,7 +15,17 @@ DOCS = ROOT / "docs"
 
 @pytest.fixture(scope="module")
 def layers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("layers", DOCS / "layers.py")
+    return program("layers")
+
+
+@pytest.fixture(scope="module")
+def results_figure() -> ModuleType:
+    return program("results_figure")
+
+
+def program(name: str) -> ModuleType:
+    """Import a program of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -83,3 +93,17 @@ def test_layers_is_a_program(layers: ModuleType, monkeypatch, tmp_path: Path) ->
     assert page.read_text().endswith("\nafter\n")
     assert "| 0 | `utils` |" in page.read_text()
     assert "stale line" not in page.read_text()
+
+
+def test_the_figure_of_results_shows_the_numbers_of_the_page(results_figure: ModuleType) -> None:
+    text = results_figure.PAGE.read_text(encoding="utf-8")
+    assert results_figure.recorded_digest() == results_figure.digest(text), "run: python docs/results_figure.py"
+
+
+def test_every_row_of_the_results_has_a_facet_and_no_facet_a_colour_twice(results_figure: ModuleType) -> None:
+    _, rows = results_figure.table(results_figure.PAGE.read_text(encoding="utf-8"), results_figure.PERPLEXITY)
+    assert rows["CLEX, our recipe"][0] == (45.99, 3.01)
+    facets = [*results_figure.FACETS.values(), [*results_figure.CLOSE, *results_figure.FROZEN]]
+    assert {name for names in facets for name in names} == rows.keys()
+    for names in facets:
+        assert len({results_figure.style(name)[0] for name in names}) == len(names)
