@@ -59,6 +59,16 @@ def test_every_page_is_in_the_navigation() -> None:
     assert {*_pages(settings["nav"])} == pages | {"index.md", "contributing.md"}
 
 
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem)
+def test_the_source_files_that_a_page_names_exist(page: Path) -> None:
+    named = set(re.findall(r"(?:\w+/)+\w+\.py\b", page.read_text(encoding="utf-8")))
+    of_libraries = {name for name in named if name.startswith("deepspeed/")}
+    missing = {
+        name for name in named - of_libraries if not any((ROOT / top / name).exists() for top in ("", "clex_train"))
+    }
+    assert missing == set()
+
+
 @pytest.mark.parametrize("page", sorted((DOCS / "reference").glob("*.md")), ids=lambda page: page.stem)
 def test_the_reference_names_what_exists(page: Path) -> None:
     for name in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE):
