@@ -10,7 +10,15 @@ OLDEST := tests/rope tests/attention tests/lm_infinite tests/engine tests/test_a
 	tests/training/test_ode_optimizer.py tests/utils/test_private_names.py tests/evaluation/report \
 	tests/data_prep/test_damaged_files.py tests/data_prep/test_readers.py
 
-.PHONY: quickstart smoke test test-oldest test-slow test-gpu test-slurm check format environment clean
+# The mathematics, and rooms whose tests run in this process. Left to `make test`: every model family (test_rotary_families,
+# test_lm_infinite_models), and a Hydra composition for every key (test_bounds).
+FAST := tests/scaling tests/attention tests/data tests/utils tests/helpers tests/config/test_config.py tests/docs/test_site.py \
+	tests/lm_infinite/test_lambda_attention.py tests/lm_infinite/test_block_mask.py tests/lm_infinite/test_cache.py \
+	tests/lm_infinite/test_middle_tokens.py tests/rope/test_install_rotary.py tests/rope/test_key_cache.py \
+	tests/rope/test_config_checks.py tests/rope/test_hf_scalings.py tests/rope/test_rotary_gradients.py \
+	tests/models/test_official.py tests/models/test_official_field.py
+
+.PHONY: quickstart smoke test test-fast test-oldest test-slow test-gpu test-slurm check docs dockerfile format environment clean
 
 quickstart: environment  ## the whole main job on the standard library's sources, about 15 minutes on 2 cores
 	$(BIN)/python -m launch.quickstart
@@ -19,7 +27,10 @@ smoke: environment  ## the same with few steps, about two minutes
 	$(BIN)/python -m launch.quickstart --smoke
 
 test: .venv/dev  ## the suite without the markers slow, gpu and slurm, on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 -rs
+
+test-fast: .venv/dev  ## mathematics, RoPE, attention, LM-Infinite, data, configuration: about two minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rs $(FAST)
 
 test-oldest: .venv-oldest/dev  ## what depends most on transformers and DeepSpeed, on the oldest versions allowed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(OLDEST)
@@ -33,11 +44,19 @@ test-gpu: .venv/dev
 test-slurm: .venv/dev  ## on a real SLURM of two nodes, started here from Debian's packages; skipped without them
 	$(BIN)/python -m pytest -m slurm -rs tests/slurm
 
-check: .venv/dev  ## lint, format, types, direction of imports
+check: .venv/dev dockerfile docs  ## lint, format, types, direction of imports, Dockerfile, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: .venv/dev  ## the site in site/; a broken link or an undocumented page is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dockerfile:  ## by docker's own checks or hadolint where one is at hand; tests/package/test_dockerfile.py reads it anywhere
+	@if docker buildx version >/dev/null 2>&1 && docker info >/dev/null 2>&1; then docker build --check .; \
+	elif command -v hadolint >/dev/null; then hadolint Dockerfile; \
+	else echo "Dockerfile: no docker daemon and no hadolint here; only the test reads it"; fi
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .

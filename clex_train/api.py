@@ -17,13 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from clex_train.attention.log_scaling import LogScaling, install_log_scaling
+from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models import directory as model_directory
 from clex_train.models import official
+from clex_train.models.load import load_for_evaluation
 from clex_train.rope import recipes
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.utils.errors import ConfigError
+
+__all__ = ["AppliedClex", "apply_clex", "apply_lm_infinite", "load_for_evaluation"]
 
 Source = str | Path | Clex | FrequencyTable
 T_MAX = 16.0

@@ -1,0 +1,1 @@
+"""Prepare data: tokenizers, token stores, evaluation sets, decontamination; one module a verb."""

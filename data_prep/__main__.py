@@ -19,7 +19,6 @@ from __future__ import annotations
 import importlib
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
@@ -36,6 +35,7 @@ from clex_train.cli import console
 from clex_train.cli.help import options
 from clex_train.config.docs import describe
 from clex_train.utils import log
+from clex_train.utils.locations import CONF
 from data_prep.config import (
     CorpusVerb,
     DecontaminateVerb,
@@ -44,8 +44,6 @@ from data_prep.config import (
     TokenizeVerb,
     TrainTokenizerVerb,
 )
-
-CONF = Path(__file__).resolve().parents[1] / "conf"
 
 VERBS: dict[str, tuple[type, str]] = {
     "corpus": (CorpusVerb, "data_prep.export"),

@@ -1,0 +1,1 @@
+"""Start runs: SLURM jobs, the quick start, the study."""

@@ -17,8 +17,8 @@ from clex_train.config.launch import Container, LaunchConfig, Layout
 from clex_train.config.root import Config
 from clex_train.tracking import run_folder
 from clex_train.utils.bounds import require
+from clex_train.utils.locations import ROOT
 from launch.containers import entrance
-from launch.snapshot import ROOT
 
 NAME, CODE = "job.sh", "code"
 MACHINERY = Path(__file__).parent / "job"

@@ -28,9 +28,9 @@ if __name__ == "__main__":
 from clex_train.cli.console import GO_ON
 from clex_train.resilience.stop_requests import Interrupted
 from clex_train.utils import terminal
+from clex_train.utils.locations import ROOT
 from launch import stages
 
-ROOT = Path(__file__).resolve().parents[1]
 SMOKE_STEPS = {"tiny_base": 40, "tiny_clex": 20, "tiny_continued": 20}
 SMOKE_OVERRIDES = ["evaluation.num_windows=2", "tracking.wandb=off"]
 

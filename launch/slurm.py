@@ -35,6 +35,7 @@ from clex_train.tracking import run_folder
 from clex_train.utils import files, log
 from clex_train.utils.bounds import require
 from clex_train.utils.errors import ConfigError, InputError
+from clex_train.utils.locations import CONF
 from launch import job_script, snapshot
 
 DRY_RUN = "--dry-run"
@@ -57,7 +58,7 @@ def composed(overrides: Sequence[str]) -> Config:
     for word in overrides:
         require(not word.startswith("-"), "argument", word, f"give key=value, or {DRY_RUN}; --help lists the keys")
     configuration.register()
-    with initialize_config_dir(str(snapshot.ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         words = for_hydra(Config, overrides)
         config = configuration.to_config(compose("config", overrides=words))
         hydra = compose("config", overrides=[*words, "hydra.runtime.output_dir=."], return_hydra_config=True).hydra

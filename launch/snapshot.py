@@ -11,8 +11,8 @@ from pathlib import Path
 
 from clex_train.tracking.tracker import git_commit
 from clex_train.utils import log
+from clex_train.utils.locations import PACKAGE, ROOT, SHIPPED
 
-ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("train.py", "clex_train", "conf", "data_prep", "launch", "pyproject.toml", "requirements.txt")
 """What is copied where there is no git to ask, and the folders that new files are copied from."""
 SOURCES = {".py", ".pyi", ".yaml", ".yml", ".json", ".toml", ".txt", ".md", ".sh", ".cu", ".cpp", ".h", ".jinja"}
@@ -33,7 +33,7 @@ def copy_code(target: Path) -> None:
     for name in copied:
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, copy)
+        shutil.copy2(_source(name), copy)
     (target / "COMMIT").write_text(f"{git_commit() or ''}\n", encoding="utf-8")
     _say_what_is_left_out([name for name in (*tracked, *others) if name not in set(copied)])
 
@@ -41,7 +41,7 @@ def copy_code(target: Path) -> None:
 def _say_what_is_left_out(names: list[str]) -> None:
     if not names:
         return
-    size = sum((ROOT / name).stat().st_size for name in names) / 1e6
+    size = sum(_source(name).stat().st_size for name in names) / 1e6
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     logger.warning(
         "left out of the copy of the code: %s%s (%d files, %.1f MB; secrets, data, or not in the folders of the code); "
@@ -57,7 +57,7 @@ def _is_small_source(name: str) -> bool:
     path = Path(name)
     is_place = len(path.parts) == 1 or path.parts[0] in PARTS
     is_source = path.suffix in SOURCES or path.name == ".gitignore"
-    return is_place and is_source and (ROOT / name).stat().st_size <= MOST_BYTES
+    return is_place and is_source and _source(name).stat().st_size <= MOST_BYTES
 
 
 def _may_be_secret(name: str) -> bool:
@@ -80,5 +80,17 @@ def _listed(kind: list[str]) -> list[str]:
 
 
 def _of_parts() -> list[str]:
-    files = [file for part in PARTS for file in ((ROOT / part).rglob("*") if (ROOT / part).is_dir() else [ROOT / part])]
-    return [str(file.relative_to(ROOT)) for file in files if file.is_file() and "__pycache__" not in file.parts]
+    """List the files of the code where there is no git: in a copy of a checkout, or in an installed package."""
+    places = [_source(part) for part in PARTS]
+    files = [(place, file) for place in places for file in (place.rglob("*") if place.is_dir() else [place])]
+    return [
+        str(file.relative_to(place.parent))
+        for place, file in files
+        if file.is_file() and "__pycache__" not in file.parts and not (place == PACKAGE and SHIPPED in file.parents)
+    ]
+
+
+def _source(name: str) -> Path:
+    """Return the file or folder that a name in the copy stands for; a wheel has `train.py` and `conf/` elsewhere."""
+    own = ROOT / name
+    return own if own.exists() else PACKAGE.parent / name

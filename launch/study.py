@@ -33,12 +33,12 @@ from clex_train.resilience.stop_requests import Interrupted
 from clex_train.utils import terminal
 from clex_train.utils.errors import ConfigError, InputError
 from clex_train.utils.files import require_place
+from clex_train.utils.locations import ROOT
 from data_prep.config import Format
 from data_prep.sources import expand
 from launch import stages, study_tables
 from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows
 
-ROOT = Path(__file__).resolve().parents[1]
 CONTEXT_LEN = 128
 LENGTHS = [CONTEXT_LEN * multiple for multiple in (1, 2, 4, 8, 16)]
 PROTOCOLS = "protocols=[one_shot,last_k,per_position]"

@@ -87,10 +87,22 @@ def little_room(tmp_path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def goldens() -> Path:
     """Outputs of the original CLEX and LM-Infinite codes on small random models (see its README)."""
-    for folder in (ROOT / "tests" / "goldens", ROOT.parent / "shared" / "goldens"):
-        if (folder / "clex_ode.safetensors").exists():
-            return folder
-    pytest.skip("no goldens: neither tests/goldens nor ../shared/goldens is there")
+    return ROOT / "tests" / "goldens"
+
+
+@pytest.fixture(scope="session")
+def complete_goldens() -> Path:
+    """The set that `goldens` is cut from: whole models under LM-Infinite and longer texts too."""
+    folder = ROOT.parent / "shared" / "goldens"
+    if not (folder / "lmi_eval.safetensors").exists():
+        pytest.skip("needs the complete goldens in ../shared/goldens; tests/goldens holds 3 MB of them")
+    return folder
+
+
+@pytest.fixture(params=["subset", "complete"])
+def logit_goldens(request: pytest.FixtureRequest) -> Path:
+    """Each of the two sets in turn, for what both can show."""
+    return request.getfixturevalue("goldens" if request.param == "subset" else "complete_goldens")
 
 
 @pytest.fixture(scope="session")

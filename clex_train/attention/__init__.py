@@ -1,0 +1,1 @@
+"""Attention of a model: back end, document masks, log-scaling, Ulysses, queries in chunks."""

@@ -7,7 +7,6 @@ changed in it is noticed. Format 1 knew sizes only; such checkpoints can still b
 import hashlib
 import json
 import platform
-import tomllib
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from functools import cache
@@ -17,7 +16,7 @@ from typing import Any
 
 from clex_train.config.root import Config
 from clex_train.data.identity import DataOrder, consumed, data_order, require_order
-from clex_train.utils import checksums, distributed
+from clex_train.utils import checksums, distributed, versions
 from clex_train.utils.checksums import Damaged
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import BadFile, is_plain_name, read_regular
@@ -156,8 +155,7 @@ def _plain(value: object) -> str:
 
 @cache
 def _versions() -> dict[str, str]:
-    own = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    found = {own["name"]: own["version"], "python": platform.python_version()}
+    found = {versions.OWN: versions.own(), "python": platform.python_version()}
     for package in ("torch", "deepspeed", "transformers"):
         try:
             found[package] = version(package)

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from clex_train.cli.overrides import type_at
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import read_regular
+from clex_train.utils.locations import CONF
 from clex_train.utils.records import require_bounded
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 GLOBAL = "# @package _global_"
 
 
@@ -43,7 +43,7 @@ def require_texts(schema: type | None, hydra: Any) -> None:
 def require_few_values(arguments: Sequence[str]) -> None:
     """Raise `ValueError` for a file of a few hundred bytes whose aliases stand for millions of values.
 
-    Hydra would write them all out. Looked at are this repository's `conf/` and the folders that `arguments` name.
+    Hydra would write them all out. Looked at are the program's own `conf/` and the folders that `arguments` name.
     """
     named = re.findall(r"(?:^|\s)(?:--config-dir|-cd|--config-path|-cp)[= ](\S+)", " ".join(arguments))
     named += re.findall(r"file://([^,\]'\"\s]+)", " ".join(arguments))

@@ -20,9 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clex_train.cli import config_files
 from clex_train.config.suggestions import did_you_mean, in_words
+from clex_train.utils import locations
 from clex_train.utils.errors import InputError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = locations.ROOT
 HYDRA = Path(str(hydra.__file__)).resolve().parent
 
 REASONS = (

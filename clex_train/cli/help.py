@@ -11,8 +11,8 @@ from pathlib import Path
 
 from clex_train.config.docs import describe
 from clex_train.config.root import Config
+from clex_train.utils.locations import CONF
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = ("model", "data", "scaling", "attention", "engine", "optim", "evaluation", "tracking", "launch")
 WIDTH = 116
 

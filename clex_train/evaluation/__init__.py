@@ -1,0 +1,1 @@
+"""Perplexity and retrieval against context length, confidence intervals, the report."""

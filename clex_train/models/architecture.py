@@ -18,11 +18,9 @@ from clex_train.rope import config_checks, recipes
 from clex_train.rope.patch import require_rotary
 from clex_train.rope.recipes import ContextLength
 from clex_train.scaling.table import FrequencyTable, scale_grid
-from clex_train.utils import log
+from clex_train.utils import locations, log
 from clex_train.utils.bounds import require
 from clex_train.utils.errors import ConfigError, InputError
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 logger = log.get(__name__)
 
@@ -224,10 +222,10 @@ def _is_local(path: str) -> bool:
 
 
 def _shipped(path: str | None) -> str | None:
-    """A relative `model.config` is looked up from here, then from this repository, so that runs start anywhere."""
-    if path is None or Path(path).exists() or not (REPOSITORY / path).is_dir():
+    """A relative `model.config` is looked up from here, then from where `conf/` is, so that runs start anywhere."""
+    if path is None or Path(path).exists() or not (locations.ROOT / path).is_dir():
         return path
-    return str(REPOSITORY / path)
+    return str(locations.ROOT / path)
 
 
 def _context_of_field(path: str) -> ContextLength | None:

@@ -4,7 +4,6 @@ Everything runs without the optional packages, slower on a GPU.
 """
 
 import dataclasses
-from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -15,10 +14,10 @@ from clex_train.config.attention import AttentionImplementation
 from clex_train.config.engine import Liger
 from clex_train.config.root import Config
 from clex_train.engine import deepspeed, liger
-from clex_train.utils import distributed, log
+from clex_train.utils import distributed, log, versions
 
-OPTIONAL = {"flash-attn": "flash_attn", "liger-kernel": "liger_kernel", "triton": "triton"}
-"""Packages of a GPU by the name that they are installed and the one that they are imported by."""
+KERNELS = ("flash-attn", "liger-kernel", "triton")
+"""Optional packages that a GPU runs faster with."""
 
 logger = log.get(__name__)
 
@@ -60,7 +59,7 @@ def announce(config: Config, arch: PretrainedConfig, num_replaced: int) -> None:
 
 def missing() -> list[str]:
     """Optional packages that are not installed."""
-    return [name for name, module in OPTIONAL.items() if find_spec(module) is None]
+    return [name for name in versions.missing() if name in KERNELS]
 
 
 def _why_not_flash(config: Config, arch: PretrainedConfig, dtype: torch.dtype) -> str:

@@ -1,0 +1,1 @@
+"""Stop requests, watchdog and loss spikes of a run."""

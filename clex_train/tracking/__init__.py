@@ -1,0 +1,1 @@
+"""Records of a run: metrics, run folder, wandb, and the block that opens a program."""

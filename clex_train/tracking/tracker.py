@@ -21,7 +21,7 @@ from clex_train.config.checkpoint import OnFullDisk
 from clex_train.config.root import Config
 from clex_train.config.tracking import TrackingConfig, Wandb
 from clex_train.tracking.metrics_log import MetricsLog
-from clex_train.utils import distributed, files, log, progress
+from clex_train.utils import distributed, files, locations, log, progress
 from clex_train.utils.bounds import require
 
 logger = log.get(__name__)
@@ -228,17 +228,19 @@ def write_environment(run_dir: Path, first_step: int, data_fingerprint: str) -> 
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this program runs from, with `-dirty` if files differ; None outside git.
+    """Return the commit of the code that runs, with `-dirty` if files differ from it; None where it is unknown.
 
-    A snapshot of a checkout (`python -m launch.slurm`) has it in a file named COMMIT.
+    A wheel, and the snapshot of a SLURM job, have it in a file.
     """
-    root = Path(__file__).resolve().parents[1]
-    if (root / "COMMIT").exists():
-        return (root / "COMMIT").read_text(encoding="utf-8").strip() or None
+    if locations.COMMIT.exists():
+        return locations.COMMIT.read_text(encoding="utf-8").strip() or None
+    if not locations.IS_CHECKOUT:
+        # git would find whatever repository the environment happens to lie in, and name a commit of that.
+        return None
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=root,
+            cwd=locations.ROOT,
             capture_output=True,
             text=True,
             timeout=10,

@@ -1,0 +1,1 @@
+"""Training loop, optimizer of the ODE, recovery from bad steps."""

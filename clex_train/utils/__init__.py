@@ -1,0 +1,1 @@
+"""Helpers of every room: files, locks, checksums, log, ranks, versions, locations."""

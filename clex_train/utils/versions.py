@@ -4,9 +4,17 @@ Minor releases of transformers and DeepSpeed rename what others build on. `const
 an install from a clone; a test keeps the two alike. Nothing here imports a library, so any program may ask.
 """
 
+import tomllib
 from importlib import metadata
+from importlib.util import find_spec
+from typing import NamedTuple
 
 from packaging.version import Version
+
+from clex_train.utils.locations import IS_CHECKOUT, ROOT
+
+OWN = "clex-train"
+"""The name of this distribution."""
 
 NEWEST_TESTED = {
     "torch": "2.13.0",
@@ -16,6 +24,37 @@ NEWEST_TESTED = {
     "accelerate": "1.15.0",
     "safetensors": "0.8.0",
 }
+
+
+class Optional(NamedTuple):
+    """A package that everything runs without."""
+
+    module: str
+    """The name that it is imported by."""
+    use: str
+    """Purpose and remedy, for a user who lacks it."""
+
+
+OPTIONAL = {
+    "flash-attn": Optional("flash_attn", "faster attention and LM-Infinite's window on a GPU; clex-train[gpu]"),
+    "liger-kernel": Optional("liger_kernel", "fused norms and MLPs on a GPU; clex-train[gpu]"),
+    "triton": Optional("triton", "compiles the GPU kernels; comes with torch's CUDA wheels"),
+    "lm-eval": Optional("lm_eval", "clex-train lm-eval; clex-train[eval]"),
+}
+
+
+def missing() -> list[str]:
+    """List the optional packages that are not installed."""
+    return [name for name, optional in OPTIONAL.items() if find_spec(optional.module) is None]
+
+
+def own() -> str:
+    """Return the version of the code that runs."""
+    project = ROOT / "pyproject.toml"
+    if IS_CHECKOUT and project.is_file():
+        # Metadata would be those of whatever wheel is installed too, or of the day of `pip install -e .`.
+        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
+    return installed(OWN) or "unknown"
 
 
 def installed(name: str) -> str | None:

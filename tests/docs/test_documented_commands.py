@@ -43,7 +43,8 @@ def commands(page: Path) -> list[str]:
     lines += [
         re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     ]
-    found = [(line, PROGRAM.search(line + " ")) for line in lines]
+    # Completion is installed by a flag of Hydra whose value only looks like a key.
+    found = [(line, PROGRAM.search(line + " ")) for line in lines if " -sc " not in line]
     return [line[match.start(1) :] for line, match in found if match]
 
 

@@ -27,6 +27,9 @@ from clex_train.scaling.position_sampling import draw_batch
 from clex_train.scaling.table import scale_grid
 from clex_train.training.ode_optimizer import OdeOptimizer
 from tests.export.official_directories import official_directory, save_tokenizer
+from tests.helpers.golden_subset import SUBSET, stored_lengths
+
+VOCAB_SIZE = json.loads((SUBSET / "clex_llama.config.json").read_text())["vocab_size"]
 
 # Three times the float32 error of the original code, by number of tokens (see the README of the goldens).
 TOLERANCE = {32: 3e-5, 64: 3e-5, 65: 3e-5, 128: 9e-5, 200: 9e-5, 512: 4.2e-4, 1000: 1.05e-3}
@@ -51,13 +54,14 @@ def load_for_training(config: Config) -> load.LoadedModel:
 
 @pytest.mark.parametrize("log_scale", [False, True])
 @torch.no_grad()
-def test_evaluation_gives_the_logits_of_the_original_code(tmp_path: Path, goldens: Path, log_scale: bool) -> None:
-    directory = official_directory(tmp_path / "official", goldens, log_scale=log_scale)
+def test_evaluation_gives_the_logits_of_the_original_code(tmp_path: Path, logit_goldens: Path, log_scale: bool) -> None:
+    directory = official_directory(tmp_path / "official", logit_goldens, log_scale=log_scale)
     loaded = load.load_for_evaluation(ModelConfig(path=str(directory)))
-    expected = load_file(goldens / "clex_eval_tanh.safetensors")
+    expected = load_file(logit_goldens / "clex_eval_tanh.safetensors")
     assert loaded.context_len == 64
     assert loaded.log_scale is (LogScale.official if log_scale else LogScale.off)
-    for length, tolerance in (LOG_SCALED_TOLERANCE if log_scale else TOLERANCE).items():
+    for length in stored_lengths(expected):
+        tolerance = (LOG_SCALED_TOLERANCE if log_scale else TOLERANCE)[length]
         logits = loaded.model(expected["input_ids"][None, :length], use_cache=False).logits[0]
         name = f"tanh.log{int(log_scale)}.{length}.logits"
         rows = slice(None) if len(expected[name]) == length else expected[f"rows.{length}"]
@@ -88,10 +92,10 @@ def test_official_to_ours_to_official_keeps_every_bit(directory: Path, tmp_path:
 
 def test_lengths_beyond_the_checkpoint_are_refused_before_weights_are_read(directory, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "load", lambda *_: pytest.fail("weights were read"))
-    documents = [[2 + i % 500 for i in range(1500)]]
-    write_store(tmp_path / "store", {"train": documents, "validation": documents}, 512)
-    save_tokenizer(tmp_path / "store" / "tokenizer", 512)
-    save_tokenizer(directory, 512)
+    documents = [[2 + i % (VOCAB_SIZE - 2) for i in range(1500)]]
+    write_store(tmp_path / "store", {"train": documents, "validation": documents}, VOCAB_SIZE)
+    save_tokenizer(tmp_path / "store" / "tokenizer", VOCAB_SIZE)
+    save_tokenizer(directory, VOCAB_SIZE)
     arguments = [f"model={directory}", f"data={tmp_path / 'store'}", "lengths=[64,1088]"]
     assert call(monkeypatch, *arguments, program=evaluate) == console.USER_ERROR
     assert "num_tokens=1088: beyond t_max * L = 16 * 64" in capsys.readouterr().err
@@ -158,7 +162,7 @@ def test_shards_carry_the_field_in_a_file_of_its_own(directory: Path, tmp_path: 
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     assert index["weight_map"]["model.clex_layer.proj_func.ode_up_proj"] == "model-clex.safetensors"
     again = load.load_for_evaluation(ModelConfig(path=str(tmp_path / "sharded")))
-    ids = torch.arange(200)[None]
+    ids = torch.arange(200)[None] % VOCAB_SIZE
     with torch.no_grad():
         assert torch.equal(again.model(ids).logits, loaded.model(ids).logits)
 
@@ -172,7 +176,7 @@ def test_training_goes_on_from_the_trained_field(directory: Path, tmp_path: Path
     assert loaded.clex.official_ntk_base
     ode = OdeOptimizer(loaded.clex, config.scaling, seed=0)
     adamw = torch.optim.AdamW(loaded.model.parameters(), lr=1e-3)
-    ids = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, VOCAB_SIZE, (2, 64), generator=torch.Generator().manual_seed(0))
     losses = []
     for step in range(4):
         spectrum = ode.begin(step)
@@ -249,9 +253,9 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str, program: ModuleType =
 
 def test_the_evaluate_program_takes_an_official_directory(directory, tmp_path, monkeypatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    documents = [torch.randint(2, 512, (n,), generator=generator).tolist() for n in (300, 280)]
-    write_store(tmp_path / "store", {"train": documents, "validation": documents}, 512)
-    save_tokenizer(tmp_path / "store" / "tokenizer", 512)
+    documents = [torch.randint(2, VOCAB_SIZE, (n,), generator=generator).tolist() for n in (300, 280)]
+    write_store(tmp_path / "store", {"train": documents, "validation": documents}, VOCAB_SIZE)
+    save_tokenizer(tmp_path / "store" / "tokenizer", VOCAB_SIZE)
     arguments = [f"model={directory}", f"data={tmp_path / 'store'}", "lengths=[64,256]", "methods=[trained,ntk]"]
     output = tmp_path / "result.json"
     assert call(monkeypatch, *arguments, f"output={output}", "precision=fp32", program=evaluate) == 0

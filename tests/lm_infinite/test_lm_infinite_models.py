@@ -18,13 +18,13 @@ INTERFACE_FAMILIES = sorted(set(FAMILIES) - {"falcon"})
 
 
 @pytest.fixture(scope="module")
-def original(goldens):
-    settings = json.loads((goldens / "lmi_llama.config.json").read_text())
+def original(complete_goldens):
+    settings = json.loads((complete_goldens / "lmi_llama.config.json").read_text())
     settings = {key: value for key, value in settings.items() if key not in ("rope_scaling", "rope_theta")}
     config = LlamaConfig(**settings, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     model = LlamaForCausalLM(config).eval()
-    model.load_state_dict(load_file(goldens / "lmi_llama.weights.safetensors"))
-    return model, load_file(goldens / "lmi_eval.safetensors")
+    model.load_state_dict(load_file(complete_goldens / "lmi_llama.weights.safetensors"))
+    return model, load_file(complete_goldens / "lmi_eval.safetensors")
 
 
 @pytest.mark.parametrize(

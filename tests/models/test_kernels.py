@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 import train
-from clex_train.models import kernels
+from clex_train.utils import versions
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def run(tmp_path, tiny_run):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_run_without_the_optional_packages_goes_through_and_tells_once(run, caplog, monkeypatch):
-    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    monkeypatch.setattr(versions, "find_spec", lambda name: None)
     with caplog.at_level("INFO", logger="clex_train"):
         run()
     said = [record.getMessage() for record in caplog.records]
@@ -37,7 +37,7 @@ def test_a_run_without_the_optional_packages_goes_through_and_tells_once(run, ca
 
 
 def test_with_all_packages_nothing_is_missed(run, caplog, monkeypatch):
-    monkeypatch.setattr(kernels, "find_spec", lambda name: object())
+    monkeypatch.setattr(versions, "find_spec", lambda name: object())
     with caplog.at_level("INFO", logger="clex_train"):
         run()
     assert not [record for record in caplog.records if "not installed" in record.getMessage()]
