@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
@@ -59,14 +59,19 @@ def publish(file: BinaryIO, path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a whole file or none; text as UTF-8.
+    """Write a whole file or none; text as UTF-8. Raises as `write_parts`."""
+    write_parts(path, [content.encode() if isinstance(content, str) else content])
+
+
+def write_parts(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a whole file or none, part by part; they may come from the file that is replaced.
 
     An `OSError`, as of a full disk, names `path`, and what was there stays.
     """
     beside = unfinished(path)
     try:
         with open(beside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.writelines(parts)
             publish(file, path)
     except OSError as error:
         with suppress(OSError):
