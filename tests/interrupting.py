@@ -13,11 +13,14 @@ from pathlib import Path
 
 import environments
 import psutil
-from distributed_runs import ROOT
 
+ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 ORPHAN_SECONDS = float(os.environ.get("INTERRUPT_SECONDS", "5"))
 """How long a process may outlive its launch; more on a machine that has other work."""
+TRIALS = int(os.environ.get("INTERRUPT_TRIALS", "4"))
+"""How many signals a test sends."""
+SEED = int(os.environ.get("INTERRUPT_SEED", "0"))
 TRACEBACK = re.compile(
     r"Traceback \(most recent call last\):\n(?:.*\n)*?(?=\S*\w+(?:Error|Interrupt|Exception|Exit)\b)"
 )
@@ -57,8 +60,8 @@ class Interrupter:
             moment = self.generator.choice(list(self.moments))
             self.trials.append(self.interrupt(number, moment))
 
-    def finish(self) -> None:
-        """Run the same command to its end."""
+    def finish(self) -> str:
+        """Run the same command to its end; returns what it printed."""
         done = subprocess.run(
             self.command,
             cwd=ROOT,
@@ -70,15 +73,16 @@ class Interrupter:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert not tracebacks_of_ours(done.stdout + done.stderr)
+        return done.stdout + done.stderr
 
     def interrupt(self, number: signal.Signals, moment: str) -> Trial:
         """One launch and one signal: to its whole group, as a terminal sends it; SIGKILL to one of its processes."""
         with self.log.open("w") as log:
             process = start(self.command, log)
-        started = time.monotonic()
+        started, own = time.monotonic(), psutil.Process(process.pid)
         try:
             self.moments[moment](process)
-            known = {process.pid: psutil.Process(process.pid), **descendants(process)}
+            known = {process.pid: own, **descendants(process)}
             hit = time.monotonic()
             with suppress(ProcessLookupError):
                 if number is signal.SIGKILL:
