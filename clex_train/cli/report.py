@@ -25,7 +25,7 @@ from clex_train import log
 from clex_train.cli import arguments, console
 from clex_train.evaluation.report import evidence
 from clex_train.evaluation.report.write import INDEX, write
-from clex_train.files import require_place
+from clex_train.files import SAVING, require_place
 from clex_train.settings.bounds import require
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     paths = [Path(name) for name in named]
     require(asked.output != "", "output", "''", "name a folder for the report, or leave the key out")
     output = Path(asked.output) if asked.output else default_output(paths)
-    require_place("output", output, output)
+    require_place("output", output, output, SAVING + output.name)
     collected = evidence.collect(paths)
     try:
         tables = write(collected, output, [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])

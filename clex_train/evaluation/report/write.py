@@ -19,7 +19,7 @@ from clex_train.evaluation.report.figures.figure import Absent, Figure
 from clex_train.evaluation.report.sources import Source, of_evaluation, of_training
 from clex_train.evaluation.report.table import Curve, Table
 from clex_train.evaluation.results import LARGEST
-from clex_train.files import BadFile, make_folder, write_atomically
+from clex_train.files import BadFile, write_together
 from clex_train.records import read_record
 
 INDEX, MARKDOWN, JSON = "index.html", "perplexity.md", "report.json"
@@ -36,23 +36,24 @@ def write(evidence: Evidence, folder: Path, command: Sequence[str]) -> str:
     """Write the report into `folder` and return its tables for the console; `command` is what was called.
 
     PNGs of figures that an earlier report in the folder had, and this one has not, are removed. An `OSError` names the
-    file that it is about, and that file stays as it was.
+    file that it is about, and an earlier report stays as it was.
     """
     figures, absent = gallery.figures(evidence)
-    make_folder(folder)
-    _remove_former(folder, {figure.name for figure in figures})
-    for figure in figures:
-        write_atomically(folder / f"{figure.name}.png", gallery.png(figure))
     made = {
         "command": shlex.join(command),
         "git_commit": tracking.git_commit() or "not recorded",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     made_by = f"Written {made['date']} by {made['command']}, commit {made['git_commit']}."
-    write_atomically(folder / MARKDOWN, text.markdown(evidence.tables))
     content = as_json(evidence, figures, absent) | made
-    write_atomically(folder / JSON, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    write_atomically(folder / INDEX, page.page(evidence, figures, absent, made_by))
+    contents: dict[str, bytes | str] = {f"{figure.name}.png": gallery.png(figure) for figure in figures}
+    contents[MARKDOWN] = text.markdown(evidence.tables)
+    contents[JSON] = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    contents[INDEX] = page.page(evidence, figures, absent, made_by)
+    former = _former_figures(folder)
+    write_together(folder, contents)
+    for name in former - contents.keys():
+        (folder / name).unlink(missing_ok=True)
     return "\n\n".join(text.console(table) for table in evidence.tables)
 
 
@@ -112,13 +113,11 @@ def _facts(source: Source) -> dict[str, str]:
     return {"title": source.title, **dict(source.facts)}
 
 
-def _remove_former(folder: Path, kept: set[str]) -> None:
-    """Only what an earlier report says that it wrote is removed."""
+def _former_figures(folder: Path) -> set[str]:
+    """Name the PNGs that an earlier report in the folder says that it wrote."""
     try:
         former = read_record(folder / JSON, _Former, within=folder, most=LARGEST)
     except (FileNotFoundError, BadFile):
-        return
-    for figure in former.figures:
-        name = Path(str(figure.get("file"))).name
-        if name.endswith(".png") and name.removesuffix(".png") not in kept:
-            (folder / name).unlink(missing_ok=True)
+        return set()
+    names = {Path(str(figure.get("file"))).name for figure in former.figures}
+    return {name for name in names if name.endswith(".png")}
