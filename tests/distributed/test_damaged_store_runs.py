@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 from composing import composed
 from distributed_runs import Launcher
-from ports import free_port
 from same_models import assert_same_model
-from warm_processes import Program, rank_of
 
 from clex_train.cli import console
 from clex_train.data import build
@@ -67,10 +65,7 @@ def test_a_block_that_one_rank_finds_damaged_ends_both_with_one_line_and_repaire
     block, step = block_of_rank_1(here, tokens)
     assert here.run(RANKS, "undisturbed", *OVERRIDES).returncode == 0
     flip(tokens, block)
-    port = free_port()
-    ranks = [Program(here.program("damaged", *OVERRIDES), **rank_of(rank, RANKS, port)) for rank in range(RANKS)]
-    # A rank that waits for the other one in a collective would end with another code, after minutes.
-    ended = [rank.end(timeout=240) for rank in ranks]
+    ended = here.run_alone(RANKS, "damaged", *OVERRIDES)
     assert [done.returncode for done in ended] == [console.USER_ERROR] * RANKS, [done.stderr for done in ended]
     errors = [line for done in ended for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, errors
