@@ -2,7 +2,7 @@
 
 Reading: the loader over two stores of the same random tokens, one without checksums, as earlier versions wrote it, in
 turns of one process; shuffled rows from page cache, processor time of the process, its reading thread included.
-Opening: a process of its own for each, which opens a store and reads one row; a sparse token file and a real table of
+Opening: processor time of a process of its own that opens a store and reads one row; sparse tokens and a real table of
 documents, from page cache.
 """
 
@@ -17,23 +17,30 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from data_loading import VOCABULARY, speed
+from data_loading import BATCH_ROWS, MICRO_BATCH, VOCABULARY
 
 from clex_train.data.collate import joined
+from clex_train.data.loader import batches
 from clex_train.data.manifest import BLOCK, BLOCK_SUM, DOCUMENT, MANIFEST, Shard
+from clex_train.data.order import ShuffledRows
 from clex_train.data.packing import ConcatRows
+from clex_train.data.rows import Rows
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import write_atomically, write_store
 
 SHARD_DOCUMENTS = 64_000
 """Documents of 1,000 tokens in a shard: 128 MB."""
+MOST_ROWS, MOST_TOKENS = 20_000, 40_000_000
+"""Of a turn."""
 OPEN = """
 import json, pathlib, sys, time
 from clex_train.data.packing import ConcatRows
@@ -44,11 +51,11 @@ def resident(name):
     return int(line.split()[1]) / 1024
 
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-before, start = resident("VmRSS"), time.perf_counter()
+before, start = resident("VmRSS"), time.process_time()
 store = TokenStore(sys.argv[1])
-opened = time.perf_counter()
+opened = time.process_time()
 ConcatRows(store, 4096)[0]
-print(json.dumps([opened - start, time.perf_counter() - opened, resident("VmHWM") - before]))
+print(json.dumps([opened - start, time.process_time() - opened, resident("VmHWM") - before]))
 """
 
 
@@ -89,10 +96,20 @@ def reading(words: str, store: Path, seq_len: int, repeats: int) -> str:
     whole, plain = TokenStore(store), TokenStore(store)
     # As a store that an earlier version wrote.
     plain._shards = [dataclasses.replace(shard, blocks_sha256="") for shard in plain._shards]
-    pairs = [[speed(ConcatRows(s, seq_len), joined, 1) / 1e6 for s in (plain, whole)] for _ in range(repeats)]
+    pairs = [[speed(ConcatRows(s, seq_len), turn) / 1e6 for s in (plain, whole)] for turn in range(repeats + 1)][1:]
     without, with_sums = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratios = ", ".join(f"{two / one:.2f}" for one, two in pairs)
     return f"| {words} | {seq_len:,} | {without:.1f} | {with_sums:.1f} | {ratios} |"
+
+
+def speed(rows: Rows, turn: int) -> float:
+    """Read steps of a shuffled order in one turn: tokens a second of processor time."""
+    steps = min(MOST_ROWS, MOST_TOKENS // rows.seq_len, len(rows)) // BATCH_ROWS
+    start = time.process_time()
+    for step in islice(batches(ShuffledRows(rows, turn), 0, BATCH_ROWS, 0, 1, MICRO_BATCH, joined), steps):
+        for _ in step:
+            pass
+    return steps * BATCH_ROWS * rows.seq_len / (time.process_time() - start)
 
 
 def dense_store(store: Path, megabytes: int) -> Path:
