@@ -2,6 +2,7 @@
 
     python benchmarks/bench_data.py tokenizing --texts ../data/book/*.jsonl.zst [--gigabytes 1] [--output FILE.md]
     python benchmarks/bench_data.py loading [--output FILE.md]
+    python benchmarks/bench_data.py checks [--output FILE.md]
 
 Tokenizing: the texts are repeated to the size asked for, a file a copy, compressed as the first one is; an 8k byte-
 level BPE is learnt from one copy. "Raw" is `tokenizers.Tokenizer.encode_batch` on one copy in memory, whole
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import zstandard
 from bench_page import processor, publish
 from data_loading import loading
+from store_checks import checks
 
 PIECE_CHARS = 1 << 14
 
@@ -60,7 +62,13 @@ def parse() -> argparse.Namespace:
     load.set_defaults(section=loading)
     load.add_argument("--repeats", type=int, default=5)
     load.add_argument("--folder", type=Path, help="where to write stores; by default a temporary one")
-    for section in (tokenize, load):
+    check = sections.add_parser("checks", help="checksums of a token store, and opening it")
+    check.set_defaults(section=checks)
+    check.add_argument("--repeats", type=int, default=5)
+    check.add_argument("--megabytes", type=int, default=400, help="tokens that are really there")
+    check.add_argument("--documents", type=int, nargs="+", default=[10**6, 10**7], help="of the stores to open")
+    check.add_argument("--folder", type=Path, help="where to write stores; by default a temporary one")
+    for section in (tokenize, load, check):
         section.add_argument("--threads", type=int, default=os.cpu_count())
         section.add_argument("--output", type=Path)
     return parser.parse_args()

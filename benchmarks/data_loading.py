@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import statistics
 import sys
@@ -111,14 +112,20 @@ def document_lengths(total: int) -> np.ndarray:
 
 
 def sparse_store(path: Path, lengths: np.ndarray) -> Path:
-    """A store with a real table of documents and a hole for tokens."""
+    """A store with a real table of documents and a hole for tokens, which has no checksums."""
     manifest = write_store(path, {"train": [[1]]}, vocab_size=VOCABULARY)
     table = np.zeros(len(lengths), DOCUMENT)
     table["stop"] = np.cumsum(lengths)
     total = int(lengths.sum())
     (path / "train" / "00000.documents").write_bytes(table.tobytes())
     os.truncate(path / "train" / "00000.tokens", total * 2)
-    shard = dataclasses.replace(manifest.splits["train"][0], num_documents=len(lengths), num_tokens=total)
+    shard = dataclasses.replace(
+        manifest.splits["train"][0],
+        num_documents=len(lengths),
+        num_tokens=total,
+        documents_sha256=hashlib.sha256(table.tobytes()).hexdigest(),
+        blocks_sha256="",
+    )
     changed = dataclasses.replace(manifest, splits={**manifest.splits, "train": [shard]})
     write_atomically(path / MANIFEST, changed.to_json().encode())
     return path

@@ -158,7 +158,8 @@ def _checked_index(store: Path, path: Path, shard: Shard, *facts: int) -> np.nda
             if (np.diff(stops, prepend=before) < 1).any():
                 raise DamagedStore(f"{path}: damaged, the ends of its documents do not ascend; {REMEDY}")
             before = int(stops[-1])
-            index.append(stops[STRIDE - 1 :: STRIDE])
+            # A copy: a view would hold the whole table in memory until the end.
+            index.append(stops[STRIDE - 1 :: STRIDE].copy())
     if digest.hexdigest() != shard.documents_sha256:
         raise DamagedStore(f"{path}: damaged, its checksum is not that of the manifest; {REMEDY}")
     if before != shard.num_tokens:

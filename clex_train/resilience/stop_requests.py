@@ -6,6 +6,7 @@ Signals are taken by a thread, because Python's own handlers wait for the main t
 a second one ends the process at once.
 """
 
+import atexit
 import os
 import select
 import signal
@@ -75,6 +76,9 @@ class SignalWatch:
         for number in taken:
             if number not in IGNORABLE or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
+        # Registered first, it runs last: the interpreter then gives signals their default back, and one that came while
+        # modules are taken apart would replace the exit code of a finished program.
+        atexit.register(_ignore, taken)
         signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
         sys.unraisablehook = self._lost(sys.unraisablehook)
         self._sockets = (reading, writing)
@@ -205,6 +209,11 @@ def shielding_children() -> Iterator[None]:
             yield
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ignore(numbers: Collection[signal.Signals]) -> None:
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _say(line: str) -> None:

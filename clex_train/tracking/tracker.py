@@ -46,15 +46,15 @@ class Tracker:
         self.fault: str | None = None
         """On rank 0, why the run has to stop: its figures find no room, and it may not go on without them."""
         self._goes_on = config.checkpoint.on_full_disk is OnFullDisk["continue"]
+        self._evaluated: set[int] = set()
         distributed.write_on_main(lambda: self._open(config, run_dir, first_step))
         if not self.active:
             return
-        self._evaluated = evaluated_steps(self._log.rows)
         self._wandb = _open_wandb(config, run_dir, self._run_id)
         self._bar = progress.bar(config.optim.steps, config.name, initial=first_step, unit="step")
 
     def _open(self, config: Config, run_dir: Path, first_step: int) -> None:
-        self._log = MetricsLog(run_dir / "metrics.jsonl", first_step)
+        self._log = MetricsLog(run_dir / "metrics.jsonl", first_step, self._see)
         self._run_id = "" if config.tracking.wandb is Wandb.off else _wandb_id(run_dir / "wandb_id")
 
     def step(self, metrics: dict[str, Any]) -> None:
@@ -90,10 +90,10 @@ class Tracker:
 
     def roll_back(self, step: int) -> None:
         """Forget what came after `step`: it is going to be taken again. Collective."""
+        self._evaluated = set()
         distributed.write_on_main(lambda: self._log.cut_back(step))
         if not self.active:
             return
-        self._evaluated = evaluated_steps(self._log.rows)
         self._bar.update(step - self._bar.n)
 
     def close(self, finished: bool = True) -> None:
@@ -104,6 +104,11 @@ class Tracker:
         self._log.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if finished else 1)
+
+    def _see(self, row: dict[str, Any]) -> None:
+        """Note an evaluation among the rows of metrics.jsonl."""
+        if any(is_evaluation(key) for key in row):
+            self._evaluated.add(row["step"])
 
     def _write(self, line: dict[str, Any]) -> None:
         # What is still on the device is waited for here, in the steps that are written and in no other.
@@ -195,11 +200,6 @@ def evaluation_rows(step: int, results: dict[str, float]) -> list[list[Any]]:
         if math.isfinite(value):
             rows.append([step, measure, method, "".join(protocol), int(length), value])
     return rows
-
-
-def evaluated_steps(rows: list[dict[str, Any]]) -> set[int]:
-    """List the steps whose evaluations are among the rows of metrics.jsonl."""
-    return {row["step"] for row in rows if any(is_evaluation(key) for key in row)}
 
 
 def is_evaluation(key: str) -> bool:

@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
@@ -59,20 +59,51 @@ def publish(file: BinaryIO, path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a whole file or none; text as UTF-8.
+    """Write a whole file or none; text as UTF-8. Raises as `write_parts`."""
+    write_parts(path, [content.encode() if isinstance(content, str) else content])
+
+
+def write_parts(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a whole file or none, part by part; they may come from the file that is replaced.
 
     An `OSError`, as of a full disk, names `path`, and what was there stays.
     """
     beside = unfinished(path)
     try:
         with open(beside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.writelines(parts)
             publish(file, path)
     except OSError as error:
         with suppress(OSError):
             beside.unlink()
         error.filename = str(path)
         raise
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes | str]) -> None:
+    """Write files into a folder, all of them or none; whatever else the folder holds stays.
+
+    All are written and flushed in a folder within it before the first takes its place. An `OSError`, as of a full disk,
+    names a file, or the folder; for want of room no file was replaced, and a folder made for them is gone.
+    """
+    is_new, saving = not folder.exists(), folder / (SAVING + folder.name)
+    try:
+        shutil.rmtree(saving, ignore_errors=True)
+        make_folder(saving)
+        for name, content in contents.items():
+            write_atomically(saving / name, content)
+        for name in contents:
+            os.replace(saving / name, folder / name)
+        saving.rmdir()
+        sync_directory(folder)
+    except OSError as error:
+        shutil.rmtree(saving, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
+        name = Path(str(error.filename)).name
+        place = folder / name if name in contents else folder
+        raise OSError(error.errno, error.strerror, str(place)) from error
 
 
 def unfinished(path: Path) -> Path:

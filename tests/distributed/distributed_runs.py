@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.helpers import environments
 from tests.helpers.ports import free_port
-from tests.helpers.warm_processes import run_ranks
+from tests.helpers.warm_processes import Program, rank_of, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -50,6 +50,12 @@ class Launcher:
     def run(self, ranks: int, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
         """Run to the end, without a launcher; the output of one rank is kept."""
         return run_ranks(ranks, self.program(name, *overrides))
+
+    def run_alone(self, ranks: int, name: str, *overrides: str) -> list[subprocess.CompletedProcess[str]]:
+        """Run to the end with nobody who ends the other ranks where one fails: a rank that hangs fails the test."""
+        port = free_port()
+        started = [Program(self.program(name, *overrides), **rank_of(rank, ranks, port)) for rank in range(ranks)]
+        return [rank.end() for rank in started]
 
     def launch(self, ranks: int, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
         """Run to the end as a user would; the output is kept."""

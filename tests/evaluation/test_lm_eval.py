@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from clex_train.cli import console
 from clex_train.cli import lm_eval as program
@@ -22,35 +21,10 @@ from clex_train.evaluation import partial_results as partial_file
 from clex_train.models import load
 from clex_train.models.directory import read_clex
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
-from tests.evaluation.model_directories import save_clex_model
-
-needs_harness = pytest.mark.skipif(util.find_spec("lm_eval") is None, reason="needs requirements-eval.txt")
+from tests.evaluation.lm_eval_tasks import GENERATION, LIKELIHOOD, needs_harness, save_number_model, write_documents
 
 LENGTHS = (9, 30, 60)
 LIMIT = [10**9]
-LIKELIHOOD = """
-task: next_number
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: loglikelihood
-doc_to_text: "{{{{text}}}}"
-doc_to_target: " {{{{answer}}}}"
-metric_list:
-  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
-"""
-GENERATION = """
-task: continued_numbers
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{text}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["none"], max_gen_toks: 3, do_sample: false}}
-metric_list:
-  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +38,9 @@ def _own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLEX model whose tokenizer knows the numbers from 2 up to VOCAB, one word each."""
+    """Folder of a CLEX model that reads numbers."""
     folder = tmp_path_factory.mktemp("lm_eval")
-    save_clex_model(folder / "model")
-    vocabulary = {"<end>": 0, "<unknown>": 1, **{str(i): i for i in range(2, VOCAB)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unknown>")
-    fast.save_pretrained(folder / "model")
+    save_number_model(folder / "model")
     return folder
 
 
@@ -80,17 +49,9 @@ def prompts() -> list[list[int]]:
     return [torch.randint(2, VOCAB, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def words(tokens: list[int]) -> str:
-    return " ".join(map(str, tokens))
-
-
 def write_task(folder: Path, text: str, answers: list[list[int]]) -> None:
     """A task file and its documents: each prompt with its answer."""
-    folder.mkdir(exist_ok=True)
-    rows = [{"text": words(p), "answer": words(a)} for p, a in zip(prompts(), answers, strict=True)]
-    data = folder / "documents.json"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    (folder / "task.yaml").write_text(text.format(data=data))
+    write_documents(folder, text, zip(prompts(), answers, strict=True))
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

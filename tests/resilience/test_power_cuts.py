@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import train
 from clex_train.models.save import is_finished
 from tests.helpers import environments
-from tests.helpers.composing import composed
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}
@@ -67,7 +65,7 @@ def test_a_run_on_a_disk_without_power_goes_on_to_the_same_bits(image, tmp_path,
         run = subprocess.Popen(command, cwd=ROOT, env=environments.of_a_launch(), stderr=subprocess.DEVNULL)
         during, after = [], []
         while run.poll() is None:
-            time.sleep(1.0)
+            time.sleep(0.1)
             if any((disk / "run" / "checkpoints").glob("step_*")):
                 during.append(cut(image, len(during)))
         assert run.returncode == 0
@@ -84,6 +82,7 @@ def test_a_run_on_a_disk_without_power_goes_on_to_the_same_bits(image, tmp_path,
     assert len(during) >= 5
     for copy in during[:: max(1, len(during) // 10)]:
         with mounted(copy, disk):
-            assert train.run(composed(*arguments, f"output_dir={disk / 'run'}")) == 24
+            # By the program: its environment decides what transformers writes into tokenizer_config.json.
+            subprocess.run(command, cwd=ROOT, env=environments.of_a_launch(), stderr=subprocess.DEVNULL, check=True)
             assert {path.name: path.read_bytes() for path in (disk / "run" / "final").iterdir()} == whole
             assert (disk / "run" / "config.yaml").read_bytes() == config

@@ -227,6 +227,18 @@ def test_an_interrupt_that_python_or_a_library_spoils_is_one_line_all_the_same(w
     assert errors.count("\n") == 1
 
 
+@pytest.mark.parametrize("number", stop_requests.ENDING)
+def test_a_signal_in_the_last_moments_of_a_finished_program_does_not_change_its_code(number):
+    work = (
+        "import builtins, os\n"
+        "    kill = lambda self, kill=os.kill, pid=os.getpid(): kill(pid, {number})\n"
+        "    builtins.torn_down_with_the_interpreter = type('Late', (), dict(__del__=kill))()"
+    )
+    process = program(work.format(number=int(number)))
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+
+
 def test_a_program_stuck_in_a_library_ends_after_its_grace():
     process = program(
         "import ctypes; lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)\n"

@@ -3,13 +3,22 @@
 import json
 import os
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from clex_train.tracking.metrics_log import MetricsLog, cut_back
+from clex_train.tracking import metrics_log
+from clex_train.tracking.metrics_log import MetricsLog
 
 LINES = [json.dumps({"step": step, "loss": 1.5, "rows": [[step, step]]}).encode() + b"\n" for step in range(1, 9)]
+
+
+def cut_back(path: Path, step: int) -> list[dict]:
+    """Cut back the log; the rows that were seen."""
+    rows: list[dict] = []
+    metrics_log.cut_back(path, step, rows.append)
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -53,7 +62,7 @@ def test_a_log_that_is_a_pipe_or_leads_out_of_its_folder_is_set_aside_unread(tmp
         os.mkfifo(run / name)
     else:
         (run / name).symlink_to(outside if place == "link" else tmp_path / "nothing")
-    MetricsLog(run / "metrics.jsonl", 6).close()
+    MetricsLog(run / "metrics.jsonl", 6, lambda row: None).close()
     assert caplog.records[0].message.endswith(f"; kept as {name}.damaged, a new file begins")
     assert (run / "metrics.jsonl").read_bytes() == b""
     assert outside.read_bytes() == LINES[0]
@@ -65,7 +74,7 @@ def test_a_last_line_that_a_kill_cut_short_is_set_aside_even_if_it_reads_well(tm
     path.write_bytes(LINES[0] + LINES[1].rstrip(b"\n"))
     cut_back(path, 6)
     assert path.read_bytes() == LINES[0]
-    log = MetricsLog(path, 6)
+    log = MetricsLog(path, 6, lambda row: None)
     log.append({"step": 2})
     log.close()
     assert path.read_bytes() == LINES[0] + b'{"step": 2}\n'
@@ -109,3 +118,32 @@ def test_a_log_that_is_whole_is_not_written_anew(tmp_path):
     before = path.stat()
     cut_back(path, 8)
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_line_longer_than_a_reader_takes_is_set_aside_whole_even_if_its_end_reads_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_log, "LONGEST_LINE", 64)
+    path = tmp_path / "metrics.jsonl"
+    long = b"x" * 128 + LINES[4]
+    path.write_bytes(LINES[0] + long + LINES[1])
+    assert [row["step"] for row in cut_back(path, 8)] == [1, 2]
+    assert path.read_bytes() == LINES[0] + LINES[1]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == long
+
+
+@pytest.mark.parametrize("damage", [b"", b"no row\n", b"\0" * 2**20], ids=["whole", "a bad line", "zeros"])
+def test_a_long_log_is_cut_back_in_little_memory(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(metrics_log, "LONGEST_LINE", 2**14)
+    path, count = tmp_path / "metrics.jsonl", 20_000
+    with path.open("wb") as file:
+        file.writelines(b'{"step": %d, "loss": 1.5, "rows": [[0, 7], [9, 11]]}\n' % step for step in range(count))
+        file.write(damage)
+    steps: set[int] = set()
+    tracemalloc.start()
+    metrics_log.cut_back(path, count // 2, lambda row: steps.add(row["step"] // 1000))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**18
+    assert steps == set(range(11))
+    assert path.read_bytes().count(b"\n") == count // 2 + 1
+    aside = tmp_path / "metrics.jsonl.damaged"
+    assert (aside.read_bytes().rstrip(b"\n") if damage else b"") == damage.rstrip(b"\n")

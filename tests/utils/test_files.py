@@ -57,6 +57,32 @@ def test_a_file_that_finds_no_room_is_named_and_leaves_what_was_there(little_roo
     assert path.read_text() == "old"
 
 
+def test_files_of_a_report_that_find_no_room_together_leave_all_that_was_there(little_room):
+    folder, new = little_room / "report", little_room / "new"
+    folder.mkdir()
+    (folder / "notes").write_text("a user's own")
+    files.write_together(folder, {"page": "old", "figure": b"old"})
+    for place in (folder, new):
+        with pytest.raises(OSError, match="No space left on device") as raised:
+            files.write_together(place, {"page": "new", "figure": b"x" * 300_000})
+        assert raised.value.filename == str(place / "figure")
+    assert not new.exists()
+    (folder / f"{files.SAVING}report").mkdir()
+    (folder / f"{files.SAVING}report" / "left").write_text("by a kill")
+    assert {path.name: path.read_text() for path in folder.iterdir() if path.is_file()} == {
+        "notes": "a user's own",
+        "page": "old",
+        "figure": "old",
+    }
+    files.write_together(folder, {"page": "new", "other": "new"})
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "notes": "a user's own",
+        "page": "new",
+        "figure": "old",
+        "other": "new",
+    }
+
+
 def test_every_program_ends_on_a_full_disk_with_one_line_and_code_3(little_room, capsys):
     for write in (_text, _safetensors, _tokenizer):
         with pytest.raises(Exception, match=r"No space left|os error 28") as raised:

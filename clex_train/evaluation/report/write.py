@@ -20,7 +20,7 @@ from clex_train.evaluation.report.sources import Source, of_evaluation, of_train
 from clex_train.evaluation.report.tables import Curve, Table, console, markdown
 from clex_train.evaluation.results import LARGEST
 from clex_train.tracking import tracker
-from clex_train.utils.files import BadFile, make_folder, write_atomically
+from clex_train.utils.files import BadFile, write_together
 from clex_train.utils.records import read_record
 
 INDEX, MARKDOWN, JSON = "index.html", "perplexity.md", "report.json"
@@ -37,23 +37,24 @@ def write(evidence: Evidence, folder: Path, command: Sequence[str]) -> str:
     """Write the report into `folder` and return its tables for the console; `command` is the command line.
 
     Removes PNGs of figures that an earlier report in the folder had and this one has not. An `OSError` names the file
-    that it is about, and that file stays as it was.
+    that it is about, and an earlier report stays as it was.
     """
     figures, absent = collect_figures(evidence)
-    make_folder(folder)
-    _remove_stale(folder, {figure.name for figure in figures})
-    for figure in figures:
-        write_atomically(folder / f"{figure.name}.png", to_png(figure))
     made = {
         "command": shlex.join(command),
         "git_commit": tracker.git_commit() or "not recorded",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     made_by = f"Written {made['date']} by {made['command']}, commit {made['git_commit']}."
-    write_atomically(folder / MARKDOWN, markdown(evidence.tables))
     content = as_json(evidence, figures, absent) | made
-    write_atomically(folder / JSON, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    write_atomically(folder / INDEX, page.render(evidence, figures, absent, made_by))
+    contents: dict[str, bytes | str] = {f"{figure.name}.png": to_png(figure) for figure in figures}
+    contents[MARKDOWN] = markdown(evidence.tables)
+    contents[JSON] = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    contents[INDEX] = page.render(evidence, figures, absent, made_by)
+    stale = _earlier_figures(folder) - contents.keys()
+    write_together(folder, contents)
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
     return "\n\n".join(console(table) for table in evidence.tables)
 
 
@@ -113,13 +114,11 @@ def _facts(source: Source) -> dict[str, str]:
     return {"title": source.title, **dict(source.facts)}
 
 
-def _remove_stale(folder: Path, kept: set[str]) -> None:
-    """Remove figures that an earlier report lists and this one has not."""
+def _earlier_figures(folder: Path) -> set[str]:
+    """Name the PNGs that an earlier report in the folder lists."""
     try:
         earlier = read_record(folder / JSON, _Earlier, within=folder, most=LARGEST)
     except (FileNotFoundError, BadFile):
-        return
-    for figure in earlier.figures:
-        name = Path(str(figure.get("file"))).name
-        if name.endswith(".png") and name.removesuffix(".png") not in kept:
-            (folder / name).unlink(missing_ok=True)
+        return set()
+    names = {Path(str(figure.get("file"))).name for figure in earlier.figures}
+    return {name for name in names if name.endswith(".png")}

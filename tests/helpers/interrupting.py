@@ -13,12 +13,17 @@ from pathlib import Path
 
 import psutil
 
-from tests.distributed.distributed_runs import ROOT
 from tests.helpers import environments
 
+ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 ORPHAN_SECONDS = float(os.environ.get("INTERRUPT_SECONDS", "5"))
 """How long a process may outlive its launch; more on a machine that has other work."""
+PATIENCE = 1800
+"""Seconds that a launch may take on a machine that has other work, against hanging alone."""
+TRIALS = int(os.environ.get("INTERRUPT_TRIALS", "4"))
+"""How many signals a test sends."""
+SEED = int(os.environ.get("INTERRUPT_SEED", "0"))
 TRACEBACK = re.compile(
     r"Traceback \(most recent call last\):\n(?:.*\n)*?(?=\S*\w+(?:Error|Interrupt|Exception|Exit)\b)"
 )
@@ -56,37 +61,41 @@ class Interrupter:
                 return
             number = SIGNALS[index % len(SIGNALS)]
             moment = self.generator.choice(list(self.moments))
-            self.trials.append(self.interrupt(number, moment))
+            trial = self.interrupt(number, moment)
+            # At once: what a later failure of the test has to say is not all that was found.
+            print(describe(trial), flush=True)
+            self.trials.append(trial)
 
-    def finish(self) -> None:
-        """Run the same command to its end."""
+    def finish(self) -> str:
+        """Run the same command to its end; returns what it printed."""
         done = subprocess.run(
             self.command,
             cwd=ROOT,
             env=environments.of_a_launch(),
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=PATIENCE,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert not tracebacks_of_ours(done.stdout + done.stderr)
+        return done.stdout + done.stderr
 
     def interrupt(self, number: signal.Signals, moment: str) -> Trial:
         """One launch and one signal: to its whole group, as a terminal sends it; SIGKILL to one of its processes."""
         with self.log.open("w") as log:
             process = start(self.command, log)
-        started = time.monotonic()
+        started, own = time.monotonic(), psutil.Process(process.pid)
         try:
             self.moments[moment](process)
-            known = {process.pid: psutil.Process(process.pid), **descendants(process)}
+            known = {process.pid: own, **descendants(process)}
             hit = time.monotonic()
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):
                 if number is signal.SIGKILL:
                     known[self.generator.choice(list(known))].kill()
                 else:
                     os.killpg(process.pid, number)
-            code = process.wait(300)
+            code = process.wait(PATIENCE)
         finally:
             with suppress(ProcessLookupError):
                 process.kill()
@@ -130,15 +139,18 @@ def tracebacks_of_ours(output: str) -> list[str]:
     return [found[0] for found in TRACEBACK.finditer(output) if f'File "{ROOT}/' in found[0].replace("/.venv/", "|")]
 
 
+def describe(trial: Trial) -> str:
+    """One line: which signal, when, and what came of it."""
+    theirs, ours = trial.output.count("Traceback (most recent"), len(tracebacks_of_ours(trial.output))
+    return (
+        f"  {trial.number.name:<8}{trial.moment:<17}{trial.seconds:6.1f} s after the launch: code {trial.code}, "
+        f"{trial.took:.1f} s later; {theirs} tracebacks, {ours} of ours, {len(trial.orphans)} orphans"
+    )
+
+
 def report(trials: list[Trial]) -> None:
-    """Print what was done, for the record; shown with `-s`."""
+    """Print how many signals there were of each kind; shown with `-s`, as is a line for each."""
     print(f"\n{len(trials)} signals: {dict(Counter(f'{trial.number.name} {trial.moment}' for trial in trials))}")
-    for trial in trials:
-        theirs = trial.output.count("Traceback (most recent")
-        print(
-            f"  {trial.number.name:<8}{trial.moment:<11}{trial.seconds:6.1f} s after the launch: code {trial.code}, "
-            f"{trial.took:.1f} s later; {theirs} tracebacks, {len(tracebacks_of_ours(trial.output))} of ours"
-        )
 
 
 def _command(process: psutil.Process) -> list[str]:
