@@ -122,11 +122,11 @@ def decode(model: LlamaForCausalLM, cache: Cache, context: int, num_tokens: int)
     """Greedy decoding step by step; the last cached token is computed again first, which brings t back."""
     shorten(cache, context - 1)
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    model(token, **kv_cache.passed(model, cache))
+    model(token, **kv_cache.as_kwargs(model, cache))
     seconds = []
     for _ in range(num_tokens):
         start = time.perf_counter()
-        token = model(token, **kv_cache.passed(model, cache)).logits[:, -1:].argmax(dim=-1)
+        token = model(token, **kv_cache.as_kwargs(model, cache)).logits[:, -1:].argmax(dim=-1)
         token.item()
         seconds.append(time.perf_counter() - start)
     return seconds

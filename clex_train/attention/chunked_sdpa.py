@@ -1,6 +1,6 @@
 """Exact attention of a chunk to a long cache on a CPU without a mask and without copies of the keys.
 
-    out = join(softmax over the T - S cached keys, causal softmax over the chunk's own S keys)
+    out = merge(softmax over the T - S cached keys, causal softmax over the chunk's own S keys)
 
 transformers hands SDPA a mask [S, T], which becomes floating point, and repeats grouped keys for every query head; at
 64k tokens these are larger than everything else. Shapes: `B` batch, `H` heads, `K` key heads, `S` queries, `T` keys.
@@ -17,13 +17,13 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from clex_train.attention.partial_softmax import SoftmaxRule, attend, attend_causal, can_fuse, join
+from clex_train.attention.partial_softmax import SoftmaxRule, attend, attend_causal, can_fuse, merge
 
-NAME = "lean_sdpa"
+NAME = "chunked_sdpa"
 
 
 @contextmanager
-def lean_attention(model: nn.Module) -> Iterator[None]:
+def chunked_attention(model: nn.Module) -> Iterator[None]:
     """The modules of `model` that use SDPA on a CPU compute the same in bounded memory; put back at the end.
 
     Calls that are not plainly causal (padding, windows, sinks) go to SDPA as before.
@@ -39,7 +39,7 @@ def lean_attention(model: nn.Module) -> Iterator[None]:
             config._attn_implementation = "sdpa"
 
 
-def lean_sdpa(
+def chunked_sdpa(
     module: nn.Module,
     query: Float[Tensor, "B H S D"],
     key: Float[Tensor, "B K T D"],
@@ -62,11 +62,11 @@ def lean_sdpa(
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **arguments)
     part = attend_causal(query, key[:, :, num_cached:], value[:, :, num_cached:], rule)
     if num_cached > 0:
-        part = join(attend(query, key[:, :, :num_cached], value[:, :, :num_cached], None, rule), part)
+        part = merge(attend(query, key[:, :, :num_cached], value[:, :, :num_cached], None, rule), part)
     return part.output.transpose(1, 2), None
 
 
-def no_mask_if_causal(
+def omit_causal_mask(
     *args: Any,
     q_length: int,
     kv_length: int,
@@ -95,5 +95,5 @@ def no_mask_if_causal(
     )
 
 
-AttentionInterface.register(NAME, lean_sdpa)
-AttentionMaskInterface.register(NAME, no_mask_if_causal)
+AttentionInterface.register(NAME, chunked_sdpa)
+AttentionMaskInterface.register(NAME, omit_causal_mask)

@@ -16,7 +16,7 @@ from clex_train.config.attention import AttentionImplementation
 from clex_train.utils import distributed
 
 
-def separating_arguments(
+def document_mask_kwargs(
     position_ids: Int64[Tensor, "B S"], implementation: AttentionImplementation, device: torch.device
 ) -> dict[str, Any]:
     """What to call a causal LM with (and `use_cache=False`), so that documents are apart.
@@ -29,7 +29,7 @@ def separating_arguments(
     return arguments
 
 
-def undivided_arguments(
+def single_document_kwargs(
     input_ids: Int64[Tensor, "B S"], implementation: AttentionImplementation, device: torch.device
 ) -> dict[str, Any]:
     """What to call a causal LM with for rows that are one document each, so that no layer waits to find that out."""

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from clex_train.utils import versions
 
-UNANNOTATED = ("cache", "past_key_values")
+UNANNOTATED_NAMES = ("cache", "past_key_values")
 """Names under which models whose code has no type annotations take a cache."""
 
 
@@ -25,12 +25,12 @@ class LibraryChanged(RuntimeError):
         super().__init__(f"{found}; {versions.describe(name)}")
 
 
-def in_call(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Cache | None:
+def find_in_call(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Cache | None:
     """Find the cache among the arguments of a call, wherever it stands; None for a call without one."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
-def in_output(output: Any) -> Cache | None:
+def find_in_output(output: Any) -> Cache | None:
     """Find the cache in the output of a model: a tuple, a `ModelOutput` or another object with attributes."""
     if isinstance(output, Mapping):
         parts: Iterable[Any] = output.values()
@@ -38,23 +38,23 @@ def in_output(output: Any) -> Cache | None:
         parts = output
     else:
         parts = getattr(output, "__dict__", {}).values()
-    return in_call(parts, {})
+    return find_in_call(parts, {})
 
 
-def taken_out(output: Any) -> Cache:
+def require_in_output(output: Any) -> Cache:
     """Take the cache out of the output of a call that asked for one; `LibraryChanged` when there is none."""
-    cache = in_output(output)
+    cache = find_in_output(output)
     if cache is None:
         raise LibraryChanged(f"use_cache=True: {type(output).__name__} holds no KV cache")
     return cache
 
 
-def passed(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
+def as_kwargs(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
     """Return keyword arguments that pass `cache` to `model`; without one, none."""
-    return {} if cache is None else {parameter(model): cache}
+    return {} if cache is None else {parameter_name(model): cache}
 
 
-def parameter(model: nn.Module) -> str:
+def parameter_name(model: nn.Module) -> str:
     """Name the parameter by which `model.forward` takes a cache; `ValueError` names a model type that takes none."""
     name = _parameter(model)
     if name is None:
@@ -63,19 +63,19 @@ def parameter(model: nn.Module) -> str:
     return name
 
 
-def takes_keys(model: nn.Module) -> bool:
+def accepts_keys(model: nn.Module) -> bool:
     """Tell whether `model` takes a cache that holds keys: a recurrent state alone is none."""
     if _parameter(model) is None:
         return False
     return any(isinstance(layer, CacheLayerMixin) for layer in DynamicCache(config=model.config).layers)
 
 
-def require_seen(given: Cache | None, output: Any, num_new: int) -> None:
+def require_found(given: Cache | None, output: Any, num_new: int) -> None:
     """Raise `LibraryChanged` when a call of `num_new` tokens used a cache that was not found among its arguments.
 
     A cache that the model made itself comes out with the new tokens alone.
     """
-    cache = in_output(output) if given is None else None
+    cache = find_in_output(output) if given is None else None
     if cache is not None and cache.get_seq_length() > num_new:
         raise LibraryChanged(
             f"a KV cache of {int(cache.get_seq_length())} tokens came out of a call of {num_new}, and none was found "
@@ -85,14 +85,14 @@ def require_seen(given: Cache | None, output: Any, num_new: int) -> None:
 
 def _parameter(model: nn.Module) -> str | None:
     """Find it by type, or by name where a model's code has no types. A wrapper such as an engine has its model's."""
-    name, inner = _parameter_of(type(model).forward), getattr(model, "module", None)
+    name, inner = _cached_parameter(type(model).forward), getattr(model, "module", None)
     return _parameter(inner) if name is None and isinstance(inner, nn.Module) else name
 
 
 @functools.cache
-def _parameter_of(forward: Callable[..., Any]) -> str | None:
+def _cached_parameter(forward: Callable[..., Any]) -> str | None:
     """Read the signature once for a class: every decoding step asks."""
     parameters = inspect.signature(forward).parameters
     typed = [name for name, each in parameters.items() if "Cache" in str(each.annotation)]
-    named = [name for name in UNANNOTATED if name in parameters]
+    named = [name for name in UNANNOTATED_NAMES if name in parameters]
     return next(iter([*typed, *named]), None)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
 
-NAME = "trial_of_a_layer"
-GIVEN = "position_embeddings"
-PLAIN = (bool, int, float, str, type(None))
+NAME = "layer_probe"
+POSITION_EMBEDDINGS = "position_embeddings"
+PLAIN_TYPES = (bool, int, float, str, type(None))
 
 
 @dataclass
-class Trial:
+class LayerProbe:
     """Record how one attention module used positions."""
 
     rotates: bool | None = None
@@ -38,11 +38,11 @@ class Trial:
     """What it passes to the attention function beside queries, keys, values and mask."""
 
 
-class _Reached(Exception):
-    """Ends a trial in the attention function."""
+class _StopForward(Exception):
+    """Ends a probe in the attention function."""
 
 
-class _Watch(DynamicCache):
+class _RecordingCache(DynamicCache):
     """A cache that keeps the keys of the first update and gives them back."""
 
     keys: Tensor | None = None
@@ -54,59 +54,63 @@ class _Watch(DynamicCache):
 
 def rotary_attention(model: nn.Module) -> list[Any]:
     """Find the attention module of every layer that is given cos and sin, in the order of the layers."""
-    found = [module for module in _innermost(model) if isinstance(getattr(module, "layer_idx", None), int)]
+    found = [
+        module for module in _innermost_with_positions(model) if isinstance(getattr(module, "layer_idx", None), int)
+    ]
     return sorted(found, key=lambda module: module.layer_idx)
 
 
-def attempt_all(
+def probe_layers(
     modules: list[Any], cos_shape: Callable[[Any], tuple[int, ...] | None], config: Any = None
-) -> list[Trial]:
-    """`attempt` every module, once for those that are alike; `cos_shape` says what each is given.
+) -> list[LayerProbe]:
+    """`probe_layer` every module, once for those that are alike; `cos_shape` says what each is given.
 
     `config` is that of the model, for modules that keep none.
     """
-    known: dict[Any, Trial] = {}
-    trials = []
+    known: dict[Any, LayerProbe] = {}
+    probes = []
     for module in modules:
         shape = cos_shape(module)
-        key = (shape, *_facts(module))
+        key = (shape, *_distinguishing_values(module))
         if key not in known:
             known[key] = (
-                Trial(reason="no cos and sin for its type") if shape is None else attempt(module, shape, config)
+                LayerProbe(reason="no cos and sin for its type")
+                if shape is None
+                else probe_layer(module, shape, config)
             )
-        trials.append(known[key])
-    return trials
+        probes.append(known[key])
+    return probes
 
 
-def attempt(module: Any, cos_shape: tuple[int, ...], config: Any = None) -> Trial:
+def probe_layer(module: Any, cos_shape: tuple[int, ...], config: Any = None) -> LayerProbe:
     """Try an attention module with cos and sin of `cos_shape` [1, S, W]; its weights may be anywhere, or sharded."""
-    trial, watch, config = Trial(), _Watch(), getattr(module, "config", config)
+    probe, recorder, config = LayerProbe(), _RecordingCache(), getattr(module, "config", config)
     cos, sin = (torch.empty(cos_shape, device="meta", requires_grad=True) for _ in range(2))
 
     def reached(
         _: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> None:
-        trial.makes_mask, trial.options = attention_mask is not None, options
-        watch.keys = key if watch.keys is None else watch.keys
-        raise _Reached
+        probe.makes_mask, probe.options = attention_mask is not None, options
+        recorder.keys = key if recorder.keys is None else recorder.keys
+        raise _StopForward
 
     AttentionInterface.register(NAME, reached)
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
             twin = _without_weights(module, config)
             hidden = torch.empty(1, cos_shape[1], config.hidden_size)
-            type(twin).forward(twin, **_arguments(twin, hidden, (cos, sin), watch))
-    except _Reached:
-        trial.reached_interface = True
+            type(twin).forward(twin, **_arguments(twin, hidden, (cos, sin), recorder))
+    except _StopForward:
+        probe.reached_interface = True
     except Exception as error:
         # Any failure is an answer here: the caller decides what an unknown layer may be used for.
-        trial.reason = f"{type(error).__name__}: {error}"
-    if watch.keys is not None:
-        trial.rotates = _depends(watch.keys, cos, sin)
-    return trial
+        probe.reason = f"{type(error).__name__}: {error}"
+    if recorder.keys is not None:
+        probe.rotates = _depends(recorder.keys, cos, sin)
+    return probe
 
 
-def own_window(attention: Any) -> int | None:
+def layer_window(attention: Any) -> int | None:
     """Return how many keys a layer sees at most; some families keep it on the module, others in the config for all."""
     config = getattr(attention, "config", None)
     types = getattr(config, "layer_types", None)
@@ -130,21 +134,23 @@ def parameter_names(forward: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(forward).parameters)[1:]
 
 
-def _innermost(module: nn.Module) -> Iterator[nn.Module]:
+def _innermost_with_positions(module: nn.Module) -> Iterator[nn.Module]:
     """Yield modules given cos and sin of which no part is given them: decoder layers pass them on."""
-    inner = [found for child in module.children() for found in _innermost(child)]
+    inner = [found for child in module.children() for found in _innermost_with_positions(child)]
     if inner:
         yield from inner
-    elif GIVEN in inspect.signature(type(module).forward).parameters:
+    elif POSITION_EMBEDDINGS in inspect.signature(type(module).forward).parameters:
         yield module
 
 
-def _facts(module: Any) -> tuple[Any, ...]:
+def _distinguishing_values(module: Any) -> tuple[Any, ...]:
     """Collect what tells a layer from another of its class: its plain attributes and entries in lists of the config."""
     index, lists = module.layer_idx, vars(getattr(module, "config", None) or nn.Module())
-    own = [(name, value) for name, value in vars(module).items() if isinstance(value, PLAIN) and name != "layer_idx"]
+    own = [
+        (name, value) for name, value in vars(module).items() if isinstance(value, PLAIN_TYPES) and name != "layer_idx"
+    ]
     listed = [(n, v[index]) for n, v in lists.items() if isinstance(v, (list, tuple)) and index < len(v)]
-    return (type(module), *own, *((name, value) for name, value in listed if isinstance(value, PLAIN)))
+    return (type(module), *own, *((name, value) for name, value in listed if isinstance(value, PLAIN_TYPES)))
 
 
 def _without_weights(module: Any, config: Any) -> Any:
@@ -163,7 +169,7 @@ def _arguments(twin: Any, hidden: Tensor, pair: tuple[Tensor, Tensor], cache: Dy
     for name, parameter in list(inspect.signature(type(twin).forward).parameters.items())[1:]:
         if name == "hidden_states":
             arguments[name] = hidden
-        elif name == GIVEN:
+        elif name == POSITION_EMBEDDINGS:
             arguments[name] = pair
         elif name == "position_ids":
             arguments[name] = torch.arange(hidden.shape[1])[None]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from clex_train.attention.layer_probe import own_window
+from clex_train.attention.layer_probe import layer_window
 
 MOST_VISIBLE = "most_visible_keys"
 """Attribute of an attention module by which a mask says how many keys a query sees at most."""
@@ -22,7 +22,7 @@ Subscribe = Callable[[Callable[[int], None]], Callable[[], None]]
 Policy = Callable[[int, int, bool], float]
 
 
-def beyond_context(num_tokens: int, context_len: int) -> float:
+def clamped_factor(num_tokens: int, context_len: int) -> float:
     """log(n) / log(L) for n > L, else 1."""
     return max(1.0, math.log(num_tokens) / math.log(context_len))
 
@@ -34,8 +34,8 @@ def official_factor(num_tokens: int, context_len: int) -> float:
 
 POLICIES: dict[str, Policy] = {
     "off": lambda num_tokens, context_len, training: 1.0,
-    "eval": lambda num_tokens, context_len, training: 1.0 if training else beyond_context(num_tokens, context_len),
-    "always": lambda num_tokens, context_len, training: beyond_context(num_tokens, context_len),
+    "eval": lambda num_tokens, context_len, training: 1.0 if training else clamped_factor(num_tokens, context_len),
+    "always": lambda num_tokens, context_len, training: clamped_factor(num_tokens, context_len),
     "official": lambda num_tokens, context_len, training: official_factor(num_tokens, context_len),
 }
 
@@ -105,7 +105,7 @@ def install_log_scaling(model: nn.Module, policy: str, context_len: int, on_leng
 def _attention_modules(model: nn.Module) -> list[_ScaledAttention]:
     modules: list[Any] = list(model.modules())
     found = [
-        _ScaledAttention(module, module.scaling, own_window(module))
+        _ScaledAttention(module, module.scaling, layer_window(module))
         for module in modules
         if isinstance(getattr(module, "scaling", None), (float, int)) and hasattr(module, "layer_idx")
     ]

@@ -24,7 +24,7 @@ class SoftmaxRule:
     """ALiBi: a query's score falls by its head's slope times the distance of the key."""
 
 
-class Part(NamedTuple):
+class PartialAttention(NamedTuple):
     """Attention over some of the keys. A query that sees none has a log-sum-exp near the least float."""
 
     output: Float[Tensor, "B H S V"]
@@ -38,10 +38,10 @@ def attend(
     visible: Bool[Tensor, "#B 1 S T"] | None,
     rule: SoftmaxRule,
     distance: Int[Tensor, "S T"] | None = None,
-) -> Part:
+) -> PartialAttention:
     """Attention where `visible` (None: everywhere). The query heads that share a key are folded into the queries.
 
-    `distance` is what ALiBi's slopes go by; without it every key is as if at distance 0 (see `at_distance`).
+    `distance` is what ALiBi's slopes go by; without it every key is as if at distance 0 (see `add_distance_bias`).
     """
     num_rows, num_heads, num_queries, _ = query.shape
     group = num_heads // keys.shape[1]
@@ -55,7 +55,7 @@ def attend(
         bias = lowered.reshape(1, keys.shape[1], group * num_queries, -1)
     compute = _fused if can_fuse(folded, keys, values, rule) else _explicit
     output, log_sum_exp = compute(folded, keys, values, visible, rule, bias)
-    return Part(
+    return PartialAttention(
         output.reshape(num_rows, num_heads, num_queries, -1), log_sum_exp.reshape(num_rows, num_heads, num_queries)
     )
 
@@ -65,7 +65,7 @@ def attend_causal(
     keys: Float[Tensor, "B K S D"],
     values: Float[Tensor, "B K S V"],
     rule: SoftmaxRule,
-) -> Part:
+) -> PartialAttention:
     """Attention of query i to keys 0..i by the fused kernel, which passes over what lies above the diagonal."""
     group = query.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (keys, values))
@@ -77,22 +77,22 @@ def attend_anticausal(
     keys: Float[Tensor, "B K S D"],
     values: Float[Tensor, "B K S V"],
     rule: SoftmaxRule,
-) -> Part:
+) -> PartialAttention:
     """Attention of query i to keys i..S-1: causal attention read from the end."""
     part = attend_causal(query.flip(2), keys.flip(2), values.flip(2), rule)
-    return Part(part.output.flip(2), part.log_sum_exp.flip(2))
+    return PartialAttention(part.output.flip(2), part.log_sum_exp.flip(2))
 
 
-def join(first: Part, second: Part) -> Part:
+def merge(first: PartialAttention, second: PartialAttention) -> PartialAttention:
     """Attention over the keys of both parts."""
     weight = torch.sigmoid(second.log_sum_exp - first.log_sum_exp).unsqueeze(-1)
     dtype = torch.promote_types(first.output.dtype, weight.dtype)
     output = torch.lerp(first.output.to(dtype), second.output.to(dtype), weight.to(dtype))
-    return Part(output.to(first.output.dtype), torch.logaddexp(first.log_sum_exp, second.log_sum_exp))
+    return PartialAttention(output.to(first.output.dtype), torch.logaddexp(first.log_sum_exp, second.log_sum_exp))
 
 
-def join_(first: Part, second: Part) -> None:
-    """`join`, written into `first`; without gradients."""
+def merge_(first: PartialAttention, second: PartialAttention) -> None:
+    """`merge`, written into `first`; without gradients."""
     weight = torch.sigmoid(second.log_sum_exp - first.log_sum_exp).unsqueeze(-1)
     if weight.dtype == first.output.dtype:
         first.output.lerp_(second.output, weight)
@@ -101,18 +101,18 @@ def join_(first: Part, second: Part) -> None:
     first.log_sum_exp.copy_(torch.logaddexp(first.log_sum_exp, second.log_sum_exp))
 
 
-def at_distance(part: Part, rule: SoftmaxRule, distance: float) -> Part:
+def add_distance_bias(part: PartialAttention, rule: SoftmaxRule, distance: float) -> PartialAttention:
     """A part whose keys all have the same `distance`: by ALiBi one term per head, which leaves the weights alone."""
     if rule.slopes is None:
         return part
-    return Part(part.output, part.log_sum_exp - rule.slopes[:, None].to(part.log_sum_exp) * distance)
+    return PartialAttention(part.output, part.log_sum_exp - rule.slopes[:, None].to(part.log_sum_exp) * distance)
 
 
 def _explicit(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, rule: SoftmaxRule, bias: Tensor | None
-) -> Part:
+) -> PartialAttention:
     """By its definition, in float32 at least; differentiable in everything."""
-    scores = scores_of(query, keys, rule.scaling)
+    scores = attention_scores(query, keys, rule.scaling)
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
     if bias is not None:
@@ -121,12 +121,12 @@ def _explicit(
         scores = scores.masked_fill(~visible, masked_score(scores.dtype))
     log_sum_exp = scores.logsumexp(dim=-1)
     weights = nn.functional.dropout((scores - log_sum_exp.unsqueeze(-1)).exp(), rule.dropout)
-    return Part(weights.to(values.dtype) @ values, log_sum_exp)
+    return PartialAttention(weights.to(values.dtype) @ values, log_sum_exp)
 
 
 def _fused(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, rule: SoftmaxRule, bias: Tensor | None
-) -> Part:
+) -> PartialAttention:
     """By the kernel behind scaled_dot_product_attention on a CPU, which has the log-sum-exp but no gradient of it.
 
     It takes a `bias` of float32 beside bfloat16, in which far distances would run together.
@@ -139,12 +139,14 @@ def _fused(
 
 def _kernel(
     query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, rule: SoftmaxRule, is_causal: bool = False
-) -> Part:
+) -> PartialAttention:
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return Part(*kernel(query, keys, values, 0.0, is_causal, attn_mask=bias, scale=rule.scaling))
+    return PartialAttention(*kernel(query, keys, values, 0.0, is_causal, attn_mask=bias, scale=rule.scaling))
 
 
-def scores_of(query: Float[Tensor, "*B S D"], keys: Float[Tensor, "*B T D"], scaling: float) -> Float[Tensor, "*B S T"]:
+def attention_scores(
+    query: Float[Tensor, "*B S D"], keys: Float[Tensor, "*B T D"], scaling: float
+) -> Float[Tensor, "*B S T"]:
     """scaling * q.k in float32 at least; on a GPU without gradients never rounded to the dtype of the keys."""
     wide = torch.promote_types(query.dtype, torch.float32)
     if query.is_cuda and query.dtype != wide and not _wants_gradient(query, keys):

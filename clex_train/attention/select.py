@@ -17,49 +17,53 @@ from clex_train.utils.bounds import require
 
 SDPA_KERNELS = {0: "explicit", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
 """By torch.nn.attention.SDPBackend's numbers."""
-TRIED_TOKENS = 1024
-LARGEST_FLASH_WIDTH = 256
+MAX_PROBE_TOKENS = 1024
+MAX_FLASH_HEAD_DIM = 256
 
 
-def resolved(asked: AttentionConfig, arch: PretrainedConfig, dtype: torch.dtype) -> AttentionConfig:
-    """`asked` with a back end of transformers in the place of `auto`."""
-    return replace(asked, implementation=choose(asked, arch, dtype))
+def resolve_attention(requested: AttentionConfig, arch: PretrainedConfig, dtype: torch.dtype) -> AttentionConfig:
+    """`requested` with a back end of transformers in the place of `auto`."""
+    return replace(requested, implementation=choose_implementation(requested, arch, dtype))
 
 
-def choose(asked: AttentionConfig, arch: PretrainedConfig, dtype: torch.dtype) -> AttentionImplementation:
+def choose_implementation(
+    requested: AttentionConfig, arch: PretrainedConfig, dtype: torch.dtype
+) -> AttentionImplementation:
     """The back end of transformers for a model of this architecture, computed in `dtype` on this machine.
 
-    Raises `ValueError` where `sdpa` is asked for and cannot compute the model.
+    Raises `ValueError` where `sdpa` is requested for and cannot compute the model.
     """
-    if asked.implementation is not AttentionImplementation.auto:
-        if asked.implementation is AttentionImplementation.sdpa:
-            require(has_sdpa(arch), "attention.implementation", "sdpa", f"not for {arch.model_type}; use auto or eager")
-        return asked.implementation
-    if not asked.lambda_mask and flash_refusal(arch, dtype) is None:
+    if requested.implementation is not AttentionImplementation.auto:
+        if requested.implementation is AttentionImplementation.sdpa:
+            require(
+                supports_sdpa(arch), "attention.implementation", "sdpa", f"not for {arch.model_type}; use auto or eager"
+            )
+        return requested.implementation
+    if not requested.lambda_mask and flash_unsupported_reason(arch, dtype) is None:
         return AttentionImplementation.flash_attention_2
-    return AttentionImplementation.sdpa if has_sdpa(arch) else AttentionImplementation.eager
+    return AttentionImplementation.sdpa if supports_sdpa(arch) else AttentionImplementation.eager
 
 
-def has_sdpa(arch: PretrainedConfig) -> bool:
+def supports_sdpa(arch: PretrainedConfig) -> bool:
     """Whether SDPA computes the model's attention, as far as is known.
 
     It has no cap of attention logits. transformers before 5.21 offers it for Gemma 2 all the same and leaves out the
     cap, which changes the logits without an error.
     """
     capped = getattr(arch.get_text_config(), "attn_logit_softcapping", None) is not None
-    return not capped and all(getattr(each, "_supports_sdpa", True) for each in _families(arch))
+    return not capped and all(getattr(each, "_supports_sdpa", True) for each in _model_classes(arch))
 
 
-def flash_refusal(arch: PretrainedConfig, dtype: torch.dtype) -> str | None:
+def flash_unsupported_reason(arch: PretrainedConfig, dtype: torch.dtype) -> str | None:
     """Why flash-attn cannot compute the attention of the model; None if it can."""
     if not is_flash_attn_2_available():
         return "flash-attn is not installed, or there is no GPU"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"flash-attn computes in bfloat16, not in {_name(dtype)}"
-    if not _family_has_flash(arch):
+    if not _supports_flash(arch):
         return f"model_type={arch.model_type} has no flash attention"
-    if head_width(arch) > LARGEST_FLASH_WIDTH:
-        return f"flash-attn has heads of at most {LARGEST_FLASH_WIDTH} components, the model {head_width(arch)}"
+    if head_dim(arch) > MAX_FLASH_HEAD_DIM:
+        return f"flash-attn has heads of at most {MAX_FLASH_HEAD_DIM} components, the model {head_dim(arch)}"
     return None
 
 
@@ -67,9 +71,9 @@ def sdpa_kernel(
     arch: PretrainedConfig, num_tokens: int, dtype: torch.dtype, device: torch.device, masked: bool = False
 ) -> str:
     """The kernel that SDPA takes on `device` for training rows of `num_tokens`; `masked`: under a mask [S, S]."""
-    tokens = min(num_tokens, TRIED_TOKENS)
+    tokens = min(num_tokens, MAX_PROBE_TOKENS)
     heads = arch.get_text_config().num_attention_heads
-    query = torch.empty(1, heads, tokens, head_width(arch), dtype=dtype, device=device, requires_grad=True)
+    query = torch.empty(1, heads, tokens, head_dim(arch), dtype=dtype, device=device, requires_grad=True)
     mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device).tril() if masked else None
     number = torch._fused_sdp_choice(query, query, query, mask, 0.0, not masked)
     return SDPA_KERNELS.get(number, f"number {number}")
@@ -91,19 +95,19 @@ def describe(
     return f"{name} in {_name(dtype)} on {where}"
 
 
-def head_width(arch: PretrainedConfig) -> int:
+def head_dim(arch: PretrainedConfig) -> int:
     """Components of a head."""
     shape = arch.get_text_config()
     return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
 
 
-def _family_has_flash(arch: PretrainedConfig) -> bool:
+def _supports_flash(arch: PretrainedConfig) -> bool:
     """Code that comes with a model is not looked at, and so not trusted to have it."""
-    families = _families(arch)
+    families = _model_classes(arch)
     return bool(families) and all(getattr(each, "_supports_flash_attn", False) for each in families)
 
 
-def _families(arch: PretrainedConfig) -> tuple[Any, ...]:
+def _model_classes(arch: PretrainedConfig) -> tuple[Any, ...]:
     """Classes of transformers for the architecture; none for one whose code comes with the model."""
     family = AutoModelForCausalLM._model_mapping.get(type(arch), ())
     return tuple(family) if isinstance(family, (tuple, list)) else (family,)

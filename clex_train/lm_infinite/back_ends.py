@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from transformers.utils import is_flash_attn_2_available
 
-from clex_train.attention.partial_softmax import Part, SoftmaxRule, masked_score
-from clex_train.attention.select import LARGEST_FLASH_WIDTH
+from clex_train.attention.partial_softmax import PartialAttention, SoftmaxRule, masked_score
+from clex_train.attention.select import MAX_FLASH_HEAD_DIM
 from clex_train.lm_infinite.block_mask import band_mask, padded_band_mask
 from clex_train.lm_infinite.local_window import SMALLEST_BLOCK, default_block_len, window_part
 from clex_train.lm_infinite.stream import KeyValues, Place
@@ -56,7 +56,7 @@ class BackEnd(Protocol):
 
     def part(
         self, query: Tensor, window: KeyValues, place: Place, padding: Tensor | None, n_local: int, rule: SoftmaxRule
-    ) -> Part:
+    ) -> PartialAttention:
         """Attention to the keys at 0 <= i - j < L that are not padding."""
 
 
@@ -115,7 +115,7 @@ class FlexAttention:
         padding: Tensor | None,
         n_local: int,
         rule: SoftmaxRule,
-    ) -> Part:
+    ) -> PartialAttention:
         """See `BackEnd`."""
         sizes = (query.shape[2], window.keys.shape[2], place.offset, n_local)
         mask = (
@@ -131,7 +131,7 @@ class FlexAttention:
             return_aux=AuxRequest(lse=True),
         )
         # A padded query sees nothing; -inf would turn into NaN where parts are joined.
-        return Part(output, aux.lse.clamp(min=masked_score(aux.lse.dtype)))
+        return PartialAttention(output, aux.lse.clamp(min=masked_score(aux.lse.dtype)))
 
 
 class FlashAttention:
@@ -152,8 +152,8 @@ class FlashAttention:
             return "its window has no padding"
         if facts.rule.dropout > 0:
             return "it has dropout only without the log-sum-exp"
-        if width > LARGEST_FLASH_WIDTH or facts.values.shape[-1] != width:
-            return f"keys and values have one width, of at most {LARGEST_FLASH_WIDTH}"
+        if width > MAX_FLASH_HEAD_DIM or facts.values.shape[-1] != width:
+            return f"keys and values have one width, of at most {MAX_FLASH_HEAD_DIM}"
         return None
 
     def block_len(self, n_local: int) -> int:
@@ -168,7 +168,7 @@ class FlashAttention:
         padding: Tensor | None,
         n_local: int,
         rule: SoftmaxRule,
-    ) -> Part:
+    ) -> PartialAttention:
         """See `BackEnd`."""
         assert padding is None
         assert place.offset + query.shape[2] == window.keys.shape[2], "its window ends at the last query"
@@ -181,7 +181,7 @@ class FlashAttention:
             alibi_slopes=None if rule.slopes is None else rule.slopes.float(),
             return_attn_probs=True,
         )
-        return Part(output.transpose(1, 2), log_sum_exp)
+        return PartialAttention(output.transpose(1, 2), log_sum_exp)
 
 
 BACK_ENDS: dict[str, BackEnd] = {

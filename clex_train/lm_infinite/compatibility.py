@@ -8,11 +8,11 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttent
 
 from clex_train.attention import kv_cache, ulysses
 from clex_train.attention.layer_probe import (
-    Trial,
-    attempt_all,
+    LayerProbe,
     layer_type,
-    own_window,
+    layer_window,
     parameter_names,
+    probe_layers,
     rotary_attention,
 )
 from clex_train.lm_infinite.adapters import ADAPTERS
@@ -53,7 +53,7 @@ def attention_modules(model: nn.Module) -> list[Any]:
             f"model_type={kind}: its attention does not go through transformers' attention interface with rotary "
             "position embeddings, and lm_infinite has no adapter for it"
         )
-    if all(own_window(module) is not None for module in found):
+    if all(layer_window(module) is not None for module in found):
         raise ValueError(
             f"model_type={kind}: every layer has a sliding window of its own; set sliding_window to null in config.json"
         )
@@ -79,7 +79,7 @@ def refuse_what_it_cannot(module: Any, args: tuple[Any, ...], kwargs: dict[str, 
         )
     call, cache = (
         {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs},
-        kv_cache.in_call(args, kwargs),
+        kv_cache.find_in_call(args, kwargs),
     )
     if cache is not None and call.get("use_cache") is False:
         # `generate` would feed it all tokens so far at every step; MPT's config has use_cache=False.
@@ -123,24 +123,24 @@ def _misfit_of(model: Any, found: list[Any]) -> str | None:
     return _misfit(_tried(model, found))
 
 
-def _misfit(trials: list[Trial]) -> str | None:
+def _misfit(probes: list[LayerProbe]) -> str | None:
     """Return what would make wrong numbers of the layers, in their order; None for nothing."""
-    plain = [str(index) for index, trial in enumerate(trials) if trial.rotates is False]
-    untried = [trial for trial in trials if not trial.reached_interface]
+    plain = [str(index) for index, trial in enumerate(probes) if trial.rotates is False]
+    failed = [trial for trial in probes if not trial.reached_interface]
     if plain:
         return f"layers {', '.join(plain[:4])}{' ...' if len(plain) > 4 else ''} are without positions"
-    if any(trial.options.get("s_aux") is not None for trial in trials):
+    if any(trial.options.get("s_aux") is not None for trial in probes):
         return "its attention has learned sinks"
-    if any(trial.makes_mask for trial in trials):
+    if any(trial.makes_mask for trial in probes):
         return "its attention makes masks of its own"
-    reason = (untried[0].reason or "it is not in the interface") if untried else ""
-    return f"its attention cannot be tried out by itself: {reason}" if untried else None
+    reason = (failed[0].reason or "it is not in the interface") if failed else ""
+    return f"its attention cannot be tried out by itself: {reason}" if failed else None
 
 
-def _tried(model: nn.Module, modules: list[Any]) -> list[Trial]:
+def _tried(model: nn.Module, modules: list[Any]) -> list[LayerProbe]:
     """Each of the modules tried out with cos and sin of the model's own rotary module."""
     site = find_rotary_site(model)
-    return attempt_all(modules, lambda module: site.cos_shape(layer_type(module)), model.config)
+    return probe_layers(modules, lambda module: site.cos_shape(layer_type(module)), model.config)
 
 
 def _has_state(config: Any) -> bool:

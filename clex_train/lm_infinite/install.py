@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from clex_train.attention import kv_cache
 from clex_train.attention.kv_cache import LibraryChanged
-from clex_train.attention.layer_probe import own_window, parameter_names
+from clex_train.attention.layer_probe import layer_window, parameter_names
 from clex_train.attention.log_scaling import MOST_VISIBLE
 from clex_train.attention.partial_softmax import SoftmaxRule
 from clex_train.lm_infinite.adapters import ADAPTERS, Adapter, SinusoidTables, has_slopes, no_rotation, within_tables
@@ -84,7 +84,7 @@ class LmInfinite:
     ) -> None:
         self.model, self.n_local, self.n_global, self.middle = model, n_local, n_global, middle
         attention = attention_modules(model)
-        windows = [own_window(module) for module in attention]
+        windows = [layer_window(module) for module in attention]
         longest = max(n_local, *(window or 1 for window in windows))
         rotations, site = _rotations(model, attention, longest + max(_longest_span(longest, block_len), room(longest)))
         self._warn()
@@ -201,7 +201,7 @@ class _Layer:
         if call.get("position_embeddings") is not None:
             cos, sin = (x.to(_computed_in(x)) for x in call["position_embeddings"][:2])
             call["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
-        cache = kv_cache.in_call((), call)
+        cache = kv_cache.find_in_call((), call)
         self._check_cache(cache)
         self.has_cache = cache is not None
         mask = call.get("attention_mask")
@@ -219,7 +219,7 @@ class _Layer:
         """In place of the module's own."""
         assert self.adapter is not None
         query, key, value = self.adapter.project(self.module, hidden_states)
-        cache = kv_cache.in_call((), call)
+        cache = kv_cache.find_in_call((), call)
         if cache is not None:
             key, value = cache.update(key, value, self.module.layer_idx)
         rule = self.adapter.softmax(self.module, query.device)

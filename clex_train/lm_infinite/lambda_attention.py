@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from clex_train.attention.partial_softmax import Part, SoftmaxRule, at_distance, attend, join
+from clex_train.attention.partial_softmax import PartialAttention, SoftmaxRule, add_distance_bias, attend, merge
 from clex_train.lm_infinite.back_ends import BACK_ENDS, BackEnd
 from clex_train.lm_infinite.middle_tokens import Middle, in_middle
 from clex_train.lm_infinite.stream import KeyValues, Place, Rotation, Stream, Turned
@@ -110,13 +110,13 @@ def _block(
     if num_left <= 0:
         return part.output
     if call.start is not None:
-        part = join(part, _global_part(query, call.start, place, call))
+        part = merge(part, _global_part(query, call.start, place, call))
     if scheme.middle is not None:
-        part = join(part, _middle_part(query, call.window.span(0, num_left), scheme.middle, place, call))
+        part = merge(part, _middle_part(query, call.window.span(0, num_left), scheme.middle, place, call))
     return part.output
 
 
-def _global_part(query: Float[Tensor, "B H C D"], start: KeyValues, place: Place, call: _Call) -> Part:
+def _global_part(query: Float[Tensor, "B H C D"], start: KeyValues, place: Place, call: _Call) -> PartialAttention:
     """Attention to the starting tokens that have left the window, all at distance L.
 
     The few keys are turned by -L and the queries stay as they are. That the keys are turned by 0 too gives them the
@@ -127,10 +127,12 @@ def _global_part(query: Float[Tensor, "B H C D"], start: KeyValues, place: Place
     if call.stream.num_padding is not None or place.first_query - call.n_global + 1 < n_local:
         left = _outside_window(query.shape[2], call.n_global, place, call.stream.num_padding, n_local, query.device)
     keys = rotation.constant(rotation.constant(start.keys, 0), -n_local)
-    return at_distance(attend(query, keys, start.values, left, rule), rule, n_local)
+    return add_distance_bias(attend(query, keys, start.values, left, rule), rule, n_local)
 
 
-def _middle_part(query: Float[Tensor, "B H C D"], far: KeyValues, middle: Middle, place: Place, call: _Call) -> Part:
+def _middle_part(
+    query: Float[Tensor, "B H C D"], far: KeyValues, middle: Middle, place: Place, call: _Call
+) -> PartialAttention:
     """Attention to what is let in of the keys that have left the window of the last query."""
     scheme, padding = call.scheme, call.stream.num_padding
     where = (query.shape[2], place.first_query, padding, scheme.n_local, call.n_global, query.device)

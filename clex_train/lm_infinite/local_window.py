@@ -8,13 +8,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clex_train.attention.partial_softmax import (
-    Part,
+    PartialAttention,
     SoftmaxRule,
     attend,
     attend_anticausal,
     attend_causal,
     can_fuse,
-    join_,
+    merge_,
 )
 from clex_train.lm_infinite.stream import KeyValues, Place
 
@@ -33,7 +33,7 @@ def window_part(
     padding: Tensor | None,
     n_local: int,
     rule: SoftmaxRule,
-) -> Part:
+) -> PartialAttention:
     """Attention to the keys at 0 <= i - j < L that are not padding."""
     num_queries, num_keys = query.shape[2], window.keys.shape[2]
     is_whole_band = num_keys == num_queries + n_local - 1 and num_queries < n_local
@@ -49,7 +49,7 @@ def window_part(
     return attend(query, *window, visible, rule, distance)
 
 
-def _band(query: Float[Tensor, "B H C D"], window: KeyValues, is_whole: bool, rule: SoftmaxRule) -> Part:
+def _band(query: Float[Tensor, "B H C D"], window: KeyValues, is_whole: bool, rule: SoftmaxRule) -> PartialAttention:
     """The window's band without a mask: keys that every query sees, between two triangles.
 
     The last C keys are the queries' own, seen causally. Of a whole band the first C - 1 are leaving: query i still
@@ -60,11 +60,11 @@ def _band(query: Float[Tensor, "B H C D"], window: KeyValues, is_whole: bool, ru
     part = attend_causal(query, *window.span(own, num_keys), rule)
     leaving = num_queries - 1 if is_whole else 0
     if own > leaving:
-        join_(part, attend(query, *window.span(leaving, own), None, rule))
+        merge_(part, attend(query, *window.span(leaving, own), None, rule))
     if is_whole:
         # The last query sees none of the leaving keys, so it takes no part in this.
         last = attend_anticausal(query[:, :, :-1], *window.span(0, leaving), rule)
-        join_(Part(part.output[:, :, :-1], part.log_sum_exp[:, :, :-1]), last)
+        merge_(PartialAttention(part.output[:, :, :-1], part.log_sum_exp[:, :, :-1]), last)
     return part
 
 

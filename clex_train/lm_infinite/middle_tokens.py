@@ -13,7 +13,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clex_train.attention.partial_softmax import Part, SoftmaxRule, at_distance, attend, join, masked_score, scores_of
+from clex_train.attention.partial_softmax import (
+    PartialAttention,
+    SoftmaxRule,
+    add_distance_bias,
+    attend,
+    attention_scores,
+    masked_score,
+    merge,
+)
 from clex_train.lm_infinite.stream import KeyValues, Rotation
 
 SMALLEST_CHUNK = 1024
@@ -34,7 +42,7 @@ class Middle(Protocol):
         rotation: Rotation,
         n_local: int,
         rule: SoftmaxRule,
-    ) -> Part:
+    ) -> PartialAttention:
         """Attention of unrotated queries to the unrotated keys of `far` that are `visible`."""
 
     def of_layer(self, layer_idx: int) -> "Middle | None":
@@ -58,15 +66,15 @@ class WholeMiddle:
         rotation: Rotation,
         n_local: int,
         rule: SoftmaxRule,
-    ) -> Part:
+    ) -> PartialAttention:
         """See `Middle`."""
-        turned, size, joined = rotation.constant(query, n_local), chunk_len(n_local), None
+        turned, size, merged = rotation.constant(query, n_local), chunk_len(n_local), None
         for first in range(0, far.keys.shape[2], size):
             keys, values = far.span(first, first + size)
             part = attend(turned, rotation.constant(keys, 0), values, visible(first, first + keys.shape[2]), rule)
-            joined = part if joined is None else join(joined, part)
-        assert joined is not None
-        return at_distance(joined, rule, n_local)
+            merged = part if merged is None else merge(merged, part)
+        assert merged is not None
+        return add_distance_bias(merged, rule, n_local)
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class BestMiddle:
         rotation: Rotation,
         n_local: int,
         rule: SoftmaxRule,
-    ) -> Part:
+    ) -> PartialAttention:
         """See `Middle`."""
         num_rows, num_heads, num_queries, _ = query.shape
         num_groups = far.keys.shape[1]
@@ -109,7 +117,9 @@ class BestMiddle:
         index, is_middle = self._select(folded, keys, visible, num_heads // num_groups, n_local)
         part = _attend_selected(folded, keys, far.values, index, is_middle, rule)
         heads = (num_rows, num_heads, num_queries)
-        return at_distance(Part(part.output.reshape(*heads, -1), part.log_sum_exp.reshape(heads)), rule, n_local // 2)
+        return add_distance_bias(
+            PartialAttention(part.output.reshape(*heads, -1), part.log_sum_exp.reshape(heads)), rule, n_local // 2
+        )
 
     @torch.no_grad()
     def _select(
@@ -169,14 +179,14 @@ def _attend_selected(
     index: Int[Tensor, "B K S k"],
     is_middle: Bool[Tensor, "B K S k"],
     rule: SoftmaxRule,
-) -> Part:
+) -> PartialAttention:
     """Attention of each query to keys of its own."""
     flat = index.flatten(2)[..., None]
     own_keys, own_values = (x.take_along_dim(flat, dim=2).unflatten(2, index.shape[2:]) for x in (keys, values))
-    scores = scores_of(query[..., None, :], own_keys, rule.scaling).squeeze(-2)
+    scores = attention_scores(query[..., None, :], own_keys, rule.scaling).squeeze(-2)
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
     scores = scores.masked_fill(~is_middle, masked_score(scores.dtype))
     log_sum_exp = scores.logsumexp(dim=-1)
     weights = nn.functional.dropout((scores - log_sum_exp.unsqueeze(-1)).exp(), rule.dropout)
-    return Part((weights.to(values.dtype)[..., None, :] @ own_values).squeeze(-2), log_sum_exp)
+    return PartialAttention((weights.to(values.dtype)[..., None, :] @ own_values).squeeze(-2), log_sum_exp)

@@ -15,7 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from clex_train.attention.log_scaling import install_log_scaling
-from clex_train.attention.select import has_sdpa, resolved
+from clex_train.attention.select import resolve_attention, supports_sdpa
 from clex_train.config.attention import AttentionImplementation
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
@@ -142,7 +142,7 @@ def load_for_training(
     `arch` is the architecture of the base, before `trained_architecture`.
     """
     length, trained = architecture.context_length(config.model, arch), trained_architecture(config, arch)
-    config = dataclasses.replace(config, attention=resolved(config.attention, trained, dtype))
+    config = dataclasses.replace(config, attention=resolve_attention(config.attention, trained, dtype))
     if config.model.is_pretrained:
         model = _pretrained_model(config, None if trained is arch else trained, dtype, deepspeed_dict)
     else:
@@ -209,7 +209,7 @@ def load_for_evaluation(
     wanted: AttentionImplementation | None = attention
     if attention in (AttentionImplementation.auto, AttentionImplementation.sdpa):
         # Unnamed, it is what transformers takes where code that comes with the model has it.
-        wanted = None if has_sdpa(arch) else AttentionImplementation.eager
+        wanted = None if supports_sdpa(arch) else AttentionImplementation.eager
     if spec.allow_missing:
         # What is drawn is the same on every rank.
         torch.manual_seed(seeding.torch_seed(0, "weights"))

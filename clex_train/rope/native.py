@@ -87,7 +87,7 @@ class WithoutRotary(RotaryHandle):
         self.max_tokens: int | None = None
         if not probe.has_alibi(model):
             self.max_tokens = getattr(config, "max_position_embeddings", None)
-        if not kv_cache.takes_keys(model):
+        if not kv_cache.accepts_keys(model):
             raise ValueError(
                 f"model_type={self.model_type}: no rotary position embedding and no KV cache to read windows through; "
                 "use a transformer"

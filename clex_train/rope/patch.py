@@ -259,8 +259,8 @@ class RotaryHandle:
         if call is None:
             decoder = type(self._site.parent).__name__
             raise LibraryChanged(f"{decoder} took tokens under other names than input_ids and inputs_embeds")
-        kv_cache.require_seen(call.cache, output, call.num_new)
-        cache = kv_cache.in_output(output) if call.cache is None else call.cache
+        kv_cache.require_found(call.cache, output, call.num_new)
+        cache = kv_cache.find_in_output(output) if call.cache is None else call.cache
         if cache is not None:
             key_cache.note(cache, call.record, call.spectrum, position_ids, call.num_tokens, call.moved)
 
@@ -269,7 +269,7 @@ class RotaryHandle:
     ) -> tuple[Tensor | None, Tensor | None, Cache | None]:
         found = {name: argument.find(args, kwargs) for name, argument in self._arguments.items()}
         tokens = found["inputs_embeds"] if found["input_ids"] is None else found["input_ids"]
-        return tokens, found["position_ids"], kv_cache.in_call(args, kwargs)
+        return tokens, found["position_ids"], kv_cache.find_in_call(args, kwargs)
 
     def _least_upper_bound(self, num_tokens: int) -> Spectrum:
         if self.table is None and self.own is not None:

@@ -23,7 +23,7 @@ def local_layers(model: nn.Module, traits: Traits, context_len: int) -> frozense
     """
     if traits.scaled is not None:
         return frozenset()
-    windows = {module.layer_idx: layer_probe.own_window(module) for module in layer_probe.rotary_attention(model)}
+    windows = {module.layer_idx: layer_probe.layer_window(module) for module in layer_probe.rotary_attention(model)}
     return frozenset(index for index, window in windows.items() if window is not None and window <= context_len)
 
 
@@ -52,14 +52,14 @@ def require_scalable_config(config: PretrainedConfig, context_len: int, trust_re
 
 def _require_reach(model: nn.Module, traits: Traits, context_len: int) -> None:
     tried = _tried(model, traits)
-    windows = [layer_probe.own_window(module) for module, rotates in tried if rotates]
+    windows = [layer_probe.layer_window(module) for module, rotates in tried if rotates]
     open_ended = any(window is None or window > context_len for window in windows)
     if not windows or open_ended or any(rotates is None for _, rotates in tried):
         return
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     longest = max(window for window in windows if window is not None)
     known = f"model_type={kind}: every layer with RoPE sees a window of {longest} tokens, of L = {context_len}"
-    if any(layer_probe.own_window(module) is None for module, _ in tried):
+    if any(layer_probe.layer_window(module) is None for module, _ in tried):
         raise ValueError(f"{known}, and the layers with full attention have no positions: nothing can be extended")
     raise ValueError(f"{known}: nothing can be extended; set sliding_window to null in config.json")
 
@@ -74,7 +74,7 @@ def _tried(model: nn.Module, traits: Traits) -> list[tuple[Any, bool | None]]:
         return tuple(EXPANSIONS[traits.expansion](torch.empty(1, 2, len(traits.base[kind].inv_freq))).shape)
 
     modules = layer_probe.rotary_attention(model)
-    trials = layer_probe.attempt_all(modules, cos_shape, getattr(model, "config", None))
+    probes = layer_probe.probe_layers(modules, cos_shape, getattr(model, "config", None))
     is_local = [traits.scaled is not None and layer_probe.layer_type(module) != traits.scaled for module in modules]
-    found = zip(modules, trials, is_local, strict=True)
+    found = zip(modules, probes, is_local, strict=True)
     return [(module, False if local else trial.rotates) for module, trial, local in found]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from clex_train.attention.document_mask import separating_arguments, undivided_arguments
+from clex_train.attention.document_mask import document_mask_kwargs, single_document_kwargs
 from clex_train.config.root import Config
 from clex_train.data import shards
 from clex_train.data.batch import Batch, document_lengths
@@ -38,8 +38,8 @@ def arguments(config: Config, batch: Batch, sequence: SequenceParallel | None) -
         return {**inputs, "position_ids": distributed.to_device(mine)}
     implementation, device = config.attention.implementation, distributed.device()
     if "position_ids" in batch:
-        return inputs | separating_arguments(batch["position_ids"], implementation, device)
-    return inputs | undivided_arguments(batch["input_ids"], implementation, device)
+        return inputs | document_mask_kwargs(batch["position_ids"], implementation, device)
+    return inputs | single_document_kwargs(batch["input_ids"], implementation, device)
 
 
 def _attention(config: Config, batch: Batch, sequence: SequenceParallel | None) -> AbstractContextManager[None]:

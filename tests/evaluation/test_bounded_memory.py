@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from clex_train.attention.chunked_sdpa import NAME, lean_attention
+from clex_train.attention.chunked_sdpa import NAME, chunked_attention
 from clex_train.evaluation import scoring_head
 from clex_train.evaluation.perplexity import chunked, evaluating, one_shot
 from clex_train.evaluation.scoring_head import score_chunk, tiled_head, token_nll
@@ -86,7 +86,7 @@ def test_chunks_through_a_growing_cache_are_one_forward(monkeypatch, family: str
         expected = token_nll(model(input_ids=tokens, use_cache=False).logits[:, :-1], tokens[:, 1:])
     found = torch.empty_like(expected)
     cache = new_cache(model, 40, on_host)
-    with evaluating(model), lean_attention(model), tiled_head(model, CPU):
+    with evaluating(model), chunked_attention(model), tiled_head(model, CPU):
         for first, last in ((0, 17), (17, 18), (18, 40)):
             targets = tokens[:, first + 1 : last + 1]
             inputs = {"input_ids": tokens[:, first:last], "past_key_values": cache, "use_cache": True}
@@ -109,7 +109,7 @@ def test_the_protocols_give_in_bounded_memory_what_they_give_without(monkeypatch
             stock.setattr("clex_train.evaluation.perplexity.new_cache", lambda model, *_: _stock_cache(model))
             expected = read(model, handle, tokens, 10)
         for on_host in (False, True):
-            with evaluating(model), lean_attention(model), tiled_head(model, CPU):
+            with evaluating(model), chunked_attention(model), tiled_head(model, CPU):
                 found = read(model, handle, tokens, 10, cache_on_host=on_host)
             torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 

@@ -7,7 +7,7 @@ import transformers
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from clex_train.attention.select import has_sdpa
+from clex_train.attention.select import supports_sdpa
 
 VOCABULARY, CONTEXT = 61, 16
 TRANSFORMERS = Version(transformers.__version__)
@@ -73,7 +73,7 @@ def from_config(arch: PretrainedConfig) -> PreTrainedModel:
 
     transformers before 5.21 offers SDPA for Gemma 2 and leaves out its cap.
     """
-    named = {} if has_sdpa(arch) else {"attn_implementation": "eager"}
+    named = {} if supports_sdpa(arch) else {"attn_implementation": "eager"}
     model: PreTrainedModel = AutoModelForCausalLM.from_config(arch, **named)
     return model
 

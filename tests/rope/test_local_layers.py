@@ -88,9 +88,9 @@ def test_only_layers_that_see_beyond_l_follow_t(family: str) -> None:
 def test_keys_of_local_layers_stay_to_the_bit_when_t_moves(family: str) -> None:
     model, ids = model_of(family, **MIXED[family]), tokens(1, CONTEXT + 1)
     scaled(model)
-    cache = kv_cache.taken_out(model(ids[:, :CONTEXT], use_cache=True))
+    cache = kv_cache.require_in_output(model(ids[:, :CONTEXT], use_cache=True))
     local, far = (layer.keys.clone() for layer in cache.layers)
-    model(ids[:, CONTEXT:], use_cache=True, **kv_cache.passed(model, cache))
+    model(ids[:, CONTEXT:], use_cache=True, **kv_cache.as_kwargs(model, cache))
     kept = min(local.shape[2], cache.layers[0].keys.shape[2] - 1)
     assert torch.equal(cache.layers[0].keys[:, :, -kept - 1 : -1], local[:, :, -kept:])
     assert (cache.layers[1].keys[:, :, :CONTEXT] - far).abs().max() > 1e-3

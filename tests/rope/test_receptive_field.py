@@ -72,9 +72,9 @@ def test_keys_of_layers_without_rotation_stay_to_the_bit_when_t_moves(kind: str)
     model, ids = model_of(kind, **SOME_WITHOUT[kind]), tokens(1, CONTEXT + 1)
     handle = install_as_is(model, CONTEXT)
     handle.use(ntk_table(handle.base_inv_freq, [1.0, 2.0]))
-    cache = kv_cache.taken_out(model(ids[:, :CONTEXT], use_cache=True))
+    cache = kv_cache.require_in_output(model(ids[:, :CONTEXT], use_cache=True))
     before = [layer.keys.clone() for layer in cache.layers]
-    model(ids[:, CONTEXT:], use_cache=True, **kv_cache.passed(model, cache))
+    model(ids[:, CONTEXT:], use_cache=True, **kv_cache.as_kwargs(model, cache))
     rotated, plain = (layer.keys[:, :, :CONTEXT] for layer in cache.layers)
     assert torch.equal(plain, before[1])
     assert (rotated - before[0]).abs().max() > 1e-2
@@ -85,8 +85,8 @@ def test_a_model_of_one_layer_without_rotation_is_the_same_with_a_cache() -> Non
     model, ids = model_of("smollm3", 1, no_rope_layers=[0]), tokens(1, CONTEXT + 1)
     handle = install_rotary(model, CONTEXT)
     handle.use(ntk_table(handle.base_inv_freq, [1.0, 2.0]))
-    cache = kv_cache.taken_out(model(ids[:, :CONTEXT], use_cache=True))
-    cached = model(ids[:, CONTEXT:], use_cache=True, **kv_cache.passed(model, cache)).logits[:, -1]
+    cache = kv_cache.require_in_output(model(ids[:, :CONTEXT], use_cache=True))
+    cached = model(ids[:, CONTEXT:], use_cache=True, **kv_cache.as_kwargs(model, cache)).logits[:, -1]
     assert torch.allclose(cached, model(ids, use_cache=False).logits[:, -1], atol=1e-6, rtol=0)
 
 
@@ -183,7 +183,7 @@ def test_padding_behind_tokens_and_a_windowed_cache_are_refused_and_a_whole_cach
     whole = model(ids, attention_mask=mask, use_cache=False).logits[1, 12:]
 
     def rest(cache: DynamicCache) -> torch.Tensor:
-        given = {"use_cache": True, **kv_cache.passed(model, cache)}
+        given = {"use_cache": True, **kv_cache.as_kwargs(model, cache)}
         model(ids[:, :12], attention_mask=mask[:, :12], **given)
         return model(ids[:, 12:], attention_mask=mask, **given).logits[1]
 
@@ -204,7 +204,7 @@ def test_a_decoding_step_under_lm_infinite_waits_once_a_layer_to_see_where_its_p
         apply_lm_infinite(model, 16, 2)
         cache, ids, mask = DynamicCache(config=model.config), tokens(2, 20), torch.ones(2, 20, dtype=torch.int64)
         mask[1, :3] = 0
-        given = {"use_cache": True, **kv_cache.passed(model, cache)}
+        given = {"use_cache": True, **kv_cache.as_kwargs(model, cache)}
         model(ids[:, :19], attention_mask=mask[:, :19], **given)
         seen, read = [], torch.Tensor.__bool__
         with monkeypatch.context() as patch:
