@@ -74,7 +74,7 @@ class Falcon:
         if not module.config.alibi:
             return SoftmaxRule(scale)
         dropout = module.attention_dropout.p if module.training else 0.0
-        return SoftmaxRule(scale, dropout, slopes=_slopes_of(module, device) * scale)
+        return SoftmaxRule(scale, dropout, slopes=_alibi_slopes(module, device) * scale)
 
 
 class Mpt:
@@ -117,7 +117,7 @@ class Bloom:
     def softmax(self, module: Any, device: torch.device) -> SoftmaxRule:
         """See `Adapter`."""
         dropout = module.attention_dropout.p if module.training else 0.0
-        return SoftmaxRule(module.inv_norm_factor, dropout, slopes=_slopes_of(module, device))
+        return SoftmaxRule(module.inv_norm_factor, dropout, slopes=_alibi_slopes(module, device))
 
 
 ADAPTERS: dict[str, Adapter] = {"gptj": GptJ(), "falcon": Falcon(), "mpt": Mpt(), "bloom": Bloom()}
@@ -148,7 +148,7 @@ class SinusoidTables:
         )
 
 
-def within_tables(model: nn.Module) -> list[RemovableHandle]:
+def clamp_table_positions(model: nn.Module) -> list[RemovableHandle]:
     """Hooks by which GPT-J reads its table of sines for the whole model (transformers 5.24) without going beyond it.
 
     What it reads is not used: `SinusoidTables` has longer ones.
@@ -171,7 +171,7 @@ def _clamp_positions(
     return tuple(map(clamped, args)), {name: clamped(value) for name, value in kwargs.items()}
 
 
-def has_slopes(module: Any, kind: str) -> bool:
+def uses_alibi(module: Any, kind: str) -> bool:
     """Whether positions enter by ALiBi."""
     return kind in ("mpt", "bloom") or (kind == "falcon" and bool(module.config.alibi))
 
@@ -181,13 +181,13 @@ def no_rotation(x: Tensor) -> Rotation:
     return NoRotation()
 
 
-def _slopes_of(module: Any, device: torch.device) -> Float64[Tensor, " H"]:
-    return _built_slopes(sys.modules[type(module).__module__].build_alibi_tensor, module.num_heads, device)
+def _alibi_slopes(module: Any, device: torch.device) -> Float64[Tensor, " H"]:
+    return _slopes_from_bias(sys.modules[type(module).__module__].build_alibi_tensor, module.num_heads, device)
 
 
 @lru_cache
 @torch.inference_mode(mode=False)
-def _built_slopes(build: Callable[..., Tensor], num_heads: int, device: torch.device) -> Float64[Tensor, " H"]:
+def _slopes_from_bias(build: Callable[..., Tensor], num_heads: int, device: torch.device) -> Float64[Tensor, " H"]:
     """From the bias of two tokens, which Falcon and Bloom build as slope times index: 0 and the slope."""
     return build(torch.ones(1, 2, device=device), num_heads, torch.float32)[:, 0, 1].double()
 

@@ -20,18 +20,18 @@ from transformers.utils import is_flash_attn_2_available
 from clex_train.attention.partial_softmax import PartialAttention, SoftmaxRule, masked_score
 from clex_train.attention.select import MAX_FLASH_HEAD_DIM
 from clex_train.lm_infinite.block_mask import band_mask, padded_band_mask
-from clex_train.lm_infinite.local_window import SMALLEST_BLOCK, default_block_len, window_part
+from clex_train.lm_infinite.local_window import MIN_BLOCK, attend_window, default_block_len
 from clex_train.lm_infinite.stream import KeyValues, Place
 from clex_train.utils import log
 
 AUTO = "auto"
-SMALLEST_FUSED_BLOCK, SMALLEST_FLEX_WIDTH = 1024, 16
-MOST_GRAPHS = 64
+MIN_FUSED_BLOCK, MIN_FLEX_HEAD_DIM = 1024, 16
+MAX_GRAPHS = 64
 
 logger = log.get(__name__)
 
 
-class Facts(NamedTuple):
+class CallFacts(NamedTuple):
     """What a back end may refuse a call for."""
 
     query: Tensor
@@ -48,13 +48,13 @@ class BackEnd(Protocol):
     recomputes: bool
     """Whether blocks are recomputed in the backward pass: a fused kernel keeps no scores anyway."""
 
-    def refusal(self, facts: Facts) -> str | None:
+    def unsupported_reason(self, facts: CallFacts) -> str | None:
         """Why it cannot do such a call; None if it can."""
 
     def block_len(self, n_local: int) -> int:
         """Queries per block."""
 
-    def part(
+    def attend(
         self, query: Tensor, window: KeyValues, place: Place, padding: Tensor | None, n_local: int, rule: SoftmaxRule
     ) -> PartialAttention:
         """Attention to the keys at 0 <= i - j < L that are not padding."""
@@ -65,7 +65,7 @@ class BlockedSdpa:
 
     recomputes = True
 
-    def refusal(self, facts: Facts) -> str | None:
+    def unsupported_reason(self, facts: CallFacts) -> str | None:
         """It can do everything."""
         return None
 
@@ -73,7 +73,7 @@ class BlockedSdpa:
         """L / 2 within bounds."""
         return default_block_len(n_local)
 
-    part = staticmethod(window_part)
+    attend = staticmethod(attend_window)
 
 
 class FlexAttention:
@@ -87,7 +87,7 @@ class FlexAttention:
     def __init__(self, kernel: Callable[..., Any] | None = None) -> None:
         self._kernel = kernel
 
-    def refusal(self, facts: Facts) -> str | None:
+    def unsupported_reason(self, facts: CallFacts) -> str | None:
         """See `BackEnd`."""
         if facts.query.device.type != "cuda":
             return "its kernels are compiled for a GPU"
@@ -99,7 +99,7 @@ class FlexAttention:
             return "it has no dropout"
         if facts.rule.softcap is not None and facts.rule.slopes is not None:
             return "it takes soft-capping or ALiBi, not both"
-        if facts.query.shape[-1] < SMALLEST_FLEX_WIDTH:
+        if facts.query.shape[-1] < MIN_FLEX_HEAD_DIM:
             return f"heads of {facts.query.shape[-1]} components are too narrow for it"
         return None
 
@@ -107,7 +107,7 @@ class FlexAttention:
         """2 L: tiles outside the band are passed over, so a long block computes nothing in vain."""
         return fused_block_len(n_local)
 
-    def part(
+    def attend(
         self,
         query: Float[Tensor, "B H C D"],
         window: KeyValues,
@@ -124,7 +124,7 @@ class FlexAttention:
         output, aux = (self._kernel or _compiled_flex())(
             query,
             *window,
-            score_mod=_score_change(rule, place.offset),
+            score_mod=_score_mod(rule, place.offset),
             block_mask=mask,
             scale=rule.scaling,
             enable_gqa=query.shape[1] != window.keys.shape[1],
@@ -139,7 +139,7 @@ class FlashAttention:
 
     recomputes = False
 
-    def refusal(self, facts: Facts) -> str | None:
+    def unsupported_reason(self, facts: CallFacts) -> str | None:
         """See `BackEnd`."""
         width = facts.query.shape[-1]
         if not is_flash_attn_2_available():
@@ -160,7 +160,7 @@ class FlashAttention:
         """See `FlexAttention`."""
         return fused_block_len(n_local)
 
-    def part(
+    def attend(
         self,
         query: Float[Tensor, "B H C D"],
         window: KeyValues,
@@ -192,35 +192,37 @@ BACK_ENDS: dict[str, BackEnd] = {
 """In the order in which `auto` tries them."""
 
 
-class Choice:
+class BackEndChoice:
     """The back end of each call: the one asked for, or by `auto` the first that can do it; said in the log once."""
 
     def __init__(self, requested: str) -> None:
         if requested not in (AUTO, *BACK_ENDS):
             raise ValueError(f"back_end={requested}: one of {', '.join((AUTO, *BACK_ENDS))}")
         self.requested = requested
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
-    def of_call(self, facts: Facts) -> BackEnd:
+    def select(self, facts: CallFacts) -> BackEnd:
         """`ValueError` when the back end that was asked for cannot do the call."""
-        if facts.query.shape[2] < SMALLEST_BLOCK:
+        if facts.query.shape[2] < MIN_BLOCK:
             return BACK_ENDS["sdpa"]
-        refusals = {
-            name: back_end.refusal(facts) for name, back_end in BACK_ENDS.items() if self.requested in (AUTO, name)
+        reasons = {
+            name: back_end.unsupported_reason(facts)
+            for name, back_end in BACK_ENDS.items()
+            if self.requested in (AUTO, name)
         }
-        name = next((name for name, refusal in refusals.items() if refusal is None), None)
+        name = next((name for name, reason in reasons.items() if reason is None), None)
         if name is None:
-            raise ValueError(f"back_end={self.requested}: {refusals[self.requested]}; use back_end={AUTO}")
-        if name not in self._said:
-            self._said.add(name)
-            passed_over = [f"{other}: {refusal}" for other, refusal in refusals.items() if refusal is not None]
-            logger.info("lm_infinite computes by %s%s", name, f" ({'; '.join(passed_over)})" if passed_over else "")
+            raise ValueError(f"back_end={self.requested}: {reasons[self.requested]}; use back_end={AUTO}")
+        if name not in self._logged:
+            self._logged.add(name)
+            skipped = [f"{other}: {reason}" for other, reason in reasons.items() if reason is not None]
+            logger.info("lm_infinite computes by %s%s", name, f" ({'; '.join(skipped)})" if skipped else "")
         return BACK_ENDS[name]
 
 
 def fused_block_len(n_local: int) -> int:
     """2 L, in whole tiles of 128, and not too short for a GPU."""
-    return max(SMALLEST_FUSED_BLOCK, -(-2 * n_local // 128) * 128)
+    return max(MIN_FUSED_BLOCK, -(-2 * n_local // 128) * 128)
 
 
 @lru_cache
@@ -229,11 +231,11 @@ def _compiled_flex() -> Callable[..., Any]:
 
     Past its limit, 8 for all of a process, dynamo would compute uncompiled, with scores [B, H, S, T], and only warn.
     """
-    torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, fullgraph=True)
 
 
-def _score_change(rule: SoftmaxRule, offset: int) -> Callable[..., Tensor] | None:
+def _score_mod(rule: SoftmaxRule, offset: int) -> Callable[..., Tensor] | None:
     """Soft-capping or ALiBi, which no family has together; None for neither. Lambdas, as in `band_tiles`."""
     softcap = rule.softcap
     if rule.slopes is not None:

@@ -29,8 +29,8 @@ def band_mask(num_queries: int, num_keys: int, offset: int, n_local: int, device
     first = torch.tensor(offset, device=device)
     some, whole = _tiles(num_queries, num_keys, offset, n_local, device)
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~whole),
-        *_listed(whole),
+        *_to_kv_blocks(some & ~whole),
+        *_to_kv_blocks(whole),
         BLOCK_SIZE=TILE,
         mask_mod=lambda batch, head, query, key: (first + query - key >= 0) & (first + query - key < n_local),
         seq_lengths=(num_queries, num_keys),
@@ -48,8 +48,8 @@ def padded_band_mask(
     some = some & (last_of_tile >= padding[:, None])[:, None, None]
     whole = whole & (first_of_tile >= padding[:, None])[:, None, None]
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~whole),
-        *_listed(whole),
+        *_to_kv_blocks(some & ~whole),
+        *_to_kv_blocks(whole),
         BLOCK_SIZE=TILE,
         mask_mod=lambda batch, head, query, key: (
             (first + query - key >= 0) & (first + query - key < n_local) & (rank + key >= padding[batch])
@@ -77,6 +77,6 @@ def _bounds(number: int, device: torch.device) -> tuple[Int[Tensor, " T"], Int[T
     return first, (first + TILE - 1).clamp(max=number - 1)
 
 
-def _listed(tiles: Bool[Tensor, "B 1 Q K"]) -> tuple[Int[Tensor, "B 1 Q"], Int[Tensor, "B 1 Q K"]]:
+def _to_kv_blocks(tiles: Bool[Tensor, "B 1 Q K"]) -> tuple[Int[Tensor, "B 1 Q"], Int[Tensor, "B 1 Q K"]]:
     """How many tiles of keys each tile of queries has, and which, these first."""
     return tiles.sum(dim=-1, dtype=torch.int32), tiles.int().argsort(dim=-1, descending=True, stable=True).int()

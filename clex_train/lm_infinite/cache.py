@@ -15,16 +15,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from clex_train.lm_infinite.padding import order_to_front, take
+from clex_train.lm_infinite.padding import gather_tokens, left_pad_order
 from clex_train.lm_infinite.rotation import TableRotation
-from clex_train.lm_infinite.stream import KeyValues, Stream, Turned
+from clex_train.lm_infinite.stream import KeyValues, RotatedKeys, Stream
 
-SMALLEST_ROOM = 16
+MIN_SPARE_SLOTS = 16
 
 
-def room(n_local: int) -> int:
+def spare_slots(n_local: int) -> int:
     """Tokens that fit into a buffer beyond L - 1."""
-    return max(SMALLEST_ROOM, n_local // 8)
+    return max(MIN_SPARE_SLOTS, n_local // 8)
 
 
 class LambdaCache(Cache):
@@ -63,7 +63,7 @@ class LambdaCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """An empty window, of the dtype and device of the first keys."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        capacity = self.n_local - 1 + room(self.n_local)
+        capacity = self.n_local - 1 + spare_slots(self.n_local)
         # Those of inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             self.keys, self.values = (
@@ -118,7 +118,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         self._count(window, num_new, None)
         return window
 
-    def turned(self, rotation: TableRotation) -> Turned | None:
+    def rotated_window(self, rotation: TableRotation) -> RotatedKeys | None:
         """The keys of the last update's window rotated by `rotation`; None when they are not in the buffer."""
         if self._first_slot is None:
             return None
@@ -130,7 +130,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         fresh = slice(self._num_rotated, self._filled)
         self._rotated[:, :, fresh] = rotation.consecutive(keys[:, :, fresh], self._num_rotated)
         self._num_rotated = self._filled
-        return Turned(self._rotated[:, :, self._first_slot : self._filled], self._first_slot)
+        return RotatedKeys(self._rotated[:, :, self._first_slot : self._filled], self._first_slot)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding and evicted ones among them: what the next token's index is."""
@@ -191,8 +191,8 @@ class LambdaCacheLayer(CacheLayerMixin):
         reach = min(self._filled, self.n_local - 1)
         past = self._window.span(self._filled - reach, self._filled)
         num_new = new.keys.shape[2]
-        order = None if valid is None else order_to_front(self._valid_with_past(reach, valid))
-        window = KeyValues(*(take(torch.cat(pair, dim=2), order) for pair in zip(past, new, strict=True)))
+        order = None if valid is None else left_pad_order(self._valid_with_past(reach, valid))
+        window = KeyValues(*(gather_tokens(torch.cat(pair, dim=2), order) for pair in zip(past, new, strict=True)))
         self._first_slot = None
         self._count(window, num_new, valid)
         self._keep(window.span(max(0, reach + num_new - self.n_local + 1), reach + num_new))
@@ -234,7 +234,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         if self.num_padding is not None:
             index = index + self.num_padding[:, None]
         index = index.clamp(0, window.keys.shape[2] - 1)
-        fresh = [take(x, index) for x in window]
+        fresh = [gather_tokens(x, index) for x in window]
         if self.start is not None:
             is_held = (slot < held)[:, None, :, None]
             fresh = [torch.where(is_held, old, x) for old, x in zip(self.start, fresh, strict=True)]

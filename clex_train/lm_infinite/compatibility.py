@@ -27,14 +27,14 @@ UNSUPPORTED = {
 }
 
 
-def model_kind(model: Any) -> str:
+def model_type(model: Any) -> str:
     """The model type as transformers names it."""
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
 def attention_modules(model: nn.Module) -> list[Any]:
     """The attention of every layer; `ValueError` naming the model type when lm_infinite does not fit it."""
-    kind = model_kind(model)
+    kind = model_type(model)
     modules: list[Any] = list(model.modules())
     if any(hasattr(module, LAYER) for module in modules):
         raise ValueError("apply_lm_infinite: it is in force on this model already; undo() the earlier one")
@@ -45,7 +45,7 @@ def attention_modules(model: nn.Module) -> list[Any]:
         found = [module for module in modules if _is_numbered(module)]
     else:
         found = rotary_attention(model)
-        reason = reason or _misfit_of(model, found)
+        reason = reason or _find_misfit(model, found)
     if reason is not None:
         raise ValueError(f"model_type={kind}: lm_infinite does not fit it ({reason})")
     if not found:
@@ -66,7 +66,7 @@ def trained_context(model: Any) -> int | None:
     return next((length for name in names if isinstance(length := getattr(model.config, name, None), int)), None)
 
 
-def refuse_what_it_cannot(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A hook before each call of the model: what would be computed otherwise than it is asked for is refused."""
     chosen = module.config._attn_implementation
     if chosen not in (NAME, ulysses.NAME):
@@ -86,7 +86,7 @@ def refuse_what_it_cannot(module: Any, args: tuple[Any, ...], kwargs: dict[str, 
         raise ValueError("use_cache=False with a KV cache: the cache would get each token many times; set it to True")
     positions, mask = call.get("position_ids"), call.get("attention_mask")
     if isinstance(cache, DynamicCache) and isinstance(mask, Tensor) and mask.dim() == 2:
-        _refuse_lost_tokens(mask.bool(), cache, call)
+        _require_kept_tokens(mask.bool(), cache, call)
     if positions is None or positions.shape[-1] == 1:
         return
     jumps = positions.diff(dim=-1) != 1
@@ -97,7 +97,7 @@ def refuse_what_it_cannot(module: Any, args: tuple[Any, ...], kwargs: dict[str, 
         raise ValueError(f"position_ids that jump (packed documents): {NAME} takes one stream a row")
 
 
-def _refuse_lost_tokens(mask: Bool[Tensor, "B T"], cache: DynamicCache, call: dict[str, Any]) -> None:
+def _require_kept_tokens(mask: Bool[Tensor, "B T"], cache: DynamicCache, call: dict[str, Any]) -> None:
     """Refuse padding among the keys of a windowed cache: it counts as tokens, and some that a query sees are gone."""
     tokens = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
     filled = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin) and layer.is_initialized]
@@ -112,7 +112,7 @@ def _refuse_lost_tokens(mask: Bool[Tensor, "B T"], cache: DynamicCache, call: di
             )
 
 
-def _misfit_of(model: Any, found: list[Any]) -> str | None:
+def _find_misfit(model: Any, found: list[Any]) -> str | None:
     if not found:
         return None
     num_layers = getattr(model.config, "num_hidden_layers", len(found))
@@ -120,10 +120,10 @@ def _misfit_of(model: Any, found: list[Any]) -> str | None:
         return f"{len(found)} of its {num_layers} layers have attention, and others a state of their own"
     if _has_state(model.config):
         return "its layers have a recurrent state beside their attention"
-    return _misfit(_tried(model, found))
+    return _describe_misfit(_probe_layers(model, found))
 
 
-def _misfit(probes: list[LayerProbe]) -> str | None:
+def _describe_misfit(probes: list[LayerProbe]) -> str | None:
     """Return what would make wrong numbers of the layers, in their order; None for nothing."""
     plain = [str(index) for index, trial in enumerate(probes) if trial.rotates is False]
     failed = [trial for trial in probes if not trial.reached_interface]
@@ -137,7 +137,7 @@ def _misfit(probes: list[LayerProbe]) -> str | None:
     return f"its attention cannot be tried out by itself: {reason}" if failed else None
 
 
-def _tried(model: nn.Module, modules: list[Any]) -> list[LayerProbe]:
+def _probe_layers(model: nn.Module, modules: list[Any]) -> list[LayerProbe]:
     """Each of the modules tried out with cos and sin of the model's own rotary module."""
     site = find_rotary_site(model)
     return probe_layers(modules, lambda module: site.cos_shape(layer_type(module)), model.config)

@@ -24,21 +24,34 @@ from clex_train.attention.kv_cache import LibraryChanged
 from clex_train.attention.layer_probe import layer_window, parameter_names
 from clex_train.attention.log_scaling import MOST_VISIBLE
 from clex_train.attention.partial_softmax import SoftmaxRule
-from clex_train.lm_infinite.adapters import ADAPTERS, Adapter, SinusoidTables, has_slopes, no_rotation, within_tables
-from clex_train.lm_infinite.back_ends import AUTO, BACK_ENDS, Choice, Facts
-from clex_train.lm_infinite.cache import LambdaCache, LambdaCacheLayer, room
+from clex_train.lm_infinite.adapters import (
+    ADAPTERS,
+    Adapter,
+    SinusoidTables,
+    clamp_table_positions,
+    no_rotation,
+    uses_alibi,
+)
+from clex_train.lm_infinite.back_ends import AUTO, BACK_ENDS, BackEndChoice, CallFacts
+from clex_train.lm_infinite.cache import LambdaCache, LambdaCacheLayer, spare_slots
 from clex_train.lm_infinite.compatibility import (
     LAYER,
     NAME,
     attention_modules,
-    model_kind,
-    refuse_what_it_cannot,
+    check_call,
+    model_type,
     trained_context,
 )
 from clex_train.lm_infinite.lambda_attention import Scheme, lambda_attention, rotated_span_len
 from clex_train.lm_infinite.middle_tokens import Middle
-from clex_train.lm_infinite.padding import inverse, order_to_front, take
-from clex_train.lm_infinite.rotation import RotarySite, RotationTables, TableRotation, find_rotary_site, turn_of
+from clex_train.lm_infinite.padding import gather_tokens, invert_order, left_pad_order
+from clex_train.lm_infinite.rotation import (
+    RotarySite,
+    RotationTables,
+    TableRotation,
+    find_rotary_site,
+    rotation_function,
+)
 from clex_train.lm_infinite.stream import KeyValues, Rotation, Stream
 from clex_train.utils import log
 
@@ -67,7 +80,7 @@ def apply_lm_infinite(
         raise ValueError(f"n_local={n_local}, n_global={n_global}: at least 1 and 0 tokens")
     if block_len is not None and block_len < 1:
         raise ValueError(f"block_len={block_len}: at least 1 query")
-    return LmInfinite(model, n_local, n_global, block_len, middle, Choice(back_end))
+    return LmInfinite(model, n_local, n_global, block_len, middle, BackEndChoice(back_end))
 
 
 class LmInfinite:
@@ -80,15 +93,17 @@ class LmInfinite:
         n_global: int,
         block_len: int | None,
         middle: Middle | None,
-        choice: Choice,
+        choice: BackEndChoice,
     ) -> None:
         self.model, self.n_local, self.n_global, self.middle = model, n_local, n_global, middle
         attention = attention_modules(model)
         windows = [layer_window(module) for module in attention]
         longest = max(n_local, *(window or 1 for window in windows))
-        rotations, site = _rotations(model, attention, longest + max(_longest_span(longest, block_len), room(longest)))
+        rotations, site = _rotations(
+            model, attention, longest + max(_longest_span(longest, block_len), spare_slots(longest))
+        )
         self._warn()
-        adapter = ADAPTERS.get(model_kind(model))
+        adapter = ADAPTERS.get(model_type(model))
         self.layers = [
             _Layer(
                 module,
@@ -97,7 +112,7 @@ class LmInfinite:
                 block_len,
                 rotation,
                 site,
-                None if middle is None or window is not None else middle.of_layer(module.layer_idx),
+                None if middle is None or window is not None else middle.for_layer(module.layer_idx),
                 adapter,
                 choice,
             )
@@ -135,11 +150,9 @@ class LmInfinite:
         self._before = [(config, config._attn_implementation) for config in configs.values()]
         for config in configs.values():
             config._attn_implementation = NAME
-        self._removals: list[RemovableHandle] = [
-            self.model.register_forward_pre_hook(refuse_what_it_cannot, with_kwargs=True)
-        ]
-        if model_kind(self.model) == "gptj":
-            self._removals += within_tables(self.model)
+        self._removals: list[RemovableHandle] = [self.model.register_forward_pre_hook(check_call, with_kwargs=True)]
+        if model_type(self.model) == "gptj":
+            self._removals += clamp_table_positions(self.model)
         for layer in self.layers:
             layer.enter()
             self._removals.append(layer.module.register_forward_pre_hook(layer.before_call, with_kwargs=True))
@@ -169,7 +182,7 @@ class _Layer:
     site: RotarySite | None
     middle: Middle | None
     adapter: Adapter | None
-    choice: Choice
+    choice: BackEndChoice
     cache: LambdaCacheLayer | None = None
     has_cache: bool = False
     """Whether the call that is under way has a KV cache among its arguments."""
@@ -199,7 +212,7 @@ class _Layer:
         """Have the model leave queries and keys unrotated, and tell the cache which new tokens are padding."""
         call = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
         if call.get("position_embeddings") is not None:
-            cos, sin = (x.to(_computed_in(x)) for x in call["position_embeddings"][:2])
+            cos, sin = (x.to(_compute_dtype(x)) for x in call["position_embeddings"][:2])
             call["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
         cache = kv_cache.find_in_call((), call)
         self._check_cache(cache)
@@ -240,9 +253,9 @@ class _Layer:
                     f"{self.n_local}, {self.n_global}; take new_cache() of the handle that is in force"
                 )
         if isinstance(cache, DynamicCache) and self.site is not None:
-            self._refuse_turned_keys(cache, getattr(self.site.module, "spectrum", None))
+            self._require_unrotated_keys(cache, getattr(self.site.module, "spectrum", None))
 
-    def _refuse_turned_keys(self, cache: Any, spectrum: Any) -> None:
+    def _require_unrotated_keys(self, cache: Any, spectrum: Any) -> None:
         """A rotary handle whose t moves turns the keys of a DynamicCache, which it takes to be rotated."""
         if not hasattr(cache, SPECTRUM) and cache.get_seq_length(self.module.layer_idx):
             raise ValueError(
@@ -292,7 +305,7 @@ def padding_mask(
     return torch.ones((), dtype=torch.bool) if getattr(config, "model_type", None) == "mpt" else None
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
+def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of queries, keys and values beside `x`: under autocast it is not that of cos and sin."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -305,28 +318,30 @@ def _attend(
         kind = type(layer.module).__name__
         raise LibraryChanged(f"{kind} attends to keys of a KV cache, and none was found in its arguments")
     valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
-    order = None if valid is None else order_to_front(valid)
+    order = None if valid is None else left_pad_order(valid)
     window, start, stream = (
-        _whole(layer, key, value, attention_mask) if layer.cache is None else _held(layer, key, value)
+        _from_all_keys(layer, key, value, attention_mask)
+        if layer.cache is None
+        else _from_lambda_cache(layer, key, value)
     )
     rotation = layer.rotation(query)
-    turned = None
+    rotated_keys = None
     if layer.cache is not None and isinstance(rotation, TableRotation) and not torch.is_grad_enabled():
-        turned = layer.cache.turned(rotation)
+        rotated_keys = layer.cache.rotated_window(rotation)
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    back_end = layer.choice.of_call(Facts(query, value, rule, stream.num_padding is not None, wants_gradient))
+    back_end = layer.choice.select(CallFacts(query, value, rule, stream.num_padding is not None, wants_gradient))
     scheme = Scheme(layer.n_local, rotation, rule, layer.block_len, layer.middle, back_end)
-    output = lambda_attention(take(query, order), window, start, stream, scheme, turned)
-    return take(output, inverse(order)).transpose(1, 2).contiguous()
+    output = lambda_attention(gather_tokens(query, order), window, start, stream, scheme, rotated_keys)
+    return gather_tokens(output, invert_order(order)).transpose(1, 2).contiguous()
 
 
-def _held(layer: _Layer, key: Tensor, value: Tensor) -> tuple[KeyValues, KeyValues | None, Stream]:
+def _from_lambda_cache(layer: _Layer, key: Tensor, value: Tensor) -> tuple[KeyValues, KeyValues | None, Stream]:
     """From a cache of constant size: its window came as `key` and `value`."""
     assert layer.cache is not None
     return KeyValues(key, value), layer.cache.start, layer.cache.stream
 
 
-def _whole(
+def _from_all_keys(
     layer: _Layer, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[KeyValues, KeyValues | None, Stream]:
     """From all keys: without a cache, or with one that keeps everything."""
@@ -334,29 +349,34 @@ def _whole(
     window = KeyValues(key, value)
     if mask is not None:
         valid = mask[:, -num_keys:]
-        order = order_to_front(valid)
-        window, padding = KeyValues(take(key, order), take(value, order)), (~valid).sum(dim=1)
+        order = left_pad_order(valid)
+        window, padding = KeyValues(gather_tokens(key, order), gather_tokens(value, order)), (~valid).sum(dim=1)
     stream = Stream(num_keys, padding)
     if layer.n_global == 0 or num_keys <= layer.n_local:
         return window, None, stream
     if padding is None:
         return window, window.span(0, min(layer.n_global, num_keys)), stream
     index = (padding[:, None] + torch.arange(layer.n_global, device=key.device)).clamp(max=num_keys - 1)
-    return window, KeyValues(*(take(x, index) for x in window)), stream
+    return window, KeyValues(*(gather_tokens(x, index) for x in window)), stream
 
 
 def _rotations(
     model: nn.Module, attention: list[Any], num_positions: int
 ) -> tuple[list[Callable[[Tensor], Rotation]], RotarySite | None]:
     """Find how each layer rotates, and the rotary module that it does so by, if any."""
-    kind = model_kind(model)
-    if kind in ADAPTERS and has_slopes(attention[0], kind):
+    kind = model_type(model)
+    if kind in ADAPTERS and uses_alibi(attention[0], kind):
         return [no_rotation] * len(attention), None
     if kind == "gptj":
         return [SinusoidTables(attention[0], num_positions).rotation] * len(attention), None
     tables = RotationTables(find_rotary_site(model), num_positions)
     rotate: list[Callable[[Tensor], Rotation]] = [
-        partial(tables.rotation, layer_idx=module.layer_idx, layer_type=_layer_type(module), turn=turn_of(module))
+        partial(
+            tables.rotation,
+            layer_idx=module.layer_idx,
+            layer_type=_layer_type(module),
+            rotate=rotation_function(module),
+        )
         for module in attention
     ]
     return rotate, tables.site

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from clex_train.attention.partial_softmax import PartialAttention, SoftmaxRule, add_distance_bias, attend, merge
 from clex_train.lm_infinite.back_ends import BACK_ENDS, BackEnd
-from clex_train.lm_infinite.middle_tokens import Middle, in_middle
-from clex_train.lm_infinite.stream import KeyValues, Place, Rotation, Stream, Turned
+from clex_train.lm_infinite.middle_tokens import Middle, middle_mask
+from clex_train.lm_infinite.stream import KeyValues, Place, RotatedKeys, Rotation, Stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +55,13 @@ def lambda_attention(
     start: KeyValues | None,
     stream: Stream,
     scheme: Scheme,
-    turned: Turned | None = None,
+    rotated_keys: RotatedKeys | None = None,
 ) -> Float[Tensor, "B H S V"]:
     """Attention of the last S tokens of a stream. Padded queries get finite values without meaning.
 
     `window` holds the last T >= S tokens (all, or without a middle at least the S + L - 1 last), `start` the first G
     that are not padding in each row (None for G = 0), at any time also those that are in the window. Memory beyond the
-    result is O(C (C + L)), with gradients O(n). `turned` spares the rotation of the window's keys.
+    result is O(C (C + L)), with gradients O(n). `rotated_keys` spares the rotation of the window's keys.
     """
     n_local, size = scheme.n_local, scheme.block_len or scheme.back_end.block_len(scheme.n_local)
     num_queries, num_keys = query.shape[2], window.keys.shape[2]
@@ -78,15 +78,15 @@ def lambda_attention(
     for first in range(0, num_queries, size):
         last = min(first + size, num_queries)
         low, high = max(0, past + first - n_local + 1), past + last
-        if turned is None and not recompute and first % span_len == 0:
+        if rotated_keys is None and not recompute and first % span_len == 0:
             base = low
             span = window.keys[:, :, low : past + min(first + span_len, num_queries)]
             rotated = scheme.rotation.consecutive(span, 0)
         keys = None
-        if turned is not None:
-            keys = Turned(turned.keys[:, :, low:high], turned.position + low)
+        if rotated_keys is not None:
+            keys = RotatedKeys(rotated_keys.keys[:, :, low:high], rotated_keys.position + low)
         elif not recompute:
-            keys = Turned(rotated[:, :, low - base : high - base], low - base)
+            keys = RotatedKeys(rotated[:, :, low - base : high - base], low - base)
         place = Place(past + first - low, stream.num_tokens - num_queries + first, stream.num_tokens - num_keys + low)
         arguments = (query[:, :, first:last], window.span(low, high), place, call, keys)
         outputs.append(checkpoint(_block, *arguments, use_reentrant=False) if recompute else _block(*arguments))
@@ -99,13 +99,13 @@ def rotated_span_len(n_local: int, block_len: int) -> int:
 
 
 def _block(
-    query: Float[Tensor, "B H C D"], window: KeyValues, place: Place, call: _Call, turned: Turned | None
+    query: Float[Tensor, "B H C D"], window: KeyValues, place: Place, call: _Call, rotated_keys: RotatedKeys | None
 ) -> Float[Tensor, "B H C V"]:
     scheme = call.scheme
-    turned = turned or Turned(scheme.rotation.consecutive(window.keys, 0), 0)
-    turned_query = scheme.rotation.consecutive(query, turned.position + place.offset)
-    rotated = KeyValues(turned.keys, window.values)
-    part = scheme.back_end.part(turned_query, rotated, place, call.stream.num_padding, scheme.n_local, scheme.rule)
+    rotated_keys = rotated_keys or RotatedKeys(scheme.rotation.consecutive(window.keys, 0), 0)
+    rotated_query = scheme.rotation.consecutive(query, rotated_keys.position + place.offset)
+    rotated = KeyValues(rotated_keys.keys, window.values)
+    part = scheme.back_end.attend(rotated_query, rotated, place, call.stream.num_padding, scheme.n_local, scheme.rule)
     num_left = place.first_query + query.shape[2] - scheme.n_local
     if num_left <= 0:
         return part.output
@@ -136,8 +136,8 @@ def _middle_part(
     """Attention to what is let in of the keys that have left the window of the last query."""
     scheme, padding = call.scheme, call.stream.num_padding
     where = (query.shape[2], place.first_query, padding, scheme.n_local, call.n_global, query.device)
-    visible = partial(in_middle, *where)
-    return middle.part(query, far, visible, scheme.rotation, scheme.n_local, scheme.rule)
+    visible = partial(middle_mask, *where)
+    return middle.attend(query, far, visible, scheme.rotation, scheme.n_local, scheme.rule)
 
 
 def _outside_window(

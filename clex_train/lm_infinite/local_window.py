@@ -18,15 +18,15 @@ from clex_train.attention.partial_softmax import (
 )
 from clex_train.lm_infinite.stream import KeyValues, Place
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 64, 1024
+MIN_BLOCK, MAX_BLOCK = 64, 1024
 
 
 def default_block_len(n_local: int) -> int:
     """C = L / 2 within bounds: the fused kernel of a CPU takes larger tiles from 768 queries on."""
-    return min(max(n_local // 2, SMALLEST_BLOCK), LARGEST_BLOCK)
+    return min(max(n_local // 2, MIN_BLOCK), MAX_BLOCK)
 
 
-def window_part(
+def attend_window(
     query: Float[Tensor, "B H C D"],
     window: KeyValues,
     place: Place,
@@ -38,7 +38,7 @@ def window_part(
     num_queries, num_keys = query.shape[2], window.keys.shape[2]
     is_whole_band = num_keys == num_queries + n_local - 1 and num_queries < n_local
     is_causal = place.offset + num_queries == num_keys <= n_local
-    fits = padding is None and num_queries >= SMALLEST_BLOCK and rule.slopes is None and can_fuse(query, *window, rule)
+    fits = padding is None and num_queries >= MIN_BLOCK and rule.slopes is None and can_fuse(query, *window, rule)
     if fits and (is_whole_band or is_causal):
         return _band(query, window, is_whole_band, rule)
     sees_all = num_queries == 1 and place.offset + 1 == num_keys <= n_local and padding is None

@@ -24,7 +24,7 @@ from clex_train.attention.partial_softmax import (
 )
 from clex_train.lm_infinite.stream import KeyValues, Rotation
 
-SMALLEST_CHUNK = 1024
+MIN_CHUNK = 1024
 
 Visible = Callable[[int, int], Tensor]
 """Which keys first..last-1 of the middle each query sees, bool [#B, 1, S, T]."""
@@ -34,7 +34,7 @@ Visible = Callable[[int, int], Tensor]
 class Middle(Protocol):
     """What a layer sees of the middle."""
 
-    def part(
+    def attend(
         self,
         query: Tensor,
         far: KeyValues,
@@ -45,7 +45,7 @@ class Middle(Protocol):
     ) -> PartialAttention:
         """Attention of unrotated queries to the unrotated keys of `far` that are `visible`."""
 
-    def of_layer(self, layer_idx: int) -> "Middle | None":
+    def for_layer(self, layer_idx: int) -> "Middle | None":
         """What this layer sees; None for nothing."""
 
 
@@ -54,11 +54,11 @@ class WholeMiddle:
     """Every token of the middle at distance L: the limit of the distance alone, without the mask (section 4 of the
     paper). Keys that the mask would hide take part, none is farther than L."""
 
-    def of_layer(self, layer_idx: int) -> "Middle | None":
+    def for_layer(self, layer_idx: int) -> "Middle | None":
         """The same in every layer."""
         return self
 
-    def part(
+    def attend(
         self,
         query: Float[Tensor, "B H S D"],
         far: KeyValues,
@@ -68,10 +68,10 @@ class WholeMiddle:
         rule: SoftmaxRule,
     ) -> PartialAttention:
         """See `Middle`."""
-        turned, size, merged = rotation.constant(query, n_local), chunk_len(n_local), None
+        rotated, size, merged = rotation.constant(query, n_local), chunk_len(n_local), None
         for first in range(0, far.keys.shape[2], size):
             keys, values = far.span(first, first + size)
-            part = attend(turned, rotation.constant(keys, 0), values, visible(first, first + keys.shape[2]), rule)
+            part = attend(rotated, rotation.constant(keys, 0), values, visible(first, first + keys.shape[2]), rule)
             merged = part if merged is None else merge(merged, part)
         assert merged is not None
         return add_distance_bias(merged, rule, n_local)
@@ -95,11 +95,11 @@ class BestMiddle:
                 f"BestMiddle(num_keys={self.num_keys}, first_layer={self.first_layer}): at least 1 key and layer 0"
             )
 
-    def of_layer(self, layer_idx: int) -> "Middle | None":
+    def for_layer(self, layer_idx: int) -> "Middle | None":
         """Nothing below `first_layer`."""
         return self if layer_idx >= self.first_layer else None
 
-    def part(
+    def attend(
         self,
         query: Float[Tensor, "B H S D"],
         far: KeyValues,
@@ -111,8 +111,8 @@ class BestMiddle:
         """See `Middle`."""
         num_rows, num_heads, num_queries, _ = query.shape
         num_groups = far.keys.shape[1]
-        turned = rotation.constant(query, n_local // 2)
-        folded = turned.reshape(num_rows, num_groups, num_heads // num_groups * num_queries, -1)
+        rotated = rotation.constant(query, n_local // 2)
+        folded = rotated.reshape(num_rows, num_groups, num_heads // num_groups * num_queries, -1)
         keys = rotation.constant(far.keys, 0)
         index, is_middle = self._select(folded, keys, visible, num_heads // num_groups, n_local)
         part = _attend_selected(folded, keys, far.values, index, is_middle, rule)
@@ -150,10 +150,10 @@ class BestMiddle:
 
 def chunk_len(n_local: int) -> int:
     """Keys of the middle that are scored at one go: about as many as a window has."""
-    return max(n_local, SMALLEST_CHUNK)
+    return max(n_local, MIN_CHUNK)
 
 
-def in_middle(
+def middle_mask(
     num_queries: int,
     first_query: int,
     padding: Tensor | None,

@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
+RotateFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class TableRotation:
     """Rotation by tables of cos and sin [1, M, W] for positions 0..M-1; components beyond the rotary ones stay."""
 
-    def __init__(self, cos: Tensor, sin: Tensor, rotary_dim: int, turn: Turn) -> None:
-        self.cos, self.sin, self.rotary_dim, self.turn = cos, sin, rotary_dim, turn
+    def __init__(self, cos: Tensor, sin: Tensor, rotary_dim: int, rotate: RotateFunction) -> None:
+        self.cos, self.sin, self.rotary_dim, self.rotate = cos, sin, rotary_dim, rotate
 
     def consecutive(self, x: Float[Tensor, "B H S D"], first: int) -> Float[Tensor, "B H S D"]:
         """`x` with its tokens at positions first, first + 1, ..."""
@@ -36,8 +36,8 @@ class TableRotation:
         return self._apply(x, self.cos[:, where], sin)
 
     def _apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        turned = self.turn(x[..., : self.rotary_dim], cos, sin)
-        return turned if self.rotary_dim == x.shape[-1] else torch.cat((turned, x[..., self.rotary_dim :]), dim=-1)
+        rotated = self.rotate(x[..., : self.rotary_dim], cos, sin)
+        return rotated if self.rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., self.rotary_dim :]), dim=-1)
 
 
 class RotarySite(NamedTuple):
@@ -56,7 +56,7 @@ class RotarySite(NamedTuple):
         rotary = self.module
         buffer = next(rotary.buffers(), None)
         x = torch.empty(1, 1, 1, device="cpu" if buffer is None else buffer.device)
-        return tuple(_cos_sin(rotary, x, 2, _used_type(rotary, layer_type))[0].shape)
+        return tuple(_cos_sin(rotary, x, 2, _call_layer_type(rotary, layer_type))[0].shape)
 
 
 class RotationTables:
@@ -66,7 +66,7 @@ class RotationTables:
         self.site, self.num_positions = site, num_positions
         self._known: dict[tuple[Any, ...], tuple[Any, Tensor, Tensor]] = {}
 
-    def rotation(self, x: Tensor, layer_idx: int, layer_type: str | None, turn: Turn) -> TableRotation:
+    def rotation(self, x: Tensor, layer_idx: int, layer_type: str | None, rotate: RotateFunction) -> TableRotation:
         """Return the rotation of layer `layer_idx` of `layer_type`, in the dtype and on the device of `x`."""
         rotary = self.site.module
         if getattr(rotary, "positions", None) is not None:
@@ -74,7 +74,7 @@ class RotationTables:
                 "attention=lm_infinite sees tokens at their distances and cannot use sampled positions; "
                 "train with scaling.positions=plain"
             )
-        layer_type = _used_type(rotary, layer_type)
+        layer_type = _call_layer_type(rotary, layer_type)
         # Tables made in inference mode could take no part in training.
         is_local = layer_idx in getattr(rotary, "local_layers", ())
         key, state = (layer_type, is_local, x.dtype, x.device, torch.is_inference_mode_enabled()), _state(rotary)
@@ -83,7 +83,7 @@ class RotationTables:
             known = (state, *_cos_sin(rotary, x, self.num_positions, layer_type, is_local))
             if not known[1].requires_grad:
                 self._known[key] = known
-        return TableRotation(known[1], known[2], 2 * _num_pairs(rotary, layer_type), turn)
+        return TableRotation(known[1], known[2], 2 * _num_pairs(rotary, layer_type), rotate)
 
 
 def find_rotary_site(model: nn.Module) -> RotarySite:
@@ -107,7 +107,7 @@ def find_rotary_site(model: nn.Module) -> RotarySite:
     return sites[0]
 
 
-def turn_of(attention: nn.Module) -> Turn:
+def rotation_function(attention: nn.Module) -> RotateFunction:
     """Return the family's own rotation of one tensor; `ValueError` when its module has none of the usual form."""
     source = sys.modules[type(attention).__module__]
     function = getattr(source, "apply_rotary_pos_emb", None)
@@ -117,10 +117,10 @@ def turn_of(attention: nn.Module) -> Turn:
             "rotate its keys"
         )
     # The function turns a query and a key; an empty key costs nothing.
-    return partial(_turn_one, function)
+    return partial(_rotate_one, function)
 
 
-def _turn_one(function: Callable[..., Any], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate_one(function: Callable[..., Any], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return function(x, x[:, :0], cos, sin)[0]
 
 
@@ -141,7 +141,7 @@ def _cos_sin(
     return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def _used_type(rotary: Any, layer_type: str | None) -> str | None:
+def _call_layer_type(rotary: Any, layer_type: str | None) -> str | None:
     """Return the type that the rotary module is called with; None where it knows no types."""
     typed = "layer_type" in inspect.signature(type(rotary).forward).parameters
     return layer_type if typed and _has_types(rotary) else None
@@ -162,16 +162,16 @@ def _num_pairs(rotary: Any, layer_type: str | None) -> int:
 def _state(rotary: Any) -> tuple[Any, ...]:
     """Changes whenever the frequencies of the module may have; compares by identity."""
     buffers = tuple((buffer.data_ptr(), buffer._version) for buffer in rotary.buffers())
-    return (id(rotary), _Same(getattr(rotary, "spectrum", None)), buffers)
+    return (id(rotary), _Identity(getattr(rotary, "spectrum", None)), buffers)
 
 
-class _Same:
+class _Identity:
     """Equal when it is about the very same object, which is kept alive, so that its id is not used again."""
 
     def __init__(self, subject: Any) -> None:
         self.subject = subject
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.subject is other.subject
+        return isinstance(other, _Identity) and self.subject is other.subject
 
     __hash__ = None  # type: ignore[assignment]

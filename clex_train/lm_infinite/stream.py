@@ -44,7 +44,7 @@ class KeyValues(NamedTuple):
         return KeyValues(self.keys[:, :, first:last], self.values[:, :, first:last])
 
 
-class Turned(NamedTuple):
+class RotatedKeys(NamedTuple):
     """The keys of a window rotated already, the first of them at `position`, for a cache that keeps them so."""
 
     keys: Float[Tensor, "B K T D"]
