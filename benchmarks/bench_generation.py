@@ -98,7 +98,7 @@ def measure(model: LlamaForCausalLM, context: int, arguments: argparse.Namespace
         # The keys stand at t = n / L, as if they had been computed there.
         spectrum = frequencies.least_upper_bound(context, arguments.context_len)
         positions = torch.arange(context, device=model.device)[None]
-        key_cache.note(caches["clex"], None, spectrum, positions, context)
+        key_cache.record_keys(caches["clex"], None, spectrum, positions, context)
     for turn in range(arguments.rounds + 1):
         # Who goes first alternates, so that a machine that slows down or speeds up favours neither.
         for side in ("plain", "clex") if turn % 2 else ("clex", "plain"):

@@ -24,7 +24,7 @@ from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.windows import require_windows, select
 from clex_train.models import architecture
 from clex_train.models.load import LoadedModel, solve_table, trained_architecture
-from clex_train.rope.native import handle_without_weights
+from clex_train.rope.native import native_handle_on_meta
 from clex_train.scaling.table import scale_grid
 from clex_train.utils import distributed, log
 
@@ -57,7 +57,7 @@ class TrainingEvaluation:
         check_ids(config, store)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, bos_id=bos_id)
         arch = trained_architecture(config, architecture.to_train(config.model))
-        unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)
+        unloaded = native_handle_on_meta(arch, context_len, config.model.trust_remote_code)
         has_clex = config.scaling.name is ScalingName.clex
         methods.check(self.spec, unloaded, has_clex, scale_grid(config.scaling.t_max) if has_clex else None)
         self.cells = plan.of_spec(self.spec, tokenizer, self.store, bos=bos_id is not None)

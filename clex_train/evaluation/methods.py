@@ -22,7 +22,7 @@ from clex_train.lm_infinite.middle_tokens import BestMiddle
 from clex_train.models.load import LoadedModel
 from clex_train.rope import hf_scalings
 from clex_train.rope.hf_scalings import ConfiguredRope
-from clex_train.rope.native import WithoutRotary
+from clex_train.rope.native import NoRotaryHandle
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.baselines import none_table, ntk_table, pi_table, theta_table
 from clex_train.scaling.table import Frequencies, FrequencyTable, scale_grid
@@ -95,7 +95,7 @@ def tables(
 
 def formulas(spec: EvaluationConfig, handle: RotaryHandle) -> dict[Method, Formula]:
     """The formulas that a model can have, with what they need of it and of the settings."""
-    if isinstance(handle, WithoutRotary):
+    if isinstance(handle, NoRotaryHandle):
         return dict.fromkeys(WITHOUT_ROPE, none_table)
     rope = ConfiguredRope(handle.rotary_config, handle.traits.scaled, handle.context_len)
     return FORMULAS | {
@@ -147,10 +147,10 @@ def _require_fitting(spec: EvaluationConfig, handle: RotaryHandle, has_clex: boo
         layer, num_layers = spec.lm_infinite_top_k_layer, config.get_text_config().num_hidden_layers
         remedy = f"the model has {num_layers} layers; name one of them, from 0"
         require(layer < num_layers, "lm_infinite_top_k_layer", layer, remedy)
-    if {*spec.methods} - {*WITHOUT_ROPE, Method.trained, Method.random_pos} and not isinstance(handle, WithoutRotary):
+    if {*spec.methods} - {*WITHOUT_ROPE, Method.trained, Method.random_pos} and not isinstance(handle, NoRotaryHandle):
         # A field and formulas of t change the frequencies; the model's own read any length.
         handle.require_scalable()
-    if isinstance(handle, WithoutRotary):
+    if isinstance(handle, NoRotaryHandle):
         remedy = f"model_type={handle.model_type} has no RoPE: trained, none and lm_infinite alone read it as it is"
         require(set(spec.methods) <= {*OF_THE_MODEL, *WITHOUT_ROPE}, "methods", names, remedy)
         handle.require_room(spec.longest())

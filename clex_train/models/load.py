@@ -25,7 +25,7 @@ from clex_train.models import architecture, hub, official, weights
 from clex_train.models import directory as model_directory
 from clex_train.models.initial_field import starting_field
 from clex_train.rope import probe, recipes
-from clex_train.rope.native import install_as_is
+from clex_train.rope.native import install_native
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.rope.receptive_field import require_scalable_config
 from clex_train.scaling.clex import Clex
@@ -151,7 +151,7 @@ def load_for_training(
         recompute_layers(model)
     model.config.use_cache = False
     # One that follows the length by itself trains at the frequencies of its rows' length.
-    install = install_as_is if config.scaling.name in FOLLOWING_LENGTH else install_rotary
+    install = install_native if config.scaling.name in FOLLOWING_LENGTH else install_rotary
     loaded = LoadedModel(model, install(model, length), length)
     policy = config.scaling.log_scale
     if config.scaling.name is ScalingName.clex:
@@ -216,7 +216,7 @@ def load_for_evaluation(
     model = _load_weights(spec, dtype, wanted, sharding=sharding).eval()
     weights.require_finite(model, str(spec.path))
     tokenizer = load_tokenizer(spec.tokenizer or str(spec.path), spec)
-    loaded = LoadedModel(model, install_as_is(model, length), length, tokenizer)
+    loaded = LoadedModel(model, install_native(model, length), length, tokenizer)
     directory = Path(str(spec.path))
     if model_directory.has_clex(directory):
         loaded.clex, loaded.table, record = model_directory.read_clex(directory)

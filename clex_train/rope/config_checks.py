@@ -28,7 +28,7 @@ BOUNDS = {
 """Least and largest values of what scales a RoPE; None stands for what transformers takes by itself."""
 
 
-def require_sensible(config: PretrainedConfig, source: str, has_own_code: bool = False) -> None:
+def require_valid_rope(config: PretrainedConfig, source: str, has_own_code: bool = False) -> None:
     """Raise `ValueError` for a value that cannot be meant, in one line that begins with `source`.
 
     A model with code of its own may know other types of RoPE.
@@ -38,15 +38,15 @@ def require_sensible(config: PretrainedConfig, source: str, has_own_code: bool =
     except ValueError:  # several texts, as of MusicGen, of which none is the model's own
         return
     known = {UNSCALED, getattr(text, "default_rope_type", UNSCALED), *ROPE_INIT_FUNCTIONS}
-    for parameters in _sets(text):
-        for key, remedy in _faults(parameters, set() if has_own_code else known):
+    for parameters in _parameter_sets(text):
+        for key, remedy in _invalid_values(parameters, set() if has_own_code else known):
             raise ValueError(
                 f"{source}: its config.json has {key}={parameters.get(key)!r} for RoPE, and it has to be {remedy}; "
                 "correct it, or copy the config.json of the model again"
             )
 
 
-def _sets(text: Any) -> list[dict[str, Any]]:
+def _parameter_sets(text: Any) -> list[dict[str, Any]]:
     parameters = getattr(text, "rope_parameters", None)
     if not isinstance(parameters, dict):
         theta = getattr(text, "rope_theta", None)
@@ -56,7 +56,7 @@ def _sets(text: Any) -> list[dict[str, Any]]:
     return nested or [parameters]
 
 
-def _faults(parameters: dict[str, Any], known: set[str]) -> Iterator[tuple[str, str]]:
+def _invalid_values(parameters: dict[str, Any], known: set[str]) -> Iterator[tuple[str, str]]:
     """Yield keys whose values cannot be meant, and what they have to be."""
     rope_type = parameters.get("rope_type", UNSCALED)
     if known and (not isinstance(rope_type, str) or rope_type not in known):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class Argument:
+class CallArgument:
     """The parameter `name` of `module.forward`, wherever a caller puts it."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -23,7 +23,7 @@ class Argument:
             return args[self.index]
         return kwargs.get(self.name)
 
-    def replaced(
+    def replace(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call with another value for a parameter that was passed."""
@@ -39,8 +39,8 @@ class CastPositionEmbeddings:
     """
 
     def __init__(self, layer: nn.Module) -> None:
-        self.embeddings = Argument(layer, "position_embeddings")
-        self.hidden_states = Argument(layer, "hidden_states")
+        self.embeddings = CallArgument(layer, "position_embeddings")
+        self.hidden_states = CallArgument(layer, "hidden_states")
 
     def __call__(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -48,17 +48,17 @@ class CastPositionEmbeddings:
         pair, hidden = self.embeddings.find(args, kwargs), self.hidden_states.find(args, kwargs)
         if not isinstance(pair, tuple) or not isinstance(hidden, Tensor) or pair[0].dtype == hidden.dtype:
             return None
-        return self.embeddings.replaced(args, kwargs, tuple(half.to(hidden.dtype) for half in pair))
+        return self.embeddings.replace(args, kwargs, tuple(half.to(hidden.dtype) for half in pair))
 
 
-class OwnPositionEmbeddings:
+class SelectPositionEmbeddings:
     """Forward pre-hook of an attention module: of both pairs that the rotary module returned, the one of this layer.
 
     They travel through the decoder layers as one tuple, so that recomputation in the backward pass meets the same.
     """
 
     def __init__(self, attention: nn.Module, is_local: bool) -> None:
-        self.embeddings, self.is_local = Argument(attention, "position_embeddings"), is_local
+        self.embeddings, self.is_local = CallArgument(attention, "position_embeddings"), is_local
 
     def __call__(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -66,15 +66,15 @@ class OwnPositionEmbeddings:
         given = self.embeddings.find(args, kwargs)
         if not isinstance(given, tuple) or len(given) == 2:
             return None
-        return self.embeddings.replaced(args, kwargs, given[2:] if self.is_local else given[:2])
+        return self.embeddings.replace(args, kwargs, given[2:] if self.is_local else given[:2])
 
 
-def layers_given_position_embeddings(parent: nn.Module) -> list[nn.Module]:
+def layers_with_position_embeddings(parent: nn.Module) -> list[nn.Module]:
     """The outermost submodules whose forward takes `position_embeddings`: the decoder layers."""
     found: list[nn.Module] = []
     for child in parent.children():
         if "position_embeddings" in inspect.signature(type(child).forward).parameters:
             found.append(child)
         else:
-            found += layers_given_position_embeddings(child)
+            found += layers_with_position_embeddings(child)
     return found

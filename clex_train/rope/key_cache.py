@@ -25,12 +25,12 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from clex_train.rope.preallocated_cache import GrowingLayer
+from clex_train.rope.preallocated_cache import PreallocatedLayer
 from clex_train.scaling.spectrum import Spectrum, cos_sin, rotate
 
 ATTRIBUTE = "rotary_record"
-CHUNKS_BEFORE_JOIN = 256
-TURN_TILE = 1024
+MAX_CHUNKS = 256
+TILE_LEN = 1024
 # Their keys are not in `layer.keys`, or not only there, so that turning `keys` would miss some. Up to 5.19 transformers
 # has one kind of quantised layer, the one that is known here.
 UNSUPPORTED_LAYERS = (
@@ -68,7 +68,7 @@ class KeyRecord:
         self.chunks.append(position_ids)
         self.num_keys += position_ids.shape[1]
         self.num_tokens = max(num_tokens, self.num_tokens)
-        if len(self.chunks) > CHUNKS_BEFORE_JOIN:
+        if len(self.chunks) > MAX_CHUNKS:
             self.chunks = [self.positions()]
 
     def positions(self) -> Int[Tensor, "B S"]:
@@ -83,7 +83,7 @@ class KeyRecord:
             self.num_tokens = int(self.chunks[0].max()) + 1 if num_keys else 0
             self.num_keys = num_keys
 
-    def move_rows(self, which: Int[Tensor, " B"], may_lose_rows: bool = True) -> None:
+    def reorder_rows(self, which: Int[Tensor, " B"], may_lose_rows: bool = True) -> None:
         """Let row i be what row `which[i]` was; not for rows that all have the same positions.
 
         Beams change places within their request, of which one stays: unless `may_lose_rows`, `num_tokens` is kept.
@@ -99,13 +99,13 @@ class KeyRecord:
         """Count rows whose positions are told apart; 1 where all have the same."""
         return max((chunk.shape[0] for chunk in self.chunks), default=1)
 
-    def is_at(self, spectrum: Spectrum) -> bool:
+    def matches(self, spectrum: Spectrum) -> bool:
         """Tell whether the keys need no turning for `spectrum`."""
         own, other = self.inv_freq, spectrum.inv_freq.detach()
         same = own is spectrum.inv_freq or torch.equal(own.double().cpu(), other.double().cpu())
         return same and self.attention_factor == spectrum.attention_factor
 
-    def move_to(self, spectrum: Spectrum) -> None:
+    def set_spectrum(self, spectrum: Spectrum) -> None:
         """Declare the keys to be at `spectrum`."""
         theta = spectrum.inv_freq
         self.inv_freq = theta.detach() if theta.requires_grad else theta
@@ -117,7 +117,7 @@ def num_cached(cache: Cache | None) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def record_of(cache: Cache | None) -> KeyRecord | None:
+def find_record(cache: Cache | None) -> KeyRecord | None:
     """Return the record of a cache that holds keys, trimmed to them; None for an empty one.
 
     `ValueError` for keys that were put there while no handle was watching: nothing says what they are rotated by.
@@ -135,7 +135,7 @@ def record_of(cache: Cache | None) -> KeyRecord | None:
     return record
 
 
-def note(
+def record_keys(
     cache: Cache,
     record: KeyRecord | None,
     spectrum: Spectrum,
@@ -149,15 +149,15 @@ def note(
     """
     if record is None:
         record = KeyRecord(spectrum.inv_freq, spectrum.attention_factor)
-        record.move_to(spectrum)
+        record.set_spectrum(spectrum)
     record.num_before_move = record.num_keys if moved else None
     record.append(position_ids, num_tokens)
     setattr(cache, ATTRIBUTE, record)
-    if not isinstance(cache, _Recorded):
-        cache.__class__ = _recorded(type(cache))
+    if not isinstance(cache, _RecordedCache):
+        cache.__class__ = _recorded_class(type(cache))
 
 
-class _Recorded:
+class _RecordedCache:
     """Mixin for the class of one cache: a method that moves rows moves the positions in the record with them.
 
     The instance changes its class. Methods that were set on it would refer back to it, and keep its keys in memory
@@ -179,7 +179,7 @@ class _Recorded:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as an instance of the class in the library, which has a name to be found by."""
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
-        return (_blank, (type(self).__bases__[1],), *reduced[2:])
+        return (_empty_cache, (type(self).__bases__[1],), *reduced[2:])
 
     def _move_rows(self: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         getattr(super(), name)(*args, **kwargs)
@@ -188,27 +188,27 @@ class _Recorded:
             return
         record.trim(num_cached(self))
         [argument] = (*args, *kwargs.values())
-        record.move_rows(ROW_METHODS[name](argument, record.num_rows), may_lose_rows=name != "reorder_cache")
+        record.reorder_rows(ROW_METHODS[name](argument, record.num_rows), may_lose_rows=name != "reorder_cache")
 
 
-def _recorded(kind: type) -> type:
+def _recorded_class(kind: type) -> type:
     """Derive the class of recorded caches of `kind` once, under the name of `kind`, which messages show."""
     derived: list[type] = kind.__subclasses__()
-    known = next((each for each in derived if _Recorded in each.__bases__), None)
+    known = next((each for each in derived if _RecordedCache in each.__bases__), None)
     if known is not None:
         return known
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (_Recorded, kind), names)
+    return type(kind.__name__, (_RecordedCache, kind), names)
 
 
-def _blank(kind: type) -> Any:
+def _empty_cache(kind: type) -> Any:
     """Make a recorded cache of `kind` without its state."""
-    recorded: Any = _recorded(kind)
+    recorded: Any = _recorded_class(kind)
     return recorded.__new__(recorded)
 
 
 @torch.no_grad()
-def turn_keys(
+def rerotate_keys(
     cache: Cache, record: KeyRecord, spectrum: Spectrum, layout: str | None, scaled: Mapping[int, bool | None]
 ) -> None:
     """Bring every key of the scaled layers from the record's spectrum to `spectrum`, and the record with them.
@@ -216,45 +216,45 @@ def turn_keys(
     `layout` is how components pair up; `scaled` says by layer whether its keys are rotated by the scaled RoPE, None or
     no entry where that is not known. `ValueError` names a cache or an architecture whose keys cannot be turned.
     """
-    if record.is_at(spectrum):
+    if record.matches(spectrum):
         return
     filled = {i: layer for i, layer in enumerate(cache.layers) if _has_keys(layer)}
     _refuse_unsupported(cache, layout, [i for i in filled if scaled.get(i) is None])
     assert layout is not None
-    turn = _Turn(record, spectrum, layout)
+    rerotation = _Rerotation(record, spectrum, layout)
     for index, layer in filled.items():
         if scaled[index]:
-            _turn_layer(layer, turn)
-    record.move_to(spectrum)
+            _rerotate_layer(layer, rerotation)
+    record.set_spectrum(spectrum)
 
 
 def _has_keys(layer: Any) -> bool:
     return isinstance(layer, CacheLayerMixin) and layer.is_initialized and layer.keys is not None
 
 
-class _Turn:
+class _Rerotation:
     """The rotation between two spectra for every cached position, formed once for all layers of a device."""
 
     def __init__(self, record: KeyRecord, spectrum: Spectrum, layout: str) -> None:
         self.positions, self.layout = record.positions(), layout
         self.delta = spectrum.inv_freq.detach().double().cpu() - record.inv_freq.double().cpu()
         self.factor = spectrum.attention_factor / record.attention_factor
-        self._angles: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._known: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def in_place(self, keys: Float[Tensor, "B H S D"], device: torch.device) -> None:
         """Turn all cached keys where they are, by tiles on `device`: what that forms does not grow with the cache."""
         delta = self.delta.to(device)
-        for first in range(0, keys.shape[2], TURN_TILE):
-            tile = slice(first, first + TURN_TILE)
+        for first in range(0, keys.shape[2], TILE_LEN):
+            tile = slice(first, first + TILE_LEN)
             angles = cos_sin(self.positions[:, tile].to(device), delta)
-            keys[:, :, tile] = self._turned(keys[:, :, tile].to(device), *angles).to(keys.device)
+            keys[:, :, tile] = self._rotate(keys[:, :, tile].to(device), *angles).to(keys.device)
 
     def __call__(self, keys: Float[Tensor, "B H S D"]) -> Float[Tensor, "B H S D"]:
         """Turn the last S cached keys in float32; components beyond the rotary part stay."""
-        cos, sin = (angles[:, -keys.shape[2] :] for angles in self._on(keys.device))
-        return self._turned(keys, cos, sin)
+        cos, sin = (angles[:, -keys.shape[2] :] for angles in self._angles_on(keys.device))
+        return self._rotate(keys, cos, sin)
 
-    def _turned(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _rotate(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`keys` [B, H, S, D] by angles [B or 1, S, P]."""
         cos, sin = cos[:, None], sin[:, None]
         if cos.shape[0] not in (1, keys.shape[0]):
@@ -263,46 +263,46 @@ class _Turn:
                 "change the number of rows only while t stands still"
             )
         width = 2 * cos.shape[-1]
-        turned = rotate(keys[..., :width].float(), cos, sin, self.layout)
+        rotated = rotate(keys[..., :width].float(), cos, sin, self.layout)
         if self.factor != 1.0:
-            turned = turned * self.factor
-        return torch.cat((turned.to(keys.dtype), keys[..., width:]), dim=-1)
+            rotated = rotated * self.factor
+        return torch.cat((rotated.to(keys.dtype), keys[..., width:]), dim=-1)
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._angles:
-            self._angles[device] = cos_sin(self.positions.to(device), self.delta.to(device))
-        return self._angles[device]
+    def _angles_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._known:
+            self._known[device] = cos_sin(self.positions.to(device), self.delta.to(device))
+        return self._known[device]
 
 
-def _turn_layer(layer: Any, turn: _Turn) -> None:
+def _rerotate_layer(layer: Any, rerotation: _Rerotation) -> None:
     if isinstance(layer, QuantizedLayer):
-        _turn_quantised(layer, turn)
+        _rerotate_quantized(layer, rerotation)
     elif layer.keys.numel() == 0:
         return
     elif isinstance(layer, StaticLayer):
         # A static layer keeps its address, and what it has beyond the filled part is zero.
         filled = min(int(layer.get_seq_length()), layer.keys.shape[2])
         keys = layer.keys[:, :, :filled]
-        keys.copy_(turn(keys))
-    elif isinstance(layer, GrowingLayer):
-        turn.in_place(layer.keys, layer.device)
+        keys.copy_(rerotation(keys))
+    elif isinstance(layer, PreallocatedLayer):
+        rerotation.in_place(layer.keys, layer.device)
     else:
-        layer.keys = turn(layer.keys)
+        layer.keys = rerotation(layer.keys)
 
 
-def _turn_quantised(layer: Any, turn: _Turn) -> None:
+def _rerotate_quantized(layer: Any, rerotation: _Rerotation) -> None:
     """Quantise older keys again, as the layer does by itself every `residual_length` tokens."""
-    _reorder_quantised(layer)
+    _reorder_quantized(layer)
     older = layer._dequantize(layer._quantized_keys)
     latest = [layer.keys] if layer.keys.dim() == 4 else []
-    turned = turn(torch.cat([older, *latest], dim=2))
+    rotated = rerotation(torch.cat([older, *latest], dim=2))
     num_older = older.shape[2]
-    layer._quantized_keys = layer._quantize(turned[:, :, :num_older].contiguous(), axis=layer.axis_key)
+    layer._quantized_keys = layer._quantize(rotated[:, :, :num_older].contiguous(), axis=layer.axis_key)
     if latest:
-        layer.keys = turned[:, :, num_older:]
+        layer.keys = rotated[:, :, num_older:]
 
 
-def _reorder_quantised(layer: Any) -> None:
+def _reorder_quantized(layer: Any) -> None:
     """Move the rows of older keys and values now: from 5.20 on a layer puts that off until its next update."""
     pending = getattr(layer, "_pending_beam_idx", None)
     if pending is None:
@@ -314,7 +314,7 @@ def _reorder_quantised(layer: Any) -> None:
 
 
 def _refuse_unsupported(cache: Cache, layout: str | None, unknown: list[int]) -> None:
-    reason = _unsupported(cache)
+    reason = _unsupported_reason(cache)
     if reason is None and layout is None:
         reason = "the model's attention does not rotate the leading part of its keys in a known layout"
     if reason is None and unknown:
@@ -326,7 +326,7 @@ def _refuse_unsupported(cache: Cache, layout: str | None, unknown: list[int]) ->
         )
 
 
-def _unsupported(cache: Cache) -> str | None:
+def _unsupported_reason(cache: Cache) -> str | None:
     for layer in cache.layers:
         is_known = isinstance(layer, (DynamicLayer, StaticLayer)) or not isinstance(layer, CacheLayerMixin)
         if not is_known or (isinstance(layer, UNSUPPORTED_LAYERS) and not isinstance(layer, QuantizedLayer)):

@@ -20,38 +20,38 @@ from clex_train.rope.patch import LengthListener, RotaryHandle
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import Frequencies
 
-MOST_KNOWN = 256
+MAX_KNOWN_LENGTHS = 256
 
 
-def install_as_is(model: nn.Module, context_len: int) -> RotaryHandle:
+def install_native(model: nn.Module, context_len: int) -> RotaryHandle:
     """Make the handle of a model that is only read: it does what it did before, whatever its positions are.
 
     `context_len` is L in tokens. `ValueError` names a model type that cannot be read through a KV cache, or whose
     RoPE follows the length in a way of its own.
     """
     if not probe.has_rotary(model):
-        return WithoutRotary(model, context_len)
+        return NoRotaryHandle(model, context_len)
     site = probe.find_rotary(model)
     config = getattr(model, "config", None)
     if isinstance(getattr(site.module, "rope_type", None), dict):
         # Local layers keep one spectrum, so of several RoPEs none may follow the length.
-        probe.require_own_length(site.module, config)
+        probe.require_fixed_frequencies(site.module, config)
     traits = probe.probe(site.module, config)
-    follows = probe.followed_length(site.module) is not None
-    own = OwnScaling(site.module, traits, context_len) if follows else None
+    follows = probe.length_dependent_type(site.module) is not None
+    own = NativeScaling(site.module, traits, context_len) if follows else None
     return RotaryHandle(model, site, traits, context_len, own)
 
 
-def handle_without_weights(config: PretrainedConfig, context_len: int, trust_remote_code: bool = False) -> RotaryHandle:
-    """`install_as_is` on an architecture alone, to know beforehand what can be asked of it."""
-    return install_as_is(probe.model_on_meta(config, trust_remote_code), context_len)
+def native_handle_on_meta(config: PretrainedConfig, context_len: int, trust_remote_code: bool = False) -> RotaryHandle:
+    """`install_native` on an architecture alone, to know beforehand what can be asked of it."""
+    return install_native(probe.model_on_meta(config, trust_remote_code), context_len)
 
 
-class OwnScaling:
+class NativeScaling:
     """theta at every number of tokens as the model's own rotary module has it (`scaling.table.Frequencies`)."""
 
     def __init__(self, module: nn.Module, traits: probe.Traits, context_len: int) -> None:
-        self.method = str(probe.followed_length(module))
+        self.method = str(probe.length_dependent_type(module))
         self.context_len: int | None = context_len
         self.num_pairs = len(traits.base[traits.scaled].inv_freq)
         self.t_max = float("inf")
@@ -66,14 +66,14 @@ class OwnScaling:
     def least_upper_bound(self, num_tokens: int, context_len: int, clamp: bool = False) -> Spectrum:
         """The spectrum of a call of `num_tokens` tokens; there is no t_max, so nothing to clamp."""
         if num_tokens not in self._known:
-            if len(self._known) >= MOST_KNOWN:
+            if len(self._known) >= MAX_KNOWN_LENGTHS:
                 self._known.clear()
             t = max(1.0, num_tokens / context_len)
-            self._known[num_tokens] = probe.spectrum_at(self._module, self._traits, num_tokens, t)
+            self._known[num_tokens] = probe.spectrum_at_length(self._module, self._traits, num_tokens, t)
         return self._known[num_tokens]
 
 
-class WithoutRotary(RotaryHandle):
+class NoRotaryHandle(RotaryHandle):
     """The handle of a model without RoPE: nothing is replaced, tables have no pairs, t is only a label.
 
     `max_tokens` is how many positions a model with a table of them has, None where there is no limit.

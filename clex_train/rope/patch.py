@@ -24,17 +24,17 @@ from clex_train.attention.kv_cache import LibraryChanged
 from clex_train.attention.layer_probe import rotary_attention
 from clex_train.rope import key_cache, receptive_field
 from clex_train.rope.hooks import (
-    Argument,
+    CallArgument,
     CastPositionEmbeddings,
-    OwnPositionEmbeddings,
-    layers_given_position_embeddings,
+    SelectPositionEmbeddings,
+    layers_with_position_embeddings,
 )
 from clex_train.rope.probe import (
     Site,
     Traits,
     find_rotary,
     probe,
-    require_own_length,
+    require_fixed_frequencies,
     require_rotary,
 )
 from clex_train.rope.rotary import ScaledRotary
@@ -60,7 +60,7 @@ def install_rotary(model: nn.Module, context_len: int) -> "RotaryHandle":
     if context_len < 1:
         raise ValueError(f"context_len={context_len}: the context that the base was trained on has at least 1 token")
     site, config = find_rotary(model), getattr(model, "config", None)
-    require_own_length(site.module, config)
+    require_fixed_frequencies(site.module, config)
     traits = probe(site.module, config)
     return RotaryHandle(model, site, traits, context_len)
 
@@ -99,11 +99,11 @@ class RotaryHandle:
         """What the model does at each length without a table; None for the same frequencies at all of them."""
         self.rotary = ScaledRotary(traits.base, traits.scaled, traits.expansion, traits.casts)
         self._site, self._clamp, self._warned = site, False, False
-        self._warned_of_candidates = False
+        self._warned_about_candidates = False
         self._override = _Override()
         self._call: _CallState | None = None
         self._listeners: list[LengthListener] = []
-        self._arguments = {name: Argument(site.parent, name) for name in CALL_ARGUMENTS}
+        self._arguments = {name: CallArgument(site.parent, name) for name in CALL_ARGUMENTS}
         setattr(site.parent, site.name, self.rotary)
         # Bound methods, so that a deep copy of the model carries hooks that belong to the copy.
         self._removals = [
@@ -162,7 +162,7 @@ class RotaryHandle:
     @contextmanager
     def fixed(self, num_tokens: int) -> Iterator[None]:
         """Every call inside uses the t and log-scaling of one of `num_tokens` tokens: a long forward, cut in chunks."""
-        with self._overridden(spectrum=self._least_upper_bound(num_tokens), num_tokens=num_tokens):
+        with self._overridden(spectrum=self._select_spectrum(num_tokens), num_tokens=num_tokens):
             yield
 
     @contextmanager
@@ -219,12 +219,12 @@ class RotaryHandle:
         )
         self.rotary.local_layers = local
         for attention in rotary_attention(self.model) if local else []:
-            hook = OwnPositionEmbeddings(attention, attention.layer_idx in local)
+            hook = SelectPositionEmbeddings(attention, attention.layer_idx in local)
             self._removals.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _cast_in_layers(self, parent: nn.Module) -> None:
         """Only once gradients are wanted, and then for good: a hook per layer is what a decoding step would feel."""
-        layers = layers_given_position_embeddings(parent)
+        layers = layers_with_position_embeddings(parent)
         self.rotary.layers_cast = bool(layers)
         for layer in layers:
             hook = CastPositionEmbeddings(layer)
@@ -235,17 +235,17 @@ class RotaryHandle:
         if tokens is None:
             return
         override = self._override
-        record = key_cache.record_of(cache)
+        record = key_cache.find_record(cache)
         if override.is_training and record is not None:
             raise ValueError(f"the KV cache holds {record.num_keys} keys: training rows are fed whole, without a cache")
         num_new = tokens.shape[1]
         num_tokens = num_new if override.is_training else _num_tokens(num_new, position_ids, record)
-        spectrum = self._least_upper_bound(num_tokens) if override.spectrum is None else override.spectrum
+        spectrum = self._select_spectrum(num_tokens) if override.spectrum is None else override.spectrum
         moved = False
         if cache is not None and record is not None:
-            moved = override.spectrum is None and num_new > 1 and not self._is_alike(record.num_tokens + 1, spectrum)
-            self._warn_of_candidates(record)
-            key_cache.turn_keys(cache, record, spectrum, self.layout, self.scaled_layers)
+            moved = override.spectrum is None and num_new > 1 and not self._selects(record.num_tokens + 1, spectrum)
+            self._warn_about_candidates(record)
+            key_cache.rerotate_keys(cache, record, spectrum, self.layout, self.scaled_layers)
         self.rotary.spectrum, self.rotary.positions = spectrum, override.positions
         self._call = _CallState(spectrum, cache, record, num_tokens, num_new, moved)
         for listener in self._listeners:
@@ -262,7 +262,7 @@ class RotaryHandle:
         kv_cache.require_found(call.cache, output, call.num_new)
         cache = kv_cache.find_in_output(output) if call.cache is None else call.cache
         if cache is not None:
-            key_cache.note(cache, call.record, call.spectrum, position_ids, call.num_tokens, call.moved)
+            key_cache.record_keys(cache, call.record, call.spectrum, position_ids, call.num_tokens, call.moved)
 
     def _inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -271,7 +271,7 @@ class RotaryHandle:
         tokens = found["inputs_embeds"] if found["input_ids"] is None else found["input_ids"]
         return tokens, found["position_ids"], kv_cache.find_in_call(args, kwargs)
 
-    def _least_upper_bound(self, num_tokens: int) -> Spectrum:
+    def _select_spectrum(self, num_tokens: int) -> Spectrum:
         if self.table is None and self.own is not None:
             return self.own.least_upper_bound(num_tokens, self.context_len)
         if self.table is None:
@@ -287,14 +287,14 @@ class RotaryHandle:
             )
         return spectrum
 
-    def _is_alike(self, num_tokens: int, spectrum: Spectrum) -> bool:
-        own = self._least_upper_bound(num_tokens)
+    def _selects(self, num_tokens: int, spectrum: Spectrum) -> bool:
+        own = self._select_spectrum(num_tokens)
         return own is spectrum or own.t == spectrum.t
 
-    def _warn_of_candidates(self, record: key_cache.KeyRecord) -> None:
+    def _warn_about_candidates(self, record: key_cache.KeyRecord) -> None:
         """Say once that candidates were verified at a t beyond theirs; plain decoding might have taken others."""
-        if record.lost_candidates and not self._warned_of_candidates:
-            self._warned_of_candidates = True
+        if record.lost_candidates and not self._warned_about_candidates:
+            self._warned_about_candidates = True
             logger.warning(
                 "assisted decoding: t moved within tokens that were verified in one call, so the answer can differ "
                 "from plain decoding; pin t with handle.pinned(t) or handle.fixed(num_tokens)"

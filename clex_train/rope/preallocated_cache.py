@@ -21,12 +21,12 @@ def new_cache(model: Any, capacity: int, on_host: bool = False) -> DynamicCache:
     one layer at a time visits the device. Where the model is on the CPU that is no difference.
     """
     cache = DynamicCache(config=model.config)
-    kind = HostLayer if on_host else GrowingLayer
+    kind = HostLayer if on_host else PreallocatedLayer
     cache.layers = [kind(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-class GrowingLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """One layer whose `keys` and `values` are the filled part of buffers [B, H, capacity, D]."""
 
     def __init__(self, capacity: int) -> None:
@@ -68,10 +68,10 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             return
         num_tokens = self.keys.shape[2]
-        self._buffers = [self._moved(buffer, function(buffer[:, :, :num_tokens])) for buffer in self._buffers]
+        self._buffers = [self._copy(buffer, function(buffer[:, :, :num_tokens])) for buffer in self._buffers]
         self._fill(num_tokens)
 
-    def _moved(self, before: Tensor, states: Tensor) -> Tensor:
+    def _copy(self, before: Tensor, states: Tensor) -> Tensor:
         """Put `states` into a buffer of their own, in the kind of memory that `before` is in."""
         buffer = self._empty(states, before)
         buffer[:, :, : states.shape[2]] = states
@@ -85,7 +85,7 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :num_tokens] for buffer in self._buffers)
 
 
-class HostLayer(GrowingLayer):
+class HostLayer(PreallocatedLayer):
     """One layer in host memory, pinned where there is a GPU; `update` returns copies on the device of its arguments."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,9 @@ def find_rotary(model: nn.Module) -> Site:
     if len(sites) > 1:
         names = ", ".join(type(site.module).__name__ for site in sites)
         raise ValueError(f"model_type={kind}: {len(sites)} rotary modules ({names}) where exactly one is expected")
-    raise ValueError(f"model_type={kind}: no rotary position embedding ({_other_positions(model)}); use a RoPE model")
+    raise ValueError(
+        f"model_type={kind}: no rotary position embedding ({_describe_positions(model)}); use a RoPE model"
+    )
 
 
 def has_rotary(model: nn.Module) -> bool:
@@ -78,7 +80,7 @@ def has_rotary(model: nn.Module) -> bool:
 
 def has_alibi(model: nn.Module) -> bool:
     """Whether a model without rotary module has biases by distance, which know no longest length."""
-    return _other_positions(model) == ALIBI
+    return _describe_positions(model) == ALIBI
 
 
 def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) -> Traits:
@@ -88,7 +90,7 @@ def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) ->
     """
     model = model_on_meta(config, trust_remote_code)
     module = find_rotary(model).module
-    require_own_length(module, model.config)
+    require_fixed_frequencies(module, model.config)
     return probe(module, model.config)
 
 
@@ -102,8 +104,8 @@ def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> 
         raise ValueError(f"model_type={config.model_type}: no causal language model of it ({reason})") from error
 
 
-def followed_length(module: nn.Module) -> str | None:
-    """The rope_type by which a rotary module changes its frequencies with the length of a call; None if it does not."""
+def length_dependent_type(module: nn.Module) -> str | None:
+    """Name the rope_type that changes frequencies with the length of a call; None for a fixed RoPE."""
     types = getattr(module, "rope_type", "default")
     for rope_type in types.values() if isinstance(types, dict) else [types]:
         if any(name in str(rope_type) for name in LENGTH_DEPENDENT):
@@ -111,9 +113,9 @@ def followed_length(module: nn.Module) -> str | None:
     return None
 
 
-def require_own_length(module: nn.Module, config: Any) -> None:
+def require_fixed_frequencies(module: nn.Module, config: Any) -> None:
     """`ValueError` naming the model type of a rotary module that would fight with a table of theta(t)."""
-    rope_type = followed_length(module)
+    rope_type = length_dependent_type(module)
     if rope_type is not None:
         kind = getattr(config, "model_type", type(module).__name__)
         raise ValueError(
@@ -135,12 +137,12 @@ def require_frequencies(module: nn.Module, traits: Traits, config: Any) -> None:
         )
 
 
-def spectrum_at(module: nn.Module, traits: Traits, num_tokens: int, t: float) -> Spectrum:
+def spectrum_at_length(module: nn.Module, traits: Traits, num_tokens: int, t: float) -> Spectrum:
     """What a module that follows the length computes for a call of `num_tokens` tokens, its factor over that at L.
 
     `ValueError` names a module whose cos is not that of the frequencies it then holds.
     """
-    fresh = _fresh(module)
+    fresh = _rebuild(module)
     arguments = (torch.zeros(1, 2, 1), torch.tensor([[1, num_tokens - 1]]))
     cos, _ = fresh(*arguments) if traits.scaled is None else fresh(*arguments, traits.scaled)
     found = _spectrum(fresh, fresh, traits.scaled)
@@ -148,7 +150,7 @@ def spectrum_at(module: nn.Module, traits: Traits, num_tokens: int, t: float) ->
     if not torch.allclose(expected, cos[:, :1], atol=1e-5):
         kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
         raise ValueError(
-            f"rope_type={followed_length(module)} of model_type={kind}: it follows the length in a way of its own; "
+            f"rope_type={length_dependent_type(module)} of model_type={kind}: it follows the length in a way of its own; "
             "set rope_type to `default` in rope_parameters of config.json"
         )
     own_factor = traits.base[traits.scaled].attention_factor
@@ -158,7 +160,7 @@ def spectrum_at(module: nn.Module, traits: Traits, num_tokens: int, t: float) ->
 def probe(module: nn.Module, config: Any) -> Traits:
     """Try the rotary module out; `ValueError` names the model type when its RoPE is of a kind that cannot be scaled."""
     kind = getattr(config, "model_type", type(module).__name__)
-    fresh = _fresh(module)
+    fresh = _rebuild(module)
     types = _layer_types(fresh)
     scaled = _scaled_type(types, kind)
     base = {layer_type: _spectrum(module, fresh, layer_type) for layer_type in types}
@@ -180,7 +182,7 @@ def _is_rotary(module: nn.Module) -> bool:
     return any(name.endswith("inv_freq") for name in names) and parameters[1:3] == ["x", "position_ids"]
 
 
-def _other_positions(model: nn.Module) -> str:
+def _describe_positions(model: nn.Module) -> str:
     """What a model without a rotary module has instead, in words."""
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     buffers = {name.rsplit(".", 1)[-1] for name, _ in model.named_buffers()}
@@ -194,7 +196,7 @@ def _other_positions(model: nn.Module) -> str:
     return "no module maps position_ids to cos and sin"
 
 
-def _fresh(module: nn.Module) -> nn.Module:
+def _rebuild(module: nn.Module) -> nn.Module:
     """The module built again from its config on the CPU: real and in full precision, however the model was loaded."""
     config = getattr(module, "config", None)
     if config is None:

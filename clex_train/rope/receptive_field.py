@@ -29,8 +29,8 @@ def local_layers(model: nn.Module, traits: Traits, context_len: int) -> frozense
 
 def scaled_layers(model: nn.Module, traits: Traits, local: Collection[int]) -> dict[int, bool | None]:
     """Say by layer index whether the scaled RoPE rotates its keys: None for unknown, False for `local` ones."""
-    tried = _tried(model, traits)
-    return {module.layer_idx: False if module.layer_idx in local else rotates for module, rotates in tried}
+    probed = _probe_layers(model, traits)
+    return {module.layer_idx: False if module.layer_idx in local else rotates for module, rotates in probed}
 
 
 def require_scalable(model: nn.Module, rotary: nn.Module, traits: Traits, context_len: int) -> None:
@@ -51,20 +51,20 @@ def require_scalable_config(config: PretrainedConfig, context_len: int, trust_re
 
 
 def _require_reach(model: nn.Module, traits: Traits, context_len: int) -> None:
-    tried = _tried(model, traits)
-    windows = [layer_probe.layer_window(module) for module, rotates in tried if rotates]
+    probed = _probe_layers(model, traits)
+    windows = [layer_probe.layer_window(module) for module, rotates in probed if rotates]
     open_ended = any(window is None or window > context_len for window in windows)
-    if not windows or open_ended or any(rotates is None for _, rotates in tried):
+    if not windows or open_ended or any(rotates is None for _, rotates in probed):
         return
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     longest = max(window for window in windows if window is not None)
     known = f"model_type={kind}: every layer with RoPE sees a window of {longest} tokens, of L = {context_len}"
-    if any(layer_probe.layer_window(module) is None for module, _ in tried):
+    if any(layer_probe.layer_window(module) is None for module, _ in probed):
         raise ValueError(f"{known}, and the layers with full attention have no positions: nothing can be extended")
     raise ValueError(f"{known}: nothing can be extended; set sliding_window to null in config.json")
 
 
-def _tried(model: nn.Module, traits: Traits) -> list[tuple[Any, bool | None]]:
+def _probe_layers(model: nn.Module, traits: Traits) -> list[tuple[Any, bool | None]]:
     """Try every attention module with positions: does the scaled RoPE rotate its keys?"""
 
     def cos_shape(module: Any) -> tuple[int, ...] | None:

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from clex_train.config.scaling import ScalingConfig, ScalingName
 from clex_train.rope.hf_scalings import read_longrope_factors
-from clex_train.rope.native import handle_without_weights
+from clex_train.rope.native import native_handle_on_meta
 from clex_train.rope.patch import RotaryHandle
 from clex_train.rope.probe import LOCAL_LAYER_TYPES, Traits, require_rotary
 from clex_train.rope.receptive_field import require_scalable_config
@@ -85,7 +85,7 @@ def scaled(
     if scaling.name is not ScalingName.dynamic_ntk:
         text.original_max_position_embeddings = context_len
         text.max_position_embeddings = round(factor * context_len)
-    after = spectrum_at(handle_without_weights(arch, context_len, trust_remote_code), factor)
+    after = spectrum_at(native_handle_on_meta(arch, context_len, trust_remote_code), factor)
     _require_followed(scaling, factor, own, after.inv_freq, base.model_type)
     return arch
 

@@ -51,14 +51,14 @@ class ScaledRotary(nn.Module):
         self.layers_cast = False
         # Indices of layers that keep the model's own frequencies though they share the one RoPE.
         self.local_layers: frozenset[int] = frozenset()
-        self._moved: dict[tuple[LayerType, bool], tuple[Spectrum, Tensor]] = {}
+        self._on_device: dict[tuple[LayerType, bool], tuple[Spectrum, Tensor]] = {}
 
     def forward(
         self, x: Float[Tensor, "B ..."], position_ids: Num[Tensor, "#B S"], layer_type: str | None = None
     ) -> tuple[Float[Tensor, "#B S W"], ...]:
         """cos and sin, in the dtype of `x` or in float32 while gradients are wanted (each layer then casts its own).
 
-        With `local_layers` the cos and sin of the model's own frequencies follow (`hooks.OwnPositionEmbeddings`).
+        With `local_layers` the cos and sin of the model's own frequencies follow (`hooks.SelectPositionEmbeddings`).
         Raises `ValueError` when sampled positions do not fit the batch or `position_ids` are not integers.
         """
         if position_ids.is_floating_point():
@@ -66,7 +66,7 @@ class ScaledRotary(nn.Module):
         self.last_position_ids = position_ids
         if layer_type != self.scaled:
             return self._pair(x, position_ids, self.base[layer_type], layer_type)
-        scaled = self._pair(x, self._sampled(x.shape[0], position_ids), self.spectrum, layer_type)
+        scaled = self._pair(x, self._effective_positions(x.shape[0], position_ids), self.spectrum, layer_type)
         if not self.local_layers:
             return scaled
         return (*scaled, *self._pair(x, position_ids, self.base[layer_type], layer_type))
@@ -81,7 +81,7 @@ class ScaledRotary(nn.Module):
         dtype = x.dtype if rounds else torch.float32
         return expand(cos).to(dtype), expand(sin).to(dtype)
 
-    def _sampled(self, num_rows: int, position_ids: Tensor) -> Tensor:
+    def _effective_positions(self, num_rows: int, position_ids: Tensor) -> Tensor:
         if self.positions is None:
             return position_ids
         expected = (num_rows, position_ids.shape[-1])
@@ -97,9 +97,9 @@ class ScaledRotary(nn.Module):
         if spectrum.inv_freq.device == device or spectrum.inv_freq.requires_grad:
             return spectrum.inv_freq.to(device)
         key = (layer_type, spectrum is self.base[layer_type])
-        known = self._moved.get(key)
+        known = self._on_device.get(key)
         if known is None or known[0] is not spectrum or known[1].device != device:
-            known = self._moved[key] = (spectrum, spectrum.inv_freq.to(device))
+            known = self._on_device[key] = (spectrum, spectrum.inv_freq.to(device))
         return known[1]
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from clex_train.evaluation import scoring_head
 from clex_train.evaluation.perplexity import chunked, evaluating, one_shot
 from clex_train.evaluation.scoring_head import score_chunk, tiled_head, token_nll
 from clex_train.rope.patch import install_rotary
-from clex_train.rope.preallocated_cache import GrowingLayer, HostLayer, new_cache
+from clex_train.rope.preallocated_cache import HostLayer, PreallocatedLayer, new_cache
 from clex_train.scaling.baselines import TABLES
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 
@@ -92,7 +92,7 @@ def test_chunks_through_a_growing_cache_are_one_forward(monkeypatch, family: str
             inputs = {"input_ids": tokens[:, first:last], "past_key_values": cache, "use_cache": True}
             found[:, first : first + targets.shape[1]] = score_chunk(model, targets, **inputs)
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
-    assert family in ("mistral", "gemma2") or all(isinstance(layer, GrowingLayer) for layer in cache.layers)
+    assert family in ("mistral", "gemma2") or all(isinstance(layer, PreallocatedLayer) for layer in cache.layers)
     assert "forward" not in model.get_output_embeddings().__dict__
     assert model.config._attn_implementation != NAME
 
@@ -139,7 +139,7 @@ def test_keys_are_turned_in_their_buffer_tile_by_tile(monkeypatch) -> None:
 
 
 def test_a_cache_that_is_full_says_so() -> None:
-    layer = GrowingLayer(4)
+    layer = PreallocatedLayer(4)
     states = torch.zeros(1, 2, 3, 8)
     layer.update(states, states)
     with pytest.raises(ValueError, match="num_tokens=6: the cache was made for 4 tokens"):

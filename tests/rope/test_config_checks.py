@@ -99,10 +99,10 @@ def test_each_type_of_layer_is_looked_at():
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    config_checks.require_sensible(Gemma3TextConfig(**SIZES, rope_parameters=rope), "model")
+    config_checks.require_valid_rope(Gemma3TextConfig(**SIZES, rope_parameters=rope), "model")
     rope["sliding_attention"]["rope_theta"] = 0.0
     with pytest.raises(ValueError, match=r"^model: its config\.json has rope_theta=0\.0 for RoPE"):
-        config_checks.require_sensible(Gemma3TextConfig(**SIZES, rope_parameters=rope), "model")
+        config_checks.require_valid_rope(Gemma3TextConfig(**SIZES, rope_parameters=rope), "model")
 
 
 @pytest.mark.parametrize("rope", [{}, YARN, LLAMA3, {"rope_type": "dynamic", "factor": 2.0}, {"rope_theta": 4.6e10}])

@@ -18,7 +18,7 @@ from clex_train.config.scaling import Positions, ScalingConfig, ScalingName
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models import architecture
 from clex_train.models.load import load_for_training, recompute_layers
-from clex_train.rope.native import install_as_is
+from clex_train.rope.native import install_native
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.spectrum import Spectrum, cos_sin
@@ -107,7 +107,7 @@ def test_a_base_that_follows_the_length_by_itself_does_so_in_local_layers_too() 
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     model, ids = model_of("qwen2", **MIXED["qwen2"], rope_parameters=rope), tokens(1, 2 * CONTEXT)
     expected = copy.deepcopy(model)(ids, use_cache=False).logits
-    handle = install_as_is(model, CONTEXT)
+    handle = install_native(model, CONTEXT)
     assert torch.allclose(model(ids, use_cache=False).logits, expected, atol=1e-4, rtol=0)
     assert handle.scaled_layers == {0: True, 1: True}
 

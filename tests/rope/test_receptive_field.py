@@ -18,7 +18,7 @@ from clex_train.evaluation import methods
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models import architecture
 from clex_train.models.load import LoadedModel, load_for_training, trained_architecture
-from clex_train.rope.native import install_as_is
+from clex_train.rope.native import install_native
 from clex_train.rope.patch import install_rotary
 from clex_train.rope.receptive_field import require_scalable_config
 from clex_train.scaling.baselines import ntk_table
@@ -62,7 +62,7 @@ def model_of(kind: str, num_layers: int = 2, **settings: Any) -> PreTrainedModel
 
 @pytest.mark.parametrize("kind", SOME_WITHOUT)
 def test_layers_are_found_out_one_by_one(kind: str) -> None:
-    handle = install_as_is(model_of(kind, **SOME_WITHOUT[kind]), CONTEXT)
+    handle = install_native(model_of(kind, **SOME_WITHOUT[kind]), CONTEXT)
     assert handle.scaled_layers == {0: True, 1: False}
 
 
@@ -70,7 +70,7 @@ def test_layers_are_found_out_one_by_one(kind: str) -> None:
 @torch.no_grad()
 def test_keys_of_layers_without_rotation_stay_to_the_bit_when_t_moves(kind: str) -> None:
     model, ids = model_of(kind, **SOME_WITHOUT[kind]), tokens(1, CONTEXT + 1)
-    handle = install_as_is(model, CONTEXT)
+    handle = install_native(model, CONTEXT)
     handle.use(ntk_table(handle.base_inv_freq, [1.0, 2.0]))
     cache = kv_cache.require_in_output(model(ids[:, :CONTEXT], use_cache=True))
     before = [layer.keys.clone() for layer in cache.layers]
@@ -130,7 +130,7 @@ def test_what_cannot_be_scaled_trains_as_it_is(kind: str, tmp_path: Path) -> Non
 @torch.no_grad()
 def test_frequencies_that_are_0_are_read_as_they_are_and_extended_by_no_formula() -> None:
     model = model_of("gemma4_text", **UNSCALABLE["gemma4_text"])
-    handle, ids = install_as_is(model, CONTEXT), tokens(1, 2 * CONTEXT)
+    handle, ids = install_native(model, CONTEXT), tokens(1, 2 * CONTEXT)
     before = model(ids).logits
     loaded = LoadedModel(model, handle, CONTEXT)
     spec = EvaluationConfig(methods=[Method.trained, Method.none], lengths=[2 * CONTEXT])

@@ -93,11 +93,11 @@ def _yarn(run: TrainingRun) -> Formula:
     from clex_train.config.model import ModelConfig
     from clex_train.evaluation import methods
     from clex_train.models import architecture
-    from clex_train.rope.native import handle_without_weights
+    from clex_train.rope.native import native_handle_on_meta
 
     model = ModelConfig(path=str(run.folder / FINAL))
     config = architecture.to_train(model)
-    handle = handle_without_weights(config, architecture.context_length(model, config))
+    handle = native_handle_on_meta(config, architecture.context_length(model, config))
     yarn = methods.formulas(EvaluationConfig(), handle)[Method.yarn]
     yarn(handle.base_inv_freq, as_grid([1.0, 2.0]))
     return lambda base, grid: yarn(base, as_grid(grid))
