@@ -73,7 +73,7 @@ def run(config: configuration.Config) -> int:
                 raise RunStopped(out_of_memory.explain(config, error)) from error
 
 
-@log.after_opening()
+@log.buffered()
 def _run(config: configuration.Config, run_dir: Path) -> int:
     from clex_train.checkpoint.manifest import Manifest
     from clex_train.checkpoint.store import Checkpoints
@@ -246,7 +246,7 @@ def say_what_is_ahead(
 
 
 if __name__ == "__main__":
-    terminal.outlive("stdout", "stderr")
+    terminal.survive_hangup("stdout", "stderr")
     log.setup()
     configuration.register()
     sys.exit(console.run(main, help_text, configuration.Config, kept="training had not begun"))

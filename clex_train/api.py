@@ -52,7 +52,7 @@ class AppliedClex:
     def refresh(self) -> None:
         """Solve for the table anew, after the field was trained; `UnstableField` when it cannot be used."""
         assert self.field is not None, "a bare table has no field to solve"
-        self.table = replace(_table_of(self.field, self.handle.context_len), t_factor=self.table.t_factor)
+        self.table = replace(_solve_table(self.field, self.handle.context_len), t_factor=self.table.t_factor)
         self.handle.use(self.table, self.clamp)
 
     def undo(self) -> None:
@@ -110,10 +110,10 @@ def _read(source: Source | None, handle: RotaryHandle, t_max: float) -> tuple[Cl
         stored = official.read_official_field(Path(source), base)
         field, policy = stored.clex, stored.log_scale
     _require_same_base(field.base_inv_freq, base, source)
-    return field, table or _table_of(field, handle.context_len), policy
+    return field, table or _solve_table(field, handle.context_len), policy
 
 
-def _table_of(field: Clex, context_len: int) -> FrequencyTable:
+def _solve_table(field: Clex, context_len: int) -> FrequencyTable:
     """theta(t) on the integers up to t_max, within the field's tolerance."""
     return replace(field.table(scale_grid(field.t_max)), context_len=context_len)
 

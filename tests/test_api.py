@@ -14,7 +14,7 @@ from clex_train.rope.rotary import ScaledRotary
 from clex_train.scaling.baselines import ntk_table
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import FrequencyTable, scale_grid
-from clex_train.utils.files import complete_or_absent
+from clex_train.utils.files import atomic_directory
 from tests.helpers.tiny_causal_lm import CONTEXT, VOCABULARY, tiny_llama
 
 BASE = install_rotary(tiny_llama(), CONTEXT).base_inv_freq
@@ -175,7 +175,7 @@ def test_an_error_while_writing_leaves_the_earlier_directory(tmp_path: Path) -> 
     final = run_directory(tmp_path / "final")
 
     def fail_halfway() -> None:
-        with complete_or_absent(final) as folder:
+        with atomic_directory(final) as folder:
             (folder / "half").write_text("x")
             raise RuntimeError("disk")
 

@@ -146,7 +146,7 @@ Done = tuple[Results, Origin, Partial]
 """Of an evaluation: its outcome, where it comes from, and what was kept for the case of an interruption."""
 
 
-@log.after_opening()
+@log.buffered()
 def main() -> None:
     """Evaluate what the command line names; whatever can be refused is refused before weights are read."""
     asked = parse(sys.argv[1:])

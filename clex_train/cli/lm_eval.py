@@ -91,7 +91,7 @@ class LmEvalConfig(MethodConfig):
     """Prompts are turns in the chat template of the tokenizer, for instruct models."""
 
 
-@log.after_opening()
+@log.buffered()
 def main() -> None:
     """Run the tasks; names, data and bounds are checked before weights are read."""
     asked = arguments_of.parse(LmEvalConfig, sys.argv[1:])

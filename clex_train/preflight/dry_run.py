@@ -88,7 +88,7 @@ class Plan:
         return sum(part.host for part in self.parts)
 
 
-@log.after_opening()
+@log.buffered()
 def print_plan(config: Config) -> None:
     """Print the plan on rank 0. `ValueError` in one line for what would stop the run later."""
     if not distributed.is_main():

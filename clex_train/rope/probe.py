@@ -150,8 +150,8 @@ def spectrum_at_length(module: nn.Module, traits: Traits, num_tokens: int, t: fl
     if not torch.allclose(expected, cos[:, :1], atol=1e-5):
         kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
         raise ValueError(
-            f"rope_type={length_dependent_type(module)} of model_type={kind}: it follows the length in a way of its own; "
-            "set rope_type to `default` in rope_parameters of config.json"
+            f"rope_type={length_dependent_type(module)} of model_type={kind}: it follows the length in a "
+            "way of its own; set rope_type to `default` in rope_parameters of config.json"
         )
     own_factor = traits.base[traits.scaled].attention_factor
     return Spectrum(found.inv_freq, t, found.attention_factor / own_factor)

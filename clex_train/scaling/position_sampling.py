@@ -26,10 +26,10 @@ def draw_t(seed: int, step: int, t_max: float, distribution: str = "uniform") ->
     `distribution`: `uniform` (the paper), or `log_uniform`, log t ~ U[0, log t_max]: each doubling is as likely.
     """
     share = generator(seed, "t", step).uniform()
-    return AT_SHARE[distribution](share, t_max)
+    return INVERSE_CDF[distribution](share, t_max)
 
 
-AT_SHARE: dict[str, Callable[[float, float], float]] = {
+INVERSE_CDF: dict[str, Callable[[float, float], float]] = {
     "uniform": lambda share, t_max: 1.0 + (t_max - 1.0) * share,
     "log_uniform": lambda share, t_max: float(t_max**share),
 }

@@ -55,17 +55,17 @@ def integrate(
 
     Steps are no longer than 1/num_steps of the way from t = 1 to `t_max`, and pass through every wanted point.
     """
-    wanted = stretched(torch.cat((torch.ones(1, dtype=torch.float64), t_points)))
+    wanted = s_of_t(torch.cat((torch.ones(1, dtype=torch.float64), t_points)))
     grid = torch.unique_consecutive(wanted)
     if len(grid) == 1:
         return y0.expand(len(t_points), -1)
-    nodes = _subdivide(grid, float(stretched(t_max)) / num_steps)
+    nodes = _subdivide(grid, float(s_of_t(t_max)) / num_steps)
     solution = odeint(
         field,
         y0,
-        u_of_stretched(grid).to(y0.device),
+        u_from_s(grid).to(y0.device),
         method="rk4",
-        options={"grid_constructor": lambda *_: u_of_stretched(nodes).to(y0.device)},
+        options={"grid_constructor": lambda *_: u_from_s(nodes).to(y0.device)},
     )
     return solution[torch.searchsorted(grid, wanted[1:])]
 
@@ -90,12 +90,12 @@ def refine(
         num_steps = _more_steps(num_steps, error, tolerance, max_steps)
 
 
-def stretched(t: Tensor | float) -> Tensor:
+def s_of_t(t: Tensor | float) -> Tensor:
     """s(t), the coordinate in which steps are equally long."""
     return 2 * torch.expm1(torch.log1p(2 * (torch.as_tensor(t, dtype=torch.float64) - 1)) / 2)
 
 
-def u_of_stretched(s: Tensor) -> Tensor:
+def u_from_s(s: Tensor) -> Tensor:
     """u = log(2t - 1) of the coordinate s."""
     return 2 * torch.log1p(s / 2)
 
@@ -112,8 +112,8 @@ def _subdivide(grid: Tensor, longest: float) -> Tensor:
 
 def _doubling_errors(field: Field, y0: Tensor, t_max: float, num_steps: int) -> tuple[Tensor, Tensor]:
     """max_j |y_N - y_2N| * 16/15 at the nodes of the coarse grid, and their t; infinite where y is not finite."""
-    s = stretched(t_max) * torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
-    t_nodes = (1 + torch.exp(u_of_stretched(s))) / 2
+    s = s_of_t(t_max) * torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
+    t_nodes = (1 + torch.exp(u_from_s(s))) / 2
     with torch.no_grad():
         coarse = integrate(field, y0, t_nodes, num_steps, t_max)
         fine = integrate(field, y0, t_nodes, 2 * num_steps, t_max)

@@ -23,7 +23,7 @@ from clex_train.utils.files import require_regular
 
 # Two scale factors this close are the same one: room for the rounding of n / L and of decimal grids, far below a token.
 RELATIVE_SLACK = 1e-12
-MOST_FACTORS = 2**17
+MAX_FACTORS = 2**17
 """Scale factors of a grid; with 64 pairs their frequencies take 64 MiB."""
 
 
@@ -78,7 +78,7 @@ class FrequencyTable:
     def __post_init__(self) -> None:
         grid = self.t.tolist()
         if not grid or grid[0] != 1.0 or any(a >= b for a, b in itertools.pairwise(grid)):
-            raise ValueError(f"t={_short(grid)}: the scale factors of a table ascend, starting at 1")
+            raise ValueError(f"t={_abbreviate(grid)}: the scale factors of a table ascend, starting at 1")
         # A pair that the model does not rotate at all (Gemma 4) has 0 at every t.
         is_still = (self.inv_freq == 0).all(dim=0)
         good = torch.isfinite(self.inv_freq) & ((self.inv_freq > 0) | is_still)
@@ -182,7 +182,8 @@ class FrequencyTable:
         factors = self.attention_factors.tolist()
         if len(factors) != len(grid) or not all(0 < factor < math.inf for factor in factors):
             raise ValueError(
-                f"attention_factors={_short(factors)}: one for each of {len(grid)} scale factors, finite and positive"
+                f"attention_factors={_abbreviate(factors)}: one for each of {len(grid)} scale factors, "
+                "finite and positive"
             )
         return factors
 
@@ -193,8 +194,8 @@ def scale_grid(t_max: float, step: float = 1.0) -> Float64[Tensor, " K"]:
         raise ValueError(f"t_max={t_max}: a scale factor is at least 1")
     if not step > 0:
         raise ValueError(f"step={step}: the spacing of scale factors is greater than 0")
-    if not (t_max - 1) / step < MOST_FACTORS:
-        raise ValueError(f"t_max={t_max}: more than {MOST_FACTORS:,} scale factors in steps of {step:g}; lower it")
+    if not (t_max - 1) / step < MAX_FACTORS:
+        raise ValueError(f"t_max={t_max}: more than {MAX_FACTORS:,} scale factors in steps of {step:g}; lower it")
     grid = 1 + step * torch.arange(int((t_max - 1) / step) + 1, dtype=torch.float64)
     inside = grid[grid < t_max * (1 - RELATIVE_SLACK)]
     return torch.cat((inside, torch.tensor([t_max], dtype=torch.float64)))
@@ -205,6 +206,6 @@ def as_grid(t_grid: Tensor | list[float] | tuple[float, ...]) -> Float64[Tensor,
     return torch.as_tensor(t_grid, dtype=torch.float64)
 
 
-def _short(grid: list[float]) -> str:
+def _abbreviate(grid: list[float]) -> str:
     shown = ", ".join(f"{t:g}" for t in grid[:6])
     return f"[{shown}{', ...' if len(grid) > 6 else ''}]"

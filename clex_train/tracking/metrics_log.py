@@ -106,7 +106,7 @@ def _lines(path: Path) -> list[bytes]:
     except FileNotFoundError:
         return []
     except files.BadFile as error:
-        logger.warning("%s; kept as %s, a new file begins", error, files.set_aside(path).name)
+        logger.warning("%s; kept as %s, a new file begins", error, files.quarantine(path).name)
         return []
 
 

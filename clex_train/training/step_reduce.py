@@ -46,7 +46,7 @@ def exchange(
     known[1 + first : 1 + first + len(rows)] = rows.double()
     loss = torch.stack(list(losses)).double().mean().reshape(1)
     averaged = loss if gradient is None else torch.cat((loss, gradient))
-    wait = distributed.sum_to_host(torch.cat((averaged, distributed.to_device(known))))
+    wait = distributed.all_reduce_sum_to_host(torch.cat((averaged, distributed.to_device(known))))
 
     def read() -> Told:
         total = wait()

@@ -46,7 +46,7 @@ def write(folder: Path) -> None:
     files.write_atomically(folder / NAME, json.dumps({"format": 1, "files": listed}, indent=2) + "\n")
 
 
-def has(folder: Path) -> bool:
+def exists(folder: Path) -> bool:
     """Tell whether a folder has a listing; those of earlier versions have none."""
     # A link that leads nowhere too: it is a damaged listing, not none.
     return os.path.lexists(folder / NAME)

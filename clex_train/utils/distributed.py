@@ -19,19 +19,19 @@ from clex_train.utils.errors import RunStopped, first_line
 MAKE_ROOM = "what was saved is intact: make room and run the same command again"
 
 
-def is_open() -> bool:
+def is_initialized() -> bool:
     """Tell whether a process group exists."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """Global rank; before the group is open, what the launcher put into the environment."""
-    return dist.get_rank() if is_open() else ranks.of_launch()[0]
+    return dist.get_rank() if is_initialized() else ranks.rank_and_world_size()[0]
 
 
 def world_size() -> int:
     """Return the number of ranks; before the group is open, what the launcher put into the environment."""
-    return dist.get_world_size() if is_open() else ranks.of_launch()[1]
+    return dist.get_world_size() if is_initialized() else ranks.rank_and_world_size()[1]
 
 
 def is_main() -> bool:
@@ -47,8 +47,8 @@ def device() -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local, visible = ranks.number("LOCAL_RANK", 0), torch.cuda.device_count()
-    together = max(ranks.number(name, 1, least=1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    local, visible = ranks.read_int("LOCAL_RANK", 0), torch.cuda.device_count()
+    together = max(ranks.read_int(name, 1, least=1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
     is_bound = visible == 1 and (together == 1 or _has_gpu_of_its_own(os.environ.get("CUDA_VISIBLE_DEVICES", "")))
     require(
         is_bound or max(local + 1, together) <= visible,
@@ -86,7 +86,7 @@ def to_device(tensor: torch.Tensor, target: torch.device | None = None) -> torch
 
 def barrier() -> None:
     """Wait until every rank is here."""
-    if is_open() and world_size() > 1:
+    if is_initialized() and world_size() > 1:
         dist.barrier()
 
 
@@ -104,7 +104,7 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     return all_reduce_sum(tensor) / world_size()
 
 
-def sum_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+def all_reduce_sum_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Begin to bring the sum over ranks of a tensor on the device to the host; what is returned waits for it.
 
     What the device is given to do after this call is not waited for.
@@ -158,16 +158,16 @@ def try_on_main(write: Callable[[], object]) -> OSError | None:
             write()
         except OSError as error:
             failure = error
-    return broadcast_object(failure) if is_open() else failure
+    return broadcast_object(failure) if is_initialized() else failure
 
 
 def write_on_main(write: Callable[[], object]) -> None:
     """Have rank 0 write files; `RunStopped` on every rank when it cannot, as on a full disk. Collective."""
     if (failure := try_on_main(write)) is not None:
-        raise RunStopped(f"{unwritten(failure)}; {MAKE_ROOM}") from failure
+        raise RunStopped(f"{describe_write_error(failure)}; {MAKE_ROOM}") from failure
 
 
-def unwritten(error: OSError) -> str:
+def describe_write_error(error: OSError) -> str:
     """Name the file that an error is about, and why it could not be written."""
     return f"{error.filename or 'a file of the run'}: cannot be written ({error.strerror or first_line(error)})"
 

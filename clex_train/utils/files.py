@@ -22,7 +22,7 @@ from clex_train.utils.errors import NO_ROOM, no_room
 
 logger = log.get(__name__)
 
-UNFINISHED = ".tmp"
+TEMPORARY_SUFFIX = ".tmp"
 DAMAGED = ".damaged"
 """Ending of the name under which a damaged file, or its damaged lines, are kept."""
 SAVING, REPLACED, REMOVING = "saving_", "replaced_", "removing_"
@@ -63,7 +63,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
     An `OSError`, as of a full disk, names `path`, and what was there stays.
     """
-    beside = unfinished(path)
+    beside = temporary_path(path)
     try:
         with open(beside, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -75,9 +75,9 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
-def unfinished(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Return the path under which `write_atomically` writes a file; a kill can leave it, the next write replaces it."""
-    return path.with_suffix(UNFINISHED)
+    return path.with_suffix(TEMPORARY_SUFFIX)
 
 
 def sync_directory(path: Path) -> None:
@@ -106,7 +106,7 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def complete_or_absent(directory: Path) -> Iterator[Path]:
+def atomic_directory(directory: Path) -> Iterator[Path]:
     """Yield a folder to write into; it takes the place of `directory` when the block ends without an error.
 
     After an error the folder is removed. A full disk is an `OSError` that names `directory`, whichever library met it.
@@ -117,7 +117,7 @@ def complete_or_absent(directory: Path) -> Iterator[Path]:
         make_folder(saving)
         yield saving
         sync_tree(saving)
-        _take_place(saving, directory)
+        _replace_directory(saving, directory)
     except BaseException as error:
         shutil.rmtree(saving, ignore_errors=True)
         if (cause := no_room(error)) is not None:
@@ -126,7 +126,7 @@ def complete_or_absent(directory: Path) -> Iterator[Path]:
 
 
 def recover(directory: Path) -> None:
-    """Remove what an interrupted `complete_or_absent` left; put back what it was about to replace."""
+    """Remove what an interrupted `atomic_directory` left; put back what it was about to replace."""
     replaced = directory.with_name(REPLACED + directory.name)
     if replaced.exists() and not directory.exists():
         replaced.rename(directory)
@@ -136,7 +136,7 @@ def recover(directory: Path) -> None:
             remove_folder(leftover)
 
 
-def _take_place(saving: Path, directory: Path) -> None:
+def _replace_directory(saving: Path, directory: Path) -> None:
     replaced = directory.with_name(REPLACED + directory.name)
     if directory.exists():
         directory.rename(replaced)
@@ -157,7 +157,7 @@ def remove_folder(folder: Path) -> None:
         logger.warning("%s cannot be removed (%s)", folder, error)
 
 
-def set_aside(path: Path) -> Path:
+def quarantine(path: Path) -> Path:
     """Rename a damaged file out of the way, over an earlier one; returns its new name."""
     aside = path.with_name(path.name + DAMAGED)
     path.replace(aside)
@@ -177,7 +177,7 @@ def require_plain_name(key: str, value: str, purpose: str) -> None:
     require(fits and value.isprintable(), key, shortened(value), remedy)
 
 
-def require_place(key: str, value: Path, folder: Path, beside: str = "") -> None:
+def require_writable_folder(key: str, value: Path, folder: Path, beside: str = "") -> None:
     """Raise `ValueError` unless `folder` can be written in, or made, for the output `value` of `key`.
 
     Makes nothing that stays: the nearest folder that is there has to take a file. A full disk is an `OSError`. `beside`

@@ -13,15 +13,15 @@ from tqdm import tqdm
 
 from clex_train.utils import ranks, terminal
 
-HELD_BACK = 10_000
+MAX_BUFFERED = 10_000
 """Lines of a program that are kept before its opening block."""
-_ACTED_UPON = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_TERMINAL_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """Control characters but tab and newline, and those that turn the direction of a line: a terminal acts upon them."""
 
 
 def printable(text: str) -> str:
     """Write what a terminal would act upon as escapes: names and texts of files may come from strangers."""
-    return _ACTED_UPON.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _TERMINAL_CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class _Printable(logging.Formatter):
@@ -31,7 +31,7 @@ class _Printable(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
-class AboveBars(logging.StreamHandler):
+class AboveProgressBars(logging.StreamHandler):
     """Writes to standard error above the bars of a terminal, which a plain write would break in two."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -45,8 +45,8 @@ class AboveBars(logging.StreamHandler):
 
 def setup() -> None:
     """Configure the root logger of an entry point once; library chatter below WARNING is silenced."""
-    terminal.outlive("stderr")
-    rank = ranks.shown()
+    terminal.survive_hangup("stderr")
+    rank = ranks.display_rank()
     handler = _handler()
     handler.setFormatter(_Printable(f"%(asctime)s {f'[rank {rank}] ' if rank else ''}%(message)s", "%H:%M:%S"))
     # Passes every line on at once, but for those before the opening block.
@@ -59,16 +59,16 @@ def setup() -> None:
 
 
 @contextmanager
-def after_opening() -> Iterator[None]:
-    """Hold lines back until `release`, or until the program ends without an opening block."""
-    _set_capacity(HELD_BACK)
+def buffered() -> Iterator[None]:
+    """Hold lines back until `flush`, or until the program ends without an opening block."""
+    _set_capacity(MAX_BUFFERED)
     try:
         yield
     finally:
-        release()
+        flush()
 
 
-def release() -> None:
+def flush() -> None:
     """Write the lines that were held back, and every later one at once."""
     _set_capacity(0)
 
@@ -85,7 +85,7 @@ def _handler() -> logging.Handler:
         return logging.StreamHandler(sys.stderr)
     # tqdm's own lock is shared with forked processes, and one that is killed would never let go of it.
     tqdm.set_lock(threading.RLock())
-    return AboveBars(sys.stderr)
+    return AboveProgressBars(sys.stderr)
 
 
 def get(name: str) -> logging.Logger:

@@ -32,15 +32,15 @@ _GPTJ = f"{_MODELS}.gptj.modeling_gptj:GPTJAttention"
 _FALCON = f"{_MODELS}.falcon.modeling_falcon"
 _MPT = f"{_MODELS}.mpt.modeling_mpt"
 _BLOOM = f"{_MODELS}.bloom.modeling_bloom"
-_TURNED = "a call is refused: `LibraryChanged` names the versions"
+_CALL_REFUSED = "a call is refused: `LibraryChanged` names the versions"
 _WITHOUT_LAMBDA = "apply_lm_infinite fails at once, or at the first call of the family"
 _UNREAD = "weights that do not fit their config.json are not found before training"
 _ZERO = "sharded parameters look empty: counts, decay groups and loading are wrong"
 
-REACHED = (
+PRIVATE_NAMES = (
     # Calls of a model (rope.patch, rope.hooks).
-    Reach(f"{_LLAMA}:LlamaModel.forward(input_ids)", "the number of new tokens of a call", _TURNED),
-    Reach(f"{_LLAMA}:LlamaModel.forward(inputs_embeds)", "the same, for calls with embeddings", _TURNED),
+    Reach(f"{_LLAMA}:LlamaModel.forward(input_ids)", "the number of new tokens of a call", _CALL_REFUSED),
+    Reach(f"{_LLAMA}:LlamaModel.forward(inputs_embeds)", "the same, for calls with embeddings", _CALL_REFUSED),
     Reach(f"{_LLAMA}:LlamaModel.forward(position_ids)", "n and the positions of cached keys", "n counts padding too"),
     Reach(f"{_LLAMA}:LlamaModel@rotary_emb", "a module with inv_freq is a child of the decoder", "no RoPE is found"),
     Reach(f"{_LLAMA}:LlamaRotaryEmbedding.forward(position_ids)", "how the rotary module is known", "no RoPE is found"),

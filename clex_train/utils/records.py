@@ -21,9 +21,9 @@ from clex_train.utils.files import LARGEST_RECORD, BadFile, read_regular
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 """A number of bytes, tokens, rows or steps."""
 
-MOST_VALUES = 2**23
+MAX_VALUES = 2**23
 """Values in a JSON file; an empty list takes two bytes of text and sixty in memory."""
-MOST_NODES = 50_000
+MAX_NODES = 50_000
 """Nodes of a YAML file, each alias counted with everything that it stands for."""
 LARGEST_YAML = 2**18
 """Bytes of a YAML file; a configuration has some thousands, and parsing takes seconds a megabyte."""
@@ -63,17 +63,17 @@ def read_json(path: Path, within: Path | None = None, most: int = LARGEST_RECORD
 
 def parse_json(content: bytes, path: Path) -> Any:
     """Parse the content of a JSON file; raises `BadFile`, naming `path`."""
-    if content.count(b",") + content.count(b"[") + content.count(b"{") > MOST_VALUES:
-        raise BadFile(path, f"more than {MOST_VALUES:,} values")
+    if content.count(b",") + content.count(b"[") + content.count(b"{") > MAX_VALUES:
+        raise BadFile(path, f"more than {MAX_VALUES:,} values")
     try:
-        with _without_collection():
+        with _gc_paused():
             return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise BadFile(path, f"not JSON ({first_line(error)})") from error
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
+def _gc_paused() -> Iterator[None]:
     """Within, Python does not look for cycles: among millions of new values that takes longer than parsing them."""
     enabled = gc.isenabled()
     gc.disable()
@@ -117,7 +117,7 @@ def read_yaml(path: Path, within: Path | None = None) -> Any:
     """Read a YAML file as plain values; raises `BadFile` and `FileNotFoundError` as `read_json`."""
     content = read_regular(path, within, LARGEST_YAML)
     try:
-        return _loaded(content.decode("utf-8"), path)
+        return _parse_yaml(content.decode("utf-8"), path)
     except BadFile:
         raise
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, LookupError, OverflowError) as error:
@@ -134,27 +134,27 @@ def read_yaml_mapping(path: Path, within: Path | None = None) -> dict[str, Any]:
 
 
 def require_bounded(text: str, path: Path | str) -> None:
-    """Refuse YAML that expands to more than `MOST_NODES` nodes, whoever is to load it; raises `BadFile`.
+    """Refuse YAML that expands to more than `MAX_NODES` nodes, whoever is to load it; raises `BadFile`.
 
     Without an alias it has no more nodes than characters and is left alone.
     """
     if "&" in text:
-        _require_few(yaml.compose(text, _Loader), path)
+        _require_few_nodes(yaml.compose(text, _Loader), path)
 
 
-def _loaded(text: str, path: Path) -> Any:
+def _parse_yaml(text: str, path: Path) -> Any:
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
-        _require_few(root, path)
+        _require_few_nodes(root, path)
         return None if root is None else loader.construct_document(root)
     finally:
         loader.dispose()
 
 
-def _require_few(root: Any, path: Path | str) -> None:
-    if root is not None and _num_nodes(root, {}, path) > MOST_NODES:
-        raise BadFile(path, f"stands for more than {MOST_NODES:,} values, aliases written out; shorten it")
+def _require_few_nodes(root: Any, path: Path | str) -> None:
+    if root is not None and _num_nodes(root, {}, path) > MAX_NODES:
+        raise BadFile(path, f"stands for more than {MAX_NODES:,} values, aliases written out; shorten it")
 
 
 def _num_nodes(node: Any, known: dict[int, int | None], path: Path | str) -> int:

@@ -10,17 +10,17 @@ import os
 import sys
 from typing import Any
 
-GONE = (errno.EIO, errno.EPIPE)
+READER_GONE = (errno.EIO, errno.EPIPE)
 
 
-class _Dropping(io.FileIO):
+class _DropWhenClosed(io.FileIO):
     """The end of a stream; from the first write that nobody can read on it leads to the null device."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in GONE:
+            if error.errno not in READER_GONE:
                 raise
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno(), inheritable=True)
@@ -28,7 +28,7 @@ class _Dropping(io.FileIO):
             return len(data)
 
 
-def outlive(*names: str) -> None:
+def survive_hangup(*names: str) -> None:
     """Do this for `stdout` or `stderr` of the process, before anything keeps a reference to them."""
     for name in names:
         stream = getattr(sys, name)
@@ -39,7 +39,7 @@ def outlive(*names: str) -> None:
 
 def _rebuilt(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     stream.flush()
-    raw = _Dropping(stream.fileno(), "w", closefd=False)
+    raw = _DropWhenClosed(stream.fileno(), "w", closefd=False)
     # `python -u` has no buffer below the text.
     buffer: Any = raw if isinstance(stream.buffer, io.RawIOBase) else io.BufferedWriter(raw)
     return io.TextIOWrapper(

@@ -18,7 +18,7 @@ NEWEST_TESTED = {
 }
 
 
-def installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """The version of a distribution without its build label (`+cpu`); None when it is not installed."""
     try:
         return Version(metadata.version(name)).public
@@ -28,12 +28,14 @@ def installed(name: str) -> str | None:
 
 def describe(name: str) -> str:
     """Installed and newest tested version, for errors."""
-    return f"{name} {installed(name) or 'unknown'} is installed, {NEWEST_TESTED[name]} is the newest tested"
+    return f"{name} {installed_version(name) or 'unknown'} is installed, {NEWEST_TESTED[name]} is the newest tested"
 
 
-def untested() -> list[str]:
+def untested_warnings() -> list[str]:
     """One line for each core library that is newer than any version the suite has run with."""
-    return [_line(name, found) for name in NEWEST_TESTED if (found := installed(name)) and _is_newer(name, found)]
+    return [
+        _line(name, found) for name in NEWEST_TESTED if (found := installed_version(name)) and _is_newer(name, found)
+    ]
 
 
 def _is_newer(name: str, found: str) -> bool:

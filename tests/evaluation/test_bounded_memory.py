@@ -121,7 +121,7 @@ def _stock_cache(model):
 
 
 def test_keys_are_turned_in_their_buffer_tile_by_tile(monkeypatch) -> None:
-    monkeypatch.setattr("clex_train.rope.key_cache.TURN_TILE", 7)
+    monkeypatch.setattr("clex_train.rope.key_cache.TILE_LEN", 7)
     model = build_tiny_llama().eval()
     handle = install_rotary(model, CONTEXT_LEN)
     handle.use(TABLES["ntk"](handle.base_inv_freq, torch.arange(1, 9, dtype=torch.float64)))

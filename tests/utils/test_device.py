@@ -18,7 +18,7 @@ def rank(monkeypatch):
 
     def put(visible: int, **variables: str) -> None:
         # Another test of this process may have left a group of one rank.
-        monkeypatch.setattr(distributed, "is_open", lambda: False)
+        monkeypatch.setattr(distributed, "is_initialized", lambda: False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
         for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CUDA_VISIBLE_DEVICES"):

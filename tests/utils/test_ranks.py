@@ -14,7 +14,7 @@ ALL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MA
 def environment(monkeypatch):
     def put(text: str) -> None:
         # Another test of this process may have left a group of one rank.
-        monkeypatch.setattr(distributed, "is_open", lambda: False)
+        monkeypatch.setattr(distributed, "is_initialized", lambda: False)
         for name in ALL:
             monkeypatch.delenv(name, raising=False)
         for item in text.split():
@@ -65,10 +65,10 @@ def test_nonsense_is_one_line_and_exit_code_2(environment, monkeypatch, capsys, 
 )
 def test_what_launchers_set_is_taken(environment, variables, launch):
     environment(variables)
-    assert (distributed.rank(), distributed.world_size()) == ranks.of_launch() == launch
+    assert (distributed.rank(), distributed.world_size()) == ranks.rank_and_world_size() == launch
 
 
 def test_a_launch_that_names_no_place_to_meet_is_refused(environment):
     environment("RANK=0 WORLD_SIZE=1 MASTER_PORT=29500")
     with pytest.raises(ValueError, match=r"^MASTER_ADDR: not set, where RANK is; it is for"):
-        ranks.require_meeting_place()
+        ranks.require_rendezvous()

@@ -82,6 +82,7 @@ def test_a_newer_library_is_said_in_one_line_at_the_start(
 
 
 def test_asking_imports_no_library() -> None:
-    code = "import sys; from clex_train.utils import versions; versions.untested(); print({'torch'} & {*sys.modules})"
+    code = "import sys; from clex_train.utils.versions import untested_warnings; untested_warnings(); "
+    code += "print({'torch'} & {*sys.modules})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.strip() == "set()"
