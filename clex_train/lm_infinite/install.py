@@ -1,9 +1,9 @@
-"""LM-Infinite on a Hugging Face causal LM: `apply_lm_infinite(model, n_local, n_global)`, and back with `undo()`.
+"""LM-Infinite on a Hugging Face causal LM: `apply_lm_infinite(model, n_local, n_global)`, reversed by `undo()`.
 
-One function is registered with transformers' attention interface, and one in place of its masks that passes the
-padding on, so no n x n mask is built. A hook on each attention module has the model rotate by cos = 1, sin = 0:
-queries, keys and caches stay unrotated, and `lambda_attention` rotates them by distance with the model's own rotation.
-Shapes: `B` batch, `H` heads, `K` key heads, `S` new tokens, `T` keys, `D` head width.
+One function is registered with transformers' attention interface, and one in place of its masks that passes the padding
+on, so no n x n mask is built. A hook on each attention module makes the model rotate by cos = 1, sin = 0: queries, keys
+and caches stay unrotated, and `lambda_attention` rotates them by distance with the model's own rotation.
+Shapes: `B` batch, `H` heads, `K` key heads, `S` new tokens, `T` keys, `D` head dim.
 """
 
 from collections.abc import Callable
@@ -68,13 +68,15 @@ def apply_lm_infinite(
     middle: Middle | None = None,
     back_end: str = AUTO,
 ) -> "LmInfinite":
-    """Have every layer with full attention see the `n_local` latest tokens and the `n_global` first ones.
+    """Let every layer with full attention see the `n_local` latest tokens and the `n_global` first ones.
 
-    `middle` lets tokens between them in (`attention.middle`), which needs a cache that keeps everything. Layers with a
-    sliding window of their own keep it. `block_len` (queries per block) and `back_end` (`auto` or a member of
-    `back_ends.BACK_ENDS`) set cost, not results. It goes with `install_rotary` in either order. Warns
-    for n_local beyond the model's trained context and n_global >= n_local;
-    `ValueError` for sizes out of range and, by name, for a model that lm_infinite does not fit.
+    `middle` lets tokens between them in (`attention.middle`) and needs a cache that keeps all keys. Layers with a
+    sliding window of their own keep it. `block_len` (queries per block) and `back_end` (`auto` or a key of
+    `back_ends.BACK_ENDS`) change the cost, not the result. Combines with `install_rotary` in either order. Warns if
+    n_local exceeds the model's trained context or n_global >= n_local.
+
+    Raises:
+        ValueError: a size out of range, or a model that lm_infinite does not support, by name.
     """
     if n_local < 1 or n_global < 0:
         raise ValueError(f"n_local={n_local}, n_global={n_global}: at least 1 and 0 tokens")
@@ -84,7 +86,7 @@ def apply_lm_infinite(
 
 
 class LmInfinite:
-    """LM-Infinite in force on one model; made by `apply_lm_infinite`."""
+    """LM-Infinite applied to one model; created by `apply_lm_infinite`."""
 
     def __init__(
         self,
@@ -98,6 +100,8 @@ class LmInfinite:
         self.model, self.n_local, self.n_global, self.middle = model, n_local, n_global, middle
         attention = attention_modules(model)
         windows = [layer_window(module) for module in attention]
+        # One set of rotation tables serves all layers, so it must cover the longest window and the longest rotated
+        # span.
         longest = max(n_local, *(window or 1 for window in windows))
         rotations, site = _rotations(
             model, attention, longest + max(_longest_span(longest, block_len), spare_slots(longest))
@@ -119,20 +123,21 @@ class LmInfinite:
             for module, window, rotation in zip(attention, windows, rotations, strict=True)
         ]
         if middle is not None and all(layer.middle is None for layer in self.layers):
-            raise ValueError(f"middle={middle}: none of the model's {len(self.layers)} layers takes part in it")
+            raise ValueError(f"middle={middle}: none of the model's {len(self.layers)} layers uses it")
         self._insert()
 
     def new_cache(self) -> LambdaCache:
-        """An empty cache for calls of the model, also of `generate`: its size does not grow with the stream.
+        """Create an empty cache for calls of the model and `generate`; its size does not grow with the stream.
 
-        `ValueError` with a middle, which needs all keys.
+        Raises:
+            ValueError: a middle is set, which needs all keys.
         """
         if self.middle is not None:
             raise ValueError(f"middle={self.middle}: it needs all keys; use a DynamicCache")
         return LambdaCache([LambdaCacheLayer(layer.n_local, layer.n_global) for layer in self.layers])
 
     def undo(self) -> None:
-        """The model as it was; caches that were filled meanwhile are of no further use. Once is enough."""
+        """Restore the model. Caches filled in the meantime must be discarded. Calling it again has no effect."""
         if not self._removals:
             return
         for config, implementation in self._before:
@@ -140,6 +145,7 @@ class LmInfinite:
         for removal in self._removals:
             removal.remove()
         for layer in self.layers:
+            # A model may have been patched again since; remove only what belongs to this handle.
             if getattr(layer.module, LAYER, None) is layer:
                 layer.leave()
         self._removals.clear()
@@ -161,18 +167,20 @@ class LmInfinite:
         trained = trained_context(self.model)
         if trained is not None and self.n_local > trained:
             logger.warning(
-                "n_local=%d is beyond the %d tokens that the model was trained for: distances up to n_local are new to "
-                "it unless its frequencies are scaled",
+                "n_local=%d exceeds the model's trained context of %d tokens: it has not seen such distances unless "
+                "its frequencies are scaled",
                 self.n_local,
                 trained,
             )
         if self.n_global >= self.n_local:
-            logger.warning("n_global=%d is not below n_local=%d: 10 to 100 is usual", self.n_global, self.n_local)
+            logger.warning(
+                "n_global=%d is not below n_local=%d: usual values are 10 to 100", self.n_global, self.n_local
+            )
 
 
 @dataclass(eq=False)
 class _Layer:
-    """What the attention of one layer needs beyond its call."""
+    """State of Lambda attention for one layer."""
 
     module: Any
     n_local: int
@@ -185,15 +193,17 @@ class _Layer:
     choice: BackEndChoice
     cache: LambdaCacheLayer | None = None
     has_cache: bool = False
-    """Whether the call that is under way has a KV cache among its arguments."""
+    """True if the current call has a KV cache among its arguments."""
     own_forward: Any = None
 
     def enter(self) -> None:
-        """Be found by the attention function, or stand in for the module's `forward` where there is an adapter."""
+        """Attach to the module, and replace its `forward` where the family needs an adapter."""
         setattr(self.module, LAYER, self)
+        # With a middle a query may see any key, so log-scaling counts them all.
         if self.middle is None:
             setattr(self.module, MOST_VISIBLE, self.n_local + self.n_global)
         if self.adapter is not None:
+            # Another patch may have set `forward` on the instance already; `leave` restores it.
             self.own_forward = self.module.__dict__.get("forward")
             self.module.forward = self.forward
 
@@ -209,15 +219,17 @@ class _Layer:
     def before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Have the model leave queries and keys unrotated, and tell the cache which new tokens are padding."""
+        """Make the model leave queries and keys unrotated, and announce the new tokens' padding to the cache."""
         call = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
         if call.get("position_embeddings") is not None:
             cos, sin = (x.to(_compute_dtype(x)) for x in call["position_embeddings"][:2])
+            # Rotation by cos = 1, sin = 0 is the identity, whatever the family's layout of pairs.
             call["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
         cache = kv_cache.find_in_call((), call)
         self._check_cache(cache)
         self.has_cache = cache is not None
         mask = call.get("attention_mask")
+        # MPT's stand-in for "no padding"; see `padding_mask`.
         if mask is not None and mask.dim() == 0:
             call["attention_mask"] = mask = None
         if mask is not None and mask.dim() != 2:
@@ -229,7 +241,7 @@ class _Layer:
         return (), call
 
     def forward(self, hidden_states: Float[Tensor, "B S E"], **call: Any) -> tuple[Float[Tensor, "B S E"], None]:
-        """In place of the module's own."""
+        """Compute attention in place of the module's own `forward`."""
         assert self.adapter is not None
         query, key, value = self.adapter.project(self.module, hidden_states)
         cache = kv_cache.find_in_call((), call)
@@ -242,7 +254,7 @@ class _Layer:
     def _check_cache(self, cache: Cache | None) -> None:
         kind = type(cache).__name__
         if cache is not None and not isinstance(cache, (LambdaCache, DynamicCache)):
-            raise ValueError(f"cache={kind}: lm_infinite works with a LambdaCache (constant size) or a DynamicCache")
+            raise ValueError(f"cache={kind}: lm_infinite supports a LambdaCache (constant size) or a DynamicCache")
         if isinstance(cache, LambdaCache) and self.middle is not None:
             raise ValueError(f"cache={kind}: middle={self.middle} needs all keys; use a DynamicCache")
         if isinstance(cache, LambdaCache):
@@ -250,18 +262,19 @@ class _Layer:
             if (held.n_local, held.n_global) != (self.n_local, self.n_global):
                 raise ValueError(
                     f"cache={kind}: made for n_local={held.n_local}, n_global={held.n_global}, not for "
-                    f"{self.n_local}, {self.n_global}; take new_cache() of the handle that is in force"
+                    f"{self.n_local}, {self.n_global}; call new_cache() of the current handle"
                 )
         if isinstance(cache, DynamicCache) and self.site is not None:
             self._require_unrotated_keys(cache, getattr(self.site.module, "spectrum", None))
 
     def _require_unrotated_keys(self, cache: Any, spectrum: Any) -> None:
-        """A rotary handle whose t moves turns the keys of a DynamicCache, which it takes to be rotated."""
+        """Refuse a DynamicCache whose keys are rotated, or whose model's t has moved since."""
         if not hasattr(cache, SPECTRUM) and cache.get_seq_length(self.module.layer_idx):
             raise ValueError(
-                f"cache={type(cache).__name__}: it was filled without {NAME}, by keys that are rotated; "
-                "begin with an empty one"
+                f"cache={type(cache).__name__}: it was filled without {NAME}, so its keys are rotated; "
+                "start with an empty one"
             )
+        # A rotary handle rerotates a DynamicCache when t moves, which would rotate these unrotated keys.
         before = getattr(cache, SPECTRUM, spectrum)
         setattr(cache, SPECTRUM, spectrum)
         stands_still = before is spectrum or (
@@ -285,7 +298,10 @@ def lm_infinite_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B S H V"], None]:
-    """The function of the attention interface; `attention_mask` is bool [B, tokens], False at padding, or None."""
+    """Attend as transformers' attention interface asks.
+
+    `attention_mask` is bool [B, tokens], False at padding, or None.
+    """
     layer: _Layer | None = getattr(module, LAYER, None)
     if layer is None:
         raise ValueError(f"attn_implementation={NAME}: call apply_lm_infinite(model, n_local=..., n_global=...) first")
@@ -296,18 +312,17 @@ def lm_infinite_attention(
 def padding_mask(
     *args: Any, attention_mask: Tensor | None = None, config: Any = None, **kwargs: Any
 ) -> Bool[Tensor, "B T"] | Bool[Tensor, ""] | None:
-    """Takes the place of transformers' masks: the padding as it was given, None when there is none.
-
-    For MPT, which cannot go on from None, a scalar stands for that.
-    """
+    """Return the padding in place of transformers' masks; None when there is none."""
     if attention_mask is not None and not bool(attention_mask.all()):
         return attention_mask.bool()
+    # MPT's forward fails on None, so a scalar stands for it.
     return torch.ones((), dtype=torch.bool) if getattr(config, "model_type", None) == "mpt" else None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of queries, keys and values beside `x`: under autocast it is not that of cos and sin."""
+    """Return the dtype that queries, keys and values have where cos and sin are `x`."""
     kind = x.device.type
+    # Under autocast the projections are bfloat16 while cos and sin stay float32.
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
@@ -316,7 +331,7 @@ def _attend(
 ) -> Float[Tensor, "B S H V"]:
     if key.shape[2] != query.shape[2] and not layer.has_cache:
         kind = type(layer.module).__name__
-        raise LibraryChanged(f"{kind} attends to keys of a KV cache, and none was found in its arguments")
+        raise LibraryChanged(f"{kind} attends to keys of a KV cache, but none was found in its arguments")
     valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     order = None if valid is None else left_pad_order(valid)
     window, start, stream = (
@@ -325,6 +340,7 @@ def _attend(
         else _from_lambda_cache(layer, key, value)
     )
     rotation = layer.rotation(query)
+    # Rotated keys are cached without gradients only: the copy would cut the graph.
     rotated_keys = None
     if layer.cache is not None and isinstance(rotation, TableRotation) and not torch.is_grad_enabled():
         rotated_keys = layer.cache.rotated_window(rotation)
@@ -336,7 +352,7 @@ def _attend(
 
 
 def _from_lambda_cache(layer: _Layer, key: Tensor, value: Tensor) -> tuple[KeyValues, KeyValues | None, Stream]:
-    """From a cache of constant size: its window came as `key` and `value`."""
+    """Return window, start and stream from a constant-size cache, which returned its window as `key` and `value`."""
     assert layer.cache is not None
     return KeyValues(key, value), layer.cache.start, layer.cache.stream
 
@@ -344,7 +360,7 @@ def _from_lambda_cache(layer: _Layer, key: Tensor, value: Tensor) -> tuple[KeyVa
 def _from_all_keys(
     layer: _Layer, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[KeyValues, KeyValues | None, Stream]:
-    """From all keys: without a cache, or with one that keeps everything."""
+    """Return window, start and stream from all keys: without a cache, or with one that keeps everything."""
     num_keys, padding = key.shape[2], None
     window = KeyValues(key, value)
     if mask is not None:
@@ -352,10 +368,12 @@ def _from_all_keys(
         order = left_pad_order(valid)
         window, padding = KeyValues(gather_tokens(key, order), gather_tokens(value, order)), (~valid).sum(dim=1)
     stream = Stream(num_keys, padding)
+    # The starting tokens are all within the window.
     if layer.n_global == 0 or num_keys <= layer.n_local:
         return window, None, stream
     if padding is None:
         return window, window.span(0, min(layer.n_global, num_keys)), stream
+    # Padding is at the front by now, so each row's first valid token is at index `padding`.
     index = (padding[:, None] + torch.arange(layer.n_global, device=key.device)).clamp(max=num_keys - 1)
     return window, KeyValues(*(gather_tokens(x, index) for x in window)), stream
 
@@ -363,7 +381,7 @@ def _from_all_keys(
 def _rotations(
     model: nn.Module, attention: list[Any], num_positions: int
 ) -> tuple[list[Callable[[Tensor], Rotation]], RotarySite | None]:
-    """Find how each layer rotates, and the rotary module that it does so by, if any."""
+    """Return the rotation of each layer, and the rotary module behind it, if any."""
     kind = model_type(model)
     if kind in ADAPTERS and uses_alibi(attention[0], kind):
         return [no_rotation] * len(attention), None
@@ -383,7 +401,7 @@ def _rotations(
 
 
 def _longest_span(n_local: int, block_len: int | None) -> int:
-    """Queries whose keys are rotated at one go, at most, whichever back end a call takes."""
+    """Return the most queries whose keys are rotated at once, whichever back end a call takes."""
     lengths = [block_len] if block_len else [back_end.block_len(n_local) for back_end in BACK_ENDS.values()]
     return max(rotated_span_len(n_local, length) for length in lengths)
 

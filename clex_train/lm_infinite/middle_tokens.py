@@ -1,8 +1,8 @@
-"""The tokens between the starting ones and the local window, which LM-Infinite leaves out: two ways to let them in.
+"""Middle tokens, between the starting ones and the local window: two ways to include them in LM-Infinite.
 
-A key j of query i is in the middle when i - j >= L and j >= G. Without either way no query sees one. Both ways need
-all keys, so the cache is one that keeps everything, and cost O(n) a query; scores are made for one block of queries
-and `chunk_len` keys at a time. Shapes: `B` batch, `H` heads, `K` key heads, `S` queries, `T` keys, `D`, `V` widths.
+A key j of query i is in the middle when i - j >= L and j >= G; plain LM-Infinite masks it. Both ways need a cache that
+keeps all keys, and cost O(n) per query. Scores are computed for one block of queries and `chunk_len` keys at a time.
+Shapes: `B` batch, `H` heads, `K` key heads, `S` queries, `T` keys, `D`, `V` head dims.
 """
 
 from collections.abc import Callable
@@ -27,12 +27,12 @@ from clex_train.lm_infinite.stream import KeyValues, Rotation
 MIN_CHUNK = 1024
 
 Visible = Callable[[int, int], Tensor]
-"""Which keys first..last-1 of the middle each query sees, bool [#B, 1, S, T]."""
+"""(first, last) -> bool [#B, 1, S, T]: which middle keys first..last-1 each query sees."""
 
 
 @runtime_checkable
 class Middle(Protocol):
-    """What a layer sees of the middle."""
+    """A way to attend to the middle."""
 
     def attend(
         self,
@@ -43,19 +43,18 @@ class Middle(Protocol):
         n_local: int,
         rule: SoftmaxRule,
     ) -> PartialAttention:
-        """Attention of unrotated queries to the unrotated keys of `far` that are `visible`."""
+        """Attend from unrotated queries to the unrotated keys of `far` that are `visible`."""
 
     def for_layer(self, layer_idx: int) -> "Middle | None":
-        """What this layer sees; None for nothing."""
+        """Return the middle of this layer; None if it sees none."""
 
 
 @dataclass(frozen=True)
 class WholeMiddle:
-    """Every token of the middle at distance L: the limit of the distance alone, without the mask (section 4 of the
-    paper). Keys that the mask would hide take part, none is farther than L."""
+    """Every middle token at distance L: the distance limit alone, without the mask (section 4 of the paper)."""
 
     def for_layer(self, layer_idx: int) -> "Middle | None":
-        """The same in every layer."""
+        """Return the same for every layer."""
         return self
 
     def attend(
@@ -71,6 +70,7 @@ class WholeMiddle:
         rotated, size, merged = rotation.constant(query, n_local), chunk_len(n_local), None
         for first in range(0, far.keys.shape[2], size):
             keys, values = far.span(first, first + size)
+            # All keys share one distance, so rotating the queries by L and the keys by 0 suffices.
             part = attend(rotated, rotation.constant(keys, 0), values, visible(first, first + keys.shape[2]), rule)
             merged = part if merged is None else merge(merged, part)
         assert merged is not None
@@ -79,11 +79,9 @@ class WholeMiddle:
 
 @dataclass(frozen=True)
 class BestMiddle:
-    """For every query and head the `num_keys` best keys of the middle, by their score at distance L / 2, at which they
-    are also seen, in layers `first_layer` and up.
+    """The `num_keys` best middle keys of each query and head, in layers `first_layer` and up.
 
-    The paper's option has k = 5. Its code selects for the last query of a call only, so a prompt read at once and one
-    read in pieces differ; here every query selects by itself, and the cache does not matter.
+    Keys are scored and seen at distance L / 2. The paper uses k = 5.
     """
 
     num_keys: int = 5
@@ -96,7 +94,7 @@ class BestMiddle:
             )
 
     def for_layer(self, layer_idx: int) -> "Middle | None":
-        """Nothing below `first_layer`."""
+        """Return None below `first_layer`."""
         return self if layer_idx >= self.first_layer else None
 
     def attend(
@@ -110,6 +108,8 @@ class BestMiddle:
     ) -> PartialAttention:
         """See `Middle`."""
         num_rows, num_heads, num_queries, _ = query.shape
+        # The official code selects for the last query of a call only, so results depend on how a prompt is split. Here
+        # every query selects for itself.
         num_groups = far.keys.shape[1]
         rotated = rotation.constant(query, n_local // 2)
         folded = rotated.reshape(num_rows, num_groups, num_heads // num_groups * num_queries, -1)
@@ -130,9 +130,9 @@ class BestMiddle:
         group: int,
         n_local: int,
     ) -> tuple[Int[Tensor, "B K S k"], Bool[Tensor, "B K S k"]]:
-        """The best keys of each query, and which of them there are: the middle may hold fewer."""
+        """Return the indices of each query's best keys, and which of them exist: the middle may hold fewer."""
         size = chunk_len(n_local)
-        # In bfloat16 many scores are equal, and which of them are kept would depend on the shape of a call.
+        # In bfloat16 many scores tie, and which keys win would depend on the shape of the call.
         dtype = torch.promote_types(query.dtype, torch.float32)
         query = query.to(dtype)
         kept = query.new_empty(*query.shape[:3], 0)
@@ -143,13 +143,14 @@ class BestMiddle:
             scores = (query @ chunk.transpose(-1, -2)).masked_fill_(hidden, float("-inf"))
             best, index = scores.topk(min(self.num_keys, scores.shape[-1]), dim=-1)
             best, index = torch.cat((kept, best), dim=-1), torch.cat((kept_index, index + first), dim=-1)
+            # A running top-k over chunks bounds memory; the scores of all n keys would not fit.
             kept, order = best.topk(min(self.num_keys, best.shape[-1]), dim=-1)
             kept_index = index.gather(-1, order)
         return kept_index, kept.isfinite()
 
 
 def chunk_len(n_local: int) -> int:
-    """Keys of the middle that are scored at one go: about as many as a window has."""
+    """Return the number of middle keys scored at once, about as many as a window has."""
     return max(n_local, MIN_CHUNK)
 
 
@@ -163,7 +164,10 @@ def middle_mask(
     first: int,
     last: int,
 ) -> Bool[Tensor, "#B 1 S T"]:
-    """Where i - j >= L and j >= G of keys first..last-1, j counted without the `padding` [B] at the front of a row."""
+    """Return where i - j >= L and j >= G for keys first..last-1.
+
+    Index j leaves out the `padding` [B] at the front of a row.
+    """
     query = torch.arange(first_query, first_query + num_queries, device=device)[:, None]
     key = torch.arange(first, last, device=device)
     outside = (query - key >= n_local)[None, None]
@@ -180,8 +184,9 @@ def _attend_selected(
     is_middle: Bool[Tensor, "B K S k"],
     rule: SoftmaxRule,
 ) -> PartialAttention:
-    """Attention of each query to keys of its own."""
+    """Attend from each query to its own selected keys."""
     flat = index.flatten(2)[..., None]
+    # `take_along_dim` broadcasts over the head dim, so no [.., k, D] index is built.
     own_keys, own_values = (x.take_along_dim(flat, dim=2).unflatten(2, index.shape[2:]) for x in (keys, values))
     scores = attention_scores(query[..., None, :], own_keys, rule.scaling).squeeze(-2)
     if rule.softcap is not None:

@@ -1,8 +1,8 @@
-"""The rotation of a Hugging Face model, at positions of our choosing.
+"""Rotation by a Hugging Face model's own frequencies, at positions of our choosing.
 
-cos and sin come from the model's rotary module, whichever it is at the time (the stock one or one that follows a
-frequency table), and are applied by the family's own `apply_rotary_pos_emb`. Shapes: `B` batch, `H` heads,
-`S` tokens, `D` head width, `M` positions.
+cos and sin come from the model's current rotary module (the stock one, or one that follows a frequency table) and are
+applied by the family's own `apply_rotary_pos_emb`.
+Shapes: `B` batch, `H` heads, `S` tokens, `D` head dim, `M` positions.
 """
 
 import inspect
@@ -19,19 +19,20 @@ RotateFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class TableRotation:
-    """Rotation by tables of cos and sin [1, M, W] for positions 0..M-1; components beyond the rotary ones stay."""
+    """Rotation by tables of cos and sin [1, M, W] for positions 0..M-1; non-rotary components pass through."""
 
     def __init__(self, cos: Tensor, sin: Tensor, rotary_dim: int, rotate: RotateFunction) -> None:
         self.cos, self.sin, self.rotary_dim, self.rotate = cos, sin, rotary_dim, rotate
 
     def consecutive(self, x: Float[Tensor, "B H S D"], first: int) -> Float[Tensor, "B H S D"]:
-        """`x` with its tokens at positions first, first + 1, ..."""
+        """Rotate `x` with its tokens at positions first, first + 1, ..."""
         last = first + x.shape[2]
         return self._apply(x, self.cos[:, first:last], self.sin[:, first:last])
 
     def constant(self, x: Float[Tensor, "B H S D"], position: int) -> Float[Tensor, "B H S D"]:
-        """`x` with every token at `position`; a negative one turns backwards."""
+        """Rotate `x` with every token at `position`, which may be negative."""
         where = slice(abs(position), abs(position) + 1)
+        # cos is even and sin is odd, so a table of positive positions serves negative ones.
         sin = self.sin[:, where] if position >= 0 else -self.sin[:, where]
         return self._apply(x, self.cos[:, where], sin)
 
@@ -41,18 +42,18 @@ class TableRotation:
 
 
 class RotarySite(NamedTuple):
-    """Where a model keeps its rotary module; what is there may change."""
+    """Place of the rotary module in a model. The module there may be replaced at any time."""
 
     parent: nn.Module
     name: str
 
     @property
     def module(self) -> Any:
-        """The rotary module of this moment."""
+        """The current rotary module."""
         return getattr(self.parent, self.name)
 
     def cos_shape(self, layer_type: str | None) -> tuple[int, ...]:
-        """Shape [1, 2, W] of cos for two tokens in a layer of `layer_type`."""
+        """Return the shape [1, 2, W] of cos for two tokens in a layer of `layer_type`."""
         rotary = self.module
         buffer = next(rotary.buffers(), None)
         x = torch.empty(1, 1, 1, device="cpu" if buffer is None else buffer.device)
@@ -60,7 +61,7 @@ class RotarySite(NamedTuple):
 
 
 class RotationTables:
-    """Tables for positions 0..M-1 by layer type, made again only when the model's frequencies change."""
+    """Tables for positions 0..M-1 by layer type, rebuilt only when the model's frequencies change."""
 
     def __init__(self, site: RotarySite, num_positions: int) -> None:
         self.site, self.num_positions = site, num_positions
@@ -71,16 +72,17 @@ class RotationTables:
         rotary = self.site.module
         if getattr(rotary, "positions", None) is not None:
             raise ValueError(
-                "attention=lm_infinite sees tokens at their distances and cannot use sampled positions; "
+                "attention=lm_infinite sees tokens at their true distances and does not support sampled positions; "
                 "train with scaling.positions=plain"
             )
         layer_type = _call_layer_type(rotary, layer_type)
-        # Tables made in inference mode could take no part in training.
+        # Inference mode is part of the key: its tables could not be used in training.
         is_local = layer_idx in getattr(rotary, "local_layers", ())
         key, state = (layer_type, is_local, x.dtype, x.device, torch.is_inference_mode_enabled()), _state(rotary)
         known = self._known.get(key)
         if known is None or known[0] != state:
             known = (state, *_cos_sin(rotary, x, self.num_positions, layer_type, is_local))
+            # With gradients into the frequencies, each call needs a graph of its own.
             if not known[1].requires_grad:
                 self._known[key] = known
         return TableRotation(known[1], known[2], 2 * _num_pairs(rotary, layer_type), rotate)
@@ -99,16 +101,17 @@ def find_rotary_site(model: nn.Module) -> RotarySite:
         raise ValueError(f"model_type={kind}: {len(sites)} rotary modules where lm_infinite needs exactly one")
     types = getattr(sites[0].module, "rope_type", "default")
     for rope_type in types.values() if isinstance(types, dict) else [types]:
+        # Such a module picks its frequencies by the largest position it is called with, which here is a table's length.
         if any(name in str(rope_type) for name in ("dynamic", "longrope")):
             raise ValueError(
-                f"rope_type={rope_type} of model_type={kind}: its frequencies change with the length; "
+                f"rope_type={rope_type} of model_type={kind}: its frequencies change with the sequence length; "
                 "set rope_type to `default` in rope_parameters of config.json"
             )
     return sites[0]
 
 
 def rotation_function(attention: nn.Module) -> RotateFunction:
-    """Return the family's own rotation of one tensor; `ValueError` when its module has none of the usual form."""
+    """Return the family's rotation of one tensor; `ValueError` if its module has none of the usual signature."""
     source = sys.modules[type(attention).__module__]
     function = getattr(source, "apply_rotary_pos_emb", None)
     if function is None or list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
@@ -116,7 +119,7 @@ def rotation_function(attention: nn.Module) -> RotateFunction:
             f"{type(attention).__name__}: no function apply_rotary_pos_emb(q, k, cos, sin), so lm_infinite cannot "
             "rotate its keys"
         )
-    # The function turns a query and a key; an empty key costs nothing.
+    # The family's function rotates a query and a key; an empty key costs nothing.
     return partial(_rotate_one, function)
 
 
@@ -127,14 +130,15 @@ def _rotate_one(function: Callable[..., Any], x: Tensor, cos: Tensor, sin: Tenso
 def _cos_sin(
     rotary: Any, x: Tensor, num_positions: int, layer_type: str | None, is_local: bool = False
 ) -> tuple[Tensor, Tensor]:
+    """Compute the tables of cos and sin for positions 0..num_positions-1."""
     positions = torch.arange(num_positions, device=x.device)[None]
     like = torch.empty(1, 1, 1, dtype=x.dtype, device=x.device)
-    # A module that notes the positions of the model's call must not take ours for them.
+    # Our rotary module records the positions of the model's calls; this call must not replace them.
     noted = getattr(rotary, "last_position_ids", None)
     found = rotary(like, positions) if layer_type is None else rotary(like, positions, layer_type)
     if not isinstance(found, tuple) or len(found) not in (2, 4):
-        raise ValueError(f"{type(rotary).__name__}: it does not return cos and sin, so lm_infinite cannot rotate by it")
-    # Our rotary module returns the pair of local layers behind that of the others.
+        raise ValueError(f"{type(rotary).__name__}: it does not return cos and sin, so lm_infinite cannot use it")
+    # Our rotary module returns the pair of local layers after that of the others.
     cos, sin = found[2:] if is_local else found[:2]
     if noted is not None:
         rotary.last_position_ids = noted
@@ -142,7 +146,7 @@ def _cos_sin(
 
 
 def _call_layer_type(rotary: Any, layer_type: str | None) -> str | None:
-    """Return the type that the rotary module is called with; None where it knows no types."""
+    """Return the layer type to call the rotary module with; None if it takes none."""
     typed = "layer_type" in inspect.signature(type(rotary).forward).parameters
     return layer_type if typed and _has_types(rotary) else None
 
@@ -160,13 +164,14 @@ def _num_pairs(rotary: Any, layer_type: str | None) -> int:
 
 
 def _state(rotary: Any) -> tuple[Any, ...]:
-    """Changes whenever the frequencies of the module may have; compares by identity."""
+    """Return a value that changes whenever the module's frequencies may have; compared by identity."""
+    # `_version` counts in-place writes, which keep the pointer.
     buffers = tuple((buffer.data_ptr(), buffer._version) for buffer in rotary.buffers())
     return (id(rotary), _Identity(getattr(rotary, "spectrum", None)), buffers)
 
 
 class _Identity:
-    """Equal when it is about the very same object, which is kept alive, so that its id is not used again."""
+    """Comparison by identity that keeps its subject alive, so that no other object can take over its id."""
 
     def __init__(self, subject: Any) -> None:
         self.subject = subject

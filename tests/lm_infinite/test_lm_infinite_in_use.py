@@ -13,7 +13,7 @@ def test_another_attention_while_it_is_in_force_is_refused():
     model = tiny_model("llama")
     handle = apply_lm_infinite(model, 12, 3)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match=r"^attn_implementation=sdpa: lm_infinite is in force"):
+    with pytest.raises(ValueError, match=r"^attn_implementation=sdpa: lm_infinite is applied"):
         model(tokens(1, 4))
     handle.undo()
     model(tokens(1, 4))
@@ -72,7 +72,7 @@ def test_a_constant_cache_of_other_rows_is_refused_before_it_changes(held, new):
         expected = model(ids[:held]).logits
         model(ids[:held, :8], past_key_values=cache)
         for padding in (None, mask):
-            with pytest.raises(ValueError, match=rf"^cache=LambdaCache: filled with {held} rows, not with {new}"):
+            with pytest.raises(ValueError, match=rf"^cache=LambdaCache: it holds {held} rows, the call has {new}"):
                 model(ids[:new, 8:9], past_key_values=cache, attention_mask=padding)
         found = model(ids[:held, 8:], past_key_values=cache).logits
     torch.testing.assert_close(found, expected[:, 8:], rtol=0, atol=1e-5)
@@ -82,7 +82,7 @@ def test_a_constant_cache_of_other_rows_is_refused_before_it_changes(held, new):
 def test_a_static_cache_is_refused_by_name(family):
     model = tiny_model(family)
     apply_lm_infinite(model, 12, 3)
-    with pytest.raises(ValueError, match=r"^cache=StaticCache: lm_infinite works with a LambdaCache"):
+    with pytest.raises(ValueError, match=r"^cache=StaticCache: lm_infinite supports a LambdaCache"):
         model.generate(tokens(1, 4), max_new_tokens=4, cache_implementation="static")
 
 

@@ -291,7 +291,7 @@ class TestWhatItCannot:
         model = tiny_model("llama")
         with caplog.at_level(logging.WARNING):
             apply_lm_infinite(model, 17, 17).undo()
-        assert "n_local=17 is beyond the 16 tokens" in caplog.text
+        assert "n_local=17 exceeds the model's trained context of 16 tokens" in caplog.text
         assert "n_global=17 is not below n_local=17" in caplog.text
 
     @pytest.mark.parametrize("kind", ["gpt2", "codegen"])

@@ -168,7 +168,7 @@ def test_lm_infinite_refuses_what_it_does_not_fit_before_the_first_call(
     kind: str, settings: dict[str, Any], reason: str
 ) -> None:
     model = model_of(kind, **settings)
-    with pytest.raises(ValueError, match=rf"^model_type={kind}: lm_infinite does not fit it \(.*{reason}"):
+    with pytest.raises(ValueError, match=rf"^model_type={kind}: lm_infinite does not support it \(.*{reason}"):
         apply_lm_infinite(model, 8, 2)
 
 
