@@ -109,7 +109,7 @@ def test_clamping_is_on_request_only(caplog: pytest.LogCaptureFixture) -> None:
     clex.undo()
     apply_clex(model, trained_field(), clamp=True)
     model(tokens(65))
-    assert "num_tokens=65 is beyond t_max" in caplog.text
+    assert "num_tokens=65 exceeds t_max" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Refuse RoPE values of a config.json that no model can have been trained with.
+"""Validation of RoPE values in config.json: refuse those that no model can have been trained with.
 
-transformers warns of some, computes frequencies that are all alike or not finite from others, and fails on the rest
-with an error of arithmetic. `rope_parameters` is one set of values, or one for each type of layer.
+transformers warns about some, computes equal or non-finite frequencies from others, and fails on the rest with an
+arithmetic error. `rope_parameters` holds one set of values, or one per layer type.
 """
 
 import math
@@ -16,6 +16,7 @@ from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_TOKENS
 UNSCALED = "default"
 NEEDS_FACTOR = ("linear", "dynamic", "llama3")
 LENGTH = "original_max_position_embeddings"
+# Wide on purpose: refuse typos and damage, not unusual models.
 BOUNDS = {
     "factor": (1.0, MOST_SCALE),
     LENGTH: (1, MOST_TOKENS),
@@ -25,13 +26,13 @@ BOUNDS = {
     "low_freq_factor": (1e-6, 1e6),
     "high_freq_factor": (1e-6, 1e6),
 }
-"""Least and largest values of what scales a RoPE; None stands for what transformers takes by itself."""
+"""Smallest and largest values of RoPE scaling parameters; None lets transformers choose."""
 
 
 def require_valid_rope(config: PretrainedConfig, source: str, has_own_code: bool = False) -> None:
-    """Raise `ValueError` for a value that cannot be meant, in one line that begins with `source`.
+    """Raise `ValueError` for an impossible value, in one line that starts with `source`.
 
-    A model with code of its own may know other types of RoPE.
+    A model with code of its own may define other RoPE types.
     """
     try:
         text: Any = config.get_text_config()
@@ -41,8 +42,8 @@ def require_valid_rope(config: PretrainedConfig, source: str, has_own_code: bool
     for parameters in _parameter_sets(text):
         for key, remedy in _invalid_values(parameters, set() if has_own_code else known):
             raise ValueError(
-                f"{source}: its config.json has {key}={parameters.get(key)!r} for RoPE, and it has to be {remedy}; "
-                "correct it, or copy the config.json of the model again"
+                f"{source}: its config.json has {key}={parameters.get(key)!r} for RoPE, which must be {remedy}; "
+                "correct it, or copy the model's config.json again"
             )
 
 
@@ -51,16 +52,17 @@ def _parameter_sets(text: Any) -> list[dict[str, Any]]:
     if not isinstance(parameters, dict):
         theta = getattr(text, "rope_theta", None)
         return [] if theta is None else [{"rope_theta": theta}]
-    # A type of layer without RoPE has None.
+    # A layer type without RoPE has None.
     nested = [each for each in parameters.values() if isinstance(each, dict)]
     return nested or [parameters]
 
 
 def _invalid_values(parameters: dict[str, Any], known: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield keys whose values cannot be meant, and what they have to be."""
+    """Yield each key with an impossible value, and the requirement that it violates."""
     rope_type = parameters.get("rope_type", UNSCALED)
     if known and (not isinstance(rope_type, str) or rope_type not in known):
         yield "rope_type", f"one of {', '.join(sorted(known))}"
+    # With theta = 1 all frequencies are equal; below 1 they grow.
     if "rope_theta" in parameters and not (
         _is_number(theta := parameters["rope_theta"]) and 1 < theta <= MOST_ROPE_THETA
     ):
@@ -68,9 +70,11 @@ def _invalid_values(parameters: dict[str, Any], known: set[str]) -> Iterator[tup
     share = parameters.get("partial_rotary_factor")
     if share is not None and not (_is_number(share) and 0 < share <= 1):
         yield "partial_rotary_factor", "a number above 0 and at most 1"
+    # Leftover scaling keys beside the default type have no effect.
     if rope_type == UNSCALED:
         return
     for key, (least, most) in BOUNDS.items():
+        # None lets transformers compute a default, except for `factor` in these types.
         value, is_needed = parameters.get(key), key == "factor" and rope_type in NEEDS_FACTOR
         if (value is not None or is_needed) and not (_is_number(value) and least <= value <= most):
             yield key, f"a number from {least:g} to {most:,}"
@@ -84,5 +88,6 @@ def _invalid_values(parameters: dict[str, Any], known: set[str]) -> Iterator[tup
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
+    # bool is an int in Python, and JSON has true where a number was meant.
     is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_real and (isinstance(value, int) or math.isfinite(value))

@@ -131,5 +131,5 @@ def test_a_decoder_that_takes_tokens_by_another_name_is_an_error() -> None:
         return forward(input_ids=tokens, **kwargs)
 
     model.model.forward = renamed
-    with pytest.raises(LibraryChanged, match="took tokens under other names"):
+    with pytest.raises(LibraryChanged, match="takes its tokens under names other than"):
         model.model(tokens=torch.ones(1, 3, dtype=torch.int64))

@@ -142,7 +142,7 @@ def test_a_cache_that_is_full_says_so() -> None:
     layer = PreallocatedLayer(4)
     states = torch.zeros(1, 2, 3, 8)
     layer.update(states, states)
-    with pytest.raises(ValueError, match="num_tokens=6: the cache was made for 4 tokens"):
+    with pytest.raises(ValueError, match="num_tokens=6: the cache was allocated for 4 tokens"):
         layer.update(states, states)
 
 

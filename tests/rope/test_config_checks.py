@@ -65,7 +65,7 @@ def test_a_base_in_the_place_of_older_versions_is_refused_too(directory, theta):
 def test_an_unknown_type_is_refused_with_those_that_are_known(directory, rope_type):
     change(directory, {"rope_type": rope_type, "factor": 2.0})
     line = refusal(ModelConfig(path=str(directory)))
-    assert f"rope_type={rope_type!r} for RoPE, and it has to be one of default, dynamic, linear, llama3" in line
+    assert f"rope_type={rope_type!r} for RoPE, which must be one of default, dynamic, linear, llama3" in line
 
 
 @pytest.mark.parametrize("factor", [0.5, 0, -2, 1e9, "4", None, float("nan")])
@@ -73,7 +73,7 @@ def test_an_unknown_type_is_refused_with_those_that_are_known(directory, rope_ty
 def test_a_factor_that_would_shrink_the_context_is_refused(directory, rope_type, factor):
     change(directory, {"rope_type": rope_type, "factor": factor})
     line = refusal(ModelConfig(path=str(directory)))
-    assert f"its config.json has factor={factor!r} for RoPE, and it has to be a number from 1 to 16,384" in line
+    assert f"its config.json has factor={factor!r} for RoPE, which must be a number from 1 to 16,384" in line
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_model_of_one_layer_without_rotation_is_the_same_with_a_cache() -> Non
 @pytest.mark.parametrize("kind", ["mistral", "phi3", "starcoder2"])
 def test_windows_in_every_layer_are_refused_with_the_remedy(kind: str) -> None:
     model = model_of(kind, sliding_window=12)
-    remedy = rf"model_type={kind}: .* window of 12 tokens, of L = 16.*; set sliding_window to null in config.json"
+    remedy = rf"model_type={kind}: .* window of 12 tokens, at most L = 16.*; set sliding_window to null in config.json"
     with pytest.raises(ValueError, match=remedy):
         apply_clex(model, context_len=CONTEXT)
     with pytest.raises(ValueError, match=remedy):
