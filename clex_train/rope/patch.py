@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from clex_train.attention import kv_cache
 from clex_train.attention.kv_cache import LibraryChanged
 from clex_train.attention.layer_probe import rotary_attention
-from clex_train.rope import key_cache, receptive_field
+from clex_train.rope import key_cache, key_record, receptive_field
 from clex_train.rope.hooks import (
     CallArgument,
     CastPositionEmbeddings,
@@ -82,7 +82,7 @@ class _CallState(NamedTuple):
 
     spectrum: Spectrum
     cache: Cache | None
-    record: key_cache.KeyRecord | None
+    record: key_record.KeyRecord | None
     num_tokens: int
     num_new: int
     moved: bool
@@ -250,12 +250,12 @@ class RotaryHandle:
         if tokens is None:
             return
         override = self._override
-        record = key_cache.find_record(cache)
+        record = key_record.find_record(cache)
         if override.is_training and record is not None:
             raise ValueError(f"the KV cache holds {record.num_keys} keys: training takes whole rows, without a cache")
         num_new = tokens.shape[1]
         # Training rows have no cache, and their position_ids restart at documents, so count tokens instead.
-        num_tokens = num_new if override.is_training else _num_tokens(num_new, position_ids, record)
+        num_tokens = num_new if override.is_training else key_record.count_tokens(num_new, position_ids, record)
         spectrum = self._select_spectrum(num_tokens) if override.spectrum is None else override.spectrum
         moved = False
         if cache is not None and record is not None:
@@ -281,7 +281,7 @@ class RotaryHandle:
         kv_cache.require_found(call.cache, output, call.num_new)
         cache = kv_cache.find_in_output(output) if call.cache is None else call.cache
         if cache is not None:
-            key_cache.record_keys(cache, call.record, call.spectrum, position_ids, call.num_tokens, call.moved)
+            key_record.record_keys(cache, call.record, call.spectrum, position_ids, call.num_tokens, call.moved)
 
     def _inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -310,7 +310,7 @@ class RotaryHandle:
         own = self._select_spectrum(num_tokens)
         return own is spectrum or own.t == spectrum.t
 
-    def _warn_about_candidates(self, record: key_cache.KeyRecord) -> None:
+    def _warn_about_candidates(self, record: key_record.KeyRecord) -> None:
         """Warn once that candidates were verified at a larger t than plain decoding would have used."""
         if record.lost_candidates and not self._warned_about_candidates:
             self._warned_about_candidates = True
@@ -337,20 +337,6 @@ class RotaryHandle:
             yield
         finally:
             self._override = before
-
-
-def _num_tokens(num_new: int, position_ids: Tensor | None, record: key_cache.KeyRecord | None) -> int:
-    """Return n, the largest position of the call + 1: cached keys plus new tokens, without left padding."""
-    if position_ids is None:
-        return num_new + (record.num_keys if record else 0)
-    if num_new == 1 and record is not None:
-        # One more token per row; reading the largest position would synchronize in every decoding step.
-        return record.num_tokens + 1
-    # Left-padded rows have fewer positions than tokens, so the shape does not give n.
-    first, last = (int(bound) for bound in torch.aminmax(position_ids))
-    if first < 0:
-        raise ValueError(f"position_ids={first}: positions start at 0; give padding position 0, not a negative one")
-    return last + 1
 
 
 def _require_usable(positions: Tensor) -> None:
