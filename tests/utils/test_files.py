@@ -163,7 +163,7 @@ def test_a_place_that_takes_no_output_is_refused_and_nothing_is_made(tmp_path):
     (tmp_path / "file").touch()
     for place, reason in (
         (tmp_path / "file" / "x", "file is a file, not a folder"),
-        (Path("/proc/nope/x"), r"/proc (is read-only|takes no files \(.*\))"),
+        (Path("/proc/nope/x"), r"/proc (is read-only|cannot be written to \(.*\))"),
         (tmp_path / ("x" * 256), "a name of more than 255 bytes"),
     ):
         with pytest.raises(ValueError, match=f"^output={place}: .*{reason}"):
