@@ -117,12 +117,12 @@ def test_clamping_is_on_request_only(caplog: pytest.LogCaptureFixture) -> None:
     [
         (
             lambda folder: run_directory(folder, base=BASE / 2),
-            r"final: starts from theta\[\d\]=\S+, and the model's is \S+;",
+            r"final: starts from theta\[\d\]=\S+, but the model's is \S+;",
         ),
-        (lambda folder: run_directory(folder, base=BASE[:5]), "final: rotary dimension 10, and the model's is 12"),
-        (lambda folder: Clex(BASE[:5], 4.0), "the field: rotary dimension 10, and the model's is 12"),
+        (lambda folder: run_directory(folder, base=BASE[:5]), "final: rotary dimension 10, but the model's is 12"),
+        (lambda folder: Clex(BASE[:5], 4.0), "the field: rotary dimension 10, but the model's is 12"),
         (lambda folder: FrequencyTable(torch.ones(1).double(), torch.ones(1, 5).double()), "rotary dimension 10"),
-        (lambda folder: folder, "no CLEX in it"),
+        (lambda folder: folder, "contains no CLEX"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_the_model_untouched(tmp_path: Path, make, message: str) -> None:

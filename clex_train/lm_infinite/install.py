@@ -65,9 +65,9 @@ def apply_lm_infinite(
         ValueError: a size out of range, or a model that lm_infinite does not support, by name.
     """
     if n_local < 1 or n_global < 0:
-        raise ValueError(f"n_local={n_local}, n_global={n_global}: at least 1 and 0 tokens")
+        raise ValueError(f"n_local={n_local}, n_global={n_global}: must be at least 1 and 0 tokens")
     if block_len is not None and block_len < 1:
-        raise ValueError(f"block_len={block_len}: at least 1 query")
+        raise ValueError(f"block_len={block_len}: must be at least 1 query")
     return LmInfinite(model, n_local, n_global, block_len, middle, BackEndChoice(back_end))
 
 
@@ -92,12 +92,14 @@ class LmInfinite:
         rotations, site = _rotations(
             model, attention, longest + max(_longest_span(longest, block_len), spare_slots(longest))
         )
+        # After the checks that raise, so that a refused model leaves no warning.
         self._warn()
         adapter = ADAPTERS.get(model_type(model))
         self.layers = [
             LambdaLayer(
                 module,
                 n_local if window is None else window,
+                # A layer's own window has no starting tokens: the family was trained without them.
                 n_global if window is None else 0,
                 block_len,
                 rotation,
@@ -108,6 +110,7 @@ class LmInfinite:
             )
             for module, window, rotation in zip(attention, windows, rotations, strict=True)
         ]
+        # For example `first_layer` beyond the last one: the option would silently have no effect.
         if middle is not None and all(layer.middle is None for layer in self.layers):
             raise ValueError(f"middle={middle}: none of the model's {len(self.layers)} layers uses it")
         self._insert()
@@ -126,6 +129,7 @@ class LmInfinite:
         """Restore the model. Caches filled in the meantime must be discarded. Calling it again has no effect."""
         if not self._removals:
             return
+        # Every config its own name: a composite model may mix implementations.
         for config, implementation in self._before:
             config._attn_implementation = implementation
         for removal in self._removals:
@@ -138,12 +142,14 @@ class LmInfinite:
 
     def _insert(self) -> None:
         modules = [layer.module for layer in self.layers]
+        # By identity: layers usually share one config, but a text model inside a larger one has its own.
         configs: dict[int, Any] = {id(m.config): m.config for m in (*modules, self.model) if hasattr(m, "config")}
         self._before = [(config, config._attn_implementation) for config in configs.values()]
         for config in configs.values():
             config._attn_implementation = NAME
         self._removals: list[RemovableHandle] = [self.model.register_forward_pre_hook(check_call, with_kwargs=True)]
         if model_type(self.model) == "gptj":
+            # GPT-J reads its table before the layers run, so hooks on them would be too late.
             self._removals += clamp_table_positions(self.model)
         for layer in self.layers:
             layer.enter()
@@ -170,6 +176,7 @@ def _rotations(
     """Return the rotation of each layer, and the rotary module behind it, if any."""
     kind = model_type(model)
     if kind in ADAPTERS and uses_alibi(attention[0], kind):
+        # ALiBi enters through the softmax rule's slopes instead.
         return [no_rotation] * len(attention), None
     if kind == "gptj":
         return [SinusoidTables(attention[0], num_positions).rotation] * len(attention), None
@@ -188,5 +195,6 @@ def _rotations(
 
 def _longest_span(n_local: int, block_len: int | None) -> int:
     """Return the most queries whose keys are rotated at once, whichever back end a call takes."""
+    # `auto` chooses a back end per call, so the tables must suffice for the longest blocks of any.
     lengths = [block_len] if block_len else [back_end.block_len(n_local) for back_end in BACK_ENDS.values()]
     return max(rotated_span_len(n_local, length) for length in lengths)

@@ -24,6 +24,7 @@ from clex_train.attention.partial_softmax import (
 )
 from clex_train.lm_infinite.stream import KeyValues, Rotation
 
+# Smaller chunks would spend their time in kernel launches and top-k merges.
 MIN_CHUNK = 1024
 
 Visible = Callable[[int, int], Tensor]
@@ -90,7 +91,7 @@ class BestMiddle:
     def __post_init__(self) -> None:
         if self.num_keys < 1 or self.first_layer < 0:
             raise ValueError(
-                f"BestMiddle(num_keys={self.num_keys}, first_layer={self.first_layer}): at least 1 key and layer 0"
+                f"BestMiddle(num_keys={self.num_keys}, first_layer={self.first_layer}): must be at least 1 key and layer 0"
             )
 
     def for_layer(self, layer_idx: int) -> "Middle | None":
@@ -112,6 +113,7 @@ class BestMiddle:
         # every query selects for itself.
         num_groups = far.keys.shape[1]
         rotated = rotation.constant(query, n_local // 2)
+        # Query heads of a group share keys: folded into the query axis, none of the n keys is copied.
         folded = rotated.reshape(num_rows, num_groups, num_heads // num_groups * num_queries, -1)
         keys = rotation.constant(far.keys, 0)
         index, is_middle = self._select(folded, keys, visible, num_heads // num_groups, n_local)
@@ -193,5 +195,6 @@ def _attend_selected(
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
     scores = scores.masked_fill(~is_middle, masked_score(scores.dtype))
     log_sum_exp = scores.logsumexp(dim=-1)
+    # A query whose selection is masked throughout gets a log-sum-exp near the lowest float, so `merge` ignores it.
     weights = nn.functional.dropout((scores - log_sum_exp.unsqueeze(-1)).exp(), rule.dropout)
     return PartialAttention((weights.to(values.dtype)[..., None, :] @ own_values).squeeze(-2), log_sum_exp)

@@ -106,6 +106,7 @@ class RotaryHandle:
         self._call: _CallState | None = None
         self._listeners: list[LengthListener] = []
         self._arguments = {name: CallArgument(site.parent, name) for name in CALL_ARGUMENTS}
+        # Replaced on the instance: no class of transformers changes, and other models keep theirs.
         setattr(site.parent, site.name, self.rotary)
         # Bound methods, so that a deep copy of the model carries hooks bound to the copy.
         self._removals = [
@@ -198,6 +199,7 @@ class RotaryHandle:
             raise ValueError(
                 f"inv_freq of {len(spectrum.inv_freq)} pairs: the model rotates {len(self.base_inv_freq)} pairs"
             )
+        # Only families whose stock module rounds cos and sin need the casts.
         if self.traits.casts and not self.rotary.layers_cast:
             self._cast_in_layers(self._site.parent)
         with self._overridden(spectrum=spectrum, num_tokens=num_tokens, positions=positions, is_training=True):
@@ -296,6 +298,7 @@ class RotaryHandle:
         if self.table is None:
             return self.rotary.base[self.rotary.scaled]
         spectrum = self.table.least_upper_bound(num_tokens, self.context_len, clamp=self._clamp)
+        # Once per table: generation beyond t_max would repeat it for every token.
         if not self._warned and num_tokens > self.table.t_max * self.context_len:
             self._warned = True
             logger.warning(

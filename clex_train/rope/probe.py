@@ -59,6 +59,7 @@ def find_rotary(model: nn.Module) -> Site:
     config: Any = getattr(model, "config", None)
     if any(isinstance(module, ScaledRotary) for module in model.modules()):
         raise ValueError("install_rotary: already applied to this model; undo() the earlier handle")
+    # A single site may still be unused, as in an ALiBi Falcon.
     if len(sites) == 1 and has_rotary(model):
         return sites[0]
     kind = getattr(config, "model_type", type(model).__name__)
@@ -103,6 +104,7 @@ def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> 
         ValueError: the model type has no causal LM, or its config is impossible.
     """
     try:
+        # No weights are allocated, so an architecture of any size takes milliseconds and no memory.
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a family's own code raises over sizes that it cannot have
@@ -197,6 +199,7 @@ def _describe_positions(model: nn.Module) -> str:
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     buffers = {name.rsplit(".", 1)[-1] for name, _ in model.named_buffers()}
     source = sys.modules[type(model).__module__]
+    # GPT-2, OPT and GPT-BigCode call their position tables by these names.
     if names & {"wpe", "embed_positions", "position_embeddings", "position_embedding"}:
         return "it has learned absolute positions"
     if any("alibi" in name for name in vars(source)) or getattr(getattr(model, "config", None), "alibi", False):
@@ -254,6 +257,7 @@ def _call(dtype: torch.dtype, layer_type: LayerType) -> tuple[Any, ...]:
 
 
 def _expansion(cos: Tensor, spectrum: Spectrum, kind: str) -> str:
+    # Compared numerically, so that a family with an arrangement of its own is recognized or refused, never guessed.
     expected, _ = cos_sin(torch.arange(4)[None], spectrum.inv_freq)
     for name, expand in EXPANSIONS.items():
         candidate = expand(expected) * spectrum.attention_factor

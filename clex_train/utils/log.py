@@ -51,7 +51,7 @@ def setup() -> None:
     handler.setFormatter(_Printable(f"%(asctime)s {f'[rank {rank}] ' if rank else ''}%(message)s", "%H:%M:%S"))
     # Capacity 0 passes every line on at once; `buffered` raises it until the run summary.
     queue = MemoryHandler(0, target=handler)
-    # `force`: hydra and pytest install handlers of their own before the program starts.
+    # `force` replaces handlers that a library has installed already.
     logging.basicConfig(level=logging.WARNING, handlers=[queue], force=True)
     for name in ("clex_train", "data_prep", "launch"):
         logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -21,6 +21,7 @@ NEWEST_TESTED = {
 def installed_version(name: str) -> str | None:
     """Return the version of a distribution without its build label (`+cpu`); None when it is not installed."""
     try:
+        # Builds of torch carry a local label (+cpu, +cu128), which would compare as newer than the plain release.
         return Version(metadata.version(name)).public
     except metadata.PackageNotFoundError:
         return None

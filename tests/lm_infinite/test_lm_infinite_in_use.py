@@ -9,7 +9,7 @@ from clex_train.lm_infinite.install import apply_lm_infinite
 from tests.rope.rotary_families import tiny_model, tokens
 
 
-def test_another_attention_while_it_is_in_force_is_refused():
+def test_another_attention_while_it_is_applied_is_refused():
     model = tiny_model("llama")
     handle = apply_lm_infinite(model, 12, 3)
     model.set_attn_implementation("sdpa")
@@ -46,7 +46,7 @@ def test_a_cache_that_would_give_wrong_numbers_is_refused():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon"])
-def test_a_constant_cache_after_undo_is_refused_and_goes_on_when_it_is_in_force_again(family):
+def test_a_constant_cache_after_undo_is_refused_and_works_when_applied_again(family):
     model, ids = tiny_model(family), tokens(1, 12)
     handle = apply_lm_infinite(model, 6, 2)
     cache, empty = handle.new_cache(), handle.new_cache()
@@ -55,7 +55,7 @@ def test_a_constant_cache_after_undo_is_refused_and_goes_on_when_it_is_in_force_
         model(ids[:, :8], past_key_values=cache, use_cache=True)
         handle.undo()
         for held in (cache, empty):
-            with pytest.raises(ValueError, match=r"^cache=LambdaCache: lm_infinite is not in force"):
+            with pytest.raises(ValueError, match=r"^cache=LambdaCache: lm_infinite is not applied to this model"):
                 model(ids[:, 8:9], past_key_values=held, use_cache=True)
         apply_lm_infinite(model, 6, 2)
         found = model(ids[:, 8:], past_key_values=cache, use_cache=True).logits
@@ -111,7 +111,7 @@ def test_under_autocast_keys_are_of_the_dtype_of_values():
     assert (torch.cat(pieces, dim=1).float() - expected).norm() < 0.03 * expected.norm()
 
 
-def test_a_model_can_be_pickled_while_it_is_in_force():
+def test_a_model_can_be_pickled_while_it_is_applied():
     model, ids = tiny_model("llama"), tokens(1, 30)
     apply_lm_infinite(model, 12, 3)
     with torch.no_grad():

@@ -311,7 +311,7 @@ def test_arguments_out_of_range_are_refused_by_name(change: dict[str, object], m
 
 @pytest.mark.parametrize("t", [0.99, 4.1, float("nan")])
 def test_a_scale_factor_outside_the_range_is_refused(t: float) -> None:
-    with pytest.raises(ValueError, match=r"scale factors lie in \[1, t_max=4\]"):
+    with pytest.raises(ValueError, match=r"scale factors must lie in \[1, t_max=4\]"):
         Clex(rope(4), 4.0).inv_freq(t)
 
 

@@ -129,7 +129,7 @@ def test_a_grid_that_does_not_ascend_from_1_is_refused(grid: list[float]) -> Non
 def test_frequencies_that_are_not_finite_and_positive_are_refused_by_place(value: float) -> None:
     inv_freq = pi_table(BASE, scale_grid(4)).inv_freq.clone()
     inv_freq[2, 5] = value
-    with pytest.raises(ValueError, match=r"inv_freq\[2, 5\]=.* at t=3: frequencies are finite and positive"):
+    with pytest.raises(ValueError, match=r"inv_freq\[2, 5\]=.* at t=3: frequencies must be finite and positive"):
         FrequencyTable(scale_grid(4), inv_freq)
 
 
