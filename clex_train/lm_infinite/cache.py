@@ -239,18 +239,18 @@ class LambdaCacheLayer(CacheLayerMixin):
             return
         device, num_rows = window.keys.device, window.keys.shape[0]
         slot = torch.arange(self.n_global, device=device).expand(num_rows, -1)
-        held = torch.full((num_rows, 1), num_before, device=device)
+        num_stored = torch.full((num_rows, 1), num_before, device=device)
         # Slot g is stream index g plus the row's padding; shift it into the window, which ends at the last token.
         index = slot - (self.num_tokens - window.keys.shape[2])
         if padding_before is not None:
-            held = held - padding_before[:, None]
+            num_stored = num_stored - padding_before[:, None]
         if self.num_padding is not None:
             index = index + self.num_padding[:, None]
         index = index.clamp(0, window.keys.shape[2] - 1)
         fresh = [gather_tokens(x, index) for x in window]
         if self.start is not None:
-            is_held = (slot < held)[:, None, :, None]
-            fresh = [torch.where(is_held, old, x) for old, x in zip(self.start, fresh, strict=True)]
+            is_stored = (slot < num_stored)[:, None, :, None]
+            fresh = [torch.where(is_stored, old, x) for old, x in zip(self.start, fresh, strict=True)]
         self.start = KeyValues(*fresh)
 
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:

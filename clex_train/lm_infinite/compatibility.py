@@ -23,8 +23,8 @@ LAYER = "lm_infinite_layer"
 # Named because a probe cannot tell: a norm after the rotation leaves the keys' dependence on cos and sin intact.
 UNSUPPORTED = {
     "codegen": "it packs its queries, keys and values by tensor-parallel shards of its own",
-    "hunyuan_v1_dense": "it normalises keys after their rotation",
-    "hunyuan_v1_moe": "it normalises keys after their rotation",
+    "hunyuan_v1_dense": "it normalizes keys after their rotation",
+    "hunyuan_v1_moe": "it normalizes keys after their rotation",
 }
 
 
@@ -111,7 +111,7 @@ def _require_kept_tokens(mask: Bool[Tensor, "B T"], cache: DynamicCache, call: d
         # Only for a full window, since the answer synchronizes.
         if mask.shape[1] > num_keys and bool((lost & kept).any()):
             raise ValueError(
-                "attention_mask with padding behind tokens: the sliding window of the KV cache has let go of tokens "
+                "attention_mask with padding behind tokens: the sliding window of the KV cache has evicted tokens "
                 "that are still seen; pad on the left, or use DynamicCache() without a config"
             )
 

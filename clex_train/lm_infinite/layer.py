@@ -114,10 +114,10 @@ class LambdaLayer:
         if isinstance(cache, LambdaCache) and self.middle is not None:
             raise ValueError(f"cache={kind}: middle={self.middle} needs all keys; use a DynamicCache")
         if isinstance(cache, LambdaCache):
-            held = cache.layers[self.module.layer_idx]
-            if (held.n_local, held.n_global) != (self.n_local, self.n_global):
+            layer = cache.layers[self.module.layer_idx]
+            if (layer.n_local, layer.n_global) != (self.n_local, self.n_global):
                 raise ValueError(
-                    f"cache={kind}: made for n_local={held.n_local}, n_global={held.n_global}, not for "
+                    f"cache={kind}: made for n_local={layer.n_local}, n_global={layer.n_global}, not for "
                     f"{self.n_local}, {self.n_global}; call new_cache() of the current handle"
                 )
         if isinstance(cache, DynamicCache) and self.site is not None:

@@ -91,7 +91,8 @@ class BestMiddle:
     def __post_init__(self) -> None:
         if self.num_keys < 1 or self.first_layer < 0:
             raise ValueError(
-                f"BestMiddle(num_keys={self.num_keys}, first_layer={self.first_layer}): must be at least 1 key and layer 0"
+                f"BestMiddle(num_keys={self.num_keys}, first_layer={self.first_layer}): "
+                "must be at least 1 key and layer 0"
             )
 
     def for_layer(self, layer_idx: int) -> "Middle | None":

@@ -24,7 +24,7 @@ LOCAL_LAYER_TYPES = ("sliding_attention", "chunked_attention")
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 ALIBI = "it has ALiBi biases"
 # These normalize keys with a learned weight per component after the rotation, which does not commute with rerotating.
-NORMALISED_AFTER_ROTATION = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl")
+NORMALIZED_AFTER_ROTATION = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> 
         ValueError: the model type has no causal LM, or its config is impossible.
     """
     try:
-        # No weights are allocated, so an architecture of any size takes milliseconds and no memory.
+        # No weights are allocated, so an architecture of any size fits.
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a family's own code raises over sizes that it cannot have
@@ -199,7 +199,7 @@ def _describe_positions(model: nn.Module) -> str:
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     buffers = {name.rsplit(".", 1)[-1] for name, _ in model.named_buffers()}
     source = sys.modules[type(model).__module__]
-    # GPT-2, OPT and GPT-BigCode call their position tables by these names.
+    # Names of position tables in GPT-2, OPT and their relatives.
     if names & {"wpe", "embed_positions", "position_embeddings", "position_embedding"}:
         return "it has learned absolute positions"
     if any("alibi" in name for name in vars(source)) or getattr(getattr(model, "config", None), "alibi", False):
@@ -272,7 +272,7 @@ def _layout(fresh: nn.Module, config: Any, spectrum: Spectrum, expansion: str) -
     kind = getattr(config, "model_type", "")
     latent = hasattr(config, "qk_rope_head_dim")
     # Keys of these models are not plain rotations of their leading components, so rerotating them would be wrong.
-    if function is None or latent or kind in NORMALISED_AFTER_ROTATION or not _takes_q_and_k(function):
+    if function is None or latent or kind in NORMALIZED_AFTER_ROTATION or not _takes_q_and_k(function):
         return None
     cos, sin = cos_sin(torch.arange(4)[None], spectrum.inv_freq)
     # All components differ, so a wrong pairing cannot agree by accident.

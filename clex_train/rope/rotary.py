@@ -97,7 +97,7 @@ class ScaledRotary(nn.Module):
 
     def _inv_freq_on(self, spectrum: Spectrum, layer_type: LayerType, device: torch.device) -> Tensor:
         """Return the frequencies on the device of the activations, copied once per spectrum."""
-        # With a gradient the copy is part of the graph, so it must be made anew for each call.
+        # With a gradient the copy is part of the graph, so each call needs its own.
         if spectrum.inv_freq.device == device or spectrum.inv_freq.requires_grad:
             return spectrum.inv_freq.to(device)
         key = (layer_type, spectrum is self.base[layer_type])

@@ -16,7 +16,7 @@ from clex_train.utils import ranks
 from clex_train.utils.bounds import require
 from clex_train.utils.errors import RunStopped, first_line
 
-MAKE_ROOM = "what was saved is intact: make room and run the same command again"
+MAKE_ROOM = "everything saved so far is intact; make room and run the same command again"
 
 
 def is_initialized() -> bool:

@@ -64,14 +64,14 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     Raises:
         OSError: the file cannot be written (full disk); names `path`, whose previous content stays.
     """
-    beside = temporary_path(path)
+    temporary = temporary_path(path)
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             publish(file, path)
     except OSError as error:
         with suppress(OSError):
-            beside.unlink()
+            temporary.unlink()
         error.filename = str(path)
         raise
 
@@ -181,13 +181,13 @@ def require_plain_name(key: str, value: str, purpose: str) -> None:
     require(fits and value.isprintable(), key, shortened(value), remedy)
 
 
-def require_writable_folder(key: str, value: Path, folder: Path, beside: str = "") -> None:
+def require_writable_folder(key: str, value: Path, folder: Path, first_name: str = "") -> None:
     """Raise `ValueError` unless the output `value` of `key` can be written into `folder`, which may still be missing.
 
     Leaves nothing behind: a temporary file is created in the nearest existing folder. A full disk is an `OSError`.
-    `beside` is the name under which the output is written at first.
+    `first_name` is the name under which the output is written at first.
     """
-    short = all(len(os.fsencode(name)) <= LONGEST_NAME for name in (*value.parts, beside))
+    short = all(len(os.fsencode(name)) <= LONGEST_NAME for name in (*value.parts, first_name))
     remedy = f"a name of more than {LONGEST_NAME} bytes, which no file system accepts; give a shorter one"
     require(short, key, value, remedy)
     folder = folder.absolute()
