@@ -1,4 +1,4 @@
-"""A row of documents kept apart computes what each of them computes alone, in every back end of transformers."""
+"""Packed rows with a document mask compute the same as each document alone, in every attention implementation."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ def packed(model: Any, ids: Tensor, back_end: str, layouts: Any = LAYOUTS) -> Te
 
 
 def alone(model: Any, ids: Tensor, layouts: Any = LAYOUTS) -> Tensor:
-    """Logits of every document by itself, put where the packed row has them."""
+    """Compute the logits of every document by itself, placed as in the packed row."""
     model.set_attn_implementation("eager")
     rows = []
     for row, lengths in zip(ids, layouts, strict=True):
@@ -83,7 +83,7 @@ def test_logits_and_gradients_are_those_of_each_document_alone(case: str, back_e
 
 
 def test_without_the_borders_the_logits_are_others() -> None:
-    """The comparison above sees what it is meant to see."""
+    """Proves that the comparison above can fail."""
     model, ids = model_of("llama", "sdpa"), tokens(4, 16)
     with torch.no_grad():
         assert (model(input_ids=ids, use_cache=False).logits - alone(model, ids)).abs().max() > 0.1

@@ -1,4 +1,4 @@
-"""The KV cache is found by what it is, whatever a library calls it, and a call that hides one is an error."""
+"""The KV cache is found by type, whatever a library calls it, and a call that hides one is an error."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +85,7 @@ class Hidden:
 
 
 def hide_cache(model: LlamaForCausalLM, inner: nn.Module) -> None:
-    """Give `inner` its cache within an object, and take it out of it again in its own forward."""
+    """Pass `inner` its cache inside an object, and take it out again in its own forward."""
     name, forward = kv_cache.parameter_name(model), inner.forward
 
     def hiding(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

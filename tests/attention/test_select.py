@@ -1,4 +1,4 @@
-"""What `attention.implementation=auto` stands for on a machine, and the name of the kernel."""
+"""Resolution of `attention.implementation=auto` on a machine, and the kernel's name."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def flash(monkeypatch):
-    """As if flash-attn and a GPU were there."""
+    """Pretend that flash-attn and a GPU are present."""
     monkeypatch.setattr(select, "is_flash_attn_2_available", lambda: True)
 
 
@@ -43,7 +43,7 @@ def test_what_is_asked_for_by_name_stays(asked):
 
 @pytest.mark.parametrize("asked", [AttentionConfig(), AttentionConfig(lambda_mask=True)])
 def test_what_neither_can_compute_is_eager(asked, monkeypatch):
-    """transformers before 5.21 says that SDPA has the caps of Gemma 2, and leaves them out."""
+    """transformers before 5.21 claims that SDPA supports Gemma 2's caps, and drops them."""
     monkeypatch.setattr(select.AutoModelForCausalLM._model_mapping[type(GEMMA2)], "_supports_sdpa", True)
     assert select.choose_implementation(asked, GEMMA2, torch.float32) is EAGER
     assert select.choose_implementation(asked, AutoConfig.for_model("bloom"), torch.float32) is EAGER
@@ -63,7 +63,7 @@ def test_a_model_with_capped_logits_is_read_and_trained_with_its_caps(tmp_path):
 
 
 class OwnConfig(type(LLAMA)):
-    """The architecture of a family whose code comes with the model."""
+    """Architecture of a family whose code comes with the model."""
 
 
 @pytest.mark.usefixtures("flash")

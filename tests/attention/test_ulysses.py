@@ -1,4 +1,4 @@
-"""Attention over whole rows without a mask: what each document computes alone, and nothing left behind afterwards."""
+"""Ulysses attention computes the same as each document alone, without a mask, and leaves nothing behind."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ WEIGHTS = torch.linspace(-1, 1, 61)
 
 
 def alone(attention):
-    """The exchange of a group of one rank, which leaves the module as DeepSpeed does."""
+    """Build the all-to-all of a group of one rank, which leaves the module as DeepSpeed does."""
 
     def exchange(module, query, key, value, mask, **options):
         assert options["position_ids"].numel() == 1

@@ -1,7 +1,7 @@
-"""Every back end computes the window that blocked SDPA does; which one runs, and when one is refused.
+"""Every back end computes the same window as blocked SDPA; which one is chosen, and when one is refused.
 
-flex_attention is compared uncompiled, with the same masks and score changes; tests with the marker `gpu` compile it.
-flash-attn is stood in for by a function of its documented meaning; the tests with the marker `gpu` call it itself.
+flex_attention is compared uncompiled, with the same masks and score_mod; tests marked `gpu` compile it. flash-attn is
+replaced by a function with its documented semantics; tests marked `gpu` call the real one.
 """
 
 import logging
@@ -49,7 +49,7 @@ def uncompiled(monkeypatch) -> FlexAttention:
 
 @pytest.fixture
 def documented_flash(monkeypatch) -> FlashAttention:
-    """A module `flash_attn` whose function is what flash-attn says of itself, [B, S, H, D] in and out."""
+    """Build a module `flash_attn` whose function follows flash-attn's documentation, [B, S, H, D] in and out."""
 
     def flash_attn_func(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs):
         assert causal
@@ -131,7 +131,7 @@ def test_a_fused_block_is_two_windows_in_whole_tiles():
 
 
 class TestChoice:
-    """Which back end runs."""
+    """Selection of the back end."""
 
     def facts(self, num_tokens: int = 100, device: str = "cpu", **how: object) -> CallFacts:
         query = torch.empty(1, 2, num_tokens, 64, device=device, **how)

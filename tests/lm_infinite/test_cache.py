@@ -1,4 +1,4 @@
-"""The cache of constant size in float64: a stream in pieces of any size is what its definition says, to 1e-10."""
+"""The constant-size cache in float64: a stream in pieces of any size matches the definition to 1e-10."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ GRID = [
 
 
 def streamed(query, keys, values, pieces, n_local, n_global, block_len, valid) -> Tensor:
-    """[B, H, N, D]: each piece through the cache, as `hf_interface` does it."""
+    """Compute [B, H, N, D], each piece through the cache as `layer` feeds it."""
     layer, seen, outputs = LambdaCacheLayer(n_local, n_global), 0, []
     scheme = Scheme(n_local, PlainRotation(WIDTH), SoftmaxRule(WIDTH**-0.5), block_len)
     for size in pieces:

@@ -1,4 +1,4 @@
-"""LM-Infinite in use: what would give wrong numbers is refused, what a user may do around it works."""
+"""LM-Infinite in use: calls that would give wrong numbers are refused, and what users do around it works."""
 
 import pickle
 

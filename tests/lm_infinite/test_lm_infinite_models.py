@@ -1,4 +1,4 @@
-"""LM-Infinite on models of transformers: the original's logits, plain attention within the window, and a way back."""
+"""LM-Infinite on models of transformers: plain attention within the window, the definition beyond it, clean undo."""
 
 import copy
 import json
@@ -75,9 +75,9 @@ def test_within_the_window_a_model_computes_what_it_did(family, dtype, tolerance
 
 @pytest.mark.parametrize("family", INTERFACE_FAMILIES)
 def test_beyond_the_window_blocks_and_caches_do_not_change_a_model(family):
-    """One forward in float64 against other blocks, and against a constant cache fed by 1, 5, 17, ... tokens.
+    """Compare one forward in float64 with other block lengths, and with a constant cache fed by 1, 5, 17, ... tokens.
 
-    1e-6 because a model of any dtype has cos and sin in float32, and each way takes other positions of equal distance.
+    1e-6 because a model of any dtype has cos and sin in float32, and each way uses other positions of equal distance.
     """
     model = tiny_model(family, dtype=torch.float64)
     model.set_experts_implementation("eager")
@@ -281,7 +281,7 @@ def small_adapted(kind: str) -> torch.nn.Module:
 
 
 class TestWhatItCannot:
-    """One line that names what is wrong."""
+    """Refusals, in one line that names the reason."""
 
     def test_sizes_out_of_range(self):
         with pytest.raises(ValueError, match="n_local=0"):

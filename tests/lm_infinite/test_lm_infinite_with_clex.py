@@ -1,4 +1,4 @@
-"""The lambda mask over the frequencies of a table: the two go on in either order and see each other's state."""
+"""The lambda mask combined with a frequency table: either order of installation, each aware of the other's state."""
 
 import math
 

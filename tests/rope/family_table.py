@@ -1,4 +1,4 @@
-"""docs/families.md from the checks of every family: `python tests/rope/family_table.py` writes it anew."""
+"""Generate docs/families.md from the checks of every family: `python tests/rope/family_table.py`."""
 
 import sys
 from collections.abc import Callable
@@ -106,7 +106,7 @@ model.
 
 
 def render() -> str:
-    """The whole page."""
+    """Render the whole page."""
     return HEAD + _family_table() + COLUMNS + LAYERS + SCALINGS + _scaling_table() + _refusal_table() + GPTJ
 
 

@@ -1,4 +1,4 @@
-"""RoPE values and lengths of a config.json that cannot be meant are refused by key, value and remedy."""
+"""Impossible RoPE values and lengths in config.json are refused by key, value and remedy."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def change(directory: Path, rope: dict | None = None, **facts) -> None:
 
 
 def refusal(model: ModelConfig) -> str:
-    """The line in which training and evaluation alike refuse an architecture."""
+    """Return the line with which training and evaluation both refuse an architecture."""
     lines = set()
     for read in (architecture.to_read, architecture.to_train):
         with pytest.raises(ValueError) as raised:  # noqa: PT011

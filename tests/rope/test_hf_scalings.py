@@ -1,4 +1,4 @@
-"""Tables by transformers' formulas, and models read as they are, against stock models of transformers itself."""
+"""Tables by transformers' formulas, and models read unchanged, against stock models of transformers."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def tables_of(handle: RotaryHandle) -> dict[str, FrequencyTable]:
 
 
 def stock(model: PreTrainedModel, rope_type: str, t: float, num_pairs: int) -> PreTrainedModel:
-    """transformers' own model of a rope_type, with the weights of `model`."""
+    """Build transformers' own model of a rope_type, with the weights of `model`."""
     config = AutoConfig.for_model(**model.config.to_dict())
     added: dict[str, Any] = {"rope_type": rope_type, "factor": t, "original_max_position_embeddings": CONTEXT}
     if rope_type == "longrope":

@@ -1,4 +1,4 @@
-"""Where the rotary module is found, what is refused, and what stays as it was."""
+"""Installation of the rotary module: where it is found, what is refused, and what stays unchanged."""
 
 import copy
 import logging

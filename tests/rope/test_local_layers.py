@@ -1,4 +1,4 @@
-"""Layers that see a window of at most L tokens keep the model's own frequencies, though one RoPE serves all layers."""
+"""Layers with a window of at most L tokens keep the model's own frequencies, although one RoPE serves all layers."""
 
 import copy
 from collections.abc import Callable
@@ -40,13 +40,13 @@ GRID = [1.0, 2.0, 3.0]
 
 
 def pair_at(inv_freq: Tensor, num_tokens: int, family: str, factor: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [1, S, W] at plain positions, formed here."""
+    """Compute cos and sin [1, S, W] at plain positions, independently of the package."""
     cos, sin = (factor * x.float() for x in cos_sin(torch.arange(num_tokens)[None], inv_freq))
     return (cos, sin) if family in ONCE else (torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
 
 
 def with_own_pair(layer: nn.Module, pair: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """Give `layer` another pair than the model's rotary module returned; returns what ends that."""
+    """Give `layer` another pair than the model's rotary module returned; return a function that ends it."""
     hook = layer.register_forward_pre_hook(
         lambda _, args, kwargs: (args, {**kwargs, "position_embeddings": pair}), with_kwargs=True
     )
@@ -54,7 +54,7 @@ def with_own_pair(layer: nn.Module, pair: tuple[Tensor, Tensor]) -> Callable[[],
 
 
 def reference(model: PreTrainedModel, ids: Tensor, inv_freq: Tensor, family: str) -> Tensor:
-    """Logits of the untouched model with only its layer 1 rotated by `inv_freq`."""
+    """Compute the logits of the untouched model with only its layer 1 rotated by `inv_freq`."""
     factor = float(model.model.rotary_emb.attention_scaling)
     end = with_own_pair(model.model.layers[1], pair_at(inv_freq, ids.shape[1], family, factor))
     logits = model(ids, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""Layers without rotation keep their keys, and a model in which nothing rotates beyond a window is not scaled."""
+"""Layers without rotation keep their keys, and a model whose rotated layers all see short windows is not scaled."""
 
 import dataclasses
 from pathlib import Path

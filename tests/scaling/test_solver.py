@@ -1,4 +1,4 @@
-"""The integrator on problems with exact solutions: order, wanted points, steps from a tolerance, stiffness."""
+"""The integrator on problems with exact solutions: order, requested points, steps from a tolerance, stiffness."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ ONE = torch.ones(1, dtype=torch.float64)
 
 
 def growth(u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """dy/du = cos(3u) y with y(0) = 1 has the solution exp(sin(3u) / 3)."""
+    """Evaluate dy/du = cos(3u) y, whose solution from y(0) = 1 is exp(sin(3u) / 3)."""
     return torch.cos(3 * u) * y
 
 
@@ -24,7 +24,7 @@ def growth_exact(t: torch.Tensor) -> torch.Tensor:
 
 
 def decay(rate: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """dy/dt = -rate (y - 1), written in u: y(t) = 1 - exp(-rate (t - 1)), as stiff as `rate` says."""
+    """Build dy/dt = -rate (y - 1), written in u: y(t) = 1 - exp(-rate (t - 1)), as stiff as `rate`."""
     return lambda u, y: -rate * torch.exp(u) / 2 * (y - 1)
 
 

@@ -149,7 +149,7 @@ def test_scale_grid_refuses_what_it_cannot_span() -> None:
 
 
 class TestTheTOfALongerCall:
-    """`t_factor`: a call takes the t of one so many times as long."""
+    """`t_factor`: a call uses the t of a context `t_factor` times as long."""
 
     def test_is_the_least_upper_bound_of_so_many_times_the_tokens_and_ends_at_t_max(self) -> None:
         table = replace(ntk_table(BASE, [1.0, 2.0, 3.0, 4.0, 8.0]), t_factor=1.5)

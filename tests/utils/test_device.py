@@ -1,4 +1,4 @@
-"""The device of a rank follows what is visible to it."""
+"""The device of a rank follows the visible devices."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from clex_train.utils import distributed
 
 @pytest.fixture
 def rank(monkeypatch):
-    """Sets how many GPUs a rank sees and what its launcher tells it."""
+    """Set the number of visible GPUs and the launcher's variables."""
     distributed._has_gpu_of_its_own.cache_clear()
 
     def put(visible: int, **variables: str) -> None:

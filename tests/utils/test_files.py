@@ -1,4 +1,4 @@
-"""What is written appears whole, or what was there stays; a full disk is named, whichever library met it."""
+"""A write appears whole or leaves the previous content; a full disk is named, whichever library met it."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What this project relies on inside of libraries is there in the installed versions; a failure names what has gone."""
+"""The private names this project relies on exist in the installed versions; a failure names what is missing."""
 
 import ast
 import importlib
@@ -20,7 +20,7 @@ OWN = re.compile(r"^\s*(?:self\.)?(_\w+)\b|def (_\w+)|self\.(_\w+)", re.MULTILIN
 
 
 def missing(target: str) -> bool:
-    """Whether a target of the list is not there."""
+    """Return True if a target of the list does not exist."""
     module, _, path = target.partition(":")
     path, _, mentioned = path.partition("=>")
     path, _, attribute = path.partition("@")
@@ -39,7 +39,7 @@ def missing(target: str) -> bool:
 
 
 def assigned(cls: type) -> set[str]:
-    """Attributes that a class declares or its methods assign to self."""
+    """Collect the attributes that a class declares or its methods assign to self."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError):

@@ -1,4 +1,4 @@
-"""What the environment says of ranks: nonsense is one line that names the variable, before anything is opened."""
+"""Rank variables in the environment: nonsense is refused in one line that names the variable."""
 
 import sys
 
