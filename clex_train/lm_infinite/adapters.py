@@ -144,7 +144,6 @@ class SinusoidTables:
                 sin, cos = table[None].chunk(2, dim=-1)
             self._known[key] = cos, sin
         function = source.apply_rotary_pos_emb
-        # The family's function takes [B, S, H, D], and sin before cos.
         return TableRotation(
             # The family's function takes [B, S, H, D], and sin before cos.
             *self._known[key],

@@ -85,7 +85,6 @@ def check_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     )
     # `generate` would feed it all tokens so far at every step; MPT's config has use_cache=False.
     if cache is not None and call.get("use_cache") is False:
-        # `generate` would feed it all tokens so far at every step; MPT's config has use_cache=False.
         raise ValueError("use_cache=False with a KV cache: the cache would get each token many times; set it to True")
     positions, mask = call.get("position_ids"), call.get("attention_mask")
     if isinstance(cache, DynamicCache) and isinstance(mask, Tensor) and mask.dim() == 2:

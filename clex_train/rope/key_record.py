@@ -72,7 +72,6 @@ class KeyRecord:
         self.chunks = [positions[which.to(positions.device)]]
         # Reading the largest position synchronizes, which a beam search would do at every step.
         if may_lose_rows:
-            # Reading the largest position waits for the device, which every step of a beam search would do.
             self.num_tokens = int(self.chunks[0].max()) + 1
 
     @property
