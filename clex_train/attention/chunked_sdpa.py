@@ -59,8 +59,7 @@ def chunked_sdpa(
     num_cached = key.shape[2] - query.shape[2]
     if attention_mask is not None or extra or not causal or not can_fuse(query, key, value, rule):
         if attention_mask is None and num_cached > 0 and causal:
-            # `omit_causal_mask` left the mask out, so SDPA needs it back here: its own `is_causal` aligns to the first
-            # key.
+            # SDPA needs the mask that `omit_causal_mask` left out: its own `is_causal` aligns to the first key.
             shape = (1, 1, query.shape[2], key.shape[2])
             attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(num_cached)
         arguments = {"dropout": dropout, "scaling": scaling, **kwargs}

@@ -33,8 +33,7 @@ def single_document_kwargs(
     input_ids: Int64[Tensor, "B S"], implementation: AttentionImplementation, device: torch.device
 ) -> dict[str, Any]:
     """Build keyword arguments for rows that hold one document each."""
-    # Batches of one row only: there transformers looks for restarting positions itself, which synchronizes in every
-    # layer.
+    # Batches of one row only: there transformers looks for restarting positions, synchronizing in every layer.
     if implementation is not AttentionImplementation.flash_attention_2 or len(input_ids) > 1:
         return {}
     return _lengths_for_flash(torch.tensor([0, input_ids.shape[1]], dtype=torch.int32), device)

@@ -168,8 +168,7 @@ def _without_weights(module: Any, config: Any) -> Any:
     config._attn_implementation = NAME
     known = {"config": config, "layer_idx": module.layer_idx}
     wanted = list(inspect.signature(type(module).__init__).parameters.values())[1:]
-    # Constructors take different extras (`is_cross_attention`, ...); the live module usually has an attribute of that
-    # name.
+    # Constructors take different extras (`is_cross_attention`, ...), which the live module usually has as attributes.
     given = {each.name: known.get(each.name, getattr(module, each.name, each.default)) for each in wanted}
     return type(module)(**given).eval()
 

@@ -71,8 +71,7 @@ def attend_causal(
 ) -> PartialAttention:
     """Attend from query i to keys 0..i with the fused kernel, which skips tiles above the diagonal."""
     group = query.shape[1] // keys.shape[1]
-    # The kernel has no grouped heads, and folding would break its triangle. These keys are one block, so copies are
-    # small.
+    # The kernel has no grouped heads, and folding would break its triangle. One block of keys is cheap to copy.
     keys, values = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (keys, values))
     return _kernel(query, keys, values, None, rule, is_causal=True)
 

@@ -130,8 +130,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         if self._first_slot is None:
             return None
         keys = self._window.keys
-        # The tables are replaced when the frequencies change, so their identity tells whether rotated keys are still
-        # valid.
+        # A change of frequencies replaces the tables, so their identity tells whether rotated keys are valid.
         if self._rotated is None or self._rotated_by is not rotation.cos:
             with torch.inference_mode(False):
                 self._rotated = torch.empty_like(keys)

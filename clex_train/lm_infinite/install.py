@@ -86,8 +86,7 @@ class LmInfinite:
         self.model, self.n_local, self.n_global, self.middle = model, n_local, n_global, middle
         attention = attention_modules(model)
         windows = [layer_window(module) for module in attention]
-        # One set of rotation tables serves all layers, so it must cover the longest window and the longest rotated
-        # span.
+        # One set of rotation tables serves all layers: it covers the longest window and the longest rotated span.
         longest = max(n_local, *(window or 1 for window in windows))
         rotations, site = _rotations(
             model, attention, longest + max(_longest_span(longest, block_len), spare_slots(longest))

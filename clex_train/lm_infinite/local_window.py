@@ -24,8 +24,8 @@ MIN_BLOCK, MAX_BLOCK = 64, 1024
 
 def default_block_len(n_local: int) -> int:
     """Return C = L / 2 within bounds."""
-    # Half a window balances masked-out scores against the number of calls; the CPU kernel uses larger tiles from 768
-    # queries.
+    # Half a window balances masked scores against the number of calls. The CPU kernel takes larger tiles from 768
+    # queries on, so blocks grow to 1,024.
     return min(max(n_local // 2, MIN_BLOCK), MAX_BLOCK)
 
 

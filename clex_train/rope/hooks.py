@@ -62,8 +62,7 @@ class SelectPositionEmbeddings:
         given = self.embeddings.find(args, kwargs)
         if not isinstance(given, tuple) or len(given) == 2:
             return None
-        # Both pairs travel through the decoder layers as one tuple, so activation checkpointing recomputes with the
-        # same.
+        # Both pairs pass through decoder layers as one tuple, so activation checkpointing recomputes with the same.
         return self.embeddings.replace(args, kwargs, given[2:] if self.is_local else given[:2])
 
 

@@ -125,8 +125,7 @@ class NoRotaryHandle(RotaryHandle):
         self.require_room(num_tokens)
         config: Any = self.model.config
         room = getattr(config, "max_seq_len", None)
-        # MPT builds biases for `max_seq_len` tokens; shorter ones are the tail of longer ones, so raising it changes no
-        # result.
+        # MPT builds biases for `max_seq_len` tokens; those for fewer are their tail, so raising it changes no result.
         if room is None or room >= num_tokens:
             yield
             return

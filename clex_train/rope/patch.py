@@ -261,8 +261,7 @@ class RotaryHandle:
         spectrum = self._select_spectrum(num_tokens) if override.spectrum is None else override.spectrum
         moved = False
         if cache is not None and record is not None:
-            # Assisted decoding verifies several tokens at one t; plain decoding would have started at the t of the
-            # first.
+            # Assisted decoding verifies several tokens at one t; plain decoding would have used a smaller t first.
             moved = override.spectrum is None and num_new > 1 and not self._selects(record.num_tokens + 1, spectrum)
             self._warn_about_candidates(record)
             key_cache.rerotate_keys(cache, record, spectrum, self.layout, self.scaled_layers)
