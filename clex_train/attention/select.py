@@ -59,11 +59,11 @@ def flash_unsupported_reason(arch: PretrainedConfig, dtype: torch.dtype) -> str 
     if not is_flash_attn_2_available():
         return "flash-attn is not installed, or there is no GPU"
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"flash-attn computes in bfloat16, not in {_name(dtype)}"
+        return f"flash-attn supports float16 and bfloat16, not {_name(dtype)}"
     if not _supports_flash(arch):
         return f"model_type={arch.model_type} has no flash attention"
     if head_dim(arch) > MAX_FLASH_HEAD_DIM:
-        return f"flash-attn has heads of at most {MAX_FLASH_HEAD_DIM} components, the model {head_dim(arch)}"
+        return f"flash-attn supports head dims up to {MAX_FLASH_HEAD_DIM}, the model has {head_dim(arch)}"
     return None
 
 

@@ -70,8 +70,8 @@ class OwnConfig(type(LLAMA)):
 @pytest.mark.parametrize(
     ("arch", "dtype", "reason"),
     [
-        (LLAMA, torch.float32, "bfloat16, not in float32"),
-        (AutoConfig.for_model("llama", hidden_size=1024, num_attention_heads=2), torch.bfloat16, "the model 512"),
+        (LLAMA, torch.float32, "and bfloat16, not float32"),
+        (AutoConfig.for_model("llama", hidden_size=1024, num_attention_heads=2), torch.bfloat16, "the model has 512"),
         (OwnConfig(), torch.bfloat16, "model_type=llama has no flash attention"),
     ],
 )
