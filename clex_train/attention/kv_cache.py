@@ -79,8 +79,8 @@ def require_found(given: Cache | None, output: Any, num_new: int) -> None:
     # Continuing silently would use positions and a t for the wrong length.
     if cache is not None and cache.get_seq_length() > num_new:
         raise LibraryChanged(
-            f"a KV cache of {int(cache.get_seq_length())} tokens came out of a call of {num_new}, and none was found "
-            "in its arguments"
+            f"a call of {num_new} tokens returned a KV cache of {int(cache.get_seq_length())}, but none was found in "
+            "its arguments"
         )
 
 

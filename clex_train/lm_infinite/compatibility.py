@@ -97,7 +97,7 @@ def check_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         is_token = mask[:, -positions.shape[-1] :].bool()
         jumps = jumps & is_token[:, 1:] & is_token[:, :-1]
     if bool(jumps.any()):
-        raise ValueError(f"position_ids that jump (packed documents): {NAME} takes one stream a row")
+        raise ValueError(f"position_ids that jump (packed documents): {NAME} supports one sequence per row")
 
 
 def _require_kept_tokens(mask: Bool[Tensor, "B T"], cache: DynamicCache, call: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ def _find_misfit(model: Any, found: list[Any]) -> str | None:
         return None
     num_layers = getattr(model.config, "num_hidden_layers", len(found))
     if sorted(module.layer_idx for module in found) != list(range(num_layers)):
-        return f"{len(found)} of its {num_layers} layers have attention, and others a state of their own"
+        return f"{len(found)} of its {num_layers} layers have attention, the others a state of their own"
     if _has_state(model.config):
         return "its layers have a recurrent state beside their attention"
     return _describe_misfit(_probe_layers(model, found))
@@ -133,11 +133,11 @@ def _describe_misfit(probes: list[LayerProbe]) -> str | None:
     plain = [str(index) for index, trial in enumerate(probes) if trial.rotates is False]
     failed = [trial for trial in probes if not trial.reached_interface]
     if plain:
-        return f"layers {', '.join(plain[:4])}{' ...' if len(plain) > 4 else ''} are without positions"
+        return f"layers {', '.join(plain[:4])}{' ...' if len(plain) > 4 else ''} have no positions"
     if any(trial.options.get("s_aux") is not None for trial in probes):
         return "its attention has learned sinks"
     if any(trial.makes_mask for trial in probes):
-        return "its attention makes masks of its own"
+        return "its attention builds masks of its own"
     reason = (failed[0].reason or "it is not in the interface") if failed else ""
     return f"its attention cannot be probed: {reason}" if failed else None
 

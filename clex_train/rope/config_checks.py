@@ -66,7 +66,7 @@ def _invalid_values(parameters: dict[str, Any], known: set[str]) -> Iterator[tup
     if "rope_theta" in parameters and not (
         _is_number(theta := parameters["rope_theta"]) and 1 < theta <= MOST_ROPE_THETA
     ):
-        yield "rope_theta", f"a number above 1 and at most {MOST_ROPE_THETA:g}, by which frequencies differ"
+        yield "rope_theta", f"a number above 1 and at most {MOST_ROPE_THETA:g}"
     share = parameters.get("partial_rotary_factor")
     if share is not None and not (_is_number(share) and 0 < share <= 1):
         yield "partial_rotary_factor", "a number above 0 and at most 1"

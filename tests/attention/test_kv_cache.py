@@ -106,7 +106,7 @@ def test_a_cache_that_comes_out_without_having_gone_in_is_an_error_with_both_ver
     handle.use(ntk_table(handle.base_inv_freq, [1.0, 2.0]))
     hide_cache(model, model.model)
     cache = kv_cache.require_in_output(model(ids[:, :16], use_cache=True))
-    with pytest.raises(LibraryChanged, match=r"a KV cache of 17 tokens came out .* installed, .* newest tested"):
+    with pytest.raises(LibraryChanged, match=r"returned a KV cache of 17, but none .* installed, .* newest tested"):
         model(ids[:, 16:], use_cache=True, **kv_cache.as_kwargs(model, cache))
 
 

@@ -313,7 +313,7 @@ class TestWhatItCannot:
         sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
         config = AutoConfig.for_model(kind, **sizes, num_hidden_layers=4, vocab_size=31, pad_token_id=0)
         model = AutoModelForCausalLM.from_config(config)
-        with pytest.raises(ValueError, match=f"model_type={kind}: .*layers 3 are without positions"):
+        with pytest.raises(ValueError, match=f"model_type={kind}: .*layers 3 have no positions"):
             apply_lm_infinite(model, 8, 2)
 
     def test_models_with_layers_that_are_not_attention(self):

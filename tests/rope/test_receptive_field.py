@@ -158,10 +158,10 @@ def test_frequencies_that_are_0_are_refused_by_name_without_a_list_of_numbers() 
 @pytest.mark.parametrize(
     ("kind", "settings", "reason"),
     [
-        ("doge", {"head_dim": 8}, "makes masks of its own"),
+        ("doge", {"head_dim": 8}, "builds masks of its own"),
         ("gpt_oss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "learned sinks"),
-        ("smollm3", {"no_rope_layers": [1, 0]}, "layers 1 are without positions"),
-        ("cohere2", SOME_WITHOUT["cohere2"], "layers 1 are without positions"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "layers 1 have no positions"),
+        ("cohere2", SOME_WITHOUT["cohere2"], "layers 1 have no positions"),
     ],
 )
 def test_lm_infinite_refuses_what_it_does_not_fit_before_the_first_call(
