@@ -258,7 +258,7 @@ def read_regular(path: Path, within: Path | None = None, most: int = LARGEST_REC
             raise
         raise BadFile(path, f"cannot be read ({error.strerror})") from error
     if len(content) > most:
-        raise BadFile(path, f"larger than the limit of {most:,} bytes")
+        raise BadFile(path, f"larger than {most:,} bytes, the limit for such a file")
     return content
 
 

@@ -205,7 +205,7 @@ def test_negative_positions_are_refused() -> None:
         model(ids, position_ids=torch.arange(-2, 2)[None])
     for number in (-1.0, float("nan"), float("inf")):
         with (
-            pytest.raises(ValueError, match="sampled positions are finite"),
+            pytest.raises(ValueError, match="sampled positions must be finite"),
             handle.training(Spectrum(handle.base_inv_freq), torch.tensor([[0.0, number]]).double()),
         ):
             pass

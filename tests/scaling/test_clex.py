@@ -248,7 +248,7 @@ def test_the_guard_lets_a_small_residual_pass_and_names_where_a_large_one_begins
     largest = float(clex.residual(scale_grid(8)).max())
     assert clex.check_residual(2 * largest) == pytest.approx(largest, rel=0.05)
     with pytest.raises(
-        UnstableField, match=r"moved log theta by \S+ at t=\S+, beyond scaling\.max_residual="
+        UnstableField, match=r"moved log theta by \S+ at t=\S+, which exceeds scaling\.max_residual="
     ) as caught:
         clex.check_residual(largest / 2)
     assert 1 < caught.value.t < 8

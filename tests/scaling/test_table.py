@@ -121,7 +121,7 @@ def test_a_file_that_is_no_table_is_refused_by_name(tmp_path: Path, content: str
 
 @pytest.mark.parametrize("grid", [[], [2.0, 3.0], [1.0, 1.0], [1.0, 3.0, 2.0]])
 def test_a_grid_that_does_not_ascend_from_1_is_refused(grid: list[float]) -> None:
-    with pytest.raises(ValueError, match="ascend, starting at 1"):
+    with pytest.raises(ValueError, match="must ascend from 1"):
         FrequencyTable(torch.tensor(grid, dtype=torch.float64), torch.ones(len(grid), 4, dtype=torch.float64))
 
 

@@ -70,5 +70,5 @@ def test_what_launchers_set_is_taken(environment, variables, launch):
 
 def test_a_launch_that_names_no_place_to_meet_is_refused(environment):
     environment("RANK=0 WORLD_SIZE=1 MASTER_PORT=29500")
-    with pytest.raises(ValueError, match=r"^MASTER_ADDR: not set, where RANK is; it is for"):
+    with pytest.raises(ValueError, match=r"^MASTER_ADDR: not set, where RANK is; a launcher"):
         ranks.require_rendezvous()
