@@ -49,7 +49,7 @@ def test_a_base_by_which_frequencies_do_not_differ_is_refused(directory, theta):
     change(directory, {"rope_theta": theta})
     line = refusal(ModelConfig(path=str(directory)))
     assert line.startswith(f"model.path={directory}: its config.json has rope_theta={theta!r} for RoPE, which must be")
-    assert line.endswith("correct it, or copy the config.json of the model again")
+    assert line.endswith("correct it, or copy the model's config.json again")
 
 
 @pytest.mark.parametrize("theta", [0, "x", None])
