@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from clex_train.config.method import Method
 from clex_train.config.scaling import ScalingConfig
 from clex_train.rope.hf_scalings import ConfiguredRope
-from clex_train.rope.native import handle_without_weights
+from clex_train.rope.native import native_handle_on_meta
 from clex_train.rope.patch import RotaryHandle
 from clex_train.rope.probe import LOCAL_LAYER_TYPES, require_rotary
 from clex_train.rope.receptive_field import require_scalable_config
@@ -66,7 +66,7 @@ def scaled(
     if not method.counts_from_context:
         text.original_max_position_embeddings = context_len
         text.max_position_embeddings = round(factor * context_len)
-    handle = handle_without_weights(arch, context_len, trust_remote_code)
+    handle = native_handle_on_meta(arch, context_len, trust_remote_code)
     after = spectrum_at(handle, factor)
     handle.undo()
     require(

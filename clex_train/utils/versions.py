@@ -1,7 +1,7 @@
-"""Newest versions of the core libraries that the test suite has run with, and a line for each that is newer.
+"""Newest versions of the core libraries that the test suite has passed with, and a warning for each newer one.
 
 Minor releases of transformers and DeepSpeed rename what others build on. `constraints.txt` pins the same versions for
-an install from a clone; a test keeps the two alike. Nothing here imports a library, so any program may ask.
+an install from a clone; a test keeps the two in step. Nothing here imports a library, so every program may use it.
 """
 
 import tomllib
@@ -54,28 +54,32 @@ def own() -> str:
     if IS_CHECKOUT and project.is_file():
         # Metadata would be those of whatever wheel is installed too, or of the day of `pip install -e .`.
         return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
-    return installed(OWN) or "unknown"
+    return installed_version(OWN) or "unknown"
 
 
-def installed(name: str) -> str | None:
-    """The version of a distribution without its build label (`+cpu`); None when it is not installed."""
+def installed_version(name: str) -> str | None:
+    """Return the version of a distribution without its build label (`+cpu`); None when it is not installed."""
     try:
+        # Builds of torch carry a local label (+cpu, +cu128), which would compare as newer than the plain release.
         return Version(metadata.version(name)).public
     except metadata.PackageNotFoundError:
         return None
 
 
 def describe(name: str) -> str:
-    """Installed and newest tested version, for errors."""
-    return f"{name} {installed(name) or 'unknown'} is installed, {NEWEST_TESTED[name]} is the newest tested"
+    """Describe the installed and the newest tested version, for errors."""
+    return f"{name} {installed_version(name) or 'unknown'} is installed, {NEWEST_TESTED[name]} is the newest tested"
 
 
-def untested() -> list[str]:
-    """One line for each core library that is newer than any version the suite has run with."""
-    return [_line(name, found) for name in NEWEST_TESTED if (found := installed(name)) and _is_newer(name, found)]
+def untested_warnings() -> list[str]:
+    """Return one line for each core library that is newer than any tested version."""
+    return [
+        _line(name, found) for name in NEWEST_TESTED if (found := installed_version(name)) and _is_newer(name, found)
+    ]
 
 
 def _is_newer(name: str, found: str) -> bool:
+    # Parsed, since "0.9" > "0.19" as text.
     return Version(found) > Version(NEWEST_TESTED[name])
 
 
