@@ -59,12 +59,12 @@ def publish(file: BinaryIO, path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a whole file or nothing; text as UTF-8. Raises as `write_parts`."""
+    """Write a whole file or nothing, text as UTF-8; raises as `write_parts`."""
     write_parts(path, [content.encode() if isinstance(content, str) else content])
 
 
 def write_parts(path: Path, parts: Iterable[bytes]) -> None:
-    """Write a whole file or none, part by part; they may come from the file that is replaced.
+    """Write a whole file or nothing, part by part; `parts` may read from the file that is replaced.
 
     Raises:
         OSError: the file cannot be written (full disk); names `path`, whose previous content stays.
@@ -82,10 +82,10 @@ def write_parts(path: Path, parts: Iterable[bytes]) -> None:
 
 
 def write_together(folder: Path, contents: Mapping[str, bytes | str]) -> None:
-    """Write files into a folder, all of them or none; whatever else the folder holds stays.
+    """Write all of several files into a folder, or none; other files in the folder stay.
 
-    All are written and flushed in a folder within it before the first takes its place. An `OSError`, as of a full disk,
-    names a file, or the folder; for want of room no file was replaced, and a folder made for them is gone.
+    Raises:
+        OSError: names a file or the folder. On a full disk no file was replaced, and a folder created here is gone.
     """
     is_new, saving = not folder.exists(), folder / (SAVING + folder.name)
     try:
@@ -93,6 +93,7 @@ def write_together(folder: Path, contents: Mapping[str, bytes | str]) -> None:
         make_folder(saving)
         for name, content in contents.items():
             write_atomically(saving / name, content)
+        # Every file is complete and flushed before the first one takes its place; renames need no space.
         for name in contents:
             os.replace(saving / name, folder / name)
         saving.rmdir()

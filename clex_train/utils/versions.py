@@ -14,7 +14,7 @@ from packaging.version import Version
 from clex_train.utils.locations import IS_CHECKOUT, ROOT
 
 OWN = "clex-train"
-"""The name of this distribution."""
+"""Name of this distribution."""
 
 NEWEST_TESTED = {
     "torch": "2.13.0",
@@ -27,12 +27,12 @@ NEWEST_TESTED = {
 
 
 class Optional(NamedTuple):
-    """A package that everything runs without."""
+    """Package that nothing requires."""
 
     module: str
-    """The name that it is imported by."""
+    """Import name."""
     use: str
-    """Purpose and remedy, for a user who lacks it."""
+    """Purpose, and how to install it, for messages."""
 
 
 OPTIONAL = {
@@ -49,10 +49,10 @@ def missing() -> list[str]:
 
 
 def own() -> str:
-    """Return the version of the code that runs."""
+    """Return the version of the running code."""
     project = ROOT / "pyproject.toml"
     if IS_CHECKOUT and project.is_file():
-        # Metadata would be those of whatever wheel is installed too, or of the day of `pip install -e .`.
+        # Installed metadata may belong to another wheel, or be as old as the last `pip install -e .`.
         return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
     return installed_version(OWN) or "unknown"
 

@@ -117,8 +117,8 @@ def test_values_of_released_models_are_accepted(directory, rope):
 def test_a_length_that_cannot_be_meant_is_named_with_the_key_that_replaces_it(directory, key, length):
     change(directory, **{key: length})
     assert refusal(ModelConfig(path=str(directory))) == (
-        f"{directory}/config.json: {key}={length}: from 2 to 134,217,728 tokens can be meant; correct it, or name the "
-        "context that the model serves by model.context_len=N"
+        f"{directory}/config.json: {key}={length}: must be from 2 to 134,217,728 tokens; correct it, or set the "
+        "context length that the model serves by model.context_len=N"
     )
     assert refusal(EvaluatedModel(path=str(directory))).endswith(" by context_len=N")
     named = ModelConfig(path=str(directory), context_len=256)
