@@ -29,14 +29,7 @@ from clex_train.rope.hooks import (
     SelectPositionEmbeddings,
     layers_with_position_embeddings,
 )
-from clex_train.rope.probe import (
-    Site,
-    Traits,
-    find_rotary,
-    probe,
-    require_fixed_frequencies,
-    require_rotary,
-)
+from clex_train.rope.probe import Site, Traits, find_rotary, probe, require_fixed_frequencies, require_rotary
 from clex_train.rope.rotary import ScaledRotary
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import Frequencies
