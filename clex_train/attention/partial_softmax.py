@@ -138,7 +138,7 @@ def _fused(
     """Compute attention with the CPU kernel behind scaled_dot_product_attention."""
     if visible is not None:
         added = torch.zeros((), dtype=query.dtype) if bias is None else bias
-        # The kernel accepts a float32 bias beside bfloat16 queries, which keeps far ALiBi distances apart.
+        # The kernel accepts a float32 bias with bfloat16 queries, which keeps far ALiBi distances apart.
         bias = torch.where(visible, added, masked_score(query.dtype))
     return _kernel(query, keys, values, bias, rule)
 

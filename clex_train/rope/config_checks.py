@@ -73,7 +73,7 @@ def _invalid_values(parameters: dict[str, Any], known: set[str]) -> Iterator[tup
     share = parameters.get("partial_rotary_factor")
     if share is not None and not (_is_number(share) and 0 < share <= 1):
         yield "partial_rotary_factor", "a number above 0 and at most 1"
-    # Leftover scaling keys beside the default type have no effect.
+    # Leftover scaling keys next to the default type have no effect.
     if rope_type == UNSCALED:
         return
     for key, (least, most) in BOUNDS.items():

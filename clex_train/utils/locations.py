@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED = PACKAGE / "shipped"
 """Exists in an installed wheel only; the build copies `train.py`, `conf/` and the commit into it."""
 
-# Decided by the files beside this code, so a checkout never reads those of an installed wheel.
+# Decided by the files next to this code, so a checkout never reads those of an installed wheel.
 IS_CHECKOUT = not SHIPPED.is_dir()
 ROOT = PACKAGE.parent if IS_CHECKOUT else SHIPPED
 CONF = ROOT / "conf"

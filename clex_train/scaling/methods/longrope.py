@@ -36,6 +36,7 @@ class LongRope(ScalingMethod):
     def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:
         """Return the model's own longrope if it has one, else transformers' formula with the factors of the file."""
         if rope.own is not None and rope.own.method == "longrope":
+            # The weights were trained with these factors.
             return _sampled(rope.own, as_grid(t_grid))
         remedy = f"model_type={rope.model_type} has no longrope factors of its own; name a JSON file that has them"
         factors = self._factors(rope, remedy)

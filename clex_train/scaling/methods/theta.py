@@ -29,6 +29,7 @@ class LargerBase(ScalingMethod):
     @property
     def label(self) -> str:
         """Name of the method in tables and figures."""
+        # 1e+06 would be wider in every table.
         return f"{self.title} {self.rope_theta:g}".replace("e+0", "e")
 
     def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:
