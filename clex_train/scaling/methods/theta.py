@@ -29,7 +29,7 @@ class LargerBase(ScalingMethod):
     @property
     def label(self) -> str:
         """Name of the method in tables and figures."""
-        # 1e+06 would be wider in every table.
+        # 1e6, as users write it in the config, for the 1e+06 of Python.
         return f"{self.title} {self.rope_theta:g}".replace("e+0", "e")
 
     def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:
