@@ -56,7 +56,7 @@ def run(config: configuration.Config) -> int:
         return _run(config, page)
 
 
-@log.after_opening()
+@log.buffered()
 def _run(config: configuration.Config, page: "out_of_memory.Page") -> int:
     from clex_train.preflight.run_checks import run_checks
     from clex_train.resilience.watchdog import watching
@@ -81,7 +81,7 @@ def _run(config: configuration.Config, page: "out_of_memory.Page") -> int:
 
 
 if __name__ == "__main__":
-    terminal.outlive("stdout", "stderr")
+    terminal.survive_hangup("stdout", "stderr")
     log.setup()
     configuration.register()
     sys.exit(console.run(main, help_text, configuration.Config, kept="training had not begun"))

@@ -28,7 +28,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from transformers.cache_utils import Cache
 
 from clex_train.attention import kv_cache
-from clex_train.rope import key_cache
+from clex_train.rope import key_record
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import FrequencyTable, scale_grid
@@ -98,7 +98,7 @@ def measure(model: LlamaForCausalLM, context: int, arguments: argparse.Namespace
         # The keys stand at t = n / L, as if they had been computed there.
         spectrum = frequencies.least_upper_bound(context, arguments.context_len)
         positions = torch.arange(context, device=model.device)[None]
-        key_cache.note(caches["clex"], None, spectrum, positions, context)
+        key_record.record_keys(caches["clex"], None, spectrum, positions, context)
     for turn in range(arguments.rounds + 1):
         # Who goes first alternates, so that a machine that slows down or speeds up favours neither.
         for side in ("plain", "clex") if turn % 2 else ("clex", "plain"):
@@ -122,11 +122,11 @@ def decode(model: LlamaForCausalLM, cache: Cache, context: int, num_tokens: int)
     """Greedy decoding step by step; the last cached token is computed again first, which brings t back."""
     shorten(cache, context - 1)
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    model(token, **kv_cache.passed(model, cache))
+    model(token, **kv_cache.as_kwargs(model, cache))
     seconds = []
     for _ in range(num_tokens):
         start = time.perf_counter()
-        token = model(token, **kv_cache.passed(model, cache)).logits[:, -1:].argmax(dim=-1)
+        token = model(token, **kv_cache.as_kwargs(model, cache)).logits[:, -1:].argmax(dim=-1)
         token.item()
         seconds.append(time.perf_counter() - start)
     return seconds

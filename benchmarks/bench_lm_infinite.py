@@ -256,7 +256,7 @@ def filled(cache: Cache, length: int, arguments: argparse.Namespace) -> Cache:
 
 def forward(model: LlamaForCausalLM, ids: torch.Tensor, cache: Cache | None) -> None:
     """One call of the model, which takes in `ids`."""
-    model(ids, use_cache=cache is not None, logits_to_keep=1, **kv_cache.passed(model, cache))
+    model(ids, use_cache=cache is not None, logits_to_keep=1, **kv_cache.as_kwargs(model, cache))
 
 
 def steps(model: LlamaForCausalLM, cache: Cache, num_tokens: int, num_rows: int = 1) -> float:

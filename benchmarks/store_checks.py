@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from data_loading import BATCH_ROWS, MICRO_BATCH, VOCABULARY
 
-from clex_train.data.batch import joined
+from clex_train.data.batch import collate_rows
 from clex_train.data.loader import batches
 from clex_train.data.manifest import BLOCK, BLOCK_SUM, DOCUMENT, MANIFEST, Shard
 from clex_train.data.order import ShuffledRows
@@ -106,7 +106,7 @@ def speed(rows: Rows, turn: int) -> float:
     """Read steps of a shuffled order in one turn: tokens a second of processor time."""
     steps = min(MOST_ROWS, MOST_TOKENS // rows.seq_len, len(rows)) // BATCH_ROWS
     start = time.process_time()
-    for step in islice(batches(ShuffledRows(rows, turn), 0, BATCH_ROWS, 0, 1, MICRO_BATCH, joined), steps):
+    for step in islice(batches(ShuffledRows(rows, turn), 0, BATCH_ROWS, 0, 1, MICRO_BATCH, collate_rows), steps):
         for _ in step:
             pass
     return steps * BATCH_ROWS * rows.seq_len / (time.process_time() - start)

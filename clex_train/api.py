@@ -1,11 +1,11 @@
-"""CLEX on a transformers causal LM of your own, in one call and undone in another.
+"""CLEX on your own transformers causal LM: applied in one call, undone in another.
 
     clex = apply_clex(model, "runs/llama2_7b_clex/final")    the field that a run has trained
     model.generate(**inputs)                                  t = least upper bound of n / L, cached keys follow
-    with clex.pinned(8): model.generate(**inputs)             t stands still
-    clex.undo()                                               the model as it was, to the bit
+    with clex.pinned(8): model.generate(**inputs)             t is fixed
+    clex.undo()                                               the original model, to the bit
 
-docs/library.md has the whole story; `rope.patch` does the work.
+See docs/library.md for a guide; `rope.patch` does the work.
 """
 
 from contextlib import AbstractContextManager
@@ -35,33 +35,34 @@ T_MAX = 16.0
 
 @dataclass
 class AppliedClex:
-    """CLEX in place on one model; made by `apply_clex`."""
+    """CLEX applied to one model; created by `apply_clex`."""
 
     handle: RotaryHandle
-    """What governs the frequencies, for more than the methods here (`rope.patch`)."""
+    """Control of the frequencies, beyond the methods here (`rope.patch`)."""
     table: FrequencyTable
-    """theta(t) on the grid that `t` moves on."""
+    """theta(t) on the grid of values that `t` takes."""
     field: Clex | None
-    """The ODE behind the table, for training; None when a bare table was given."""
+    """ODE behind the table, for training; None when a bare table was given."""
     log_scaling: LogScaling
     clamp: bool = False
 
     def pinned(self, t: float) -> AbstractContextManager[None]:
-        """`with`: every call inside uses theta(t), whatever its length; `ValueError` for a t off the table's grid."""
+        """Use theta(t) for every call in the context; `ValueError` for a t off the table's grid."""
         return self.handle.pinned(t)
 
     def fixed(self, num_tokens: int) -> AbstractContextManager[None]:
-        """`with`: every call inside uses the t and the log-scaling of one of `num_tokens` tokens."""
+        """Treat every call in the context as one of `num_tokens` tokens; this sets t and log-scaling."""
         return self.handle.fixed(num_tokens)
 
     def refresh(self) -> None:
-        """Solve for the table anew, after the field was trained; `UnstableField` when it cannot be used."""
+        """Solve for the table again after training the field; `UnstableField` if the field is unusable."""
         assert self.field is not None, "a bare table has no field to solve"
-        self.table = replace(_table_of(self.field, self.handle.context_len), t_factor=self.table.t_factor)
+        self.table = replace(_solve_table(self.field, self.handle.context_len), t_factor=self.table.t_factor)
         self.handle.use(self.table, self.clamp)
 
     def undo(self) -> None:
-        """Give the model back as it was, to the bit."""
+        """Restore the model, to the bit."""
+        # Before the handle, whose `undo` drops its listeners.
         self.log_scaling.undo()
         self.handle.undo()
 
@@ -75,23 +76,31 @@ def apply_clex(
     log_scale: str | None = None,
     clamp: bool = False,
 ) -> AppliedClex:
-    """Let the RoPE of `model` follow the length of each call, up to t_max * L tokens; weights stay as they are.
+    """Let the RoPE of `model` follow the length of each call, up to t_max * L tokens; weights are unchanged.
 
-    `source` says which frequencies: a directory with a CLEX field (the `final/` of a run, or a checkpoint of the
-    original code), a `Clex`, a `FrequencyTable`, or None for an untrained field: NTK scaling with alpha = 2t - 1 up to
-    `t_max`. `context_len` is L in tokens, the context that the base was trained on: by default what the source says,
-    else the model's `max_position_embeddings`. `log_scale` is a policy of `attention.log_scaling`; by default the
-    source's, else `off`. With `clamp` a call beyond t_max * L is served at t_max with a warning instead of refused.
+    Args:
+        model: a transformers causal LM.
+        source: a directory with a CLEX field (the `final/` of a run, or a checkpoint of the original code), a `Clex`, a
+            `FrequencyTable`, or None for an untrained field: NTK scaling with alpha = 2t - 1 up to `t_max`.
+        context_len: L in tokens, the context length of the base model; by default the source's, else the model's
+            `max_position_embeddings`.
+        t_max: largest scale factor of an untrained field.
+        log_scale: a policy of `attention.log_scaling`; by default the source's, else `off`.
+        clamp: serve calls beyond t_max * L at t_max with a warning, instead of refusing them.
 
-    `ValueError` in one line, and the model untouched: no RoPE or one that cannot be scaled, frequencies that do not fit
-    the model (both are named), a damaged source, a model that is patched already.
+    Raises:
+        ValueError: in one line, with the model untouched: no RoPE or one that cannot be scaled, frequencies that do not
+            fit the model (both are named), a damaged source, a model that is patched already.
     """
     length = context_len or _recorded_context(source) or _own_context(model)
+    # Install first: the handle knows the model's own frequencies, which the source is checked against.
     handle = install_rotary(model, length)
     try:
         handle.require_scalable()
+        # Everything below may refuse the source, and the model must then be as before.
         field, table, policy = _read(source, handle, t_max)
         handle.use(table, clamp)
+        # Last, as it subscribes to the handle; `undo` goes in reverse order.
         scaling = install_log_scaling(model, log_scale or policy, length, handle.on_length)
     except Exception:
         handle.undo()
@@ -100,7 +109,7 @@ def apply_clex(
 
 
 def _read(source: Source | None, handle: RotaryHandle, t_max: float) -> tuple[Clex | None, FrequencyTable, str]:
-    """Field, table and log-scaling policy of a source that fits the model."""
+    """Return field, table and log-scaling policy of a source that fits the model."""
     if isinstance(source, FrequencyTable):
         return None, source, "off"
     base, policy, table = handle.base_inv_freq, "off", None
@@ -113,37 +122,39 @@ def _read(source: Source | None, handle: RotaryHandle, t_max: float) -> tuple[Cl
         policy = record.log_scale
     else:
         stored = official.read_official_field(Path(source), base)
+        # The official code has no table; it is solved below, on the integers up to t_max.
         field, policy = stored.clex, stored.log_scale
     _require_same_base(field.base_inv_freq, base, source)
-    return field, table or _table_of(field, handle.context_len), policy
+    return field, table or _solve_table(field, handle.context_len), policy
 
 
-def _table_of(field: Clex, context_len: int) -> FrequencyTable:
-    """theta(t) on the integers up to t_max, within the field's tolerance."""
+def _solve_table(field: Clex, context_len: int) -> FrequencyTable:
+    """Solve for theta(t) on the integers up to t_max, within the field's tolerance."""
     return replace(field.table(scale_grid(field.t_max)), context_len=context_len)
 
 
 def _require_same_base(found: Tensor, own: Tensor, source: Any) -> None:
-    """A field continues the frequencies it was trained on; on others it would compute something else."""
+    """Raise `ValueError` if a field was trained on frequencies other than the model's."""
     name = source if isinstance(source, str | Path) else "the field"
     if len(found) != len(own):
         raise ConfigError(
             name,
             None,
-            f"rotary dimension {2 * len(found)}, and the model's is {2 * len(own)}; apply it to its own base model",
+            f"rotary dimension {2 * len(found)}, but the model's is {2 * len(own)}; apply it to its own base model",
         )
+    # A field continues the frequencies it was trained on; rtol leaves room for frequencies stored in float32.
     if not torch.allclose(found.cpu(), own, rtol=1e-4, atol=0):
         j = int(((found.cpu() - own).abs() / own).argmax())
         raise ConfigError(
             name,
             None,
-            f"starts from theta[{j}]={float(found[j]):.6g}, and the model's is {float(own[j]):.6g}; "
+            f"starts from theta[{j}]={float(found[j]):.6g}, but the model's is {float(own[j]):.6g}; "
             "apply it to its own base model",
         )
 
 
 def _recorded_context(source: Source | None) -> int | None:
-    """L as the source says it; `ValueError` for a path that holds no CLEX."""
+    """Return L as recorded by the source; `ValueError` for a path without CLEX."""
     if isinstance(source, FrequencyTable):
         return source.context_len
     if source is None or isinstance(source, Clex):
@@ -154,7 +165,7 @@ def _recorded_context(source: Source | None) -> int | None:
     if official.is_official(directory):
         return int(official.read_official_config(directory).max_position_embeddings)
     raise ConfigError(
-        directory, None, "no CLEX in it (neither clex.json nor rope_scaling.type=clex); give the final/ of a run"
+        directory, None, "contains no CLEX (neither clex.json nor rope_scaling.type=clex); pass the final/ of a run"
     )
 
 
@@ -162,6 +173,8 @@ def _own_context(model: Any) -> int:
     own = recipes.own_context(model.config, "context_len")
     if own is None:
         raise ConfigError(
-            "context_len", None, "the model's config has no max_position_embeddings; say what it was trained on"
+            "context_len",
+            None,
+            "the model's config has no max_position_embeddings; pass the context length it was trained on",
         )
     return own.length

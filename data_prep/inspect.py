@@ -13,7 +13,7 @@ from clex_train.data.overlap import overlap
 from clex_train.data.store import TokenStore
 from clex_train.utils.bounds import require
 from clex_train.utils.errors import ConfigError, renamed_key
-from clex_train.utils.files import BadFile, require_place, sha256
+from clex_train.utils.files import BadFile, require_writable_folder, sha256
 from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.seeding import generator
 from data_prep import length_plot, row_samples
@@ -34,7 +34,7 @@ def run(config: InspectVerb) -> None:
     require(config.store is not None, "store", config.store, "name the directory of a token store: store=corpora/books")
     store = _open(str(config.store))
     if config.plot:
-        require_place("plot", Path(config.plot), Path(config.plot).parent)
+        require_writable_folder("plot", Path(config.plot), Path(config.plot).parent)
     if config.verify:
         say(f"{verify(store)} files verified, every checksum is that of the manifest")
     say("\n".join(_summary(store)))

@@ -20,7 +20,7 @@ from clex_train.data.writer import move_store
 from clex_train.utils import log
 from clex_train.utils.bounds import require
 from clex_train.utils.errors import NO_ROOM, ConfigError
-from clex_train.utils.files import BadFile, make_folder, require_place, write_atomically
+from clex_train.utils.files import BadFile, make_folder, require_writable_folder, write_atomically
 from clex_train.utils.locks import Lock, try_lock
 from clex_train.utils.records import read_json
 from data_prep.shards import UNITS
@@ -95,12 +95,12 @@ def require_free(output: Path, wanted: str, overwrite: bool) -> None:
 def require_place_of_store(output: Path) -> None:
     """Raise `ValueError` if no store can be written at `output`, before anything is read; makes nothing."""
     with disk_full_explained(output):
-        require_place("output", output, output.parent, partial_path(output).name)
+        require_writable_folder("output", output, output.parent, partial_path(output).name)
 
 
 def require_writable(output: Path) -> None:
     """Make the folder that `output` is to lie in; `ValueError` if it cannot be written."""
-    require_place("output", output, output.parent, output.name + ".partial")
+    require_writable_folder("output", output, output.parent, output.name + ".partial")
     try:
         make_folder(output.parent)
     except OSError as error:

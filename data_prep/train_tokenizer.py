@@ -14,7 +14,7 @@ from typing import Any
 
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError
-from clex_train.utils.files import complete_or_absent
+from clex_train.utils.files import atomic_directory
 from data_prep.config import CorpusConfig, TrainTokenizerVerb
 from data_prep.documents import documents
 from data_prep.held_out import rule
@@ -40,7 +40,7 @@ def run(config: TrainTokenizerVerb) -> None:
 
 
 def _write(output: Path, units: list[Unit], config: TrainTokenizerVerb) -> None:
-    with complete_or_absent(output) as unfinished:
+    with atomic_directory(output) as unfinished:
         tokenizer = train(_texts(units, config.corpus, config.max_mb * 1_000_000), config)
         if len(tokenizer) < config.vocab_size:
             logger.warning("vocab_size=%d: the corpus gives %d tokens only", config.vocab_size, len(tokenizer))

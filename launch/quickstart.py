@@ -124,5 +124,5 @@ def call(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    terminal.outlive("stdout", "stderr")
+    terminal.survive_hangup("stdout", "stderr")
     sys.exit(main())

@@ -104,7 +104,7 @@ def submit(config: Config) -> None:
 
 def write(config: Config, folder: Path) -> None:
     """Write the submission: `code/`, `config.yaml` as train.py will read it, and the script."""
-    with files.complete_or_absent(folder) as unfinished:
+    with files.atomic_directory(folder) as unfinished:
         snapshot.copy_code(unfinished / job_script.CODE)
         files.write_atomically(unfinished / "config.yaml", job_script.configuration_text(config, folder))
         files.write_atomically(unfinished / job_script.NAME, job_script.render(config, folder, Path.cwd()))

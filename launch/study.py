@@ -32,7 +32,7 @@ if __name__ == "__main__":
 from clex_train.resilience.stop_requests import Interrupted
 from clex_train.utils import terminal
 from clex_train.utils.errors import ConfigError, InputError
-from clex_train.utils.files import require_place
+from clex_train.utils.files import require_writable_folder
 from clex_train.utils.locations import ROOT
 from data_prep.config import Format
 from data_prep.sources import expand
@@ -120,7 +120,7 @@ def at_least_one(text: str) -> int:
 
 def require_usable(study: Study) -> None:
     """Raise `ValueError` if nothing can be written, or the store is still to be made and has no files."""
-    require_place("--out", study.out, study.out)
+    require_writable_folder("--out", study.out, study.out)
     try:
         if not study.store.exists():
             expand([study.books], Format.auto)
@@ -193,5 +193,5 @@ def failed(error: subprocess.CalledProcessError) -> int:
 
 
 if __name__ == "__main__":
-    terminal.outlive("stdout", "stderr")
+    terminal.survive_hangup("stdout", "stderr")
     sys.exit(main())

@@ -14,7 +14,7 @@ from clex_train.rope.rotary import ScaledRotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.table import FrequencyTable, scale_grid
-from clex_train.utils.files import complete_or_absent
+from clex_train.utils.files import atomic_directory
 from tests.helpers.tiny_causal_lm import CONTEXT, VOCABULARY, tiny_llama
 
 BASE = install_rotary(tiny_llama(), CONTEXT).base_inv_freq
@@ -109,7 +109,7 @@ def test_clamping_is_on_request_only(caplog: pytest.LogCaptureFixture) -> None:
     clex.undo()
     apply_clex(model, trained_field(), clamp=True)
     model(tokens(65))
-    assert "num_tokens=65 is beyond t_max" in caplog.text
+    assert "num_tokens=65 exceeds t_max" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,12 @@ def test_clamping_is_on_request_only(caplog: pytest.LogCaptureFixture) -> None:
     [
         (
             lambda folder: run_directory(folder, base=BASE / 2),
-            r"final: starts from theta\[\d\]=\S+, and the model's is \S+;",
+            r"final: starts from theta\[\d\]=\S+, but the model's is \S+;",
         ),
-        (lambda folder: run_directory(folder, base=BASE[:5]), "final: rotary dimension 10, and the model's is 12"),
-        (lambda folder: Clex(BASE[:5], 4.0), "the field: rotary dimension 10, and the model's is 12"),
+        (lambda folder: run_directory(folder, base=BASE[:5]), "final: rotary dimension 10, but the model's is 12"),
+        (lambda folder: Clex(BASE[:5], 4.0), "the field: rotary dimension 10, but the model's is 12"),
         (lambda folder: FrequencyTable(torch.ones(1).double(), torch.ones(1, 5).double()), "rotary dimension 10"),
-        (lambda folder: folder, "no CLEX in it"),
+        (lambda folder: folder, "contains no CLEX"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_the_model_untouched(tmp_path: Path, make, message: str) -> None:
@@ -175,7 +175,7 @@ def test_an_error_while_writing_leaves_the_earlier_directory(tmp_path: Path) -> 
     final = run_directory(tmp_path / "final")
 
     def fail_halfway() -> None:
-        with complete_or_absent(final) as folder:
+        with atomic_directory(final) as folder:
             (folder / "half").write_text("x")
             raise RuntimeError("disk")
 

@@ -1,9 +1,9 @@
-"""Documents of a packed row that do not see each other, by what transformers has for it.
+"""Document masking for packed rows: keyword arguments that keep documents apart in a Hugging Face causal LM.
 
-Without a padding mask and a cache, its masks of eager, sdpa and flex attention read `position_ids` that restart as the
-borders of documents. Flash attention reads them for batches of one row only, and waits for the GPU in every layer to
-do so; it is given the borders as `cu_seq_lens` instead, of whole rows too. Shapes: `B` rows, `S` tokens of a row,
-`E` borders.
+Without a padding mask and a cache, transformers' masks for eager, SDPA and flex attention read `position_ids` that
+restart as document borders. Flash attention reads them for batches of one row only, and synchronizes with the GPU in
+every layer to do so. It is given `cu_seq_lens` instead.
+Shapes: `B` rows, `S` tokens of a row, `E` borders.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ from clex_train.config.attention import AttentionImplementation
 from clex_train.utils import distributed
 
 
-def separating_arguments(
+def document_mask_kwargs(
     position_ids: Int64[Tensor, "B S"], implementation: AttentionImplementation, device: torch.device
 ) -> dict[str, Any]:
-    """What to call a causal LM with (and `use_cache=False`), so that documents are apart.
+    """Build keyword arguments for a causal LM (called with `use_cache=False`) that mask other documents.
 
     `position_ids`, on the CPU, count from 0 in each document and begin every row with 0.
     """
@@ -29,22 +29,25 @@ def separating_arguments(
     return arguments
 
 
-def undivided_arguments(
+def single_document_kwargs(
     input_ids: Int64[Tensor, "B S"], implementation: AttentionImplementation, device: torch.device
 ) -> dict[str, Any]:
-    """What to call a causal LM with for rows that are one document each, so that no layer waits to find that out."""
+    """Build keyword arguments for rows that hold one document each."""
+    # Batches of one row only: there transformers looks for restarting positions, synchronizing in every layer.
     if implementation is not AttentionImplementation.flash_attention_2 or len(input_ids) > 1:
         return {}
     return _lengths_for_flash(torch.tensor([0, input_ids.shape[1]], dtype=torch.int32), device)
 
 
 def _lengths_for_flash(borders: Int32[Tensor, " E"], device: torch.device) -> dict[str, Any]:
+    # `position_ids` are on the CPU, so `int` here does not synchronize; the kernel wants a Python int.
     longest, on_device = int(borders.diff().max()), distributed.to_device(borders, device)
     return {"cu_seq_lens_q": on_device, "cu_seq_lens_k": on_device, "max_length_q": longest, "max_length_k": longest}
 
 
 def cumulative_lengths(position_ids: Int64[Tensor, "B S"]) -> Int32[Tensor, " E"]:
-    """Where each document begins when the rows are laid end to end, and after the last one the number of tokens."""
+    """Return the start of each document in the flattened rows, followed by the total number of tokens."""
     flat = position_ids.flatten()
     starts = flat.eq(0).nonzero().flatten()
+    # flash-attn requires int32 offsets.
     return torch.cat((starts, torch.tensor([len(flat)], device=flat.device))).to(torch.int32)

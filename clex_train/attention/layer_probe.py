@@ -1,8 +1,8 @@
-"""Try the attention of each layer on the meta device, to learn how it uses positions.
+"""Probe the attention of each layer on the meta device to learn how it uses positions.
 
-A layer's attention is built again from its config without weights and called with two tokens. Autograd then says
-whether the keys depend on cos and sin, and a function of ours in transformers' attention interface what the layer
-passes on. No family is named. Shapes: `S` tokens, `W` width of cos.
+A layer's attention is rebuilt from its config without weights and called with two tokens. Autograd then tells whether
+the keys depend on cos and sin, and an attention function of ours records what the layer passes on. No model family is
+named. Shapes: `S` tokens, `W` width of cos.
 """
 
 import copy
@@ -17,33 +17,33 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
 
-NAME = "trial_of_a_layer"
-GIVEN = "position_embeddings"
-PLAIN = (bool, int, float, str, type(None))
+NAME = "layer_probe"
+POSITION_EMBEDDINGS = "position_embeddings"
+PLAIN_TYPES = (bool, int, float, str, type(None))
 
 
 @dataclass
-class Trial:
-    """Record how one attention module used positions."""
+class LayerProbe:
+    """How one attention module uses positions."""
 
     rotates: bool | None = None
-    """Whether its keys depend on cos and sin; None when it could not be tried out."""
+    """True if its keys depend on cos and sin; None if the probe failed."""
     reason: str = ""
-    """Why it could not."""
+    """Error of a failed probe, in one line."""
     reached_interface: bool = False
-    """Whether it called an attention function of transformers' attention interface."""
+    """True if it called a function of transformers' attention interface."""
     makes_mask: bool = False
-    """Whether it passes a mask on that it was not given."""
+    """True if it passed on a mask although it was given none."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What it passes to the attention function beside queries, keys, values and mask."""
+    """Arguments to the attention function other than queries, keys, values and mask."""
 
 
-class _Reached(Exception):
-    """Ends a trial in the attention function."""
+class _StopForward(Exception):
+    """Ends the forward pass of a probe inside the attention function."""
 
 
-class _Watch(DynamicCache):  # type: ignore[misc]  # mypy does not follow transformers
-    """A cache that keeps the keys of the first update and gives them back."""
+class _RecordingCache(DynamicCache):  # type: ignore[misc]  # mypy does not follow transformers
+    """A cache that records the keys of the first update and returns its input."""
 
     keys: Tensor | None = None
 
@@ -53,117 +53,133 @@ class _Watch(DynamicCache):  # type: ignore[misc]  # mypy does not follow transf
 
 
 def rotary_attention(model: nn.Module) -> list[Any]:
-    """Find the attention module of every layer that is given cos and sin, in the order of the layers."""
-    found = [module for module in _innermost(model) if isinstance(getattr(module, "layer_idx", None), int)]
+    """Find the attention module of every layer that takes cos and sin, in the order of the layers."""
+    found = [
+        module for module in _innermost_with_positions(model) if isinstance(getattr(module, "layer_idx", None), int)
+    ]
     return sorted(found, key=lambda module: module.layer_idx)
 
 
-def attempt_all(
+def probe_layers(
     modules: list[Any], cos_shape: Callable[[Any], tuple[int, ...] | None], config: Any = None
-) -> list[Trial]:
-    """`attempt` every module, once for those that are alike; `cos_shape` says what each is given.
+) -> list[LayerProbe]:
+    """Probe every module, once per group of identical ones.
 
-    `config` is that of the model, for modules that keep none.
+    `cos_shape` maps a module to the shape of its cos, None if unknown. `config` is the model's, for modules without
+    one.
     """
-    known: dict[Any, Trial] = {}
-    trials = []
+    known: dict[Any, LayerProbe] = {}
+    probes = []
     for module in modules:
         shape = cos_shape(module)
-        key = (shape, *_facts(module))
+        # A model of 80 layers has one or two kinds of attention; a probe of each kind suffices.
+        key = (shape, *_distinguishing_values(module))
         if key not in known:
             known[key] = (
-                Trial(reason="no cos and sin for its type") if shape is None else attempt(module, shape, config)
+                LayerProbe(reason="no cos and sin for its type")
+                if shape is None
+                else probe_layer(module, shape, config)
             )
-        trials.append(known[key])
-    return trials
+        probes.append(known[key])
+    return probes
 
 
-def attempt(module: Any, cos_shape: tuple[int, ...], config: Any = None) -> Trial:
-    """Try an attention module with cos and sin of `cos_shape` [1, S, W]; its weights may be anywhere, or sharded."""
-    trial, watch, config = Trial(), _Watch(), getattr(module, "config", config)
+def probe_layer(module: Any, cos_shape: tuple[int, ...], config: Any = None) -> LayerProbe:
+    """Probe an attention module with cos and sin of `cos_shape` [1, S, W]; its weights may be anywhere, or sharded."""
+    probe, recorder, config = LayerProbe(), _RecordingCache(), getattr(module, "config", config)
     cos, sin = (torch.empty(cos_shape, device="meta", requires_grad=True) for _ in range(2))
 
     def reached(
         _: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> None:
-        trial.makes_mask, trial.options = attention_mask is not None, options
-        watch.keys = key if watch.keys is None else watch.keys
-        raise _Reached
+        probe.makes_mask, probe.options = attention_mask is not None, options
+        recorder.keys = key if recorder.keys is None else recorder.keys
+        # Everything of interest is known here; the rest of the forward would only need more arguments.
+        raise _StopForward
 
+    # Registered again by every probe, since the function closes over its recorder.
     AttentionInterface.register(NAME, reached)
     try:
+        # The caller may be in inference mode or no_grad, where autograd would see no dependence.
         with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
             twin = _without_weights(module, config)
             hidden = torch.empty(1, cos_shape[1], config.hidden_size)
-            type(twin).forward(twin, **_arguments(twin, hidden, (cos, sin), watch))
-    except _Reached:
-        trial.reached_interface = True
+            # Call `forward` itself: hooks that were copied to the twin must not run.
+            type(twin).forward(twin, **_arguments(twin, hidden, (cos, sin), recorder))
+    except _StopForward:
+        probe.reached_interface = True
     except Exception as error:
-        # Any failure is an answer here: the caller decides what an unknown layer may be used for.
-        trial.reason = f"{type(error).__name__}: {error}"
-    if watch.keys is not None:
-        trial.rotates = _depends(watch.keys, cos, sin)
-    return trial
+        # Any failure is an answer: the caller decides what an unknown layer may be used for.
+        probe.reason = f"{type(error).__name__}: {error}"
+    if recorder.keys is not None:
+        probe.rotates = _depends(recorder.keys, cos, sin)
+    return probe
 
 
-def own_window(attention: Any) -> int | None:
-    """Return how many keys a layer sees at most; some families keep it on the module, others in the config for all."""
+def layer_window(attention: Any) -> int | None:
+    """Return the largest number of keys that a layer sees; None for full attention."""
     config = getattr(attention, "config", None)
     types = getattr(config, "layer_types", None)
     if types is not None and types[attention.layer_idx] == "full_attention":
         return None
+    # Some families keep the window on the module, others in the config for all layers.
     has_own = hasattr(attention, "sliding_window")
     window = attention.sliding_window if has_own else getattr(config, "sliding_window", None)
-    # A window of 0 is how Qwen2-MoE says that there is none.
+    # Qwen2-MoE writes 0 for "no window".
     return window or None
 
 
 def layer_type(attention: Any) -> str | None:
-    """Return the type of a layer as its config says it; None for a model without types."""
+    """Return a layer's type from its config; None for a model without layer types."""
     types = getattr(getattr(attention, "config", None), "layer_types", None)
     return None if types is None else str(types[attention.layer_idx])
 
 
 @functools.cache
 def parameter_names(forward: Callable[..., Any]) -> list[str]:
-    """List the parameters of a method, read once: hooks ask in every layer of every decoding step."""
+    """List the parameters of a method without `self`; cached for hooks that run in every decoding step."""
     return list(inspect.signature(forward).parameters)[1:]
 
 
-def _innermost(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield modules given cos and sin of which no part is given them: decoder layers pass them on."""
-    inner = [found for child in module.children() for found in _innermost(child)]
+def _innermost_with_positions(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the innermost modules that take cos and sin; decoder layers only pass them on."""
+    inner = [found for child in module.children() for found in _innermost_with_positions(child)]
     if inner:
         yield from inner
-    elif GIVEN in inspect.signature(type(module).forward).parameters:
+    elif POSITION_EMBEDDINGS in inspect.signature(type(module).forward).parameters:
         yield module
 
 
-def _facts(module: Any) -> tuple[Any, ...]:
-    """Collect what tells a layer from another of its class: its plain attributes and entries in lists of the config."""
+def _distinguishing_values(module: Any) -> tuple[Any, ...]:
+    """Collect what distinguishes a layer from others of its class: plain attributes and per-layer config entries."""
+    # A module without a config contributes no lists: the stand-in is an empty module.
     index, lists = module.layer_idx, vars(getattr(module, "config", None) or nn.Module())
-    own = [(name, value) for name, value in vars(module).items() if isinstance(value, PLAIN) and name != "layer_idx"]
+    own = [
+        (name, value) for name, value in vars(module).items() if isinstance(value, PLAIN_TYPES) and name != "layer_idx"
+    ]
     listed = [(n, v[index]) for n, v in lists.items() if isinstance(v, (list, tuple)) and index < len(v)]
-    return (type(module), *own, *((name, value) for name, value in listed if isinstance(value, PLAIN)))
+    return (type(module), *own, *((name, value) for name, value in listed if isinstance(value, PLAIN_TYPES)))
 
 
 def _without_weights(module: Any, config: Any) -> Any:
-    """Build the module again from its config, with our attention function, and in evaluation mode."""
+    """Rebuild the module from its config with the recording attention function, in evaluation mode."""
+    # The copy keeps the probe's attention name out of the model that is being probed.
     config = copy.deepcopy(config)
     config._attn_implementation = NAME
     known = {"config": config, "layer_idx": module.layer_idx}
     wanted = list(inspect.signature(type(module).__init__).parameters.values())[1:]
+    # Constructors take different extras (`is_cross_attention`, ...), which the live module usually has as attributes.
     given = {each.name: known.get(each.name, getattr(module, each.name, each.default)) for each in wanted}
     return type(module)(**given).eval()
 
 
 def _arguments(twin: Any, hidden: Tensor, pair: tuple[Tensor, Tensor], cache: DynamicCache) -> dict[str, Any]:
-    """Choose arguments for `forward` by its parameters: None for those that must be given and say nothing here."""
+    """Choose arguments for `forward` by its parameters; None for required ones that do not matter here."""
     arguments: dict[str, Any] = {}
     for name, parameter in list(inspect.signature(type(twin).forward).parameters.items())[1:]:
         if name == "hidden_states":
             arguments[name] = hidden
-        elif name == GIVEN:
+        elif name == POSITION_EMBEDDINGS:
             arguments[name] = pair
         elif name == "position_ids":
             arguments[name] = torch.arange(hidden.shape[1])[None]
@@ -175,9 +191,11 @@ def _arguments(twin: Any, hidden: Tensor, pair: tuple[Tensor, Tensor], cache: Dy
 
 
 def _depends(keys: Tensor, *inputs: Tensor) -> bool:
+    """Return True if any of `inputs` contributes to `keys`."""
     if not keys.requires_grad:
         return False
     with torch.enable_grad():
+        # A backward on the meta device costs nothing and needs a scalar.
         total = keys.sum()
     gradients = torch.autograd.grad(total, inputs, allow_unused=True)
     return any(gradient is not None for gradient in gradients)

@@ -1,9 +1,8 @@
 """Log-scaling: attention logits times log(n) / log(L), so that their entropy does not grow with the context.
 
-One factor for a whole call, put on the softmax scale that every attention back end of transformers reads from the
-module's `scaling` (not on cos and sin, which would reach only the rotary part of a head). Where a mask shows a query no
-more than some number of keys, that number stands for a larger n.
-n tokens of the call (cached keys and new ones; in training those of a row), L the context the base was trained on.
+The factor is one number per call, applied to the softmax scale that transformers' attention functions read from the
+module's `scaling`. `n` counts the tokens of the call (cached keys plus new ones; in training those of a row), or the
+most keys that a mask shows a query where that is fewer. `L` is the context length the base model was trained on.
 """
 
 import math
@@ -13,37 +12,37 @@ from typing import Any
 
 from torch import nn
 
-from clex_train.attention.layer_probe import own_window
+from clex_train.attention.layer_probe import layer_window
 from clex_train.utils.errors import ConfigError
 
 MOST_VISIBLE = "most_visible_keys"
-"""Attribute of an attention module by which a mask says how many keys a query sees at most."""
+"""Attribute of an attention module: the most keys that its mask shows a query."""
 
 Subscribe = Callable[[Callable[[int], None]], Callable[[], None]]
 Policy = Callable[[int, int, bool], float]
 
 
-def beyond_context(num_tokens: int, context_len: int) -> float:
-    """log(n) / log(L) for n > L, else 1."""
+def clamped_factor(num_tokens: int, context_len: int) -> float:
+    """Return log(n) / log(L) for n > L, else 1."""
     return max(1.0, math.log(num_tokens) / math.log(context_len))
 
 
 def official_factor(num_tokens: int, context_len: int) -> float:
-    """log(n) / log(L) for every n, as the released checkpoints have it: below 1 for n < L and 0 for n = 1."""
+    """Return log(n) / log(L) for every n, as the released checkpoints do: below 1 for n < L and 0 for n = 1."""
     return math.log(num_tokens) / math.log(context_len)
 
 
 POLICIES: dict[str, Policy] = {
     "off": lambda num_tokens, context_len, training: 1.0,
-    "eval": lambda num_tokens, context_len, training: 1.0 if training else beyond_context(num_tokens, context_len),
-    "always": lambda num_tokens, context_len, training: beyond_context(num_tokens, context_len),
+    "eval": lambda num_tokens, context_len, training: 1.0 if training else clamped_factor(num_tokens, context_len),
+    "always": lambda num_tokens, context_len, training: clamped_factor(num_tokens, context_len),
     "official": lambda num_tokens, context_len, training: official_factor(num_tokens, context_len),
 }
 
 
 @dataclass(frozen=True)
 class _ScaledAttention:
-    """An attention module, its own softmax scale, and how many keys it sees at most."""
+    """An attention module with its original softmax scale and the most keys that it sees."""
 
     module: Any
     scaling: float
@@ -51,27 +50,30 @@ class _ScaledAttention:
 
 
 class LogScaling:
-    """Log-scaling of one model, following the lengths it is told; made by `install_log_scaling`."""
+    """Log-scaling of one model, updated before each call; created by `install_log_scaling`."""
 
     def __init__(self, model: nn.Module, policy: str, context_len: int) -> None:
         self.model, self.policy, self.context_len = model, policy, context_len
         self.factor = 1.0
         self._most_visible: int | None = None
         self._rule = POLICIES[policy]
+        # Scale the softmax, not cos and sin: those would reach only the rotary part of a head.
         self._attention = [] if policy == "off" else _attention_modules(model)
         self._unsubscribe: Callable[[], None] | None = None
 
     def follow(self, num_tokens: int) -> None:
         """Set the softmax scales for a call of `num_tokens` tokens."""
         factor = self._rule(num_tokens, self.context_len, self.model.training)
-        # A mask is on all layers or on none, so the first one tells whether it came or went.
+        # LM-Infinite masks all layers or none, so the first layer shows whether a mask was installed or removed.
         most_visible = getattr(self._attention[0].module, MOST_VISIBLE, None) if self._attention else None
+        # Decoding calls this for every token; below L the factor stays 1 and nothing needs writing.
         if factor == self.factor and most_visible == self._most_visible:
             return
         self.factor, self._most_visible = factor, most_visible
         for item in self._attention:
             limits = (item.window, getattr(item.module, MOST_VISIBLE, None))
             seen = min([num_tokens, *(limit for limit in limits if limit is not None)])
+            # Multiply the saved original, so that rounding does not accumulate over calls.
             item.module.scaling = item.scaling * self._rule(seen, self.context_len, self.model.training)
 
     def subscribe(self, on_length: Subscribe) -> "LogScaling":
@@ -93,8 +95,10 @@ def install_log_scaling(model: nn.Module, policy: str, context_len: int, on_leng
 
         install_log_scaling(model, "eval", handle.context_len, handle.on_length)
 
-    `eval` leaves a model in training mode alone. Layers with a sliding window count no more keys than the window.
-    `ValueError` for an unknown policy, L < 2, or a model whose attention takes its scale from elsewhere.
+    `eval` skips a model in training mode. A layer with a sliding window counts no more keys than its window.
+
+    Raises:
+        ValueError: unknown policy, L < 2, or attention that does not read its scale from `scaling`.
     """
     if policy not in POLICIES:
         raise ValueError(f"log_scale={policy}: one of {', '.join(POLICIES)}")
@@ -104,10 +108,12 @@ def install_log_scaling(model: nn.Module, policy: str, context_len: int, on_leng
 
 
 def _attention_modules(model: nn.Module) -> list[_ScaledAttention]:
+    """Find the attention modules with a `scaling`; `ValueError` names a model type that has none."""
     modules: list[Any] = list(model.modules())
     found = [
-        _ScaledAttention(module, module.scaling, own_window(module))
+        _ScaledAttention(module, module.scaling, layer_window(module))
         for module in modules
+        # Norms and embeddings may have a `scaling` too; only attention modules carry a layer index.
         if isinstance(getattr(module, "scaling", None), (float, int)) and hasattr(module, "layer_idx")
     ]
     if not found:

@@ -1,8 +1,7 @@
-"""Which attention a run computes with: what `attention.implementation=auto` stands for, and the kernel's name.
+"""Choice of the attention implementation: what `attention.implementation=auto` resolves to, and SDPA's kernel.
 
-flash-attn where it is installed and can compute the model, else scaled_dot_product_attention, which itself takes
-cuDNN's, a flash, a memory-efficient or an explicit kernel, whichever can compute the call and is first in its order;
-the explicit sum of transformers (`eager`) for families that SDPA cannot compute.
+`auto` is flash-attn where it is installed and supports the model, else scaled_dot_product_attention (SDPA). Families
+that SDPA cannot compute fall to transformers' explicit attention (`eager`).
 """
 
 from dataclasses import replace
@@ -16,61 +15,71 @@ from clex_train.config.attention import AttentionConfig, AttentionImplementation
 from clex_train.utils.bounds import require
 
 SDPA_KERNELS = {0: "explicit", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
-"""By torch.nn.attention.SDPBackend's numbers."""
-TRIED_TOKENS = 1024
-LARGEST_FLASH_WIDTH = 256
+"""Kernel names by the numbers of torch.nn.attention.SDPBackend."""
+# Long enough to find the kernel, and short enough that a mask [S, S] is cheap.
+MAX_PROBE_TOKENS = 1024
+# flash-attn 2 compiles its kernels for head dims up to this one.
+MAX_FLASH_HEAD_DIM = 256
 
 
-def resolved(asked: AttentionConfig, arch: PretrainedConfig, dtype: torch.dtype) -> AttentionConfig:
-    """`asked` with a back end of transformers in the place of `auto`."""
-    return replace(asked, implementation=choose(asked, arch, dtype))
+def resolve_attention(requested: AttentionConfig, arch: PretrainedConfig, dtype: torch.dtype) -> AttentionConfig:
+    """Replace `auto` in `requested` by an implementation."""
+    return replace(requested, implementation=choose_implementation(requested, arch, dtype))
 
 
-def choose(asked: AttentionConfig, arch: PretrainedConfig, dtype: torch.dtype) -> AttentionImplementation:
-    """The back end of transformers for a model of this architecture, computed in `dtype` on this machine.
+def choose_implementation(
+    requested: AttentionConfig, arch: PretrainedConfig, dtype: torch.dtype
+) -> AttentionImplementation:
+    """Choose the implementation for a model of this architecture, computed in `dtype` on this machine.
 
-    Raises `ValueError` where `sdpa` is asked for and cannot compute the model.
+    Raises:
+        ValueError: `sdpa` is requested and cannot compute the model.
     """
-    if asked.implementation is not AttentionImplementation.auto:
-        if asked.implementation is AttentionImplementation.sdpa:
-            require(has_sdpa(arch), "attention.implementation", "sdpa", f"not for {arch.model_type}; use auto or eager")
-        return asked.implementation
-    if not asked.lambda_mask and flash_refusal(arch, dtype) is None:
+    if requested.implementation is not AttentionImplementation.auto:
+        if requested.implementation is AttentionImplementation.sdpa:
+            require(
+                supports_sdpa(arch), "attention.implementation", "sdpa", f"not for {arch.model_type}; use auto or eager"
+            )
+        return requested.implementation
+    # LM-Infinite replaces the attention function, so flash-attn would go unused.
+    if not requested.lambda_mask and flash_unsupported_reason(arch, dtype) is None:
         return AttentionImplementation.flash_attention_2
-    return AttentionImplementation.sdpa if has_sdpa(arch) else AttentionImplementation.eager
+    return AttentionImplementation.sdpa if supports_sdpa(arch) else AttentionImplementation.eager
 
 
-def has_sdpa(arch: PretrainedConfig) -> bool:
-    """Whether SDPA computes the model's attention, as far as is known.
-
-    It has no cap of attention logits. transformers before 5.21 offers it for Gemma 2 all the same and leaves out the
-    cap, which changes the logits without an error.
-    """
+def supports_sdpa(arch: PretrainedConfig) -> bool:
+    """Return True if SDPA computes the model's attention correctly, as far as is known."""
+    # SDPA has no logit cap. transformers before 5.21 still offers it for Gemma 2 and drops the cap without an error.
     capped = getattr(arch.get_text_config(), "attn_logit_softcapping", None) is not None
-    return not capped and all(getattr(each, "_supports_sdpa", True) for each in _families(arch))
+    return not capped and all(getattr(each, "_supports_sdpa", True) for each in _model_classes(arch))
 
 
-def flash_refusal(arch: PretrainedConfig, dtype: torch.dtype) -> str | None:
-    """Why flash-attn cannot compute the attention of the model; None if it can."""
+def flash_unsupported_reason(arch: PretrainedConfig, dtype: torch.dtype) -> str | None:
+    """Explain why flash-attn cannot compute the model's attention; None if it can."""
     if not is_flash_attn_2_available():
         return "flash-attn is not installed, or there is no GPU"
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"flash-attn computes in bfloat16, not in {_name(dtype)}"
-    if not _family_has_flash(arch):
+        return f"flash-attn supports float16 and bfloat16, not {_name(dtype)}"
+    if not _supports_flash(arch):
         return f"model_type={arch.model_type} has no flash attention"
-    if head_width(arch) > LARGEST_FLASH_WIDTH:
-        return f"flash-attn has heads of at most {LARGEST_FLASH_WIDTH} components, the model {head_width(arch)}"
+    if head_dim(arch) > MAX_FLASH_HEAD_DIM:
+        return f"flash-attn supports head dims up to {MAX_FLASH_HEAD_DIM}, the model has {head_dim(arch)}"
     return None
 
 
 def sdpa_kernel(
     arch: PretrainedConfig, num_tokens: int, dtype: torch.dtype, device: torch.device, masked: bool = False
 ) -> str:
-    """The kernel that SDPA takes on `device` for training rows of `num_tokens`; `masked`: under a mask [S, S]."""
-    tokens = min(num_tokens, TRIED_TOKENS)
+    """Name the kernel that SDPA picks on `device` for training rows of `num_tokens`.
+
+    `masked` means under a mask [S, S] instead of the causal flag.
+    """
+    tokens = min(num_tokens, MAX_PROBE_TOKENS)
     heads = arch.get_text_config().num_attention_heads
-    query = torch.empty(1, heads, tokens, head_width(arch), dtype=dtype, device=device, requires_grad=True)
+    # Some kernels support inference only, so the query must require a gradient as in training.
+    query = torch.empty(1, heads, tokens, head_dim(arch), dtype=dtype, device=device, requires_grad=True)
     mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device).tril() if masked else None
+    # Private, but the only way to ask without running the kernel (`utils.private_names`).
     number = torch._fused_sdp_choice(query, query, query, mask, 0.0, not masked)
     return SDPA_KERNELS.get(number, f"number {number}")
 
@@ -83,7 +92,7 @@ def describe(
     device: torch.device,
     masked: bool = False,
 ) -> str:
-    """What computes attention, for the log."""
+    """Describe the attention computation for the log."""
     where = "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     name = implementation.value
     if implementation is AttentionImplementation.sdpa:
@@ -91,21 +100,23 @@ def describe(
     return f"{name} in {_name(dtype)} on {where}"
 
 
-def head_width(arch: PretrainedConfig) -> int:
-    """Components of a head."""
+def head_dim(arch: PretrainedConfig) -> int:
+    """Return the number of components of a head."""
     shape = arch.get_text_config()
     width: int = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     return width
 
 
-def _family_has_flash(arch: PretrainedConfig) -> bool:
-    """Code that comes with a model is not looked at, and so not trusted to have it."""
-    families = _families(arch)
+def _supports_flash(arch: PretrainedConfig) -> bool:
+    """Return True if all of the architecture's model classes declare flash attention."""
+    families = _model_classes(arch)
+    # Code that comes with a model is not inspected, and so not trusted to support it.
     return bool(families) and all(getattr(each, "_supports_flash_attn", False) for each in families)
 
 
-def _families(arch: PretrainedConfig) -> tuple[Any, ...]:
-    """Classes of transformers for the architecture; none for one whose code comes with the model."""
+def _model_classes(arch: PretrainedConfig) -> tuple[Any, ...]:
+    """Return transformers' classes for the architecture; empty if its code comes with the model."""
+    # A mapped entry is a class, or a tuple of classes for models that share a config.
     family = AutoModelForCausalLM._model_mapping.get(type(arch), ())
     return tuple(family) if isinstance(family, (tuple, list)) else (family,)
 

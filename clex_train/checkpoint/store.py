@@ -170,7 +170,7 @@ class Checkpoints:
     def tidy(self) -> None:
         """Remove what interrupted saves and conversions left, and finish a replacing of `latest`; on one rank."""
         self._complete_latest()
-        files.unfinished(self.folder / LATEST).unlink(missing_ok=True)
+        files.temporary_path(self.folder / LATEST).unlink(missing_ok=True)
         for leftover in [*self.folder.glob("saving_step_*"), *self.folder.glob(f"{files.REMOVING}*")]:
             files.remove_folder(leftover)
         universal.discard(self.folder)

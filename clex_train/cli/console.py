@@ -100,7 +100,7 @@ def _interrupted(interrupt: KeyboardInterrupt, kept: str) -> int:
     """Say once, on rank 0, which signal ended the program; returns the exit code."""
     # Without a watch, or where a library took SIGINT over, it is Python's own.
     own = interrupt if isinstance(interrupt, Interrupted) else Interrupted(signal.SIGINT)
-    if ranks.shown() == 0:
+    if ranks.display_rank() == 0:
         print(f"{own}; {kept}", file=sys.stderr)
     with suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -116,8 +116,8 @@ def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type 
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
         say(help_text())
         return 0
-    if ranks.shown() == 0:
-        for line in versions.untested():
+    if ranks.display_rank() == 0:
+        for line in versions.untested_warnings():
             logger.warning("%s", line)
     try:
         if schema is not None:
@@ -180,14 +180,14 @@ def _record(code: int) -> None:
 def report(error: Exception) -> int:
     """Print what the user can mend as one line, anything else with its traceback; returns the exit code."""
     if isinstance(error, StopRequested):
-        if ranks.shown() == 0:
+        if ranks.display_rank() == 0:
             print(log.printable(str(error)), file=sys.stderr)
         return GO_ON
     line, code = _classify(error)
     if line is None:
         traceback.print_exception(error)
         return FAULT
-    rank = ranks.shown()
+    rank = ranks.display_rank()
     if rank:
         # Most errors are those of every rank and rank 0 says them: then its launcher ends this rank meanwhile.
         time.sleep(PATIENCE)

@@ -69,7 +69,7 @@ from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, select
 from clex_train.models import architecture
 from clex_train.models import load as modeling
-from clex_train.rope.native import handle_without_weights
+from clex_train.rope.native import native_handle_on_meta
 from clex_train.tracking.summary import labelled
 from clex_train.utils import distributed, log
 from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
@@ -148,7 +148,7 @@ Done = tuple[Results, Origin, Partial]
 """Of an evaluation: its outcome, where it comes from, and what was kept for the case of an interruption."""
 
 
-@log.after_opening()
+@log.buffered()
 def main() -> None:
     """Evaluate what the command line names; whatever can be refused is refused before weights are read."""
     asked = parse(sys.argv[1:])
@@ -387,7 +387,7 @@ def _check_reach(model: ModelConfig, spec: EvaluationConfig, context_len: int) -
 def _check_methods(model: ModelConfig, spec: EvaluationConfig, context_len: int) -> None:
     """Refuse a method that the model cannot have, while no weights have been read."""
     arch = architecture.to_read(model)
-    unloaded = handle_without_weights(arch, context_len, model.trust_remote_code)
+    unloaded = native_handle_on_meta(arch, context_len, model.trust_remote_code)
     path = str(model.path)
     methods.check(spec, unloaded, architecture.has_field(path), architecture.grid_of_field(path))
 

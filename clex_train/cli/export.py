@@ -69,7 +69,7 @@ def _source(asked: ExportConfig) -> Path:
     require((asked.run is None) != (asked.model is None), "run", asked.run, "name either run=FOLDER or model=DIR")
     require(bool(asked.output), "output", asked.output or None, "name the directory to write, output=DIR")
     output = Path(str(asked.output))
-    files.require_place("output", output, output.parent, files.SAVING + output.name)
+    files.require_writable_folder("output", output, output.parent, files.SAVING + output.name)
     require(not output.exists(), "output", asked.output, "exists already; name another directory")
     if asked.model is not None:
         require(architecture.has_field(asked.model), "model", asked.model, "no directory with a CLEX field in it")

@@ -48,7 +48,7 @@ def lines() -> Iterator[str]:
     for tool, use in TOOLS.items():
         if shutil.which(tool) is None:
             yield summary.labelled("missing", f"{tool}: {use}")
-    for line in versions.untested():
+    for line in versions.untested_warnings():
         yield summary.labelled("untested", line)
 
 
@@ -58,7 +58,7 @@ def usage() -> str:
 
 
 def _version(name: str) -> str:
-    return f"{name} {versions.installed(name) or 'missing'}"
+    return f"{name} {versions.installed_version(name) or 'missing'}"
 
 
 def _devices() -> str:

@@ -48,7 +48,7 @@ from clex_train.evaluation.retrieval.plan import require_chat_template
 from clex_train.evaluation.runner import keeping_table, work_of
 from clex_train.models import architecture, load
 from clex_train.models.load import LoadedModel
-from clex_train.rope.native import handle_without_weights
+from clex_train.rope.native import native_handle_on_meta
 from clex_train.tracking.summary import labelled
 from clex_train.utils import distributed, log
 from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
@@ -92,7 +92,7 @@ class LmEvalConfig(MethodConfig):
     """Prompts are turns in the chat template of the tokenizer, for instruct models."""
 
 
-@log.after_opening()
+@log.buffered()
 def main() -> None:
     """Run the tasks; names, data and bounds are checked before weights are read."""
     asked = arguments_of.parse(LmEvalConfig, sys.argv[1:])
@@ -207,7 +207,7 @@ def _spec(asked: LmEvalConfig, source: Source, max_length: int) -> EvaluationCon
     """Return the methods and what they take; `ValueError` for one that the model cannot have."""
     spec = EvaluationConfig(**given(asked, METHOD_KEYS), lengths=[max_length])
     arch = architecture.to_read(source.model)
-    unloaded = handle_without_weights(arch, source.context_len, source.model.trust_remote_code)
+    unloaded = native_handle_on_meta(arch, source.context_len, source.model.trust_remote_code)
     path = str(source.model.path)
     methods.check(spec, unloaded, architecture.has_field(path), architecture.grid_of_field(path))
     return spec

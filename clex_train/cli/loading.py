@@ -32,7 +32,7 @@ from clex_train.tracking import summary
 from clex_train.utils import checksums, distributed, log
 from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
 from clex_train.utils.errors import ConfigError
-from clex_train.utils.files import require_place, require_plain_name, unfinished
+from clex_train.utils.files import require_plain_name, require_writable_folder, temporary_path
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.py")
 
@@ -171,7 +171,7 @@ def require_writable(output: Path) -> None:
 
     Makes nothing.
     """
-    require_place("output", output, output.parent, unfinished(output).name)
+    require_writable_folder("output", output, output.parent, temporary_path(output).name)
     require(not output.is_dir(), "output", output, "it is a folder; name a JSON file")
     regular = output.is_file() or not output.exists()
     require(regular, "output", output, "it is a device or a pipe, which a file would replace; name a JSON file")
@@ -181,7 +181,7 @@ def say_what_is_ahead(program: str, asked: LoadingConfig, source: Source, lines:
     """Print what is about to be run, before weights are read; `lines` are the program's own."""
     if not distributed.is_main():
         # What rank 0 does once its block is printed.
-        log.release()
+        log.flush()
         return
     arch = architecture.to_read(source.model)
     precision = deepspeed.precision(EngineConfig(precision=asked.precision))
@@ -299,7 +299,7 @@ def run_config(run: Path) -> Config:
 def require_whole(run: Path) -> None:
     """Raise `ValueError` if a file of a run's `final/` is missing or has another size than it was written with."""
     try:
-        if checksums.has(run / "final"):
+        if checksums.exists(run / "final"):
             checksums.require_sizes(run / "final")
     except checksums.Damaged as damaged:
         raise ConfigError(

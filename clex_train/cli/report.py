@@ -26,7 +26,7 @@ from clex_train.evaluation.report import evidence
 from clex_train.evaluation.report.write import INDEX, write
 from clex_train.utils import log
 from clex_train.utils.bounds import require
-from clex_train.utils.files import SAVING, require_place
+from clex_train.utils.files import SAVING, require_writable_folder
 
 
 @dataclass
@@ -46,7 +46,7 @@ def main() -> None:
     paths = [Path(name) for name in named]
     require(asked.output != "", "output", "''", "name a folder for the report, or leave the key out")
     output = Path(asked.output) if asked.output else default_output(paths)
-    require_place("output", output, output, SAVING + output.name)
+    require_writable_folder("output", output, output, SAVING + output.name)
     collected = evidence.collect(paths)
     try:
         tables = write(collected, output, [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])

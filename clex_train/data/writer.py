@@ -29,7 +29,7 @@ from clex_train.data.manifest import (
     token_dtype,
 )
 from clex_train.data.vocabulary import vocabulary_sha256
-from clex_train.utils.files import publish, sync_directory, sync_tree, unfinished, write_atomically
+from clex_train.utils.files import publish, sync_directory, sync_tree, temporary_path, write_atomically
 
 _TABLE_ROWS = 4096
 
@@ -100,7 +100,7 @@ class ShardWriter:
         for part in (self._tokens, self._table):
             with suppress(OSError):  # a full disk: what could not be written is removed anyway
                 part.file.close()
-        for path in (self._path("tokens.tmp"), self._path("documents.tmp"), unfinished(self._path("blocks"))):
+        for path in (self._path("tokens.tmp"), self._path("documents.tmp"), temporary_path(self._path("blocks"))):
             path.unlink(missing_ok=True)
 
     def _path(self, suffix: str) -> Path:

@@ -29,7 +29,7 @@ def open_process_group(engine: EngineConfig) -> None:
 
     `ValueError` if the port that was named is in use.
     """
-    if distributed.is_open():
+    if distributed.is_initialized():
         return
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
@@ -44,7 +44,7 @@ def open_process_group(engine: EngineConfig) -> None:
     elif rendezvous.may_choose_port():
         rendezvous.open_at_free_port(backend, timeout)
     else:
-        ranks.require_meeting_place()
+        ranks.require_rendezvous()
         rendezvous.require_free_port()
     import deepspeed
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from clex_train.attention.ulysses import Attention, WholeRows
+from clex_train.attention.ulysses import Attention, UlyssesAttention
 from clex_train.config.root import Config
 from clex_train.utils import distributed
 
@@ -30,14 +30,14 @@ class SequenceParallel:
         self.size, self.index = size, distributed.rank() % size
         config: Any = model.config
         self._shape, self._rows, self._group = config.get_text_config(), rows, _own_group(size, timeout)
-        self._attention = WholeRows(model, self._exchange)
+        self._attention = UlyssesAttention(model, self._exchange)
 
     def attention(self, position_ids: torch.Tensor | None) -> AbstractContextManager[None]:
         """Within it the model's attention is over whole rows; collective, as is every forward and backward pass there.
 
         `position_ids` int64 [B, S] of the rows on the CPU, counted from 0 in each document; None for rows of one.
         """
-        return self._attention.in_force(position_ids)
+        return self._attention.active(position_ids)
 
     def _exchange(self, attention: Attention) -> Attention:
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF

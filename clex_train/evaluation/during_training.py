@@ -101,7 +101,7 @@ class TrainingEvaluation:
         if self.config.checkpoint.on_full_disk is not OnFullDisk["continue"]:
             distributed.write_on_main(write)
         elif (failure := distributed.try_on_main(write)) is not None and distributed.is_main():
-            why = distributed.unwritten(failure)
+            why = distributed.describe_write_error(failure)
             logger.error("%s; training goes on without it (checkpoint.on_full_disk=continue)", why)
 
 

@@ -21,7 +21,7 @@ from clex_train.lm_infinite.install import LmInfinite, apply_lm_infinite
 from clex_train.lm_infinite.middle_tokens import BestMiddle
 from clex_train.models.load import LoadedModel
 from clex_train.rope.hf_scalings import ConfiguredRope
-from clex_train.rope.native import WithoutRotary
+from clex_train.rope.native import NoRotaryHandle
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.methods import for_evaluation
 from clex_train.scaling.methods.base import Rope
@@ -80,7 +80,7 @@ def tables(
 
 def base_rope(handle: RotaryHandle, own: Frequencies | None = None) -> Rope:
     """The RoPE that methods start from: that of the model's config, with the model's `own` scaling."""
-    if isinstance(handle, WithoutRotary):
+    if isinstance(handle, NoRotaryHandle):
         return Rope(handle.base_inv_freq, handle.context_len, own)
     how: dict[str, Any] = {"config": handle.rotary_config, "layer_type": handle.traits.scaled}
     return ConfiguredRope(handle.base_inv_freq, handle.context_len, own, **how)
@@ -102,10 +102,10 @@ def _require_fitting(spec: EvaluationConfig, handle: RotaryHandle, has_clex: boo
         layer, num_layers = spec.lm_infinite_top_k_layer, config.get_text_config().num_hidden_layers
         remedy = f"the model has {num_layers} layers; name one of them, from 0"
         require(layer < num_layers, "lm_infinite_top_k_layer", layer, remedy)
-    if {*spec.methods} - {*WITHOUT_ROPE, Method.trained, Method.random_pos} and not isinstance(handle, WithoutRotary):
+    if {*spec.methods} - {*WITHOUT_ROPE, Method.trained, Method.random_pos} and not isinstance(handle, NoRotaryHandle):
         # A field and formulas of t change the frequencies; the model's own read any length.
         handle.require_scalable()
-    if isinstance(handle, WithoutRotary):
+    if isinstance(handle, NoRotaryHandle):
         remedy = f"model_type={handle.model_type} has no RoPE: trained, none and lm_infinite alone read it as it is"
         require(set(spec.methods) <= {*OF_THE_MODEL, *WITHOUT_ROPE}, "methods", names, remedy)
         handle.require_room(spec.longest())

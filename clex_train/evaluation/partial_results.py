@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from clex_train.evaluation.results import LARGEST
 from clex_train.utils import distributed, log
 from clex_train.utils.errors import first_line
-from clex_train.utils.files import LONGEST_NAME, BadFile, unfinished, write_atomically
+from clex_train.utils.files import LONGEST_NAME, BadFile, temporary_path, write_atomically
 from clex_train.utils.records import read_json
 
 FORMAT = 1
@@ -80,7 +80,7 @@ class Partial:
     def remove(self) -> None:
         """Delete the file: the result has been written."""
         if self.path is not None and distributed.is_main():
-            for path in (self.path, unfinished(self.path)):
+            for path in (self.path, temporary_path(self.path)):
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
 
@@ -104,7 +104,7 @@ class Partial:
         """Log once that nothing is kept: the evaluation itself needs no file until its end."""
         assert self.path is not None
         with suppress(OSError):
-            unfinished(self.path).unlink(missing_ok=True)
+            temporary_path(self.path).unlink(missing_ok=True)
         if not self._complained:
             reason = error.strerror or first_line(error)
             logger.warning("%s: cannot be written (%s); an interruption now would lose more", self.path, reason)

@@ -125,7 +125,11 @@ def _feed(
     for first in range(start, stop, chunk_len):
         last = min(first + chunk_len, stop)
         targets = tokens[:, first + 1 : last + 1]
-        inputs = {"input_ids": tokens[:, first:last], "use_cache": cache is not None, **kv_cache.passed(model, cache)}
+        inputs = {
+            "input_ids": tokens[:, first:last],
+            "use_cache": cache is not None,
+            **kv_cache.as_kwargs(model, cache),
+        }
         nll[:, first + 1 : last + 1] = score_chunk(model, targets, **inputs)
         advance(last)
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from clex_train.attention.chunked_sdpa import lean_attention
+from clex_train.attention.chunked_sdpa import chunked_attention
 from clex_train.evaluation.duplicates import identity
 from clex_train.evaluation.out_of_memory import Room
 from clex_train.evaluation.partial_results import Partial
@@ -167,7 +167,7 @@ def _sorted(found: list[Score | Missing], order: list[tuple[str, str]]) -> tuple
 @contextmanager
 def lean(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode in bounded memory: logits in tiles, attention on a CPU without masks. Collective."""
-    with evaluating(model), lean_attention(model), tiled_head(model, device):
+    with evaluating(model), chunked_attention(model), tiled_head(model, device):
         yield
 
 

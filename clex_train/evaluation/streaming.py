@@ -140,8 +140,8 @@ def streamed(model: nn.Module, cache: Any, stream: Stream, chunk_len: int, bar: 
     for first in range(0, stream.num_tokens, chunk_len):
         last = min(first + chunk_len, stream.num_tokens)
         tokens = stream.read(first, min(last + 1, stream.num_tokens)).to(device)
-        output = model(input_ids=tokens[:, : last - first], use_cache=True, **kv_cache.passed(model, cache))
-        cache = kv_cache.taken_out(output)
+        output = model(input_ids=tokens[:, : last - first], use_cache=True, **kv_cache.as_kwargs(model, cache))
+        cache = kv_cache.require_in_output(output)
         targets = tokens[:, 1:]
         nll = token_nll(output.logits[:, : targets.shape[1]], targets)[0].cpu()
         del output

@@ -19,7 +19,7 @@ from clex_train.models.official import official_config
 from clex_train.models.official_field import official_tensors
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError
-from clex_train.utils.files import complete_or_absent
+from clex_train.utils.files import atomic_directory
 
 logger = log.get(__name__)
 
@@ -40,7 +40,7 @@ def write_official(directory: Path, loaded: LoadedModel, log_scale: LogScale | N
     policy = log_scale or loaded.log_scale
     require_known(policy)
     facts = official_config(loaded.model.config, loaded.clex, loaded.context_len, policy is LogScale.official)
-    with complete_or_absent(directory) as folder:
+    with atomic_directory(directory) as folder:
         with bars_on_a_terminal():
             loaded.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         _add_tensors(folder, official_tensors(loaded.clex, f"{loaded.model.base_model_prefix}."))

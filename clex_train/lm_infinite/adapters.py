@@ -1,8 +1,8 @@
-"""Models whose attention does not go through transformers' attention interface: GPT-J, Falcon, MPT and Bloom.
+"""Adapters for models whose attention bypasses transformers' attention interface: GPT-J, Falcon, MPT and Bloom.
 
-An adapter says how a family's attention module makes queries, keys and values and what it does with the result. The
-module's own weights and functions are used; its `forward` is replaced on the instance while lm_infinite is in force.
-Shapes: `B` batch, `H` heads, `K` key heads, `S` tokens, `D` head width, `E` hidden width.
+An adapter computes a family's queries, keys and values and finishes its output, using the module's own weights and
+functions. The module's `forward` is replaced on the instance until `undo`.
+Shapes: `B` batch, `H` heads, `K` key heads, `S` tokens, `D` head dim, `E` hidden size.
 """
 
 import math
@@ -23,20 +23,20 @@ from clex_train.lm_infinite.stream import NoRotation, Rotation
 
 @runtime_checkable
 class Adapter(Protocol):
-    """How the attention of one family is taken apart."""
+    """Split of one family's attention into steps before and after the softmax."""
 
     def project(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unrotated queries [B, H, S, D], keys and values [B, K, S, D] of `hidden` [B, S, E]."""
+        """Compute unrotated queries [B, H, S, D], keys and values [B, K, S, D] from `hidden` [B, S, E]."""
 
     def finish(self, module: Any, attended: Tensor, call: dict[str, Any]) -> Tensor:
-        """What the module returns for `attended` [B, S, H * D]."""
+        """Compute the module's output from `attended` [B, S, H * D]."""
 
     def softmax(self, module: Any, device: torch.device) -> SoftmaxRule:
-        """The module's scale, dropout and slopes."""
+        """Return the module's scale, dropout and ALiBi slopes."""
 
 
 class GptJ:
-    """Interleaved rotation of the leading `rotary_dim` components, from a table in each attention module."""
+    """GPT-J: interleaved rotation of the leading `rotary_dim` components, from a table in each attention module."""
 
     def project(self, module: Any, hidden: Float[Tensor, "B S E"]) -> tuple[Tensor, Tensor, Tensor]:
         """See `Adapter`."""
@@ -56,7 +56,7 @@ class GptJ:
 
 
 class Falcon:
-    """RoPE by the model's rotary module, or ALiBi whose slopes are scaled with the scores."""
+    """Falcon: RoPE by the model's rotary module, or ALiBi with slopes scaled like the scores."""
 
     def project(self, module: Any, hidden: Float[Tensor, "B S E"]) -> tuple[Tensor, Tensor, Tensor]:
         """See `Adapter`."""
@@ -69,16 +69,17 @@ class Falcon:
         return finished
 
     def softmax(self, module: Any, device: torch.device) -> SoftmaxRule:
-        """The family drops weights with ALiBi only."""
+        """Return the softmax rule; the family drops attention weights with ALiBi only."""
         scale = 1 / math.sqrt(module.head_dim)
         if not module.config.alibi:
             return SoftmaxRule(scale)
         dropout = module.attention_dropout.p if module.training else 0.0
-        return SoftmaxRule(scale, dropout, slopes=_slopes_of(module, device) * scale)
+        # Falcon applies 1 / sqrt(D) after adding the bias, so the slopes are scaled too.
+        return SoftmaxRule(scale, dropout, slopes=_alibi_slopes(module, device) * scale)
 
 
 class Mpt:
-    """ALiBi, and clamped projections."""
+    """MPT: ALiBi and clamped projections."""
 
     def project(self, module: Any, hidden: Float[Tensor, "B S E"]) -> tuple[Tensor, Tensor, Tensor]:
         """See `Adapter`."""
@@ -101,7 +102,7 @@ class Mpt:
 
 
 class Bloom:
-    """ALiBi; the residual is added by the attention module."""
+    """Bloom: ALiBi; the attention module adds the residual itself."""
 
     def project(self, module: Any, hidden: Float[Tensor, "B S E"]) -> tuple[Tensor, Tensor, Tensor]:
         """See `Adapter`."""
@@ -110,6 +111,7 @@ class Bloom:
 
     def finish(self, module: Any, attended: Float[Tensor, "B S E"], call: dict[str, Any]) -> Tensor:
         """See `Adapter`."""
+        # Decoder layers expect the sum, so the residual from the call must be added here.
         dropped = nn.functional.dropout(module.dense(attended), module.hidden_dropout, module.training)
         residual: Tensor = call["residual"]
         return residual + dropped
@@ -117,46 +119,49 @@ class Bloom:
     def softmax(self, module: Any, device: torch.device) -> SoftmaxRule:
         """See `Adapter`."""
         dropout = module.attention_dropout.p if module.training else 0.0
-        return SoftmaxRule(module.inv_norm_factor, dropout, slopes=_slopes_of(module, device))
+        return SoftmaxRule(module.inv_norm_factor, dropout, slopes=_alibi_slopes(module, device))
 
 
 ADAPTERS: dict[str, Adapter] = {"gptj": GptJ(), "falcon": Falcon(), "mpt": Mpt(), "bloom": Bloom()}
-"""By model type."""
+"""Adapters by model type."""
 
 
 class SinusoidTables:
-    """GPT-J's rotation for positions 0..M-1, where the model's own table ends with its trained context."""
+    """GPT-J's rotation for positions 0..M-1; the model's own table ends at its trained context."""
 
     def __init__(self, module: Any, num_positions: int) -> None:
         self.module, self.num_positions = module, num_positions
         self._known: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def rotation(self, x: Tensor) -> Rotation:
-        """In the dtype and on the device of `x`."""
+        """Return the rotation in the dtype and on the device of `x`."""
         source, width = sys.modules[type(self.module).__module__], self.module.rotary_dim or self.module.embed_dim
         key = (x.dtype, x.device)
         if key not in self._known:
-            # Kept for training too, which tensors of inference mode take no part in.
+            # The tables are cached and used in training too, where inference tensors are refused.
             with torch.inference_mode(mode=False):
                 table = source.create_sinusoidal_positions(self.num_positions, width).to(x.device, x.dtype)
                 sin, cos = table[None].chunk(2, dim=-1)
             self._known[key] = cos, sin
         function = source.apply_rotary_pos_emb
-        # The family's function takes [B, S, H, D], and sin before cos.
         return TableRotation(
-            *self._known[key], width, lambda x, cos, sin: function(x.transpose(1, 2), sin, cos).transpose(1, 2)
+            # The family's function takes [B, S, H, D], and sin before cos.
+            *self._known[key],
+            width,
+            lambda x, cos, sin: function(x.transpose(1, 2), sin, cos).transpose(1, 2),
         )
 
 
-def within_tables(model: nn.Module) -> list[RemovableHandle]:
-    """Hooks by which GPT-J reads its table of sines for the whole model (transformers 5.24) without going beyond it.
+def clamp_table_positions(model: nn.Module) -> list[RemovableHandle]:
+    """Add hooks that clamp the positions at which GPT-J reads its table of sines.
 
-    What it reads is not used: `SinusoidTables` has longer ones.
+    Since transformers 5.24 the model reads it once for all layers.
     """
     hooks = []
     for module in model.modules():
         table = getattr(module, "embed_positions", None)
         if isinstance(table, Tensor) and not hasattr(module, "layer_idx"):
+            # The values read are unused (`SinusoidTables` replaces them), but an index beyond the table would raise.
             last = len(table) - 1
             hooks.append(module.register_forward_pre_hook(partial(_clamp_positions, last), with_kwargs=True))
     return hooks
@@ -171,29 +176,31 @@ def _clamp_positions(
     return tuple(map(clamped, args)), {name: clamped(value) for name, value in kwargs.items()}
 
 
-def has_slopes(module: Any, kind: str) -> bool:
-    """Whether positions enter by ALiBi."""
+def uses_alibi(module: Any, kind: str) -> bool:
+    """Return True if positions enter by ALiBi."""
     return kind in ("mpt", "bloom") or (kind == "falcon" and bool(module.config.alibi))
 
 
 def no_rotation(x: Tensor) -> Rotation:
-    """For ALiBi."""
+    """Return the identity rotation, for ALiBi."""
     return NoRotation()
 
 
-def _slopes_of(module: Any, device: torch.device) -> Float64[Tensor, " H"]:
-    return _built_slopes(sys.modules[type(module).__module__].build_alibi_tensor, module.num_heads, device)
+def _alibi_slopes(module: Any, device: torch.device) -> Float64[Tensor, " H"]:
+    return _slopes_from_bias(sys.modules[type(module).__module__].build_alibi_tensor, module.num_heads, device)
 
 
 @lru_cache
 @torch.inference_mode(mode=False)
-def _built_slopes(build: Callable[..., Tensor], num_heads: int, device: torch.device) -> Float64[Tensor, " H"]:
-    """From the bias of two tokens, which Falcon and Bloom build as slope times index: 0 and the slope."""
+def _slopes_from_bias(build: Callable[..., Tensor], num_heads: int, device: torch.device) -> Float64[Tensor, " H"]:
+    """Read the slopes off the ALiBi bias of two tokens."""
+    # Falcon and Bloom build slope * index: 0 and the slope.
     return build(torch.ones(1, 2, device=device), num_heads, torch.float32)[:, 0, 1].double()
 
 
 @lru_cache
 @torch.inference_mode(mode=False)
 def _mpt_slopes(build: Callable[..., Tensor], num_heads: int, device: torch.device) -> Float64[Tensor, " H"]:
-    """From the bias of two tokens: minus the slope and 0."""
+    """Read MPT's slopes off its ALiBi bias of two tokens."""
+    # MPT builds the bias from the distance to the last key: minus the slope, and 0.
     return -build(num_heads, 2, device=device)[:, 0, 0].double()

@@ -1,8 +1,8 @@
-"""The back ends of the local part: blocked SDPA (everywhere), flex_attention and flash-attn with a window (GPU).
+"""Back ends of the local part: blocked SDPA (everywhere), flex_attention and windowed flash-attn (GPU).
 
-Each computes attention of rotated queries to the rotated keys of their windows with its log-sum-exp, for one block of
-queries. Calls of fewer than 64 queries (decoding) are done by blocked SDPA's explicit matrices on every back end.
-Shapes: `B` batch, `H` heads, `K` key heads, `C` queries of a block, `T` keys, `D` head width.
+Each computes attention of rotated queries to the rotated keys of their windows, with its log-sum-exp, one block of
+queries at a time. Calls of fewer than 64 queries (decoding) use blocked SDPA's explicit matrices on every back end.
+Shapes: `B` batch, `H` heads, `K` key heads, `C` queries of a block, `T` keys, `D` head dim.
 """
 
 from collections.abc import Callable
@@ -17,22 +17,23 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from transformers.utils import is_flash_attn_2_available
 
-from clex_train.attention.partial_softmax import Part, SoftmaxRule, masked_score
-from clex_train.attention.select import LARGEST_FLASH_WIDTH
+from clex_train.attention.partial_softmax import PartialAttention, SoftmaxRule, masked_score
+from clex_train.attention.select import MAX_FLASH_HEAD_DIM
 from clex_train.lm_infinite.block_mask import band_mask, padded_band_mask
-from clex_train.lm_infinite.local_window import SMALLEST_BLOCK, default_block_len, window_part
+from clex_train.lm_infinite.local_window import MIN_BLOCK, attend_window, default_block_len
 from clex_train.lm_infinite.stream import KeyValues, Place
 from clex_train.utils import log
 
 AUTO = "auto"
-SMALLEST_FUSED_BLOCK, SMALLEST_FLEX_WIDTH = 1024, 16
-MOST_GRAPHS = 64
+# Shorter blocks leave a GPU idle; flex_attention rejects head dims below 16.
+MIN_FUSED_BLOCK, MIN_FLEX_HEAD_DIM = 1024, 16
+MAX_GRAPHS = 64
 
 logger = log.get(__name__)
 
 
-class Facts(NamedTuple):
-    """What a back end may refuse a call for."""
+class CallFacts(NamedTuple):
+    """Properties of a call that decide which back ends support it."""
 
     query: Tensor
     values: Tensor
@@ -43,43 +44,43 @@ class Facts(NamedTuple):
 
 @runtime_checkable
 class BackEnd(Protocol):
-    """One way to compute the local part."""
+    """An implementation of the local part."""
 
     recomputes: bool
-    """Whether blocks are recomputed in the backward pass: a fused kernel keeps no scores anyway."""
+    """True if blocks are recomputed in the backward pass; fused kernels store no scores and need not."""
 
-    def refusal(self, facts: Facts) -> str | None:
-        """Why it cannot do such a call; None if it can."""
+    def unsupported_reason(self, facts: CallFacts) -> str | None:
+        """Explain why this back end cannot compute such a call; None if it can."""
 
     def block_len(self, n_local: int) -> int:
-        """Queries per block."""
+        """Return the number of queries per block."""
 
-    def part(
+    def attend(
         self, query: Tensor, window: KeyValues, place: Place, padding: Tensor | None, n_local: int, rule: SoftmaxRule
-    ) -> Part:
-        """Attention to the keys at 0 <= i - j < L that are not padding."""
+    ) -> PartialAttention:
+        """Attend to the keys at 0 <= i - j < L that are not padding."""
 
 
 class BlockedSdpa:
-    """Matrices of one block, on a CPU without gradients by the kernel of scaled_dot_product_attention."""
+    """Explicit matrices per block; without gradients on a CPU, SDPA's fused kernel."""
 
     recomputes = True
 
-    def refusal(self, facts: Facts) -> str | None:
-        """It can do everything."""
+    def unsupported_reason(self, facts: CallFacts) -> str | None:
+        """Return None: every call is supported."""
         return None
 
     def block_len(self, n_local: int) -> int:
-        """L / 2 within bounds."""
+        """Return L / 2 within bounds."""
         return default_block_len(n_local)
 
-    part = staticmethod(window_part)
+    attend = staticmethod(attend_window)
 
 
 class FlexAttention:
-    """torch's flex_attention, compiled; gradients, padding, soft-capping and ALiBi included.
+    """torch's flex_attention, compiled; supports gradients, padding, soft-capping and ALiBi.
 
-    `kernel` stands in for the compiled function, which needs a GPU: the uncompiled one computes the same.
+    `kernel` replaces the compiled function, which needs a GPU; the uncompiled one gives the same result.
     """
 
     recomputes = False
@@ -87,27 +88,29 @@ class FlexAttention:
     def __init__(self, kernel: Callable[..., Any] | None = None) -> None:
         self._kernel = kernel
 
-    def refusal(self, facts: Facts) -> str | None:
+    def unsupported_reason(self, facts: CallFacts) -> str | None:
         """See `BackEnd`."""
         if facts.query.device.type != "cuda":
-            return "its kernels are compiled for a GPU"
+            return "its kernels need a GPU"
+        # torch for Windows ships without triton and would fail only when compiling.
         if find_spec("triton") is None:
-            return "triton, which compiles its kernels, is not installed"
+            return "triton is not installed"
         if facts.query.dtype is torch.float64:
-            return "its kernels do not compute in float64"
+            return "its kernels do not support float64"
         if facts.rule.dropout > 0:
-            return "it has no dropout"
+            return "it does not support dropout"
         if facts.rule.softcap is not None and facts.rule.slopes is not None:
-            return "it takes soft-capping or ALiBi, not both"
-        if facts.query.shape[-1] < SMALLEST_FLEX_WIDTH:
-            return f"heads of {facts.query.shape[-1]} components are too narrow for it"
+            return "it supports soft-capping or ALiBi, not both"
+        if facts.query.shape[-1] < MIN_FLEX_HEAD_DIM:
+            return f"head dim {facts.query.shape[-1]} is below its minimum of {MIN_FLEX_HEAD_DIM}"
         return None
 
     def block_len(self, n_local: int) -> int:
-        """2 L: tiles outside the band are passed over, so a long block computes nothing in vain."""
+        """Return 2 L, rounded up to tiles."""
+        # Tiles outside the band are skipped, so a long block wastes no work.
         return fused_block_len(n_local)
 
-    def part(
+    def attend(
         self,
         query: Float[Tensor, "B H C D"],
         window: KeyValues,
@@ -115,7 +118,7 @@ class FlexAttention:
         padding: Tensor | None,
         n_local: int,
         rule: SoftmaxRule,
-    ) -> Part:
+    ) -> PartialAttention:
         """See `BackEnd`."""
         sizes = (query.shape[2], window.keys.shape[2], place.offset, n_local)
         mask = (
@@ -124,43 +127,44 @@ class FlexAttention:
         output, aux = (self._kernel or _compiled_flex())(
             query,
             *window,
-            score_mod=_score_change(rule, place.offset),
+            score_mod=_score_mod(rule, place.offset),
             block_mask=mask,
             scale=rule.scaling,
             enable_gqa=query.shape[1] != window.keys.shape[1],
             return_aux=AuxRequest(lse=True),
         )
-        # A padded query sees nothing; -inf would turn into NaN where parts are joined.
-        return Part(output, aux.lse.clamp(min=masked_score(aux.lse.dtype)))
+        # A padded query sees nothing; -inf would turn into NaN in `merge`.
+        return PartialAttention(output, aux.lse.clamp(min=masked_score(aux.lse.dtype)))
 
 
 class FlashAttention:
-    """flash-attn's sliding window, for calls without gradients: its log-sum-exp has none."""
+    """flash-attn's sliding window, for calls without gradients."""
 
     recomputes = False
 
-    def refusal(self, facts: Facts) -> str | None:
+    def unsupported_reason(self, facts: CallFacts) -> str | None:
         """See `BackEnd`."""
         width = facts.query.shape[-1]
         if not is_flash_attn_2_available():
             return "flash-attn is not installed, or there is no GPU"
         if facts.query.device.type != "cuda" or facts.query.dtype not in (torch.float16, torch.bfloat16):
-            return "it computes in float16 and bfloat16 on a GPU"
+            return "it supports only float16 and bfloat16 on a GPU"
+        # flash-attn's backward ignores the gradient of the log-sum-exp.
         if facts.wants_gradient:
-            return "its log-sum-exp, by which parts are joined, has no gradient"
+            return "its log-sum-exp, which the merge of parts needs, has no gradient"
         if facts.has_padding:
-            return "its window has no padding"
+            return "its window does not support padding"
         if facts.rule.dropout > 0:
-            return "it has dropout only without the log-sum-exp"
-        if width > LARGEST_FLASH_WIDTH or facts.values.shape[-1] != width:
-            return f"keys and values have one width, of at most {LARGEST_FLASH_WIDTH}"
+            return "it supports dropout only without the log-sum-exp"
+        if width > MAX_FLASH_HEAD_DIM or facts.values.shape[-1] != width:
+            return f"it needs keys and values of one head dim, at most {MAX_FLASH_HEAD_DIM}"
         return None
 
     def block_len(self, n_local: int) -> int:
         """See `FlexAttention`."""
         return fused_block_len(n_local)
 
-    def part(
+    def attend(
         self,
         query: Float[Tensor, "B H C D"],
         window: KeyValues,
@@ -168,20 +172,23 @@ class FlashAttention:
         padding: Tensor | None,
         n_local: int,
         rule: SoftmaxRule,
-    ) -> Part:
+    ) -> PartialAttention:
         """See `BackEnd`."""
         assert padding is None
         assert place.offset + query.shape[2] == window.keys.shape[2], "its window ends at the last query"
+        # Imported here because flash-attn is optional and slow to import.
         output, log_sum_exp, _ = import_module("flash_attn").flash_attn_func(
             *(x.transpose(1, 2) for x in (query, *window)),
             softmax_scale=rule.scaling,
             causal=True,
+            # flash-attn counts keys to the left, excluding the query's own.
             window_size=(n_local - 1, 0),
             softcap=rule.softcap or 0.0,
             alibi_slopes=None if rule.slopes is None else rule.slopes.float(),
+            # The flag that makes it return the log-sum-exp; no probabilities are formed without dropout.
             return_attn_probs=True,
         )
-        return Part(output.transpose(1, 2), log_sum_exp)
+        return PartialAttention(output.transpose(1, 2), log_sum_exp)
 
 
 BACK_ENDS: dict[str, BackEnd] = {
@@ -189,52 +196,58 @@ BACK_ENDS: dict[str, BackEnd] = {
     "flex_attention": FlexAttention(),
     "sdpa": BlockedSdpa(),
 }
-"""In the order in which `auto` tries them."""
+"""Back ends in the order in which `auto` tries them."""
 
 
-class Choice:
-    """The back end of each call: the one asked for, or by `auto` the first that can do it; said in the log once."""
+class BackEndChoice:
+    """Selection of a back end per call; logs each one once."""
 
     def __init__(self, requested: str) -> None:
         if requested not in (AUTO, *BACK_ENDS):
             raise ValueError(f"back_end={requested}: one of {', '.join((AUTO, *BACK_ENDS))}")
         self.requested = requested
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
-    def of_call(self, facts: Facts) -> BackEnd:
-        """`ValueError` when the back end that was asked for cannot do the call."""
-        if facts.query.shape[2] < SMALLEST_BLOCK:
+    def select(self, facts: CallFacts) -> BackEnd:
+        """Return the requested back end, or with `auto` the first that supports the call.
+
+        Raises:
+            ValueError: the requested back end does not support the call.
+        """
+        # Kernel launch and mask construction cost more than a few rows of scores.
+        if facts.query.shape[2] < MIN_BLOCK:
             return BACK_ENDS["sdpa"]
-        refusals = {
-            name: back_end.refusal(facts) for name, back_end in BACK_ENDS.items() if self.requested in (AUTO, name)
+        reasons = {
+            name: back_end.unsupported_reason(facts)
+            for name, back_end in BACK_ENDS.items()
+            if self.requested in (AUTO, name)
         }
-        name = next((name for name, refusal in refusals.items() if refusal is None), None)
+        name = next((name for name, reason in reasons.items() if reason is None), None)
         if name is None:
-            raise ValueError(f"back_end={self.requested}: {refusals[self.requested]}; use back_end={AUTO}")
-        if name not in self._said:
-            self._said.add(name)
-            passed_over = [f"{other}: {refusal}" for other, refusal in refusals.items() if refusal is not None]
-            logger.info("lm_infinite computes by %s%s", name, f" ({'; '.join(passed_over)})" if passed_over else "")
+            raise ValueError(f"back_end={self.requested}: {reasons[self.requested]}; use back_end={AUTO}")
+        if name not in self._logged:
+            self._logged.add(name)
+            skipped = [f"{other}: {reason}" for other, reason in reasons.items() if reason is not None]
+            logger.info("lm_infinite uses %s%s", name, f" ({'; '.join(skipped)})" if skipped else "")
         return BACK_ENDS[name]
 
 
 def fused_block_len(n_local: int) -> int:
-    """2 L, in whole tiles of 128, and not too short for a GPU."""
-    return max(SMALLEST_FUSED_BLOCK, -(-2 * n_local // 128) * 128)
+    """Return 2 L in whole tiles of 128, and at least `MIN_FUSED_BLOCK`."""
+    return max(MIN_FUSED_BLOCK, -(-2 * n_local // 128) * 128)
 
 
 @lru_cache
 def _compiled_flex() -> Callable[..., Any]:
-    """One graph for each dtype, window, kind of length and rule.
-
-    Past its limit, 8 for all of a process, dynamo would compute uncompiled, with scores [B, H, S, T], and only warn.
-    """
-    torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    """Compile flex_attention, with room for one graph per dtype, window, kind of length and rule."""
+    # Past its limit (8 per process) dynamo runs uncompiled, forming scores [B, H, S, T], and only warns.
+    torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, fullgraph=True)
 
 
-def _score_change(rule: SoftmaxRule, offset: int) -> Callable[..., Tensor] | None:
-    """Soft-capping or ALiBi, which no family has together; None for neither. Lambdas, as in `band_tiles`."""
+def _score_mod(rule: SoftmaxRule, offset: int) -> Callable[..., Tensor] | None:
+    """Return flex_attention's score_mod for soft-capping or ALiBi; None for neither."""
+    # Lambdas on purpose, and the offset as a tensor: see `block_mask.band_mask`.
     softcap = rule.softcap
     if rule.slopes is not None:
         slopes, first = rule.slopes.float(), torch.tensor(offset, device=rule.slopes.device)

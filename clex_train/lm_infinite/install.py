@@ -1,49 +1,48 @@
-"""LM-Infinite on a Hugging Face causal LM: `apply_lm_infinite(model, n_local, n_global)`, and back with `undo()`.
+"""LM-Infinite on a Hugging Face causal LM: `apply_lm_infinite(model, n_local, n_global)`, reversed by `undo()`.
 
-One function is registered with transformers' attention interface, and one in place of its masks that passes the
-padding on, so no n x n mask is built. A hook on each attention module has the model rotate by cos = 1, sin = 0:
-queries, keys and caches stay unrotated, and `lambda_attention` rotates them by distance with the model's own rotation.
-Shapes: `B` batch, `H` heads, `K` key heads, `S` new tokens, `T` keys, `D` head width.
+One function is registered with transformers' attention interface, and one in place of its masks that passes the padding
+on, so no n x n mask is built. A hook on each attention module makes the model rotate by cos = 1, sin = 0: queries, keys
+and caches stay unrotated, and `lambda_attention` rotates them by distance with the model's own rotation.
+Shapes: `B` batch, `H` heads, `K` key heads, `S` new tokens, `T` keys, `D` head dim.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import AttentionMaskInterface
 
-from clex_train.attention import kv_cache
-from clex_train.attention.kv_cache import LibraryChanged
-from clex_train.attention.layer_probe import own_window, parameter_names
-from clex_train.attention.log_scaling import MOST_VISIBLE
-from clex_train.attention.partial_softmax import SoftmaxRule
-from clex_train.lm_infinite.adapters import ADAPTERS, Adapter, SinusoidTables, has_slopes, no_rotation, within_tables
-from clex_train.lm_infinite.back_ends import AUTO, BACK_ENDS, Choice, Facts
-from clex_train.lm_infinite.cache import LambdaCache, LambdaCacheLayer, room
+from clex_train.attention.layer_probe import layer_type, layer_window
+from clex_train.lm_infinite.adapters import (
+    ADAPTERS,
+    SinusoidTables,
+    clamp_table_positions,
+    no_rotation,
+    uses_alibi,
+)
+from clex_train.lm_infinite.back_ends import AUTO, BACK_ENDS, BackEndChoice
+from clex_train.lm_infinite.cache import LambdaCache, LambdaCacheLayer, spare_slots
 from clex_train.lm_infinite.compatibility import (
     LAYER,
     NAME,
     attention_modules,
-    model_kind,
-    refuse_what_it_cannot,
+    check_call,
+    model_type,
     trained_context,
 )
-from clex_train.lm_infinite.lambda_attention import Scheme, lambda_attention, rotated_span_len
+from clex_train.lm_infinite.lambda_attention import rotated_span_len
+from clex_train.lm_infinite.layer import LambdaLayer
 from clex_train.lm_infinite.middle_tokens import Middle
-from clex_train.lm_infinite.padding import inverse, order_to_front, take
-from clex_train.lm_infinite.rotation import RotarySite, RotationTables, TableRotation, find_rotary_site, turn_of
-from clex_train.lm_infinite.stream import KeyValues, Rotation, Stream
+from clex_train.lm_infinite.rotation import (
+    RotarySite,
+    RotationTables,
+    find_rotary_site,
+    rotation_function,
+)
+from clex_train.lm_infinite.stream import Rotation
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError
-
-SPECTRUM = "lm_infinite_spectrum"
 
 logger = log.get(__name__)
 
@@ -56,23 +55,25 @@ def apply_lm_infinite(
     middle: Middle | None = None,
     back_end: str = AUTO,
 ) -> "LmInfinite":
-    """Have every layer with full attention see the `n_local` latest tokens and the `n_global` first ones.
+    """Let every layer with full attention see the `n_local` latest tokens and the `n_global` first ones.
 
-    `middle` lets tokens between them in (`attention.middle`), which needs a cache that keeps everything. Layers with a
-    sliding window of their own keep it. `block_len` (queries per block) and `back_end` (`auto` or a member of
-    `back_ends.BACK_ENDS`) set cost, not results. It goes with `install_rotary` in either order. Warns
-    for n_local beyond the model's trained context and n_global >= n_local;
-    `ValueError` for sizes out of range and, by name, for a model that lm_infinite does not fit.
+    `middle` lets tokens between them in (`attention.middle`) and needs a cache that keeps all keys. Layers with a
+    sliding window of their own keep it. `block_len` (queries per block) and `back_end` (`auto` or a key of
+    `back_ends.BACK_ENDS`) change the cost, not the result. Combines with `install_rotary` in either order. Warns if
+    n_local exceeds the model's trained context or n_global >= n_local.
+
+    Raises:
+        ValueError: a size out of range, or a model that lm_infinite does not support, by name.
     """
     if n_local < 1 or n_global < 0:
-        raise ValueError(f"n_local={n_local}, n_global={n_global}: at least 1 and 0 tokens")
+        raise ValueError(f"n_local={n_local}, n_global={n_global}: must be at least 1 and 0 tokens")
     if block_len is not None and block_len < 1:
-        raise ValueError(f"block_len={block_len}: at least 1 query")
-    return LmInfinite(model, n_local, n_global, block_len, middle, Choice(back_end))
+        raise ValueError(f"block_len={block_len}: must be at least 1 query")
+    return LmInfinite(model, n_local, n_global, block_len, middle, BackEndChoice(back_end))
 
 
 class LmInfinite:
-    """LM-Infinite in force on one model; made by `apply_lm_infinite`."""
+    """LM-Infinite applied to one model; created by `apply_lm_infinite`."""
 
     def __init__(
         self,
@@ -81,66 +82,75 @@ class LmInfinite:
         n_global: int,
         block_len: int | None,
         middle: Middle | None,
-        choice: Choice,
+        choice: BackEndChoice,
     ) -> None:
         self.model, self.n_local, self.n_global, self.middle = model, n_local, n_global, middle
         attention = attention_modules(model)
-        windows = [own_window(module) for module in attention]
+        windows = [layer_window(module) for module in attention]
+        # One set of rotation tables serves all layers: it covers the longest window and the longest rotated span.
         longest = max(n_local, *(window or 1 for window in windows))
-        rotations, site = _rotations(model, attention, longest + max(_longest_span(longest, block_len), room(longest)))
+        rotations, site = _rotations(
+            model, attention, longest + max(_longest_span(longest, block_len), spare_slots(longest))
+        )
+        # After the checks that raise, so that a refused model leaves no warning.
         self._warn()
-        adapter = ADAPTERS.get(model_kind(model))
+        adapter = ADAPTERS.get(model_type(model))
         self.layers = [
-            _Layer(
+            LambdaLayer(
                 module,
                 n_local if window is None else window,
+                # A layer's own window has no starting tokens: the family was trained without them.
                 n_global if window is None else 0,
                 block_len,
                 rotation,
                 site,
-                None if middle is None or window is not None else middle.of_layer(module.layer_idx),
+                None if middle is None or window is not None else middle.for_layer(module.layer_idx),
                 adapter,
                 choice,
             )
             for module, window, rotation in zip(attention, windows, rotations, strict=True)
         ]
+        # For example `first_layer` beyond the last one: the option would silently have no effect.
         if middle is not None and all(layer.middle is None for layer in self.layers):
-            raise ConfigError("middle", middle, f"none of the model's {len(self.layers)} layers takes part in it")
+            raise ConfigError("middle", middle, f"none of the model's {len(self.layers)} layers uses it")
         self._insert()
 
     def new_cache(self) -> LambdaCache:
-        """An empty cache for calls of the model, also of `generate`: its size does not grow with the stream.
+        """Create an empty cache for calls of the model and `generate`; its size does not grow with the stream.
 
-        `ValueError` with a middle, which needs all keys.
+        Raises:
+            ValueError: a middle is set, which needs all keys.
         """
         if self.middle is not None:
             raise ValueError(f"middle={self.middle}: it needs all keys; use a DynamicCache")
         return LambdaCache([LambdaCacheLayer(layer.n_local, layer.n_global) for layer in self.layers])
 
     def undo(self) -> None:
-        """The model as it was; caches that were filled meanwhile are of no further use. Once is enough."""
+        """Restore the model. Caches filled in the meantime must be discarded. Calling it again has no effect."""
         if not self._removals:
             return
+        # Every config its own name: a composite model may mix implementations.
         for config, implementation in self._before:
             config._attn_implementation = implementation
         for removal in self._removals:
             removal.remove()
         for layer in self.layers:
+            # A model may have been patched again since; remove only what belongs to this handle.
             if getattr(layer.module, LAYER, None) is layer:
                 layer.leave()
         self._removals.clear()
 
     def _insert(self) -> None:
         modules = [layer.module for layer in self.layers]
+        # By identity: layers usually share one config, but a text model inside a larger one has its own.
         configs: dict[int, Any] = {id(m.config): m.config for m in (*modules, self.model) if hasattr(m, "config")}
         self._before = [(config, config._attn_implementation) for config in configs.values()]
         for config in configs.values():
             config._attn_implementation = NAME
-        self._removals: list[RemovableHandle] = [
-            self.model.register_forward_pre_hook(refuse_what_it_cannot, with_kwargs=True)
-        ]
-        if model_kind(self.model) == "gptj":
-            self._removals += within_tables(self.model)
+        self._removals: list[RemovableHandle] = [self.model.register_forward_pre_hook(check_call, with_kwargs=True)]
+        if model_type(self.model) == "gptj":
+            # GPT-J reads its table before the layers run, so hooks on them would be too late.
+            self._removals += clamp_table_positions(self.model)
         for layer in self.layers:
             layer.enter()
             self._removals.append(layer.module.register_forward_pre_hook(layer.before_call, with_kwargs=True))
@@ -149,230 +159,42 @@ class LmInfinite:
         trained = trained_context(self.model)
         if trained is not None and self.n_local > trained:
             logger.warning(
-                "n_local=%d is beyond the %d tokens that the model was trained for: distances up to n_local are new to "
-                "it unless its frequencies are scaled",
+                "n_local=%d exceeds the model's trained context of %d tokens: it has not seen such distances unless "
+                "its frequencies are scaled",
                 self.n_local,
                 trained,
             )
         if self.n_global >= self.n_local:
-            logger.warning("n_global=%d is not below n_local=%d: 10 to 100 is usual", self.n_global, self.n_local)
-
-
-@dataclass(eq=False)
-class _Layer:
-    """What the attention of one layer needs beyond its call."""
-
-    module: Any
-    n_local: int
-    n_global: int
-    block_len: int | None
-    rotation: Callable[[Tensor], Rotation]
-    site: RotarySite | None
-    middle: Middle | None
-    adapter: Adapter | None
-    choice: Choice
-    cache: LambdaCacheLayer | None = None
-    has_cache: bool = False
-    """Whether the call that is under way has a KV cache among its arguments."""
-    own_forward: Any = None
-
-    def enter(self) -> None:
-        """Be found by the attention function, or stand in for the module's `forward` where there is an adapter."""
-        setattr(self.module, LAYER, self)
-        if self.middle is None:
-            setattr(self.module, MOST_VISIBLE, self.n_local + self.n_global)
-        if self.adapter is not None:
-            self.own_forward = self.module.__dict__.get("forward")
-            self.module.forward = self.forward
-
-    def leave(self) -> None:
-        """Undo `enter`."""
-        delattr(self.module, LAYER)
-        self.module.__dict__.pop(MOST_VISIBLE, None)
-        if self.adapter is not None:
-            del self.module.forward
-            if self.own_forward is not None:
-                self.module.forward = self.own_forward
-
-    def before_call(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Have the model leave queries and keys unrotated, and tell the cache which new tokens are padding."""
-        call = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
-        if call.get("position_embeddings") is not None:
-            cos, sin = (x.to(_computed_in(x)) for x in call["position_embeddings"][:2])
-            call["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
-        cache = kv_cache.in_call((), call)
-        self._check_cache(cache)
-        self.has_cache = cache is not None
-        mask = call.get("attention_mask")
-        if mask is not None and mask.dim() == 0:
-            call["attention_mask"] = mask = None
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(f"attention_mask of {mask.dim()} dimensions: {NAME} takes [rows, tokens]")
-        self.cache = cache.layers[self.module.layer_idx] if isinstance(cache, LambdaCache) else None
-        if self.cache is not None:
-            num_rows, num_new = call["hidden_states"].shape[:2]
-            self.cache.expect(num_rows, None if mask is None else mask[:, -num_new:])
-        return (), call
-
-    def forward(self, hidden_states: Float[Tensor, "B S E"], **call: Any) -> tuple[Float[Tensor, "B S E"], None]:
-        """In place of the module's own."""
-        assert self.adapter is not None
-        query, key, value = self.adapter.project(self.module, hidden_states)
-        cache = kv_cache.in_call((), call)
-        if cache is not None:
-            key, value = cache.update(key, value, self.module.layer_idx)
-        rule = self.adapter.softmax(self.module, query.device)
-        attended = _attend(self, query, key, value, call.get("attention_mask"), rule)
-        return self.adapter.finish(self.module, attended.flatten(2), call), None
-
-    def _check_cache(self, cache: Cache | None) -> None:
-        kind = type(cache).__name__
-        if cache is not None and not isinstance(cache, (LambdaCache, DynamicCache)):
-            raise ValueError(f"cache={kind}: lm_infinite works with a LambdaCache (constant size) or a DynamicCache")
-        if isinstance(cache, LambdaCache) and self.middle is not None:
-            raise ValueError(f"cache={kind}: middle={self.middle} needs all keys; use a DynamicCache")
-        if isinstance(cache, LambdaCache):
-            held = cache.layers[self.module.layer_idx]
-            if (held.n_local, held.n_global) != (self.n_local, self.n_global):
-                raise ValueError(
-                    f"cache={kind}: made for n_local={held.n_local}, n_global={held.n_global}, not for "
-                    f"{self.n_local}, {self.n_global}; take new_cache() of the handle that is in force"
-                )
-        if isinstance(cache, DynamicCache) and self.site is not None:
-            self._refuse_turned_keys(cache, getattr(self.site.module, "spectrum", None))
-
-    def _refuse_turned_keys(self, cache: Any, spectrum: Any) -> None:
-        """A rotary handle whose t moves turns the keys of a DynamicCache, which it takes to be rotated."""
-        if not hasattr(cache, SPECTRUM) and cache.get_seq_length(self.module.layer_idx):
-            raise ValueError(
-                f"cache={type(cache).__name__}: it was filled without {NAME}, by keys that are rotated; "
-                "begin with an empty one"
+            logger.warning(
+                "n_global=%d is not below n_local=%d: usual values are 10 to 100", self.n_global, self.n_local
             )
-        before = getattr(cache, SPECTRUM, spectrum)
-        setattr(cache, SPECTRUM, spectrum)
-        stands_still = before is spectrum or (
-            before is not None and spectrum is not None and torch.equal(before.inv_freq, spectrum.inv_freq)
-        )
-        if not stands_still:
-            raise ValueError(
-                f"cache={type(cache).__name__}: t moved while keys are cached; with {NAME} pin it by "
-                "handle.pinned(t) or handle.fixed(num_tokens)"
-            )
-
-
-def lm_infinite_attention(
-    module: nn.Module,
-    query: Float[Tensor, "B H S D"],
-    key: Float[Tensor, "B K T D"],
-    value: Float[Tensor, "B K T V"],
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Float[Tensor, "B S H V"], None]:
-    """The function of the attention interface; `attention_mask` is bool [B, tokens], False at padding, or None."""
-    layer: _Layer | None = getattr(module, LAYER, None)
-    if layer is None:
-        raise ValueError(f"attn_implementation={NAME}: call apply_lm_infinite(model, n_local=..., n_global=...) first")
-    rule = SoftmaxRule(query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, softcap)
-    return _attend(layer, query, key, value, attention_mask, rule), None
-
-
-def padding_mask(
-    *args: Any, attention_mask: Tensor | None = None, config: Any = None, **kwargs: Any
-) -> Bool[Tensor, "B T"] | Bool[Tensor, ""] | None:
-    """Takes the place of transformers' masks: the padding as it was given, None when there is none.
-
-    For MPT, which cannot go on from None, a scalar stands for that.
-    """
-    if attention_mask is not None and not bool(attention_mask.all()):
-        return attention_mask.bool()
-    return torch.ones((), dtype=torch.bool) if getattr(config, "model_type", None) == "mpt" else None
-
-
-def _computed_in(x: Tensor) -> torch.dtype:
-    """The dtype of queries, keys and values beside `x`: under autocast it is not that of cos and sin."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _attend(
-    layer: _Layer, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, rule: SoftmaxRule
-) -> Float[Tensor, "B S H V"]:
-    if key.shape[2] != query.shape[2] and not layer.has_cache:
-        kind = type(layer.module).__name__
-        raise LibraryChanged(f"{kind} attends to keys of a KV cache, and none was found in its arguments")
-    valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
-    order = None if valid is None else order_to_front(valid)
-    window, start, stream = (
-        _whole(layer, key, value, attention_mask) if layer.cache is None else _held(layer, key, value)
-    )
-    rotation = layer.rotation(query)
-    turned = None
-    if layer.cache is not None and isinstance(rotation, TableRotation) and not torch.is_grad_enabled():
-        turned = layer.cache.turned(rotation)
-    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    back_end = layer.choice.of_call(Facts(query, value, rule, stream.num_padding is not None, wants_gradient))
-    scheme = Scheme(layer.n_local, rotation, rule, layer.block_len, layer.middle, back_end)
-    output = lambda_attention(take(query, order), window, start, stream, scheme, turned)
-    return take(output, inverse(order)).transpose(1, 2).contiguous()
-
-
-def _held(layer: _Layer, key: Tensor, value: Tensor) -> tuple[KeyValues, KeyValues | None, Stream]:
-    """From a cache of constant size: its window came as `key` and `value`."""
-    assert layer.cache is not None
-    return KeyValues(key, value), layer.cache.start, layer.cache.stream
-
-
-def _whole(
-    layer: _Layer, key: Tensor, value: Tensor, mask: Tensor | None
-) -> tuple[KeyValues, KeyValues | None, Stream]:
-    """From all keys: without a cache, or with one that keeps everything."""
-    num_keys, padding = key.shape[2], None
-    window = KeyValues(key, value)
-    if mask is not None:
-        valid = mask[:, -num_keys:]
-        order = order_to_front(valid)
-        window, padding = KeyValues(take(key, order), take(value, order)), (~valid).sum(dim=1)
-    stream = Stream(num_keys, padding)
-    if layer.n_global == 0 or num_keys <= layer.n_local:
-        return window, None, stream
-    if padding is None:
-        return window, window.span(0, min(layer.n_global, num_keys)), stream
-    index = (padding[:, None] + torch.arange(layer.n_global, device=key.device)).clamp(max=num_keys - 1)
-    return window, KeyValues(*(take(x, index) for x in window)), stream
 
 
 def _rotations(
     model: nn.Module, attention: list[Any], num_positions: int
 ) -> tuple[list[Callable[[Tensor], Rotation]], RotarySite | None]:
-    """Find how each layer rotates, and the rotary module that it does so by, if any."""
-    kind = model_kind(model)
-    if kind in ADAPTERS and has_slopes(attention[0], kind):
+    """Return the rotation of each layer, and the rotary module behind it, if any."""
+    kind = model_type(model)
+    if kind in ADAPTERS and uses_alibi(attention[0], kind):
+        # ALiBi enters through the softmax rule's slopes instead.
         return [no_rotation] * len(attention), None
     if kind == "gptj":
         return [SinusoidTables(attention[0], num_positions).rotation] * len(attention), None
     tables = RotationTables(find_rotary_site(model), num_positions)
     rotate: list[Callable[[Tensor], Rotation]] = [
-        partial(tables.rotation, layer_idx=module.layer_idx, layer_type=_layer_type(module), turn=turn_of(module))
+        partial(
+            tables.rotation,
+            layer_idx=module.layer_idx,
+            layer_type=layer_type(module),
+            rotate=rotation_function(module),
+        )
         for module in attention
     ]
     return rotate, tables.site
 
 
 def _longest_span(n_local: int, block_len: int | None) -> int:
-    """Queries whose keys are rotated at one go, at most, whichever back end a call takes."""
+    """Return the most queries whose keys are rotated at once, whichever back end a call takes."""
+    # `auto` chooses a back end per call, so the tables must suffice for the longest blocks of any.
     lengths = [block_len] if block_len else [back_end.block_len(n_local) for back_end in BACK_ENDS.values()]
     return max(rotated_span_len(n_local, length) for length in lengths)
-
-
-def _layer_type(module: Any) -> str | None:
-    types = getattr(module.config, "layer_types", None)
-    return None if types is None else types[module.layer_idx]
-
-
-AttentionInterface.register(NAME, lm_infinite_attention)
-AttentionMaskInterface.register(NAME, padding_mask)

@@ -1,8 +1,8 @@
-"""The tokens between the starting ones and the local window, which LM-Infinite leaves out: two ways to let them in.
+"""Middle tokens, between the starting ones and the local window: two ways to include them in LM-Infinite.
 
-A key j of query i is in the middle when i - j >= L and j >= G. Without either way no query sees one. Both ways need
-all keys, so the cache is one that keeps everything, and cost O(n) a query; scores are made for one block of queries
-and `chunk_len` keys at a time. Shapes: `B` batch, `H` heads, `K` key heads, `S` queries, `T` keys, `D`, `V` widths.
+A key j of query i is in the middle when i - j >= L and j >= G; plain LM-Infinite masks it. Both ways need a cache that
+keeps all keys, and cost O(n) per query. Scores are computed for one block of queries and `chunk_len` keys at a time.
+Shapes: `B` batch, `H` heads, `K` key heads, `S` queries, `T` keys, `D`, `V` head dims.
 """
 
 from collections.abc import Callable
@@ -13,20 +13,29 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clex_train.attention.partial_softmax import Part, SoftmaxRule, at_distance, attend, join, masked_score, scores_of
+from clex_train.attention.partial_softmax import (
+    PartialAttention,
+    SoftmaxRule,
+    add_distance_bias,
+    attend,
+    attention_scores,
+    masked_score,
+    merge,
+)
 from clex_train.lm_infinite.stream import KeyValues, Rotation
 
-SMALLEST_CHUNK = 1024
+# Smaller chunks would spend their time in kernel launches and top-k merges.
+MIN_CHUNK = 1024
 
 Visible = Callable[[int, int], Tensor]
-"""Which keys first..last-1 of the middle each query sees, bool [#B, 1, S, T]."""
+"""(first, last) -> bool [#B, 1, S, T]: which middle keys first..last-1 each query sees."""
 
 
 @runtime_checkable
 class Middle(Protocol):
-    """What a layer sees of the middle."""
+    """A way to attend to the middle."""
 
-    def part(
+    def attend(
         self,
         query: Tensor,
         far: KeyValues,
@@ -34,23 +43,22 @@ class Middle(Protocol):
         rotation: Rotation,
         n_local: int,
         rule: SoftmaxRule,
-    ) -> Part:
-        """Attention of unrotated queries to the unrotated keys of `far` that are `visible`."""
+    ) -> PartialAttention:
+        """Attend from unrotated queries to the unrotated keys of `far` that are `visible`."""
 
-    def of_layer(self, layer_idx: int) -> "Middle | None":
-        """What this layer sees; None for nothing."""
+    def for_layer(self, layer_idx: int) -> "Middle | None":
+        """Return the middle of this layer; None if it sees none."""
 
 
 @dataclass(frozen=True)
 class WholeMiddle:
-    """Every token of the middle at distance L: the limit of the distance alone, without the mask (section 4 of the
-    paper). Keys that the mask would hide take part, none is farther than L."""
+    """Every middle token at distance L: the distance limit alone, without the mask (section 4 of the paper)."""
 
-    def of_layer(self, layer_idx: int) -> "Middle | None":
-        """The same in every layer."""
+    def for_layer(self, layer_idx: int) -> "Middle | None":
+        """Return the same for every layer."""
         return self
 
-    def part(
+    def attend(
         self,
         query: Float[Tensor, "B H S D"],
         far: KeyValues,
@@ -58,24 +66,23 @@ class WholeMiddle:
         rotation: Rotation,
         n_local: int,
         rule: SoftmaxRule,
-    ) -> Part:
+    ) -> PartialAttention:
         """See `Middle`."""
-        turned, size, joined = rotation.constant(query, n_local), chunk_len(n_local), None
+        rotated, size, merged = rotation.constant(query, n_local), chunk_len(n_local), None
         for first in range(0, far.keys.shape[2], size):
             keys, values = far.span(first, first + size)
-            part = attend(turned, rotation.constant(keys, 0), values, visible(first, first + keys.shape[2]), rule)
-            joined = part if joined is None else join(joined, part)
-        assert joined is not None
-        return at_distance(joined, rule, n_local)
+            # All keys share one distance, so rotating the queries by L and the keys by 0 suffices.
+            part = attend(rotated, rotation.constant(keys, 0), values, visible(first, first + keys.shape[2]), rule)
+            merged = part if merged is None else merge(merged, part)
+        assert merged is not None
+        return add_distance_bias(merged, rule, n_local)
 
 
 @dataclass(frozen=True)
 class BestMiddle:
-    """For every query and head the `num_keys` best keys of the middle, by their score at distance L / 2, at which they
-    are also seen, in layers `first_layer` and up.
+    """The `num_keys` best middle keys of each query and head, in layers `first_layer` and up.
 
-    The paper's option has k = 5. Its code selects for the last query of a call only, so a prompt read at once and one
-    read in pieces differ; here every query selects by itself, and the cache does not matter.
+    Keys are scored and seen at distance L / 2. The paper uses k = 5.
     """
 
     num_keys: int = 5
@@ -84,14 +91,15 @@ class BestMiddle:
     def __post_init__(self) -> None:
         if self.num_keys < 1 or self.first_layer < 0:
             raise ValueError(
-                f"BestMiddle(num_keys={self.num_keys}, first_layer={self.first_layer}): at least 1 key and layer 0"
+                f"BestMiddle(num_keys={self.num_keys}, first_layer={self.first_layer}): "
+                "must be at least 1 key and layer 0"
             )
 
-    def of_layer(self, layer_idx: int) -> "Middle | None":
-        """Nothing below `first_layer`."""
+    def for_layer(self, layer_idx: int) -> "Middle | None":
+        """Return None below `first_layer`."""
         return self if layer_idx >= self.first_layer else None
 
-    def part(
+    def attend(
         self,
         query: Float[Tensor, "B H S D"],
         far: KeyValues,
@@ -99,17 +107,22 @@ class BestMiddle:
         rotation: Rotation,
         n_local: int,
         rule: SoftmaxRule,
-    ) -> Part:
+    ) -> PartialAttention:
         """See `Middle`."""
         num_rows, num_heads, num_queries, _ = query.shape
+        # The official code selects for the last query of a call only, so results depend on how a prompt is split. Here
+        # every query selects for itself.
         num_groups = far.keys.shape[1]
-        turned = rotation.constant(query, n_local // 2)
-        folded = turned.reshape(num_rows, num_groups, num_heads // num_groups * num_queries, -1)
+        rotated = rotation.constant(query, n_local // 2)
+        # Query heads of a group share keys: folded into the query axis, none of the n keys is copied.
+        folded = rotated.reshape(num_rows, num_groups, num_heads // num_groups * num_queries, -1)
         keys = rotation.constant(far.keys, 0)
         index, is_middle = self._select(folded, keys, visible, num_heads // num_groups, n_local)
         part = _attend_selected(folded, keys, far.values, index, is_middle, rule)
         heads = (num_rows, num_heads, num_queries)
-        return at_distance(Part(part.output.reshape(*heads, -1), part.log_sum_exp.reshape(heads)), rule, n_local // 2)
+        return add_distance_bias(
+            PartialAttention(part.output.reshape(*heads, -1), part.log_sum_exp.reshape(heads)), rule, n_local // 2
+        )
 
     @torch.no_grad()
     def _select(
@@ -120,9 +133,9 @@ class BestMiddle:
         group: int,
         n_local: int,
     ) -> tuple[Int[Tensor, "B K S k"], Bool[Tensor, "B K S k"]]:
-        """The best keys of each query, and which of them there are: the middle may hold fewer."""
+        """Return the indices of each query's best keys, and which of them exist: the middle may hold fewer."""
         size = chunk_len(n_local)
-        # In bfloat16 many scores are equal, and which of them are kept would depend on the shape of a call.
+        # In bfloat16 many scores tie, and which keys win would depend on the shape of the call.
         dtype = torch.promote_types(query.dtype, torch.float32)
         query = query.to(dtype)
         kept = query.new_empty(*query.shape[:3], 0)
@@ -133,17 +146,18 @@ class BestMiddle:
             scores = (query @ chunk.transpose(-1, -2)).masked_fill_(hidden, float("-inf"))
             best, index = scores.topk(min(self.num_keys, scores.shape[-1]), dim=-1)
             best, index = torch.cat((kept, best), dim=-1), torch.cat((kept_index, index + first), dim=-1)
+            # A running top-k over chunks bounds memory; the scores of all n keys would not fit.
             kept, order = best.topk(min(self.num_keys, best.shape[-1]), dim=-1)
             kept_index = index.gather(-1, order)
         return kept_index, kept.isfinite()
 
 
 def chunk_len(n_local: int) -> int:
-    """Keys of the middle that are scored at one go: about as many as a window has."""
-    return max(n_local, SMALLEST_CHUNK)
+    """Return the number of middle keys scored at once, about as many as a window has."""
+    return max(n_local, MIN_CHUNK)
 
 
-def in_middle(
+def middle_mask(
     num_queries: int,
     first_query: int,
     padding: Tensor | None,
@@ -153,7 +167,10 @@ def in_middle(
     first: int,
     last: int,
 ) -> Bool[Tensor, "#B 1 S T"]:
-    """Where i - j >= L and j >= G of keys first..last-1, j counted without the `padding` [B] at the front of a row."""
+    """Return where i - j >= L and j >= G for keys first..last-1.
+
+    Index j leaves out the `padding` [B] at the front of a row.
+    """
     query = torch.arange(first_query, first_query + num_queries, device=device)[:, None]
     key = torch.arange(first, last, device=device)
     outside = (query - key >= n_local)[None, None]
@@ -169,14 +186,16 @@ def _attend_selected(
     index: Int[Tensor, "B K S k"],
     is_middle: Bool[Tensor, "B K S k"],
     rule: SoftmaxRule,
-) -> Part:
-    """Attention of each query to keys of its own."""
+) -> PartialAttention:
+    """Attend from each query to its own selected keys."""
     flat = index.flatten(2)[..., None]
+    # `take_along_dim` broadcasts over the head dim, so no [.., k, D] index is built.
     own_keys, own_values = (x.take_along_dim(flat, dim=2).unflatten(2, index.shape[2:]) for x in (keys, values))
-    scores = scores_of(query[..., None, :], own_keys, rule.scaling).squeeze(-2)
+    scores = attention_scores(query[..., None, :], own_keys, rule.scaling).squeeze(-2)
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
     scores = scores.masked_fill(~is_middle, masked_score(scores.dtype))
     log_sum_exp = scores.logsumexp(dim=-1)
+    # A query whose selection is masked throughout gets a log-sum-exp near the lowest float, so `merge` ignores it.
     weights = nn.functional.dropout((scores - log_sum_exp.unsqueeze(-1)).exp(), rule.dropout)
-    return Part((weights.to(values.dtype)[..., None, :] @ own_values).squeeze(-2), log_sum_exp)
+    return PartialAttention((weights.to(values.dtype)[..., None, :] @ own_values).squeeze(-2), log_sum_exp)

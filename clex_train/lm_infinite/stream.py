@@ -1,6 +1,6 @@
-"""What passes between the parts of Lambda-shaped attention: keys, where a call stands, how positions enter.
+"""Types shared by the parts of Lambda-shaped attention: keys and values, place in the stream, rotation.
 
-Shapes: `B` batch, `K` key heads, `T` keys, `D` and `V` widths.
+Shapes: `B` batch, `K` key heads, `T` keys, `D` and `V` head dims.
 """
 
 from dataclasses import dataclass
@@ -12,24 +12,27 @@ from torch import Tensor
 
 @runtime_checkable
 class Rotation(Protocol):
-    """How a model turns queries and keys [B, H, S, D] by position; only distances matter, so positions stay small."""
+    """A model's rotation of queries and keys [B, H, S, D] by position.
+
+    Only distances matter, so positions stay small.
+    """
 
     def consecutive(self, x: Tensor, first: int) -> Tensor:
-        """`x` with its tokens at positions first, first + 1, ..."""
+        """Rotate `x` with its tokens at positions first, first + 1, ..."""
 
     def constant(self, x: Tensor, position: int) -> Tensor:
-        """`x` with every token at `position`, which may be negative."""
+        """Rotate `x` with every token at `position`, which may be negative."""
 
 
 class NoRotation:
-    """For models whose positions enter the scores alone (ALiBi)."""
+    """Identity rotation, for models whose positions enter the scores alone (ALiBi)."""
 
     def consecutive(self, x: Tensor, first: int) -> Tensor:
-        """`x`."""
+        """Return `x`."""
         return x
 
     def constant(self, x: Tensor, position: int) -> Tensor:
-        """`x`."""
+        """Return `x`."""
         return x
 
 
@@ -40,12 +43,12 @@ class KeyValues(NamedTuple):
     values: Float[Tensor, "B K T V"]
 
     def span(self, first: int, last: int) -> "KeyValues":
-        """Tokens first..last-1."""
+        """Return tokens first..last-1."""
         return KeyValues(self.keys[:, :, first:last], self.values[:, :, first:last])
 
 
-class Turned(NamedTuple):
-    """The keys of a window rotated already, the first of them at `position`, for a cache that keeps them so."""
+class RotatedKeys(NamedTuple):
+    """Keys of a window, already rotated, the first of them at `position`."""
 
     keys: Float[Tensor, "B K T D"]
     position: int
@@ -53,14 +56,14 @@ class Turned(NamedTuple):
 
 @dataclass(frozen=True)
 class Stream:
-    """Where a call stands: `num_tokens` were seen by its end, of which `num_padding` [B] at the front are padding."""
+    """Progress of a stream: `num_tokens` seen by the end of a call, `num_padding` [B] of them padding at the front."""
 
     num_tokens: int
     num_padding: Int[Tensor, " B"] | None = None
 
 
 class Place(NamedTuple):
-    """Where a block lies: the first query's index among the block's keys; both firsts in the stream with padding."""
+    """Place of a block: its first query's index among its keys, and the stream indices of its first query and key."""
 
     offset: int
     first_query: int

@@ -55,7 +55,7 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
         path,
         "a checkpoint of the original CLEX code: download it (`hf download`) and give its directory",
     )
-    config_checks.require_sensible(config, f"{key}={path}", model.trust_remote_code)
+    config_checks.require_valid_rope(config, f"{key}={path}", model.trust_remote_code)
     return config
 
 

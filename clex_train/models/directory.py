@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from clex_train.config.scaling import LogScale
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.solver import MAX_STEPS
-from clex_train.scaling.table import MOST_FACTORS, FrequencyTable
+from clex_train.scaling.table import MAX_FACTORS, FrequencyTable
 from clex_train.utils import records
 from clex_train.utils.bounds import MOST_TOKENS
 from clex_train.utils.errors import ConfigError, first_line
@@ -40,7 +40,7 @@ class ClexRecord:
     """What `clex.json` holds."""
 
     context_len: Annotated[int, Meta(ge=1, le=MOST_TOKENS)]
-    t_max: Annotated[float, Meta(ge=1, le=MOST_FACTORS)]
+    t_max: Annotated[float, Meta(ge=1, le=MAX_FACTORS)]
     act: str
     param_factor: Annotated[float, Meta(gt=0)]
     official_ntk_base: bool

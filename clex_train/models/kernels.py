@@ -27,7 +27,7 @@ def chosen(config: Config, arch: PretrainedConfig) -> Config:
 
     What is kept in the run folder stays `auto`, so that a run goes on where there is another choice.
     """
-    attention = select.resolved(config.attention, arch, deepspeed.precision(config.engine))
+    attention = select.resolve_attention(config.attention, arch, deepspeed.precision(config.engine))
     return dataclasses.replace(config, attention=attention)
 
 
@@ -65,5 +65,5 @@ def missing() -> list[str]:
 def _why_not_flash(config: Config, arch: PretrainedConfig, dtype: torch.dtype) -> str:
     if config.attention.implementation is not AttentionImplementation.sdpa or not torch.cuda.is_available():
         return ""
-    reason = select.flash_refusal(arch, dtype) or "attention.implementation=sdpa asks for it"
+    reason = select.flash_unsupported_reason(arch, dtype) or "attention.implementation=sdpa asks for it"
     return f" ({reason})"

@@ -15,7 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from clex_train.attention.log_scaling import install_log_scaling
-from clex_train.attention.select import has_sdpa, resolved
+from clex_train.attention.select import resolve_attention, supports_sdpa
 from clex_train.config.attention import AttentionImplementation
 from clex_train.config.method import FORMULAS, Method
 from clex_train.config.model import ModelConfig
@@ -26,7 +26,7 @@ from clex_train.models import architecture, hub, official, weights
 from clex_train.models import directory as model_directory
 from clex_train.models.initial_field import starting_field
 from clex_train.rope import probe, recipes
-from clex_train.rope.native import install_as_is
+from clex_train.rope.native import install_native
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.rope.receptive_field import require_scalable_config
 from clex_train.scaling import methods
@@ -155,7 +155,7 @@ def load_for_training(
     """
     length = architecture.context_length(config.model, arch)
     trained = trained_architecture(config, arch) if trained is None else trained
-    config = dataclasses.replace(config, attention=resolved(config.attention, trained, dtype))
+    config = dataclasses.replace(config, attention=resolve_attention(config.attention, trained, dtype))
     if config.model.is_pretrained:
         model = _pretrained_model(config, None if trained is arch else trained, dtype, deepspeed_dict)
     else:
@@ -164,7 +164,7 @@ def load_for_training(
         recompute_layers(model)
     model.config.use_cache = False
     # One that follows the length by itself trains at the frequencies of its rows' length.
-    install = install_as_is if methods.for_training(config.scaling).follows_length else install_rotary
+    install = install_native if methods.for_training(config.scaling).follows_length else install_rotary
     loaded = LoadedModel(model, install(model, length), length)
     policy = config.scaling.log_scale
     if config.scaling.name is Method.clex:
@@ -222,14 +222,14 @@ def load_for_evaluation(
     wanted: AttentionImplementation | None = attention
     if attention in (AttentionImplementation.auto, AttentionImplementation.sdpa):
         # Unnamed, it is what transformers takes where code that comes with the model has it.
-        wanted = None if has_sdpa(arch) else AttentionImplementation.eager
+        wanted = None if supports_sdpa(arch) else AttentionImplementation.eager
     if spec.allow_missing:
         # What is drawn is the same on every rank.
         torch.manual_seed(seeding.torch_seed(0, "weights"))
     model = _load_weights(spec, dtype, wanted, sharding=sharding).eval()
     weights.require_finite(model, str(spec.path))
     tokenizer = load_tokenizer(spec.tokenizer or str(spec.path), spec)
-    loaded = LoadedModel(model, install_as_is(model, length), length, tokenizer)
+    loaded = LoadedModel(model, install_native(model, length), length, tokenizer)
     directory = Path(str(spec.path))
     if model_directory.has_clex(directory):
         loaded.clex, loaded.table, record = model_directory.read_clex(directory)

@@ -9,7 +9,7 @@ from clex_train.models import weight_files
 from clex_train.models.load import LoadedModel, bars_on_a_terminal
 from clex_train.utils import checksums, distributed, log
 from clex_train.utils.errors import InputError, first_line
-from clex_train.utils.files import BadFile, complete_or_absent
+from clex_train.utils.files import BadFile, atomic_directory
 from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.records import read_json
 
@@ -32,7 +32,7 @@ def write_final(
 
 
 def _write(directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
-    with complete_or_absent(directory) as folder:
+    with atomic_directory(directory) as folder:
         loaded.model.config.use_cache = True
         with bars_on_a_terminal():
             loaded.model.save_pretrained(folder, state_dict=state_dict)
@@ -59,7 +59,7 @@ def _why_damaged(directory: Path) -> str | None:
     if not directory.is_dir():
         return "it is missing"
     try:
-        if checksums.has(directory):
+        if checksums.exists(directory):
             checksums.require_contents(directory)
         else:
             _require_readable(directory)

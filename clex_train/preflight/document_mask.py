@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from clex_train.attention.document_mask import separating_arguments
+from clex_train.attention.document_mask import document_mask_kwargs
 from clex_train.config.attention import AttentionImplementation
 from clex_train.config.root import Config
 from clex_train.config.scaling import LogScale
@@ -96,7 +96,7 @@ def _layers_seen(model: Any, implementation: AttentionImplementation) -> dict[in
     """For each layer whose attention was called, whether it kept the documents apart."""
     position_ids = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in LENGTHS])
     documents = position_ids.eq(0).cumsum(1)
-    arguments = separating_arguments(position_ids, implementation, position_ids.device)
+    arguments = document_mask_kwargs(position_ids, implementation, position_ids.device)
     seen = _Seen(documents[:, :, None] != documents[:, None, :], arguments.get("cu_seq_lens_q"))
     hook = find_rotary(model).module.register_forward_pre_hook(_positions_to_meta, with_kwargs=True)
     for module in model.modules():

@@ -75,7 +75,7 @@ class Plan:
         return sum(part.host for part in self.parts)
 
 
-@log.after_opening()
+@log.buffered()
 def print_plan(config: Config) -> None:
     """Print the plan on rank 0; raises `ConfigError` for whatever a run of the same configuration would refuse."""
     if not distributed.is_main():

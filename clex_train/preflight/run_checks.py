@@ -29,7 +29,7 @@ from clex_train.evaluation import during_training
 from clex_train.evaluation.during_training import TrainingEvaluation
 from clex_train.models import architecture, directory, kernels, load, memory_options, weights
 from clex_train.preflight import document_mask, sequence_parallel
-from clex_train.rope.native import handle_without_weights
+from clex_train.rope.native import native_handle_on_meta
 from clex_train.rope.probe import model_on_meta, require_rotary, sharing_meta_models
 from clex_train.rope.recipes import ContextLength
 from clex_train.tracking import run_folder, tracker
@@ -262,7 +262,7 @@ def _plan_evaluation(
 
 
 def _check_methods(config: Config, trained: PretrainedConfig, context_len: int) -> None:
-    handle = handle_without_weights(trained, context_len, config.model.trust_remote_code)
+    handle = native_handle_on_meta(trained, context_len, config.model.trust_remote_code)
     try:
         during_training.check_methods(config, handle)
     finally:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
-from clex_train.attention.layer_probe import own_window
+from clex_train.attention.layer_probe import layer_window
 from clex_train.config.attention import AttentionImplementation
 from clex_train.config.root import Config
 from clex_train.preflight import meta_model
@@ -77,7 +77,7 @@ def why_not(arch: PretrainedConfig, row_len: int) -> str | None:
     wrong = {layer: seen.layers.get(layer, MISSING) for layer in range(arch.get_text_config().num_hidden_layers)}
     named = [f"layer {layer} {what}" for layer, what in wrong.items() if what is not None]
     mixing = [name for name, module in model.named_modules() if isinstance(module, nn.Conv1d)]
-    windows = [own_window(m) or row_len for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
+    windows = [layer_window(m) or row_len for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
     reasons = {
         next(iter(named), ""): bool(named),
         f"{next(iter(mixing), '')} mixes tokens beside the attention": bool(mixing),

@@ -1,11 +1,11 @@
-"""Put a frequency table into a Hugging Face causal LM: one module is replaced on the instance, nothing is copied.
+"""Insert a frequency table into a Hugging Face causal LM by replacing one module on the instance.
 
 handle = install_rotary(model, context_len)
 handle.use(table)               each call: t = least upper bound of n / L on the table's grid, n = keys + new tokens
-handle.pinned(t)                `with`: t stands still
-handle.fixed(num_tokens)        `with`: every call as if it were one of `num_tokens`
-handle.training(spectrum, ...)  `with`: this spectrum, gradients into it, sampled positions
-handle.undo()                   the model as it was
+handle.pinned(t)                context: keep t fixed
+handle.fixed(num_tokens)        context: treat every call as one of `num_tokens`
+handle.training(spectrum, ...)  context: use this spectrum, with gradients and sampled positions
+handle.undo()                   restore the model
 """
 
 from collections.abc import Callable, Iterator
@@ -22,21 +22,14 @@ from transformers.cache_utils import Cache
 from clex_train.attention import kv_cache
 from clex_train.attention.kv_cache import LibraryChanged
 from clex_train.attention.layer_probe import rotary_attention
-from clex_train.rope import key_cache, receptive_field
+from clex_train.rope import key_cache, key_record, receptive_field
 from clex_train.rope.hooks import (
-    Argument,
+    CallArgument,
     CastPositionEmbeddings,
-    OwnPositionEmbeddings,
-    layers_given_position_embeddings,
+    SelectPositionEmbeddings,
+    layers_with_position_embeddings,
 )
-from clex_train.rope.probe import (
-    Site,
-    Traits,
-    find_rotary,
-    probe,
-    require_own_length,
-    require_rotary,
-)
+from clex_train.rope.probe import Site, Traits, find_rotary, probe, require_fixed_frequencies, require_rotary
 from clex_train.rope.rotary import ScaledRotary
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import Frequencies
@@ -52,23 +45,25 @@ LengthListener = Callable[[int], None]
 
 
 def install_rotary(model: nn.Module, context_len: int) -> "RotaryHandle":
-    """Replace the rotary module of `model`, which then computes what it did before until the handle is told otherwise.
+    """Replace the rotary module of `model`; it computes the same as before until the handle is used.
 
-    `context_len` is L in tokens. Weights are not needed yet (meta device); `deepspeed.initialize` comes after.
-    `ValueError` names the model type when it has no RoPE, or one that follows the length by itself. A model on which
-    theta(t) has nothing to act is no error yet: `require_scalable` is asked by whoever scales.
+    `context_len` is L in tokens. The model may still be on the meta device; call `deepspeed.initialize` afterwards. A
+    model on which theta(t) has nothing to act is accepted here; callers that scale use `require_scalable`.
+
+    Raises:
+        ValueError: the model has no RoPE, or one that follows the sequence length by itself (names the model type).
     """
     if context_len < 1:
-        raise ValueError(f"context_len={context_len}: the context that the base was trained on has at least 1 token")
+        raise ValueError(f"context_len={context_len}: must be at least 1 token, the context length of the base model")
     site, config = find_rotary(model), getattr(model, "config", None)
-    require_own_length(site.module, config)
+    require_fixed_frequencies(site.module, config)
     traits = probe(site.module, config)
     return RotaryHandle(model, site, traits, context_len)
 
 
 @dataclass(frozen=True)
 class _Override:
-    """What a context manager of the handle imposes on the calls inside it; None leaves the rule of `use`."""
+    """Settings of the handle's context managers for the calls inside; None keeps the rule of `use`."""
 
     spectrum: Spectrum | None = None
     num_tokens: int | None = None
@@ -77,19 +72,19 @@ class _Override:
 
 
 class _CallState(NamedTuple):
-    """What the hook before a call leaves for the hook after it."""
+    """State passed from the hook before a call to the hook after it."""
 
     spectrum: Spectrum
     cache: Cache | None
-    record: key_cache.KeyRecord | None
+    record: key_record.KeyRecord | None
     num_tokens: int
     num_new: int
     moved: bool
-    """Whether the first of several new tokens alone would have had another spectrum."""
+    """True if the first of several new tokens, fed alone, would have used another spectrum."""
 
 
 class RotaryHandle:
-    """Control of one model's frequencies; made by `install_rotary`."""
+    """Control of one model's frequencies; created by `install_rotary`."""
 
     def __init__(
         self, model: nn.Module, site: Site, traits: Traits, context_len: int, own: Frequencies | None = None
@@ -97,16 +92,17 @@ class RotaryHandle:
         self.model, self.context_len, self.traits = model, context_len, traits
         self.table: Frequencies | None = None
         self.own = own
-        """What the model does at each length without a table; None for the same frequencies at all of them."""
+        """Frequencies of the model itself at each length; None if they do not depend on the length."""
         self.rotary = ScaledRotary(traits.base, traits.scaled, traits.expansion, traits.casts)
         self._site, self._clamp, self._warned = site, False, False
-        self._warned_of_candidates = False
+        self._warned_about_candidates = False
         self._override = _Override()
         self._call: _CallState | None = None
         self._listeners: list[LengthListener] = []
-        self._arguments = {name: Argument(site.parent, name) for name in CALL_ARGUMENTS}
+        self._arguments = {name: CallArgument(site.parent, name) for name in CALL_ARGUMENTS}
+        # Replaced on the instance: no class of transformers changes, and other models keep theirs.
         setattr(site.parent, site.name, self.rotary)
-        # Bound methods, so that a deep copy of the model carries hooks that belong to the copy.
+        # Bound methods, so that a deep copy of the model carries hooks bound to the copy.
         self._removals = [
             site.parent.register_forward_pre_hook(self._before_call, with_kwargs=True),
             site.parent.register_forward_hook(self._after_call),
@@ -115,38 +111,40 @@ class RotaryHandle:
 
     @property
     def base_inv_freq(self) -> Float64[Tensor, " P"]:
-        """The model's own inverse frequencies in radians per token, which CLEX starts from."""
+        """Inverse frequencies of the model itself, in radians per token, from which CLEX starts."""
         return self.traits.base[self.traits.scaled].inv_freq.clone()
 
     @property
     def model_type(self) -> str:
-        """The family, for messages."""
+        """Model family, for messages."""
         return str(getattr(getattr(self.model, "config", None), "model_type", type(self.model).__name__))
 
     @property
     def rotary_config(self) -> Any:
-        """The config that the model's rotary module was made from; None for a module that keeps none."""
+        """Config that the model's rotary module was built from; None for a module without one."""
         return getattr(self._site.module, "config", None)
 
     @property
     def layout(self) -> str | None:
-        """`half` or `interleaved`: the components of a key that make a pair; None if cached keys cannot be turned."""
+        """Pairing of key components: `half` or `interleaved`; None if cached keys cannot be rerotated."""
         return self.traits.layout
 
     @cached_property
     def scaled_layers(self) -> dict[int, bool | None]:
-        """Say by index of the layer whether the scaled RoPE rotates its keys; None for unknown."""
+        """Map from layer index to True if the scaled RoPE rotates its keys; None for unknown."""
         return receptive_field.scaled_layers(self.model, self.traits, self.rotary.local_layers)
 
     def require_scalable(self) -> None:
-        """Raise `ValueError` naming the model type where theta(t) has nothing to act on (`reach.require_scalable`)."""
+        """Raise `ValueError`, naming the model type, where theta(t) has nothing to act on."""
         receptive_field.require_scalable(self.model, self._site.module, self.traits, self.context_len)
 
     def use(self, table: Frequencies | None, clamp: bool = False) -> None:
-        """From now on each call takes the spectrum of the least t >= n / L in `table`; None returns to the model's own.
+        """Use `table` from now on: each call takes the spectrum of the least t >= n / L. None restores the model's own.
 
-        A call beyond t_max * L raises `ValueError` naming n, t_max and L, or with `clamp` takes t_max and warns once.
-        `ValueError` for a table of another rotary dimension or context length.
+        A call beyond t_max * L raises `ValueError` naming n, t_max and L, or with `clamp` uses t_max and warns once.
+
+        Raises:
+            ValueError: the table has another rotary dimension or context length.
         """
         if table is not None:
             self._check_table(table)
@@ -154,7 +152,7 @@ class RotaryHandle:
 
     @contextmanager
     def pinned(self, t: float) -> Iterator[None]:
-        """Every call inside uses theta(t), whatever its length; `t` is a member of the table's grid."""
+        """Use theta(t) for every call in the context, whatever its length; `t` is on the table's grid."""
         if self.table is None:
             raise ValueError(f"t={t:g}: no frequency table is in use; call handle.use(table) first")
         with self._overridden(spectrum=self.table.at(t)):
@@ -162,8 +160,11 @@ class RotaryHandle:
 
     @contextmanager
     def fixed(self, num_tokens: int) -> Iterator[None]:
-        """Every call inside uses the t and log-scaling of one of `num_tokens` tokens: a long forward, cut in chunks."""
-        with self._overridden(spectrum=self._least_upper_bound(num_tokens), num_tokens=num_tokens):
+        """Treat every call in the context as one of `num_tokens` tokens, so that chunks agree with one long forward.
+
+        This sets t and log-scaling.
+        """
+        with self._overridden(spectrum=self._select_spectrum(num_tokens), num_tokens=num_tokens):
             yield
 
     @contextmanager
@@ -173,27 +174,33 @@ class RotaryHandle:
         positions: Float[Tensor, "B S"] | Int64[Tensor, "B S"] | None = None,
         num_tokens: int | None = None,
     ) -> Iterator[None]:
-        """Every call inside uses `spectrum`, lets gradients reach its `inv_freq`, and sees its tokens at `positions`.
+        """Use `spectrum` in the context, with gradients to its `inv_freq` and tokens at `positions` (None: plain).
 
-        `positions` are plain when None; `num_tokens` are those of the whole row where a call has a part of it. Raises
-        `ValueError` for positions or frequencies that do not fit.
+        `num_tokens` is the length of the whole row where a call has part of it (sequence parallel).
+
+        Raises:
+            ValueError: the positions or frequencies do not fit the batch or model.
         """
         if positions is not None and positions.dtype not in (torch.float64, torch.int64):
-            raise ValueError(f"positions of {positions.dtype}: sampled positions are float64 or int64, to stay exact")
-        # On a GPU the look would make the host wait for it at every micro-batch.
+            # float32 would round fractional positions.
+            raise ValueError(
+                f"positions of {positions.dtype}: sampled positions must be float64 or int64, to stay exact"
+            )
+        # On a GPU this check would synchronize at every micro-batch.
         if positions is not None and positions.device.type == "cpu":
             _require_usable(positions)
         if len(spectrum.inv_freq) != len(self.base_inv_freq):
             raise ValueError(
                 f"inv_freq of {len(spectrum.inv_freq)} pairs: the model rotates {len(self.base_inv_freq)} pairs"
             )
+        # Only families whose stock module rounds cos and sin need the casts.
         if self.traits.casts and not self.rotary.layers_cast:
             self._cast_in_layers(self._site.parent)
         with self._overridden(spectrum=spectrum, num_tokens=num_tokens, positions=positions, is_training=True):
             yield
 
     def on_length(self, listener: LengthListener) -> Callable[[], None]:
-        """Call `listener(n)` before each call of the model with its number of tokens n; returns what ends that.
+        """Call `listener(n)` before each call of the model; return a function that unsubscribes it.
 
         n counts cached keys and new tokens, in training the tokens of a row.
         """
@@ -206,7 +213,7 @@ class RotaryHandle:
         return stop
 
     def undo(self) -> None:
-        """Put the stock module back and remove every hook; caches that were filled meanwhile are of no further use."""
+        """Restore the stock module and remove every hook. Caches filled in the meantime must be discarded."""
         setattr(self._site.parent, self._site.name, self._site.module)
         for removal in self._removals:
             removal.remove()
@@ -214,18 +221,20 @@ class RotaryHandle:
         self._listeners.clear()
 
     def _keep_local_layers(self) -> None:
-        """Let layers with a short window keep the model's own frequencies, unless those follow the length."""
+        """Keep the model's own frequencies in layers with a short window, unless those follow the length."""
+        # Such layers never see a distance beyond L, so their frequencies need no scaling.
         local = (
             receptive_field.local_layers(self.model, self.traits, self.context_len) if self.own is None else frozenset()
         )
         self.rotary.local_layers = local
         for attention in rotary_attention(self.model) if local else []:
-            hook = OwnPositionEmbeddings(attention, attention.layer_idx in local)
+            hook = SelectPositionEmbeddings(attention, attention.layer_idx in local)
             self._removals.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _cast_in_layers(self, parent: nn.Module) -> None:
-        """Only once gradients are wanted, and then for good: a hook per layer is what a decoding step would feel."""
-        layers = layers_given_position_embeddings(parent)
+        """Cast cos and sin in each decoder layer instead of once in the rotary module."""
+        # Installed only when training starts, and then kept: a hook per layer slows down every decoding step.
+        layers = layers_with_position_embeddings(parent)
         self.rotary.layers_cast = bool(layers)
         for layer in layers:
             hook = CastPositionEmbeddings(layer)
@@ -233,20 +242,23 @@ class RotaryHandle:
 
     def _before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens, position_ids, cache = self._inputs(args, kwargs)
+        # Neither ids nor embeddings under a known name: `_after_call` reports it once positions have passed.
         if tokens is None:
             return
         override = self._override
-        record = key_cache.record_of(cache)
+        record = key_record.find_record(cache)
         if override.is_training and record is not None:
-            raise ValueError(f"the KV cache holds {record.num_keys} keys: training rows are fed whole, without a cache")
+            raise ValueError(f"the KV cache holds {record.num_keys} keys: training takes whole rows, without a cache")
         num_new = tokens.shape[1]
-        num_tokens = num_new if override.is_training else _num_tokens(num_new, position_ids, record)
-        spectrum = self._least_upper_bound(num_tokens) if override.spectrum is None else override.spectrum
+        # Training rows have no cache, and their position_ids restart at documents, so count tokens instead.
+        num_tokens = num_new if override.is_training else key_record.count_tokens(num_new, position_ids, record)
+        spectrum = self._select_spectrum(num_tokens) if override.spectrum is None else override.spectrum
         moved = False
         if cache is not None and record is not None:
-            moved = override.spectrum is None and num_new > 1 and not self._is_alike(record.num_tokens + 1, spectrum)
-            self._warn_of_candidates(record)
-            key_cache.turn_keys(cache, record, spectrum, self.layout, self.scaled_layers)
+            # Assisted decoding verifies several tokens at one t; plain decoding would have used a smaller t first.
+            moved = override.spectrum is None and num_new > 1 and not self._selects(record.num_tokens + 1, spectrum)
+            self._warn_about_candidates(record)
+            key_cache.rerotate_keys(cache, record, spectrum, self.layout, self.scaled_layers)
         self.rotary.spectrum, self.rotary.positions = spectrum, override.positions
         self._call = _CallState(spectrum, cache, record, num_tokens, num_new, moved)
         for listener in self._listeners:
@@ -254,48 +266,50 @@ class RotaryHandle:
 
     def _after_call(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call, self._call = self._call, None
+        # The rotary module has seen the positions that the model derived itself, from a mask or a cache.
         position_ids, self.rotary.last_position_ids = self.rotary.last_position_ids, None
         if position_ids is None:
             return
         if call is None:
             decoder = type(self._site.parent).__name__
-            raise LibraryChanged(f"{decoder} took tokens under other names than input_ids and inputs_embeds")
-        kv_cache.require_seen(call.cache, output, call.num_new)
-        cache = kv_cache.in_output(output) if call.cache is None else call.cache
+            raise LibraryChanged(f"{decoder} takes its tokens under names other than input_ids and inputs_embeds")
+        kv_cache.require_found(call.cache, output, call.num_new)
+        cache = kv_cache.find_in_output(output) if call.cache is None else call.cache
         if cache is not None:
-            key_cache.note(cache, call.record, call.spectrum, position_ids, call.num_tokens, call.moved)
+            key_record.record_keys(cache, call.record, call.spectrum, position_ids, call.num_tokens, call.moved)
 
     def _inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, Tensor | None, Cache | None]:
         found = {name: argument.find(args, kwargs) for name, argument in self._arguments.items()}
         tokens = found["inputs_embeds"] if found["input_ids"] is None else found["input_ids"]
-        return tokens, found["position_ids"], kv_cache.in_call(args, kwargs)
+        return tokens, found["position_ids"], kv_cache.find_in_call(args, kwargs)
 
-    def _least_upper_bound(self, num_tokens: int) -> Spectrum:
+    def _select_spectrum(self, num_tokens: int) -> Spectrum:
         if self.table is None and self.own is not None:
             return self.own.least_upper_bound(num_tokens, self.context_len)
         if self.table is None:
             return self.rotary.base[self.rotary.scaled]
         spectrum = self.table.least_upper_bound(num_tokens, self.context_len, clamp=self._clamp)
+        # Once per table: generation beyond t_max would repeat it for every token.
         if not self._warned and num_tokens > self.table.t_max * self.context_len:
             self._warned = True
             logger.warning(
-                "num_tokens=%d is beyond t_max * L = %g * %d: t stays at t_max, quality will fall",
+                "num_tokens=%d exceeds t_max * L = %g * %d: t stays at t_max, and quality will degrade",
                 num_tokens,
                 self.table.t_max,
                 self.context_len,
             )
         return spectrum
 
-    def _is_alike(self, num_tokens: int, spectrum: Spectrum) -> bool:
-        own = self._least_upper_bound(num_tokens)
+    def _selects(self, num_tokens: int, spectrum: Spectrum) -> bool:
+        own = self._select_spectrum(num_tokens)
         return own is spectrum or own.t == spectrum.t
 
-    def _warn_of_candidates(self, record: key_cache.KeyRecord) -> None:
-        """Say once that candidates were verified at a t beyond theirs; plain decoding might have taken others."""
-        if record.lost_candidates and not self._warned_of_candidates:
-            self._warned_of_candidates = True
+    def _warn_about_candidates(self, record: key_record.KeyRecord) -> None:
+        """Warn once that candidates were verified at a larger t than plain decoding would have used."""
+        if record.lost_candidates and not self._warned_about_candidates:
+            self._warned_about_candidates = True
             logger.warning(
                 "assisted decoding: t moved within tokens that were verified in one call, so the answer can differ "
                 "from plain decoding; pin t with handle.pinned(t) or handle.fixed(num_tokens)"
@@ -324,20 +338,7 @@ class RotaryHandle:
             self._override = before
 
 
-def _num_tokens(num_new: int, position_ids: Tensor | None, record: key_cache.KeyRecord | None) -> int:
-    """n = largest position of the call + 1: cached keys plus new tokens, without the padding of a left-padded batch."""
-    if position_ids is None:
-        return num_new + (record.num_keys if record else 0)
-    if num_new == 1 and record is not None:
-        # One more token per row; reading the largest position would wait for the device in every decoding step.
-        return record.num_tokens + 1
-    first, last = (int(bound) for bound in torch.aminmax(position_ids))
-    if first < 0:
-        raise ValueError(f"position_ids={first}: positions start at 0; give padding position 0, not a negative one")
-    return last + 1
-
-
 def _require_usable(positions: Tensor) -> None:
     wrong = positions[~((positions >= 0) & (positions < float("inf")))]
     if len(wrong):
-        raise ValueError(f"positions={float(wrong[0]):g}: sampled positions are finite and 0 or more")
+        raise ValueError(f"positions={float(wrong[0]):g}: sampled positions must be finite and at least 0")

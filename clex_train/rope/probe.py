@@ -1,7 +1,7 @@
-"""Find a model's rotary module by its structure, and learn by trying it what it computes and how keys are paired.
+"""Find a model's rotary module by its structure, and learn by probing what it computes and how keys are paired.
 
 A rotary module of transformers maps (x, position_ids[, layer_type]) to (cos, sin) from buffers named `inv_freq` or
-`<layer_type>_inv_freq`; a causal LM holds exactly one. Shapes: `B` batch, `S` sequence, `P` pairs = rotary_dim / 2.
+`<layer_type>_inv_freq`; a causal LM has exactly one. Shapes: `B` batch, `S` sequence, `P` pairs = rotary_dim / 2.
 """
 
 import copy
@@ -23,16 +23,16 @@ from clex_train.scaling.spectrum import LAYOUTS, Spectrum, cos_sin
 from clex_train.utils.errors import ConfigError, first_line
 
 LOCAL_LAYER_TYPES = ("sliding_attention", "chunked_attention")
-# These change their frequencies with the length of the call by themselves; a table of theta(t) would fight with them.
+# These change their frequencies with the sequence length by themselves, in conflict with a table of theta(t).
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 ALIBI = "it has ALiBi biases"
-# Keys of these are normalised with a learned weight per component after the rotation, so turning them again is wrong.
-NORMALISED_AFTER_ROTATION = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl")
+# These normalize keys with a learned weight per component after the rotation, which does not commute with rerotating.
+NORMALIZED_AFTER_ROTATION = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl")
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where the rotary module sits: `parent.<name>` is `module`. `parent` is the decoder that calls it."""
+    """Place of the rotary module: `parent.<name>` is `module`. `parent` is the decoder that calls it."""
 
     parent: nn.Module
     name: str
@@ -41,11 +41,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Traits:
-    """What a rotary module computes.
+    """Properties of a rotary module.
 
-    `base`: the model's own spectrum by layer type (None where there are none); `scaled`: the type that long contexts
-    need, the others are local; `expansion`: how P angles become the width of cos (`rotary.EXPANSIONS`);
-    `layout`: which components of a key make a pair, None when cached keys cannot be turned; `casts`: whether the stock
+    `base`: the model's own spectrum by layer type (None for a single RoPE). `scaled`: the layer type that sees the
+    whole context; the others are local. `expansion`: how P angles become the width of cos (`rotary.EXPANSIONS`).
+    `layout`: the pairing of key components, None when cached keys cannot be rerotated. `casts`: True if the stock
     module rounds cos and sin to the dtype of `x`.
     """
 
@@ -57,41 +57,46 @@ class Traits:
 
 
 def find_rotary(model: nn.Module) -> Site:
-    """The model's one rotary module; `ValueError` names the model type when there is none or more than one."""
+    """Find the model's one rotary module; `ValueError` names a model type with none, or more than one."""
     sites = list(_sites(model))
     config: Any = getattr(model, "config", None)
     if any(isinstance(module, ScaledRotary) for module in model.modules()):
-        raise ValueError("install_rotary: this model's rotary module is already replaced; undo() the earlier handle")
+        raise ValueError("install_rotary: already applied to this model; undo() the earlier handle")
+    # A single site may still be unused, as in an ALiBi Falcon.
     if len(sites) == 1 and has_rotary(model):
         return sites[0]
     kind = getattr(config, "model_type", type(model).__name__)
     if len(sites) > 1:
         names = ", ".join(type(site.module).__name__ for site in sites)
         raise ConfigError("model_type", kind, f"{len(sites)} rotary modules ({names}) where exactly one is expected")
-    raise ConfigError("model_type", kind, f"no rotary position embedding ({_other_positions(model)}); use a RoPE model")
+    raise ConfigError(
+        "model_type", kind, f"no rotary position embedding ({_describe_positions(model)}); use a RoPE model"
+    )
 
 
 def has_rotary(model: nn.Module) -> bool:
-    """Whether it has a rotary module, one or more, and uses it."""
+    """Return True if the model has at least one rotary module and uses it."""
     config: Any = getattr(model, "config", None)
+    # Falcon builds a rotary module even for ALiBi and leaves it unused.
     return not getattr(config, "alibi", False) and any(
         _is_rotary(module) or isinstance(module, ScaledRotary) for module in model.modules()
     )
 
 
 def has_alibi(model: nn.Module) -> bool:
-    """Whether a model without rotary module has biases by distance, which know no longest length."""
-    return _other_positions(model) == ALIBI
+    """Return True if a model without rotary module has ALiBi biases, which have no maximum length."""
+    return _describe_positions(model) == ALIBI
 
 
 def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) -> Traits:
-    """Learn what the RoPE of an architecture computes, without weights.
+    """Return the traits of an architecture's RoPE, without weights.
 
-    `ValueError` names the model type without one, or with one that follows the length by itself.
+    Raises:
+        ValueError: the model type has no RoPE, or one that follows the sequence length by itself.
     """
     model = model_on_meta(config, trust_remote_code)
     module = find_rotary(model).module
-    require_own_length(module, model.config)
+    require_fixed_frequencies(module, model.config)
     return probe(module, model.config)
 
 
@@ -130,15 +135,18 @@ def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> 
 
 def _build_on_meta(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     try:
+        # No weights are allocated, so an architecture of any size fits.
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a family's own code raises over sizes that it cannot have
         reason = first_line(error)
-        raise ConfigError("model_type", config.model_type, f"no causal language model of it ({reason})") from error
+        raise ConfigError(
+            "model_type", config.model_type, f"cannot build a causal language model ({reason})"
+        ) from error
 
 
-def followed_length(module: nn.Module) -> str | None:
-    """The rope_type by which a rotary module changes its frequencies with the length of a call; None if it does not."""
+def length_dependent_type(module: nn.Module) -> str | None:
+    """Return the rope_type that changes frequencies with the length of a call; None for a fixed RoPE."""
     types = getattr(module, "rope_type", "default")
     for rope_type in types.values() if isinstance(types, dict) else [types]:
         if any(name in str(rope_type) for name in LENGTH_DEPENDENT):
@@ -146,21 +154,21 @@ def followed_length(module: nn.Module) -> str | None:
     return None
 
 
-def require_own_length(module: nn.Module, config: Any) -> None:
-    """`ValueError` naming the model type of a rotary module that would fight with a table of theta(t)."""
-    rope_type = followed_length(module)
+def require_fixed_frequencies(module: nn.Module, config: Any) -> None:
+    """Raise `ValueError`, naming the model type, if the RoPE follows the sequence length by itself."""
+    rope_type = length_dependent_type(module)
     if rope_type is not None:
         kind = getattr(config, "model_type", type(module).__name__)
         raise ConfigError(
             "rope_type",
             f"{rope_type} of model_type={kind}",
-            "it changes its frequencies with the length by itself; "
+            "it changes its frequencies with the sequence length itself; "
             "set rope_type to `default` in rope_parameters of config.json",
         )
 
 
 def require_frequencies(module: nn.Module, traits: Traits, config: Any) -> None:
-    """Raise `ValueError` naming the model type when some frequencies are 0: those pairs do not rotate at any t."""
+    """Raise `ValueError`, naming the model type, if some frequencies are 0: those pairs do not rotate at any t."""
     own = traits.base[traits.scaled].inv_freq
     still = int((~(own > 0)).sum())
     if still:
@@ -169,17 +177,21 @@ def require_frequencies(module: nn.Module, traits: Traits, config: Any) -> None:
         raise ConfigError(
             "rope_type",
             f"{rope_type} of model_type={kind}",
-            f"{still} of its {len(own)} frequencies are 0, and theta(t) "
-            "starts from positive ones; scaling=none trains it and methods=[trained] reads it unscaled",
+            f"{still} of its {len(own)} frequencies are 0, but theta(t) "
+            "needs positive ones; train it with scaling=none, evaluate it with methods=[trained]",
         )
 
 
-def spectrum_at(module: nn.Module, traits: Traits, num_tokens: int, t: float) -> Spectrum:
-    """What a module that follows the length computes for a call of `num_tokens` tokens, its factor over that at L.
+def spectrum_at_length(module: nn.Module, traits: Traits, num_tokens: int, t: float) -> Spectrum:
+    """Return the spectrum that a length-dependent module uses for a call of `num_tokens` tokens.
 
-    `ValueError` names a module whose cos is not that of the frequencies it then holds.
+    Its attention factor is relative to the one at L.
+
+    Raises:
+        ValueError: the module's cos does not match the frequencies that it holds.
     """
-    fresh = _fresh(module)
+    fresh = _rebuild(module)
+    # The module reads the length from the largest position; position 1 shows the frequencies themselves.
     arguments = (torch.zeros(1, 2, 1), torch.tensor([[1, num_tokens - 1]]))
     cos, _ = fresh(*arguments) if traits.scaled is None else fresh(*arguments, traits.scaled)
     found = _spectrum(fresh, fresh, traits.scaled)
@@ -188,7 +200,7 @@ def spectrum_at(module: nn.Module, traits: Traits, num_tokens: int, t: float) ->
         kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
         raise ConfigError(
             "rope_type",
-            f"{followed_length(module)} of model_type={kind}",
+            f"{length_dependent_type(module)} of model_type={kind}",
             "it follows the length in a way of its own; set rope_type to `default` in rope_parameters of config.json",
         )
     own_factor = traits.base[traits.scaled].attention_factor
@@ -196,9 +208,9 @@ def spectrum_at(module: nn.Module, traits: Traits, num_tokens: int, t: float) ->
 
 
 def probe(module: nn.Module, config: Any) -> Traits:
-    """Try the rotary module out; `ValueError` names the model type when its RoPE is of a kind that cannot be scaled."""
+    """Probe the rotary module; `ValueError` names a model type whose RoPE cannot be scaled."""
     kind = getattr(config, "model_type", type(module).__name__)
-    fresh = _fresh(module)
+    fresh = _rebuild(module)
     types = _layer_types(fresh)
     scaled = _scaled_type(types, kind)
     base = {layer_type: _spectrum(module, fresh, layer_type) for layer_type in types}
@@ -220,11 +232,12 @@ def _is_rotary(module: nn.Module) -> bool:
     return any(name.endswith("inv_freq") for name in names) and parameters[1:3] == ["x", "position_ids"]
 
 
-def _other_positions(model: nn.Module) -> str:
-    """What a model without a rotary module has instead, in words."""
+def _describe_positions(model: nn.Module) -> str:
+    """Describe the positions of a model without a rotary module."""
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     buffers = {name.rsplit(".", 1)[-1] for name, _ in model.named_buffers()}
     source = sys.modules[type(model).__module__]
+    # Names of position tables in GPT-2, OPT and their relatives.
     if names & {"wpe", "embed_positions", "position_embeddings", "position_embedding"}:
         return "it has learned absolute positions"
     if any("alibi" in name for name in vars(source)) or getattr(getattr(model, "config", None), "alibi", False):
@@ -234,8 +247,8 @@ def _other_positions(model: nn.Module) -> str:
     return "no module maps position_ids to cos and sin"
 
 
-def _fresh(module: nn.Module) -> nn.Module:
-    """The module built again from its config on the CPU: real and in full precision, however the model was loaded."""
+def _rebuild(module: nn.Module) -> nn.Module:
+    """Rebuild the module from its config on the CPU, with real data in full precision however the model was loaded."""
     config = getattr(module, "config", None)
     if config is None:
         return copy.deepcopy(module)
@@ -253,21 +266,22 @@ def _layer_types(module: nn.Module) -> list[LayerType]:
 def _scaled_type(types: list[LayerType], kind: str) -> LayerType:
     scaled = [layer_type for layer_type in types if layer_type not in LOCAL_LAYER_TYPES]
     if len(scaled) != 1:
-        raise ConfigError("model_type", kind, f"rotary layer types {types}, of which exactly one should be global")
+        raise ConfigError("model_type", kind, f"rotary layer types {types}; exactly one must be global")
     return scaled[0]
 
 
 def _spectrum(module: nn.Module, fresh: nn.Module, layer_type: LayerType) -> Spectrum:
-    """The model's own frequencies. A buffer that was rounded to bfloat16 or has no data gives way to a fresh one."""
+    """Return the model's own frequencies."""
     prefix = "" if layer_type is None else f"{layer_type}_"
     own, rebuilt = (getattr(source, f"{prefix}inv_freq") for source in (module, fresh))
+    # A buffer that was rounded to bfloat16, or is on the meta device, gives way to a rebuilt one.
     exact = own if own.dtype in (torch.float32, torch.float64) and not own.is_meta else rebuilt
     factor = getattr(fresh, f"{prefix}attention_scaling", 1.0)
     return Spectrum(exact.detach().cpu().double().clone(), attention_factor=float(factor))
 
 
 def _try_forward(fresh: nn.Module, layer_type: LayerType, kind: str) -> tuple[Tensor, bool]:
-    """cos at positions 0..3 and whether it comes in the dtype of x."""
+    """Return cos at positions 0..3, and whether it has the dtype of x."""
     result = fresh(*_call(torch.float32, layer_type))
     if not (isinstance(result, tuple) and len(result) == 2 and result[0].dtype == torch.float32):
         raise ConfigError("model_type", kind, "its rotary module does not return cos and sin")
@@ -281,22 +295,25 @@ def _call(dtype: torch.dtype, layer_type: LayerType) -> tuple[Any, ...]:
 
 
 def _expansion(cos: Tensor, spectrum: Spectrum, kind: str) -> str:
+    # Compared numerically, so that a family with an arrangement of its own is recognized or refused, never guessed.
     expected, _ = cos_sin(torch.arange(4)[None], spectrum.inv_freq)
     for name, expand in EXPANSIONS.items():
         candidate = expand(expected) * spectrum.attention_factor
         if candidate.shape == cos.shape and torch.allclose(candidate, cos, atol=1e-5):
             return name
-    raise ConfigError("model_type", kind, "its cos is not cos(position * inv_freq) in an arrangement that is known")
+    raise ConfigError("model_type", kind, "its cos is not cos(position * inv_freq) in a known layout")
 
 
 def _layout(fresh: nn.Module, config: Any, spectrum: Spectrum, expansion: str) -> str | None:
-    """Rotate a key with the model's own function and see which layout agrees."""
+    """Return the layout that matches the model's own rotation of a key; None if none does."""
     function = getattr(sys.modules[type(fresh).__module__], "apply_rotary_pos_emb", None)
     kind = getattr(config, "model_type", "")
     latent = hasattr(config, "qk_rope_head_dim")
-    if function is None or latent or kind in NORMALISED_AFTER_ROTATION or not _takes_q_and_k(function):
+    # Keys of these models are not plain rotations of their leading components, so rerotating them would be wrong.
+    if function is None or latent or kind in NORMALIZED_AFTER_ROTATION or not _takes_q_and_k(function):
         return None
     cos, sin = cos_sin(torch.arange(4)[None], spectrum.inv_freq)
+    # All components differ, so a wrong pairing cannot agree by accident.
     key = torch.linspace(-1, 1, 8 * len(spectrum.inv_freq)).view(1, 1, 4, -1)
     _, rotated = function(key, key, EXPANSIONS[expansion](cos), EXPANSIONS[expansion](sin))
     for name, rotate in LAYOUTS.items():

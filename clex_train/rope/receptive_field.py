@@ -1,7 +1,7 @@
-"""Find the layers that the scaled RoPE rotates and how far back they see: is there anything to extend?
+"""Receptive field: which layers the scaled RoPE rotates, and how far back they see. Is there anything to extend?
 
-Layers are tried out one by one (`libraries.layers`), since families skip the rotation in layers with full attention
-(SmolLM3, EXAONE 4, Cohere 2), and see through windows in some layers or all (Gemma, Mistral v0.1, Phi-3 4k).
+Layers are probed one by one (`attention.layer_probe`), since families skip the rotation in layers with full attention
+(SmolLM3, EXAONE 4, Cohere 2), and use windows in some layers or all (Gemma, Mistral v0.1, Phi-3 4k).
 """
 
 from collections.abc import Collection
@@ -18,27 +18,26 @@ from clex_train.utils.errors import ConfigError
 
 
 def local_layers(model: nn.Module, traits: Traits, context_len: int) -> frozenset[int]:
-    """List the layers whose window of at most L tokens shows them no new distance, where all share one RoPE.
-
-    Where layer types have a RoPE each, the rotary module keeps them apart by itself.
-    """
+    """List the layers whose window is at most L tokens, where all layers share one RoPE."""
+    # With a RoPE per layer type, the rotary module itself keeps them apart.
     if traits.scaled is not None:
         return frozenset()
-    windows = {module.layer_idx: layer_probe.own_window(module) for module in layer_probe.rotary_attention(model)}
+    # A window of at most L shows no distance that the base model was not trained on.
+    windows = {module.layer_idx: layer_probe.layer_window(module) for module in layer_probe.rotary_attention(model)}
     return frozenset(index for index, window in windows.items() if window is not None and window <= context_len)
 
 
 def scaled_layers(model: nn.Module, traits: Traits, local: Collection[int]) -> dict[int, bool | None]:
-    """Say by layer index whether the scaled RoPE rotates its keys: None for unknown, False for `local` ones."""
-    tried = _tried(model, traits)
-    return {module.layer_idx: False if module.layer_idx in local else rotates for module, rotates in tried}
+    """Map each layer index to True if the scaled RoPE rotates its keys; None for unknown, False for `local` ones."""
+    probed = _probe_layers(model, traits)
+    return {module.layer_idx: False if module.layer_idx in local else rotates for module, rotates in probed}
 
 
 def require_scalable(model: nn.Module, rotary: nn.Module, traits: Traits, context_len: int) -> None:
-    """Raise `ValueError` naming the model type where other frequencies than its own would be of no use.
+    """Raise `ValueError`, naming the model type, where scaled frequencies would have no effect.
 
-    Some of them are 0 and stay so at every t, or every layer that rotates sees a window of at most L tokens and meets
-    no distance that it was not trained on. `rotary` is the model's own rotary module.
+    That is the case when some frequencies are 0, at every t, or when every rotated layer sees a window of at most L
+    tokens and so no new distance. `rotary` is the model's own rotary module.
     """
     require_frequencies(rotary, traits, getattr(model, "config", None))
     _require_reach(model, traits, context_len)
@@ -52,32 +51,34 @@ def require_scalable_config(config: PretrainedConfig, context_len: int, trust_re
 
 
 def _require_reach(model: nn.Module, traits: Traits, context_len: int) -> None:
-    tried = _tried(model, traits)
-    windows = [layer_probe.own_window(module) for module, rotates in tried if rotates]
+    probed = _probe_layers(model, traits)
+    windows = [layer_probe.layer_window(module) for module, rotates in probed if rotates]
     open_ended = any(window is None or window > context_len for window in windows)
-    if not windows or open_ended or any(rotates is None for _, rotates in tried):
+    # Refuse only what is certain: with an unknown layer the model may well be extensible.
+    if not windows or open_ended or any(rotates is None for _, rotates in probed):
         return
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     longest = max(window for window in windows if window is not None)
-    known = f"model_type={kind}: every layer with RoPE sees a window of {longest} tokens, of L = {context_len}"
-    if any(layer_probe.own_window(module) is None for module, _ in tried):
+    known = f"model_type={kind}: every layer with RoPE sees a window of {longest} tokens, at most L = {context_len}"
+    if any(layer_probe.layer_window(module) is None for module, _ in probed):
         raise ConfigError(
-            f"{known}, and the layers with full attention have no positions", None, "nothing can be extended"
+            f"{known}, and layers with full attention have no positions", None, "there is nothing to extend"
         )
-    raise ConfigError(known, None, "nothing can be extended; set sliding_window to null in config.json")
+    raise ConfigError(known, None, "there is nothing to extend; set sliding_window to null in config.json")
 
 
-def _tried(model: nn.Module, traits: Traits) -> list[tuple[Any, bool | None]]:
-    """Try every attention module with positions: does the scaled RoPE rotate its keys?"""
+def _probe_layers(model: nn.Module, traits: Traits) -> list[tuple[Any, bool | None]]:
+    """Probe every attention module with positions: does the scaled RoPE rotate its keys?"""
 
     def cos_shape(module: Any) -> tuple[int, ...] | None:
+        # A model with one RoPE keys its base spectrum by None, whatever layer types its config lists.
         kind = None if traits.scaled is None else layer_probe.layer_type(module)
         if kind not in traits.base:
             return None
         return tuple(EXPANSIONS[traits.expansion](torch.empty(1, 2, len(traits.base[kind].inv_freq))).shape)
 
     modules = layer_probe.rotary_attention(model)
-    trials = layer_probe.attempt_all(modules, cos_shape, getattr(model, "config", None))
+    probes = layer_probe.probe_layers(modules, cos_shape, getattr(model, "config", None))
     is_local = [traits.scaled is not None and layer_probe.layer_type(module) != traits.scaled for module in modules]
-    found = zip(modules, trials, is_local, strict=True)
+    found = zip(modules, probes, is_local, strict=True)
     return [(module, False if local else trial.rotates) for module, trial, local in found]

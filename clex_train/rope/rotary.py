@@ -1,10 +1,10 @@
-"""The module that stands in for a model's `*RotaryEmbedding`: cos and sin of whatever spectrum is in force.
+"""Replacement for a model's `*RotaryEmbedding`: cos and sin of the current spectrum.
 
     cos, sin = attention_factor * cos(m theta), attention_factor * sin(m theta)
 
-It differs from the stock module in five ways: the phase keeps its accuracy at long positions, gradients reach the
-frequencies, sampled positions replace `position_ids` while training, nothing is cached between calls, and layers that
-see a short window keep the model's own frequencies where one RoPE serves all layers.
+It differs from the stock module in five ways: the phase stays accurate at long positions, gradients reach the
+frequencies, sampled positions replace `position_ids` in training, nothing is cached between calls, and layers with a
+short window keep the model's own frequencies.
 Shapes: `B` batch, `S` sequence, `P` pairs = rotary_dim / 2, `W` width of cos that the model expects.
 """
 
@@ -25,21 +25,21 @@ EXPANSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "each_twice": lambda angles: angles.repeat_interleave(2, dim=-1),
     "once": lambda angles: angles,
 }
-"""How the angles of P pairs are laid out in the cos and sin that a model's attention expects."""
+"""Layouts of the angles of P pairs in the cos and sin that a model's attention expects."""
 
 
 class ScaledRotary(nn.Module):
-    """Replaces one rotary module; it has no parameters and no buffers.
+    """Replaces one rotary module; has no parameters and no buffers.
 
     `base` holds the model's own spectrum for each layer type (key None for a model with one RoPE). The layer type
     `scaled` follows `spectrum`; local layers keep their own RoPE and plain positions. `expansion` is a key of
-    `EXPANSIONS`; `casts` says whether the stock module rounds to the dtype of `x`.
+    `EXPANSIONS`; `casts` is True if the stock module rounds to the dtype of `x`.
     """
 
     def __init__(self, base: Mapping[LayerType, Spectrum], scaled: LayerType, expansion: str, casts: bool) -> None:
         super().__init__()
         # Plain attributes, not buffers: an engine that casts the model to bfloat16 must not round the frequencies.
-        # The model's own attention factor stays on whatever spectrum is put in.
+        # The model's own attention factor applies to whatever spectrum is set.
         self.own_factor = {layer_type: spectrum.attention_factor for layer_type, spectrum in base.items()}
         self.base = {layer_type: replace(spectrum, attention_factor=1.0) for layer_type, spectrum in base.items()}
         self.scaled = scaled
@@ -47,26 +47,29 @@ class ScaledRotary(nn.Module):
         self.positions: Tensor | None = None
         self.last_position_ids: Tensor | None = None
         self.expansion, self.casts = expansion, casts
-        # Set once every decoder layer has a hook that casts; until then this module rounds like the stock one.
+        # True once every decoder layer has a casting hook; until then this module rounds like the stock one.
         self.layers_cast = False
-        # Indices of layers that keep the model's own frequencies though they share the one RoPE.
+        # Layers that keep the model's own frequencies although all layers share one RoPE.
         self.local_layers: frozenset[int] = frozenset()
-        self._moved: dict[tuple[LayerType, bool], tuple[Spectrum, Tensor]] = {}
+        self._on_device: dict[tuple[LayerType, bool], tuple[Spectrum, Tensor]] = {}
 
     def forward(
         self, x: Float[Tensor, "B ..."], position_ids: Num[Tensor, "#B S"], layer_type: str | None = None
     ) -> tuple[Float[Tensor, "#B S W"], ...]:
-        """cos and sin, in the dtype of `x` or in float32 while gradients are wanted (each layer then casts its own).
+        """Compute cos and sin, in the dtype of `x`, or in float32 while training (each layer then casts its own).
 
-        With `local_layers` the cos and sin of the model's own frequencies follow (`hooks.OwnPositionEmbeddings`).
-        Raises `ValueError` when sampled positions do not fit the batch or `position_ids` are not integers.
+        With `local_layers` the pair of the model's own frequencies follows (see `hooks.SelectPositionEmbeddings`).
+
+        Raises:
+            ValueError: sampled positions do not fit the batch, or `position_ids` are not integers.
         """
         if position_ids.is_floating_point():
-            raise ValueError(f"position_ids of {position_ids.dtype}: give sampled positions to handle.training()")
+            raise ValueError(f"position_ids of {position_ids.dtype}: pass sampled positions to handle.training()")
+        # Models derive positions from masks and caches in ways of their own; this is where they become known.
         self.last_position_ids = position_ids
         if layer_type != self.scaled:
             return self._pair(x, position_ids, self.base[layer_type], layer_type)
-        scaled = self._pair(x, self._sampled(x.shape[0], position_ids), self.spectrum, layer_type)
+        scaled = self._pair(x, self._effective_positions(x.shape[0], position_ids), self.spectrum, layer_type)
         if not self.local_layers:
             return scaled
         return (*scaled, *self._pair(x, position_ids, self.base[layer_type], layer_type))
@@ -76,12 +79,12 @@ class ScaledRotary(nn.Module):
         expand, factor = EXPANSIONS[self.expansion], spectrum.attention_factor * self.own_factor[layer_type]
         if factor != 1.0:
             cos, sin = cos * factor, sin * factor
-        # Rounding here would sum the gradients of all layers in bfloat16: one cast per layer sums them in float32.
+        # Rounding here would sum the gradients of all layers in bfloat16; a cast per layer sums them in float32.
         rounds = self.casts and not (self.layers_cast and cos.requires_grad)
         dtype = x.dtype if rounds else torch.float32
         return expand(cos).to(dtype), expand(sin).to(dtype)
 
-    def _sampled(self, num_rows: int, position_ids: Tensor) -> Tensor:
+    def _effective_positions(self, num_rows: int, position_ids: Tensor) -> Tensor:
         if self.positions is None:
             return position_ids
         expected = (num_rows, position_ids.shape[-1])
@@ -93,13 +96,14 @@ class ScaledRotary(nn.Module):
         return self.positions.to(position_ids.device)
 
     def _inv_freq_on(self, spectrum: Spectrum, layer_type: LayerType, device: torch.device) -> Tensor:
-        """The frequencies on the device of the activations, copied once per spectrum."""
+        """Return the frequencies on the device of the activations, copied once per spectrum."""
+        # With a gradient the copy is part of the graph, so each call needs its own.
         if spectrum.inv_freq.device == device or spectrum.inv_freq.requires_grad:
             return spectrum.inv_freq.to(device)
         key = (layer_type, spectrum is self.base[layer_type])
-        known = self._moved.get(key)
+        known = self._on_device.get(key)
         if known is None or known[0] is not spectrum or known[1].device != device:
-            known = self._moved[key] = (spectrum, spectrum.inv_freq.to(device))
+            known = self._on_device[key] = (spectrum, spectrum.inv_freq.to(device))
         return known[1]
 
     def extra_repr(self) -> str:

@@ -3,8 +3,7 @@
     d log theta / dt = act( (log theta + log theta_ntk(t)) W_up ) W_down + d log theta_ntk / dt
 
 (arXiv 2310.16450). Parameters are float32; the ODE is solved in float64, see `vector_field` and `solver`. The module
-lives outside the training engine and on the CPU: a solve is hundreds of operations on short vectors.
-Shapes: `P` pairs = d / 2, `H` hidden units, `K` scale factors.
+lives on the CPU, outside the training engine. Shapes: `P` pairs = d / 2, `H` hidden units, `K` scale factors.
 """
 
 import hashlib
@@ -22,16 +21,19 @@ from clex_train.scaling.vector_field import ACTIVATIONS, VectorField, network_in
 from clex_train.utils.seeding import generator
 
 Grid = Tensor | list[float] | tuple[float, ...]
-# Scale factors at which the size of the learned part is checked.
+# Number of intervals in [1, t_max] at whose ends the size of the learned part is checked.
 CHECK_POINTS = 32
 
 
 class Clex(nn.Module):
-    """theta(t) for t in [1, t_max], starting from the frequencies `inv_freq` [P] of the base model, whatever made them.
+    """theta(t) for t in [1, t_max], starting from the base model's frequencies `inv_freq` [P].
 
-    `up` [P, H] starts uniform in +-1/sqrt(H), `down` [H, P] at zero, H = param_factor * d, so that an untrained CLEX is
+    `up` [P, H] starts uniform in +-1/sqrt(H) and `down` [H, P] at zero, H = param_factor * d, so an untrained CLEX is
     NTK(2t - 1). `official_ntk_base` feeds the network log theta_ntk at base 10000, as the released checkpoints expect.
-    `tolerance` bounds the solver's error in log theta. `ValueError` names an argument out of range.
+    `tolerance` bounds the solver's error in log theta.
+
+    Raises:
+        ValueError: an argument is out of range, by name.
     """
 
     base_inv_freq: Tensor
@@ -51,11 +53,12 @@ class Clex(nn.Module):
         _check_arguments(inv_freq, t_max, param_factor, act, tolerance)
         num_pairs = len(inv_freq)
         hidden = max(1, round(param_factor * 2 * num_pairs))
+        # A generator of its own, so that the initial field does not depend on other modules being built first.
         draw = generator(seed, "clex_init").uniform(-1, 1, (num_pairs, hidden)) / math.sqrt(hidden)
         self.up = nn.Parameter(torch.from_numpy(draw).to(torch.float32))
         self.down = nn.Parameter(torch.zeros(hidden, num_pairs))
         self.register_buffer("base_inv_freq", inv_freq.detach().to(torch.float64, copy=True))
-        # Part of the state: the solve after a resume takes the steps of the last check, like the uninterrupted run.
+        # A buffer, so part of the state: after a resume the solve takes the same steps as in an uninterrupted run.
         self.register_buffer("steps", torch.tensor(solver.MIN_STEPS))
         self.t_max, self.act = float(t_max), act
         self.official_ntk_base, self.tolerance = official_ntk_base, tolerance
@@ -68,42 +71,48 @@ class Clex(nn.Module):
     @num_steps.setter
     def num_steps(self, value: int) -> None:
         if value < 1:
-            raise ValueError(f"num_steps={value}: at least 1 step")
+            raise ValueError(f"num_steps={value}: must be at least 1")
         self.steps.fill_(value)
 
     def inv_freq(self, t: float) -> Float64[Tensor, " P"]:
-        """theta(t) in radians per token, differentiable in the parameters; `UnstableField` when it is not finite."""
+        """Compute theta(t) in radians per token, differentiable in the parameters.
+
+        Raises:
+            UnstableField: it is not finite.
+        """
         grid = self._checked([t])
         return self._inv_freq(grid, self._solve(grid, self.num_steps))[0]
 
     def learned(self, t_grid: Grid) -> Float64[Tensor, "K P"]:
-        """log theta - log theta_ntk, the learned part, at ascending scale factors; differentiable in the parameters."""
+        """Compute log theta - log theta_ntk, the learned part, at ascending scale factors; differentiable."""
         return self._solve(self._checked(t_grid), self.num_steps)
 
     @torch.no_grad()
     def table(self, t_grid: Grid) -> FrequencyTable:
-        """theta on a grid that starts at 1, within `tolerance` of the current weights' ODE, from one solve.
-
-        The steps are chosen afresh and `num_steps` is left alone: to look at a run must not change it.
-        """
+        """Solve for theta on a grid that starts at 1, within `tolerance`, in one solve of the current weights' ODE."""
         t = self._checked(t_grid)
+        # Steps chosen afresh, with `num_steps` left alone: looking at a run must not change it.
         inv_freq = self._inv_freq(t, self._solve(t, self._assess().num_steps))
         return FrequencyTable(t, inv_freq.cpu(), method="clex", digest=self.digest())
 
     @torch.no_grad()
     def residual(self, t_grid: Grid) -> Float64[Tensor, " K"]:
-        """max_j |log theta_j - log theta_ntk_j| at each t: how far the field has moved the frequencies from NTK."""
+        """Compute max_j |log theta_j - log theta_ntk_j| at each t: the distance of the field from NTK."""
         return self.learned(t_grid).abs().amax(dim=1)
 
     def check_residual(self, max_residual: float) -> float:
-        """The largest `residual` in [1, t_max]; `UnstableField` names the first t where it exceeds `max_residual`."""
+        """Return the largest `residual` in [1, t_max].
+
+        Raises:
+            UnstableField: it exceeds `max_residual`; names the first such t.
+        """
         t = scale_grid(self.t_max, step=(self.t_max - 1) / CHECK_POINTS if self.t_max > 1 else 1.0)
         moved = self.residual(t)
         beyond = (moved > max_residual).nonzero().flatten().tolist()
         if beyond:
             at, value = float(t[beyond[0]]), float(moved[beyond[0]])
             raise UnstableField(
-                f"the CLEX field has moved log theta by {value:.3g} at t={at:.3g}, beyond scaling.max_residual="
+                f"the CLEX field moved log theta by {value:.3g} at t={at:.3g}, which exceeds scaling.max_residual="
                 f"{max_residual:g}",
                 at,
                 value,
@@ -113,13 +122,13 @@ class Clex(nn.Module):
 
     @torch.no_grad()
     def refine(self) -> SolverReport:
-        """Choose `num_steps` for the current weights by step doubling; `UnstableField` when the field is too stiff."""
+        """Choose `num_steps` for the current weights by step doubling; `UnstableField` if the field is too stiff."""
         report = self._assess()
         self.steps.fill_(report.num_steps)
         return report
 
     def digest(self) -> str:
-        """A fingerprint of everything theta(t) depends on."""
+        """Return a fingerprint of everything that theta(t) depends on."""
         parts = hashlib.blake2b(f"{self.act} {self.official_ntk_base}".encode(), digest_size=16)
         for tensor in (self.base_inv_freq, self.up, self.down):
             parts.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -127,6 +136,7 @@ class Clex(nn.Module):
 
     def _field(self) -> VectorField:
         for name, weight in self.named_parameters():
+            # Checked before the solve: NaN weights would otherwise look like a stiff field.
             if not bool(torch.isfinite(weight).all()):
                 index = (~torch.isfinite(weight)).nonzero()[0].tolist()
                 value = float(weight.detach()[tuple(index)])
@@ -142,8 +152,9 @@ class Clex(nn.Module):
         return y
 
     def _inv_freq(self, t: Tensor, learned: Tensor) -> Tensor:
-        """theta(1) times what NTK and the learned part make of it: exactly theta(1) at t = 1."""
+        """Compute theta from theta(1), the NTK drift and the learned part; exactly theta(1) at t = 1."""
         drift = (2 * t[:, None] - 1).log() * ntk_exponents(len(self.base_inv_freq))
+        # One exponential of the summed logs keeps full float64 precision for large t.
         inv_freq = self.base_inv_freq * (learned - drift.to(learned.device)).exp()
         _require_usable(torch.isfinite(inv_freq) & (inv_freq > 0), learned, t)
         return inv_freq
@@ -154,9 +165,11 @@ class Clex(nn.Module):
     def _checked(self, t_grid: Grid) -> Tensor:
         t = as_grid(t_grid)
         if len(t) == 0 or not bool((t[1:] > t[:-1]).all()):
-            raise ValueError(f"t={t.tolist()}: one or more scale factors, ascending")
+            raise ValueError(f"t={t.tolist()}: must be one or more ascending scale factors")
         if not (float(t[0]) >= 1 and float(t[-1]) <= self.t_max * (1 + 1e-12)):
-            raise ValueError(f"t={float(t[0]):g}..{float(t[-1]):g}: scale factors lie in [1, t_max={self.t_max:g}]")
+            raise ValueError(
+                f"t={float(t[0]):g}..{float(t[-1]):g}: scale factors must lie in [1, t_max={self.t_max:g}]"
+            )
         return t
 
 
@@ -171,19 +184,19 @@ def _require_usable(good: Tensor, learned: Tensor, t: Tensor) -> None:
 
 def _check_arguments(inv_freq: Tensor, t_max: float, param_factor: float, act: str, tolerance: float) -> None:
     if inv_freq.ndim != 1 or len(inv_freq) == 0:
-        raise ValueError(f"inv_freq of shape {tuple(inv_freq.shape)}: one frequency per rotated pair is expected")
+        raise ValueError(f"inv_freq of shape {tuple(inv_freq.shape)}: expected one frequency per rotated pair")
     unusable = (~(torch.isfinite(inv_freq) & (inv_freq > 0))).nonzero().flatten().tolist()
     if unusable:
         j = unusable[0]
         raise ValueError(
             f"inv_freq[{j}]={float(inv_freq[j]):g}, {len(unusable)} of {len(inv_freq)} like it: "
-            "CLEX starts from finite, positive frequencies"
+            "CLEX needs finite, positive frequencies"
         )
     if not t_max >= 1 or not math.isfinite(t_max):
-        raise ValueError(f"t_max={t_max}: a scale factor is at least 1")
+        raise ValueError(f"t_max={t_max}: a scale factor must be at least 1")
     if not param_factor > 0:
-        raise ValueError(f"param_factor={param_factor}: greater than 0")
+        raise ValueError(f"param_factor={param_factor}: must be greater than 0")
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act}: one of {', '.join(ACTIVATIONS)}")
     if not tolerance > 0:
-        raise ValueError(f"tolerance={tolerance}: greater than 0")
+        raise ValueError(f"tolerance={tolerance}: must be greater than 0")

@@ -1,9 +1,9 @@
-"""Classical RK4 (torchdiffeq) for the residual on a graded grid of u, its number of steps chosen by step doubling.
+"""Classical RK4 (torchdiffeq) for the residual on a graded grid of u, with the number of steps chosen by step doubling.
 
     nodes uniform in s = 2 (sqrt(2t - 1) - 1),    u = log(2t - 1) = 2 log(1 + s/2)
 
-Where the field is stiff it is equally stiff per unit of t, where it is not its input moves per unit of u; s lies
-between the two, and leaves a half (t = 16) to a tenth and less (t = 64) of the error of nodes uniform in u.
+A stiff field is equally stiff per unit of t; a smooth one has inputs that move per unit of u. s lies between the two.
+Compared with nodes uniform in u it leaves half the error at t = 16 and a tenth or less at t = 64.
 The error of N steps is |y_N - y_2N| * 16/15. Shapes: `P` pairs, `K` scale factors.
 """
 
@@ -20,16 +20,17 @@ from clex_train.utils.errors import InputError
 
 MIN_STEPS = 8
 MAX_STEPS = 1024
-# A factor on the step count above what order 4 predicts, so that the next check passes without another round.
+# Factor on the step count that order 4 predicts, so that the next check passes without another round.
 SAFETY = 1.05
 
 Field = Callable[[Tensor, Tensor], Tensor]
 
 
 class UnstableField(InputError):
-    """The learned field cannot be used: too stiff, not finite, or beyond its bound.
+    """The learned field is unusable: too stiff, not finite, or beyond its bound.
 
-    Carries `t` and `value`, and `what` is wrong without the keys to `lower`, for who knows of another cause.
+    Carries `t`, `value` and `what`, which leaves out the config keys to `lower`, for callers that know of another
+    cause.
     """
 
     def __init__(self, what: str, t: float, value: float, lower: str) -> None:
@@ -39,7 +40,7 @@ class UnstableField(InputError):
 
 @dataclass(frozen=True)
 class SolverReport:
-    """What `refine` found: steps from 1 to t_max, their estimated error in log theta, the `t` where it is largest."""
+    """Result of `refine`: steps from 1 to t_max, their estimated error in log theta, and `t` at the largest error."""
 
     num_steps: int
     error: float
@@ -53,21 +54,23 @@ class SolverReport:
 def integrate(
     field: Field, y0: Float64[Tensor, " P"], t_points: Float64[Tensor, " K"], num_steps: int, t_max: float
 ) -> Float64[Tensor, "K P"]:
-    """y at the ascending scale factors `t_points` >= 1, from y(1) = y0.
+    """Integrate y from y(1) = y0 to the ascending scale factors `t_points` >= 1.
 
-    Steps are no longer than 1/num_steps of the way from t = 1 to `t_max`, and pass through every wanted point.
+    Steps are at most 1/num_steps of the way from t = 1 to `t_max`, and pass through every requested point.
     """
-    wanted = stretched(torch.cat((torch.ones(1, dtype=torch.float64), t_points)))
+    wanted = s_of_t(torch.cat((torch.ones(1, dtype=torch.float64), t_points)))
+    # t = 1 may be requested too; odeint requires strictly increasing times.
     grid = torch.unique_consecutive(wanted)
     if len(grid) == 1:
         return y0.expand(len(t_points), -1)
-    nodes = _subdivide(grid, float(stretched(t_max)) / num_steps)
+    nodes = _subdivide(grid, float(s_of_t(t_max)) / num_steps)
     solution: Tensor = odeint(
         field,
         y0,
-        u_of_stretched(grid).to(y0.device),
+        u_from_s(grid).to(y0.device),
         method="rk4",
-        options={"grid_constructor": lambda *_: u_of_stretched(nodes).to(y0.device)},
+        # Without it, odeint would take one RK4 step between requested points.
+        options={"grid_constructor": lambda *_: u_from_s(nodes).to(y0.device)},
     )
     return solution[torch.searchsorted(grid, wanted[1:])]
 
@@ -75,9 +78,10 @@ def integrate(
 def refine(
     field: Field, y0: Float64[Tensor, " P"], t_max: float, tolerance: float, max_steps: int = MAX_STEPS
 ) -> SolverReport:
-    """The fewest steps (about) whose estimated error stays below `tolerance` everywhere in [1, t_max].
+    """Find about the fewest steps whose estimated error stays below `tolerance` everywhere in [1, t_max].
 
-    Raises `UnstableField` naming t, steps and error when `max_steps` do not suffice or the solution is not finite.
+    Raises:
+        UnstableField: `max_steps` do not suffice, or the solution is not finite (names t, steps and error).
     """
     if t_max <= 1:
         return SolverReport(MIN_STEPS, 0.0, 1.0, tolerance)
@@ -92,19 +96,21 @@ def refine(
         num_steps = _more_steps(num_steps, error, tolerance, max_steps)
 
 
-def stretched(t: Tensor | float) -> Tensor:
-    """s(t), the coordinate in which steps are equally long."""
+def s_of_t(t: Tensor | float) -> Tensor:
+    """Compute s(t), the coordinate in which steps are equally long."""
+    # 2 (sqrt(2t - 1) - 1) without cancellation near t = 1.
     return 2 * torch.expm1(torch.log1p(2 * (torch.as_tensor(t, dtype=torch.float64) - 1)) / 2)
 
 
-def u_of_stretched(s: Tensor) -> Tensor:
-    """u = log(2t - 1) of the coordinate s."""
+def u_from_s(s: Tensor) -> Tensor:
+    """Compute u = log(2t - 1) from the coordinate s."""
     return 2 * torch.log1p(s / 2)
 
 
 def _subdivide(grid: Tensor, longest: float) -> Tensor:
-    """Nodes through every member of `grid`, none further apart than `longest`."""
+    """Place nodes at every member of `grid`, and between them at most `longest` apart."""
     gaps = grid.diff()
+    # The slack keeps a gap of exactly n steps from becoming n + 1 by rounding.
     counts = torch.ceil(gaps / longest * (1 - 1e-12)).clamp(min=1).long()
     left = torch.repeat_interleave(grid[:-1], counts)
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
@@ -113,18 +119,20 @@ def _subdivide(grid: Tensor, longest: float) -> Tensor:
 
 
 def _doubling_errors(field: Field, y0: Tensor, t_max: float, num_steps: int) -> tuple[Tensor, Tensor]:
-    """max_j |y_N - y_2N| * 16/15 at the nodes of the coarse grid, and their t; infinite where y is not finite."""
-    s = stretched(t_max) * torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
-    t_nodes = (1 + torch.exp(u_of_stretched(s))) / 2
+    """Return max_j |y_N - y_2N| * 16/15 at the coarse grid's nodes, infinite where y is not finite, and their t."""
+    s = s_of_t(t_max) * torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
+    t_nodes = (1 + torch.exp(u_from_s(s))) / 2
     with torch.no_grad():
         coarse = integrate(field, y0, t_nodes, num_steps, t_max)
         fine = integrate(field, y0, t_nodes, 2 * num_steps, t_max)
+    # Richardson: for order 4, doubling the steps divides the error by 16, so the difference is 15/16 of it.
     errors = (coarse - fine).abs().amax(dim=1) * (16 / 15)
     return errors.nan_to_num(nan=math.inf), t_nodes
 
 
 def _more_steps(num_steps: int, error: float, tolerance: float, max_steps: int) -> int:
-    """Steps that order 4 predicts, at most four times as many at once: far from the limit the order is not yet seen."""
+    """Return the steps that order 4 predicts, at most four times as many at once."""
+    # Far from the limit the error does not follow order 4 yet, and the prediction overshoots.
     factor: float = min(4.0, SAFETY * (error / tolerance) ** 0.25)
     return min(max_steps, max(num_steps + 1, math.ceil(num_steps * factor)))
 
@@ -133,7 +141,7 @@ def _too_stiff(errors: Tensor, t_nodes: Tensor, num_steps: int, tolerance: float
     first = int((errors > tolerance).nonzero()[0])
     t, error = float(t_nodes[first]), float(errors.max())
     return UnstableField(
-        f"the CLEX field is too stiff from t={t:.3g} on: {num_steps} steps leave an error of {error:.1e} in log theta, "
+        f"the CLEX field is too stiff from t={t:.3g} on: with {num_steps} steps the error in log theta is {error:.1e}, "
         f"above scaling.tolerance={tolerance:g}",
         t,
         error,

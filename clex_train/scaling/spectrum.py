@@ -1,4 +1,4 @@
-"""Which frequencies, and the rotation they make.
+"""RoPE frequencies and the rotation they define.
 
     phase = m * theta_j,    (x_a, x_b) -> (x_a cos - x_b sin, x_b cos + x_a sin)
 
@@ -14,15 +14,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+# Radians of a whole turn.
 TURN = 2 * math.pi
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The frequencies in force during one call of the model.
+    """Frequencies used by one call of the model.
 
-    `inv_freq` theta_j(t) in radians per token, float64 (it may require a gradient); `t >= 1` the scale factor it
-    belongs to; `attention_factor` multiplies cos and sin (yarn and longrope have one, CLEX does not).
+    `inv_freq` is theta_j(t) in radians per token, float64 (it may require a gradient). `t >= 1` is its scale factor.
+    `attention_factor` multiplies cos and sin (YaRN and LongRoPE have one, CLEX does not).
     """
 
     inv_freq: Float[Tensor, " P"]
@@ -33,11 +34,12 @@ class Spectrum:
 def cos_sin(
     positions: Int[Tensor, "*batch S"] | Float[Tensor, "*batch S"], inv_freq: Float[Tensor, " P"]
 ) -> tuple[Float[Tensor, "*batch S P"], Float[Tensor, "*batch S P"]]:
-    """cos and sin of `positions * inv_freq`, float32, within 5e-7 of exact up to position 2^30.
+    """Compute cos and sin of `positions * inv_freq`, float32, within 5e-7 of exact up to position 2^30.
 
-    Positions are int64 or float64 (sampled ones are fractional). Whole turns are dropped in float64, so float32 sees
-    angles within one turn only. Differentiable in `inv_freq`; the gradient is summed over positions in float64.
+    Positions are int64 or float64 (sampled ones are fractional). Differentiable in `inv_freq`; the gradient is summed
+    over positions in float64.
     """
+    # Count in whole turns and drop them in float64, so that float32 sees angles within one turn only.
     turns = positions.to(torch.float64).unsqueeze(-1) * (inv_freq.to(torch.float64) / TURN)
     angle = (turns.frac() * TURN).to(torch.float32)
     return angle.cos(), angle.sin()
@@ -48,7 +50,7 @@ def rotate(
 ) -> Float[Tensor, "*heads S D"]:
     """Rotate every pair of `x` [..., S, rotary_dim] by its angle; cos and sin broadcast over the leading axes.
 
-    `layout` says which components make a pair: `half` (j, j + P; Llama, GPT-NeoX) or `interleaved` (2j, 2j + 1; GPT-J).
+    `layout` is the pairing of components: `half` (j, j + P; Llama, GPT-NeoX) or `interleaved` (2j, 2j + 1; GPT-J).
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: one of {', '.join(LAYOUTS)}")
@@ -56,16 +58,17 @@ def rotate(
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` for pairs (j, j + P)."""
+    """Rotate pairs (j, j + P)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` for pairs (2j, 2j + 1)."""
+    """Rotate pairs (2j, 2j + 1)."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
 
 Rotation = Callable[[Tensor, Tensor, Tensor], Tensor]
+# By the names that transformers' families use in effect: rotate_half, or GPT-J's rotate_every_two.
 LAYOUTS: dict[str, Rotation] = {"half": rotate_half, "interleaved": rotate_interleaved}

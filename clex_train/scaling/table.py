@@ -1,6 +1,6 @@
-"""The frequency table: theta(t) on a grid of scale factors, computed once and stored.
+"""Frequency table: theta(t) on a grid of scale factors, computed once and stored.
 
-Evaluation, generation and export all read one table, so that no two of them integrate the ODE differently.
+Evaluation, generation and export read the same table, so no two of them integrate the ODE differently.
 Shapes: `K` scale factors, `P` pairs = rotary_dim / 2.
 """
 
@@ -21,23 +21,23 @@ from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import require_regular
 
-# Two scale factors this close are the same one: room for the rounding of n / L and of decimal grids, far below a token.
+# Scale factors this close are equal: room for the rounding of n / L and of decimal grids, far below one token.
 RELATIVE_SLACK = 1e-12
-MOST_FACTORS = 2**17
+MAX_FACTORS = 2**17
 """Scale factors of a grid; with 64 pairs their frequencies take 64 MiB."""
 
 
 @typing.runtime_checkable
 class Frequencies(typing.Protocol):
-    """Frequencies by length: a `FrequencyTable`, or what a model does by itself at each number of tokens."""
+    """Frequencies by length: a `FrequencyTable`, or a model's own at each number of tokens."""
 
     @property
     def method(self) -> str:
-        """What made them."""
+        """Name of the scaling method."""
 
     @property
     def context_len(self) -> int | None:
-        """L in tokens, None where any will do."""
+        """L in tokens; None if any will do."""
 
     @property
     def num_pairs(self) -> int:
@@ -45,24 +45,26 @@ class Frequencies(typing.Protocol):
 
     @property
     def t_max(self) -> float:
-        """The largest scale factor that is served."""
+        """Largest scale factor."""
 
     def at(self, t: float) -> Spectrum:
-        """The spectrum at a scale factor."""
+        """Return the spectrum at a scale factor."""
 
     def least_upper_bound(self, num_tokens: int, context_len: int, clamp: bool = False) -> Spectrum:
-        """The spectrum for a call of `num_tokens` tokens."""
+        """Return the spectrum for a call of `num_tokens` tokens."""
 
 
 @dataclass(frozen=True, eq=False)
 class FrequencyTable:
-    """theta(t) for scale factors `t` [K] (ascending, the first is 1) as `inv_freq` [K, P], float64, radians per token.
+    """theta(t) for scale factors `t` [K] (ascending from 1) as `inv_freq` [K, P], float64, radians per token.
 
-    `method` names what made it (`clex`, `ntk`, ...), `digest` the weights it was solved from, `context_len` is L in
-    tokens, `attention_factors` [K] float64 multiply cos and sin at each t (None: 1 everywhere). With `t_factor` a call
-    takes the t of one so many times as long, up to t_max. A model without RoPE has P = 0. Raises `ValueError` for a
-    grid that does not ascend from 1, for frequencies or factors not finite and positive (a pair may be 0 at every t),
-    for another number of factors, and for a `t_factor` below 1.
+    `method` names the scaling (`clex`, `ntk`, ...), `digest` the weights it was solved from, `context_len` is L in
+    tokens. `attention_factors` [K] float64 multiply cos and sin at each t (None: 1 everywhere). At inference, a call
+    uses the t of a context `t_factor` times as long, capped at t_max. A model without RoPE has P = 0.
+
+    Raises:
+        ValueError: the grid does not ascend from 1; frequencies or factors are not finite and positive (a pair may be 0
+            at every t); the number of factors differs; `t_factor` is below 1.
     """
 
     t: Float64[Tensor, " K"]
@@ -78,20 +80,21 @@ class FrequencyTable:
     def __post_init__(self) -> None:
         grid = self.t.tolist()
         if not grid or grid[0] != 1.0 or any(a >= b for a, b in itertools.pairwise(grid)):
-            raise ValueError(f"t={_short(grid)}: the scale factors of a table ascend, starting at 1")
-        # A pair that the model does not rotate at all (Gemma 4) has 0 at every t.
+            raise ValueError(f"t={_abbreviate(grid)}: the scale factors of a table must ascend from 1")
+        # A pair that the model never rotates (Gemma 4) has frequency 0 at every t.
         is_still = (self.inv_freq == 0).all(dim=0)
         good = torch.isfinite(self.inv_freq) & ((self.inv_freq > 0) | is_still)
         if not bool(good.all()):
             row, column = (~good).nonzero()[0].tolist()
             value = float(self.inv_freq[row, column])
             raise ValueError(
-                f"inv_freq[{row}, {column}]={value} at t={grid[row]:g}: frequencies are finite and positive"
+                f"inv_freq[{row}, {column}]={value} at t={grid[row]:g}: frequencies must be finite and positive"
             )
         if not 1 <= self.t_factor < math.inf:
-            raise ValueError(f"t_factor={self.t_factor}: finite, 1 or more")
+            raise ValueError(f"t_factor={self.t_factor}: must be finite and at least 1")
         factors = self._checked_factors(grid)
         spectra = [Spectrum(theta, t, a) for theta, t, a in zip(self.inv_freq, grid, factors, strict=True)]
+        # Python floats and ready spectra: a decoding step looks them up without touching a tensor.
         object.__setattr__(self, "_grid", grid)
         object.__setattr__(self, "_spectra", spectra)
 
@@ -102,11 +105,11 @@ class FrequencyTable:
 
     @property
     def t_max(self) -> float:
-        """The largest scale factor of the grid."""
+        """Largest scale factor of the grid."""
         return self._grid[-1]
 
     def at(self, t: float) -> Spectrum:
-        """The spectrum at a member of the grid; `ValueError` names its neighbours for a `t` that is none."""
+        """Return the spectrum at a member of the grid; `ValueError` names the neighbours of any other `t`."""
         index = bisect.bisect_left(self._grid, t * (1 - RELATIVE_SLACK))
         if index < len(self._grid) and self._grid[index] <= t * (1 + RELATIVE_SLACK):
             return self._spectra[index]
@@ -114,10 +117,12 @@ class FrequencyTable:
         raise ValueError(f"t={t:g}: not on the table's grid of {len(self._grid)} scale factors (nearest: {around})")
 
     def least_upper_bound(self, num_tokens: int, context_len: int, clamp: bool = False) -> Spectrum:
-        """The spectrum of the least grid `t >= t_factor * num_tokens / context_len`, or of t_max if that is less.
+        """Return the spectrum of the least grid `t >= t_factor * num_tokens / context_len`, at most t_max.
 
-        Where already `num_tokens / context_len` is beyond `t_max`, a `ValueError` names the numbers unless `clamp`. The
-        same object comes back for the same `t`, so callers may compare by identity.
+        The same object is returned for the same `t`, so callers may compare by identity.
+
+        Raises:
+            ValueError: `num_tokens / context_len` exceeds `t_max` without `clamp`.
         """
         needed = num_tokens / context_len * (1 - RELATIVE_SLACK)
         if needed > self._grid[-1] and not clamp:
@@ -127,20 +132,22 @@ class FrequencyTable:
                 f"beyond t_max * L = {self.t_max:g} * {context_len} = "
                 f"{self.t_max * context_len:.0f} tokens; raise scaling.t_max, shorten the input or allow clamping",
             )
+        # `t_factor` may push t to the cap, but does not make a length invalid.
         index = bisect.bisect_left(self._grid, self.t_factor * needed)
         return self._spectra[min(index, len(self._grid) - 1)]
 
     def to(self, device: torch.device | str) -> "FrequencyTable":
-        """The same table on another device."""
+        """Return the same table on another device."""
         factors = None if self.attention_factors is None else self.attention_factors.to(device)
         return replace(self, t=self.t.to(device), inv_freq=self.inv_freq.to(device), attention_factors=factors)
 
     def save(self, path: Path | str) -> None:
-        """Write one safetensors file, the names in its metadata."""
+        """Write one safetensors file, with names and lengths in its metadata."""
         metadata = {"method": self.method, "digest": self.digest}
         if self.context_len is not None:
             metadata["context_len"] = str(self.context_len)
         if self.t_factor != 1:
+            # Metadata values are strings; `repr` round-trips a float exactly.
             metadata["t_factor"] = repr(self.t_factor)
         tensors = {"t": self.t, "inv_freq": self.inv_freq}
         if self.attention_factors is not None:
@@ -149,20 +156,18 @@ class FrequencyTable:
 
     @classmethod
     def load(cls, path: Path | str) -> "FrequencyTable":
-        """Read what `save` wrote, to the bit, now or when one factor for all t stood in the metadata.
-
-        `ValueError` names the file when it is no frequency table.
-        """
+        """Read what `save` wrote, to the bit; `ValueError` names a file that is not a frequency table."""
         try:
             require_regular(Path(path))
             with safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Earlier versions stored a single attention factor for all t in the metadata.
             length, one_factor = metadata.get("context_len"), float(metadata.get("attention_factor", "1"))
             if any(each.dtype != torch.float64 for each in tensors.values()):
-                raise ValueError("its tensors are float64")
+                raise ValueError("its tensors must be float64")
             if tensors["inv_freq"].shape != (len(tensors["t"]), tensors["inv_freq"].shape[-1]):
-                raise ValueError("`inv_freq` has a row for each scale factor")
+                raise ValueError("`inv_freq` must have one row per scale factor")
             factors = tensors.get("attention_factors")
             if factors is None and one_factor != 1.0:
                 factors = torch.full_like(tensors["t"], one_factor)
@@ -184,29 +189,31 @@ class FrequencyTable:
         factors = self.attention_factors.tolist()
         if len(factors) != len(grid) or not all(0 < factor < math.inf for factor in factors):
             raise ValueError(
-                f"attention_factors={_short(factors)}: one for each of {len(grid)} scale factors, finite and positive"
+                f"attention_factors={_abbreviate(factors)}: one for each of {len(grid)} scale factors, "
+                "finite and positive"
             )
         return factors
 
 
 def scale_grid(t_max: float, step: float = 1.0) -> Float64[Tensor, " K"]:
-    """Scale factors 1, 1 + step, ... with `t_max` always the last; integers by default."""
+    """Build the scale factors 1, 1 + step, ..., with `t_max` always last; integers by default."""
     if not t_max >= 1:
-        raise ValueError(f"t_max={t_max}: a scale factor is at least 1")
+        raise ValueError(f"t_max={t_max}: a scale factor must be at least 1")
     if not step > 0:
-        raise ValueError(f"step={step}: the spacing of scale factors is greater than 0")
-    if not (t_max - 1) / step < MOST_FACTORS:
-        raise ConfigError("t_max", t_max, f"more than {MOST_FACTORS:,} scale factors in steps of {step:g}; lower it")
+        raise ValueError(f"step={step}: the spacing of scale factors must be greater than 0")
+    if not (t_max - 1) / step < MAX_FACTORS:
+        raise ConfigError("t_max", t_max, f"more than {MAX_FACTORS:,} scale factors in steps of {step:g}; lower it")
     grid = 1 + step * torch.arange(int((t_max - 1) / step) + 1, dtype=torch.float64)
+    # Drop a point that differs from t_max by rounding only, or the grid would hold it twice.
     inside = grid[grid < t_max * (1 - RELATIVE_SLACK)]
     return torch.cat((inside, torch.tensor([t_max], dtype=torch.float64)))
 
 
 def as_grid(t_grid: Tensor | list[float] | tuple[float, ...]) -> Float64[Tensor, " K"]:
-    """Scale factors as a float64 vector."""
+    """Convert scale factors to a float64 vector."""
     return torch.as_tensor(t_grid, dtype=torch.float64)
 
 
-def _short(grid: list[float]) -> str:
+def _abbreviate(grid: list[float]) -> str:
     shown = ", ".join(f"{t:g}" for t in grid[:6])
     return f"[{shown}{', ...' if len(grid) > 6 else ''}]"

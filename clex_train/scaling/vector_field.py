@@ -1,9 +1,9 @@
-"""The CLEX vector field for the residual y = log theta - log theta_ntk, in u = log(2t - 1).
+"""CLEX vector field for the residual y = log theta - log theta_ntk, in u = log(2t - 1).
 
     dy/du = act( (y + 2 log theta_ntk(u)) W_up ) W_down * e^u / 2
     log theta_ntk(u) = log theta(1) - c u,    c_j = 2j / (d - 2)
 
-The known drift is exact this way and only the learned part is integrated (CLEX, arXiv 2310.16450).
+The known drift is exact this way, and only the learned part is integrated (CLEX, arXiv 2310.16450).
 Shapes: `P` pairs = d / 2, `H` hidden units.
 """
 
@@ -24,11 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": torch.nn.functiona
 
 @dataclass(frozen=True, eq=False)
 class VectorField:
-    """dy/du as a callable of (u, y): the network's input is `y + start - u * drift`, affine in u.
-
-    The weights are kept as columns: transposed once here and not in every evaluation, the gradients of all evaluations
-    add up without a copy.
-    """
+    """dy/du as a callable of (u, y); the network's input is `y + start - u * drift`, affine in u."""
 
     up: Float64[Tensor, "H P"]
     down: Float64[Tensor, "P H"]
@@ -38,8 +34,12 @@ class VectorField:
 
     @classmethod
     def build(cls, up: Float[Tensor, "P H"], down: Float[Tensor, "H P"], start: Tensor, act: str) -> "VectorField":
-        """The field of weights applied as `x @ up`, `x @ down`; `start` [P] is the network's input at u = 0, y = 0."""
+        """Build the field of weights applied as `x @ up`, `x @ down`.
+
+        `start` [P] is the network's input at u = 0, y = 0.
+        """
         drift = 2 * ntk_exponents(up.shape[0]).to(up.device)
+        # Transposed once here, not in every evaluation: the gradients of all evaluations then add up without a copy.
         return cls(up.double().t(), down.double().t(), start, drift, ACTIVATIONS[act])
 
     def __call__(self, u: Tensor, y: Float64[Tensor, " P"]) -> Float64[Tensor, " P"]:
@@ -50,11 +50,9 @@ class VectorField:
 
 
 def network_input_start(log_base: Float64[Tensor, " P"], official_ntk_base: bool) -> Float64[Tensor, " P"]:
-    """z(1) + log theta_ntk(1), the network's input where the ODE starts.
-
-    The official code takes the second term at base 10000 whatever the model's base is; its checkpoints expect that.
-    """
+    """Compute z(1) + log theta_ntk(1), the network's input at the start of the ODE."""
     if not official_ntk_base:
         return 2 * log_base
+    # The official code uses base 10000 in the second term whatever the model's base, and its checkpoints expect that.
     pairs = torch.arange(len(log_base), dtype=torch.float64, device=log_base.device)
     return log_base - pairs / len(log_base) * math.log(OFFICIAL_BASE)

@@ -120,7 +120,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Row | None]]:
     except FileNotFoundError:
         return
     except files.BadFile as error:
-        logger.warning("%s; kept as %s, a new file begins", error, files.set_aside(path).name)
+        logger.warning("%s; kept as %s, a new file begins", error, files.quarantine(path).name)
         return
     with file:
         begins = True

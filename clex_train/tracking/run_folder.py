@@ -111,7 +111,7 @@ def restore_config(config: Config, copy: Path | None) -> None:
             recorded_config.over_defaults(path)
             return
     except InputError as error:
-        logger.warning("%s is damaged (%s); kept as %s", path, _reason(error), files.set_aside(path).name)
+        logger.warning("%s is damaged (%s); kept as %s", path, _reason(error), files.quarantine(path).name)
     files.write_atomically(path, copy.read_bytes() if copy else as_yaml(config))
     logger.info("%s is restored%s", path, f" from {copy}" if copy else "")
 
@@ -128,7 +128,7 @@ def tidy(folder: Path) -> None:
     """
     files.recover(folder / FINAL)
     own = ("config", "metrics", "wandb_id", "environment", "evaluation/step_")
-    for pattern in (".writable_*", *(f"{name}*{files.UNFINISHED}" for name in own)):
+    for pattern in (".writable_*", *(f"{name}*{files.TEMPORARY_SUFFIX}" for name in own)):
         for leftover in folder.glob(pattern):
             leftover.unlink(missing_ok=True)
     for leftover in folder.glob(f"{files.REMOVING}*{FINAL}"):
@@ -137,7 +137,7 @@ def tidy(folder: Path) -> None:
         try:
             read_json(record, within=folder)
         except BadFile:
-            logger.warning("%s is damaged; kept as %s", record, files.set_aside(record).name)
+            logger.warning("%s is damaged; kept as %s", record, files.quarantine(record).name)
 
 
 def require_writable(folder: Path) -> None:

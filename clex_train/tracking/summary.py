@@ -51,7 +51,7 @@ def say(title: str, lines: Iterable[str]) -> None:
     """Print a block on rank 0, to standard error, so that standard output has results alone."""
     if distributed.is_main():
         print(log.printable("\n".join((title, *lines))), file=sys.stderr, flush=True)
-    log.release()
+    log.flush()
 
 
 def versions() -> str:

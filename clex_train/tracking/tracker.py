@@ -129,7 +129,7 @@ class Tracker:
     def _note(self, before: OSError | None) -> None:
         """Say once that the log finds no room, and whether the run may go on."""
         failure = self._log.failure
-        why = distributed.unwritten(failure) if failure else None
+        why = distributed.describe_write_error(failure) if failure else None
         self.fault = None if self._goes_on else why
         if why and self._goes_on and before is None:
             logger.error("%s; its lines wait in memory, training goes on (checkpoint.on_full_disk=continue)", why)
@@ -289,7 +289,7 @@ def _wandb_id(path: Path) -> str:
             content = files.read_regular(path, within=path.parent, most=MOST_ID).decode("utf-8", "replace")
             if known := WANDB_ID.fullmatch(content.strip()):
                 return known[0]
-        logger.warning("%s: damaged, kept as %s; the run begins anew at wandb", path, files.set_aside(path).name)
+        logger.warning("%s: damaged, kept as %s; the run begins anew at wandb", path, files.quarantine(path).name)
     run_id = secrets.token_hex(4)
     # Durable before wandb hears of it: a run that is killed here must find its own wandb run again.
     files.write_atomically(path, run_id + "\n")

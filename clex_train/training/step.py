@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from clex_train.attention.document_mask import separating_arguments, undivided_arguments
+from clex_train.attention.document_mask import document_mask_kwargs, single_document_kwargs
 from clex_train.config.root import Config
 from clex_train.data import shards
 from clex_train.data.batch import MicroBatch, document_lengths
@@ -100,10 +100,10 @@ class WholeRowLayout:
         return positions
 
     def _masked(self, batch: MicroBatch) -> dict[str, Any]:
-        return separating_arguments(batch.masked_positions, self._implementation, distributed.device())
+        return document_mask_kwargs(batch.masked_positions, self._implementation, distributed.device())
 
     def _joined(self, batch: MicroBatch) -> dict[str, Any]:
-        return undivided_arguments(batch.token_ids, self._implementation, distributed.device())
+        return single_document_kwargs(batch.token_ids, self._implementation, distributed.device())
 
 
 class SequenceParallelLayout:

@@ -47,7 +47,7 @@ def all_reduce_step(
     known[1 + first : 1 + first + len(rows)] = rows.double()
     loss = torch.stack(list(losses)).double().mean().reshape(1)
     averaged = torch.cat((loss, gradient))
-    wait_for_sum = distributed.sum_to_host(torch.cat((averaged, distributed.to_device(known))))
+    wait_for_sum = distributed.all_reduce_sum_to_host(torch.cat((averaged, distributed.to_device(known))))
 
     def wait() -> StepReduction:
         total = wait_for_sum()

@@ -1,7 +1,7 @@
-"""`checksums.json`: size and SHA-256 of every file of a saved model, written last; without it, a folder is not whole.
+"""`checksums.json`: size and SHA-256 of every file of a saved model, written last; a folder without it is incomplete.
 
-A name proves nothing: after a power cut a folder can hold every file, of the right size, full of zeros. Programs of
-Hugging Face ignore the file, and files that a user adds later are not in it.
+File names prove nothing: after a power cut a folder can hold every file, at the right size, full of zeros. Hugging Face
+programs ignore the file, and files that a user adds later are not listed.
 """
 
 import json
@@ -27,17 +27,17 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Listing:
-    """What is read of the file."""
+    """Contents of the file that are read."""
 
     files: dict[str, _Entry]
 
 
 class Damaged(Exception):
-    """A folder is not what was written; says in a few words what is wrong with which file."""
+    """A folder differs from what was written; the message names the file and the difference."""
 
 
 def write(folder: Path) -> None:
-    """List every file below a folder; call it when they are all written."""
+    """List every file below a folder; call it after all of them are written."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
     listed = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": files.sha256(path)}
@@ -46,16 +46,17 @@ def write(folder: Path) -> None:
     files.write_atomically(folder / NAME, json.dumps({"format": 1, "files": listed}, indent=2) + "\n")
 
 
-def has(folder: Path) -> bool:
-    """Tell whether a folder has a listing; those of earlier versions have none."""
-    # A link that leads nowhere too: it is a damaged listing, not none.
+def exists(folder: Path) -> bool:
+    """Return True if a folder has a listing; folders of earlier versions have none."""
+    # `lexists`: a dangling link is a damaged listing, not a missing one.
     return os.path.lexists(folder / NAME)
 
 
 def require_sizes(folder: Path) -> dict[str, str]:
-    """Compare names and sizes with the listing; returns the SHA-256 that each file should have.
+    """Compare names and sizes with the listing; return the SHA-256 that each file must have.
 
-    Raises `Damaged`, naming the file.
+    Raises:
+        Damaged: a file is missing or has another size.
     """
     listed = _read(folder / NAME)
     for name, (size, _) in listed.items():
@@ -64,15 +65,15 @@ def require_sizes(folder: Path) -> dict[str, str]:
 
 
 def require_contents(folder: Path) -> None:
-    """Compare every byte with the listing: reads the whole folder. Raises `Damaged`, naming the file."""
+    """Compare every byte with the listing, which reads the whole folder. Raises `Damaged`, naming the file."""
     for name, digest in require_sizes(folder).items():
         check_content(folder, name, digest)
 
 
 def check_size(folder: Path, name: str, size: int, within: Path | None = None) -> None:
-    """Compare the size of one file; `within` as for `files.open_regular`. Raises `Damaged`, naming the file."""
+    """Compare the size of one file; `within` as in `files.open_regular`. Raises `Damaged`, naming the file."""
     try:
-        # Opened as it will be read, so that a pipe or a device, and a link that leads out of `within`, is refused here.
+        # Opened as it will be read later, so pipes, devices and links out of `within` are refused here.
         found = files.regular_size(folder / name, within)
     except FileNotFoundError as error:
         raise Damaged(f"{name} is missing") from error
@@ -83,7 +84,7 @@ def check_size(folder: Path, name: str, size: int, within: Path | None = None) -
 
 
 def check_content(folder: Path, name: str, digest: str, within: Path | None = None) -> None:
-    """Compare every byte of one file with its SHA-256; otherwise as `check_size`."""
+    """Compare the bytes of one file with its SHA-256; otherwise like `check_size`."""
     try:
         found = files.sha256(folder / name, within)
     except (OSError, BadFile) as error:
@@ -97,6 +98,7 @@ def _read(path: Path) -> dict[str, tuple[int, str]]:
         listed = read_record(path, _Listing, within=path.parent).files
     except (BadFile, FileNotFoundError) as error:
         raise Damaged(f"{NAME} cannot be read") from error
+    # A listing may come from a stranger: a name with `..` would make us read files elsewhere.
     if outside := [name for name in listed if not files.is_inside(name)]:
         raise Damaged(f"{NAME} names a file outside the folder: {outside[0]!r}")
     return {name: (entry.size, entry.sha256) for name, entry in listed.items()}

@@ -1,6 +1,6 @@
-"""Ranks, devices and the few collectives that the rest of the package uses; works unchanged in a single process.
+"""Ranks, devices and collectives for the rest of the package; works unchanged in a single process.
 
-The process group itself is opened by the engine (DeepSpeed); without one, every function is the identity of one rank.
+The engine (DeepSpeed) opens the process group. Without one, every function acts for the only rank.
 """
 
 import os
@@ -18,82 +18,87 @@ from clex_train.utils.errors import RunStopped, first_line
 
 T = TypeVar("T")
 
-MAKE_ROOM = "what was saved is intact: make room and run the same command again"
+MAKE_ROOM = "everything saved so far is intact; make room and run the same command again"
 
 
-def is_open() -> bool:
-    """Tell whether a process group exists."""
+def is_initialized() -> bool:
+    """Return True if a process group exists."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """Global rank; before the group is open, what the launcher put into the environment."""
-    return dist.get_rank() if is_open() else ranks.of_launch()[0]
+    """Return the global rank; before the group is open, from the launcher's environment."""
+    return dist.get_rank() if is_initialized() else ranks.rank_and_world_size()[0]
 
 
 def world_size() -> int:
-    """Return the number of ranks; before the group is open, what the launcher put into the environment."""
-    return dist.get_world_size() if is_open() else ranks.of_launch()[1]
+    """Return the number of ranks; before the group is open, from the launcher's environment."""
+    return dist.get_world_size() if is_initialized() else ranks.rank_and_world_size()[1]
 
 
 def is_main() -> bool:
-    """True on the one rank that prints and writes shared files."""
+    """Return True on rank 0, which prints and writes shared files."""
     return rank() == 0
 
 
 def device() -> torch.device:
     """Return the device of this rank: its CUDA device if there is one, else the CPU.
 
-    Where a task is bound to one GPU (`srun --gpus-per-task=1`) that is cuda:0, whatever its number among the tasks.
-    `ValueError` for more ranks than visible devices, on each of them: NCCL refuses two on one GPU in words of its own.
+    Raises:
+        ValueError: more ranks than visible devices, on each of them.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local, visible = ranks.number("LOCAL_RANK", 0), torch.cuda.device_count()
-    together = max(ranks.number(name, 1, least=1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    local, visible = ranks.read_int("LOCAL_RANK", 0), torch.cuda.device_count()
+    together = max(ranks.read_int(name, 1, least=1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    # With one GPU bound to each task (`srun --gpus-per-task=1`), every rank's device is cuda:0.
     is_bound = visible == 1 and (together == 1 or _has_gpu_of_its_own(os.environ.get("CUDA_VISIBLE_DEVICES", "")))
     require(
+        # NCCL reports two ranks on one GPU only later, in words of its own.
         is_bound or max(local + 1, together) <= visible,
         "LOCAL_RANK",
         local,
-        f"{max(local + 1, together)} ranks on this machine, and {visible} visible GPU{'' if visible == 1 else 's'}; "
-        "start as many ranks as GPUs, such as torchrun --nproc-per-node=gpu",
+        f"{max(local + 1, together)} ranks on this machine, but {visible} visible GPU{'' if visible == 1 else 's'}; "
+        "start as many ranks as GPUs, for example with torchrun --nproc-per-node=gpu",
     )
     return torch.device("cuda", 0 if is_bound else local)
 
 
 @cache
 def _has_gpu_of_its_own(devices: str) -> bool:
-    """Tell whether a wrapper has bound this rank to one GPU, `devices`: the launcher then sees others, or all.
+    """Return True if a wrapper has bound this rank to one GPU, `devices`, while the launcher sees others.
 
-    Otherwise ranks of torchrun and of DeepSpeed's launcher see the same, what a user has exported included.
+    Otherwise all ranks of torchrun or DeepSpeed's launcher see the same devices, including those a user exported.
     """
     if not devices or "," in devices:
         return False
     try:
+        # The launcher is the nearest ancestor without LOCAL_RANK; wrapper scripts between inherit it.
         environments: Iterator[dict[str, str]] = (process.environ() for process in psutil.Process().parents())
         of_launcher = next(variables for variables in environments if "LOCAL_RANK" not in variables)
+    # Without permission to look, trust the binding: refusing would stop valid SLURM jobs.
     except (psutil.Error, StopIteration):
         return True
     return of_launcher.get("CUDA_VISIBLE_DEVICES") != devices
 
 
 def to_device(tensor: torch.Tensor, target: torch.device | None = None) -> torch.Tensor:
-    """Copy a tensor to this rank's device, or `target`, without waiting as a copy from pageable memory does."""
+    """Copy a tensor to this rank's device, or `target`, without synchronizing."""
     target = target or device()
     if tensor.device.type == "cpu" and target.type == "cuda":
+        # A copy from pageable memory blocks the host until it is done.
         return tensor.pin_memory().to(target, non_blocking=True)
     return tensor.to(target)
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
-    if is_open() and world_size() > 1:
+    """Wait until every rank has arrived."""
+    if is_initialized() and world_size() > 1:
         dist.barrier()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks; the result has the device and dtype of `tensor`, which is left alone."""
+    """Sum over ranks; the result has the device and dtype of `tensor`, which is unchanged."""
     if world_size() == 1:
         return tensor.clone()
     on_device = tensor.to(device(), copy=True)
@@ -102,20 +107,18 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
-    """Mean over ranks; bitwise the same on every rank."""
+    """Average over ranks; bitwise equal on every rank."""
     return all_reduce_sum(tensor) / world_size()
 
 
-def sum_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Begin to bring the sum over ranks of a tensor on the device to the host; what is returned waits for it.
-
-    What the device is given to do after this call is not waited for.
-    """
+def all_reduce_sum_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start to sum a tensor over ranks and copy it to the host; return a function that waits for the result."""
     total = all_reduce_sum(tensor)
     if total.device.type == "cpu":
         return lambda: total
     host = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
     host.copy_(total, non_blocking=True)
+    # An event, not a stream synchronize: work queued after this call is not waited for.
     arrived = torch.cuda.Event()
     arrived.record()
 
@@ -127,7 +130,7 @@ def sum_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def broadcast_to_device(tensor: torch.Tensor) -> torch.Tensor:
-    """Rank 0's value on the device of every rank; the host does not wait for it."""
+    """Broadcast rank 0's value to the device of every rank, without synchronizing."""
     on_device = to_device(tensor.clone())
     if world_size() > 1:
         dist.broadcast(on_device, src=0)
@@ -135,7 +138,7 @@ def broadcast_to_device(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
-    """Rank 0's value on every rank; shape and dtype must agree beforehand."""
+    """Broadcast rank 0's value to every rank; shape and dtype must match beforehand."""
     if world_size() == 1:
         return tensor.clone()
     on_device = tensor.to(device(), copy=True)
@@ -144,7 +147,7 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_object(value: T) -> T:
-    """Rank 0's small picklable object on every rank."""
+    """Broadcast rank 0's small picklable object to every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -153,29 +156,30 @@ def broadcast_object(value: T) -> T:
 
 
 def try_on_main(write: Callable[[], object]) -> OSError | None:
-    """Have rank 0 write files; every rank learns the error that kept it from that, or None. Collective."""
+    """Run `write` on rank 0; return the error that stopped it, or None, on every rank. Collective."""
     failure = None
     if is_main():
         try:
             write()
         except OSError as error:
             failure = error
-    return broadcast_object(failure) if is_open() else failure
+    # Every rank must learn of it, or the others would wait in the next collective.
+    return broadcast_object(failure) if is_initialized() else failure
 
 
 def write_on_main(write: Callable[[], object]) -> None:
-    """Have rank 0 write files; `RunStopped` on every rank when it cannot, as on a full disk. Collective."""
+    """Run `write` on rank 0; raise `RunStopped` on every rank if it fails, as on a full disk. Collective."""
     if (failure := try_on_main(write)) is not None:
-        raise RunStopped(f"{unwritten(failure)}; {MAKE_ROOM}") from failure
+        raise RunStopped(f"{describe_write_error(failure)}; {MAKE_ROOM}") from failure
 
 
-def unwritten(error: OSError) -> str:
-    """Name the file that an error is about, and why it could not be written."""
+def describe_write_error(error: OSError) -> str:
+    """Name the file that could not be written, and why."""
     return f"{error.filename or 'a file of the run'}: cannot be written ({error.strerror or first_line(error)})"
 
 
 def gather_objects(value: T) -> list[T]:
-    """Gather the small picklable objects of all ranks, in their order, on every rank."""
+    """Gather the small picklable objects of all ranks, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
@@ -184,7 +188,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather equally shaped tensors of all ranks, stacked in their order [ranks, ...], on every rank."""
+    """Gather equally shaped tensors of all ranks, stacked in rank order [ranks, ...], on every rank."""
     if world_size() == 1:
         return tensor[None].clone()
     on_device = tensor.to(device())
@@ -194,5 +198,5 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Tell whether the flag is set on at least one rank; every rank gets the same answer."""
+    """Return True on every rank if the flag is set on at least one."""
     return bool(all_reduce_sum(torch.tensor(float(flag))) > 0)

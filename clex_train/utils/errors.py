@@ -12,31 +12,31 @@ ALLOCATOR_WORDS = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-"""By which errors of allocators that are plain `RuntimeError`s are known."""
+"""Phrases that identify allocation failures raised as plain `RuntimeError`."""
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OS_ERROR_OF_RUST = re.compile(r"\(os error (\d+)\)$")
-"""How the libraries in Rust (safetensors, tokenizers) end the message of an error of the operating system."""
+"""Suffix with which Rust libraries (safetensors, tokenizers) report an error of the operating system."""
 
 
 class InputError(ValueError):
-    """The user's input cannot be used: programs print the message as one line and exit with code 2.
+    """The user's input is unusable: programs print the message as one line and exit with code 2.
 
     Any other `ValueError` is a bug: it keeps its traceback, and the exit code is 1.
     """
 
 
 class ConfigError(InputError):
-    """A key, argument or file of the user's is refused.
+    """A configuration key, argument or file is refused.
 
     Args:
-        key: the configuration key, argument or file at fault.
-        value: the refused value; None for a key without one, or for a file.
-        remedy: why it is refused, and what to do about it.
+        key: configuration key, argument or file at fault.
+        value: refused value; None for a file, or a key that has none.
+        remedy: reason and remedy.
     """
 
     def __init__(self, key: object, value: object, remedy: str) -> None:
-        # The arguments as they are, so that worker processes can pickle the error.
+        # Exceptions unpickle by calling the class with `args`, so pass all three for errors of worker processes.
         super().__init__(key, value, remedy)
         self.key, self.value, self.remedy = str(key), value, remedy
 
@@ -45,22 +45,22 @@ class ConfigError(InputError):
 
 
 class RunStopped(RuntimeError):
-    """Training was stopped to protect what it has: the message says why, what is safe, and what to do."""
+    """Training was stopped to protect its state; the message gives the reason, what is safe, and the remedy."""
 
 
 class StopRequested(RuntimeError):
-    """The run was asked to stop and has saved what it had: the same command goes on. Every rank raises it."""
+    """The run saved its state on request and stopped; the same command resumes it. Raised on every rank."""
 
 
 class RankLost(RuntimeError):
-    """A rank died, froze or hangs, so that the others cannot go on: the message says which and what it was doing."""
+    """A rank died, froze or hangs, so the others cannot continue; the message names it and its last operation."""
 
     exit_code = 4
 
 
 @contextmanager
 def renamed_key(key: str, new: str) -> Iterator[None]:
-    """Name a refused `key` as `new` inside, where the program's user sets the value by another key."""
+    """Report a refused `key` as `new` inside the block, for programs that set the value by another key."""
     try:
         yield
     except ConfigError as error:
@@ -70,10 +70,8 @@ def renamed_key(key: str, new: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, with the next where it ends in a colon.
-
-    A `KeyError` says no more than a key, and some errors nothing: those have their type named.
-    """
+    """Return the first line of an error's message, joined with the next if it ends in a colon."""
+    # A `KeyError` shows only the key, and some errors have no message, so add the type.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines or isinstance(error, KeyError):
         return ": ".join([type(error).__name__, *lines[:1]])
@@ -81,8 +79,8 @@ def first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or what it arose from, says that the GPU's or the host's memory is used up."""
-    # Programs that only print their help do without torch.
+    """Return True if an error, or a cause of it, is a failed allocation on GPU or host."""
+    # Imported here, so that programs which only print their help start without torch.
     from torch import OutOfMemoryError
 
     if isinstance(error, (OutOfMemoryError, MemoryError)):
@@ -93,7 +91,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """Return the `OSError` that an error is or arose from, also within a library in Rust; None for any other error."""
+    """Return the `OSError` that an error is or was caused by, inside Rust libraries too; None for any other error."""
     seen: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in seen:
@@ -107,6 +105,6 @@ def disk_error(error: BaseException) -> OSError | None:
 
 
 def no_room(error: BaseException) -> OSError | None:
-    """Return the `OSError` of a full disk or a used-up quota that an error is or arose from."""
+    """Return the `OSError` of a full disk or exhausted quota that an error is or was caused by, else None."""
     found = disk_error(error)
     return found if found is not None and found.errno in NO_ROOM else None

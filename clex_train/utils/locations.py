@@ -1,18 +1,19 @@
-"""Paths of the program's own files: `conf/`, `train.py` and the record of the commit.
+"""Paths of the program's own files: `conf/`, `train.py` and the recorded commit.
 
-checkout, its snapshot, editable install    ROOT is the folder that holds `clex_train/`, `train.py` and `conf/`
-installed wheel                             ROOT is `clex_train/shipped/`, where `pyproject.toml` puts them
+checkout, snapshot, editable install    ROOT is the folder of `clex_train/`, `train.py` and `conf/`
+installed wheel                         ROOT is `clex_train/shipped/`, filled by the build (pyproject.toml)
 """
 
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED = PACKAGE / "shipped"
-"""Exists in a wheel only; the build copies `train.py`, `conf/` and the commit into it."""
+"""Exists in an installed wheel only; the build copies `train.py`, `conf/` and the commit into it."""
 
+# Decided by the files next to this code, so a checkout never reads those of an installed wheel.
 IS_CHECKOUT = not SHIPPED.is_dir()
 ROOT = PACKAGE.parent if IS_CHECKOUT else SHIPPED
 CONF = ROOT / "conf"
 TRAIN = ROOT / "train.py"
 COMMIT = ROOT / "COMMIT"
-"""The commit of a copy that git does not know: a wheel, or the snapshot of a SLURM job."""
+"""File with the commit of a copy without git history: a wheel, or the snapshot of a SLURM job."""

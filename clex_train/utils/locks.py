@@ -1,7 +1,7 @@
-"""Exclusive file locks that the kernel releases when their holder dies, and a warning where a file system has none.
+"""Exclusive file locks that the kernel releases when the holder dies, with a warning where a file system has none.
 
 Lustre mounted without `flock`, some FSx and EFS mounts and some FUSE file systems answer ENOSYS, EOPNOTSUPP or ENOLCK.
-Nobody can be kept out there, so the work goes on and the user is told not to start two programs at a time.
+Exclusion is impossible there, so work continues and the user is warned not to start two programs at once.
 """
 
 import fcntl
@@ -22,19 +22,21 @@ class Lock(Enum):
 
 
 def try_lock(file: IO[Any], path: Path, advice: str) -> Lock:
-    """Take an exclusive lock on an open file without waiting.
+    """Try to take an exclusive lock on an open file, without waiting.
 
     Args:
         file: open for writing; closing it releases the lock.
         path: its name, for the warning.
-        advice: what the user has to see to where the file system has no locks.
+        advice: what the user must take care of where the file system has no locks.
     """
     try:
+        # `flock`, not `lockf`: POSIX locks vanish when the process closes any other descriptor of the file.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return Lock.busy
     except OSError as error:
-        if os.environ.get("RANK", "0") == "0":  # once, not on every rank of a launch
+        # Once per launch, not once per rank.
+        if os.environ.get("RANK", "0") == "0":
             logger.warning("%s: this file system has no locks (%s); %s", path, error.strerror, advice)
         return Lock.unsupported
     return Lock.taken

@@ -1,4 +1,4 @@
-"""Logging for programs of many ranks: rank 0 speaks at INFO, the others from WARNING on, each line with its rank."""
+"""Logging for multi-rank programs: rank 0 logs from INFO, other ranks from WARNING, with their rank on each line."""
 
 import logging
 import re
@@ -14,29 +14,29 @@ from tqdm import tqdm
 
 from clex_train.utils import ranks, terminal
 
-HELD_BACK = 10_000
-"""Lines of a program that are kept before its opening block."""
-_ACTED_UPON = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""Control characters but tab and newline, and those that turn the direction of a line: a terminal acts upon them."""
+MAX_BUFFERED = 10_000
+"""Lines of a program that are buffered before its run summary."""
+_TERMINAL_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Control characters other than tab and newline, and bidirectional marks: a terminal acts on them."""
 
 
 def printable(text: str) -> str:
-    """Write what a terminal would act upon as escapes: names and texts of files may come from strangers."""
-    return _ACTED_UPON.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Escape characters that a terminal would act on; names and texts of files may come from strangers."""
+    return _TERMINAL_CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class _Printable(logging.Formatter):
-    """A line that a terminal only shows."""
+    """Formatter whose lines contain no terminal controls."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
 
 
-class AboveBars(logging.StreamHandler[TextIO]):
-    """Writes to standard error above the bars of a terminal, which a plain write would break in two."""
+class AboveProgressBars(logging.StreamHandler[TextIO]):
+    """Handler that writes to standard error above tqdm's progress bars, which a plain write would break."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line; where no bar is open it is a plain write."""
+        """Write one line; a plain write where no bar is open."""
         try:
             tqdm.write(self.format(record), file=self.stream)
             self.flush()
@@ -45,13 +45,14 @@ class AboveBars(logging.StreamHandler[TextIO]):
 
 
 def setup() -> None:
-    """Configure the root logger of an entry point once; library chatter below WARNING is silenced."""
-    terminal.outlive("stderr")
-    rank = ranks.shown()
+    """Configure the root logger of an entry point, once; library messages below WARNING are dropped."""
+    terminal.survive_hangup("stderr")
+    rank = ranks.display_rank()
     handler = _handler()
     handler.setFormatter(_Printable(f"%(asctime)s {f'[rank {rank}] ' if rank else ''}%(message)s", "%H:%M:%S"))
-    # Passes every line on at once, but for those before the opening block.
+    # Capacity 0 passes every line on at once; `buffered` raises it until the run summary.
     queue = MemoryHandler(0, target=handler)
+    # `force` replaces handlers that a library has installed already.
     logging.basicConfig(level=logging.WARNING, handlers=[queue], force=True)
     for name in ("clex_train", "data_prep", "launch"):
         logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -60,17 +61,17 @@ def setup() -> None:
 
 
 @contextmanager
-def after_opening() -> Iterator[None]:
-    """Hold lines back until `release`, or until the program ends without an opening block."""
-    _set_capacity(HELD_BACK)
+def buffered() -> Iterator[None]:
+    """Buffer log lines until `flush`, so that the run summary comes first."""
+    _set_capacity(MAX_BUFFERED)
     try:
         yield
     finally:
-        release()
+        flush()
 
 
-def release() -> None:
-    """Write the lines that were held back, and every later one at once."""
+def flush() -> None:
+    """Write the buffered lines, and every later one at once."""
     _set_capacity(0)
 
 
@@ -82,13 +83,14 @@ def _set_capacity(lines: int) -> None:
 
 
 def _handler() -> logging.Handler:
+    """Return the handler that suits standard error."""
     if not sys.stderr.isatty():
         return logging.StreamHandler(sys.stderr)
-    # tqdm's own lock is shared with forked processes, and one that is killed would never let go of it.
+    # tqdm's own lock is shared with forked processes, and one that is killed would never release it.
     tqdm.set_lock(threading.RLock())
-    return AboveBars(sys.stderr)
+    return AboveProgressBars(sys.stderr)
 
 
 def get(name: str) -> logging.Logger:
-    """The logger of a module; `name` is its `__name__`."""
+    """Return the logger of a module; `name` is its `__name__`."""
     return logging.getLogger(name)

@@ -1,4 +1,4 @@
-"""Show how far a program has come: a moving bar on a terminal, a line of the log now and then anywhere else."""
+"""Progress display: a moving bar on a terminal, an occasional log line elsewhere."""
 
 import io
 import sys
@@ -17,14 +17,14 @@ logger = log.get(__name__)
 
 
 class LogLines(tqdm):  # type: ignore[misc]  # tqdm has no annotations
-    """A bar whose redraws are lines of the log: redrawn in a file it would be one endless line."""
+    """A progress bar whose redraws are log lines; in a file, redrawing would be one endless line."""
 
     def __init__(self, **settings: Any) -> None:
-        # tqdm ends a bar by characters of its own, which are of no use here; lines go to the log.
+        # tqdm writes control characters when it closes a bar; a string buffer swallows them.
         super().__init__(**settings, file=io.StringIO(), miniters=1)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Log the bar's text; tqdm calls this for every redraw, and with an empty text to wipe the bar."""
+        """Log the bar's text; tqdm calls this for every redraw, and with an empty text to clear the bar."""
         text = str(self) if msg is None else msg
         if text:
             logger.info("%s", text)
@@ -32,11 +32,12 @@ class LogLines(tqdm):  # type: ignore[misc]  # tqdm has no annotations
 
 
 def bar(total: float | None, desc: str, *, is_shown: bool = True, **settings: Any) -> tqdm:
-    """Make the bar of a task of `total` units, None if unknown; use it as a context manager. `settings` are tqdm's.
+    """Create the progress bar of a task of `total` units, None if unknown; use it as a context manager.
 
-    Where standard error is not a terminal, a task shorter than `SECONDS_BETWEEN_LINES` leaves no line.
+    `settings` are tqdm's. Where standard error is not a terminal, a task shorter than `SECONDS_BETWEEN_LINES` logs
+    nothing.
     """
-    # As `set_description` writes it.
+    # A desc from a file name may hold terminal controls; the colon matches tqdm's `set_description`.
     shared = {"total": total, "desc": f"{log.printable(desc)}: ", "disable": not is_shown, **settings}
     if sys.stderr.isatty():
         return tqdm(**shared, dynamic_ncols=True, mininterval=SECONDS_BETWEEN_REDRAWS)

@@ -1,6 +1,6 @@
-"""Interfaces of objects that libraries make: DeepSpeed's engine, a causal LM and its tokenizer of transformers.
+"""Protocols of library objects: DeepSpeed's engine, transformers' causal LM and its tokenizer.
 
-They name what is used here and nothing else, so that a stand-in in a test, or another engine, is checked against them.
+They declare only members that are used here, so type checks cover test doubles and other engines as well.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    # At run time this module needs no torch, which programs that only tokenise do not import.
+    # Types only: programs that tokenize import this module and must not load torch.
     from torch import Tensor, nn
 
 
 class ParamGroups(Protocol):
-    """An optimizer, of torch or wrapped by ZeRO, by its groups of parameters."""
+    """Parameter groups of an optimizer, torch's own or wrapped by ZeRO."""
 
     param_groups: list[dict[str, Any]]
 
 
 class Engine(Protocol):
-    """A DeepSpeed engine: the module that it wraps, its optimizer and its checkpoints. All methods are collective."""
+    """DeepSpeed engine: a wrapped module, its optimizer and its checkpoints. Call all methods on every rank."""
 
     module: nn.Module
     optimizer: ParamGroups
@@ -31,35 +31,35 @@ class Engine(Protocol):
         ...
 
     def train(self, mode: bool = True) -> object:
-        """Switch dropout on or off."""
+        """Switch between training and evaluation mode, and with it dropout."""
         ...
 
     def backward(self, loss: Tensor) -> object:
-        """Add up the gradients of `loss`, scaled by gradient accumulation."""
+        """Accumulate the gradients of `loss`, divided by the number of gradient accumulation steps."""
         ...
 
     def step(self) -> object:
-        """Count a micro-batch, and update the weights after the last one of a step."""
+        """Count a micro-batch; after the last one of an optimizer step, update the weights."""
         ...
 
     def destroy(self) -> None:
-        """Remove hooks and release memory."""
+        """Remove hooks and free memory."""
         ...
 
     def train_micro_batch_size_per_gpu(self) -> int:
-        """Return the rows of a micro-batch on each rank."""
+        """Return the micro-batch size per rank, in rows."""
         ...
 
     def zero_optimization_stage(self) -> int:
-        """Return the stage of ZeRO, 0 to 3."""
+        """Return the ZeRO stage, 0 to 3."""
         ...
 
     def was_step_applied(self) -> bool:
-        """Tell whether the last update was not skipped; known to ZeRO's optimizers alone."""
+        """Return True unless the last update was skipped; implemented by ZeRO's optimizers only."""
         ...
 
     def get_global_grad_norm(self) -> Tensor | float | None:
-        """Return the norm of the last step's gradient before clipping, which may still be on the device."""
+        """Return the last step's gradient norm before clipping; a tensor may still be on the device."""
         ...
 
     def save_checkpoint(self, save_dir: str, tag: str, *, save_latest: bool) -> object:
@@ -67,25 +67,25 @@ class Engine(Protocol):
         ...
 
     def load_checkpoint(self, load_dir: str, tag: str) -> tuple[str | None, Any]:
-        """Read this rank's files; (path, None if there are none; client state)."""
+        """Read this rank's files; return (path or None if there are none, client state)."""
         ...
 
 
 class CausalLM(Protocol):
-    """A causal LM of transformers."""
+    """Causal LM of transformers."""
 
     config: Any
-    """Its architecture, a `PretrainedConfig`."""
+    """Architecture, a `PretrainedConfig`; `Any`, since each family has fields of its own."""
     base_model: nn.Module
-    """The decoder, without the output layer."""
+    """Decoder without the output layer."""
     forward: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return an output with `logits` [B, S, V], or the loss alone where a tiled loss is installed."""
+        """Return an output with `logits` [B, S, V], or only the loss if a tiled loss is installed."""
         ...
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the embedding of token ids."""
+        """Return the token embedding."""
         ...
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -102,7 +102,7 @@ class CausalLM(Protocol):
 
 
 class Tokenizer(Protocol):
-    """A fast tokenizer of transformers."""
+    """Fast tokenizer of transformers."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -110,16 +110,16 @@ class Tokenizer(Protocol):
     bos_token: str | None
     eos_token: str | None
     vocab_size: int
-    """Without added tokens; `len` counts them."""
+    """Number of ids without added tokens; `len` includes them."""
     backend_tokenizer: Any
-    """The `tokenizers.Tokenizer` below it."""
+    """Wrapped `tokenizers.Tokenizer`."""
 
     def __len__(self) -> int:
-        """Return the number of ids."""
+        """Return the number of ids, added tokens included."""
         ...
 
     def __call__(self, text: str) -> Mapping[str, Any]:
-        """Encode a text with the special tokens that the tokenizer adds; the ids are under `input_ids`."""
+        """Encode a text, special tokens included; the ids are under `input_ids`."""
         ...
 
     def get_vocab(self) -> dict[str, int]:
@@ -131,11 +131,11 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False, **options: Any) -> Any:
-        """Return the text of ids."""
+        """Decode ids to text."""
         ...
 
     def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
-        """Write turns of a conversation as the model was trained to read them."""
+        """Render a conversation with the model's chat template."""
         ...
 
     def save_pretrained(self, save_directory: Path) -> object:

@@ -1,59 +1,64 @@
-"""What a launcher says of ranks in the environment, read strictly: a number that is none is the user's to mend."""
+"""Rank variables that a launcher sets in the environment, validated strictly."""
 
 import os
 
 from clex_train.utils.bounds import MOST_RANKS, require, shortened
 
-REMEDY = "it is for a launcher to set, such as torchrun or deepspeed; start by one, or unset it"
+REMEDY = "a launcher such as torchrun or deepspeed sets it; start with one, or unset it"
 
 
-def number(name: str, default: int, least: int = 0, most: int = MOST_RANKS) -> int:
-    """Return the number in a variable, `default` where it is not set; `ValueError` if it is none."""
+def read_int(name: str, default: int, least: int = 0, most: int = MOST_RANKS) -> int:
+    """Read the integer in an environment variable, `default` where it is not set; `ValueError` for anything else."""
     text = os.environ.get(name, str(default))
+    # `int` would also take " 1", "+1", "1_0" and digits of other scripts.
     digits = text.isascii() and text.isdecimal() and len(text) <= len(str(most))
-    remedy = f"should be a number from {least}; {REMEDY}"
+    remedy = f"must be a number, at least {least}; {REMEDY}"
     require(digits and least <= int(text) <= most, name, shortened(text), remedy)
     return int(text)
 
 
-def of_launch() -> tuple[int, int]:
-    """Return the rank of this process and how many there are; `ValueError` names the variable that cannot be.
+def rank_and_world_size() -> tuple[int, int]:
+    """Return the rank of this process and the number of ranks; (0, 1) without a launcher.
 
-    A process that no launcher has started is rank 0 of 1.
+    Raises:
+        ValueError: a variable is impossible, by name.
     """
-    rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1, least=1)
+    rank, ranks = read_int("RANK", 0), read_int("WORLD_SIZE", 1, least=1)
+    # Some wrappers export WORLD_SIZE alone; every process would then train as rank 0 of 1.
     if "RANK" not in os.environ:
         require(ranks == 1, "WORLD_SIZE", ranks, f"RANK is not set; {REMEDY}")
         return rank, ranks
-    require(rank < ranks, "RANK", rank, f"should be below WORLD_SIZE={os.environ.get('WORLD_SIZE', 1)}; {REMEDY}")
-    local = number("LOCAL_RANK", 0)
-    together = number("LOCAL_WORLD_SIZE", ranks, least=1)
-    require(together <= ranks, "LOCAL_WORLD_SIZE", together, f"should be at most WORLD_SIZE={ranks}; {REMEDY}")
-    require(local < together, "LOCAL_RANK", local, f"should be below {_limit_of_local(together)}; {REMEDY}")
+    require(rank < ranks, "RANK", rank, f"must be below WORLD_SIZE={os.environ.get('WORLD_SIZE', 1)}; {REMEDY}")
+    local = read_int("LOCAL_RANK", 0)
+    # Not every launcher sets LOCAL_WORLD_SIZE, so assume a single machine.
+    together = read_int("LOCAL_WORLD_SIZE", ranks, least=1)
+    require(together <= ranks, "LOCAL_WORLD_SIZE", together, f"must be at most WORLD_SIZE={ranks}; {REMEDY}")
+    require(local < together, "LOCAL_RANK", local, f"must be below {_limit_of_local(together)}; {REMEDY}")
     require_port()
     return rank, ranks
 
 
-def require_meeting_place() -> None:
-    """Raise `ValueError` where a rank is not told how many there are and where they meet."""
+def require_rendezvous() -> None:
+    """Raise `ValueError` where a rank lacks the number of ranks or the address where they meet."""
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         require(name in os.environ, name, None, f"not set, where RANK is; {REMEDY}")
 
 
 def require_port() -> None:
-    """Raise `ValueError` for a MASTER_PORT that is no port."""
+    """Raise `ValueError` for an invalid MASTER_PORT."""
     port = os.environ.get("MASTER_PORT")
     digits = port is None or (port.isascii() and port.isdecimal() and len(port) <= 5)
     require(
         digits and (port is None or 0 < int(port) < 2**16),
         "MASTER_PORT",
         shortened(str(port)),
-        "a port is a number from 1 to 65535",
+        "must be a port number from 1 to 65535",
     )
 
 
-def shown() -> int:
-    """Return the rank for prefixes of lines and for what only one rank says: 0 where the variable is no number."""
+def display_rank() -> int:
+    """Return the rank for log prefixes and messages that one rank writes; 0 where the variable is not a number."""
+    # Logging starts before validation, so this must not raise.
     text = os.environ.get("RANK", "0")
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= len(str(MOST_RANKS)) else 0
 

@@ -1,7 +1,7 @@
-"""Read JSON and YAML that anyone may have written into typed dataclasses, or refuse it in one line (`BadFile`).
+"""Safe reading of untrusted JSON and YAML into typed dataclasses; anything else is refused in one line (`BadFile`).
 
-A size is bounded before a file is read, the number of values before it is parsed, the expansion of YAML's aliases while
-it is composed. Nothing is interpolated: what a file holds is data.
+Size is bounded before a file is read, the number of values before it is parsed, and the expansion of YAML aliases while
+it is composed. Nothing is interpolated: file contents are data.
 """
 
 import gc
@@ -19,14 +19,14 @@ from clex_train.utils.errors import first_line
 from clex_train.utils.files import LARGEST_RECORD, BadFile, read_regular
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
-"""A number of bytes, tokens, rows or steps."""
+"""Number of bytes, tokens, rows or steps."""
 
-MOST_VALUES = 2**23
-"""Values in a JSON file; an empty list takes two bytes of text and sixty in memory."""
-MOST_NODES = 50_000
-"""Nodes of a YAML file, each alias counted with everything that it stands for."""
+MAX_VALUES = 2**23
+"""Values in a JSON file: an empty list takes two bytes of text and sixty of memory."""
+MAX_NODES = 50_000
+"""Nodes of a YAML file, each alias counted with everything that it expands to."""
 LARGEST_YAML = 2**18
-"""Bytes of a YAML file; a configuration has some thousands, and parsing takes seconds a megabyte."""
+"""Bytes of a YAML file: a configuration has a few thousand, and parsing takes seconds per megabyte."""
 FLOAT = re.compile(
     r"""(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?
     |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
@@ -36,11 +36,9 @@ FLOAT = re.compile(
 T = TypeVar("T")
 
 
+# The compiled parser bounds the depth of nesting; the pure Python one ends in a RecursionError.
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Takes words for the types that OmegaConf takes them for: 1e-5 is a number, 2024-01-05 a text.
-
-    PyYAML's compiled parser bounds how deep values may be nested.
-    """
+    """YAML loader that resolves scalars like OmegaConf: 1e-5 is a number, 2024-01-05 a text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
@@ -55,27 +53,29 @@ def read_json(path: Path, within: Path | None = None, most: int = LARGEST_RECORD
     """Read a JSON file.
 
     Raises:
-        BadFile: it cannot be read, is too large or no JSON.
-        FileNotFoundError: there is nothing of this name.
+        BadFile: the file cannot be read, is too large or not JSON.
+        FileNotFoundError: no such file.
     """
     return parse_json(read_regular(path, within, most), path)
 
 
 def parse_json(content: bytes, path: Path) -> Any:
-    """Parse the content of a JSON file; raises `BadFile`, naming `path`."""
-    if content.count(b",") + content.count(b"[") + content.count(b"{") > MOST_VALUES:
-        raise BadFile(path, f"more than {MOST_VALUES:,} values")
+    """Parse the contents of a JSON file; raises `BadFile`, naming `path`."""
+    # An upper bound from three passes over the bytes, before any Python object exists.
+    if content.count(b",") + content.count(b"[") + content.count(b"{") > MAX_VALUES:
+        raise BadFile(path, f"more than {MAX_VALUES:,} values")
     try:
-        with _without_collection():
+        with _gc_paused():
             return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise BadFile(path, f"not JSON ({first_line(error)})") from error
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
-    """Within, Python does not look for cycles: among millions of new values that takes longer than parsing them."""
+def _gc_paused() -> Iterator[None]:
+    """Pause Python's cyclic garbage collector."""
     enabled = gc.isenabled()
+    # Each collection visits all live values; with millions of new ones that takes longer than parsing.
     gc.disable()
     try:
         yield
@@ -85,19 +85,20 @@ def _without_collection() -> Iterator[None]:
 
 
 def convert(content: Any, schema: type[T]) -> T:
-    """Check parsed JSON against a type.
+    """Convert parsed JSON to a type.
 
     Raises:
-        ValueError: a field is missing or of another type; msgspec's own error is none in 0.20.
+        ValueError: a field is missing or of another type.
     """
     try:
         return msgspec.convert(content, schema)
+    # In msgspec 0.20 its own error is not a ValueError.
     except msgspec.ValidationError as error:
         raise ValueError(str(error)) from error
 
 
 def decode(content: Any, schema: type[T], path: Path) -> T:
-    """Check parsed JSON against a dataclass, field by field; keys that it does not have are left out.
+    """Convert parsed JSON to a dataclass, field by field; unknown keys are ignored.
 
     Raises:
         BadFile: a field is missing or of another type.
@@ -109,24 +110,24 @@ def decode(content: Any, schema: type[T], path: Path) -> T:
 
 
 def read_record(path: Path, schema: type[T], within: Path | None = None, most: int = LARGEST_RECORD) -> T:
-    """Read a JSON file into a dataclass; raises as `read_json` and `decode`."""
+    """Read a JSON file into a dataclass; raises like `read_json` and `decode`."""
     return decode(read_json(path, within, most), schema, path)
 
 
 def read_yaml(path: Path, within: Path | None = None) -> Any:
-    """Read a YAML file as plain values; raises `BadFile` and `FileNotFoundError` as `read_json`."""
+    """Read a YAML file as plain values; raises `BadFile` and `FileNotFoundError` like `read_json`."""
     content = read_regular(path, within, LARGEST_YAML)
     try:
-        return _loaded(content.decode("utf-8"), path)
+        return _parse_yaml(content.decode("utf-8"), path)
     except BadFile:
         raise
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, LookupError, OverflowError) as error:
-        # Constructors of dates, merges and numbers raise whatever Python does for bad ones.
+        # PyYAML's constructors of dates, merges and numbers raise whatever Python raises for bad ones.
         raise BadFile(path, f"not valid YAML ({' '.join(str(error).split())[:160]})") from error
 
 
 def read_yaml_mapping(path: Path, within: Path | None = None) -> dict[str, Any]:
-    """Read a YAML file of `key: value` lines; raises as `read_yaml`."""
+    """Read a YAML file of `key: value` lines; raises like `read_yaml`."""
     content = read_yaml(path, within)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise BadFile(path, "should be `key: value` lines")
@@ -134,38 +135,37 @@ def read_yaml_mapping(path: Path, within: Path | None = None) -> dict[str, Any]:
 
 
 def require_bounded(text: str, path: Path | str) -> None:
-    """Refuse YAML that expands to more than `MOST_NODES` nodes, whoever is to load it; raises `BadFile`.
-
-    Without an alias it has no more nodes than characters and is left alone.
-    """
+    """Refuse YAML that expands to more than `MAX_NODES` nodes, whichever loader reads it next; raises `BadFile`."""
+    # Without an anchor there are no aliases, and so no more nodes than characters.
     if "&" in text:
-        _require_few(yaml.compose(text, _Loader), path)
+        _require_few_nodes(yaml.compose(text, _Loader), path)
 
 
-def _loaded(text: str, path: Path) -> Any:
+def _parse_yaml(text: str, path: Path) -> Any:
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
-        _require_few(root, path)
+        _require_few_nodes(root, path)
         return None if root is None else loader.construct_document(root)
     finally:
         loader.dispose()
 
 
-def _require_few(root: Any, path: Path | str) -> None:
-    if root is not None and _num_nodes(root, {}, path) > MOST_NODES:
-        raise BadFile(path, f"stands for more than {MOST_NODES:,} values, aliases written out; shorten it")
+def _require_few_nodes(root: Any, path: Path | str) -> None:
+    if root is not None and _num_nodes(root, {}, path) > MAX_NODES:
+        raise BadFile(path, f"expands to more than {MAX_NODES:,} values, aliases included; shorten it")
 
 
 def _num_nodes(node: Any, known: dict[int, int | None], path: Path | str) -> int:
-    """Nodes below and with `node`, every alias counted anew."""
+    """Count the nodes at and below `node`, aliases expanded."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
+        # Marks a node under way, so that an alias to its own ancestor is detected instead of followed forever.
         known[id(node)] = None
         parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
         known[id(node)] = 1 + sum(_num_nodes(part, known, path) for part in parts)
     count = known[id(node)]
     if count is None:
-        raise BadFile(path, "an alias inside of what it stands for")
+        raise BadFile(path, "contains an alias to its own parent")
     return count

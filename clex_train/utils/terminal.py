@@ -1,7 +1,7 @@
-"""Let a program outlive its terminal: once nobody can read standard output or error, what is written there is dropped.
+"""Survival of a closed terminal: output that nobody can read any more is dropped instead of raising.
 
-A closed terminal answers each write with EIO and a pipe whose reader has gone with EPIPE; either would end a run in the
-middle of the save that the SIGHUP before it has asked for, or make 120 of its exit code when Python flushes at the end.
+A closed terminal answers each write with EIO, a pipe whose reader has exited with EPIPE. Either would end a run in the
+middle of the save that the preceding SIGHUP requested, or turn the exit code into 120 when Python flushes at exit.
 """
 
 import errno
@@ -10,37 +10,39 @@ import os
 import sys
 from typing import Any
 
-GONE = (errno.EIO, errno.EPIPE)
+READER_GONE = (errno.EIO, errno.EPIPE)
 
 
-class _Dropping(io.FileIO):
-    """The end of a stream; from the first write that nobody can read on it leads to the null device."""
+class _DropWhenClosed(io.FileIO):
+    """Raw end of a stream that redirects itself to the null device at the first write that nobody can read."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in GONE:
+            if error.errno not in READER_GONE:
                 raise
+            # Redirect the descriptor itself: C libraries and child processes write to it as well.
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno(), inheritable=True)
             os.close(null)
+            # Claim success, or the buffer above would keep the data and fail again at exit.
             return len(data)
 
 
-def outlive(*names: str) -> None:
-    """Do this for `stdout` or `stderr` of the process, before anything keeps a reference to them."""
+def survive_hangup(*names: str) -> None:
+    """Protect `stdout` or `stderr` of the process; call before anything keeps a reference to the stream."""
     for name in names:
         stream = getattr(sys, name)
-        # Under a test runner, or in a notebook, the stream is not the process's own.
+        # Under a test runner or in a notebook, the stream is not the process's own.
         if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
             setattr(sys, name, _rebuilt(stream))
 
 
 def _rebuilt(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     stream.flush()
-    raw = _Dropping(stream.fileno(), "w", closefd=False)
-    # `python -u` has no buffer below the text.
+    raw = _DropWhenClosed(stream.fileno(), "w", closefd=False)
+    # `python -u` has no buffer below the text layer.
     buffer: Any = raw if isinstance(stream.buffer, io.RawIOBase) else io.BufferedWriter(raw)
     return io.TextIOWrapper(
         buffer,

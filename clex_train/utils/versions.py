@@ -1,7 +1,7 @@
-"""Newest versions of the core libraries that the test suite has run with, and a line for each that is newer.
+"""Newest versions of the core libraries that the test suite has passed with, and a warning for each newer one.
 
 Minor releases of transformers and DeepSpeed rename what others build on. `constraints.txt` pins the same versions for
-an install from a clone; a test keeps the two alike. Nothing here imports a library, so any program may ask.
+an install from a clone; a test keeps the two in step. Nothing here imports a library, so every program may use it.
 """
 
 import tomllib
@@ -14,7 +14,7 @@ from packaging.version import Version
 from clex_train.utils.locations import IS_CHECKOUT, ROOT
 
 OWN = "clex-train"
-"""The name of this distribution."""
+"""Name of this distribution."""
 
 NEWEST_TESTED = {
     "torch": "2.13.0",
@@ -27,12 +27,12 @@ NEWEST_TESTED = {
 
 
 class Optional(NamedTuple):
-    """A package that everything runs without."""
+    """Package that nothing requires."""
 
     module: str
-    """The name that it is imported by."""
+    """Import name."""
     use: str
-    """Purpose and remedy, for a user who lacks it."""
+    """Purpose, and how to install it, for messages."""
 
 
 OPTIONAL = {
@@ -49,33 +49,37 @@ def missing() -> list[str]:
 
 
 def own() -> str:
-    """Return the version of the code that runs."""
+    """Return the version of the running code."""
     project = ROOT / "pyproject.toml"
     if IS_CHECKOUT and project.is_file():
-        # Metadata would be those of whatever wheel is installed too, or of the day of `pip install -e .`.
+        # Installed metadata may belong to another wheel, or be as old as the last `pip install -e .`.
         return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
-    return installed(OWN) or "unknown"
+    return installed_version(OWN) or "unknown"
 
 
-def installed(name: str) -> str | None:
-    """The version of a distribution without its build label (`+cpu`); None when it is not installed."""
+def installed_version(name: str) -> str | None:
+    """Return the version of a distribution without its build label (`+cpu`); None when it is not installed."""
     try:
+        # Builds of torch carry a local label (+cpu, +cu128), which would compare as newer than the plain release.
         return Version(metadata.version(name)).public
     except metadata.PackageNotFoundError:
         return None
 
 
 def describe(name: str) -> str:
-    """Installed and newest tested version, for errors."""
-    return f"{name} {installed(name) or 'unknown'} is installed, {NEWEST_TESTED[name]} is the newest tested"
+    """Describe the installed and the newest tested version, for errors."""
+    return f"{name} {installed_version(name) or 'unknown'} is installed, {NEWEST_TESTED[name]} is the newest tested"
 
 
-def untested() -> list[str]:
-    """One line for each core library that is newer than any version the suite has run with."""
-    return [_line(name, found) for name in NEWEST_TESTED if (found := installed(name)) and _is_newer(name, found)]
+def untested_warnings() -> list[str]:
+    """Return one line for each core library that is newer than any tested version."""
+    return [
+        _line(name, found) for name in NEWEST_TESTED if (found := installed_version(name)) and _is_newer(name, found)
+    ]
 
 
 def _is_newer(name: str, found: str) -> bool:
+    # Parsed, since "0.9" > "0.19" as text.
     return Version(found) > Version(NEWEST_TESTED[name])
 
 

@@ -1,4 +1,4 @@
-"""A row of documents kept apart computes what each of them computes alone, in every back end of transformers."""
+"""Packed rows with a document mask compute the same as each document alone, in every attention implementation."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from clex_train.attention.document_mask import cumulative_lengths, separating_arguments, undivided_arguments
+from clex_train.attention.document_mask import cumulative_lengths, document_mask_kwargs, single_document_kwargs
 from clex_train.config.attention import AttentionImplementation
 from clex_train.models.load import recompute_layers
 from clex_train.rope.patch import install_rotary
@@ -54,12 +54,12 @@ def positions_of(layouts: Any = LAYOUTS) -> Tensor:
 
 def packed(model: Any, ids: Tensor, back_end: str, layouts: Any = LAYOUTS) -> Tensor:
     implementation = IMPLEMENTATIONS.get(back_end, AttentionImplementation.flex_attention)
-    arguments = separating_arguments(positions_of(layouts), implementation, ids.device)
+    arguments = document_mask_kwargs(positions_of(layouts), implementation, ids.device)
     return model(input_ids=ids, use_cache=False, **arguments).logits
 
 
 def alone(model: Any, ids: Tensor, layouts: Any = LAYOUTS) -> Tensor:
-    """Logits of every document by itself, put where the packed row has them."""
+    """Compute the logits of every document by itself, placed as in the packed row."""
     model.set_attn_implementation("eager")
     rows = []
     for row, lengths in zip(ids, layouts, strict=True):
@@ -83,7 +83,7 @@ def test_logits_and_gradients_are_those_of_each_document_alone(case: str, back_e
 
 
 def test_without_the_borders_the_logits_are_others() -> None:
-    """The comparison above sees what it is meant to see."""
+    """Proves that the comparison above can fail."""
     model, ids = model_of("llama", "sdpa"), tokens(4, 16)
     with torch.no_grad():
         assert (model(input_ids=ids, use_cache=False).logits - alone(model, ids)).abs().max() > 0.1
@@ -108,7 +108,7 @@ def test_documents_are_apart_on_a_gpu(back_end: str) -> None:
     ids = tokens(4, 16).cuda()
     model = tiny_model("llama", hidden_size=128, dtype=torch.bfloat16).cuda()
     model.set_attn_implementation(back_end)
-    arguments = separating_arguments(positions_of(), AttentionImplementation(back_end), ids.device)
+    arguments = document_mask_kwargs(positions_of(), AttentionImplementation(back_end), ids.device)
     with torch.no_grad():
         got = model(input_ids=ids, use_cache=False, **arguments).logits.float()
         wrong = model(input_ids=ids, use_cache=False).logits.float()
@@ -153,7 +153,7 @@ def test_flash_attention_is_told_that_a_row_is_one_document_and_does_not_look(ca
     model = model_of(case, varlen.NAME)
     ids = tokens(1, 16)
     monkeypatch.setattr(varlen.utils, "_is_packed_sequence", lambda *_: pytest.fail("a wait for the GPU in each layer"))
-    arguments = undivided_arguments(ids, AttentionImplementation.flash_attention_2, ids.device)
+    arguments = single_document_kwargs(ids, AttentionImplementation.flash_attention_2, ids.device)
     found = model(input_ids=ids, use_cache=False, **arguments).logits
     torch.testing.assert_close(found, alone(model, ids, [[16]]), rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -161,4 +161,4 @@ def test_flash_attention_is_told_that_a_row_is_one_document_and_does_not_look(ca
 @pytest.mark.parametrize(("rows", "back_end"), [(2, "flash_attention_2"), (1, "sdpa")])
 def test_where_nobody_looks_nothing_is_told(rows: int, back_end: str) -> None:
     ids = torch.zeros(rows, 16, dtype=torch.int64)
-    assert undivided_arguments(ids, AttentionImplementation(back_end), ids.device) == {}
+    assert single_document_kwargs(ids, AttentionImplementation(back_end), ids.device) == {}

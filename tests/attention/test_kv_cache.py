@@ -1,4 +1,4 @@
-"""The KV cache is found by what it is, whatever a library calls it, and a call that hides one is an error."""
+"""The KV cache is found by type, whatever a library calls it, and a call that hides one is an error."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -27,54 +27,54 @@ def llama(**changes: Any) -> LlamaForCausalLM:
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "a_name_of_tomorrow"])
 def test_a_cache_is_found_under_any_name_and_by_position(name: str) -> None:
     cache = DynamicCache()
-    assert kv_cache.in_call((torch.ones(1),), {"use_cache": True, name: cache}) is cache
-    assert kv_cache.in_call((torch.ones(1), None, cache), {}) is cache
-    assert kv_cache.in_call((torch.ones(1), None), {name: None}) is None
+    assert kv_cache.find_in_call((torch.ones(1),), {"use_cache": True, name: cache}) is cache
+    assert kv_cache.find_in_call((torch.ones(1), None, cache), {}) is cache
+    assert kv_cache.find_in_call((torch.ones(1), None), {name: None}) is None
 
 
 def test_a_cache_is_found_in_every_form_of_output() -> None:
     cache, logits = DynamicCache(), torch.ones(1)
-    name = kv_cache.parameter(llama())
+    name = kv_cache.parameter_name(llama())
     forms = [
         (logits, cache),
         CausalLMOutputWithPast(logits=logits, **{name: cache}),
         {"logits": logits, "anything": cache},
         SimpleNamespace(logits=logits, anything=cache),
     ]
-    assert all(kv_cache.taken_out(form) is cache for form in forms)
+    assert all(kv_cache.require_in_output(form) is cache for form in forms)
     with pytest.raises(LibraryChanged, match=r"holds no KV cache; transformers [0-9.]+ is installed, [0-9.]+ is"):
-        kv_cache.taken_out((logits,))
+        kv_cache.require_in_output((logits,))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gptj", "falcon", "mpt", "bloom", "opt", "codegen"])
 def test_a_cache_passed_in_is_the_one_that_comes_out(kind: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind))
-    assert kv_cache.takes_keys(model)
+    assert kv_cache.accepts_keys(model)
     tiny = llama()
     cache = DynamicCache()
     with torch.no_grad():
-        output = tiny(torch.ones(1, 3, dtype=torch.int64), use_cache=True, **kv_cache.passed(tiny, cache))
-    assert kv_cache.taken_out(output) is cache
+        output = tiny(torch.ones(1, 3, dtype=torch.int64), use_cache=True, **kv_cache.as_kwargs(tiny, cache))
+    assert kv_cache.require_in_output(output) is cache
     assert cache.get_seq_length() == 3
 
 
 def test_the_signature_of_a_class_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache = llama(), DynamicCache()
-    first = kv_cache.passed(model, cache)
+    first = kv_cache.as_kwargs(model, cache)
     monkeypatch.setattr("inspect.signature", None)
-    assert kv_cache.passed(llama(), cache) == first
+    assert kv_cache.as_kwargs(llama(), cache) == first
 
 
 def test_a_recurrent_state_is_no_kv_cache() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", num_hidden_layers=1))
-    assert not kv_cache.takes_keys(model)
+    assert not kv_cache.accepts_keys(model)
 
 
 def test_a_model_that_takes_no_cache_is_named() -> None:
     with pytest.raises(ValueError, match="model_type=Linear: its forward takes no KV cache"):
-        kv_cache.passed(nn.Linear(1, 1), DynamicCache())
+        kv_cache.as_kwargs(nn.Linear(1, 1), DynamicCache())
 
 
 class Hidden:
@@ -85,8 +85,8 @@ class Hidden:
 
 
 def hide_cache(model: LlamaForCausalLM, inner: nn.Module) -> None:
-    """Give `inner` its cache within an object, and take it out of it again in its own forward."""
-    name, forward = kv_cache.parameter(model), inner.forward
+    """Pass `inner` its cache inside an object, and take it out again in its own forward."""
+    name, forward = kv_cache.parameter_name(model), inner.forward
 
     def hiding(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, name: Hidden(kwargs[name])} if kwargs.get(name) is not None else kwargs
@@ -105,9 +105,9 @@ def test_a_cache_that_comes_out_without_having_gone_in_is_an_error_with_both_ver
     handle = install_rotary(model, 16)
     handle.use(ntk_table(handle.base_inv_freq, [1.0, 2.0]))
     hide_cache(model, model.model)
-    cache = kv_cache.taken_out(model(ids[:, :16], use_cache=True))
-    with pytest.raises(LibraryChanged, match=r"a KV cache of 17 tokens came out .* installed, .* newest tested"):
-        model(ids[:, 16:], use_cache=True, **kv_cache.passed(model, cache))
+    cache = kv_cache.require_in_output(model(ids[:, :16], use_cache=True))
+    with pytest.raises(LibraryChanged, match=r"returned a KV cache of 17, but none .* installed, .* newest tested"):
+        model(ids[:, 16:], use_cache=True, **kv_cache.as_kwargs(model, cache))
 
 
 @torch.no_grad()
@@ -115,10 +115,10 @@ def test_lm_infinite_notices_keys_of_a_cache_that_it_was_not_given() -> None:
     model, ids = llama(), torch.ones(1, 17, dtype=torch.int64)
     apply_lm_infinite(model, 8, 2)
     cache = DynamicCache()
-    model(ids[:, :16], use_cache=True, **kv_cache.passed(model, cache))
+    model(ids[:, :16], use_cache=True, **kv_cache.as_kwargs(model, cache))
     hide_cache(model, model.model.layers[0].self_attn)
     with pytest.raises(LibraryChanged, match="attends to keys of a KV cache"):
-        model(ids[:, 16:], use_cache=True, **kv_cache.passed(model, cache))
+        model(ids[:, 16:], use_cache=True, **kv_cache.as_kwargs(model, cache))
 
 
 @torch.no_grad()
@@ -131,5 +131,5 @@ def test_a_decoder_that_takes_tokens_by_another_name_is_an_error() -> None:
         return forward(input_ids=tokens, **kwargs)
 
     model.model.forward = renamed
-    with pytest.raises(LibraryChanged, match="took tokens under other names"):
+    with pytest.raises(LibraryChanged, match="takes its tokens under names other than"):
         model.model(tokens=torch.ones(1, 3, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Log-scaling multiplies the attention logits of every layer by one factor per call, and goes away without a trace."""
+"""Log-scaling multiplies the attention logits of every layer by one factor per call, and is undone without a trace."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What `attention.implementation=auto` stands for on a machine, and the name of the kernel."""
+"""Resolution of `attention.implementation=auto` on a machine, and the kernel's name."""
 
 import pytest
 import torch
@@ -21,34 +21,34 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def flash(monkeypatch):
-    """As if flash-attn and a GPU were there."""
+    """Pretend that flash-attn and a GPU are present."""
     monkeypatch.setattr(select, "is_flash_attn_2_available", lambda: True)
 
 
 @pytest.mark.skipif(select.is_flash_attn_2_available(), reason="flash-attn is installed")
 def test_without_flash_attn_it_is_sdpa():
-    assert select.choose(AttentionConfig(), LLAMA, torch.bfloat16) is SDPA
+    assert select.choose_implementation(AttentionConfig(), LLAMA, torch.bfloat16) is SDPA
 
 
 @pytest.mark.usefixtures("flash")
 def test_with_flash_attn_it_is_flash_attn():
-    assert select.choose(AttentionConfig(), LLAMA, torch.bfloat16) is FLASH
+    assert select.choose_implementation(AttentionConfig(), LLAMA, torch.bfloat16) is FLASH
 
 
 @pytest.mark.usefixtures("flash")
 @pytest.mark.parametrize("asked", [item for item in AttentionImplementation if item.value != "auto"])
 def test_what_is_asked_for_by_name_stays(asked):
-    assert select.choose(AttentionConfig(implementation=asked), LLAMA, torch.float32) is asked
+    assert select.choose_implementation(AttentionConfig(implementation=asked), LLAMA, torch.float32) is asked
 
 
 @pytest.mark.parametrize("asked", [AttentionConfig(), AttentionConfig(lambda_mask=True)])
 def test_what_neither_can_compute_is_eager(asked, monkeypatch):
-    """transformers before 5.21 says that SDPA has the caps of Gemma 2, and leaves them out."""
+    """transformers before 5.21 claims that SDPA supports Gemma 2's caps, and drops them."""
     monkeypatch.setattr(select.AutoModelForCausalLM._model_mapping[type(GEMMA2)], "_supports_sdpa", True)
-    assert select.choose(asked, GEMMA2, torch.float32) is EAGER
-    assert select.choose(asked, AutoConfig.for_model("bloom"), torch.float32) is EAGER
+    assert select.choose_implementation(asked, GEMMA2, torch.float32) is EAGER
+    assert select.choose_implementation(asked, AutoConfig.for_model("bloom"), torch.float32) is EAGER
     with pytest.raises(ValueError, match=r"^attention\.implementation=sdpa: not for gemma2; use auto or eager$"):
-        select.choose(AttentionConfig(implementation=SDPA), GEMMA2, torch.float32)
+        select.choose_implementation(AttentionConfig(implementation=SDPA), GEMMA2, torch.float32)
 
 
 def test_a_model_with_capped_logits_is_read_and_trained_with_its_caps(tmp_path):
@@ -63,26 +63,26 @@ def test_a_model_with_capped_logits_is_read_and_trained_with_its_caps(tmp_path):
 
 
 class OwnConfig(type(LLAMA)):
-    """The architecture of a family whose code comes with the model."""
+    """Architecture of a family whose code comes with the model."""
 
 
 @pytest.mark.usefixtures("flash")
 @pytest.mark.parametrize(
     ("arch", "dtype", "reason"),
     [
-        (LLAMA, torch.float32, "bfloat16, not in float32"),
-        (AutoConfig.for_model("llama", hidden_size=1024, num_attention_heads=2), torch.bfloat16, "the model 512"),
+        (LLAMA, torch.float32, "and bfloat16, not float32"),
+        (AutoConfig.for_model("llama", hidden_size=1024, num_attention_heads=2), torch.bfloat16, "the model has 512"),
         (OwnConfig(), torch.bfloat16, "model_type=llama has no flash attention"),
     ],
 )
 def test_what_flash_attn_cannot_compute_is_left_to_sdpa(arch, dtype, reason):
-    assert reason in select.flash_refusal(arch, dtype)
-    assert select.choose(AttentionConfig(), arch, dtype) is SDPA
+    assert reason in select.flash_unsupported_reason(arch, dtype)
+    assert select.choose_implementation(AttentionConfig(), arch, dtype) is SDPA
 
 
 @pytest.mark.usefixtures("flash")
 def test_lm_infinite_has_back_ends_of_its_own():
-    assert select.choose(AttentionConfig(lambda_mask=True), LLAMA, torch.bfloat16) is SDPA
+    assert select.choose_implementation(AttentionConfig(lambda_mask=True), LLAMA, torch.bfloat16) is SDPA
 
 
 def test_the_kernel_that_is_named_is_the_one_that_computes():

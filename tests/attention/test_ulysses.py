@@ -1,11 +1,11 @@
-"""Attention over whole rows without a mask: what each document computes alone, and nothing left behind afterwards."""
+"""Ulysses attention computes the same as each document alone, without a mask, and leaves nothing behind."""
 
 import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clex_train.attention import ulysses
-from clex_train.attention.ulysses import WholeRows
+from clex_train.attention.ulysses import UlyssesAttention
 from clex_train.models.load import recompute_layers
 from tests.attention import varlen
 from tests.rope.rotary_families import tiny_model, tokens
@@ -17,7 +17,7 @@ WEIGHTS = torch.linspace(-1, 1, 61)
 
 
 def alone(attention):
-    """The exchange of a group of one rank, which leaves the module as DeepSpeed does."""
+    """Build the all-to-all of a group of one rank, which leaves the module as DeepSpeed does."""
 
     def exchange(module, query, key, value, mask, **options):
         assert options["position_ids"].numel() == 1
@@ -47,19 +47,19 @@ def test_documents_are_apart_as_under_the_mask_of_transformers(family, recompute
     expected = logits_and_gradients(model)
     if recomputed:
         recompute_layers(model)
-    with WholeRows(model, alone).in_force(POSITIONS):
+    with UlyssesAttention(model, alone).active(POSITIONS):
         assert_same(logits_and_gradients(model), expected)
-    with WholeRows(model, alone).in_force(None):
+    with UlyssesAttention(model, alone).active(None):
         joined = logits_and_gradients(model)
     assert (joined[0] - expected[0]).abs().max() > 1e-3, "documents that are not apart give something else"
 
 
 def test_flash_attention_is_told_the_lengths(monkeypatch):
-    monkeypatch.setitem(ulysses.BY_DOCUMENTS, varlen.NAME, WholeRows._by_lengths)
+    monkeypatch.setitem(ulysses.DOCUMENT_ATTENTION, varlen.NAME, UlyssesAttention._attend_varlen)
     model = tiny_model("llama")
     expected = logits_and_gradients(model)
     model.set_attn_implementation(varlen.NAME)
-    with WholeRows(model, alone).in_force(POSITIONS):
+    with UlyssesAttention(model, alone).active(POSITIONS):
         assert_same(logits_and_gradients(model), expected)
 
 
@@ -67,11 +67,11 @@ def test_outside_attention_is_what_it_was():
     model, other = tiny_model("llama"), tiny_model("llama")
     names = [module for module in model.modules() if hasattr(module, "num_key_value_groups")]
     before, sdpa = logits_and_gradients(model), ALL_ATTENTION_FUNCTIONS["sdpa"]
-    rows = WholeRows(model, alone)
-    with rows.in_force(POSITIONS):
+    rows = UlyssesAttention(model, alone)
+    with rows.active(POSITIONS):
         logits_and_gradients(model)
         assert_same(logits_and_gradients(other), before)
-    with pytest.raises(IndexError), rows.in_force(POSITIONS):
+    with pytest.raises(IndexError), rows.active(POSITIONS):
         model(input_ids=tokens(4, 16) + 61, use_cache=False)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa
     assert {module.num_key_value_groups for module in names} == {2}

@@ -1,7 +1,7 @@
-"""FlashAttention's function for documents laid end to end, in plain torch, in its place in transformers on a CPU.
+"""A plain-torch stand-in for FlashAttention's varlen function, used by transformers on a CPU.
 
-`flash_attention_2` of transformers calls `flash_attn_varlen_func(q, k, v, cu_seqlens_q=..., ...)` on a GPU alone. The
-back end `varlen` registered here goes through transformers' own forward up to that call, which it then answers.
+`flash_attention_2` of transformers calls `flash_attn_varlen_func(q, k, v, cu_seqlens_q=..., ...)` on a GPU only. The
+back end `varlen` registered here runs transformers' own forward up to that call and then answers it.
 Shapes: q, k, v [tokens, heads, D].
 """
 
@@ -33,7 +33,7 @@ def attend(
     softcap: float = 0.0,
     **_: Any,
 ) -> Tensor:
-    """Attention of each document to itself, one after another."""
+    """Attend within each document, one after another."""
     assert causal
     assert torch.equal(cu_seqlens_q, cu_seqlens_k)
     assert cu_seqlens_q.dtype == torch.int32
@@ -58,7 +58,7 @@ def _document(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softca
 
 
 class _Arguments:
-    """What becomes of the arguments before the call: one function in transformers 5.17, a pair of them in 5.23."""
+    """The arguments on their way to the call: one function in transformers 5.17, a pair of them in 5.23."""
 
     def __iter__(self) -> Any:
         return iter((self, None))
@@ -78,7 +78,7 @@ class _Arguments:
 
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """transformers' own function for flash attention, with what it looks up on a GPU replaced for the call."""
+    """Run transformers' flash attention with its GPU lookups replaced for the call."""
     functions = ((_refuse, attend, None, None, None), _Arguments())
     with patch.object(utils, "lazy_import_flash_attention", lambda *_: functions):
         return flash_attention_forward(module, *args, **kwargs)

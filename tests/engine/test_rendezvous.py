@@ -94,7 +94,7 @@ def test_a_note_that_a_killed_launch_left_is_not_taken(tmp_path, monkeypatch):
 @pytest.mark.parametrize("port", ["0", "99999"])
 def test_a_port_that_is_none_is_one_line(rank, port):
     rank(RANK="0", MASTER_PORT=port)
-    with pytest.raises(ValueError, match=f"^MASTER_PORT={port}: a port is a number from 1 to 65535"):
+    with pytest.raises(ValueError, match=f"^MASTER_PORT={port}: must be a port number from 1 to 65535"):
         rendezvous.require_free_port()
 
 

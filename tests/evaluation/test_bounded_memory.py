@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from clex_train.attention.chunked_sdpa import NAME, lean_attention
+from clex_train.attention.chunked_sdpa import NAME, chunked_attention
 from clex_train.evaluation import scoring_head
 from clex_train.evaluation.perplexity import chunked, evaluating, one_shot
 from clex_train.evaluation.scoring_head import score_chunk, tiled_head, token_nll
 from clex_train.rope.patch import install_rotary
-from clex_train.rope.preallocated_cache import GrowingLayer, HostLayer, new_cache
+from clex_train.rope.preallocated_cache import HostLayer, PreallocatedLayer, new_cache
 from clex_train.scaling.methods.ntk import ntk_table
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 
@@ -86,13 +86,13 @@ def test_chunks_through_a_growing_cache_are_one_forward(monkeypatch, family: str
         expected = token_nll(model(input_ids=tokens, use_cache=False).logits[:, :-1], tokens[:, 1:])
     found = torch.empty_like(expected)
     cache = new_cache(model, 40, on_host)
-    with evaluating(model), lean_attention(model), tiled_head(model, CPU):
+    with evaluating(model), chunked_attention(model), tiled_head(model, CPU):
         for first, last in ((0, 17), (17, 18), (18, 40)):
             targets = tokens[:, first + 1 : last + 1]
             inputs = {"input_ids": tokens[:, first:last], "past_key_values": cache, "use_cache": True}
             found[:, first : first + targets.shape[1]] = score_chunk(model, targets, **inputs)
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
-    assert family in ("mistral", "gemma2") or all(isinstance(layer, GrowingLayer) for layer in cache.layers)
+    assert family in ("mistral", "gemma2") or all(isinstance(layer, PreallocatedLayer) for layer in cache.layers)
     assert "forward" not in model.get_output_embeddings().__dict__
     assert model.config._attn_implementation != NAME
 
@@ -109,7 +109,7 @@ def test_the_protocols_give_in_bounded_memory_what_they_give_without(monkeypatch
             stock.setattr("clex_train.evaluation.perplexity.new_cache", lambda model, *_: _stock_cache(model))
             expected = read(model, handle, tokens, 10)
         for on_host in (False, True):
-            with evaluating(model), lean_attention(model), tiled_head(model, CPU):
+            with evaluating(model), chunked_attention(model), tiled_head(model, CPU):
                 found = read(model, handle, tokens, 10, cache_on_host=on_host)
             torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
@@ -121,7 +121,7 @@ def _stock_cache(model):
 
 
 def test_keys_are_turned_in_their_buffer_tile_by_tile(monkeypatch) -> None:
-    monkeypatch.setattr("clex_train.rope.key_cache.TURN_TILE", 7)
+    monkeypatch.setattr("clex_train.rope.key_cache.TILE_LEN", 7)
     model = build_tiny_llama().eval()
     handle = install_rotary(model, CONTEXT_LEN)
     handle.use(ntk_table(handle.base_inv_freq, torch.arange(1, 9, dtype=torch.float64)))
@@ -139,10 +139,10 @@ def test_keys_are_turned_in_their_buffer_tile_by_tile(monkeypatch) -> None:
 
 
 def test_a_cache_that_is_full_says_so() -> None:
-    layer = GrowingLayer(4)
+    layer = PreallocatedLayer(4)
     states = torch.zeros(1, 2, 3, 8)
     layer.update(states, states)
-    with pytest.raises(ValueError, match="num_tokens=6: the cache was made for 4 tokens"):
+    with pytest.raises(ValueError, match="num_tokens=6: the cache was allocated for 4 tokens"):
         layer.update(states, states)
 
 

@@ -33,7 +33,7 @@ def results_with_room_for(most: int) -> Results:
     handle = install_rotary(model, CONTEXT_LEN)
 
     def fill_up(_: object, args: object, inputs: dict) -> None:
-        cache = kv_cache.in_call((), inputs)
+        cache = kv_cache.find_in_call((), inputs)
         if cache is not None and cache.get_seq_length() + inputs["input_ids"].shape[1] > most:
             raise torch.OutOfMemoryError(SAID)
 

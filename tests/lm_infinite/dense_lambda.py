@@ -1,4 +1,4 @@
-"""Lambda-shaped attention written down from its definition, one score at a time in effect: for comparison in tests."""
+"""Reference implementation of Lambda-shaped attention, straight from its definition with dense score tables."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,12 @@ from clex_train.lm_infinite.stream import KeyValues
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Seeded normal numbers."""
+    """Draw seeded normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def starting_tokens(keys: Tensor, values: Tensor, n_global: int, padding: Tensor | None = None) -> KeyValues | None:
-    """The first `n_global` tokens of each row after its `padding` [B]."""
+    """Return the first `n_global` tokens of each row after its `padding` [B]."""
     if n_global == 0:
         return None
     first = torch.zeros(len(keys), dtype=torch.int64) if padding is None else padding
@@ -21,14 +21,14 @@ def starting_tokens(keys: Tensor, values: Tensor, n_global: int, padding: Tensor
 
 
 class PlainRotation:
-    """RoPE of base 1e4 over the leading `rotary_dim` components, in the dtype of what is rotated."""
+    """RoPE of base 1e4 over the leading `rotary_dim` components, in the dtype of its input."""
 
     def __init__(self, rotary_dim: int) -> None:
         self.rotary_dim = rotary_dim
         self.inv_freq = 1e4 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
 
     def at(self, x: Tensor, positions: Tensor) -> Tensor:
-        """`x` [..., D] at `positions`, which broadcast over the leading axes of x."""
+        """Rotate `x` [..., D] to `positions`, which broadcast over the leading axes of x."""
         angle = positions[..., None].double() * self.inv_freq
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         first, second, rest = x.split([self.rotary_dim // 2, self.rotary_dim // 2, x.shape[-1] - self.rotary_dim], -1)
@@ -43,7 +43,7 @@ class PlainRotation:
 
 
 class Unrotated:
-    """For ALiBi."""
+    """Identity rotation, for ALiBi."""
 
     def at(self, x: Tensor, positions: Tensor) -> Tensor:
         return x
@@ -66,9 +66,9 @@ def dense_lambda(
     best: int = 0,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """[B, H, N, D] by an explicit N x N x D table of keys at their distances; `valid` [B, N] is False at padding.
+    """Compute [B, H, N, D] from an explicit N x N x D table of keys at their distances.
 
-    Padded queries get zeros. `best` keys of the middle are seen at distance L / 2.
+    `valid` [B, N] is False at padding; padded queries get zeros. `best` middle keys are seen at distance L / 2.
     """
     num_rows, num_heads, num_tokens, width = query.shape
     keys, values = (x.repeat_interleave(num_heads // keys.shape[1], dim=1) for x in (keys, values))

@@ -74,7 +74,7 @@ def test_gradients_are_those_of_plain_attention_within_the_window(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beyond_the_window_blocks_and_caches_do_not_change_a_model(family):
-    """One forward against other blocks and the two caches, fed by 1, 5, 17, ... tokens, past the trained context."""
+    """Compare one forward past the trained context with other block lengths, and with both caches fed in pieces."""
     model, ids = small_model(family), tokens(2, 90)
     with torch.no_grad():
         handle = apply_lm_infinite(model, 12, 3, block_len=128)
@@ -127,8 +127,11 @@ def test_beyond_the_window_the_bias_stays_at_that_of_distance_l(family):
 
 
 def expected_slopes(family: str) -> Tensor:
-    """By hand for 4 and 6 heads; beyond 4, the ALiBi paper takes every other slope of 8 heads, MPT its second half
-    first. Falcon divides by the square root of the head width."""
+    """Return the slopes by hand for 4 and 6 heads.
+
+    Beyond 4 heads the ALiBi paper takes every other slope of 8 heads, MPT its second half first. Falcon divides by the
+    square root of the head dim.
+    """
     if family == "falcon_alibi":
         return 2.0 ** -torch.tensor([2.0, 4.0, 6.0, 8.0], dtype=torch.float64) / 12**0.5
     if family == "mpt":

@@ -1,7 +1,7 @@
-"""Every back end computes the window that blocked SDPA does; which one runs, and when one is refused.
+"""Every back end computes the same window as blocked SDPA; which one is chosen, and when one is refused.
 
-flex_attention is compared uncompiled, with the same masks and score changes; tests with the marker `gpu` compile it.
-flash-attn is stood in for by a function of its documented meaning; the tests with the marker `gpu` call it itself.
+flex_attention is compared uncompiled, with the same masks and score_mod; tests marked `gpu` compile it. flash-attn is
+replaced by a function with its documented semantics; tests marked `gpu` call the real one.
 """
 
 import logging
@@ -14,10 +14,17 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from clex_train.attention.partial_softmax import SoftmaxRule, attend
-from clex_train.lm_infinite.back_ends import BACK_ENDS, Choice, Facts, FlashAttention, FlexAttention, fused_block_len
+from clex_train.lm_infinite.back_ends import (
+    BACK_ENDS,
+    BackEndChoice,
+    CallFacts,
+    FlashAttention,
+    FlexAttention,
+    fused_block_len,
+)
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.lm_infinite.lambda_attention import Scheme, lambda_attention
-from clex_train.lm_infinite.local_window import window_part
+from clex_train.lm_infinite.local_window import attend_window
 from clex_train.lm_infinite.stream import KeyValues, Place, Stream
 from tests.lm_infinite.dense_lambda import PlainRotation, Unrotated, dense_lambda
 from tests.rope.rotary_families import tiny_model, tokens
@@ -42,7 +49,7 @@ def uncompiled(monkeypatch) -> FlexAttention:
 
 @pytest.fixture
 def documented_flash(monkeypatch) -> FlashAttention:
-    """A module `flash_attn` whose function is what flash-attn says of itself, [B, S, H, D] in and out."""
+    """Build a module `flash_attn` whose function follows flash-attn's documentation, [B, S, H, D] in and out."""
 
     def flash_attn_func(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs):
         assert causal
@@ -82,7 +89,7 @@ def test_flex_attention_computes_the_window_with_its_log_sum_exp(case, rule, pad
     place = Place(num_keys - num_queries, 100, 100 - num_keys + num_queries)
     padding = torch.tensor([0, place.first_key + 3]) if padded else None
     arguments = (query, window, place, padding, n_local, RULES[rule](heads))
-    ours, expected = uncompiled.part(*arguments), window_part(*arguments)
+    ours, expected = uncompiled.attend(*arguments), attend_window(*arguments)
     sees = torch.ones(2, num_queries, dtype=torch.bool)
     if padding is not None:
         sees = torch.arange(place.first_query, place.first_query + num_queries) >= padding[:, None]
@@ -100,7 +107,7 @@ def test_flash_attn_is_called_for_the_window_with_its_log_sum_exp(case, rule, do
     window = KeyValues(normal(2, key_heads, num_keys, WIDTH, seed=1), normal(2, key_heads, num_keys, WIDTH, seed=2))
     place = Place(num_keys - num_queries, 0, 0)
     arguments = (query, window, place, None, n_local, RULES[rule](heads))
-    for ours, expected in zip(documented_flash.part(*arguments), window_part(*arguments), strict=True):
+    for ours, expected in zip(documented_flash.attend(*arguments), attend_window(*arguments), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-7 if rule == "alibi" else 1e-10)
 
 
@@ -124,11 +131,11 @@ def test_a_fused_block_is_two_windows_in_whole_tiles():
 
 
 class TestChoice:
-    """Which back end runs."""
+    """Selection of the back end."""
 
-    def facts(self, num_tokens: int = 100, device: str = "cpu", **how: object) -> Facts:
+    def facts(self, num_tokens: int = 100, device: str = "cpu", **how: object) -> CallFacts:
         query = torch.empty(1, 2, num_tokens, 64, device=device, **how)
-        return Facts(query, query, SoftmaxRule(1.0), has_padding=False, wants_gradient=False)
+        return CallFacts(query, query, SoftmaxRule(1.0), has_padding=False, wants_gradient=False)
 
     def test_a_cpu_has_blocked_sdpa_and_says_so_once_with_the_reasons(self, caplog):
         model = tiny_model("llama")
@@ -136,13 +143,13 @@ class TestChoice:
         with caplog.at_level(logging.INFO), torch.no_grad():
             model(tokens(1, 80))
             model(tokens(1, 90))
-        said = [record.getMessage() for record in caplog.records if "computes by" in record.getMessage()]
+        said = [record.getMessage() for record in caplog.records if "lm_infinite uses" in record.getMessage()]
         assert len(said) == 1
-        assert said[0].startswith("lm_infinite computes by sdpa (flash_attention: flash-attn is not installed")
-        assert "flex_attention: its kernels are compiled for a GPU" in said[0]
+        assert said[0].startswith("lm_infinite uses sdpa (flash_attention: flash-attn is not installed")
+        assert "flex_attention: its kernels need a GPU" in said[0]
 
     def test_decoding_is_done_by_explicit_matrices_whatever_was_asked_for(self):
-        assert Choice("flex_attention").of_call(self.facts(num_tokens=1)) is BACK_ENDS["sdpa"]
+        assert BackEndChoice("flex_attention").select(self.facts(num_tokens=1)) is BACK_ENDS["sdpa"]
 
     @pytest.mark.parametrize("name", ["flex_attention", "flash_attention"])
     def test_a_back_end_that_cannot_do_a_call_is_refused_by_name(self, name):
@@ -165,12 +172,12 @@ class TestChoice:
         class OnGpu(Tensor):
             device = torch.device("cuda")
 
-        def facts(dtype: torch.dtype, rule: SoftmaxRule | None = None, **how: bool) -> Facts:
+        def facts(dtype: torch.dtype, rule: SoftmaxRule | None = None, **how: bool) -> CallFacts:
             query = torch.empty(1, 2, 100, 64, dtype=dtype).as_subclass(OnGpu)
             flags = {"has_padding": False, "wants_gradient": False, **how}
-            return Facts(query, query, rule or SoftmaxRule(1.0), **flags)
+            return CallFacts(query, query, rule or SoftmaxRule(1.0), **flags)
 
-        choose = Choice("auto").of_call
+        choose = BackEndChoice("auto").select
         assert choose(facts(torch.bfloat16)) is BACK_ENDS["flash_attention"]
         assert choose(facts(torch.bfloat16, has_padding=True)) is BACK_ENDS["flex_attention"]
         assert choose(facts(torch.bfloat16, wants_gradient=True)) is BACK_ENDS["flex_attention"]

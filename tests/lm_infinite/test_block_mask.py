@@ -1,4 +1,4 @@
-"""flex_attention's masks from the bounds of tiles equal those that torch works out key by key."""
+"""flex_attention masks built per tile equal those that torch computes key by key."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def tiles(mask: BlockMask) -> tuple[Tensor, Tensor]:
-    """Tiles of which something is seen, and those of which everything is, [B, 1, Q, K]."""
+    """Return which tiles have visible entries, and which are visible entirely, [B, 1, Q, K]."""
 
     def dense(count: Tensor, index: Tensor) -> Tensor:
         listed = torch.arange(index.shape[-1]) < count[..., None]
@@ -59,7 +59,7 @@ def test_tiles_are_those_that_torch_finds_key_by_key(case, padded):
 
 
 def test_a_long_window_is_not_worked_out_key_by_key():
-    """2 L queries of a window of 32k tokens see a mask of 6.4 GiB of booleans when each key is looked at."""
+    """Key by key, 2 L queries with a window of 32k tokens take a boolean mask of 6.4 GiB."""
     with LargestTensor() as largest:
         padded_band_mask(65536, 98303, 32767, 32768, 0, torch.tensor([5]))
     assert largest.elements <= 2 * (65536 // 128) * (98304 // 128)

@@ -1,4 +1,4 @@
-"""The cache of constant size in float64: a stream in pieces of any size is what its definition says, to 1e-10."""
+"""The constant-size cache in float64: a stream in pieces of any size matches the definition to 1e-10."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 from clex_train.attention.partial_softmax import SoftmaxRule
 from clex_train.lm_infinite.cache import LambdaCacheLayer
 from clex_train.lm_infinite.lambda_attention import Scheme, lambda_attention
-from clex_train.lm_infinite.padding import inverse, order_to_front, take
+from clex_train.lm_infinite.padding import gather_tokens, invert_order, left_pad_order
 from clex_train.lm_infinite.stream import KeyValues
 from tests.lm_infinite.dense_lambda import PlainRotation, dense_lambda, normal
 
@@ -25,16 +25,16 @@ GRID = [
 
 
 def streamed(query, keys, values, pieces, n_local, n_global, block_len, valid) -> Tensor:
-    """[B, H, N, D]: each piece through the cache, as `hf_interface` does it."""
+    """Compute [B, H, N, D], each piece through the cache as `layer` feeds it."""
     layer, seen, outputs = LambdaCacheLayer(n_local, n_global), 0, []
     scheme = Scheme(n_local, PlainRotation(WIDTH), SoftmaxRule(WIDTH**-0.5), block_len)
     for size in pieces:
         piece, seen = slice(seen, seen + size), seen + size
         layer.expect(len(keys), valid[:, piece])
         window = KeyValues(*layer.update(keys[:, :, piece], values[:, :, piece]))
-        order = order_to_front(valid[:, piece])
-        output = lambda_attention(take(query[:, :, piece], order), window, layer.start, layer.stream, scheme)
-        outputs.append(take(output, inverse(order)))
+        order = left_pad_order(valid[:, piece])
+        output = lambda_attention(gather_tokens(query[:, :, piece], order), window, layer.start, layer.stream, scheme)
+        outputs.append(gather_tokens(output, invert_order(order)))
     return torch.cat(outputs, dim=2)
 
 

@@ -1,4 +1,4 @@
-"""Lambda attention in blocks is what its definition says, forward and backward."""
+"""Blocked Lambda attention matches its definition, forward and backward."""
 
 import pytest
 import torch
@@ -98,7 +98,7 @@ def test_where_the_stream_began_does_not_change_a_single_bit():
 
 
 def test_memory_of_a_long_prefill_holds_no_square():
-    """The largest tensor that the blocks make is C by C + L, however many tokens there are."""
+    """The largest tensor of a block is C by C + L, however many tokens there are."""
     n, n_local, block_len = 4096, 32, 64
     query, keys, values = (normal(1, 1, n, 4, seed=seed, dtype=torch.float32) for seed in range(3))
     with LargestTensor() as largest:

@@ -1,4 +1,4 @@
-"""LM-Infinite in use: what would give wrong numbers is refused, what a user may do around it works."""
+"""LM-Infinite in use: calls that would give wrong numbers are refused, and what users do around it works."""
 
 import pickle
 
@@ -9,11 +9,11 @@ from clex_train.lm_infinite.install import apply_lm_infinite
 from tests.rope.rotary_families import tiny_model, tokens
 
 
-def test_another_attention_while_it_is_in_force_is_refused():
+def test_another_attention_while_it_is_applied_is_refused():
     model = tiny_model("llama")
     handle = apply_lm_infinite(model, 12, 3)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match=r"^attn_implementation=sdpa: lm_infinite is in force"):
+    with pytest.raises(ValueError, match=r"^attn_implementation=sdpa: lm_infinite is applied"):
         model(tokens(1, 4))
     handle.undo()
     model(tokens(1, 4))
@@ -46,7 +46,7 @@ def test_a_cache_that_would_give_wrong_numbers_is_refused():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon"])
-def test_a_constant_cache_after_undo_is_refused_and_goes_on_when_it_is_in_force_again(family):
+def test_a_constant_cache_after_undo_is_refused_and_works_when_applied_again(family):
     model, ids = tiny_model(family), tokens(1, 12)
     handle = apply_lm_infinite(model, 6, 2)
     cache, empty = handle.new_cache(), handle.new_cache()
@@ -55,7 +55,7 @@ def test_a_constant_cache_after_undo_is_refused_and_goes_on_when_it_is_in_force_
         model(ids[:, :8], past_key_values=cache, use_cache=True)
         handle.undo()
         for held in (cache, empty):
-            with pytest.raises(ValueError, match=r"^cache=LambdaCache: lm_infinite is not in force"):
+            with pytest.raises(ValueError, match=r"^cache=LambdaCache: lm_infinite is not applied to this model"):
                 model(ids[:, 8:9], past_key_values=held, use_cache=True)
         apply_lm_infinite(model, 6, 2)
         found = model(ids[:, 8:], past_key_values=cache, use_cache=True).logits
@@ -72,7 +72,7 @@ def test_a_constant_cache_of_other_rows_is_refused_before_it_changes(held, new):
         expected = model(ids[:held]).logits
         model(ids[:held, :8], past_key_values=cache)
         for padding in (None, mask):
-            with pytest.raises(ValueError, match=rf"^cache=LambdaCache: filled with {held} rows, not with {new}"):
+            with pytest.raises(ValueError, match=rf"^cache=LambdaCache: it holds {held} rows, the call has {new}"):
                 model(ids[:new, 8:9], past_key_values=cache, attention_mask=padding)
         found = model(ids[:held, 8:], past_key_values=cache).logits
     torch.testing.assert_close(found, expected[:, 8:], rtol=0, atol=1e-5)
@@ -82,7 +82,7 @@ def test_a_constant_cache_of_other_rows_is_refused_before_it_changes(held, new):
 def test_a_static_cache_is_refused_by_name(family):
     model = tiny_model(family)
     apply_lm_infinite(model, 12, 3)
-    with pytest.raises(ValueError, match=r"^cache=StaticCache: lm_infinite works with a LambdaCache"):
+    with pytest.raises(ValueError, match=r"^cache=StaticCache: lm_infinite supports a LambdaCache"):
         model.generate(tokens(1, 4), max_new_tokens=4, cache_implementation="static")
 
 
@@ -111,7 +111,7 @@ def test_under_autocast_keys_are_of_the_dtype_of_values():
     assert (torch.cat(pieces, dim=1).float() - expected).norm() < 0.03 * expected.norm()
 
 
-def test_a_model_can_be_pickled_while_it_is_in_force():
+def test_a_model_can_be_pickled_while_it_is_applied():
     model, ids = tiny_model("llama"), tokens(1, 30)
     apply_lm_infinite(model, 12, 3)
     with torch.no_grad():

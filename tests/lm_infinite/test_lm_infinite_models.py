@@ -1,4 +1,4 @@
-"""LM-Infinite on models of transformers: the original's logits, plain attention within the window, and a way back."""
+"""LM-Infinite on models of transformers: plain attention within the window, the definition beyond it, clean undo."""
 
 import copy
 import json
@@ -75,9 +75,9 @@ def test_within_the_window_a_model_computes_what_it_did(family, dtype, tolerance
 
 @pytest.mark.parametrize("family", INTERFACE_FAMILIES)
 def test_beyond_the_window_blocks_and_caches_do_not_change_a_model(family):
-    """One forward in float64 against other blocks, and against a constant cache fed by 1, 5, 17, ... tokens.
+    """Compare one forward in float64 with other block lengths, and with a constant cache fed by 1, 5, 17, ... tokens.
 
-    1e-6 because a model of any dtype has cos and sin in float32, and each way takes other positions of equal distance.
+    1e-6 because a model of any dtype has cos and sin in float32, and each way uses other positions of equal distance.
     """
     model = tiny_model(family, dtype=torch.float64)
     model.set_experts_implementation("eager")
@@ -281,7 +281,7 @@ def small_adapted(kind: str) -> torch.nn.Module:
 
 
 class TestWhatItCannot:
-    """One line that names what is wrong."""
+    """Refusals, in one line that names the reason."""
 
     def test_sizes_out_of_range(self):
         with pytest.raises(ValueError, match="n_local=0"):
@@ -291,7 +291,7 @@ class TestWhatItCannot:
         model = tiny_model("llama")
         with caplog.at_level(logging.WARNING):
             apply_lm_infinite(model, 17, 17).undo()
-        assert "n_local=17 is beyond the 16 tokens" in caplog.text
+        assert "n_local=17 exceeds the model's trained context of 16 tokens" in caplog.text
         assert "n_global=17 is not below n_local=17" in caplog.text
 
     @pytest.mark.parametrize("kind", ["gpt2", "codegen"])
@@ -313,7 +313,7 @@ class TestWhatItCannot:
         sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
         config = AutoConfig.for_model(kind, **sizes, num_hidden_layers=4, vocab_size=31, pad_token_id=0)
         model = AutoModelForCausalLM.from_config(config)
-        with pytest.raises(ValueError, match=f"model_type={kind}: .*layers 3 are without positions"):
+        with pytest.raises(ValueError, match=f"model_type={kind}: .*layers 3 have no positions"):
             apply_lm_infinite(model, 8, 2)
 
     def test_models_with_layers_that_are_not_attention(self):

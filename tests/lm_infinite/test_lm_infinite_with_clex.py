@@ -1,4 +1,4 @@
-"""The lambda mask over the frequencies of a table: the two go on in either order and see each other's state."""
+"""The lambda mask combined with a frequency table: either order of installation, each aware of the other's state."""
 
 import math
 
@@ -18,7 +18,7 @@ def linear_scaling(factor: float) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("rotary_first", [True, False])
-def test_the_mask_uses_the_frequencies_in_force(rotary_first):
+def test_the_mask_uses_the_current_frequencies(rotary_first):
     """Position interpolation from a table is transformers' own linear scaling, also under the mask."""
     ids, logits = tokens(1, 70), []
     for model in (tiny_model("llama"), tiny_model("llama", **linear_scaling(2.0))):

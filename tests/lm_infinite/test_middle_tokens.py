@@ -1,4 +1,4 @@
-"""Tokens of the middle are let in as their definitions say, for every query, with and without a cache."""
+"""Middle tokens match their definitions, for every query, with and without a cache."""
 
 import pytest
 import torch
@@ -129,7 +129,7 @@ def test_no_matrix_of_all_queries_and_keys_is_made():
 
 
 class TestWhatItCannot:
-    """One line that names what is wrong."""
+    """Refusals, in one line that names the reason."""
 
     @pytest.mark.parametrize(("num_keys", "first_layer"), [(0, 0), (5, -1)])
     def test_numbers_out_of_range(self, num_keys, first_layer):
@@ -153,7 +153,7 @@ class TestWhatItCannot:
 
 
 def test_a_back_end_without_scores_of_its_own_does_not_keep_those_of_the_middle():
-    """flex_attention is not recomputed by itself; kept for all blocks, the scores of the middle would be n x n."""
+    """flex_attention does not recompute blocks itself; kept for all blocks, the middle's scores would be n x n."""
     n, kept = 400, 0
 
     class KeepsNothing(BlockedSdpa):

@@ -190,7 +190,7 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
 
 
 def test_sizes_that_a_family_s_own_code_refuses_are_named_with_the_family():
-    with pytest.raises(ValueError, match=r"^model_type=llama: no causal language model of it \("):
+    with pytest.raises(ValueError, match=r"^model_type=llama: cannot build a causal language model \("):
         probe.model_on_meta(LlamaConfig(**SIZES | {"hidden_act": "no_such_activation"}))
 
 

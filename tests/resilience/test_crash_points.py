@@ -115,7 +115,7 @@ from clex_train.utils import files
 
 place = Path(sys.argv[1])
 files.write_atomically(place / "record", "new" * 1000)
-with files.complete_or_absent(place / "model") as folder:
+with files.atomic_directory(place / "model") as folder:
     (folder / "weights").write_bytes(b"new" * 1000)
 """
 OLD, NEW = b"old" * 500, b"new" * 1000

@@ -291,7 +291,7 @@ def test_a_second_ctrl_c_ends_a_saving_run_at_once_and_a_launcher_s_copy_of_the_
 def test_output_that_nobody_can_read_any_more_neither_fails_nor_changes_the_exit_code():
     program = (
         "import sys, time; from clex_train.utils import log, terminal\n"
-        "terminal.outlive('stdout', 'stderr'); log.setup()\n"
+        "terminal.survive_hangup('stdout', 'stderr'); log.setup()\n"
         "print('ready', flush=True); time.sleep(1)\n"
         "print('lost'); print('lost', file=sys.stderr); log.get('clex_train').info('lost'); sys.exit(75)"
     )

@@ -32,7 +32,7 @@ def feed(model: PreTrainedModel, ids: torch.Tensor, pieces: list[int], cache: ob
 
 
 def padded_call(pad: list[int], stop: int, start: int = 0) -> dict[str, torch.Tensor]:
-    """Tokens start..stop-1 of rows with `pad` tokens of left padding each."""
+    """Build the call for tokens start..stop-1 of rows with `pad` tokens of left padding each."""
     ids, padding = tokens(len(pad), 34)[:, :stop], torch.tensor(pad)[:, None]
     mask = (torch.arange(stop)[None] >= padding).long()
     positions = (torch.arange(start, stop)[None] - padding).clamp(min=0)
@@ -40,7 +40,7 @@ def padded_call(pad: list[int], stop: int, start: int = 0) -> dict[str, torch.Te
 
 
 class QuantisedLayers(QuantizedCache):
-    """A quantised cache without a quantisation library: the layers transformers derives from, rounding to `steps`."""
+    """A quantized cache without a quantization library: transformers' base layers, rounding to `steps`."""
 
     def __init__(self, steps: float | None, residual_length: int = 8) -> None:
         class Layer(QuantizedLayer):

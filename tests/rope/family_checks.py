@@ -1,4 +1,4 @@
-"""What every family with rotary embeddings is put through; each check runs once, for its test and for the table."""
+"""Checks for every family with rotary embeddings; each runs once, for its test and for the table."""
 
 from functools import cache
 
@@ -21,7 +21,7 @@ AT_ONE, CROSSINGS = 1e-5, 1e-4
 @cache
 @torch.no_grad()
 def error_at_one(family: str) -> float:
-    """Largest difference to the logits of the untouched model within L, with and without a table in use."""
+    """Return the largest difference from the untouched model's logits within L, with and without a table."""
     model, ids = tiny_model(family), tokens(2, CONTEXT)
     before = model(ids).logits
     handle = install_rotary(model, CONTEXT)
@@ -32,7 +32,7 @@ def error_at_one(family: str) -> float:
 
 @cache
 def num_frequencies_without_gradient(family: str) -> int:
-    """How many of the P frequencies no gradient of the loss reaches."""
+    """Count the frequencies, of P, that no gradient of the loss reaches."""
     model, ids = tiny_model(family), tokens(2, CONTEXT)
     handle = install_rotary(model, CONTEXT)
     theta = handle.base_inv_freq.requires_grad_()
@@ -44,7 +44,7 @@ def num_frequencies_without_gradient(family: str) -> int:
 @cache
 @torch.no_grad()
 def error_over_crossings(family: str) -> float:
-    """Largest difference to the logits of a cache of unrotated keys, fed in pieces over three moves of t."""
+    """Return the largest difference from the logits of a cache of unrotated keys, in pieces over three moves of t."""
     model, ids = tiny_model(family), tokens(2, sum(PIECES))
     handle = install_rotary(model, CONTEXT)
     table = ntk_table(handle.base_inv_freq, GRID)
@@ -62,7 +62,7 @@ def error_over_crossings(family: str) -> float:
 @cache
 @torch.no_grad()
 def generates(family: str) -> bool:
-    """Whether greedy generation from 8 to 40 tokens agrees with and without the cache (exact for one layer)."""
+    """Return True if greedy generation from 8 to 40 tokens agrees with and without the cache (exact for one layer)."""
     kinds = {"layer_types": ["full_attention"]} if family in ("gemma3_text", "gemma2") else {}
     model = tiny_model(family, num_layers=1, **kinds)
     handle = install_rotary(model, CONTEXT)
@@ -77,7 +77,7 @@ def generates(family: str) -> bool:
 @cache
 @torch.no_grad()
 def is_undone(family: str) -> bool:
-    """Whether `undo` restores logits and modules to the bit, after a table has changed them."""
+    """Return True if `undo` restores logits and modules to the bit after a table has changed them."""
     model, ids = tiny_model(family), tokens(2, 2 * CONTEXT)
     before, modules = model(ids).logits, dict(model.named_modules())
     handle = install_rotary(model, CONTEXT)
@@ -90,7 +90,7 @@ def is_undone(family: str) -> bool:
 @cache
 @torch.no_grad()
 def takes_log_scaling(family: str) -> bool:
-    """Whether the softmax scale can be reached, and changes the logits beyond L and not within it."""
+    """Return True if log-scaling changes the logits beyond L and not within it."""
     model, ids = tiny_model(family), tokens(2, 2 * CONTEXT)
     handle = install_rotary(model, CONTEXT)
     within, beyond = model(ids[:, :CONTEXT]).logits, model(ids).logits
@@ -104,5 +104,5 @@ def takes_log_scaling(family: str) -> bool:
 
 @cache
 def handle_of(family: str) -> RotaryHandle:
-    """A handle on a model of the family, to look at."""
+    """Install a handle on a model of the family."""
     return install_rotary(tiny_model(family), CONTEXT)

@@ -1,4 +1,4 @@
-"""docs/families.md from the checks of every family: `python tests/rope/family_table.py` writes it anew."""
+"""Generate docs/families.md from the checks of every family: `python tests/rope/family_table.py`."""
 
 import sys
 from collections.abc import Callable
@@ -87,14 +87,14 @@ Falcon computes its softmax scale inside its attention, so log-scaling is refuse
 
 Some families do not rotate in layers with full attention (SmolLM3, EXAONE 4, EXAONE MoE, Cohere 2, AFMoE): cached
 keys of such layers stay as they are. Where every layer that rotates sees a window of at most L tokens, as in
-Mistral v0.1, Phi-3 4k, EXAONE 4 32B and Cohere 2, nothing can be extended, and scaling is refused with the remedy
+Mistral v0.1, Phi-3 4k, EXAONE 4 32B and Cohere 2, there is nothing to extend, and scaling is refused with the remedy
 or the reason.
 
 """
 SCALINGS = """## Models with a scaling of their own
 
 A static scaling is where CLEX starts: theta(1) is the model's own frequencies, whatever made them, and its attention
-factor stays. A scaling that changes with the length of a call by itself would fight with t and is refused in one line;
+factor stays. A scaling that changes with the sequence length itself would conflict with t and is refused in one line;
 so are Phi-3 128k models, which use longrope. `cli.evaluate` reads them as they are (docs/evaluation.md).
 
 """
@@ -106,7 +106,7 @@ model.
 
 
 def render() -> str:
-    """The whole page."""
+    """Render the whole page."""
     return HEAD + _family_table() + COLUMNS + LAYERS + SCALINGS + _scaling_table() + _refusal_table() + GPTJ
 
 

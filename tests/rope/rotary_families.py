@@ -7,7 +7,7 @@ import transformers
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from clex_train.attention.select import has_sdpa
+from clex_train.attention.select import supports_sdpa
 
 VOCABULARY, CONTEXT = 61, 16
 TRANSFORMERS = Version(transformers.__version__)
@@ -57,7 +57,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def tiny_model(
     family: str, num_layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
 ) -> PreTrainedModel:
-    """A model of `family` in evaluation mode, its seeded weights large enough for attention to matter."""
+    """Build a model of `family` in evaluation mode, with seeded weights large enough for attention to matter."""
     settings = {**_COMMON, "num_hidden_layers": num_layers, **FAMILIES[family], **overrides}
     torch.manual_seed(seed)
     model = from_config(AutoConfig.for_model(family, **settings)).to(dtype).eval()
@@ -69,16 +69,16 @@ def tiny_model(
 
 
 def from_config(arch: PretrainedConfig) -> PreTrainedModel:
-    """Build a model with random weights whose attention is the family's.
+    """Build a model with random weights and the family's attention.
 
-    transformers before 5.21 offers SDPA for Gemma 2 and leaves out its cap.
+    transformers before 5.21 offers SDPA for Gemma 2 and drops its cap.
     """
-    named = {} if has_sdpa(arch) else {"attn_implementation": "eager"}
+    named = {} if supports_sdpa(arch) else {"attn_implementation": "eager"}
     model: PreTrainedModel = AutoModelForCausalLM.from_config(arch, **named)
     return model
 
 
 def tokens(num_rows: int, num_tokens: int, seed: int = 1) -> torch.Tensor:
-    """Random token ids [B, S], without the padding token."""
+    """Draw random token ids [B, S], without the padding token."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCABULARY, (num_rows, num_tokens), generator=generator)

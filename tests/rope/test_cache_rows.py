@@ -1,4 +1,4 @@
-"""Rows of a KV cache move with their positions, and a cache is copied and freed as if nothing were recorded on it."""
+"""Rows of a KV cache move with their positions, and a recorded cache is copied and freed like any other."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""RoPE values and lengths of a config.json that cannot be meant are refused by key, value and remedy."""
+"""Impossible RoPE values and lengths in config.json are refused by key, value and remedy."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def change(directory: Path, rope: dict | None = None, **facts) -> None:
 
 
 def refusal(model: ModelConfig) -> str:
-    """The line in which training and evaluation alike refuse an architecture."""
+    """Return the line with which training and evaluation both refuse an architecture."""
     lines = set()
     for read in (architecture.to_read, architecture.to_train):
         with pytest.raises(ValueError) as raised:  # noqa: PT011
@@ -48,8 +48,8 @@ def refusal(model: ModelConfig) -> str:
 def test_a_base_by_which_frequencies_do_not_differ_is_refused(directory, theta):
     change(directory, {"rope_theta": theta})
     line = refusal(ModelConfig(path=str(directory)))
-    assert line.startswith(f"model.path={directory}: its config.json has rope_theta={theta!r} for RoPE, and it has to")
-    assert line.endswith("correct it, or copy the config.json of the model again")
+    assert line.startswith(f"model.path={directory}: its config.json has rope_theta={theta!r} for RoPE, which must be")
+    assert line.endswith("correct it, or copy the model's config.json again")
 
 
 @pytest.mark.parametrize("theta", [0, "x", None])
@@ -65,7 +65,7 @@ def test_a_base_in_the_place_of_older_versions_is_refused_too(directory, theta):
 def test_an_unknown_type_is_refused_with_those_that_are_known(directory, rope_type):
     change(directory, {"rope_type": rope_type, "factor": 2.0})
     line = refusal(ModelConfig(path=str(directory)))
-    assert f"rope_type={rope_type!r} for RoPE, and it has to be one of default, dynamic, linear, llama3" in line
+    assert f"rope_type={rope_type!r} for RoPE, which must be one of default, dynamic, linear, llama3" in line
 
 
 @pytest.mark.parametrize("factor", [0.5, 0, -2, 1e9, "4", None, float("nan")])
@@ -73,7 +73,7 @@ def test_an_unknown_type_is_refused_with_those_that_are_known(directory, rope_ty
 def test_a_factor_that_would_shrink_the_context_is_refused(directory, rope_type, factor):
     change(directory, {"rope_type": rope_type, "factor": factor})
     line = refusal(ModelConfig(path=str(directory)))
-    assert f"its config.json has factor={factor!r} for RoPE, and it has to be a number from 1 to 16,384" in line
+    assert f"its config.json has factor={factor!r} for RoPE, which must be a number from 1 to 16,384" in line
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,10 @@ def test_each_type_of_layer_is_looked_at():
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    config_checks.require_sensible(Gemma3TextConfig(**SIZES, rope_parameters=rope), "model")
+    config_checks.require_valid_rope(Gemma3TextConfig(**SIZES, rope_parameters=rope), "model")
     rope["sliding_attention"]["rope_theta"] = 0.0
     with pytest.raises(ValueError, match=r"^model: its config\.json has rope_theta=0\.0 for RoPE"):
-        config_checks.require_sensible(Gemma3TextConfig(**SIZES, rope_parameters=rope), "model")
+        config_checks.require_valid_rope(Gemma3TextConfig(**SIZES, rope_parameters=rope), "model")
 
 
 @pytest.mark.parametrize("rope", [{}, YARN, LLAMA3, {"rope_type": "dynamic", "factor": 2.0}, {"rope_theta": 4.6e10}])
@@ -117,8 +117,8 @@ def test_values_of_released_models_are_accepted(directory, rope):
 def test_a_length_that_cannot_be_meant_is_named_with_the_key_that_replaces_it(directory, key, length):
     change(directory, **{key: length})
     assert refusal(ModelConfig(path=str(directory))) == (
-        f"{directory}/config.json: {key}={length}: from 2 to 134,217,728 tokens can be meant; correct it, or name the "
-        "context that the model serves by model.context_len=N"
+        f"{directory}/config.json: {key}={length}: must be from 2 to 134,217,728 tokens; correct it, or set the "
+        "context length that the model serves by model.context_len=N"
     )
     assert refusal(EvaluatedModel(path=str(directory))).endswith(" by context_len=N")
     named = ModelConfig(path=str(directory), context_len=256)

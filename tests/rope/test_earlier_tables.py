@@ -19,7 +19,7 @@ from clex_train.config.method import Method
 from clex_train.config.scaling import Positions, ScalingConfig
 from clex_train.evaluation.methods import base_rope, tables
 from clex_train.rope import recipes
-from clex_train.rope.native import handle_without_weights
+from clex_train.rope.native import native_handle_on_meta
 from clex_train.scaling.table import scale_grid
 
 L, NEW_BASE = 128, 5e6
@@ -71,7 +71,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def factors(tmp_path: Path, family: str) -> Path:
-    num_pairs = len(handle_without_weights(FAMILIES[family], L).base_inv_freq)
+    num_pairs = len(native_handle_on_meta(FAMILIES[family], L).base_inv_freq)
     lists = {"short_factor": [1 + 0.02 * j for j in range(num_pairs)], "long_factor": [1 + j for j in range(num_pairs)]}
     (tmp_path / "factors.json").write_text(json.dumps(lists))
     return tmp_path / "factors.json"
@@ -79,7 +79,7 @@ def factors(tmp_path: Path, family: str) -> Path:
 
 @pytest.mark.parametrize("dynamic_factor", [None, 2.0])
 def test_tables_of_evaluation(family: str, factors: Path, dynamic_factor: float | None) -> None:
-    handle = handle_without_weights(FAMILIES[family], L)
+    handle = native_handle_on_meta(FAMILIES[family], L)
     base, lists = handle.base_inv_freq, json.loads(factors.read_text())
     spec = EvaluationConfig(longrope_factors=str(factors), rope_theta=NEW_BASE, dynamic_factor=dynamic_factor)
     chosen = ["none", "pi", "ntk", "theta", "random_pos", "lm_infinite", "yarn", "dynamic_ntk", "longrope"]
@@ -104,7 +104,7 @@ def test_tables_of_evaluation(family: str, factors: Path, dynamic_factor: float 
 
 @pytest.mark.parametrize("factor", [1.0, 2.5, 16.0])
 def test_parameters_in_a_config(family: str, factors: Path, factor: float) -> None:
-    rope = base_rope(handle_without_weights(FAMILIES[family], L))
+    rope = base_rope(native_handle_on_meta(FAMILIES[family], L))
     pairs, lists = len(rope.inv_freq), json.loads(factors.read_text())
     expected: dict[str, dict[str, Any]] = {
         "pi": {"rope_type": "linear", "factor": factor},

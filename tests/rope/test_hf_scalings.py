@@ -1,4 +1,4 @@
-"""Tables by transformers' formulas, and models read as they are, against stock models of transformers itself."""
+"""Tables by transformers' formulas, and models read unchanged, against stock models of transformers."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from clex_train.rope.hf_scalings import ConfiguredRope
-from clex_train.rope.native import handle_without_weights, install_as_is
+from clex_train.rope.native import install_native, native_handle_on_meta
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.methods.dynamic_ntk import DynamicNtk
 from clex_train.scaling.methods.longrope import LongRope, read_longrope_factors
@@ -51,7 +51,7 @@ def factors(tmp_path: Path) -> Path:
 
 
 def stock(model: PreTrainedModel, rope_type: str, t: float, num_pairs: int) -> PreTrainedModel:
-    """transformers' own model of a rope_type, with the weights of `model`."""
+    """Build transformers' own model of a rope_type, with the weights of `model`."""
     config = AutoConfig.for_model(**model.config.to_dict())
     added: dict[str, Any] = {"rope_type": rope_type, "factor": t, "original_max_position_embeddings": CONTEXT}
     if rope_type == "longrope":
@@ -168,7 +168,7 @@ OWN = [("llama", "dynamic"), ("phi", "dynamic"), ("llama", "longrope"), ("phi3",
 @pytest.mark.parametrize(("family", "rope_type"), OWN)
 def test_a_model_that_follows_the_length_reads_chunks_as_it_reads_whole_windows(family: str, rope_type: str) -> None:
     model = scaled_by_itself(family, rope_type)
-    handle = install_as_is(model, CONTEXT)
+    handle = install_native(model, CONTEXT)
     for length in (CONTEXT - 3, CONTEXT, CONTEXT + 1, 29, 4 * CONTEXT, 7 * CONTEXT):
         ids = tokens(length)
         expected = scaled_by_itself(family, rope_type)(ids).logits
@@ -180,7 +180,7 @@ def test_a_model_that_follows_the_length_reads_chunks_as_it_reads_whole_windows(
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
 def test_plain_frequencies_are_another_reading_of_a_model_that_follows_the_length(rope_type: str) -> None:
     model = scaled_by_itself("llama", rope_type)
-    handle, ids = install_as_is(model, CONTEXT), tokens(3 * CONTEXT)
+    handle, ids = install_native(model, CONTEXT), tokens(3 * CONTEXT)
     own = model(ids).logits
     base = handle.base_inv_freq
     handle.use(FrequencyTable(GRID, base.expand(len(GRID), -1)))
@@ -205,7 +205,7 @@ def test_a_module_that_does_not_use_the_frequencies_it_holds_is_refused(monkeypa
 
     monkeypatch.setattr(type(model.model.rotary_emb), "forward", ignoring)
     with pytest.raises(ValueError, match="rope_type=longrope of model_type=llama: it follows the length in"):
-        install_as_is(model, CONTEXT)
+        install_native(model, CONTEXT)
 
 
 def small(kind: str, **settings: Any) -> PreTrainedModel:
@@ -235,7 +235,7 @@ WITHOUT_ROPE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", sorted(WITHOUT_ROPE))
 def test_a_model_without_rope_reads_chunks_as_it_reads_whole_windows(kind: str) -> None:
     model = small(kind, **WITHOUT_ROPE[kind])
-    handle = install_as_is(model, CONTEXT)
+    handle = install_native(model, CONTEXT)
     for length in (CONTEXT, 4 * CONTEXT):
         ids = tokens(length)
         with handle.fixed(length):
@@ -249,21 +249,21 @@ def test_a_model_without_rope_reads_chunks_as_it_reads_whole_windows(kind: str) 
 def test_the_biases_of_mpt_beyond_its_context_continue_those_within() -> None:
     model = small("mpt", **WITHOUT_ROPE["mpt"])
     longer = small("mpt", **(WITHOUT_ROPE["mpt"] | {"max_seq_len": 8 * CONTEXT}))
-    handle, ids = install_as_is(model, CONTEXT), tokens(8 * CONTEXT)
+    handle, ids = install_native(model, CONTEXT), tokens(8 * CONTEXT)
     with handle.fixed(8 * CONTEXT):
         torch.testing.assert_close(model(ids).logits, longer(ids).logits)
     assert model.config.max_seq_len == CONTEXT
 
 
 def test_a_table_of_positions_ends_where_it_ends_and_alibi_does_not() -> None:
-    handle = install_as_is(small("gpt2", **WITHOUT_ROPE["gpt2"]), CONTEXT)
+    handle = install_native(small("gpt2", **WITHOUT_ROPE["gpt2"]), CONTEXT)
     with pytest.raises(ValueError, match=r"num_tokens=65: model_type=gpt2 .* for 64 tokens"), handle.fixed(65):
         pytest.fail("there are no such positions")
-    assert install_as_is(small("bloom", **WITHOUT_ROPE["bloom"]), CONTEXT).max_tokens is None
+    assert install_native(small("bloom", **WITHOUT_ROPE["bloom"]), CONTEXT).max_tokens is None
 
 
 def test_what_needs_frequencies_is_refused_on_a_model_without() -> None:
-    handle = install_as_is(small("bloom", **WITHOUT_ROPE["bloom"]), CONTEXT)
+    handle = install_native(small("bloom", **WITHOUT_ROPE["bloom"]), CONTEXT)
     base = torch.ones(4, dtype=torch.float64)
     with pytest.raises(ValueError, match="table of 4 pairs: model_type=bloom has no RoPE"):
         handle.use(pi_table(base, GRID))
@@ -273,7 +273,7 @@ def test_what_needs_frequencies_is_refused_on_a_model_without() -> None:
 
 def test_a_model_without_a_kv_cache_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="model_type=mamba: no rotary position embedding and no KV cache"):
-        handle_without_weights(AutoConfig.for_model("mamba", num_hidden_layers=1), CONTEXT)
+        native_handle_on_meta(AutoConfig.for_model("mamba", num_hidden_layers=1), CONTEXT)
 
 
 def test_longrope_factors_come_from_a_file(tmp_path: Path) -> None:

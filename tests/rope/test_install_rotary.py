@@ -1,4 +1,4 @@
-"""Where the rotary module is found, what is refused, and what stays as it was."""
+"""Installation of the rotary module: where it is found, what is refused, and what stays unchanged."""
 
 import copy
 import logging
@@ -31,7 +31,7 @@ def test_falcon_with_alibi_does_not_use_the_rotary_module_it_holds() -> None:
 
 
 def test_an_encoder_is_refused_in_one_line() -> None:
-    with pytest.raises(ValueError, match="model_type=t5: no causal language model") as refusal:
+    with pytest.raises(ValueError, match="model_type=t5: cannot build a causal language model") as refusal:
         require_rotary(AutoConfig.for_model("t5"))
     assert "\n" not in str(refusal.value)
 
@@ -109,7 +109,7 @@ def test_the_state_dict_has_the_same_keys_as_before() -> None:
 def test_a_second_installation_is_refused_until_the_first_is_undone() -> None:
     model = tiny_model("llama")
     handle = install_rotary(model, CONTEXT)
-    with pytest.raises(ValueError, match="already replaced"):
+    with pytest.raises(ValueError, match="already applied"):
         install_rotary(model, CONTEXT)
     handle.undo()
     install_rotary(model, CONTEXT)
@@ -154,7 +154,7 @@ def test_clamping_stays_at_t_max_and_warns_once(caplog: pytest.LogCaptureFixture
         clamped = model(ids).logits
         model(ids)
     assert [record.getMessage() for record in caplog.records] == [
-        "num_tokens=60 is beyond t_max * L = 3 * 16: t stays at t_max, quality will fall"
+        "num_tokens=60 exceeds t_max * L = 3 * 16: t stays at t_max, and quality will degrade"
     ]
     with handle.pinned(3.0):
         assert torch.equal(model(ids).logits, clamped)
@@ -205,7 +205,7 @@ def test_negative_positions_are_refused() -> None:
         model(ids, position_ids=torch.arange(-2, 2)[None])
     for number in (-1.0, float("nan"), float("inf")):
         with (
-            pytest.raises(ValueError, match="sampled positions are finite"),
+            pytest.raises(ValueError, match="sampled positions must be finite"),
             handle.training(Spectrum(handle.base_inv_freq), torch.tensor([[0.0, number]]).double()),
         ):
             pass
@@ -269,7 +269,7 @@ def test_plain_positions_in_training_are_the_positions_of_evaluation() -> None:
 @torch.no_grad()
 def test_local_layers_keep_their_own_rope_while_training() -> None:
     model, ids = tiny_model("gemma3_text", layer_types=["sliding_attention"] * 2), tokens(1, CONTEXT)
-    with pytest.raises(ValueError, match="exactly one should be global"):
+    with pytest.raises(ValueError, match="exactly one must be global"):
         install_rotary(model, CONTEXT)
     model = tiny_model("gemma3_text", num_layers=3, layer_types=["sliding_attention"] * 2 + ["full_attention"])
     handle, seen = install_rotary(model, CONTEXT), []

@@ -1,4 +1,4 @@
-"""Layers that see a window of at most L tokens keep the model's own frequencies, though one RoPE serves all layers."""
+"""Layers with a window of at most L tokens keep the model's own frequencies, although one RoPE serves all layers."""
 
 import copy
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from clex_train.config.scaling import Positions, ScalingConfig
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models import architecture
 from clex_train.models.load import load_for_training, recompute_layers
-from clex_train.rope.native import install_as_is
+from clex_train.rope.native import install_native
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.spectrum import Spectrum, cos_sin
@@ -41,13 +41,13 @@ GRID = [1.0, 2.0, 3.0]
 
 
 def pair_at(inv_freq: Tensor, num_tokens: int, family: str, factor: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [1, S, W] at plain positions, formed here."""
+    """Compute cos and sin [1, S, W] at plain positions, independently of the package."""
     cos, sin = (factor * x.float() for x in cos_sin(torch.arange(num_tokens)[None], inv_freq))
     return (cos, sin) if family in ONCE else (torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
 
 
 def with_own_pair(layer: nn.Module, pair: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """Give `layer` another pair than the model's rotary module returned; returns what ends that."""
+    """Give `layer` another pair than the model's rotary module returned; return a function that ends it."""
     hook = layer.register_forward_pre_hook(
         lambda _, args, kwargs: (args, {**kwargs, "position_embeddings": pair}), with_kwargs=True
     )
@@ -55,7 +55,7 @@ def with_own_pair(layer: nn.Module, pair: tuple[Tensor, Tensor]) -> Callable[[],
 
 
 def reference(model: PreTrainedModel, ids: Tensor, inv_freq: Tensor, family: str) -> Tensor:
-    """Logits of the untouched model with only its layer 1 rotated by `inv_freq`."""
+    """Compute the logits of the untouched model with only its layer 1 rotated by `inv_freq`."""
     factor = float(model.model.rotary_emb.attention_scaling)
     end = with_own_pair(model.model.layers[1], pair_at(inv_freq, ids.shape[1], family, factor))
     logits = model(ids, use_cache=False).logits
@@ -89,9 +89,9 @@ def test_only_layers_that_see_beyond_l_follow_t(family: str) -> None:
 def test_keys_of_local_layers_stay_to_the_bit_when_t_moves(family: str) -> None:
     model, ids = model_of(family, **MIXED[family]), tokens(1, CONTEXT + 1)
     scaled(model)
-    cache = kv_cache.taken_out(model(ids[:, :CONTEXT], use_cache=True))
+    cache = kv_cache.require_in_output(model(ids[:, :CONTEXT], use_cache=True))
     local, far = (layer.keys.clone() for layer in cache.layers)
-    model(ids[:, CONTEXT:], use_cache=True, **kv_cache.passed(model, cache))
+    model(ids[:, CONTEXT:], use_cache=True, **kv_cache.as_kwargs(model, cache))
     kept = min(local.shape[2], cache.layers[0].keys.shape[2] - 1)
     assert torch.equal(cache.layers[0].keys[:, :, -kept - 1 : -1], local[:, :, -kept:])
     assert (cache.layers[1].keys[:, :, :CONTEXT] - far).abs().max() > 1e-3
@@ -108,7 +108,7 @@ def test_a_base_that_follows_the_length_by_itself_does_so_in_local_layers_too() 
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     model, ids = model_of("qwen2", **MIXED["qwen2"], rope_parameters=rope), tokens(1, 2 * CONTEXT)
     expected = copy.deepcopy(model)(ids, use_cache=False).logits
-    handle = install_as_is(model, CONTEXT)
+    handle = install_native(model, CONTEXT)
     assert torch.allclose(model(ids, use_cache=False).logits, expected, atol=1e-4, rtol=0)
     assert handle.scaled_layers == {0: True, 1: True}
 

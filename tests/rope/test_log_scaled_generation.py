@@ -27,7 +27,7 @@ def test_each_decoding_step_has_the_factor_of_its_own_length() -> None:
 
 
 def log_scaled_decoding(attention: str) -> torch.Tensor:
-    """Logits of a prompt of 30 tokens and four single ones after it, t and the factor moving."""
+    """Return the logits of a prompt of 30 tokens and four single ones after it, with t and the factor moving."""
     model, ids = tiny_model("llama", hidden_size=64, head_dim=16), tokens(1, 34)
     model.set_attn_implementation(attention)
     handle = install_rotary(model, CONTEXT)

@@ -1,4 +1,4 @@
-"""Layers without rotation keep their keys, and a model in which nothing rotates beyond a window is not scaled."""
+"""Layers without rotation keep their keys, and a model whose rotated layers all see short windows is not scaled."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,7 @@ from clex_train.evaluation import methods
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models import architecture
 from clex_train.models.load import LoadedModel, load_for_training, trained_architecture
-from clex_train.rope.native import install_as_is
+from clex_train.rope.native import install_native
 from clex_train.rope.patch import install_rotary
 from clex_train.rope.receptive_field import require_scalable_config
 from clex_train.scaling.methods.ntk import ntk_table
@@ -63,7 +63,7 @@ def model_of(kind: str, num_layers: int = 2, **settings: Any) -> PreTrainedModel
 
 @pytest.mark.parametrize("kind", SOME_WITHOUT)
 def test_layers_are_found_out_one_by_one(kind: str) -> None:
-    handle = install_as_is(model_of(kind, **SOME_WITHOUT[kind]), CONTEXT)
+    handle = install_native(model_of(kind, **SOME_WITHOUT[kind]), CONTEXT)
     assert handle.scaled_layers == {0: True, 1: False}
 
 
@@ -71,11 +71,11 @@ def test_layers_are_found_out_one_by_one(kind: str) -> None:
 @torch.no_grad()
 def test_keys_of_layers_without_rotation_stay_to_the_bit_when_t_moves(kind: str) -> None:
     model, ids = model_of(kind, **SOME_WITHOUT[kind]), tokens(1, CONTEXT + 1)
-    handle = install_as_is(model, CONTEXT)
+    handle = install_native(model, CONTEXT)
     handle.use(ntk_table(handle.base_inv_freq, [1.0, 2.0]))
-    cache = kv_cache.taken_out(model(ids[:, :CONTEXT], use_cache=True))
+    cache = kv_cache.require_in_output(model(ids[:, :CONTEXT], use_cache=True))
     before = [layer.keys.clone() for layer in cache.layers]
-    model(ids[:, CONTEXT:], use_cache=True, **kv_cache.passed(model, cache))
+    model(ids[:, CONTEXT:], use_cache=True, **kv_cache.as_kwargs(model, cache))
     rotated, plain = (layer.keys[:, :, :CONTEXT] for layer in cache.layers)
     assert torch.equal(plain, before[1])
     assert (rotated - before[0]).abs().max() > 1e-2
@@ -86,15 +86,15 @@ def test_a_model_of_one_layer_without_rotation_is_the_same_with_a_cache() -> Non
     model, ids = model_of("smollm3", 1, no_rope_layers=[0]), tokens(1, CONTEXT + 1)
     handle = install_rotary(model, CONTEXT)
     handle.use(ntk_table(handle.base_inv_freq, [1.0, 2.0]))
-    cache = kv_cache.taken_out(model(ids[:, :CONTEXT], use_cache=True))
-    cached = model(ids[:, CONTEXT:], use_cache=True, **kv_cache.passed(model, cache)).logits[:, -1]
+    cache = kv_cache.require_in_output(model(ids[:, :CONTEXT], use_cache=True))
+    cached = model(ids[:, CONTEXT:], use_cache=True, **kv_cache.as_kwargs(model, cache)).logits[:, -1]
     assert torch.allclose(cached, model(ids, use_cache=False).logits[:, -1], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "phi3", "starcoder2"])
 def test_windows_in_every_layer_are_refused_with_the_remedy(kind: str) -> None:
     model = model_of(kind, sliding_window=12)
-    remedy = rf"model_type={kind}: .* window of 12 tokens, of L = 16.*; set sliding_window to null in config.json"
+    remedy = rf"model_type={kind}: .* window of 12 tokens, at most L = 16.*; set sliding_window to null in config.json"
     with pytest.raises(ValueError, match=remedy):
         apply_clex(model, context_len=CONTEXT)
     with pytest.raises(ValueError, match=remedy):
@@ -107,7 +107,7 @@ def test_windows_in_every_layer_are_refused_with_the_remedy(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["exaone4", "exaone_moe", "cohere2", "afmoe"])
 def test_windows_beside_layers_without_positions_are_refused_with_the_reason(kind: str) -> None:
     settings = {**SOME_WITHOUT[kind], "sliding_window": 12}
-    with pytest.raises(ValueError, match=f"model_type={kind}: .*the layers with full attention have no positions"):
+    with pytest.raises(ValueError, match=f"model_type={kind}: .*layers with full attention have no positions"):
         apply_clex(model_of(kind, **settings), context_len=CONTEXT)
 
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_scaled_trains_as_it_is(kind: str, tmp_path: Path) -> Non
 @torch.no_grad()
 def test_frequencies_that_are_0_are_read_as_they_are_and_extended_by_no_formula() -> None:
     model = model_of("gemma4_text", **UNSCALABLE["gemma4_text"])
-    handle, ids = install_as_is(model, CONTEXT), tokens(1, 2 * CONTEXT)
+    handle, ids = install_native(model, CONTEXT), tokens(1, 2 * CONTEXT)
     before = model(ids).logits
     loaded = LoadedModel(model, handle, CONTEXT)
     spec = EvaluationConfig(methods=[Method.trained, Method.none], lengths=[2 * CONTEXT])
@@ -159,17 +159,17 @@ def test_frequencies_that_are_0_are_refused_by_name_without_a_list_of_numbers() 
 @pytest.mark.parametrize(
     ("kind", "settings", "reason"),
     [
-        ("doge", {"head_dim": 8}, "makes masks of its own"),
+        ("doge", {"head_dim": 8}, "builds masks of its own"),
         ("gpt_oss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "learned sinks"),
-        ("smollm3", {"no_rope_layers": [1, 0]}, "layers 1 are without positions"),
-        ("cohere2", SOME_WITHOUT["cohere2"], "layers 1 are without positions"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "layers 1 have no positions"),
+        ("cohere2", SOME_WITHOUT["cohere2"], "layers 1 have no positions"),
     ],
 )
 def test_lm_infinite_refuses_what_it_does_not_fit_before_the_first_call(
     kind: str, settings: dict[str, Any], reason: str
 ) -> None:
     model = model_of(kind, **settings)
-    with pytest.raises(ValueError, match=rf"^model_type={kind}: lm_infinite does not fit it \(.*{reason}"):
+    with pytest.raises(ValueError, match=rf"^model_type={kind}: lm_infinite does not support it \(.*{reason}"):
         apply_lm_infinite(model, 8, 2)
 
 
@@ -184,7 +184,7 @@ def test_padding_behind_tokens_and_a_windowed_cache_are_refused_and_a_whole_cach
     whole = model(ids, attention_mask=mask, use_cache=False).logits[1, 12:]
 
     def rest(cache: DynamicCache) -> torch.Tensor:
-        given = {"use_cache": True, **kv_cache.passed(model, cache)}
+        given = {"use_cache": True, **kv_cache.as_kwargs(model, cache)}
         model(ids[:, :12], attention_mask=mask[:, :12], **given)
         return model(ids[:, 12:], attention_mask=mask, **given).logits[1]
 
@@ -205,7 +205,7 @@ def test_a_decoding_step_under_lm_infinite_waits_once_a_layer_to_see_where_its_p
         apply_lm_infinite(model, 16, 2)
         cache, ids, mask = DynamicCache(config=model.config), tokens(2, 20), torch.ones(2, 20, dtype=torch.int64)
         mask[1, :3] = 0
-        given = {"use_cache": True, **kv_cache.passed(model, cache)}
+        given = {"use_cache": True, **kv_cache.as_kwargs(model, cache)}
         model(ids[:, :19], attention_mask=mask[:, :19], **given)
         seen, read = [], torch.Tensor.__bool__
         with monkeypatch.context() as patch:

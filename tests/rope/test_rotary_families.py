@@ -1,4 +1,4 @@
-"""Every family: untouched at t = 1, gradients into the frequencies, cached keys that follow t, undone to the bit."""
+"""Every family: unchanged at t = 1, gradients into the frequencies, cached keys that follow t, undone to the bit."""
 
 import pytest
 from packaging.version import Version

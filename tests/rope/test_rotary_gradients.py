@@ -1,4 +1,4 @@
-"""Gradients of the loss in the frequencies, against float64 finite differences of an independent model."""
+"""Gradients of the loss with respect to the frequencies, against float64 finite differences of an independent model."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def sampled_positions() -> Tensor:
 
 @torch.no_grad()
 def finite_differences(family: str, theta: Tensor) -> Tensor:
-    """d loss / d theta by central differences in log theta, all in float64."""
+    """Compute d loss / d theta by central differences in log theta, all in float64."""
     model = in_float64(tiny_model(family))
     parent = next(m for m in model.modules() if "rotary_emb" in dict(m.named_children()))
     gradient = torch.zeros_like(theta)
@@ -47,7 +47,7 @@ def finite_differences(family: str, theta: Tensor) -> Tensor:
 
 
 def in_float64(model: nn.Module) -> nn.Module:
-    """The model in double precision; the stock RMS norm would round to float32 inside."""
+    """Convert the model to double precision; the stock RMS norm would round to float32 inside."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child).__name__.endswith("RMSNorm"):
@@ -58,7 +58,7 @@ def in_float64(model: nn.Module) -> nn.Module:
 
 
 def float64_loss(model: nn.Module) -> Tensor:
-    """Cross-entropy without the rounding to float32 of the stock loss."""
+    """Compute the cross-entropy without the stock loss's rounding to float32."""
     ids = tokens(ROWS, LENGTH)
     logits = model(input_ids=ids, use_cache=False).logits
     assert logits.dtype == torch.float64
@@ -66,7 +66,7 @@ def float64_loss(model: nn.Module) -> Tensor:
 
 
 def gradient(family: str, dtype: torch.dtype = torch.float32, pieces: int = 1, checkpointing: bool = False) -> Tensor:
-    """d loss / d theta as training collects it, over `pieces` micro-batches."""
+    """Compute d loss / d theta as training collects it, over `pieces` micro batches."""
     model, ids, positions = tiny_model(family, dtype=dtype), tokens(ROWS, LENGTH), sampled_positions()
     handle = install_rotary(model, CONTEXT)
     if checkpointing:

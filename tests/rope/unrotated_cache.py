@@ -1,7 +1,7 @@
-"""The semantics of the original code, slowly: cached keys unrotated, all of them rotated at the current theta.
+"""Reference semantics of the original code, slow: cached keys stay unrotated and are all rotated at the current theta.
 
 Independent of `clex_train.rope`: the stock model runs with theta written into its own rotary buffer, and the cache
-takes the rotation off what it is given and puts the current one on everything it returns.
+removes the rotation from its input and applies the current one to everything it returns.
 """
 
 import torch
@@ -12,7 +12,7 @@ from clex_train.scaling.table import FrequencyTable
 
 
 class UnrotatedCache(DynamicCache):
-    """`advance` comes before each forward; keys of the layers `local` are stored as they are."""
+    """A cache of unrotated keys, except in the layers `local`; call `advance` before each forward."""
 
     def __init__(self, interleaved: bool, local: frozenset[int] = frozenset()) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class UnrotatedCache(DynamicCache):
         self.all_positions = torch.cat([*before, positions], dim=1)
 
     def _turn(self, keys: Tensor, positions: Tensor, sign: int) -> Tensor:
-        """Complex multiplication by exp(i * sign * position * theta) in float64."""
+        """Multiply by exp(i * sign * position * theta) in float64."""
         width = 2 * len(self.theta)
         rotary, rest = keys[..., :width].double(), keys[..., width:].double()
         angle = sign * positions[:, None, :, None].double() * self.theta
@@ -56,9 +56,10 @@ def reference_logits(
     interleaved: bool = False,
     pad: Tensor | None = None,
 ) -> Tensor:
-    """Logits [B, S, V] of a stock model fed `ids` in pieces of `lengths`; `pad` [B] counts left padding per row.
+    """Compute the logits [B, S, V] of a stock model fed `ids` in pieces of `lengths`.
 
-    t is the least grid member >= n / L after each piece, n being the tokens so far of the row without padding.
+    `pad` [B] counts left padding per row. t is the least grid member >= n / L after each piece, n being the tokens so
+    far of the row without padding.
     """
     rotary = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
     buffer = "inv_freq" if hasattr(rotary, "inv_freq") else "full_attention_inv_freq"

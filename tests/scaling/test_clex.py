@@ -1,4 +1,4 @@
-"""CLEX against the official outputs, a plain float64 solve in t, finite differences, and its own promises."""
+"""CLEX against the official outputs, a plain float64 solve in t, and finite differences; plus its own contracts."""
 
 import math
 from collections.abc import Callable
@@ -20,13 +20,13 @@ def rope(num_pairs: int, base: float = 10000.0) -> torch.Tensor:
 
 
 def llama3_like(num_pairs: int) -> torch.Tensor:
-    """Frequencies that no base gives: slow ones divided by 8, a smooth band between."""
+    """Return frequencies that no base produces: slow ones divided by 8, a smooth band between."""
     blend = torch.linspace(0, 1, num_pairs, dtype=torch.float64) ** 2
     return rope(num_pairs, 500000.0) * (1 - blend + blend / 8)
 
 
 def trained(clex: Clex, scale: float = 0.02, seed: int = 0) -> Clex:
-    """Weights away from zero, as training leaves them."""
+    """Move the weights away from zero, as training would."""
     with torch.no_grad():
         clex.down.normal_(0, scale, generator=torch.Generator().manual_seed(seed))
     clex.refine()
@@ -34,7 +34,7 @@ def trained(clex: Clex, scale: float = 0.02, seed: int = 0) -> Clex:
 
 
 def golden_clex(goldens: Path, prefix: str, base: float, tolerance: float = 1e-6) -> Clex:
-    """The field of an official checkpoint of head dimension 128 (`prefix` such as hd128.tanh.pf1)."""
+    """Build the field of an official checkpoint of head dim 128 (`prefix` such as hd128.tanh.pf1)."""
     tensors = load_file(goldens / "clex_ode.safetensors")
     up, down = tensors[f"{prefix}.ode_up_proj"], tensors[f"{prefix}.ode_down_proj"]
     factor = up.shape[1] / (2 * up.shape[0])
@@ -55,7 +55,7 @@ def filled(clex: Clex, up: torch.Tensor, down: torch.Tensor) -> Clex:
 
 
 def plain_solve_in_t(clex: Clex, t: float) -> torch.Tensor:
-    """log theta(t) by dopri8 in t, the equation as the paper writes it: slow, and shares no code with the package."""
+    """Solve for log theta(t) by dopri8 in t, with the paper's equation: slow, and independent of the package."""
     num_pairs = len(clex.base_inv_freq)
     j = torch.arange(num_pairs, dtype=torch.float64)
     log_base, exponent = clex.base_inv_freq.log(), 2 * j / (2 * num_pairs - 2)
@@ -248,7 +248,7 @@ def test_the_guard_lets_a_small_residual_pass_and_names_where_a_large_one_begins
     largest = float(clex.residual(scale_grid(8)).max())
     assert clex.check_residual(2 * largest) == pytest.approx(largest, rel=0.05)
     with pytest.raises(
-        UnstableField, match=r"moved log theta by \S+ at t=\S+, beyond scaling\.max_residual="
+        UnstableField, match=r"moved log theta by \S+ at t=\S+, which exceeds scaling\.max_residual="
     ) as caught:
         clex.check_residual(largest / 2)
     assert 1 < caught.value.t < 8
@@ -311,7 +311,7 @@ def test_arguments_out_of_range_are_refused_by_name(change: dict[str, object], m
 
 @pytest.mark.parametrize("t", [0.99, 4.1, float("nan")])
 def test_a_scale_factor_outside_the_range_is_refused(t: float) -> None:
-    with pytest.raises(ValueError, match=r"scale factors lie in \[1, t_max=4\]"):
+    with pytest.raises(ValueError, match=r"scale factors must lie in \[1, t_max=4\]"):
         Clex(rope(4), 4.0).inv_freq(t)
 
 

@@ -17,7 +17,7 @@ from clex_train.evaluation import results
 from clex_train.evaluation.methods import base_rope, tables
 from clex_train.models.load import load_for_evaluation
 from clex_train.rope import recipes
-from clex_train.rope.native import handle_without_weights
+from clex_train.rope.native import native_handle_on_meta
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.methods.base import Rope
 from clex_train.scaling.methods.cope import Cope
@@ -89,7 +89,7 @@ def test_its_config_says_the_same_frequencies_at_every_length(tmp_path: Path, cl
     read = AutoConfig.from_pretrained(tmp_path)
     json.loads((tmp_path / "config.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     expected = torch.tensor(slow(8, 4, L if clip else math.inf), dtype=torch.float64)
-    own = handle_without_weights(read, L).own
+    own = native_handle_on_meta(read, L).own
     assert own is not None
     for t in (1.0, 2.0, 4.0, 16.0):
         torch.testing.assert_close(own.at(t).inv_freq, expected, rtol=1e-6, atol=1e-29)

@@ -12,7 +12,7 @@ REFERENCES = sorted(set(re.findall(r"`([\w/]+\.py):([\w.]+)`", PAGE.read_text(en
 
 
 def defined_names(path: Path) -> set[str]:
-    """Functions, classes and `Class.method` of a module."""
+    """Collect the functions, classes and `Class.method`s of a module."""
     names = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

@@ -1,4 +1,4 @@
-"""Draws of t and of positions: what holds for every row length, scale factor and seed."""
+"""Draws of t and of positions: properties for every row length, scale factor and seed."""
 
 import math
 
@@ -24,7 +24,7 @@ SCALES = st.one_of(st.floats(1, 64), st.integers(1, 64).map(float), st.just(1.0)
 
 @st.composite
 def rows(draw: st.DrawFn) -> tuple[int, int]:
-    """(n, L): shorter than L, equal, odd multiples, at least 3 L (where the official formula repeats positions)."""
+    """Draw (n, L): shorter than L, equal, odd multiples, and at least 3 L, where the official formula repeats."""
     context_len = draw(st.integers(1, 96))
     num_tokens = draw(
         st.one_of(

@@ -1,4 +1,4 @@
-"""The integrator on problems with exact solutions: order, wanted points, steps from a tolerance, stiffness."""
+"""The integrator on problems with exact solutions: order, requested points, steps from a tolerance, stiffness."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ ONE = torch.ones(1, dtype=torch.float64)
 
 
 def growth(u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """dy/du = cos(3u) y with y(0) = 1 has the solution exp(sin(3u) / 3)."""
+    """Evaluate dy/du = cos(3u) y, whose solution from y(0) = 1 is exp(sin(3u) / 3)."""
     return torch.cos(3 * u) * y
 
 
@@ -24,7 +24,7 @@ def growth_exact(t: torch.Tensor) -> torch.Tensor:
 
 
 def decay(rate: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """dy/dt = -rate (y - 1), written in u: y(t) = 1 - exp(-rate (t - 1)), as stiff as `rate` says."""
+    """Build dy/dt = -rate (y - 1), written in u: y(t) = 1 - exp(-rate (t - 1)), as stiff as `rate`."""
     return lambda u, y: -rate * torch.exp(u) / 2 * (y - 1)
 
 
@@ -110,7 +110,7 @@ def test_a_stiff_field_gets_more_steps_before_it_is_given_up() -> None:
 
 def test_a_field_too_stiff_for_the_grid_is_named_with_t_steps_and_error() -> None:
     with pytest.raises(
-        UnstableField, match=r"too stiff from t=\S+ on: 64 steps leave an error of \S+ in log"
+        UnstableField, match=r"too stiff from t=\S+ on: with 64 steps the error in log theta is \S+"
     ) as caught:
         refine(decay(1e4), ZERO, 16.0, 1e-6, max_steps=64)
     assert 1 < caught.value.t <= 16

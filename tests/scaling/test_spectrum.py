@@ -1,4 +1,4 @@
-"""cos and sin at any position, their gradient, and the rotation they make."""
+"""cos and sin at any position, their gradient, and the rotation they define."""
 
 import math
 
@@ -18,7 +18,7 @@ def rope(num_pairs: int = 64, base: float = 10000.0) -> torch.Tensor:
 
 
 def exact(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Extended precision: the phase of position 10^9 keeps ten digits after the point."""
+    """Compute in extended precision: the phase of position 10^9 keeps ten decimals."""
     phase = positions.numpy().astype(np.longdouble)[..., None] * inv_freq.numpy().astype(np.longdouble)
     return np.cos(phase), np.sin(phase)
 

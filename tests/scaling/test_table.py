@@ -122,7 +122,7 @@ def test_a_file_that_is_no_table_is_refused_by_name(tmp_path: Path, content: str
 
 @pytest.mark.parametrize("grid", [[], [2.0, 3.0], [1.0, 1.0], [1.0, 3.0, 2.0]])
 def test_a_grid_that_does_not_ascend_from_1_is_refused(grid: list[float]) -> None:
-    with pytest.raises(ValueError, match="ascend, starting at 1"):
+    with pytest.raises(ValueError, match="must ascend from 1"):
         FrequencyTable(torch.tensor(grid, dtype=torch.float64), torch.ones(len(grid), 4, dtype=torch.float64))
 
 
@@ -130,7 +130,7 @@ def test_a_grid_that_does_not_ascend_from_1_is_refused(grid: list[float]) -> Non
 def test_frequencies_that_are_not_finite_and_positive_are_refused_by_place(value: float) -> None:
     inv_freq = pi_table(BASE, scale_grid(4)).inv_freq.clone()
     inv_freq[2, 5] = value
-    with pytest.raises(ValueError, match=r"inv_freq\[2, 5\]=.* at t=3: frequencies are finite and positive"):
+    with pytest.raises(ValueError, match=r"inv_freq\[2, 5\]=.* at t=3: frequencies must be finite and positive"):
         FrequencyTable(scale_grid(4), inv_freq)
 
 
@@ -150,7 +150,7 @@ def test_scale_grid_refuses_what_it_cannot_span() -> None:
 
 
 class TestTheTOfALongerCall:
-    """`t_factor`: a call takes the t of one so many times as long."""
+    """`t_factor`: a call uses the t of a context `t_factor` times as long."""
 
     def test_is_the_least_upper_bound_of_so_many_times_the_tokens_and_ends_at_t_max(self) -> None:
         table = replace(ntk_table(BASE, [1.0, 2.0, 3.0, 4.0, 8.0]), t_factor=1.5)

@@ -1,4 +1,4 @@
-"""The field dy/du against the official code's samples and against the equation written out in t."""
+"""The field dy/du against samples of the official code, and against the equation in t."""
 
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ def weights(num_pairs: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def drift(num_pairs: int) -> torch.Tensor:
-    """2j / (d - 2)"""
+    """Compute 2j / (d - 2)."""
     return 2 * torch.arange(num_pairs, dtype=torch.float64) / (2 * num_pairs - 2)
 
 

@@ -102,7 +102,7 @@ def test_what_is_found_before_the_block_is_logged_after_it(
 def test_a_refusal_comes_after_what_was_found_before_it(monkeypatch, capsys):
     log_to_stderr(monkeypatch)
 
-    @log.after_opening()
+    @log.buffered()
     def refused():
         log.get("clex_train").warning("found")
         assert capsys.readouterr().err == ""
@@ -117,7 +117,7 @@ def test_other_ranks_log_at_once_when_rank_0_has_said_what_is_ahead(monkeypatch,
     log_to_stderr(monkeypatch)
     monkeypatch.setattr("clex_train.utils.distributed.rank", lambda: 1)
     for say in (lambda: summary.say("title", []), lambda: loading.say_what_is_ahead("evaluate", None, None, [])):
-        with log.after_opening():
+        with log.buffered():
             log.get("clex_train").warning("found")
             assert capsys.readouterr().err == ""
             say()

@@ -1,8 +1,8 @@
 """How often the host waits for the device in a step, counted on tensors that would be on the device.
 
-What `to_device` gives counts as being on the device, what transformers makes of nothing does, and all that is computed
-from these, gradients and the optimizer's buffers included; `sum_to_host` brings it back. A read is an operation that
-Python or a shape depends on.
+What `to_device` gives counts as being on the device, what transformers makes of nothing does, and all that is
+computed from these, gradients and the optimizer's buffers included; `all_reduce_sum_to_host` brings it back. A read is
+an operation that Python or a shape depends on.
 """
 
 import sys
@@ -73,7 +73,7 @@ def counted(tmp_path, tiny_run, monkeypatch):
             mode.mark(moved)
         return moved
 
-    def sum_to_host(tensor):
+    def all_reduce_sum_to_host(tensor):
         brought = tensor.detach().numpy().copy()
         mode.brought += 1
         return lambda: torch.from_numpy(brought)
@@ -89,7 +89,7 @@ def counted(tmp_path, tiny_run, monkeypatch):
         return figures[-1]
 
     monkeypatch.setattr(distributed, "to_device", to_device)
-    monkeypatch.setattr(distributed, "sum_to_host", sum_to_host)
+    monkeypatch.setattr(distributed, "all_reduce_sum_to_host", all_reduce_sum_to_host)
     monkeypatch.setattr(loop, "train_step", watched)
 
     def run(*overrides: str):

@@ -1,4 +1,4 @@
-"""The device of a rank follows what is visible to it."""
+"""The device of a rank follows the visible devices."""
 
 from types import SimpleNamespace
 
@@ -13,12 +13,12 @@ from clex_train.utils import distributed
 
 @pytest.fixture
 def rank(monkeypatch):
-    """Sets how many GPUs a rank sees and what its launcher tells it."""
+    """Set the number of visible GPUs and the launcher's variables."""
     distributed._has_gpu_of_its_own.cache_clear()
 
     def put(visible: int, **variables: str) -> None:
         # Another test of this process may have left a group of one rank.
-        monkeypatch.setattr(distributed, "is_open", lambda: False)
+        monkeypatch.setattr(distributed, "is_initialized", lambda: False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
         for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CUDA_VISIBLE_DEVICES"):
@@ -58,7 +58,7 @@ def test_a_rank_takes_its_own_of_the_devices_that_it_sees(rank, visible, variabl
 )
 def test_more_ranks_than_devices_are_refused_on_each_before_the_group_is_opened(rank, visible, variables, ranks):
     rank(visible, **variables)
-    line = rf"^LOCAL_RANK={variables['LOCAL_RANK']}: {ranks} ranks on this machine, and {visible} visible GPU"
+    line = rf"^LOCAL_RANK={variables['LOCAL_RANK']}: {ranks} ranks on this machine, but {visible} visible GPU"
     with pytest.raises(ValueError, match=line):
         engines.open_process_group(EngineConfig())
 
@@ -69,7 +69,7 @@ def test_one_device_that_the_launcher_has_is_not_one_for_each_rank(rank, monkeyp
     processes = [SimpleNamespace(environ=lambda: {"LOCAL_RANK": "1"}), SimpleNamespace(environ=lambda: of_launcher)]
     monkeypatch.setattr(psutil.Process, "parents", lambda process: processes)
     if of_launcher == {"CUDA_VISIBLE_DEVICES": "3"}:
-        with pytest.raises(ValueError, match=r"^LOCAL_RANK=1: 2 ranks on this machine, and 1 visible GPU; start"):
+        with pytest.raises(ValueError, match=r"^LOCAL_RANK=1: 2 ranks on this machine, but 1 visible GPU; start"):
             distributed.device()
     else:
         assert distributed.device() == torch.device("cuda", 0), "a wrapper has bound it"

@@ -1,4 +1,4 @@
-"""How errors of others are told in one line."""
+"""Errors of other libraries, summarized in one line."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""What is written appears whole, or what was there stays; a full disk is named, whichever library met it."""
+"""A write appears whole or leaves the previous content; a full disk is named, whichever library met it."""
 
 import errno
 import os
@@ -34,11 +34,11 @@ def _pickle(folder: Path) -> None:
 @pytest.mark.parametrize("write", [_text, _safetensors, _tokenizer])
 def test_a_folder_that_finds_no_room_is_named_and_leaves_what_was_there(little_room, write):
     saved = little_room / "saved"
-    with files.complete_or_absent(saved) as folder:
+    with files.atomic_directory(saved) as folder:
         (folder / "old").write_text("old")
 
     def fill() -> None:
-        with files.complete_or_absent(saved) as folder:
+        with files.atomic_directory(saved) as folder:
             write(folder)
 
     with pytest.raises(OSError, match="No space left on device") as raised:
@@ -155,7 +155,7 @@ def test_a_listing_or_a_listed_file_that_is_no_regular_file_of_the_folder_is_dam
             os.mkfifo(listed / name)
         else:
             (listed / name).symlink_to("/dev/zero" if place == "link" else listed.parent / "nothing")
-        assert checksums.has(listed)
+        assert checksums.exists(listed)
         with pytest.raises(checksums.Damaged, match=name):
             checksums.require_contents(listed)
         (listed / name).unlink()
@@ -189,10 +189,10 @@ def test_a_place_that_takes_no_output_is_refused_and_nothing_is_made(tmp_path):
     (tmp_path / "file").touch()
     for place, reason in (
         (tmp_path / "file" / "x", "file is a file, not a folder"),
-        (Path("/proc/nope/x"), r"/proc (is read-only|takes no files \(.*\))"),
+        (Path("/proc/nope/x"), r"/proc (is read-only|cannot be written to \(.*\))"),
         (tmp_path / ("x" * 256), "a name of more than 255 bytes"),
     ):
         with pytest.raises(ValueError, match=f"^output={place}: .*{reason}"):
-            files.require_place("output", place, place.parent)
-    files.require_place("output", tmp_path / "a" / "b" / "c", tmp_path / "a" / "b")
+            files.require_writable_folder("output", place, place.parent)
+    files.require_writable_folder("output", tmp_path / "a" / "b" / "c", tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,4 +1,4 @@
-"""File locks keep others out where the file system has them; where it has none the work goes on with a warning."""
+"""File locks exclude others where the file system supports them; elsewhere work goes on with a warning."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""What this project relies on inside of libraries is there in the installed versions; a failure names what has gone."""
+"""The private names this project relies on exist in the installed versions; a failure names what is missing."""
 
 import ast
 import importlib
@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 
 from clex_train.utils import versions
-from clex_train.utils.private_names import REACHED, Reach
+from clex_train.utils.private_names import PRIVATE_NAMES, Reach
 
 ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = re.compile(r"\b(?!self\b|cls\b)\w+\.(_[a-z]\w+)")
@@ -20,7 +20,7 @@ OWN = re.compile(r"^\s*(?:self\.)?(_\w+)\b|def (_\w+)|self\.(_\w+)", re.MULTILIN
 
 
 def missing(target: str) -> bool:
-    """Whether a target of the list is not there."""
+    """Return True if a target of the list does not exist."""
     module, _, path = target.partition(":")
     path, _, mentioned = path.partition("=>")
     path, _, attribute = path.partition("@")
@@ -39,7 +39,7 @@ def missing(target: str) -> bool:
 
 
 def assigned(cls: type) -> set[str]:
-    """Attributes that a class declares or its methods assign to self."""
+    """Collect the attributes that a class declares or its methods assign to self."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError):
@@ -48,10 +48,10 @@ def assigned(cls: type) -> set[str]:
     return stores | {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
-@pytest.mark.parametrize("reach", REACHED, ids=lambda reach: reach.target)
+@pytest.mark.parametrize("reach", PRIVATE_NAMES, ids=lambda reach: reach.target)
 def test_what_is_relied_on_is_there(reach: Reach) -> None:
     library = reach.target.partition(":")[0].partition(".")[0]
-    found = Version(str(versions.installed(library)))
+    found = Version(str(versions.installed_version(library)))
     if (reach.since and found < Version(reach.since)) or (reach.cuda and not torch.cuda.is_available()):
         pytest.skip(f"not in {library} {found}")
     assert not missing(reach.target), f"{reach.target} has gone from {library} {found}: {reach.gone}"
@@ -72,13 +72,13 @@ def test_the_check_tells_what_is_not_there(target: str) -> None:
 
 
 def test_targets_are_named_once_and_say_why() -> None:
-    targets = [reach.target for reach in REACHED]
+    targets = [reach.target for reach in PRIVATE_NAMES]
     assert len(set(targets)) == len(targets)
-    assert all(reach.why and reach.gone for reach in REACHED)
+    assert all(reach.why and reach.gone for reach in PRIVATE_NAMES)
 
 
 def test_every_private_name_of_another_object_is_in_the_list() -> None:
-    listed = " ".join(reach.target for reach in REACHED)
+    listed = " ".join(reach.target for reach in PRIVATE_NAMES)
     found: dict[str, str] = {}
     for path in [*(ROOT / "clex_train").rglob("*.py"), ROOT / "train.py"]:
         code = path.read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def lines(monkeypatch, caplog):
-    """Lines of the log that a task of ten units leaves, each unit taking `seconds` on the clock that tqdm reads."""
+    """Collect the log lines of a task of ten units, each taking `seconds` on the clock that tqdm reads."""
 
     def left_by(seconds: float, total: int | None = 10) -> list[str]:
         monkeypatch.setattr(sys, "stderr", io.StringIO())

@@ -1,4 +1,4 @@
-"""What the environment says of ranks: nonsense is one line that names the variable, before anything is opened."""
+"""Rank variables in the environment: nonsense is refused in one line that names the variable."""
 
 import sys
 
@@ -14,7 +14,7 @@ ALL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MA
 def environment(monkeypatch):
     def put(text: str) -> None:
         # Another test of this process may have left a group of one rank.
-        monkeypatch.setattr(distributed, "is_open", lambda: False)
+        monkeypatch.setattr(distributed, "is_initialized", lambda: False)
         for name in ALL:
             monkeypatch.delenv(name, raising=False)
         for item in text.split():
@@ -26,22 +26,22 @@ def environment(monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "line"),
     [
-        ("RANK=abc", "RANK=abc: should be a number from 0; it is for a launcher to set"),
-        ("RANK=-1 WORLD_SIZE=2", "RANK=-1: should be a number from 0"),
-        ("RANK= WORLD_SIZE=2", "RANK='': should be a number from 0"),
-        ("RANK=0 WORLD_SIZE=two", "WORLD_SIZE=two: should be a number from 1"),
-        ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE=0: should be a number from 1"),
-        ("RANK=0 WORLD_SIZE=99999999999", "WORLD_SIZE=99999999999: should be a number"),
-        ("RANK=2 WORLD_SIZE=2", "RANK=2: should be below WORLD_SIZE=2"),
-        ("RANK=1", "RANK=1: should be below WORLD_SIZE=1"),
+        ("RANK=abc", "RANK=abc: must be a number, at least 0; a launcher such as torchrun or deepspeed sets it"),
+        ("RANK=-1 WORLD_SIZE=2", "RANK=-1: must be a number, at least 0"),
+        ("RANK= WORLD_SIZE=2", "RANK='': must be a number, at least 0"),
+        ("RANK=0 WORLD_SIZE=two", "WORLD_SIZE=two: must be a number, at least 1"),
+        ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE=0: must be a number, at least 1"),
+        ("RANK=0 WORLD_SIZE=99999999999", "WORLD_SIZE=99999999999: must be a number"),
+        ("RANK=2 WORLD_SIZE=2", "RANK=2: must be below WORLD_SIZE=2"),
+        ("RANK=1", "RANK=1: must be below WORLD_SIZE=1"),
         ("WORLD_SIZE=4", "WORLD_SIZE=4: RANK is not set"),
-        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=x", "LOCAL_RANK=x: should be a number from 0"),
-        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=2", "LOCAL_RANK=2: should be below WORLD_SIZE=2"),
-        ("RANK=0 WORLD_SIZE=4 LOCAL_RANK=2 LOCAL_WORLD_SIZE=2", "LOCAL_RANK=2: should be below LOCAL_WORLD_SIZE=2"),
-        ("RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=4", "LOCAL_WORLD_SIZE=4: should be at most WORLD_SIZE=2"),
-        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=abc", "MASTER_PORT=abc: a port is a number from 1 to 65535"),
-        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=-1", "MASTER_PORT=-1: a port is a number from 1 to 65535"),
-        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=65536", "MASTER_PORT=65536: a port is a number from 1 to 65535"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=x", "LOCAL_RANK=x: must be a number, at least 0"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=2", "LOCAL_RANK=2: must be below WORLD_SIZE=2"),
+        ("RANK=0 WORLD_SIZE=4 LOCAL_RANK=2 LOCAL_WORLD_SIZE=2", "LOCAL_RANK=2: must be below LOCAL_WORLD_SIZE=2"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=4", "LOCAL_WORLD_SIZE=4: must be at most WORLD_SIZE=2"),
+        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=abc", "MASTER_PORT=abc: must be a port number from 1 to 65535"),
+        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=-1", "MASTER_PORT=-1: must be a port number from 1 to 65535"),
+        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=65536", "MASTER_PORT=65536: must be a port number from 1 to 65535"),
     ],
 )
 def test_nonsense_is_one_line_and_exit_code_2(environment, monkeypatch, capsys, variables, line):
@@ -65,10 +65,10 @@ def test_nonsense_is_one_line_and_exit_code_2(environment, monkeypatch, capsys, 
 )
 def test_what_launchers_set_is_taken(environment, variables, launch):
     environment(variables)
-    assert (distributed.rank(), distributed.world_size()) == ranks.of_launch() == launch
+    assert (distributed.rank(), distributed.world_size()) == ranks.rank_and_world_size() == launch
 
 
 def test_a_launch_that_names_no_place_to_meet_is_refused(environment):
     environment("RANK=0 WORLD_SIZE=1 MASTER_PORT=29500")
-    with pytest.raises(ValueError, match=r"^MASTER_ADDR: not set, where RANK is; it is for"):
-        ranks.require_meeting_place()
+    with pytest.raises(ValueError, match=r"^MASTER_ADDR: not set, where RANK is; a launcher"):
+        ranks.require_rendezvous()

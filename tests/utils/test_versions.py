@@ -1,4 +1,4 @@
-"""The versions that are pinned, those that are called tested and the bounds of requirements.txt are the same."""
+"""The pinned versions, the tested versions and the bounds of requirements.txt agree."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def pinned(name: str) -> dict[str, str]:
-    """{package: version} of a file of constraints."""
+    """Parse {package: version} from a file of constraints."""
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     return dict(re.split("==", line) for line in lines if line and not line.startswith("#"))
 
@@ -82,6 +82,7 @@ def test_a_newer_library_is_said_in_one_line_at_the_start(
 
 
 def test_asking_imports_no_library() -> None:
-    code = "import sys; from clex_train.utils import versions; versions.untested(); print({'torch'} & {*sys.modules})"
+    code = "import sys; from clex_train.utils.versions import untested_warnings; untested_warnings(); "
+    code += "print({'torch'} & {*sys.modules})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.strip() == "set()"

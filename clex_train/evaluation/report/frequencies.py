@@ -84,11 +84,11 @@ def _yarn(run: TrainingRun) -> Formula:
     from clex_train.config.model import ModelConfig
     from clex_train.evaluation.methods import base_rope
     from clex_train.models import architecture
-    from clex_train.rope.native import handle_without_weights
+    from clex_train.rope.native import native_handle_on_meta
 
     model = ModelConfig(path=str(run.folder / FINAL))
     config = architecture.to_train(model)
-    handle = handle_without_weights(config, architecture.context_length(model, config))
+    handle = native_handle_on_meta(config, architecture.context_length(model, config))
     rope, yarn = base_rope(handle), Yarn()
     # A model that cannot have YaRN is refused here, before anything is drawn.
     yarn.table(rope, [1.0, 2.0])

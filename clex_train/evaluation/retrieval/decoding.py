@@ -45,5 +45,5 @@ def greedy(
 
 def _next_token(model: nn.Module, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """The likeliest token [1] after `tokens` [S] and those in the cache, and the grown cache."""
-    output = model(input_ids=tokens[None], use_cache=True, **kv_cache.passed(model, cache))
-    return output.logits[0, -1:].argmax(dim=-1), kv_cache.taken_out(output)
+    output = model(input_ids=tokens[None], use_cache=True, **kv_cache.as_kwargs(model, cache))
+    return output.logits[0, -1:].argmax(dim=-1), kv_cache.require_in_output(output)

@@ -1,7 +1,7 @@
-"""The methods of scaling RoPE, one module each: `scaling.methods.yarn` is `scaling=yarn` and `methods=[yarn]`.
+"""RoPE scaling methods, one module each: `scaling.methods.yarn` is `scaling=yarn` and `methods=[yarn]`.
 
-Each module ends with `METHOD`, its class. A member of `config.method.Method` and a module of the same name are all that
-it takes to be trained with and evaluated.
+Each module ends with `METHOD`, its class. To add a method, add a member to `config.method.Method` and a module of the
+same name; training and evaluation then accept it.
 """
 
 from collections.abc import Mapping
@@ -25,18 +25,19 @@ def create(method: Method) -> ScalingMethod:
 
 
 def for_training(config: ScalingConfig) -> ScalingMethod:
-    """Return the method of `scaling.name` with its settings; `ValueError` names a setting that it does not take."""
+    """Return the method of `scaling.name` with its settings; `ConfigError` names a setting that it does not have."""
     return _configured(config.name, config.method_settings(), config.options, "scaling.", "scaling.options.")
 
 
 def for_evaluation(method: Method, config: EvaluationConfig) -> ScalingMethod:
-    """Return a method of `evaluation.methods`; `ValueError` names a setting that it does not take."""
+    """Return a method of `evaluation.methods`; `ConfigError` names a setting that it does not have."""
     options, prefix = config.method_options.get(method.value, {}), f"evaluation.method_options.{method.value}."
     return _configured(method, config.method_settings(), options, "evaluation.", prefix)
 
 
 def method_class(method: Method) -> type[ScalingMethod]:
     """Return the class that the module of this name defines."""
+    # Imported on use: a config that names one method need not load the modules of all.
     found: type[ScalingMethod] = import_module(f"{__name__}.{method.value}").METHOD
     return found
 
@@ -44,7 +45,7 @@ def method_class(method: Method) -> type[ScalingMethod]:
 def _configured(
     method: Method, shared: Mapping[str, Any], options: Mapping[str, Any], prefix: str, options_prefix: str
 ) -> ScalingMethod:
-    """Create a method from those of the `shared` keys that it has fields for, and from its own `options`."""
+    """Create a method from the `shared` keys that it has fields for, and from its own `options`."""
     cls, hints = method_class(method), get_type_hints(method_class(method))
     settings = {field.name for field in fields(cls)}
     own = sorted(settings - shared.keys() - {"prefix", "options_prefix"})
@@ -57,7 +58,7 @@ def _configured(
 
 
 def _typed(value: Any, hint: Any, key: str) -> Any:
-    """Return an option as the type of its field; `ValueError` names the key."""
+    """Convert an option to the type of its field; `ConfigError` names the key."""
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError as error:

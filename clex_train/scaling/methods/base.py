@@ -1,4 +1,4 @@
-"""What a method of scaling RoPE gives: a frequency table, Hugging Face parameters, a label, and settings of its own.
+"""Base class of the RoPE scaling methods: frequency table, Hugging Face parameters, label, settings.
 
 Shapes: `K` scale factors, `P` pairs = rotary_dim / 2.
 """
@@ -21,57 +21,58 @@ ParametersAt = Callable[[float], dict[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """The RoPE that a method starts from: frequencies alone here, those of a model in `rope.hf_scalings`."""
+    """RoPE that a method starts from: bare frequencies here, a model's in `rope.hf_scalings`."""
 
     inv_freq: Float[Tensor, " P"]
     """theta_j(1), the frequencies before any scaling, in radians per token."""
     context_len: int = 1
-    """L, the context in tokens that the model was trained on."""
+    """L, the context length in tokens that the model was trained on."""
     own: Frequencies | None = None
-    """The scaling that the model brings along."""
+    """Scaling of the model's own config, if any."""
 
     @property
     def model_type(self) -> str:
-        """The family, for messages."""
+        """Model type, for messages."""
         return "unknown"
 
     @property
     def theta(self) -> float:
-        """The base of the frequencies, rope_theta; `ValueError` where no config names it."""
+        """Base of the frequencies, rope_theta; `ValueError` without a config that names it."""
         raise ValueError("rope_theta: unknown for frequencies without a model's config")
 
     def stock_table(self, method: str, t_grid: TGrid, parameters: ParametersAt) -> FrequencyTable:
-        """Compute theta(t) and the attention factors by transformers' formula for the `rope_parameters` of each t.
+        """Compute theta(t) and attention factors with transformers' formula for the `rope_parameters` at each t.
 
         Raises:
-            ValueError: no config, or frequencies that are not the plain ones that the formulas start from.
+            ConfigError: there is no config, or the frequencies are not the plain RoPE that the formulas start from.
         """
+        # Only the subclass for a model has the config that the formulas read.
         raise ConfigError("methods", f"[{method}]", f"transformers' formula needs a model's config; leave {method} out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingMethod(ABC):
-    """A method of scaling RoPE. The dataclass fields of a subclass are its settings.
+    """RoPE scaling method; the dataclass fields of a subclass are its settings.
 
-    A field takes the value of the key of this name in `scaling` or `evaluation` where there is one (`method_settings`),
-    else that of `scaling.options` or `evaluation.method_options`.
+    A field takes its value from the key of the same name in `scaling` or `evaluation` (`method_settings`). Fields
+    without such a key come from `scaling.options` or `evaluation.method_options`.
     """
 
     prefix: str = "scaling."
-    """Group of the settings in messages: `scaling.` in training, `evaluation.` in evaluation."""
+    """Config group of the settings, for messages: `scaling.` in training, `evaluation.` in evaluation."""
     options_prefix: str = "scaling.options."
-    """The same for settings without a key in the group."""
+    """Prefix of settings without a key of their own, for messages."""
 
     title: ClassVar[str]
-    """The label, without settings."""
+    """Label without settings."""
     follows_length: ClassVar[bool] = False
-    """transformers computes the frequencies again for the length of each call, so a run trains at those of its rows."""
+    """True if transformers recomputes frequencies for the length of each call; training then uses those of its rows."""
     counts_from_context: ClassVar[bool] = False
-    """transformers counts from `max_position_embeddings`, which stays L."""
+    """True if transformers' formula reads L from `max_position_embeddings`, which then stays L."""
 
     @property
     def label(self) -> str:
-        """The method's name in tables and figures."""
+        """Name of the method in tables and figures."""
         return self.title
 
     @abstractmethod
@@ -79,15 +80,16 @@ class ScalingMethod(ABC):
         """Return theta(t) for every scale factor of `t_grid` [K], ascending from 1."""
 
     def hf_parameters(self, rope: Rope, factor: float) -> dict[str, Any]:
-        """Return what a stock config's `rope_parameters` say instead, for contexts up to `factor` * L tokens."""
+        """Return the `rope_parameters` to change in a stock config, for contexts of up to `factor` * L tokens."""
         return {}
 
     def changes(self, factor: float) -> bool:
-        """Tell if frequencies at this scale factor differ from the base's."""
+        """Return True if the frequencies at this scale factor differ from the base's."""
         return factor > 1
 
 
 def constant_table(inv_freq: Float[Tensor, " P"], t_grid: TGrid, method: str) -> FrequencyTable:
-    """The same frequencies at every t."""
+    """Build a table with the same frequencies at every t."""
     t = as_grid(t_grid)
+    # `expand` is a view of one row; a table that is written to a file needs rows of its own.
     return FrequencyTable(t, inv_freq.double().expand(len(t), -1).clone(), method=method)

@@ -1,7 +1,7 @@
 """CLEX: frequencies as the solution of a learned ODE over t (Chen et al., arXiv 2310.16450).
 
-The field and its table are in `scaling/clex.py`; a model that has one brings its table along as its own. `scaling=clex`
-and `scaling=clex_paper` are two recipes of this method (conf/scaling/).
+The field and its table are in `scaling/clex.py`; a model saved with a field has the table as its own frequencies.
+`scaling=clex` and `scaling=clex_paper` are two recipes of this method (conf/scaling/).
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from clex_train.scaling.methods.trained import Trained
 
 @dataclass(frozen=True)
 class ClexTable(Trained):
-    """The table that is stored with the field."""
+    """CLEX: the table that is stored with the field."""
 
     title: ClassVar[str] = "CLEX"
 

@@ -1,9 +1,9 @@
-"""CoPE: the slowest pairs are slowed down along a half cosine, the last one to 0 (arXiv 2602.05258).
+"""CoPE: half-cosine taper of the slowest pairs, down to 0 for the last one (arXiv 2602.05258).
 
     theta_j(t) = theta_j(1) * (1 + cos(pi (j - P + n) / (n - 1))) / 2 for the n slowest pairs, at every t
 
-With `clip`, pairs whose period 2 pi / theta_j(1) exceeds L, which training never showed in full, do not rotate at all.
-A stock config says it as `longrope` with the same factors for every length. Shapes: `P` pairs = rotary_dim / 2.
+With `clip`, pairs whose period 2 pi / theta_j(1) exceeds L do not rotate at all: training never showed a full period.
+A stock config expresses it as `longrope` with the same factors at every length. Shapes: `P` pairs = rotary_dim / 2.
 """
 
 import math
@@ -19,28 +19,29 @@ from clex_train.scaling.table import FrequencyTable
 from clex_train.utils.bounds import require
 
 STILL = 1e30
-"""Factor in a config of a pair that does not rotate: JSON has no infinity, and no context reaches 1e30 tokens."""
+"""`longrope` factor of a pair that does not rotate: JSON has no infinity, and no context reaches 1e30 tokens."""
 
 
 @dataclass(frozen=True)
 class Cope(ScalingMethod):
-    """A soft cut of the slow pairs; a hard one would ring in the attention scores over long distances."""
+    """Soft cut-off of the slow pairs; a hard cut-off would ring in the attention scores at long distances."""
 
     title: ClassVar[str] = "CoPE"
 
     share: float = 0.3125
-    """n / P, rounded to pairs, at least 2; the authors' code tapers 20 of 64."""
+    """n / P in (0, 1], rounded to pairs, at least 2; the authors' code tapers 20 of 64."""
     clip: bool = False
     """Stop the pairs whose period exceeds L."""
 
     follows_length: ClassVar[bool] = True
 
     def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:
-        """Return the tapered frequencies; `ValueError` for a share that is none."""
+        """Return the tapered frequencies; `ConfigError` for a `share` outside (0, 1]."""
         return constant_table(rope.inv_freq.double() * self._weights(rope), t_grid, "cope")
 
     def hf_parameters(self, rope: Rope, factor: float) -> dict[str, Any]:
         """Return the `longrope` rope type with the inverse weights as factors and no attention factor."""
+        # transformers divides frequencies by these factors.
         factors = [1 / weight if weight > 1 / STILL else STILL for weight in self._weights(rope).tolist()]
         return {
             "rope_type": "longrope",
@@ -52,15 +53,15 @@ class Cope(ScalingMethod):
         }
 
     def changes(self, factor: float) -> bool:
-        """Tell that some pairs slow down at every scale factor."""
+        """Return True: some pairs slow down at every scale factor."""
         return True
 
     def _weights(self, rope: Rope) -> Float64[Tensor, " P"]:
-        """The factor on each frequency, from 1 to 0."""
+        """Return the factor on each frequency, from 1 down to 0."""
         num_pairs = len(rope.inv_freq)
         remedy = f"greater than 0 and at most 1, of 2 pairs or more; this model has {num_pairs}"
         require(0 < self.share <= 1 and num_pairs > 1, f"{self.options_prefix}share", self.share, remedy)
-        # One pair alone would keep its frequency: a taper starts at 1.
+        # The taper starts at 1, so with a single pair nothing would change.
         tapered = max(2, round(self.share * num_pairs))
         weights = torch.ones(num_pairs, dtype=torch.float64)
         angles = torch.linspace(0, math.pi, tapered, dtype=torch.float64)

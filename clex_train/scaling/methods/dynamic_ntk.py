@@ -2,7 +2,7 @@
 
     b'(n) = b * (f n/L - f + 1)^(d / (d - 2)),  n = t L
 
-f is the factor: in training that of the run, in evaluation t unless `dynamic_factor` is set.
+f is the scale factor of the run in training, and t in evaluation unless `dynamic_factor` is set.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from clex_train.scaling.table import FrequencyTable
 
 @dataclass(frozen=True)
 class DynamicNtk(ScalingMethod):
-    """transformers' own formula. Up to L it is plain RoPE."""
+    """Dynamic NTK by transformers' formula; plain RoPE for calls of up to L tokens."""
 
     title: ClassVar[str] = "dynamic NTK"
 
     dynamic_factor: float | None = None
-    """f; None takes the scale factor. 1 is the dynamic NTK of the YaRN paper, 2 is `ntk`."""
+    """f; None uses the scale factor. 1 is the dynamic NTK of the YaRN paper, 2 is `ntk`."""
 
     follows_length: ClassVar[bool] = True
     counts_from_context: ClassVar[bool] = True
@@ -30,6 +30,7 @@ class DynamicNtk(ScalingMethod):
 
     def hf_parameters(self, rope: Rope, factor: float) -> dict[str, Any]:
         """Return the `dynamic` rope type."""
+        # The length of a call enters in transformers' formula, so nothing here depends on it.
         return {"rope_type": "dynamic", "factor": float(self.dynamic_factor or factor)}
 
 

@@ -1,8 +1,8 @@
-"""LM-Infinite's frequencies, under the mask of `lm_infinite/` (Han et al., arXiv 2308.16137).
+"""LM-Infinite: frequencies that go with the mask of `lm_infinite/` (Han et al., arXiv 2308.16137).
 
-    theta(t) = theta(1), or the model's own at one t whatever the length
+    theta(t) = theta(1), or the model's own frequencies at one fixed t
 
-In evaluation alone: `attention=lambda` trains under the mask. Shapes: `K` scale factors.
+A method of evaluation only; `attention=lambda` trains under the mask. Shapes: `K` scale factors.
 """
 
 from dataclasses import dataclass
@@ -19,23 +19,23 @@ from clex_train.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class LmInfiniteFrequencies(ScalingMethod):
-    """The same frequencies at every t; the mask keeps distances within what was trained."""
+    """Same frequencies at every t; the mask keeps distances within the trained range."""
 
     title: ClassVar[str] = "LM-Infinite"
 
     lm_infinite_t: float = 1.0
-    """t of the model's own table; 1 is plain RoPE."""
+    """Scale factor in the model's own table; 1 is plain RoPE."""
 
     def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:
-        """Return plain RoPE, or the model's own frequencies at `lm_infinite_t`; `ValueError` for a t it lacks."""
+        """Return plain RoPE, or the model's own frequencies at `lm_infinite_t`; `ConfigError` if it has none there."""
         if self.lm_infinite_t == 1:
             return none_table(rope.inv_freq, t_grid)
         return _fixed_at(self.lm_infinite_t, rope.own, as_grid(t_grid))
 
 
 def _fixed_at(fixed_t: float, own: Frequencies | None, t: Tensor) -> FrequencyTable:
-    """The model's own frequencies at `fixed_t` for every scale factor of `t` [K]."""
-    assert own is not None, "evaluation.methods refuses this for a model without"
+    """Repeat the model's own frequencies at `fixed_t` for every scale factor of `t` [K]."""
+    assert own is not None, "evaluation.methods refuses this for a model without frequencies of its own"
     try:
         spectrum = own.at(fixed_t)
     except ValueError as error:

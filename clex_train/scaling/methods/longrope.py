@@ -1,4 +1,4 @@
-"""LongRoPE: a searched factor for each pair, up to L and beyond (Ding et al., arXiv 2402.13753), as in transformers.
+"""LongRoPE: searched factors for each pair, one set up to L and one beyond it (Ding et al., arXiv 2402.13753).
 
     theta_j(t) = theta_j(1) / short_factor_j for calls of up to L tokens, theta_j(1) / long_factor_j beyond
 
@@ -24,26 +24,28 @@ FACTORS = ("short_factor", "long_factor")
 
 @dataclass(frozen=True)
 class LongRope(ScalingMethod):
-    """transformers' own formula, with its attention factor by t. A model that has a longrope of its own keeps it."""
+    """LongRoPE by transformers' formula, attention factor included; a model with its own longrope keeps it."""
 
     title: ClassVar[str] = "LongRoPE"
 
     longrope_factors: str | None = None
-    """JSON file with `short_factor` and `long_factor`, a number for each pair."""
+    """JSON file with `short_factor` and `long_factor`, one number per pair."""
 
     follows_length: ClassVar[bool] = True
 
     def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:
-        """Return the model's own longrope where it has one, else transformers' formula with the factors of the file."""
+        """Return the model's own longrope if it has one, else transformers' formula with the factors of the file."""
         if rope.own is not None and rope.own.method == "longrope":
+            # The weights were trained with these factors.
             return _sampled(rope.own, as_grid(t_grid))
         remedy = f"model_type={rope.model_type} has no longrope factors of its own; name a JSON file that has them"
         factors = self._factors(rope, remedy)
         return rope.stock_table("longrope", t_grid, lambda t: {"rope_type": "longrope", "factor": t, **factors})
 
     def hf_parameters(self, rope: Rope, factor: float) -> dict[str, Any]:
-        """Return the `longrope` rope type with the factors of the file; `ValueError` without a file."""
+        """Return the `longrope` rope type with the factors of the file; `ConfigError` without a file."""
         factors = self._factors(rope, "longrope needs them: name a JSON file with short_factor and long_factor")
+        # transformers switches from the short to the long factors at `original_max_position_embeddings`.
         return {
             "rope_type": "longrope",
             "factor": float(factor),
@@ -60,13 +62,14 @@ class LongRope(ScalingMethod):
 def read_longrope_factors(
     path: str, num_pairs: int, key: str = "evaluation.longrope_factors"
 ) -> dict[str, list[float]]:
-    """Read `{"short_factor": [P], "long_factor": [P]}`; `ValueError` names the `key`, the file and what is wrong."""
+    """Read `{"short_factor": [P], "long_factor": [P]}`; `ConfigError` names the `key`, the file and the fault."""
     try:
         content = read_json(Path(path))
     except (FileNotFoundError, BadFile) as error:
         raise ConfigError(key, path, f"cannot be read as JSON ({error})") from error
     for name in FACTORS:
         values = content.get(name) if isinstance(content, dict) else None
+        # The upper bound excludes infinity, which Python's JSON reader accepts.
         good = isinstance(values, list) and all(isinstance(v, int | float) and 0 < v < 1e308 for v in values)
         if not good or len(values) != num_pairs:  # type: ignore[arg-type]
             found = f"{len(values)} entries" if isinstance(values, list) else "none"
@@ -80,7 +83,7 @@ def read_longrope_factors(
 
 
 def _sampled(own: Frequencies, t: Tensor) -> FrequencyTable:
-    """The spectra that a model computes by itself, on a grid."""
+    """Evaluate a model's own spectra on the grid `t` [K]."""
     spectra = [own.at(float(each)) for each in t]
     factors = torch.tensor([spectrum.attention_factor for spectrum in spectra], dtype=torch.float64)
     return FrequencyTable(t, torch.stack([each.inv_freq for each in spectra]), "longrope", attention_factors=factors)

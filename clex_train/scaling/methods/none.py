@@ -17,7 +17,7 @@ from clex_train.scaling.table import FrequencyTable
 
 @dataclass(frozen=True)
 class Plain(ScalingMethod):
-    """The model's own RoPE: pre-training, or the base trained on without any scaling."""
+    """Plain RoPE of the model, for pre-training or for fine-tuning without scaling."""
 
     title: ClassVar[str] = "plain RoPE"
 
@@ -26,12 +26,12 @@ class Plain(ScalingMethod):
         return none_table(rope.inv_freq, t_grid)
 
     def changes(self, factor: float) -> bool:
-        """Tell that the frequencies stay as they are."""
+        """Return False: the frequencies stay unchanged."""
         return False
 
 
 def none_table(inv_freq: Float[Tensor, " P"], t_grid: TGrid) -> FrequencyTable:
-    """The base frequencies at every t."""
+    """Build a table with the base frequencies at every t."""
     return constant_table(inv_freq, t_grid, "none")
 
 

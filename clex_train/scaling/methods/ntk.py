@@ -19,29 +19,29 @@ from clex_train.scaling.table import FrequencyTable, as_grid
 
 @dataclass(frozen=True)
 class NtkAware(ScalingMethod):
-    """The fastest pair stays, the slowest is divided by 2t - 1."""
+    """NTK-aware scaling: the fastest pair keeps its frequency, the slowest is divided by 2t - 1."""
 
     title: ClassVar[str] = "NTK(2t-1)"
 
     def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:
-        """Return the frequencies that an untrained CLEX gives."""
+        """Return the frequencies of an untrained CLEX."""
         return ntk_table(rope.inv_freq, t_grid)
 
     def hf_parameters(self, rope: Rope, factor: float) -> dict[str, Any]:
         """Return the larger base: b'^(-2j/d) = b^(-2j/d) * (2t - 1)^(-2j/(d-2))."""
         num_pairs = len(rope.inv_freq)
-        # The only pair of d = 2 turns at frequency 1 whatever the base.
+        # With d = 2 the only pair has frequency 1 for any base.
         exponent = num_pairs / (num_pairs - 1) if num_pairs > 1 else 0.0
         return {"rope_theta": rope.theta * (2 * factor - 1) ** exponent}
 
 
 def ntk_exponents(num_pairs: int) -> Float64[Tensor, " P"]:
-    """2j / (d - 2), which rises from 0 for the fastest pair to 1 for the slowest; 0 for the only pair of d = 2."""
+    """Return 2j / (d - 2), from 0 for the fastest pair to 1 for the slowest; 0 for the only pair of d = 2."""
     return torch.arange(num_pairs, dtype=torch.float64) / max(1, num_pairs - 1)
 
 
 def ntk_table(inv_freq: Float[Tensor, " P"], t_grid: TGrid) -> FrequencyTable:
-    """NTK-aware scaling with alpha = 2t - 1: what an untrained CLEX gives."""
+    """Build the table of NTK-aware scaling with alpha = 2t - 1, which an untrained CLEX equals."""
     t = as_grid(t_grid)
     factors = (2 * t[:, None] - 1) ** -ntk_exponents(len(inv_freq))
     return FrequencyTable(t, inv_freq.double() * factors, method="ntk")

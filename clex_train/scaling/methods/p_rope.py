@@ -1,4 +1,4 @@
-"""p-RoPE: the share p of the fastest pairs rotates, the others carry no position (Barbero et al., arXiv 2410.06205).
+"""p-RoPE: only the fastest share p of the pairs rotates (Barbero et al., arXiv 2410.06205).
 
     theta_j(t) = theta_j(1) for j < floor(p P), 0 for the slower pairs, at every t
 
@@ -18,29 +18,29 @@ from clex_train.utils.bounds import require
 
 @dataclass(frozen=True)
 class PRope(ScalingMethod):
-    """The slow pairs, which turn less than once within L, stop turning."""
+    """RoPE without its slowest pairs, which then carry content only."""
 
     title: ClassVar[str] = "p-RoPE"
 
     p: float = 0.75
-    """Share of the pairs that rotate, between 0 and 1."""
+    """Share of the pairs that rotate, in (0, 1)."""
 
     def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:
-        """Return the frequencies of the fast pairs and 0 for the others; `ValueError` where no pair is left."""
+        """Return the frequencies of the fast pairs and 0 for the others; `ConfigError` if no pair would rotate."""
         return constant_table(self._cut(rope), t_grid, "p_rope")
 
     def hf_parameters(self, rope: Rope, factor: float) -> dict[str, Any]:
-        """Return the `proportional` rope type; `ValueError` where no pair is left."""
+        """Return the `proportional` rope type; `ConfigError` if no pair would rotate."""
         self._cut(rope)
         return {"rope_type": "proportional", "partial_rotary_factor": self.p}
 
     def changes(self, factor: float) -> bool:
-        """Tell that some pairs stop at every scale factor."""
+        """Return True: some pairs stop rotating at every scale factor."""
         return True
 
     def _cut(self, rope: Rope) -> Float[Tensor, " P"]:
         num_pairs = len(rope.inv_freq)
-        # transformers rounds like this.
+        # Same rounding as transformers' `proportional`, or the table would differ from the exported config by a pair.
         kept = int(self.p * (2 * num_pairs) // 2) if 0 < self.p < 1 else 0
         remedy = f"between 0 and 1, and at least 1/{num_pairs} for the {num_pairs} pairs of this model"
         require(kept > 0, f"{self.options_prefix}p", self.p, remedy)

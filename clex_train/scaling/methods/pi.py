@@ -1,4 +1,4 @@
-"""Position interpolation: t * L positions pressed into L (Chen et al., arXiv 2306.15595).
+"""Position interpolation: compress t * L positions into L (Chen et al., arXiv 2306.15595).
 
     theta_j(t) = theta_j(1) / t
 
@@ -17,7 +17,7 @@ from clex_train.scaling.table import FrequencyTable, as_grid
 
 @dataclass(frozen=True)
 class PositionInterpolation(ScalingMethod):
-    """Frequencies over the scale factor."""
+    """Position interpolation: every frequency divided by the scale factor."""
 
     title: ClassVar[str] = "PI"
 
@@ -31,7 +31,7 @@ class PositionInterpolation(ScalingMethod):
 
 
 def pi_table(inv_freq: Float[Tensor, " P"], t_grid: TGrid) -> FrequencyTable:
-    """Position interpolation: t * L positions pressed into L."""
+    """Build the table theta_j(1) / t."""
     t = as_grid(t_grid)
     return FrequencyTable(t, inv_freq.double() / t[:, None], method="pi")
 

@@ -1,6 +1,6 @@
 """Randomised positions: plain RoPE, each sequence at ordered random positions (Ruoss et al., arXiv 2305.16843).
 
-The positions do the work (`scaling.positions`), in training alone; such a model is read at plain positions.
+Only training samples positions (`scaling.positions`); evaluation uses plain ones.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from clex_train.scaling.methods.none import Plain
 
 @dataclass(frozen=True)
 class RandomPositions(Plain):
-    """The base frequencies at every t."""
+    """Randomised positions in training; base frequencies at every t."""
 
     title: ClassVar[str] = "RandomPos"
 

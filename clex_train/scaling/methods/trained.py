@@ -1,6 +1,6 @@
-"""The model as it is: the table that it was trained with, or what it computes by itself.
+"""Unchanged model: the table that it was trained with, or its config's own frequencies.
 
-theta(t) = the model's own, plain RoPE where it has none
+theta(t) = the model's own, or plain RoPE if it has none
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from clex_train.scaling.table import Frequencies
 
 @dataclass(frozen=True)
 class Trained(ScalingMethod):
-    """No change to the model."""
+    """Evaluation with the frequencies of training."""
 
     title: ClassVar[str] = "as trained"
 
     def table(self, rope: Rope, t_grid: TGrid) -> Frequencies:
-        """Return the model's own frequencies, which have a grid of their own; without any, plain RoPE on `t_grid`."""
+        """Return the model's own frequencies on their own grid, or plain RoPE on `t_grid` if it has none."""
         return none_table(rope.inv_freq, t_grid) if rope.own is None else rope.own
 
 

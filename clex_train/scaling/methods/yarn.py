@@ -1,7 +1,7 @@
-"""YaRN: frequencies by parts and a factor on the attention (Peng et al., arXiv 2309.00071), `yarn` in transformers.
+"""YaRN: interpolation by frequency, and an attention factor (Peng et al., arXiv 2309.00071).
 
-Pairs that turn often within L keep their frequency, pairs that turn less than once are divided by t, a ramp lies
-between; cos and sin are multiplied by 0.1 ln t + 1.
+Pairs that turn often within L keep their frequency, those that turn less than once are divided by t, and a linear ramp
+joins the two. cos and sin are multiplied by 0.1 ln t + 1. `yarn` in transformers.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from clex_train.scaling.table import FrequencyTable
 
 @dataclass(frozen=True)
 class Yarn(ScalingMethod):
-    """transformers' own formula at factor t and original length L."""
+    """YaRN by transformers' formula at factor t and original length L."""
 
     title: ClassVar[str] = "YaRN"
 

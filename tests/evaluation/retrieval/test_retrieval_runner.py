@@ -210,7 +210,7 @@ def _half_right() -> list[TaskScore]:
     model = copying_llama.build(len(tokenizer))
 
     def look(module: Any, args: Any, kwargs: Any) -> None:
-        past = kv_cache.in_call((), kwargs)
+        past = kv_cache.find_in_call((), kwargs)
         seen = (*getattr(past, "seen", []), *kwargs["input_ids"][0].tolist())
         module.shift = int(any(seen[: len(prompt)] == prompt for prompt in misread))
 
@@ -237,7 +237,7 @@ def test_a_length_that_memory_does_not_hold_is_missing_and_the_other_is_scored(b
     full = torch.OutOfMemoryError("CUDA out of memory.")
 
     def fill_up(_: object, args: object, inputs: dict[str, Any]) -> None:
-        if (past := kv_cache.in_call((), inputs)) is not None and past.get_seq_length() > 256:
+        if (past := kv_cache.find_in_call((), inputs)) is not None and past.get_seq_length() > 256:
             raise full
 
     model.register_forward_pre_hook(fill_up, with_kwargs=True)
