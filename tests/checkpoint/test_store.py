@@ -191,7 +191,7 @@ def test_a_full_disk_costs_that_checkpoint_alone(little_room, on_full_disk, over
             saved(found, 10, big)
     else:
         saved(found, 10, big)
-        assert "training goes on without it" in caplog.text
+        assert "training continues without it" in caplog.text
     assert {path.name for path in found.folder.iterdir()} == {"latest", "step_5"}
     saved(found, 15)
     assert found.load(FileEngine())[0] == 15
