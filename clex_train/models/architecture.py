@@ -21,7 +21,7 @@ from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.utils import log
 from clex_train.utils.bounds import require
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 logger = log.get(__name__)
 

@@ -232,7 +232,7 @@ def git_commit() -> str | None:
 
     A snapshot of a checkout (`python -m launch.slurm`) has it in a file named COMMIT.
     """
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if (root / "COMMIT").exists():
         return (root / "COMMIT").read_text(encoding="utf-8").strip() or None
     try:
