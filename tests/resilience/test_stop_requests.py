@@ -72,7 +72,7 @@ def test_a_second_signal_ends_a_process_whose_main_thread_is_stuck_in_a_library(
     time.sleep(stop_requests.MOMENT + 0.7)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 128 + signal.SIGTERM
-    assert "a second signal (SIGTERM)" in process.stderr.read()
+    assert "second signal (SIGTERM)" in process.stderr.read()
 
 
 def test_the_death_of_a_launcher_is_a_request_to_stop(tmp_path):
@@ -84,7 +84,7 @@ def test_the_death_of_a_launcher_is_a_request_to_stop(tmp_path):
     )
     assert process.stdout.readline() == "ready\n"
     process.kill()
-    assert process.stdout.readline() == f"its launcher (process {process.pid}) is gone\n"
+    assert process.stdout.readline() == f"its launcher (process {process.pid}) has exited\n"
     process.wait(120)
 
 
@@ -97,7 +97,7 @@ def test_a_stop_file_is_a_reason_that_stays(tmp_path):
     assert stop.reason() is None
     (tmp_path / "stop").touch()
     stop._looked = 0.0
-    assert stop.reason() == f"{tmp_path / 'stop'} is there"
+    assert stop.reason() == f"{tmp_path / 'stop'} exists"
     (tmp_path / "stop").unlink()
     assert stop.reason()
 
@@ -273,7 +273,7 @@ def test_a_second_ctrl_c_ends_a_saving_run_at_once_and_a_launcher_s_copy_of_the_
     assert process.returncode == 128 + signal.SIGINT
     first, second = errors.splitlines()
     assert first.startswith("SIGINT: finishes and saves")
-    assert second == "a second signal (SIGINT): ended at once"
+    assert second == "second signal (SIGINT): ended at once"
 
 
 def test_output_that_nobody_can_read_any_more_neither_fails_nor_changes_the_exit_code():
