@@ -105,7 +105,7 @@ class TrainingEvaluation:
             distributed.write_on_main(write)
         elif (failure := distributed.try_on_main(write)) is not None and distributed.is_main():
             why = distributed.unwritten(failure)
-            logger.error("%s; training goes on without it (checkpoint.on_full_disk=continue)", why)
+            logger.error("%s; training continues without it (checkpoint.on_full_disk=continue)", why)
 
 
 def warn_of_later(config: Config, store: TokenStore) -> None:

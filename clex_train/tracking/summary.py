@@ -1,7 +1,6 @@
-"""Compose the block of lines that a program prints first: what it is about to do, to which model, where.
+"""The summary that a program prints first: the task, the model, the data and the output.
 
-Every line is `  label       text`. Programs print the block before they read weights or take a GPU, and what they log
-meanwhile comes after it.
+Every line is `  label       text`. The summary is printed before weights are read or a GPU is used.
 """
 
 from __future__ import annotations
@@ -20,52 +19,58 @@ from clex_train.config.scaling import FORMULAS, ScalingName
 from clex_train.utils import distributed, log
 
 LABEL = 12
+"""Width of the labels in characters."""
 PACKAGES = ("torch", "transformers", "deepspeed")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that a program is about to run, as far as it is known without its weights."""
+    """The model that a program is about to run, as far as its config alone tells."""
 
     weights: str
-    """Where they come from, in words: a directory, a hub name, or an architecture with random ones."""
+    """Their source in words: a directory, a hub name, or an architecture with random weights."""
     model_type: str
     num_parameters: int
     dtype: torch.dtype
     context_len: int
     """L in tokens."""
     context_source: str
-    """What says so."""
+    """The file or key that L was read from."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """How the sequences of an optimizer step are shared."""
+    """Split of the global batch of an optimizer step."""
 
     world_size: int
+    """Ranks."""
     micro_batch: int
+    """Sequences per rank in a forward pass."""
     accumulation: int
+    """Micro batches per optimizer step."""
 
 
 def say(title: str, lines: Iterable[str]) -> None:
-    """Print a block on rank 0, to standard error, so that standard output has results alone."""
+    """Print a summary on rank 0, then the log lines that were withheld until now."""
     if distributed.is_main():
+        # Standard error: standard output has results only, so that it can be piped.
         print(log.printable("\n".join((title, *lines))), file=sys.stderr, flush=True)
+    # Warnings of libraries during preflight would otherwise come before the summary.
     log.release()
 
 
 def versions() -> str:
-    """Return the versions of the libraries that numbers depend on."""
+    """Return the versions of the libraries that affect the numbers."""
     return ", ".join(f"{name} {version(name)}" for name in PACKAGES)
 
 
 def labelled(label: str, text: str) -> str:
-    """Return one line of a block; a label that is empty continues the line above."""
+    """Format one line of the summary; an empty label continues the line above."""
     return f"  {label:<{LABEL}}{text}"
 
 
 def weights_of(named: ModelConfig, is_there: bool = True) -> str:
-    """Return where the weights of a run come from, in words; without them, what stands in for a plan."""
+    """Describe the source of a run's weights; with `is_there` false, the architecture that a plan uses instead."""
     if not named.is_pretrained:
         return f"random weights for the architecture of {named.config or named.path}"
     planned_by = "" if is_there else f" (not on this machine; planned by the architecture of {named.config})"
@@ -73,14 +78,14 @@ def weights_of(named: ModelConfig, is_there: bool = True) -> str:
 
 
 def model(subject: Subject) -> Iterator[str]:
-    """Yield what is known of the model: its weights and its context."""
+    """Yield the lines about the model: weights and context length."""
     dtype = str(subject.dtype).removeprefix("torch.")
     yield labelled("model", f"{subject.weights}: {subject.model_type}, {subject.num_parameters:,} parameters, {dtype}")
     yield labelled("context", f"L = {subject.context_len:,} tokens ({subject.context_source})")
 
 
 def training(config: Config, subject: Subject, batch: Batch, data: Iterable[str]) -> Iterator[str]:
-    """Yield the lines of a training run or its plan; `data` are the lines about what it reads."""
+    """Yield the lines of a training run or its plan; `data` are the lines about the data."""
     yield from model(subject)
     yield labelled("scaling", _scaling(config, subject.context_len))
     yield from data
@@ -90,7 +95,7 @@ def training(config: Config, subject: Subject, batch: Batch, data: Iterable[str]
 
 
 def output(config: Config) -> Iterator[str]:
-    """Yield where a run writes, and how it is ended and resumed."""
+    """Yield the lines about the output folder, and about stopping and resuming."""
     every = config.checkpoint.every
     kept = f"a checkpoint every {every:,} steps and at the end" if every else "a checkpoint at the end only"
     yield labelled("output", f"{config.output_dir}: {kept}, then the model in final/")
@@ -101,7 +106,7 @@ def output(config: Config) -> Iterator[str]:
 
 
 def device() -> str:
-    """Return what this rank computes on, in words."""
+    """Name the device of this rank."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
 
 
@@ -122,7 +127,7 @@ def _steps(config: Config, batch: Batch, context_len: int) -> Iterator[str]:
 
 
 def _readers(config: Config, batch: Batch) -> str:
-    """Return who reads sequences of its own: a rank, or several together."""
+    """Name the readers of the batch: ranks, or sequence-parallel groups of ranks."""
     size = config.engine.sequence_parallel
     if size == 1:
         return _counted(batch.world_size, "rank")

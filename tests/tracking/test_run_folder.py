@@ -117,7 +117,10 @@ def test_what_a_run_reads_may_move_and_is_said(tmp_path, caplog):
         setattr(getattr(config, group), name, f"/elsewhere{getattr(getattr(config, group), name)}")
     caplog.set_level("INFO", logger="clex_train")
     run_folder.check_config(config, has_checkpoint=True)
-    for line in ("model.path was /models/base, is /elsewhere/models/base now", "data.path was /corpora/books, is"):
+    for line in (
+        "model.path changed from /models/base to /elsewhere/models/base",
+        "data.path changed from /corpora/books to",
+    ):
         assert line in caplog.text
     assert len(caplog.records) == 4
 
