@@ -272,7 +272,7 @@ def test_a_second_ctrl_c_ends_a_saving_run_at_once_and_a_launcher_s_copy_of_the_
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT
     first, second = errors.splitlines()
-    assert first.startswith("SIGINT: finishes and saves")
+    assert first.startswith("SIGINT: finishing the current work and saving")
     assert second == "second signal (SIGINT): ended at once"
 
 
