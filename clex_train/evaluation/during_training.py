@@ -1,6 +1,6 @@
-"""Extrapolation perplexity, and retrieval if asked for, of the weights as they are, for the training loop.
+"""Evaluation inside the training loop: perplexity, and retrieval if configured, of the current weights.
 
-Windows and prompts are chosen once and scored on call.
+Windows and prompts are chosen once, before training, and scored on every call.
 """
 
 from collections.abc import Callable
@@ -32,12 +32,13 @@ logger = log.get(__name__)
 
 
 class TrainingEvaluation:
-    """`evaluation(loaded, step)` -> perplexities and retrieval scores by key; collective.
+    """Callable `evaluation(loaded, step)` that returns perplexities and retrieval scores by key. Collective.
 
-    They are also written to `evaluation/step_<N>.json`. Raises `ValueError` on creation when no validation document is
-    as long as the longest window, a protocol's key does not fit the lengths, or no prompt of a task fits a length,
-    and for a method that the model cannot have. `interrupted` is asked on every rank between windows and prompts; where
-    one says yes, the call raises `StopRequested` and has written nothing.
+    Results are also written to `evaluation/step_<N>.json`. Every rank calls `interrupted` between windows and prompts;
+    once it is true on one rank, the call raises `StopRequested` and writes nothing.
+
+    Raises `ValueError` on creation when no validation document is as long as the longest window, a protocol's key does
+    not fit the lengths, no prompt of a task fits a length, or the model does not support a method.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class TrainingEvaluation:
         warn_if_bos_differs(store, bos_id)
         check_ids(config, store)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, bos_id=bos_id)
+        # Check methods without weights: this runs before the model is loaded, so that a mistake costs seconds.
         arch = trained_architecture(config, architecture.to_train(config.model))
         unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)
         has_clex = config.scaling.name is ScalingName.clex
@@ -63,6 +65,7 @@ class TrainingEvaluation:
         self.cells = plan.of_spec(self.spec, tokenizer, self.store, bos=bos_id is not None)
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
+        # The ODE has changed since the last evaluation.
         solve_table(loaded)
         tables = methods.of_model(self.spec, loaded)
         inserted = methods.insertions(self.spec, loaded.model, loaded.context_len)
@@ -92,7 +95,7 @@ class TrainingEvaluation:
         return scored.metrics()
 
     def _keep(self, scored: results.Results, dtype: torch.dtype, step: int) -> None:
-        """Print the tables and write the file; a full disk ends the run or not, as it was asked for. Collective."""
+        """Log the tables and write the file; on a full disk follow `checkpoint.on_full_disk`. Collective."""
         path = Path(self.config.output_dir) / "evaluation" / f"step_{step}.json"
 
         def write() -> None:
@@ -109,18 +112,20 @@ class TrainingEvaluation:
 
 
 def warn_of_later(config: Config, store: TokenStore) -> None:
-    """Log why a run without evaluations could not be evaluated at its end: the time to know is before it starts."""
+    """Log a warning if the finished run could not be evaluated as configured."""
+    # A run without evaluations does not fail for it, but before the start is the time to know.
     try:
         require_windows(_held_out(config, store), max(config.evaluation.lengths))
     except ValueError as error:
-        logger.warning("the finished run could not be evaluated as it is configured: %s", error)
+        logger.warning("the finished run cannot be evaluated as configured: %s", error)
 
 
 def check_ids(config: Config, store: TokenStore) -> None:
-    """Refuse held-out text with ids beyond the embedding of the weights; random ones take the store's vocabulary.
+    """Raise `ValueError` for held-out text with ids beyond the embedding of pretrained weights.
 
-    `store` is the one that is trained on, whose validation split is read unless `evaluation.path` names another.
+    `store` is the training store; its validation split is used unless `evaluation.path` names another store.
     """
+    # Random weights get the vocabulary of the store.
     if not config.model.is_pretrained:
         return
     held_out = _held_out(config, store)

@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_missing_with_its_reason_and_the_rest_is_unchanged(
     assert {cell.reason for cell in found.missing} == {f"rank 0: {SAID}"}
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 4
-    assert "method ntk, protocol chunked, 64 tokens is left out" in " ".join(lines)
+    assert "skipping method ntk, protocol chunked, 64 tokens" in " ".join(lines)
     assert all("offload_cache=true" in line and "chunk_len" in line for line in lines)
 
     write(tmp_path / "x.json", found, Origin("x", [], {}, {}))

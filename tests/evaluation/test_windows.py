@@ -80,9 +80,9 @@ def test_fewer_windows_than_asked_are_told(store: TokenStore, caplog: pytest.Log
         (
             [[1] * 62],
             [32, 64],
-            "could not be evaluated as it is configured: evaluation.lengths=64: none of the 1 valid",
+            "cannot be evaluated as configured: evaluation.lengths=64: none of the 1 valid",
         ),
-        ([], [32], "could not be evaluated as it is configured: data.path="),
+        ([], [32], "cannot be evaluated as configured: data.path="),
     ],
 )
 def test_a_run_that_evaluates_later_is_told_of_what_will_be_missing(
