@@ -98,7 +98,9 @@ def test_a_cell_whose_numbers_overflow_is_named(caplog) -> None:
     results = run(model=model, methods=(Method.none,))
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert [line.split(":")[0] for line in caplog.messages] == [score.key for score in results.scores]
-    assert "perplexity is nan: activations or losses overflow within 16 tokens; try engine.precision=fp32" in caplog.text
+    assert (
+        "perplexity is nan: activations or losses overflow within 16 tokens; try engine.precision=fp32" in caplog.text
+    )
 
 
 def test_the_methods_are_different_frequencies_on_the_same_weights() -> None:

@@ -1,4 +1,4 @@
-"""Every retrieval task by name: what makes its prompts and what judges the answers."""
+"""Retrieval tasks by name, with the functions that draft prompts and judge answers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from clex_train.evaluation.retrieval.words import uuid
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """`draft(ask)` makes a prompt's text, `judge(generation, answers)` is the share (0..1) that was found."""
+    """A task: `draft(ask)` builds a prompt, `judge(generation, answers)` returns the share (0 to 1) that was found."""
 
     draft: Callable[[Ask], Draft]
     judge: Callable[[str, Sequence[str]], float] = share_contained
     has_depth: bool = False
-    """Whether prompts are made at every depth of the grid; others place what they hide by themselves."""
+    """True for tasks with prompts at every depth of the grid; others choose random depths themselves."""
 
 
 TASKS: dict[Task, RetrievalTask] = {
