@@ -90,12 +90,14 @@ class TrainingEvaluation:
             inserted=inserted,
             cache_on_host=self.spec.offload_cache,
         )
+        # One file and one table for both.
         scored = replace(scored, tasks=tasks, missing=[*scored.missing, *missing])
         self._keep(scored, next(loaded.model.parameters()).dtype, step)
         return scored.metrics()
 
     def _keep(self, scored: results.Results, dtype: torch.dtype, step: int) -> None:
         """Log the tables and write the file; on a full disk follow `checkpoint.on_full_disk`. Collective."""
+        # A step that is repeated after a rollback replaces its own file.
         path = Path(self.config.output_dir) / "evaluation" / f"step_{step}.json"
 
         def write() -> None:

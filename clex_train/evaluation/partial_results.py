@@ -128,6 +128,7 @@ def resume(output: Path, facts: Mapping[str, Any]) -> Partial:
         content = _content(partial.path)
         if content is not None and content["facts"] == plain:
             partial.cells, partial._pieces = content["cells"], content["pieces"]
+    # Read on rank 0 and broadcast: a shared file system may show ranks different versions of the file.
     partial.cells, partial._pieces = distributed.broadcast_object((partial.cells, partial._pieces))
     return partial
 

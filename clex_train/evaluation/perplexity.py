@@ -107,6 +107,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _new_cache(model: nn.Module, tokens: Tensor, chunk_len: int, on_host: bool) -> Any:
     """Allocate a cache for all tokens [B, N]; None if a single forward reads them."""
+    # Allocated once: a growing cache is copied on every chunk, and needs twice its size while it grows.
     return new_cache(model, tokens.shape[1], on_host) if tokens.shape[1] > chunk_len else None
 
 

@@ -75,6 +75,7 @@ def curve(
     positions = np.zeros(len(scored), dtype=np.int64)
     for span in spans:
         positions[span.first : span.stop] = np.arange(span.first, span.stop) - span.start
+    # Every window has the same scored positions, so one count serves all of them.
     bins = positions[scored] // width
     sums = np.bincount(bins, weights=nll[:, scored].sum(axis=0, dtype=np.float64))
     counts = np.bincount(bins) * len(nll)
@@ -123,6 +124,7 @@ def _last_k(spec: EvaluationConfig, context_len: int) -> Reading:
     )
     spans = {n: _spans([longest - n], n) for n in sorted(spec.lengths)}
     scored = _given_at_every_length(spans)
+    # With K = the shortest length, the first of the K tokens has no context there and stays unscored everywhere.
     scored[: longest - last_k] = False
     return Reading(Protocol.last_k, one_shot, spans, scored)
 
@@ -142,6 +144,7 @@ def _pieces(spec: EvaluationConfig) -> dict[int, tuple[Span, ...]]:
 
 def _spans(starts: Sequence[int], length: int) -> tuple[Span, ...]:
     """Make spans of `length` tokens at ascending `starts`; each scores the tokens that the one before did not reach."""
+    # The first token of a span has no context in it, hence at least start + 1.
     stops = [0, *(start + length for start in starts)]
     return tuple(
         Span(start, max(start + 1, before), stop) for start, (before, stop) in zip(starts, pairwise(stops), strict=True)

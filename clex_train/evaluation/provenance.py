@@ -51,6 +51,7 @@ def environment(dtype: torch.dtype) -> dict[str, Any]:
 
 def weights_hash(directory: Path) -> str | None:
     """Hash a model directory's weights and settings to 16 hex digits; None for a hub name."""
+    # Contents and not modification times: a copied directory must give the same hash.
     return files_hash(directory, WEIGHT_FILES) if directory.is_dir() else None
 
 

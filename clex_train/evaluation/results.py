@@ -33,6 +33,7 @@ NO_WINDOWS: dict[str, Any] = {"count": 0, "length": 0, "documents": [], "fingerp
 """Value of `windows` in an evaluation of retrieval alone."""
 
 
+# Fields of files are added with defaults and never renamed: older files must stay readable and comparable.
 @dataclass(frozen=True)
 class Score:
     """One cell of the table: a method under a protocol at a length."""
@@ -72,6 +73,7 @@ class Score:
     @property
     def mean_nll(self) -> float:
         """Nats per scored token."""
+        # fsum: the order of the windows must not change the last digit.
         return math.fsum(self.window_nll) / self.num_tokens
 
     @property
@@ -159,6 +161,7 @@ class Results:
 
 def task_metrics(tasks: Sequence[TaskScore]) -> dict[str, float]:
     """Map `<task>/<method>/<length>` to the mean score over the prompts of all depths."""
+    # Weighted by the number of prompts, which may differ between depths.
     rows = {score.key: [other for other in tasks if other.key == score.key] for score in tasks}
     return {
         key: sum(row.score * row.total for row in same) / sum(row.total for row in same) for key, same in rows.items()
@@ -209,6 +212,7 @@ def write(path: Path, results: Results, origin: Origin) -> None:
         "tasks": [vars(score) for score in results.tasks],
         "missing": [vars(cell) for cell in results.missing],
     }
+    # `allow_nan=False` catches a NaN that was missed above: it is not JSON, and strict readers would refuse the file.
     write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 

@@ -137,12 +137,14 @@ def evaluate(
     Raises `ValueError` before the first forward when a length exceeds a table, `StopRequested` once `interrupted` is
     true on a rank, and `RunStopped` when out of memory while ranks share the weights.
     """
+    # Fail before the first forward, not hours later at the longest length.
     for table in tables.values():
         table.least_upper_bound(windows.longest, handle.context_len)
     device, kept = device or distributed.device(), kept or Partial()
     feeding = Feeding(chunk_len, batch_tokens or chunk_len, device, interrupted, cache_on_host, kept)
     todo = cells(tables, readings, handle.context_len, inserted or {})
     outcomes = {cell: _found(cell, kept) for cell in todo}
+    # Copies and resumed cells cost nothing, so the bar leaves them out.
     own = [cell for cell in todo if cell.source is None and not outcomes[cell]]
     total = sum(work_of(model, cell.job.length) * len(cell.job.spans) for cell in own) * len(windows.tokens)
     with (
@@ -325,7 +327,7 @@ def _read_windows(
             if feeding.kept.is_due() and room.holds_so_far():
                 started.keep(-(-done // num_spans))
         gauge(job.length)
-        # Between batches only: within one, the other ranks may be waiting in a collective.
+        # Asked between batches only: within one, the other ranks may be waiting in a collective.
         if feeding.interrupted and distributed.any_rank(feeding.interrupted()):
             raise StopRequested("the evaluation was interrupted")
 

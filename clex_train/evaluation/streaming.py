@@ -138,6 +138,7 @@ def streamed(model: nn.Module, cache: Any, stream: Stream, chunk_len: int, bar: 
         last = min(first + chunk_len, stream.num_tokens)
         # One token more than is fed: it is the target of the last one.
         tokens = stream.read(first, min(last + 1, stream.num_tokens)).to(device)
+        # No position ids: they follow from the cache.
         output = model(input_ids=tokens[:, : last - first], use_cache=True, **kv_cache.passed(model, cache))
         cache = kv_cache.taken_out(output)
         targets = tokens[:, 1:]

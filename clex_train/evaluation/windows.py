@@ -53,6 +53,7 @@ class WindowSet:
 
     def span(self, window: int, start: int, stop: int) -> np.ndarray:
         """Return tokens [start, stop) of a window, int64, with BOS in place of the first if it is set."""
+        # A copy, since BOS overwrites a token that other spans score.
         tokens = self.tokens[window, start:stop].copy()
         if self.bos_id is not None:
             tokens[0] = self.bos_id
@@ -70,6 +71,7 @@ def select(store: TokenStore, longest: int, num_windows: int, seed: int = 0, bos
     `ValueError` when no document has `longest` tokens.
     """
     require_windows(store, longest)
+    # Aligned windows: offsets at multiples of `longest` cannot overlap.
     capacity = np.diff(store.doc_offsets) // longest
     chosen = sorted(islice(_candidates(capacity, seed), num_windows))
     if len(chosen) < num_windows and distributed.is_main():

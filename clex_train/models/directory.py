@@ -92,6 +92,7 @@ def read_record(directory: Path) -> ClexRecord:
         raise ValueError(f"{path}: missing; copy the model directory again") from error
     except BadFile as error:
         raise ValueError(f"{path}: not a CLEX record ({error.reason}); copy the model directory again") from error
+    # Before the format: a policy of a newer version is the more specific message.
     if record.log_scale not in [policy.value for policy in LogScale]:
         raise ValueError(f"{path}: log_scale={record.log_scale!r} is a policy unknown to this program; update it")
     if record.format > FORMAT:

@@ -73,6 +73,7 @@ def weights_of(named: ModelConfig, is_there: bool = True) -> str:
     """Describe the source of a run's weights; with `is_there` false, the architecture that a plan uses instead."""
     if not named.is_pretrained:
         return f"random weights for the architecture of {named.config or named.path}"
+    # A dry run may plan with the architecture of a preset alone.
     planned_by = "" if is_there else f" (not on this machine; planned by the architecture of {named.config})"
     return f"pretrained weights of {named.path or named.config}{planned_by}"
 
@@ -145,6 +146,7 @@ def _scaling(config: Config, context_len: int) -> str:
         return f"none: plain RoPE, contexts up to L = {context_len:,} tokens"
     if scaling.name in FORMULAS:
         return _formula(config, context_len)
+    # Rounded down: the table ends at t_max.
     reach = int(scaling.t_max * context_len)
     return (
         f"clex: t from 1 to {scaling.t_max:g}, L = {context_len:,}: contexts up to {reach:,} tokens; "

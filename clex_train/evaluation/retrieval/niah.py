@@ -56,6 +56,7 @@ class Needles:
         keys = list(islice(others, self.num_keys))
         pairs = [(key, self.draw_value(rng)) for key in keys for _ in range(self.num_values)]
         asked = [keys[i] for i in sorted(rng.choice(self.num_keys, self.num_queries, replace=False))]
+        # Shuffled, or the values of one key would stand next to each other.
         needles = [self.sentence(*pairs[i]) for i in rng.permutation(len(pairs))]
         depths = sorted(rng.random(len(needles)).tolist())
         # Decoys take the keys that follow, so no decoy has a key of the question.

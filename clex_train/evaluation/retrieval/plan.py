@@ -116,6 +116,7 @@ def of_spec(
         logger.info("evaluation.tasks=ruler: leaving out %s, whose questions would have to be downloaded", left_out)
     if spec.tasks and spec.chat_template:
         require_chat_template(tokenizer)
+    # Only reads when a task draws from it, so tasks without real text need no documents.
     documents = Documents(store, tokenizer)
     return [
         Cell(

@@ -57,6 +57,7 @@ def evaluate(
     """
     if not cells:
         return [], []
+    # Fail before the first forward, not hours later at the longest length.
     for table in tables.values():
         table.least_upper_bound(max(cell.length for cell in cells), handle.context_len)
     device, kept, ranks = device or distributed.device(), kept or Partial(), distributed.world_size()
@@ -76,6 +77,7 @@ def evaluate(
                 outcomes[each] = outcomes[each] or _copies(each, outcomes[each.source])
             elif not outcomes[each]:
                 handle.use(each.table)
+                # One t for prompt and answer: a t that grew with each token would rotate the whole cache again.
                 with (inserted or {}).get(each.method, nullcontext)() as put_in, handle.fixed(each.cell.length):
                     outcomes[each] = _computed(each, put_in, how, bar)
             scored = [vars(row) for row in outcomes[each] if isinstance(row, TaskScore)]
@@ -217,6 +219,7 @@ def fingerprint(ids: Tensor) -> Tensor:
 
 def _judged(method: str, cell: Cell, generated: Tensor) -> Iterator[TaskScore]:
     """Judge the answers and yield a row for each depth."""
+    # Every rank judges all answers: they are equal after the all-reduce, and judging is cheap.
     texts = [_text(cell.tokenizer, row) for row in generated[:, 1:].tolist()]
     shares = [cell.judge(number, text) for number, text in enumerate(texts)]
     for i, depth in enumerate(cell.depths):
