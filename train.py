@@ -62,7 +62,7 @@ def run(config: configuration.Config) -> int:
     run_dir = Path(config.output_dir)
     with run_folder.left_as_found(run_dir):
         run_folder.require_writable(run_dir)
-        with run_folder.held(run_dir, distributed.rank(), patience=60 * config.engine.timeout):
+        with run_folder.run_lock(run_dir, distributed.rank(), patience=60 * config.engine.timeout):
             if distributed.is_main():
                 run_folder.tidy(run_dir)
             try:
@@ -110,7 +110,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     stores = data.open_stores(config.data)
     held_out = data.held_out(config.data, config.evaluation.path)
     config = configuration.with_lengths(config, context_len, data.longest_document(held_out))
-    asked, config = config, kernels.chosen(config, arch)
+    asked, config = config, kernels.resolve_attention(config, arch)
     store, fingerprint = next(iter(stores.values())), data.fingerprint(stores)
     tokenizer = load.training_tokenizer(config.model, arch, store.tokenizer_path)
     check_tokenizer(store, tokenizer)
@@ -135,7 +135,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     configuration.check_positions(config, context_len)
     settings = engines.deepspeed_dict(config, distributed.world_size())
     trained = load.trained_architecture(config, arch)
-    identity = Manifest.of_run(asked, architecture.digest(trained), fingerprint)
+    identity = Manifest.from_config(asked, architecture.digest(trained), fingerprint)
     is_strict = config.resume is configuration.Resume.strict
     checkpoints = Checkpoints(run_dir, config.checkpoint, identity, is_strict, run_folder.as_yaml(asked))
     newest = checkpoints.newest()
@@ -161,7 +161,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
         memory_options.announce(loaded.model, config.engine, distributed.device())
         ode = OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else None
         engine = engines.build(loaded.model, config)
-        sequence = sequence_parallel.of_run(loaded.model, config, engine.train_micro_batch_size_per_gpu())
+        sequence = sequence_parallel.build(loaded.model, config, engine.train_micro_batch_size_per_gpu())
         if stop.deadline:
             stop.deadline.assume("save", metrics.assumed_save_seconds(load.num_parameters(loaded.model)))
         optim = config.optim

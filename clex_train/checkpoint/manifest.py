@@ -56,7 +56,7 @@ class Manifest:
     """SHA-256 of the manifest with this field empty."""
 
     @classmethod
-    def of_run(cls, config: Config, architecture: str, data_fingerprint: str) -> "Manifest":
+    def from_config(cls, config: Config, architecture: str, data_fingerprint: str) -> "Manifest":
         """Describe a run before its first step."""
         return cls(
             0,

@@ -29,7 +29,7 @@ class RunsCode(ValueError):
 def check(path: Path) -> str | None:
     """Scan a file's pickle without reading its tensors; return what is wrong with it, or None.
 
-    Call it within `without_code`. Raises `RunsCode`, which names file and function.
+    Call it within `tensors_only`. Raises `RunsCode`, which names file and function.
     """
     try:
         # mmap leaves the storages on disk, so that a file of many GiB is scanned in milliseconds.
@@ -44,7 +44,7 @@ def check(path: Path) -> str | None:
 
 
 @contextmanager
-def without_code(what: Path) -> Iterator[None]:
+def tensors_only(what: Path) -> Iterator[None]:
     """Restrict `torch.load` to tensors, plain values and DeepSpeed's own classes, in child processes too.
 
     Raises `RunsCode` when a file of `what` needs more, and `ValueError` when a tensor's bytes are damaged.

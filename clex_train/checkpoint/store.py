@@ -19,7 +19,7 @@ import torch
 
 from clex_train.checkpoint import manifest, safe_load, universal
 from clex_train.checkpoint.manifest import Manifest
-from clex_train.checkpoint.safe_load import RunsCode, without_code
+from clex_train.checkpoint.safe_load import RunsCode, tensors_only
 from clex_train.checkpoint.writer import BackgroundWriter, DirectWriter, Writer, Written, writing_with
 from clex_train.config.checkpoint import CheckpointConfig, OnFullDisk
 from clex_train.config.recorded import CONFIG
@@ -204,7 +204,7 @@ class Checkpoints:
         found, self._chosen = self._chosen or self.choose(), None
         if found is None:
             return None
-        with without_code(found.path):
+        with tensors_only(found.path):
             if self._fits_ranks(found):
                 loaded, _ = engine.load_checkpoint(str(self.folder), tag=found.path.name)
             else:
@@ -380,7 +380,7 @@ def _wrong(found: Found, names: list[str]) -> str | RunsCode | None:
     """Return what is wrong with some files of a checkpoint, or None."""
     try:
         manifest.check_contents(found.path, found.manifest, names)
-        with without_code(found.path):
+        with tensors_only(found.path):
             reasons = [safe_load.check(found.path / name) for name in names if name.endswith(".pt")]
     except Damaged as damaged:
         return str(damaged)

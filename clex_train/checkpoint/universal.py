@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import torch
 
-from clex_train.checkpoint.safe_load import without_code
+from clex_train.checkpoint.safe_load import tensors_only
 from clex_train.utils import distributed, files, log
 from clex_train.utils.errors import StopRequested
 
@@ -171,7 +171,7 @@ def _main() -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     given.folder.mkdir(parents=True)
-    with without_code(given.checkpoint):
+    with tensors_only(given.checkpoint):
         ds_to_universal.main(
             argparse.Namespace(
                 input_folder=str(given.checkpoint),

@@ -16,13 +16,13 @@ CHECKPOINT = "_gradient_checkpointing_func"
 """Attribute under which transformers gives each layer the function that recomputes it."""
 
 
-def on_host() -> AbstractContextManager[None]:
+def offload_to_host() -> AbstractContextManager[None]:
     """Move tensors that are saved for backward inside the block to pinned host memory."""
     # torch's `save_on_cpu` blocks the host on every copy before 2.13.
     return saved_tensors_hooks(_to_host, _to_device)
 
 
-def install(model: nn.Module, keeping: Callable[[], AbstractContextManager[None]] = on_host) -> None:
+def install(model: nn.Module, keeping: Callable[[], AbstractContextManager[None]] = offload_to_host) -> None:
     """Wrap the checkpoint function of every layer in `keeping`. Enable gradient checkpointing first."""
     for module in model.modules():
         # transformers sets the function on the instance, so a class attribute of the same name is left alone.

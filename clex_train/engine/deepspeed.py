@@ -61,7 +61,7 @@ def precision(engine: EngineConfig) -> torch.dtype:
     return torch.bfloat16 if engine.precision is Precision.bf16 else torch.float32
 
 
-def share_rows(config: Config, world_size: int) -> tuple[int, int]:
+def split_batch(config: Config, world_size: int) -> tuple[int, int]:
     """Split the global batch: return (micro batch size, gradient accumulation steps).
 
     The global batch size `optim.batch_rows` is the same for any number of ranks. Raises `ValueError` when it does not
@@ -101,7 +101,7 @@ def share_rows(config: Config, world_size: int) -> tuple[int, int]:
 def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration dictionary for a training run."""
     engine = config.engine
-    micro_batch, accumulation = share_rows(config, world_size)
+    micro_batch, accumulation = split_batch(config, world_size)
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.offload is not Offload.none:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -27,7 +27,7 @@ class SequenceParallel:
         """Create the groups; `rows` is the micro batch size. Collective."""
         self.size, self.index = size, distributed.rank() % size
         self._shape, self._rows, self._group = model.config.get_text_config(), rows, _own_group(size, timeout)
-        self._attention = WholeRows(model, self._exchange)
+        self._attention = WholeRows(model, self._all_to_all)
 
     def attention(self, position_ids: torch.Tensor | None) -> AbstractContextManager[None]:
         """Make the model attend over whole sequences inside the block. Collective, as is each pass inside.
@@ -36,13 +36,13 @@ class SequenceParallel:
         """
         return self._attention.in_force(position_ids)
 
-    def _exchange(self, attention: Attention) -> Attention:
+    def _all_to_all(self, attention: Attention) -> Attention:
         # Used directly: DeepSpeed's `register_with_transformers` replaces `sdpa` in transformers' global table, which
         # evaluation uses too.
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
         shape = self._shape
-        exchange: Attention = UlyssesSPAttentionHF(
+        all_to_all: Attention = UlyssesSPAttentionHF(
             attn=attention,
             batch_size=self._rows,
             attn_head_count=shape.num_attention_heads,
@@ -53,10 +53,10 @@ class SequenceParallel:
             process_group=self._group,
             seq_length_is_variable=True,
         )
-        return exchange
+        return all_to_all
 
 
-def of_run(model: Any, config: Config, rows: int) -> SequenceParallel | None:
+def build(model: Any, config: Config, rows: int) -> SequenceParallel | None:
     """Set up sequence parallelism as configured, or return None when its size is 1. Collective."""
     engine = config.engine
     if engine.sequence_parallel == 1:

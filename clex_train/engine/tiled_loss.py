@@ -31,7 +31,7 @@ class Logits:
     """None for no cap: z = scale * y."""
 
     @staticmethod
-    def of(config: Any) -> "Logits":
+    def from_config(config: Any) -> "Logits":
         """Read the transform from an architecture's config."""
         # Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma caps.
         text = config.get_text_config()

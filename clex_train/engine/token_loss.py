@@ -25,9 +25,9 @@ class Loss(Protocol):
     def __call__(self, model: Any, targets: Tensor, **inputs: Any) -> Tensor: ...
 
 
-def of(engine: EngineConfig) -> Loss:
+def choose_loss(engine: EngineConfig) -> Loss:
     """Choose the loss function by `engine.tiled_loss`."""
-    return from_logits if engine.tiled_loss is None else in_tiles
+    return loss_from_logits if engine.tiled_loss is None else loss_in_tiles
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def shifted(labels: Tensor) -> Tensor:
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def from_logits(model: Any, targets: Tensor, **inputs: Any) -> Tensor:
+def loss_from_logits(model: Any, targets: Tensor, **inputs: Any) -> Tensor:
     """Compute the loss from the logits [B, S, V] of the whole micro batch, plus the router's loss if there is one."""
     output = model(use_cache=False, **inputs)
     # float32: a bf16 log-sum-exp over a large vocabulary loses the differences that the loss consists of.
@@ -48,7 +48,7 @@ def from_logits(model: Any, targets: Tensor, **inputs: Any) -> Tensor:
     return loss if balance is None else loss + _balance_weight(model) * balance
 
 
-def in_tiles(model: Any, targets: Tensor, **inputs: Any) -> Tensor:
+def loss_in_tiles(model: Any, targets: Tensor, **inputs: Any) -> Tensor:
     """Compute the loss tile by tile, with a model that `install_tiles` has prepared."""
     return model(use_cache=False, **{NLL: targets}, **inputs)
 
@@ -61,7 +61,7 @@ def install_tiles(model: nn.Module, tile_len: int) -> None:
     own: Callable[..., Any] = model.forward
     decoder: nn.Module = model.base_model  # type: ignore[assignment]
     head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
-    logits = Logits.of(model.config)
+    logits = Logits.from_config(model.config)
 
     def score(targets: Tensor, hidden: Tensor) -> Tensor:
         cross_entropy = implementation(hidden.device, head.bias is not None, logits)
@@ -75,14 +75,14 @@ def install_tiles(model: nn.Module, tile_len: int) -> None:
             return own(*args, **kwargs)
         hidden = decoder(*args, **kwargs)[0]
         # Call the output layer as a module: ZeRO-3's hooks then gather its weights, once for all tiles.
-        with standing_in(head, functools.partial(score, targets)):
+        with replaced_forward(head, functools.partial(score, targets)):
             return head(hidden)
 
     model.__dict__["forward"] = forward
 
 
 @contextmanager
-def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Replace a module's forward on this instance inside the block; its hooks still run."""
     # Something else, such as Liger, may have replaced it on the instance already.
     before = module.__dict__.get("forward")

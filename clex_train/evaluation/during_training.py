@@ -62,7 +62,7 @@ class TrainingEvaluation:
         unloaded = handle_without_weights(arch, context_len, config.model.trust_remote_code)
         has_clex = config.scaling.name is ScalingName.clex
         methods.check(self.spec, unloaded, has_clex, scale_grid(config.scaling.t_max) if has_clex else None)
-        self.cells = plan.of_spec(self.spec, tokenizer, self.store, bos=bos_id is not None)
+        self.cells = plan.build_cells(self.spec, tokenizer, self.store, bos=bos_id is not None)
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
         # The ODE has changed since the last evaluation.

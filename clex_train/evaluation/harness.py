@@ -68,7 +68,7 @@ class Tasks:
 
 
 @dataclass(frozen=True)
-class Asking:
+class RequestSettings:
     """Settings of the requests to the model."""
 
     max_length: int
@@ -86,7 +86,7 @@ class Asking:
 
 
 def evaluate(
-    loaded: LoadedModel, tasks: Tasks, asking: Asking, kept: Partial | None = None, method: str = ""
+    loaded: LoadedModel, tasks: Tasks, settings: RequestSettings, kept: Partial | None = None, method: str = ""
 ) -> dict[str, Any]:
     """Run the harness and return its own results (`results`, `configs`, `versions`, ...).
 
@@ -94,10 +94,10 @@ def evaluate(
     evaluation, under the name of `method`.
     """
     # Requests are not split over ranks: under ZeRO-3 every forward is a collective.
-    model = _model(loaded, asking)
+    model = _model(loaded, settings)
     for kind in KINDS:
-        setattr(model, kind, InGroups(kind, getattr(model, kind), kept or Partial(), method, asking.batch_size))
-    return distributed.broadcast_object(_simple_evaluate(model, tasks, asking))
+        setattr(model, kind, InGroups(kind, getattr(model, kind), kept or Partial(), method, settings.batch_size))
+    return distributed.broadcast_object(_simple_evaluate(model, tasks, settings))
 
 
 @dataclass
@@ -111,17 +111,17 @@ class Counted:
     """Upper bound of generated tokens, without the first of each prompt, which costs no extra forward."""
 
 
-def count(loaded: LoadedModel, tasks: Tasks, asking: Asking) -> Counted:
+def count(loaded: LoadedModel, tasks: Tasks, settings: RequestSettings) -> Counted:
     """Count the requests that `evaluate` would make, without a forward pass."""
     # The harness builds its requests only while it runs, so run it on a model whose answers are constants.
-    model, counted = _model(loaded, asking), Counted()
+    model, counted = _model(loaded, settings), Counted()
 
     def without_answers(kind: str, nothing: object) -> Callable[..., list[object]]:
         def answer(requests: Sequence[Any], disable_tqdm: bool = False) -> list[object]:
             for request in requests:
                 more = int(request.args[1].get("max_gen_toks", model.max_gen_toks)) if kind == KINDS[2] else 0
                 text = request.args[0] + (request.args[1] if kind == KINDS[0] else "")
-                num_tokens, most = len(model.tok_encode(text)), asking.max_length - more
+                num_tokens, most = len(model.tok_encode(text)), settings.max_length - more
                 # A document longer than a window is read in several.
                 pieces = -(-num_tokens // most) if kind == KINDS[1] else 1
                 counted.prompts += [min(num_tokens, most)] * pieces
@@ -132,28 +132,28 @@ def count(loaded: LoadedModel, tasks: Tasks, asking: Asking) -> Counted:
 
     for kind, nothing in zip(KINDS, ((0.0, False), 0.0, ""), strict=True):
         setattr(model, kind, without_answers(kind, nothing))
-    counted.tasks = len(_simple_evaluate(model, tasks, asking)["configs"])
+    counted.tasks = len(_simple_evaluate(model, tasks, settings)["configs"])
     return counted
 
 
-def _model(loaded: LoadedModel, asking: Asking) -> Any:
+def _model(loaded: LoadedModel, settings: RequestSettings) -> Any:
     """Wrap our model in the harness's `HFLM`."""
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,
-        max_length=asking.max_length,
-        batch_size=asking.batch_size,
+        max_length=settings.max_length,
+        batch_size=settings.batch_size,
         backend="causal",
-        add_bos_token=asking.bos,
+        add_bos_token=settings.bos,
     )
     # HFLM takes the device of the first parameter, which may be offloaded to host memory.
     model._device = distributed.device()
     return model
 
 
-def _simple_evaluate(model: Any, tasks: Tasks, asking: Asking) -> Any:
+def _simple_evaluate(model: Any, tasks: Tasks, settings: RequestSettings) -> Any:
     from lm_eval.evaluator import simple_evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -163,12 +163,12 @@ def _simple_evaluate(model: Any, tasks: Tasks, asking: Asking) -> Any:
         model=model,
         tasks=list(tasks.names),
         task_manager=tasks.manager,
-        num_fewshot=asking.num_fewshot,
-        limit=asking.limit,
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
         # For metrics without a closed-form error. lm-eval's default of 100,000 resamples takes longer than small tasks.
         bootstrap_iters=1000,
         log_samples=False,
-        apply_chat_template=asking.in_chat,
+        apply_chat_template=settings.in_chat,
     )
 
 

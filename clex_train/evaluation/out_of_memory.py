@@ -1,9 +1,9 @@
 """Out-of-memory handling in one table cell: free memory, agree across ranks, log once, continue with the next.
 
-room = Room(model, "method ntk, protocol one_shot, 65536 tokens")
+guard = MemoryGuard(model, "method ntk, protocol one_shot, 65536 tokens")
 for piece in pieces:
-    found = room.attempt(lambda: forward(piece))      None where memory ran out
-reason = room.lacking()                               the same on every rank
+    found = guard.attempt(lambda: forward(piece))      None where memory ran out
+reason = guard.shortage()                               the same on every rank
 """
 
 import ctypes
@@ -26,7 +26,7 @@ REMEDIES = (
 )
 
 
-class Room:
+class MemoryGuard:
     """Runs the pieces of one table cell until this rank is out of memory, and skips the rest.
 
     A rank that skips its pieces still takes part in the collectives of the others.
@@ -58,14 +58,14 @@ class Room:
                     f"this one; leave the length out, or: {REMEDIES}"
                 ) from error
         # Not inside `except`: the traceback still refers to the forward's tensors there.
-        give_back()
+        free_memory()
         return None
 
-    def holds_so_far(self) -> bool:
+    def fits_so_far(self) -> bool:
         """Tell whether no rank has run out of memory so far. Collective."""
         return not distributed.any_rank(bool(self._reason))
 
-    def lacking(self) -> str:
+    def shortage(self) -> str:
         """Return the first rank's reason for running out of memory, or an empty string. Rank 0 logs it. Collective."""
         if not distributed.any_rank(bool(self._reason)):
             return ""
@@ -80,7 +80,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def return_what_is_freed() -> None:
+def release_freed_memory() -> None:
     """Make glibc return the memory of large freed CPU tensors to the system at once, from now on."""
     # By default glibc raises its mmap threshold up to 32 MiB as blocks are freed. A growing cache between freed tensors
     # then pins their heap pages: at 64k tokens a fifth of what an evaluation needs. Setting the threshold fixes it.
@@ -89,7 +89,7 @@ def return_what_is_freed() -> None:
         LIBC.mallopt(mmap_threshold, 256 * 1024)
 
 
-def give_back() -> None:
+def free_memory() -> None:
     """Return unused memory: on a GPU to the driver, on a CPU to the system where libc supports it."""
     # First break reference cycles, through which dead tensors may still be reachable.
     gc.collect()

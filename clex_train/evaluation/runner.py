@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from clex_train.attention.chunked_sdpa import lean_attention
 from clex_train.evaluation.duplicates import identity
-from clex_train.evaluation.out_of_memory import Room
+from clex_train.evaluation.out_of_memory import MemoryGuard
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.perplexity import Advance, Predict, evaluating, one_shot, warn_of_overflow
 from clex_train.evaluation.protocols import Reading, Span, curve
@@ -255,11 +255,11 @@ def _computed(
     """Compute the outcome of a cell."""
     job = cell.job
     bar.set_description(f"evaluate {cell.method}, {job.protocols}, {job.length} tokens", refresh=False)
-    room, started = Room(model, cell.name), _Started(cell, windows, feeding.kept)
-    _read_windows(model, handle, windows, job, feeding, room, started, bar)
+    guard, started = MemoryGuard(model, cell.name), _Started(cell, windows, feeding.kept)
+    _read_windows(model, handle, windows, job, feeding, guard, started, bar)
     # Each token is nonzero on one rank only, so the sum is exact and independent of the number of ranks.
     nll = distributed.all_reduce_sum(started.nll).numpy()
-    if reason := room.lacking():
+    if reason := guard.shortage():
         return [Missing(cell.method, each.protocol.value, job.length, reason) for each in job.readings]
     t = cell.table.least_upper_bound(job.length, handle.context_len).t
     made_by = {"method": cell.method, "frequencies": cell.table.method, "t": t}
@@ -303,11 +303,11 @@ def _read_windows(
     windows: WindowSet,
     job: Job,
     feeding: Feeding,
-    room: Room,
+    guard: MemoryGuard,
     started: _Started,
     bar: tqdm,
 ) -> None:
-    """Fill in the nll of this rank's spans, skipping finished batches, until `room` is out of memory."""
+    """Fill in the nll of this rank's spans, skipping finished batches, until `guard` is out of memory."""
     num_spans, num_ranks = len(job.spans), distributed.world_size()
     num_pieces, done, work = len(windows.tokens) * num_spans, 0, partial(work_of, model)
     for number, (indices, counted) in enumerate(
@@ -318,13 +318,13 @@ def _read_windows(
         if number >= started.batches:
             places = [(index // num_spans, job.spans[index % num_spans]) for index in indices]
             pieces = np.stack([windows.span(row, span.start, span.stop) for row, span in places])
-            values = room.attempt(partial(_read, model, handle, pieces, job, feeding, gauge))
+            values = guard.attempt(partial(_read, model, handle, pieces, job, feeding, gauge))
             if values is not None:
                 for (row, span), value in compress(zip(places, values, strict=True), counted):
                     started.nll[row, span.first : span.stop] = value[span.first - span.start :]
             started.batches = number + 1
             # After running out of memory, rows have zeros in place of results, so they must not be resumed from.
-            if feeding.kept.is_due() and room.holds_so_far():
+            if feeding.kept.is_due() and guard.fits_so_far():
                 started.keep(-(-done // num_spans))
         gauge(job.length)
         # Asked between batches only: within one, the other ranks may be waiting in a collective.

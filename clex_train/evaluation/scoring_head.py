@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clex_train.engine.tiled_loss import logits_of, nll_in_place
-from clex_train.engine.token_loss import standing_in
+from clex_train.engine.token_loss import replaced_forward
 
 TILE_ELEMENTS = 2**20
 """Logits of a tile on a CPU: 4 MiB in float32, which stay in its cache between the passes over them."""
@@ -34,7 +34,7 @@ def tiled_head(model: nn.Module, device: torch.device) -> Iterator[None]:
     scorer = _TiledHead(head)
     model.__dict__[SCORER] = scorer
     try:
-        with standing_in(head, scorer.forward):
+        with replaced_forward(head, scorer.forward):
             yield
     finally:
         del model.__dict__[SCORER]

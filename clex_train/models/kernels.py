@@ -23,7 +23,7 @@ OPTIONAL = {"flash-attn": "flash_attn", "liger-kernel": "liger_kernel", "triton"
 logger = log.get(__name__)
 
 
-def chosen(config: Config, arch: PretrainedConfig) -> Config:
+def resolve_attention(config: Config, arch: PretrainedConfig) -> Config:
     """Return the configuration with `attention.implementation=auto` resolved for this machine."""
     # A copy: the run folder records `auto`, so that the run can resume on a machine with other kernels.
     attention = select.resolved(config.attention, arch, deepspeed.precision(config.engine))
@@ -38,7 +38,7 @@ def install(model: nn.Module, config: Config) -> int:
 
 
 def announce(config: Config, arch: PretrainedConfig, num_replaced: int) -> None:
-    """Log the kernels in use, and missing packages that would be faster. `config` as returned by `chosen`."""
+    """Log the kernels in use, and missing faster packages. `config` as returned by `resolve_attention`."""
     dtype, attention = deepspeed.precision(config.engine), config.attention
     if attention.lambda_mask:
         logger.info("attention: LM-Infinite; its back end is logged at its first call")

@@ -58,7 +58,7 @@ def announce(model: PreTrainedModel, engine: EngineConfig, device: torch.device)
     """Log the options in use, and those without effect on this device."""
     if engine.tiled_loss is not None:
         head: Any = model.get_output_embeddings()
-        chosen = implementation(device, head.bias is not None, Logits.of(model.config))
+        chosen = implementation(device, head.bias is not None, Logits.from_config(model.config))
         by = "in PyTorch" if chosen is tiled_cross_entropy else "by Liger's fused kernel, which chooses its own size"
         logger.info("engine.tiled_loss=%d: the loss is computed in tiles, %s", engine.tiled_loss, by)
     if engine.offload_activations and device.type == "cpu":
@@ -107,5 +107,5 @@ def _loss_is_that_of_its_logits(model: Any) -> bool:
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             # It needs more of its decoder than hidden states.
             return False
-        total = tiled_cross_entropy(hidden[0], targets, small.weight, small.bias, 4, Logits.of(model.config))
+        total = tiled_cross_entropy(hidden[0], targets, small.weight, small.bias, 4, Logits.from_config(model.config))
     return bool(torch.isclose(own.float(), total / token_loss.num_scored(targets), rtol=1e-4))

@@ -114,7 +114,7 @@ def make_plan(config: Config) -> Plan:
     config = configuration.with_lengths(config, context_len, longest_document(documents))
     _check(config, arch, context_len)
     counts, dtype = meta_model.count(arch), engines.precision(config.engine)
-    config = kernels.chosen(config, arch)
+    config = kernels.resolve_attention(config, arch)
     on_gpu = torch.cuda.is_available() or dtype is torch.bfloat16
     clex = _clex(config, counts)
     footprint = meta_model.footprint(

@@ -176,7 +176,7 @@ def left_as_found(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held(folder: Path, rank: int, patience: float) -> Iterator[None]:
+def run_lock(folder: Path, rank: int, patience: float) -> Iterator[None]:
     """Lock a run folder against other launches; the kernel releases the lock when this process dies.
 
     Waits up to `patience` seconds for the same rank of an earlier launch, then raises `ValueError`. A launch refused

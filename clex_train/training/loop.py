@@ -205,7 +205,7 @@ def forward_backward(parts: Parts, batch: Batch, spectrum: Spectrum | None, weig
 
 def forward(model: Any, parts: Parts, batch: Batch, weight: float) -> torch.Tensor:
     """Weighted loss of one micro-batch under `model`, the engine or what it wraps."""
-    mean_nll = token_loss.of(parts.config.engine)
+    mean_nll = token_loss.choose_loss(parts.config.engine)
     targets = batch["shift_labels"] if parts.sequence else token_loss.shifted(batch["labels"])
     inputs = forward_pass.arguments(parts.config, batch, parts.sequence)
     return weight * mean_nll(model, distributed.to_device(targets), **inputs)

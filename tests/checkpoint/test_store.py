@@ -23,7 +23,7 @@ from clex_train.config.root import Config
 from clex_train.utils import files
 from clex_train.utils.errors import RunStopped
 
-IDENTITY = Manifest.of_run(Config(), architecture="a", data_fingerprint="d")
+IDENTITY = Manifest.from_config(Config(), architecture="a", data_fingerprint="d")
 SHARDS = ("zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt")
 
 
@@ -262,7 +262,7 @@ def test_the_manifest_says_where_the_run_stood_and_what_every_file_must_be(check
     assert (found["step"], found["rows_consumed"], found["world_size"]) == (15, 120, 1)
     assert found["files"].keys() == found["sha256"].keys() == {*SHARDS, "ode.pt"}
     assert found["versions"].keys() == {"clex-train", "python", "torch", "deepspeed", "transformers"}
-    other = Manifest.of_run(Config(seed=1), architecture="a", data_fingerprint="d")
+    other = Manifest.from_config(Config(seed=1), architecture="a", data_fingerprint="d")
     assert len(found["config_hash"]) == 64
     assert found["config_hash"] != other.config_hash
 

@@ -156,7 +156,7 @@ def parts_of(folder: Path, case: str, ranks: int) -> loop.Parts:
         ode=OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else None,
         checkpoints=unused,
         evaluate=None,
-        sequence=sequence_parallel.of_run(loaded.model, config, config.engine.micro_batch or 1),
+        sequence=sequence_parallel.build(loaded.model, config, config.engine.micro_batch or 1),
     )
 
 

@@ -138,12 +138,12 @@ def test_what_is_no_duration_is_refused_by_name(text):
 
 def test_a_second_launch_waits_for_the_first_and_is_refused_if_that_stays(tmp_path):
     with (
-        run_folder.held(tmp_path, 0, patience=0),
+        run_folder.run_lock(tmp_path, 0, patience=0),
         pytest.raises(ValueError, match=rf"output_dir=.*in use by process {os.getpid()} on"),
-        run_folder.held(tmp_path, 0, patience=0.3),
+        run_folder.run_lock(tmp_path, 0, patience=0.3),
     ):
         raise AssertionError("two launches in one folder")
-    with run_folder.held(tmp_path, 0, patience=0):
+    with run_folder.run_lock(tmp_path, 0, patience=0):
         pass
 
 
@@ -151,7 +151,7 @@ def test_a_second_launch_begins_when_the_first_has_ended(tmp_path):
     held, begun = threading.Event(), []
 
     def first() -> None:
-        with run_folder.held(tmp_path, 0, patience=0):
+        with run_folder.run_lock(tmp_path, 0, patience=0):
             held.set()
             time.sleep(0.5)
             begun.append("first ends")
@@ -159,7 +159,7 @@ def test_a_second_launch_begins_when_the_first_has_ended(tmp_path):
     thread = threading.Thread(target=first)
     thread.start()
     assert held.wait(120)
-    with run_folder.held(tmp_path, 0, patience=120):
+    with run_folder.run_lock(tmp_path, 0, patience=120):
         begun.append("second begins")
     thread.join()
     assert begun == ["first ends", "second begins"]

@@ -26,7 +26,7 @@ def noise(units: int, depths: Sequence[float]) -> list[str]:
     return _cut([FILLER[i % len(FILLER)] for i in range(units)], depths)
 
 
-def of_sentences(sentences: Iterator[str]) -> Haystack:
+def from_sentences(sentences: Iterator[str]) -> Haystack:
     """Make a haystack of the first sentences of an endless iterator; a unit is a sentence."""
     # Remembered, because the haystack is called with several numbers of units.
     drawn: list[str] = []

@@ -9,7 +9,7 @@ from clex_train.evaluation.retrieval.prompts import Ask, Draft, join
 from clex_train.evaluation.retrieval.words import digits, names
 
 
-def in_documents(ask: Ask) -> Draft:
+def draft(ask: Ask) -> Draft:
     """Draft a prompt with the needle after the sentence at the share `ask.depth` of the text's tokens."""
     # All draws come before `text`, so that prompts of one index are equal at every depth and length of filler.
     name, number = next(names(ask.rng)), digits(ask.rng, 6)

@@ -12,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 
-from clex_train.evaluation.retrieval.haystack import Haystack, insert, noise, of_sentences
+from clex_train.evaluation.retrieval.haystack import Haystack, from_sentences, insert, noise
 from clex_train.evaluation.retrieval.prompts import Ask, Draft, join
 from clex_train.evaluation.retrieval.words import digits, enumerated, names, uuid
 
@@ -21,19 +21,19 @@ Draw = Callable[[np.random.Generator], str]
 number: Draw = partial(digits, num_digits=7)
 
 
-def in_noise(ask: Ask, decoys: Iterator[str]) -> Haystack:
+def noise_haystack(ask: Ask, decoys: Iterator[str]) -> Haystack:
     """Hide needles in repeated sentences."""
     return noise
 
 
-def in_documents(ask: Ask, decoys: Iterator[str]) -> Haystack:
+def document_haystack(ask: Ask, decoys: Iterator[str]) -> Haystack:
     """Hide needles in real text."""
     return ask.documents.starting_at(ask.rng.random())
 
 
-def in_needles(ask: Ask, decoys: Iterator[str]) -> Haystack:
+def needle_haystack(ask: Ask, decoys: Iterator[str]) -> Haystack:
     """Hide needles among needles with other keys."""
-    return of_sentences(decoys)
+    return from_sentences(decoys)
 
 
 @dataclass(frozen=True)

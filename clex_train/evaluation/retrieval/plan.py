@@ -104,7 +104,7 @@ def require_chat_template(tokenizer: Any) -> None:
     )
 
 
-def of_spec(
+def build_cells(
     spec: EvaluationConfig, tokenizer: Any, store: TokenStore, seed: int = 0, bos: bool | None = None
 ) -> list[Cell]:
     """List the cells of `evaluation.tasks`, task by task, shorter lengths first. Real text comes from `store`.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clex_train.evaluation.duplicates import identity
-from clex_train.evaluation.out_of_memory import Room
+from clex_train.evaluation.out_of_memory import MemoryGuard
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.results import MOST_CHARACTERS, Missing, TaskScore, task_key
@@ -62,7 +62,7 @@ def evaluate(
         table.least_upper_bound(max(cell.length for cell in cells), handle.context_len)
     device, kept, ranks = device or distributed.device(), kept or Partial(), distributed.world_size()
     how = Decoding(model, chunk_len, device, interrupted, cache_on_host, kept)
-    todo = asked(tables, cells, handle.context_len, inserted or {})
+    todo = method_cells(tables, cells, handle.context_len, inserted or {})
     outcomes = {each: _found(each, kept) for each in todo}
     own = [each.cell for each in todo if each.source is None and not outcomes[each]]
     # Rounded up to whole rounds: a rank that is short repeats a prompt.
@@ -88,13 +88,13 @@ def evaluate(
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class MethodCell:
     """Prompts of a cell under a method."""
 
     method: str
     table: Frequencies
     cell: Cell
-    source: Asked | None
+    source: MethodCell | None
     """The one that this equals by definition; None if it has to be computed."""
 
     @property
@@ -117,30 +117,30 @@ class Decoding:
     """Partial results, loaded and saved."""
 
 
-def asked(
+def method_cells(
     tables: Mapping[str, Frequencies], cells: Sequence[Cell], context_len: int, inserted: Collection[str] = ()
-) -> list[Asked]:
+) -> list[MethodCell]:
     """List the cells of the first method, then of the second, and so on; mark those that equal an earlier one.
 
     `inserted` are the methods that change the model, and so equal no other.
     """
-    todo, first = list[Asked](), dict[object, Asked]()
+    todo, first = list[MethodCell](), dict[object, MethodCell]()
     for method, table in tables.items():
         for number, cell in enumerate(cells):
             does = identity(method, table, [cell.length], context_len, inserted)
-            each = Asked(method, table, cell, first.get((number, does)))
+            each = MethodCell(method, table, cell, first.get((number, does)))
             first.setdefault((number, does), each)
             todo.append(each)
     return todo
 
 
-def _found(each: Asked, kept: Partial) -> Outcome:
+def _found(each: MethodCell, kept: Partial) -> Outcome:
     """Return the rows from an interrupted evaluation; empty if it did not finish them."""
     found = kept.find([each.key], lambda rows: convert(rows, list[TaskScore]))
     return found[0] if found else []
 
 
-def _copies(each: Asked, outcome: Outcome) -> Outcome:
+def _copies(each: MethodCell, outcome: Outcome) -> Outcome:
     """Copy the outcome of equal prompts to this method."""
     return [
         replace(row, method=each.method, copied_from=row.key)
@@ -150,36 +150,38 @@ def _copies(each: Asked, outcome: Outcome) -> Outcome:
     ]
 
 
-def _computed(each: Asked, put_in: object, how: Decoding, bar: tqdm) -> Outcome:
+def _computed(each: MethodCell, put_in: object, how: Decoding, bar: tqdm) -> Outcome:
     """Compute the outcome of a cell."""
     cell = each.cell
     bar.set_description(f"{cell.name.value} {each.method}, {cell.length} tokens", refresh=False)
-    room = Room(how.model, f"method {each.method}, task {cell.name.value}, {cell.length} tokens")
+    guard = MemoryGuard(how.model, f"method {each.method}, task {cell.name.value}, {cell.length} tokens")
     # LM-Infinite has a cache of constant size, unless it also attends to middle tokens and needs all keys.
     make_cache = put_in.new_cache if isinstance(put_in, LmInfinite) and put_in.middle is None else None
     if make_cache is None and how.cache_on_host:
         make_cache = partial(new_cache, how.model, cell.length + cell.num_new, on_host=True)
-    generated = _generated(each, make_cache, how, room, bar)
-    if reason := room.lacking():
+    generated = _generated(each, make_cache, how, guard, bar)
+    if reason := guard.shortage():
         return [Missing(each.method, cell.name.value, cell.length, reason)]
     return list(_judged(each.method, cell, generated))
 
 
-def _generated(each: Asked, make_cache: Callable[[], Any] | None, how: Decoding, room: Room, bar: tqdm) -> Tensor:
+def _generated(
+    each: MethodCell, make_cache: Callable[[], Any] | None, how: Decoding, guard: MemoryGuard, bar: tqdm
+) -> Tensor:
     """Generate answers: fingerprint and tokens of each prompt, int64 [size, 1 + num_new] on the CPU. Collective.
 
-    The same on every rank. Rows are 0 where `room` was out of memory.
+    The same on every rank. Rows are 0 where `guard` was out of memory.
     """
     cell, ranks = each.cell, distributed.world_size()
     generated, num_done = _left(each, how.kept)
     for number, (indices, counted) in enumerate(deal(cell.size, 1, distributed.rank(), ranks)):
         gauge = Gauge(bar, ranks, int)
         if number >= num_done:
-            answer = room.attempt(partial(_ask, cell, int(indices[0]), how, make_cache, gauge))
+            answer = guard.attempt(partial(_ask, cell, int(indices[0]), how, make_cache, gauge))
             if counted[0] and answer is not None:
                 generated[indices[0]] = answer
             # After running out of memory, rows are zeros in place of answers, so they must not be resumed from.
-            if how.kept.is_due() and room.holds_so_far():
+            if how.kept.is_due() and guard.fits_so_far():
                 so_far = distributed.all_reduce_sum(generated).tolist()
                 how.kept.keep(each.key, {"rounds": number + 1, "generated": so_far})
         gauge(cell.length)
@@ -188,7 +190,7 @@ def _generated(each: Asked, make_cache: Callable[[], Any] | None, how: Decoding,
     return distributed.all_reduce_sum(generated)
 
 
-def _left(each: Asked, kept: Partial) -> tuple[Tensor, int]:
+def _left(each: MethodCell, kept: Partial) -> tuple[Tensor, int]:
     """Load the pieces of an interrupted cell: int64 [size, 1 + num_new], and the number of finished rounds."""
     # On rank 0 only and zeros elsewhere, or the all-reduce would count them once per rank.
     generated = torch.zeros(each.cell.size, 1 + each.cell.num_new, dtype=torch.int64)
