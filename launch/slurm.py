@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from hydra import compose, initialize_config_dir
 
-from clex_train.checkpoint.store import newest_config
+from clex_train.checkpoint.listing import newest_config
 from clex_train.cli import config_files, console
 from clex_train.cli.overrides import for_hydra
 from clex_train.config import root as configuration

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from clex_train.checkpoint import manifest, safe_load, universal
+from clex_train.checkpoint import manifest, universal
+from clex_train.checkpoint.listing import Found, damage_in, list_checkpoints, step_of
 from clex_train.checkpoint.manifest import Manifest
 from clex_train.checkpoint.safe_load import RunsCode, tensors_only
 from clex_train.checkpoint.writer import BackgroundWriter, DirectWriter, Writer, Written, writing_with
 from clex_train.config.checkpoint import CheckpointConfig, OnFullDisk
 from clex_train.config.recorded import CONFIG
 from clex_train.utils import distributed, files, log
-from clex_train.utils.checksums import Damaged
 from clex_train.utils.errors import NO_ROOM, RunStopped, first_line
 from clex_train.utils.files import BadFile, make_folder, read_regular, sync_directory, write_atomically
 
@@ -33,25 +33,6 @@ logger = log.get(__name__)
 ODE, LATEST = "ode.pt", "latest"
 MOST_NAME = 256
 """Largest `latest` that is read, in bytes."""
-MOST_DIGITS = 18
-"""Longest step number, in digits; Python refuses to parse integers of more than 4,300."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint whose files have the sizes of its manifest."""
-
-    path: Path
-    manifest: Manifest
-
-    def config(self) -> Path | None:
-        """Return the path of its copy of the run's configuration, or None if missing or damaged."""
-        # Checkpoints of earlier versions have no copy, and no digest of one.
-        try:
-            whole = files.sha256(self.path / CONFIG, within=self.path) == self.manifest.sha256.get(CONFIG)
-        except (OSError, BadFile):
-            return None
-        return self.path / CONFIG if whole else None
 
 
 @dataclass
@@ -231,7 +212,7 @@ class Checkpoints:
 
     def _list(self) -> tuple[list[Found], dict[Path, str]]:
         """List the checkpoints with files of the right sizes, and the damage of the others by path."""
-        return _list(self.folder)
+        return list_checkpoints(self.folder)
 
     def _verify(self, found: Found) -> str | None:
         """Return the damage in a checkpoint's files, or None; ranks share the hashing. Raises `RunsCode` on all ranks.
@@ -240,7 +221,7 @@ class Checkpoints:
         """
         # Largest first and then round robin, which balances the bytes per rank well enough.
         names = sorted(found.manifest.files, key=lambda name: -found.manifest.files[name])
-        said = distributed.gather_objects(_wrong(found, names[distributed.rank() :: distributed.world_size()]))
+        said = distributed.gather_objects(damage_in(found, names[distributed.rank() :: distributed.world_size()]))
         # A file that would run code is an attack, not damage: never fall back to an older checkpoint.
         for refusal in said:
             if isinstance(refusal, RunsCode):
@@ -250,7 +231,7 @@ class Checkpoints:
     def _judge(self, chosen: Found | None, damage: dict[Path, str]) -> None:
         """Warn about damage newer than the chosen checkpoint, or raise `ValueError`."""
         # Damage older than the chosen checkpoint costs nothing and is not reported.
-        newer = {path: why for path, why in damage.items() if _step(path) > (chosen.manifest.step if chosen else -1)}
+        newer = {path: why for path, why in damage.items() if step_of(path) > (chosen.manifest.step if chosen else -1)}
         if chosen is not None and (why := self._latest_is_wrong(chosen, newer)):
             newer[self.folder / LATEST] = why
         said = "; ".join(f"checkpoint {path} is damaged: {why}" for path, why in sorted(newer.items()))
@@ -270,7 +251,7 @@ class Checkpoints:
             return "it is missing"
         except BadFile as error:
             return error.reason
-        newest = max([chosen.path, *newer], key=_step)
+        newest = max([chosen.path, *newer], key=step_of)
         return None if named == f"{newest.name}\n".encode() else f"it does not name {newest.name}"
 
     def _require_same(self, names: list[str]) -> None:
@@ -352,22 +333,6 @@ class Checkpoints:
         )
 
 
-def newest_config(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint's copy of the run's configuration, or None. Not collective."""
-    newest = max(_list(run_dir / "checkpoints")[0], key=lambda found: found.manifest.step, default=None)
-    return newest.config() if newest else None
-
-
-def _list(folder: Path) -> tuple[list[Found], dict[Path, str]]:
-    good, damage = [], {}
-    for path in folder.glob("step_*"):
-        try:
-            good.append(Found(path, manifest.read(path)))
-        except Damaged as damaged:
-            damage[path] = str(damaged)
-    return good, damage
-
-
 def _attempt(action: Any) -> Any:
     """Return the action's result, or its error as a value that other ranks can be sent."""
     try:
@@ -376,25 +341,6 @@ def _attempt(action: Any) -> Any:
         return error
 
 
-def _wrong(found: Found, names: list[str]) -> str | RunsCode | None:
-    """Return what is wrong with some files of a checkpoint, or None."""
-    try:
-        manifest.check_contents(found.path, found.manifest, names)
-        with tensors_only(found.path):
-            reasons = [safe_load.check(found.path / name) for name in names if name.endswith(".pt")]
-    except Damaged as damaged:
-        return str(damaged)
-    except RunsCode as refusal:
-        return refusal
-    return next((reason for reason in reasons if reason is not None), None)
-
-
 def _make_empty(folder: Path) -> None:
     files.remove_folder(folder)
     make_folder(folder)
-
-
-def _step(path: Path) -> int:
-    """Parse the step from a checkpoint's name; an unreadable one counts as newest, so that its damage is reported."""
-    digits = path.name.removeprefix("step_")
-    return int(digits) if digits.isdecimal() and len(digits) <= MOST_DIGITS else 2**62

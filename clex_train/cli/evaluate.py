@@ -54,6 +54,7 @@ from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_bos, check_embedding, check_tokenizer
 from clex_train.evaluation import methods, out_of_memory, runner, streaming
 from clex_train.evaluation import provenance as origin
+from clex_train.evaluation.cells import cells as cells_of_table
 from clex_train.evaluation.console import tables_of
 from clex_train.evaluation.out_of_memory import REMEDIES
 from clex_train.evaluation.partial_results import Partial, say_found
@@ -275,7 +276,7 @@ def evaluate(
             loaded.model, method_cells(tables, cells, loaded.context_len, inserted), spec.chunk_len
         )
         if windows is not None:
-            todo = runner.cells(tables, spans, loaded.context_len, inserted)
+            todo = cells_of_table(tables, spans, loaded.context_len, inserted)
             feeding = Feeding(spec.chunk_len, asked.batch_tokens or spec.chunk_len, distributed.device())
             amount += forecast.of_windows(loaded.model, todo, len(windows.tokens), feeding, loaded.context_len)
         forecast.say(loaded, amount, spec.chunk_len, spec.offload_cache, asked.sharded)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +21,12 @@ from torch import nn
 from tqdm import tqdm
 
 from clex_train.attention.chunked_sdpa import lean_attention
-from clex_train.evaluation.duplicates import identity
+from clex_train.evaluation.cells import Cell, Job, cells
 from clex_train.evaluation.out_of_memory import MemoryGuard
 from clex_train.evaluation.partial_results import Partial
-from clex_train.evaluation.perplexity import Advance, Predict, evaluating, one_shot, warn_of_overflow
-from clex_train.evaluation.protocols import Reading, Span, curve
-from clex_train.evaluation.results import Missing, Results, Score, exact_score, score_key, with_standard_errors
+from clex_train.evaluation.perplexity import Advance, evaluating, warn_of_overflow
+from clex_train.evaluation.protocols import Reading, curve
+from clex_train.evaluation.results import Missing, Results, Score, exact_score, with_standard_errors
 from clex_train.evaluation.scoring_head import tiled_head
 from clex_train.evaluation.windows import WindowSet
 from clex_train.rope.patch import RotaryHandle
@@ -42,46 +42,6 @@ Inserted = Mapping[str, Callable[[], AbstractContextManager[object]]]
 
 Outcome = Sequence[Score | Missing]
 """Result of a cell: for each of its protocols, a score or the reason for none."""
-
-
-class Job(NamedTuple):
-    """Spans of one length and their reading function, shared by one or more protocols."""
-
-    length: int
-    spans: tuple[Span, ...]
-    read: Predict
-    readings: tuple[Reading, ...]
-
-    @property
-    def protocols(self) -> str:
-        """Names of the protocols, joined by `+`."""
-        return "+".join(reading.protocol.value for reading in self.readings)
-
-    def lengths_read(self, context_len: int) -> Iterator[int]:
-        """List the numbers of tokens that determine t while a span is read."""
-        yield from () if self.read is one_shot else range(context_len, self.length, context_len)
-        yield self.length
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """A job under a method. Its protocols share the forward passes."""
-
-    method: str
-    table: Frequencies
-    job: Job
-    source: Cell | None
-    """The cell that this one equals by definition; None if it has to be computed."""
-
-    @property
-    def keys(self) -> list[str]:
-        """Keys of its scores."""
-        return [score_key(self.method, reading.protocol.value, self.job.length) for reading in self.job.readings]
-
-    @property
-    def name(self) -> str:
-        """Description for messages."""
-        return f"method {self.method}, protocol {self.job.protocols}, {self.job.length} tokens"
 
 
 @dataclass(frozen=True)
@@ -143,6 +103,23 @@ def evaluate(
     device, kept = device or distributed.device(), kept or Partial()
     feeding = Feeding(chunk_len, batch_tokens or chunk_len, device, interrupted, cache_on_host, kept)
     todo = cells(tables, readings, handle.context_len, inserted or {})
+    found = _outcomes(model, handle, windows, todo, feeding, inserted or {})
+    order = [(method, reading.protocol.value) for method in tables for reading in readings]
+    scores, missing = _sorted(found, order)
+    warn_of_overflow(scores)
+    return Results(scores, handle.context_len, describe(windows), missing=missing)
+
+
+def _outcomes(
+    model: nn.Module,
+    handle: RotaryHandle,
+    windows: WindowSet,
+    todo: Sequence[Cell],
+    feeding: Feeding,
+    inserted: Inserted,
+) -> list[Score | Missing]:
+    """Compute, copy or resume the outcome of each cell, in the order of `todo`."""
+    kept = feeding.kept
     outcomes = {cell: _found(cell, kept) for cell in todo}
     # Copies and resumed cells cost nothing, so the bar leaves them out.
     own = [cell for cell in todo if cell.source is None and not outcomes[cell]]
@@ -157,13 +134,10 @@ def evaluate(
                 outcomes[cell] = outcomes[cell] or _copies(cell, outcomes[cell.source], handle.context_len)
             elif not outcomes[cell]:
                 handle.use(cell.table)
-                with (inserted or {}).get(cell.method, nullcontext)():
+                with inserted.get(cell.method, nullcontext)():
                     outcomes[cell] = _computed(model, handle, windows, cell, feeding, bar)
             kept.finish({each.key: vars(each) for each in outcomes[cell] if isinstance(each, Score)})
-    order = [(method, reading.protocol.value) for method in tables for reading in readings]
-    scores, missing = _sorted([each for outcome in outcomes.values() for each in outcome], order)
-    warn_of_overflow(scores)
-    return Results(scores, handle.context_len, describe(windows), missing=missing)
+    return [each for outcome in outcomes.values() for each in outcome]
 
 
 def _sorted(found: list[Score | Missing], order: list[tuple[str, str]]) -> tuple[list[Score], list[Missing]]:
@@ -178,35 +152,6 @@ def lean(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Bound the memory inside the block: tiled logits, and CPU attention without masks. Collective."""
     with evaluating(model), lean_attention(model), tiled_head(model, device):
         yield
-
-
-def jobs(readings: Sequence[Reading], context_len: int) -> list[Job]:
-    """Merge the spans of all protocols into jobs, shortest first; `context_len` is L in tokens."""
-    found: dict[tuple[int, tuple[Span, ...], Predict], list[Reading]] = {}
-    for reading in readings:
-        for length, spans in reading.spans.items():
-            # Up to L tokens t is constant, so both reading functions give the same numbers.
-            read = one_shot if length <= context_len else reading.read
-            found.setdefault((length, spans, read), []).append(reading)
-    return sorted((Job(*key, tuple(served)) for key, served in found.items()), key=lambda job: job.length)
-
-
-def cells(
-    tables: Mapping[str, Frequencies], readings: Sequence[Reading], context_len: int, inserted: Collection[str] = ()
-) -> list[Cell]:
-    """List the jobs of the first method, then of the second, and so on; mark cells that equal an earlier one.
-
-    `inserted` are the methods that change the model, and so equal no other.
-    """
-    todo, first = list[Cell](), dict[object, Cell]()
-    for method, table in tables.items():
-        for number, job in enumerate(jobs(readings, context_len)):
-            # Equal frequencies at equal lengths give equal numbers: at N <= L most methods are plain RoPE.
-            does = identity(method, table, job.lengths_read(context_len), context_len, inserted)
-            cell = Cell(method, table, job, first.get((number, does)))
-            first.setdefault((number, does), cell)
-            todo.append(cell)
-    return todo
 
 
 def describe(windows: WindowSet) -> dict[str, object]:

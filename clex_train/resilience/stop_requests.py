@@ -20,6 +20,8 @@ from typing import Any
 
 import psutil
 
+from clex_train.resilience.launchers import is_alive, is_orphan, launchers
+
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a program which has nothing to save."""
 SIGNALS = (*ENDING, signal.SIGUSR1)
@@ -33,10 +35,6 @@ GRACE = 3.0
 """Seconds that an interrupted program may take to unwind before it is ended, for example out of a hung library."""
 POLL_SECONDS = 1.0
 """Seconds between two checks for a dead launcher, a stuck main thread or a stop file."""
-LAUNCHERS = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
-"""Program or module names as they appear on a command line."""
-SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
-"""Environment variables that `deepspeed` and `torchrun` set for their children."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -132,7 +130,7 @@ class SignalWatch:
                 self._since, self._is_settled = time.monotonic(), True
             if self._first and self._is_stuck():
                 self._end(self._first, str(Interrupted(self._first)))
-            if self.reason is None and (gone := [process for process in self._launchers if not _lives(process)]):
+            if self.reason is None and (gone := [process for process in self._launchers if not is_alive(process)]):
                 self.reason = f"its launcher (process {gone[0].pid}) has exited"
 
     def _is_stuck(self) -> bool:
@@ -322,39 +320,3 @@ class Deadline:
     def _expected(self, kind: str) -> float:
         known = self._measured.get(kind)
         return self.SLACK * (max(known) if known else self._assumed.get(kind, 0.0))
-
-
-def launchers() -> list[psutil.Process]:
-    """List the launcher processes above this one, nearest first."""
-    found = []
-    for process in psutil.Process().parents():
-        try:
-            if not is_launcher(process.cmdline()):
-                break
-        except psutil.Error:
-            break
-        found.append(process)
-    return found
-
-
-def _lives(process: psutil.Process) -> bool:
-    # `is_running` compares start times, so a reused process id does not count; it is true for zombies, though.
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def is_orphan(found: list[psutil.Process]) -> bool:
-    """Tell whether the launcher of this process, or the launcher's own parent, died before this process looked."""
-    # The kernel gives the children of a dead process to process 1.
-    if not found:
-        return os.getppid() == 1 and any(name in os.environ for name in SET_BY_LAUNCHERS)
-    # The program `deepspeed` starts this module, which starts the ranks.
-    return found[-1].ppid() == 1 and "deepspeed.launcher.launch" in found[-1].cmdline()
-
-
-def is_launcher(arguments: list[str]) -> bool:
-    """Tell whether a command line starts `deepspeed` or `torchrun`."""
-    # Among the first arguments only (python -m module); a training script may have the same words in its own.
-    return any(Path(argument).name in LAUNCHERS for argument in arguments[:4])

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from clex_train.checkpoint import manifest, writer
+from clex_train.checkpoint.listing import newest_config
 from clex_train.checkpoint.manifest import Manifest
 from clex_train.checkpoint.safe_load import RunsCode
-from clex_train.checkpoint.store import Checkpoints, newest_config
+from clex_train.checkpoint.store import Checkpoints
 from clex_train.config.checkpoint import CheckpointConfig, OnFullDisk
 from clex_train.config.root import Config
 from clex_train.utils import files

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from clex_train.config.evaluation import EvaluationConfig, Method, Protocol
+from clex_train.evaluation.cells import jobs
 from clex_train.evaluation.methods import FORMULAS, tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.results import Results
-from clex_train.evaluation.runner import deal, evaluate, jobs
+from clex_train.evaluation.runner import deal, evaluate
 from clex_train.rope.patch import install_rotary
 from clex_train.utils import progress
 from tests.evaluation import plain_llama

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from clex_train.config import duration
-from clex_train.resilience import stop_requests
+from clex_train.resilience import launchers, stop_requests
 from clex_train.resilience.stop_requests import Deadline, StopRequests
 from clex_train.tracking import run_folder
 
@@ -89,7 +89,7 @@ def test_the_death_of_a_launcher_is_a_request_to_stop(tmp_path):
 
 
 def test_a_program_that_no_launcher_started_watches_none():
-    assert stop_requests.launchers() == []
+    assert launchers.launchers() == []
 
 
 def test_a_stop_file_is_a_reason_that_stays(tmp_path):
@@ -169,7 +169,7 @@ def test_a_zombie_launcher_is_gone():
     process = subprocess.Popen([sys.executable, "-c", ""])
     watched = psutil.Process(process.pid)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert not stop_requests._lives(watched)
+    assert not launchers.is_alive(watched)
     process.wait()
 
 
