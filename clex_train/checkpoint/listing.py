@@ -39,6 +39,8 @@ def newest_config(run_dir: Path) -> Path | None:
 
 
 def list_checkpoints(folder: Path) -> tuple[list[Found], dict[Path, str]]:
+    """List the checkpoints with files of the right sizes, and the damage of the others by path. Not collective."""
+    # Any other name, such as saving_step_<N>, is an unfinished save and no checkpoint.
     good, damage = [], {}
     for path in folder.glob("step_*"):
         try:
@@ -50,6 +52,7 @@ def list_checkpoints(folder: Path) -> tuple[list[Found], dict[Path, str]]:
 
 def damage_in(found: Found, names: list[str]) -> str | RunsCode | None:
     """Return what is wrong with some files of a checkpoint, or None."""
+    # Hash before unpickling: a damaged file is reported as damaged, whatever its bytes would make the unpickler do.
     try:
         manifest.check_contents(found.path, found.manifest, names)
         with tensors_only(found.path):

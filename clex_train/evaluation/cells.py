@@ -76,6 +76,7 @@ def cells(
         for number, job in enumerate(jobs(readings, context_len)):
             # Equal frequencies at equal lengths give equal numbers: at N <= L most methods are plain RoPE.
             does = identity(method, table, job.lengths_read(context_len), context_len, inserted)
+            # Only jobs of the same number are compared: others read other spans.
             cell = Cell(method, table, job, first.get((number, does)))
             first.setdefault((number, does), cell)
             todo.append(cell)

@@ -143,6 +143,7 @@ def _outcomes(
 def _sorted(found: list[Score | Missing], order: list[tuple[str, str]]) -> tuple[list[Score], list[Missing]]:
     """Separate scores, sorted by `order` of (method, protocol), from missing cells."""
     scores = [each for each in found if isinstance(each, Score)]
+    # Computed by length, but tables and files list them by method and protocol; the sort is stable.
     scores.sort(key=lambda score: order.index((score.method, score.protocol)))
     return scores, [each for each in found if isinstance(each, Missing)]
 

@@ -13,18 +13,21 @@ SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
 
 def launchers() -> list[psutil.Process]:
     """List the launcher processes above this one, nearest first."""
+    # Several: `deepspeed` starts deepspeed.launcher.launch, which starts the ranks. A wrapper in between ends the list.
     found = []
     for process in psutil.Process().parents():
         try:
             if not is_launcher(process.cmdline()):
                 break
         except psutil.Error:
+            # The process has died meanwhile, or belongs to another user.
             break
         found.append(process)
     return found
 
 
 def is_alive(process: psutil.Process) -> bool:
+    """Tell whether a process is running; a zombie is not."""
     # `is_running` compares start times, so a reused process id does not count; it is true for zombies, though.
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)

@@ -117,6 +117,7 @@ def _counted(count: int, one: str, many: str | None = None) -> str:
 
 def _steps(config: Config, batch: Batch, context_len: int) -> Iterator[str]:
     rows, seq_len, optim = config.optim.batch_rows, config.data.seq_len, config.optim
+    # "(1 L)" would only add noise to the usual case.
     in_contexts = "" if seq_len == context_len else f" ({seq_len / context_len:g} L)"
     sequences = f"{_counted(rows, 'sequence')} * {seq_len:,} tokens{in_contexts}"
     each = f"{_counted(batch.micro_batch, 'sequence')} * {_counted(batch.accumulation, 'micro-batch', 'micro-batches')}"
@@ -167,6 +168,7 @@ def _formula(config: Config, context_len: int) -> str:
 def _evaluation(config: Config, context_len: int) -> str:
     if config.evaluation.every < 0:
         return "never"
+    # 0 is "at the end only", not "never".
     lengths = ", ".join(f"{n:,} ({n / context_len:g} L)" for n in config.evaluation.lengths)
     when = f"every {config.evaluation.every} steps and at the end" if config.evaluation.every else "at the end"
     methods = ", ".join(method.value for method in config.evaluation.methods)

@@ -34,6 +34,7 @@ def greedy(
         token, cache = _next_token(model, chunk, cache)
         num_read += len(chunk)
         advance(num_read)
+    # The prefill has produced the first token already.
     generated = [token]
     for _ in range(num_new - 1):
         token, cache = _next_token(model, token, cache)
