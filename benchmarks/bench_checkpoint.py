@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace, config: Config, folder: Path) -> list
     """The table of one model."""
     engine = build(arguments, config)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    identity = Manifest.of_run(config, "benchmark", "benchmark")
+    identity = Manifest.from_config(config, "benchmark", "benchmark")
     stores = {
         overlap: Checkpoints(folder / str(overlap), CheckpointConfig(keep_last=1, overlap=overlap), identity)
         for overlap in (False, True)

@@ -147,7 +147,7 @@ class StepBench:
     def __init__(self, arguments: argparse.Namespace, config: Config) -> None:
         engines.open_process_group(config.engine)
         arch = architecture.to_train(config.model)
-        config = kernels.chosen(config, arch)
+        config = kernels.resolve_attention(config, arch)
         settings = engines.deepspeed_dict(config, distributed.world_size())
         loaded = load.load_for_training(config, arch, engines.precision(config.engine), settings)
         kernels.announce(config, arch, kernels.install(loaded.model, config))

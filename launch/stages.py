@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 
-from clex_train.resilience.stop_requests import ENDING, IGNORABLE, Interrupted, is_launcher
+from clex_train.resilience.launchers import is_launcher
+from clex_train.resilience.stop_requests import ENDING, IGNORABLE, Interrupted
 
 KEPT = "finished stages are kept, the same command goes on"
 

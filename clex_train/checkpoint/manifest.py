@@ -1,7 +1,7 @@
-"""`manifest.json`: what a checkpoint is, where its run stood, and what every file beside it must be.
+"""`manifest.json` of a checkpoint: the run it belongs to, the step, and size and SHA-256 of every other file.
 
-The text must be byte for byte what `render` writes for its content, and it carries a SHA-256 of itself: whatever is
-changed in it is noticed. Format 1 knew sizes only; such checkpoints can still be continued.
+The text must match what `render` writes byte for byte, and it carries a SHA-256 of itself, so any edit is detected.
+Format 1 recorded sizes only; runs still resume from it.
 """
 
 import hashlib
@@ -25,38 +25,39 @@ from clex_train.utils.records import Count, decode, parse_json
 FORMAT = 2
 MANIFEST = "manifest.json"
 LARGEST = 2**22
-"""Bytes of a manifest that are read at most; a file of a checkpoint takes some 200."""
+"""Largest manifest that is read, in bytes. Each file of a checkpoint adds about 200."""
 ONLY_SIZES = 1
+"""The format without digests."""
 ADDED_IN_2 = ("config_hash", "versions", "sha256", "checksum")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The run a checkpoint belongs to and where the run stood."""
+    """Identity of a run and its position in the data when the checkpoint was taken."""
 
     step: Count
     rows_consumed: Count
     world_size: Count
     zero_stage: Count
     architecture: str
-    """Digest of the model's architecture; another one cannot be resumed."""
+    """Digest of the model's architecture. A run with another digest cannot resume from this checkpoint."""
     data_fingerprint: str
     data_order: DataOrder = field(default_factory=dict)
-    """Weights of the domains and rows left out, as `data.identity.data_order` records them."""
+    """Domain weights and skipped rows, in the form of `data.identity.data_order`."""
     files: dict[str, Count] = field(default_factory=dict)
-    """Size in bytes of every file beside the manifest."""
+    """File name to size in bytes, for every file except the manifest."""
     format: int = FORMAT
     config_hash: str = ""
-    """SHA-256 of the whole configuration, to tell two checkpoints apart; changes are judged by the run folder."""
+    """SHA-256 of the whole configuration. Informative only: the run folder decides which changes may resume."""
     versions: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
-    """Of every file beside the manifest, in hexadecimal, computed while it was written; empty in format 1."""
+    """File name to hexadecimal SHA-256, computed during the write; empty in format 1."""
     checksum: str = ""
     """SHA-256 of the manifest with this field empty."""
 
     @classmethod
-    def of_run(cls, config: Config, architecture: str, data_fingerprint: str) -> "Manifest":
-        """The identity of a run before its first step."""
+    def from_config(cls, config: Config, architecture: str, data_fingerprint: str) -> "Manifest":
+        """Describe a run before its first step."""
         return cls(
             0,
             0,
@@ -70,35 +71,39 @@ class Manifest:
         )
 
     def render(self) -> str:
-        """The text of the file."""
+        """Return the text of the file, checksum included."""
+        # A digest cannot cover itself, so it is taken over the same text with an empty checksum.
         unsigned = _json(asdict(replace(self, checksum="")))
         return _json(asdict(replace(self, checksum=hashlib.sha256(unsigned.encode()).hexdigest())))
 
 
 def read(folder: Path) -> Manifest:
-    """Read the manifest of a checkpoint whose files have the right sizes; contents are for `check_contents`.
+    """Read a checkpoint's manifest and compare the sizes of its files.
 
-    Raises `Damaged`, naming the file.
+    Raises `Damaged`, which names the file.
     """
     manifest = _parse(folder)
+    # A folder copied or renamed by hand would resume at a step that its name does not show.
     if folder.name != f"step_{manifest.step}":
-        raise Damaged(f"{MANIFEST} is that of step {manifest.step}")
+        raise Damaged(f"{MANIFEST} belongs to step {manifest.step}")
+    # Sizes only: every rank calls this at start, and hashing terabytes on each would take hours.
     for name, size in manifest.files.items():
         checksums.check_size(folder, name, size, within=folder)
     return manifest
 
 
 def check_contents(folder: Path, manifest: Manifest, names: list[str]) -> None:
-    """Read some of a checkpoint's files and compare their SHA-256, where it is known.
-
-    Raises `Damaged`, naming the file.
-    """
+    """Hash some of a checkpoint's files and compare. Raises `Damaged`, which names the file."""
+    # Format 1 has no digests, so its files pass unhashed.
     for name in [name for name in names if name in manifest.sha256]:
         checksums.check_content(folder, name, manifest.sha256[name], within=folder)
 
 
 def check_compatible(path: Path, manifest: Manifest, expected: Manifest) -> None:
-    """`ValueError` with the remedy when a checkpoint cannot be continued by this run. Another world size can."""
+    """Raise `ValueError` with the remedy when this run cannot resume from a checkpoint.
+
+    The world size may differ: such checkpoints are converted.
+    """
     remedies = {
         "architecture": "it holds a model of another architecture; choose another output_dir",
         "data_fingerprint": "it was trained on another token store; choose another output_dir",
@@ -107,6 +112,8 @@ def check_compatible(path: Path, manifest: Manifest, expected: Manifest) -> None
     for name, remedy in remedies.items():
         if getattr(manifest, name) != getattr(expected, name):
             raise ConfigError(f"checkpoint {path}", None, remedy)
+    # Weights and skipped rows may change for data still to come, never for rows already read: the order is a pure
+    # function of them, and a retroactive change would repeat some rows and drop others.
     before, now = (consumed(m.data_order, manifest.rows_consumed) for m in (manifest, expected))
     for name in before:
         if before[name] != now[name]:
@@ -131,12 +138,14 @@ def _parse(folder: Path) -> Manifest:
         raise Damaged(f"{MANIFEST}: {error.reason}") from error
     if manifest.format not in (ONLY_SIZES, FORMAT):
         raise Damaged(f"{MANIFEST} has format {manifest.format!r}, this program reads up to {FORMAT}")
+    # Without the second condition, setting `format` to 1 by hand would switch off the digests.
     old = manifest.format == ONLY_SIZES and not said.keys() & set(ADDED_IN_2)
     if content.decode("utf-8") != (_json(said) if old else manifest.render()):
-        raise Damaged(f"{MANIFEST} is not as it was written")
+        raise Damaged(f"{MANIFEST} was changed after it was written")
+    # A name such as ../../x would make the checks read outside the checkpoint.
     for name in {*manifest.files, *manifest.sha256}:
         if not is_plain_name(name):
-            raise Damaged(f"{MANIFEST} names {name!r}, which is no file of its folder")
+            raise Damaged(f"{MANIFEST} names {name!r}, which is not a file of its folder")
     return manifest
 
 
@@ -150,6 +159,7 @@ def _config_hash(config: Config) -> str:
 
 
 def _plain(value: object) -> str:
+    # The name is what a configuration file says.
     return value.name if isinstance(value, Enum) else str(value)
 
 

@@ -1,8 +1,8 @@
-"""Reading a checkpoint never runs code from it, whoever made it.
+"""Safe loading of checkpoints: no code from a file is ever run.
 
-A pickle can name any function of any module. torch's `weights_only` reader refuses every name that is not listed; it
-is forced here on every `torch.load` of the process while a checkpoint is read, DeepSpeed's among them, and the few
-classes that DeepSpeed puts beside its tensors are listed. A checksum would not protect: who makes a file makes its sum.
+A pickle can name any function of any module. torch's `weights_only` unpickler refuses every name outside an allow list.
+It is forced here on every `torch.load` of the process while a checkpoint is read, DeepSpeed's own calls included.
+Checksums are no protection: whoever forges a file can forge its checksum.
 """
 
 import os
@@ -17,36 +17,40 @@ import torch
 
 from clex_train.utils.errors import ConfigError, InputError, first_line
 
+# torch says which name it refused only in the message of its UnpicklingError.
 NOT_ALLOWED = re.compile(r"(?:GLOBAL|unrecognized function) ([^\s,]+)")
 FORCE, FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class RunsCode(InputError):
-    """A file of a checkpoint asks for a function that no checkpoint of ours has; none was called."""
+    """A checkpoint file names a function outside the allow list. Nothing was called."""
 
 
 def check(path: Path) -> str | None:
-    """Look through a file's records without reading its tensors; what is wrong with it, or None.
+    """Scan a file's pickle without reading its tensors; return what is wrong with it, or None.
 
-    Raises `RunsCode`, naming file and function, when it would run code. Call it within `without_code`.
+    Call it within `tensors_only`. Raises `RunsCode`, which names file and function.
     """
     try:
+        # mmap leaves the storages on disk, so that a file of many GiB is scanned in milliseconds.
         torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         if named := NOT_ALLOWED.search(str(error)):
             raise RunsCode(f"checkpoint file {path}: refused, it would call {named[1]}; nothing was run") from error
-        return f"{path.name} is not a record of tensors"
-    except Exception as error:  # whatever a damaged archive makes zipfile, pickle and torch raise
+        return f"{path.name} does not contain tensors"
+    except Exception as error:  # a damaged archive makes zipfile, pickle and torch raise almost anything
         return f"{path.name} cannot be read ({first_line(error)[:80]})"
     return None
 
 
 @contextmanager
-def without_code(what: Path) -> Iterator[None]:
-    """Within, `torch.load` reads tensors, plain values and DeepSpeed's own classes only; child processes too.
+def tensors_only(what: Path) -> Iterator[None]:
+    """Restrict `torch.load` to tensors, plain values and DeepSpeed's own classes, in child processes too.
 
-    Raises `RunsCode` when a file of `what` asks for more; `check` says so beforehand, with the name of the file.
+    Raises `RunsCode` when a file of `what` needs more, and `ValueError` when a tensor's bytes are damaged.
     """
+    # DeepSpeed calls torch.load with weights_only=False, and only these variables override an explicit argument.
+    # torch raises if both are set.
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORBID)}
     os.environ[FORCE] = "1"
     try:
@@ -55,11 +59,11 @@ def without_code(what: Path) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise RunsCode(f"checkpoint {what}: refused, {first_line(error)[:120]}; nothing was run") from error
     except RuntimeError as error:
-        # A tensor whose bytes do not have the archive's own checksum is noticed when it is read, not by `check`.
+        # The archive's own CRC of a tensor is verified when the tensor is read, which `check` does not do.
         if "PytorchStreamReader" not in str(error):
             raise
         raise ConfigError(
-            f"checkpoint {what}", None, f"damaged ({first_line(error)[:120]}); remove it and go on"
+            f"checkpoint {what}", None, f"damaged ({first_line(error)[:120]}); remove it and resume"
         ) from error
     finally:
         del os.environ[FORCE]
@@ -67,7 +71,8 @@ def without_code(what: Path) -> Iterator[None]:
 
 
 def _deepspeed_classes() -> list[Any]:
-    """Classes without behaviour of their own while they are unpickled: enumerations, scalers, records."""
+    """List the classes that DeepSpeed pickles beside its tensors; unpickling them has no side effects."""
+    # Imported here: importing deepspeed takes seconds, and `check` is also used by programs that never train.
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

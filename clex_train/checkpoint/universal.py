@@ -1,10 +1,9 @@
-"""A checkpoint for another number of ranks: DeepSpeed's universal format, one file per parameter and optimizer moment.
+"""Resuming on another number of ranks through DeepSpeed's universal format: one file per parameter and moment.
 
-    python -m clex_train.checkpoint.universal CHECKPOINT FOLDER     what rank 0 starts, in a process of its own
+    python -m clex_train.checkpoint.universal CHECKPOINT FOLDER     started by rank 0 as a subprocess
 
-The conversion is DeepSpeed's (`deepspeed.checkpoint.ds_to_universal`; Universal Checkpointing, arXiv 2406.18820). What
-its loading under ZeRO-3 gets wrong is put right here: every group takes the settings of the first one (weight decay on
-vectors too), and all sub-groups share one tensor of the step, which each of them then advances.
+The conversion is DeepSpeed's own (`deepspeed.checkpoint.ds_to_universal`; Universal Checkpointing, arXiv 2406.18820).
+`universal_loading` corrects two errors of its loading under ZeRO-3.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from typing import IO, Any
 
 import torch
 
-from clex_train.checkpoint.safe_load import without_code
+from clex_train.checkpoint.safe_load import tensors_only
 from clex_train.utils import distributed, files, log
 from clex_train.utils.errors import ConfigError, StopRequested
 
@@ -30,32 +29,36 @@ logger = log.get(__name__)
 
 FOLDER = "universal"
 PATIENCE = 1.0
+"""Seconds between two checks of the subprocess."""
 WORKERS = 2
+"""Processes that convert in parallel; each loads whole shards, so more of them risk the host's memory."""
 STOPPING = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
-"""Exit codes of a conversion that was asked to end, as DeepSpeed's launcher asks each process below a rank."""
+"""Exit codes of a conversion ended by a signal. DeepSpeed's launcher signals every process below a rank."""
 BAR = re.compile(r"\d+%\||\d+it \[")
-"""A line of a progress bar, which says nothing about a failure."""
+"""A line of a progress bar, never the cause of a failure."""
 
 
 def convert(checkpoint: Path, interrupted: Callable[[], bool] | None = None) -> Path:
-    """Rank 0 converts a verified checkpoint beside it while the others wait; returns the folder of both. Collective.
+    """Convert a verified checkpoint on rank 0 and return the folder of the result. Collective.
 
-    Raises `ValueError` with DeepSpeed's last word when it cannot be converted, on every rank; `StopRequested` when
-    `interrupted` says so on a rank, or a signal to the process group ended the conversion.
+    Raises `ValueError` on every rank, with DeepSpeed's last line, when the conversion fails. Raises `StopRequested`
+    when `interrupted` is true on a rank, or a signal ended the conversion.
     """
-    target, beside = checkpoint.with_name(FOLDER), checkpoint.with_name(f"converting_{FOLDER}")
+    target, staging = checkpoint.with_name(FOLDER), checkpoint.with_name(f"converting_{FOLDER}")
     with tempfile.TemporaryFile("w+") as said:
-        process = _start(checkpoint, beside, said) if distributed.is_main() else None
+        process = _start(checkpoint, staging, said) if distributed.is_main() else None
         stopped = False
-        # In turns of a second, so that a conversion may take longer than a collective may wait.
+        # Poll with short collectives: a conversion can take longer than the process group's timeout.
         while distributed.any_rank(process is not None and not _ended(process)):
             if stopped := distributed.any_rank(interrupted is not None and interrupted()):
                 break
+        # Ctrl-C reaches this rank and the subprocess at once; if the subprocess dies first, its exit code alone looks
+        # like a failure.
         asked = interrupted is not None and interrupted()
         stopped = stopped or distributed.any_rank(process is not None and _was_stopped(process, asked))
         if process and process.poll() != 0:
             _kill_group(process)
-        failure = distributed.broadcast_object(_conclude(process, said, beside, target) if process else None)
+        failure = distributed.broadcast_object(_conclude(process, said, staging, target) if process else None)
     if stopped:
         if distributed.is_main():
             discard(checkpoint.parent)
@@ -73,14 +76,15 @@ def convert(checkpoint: Path, interrupted: Callable[[], bool] | None = None) -> 
 
 
 def discard(checkpoints: Path) -> None:
-    """Remove what conversions left; on one rank."""
+    """Remove converted and half-converted checkpoints. Call it on one rank."""
     for name in (FOLDER, f"converting_{FOLDER}"):
         files.remove_folder(checkpoints / name)
 
 
 @contextmanager
 def universal_loading(engine: Any) -> Iterator[None]:
-    """Within, `engine.load_checkpoint` reads the universal format, and every group keeps its own settings."""
+    """Make `engine.load_checkpoint` read the universal format, and undo two errors of it under ZeRO-3."""
+    # DeepSpeed 0.19 restores the first parameter group's settings to all groups: weight decay on norms and biases too.
     groups = engine.optimizer.param_groups
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     engine._config.load_universal_checkpoint = True
@@ -94,17 +98,19 @@ def universal_loading(engine: Any) -> Iterator[None]:
 
 
 def _own_steps(optimizer: torch.optim.Optimizer) -> None:
+    # DeepSpeed 0.19 gives all sub-groups one `step` tensor. Each sub-group increments it, which breaks Adam's bias
+    # correction.
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
 
 
-def _start(checkpoint: Path, beside: Path, said: IO[str]) -> subprocess.Popen[bytes]:
+def _start(checkpoint: Path, staging: Path, said: IO[str]) -> subprocess.Popen[bytes]:
     logger.info("converting %s for %d ranks; all ranks wait", checkpoint, distributed.world_size())
     discard(checkpoint.parent)
-    command = [sys.executable, "-m", "clex_train.checkpoint.universal", str(checkpoint), str(beside / checkpoint.name)]
-    # In a session of its own, where no terminal's signal reaches it; it ends when its standard input does, with this
-    # process.
+    command = [sys.executable, "-m", "clex_train.checkpoint.universal", str(checkpoint), str(staging / checkpoint.name)]
+    # In a session of its own, so that Ctrl-C in the terminal does not reach it and the run decides when it ends. The
+    # pipe on its standard input closes when this process dies, even by SIGKILL, and ends it too.
     return subprocess.Popen(
         command,
         cwd=Path(__file__).parents[2],
@@ -116,13 +122,14 @@ def _start(checkpoint: Path, beside: Path, said: IO[str]) -> subprocess.Popen[by
 
 
 def _was_stopped(process: subprocess.Popen[bytes], asked: bool) -> bool:
-    """Tell whether a conversion failed because the run, or it, was asked to stop."""
+    """Tell whether a conversion failed because the run, or the conversion itself, received a stop signal."""
     code = process.poll()
     return code in STOPPING or (code is not None and code != 0 and asked)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End a conversion that is not wanted any more, with workers that may have outlived it."""
+    """Kill a conversion together with its worker processes."""
+    # Workers outlive their parent when it dies by a signal, and would go on filling the disk.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -136,21 +143,22 @@ def _ended(process: subprocess.Popen[bytes]) -> bool:
     return True
 
 
-def _conclude(process: subprocess.Popen[bytes], said: IO[str], beside: Path, target: Path) -> str | None:
-    """Return what went wrong, in one line, or None once the folder stands under its name."""
+def _conclude(process: subprocess.Popen[bytes], said: IO[str], staging: Path, target: Path) -> str | None:
+    """Rename a finished conversion into place, or return its failure in one line."""
     if process.returncode == 0:
-        beside.rename(target)
+        staging.rename(target)
         return None
-    files.remove_folder(beside)
+    files.remove_folder(staging)
     said.seek(0)
     lines = [line for line in said.read().splitlines() if line.strip() and not BAR.search(line)]
     if process.returncode < 0:
-        return f"its process was ended by {signal.Signals(-process.returncode).name}, as where memory is short"
-    return lines[-1].strip() if lines else f"its process ended with {process.returncode}"
+        return f"its process was killed by {signal.Signals(-process.returncode).name}, perhaps out of memory"
+    return lines[-1].strip() if lines else f"its process exited with {process.returncode}"
 
 
 def _end_with_parent() -> None:
-    """Kill this process group once standard input is closed: whoever started the conversion is gone."""
+    """Kill this process group as soon as the process that started the conversion is gone."""
+    # Nothing is ever written to the pipe, so the read returns only at its end.
     os.read(0, 1)
     os.killpg(0, signal.SIGKILL)
 
@@ -164,7 +172,7 @@ def _main() -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     given.folder.mkdir(parents=True)
-    with without_code(given.checkpoint):
+    with tensors_only(given.checkpoint):
         ds_to_universal.main(
             argparse.Namespace(
                 input_folder=str(given.checkpoint),
@@ -173,7 +181,8 @@ def _main() -> None:
                 num_merge_workers=WORKERS,
                 keep_temp_folder=False,
                 strict=True,
-                # Stages 1 and 2 ask for a description of tensor parallelism, of which there is none.
+                # ZeRO-1 and 2 checkpoints of ours carry no description of tensor parallelism, which is required
+                # otherwise.
                 inject_missing_state=True,
             )
         )

@@ -1,9 +1,8 @@
-"""Writes a rank's files of a checkpoint, at once or in a thread beside training, and hashes them on their way.
+"""Writing of one rank's checkpoint files, synchronously or in a background thread, hashed on the way.
 
-DeepSpeed hands every file to the `save` of its checkpoint engine. Ours never fails inside DeepSpeed's collectives: what
-goes wrong is kept and reported by `wait`, where all ranks can agree on it. DeepSpeed's own decoupled engine writes in
-another process from the very memory that the optimizer changes next, so it has to be done by the next optimizer step,
-and its files cannot be read back safely; a copy in host memory may take as long as it likes.
+DeepSpeed passes every file to `save` of its checkpoint engine, which is replaced by a `Writer`. `save` never raises:
+DeepSpeed runs collectives between saves, and a rank that left early would hang the others. Errors are kept until
+`wait`, after which all ranks agree on the outcome.
 """
 
 import copy
@@ -28,24 +27,24 @@ logger = log.get(__name__)
 
 @dataclass(frozen=True)
 class Written:
-    """A file that lies on disk: its size in bytes and its SHA-256."""
+    """Size in bytes and SHA-256 of a file on disk."""
 
     size: int
     sha256: str
 
 
 class Writer(Protocol):
-    """`save` every file, then `wait`; `done` tells whether `wait` would return at once."""
+    """Saves files one by one; `wait` then returns them, and `done` tells whether it would return at once."""
 
     ended: float
-    """When the last file was finished, on the clock of `time.perf_counter`."""
+    """Time at which the last file was finished, from `time.perf_counter`."""
 
     def save(self, state: Any, path: str | Path) -> None: ...
 
     def done(self) -> bool: ...
 
     def wait(self) -> dict[str, Written]:
-        """What was written, by name, and forget it. Raises the first error (`OSError`, `RuntimeError`)."""
+        """Return the files written since the last call, by name. Raises the first error (`OSError`, `RuntimeError`)."""
         ...
 
 
@@ -58,6 +57,7 @@ class DirectWriter:
         self._error: Exception | None = None
 
     def save(self, state: Any, path: str | Path) -> None:
+        # After one failure the checkpoint is lost, and further writes would only take longer to fail.
         if self._error is None:
             try:
                 self._written[Path(path).name] = write(state, Path(path))
@@ -77,17 +77,22 @@ class DirectWriter:
 
 
 class BackgroundWriter:
-    """Copies the state to host memory and writes it in a thread; directly, and saying so, if it does not fit there."""
+    """Copies the state to host memory and writes the copy in a thread; without room for a copy, writes directly.
+
+    DeepSpeed's decoupled engine writes from the memory that the optimizer updates next, so it must end before the next
+    step. A copy has no such deadline.
+    """
 
     def __init__(self) -> None:
         self.ended = 0.0
+        # One thread: parallel writes of one rank would only compete for the same disk.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._futures: list[Future[tuple[str, Written]]] = []
         self._direct = DirectWriter()
 
     def save(self, state: Any, path: str | Path) -> None:
         if not _fits(state):
-            logger.warning("checkpoint %s: no host memory for a copy; it is written before training goes on", path)
+            logger.warning("checkpoint %s: no host memory for a copy; training waits until it is written", path)
             self._direct.save(state, path)
             self.ended = self._direct.ended
             return
@@ -96,14 +101,16 @@ class BackgroundWriter:
     def done(self) -> bool:
         return all(future.done() for future in self._futures)
 
-    def _write(self, held: Any, path: Path) -> tuple[str, Written]:
+    def _write(self, state: Any, path: Path) -> tuple[str, Written]:
         try:
-            return path.name, write(held, path)
+            return path.name, write(state, path)
         finally:
             self.ended = time.perf_counter()
 
     def wait(self) -> dict[str, Written]:
         futures, self._futures = self._futures, []
+        # `exception` waits for the future. Wait for all of them before raising, or a thread would still be writing
+        # into a folder that is about to be removed.
         errors = [error for future in futures if (error := future.exception()) is not None]
         written = self._direct.wait()
         if errors:
@@ -113,10 +120,10 @@ class BackgroundWriter:
 
 @contextmanager
 def writing_with(engine: Any, writer: Writer) -> Iterator[None]:
-    """Within, DeepSpeed's `engine` writes its files through `writer` and nothing else."""
+    """Make DeepSpeed's `engine` write its files through `writer` only."""
     checkpoint_engine = engine.checkpoint_engine
     checkpoint_engine.save = lambda state_dict, path: writer.save(state_dict, path)
-    # These scripts lie in DeepSpeed's package; on a full disk, copying them would strand rank 0 in a collective.
+    # Rank 0 copies zero_to_fp32.py between collectives; on a full disk that raises there and hangs the other ranks.
     engine._copy_recovery_script = lambda save_path: None
     try:
         yield
@@ -125,13 +132,13 @@ def writing_with(engine: Any, writer: Writer) -> Iterator[None]:
 
 
 def write(state: Any, path: Path) -> Written:
-    """Write by `torch.save`, hash on the way and flush to the disk. `OSError` or `RuntimeError` if it fails."""
+    """Write `state` with `torch.save`, hash it on the way and fsync. Raises `OSError` or `RuntimeError`."""
     with path.open("wb", buffering=0) as raw:
         file = HashingFile(raw)
         try:
             torch.save(state, cast(IO[bytes], file))
         except RuntimeError as error:
-            # torch wraps what the file said when it closes the archive.
+            # torch replaces the disk's OSError by a RuntimeError of its own when it closes the archive.
             if (cause := disk_error(error)) is not None:
                 raise cause from None
             raise
@@ -140,30 +147,34 @@ def write(state: Any, path: Path) -> Written:
 
 
 def snapshot(state: Any) -> Any:
-    """A copy in host memory of dicts, lists and tuples of tensors; tensors that share memory share it in the copy."""
+    """Copy dicts, lists and tuples of tensors to host memory; tensors that share storage share it in the copy."""
+    # ZeRO's state holds many views of a few flat buffers; `torch.save` writes a shared storage once.
     return _map_tensors(state, _Copies())
 
 
 class _Copies:
-    """Copies of storages: the same one for every tensor that looks at it."""
+    """Copies a tensor to the host, with one copy per storage."""
 
     def __init__(self) -> None:
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         source = tensor.detach().untyped_storage()
-        held = self._storages.get(source._cdata)
-        if held is None:
-            held = source.clone() if source.device.type == "cpu" else source.cpu()
-            self._storages[source._cdata] = held
+        # The Python object of a storage is made on every access; `_cdata` is the address of the C++ one.
+        copied = self._storages.get(source._cdata)
+        if copied is None:
+            # `cpu()` returns the storage itself when it is on the host, and the optimizer would change it.
+            copied = source.clone() if source.device.type == "cpu" else source.cpu()
+            self._storages[source._cdata] = copied
         view = torch.empty(0, dtype=tensor.dtype)
-        return view.set_(held, tensor.storage_offset(), tensor.size(), tensor.stride())
+        return view.set_(copied, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, dict):
+        # `copy` keeps the class, such as OrderedDict, and the order of the keys.
         mapped = copy.copy(value)
         mapped.update({key: _map_tensors(item, function) for key, item in value.items()})
         return mapped
@@ -173,7 +184,7 @@ def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -
 
 
 def _fits(state: Any) -> bool:
-    """Whether host memory has room for a copy, if every rank of this node makes one of the same size."""
+    """Tell whether host memory has room for a copy on every rank of this node, assuming equal sizes."""
     sizes: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -182,6 +193,7 @@ def _fits(state: Any) -> bool:
         return tensor
 
     _map_tensors(state, count)
+    # All ranks of a node read `available` before any has copied, so each counts for all. 10 % stays for page cache.
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available: int = psutil.virtual_memory().available
     return sum(sizes.values()) * ranks < 0.9 * available

@@ -55,6 +55,7 @@ from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_bos, check_embedding, check_tokenizer
 from clex_train.evaluation import methods, out_of_memory, runner, streaming
 from clex_train.evaluation import provenance as origin
+from clex_train.evaluation.cells import cells as cells_of_table
 from clex_train.evaluation.console import tables_of
 from clex_train.evaluation.out_of_memory import REMEDIES
 from clex_train.evaluation.partial_results import Partial, say_found
@@ -63,7 +64,7 @@ from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
 from clex_train.evaluation.retrieval import plan as retrieval_plan
 from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.retrieval.plan import Cell
-from clex_train.evaluation.retrieval.runner import asked as asked_of
+from clex_train.evaluation.retrieval.runner import method_cells
 from clex_train.evaluation.runner import Feeding
 from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, select
@@ -170,7 +171,7 @@ def _run(asked: EvaluateConfig) -> None:
     cells = (
         []
         if plan.tokenizer is None
-        else retrieval_plan.of_spec(plan.spec, plan.tokenizer, plan.store, asked.seed, plan.bos_id is not None)
+        else retrieval_plan.build_cells(plan.spec, plan.tokenizer, plan.store, asked.seed, plan.bos_id is not None)
     )
     say_what_is_ahead("evaluate", asked, plan, ahead(plan, windows, cells))
     if done := evaluate(asked, plan, windows, spans, cells):
@@ -269,19 +270,19 @@ def evaluate(
     spec = plan.spec
     if spec.longest() > spec.chunk_len:
         # A cache grows beside what each chunk makes and frees.
-        out_of_memory.return_what_is_freed()
+        out_of_memory.release_freed_memory()
     loaded, dtype = load(asked, plan.model)
     # A vocabulary and what reading the weights left behind are tens of MiB; scoring needs neither.
     loaded.tokenizer = None
-    out_of_memory.give_back()
+    out_of_memory.free_memory()
     tables = methods.of_model(spec, loaded)
     inserted = methods.insertions(spec, loaded.model, loaded.context_len)
     if asked.dry_run:
         amount = forecast.of_prompts(
-            loaded.model, asked_of(tables, cells, loaded.context_len, inserted), spec.chunk_len
+            loaded.model, method_cells(tables, cells, loaded.context_len, inserted), spec.chunk_len
         )
         if windows is not None:
-            todo = runner.cells(tables, spans, loaded.context_len, inserted)
+            todo = cells_of_table(tables, spans, loaded.context_len, inserted)
             feeding = Feeding(spec.chunk_len, asked.batch_tokens or spec.chunk_len, distributed.device())
             amount += forecast.of_windows(loaded.model, todo, len(windows.tokens), feeding, loaded.context_len)
         forecast.say(loaded, amount, spec.chunk_len, spec.offload_cache, asked.sharded)

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from clex_train.cli import console
+from clex_train.evaluation.cells import Cell
 from clex_train.evaluation.perplexity import one_shot
-from clex_train.evaluation.retrieval.runner import Asked
-from clex_train.evaluation.runner import Cell, Feeding, keeping_table, lean, work_of
+from clex_train.evaluation.retrieval.runner import MethodCell
+from clex_train.evaluation.runner import Feeding, keeping_table, lean, work_of
 from clex_train.evaluation.scoring_head import score_chunk
 from clex_train.evaluation.streaming import Stream
 from clex_train.models.load import LoadedModel, num_parameters
@@ -88,7 +89,7 @@ def of_windows(model: nn.Module, todo: Sequence[Cell], num_windows: int, feeding
     return total
 
 
-def of_prompts(model: nn.Module, todo: Sequence[Asked], chunk_len: int) -> Amount:
+def of_prompts(model: nn.Module, todo: Sequence[MethodCell], chunk_len: int) -> Amount:
     """Sum up the cells of retrieval."""
     total = Amount()
     for each in todo:

@@ -126,7 +126,7 @@ def _run(asked: LmEvalConfig) -> None:
     tasks = harness.Tasks(asked.tasks, Path(asked.include) if asked.include else None, metadata)
     loading.say_what_is_ahead("lm_eval", asked, source, [labelled("tasks", _tasks(asked, tasks, max_length))])
     loaded, dtype = loading.load(asked, source.model)
-    asking = harness.Asking(
+    settings = harness.RequestSettings(
         max_length,
         asked.batch_size,
         asked.limit,
@@ -135,12 +135,12 @@ def _run(asked: LmEvalConfig) -> None:
         in_chat=asked.chat_template,
     )
     if asked.dry_run:
-        _say_amount(asked, loaded, harness.count(loaded, tasks, asking))
+        _say_amount(asked, loaded, harness.count(loaded, tasks, settings))
         return
     file = source.output if asked.output else source.output.parent / "lm_eval" / source.output.name
     origin = facts(asked, source, tasks, dtype, max_length)
     kept = loading.partial_of(asked, source.model, file, origin, {"lm_eval": version("lm_eval")})
-    found = list(evaluate(asked, loaded, spec, tasks, asking, kept))
+    found = list(evaluate(asked, loaded, spec, tasks, settings, kept))
     if distributed.is_main():
         text = "\n".join(filter(None, map(table, found)))
         loading.keep(asked, file, origin, text, partial(write, found=found, origin=origin))
@@ -165,19 +165,19 @@ def evaluate(
     loaded: LoadedModel,
     spec: EvaluationConfig,
     tasks: harness.Tasks,
-    asking: harness.Asking,
+    settings: harness.RequestSettings,
     kept: Partial,
 ) -> Iterator[Found]:
     """Ask the tasks of the model as it is, or with each of the methods that are named. Collective."""
     if asked.methods is None:
-        results = harness.evaluate(loaded, tasks, asking, kept)
+        results = harness.evaluate(loaded, tasks, settings, kept)
         yield _without_not_run(Found("", loaded.table.method if loaded.table is not None else "none", results))
         return
     inserted = methods.insertions(spec, loaded.model, loaded.context_len)
     for name, frequencies in methods.of_model(spec, loaded).items():
         with keeping_table(loaded.handle), inserted.get(name, nullcontext)():
             loaded.handle.use(frequencies)
-            results = harness.evaluate(loaded, tasks, asking, kept, name)
+            results = harness.evaluate(loaded, tasks, settings, kept, name)
         yield _without_not_run(Found(name, frequencies.method, results))
 
 

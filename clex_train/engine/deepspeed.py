@@ -1,7 +1,7 @@
-"""From the typed configuration to a DeepSpeed engine: process group, ZeRO configuration, optimizer, learning rate.
+"""Build a DeepSpeed engine from the typed configuration: process group, ZeRO, optimizer, learning rate.
 
-DeepSpeed's dictionary is written here and nowhere else. The learning rate is a pure function of the step and set before
-each one, so there is no scheduler state to save.
+This is the only place that writes DeepSpeed's configuration dictionary. The learning rate is a pure function of the
+step and is set before each one, so a checkpoint needs no scheduler state.
 """
 
 import math
@@ -25,19 +25,20 @@ logger = log.get(__name__)
 
 
 def open_process_group(engine: EngineConfig) -> None:
-    """Join the process group that the launcher describes, or open one of a single rank: NCCL on GPUs, else gloo.
+    """Join the launcher's process group, or open one of a single rank. NCCL on GPUs, gloo otherwise.
 
-    `ValueError` if the port that was named is in use.
+    Raises `ValueError` when the named port is in use.
     """
     if distributed.is_initialized():
         return
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
+        # DeepSpeed would detect an accelerator by itself, once, at its first import.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     backend, timeout = "nccl" if on_gpu else "gloo", timedelta(minutes=engine.timeout)
     if on_gpu:
         torch.cuda.set_device(distributed.device())
-        # DeepSpeed goes by LOCAL_RANK alone.
+        # DeepSpeed takes its device from LOCAL_RANK, which is not 0 for a task bound to a single visible GPU.
         os.environ["LOCAL_RANK"] = str(distributed.device().index)
     if "RANK" not in os.environ:
         _open_alone(backend, timeout)
@@ -46,6 +47,7 @@ def open_process_group(engine: EngineConfig) -> None:
     else:
         ranks.require_rendezvous()
         rendezvous.require_free_port()
+    # After the environment is complete: importing deepspeed reads it.
     import deepspeed
 
     if not on_gpu:
@@ -54,25 +56,27 @@ def open_process_group(engine: EngineConfig) -> None:
 
 
 def precision(engine: EngineConfig) -> torch.dtype:
-    """The dtype that parameters are computed in; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    """Return the dtype of the forward pass; `auto` is bfloat16 on a GPU and float32 on a CPU."""
     if engine.precision is Precision.auto:
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return torch.bfloat16 if engine.precision is Precision.bf16 else torch.float32
 
 
-def share_rows(config: Config, world_size: int) -> tuple[int, int]:
-    """(rows per rank in a forward, micro-batches per step), so that `optim.batch_rows` are read by any number of ranks.
+def split_batch(config: Config, world_size: int) -> tuple[int, int]:
+    """Split the global batch: return (micro batch size, gradient accumulation steps).
 
-    Raises `ValueError` when the rows cannot be shared evenly, or contradict an explicit `engine.accumulation`, or when
-    the ranks do not make whole groups of `engine.sequence_parallel`, which read their rows together.
+    The global batch size `optim.batch_rows` is the same for any number of ranks. Raises `ValueError` when it does not
+    divide evenly, contradicts `engine.accumulation`, or when `world_size` is not a multiple of
+    `engine.sequence_parallel`.
     """
+    # The ranks of a sequence-parallel group work on the same rows, so the group counts as one reader.
     engine, rows = config.engine, config.optim.batch_rows
     groups, left_over = divmod(world_size, engine.sequence_parallel)
     require(
         left_over == 0,
         "engine.sequence_parallel",
         engine.sequence_parallel,
-        f"must divide the number of ranks, {world_size}: each row is shared by so many; launch a multiple of it",
+        f"must divide the number of ranks, {world_size}: that many ranks share each row; launch a multiple of it",
     )
     readers = "ranks" if engine.sequence_parallel == 1 else "groups of engine.sequence_parallel ranks"
     together = groups * (engine.micro_batch or engine.accumulation or 1)
@@ -96,33 +100,34 @@ def share_rows(config: Config, world_size: int) -> tuple[int, int]:
 
 
 def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration for this run."""
+    """Return DeepSpeed's configuration dictionary for a training run."""
     engine = config.engine
-    micro_batch, accumulation = share_rows(config, world_size)
+    micro_batch, accumulation = split_batch(config, world_size)
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.offload is not Offload.none:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.offload is Offload.all:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings = {
-        # To DeepSpeed every rank has rows of its own; those that share one count it once each.
+        # DeepSpeed counts each rank's micro batch, so a row of a sequence-parallel group is counted once per rank.
         "train_batch_size": config.optim.batch_rows * engine.sequence_parallel,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip,
         "bf16": {"enabled": precision(engine) is torch.bfloat16},
         "zero_optimization": zero,
+        # Effectively never: the run's own log has these figures.
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
     if engine.zero_stage > 0:
-        # Hundreds of micro-batches summed in bfloat16 would lose the small ones. Without ZeRO it is not to be had.
+        # bf16 sums of hundreds of micro-batches lose small gradients, so accumulate in fp32 (needs ZeRO >= 1).
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 
 
 def build(model: nn.Module, config: Config) -> Engine:
-    """Wrap a model into a DeepSpeed engine with its optimizer. Collective: every rank calls it."""
+    """Wrap a model into a DeepSpeed engine with its optimizer. Collective."""
     import deepspeed
 
     if config.engine.zero_stage == 3:
@@ -131,17 +136,19 @@ def build(model: nn.Module, config: Config) -> Engine:
         model=model,
         optimizer=_optimizer(model, config),
         config=deepspeed_dict(config, distributed.world_size()),
+        # `open_process_group` has done it, with this run's timeout.
         dist_init_required=False,
     )
     return built[0]
 
 
 def inference_dict(engine: EngineConfig) -> dict[str, Any]:
-    """DeepSpeed's own configuration for a model that is only read: ZeRO-3, parameters on the host if `offload=all`."""
+    """Return DeepSpeed's configuration for inference: ZeRO-3, with parameters on the host if `offload=all`."""
     zero: dict[str, Any] = {"stage": 3}
     if engine.offload is Offload.all:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
+        # Unused without an optimizer, but DeepSpeed refuses a configuration without a batch size.
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": precision(engine) is torch.bfloat16},
         "zero_optimization": zero,
@@ -150,9 +157,9 @@ def inference_dict(engine: EngineConfig) -> dict[str, Any]:
 
 
 def build_for_inference(model: nn.Module, engine: EngineConfig) -> Any:
-    """Have a model whose weights are sharded gather each layer's as it runs; the result is kept as long as the model.
+    """Shard a model by ZeRO-3 without an optimizer, so that each layer's weights are gathered as it runs.
 
-    There is no optimizer. Collective, and so is every forward from then on.
+    Keep the returned engine alive as long as the model. Collective, and so is every forward from then on.
     """
     import deepspeed
 
@@ -160,7 +167,8 @@ def build_for_inference(model: nn.Module, engine: EngineConfig) -> Any:
 
 
 def consolidated_state_dict(engine: Engine) -> dict[str, torch.Tensor]:
-    """All weights on rank 0's CPU, one parameter at a time; empty on the other ranks. Collective."""
+    """Gather all weights on rank 0's CPU; return an empty dictionary on other ranks. Collective."""
+    # One parameter at a time, so that the GPU holds the largest parameter and not the whole model.
     import deepspeed
 
     gathered = {}
@@ -173,9 +181,10 @@ def consolidated_state_dict(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def learning_rate(step: int, optim: OptimConfig) -> float:
-    """Learning rate of optimizer step `step` (0-based): linear warm-up, then cosine, linear or constant."""
+    """Compute the learning rate of step `step` (0-based): linear warm-up, then cosine, linear or constant."""
     warmup_steps = round(optim.warmup * optim.steps)
     if step < warmup_steps:
+        # One more in both: the first step already learns, and the peak is reached right after the warm-up.
         return optim.lr * (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(1, optim.steps - warmup_steps)
     falling = {
@@ -187,49 +196,51 @@ def learning_rate(step: int, optim: OptimConfig) -> float:
 
 
 def set_learning_rate(engine: Engine, value: float) -> None:
-    """Set the learning rate of the step that comes next."""
+    """Set the learning rate of the next step in every parameter group."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value
 
 
 def gradient_norm(engine: Engine) -> torch.Tensor | float:
-    """Of the last step, before clipping; a tensor that the device may still have to compute; 0 if not known."""
+    """Return the last step's gradient norm before clipping, or 0 if unknown.
+
+    The result may still be a device tensor; reading it synchronizes.
+    """
     norm = engine.get_global_grad_norm()
     return 0.0 if norm is None else norm
 
 
 def has_stepped(engine: Engine) -> bool:
-    """Whether the last step's gradient was finite; the same on every rank.
-
-    ZeRO's optimizers look before they step, and say so. To ask the norm itself is to wait until they have stepped.
-    """
+    """Tell whether the last step was applied, that is, its gradient was finite. The same on every rank."""
+    # ZeRO's optimizers record it on the host before they step; reading the norm would wait for the whole step.
     if engine.zero_optimization_stage() > 0:
         return bool(engine.was_step_applied())
     return math.isfinite(gradient_norm(engine))
 
 
 def _open_alone(backend: str, timeout: timedelta) -> None:
-    """A group of this rank alone, met at the port that the kernel gives: one that was found free may not stay so."""
+    """Open a process group of this rank alone."""
+    # Port 0 lets the kernel choose while binding; a port that was merely found free can be taken in between.
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
 def _leave_collectives_to_gloo() -> None:
-    """Strike the shared-memory all-reduce off DeepSpeed's own table of usable ops, which it reads when it connects.
-
-    It spins instead of waiting, takes a minute to compile, and keeps its buffers in /dev/shm under the name of the
-    port: a killed run leaves them (66 MiB a rank), and the next one on that port may take old state for its peers'.
-    """
+    """Disable DeepSpeed's shared-memory all-reduce for CPUs."""
     import deepspeed
 
+    # That op busy-waits and takes a minute to compile. Its buffers in /dev/shm (66 MiB a rank) are named after the
+    # port and outlive a killed run, so the next run on the same port can mistake them for its peers' state. DeepSpeed
+    # 0.19 has no option for it; it reads this table when it connects.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _gather_once(model: nn.Module) -> None:
-    """Have sharded weights of an MLP in tiles gathered with the MLP, and not with its layers for each tile again."""
+    """Gather the sharded weights of a tiled MLP once per call, instead of once per tile."""
     import deepspeed
 
+    # ZeRO-3 gathers when a module is entered. The tiles run the inner layers many times, while the MLP runs once.
     for module in model.modules():
         if tiled_mlp.is_tiled(module):
             for parameter in module.parameters():
@@ -250,12 +261,14 @@ def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, vectors (norms, biases) do not. Under ZeRO-3 the shape of a parameter is kept in `ds_shape`."""
+    """Group parameters so that matrices decay and vectors (norms, biases) do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if weight_decay == 0:
         return [{"params": trainable, "weight_decay": 0.0}]
+    # Under ZeRO-3 a parameter is an empty tensor between gathers; `ds_shape` has its real shape.
     matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
     vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    # ZeRO flattens the tensors of each group and fails on an empty one.
     return [
         g
         for g in ({"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0})

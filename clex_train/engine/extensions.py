@@ -1,8 +1,8 @@
-"""Builds the C++ extensions that DeepSpeed compiles at run time, one process at a time and never behind a stale lock.
+"""Just-in-time build of DeepSpeed's C++ extensions, one process at a time and safe against stale locks.
 
-torch's build waits for a file named `lock` and never removes one that a killed build left behind, so that every later
-launch hangs without a word. Here an `flock` of ours, which the kernel releases when its holder dies, guards the build:
-whoever holds it knows that a `lock` it finds is dead. Without `flock` torch's file is all there is.
+torch's build waits for a file named `lock`, which a killed build leaves behind: every later launch then hangs silently.
+Here the build is guarded by an `flock`, which the kernel releases when its owner dies. File systems without `flock`
+have only torch's file.
 """
 
 import os
@@ -21,9 +21,9 @@ POLL_SECONDS = 0.2
 
 
 def build(builder_class_name: str) -> None:
-    """Compile one DeepSpeed op for this machine's accelerator unless it is there already; a no-op where it cannot be.
+    """Compile a DeepSpeed op for this machine's accelerator, unless it is built already or does not exist for it.
 
-    Raises `RuntimeError` with the compiler's message in its chain when the build fails.
+    Raises `RuntimeError`, chained to the compiler's message, when the build fails.
     """
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import _get_build_directory
@@ -33,8 +33,10 @@ def build(builder_class_name: str) -> None:
         return
     folder = Path(_get_build_directory(builder.name, verbose=False))
     _put_on_path(Path(sys.executable).parent)
-    with exclusive(folder.with_suffix(".flock"), builder.name) as is_held:
-        if is_held:
+    # Beside the folder: torch may delete and recreate the folder itself.
+    with exclusive(folder.with_suffix(".flock"), builder.name) as is_locked:
+        if is_locked:
+            # No live process is building, so any `lock` here is stale.
             (folder / "lock").unlink(missing_ok=True)
         if not any(folder.glob("*.so")):
             logger.info("compiling %s once for this machine, about a minute ...", builder.name)
@@ -42,16 +44,17 @@ def build(builder_class_name: str) -> None:
 
 
 def _put_on_path(folder: Path) -> None:
-    """ninja, installed beside this interpreter, is found although the environment was not activated."""
+    """Put the interpreter's own folder on PATH."""
+    # torch runs `ninja` by name; pip installs it here, which is not on PATH unless the environment is activated.
     if str(folder) not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 @contextmanager
 def exclusive(path: Path, name: str) -> Iterator[bool]:
-    """Hold an exclusive `flock` on `path`, saying whom it waits for when another process has it.
+    """Take an exclusive `flock` on `path`, and log while another process has it.
 
-    Yields False where the file system has no locks: then another process may be building.
+    Yields False on a file system without locks, where another process may be building at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     advice = f"should the build of {name} hang, remove {path.with_suffix('') / 'lock'}, or set TORCH_EXTENSIONS_DIR"

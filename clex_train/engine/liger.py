@@ -1,10 +1,9 @@
-"""RMSNorm and SwiGLU of a model by Liger's fused kernels (arXiv 2410.10989), module by module on the instance.
+"""Liger's fused RMSNorm and SwiGLU kernels (arXiv 2410.10989), swapped in on the instance.
 
     RMSNorm   w * x / sqrt(mean x^2 + eps)             SwiGLU   W_down (silu(W_gate x) * (W_up x))
 
-A module is replaced only if its class computes exactly this, rounding included, which is tried on a few numbers: norms
-of other families scale by 1 + w or round elsewhere. transformers' own switch for Liger would also change the classes of
-the family, for every model of the process.
+A module is replaced only if its class computes exactly this, rounding included, which a trial on a few numbers shows.
+Norms of some families scale by 1 + w or round elsewhere.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from clex_train.utils.bounds import require
 
 
 class Kernels(NamedTuple):
-    """What replaces the modules' own operations."""
+    """The two fused operations."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     """(x [..., W], weight [W], epsilon) -> [..., W]."""
@@ -29,15 +28,16 @@ class Kernels(NamedTuple):
 
 
 def refusal() -> str | None:
-    """Why this machine has no Liger kernels; None if it has."""
+    """Say why Liger's kernels cannot run on this machine, or return None if they can."""
     if not torch.cuda.is_available():
         return "there is no GPU"
+    # `find_spec` instead of an import: importing triton takes seconds.
     absent = [name for name in ("liger_kernel", "triton") if find_spec(name) is None]
     return f"{' and '.join(absent)} not installed" if absent else None
 
 
 def check(choice: Liger) -> None:
-    """`ValueError` when kernels are asked for that cannot be had."""
+    """Raise `ValueError` when the configuration requires kernels that cannot run here."""
     reason = refusal()
     require(
         choice is not Liger.always or reason is None,
@@ -48,15 +48,16 @@ def check(choice: Liger) -> None:
 
 
 def kernels() -> Kernels:
-    """Liger's; for a machine that has them."""
+    """Return Liger's kernels. Call it only where `refusal` returns None."""
     from liger_kernel.transformers.functional import liger_rms_norm, liger_swiglu
 
-    # In place, the gradient of the norm's output would be overwritten, which a hook may still want to see.
+    # In place, the backward would overwrite the gradient of the norm's output, which a hook may still read.
     return Kernels(lambda x, weight, epsilon: liger_rms_norm(x, weight, epsilon, in_place=False), liger_swiglu)
 
 
 def install(model: nn.Module, kernels: Kernels) -> list[nn.Module]:
-    """Replace the forward of every plain RMSNorm and SwiGLU of this model; returns them, for `remove`."""
+    """Replace the forward of every plain RMSNorm and SwiGLU; return the modules, for `remove`."""
+    # transformers' own `use_liger_kernel` patches the classes of the family, for every model of the process.
     replaced = []
     for module in model.modules():
         forward = _norm_by(kernels) if is_rms_norm(module) else _mlp_by(kernels) if is_swiglu(module) else None
@@ -67,18 +68,19 @@ def install(model: nn.Module, kernels: Kernels) -> list[nn.Module]:
 
 
 def remove(modules: list[nn.Module]) -> None:
-    """Give the modules that `install` returned their own forward back."""
+    """Restore the original forward of modules that `install` returned."""
     for module in modules:
         del module.__dict__["forward"]
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """Whether the module computes Llama's RMSNorm, in bfloat16 to the bit."""
+    """Tell whether the module computes Llama's RMSNorm, bit for bit in bfloat16."""
     if "forward" in module.__dict__ or [name for name, _ in module.named_parameters()] != ["weight"]:
         return False
     epsilon, weight = getattr(module, "variance_epsilon", None), torch.linspace(0.5, 1.7, 8, dtype=torch.bfloat16)
     if not isinstance(epsilon, float):
         return False
+    # bfloat16 is where families differ: a product with `w` before or after rounding to the input's dtype.
     x = torch.linspace(-3, 4, 40).sin().reshape(5, 8).to(torch.bfloat16)
     wide = x.float()
     expected = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
@@ -86,12 +88,13 @@ def is_rms_norm(module: nn.Module) -> bool:
 
 
 def is_swiglu(module: nn.Module) -> bool:
-    """Whether the module computes Llama's gated MLP with silu."""
+    """Tell whether the module computes Llama's gated MLP with silu."""
     parts = {name for name, _ in module.named_children()}
     if "forward" in module.__dict__ or parts != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return False
     act: Any = module.act_fn
     x = torch.linspace(-3, 4, 40, dtype=torch.float64).reshape(5, 8)
+    # Cheap functions instead of weights, which may be sharded or on the meta device.
     stand_in = SimpleNamespace(
         gate_proj=lambda x: 2 * x, up_proj=lambda x: x + 1, down_proj=lambda x: x / 4, act_fn=act
     )
@@ -99,10 +102,11 @@ def is_swiglu(module: nn.Module) -> bool:
 
 
 def _gives(module: nn.Module, stand_in: SimpleNamespace, x: Tensor, expected: Tensor) -> bool:
-    """Whether the forward of the module's class, given no more than `stand_in`, makes `expected` of `x`."""
+    """Tell whether the class's forward returns `expected` for `x`, with `stand_in` as `self`."""
     try:
         found = type(module).forward(stand_in, x)
     except (AttributeError, TypeError, RuntimeError):
+        # The forward uses something that `stand_in` lacks, so it computes something else.
         return False
     return isinstance(found, Tensor) and torch.equal(found, expected)
 

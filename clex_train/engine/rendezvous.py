@@ -1,8 +1,8 @@
-"""Rendezvous of the ranks of a launch, at a port of their own where none was named.
+"""Rendezvous of the ranks of a launch on a free port, when the user named none.
 
-DeepSpeed's launcher gives every job the same default port, so that a second job on the machine would die. Where all
-ranks are on one machine, rank 0 takes any free port and leaves its number in a file that is named after the launcher's
-process; the others wait for that file. torchrun finds a free port by itself, and its ranks meet at the agent's store.
+DeepSpeed's launcher gives every job the same default port, so a second job on the machine would fail. When all ranks
+are on one machine, rank 0 binds a free port and writes its number to a file named after the launcher's process; the
+other ranks wait for that file. torchrun chooses a free port by itself.
 """
 
 import errno
@@ -24,25 +24,25 @@ DEEPSPEED_PORT = "29500"
 LAUNCHER = "deepspeed.launcher.launch"
 HOST = "127.0.0.1"
 SAME_START = 2.0
-"""Seconds by which two readings of the launcher's start may differ, should the machine's clock be set meanwhile."""
+"""Tolerance in seconds between two readings of the launcher's start time, in case the machine's clock is adjusted."""
 
 
 def may_choose_port() -> bool:
-    """Return True if all ranks are children of DeepSpeed's launcher on this machine, at the port it gives by default.
-
-    On one machine no port has to be agreed on with anybody else, so naming the default is as good as naming none.
-    """
+    """Tell whether all ranks were started on this machine by DeepSpeed's launcher with its default port."""
+    # An explicit --master_port=29500 looks the same. On one machine nobody outside the launch needs the port, so
+    # choosing another is harmless.
     alone = os.environ.get("CROSS_SIZE") == "1" and os.environ.get("LOCAL_SIZE") == os.environ.get("WORLD_SIZE")
     return alone and os.environ.get("MASTER_PORT") == DEEPSPEED_PORT and _launcher() is not None
 
 
 def open_at_free_port(backend: str, timeout: timedelta) -> None:
-    """Open the process group at a port that the kernel gives to rank 0, and set MASTER_ADDR and MASTER_PORT to it."""
+    """Open the process group on a port that the kernel gives to rank 0, and export MASTER_ADDR and MASTER_PORT."""
     rank, count, note = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _note()
     if rank == 0:
+        # Bind first, then publish: the port in the file is already ours.
         store = dist.TCPStore(HOST, 0, count, is_master=True, timeout=timeout, wait_for_workers=False)
         _write(note, store.port)
-        # NCCL's group opens without waiting for the others, who could then find the file gone.
+        # NCCL's init does not wait for the other ranks, which could then find the file removed.
         store.wait([_arrival(other) for other in range(1, count)], timeout)
         note.unlink(missing_ok=True)
     else:
@@ -53,15 +53,17 @@ def open_at_free_port(backend: str, timeout: timedelta) -> None:
 
 
 def require_free_port() -> None:
-    """Refuse a port that the rank which listens cannot have: `ValueError` in one line, on that rank alone.
+    """Raise `ValueError` on the listening rank when it cannot bind the named port.
 
-    What is no port at all is refused on every rank.
+    An invalid port number is refused on every rank.
     """
+    # Under torchrun the agent listens, not rank 0, and its port is in use by design.
     listens = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     ranks.require_port()
     port = os.environ.get("MASTER_PORT")
     if not listens or port is None:
         return
+    # The same family as torch's TCPStore, or a port taken on IPv6 only would pass here and fail there.
     dual = socket.has_dualstack_ipv6()
     try:
         socket.create_server(
@@ -70,7 +72,7 @@ def require_free_port() -> None:
     except OSError as error:
         reasons = {
             errno.EADDRINUSE: "the port is in use by another program",
-            errno.EACCES: "the port is for root alone",
+            errno.EACCES: "only root may use the port",
         }
         if error.errno not in reasons:
             raise
@@ -83,7 +85,7 @@ def require_free_port() -> None:
 
 
 def _launcher() -> psutil.Process | None:
-    """The process of DeepSpeed's launcher that started this rank, directly or through a wrapper."""
+    """Find the process of DeepSpeed's launcher that started this rank, directly or through a wrapper."""
     try:
         return next((p for p in psutil.Process().parents() if LAUNCHER in p.cmdline()), None)
     except psutil.Error:
@@ -91,12 +93,13 @@ def _launcher() -> psutil.Process | None:
 
 
 def _arrival(rank: int) -> str:
-    """Return the key by which a rank says that it has found the store."""
+    """Return the store key that a rank sets once it is connected."""
     return f"clex_train/arrived/{rank}"
 
 
 def _note() -> Path:
-    """Return the file of this launch; containers that share a folder of temporary files differ by their host's name."""
+    """Return the path of this launch's port file."""
+    # The host name separates containers that share /tmp but not their process ids.
     name = f"clex_train_port_{os.getuid()}_{socket.gethostname()}_{_require_launcher().pid}"
     return Path(tempfile.gettempdir()) / name
 
@@ -108,23 +111,22 @@ def _require_launcher() -> psutil.Process:
 
 
 def _write(note: Path, port: int) -> None:
-    beside = note.with_name(f"{note.name}.tmp")
-    beside.unlink(missing_ok=True)
-    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+    # Not `files.write_atomically`: in a world-writable /tmp the file must be created exclusively and private.
+    partial = note.with_name(f"{note.name}.tmp")
+    partial.unlink(missing_ok=True)
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(f"{port} {_require_launcher().create_time()}")
-    beside.replace(note)
+    partial.replace(note)
 
 
 def _read(note: Path, timeout: timedelta) -> int:
-    """Wait for the port that rank 0 writes, and return it.
-
-    A file of another user's is not taken for it, nor one that a killed launch of the same process id has left.
-    """
+    """Wait for the port that rank 0 writes, and return it. Raises `RuntimeError` after `timeout`."""
     began, end = _require_launcher().create_time(), time.monotonic() + timeout.total_seconds()
     while time.monotonic() < end:
         with suppress(FileNotFoundError):
             port, launched = note.read_text(encoding="utf-8").split()
+            # Ignore files of other users, and leftovers of a killed launch whose process id was reused.
             if note.stat().st_uid == os.getuid() and abs(float(launched) - began) < SAME_START:
                 return int(port)
         time.sleep(0.05)
-    raise RuntimeError(f"rank 0 has opened no port within {timeout}; its own output says why")
+    raise RuntimeError(f"rank 0 opened no port within {timeout}; see its own output for the reason")

@@ -1,10 +1,10 @@
-"""The MLP of a decoder layer a tile of tokens at a time, forward and backward.
+"""Tiled MLP: run a decoder layer's MLP on a tile of tokens at a time, forward and backward (ALST, arXiv 2506.13996).
 
-An MLP looks at each token alone, so tiles change nothing but the memory: what is inside is there for one tile only, and
-is computed once more in the backward pass (ALST, arXiv 2506.13996, section 3.1.2). Gradients of weights are summed over
-the tiles, in float32 at least, before autograd sees them: hooks on them run once, and no engine has to be told.
+An MLP treats each token alone, so tiling changes only the memory: inner activations exist for one tile and are
+recomputed in the backward pass (section 3.1.2). Weight gradients are summed over the tiles in float32 or wider before
+autograd sees them, so hooks run once and DeepSpeed needs no special case.
 
-Shapes: `B` rows, `S` tokens, `E` width.
+Shapes: `B` rows, `S` tokens, `E` width, `T` tokens of a tile.
 """
 
 import functools
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from clex_train.engine.tiled_loss import tiles
 
 NAMES = ("mlp", "feed_forward", "ffn")
-"""What families call the MLP of a layer."""
+"""Names of the MLP in a decoder layer, by family."""
 
 
 class NotTokenwise(ValueError):
@@ -26,7 +26,7 @@ class NotTokenwise(ValueError):
 
 
 def find(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """The MLPs of decoder layers; `NotTokenwise` names what cannot be taken token by token."""
+    """Return the MLPs of decoder layers. Raises `NotTokenwise`, naming any module that mixes tokens."""
     found = []
     for layer in layers:
         mlp = next((child for name, child in layer.named_children() if name in NAMES), None)
@@ -38,19 +38,20 @@ def find(layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def install(mlps: Sequence[nn.Module], tile_len: int) -> None:
-    """Have each MLP take `tile_len` tokens at a time, on the instance."""
+    """Make each MLP process `tile_len` tokens at a time, on the instance."""
     for mlp in mlps:
+        # The parameters are passed to autograd explicitly: it sees the tiles' graph only inside our own backward.
         mlp.__dict__["forward"] = functools.partial(_forward, mlp.forward, tuple(mlp.parameters()), tile_len)
 
 
 def is_tiled(module: nn.Module) -> bool:
-    """Whether `install` has been here."""
+    """Tell whether `install` has tiled this module."""
     forward = module.__dict__.get("forward")
     return isinstance(forward, functools.partial) and forward.func is _forward
 
 
 def _forward(whole: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], tile_len: int, hidden: Tensor) -> Tensor:
-    """`whole` of `hidden` [B, S, E], in tiles of the B * S tokens."""
+    """Apply `whole` to `hidden` [B, S, E] in tiles of the B * S tokens."""
     tokens = hidden.reshape(1, -1, hidden.shape[-1])
     if tokens.shape[1] <= tile_len:
         return whole(hidden)
@@ -58,7 +59,8 @@ def _forward(whole: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], ti
         made = _joined(whole, tokens, tile_len)
     else:
         if not tokens.requires_grad:
-            # Something has to carry the input to the backward pass of the weights.
+            # Autograd runs `_Kept`, which saves the input, only if the input requires a gradient. It does not for the
+            # first layer over frozen embeddings.
             tokens = tokens.detach().requires_grad_()
         kept = _Kept.apply(tokens)  # type: ignore[no-untyped-call]  # torch leaves Function.apply untyped
         made = _InTiles.apply(kept, kept.grad_fn, whole, tile_len, *parameters)  # type: ignore[no-untyped-call]  # torch leaves Function.apply untyped
@@ -66,10 +68,10 @@ def _forward(whole: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], ti
 
 
 class _Kept(torch.autograd.Function):
-    """Keeps a tensor for the backward pass before anything is computed from it.
+    """Saves the input for the backward pass before anything is computed from it.
 
-    Where the layer is recomputed, this is the last that its backward pass asks for: recomputing stops in front of the
-    MLP, which would otherwise run three times.
+    torch's checkpointing stops recomputing once the last saved tensor is there. With the input saved here, it stops
+    before the MLP, which would otherwise run three times.
     """
 
     @staticmethod
@@ -93,9 +95,11 @@ class _InTiles(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        # Through `kept`, not a saved tensor of this function, which would make checkpointing recompute the MLP.
         (outer,), (tokens,) = grad_outputs, ctx.kept.saved_tensors
         needed = ctx.needs_input_grad[4:]
         trained = [p for p, is_needed in zip(ctx.parameters, needed, strict=True) if is_needed]
+        # bf16 sums over many tiles lose small gradients, so accumulate in fp32.
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
         to_tokens = torch.empty_like(tokens)
         for tile in tiles(tokens.shape[1], ctx.tile_len):
@@ -111,10 +115,12 @@ class _InTiles(torch.autograd.Function):
 def _backward(
     whole: Callable[[Tensor], Tensor], part: Tensor, outer: Tensor, trained: Sequence[Tensor], sums: Sequence[Tensor]
 ) -> Tensor:
-    """The gradient of a tile [1, T, E]; those of the `trained` weights are added to `sums`."""
+    """Compute the gradient of a tile [1, T, E], and add those of the `trained` weights to `sums`."""
     part = part.detach().requires_grad_()
+    # Grad mode is off inside a custom backward.
     with torch.enable_grad():
         made = whole(part)
+    # `grad`, not `backward`: accumulating into `.grad` would run the weights' hooks once per tile.
     to_part, *to_trained = torch.autograd.grad(made, (part, *trained), outer)
     for total, gradient in zip(sums, to_trained, strict=True):
         total += gradient
@@ -122,7 +128,8 @@ def _backward(
 
 
 def _joined(whole: Callable[[Tensor], Tensor], tokens: Tensor, tile_len: int) -> Tensor:
-    """`whole` of each tile of `tokens` [1, B * S, E], side by side; each is let go of once it is copied."""
+    """Apply `whole` to each tile of `tokens` [1, B * S, E] and concatenate the results."""
+    # Copying into one buffer frees each tile at once; `torch.cat` would hold all results twice.
     joined: Tensor | None = None
     for tile in tiles(tokens.shape[1], tile_len):
         made = whole(tokens[:, tile])
@@ -134,12 +141,14 @@ def _joined(whole: Callable[[Tensor], Tensor], tokens: Tensor, tile_len: int) ->
 
 
 def _require_token_by_token(mlp: nn.Module) -> None:
-    """Linear layers, norms and activations look at each token alone; experts, convolutions and dropout are refused."""
+    """Raise `ValueError` for an MLP whose output for a token depends on other tokens or on random numbers."""
     for name, module in mlp.named_modules():
         kind = type(module).__name__
         if any(word in f"{name} {kind}".lower() for word in ("expert", "router", "moe")):
+            # A router balances the load over all tokens.
             raise NotTokenwise(f"{type(mlp).__name__} is a mixture of experts, whose tokens are not taken in tiles")
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise NotTokenwise(f"{type(mlp).__name__} has dropout, which would be drawn twice")
+        # Anything else with weights of its own, such as a convolution, may mix tokens.
         if not isinstance(module, nn.Linear) and "norm" not in kind.lower() and list(module.parameters(recurse=False)):
             raise NotTokenwise(f"{type(mlp).__name__} has weights in {kind}, which may look at more than one token")

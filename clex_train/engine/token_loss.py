@@ -1,6 +1,7 @@
-"""The loss of a micro-batch: the mean nll of its scored tokens, from all logits at once or from a tile of them.
+"""Loss of a micro batch: mean nll of its scored tokens, from all logits at once or tile by tile.
 
-Both take targets that are shifted already, so that a rank which holds a part of a row is told the token behind it.
+Both variants take targets that are already shifted. Under sequence parallelism, a rank's last token predicts the first
+token of the next rank, which it could not find by shifting its own labels.
 Shapes: `B` rows, `S` tokens, `E` width, `V` vocabulary.
 """
 
@@ -16,50 +17,51 @@ from clex_train.engine.tiled_loss import IGNORED, Logits, implementation
 from clex_train.utils.protocols import CausalLM, Engine
 
 NLL = "nll_targets"
-"""Argument that a model takes after `install_tiles`: the targets of a call that is to return its loss alone."""
+"""Keyword argument that `install_tiles` adds to a model: with it, a call returns the loss instead of logits."""
 
 
 class Loss(Protocol):
-    """Mean nll [] of `targets` int64 [B, S]: of the scored ones, 0 when none is. `model` may be an engine's."""
+    """Computes the mean nll [] of the scored `targets` int64 [B, S]; 0 when none is. `model` may be an engine."""
 
     def __call__(self, model: CausalLM | Engine, targets: Tensor, **inputs: Any) -> Tensor: ...
 
 
-def of(engine: EngineConfig) -> Loss:
-    """The loss that a configuration asks for."""
-    return from_logits if engine.tiled_loss is None else in_tiles
+def choose_loss(engine: EngineConfig) -> Loss:
+    """Choose the loss function by `engine.tiled_loss`."""
+    return loss_from_logits if engine.tiled_loss is None else loss_in_tiles
 
 
 def shifted(labels: Tensor) -> Tensor:
-    """What each token of whole rows predicts: `labels` [B, S] one further, nothing at the end of a row."""
+    """Shift `labels` [B, S] of whole rows by one, so that each token's target is the next one; ignore the last."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def from_logits(model: CausalLM | Engine, targets: Tensor, **inputs: Any) -> Tensor:
-    """From the logits [B, S, V] of the whole micro-batch, in float32; with the router's loss if the model makes one."""
+def loss_from_logits(model: CausalLM | Engine, targets: Tensor, **inputs: Any) -> Tensor:
+    """Compute the loss from the logits [B, S, V] of the whole micro batch, plus the router's loss if there is one."""
     output = model(use_cache=False, **inputs)
+    # float32: a bf16 log-sum-exp over a large vocabulary loses the differences that the loss consists of.
     total = nn.functional.cross_entropy(
         output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )
+    # Not `reduction="mean"`, which is 0 / 0 for a micro batch without scored tokens.
     loss = total / num_scored(targets)
     balance = getattr(output, "aux_loss", None)
     return loss if balance is None else loss + _balance_weight(model) * balance
 
 
-def in_tiles(model: CausalLM | Engine, targets: Tensor, **inputs: Any) -> Tensor:
-    """From the hidden states, by a model that `install_tiles` has prepared."""
+def loss_in_tiles(model: CausalLM | Engine, targets: Tensor, **inputs: Any) -> Tensor:
+    """Compute the loss tile by tile, with a model that `install_tiles` has prepared."""
     loss: Tensor = model(use_cache=False, **{NLL: targets}, **inputs)
     return loss
 
 
 def install_tiles(model: CausalLM, tile_len: int) -> None:
-    """Have a causal LM of transformers take the argument `NLL` and return the loss in tiles of `tile_len` tokens.
+    """Make a causal LM return the tiled loss when called with the argument `NLL`; other calls are unchanged.
 
-    Without the argument it is as before. The output layer runs once a call, as a module, so that sharded weights are
-    gathered once and the engine's hooks see it.
+    `tile_len` in tokens.
     """
     own, decoder, head = model.forward, model.base_model, model.get_output_embeddings()
-    logits = Logits.of(model.config)
+    logits = Logits.from_config(model.config)
 
     def score(targets: Tensor, hidden: Tensor) -> Tensor:
         cross_entropy = implementation(hidden.device, head.bias is not None, logits)
@@ -72,15 +74,17 @@ def install_tiles(model: CausalLM, tile_len: int) -> None:
         if targets is None:
             return own(*args, **kwargs)
         hidden = decoder(*args, **kwargs)[0]
-        with standing_in(head, functools.partial(score, targets)):
+        # Call the output layer as a module: ZeRO-3's hooks then gather its weights, once for all tiles.
+        with replaced_forward(head, functools.partial(score, targets)):
             return head(hidden)
 
     model.__dict__["forward"] = forward
 
 
 @contextmanager
-def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`forward` in the place of a module's own, on this instance; its hooks run as ever."""
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace a module's forward on this instance inside the block; its hooks still run."""
+    # Something else, such as Liger, may have replaced it on the instance already.
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
@@ -92,11 +96,12 @@ def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
 
 
 def num_scored(targets: Tensor) -> Tensor:
-    """Tokens that are scored, at least 1, as a tensor: asking for the number would make the device wait."""
+    """Count the scored tokens, at least 1, as a device tensor."""
+    # Not an int: reading it would synchronize the host in every micro batch.
     return targets.ne(IGNORED).sum().clamp(min=1)
 
 
 def _balance_weight(model: CausalLM | Engine) -> float:
-    # An engine has a `config` too, which is DeepSpeed's.
+    # An engine has the model as `module`, and a `config` of its own, which is DeepSpeed's.
     unwrapped: Any = getattr(model, "module", model)
     return float(unwrapped.config.get_text_config().router_aux_loss_coef)

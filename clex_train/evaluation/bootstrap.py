@@ -1,11 +1,9 @@
-"""Standard errors by a bootstrap over documents: how far the numbers would move on other documents of the same kind.
+"""Standard errors of perplexity by a bootstrap over documents (Efron and Tibshirani 1993, chapter 6).
 
     mean nll of a resample = sum of nll over its documents / sum of scored tokens over its documents
 
-Tokens of one document are not independent, so documents are what is drawn, with replacement and as many as there are
-(Efron and Tibshirani 1993, chapter 6). Equal arguments give equal draws, so two methods over the same documents are
-compared on the same resamples. With D documents the plug-in error is sqrt((D - 1) / D) of the unbiased one.
-Shapes: `W` windows, `D` documents, `R` resamples.
+A resample draws D documents with replacement. With D documents the plug-in error is sqrt((D - 1) / D) of the unbiased
+one. Shapes: `W` windows, `D` documents, `R` resamples.
 """
 
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ NUM_RESAMPLES = 1000
 
 
 class StandardErrors(NamedTuple):
-    """Of the mean nll (nats per token) and of its exponential; None with the reason in `note`."""
+    """Standard errors of the mean nll (nats per token) and of the perplexity; None with the reason in `note`."""
 
     mean_nll: float | None
     perplexity: float | None
@@ -27,7 +25,7 @@ class StandardErrors(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean nll of one method less that of another in nats per token, with its standard error or the reason for none."""
+    """Difference of two methods' mean nll in nats per token, and its standard error; None with the reason in `note`."""
 
     mean_nll: float
     standard_error: float | None
@@ -41,16 +39,20 @@ def standard_errors(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> StandardErrors:
-    """Standard errors of sum(window_nll) / sum(window_tokens) and its exponential.
+    """Estimate the standard errors of sum(window_nll) / sum(window_tokens) and of its exponential.
 
-    `window_nll` [W] is the summed nll of each window's `window_tokens` [W] scored tokens, `documents` [W] the document
-    that each window is from.
+    Args:
+        window_nll: [W] summed nll of each window's scored tokens, in nats.
+        window_tokens: [W] scored tokens of each window.
+        documents: [W] index of each window's document; empty for a stream.
+        num_resamples: R.
+        seed: equal seeds give equal resamples.
     """
     note = _obstacle(window_nll, documents)
     if note:
         return StandardErrors(None, None, note)
     means = _resampled_means(window_nll, window_tokens, documents, num_resamples, seed)
-    if means.max() > 700:
+    if means.max() > 700:  # exp overflows float64 at 709
         return StandardErrors(_spread(means), None, "the perplexity of a resample overflows")
     return StandardErrors(_spread(means), _spread(np.exp(means)))
 
@@ -63,10 +65,9 @@ def paired_difference(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Difference:
-    """Mean nll of the first [W] less that of the other [W] over the same tokens, with the error of the difference.
-
-    What both methods find hard in a document cancels, so this error is often far below those of either.
-    """
+    """Subtract the mean nll of the other method [W] from the first [W] over the same tokens, with a standard error."""
+    # Resampling the differences cancels what both methods find hard in a document, so this error is often far below
+    # that of either method.
     differences = np.asarray(window_nll, dtype=np.float64) - np.asarray(other_nll, dtype=np.float64)
     mean = float(differences.sum() / np.sum(window_tokens))
     note = _obstacle(differences, documents)
@@ -77,7 +78,7 @@ def paired_difference(
 
 
 def _obstacle(window_nll: Sequence[float] | np.ndarray, documents: Sequence[int]) -> str:
-    """Why there is no standard error; empty when there is one."""
+    """Return the reason why there is no standard error, or an empty string."""
     if not len(documents):
         return "the text is one stream, not documents"
     if len(set(documents)) == 1:
@@ -92,11 +93,12 @@ def _resampled_means(
     num_resamples: int,
     seed: int,
 ) -> np.ndarray:
-    """float64 [R]: the mean nll of every resample."""
+    """Compute the mean nll of every resample, float64 [R]."""
+    # Tokens of a document are not independent, so whole documents are drawn.
     _, index = np.unique(np.asarray(documents), return_inverse=True)
     nll = np.bincount(index, weights=np.asarray(window_nll, dtype=np.float64))
     tokens = np.bincount(index, weights=np.asarray(window_tokens, dtype=np.float64))
-    # How often each document is in a resample: D draws with replacement, counted.
+    # D draws with replacement, as counts: a matrix product [R, D] x [D] replaces R gathers.
     chances = np.full(len(nll), 1 / len(nll))
     times = generator(seed, "evaluation_bootstrap").multinomial(len(nll), chances, num_resamples)
     return np.asarray((times @ nll) / (times @ tokens))

@@ -1,4 +1,4 @@
-"""Show the results of an evaluation as the plain tables of a terminal."""
+"""Plain-text tables of an evaluation's results, for a terminal."""
 
 from clex_train.evaluation.report.tables import console as perplexity_table
 from clex_train.evaluation.report.tables import from_results
@@ -7,7 +7,7 @@ from clex_train.evaluation.retrieval.console import console as retrieval_table
 
 
 def tables_of(results: Results, origin: Origin) -> str:
-    """Return the table of perplexities, that of retrieval, or both, as far as there are scores."""
+    """Format the perplexity table and the retrieval table, as far as there are scores."""
     perplexity = [perplexity_table(from_results(results, origin))] if results.scores else []
     retrieval = [retrieval_table(results.tasks)] if results.tasks else []
     return "\n\n".join([*perplexity, *retrieval])

@@ -1,6 +1,6 @@
-"""Extrapolation perplexity, and retrieval if asked for, of the weights as they are, for the training loop.
+"""Evaluation inside the training loop: perplexity, and retrieval if configured, of the current weights.
 
-Windows and prompts are chosen once and scored on call.
+Windows and prompts are chosen once, before training, and scored on every call.
 """
 
 from collections.abc import Callable
@@ -34,12 +34,13 @@ logger = log.get(__name__)
 
 
 class TrainingEvaluation:
-    """`evaluation(loaded, step)` -> perplexities and retrieval scores by key; collective.
+    """Callable `evaluation(loaded, step)` that returns perplexities and retrieval scores by key. Collective.
 
-    They are also written to `evaluation/step_<N>.json`. Raises `ConfigError` on creation when no document of `held_out`
-    is as long as the longest window, a protocol's key does not fit the lengths, or no prompt of a task fits a length.
-    `interrupted` is called on every rank between windows and prompts; where one returns True, the call raises
-    `StopRequested` and has written nothing.
+    Results are also written to `evaluation/step_<N>.json`. Every rank calls `interrupted` between windows and prompts;
+    once it is true on one rank, the call raises `StopRequested` and writes nothing.
+
+    Raises `ConfigError` on creation when no document of `held_out` is as long as the longest window, a protocol's key
+    does not fit the lengths, or no prompt of a task fits a length.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class TrainingEvaluation:
         bos_id = evaluation_bos_id(self.spec.bos, self.store)
         warn_if_bos_differs(store, bos_id)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, bos_id=bos_id)
-        self.cells = plan.of_spec(self.spec, tokenizer, self.store, bos=bos_id is not None)
+        self.cells = plan.build_cells(self.spec, tokenizer, self.store, bos=bos_id is not None)
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
+        # The ODE has changed since the last evaluation.
         solve_table(loaded)
         tables = methods.of_model(self.spec, loaded)
         inserted = methods.insertions(self.spec, loaded.model, loaded.context_len)
@@ -84,12 +86,14 @@ class TrainingEvaluation:
             inserted=inserted,
             cache_on_host=self.spec.offload_cache,
         )
+        # One file and one table for both.
         scored = replace(scored, tasks=tasks, missing=[*scored.missing, *missing])
         self._keep(scored, next(loaded.model.parameters()).dtype, step)
         return scored.metrics()
 
     def _keep(self, scored: results.Results, dtype: torch.dtype, step: int) -> None:
-        """Print the tables and write the file; a full disk ends the run or not, as it was asked for. Collective."""
+        """Log the tables and write the file; on a full disk follow `checkpoint.on_full_disk`. Collective."""
+        # A step that is repeated after a rollback replaces its own file.
         path = Path(self.config.output_dir) / "evaluation" / f"step_{step}.json"
 
         def write() -> None:
@@ -102,26 +106,28 @@ class TrainingEvaluation:
             distributed.write_on_main(write)
         elif (failure := distributed.try_on_main(write)) is not None and distributed.is_main():
             why = distributed.describe_write_error(failure)
-            logger.error("%s; training goes on without it (checkpoint.on_full_disk=continue)", why)
+            logger.error("%s; training continues without it (checkpoint.on_full_disk=continue)", why)
 
 
 def warn_of_later(config: Config, store: TokenStore) -> None:
-    """Log why a run without evaluations could not be evaluated at its end: the time to know is before it starts."""
+    """Log a warning if the finished run could not be evaluated as configured."""
+    # A run without evaluations does not fail for it, but before the start is the time to know.
     try:
         require_windows(held_out(config, store), max(config.evaluation.lengths))
     except InputError as error:
-        logger.warning("the finished run could not be evaluated as it is configured: %s", error)
+        logger.warning("the finished run cannot be evaluated as configured: %s", error)
 
 
 def check_methods(config: Config, handle: RotaryHandle) -> None:
-    """Refuse methods and protocols that the trained model cannot have; that of the handle needs no weights."""
+    """Raise `ConfigError` for methods and protocols that the trained model does not support."""
+    # `handle` needs no weights: this runs before the model is loaded, so that a mistake costs seconds.
     has_clex = config.scaling.name is Method.clex
     readings(config.evaluation, handle.context_len)
     methods.check(config.evaluation, handle, has_clex, scale_grid(config.scaling.t_max) if has_clex else None)
 
 
 def check_ids(config: Config, held_out: TokenStore, num_rows: int) -> None:
-    """Refuse held-out text with ids beyond the embedding of pretrained weights, which has `num_rows` rows."""
+    """Raise `ConfigError` for held-out text with ids beyond the `num_rows` embedding rows of pretrained weights."""
     name = architecture.name(config.model)
     check_embedding(held_out, num_rows, name, "evaluation.path" if config.evaluation.path else "data.path")
     check_bos(evaluation_bos_id(config.evaluation.bos, held_out), num_rows, name)

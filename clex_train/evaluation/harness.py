@@ -1,8 +1,8 @@
-"""Tasks of EleutherAI's lm-evaluation-harness (`lm-eval`: LongBench, RULER, ...) on a model with our frequencies.
+"""EleutherAI's lm-evaluation-harness (`lm-eval`: LongBench, RULER, ...) on a model with our frequencies.
 
-The harness gets the model object itself, so that every forward and every step of generation takes the t that its
-length needs. Rows of one batch share a t, that of the longest: with `batch_size=1` each prompt has its own.
-The package is optional and imported on use; only this file knows it.
+The harness runs our model object, so every forward and every generated token uses the t of its length. Rows of a batch
+share the t of the longest; with `batch_size=1` each prompt has its own. The package is optional, and only this file
+imports it.
 """
 
 import hashlib
@@ -23,32 +23,35 @@ from clex_train.utils import distributed, log, progress, seeding
 from clex_train.utils.errors import ConfigError
 
 NOT_RUN = -1
-"""What lm-eval's tasks at several lengths score for a length without prompts."""
+"""Score of lm-eval's multi-length tasks for a length without prompts."""
 KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 BATCHES = 8
-"""Batches of a group, which the harness sorts by length."""
+"""Batches in a group of requests; the harness sorts a group by length."""
 
 logger = log.get(__name__)
 
 
 def require_installed() -> None:
-    """`ValueError` naming the remedy when lm-eval is missing."""
+    """Raise `ValueError` with the remedy when lm-eval is not installed."""
     if find_spec("lm_eval") is None:
         raise ConfigError("lm-eval is not installed", None, "pip install -r requirements-eval.txt")
 
 
 class Tasks:
-    """Tasks with their data, read before any weights are.
+    """Tasks with their data, loaded before any weights.
 
-    `names` may hold patterns (`longbench_*`), `include` is a folder of task files of one's own, `metadata` what tasks
-    are made with (RULER: `max_seq_lengths` and the `tokenizer` that counts them). `ValueError` for a name that is
-    unknown and for data that cannot be had.
+    Args:
+        names: tasks or patterns (`longbench_*`).
+        include: folder with the user's own task files.
+        metadata: parameters of tasks (RULER: `max_seq_lengths`, and the `tokenizer` that counts them).
+
+    Raises `ValueError` for an unknown name, or when the data cannot be loaded.
     """
 
     def __init__(self, names: Sequence[str], include: Path | None, metadata: Mapping[str, Any]) -> None:
         from lm_eval.tasks import TaskManager
 
-        # Every task that it passes over would be told of at level INFO.
+        # At level INFO, it logs every task file that it skips.
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
         self.manager = TaskManager(include_path=include, metadata=dict(metadata))
         for name in names:
@@ -63,62 +66,66 @@ class Tasks:
         self.loaded = _load(self.manager, self.names)
 
     def load(self, _: object) -> Any:
-        """What the harness asks a task manager for; the tasks as they were read."""
+        """Return the tasks loaded on creation; replaces the method of the harness's task manager."""
         return self.loaded
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How tasks are asked."""
+class RequestSettings:
+    """Settings of the requests to the model."""
 
     max_length: int
-    """Tokens of a prompt with what is generated; longer prompts lose their beginning, as the harness does it."""
+    """Tokens of prompt and generation together; the harness truncates longer prompts on the left."""
     batch_size: int = 1
+    """Prompts in a forward pass."""
     limit: int | None = None
-    """Only the first documents of each task."""
+    """Number of documents of each task, from the first; None for all."""
     num_fewshot: int | None = None
+    """Examples before each question; None for the task's own number."""
     bos: bool | None = None
-    """False takes BOS off the prompts of a tokenizer that puts it there."""
+    """False removes BOS from prompts of a tokenizer that adds it; None follows the tokenizer."""
     in_chat: bool = False
-    """Prompts are turns in the tokenizer's chat template."""
+    """True formats prompts with the tokenizer's chat template."""
 
 
 def evaluate(
-    loaded: LoadedModel, tasks: Tasks, asking: Asking, kept: Partial | None = None, method: str = ""
+    loaded: LoadedModel, tasks: Tasks, settings: RequestSettings, kept: Partial | None = None, method: str = ""
 ) -> dict[str, Any]:
     """Run the harness and return its own results (`results`, `configs`, `versions`, ...).
 
-    Collective when the weights are sharded. Every rank computes the same. `kept` is what an interrupted evaluation has
-    finished, of each `method` by its name.
+    Collective when the weights are sharded; every rank computes the same. `kept` has the answers of an interrupted
+    evaluation, under the name of `method`.
     """
-    model = _model(loaded, asking)
+    # Requests are not split over ranks: under ZeRO-3 every forward is a collective.
+    model = _model(loaded, settings)
     for kind in KINDS:
-        setattr(model, kind, InGroups(kind, getattr(model, kind), kept or Partial(), method, asking.batch_size))
-    return distributed.broadcast_object(_simple_evaluate(model, tasks, asking))
+        setattr(model, kind, InGroups(kind, getattr(model, kind), kept or Partial(), method, settings.batch_size))
+    return distributed.broadcast_object(_simple_evaluate(model, tasks, settings))
 
 
 @dataclass
 class Counted:
-    """What tasks ask, without an answer."""
+    """Number and size of the requests of tasks."""
 
     tasks: int = 0
     prompts: list[int] = field(default_factory=list)
-    """Tokens of each, as far as the model reads them."""
+    """Tokens of each prompt after truncation."""
     generated: int = 0
-    """Tokens that are generated after the first, at most."""
+    """Upper bound of generated tokens, without the first of each prompt, which costs no extra forward."""
 
 
-def count(loaded: LoadedModel, tasks: Tasks, asking: Asking) -> Counted:
-    """Count what `evaluate` would ask; no forward is made."""
-    model, counted = _model(loaded, asking), Counted()
+def count(loaded: LoadedModel, tasks: Tasks, settings: RequestSettings) -> Counted:
+    """Count the requests that `evaluate` would make, without a forward pass."""
+    # The harness builds its requests only while it runs, so run it on a model whose answers are constants.
+    model, counted = _model(loaded, settings), Counted()
 
     def without_answers(kind: str, nothing: object) -> Callable[..., list[object]]:
         def answer(requests: Sequence[Any], disable_tqdm: bool = False) -> list[object]:
             for request in requests:
                 more = int(request.args[1].get("max_gen_toks", model.max_gen_toks)) if kind == KINDS[2] else 0
                 text = request.args[0] + (request.args[1] if kind == KINDS[0] else "")
-                num_tokens, most = len(model.tok_encode(text)), asking.max_length - more
-                # Rolling windows of a long document overlap by a token.
+                num_tokens, most = len(model.tok_encode(text)), settings.max_length - more
+                # A document longer than a window is read in several.
                 pieces = -(-num_tokens // most) if kind == KINDS[1] else 1
                 counted.prompts += [min(num_tokens, most)] * pieces
                 counted.generated += max(0, more - 1)
@@ -128,50 +135,51 @@ def count(loaded: LoadedModel, tasks: Tasks, asking: Asking) -> Counted:
 
     for kind, nothing in zip(KINDS, ((0.0, False), 0.0, ""), strict=True):
         setattr(model, kind, without_answers(kind, nothing))
-    counted.tasks = len(_simple_evaluate(model, tasks, asking)["configs"])
+    counted.tasks = len(_simple_evaluate(model, tasks, settings)["configs"])
     return counted
 
 
-def _model(loaded: LoadedModel, asking: Asking) -> Any:
-    """Make the harness's own model around ours."""
+def _model(loaded: LoadedModel, settings: RequestSettings) -> Any:
+    """Wrap our model in the harness's `HFLM`."""
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,
-        max_length=asking.max_length,
-        batch_size=asking.batch_size,
+        max_length=settings.max_length,
+        batch_size=settings.batch_size,
         backend="causal",
-        add_bos_token=asking.bos,
+        add_bos_token=settings.bos,
     )
-    # That of the first parameter otherwise, which may wait in host memory.
+    # HFLM takes the device of the first parameter, which may be offloaded to host memory.
     model._device = distributed.device()
     return model
 
 
-def _simple_evaluate(model: Any, tasks: Tasks, asking: Asking) -> Any:
+def _simple_evaluate(model: Any, tasks: Tasks, settings: RequestSettings) -> Any:
     from lm_eval.evaluator import simple_evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # `simple_evaluate` would read the data again.
     tasks.manager.load = tasks.load
     return simple_evaluate(
         model=model,
         tasks=list(tasks.names),
         task_manager=tasks.manager,
-        num_fewshot=asking.num_fewshot,
-        limit=asking.limit,
-        # Of metrics without a formula for their error; lm-eval's own 100,000 resamples take longer than small tasks.
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        # For metrics without a closed-form error. lm-eval's default of 100,000 resamples takes longer than small tasks.
         bootstrap_iters=1000,
         log_samples=False,
-        apply_chat_template=asking.in_chat,
+        apply_chat_template=settings.in_chat,
     )
 
 
 class InGroups:
-    """A kind of request of the harness's model, in groups that are kept as they are answered.
+    """Answers one kind of request in groups, and saves each group's answers for a resumed evaluation.
 
-    A group is the requests of one document, with batches several of them, so that an interruption changes no batch.
-    Its key has a hash of the requests: where a task's data have changed, nothing is taken over.
+    A group has the requests of whole documents: one, or with batches several, so that an interruption changes no batch.
+    Its key includes a hash of the requests, so that answers are not reused after a task's data have changed.
     """
 
     def __init__(
@@ -189,7 +197,7 @@ class InGroups:
         with progress.bar(len(requests), f"lm_eval {self._prefix}", is_shown=distributed.is_main(), unit="req") as bar:
             for number, (key, group) in enumerate(todo.items()):
                 if key not in found:
-                    # Sampled answers then do not depend on how many there were before.
+                    # Seeded per group, so that sampled answers do not depend on how many groups were resumed.
                     torch.manual_seed(seeding.torch_seed(0, self._prefix, number))
                     found[key] = self._answer(group, disable_tqdm=True)
                     self._kept.finish({key: found[key]}, at_once=False)
@@ -202,7 +210,7 @@ class InGroups:
             return
         number = sum(len(todo[key]) for key in found)
         others = len(left) - len(found)
-        unused = f"; {others} groups of other requests are not used: the tasks' data have changed" if others else ""
+        unused = f"; {others} groups are not reused: the tasks' data have changed" if others else ""
         logger.info(
             "%s: %d of %d requests found from an interrupted evaluation (%s)%s",
             self._prefix,
@@ -214,7 +222,7 @@ class InGroups:
 
 
 def groups(requests: Sequence[Any], least: int) -> list[list[Any]]:
-    """Put the requests into groups of at least so many (but for the last); those of a document stay together."""
+    """Group requests by document, merging documents until a group has at least `least` requests."""
     found: list[list[Any]] = []
     for _, of_document in groupby(requests, key=lambda request: (request.task_name, request.doc_id)):
         if not found or len(found[-1]) >= least:
@@ -229,15 +237,14 @@ def _digest(group: Sequence[Any]) -> str:
 
 
 def _answers(kept: Any) -> list[Any]:
-    """Return the answers of a group as the harness makes them: log-likelihoods are pairs."""
+    """Convert a group's answers back from JSON."""
+    # JSON has no tuples, and log-likelihoods are pairs.
     return [tuple(answer) if isinstance(answer, list) else answer for answer in kept]
 
 
 def take_out_not_run(results: dict[str, Any]) -> list[str]:
-    """Take lengths that no prompt had out of the results, which lm-eval marks by a score of -1; returns their names.
-
-    RULER's tasks have a metric for each length, named by it, also for those that were not asked for.
-    """
+    """Remove metrics of lengths without prompts, which lm-eval marks by a score of -1; return their names."""
+    # RULER's tasks have a metric named after each of its standard lengths, requested or not.
     names = []
     for group in ("results", "groups"):
         for task, row in results.get(group, {}).items():
@@ -253,9 +260,9 @@ def _is_not_run(metric: str, value: object) -> bool:
 
 
 def metrics(results: Mapping[str, Any], method: str = "") -> dict[str, float]:
-    """Map `lm_eval/<task>/<metric>` to its value, standard errors as `lm_eval/<task>/<metric>_stderr`; filters by name.
+    """Flatten the harness's results to `lm_eval/<task>[/<method>]/<metric>[/<filter>]` -> value.
 
-    With a method `lm_eval/<task>/<method>/<metric>`.
+    Standard errors have the metric's name with `_stderr`.
     """
     found, by = {}, f"{method}/" if method else ""
     for task, row in results["results"].items():

@@ -1,9 +1,9 @@
-"""What memory does not hold is recognised, given back, agreed on by all ranks and said once; the rest goes on.
+"""Out-of-memory handling in one table cell: free memory, agree across ranks, log once, continue with the next.
 
-room = Room(model, "method ntk, protocol one_shot, 65536 tokens")
+guard = MemoryGuard(model, "method ntk, protocol one_shot, 65536 tokens")
 for piece in pieces:
-    found = room.attempt(lambda: forward(piece))      None where memory ran out
-reason = room.lacking()                               the same on every rank
+    found = guard.attempt(lambda: forward(piece))      None where memory ran out
+reason = guard.shortage()                               the same on every rank
 """
 
 import ctypes
@@ -26,21 +26,23 @@ REMEDIES = (
 )
 
 
-class Room:
-    """Whether this rank's memory holds every piece of one cell of the table; after one that it does not, none is tried.
+class MemoryGuard:
+    """Runs the pieces of one table cell until this rank is out of memory, and skips the rest.
 
-    A rank that leaves out its pieces takes part in the same collectives as the others, which go on.
+    A rank that skips its pieces still takes part in the collectives of the others.
     """
 
     def __init__(self, model: nn.Module, cell: str) -> None:
         self.cell, self._reason = cell, ""
+        # Cached pinned blocks of the last cell have another size and would never be reused.
         _unpin()
+        # With sharded weights every forward is a collective, so no rank may skip one.
         self._needs_others = distributed.world_size() > 1 and is_sharded(model)
 
     def attempt(self, work: Callable[[], Tensor]) -> Tensor | None:
-        """What `work` returns; None if memory runs out meanwhile, or did before.
+        """Run `work` and return its result, or None if this rank is out of memory, now or earlier in the cell.
 
-        Raises `RunStopped` if it runs out while several ranks share the weights: the others wait for this one's.
+        Raises `RunStopped` when several ranks share the weights, because the others wait for this rank's forward.
         """
         if self._reason:
             return None
@@ -55,42 +57,41 @@ class Room:
                     f"out of memory: {self.cell} ({self._reason}); ranks that share the weights cannot go on without "
                     f"this one; leave the length out, or: {REMEDIES}"
                 ) from error
-        # Not inside `except`, where the traceback still holds what the forward had made.
-        give_back()
+        # Not inside `except`: the traceback still refers to the forward's tensors there.
+        free_memory()
         return None
 
-    def holds_so_far(self) -> bool:
-        """Tell whether no rank has lacked memory yet. Collective."""
+    def fits_so_far(self) -> bool:
+        """Tell whether no rank has run out of memory so far. Collective."""
         return not distributed.any_rank(bool(self._reason))
 
-    def lacking(self) -> str:
-        """Why the first rank that lacked memory did, logged by rank 0; empty where all had enough. Collective."""
+    def shortage(self) -> str:
+        """Return the first rank's reason for running out of memory, or an empty string. Rank 0 logs it. Collective."""
         if not distributed.any_rank(bool(self._reason)):
             return ""
         reason = next(filter(None, distributed.gather_objects(self._reason)))
         if distributed.is_main():
-            logger.warning("out of memory: %s is left out (%s); %s", self.cell, reason, REMEDIES)
+            logger.warning("out of memory: skipping %s (%s); %s", self.cell, reason, REMEDIES)
         return reason
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ranks hold shares of the weights (ZeRO-3), so that each forward is a collective."""
+    """Tell whether the weights are sharded (ZeRO-3), so that each forward is a collective."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def return_what_is_freed() -> None:
-    """On a CPU, from now on: the memory of a large tensor goes back to the system when it is freed, where libc can.
-
-    By glibc's defaults the heap soon serves tensors of up to 32 MiB, and what lives on between them (a cache that
-    grows) keeps the pages of those that are gone: at 64k a fifth of what an evaluation needs.
-    """
+def release_freed_memory() -> None:
+    """Make glibc return the memory of large freed CPU tensors to the system at once, from now on."""
+    # By default glibc raises its mmap threshold up to 32 MiB as blocks are freed. A growing cache between freed tensors
+    # then pins their heap pages: at 64k tokens a fifth of what an evaluation needs. Setting the threshold fixes it.
     mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
     if hasattr(LIBC, "mallopt") and distributed.device().type == "cpu":
         LIBC.mallopt(mmap_threshold, 256 * 1024)
 
 
-def give_back() -> None:
-    """Return memory that nothing refers to any more: on a GPU to the driver, on a CPU to the system where libc can."""
+def free_memory() -> None:
+    """Return unused memory: on a GPU to the driver, on a CPU to the system where libc supports it."""
+    # First break reference cycles, through which dead tensors may still be reachable.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -100,6 +101,6 @@ def give_back() -> None:
 
 
 def _unpin() -> None:
-    """Return pinned host memory that is free: a cache of another length takes blocks of another size."""
+    """Return unused pinned host memory to the system."""
     if torch.cuda.is_available():
         torch._C._host_emptyCache()

@@ -1,10 +1,9 @@
-"""Keep the finished part of an evaluation on disk, so that the same command resumes it after a kill.
+"""Partial results of an evaluation on disk, so that the same command resumes it after a kill.
 
-The file lies next to the result, `<label>.<16 hex digits>.partial`: JSON with the facts that shape the numbers (the
-digits are their hash), the finished cells by key, and the finished pieces of the cell in progress. Every write replaces
-the whole file atomically, so a kill at any moment leaves the last complete one. Other facts give another file: results
-of other settings, weights or data are named in one line and never read. Rank 0 reads and writes; all ranks hold the
-same content, so they agree on which collectives are left.
+`<label>.<16 hex digits>.partial`, next to the result, is JSON with the facts that determine the numbers (the digits are
+their hash), the finished cells by key, and the finished pieces of the current cell. Each write replaces the whole file
+atomically. Other settings, weights or data have another hash and file, which is logged and never read. Rank 0 reads
+and writes; all ranks have the same content, so they agree on the remaining collectives.
 """
 
 import hashlib
@@ -26,9 +25,9 @@ from clex_train.utils.records import read_json
 FORMAT = 1
 SUFFIX = ".partial"
 LEAST_SECONDS = 0.2
-"""Between two writes for pieces of a cell."""
+"""Minimum seconds between two writes of pieces."""
 WRITES = 50
-"""Time between those writes in units of what the last one took: at most 2 % of the time goes into them."""
+"""Time between two such writes, in units of the last write's duration: writing takes at most 2 % of the time."""
 
 Decoded = TypeVar("Decoded")
 
@@ -36,7 +35,7 @@ logger = log.get(__name__)
 
 
 class Partial:
-    """What an evaluation has finished so far. Without a path nothing is kept, and no call costs a collective."""
+    """Finished part of an evaluation. Without a path nothing is saved, and no call is a collective."""
 
     def __init__(self, path: Path | None = None, facts: Mapping[str, Any] | None = None) -> None:
         self.path, self.facts = path, dict(facts or {})
@@ -45,16 +44,17 @@ class Partial:
         self._written, self._cost, self._complained = time.monotonic(), 0.0, False
 
     def find(self, keys: list[str], decode: Callable[[Any], Decoded]) -> list[Decoded] | None:
-        """Return the finished cells of these keys, None unless all are there. Damaged ones count as unfinished."""
+        """Return the finished cells of these keys, or None unless all are finished."""
+        # A damaged cell counts as unfinished: computing it again is always safe.
         try:
             return [decode(self.cells[key]) for key in keys]
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
     def finish(self, cells: Mapping[str, Any], at_once: bool = True) -> None:
-        """Add finished cells (JSON by key) in place of their pieces; every rank calls it with the same content.
+        """Add finished cells (JSON by key), which replace their pieces. Call it on every rank with the same content.
 
-        With `at_once=False` the write may wait for a later one, for cells that cost less than a write.
+        With `at_once=False` the write may be delayed, for cells that are cheaper than a write.
         """
         new = {key: cell for key, cell in cells.items() if key not in self.cells}
         if not new:
@@ -65,20 +65,21 @@ class Partial:
             self._write()
 
     def pieces(self, key: str) -> Any:
-        """Return what `keep` was last given for this cell; None if nothing."""
+        """Return the pieces that `keep` last saved for this cell, or None."""
         return self._pieces[1] if self._pieces is not None and self._pieces[0] == key else None
 
     def is_due(self) -> bool:
-        """Tell whether the pieces of the cell in progress should be kept now: rank 0's clock decides. Collective."""
+        """Tell whether it is time to save the pieces of the current cell. Collective."""
+        # Rank 0's clock decides: saving is a collective, so all ranks must do it at the same piece.
         return self.path is not None and bool(distributed.broadcast_object(self._has_waited()))
 
     def keep(self, key: str, content: Any) -> None:
-        """Keep finished pieces (JSON) of the cell in progress; every rank calls it with the same content."""
+        """Save finished pieces (JSON) of the current cell. Call it on every rank with the same content."""
         self._pieces = (key, content)
         self._write()
 
     def remove(self) -> None:
-        """Delete the file: the result has been written."""
+        """Delete the file, once the result has been written."""
         if self.path is not None and distributed.is_main():
             for path in (self.path, temporary_path(self.path)):
                 with suppress(OSError):
@@ -101,21 +102,23 @@ class Partial:
         self._cost = self._written - start
 
     def _complain(self, error: OSError) -> None:
-        """Log once that nothing is kept: the evaluation itself needs no file until its end."""
+        """Log once that partial results cannot be saved."""
+        # Not an error: the evaluation needs no file until its end.
         assert self.path is not None
         with suppress(OSError):
             temporary_path(self.path).unlink(missing_ok=True)
         if not self._complained:
             reason = error.strerror or first_line(error)
-            logger.warning("%s: cannot be written (%s); an interruption now would lose more", self.path, reason)
+            logger.warning("%s: cannot be written (%s); an interruption would lose the work so far", self.path, reason)
         self._complained = True
 
 
 def resume(output: Path, facts: Mapping[str, Any]) -> Partial:
-    """Return what was finished of an evaluation by these facts whose result goes to `output`. Collective.
+    """Load the partial results of an evaluation with these facts, whose result goes to `output`. Collective.
 
-    `facts` are everything that the numbers depend on, as flat JSON. Partial files of other facts are named in a line.
+    `facts` are everything that the numbers depend on, as flat JSON. Partial files with other facts are logged.
     """
+    # Through JSON, so that tuples and paths compare equal to what is read back.
     plain = json.loads(json.dumps(facts, default=str))
     digest = hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=8).hexdigest()
     partial = Partial(_place(output, digest), plain)
@@ -125,12 +128,13 @@ def resume(output: Path, facts: Mapping[str, Any]) -> Partial:
         content = _content(partial.path)
         if content is not None and content["facts"] == plain:
             partial.cells, partial._pieces = content["cells"], content["pieces"]
+    # Read on rank 0 and broadcast: a shared file system may show ranks different versions of the file.
     partial.cells, partial._pieces = distributed.broadcast_object((partial.cells, partial._pieces))
     return partial
 
 
 def say_found(partial: Partial, total: int, of: str = "cells") -> None:
-    """Say in one line how much of the evaluation is there already."""
+    """Log how much of the evaluation is finished already."""
     if partial.cells and distributed.is_main():
         found = f"{len(partial.cells)} of {total} {of} found from an interrupted evaluation"
         logger.info("%s (%s)", found, partial.path)
@@ -138,12 +142,13 @@ def say_found(partial: Partial, total: int, of: str = "cells") -> None:
 
 def _place(output: Path, digest: str) -> Path:
     name = f"{output.stem}.{digest}{SUFFIX}"
+    # File systems limit names to 255 bytes, and a label may be long.
     is_short = len(os.fsencode(name)) <= LONGEST_NAME
     return output.with_name(name if is_short else f"{digest}{SUFFIX}")
 
 
 def _content(path: Path) -> dict[str, Any] | None:
-    """Read a partial file; None where there is none, and with a line for one that is damaged."""
+    """Read a partial file; return None if it is missing or, with a warning, damaged."""
     try:
         content = read_json(path, within=path.parent, most=LARGEST)
         pieces = content["pieces"]
@@ -154,7 +159,7 @@ def _content(path: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         reason = error.reason if isinstance(error, BadFile) else first_line(error)
-        logger.warning("%s: damaged (%s), not used; the evaluation starts from its beginning", path, reason)
+        logger.warning("%s is damaged (%s) and not used; starting the evaluation over", path, reason)
         return None
     return content if isinstance(content, dict) else None
 
@@ -164,8 +169,8 @@ def _is_pair(pieces: Any) -> bool:
 
 
 def _name_others(output: Path, own: Partial) -> None:
-    """Name the newest partial file of the same result that other facts made, and how many there are."""
-    # Not what is globbed: a label may have brackets, and be the beginning of another.
+    """Log the newest partial file of the same result with other facts, and their number."""
+    # A regular expression, not a glob: a label may have brackets, and may be the beginning of another label.
     name = re.compile(re.escape(output.stem) + r"\.[0-9a-f]{16}" + re.escape(SUFFIX))
     found = output.parent.glob(f"*{SUFFIX}") if output.parent.is_dir() else ()
     others = [path for path in found if name.fullmatch(path.name) and path != own.path and path.is_file()]
@@ -177,7 +182,7 @@ def _name_others(output: Path, own: Partial) -> None:
     differing = [key for key in {**own.facts, **theirs} if own.facts.get(key) != theirs.get(key)]
     more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
     logger.info(
-        "%s%s is of an interrupted evaluation with other %s and is not used; give that command again, or delete it",
+        "%s%s is from an interrupted evaluation with other %s and is not used; repeat that command, or delete the file",
         newest,
         more,
         ", ".join(differing[:6]) or "content",

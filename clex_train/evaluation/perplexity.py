@@ -1,11 +1,11 @@
-"""Negative log-likelihood per token of windows under a causal language model, exact in bounded memory.
+"""Negative log-likelihood per token under a causal language model, exact in bounded memory.
 
     nll_i = -log p(token_i | token_0 .. token_{i-1})            perplexity = exp(mean nll over the scored tokens)
 
-A span passes through the KV cache in chunks, and the output layer in tiles (`scoring_head`). The two ways to read
-differ in the scale factor alone: `one_shot` holds t at what the whole span needs; `chunked` (the official CLEX
-evaluation) lets t grow with every L tokens. Which spans of a window are read is the protocol's (`protocols`). Shapes:
-`B` spans, `N` tokens of a span, `S` of a chunk, `V` vocabulary, `L` tokens the base model was trained on.
+A span goes through the KV cache in chunks, and the output layer in tiles (`scoring_head`). The two reading functions
+differ only in the scale factor: `one_shot` keeps t at the value of the whole span, `chunked` (the official CLEX
+evaluation) raises t after every L tokens. `protocols` chooses the spans. Shapes: `B` spans, `N` tokens of a span, `S`
+tokens of a chunk, `V` vocabulary, `L` context of the base model in tokens.
 """
 
 import math
@@ -27,11 +27,11 @@ from clex_train.utils import distributed, log
 logger = log.get(__name__)
 
 Advance = Callable[[int], None]
-"""Called after each chunk with the tokens of a span read so far."""
+"""Called after each chunk with the number of tokens of the span read so far."""
 
 
 class Predict(typing.Protocol):
-    """A way to read a span: tokens int64 [B, N] -> nll float32 [B, N]."""
+    """Reads spans: tokens int64 [B, N] -> nll float32 [B, N]."""
 
     def __call__(
         self,
@@ -45,7 +45,7 @@ class Predict(typing.Protocol):
 
 
 def ignore(num_tokens: int) -> None:
-    """Watch no progress."""
+    """Do nothing; the default for `advance`."""
 
 
 def one_shot(
@@ -56,10 +56,10 @@ def one_shot(
     cache_on_host: bool = False,
     advance: Advance = ignore,
 ) -> Tensor:
-    """Return nll float32 [B, N] of `tokens` int64 [B, N] at the least t >= N / L throughout; the first column is 0.
+    """Compute the nll float32 [B, N] of `tokens` int64 [B, N] with the smallest table t >= N / L; column 0 is 0.
 
-    The numbers of one forward over the span up to rounding: `chunk_len` and `cache_on_host` bound the memory. Raises
-    `ValueError` if the handle's table ends before N tokens.
+    Equal to one forward over the span up to rounding; `chunk_len` and `cache_on_host` only bound the memory. Raises
+    `ValueError` when the handle's table does not reach N tokens.
     """
     nll = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
     cache = _new_cache(model, tokens, chunk_len, cache_on_host)
@@ -76,16 +76,17 @@ def chunked(
     cache_on_host: bool = False,
     advance: Advance = ignore,
 ) -> Tensor:
-    """Return nll float32 [B, N] of `tokens` int64 [B, N], each L tokens read at the t that all so far need.
+    """Compute the nll float32 [B, N] of `tokens` int64 [B, N], with t raised after every L tokens; column 0 is 0.
 
-    Cached keys follow t, hidden states stay as they were computed. The official code does not score the first token
-    of each L: leave multiples of L out of the scored tokens to compare with it. `chunk_len` and `cache_on_host`
-    bound the memory only.
+    The official code does not score the first token of every L; leave multiples of L out to compare with it.
+    `chunk_len` and `cache_on_host` only bound the memory.
     """
     nll = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+    # No chunk may span two values of t.
     cache = _new_cache(model, tokens, min(chunk_len, handle.context_len), cache_on_host)
     for start in range(0, tokens.shape[1], handle.context_len):
         stop = min(start + handle.context_len, tokens.shape[1])
+        # The handle rotates cached keys to the new t; hidden states remain as computed at the old one.
         with handle.fixed(stop):
             _feed(model, tokens, start, stop, chunk_len, cache, nll, advance)
     return nll
@@ -93,13 +94,11 @@ def chunked(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's mode is put back.
-
-    `no_grad` and not `inference_mode`: ZeRO-3 fills parameters in place, and inference tensors could not train again.
-    """
+    """Switch the model to evaluation mode without gradients inside the block."""
     was_training = model.training
     model.eval()
     try:
+        # Not `inference_mode`: ZeRO-3 fills parameters in place, and inference tensors could not be trained again.
         with torch.no_grad():
             yield
     finally:
@@ -107,7 +106,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _new_cache(model: nn.Module, tokens: Tensor, chunk_len: int, on_host: bool) -> Any:
-    """Room for all tokens [B, N]; None where a single forward reads them."""
+    """Allocate a cache for all tokens [B, N]; None if a single forward reads them."""
+    # Allocated once: a growing cache is copied on every chunk, and needs twice its size while it grows.
     return new_cache(model, tokens.shape[1], on_host) if tokens.shape[1] > chunk_len else None
 
 
@@ -121,7 +121,8 @@ def _feed(
     nll: Tensor,
     advance: Advance,
 ) -> None:
-    """Read tokens [start, stop) in chunks through the cache, write what they predict (one further) into `nll`."""
+    """Read tokens [start, stop) in chunks through the cache, and write the nll of the tokens after each."""
+    # The last chunk predicts one token beyond `stop`; at the end of the span the slices are one shorter.
     for first in range(start, stop, chunk_len):
         last = min(first + chunk_len, stop)
         targets = tokens[:, first + 1 : last + 1]
@@ -135,12 +136,12 @@ def _feed(
 
 
 def warn_of_overflow(scores: Iterable[Score]) -> None:
-    """Name on rank 0 the cells whose perplexity is not finite: nan or inf in tables, null in files."""
+    """Log a warning on rank 0 for each cell whose perplexity is not finite."""
     for score in scores if distributed.is_main() else ():
         if not math.isfinite(score.perplexity):
             logger.warning(
-                "%s: the perplexity is %s: activations or losses overflow in %d tokens; try engine.precision=fp32, or "
-                "leave the cell out",
+                "%s: the perplexity is %s: activations or losses overflow within %d tokens; try engine.precision=fp32, "
+                "or leave the cell out",
                 score.key,
                 score.perplexity,
                 score.length,

@@ -1,13 +1,12 @@
-"""The protocols of perplexity: which spans of a window are read at length N, by which function, and what is scored.
+"""Perplexity protocols: which spans of a window are read at length N, by which function, and which tokens are scored.
 
-    one_shot, per_position   [0, N), [N, 2N), ...         the model as a reader of N tokens; its nll against position
-    chunked                  the same spans               official CLEX: through the cache L at a time, t grows
+    one_shot, per_position   [0, N), [N, 2N), ...         non-overlapping spans; per_position adds nll by position
+    chunked                  the same spans               official CLEX: L tokens at a time through the cache, t grows
     sliding                  [0, N), [S, S + N), ...      stride S; YaRN (2309.00071, 4.3), LongLoRA (2309.12307, 4)
-    last_k                   [W - N, W)                   the last K tokens of a window, after ever more context
+    last_k                   [W - N, W)                   the last K tokens of a window, with more and more context
 
-A token takes its nll from the first span that holds it behind the span's first token, which has no context (BOS stands
-in its place where windows begin with it). Scored
-are the tokens that every length gives a nll, so a protocol's columns are averages over the very same tokens. Shapes:
+A token takes its nll from the first span that contains it after the span's first token, which has no context (or is
+BOS). Only tokens with a nll at every length are scored, so all columns of a protocol average the same tokens. Shapes:
 `W` tokens of a window, the largest length.
 """
 
@@ -23,11 +22,11 @@ from clex_train.evaluation.perplexity import Predict, chunked, one_shot
 from clex_train.utils.bounds import require
 
 MOST_BINS = 128
-"""Points of a curve of nll against position, at most."""
+"""Maximum number of points of a curve of nll by position."""
 
 
 class Span(NamedTuple):
-    """Tokens start..stop-1 of a window, read at once; tokens first..stop-1 take their nll from it."""
+    """Tokens [start, stop) of a window are read together; tokens [first, stop) take their nll from it."""
 
     start: int
     first: int
@@ -36,29 +35,29 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """How one protocol reads every window."""
+    """Spans, reading function and scored tokens of one protocol, the same for every window."""
 
     protocol: Protocol
     read: Predict
     spans: Mapping[int, tuple[Span, ...]]
-    """For each length, spans of that length in ascending order."""
+    """Length to its spans, in ascending order."""
     scored: np.ndarray
-    """bool [W]: the tokens of a window that count, at every length."""
+    """bool [W]: the tokens of a window that are scored, at every length."""
     most_bins: int = 0
-    """Points of the curve of nll against position that goes with the number."""
+    """Maximum points of the curve of nll by position; 0 for no curve."""
 
 
 def readings(spec: EvaluationConfig, context_len: int) -> list[Reading]:
-    """A reading for each protocol of `spec`, for windows of its largest length; `context_len` is L.
+    """Build a reading for each protocol of `spec`; windows have its largest length. `context_len` is L in tokens.
 
-    Raises `ValueError` naming the key for a K beyond the shortest length, and for `streaming`, which reads no windows.
+    Raises `ValueError` for `last_k` above the shortest length, and for `streaming`, which reads no windows.
     """
     names = [protocol.value for protocol in spec.protocols]
     require(
         set(spec.protocols) <= set(READINGS),
         "evaluation.protocols",
         names,
-        "streaming reads one long text and no windows; it is asked for by itself, of clex_train.cli.evaluate",
+        "streaming reads one long text and no windows; run it by itself, with clex_train.cli.evaluate",
     )
     return [READINGS[protocol](spec, context_len) for protocol in dict.fromkeys(spec.protocols)]
 
@@ -66,10 +65,9 @@ def readings(spec: EvaluationConfig, context_len: int) -> list[Reading]:
 def curve(
     nll: np.ndarray, spans: Sequence[Span], scored: np.ndarray, most_bins: int
 ) -> tuple[tuple[int, float, int], ...]:
-    """(position, mean nll, tokens) of at most `most_bins` equal bins of the positions in a span; () for no bins.
+    """Average the nll by position in the span: (middle position, mean nll, tokens) of up to `most_bins` equal bins.
 
-    `nll` [windows, W] in nats, NaN or infinite where it is so. A bin without scored tokens is left out; its position is
-    its middle, rounded down.
+    `nll` [windows, W] in nats. Bins without scored tokens are left out.
     """
     if not most_bins:
         return ()
@@ -77,6 +75,7 @@ def curve(
     positions = np.zeros(len(scored), dtype=np.int64)
     for span in spans:
         positions[span.first : span.stop] = np.arange(span.first, span.stop) - span.start
+    # Every window has the same scored positions, so one count serves all of them.
     bins = positions[scored] // width
     sums = np.bincount(bins, weights=nll[:, scored].sum(axis=0, dtype=np.float64))
     counts = np.bincount(bins) * len(nll)
@@ -91,14 +90,15 @@ def _one_shot(spec: EvaluationConfig, context_len: int) -> Reading:
 
 
 def _per_position(spec: EvaluationConfig, context_len: int) -> Reading:
-    """As LM-Infinite (2308.16137, figure 4) draws it: the nll of one reading against the position."""
+    """Add the curve of nll by position to `one_shot`, as in LM-Infinite (2308.16137, figure 4)."""
     return replace(_one_shot(spec, context_len), protocol=Protocol.per_position, most_bins=MOST_BINS)
 
 
 def _chunked(spec: EvaluationConfig, context_len: int) -> Reading:
-    """The official code leaves out the first token of every L, although it has context."""
+    """Read L tokens at a time, as the official CLEX evaluation does."""
     spans = _pieces(spec)
     scored = _given_at_every_length(spans)
+    # The official code does not score the first token of every L, although it has context.
     for span in _all(spans):
         scored[span.start : span.stop : context_len] = False
     return Reading(Protocol.chunked, chunked, spans, scored)
@@ -124,6 +124,7 @@ def _last_k(spec: EvaluationConfig, context_len: int) -> Reading:
     )
     spans = {n: _spans([longest - n], n) for n in sorted(spec.lengths)}
     scored = _given_at_every_length(spans)
+    # With K = the shortest length, the first of the K tokens has no context there and stays unscored everywhere.
     scored[: longest - last_k] = False
     return Reading(Protocol.last_k, one_shot, spans, scored)
 
@@ -142,7 +143,8 @@ def _pieces(spec: EvaluationConfig) -> dict[int, tuple[Span, ...]]:
 
 
 def _spans(starts: Sequence[int], length: int) -> tuple[Span, ...]:
-    """Spans of `length` tokens at ascending `starts`; each gives what the one before it did not reach."""
+    """Make spans of `length` tokens at ascending `starts`; each scores the tokens that the one before did not reach."""
+    # The first token of a span has no context in it, hence at least start + 1.
     stops = [0, *(start + length for start in starts)]
     return tuple(
         Span(start, max(start + 1, before), stop) for start, (before, stop) in zip(starts, pairwise(stops), strict=True)
@@ -154,9 +156,10 @@ def _all(spans: Mapping[int, Sequence[Span]]) -> Iterable[Span]:
 
 
 def _given_at_every_length(spans: Mapping[int, Sequence[Span]]) -> np.ndarray:
-    """bool [W]: the tokens that have a nll at every length."""
+    """Mark the tokens that have a nll at every length, bool [W]."""
     longest = max(span.stop for span in _all(spans))
     common = np.ones(longest, dtype=bool)
+    # Different tokens at different lengths would confound the length with the text.
     for of_length in spans.values():
         given = np.zeros(longest, dtype=bool)
         for span in of_length:

@@ -1,4 +1,4 @@
-"""Where an evaluation's numbers come from: command, weights, data, versions. Enough to repeat it or to doubt it."""
+"""Provenance of an evaluation: command, weights, data and versions, enough to repeat it."""
 
 import hashlib
 import os
@@ -17,10 +17,11 @@ from clex_train.utils import distributed
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json", "clex.json")
 BLOCK = 2**24
+"""Bytes hashed at a time."""
 
 
 def describe(label: str, weights: dict[str, Any], store: TokenStore, dtype: torch.dtype) -> Origin:
-    """The origin of an evaluation by this process; `weights` says which (path, hash, step)."""
+    """Describe the origin of an evaluation by this process; `weights` has path, hash and step."""
     return Origin(
         label=label,
         command=command(),
@@ -31,12 +32,13 @@ def describe(label: str, weights: dict[str, Any], store: TokenStore, dtype: torc
 
 
 def command() -> list[str]:
-    """This process's command line, the interpreter by its name."""
+    """Return this process's command line, without the path of the interpreter."""
+    # `orig_argv`: console.run rewrites `sys.argv`, and `python -m` is missing from it.
     return [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
 
 
 def environment(dtype: torch.dtype) -> dict[str, Any]:
-    """Commit, versions, device, dtype and number of ranks."""
+    """Collect commit, versions, device, dtype and number of ranks."""
     return {
         "git_commit": tracker.git_commit(),
         "torch": torch.__version__,
@@ -48,13 +50,15 @@ def environment(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def weights_hash(directory: Path) -> str | None:
-    """16 hex digits over names and contents of a model directory's weights and settings; None for a hub name."""
+    """Hash a model directory's weights and settings to 16 hex digits; None for a hub name."""
+    # Contents and not modification times: a copied directory must give the same hash.
     return files_hash(directory, WEIGHT_FILES) if directory.is_dir() else None
 
 
 def files_hash(directory: Path, patterns: Iterable[str]) -> str:
-    """16 hex digits over names and contents of a directory's files of these patterns."""
+    """Hash names and contents of a directory's files with these patterns to 16 hex digits."""
     digest = hashlib.blake2b(digest_size=8)
+    # Sorted: the order of glob depends on the file system.
     for path in sorted(found for pattern in patterns for found in directory.glob(pattern)):
         digest.update(path.name.encode())
         with path.open("rb") as file:

@@ -1,7 +1,6 @@
-"""The outcome of an evaluation, and the JSON file that keeps it with everything needed to repeat or compare it.
+"""Results of an evaluation, and the JSON file that stores them with everything needed to repeat or compare them.
 
-Beside the perplexities the file holds each window's summed nll and its document, so that paired comparisons by
-document need no second run.
+The file has each window's summed nll and document, so that paired comparisons by document need no second run.
 """
 
 from __future__ import annotations
@@ -23,17 +22,18 @@ from clex_train.utils.records import convert, read_json
 
 FORMAT = 1
 LARGEST = 2**28
-"""Bytes of an evaluation file that are read at most: a window takes some 20 a cell."""
+"""Largest evaluation file that is read, in bytes. Each window takes about 20 per cell."""
 
 Length = Annotated[int, msgspec.Meta(ge=1, lt=2**62)]
 
 MOST_CHARACTERS = 500
-"""Of an expected or a given text in a file."""
+"""Longest expected or generated text that a file stores, in characters."""
 
 NO_WINDOWS: dict[str, Any] = {"count": 0, "length": 0, "documents": [], "fingerprint": ""}
-"""What stands for the windows where retrieval alone was asked for."""
+"""Value of `windows` in an evaluation of retrieval alone."""
 
 
+# Fields of files are added with defaults and never renamed: older files must stay readable and comparable.
 @dataclass(frozen=True)
 class Score:
     """One cell of the table: a method under a protocol at a length."""
@@ -41,9 +41,9 @@ class Score:
     method: str
     protocol: str
     length: Length
-    """Tokens of context in a window."""
+    """Context length in tokens."""
     frequencies: str
-    """What made the frequency table: `clex`, `none`, `ntk`, ..."""
+    """Source of the frequency table: `clex`, `none`, `ntk`, ..."""
     t: float
     """Scale factor at the window's full length."""
     window_nll: list[float]
@@ -51,19 +51,19 @@ class Score:
     num_tokens: Length
     """Scored tokens of all windows together."""
     seconds: float
-    """Wall time of the forwards; protocols that read the same spans share them, and the time."""
+    """Wall time of the forward passes; protocols that read the same spans share them, and their time."""
     fingerprint: str = ""
-    """16 hex digits that two scores share exactly if they are of the same tokens."""
+    """Hash of the scored tokens, 16 hex digits: equal for equal tokens only."""
     standard_error: float | None = None
-    """Of the perplexity, by a bootstrap over documents; None with the reason in `standard_error_note`."""
+    """Standard error of the perplexity, by a bootstrap over documents; None with the reason in the note."""
     mean_nll_standard_error: float | None = None
-    """Of the mean nll in nats per token; None likewise."""
+    """Standard error of the mean nll in nats per token; None likewise."""
     standard_error_note: str = ""
-    """Why there is no standard error."""
+    """Reason for a missing standard error."""
     curve: tuple[tuple[int, float, int], ...] = ()
-    """`per_position`: (position in the window, mean nll, scored tokens) of equal bins of positions."""
+    """For `per_position`: (position in the span, mean nll, scored tokens) of equal bins of positions."""
     copied_from: str = ""
-    """Key of the score that this one equals by definition and was copied from; empty for one of its own forwards."""
+    """Key of the score that this one equals by definition and was copied from; empty if it was computed."""
 
     @property
     def key(self) -> str:
@@ -73,11 +73,13 @@ class Score:
     @property
     def mean_nll(self) -> float:
         """Nats per scored token."""
+        # fsum: the order of the windows must not change the last digit.
         return math.fsum(self.window_nll) / self.num_tokens
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean nll; infinite where that overflows."""
+        """exp(mean nll); infinite on overflow."""
+        # `not >`, so that a NaN stays NaN. exp overflows float64 at 709, and Python's raises instead of returning inf.
         return math.exp(self.mean_nll) if not self.mean_nll > 700 else math.inf
 
 
@@ -87,36 +89,36 @@ def score_key(method: str, protocol: str, length: int) -> str:
 
 
 def exact_score(row: Mapping[str, Any]) -> Score:
-    """Invert `vars(score)` after a way through JSON; raises `ValueError` for anything else."""
+    """Convert `vars(score)` back after a round trip through JSON. Raises `ValueError` for anything else."""
     return convert(row, Score)
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A retrieval task by a method at a length, and at a depth where it has one."""
+    """Score of a retrieval task by a method at a length, and at a depth if the task has depths."""
 
     task: str
     method: str
     length: int
-    """Tokens of prompt and answer together, at most."""
+    """Maximum tokens of prompt and answer together."""
     depth: float | None
-    """Where the answer stands in the text, from 0 (start) to 1 (end)."""
+    """Position of the answer in the text, from 0 (start) to 1 (end)."""
     correct: int
-    """Prompts that were answered in full."""
+    """Number of prompts answered completely."""
     total: int
-    """Prompts."""
+    """Number of prompts."""
     score: float
-    """Mean share (0..1) of the expected strings."""
+    """Mean share of the expected strings, 0 to 1."""
     seed: int | None = None
-    """What the prompts are a function of, with task, length and number; None in files of older versions."""
+    """Seed of the prompts, which also depend on task, length and number; None in files of older versions."""
     prompts: list[dict[str, Any]] = field(default_factory=list)
-    """Of each: number, fingerprint of the tokens read, expected and given texts, share."""
+    """For each prompt: number, fingerprint of its tokens, expected and generated text, share."""
     copied_from: str = ""
-    """Key of the score that this one equals by definition and was copied from; empty for one of its own forwards."""
+    """Key of the score that this one equals by definition and was copied from; empty if it was computed."""
 
     @property
     def key(self) -> str:
-        """`<task>/<method>/<length>`: a mean over depths."""
+        """`<task>/<method>/<length>`, shared by all depths."""
         return task_key(self.task, self.method, self.length)
 
 
@@ -127,37 +129,39 @@ def task_key(task: str, method: str, length: int) -> str:
 
 @dataclass(frozen=True)
 class Missing:
-    """A cell of the table that memory did not hold."""
+    """A table cell that ran out of memory."""
 
     method: str
     protocol: str
-    """Or the retrieval task."""
+    """Protocol or retrieval task."""
     length: int
+    """In tokens."""
     reason: str
-    """What the allocator said, and on which rank."""
+    """The allocator's message, and the rank."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """All scores of one set of weights over one set of windows."""
+    """All scores of one set of weights on one set of windows."""
 
     scores: list[Score]
     context_len: int
-    """L, the length that counts as 1x."""
+    """L in tokens."""
     windows: dict[str, Any]
-    """What was read: count, length, fingerprint, document and start of each window."""
+    """Count, length and fingerprint of the windows, and document and start of each."""
     tasks: list[TaskScore] = field(default_factory=list)
-    """Retrieval, if it was asked for."""
+    """Scores of retrieval, if configured."""
     missing: list[Missing] = field(default_factory=list)
-    """What did not fit into memory."""
+    """Cells that ran out of memory."""
 
     def metrics(self) -> dict[str, float]:
-        """`perplexity/<method>/<protocol>/<length>` and `<task>/<method>/<length>` -> value, for files and tracker."""
+        """Map `perplexity/<method>/<protocol>/<length>` and `<task>/<method>/<length>` to their values."""
         return {score.key: score.perplexity for score in self.scores} | task_metrics(self.tasks)
 
 
 def task_metrics(tasks: Sequence[TaskScore]) -> dict[str, float]:
-    """`<task>/<method>/<length>` -> mean score over the prompts of all depths."""
+    """Map `<task>/<method>/<length>` to the mean score over the prompts of all depths."""
+    # Weighted by the number of prompts, which may differ between depths.
     rows = {score.key: [other for other in tasks if other.key == score.key] for score in tasks}
     return {
         key: sum(row.score * row.total for row in same) / sum(row.total for row in same) for key, same in rows.items()
@@ -166,12 +170,12 @@ def task_metrics(tasks: Sequence[TaskScore]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an evaluation comes from."""
+    """Provenance of an evaluation."""
 
     label: str
     """Short name for tables and plots."""
     command: list[str]
-    """The command line, or the call for an evaluation inside a run."""
+    """Command line of the program."""
     model: dict[str, Any]
     """Path, optimizer step and hash of the weights, as far as they exist."""
     data: dict[str, Any]
@@ -179,10 +183,11 @@ class Origin:
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions, device, number of ranks, dtype."""
     request: dict[str, Any] = field(default_factory=dict)
-    """What was asked for, as far as it shapes the numbers; empty for an evaluation inside a run and in older files."""
+    """Settings that affect the numbers; empty for an evaluation inside a run, and in older files."""
 
     def repeats(self, other: Origin) -> bool:
-        """Whether both asked the same of the same weights and data, so that one may take the other's place."""
+        """Tell whether both have the same settings, weights and data, so that one may replace the other."""
+        # A hash identifies weights wherever they are; hub models have none and are identified by name and revision.
         same_weights = (self.model.get("hash") or _named(self.model)) == (
             other.model.get("hash") or _named(other.model)
         )
@@ -195,7 +200,7 @@ def _named(model: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def write(path: Path, results: Results, origin: Origin) -> None:
-    """Write one evaluation as JSON; numbers that are not finite become null. Parent folders are made."""
+    """Write an evaluation as JSON, creating parent folders. Numbers that are not finite become null."""
     make_folder(path.parent)
     content = {
         "format": FORMAT,
@@ -207,11 +212,13 @@ def write(path: Path, results: Results, origin: Origin) -> None:
         "tasks": [vars(score) for score in results.tasks],
         "missing": [vars(cell) for cell in results.missing],
     }
+    # `allow_nan=False` catches a NaN that was missed above: it is not JSON, and strict readers would refuse the file.
     write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def place(wished: Path, origin: Origin) -> Path:
-    """The first of x.json, x_2.json, x_3.json, ... that is free, or holds what this evaluation repeats."""
+    """Choose the first of x.json, x_2.json, x_3.json, ... that is free or has the same evaluation."""
+    # Never overwrite the result of another evaluation, which may have taken hours.
     numbered = (wished if number == 1 else wished.with_stem(f"{wished.stem}_{number}") for number in count(1))
     return next(path for path in numbered if not path.exists() or _is_repeated(path, origin))
 
@@ -224,12 +231,12 @@ def _is_repeated(path: Path, origin: Origin) -> bool:
 
 
 def read(path: Path) -> tuple[Results, Origin]:
-    """The inverse of `write`; `ValueError` names a file that is missing or is no evaluation."""
+    """Read an evaluation that `write` wrote. Raises `ValueError` for a missing or damaged file."""
     content = _content(path)
     try:
         return _results(content), _origin(content)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(path, None, f"damaged or of another version ({first_line(error)}); evaluate anew") from error
+        raise ConfigError(path, None, f"damaged or of another version ({first_line(error)}); evaluate again") from error
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -239,7 +246,7 @@ def _content(path: Path) -> dict[str, Any]:
         raise ConfigError(path, None, f"cannot be read as an evaluation ({first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ConfigError(
-            path, None, f"not an evaluation of format {FORMAT}; write it anew with clex_train.cli.evaluate"
+            path, None, f"not an evaluation of format {FORMAT}; create it again with clex_train.cli.evaluate"
         )
     return content
 
@@ -256,27 +263,28 @@ def _results(content: Mapping[str, Any]) -> Results:
     _require_windows(rows, windows)
     convert(content["context_len"], Length)
     if any("fingerprint" not in row for row in rows):
-        # The fingerprint in `windows` was that of the scored tokens; that of the windows themselves is not known.
+        # In old files, the fingerprint in `windows` covers the scored tokens; that of the windows is unknown.
         scores = [_older(row, windows) for row in rows]
         return Results(scores, content["context_len"], {**windows, "fingerprint": ""}, tasks, missing)
     return Results([_score(row) for row in rows], content["context_len"], windows, tasks, missing)
 
 
 def compare(first: Score, second: Score, documents: Sequence[int]) -> Difference:
-    """Mean nll of `first` less that of `second`, by the same resampled documents; `documents` [W] from the results.
+    """Subtract the mean nll of `second` from that of `first`, paired by document; `documents` [W] from the results.
 
-    Raises `ValueError` if the two scored other tokens.
+    Raises `ValueError` when the two scored different tokens.
     """
     if first.fingerprint != second.fingerprint:
         raise ConfigError(
             f"{first.key} and {second.key}", None, "scored different tokens; compare methods under one protocol"
         )
+    # Every window has the same number of scored tokens.
     tokens = [first.num_tokens // len(first.window_nll)] * len(first.window_nll)
     return paired_difference(first.window_nll, second.window_nll, tokens, documents)
 
 
 def with_standard_errors(score: Score, documents: Sequence[int]) -> Score:
-    """The score with its standard errors by document; `documents` [W] says which each window is from."""
+    """Add standard errors to a score; `documents` [W] is the document of each window."""
     tokens = [score.num_tokens // len(score.window_nll)] * len(score.window_nll)
     errors = standard_errors(score.window_nll, tokens, documents)
     return replace(
@@ -298,7 +306,7 @@ def _score_row(score: Score) -> dict[str, Any]:
 
 
 def _score(row: Mapping[str, Any]) -> Score:
-    # Older files have copied nothing.
+    # Older files lack `copied_from`, because nothing was copied.
     fields: dict[str, Any] = {name: {"copied_from": "", **row}[name] for name in Score.__dataclass_fields__}
     fields["window_nll"] = [math.nan if value is None else value for value in row["window_nll"]]
     fields["curve"] = tuple((place, math.nan if nll is None else nll, count) for place, nll, count in row["curve"])
@@ -306,16 +314,16 @@ def _score(row: Mapping[str, Any]) -> Score:
 
 
 def _require_windows(rows: Any, windows: Any) -> None:
-    """Raise `ValueError` for windows and scores that are not of each other."""
+    """Raise `ValueError` when the scores do not belong to the windows."""
     documents = convert(windows.get("documents", []), list[int])
     lengths = {len(row["window_nll"]) for row in rows}
-    # A stream is read in segments, of no document each.
+    # A stream is read in segments, which have no documents.
     if documents and lengths - {len(documents)}:
         raise ValueError(f"scores of {sorted(lengths)} windows, and {len(documents)} windows")
 
 
 def _older(row: Mapping[str, Any], windows: Mapping[str, Any]) -> Score:
-    """A row from when one set of tokens was scored under all protocols and standard errors were left to the reader."""
+    """Convert a row of an old file: one set of scored tokens for all protocols, and no standard errors."""
     fields = {name: row[name] for name in Score.__dataclass_fields__ if name in row}
     score = _score({**vars(Score(**fields)), "fingerprint": windows["fingerprint"]})
     return with_standard_errors(score, windows["documents"])

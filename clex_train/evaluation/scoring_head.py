@@ -1,4 +1,4 @@
-"""The output layer of a causal LM in tiles: a chunk is scored without its logits ever being there at once.
+"""Tiled output layer for scoring: the logits of a chunk never exist at once.
 
     nll_i = logsumexp(W h_i + b) - (W h_i + b)[target_i]
 
@@ -13,22 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from clex_train.engine.tiled_loss import logits_of, nll_in_place
-from clex_train.engine.token_loss import standing_in
+from clex_train.engine.token_loss import replaced_forward
 
 TILE_ELEMENTS = 2**20
-"""Logits that exist at a time, in float32: 4 MiB, about what stays in a CPU's cache between its passes."""
+"""Logits of a tile on a CPU: 4 MiB in float32, which stay in its cache between the passes over them."""
 TILE_ELEMENTS_ON_GPU = 2**26
-"""256 MiB: the weights of the output layer are read anew for each tile, and should be few times."""
+"""Logits of a tile on a GPU: 256 MiB, because each tile reads the whole output layer again."""
 SCORER = "scoring_head"
 
 
 @contextmanager
 def tiled_head(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """`score_chunk` of this model makes one tile of logits at a time inside.
-
-    Only where the model's logits are what its output layer makes, which a forward of two tokens tells; one that goes on
-    with them (soft-capping, scaling) is left alone. Collective.
-    """
+    """Make `score_chunk` of this model compute one tile of logits at a time inside the block. Collective."""
+    # Only if the model returns the output layer's product unchanged. With soft-capping or scaling after it, the nll
+    # cannot be computed inside the layer.
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(head, nn.Linear) or not _returns_what_it_makes(model, head, device):
         yield
@@ -36,17 +34,18 @@ def tiled_head(model: nn.Module, device: torch.device) -> Iterator[None]:
     scorer = _TiledHead(head)
     model.__dict__[SCORER] = scorer
     try:
-        with standing_in(head, scorer.forward):
+        with replaced_forward(head, scorer.forward):
             yield
     finally:
         del model.__dict__[SCORER]
 
 
 def score_chunk(model: nn.Module, targets: Tensor, **inputs: Any) -> Tensor:
-    """nll float32 [B, S'] of `targets` [B, S'], which the first S' of the inputs predict."""
+    """Compute the nll float32 [B, S'] of `targets` [B, S'], the next tokens of the first S' inputs."""
     scorer = model.__dict__.get(SCORER)
     if scorer is None:
         return token_nll(model(**inputs).logits[:, : targets.shape[1]], targets)
+    # The model does not pass targets on to its output layer, so they take this way around it.
     scorer.targets = targets
     try:
         nll: Tensor = model(**inputs).logits.squeeze(-1)
@@ -56,26 +55,24 @@ def score_chunk(model: nn.Module, targets: Tensor, **inputs: Any) -> Tensor:
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)[target], float32 [B, S], for `logits` [B, S, V] and `targets` int64 [B, S].
-
-    In float32 at least, and tile by tile, so that wide vocabularies in bf16 are not copied whole.
-    """
+    """Compute -log softmax(logits)[target], float32 [B, S], for `logits` [B, S, V] and `targets` int64 [B, S]."""
     nll = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
     for tile in _tiles(targets, logits.shape[2]):
+        # Tile by tile, so that bf16 logits are never copied to float32 as a whole.
         scores = logits[:, tile].to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         nll[:, tile] = nll_in_place(scores, targets[:, tile])[0]
     return nll
 
 
 class _TiledHead:
-    """Stands in for the `forward` of an output layer: its logits, or the nll of `targets` while there are some."""
+    """Replacement for an output layer's `forward`: returns logits, or the nll of `targets` while they are set."""
 
     def __init__(self, head: nn.Linear) -> None:
         self.head = head
         self.targets: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits [B, S, V] of `hidden` [B, S, E]; or nll [B, S', 1] of `targets` [B, S']."""
+        """Return logits [B, S, V] for `hidden` [B, S, E], or the nll [B, S', 1] of `targets` [B, S']."""
         weight, bias = self.head.weight, self.head.bias
         if self.targets is None:
             return nn.functional.linear(hidden, weight, bias)
@@ -84,11 +81,12 @@ class _TiledHead:
             targets = self.targets[:, tile]
             scores = logits_of(hidden[:, tile][:, : targets.shape[1]], weight, bias)
             nll[:, tile] = nll_in_place(scores, targets)[0]
+        # The shape of logits over a vocabulary of one, which the model's own code passes through.
         return nll.unsqueeze(-1)
 
 
 def _tiles(targets: Tensor, vocab_size: int) -> Iterator[slice]:
-    """Parts of the columns of `targets` [B, S] whose logits are at most a tile."""
+    """Yield column ranges of `targets` [B, S] whose logits fit into a tile."""
     elements = TILE_ELEMENTS_ON_GPU if targets.is_cuda else TILE_ELEMENTS
     columns = max(1, elements // (targets.shape[0] * vocab_size))
     for start in range(0, targets.shape[1], columns):
@@ -96,6 +94,7 @@ def _tiles(targets: Tensor, vocab_size: int) -> Iterator[slice]:
 
 
 def _returns_what_it_makes(model: nn.Module, head: nn.Module, device: torch.device) -> bool:
+    # Copied in the hook: some families scale their logits in place.
     made: list[Tensor] = []
     hook = head.register_forward_hook(lambda *call: made.append(call[2].clone()))
     try:

@@ -1,8 +1,7 @@
-"""Perplexity of one text of any length, read as a single stream under LM-Infinite, in constant memory.
+"""Perplexity of one text of any length, read as a single stream under LM-Infinite in constant memory.
 
-Every token is predicted from the starting tokens and the window before it, however far the stream has come. Beside it
-stands what the same model makes of the same tokens in windows of its own training length L: tokens at multiples of L
-have no context there, and are scored by neither. Shapes: `S` segments, `N` tokens of the stream.
+Every token is predicted from the starting tokens and a local window, however long the stream is. For comparison, the
+same tokens are read in windows of the training length L. Shapes: `S` segments, `N` tokens of the stream.
 """
 
 import hashlib
@@ -27,23 +26,23 @@ from clex_train.utils import distributed, progress
 from clex_train.utils.errors import ConfigError
 
 MOST_SEGMENTS = 1024
-"""Points of the curve of nll against position, at most."""
+"""Maximum number of points of the curve of nll by position."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The first `num_tokens` tokens of a split, its documents joined by EOS, in segments of equal length."""
+    """The first `num_tokens` tokens of a split, with documents joined by EOS, in segments of equal length."""
 
     store: TokenStore
     num_tokens: int
     segment_len: int
     context_len: int
-    """L; tokens at its multiples are not scored."""
+    """L in tokens. Tokens at multiples of L have no context in a window, so neither reading scores them."""
     bos_id: int | None = None
-    """BOS, in place of the first token of the stream and of every window of L, none of which is scored."""
+    """Id of BOS, which replaces the first token of the stream and of every window; these are not scored."""
 
     def read(self, first: int, last: int) -> Tensor:
-        """Tokens first..last-1, int64 [1, last - first]."""
+        """Read tokens [first, last) as int64 [1, last - first]."""
         tokens = torch.from_numpy(self.store.tokens(first, last).astype("int64"))
         if first == 0 and self.bos_id is not None:
             tokens[0] = self.bos_id
@@ -51,13 +50,14 @@ class Stream:
 
     @property
     def scored_per_segment(self) -> int:
-        """Scored tokens of a segment."""
+        """Number of scored tokens in a segment."""
         return self.segment_len - self.segment_len // self.context_len
 
     def describe(self) -> dict[str, Any]:
-        """What was scored, as plain JSON; the fingerprint is equal for equal tokens."""
+        """Describe the scored tokens as plain JSON; the fingerprint is equal for equal tokens only."""
         begin = "" if self.bos_id is None else f"bos {self.bos_id}/"
         digest = hashlib.blake2b(f"stream/{self.num_tokens}/{self.context_len}/{begin}".encode(), digest_size=8)
+        # In blocks: a stream may have more tokens than fit in memory.
         for first in range(0, self.num_tokens, 1 << 20):
             digest.update(self.store.tokens(first, min(first + (1 << 20), self.num_tokens)).astype("<i8").tobytes())
         return {
@@ -70,9 +70,9 @@ class Stream:
 
 
 def plan_stream(store: TokenStore, num_tokens: int | None, context_len: int, bos_id: int | None = None) -> Stream:
-    """As much of `num_tokens` (None: the whole split) as is a multiple of the segment, itself a multiple of L.
+    """Plan a stream of `num_tokens` tokens (None: the whole split), rounded down to whole segments.
 
-    `ValueError` when the split holds fewer than `num_tokens`, or fewer than L, tokens.
+    A segment is a multiple of L. Raises `ValueError` when the split has fewer than `num_tokens`, or than L, tokens.
     """
     wanted = store.num_tokens if num_tokens is None else num_tokens
     if not context_len <= wanted <= store.num_tokens:
@@ -83,6 +83,7 @@ def plan_stream(store: TokenStore, num_tokens: int | None, context_len: int, bos
             f"takes at least one window of {context_len}; name another number or a larger store",
         )
     windows = wanted // context_len
+    # The shortest segment that keeps the number of points below the maximum.
     segment_len = context_len * -(-windows // MOST_SEGMENTS)
     return Stream(store, wanted // segment_len * segment_len, segment_len, context_len, bos_id)
 
@@ -95,12 +96,11 @@ def evaluate(
     chunk_len: int,
     kept: Partial | None = None,
 ) -> Results:
-    """Score the stream by each method (`lm_infinite` in a constant cache, `none` in a growing one) and in windows.
+    """Score the stream with each method (`lm_infinite`: constant cache, `none`: growing cache), and in windows of L.
 
-    `inserted` puts a method into the model, `kept` is what an interrupted evaluation has finished: whole readings of
-    the stream, since what a model has seen of it is in its cache. Windows of L are labelled `none`, `windows`, at
-    length L.
+    `inserted` has a context manager that installs a method. The windows are the score `none`, `windows`, at length L.
     """
+    # `kept` has whole readings only: resuming in the middle of one would need the model's cache.
     kept, described = kept or Partial(), stream.describe()
     asked = [("none", "windows", stream.context_len), *((name, "streaming", stream.num_tokens) for name in methods)]
     scores = {each: kept.find([score_key(*each)], exact_score) or [] for each in asked}
@@ -131,19 +131,22 @@ def evaluate(
 
 
 def streamed(model: nn.Module, cache: Any, stream: Stream, chunk_len: int, bar: tqdm) -> Iterator[Tensor]:
-    """nll float32 [n] of tokens 0, 1, 2, ..., `chunk_len` at a time; that of the first token is 0.
+    """Yield the nll float32 [n] of the stream's tokens, `chunk_len` at a time; 0 for the first token.
 
-    `cache` holds what later tokens see: one of constant size, or None for all keys. The device is the model's.
+    `cache` is one of constant size, or None to keep all keys. Runs on the model's device.
     """
     device = next(model.parameters()).device
     carried = torch.zeros(1)
     for first in range(0, stream.num_tokens, chunk_len):
         last = min(first + chunk_len, stream.num_tokens)
+        # One token more than is fed: it is the target of the last one.
         tokens = stream.read(first, min(last + 1, stream.num_tokens)).to(device)
+        # No position ids: they follow from the cache.
         output = model(input_ids=tokens[:, : last - first], use_cache=True, **kv_cache.as_kwargs(model, cache))
         cache = kv_cache.require_in_output(output)
         targets = tokens[:, 1:]
         nll = token_nll(output.logits[:, : targets.shape[1]], targets)[0].cpu()
+        # Free the logits before the consumer, and the next forward, run.
         del output
         yield torch.cat((carried, nll[: last - first - 1]))
         carried = nll[last - first - 1 :]
@@ -151,7 +154,7 @@ def streamed(model: nn.Module, cache: Any, stream: Stream, chunk_len: int, bar: 
 
 
 def windowed(model: nn.Module, stream: Stream, chunk_len: int, bar: tqdm) -> Iterator[Tensor]:
-    """nll float32 [n] of the same tokens in windows of L, several in a forward; the first of each window is 0."""
+    """Yield the nll float32 [n] of the same tokens in windows of L, several per forward; 0 for the first of each."""
     device, context_len = next(model.parameters()).device, stream.context_len
     step = context_len * max(1, chunk_len // context_len)
     for first in range(0, stream.num_tokens, step):
@@ -165,7 +168,8 @@ def windowed(model: nn.Module, stream: Stream, chunk_len: int, bar: tqdm) -> Ite
 
 
 def segment_sums(parts: Iterator[Tensor], stream: Stream) -> list[float]:
-    """Summed nll of each segment's scored tokens [S], in float64."""
+    """Sum the nll of each segment's scored tokens [S]."""
+    # float64: a float32 sum over millions of tokens loses digits of the perplexity.
     sums = torch.zeros(stream.num_tokens // stream.segment_len, dtype=torch.float64)
     first = 0
     for nll in parts:
@@ -178,7 +182,7 @@ def segment_sums(parts: Iterator[Tensor], stream: Stream) -> list[float]:
 
 
 def _score(method: str, protocol: str, length: int, parts: Iterator[Tensor], stream: Stream) -> Score:
-    """The score of one way to read the stream: `length` tokens have been read before the last one is predicted."""
+    """Compute the score of one reading of the stream; `length` is the largest context of a token."""
     start = time.perf_counter()
     sums = segment_sums(parts, stream)
     return Score(

@@ -1,6 +1,6 @@
-"""Which held-out text is read: windows of the largest length inside single documents, the same at every length.
+"""Selection of held-out text: windows of the largest length, each inside one document.
 
-What of a window is read at a length, and which of its tokens count, is the protocol's (`protocols`).
+The same windows serve every length; `protocols` chooses the spans and scored tokens within a window.
 """
 
 import hashlib
@@ -21,17 +21,17 @@ logger = log.get(__name__)
 
 @dataclass(frozen=True)
 class WindowSet:
-    """W windows of equal length, each from within one document."""
+    """W windows of equal length, each inside one document."""
 
     tokens: np.ndarray
     """int64 [W, longest]: the token ids."""
     documents: np.ndarray
-    """int64 [W]: index of the window's document in the split; documents are the unit of a bootstrap."""
+    """int64 [W]: index of the window's document in the split; documents are the units of the bootstrap."""
     starts: np.ndarray
     """int64 [W]: offset of the window's first token in its document."""
     bos_id: int | None = None
-    """BOS, which stands in place of the first token of whatever is read at once. That token is never scored, so the
-    same tokens are, with BOS and without."""
+    """Id of BOS, which replaces the first token of every span. That token is never scored, so the scored tokens are
+    the same with BOS and without."""
 
     @property
     def longest(self) -> int:
@@ -39,10 +39,8 @@ class WindowSet:
         return int(self.tokens.shape[1])
 
     def fingerprint(self, scored: np.ndarray) -> str:
-        """16 hex digits that two evaluations share exactly if they scored the same tokens; `scored` is bool [longest].
-
-        Where all but the multiples of a stride are scored, the stride says so: the form that older files have.
-        """
+        """Hash the scored tokens to 16 hex digits, equal for equal tokens only; `scored` is bool [longest]."""
+        # A regular mask is hashed by its stride, as in files of older versions, whose fingerprints must still match.
         gaps = np.flatnonzero(~scored[1:]) + 1
         stride = int(gaps[0]) if len(gaps) else self.longest
         regular = np.array_equal(scored, np.arange(self.longest) % stride != 0)
@@ -51,11 +49,12 @@ class WindowSet:
 
     @cached_property
     def content(self) -> str:
-        """16 hex digits that two sets share exactly if they hold the same windows of tokens."""
+        """Hash of the windows' tokens, 16 hex digits."""
         return _digest(f"windows/{self.tokens.shape}/{self._begin}", self.tokens)
 
     def span(self, window: int, start: int, stop: int) -> np.ndarray:
-        """int64 [stop - start]: what a model reads of a window, begun with BOS where there is one."""
+        """Return tokens [start, stop) of a window, int64, with BOS in place of the first if it is set."""
+        # A copy, since BOS overwrites a token that other spans score.
         tokens = self.tokens[window, start:stop].copy()
         if self.bos_id is not None:
             tokens[0] = self.bos_id
@@ -67,18 +66,18 @@ class WindowSet:
 
 
 def select(store: TokenStore, longest: int, num_windows: int, seed: int = 0, bos_id: int | None = None) -> WindowSet:
-    """Choose at most `num_windows` non-overlapping windows of `longest` tokens as a function of the seed alone.
+    """Choose up to `num_windows` non-overlapping windows of `longest` tokens, as a function of the seed alone.
 
-    Every document that is long enough gives one window before any gives a second, and a larger `num_windows` keeps the
-    windows of a smaller one. `bos_id` begins whatever is read at once. Raises `ValueError` if no
-    document has `longest` tokens.
+    A larger `num_windows` keeps the windows of a smaller one. `bos_id` replaces the first token of every span. Raises
+    `ValueError` when no document has `longest` tokens.
     """
     require_windows(store, longest)
+    # Aligned windows: offsets at multiples of `longest` cannot overlap.
     capacity = np.diff(store.doc_offsets) // longest
     chosen = sorted(islice(_candidates(capacity, seed), num_windows))
     if len(chosen) < num_windows and distributed.is_main():
         logger.warning(
-            "evaluation.num_windows=%d: the validation split holds %d windows of %d tokens, all are used "
+            "evaluation.num_windows=%d: the validation split has only %d windows of %d tokens, all are used "
             "(%d of %d documents are shorter)",
             num_windows,
             len(chosen),
@@ -94,7 +93,7 @@ def select(store: TokenStore, longest: int, num_windows: int, seed: int = 0, bos
 
 
 def require_windows(store: TokenStore, longest: int) -> None:
-    """`ValueError` if no document has `longest` tokens."""
+    """Raise `ValueError` when no document has `longest` tokens."""
     document_lens = np.diff(store.doc_offsets)
     most = int(document_lens.max(initial=0))
     if most < longest:
@@ -107,7 +106,8 @@ def require_windows(store: TokenStore, longest: int) -> None:
 
 
 def _candidates(capacity: np.ndarray, seed: int) -> Iterator[tuple[int, int]]:
-    """(document, window in it), round by round: each takes one more window of every document that has one."""
+    """Yield (document, window in it) in rounds, one window of every document in each round."""
+    # Many documents with few windows each give smaller standard errors than few documents with many.
     for round_ in count():
         documents = np.flatnonzero(capacity > round_)
         if not len(documents):

@@ -1,9 +1,9 @@
-"""A trained model in the layout of the original CLEX code (DAMO-NLP-SG/CLEX), which that code can load.
+"""Export to the layout of the original CLEX code (DAMO-NLP-SG/CLEX), which that code can load.
 
     config.json           rope_scaling = {"type": "clex", ...}, log_scale, max_position_embeddings = L, rope_theta
     model*.safetensors    the stock model's weights under their names, and <body>.clex_layer.* beside them
 
-Reading it is in `rope.official`. What the format cannot say is refused by name, never rounded to something near.
+`models.official` reads it back. Settings that the format cannot express are refused, never approximated.
 """
 
 import json
@@ -24,34 +24,36 @@ from clex_train.utils.files import atomic_directory
 logger = log.get(__name__)
 
 WEIGHTS, INDEX, FIELD = "model.safetensors", "model.safetensors.index.json", "model-clex.safetensors"
-# The largest file: what a machine that reads one of them needs besides the model.
+# A reader needs memory for one shard besides the model.
 SHARD_SIZE = "5GB"
 
 
 def write_official(directory: Path, loaded: LoadedModel, log_scale: LogScale | None = None) -> None:
-    """Write the model and its vector field in the official layout; the directory appears complete or not at all.
+    """Write the model and its vector field in the official layout, atomically.
 
-    `log_scale` is what the config will say, `off` or `official`; by default the policy the model was trained with.
-    `ValueError` names what the layout cannot hold: no field, a field of another NTK base, the frequencies of another
-    scaling, another log-scaling.
+    `log_scale` is written into the config, `off` or `official`; the default is the policy of the training run. Raises
+    `ValueError` when the layout cannot express the model: no field, another NTK base, frequencies of another scaling,
+    another log-scaling.
     """
     if loaded.clex is None:
         raise ConfigError("clex.json", None, "the model has no CLEX field; only one trained with scaling=clex has it")
     policy = log_scale or loaded.log_scale
     require_known(policy)
+    # Before anything is written: it refuses what the layout cannot express.
     facts = official_config(loaded.model.config, loaded.clex, loaded.context_len, policy is LogScale.official)
     with atomic_directory(directory) as folder:
         with bars_on_a_terminal():
             loaded.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         _add_tensors(folder, official_tensors(loaded.clex, f"{loaded.model.base_model_prefix}."))
+        # Replaces the stock config.json that save_pretrained wrote.
         (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(folder)
-    logger.info("the model in the official layout is in %s", directory)
+    logger.info("saved the model in the official layout to %s", directory)
 
 
 def require_known(policy: LogScale) -> None:
-    """Refuse by `ValueError` a policy of log-scaling that the layout cannot say."""
+    """Raise `ValueError` for a log-scaling policy that the layout cannot express."""
     if policy not in (LogScale.off, LogScale.official):
         raise ConfigError(
             "log_scale",
@@ -61,7 +63,8 @@ def require_known(policy: LogScale) -> None:
 
 
 def _add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Into the one weight file, or as a shard of its own where there are several."""
+    """Add tensors to the single weight file, or as a shard of their own where there are several."""
+    # An own shard avoids rewriting gigabytes; a single file has no index that could name another one.
     index = folder / INDEX
     if not index.exists():
         save_file(load_file(folder / WEIGHTS) | tensors, folder / WEIGHTS, metadata={"format": "pt"})

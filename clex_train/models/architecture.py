@@ -1,6 +1,6 @@
-"""What a model directory or hub name says before its weights are read: architecture, L, and the CLEX field beside it.
+"""Architecture of a model directory or hub name, read without its weights: config.json, L, and the CLEX field.
 
-Everything that can be wrong with `model.*` is found here, in one line.
+Mistakes in `model.*` are found here and reported in one line.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ logger = log.get(__name__)
 
 
 def to_train(model: ModelConfig) -> PretrainedConfig:
-    """The architecture of `model.path` (or of `model.config` alone).
+    """Read the architecture of a model to train: `model.path`, or `model.config` alone.
 
-    `ValueError` in one line if it cannot be read or has no rotary embedding that theta(t) can be put into.
+    Raises `ValueError` when it cannot be read, or has no rotary embedding that theta(t) can replace.
     """
     config = to_read(model)
     require_rotary(config, model.trust_remote_code)
@@ -36,7 +36,7 @@ def to_train(model: ModelConfig) -> PretrainedConfig:
 
 
 def to_read(model: ModelConfig) -> PretrainedConfig:
-    """Read the architecture of a model that is only read, which needs no RoPE; `ValueError` if it cannot be read."""
+    """Read the architecture of a model to evaluate, which needs no RoPE. Raises `ValueError` if it cannot be read."""
     key, path = ("model.path", model.path) if model.path else ("model.config", _shipped(model.config))
     assert path is not None
     require_directory(key, path)
@@ -47,7 +47,7 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
         else:
             options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
             config = AutoConfig.from_pretrained(path, **options, **hub.options(path))
-    except Exception as error:  # whatever a library raises over a config.json, KeyError to its own types, is about it
+    except Exception as error:  # transformers raises anything from KeyError to its own types for a bad config.json
         raise ConfigError(key, path, f"no readable config.json ({hub.why_not_read(path, error)})") from error
     require(
         not official.asks_for_clex(config),
@@ -55,12 +55,14 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
         path,
         "a checkpoint of the original CLEX code: download it (`hf download`) and give its directory",
     )
+    # transformers accepts configs, such as zero heads, that fail much later inside the model.
     config_checks.require_valid_rope(config, f"{key}={path}", model.trust_remote_code)
     return config
 
 
 def _require_meant(model: ModelConfig) -> None:
-    """Refuse random weights beside a path that has some: one of the two is not meant."""
+    """Raise `ValueError` for random weights with a path that has weights: the user cannot mean both."""
+    # Whether a hub name has weights is not known without a request; assume that it does.
     has_weights = model.path is not None and (not Path(model.path).is_dir() or model_directory.has_weights(model.path))
     require(
         model.init is not Init.random or not has_weights,
@@ -72,13 +74,14 @@ def _require_meant(model: ModelConfig) -> None:
 
 
 def stand_in(model: ModelConfig) -> ModelConfig:
-    """Let `model.config` stand in, in a dry run, for a `model.path` that is not on this machine.
+    """Substitute `model.config` in a dry run for a `model.path` that is not on this machine.
 
-    A preset names the architecture of one model, and `_name_or_path` in its config.json says which, so that it is not
-    taken for that of another path. A user's own config.json without is taken as meant. `ValueError` names both.
+    Raises `ValueError` when the preset belongs to another model than the path.
     """
     if model.path is None or model.config is None or Path(model.path).is_dir():
         return model
+    # `_name_or_path` in a preset's config.json says which model it describes. A user's own config.json may lack it,
+    # and is then taken as meant.
     shown = _shown(model.config)
     if shown is None or _is_name_of(shown, model.path):
         return dataclasses.replace(model, path=None, init=None)
@@ -89,12 +92,12 @@ def stand_in(model: ModelConfig) -> ModelConfig:
         f"no such directory; for a plan without the model, copy its config.json here and name the directory of that "
         f"by model.config ({model.config} is the architecture of {shown})",
     )
-    # A hub name: its own config.json is small enough to fetch.
+    # A hub name: fetching its own config.json is cheap and exact.
     return dataclasses.replace(model, config=None)
 
 
 def warn_of_unused_config(model: ModelConfig) -> None:
-    """Log that `model.config` has no effect beside a `model.path` of another model, which has its own config.json."""
+    """Log that `model.config` is ignored when `model.path` is another model with its own config.json."""
     if model.path is None or model.config is None:
         return
     shown = _shown(model.config) or str(_shipped(model.config))
@@ -112,32 +115,35 @@ def _is_name_of(shown: str, path: str) -> bool:
 
 
 def _shown(config: str) -> str | None:
-    """Read which model an architecture's directory says that it belongs to."""
+    """Read the name of the model that an architecture's directory describes, or None."""
     try:
         facts = json.loads((Path(str(_shipped(config))) / "config.json").read_text(encoding="utf-8"))
         name = facts.get("_name_or_path")
     except (OSError, ValueError, AttributeError):
-        # For `to_read` to refuse in its own words.
+        # `to_read` reports an unreadable config with a better message.
         return None
     return str(name) if name else None
 
 
 def _tail(path: str) -> tuple[str, ...]:
-    """Name a model wherever it lies: by its folder, with the run's for the `final/` of a run."""
+    """Identify a model by its folder's name wherever it is stored."""
+    # Every run ends in `final/`, so the run's own folder is needed to tell them apart.
     parts = Path(path).parts
     return parts[-2:] if parts[-1:] == ("final",) else parts[-1:]
 
 
 def context_length(model: ModelConfig, config: PretrainedConfig) -> int:
-    """L in tokens; see `context_source`."""
+    """Return L in tokens; see `context_source`."""
     return context_source(model, config).length
 
 
 def context_source(model: ModelConfig, config: PretrainedConfig) -> ContextLength:
-    """L and where it comes from: `model.context_len`, else what an earlier run recorded, else the architecture's own.
+    """Return L and its source: `model.context_len`, else the record of an earlier run, else the architecture.
 
-    A CLEX run records it in `clex.json`, a recipe by formula as `original_max_position_embeddings`.
+    Raises `ValueError` when none of them gives L, or when the key contradicts the record.
     """
+    # A CLEX run records L in clex.json, a formula-based method as `original_max_position_embeddings`: after it,
+    # max_position_embeddings is the extended length.
     key = f"{model.PREFIX}context_len"
     trained_on = _context_of_field(model.path) if model.path else None
     if model.context_len is not None:
@@ -156,7 +162,7 @@ def context_source(model: ModelConfig, config: PretrainedConfig) -> ContextLengt
 
 
 def own_context(model: ModelConfig, config: PretrainedConfig) -> int | None:
-    """L without `model.context_len`; None where the model does not say it, or not clearly."""
+    """Return L as the model itself gives it, or None where it is absent or ambiguous."""
     try:
         return context_length(dataclasses.replace(model, context_len=None), config)
     except InputError:
@@ -164,30 +170,31 @@ def own_context(model: ModelConfig, config: PretrainedConfig) -> int | None:
 
 
 def name(model: ModelConfig) -> str:
-    """Name a model in messages: by where its weights are, else by where its architecture is."""
+    """Name a model for messages: its path, or else the path of its architecture."""
     return str(model.path or model.config)
 
 
 def embedding_rows(arch: PretrainedConfig) -> int:
-    """Return the number of ids that the input embedding has a row for."""
+    """Return the number of rows of the input embedding, which may exceed the tokenizer's vocabulary."""
     return int(arch.get_text_config().vocab_size)
 
 
 def digest(arch: PretrainedConfig) -> str:
-    """A digest of everything in an architecture that shapes its weights or its function, for checkpoints."""
+    """Hash every config field that affects the weights' shapes or the function, for checkpoints."""
+    # Fields that vary with the machine, the library or the mode and leave the function alone.
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
-    # What differs from the defaults, so that a newer transformers with more fields gives the same digest.
+    # Only differences from the defaults, so that a newer transformers with more fields gives the same digest.
     facts = {k: v for k, v in arch.to_diff_dict().items() if k not in ignored}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def has_field(path: str) -> bool:
-    """Whether a directory holds a CLEX field, in this project's layout or the official one."""
+    """Tell whether a directory has a CLEX field, in this project's layout or the official one."""
     return model_directory.has_clex(Path(path)) or official.is_official(Path(path))
 
 
 def t_max_of_field(path: str) -> float | None:
-    """t_max of the field in a directory, without reading weights; None when there is no field or it does not say."""
+    """Read t_max of a directory's CLEX field from its records; None without a field, or if not recorded."""
     directory = Path(path)
     if model_directory.has_clex(directory):
         return model_directory.read_record(directory).t_max
@@ -195,19 +202,17 @@ def t_max_of_field(path: str) -> float | None:
 
 
 def grid_of_field(path: str) -> Tensor | None:
-    """The scale factors [K] that the field in a directory is read at; None when there is no field or it does not say.
-
-    A field of the original code is solved at the integers.
-    """
+    """Return the scale factors [K] of a directory's frequency table; None without a field, or if not recorded."""
     directory = Path(path)
     if model_directory.has_clex(directory):
         return FrequencyTable.load(directory / model_directory.TABLE).t
+    # The original code stores no table. Its field is solved at the integers, as that code does.
     t_max = t_max_of_field(path)
     return scale_grid(t_max) if t_max else None
 
 
 def require_directory(key: str, path: str) -> None:
-    """Refuse what looks like a local path and is none; a name such as `meta-llama/Llama-2-7b-hf` is left to the hub."""
+    """Raise `ValueError` for a missing local directory; a name such as `meta-llama/Llama-2-7b-hf` passes."""
     require(
         not _is_local(path) or Path(path).is_dir(),
         key,
@@ -217,19 +222,21 @@ def require_directory(key: str, path: str) -> None:
 
 
 def _is_local(path: str) -> bool:
-    """Return True if it looks like a directory rather than the name of a hub repository."""
+    """Tell whether a path looks like a directory rather than a hub repository."""
+    # owner/model is ambiguous; an existing folder named like the owner decides for a (mistyped) local path.
     return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
 
 
 def _shipped(path: str | None) -> str | None:
-    """A relative `model.config` is looked up from here, then from where `conf/` is, so that runs start anywhere."""
+    """Resolve a relative `model.config` against the working directory, then against the folder that has `conf/`."""
+    # Presets name directories that ship with the package, and a run may start in any folder.
     if path is None or Path(path).exists() or not (locations.ROOT / path).is_dir():
         return path
     return str(locations.ROOT / path)
 
 
 def _context_of_field(path: str) -> ContextLength | None:
-    """L of the CLEX that is in a directory; None for one without."""
+    """Return L of a directory's CLEX field, or None without one."""
     directory = Path(path)
     if model_directory.has_clex(directory):
         return ContextLength(model_directory.read_record(directory).context_len, model_directory.CLEX_JSON)

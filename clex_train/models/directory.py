@@ -1,4 +1,4 @@
-"""The layout of a model on disk: a stock Hugging Face directory plus the three files that CLEX adds.
+"""Layout of a CLEX model on disk: a stock Hugging Face directory plus three files.
 
 config.json, model*.safetensors, tokenizer files    readable by any Hugging Face program (with plain RoPE)
 clex.json                                           L, t_max and the shape and quirks of the vector field
@@ -31,38 +31,43 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""In the order in which transformers looks for them."""
+"""Weight files in the order in which transformers looks for them."""
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class ClexRecord:
-    """What `clex.json` holds."""
+    """Contents of `clex.json`."""
 
     context_len: Annotated[int, Meta(ge=1, le=MOST_TOKENS)]
+    """L of the base model in tokens."""
     t_max: Annotated[float, Meta(ge=1, le=MAX_FACTORS)]
     act: str
     param_factor: Annotated[float, Meta(gt=0)]
+    """Hidden width of the vector field, as a multiple of the rotary dimension."""
     official_ntk_base: bool
     tolerance: Annotated[float, Meta(gt=0)]
+    """Relative error of the ODE solver."""
     log_scale: str
+    """A value of `LogScale`."""
     format: int = FORMAT
 
 
 def has_clex(directory: Path) -> bool:
-    """Whether the directory was written by a CLEX run."""
+    """Tell whether the directory was written by a CLEX run."""
     return (directory / CLEX_JSON).is_file()
 
 
 def has_weights(directory: Path | str) -> bool:
-    """Return True if there are weight files that transformers reads, or an index of them."""
+    """Tell whether the directory has weight files that transformers reads, or an index of them."""
     return any((Path(directory) / name).exists() for name in WEIGHT_FILES)
 
 
 def write_clex(
     directory: Path, clex: Clex, table: FrequencyTable, context_len: int, log_scale: LogScale = LogScale.off
 ) -> None:
-    """Write the three CLEX files into a model directory; the record says what the field is, not what was asked for."""
+    """Write the three CLEX files into a model directory."""
+    # The record describes the field itself, not the configuration: a continued field keeps its own shape and quirks.
     num_pairs, hidden = clex.up.shape
     record = ClexRecord(
         context_len=context_len,
@@ -79,7 +84,7 @@ def write_clex(
 
 
 def read_record(directory: Path) -> ClexRecord:
-    """Read `clex.json`; `ValueError` names the file when it is damaged or of a later format."""
+    """Read `clex.json`. Raises `ValueError`, naming the file, when it is damaged or of a newer format."""
     path = directory / CLEX_JSON
     try:
         record = records.read_record(path, ClexRecord)
@@ -87,15 +92,16 @@ def read_record(directory: Path) -> ClexRecord:
         raise ConfigError(path, None, "missing; copy the model directory again") from error
     except BadFile as error:
         raise ConfigError(path, None, f"not a CLEX record ({error.reason}); copy the model directory again") from error
+    # Before the format: a policy of a newer version is the more specific message.
     if record.log_scale not in [policy.value for policy in LogScale]:
-        raise ConfigError(path, None, f"log_scale={record.log_scale!r} is no policy that this program knows; update it")
+        raise ConfigError(path, None, f"log_scale={record.log_scale!r} is a policy unknown to this program; update it")
     if record.format > FORMAT:
         raise ConfigError(path, None, f"format {record.format} is newer than this program's {FORMAT}; update it")
     return record
 
 
 def read_clex(directory: Path) -> tuple[Clex, FrequencyTable, ClexRecord]:
-    """The vector field, its stored table and its record, as written; `ValueError` names a damaged file."""
+    """Read the vector field, its table and its record. Raises `ValueError`, naming a damaged file."""
     record, path = read_record(directory), directory / CLEX_TENSORS
     try:
         require_regular(path)
@@ -110,9 +116,10 @@ def read_clex(directory: Path) -> tuple[Clex, FrequencyTable, ClexRecord]:
             tolerance=record.tolerance,
         )
         clex.load_state_dict(state)
-    except Exception as error:  # whatever safetensors and torch raise over tensors that are not a field's
+    except Exception as error:  # safetensors and torch raise many types for tensors that do not form a field
         reason = first_line(error)
         raise ConfigError(path, None, f"not the field that {CLEX_JSON} describes ({reason}); copy it again") from error
+    # A NaN would turn every frequency into NaN, and every perplexity, with no hint at the cause.
     for name, weight in clex.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise ConfigError(path, None, f"`{name}` has weights that are not finite; copy it again")
@@ -120,9 +127,10 @@ def read_clex(directory: Path) -> tuple[Clex, FrequencyTable, ClexRecord]:
 
 
 def _require_described(state: dict[str, torch.Tensor], record: ClexRecord) -> None:
-    """Raise `ValueError` before a field is made whose size, or whose solver's grid, the record alone decides."""
+    """Raise `ValueError` when the tensors contradict the record."""
+    # Before the field is built: a damaged record could ask for any width, and a damaged grid for any number of steps.
     num_pairs, hidden = state["up"].shape
     if state["base_inv_freq"].shape != (num_pairs,) or hidden != max(1, round(record.param_factor * 2 * num_pairs)):
         raise ValueError(f"`up` is {num_pairs} x {hidden}, param_factor={record.param_factor:g}")
     if not 1 <= int(state["steps"]) <= MAX_STEPS:
-        raise ValueError(f"`steps` is {int(state['steps'])}, from 1 to {MAX_STEPS} are sensible")
+        raise ValueError(f"`steps` is {int(state['steps'])}, not in [1, {MAX_STEPS}]")

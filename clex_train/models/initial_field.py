@@ -1,4 +1,4 @@
-"""The vector field that a CLEX run starts from: that of an earlier run, of an official checkpoint, or a fresh one."""
+"""Initial vector field of a CLEX run: from an earlier run, from an official checkpoint, or a new one."""
 
 from pathlib import Path
 
@@ -16,12 +16,13 @@ logger = log.get(__name__)
 
 
 def starting_field(config: Config, base_inv_freq: torch.Tensor) -> tuple[Clex, LogScale]:
-    """The field that is in `model.path`, else a fresh one from `base_inv_freq` [P], and the log-scaling of the run.
+    """Load the field of `model.path`, or create one from `base_inv_freq` [P]; also return the run's log-scaling.
 
-    `ValueError` names a key of `scaling` that does not fit the field that is there.
+    Raises `ValueError` when a key of `scaling` contradicts the existing field.
     """
     scaling, directory = config.scaling, Path(str(config.model.path))
     has_weights = config.model.is_pretrained
+    # Without pretrained weights, the directory only lends its architecture, and its field belongs to other weights.
     if has_weights and model_directory.has_clex(directory):
         clex, _, _ = model_directory.read_clex(directory)
         return _continued(clex, scaling, directory), scaling.log_scale
@@ -41,7 +42,7 @@ def starting_field(config: Config, base_inv_freq: torch.Tensor) -> tuple[Clex, L
 
 
 def _continued(clex: Clex, scaling: ScalingConfig, directory: Path) -> Clex:
-    """A trained field, of the shape that the configuration asks for, served up to this run's t_max."""
+    """Check a trained field against the configuration, and extend or limit it to this run's t_max."""
     factor = clex.up.shape[1] / (2 * clex.up.shape[0])
     require(clex.act == scaling.act.value, "scaling.act", scaling.act.name, f"{directory} has {clex.act}; set that")
     require(
@@ -50,6 +51,8 @@ def _continued(clex: Clex, scaling: ScalingConfig, directory: Path) -> Clex:
         scaling.param_factor,
         f"{directory} has {factor:g}; set that",
     )
+    # The quirk is part of the trained function. The default of the key cannot tell "off" from "not set", so only
+    # an explicit contradiction is an error.
     require(
         clex.official_ntk_base or not scaling.official_ntk_base,
         "scaling.official_ntk_base",
@@ -58,13 +61,15 @@ def _continued(clex: Clex, scaling: ScalingConfig, directory: Path) -> Clex:
     )
     if clex.t_max != scaling.t_max:
         logger.info("scaling.t_max=%g: the field of %s was trained up to %g", scaling.t_max, directory, clex.t_max)
+    # The field is defined for all t >= 1; t_max only bounds where it is trained and read.
     clex.t_max, clex.tolerance = float(scaling.t_max), scaling.tolerance
     logger.info("continuing the vector field of %s (official_ntk_base=%s)", directory, clex.official_ntk_base)
     return clex
 
 
 def _official_log_scale(policy: str, scaling: ScalingConfig, directory: Path) -> LogScale:
-    """A checkpoint that was made for log-scaling keeps it; one without is free to take it up."""
+    """Return the log-scaling of a run on an official checkpoint. Raises `ValueError` for another than its own."""
+    # Weights trained without log-scaling can adopt one; weights trained with it depend on it.
     if policy == "off":
         return scaling.log_scale
     require(

@@ -1,6 +1,6 @@
-"""The kernels of a run: chosen before the weights are read, put into the model after, and named in the log once.
+"""Choice of the kernels of a run: attention back end and Liger.
 
-Everything runs without the optional packages, slower on a GPU.
+Everything runs without the optional packages, only slower on a GPU.
 """
 
 import dataclasses
@@ -17,39 +17,37 @@ from clex_train.engine import deepspeed, liger
 from clex_train.utils import distributed, log, versions
 
 KERNELS = ("flash-attn", "liger-kernel", "triton")
-"""Optional packages that a GPU runs faster with."""
+"""Optional GPU packages, by their names on PyPI."""
 
 logger = log.get(__name__)
 
 
-def chosen(config: Config, arch: PretrainedConfig) -> Config:
-    """The configuration with a back end in the place of `attention.implementation=auto`, for this machine alone.
-
-    What is kept in the run folder stays `auto`, so that a run goes on where there is another choice.
-    """
+def resolve_attention(config: Config, arch: PretrainedConfig) -> Config:
+    """Return the configuration with `attention.implementation=auto` resolved for this machine."""
+    # A copy: the run folder records `auto`, so that the run can resume on a machine with other kernels.
     attention = select.resolve_attention(config.attention, arch, deepspeed.precision(config.engine))
     return dataclasses.replace(config, attention=attention)
 
 
 def install(model: nn.Module, config: Config) -> int:
-    """Put Liger's kernels into the model if they are wanted and there; returns the number of modules that have one."""
+    """Install Liger's kernels if enabled and available; return the number of modules that use one."""
     if config.engine.liger is Liger.never or liger.refusal() is not None:
         return 0
     return len(liger.install(model, liger.kernels()))
 
 
 def announce(config: Config, arch: PretrainedConfig, num_replaced: int) -> None:
-    """Say which kernels run, and which packages are missing that would be faster. `config` as `chosen` gives it."""
+    """Log the kernels in use, and missing faster packages. `config` as returned by `resolve_attention`."""
     dtype, attention = deepspeed.precision(config.engine), config.attention
     if attention.lambda_mask:
-        logger.info("attention: LM-Infinite, whose back end is named at its first call")
+        logger.info("attention: LM-Infinite; its back end is logged at its first call")
     else:
-        # Rows that ranks share are cut into documents instead.
+        # Sequence parallelism splits rows into documents instead of masking.
         masked = config.data.document_mask and config.engine.sequence_parallel == 1
         what = select.describe(attention.implementation, arch, config.data.seq_len, dtype, distributed.device(), masked)
         logger.info("attention: %s%s", what, _why_not_flash(config, arch, dtype))
     if num_replaced:
-        logger.info("liger-kernel computes %d norms and MLPs", num_replaced)
+        logger.info("Liger kernels: %d norms and MLPs", num_replaced)
     if absent := missing():
         logger.info(
             "%s not installed: everything runs without, slower on a GPU (pip install -r requirements-gpu.txt)",
@@ -58,7 +56,7 @@ def announce(config: Config, arch: PretrainedConfig, num_replaced: int) -> None:
 
 
 def missing() -> list[str]:
-    """Optional packages that are not installed."""
+    """List the optional packages that are not installed."""
     return [name for name in versions.missing() if name in KERNELS]
 
 

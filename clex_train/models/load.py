@@ -1,4 +1,4 @@
-"""Load a causal LM of transformers and put CLEX into its rotary module, or say in one line why that cannot be."""
+"""Loading of causal LMs from transformers, for training or evaluation, with CLEX in their rotary module."""
 
 import dataclasses
 import sys
@@ -45,34 +45,34 @@ logger = log.get(__name__)
 
 @dataclass
 class LoadedModel:
-    """A model under a handle, which has replaced its rotary module if there is one, and what belongs to it."""
+    """A model, the handle of its replaced rotary module, and what was loaded with it."""
 
     model: PreTrainedModel
     handle: RotaryHandle
     context_len: int
-    """L: tokens that the base was trained on."""
+    """L in tokens: the context that the base model was trained on."""
     tokenizer: Tokenizer | None = None
     clex: Clex | None = None
     table: FrequencyTable | None = None
-    """theta(t) as trained; None for plain RoPE."""
+    """Frequency table theta(t) as trained; None for plain RoPE."""
     log_scale: LogScale = LogScale.off
     t_factor: float = 1.0
-    """Of the table that `solve_table` makes."""
+    """At inference, a context uses the t of one `t_factor` times as long; written into the table."""
     engine: Any = None
-    """What keeps sharded weights together for as long as the model is used; None for whole ones."""
+    """DeepSpeed engine that gathers sharded weights, kept alive with the model; None for whole weights."""
     formula: Spectrum | None = None
-    """What a recipe by formula trains with: the model's own frequencies, and its scale factor as t."""
+    """Frequencies of a formula-based method, with its scale factor as t; None for CLEX and plain RoPE."""
 
     @property
     def base_inv_freq(self) -> torch.Tensor:
-        """The model's own inverse frequencies, float64 [P]."""
+        """Inverse frequencies of the unmodified model, float64 [P]."""
         return self.handle.base_inv_freq
 
 
 def training_tokenizer(model: ModelConfig, arch: PretrainedConfig, store_tokenizer: Path) -> Tokenizer:
-    """The tokenizer of a run: `model.tokenizer`, else that of pretrained weights, else the store's.
+    """Load the tokenizer of a run: `model.tokenizer`, else that of the pretrained weights, else the store's.
 
-    A model that is trained from scratch takes its vocabulary: `arch` is changed to it.
+    For random weights, the vocabulary and special ids of `arch` are set to the tokenizer's, in place.
     """
     own = model.path if model.is_pretrained else None
     path = model.tokenizer or own or str(store_tokenizer)
@@ -85,14 +85,14 @@ def training_tokenizer(model: ModelConfig, arch: PretrainedConfig, store_tokeniz
 
 
 def matmul_shape(model: PreTrainedModel) -> tuple[float, int, int, int]:
-    """(weights in matrix products of a token, layers, heads, head dim), for the MFU; whole or sharded models.
-
-    The input embedding is a look-up and does not count unless the output shares it; of experts, those a token visits.
-    """
+    """Return (weights in a token's matrix products, layers, heads, head dim) for the MFU, sharded or not."""
+    # The input embedding is a look-up and costs no FLOPs, unless the output layer shares it. Of the experts, a token
+    # visits a few.
     shape: Any = model.config.get_text_config()
     visited = getattr(shape, "num_experts_per_tok", 1) / max(1, getattr(shape, "num_local_experts", None) or 1)
     visits = 0.0
     for name, parameter in model.named_parameters():
+        # Under ZeRO-3 a parameter is empty between gathers; `ds_numel` has its real size.
         size = getattr(parameter, "ds_numel", parameter.numel())
         visits += size * (visited if ".experts." in name else 1.0)
     if not getattr(shape, "tie_word_embeddings", False):
@@ -103,17 +103,17 @@ def matmul_shape(model: PreTrainedModel) -> tuple[float, int, int, int]:
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Parameters of a model or a part of it, whole or sharded."""
+    """Count the parameters of a module, sharded or not."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
 def count_parameters(arch: PretrainedConfig, trust_remote_code: bool = False) -> int:
-    """Count the parameters of an architecture without its weights, whatever its positions are."""
+    """Count the parameters of an architecture on the meta device, without weights."""
     return num_parameters(probe.model_on_meta(arch, trust_remote_code))
 
 
 def check_attention(implementation: AttentionImplementation, key: str = "attention.implementation") -> None:
-    """Refuse a back end that this machine does not have; `key` is what the user sets it by."""
+    """Raise `ValueError` for a back end that this machine lacks; `key` is the user's key for it."""
     require(
         implementation is not AttentionImplementation.flash_attention_2 or is_flash_attn_2_available(),
         key,
@@ -123,9 +123,9 @@ def check_attention(implementation: AttentionImplementation, key: str = "attenti
 
 
 def trained_architecture(config: Config, arch: PretrainedConfig) -> PretrainedConfig:
-    """The architecture that a run trains: `arch`, changed where `scaling` is by a formula.
+    """Return the architecture that a run trains: `arch`, with the RoPE parameters of a formula-based method.
 
-    `ValueError` in one line when it is scaled already, or cannot be scaled so.
+    Raises `ValueError` when it is scaled already, or cannot be scaled this way.
     """
     scaling, length = config.scaling, architecture.context_length(config.model, arch)
     if scaling.name is Method.clex:
@@ -144,14 +144,14 @@ def load_for_training(
     deepspeed_dict: dict[str, Any],
     trained: PretrainedConfig | None = None,
 ) -> LoadedModel:
-    """Build the model of a run: weights straight into ZeRO-3 shards if they are pretrained, seeded if random.
+    """Build the model of a run. Pretrained weights are sharded while they are read, random ones are seeded.
 
     Args:
-        config: of the run.
-        arch: the architecture of the base.
-        dtype: of the weights.
+        config: Configuration of the run.
+        arch: Architecture of the base model, before `trained_architecture`.
+        dtype: Data type of the weights.
         deepspeed_dict: DeepSpeed's own configuration.
-        trained: what `trained_architecture` made of `arch`, where the caller has it.
+        trained: Result of `trained_architecture`, computed here when it is None.
     """
     length = architecture.context_length(config.model, arch)
     trained = trained_architecture(config, arch) if trained is None else trained
@@ -162,8 +162,9 @@ def load_for_training(
         model = _random_model(config, trained, dtype)
     if config.engine.activation_checkpointing:
         recompute_layers(model)
+    # A KV cache is useless in training, and transformers warns about it under gradient checkpointing.
     model.config.use_cache = False
-    # One that follows the length by itself trains at the frequencies of its rows' length.
+    # A method that adapts to the length by itself (dynamic NTK, LongRoPE) keeps its own rotary module.
     install = install_native if methods.for_training(config.scaling).follows_length else install_rotary
     loaded = LoadedModel(model, install(model, length), length)
     policy = config.scaling.log_scale
@@ -179,7 +180,7 @@ def load_for_training(
 
 
 def _formula(config: Config, loaded: LoadedModel) -> Spectrum:
-    """What a recipe by formula trains with; said in the log."""
+    """Return the frequencies of a formula-based method, and log its factor."""
     scaling, row_len, length = config.scaling, config.data.seq_len, loaded.context_len
     factor = scaling.factor_for(row_len, length)
     logger.info("scaling=%s: factor %g, L = %d, rows of %d tokens", scaling.name.name, factor, length, row_len)
@@ -193,11 +194,12 @@ def _formula(config: Config, loaded: LoadedModel) -> Spectrum:
     local = sorted(loaded.handle.rotary.local_layers)
     if local and factor > 1:
         logger.warning(
-            "scaling=%s: layers %s see at most L tokens and share the RoPE of the others, so they are scaled too, as "
-            "transformers reads the model's config; scaling=clex leaves them as they are",
+            "scaling=%s: layers %s attend to at most L tokens but share the RoPE of the others, so they are scaled "
+            "too, because transformers reads the model's config that way; scaling=clex leaves them unchanged",
             scaling.name.name,
             ", ".join(map(str, local)),
         )
+    # Plain positions never leave the row, so the table is read at the row's own factor.
     served = row_len / length if scaling.positions is Positions.plain else factor
     return dataclasses.replace(recipes.spectrum_at(loaded.handle, served), t=factor)
 
@@ -208,23 +210,29 @@ def load_for_evaluation(
     attention: AttentionImplementation = AttentionImplementation.sdpa,
     sharding: dict[str, Any] | None = None,
 ) -> LoadedModel:
-    """Load a model directory or hub repository in one call, with its CLEX table if it has one.
+    """Load a model directory or hub repository for evaluation, with its CLEX table if it has one. Collective.
 
-    Directories of the original CLEX code are read as such. `dtype="auto"` keeps that of the stored weights. With
-    `sharding`, DeepSpeed's settings of ZeRO-3, each rank keeps its share of the weights while they are read. A model
-    without RoPE, or with one that follows the length by itself, stands as it is; one without sdpa has eager attention
-    in its place. `ValueError` in one line when there is no such model, it cannot be read through a KV cache, or its
-    files cannot be read or hold numbers that are not finite. Collective.
+    Also reads directories of the original CLEX code. A model without RoPE, or whose RoPE adapts to the length by
+    itself, is left unchanged.
+
+    Args:
+        spec: path, revision and allowances.
+        dtype: of the weights; "auto" keeps that of the files.
+        attention: `sdpa` becomes `eager` for a model without it.
+        sharding: DeepSpeed's ZeRO-3 settings; each rank then keeps only its shard while weights are read.
+
+    Raises `ValueError` when the model is missing, cannot use a KV cache, is unreadable, or has weights that are not
+    finite.
     """
     arch = architecture.to_read(spec)
     weights.check(spec, arch)
     length = architecture.context_length(spec, arch)
     wanted: AttentionImplementation | None = attention
     if attention in (AttentionImplementation.auto, AttentionImplementation.sdpa):
-        # Unnamed, it is what transformers takes where code that comes with the model has it.
+        # None leaves the choice to transformers, which takes sdpa where the model's own code supports it.
         wanted = None if supports_sdpa(arch) else AttentionImplementation.eager
     if spec.allow_missing:
-        # What is drawn is the same on every rank.
+        # Missing tensors are drawn at random, and must be the same on every rank.
         torch.manual_seed(seeding.torch_seed(0, "weights"))
     model = _load_weights(spec, dtype, wanted, sharding=sharding).eval()
     weights.require_finite(model, str(spec.path))
@@ -245,13 +253,15 @@ def load_for_evaluation(
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Keep only the input of each decoder layer for the backward pass (the method has a new name since 5.23)."""
+    """Enable activation checkpointing: keep only each decoder layer's input for the backward pass."""
+    # transformers renamed the method in 5.23.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    # The reentrant variant needs inputs that require gradients, and torch advises against it.
     enable({"use_reentrant": False})
 
 
 def solve_table(loaded: LoadedModel) -> FrequencyTable | None:
-    """theta(t) of the current ODE weights on the integers up to t_max; put on the model and returned."""
+    """Solve theta(t) with the current ODE weights at the integers up to t_max, and use it in the model."""
     if loaded.clex is None:
         return None
     table = loaded.clex.table(scale_grid(loaded.clex.t_max))
@@ -262,7 +272,8 @@ def solve_table(loaded: LoadedModel) -> FrequencyTable | None:
 
 @contextmanager
 def bars_on_a_terminal() -> Iterator[None]:
-    """Keep transformers' bars of reading and writing weights out of files, and to one rank."""
+    """Show transformers' progress bars on a terminal and on one rank only."""
+    # In a log file, each update of a bar would be a line.
     is_wanted = sys.stderr.isatty() and distributed.is_main()
     if is_wanted or not transformers_logging.is_progress_bar_enabled():
         yield
@@ -275,19 +286,17 @@ def bars_on_a_terminal() -> Iterator[None]:
 
 
 def load_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
-    """Load the tokenizer of a directory or hub repository; `ValueError` in one line when there is none.
-
-    That of the model's own repository is of the same revision as its weights.
-    """
+    """Load the tokenizer of a directory or hub repository. Raises `ConfigError` when there is none."""
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, **hub.options(path)}
     if path == model.path and not Path(path).is_dir():
+        # A revision belongs to the model's repository, not to that of another tokenizer.
         options["revision"] = model.revision
     if official.is_official(Path(path)):
-        # transformers would read the architecture by itself and warn of the rope type it does not know.
+        # Otherwise transformers reads config.json itself, and warns about the unknown rope type.
         options["config"] = official.read_official_config(Path(path))
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except Exception as error:  # whatever a library raises over a tokenizer's files is about them
+    except Exception as error:  # tokenizers raises bare Exception, transformers many types, for bad files
         raise ConfigError(path, None, _no_tokenizer(path, error)) from error
     return tokenizer
 
@@ -308,7 +317,8 @@ def _scale_logits(loaded: LoadedModel, policy: LogScale) -> None:
 
 
 def _random_model(config: Config, arch: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The same weights on every rank, so that sharding them later needs no broadcast and no rank count matters."""
+    """Build the model with the same random weights on every rank."""
+    # Seeded alike, sharding needs no broadcast, and the weights do not depend on the number of ranks.
     torch.manual_seed(seeding.torch_seed(config.seed, "weights"))
     return AutoModelForCausalLM.from_config(
         arch,
@@ -321,7 +331,7 @@ def _random_model(config: Config, arch: PretrainedConfig, dtype: torch.dtype) ->
 def _pretrained_model(
     config: Config, changed: PretrainedConfig | None, dtype: torch.dtype, deepspeed_dict: dict[str, Any]
 ) -> PreTrainedModel:
-    # Of the same numbers on every rank, should `model.allow_missing` let some be drawn.
+    # With `model.allow_missing`, some tensors are drawn at random, and must be the same on every rank.
     torch.manual_seed(seeding.torch_seed(config.seed, "weights"))
     sharding = deepspeed_dict if config.engine.zero_stage == 3 else None
     return _load_weights(config.model, dtype, config.attention.implementation, changed, sharding)
@@ -334,16 +344,16 @@ def _load_weights(
     changed: PretrainedConfig | None = None,
     sharding: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Load the weights of `spec`, under the architecture `changed` if it is not that of their directory.
+    """Load the weights of `spec`, with the architecture `changed` instead of their directory's if given.
 
-    With `sharding`, DeepSpeed's settings, this rank keeps its share of them while they are read; collective.
-    `ValueError` names tensors that weights and architecture do not share.
+    With `sharding`, this rank keeps only its shard; collective. Raises `ValueError`, naming the tensors that weights
+    and architecture do not share.
     """
     if sharding is None:
         model, report = _from_pretrained(spec, dtype, attention, changed)
     else:
         model, report = _shards(sharding, spec, dtype, attention, changed)
-    # Of a hub name the files are compared by a model on the meta device, which must not be sharded.
+    # After sharding has ended: for a hub name this builds a model on the meta device, which must not be sharded.
     weights.check_loaded(spec, model.config, report)
     weights.announce(report, spec)
     return model
@@ -356,10 +366,10 @@ def _shards(
     attention: AttentionImplementation | None,
     changed: PretrainedConfig | None,
 ) -> tuple[PreTrainedModel, weights.Report]:
-    """Load the weights, of which this rank keeps its share while they are read. Collective."""
+    """Load the weights into ZeRO-3 shards. Collective."""
     from transformers.integrations import HfDeepSpeedConfig
 
-    # transformers shards every model that is built for as long as this object lives.
+    # transformers keeps a weak reference to this object, and shards every model that is built while it lives.
     alive = HfDeepSpeedConfig(sharding)
     try:
         return _from_pretrained(spec, dtype, attention, changed, is_sharded=True)
@@ -374,9 +384,10 @@ def _from_pretrained(
     changed: PretrainedConfig | None,
     is_sharded: bool = False,
 ) -> tuple[PreTrainedModel, weights.Report]:
-    """Load the weights, with transformers' report on them, which names the tensors that do not fit."""
+    """Load the weights; also return transformers' report of tensors that do not fit."""
     path, directory = str(spec.path), Path(str(spec.path))
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention and attention.value}
+    # Collect mismatched shapes in the report instead of raising for the first, so that one message names them all.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **hub.options(path)}
     if changed is not None:
         options["config"] = changed
@@ -387,10 +398,10 @@ def _from_pretrained(
             options |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
             model, report = AutoModelForCausalLM.from_pretrained(path, **options)
             return model, report
-    except Exception as error:  # whatever the loader raises over files that do not belong together
-        # Reading shares is collective: a rank that is lost is not a fault of the files.
+    except Exception as error:  # the loader raises many types for inconsistent files
+        # Sharded reading is collective, so a RuntimeError may come from a lost rank instead of the files.
         if is_out_of_memory(error) or (is_sharded and isinstance(error, RuntimeError)):
             raise
-        # Only of files that are not there can a hub out of reach be the reason.
+        # An unreachable hub can only explain missing files.
         reason = hub.why_not_read(path, error) if isinstance(error, OSError) else first_line(error)
         raise ConfigError("model.path", path, f"the weights cannot be loaded ({reason})") from error

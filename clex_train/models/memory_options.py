@@ -1,6 +1,6 @@
-"""What `engine` may do with a model to hold less at once: the loss and the MLPs in tiles, layers' inputs on the host.
+"""Memory options of `engine`: tiled loss, tiled MLP, activation offload.
 
-None of it changes a number but by rounding. What a family cannot have is refused from its architecture alone.
+They change results only by rounding. Families that do not support an option are refused by their architecture alone.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ logger = log.get(__name__)
 
 
 def check(engine: EngineConfig, arch: PretrainedConfig, trust_remote_code: bool = False) -> None:
-    """`ValueError` in one line, naming the model type, for what an architecture cannot have. Needs no weights."""
+    """Raise `ValueError`, naming the model type, for an option that an architecture does not support."""
     if engine.tiled_loss is None and engine.tiled_mlp is None:
         return
     model = model_on_meta(arch, trust_remote_code)
@@ -39,20 +39,20 @@ def check(engine: EngineConfig, arch: PretrainedConfig, trust_remote_code: bool 
         raise ConfigError(
             "engine.tiled_loss",
             engine.tiled_loss,
-            f"model_type={arch.model_type} makes its loss of more than its "
+            f"model_type={arch.model_type} computes its loss from more than its "
             "output layer, logit scaling and soft-capping (a router's loss?); set it to null",
         )
 
 
 def install(model: PreTrainedModel, engine: EngineConfig) -> None:
-    """Prepare a model, whose layers are recomputed already if they are to be, before the engine is built."""
+    """Apply the memory options, after activation checkpointing and before the engine is built."""
     install_tiles(model, engine)
     if engine.offload_activations:
         activation_offload.install(model)
 
 
 def install_tiles(model: PreTrainedModel, engine: EngineConfig) -> None:
-    """The loss and the MLPs in tiles, if they are to be."""
+    """Install the tiled loss and the tiled MLPs as configured."""
     if engine.tiled_mlp is not None:
         tiled_mlp.install(tiled_mlp.find(decoder_layers(model)), engine.tiled_mlp)
     if engine.tiled_loss is not None:
@@ -60,24 +60,25 @@ def install_tiles(model: PreTrainedModel, engine: EngineConfig) -> None:
 
 
 def announce(model: PreTrainedModel, engine: EngineConfig, device: torch.device) -> None:
-    """Say in the log what is in force and what it makes no use of."""
+    """Log the options in use, and those without effect on this device."""
     if engine.tiled_loss is not None:
         head: Any = model.get_output_embeddings()
-        chosen = implementation(device, head.bias is not None, Logits.of(model.config))
-        by = "in PyTorch" if chosen is tiled_cross_entropy else "by Liger's fused kernel, which chooses its own"
-        logger.info("engine.tiled_loss=%d: the loss is made in tiles, %s", engine.tiled_loss, by)
+        chosen = implementation(device, head.bias is not None, Logits.from_config(model.config))
+        by = "in PyTorch" if chosen is tiled_cross_entropy else "by Liger's fused kernel, which chooses its own size"
+        logger.info("engine.tiled_loss=%d: the loss is computed in tiles, %s", engine.tiled_loss, by)
     if engine.offload_activations and device.type == "cpu":
-        logger.info("engine.offload_activations=true changes nothing here: the layers run on a CPU")
+        logger.info("engine.offload_activations=true has no effect: the layers run on a CPU")
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers: the list of modules with the most parameters."""
+    """Find the decoder layers: the module list with the most parameters."""
+    # Families call them layers, h, blocks or block; encoders of other modalities are smaller.
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     return max(lists, key=num_parameters)
 
 
 class _Given(nn.Module):
-    """Stands in for a decoder: whatever it is asked, its hidden states are these."""
+    """Fake decoder that returns given hidden states for any input."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -88,15 +89,17 @@ class _Given(nn.Module):
 
 
 def _loss_is_that_of_its_logits(model: Any) -> bool:
-    """Tell whether a model's own code, between given hidden states and a small output layer, makes the loss of tiles.
+    """Tell whether a model's own code computes the same loss as the tiled loss from the same hidden states.
 
-    Large logits make soft-capping show. `model` has no weights, and gets its own parts back.
+    `model` is on the meta device, and gets its own parts back.
     """
+    # Only a trial shows this: families differ in code, not in a config key.
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or model.base_model is model:
         return False
     generator = torch.Generator().manual_seed(0)
     hidden, small = torch.randn(1, 6, 4, generator=generator), nn.Linear(4, head.out_features, head.bias is not None)
+    # Large logits, or a soft cap would not show within the tolerance.
     for parameter in small.parameters():
         nn.init.normal_(parameter, std=20.0, generator=generator)
     labels = torch.randint(head.out_features, (1, 6), generator=generator)
@@ -105,9 +108,9 @@ def _loss_is_that_of_its_logits(model: Any) -> bool:
         try:
             own = model(input_ids=labels, labels=labels, use_cache=False).loss
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            # It asks its decoder for more than hidden states.
+            # It needs more of its decoder than hidden states.
             return False
-        total = tiled_cross_entropy(hidden[0], targets, small.weight, small.bias, 4, Logits.of(model.config))
+        total = tiled_cross_entropy(hidden[0], targets, small.weight, small.bias, 4, Logits.from_config(model.config))
     return bool(torch.isclose(own.float(), total / token_loss.num_scored(targets), rtol=1e-4))
 
 

@@ -1,9 +1,9 @@
-"""A directory in the layout of the original CLEX code as a stock Hugging Face model and a vector field.
+"""Directories of the original CLEX code, read as a stock Hugging Face model plus a vector field.
 
     config.json     rope_scaling = {"type": "clex", "max_factor", "param_factor", "act", ...}, log_scale, rope_theta
-    weights         those of the stock model, and <body>.clex_layer.* (see `scaling.official`)
+    weights         those of the stock model, and <body>.clex_layer.* (see `models.official_field`)
 
-Stock transformers refuses that rope type and knows no such weights, so both are taken out before it looks.
+Stock transformers refuses that rope type and does not know those weights, so both are removed before it reads.
 """
 
 from collections.abc import Iterator
@@ -26,39 +26,40 @@ from clex_train.utils.files import BadFile
 from clex_train.utils.records import read_json
 
 CLEX_LAYER = "clex_layer."
-# What the original code wrote into config.json and stock transformers would refuse or misread.
+# Keys that the original code wrote into config.json and that stock transformers refuses or misreads.
 OFFICIAL_KEYS = ("rope_scaling", "log_scale", "use_flashattn", "auto_map", "transformers_version")
 _PARTIAL = "partial_rotary_factor"
 
 
 @dataclass(frozen=True)
 class OfficialField:
-    """What a directory of the original code says beside the weights of the stock model."""
+    """CLEX field and its settings from a directory of the original code."""
 
     clex: Clex
     context_len: int
+    """L in tokens."""
     log_scale: str
-    """Policy of `attention.log_scaling`: `official` when the checkpoint was made for log-scaling, else `off`."""
+    """Policy of `attention.log_scaling`: `official` if the checkpoint was trained with log-scaling, else `off`."""
 
 
 def is_official(directory: Path) -> bool:
-    """Whether `config.json` asks for the original CLEX code."""
+    """Tell whether `config.json` requires the original CLEX code."""
     path = directory / "config.json"
     return path.is_file() and _is_clex(_read_json(path))
 
 
 def read_official_config(directory: Path) -> PretrainedConfig:
-    """The architecture as stock transformers knows it, without what only the original code understands."""
+    """Read the architecture for stock transformers, without the keys of the original code."""
     return _stock_config(_read_facts(directory))
 
 
 def log_scale_policy(directory: Path) -> str:
-    """`official` when the checkpoint was made for log-scaling, else `off`; read from `config.json` alone."""
+    """Return `official` if the checkpoint was trained with log-scaling, else `off`; reads `config.json` only."""
     return "official" if _read_facts(directory).get("log_scale") else "off"
 
 
 def max_factor(directory: Path) -> float | None:
-    """t_max of the checkpoint, read from `config.json` alone; None where that does not say it."""
+    """Return t_max of the checkpoint from `config.json` alone, or None if it is not there."""
     value = _read_facts(directory)["rope_scaling"].get("max_factor")
     try:
         return None if value is None else float(value)
@@ -67,7 +68,8 @@ def max_factor(directory: Path) -> float | None:
 
 
 def asks_for_clex(config: PretrainedConfig) -> bool:
-    """Whether transformers has read an architecture, such as one of the hub, that only the original code can run."""
+    """Tell whether a config that transformers has read, for example from the hub, needs the original code."""
+    # Older files say `type`, newer ones `rope_type`; transformers keeps either.
     parameters = getattr(config, "rope_parameters", None) or {}
     return "clex" in (parameters.get("type"), parameters.get("rope_type"))
 
@@ -75,35 +77,36 @@ def asks_for_clex(config: PretrainedConfig) -> bool:
 def load_official_model(
     directory: Path, dtype: torch.dtype | str = torch.float32, **from_pretrained: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load the stock model of a directory of the original code, with transformers' loading info of other tensors.
+    """Load the stock model of an original CLEX directory; also return transformers' loading info.
 
     Further arguments go to `from_pretrained`.
     """
     options = {"config": read_official_config(directory), "dtype": dtype, **from_pretrained}
     with _without_report():
         model, report = AutoModelForCausalLM.from_pretrained(directory, **options | {"output_loading_info": True})
+    # The field's tensors are expected, only not by transformers.
     report["unexpected_keys"] = {name for name in report["unexpected_keys"] if CLEX_LAYER not in name}
     return model, report
 
 
 def read_official_field(directory: Path, inv_freq: Float64[Tensor, " P"], tolerance: float = 1e-6) -> OfficialField:
-    """The vector field of a directory of the original code, on the frequencies `inv_freq` of its stock model.
+    """Read the vector field of an original CLEX directory, for the frequencies `inv_freq` [P] of its stock model.
 
-    The quirks of the format (base 10000 inside the field, log-scaling below L) are switched on. `ValueError` names the
-    directory and the tensor, or both numbers where the field does not fit the model.
+    Enables the quirks of the format: base 10000 inside the field, and log-scaling below L too. Raises `ValueError`,
+    naming the directory and the tensor, for a damaged field or one that does not fit the model.
     """
     facts = _read_facts(directory)
     try:
         clex = clex_from_official(dict(_clex_tensors(directory)), facts["rope_scaling"], inv_freq, tolerance)
-    except Exception as error:  # whatever tensors or numbers that are not a field's make torch and its readers raise
+    except Exception as error:  # torch and its readers raise many types for tensors that do not form a field
         raise ConfigError(directory, None, first_line(error)) from error
     return OfficialField(clex, int(facts["max_position_embeddings"]), log_scale_policy(directory))
 
 
 def official_config(config: PretrainedConfig, clex: Clex, context_len: int, log_scale: bool) -> dict[str, Any]:
-    """`config.json` of a directory that the original code reads, for a stock model with `clex`.
+    """Build the `config.json` with which the original code reads a stock model with the field `clex`.
 
-    `ValueError` when the field starts from other frequencies than rope_theta alone gives: the format knows no others.
+    Raises `ValueError` when the field does not start from the frequencies of rope_theta: the format has no others.
     """
     facts: dict[str, Any] = config.to_dict()
     rope = facts.pop("rope_parameters", None) or {}
@@ -116,7 +119,7 @@ def official_config(config: PretrainedConfig, clex: Clex, context_len: int, log_
         "rope_scaling": official_rope_scaling(clex),
         "log_scale": log_scale,
         "max_position_embeddings": context_len,
-        # The versions of transformers that the original code runs on know the type of the weights by this name.
+        # The original code runs on versions of transformers that predate the name `dtype`.
         "torch_dtype": facts.get("dtype"),
     }
 
@@ -127,8 +130,8 @@ def _require_plain_start(clex: Clex, theta: float, rope_type: str) -> None:
         raise ConfigError(
             "rope_type",
             rope_type,
-            f"the official layout starts from rope_theta={theta:g} alone, and this model from "
-            "frequencies that another scaling made; keep it in this project's layout",
+            f"the official layout starts from rope_theta={theta:g} alone, but this model's "
+            "frequencies come from another scaling; keep it in this project's layout",
         )
 
 
@@ -143,7 +146,7 @@ def _read_facts(directory: Path) -> dict[str, Any]:
     if not _is_clex(facts):
         raise ConfigError(path, None, f'rope_scaling={facts.get("rope_scaling")}: "type": "clex" is expected')
     if "max_position_embeddings" not in facts:
-        raise ConfigError(path, None, "max_position_embeddings is missing, the context that the base was trained on")
+        raise ConfigError(path, None, "max_position_embeddings, the context of the base model, is missing")
     return facts
 
 
@@ -160,7 +163,8 @@ def _stock_config(facts: dict[str, Any]) -> PretrainedConfig:
 
 
 def _clex_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under `clex_layer` in the weight files."""
+    """Yield every tensor under `clex_layer` in the weight files, by name."""
+    # One tensor at a time: `load_file` would read all weights for three small tensors.
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             yield from ((key, file.get_tensor(key)) for key in file.keys() if CLEX_LAYER in key)  # noqa: SIM118
@@ -171,7 +175,7 @@ def _clex_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """transformers would list the field's tensors as unexpected weights."""
+    """Silence transformers' warning that the field's tensors are unexpected weights."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -1,11 +1,11 @@
-"""Weights of the released CLEX checkpoints (DAMO-NLP-SG/CLEX) to a `Clex` and back.
+"""Conversion between the ODE weights of released CLEX checkpoints (DAMO-NLP-SG/CLEX) and a `Clex`.
 
     model.clex_layer.proj_func.ode_up_proj    [P, H]    applied as x @ W
     model.clex_layer.proj_func.ode_down_proj  [H, P]
     model.clex_layer.inv_freq                 [P]       buffer, theta(1)
 
-Their config says rope_scaling = {"type": "clex", "max_factor", "param_factor", "act", ...}. Their network reads
-log theta_ntk at base 10000 whatever the model's base is (`official_ntk_base`).
+Their config has rope_scaling = {"type": "clex", "max_factor", "param_factor", "act", ...}. Their network reads
+log theta_ntk at base 10000, whatever the model's base is (`official_ntk_base`).
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ UP, DOWN, INV_FREQ = "clex_layer.proj_func.ode_up_proj", "clex_layer.proj_func.o
 
 
 def is_official(tensors: Mapping[str, Tensor] | list[str]) -> bool:
-    """Whether a state dict (or the names in it) has the ODE under the official keys."""
+    """Tell whether a state dict, or a list of names, has the ODE under the official names."""
     return any(name.endswith(UP) for name in tensors)
 
 
@@ -32,18 +32,19 @@ def clex_from_official(
     inv_freq: Float[Tensor, " P"],
     tolerance: float = 1e-6,
 ) -> Clex:
-    """The ODE of a released checkpoint on the base frequencies `inv_freq` of its model, its solver grid chosen.
+    """Build the ODE of a released checkpoint for its model's base frequencies `inv_freq` [P], and refine its grid.
 
-    Raises `ValueError` naming the key for a missing tensor, a rotary dimension that does not match the weights, weights
-    that are not finite, or a `rope_scaling` that is not CLEX's.
+    Raises `ValueError`, naming the key, for a missing tensor, a rotary dimension that does not match the weights,
+    weights that are not finite, or a `rope_scaling` of another type.
     """
     kind = rope_scaling.get("type", rope_scaling.get("rope_type"))
     if kind != "clex":
         raise ConfigError("rope_scaling.type", kind, "'clex' is expected beside CLEX weights")
     if "max_factor" not in rope_scaling:
         raise ConfigError(
-            "rope_scaling.max_factor is missing", None, "it says up to which scale factor the ODE was trained"
+            "rope_scaling.max_factor is missing", None, "the largest scale factor that the ODE was trained for"
         )
+    # From the weights themselves, so that a wrong `param_factor` in config.json does not matter.
     hidden = _find(tensors, UP).shape[-1]
     clex = Clex(
         inv_freq,
@@ -54,13 +55,15 @@ def clex_from_official(
         tolerance=tolerance,
     )
     load_official(clex, tensors)
+    # The grid that reaches `tolerance` depends on the weights, so it is chosen after they are loaded.
     clex.refine()
     return clex
 
 
 @torch.no_grad()
 def load_official(clex: Clex, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the official tensors, found by the end of their names, into `clex`; `ValueError` names both shapes."""
+    """Copy the official tensors into `clex`. Raises `ValueError`, naming both shapes, when they do not fit."""
+    # Found by the end of their names: the prefix is the path of the model's body, which differs between families.
     for suffix, weight in ((UP, clex.up), (DOWN, clex.down)):
         given = _find(tensors, suffix)
         if given.shape != weight.shape:
@@ -76,7 +79,7 @@ def load_official(clex: Clex, tensors: Mapping[str, Tensor]) -> None:
 
 
 def official_tensors(clex: Clex, prefix: str = "model.") -> dict[str, Tensor]:
-    """`clex` under the official names, float32; `prefix` is the path of the model's body."""
+    """Return the tensors of `clex` under their official names, float32; `prefix` is the path of the model's body."""
     return {
         prefix + UP: clex.up.detach().clone(),
         prefix + DOWN: clex.down.detach().clone(),
@@ -85,10 +88,11 @@ def official_tensors(clex: Clex, prefix: str = "model.") -> dict[str, Tensor]:
 
 
 def official_rope_scaling(clex: Clex) -> dict[str, Any]:
-    """The `rope_scaling` entry of the official config.json; `ValueError` for a field that reads another NTK base.
+    """Build the `rope_scaling` entry of the official config.json.
 
-    The official code always feeds the network base 10000, so a field trained otherwise would compute other frequencies.
+    Raises `ValueError` for a field that was trained with another NTK base than the official 10000.
     """
+    # The official code always uses base 10000, and would compute other frequencies from such a field.
     if not clex.official_ntk_base and not _starts_at_official_base(clex):
         raise ConfigError(
             "scaling.official_ntk_base",
@@ -100,6 +104,7 @@ def official_rope_scaling(clex: Clex) -> dict[str, Any]:
     factor = hidden / (2 * num_pairs)
     return {
         "type": "clex",
+        # Integers where possible, as in the released files.
         "max_factor": int(clex.t_max) if clex.t_max == int(clex.t_max) else clex.t_max,
         "param_factor": int(factor) if factor == int(factor) else factor,
         "act": clex.act,

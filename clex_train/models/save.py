@@ -1,4 +1,4 @@
-"""`final/`: the trained model as one Hugging Face directory, with the ODE, its table and the tokenizer beside it."""
+"""`final/`: the trained model as a Hugging Face directory, with the ODE, its table and the tokenizer."""
 
 from pathlib import Path
 
@@ -16,23 +16,23 @@ from clex_train.utils.records import read_json
 logger = log.get(__name__)
 
 LARGEST = 2**28
-"""Bytes of a JSON file of a model, such as tokenizer.json, that are read at most."""
+"""Largest JSON file of a model that is read, such as tokenizer.json, in bytes."""
 
 
 def write_final(
     directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Tensor], tokenizer: Tokenizer
 ) -> None:
-    """Write a model directory that appears complete or not at all. Rank 0 writes; collective.
+    """Write a model directory atomically. Rank 0 writes; collective.
 
-    `state_dict` holds the consolidated weights on rank 0 (`engine.deepspeed.consolidated_state_dict`). Raises
-    `RunStopped` on every rank when it cannot be written: the
-    checkpoints of the run have what it would hold.
+    `state_dict` has the consolidated weights on rank 0 (`engine.deepspeed.consolidated_state_dict`). Raises
+    `RunStopped` on every rank when it cannot be written; the run's checkpoints still have everything.
     """
     distributed.write_on_main(lambda: _write(directory, loaded, state_dict, tokenizer))
 
 
 def _write(directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
     with atomic_directory(directory) as folder:
+        # Off during training. A saved `false` would make generation slow for every later user of the directory.
         loaded.model.config.use_cache = True
         with bars_on_a_terminal():
             loaded.model.save_pretrained(folder, state_dict=state_dict)
@@ -40,18 +40,17 @@ def _write(directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Ten
         if loaded.clex is not None:
             assert loaded.table is not None, "solve_table comes first"
             model_directory.write_clex(folder, loaded.clex, loaded.table, loaded.context_len, loaded.log_scale)
+        # Last, so that the checksums cover all files.
         checksums.write(folder)
-    logger.info("the final model is in %s", directory)
+    logger.info("saved the final model to %s", directory)
 
 
 def is_finished(directory: Path) -> bool:
-    """Tell whether `final/` holds a whole model; a damaged one is named. Rank 0 reads, all ranks agree. Collective.
-
-    Every byte is hashed: 14 GB take half a minute on one rank, in a launch that does nothing else.
-    """
+    """Tell whether `final/` holds an intact model; log the damage if not. Rank 0 reads; collective."""
+    # Every byte is hashed: 14 GB take half a minute on one rank, in a launch that has nothing else to do.
     reason = distributed.broadcast_object(_why_damaged(directory) if distributed.is_main() else None)
     if reason is not None and directory.exists() and distributed.is_main():
-        logger.warning("%s is damaged: %s; it is written again from the last checkpoint", directory, reason)
+        logger.warning("%s is damaged: %s; rewriting it from the last checkpoint", directory, reason)
     return reason is None
 
 
@@ -69,12 +68,13 @@ def _why_damaged(directory: Path) -> str | None:
 
 
 def _require_readable(directory: Path) -> None:
-    """Look for damage in what an earlier version wrote, without sums: in JSON files and in the headers of weights."""
+    """Raise `Damaged` for unreadable JSON files or headers of weights."""
+    # All that can be checked in a directory of an earlier version, which wrote no checksums.
     for path in sorted(directory.glob("*.json")):
         try:
             read_json(path, most=LARGEST)
         except (FileNotFoundError, BadFile) as error:
-            raise checksums.Damaged(f"{path.name} is no JSON") from error
+            raise checksums.Damaged(f"{path.name} is not JSON") from error
     try:
         for path in {*weight_files.files(directory), *directory.glob("*.safetensors")}:
             weight_files.header(path)

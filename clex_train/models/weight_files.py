@@ -1,7 +1,7 @@
-"""Read the files of weights by their headers: which tensor is in which file, of what shape and dtype.
+"""Headers of weight files: name, shape, dtype and file of every tensor of a model directory.
 
-A directory is refused in one line where transformers would choose between two tensors of one name, or read other
-tensors than its index says.
+A directory is refused where transformers would silently choose between two tensors of one name, or read other tensors
+than its index says.
 """
 
 import zipfile
@@ -20,20 +20,21 @@ from clex_train.utils.files import BadFile, is_inside, is_lfs_pointer, require_r
 from clex_train.utils.records import read_record
 
 NAMED = 3
+"""Names shown in a message at most."""
 ROWS = 4096
-"""Rows of two tensors that are compared at a time: 64 MiB of an embedding of width 4096 in fp32."""
+"""Rows compared at a time: 64 MiB of an embedding of width 4096 in fp32."""
 OTHER_LAYOUTS = (".safetensors", ".bin", ".gguf", ".pth", ".pt", ".h5", ".msgpack")
 OBJECTS = "Unsupported global"
-"""In torch's message about a pickle of more than tensors."""
+"""Part of torch's message about a pickle that contains more than tensors."""
 
 
 class NotThere(ConfigError):
-    """A weight file that the directory should have is absent."""
+    """A weight file is missing from a model directory."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """All tensors of a directory, on the meta device, and the file of each."""
+    """All tensors of a directory on the meta device, and the file of each."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     places: dict[str, Path] = field(default_factory=dict)
@@ -41,16 +42,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class _Index:
-    """The part of `model.safetensors.index.json` that is read here."""
+    """Fields of `model.safetensors.index.json` that are used here."""
 
     weight_map: dict[str, str]
     metadata: dict[str, Any] | None = None
 
 
 def files(directory: Path, or_else: str = "") -> list[Path]:
-    """List the weight files that transformers would read; `ValueError` when there are none or one is not there.
+    """List the weight files that transformers would read. Raises `NotThere` when any are missing.
 
-    `or_else` is another remedy where there are none.
+    `or_else` is appended to the message as a further remedy.
     """
     chosen = _chosen(directory)
     if chosen is None:
@@ -67,10 +68,11 @@ def files(directory: Path, or_else: str = "") -> list[Path]:
 
 
 def read_headers(directory: Path, or_else: str = "") -> Stored:
-    """Read which tensors a directory holds; `ValueError` names a tensor that is in two files or not where indexed."""
+    """Read the headers of all weight files. Raises `ValueError` for a tensor in two files, or not where indexed."""
     found = Stored()
     for path in files(directory, or_else):
         tensors = header(path)
+        # transformers would use whichever shard it reads last.
         if twice := sorted(tensors.keys() & found.places.keys()):
             raise ConfigError(
                 "model.path",
@@ -85,12 +87,12 @@ def read_headers(directory: Path, or_else: str = "") -> Stored:
 
 
 def header(path: Path) -> dict[str, Tensor]:
-    """Read every tensor of a file by name, on the meta device; `ValueError` names a file that is not whole."""
+    """Read the tensors of a file on the meta device, by name. Raises `ValueError` for a damaged file."""
     _require_content(path)
     try:
         content = _safetensors(path) if path.suffix == ".safetensors" else _unpickled(path, map_location="meta")
         tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-    except Exception as error:  # whatever a damaged archive makes zipfile, pickle and torch raise
+    except Exception as error:  # a damaged archive makes zipfile, pickle and torch raise almost anything
         if OBJECTS in str(error):
             raise ConfigError(
                 path,
@@ -107,9 +109,9 @@ def header(path: Path) -> dict[str, Tensor]:
 
 
 def have_equal_values(stored: Stored, first: str, second: str) -> bool:
-    """Compare the contents of two tensors of one shape, some rows at a time."""
+    """Compare the contents of two tensors of equal shape, `ROWS` rows at a time."""
     pieces = zip(*(_pieces(stored.places[name], name) for name in (first, second)), strict=True)
-    # A number that is not finite is refused by its own name elsewhere.
+    # NaN != NaN would report equal tensors as different; `weights.require_finite` reports NaNs by name.
     return all(torch.equal(a.double().nan_to_num(), b.double().nan_to_num()) for a, b in pieces)
 
 
@@ -121,7 +123,7 @@ def named(names: list[str], what: str = "tensor") -> str:
 
 
 def _chosen(directory: Path) -> Path | None:
-    """Find the file that transformers starts from."""
+    """Find the weight file or index that transformers would start from."""
     return next((directory / name for name in WEIGHT_FILES if (directory / name).exists()), None)
 
 
@@ -130,7 +132,7 @@ def _read_index(path: Path) -> _Index:
     try:
         index = read_record(path, _Index)
         if bad := [name for name in sorted(index.weight_map.values()) if not is_inside(name)]:
-            raise BadFile(path, f"it names {bad[0]!r}, which is no file of its folder")
+            raise BadFile(path, f"it names {bad[0]!r}, which is not a file of its folder")
     except BadFile as error:
         raise ConfigError(path, None, f"not an index of weight files ({error.reason}); copy it again") from error
     if index.metadata is None:
@@ -144,13 +146,13 @@ def _read_index(path: Path) -> _Index:
 
 
 def _require_as_indexed(directory: Path, places: Mapping[str, Path]) -> None:
-    """Refuse an index that names another file for a tensor than the one that holds it."""
+    """Raise `ValueError` for an index that maps a tensor to another file than the one that contains it."""
     chosen = _chosen(directory)
     if chosen is None or chosen.suffix != ".json":
         return
     weight_map = _read_index(chosen).weight_map
     if any(name not in places for name in weight_map):
-        # A shard that the index names for no tensor is not among those that were read.
+        # A missing tensor may be in a shard that the index never names, and that was therefore not read.
         stem, layout = chosen.name.split(".")[:2]
         for path in sorted({*directory.glob(f"{stem}*.{layout}")} - {*places.values()}):
             places = dict.fromkeys(header(path), path) | {**places}
@@ -174,17 +176,18 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 def _on_meta(file: Any, name: str) -> Tensor:
     part = file.get_slice(name)
     shape = part.get_shape()
-    # No row is enough to know the dtype.
+    # An empty slice has the dtype and reads no data; a scalar cannot be sliced.
     return torch.empty(shape, dtype=(part[:0] if shape else file.get_tensor(name)).dtype, device="meta")
 
 
 def _unpickled(path: Path, **options: Any) -> dict[str, Any]:
+    # Never without `weights_only`: a pickle of unknown origin can run any code.
     content: dict[str, Any] = torch.load(path, weights_only=True, **options)
     return content
 
 
 def _require_flat(path: Path, content: Mapping[str, Any]) -> None:
-    """Refuse tensors that are nested in the file, of which transformers would find none."""
+    """Raise `ValueError` for nested tensors, such as a trainer's {"model": {...}}, which transformers ignores."""
     nested = [
         str(key)
         for key, value in content.items()
@@ -201,7 +204,7 @@ def _require_flat(path: Path, content: Mapping[str, Any]) -> None:
 
 def _pieces(path: Path, name: str) -> Iterator[Tensor]:
     if path.suffix != ".safetensors":
-        # Files from before torch 1.6 are no archives, and are read whole.
+        # Files from before torch 1.6 are not zip archives and cannot be mapped.
         tensor: Tensor = _unpickled(path, map_location="cpu", mmap=zipfile.is_zipfile(path))[name]
         yield from tensor.split(ROWS)
         return
@@ -213,6 +216,7 @@ def _pieces(path: Path, name: str) -> Iterator[Tensor]:
 
 def _require_content(path: Path) -> None:
     require_regular(path)
+    # A clone without git-lfs has small text files in place of the weights, a frequent mistake with an obscure error.
     if is_lfs_pointer(path):
         raise ConfigError(
             path, None, f"a git-lfs pointer instead of the file; run `git lfs pull` in {path.parent}, or fetch it again"

@@ -1,8 +1,7 @@
-"""Refuse weights that are not those of the architecture, from the headers of their files alone.
+"""Check that weights fit their architecture, from the headers of their files alone.
 
-transformers draws what a checkpoint lacks at random and drops what it does not know, with a table in its log. Here
-names and shapes are matched by its own loader on the meta device, where 7B takes a second and no memory: renamed and
-merged tensors, tied ones and those that a family ignores are its business. Nothing is trained or evaluated before that.
+transformers initializes missing tensors at random and drops unknown ones, with no more than a table in its log. Here
+they are errors, unless `model.allow_missing` permits them.
 """
 
 import logging
@@ -30,24 +29,24 @@ from clex_train.utils.bounds import require
 from clex_train.utils.errors import ConfigError, first_line
 
 Report = Mapping[str, Any]
-"""The loading info of transformers: missing_keys, unexpected_keys, mismatched_keys."""
+"""Loading info of transformers: missing_keys, unexpected_keys, mismatched_keys."""
 
 RANDOM = "or draw random ones with model.config=DIR model.path=null"
 REPORT = "LOAD REPORT"
-"""In the title of transformers' table of missing, unexpected and mis-shaped tensors."""
+"""Part of the title of transformers' table of missing, unexpected and mismatched tensors."""
 CONSTANTS = (".masked_bias", ".inv_freq")
 MASKS = (".attn.bias", ".attention.bias")
-"""Buffers of old checkpoints of GPT-2, GPT-Neo and Llama that models compute by themselves. A causal mask shares its
-name with a real bias, and is known by its shape."""
+"""Buffers in old checkpoints of GPT-2, GPT-Neo and Llama, which today's models compute. A causal mask has the name of
+a real bias, and is recognized by its shape."""
 ADAPTER = "adapter_config.json"
 
 logger = log.get(__name__)
 
 
 def check(model: ModelConfig, arch: PretrainedConfig) -> None:
-    """Refuse a `model.path` whose weights cannot be used whole; `ValueError` names the file or the tensors.
+    """Raise `ValueError`, naming the file or the tensors, unless the weights of `model.path` fit the architecture.
 
-    A hub name is checked here if the cache has all of its files, else once they have been loaded (`check_loaded`).
+    A hub name is checked here if the cache has all of its files, else after loading (`check_loaded`).
     """
     if model.path is None or not model.is_pretrained:
         return
@@ -58,11 +57,11 @@ def check(model: ModelConfig, arch: PretrainedConfig) -> None:
 
 
 def check_loaded(model: ModelConfig, arch: PretrainedConfig, report: Report) -> None:
-    """Judge the report of transformers about the weights that it has loaded.
+    """Raise `ValueError` when loaded weights did not fit, by transformers' report.
 
-    Under ZeRO-3 it says only what is missing, so the files of a hub name, which are in the cache now, are compared.
-    Call it once transformers has stopped to shard what is built: a sharded model has no place on the meta device.
+    Call it after transformers has stopped sharding new models: it may build one on the meta device.
     """
+    # Under ZeRO-3 the report has missing tensors only. The files of a hub name are in the cache now, so compare them.
     directory = _local(model)
     if directory and directory != Path(str(model.path)):
         _check_directory(directory, model, arch)
@@ -71,10 +70,8 @@ def check_loaded(model: ModelConfig, arch: PretrainedConfig, report: Report) -> 
 
 
 def require_unquantised(path: str, arch: PretrainedConfig) -> None:
-    """Refuse weights of a few bits, which cannot be trained whole.
-
-    fp8 and mxfp4 too: transformers turns them into floating point only where the GPU has no kernel for them.
-    """
+    """Raise `ValueError` for quantized weights, which cannot be trained in full."""
+    # fp8 and mxfp4 too: transformers dequantizes them only on GPUs without kernels for them.
     config = getattr(arch, "quantization_config", None)
     facts = config if isinstance(config, dict) else vars(config) if config is not None else {}
     method = getattr(facts.get("quant_method"), "value", facts.get("quant_method"))
@@ -88,13 +85,14 @@ def require_unquantised(path: str, arch: PretrainedConfig) -> None:
 
 
 def refuse(report: Report, model: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Raise `ValueError` naming the tensors that weights and architecture do not share, but for those allowed.
+    """Raise `ValueError`, naming missing, unexpected and mismatched tensors that are not allowed to differ.
 
-    `tensors` are those of the weights, for the shapes of what may be a constant.
+    `tensors` of the weights by name: their shapes tell constants from parameters.
     """
     left_out = [name for name in report["unexpected_keys"] if not _is_constant(name, tensors.get(name))]
     missing, unexpected = (_beyond(names, model.allow_missing) for names in (report["missing_keys"], left_out))
     faults, remedy = [], "copy config.json and weights of one model again"
+    # One common prefix explains hundreds of names at once.
     if prefix := _prefix(missing, unexpected):
         faults.append(f"the names of its tensors begin with `{prefix}`: {named(unexpected)}")
         remedy = _without(prefix)
@@ -111,7 +109,7 @@ def refuse(report: Report, model: ModelConfig, tensors: Mapping[str, Tensor]) ->
 
 
 def announce(report: Report, model: ModelConfig) -> None:
-    """Name in the log what `model.allow_missing` had drawn or left out."""
+    """Log the tensors that `model.allow_missing` initialized at random or left out."""
     patterns = list(model.allow_missing)
     for kind, what in (("missing", "drawn from the seed"), ("unexpected", "left out")):
         names = [name for name in sorted(report[f"{kind}_keys"]) if _matches(name, patterns)]
@@ -120,7 +118,7 @@ def announce(report: Report, model: ModelConfig) -> None:
 
 
 def require_finite(model: nn.Module, path: str) -> None:
-    """Refuse loaded weights with a number that is not finite on any rank. Collective."""
+    """Raise `ValueError` when loaded weights are not finite on any rank. Collective."""
     name = spoilt_parameter(model)
     require(
         name is None,
@@ -131,31 +129,34 @@ def require_finite(model: nn.Module, path: str) -> None:
 
 
 def spoilt_parameter(model: nn.Module) -> str | None:
-    """Find the first parameter with a number that is not finite on any rank, None if there is none. Collective."""
+    """Return the name of the first parameter that is not finite on any rank, or None. Collective."""
     own = (name for name, parameter in model.named_parameters() if not _is_finite(parameter))
     return next(filter(None, distributed.gather_objects(next(own, None))), None)
 
 
 def _is_finite(parameter: Tensor) -> bool:
-    # Under ZeRO-3 a parameter is empty between forwards, and this rank's share of it is beside it.
+    # Under ZeRO-3 a parameter is empty between gathers; `ds_tensor` is this rank's shard of it.
     own: Tensor = getattr(parameter, "ds_tensor", parameter).detach()
-    # A sum takes no memory and is finite unless a number is not, or the sum overflows.
+    # `isfinite` allocates a mask as large as the weight. The sum needs no memory, and is finite if all numbers are,
+    # except when it overflows.
     return bool(own.sum(dtype=torch.float32).isfinite()) or bool(own.isfinite().all())
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How tensors fit an architecture."""
+    """Result of matching tensors with an architecture."""
 
     report: Report
     parameters: frozenset[str]
     """Names of the architecture's parameters."""
     tied: Mapping[str, str]
-    """Parameters that the architecture makes one with another."""
+    """Tied parameters: target to source."""
 
 
 def compare(arch: PretrainedConfig, tensors: Mapping[str, Tensor], trust_remote_code: bool = False) -> Comparison:
-    """Match tensors on the meta device with an architecture, by transformers' own loader."""
+    """Match tensors with an architecture on the meta device, using transformers' own loader."""
+    # Its loader knows renamed, merged, tied and ignored tensors of every family. On the meta device, 7B parameters
+    # take a second and no memory.
     model_class = type(model_on_meta(arch, trust_remote_code))
     with quiet():
         model, report = model_class.from_pretrained(
@@ -186,10 +187,10 @@ def _check_directory(directory: Path, model: ModelConfig, arch: PretrainedConfig
     odd = {name for name, tensor in tensors.items() if not _is_trainable(tensor.dtype)}
     try:
         matched = compare(arch, tensors, model.trust_remote_code)
-        # What is missing without them is what they were read for.
+        # Load again without the odd tensors: those that become missing show what they were used for.
         without = {name: tensor for name, tensor in tensors.items() if name not in odd}
         floats = compare(arch, without, model.trust_remote_code) if odd else matched
-    except Exception as error:  # whatever the code of a family raises over tensors that are not its own
+    except Exception as error:  # the code of a family raises many types for foreign tensors
         raise ConfigError(
             "model.path",
             directory,
@@ -197,7 +198,7 @@ def _check_directory(directory: Path, model: ModelConfig, arch: PretrainedConfig
             "config.json and weights of one model again",
         ) from error
     refuse(matched.report, model, tensors)
-    # Merged ones have fewer parts without them, and another shape.
+    # A merged tensor does not go missing without one of its parts: it gets another shape.
     needed = odd | {*floats.report["missing_keys"]} | {name for name, *_ in floats.report["mismatched_keys"]}
     needed = (needed - {*matched.report["missing_keys"]}) & matched.parameters
     _require_floats(model, sorted(needed), {str(tensors[name].dtype) for name in odd})
@@ -206,7 +207,8 @@ def _check_directory(directory: Path, model: ModelConfig, arch: PretrainedConfig
 
 
 def _is_trainable(dtype: torch.dtype) -> bool:
-    """Return True for floating point of 16 bits and more: a number of 8 bits means nothing without its scale."""
+    """Tell whether a dtype is floating point of at least 16 bits."""
+    # Values of 8 bits mean nothing without their scales, which transformers would drop.
     return dtype.is_floating_point and dtype.itemsize > 1
 
 
@@ -222,10 +224,8 @@ def _require_floats(model: ModelConfig, names: list[str], dtypes: set[str]) -> N
 
 
 def _require_equal(model: ModelConfig, stored: Stored, target: str, source: str) -> None:
-    """Refuse two tensors that the architecture ties and the weights hold with different values.
-
-    transformers reads both, and under ZeRO-3 the first alone.
-    """
+    """Raise `ValueError` for tensors that the architecture ties but the weights have with different values."""
+    # transformers reads both, but under ZeRO-3 only the first, so the two would give different models.
     names = [name for name in (_stored_as(target, stored), _stored_as(source, stored)) if name]
     if len({*names}) < 2 or stored.tensors[names[0]].shape != stored.tensors[names[1]].shape:
         return
@@ -239,7 +239,7 @@ def _require_equal(model: ModelConfig, stored: Stored, target: str, source: str)
 
 
 def _stored_as(name: str, stored: Stored) -> str | None:
-    """Find a parameter in the files, where its name may have the prefix of a body or lack it."""
+    """Find a parameter's name in the files, with or without the prefix of the model's body."""
     if name in stored.tensors:
         return name
     like = [each for each in stored.tensors if each.endswith(f".{name}") or name.endswith(f".{each}")]
@@ -247,7 +247,7 @@ def _stored_as(name: str, stored: Stored) -> str | None:
 
 
 def _local(model: ModelConfig) -> Path | None:
-    """Find the directory of a model, for a hub name in the cache; None where its weights are not there."""
+    """Return the local directory of a model, for a hub name the cached one; None if its weights are not local."""
     directory = Path(str(model.path))
     if directory.is_dir():
         return directory
@@ -256,15 +256,16 @@ def _local(model: ModelConfig) -> Path | None:
 
 
 def _has_all_files(snapshot: Path) -> bool:
-    """Tell whether the cache has every weight file of a hub name; what it lacks is downloaded as it is loaded."""
+    """Tell whether the cache has every weight file of a hub name."""
     try:
         return bool(files(snapshot))
     except NotThere:
+        # Not an error: loading downloads the rest.
         return False
 
 
 def _is_constant(name: str, tensor: Tensor | None) -> bool:
-    """Tell a buffer that the model computes by itself: frequencies, the fill value of a mask, a causal mask."""
+    """Tell whether a tensor is a buffer that models compute: frequencies, a mask's fill value, a causal mask."""
     if name.endswith(CONSTANTS):
         return True
     is_square = tensor is not None and tensor.dim() == 4 and tensor.shape == (1, 1, *2 * tensor.shape[-1:])
@@ -281,11 +282,12 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _prefix(missing: list[str], unexpected: list[str]) -> str | None:
-    """Find what wrappers such as DDP, torch.compile and PEFT put before the names of most missing tensors."""
+    """Find the prefix that a wrapper such as DDP, torch.compile or PEFT put before most of the missing names."""
     known = set(missing)
     found = Counter(name[: -len(tail)] for name in unexpected for tail in _tails(name) if tail in known)
     if not found:
         return None
+    # At least half: single names may end alike by chance.
     prefix, count = found.most_common(1)[0]
     return prefix if 2 * count >= len(missing) else None
 
@@ -303,7 +305,7 @@ def _without(prefix: str) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' own report and progress bars out of the log."""
+    """Silence transformers' report and progress bars."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -317,10 +319,9 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def without_report() -> Iterator[None]:
-    """Keep transformers' table of tensors out of the log while weights load: here they are refused or named in a line.
-
-    Its other warnings stay. Were the table to get another title, it would be back beside that line.
-    """
+    """Suppress transformers' table of tensors while weights load; other warnings remain."""
+    # The table repeats what `refuse` and `announce` say. It is recognized by its title; should a later version change
+    # it, the table is merely shown again.
     source = logging.getLogger(PreTrainedModel.__module__)
     source.addFilter(_is_no_report)
     try:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from clex_train.engine.token_loss import Loss, from_logits, shifted
+from clex_train.engine.token_loss import Loss, loss_from_logits, shifted
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Footprint:
         )
 
 
-def measure(model: PreTrainedModel, input_ids: Tensor, loss: Loss = from_logits) -> Footprint:
+def measure(model: PreTrainedModel, input_ids: Tensor, loss: Loss = loss_from_logits) -> Footprint:
     """Run a loss of `input_ids` [B, S] and its backward pass; `model` is a causal LM of transformers.
 
     Each gradient of a parameter is dropped as soon as it is complete: where it goes is the engine's affair.

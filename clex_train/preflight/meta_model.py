@@ -78,7 +78,7 @@ def footprint(
         if engine.offload_activations:
             activation_offload.install(model, host.keeping)
         memory_options.install_tiles(model, engine)
-        found = _measure(model, rows, tokens, token_loss.of(engine), learns_frequencies)
+        found = _measure(model, rows, tokens, token_loss.choose_loss(engine), learns_frequencies)
         return dataclasses.replace(found, host=host.bytes)
 
     num_layers = arch.get_text_config().num_hidden_layers

@@ -12,8 +12,9 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from clex_train.checkpoint.listing import Found
 from clex_train.checkpoint.manifest import Manifest
-from clex_train.checkpoint.store import Checkpoints, Found
+from clex_train.checkpoint.store import Checkpoints
 from clex_train.config import root as configuration
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config, Resume
@@ -128,7 +129,7 @@ def run_checks(config: Config, scope: Scope = Scope.run) -> Preflight:
         _check_weights(model, arch, scope)
         context = architecture.context_source(model, arch)
         requested = configuration.with_lengths(config, context.length, data.longest_document(inputs.held_out))
-        config = kernels.chosen(requested, arch)
+        config = kernels.resolve_attention(requested, arch)
         inputs = _pack(config, inputs)
         trained = _check_model(config, arch, context.length)
         evaluation = _plan_evaluation(config, inputs, trained, context.length)
@@ -277,7 +278,7 @@ def _read_history(
     # The key that asks for a plan is no change of the run.
     config = replace(config, dry_run=False)
     run_dir = Path(config.output_dir)
-    identity = Manifest.of_run(config, architecture.digest(trained), data.fingerprint(inputs.stores))
+    identity = Manifest.from_config(config, architecture.digest(trained), data.fingerprint(inputs.stores))
     is_strict = config.resume is Resume.strict
     checkpoints = Checkpoints(run_dir, config.checkpoint, identity, is_strict, run_folder.as_yaml(config))
     newest = checkpoints.newest()

@@ -1,9 +1,8 @@
-"""Loss spikes: a step whose loss lies far above those before it, and the rows that are skipped because of one.
+"""Loss spike detection, and the ranges of rows that are skipped because of spikes.
 
     spike:  loss > median + factor * MAD        over the last `window` losses, MAD = median |loss - median|
 
-The median and the MAD do not move for a few outliers. State is plain numbers and goes into the checkpoint, so that a
-resumed run decides as the uninterrupted one would have.
+The state is plain numbers in the checkpoint, so a resumed run decides exactly as an uninterrupted one.
 """
 
 import math
@@ -11,13 +10,13 @@ from statistics import median
 from typing import Any
 
 FEWEST = 10
-"""Losses without which nothing is called a spike."""
+"""Number of losses needed before anything counts as a spike."""
 LEAST_SPREAD = 1e-3
-"""MAD as a share of the median that is assumed at least: a loss that hardly moves is no reason to see spikes."""
+"""Lower bound of the MAD, as a share of the median, so that a nearly constant loss does not make noise a spike."""
 
 
 class SpikeWatch:
-    """Detects spikes and keeps what was skipped for them: `skipped` are half-open ranges of places among the rows."""
+    """Detects spikes and records the skipped rows: `skipped` are half-open ranges of positions in the row order."""
 
     def __init__(self, factor: float, window: int) -> None:
         self.factor, self.window = factor, window
@@ -26,15 +25,18 @@ class SpikeWatch:
         self.roll_backs = 0
 
     def limit(self) -> float:
-        """The loss above which a step is a spike; infinite while there are too few to compare with."""
+        """Return the loss above which a step is a spike; infinite while there are too few losses to compare with."""
+        # A window shorter than FEWEST could never fill up to it.
         if len(self.losses) < min(FEWEST, self.window):
             return math.inf
+        # Unlike mean and standard deviation, median and MAD barely move for a few outliers.
         middle = median(self.losses)
         spread = median(abs(loss - middle) for loss in self.losses)
         return middle + self.factor * max(spread, LEAST_SPREAD * abs(middle))
 
     def is_spike(self, loss: float) -> bool:
-        """Compare a loss with those before it and, unless it is a spike or not finite, remember it."""
+        """Tell whether a loss is a spike; otherwise add it to the window if it is finite."""
+        # Spikes stay out of the window, or a long one would become the new normal. NaN compares false here.
         if loss > self.limit():
             return True
         if math.isfinite(loss):
@@ -42,7 +44,8 @@ class SpikeWatch:
         return False
 
     def skip(self, places: list[int]) -> None:
-        """Leave these rows out from now on, and count a roll-back."""
+        """Skip these rows from now on, and count a rollback."""
+        # Merged, since the data order looks them up on every row.
         ranges = sorted([*self.skipped, *((place, place + 1) for place in places)])
         merged = ranges[:1]
         for start, stop in ranges[1:]:
@@ -53,11 +56,11 @@ class SpikeWatch:
         self.skipped, self.roll_backs = merged, self.roll_backs + 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {"losses": self.losses, "skipped": self.skipped, "roll_backs": self.roll_backs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Restore the state that `state_dict` returned."""
         self.losses = list(state["losses"])
         self.skipped = [(start, stop) for start, stop in state["skipped"]]
         self.roll_backs = state["roll_backs"]

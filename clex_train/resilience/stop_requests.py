@@ -1,9 +1,8 @@
-"""Requests to stop: SIGINT, SIGTERM, SIGHUP, SIGUSR1, a launcher that died, a stop file, `max_runtime`.
+"""Requests to stop: SIGINT, SIGTERM, SIGHUP, SIGUSR1, a dead launcher, a stop file, `max_runtime`.
 
-While a run trains, a signal only leaves a mark, whatever it interrupts; the ranks agree between two steps, or between
-two windows of an evaluation. Anywhere else a signal ends the program: `Interrupted` in the main thread, with one line.
-Signals are taken by a thread, because Python's own handlers wait for the main thread to come back from a collective:
-a second one ends the process at once.
+While a run trains, a signal only sets a flag, and the ranks agree to stop between two steps or two evaluation windows.
+Elsewhere a signal raises `Interrupted` in the main thread, which ends the program with one line. A second signal ends
+the process at once.
 """
 
 import atexit
@@ -22,26 +21,25 @@ from typing import Any
 
 import psutil
 
+from clex_train.resilience.launchers import is_alive, is_orphan, launchers
+
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a program which has nothing to save."""
 SIGNALS = (*ENDING, signal.SIGUSR1)
 IGNORABLE = (signal.SIGINT, signal.SIGHUP)
-"""Signals that stay ignored if they were when the program began, as under `nohup` or in a script's background."""
+"""Signals that stay ignored if they were ignored at start, as under `nohup` or for a background job of a script."""
 REPEAT_AFTER = 5.0
-"""Seconds in which a repeated signal is taken for the same request: launchers pass on what the whole group got."""
+"""Seconds during which a repeated signal counts as the same request: launchers forward what the group already got."""
 MOMENT = 0.5
-"""The same for SIGINT after a first signal: whoever presses Ctrl-C twice means it."""
+"""The same for a SIGINT after any first signal, in seconds. A second Ctrl-C is deliberate, so it is short."""
 GRACE = 3.0
-"""Seconds that an interrupted program may take to unwind, for instance out of a library that does not come back."""
+"""Seconds that an interrupted program may take to unwind before it is ended, for example out of a hung library."""
 POLL_SECONDS = 1.0
-LAUNCHERS = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
-"""Programs or modules, as they stand on a command line."""
-SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
-"""Environment variables of a process that `deepspeed` or `torchrun` started."""
+"""Seconds between two checks for a dead launcher, a stuck main thread or a stop file."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ends the program with exit code 128 + its number; no `except Exception` takes it for an error."""
+    """A signal ended the program, with exit code 128 + its number. Not an `Exception`, so no library swallows it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -49,19 +47,19 @@ class Interrupted(KeyboardInterrupt):
 
 
 class SignalWatch:
-    """A thread that marks the first signal or the death of the launcher, and obeys a second signal at once.
+    """A thread that records the first signal or the launcher's death, and ends the process on a second signal.
 
-    `ends`: signals that for now raise `Interrupted` instead of only leaving a mark.
+    `ends`: signals that currently raise `Interrupted` instead of only setting a flag.
     """
 
     def __init__(self, ends: Collection[signal.Signals] = ()) -> None:
         self.ends = frozenset(ends)
         self.unwinds = False
-        """Somebody waits for `Interrupted`; before, while the program imports, there is nothing to unwind."""
+        """True once a handler for `Interrupted` is in place. Before, during imports, there is nothing to unwind."""
         self.is_leaving = False
-        """The program is past its work and exits: what a launcher still sends is no second request."""
+        """True while the program exits after its work. Signals of a launcher are then no second request."""
         self._launchers = launchers()
-        self.reason: str | None = "its launcher was gone before it began" if is_orphan(self._launchers) else None
+        self.reason: str | None = "its launcher had exited before it started" if is_orphan(self._launchers) else None
         self._first: signal.Signals | None = None
         self._since = 0.0
         self._is_settled = False
@@ -70,8 +68,11 @@ class SignalWatch:
         self._deferred: signal.Signals | None = None
 
     def start(self, taken: Collection[signal.Signals] = SIGNALS) -> None:
-        """Take over the signals of this process; on its main thread."""
+        """Install the handlers and start the thread. Call it on the main thread."""
+        # Python runs handlers on the main thread only, and not while it is blocked in a collective. The C-level handler
+        # writes the signal's number to the wakeup descriptor at once, where our thread reads it.
         reading, writing = socket.socketpair()
+        # `set_wakeup_fd` requires it: a full pipe must not block a signal handler.
         writing.setblocking(False)
         for number in taken:
             if number not in IGNORABLE or signal.getsignal(number) is not signal.SIG_IGN:
@@ -81,22 +82,23 @@ class SignalWatch:
         atexit.register(_ignore, taken)
         signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
         sys.unraisablehook = self._lost(sys.unraisablehook)
+        # Keep a reference, or the garbage collector would close the descriptors.
         self._sockets = (reading, writing)
         threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
 
     def leave_marks(self) -> None:
-        """Let signals only leave a mark from here on: there is something to save."""
+        """Make signals only set a flag from here on, because there is something to save."""
         self.ends = frozenset()
 
     @property
     def interrupted(self) -> signal.Signals | None:
-        """The signal that ended the program, also where a library made another error of `Interrupted`."""
-        # Not `_first`: the thread that sets it may come later than the error that the library made.
+        """Signal that ended the program, even if a library turned `Interrupted` into another error."""
+        # Not `_first`: the thread may set that only after the library's error arrives.
         return self._raised
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """Raise `Interrupted` only when the block has ended."""
+        """Postpone `Interrupted` to the end of the block."""
         self._deferring += 1
         try:
             yield
@@ -107,11 +109,12 @@ class SignalWatch:
             self._handle(number, None)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal on Python's main thread: what only leaves a mark is left to the thread."""
+        """Handle a signal on the main thread; signals that only set a flag are left to the thread."""
         if number not in self.ends or self._raised or self.is_leaving:
             return
         if not self.unwinds:
-            self._end(signal.Signals(number), f"{Interrupted(number)} before it began")
+            # Nobody would catch the exception: it would end as a traceback out of some import.
+            self._end(signal.Signals(number), f"{Interrupted(number)} before it started")
         if self._deferring:
             self._deferred = signal.Signals(number)
             return
@@ -125,16 +128,17 @@ class SignalWatch:
                 if number in SIGNALS:
                     self._mark(signal.Signals(number))
             if self._first and not self._is_settled:
-                # A library that keeps the GIL may let this thread see a launcher's copy late, but not after this.
+                # While a library holds the GIL, a launcher's copy of the signal waits in the socket. Drain such
+                # copies as one request before a later signal may count as the second.
                 time.sleep(MOMENT)
                 self._since, self._is_settled = time.monotonic(), True
             if self._first and self._is_stuck():
                 self._end(self._first, str(Interrupted(self._first)))
-            if self.reason is None and (gone := [process for process in self._launchers if not _lives(process)]):
-                self.reason = f"its launcher (process {gone[0].pid}) is gone"
+            if self.reason is None and (gone := [process for process in self._launchers if not is_alive(process)]):
+                self.reason = f"its launcher (process {gone[0].pid}) has exited"
 
     def _is_stuck(self) -> bool:
-        """Tell whether the main thread has had the time to unwind from a signal that ends the program, and has not."""
+        """Tell whether the main thread failed to unwind from an ending signal within `GRACE`."""
         ends = self._raised is not None or self._first in self.ends
         return ends and not self.is_leaving and time.monotonic() - self._since > GRACE
 
@@ -143,23 +147,25 @@ class SignalWatch:
         if self._first is None:
             self._first, self._since, self.reason = number, now, f"{number.name} arrived"
             if number not in self.ends:
-                _say(f"{number.name}: finishes and saves what it is doing; a second Ctrl-C ends it at once")
+                _say(f"{number.name}: finishing the current work and saving; a second Ctrl-C ends the run at once")
         elif self._is_second(number, now - self._since):
-            self._end(number, f"a second signal ({number.name}): ended at once")
+            self._end(number, f"second signal ({number.name}): ended at once")
 
     def _is_second(self, number: signal.Signals, elapsed: float) -> bool:
-        """Tell whether a later signal is another request and not the first one that a launcher passes on."""
+        """Tell whether a later signal is a new request, and not the first one forwarded by a launcher."""
         if number is signal.SIGINT:
             return elapsed >= MOMENT
+        # On Ctrl-C the launchers of DeepSpeed and torchrun send SIGTERM to their ranks, after any delay.
         passed_on = self._first in IGNORABLE and number is signal.SIGTERM and bool(self._launchers)
         return elapsed >= REPEAT_AFTER and not passed_on and not self.is_leaving
 
     def _end(self, number: signal.Signals, line: str) -> None:
         _say(line)
+        # `sys.exit` only raises in this thread; the main thread may be blocked for good.
         os._exit(128 + number)
 
     def _lost(self, hook: Any) -> Any:
-        """Stand in for `sys.unraisablehook`: `Interrupted` in a finalizer would be printed and forgotten."""
+        """Wrap `sys.unraisablehook`: Python prints and drops an exception that is raised in a finalizer."""
 
         def report(lost: Any) -> None:
             if isinstance(lost.exc_value, Interrupted):
@@ -173,15 +179,15 @@ _WATCH: SignalWatch | None = None
 
 
 def listen() -> None:
-    """Take over the signals of a training program, before its first costly import; a second call changes nothing.
+    """Handle signals of a training program. Call it before the first slow import; later calls do nothing.
 
-    Until the run trains SIGINT ends it; the others leave a mark that it obeys before its first step.
+    Until the run trains, SIGINT ends it. Other signals set a flag, which it obeys before its first step.
     """
     _begin([signal.SIGINT], SIGNALS)
 
 
 def end_on_signals() -> None:
-    """Let SIGINT, SIGTERM and SIGHUP end a program with `Interrupted`, which `cli.console` says in one line."""
+    """Make SIGINT, SIGTERM and SIGHUP raise `Interrupted`, which `cli.console` reports in one line."""
     _begin(ENDING, ENDING)
 
 
@@ -193,16 +199,15 @@ def _begin(ends: Collection[signal.Signals], taken: Collection[signal.Signals]) 
 
 
 def signals() -> SignalWatch | None:
-    """Return the watch that `listen` or `end_on_signals` started, if one did."""
+    """Return the watch that `listen` or `end_on_signals` started, or None."""
     return _WATCH
 
 
 @contextmanager
 def shielding_children() -> Iterator[None]:
-    """Start child processes, within, with SIGINT and SIGHUP blocked, and let no signal interrupt their start.
-
-    A terminal sends both to the whole group, but it is this process that has to end its helpers.
-    """
+    """Start child processes inside the block with SIGINT and SIGHUP blocked, and without being interrupted."""
+    # A terminal sends both to the whole process group, but this process decides when its helpers end. Children inherit
+    # the mask of blocked signals.
     with _WATCH.deferring() if _WATCH else nullcontext():
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORABLE)
         try:
@@ -217,15 +222,16 @@ def _ignore(numbers: Collection[signal.Signals]) -> None:
 
 
 def _say(line: str) -> None:
-    """Write a line to standard error without Python's buffers, whose lock the main thread may hold; rank 0 speaks."""
+    """Write a line to standard error, on rank 0 only."""
+    # Bypass `sys.stderr`: the main thread may hold the lock of its buffer.
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
-            # After the ^C that a terminal echoes.
+            # Start a new line after the ^C that a terminal echoes.
             os.write(2, f"{os.linesep if os.isatty(2) else ''}{line}\n".encode())
 
 
 class StopRequests:
-    """What one rank knows of requests to stop; `agreed` is the same on every rank once they have exchanged flags."""
+    """Stop requests that one rank knows of; `agreed` is the same on every rank after their all-reduce."""
 
     def __init__(
         self, signals: SignalWatch | None = None, stop_file: Path | None = None, deadline: "Deadline | None" = None
@@ -234,7 +240,7 @@ class StopRequests:
         self.deadline: Deadline | NoDeadline = deadline or NoDeadline()
         self.agreed = False
         self.fault: str | None = None
-        """What makes this rank ask for the stop although nobody else did: the run ends as one that cannot go on."""
+        """Error on this rank that requires a stop. The run then ends as failed instead of interrupted."""
         self._reason: str | None = None
         self._looked = 0.0
 
@@ -244,23 +250,24 @@ class StopRequests:
             self.signals.leave_marks()
 
     def reason(self, *ahead: str) -> str | None:
-        """Why this rank wants to stop before doing what `ahead` names (kinds of work that `Deadline` knows).
+        """Return why this rank wants to stop before the work `ahead` (kinds that `Deadline` knows), or None.
 
-        Once there is a reason it stays.
+        A reason never goes away once given.
         """
         self._reason = self._reason or self._find_reason(*ahead)
         return self._reason
 
     @contextmanager
     def timed(self, kind: str) -> Iterator[None]:
-        """Measure a `step`, an `evaluation` or a `save` for the deadline, unless it fails."""
+        """Time a `step`, an `evaluation` or a `save` for the deadline, unless it raises."""
         start = time.monotonic()
+        # No `finally`: the duration of something that failed says nothing about the next one.
         yield
         self.deadline.took(kind, time.monotonic() - start)
 
     @property
     def leads_nowhere(self) -> bool:
-        """Whether `max_runtime` is too short for a single step or evaluation, so that starting again would not help."""
+        """True if `max_runtime` is too short for a single step or evaluation, so that requeuing would not help."""
         return not self.deadline.has_measured and self.deadline.exceeded_by() is not None
 
     def _find_reason(self, *ahead: str) -> str | None:
@@ -269,11 +276,12 @@ class StopRequests:
         if self.signals and self.signals.reason:
             return self.signals.reason
         if self.stop_file and self._sees_stop_file(self.stop_file):
-            return f"{self.stop_file} is there"
+            return f"{self.stop_file} exists"
         return self.deadline.exceeded_by(*ahead)
 
     def _sees_stop_file(self, path: Path) -> bool:
-        """Asked at most once a second: a network file system answers slowly."""
+        """Tell whether the stop file exists; checks at most once a second and returns False otherwise."""
+        # A stat on a network file system can take longer than a step.
         if time.monotonic() - self._looked < POLL_SECONDS:
             return False
         self._looked = time.monotonic()
@@ -281,36 +289,38 @@ class StopRequests:
 
 
 class Deadline:
-    """The end of `max_runtime`, and whether work and the save after it still fit before it.
+    """The end of `max_runtime`; tells whether a piece of work and the save after it still fit before it.
 
-    Work is expected to take as long as the longest of its kind among the last `MEMORY`, and half as long again.
+    The expected duration is `SLACK` times the longest of the last `MEMORY` measurements of its kind.
     """
 
     MEMORY = 20
     SLACK = 1.5
 
     def __init__(self, limit: float, started: float | None = None) -> None:
-        """`limit` in seconds since `started`, a time of the epoch; by default the moment this process began."""
+        """Set the limit: `limit` seconds after `started` (Unix time), by default the start of this process."""
         self.limit = limit
+        # Not "now": imports and loading count against a scheduler's limit too.
         self.started = psutil.Process().create_time() if started is None else started
         self.margin = min(60.0, 0.02 * limit)
         self._assumed: dict[str, float] = {}
         self._measured: dict[str, list[float]] = {}
 
     def assume(self, kind: str, seconds: float) -> None:
-        """Expect this until work of the kind has been measured; without it, nothing."""
+        """Expect `seconds` for this kind of work until it has been measured; the default is 0."""
         self._assumed[kind] = seconds
 
     def took(self, kind: str, seconds: float) -> None:
-        """Remember how long a `step`, an `evaluation` or a `save` took."""
+        """Record how many seconds a `step`, an `evaluation` or a `save` took."""
         self._measured[kind] = [*self._measured.get(kind, []), seconds][-self.MEMORY :]
 
     def left(self) -> float:
-        """Seconds until the limit."""
+        """Return the seconds until the limit; negative after it."""
         return self.started + self.limit - time.time()
 
     def exceeded_by(self, *ahead: str) -> str | None:
-        """The reason to stop now instead of doing what `ahead` names; None while it fits."""
+        """Return the reason to stop now instead of doing the work `ahead`, or None while it fits."""
+        # A save always follows, or the work would be lost.
         needed = self.margin + sum(self._expected(kind) for kind in (*ahead, "save"))
         if self.left() > needed:
             return None
@@ -318,7 +328,7 @@ class Deadline:
 
     @property
     def has_measured(self) -> bool:
-        """Whether anything of the run has been timed yet."""
+        """True once anything of the run has been timed."""
         return bool(self._measured)
 
     def _expected(self, kind: str) -> float:
@@ -340,36 +350,3 @@ class NoDeadline:
     def exceeded_by(self, *ahead: str) -> str | None:
         """Return no reason to stop."""
         return None
-
-
-def launchers() -> list[psutil.Process]:
-    """List the launcher's processes above this one, nearest first; empty without one."""
-    found = []
-    for process in psutil.Process().parents():
-        try:
-            if not is_launcher(process.cmdline()):
-                break
-        except psutil.Error:
-            break
-        found.append(process)
-    return found
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def is_orphan(found: list[psutil.Process]) -> bool:
-    """Whether a launcher that began this process, or that launcher's own, has died and left the child to process 1."""
-    if not found:
-        return os.getppid() == 1 and any(name in os.environ for name in SET_BY_LAUNCHERS)
-    # `deepspeed` starts this module, which starts the ranks.
-    return found[-1].ppid() == 1 and "deepspeed.launcher.launch" in found[-1].cmdline()
-
-
-def is_launcher(arguments: list[str]) -> bool:
-    """Tell whether a command line is that of `deepspeed` or `torchrun`."""
-    return any(Path(argument).name in LAUNCHERS for argument in arguments[:4])

@@ -1,7 +1,7 @@
-"""metrics.jsonl: a line of JSON for each figure of a run. A damaged line or a full disk costs no step.
+"""`metrics.jsonl`, the append-only log of a run. Neither a damaged line nor a full disk stops training.
 
-At the start of a run the file is cut back to the resumed step, so that every step stands in it once; lines that cannot
-be read are moved to `metrics.jsonl.damaged`. A log of any size is read line by line.
+On resume the file is truncated to the resumed step, so that every step occurs once. Unreadable lines move to
+`metrics.jsonl.damaged`. The file is read line by line, so its size does not matter.
 """
 
 import io
@@ -19,16 +19,17 @@ from clex_train.utils import files, log
 logger = log.get(__name__)
 
 LONGEST_LINE = 2**22
-"""Bytes of a line that a reader takes at once; most have some hundred, the rows of a step up to 24 each."""
+"""Largest line that readers accept, in bytes; typical lines have a few hundred, plus up to 24 per row of the batch."""
 MOST_STEPS = 2**62
+"""Upper bound of a step number; larger ones count as damage."""
 
 Row = dict[str, Any]
 
 
 class MetricsLog:
-    """Appends whole lines. Lines that find no room wait in memory, and `failure` says why, until they are written.
+    """Appends whole lines. On a full disk, lines wait in memory until they can be written; `failure` has the error.
 
-    `see` is called with each row that is there already, at the beginning and again when the log is cut back.
+    `see` is called with each row that the file has at the start, and again when the log is cut back.
     """
 
     def __init__(self, path: Path, step: int, see: Callable[[Row], object]) -> None:
@@ -40,12 +41,13 @@ class MetricsLog:
         self._file = open_to_append(path)
 
     def append(self, row: Row) -> None:
-        """Append a line, and those that waited before it."""
+        """Append a line, after any that still wait."""
+        # `allow_nan=False`: NaN is not JSON, and strict readers refuse the whole file.
         self._waiting += json.dumps(row, allow_nan=False).encode() + b"\n"
         self._write()
 
     def sync(self) -> None:
-        """Flush the lines to disk."""
+        """Flush the lines to disk (fsync)."""
         self._write()
         if self.failure is None:
             try:
@@ -54,18 +56,19 @@ class MetricsLog:
                 self.failure = error
 
     def cut_back(self, step: int) -> None:
-        """Drop the lines after a step: it is going to be taken again."""
+        """Drop the lines after `step`, from which the run continues after a rollback."""
         self._write()
+        # Closed first: the file may be replaced, and the old descriptor would append to the removed one.
         self._file.close()
         cut_back(self.path, step, self._see)
         self._file = open_to_append(self.path)
 
     def close(self) -> None:
-        """Flush and close. Lines that still find no room are lost, which is said."""
+        """Flush and close. Lines that cannot be written now are lost, which is logged."""
         self.sync()
         self._file.close()
         if lost := self._waiting.count(b"\n"):
-            logger.error("%s: cannot be written; its last lines are lost: %d", self.path, lost)
+            logger.error("%s: cannot be written; lines lost at its end: %d", self.path, lost)
 
     def _write(self) -> None:
         if not self._waiting:
@@ -73,10 +76,11 @@ class MetricsLog:
         size = os.fstat(self._file.fileno()).st_size
         try:
             written = 0
+            # A raw write may be partial, for example when the disk fills up.
             while written < len(self._waiting):
                 written += self._file.write(self._waiting[written:])
         except OSError as error:
-            # A line that was cut short would spoil the next one.
+            # Remove a partial line, or the next one would be appended to it.
             self._file.truncate(size)
             error.filename = str(self.path)
             self.failure = error
@@ -85,15 +89,13 @@ class MetricsLog:
 
 
 def open_to_append(path: Path) -> io.FileIO:
-    """Open the log so that a write reaches the system or fails at once."""
+    """Open the log unbuffered, so that a write fails at once or reaches the operating system."""
+    # A buffered file would raise a full disk's error later, out of `close` or the garbage collector.
     return io.FileIO(path, "ab")
 
 
 def cut_back(path: Path, step: int, see: Callable[[Row], object]) -> None:
-    """Keep the lines up to a step, set aside those that cannot be read, and call `see` with each row that is kept.
-
-    The file is written anew only where that changes it.
-    """
+    """Keep the lines up to `step`, move unreadable ones to a file of their own, and call `see` with each kept row."""
     damaged = later = 0
     for _, row in _lines(path):
         if row is None:
@@ -105,7 +107,8 @@ def cut_back(path: Path, step: int, see: Callable[[Row], object]) -> None:
     if damaged:
         aside = path.with_name(path.name + files.DAMAGED)
         files.write_parts(aside, chain((line for line, _ in _lines(aside)), _damaged(path)))
-        logger.warning("%s: lines that cannot be read: %d; they are kept in %s", path, damaged, aside.name)
+        logger.warning("%s: unreadable lines moved to %s: %d", path, aside.name, damaged)
+    # Rewriting a large log on every start would be slow and would change the inode that `tail -f` follows.
     if damaged or later:
         files.write_parts(path, (line for line, row in _lines(path) if row is not None and row["step"] <= step))
 
@@ -113,14 +116,14 @@ def cut_back(path: Path, step: int, see: Callable[[Row], object]) -> None:
 def _lines(path: Path) -> Iterator[tuple[bytes, Row | None]]:
     """Yield each line of a log and its row, None for a damaged one or a part of one longer than `LONGEST_LINE`.
 
-    Yields nothing where there is no file, or where something else in its place is set aside.
+    Yields nothing without a file; anything that is not a regular file is set aside.
     """
     try:
         file = files.open_regular(path, within=path.parent)
     except FileNotFoundError:
         return
     except files.BadFile as error:
-        logger.warning("%s; kept as %s, a new file begins", error, files.quarantine(path).name)
+        logger.warning("%s; moved to %s, starting a new file", error, files.quarantine(path).name)
         return
     with file:
         begins = True
@@ -140,11 +143,13 @@ def _damaged(path: Path) -> Iterator[bytes]:
 
 
 def parse(line: bytes) -> Row | None:
-    """Return a whole line of the log as a row with a step, or None for one that is damaged."""
+    """Parse a line of the log into a row with a step; None for a damaged line."""
     try:
+        # No newline at the end means that the write was cut short.
         row = _decode(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
+    # `type`, since bool is a subclass of int.
     is_row = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < MOST_STEPS
     return row if is_row else None
 

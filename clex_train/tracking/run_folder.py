@@ -1,4 +1,4 @@
-"""The run folder: created, checked and guarded against a changed configuration before anything expensive starts."""
+"""The run folder: creation, locking, cleanup, and the check for a changed configuration on resume."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ logger = log.get(__name__)
 LOCKS = "locks"
 FINAL = "final"
 WRITTEN_FIRST = (LOCKS, CONFIG, "environment.json")
-"""What a launch leaves in a new folder before it trains."""
+"""Entries that a launch creates in a new folder before it trains."""
 
 SAFE_TO_CHANGE = (
     "attention.implementation",
@@ -56,18 +56,18 @@ SAFE_TO_CHANGE = (
     "scaling.t_factor",
     "tracking.",
 )
-"""Keys that may differ when a run is continued: they do not touch the numbers it trains on.
+"""Keys that may change on resume because they do not affect the training numbers.
 
-Directories are among them because the checkpoint knows what they hold: data and vocabulary by a fingerprint, the
-architecture and its frequencies by a digest, weights by its own. Domains, weights and skipped rows are because it knows
-the order of the rows that it has seen, and refuses another.
+Paths may change because the checkpoint identifies their contents: data and vocabulary by a fingerprint, the
+architecture and its frequencies by a digest, and the weights by its own copy. Domains, weights and skipped rows may
+change because the checkpoint records the order of the rows already read and refuses another.
 """
 
 MOVED = ("data.path", "evaluation.path", "model.path", "model.revision", "model.tokenizer", "scaling.longrope_factors")
-"""Of those, what is said in a line when it differs."""
+"""The safe keys whose change is logged."""
 
 SHARING = ("engine.micro_batch", "engine.accumulation", "engine.sequence_parallel")
-"""What optim.batch_rows, and rows, are divided by; a change of it alone would only change how sums are rounded."""
+"""Keys that split the global batch. Changing them changes only the rounding of sums, so another world size may."""
 
 
 def check_config(
@@ -77,14 +77,16 @@ def check_config(
     own_context: int | None = None,
     copy: Path | None = None,
 ) -> None:
-    """Compare with the run that the folder holds; every rank may call it, nothing is written.
+    """Compare the configuration with that of the run in the folder. Writes nothing; not collective.
 
-    On another number of ranks, the rows of a step may be shared out in another way. `own_context` is L as the model
-    says it, which is what a `model.context_len` of null stands for. `copy` is the configuration that the newest
-    checkpoint was written under, verified: where there is one, config.yaml may be damaged or missing.
+    Args:
+        config: the present configuration.
+        has_checkpoint: without one, any configuration is accepted.
+        other_ranks: the world size differs, so the split of the global batch may differ too.
+        own_context: the model's own L in tokens, the meaning of `model.context_len=null`.
+        copy: verified configuration of the newest checkpoint, used instead of a config.yaml that may be damaged.
 
-    Raises `ValueError` when the folder holds a checkpoint although `resume=never`, or a run whose configuration
-    differs in a key that is not safe to change.
+    Raises `ValueError` when there is a checkpoint but `resume=never`, or when a key differs that is not safe to change.
     """
     path = Path(config.output_dir) / CONFIG
     if not has_checkpoint:
@@ -96,14 +98,14 @@ def check_config(
 
 
 def write_config(config: Config) -> None:
-    """Write `config.yaml` into the run folder, whole or not at all; on one rank."""
+    """Write `config.yaml` into the run folder, atomically. Call it on one rank."""
     files.write_atomically(Path(config.output_dir) / CONFIG, as_yaml(config))
 
 
 def restore_config(config: Config, copy: Path | None) -> None:
-    """Write a missing or damaged config.yaml anew, with a line; on one rank.
+    """Rewrite a missing or damaged config.yaml, and log it. Call it on one rank, after `check_config`.
 
-    It gets the text of the checkpoint's `copy`, or else that of the present configuration, which is checked to agree.
+    Uses the checkpoint's `copy` if there is one, else the present configuration.
     """
     path = Path(config.output_dir) / CONFIG
     try:
@@ -111,9 +113,9 @@ def restore_config(config: Config, copy: Path | None) -> None:
             recorded_config.over_defaults(path)
             return
     except InputError as error:
-        logger.warning("%s is damaged (%s); kept as %s", path, _reason(error), files.quarantine(path).name)
+        logger.warning("%s is damaged (%s); moved to %s", path, _reason(error), files.quarantine(path).name)
     files.write_atomically(path, copy.read_bytes() if copy else as_yaml(config))
-    logger.info("%s is restored%s", path, f" from {copy}" if copy else "")
+    logger.info("restored %s%s", path, f" from {copy}" if copy else "")
 
 
 def _reason(error: InputError) -> str:
@@ -122,11 +124,9 @@ def _reason(error: InputError) -> str:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what interrupted launches left in a run folder, and set damaged records aside; on rank 0, under its lock.
-
-    Evaluations of other programs, which hold no lock, are left alone.
-    """
+    """Clean up after interrupted launches and move damaged records aside. Call it on rank 0, under its lock."""
     files.recover(folder / FINAL)
+    # Only what a training run writes: an evaluation program takes no lock and may be writing its own files now.
     own = ("config", "metrics", "wandb_id", "environment", "evaluation/step_")
     for pattern in (".writable_*", *(f"{name}*{files.TEMPORARY_SUFFIX}" for name in own)):
         for leftover in folder.glob(pattern):
@@ -137,11 +137,13 @@ def tidy(folder: Path) -> None:
         try:
             read_json(record, within=folder)
         except BadFile:
-            logger.warning("%s is damaged; kept as %s", record, files.quarantine(record).name)
+            logger.warning("%s is damaged; moved to %s", record, files.quarantine(record).name)
 
 
 def require_writable(folder: Path) -> None:
-    """Create the folder and prove with a file that it can be written. A full disk is an `OSError`."""
+    """Create the folder and a test file in it. Raises `ValueError`, or `OSError` for a full disk."""
+    # `os.access` is wrong on network file systems and says nothing about quotas. The name is unique per process, as
+    # all ranks may test at once.
     probe = folder / f".writable_{socket.gethostname()}_{os.getpid()}"
     try:
         _open_below(folder, probe, "w").close()
@@ -156,11 +158,11 @@ def require_writable(folder: Path) -> None:
 def opened(folder: Path, patience: float) -> Iterator[None]:
     """Create, lock and tidy the folder of a run, for as long as this launch is in it.
 
-    A launch that is refused inside leaves nothing behind. Raises as `require_writable` and `held` do.
+    A launch that is refused inside leaves nothing behind. Raises as `require_writable` and `run_lock` do.
     """
     with left_as_found(folder):
         require_writable(folder)
-        with held(folder, distributed.rank(), patience):
+        with run_lock(folder, distributed.rank(), patience):
             if distributed.is_main():
                 tidy(folder)
             yield
@@ -168,12 +170,11 @@ def opened(folder: Path, patience: float) -> Iterator[None]:
 
 @contextmanager
 def left_as_found(folder: Path) -> Iterator[None]:
-    """Remove a folder again that was made inside and holds nothing when the launch is refused or interrupted.
+    """Remove a folder that was created inside the block when the launch is refused (`InputError`) or interrupted.
 
-    An `InputError` refuses it. What an interrupted launch has written before it trains goes too.
-
-    Of several ranks each removes what was not there when it came.
+    A refused launch removes empty folders only; an interrupted one also what it wrote before training.
     """
+    # Parents too, such as `runs/`. Every rank removes what did not exist when it started; `rmdir` spares the rest.
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         yield
@@ -181,6 +182,7 @@ def left_as_found(folder: Path) -> Iterator[None]:
         interrupted = isinstance(end, KeyboardInterrupt) and distributed.is_main()
         if interrupted and folder in made and all(entry.name in WRITTEN_FIRST for entry in folder.glob("*")):
             shutil.rmtree(folder, ignore_errors=True)
+        # Children come before their parents in `made`; the first folder that is not empty ends the loop.
         with suppress(OSError):
             for place in made:
                 place.rmdir()
@@ -188,12 +190,13 @@ def left_as_found(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held(folder: Path, rank: int, patience: float) -> Iterator[None]:
-    """Keep other launches out of a run folder; the kernel lets go of it when this process dies.
+def run_lock(folder: Path, rank: int, patience: float) -> Iterator[None]:
+    """Lock a run folder against other launches; the kernel releases the lock when this process dies.
 
-    Waits up to `patience` seconds for the same rank of an earlier launch, which may still be saving after its launcher
-    was killed. `ValueError` when it does not end. A launch that is refused inside leaves no locks in an empty folder.
+    Waits up to `patience` seconds for the same rank of an earlier launch, then raises `ValueError`. A launch refused
+    inside the block leaves no locks in an otherwise empty folder.
     """
+    # One lock per rank: after its launcher was killed, any rank of an earlier launch may still be saving.
     path, is_ours = folder / LOCKS / f"rank_{rank}", False
     try:
         with _open_below(path.parent, path, "a+") as file:
@@ -210,10 +213,8 @@ def held(folder: Path, rank: int, patience: float) -> Iterator[None]:
 
 
 def _remove_locks(path: Path, rank: int) -> None:
-    """Rank 0 removes those of every rank, which its launcher is about to end; another rank its own.
-
-    A rank that is about to open its own finds the folder gone and makes it once more.
-    """
+    """Remove the locks of all ranks on rank 0, and this rank's own elsewhere."""
+    # Rank 0's launcher is about to end the others. One that is about to open its lock recreates the folder.
     if rank == 0:
         shutil.rmtree(path.parent, ignore_errors=True)
     path.unlink(missing_ok=True)
@@ -222,7 +223,8 @@ def _remove_locks(path: Path, rank: int) -> None:
 
 
 def _open_below(folder: Path, path: Path, mode: str) -> IO[str]:
-    """Open a file in a folder, which is made if need be; once more where rank 0 removed it in between."""
+    """Open a file in a folder, creating the folder if needed."""
+    # Rank 0 may remove the folder between the two calls (`_remove_locks`), so try twice.
     with suppress(FileNotFoundError):
         files.make_folder(folder)
         return path.open(mode, encoding="utf-8")
@@ -237,7 +239,7 @@ def _lock(file: IO[str], path: Path, patience: float) -> None:
         if time.monotonic() - start > patience:
             raise ConfigError("output_dir", folder, f"in use by {holder}; end it or choose another")
         if not said:
-            logger.warning("waits for %s, which is still in %s", holder, folder)
+            logger.warning("waiting for %s, which still uses %s", holder, folder)
         said = True
         time.sleep(0.2)
 
@@ -248,7 +250,7 @@ def as_yaml(config: Config) -> str:
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ between two nested configurations."""
+    """List the dotted keys whose values differ between two nested configurations."""
     changed = []
     for key in sorted({*old, *new}, key=str):
         before, after = old.get(key), new.get(key)
@@ -260,11 +262,12 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 
 def _refuse_changes(path: Path, before: Path, config: Config, safe: tuple[str, ...], own_context: int | None) -> None:
-    # Over the defaults, so that a key which the program has learned since does not count as a change.
+    # Merged over the defaults, so that a key added by a newer version does not count as a change.
     recorded, now = recorded_config.over_defaults(before), recorded_config.plain(OmegaConf.structured(config))
     old, new = (_resolved(each, own_context) for each in (recorded, now))
     changed = changed_keys(old, new)
     unsafe = [key for key in changed if not key.startswith(safe)]
+    # The most common wish deserves its own remedy: the schedule of a finished run has already decayed.
     if unsafe == ["optim.steps"] and (path.parent / FINAL).is_dir():
         raise ConfigError(
             "optim.steps",
@@ -284,11 +287,12 @@ def _refuse_changes(path: Path, before: Path, config: Config, safe: tuple[str, .
         if key in MOVED and distributed.is_main():
             group, _, name = key.rpartition(".")
             before, after = (each[group].get(name) for each in (old, new))
-            logger.info("%s was %s, is %s now: the run goes on from its own checkpoint", key, before, after)
+            logger.info("%s changed from %s to %s; the run resumes from its own checkpoint", key, before, after)
 
 
 def _resolved(plain: dict[str, Any], own_context: int | None) -> dict[str, Any]:
-    """Fill in what keys of the model stand for when they are left out: earlier configurations spelt them out."""
+    """Fill in the meaning of model keys that are left out."""
+    # Configurations of earlier versions spell these out, and must compare equal to a null of today.
     model = dict(plain["model"])
     model["init"] = model.get("init") or ("pretrained" if model.get("path") else "random")
     model["context_len"] = model.get("context_len") or own_context

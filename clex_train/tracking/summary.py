@@ -1,7 +1,6 @@
-"""Compose the block of lines that a program prints first: what it is about to do, to which model, where.
+"""The summary that a program prints first: the task, the model, the data and the output.
 
-Every line is `  label       text`. Programs print the block before they read weights or take a GPU, and what they log
-meanwhile comes after it.
+Every line is `  label       text`. The summary is printed before weights are read or a GPU is used.
 """
 
 from __future__ import annotations
@@ -20,67 +19,74 @@ from clex_train.config.root import Config
 from clex_train.utils import distributed, log
 
 LABEL = 12
+"""Width of the labels in characters."""
 PACKAGES = ("torch", "transformers", "deepspeed")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that a program is about to run, as far as it is known without its weights."""
+    """The model that a program is about to run, as far as its config alone tells."""
 
     weights: str
-    """Where they come from, in words: a directory, a hub name, or an architecture with random ones."""
+    """Their source in words: a directory, a hub name, or an architecture with random weights."""
     model_type: str
     num_parameters: int
     dtype: torch.dtype
     context_len: int
     """L in tokens."""
     context_source: str
-    """What says so."""
+    """The file or key that L was read from."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """How the sequences of an optimizer step are shared."""
+    """Split of the global batch of an optimizer step."""
 
     world_size: int
+    """Ranks."""
     micro_batch: int
+    """Sequences per rank in a forward pass."""
     accumulation: int
+    """Micro batches per optimizer step."""
 
 
 def say(title: str, lines: Iterable[str]) -> None:
-    """Print a block on rank 0, to standard error, so that standard output has results alone."""
+    """Print a summary on rank 0, then the log lines that were withheld until now."""
     if distributed.is_main():
+        # Standard error: standard output has results only, so that it can be piped.
         print(log.printable("\n".join((title, *lines))), file=sys.stderr, flush=True)
+    # Warnings of libraries during preflight would otherwise come before the summary.
     log.flush()
 
 
 def versions() -> str:
-    """Return the versions of the libraries that numbers depend on."""
+    """Return the versions of the libraries that affect the numbers."""
     return ", ".join(f"{name} {version(name)}" for name in PACKAGES)
 
 
 def labelled(label: str, text: str) -> str:
-    """Return one line of a block; a label that is empty continues the line above."""
+    """Format one line of the summary; an empty label continues the line above."""
     return f"  {label:<{LABEL}}{text}"
 
 
 def weights_of(named: ModelConfig, is_there: bool = True) -> str:
-    """Return where the weights of a run come from, in words; without them, what stands in for a plan."""
+    """Describe the source of a run's weights; with `is_there` false, the architecture that a plan uses instead."""
     if not named.is_pretrained:
         return f"random weights for the architecture of {named.config or named.path}"
+    # A dry run may plan with the architecture of a preset alone.
     planned_by = "" if is_there else f" (not on this machine; planned by the architecture of {named.config})"
     return f"pretrained weights of {named.path or named.config}{planned_by}"
 
 
 def model(subject: Subject) -> Iterator[str]:
-    """Yield what is known of the model: its weights and its context."""
+    """Yield the lines about the model: weights and context length."""
     dtype = str(subject.dtype).removeprefix("torch.")
     yield labelled("model", f"{subject.weights}: {subject.model_type}, {subject.num_parameters:,} parameters, {dtype}")
     yield labelled("context", f"L = {subject.context_len:,} tokens ({subject.context_source})")
 
 
 def training(config: Config, subject: Subject, batch: Batch, data: Iterable[str]) -> Iterator[str]:
-    """Yield the lines of a training run or its plan; `data` are the lines about what it reads."""
+    """Yield the lines of a training run or its plan; `data` are the lines about the data."""
     yield from model(subject)
     yield labelled("scaling", _scaling(config, subject.context_len))
     yield from data
@@ -90,7 +96,7 @@ def training(config: Config, subject: Subject, batch: Batch, data: Iterable[str]
 
 
 def output(config: Config) -> Iterator[str]:
-    """Yield where a run writes, and how it is ended and resumed."""
+    """Yield the lines about the output folder, and about stopping and resuming."""
     every = config.checkpoint.every
     kept = f"a checkpoint every {every:,} steps and at the end" if every else "a checkpoint at the end only"
     yield labelled("output", f"{config.output_dir}: {kept}, then the model in final/")
@@ -101,7 +107,7 @@ def output(config: Config) -> Iterator[str]:
 
 
 def device() -> str:
-    """Return what this rank computes on, in words."""
+    """Name the device of this rank."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
 
 
@@ -111,6 +117,7 @@ def _counted(count: int, one: str, many: str | None = None) -> str:
 
 def _steps(config: Config, batch: Batch, context_len: int) -> Iterator[str]:
     rows, seq_len, optim = config.optim.batch_rows, config.data.seq_len, config.optim
+    # "(1 L)" would only add noise to the usual case.
     in_contexts = "" if seq_len == context_len else f" ({seq_len / context_len:g} L)"
     sequences = f"{_counted(rows, 'sequence')} * {seq_len:,} tokens{in_contexts}"
     each = f"{_counted(batch.micro_batch, 'sequence')} * {_counted(batch.accumulation, 'micro-batch', 'micro-batches')}"
@@ -122,7 +129,7 @@ def _steps(config: Config, batch: Batch, context_len: int) -> Iterator[str]:
 
 
 def _readers(config: Config, batch: Batch) -> str:
-    """Return who reads sequences of its own: a rank, or several together."""
+    """Name the readers of the batch: ranks, or sequence-parallel groups of ranks."""
     size = config.engine.sequence_parallel
     if size == 1:
         return _counted(batch.world_size, "rank")
@@ -140,6 +147,7 @@ def _scaling(config: Config, context_len: int) -> str:
         return f"none: plain RoPE, contexts up to L = {context_len:,} tokens"
     if scaling.name in FORMULAS:
         return _formula(config, context_len)
+    # Rounded down: the table ends at t_max.
     reach = int(scaling.t_max * context_len)
     return (
         f"clex: t from 1 to {scaling.t_max:g}, L = {context_len:,}: contexts up to {reach:,} tokens; "
@@ -161,6 +169,7 @@ def _formula(config: Config, context_len: int) -> str:
 def _evaluation(config: Config, context_len: int) -> str:
     if config.evaluation.every < 0:
         return "never"
+    # 0 is "at the end only", not "never".
     lengths = ", ".join(f"{n:,} ({n / context_len:g} L)" for n in config.evaluation.lengths)
     when = f"every {config.evaluation.every} steps and at the end" if config.evaluation.every else "at the end"
     methods = ", ".join(method.value for method in config.evaluation.methods)

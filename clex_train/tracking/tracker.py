@@ -1,4 +1,4 @@
-"""Where figures go: metrics.jsonl always, a live bar on the console, wandb if asked for; all on rank 0 only."""
+"""Metric logging on rank 0: metrics.jsonl, a progress bar on the console, and wandb if enabled."""
 
 import json
 import math
@@ -29,24 +29,25 @@ logger = log.get(__name__)
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "torchdiffeq", "hydra-core", "flash-attn")
 
 MOST_ID = 256
-"""Bytes of the file with a run's id at wandb."""
+"""Largest file with a run's wandb id that is read, in bytes."""
 WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CLOUDS = ("api.wandb.ai", "api.forge.coreweave.com")
 
 COLUMNS = ["step", "measure", "method", "protocol", "length", "value"]
-"""Of the table of an evaluation; tasks have no protocol."""
+"""Columns of an evaluation's table in wandb; the protocol of retrieval tasks is empty."""
 
 
 class Tracker:
-    """Opened once per run: `step` for every optimizer step, `evaluation` for a set of perplexities, `close`."""
+    """Records a run's metrics. Create it once per run on every rank; other ranks than 0 record nothing."""
 
     def __init__(self, config: Config, run_dir: Path, first_step: int) -> None:
         self.log_every = config.tracking.log_every
         self.active = distributed.is_main()
         self.fault: str | None = None
-        """On rank 0, why the run has to stop: its figures find no room, and it may not go on without them."""
+        """On rank 0, the reason to stop the run: the log cannot be written, and the run may not continue without."""
         self._goes_on = config.checkpoint.on_full_disk is OnFullDisk["continue"]
         self._evaluated: set[int] = set()
+        # Collective, so that a failure on rank 0 stops the other ranks instead of hanging them.
         distributed.write_on_main(lambda: self._open(config, run_dir, first_step))
         if not self.active:
             return
@@ -58,20 +59,25 @@ class Tracker:
         self._run_id = "" if config.tracking.wandb is Wandb.off else _wandb_id(run_dir / "wandb_id")
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """One optimizer step: the bar always moves; every `log_every` steps a line is written."""
+        """Record an optimizer step: advance the bar, and log a line every `log_every` steps."""
         if not self.active:
             return
         self._bar.update(1)
         self._bar.set_postfix_str(_postfix(metrics), refresh=False)
+        # The last step is always logged, whatever the interval.
         if metrics["step"] % self.log_every == 0 or metrics["step"] == self._bar.total:
             self._write(metrics)
 
     def lacks_evaluation(self, step: int) -> bool:
-        """Whether metrics.jsonl has no evaluation of this step yet; every rank gets the same answer. Collective."""
+        """Tell whether metrics.jsonl still lacks an evaluation of this step. Collective; the same on every rank."""
+        # A run that was killed between its checkpoint and the evaluation of the same step owes it on resume.
         return bool(distributed.broadcast_object(self.active and step not in self._evaluated))
 
     def evaluation(self, step: int, results: dict[str, float]) -> None:
-        """Record perplexities as `perplexity/<method>/<protocol>/<length>`, retrieval as `<task>/<method>/<length>`."""
+        """Record evaluation results.
+
+        Keys are `perplexity/<method>/<protocol>/<length>` and `<task>/<method>/<length>`.
+        """
         if not self.active:
             return
         self._write({"step": step, **results})
@@ -81,7 +87,7 @@ class Tracker:
             self._wandb.evaluation(step, results)
 
     def saved(self, step: int, seconds: float) -> None:
-        """Record that a checkpoint of this step was begun or written, and how long training waited for it."""
+        """Record the seconds that training waited for the checkpoint of this step."""
         if not self.active:
             return
         self._write({"step": step, "save_seconds": seconds})
@@ -89,7 +95,7 @@ class Tracker:
         logger.info("step %d: training waited %.2f s for its checkpoint", step, seconds)
 
     def roll_back(self, step: int) -> None:
-        """Forget what came after `step`: it is going to be taken again. Collective."""
+        """Drop everything logged after `step`, from which training continues. Collective."""
         self._evaluated = set()
         distributed.write_on_main(lambda: self._log.cut_back(step))
         if not self.active:
@@ -97,7 +103,7 @@ class Tracker:
         self._bar.update(step - self._bar.n)
 
     def close(self, finished: bool = True) -> None:
-        """Flush and close whatever is open; wandb hears whether the run came to its end."""
+        """Flush and close the log, the bar and wandb, where an unfinished run is marked as failed."""
         if not self.active:
             return
         self._bar.close()
@@ -111,13 +117,14 @@ class Tracker:
             self._evaluated.add(row["step"])
 
     def _write(self, line: dict[str, Any]) -> None:
-        # What is still on the device is waited for here, in the steps that are written and in no other.
+        # Reading a device tensor synchronizes, so it is done only in the steps that are logged.
         line = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in line.items()}
-        # JSON has no word for a number that is not finite.
+        # JSON has no NaN or infinity; null keeps the line readable by any parser.
         known = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
         before = self._log.failure
         self._log.append(known)
         self._note(before)
+        # wandb cannot plot lists, such as the spans of rows.
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in line.items() if not isinstance(value, list)})
 
@@ -127,32 +134,32 @@ class Tracker:
         self._note(before)
 
     def _note(self, before: OSError | None) -> None:
-        """Say once that the log finds no room, and whether the run may go on."""
+        """Update `fault` after a write, and log once when the log cannot be written but training continues."""
         failure = self._log.failure
         why = distributed.describe_write_error(failure) if failure else None
         self.fault = None if self._goes_on else why
         if why and self._goes_on and before is None:
-            logger.error("%s; its lines wait in memory, training goes on (checkpoint.on_full_disk=continue)", why)
+            logger.error("%s; its lines wait in memory, training continues (checkpoint.on_full_disk=continue)", why)
 
 
 class WandbRun:
-    """A run of wandb: figures step by step, evaluations also as a table and as curves against length."""
+    """A wandb run: metrics per step, and evaluations as a table and as curves over length."""
 
     def __init__(self, module: Any, run: Any) -> None:
         self._module, self._run = module, run
 
     def log(self, line: dict[str, Any]) -> None:
-        """Figures of a step, `step` among them."""
+        """Log the metrics of a step; `line` includes `step`."""
         self._run.log(line)
 
     def evaluation(self, step: int, results: dict[str, float]) -> None:
-        """`evaluation/table` with a row a key, and `evaluation/<measure>` with a line for each method."""
+        """Log `evaluation/table`, one row per key, and `evaluation/<measure>`, one curve per method."""
         rows = evaluation_rows(step, results)
         charts = {f"evaluation/{measure}": self._chart(measure, rows) for measure in dict.fromkeys(r[1] for r in rows)}
         self._run.log({"step": step, "evaluation/table": self._module.Table(columns=COLUMNS, data=rows), **charts})
 
     def finish(self, exit_code: int) -> None:
-        """The end; another code than 0 marks the run as failed."""
+        """End the run; a nonzero code marks it as failed."""
         self._run.finish(exit_code=exit_code)
 
     def _chart(self, measure: str, rows: list[list[Any]]) -> Any:
@@ -165,11 +172,12 @@ class WandbRun:
 
 
 def require_login(tracking: TrackingConfig) -> None:
-    """`ValueError` on rank 0 if wandb is to be online and nobody is logged in; asks nobody and connects to nothing."""
+    """Raise `ValueError` on rank 0 when wandb is online but nobody is logged in. Uses no prompt and no network."""
     if tracking.wandb is not Wandb.online or not distributed.is_main():
         return
     import wandb
 
+    # `wandb.login` would prompt on a terminal and hang a job without one.
     settings = wandb.setup().settings
     known = bool(settings.api_key or getattr(settings, "identity_token_file", None))
     require(
@@ -181,19 +189,20 @@ def require_login(tracking: TrackingConfig) -> None:
 
 
 def _in_netrc(host: str) -> bool:
-    """Return True if a netrc file, which `wandb login` writes, has a login for the host or its other name."""
+    """Tell whether a netrc file, which `wandb login` writes, has a login for the host."""
     named = os.environ.get("NETRC")
     files = [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]
     for file in files:
         with suppress(OSError, netrc.NetrcParseError):
             logins = netrc.netrc(file.expanduser())
+            # wandb's cloud has two names, and a login under either one is accepted.
             if logins.authenticators(host) or (host in CLOUDS and any(map(logins.authenticators, CLOUDS))):
                 return True
     return False
 
 
 def evaluation_rows(step: int, results: dict[str, float]) -> list[list[Any]]:
-    """A row of `COLUMNS` for each key of an evaluation; values that are not finite are left out."""
+    """Make a row of `COLUMNS` for each evaluation key. Values that are not finite are left out."""
     rows: list[list[Any]] = []
     for key, value in results.items():
         measure, method, *protocol, length = key.split("/")
@@ -203,17 +212,18 @@ def evaluation_rows(step: int, results: dict[str, float]) -> list[list[Any]]:
 
 
 def is_evaluation(key: str) -> bool:
-    """Whether a key of metrics.jsonl belongs to an evaluation: perplexity or a retrieval task, method, ..., length."""
+    """Tell whether a key of metrics.jsonl belongs to an evaluation."""
+    # Evaluation keys are `measure/method/.../length`; step metrics have no slash.
     return key.count("/") >= 2
 
 
 def write_environment(run_dir: Path, first_step: int, data_fingerprint: str) -> None:
-    """environment.json, and environment_step_<N>.json for each resumption at step N.
+    """Write environment.json, or environment_step_<N>.json when resuming at step N.
 
-    They hold the command, the commit, versions, the machine and the fingerprint of the data.
+    Contents: command, commit, versions, machine and data fingerprint.
     """
     facts = {
-        # As typed: console.run has rewritten sys.argv, where texts are quoted for Hydra.
+        # As typed: console.run has rewritten sys.argv, where values are quoted for Hydra.
         "command": [sys.executable, *sys.orig_argv[1:]],
         "git_commit": git_commit(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
@@ -228,10 +238,8 @@ def write_environment(run_dir: Path, first_step: int, data_fingerprint: str) -> 
 
 
 def git_commit() -> str | None:
-    """Return the commit of the code that runs, with `-dirty` if files differ from it; None where it is unknown.
-
-    A wheel, and the snapshot of a SLURM job, have it in a file.
-    """
+    """Return the commit of the running code, with `-dirty` if files differ from it; None if unknown."""
+    # A wheel and a snapshot for a SLURM job have no .git but a file with the commit.
     if locations.COMMIT.exists():
         return locations.COMMIT.read_text(encoding="utf-8").strip() or None
     if not locations.IS_CHECKOUT:
@@ -239,6 +247,7 @@ def git_commit() -> str | None:
         return None
     try:
         described = subprocess.run(
+            # `--exclude=*` ignores tags, so that this is always the bare hash.
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             cwd=locations.ROOT,
             capture_output=True,
@@ -277,20 +286,20 @@ def _open_wandb(config: Config, run_dir: Path, run_id: str) -> WandbRun | None:
         mode=config.tracking.wandb.value,
         settings=wandb.Settings(console="off", silent=True),
     )
-    # Steps after the last checkpoint are taken again on resume: wandb's own counter cannot go back, ours can.
+    # Steps after the last checkpoint are repeated on resume. wandb's own step counter cannot go back, a metric can.
     run.define_metric("*", step_metric="step")
     return WandbRun(wandb, run)
 
 
 def _wandb_id(path: Path) -> str:
-    """Return the id of the run at wandb; a new one where there is none, or what is left of it is damaged."""
+    """Read the run's wandb id, or create one when it is missing or damaged."""
     if path.exists():
         with suppress(files.BadFile):
             content = files.read_regular(path, within=path.parent, most=MOST_ID).decode("utf-8", "replace")
             if known := WANDB_ID.fullmatch(content.strip()):
                 return known[0]
-        logger.warning("%s: damaged, kept as %s; the run begins anew at wandb", path, files.quarantine(path).name)
+        logger.warning("%s is damaged; moved to %s, starting a new wandb run", path, files.quarantine(path).name)
     run_id = secrets.token_hex(4)
-    # Durable before wandb hears of it: a run that is killed here must find its own wandb run again.
+    # Durable before wandb sees it: a run killed in between must find its own wandb run again.
     files.write_atomically(path, run_id + "\n")
     return run_id

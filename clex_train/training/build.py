@@ -52,7 +52,7 @@ def build(ready: Preflight, stop: StopRequests) -> Parts:
         flops_per_token=metrics.flops_per_token(*load.matmul_shape(loaded.model), config.data.seq_len),
         stop=stop,
         spikes=SpikeWatch(optim.spike_factor, optim.spike_window) if optim.spike_factor else NoSpikeWatch(),
-        sequence=sequence_parallel.of_run(loaded.model, config, engine.train_micro_batch_size_per_gpu()),
+        sequence=sequence_parallel.build(loaded.model, config, engine.train_micro_batch_size_per_gpu()),
     )
 
 

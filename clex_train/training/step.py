@@ -76,7 +76,7 @@ class ForwardPass:
 def build_forward_pass(config: Config, loaded: LoadedModel, sequence: SequenceParallel | None) -> ForwardPass:
     """Choose the strategies of a run; `sequence` is its sequence parallelism, None for whole rows on every rank."""
     layout: Layout = WholeRowLayout(config) if sequence is None else SequenceParallelLayout(config, sequence)
-    return ForwardPass(token_loss.of(config.engine), layout, choose_frequencies(config, loaded, layout))
+    return ForwardPass(token_loss.choose_loss(config.engine), layout, choose_frequencies(config, loaded, layout))
 
 
 class WholeRowLayout:

@@ -103,7 +103,7 @@ def test_training_goes_on_without_a_checkpoint_that_finds_no_room(arguments, tmp
 
     monkeypatch.setattr(writer, "write", full)
     assert train.run(composed(*arguments, f"output_dir={folder}", "checkpoint.on_full_disk=continue")) == 4
-    assert "training goes on without it" in caplog.text
+    assert "training continues without it" in caplog.text
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"latest", "step_4"}
     waits = [row for row in map(json.loads, (folder / "metrics.jsonl").open()) if "save_seconds" in row]
     assert [row["step"] for row in waits] == [2, 4]

@@ -15,15 +15,16 @@ import pytest
 import torch
 
 from clex_train.checkpoint import manifest, writer
+from clex_train.checkpoint.listing import newest_config
 from clex_train.checkpoint.manifest import Manifest
 from clex_train.checkpoint.safe_load import RunsCode
-from clex_train.checkpoint.store import Checkpoints, newest_config
+from clex_train.checkpoint.store import Checkpoints
 from clex_train.config.checkpoint import CheckpointConfig, OnFullDisk
 from clex_train.config.root import Config
 from clex_train.utils import files
 from clex_train.utils.errors import RunStopped
 
-IDENTITY = Manifest.of_run(Config(), architecture="a", data_fingerprint="d")
+IDENTITY = Manifest.from_config(Config(), architecture="a", data_fingerprint="d")
 SHARDS = ("zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt")
 
 
@@ -191,7 +192,7 @@ def test_a_full_disk_costs_that_checkpoint_alone(little_room, on_full_disk, over
             saved(found, 10, big)
     else:
         saved(found, 10, big)
-        assert "training goes on without it" in caplog.text
+        assert "training continues without it" in caplog.text
     assert {path.name for path in found.folder.iterdir()} == {"latest", "step_5"}
     saved(found, 15)
     assert found.load(FileEngine())[0] == 15
@@ -262,7 +263,7 @@ def test_the_manifest_says_where_the_run_stood_and_what_every_file_must_be(check
     assert (found["step"], found["rows_consumed"], found["world_size"]) == (15, 120, 1)
     assert found["files"].keys() == found["sha256"].keys() == {*SHARDS, "ode.pt"}
     assert found["versions"].keys() == {"clex-train", "python", "torch", "deepspeed", "transformers"}
-    other = Manifest.of_run(Config(seed=1), architecture="a", data_fingerprint="d")
+    other = Manifest.from_config(Config(seed=1), architecture="a", data_fingerprint="d")
     assert len(found["config_hash"]) == 64
     assert found["config_hash"] != other.config_hash
 

@@ -59,8 +59,8 @@ def test_a_conversion_that_a_launcher_ends_is_a_request_to_stop(converts, number
     ("program", "reason"),
     [
         ("sys.exit('ZeRO stage 7 is unknown')", r"\(ZeRO stage 7 is unknown\)"),
-        ("sys.exit(1)", r"\(its process ended with 1\)"),
-        ("os.kill(os.getpid(), 9)", r"\(its process was ended by SIGKILL, as where memory is short\)"),
+        ("sys.exit(1)", r"\(its process exited with 1\)"),
+        ("os.kill(os.getpid(), 9)", r"\(its process was killed by SIGKILL, perhaps out of memory\)"),
     ],
 )
 def test_a_failed_conversion_gives_its_reason_and_no_progress_bar(converts, program, reason):

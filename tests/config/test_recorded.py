@@ -41,7 +41,7 @@ def test_a_recorded_text_is_never_interpolated(run: Path, monkeypatch: pytest.Mo
     assert config.data.path == "${oc.env:A_SECRET}"
     caplog.set_level("INFO", logger="clex_train")
     run_folder.check_config(Config(output_dir=str(run)), has_checkpoint=True)
-    assert "data.path was ${oc.env:A_SECRET}, is None now" in caplog.text
+    assert "data.path changed from ${oc.env:A_SECRET} to None" in caplog.text
     assert "hunter2" not in caplog.text
 
 

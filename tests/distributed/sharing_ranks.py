@@ -159,7 +159,7 @@ def parts_of(folder: Path, case: str, ranks: int) -> Parts:
         ode=OdeOptimizer(loaded.clex, config.scaling, config.seed) if loaded.clex else FixedFrequencies(),
         checkpoints=unused,
         evaluate=None,
-        sequence=sequence_parallel.of_run(loaded.model, config, config.engine.micro_batch or 1),
+        sequence=sequence_parallel.build(loaded.model, config, config.engine.micro_batch or 1),
     )
 
 

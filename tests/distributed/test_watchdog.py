@@ -36,7 +36,7 @@ def await_fault(culprit: Program) -> None:
         ("killed", 0, "is gone"),
         ("killed", 1, "is gone"),
         ("stopped", 0, "has not answered for"),
-        ("stopped", 1, "has given no sign for"),
+        ("stopped", 1, "sent no heartbeat for"),
         ("stuck", 1, "working in stuck_in_its_own_work (watched_ranks.py:"),
     ],
 )

@@ -11,7 +11,7 @@ from tests.engine.test_token_loss import ROWS, TOKENS, build, rows
 
 def gradients(model) -> list[torch.Tensor]:
     ids, labels = rows()
-    token_loss.from_logits(model, token_loss.shifted(labels), input_ids=ids).backward()
+    token_loss.loss_from_logits(model, token_loss.shifted(labels), input_ids=ids).backward()
     return [parameter.grad for parameter in model.parameters()]
 
 

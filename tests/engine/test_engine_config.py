@@ -43,7 +43,7 @@ def test_learning_rate_agrees_with_the_cosine_of_transformers():
 def test_accumulation_follows_from_rows_and_ranks():
     config = Config()
     config.optim.batch_rows, config.engine.micro_batch = 48, 2
-    assert engines.share_rows(config, world_size=4) == (2, 6)
+    assert engines.split_batch(config, world_size=4) == (2, 6)
     config.engine.accumulation = 6
     assert engines.deepspeed_dict(config, 4)["gradient_accumulation_steps"] == 6
 
@@ -51,24 +51,24 @@ def test_accumulation_follows_from_rows_and_ranks():
 def test_without_a_micro_batch_a_rank_reads_its_share_at_once():
     config = Config(engine=EngineConfig(micro_batch=None))
     config.optim.batch_rows = 8
-    assert engines.share_rows(config, world_size=1) == (8, 1)
-    assert engines.share_rows(config, world_size=2) == (4, 1)
+    assert engines.split_batch(config, world_size=1) == (8, 1)
+    assert engines.split_batch(config, world_size=2) == (4, 1)
     config.engine.accumulation = 2
-    assert engines.share_rows(config, world_size=2) == (2, 2)
+    assert engines.split_batch(config, world_size=2) == (2, 2)
 
 
 def test_rows_that_ranks_cannot_share_are_refused_by_name():
     config = Config()
     config.optim.batch_rows = 10
     with pytest.raises(ValueError, match=r"optim\.batch_rows=10: must be a multiple of .* 1 \* 4"):
-        engines.share_rows(config, world_size=4)
+        engines.split_batch(config, world_size=4)
 
 
 def test_contradicting_accumulation_is_refused_by_name():
     config = Config()
     config.optim.batch_rows, config.engine.accumulation = 8, 4
     with pytest.raises(ValueError, match=r"engine\.accumulation=4: .* need 8"):
-        engines.share_rows(config, world_size=1)
+        engines.split_batch(config, world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_matrices_decay_and_vectors_do_not():
 def test_ranks_that_share_rows_read_them_as_one():
     config = Config(engine=EngineConfig(micro_batch=2, sequence_parallel=4))
     config.optim.batch_rows = 12
-    assert engines.share_rows(config, world_size=8) == (2, 3)
+    assert engines.split_batch(config, world_size=8) == (2, 3)
     settings = engines.deepspeed_dict(config, 8)
     # What DeepSpeed asserts: each of its ranks has rows of its own.
     assert settings["train_batch_size"] == 2 * 3 * 8
@@ -106,7 +106,7 @@ def test_ranks_that_share_rows_read_them_as_one():
 def test_ranks_that_do_not_make_whole_groups_are_refused(world_size):
     config = Config(engine=EngineConfig(sequence_parallel=4))
     with pytest.raises(ValueError, match=rf"engine\.sequence_parallel=4: must divide .* ranks, {world_size}"):
-        engines.share_rows(config, world_size)
+        engines.split_batch(config, world_size)
 
 
 def test_rows_that_groups_cannot_share_are_refused_by_name():
@@ -115,4 +115,4 @@ def test_rows_that_groups_cannot_share_are_refused_by_name():
     with pytest.raises(
         ValueError, match=r"optim\.batch_rows=5: must be .* groups of engine.sequence_parallel ranks = 1 \* 2"
     ):
-        engines.share_rows(config, 4)
+        engines.split_batch(config, 4)

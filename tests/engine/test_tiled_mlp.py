@@ -22,7 +22,7 @@ def tiled(model: nn.Module, tile_len: int = TILE) -> list[nn.Module]:
 
 def loss_of(model: nn.Module) -> torch.Tensor:
     ids, labels = rows()
-    return token_loss.from_logits(model, token_loss.shifted(labels), input_ids=ids)
+    return token_loss.loss_from_logits(model, token_loss.shifted(labels), input_ids=ids)
 
 
 @pytest.mark.parametrize("family", DENSE)

@@ -63,8 +63,8 @@ def test_loss_and_gradients_are_those_of_transformers(family: str) -> None:
     model, (ids, labels) = build(family), rows()
     stock = model(input_ids=ids, labels=labels, use_cache=False).loss
     expected, targets = gradients(model, 0.7 * stock), token_loss.shifted(labels)
-    for loss in (token_loss.from_logits, token_loss.in_tiles):
-        if loss is token_loss.in_tiles:
+    for loss in (token_loss.loss_from_logits, token_loss.loss_in_tiles):
+        if loss is token_loss.loss_in_tiles:
             token_loss.install_tiles(model, TILE)
         found = loss(model, targets, input_ids=ids)
         torch.testing.assert_close(found, stock, rtol=2e-6, atol=0)
@@ -85,11 +85,11 @@ def test_the_loss_of_routers_is_added_as_transformers_adds_it() -> None:
     model, (ids, labels) = build("mixtral", output_router_logits=True, router_aux_loss_coef=0.5), rows()
     stock = model(input_ids=ids, labels=labels, use_cache=False)
     assert stock.aux_loss > 0
-    found = token_loss.from_logits(model, token_loss.shifted(labels), input_ids=ids)
+    found = token_loss.loss_from_logits(model, token_loss.shifted(labels), input_ids=ids)
     torch.testing.assert_close(found, stock.loss, rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("loss", [token_loss.from_logits, token_loss.in_tiles])
+@pytest.mark.parametrize("loss", [token_loss.loss_from_logits, token_loss.loss_in_tiles])
 def test_rows_without_a_scored_token_count_nothing(loss) -> None:
     model, (ids, labels) = build("llama"), rows()
     token_loss.install_tiles(model, TILE)
@@ -105,7 +105,7 @@ def test_targets_may_reach_beyond_the_tokens_of_the_call() -> None:
     targets = token_loss.shifted(ids)
     assert torch.equal(targets[:, :-1], ids[:, 1:])
     assert (targets[:, -1] == IGNORED).all()
-    whole = token_loss.in_tiles(model, targets[:, :9], input_ids=ids[:, :9])
+    whole = token_loss.loss_in_tiles(model, targets[:, :9], input_ids=ids[:, :9])
     logits = model(input_ids=ids[:, :9], use_cache=False).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:10].flatten())
     torch.testing.assert_close(whole, expected)
@@ -117,7 +117,7 @@ def test_the_output_layer_runs_once_and_its_weight_is_complete_once() -> None:
     head, calls, complete = model.get_output_embeddings(), [], []
     head.register_forward_hook(lambda *_: calls.append(1))
     head.weight.register_post_accumulate_grad_hook(lambda _: complete.append(1))
-    token_loss.in_tiles(model, token_loss.shifted(labels), input_ids=ids).backward()
+    token_loss.loss_in_tiles(model, token_loss.shifted(labels), input_ids=ids).backward()
     assert (len(calls), len(complete)) == (1, 1)
     assert head.weight is model.get_input_embeddings().weight
 
@@ -126,11 +126,11 @@ def test_evaluation_in_between_takes_its_own_tiles_and_gives_the_head_back() -> 
     model, (ids, labels) = build("llama"), rows()
     token_loss.install_tiles(model, TILE)
     targets = token_loss.shifted(labels)
-    before = token_loss.in_tiles(model, targets, input_ids=ids)
+    before = token_loss.loss_in_tiles(model, targets, input_ids=ids)
     with evaluating(model), tiled_head(model, torch.device("cpu")):
         found = score_chunk(model, ids[:, 1:], input_ids=ids, use_cache=False)
         with torch.no_grad():
-            again = token_loss.in_tiles(model, targets, input_ids=ids)
+            again = token_loss.loss_in_tiles(model, targets, input_ids=ids)
     with torch.no_grad():
         expected = token_nll(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
     torch.testing.assert_close(found, expected)
@@ -143,6 +143,6 @@ def test_a_fault_is_found_in_a_loss_of_tiles_too() -> None:
     token_loss.install_tiles(model, TILE)
     with torch.no_grad():
         model.get_output_embeddings().weight[5] = float("nan")
-    found = find(model, lambda: token_loss.in_tiles(model, token_loss.shifted(labels), input_ids=ids))
+    found = find(model, lambda: token_loss.loss_in_tiles(model, token_loss.shifted(labels), input_ids=ids))
     assert found.output == "lm_head"
     assert all(parameter.grad is None for parameter in model.parameters())

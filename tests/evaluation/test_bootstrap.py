@@ -114,5 +114,5 @@ def test_scores_carry_their_errors_and_compare_over_the_same_tokens_only() -> No
     assert with_errors.mean_nll_standard_error == standard_errors([30.0, 31.0, 42.0], [10] * 3, documents).mean_nll
     difference = compare(score([30.0, 31.0, 42.0]), score([29.0, 31.0, 42.0]), documents)
     assert difference.mean_nll == pytest.approx(1 / 30)
-    with pytest.raises(ValueError, match=r"perplexity/none/one_shot/64 .*are of other tokens"):
+    with pytest.raises(ValueError, match=r"perplexity/none/one_shot/64 .*scored different tokens"):
         compare(score([30.0, 31.0, 42.0]), score([29.0, 31.0, 42.0], "g"), documents)

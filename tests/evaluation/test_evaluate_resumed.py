@@ -38,7 +38,7 @@ def test_the_same_command_goes_on_where_it_was_interrupted(places, tmp_path, mon
     most[0] = 10**9
     with caplog.at_level("INFO", logger="clex_train"):
         assert call(monkeypatch, *asked, "num_windows=2", f"output={output}") == 0
-        assert "with other num_windows, windows and is not used; give that command again" in caplog.text
+        assert "with other num_windows, windows and is not used; repeat that command" in caplog.text
         spent = len(forwards)
         forwards[:] = forwards[: undisturbed - 3]
         caplog.clear()

@@ -13,7 +13,7 @@ from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method
 from clex_train.evaluation import out_of_memory
 from clex_train.evaluation.methods import base_rope, tables
-from clex_train.evaluation.out_of_memory import Room
+from clex_train.evaluation.out_of_memory import MemoryGuard
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.report.tables import console, from_results
 from clex_train.evaluation.results import Origin, Results, read, write
@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_missing_with_its_reason_and_the_rest_is_unchanged(
     assert {cell.reason for cell in found.missing} == {f"rank 0: {SAID}"}
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 4
-    assert "method ntk, protocol chunked, 64 tokens is left out" in " ".join(lines)
+    assert "skipping method ntk, protocol chunked, 64 tokens" in " ".join(lines)
     assert all("offload_cache=true" in line and "chunk_len" in line for line in lines)
 
     write(tmp_path / "x.json", found, Origin("x", [], {}, {}))
@@ -80,14 +80,14 @@ def too_much_for_the_host() -> torch.Tensor:
 
 
 def test_the_error_of_the_host_is_one_too_and_others_are_not() -> None:
-    cell = Room(build_tiny_llama(), "a cell")
+    cell = MemoryGuard(build_tiny_llama(), "a cell")
     assert cell.attempt(lambda: torch.ones(1)) is not None
-    assert cell.lacking() == ""
+    assert cell.shortage() == ""
     assert cell.attempt(too_much_for_the_host) is None
     assert cell.attempt(lambda: pytest.fail("tried again")) is None
-    assert "memory" in cell.lacking()
+    assert "memory" in cell.shortage()
     with pytest.raises(RuntimeError, match="size of tensor a"):
-        Room(build_tiny_llama(), "a cell").attempt(lambda: torch.ones(2) + torch.ones(3))
+        MemoryGuard(build_tiny_llama(), "a cell").attempt(lambda: torch.ones(2) + torch.ones(3))
 
 
 def test_what_a_failed_forward_made_is_given_back() -> None:
@@ -100,17 +100,17 @@ def test_what_a_failed_forward_made_is_given_back() -> None:
         made.append(ref(hidden))
         return hidden + too_much_for_the_host()
 
-    Room(build_tiny_llama(), "a cell").attempt(work)
+    MemoryGuard(build_tiny_llama(), "a cell").attempt(work)
     assert made[0]() is None
 
 
 def test_ranks_that_share_weights_stop_because_the_others_wait(monkeypatch) -> None:
     monkeypatch.setattr(out_of_memory.distributed, "world_size", lambda: 2)
     model = build_tiny_llama()
-    assert Room(model, "a cell").attempt(too_much_for_the_host) is None
+    assert MemoryGuard(model, "a cell").attempt(too_much_for_the_host) is None
     model.lm_head.weight.ds_id = 0
     with pytest.raises(RunStopped, match=r"out of memory: a cell \(rank 0: .*sharded=true on more ranks"):
-        Room(model, "a cell").attempt(too_much_for_the_host)
+        MemoryGuard(model, "a cell").attempt(too_much_for_the_host)
 
 
 def test_ranks_agree_on_what_one_of_them_does_not_hold(tmp_path: Path) -> None:

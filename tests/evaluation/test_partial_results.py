@@ -140,7 +140,7 @@ def test_results_of_other_settings_are_named_in_a_line_and_not_used(model, tmp_p
         other = resume(file, {**FACTS, "weights": "b"})
     assert other.cells == {}
     [line] = [record.getMessage() for record in caplog.records]
-    assert "is of an interrupted evaluation with other weights and is not used; give that command again" in line
+    assert "is from an interrupted evaluation with other weights and is not used; repeat that command" in line
     other.finish({"cell": 1})
     assert len(resume(file, FACTS).cells) == 18, "both are kept"
 

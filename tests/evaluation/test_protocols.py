@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clex_train.config.evaluation import EvaluationConfig, Protocol
+from clex_train.evaluation.cells import jobs
 from clex_train.evaluation.protocols import Reading, curve, readings
 from clex_train.evaluation.results import Results
-from clex_train.evaluation.runner import evaluate, jobs
+from clex_train.evaluation.runner import evaluate
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.methods.none import none_table
 from clex_train.scaling.methods.ntk import ntk_table

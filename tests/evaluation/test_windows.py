@@ -68,7 +68,7 @@ def test_too_short_documents_are_one_clear_error(store: TokenStore) -> None:
 def test_fewer_windows_than_asked_are_told(store: TokenStore, caplog: pytest.LogCaptureFixture) -> None:
     select(store, longest=64, num_windows=50)
     assert (
-        "num_windows=50: the validation split holds 5 windows of 64 tokens, all are used (5 of 8 documents"
+        "num_windows=50: the validation split has only 5 windows of 64 tokens, all are used (5 of 8 documents"
         in caplog.text
     )
 
@@ -80,9 +80,9 @@ def test_fewer_windows_than_asked_are_told(store: TokenStore, caplog: pytest.Log
         (
             [[1] * 62],
             [32, 64],
-            "could not be evaluated as it is configured: evaluation.lengths=64: none of the 1 valid",
+            "cannot be evaluated as configured: evaluation.lengths=64: none of the 1 valid",
         ),
-        ([], [32], "could not be evaluated as it is configured: data.path="),
+        ([], [32], "cannot be evaluated as configured: data.path="),
     ],
 )
 def test_a_run_that_evaluates_later_is_told_of_what_will_be_missing(

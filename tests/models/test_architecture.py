@@ -281,3 +281,9 @@ def test_a_damaged_directory_of_the_original_code_is_one_line(tmp_path):
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         official.read_official_field(tmp_path, torch.ones(4, dtype=torch.float64))
     assert str(explain(raised.value)).startswith(f"{tmp_path}: ")
+
+
+def test_a_shipped_architecture_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = architecture.to_train(ModelConfig(path=None, config="conf/model/architectures/llama2_7b"))
+    assert (found.num_hidden_layers, found.hidden_size) == (32, 4096)

@@ -43,7 +43,7 @@ def run_for_real(
     leaf = handle.base_inv_freq.requires_grad_()
     positions = torch.arange(TOKENS, dtype=torch.float64).expand(ROWS, TOKENS).contiguous()
     with handle.training(Spectrum(leaf), positions):
-        counted = measure(model, torch.randint(0, 512, (ROWS, TOKENS)), token_loss.of(engine))
+        counted = measure(model, torch.randint(0, 512, (ROWS, TOKENS)), token_loss.choose_loss(engine))
     assert leaf.grad is not None
     assert all(p.grad is None for p in model.parameters())
     return counted

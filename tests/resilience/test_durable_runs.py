@@ -131,7 +131,7 @@ def test_a_damaged_final_model_is_named_and_written_again_from_the_checkpoint(
     assert start(arguments, run) == 4
     (said,) = warnings(caplog)
     assert said.startswith(f"{run / 'final'} is damaged: {name} ")
-    assert said.endswith("it is written again from the last checkpoint")
+    assert said.endswith("rewriting it from the last checkpoint")
     assert final(run) == final(finished)
     assert names(run) == names(finished) | {"environment_step_4.json"}
     assert steps(run) == steps(finished)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from clex_train.config import duration
-from clex_train.resilience import stop_requests
+from clex_train.resilience import launchers, stop_requests
 from clex_train.resilience.stop_requests import Deadline, StopRequests
 from clex_train.tracking import run_folder
 
@@ -72,7 +72,7 @@ def test_a_second_signal_ends_a_process_whose_main_thread_is_stuck_in_a_library(
     time.sleep(stop_requests.MOMENT + 0.7)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 128 + signal.SIGTERM
-    assert "a second signal (SIGTERM)" in process.stderr.read()
+    assert "second signal (SIGTERM)" in process.stderr.read()
 
 
 def test_the_death_of_a_launcher_is_a_request_to_stop(tmp_path):
@@ -84,12 +84,12 @@ def test_the_death_of_a_launcher_is_a_request_to_stop(tmp_path):
     )
     assert process.stdout.readline() == "ready\n"
     process.kill()
-    assert process.stdout.readline() == f"its launcher (process {process.pid}) is gone\n"
+    assert process.stdout.readline() == f"its launcher (process {process.pid}) has exited\n"
     process.wait(120)
 
 
 def test_a_program_that_no_launcher_started_watches_none():
-    assert stop_requests.launchers() == []
+    assert launchers.launchers() == []
 
 
 def test_a_stop_file_is_a_reason_that_stays(tmp_path):
@@ -97,7 +97,7 @@ def test_a_stop_file_is_a_reason_that_stays(tmp_path):
     assert stop.reason() is None
     (tmp_path / "stop").touch()
     stop._looked = 0.0
-    assert stop.reason() == f"{tmp_path / 'stop'} is there"
+    assert stop.reason() == f"{tmp_path / 'stop'} exists"
     (tmp_path / "stop").unlink()
     assert stop.reason()
 
@@ -138,12 +138,12 @@ def test_what_is_no_duration_is_refused_by_name(text):
 
 def test_a_second_launch_waits_for_the_first_and_is_refused_if_that_stays(tmp_path):
     with (
-        run_folder.held(tmp_path, 0, patience=0),
+        run_folder.run_lock(tmp_path, 0, patience=0),
         pytest.raises(ValueError, match=rf"output_dir=.*in use by process {os.getpid()} on"),
-        run_folder.held(tmp_path, 0, patience=0.3),
+        run_folder.run_lock(tmp_path, 0, patience=0.3),
     ):
         raise AssertionError("two launches in one folder")
-    with run_folder.held(tmp_path, 0, patience=0):
+    with run_folder.run_lock(tmp_path, 0, patience=0):
         pass
 
 
@@ -151,7 +151,7 @@ def test_a_second_launch_begins_when_the_first_has_ended(tmp_path):
     held, begun = threading.Event(), []
 
     def first() -> None:
-        with run_folder.held(tmp_path, 0, patience=0):
+        with run_folder.run_lock(tmp_path, 0, patience=0):
             held.set()
             time.sleep(0.5)
             begun.append("first ends")
@@ -159,7 +159,7 @@ def test_a_second_launch_begins_when_the_first_has_ended(tmp_path):
     thread = threading.Thread(target=first)
     thread.start()
     assert held.wait(120)
-    with run_folder.held(tmp_path, 0, patience=120):
+    with run_folder.run_lock(tmp_path, 0, patience=120):
         begun.append("second begins")
     thread.join()
     assert begun == ["first ends", "second begins"]
@@ -169,7 +169,7 @@ def test_a_zombie_launcher_is_gone():
     process = subprocess.Popen([sys.executable, "-c", ""])
     watched = psutil.Process(process.pid)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert not stop_requests._lives(watched)
+    assert not launchers.is_alive(watched)
     process.wait()
 
 
@@ -284,8 +284,8 @@ def test_a_second_ctrl_c_ends_a_saving_run_at_once_and_a_launcher_s_copy_of_the_
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT
     first, second = errors.splitlines()
-    assert first.startswith("SIGINT: finishes and saves")
-    assert second == "a second signal (SIGINT): ended at once"
+    assert first.startswith("SIGINT: finishing the current work and saving")
+    assert second == "second signal (SIGINT): ended at once"
 
 
 def test_output_that_nobody_can_read_any_more_neither_fails_nor_changes_the_exit_code():

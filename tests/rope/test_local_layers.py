@@ -174,7 +174,7 @@ def test_a_recipe_by_formula_says_that_it_scales_local_layers_too(
     config = Config(model=base, data=DataConfig(seq_len=CONTEXT), scaling=scaling)
     with caplog.at_level("WARNING", logger="clex_train"):
         loaded = load_for_training(config, architecture.to_train(base), torch.float32, {})
-    assert "scaling=yarn: layers 0 see at most L tokens" in caplog.text
+    assert "scaling=yarn: layers 0 attend to at most L tokens" in caplog.text
     ids = tokens(1, CONTEXT)
     assert loaded.formula is not None
     with loaded.handle.training(loaded.formula):

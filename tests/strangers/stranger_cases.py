@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from clex_train.checkpoint import manifest as checkpoint_manifest
-from clex_train.checkpoint.safe_load import without_code
+from clex_train.checkpoint.safe_load import tensors_only
 from clex_train.checkpoint.store import Checkpoints
 from clex_train.cli import arguments, console
 from clex_train.cli.errors import explain
@@ -110,7 +110,7 @@ def _write_checkpoint(folder: Path, config: Config) -> None:
 
 
 def _fields(config: Config) -> dict[str, Any]:
-    return vars(checkpoint_manifest.Manifest.of_run(config, "architecture", "data"))
+    return vars(checkpoint_manifest.Manifest.from_config(config, "architecture", "data"))
 
 
 def _sign(folder: Path, fields: dict[str, Any], files: bool = True) -> None:
@@ -192,7 +192,7 @@ def _choose(folder: Path) -> None:
     found = Checkpoints(folder / "run", CheckpointConfig(), identity)
     chosen = found.choose()
     if chosen and (chosen.path / "ode.pt").is_file():
-        with without_code(chosen.path):
+        with tensors_only(chosen.path):
             torch.load(chosen.path / "ode.pt", weights_only=True)
 
 

@@ -47,7 +47,7 @@ def test_a_line_that_cannot_be_read_is_set_aside_with_one_line(tmp_path, caplog,
     assert path.read_bytes() == b"".join(LINES[:6])
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == bad + b"\n"
     (said,) = [record.message for record in caplog.records]
-    assert said == f"{path}: lines that cannot be read: 1; they are kept in metrics.jsonl.damaged"
+    assert said == f"{path}: unreadable lines moved to metrics.jsonl.damaged: 1"
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.damaged"])
@@ -63,7 +63,7 @@ def test_a_log_that_is_a_pipe_or_leads_out_of_its_folder_is_set_aside_unread(tmp
     else:
         (run / name).symlink_to(outside if place == "link" else tmp_path / "nothing")
     MetricsLog(run / "metrics.jsonl", 6, lambda row: None).close()
-    assert caplog.records[0].message.endswith(f"; kept as {name}.damaged, a new file begins")
+    assert caplog.records[0].message.endswith(f"; moved to {name}.damaged, starting a new file")
     assert (run / "metrics.jsonl").read_bytes() == b""
     assert outside.read_bytes() == LINES[0]
     assert not (tmp_path / "nothing").exists()

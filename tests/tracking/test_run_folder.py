@@ -117,7 +117,10 @@ def test_what_a_run_reads_may_move_and_is_said(tmp_path, caplog):
         setattr(getattr(config, group), name, f"/elsewhere{getattr(getattr(config, group), name)}")
     caplog.set_level("INFO", logger="clex_train")
     run_folder.check_config(config, has_checkpoint=True)
-    for line in ("model.path was /models/base, is /elsewhere/models/base now", "data.path was /corpora/books, is"):
+    for line in (
+        "model.path changed from /models/base to /elsewhere/models/base",
+        "data.path changed from /corpora/books to",
+    ):
         assert line in caplog.text
     assert len(caplog.records) == 4
 
@@ -138,7 +141,7 @@ def test_a_finished_run_is_not_lengthened_but_trained_on(tmp_path):
 def _refuse(folder, *files, rank=0):
     with run_folder.left_as_found(folder):
         run_folder.require_writable(folder)
-        with run_folder.held(folder, rank, 1.0):
+        with run_folder.run_lock(folder, rank, 1.0):
             for name in files:
                 (folder / name).write_text("")
             raise ValueError("x=1: refused")
@@ -158,7 +161,7 @@ def test_ranks_that_are_refused_leave_nothing_whoever_made_the_folder(tmp_path, 
         ranks[rank] = ExitStack()
         ranks[rank].enter_context(run_folder.left_as_found(folder))
         run_folder.require_writable(folder)
-        ranks[rank].enter_context(run_folder.held(folder, rank, 1.0))
+        ranks[rank].enter_context(run_folder.run_lock(folder, rank, 1.0))
     refused = ValueError("x=1: refused")
     for rank in order:
         assert not ranks[rank].__exit__(ValueError, refused, None)
@@ -167,13 +170,13 @@ def test_ranks_that_are_refused_leave_nothing_whoever_made_the_folder(tmp_path, 
 
 
 def test_a_rank_that_is_refused_alone_leaves_the_locks_of_others(tmp_path):
-    with run_folder.held(tmp_path / "mine", 0, 1.0), pytest.raises(ValueError, match="refused"):
+    with run_folder.run_lock(tmp_path / "mine", 0, 1.0), pytest.raises(ValueError, match="refused"):
         _refuse(tmp_path / "mine", rank=1)
     assert [lock.name for lock in (tmp_path / "mine" / "locks").iterdir()] == ["rank_0"]
 
 
 def test_a_launch_that_finds_the_folder_in_use_leaves_its_locks(tmp_path):
-    with run_folder.held(tmp_path / "mine", 0, 1.0):
+    with run_folder.run_lock(tmp_path / "mine", 0, 1.0):
         with pytest.raises(ValueError, match="in use by"):
             _refuse(tmp_path / "mine")
         assert [lock.name for lock in (tmp_path / "mine" / "locks").iterdir()] == ["rank_0"]
@@ -192,7 +195,7 @@ def test_a_rank_finds_its_folder_again_that_rank_0_removes_under_it(tmp_path, mo
 
     monkeypatch.setattr(Path, "open", open_after_removal)
     run_folder.require_writable(folder)
-    with run_folder.held(folder, 1, 0.0):
+    with run_folder.run_lock(folder, 1, 0.0):
         assert (folder / "locks" / "rank_1").is_file()
     assert opened
 

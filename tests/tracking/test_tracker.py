@@ -147,7 +147,7 @@ def test_a_damaged_id_of_wandb_is_set_aside_and_a_new_one_is_kept(tmp_path, capl
     path.write_bytes(b"ab\0\0\0\0\xff\n")
     second = _wandb_id(path)
     assert _wandb_id(path) == second != first
-    assert "damaged, kept as wandb_id.damaged" in caplog.text
+    assert "is damaged; moved to wandb_id.damaged" in caplog.text
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_figures_that_find_no_room_stop_the_run_and_leave_no_half_a_line(tmp_pat
     assert tracker.fault == f"{tmp_path / 'metrics.jsonl'}: cannot be written (No space left on device)"
     tracker.close()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
-    assert "its last lines are lost: 1" in caplog.text
+    assert "lines lost at its end: 1" in caplog.text
 
 
 def test_a_log_that_cannot_be_opened_stops_the_launch_with_the_file(tmp_path, monkeypatch):

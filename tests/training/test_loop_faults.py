@@ -176,7 +176,7 @@ def test_a_run_goes_on_after_its_base_has_moved(run, tmp_path, caplog):
         shutil.rmtree(run.folder / part)
     moved = base.rename(tmp_path / "elsewhere")
     assert run(f"model.path={moved}", "optim.steps=4") == 4
-    assert f"model.path was {base}, is {moved} now: the run goes on from its own checkpoint" in caplog.text
+    assert f"model.path changed from {base} to {moved}; the run resumes from its own checkpoint" in caplog.text
     assert_same_model(whole / "final", run.folder / "final")
 
 

@@ -51,7 +51,7 @@ def test_a_stop_file_saves_the_step_and_the_same_command_ends_with_the_same_bits
     whole = run("whole")
     with monkeypatch.context() as patched:
         touch_after(patched, loop, "forward_backward", 3, run.folder / "stopped" / "stop")
-        with pytest.raises(StopRequested, match=r"after step 3: .*stop is there .*step_3; the same command") as asked:
+        with pytest.raises(StopRequested, match=r"after step 3: .*stop exists .*step_3; the same command") as asked:
             run("stopped")
     assert console.report(asked.value) == console.GO_ON == 75
     assert "stopped after step 3" in capsys.readouterr().err

@@ -44,7 +44,7 @@ def test_a_file_system_without_locks_gives_a_warning_and_the_work_goes_on(
     monkeypatch.setattr(fcntl, "flock", refuse)
     with open_partial(tmp_path / "store", {"a": 1}, overwrite=False) as partial:
         assert partial.is_dir()
-    with run_folder.held(tmp_path / "run", rank=0, patience=0):
+    with run_folder.run_lock(tmp_path / "run", rank=0, patience=0):
         pass
     with extensions.exclusive(tmp_path / "op.flock", "op") as is_held:
         assert not is_held, "torch's own lock may be another process's, which must not be removed"

@@ -1,4 +1,4 @@
-"""Retrieval scores as plain tables: depth x length where a task has depths, else one line a task."""
+"""Plain-text tables of retrieval scores: depth x length for a task with depths, else one line per task."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,8 @@ from clex_train.evaluation.results import TaskScore
 
 
 def console(scores: Sequence[TaskScore]) -> str:
-    """A block for each task and method with depths, in percent, then one block for the tasks without."""
+    """Format one table per task and method with depths, in percent, then one table for tasks without depths."""
+    # `dict.fromkeys` removes duplicates and keeps the order, unlike a set.
     graded = dict.fromkeys((s.task, s.method) for s in scores if s.depth is not None)
     blocks = [
         _grid(task, method, [s for s in scores if (s.task, s.method) == (task, method)]) for task, method in graded
@@ -28,7 +29,7 @@ def _list(scores: Sequence[TaskScore]) -> str:
 
 
 def _table(corner: str, cells: dict[tuple[str, int], float]) -> str:
-    """Rows by name in the order of their coming, columns by length."""
+    """Format a table with rows by name, in order of appearance, and columns by length."""
     names, lengths = list(dict.fromkeys(name for name, _ in cells)), sorted({length for _, length in cells})
     width = max(len(corner), *(len(name) for name in names))
     head = corner.ljust(width) + "".join(f"{length:>8}" for length in lengths)

@@ -1,8 +1,8 @@
-"""RULER's aggregation tasks (Hsieh et al., 2024): which words of a long list appear most often.
+"""RULER's aggregation tasks (Hsieh et al., 2024): find the most frequent words of a long list.
 
-Common words: ten words many times each among many words that appear a few times, numbered. Frequent words: coded
-words whose k-th has a share of k^-alpha / zeta(alpha), alpha = 2 (zeta(2) = pi^2 / 6), the first of them dots; the
-next three are asked for.
+Common words: a numbered list with ten frequent words among many rare ones. Frequent words: coded words whose k-th has
+the share k^-alpha / zeta(alpha), alpha = 2 (zeta(2) = pi^2 / 6). The first is dots; the question is about the next
+three.
 """
 
 import math
@@ -17,17 +17,18 @@ from clex_train.evaluation.retrieval.words import names
 NUM_COMMON = 10
 NUM_FREQUENT = 3
 LONG = 4096
-"""Tokens from which RULER repeats words more often."""
+"""Prompt length in tokens from which RULER repeats words more often."""
 CODED_LEN = 6
+"""Letters of a coded word."""
 TOKENS_PER_CODED_WORD = 50
 LEAST_WORDS = 80
-"""Words from which the counts of the first five ranks differ: (1/16 - 1/25) / zeta(2) of them is more than one."""
+"""Smallest number of words for which the counts of the first five ranks differ: (1/16 - 1/25) / zeta(2) * 80 > 1."""
 
 
 def common_words(ask: Ask) -> Draft:
-    """Ask for common words, which appear 30 times and others 3 times, 6 and 1 in short texts.
+    """Draft a prompt about common words, which appear 30 times and others 3 times (6 and 1 in short texts).
 
-    A unit of filler is one more uncommon word.
+    A unit of filler is one more rare word.
     """
     common_count, other_count = (30, 3) if ask.length >= LONG else (6, 1)
     words, seed = names(ask.rng), int(ask.rng.integers(2**63))
@@ -37,6 +38,7 @@ def common_words(ask: Ask) -> Draft:
     question = f"Question: What are the {NUM_COMMON} most common words in the list above? {lead}"
 
     def text(units: int) -> str:
+        # Draw each word once, so that more units only add words: the search for the length relies on it.
         others.extend(islice(words, max(0, units - len(others))))
         entries = _shuffled(common * common_count + others[:units] * other_count, seed)
         listed = " ".join(f"{number}. {word}" for number, word in enumerate(entries, start=1))
@@ -46,7 +48,7 @@ def common_words(ask: Ask) -> Draft:
 
 
 def frequent_words(ask: Ask) -> Draft:
-    """Ask for frequent words: a unit of filler is one more word of the text."""
+    """Draft a prompt about frequent words. A unit of filler is one more word of the text."""
     vocabulary = ["...", *_coded(ask.rng, max(5, ask.length // TOKENS_PER_CODED_WORD))]
     seed = int(ask.rng.integers(2**63))
     shares = np.arange(1, len(vocabulary) + 1) ** -2.0 / (math.pi**2 / 6)
@@ -58,6 +60,7 @@ def frequent_words(ask: Ask) -> Draft:
     )
 
     def text(units: int) -> str:
+        # Rounded down, so that no rank's count ever decreases with more units.
         counts = ((LEAST_WORDS + units) * shares).astype(int)
         entries = [word for word, count in zip(vocabulary, counts, strict=True) for _ in range(count)]
         return join("\n", opening, " ".join(_shuffled(entries, seed)), question)
@@ -66,7 +69,8 @@ def frequent_words(ask: Ask) -> Draft:
 
 
 def _coded(rng: np.random.Generator, count: int) -> list[str]:
-    """Distinct words of random small letters."""
+    """Draw distinct words of random lowercase letters."""
+    # A dict keeps the order of the draws; a set's order differs between processes.
     found: dict[str, None] = {}
     while len(found) < count:
         found["".join(rng.choice(list(string.ascii_lowercase), CODED_LEN))] = None
@@ -74,4 +78,5 @@ def _coded(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def _shuffled(entries: list[str], seed: int) -> list[str]:
+    # A generator of its own: `text` is called many times and must return the same prompt for the same units.
     return [entries[i] for i in np.random.default_rng(seed).permutation(len(entries))]

@@ -1,7 +1,6 @@
-"""Greedy decoding after a long prompt, in bounded memory.
+"""Greedy decoding after a long prompt, in bounded memory: chunked prefill, then one token at a time.
 
-The prompt goes through the KV cache in chunks, and so does what is generated, token by token. Shapes: `N` tokens of
-the prompt, `G` generated ones.
+Shapes: `N` tokens of the prompt, `G` generated tokens.
 """
 
 from collections.abc import Callable
@@ -22,20 +21,20 @@ def greedy(
     new_cache: Callable[[], Any] | None = None,
     advance: Advance = ignore,
 ) -> Tensor:
-    """int64 [G]: the `num_new` likeliest next tokens after `prompt` int64 [N], whatever is among them.
+    """Generate the `num_new` most likely tokens after `prompt` int64 [N], greedily, as int64 [G].
 
-    The prompt is read in `num_chunks` pieces of nearly equal length (fewer when it has fewer tokens), which bounds the
-    memory and does not change the result beyond rounding. A number of pieces, not their length, so that prompts of
-    nearly equal length need equally many forwards: G - 1 more than there are pieces. `new_cache` makes the cache; by
-    default the model does;
-    `advance` hears after each piece how many tokens have been read.
+    Does not stop at EOS. The prompt is read in `num_chunks` chunks of nearly equal length, which changes the result
+    only by rounding. `new_cache` creates the cache, the model by default. `advance` is called after each chunk with the
+    number of tokens read.
     """
+    # Every rank must run the same number of forwards under ZeRO-3, hence a fixed number of chunks and no stop at EOS.
     cache = new_cache() if new_cache else None
     token, num_read = prompt[:0], 0
     for chunk in prompt.tensor_split(num_chunks):
         token, cache = _next_token(model, chunk, cache)
         num_read += len(chunk)
         advance(num_read)
+    # The prefill has produced the first token already.
     generated = [token]
     for _ in range(num_new - 1):
         token, cache = _next_token(model, token, cache)
@@ -44,6 +43,6 @@ def greedy(
 
 
 def _next_token(model: nn.Module, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """The likeliest token [1] after `tokens` [S] and those in the cache, and the grown cache."""
+    """Return the most likely token [1] after the cache and `tokens` [S], and the extended cache."""
     output = model(input_ids=tokens[None], use_cache=True, **kv_cache.as_kwargs(model, cache))
     return output.logits[0, -1:].argmax(dim=-1), kv_cache.require_in_output(output)

@@ -1,7 +1,7 @@
-"""A needle in a haystack (Kamradt, 2023): one sentence that does not belong, inside real text, asked for at the end.
+"""Needle in a haystack (Kamradt, 2023): one foreign sentence inside real text, with a question about it at the end.
 
-The haystack is the text of the evaluation store's documents. The needle is a number for a name, so that an answer is
-right or wrong without a judge: exact match of the first number of the generation.
+The haystack is the text of the evaluation store. The needle gives a number for a name, so that scoring needs no judge
+model: the first number of the generation must match exactly.
 """
 
 from clex_train.evaluation.retrieval.haystack import insert
@@ -9,8 +9,9 @@ from clex_train.evaluation.retrieval.prompts import Ask, Draft, join
 from clex_train.evaluation.retrieval.words import digits, names
 
 
-def in_documents(ask: Ask) -> Draft:
-    """Put the needle at the end of the sentence before the share `ask.depth` of the text's tokens."""
+def draft(ask: Ask) -> Draft:
+    """Draft a prompt with the needle after the sentence at the share `ask.depth` of the text's tokens."""
+    # All draws come before `text`, so that prompts of one index are equal at every depth and length of filler.
     name, number = next(names(ask.rng)), digits(ask.rng, 6)
     lay = ask.documents.starting_at(ask.rng.random())
     opening = "Read the text below. There will be a question about it."

@@ -1,9 +1,8 @@
-"""Passkey retrieval: a number of five digits inside repeated sentences that say nothing, asked for at the end.
+"""Passkey retrieval: a five-digit number inside meaningless repeated sentences, with a question about it at the end.
 
-Two published forms. LM-Infinite (Han et al., 2024) has that of Mohtashami and Jaggi (2023, Landmark attention): an
-announcement, filler, the key in a line of its own, filler, the question and the beginning of its answer. InfiniteBench
-(Zhang et al., 2024) sets announcement, text and question apart as paragraphs, and the key stands within the text.
-The sentences are our own. Exact match: the first number of the generation is the key.
+There are two published forms. LM-Infinite (Han et al., 2024) uses that of Mohtashami and Jaggi (2023, Landmark
+attention), with the key on a line of its own. InfiniteBench (Zhang et al., 2024) separates notice, text and question as
+paragraphs, with the key inside the text. The sentences are our own. The first number of the generation must be the key.
 """
 
 from clex_train.evaluation.retrieval.haystack import noise
@@ -15,19 +14,20 @@ LEAD = "The pass key is"
 
 
 def lm_infinite(ask: Ask) -> Draft:
-    """Build the form of LM-Infinite; the key stands after the share `ask.depth` of the filler."""
+    """Draft a prompt in the form of LM-Infinite, with the key after the share `ask.depth` of the filler."""
     key = digits(ask.rng, 5)
     question = f"What is the pass key? {LEAD}"
 
     def text(units: int) -> str:
         before, after = noise(units, [ask.depth])
+        # Ends with the lead of the answer: base models continue a text, and do not answer questions.
         return join("\n", f"{NOTICE} You will be asked about it.", before, statement(key), after, question)
 
     return Draft((key,), text, LEAD)
 
 
 def infinitebench(ask: Ask) -> Draft:
-    """Build the form of InfiniteBench; the key stands after the share `ask.depth` of the filler."""
+    """Draft a prompt in the form of InfiniteBench, with the key after the share `ask.depth` of the filler."""
     key = digits(ask.rng, 5)
 
     def text(units: int) -> str:
@@ -40,5 +40,5 @@ def infinitebench(ask: Ask) -> Draft:
 
 
 def statement(key: str) -> str:
-    """What says the key, twice."""
+    """Write the sentences that state the key, twice as in the published prompts."""
     return f"The pass key is {key}. Remember it. {key} is the pass key."

@@ -1,7 +1,7 @@
-"""Prompts of a wanted length in tokens: a task says what is asked and how filler goes around it, `fit` how much.
+"""Prompts of a given length in tokens.
 
-A `Draft` is text as a function of the units of filler in it (sentences, words, tokens of a document). The largest
-number of units is searched for whose text, encoded whole as a user would, stays within the budget.
+A task returns a `Draft`: its text as a function of the units of filler (sentences, words, tokens of a document). `fit`
+searches for the largest number of units whose text, encoded as a whole, stays within the budget.
 """
 
 from collections.abc import Callable
@@ -13,57 +13,59 @@ from clex_train.evaluation.retrieval.haystack import Documents
 from clex_train.utils.protocols import Tokenizer
 
 FIRST_PROBE = 16
-"""Units of filler from which the tokens of a unit are estimated."""
+"""Units of filler of the first attempt, from which the tokens per unit are estimated."""
 BISECT_EVERY = 4
-"""Rounds of interpolation between two of bisection, which bounds their number for uneven filler."""
+"""Every so many rounds, bisect instead of interpolating, which bounds the rounds for uneven filler."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What a task is asked to make a prompt of; equal generators give equal prompts."""
+    """Input of a task's draft; equal generators give equal prompts."""
 
     rng: np.random.Generator
     length: int
-    """Tokens of prompt and answer together, at most."""
+    """Maximum tokens of prompt and answer together."""
     depth: float = 0.0
-    """Where the answer stands, from 0 (start) to 1 (end), for tasks that are asked by depth."""
+    """Position of the answer, from 0 (start) to 1 (end), for tasks with depths."""
     source: Documents | None = None
 
     @property
     def documents(self) -> Documents:
-        """Real text; tasks that need none are asked without."""
+        """Real text; only for tasks that need it."""
         assert self.source is not None, "this task needs real text"
         return self.source
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A prompt whose filler has not been laid yet."""
+    """A prompt with a variable amount of filler."""
 
     answers: tuple[str, ...]
-    """What the generation is compared with."""
+    """Expected strings."""
     text: Callable[[int], str]
-    """The prompt with so many units of filler (0 or more); longer for more units."""
+    """Number of units of filler (0 or more) to the prompt's text, which grows with it."""
     lead: str = ""
-    """How the answer begins: the end of every text, which in a chat is the assistant's."""
+    """Beginning of the answer, with which every text ends; in a chat it belongs to the assistant."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model reads, and what it should answer."""
+    """Token ids for the model, and the expected answers."""
 
     ids: list[int]
     answers: tuple[str, ...]
 
 
 def join(separator: str, *parts: str) -> str:
-    """The parts that are not empty."""
+    """Join the parts that are not empty."""
     return separator.join(part for part in parts if part)
 
 
 def encode(tokenizer: Tokenizer, text: str, bos: bool | None = None) -> list[int]:
-    """The ids of a prompt without a closing EOS; with BOS or without it, by default as the tokenizer does."""
+    """Encode a prompt without a final EOS; `bos` forces BOS or its absence, None follows the tokenizer."""
+    # `verbose=False` silences the warning about texts longer than the model's context, which are the point here.
     ids = list(tokenizer.encode(text, verbose=False))
+    # Some tokenizers append EOS, after which a model would start a new document.
     if ids and ids[-1] == tokenizer.eos_token_id:
         del ids[-1]
     bos_id = tokenizer.bos_token_id
@@ -77,18 +79,17 @@ def encode(tokenizer: Tokenizer, text: str, bos: bool | None = None) -> list[int
 
 
 def encode_in_chat(tokenizer: Tokenizer, text: str, lead: str) -> list[int]:
-    """Encode a user's turn and the beginning `lead` of the answer to it by the tokenizer's chat template.
-
-    The template puts BOS and every other special token.
-    """
+    """Encode a user's turn and the beginning `lead` of its answer with the tokenizer's chat template."""
     assert text.endswith(lead), "a prompt ends with the beginning of its answer"
     turn = [{"role": "user", "content": text.removesuffix(lead).rstrip()}]
     written = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + lead
+    # The template has added BOS and all other special tokens already.
     return list(tokenizer.encode(written, add_special_tokens=False, verbose=False))
 
 
 def answer_len(tokenizer: Tokenizer, answers: tuple[str, ...]) -> int:
-    """Tokens to generate for `answers`: those of writing them as a list, a quarter more, and four."""
+    """Return the number of tokens to generate for `answers`: those of a list of them, plus a quarter, plus 4."""
+    # The margin allows for other separators and spellings.
     written = tokenizer.encode(" " + ", ".join(answers), add_special_tokens=False, verbose=False)
     return len(written) + len(written) // 4 + 4
 
@@ -99,7 +100,8 @@ def frame_len(tokenizer: Tokenizer, draft: Draft, bos: bool | None = None, in_ch
 
 
 def fit(tokenizer: Tokenizer, draft: Draft, budget: int, bos: bool | None = None, in_chat: bool = False) -> Prompt:
-    """Fit the most filler into `budget` tokens; `ValueError` when the frame of the prompt alone has more."""
+    """Build the prompt with the most filler within `budget` tokens. Raises `ValueError` if not even none fits."""
+    # Encode the whole text on each attempt: tokens of parts do not add up to those of the whole.
     low, best = 0, _encode(tokenizer, draft, 0, bos, in_chat)
     if len(best) > budget:
         raise ValueError(f"budget={budget}: the prompt without filler has {len(best)} tokens")
@@ -125,8 +127,9 @@ def _encode(tokenizer: Tokenizer, draft: Draft, units: int, bos: bool | None, in
 def _next(
     low: int, low_cost: int, above: tuple[int, int] | None, before: tuple[int, int], budget: int, rounds: int
 ) -> int:
-    """Units to try: where the line through two measured points meets the budget, now and then the middle."""
+    """Choose the next number of units: interpolate between two measured points, and sometimes bisect."""
     if above is None:
+        # A lower bound of the rate keeps the first extrapolation from an absurd number of units.
         rate = max((low_cost - before[1]) / (low - before[0]), 0.25)
         return low + max(1, int((budget - low_cost) / rate))
     high, high_cost = above

@@ -1,7 +1,7 @@
-"""Retrieval by every method over the cells of a plan, on one rank or many: the same loop for all.
+"""Retrieval scores of every method on the cells of a plan, on any number of ranks.
 
-Prompts are dealt to the ranks as windows are (`evaluation.runner.deal`). Each needs the same number of forwards,
-because under ZeRO-3 a forward is a collective: as many chunks of the prompt, as many generated tokens.
+Prompts are distributed over the ranks like windows (`evaluation.runner.deal`). All prompts of a cell need the same
+number of forward passes, because under ZeRO-3 each forward is a collective.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clex_train.evaluation.duplicates import identity
-from clex_train.evaluation.out_of_memory import Room
+from clex_train.evaluation.out_of_memory import MemoryGuard
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.results import MOST_CHARACTERS, Missing, TaskScore, task_key
@@ -35,7 +35,7 @@ from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.records import convert
 
 Outcome = Sequence[TaskScore | Missing]
-"""Of a cell: a row for each depth, or why there is none."""
+"""Result of a cell: a row for each depth, or the reason for none."""
 
 
 def evaluate(
@@ -50,23 +50,23 @@ def evaluate(
     cache_on_host: bool = False,
     kept: Partial | None = None,
 ) -> tuple[list[TaskScore], list[Missing]]:
-    """Score the prompts of `cells` with the model's current weights under each of `tables` (by method name).
+    """Score the prompts of `cells` with the model's current weights under each method. Collective.
 
-    Returns the scores, and the cells that the memory of a rank did not hold (under the task's name as protocol).
-    t is what the cell's length needs, throughout prompt and answer. Arguments and collective behaviour are those of
-    `evaluation.runner.evaluate`. Raises `ValueError` if a length exceeds what a table serves, before the first
-    forward; `StopRequested` when `interrupted` answers yes on one of the ranks.
+    Returns the scores, and the cells that ran out of memory (with the task as protocol). t is that of the cell's
+    length, throughout prompt and answer. Arguments are as in `evaluation.runner.evaluate`. Raises `ValueError` before
+    the first forward when a length exceeds a table, and `StopRequested` once `interrupted` is true on a rank.
     """
     if not cells:
         return [], []
+    # Fail before the first forward, not hours later at the longest length.
     for table in tables.values():
         table.least_upper_bound(max(cell.length for cell in cells), handle.context_len)
     device, kept, ranks = device or distributed.device(), kept or Partial(), distributed.world_size()
     how = Decoding(model, chunk_len, device, interrupted, cache_on_host, kept)
-    todo = asked(tables, cells, handle.context_len, inserted or {})
+    todo = method_cells(tables, cells, handle.context_len, inserted or {})
     outcomes = {each: _found(each, kept) for each in todo}
     own = [each.cell for each in todo if each.source is None and not outcomes[each]]
-    # A rank that is short repeats a prompt.
+    # Rounded up to whole rounds: a rank that is short repeats a prompt.
     total = sum(cell.length * -(-cell.size // ranks) * ranks for cell in own)
     with (
         evaluating(model),
@@ -78,6 +78,7 @@ def evaluate(
                 outcomes[each] = outcomes[each] or _copies(each, outcomes[each.source])
             elif not outcomes[each]:
                 handle.use(each.table)
+                # One t for prompt and answer: a t that grew with each token would rotate the whole cache again.
                 with (inserted or {}).get(each.method, nullcontext)() as put_in, handle.fixed(each.cell.length):
                     outcomes[each] = _computed(each, put_in, how, bar)
             scored = [vars(row) for row in outcomes[each] if isinstance(row, TaskScore)]
@@ -88,56 +89,60 @@ def evaluate(
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """The prompts of a cell under a method."""
+class MethodCell:
+    """Prompts of a cell under a method."""
 
     method: str
     table: Frequencies
     cell: Cell
-    source: Asked | None
-    """What this one equals by definition; None for one with forwards of its own."""
+    source: MethodCell | None
+    """The one that this equals by definition; None if it has to be computed."""
 
     @property
     def key(self) -> str:
-        """Of the scores."""
+        """Key of its scores."""
         return task_key(self.cell.name.value, self.method, self.cell.length)
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How prompts go through a model; no answer depends on it beyond rounding."""
+    """Execution settings, which change the results only by rounding."""
 
     model: nn.Module
     chunk_len: int
+    """Tokens of a prompt in a forward pass."""
     device: torch.device
     interrupted: Callable[[], bool] | None
     cache_on_host: bool
     kept: Partial
-    """What was finished before, and is kept from now on."""
+    """Partial results, loaded and saved."""
 
 
-def asked(
+def method_cells(
     tables: Mapping[str, Frequencies], cells: Sequence[Cell], context_len: int, inserted: Collection[str] = ()
-) -> list[Asked]:
-    """List the cells of the first method, then those of the second; `inserted` are methods with a mask of their own."""
-    todo, first = list[Asked](), dict[object, Asked]()
+) -> list[MethodCell]:
+    """List the cells of the first method, then of the second, and so on; mark those that equal an earlier one.
+
+    `inserted` are the methods that change the model, and so equal no other.
+    """
+    todo, first = list[MethodCell](), dict[object, MethodCell]()
     for method, table in tables.items():
         for number, cell in enumerate(cells):
             does = identity(method, table, [cell.length], context_len, inserted)
-            each = Asked(method, table, cell, first.get((number, does)))
+            each = MethodCell(method, table, cell, first.get((number, does)))
             first.setdefault((number, does), each)
             todo.append(each)
     return todo
 
 
-def _found(each: Asked, kept: Partial) -> Outcome:
-    """Return the rows as an interrupted evaluation left them; empty if it did not finish them."""
+def _found(each: MethodCell, kept: Partial) -> Outcome:
+    """Return the rows from an interrupted evaluation; empty if it did not finish them."""
     found = kept.find([each.key], lambda rows: convert(rows, list[TaskScore]))
     return found[0] if found else []
 
 
-def _copies(each: Asked, outcome: Outcome) -> Outcome:
-    """Copy the outcome of equal prompts under this method's name."""
+def _copies(each: MethodCell, outcome: Outcome) -> Outcome:
+    """Copy the outcome of equal prompts to this method."""
     return [
         replace(row, method=each.method, copied_from=row.key)
         if isinstance(row, TaskScore)
@@ -146,35 +151,38 @@ def _copies(each: Asked, outcome: Outcome) -> Outcome:
     ]
 
 
-def _computed(each: Asked, put_in: object, how: Decoding, bar: tqdm) -> Outcome:
-    """Compute a row for each depth of a cell, or why there is none."""
+def _computed(each: MethodCell, put_in: object, how: Decoding, bar: tqdm) -> Outcome:
+    """Compute the outcome of a cell."""
     cell = each.cell
     bar.set_description(f"{cell.name.value} {each.method}, {cell.length} tokens", refresh=False)
-    room = Room(how.model, f"method {each.method}, task {cell.name.value}, {cell.length} tokens")
+    guard = MemoryGuard(how.model, f"method {each.method}, task {cell.name.value}, {cell.length} tokens")
+    # LM-Infinite has a cache of constant size, unless it also attends to middle tokens and needs all keys.
     make_cache = put_in.new_cache if isinstance(put_in, LmInfinite) and put_in.middle is None else None
     if make_cache is None and how.cache_on_host:
         make_cache = partial(new_cache, how.model, cell.length + cell.num_new, on_host=True)
-    generated = _generated(each, make_cache, how, room, bar)
-    if reason := room.lacking():
+    generated = _generated(each, make_cache, how, guard, bar)
+    if reason := guard.shortage():
         return [Missing(each.method, cell.name.value, cell.length, reason)]
     return list(_judged(each.method, cell, generated))
 
 
-def _generated(each: Asked, make_cache: Callable[[], Any] | None, how: Decoding, room: Room, bar: tqdm) -> Tensor:
-    """Fingerprint and answer of each prompt of a cell that `room` holds, int64 [size, 1 + num_new] on the CPU.
+def _generated(
+    each: MethodCell, make_cache: Callable[[], Any] | None, how: Decoding, guard: MemoryGuard, bar: tqdm
+) -> Tensor:
+    """Generate answers: fingerprint and tokens of each prompt, int64 [size, 1 + num_new] on the CPU. Collective.
 
-    The same on every rank. Those that an interrupted evaluation left are with rank 0.
+    The same on every rank. Rows are 0 where `guard` was out of memory.
     """
     cell, ranks = each.cell, distributed.world_size()
     generated, num_done = _left(each, how.kept)
     for number, (indices, counted) in enumerate(deal(cell.size, 1, distributed.rank(), ranks)):
         gauge = Gauge(bar, ranks, int)
         if number >= num_done:
-            answer = room.attempt(partial(_ask, cell, int(indices[0]), how, make_cache, gauge))
+            answer = guard.attempt(partial(_ask, cell, int(indices[0]), how, make_cache, gauge))
             if counted[0] and answer is not None:
                 generated[indices[0]] = answer
-            # Zeros in place of what did not fit are no answers to go on from.
-            if how.kept.is_due() and room.holds_so_far():
+            # After running out of memory, rows are zeros in place of answers, so they must not be resumed from.
+            if how.kept.is_due() and guard.fits_so_far():
                 so_far = distributed.all_reduce_sum(generated).tolist()
                 how.kept.keep(each.key, {"rounds": number + 1, "generated": so_far})
         gauge(cell.length)
@@ -183,8 +191,9 @@ def _generated(each: Asked, make_cache: Callable[[], Any] | None, how: Decoding,
     return distributed.all_reduce_sum(generated)
 
 
-def _left(each: Asked, kept: Partial) -> tuple[Tensor, int]:
-    """Return the rest of an interrupted cell: int64 [size, 1 + num_new], zeros but on rank 0, and its rounds."""
+def _left(each: MethodCell, kept: Partial) -> tuple[Tensor, int]:
+    """Load the pieces of an interrupted cell: int64 [size, 1 + num_new], and the number of finished rounds."""
+    # On rank 0 only and zeros elsewhere, or the all-reduce would count them once per rank.
     generated = torch.zeros(each.cell.size, 1 + each.cell.num_new, dtype=torch.int64)
     left, num_done = kept.pieces(each.key), 0
     with suppress(KeyError, TypeError, ValueError):
@@ -205,13 +214,15 @@ def _ask(
 
 
 def fingerprint(ids: Tensor) -> Tensor:
-    """int64 [1]: 8 bytes of a hash of a prompt's ids, which is what the ranks tell each other of it."""
+    """Hash a prompt's ids to int64 [1]."""
+    # 8 bytes as an integer, so that it travels in the same all-reduce as the answer.
     digest = blake2b(ids.to(torch.int64).numpy().tobytes(), digest_size=8).digest()
     return torch.tensor([int.from_bytes(digest, "little", signed=True)])
 
 
 def _judged(method: str, cell: Cell, generated: Tensor) -> Iterator[TaskScore]:
-    """Judge the answers: a row for each depth."""
+    """Judge the answers and yield a row for each depth."""
+    # Every rank judges all answers: they are equal after the all-reduce, and judging is cheap.
     texts = [_text(cell.tokenizer, row) for row in generated[:, 1:].tolist()]
     shares = [cell.judge(number, text) for number, text in enumerate(texts)]
     for i, depth in enumerate(cell.depths):
@@ -233,7 +244,8 @@ def _judged(method: str, cell: Cell, generated: Tensor) -> Iterator[TaskScore]:
 
 
 def _record(cell: Cell, number: int, hashed: int, given: str, share: float) -> dict[str, Any]:
-    """Return what a file keeps of a prompt and its answer."""
+    """Describe a prompt and its answer for the result file."""
+    # Not the prompt itself: it has as many tokens as the cell, and follows from seed, task, length and number.
     expected = cell.draft(number % cell.num_prompts).answers
     return {
         "number": number,
@@ -245,6 +257,7 @@ def _record(cell: Cell, number: int, hashed: int, given: str, share: float) -> d
 
 
 def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """What was generated before the end of the text."""
+    """Decode generated ids up to EOS."""
+    # Decoding never stops early, so everything after EOS is to be ignored here.
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
     return str(tokenizer.decode(ids[:end], skip_special_tokens=True))

@@ -1,4 +1,4 @@
-"""How a generation is compared with what was expected: a share of 1, whole or in parts."""
+"""Scoring of generations against the expected strings, from 0 to 1."""
 
 import re
 from collections.abc import Sequence
@@ -7,12 +7,13 @@ NUMBER = re.compile(r"\d+")
 
 
 def first_number(generation: str, answers: Sequence[str]) -> float:
-    """1 if the first number of the generation is the answer, else 0: exact match of passkeys."""
+    """Return 1 if the first number of the generation is the answer, else 0."""
+    # Only the first: a model that lists many numbers has not found the key.
     found = NUMBER.search(generation)
     return float(found is not None and found.group() == answers[0])
 
 
 def share_contained(generation: str, answers: Sequence[str]) -> float:
-    """Share of the answers that occur in the generation, upper and lower case alike (RULER's `string_match_all`)."""
+    """Return the share of the answers that occur in the generation, ignoring case (RULER's `string_match_all`)."""
     text = generation.lower()
     return sum(answer.lower() in text for answer in answers) / len(answers)

@@ -1,4 +1,4 @@
-"""Every retrieval task by name: what makes its prompts and what judges the answers."""
+"""Retrieval tasks by name, with the functions that draft prompts and judge answers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,26 +13,26 @@ from clex_train.evaluation.retrieval.words import uuid
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """`draft(ask)` makes a prompt's text, `judge(generation, answers)` is the share (0..1) that was found."""
+    """A task: `draft(ask)` builds a prompt, `judge(generation, answers)` returns the share (0 to 1) that was found."""
 
     draft: Callable[[Ask], Draft]
     judge: Callable[[str, Sequence[str]], float] = share_contained
     has_depth: bool = False
-    """Whether prompts are made at every depth of the grid; others place what they hide by themselves."""
+    """True for tasks with prompts at every depth of the grid; others choose random depths themselves."""
 
 
 TASKS: dict[Task, RetrievalTask] = {
     Task.passkey: RetrievalTask(passkey.lm_infinite, first_number, has_depth=True),
     Task.passkey_infinitebench: RetrievalTask(passkey.infinitebench, first_number, has_depth=True),
-    Task.needle: RetrievalTask(needle.in_documents, first_number, has_depth=True),
-    Task.niah_single_1: RetrievalTask(Needles(niah.in_noise)),
-    Task.niah_single_2: RetrievalTask(Needles(niah.in_documents)),
-    Task.niah_single_3: RetrievalTask(Needles(niah.in_documents, draw_value=uuid, what="uuid")),
-    Task.niah_multikey_1: RetrievalTask(Needles(niah.in_documents, num_keys=4)),
-    Task.niah_multikey_2: RetrievalTask(Needles(niah.in_needles)),
-    Task.niah_multikey_3: RetrievalTask(Needles(niah.in_needles, draw_value=uuid, what="uuid", keys=niah.uuids)),
-    Task.niah_multivalue: RetrievalTask(Needles(niah.in_documents, num_values=4)),
-    Task.niah_multiquery: RetrievalTask(Needles(niah.in_documents, num_keys=4, num_queries=4)),
+    Task.needle: RetrievalTask(needle.draft, first_number, has_depth=True),
+    Task.niah_single_1: RetrievalTask(Needles(niah.noise_haystack)),
+    Task.niah_single_2: RetrievalTask(Needles(niah.document_haystack)),
+    Task.niah_single_3: RetrievalTask(Needles(niah.document_haystack, draw_value=uuid, what="uuid")),
+    Task.niah_multikey_1: RetrievalTask(Needles(niah.document_haystack, num_keys=4)),
+    Task.niah_multikey_2: RetrievalTask(Needles(niah.needle_haystack)),
+    Task.niah_multikey_3: RetrievalTask(Needles(niah.needle_haystack, draw_value=uuid, what="uuid", keys=niah.uuids)),
+    Task.niah_multivalue: RetrievalTask(Needles(niah.document_haystack, num_values=4)),
+    Task.niah_multiquery: RetrievalTask(Needles(niah.document_haystack, num_keys=4, num_queries=4)),
     Task.vt: RetrievalTask(tracing.variable_tracking),
     Task.cwe: RetrievalTask(counting.common_words),
     Task.fwe: RetrievalTask(counting.frequent_words),

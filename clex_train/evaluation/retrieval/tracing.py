@@ -1,6 +1,7 @@
 """RULER's variable tracking (Hsieh et al., 2024): a chain of assignments, hidden in order in repeated sentences.
 
-The first variable is given a number, each next one the variable before it; asked for are all that have the number.
+The first variable is assigned a number, each next one the variable before it. The question is about all variables with
+that number.
 """
 
 import string
@@ -16,11 +17,12 @@ NAME_LEN = 5
 
 
 def variable_tracking(ask: Ask) -> Draft:
-    """Build one chain of four hops, at random depths."""
+    """Draft a prompt with one chain of four hops at random depths."""
     rng = ask.rng
     variables, value = _variables(rng, NUM_HOPS + 1), digits(rng, 5)
     sources = [value, *(f"VAR {name}" for name in variables)]
     chain = [f"VAR {name} = {source}." for name, source in zip(variables, sources, strict=False)]
+    # Sorted, so that every assignment comes after the one that it refers to.
     depths = sorted(rng.random(len(chain)).tolist())
     opening = "Memorize and follow the chain of variable assignments hidden in the text below."
     lead = (
@@ -34,7 +36,8 @@ def variable_tracking(ask: Ask) -> Draft:
 
 
 def _variables(rng: np.random.Generator, count: int) -> list[str]:
-    """Distinct names of five capital letters."""
+    """Draw distinct names of five capital letters."""
+    # A dict keeps the order of the draws; a set's order differs between processes.
     found: dict[str, None] = {}
     while len(found) < count:
         found["".join(rng.choice(list(string.ascii_uppercase), NAME_LEN))] = None

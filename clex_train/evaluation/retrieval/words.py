@@ -1,4 +1,4 @@
-"""Names without meaning for keys and lists: adjective-noun pairs, as many as are wanted, no two alike."""
+"""Meaningless names, numbers and UUIDs for keys and values of retrieval prompts."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -22,7 +22,9 @@ ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 
 
 def names(rng: np.random.Generator) -> Iterator[str]:
-    """Names in a random order: some 6,000 pairs adjective-noun first, then `noun-and-noun`, then those numbered."""
+    """Yield distinct names without end, in random order."""
+    # About 6,000 adjective-noun pairs first, then `noun-and-noun`, then the same with numbers: the common-words task
+    # needs tens of thousands of names for its longest prompts.
     for index in rng.permutation(len(ADJECTIVES) * len(NOUNS)).tolist():
         yield f"{ADJECTIVES[index // len(NOUNS)]}-{NOUNS[index % len(NOUNS)]}"
     for round_ in count():
@@ -32,16 +34,18 @@ def names(rng: np.random.Generator) -> Iterator[str]:
 
 
 def digits(rng: np.random.Generator, num_digits: int) -> str:
-    """A number of so many digits, the first not 0."""
+    """Draw a number of `num_digits` digits."""
+    # Never a leading zero, which a model may drop.
     return str(rng.integers(10 ** (num_digits - 1), 10**num_digits))
 
 
 def uuid(rng: np.random.Generator) -> str:
-    """32 hexadecimal digits in the groups of a UUID."""
+    """Draw a UUID."""
+    # Not `uuid.uuid4`, which takes no generator.
     text = rng.bytes(16).hex()
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
 def enumerated(items: list[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Join items as `a`, `a and b`, `a, b and c`."""
     return " and ".join([part for part in (", ".join(items[:-1]), items[-1]) if part])
