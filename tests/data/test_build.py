@@ -57,7 +57,7 @@ def test_passes_over_each_domain_are_reported_and_many_are_warned_of(
         build.warn_of_repetition(packed, mixture, optim)
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == 1
-    assert warned[0].startswith("book is read 4.7 times")
+    assert warned[0].startswith("book is read for 4.7 epochs")
 
 
 def test_the_plan_counts_passes_from_the_manifests_and_names_what_is_not_there(mixture: DataConfig) -> None:
@@ -69,7 +69,7 @@ def test_the_plan_counts_passes_from_the_manifests_and_names_what_is_not_there(m
 def test_stores_of_two_tokenizers_are_refused(mixture: DataConfig, tmp_path: Path) -> None:
     write_store(tmp_path / "other", {"train": [[1] * 50]}, vocab_size=99)
     mixture.domains["code"].path = str(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"data.domains.code.path=.*another tokenizer \(99 tokens\) than .*book"):
+    with pytest.raises(ValueError, match=r"data.domains.code.path=.*its tokenizer \(99 tokens\) is not that of .*book"):
         build.open_stores(mixture)
 
 

@@ -108,7 +108,7 @@ def test_the_store_carries_its_tokenizer(store: TokenStore, tokenizer_dir: Path)
 def test_another_tokenizer_is_refused(store: TokenStore, tokenizer_dir: Path) -> None:
     other = AutoTokenizer.from_pretrained(tokenizer_dir)
     other.add_tokens(["<extra>"])
-    with pytest.raises(ValueError, match="tokenised with another tokenizer"):
+    with pytest.raises(ValueError, match="tokenized with another tokenizer"):
         check_tokenizer(store, other)
 
 

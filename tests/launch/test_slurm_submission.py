@@ -100,7 +100,7 @@ def test_held_out_ids_that_the_embedding_lacks_are_refused_as_train_py_does(comm
     LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "base")
     done = command("model.path=base", f"evaluation.path={tiny_store}")
     assert done.returncode == 2
-    line = rf"error: evaluation\.path={tiny_store}: it has the id \d+, and the embedding of base has 300 rows"
+    line = rf"error: evaluation\.path={tiny_store}: it has the id \d+, but the embedding of base has 300 rows"
     assert re.search(line, done.stderr), done.stderr
     assert not (tmp_path / "run").exists()
 
