@@ -117,7 +117,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
     for each in stores.values():
         check_embedding(each, architecture.embedding_rows(arch), architecture.name(config.model))
     packed = data.pack(stores, config.data)
-    rows = data.rows_of_run(packed, config.data, config.seed, config.optim.batch_rows)
+    rows = data.build_rows(packed, config.data, config.seed, config.optim.batch_rows)
     document_mask.check_document_mask(config, arch, context_len)
     memory_options.check(config.engine, arch, config.model.trust_remote_code)
     splitting.check_sequence_parallel(config, arch)
@@ -150,7 +150,7 @@ def _run(config: configuration.Config, run_dir: Path) -> int:
         # Before the block invites to make it.
         (run_dir / STOP_FILE).unlink(missing_ok=True)
     say_what_is_ahead(config, trained, context, settings, lines, first_step)
-    data.warn_of_repetition(packed, config.data, config.optim)
+    data.warn_about_repetition(packed, config.data, config.optim)
     engines.open_process_group(config.engine)
     distributed.write_on_main(partial(_write_records, asked, kept, first_step, fingerprint))
     with watching(60 * config.engine.timeout):

@@ -64,10 +64,10 @@ def open_stores(data: DataConfig) -> dict[str, TokenStore]:
     """
     if not data.domains:
         stores = {"": TokenStore(str(data.path))}
-        _warn_of_unseen(stores)
+        _warn_without_checksums(stores)
         return stores
     stores = {name: _open_domain(name, str(domain.path)) for name, domain in data.domains.items()}
-    _warn_of_unseen(stores)
+    _warn_without_checksums(stores)
     # Comparing with the first store is enough: the relation is transitive.
     first_name, first = next(iter(stores.items()))
     for name, store in stores.items():
@@ -75,7 +75,7 @@ def open_stores(data: DataConfig) -> dict[str, TokenStore]:
     return stores
 
 
-def stores_here(data: DataConfig) -> dict[str, TokenStore]:
+def open_existing_stores(data: DataConfig) -> dict[str, TokenStore]:
     """Open only the stores that exist on this machine; a dry run may be on a login node without the data.
 
     Raises:
@@ -86,7 +86,7 @@ def stores_here(data: DataConfig) -> dict[str, TokenStore]:
     return {name: _open_domain(name, path) if name else TokenStore(path) for name, path in here.items()}
 
 
-def _warn_of_unseen(stores: Mapping[str, TokenStore]) -> None:
+def _warn_without_checksums(stores: Mapping[str, TokenStore]) -> None:
     """Warn about stores of an earlier version, which only have checksums of whole files."""
     from clex_train.utils import distributed  # imported late: tokenizing alone needs no torch
 
@@ -100,7 +100,7 @@ def _warn_of_unseen(stores: Mapping[str, TokenStore]) -> None:
             )
 
 
-def held_out(data: DataConfig, evaluation_path: str | None) -> TokenStore | None:
+def open_held_out(data: DataConfig, evaluation_path: str | None) -> TokenStore | None:
     """Open the validation split that an evaluation reads; None if there is no such store or split."""
     try:
         return TokenStore(str(evaluation_path or data.path)).split("validation")
@@ -131,7 +131,7 @@ def pack(stores: Mapping[str, TokenStore], data: DataConfig) -> dict[str, Packed
     return {name: PACKINGS[data.packing](store, data) for name, store in stores.items()}
 
 
-def rows_of_run(packed: Mapping[str, Rows], data: DataConfig, seed: int, batch_rows: int) -> Rows:
+def build_rows(packed: Mapping[str, Rows], data: DataConfig, seed: int, batch_rows: int) -> Rows:
     """Return the endless row order of a run.
 
     Raises:
@@ -151,7 +151,7 @@ def describe(
     held_out: TokenStore | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Yield (label, text) lines about the data of a run: stores, packing, mixture, held-out documents."""
-    passes = passes_of_run(packed, data, optim)
+    passes = count_epochs(packed, data, optim)
     for name, rows in packed.items():
         store = f"{name}: {data.domains[name].path}" if name else str(data.path)
         yield "data", f"{store}: {len(rows):,} sequences, {passes[name]:.3g} epochs"
@@ -164,16 +164,16 @@ def describe(
         yield "held out", f"{held_out.path}: {count:,} documents of up to {longest:,} tokens"
 
 
-def passes_of_run(packed: Mapping[str, Rows], data: DataConfig, optim: OptimConfig) -> dict[str, float]:
+def count_epochs(packed: Mapping[str, Rows], data: DataConfig, optim: OptimConfig) -> dict[str, float]:
     """Return the epochs over each store in a run."""
     total = optim.steps * optim.batch_rows
     counts = schedule(data, optim.batch_rows).counts(total) if data.domains else {"": total}
     return {name: counts[name] / len(rows) for name, rows in packed.items()}
 
 
-def warn_of_repetition(packed: Mapping[str, Rows], data: DataConfig, optim: OptimConfig) -> None:
+def warn_about_repetition(packed: Mapping[str, Rows], data: DataConfig, optim: OptimConfig) -> None:
     """Warn about each store that a run reads for more than `MANY_PASSES` epochs."""
-    for name, times in passes_of_run(packed, data, optim).items():
+    for name, times in count_epochs(packed, data, optim).items():
         if times > MANY_PASSES:
             key = f"data.domains.{name}.weight" if name else "optim.steps"
             logger.warning(
@@ -212,7 +212,7 @@ def mixture_line(data: DataConfig) -> str:
     return "; ".join(phases)
 
 
-def planned_passes(data: DataConfig, optim: OptimConfig) -> str:
+def planned_epochs(data: DataConfig, optim: OptimConfig) -> str:
     """Estimate the epochs over each domain from the manifests alone, before any store is opened."""
     # The schedule is exact, so the plan and the run agree to the row.
     counts = schedule(data, optim.batch_rows).counts(optim.steps * optim.batch_rows)

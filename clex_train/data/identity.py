@@ -37,7 +37,7 @@ def require_order(order: DataOrder, path: Path) -> None:
     records.decode(order, _Schema, path)
 
 
-def consumed(order: DataOrder, num_rows: int) -> DataOrder:
+def consumed_order(order: DataOrder, num_rows: int) -> DataOrder:
     """Cut an order down to the part that determined the first `num_rows` rows."""
     # Missing keys come from checkpoints written before mixtures: one store, no skipped rows.
     skipped = order.get("skip_rows", [])

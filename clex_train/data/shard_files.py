@@ -104,7 +104,7 @@ class DocumentTable:
         self._path, self._num_documents = path, shard.num_documents
         self._file = _open(path, store)
         # The ends of every `STRIDE`-th document: bisecting them in memory leaves one short read instead of twenty.
-        self._index = checked_index(store, path, shard)
+        self._index = load_document_index(store, path, shard)
 
     def __len__(self) -> int:
         return self._num_documents
@@ -143,16 +143,16 @@ def num_blocks(num_bytes: int) -> int:
     return -(-num_bytes // BLOCK)
 
 
-def checked_index(store: Path, path: Path, shard: Shard) -> np.ndarray:
+def load_document_index(store: Path, path: Path, shard: Shard) -> np.ndarray:
     """Verify a document table and return the ends of documents `STRIDE - 1`, `2 * STRIDE - 1`, ..."""
     with _open(path, store) as file:
         # Inode, size and mtime key the cache: a file replaced while the process runs is verified again.
         facts = os.fstat(file.fileno())
-    return _checked_index(store, path, shard, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    return _load_document_index(store, path, shard, facts.st_ino, facts.st_size, facts.st_mtime_ns)
 
 
 @cache
-def _checked_index(store: Path, path: Path, shard: Shard, *facts: int) -> np.ndarray:
+def _load_document_index(store: Path, path: Path, shard: Shard, *facts: int) -> np.ndarray:
     """Verify once per process and file: a run opens each store several times, and hashing a table takes seconds."""
     digest, before, index = hashlib.sha256(), 0, [np.empty(0, np.int64)]
     with _open(path, store) as file:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from clex_train.data.manifest import SPLITS, TOKENIZER, Manifest, Shard, read_manifest
-from clex_train.data.shard_files import DocumentTable, TokenFile, check_sizes, checked_index
+from clex_train.data.shard_files import DocumentTable, TokenFile, check_sizes, load_document_index
 
 MAX_OPEN_SHARDS = 64
 """Open files per store and kind; a mixture of stores with thousands of shards would pass the usual limit of 1,024."""
@@ -203,7 +203,7 @@ class TokenStore:
     def _check_files(self) -> None:
         for i, shard in enumerate(self._shards):
             check_sizes(self.path, self._file(i, "tokens"), shard, self.dtype)
-            checked_index(self.path, self._file(i, "documents"), shard)
+            load_document_index(self.path, self._file(i, "documents"), shard)
 
 
 def _starts(counts: list[int]) -> np.ndarray:

@@ -20,13 +20,13 @@ from clex_train.config.root import Config
 from clex_train.config.scaling import ScalingName
 from clex_train.data.build import (
     describe,
-    held_out,
     longest_document,
     mixture_line,
+    open_existing_stores,
+    open_held_out,
     pack,
     packing_line,
-    planned_passes,
-    stores_here,
+    planned_epochs,
 )
 from clex_train.data.shards import part_len
 from clex_train.data.store import TokenStore
@@ -106,11 +106,11 @@ def make_plan(config: Config) -> Plan:
     architecture.warn_of_unused_config(model)
     if model.path and directory.has_weights(model.path):
         weights.check(model, arch)
-    stores = stores_here(config.data)
+    stores = open_existing_stores(config.data)
     _check_ids(config, arch, stores)
     context = architecture.context_source(model, arch)
     context_len = context.length
-    documents = held_out(config.data, config.evaluation.path)
+    documents = open_held_out(config.data, config.evaluation.path)
     config = configuration.with_lengths(config, context_len, longest_document(documents))
     _check(config, arch, context_len)
     counts, dtype = meta_model.count(arch), engines.precision(config.engine)
@@ -165,7 +165,7 @@ def _check_ids(config: Config, arch: PretrainedConfig, stores: Mapping[str, Toke
     for store in stores.values():
         if config.model.is_pretrained:
             check_embedding(store, architecture.embedding_rows(arch), architecture.name(config.model))
-    documents = held_out(config.data, config.evaluation.path) if config.evaluation.every >= 0 else None
+    documents = open_held_out(config.data, config.evaluation.path) if config.evaluation.every >= 0 else None
     if config.model.is_pretrained and documents is not None:
         key = "evaluation.path" if config.evaluation.path else "data.path"
         check_embedding(documents, architecture.embedding_rows(arch), architecture.name(config.model), key)
@@ -247,7 +247,7 @@ def _data(config: Config, stores: Mapping[str, TokenStore]) -> Iterator[str]:
     """Describe what the run reads as the run does, or by its configuration where a store is on another machine."""
     data = config.data
     if len(stores) == max(1, len(data.domains)):
-        documents = held_out(data, config.evaluation.path) if config.evaluation.every >= 0 else None
+        documents = open_held_out(data, config.evaluation.path) if config.evaluation.every >= 0 else None
         lines = describe(stores, pack(stores, data), data, config.optim, documents)
         yield from (summary.labelled(label, text) for label, text in lines)
         return
@@ -257,7 +257,7 @@ def _data(config: Config, stores: Mapping[str, TokenStore]) -> Iterator[str]:
     yield summary.labelled("packing", packing_line(data))
     if data.domains:
         yield summary.labelled("mixture", mixture_line(data))
-        yield summary.labelled("repeated", planned_passes(data, config.optim))
+        yield summary.labelled("repeated", planned_epochs(data, config.optim))
 
 
 def memory_table(plan: Plan) -> Iterator[str]:

@@ -8,7 +8,7 @@ import pytest
 from clex_train.config.data import DataConfig, DomainConfig, Packing, parse_ranges
 from clex_train.config.optim import OptimConfig
 from clex_train.data import build
-from clex_train.data.identity import consumed, data_order
+from clex_train.data.identity import consumed_order, data_order
 from clex_train.data.writer import write_store
 
 
@@ -23,7 +23,7 @@ def mixture(tmp_path: Path) -> DataConfig:
 @pytest.mark.parametrize("packing", list(Packing))
 def test_a_mixture_reads_each_store_in_its_share_under_every_packing(mixture: DataConfig, packing: Packing) -> None:
     mixture.packing = packing
-    rows = build.rows_of_run(build.pack(build.open_stores(mixture), mixture), mixture, 0, batch_rows=10)
+    rows = build.build_rows(build.pack(build.open_stores(mixture), mixture), mixture, 0, batch_rows=10)
     of_code = [int(rows[i].tokens[0]) >= 50 for i in range(160)]
     assert sum(of_code) == 40
     assert [rows[i].index for i in range(3)] == [0, 1, 2]
@@ -31,7 +31,7 @@ def test_a_mixture_reads_each_store_in_its_share_under_every_packing(mixture: Da
 
 def test_weights_change_at_the_first_row_of_a_step(mixture: DataConfig) -> None:
     mixture.weights_at = {2: {"book": 0}}
-    rows = build.rows_of_run(build.pack(build.open_stores(mixture), mixture), mixture, 0, batch_rows=10)
+    rows = build.build_rows(build.pack(build.open_stores(mixture), mixture), mixture, 0, batch_rows=10)
     assert {int(rows[i].tokens[0]) >= 50 for i in range(20)} == {True, False}
     assert all(int(rows[i].tokens[0]) >= 50 for i in range(20, 60))
 
@@ -54,7 +54,7 @@ def test_passes_over_each_domain_are_reported_and_many_are_warned_of(
         ("mixture", "book 75 %, code 25 %"),
     ]
     with caplog.at_level(logging.INFO, logger="clex_train"):
-        build.warn_of_repetition(packed, mixture, optim)
+        build.warn_about_repetition(packed, mixture, optim)
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == 1
     assert warned[0].startswith("book is read for 4.7 epochs")
@@ -62,7 +62,7 @@ def test_passes_over_each_domain_are_reported_and_many_are_warned_of(
 
 def test_the_plan_counts_passes_from_the_manifests_and_names_what_is_not_there(mixture: DataConfig) -> None:
     mixture.domains["code"].path = "/no/such/store"
-    planned = build.planned_passes(mixture, OptimConfig(steps=25, batch_rows=10))
+    planned = build.planned_epochs(mixture, OptimConfig(steps=25, batch_rows=10))
     assert planned.startswith("book 4.7 times, code unknown (620 tokens, no store at /no/such/store")
 
 
@@ -94,11 +94,11 @@ def test_only_what_lies_ahead_of_a_checkpoint_may_change() -> None:
         at = {int(step.removeprefix("s")): {"code": value} for step, value in weights_at.items()}
         return data_order(DataConfig(domains=domains, weights_at=at, skip_rows=list(skip)), batch_rows=10)
 
-    at_step_5 = consumed(order(), 50)
-    assert consumed(order(s5=9.0), 50) == at_step_5 != consumed(order(s4=9.0), 50)
-    assert consumed(order(skip=("50-70",)), 50) == at_step_5 != consumed(order(skip=("49-70",)), 50)
-    assert consumed(order(weight=2), 50) != at_step_5
-    assert consumed(order(weight=2), 0) == consumed(order(), 0) == consumed({}, 0)
+    at_step_5 = consumed_order(order(), 50)
+    assert consumed_order(order(s5=9.0), 50) == at_step_5 != consumed_order(order(s4=9.0), 50)
+    assert consumed_order(order(skip=("50-70",)), 50) == at_step_5 != consumed_order(order(skip=("49-70",)), 50)
+    assert consumed_order(order(weight=2), 50) != at_step_5
+    assert consumed_order(order(weight=2), 0) == consumed_order(order(), 0) == consumed_order({}, 0)
 
 
 def test_skipped_rows_are_read_as_indices_and_closed_ranges() -> None:
