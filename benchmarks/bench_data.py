@@ -119,8 +119,8 @@ def _tokenizing(arguments: argparse.Namespace, folder: Path) -> list[str]:
 def read_texts(files: Iterable[Path]) -> list[str]:
     """The documents of the files, read as the data programs read them."""
     from data_prep.config import CorpusConfig
-    from data_prep.documents import documents
-    from data_prep.sources import plan
+    from data_prep.corpus.documents import documents
+    from data_prep.corpus.sources import plan
 
     corpus = CorpusConfig(paths=[str(file) for file in files])
     units = plan(corpus, 1 << 62)
@@ -166,8 +166,8 @@ def raw_tokenizer(directory: Path) -> Callable[[list[str]], object]:
 
 def tokenize(folder: Path, corpus: str, engine: str) -> None:
     """What `python -m data_prep tokenize` does after its imports, the store removed afterwards."""
-    from data_prep import tokenize as program
     from data_prep.config import CorpusConfig, EngineChoice, TokenizerConfig, TokenizeVerb
+    from data_prep.tokenize import run as program
 
     output = folder / f"{corpus}_{engine}"
     program.run(

@@ -50,10 +50,10 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 VERBS: dict[str, tuple[type, str]] = {
     "corpus": (CorpusVerb, "data_prep.export"),
     "train_tokenizer": (TrainTokenizerVerb, "data_prep.train_tokenizer"),
-    "tokenize": (TokenizeVerb, "data_prep.tokenize"),
+    "tokenize": (TokenizeVerb, "data_prep.tokenize.run"),
     "inspect": (InspectVerb, "data_prep.inspect"),
     "evaluation_sets": (EvaluationSetsVerb, "data_prep.evaluation_sets"),
-    "decontaminate": (DecontaminateVerb, "data_prep.decontaminate"),
+    "decontaminate": (DecontaminateVerb, "data_prep.decontaminate.run"),
 }
 """The schema of each verb and the module whose `run` does it, imported when asked for."""
 

@@ -15,10 +15,10 @@ import zstandard
 from clex_train.utils import log
 from clex_train.utils.files import publish
 from data_prep.config import CorpusVerb
-from data_prep.documents import documents, require_documents
+from data_prep.corpus.documents import documents, require_documents
+from data_prep.corpus.sources import Unit, plan
+from data_prep.corpus.utf8 import printable
 from data_prep.partial import disk_full_explained, require_free, require_writable
-from data_prep.sources import Unit, plan
-from data_prep.utf8 import printable
 
 logger = log.get(__name__)
 

@@ -23,7 +23,7 @@ from clex_train.utils.errors import NO_ROOM
 from clex_train.utils.files import BadFile, make_folder, require_place, write_atomically
 from clex_train.utils.locks import Lock, try_lock
 from clex_train.utils.records import read_json
-from data_prep.shards import UNITS
+from data_prep.tokenize.shards import UNITS
 
 logger = log.get(__name__)
 

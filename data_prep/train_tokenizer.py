@@ -15,10 +15,10 @@ from typing import Any
 from clex_train.utils import log
 from clex_train.utils.files import complete_or_absent
 from data_prep.config import CorpusConfig, TrainTokenizerVerb
-from data_prep.documents import documents
-from data_prep.held_out import rule
+from data_prep.corpus.documents import documents
+from data_prep.corpus.held_out import rule
+from data_prep.corpus.sources import Unit, plan
 from data_prep.partial import disk_full_explained, require_free, require_writable
-from data_prep.sources import Unit, plan
 
 logger = log.get(__name__)
 

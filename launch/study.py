@@ -33,7 +33,7 @@ from clex_train.resilience.stop_requests import Interrupted
 from clex_train.utils import terminal
 from clex_train.utils.files import require_place
 from data_prep.config import Format
-from data_prep.sources import expand
+from data_prep.corpus.sources import expand
 from launch import stages, study_tables
 from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows
 

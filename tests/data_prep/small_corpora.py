@@ -13,8 +13,8 @@ import zstandard
 from tokenizers import Tokenizer
 
 from clex_train.data.store import TokenStore
-from data_prep import tokenize
 from data_prep.config import CorpusConfig, EngineChoice, TokenizerConfig, TokenizeVerb
+from data_prep.tokenize import run as tokenize
 
 TEXTS = [
     "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 3,

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 from clex_train.data.manifest import partial_path
 from data_prep.config import CorpusConfig, OnBadRecord
-from data_prep.documents import documents
-from data_prep.encoding import load_tokenizer
-from data_prep.sources import Piece
+from data_prep.corpus.documents import documents
+from data_prep.corpus.sources import Piece
+from data_prep.tokenize.encoding import load_tokenizer
 from tests.data_prep.small_corpora import COMPRESS, TEXTS, jsonl, stored_texts, tokenize_files, write_jsonl
 
 GOOD = [{"text": "good"}, {"text": "fine"}]

@@ -14,7 +14,7 @@ from clex_train.data.manifest import MANIFEST
 from clex_train.data.store import TokenStore
 from data_prep import evaluation_sets, inspect
 from data_prep.config import EvaluationSetsVerb, InspectVerb
-from data_prep.ngrams import WordReader
+from data_prep.decontaminate.ngrams import WordReader
 from tests.data_prep.small_corpora import TEXTS, tokenize_files, write_jsonl
 
 LONG = [*TEXTS, "many words " * 20_000, "<s> not BOS but text"]

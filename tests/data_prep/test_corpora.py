@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from clex_train.data.store import TokenStore
 from data_prep.config import TokenizeVerb
-from data_prep.tokenize import run
+from data_prep.tokenize.run import run
 from tests.data_prep.small_corpora import stored_texts, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import cutting
-from data_prep.cutting import Uncuttable, cutter
-from data_prep.engines import GigatokenEngine, TokenizersEngine
+from data_prep.tokenize import cutting
+from data_prep.tokenize.cutting import Uncuttable, cutter
+from data_prep.tokenize.engines import GigatokenEngine, TokenizersEngine
 from tests.data_prep.small_corpora import TEXTS
 from tests.data_prep.tokenizer_variants import byte_level_variants, learn, metaspace, sentencepiece, split, with_parts
 

@@ -144,7 +144,7 @@ def test_a_bad_line_found_by_a_worker_is_one_line_as_well(tmp_path: Path, tokeni
 
 def test_what_workers_import_is_not_torch() -> None:
     """Each worker of `tokenize` and `decontaminate` is a fresh interpreter, and torch alone takes seconds."""
-    modules = ["data_prep.shards", *(module for _, module in program.VERBS.values())]
+    modules = ["data_prep.tokenize.shards", *(module for _, module in program.VERBS.values())]
     code = f"import sys, {', '.join(modules)}; print(sorted({{'torch', 'transformers'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "[]\n", done.stderr

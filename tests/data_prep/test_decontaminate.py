@@ -17,10 +17,11 @@ import pytest
 from clex_train.data.store import TokenStore
 from clex_train.evaluation import windows
 from clex_train.utils.errors import RunStopped
-from data_prep import contamination, decontaminate, ngrams
 from data_prep.config import CorpusConfig, DecontaminateVerb, EvaluationStore
-from data_prep.documents import documents
-from data_prep.sources import plan
+from data_prep.corpus.documents import documents
+from data_prep.corpus.sources import plan
+from data_prep.decontaminate import contamination, ngrams
+from data_prep.decontaminate import run as decontaminate
 from tests.data_prep.small_corpora import files_of, stored_texts, tokenize_files, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import pytest
 
 from data_prep import export
 from data_prep.config import CorpusConfig, CorpusVerb
-from data_prep.streams import open_stream
+from data_prep.corpus.streams import open_stream
 from tests.data_prep.small_corpora import TEXTS, files_of, tokenize_files, write_jsonl
 
 

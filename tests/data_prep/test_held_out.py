@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from clex_train.data.store import TokenStore
-from data_prep import export, held_out, train_tokenizer
+from data_prep import export, train_tokenizer
 from data_prep.config import CorpusConfig, CorpusVerb, OnBadRecord
-from data_prep.documents import hash64
-from data_prep.sources import plan
+from data_prep.corpus import held_out
+from data_prep.corpus.documents import hash64
+from data_prep.corpus.sources import plan
 from tests.data_prep.small_corpora import files_of, stored_texts, tokenize_files, write_jsonl
 
 

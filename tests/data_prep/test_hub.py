@@ -8,9 +8,9 @@ import pyarrow.parquet
 import pytest
 
 from clex_train.data.store import TokenStore
-from data_prep import hub
 from data_prep.config import CorpusConfig, CorpusSource, OnBadRecord, TokenizerConfig, TokenizeVerb
-from data_prep.tokenize import run
+from data_prep.corpus import hub
+from data_prep.tokenize.run import run
 from tests.data_prep.small_corpora import TEXTS, files_of, stored_texts, write_jsonl
 
 CARD = """---

@@ -13,8 +13,8 @@ import pytest
 from clex_train.data.manifest import partial_path
 from data_prep import export
 from data_prep.config import CorpusConfig, CorpusVerb, Format, OnBadRecord
-from data_prep.documents import documents
-from data_prep.sources import expand, plan
+from data_prep.corpus.documents import documents
+from data_prep.corpus.sources import expand, plan
 from tests.data_prep.small_corpora import stored_texts, tokenize_files, write_jsonl
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from data_prep.streams import open_stream
+from data_prep.corpus.streams import open_stream
 from tests.data_prep.small_corpora import stored_texts, tokenize_files
 
 

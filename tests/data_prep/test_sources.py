@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import stdlib
 from data_prep.config import CorpusConfig, CorpusSource, Format
-from data_prep.sources import Unit, expand, plan
+from data_prep.corpus import stdlib
+from data_prep.corpus.sources import Unit, expand, plan
 from tests.data_prep.small_corpora import write_jsonl
 
 

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from data_prep import train_tokenizer
 from data_prep.config import CorpusConfig, CorpusSource, TrainTokenizerVerb
-from data_prep.documents import documents
-from data_prep.sources import plan
-from data_prep.streams import open_stream
+from data_prep.corpus.documents import documents
+from data_prep.corpus.sources import plan
+from data_prep.corpus.streams import open_stream
 from tests.data_prep.small_corpora import TEXTS, files_of, write_jsonl
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 
 from data_prep.config import DecontaminateVerb
-from data_prep.ngrams import NgramIndex, distinct_ngrams
+from data_prep.decontaminate.ngrams import NgramIndex, distinct_ngrams
 
 SIMILARITY, CONTAINMENT, MINHASH = "similarity", "containment", "minhash"
 _SKETCH_BATCH = 4096

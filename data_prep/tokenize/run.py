@@ -22,15 +22,15 @@ from clex_train.data.bos import resolve
 from clex_train.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, read_manifest, token_dtype
 from clex_train.utils import log
 from data_prep.config import CorpusConfig, EngineChoice, TokenizeVerb
-from data_prep.cutting import Uncuttable, cutter, uncut
-from data_prep.documents import in_words, require_documents
-from data_prep.encoding import load_tokenizer, save_tokenizer
-from data_prep.engines import choose
-from data_prep.held_out import LEAST, HeldOut, rule
+from data_prep.corpus.documents import in_words, require_documents
+from data_prep.corpus.held_out import LEAST, HeldOut, rule
+from data_prep.corpus.sources import Unit, plan
 from data_prep.partial import disk_full_explained, is_done, open_partial, publish, require_place_of_store
 from data_prep.progress import Progress
-from data_prep.shards import Job, check_sources, load_result, run_units
-from data_prep.sources import Unit, plan
+from data_prep.tokenize.cutting import Uncuttable, cutter, uncut
+from data_prep.tokenize.encoding import load_tokenizer, save_tokenizer
+from data_prep.tokenize.engines import choose
+from data_prep.tokenize.shards import Job, check_sources, load_result, run_units
 
 logger = log.get(__name__)
 

@@ -16,8 +16,8 @@ from heapq import nsmallest
 
 from clex_train.utils import log
 from data_prep.config import CorpusConfig, CorpusSource
-from data_prep.documents import MAX_WARNINGS, documents
-from data_prep.sources import Unit
+from data_prep.corpus.documents import MAX_WARNINGS, documents
+from data_prep.corpus.sources import Unit
 
 logger = log.get(__name__)
 

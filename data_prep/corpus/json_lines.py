@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from data_prep.utf8 import BLOCK_BYTES, Utf8, border, decode
+from data_prep.corpus.utf8 import BLOCK_BYTES, Utf8, border, decode
 
 LONG_BYTES = 1 << 20
 """Texts from this length on are left as UTF-8."""

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from clex_train.utils import log
 from clex_train.utils.files import is_lfs_pointer
-from data_prep import hub, stdlib
 from data_prep.config import CorpusConfig, CorpusSource, Format, OnBadRecord, require_corpus
-from data_prep.folders import format_of, texts_in
-from data_prep.streams import compression
+from data_prep.corpus import hub, stdlib
+from data_prep.corpus.folders import format_of, texts_in
+from data_prep.corpus.streams import compression
 
 logger = log.get(__name__)
 

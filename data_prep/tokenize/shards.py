@@ -24,12 +24,12 @@ from clex_train.utils import log
 from clex_train.utils.files import BadFile, write_atomically
 from clex_train.utils.records import read_record
 from data_prep.config import CorpusConfig
-from data_prep.documents import Document, documents
-from data_prep.engines import TokenizersEngine, load
+from data_prep.corpus.documents import Document, documents
+from data_prep.corpus.readers import place
+from data_prep.corpus.sources import Piece, Unit
 from data_prep.progress import Progress
-from data_prep.readers import place
-from data_prep.sampling import Mismatch, SampleCheck
-from data_prep.sources import Piece, Unit
+from data_prep.tokenize.engines import TokenizersEngine, load
+from data_prep.tokenize.sampling import Mismatch, SampleCheck
 from data_prep.workers import pool, reports
 
 logger = log.get(__name__)

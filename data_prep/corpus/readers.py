@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from clex_train.utils.errors import first_line
-from data_prep import hub, json_lines
 from data_prep.config import CorpusConfig
-from data_prep.sources import Piece
-from data_prep.streams import DamagedStream, open_stream
-from data_prep.utf8 import Utf8, printable
+from data_prep.corpus import hub, json_lines
+from data_prep.corpus.sources import Piece
+from data_prep.corpus.streams import DamagedStream, open_stream
+from data_prep.corpus.utf8 import Utf8, printable
 
 PARQUET_ROWS = 64
 PARQUET_BATCH_BYTES = 4_000_000

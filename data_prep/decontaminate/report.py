@@ -13,7 +13,7 @@ from typing import Any
 from clex_train.data.store import TokenStore
 from clex_train.utils.files import write_atomically
 from data_prep.config import DecontaminateVerb
-from data_prep.contamination import Findings, Pair
+from data_prep.decontaminate.contamination import Findings, Pair
 
 SHOWN_PAIRS = 200
 NEAREST = 10

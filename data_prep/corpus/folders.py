@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clex_train.utils import log
 from data_prep.config import Format
-from data_prep.streams import compression
+from data_prep.corpus.streams import compression
 
 logger = log.get(__name__)
 

@@ -14,7 +14,7 @@ from clex_train.data.manifest import SPLITS, TOKENIZER, Manifest, Shard
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import ShardWriter
 from clex_train.utils.errors import NO_ROOM
-from data_prep.decontamination_report import Report
+from data_prep.decontaminate.report import Report
 from data_prep.partial import open_partial, publish, require_place_of_store
 
 _COPIED_TOKENS = 1 << 22

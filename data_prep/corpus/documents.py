@@ -1,7 +1,7 @@
 """From records to documents: the text field, the filter, the policy for bad records, and the split by hash.
 
 A document is held out if the first 8 bytes of blake2b(text), read as a little endian integer, are below a border
-(`data_prep/held_out.py`): by its own text, so that adding documents moves none from one split to the other.
+(`data_prep/corpus/held_out.py`): by its own text, so that adding documents moves none from one split to the other.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from clex_train.utils import log
 from clex_train.utils.files import is_lfs_pointer
 from data_prep.config import CorpusConfig, OnBadRecord
-from data_prep.readers import READERS, Raw, Unreadable, chat_remedy, fields_of, key_of, place, remedy
-from data_prep.sources import Piece
-from data_prep.utf8 import Utf8, decode, is_blank
+from data_prep.corpus.readers import READERS, Raw, Unreadable, chat_remedy, fields_of, key_of, place, remedy
+from data_prep.corpus.sources import Piece
+from data_prep.corpus.utf8 import Utf8, decode, is_blank
 
 logger = log.get(__name__)
 

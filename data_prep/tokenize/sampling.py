@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.engines import Engine
+from data_prep.tokenize.engines import Engine
 
 SPAN_CHARS = 1 << 14
 """Text that is compared at the beginning of a shard and at each place drawn after it."""

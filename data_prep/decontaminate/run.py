@@ -1,8 +1,8 @@
 """`decontaminate`: evaluation documents that are, whole or in part, in the training documents.
 
 The evaluation side's n-grams are held in memory, the training documents stream past them once: every pair is compared,
-exactly, in memory that does not grow with the training data (`data_prep/contamination.py` has the measures). The report
-lists what was found; with `output=` a store is written without it.
+exactly, in memory that does not grow with the training data (`data_prep/decontaminate/contamination.py` has the
+measures). The report lists what was found; with `output=` a store is written without it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from clex_train.utils import log
 from clex_train.utils.bounds import require
 from clex_train.utils.errors import RunStopped
 from data_prep.config import DecontaminateVerb
-from data_prep.contamination import Findings, Sketches, compare, in_batches, signature
-from data_prep.decontaminated import require_writable, write_decontaminated
-from data_prep.decontamination_report import Report, write_report
-from data_prep.ngrams import NgramIndex, WordReader, build_index
+from data_prep.decontaminate.contamination import Findings, Sketches, compare, in_batches, signature
+from data_prep.decontaminate.decontaminated import require_writable, write_decontaminated
+from data_prep.decontaminate.ngrams import NgramIndex, WordReader, build_index
+from data_prep.decontaminate.report import Report, write_report
 from data_prep.progress import Progress
 from data_prep.workers import pool
 
