@@ -1,11 +1,11 @@
-"""Hold documents out: those whose hash is below a border, and a few at least of a small corpus.
+"""Split rule: hold out documents whose hash is below a limit, and at least a few of a small corpus.
 
-    value = first 8 bytes of blake2b(text), little endian        held out: value < max(share * 2^64, border)
+    value = first 8 bytes of blake2b(text), little endian        held out: value < max(share * 2^64, limit)
 
-`border` lets the `few(N)` smallest values in, N the number of different texts. So a folder of ten documents, of which
-a share of 1 % is none, gives two: the least that has error bars, which are bootstrapped over documents. Where the share
-gives as many by itself, it decides alone, and added documents move no other. A higher border may fall as a folder
-grows: then documents go from validation to training, and never the other way round.
+`limit` admits the `few(N)` smallest values of N distinct texts. A folder of ten documents, of which 1 % is none, then
+holds out two, the least for error bars (they are bootstrapped over documents). If the share already gives as many, it
+decides alone, and adding documents moves no other. A raised limit may fall as a folder grows: documents then move from
+validation to training, never the other way.
 """
 
 from __future__ import annotations
@@ -22,35 +22,33 @@ from data_prep.corpus.sources import Unit
 logger = log.get(__name__)
 
 MOST = 4
-"""Documents that a small corpus is made to hold out, at most."""
+"""Documents that a small corpus holds out at most."""
 LEAST = 2
-"""Documents that a bootstrap needs."""
+"""Documents that a bootstrap needs at least."""
 SMALL_BYTES = 256_000_000
-"""On disk: a larger corpus is not read once more, the share alone decides."""
+"""Size on disk up to which a corpus is read one extra time to apply the rule; beyond, the share alone decides."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The rule of a corpus."""
+    """Split rule of a corpus."""
 
     below: float
-    """Documents whose value is below are held out."""
+    """Exclusive upper limit of the hash values of held-out documents."""
     raised_to: int | None = None
-    """Different texts that are held out because the share would give fewer; None: the share decides."""
+    """Distinct texts held out because the share would give fewer; None if the share decides."""
 
 
 def few(num_texts: int) -> int:
-    """Return how many texts to hold out: a tenth, but at least 2 and at most 4; never more than half."""
+    """Return the number of texts to hold out: a tenth, between 2 and 4, and never more than half."""
     return min(max(LEAST, min(MOST, num_texts // 10)), num_texts // 2)
 
 
 def rule(corpus: CorpusConfig, units: list[Unit]) -> HeldOut:
-    """Choose the rule of a corpus, a function of its content alone.
-
-    A small corpus is read once for it, as far as the `MOST` documents that the share holds out by itself.
+    """Choose the split rule, which depends only on the content of the corpus.
 
     Raises:
-        ValueError: as `documents`.
+        ValueError: as in `documents`.
     """
     share = HeldOut(corpus.validation_share * 2.0**64)
     is_small = sum(piece.num_bytes for unit in units for piece in unit.pieces) <= SMALL_BYTES
@@ -58,13 +56,15 @@ def rule(corpus: CorpusConfig, units: list[Unit]) -> HeldOut:
         return share
     values: set[int] = set()
     num_held_out = 0
-    # Warnings of records that are left out come when the documents are written.
+    # Records are read again when the documents are written, and warnings belong there.
     quiet = Counter({"bad_records": MAX_WARNINGS})
     for piece in (piece for unit in units for piece in unit.pieces):
         for document in documents(piece, corpus, quiet):
             if document.text_hash not in values:
+                # Distinct texts only: duplicates share a value and would raise the count without adding information.
                 values.add(document.text_hash)
                 num_held_out += document.text_hash < share.below
+            # Usually reached early: a corpus with enough held-out documents is not read to its end.
             if num_held_out == MOST:
                 return share
     wanted = few(len(values))

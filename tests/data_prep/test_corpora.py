@@ -116,7 +116,7 @@ HUB: dict[str, Callable[[Path], list[str]]] = {"pg19": pg19, "slimpajama_book": 
 
 
 def tokenize(name: str, tokenizer: Path, output: Path, **keys: Any) -> list[str]:
-    """Tokenise a corpus by its name with some keys replaced, as `python -m data_prep tokenize` composes them."""
+    """Tokenize a corpus by its name with some keys replaced, as `python -m data_prep tokenize` composes them."""
     GlobalHydra.instance().clear()
     ConfigStore.instance().store(name="data_prep_schema", node=TokenizeVerb)
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):

@@ -258,7 +258,7 @@ def test_a_source_that_changed_under_a_finished_shard_is_noticed(tmp_path: Path,
     with pytest.raises(ValueError, match="malformed"):
         run()
     good.write_bytes(content.replace(b"x", b"z"))
-    with pytest.raises(ValueError, match=r"a.jsonl: changed \(with the same size\) after shard 00000 was made of it"):
+    with pytest.raises(ValueError, match=r"a.jsonl: changed \(with the same size\) since shard 00000 was written"):
         run()
     good.write_bytes(content)  # the same bytes at another time are the same source
     with pytest.raises(ValueError, match="malformed"):

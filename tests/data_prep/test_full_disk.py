@@ -89,7 +89,7 @@ def test_a_disk_that_fills_before_the_manifest_loses_nothing(
     assert not (disk / "store").exists()
     others[0].unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.tokenize.shards.tokenize_unit", lambda *_: pytest.fail("nothing is left to tokenise"))
+        patch.setattr("data_prep.tokenize.shards.tokenize_unit", lambda *_: pytest.fail("nothing is left to tokenize"))
         store = tokenize_files(corpus[:1], tokenizer_dir, disk / "store", shard_mb=1)
     assert files_of(store.path) == whole
 

@@ -61,7 +61,7 @@ def test_what_cannot_be_read_is_one_clear_line(folder: Path, entry: str, message
     ("corpus", "message"),
     [
         (CorpusConfig(), r"corpus.paths=\[\]: nothing to read; add \+corpus=NAME"),
-        (CorpusConfig(source=CorpusSource.hub), "corpus.hub: name a data set"),
+        (CorpusConfig(source=CorpusSource.hub), "corpus.hub: name a hub data set"),
     ],
 )
 def test_a_corpus_that_names_nothing_says_what_to_add(corpus: CorpusConfig, message: str) -> None:

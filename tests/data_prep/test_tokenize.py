@@ -227,7 +227,7 @@ def test_a_program_killed_before_the_last_rename_is_completed(
         with pytest.raises(RuntimeError, match="killed"):
             tokenize()
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.tokenize.run.run_units", lambda *_: pytest.fail("nothing is left to tokenise"))
+        patch.setattr("data_prep.tokenize.run.run_units", lambda *_: pytest.fail("nothing is left to tokenize"))
         assert files_of(tokenize().path) == files_of(store.path)
 
 
@@ -309,7 +309,7 @@ def test_a_corpus_without_held_out_documents_says_so(
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}])
     tokenize_files([path], tokenizer_dir, tmp_path / "store", validation_share=1e-9)
-    assert "no document is held out, so nothing can be evaluated on this store" in caplog.text
+    assert "no document is held out, so this store cannot be used for evaluation" in caplog.text
 
 
 def test_the_standard_library_round_trips(tmp_path: Path, tokenizer_dir: Path) -> None:

@@ -118,7 +118,7 @@ def test_evaluation_on_training_documents(refusal, tmp_path, tiny_store):
     line = refusal(f"evaluation.path={other}")
     assert line.startswith(f"evaluation.path={other}: ")
     assert ".txt: record 1, in training" in line
-    assert "name another store by evaluation.path" in line
+    assert "choose another store with evaluation.path" in line
 
 
 def test_a_mixture_that_cannot_be_read(refusal, tiny_store):
