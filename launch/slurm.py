@@ -1,12 +1,12 @@
-"""Submit a training run to SLURM, to be requeued and resumed by itself until it is finished.
+"""Submit a training run to SLURM, which requeues and resumes it until it is finished.
 
     python -m launch.slurm +experiment=llama2_7b_clex launch.nodes=4 launch.gpus_per_node=8 launch.time=24:00:00
-    python -m launch.slurm --dry-run launch=h100_infiniband ...        prints the job's script, submits nothing
+    python -m launch.slurm --dry-run launch=h100_infiniband ...        prints the job script, submits nothing
     python -m launch.slurm launch=task_per_rank launch.partition=long launch.account=me ...
 
-Takes every key of train.py and those of `launch`. The whole configuration is checked first; then the code, the
-configuration and the script are written into a folder of their own in the run folder, and the job runs from there: what
-is edited afterwards does not reach it. docs/slurm.md has the rest.
+Takes every key of train.py and those of `launch`. The complete config is checked first. Then code, config and script
+are written to a new directory in the run folder, and the job runs from there, unaffected by later edits. See
+docs/slurm.md.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Before the imports that take seconds.
+    # Before the slow imports, so that Ctrl-C during them ends the program without a traceback.
     from clex_train.resilience import stop_requests
 
     stop_requests.end_on_signals()
@@ -44,10 +44,11 @@ from launch import job_script, snapshot
 
 DRY_RUN = "--dry-run"
 SBATCH_TIMEOUT = 120.0
+"""Seconds; a busy controller answers late, and a job may be queued although sbatch was killed."""
 
 
 def main() -> None:
-    """Check, write, submit: what the command line asks for."""
+    """Check the config, then print the script or submit the job."""
     overrides = [argument for argument in sys.argv[1:] if argument != DRY_RUN]
     config = composed(overrides)
     check(config)
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def composed(overrides: Sequence[str]) -> Config:
-    """The checked configuration that train.py would have composed from the same words."""
+    """Return the checked config that train.py would compose from the same arguments."""
     for word in overrides:
         require(not word.startswith("-"), "argument", word, f"give key=value, or {DRY_RUN}; --help lists the keys")
     configuration.register()
@@ -71,27 +72,21 @@ def composed(overrides: Sequence[str]) -> Config:
 
 
 def check(config: Config) -> None:
-    """What train.py would refuse on the nodes and can be seen from here: rows over ranks, architecture, lengths.
-
-    Raises `ValueError` with the key and the remedy.
-    """
+    """Check everything that train.py would refuse and that is visible from here; raise `ValueError` with the remedy."""
     ranks = config.launch.nodes * config.launch.ranks
     engine = dataclasses.replace(config.engine, world_size=ranks)
     dry_run.make_plan(dataclasses.replace(config, engine=engine))
-    require(not config.dry_run, "dry_run", True, f"would be submitted as a job; {DRY_RUN} shows the script here")
+    require(not config.dry_run, "dry_run", True, f"would be submitted as a job; use {DRY_RUN} to see the script here")
     require(
         config.resume is not Resume.never or config.launch.max_restarts == 0,
         "resume",
         config.resume.name,
-        "a job that is requeued has to resume; choose resume=auto or launch.max_restarts=0",
+        "a requeued job has to resume; set resume=auto or launch.max_restarts=0",
     )
 
 
 def check_files(config: Config) -> None:
-    """Check that the data, the weights and the run folder can be used, before a queue has been waited for.
-
-    Raises `ValueError` with the key and the remedy.
-    """
+    """Check data, weights and run folder before the job waits in a queue; raise `ValueError` with the remedy."""
     run_dir = Path(config.output_dir)
     stores = open_stores(config.data)
     if config.model.path:
@@ -109,10 +104,11 @@ def check_files(config: Config) -> None:
 
 
 def submit(config: Config) -> None:
-    """Write the submission and give it to sbatch. `ValueError` with sbatch's own words when it is refused."""
+    """Write the submission and pass it to sbatch; raise `ValueError` with sbatch's message if it is refused."""
     if shutil.which("sbatch") is None:
-        raise ValueError("sbatch: not installed here; submit from a login node of the cluster, or look with --dry-run")
+        raise ValueError("sbatch: not installed here; submit from a login node of the cluster, or use --dry-run")
     folder = submission_folder(config)
+    # A refused submission must not leave an empty run folder, which a later run would take for its own.
     with run_folder.left_as_found(Path(config.output_dir)), run_folder.left_as_found(folder.parent):
         check_files(config)
         write(config, folder)
@@ -122,7 +118,7 @@ def submit(config: Config) -> None:
             shutil.rmtree(folder)
             raise
     print(f"job {job_id} submitted; its log: {job_script.log_file(Path(config.output_dir))}")
-    print(f"script, configuration and code: {folder}")
+    print(f"script, config and code: {folder}")
 
 
 def write(config: Config, folder: Path) -> None:
@@ -134,7 +130,8 @@ def write(config: Config, folder: Path) -> None:
 
 
 def submission_folder(config: Config) -> Path:
-    """A folder that no earlier submission has; absolute."""
+    """Return the path (absolute) of a new submission directory."""
+    # The time sorts submissions; the counter separates those within one second.
     parent = Path(config.output_dir).absolute() / "launch"
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = (stamp if i == 0 else f"{stamp}-{i}" for i in range(1000))
@@ -142,7 +139,7 @@ def submission_folder(config: Config) -> Path:
 
 
 def usage() -> str:
-    """This module's own text and a line for every key of the group."""
+    """Return the help text: this module's docstring and a line per key of `launch`."""
     rows = describe(LaunchConfig, "launch.")
     keys = [f"  {key}={default}  ({kind})\n      {meaning.replace('`', '')}" for key, kind, default, meaning in rows]
     return f"{__doc__}\nKeys of launch; `python train.py --help` lists the others\n" + "\n".join(keys)
@@ -155,6 +152,7 @@ def _sbatch(script: Path) -> str:
     if done.returncode:
         said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
         raise ValueError(f"sbatch refuses the job: {said}; change the launch keys")
+    # Federated clusters append ;cluster.
     return done.stdout.strip().partition(";")[0]
 
 

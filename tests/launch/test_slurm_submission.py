@@ -79,7 +79,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(command, tmp_path):
         (("data.path=nowhere",), "data.path=nowhere"),
         (("output_dir=/proc/run",), "output_dir=/proc/run: cannot be written"),
         (("-m", "seed=1,2"), "argument=-m: give key=value, or --dry-run"),
-        (("resume=never",), "resume=never: a job that is requeued has to resume"),
+        (("resume=never",), "resume=never: a requeued job has to resume"),
         (("dry_run=true",), "dry_run=True: would be submitted as a job; --dry-run shows the script"),
     ],
 )
