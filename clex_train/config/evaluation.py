@@ -1,4 +1,4 @@
-"""What is evaluated, when and how."""
+"""Config group `evaluation`: lengths, protocols, methods and retrieval tasks."""
 
 from __future__ import annotations
 
@@ -53,70 +53,70 @@ MOST = {
     "depths": 1,
     "num_prompts": 10**4,
 }
-"""Bounds of numbers that nobody can mean to exceed."""
+"""Upper bounds that catch a slip of the keyboard."""
 
 
 @dataclass
 class EvaluationConfig:
     every: int = 0
-    """Optimizer steps between evaluations during training; 0 evaluates only at the end, -1 never."""
+    """Optimizer steps between evaluations during training; 0: only at the end, -1: never."""
     lengths: list[int] = field(default_factory=list)
-    """Window lengths in tokens. The same tokens are scored at every length. An empty list takes 1, 2, 4, 8 and 16
-    times L, as far as the scaling serves them and the held-out documents are that long."""
+    """Window lengths in tokens; the same tokens are scored at every length. Empty: 1, 2, 4, 8 and 16 times L, up to
+    what the scaling serves and the longest held-out document."""
     protocols: list[Protocol] = field(default_factory=lambda: [Protocol.one_shot])
     """`one_shot`: windows of N, t fixed by N; `chunked` (official): chunks of L through the cache, t grows; `sliding`:
-    windows moved by `stride`; `per_position`: nll against position; `last_k`: a window's last tokens alone."""
+    windows that move by `stride`; `per_position`: NLL by position; `last_k`: only the last tokens of a window."""
     methods: list[Method] = field(default_factory=lambda: [Method.trained])
-    """`trained` is the model as it is, `clex` the same where it holds a CLEX. Frequencies put into the same weights:
-    `none` (plain RoPE; so is `random_pos`), `pi`, `ntk`, `dynamic_ntk`, `yarn`, `theta`, `longrope`. `lm_infinite`:
+    """`trained`: the model as trained; `clex`: the same for a model with CLEX. Frequencies put into the same weights:
+    `none` (plain RoPE, like `random_pos`), `pi`, `ntk`, `dynamic_ntk`, `yarn`, `theta`, `longrope`. `lm_infinite`:
     plain frequencies and the Lambda-shaped mask."""
     rope_theta: float = 1e6
-    """Base of `theta`, in place of the model's (Code Llama's by default)."""
+    """RoPE base for `theta`, above 1 (default: Code Llama's)."""
     dynamic_factor: float | None = None
-    """Factor of `dynamic_ntk`; by default t. 1 is the dynamic NTK of the YaRN paper, 2 is `ntk`."""
+    """Factor of `dynamic_ntk`, at least 1; null: t. 1 is the dynamic NTK of the YaRN paper, 2 equals `ntk`."""
     longrope_factors: str | None = None
-    """JSON file with `short_factor` and `long_factor`, a number for each pair, for `longrope` on a model without."""
+    """JSON file with `short_factor` and `long_factor`, one number per pair, for `longrope` on a model without them."""
     n_local: int | None = None
-    """Latest tokens that `lm_infinite` sees; by default t * L, with t that of `lm_infinite_t`."""
+    """Latest tokens visible with `lm_infinite`; null: t * L, with t = `lm_infinite_t`."""
     n_global: int = 10
-    """First tokens that `lm_infinite` sees."""
+    """First tokens visible with `lm_infinite`, 0 or more."""
     lm_infinite_t: float = 1.0
-    """t of the model's own table, which `lm_infinite` keeps at every length; 1 is plain frequencies."""
+    """t of the model's own table, which `lm_infinite` uses at every length, at least 1; 1 means plain frequencies."""
     lm_infinite_top_k: int = 0
-    """Best keys between the first and the latest tokens that each query of `lm_infinite` also sees, at distance
-    n_local / 2; the paper's option has 5."""
+    """Best keys between the first and the latest tokens that each query of `lm_infinite` also attends to, at distance
+    n_local / 2; 0: none. The paper's option uses 5."""
     lm_infinite_top_k_layer: int = 5
-    """First layer that sees them."""
+    """First layer that attends to them, counted from 0."""
     t_factor: float | None = None
-    """`trained` and `clex` take the t of a text this many times as long, up to t_max; by default as it was made."""
+    """`trained` and `clex` use the t of a context this many times as long, up to t_max; null: as in the model."""
     path: str | None = None
-    """Token store whose validation split is read; by default that of `data.path`; a mixture has to name one."""
+    """Token store whose validation split is evaluated; null: that of `data.path`. A mixture must name one."""
     allow_overlap: bool = False
-    """Evaluate also on a store that shares documents with the training data: a warning instead of an error."""
+    """Evaluate even on a store that shares documents with the training data, with a warning instead of an error."""
     bos: Bos = Bos.auto
-    """BOS at the beginning of windows and prompts, in place of a token that is not scored. `auto`: as in the store's
-    documents; a store without a record of it has none."""
+    """BOS at the beginning of windows and prompts, in place of an unscored token. `auto`: as in the store's documents;
+    none for a store without a record of it."""
     num_windows: int = 32
-    """Windows of the largest length that are scored (fewer if the split has fewer)."""
+    """Windows of the largest length to score (fewer if the split has fewer), at least 1."""
     stride: int = 256
-    """Tokens by which `sliding` moves its windows of N, so that N - stride or more are a token's context."""
+    """Tokens by which `sliding` moves its windows of N, so that each token has at least N - stride of context."""
     last_k: int | None = None
-    """Tokens at the end of the largest window that `last_k` scores; by default L."""
+    """Tokens at the end of the largest window that `last_k` scores; null: L."""
     chunk_len: int = 1024
-    """Tokens of a window per forward: bounds the memory of logits, not the result."""
+    """Tokens of a window per forward pass; bounds the memory of logits without changing the result."""
     offload_cache: bool = False
-    """Cached keys and values wait in host memory and visit the GPU layer by layer: slower, for longer texts."""
+    """Keep cached keys and values in host memory and load them layer by layer: slower, but longer texts fit."""
     tasks: list[Task] = field(default_factory=list)
-    """Retrieval tasks beside perplexity: `passkey` (LM-Infinite's form), `passkey_infinitebench`, `needle` (in real
-    text), `ruler` (all of RULER but question answering), or RULER's tasks by name."""
+    """Retrieval tasks in addition to perplexity: `passkey` (LM-Infinite's form), `passkey_infinitebench`, `needle` (in
+    real text), `ruler` (all of RULER except question answering), or single tasks of RULER."""
     task_lengths: list[int] | None = None
-    """Tokens of a task's prompt and answer together; by default `lengths`."""
+    """Tokens of prompt and answer of a task together; null: `lengths`."""
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
-    """Where in the text the hidden fact stands, from 0 (start) to 1 (end)."""
+    """Relative positions of the hidden fact in the text, from 0 (start) to 1 (end)."""
     num_prompts: int = 10
-    """Prompts of a task at each length and depth."""
+    """Prompts per task, length and depth, at least 1."""
     chat_template: bool = False
-    """Tasks are asked as a user does in the chat template of the tokenizer, for instruct models."""
+    """Format task prompts as user turns with the tokenizer's chat template, for instruct models."""
 
     def __post_init__(self) -> None:
         require_at_most(self, "evaluation.", MOST)
@@ -125,6 +125,7 @@ class EvaluationConfig:
             self._check_lengths()
         require(len(self.methods) > 0, "evaluation.methods", self.methods, "one or more methods")
         require(
+            # Retrieval alone is a valid evaluation.
             len(self.protocols) > 0 or len(self.tasks) > 0,
             "evaluation.protocols",
             self.protocols,
@@ -153,6 +154,7 @@ class EvaluationConfig:
     def _check_lengths(self) -> None:
         require(all(n >= 2 for n in self.lengths), "evaluation.lengths", self.lengths, "each has at least 2 tokens")
         shortest, longest = min(self.lengths), max(self.lengths)
+        # Windows of all lengths must end at the same tokens, or perplexities would not be comparable.
         require(
             all(longest % n == 0 and n % shortest == 0 for n in self.lengths),
             "evaluation.lengths",
@@ -164,13 +166,13 @@ class EvaluationConfig:
             "evaluation.stride",
             self.stride,
             f"more than the shortest of evaluation.lengths={self.lengths}, so windows would leave tokens out; "
-            f"say evaluation.stride={shortest} or less",
+            f"set evaluation.stride={shortest} or less",
         )
 
     def lengths_of_tasks(self) -> list[int]:
-        """Lengths of the retrieval prompts, in tokens."""
+        """Return the lengths of the retrieval prompts, in tokens."""
         return self.lengths if self.task_lengths is None else self.task_lengths
 
     def longest(self) -> int:
-        """The most tokens that any part of the evaluation reads at a time."""
+        """Return the largest number of tokens that any part of the evaluation reads at a time."""
         return max([*(self.lengths if self.protocols else []), *(self.lengths_of_tasks() if self.tasks else [])])

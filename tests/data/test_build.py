@@ -120,7 +120,7 @@ def test_skipped_rows_are_read_as_indices_and_closed_ranges() -> None:
         ({"domains": {"book": DomainConfig("a", -2)}}, r"data.domains.book.weight=-2: a weight"),
         ({"domains": {"book": DomainConfig("a", 0)}}, r"data.domains=.*at least one domain needs a weight"),
         ({"packing": Packing.long_documents, "min_document_tokens": 99}, r"data.min_document_tokens=99: a row lies"),
-        ({"min_document_tokens": 5000}, r"data.min_document_tokens=5000: read by data.packing=long_documents alone"),
+        ({"min_document_tokens": 5000}, r"data.min_document_tokens=5000: only for data.packing=long_documents"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_with_their_key(fields: dict, message: str) -> None:
