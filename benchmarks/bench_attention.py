@@ -1,4 +1,4 @@
-"""Attention of one layer in training: full attention by each back end against LM-Infinite, at growing lengths.
+"""Benchmark one attention layer in training: full attention with each back end against LM-Infinite, at growing lengths.
 
     python benchmarks/bench_attention.py --lengths 4096 16384 --output FILE.md
 
@@ -35,7 +35,7 @@ LM_INFINITE = "LM-Infinite"
 
 
 class Layer:
-    """A model of one layer under one kind of attention."""
+    """Model of one layer with one kind of attention."""
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         torch.manual_seed(0)
@@ -56,19 +56,19 @@ class Layer:
             apply_lm_infinite(self.model, arguments.n_local, arguments.n_global)
 
     def forward(self, ids: torch.Tensor) -> float:
-        """Seconds of a forward without a graph."""
+        """Time a forward pass without a graph, in seconds."""
         with torch.no_grad():
             return timed(lambda: self.model(ids, logits_to_keep=1))
 
     def both(self, ids: torch.Tensor) -> float:
-        """Seconds of a forward and the backward pass of a scalar of it."""
+        """Time a forward pass and the backward pass of a scalar loss, in seconds."""
         seconds = timed(lambda: self.model.model(ids).last_hidden_state.float().square().mean().backward())
         self.model.zero_grad(set_to_none=True)
         return seconds
 
 
 def main() -> None:
-    """Measure, print one Markdown page, write it where `--output` says."""
+    """Measure, print one Markdown page, and write it to `--output`."""
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     began, refusals = time.perf_counter(), refused()
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Sizes; the defaults are for a CPU."""
+    """Parse the sizes; the defaults suit a CPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["sdpa", "flash_attention_2", "flex_attention", LM_INFINITE]
     parser.add_argument("--back-ends", nargs="+", choices=names, default=names)
@@ -107,7 +107,7 @@ def parse() -> argparse.Namespace:
 
 
 def refused() -> dict[str, str]:
-    """Back ends that this machine does not have, and why."""
+    """List the back ends that this machine lacks, with the reason."""
     reasons = {}
     if not is_flash_attn_2_available():
         reasons["flash_attention_2"] = "flash-attn is not installed, or there is no GPU"
@@ -119,7 +119,7 @@ def refused() -> dict[str, str]:
 
 
 def header(arguments: argparse.Namespace, layers: list[Layer]) -> list[str]:
-    """What was run, on what."""
+    """Describe the measurement and the machine."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else f"{processor()}, {arguments.threads} threads"
@@ -139,7 +139,7 @@ def header(arguments: argparse.Namespace, layers: list[Layer]) -> list[str]:
 def table(
     title: str, layers: list[Layer], arguments: argparse.Namespace, run: Callable[[Layer, torch.Tensor], float]
 ) -> list[str]:
-    """Medians at each length, and the first back end's over LM-Infinite's, round by round."""
+    """Format the medians at each length, and the ratio of the first back end to LM-Infinite, paired by round."""
     lines = ["", f"## {title}", "", f"| tokens | {' | '.join(each.name for each in layers)} | {ratio_name(layers)} |"]
     lines.append("|--:|" + "--:|" * (len(layers) + 1))
     taken: dict[str, float] = {}
@@ -157,7 +157,7 @@ def table(
 def rounds(
     layers: list[Layer], ids: torch.Tensor, count: int, run: Callable[[Layer, torch.Tensor], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each layer in turns, after a first round that is not counted; without those that do not fit."""
+    """Time the layers in turn, in seconds, after a warm-up round; layers out of memory are left out."""
     spent: dict[str, list[float]] = {}
     for _ in range(count + 1):
         for layer in layers:
@@ -174,12 +174,12 @@ def rounds(
 
 
 def ratio_name(layers: list[Layer]) -> str:
-    """The head of the last column."""
+    """Return the heading of the last column."""
     return f"{layers[0].name} over {layers[-1].name}"
 
 
 def ratio(layers: list[Layer], spent: dict[str, list[float]]) -> str:
-    """Median over the rounds."""
+    """Return the median over the rounds."""
     first, last = (spent.get(layer.name) for layer in (layers[0], layers[-1]))
     if not first or not last:
         return "-"
@@ -187,7 +187,7 @@ def ratio(layers: list[Layer], spent: dict[str, list[float]]) -> str:
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds of one call, from an idle device to an idle device."""
+    """Time one call in seconds, synchronizing the device before and after."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     began = time.perf_counter()

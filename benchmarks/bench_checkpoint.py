@@ -1,4 +1,4 @@
-"""What a checkpoint costs: seconds that training waits, seconds to write and to load, bytes against the least possible.
+"""Benchmark checkpoints: seconds that training waits, seconds to write and to load, bytes against the minimum.
 
     python benchmarks/bench_checkpoint.py [--layers 20] [--rounds 3] [--output benchmarks/results/NAME.md]
     torchrun --nproc_per_node 2 benchmarks/bench_checkpoint.py ...
@@ -37,11 +37,11 @@ from clex_train.engine import deepspeed as engines
 from clex_train.utils import distributed, log
 
 LEAST = 12
-"""Bytes per parameter: a float32 weight and AdamW's two moments."""
+"""Minimum bytes per parameter: a float32 weight and AdamW's two moments."""
 
 
 def main() -> None:
-    """Measure, print one Markdown page, write it where `--output` says."""
+    """Measure, print one Markdown page, and write it to `--output`."""
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     log.setup()
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(arguments: argparse.Namespace, config: Config, folder: Path) -> list[str]:
-    """The table of one model."""
+    """Format the table of one model."""
     engine = build(arguments, config)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     identity = Manifest.of_run(config, "benchmark", "benchmark")
@@ -113,7 +113,7 @@ def measure(arguments: argparse.Namespace, config: Config, folder: Path) -> list
 
 
 def build(arguments: argparse.Namespace, config: Config) -> Any:
-    """An engine over random weights, ZeRO-3."""
+    """Build an engine with random weights and ZeRO-3."""
     torch.manual_seed(0)
     settings = LlamaConfig(
         vocab_size=32000,
@@ -127,14 +127,14 @@ def build(arguments: argparse.Namespace, config: Config) -> Any:
 
 
 def step(engine: Any, arguments: argparse.Namespace) -> None:
-    """One optimizer step on random tokens."""
+    """Take one optimizer step on random tokens."""
     tokens = torch.randint(32000, (1, arguments.tokens))
     engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
     engine.step()
 
 
 def save_by_deepspeed(engine: Any, folder: Path) -> None:
-    """Files on disk as DeepSpeed writes them: not hashed, and flushed here so that both have done the same."""
+    """Write files as DeepSpeed does: not hashed, but flushed to disk, so that both sides do the same work."""
     engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
     if distributed.is_main():
         for path in (folder / "deepspeed").iterdir():
@@ -143,7 +143,7 @@ def save_by_deepspeed(engine: Any, folder: Path) -> None:
 
 
 def hashing_share(folder: Path) -> float:
-    """Seconds per gigabyte that hashing adds to writing, from one file of 512 MiB in turn."""
+    """Measure the seconds per gigabyte that hashing adds to writing, with a file of 512 MiB."""
     state, path = {"x": torch.randn(2**27)}, folder / f"hashing_{distributed.rank()}.pt"
     plain, hashed = [], []
     for _ in range(3):
@@ -160,7 +160,7 @@ def hashing_share(folder: Path) -> float:
 
 
 def header(arguments: argparse.Namespace) -> list[str]:
-    """What was measured, on what."""
+    """Describe the measurement and the machine."""
     ranks = distributed.world_size()
     launcher = f"torchrun --nproc_per_node {ranks}" if ranks > 1 else "python"
     return [
@@ -176,7 +176,7 @@ def header(arguments: argparse.Namespace) -> list[str]:
 
 
 def table(seconds: dict[str, float], parameters: int, size: int, hashing: float) -> list[str]:
-    """The results in Markdown."""
+    """Format the results in Markdown."""
     slower = seconds["beside, step"] / seconds["step"]
     waiting = seconds["beside, blocked"] / seconds["at once"]
     more = size / (LEAST * parameters)

@@ -1,4 +1,4 @@
-"""The data path: from files to a store, against `tokenizers` on the same text in memory, and from a store to batches.
+"""Benchmark the data path: from files to a store, against `tokenizers` on the same text in memory, and to batches.
 
     python benchmarks/bench_data.py tokenizing --texts ../data/book/*.jsonl.zst [--gigabytes 1] [--output FILE.md]
     python benchmarks/bench_data.py loading [--output FILE.md]
@@ -39,14 +39,14 @@ PIECE_CHARS = 1 << 14
 
 
 def main() -> None:
-    """Print one Markdown page, and write it where `--output` says."""
+    """Print one Markdown page, and write it to `--output`."""
     arguments = parse()
     os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)  # before either engine starts its threads
     publish([*header(arguments), *arguments.section(arguments)], arguments.output)
 
 
 def parse() -> argparse.Namespace:
-    """The section to measure and its sizes."""
+    """Parse the section to measure and its sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sections = parser.add_subparsers(required=True, metavar="SECTION")
     tokenize = sections.add_parser("tokenizing", help="files to a token store")
@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
 
 
 def header(arguments: argparse.Namespace) -> list[str]:
-    """What was run, on what."""
+    """Describe the measurement and the machine."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "tokenizers", "gigatoken"))
     return [
@@ -80,7 +80,7 @@ def header(arguments: argparse.Namespace) -> list[str]:
 
 
 def tokenizing(arguments: argparse.Namespace) -> list[str]:
-    """Megabytes of text a second, from files to the store, and how many times that of `tokenizers`."""
+    """Measure megabytes of text per second from files to the store, and the ratio to `tokenizers`."""
     folder = Path(tempfile.mkdtemp(dir=arguments.folder, prefix="bench_data_"))
     try:
         return _tokenizing(arguments, folder)
@@ -117,7 +117,7 @@ def _tokenizing(arguments: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def read_texts(files: Iterable[Path]) -> list[str]:
-    """The documents of the files, read as the data programs read them."""
+    """Read the documents of the files as the data programs do."""
     from data_prep.config import CorpusConfig
     from data_prep.corpus.documents import documents
     from data_prep.corpus.sources import plan
@@ -130,7 +130,7 @@ def read_texts(files: Iterable[Path]) -> list[str]:
 
 
 def learn_tokenizer(texts: list[str], vocab_size: int, output: Path) -> None:
-    """A byte-level BPE of the texts."""
+    """Train a byte-level BPE on the texts."""
     from data_prep import train_tokenizer
     from data_prep.config import CorpusConfig, TrainTokenizerVerb
 
@@ -139,7 +139,7 @@ def learn_tokenizer(texts: list[str], vocab_size: int, output: Path) -> None:
 
 
 def write_copies(folder: Path, texts: list[str], copies: int, *, alter: bool) -> None:
-    """One compressed file a copy; with `alter`, no two copies are the same text."""
+    """Write one compressed file per copy; with `alter`, every copy has a different text."""
     folder.mkdir()
     for copy in range(copies):
         chosen = [altered(text, copy) for text in texts] if alter else texts
@@ -148,7 +148,7 @@ def write_copies(folder: Path, texts: list[str], copies: int, *, alter: bool) ->
 
 
 def altered(text: str, seed: int) -> str:
-    """The text with the letters of every tenth word shuffled."""
+    """Shuffle the letters of every tenth word."""
     generator = random.Random(seed)
     words = text.split(" ")
     for i in range(generator.randrange(10), len(words), 10):
@@ -157,7 +157,7 @@ def altered(text: str, seed: int) -> str:
 
 
 def raw_tokenizer(directory: Path) -> Callable[[list[str]], object]:
-    """`encode_batch` of Hugging Face's library."""
+    """Run `encode_batch` of Hugging Face tokenizers."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -165,7 +165,7 @@ def raw_tokenizer(directory: Path) -> Callable[[list[str]], object]:
 
 
 def tokenize(folder: Path, corpus: str, engine: str) -> None:
-    """What `python -m data_prep tokenize` does after its imports, the store removed afterwards."""
+    """Run `python -m data_prep tokenize` after its imports, and remove the store."""
     from data_prep.config import CorpusConfig, EngineChoice, TokenizerConfig, TokenizeVerb
     from data_prep.tokenize import run as program
 
@@ -181,7 +181,7 @@ def tokenize(folder: Path, corpus: str, engine: str) -> None:
 
 
 def in_turns(rivals: dict[str, tuple[int, Callable[[], object]]], repeats: int) -> dict[str, float]:
-    """Median megabytes a second of each, one after the other in every round."""
+    """Return the median megabytes per second of each side, alternating in every round."""
     rates: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(repeats):
         for name, (size, run) in rivals.items():
@@ -192,7 +192,7 @@ def in_turns(rivals: dict[str, tuple[int, Callable[[], object]]], repeats: int) 
 
 
 def num_bytes(texts: Iterable[str]) -> int:
-    """Length in UTF-8."""
+    """Return the length in bytes of UTF-8."""
     return sum(len(text.encode()) for text in texts)
 
 

@@ -1,4 +1,4 @@
-"""Memory of a training step on a CPU, measured and as `dry_run` estimates it, with and without what saves it.
+"""Benchmark the memory of a training step on a CPU, measured and estimated by `dry_run`, with and without savers.
 
     python benchmarks/bench_memory.py [--output benchmarks/results/NAME.md] [--only CASE ...]
 
@@ -27,7 +27,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama in float32, its embeddings not tied, and the one row of its step."""
+    """Sizes of a float32 Llama with untied embeddings, and the length of its row."""
 
     layers: int = 4
     width: int = 512
@@ -40,17 +40,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: options of `engine`, said as in the results."""
+    """Options of `engine` to measure, and their label in the results."""
 
     name: str
     options: dict[str, Any]
     shape: Shape = Shape()
     steps: int = 2
-    """The last is measured."""
+    """Number of steps; the last one is measured."""
 
 
 LONG = Shape(layers=2, width=256, heads=4, key_heads=2, intermediate=688, tokens=16384)
-"""The row of the promise: logits of 2 GiB in float32, three times over in a plain loss."""
+"""Row length at which float32 logits take 2 GiB, three times over in a plain loss."""
 
 RECOMPUTED = {"activation_checkpointing": True}
 CASES = (
@@ -85,12 +85,12 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """Estimate over measurement."""
+        """Return the ratio of estimate to measurement."""
         return self.estimated / self.grown
 
 
 def main() -> None:
-    """Measure, print one Markdown page, write it where `--output` says."""
+    """Measure, print one Markdown page, and write it to `--output`."""
     from bench_page import publish
 
     arguments = parse()
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=[case.name for case in CASES], help="measure these alone")
     parser.add_argument("--output", type=Path, help="Markdown file to write")
@@ -108,7 +108,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(case: Case) -> Measured:
-    """Estimate one case here and measure it in a process of its own."""
+    """Estimate one case in this process and measure it in a subprocess."""
     from clex_train.preflight import dry_run
 
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +126,7 @@ def measure(case: Case) -> Measured:
 
 
 def write_architecture(folder: Path, shape: Shape) -> None:
-    """The config.json of the model."""
+    """Return the config.json of the model."""
     from transformers import LlamaConfig
 
     LlamaConfig(
@@ -141,7 +141,7 @@ def write_architecture(folder: Path, shape: Shape) -> None:
 
 
 def configuration(folder: Path, shape: Shape, options: dict[str, Any]) -> Any:
-    """A run with CLEX on one row a step."""
+    """Return the config of a CLEX run with one row per step."""
     from clex_train.config.engine import EngineConfig, Offload
     from clex_train.config.evaluation import EvaluationConfig
     from clex_train.config.model import Init, ModelConfig
@@ -162,7 +162,7 @@ def configuration(folder: Path, shape: Shape, options: dict[str, Any]) -> Any:
 
 
 def child(words: dict[str, Any]) -> None:
-    """One case: prints the growth of the resident set in the last step, and that step's loss."""
+    """Run one case; print the growth of the resident set in the last step, and its loss."""
     import torch
 
     from clex_train.engine import deepspeed as engines
@@ -193,7 +193,7 @@ def child(words: dict[str, Any]) -> None:
 
 
 def random_row(shape: Shape, step: int) -> dict[str, Any]:
-    """A micro-batch of one row."""
+    """Build a micro-batch of one row."""
     import torch
 
     ids = torch.randint(shape.vocab, (1, shape.tokens), generator=torch.Generator().manual_seed(step))
@@ -201,13 +201,13 @@ def random_row(shape: Shape, step: int) -> dict[str, Any]:
 
 
 def status(field: str) -> int:
-    """Bytes of a line of /proc/self/status."""
+    """Read a line of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def page(found: list[Measured]) -> list[str]:
-    """The results in Markdown."""
+    """Format the results in Markdown."""
     from bench_page import processor
 
     lines = [
@@ -240,7 +240,7 @@ def page(found: list[Measured]) -> list[str]:
 
 
 def commit() -> str:
-    """The checkout's, short."""
+    """Return the short commit of the checkout."""
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )

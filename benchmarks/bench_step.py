@@ -1,4 +1,4 @@
-"""A training step of a Llama with random weights: speed, memory, what it is spent on, and what CLEX adds.
+"""Benchmark a training step of a Llama with random weights: speed, memory, time by part, and the overhead of CLEX.
 
     python benchmarks/bench_step.py --shape 64m --tokens 1024 --output FILE.md
     deepspeed benchmarks/bench_step.py --shape llama2_7b --tokens 4096 --accumulation 8 \
@@ -70,7 +70,7 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class RandomRows:
-    """Rows of random tokens, each one document; row i is the same in every run."""
+    """Rows of random tokens, one document each; row i is the same in every run."""
 
     seq_len: int
     vocabulary: int
@@ -84,7 +84,7 @@ class RandomRows:
 
 
 def main() -> None:
-    """Measure, print one Markdown page, write it where `--output` says; on rank 0."""
+    """Measure, print one Markdown page on rank 0, and write it to `--output`."""
     arguments = parse()
     log.setup()
     if arguments.threads:
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="64m")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a row")
@@ -114,7 +114,7 @@ def parse() -> argparse.Namespace:
 
 
 def configured(arguments: argparse.Namespace, folder: Path) -> Config:
-    """The configuration of a run by CLEX on this shape; `folder` gets the architecture."""
+    """Return the config of a CLEX run for this shape; the architecture is written to `folder`."""
     vocabulary = VOCABULARIES.get(arguments.shape, SMALL_VOCABULARY)
     shape: dict[str, Any] = {**SHAPES[arguments.shape], "vocab_size": vocabulary}
     LlamaConfig(**shape, max_position_embeddings=arguments.tokens).save_pretrained(folder)
@@ -141,7 +141,7 @@ def configured(arguments: argparse.Namespace, folder: Path) -> Config:
 
 
 class StepBench:
-    """A model, its engine, and the two ways to take a step with them."""
+    """A model, its engine, and two ways to take a step with them."""
 
     def __init__(self, arguments: argparse.Namespace, config: Config) -> None:
         engines.open_process_group(config.engine)
@@ -169,11 +169,11 @@ class StepBench:
         self._steps = {"plain RoPE": 1, "CLEX": 1}
 
     def clex(self) -> float:
-        """Seconds of a step with CLEX, from an idle device to an idle device."""
+        """Time a step with CLEX in seconds, synchronizing the device before and after."""
         return self._timed("CLEX", self.parts)
 
     def plain(self) -> float:
-        """Seconds of a step with the family's own rotary module and without an ODE."""
+        """Time a step with the family's own rotary module and without an ODE, in seconds."""
         with self._stock_rotary():
             return self._timed("plain RoPE", replace(self.parts, ode=None))
 
@@ -188,7 +188,7 @@ class StepBench:
 
     @contextmanager
     def _stock_rotary(self) -> Iterator[None]:
-        """The module stays, and computes what the stock one does: ZeRO-3 has noted the order of modules."""
+        """Compute what the stock module does without replacing the module: ZeRO-3 has recorded the order of modules."""
         rotary = self.parts.loaded.handle.rotary
         rotary.forward = self.stock.forward  # type: ignore[method-assign]
         yield
@@ -206,7 +206,7 @@ class StepBench:
 
 
 def measure(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
-    """The page."""
+    """Yield the lines of the page."""
     began = time.perf_counter()
     for _ in range(WARM_UP):
         bench.plain(), bench.clex()
@@ -223,7 +223,7 @@ def measure(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
 
 
 def header(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
-    """What was run, on what."""
+    """Describe the measurement and the machine."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     config, on_gpu = bench.config, torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else f"{processor()}, {os.cpu_count()} logical cores"
@@ -247,7 +247,7 @@ def header(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
 
 
 def speeds(bench: StepBench, pairs: list[tuple[float, float]], rate: float) -> list[str]:
-    """Both ways of a step, and their ratio pair by pair."""
+    """Format both step times and their ratio pair by pair."""
     rows = []
     for column, name in enumerate(("plain RoPE", "CLEX")):
         seconds = statistics.median(pair[column] for pair in pairs)
@@ -272,7 +272,7 @@ def speeds(bench: StepBench, pairs: list[tuple[float, float]], rate: float) -> l
 
 
 def ode_seconds(bench: StepBench) -> list[str]:
-    """What the host does for the ODE in a step, by the clock, as medians of a few steps."""
+    """Measure the host's work for the ODE in a step, as medians over a few steps."""
     ode, spent = bench.parts.ode, {"begin": [], "finish": [], "look_ahead": []}  # type: dict[str, list[float]]
     for name, times in spent.items():
         setattr(ode, name, clocked(getattr(ode, name), times))
@@ -285,7 +285,7 @@ def ode_seconds(bench: StepBench) -> list[str]:
 
 
 def waits(bench: StepBench) -> list[str]:
-    """Where the host waited for the GPU in a step, as torch warns of it; nothing on a CPU."""
+    """List the places where the host waited for the GPU in a step, from torch's warnings; none on a CPU."""
     if not torch.cuda.is_available():
         return []
     with warnings.catch_warnings(record=True) as caught:
@@ -301,7 +301,7 @@ def waits(bench: StepBench) -> list[str]:
 
 
 def clocked(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
-    """`call`, which leaves its seconds in `times`."""
+    """Wrap `call` to append its seconds to `times`."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -313,7 +313,7 @@ def clocked(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
 
 
 def product_rate(arguments: argparse.Namespace, bench: StepBench) -> float:
-    """FLOP/s of a square matrix product of random data in the dtype of the step, median of several."""
+    """Measure the FLOP/s of a square matrix product in the step's dtype, median of several runs."""
     on_gpu, device = torch.cuda.is_available(), distributed.device()
     order, repeats = arguments.product or (8192 if on_gpu else 2048), 20 if on_gpu else 3
     left, right = (torch.randn(order, order, device=device).to(engines.precision(bench.config.engine)) for _ in "ab")
@@ -328,7 +328,7 @@ def product_rate(arguments: argparse.Namespace, bench: StepBench) -> float:
 
 
 def wait() -> None:
-    """Until the device has nothing to do."""
+    """Wait until the device is idle."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
