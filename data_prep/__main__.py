@@ -78,6 +78,7 @@ def main() -> int:
     schema, module = VERBS[verb]
     # Hydra allows one config per process, so the schema is chosen before it reads the command line.
     ConfigStore.instance().store(name="data_prep_schema", node=schema)
+    # Remove the verb: Hydra would take it for an override.
     sys.argv[1:] = [_expand_group_path(argument) for argument in sys.argv[2:]]
     return console.run(partial(_run, module), partial(_help, verb, schema), schema, KEPT.get(verb, STARTS_OVER))
 

@@ -161,6 +161,7 @@ class TrainTokenizerVerb:
         # A byte-level BPE needs the full byte alphabet to encode any text without an unknown token.
         require(self.vocab_size >= 259, "vocab_size", self.vocab_size, "at least 259: every byte and 3 special tokens")
         require(self.max_mb >= 1, "max_mb", self.max_mb, "at least 1 megabyte")
+        # Equal special tokens would share an id, and padding would end documents.
         special = (self.pad_token, self.bos_token, self.eos_token)
         require(len(set(special)) == 3 and all(special), "eos_token", self.eos_token, "special tokens must differ")
 
@@ -192,7 +193,9 @@ class InspectVerb:
         require(self.sample_tokens >= 1, "sample_tokens", self.sample_tokens, "at least 1")
         require(self.rows >= 0, "rows", self.rows, "0 or more")
         require(self.seq_len >= 2, "seq_len", self.seq_len, "at least 2 tokens")
+        # numpy seeds are nonnegative; 2**63 keeps the value an int64 in YAML and JSON.
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or a positive integer below 2**63")
+        # The suffix selects the format of matplotlib.
         require(self.plot is None or self.plot.endswith(".png"), "plot", self.plot, "must end in .png")
 
 

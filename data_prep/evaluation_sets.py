@@ -73,6 +73,7 @@ def _held_out(path: str) -> TokenStore:
 def _require_documents(store: TokenStore, lengths: list[int]) -> None:
     """Raise `ValueError` before anything is written if a length has no document."""
     document_lens = np.diff(store.doc_offsets)
+    # split("validation") refuses an empty split, so max() has an argument.
     longest = int(document_lens.max())
     missing = [length for length in lengths if length > longest]
     if missing:
@@ -114,6 +115,7 @@ def _write(store: TokenStore, settings: dict[str, Any], partial: Path) -> Manife
 
 def _copy(store: TokenStore, documents: np.ndarray, records: np.ndarray, used: np.ndarray, partial: Path) -> Shard:
     """Write the documents as one shard, with sources renumbered from 0 among those in `used`."""
+    # `used` is sorted and contains every source, so the position is the new number.
     sources = np.searchsorted(used, records["source"])
     with ShardWriter(partial / store.split_name, "00000", store.dtype) as writer:
         for document, record, source in zip(documents, records, sources, strict=True):

@@ -46,6 +46,7 @@ def run(config: InspectVerb) -> None:
     if config.plot:
         length_plot.plot(found, str(store.path), Path(config.plot))
         say(f"\nwrote the plot of lengths to {config.plot}")
+    # A store of evaluation sets has a single split, with nothing to compare.
     if len(views) == len(SPLITS):
         say(f"\n{overlap_line(*views.values())}")
     _show_texts(views, config)

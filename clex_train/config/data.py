@@ -101,6 +101,7 @@ class DataConfig:
     def _check_step(self, step: int) -> None:
         key, named = f"data.weights_at.{step}", self.weights_at[step]
         require(step >= 1, key, dict(named), "a step of at least 1; the weights before it are those of data.domains")
+        # A misspelt domain would otherwise keep its old weight without notice.
         for name in named:
             require(name in self.domains, f"{key}.{name}", named[name], f"no such domain; {_known(self.domains)}")
         self._check_weights(key, "", self.weights()[step])
@@ -111,6 +112,7 @@ class DataConfig:
             number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
             good = number and 0 <= weight <= MOST_WEIGHT
             require(good, f"{key}.{name}{field}", weight, f"a weight is a number from 0 to {MOST_WEIGHT:g}")
+        # All weights zero would divide by zero in the schedule.
         require(not weights or any(weights.values()), key, weights, "at least one domain needs a weight above 0")
 
 

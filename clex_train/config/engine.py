@@ -69,6 +69,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         require_at_most(self, "engine.", MOST)
+        # A stage is an int in the schema, since Hydra enums cannot be numbers.
         require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         require(self.micro_batch is None or self.micro_batch >= 1, "engine.micro_batch", self.micro_batch, "at least 1")
         require(

@@ -121,6 +121,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require_at_most(self, "evaluation.", MOST)
         require(self.every >= -1, "evaluation.every", self.every, "-1 (never), 0 (at the end) or a number of steps")
+        # An empty list means lengths that follow from the model, checked once they are known.
         if self.lengths:
             self._check_lengths()
         require(len(self.methods) > 0, "evaluation.methods", self.methods, "one or more methods")
@@ -131,6 +132,7 @@ class EvaluationConfig:
             self.protocols,
             "one or more protocols (or none, and evaluation.tasks)",
         )
+        # At base 1 all frequencies are equal, and below it they grow.
         require(self.rope_theta > 1, "evaluation.rope_theta", self.rope_theta, "a base greater than 1")
         require(
             self.dynamic_factor is None or self.dynamic_factor >= 1,
@@ -139,6 +141,7 @@ class EvaluationConfig:
             "1 or more",
         )
         require(self.num_windows >= 1, "evaluation.num_windows", self.num_windows, "at least 1 window")
+        # A stride of 0 would never finish.
         require(self.stride >= 1, "evaluation.stride", self.stride, "at least 1 token")
         require(self.last_k is None or self.last_k >= 1, "evaluation.last_k", self.last_k, "at least 1 token")
         require(self.n_local is None or self.n_local >= 1, "evaluation.n_local", self.n_local, "at least 1 token")
@@ -149,6 +152,7 @@ class EvaluationConfig:
         require(layer >= 0, "evaluation.lm_infinite_top_k_layer", layer, "the index of a layer, from 0")
         require(self.t_factor is None or self.t_factor >= 1, "evaluation.t_factor", self.t_factor, "1 or more")
         require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")
+        # Retrieval has its own module: the tasks of RULER are a list of their own.
         retrieval.check(self.tasks, self.num_prompts, self.depths, self.task_lengths)
 
     def _check_lengths(self) -> None:
@@ -162,6 +166,7 @@ class EvaluationConfig:
             "each must be a multiple of the shortest and divide the longest, so that all score the same tokens",
         )
         require(
+            # Only `sliding` uses the stride; other protocols ignore it.
             Protocol.sliding not in self.protocols or self.stride <= shortest,
             "evaluation.stride",
             self.stride,

@@ -102,6 +102,7 @@ class LaunchConfig:
             "at least 1 rank",
         )
         require(
+            # DeepSpeed and NCCL need one GPU per rank; without GPUs any number of ranks is fine.
             self.ranks_per_node is None or self.gpus_per_node in (0, self.ranks_per_node),
             "launch.ranks_per_node",
             self.ranks_per_node,
@@ -115,6 +116,7 @@ class LaunchConfig:
         )
         require(self.linger >= 1, "launch.linger", self.linger, "at least 1 second")
         require(self.max_restarts >= 0, "launch.max_restarts", self.max_restarts, "0 (never) or a number")
+        # Parsed here, so that a typo is found on the login node and not by sbatch.
         limit = seconds(self.time)
         require(
             1 <= self.signal_before <= 65535,
@@ -123,11 +125,21 @@ class LaunchConfig:
             "seconds, from 1 to 65535 (SLURM's maximum)",
         )
         require(
+            # SLURM would send the signal at the start, and the job would be requeued forever.
             self.signal_before < limit,
             "launch.signal_before",
             self.signal_before,
             f"must leave time to train: launch.time={self.time} is {limit} s",
         )
+        self._check_container()
+        self._check_texts()
+
+    @property
+    def ranks(self) -> int:
+        """Training processes on each node."""
+        return self.ranks_per_node or self.gpus_per_node or 1
+
+    def _check_container(self) -> None:
         require(
             self.container is Container.none or bool(self.container_image),
             "launch.container_image",
@@ -135,17 +147,12 @@ class LaunchConfig:
             f"launch.container={self.container.name} needs an image",
         )
         require(
+            # An image without a runtime would be ignored, and the job would run on the host.
             self.container is not Container.none or self.container_image is None,
             "launch.container",
             self.container.name,
             "choose pyxis or apptainer to run launch.container_image",
         )
-        self._check_texts()
-
-    @property
-    def ranks(self) -> int:
-        """Training processes on each node."""
-        return self.ranks_per_node or self.gpus_per_node or 1
 
     def _check_texts(self) -> None:
         """Raise `ValueError` for values that would end a line of the job script, and for malformed options."""

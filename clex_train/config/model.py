@@ -53,4 +53,5 @@ class ModelConfig:
     @property
     def is_pretrained(self) -> bool:
         """True if training starts from the weights of `path`."""
+        # init=null with a path means pretrained, so that naming a model is enough.
         return self.init is Init.pretrained or (self.init is None and self.path is not None)

@@ -50,11 +50,13 @@ GROUPS: dict[Task, tuple[Task, ...]] = {
 
 def expand(tasks: Sequence[Task]) -> list[Task]:
     """Expand groups to single tasks without duplicates, in the given order."""
+    # dict.fromkeys removes duplicates and keeps the order.
     return list(dict.fromkeys(single for task in tasks for single in GROUPS.get(task, (task,))))
 
 
 def check(tasks: Sequence[Task], num_prompts: int, depths: Sequence[float], lengths: Sequence[int] | None) -> None:
     """Raise `ValueError` by key for settings from which no prompt can be made."""
+    # Refuse before any model is loaded.
     for task in tasks:
         known = "it needs SQuAD or HotpotQA, which are not generated here; use lm-eval, or leave it out"
         require(task not in DOWNLOADED, "evaluation.tasks", task.value, known)

@@ -77,6 +77,7 @@ def register() -> None:
 
 def to_config(composed: DictConfig) -> Config:
     """Convert the composed config to a checked `Config`; `ValueError` names the key, the value and the remedy."""
+    # Before to_object, which would set an unknown key as an attribute that nobody reads.
     _refuse_unknown(composed)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
@@ -88,6 +89,7 @@ def _refuse_unknown(composed: DictConfig) -> None:
     """Refuse keys that Hydra lets past the schema."""
     # `+key=value` adds any key, and a value that nobody reads would look as if it had an effect.
     known = [key for key, *_ in describe(Config)]
+    # resolve=False: an interpolation of an unknown key must not hide the key.
     for group, value in composed.items_ex(resolve=False):
         for key in [f"{group!s}.{name!s}" for name in value] if isinstance(value, DictConfig) else [str(group)]:
             if key not in known:
@@ -121,6 +123,7 @@ def _check_between_groups(config: Config) -> None:
     )
     # `is_dir` decides, as in from_pretrained: a local folder wins over a hub repository of the same name.
     is_local = model.path is None or Path(model.path).is_dir()
+    # A revision of a local folder would be ignored silently.
     where = "there is no model.path" if model.path is None else f"{model.path} is a folder on this machine"
     require(
         model.revision is None or not is_local,
@@ -184,6 +187,7 @@ def with_lengths(config: Config, context_len: int, longest_document: int | None 
     if not data.seq_len:
         data = replace(data, seq_len=context_len)
     if not evaluation.lengths:
+        # Formulas have no t_max of their own to respect; longer windows then show how they degrade.
         t_max = scaling.t_max if scaling.name is ScalingName.clex else None
         evaluation = replace(evaluation, lengths=default_lengths(context_len, t_max, longest_document))
     return replace(config, data=data, evaluation=evaluation)
@@ -209,6 +213,7 @@ def check_protocols(config: Config) -> None:
 def check_reach(config: Config, context_len: int) -> None:
     """Raise `ValueError` if an evaluation window is longer than the context that CLEX is trained to serve."""
     longest, scaling = config.evaluation.longest(), config.scaling
+    # Whole tokens: a window one token beyond the trained range is already extrapolation.
     served = int(scaling.t_max * context_len)
     require(
         scaling.name is not ScalingName.clex or config.evaluation.every < 0 or longest <= served,
@@ -237,6 +242,7 @@ def check_lambda_mask(config: Config) -> None:
     scaling, evaluation = config.scaling, config.evaluation
     methods, protocols = ([item.value for item in items] for items in (evaluation.methods, evaluation.protocols))
     evaluates = evaluation.every >= 0
+    # scaling=none ignores `positions`, whose default is mix.
     plain = scaling.name is ScalingName.none or scaling.positions is Positions.plain
     # A table instead of nine calls: each line is one rule, with the reason that the user reads.
     conflicts: list[tuple[bool, str, object, str]] = [

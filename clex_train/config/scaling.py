@@ -120,6 +120,7 @@ class ScalingConfig:
         require(self.factor is None or self.factor >= 1, "scaling.factor", self.factor, "a scale factor is at least 1")
         # A stock config.json cannot express what is refused below, so the exported model would differ from the run.
         require(
+            # A factor that the method does not read would look as if it had an effect.
             self.factor is None or self.name in FORMULAS,
             "scaling.factor",
             self.factor,
@@ -127,6 +128,7 @@ class ScalingConfig:
         )
         require(self.rope_theta > 1, "scaling.rope_theta", self.rope_theta, "greater than 1")
         require(
+            # Plain positions make RandomPos identical to no scaling, which the label would hide.
             self.name is not ScalingName.random_pos or self.positions is not Positions.plain,
             "scaling.positions",
             self.positions.name,
@@ -145,6 +147,7 @@ class ScalingConfig:
         require(self.weight_decay >= 0, "scaling.weight_decay", self.weight_decay, "0 or more")
         require(self.clip > 0, "scaling.clip", self.clip, "greater than 0")
         require(self.max_residual > 0, "scaling.max_residual", self.max_residual, "greater than 0")
+        # Below 1e-12 rounding in float64 dominates, and no grid would pass the check.
         require(1e-12 <= self.tolerance <= 1e-2, "scaling.tolerance", self.tolerance, "between 1e-12 and 1e-2")
         require(self.check_every >= 1, "scaling.check_every", self.check_every, "at least 1 step")
 
@@ -152,5 +155,6 @@ class ScalingConfig:
         """Return the scale factor t of a formula that trains on rows of `row_len` tokens, with L = `context_len`."""
         if self.factor is not None:
             return self.factor
+        # RandomPos needs positions beyond the row, so its factor never follows from the row length.
         longer = row_len > context_len and self.name is not ScalingName.random_pos
         return row_len / context_len if longer else self.t_max

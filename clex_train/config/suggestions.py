@@ -77,9 +77,11 @@ ELSEWHERE = {
 def did_you_mean(key: str, keys: Sequence[str]) -> str:
     """Return `did you mean a, b or c?` for a dotted key among all keys; an empty string if none is similar."""
     group, _, field = key.rpartition(".")
+    # Case is ignored: people type FP16 and ZeRO.
     same = [name for name in keys if name == ELSEWHERE.get(field.lower())]
     elsewhere = [name for name in keys if name.rpartition(".")[2] == field]
     beside = {name.rpartition(".")[2]: name for name in keys if name.rpartition(".")[0] == group}
+    # 0.6 is difflib's default; lower values suggest unrelated keys.
     nearby = [beside[name] for name in difflib.get_close_matches(field, beside, n=2, cutoff=0.6)]
     # A field of the same name in another group is the surest guess, then names of other trainers, then typos.
     found = elsewhere or same or nearby or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)

@@ -73,6 +73,7 @@ def documents(
         _refuse(piece.path, _BadRecord("a git-lfs pointer instead of the file itself", _LFS_REMEDY), corpus, counts)
         return
     reader = READERS[piece.format]
+    # Readers convert only these fields, the text first.
     names = [*fields_of(corpus), *keep]
     for raw in reader.read(piece, corpus, names):
         try:
@@ -156,6 +157,7 @@ def _content(text: Any, fields: Mapping[str, Any], name: str) -> bytes:
         advice = chat_remedy(fields) or "repair it"
         raise _BadRecord(f"field {name!r} must be a string, but is {type(text).__name__}", advice)
     content = text.content if isinstance(text, Utf8) else _encode(text)
+    # An empty document would still add BOS and EOS to the store.
     if is_blank(content):
         raise ValueError(f"field {name!r} is empty")
     return content
@@ -177,6 +179,7 @@ def _refuse(where: str, error: ValueError, corpus: CorpusConfig, counts: Counter
     if corpus.on_bad_record is OnBadRecord.error:
         others = "leave such records out with corpus.on_bad_record=skip"
         raise ValueError(f"{where}: {error}; {advice}, or {others}") from error
+    # Count before logging: the limit of log lines must not limit the count in the manifest.
     counts["bad_records"] += 1
     if counts["bad_records"] <= MAX_WARNINGS:
         logger.warning("left out: %s: %s", where, error)

@@ -140,6 +140,7 @@ def _parse_row(row: Any, names: Sequence[str]) -> dict[str, Any]:
     import pyarrow
 
     columns = dict(zip(row.schema.names, row.columns, strict=True))
+    # Null texts, and texts of another type, take the slow path, which names them.
     text = columns.get(names[0])
     # Keep the text as bytes: decoding here would make invalid UTF-8 an error of the file instead of a bad record.
     if text is not None and text.type in (pyarrow.string(), pyarrow.large_string()) and text.null_count == 0:
@@ -179,6 +180,7 @@ def _columns(piece: Piece, corpus: CorpusConfig, names: Sequence[str], file: Any
     for name in names:
         if any(path == name or path.startswith(f"{name}.") for path in paths):
             columns.append(name)
+        # A nested value that parquet keeps as one column (a map) cannot be selected below its top.
         elif name.partition(".")[0] in present:
             columns.append(name.partition(".")[0])
         elif key := key_of(corpus, name):
@@ -250,6 +252,7 @@ def _lines_before(piece: Piece) -> int:
     if piece.start == 0 or READERS[piece.format].unit != "line":
         return 0
     with open(piece.path, "rb") as file:
+        # Count in chunks: the file may be larger than memory.
         remaining = _seek_line(file, piece.start)
         file.seek(0)
         count = 0

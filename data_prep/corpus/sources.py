@@ -82,6 +82,7 @@ def _plan_files(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
         if not size:
             empty.append(path)
         pieces += _cut(path, format, size, shard_bytes)
+    # After the loop, so that the message can say how many pointers there are.
     if pointers and corpus.on_bad_record is OnBadRecord.error:
         raise ValueError(f"corpus.paths={pointers[0]}: {_lfs_pointers(len(pointers))}")
     if empty:
@@ -102,6 +103,7 @@ def _plan_stdlib(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
 
 
 def _plan_hub(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
+    # Fewer parts than files: each part then streams several files in order.
     count = min(hub.num_shards(corpus), MAX_HUB_UNITS)
     return [Piece(str(corpus.hub), "hub", part, count) for part in range(count)]
 
@@ -170,6 +172,7 @@ def _group(pieces: list[Piece], shard_bytes: int) -> list[Unit]:
     group: list[Piece] = []
     for i, piece in enumerate(pieces):
         group.append(piece)
+        # A hub part is a unit of its own, because its size is unknown before it is read.
         full = sum(p.num_bytes for p in group) >= shard_bytes or len(group) >= MAX_UNIT_PIECES
         if full or piece.format == "hub" or i == len(pieces) - 1:
             units.append(Unit(len(units), i + 1 - len(group), tuple(group)))

@@ -107,6 +107,7 @@ def compare(
 
     `evaluation_doc` in the pairs is the document's number in the index.
     """
+    # Exact set sizes: estimates such as HyperLogLog are too coarse for thresholds near 0.1.
     sizes, shared = index.intersections([words for _, words in documents])
     findings = Findings(wordless=sum(len(words) == 0 for _, words in documents))
     best = np.zeros(index.num_documents)

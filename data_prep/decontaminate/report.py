@@ -47,6 +47,7 @@ class Report:
 
     def settings(self) -> dict[str, Any]:
         """Return everything that determines the result: the limits and the content of both stores."""
+        # Settings are compared between runs, so keys without effect on the result must not count.
         limits = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in _OPERATION}
         return limits | {"train": _described(self.train), "evaluation": _described(self.evaluation)}
 
@@ -129,6 +130,7 @@ class Report:
         }
 
     def _row(self, pair: Pair) -> dict[str, Any]:
+        # JSON has only string keys.
         sizes = [str(n) for n in self.config.ngrams]
         return dataclasses.asdict(pair) | {
             "jaccard": dict(zip(sizes, pair.jaccard, strict=True)),

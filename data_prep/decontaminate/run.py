@@ -77,6 +77,7 @@ def _conclude(report: Report, folder: Path, config: DecontaminateVerb) -> None:
 
 
 def _open(key: str, path: str | None, split: str) -> TokenStore:
+    # Optional in the schema, so that `--help` can show the defaults.
     require(bool(path), key, path, "name the directory of a token store")
     try:
         return TokenStore(str(path)).split(split)
@@ -219,6 +220,7 @@ def _results(
 ) -> Iterator[tuple[Findings, int, int]]:
     """Yield results in order with at most `most` of them pending: a slow first one would let the others pile up."""
     pending: deque[Future[tuple[Findings, int, int]]] = deque()
+    # Submit ahead of the result that is awaited, so that workers never idle.
     for chunk in chunks:
         pending.append(executor.submit(task, chunk))
         if len(pending) >= most:

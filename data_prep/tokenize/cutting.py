@@ -100,6 +100,7 @@ def cutter(tokenizer_json: str) -> Cutter:
     prepends = {_check_normalizer(step) for step in _steps(content.get("normalizer"), "normalizers")}
     prepends |= {_check_pre_tokenizer(step) for step in pre_tokenizers}
     _check_added_tokens(content.get("added_tokens") or [])
+    # Only the vocabulary can join the two sides of a cut; merges produce tokens of the vocabulary.
     tokens = content["model"]["vocab"]
     spanning = _SPANNING[any(step["type"] == "ByteLevel" for step in pre_tokenizers)]
     places = []

@@ -57,6 +57,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> TokenizerInfo:
     """Write the tokenizer's files to `directory` and describe the tokenizer."""
+    # Saved, not copied: a hub tokenizer has no directory, and the store must not depend on the hub cache.
     tokenizer.save_pretrained(directory)
     vocabulary = tokenizer.get_vocab()
     return TokenizerInfo(

@@ -87,6 +87,7 @@ def _complete(
     if (partial / MANIFEST).is_file():
         return read_manifest(partial)
     finished = {unit: result for unit in units if (result := load_result(partial, unit))}
+    # Finished shards of changed files would mix two versions of a corpus in one store.
     for unit, result in finished.items():
         check_sources(unit, result)
     job = _job(config, tokenizer, partial, settings["bos"], held_out)
@@ -151,6 +152,7 @@ def _manifest(partial: Path, units: list[Unit], job: Job, settings: dict[str, An
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("tokenizers", "transformers", *{r.engine for r in results})},
     )
+    # Only now: a filter may leave a single shard empty, but not the whole corpus.
     require_documents(job.corpus, _counts(manifest))
     return manifest
 
@@ -173,6 +175,7 @@ def _report(manifest: Manifest, output: Path) -> None:
 def _report_split(manifest: Manifest) -> None:
     """Log how many documents are held out, if that differs from the share or is too few."""
     share, found = manifest.split_rule["validation_share"], manifest.num_documents("validation")
+    # A split of 0 is a choice of the user; anything below what error bars need is probably not.
     remedy = f"raise corpus.validation_share={share}, add documents, or cut long ones into several"
     if not share:
         return

@@ -134,6 +134,7 @@ def _tokenize(unit: Unit, job: Job, engine: str, advance: Advance) -> Result:
     # Before reading: if a file changes meanwhile, its time differs later and it is hashed again.
     modified = [_modified(piece) for piece in unit.pieces]
     counts: list[Counter[str]] = [Counter() for _ in unit.pieces]
+    # The dtype follows from the vocabulary, not from the ids seen: all shards of a store must agree.
     dtype = token_dtype(job.tokenizer.vocab_size)
     with ExitStack() as stack:
         writers = {s: stack.enter_context(ShardWriter(job.partial / s, unit.name, dtype)) for s in SPLITS}
@@ -157,6 +158,7 @@ def _encode(
     check = None
     if name != TokenizersEngine.name:
         check = SampleCheck(load(TokenizersEngine.name, job.partial / TOKENIZER), unit.name)
+    # Pieces of several documents share a batch, and a long document spans several.
     for batch in _batches(pieces):
         texts = [piece.text for piece in batch]
         encoded = engine.encode(texts)
