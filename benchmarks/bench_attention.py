@@ -38,6 +38,7 @@ class Layer:
     """Model of one layer with one kind of attention."""
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        # Equal weights in every layer, so that all do the same work.
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=VOCABULARY,
@@ -48,6 +49,7 @@ class Layer:
             num_key_value_heads=arguments.key_heads or arguments.heads,
             max_position_embeddings=max(arguments.lengths),
             attn_implementation="sdpa" if name == LM_INFINITE else name,
+            # Training has no cache; building one would be timed as well.
             use_cache=False,
         )
         self.name, self.config, self.is_out = name, config, False
@@ -58,11 +60,13 @@ class Layer:
     def forward(self, ids: torch.Tensor) -> float:
         """Time a forward pass without a graph, in seconds."""
         with torch.no_grad():
+            # One row of logits: the head over the whole vocabulary would hide the attention.
             return timed(lambda: self.model(ids, logits_to_keep=1))
 
     def both(self, ids: torch.Tensor) -> float:
         """Time a forward pass and the backward pass of a scalar loss, in seconds."""
         seconds = timed(lambda: self.model.model(ids).last_hidden_state.float().square().mean().backward())
+        # Freed outside the timing, and so that the next pass does not accumulate.
         self.model.zero_grad(set_to_none=True)
         return seconds
 
@@ -76,6 +80,7 @@ def main() -> None:
     lines = header(arguments, layers)
     lines += [f"- {name}: left out, {reason}" for name, reason in refusals.items() if name in arguments.back_ends]
     lines += table("Forward, ms", layers, arguments, Layer.forward)
+    # The backward pass takes other memory than the forward pass, so every back end gets another chance.
     for layer in layers:
         layer.is_out = False
     lines += table("Forward and backward, ms", layers, arguments, Layer.both)
@@ -102,6 +107,7 @@ def parse() -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     arguments.device = torch.device("cuda" if on_gpu else "cpu")
     arguments.dtype = torch.bfloat16 if on_gpu else torch.float32
+    # Ascending: a back end is given up by its time at the previous length.
     arguments.lengths.sort()
     return arguments
 
@@ -144,6 +150,7 @@ def table(
     lines.append("|--:|" + "--:|" * (len(layers) + 1))
     taken: dict[str, float] = {}
     for index, length in enumerate(arguments.lengths):
+        # Quadratic, the worst case; LM-Infinite grows linearly and is never close to the limit.
         growth = (length / arguments.lengths[index - 1]) ** 2 if index else 1.0
         for each in layers:
             each.is_out |= growth * taken.get(each.name, 0.0) > arguments.limit
@@ -166,10 +173,12 @@ def rounds(
             try:
                 spent.setdefault(layer.name, []).append(run(layer, ids))
             except (RuntimeError, MemoryError) as error:
+                # Anything else is a bug of the benchmark and must not look like a missing number.
                 if not is_out_of_memory(error):
                     raise
                 layer.is_out = True
                 torch.cuda.empty_cache()
+    # The first round compiles kernels and fills caches.
     return {layer.name: spent[layer.name][1:] for layer in layers if not layer.is_out}
 
 
@@ -183,6 +192,7 @@ def ratio(layers: list[Layer], spent: dict[str, list[float]]) -> str:
     first, last = (spent.get(layer.name) for layer in (layers[0], layers[-1]))
     if not first or not last:
         return "-"
+    # Ratios per round, then the median: a busy moment affects both sides of a pair.
     return f"{statistics.median(a / b for a, b in zip(first, last, strict=True)):.2f}"
 
 

@@ -47,10 +47,12 @@ def main() -> None:
     log.setup()
     config = Config(optim=OptimConfig(batch_rows=distributed.world_size()))
     engines.open_process_group(config.engine)
+    # One folder for all ranks: ZeRO-3 writes a file per rank into the same checkpoint.
     folder = Path(distributed.broadcast_object(tempfile.mkdtemp(dir=arguments.folder)))
     try:
         lines = measure(arguments, config, folder)
     finally:
+        # Other ranks may still be writing.
         distributed.barrier()
         if distributed.is_main():
             shutil.rmtree(folder)
@@ -138,13 +140,16 @@ def save_by_deepspeed(engine: Any, folder: Path) -> None:
     engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
     if distributed.is_main():
         for path in (folder / "deepspeed").iterdir():
+            # Without fsync the time would be that of copying to the page cache.
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
 
 def hashing_share(folder: Path) -> float:
     """Measure the seconds per gigabyte that hashing adds to writing, with a file of 512 MiB."""
+    # 2^27 float32 values are 512 MiB, larger than any cache of the disk.
     state, path = {"x": torch.randn(2**27)}, folder / f"hashing_{distributed.rank()}.pt"
+    # Alternate, so that a busy disk affects both sides.
     plain, hashed = [], []
     for _ in range(3):
         started = time.perf_counter()
@@ -179,6 +184,7 @@ def table(seconds: dict[str, float], parameters: int, size: int, hashing: float)
     """Format the results in Markdown."""
     slower = seconds["beside, step"] / seconds["step"]
     waiting = seconds["beside, blocked"] / seconds["at once"]
+    # The rest above 1 is padding, metadata, and whatever else DeepSpeed stores.
     more = size / (LEAST * parameters)
     return [
         f"Llama of {parameters / 1e6:.0f}M parameters, ZeRO-3, float32, AdamW; a step takes {seconds['step']:.2f} s.",

@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
     tokenize = sections.add_parser("tokenizing", help="files to a token store")
     tokenize.set_defaults(section=tokenizing)
     tokenize.add_argument("--texts", type=Path, nargs="+", required=True, help=".jsonl files, also compressed")
-    tokenize.add_argument("--gigabytes", type=float, default=1.0, help="text that is tokenised")
+    tokenize.add_argument("--gigabytes", type=float, default=1.0, help="text to tokenize")
     tokenize.add_argument("--repeats", type=int, default=3)
     tokenize.add_argument("--vocab-size", type=int, default=8192)
     tokenize.add_argument("--folder", type=Path, help="where to write corpora and stores; by default a temporary one")
@@ -90,11 +90,14 @@ def tokenizing(arguments: argparse.Namespace) -> list[str]:
 
 def _tokenizing(arguments: argparse.Namespace, folder: Path) -> list[str]:
     texts = read_texts(arguments.texts)
+    # Repeating a small text reaches any size without shipping a large corpus.
     copies = max(1, round(arguments.gigabytes * 1e9 / num_bytes(texts)))
     learn_tokenizer(texts, arguments.vocab_size, folder / "tokenizer")
+    # A first run on a small store imports and compiles everything outside the timing.
     write_copies(folder / "small", [texts[0][:100_000]], 1, alter=False)
     write_copies(folder / "repeated", texts, copies, alter=False)
     write_copies(folder / "altered", texts, copies, alter=True)
+    # `tokenizers` is faster on pieces, so the comparison with it must not be unfair.
     pieces = [text[i : i + PIECE_CHARS] for text in texts for i in range(0, len(text), PIECE_CHARS)]
     whole, total = num_bytes(texts), num_bytes(texts) * copies
     encode = raw_tokenizer(folder / "tokenizer")
@@ -149,6 +152,7 @@ def write_copies(folder: Path, texts: list[str], copies: int, *, alter: bool) ->
 
 def altered(text: str, seed: int) -> str:
     """Shuffle the letters of every tenth word."""
+    # Every tenth word differs: caches of words then meet new ones, as in a text that does not repeat.
     generator = random.Random(seed)
     words = text.split(" ")
     for i in range(generator.randrange(10), len(words), 10):
@@ -157,7 +161,7 @@ def altered(text: str, seed: int) -> str:
 
 
 def raw_tokenizer(directory: Path) -> Callable[[list[str]], object]:
-    """Run `encode_batch` of Hugging Face tokenizers."""
+    """Return a function that runs `encode_batch` of Hugging Face tokenizers."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -177,6 +181,7 @@ def tokenize(folder: Path, corpus: str, engine: str) -> None:
             output=str(output),
         )
     )
+    # A finished store would make the next call return at once.
     shutil.rmtree(output)
 
 

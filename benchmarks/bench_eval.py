@@ -57,6 +57,7 @@ class Shape:
 
     def weights(self) -> int:
         """Count the elements of all matrices and vectors."""
+        # Query and output projections have all heads, key and value projections the key heads.
         attention = self.width * self.head_dim * (2 * self.heads + 2 * self.key_heads)
         layer = attention + 3 * self.width * self.intermediate + 2 * self.width
         return 2 * self.vocab * self.width + self.layers * layer + self.width
@@ -68,6 +69,7 @@ class Shape:
     def activations(self, chunk_len: int) -> int:
         """Count the elements that a layer holds at once: residual, norm, and q, k, v, output or three of the MLP."""
         attention = (2 * self.heads + 2 * self.key_heads) * self.head_dim
+        # Attention and MLP run one after the other, so the larger of them counts.
         return chunk_len * (2 * self.width + max(attention, 3 * self.intermediate))
 
 
@@ -96,6 +98,7 @@ def main() -> None:
 
     arguments = parse()
     shape = Shape(layers=arguments.layers)
+    # /tmp may be in memory on some machines, hence `--folder`.
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = measure(Path(folder), shape, arguments.length, arguments.chunk_len, arguments.protocol)
     rows = [f"| {name} | {size / MIB:.1f} |" for name, size in found.parts.items()]
@@ -135,6 +138,7 @@ def measure(folder: Path, shape: Shape, length: int, chunk_len: int, protocol: s
     words = [f"model={folder / 'model'}", f"data={folder / 'store'}", f"lengths=[{length}]", f"protocols=[{protocol}]"]
     words += [f"chunk_len={chunk_len}", "methods=[ntk]", "precision=fp32", f"output={folder / 'out.json'}"]
     command = [sys.executable, "-c", CHILD, *words]
+    # A subprocess: the peak of a resident set cannot be attributed within a process that did other work.
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -169,12 +173,15 @@ def write_inputs(folder: Path, shape: Shape, length: int) -> None:
         max_position_embeddings=min(4096, length // 4),
     )
     model = LlamaForCausalLM(config)
+    # The formula above must describe the model that is measured.
     assert sum(parameter.numel() for parameter in model.parameters()) == shape.weights()
     model.save_pretrained(folder / "model")
     words = Tokenizer(models.WordLevel({str(i): i for i in range(shape.vocab)}, unk_token="1"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", unk_token="1")
+    # One token more than the window, which needs a target for its last token.
     document = np.random.default_rng(0).integers(2, shape.vocab, length + 1).tolist()
     write_store(folder / "store", {"train": [document], "validation": [document]}, shape.vocab)
+    # Store and model must agree on the tokenizer, or the evaluation refuses them.
     for place in (folder / "model", folder / "store" / "tokenizer"):
         tokenizer.save_pretrained(place)
 

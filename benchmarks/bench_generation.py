@@ -43,7 +43,7 @@ class Times:
     steps: list[float] = field(default_factory=list)
     crossings: list[float] = field(default_factory=list)
     blocks: list[float] = field(default_factory=list)
-    """Return the median step of each block, without the first step."""
+    """Median step of each block, without the first step."""
 
 
 def main() -> None:
@@ -103,6 +103,7 @@ def measure(model: LlamaForCausalLM, context: int, arguments: argparse.Namespace
         # Who goes first alternates, so that a machine that slows down or speeds up favours neither.
         for side in ("plain", "clex") if turn % 2 else ("clex", "plain"):
             seconds = block(model, side, caches[side], context, arguments)
+            # The first turn warms up.
             if turn > 0:
                 times[side].crossings.append(seconds[0])
                 times[side].steps += seconds[1:]
@@ -127,6 +128,7 @@ def decode(model: LlamaForCausalLM, cache: Cache, context: int, num_tokens: int)
     for _ in range(num_tokens):
         start = time.perf_counter()
         token = model(token, **kv_cache.passed(model, cache)).logits[:, -1:].argmax(dim=-1)
+        # Synchronizes: without it a GPU would only have queued the step.
         token.item()
         seconds.append(time.perf_counter() - start)
     return seconds
@@ -136,6 +138,7 @@ def shorten(cache: Cache, num_tokens: int) -> None:
     """Drop cache entries beyond `num_tokens`."""
     if isinstance(cache, StaticCache):
         for layer in cache.layers:
+            # StaticCache has no crop; setting its length makes it overwrite the entries behind.
             layer.cumulative_length.fill_(num_tokens)
             if hasattr(layer, "cumulative_length_int"):
                 layer.cumulative_length_int = num_tokens
@@ -149,6 +152,7 @@ def clex(model: LlamaForCausalLM, context_len: int) -> Iterator[FrequencyTable]:
     handle = install_rotary(model, context_len)
     torch.manual_seed(0)
     learned = Clex(handle.base_inv_freq, T_MAX)
+    # Random weights: a zero field would reduce every table to the NTK formula.
     torch.nn.init.normal_(learned.down, std=0.01)
     frequencies = learned.table(scale_grid(T_MAX))
     handle.use(frequencies)
@@ -163,6 +167,7 @@ def filled_cache(model: LlamaForCausalLM, context: int, arguments: argparse.Name
     config = model.config
     shape = (1, config.num_key_value_heads, context, config.hidden_size // config.num_attention_heads)
     static = arguments.cache == "static"
+    # A StaticCache cannot grow.
     room = context + arguments.tokens + 1
     cache = StaticCache(config, max_cache_len=room) if static else DynamicCache(config=config)
     for index in range(config.num_hidden_layers):
@@ -175,7 +180,9 @@ def row(context: int, times: dict[str, Times], context_len: int) -> list[str]:
     """Format one row: medians, the crossing, tokens per second with one crossing per L tokens, and the noise."""
     plain, ours = statistics.median(times["plain"].steps), statistics.median(times["clex"].steps)
     crossing = statistics.median(times["clex"].crossings)
+    # A crossing happens once in L tokens, although the blocks measure it far more often.
     mean = ((context_len - 1) * ours + crossing) / context_len
+    # Ratios of neighbouring blocks cancel slow drifts of the machine.
     paired = [b / a for a, b in zip(times["plain"].blocks, times["clex"].blocks, strict=True)]
     quartiles = statistics.quantiles(times["plain"].steps, n=4)
     return [
@@ -224,6 +231,7 @@ def table(rows: list[list[str]]) -> list[str]:
 def fixed_cost(arguments: argparse.Namespace) -> list[str]:
     """Measure the cost of hooks and phases per step, which does not depend on model size, on a near-empty model."""
     small = argparse.Namespace(**vars(arguments))
+    # So small that the model itself takes next to no time.
     small.hidden, small.heads, small.kv_heads, small.context_len, small.tokens, small.rounds = 64, 4, 1, 512, 64, 20
     cells = measure(build_model(small), 512, small)
     return [

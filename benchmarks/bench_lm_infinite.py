@@ -48,6 +48,7 @@ SMOKE = {
 def main() -> None:
     """Print one Markdown page, and write it to `--output`."""
     arguments = parse()
+    # All cores shared with other processes give noisier times than a fixed number.
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     longest = max(*arguments.prefill, *arguments.decode_at, *arguments.memory)
@@ -118,16 +119,20 @@ def section_prefill(model: LlamaForCausalLM, arguments: argparse.Namespace) -> l
     texts = {length: torch.randint(VOCABULARY, (1, length)) for length in arguments.prefill}
     ours: dict[int, list[float]] = {length: [] for length in texts}
     plain: list[float] = []
+    # A copy with the same weights, so that LM-Infinite can stay installed on the other model between turns.
     rival = copy.deepcopy(model)
     handle = apply_lm_infinite(model, arguments.n_local, arguments.n_global)
     with freed_memory_kept():
         forward(model, texts[longest], None)
+        # One call each before the timing, which allocates the buffers.
         forward(rival, texts[min(texts)], None)
         for index in range(arguments.rounds):
             for length, ids in texts.items():
+                # Short texts are repeated, or the resolution of the clock and of the scheduler would dominate.
                 calls = max(1, longest // length)
                 seconds = sum(timed(lambda ids=ids: forward(model, ids, None)) for _ in range(calls))
                 ours[length].append(1000 * seconds / (calls * length))
+            # Plain attention takes minutes at this length.
             if index < arguments.plain_rounds:
                 plain.append(1000 * timed(lambda: forward(rival, texts[plain_at], None)) / plain_at)
     handle.undo()
@@ -166,6 +171,7 @@ def section_decoding(model: LlamaForCausalLM, arguments: argparse.Namespace) -> 
         for length in arguments.decode_at
     }
     at, room = arguments.plain_at, arguments.steps * arguments.decode_rounds
+    # Both caches: DynamicCache copies all keys in each step, which would flatter LM-Infinite.
     plain: dict[str, Cache] = {
         f"plain at {at:,}, DynamicCache": filled(DynamicCache(config=model.config), at, arguments),
         f"plain at {at:,}, StaticCache": filled(
@@ -205,9 +211,11 @@ def section_memory(model: LlamaForCausalLM, arguments: argparse.Namespace) -> li
     lines = ["", "## Memory of a prefill", "", "| tokens | MiB above the weights | KiB a token |", "|--:|--:|--:|"]
     for length in arguments.memory:
         ids = torch.randint(VOCABULARY, (1, length))
+        # Default arguments bind the loop's value; a closure would see the last one.
         peak = peak_above(lambda ids=ids: forward(model, ids, None))
         lines.append(f"| {length:,} | {peak:,.0f} | {1024 * peak / length:.1f} |")
     handle.undo()
+    # Subtract what any attention would need, to judge the rest.
     mlp = 4 * arguments.heads * (4 * MLP_PER_HEAD + 2 * HEAD_DIM) / 1024
     return [*lines, "", f"The MLP of the model holds {mlp:.1f} KiB a token of these at its peak, whatever attends."]
 
@@ -219,6 +227,7 @@ def section_stream(model: LlamaForCausalLM, arguments: argparse.Namespace) -> li
     """
     handle = apply_lm_infinite(model, arguments.n_local, arguments.n_global)
     cache, before = handle.new_cache(), trimmed()
+    # Geometric marks: growth with the length would show as growth from line to line.
     marks = [mark for mark in (arguments.stream >> shift for shift in (8, 6, 4, 2, 1, 0)) if mark >= CHUNK]
     lines = ["", "## A stream", "", "| tokens | MiB, reading | MiB, decoding | s per 1k | ms a step |"]
     lines.append("|--:|--:|--:|--:|--:|")
@@ -240,7 +249,7 @@ def section_stream(model: LlamaForCausalLM, arguments: argparse.Namespace) -> li
 
 
 def read(model: LlamaForCausalLM, cache: Cache, length: int, num_rows: int) -> Cache:
-    """Yield `cache` after texts of `length` tokens."""
+    """Feed random texts of `length` tokens to `cache` and return it."""
     for first in range(0, length, CHUNK):
         forward(model, torch.randint(VOCABULARY, (num_rows, min(CHUNK, length - first))), cache)
     return cache
@@ -250,6 +259,7 @@ def filled(cache: Cache, length: int, arguments: argparse.Namespace) -> Cache:
     """Fill a cache with random keys and values for `length` tokens."""
     shape = (arguments.batch, arguments.heads, length, HEAD_DIM)
     for layer in range(arguments.layers):
+        # Values do not affect the time of a step.
         cache.update(*(torch.randn(shape) for _ in range(2)), layer)
     return cache
 
@@ -285,6 +295,7 @@ def peak_above(run: Callable[[], None], before: float | None = None) -> float:
 
 def trimmed() -> float:
     """Return the resident MiB after freed memory has gone back to the system."""
+    # glibc keeps freed memory, which would count as used.
     ctypes.CDLL(None).malloc_trim(0)
     return status("VmRSS")
 

@@ -69,8 +69,8 @@ WHOLE, TILED = "16k row", "16k row in tiles"
 
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(MIB)}
-"""One thread, since others have buffers of their own. Tensors of a MiB and more go back to the system when they are let
-go of: glibc would keep those below 32 MiB, and what a step no longer holds would stand in the resident set."""
+"""One thread, since each has its own buffers. Freed tensors of 1 MiB or more go back to the system; by default glibc
+keeps those below 32 MiB, and they would count in the resident set."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def parse() -> argparse.Namespace:
 
 def measure(case: Case) -> Measured:
     """Estimate one case in this process and measure it in a subprocess."""
+    # Late imports: the child must not import what it does not measure.
     from clex_train.preflight import dry_run
 
     with tempfile.TemporaryDirectory() as folder:
@@ -118,6 +119,7 @@ def measure(case: Case) -> Measured:
             {"folder": folder, "shape": asdict(case.shape), "options": case.options, "steps": case.steps}
         )
         command = [sys.executable, __file__, words]
+        # The allocator reads its settings when the process starts.
         environment = {**os.environ, **ENVIRONMENT, "BENCH_MEMORY_CHILD": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -126,7 +128,7 @@ def measure(case: Case) -> Measured:
 
 
 def write_architecture(folder: Path, shape: Shape) -> None:
-    """Return the config.json of the model."""
+    """Write the config.json of the model."""
     from transformers import LlamaConfig
 
     LlamaConfig(
@@ -136,6 +138,7 @@ def write_architecture(folder: Path, shape: Shape) -> None:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_heads,
+        # Fixed, so that CLEX draws the same t for rows of any length.
         max_position_embeddings=2048,
     ).save_pretrained(folder)
 
@@ -175,6 +178,7 @@ def child(words: dict[str, Any]) -> None:
     config = configuration(Path(words["folder"]), shape, words["options"])
     arch = architecture.to_train(config.model)
     engines.open_process_group(config.engine)
+    # After the imports, whose memory has nothing to do with the step.
     before = status("VmRSS:")
     settings = engines.deepspeed_dict(config, distributed.world_size())
     loaded = load.load_for_training(config, arch, torch.float32, settings)
@@ -197,6 +201,7 @@ def random_row(shape: Shape, step: int) -> dict[str, Any]:
     import torch
 
     ids = torch.randint(shape.vocab, (1, shape.tokens), generator=torch.Generator().manual_seed(step))
+    # Seeded by the step, so that the loss in the results can be compared between versions.
     return {"input_ids": ids, "labels": ids, "row_index": torch.tensor([step])}
 
 
@@ -234,6 +239,7 @@ def page(found: list[Measured]) -> list[str]:
         )
     by_name = {each.case.name: each for each in found}
     if WHOLE in by_name and TILED in by_name:
+        # The claim of the documentation, checked on every run.
         ratio = by_name[TILED].grown / by_name[WHOLE].grown
         lines += ["", f"A row of 16,384 tokens, vocabulary of 32,768: in tiles {ratio:.3f} of the peak without."]
     return lines

@@ -119,6 +119,7 @@ def compare(name: str, clex: Clex, t: float, repeats: int) -> list[str]:
         for _ in range(repeats)
     ]
     theirs, ours = (statistics.median(run[k][0] for run in runs) for k in (0, 1))
+    # Only the first run: errors are deterministic.
     errors = [f"{float((runs[0][k][1].double() - truth).abs().max()):.1e}" for k in (0, 1)]
     before = [name, f"{t:g}", f"{official.evaluations // repeats:,}", f"{theirs:.3f}", errors[0]]
     return [*before, f"{count_our_evaluations(clex, t):,}", f"{ours:.4f}", errors[1], f"{theirs / ours:.0f}x"]
@@ -136,6 +137,7 @@ class OfficialScheme:
         self.read_base = read.log().float()
 
     def __call__(self, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        # Count calls, the cost that does not depend on the machine.
         self.evaluations += 1
         read = z + self.read_base - self.exponent * torch.log(2 * t - 1)
         return self.act(read @ self.clex.up) @ self.clex.down - self.exponent * 2 / (2 * t - 1)

@@ -119,6 +119,7 @@ def configured(arguments: argparse.Namespace, folder: Path) -> Config:
     shape: dict[str, Any] = {**SHAPES[arguments.shape], "vocab_size": vocabulary}
     LlamaConfig(**shape, max_position_embeddings=arguments.tokens).save_pretrained(folder)
     rows = arguments.rows * arguments.accumulation * distributed.world_size()
+    # Its rows would be shared, and tokens per second counted several times.
     if any(key.startswith("engine.sequence_parallel=") for key in arguments.set):
         raise SystemExit("engine.sequence_parallel: this benchmark gives every rank rows of its own; leave it out")
     chosen = any(key.startswith(("engine=", "engine.activation_checkpointing=")) for key in arguments.set)
@@ -156,6 +157,7 @@ class StepBench:
         # A field that has learned something: at zero the solver would have less to do.
         with torch.no_grad():
             loaded.clex.down.normal_(0, 0.001, generator=torch.Generator().manual_seed(0))
+        # Choose the grid now: the check is due every 100 steps and would be timed.
         ode.check(0)
         self.engine, self.config = engines.build(loaded.model, config), config
         flops = metrics.flops_per_token(*load.matmul_shape(loaded.model), config.data.seq_len)
@@ -206,7 +208,7 @@ class StepBench:
 
 
 def measure(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
-    """Yield the lines of the page."""
+    """Measure and return the lines of the page."""
     began = time.perf_counter()
     for _ in range(WARM_UP):
         bench.plain(), bench.clex()
@@ -216,6 +218,7 @@ def measure(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
         first, second = (bench.plain, bench.clex) if index % 2 == 0 else (bench.clex, bench.plain)
         one, other = first(), second()
         pairs.append((one, other) if index % 2 == 0 else (other, one))
+    # Measured before and after: a device that throttles in between shows in the median.
     rate = statistics.median([before, product_rate(arguments, bench)])
     lines = [*header(bench, arguments), *speeds(bench, pairs, rate), *ode_seconds(bench)]
     lines += [*waits(bench), *profiled(bench.parts, bench.clex)]
@@ -254,6 +257,7 @@ def speeds(bench: StepBench, pairs: list[tuple[float, float]], rate: float) -> l
         speed = bench.tokens / seconds
         share = speed * bench.parts.flops_per_token / (rate * distributed.world_size())
         rows.append(f"| {name} | {1e3 * seconds:,.1f} | {speed:,.0f} | {100 * share:.1f} % |")
+    # Pairs are neighbours in time, so their ratio does not see the machine change.
     ratios = sorted(pair[1] / pair[0] for pair in pairs)
     quarter, least = len(ratios) // 4, [min(seconds) for seconds in zip(*pairs, strict=True)]
     return [
@@ -274,6 +278,7 @@ def speeds(bench: StepBench, pairs: list[tuple[float, float]], rate: float) -> l
 def ode_seconds(bench: StepBench) -> list[str]:
     """Measure the host's work for the ODE in a step, as medians over a few steps."""
     ode, spent = bench.parts.ode, {"begin": [], "finish": [], "look_ahead": []}  # type: dict[str, list[float]]
+    # Wrap the methods on the instance; deleting the attribute restores the class's method.
     for name, times in spent.items():
         setattr(ode, name, clocked(getattr(ode, name), times))
     for _ in range(5):
@@ -289,6 +294,7 @@ def waits(bench: StepBench) -> list[str]:
     if not torch.cuda.is_available():
         return []
     with warnings.catch_warnings(record=True) as caught:
+        # By default Python shows a warning once per line.
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         bench.clex()
@@ -315,6 +321,7 @@ def clocked(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
 def product_rate(arguments: argparse.Namespace, bench: StepBench) -> float:
     """Measure the FLOP/s of a square matrix product in the step's dtype, median of several runs."""
     on_gpu, device = torch.cuda.is_available(), distributed.device()
+    # Large enough to saturate the device, small enough for seconds.
     order, repeats = arguments.product or (8192 if on_gpu else 2048), 20 if on_gpu else 3
     left, right = (torch.randn(order, order, device=device).to(engines.precision(bench.config.engine)) for _ in "ab")
     seconds = []
@@ -324,6 +331,7 @@ def product_rate(arguments: argparse.Namespace, bench: StepBench) -> float:
         left @ right
         wait()
         seconds.append(time.perf_counter() - start)
+    # A multiply and an add for each of order^3 products; the first run warms up.
     return 2 * order**3 / statistics.median(seconds[1:])
 
 
