@@ -182,6 +182,7 @@ def header(arguments: argparse.Namespace) -> list[str]:
 
 def table(seconds: dict[str, float], parameters: int, size: int, hashing: float) -> list[str]:
     """Format the results in Markdown."""
+    # A step next to a write shares cores and memory bandwidth with it.
     slower = seconds["beside, step"] / seconds["step"]
     waiting = seconds["beside, blocked"] / seconds["at once"]
     # The rest above 1 is padding, metadata, and whatever else DeepSpeed stores.

@@ -99,6 +99,7 @@ def _tokenizing(arguments: argparse.Namespace, folder: Path) -> list[str]:
     write_copies(folder / "altered", texts, copies, alter=True)
     # `tokenizers` is faster on pieces, so the comparison with it must not be unfair.
     pieces = [text[i : i + PIECE_CHARS] for text in texts for i in range(0, len(text), PIECE_CHARS)]
+    # Rates are per byte of text, so one copy in memory compares with many copies on disk.
     whole, total = num_bytes(texts), num_bytes(texts) * copies
     encode = raw_tokenizer(folder / "tokenizer")
     rivals: dict[str, tuple[int, Callable[[], object]]] = {

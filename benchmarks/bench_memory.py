@@ -123,6 +123,7 @@ def measure(case: Case) -> Measured:
         environment = {**os.environ, **ENVIRONMENT, "BENCH_MEMORY_CHILD": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    # The last line: DeepSpeed logs to stdout before it.
     said = json.loads(done.stdout.splitlines()[-1])
     return Measured(case, plan.peak, dry_run.MOMENTS[plan.totals().index(plan.peak)], said["grown"], said["loss"])
 

@@ -11,6 +11,7 @@ def publish(lines: Sequence[str], output: Path | None) -> None:
     """Print a page and, if requested, write it."""
     page = "\n".join(lines) + "\n"
     print(page)
+    # The folder of results may not exist yet.
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(page, encoding="utf-8")

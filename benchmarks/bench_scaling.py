@@ -181,6 +181,7 @@ def reference_log_theta(clex: Clex, t: float) -> torch.Tensor:
         read = z + read_base - exponent * torch.log(2 * s - 1)
         return act(read @ up) @ down - exponent * 2 / (2 * s - 1)
 
+    # A tolerance far below the errors to be compared.
     span = torch.tensor([1.0, t], dtype=torch.float64)
     return odeint(field, start, span, method="dopri8", rtol=1e-12, atol=1e-12, options={"step_t": span[1:]})[-1]
 
@@ -200,6 +201,7 @@ def table_row(t_max: float, step: float, tolerance: float) -> list[str]:
     grid, clex = scale_grid(t_max, step), Clex(rope(1e4), t_max, act="tanh", tolerance=tolerance)
     with torch.no_grad():
         clex.down.normal_(0, 0.01, generator=torch.Generator().manual_seed(0))
+    # The first call also chooses the grid.
     first, *later = (seconds(lambda: clex.table(grid)) for _ in range(10))
     return [f"{t_max:g}", f"{step:g}", str(len(grid)), ms(first), ms(statistics.median(later))]
 
@@ -220,6 +222,7 @@ def section_cos_sin() -> list[str]:
 
 def accuracy_row(last: int, inv_freq: torch.Tensor, stock: torch.nn.Module) -> list[str]:
     """Return the largest error over the 4096 positions before `last`."""
+    # Far positions: a float32 phase loses a digit for every factor of ten.
     positions = torch.arange(last - 4096, last)[None]
     phase = positions.numpy().astype(np.longdouble)[..., None] * inv_freq.numpy().astype(np.longdouble)
     exact = np.cos(phase), np.sin(phase)
@@ -256,6 +259,7 @@ def section_7b() -> list[str]:
         ode.clex.down.normal_(0, 0.001, generator=torch.Generator().manual_seed(0))
     ode.check(0)
     own = statistics.median(ode_seconds(ode, step) for step in range(1, 34))
+    # The computed step time is optimistic, so the overhead is an upper bound.
     per_token = flops_per_token(6.61e9, num_layers=32, num_heads=32, head_dim=HEAD_DIM, seq_len=4096)
     rows = []
     for gpus in (8, 64):

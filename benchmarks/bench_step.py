@@ -115,6 +115,7 @@ def parse() -> argparse.Namespace:
 
 def configured(arguments: argparse.Namespace, folder: Path) -> Config:
     """Return the config of a CLEX run for this shape; the architecture is written to `folder`."""
+    # Real vocabularies matter: logits and loss are a visible part of a step.
     vocabulary = VOCABULARIES.get(arguments.shape, SMALL_VOCABULARY)
     shape: dict[str, Any] = {**SHAPES[arguments.shape], "vocab_size": vocabulary}
     LlamaConfig(**shape, max_position_embeddings=arguments.tokens).save_pretrained(folder)
@@ -255,6 +256,7 @@ def speeds(bench: StepBench, pairs: list[tuple[float, float]], rate: float) -> l
     for column, name in enumerate(("plain RoPE", "CLEX")):
         seconds = statistics.median(pair[column] for pair in pairs)
         speed = bench.tokens / seconds
+        # Against the measured rate of this machine, not a data sheet, which no product reaches.
         share = speed * bench.parts.flops_per_token / (rate * distributed.world_size())
         rows.append(f"| {name} | {1e3 * seconds:,.1f} | {speed:,.0f} | {100 * share:.1f} % |")
     # Pairs are neighbours in time, so their ratio does not see the machine change.

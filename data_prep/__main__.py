@@ -95,6 +95,7 @@ def _run(module: str) -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="data_prep")
     @console.task
     def verb(composed: DictConfig) -> None:
+        # DictConfig ends here; verbs get plain dataclasses.
         config: Any = OmegaConf.to_object(composed)
         importlib.import_module(module).run(config)
 

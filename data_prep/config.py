@@ -130,6 +130,7 @@ class TokenizeVerb:
         # Upper bounds catch a slip of the keyboard before it allocates anything.
         require_at_most(self, "", {"workers": MOST_WORKERS, "shard_mb": MOST_MB})
         require(self.workers >= 1, "workers", self.workers, "at least 1 process")
+        # Zero would make every line a shard of its own.
         require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "at least 1 megabyte")
 
 
@@ -215,6 +216,7 @@ class EvaluationSetsVerb:
     def __post_init__(self) -> None:
         require_at_most(self, "", {"lengths": MOST_TOKENS, "max_documents": 10**12})
         require(
+            # A window needs one token to read and one to predict.
             len(self.lengths) > 0 and all(n >= 2 for n in self.lengths),
             "lengths",
             self.lengths,

@@ -75,6 +75,7 @@ def verify(store: TokenStore) -> int:
 
 def length_histogram(statistics: Statistics) -> list[str]:
     """Format a histogram of document lengths with a bin per doubling, and the tokens in each bin."""
+    # Scale bars to the largest bin, so that the histogram fits the terminal for any store.
     most = statistics.documents.max()
     lines = []
     for power in statistics.classes():

@@ -64,6 +64,7 @@ def collect(store: TokenStore) -> Statistics:
         before = 0
         for first in range(0, len(table), CHUNK_DOCUMENTS):
             records = table[first : first + CHUNK_DOCUMENTS]
+            # Ends of documents give their lengths; the first one starts where the last chunk ended.
             lengths, sources = np.diff(records["stop"], prepend=before), records["source"]
             _check(file, lengths, sources, num_sources)
             before = int(records["stop"][-1])

@@ -46,6 +46,7 @@ def main() -> int:
     start = time.monotonic()
     try:
         corpus()
+        # The order matters: tiny_clex and tiny_continued start from the weights of tiny_base.
         for name in SMOKE_STEPS:
             train(name, runs, smoke)
     except subprocess.CalledProcessError as error:

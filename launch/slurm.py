@@ -74,6 +74,7 @@ def composed(overrides: Sequence[str]) -> Config:
 def check(config: Config) -> None:
     """Check everything that train.py would refuse and that is visible from here; raise `ValueError` with the remedy."""
     ranks = config.launch.nodes * config.launch.ranks
+    # The plan divides over the ranks of the job, not over the single process that submits.
     engine = dataclasses.replace(config.engine, world_size=ranks)
     dry_run.make_plan(dataclasses.replace(config, engine=engine))
     require(not config.dry_run, "dry_run", True, f"would be submitted as a job; use {DRY_RUN} to see the script here")
@@ -115,6 +116,7 @@ def submit(config: Config) -> None:
         try:
             job_id = _sbatch(folder / job_script.NAME)
         except ValueError:
+            # Otherwise every refused attempt would leave a copy of the code behind.
             shutil.rmtree(folder)
             raise
     print(f"job {job_id} submitted; its log: {job_script.log_file(Path(config.output_dir))}")

@@ -186,6 +186,7 @@ def stage(study: Study, result: Path, command: list[str]) -> None:
 
 def failed(error: subprocess.CalledProcessError) -> int:
     """Report a failed stage by its log and the last line in it; return the exit code."""
+    # The log of a stage may be cut within a character when it was killed.
     lines = Path(error.output).read_text(encoding="utf-8", errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
     print(f"error: exit code {error.returncode}, {error.output}: {last}", file=sys.stderr)

@@ -79,6 +79,7 @@ MAIN = (
     Arm("clex_frozen_t_factor_2", "CLEX frozen at zero", (), weights_of="clex_frozen", evaluation=("t_factor=2",)),
 )
 
+# One seed each: selection needs a ranking, not error bars over seeds.
 ABLATIONS = (
     Arm("start", "CLEX, the quick start's recipe", START),
     Arm("positions_random", "positions random", (*START, "scaling.positions=random")),

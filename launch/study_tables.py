@@ -84,6 +84,7 @@ def section(out: Path, seeds: Sequence[int], protocol: str) -> str:
 
 def _pair(title: str, rows: Sequence[Line], reference: str) -> list[str]:
     """Format a table of perplexities, and one of differences from the row `reference` if it has been evaluated."""
+    # A protocol that has not been evaluated yet leaves its section out.
     if not rows:
         return []
     parts = [f"### {title}", table(rows, perplexity_cell)]

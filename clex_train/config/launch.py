@@ -179,6 +179,7 @@ def seconds(time: str) -> int:
     parts = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", time)
     require(parts is not None, "launch.time", time, "minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS")
     assert parts is not None
+    # Missing parts are None, and 0 is a valid part.
     days, *rest = (int(part) if part is not None else None for part in parts.groups())
     numbers = [number for number in rest if number is not None]
     # With days the first number is hours; with one or two numbers and no days it is minutes.

@@ -60,6 +60,7 @@ def check(tasks: Sequence[Task], num_prompts: int, depths: Sequence[float], leng
     for task in tasks:
         known = "it needs SQuAD or HotpotQA, which are not generated here; use lm-eval, or leave it out"
         require(task not in DOWNLOADED, "evaluation.tasks", task.value, known)
+    # A depth without prompts would be an empty cell in every table.
     require(num_prompts >= 1, "evaluation.num_prompts", num_prompts, "at least 1 prompt for each depth and length")
     good = len(depths) > 0 and all(0 <= depth <= 1 for depth in depths)
     require(good, "evaluation.depths", list(depths), "one or more places from 0 (start) to 1 (end)")

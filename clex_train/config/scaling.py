@@ -141,6 +141,7 @@ class ScalingConfig:
             f"the stock config.json of scaling={self.name.name} cannot express it; leave it off",
         )
         require(0 <= self.mix_random <= 1, "scaling.mix_random", self.mix_random, "a probability between 0 and 1")
+        # With a single chunk there is no gap to skip.
         require(self.max_chunks >= 2, "scaling.max_chunks", self.max_chunks, "at least 2 chunks")
         require(self.param_factor > 0, "scaling.param_factor", self.param_factor, "greater than 0")
         require(self.lr_scale >= 0, "scaling.lr_scale", self.lr_scale, "0 or more")

@@ -90,4 +90,5 @@ def did_you_mean(key: str, keys: Sequence[str]) -> str:
 
 def in_words(names: Sequence[str]) -> str:
     """Join names as `a, b or c`."""
+    # rsplit at the last comma only.
     return " or ".join(", ".join(names).rsplit(", ", 1))
