@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clex_train.config.root import Config
-from clex_train.data.identity import DataOrder, consumed, data_order, require_order
+from clex_train.data.identity import DataOrder, consumed_order, data_order, require_order
 from clex_train.utils import checksums, distributed, versions
 from clex_train.utils.checksums import Damaged
 from clex_train.utils.errors import ConfigError
@@ -107,7 +107,7 @@ def check_compatible(path: Path, manifest: Manifest, expected: Manifest) -> None
     for name, remedy in remedies.items():
         if getattr(manifest, name) != getattr(expected, name):
             raise ConfigError(f"checkpoint {path}", None, remedy)
-    before, now = (consumed(m.data_order, manifest.rows_consumed) for m in (manifest, expected))
+    before, now = (consumed_order(m.data_order, manifest.rows_consumed) for m in (manifest, expected))
     for name in before:
         if before[name] != now[name]:
             raise ConfigError(

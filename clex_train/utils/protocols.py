@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    # At run time this module needs no torch, which programs that only tokenise do not import.
+    # At run time this module needs no torch, which programs that only tokenize do not import.
     from torch import Tensor, nn
 
 
