@@ -1,4 +1,4 @@
-"""Attention of one layer in training: full attention by each back end against LM-Infinite, at growing lengths.
+"""Benchmark one attention layer in training: full attention with each back end against LM-Infinite, at growing lengths.
 
     python benchmarks/bench_attention.py --lengths 4096 16384 --output FILE.md
 
@@ -35,9 +35,10 @@ LM_INFINITE = "LM-Infinite"
 
 
 class Layer:
-    """A model of one layer under one kind of attention."""
+    """Model of one layer with one kind of attention."""
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        # Equal weights in every layer, so that all do the same work.
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=VOCABULARY,
@@ -48,6 +49,7 @@ class Layer:
             num_key_value_heads=arguments.key_heads or arguments.heads,
             max_position_embeddings=max(arguments.lengths),
             attn_implementation="sdpa" if name == LM_INFINITE else name,
+            # Training has no cache; building one would be timed as well.
             use_cache=False,
         )
         self.name, self.config, self.is_out = name, config, False
@@ -56,19 +58,21 @@ class Layer:
             apply_lm_infinite(self.model, arguments.n_local, arguments.n_global)
 
     def forward(self, ids: torch.Tensor) -> float:
-        """Seconds of a forward without a graph."""
+        """Time a forward pass without a graph, in seconds."""
         with torch.no_grad():
+            # One row of logits: the head over the whole vocabulary would hide the attention.
             return timed(lambda: self.model(ids, logits_to_keep=1))
 
     def both(self, ids: torch.Tensor) -> float:
-        """Seconds of a forward and the backward pass of a scalar of it."""
+        """Time a forward pass and the backward pass of a scalar loss, in seconds."""
         seconds = timed(lambda: self.model.model(ids).last_hidden_state.float().square().mean().backward())
+        # Freed outside the timing, and so that the next pass does not accumulate.
         self.model.zero_grad(set_to_none=True)
         return seconds
 
 
 def main() -> None:
-    """Measure, print one Markdown page, write it where `--output` says."""
+    """Measure, print one Markdown page, and write it to `--output`."""
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     began, refusals = time.perf_counter(), refused()
@@ -76,6 +80,7 @@ def main() -> None:
     lines = header(arguments, layers)
     lines += [f"- {name}: left out, {reason}" for name, reason in refusals.items() if name in arguments.back_ends]
     lines += table("Forward, ms", layers, arguments, Layer.forward)
+    # The backward pass takes other memory than the forward pass, so every back end gets another chance.
     for layer in layers:
         layer.is_out = False
     lines += table("Forward and backward, ms", layers, arguments, Layer.both)
@@ -84,7 +89,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Sizes; the defaults are for a CPU."""
+    """Parse the sizes; the defaults suit a CPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["sdpa", "flash_attention_2", "flex_attention", LM_INFINITE]
     parser.add_argument("--back-ends", nargs="+", choices=names, default=names)
@@ -102,12 +107,13 @@ def parse() -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     arguments.device = torch.device("cuda" if on_gpu else "cpu")
     arguments.dtype = torch.bfloat16 if on_gpu else torch.float32
+    # Ascending: a back end is given up by its time at the previous length.
     arguments.lengths.sort()
     return arguments
 
 
 def refused() -> dict[str, str]:
-    """Back ends that this machine does not have, and why."""
+    """List the back ends that this machine lacks, with the reason."""
     reasons = {}
     if not is_flash_attn_2_available():
         reasons["flash_attention_2"] = "flash-attn is not installed, or there is no GPU"
@@ -119,7 +125,7 @@ def refused() -> dict[str, str]:
 
 
 def header(arguments: argparse.Namespace, layers: list[Layer]) -> list[str]:
-    """What was run, on what."""
+    """Describe the measurement and the machine."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else f"{processor()}, {arguments.threads} threads"
@@ -139,11 +145,12 @@ def header(arguments: argparse.Namespace, layers: list[Layer]) -> list[str]:
 def table(
     title: str, layers: list[Layer], arguments: argparse.Namespace, run: Callable[[Layer, torch.Tensor], float]
 ) -> list[str]:
-    """Medians at each length, and the first back end's over LM-Infinite's, round by round."""
+    """Format the medians at each length, and the ratio of the first back end to LM-Infinite, paired by round."""
     lines = ["", f"## {title}", "", f"| tokens | {' | '.join(each.name for each in layers)} | {ratio_name(layers)} |"]
     lines.append("|--:|" + "--:|" * (len(layers) + 1))
     taken: dict[str, float] = {}
     for index, length in enumerate(arguments.lengths):
+        # Quadratic, the worst case; LM-Infinite grows linearly and is never close to the limit.
         growth = (length / arguments.lengths[index - 1]) ** 2 if index else 1.0
         for each in layers:
             each.is_out |= growth * taken.get(each.name, 0.0) > arguments.limit
@@ -157,7 +164,7 @@ def table(
 def rounds(
     layers: list[Layer], ids: torch.Tensor, count: int, run: Callable[[Layer, torch.Tensor], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each layer in turns, after a first round that is not counted; without those that do not fit."""
+    """Time the layers in turn, in seconds, after a warm-up round; layers out of memory are left out."""
     spent: dict[str, list[float]] = {}
     for _ in range(count + 1):
         for layer in layers:
@@ -166,28 +173,31 @@ def rounds(
             try:
                 spent.setdefault(layer.name, []).append(run(layer, ids))
             except (RuntimeError, MemoryError) as error:
+                # Anything else is a bug of the benchmark and must not look like a missing number.
                 if not is_out_of_memory(error):
                     raise
                 layer.is_out = True
                 torch.cuda.empty_cache()
+    # The first round compiles kernels and fills caches.
     return {layer.name: spent[layer.name][1:] for layer in layers if not layer.is_out}
 
 
 def ratio_name(layers: list[Layer]) -> str:
-    """The head of the last column."""
+    """Return the heading of the last column."""
     return f"{layers[0].name} over {layers[-1].name}"
 
 
 def ratio(layers: list[Layer], spent: dict[str, list[float]]) -> str:
-    """Median over the rounds."""
+    """Return the median over the rounds."""
     first, last = (spent.get(layer.name) for layer in (layers[0], layers[-1]))
     if not first or not last:
         return "-"
+    # Ratios per round, then the median: a busy moment affects both sides of a pair.
     return f"{statistics.median(a / b for a, b in zip(first, last, strict=True)):.2f}"
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds of one call, from an idle device to an idle device."""
+    """Time one call in seconds, synchronizing the device before and after."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a checkpoint costs: seconds that training waits, seconds to write and to load, bytes against the least possible.
+"""Benchmark checkpoints: seconds that training waits, seconds to write and to load, bytes against the minimum.
 
     python benchmarks/bench_checkpoint.py [--layers 20] [--rounds 3] [--output benchmarks/results/NAME.md]
     torchrun --nproc_per_node 2 benchmarks/bench_checkpoint.py ...
@@ -37,20 +37,22 @@ from clex_train.engine import deepspeed as engines
 from clex_train.utils import distributed, log
 
 LEAST = 12
-"""Bytes per parameter: a float32 weight and AdamW's two moments."""
+"""Minimum bytes per parameter: a float32 weight and AdamW's two moments."""
 
 
 def main() -> None:
-    """Measure, print one Markdown page, write it where `--output` says."""
+    """Measure, print one Markdown page, and write it to `--output`."""
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     log.setup()
     config = Config(optim=OptimConfig(batch_rows=distributed.world_size()))
     engines.open_process_group(config.engine)
+    # One folder for all ranks: ZeRO-3 writes a file per rank into the same checkpoint.
     folder = Path(distributed.broadcast_object(tempfile.mkdtemp(dir=arguments.folder)))
     try:
         lines = measure(arguments, config, folder)
     finally:
+        # Other ranks may still be writing.
         distributed.barrier()
         if distributed.is_main():
             shutil.rmtree(folder)
@@ -59,7 +61,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -72,7 +74,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(arguments: argparse.Namespace, config: Config, folder: Path) -> list[str]:
-    """The table of one model."""
+    """Format the table of one model."""
     engine = build(arguments, config)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     identity = Manifest.from_config(config, "benchmark", "benchmark")
@@ -113,7 +115,7 @@ def measure(arguments: argparse.Namespace, config: Config, folder: Path) -> list
 
 
 def build(arguments: argparse.Namespace, config: Config) -> Any:
-    """An engine over random weights, ZeRO-3."""
+    """Build an engine with random weights and ZeRO-3."""
     torch.manual_seed(0)
     settings = LlamaConfig(
         vocab_size=32000,
@@ -127,24 +129,27 @@ def build(arguments: argparse.Namespace, config: Config) -> Any:
 
 
 def step(engine: Any, arguments: argparse.Namespace) -> None:
-    """One optimizer step on random tokens."""
+    """Take one optimizer step on random tokens."""
     tokens = torch.randint(32000, (1, arguments.tokens))
     engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
     engine.step()
 
 
 def save_by_deepspeed(engine: Any, folder: Path) -> None:
-    """Files on disk as DeepSpeed writes them: not hashed, and flushed here so that both have done the same."""
+    """Write files as DeepSpeed does: not hashed, but flushed to disk, so that both sides do the same work."""
     engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
     if distributed.is_main():
         for path in (folder / "deepspeed").iterdir():
+            # Without fsync the time would be that of copying to the page cache.
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
 
 def hashing_share(folder: Path) -> float:
-    """Seconds per gigabyte that hashing adds to writing, from one file of 512 MiB in turn."""
+    """Measure the seconds per gigabyte that hashing adds to writing, with a file of 512 MiB."""
+    # 2^27 float32 values are 512 MiB, larger than any cache of the disk.
     state, path = {"x": torch.randn(2**27)}, folder / f"hashing_{distributed.rank()}.pt"
+    # Alternate, so that a busy disk affects both sides.
     plain, hashed = [], []
     for _ in range(3):
         started = time.perf_counter()
@@ -160,7 +165,7 @@ def hashing_share(folder: Path) -> float:
 
 
 def header(arguments: argparse.Namespace) -> list[str]:
-    """What was measured, on what."""
+    """Describe the measurement and the machine."""
     ranks = distributed.world_size()
     launcher = f"torchrun --nproc_per_node {ranks}" if ranks > 1 else "python"
     return [
@@ -176,9 +181,11 @@ def header(arguments: argparse.Namespace) -> list[str]:
 
 
 def table(seconds: dict[str, float], parameters: int, size: int, hashing: float) -> list[str]:
-    """The results in Markdown."""
+    """Format the results in Markdown."""
+    # A step next to a write shares cores and memory bandwidth with it.
     slower = seconds["beside, step"] / seconds["step"]
     waiting = seconds["beside, blocked"] / seconds["at once"]
+    # The rest above 1 is padding, metadata, and whatever else DeepSpeed stores.
     more = size / (LEAST * parameters)
     return [
         f"Llama of {parameters / 1e6:.0f}M parameters, ZeRO-3, float32, AdamW; a step takes {seconds['step']:.2f} s.",

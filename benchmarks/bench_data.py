@@ -1,4 +1,4 @@
-"""The data path: from files to a store, against `tokenizers` on the same text in memory, and from a store to batches.
+"""Benchmark the data path: from files to a store, against `tokenizers` on the same text in memory, and to batches.
 
     python benchmarks/bench_data.py tokenizing --texts ../data/book/*.jsonl.zst [--gigabytes 1] [--output FILE.md]
     python benchmarks/bench_data.py loading [--output FILE.md]
@@ -41,20 +41,20 @@ PIECE_CHARS = 1 << 14
 
 
 def main() -> None:
-    """Print one Markdown page, and write it where `--output` says."""
+    """Print one Markdown page, and write it to `--output`."""
     arguments = parse()
     os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)  # before either engine starts its threads
     publish([*header(arguments), *arguments.section(arguments)], arguments.output)
 
 
 def parse() -> argparse.Namespace:
-    """The section to measure and its sizes."""
+    """Parse the section to measure and its sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sections = parser.add_subparsers(required=True, metavar="SECTION")
     tokenize = sections.add_parser("tokenizing", help="files to a token store")
     tokenize.set_defaults(section=tokenizing)
     tokenize.add_argument("--texts", type=Path, nargs="+", required=True, help=".jsonl files, also compressed")
-    tokenize.add_argument("--gigabytes", type=float, default=1.0, help="text that is tokenised")
+    tokenize.add_argument("--gigabytes", type=float, default=1.0, help="text to tokenize")
     tokenize.add_argument("--repeats", type=int, default=3)
     tokenize.add_argument("--vocab-size", type=int, default=8192)
     tokenize.add_argument("--folder", type=Path, help="where to write corpora and stores; by default a temporary one")
@@ -75,7 +75,7 @@ def parse() -> argparse.Namespace:
 
 
 def header(arguments: argparse.Namespace) -> list[str]:
-    """What was run, on what."""
+    """Describe the measurement and the machine."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "tokenizers", "gigatoken"))
     return [
@@ -88,7 +88,7 @@ def header(arguments: argparse.Namespace) -> list[str]:
 
 
 def tokenizing(arguments: argparse.Namespace) -> list[str]:
-    """Megabytes of text a second, from files to the store, and how many times that of `tokenizers`."""
+    """Measure megabytes of text per second from files to the store, and the ratio to `tokenizers`."""
     folder = Path(tempfile.mkdtemp(dir=arguments.folder, prefix="bench_data_"))
     try:
         return _tokenizing(arguments, folder)
@@ -98,12 +98,16 @@ def tokenizing(arguments: argparse.Namespace) -> list[str]:
 
 def _tokenizing(arguments: argparse.Namespace, folder: Path) -> list[str]:
     texts = read_texts(arguments.texts)
+    # Repeating a small text reaches any size without shipping a large corpus.
     copies = max(1, round(arguments.gigabytes * 1e9 / num_bytes(texts)))
     learn_tokenizer(texts, arguments.vocab_size, folder / "tokenizer")
+    # A first run on a small store imports and compiles everything outside the timing.
     write_copies(folder / "small", [texts[0][:100_000]], 1, alter=False)
     write_copies(folder / "repeated", texts, copies, alter=False)
     write_copies(folder / "altered", texts, copies, alter=True)
+    # `tokenizers` is faster on pieces, so the comparison with it must not be unfair.
     pieces = [text[i : i + PIECE_CHARS] for text in texts for i in range(0, len(text), PIECE_CHARS)]
+    # Rates are per byte of text, so one copy in memory compares with many copies on disk.
     whole, total = num_bytes(texts), num_bytes(texts) * copies
     encode = raw_tokenizer(folder / "tokenizer")
     rivals: dict[str, tuple[int, Callable[[], object]]] = {
@@ -125,10 +129,10 @@ def _tokenizing(arguments: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def read_texts(files: Iterable[Path]) -> list[str]:
-    """The documents of the files, read as the data programs read them."""
+    """Read the documents of the files as the data programs do."""
     from data_prep.config import CorpusConfig
-    from data_prep.documents import documents
-    from data_prep.sources import plan
+    from data_prep.corpus.documents import documents
+    from data_prep.corpus.sources import plan
 
     corpus = CorpusConfig(paths=[str(file) for file in files])
     units = plan(corpus, 1 << 62)
@@ -138,7 +142,7 @@ def read_texts(files: Iterable[Path]) -> list[str]:
 
 
 def learn_tokenizer(texts: list[str], vocab_size: int, output: Path) -> None:
-    """A byte-level BPE of the texts."""
+    """Train a byte-level BPE on the texts."""
     from data_prep import train_tokenizer
     from data_prep.config import CorpusConfig, TrainTokenizerVerb
 
@@ -147,7 +151,7 @@ def learn_tokenizer(texts: list[str], vocab_size: int, output: Path) -> None:
 
 
 def write_copies(folder: Path, texts: list[str], copies: int, *, alter: bool) -> None:
-    """One compressed file a copy; with `alter`, no two copies are the same text."""
+    """Write one compressed file per copy; with `alter`, every copy has a different text."""
     folder.mkdir()
     for copy in range(copies):
         chosen = [altered(text, copy) for text in texts] if alter else texts
@@ -156,7 +160,8 @@ def write_copies(folder: Path, texts: list[str], copies: int, *, alter: bool) ->
 
 
 def altered(text: str, seed: int) -> str:
-    """The text with the letters of every tenth word shuffled."""
+    """Shuffle the letters of every tenth word."""
+    # Every tenth word differs: caches of words then meet new ones, as in a text that does not repeat.
     generator = random.Random(seed)
     words = text.split(" ")
     for i in range(generator.randrange(10), len(words), 10):
@@ -165,7 +170,7 @@ def altered(text: str, seed: int) -> str:
 
 
 def raw_tokenizer(directory: Path) -> Callable[[list[str]], object]:
-    """`encode_batch` of Hugging Face's library."""
+    """Return a function that runs `encode_batch` of Hugging Face tokenizers."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -173,9 +178,9 @@ def raw_tokenizer(directory: Path) -> Callable[[list[str]], object]:
 
 
 def tokenize(folder: Path, corpus: str, engine: str) -> None:
-    """What `python -m data_prep tokenize` does after its imports, the store removed afterwards."""
-    from data_prep import tokenize as program
+    """Run `python -m data_prep tokenize` after its imports, and remove the store."""
     from data_prep.config import CorpusConfig, EngineChoice, TokenizerConfig, TokenizeVerb
+    from data_prep.tokenize import run as program
 
     output = folder / f"{corpus}_{engine}"
     program.run(
@@ -185,11 +190,12 @@ def tokenize(folder: Path, corpus: str, engine: str) -> None:
             output=str(output),
         )
     )
+    # A finished store would make the next call return at once.
     shutil.rmtree(output)
 
 
 def in_turns(rivals: dict[str, tuple[int, Callable[[], object]]], repeats: int) -> dict[str, float]:
-    """Median megabytes a second of each, one after the other in every round."""
+    """Return the median megabytes per second of each side, alternating in every round."""
     rates: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(repeats):
         for name, (size, run) in rivals.items():
@@ -200,7 +206,7 @@ def in_turns(rivals: dict[str, tuple[int, Callable[[], object]]], repeats: int) 
 
 
 def num_bytes(texts: Iterable[str]) -> int:
-    """Length in UTF-8."""
+    """Return the length in bytes of UTF-8."""
     return sum(len(text.encode()) for text in texts)
 
 

@@ -1,4 +1,4 @@
-"""Memory of an evaluation at one length on a CPU, against what it cannot do without.
+"""Benchmark the memory of an evaluation at one length on a CPU, against its unavoidable minimum.
 
     python benchmarks/bench_eval.py [--length 65536] [--protocol one_shot] [--output benchmarks/results/NAME.md]
 
@@ -45,7 +45,7 @@ print(json.dumps({"before": before, "peak": peak}))
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama in float32, its embeddings not tied; counts are of elements."""
+    """Sizes of a float32 Llama with untied embeddings; counts are in elements."""
 
     layers: int = 4
     width: int = 256
@@ -56,18 +56,20 @@ class Shape:
     vocab: int = 32768
 
     def weights(self) -> int:
-        """Elements of all matrices and vectors."""
+        """Count the elements of all matrices and vectors."""
+        # Query and output projections have all heads, key and value projections the key heads.
         attention = self.width * self.head_dim * (2 * self.heads + 2 * self.key_heads)
         layer = attention + 3 * self.width * self.intermediate + 2 * self.width
         return 2 * self.vocab * self.width + self.layers * layer + self.width
 
     def cache(self, length: int) -> int:
-        """Elements of the keys and values of `length` tokens."""
+        """Count the elements of keys and values for `length` tokens."""
         return 2 * self.layers * length * self.key_heads * self.head_dim
 
     def activations(self, chunk_len: int) -> int:
-        """Elements that a layer has at once: the residual, its norm, and q, k, v, output or the three of the MLP."""
+        """Count the elements that a layer holds at once: residual, norm, and q, k, v, output or three of the MLP."""
         attention = (2 * self.heads + 2 * self.key_heads) * self.head_dim
+        # Attention and MLP run one after the other, so the larger of them counts.
         return chunk_len * (2 * self.width + max(attention, 3 * self.intermediate))
 
 
@@ -81,21 +83,22 @@ class Measured:
 
     @property
     def least(self) -> int:
-        """What the parts have together."""
+        """Return the sum of the parts."""
         return sum(self.parts.values())
 
     @property
     def ratio(self) -> float:
-        """Growth of the resident set over the parts."""
+        """Return the growth of the resident set relative to the sum of the parts."""
         return self.grown / self.least
 
 
 def main() -> None:
-    """Measure, print one Markdown page, write it where `--output` says."""
+    """Measure, print one Markdown page, and write it to `--output`."""
     from bench_page import processor, publish
 
     arguments = parse()
     shape = Shape(layers=arguments.layers)
+    # /tmp may be in memory on some machines, hence `--folder`.
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = measure(Path(folder), shape, arguments.length, arguments.chunk_len, arguments.protocol)
     rows = [f"| {name} | {size / MIB:.1f} |" for name, size in found.parts.items()]
@@ -118,7 +121,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=65536, help="tokens of the window")
     parser.add_argument("--chunk_len", type=int, default=1024, help="tokens per forward")
@@ -130,11 +133,12 @@ def parse() -> argparse.Namespace:
 
 
 def measure(folder: Path, shape: Shape, length: int, chunk_len: int, protocol: str) -> Measured:
-    """Evaluate one window of `length` tokens in a process of its own."""
+    """Evaluate one window of `length` tokens in a subprocess."""
     write_inputs(folder, shape, length)
     words = [f"model={folder / 'model'}", f"data={folder / 'store'}", f"lengths=[{length}]", f"protocols=[{protocol}]"]
     words += [f"chunk_len={chunk_len}", "methods=[ntk]", "precision=fp32", f"output={folder / 'out.json'}"]
     command = [sys.executable, "-c", CHILD, *words]
+    # A subprocess: the peak of a resident set cannot be attributed within a process that did other work.
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -151,7 +155,7 @@ def measure(folder: Path, shape: Shape, length: int, chunk_len: int, protocol: s
 
 
 def write_inputs(folder: Path, shape: Shape, length: int) -> None:
-    """The model with its tokenizer, and a store with one document of random tokens."""
+    """Write the model with its tokenizer, and a store with one document of random tokens."""
     import numpy as np
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -169,12 +173,15 @@ def write_inputs(folder: Path, shape: Shape, length: int) -> None:
         max_position_embeddings=min(4096, length // 4),
     )
     model = LlamaForCausalLM(config)
+    # The formula above must describe the model that is measured.
     assert sum(parameter.numel() for parameter in model.parameters()) == shape.weights()
     model.save_pretrained(folder / "model")
     words = Tokenizer(models.WordLevel({str(i): i for i in range(shape.vocab)}, unk_token="1"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", unk_token="1")
+    # One token more than the window, which needs a target for its last token.
     document = np.random.default_rng(0).integers(2, shape.vocab, length + 1).tolist()
     write_store(folder / "store", {"train": [document], "validation": [document]}, shape.vocab)
+    # Store and model must agree on the tokenizer, or the evaluation refuses them.
     for place in (folder / "model", folder / "store" / "tokenizer"):
         tokenizer.save_pretrained(place)
 

@@ -1,4 +1,4 @@
-"""Decoding with CLEX against plain RoPE: the same Llama, the same tokens, one run, block by block in turn.
+"""Benchmark decoding with CLEX against plain RoPE: same Llama, same tokens, one run, alternating blocks.
 
     python benchmarks/bench_generation.py [--contexts 4096 16384] [--cache static] [--output benchmarks/results/NAME.md]
 
@@ -43,11 +43,11 @@ class Times:
     steps: list[float] = field(default_factory=list)
     crossings: list[float] = field(default_factory=list)
     blocks: list[float] = field(default_factory=list)
-    """Median step of each block, without its first."""
+    """Median step of each block, without the first step."""
 
 
 def main() -> None:
-    """Measure every context, print one Markdown page, write it where `--output` says."""
+    """Measure every context, print one Markdown page, and write it to `--output`."""
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     model = build_model(arguments)
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384], help="tokens in the cache")
     parser.add_argument("--context-len", type=int, default=4096, help="L; the contexts are multiples of it")
@@ -74,7 +74,7 @@ def parse() -> argparse.Namespace:
 
 
 def build_model(arguments: argparse.Namespace) -> LlamaForCausalLM:
-    """Random weights, on the GPU if there is one."""
+    """Build a model with random weights, on the GPU if there is one."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -91,7 +91,7 @@ def build_model(arguments: argparse.Namespace) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def measure(model: LlamaForCausalLM, context: int, arguments: argparse.Namespace) -> list[str]:
-    """Blocks of both sides in turn at one context; the row of the table."""
+    """Measure alternating blocks of both sides at one context; return the row of the table."""
     caches = {side: filled_cache(model, context, arguments) for side in ("plain", "clex")}
     times = {side: Times() for side in caches}
     with clex(model, arguments.context_len) as frequencies:
@@ -103,6 +103,7 @@ def measure(model: LlamaForCausalLM, context: int, arguments: argparse.Namespace
         # Who goes first alternates, so that a machine that slows down or speeds up favours neither.
         for side in ("plain", "clex") if turn % 2 else ("clex", "plain"):
             seconds = block(model, side, caches[side], context, arguments)
+            # The first turn warms up.
             if turn > 0:
                 times[side].crossings.append(seconds[0])
                 times[side].steps += seconds[1:]
@@ -111,7 +112,7 @@ def measure(model: LlamaForCausalLM, context: int, arguments: argparse.Namespace
 
 
 def block(model: LlamaForCausalLM, side: str, cache: Cache, context: int, arguments: argparse.Namespace) -> list[float]:
-    """Seconds of each token of one block from `context` on; the cache is brought back there first, untimed."""
+    """Time each token of one block from `context` on, after resetting the cache untimed."""
     if side == "plain":
         return decode(model, cache, context, arguments.tokens)
     with clex(model, arguments.context_len):
@@ -119,7 +120,7 @@ def block(model: LlamaForCausalLM, side: str, cache: Cache, context: int, argume
 
 
 def decode(model: LlamaForCausalLM, cache: Cache, context: int, num_tokens: int) -> list[float]:
-    """Greedy decoding step by step; the last cached token is computed again first, which brings t back."""
+    """Decode greedily step by step; the last cached token is recomputed first, which restores t."""
     shorten(cache, context - 1)
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
     model(token, **kv_cache.as_kwargs(model, cache))
@@ -127,15 +128,17 @@ def decode(model: LlamaForCausalLM, cache: Cache, context: int, num_tokens: int)
     for _ in range(num_tokens):
         start = time.perf_counter()
         token = model(token, **kv_cache.as_kwargs(model, cache)).logits[:, -1:].argmax(dim=-1)
+        # Synchronizes: without it a GPU would only have queued the step.
         token.item()
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
 def shorten(cache: Cache, num_tokens: int) -> None:
-    """Forget what is beyond `num_tokens`."""
+    """Drop cache entries beyond `num_tokens`."""
     if isinstance(cache, StaticCache):
         for layer in cache.layers:
+            # StaticCache has no crop; setting its length makes it overwrite the entries behind.
             layer.cumulative_length.fill_(num_tokens)
             if hasattr(layer, "cumulative_length_int"):
                 layer.cumulative_length_int = num_tokens
@@ -145,10 +148,11 @@ def shorten(cache: Cache, num_tokens: int) -> None:
 
 @contextmanager
 def clex(model: LlamaForCausalLM, context_len: int) -> Iterator[FrequencyTable]:
-    """The model with the frequencies of a field that has learned something, and plain again after it."""
+    """Install the frequencies of a field with trained-like weights; restore plain RoPE afterwards."""
     handle = install_rotary(model, context_len)
     torch.manual_seed(0)
     learned = Clex(handle.base_inv_freq, T_MAX)
+    # Random weights: a zero field would reduce every table to the NTK formula.
     torch.nn.init.normal_(learned.down, std=0.01)
     frequencies = learned.table(scale_grid(T_MAX))
     handle.use(frequencies)
@@ -159,10 +163,11 @@ def clex(model: LlamaForCausalLM, context_len: int) -> Iterator[FrequencyTable]:
 
 
 def filled_cache(model: LlamaForCausalLM, context: int, arguments: argparse.Namespace) -> Cache:
-    """Random keys and values for `context` tokens."""
+    """Fill a cache with random keys and values for `context` tokens."""
     config = model.config
     shape = (1, config.num_key_value_heads, context, config.hidden_size // config.num_attention_heads)
     static = arguments.cache == "static"
+    # A StaticCache cannot grow.
     room = context + arguments.tokens + 1
     cache = StaticCache(config, max_cache_len=room) if static else DynamicCache(config=config)
     for index in range(config.num_hidden_layers):
@@ -172,10 +177,12 @@ def filled_cache(model: LlamaForCausalLM, context: int, arguments: argparse.Name
 
 
 def row(context: int, times: dict[str, Times], context_len: int) -> list[str]:
-    """One line: medians, the crossing, tokens per second with a crossing in every L tokens, and the noise."""
+    """Format one row: medians, the crossing, tokens per second with one crossing per L tokens, and the noise."""
     plain, ours = statistics.median(times["plain"].steps), statistics.median(times["clex"].steps)
     crossing = statistics.median(times["clex"].crossings)
+    # A crossing happens once in L tokens, although the blocks measure it far more often.
     mean = ((context_len - 1) * ours + crossing) / context_len
+    # Ratios of neighbouring blocks cancel slow drifts of the machine.
     paired = [b / a for a, b in zip(times["plain"].blocks, times["clex"].blocks, strict=True)]
     quartiles = statistics.quantiles(times["plain"].steps, n=4)
     return [
@@ -192,13 +199,13 @@ def row(context: int, times: dict[str, Times], context_len: int) -> list[str]:
 
 
 def spread(values: list[float]) -> str:
-    """The quartiles."""
+    """Return the quartiles."""
     low, _, high = statistics.quantiles(values, n=4)
     return f"{low:.3f} to {high:.3f}"
 
 
 def table(rows: list[list[str]]) -> list[str]:
-    """A Markdown table and how to read it."""
+    """Format a Markdown table and how to read it."""
     columns = [
         "tokens in the cache",
         "plain, ms",
@@ -222,8 +229,9 @@ def table(rows: list[list[str]]) -> list[str]:
 
 
 def fixed_cost(arguments: argparse.Namespace) -> list[str]:
-    """What hooks and phases add to a step whatever the model's size, seen on one that takes next to no time itself."""
+    """Measure the cost of hooks and phases per step, which does not depend on model size, on a near-empty model."""
     small = argparse.Namespace(**vars(arguments))
+    # So small that the model itself takes next to no time.
     small.hidden, small.heads, small.kv_heads, small.context_len, small.tokens, small.rounds = 64, 4, 1, 512, 64, 20
     cells = measure(build_model(small), 512, small)
     return [
@@ -233,7 +241,7 @@ def fixed_cost(arguments: argparse.Namespace) -> list[str]:
 
 
 def header(arguments: argparse.Namespace, model: LlamaForCausalLM) -> list[str]:
-    """What was run, where."""
+    """Describe the measurement and the machine."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     load = f", load average {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()

@@ -1,4 +1,4 @@
-"""Time and memory of LM-Infinite against plain attention of the same model, on one machine in one run.
+"""Benchmark time and memory of LM-Infinite against plain attention of the same model, on one machine in one run.
 
     python benchmarks/bench_lm_infinite.py --output FILE.md                        # times, and memory of a prefill
     python benchmarks/bench_lm_infinite.py --only stream --stream 1048576          # memory over a long stream
@@ -46,8 +46,9 @@ SMOKE = {
 
 
 def main() -> None:
-    """Print one Markdown page, and write it where `--output` says."""
+    """Print one Markdown page, and write it to `--output`."""
     arguments = parse()
+    # All cores shared with other processes give noisier times than a fixed number.
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     longest = max(*arguments.prefill, *arguments.decode_at, *arguments.memory)
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Sizes; the defaults are those of the page of results."""
+    """Parse the sizes; the defaults are those of the results page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=["prefill", "decoding", "memory"])
     parser.add_argument("--prefill", type=int, nargs="+", default=[8192, 32768, 65536], help="lengths of one call")
@@ -97,7 +98,7 @@ def parse() -> argparse.Namespace:
 
 
 def header(arguments: argparse.Namespace) -> list[str]:
-    """What was run, on what."""
+    """Describe the measurement and the machine."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return [
@@ -113,21 +114,25 @@ def header(arguments: argparse.Namespace) -> list[str]:
 
 
 def section_prefill(model: LlamaForCausalLM, arguments: argparse.Namespace) -> list[str]:
-    """Seconds per 1,000 tokens of one call without a cache; every turn reads as many tokens, in calls of one length."""
+    """Measure seconds per 1,000 tokens of a call without a cache; every turn reads the same number of tokens."""
     longest, plain_at = max(arguments.prefill), arguments.plain_at
     texts = {length: torch.randint(VOCABULARY, (1, length)) for length in arguments.prefill}
     ours: dict[int, list[float]] = {length: [] for length in texts}
     plain: list[float] = []
+    # A copy with the same weights, so that LM-Infinite can stay installed on the other model between turns.
     rival = copy.deepcopy(model)
     handle = apply_lm_infinite(model, arguments.n_local, arguments.n_global)
     with freed_memory_kept():
         forward(model, texts[longest], None)
+        # One call each before the timing, which allocates the buffers.
         forward(rival, texts[min(texts)], None)
         for index in range(arguments.rounds):
             for length, ids in texts.items():
+                # Short texts are repeated, or the resolution of the clock and of the scheduler would dominate.
                 calls = max(1, longest // length)
                 seconds = sum(timed(lambda ids=ids: forward(model, ids, None)) for _ in range(calls))
                 ours[length].append(1000 * seconds / (calls * length))
+            # Plain attention takes minutes at this length.
             if index < arguments.plain_rounds:
                 plain.append(1000 * timed(lambda: forward(rival, texts[plain_at], None)) / plain_at)
     handle.undo()
@@ -159,13 +164,14 @@ def section_prefill(model: LlamaForCausalLM, arguments: argparse.Namespace) -> l
 
 
 def section_decoding(model: LlamaForCausalLM, arguments: argparse.Namespace) -> list[str]:
-    """Milliseconds of a step. A cache of LM-Infinite moves its buffer every L / 8 steps, so means are compared."""
+    """Measure milliseconds per decoding step, as means: LM-Infinite moves its buffer every L / 8 steps."""
     rival, handle = copy.deepcopy(model), apply_lm_infinite(model, arguments.n_local, arguments.n_global)
     ours = {
         f"LM-Infinite at {length:,}": read(model, handle.new_cache(), length, arguments.batch)
         for length in arguments.decode_at
     }
     at, room = arguments.plain_at, arguments.steps * arguments.decode_rounds
+    # Both caches: DynamicCache copies all keys in each step, which would flatter LM-Infinite.
     plain: dict[str, Cache] = {
         f"plain at {at:,}, DynamicCache": filled(DynamicCache(config=model.config), at, arguments),
         f"plain at {at:,}, StaticCache": filled(
@@ -199,26 +205,29 @@ def section_decoding(model: LlamaForCausalLM, arguments: argparse.Namespace) -> 
 
 
 def section_memory(model: LlamaForCausalLM, arguments: argparse.Namespace) -> list[str]:
-    """Peak of the resident set in one call without a cache, above what it was before (the weights and Python)."""
+    """Measure the peak of the resident set in one call without a cache, above weights and Python."""
     handle = apply_lm_infinite(model, arguments.n_local, arguments.n_global)
     forward(model, torch.randint(VOCABULARY, (1, 2 * arguments.n_local)), None)
     lines = ["", "## Memory of a prefill", "", "| tokens | MiB above the weights | KiB a token |", "|--:|--:|--:|"]
     for length in arguments.memory:
         ids = torch.randint(VOCABULARY, (1, length))
+        # Default arguments bind the loop's value; a closure would see the last one.
         peak = peak_above(lambda ids=ids: forward(model, ids, None))
         lines.append(f"| {length:,} | {peak:,.0f} | {1024 * peak / length:.1f} |")
     handle.undo()
+    # Subtract what any attention would need, to judge the rest.
     mlp = 4 * arguments.heads * (4 * MLP_PER_HEAD + 2 * HEAD_DIM) / 1024
     return [*lines, "", f"The MLP of the model holds {mlp:.1f} KiB a token of these at its peak, whatever attends."]
 
 
 def section_stream(model: LlamaForCausalLM, arguments: argparse.Namespace) -> list[str]:
-    """The resident set as a stream goes through one constant cache, 4,096 tokens a call, and in decoding on from there.
+    """Measure the resident set while a stream passes through one constant cache, 4,096 tokens a call, and in decoding.
 
     The most of all calls since the last line is given, above what the process held before the stream.
     """
     handle = apply_lm_infinite(model, arguments.n_local, arguments.n_global)
     cache, before = handle.new_cache(), trimmed()
+    # Geometric marks: growth with the length would show as growth from line to line.
     marks = [mark for mark in (arguments.stream >> shift for shift in (8, 6, 4, 2, 1, 0)) if mark >= CHUNK]
     lines = ["", "## A stream", "", "| tokens | MiB, reading | MiB, decoding | s per 1k | ms a step |"]
     lines.append("|--:|--:|--:|--:|--:|")
@@ -240,33 +249,34 @@ def section_stream(model: LlamaForCausalLM, arguments: argparse.Namespace) -> li
 
 
 def read(model: LlamaForCausalLM, cache: Cache, length: int, num_rows: int) -> Cache:
-    """`cache` after texts of `length` tokens."""
+    """Feed random texts of `length` tokens to `cache` and return it."""
     for first in range(0, length, CHUNK):
         forward(model, torch.randint(VOCABULARY, (num_rows, min(CHUNK, length - first))), cache)
     return cache
 
 
 def filled(cache: Cache, length: int, arguments: argparse.Namespace) -> Cache:
-    """With random keys and values of `length` tokens."""
+    """Fill a cache with random keys and values for `length` tokens."""
     shape = (arguments.batch, arguments.heads, length, HEAD_DIM)
     for layer in range(arguments.layers):
+        # Values do not affect the time of a step.
         cache.update(*(torch.randn(shape) for _ in range(2)), layer)
     return cache
 
 
 def forward(model: LlamaForCausalLM, ids: torch.Tensor, cache: Cache | None) -> None:
-    """One call of the model, which takes in `ids`."""
+    """Call the model once on `ids`."""
     model(ids, use_cache=cache is not None, logits_to_keep=1, **kv_cache.as_kwargs(model, cache))
 
 
 def steps(model: LlamaForCausalLM, cache: Cache, num_tokens: int, num_rows: int = 1) -> float:
-    """Mean seconds of a call with one more token in each row."""
+    """Return the mean seconds of a call with one more token per row."""
     token = torch.zeros(num_rows, 1, dtype=torch.int64)
     return statistics.fmean(timed(lambda: forward(model, token, cache)) for _ in range(num_tokens))
 
 
 def timed(run: Callable[[], None]) -> float:
-    """Seconds of one call, from an idle device to an idle device."""
+    """Time one call in seconds, synchronizing the device before and after."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     began = time.perf_counter()
@@ -276,7 +286,7 @@ def timed(run: Callable[[], None]) -> float:
 
 
 def peak_above(run: Callable[[], None], before: float | None = None) -> float:
-    """MiB of the resident set's peak during `run`, above `before` (by default what is resident now)."""
+    """Return the MiB by which the resident set peaks during `run` above `before` (default: the current value)."""
     resident = trimmed()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     run()
@@ -284,13 +294,14 @@ def peak_above(run: Callable[[], None], before: float | None = None) -> float:
 
 
 def trimmed() -> float:
-    """MiB resident after what was freed has gone back to the system."""
+    """Return the resident MiB after freed memory has gone back to the system."""
+    # glibc keeps freed memory, which would count as used.
     ctypes.CDLL(None).malloc_trim(0)
     return status("VmRSS")
 
 
 def status(name: str) -> float:
-    """A figure of this process in MiB."""
+    """Read a memory figure of this process, in MiB."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 

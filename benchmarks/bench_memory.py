@@ -1,10 +1,10 @@
-"""Memory of a training step on a CPU, measured and as `dry_run` estimates it, with and without what saves it.
+"""Benchmark the memory of a training step on a CPU, measured and estimated by `dry_run`, with and without savers.
 
     python benchmarks/bench_memory.py [--output benchmarks/results/NAME.md] [--only CASE ...]
 
 A process of its own for each case builds a Llama with random weights under ZeRO-3 and CLEX as train.py does, takes
-steps of `trainer.train_step` on random rows, and reports the most that its resident set grew above that after imports
-during the last. The estimate is that of `dry_run` for the same configuration.
+steps of `training.loop.train_step` on random rows, and reports the most that its resident set grew above that after
+imports during the last. The estimate is that of `dry_run` for the same configuration.
 """
 
 import argparse
@@ -27,7 +27,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama in float32, its embeddings not tied, and the one row of its step."""
+    """Sizes of a float32 Llama with untied embeddings, and the length of its row."""
 
     layers: int = 4
     width: int = 512
@@ -40,17 +40,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: options of `engine`, said as in the results."""
+    """Options of `engine` to measure, and their label in the results."""
 
     name: str
     options: dict[str, Any]
     shape: Shape = Shape()
     steps: int = 2
-    """The last is measured."""
+    """Number of steps; the last one is measured."""
 
 
 LONG = Shape(layers=2, width=256, heads=4, key_heads=2, intermediate=688, tokens=16384)
-"""The row of the promise: logits of 2 GiB in float32, three times over in a plain loss."""
+"""Row length at which float32 logits take 2 GiB, three times over in a plain loss."""
 
 RECOMPUTED = {"activation_checkpointing": True}
 CASES = (
@@ -69,8 +69,8 @@ WHOLE, TILED = "16k row", "16k row in tiles"
 
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(MIB)}
-"""One thread, since others have buffers of their own. Tensors of a MiB and more go back to the system when they are let
-go of: glibc would keep those below 32 MiB, and what a step no longer holds would stand in the resident set."""
+"""One thread, since each has its own buffers. Freed tensors of 1 MiB or more go back to the system; by default glibc
+keeps those below 32 MiB, and they would count in the resident set."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """Estimate over measurement."""
+        """Return the ratio of estimate to measurement."""
         return self.estimated / self.grown
 
 
 def main() -> None:
-    """Measure, print one Markdown page, write it where `--output` says."""
+    """Measure, print one Markdown page, and write it to `--output`."""
     from bench_page import publish
 
     arguments = parse()
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=[case.name for case in CASES], help="measure these alone")
     parser.add_argument("--output", type=Path, help="Markdown file to write")
@@ -108,7 +108,8 @@ def parse() -> argparse.Namespace:
 
 
 def measure(case: Case) -> Measured:
-    """Estimate one case here and measure it in a process of its own."""
+    """Estimate one case in this process and measure it in a subprocess."""
+    # Late imports: the child must not import what it does not measure.
     from clex_train.preflight import dry_run
     from clex_train.preflight.run_checks import Scope, run_checks
 
@@ -120,15 +121,17 @@ def measure(case: Case) -> Measured:
             {"folder": folder, "shape": asdict(case.shape), "options": case.options, "steps": case.steps}
         )
         command = [sys.executable, __file__, words]
+        # The allocator reads its settings when the process starts.
         environment = {**os.environ, **ENVIRONMENT, "BENCH_MEMORY_CHILD": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    # The last line: DeepSpeed logs to stdout before it.
     said = json.loads(done.stdout.splitlines()[-1])
     return Measured(case, plan.peak, dry_run.MOMENTS[plan.totals().index(plan.peak)], said["grown"], said["loss"])
 
 
 def write_architecture(folder: Path, shape: Shape) -> None:
-    """The config.json of the model."""
+    """Write the config.json of the model."""
     from transformers import LlamaConfig
 
     LlamaConfig(
@@ -138,12 +141,13 @@ def write_architecture(folder: Path, shape: Shape) -> None:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_heads,
+        # Fixed, so that CLEX draws the same t for rows of any length.
         max_position_embeddings=2048,
     ).save_pretrained(folder)
 
 
 def configuration(folder: Path, shape: Shape, options: dict[str, Any]) -> Any:
-    """A run with CLEX on one row a step."""
+    """Return the config of a CLEX run with one row per step."""
     from clex_train.config.engine import EngineConfig, Offload
     from clex_train.config.evaluation import EvaluationConfig
     from clex_train.config.method import Method
@@ -165,7 +169,7 @@ def configuration(folder: Path, shape: Shape, options: dict[str, Any]) -> Any:
 
 
 def child(words: dict[str, Any]) -> None:
-    """One case: prints the growth of the resident set in the last step, and that step's loss."""
+    """Run one case; print the growth of the resident set in the last step, and its loss."""
     import torch
 
     from clex_train.engine import deepspeed as engines
@@ -179,6 +183,7 @@ def child(words: dict[str, Any]) -> None:
     config = configuration(Path(words["folder"]), shape, words["options"])
     arch = architecture.to_train(config.model)
     engines.open_process_group(config.engine)
+    # After the imports, whose memory has nothing to do with the step.
     before = status("VmRSS:")
     settings = engines.deepspeed_dict(config, distributed.world_size())
     loaded = load.load_for_training(config, arch, torch.float32, settings)
@@ -197,24 +202,25 @@ def child(words: dict[str, Any]) -> None:
 
 
 def random_row(shape: Shape, step: int) -> Any:
-    """A micro-batch of one row."""
+    """Build a micro-batch of one row."""
     import torch
 
     from clex_train.data.batch import UNSCORED, MicroBatch
 
     ids = torch.randint(shape.vocab, (1, shape.tokens), generator=torch.Generator().manual_seed(step))
     targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=UNSCORED)
+    # Seeded by the step, so that the loss in the results can be compared between versions.
     return MicroBatch(ids, targets, None, torch.tensor([step]))
 
 
 def status(field: str) -> int:
-    """Bytes of a line of /proc/self/status."""
+    """Read a line of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def page(found: list[Measured]) -> list[str]:
-    """The results in Markdown."""
+    """Format the results in Markdown."""
     from bench_page import processor
 
     lines = [
@@ -241,13 +247,14 @@ def page(found: list[Measured]) -> list[str]:
         )
     by_name = {each.case.name: each for each in found}
     if WHOLE in by_name and TILED in by_name:
+        # The claim of the documentation, checked on every run.
         ratio = by_name[TILED].grown / by_name[WHOLE].grown
         lines += ["", f"A row of 16,384 tokens, vocabulary of 32,768: in tiles {ratio:.3f} of the peak without."]
     return lines
 
 
 def commit() -> str:
-    """The checkout's, short."""
+    """Return the short commit of the checkout."""
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name, memory that stays, a page of Markdown on the console and in a file."""
+"""Helpers shared by benchmarks: machine name, allocator settings, and a Markdown page for console and file."""
 
 import ctypes
 import platform
@@ -8,16 +8,17 @@ from pathlib import Path
 
 
 def publish(lines: Sequence[str], output: Path | None) -> None:
-    """Print a page and, if asked, write it."""
+    """Print a page and, if requested, write it."""
     page = "\n".join(lines) + "\n"
     print(page)
+    # The folder of results may not exist yet.
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(page, encoding="utf-8")
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """Return the CPU's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -29,7 +30,7 @@ def processor() -> str:
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """The C library serves all sizes from its heap and keeps the heap; glibc's constants are those of malloc.h."""
+    """Make the C library serve all sizes from its heap and keep freed memory; constants are from glibc's malloc.h."""
     trim_threshold, mmap_max = -1, -4
     library = ctypes.CDLL(None)
     library.mallopt(mmap_max, 0)

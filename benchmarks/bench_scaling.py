@@ -1,4 +1,4 @@
-"""Cost and accuracy of the CLEX mathematics, on one CPU thread. A training step with it: bench_step.py.
+"""Benchmark cost and accuracy of the CLEX mathematics on one CPU thread. For a whole training step: bench_step.py.
 
     python benchmarks/bench_scaling.py [--goldens DIR] [--output benchmarks/results/NAME.md]
 
@@ -47,7 +47,7 @@ Timed = tuple[float, torch.Tensor]
 
 
 def main() -> None:
-    """Run every section, print one Markdown page, write it where `--output` says."""
+    """Run every section, print one Markdown page, and write it to `--output`."""
     arguments = parse()
     torch.set_num_threads(1)
     lines = [*header(), *section_solve(arguments), *section_tables(arguments), *section_cos_sin(), *section_7b()]
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     goldens = Path(__file__).resolve().parents[1] / "tests" / "goldens"
     parser.add_argument("--goldens", type=Path, default=goldens, help="folder of clex_ode.safetensors")
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
 
 
 def header() -> list[str]:
-    """What was run, where."""
+    """Describe the measurement and the machine."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return [
         "# CLEX mathematics: cost and accuracy",
@@ -83,7 +83,7 @@ def header() -> list[str]:
 
 
 def section_solve(arguments: argparse.Namespace) -> list[str]:
-    """The solve in u against RK4 with dt = 0.01 in t, on the goldens' weights and on seeded ones."""
+    """Compare the solve in u with RK4 at dt = 0.01 in t, on the goldens' weights and on seeded ones."""
     rows = []
     for name, clex in fields(arguments):
         label = f"{name} ({clex.refine().num_steps} steps to t=16)"
@@ -93,7 +93,7 @@ def section_solve(arguments: argparse.Namespace) -> list[str]:
 
 
 def fields(arguments: argparse.Namespace) -> Iterable[tuple[str, Clex]]:
-    """(name, field) of every weight set: the goldens' head of 128 at two bases, and seeded weights of std 0.02."""
+    """Yield (name, field) of each weight set: the goldens' head of 128 at two bases, and seeded weights of std 0.02."""
     path = arguments.goldens / "clex_ode.safetensors"
     if path.exists():
         tensors = load_file(path)
@@ -112,20 +112,21 @@ def fields(arguments: argparse.Namespace) -> Iterable[tuple[str, Clex]]:
 
 
 def compare(name: str, clex: Clex, t: float, repeats: int) -> list[str]:
-    """One row: both schemes in turns, medians, errors against float64."""
+    """Format one row: both schemes in turn, medians, errors against float64."""
     truth, official = reference_log_theta(clex, t), OfficialScheme(clex)
     runs = [
         (timed_gradient(lambda: official.log_theta(t), clex), timed_gradient(lambda: our_log_theta(clex, t), clex))
         for _ in range(repeats)
     ]
     theirs, ours = (statistics.median(run[k][0] for run in runs) for k in (0, 1))
+    # Only the first run: errors are deterministic.
     errors = [f"{float((runs[0][k][1].double() - truth).abs().max()):.1e}" for k in (0, 1)]
     before = [name, f"{t:g}", f"{official.evaluations // repeats:,}", f"{theirs:.3f}", errors[0]]
     return [*before, f"{count_our_evaluations(clex, t):,}", f"{ours:.4f}", errors[1], f"{theirs / ours:.0f}x"]
 
 
 class OfficialScheme:
-    """The original code's way: float32 throughout, z itself integrated in t with RK4 at dt = 0.01."""
+    """Solver of the original code: float32, integrating z itself in t with RK4 at dt = 0.01."""
 
     def __init__(self, clex: Clex) -> None:
         self.clex, self.evaluations = clex, 0
@@ -136,23 +137,24 @@ class OfficialScheme:
         self.read_base = read.log().float()
 
     def __call__(self, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        # Count calls, the cost that does not depend on the machine.
         self.evaluations += 1
         read = z + self.read_base - self.exponent * torch.log(2 * t - 1)
         return self.act(read @ self.clex.up) @ self.clex.down - self.exponent * 2 / (2 * t - 1)
 
     def log_theta(self, t: float) -> torch.Tensor:
-        """log theta(t), differentiable."""
+        """Return log theta(t), differentiable."""
         span, start = torch.tensor([1.0, t]), self.clex.base_inv_freq.float().log()
         return odeint(self, start, span, method="rk4", options={"step_size": 0.01})[-1]
 
 
 def our_log_theta(clex: Clex, t: float) -> torch.Tensor:
-    """log theta(t), differentiable."""
+    """Return log theta(t), differentiable."""
     return clex.inv_freq(t).log()
 
 
 def timed_gradient(solve: Callable[[], torch.Tensor], clex: Clex) -> Timed:
-    """Seconds of one forward and backward, and the solution."""
+    """Time one forward and backward pass in seconds; return it with the solution."""
     clex.zero_grad(set_to_none=True)
     start = time.perf_counter()
     log_theta = solve()
@@ -161,14 +163,14 @@ def timed_gradient(solve: Callable[[], torch.Tensor], clex: Clex) -> Timed:
 
 
 def count_our_evaluations(clex: Clex, t: float) -> int:
-    """Evaluations of the field in one of our solves."""
+    """Count the evaluations of the field in one of our solves."""
     with patch.object(VectorField, "__call__", autospec=True, side_effect=VectorField.__call__) as spied:
         clex.inv_freq(t)
     return spied.call_count
 
 
 def reference_log_theta(clex: Clex, t: float) -> torch.Tensor:
-    """log theta(t) by dopri8 in t and float64; a step ends at t, where dense output would be less exact."""
+    """Solve for log theta(t) with dopri8 in t and float64; a step ends at t, since dense output is less exact."""
     exponent = 2 * torch.arange(len(clex.base_inv_freq), dtype=torch.float64) / (2 * len(clex.base_inv_freq) - 2)
     up, down = clex.up.detach().double(), clex.down.detach().double()
     act = torch.nn.functional.silu if clex.act == "silu" else torch.tanh
@@ -179,6 +181,7 @@ def reference_log_theta(clex: Clex, t: float) -> torch.Tensor:
         read = z + read_base - exponent * torch.log(2 * s - 1)
         return act(read @ up) @ down - exponent * 2 / (2 * s - 1)
 
+    # A tolerance far below the errors to be compared.
     span = torch.tensor([1.0, t], dtype=torch.float64)
     return odeint(field, start, span, method="dopri8", rtol=1e-12, atol=1e-12, options={"step_t": span[1:]})[-1]
 
@@ -187,17 +190,18 @@ def reference_log_theta(clex: Clex, t: float) -> torch.Tensor:
 
 
 def section_tables(arguments: argparse.Namespace) -> list[str]:
-    """The first table of a fresh field (its grid chosen on the way) and the median of later ones."""
+    """Time the first table of a fresh field, which chooses its grid, and return it with the median of later ones."""
     rows = [table_row(t_max, step, arguments.tolerance) for t_max in (16.0, 64.0) for step in (1.0, 0.25)]
     columns = ["t_max", "step of t", "scale factors", "first table, ms", "later, ms"]
     return ["## Evaluation tables (seeded weights of std 0.01, tanh)", "", *markdown(columns, rows), ""]
 
 
 def table_row(t_max: float, step: float, tolerance: float) -> list[str]:
-    """Milliseconds of a fresh field's tables."""
+    """Time the tables of a fresh field, in milliseconds."""
     grid, clex = scale_grid(t_max, step), Clex(rope(1e4), t_max, act="tanh", tolerance=tolerance)
     with torch.no_grad():
         clex.down.normal_(0, 0.01, generator=torch.Generator().manual_seed(0))
+    # The first call also chooses the grid.
     first, *later = (seconds(lambda: clex.table(grid)) for _ in range(10))
     return [f"{t_max:g}", f"{step:g}", str(len(grid)), ms(first), ms(statistics.median(later))]
 
@@ -206,7 +210,7 @@ def table_row(t_max: float, step: float, tolerance: float) -> list[str]:
 
 
 def section_cos_sin() -> list[str]:
-    """Accuracy at long positions and time of one call, Hugging Face's beside it."""
+    """Measure accuracy at long positions and the time of one call, next to Hugging Face's module."""
     inv_freq = rope(1e4)
     stock = LlamaRotaryEmbedding(LlamaConfig(hidden_size=HEAD_DIM, num_attention_heads=1))
     accuracy = [accuracy_row(last, inv_freq, stock) for last in (2**12, 2**16, 2**20, 10**8)]
@@ -217,7 +221,8 @@ def section_cos_sin() -> list[str]:
 
 
 def accuracy_row(last: int, inv_freq: torch.Tensor, stock: torch.nn.Module) -> list[str]:
-    """Largest error over the 4096 positions before `last`."""
+    """Return the largest error over the 4096 positions before `last`."""
+    # Far positions: a float32 phase loses a digit for every factor of ten.
     positions = torch.arange(last - 4096, last)[None]
     phase = positions.numpy().astype(np.longdouble)[..., None] * inv_freq.numpy().astype(np.longdouble)
     exact = np.cos(phase), np.sin(phase)
@@ -229,7 +234,7 @@ def accuracy_row(last: int, inv_freq: torch.Tensor, stock: torch.nn.Module) -> l
 
 
 def timing_row(length: int, inv_freq: torch.Tensor, stock: torch.nn.Module) -> list[str]:
-    """Milliseconds of one call for `length` tokens."""
+    """Time one call for `length` tokens, in milliseconds."""
     positions = torch.arange(length)[None]
     q = torch.randn(1, 32, length, HEAD_DIM)
     cos, sin = stock(q, positions)
@@ -247,13 +252,14 @@ def timing_row(length: int, inv_freq: torch.Tensor, stock: torch.nn.Module) -> l
 
 
 def section_7b() -> list[str]:
-    """What the ODE adds to a step of LLaMA-2 7B: its measured seconds over a computed step time."""
+    """Estimate the overhead of the ODE in a step of LLaMA-2 7B: measured seconds over a computed step time."""
     scaling = ScalingConfig()
     ode = OdeOptimizer(Clex(rope(1e4), scaling.t_max), scaling, seed=0)
     with torch.no_grad():
         ode.clex.down.normal_(0, 0.001, generator=torch.Generator().manual_seed(0))
     ode.check(0)
     own = statistics.median(ode_seconds(ode, step) for step in range(1, 34))
+    # The computed step time is optimistic, so the overhead is an upper bound.
     per_token = flops_per_token(6.61e9, num_layers=32, num_heads=32, head_dim=HEAD_DIM, seq_len=4096)
     rows = []
     for gpus in (8, 64):
@@ -267,7 +273,7 @@ def section_7b() -> list[str]:
 
 
 def ode_seconds(ode: OdeOptimizer, step: int) -> float:
-    """One draw of t, solve, backward and AdamW of the ODE, all on the critical path."""
+    """Run one draw of t, solve, backward pass and AdamW of the ODE, all on the critical path."""
     start = time.perf_counter()
     ode.begin(step).inv_freq.square().sum().backward()
     ode.finish(2e-5)
@@ -278,36 +284,36 @@ def ode_seconds(ode: OdeOptimizer, step: int) -> float:
 
 
 def rope(base: float) -> torch.Tensor:
-    """Plain RoPE frequencies, float64."""
+    """Return plain RoPE frequencies in float64."""
     return base ** (-torch.arange(HEAD_DIM // 2, dtype=torch.float64) / (HEAD_DIM // 2))
 
 
 def largest(ours: torch.Tensor, exact: np.ndarray) -> float:
-    """max |ours - exact|"""
+    """Return max |ours - exact|."""
     return float(np.abs(ours.numpy().astype(np.longdouble) - exact).max())
 
 
 @torch.no_grad()
 def seconds(call: Callable[[], object]) -> float:
-    """Wall time of one call without gradients."""
+    """Time one call without gradients."""
     return seconds_of(call)
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
+    """Time one call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def ms(value: float) -> str:
-    """Milliseconds with three figures."""
+    """Format milliseconds with three significant figures."""
     milli = 1e3 * value
     return f"{milli:.{max(0, 2 - math.floor(math.log10(milli)))}f}"
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table."""
+    """Format a Markdown table."""
     return ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
 
 

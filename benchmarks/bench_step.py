@@ -1,4 +1,4 @@
-"""A training step of a Llama with random weights: speed, memory, what it is spent on, and what CLEX adds.
+"""Benchmark a training step of a Llama with random weights: speed, memory, time by part, and the overhead of CLEX.
 
     python benchmarks/bench_step.py --shape 64m --tokens 1024 --output FILE.md
     deepspeed benchmarks/bench_step.py --shape llama2_7b --tokens 4096 --accumulation 8 \
@@ -71,7 +71,7 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class RandomRows:
-    """Rows of random tokens, each one document; row i is the same in every run."""
+    """Rows of random tokens, one document each; row i is the same in every run."""
 
     seq_len: int
     vocabulary: int
@@ -85,7 +85,7 @@ class RandomRows:
 
 
 def main() -> None:
-    """Measure, print one Markdown page, write it where `--output` says; on rank 0."""
+    """Measure, print one Markdown page on rank 0, and write it to `--output`."""
     arguments = parse()
     log.setup()
     if arguments.threads:
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="64m")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a row")
@@ -115,11 +115,13 @@ def parse() -> argparse.Namespace:
 
 
 def configured(arguments: argparse.Namespace, folder: Path) -> Config:
-    """The configuration of a run by CLEX on this shape; `folder` gets the architecture."""
+    """Return the config of a CLEX run for this shape; the architecture is written to `folder`."""
+    # Real vocabularies matter: logits and loss are a visible part of a step.
     vocabulary = VOCABULARIES.get(arguments.shape, SMALL_VOCABULARY)
     shape: dict[str, Any] = {**SHAPES[arguments.shape], "vocab_size": vocabulary}
     LlamaConfig(**shape, max_position_embeddings=arguments.tokens).save_pretrained(folder)
     rows = arguments.rows * arguments.accumulation * distributed.world_size()
+    # Its rows would be shared, and tokens per second counted several times.
     if any(key.startswith("engine.sequence_parallel=") for key in arguments.set):
         raise SystemExit("engine.sequence_parallel: this benchmark gives every rank rows of its own; leave it out")
     chosen = any(key.startswith(("engine=", "engine.activation_checkpointing=")) for key in arguments.set)
@@ -142,7 +144,7 @@ def configured(arguments: argparse.Namespace, folder: Path) -> Config:
 
 
 class StepBench:
-    """A model, its engine, and the two ways to take a step with them."""
+    """A model, its engine, and two ways to take a step with them."""
 
     def __init__(self, arguments: argparse.Namespace, config: Config) -> None:
         engines.open_process_group(config.engine)
@@ -157,6 +159,7 @@ class StepBench:
         # A field that has learned something: at zero the solver would have less to do.
         with torch.no_grad():
             loaded.clex.down.normal_(0, 0.001, generator=torch.Generator().manual_seed(0))
+        # Choose the grid now: the check is due every 100 steps and would be timed.
         ode.check(0)
         self.engine, self.config = engines.build(loaded.model, config), config
         flops = metrics.flops_per_token(*load.matmul_shape(loaded.model), config.data.seq_len)
@@ -170,11 +173,11 @@ class StepBench:
         self._steps = {"plain RoPE": 1, "CLEX": 1}
 
     def clex(self) -> float:
-        """Seconds of a step with CLEX, from an idle device to an idle device."""
+        """Time a step with CLEX in seconds, synchronizing the device before and after."""
         return self._timed("CLEX", self.parts)
 
     def plain(self) -> float:
-        """Seconds of a step with the family's own rotary module and without an ODE."""
+        """Time a step with the family's own rotary module and without an ODE, in seconds."""
         unscaled = replace(self.parts.loaded, clex=None)
         with self._stock_rotary():
             return self._timed("plain RoPE", replace(self.parts, ode=FixedFrequencies(), loaded=unscaled))
@@ -190,7 +193,7 @@ class StepBench:
 
     @contextmanager
     def _stock_rotary(self) -> Iterator[None]:
-        """The module stays, and computes what the stock one does: ZeRO-3 has noted the order of modules."""
+        """Compute what the stock module does without replacing the module: ZeRO-3 has recorded the order of modules."""
         rotary = self.parts.loaded.handle.rotary
         rotary.forward = self.stock.forward  # type: ignore[method-assign]
         yield
@@ -208,7 +211,7 @@ class StepBench:
 
 
 def measure(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
-    """The page."""
+    """Measure and return the lines of the page."""
     began = time.perf_counter()
     for _ in range(WARM_UP):
         bench.plain(), bench.clex()
@@ -218,6 +221,7 @@ def measure(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
         first, second = (bench.plain, bench.clex) if index % 2 == 0 else (bench.clex, bench.plain)
         one, other = first(), second()
         pairs.append((one, other) if index % 2 == 0 else (other, one))
+    # Measured before and after: a device that throttles in between shows in the median.
     rate = statistics.median([before, product_rate(arguments, bench)])
     lines = [*header(bench, arguments), *speeds(bench, pairs, rate), *ode_seconds(bench)]
     lines += [*waits(bench), *profiled(bench.parts, bench.clex)]
@@ -225,7 +229,7 @@ def measure(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
 
 
 def header(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
-    """What was run, on what."""
+    """Describe the measurement and the machine."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     config, on_gpu = bench.config, torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else f"{processor()}, {os.cpu_count()} logical cores"
@@ -249,13 +253,15 @@ def header(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
 
 
 def speeds(bench: StepBench, pairs: list[tuple[float, float]], rate: float) -> list[str]:
-    """Both ways of a step, and their ratio pair by pair."""
+    """Format both step times and their ratio pair by pair."""
     rows = []
     for column, name in enumerate(("plain RoPE", "CLEX")):
         seconds = statistics.median(pair[column] for pair in pairs)
         speed = bench.tokens / seconds
+        # Against the measured rate of this machine, not a data sheet, which no product reaches.
         share = speed * bench.parts.flops_per_token / (rate * distributed.world_size())
         rows.append(f"| {name} | {1e3 * seconds:,.1f} | {speed:,.0f} | {100 * share:.1f} % |")
+    # Pairs are neighbours in time, so their ratio does not see the machine change.
     ratios = sorted(pair[1] / pair[0] for pair in pairs)
     quarter, least = len(ratios) // 4, [min(seconds) for seconds in zip(*pairs, strict=True)]
     return [
@@ -274,8 +280,9 @@ def speeds(bench: StepBench, pairs: list[tuple[float, float]], rate: float) -> l
 
 
 def ode_seconds(bench: StepBench) -> list[str]:
-    """What the host does for the ODE in a step, by the clock, as medians of a few steps."""
+    """Measure the host's work for the ODE in a step, as medians over a few steps."""
     ode, spent = bench.parts.ode, {"begin": [], "finish": [], "prefetch": []}  # type: dict[str, list[float]]
+    # Wrap the methods on the instance; deleting the attribute restores the class's method.
     for name, times in spent.items():
         setattr(ode, name, clocked(getattr(ode, name), times))
     for _ in range(5):
@@ -287,10 +294,11 @@ def ode_seconds(bench: StepBench) -> list[str]:
 
 
 def waits(bench: StepBench) -> list[str]:
-    """Where the host waited for the GPU in a step, as torch warns of it; nothing on a CPU."""
+    """List the places where the host waited for the GPU in a step, from torch's warnings; none on a CPU."""
     if not torch.cuda.is_available():
         return []
     with warnings.catch_warnings(record=True) as caught:
+        # By default Python shows a warning once per line.
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         bench.clex()
@@ -303,7 +311,7 @@ def waits(bench: StepBench) -> list[str]:
 
 
 def clocked(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
-    """`call`, which leaves its seconds in `times`."""
+    """Wrap `call` to append its seconds to `times`."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -315,8 +323,9 @@ def clocked(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
 
 
 def product_rate(arguments: argparse.Namespace, bench: StepBench) -> float:
-    """FLOP/s of a square matrix product of random data in the dtype of the step, median of several."""
+    """Measure the FLOP/s of a square matrix product in the step's dtype, median of several runs."""
     on_gpu, device = torch.cuda.is_available(), distributed.device()
+    # Large enough to saturate the device, small enough for seconds.
     order, repeats = arguments.product or (8192 if on_gpu else 2048), 20 if on_gpu else 3
     left, right = (torch.randn(order, order, device=device).to(engines.precision(bench.config.engine)) for _ in "ab")
     seconds = []
@@ -326,11 +335,12 @@ def product_rate(arguments: argparse.Namespace, bench: StepBench) -> float:
         left @ right
         wait()
         seconds.append(time.perf_counter() - start)
+    # A multiply and an add for each of order^3 products; the first run warms up.
     return 2 * order**3 / statistics.median(seconds[1:])
 
 
 def wait() -> None:
-    """Until the device has nothing to do."""
+    """Wait until the device is idle."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

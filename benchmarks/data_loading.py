@@ -1,4 +1,4 @@
-"""The section `loading` of bench_data.py: rows from page cache, a store of 10^10 tokens, and the index of best_fit.
+"""Section `loading` of bench_data.py: rows from the page cache, a store of 10^10 tokens, and the index of best_fit.
 
 Tokens are random (no time depends on them), lengths of documents log-normal. The loader is timed in processor time of
 the whole process, its reading thread included, medians over turns; the large stores are sparse files with a real table
@@ -37,7 +37,7 @@ BATCH_ROWS, MICRO_BATCH, VOCABULARY = 64, 8, 8192
 
 
 def loading(arguments: argparse.Namespace) -> list[str]:
-    """Lines of the page: speed of the loader, a store of 10^10 tokens, the index of best_fit."""
+    """Return the lines of the page: loader speed, a store of 10^10 tokens, the index of best_fit."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench_loading_") as folder:
         small, large, billion = (Path(folder) / name for name in ("small", "large", "billion"))
@@ -48,7 +48,7 @@ def loading(arguments: argparse.Namespace) -> list[str]:
 
 
 def speeds(path: Path, repeats: int) -> list[str]:
-    """A table of millions of tokens a second of one core."""
+    """Format a table of millions of tokens per second of one core."""
     rng = np.random.default_rng(0)
     documents = [rng.integers(3, VOCABULARY, n).tolist() for n in document_lengths(20_000_000)]
     write_store(path, {"train": documents}, vocab_size=VOCABULARY)
@@ -63,7 +63,7 @@ def speeds(path: Path, repeats: int) -> list[str]:
 
 
 def speed(rows: Rows, collate: Collate, repeats: int) -> float:
-    """Tokens a second of processor time, median."""
+    """Return the median tokens per second of processor time."""
     steps = max(1, min(len(rows), 20_000) // BATCH_ROWS)
     found = []
     for turn in range(repeats + 1):
@@ -77,7 +77,7 @@ def speed(rows: Rows, collate: Collate, repeats: int) -> float:
 
 
 def large_store(path: Path, repeats: int) -> list[str]:
-    """Milliseconds to the first batch and to the batch at row 10^7."""
+    """Time the first batch and the batch at row 10^7, in milliseconds."""
     lines = ["", "## A store of 10^10 tokens, a sparse file, rows of 128 tokens", ""]
     for words, first_row in (("open and read the first row", 0), ("the same, resumed at row 10^7", 10**7)):
         found = []
@@ -91,7 +91,7 @@ def large_store(path: Path, repeats: int) -> list[str]:
 
 
 def index_of_best_fit(path: Path, repeats: int) -> list[str]:
-    """Seconds to build the index, and what it achieves."""
+    """Time the construction of the index, and report its utilisation."""
     store = TokenStore(path)
     size = f"{store.num_documents:,} documents, {store.num_tokens:,} tokens"
     lines = ["", f"## Index of best_fit, {size}", "", "| tokens in a row | seconds | |", "|---:|---:|---|"]
@@ -106,13 +106,13 @@ def index_of_best_fit(path: Path, repeats: int) -> list[str]:
 
 
 def document_lengths(total: int) -> np.ndarray:
-    """Log-normal lengths, median 400 tokens and mean 1,000 or so, that add up to about `total`."""
+    """Draw log-normal lengths with median 400 and mean about 1,000 tokens that sum to about `total`."""
     lengths = np.random.default_rng(0).lognormal(6.0, 1.35, total // 1000).astype(np.int64) + 1
     return np.minimum(lengths, 1_000_000)
 
 
 def sparse_store(path: Path, lengths: np.ndarray) -> Path:
-    """A store with a real table of documents and a hole for tokens, which has no checksums."""
+    """Write a store with a real document table, a sparse file for tokens and no checksums."""
     manifest = write_store(path, {"train": [[1]]}, vocab_size=VOCABULARY)
     table = np.zeros(len(lengths), DOCUMENT)
     table["stop"] = np.cumsum(lengths)

@@ -1,4 +1,4 @@
-"""What a training step is spent on, by torch.profiler: attention, MLP, loss, optimizer, communication, the ODE.
+"""Profile a training step with torch.profiler: attention, MLP, loss, optimizer, communication, the ODE.
 
 Modules and calls are marked by ranges while the profiler runs. An operation belongs to the innermost range around it;
 one of the backward pass to the range of the forward operation that it is the gradient of, which the profiler knows by a
@@ -27,7 +27,7 @@ BACKWARD = "autograd::engine::evaluate_function"
 
 
 def profiled(parts: Any, step: Callable[[], float]) -> list[str]:
-    """A table of one step of `training.state.Parts`, taken by `step`, which returns its seconds."""
+    """Format a table of one step of `training.state.Parts`, taken by `step`, which returns its seconds."""
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     calls = [(parts.engine, "step", OPTIMIZER), *((parts.ode, name, ODE) for name in ("begin", "finish", "prefetch"))]
@@ -50,7 +50,7 @@ def profiled(parts: Any, step: Callable[[], float]) -> list[str]:
 
 
 def shares(events: Any, on_gpu: bool) -> dict[str, float]:
-    """Microseconds of each part."""
+    """Return the microseconds of each part."""
     host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     forward, spent = forward_parts(host), defaultdict(float)
     for event in host:
@@ -59,7 +59,7 @@ def shares(events: Any, on_gpu: bool) -> dict[str, float]:
 
 
 def forward_parts(host: list[Any]) -> dict[int, str]:
-    """The part of each node of the graph, by its number."""
+    """Map each node of the graph, by its number, to a part."""
     found: dict[int, str] = {}
     for event in sorted(host, key=lambda event: event.time_range.start):
         # Of several operations with one number the last begun made the node.
@@ -69,7 +69,7 @@ def forward_parts(host: list[Any]) -> dict[int, str]:
 
 
 def part_of(event: Any, forward: dict[int, str]) -> str:
-    """The part of the innermost range, operation of a known part, or node of the backward pass around an event."""
+    """Find the part of an event: its innermost range, an operation of a known part, or a node of the backward pass."""
     while event is not None:
         if event.name.startswith(MARK):
             return str(event.name.removeprefix(MARK))
@@ -84,7 +84,7 @@ def part_of(event: Any, forward: dict[int, str]) -> str:
 
 @contextmanager
 def marked(model: nn.Module, calls: list[tuple[Any, str, str]]) -> Iterator[None]:
-    """Ranges around the modules of a model and around methods of objects, (object, name, part)."""
+    """Open profiler ranges around a model's modules and around methods of objects, given as (object, name, part)."""
     handles = []
     for module, part in _modules(model):
         ranges: list[Any] = []

@@ -1,1 +1,1 @@
-"""Prepare data: tokenizers, token stores, evaluation sets, decontamination; one module a verb."""
+"""Prepare data: tokenizers, token stores, evaluation sets, decontamination; one module or folder per verb."""

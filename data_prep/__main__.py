@@ -1,17 +1,17 @@
 """Prepare data: `python -m data_prep VERB [+corpus=NAME] [key=value ...]`.
 
     corpus            write a corpus as one file of {"text", "meta"} lines
-    train_tokenizer   learn a byte-level BPE from a corpus
+    train_tokenizer   train a byte-level BPE tokenizer on a corpus
     tokenize          turn a corpus into a token store, which training and evaluation read
-    inspect           show what a token store holds, verify its checksums
-    evaluation_sets   a store of long held-out documents for each length
-    decontaminate     find evaluation documents that are, whole or in part, in the training documents
+    inspect           show the content of a token store, verify its checksums
+    evaluation_sets   write a store of long held-out documents for each length
+    decontaminate     find evaluation documents that appear, whole or in part, in the training documents
 
     python -m data_prep train_tokenizer +corpus=stdlib
     python -m data_prep tokenize +corpus=stdlib
     python -m data_prep tokenize +corpus=redpajama_book 'corpus.paths=[/data/book]' tokenizer=/models/llama
 
-`python -m data_prep VERB --help` lists the keys of a verb; conf/corpus/ holds the corpora that `+corpus=` knows.
+`python -m data_prep VERB --help` lists the keys of a verb; conf/corpus/ holds the corpora that `+corpus=` accepts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 if __name__ == "__main__":
-    # Before the imports that take seconds.
+    # Before the slow imports, so that Ctrl-C during them ends the program without a traceback.
     from clex_train.resilience import stop_requests
 
     stop_requests.end_on_signals()
@@ -48,49 +48,52 @@ from data_prep.config import (
 VERBS: dict[str, tuple[type, str]] = {
     "corpus": (CorpusVerb, "data_prep.export"),
     "train_tokenizer": (TrainTokenizerVerb, "data_prep.train_tokenizer"),
-    "tokenize": (TokenizeVerb, "data_prep.tokenize"),
+    "tokenize": (TokenizeVerb, "data_prep.tokenize.run"),
     "inspect": (InspectVerb, "data_prep.inspect"),
     "evaluation_sets": (EvaluationSetsVerb, "data_prep.evaluation_sets"),
-    "decontaminate": (DecontaminateVerb, "data_prep.decontaminate"),
+    "decontaminate": (DecontaminateVerb, "data_prep.decontaminate.run"),
 }
-"""The schema of each verb and the module whose `run` does it, imported when asked for."""
+"""Schema of each verb and the module whose `run` implements it, imported on use."""
 
-BEGINS_ANEW = "nothing is kept, the same command begins anew"
+STARTS_OVER = "nothing is kept, the same command starts over"
 KEPT = {
-    "tokenize": "finished shards are kept, the same command goes on",
+    "tokenize": "finished shards are kept, run the same command to continue",
     "inspect": "nothing was changed",
 }
-"""What is left of the work of a verb that a signal ends."""
+"""Message about the work that remains when a signal ends a verb."""
 
 
 def main() -> int:
-    """Run the verb that the first argument names; returns the exit code."""
+    """Run the verb named by the first argument and return the exit code."""
     log.setup()
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("--help", "-h"):
         print(__doc__)
         return 0
     if verb not in VERBS:
-        print(f"error: {log.printable(verb)}: no such verb; take one of {', '.join(VERBS)}", file=sys.stderr)
+        print(f"error: {log.printable(verb)}: no such verb; use one of {', '.join(VERBS)}", file=sys.stderr)
         return console.USER_ERROR
     schema, module = VERBS[verb]
+    # Hydra allows one config per process, so the schema is chosen before it reads the command line.
     ConfigStore.instance().store(name="data_prep_schema", node=schema)
-    sys.argv[1:] = [_by_its_path(argument) for argument in sys.argv[2:]]
-    return console.run(partial(_run, module), partial(_help, verb, schema), schema, KEPT.get(verb, BEGINS_ANEW))
+    # Remove the verb: Hydra would take it for an override.
+    sys.argv[1:] = [_expand_group_path(argument) for argument in sys.argv[2:]]
+    return console.run(partial(_run, module), partial(_help, verb, schema), schema, KEPT.get(verb, STARTS_OVER))
 
 
-def _by_its_path(argument: str) -> str:
-    """`tokenizer=PATH` as `tokenizer.path=PATH`: the group's main key by the group's name, which Hydra would refuse."""
+def _expand_group_path(argument: str) -> str:
+    """Rewrite `tokenizer=PATH` to `tokenizer.path=PATH`, since Hydra refuses a value for a group."""
     key, _, path = argument.partition("=")
     return f"{key}.path={path}" if path and key.lstrip("+") in ("tokenizer", "evaluation") else argument
 
 
 def _run(module: str) -> None:
-    """Compose the configuration and do the verb."""
+    """Compose the config and run the verb."""
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="data_prep")
     @console.task
     def verb(composed: DictConfig) -> None:
+        # DictConfig ends here; verbs get plain dataclasses.
         config: Any = OmegaConf.to_object(composed)
         importlib.import_module(module).run(config)
 
@@ -98,7 +101,7 @@ def _run(module: str) -> None:
 
 
 def _help(verb: str, schema: type) -> str:
-    """The keys of a verb, their types, defaults and meanings, and the corpora."""
+    """List the keys of a verb with type, default and description, and the corpora."""
     lines = [f"python -m data_prep {verb} [+corpus=NAME] [key=value ...]", "", "Corpora", ""]
     lines += [f"  {name:<16} {comment}" for name, comment in options("corpus")]
     lines += ["", "Keys: name=default (type) and meaning", ""]

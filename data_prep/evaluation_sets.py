@@ -1,7 +1,7 @@
-"""`evaluation_sets`: from the held-out documents of a store, for each length those of at least so many tokens.
+"""`evaluation_sets`: for each length, write a store of the held-out documents with at least that many tokens.
 
-`<output>/<length>` is a token store with a validation split alone, which evaluation reads as any other. EOS counts as
-one of a document's tokens, as it does for the windows that evaluation cuts (clex_train/evaluation/windows.py).
+`<output>/<length>` is a token store with only a validation split, which evaluation reads like any other. EOS counts as
+a token of the document, as in the windows of evaluation (clex_train/evaluation/windows.py).
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ from data_prep.partial import disk_full_explained, is_done, open_partial, publis
 logger = log.get(__name__)
 
 CHUNK_TOKENS = 1 << 20
-"""Tokens copied at a time: the longest document does not decide the memory."""
+"""Tokens to copy at a time, so that memory does not depend on the longest document."""
 
 
 def run(config: EvaluationSetsVerb) -> None:
-    """Write the sets that are not there yet.
+    """Write the sets that do not exist yet.
 
     Raises:
-        ValueError: no store, no held-out document as long as one of the lengths (then nothing is written), or an output
-            that holds something else.
+        ValueError: there is no store, no held-out document is as long as one of the lengths (then nothing is written),
+            or an output has other content.
     """
     require(config.store is not None, "store", config.store, "name the directory of a token store: store=corpora/books")
     require(config.output is not None, "output", config.output, "name the directory to write the sets in")
     store = _held_out(str(config.store))
     lengths = sorted(set(config.lengths))
     _require_documents(store, lengths)
+    # Check all outputs before writing any: a conflict must not surface after hours of copying.
     requests = {Path(str(config.output)) / str(length): _settings(store, length, config) for length in lengths}
     done = {output: is_done(output, settings, config.overwrite) for output, settings in requests.items()}
     for output, settings in requests.items():
         if done[output]:
-            logger.info("%s holds this set already", output)
+            logger.info("%s already has this set", output)
             continue
         with disk_full_explained(output), open_partial(output, settings, config.overwrite) as partial:
             publish(partial, _write(store, settings, partial), output)
@@ -53,14 +54,11 @@ def run(config: EvaluationSetsVerb) -> None:
 
 
 def choose(store: TokenStore, min_tokens: int, max_documents: int | None) -> np.ndarray:
-    """int64, ascending: the documents of at least `min_tokens` tokens, EOS included, at most `max_documents` of them.
-
-    Those with the smallest hashes of their texts are taken: a larger `max_documents` keeps the documents of a smaller
-    one, whatever their order in the store.
-    """
+    """Choose at most `max_documents` documents of at least `min_tokens` tokens, EOS included: int64, ascending."""
     documents = np.flatnonzero(np.diff(store.doc_offsets) >= min_tokens)
     if max_documents is None or len(documents) <= max_documents:
         return documents
+    # Smallest text hashes first: a larger `max_documents` keeps the documents of a smaller one, in any store order.
     by_hash = np.argsort(store.text_hashes()[documents], kind="stable")
     return np.sort(documents[by_hash[:max_documents]])
 
@@ -71,18 +69,19 @@ def _held_out(path: str) -> TokenStore:
 
 
 def _require_documents(store: TokenStore, lengths: list[int]) -> None:
-    """Refuse before anything is written if a length has no document."""
+    """Raise `ValueError` before anything is written if a length has no document."""
     document_lens = np.diff(store.doc_offsets)
+    # split("validation") refuses an empty split, so max() has an argument.
     longest = int(document_lens.max())
     missing = [length for length in lengths if length > longest]
     if missing:
         others = [length for length in lengths if length <= longest]
-        remedy = f"take lengths={others}" if others else f"take lengths of at most {longest}"
+        remedy = f"use lengths={others}" if others else f"use lengths of at most {longest}"
         raise ConfigError(
             "lengths",
             missing,
-            f"none of the {len(document_lens)} validation documents of {store.path} has so many "
-            f"tokens (the longest has {longest}, its EOS included); {remedy}, or another store",
+            f"none of the {len(document_lens)} validation documents of {store.path} has that many "
+            f"tokens (the longest has {longest}, EOS included); {remedy}, or use another store",
         )
 
 
@@ -102,6 +101,7 @@ def _write(store: TokenStore, settings: dict[str, Any], partial: Path) -> Manife
     documents = choose(store, request["min_tokens"], request["max_documents"])
     records = _records(store, documents)
     used = np.unique(records["source"])
+    # Synthetic stores have no tokenizer directory.
     if store.tokenizer_path.is_dir():
         shutil.copytree(store.tokenizer_path, partial / TOKENIZER, dirs_exist_ok=True)
     shard = _copy(store, documents, records, used, partial)
@@ -114,7 +114,8 @@ def _write(store: TokenStore, settings: dict[str, Any], partial: Path) -> Manife
 
 
 def _copy(store: TokenStore, documents: np.ndarray, records: np.ndarray, used: np.ndarray, partial: Path) -> Shard:
-    """Write the documents as one shard; their sources are counted anew, from 0, among those that are `used`."""
+    """Write the documents as one shard, with sources renumbered from 0 among those in `used`."""
+    # `used` is sorted and contains every source, so the position is the new number.
     sources = np.searchsorted(used, records["source"])
     with ShardWriter(partial / store.split_name, "00000", store.dtype) as writer:
         for document, record, source in zip(documents, records, sources, strict=True):
@@ -126,7 +127,7 @@ def _copy(store: TokenStore, documents: np.ndarray, records: np.ndarray, used: n
 
 
 def _records(store: TokenStore, documents: np.ndarray) -> np.ndarray:
-    """`DOCUMENT` records [n] of the documents, ascending, from the table of each shard."""
+    """Return the `DOCUMENT` records [n] of the documents, ascending, from the table of each shard."""
     parts = [np.empty(0, DOCUMENT)]
     for first, table in store.document_tables():
         inside = documents[(documents >= first) & (documents < first + len(table))]
@@ -135,7 +136,7 @@ def _records(store: TokenStore, documents: np.ndarray) -> np.ndarray:
 
 
 def _sources(store: TokenStore, records: np.ndarray, used: np.ndarray) -> list[Source]:
-    """The sources that the documents come from, each with its documents of this set counted."""
+    """List the sources that the documents come from, with the number of documents of this set."""
     if not store.manifest.sources:
         return []
     counts = Counter(records["source"].tolist())

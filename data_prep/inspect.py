@@ -1,4 +1,4 @@
-"""`inspect`: what a token store holds: counts, lengths, domains, decoded documents and rows, checksums."""
+"""`inspect`: show the content of a token store: counts, lengths, domains, decoded documents and rows, checksums."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from data_prep.config import InspectVerb
 from data_prep.statistics import Domain, Statistics, collect, domains
 
 _BAR = 40
-_WHOLE = "of whole files alone: verify=true compares them"
+_WHOLE = "only of whole files: verify=true compares them"
 MAX_DOMAINS = 30
 
 
 def run(config: InspectVerb) -> None:
-    """Print the report, part by part as it is found.
+    """Print the report, each part as soon as it is ready.
 
     Raises:
-        ValueError: `store` is not a complete store, or a file of it is damaged.
+        ValueError: `store` is not a complete store, or one of its files is damaged.
     """
     require(config.store is not None, "store", config.store, "name the directory of a token store: store=corpora/books")
     store = _open(str(config.store))
     if config.plot:
+        # Before minutes of reading.
         require_writable_folder("plot", Path(config.plot), Path(config.plot).parent)
     if config.verify:
-        say(f"{verify(store)} files verified, every checksum is that of the manifest")
+        say(f"{verify(store)} files verified, all checksums match the manifest")
     say("\n".join(_summary(store)))
     views = {split: view for split in SPLITS if (view := TokenStore(store.path, split)).num_documents}
     found = {split: collect(view) for split, view in views.items()}
@@ -45,17 +46,18 @@ def run(config: InspectVerb) -> None:
         say("\n".join(_domain_lines(split, domains(store.manifest.sources, statistics))))
     if config.plot:
         length_plot.plot(found, str(store.path), Path(config.plot))
-        say(f"\nlengths drawn in {config.plot}")
+        say(f"\nwrote the plot of lengths to {config.plot}")
+    # A store of evaluation sets has a single split, with nothing to compare.
     if len(views) == len(SPLITS):
         say(f"\n{overlap_line(*views.values())}")
     _show_texts(views, config)
 
 
 def verify(store: TokenStore) -> int:
-    """Read every file of a store and compare its sha256 with the manifest; returns how many there are.
+    """Read every file of a store, compare its sha256 with the manifest, and return the number of files.
 
     Raises:
-        ValueError: a file differs; the first such is named.
+        ValueError: a file differs; names the first one.
     """
     expected = {store.tokenizer_path / name: digest for name, digest in store.manifest.tokenizer.files.items()}
     for split in SPLITS:
@@ -67,13 +69,14 @@ def verify(store: TokenStore) -> int:
     for file, digest in expected.items():
         if _sha256(file, store.path) != digest:
             raise ConfigError(
-                file, None, "damaged, its checksum is not that of the manifest; copy it again or tokenise again"
+                file, None, "damaged, its checksum is not that of the manifest; copy it again or tokenize again"
             )
     return len(expected)
 
 
 def length_histogram(statistics: Statistics) -> list[str]:
-    """Lines of a histogram of document lengths, a class for every doubling, with the tokens in each."""
+    """Format a histogram of document lengths with a bin per doubling, and the tokens in each bin."""
+    # Scale bars to the largest bin, so that the histogram fits the terminal for any store.
     most = statistics.documents.max()
     lines = []
     for power in statistics.classes():
@@ -84,14 +87,14 @@ def length_histogram(statistics: Statistics) -> list[str]:
 
 
 def overlap_line(train: TokenStore, held_out: TokenStore) -> str:
-    """How many held-out documents are training documents too, compared by the hash of their text."""
+    """Report the held-out documents that are also training documents, compared by the hash of their text."""
     found = overlap(train, held_out)
     if not found:
         return "no text is in both splits"
     places = f"{held_out.place(found.held_out_doc)}, in training {train.place(found.train_doc)}"
     return (
-        f"{found.num_held_out:,} of {held_out.num_documents:,} validation documents are training documents too, such "
-        f"as {places}; training refuses to evaluate on them"
+        f"{found.num_held_out:,} of {held_out.num_documents:,} validation documents are also training documents, "
+        f"such as {places}; training refuses to evaluate on them"
     )
 
 
@@ -110,10 +113,10 @@ def _summary(store: TokenStore) -> list[str]:
         f"  fingerprint  {store.fingerprint}",
         f"  tokenizer    {tokenizer.vocab_size} tokens, EOS {tokenizer.eos_token!r} = {tokenizer.eos_id}",
         f"  documents    {describe_bos(store)}",
-        f"  checksums    {'of each block, seen when read' if store.has_block_sums else _WHOLE}",
+        f"  checksums    {'of each block, checked on every read' if store.has_block_sums else _WHOLE}",
         f"  sources      {len(manifest.sources)} ({', '.join(f'{v} {k}' for k, v in sorted(counts.items()))})",
         f"  split        {manifest.split_rule.get('validation_share')} held out by {manifest.split_rule.get('value')}"
-        + (", raised so that there are error bars" if "held_out" in manifest.split_rule else ""),
+        + (", raised to allow error bars" if "held_out" in manifest.split_rule else ""),
     ]
     for split in SPLITS:
         size = f"{manifest.num_documents(split):,} documents, {manifest.num_tokens(split):,} tokens"
@@ -124,7 +127,7 @@ def _summary(store: TokenStore) -> list[str]:
 
 
 def _domain_lines(split: str, found: list[Domain]) -> list[str]:
-    """A line a domain, the largest first; those beyond `MAX_DOMAINS` are one line together."""
+    """Format a line per domain, the largest first; combine those beyond `MAX_DOMAINS` in one line."""
     if not found:
         return []
     shown, rest = found[:MAX_DOMAINS], found[MAX_DOMAINS:]
@@ -141,12 +144,13 @@ def _domain_lines(split: str, found: list[Domain]) -> list[str]:
 
 
 def _show_texts(views: dict[str, TokenStore], config: InspectVerb) -> None:
-    """Decoded beginnings of documents, and decoded rows; the tokenizer is loaded for them alone."""
+    """Print decoded beginnings of documents, and decoded rows."""
     if not views or not (config.samples or config.rows):
         return
+    # Imported late: it takes seconds, and counts need no tokenizer.
     from transformers import PreTrainedTokenizerFast
 
-    # Not AutoTokenizer, which may find that the tokenizer has Python code of its own, and ask whether to run it.
+    # Not AutoTokenizer, which prompts for consent if the tokenizer comes with Python code.
     file = next(iter(views.values())).tokenizer_path / "tokenizer.json"
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
     for split, view in views.items():
@@ -159,6 +163,7 @@ def _show_texts(views: dict[str, TokenStore], config: InspectVerb) -> None:
 
 
 def _samples(store: TokenStore, tokenizer: Tokenizer, config: InspectVerb) -> Iterator[str]:
+    # A fixed random sample: the first documents of a store often come from a single source.
     chosen = generator(0, "inspect").permutation(store.num_documents)[: config.samples]
     for doc_id in sorted(map(int, chosen)):
         start, stop = store.span(doc_id)
@@ -167,7 +172,7 @@ def _samples(store: TokenStore, tokenizer: Tokenizer, config: InspectVerb) -> It
 
 
 def _sha256(file: Path, store: Path) -> str:
-    """sha256 of a file; "" for one that is missing or leads out of the store."""
+    """Hash a file; return an empty string if it is missing or leads out of the store."""
     try:
         return sha256(file, within=store)
     except (BadFile, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Document lengths as a PNG: for each doubling of the length, the share of a split's documents and of its tokens."""
+"""Plot document lengths as a PNG: per doubling of the length, the share of a split's documents and tokens."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ COLORS = {"train": "#3366AA", "validation": "#DD8833"}
 
 
 def plot(statistics: Mapping[str, Statistics], title: str, path: Path) -> None:
-    """Draw the splits of a store side by side; `statistics` has those with documents alone."""
+    """Draw the splits of a store side by side; `statistics` contains only splits with documents."""
     import matplotlib
 
+    # Nodes of a cluster have no display, where the default back end fails.
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -34,9 +35,11 @@ def plot(statistics: Mapping[str, Statistics], title: str, path: Path) -> None:
         split: f"{split} ({found.documents.sum():,} documents, {found.tokens.sum():,} tokens)"
         for split, found in statistics.items()
     }
+    # One legend for both axes: the colors mean the same.
     handles = above.get_legend_handles_labels()[0]
     figure.legend(handles, list(labels.values()), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(f"Document lengths of {title}", x=0.01, ha="left", fontsize=13)
+    # Drawn to memory and written atomically: an interrupted program must not leave half a PNG.
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix.removeprefix(".") or None)
     make_folder(path.parent)
@@ -61,7 +64,7 @@ def _draw(axes: Any, counts: Mapping[str, np.ndarray], classes: range) -> None:
 
 
 def _name(power: int) -> str:
-    """2^power with the binary prefixes of context lengths: 8K is 8,192."""
+    """Format 2^power with the binary prefixes of context lengths: 8K is 8,192."""
     for unit, shift in (("G", 30), ("M", 20), ("K", 10)):
         if power >= shift:
             return f"{1 << (power - shift)}{unit}"

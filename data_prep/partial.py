@@ -1,8 +1,8 @@
-"""Write a store: begun or continued in `<output>.partial`, complete when renamed.
+"""Write a store in `<output>.partial`: start or continue there, and rename it when complete.
 
-<output>.partial/lock           held by the program that writes
-                 request.json   what the content depends on: a later program continues only the same request
-                 units/*.json   one record a finished shard
+<output>.partial/lock           locked by the program that writes
+                 request.json   settings that determine the content: only an equal request continues
+                 units/*.json   one record per finished shard
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from clex_train.utils.errors import NO_ROOM, ConfigError
 from clex_train.utils.files import BadFile, make_folder, require_writable_folder, write_atomically
 from clex_train.utils.locks import Lock, try_lock
 from clex_train.utils.records import read_json
-from data_prep.shards import UNITS
+from data_prep.tokenize.shards import UNITS
 
 logger = log.get(__name__)
 
@@ -34,101 +34,105 @@ _NOT_RECORDED = {"bos": False}
 
 
 def is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
-    """Tell whether `output` holds the store of these settings already.
-
-    With `overwrite`, what a program that was killed right after it had replaced a store has left is removed.
+    """Return True if `output` already is the store of these settings.
 
     Raises:
-        ValueError: it holds something else, and may not be overwritten.
+        ValueError: it has other content and may not be overwritten.
     """
     if not output.exists():
         return False
-    differences = ["it is no token store"]
+    differences = ["it is not a token store"]
     if (output / MANIFEST).is_file():
         differences = _differences(_NOT_RECORDED | read_manifest(output).settings, _NOT_RECORDED | settings)
     if differences and not overwrite:
         raise ConfigError(
-            "output", output, f"exists with other content ({'; '.join(differences)}); choose another, or overwrite=true"
+            "output",
+            output,
+            f"exists with other content ({'; '.join(differences)}); choose another path, or set overwrite=true",
         )
     if overwrite and not differences:
+        # A program killed right after replacing a store leaves the old one behind.
         shutil.rmtree(_replaced(output), ignore_errors=True)
     return not differences
 
 
 @contextmanager
 def open_partial(output: Path, settings: dict[str, Any], overwrite: bool) -> Iterator[Path]:
-    """Yield the locked directory to write in, empty or with what an earlier program of the same settings finished.
+    """Yield the locked directory to write in, empty or with the finished work of an earlier program.
 
     Raises:
-        ValueError: not writable, in use, or begun with other settings. After one from the caller, a directory without
-            anything finished is removed, so that the corrected command finds nothing in its way.
+        ValueError: the directory is not writable, in use, or was started with other settings.
     """
     partial = partial_path(output)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = open(partial / LOCK, "w")  # noqa: SIM115  closed below
     except OSError as error:
-        raise ConfigError("output", output, f"cannot write there ({error.strerror}); choose another place") from error
+        raise ConfigError("output", output, f"cannot write there ({error.strerror}); choose another path") from error
     with lock:
-        if try_lock(lock, partial / LOCK, "let no other program write this store meanwhile") is Lock.busy:
-            raise ConfigError("output", output, "another program is writing this store; wait for it")
+        if try_lock(lock, partial / LOCK, "make sure that no other program writes this store meanwhile") is Lock.busy:
+            raise ConfigError("output", output, "another program is writing this store; wait for it to finish")
         if not _continues(partial, settings, overwrite):
             _begin(partial, settings)
         try:
             yield partial
         except ValueError:
+            # Bad input: remove a directory without finished work, so that the corrected command can start.
             if not _has_work(partial):
-                # NFS keeps the open lock under another name: what then stays is taken over by the next command.
+                # NFS keeps an open lock under another name; the next command takes over such a directory.
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
 def require_free(output: Path, wanted: str, overwrite: bool) -> None:
-    """Raise `ValueError` if `output`, a "file" or "directory" as `wanted` says, is there and cannot be replaced."""
-    if not os.path.exists(output):  # unlike that of a `Path`, no error for a name that is too long
+    """Raise `ValueError` if `output` exists and cannot be replaced; `wanted` is "file" or "directory"."""
+    if not os.path.exists(output):  # unlike Path.exists, returns False for a name that is too long
         return
-    require(overwrite, "output", output, f"exists; choose another {wanted}, or overwrite=true")
+    require(overwrite, "output", output, f"exists; choose another {wanted}, or set overwrite=true")
     found = "directory" if output.is_dir() else "file"
-    require(found == wanted, "output", output, f"is a {found}, which no {wanted} replaces; choose another {wanted}")
+    require(
+        found == wanted, "output", output, f"is a {found}, which a {wanted} cannot replace; choose another {wanted}"
+    )
 
 
 def require_place_of_store(output: Path) -> None:
-    """Raise `ValueError` if no store can be written at `output`, before anything is read; makes nothing."""
+    """Raise `ValueError` if no store can be written at `output`; creates nothing, so it can run before any reading."""
     with disk_full_explained(output):
         require_writable_folder("output", output, output.parent, partial_path(output).name)
 
 
 def require_writable(output: Path) -> None:
-    """Make the folder that `output` is to lie in; `ValueError` if it cannot be written."""
+    """Create the parent directory of `output`; raise `ValueError` if it cannot be written."""
     require_writable_folder("output", output, output.parent, output.name + ".partial")
     try:
         make_folder(output.parent)
     except OSError as error:
         if error.errno in NO_ROOM:
             raise
-        raise ConfigError("output", output, f"cannot write there ({error.strerror}); choose another place") from error
+        raise ConfigError("output", output, f"cannot write there ({error.strerror}); choose another path") from error
 
 
 @contextmanager
 def disk_full_explained(output: Path) -> Iterator[None]:
-    """Raise `ValueError` with the remedy if what is written meanwhile finds the disk full."""
+    """Turn a full disk within the block into a `ValueError` with the remedy."""
     try:
         yield
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        remedy = "free some space and run the same command again; what is finished is kept"
+        remedy = "free some space and run the same command again; finished work is kept"
         raise ConfigError("output", output, f"the disk is full; {remedy}") from error
 
 
 def publish(partial: Path, manifest: Manifest, output: Path) -> None:
-    """Complete the store: manifest first, so that a program killed here leaves nothing but renaming to the next."""
+    """Complete the store and rename it to `output`."""
+    # The manifest first: if the program is killed from here on, the next one only has to rename.
     write_atomically(partial / MANIFEST, manifest.to_json().encode())
     shutil.rmtree(partial / UNITS, ignore_errors=True)
     for name in (REQUEST, LOCK):
         (partial / name).unlink(missing_ok=True)
     if output.exists():
-        # A folder is not renamed over one that a kill has left.
+        # A kill may have left an older copy there, over which a directory cannot be renamed.
         shutil.rmtree(_replaced(output), ignore_errors=True)
         os.rename(output, _replaced(output))
     move_store(partial, output)
@@ -136,7 +140,7 @@ def publish(partial: Path, manifest: Manifest, output: Path) -> None:
 
 
 def _replaced(output: Path) -> Path:
-    """Return where a store waits until the one that replaces it has its name."""
+    """Return the temporary name of a store while another one replaces it."""
     return output.with_name(output.name + ".replaced")
 
 
@@ -150,18 +154,19 @@ def _continues(partial: Path, settings: dict[str, Any], overwrite: bool) -> bool
             "output",
             partial,
             f"half written with other settings ({'; '.join(differences)}); run the earlier command "
-            "again to finish it, or overwrite=true to begin anew",
+            "again to finish it, or set overwrite=true to start over",
         )
     return not differences
 
 
 def _has_work(partial: Path) -> bool:
-    """Tell whether anything is finished that another command would have to throw away."""
+    """Return True if there is finished work that another command would have to discard."""
     units = (_own_record(unit).get("shards") for unit in (partial / UNITS).glob("*.json"))
     return (partial / MANIFEST).is_file() or any(units)
 
 
 def _earlier_settings(partial: Path) -> dict[str, Any] | None:
+    # A complete manifest means that only the rename is missing; publish has removed the request by then.
     if (partial / MANIFEST).is_file():
         return read_manifest(partial).settings
     if (partial / REQUEST).is_file():
@@ -170,7 +175,7 @@ def _earlier_settings(partial: Path) -> dict[str, Any] | None:
 
 
 def _own_record(path: Path) -> dict[str, Any]:
-    """Read a file that this program has left in a partial directory; `ValueError` for one that is damaged."""
+    """Read a record that this program wrote in a partial directory; raise `ValueError` if it is damaged."""
     try:
         content = read_json(path, within=path.parent)
     except BadFile as error:

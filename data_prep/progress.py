@@ -1,4 +1,4 @@
-"""The progress bar of a verb that reads a corpus: bytes with the time left, the speed in MB and tokens a second."""
+"""Progress bar of a verb that reads a corpus: bytes, time left, MB of text and tokens per second."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from clex_train.utils import progress
 
 
 class Progress:
-    """A context manager around one bar; `total_bytes` on disk, 0 if unknown (a streamed data set); `task` names it."""
+    """Progress bar as a context manager; `total_bytes` on disk is 0 if unknown (a streamed data set)."""
 
-    def __init__(self, total_bytes: int, task: str = "tokenise") -> None:
+    def __init__(self, total_bytes: int, task: str = "tokenize") -> None:
         self._total, self._task = total_bytes, task
         self._text_bytes = self._tokens = 0
 
@@ -21,9 +21,10 @@ class Progress:
         return self
 
     def advance(self, read_bytes: int, text_bytes: int, tokens: int) -> None:
-        """Report bytes read from disk, bytes of text taken from them, and tokens."""
+        """Add bytes read from disk, bytes of text obtained from them, and tokens."""
         self._text_bytes += text_bytes
         self._tokens += tokens
+        # Not zero: the first report may come within the resolution of the clock.
         seconds = max(time.monotonic() - self._start, 1e-3)
         rate = f"{self._text_bytes / seconds / 1e6:.1f} MB/s text, {self._tokens / seconds / 1e3:.0f}k tokens/s"
         self._bar.set_postfix_str(rate, refresh=False)

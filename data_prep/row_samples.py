@@ -1,4 +1,4 @@
-"""Training rows as text: the first rows of a run, the documents that a row joins set apart."""
+"""Show training rows as text: the first rows of a run, with the documents of a row separated."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from data_prep.config import InspectVerb
 
 
 def lines(store: TokenStore, tokenizer: Tokenizer, config: InspectVerb) -> Iterator[str]:
-    """Describe rows 0 to `config.rows` - 1 of a run of `config.seed` on the training split alone."""
+    """Yield lines that describe the first `config.rows` rows of a run of `config.seed` on the training split."""
     if store.num_tokens < config.seq_len:
         yield f"  none: {store.num_tokens:,} {store.split_name} tokens are fewer than seq_len={config.seq_len}"
         return
+    # The classes of training, so that these are the rows of a run with this packing, length and seed.
     packed = PACKINGS[config.packing](store, DataConfig(seq_len=config.seq_len, packing=config.packing))
     yield f"  {packed.summary()}"
     order = ShuffledRows(packed, config.seed)
@@ -31,11 +32,12 @@ def lines(store: TokenStore, tokenizer: Tokenizer, config: InspectVerb) -> Itera
 
 
 def _pieces(row: Row, eos_id: int, tokenizer: Tokenizer) -> Iterator[str]:
+    # A document begins where the segment number changes; the token ids alone do not show a cut one.
     borders = [0, *(np.flatnonzero(np.diff(row.segments)) + 1).tolist(), len(row.tokens)]
     for number, (start, stop) in enumerate(pairwise(borders), start=1):
         if row.segments[start] == PADDING:
             yield f"    --- padding, {stop - start} tokens"
             continue
-        ends = "ends in this row" if row.tokens[stop - 1] == eos_id else "goes on beyond this row"
+        ends = "ends in this row" if row.tokens[stop - 1] == eos_id else "continues beyond this row"
         yield f"    --- document {number} of the row, {stop - start} tokens, {ends}"
         yield f"    {tokenizer.decode(row.tokens[start:stop].tolist())!r}"

@@ -1,7 +1,7 @@
-"""What the document tables of a split add up to: documents and tokens by length and by source, in one pass.
+"""Statistics of a split: documents and tokens by length and by source, in one pass over its document tables.
 
-A length class is a doubling: class k holds the documents of 2^k to 2^(k+1) - 1 tokens, EOS included. Memory is that of
-`CHUNK_DOCUMENTS` documents, whatever the number of shards.
+A length bin is a doubling: bin k holds the documents of 2^k to 2^(k+1) - 1 tokens, EOS included. Memory is bounded by
+`CHUNK_DOCUMENTS` documents, independent of the number of shards.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from clex_train.data.store import TokenStore
 
 CHUNK_DOCUMENTS = 1 << 20
 NUM_CLASSES = 63
+"""Bins of length, enough for any int64."""
 
 
 @dataclass(frozen=True)
@@ -23,25 +24,25 @@ class Statistics:
     """Sums over the documents of a split."""
 
     documents: np.ndarray
-    """int64 [63]: documents of each length class."""
+    """int64 [63]: documents in each length bin."""
     tokens: np.ndarray
     """int64 [63]: their tokens."""
     source_documents: np.ndarray
-    """int64 [sources, at least 1]: documents of each source of the manifest."""
+    """int64 [max(sources, 1)]: documents of each source in the manifest."""
     source_tokens: np.ndarray
-    """int64 [sources, at least 1]: their tokens."""
+    """int64 [max(sources, 1)]: their tokens."""
     longest: int
     """Tokens of the longest document."""
 
     def classes(self) -> range:
-        """From the shortest document's class to the longest's."""
+        """Return the range from the bin of the shortest document to that of the longest."""
         used = np.flatnonzero(self.documents)
         return range(int(used[0]), int(used[-1]) + 1) if len(used) else range(0)
 
 
 @dataclass(frozen=True)
 class Domain:
-    """The sources of one directory, or one hub data set, in a split."""
+    """Sources of one directory, or one hub data set, in a split."""
 
     name: str
     num_documents: int
@@ -49,19 +50,21 @@ class Domain:
 
 
 def collect(store: TokenStore) -> Statistics:
-    """Read the tables of a split.
+    """Read the document tables of a split.
 
     Raises:
-        ValueError: a table is damaged: a document without a token, or of a source that the manifest does not have.
+        ValueError: a table is damaged: it has a document without tokens, or of an unknown source.
     """
     num_sources = max(1, len(store.manifest.sources))
     by_length, by_source = np.zeros((2, NUM_CLASSES), np.int64), np.zeros((2, num_sources), np.int64)
     longest = 0
     for shard, (_, table) in zip(store.shards, store.document_tables(), strict=True):
         file = store.path / store.split_name / f"{shard.name}.documents"
+        # Documents of a shard follow each other, so only the end of the previous chunk is needed.
         before = 0
         for first in range(0, len(table), CHUNK_DOCUMENTS):
             records = table[first : first + CHUNK_DOCUMENTS]
+            # Ends of documents give their lengths; the first one starts where the last chunk ended.
             lengths, sources = np.diff(records["stop"], prepend=before), records["source"]
             _check(file, lengths, sources, num_sources)
             before = int(records["stop"][-1])
@@ -74,7 +77,7 @@ def collect(store: TokenStore) -> Statistics:
 
 
 def domains(sources: list[Source], statistics: Statistics) -> list[Domain]:
-    """The split by domain, the most tokens first: the folder below what all files share, or a hub data set's name."""
+    """Sum a split by domain, the most tokens first; a domain is a folder below the common ones, or a hub data set."""
     sums: dict[str, tuple[int, int]] = {}
     pairs = zip(statistics.source_documents.tolist(), statistics.source_tokens.tolist(), strict=True)
     for name, (documents, tokens) in zip(domain_names(sources), pairs, strict=False):
@@ -85,10 +88,11 @@ def domains(sources: list[Source], statistics: Statistics) -> list[Domain]:
 
 
 def domain_names(sources: list[Source]) -> list[str]:
-    """Of each source, the first folder below those that all files have in common; the last common one if none is."""
+    """Name each source by its first folder below those that all files share, or else by the last common folder."""
     folders = [() if source.is_part else PurePath(source.path).parent.parts for source in sources]
     files = [parts for source, parts in zip(sources, folders, strict=True) if not source.is_part]
     depth = 0
+    # The common prefix of all paths says nothing about a domain.
     while files and all(len(parts) > depth and parts[depth] == files[0][depth] for parts in files):
         depth += 1
     return [
@@ -98,7 +102,8 @@ def domain_names(sources: list[Source]) -> list[str]:
 
 
 def _sums(groups: np.ndarray, lengths: np.ndarray, num_groups: int) -> np.ndarray:
-    """int64 [2, num_groups]: documents and tokens of each group; float64 sums are exact below 2^53 tokens."""
+    """Return int64 [2, num_groups]: documents and tokens of each group."""
+    # bincount sums weights in float64, which is exact below 2^53 tokens.
     tokens = np.bincount(groups, weights=lengths, minlength=num_groups)
     return np.stack([np.bincount(groups, minlength=num_groups), tokens.astype(np.int64)])
 
@@ -109,4 +114,4 @@ def _check(file: Path, lengths: np.ndarray, sources: np.ndarray, num_sources: in
 
 
 def _damaged(file: Path) -> ValueError:
-    return ValueError(f"{file}: damaged, its documents are not those of the manifest; copy it again or tokenise again")
+    return ValueError(f"{file}: damaged, its documents are not those of the manifest; copy it again or tokenize again")

@@ -1,4 +1,4 @@
-"""Worker processes that end with the program, whether it fails, is interrupted, or is killed by SIGKILL."""
+"""Worker processes that end with the program, whether it fails, is interrupted, or is killed with SIGKILL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clex_train.resilience.stop_requests import shielding_children
 
 
 class _Pool(ProcessPoolExecutor):
-    """Starts its processes, which it does as work comes in, where no signal of a terminal reaches them."""
+    """Pool whose processes do not receive the terminal's signals; they start lazily, as tasks are submitted."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
         with shielding_children():
@@ -24,10 +24,11 @@ class _Pool(ProcessPoolExecutor):
 
 @contextmanager
 def pool(workers: int, start: Callable[..., object], *arguments: Any) -> Iterator[ProcessPoolExecutor]:
-    """Start processes that each call `start(*arguments)` first.
+    """Start processes that first call `start(*arguments)`.
 
-    At the end of the block, work that runs is waited for and the rest dropped; an interrupt kills the processes.
+    At the end of the block, running tasks finish and pending ones are dropped; an interrupt kills the processes.
     """
+    # spawn: a fork would copy torch's and the tokenizers' threads in an undefined state.
     context = multiprocessing.get_context("spawn")
     with shielding_children():
         executor = _Pool(workers, context, _start, (start, *arguments))
@@ -36,7 +37,7 @@ def pool(workers: int, start: Callable[..., object], *arguments: Any) -> Iterato
     except Exception:
         raise
     except BaseException:
-        # Also a generator that is closed: nobody waits for these results any more.
+        # KeyboardInterrupt, or GeneratorExit of a generator that is closed: nobody needs the results any more.
         for process in multiprocessing.active_children():
             process.kill()
         raise
@@ -46,11 +47,11 @@ def pool(workers: int, start: Callable[..., object], *arguments: Any) -> Iterato
 
 @contextmanager
 def reports(receive: Callable[[bytes], object]) -> Iterator[Connection]:
-    """Yield where workers of a `pool` inside `send_bytes` to; a thread here hands each message on.
+    """Yield a connection for the workers of a `pool` inside; a thread calls `receive` with each message.
 
-    Messages are short: the kernel writes up to 512 bytes in one piece, so that the workers need no lock, which a killed
-    one would never let go of.
+    Messages must be at most 512 bytes.
     """
+    # POSIX writes up to 512 bytes to a pipe atomically. So workers need no lock, which a killed one would never free.
     reading, writing = multiprocessing.Pipe(duplex=False)
 
     def read() -> None:
@@ -63,16 +64,16 @@ def reports(receive: Callable[[bytes], object]) -> Iterator[Connection]:
     try:
         yield writing
     finally:
-        # The workers are gone by now, and with the last writer the thread ends.
+        # The workers have ended by now; closing the last writer ends the thread.
         writing.close()
         thread.join()
         reading.close()
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it is gone: killed by SIGKILL, it cannot say so."""
+    """End this process when its parent is gone; a parent killed with SIGKILL cannot tell its children."""
     parent = multiprocessing.parent_process()
-    assert parent is not None, "only a process that multiprocessing has started has such a parent"
+    assert parent is not None, "not a process started by multiprocessing"
 
     def wait() -> None:
         parent.join()

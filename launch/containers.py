@@ -1,4 +1,4 @@
-"""How a task gets into its container: options for srun, or words before the command. The code is mounted."""
+"""Run a task inside a container: options for srun, or a prefix before the command. The code is mounted."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,14 +9,15 @@ from clex_train.config.launch import Container, LaunchConfig
 
 @dataclass(frozen=True)
 class Entrance:
-    """`srun_options` make srun open the container, `prefix` are words before the command of a task."""
+    """Options that make srun open the container, and words that go before the command of a task."""
 
     srun_options: tuple[str, ...] = ()
     prefix: tuple[str, ...] = ()
 
 
 def entrance(launch: LaunchConfig, folders: Sequence[Path]) -> Entrance:
-    """The entrance that a configuration asks for, with `folders` visible inside under their own names."""
+    """Return the entrance for a config, with `folders` mounted under their own names."""
+    # Without duplicates: the job may be submitted from its run folder.
     mounts = [*dict.fromkeys(map(str, folders)), *launch.container_mounts]
     return ENTRANCES[launch.container](str(launch.container_image), mounts, str(folders[0]))
 
@@ -33,6 +34,7 @@ def _pyxis(image: str, mounts: Sequence[str], workdir: str) -> Entrance:
 
 
 def _apptainer(image: str, mounts: Sequence[str], workdir: str) -> Entrance:
+    # Apptainer is started by each task, not by srun: it works without a plugin of SLURM.
     binds = [word for mount in mounts for word in ("--bind", mount)]
     return Entrance(prefix=("apptainer", "exec", "--nv", *binds, "--pwd", workdir, image))
 

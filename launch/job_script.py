@@ -1,9 +1,9 @@
-"""The text of a job: directives for sbatch, the run's settings as quoted bash, and the machinery of `launch/job/`.
+"""Render a job script: sbatch directives, the run's settings as quoted bash, and the shell code of `launch/job/`.
 
-#SBATCH --nodes=4                     values in double quotes where sbatch's parser needs them
-run_dir='/data/it'"'"'s here'         values quoted by shlex, executed by nothing
+#SBATCH --nodes=4                     values in double quotes if sbatch's parser needs them
+run_dir='/data/it'"'"'s here'         values quoted by shlex, so that bash expands nothing
 task() { ... }                        launch/job/<torchrun|deepspeed|task_per_rank>.sh
-...                                   launch/job/life.sh: one life of the job, the same for all
+...                                   launch/job/life.sh: one life of the job, the same for all launchers
 """
 
 import hashlib
@@ -24,7 +24,7 @@ NAME, CODE = "job.sh", "code"
 MACHINERY = Path(__file__).parent / "job"
 
 HYDRA = """\
-# Written by python -m launch.slurm: the whole configuration of the job beside it.
+# Written by python -m launch.slurm: the complete config of the job next to it.
 defaults:
   - schema
   - _self_
@@ -38,10 +38,10 @@ hydra:
 
 
 def render(config: Config, folder: Path, submitted_from: Path) -> str:
-    """The script of a submission in `folder` (absolute), to be run with `submitted_from` as its current directory."""
+    """Return the script of a submission in `folder` (absolute), to run with `submitted_from` as current directory."""
     launch = config.launch
     for path in (folder, submitted_from):
-        # sbatch reads a backslash in the name of a log as "replace no %", and a newline ends a directive.
+        # In the name of a log, sbatch reads a backslash as "do not replace %"; a newline would end the directive.
         require(
             str(path).isprintable() and "\\" not in str(path), "output_dir", repr(str(path)), "choose a plainer path"
         )
@@ -64,23 +64,25 @@ def render(config: Config, folder: Path, submitted_from: Path) -> str:
 
 
 def configuration_text(config: Config, folder: Path) -> str:
-    """`config.yaml` of a submission: what train.py composes, complete, its shipped architecture from the snapshot."""
+    """Return `config.yaml` of a submission: the complete config, with a shipped architecture from the snapshot."""
     model = replace(config.model, config=_from_snapshot(config.model.config, folder))
+    # Absolute, and without launch keys: the job may start in another directory, and must not submit itself.
     job = replace(config, model=model, output_dir=str(Path(config.output_dir).absolute()), launch=LaunchConfig())
     return HYDRA + run_folder.as_yaml(job)
 
 
 def log_file(run_dir: Path) -> Path:
-    """The one log of all lives and submissions of a run."""
+    """Return the single log of all lives and submissions of a run."""
     return run_dir.absolute() / "slurm.log"
 
 
 def directives(config: Config, submitted_from: Path) -> Iterator[tuple[str, str | int | None]]:
-    """(option of sbatch, value); None stands for an option without a value."""
+    """Yield (option of sbatch, value); None stands for an option without a value."""
     launch, run_dir = config.launch, Path(config.output_dir).absolute()
     tasks = launch.ranks if launch.layout is Layout.task_per_rank else 1
+    # The hash of the run folder: two runs of one name must not wait for each other.
     yield "job-name", f"{config.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}"
-    # Two jobs of one run folder would write the same checkpoints: of one name, one runs at a time.
+    # Two jobs of one run folder would write the same checkpoints; singleton runs jobs of one name one at a time.
     yield "dependency", "singleton"
     yield "nodes", launch.nodes
     yield "ntasks-per-node", tasks
@@ -100,8 +102,10 @@ def directives(config: Config, submitted_from: Path) -> Iterator[tuple[str, str 
         if value is not None:
             yield name, value
     yield "time", launch.time
+    # B: signals the batch script alone. Otherwise SLURM signals the steps, and their launchers die from it.
     yield "signal", f"B:USR1@{launch.signal_before}"
     yield "requeue", None
+    # Each life would truncate the log by default.
     yield "open-mode", "append"
     yield "output", str(log_file(run_dir)).replace("%", "%%")
     yield "chdir", str(submitted_from)
@@ -114,13 +118,13 @@ def _directive(name: str, value: str | int | None) -> str:
 
 
 def _option(written: str) -> str:
-    """A `--name=value` of the user's own as a directive."""
+    """Turn a `--name=value` option of the user into a directive."""
     name, equals, value = written.removeprefix("--").partition("=")
     return _directive(name, value if equals else None)
 
 
 def _for_sbatch(value: str) -> str:
-    """A value as sbatch's parser of directives takes it: double quotes, and backslashes before those inside."""
+    """Quote a value for sbatch's parser of directives: double quotes, with backslashes before quotes inside."""
     if value and all(c.isalnum() or c in "-_.,:;=@/+[]()&|*%" for c in value):
         return value
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
@@ -128,7 +132,7 @@ def _for_sbatch(value: str) -> str:
 
 
 def _from_snapshot(path: str | None, folder: Path) -> str | None:
-    """A relative path below the repository, as conf/model has them, in the copy of the repository."""
+    """Map a relative path within the repository, as in conf/model, to the snapshot of the repository."""
     if path is None or Path(path).is_absolute() or not (ROOT / path).is_dir():
         return path
     return str(folder / CODE / path)
@@ -150,7 +154,8 @@ def _settings(config: Config, folder: Path, submitted_from: Path) -> Iterator[st
 
 
 def _site(launch: LaunchConfig) -> Iterator[str]:
-    """What the site asks for: modules, variables, lines of its own."""
+    """Yield the lines that a site needs: modules, environment variables and setup commands."""
+    # Batch scripts run in a non-login shell, where `module` is often undefined.
     if launch.modules:
         yield "type module >/dev/null 2>&1 || source /etc/profile"
     for module in launch.modules:
@@ -159,6 +164,7 @@ def _site(launch: LaunchConfig) -> Iterator[str]:
     if launch.network_interface:
         for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
             variables.setdefault(name, launch.network_interface)
+    # One thread per rank is torch's default under torchrun; use the cores that the rank owns.
     if launch.cpus_per_rank:
         variables.setdefault("OMP_NUM_THREADS", str(launch.cpus_per_rank))
     if not launch.gpus_per_node:
@@ -169,10 +175,10 @@ def _site(launch: LaunchConfig) -> Iterator[str]:
 
 
 def assignment(name: str, value: object) -> str:
-    """`name=value` in bash, whatever the value holds."""
+    """Format `name=value` for bash, with any value."""
     return f"{name}={shlex.quote(str(value))}"
 
 
 def array(name: str, values: Sequence[str]) -> str:
-    """An array in bash, whatever its values hold."""
+    """Format a bash array with any values."""
     return f"{name}=({' '.join(shlex.quote(value) for value in values)})"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Names what is missing on this machine before anything is downloaded, with the command that installs it.
+# Check the prerequisites before anything is downloaded, and print the command that installs missing ones.
 set -u
 python=${1:-python3}
 missing=()

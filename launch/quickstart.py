@@ -1,14 +1,14 @@
-"""The whole main job on real text that every Python carries: `make quickstart` (or `--smoke` for a few steps).
+"""The complete workflow on real text that comes with Python: `make quickstart` (`--smoke` for a few steps).
 
     1 corpus    the standard library's sources, a byte-level BPE trained on them, a token store
     2 base      a small Llama with plain RoPE               deepspeed train.py +experiment=tiny_base
     3 clex      fine-tuned from it with CLEX                deepspeed train.py +experiment=tiny_clex
-    4 more      the base trained on for as many steps       deepspeed train.py +experiment=tiny_continued
-    5 report    perplexity at 1x to 16x of the training length, as a page, text, JSON, Markdown and PNG; each run has
-                scored the same held-out tokens at its end, the base and the base trained on with other frequencies too
+    4 more      the base trained for as many extra steps    deepspeed train.py +experiment=tiny_continued
+    5 report    perplexity at 1x to 16x of the training length, as HTML, text, JSON, Markdown and PNG; all runs score
+                the same held-out tokens at their end, and both base models also with other frequencies
 
-Every stage is the command that a user would type, and is shown before it runs. A finished one is not done again, an
-interrupted one continues from its checkpoint, and one whose recipe has changed says so: `make clean` begins anew.
+Every stage is a command that a user could type, and is printed before it runs. Finished stages are skipped, interrupted
+ones resume from their checkpoint, and a stage whose recipe has changed reports it: `make clean` starts over.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Before the imports that take seconds.
+    # Before the slow imports, so that Ctrl-C during them ends the program without a traceback.
     from launch import stages
 
     stages.listen()
@@ -36,15 +36,17 @@ SMOKE_OVERRIDES = ["evaluation.num_windows=2", "tracking.wandb=off"]
 
 
 def main() -> int:
-    """Run the five stages; returns the exit code of the first that fails or is stopped."""
+    """Run the five stages; return the exit code of the first that fails or is stopped."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in about two minutes")
     smoke = parser.parse_args().smoke
     runs = Path("runs/smoke") if smoke else Path("runs")
+    # Paths in the configs are relative to the repository.
     os.chdir(ROOT)
     start = time.monotonic()
     try:
         corpus()
+        # The order matters: tiny_clex and tiny_continued start from the weights of tiny_base.
         for name in SMOKE_STEPS:
             train(name, runs, smoke)
     except subprocess.CalledProcessError as error:
@@ -58,21 +60,22 @@ def main() -> int:
 
 
 def ended(error: subprocess.CalledProcessError) -> str:
-    """Say in one line how a stage ended before its time."""
+    """Describe in one line how a stage ended early."""
     if error.returncode == GO_ON:
-        return f"stopped as asked; the same command goes on with this stage: {shlex.join(error.cmd)}"
+        return f"stopped on request; the same command resumes this stage: {shlex.join(error.cmd)}"
     return f"error: stage failed with exit code {error.returncode}: {shlex.join(error.cmd)}"
 
 
 def corpus() -> None:
-    """Tokenizer and token store of the standard library's sources."""
+    """Make the tokenizer and the token store of the standard library's sources."""
     python = [sys.executable, "-m", "data_prep"]
     stage(Path("corpora/stdlib_tokenizer"), [*python, "train_tokenizer", "+corpus=stdlib"])
     stage(Path("corpora/stdlib"), [*python, "tokenize", "+corpus=stdlib"])
 
 
 def train(name: str, runs: Path, smoke: bool) -> None:
-    """One training run by DeepSpeed's launcher."""
+    """Train one model with DeepSpeed's launcher."""
+    # The launcher of this environment, not the first one in PATH; its info log hides the output of the run.
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "warning"]
     command = [*launcher, "train.py", f"+experiment={name}"]
     if smoke:
@@ -82,7 +85,8 @@ def train(name: str, runs: Path, smoke: bool) -> None:
 
 
 def report(runs: Path, smoke: bool) -> None:
-    """Print the table and write the page, with JSON, Markdown and PNG beside it."""
+    """Print the table and write the report as HTML, JSON, Markdown and PNG."""
+    # Imported late: matplotlib takes seconds, and an interrupted stage should end at once.
     from clex_train.evaluation.report.evidence import of_rows
     from clex_train.evaluation.report.tables import Row
     from clex_train.evaluation.report.write import write
@@ -104,20 +108,20 @@ def report(runs: Path, smoke: bool) -> None:
 
 
 def last_evaluation(run: Path) -> Path:
-    """The evaluation of a run's last step."""
+    """Return the evaluation of a run's last step."""
     return max((run / "evaluation").glob("step_*.json"), key=lambda path: int(path.stem.removeprefix("step_")))
 
 
 def stage(result: Path, command: list[str]) -> None:
     """Run a command unless its result exists."""
     if result.exists():
-        print(f"--- {result} is there already, skipped", flush=True)
+        print(f"--- {result} exists, skipped", flush=True)
     else:
         call(command)
 
 
 def call(command: list[str]) -> None:
-    """Run a command; its output goes straight to the console."""
+    """Run a command with its output on the console."""
     print(f"--- {shlex.join(command)}", flush=True)
     if code := stages.run(command):
         raise subprocess.CalledProcessError(code, command)

@@ -1,12 +1,12 @@
-"""Submit a training run to SLURM, to be requeued and resumed by itself until it is finished.
+"""Submit a training run to SLURM, which requeues and resumes it until it is finished.
 
     python -m launch.slurm +experiment=llama2_7b_clex launch.nodes=4 launch.gpus_per_node=8 launch.time=24:00:00
-    python -m launch.slurm --dry-run launch=h100_infiniband ...        prints the job's script, submits nothing
+    python -m launch.slurm --dry-run launch=h100_infiniband ...        prints the job script, submits nothing
     python -m launch.slurm launch=task_per_rank launch.partition=long launch.account=me ...
 
-Takes every key of train.py and those of `launch`. The whole configuration is checked first; then the code, the
-configuration and the script are written into a folder of their own in the run folder, and the job runs from there: what
-is edited afterwards does not reach it. docs/slurm.md has the rest.
+Takes every key of train.py and those of `launch`. The complete config is checked first. Then code, config and script
+are written to a new directory in the run folder, and the job runs from there, unaffected by later edits. See
+docs/slurm.md.
 """
 
 import shutil
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Before the imports that take seconds.
+    # Before the slow imports, so that Ctrl-C during them ends the program without a traceback.
     from clex_train.resilience import stop_requests
 
     stop_requests.end_on_signals()
@@ -40,10 +40,11 @@ from launch import job_script, snapshot
 
 DRY_RUN = "--dry-run"
 SBATCH_TIMEOUT = 120.0
+"""Seconds; a busy controller answers late, and a job may be queued although sbatch was killed."""
 
 
 def main() -> None:
-    """Check, write, submit: what the command line asks for."""
+    """Check the config, then print the script or submit the job."""
     overrides = [argument for argument in sys.argv[1:] if argument != DRY_RUN]
     config = composed(overrides)
     if DRY_RUN in sys.argv[1:]:
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def composed(overrides: Sequence[str]) -> Config:
-    """The checked configuration that train.py would have composed from the same words."""
+    """Return the checked config that train.py would compose from the same arguments."""
     for word in overrides:
         require(not word.startswith("-"), "argument", word, f"give key=value, or {DRY_RUN}; --help lists the keys")
     configuration.register()
@@ -67,39 +68,41 @@ def composed(overrides: Sequence[str]) -> Config:
 
 
 def check(config: Config, scope: Scope) -> None:
-    """Refuse what train.py would refuse on the nodes, and what cannot be a job.
+    """Check everything that train.py would refuse on the nodes, and that the run can be a job.
 
     Raises:
         ConfigError: naming the key and the remedy.
     """
     run_checks(config, scope)
-    require(not config.dry_run, "dry_run", True, f"would be submitted as a job; {DRY_RUN} shows the script here")
+    require(not config.dry_run, "dry_run", True, f"would be submitted as a job; use {DRY_RUN} to see the script here")
     require(
         config.resume is not Resume.never or config.launch.max_restarts == 0,
         "resume",
         config.resume.name,
-        "a job that is requeued has to resume; choose resume=auto or launch.max_restarts=0",
+        "a requeued job has to resume; set resume=auto or launch.max_restarts=0",
     )
 
 
 def submit(config: Config) -> None:
-    """Check, write the submission and give it to sbatch; `ConfigError` with sbatch's own words when it is refused."""
+    """Check, write the submission and pass it to sbatch; raise `ConfigError` with sbatch's message if it is refused."""
     check(config, Scope.submission)
     if shutil.which("sbatch") is None:
         raise ConfigError(
-            "sbatch", None, "not installed here; submit from a login node of the cluster, or look with --dry-run"
+            "sbatch", None, "not installed here; submit from a login node of the cluster, or use --dry-run"
         )
     folder = submission_folder(config)
+    # A refused submission must not leave an empty run folder, which a later run would take for its own.
     with run_folder.left_as_found(Path(config.output_dir)), run_folder.left_as_found(folder.parent):
         run_folder.require_writable(Path(config.output_dir))
         write(config, folder)
         try:
             job_id = _sbatch(folder / job_script.NAME)
         except InputError:
+            # Otherwise every refused attempt would leave a copy of the code behind.
             shutil.rmtree(folder)
             raise
     print(f"job {job_id} submitted; its log: {job_script.log_file(Path(config.output_dir))}")
-    print(f"script, configuration and code: {folder}")
+    print(f"script, config and code: {folder}")
 
 
 def write(config: Config, folder: Path) -> None:
@@ -111,7 +114,8 @@ def write(config: Config, folder: Path) -> None:
 
 
 def submission_folder(config: Config) -> Path:
-    """A folder that no earlier submission has; absolute."""
+    """Return the path (absolute) of a new submission directory."""
+    # The time sorts submissions; the counter separates those within one second.
     parent = Path(config.output_dir).absolute() / "launch"
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = (stamp if i == 0 else f"{stamp}-{i}" for i in range(1000))
@@ -119,7 +123,7 @@ def submission_folder(config: Config) -> Path:
 
 
 def usage() -> str:
-    """This module's own text and a line for every key of the group."""
+    """Return the help text: this module's docstring and a line per key of `launch`."""
     rows = describe(LaunchConfig, "launch.")
     keys = [f"  {key}={default}  ({kind})\n      {meaning.replace('`', '')}" for key, kind, default, meaning in rows]
     return f"{__doc__}\nKeys of launch; `python train.py --help` lists the others\n" + "\n".join(keys)
@@ -132,6 +136,7 @@ def _sbatch(script: Path) -> str:
     if done.returncode:
         said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
         raise ConfigError("sbatch refuses the job", None, f"{said}; change the launch keys")
+    # Federated clusters append ;cluster.
     return done.stdout.strip().partition(";")[0]
 
 

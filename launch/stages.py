@@ -1,7 +1,7 @@
-"""Run the stages of a long job as programs of their own, which a signal to the job asks to save and end.
+"""Run the stages of a long job as subprocesses; a signal to the job asks them to save and stop.
 
-Each stage has a session of its own, so that Ctrl-C in a terminal reaches this process alone. It asks the programs and
-not their launchers: `deepspeed` and `torchrun` would die with a traceback before their ranks have saved.
+Each stage has its own session, so that Ctrl-C in a terminal reaches only this process. The signal goes to the programs,
+not to their launchers: `deepspeed` and `torchrun` would die with a traceback before their ranks have saved.
 """
 
 import os
@@ -18,7 +18,7 @@ import psutil
 from clex_train.resilience.launchers import is_launcher
 from clex_train.resilience.stop_requests import ENDING, IGNORABLE, Interrupted
 
-KEPT = "finished stages are kept, the same command goes on"
+KEPT = "finished stages are kept, run the same command to continue"
 
 _lock = threading.RLock()
 _running: set[int] = set()
@@ -27,22 +27,24 @@ _asked: int | None = None
 
 
 def listen() -> None:
-    """Take over the signals of this process; the earlier the better. Without a stage at work they end it at once."""
+    """Install the signal handlers, as early as possible; without a running stage, a signal ends the process at once."""
+    # nohup ignores SIGHUP; keep it ignored.
     for number in ENDING:
         if number not in IGNORABLE or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
 
 
 def run(command: list[str], **options: Any) -> int:
-    """Run a program to its end; returns its exit code. `options` are those of `subprocess.Popen`.
+    """Run a program to its end and return its exit code; `options` go to `subprocess.Popen`.
 
-    Raises `Interrupted` if a signal has asked the job to end, once the program has.
+    Raises `Interrupted` after the program has ended, if a signal asked the job to end.
     """
     process = _start(command, options)
     try:
         code = process.wait()
     finally:
         _running.discard(process.pid)
+    # A program that finished its work (code 0) despite the signal counts as done.
     if _asked is not None and code != 0:
         raise Interrupted(_asked)
     return code
@@ -52,21 +54,24 @@ def _start(command: list[str], options: dict[str, Any]) -> subprocess.Popen[byte
     global _starting
     if _asked is not None:
         raise Interrupted(_asked)
+    # The handler runs in this thread between any two bytecodes: `_starting` covers the time before the pid is known.
     with _lock:
         _starting += 1
         process = subprocess.Popen(command, start_new_session=True, **options)
         _running.add(process.pid)
         _starting -= 1
+    # The signal came while Popen was at work, and the handler could not see the process yet.
     if _asked is not None:
         pass_on(process.pid, signal.SIGTERM)
     return process
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    """Ask what runs to end: with SIGTERM, which is quiet also while a program imports; a second time with SIGINT."""
+    """Ask running stages to end: first by SIGTERM, which is quiet even during imports, then by SIGINT."""
     global _asked
     with _lock:
         if not _running and not _starting:
+            # print is not reentrant, and the signal may have arrived within one.
             with suppress(OSError):
                 os.write(2, f"{Interrupted(number)}; {KEPT}\n".encode())
             os._exit(128 + number)
@@ -77,7 +82,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def pass_on(pid: int, number: int) -> None:
-    """Send a signal to the programs at and below a process; to a launcher itself only while it has started none."""
+    """Send a signal to the programs of a process tree; to a launcher itself only before it has started any."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         below = process.children() if is_launcher(process.cmdline()) else []
@@ -88,6 +93,6 @@ def pass_on(pid: int, number: int) -> None:
 
 
 def ended(interrupt: Interrupted) -> int:
-    """Say in one line what a signal has ended; returns the exit code."""
+    """Report in one line that a signal ended the job, and return the exit code."""
     print(f"{interrupt}; {KEPT}", file=sys.stderr)
     return 128 + interrupt.number

@@ -1,15 +1,15 @@
-"""The study behind docs/results.md: one base, every method fine-tuned from it with one budget, one table.
+"""Study behind docs/results.md: one base model, every method fine-tuned from it with the same budget, one table.
 
     python -m launch.study --books 'DIR/*.jsonl.zst' [--out runs/study] [--jobs 2] [--seeds 1 2 3] [--smoke]
 
-    1 corpus      a tokenizer and a token store of the books, a share of whole books held out
+    1 corpus      a tokenizer and a token store of the books, with a share of whole books held out
     2 base        a small Llama with plain RoPE                          train.py +experiment=study_base
     3 arms        each arm of `study_arms` from that base, per seed      train.py +experiment=study_finetune scaling=...
-    4 evaluation  held-out windows, others to choose by than to judge by    clex_train.cli.evaluate run=...
+    4 evaluation  on held-out windows, separate ones for model selection    clex_train.cli.evaluate run=...
     5 tables      means over seeds, standard errors by book; a page      OUT/report/tables.md, OUT/report/index.html
 
-A stage whose result exists is not done again, and an interrupted training run goes on from its checkpoint: the same
-command is the way to resume. `--jobs` processes of one thread each run side by side.
+A stage whose result exists is skipped, and an interrupted training run resumes from its checkpoint: run the same
+command again to continue. `--jobs` processes of one thread each run in parallel.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Before the imports that take seconds.
+    # Before the slow imports, so that Ctrl-C during them ends the program without a traceback.
     from launch import stages
 
     stages.listen()
@@ -35,7 +35,7 @@ from clex_train.utils.errors import ConfigError, InputError
 from clex_train.utils.files import require_writable_folder
 from clex_train.utils.locations import ROOT
 from data_prep.config import Format
-from data_prep.sources import expand
+from data_prep.corpus.sources import expand
 from launch import stages, study_tables
 from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows
 
@@ -47,7 +47,7 @@ SMOKE = ["optim.steps=6"]
 
 @dataclass(frozen=True)
 class Study:
-    """Where the study's files are and how much of it is done."""
+    """Paths of the study and the part of it to run."""
 
     books: str
     out: Path
@@ -57,33 +57,31 @@ class Study:
 
     @property
     def store(self) -> Path:
-        """The token store of the books."""
+        """Token store of the books."""
         return self.out / "books"
 
     @property
     def base(self) -> Path:
-        """Run folder of the base."""
+        """Run folder of the base model."""
         return self.out / "base"
 
     def waves(self) -> list[list[tuple[Arm, int]]]:
-        """Arms and seeds: those that train, then those that evaluate another's weights.
-
-        What is chosen from has one seed and comes first, the main arms have all.
-        """
+        """Group (arm, seed) pairs into those that train and those that evaluate another arm's weights."""
+        # Ablations come first, with one seed: they decide the recipe of the main arms, which run with all seeds.
         pairs = [(arm, self.seeds[0]) for arm in ABLATIONS] + [(arm, seed) for seed in self.seeds for arm in MAIN]
         asked = [(arm, seed) for arm, seed in pairs if self.only is None or arm.name in self.only]
         return [[pair for pair in asked if (pair[0].weights_of is None) == trains] for trains in (True, False)]
 
 
 def main() -> int:
-    """Do what is not done yet; 1 if a stage failed, after the others were tried; 2 for what cannot be used."""
+    """Run the missing stages; return 1 if a stage failed (after trying the others), 2 for unusable input."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--books", required=True, help="files of books, a glob of what the corpus `local_books` reads")
+    parser.add_argument("--books", required=True, help="files of books, a glob that the corpus `local_books` can read")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--jobs", type=at_least_one, default=2, help="processes at a time, of one thread each")
+    parser.add_argument("--jobs", type=at_least_one, default=2, help="parallel processes, of one thread each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     names = [arm.name for arm in (*MAIN, *ABLATIONS)]
-    only = "these arms alone; their names are in study_arms.py"
+    only = "run only these arms; their names are in study_arms.py"
     parser.add_argument("--only", nargs="+", metavar="ARM", choices=names, help=only)
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     asked = parser.parse_args()
@@ -98,8 +96,9 @@ def main() -> int:
         corpus(study)
         train(study, study.base, "study_base", [])
         evaluate(study, study.base, BASE_METHODS, study.base, JUDGING)
+        # Threads suffice: each one waits for a subprocess.
         with ThreadPoolExecutor(asked.jobs) as pool:
-            codes = [code for wave in study.waves() for code in pool.map(partial(arm_of, study), wave)]
+            codes = [code for wave in study.waves() for code in pool.map(partial(run_arm, study), wave)]
     except subprocess.CalledProcessError as error:
         return failed(error)
     except Interrupted as interrupt:
@@ -111,7 +110,7 @@ def main() -> int:
 
 
 def at_least_one(text: str) -> int:
-    """A number of processes; `ArgumentTypeError` for none."""
+    """Parse a number of processes; `ArgumentTypeError` below 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}: at least 1")
@@ -119,18 +118,19 @@ def at_least_one(text: str) -> int:
 
 
 def require_usable(study: Study) -> None:
-    """Raise `ValueError` if nothing can be written, or the store is still to be made and has no files."""
+    """Raise `ValueError` if nothing can be written, or if the store is missing and there are no files to make it."""
     require_writable_folder("--out", study.out, study.out)
     try:
         if not study.store.exists():
             expand([study.books], Format.auto)
     except InputError as error:
-        remedy = "name files as the corpus local_books reads them, a glob in quotes"
+        remedy = "name files that the corpus local_books can read, a glob in quotes"
         raise ConfigError("--books", study.books, f"{str(error).rpartition(': ')[2]}; {remedy}") from error
 
 
 def corpus(study: Study) -> None:
-    """The tokenizer and the token store; of the 15 books the share was chosen for, its hashes hold out 5."""
+    """Make the tokenizer and the token store."""
+    # Of the 15 books that the share was chosen for, it holds out 5: their hashes are not spread evenly.
     books = ["+corpus=local_books", f"corpus.paths=[{study.books!r}]", "corpus.validation_share=0.55"]
     prepare = [sys.executable, "-m", "data_prep"]
     tokenizer = study.out / "tokenizer"
@@ -138,8 +138,8 @@ def corpus(study: Study) -> None:
     stage(study, study.store, [*prepare, "tokenize", *books, f"tokenizer={tokenizer}", f"output={study.store}"])
 
 
-def arm_of(study: Study, arm_and_seed: tuple[Arm, int]) -> int:
-    """Train and evaluate one arm; the exit code of what failed, or 0."""
+def run_arm(study: Study, arm_and_seed: tuple[Arm, int]) -> int:
+    """Train and evaluate one arm; return the exit code of the failed stage, or 0."""
     arm, seed = arm_and_seed
     own = study.out / arm.name / f"seed_{seed}"
     weights = study.out / (arm.weights_of or arm.name) / f"seed_{seed}"
@@ -154,7 +154,7 @@ def arm_of(study: Study, arm_and_seed: tuple[Arm, int]) -> int:
 
 
 def train(study: Study, run: Path, experiment: str, overrides: Iterable[str]) -> None:
-    """One training run in one process."""
+    """Train one model in one process."""
     command = [sys.executable, "train.py", f"+experiment={experiment}", f"data.path={study.store}", *overrides]
     stage(study, run / "final", [*command, f"output_dir={run}", *(SMOKE if study.smoke else [])])
 
@@ -162,7 +162,7 @@ def train(study: Study, run: Path, experiment: str, overrides: Iterable[str]) ->
 def evaluate(
     study: Study, run: Path, methods: Iterable[str], folder: Path, windows: Windows, overrides: Iterable[str] = ()
 ) -> None:
-    """Perplexity of a run's final model under each method, at every length, into a folder's evaluations."""
+    """Evaluate a run's final model with each method, at every length, into a folder's evaluations."""
     output = folder / "evaluation" / f"{windows.name}.json"
     command = [sys.executable, "-m", "clex_train.cli.evaluate", f"run={run}", f"methods=[{','.join(methods)}]"]
     command += [f"lengths={LENGTHS}".replace(" ", ""), PROTOCOLS, f"context_len={CONTEXT_LEN}", f"seed={windows.seed}"]
@@ -171,13 +171,14 @@ def evaluate(
 
 
 def stage(study: Study, result: Path, command: list[str]) -> None:
-    """Run a command unless its result exists; what it prints goes to a file of its own in OUT/log."""
+    """Run a command unless its result exists, with its output in a file in OUT/log."""
     if result.exists():
         return
     log = study.out / "log" / ("_".join(result.relative_to(study.out).with_suffix("").parts) + ".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"--- {shlex.join(command)}\n    > {log}", flush=True)
     with log.open("w", encoding="utf-8") as output:
+        # One thread each: parallel processes with all cores each would slow each other down.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         code = stages.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     if code:
@@ -185,7 +186,8 @@ def stage(study: Study, result: Path, command: list[str]) -> None:
 
 
 def failed(error: subprocess.CalledProcessError) -> int:
-    """Say which stage failed, by its log and the last line there; the exit code."""
+    """Report a failed stage by its log and the last line in it; return the exit code."""
+    # The log of a stage may be cut within a character when it was killed.
     lines = Path(error.output).read_text(encoding="utf-8", errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
     print(f"error: exit code {error.returncode}, {error.output}: {last}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""The arms of the study: what each is called, what it changes, and the methods its weights are evaluated with.
+"""Arms of the study: name, overrides, and the methods that the weights are evaluated with.
 
-`ABLATIONS` change one thing of `START`, one seed each, and are scored on windows for choosing; `MAIN` holds what was
-chosen, `CLEX`, beside every other method, with several seeds, on windows that nothing was chosen by.
+`ABLATIONS` change one thing of `START`, with one seed each, and are scored on windows for model selection. `MAIN` has
+the selected recipe, `CLEX`, and all other methods, with several seeds, on windows that selected nothing.
 """
 
 from dataclasses import dataclass
@@ -9,35 +9,36 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train the base on."""
+    """One way to continue training from the base model."""
 
     name: str
-    """Folder of its runs."""
+    """Name of its folder of runs."""
     label: str
-    """Its row in the table."""
+    """Label of its row in the table."""
     overrides: tuple[str, ...]
-    """What it sets on the command line of `train.py`."""
+    """Overrides for `train.py`."""
     methods: tuple[str, ...] = ("trained",)
-    """Evaluated on its weights; `trained` is the model as it was trained."""
+    """Methods to evaluate on its weights; `trained` is the model as trained."""
     weights_of: str | None = None
-    """The arm whose weights it evaluates; None: it trains its own."""
+    """Arm whose weights to evaluate; None: train its own."""
     evaluation: tuple[str, ...] = ()
-    """What it sets on the command line of the evaluation."""
+    """Overrides for the evaluation."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Which windows of the held-out books are scored."""
+    """Selection of windows of the held-out books."""
 
     name: str
-    """Of the evaluation file."""
+    """Name of the evaluation file."""
     seed: int
 
 
+# Different seeds draw different windows, so that the main table does not reward the selection.
 CHOOSING, JUDGING = Windows("choosing", 0), Windows("judging", 1)
 
 BASE_METHODS = ("none", "pi", "ntk", "dynamic_ntk", "yarn", "theta", "lm_infinite")
-"""Training-free, on the base."""
+"""Training-free methods, evaluated on the base model."""
 
 START = (
     "scaling=clex",
@@ -47,17 +48,18 @@ START = (
     "scaling.lr_scale=0.002",
     "scaling.log_scale=eval",
 )
-"""The quick start's recipe, where the choosing began."""
+"""Recipe of the quick start, from which the ablations start."""
 
 CLEX = (*START, "scaling.t_max=32")
-"""What was chosen to train with: t is drawn to twice what will be asked for, which leaves room for `t_factor=2`."""
+"""Selected recipe: t is drawn up to twice the evaluated factor, which leaves room for `t_factor=2`."""
 
 CLEX_FAST = (*CLEX, "scaling.lr_scale=0.05")
-"""The same with a field that learns 25 times as fast: better, and one seed in three was stopped by the guard."""
+"""The same with an ODE that learns 25 times as fast: better, but the spike guard stopped one seed in three."""
 
 FIXED = ("scaling.factor=16", "scaling.positions=skip")
-"""A formula's frequencies at one factor, rows of L spread over 16 L: as PoSE trains, arXiv 2309.10400."""
+"""Frequencies of a formula at one factor, with rows of L spread over 16 L as in PoSE, arXiv 2309.10400."""
 
+# Names are folders of existing runs and JSON keys of results: renaming one orphans its results.
 MAIN = (
     Arm("continued", "trained on", ("scaling=none",), ("none", "ntk", "yarn", "lm_infinite")),
     Arm("pi", "PI, factor 16", ("scaling=pi", *FIXED)),
@@ -77,6 +79,7 @@ MAIN = (
     Arm("clex_frozen_t_factor_2", "CLEX frozen at zero", (), weights_of="clex_frozen", evaluation=("t_factor=2",)),
 )
 
+# One seed each: selection needs a ranking, not error bars over seeds.
 ABLATIONS = (
     Arm("start", "CLEX, the quick start's recipe", START),
     Arm("positions_random", "positions random", (*START, "scaling.positions=random")),

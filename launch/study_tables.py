@@ -1,7 +1,7 @@
-"""Tables of the study from its evaluation files: perplexity, and what separates each arm from CLEX, by book.
+"""Tables of the study from its evaluation files: perplexity, and the difference of each arm from CLEX, by book.
 
 perplexity = exp(mean nll),  the nll of a window averaged over the seeds of an arm
-standard errors from resampled books, the same draws for both sides of a difference
+standard errors from resampled books, with the same draws for both sides of a difference
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -30,24 +30,24 @@ FORMULA_NAMES = {name: methods.create(Method(name)).label for name in BASE_METHO
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table: one method on the weights of one arm, over its seeds."""
+    """Row of a table: one method on the weights of one arm, over its seeds."""
 
     label: str
     nll: dict[int, np.ndarray]
-    """Length -> [seeds, windows], summed nll of each window's scored tokens, in nats."""
+    """Length -> [seeds, windows], summed NLL of each window's scored tokens, in nats."""
     tokens: list[int]
-    """[windows]: scored tokens of each."""
+    """[windows]: scored tokens of each window."""
     documents: np.ndarray
-    """[windows]: the book of each window."""
+    """[windows]: book of each window."""
 
     @property
     def num_seeds(self) -> int:
-        """Runs that this row is the mean of."""
+        """Number of runs that this row is the mean of."""
         return len(next(iter(self.nll.values())))
 
 
 def write(out: Path, seeds: Sequence[int]) -> str:
-    """Write `OUT/report/tables.md` from what has been evaluated so far, and return its text."""
+    """Write `OUT/report/tables.md` from the evaluations so far, and return its text."""
     parts = [section(out, seeds, protocol) for protocol in PROTOCOLS]
     text = "\n\n".join(parts) + "\n"
     path = out / "report" / "tables.md"
@@ -57,7 +57,7 @@ def write(out: Path, seeds: Sequence[int]) -> str:
 
 
 def page(out: Path, seed: int, command: Sequence[str]) -> Path:
-    """Write the report of the first seed's main arms into `OUT/report`, and return its page."""
+    """Write the report of the first seed's main arms to `OUT/report`, and return its page."""
     files = {out / arm.name / f"seed_{seed}" / "evaluation" / f"{JUDGING.name}.json": arm for arm in MAIN}
     rows = [Row(f"base, {FORMULA_NAMES[m]}", out / BASE_FILE, m, p) for p in DRAWN for m in BASE_DRAWN]
     rows += [Row(arm.label, path, arm.methods[0], p) for p in DRAWN for path, arm in files.items() if path.exists()]
@@ -66,7 +66,7 @@ def page(out: Path, seed: int, command: Sequence[str]) -> Path:
 
 
 def section(out: Path, seeds: Sequence[int], protocol: str) -> str:
-    """The main table, the differences from CLEX, and the arms that were chosen from, under one protocol."""
+    """Format the main table, the differences from CLEX, and the ablations, under one protocol."""
     base = [
         row
         for method in BASE_METHODS
@@ -78,7 +78,8 @@ def section(out: Path, seeds: Sequence[int], protocol: str) -> str:
 
 
 def _pair(title: str, rows: Sequence[Line], reference: str) -> list[str]:
-    """A table of perplexities, and one of the differences from the row `reference` where that has been evaluated."""
+    """Format a table of perplexities, and one of differences from the row `reference` if it has been evaluated."""
+    # A protocol that has not been evaluated yet leaves its section out.
     if not rows:
         return []
     parts = [f"### {title}", table(rows, perplexity_cell)]
@@ -87,7 +88,7 @@ def _pair(title: str, rows: Sequence[Line], reference: str) -> list[str]:
 
 
 def arm_lines(out: Path, arms: Iterable[Arm], seeds: Sequence[int], protocol: str, windows: Windows) -> Iterable[Line]:
-    """A row for every method of every arm that has been evaluated."""
+    """Yield a row for every method of every arm that has been evaluated."""
     for arm in arms:
         for method in arm.methods:
             label = arm.label if len(arm.methods) == 1 else f"{arm.label}, {FORMULA_NAMES[method]}"
@@ -96,21 +97,22 @@ def arm_lines(out: Path, arms: Iterable[Arm], seeds: Sequence[int], protocol: st
 
 
 def line(label: str, files: Iterable[Path], method: str, protocol: str) -> Iterable[Line]:
-    """The row of a method over several runs; nothing when none of them has been evaluated."""
+    """Yield the row of a method over several runs; nothing if none of them has been evaluated."""
     found = [results.read(path)[0] for path in files if path.exists()]
     scores = [[s for s in one.scores if (s.method, s.protocol) == (method, protocol)] for one in found]
     if not scores or not scores[0]:
         return
-    if len({score.fingerprint for of_run in scores for score in of_run}) > 1:
+    # Paired differences need the same tokens in the same order.
+    if len({score.fingerprint for run_scores in scores for score in run_scores}) > 1:
         raise ConfigError(label, None, "its runs scored different tokens; remove their evaluation files and run again")
     lengths = [score.length for score in scores[0]]
-    nll = {n: np.array([next(s.window_nll for s in of_run if s.length == n) for of_run in scores]) for n in lengths}
+    nll = {n: np.array([next(s.window_nll for s in run if s.length == n) for run in scores]) for n in lengths}
     documents = np.array(found[0].windows["documents"])
     yield Line(label, nll, [scores[0][0].num_tokens // len(documents)] * len(documents), documents)
 
 
 def table(rows: Sequence[Line], cell: Callable[[Line, int], str]) -> str:
-    """A Markdown table: a row each, a column for every length."""
+    """Format a Markdown table with a row per line and a column per length."""
     lengths = sorted({length for row in rows for length in row.nll})
     head = ["", *(f"{length // lengths[0]}x ({length})" for length in lengths), "seeds"]
     body = [[row.label, *(cell(row, length) for length in lengths), str(row.num_seeds)] for row in rows]
@@ -118,24 +120,27 @@ def table(rows: Sequence[Line], cell: Callable[[Line, int], str]) -> str:
 
 
 def perplexity_cell(row: Line, length: int) -> str:
-    """Perplexity and its standard error by book."""
+    """Format the perplexity and its standard error by book."""
+    # Average the seeds first: the error is that of the books, not of the training noise.
     nll, tokens = row.nll[length].mean(axis=0), row.tokens
     error = bootstrap.standard_errors(nll.tolist(), tokens, row.documents.tolist()).perplexity
     return f"{float(np.exp(nll.sum() / sum(tokens))):.2f} ± {_or_nan(error):.2f}"
 
 
 def against(reference: Line) -> Callable[[Line, int], str]:
-    """Cells that say how far a row lies above `reference`, with the standard error of the paired difference."""
+    """Return a function that formats how far a row lies above `reference`, with the paired standard error."""
 
     def cell(row: Line, length: int) -> str:
         if row.label == reference.label:
             return "0"
         own, other = (side.nll[length].mean(axis=0).tolist() for side in (row, reference))
         mean, error, _ = bootstrap.paired_difference(own, other, row.tokens, row.documents.tolist())
+        # A difference of mean NLL is a ratio of perplexities; the delta method carries the error over.
         return f"{100 * np.expm1(mean):+.1f} ± {100 * np.exp(mean) * _or_nan(error):.1f}"
 
     return cell
 
 
 def _or_nan(error: float | None) -> float:
+    # A single book cannot be resampled.
     return float("nan") if error is None else error

@@ -117,8 +117,9 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory) -> Path:
     """A token store of real Python sources: the `json`, `email` and `logging` packages of the standard library."""
-    from data_prep import tokenize, train_tokenizer
+    from data_prep import train_tokenizer
     from data_prep.config import CorpusConfig, TokenizerConfig, TokenizeVerb, TrainTokenizerVerb
+    from data_prep.tokenize import run as tokenize
 
     folder = tmp_path_factory.mktemp("corpus")
     texts, library = folder / "texts", Path(os.__file__).parent

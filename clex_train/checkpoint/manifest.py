@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clex_train.config.root import Config
-from clex_train.data.identity import DataOrder, consumed, data_order, require_order
+from clex_train.data.identity import DataOrder, consumed_order, data_order, require_order
 from clex_train.utils import checksums, distributed, versions
 from clex_train.utils.checksums import Damaged
 from clex_train.utils.errors import ConfigError
@@ -114,7 +114,7 @@ def check_compatible(path: Path, manifest: Manifest, expected: Manifest) -> None
             raise ConfigError(f"checkpoint {path}", None, remedy)
     # Weights and skipped rows may change for data still to come, never for rows already read: the order is a pure
     # function of them, and a retroactive change would repeat some rows and drop others.
-    before, now = (consumed(m.data_order, manifest.rows_consumed) for m in (manifest, expected))
+    before, now = (consumed_order(m.data_order, manifest.rows_consumed) for m in (manifest, expected))
     for name in before:
         if before[name] != now[name]:
             raise ConfigError(

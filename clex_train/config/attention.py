@@ -1,4 +1,4 @@
-"""The attention back end, and who may attend to whom."""
+"""Config group `attention`: back end and mask."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ MOST = {
     "n_local": MOST_TOKENS,
     "n_global": MOST_TOKENS,
 }
-"""Bounds of numbers that nobody can mean to exceed."""
+"""Upper bounds that catch a slip of the keyboard."""
 
 
 @dataclass
 class AttentionConfig:
     implementation: AttentionImplementation = AttentionImplementation.auto
-    """Attention back end of transformers. `auto`: `flash_attention_2` with flash-attn, a GPU, bf16 and a family that
-    has it, else `sdpa`; the log says which."""
+    """Attention back end of transformers. `auto`: `flash_attention_2` with flash-attn, a GPU, bf16 and a supporting
+    family, else `sdpa`; the log names the choice."""
     lambda_mask: bool = False
-    """Train under LM-Infinite's mask: every token sees the `n_local` latest tokens and the `n_global` first ones."""
+    """Train with LM-Infinite's mask: every token attends to the `n_local` latest and the `n_global` first tokens."""
     n_local: int | None = None
-    """Latest tokens that a token sees under `lambda_mask`; by default L."""
+    """Latest tokens visible to a token with `lambda_mask`, at least 1; null: L."""
     n_global: int = 10
-    """First tokens of a row that every token sees under `lambda_mask`."""
+    """First tokens of a row visible to every token with `lambda_mask`, 0 or more."""
 
     def __post_init__(self) -> None:
+        # A value without its switch is refused, not ignored: the run would silently use full attention.
         require_at_most(self, "attention.", MOST)
         require(self.n_local is None or self.n_local >= 1, "attention.n_local", self.n_local, "at least 1 token")
         require(self.n_global >= 0, "attention.n_global", self.n_global, "0 or more tokens")
@@ -43,11 +44,12 @@ class AttentionConfig:
             self.lambda_mask or self.n_local is None,
             "attention.n_local",
             self.n_local,
-            "it is for LM-Infinite's mask; add attention=lambda",
+            "applies only to LM-Infinite's mask; add attention=lambda",
         )
+        # lm_infinite/ selects its own back end by device and length, so a wish for another cannot be honoured.
         require(
             not self.lambda_mask or self.implementation in (AttentionImplementation.auto, AttentionImplementation.sdpa),
             "attention.implementation",
             self.implementation.name,
-            "LM-Infinite's mask chooses a back end by itself; leave the key out with attention=lambda",
+            "LM-Infinite's mask selects its back end; leave the key out with attention=lambda",
         )

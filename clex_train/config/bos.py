@@ -1,4 +1,4 @@
-"""The choice of BOS at the beginning of documents, evaluation windows and prompts."""
+"""Choice of BOS at the beginning of documents, evaluation windows and prompts."""
 
 from enum import Enum
 

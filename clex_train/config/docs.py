@@ -1,4 +1,4 @@
-"""The meaning of every key, read off a schema: its fields, their types and defaults, and the string under each."""
+"""Documentation of every key, read from a schema: fields, types, defaults, and the string under each field."""
 
 import ast
 import inspect
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def describe(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """Rows of (key, type, default, meaning) for `--help` and docs/configuration.md, groups flattened to dotted keys."""
+    """List (key, type, default, description) for `--help` and docs/configuration.md, with groups as dotted keys."""
     docs, rows = field_docs(schema), []
     defaults = schema()
     for item in fields(schema):
@@ -22,8 +22,9 @@ def describe(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
 
 
 def field_docs(schema: type) -> dict[str, str]:
-    """The string under each field of a dataclass and of those it inherits from, by field name."""
+    """Return the string under each field of a dataclass and its bases, by field name."""
     docs: dict[str, str] = {}
+    # Bases first, so that a subclass can redefine a field and its description.
     for base in reversed(schema.__mro__):
         if is_dataclass(base):
             docs |= _own_field_docs(base)
@@ -31,6 +32,7 @@ def field_docs(schema: type) -> dict[str, str]:
 
 
 def _own_field_docs(schema: type) -> dict[str, str]:
+    # From the source: Python drops strings that follow an assignment, so they exist at run time nowhere else.
     tree = ast.parse(inspect.getsource(schema)).body[0]
     assert isinstance(tree, ast.ClassDef)
     docs = {}
@@ -54,6 +56,7 @@ def _choices(item: Field[Any], value: Any) -> str:
 def _type_name(annotation: Any, value: Any) -> str:
     if isinstance(value, Enum):
         return "|".join(type(value).__members__)
+    # Short for table cells: str? instead of str | None.
     return str(annotation).replace(" | None", "?")
 
 

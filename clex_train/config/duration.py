@@ -1,4 +1,4 @@
-"""Durations as people and SLURM write them: hours, or [days-]hours:minutes:seconds."""
+"""Durations in the forms that people and SLURM use: hours, or [days-]hours:minutes:seconds."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _HOURS = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 
 def seconds(key: str, value: str) -> float:
-    """Seconds that `value` means; `ValueError` naming `key` when it is no duration above 0 and below a year."""
+    """Convert `value` to seconds; raise `ValueError` naming `key` unless it is above 0 and below a year."""
     clock, total = _CLOCK.fullmatch(value.strip()), -1.0
     if clock:
         days, hours, minutes, rest = (int(part or 0) for part in clock.groups())
         total = ((days * 24 + hours) * 60 + minutes) * 60 + rest
     elif _HOURS.fullmatch(value.strip()):
         total = float(value) * 3600
-    # YAML reads 23:30:00 without quotes as a number of seconds, which as hours would be years.
+    # YAML 1.1 reads 23:30:00 without quotes as sexagesimal seconds (84600), which as hours would be years.
     require(
         0 < total <= LONGEST_HOURS * 3600,
         key,
         value,
-        "a number of hours, or [days-]hours:minutes:seconds (in quotes where it stands in a YAML file)",
+        "a number of hours, or [days-]hours:minutes:seconds (in quotes within a YAML file)",
     )
     return total

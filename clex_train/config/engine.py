@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO stage, precision, micro-batches, ranks."""
+"""Config group `engine`: ZeRO stage, precision, micro-batches, memory savers and ranks."""
 
 from __future__ import annotations
 
@@ -35,66 +35,68 @@ MOST = {
     "timeout": 60 * 24 * 30,
     "world_size": MOST_RANKS,
 }
-"""Bounds of numbers that nobody can mean to exceed."""
+"""Upper bounds that catch a slip of the keyboard."""
 
 
 @dataclass
 class EngineConfig:
     zero_stage: int = 3
-    """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer state, 2 also gradients, 3 also parameters."""
     offload: Offload = Offload.none
-    """Keep the optimizer's state, or `all` (optimizer and parameters), in host memory."""
+    """Keep optimizer state (`optimizer`), or optimizer state and parameters (`all`), in host memory."""
     micro_batch: int | None = 1
-    """Rows per rank in one forward and backward; null: as many as the rank has to read between two accumulations."""
+    """Rows per rank in one forward and backward pass, at least 1; null: all rows of an accumulation step."""
     accumulation: int | None = None
-    """Micro-batches per optimizer step; by default what optim.batch_rows, micro_batch and the ranks ask for."""
+    """Micro-batches per optimizer step (gradient accumulation); null: follows from optim.batch_rows and the ranks."""
     sequence_parallel: int = 1
-    """Ranks that share each row, each holding as many of its tokens (Ulysses); divides the ranks and the heads."""
+    """Ranks that share each sequence (Ulysses), each with an equal part; must divide the ranks and the heads."""
     precision: Precision = Precision.auto
     """`auto`: bf16 on a GPU, fp32 on a CPU."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     offload_activations: bool = False
-    """Keep in host memory what recomputed layers start from (layers * tokens * width); on a CPU it changes nothing."""
+    """Keep the inputs of recomputed layers (layers * tokens * width) in host memory; no effect on a CPU."""
     tiled_loss: int | None = None
-    """Tokens whose logits exist at a time in the loss, such as 1024; null: those of the whole micro-batch."""
+    """Tokens per tile of the loss, which bounds the logits in memory, such as 1024; null: the whole micro-batch."""
     tiled_mlp: int | None = None
-    """Tokens that an MLP takes at a time, such as 4096, run once more in the backward pass; null: all of them."""
+    """Tokens per tile of an MLP, recomputed in the backward pass, such as 4096; null: no tiling."""
     liger: Liger = Liger.auto
-    """RMSNorm and SwiGLU by the kernels of liger-kernel: `auto` on a GPU that has it, `always` there or an error."""
+    """RMSNorm and SwiGLU kernels of liger-kernel: `auto` on a GPU if installed, `always` requires them."""
     timeout: float = 30.0
-    """Minutes that a collective may wait for a rank before the run fails."""
+    """Minutes that a collective waits for a rank before the run fails, above 0."""
     world_size: int | None = None
-    """Ranks assumed by `dry_run`'s memory estimate; a real run takes what the launcher gives."""
+    """Ranks for the memory estimate of `dry_run`; a real run uses those of the launcher."""
 
     def __post_init__(self) -> None:
         require_at_most(self, "engine.", MOST)
+        # A stage is an int in the schema, since Hydra enums cannot be numbers.
         require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         require(self.micro_batch is None or self.micro_batch >= 1, "engine.micro_batch", self.micro_batch, "at least 1")
         require(
             self.accumulation is None or self.accumulation >= 1, "engine.accumulation", self.accumulation, "at least 1"
         )
+        # Combinations that DeepSpeed would ignore or reject after minutes of loading are refused here.
         require(
             self.activation_checkpointing or not self.offload_activations,
             "engine.offload_activations",
             self.offload_activations,
-            "needs engine.activation_checkpointing=true, which keeps a layer's input alone",
+            "needs engine.activation_checkpointing=true, which keeps only the input of each layer",
         )
-        require(
-            self.sequence_parallel >= 1, "engine.sequence_parallel", self.sequence_parallel, "at least 1 rank a row"
-        )
+        require(self.sequence_parallel >= 1, "engine.sequence_parallel", self.sequence_parallel, "at least 1 rank")
         for name, tile_len in (("tiled_loss", self.tiled_loss), ("tiled_mlp", self.tiled_mlp)):
             require(tile_len is None or tile_len >= 1, f"engine.{name}", tile_len, "at least 1 token, or null")
         require(self.timeout > 0, "engine.timeout", self.timeout, "minutes, greater than 0")
         require(
             self.world_size is None or self.world_size >= 1, "engine.world_size", self.world_size, "at least 1 rank"
         )
+        # Without ZeRO, DeepSpeed has no sharded optimizer whose state it could move to the host.
         require(
             self.offload is Offload.none or self.zero_stage >= 1,
             "engine.offload",
             self.offload.name,
             "needs engine.zero_stage 1 or higher",
         )
+        # Only ZeRO-3 gathers parameters layer by layer, so only there they can live on the host.
         require(
             self.offload is not Offload.all or self.zero_stage == 3,
             "engine.offload",

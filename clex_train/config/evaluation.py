@@ -1,4 +1,4 @@
-"""What is evaluated, when and how."""
+"""Config group `evaluation`: lengths, protocols, methods and retrieval tasks."""
 
 from __future__ import annotations
 
@@ -41,86 +41,89 @@ MOST = {
     "depths": 1,
     "num_prompts": 10**4,
 }
-"""Bounds of numbers that nobody can mean to exceed."""
+"""Upper bounds that catch a slip of the keyboard."""
 
 
 @dataclass
 class EvaluationConfig:
     every: int = 0
-    """Optimizer steps between evaluations during training; 0 evaluates only at the end, -1 never."""
+    """Optimizer steps between evaluations during training; 0: only at the end, -1: never."""
     lengths: list[int] = field(default_factory=list)
-    """Window lengths in tokens. The same tokens are scored at every length. An empty list takes 1, 2, 4, 8 and 16
-    times L, as far as the scaling serves them and the held-out documents are that long."""
+    """Window lengths in tokens; the same tokens are scored at every length. Empty: 1, 2, 4, 8 and 16 times L, up to
+    what the scaling serves and the longest held-out document."""
     protocols: list[Protocol] = field(default_factory=lambda: [Protocol.one_shot])
     """`one_shot`: windows of N, t fixed by N; `chunked` (official): chunks of L through the cache, t grows; `sliding`:
-    windows moved by `stride`; `per_position`: nll against position; `last_k`: a window's last tokens alone."""
+    windows that move by `stride`; `per_position`: NLL by position; `last_k`: only the last tokens of a window."""
     methods: list[Method] = field(default_factory=lambda: [Method.trained], metadata={"choices": Method})
-    """`trained` is the model as it is, `clex` the same where it holds a CLEX, `lm_infinite` plain frequencies and the
+    """`trained`: the model as trained; `clex`: the same for a model with CLEX; `lm_infinite`: plain frequencies and the
     Lambda-shaped mask. The others put their frequencies into the same weights (docs/recipes.md); `none` and
     `random_pos` are plain RoPE."""
     rope_theta: float = 1e6
-    """Base of `theta`, in place of the model's (Code Llama's by default)."""
+    """RoPE base for `theta`, above 1 (default: Code Llama's)."""
     dynamic_factor: float | None = None
-    """Factor of `dynamic_ntk`; by default t. 1 is the dynamic NTK of the YaRN paper, 2 is `ntk`."""
+    """Factor of `dynamic_ntk`, at least 1; null: t. 1 is the dynamic NTK of the YaRN paper, 2 equals `ntk`."""
     longrope_factors: str | None = None
-    """JSON file with `short_factor` and `long_factor`, a number for each pair, for `longrope` on a model without."""
+    """JSON file with `short_factor` and `long_factor`, one number per pair, for `longrope` on a model without them."""
     method_options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Settings of methods that have no key here, as `evaluation.method_options.METHOD.NAME=value`: the fields of their
+    """Settings of methods without a key here, as `evaluation.method_options.METHOD.NAME=value`: the fields of their
     classes in `clex_train/scaling/methods`."""
     n_local: int | None = None
-    """Latest tokens that `lm_infinite` sees; by default t * L, with t that of `lm_infinite_t`."""
+    """Latest tokens visible with `lm_infinite`; null: t * L, with t = `lm_infinite_t`."""
     n_global: int = 10
-    """First tokens that `lm_infinite` sees."""
+    """First tokens visible with `lm_infinite`, 0 or more."""
     lm_infinite_t: float = 1.0
-    """t of the model's own table, which `lm_infinite` keeps at every length; 1 is plain frequencies."""
+    """t of the model's own table, which `lm_infinite` uses at every length, at least 1; 1 means plain frequencies."""
     lm_infinite_top_k: int = 0
-    """Best keys between the first and the latest tokens that each query of `lm_infinite` also sees, at distance
-    n_local / 2; the paper's option has 5."""
+    """Best keys between the first and the latest tokens that each query of `lm_infinite` also attends to, at distance
+    n_local / 2; 0: none. The paper's option uses 5."""
     lm_infinite_top_k_layer: int = 5
-    """First layer that sees them."""
+    """First layer that attends to them, counted from 0."""
     t_factor: float | None = None
-    """`trained` and `clex` take the t of a text this many times as long, up to t_max; by default as it was made."""
+    """`trained` and `clex` use the t of a context this many times as long, up to t_max; null: as in the model."""
     path: str | None = None
-    """Token store whose validation split is read; by default that of `data.path`; a mixture has to name one."""
+    """Token store whose validation split is evaluated; null: that of `data.path`. A mixture must name one."""
     allow_overlap: bool = False
-    """Evaluate also on a store that shares documents with the training data: a warning instead of an error."""
+    """Evaluate even on a store that shares documents with the training data, with a warning instead of an error."""
     bos: Bos = Bos.auto
-    """BOS at the beginning of windows and prompts, in place of a token that is not scored. `auto`: as in the store's
-    documents; a store without a record of it has none."""
+    """BOS at the beginning of windows and prompts, in place of an unscored token. `auto`: as in the store's documents;
+    none for a store without a record of it."""
     num_windows: int = 32
-    """Windows of the largest length that are scored (fewer if the split has fewer)."""
+    """Windows of the largest length to score (fewer if the split has fewer), at least 1."""
     stride: int = 256
-    """Tokens by which `sliding` moves its windows of N, so that N - stride or more are a token's context."""
+    """Tokens by which `sliding` moves its windows of N, so that each token has at least N - stride of context."""
     last_k: int | None = None
-    """Tokens at the end of the largest window that `last_k` scores; by default L."""
+    """Tokens at the end of the largest window that `last_k` scores; null: L."""
     chunk_len: int = 1024
-    """Tokens of a window per forward: bounds the memory of logits, not the result."""
+    """Tokens of a window per forward pass; bounds the memory of logits without changing the result."""
     offload_cache: bool = False
-    """Cached keys and values wait in host memory and visit the GPU layer by layer: slower, for longer texts."""
+    """Keep cached keys and values in host memory and load them layer by layer: slower, but longer texts fit."""
     tasks: list[Task] = field(default_factory=list)
-    """Retrieval tasks beside perplexity: `passkey` (LM-Infinite's form), `passkey_infinitebench`, `needle` (in real
-    text), `ruler` (all of RULER but question answering), or RULER's tasks by name."""
+    """Retrieval tasks in addition to perplexity: `passkey` (LM-Infinite's form), `passkey_infinitebench`, `needle` (in
+    real text), `ruler` (all of RULER except question answering), or single tasks of RULER."""
     task_lengths: list[int] | None = None
-    """Tokens of a task's prompt and answer together; by default `lengths`."""
+    """Tokens of prompt and answer of a task together; null: `lengths`."""
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
-    """Where in the text the hidden fact stands, from 0 (start) to 1 (end)."""
+    """Relative positions of the hidden fact in the text, from 0 (start) to 1 (end)."""
     num_prompts: int = 10
-    """Prompts of a task at each length and depth."""
+    """Prompts per task, length and depth, at least 1."""
     chat_template: bool = False
-    """Tasks are asked as a user does in the chat template of the tokenizer, for instruct models."""
+    """Format task prompts as user turns with the tokenizer's chat template, for instruct models."""
 
     def __post_init__(self) -> None:
         require_at_most(self, "evaluation.", MOST)
         require(self.every >= -1, "evaluation.every", self.every, "-1 (never), 0 (at the end) or a number of steps")
+        # An empty list means lengths that follow from the model, checked once they are known.
         if self.lengths:
             self._check_lengths()
         require(len(self.methods) > 0, "evaluation.methods", self.methods, "one or more methods")
         require(
+            # Retrieval alone is a valid evaluation.
             len(self.protocols) > 0 or len(self.tasks) > 0,
             "evaluation.protocols",
             self.protocols,
             "one or more protocols (or none, and evaluation.tasks)",
         )
+        # At base 1 all frequencies are equal, and below it they grow.
         require(self.rope_theta > 1, "evaluation.rope_theta", self.rope_theta, "a base greater than 1")
         require(
             self.dynamic_factor is None or self.dynamic_factor >= 1,
@@ -132,6 +135,7 @@ class EvaluationConfig:
             known = ", ".join(method.value for method in Method)
             require(name in Method.__members__, "evaluation.method_options", name, f"no such method; one of {known}")
         require(self.num_windows >= 1, "evaluation.num_windows", self.num_windows, "at least 1 window")
+        # A stride of 0 would never finish.
         require(self.stride >= 1, "evaluation.stride", self.stride, "at least 1 token")
         require(self.last_k is None or self.last_k >= 1, "evaluation.last_k", self.last_k, "at least 1 token")
         require(self.n_local is None or self.n_local >= 1, "evaluation.n_local", self.n_local, "at least 1 token")
@@ -142,11 +146,13 @@ class EvaluationConfig:
         require(layer >= 0, "evaluation.lm_infinite_top_k_layer", layer, "the index of a layer, from 0")
         require(self.t_factor is None or self.t_factor >= 1, "evaluation.t_factor", self.t_factor, "1 or more")
         require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")
+        # Retrieval has its own module: the tasks of RULER are a list of their own.
         retrieval.check(self.tasks, self.num_prompts, self.depths, self.task_lengths)
 
     def _check_lengths(self) -> None:
         require(all(n >= 2 for n in self.lengths), "evaluation.lengths", self.lengths, "each has at least 2 tokens")
         shortest, longest = min(self.lengths), max(self.lengths)
+        # Windows of all lengths must end at the same tokens, or perplexities would not be comparable.
         require(
             all(longest % n == 0 and n % shortest == 0 for n in self.lengths),
             "evaluation.lengths",
@@ -154,11 +160,12 @@ class EvaluationConfig:
             "each must be a multiple of the shortest and divide the longest, so that all score the same tokens",
         )
         require(
+            # Only `sliding` uses the stride; other protocols ignore it.
             Protocol.sliding not in self.protocols or self.stride <= shortest,
             "evaluation.stride",
             self.stride,
             f"more than the shortest of evaluation.lengths={self.lengths}, so windows would leave tokens out; "
-            f"say evaluation.stride={shortest} or less",
+            f"set evaluation.stride={shortest} or less",
         )
 
     def method_settings(self) -> dict[str, Any]:
@@ -167,9 +174,9 @@ class EvaluationConfig:
         return {name: getattr(self, name) for name in names}
 
     def lengths_of_tasks(self) -> list[int]:
-        """Lengths of the retrieval prompts, in tokens."""
+        """Return the lengths of the retrieval prompts, in tokens."""
         return self.lengths if self.task_lengths is None else self.task_lengths
 
     def longest(self) -> int:
-        """The most tokens that any part of the evaluation reads at a time."""
+        """Return the largest number of tokens that any part of the evaluation reads at a time."""
         return max([*(self.lengths if self.protocols else []), *(self.lengths_of_tasks() if self.tasks else [])])

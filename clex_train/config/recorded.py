@@ -1,7 +1,7 @@
-"""Read the `config.yaml` of a run folder as data: typed and over today's defaults, but never interpolated.
+"""Read the `config.yaml` of a run folder as data: typed, merged over current defaults, but never interpolated.
 
-OmegaConf would resolve a text such as `${oc.env:HOME}`, and a folder from a stranger could so have a program print the
-reader's environment. The user's own `conf/` and command line are composed by Hydra and interpolate as they always did.
+OmegaConf would resolve a string such as `${oc.env:HOME}`, so a folder from a stranger could make a program print the
+reader's environment. The user's own `conf/` and command line are composed by Hydra and still interpolate.
 """
 
 import re
@@ -18,7 +18,7 @@ from clex_train.utils.files import BadFile
 from clex_train.utils.records import decode, read_yaml_mapping
 
 CONFIG = "config.yaml"
-"""The file's name, in a run folder and in each of its checkpoints."""
+"""Name of the file, in a run folder and in each of its checkpoints."""
 INTERPOLATION = re.compile(r"(\\*)\$\{")
 REMEDY = "copy the run folder again, or choose another output_dir"
 RESTORE = (
@@ -28,11 +28,12 @@ RESTORE = (
 
 
 def over_defaults(path: Path) -> dict[str, Any]:
-    """Return the recorded values as they stand in the file, over today's defaults for keys that it does not have.
+    """Return the recorded values as in the file, merged over current defaults for missing keys.
 
     Raises:
-        ValueError: the file is missing, damaged, or has a single value where there is a group.
+        ValueError: the file is missing or damaged, or has a single value in place of a group.
     """
+    # Defaults fill keys that a newer version added, so that old run folders still resume.
     defaults = plain(OmegaConf.structured(Config))
     try:
         recorded = read_yaml_mapping(path, within=path.parent)
@@ -48,22 +49,22 @@ def over_defaults(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> Config:
-    """Return the recorded configuration, checked; raises `ValueError` as `over_defaults` does, and for a bad value."""
+    """Return the recorded config, checked; raise `ValueError` as `over_defaults` does, and for an invalid value."""
     recorded = _literal(over_defaults(path))
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(recorded)))
     except (OmegaConfBaseException, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
-        # OmegaConf has no one error for values that do not fit a schema.
+        # OmegaConf has no common error for values that do not fit a schema.
         raise ConfigError(path, None, f"not the configuration of a run ({first_line(error)}); {REMEDY}") from error
     try:
-        # OmegaConf takes a mapping for an item of any list.
+        # OmegaConf accepts a mapping for an item of any list.
         return decode(msgspec.to_builtins(config), Config, path)
     except BadFile as error:
         raise ConfigError(path, None, f"{error.reason}; {REMEDY}") from error
 
 
 def plain(node: Any) -> Any:
-    """Return a configuration as dicts, lists and the names of enum members, the way it stands in YAML."""
+    """Convert a config to dicts, lists and names of enum members, as in YAML."""
     return OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(node)))
 
 
@@ -81,7 +82,7 @@ def _merged(defaults: dict[str, Any], recorded: dict[str, Any], path: Path, pref
 
 
 def _literal(value: Any) -> Any:
-    """Escape what OmegaConf would interpolate, in every text of nested values, so that it comes back as it was."""
+    """Escape interpolations in every string of nested values, so that OmegaConf returns them unchanged."""
     if isinstance(value, dict):
         return {key: _literal(item) for key, item in value.items()}
     if isinstance(value, list):

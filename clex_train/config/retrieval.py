@@ -1,4 +1,4 @@
-"""The retrieval tasks by name, and which of them a group stands for."""
+"""Retrieval tasks by name, and groups of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Task(Enum):
 
 
 DOWNLOADED = (Task.qa_1, Task.qa_2)
-"""RULER's question answering: over SQuAD and HotpotQA, which nothing here can generate."""
+"""RULER's question answering: needs SQuAD and HotpotQA, which cannot be generated."""
 
 GROUPS: dict[Task, tuple[Task, ...]] = {
     Task.ruler: (
@@ -49,15 +49,18 @@ GROUPS: dict[Task, tuple[Task, ...]] = {
 
 
 def expand(tasks: Sequence[Task]) -> list[Task]:
-    """The single tasks that `tasks` names, groups opened, each once, in the order of naming."""
+    """Expand groups to single tasks without duplicates, in the given order."""
+    # dict.fromkeys removes duplicates and keeps the order.
     return list(dict.fromkeys(single for task in tasks for single in GROUPS.get(task, (task,))))
 
 
 def check(tasks: Sequence[Task], num_prompts: int, depths: Sequence[float], lengths: Sequence[int] | None) -> None:
-    """`ValueError` by key for what no prompt can be made from."""
+    """Raise `ValueError` by key for settings from which no prompt can be made."""
+    # Refuse before any model is loaded.
     for task in tasks:
-        known = "it needs SQuAD or HotpotQA, which are not generated here; lm-eval has it, or leave it out"
+        known = "it needs SQuAD or HotpotQA, which are not generated here; use lm-eval, or leave it out"
         require(task not in DOWNLOADED, "evaluation.tasks", task.value, known)
+    # A depth without prompts would be an empty cell in every table.
     require(num_prompts >= 1, "evaluation.num_prompts", num_prompts, "at least 1 prompt for each depth and length")
     good = len(depths) > 0 and all(0 <= depth <= 1 for depth in depths)
     require(good, "evaluation.depths", list(depths), "one or more places from 0 (start) to 1 (end)")

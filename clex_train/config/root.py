@@ -1,8 +1,8 @@
-"""The configuration of a training run: the groups of `clex_train/settings` joined, and the checks between them.
+"""Config of a training run: all groups joined, and the checks between them.
 
-Each group is one dataclass with a string under each field and its bounds in `__post_init__`. Hydra composes `conf/`
-into these schemas, so a misspelt key or a wrong type is refused while composing. Entry points call `to_config` once:
-from there on the program sees plain dataclasses.
+Each group is a dataclass with a string under each field and its bounds in `__post_init__`. Hydra composes `conf/` into
+these schemas, so that a misspelt key or a wrong type is refused on composing. Entry points call `to_config` once; from
+there on the program uses plain dataclasses.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     name: str = "run"
-    """Name of the run; experiments set it to their own."""
+    """Name of the run; set by experiments."""
     seed: int = 0
-    """All randomness is a function of this, the stream and the step."""
+    """Seed of all randomness, which is a function of it, the stream and the step; 0 to 2**63 - 1."""
     resume: Resume = Resume.auto
-    """`auto` continues the newest good checkpoint of `output_dir`, `strict` only if nothing newer is damaged; `never`
-    refuses a folder that has one."""
+    """`auto` resumes from the newest valid checkpoint of `output_dir`; `strict` only if no newer one is damaged;
+    `never` refuses a folder with a checkpoint."""
     max_runtime: str | None = None
-    """Stop in time with a checkpoint and exit code 75: hours, or [days-]hours:minutes:seconds since the launch."""
+    """Stop early with a checkpoint and exit code 75, after hours or [days-]hours:minutes:seconds since the launch."""
     dry_run: bool = False
-    """Print the plan (sizes, memory, tokens) and exit: no weights, no GPU, no data needed."""
+    """Print the plan (sizes, memory, tokens) and exit; needs no weights, GPU or data."""
     output_dir: str = "runs/${name}"
     """Run folder: config, metrics, checkpoints, final model, evaluation."""
 
@@ -73,12 +73,13 @@ class Config:
 
 
 def register() -> None:
-    """Put the schema into Hydra's ConfigStore under the name that `conf/config.yaml` lists first."""
+    """Store the schema in Hydra's ConfigStore under the name that `conf/config.yaml` lists first."""
     ConfigStore.instance().store(name="schema", node=Config)
 
 
 def to_config(composed: DictConfig) -> Config:
-    """Turn what Hydra composed into a checked `Config`; `ValueError` names the key, the value and the remedy."""
+    """Convert the composed config to a checked `Config`; `ValueError` names the key, the value and the remedy."""
+    # Before to_object, which would set an unknown key as an attribute that nobody reads.
     _refuse_unknown(composed)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
@@ -87,16 +88,18 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def _refuse_unknown(composed: DictConfig) -> None:
-    """Hydra lets `+key=value` past a schema; a field that nobody reads is a mistake all the same."""
+    """Refuse keys that Hydra lets past the schema."""
+    # `+key=value` adds any key, and a value that nobody reads would look as if it had an effect.
     known = [key for key, *_ in describe(Config)]
+    # resolve=False: an interpolation of an unknown key must not hide the key.
     for group, value in composed.items_ex(resolve=False):
         for key in [f"{group!s}.{name!s}" for name in value] if isinstance(value, DictConfig) else [str(group)]:
             if key not in known:
                 raise ConfigError(key, None, f"no such key; {did_you_mean(key, known) or '--help lists them all'}")
-    _refuse_unknown_of_domains(composed)
+    _refuse_unknown_domain_keys(composed)
 
 
-def _refuse_unknown_of_domains(composed: DictConfig) -> None:
+def _refuse_unknown_domain_keys(composed: DictConfig) -> None:
     known = [key for key, *_ in describe(DomainConfig)]
     for name, domain in composed.data.domains.items_ex(resolve=False):
         for key in domain:
@@ -107,7 +110,8 @@ def _refuse_unknown_of_domains(composed: DictConfig) -> None:
 
 
 def _check_names(config: Config) -> None:
-    """Refuse what leads out of the folders that are meant; not in the schema, which reads earlier runs too."""
+    """Refuse names that lead out of the intended folders."""
+    # Not in __post_init__: recorded configs of earlier runs are read by the same schema and must stay readable.
     require_plain_name("name", config.name, "it names the run's folder by default")
     require(config.output_dir.strip() != "", "output_dir", repr(config.output_dir), "name the run's folder")
 
@@ -119,15 +123,17 @@ def _check_between_groups(config: Config) -> None:
         model.path is not None or model.config is not None,
         "model.path",
         model.path,
-        "name a model directory or hub repository (or model.config alone for random weights)",
+        "name a model directory or hub repository (or only model.config for random weights)",
     )
+    # `is_dir` decides, as in from_pretrained: a local folder wins over a hub repository of the same name.
     is_local = model.path is None or Path(model.path).is_dir()
+    # A revision of a local folder would be ignored silently.
     where = "there is no model.path" if model.path is None else f"{model.path} is a folder on this machine"
     require(
         model.revision is None or not is_local,
         "model.revision",
         model.revision,
-        f"is of a hub repository, and {where}; leave the key out",
+        f"applies only to hub repositories, but {where}; leave the key out",
     )
     _check_data(config)
     require(
@@ -136,6 +142,7 @@ def _check_between_groups(config: Config) -> None:
         model.path,
         "model.init=pretrained needs weights: name a model directory or hub repository",
     )
+    # Ranks are unknown here; they must divide the rest, which the loader checks.
     rows = (engine.micro_batch or 1) * (engine.accumulation or 1)
     require(
         optim.batch_rows % rows == 0,
@@ -148,6 +155,7 @@ def _check_between_groups(config: Config) -> None:
 def _check_data(config: Config) -> None:
     data = config.data
     require(
+        # A dry run plans without data.
         config.dry_run or data.path is not None or len(data.domains) > 0,
         "data.path",
         data.path,
@@ -157,7 +165,7 @@ def _check_data(config: Config) -> None:
         data.path is None or not data.domains,
         "data.path",
         data.path,
-        f"one store or several: with data.domains ({', '.join(data.domains)}) say data.path=null",
+        f"one store or several: with data.domains ({', '.join(data.domains)}) set data.path=null",
     )
     for name, domain in data.domains.items():
         missing = not config.dry_run and domain.path is None
@@ -171,32 +179,33 @@ def _check_data(config: Config) -> None:
 
 
 MULTIPLES = (1, 2, 4, 8, 16)
-"""Of L, at which a model is evaluated where no lengths are given."""
+"""Multiples of L at which a model is evaluated by default."""
 
 
 def with_lengths(config: Config, context_len: int, longest_document: int | None = None) -> Config:
-    """Return the configuration with the lengths that it leaves to the model, whose L is `context_len` tokens.
+    """Fill in the lengths that follow from the model, whose L is `context_len` tokens.
 
-    `longest_document` is the longest held-out one in tokens, None if it is not known.
+    `longest_document` is the longest held-out document in tokens; None if unknown.
     """
     data, evaluation, scaling = config.data, config.evaluation, config.scaling
     if not data.seq_len:
         data = replace(data, seq_len=context_len)
     if not evaluation.lengths:
+        # Formulas have no t_max of their own to respect; longer windows then show how they degrade.
         t_max = scaling.t_max if scaling.name is Method.clex else None
         evaluation = replace(evaluation, lengths=default_lengths(context_len, t_max, longest_document))
     return replace(config, data=data, evaluation=evaluation)
 
 
 def default_lengths(context_len: int, t_max: float | None, longest_document: int | None) -> list[int]:
-    """Return `MULTIPLES` of L as far as t_max serves them and documents reach; None stands for no limit."""
+    """Return `MULTIPLES` of L up to t_max and the longest document; None means no limit."""
     limits = (t_max or math.inf, (longest_document or math.inf) / context_len)
-    # Where documents do not even have L tokens, the evaluation says so.
+    # Documents shorter than L leave [L], and the evaluation then reports that nothing is long enough.
     return [multiple * context_len for multiple in MULTIPLES if multiple <= min(limits)] or [context_len]
 
 
 def check_protocols(config: Config) -> None:
-    """`ValueError` for a protocol that is not for windows, which is what a run evaluates on."""
+    """Raise `ValueError` for a protocol without windows, which a run cannot evaluate."""
     require(
         Protocol.streaming not in config.evaluation.protocols,
         "evaluation.protocols",
@@ -206,61 +215,64 @@ def check_protocols(config: Config) -> None:
 
 
 def check_reach(config: Config, context_len: int) -> None:
-    """Raise `ValueError` when a window to be evaluated is longer than the context that CLEX is trained to serve."""
+    """Raise `ValueError` if an evaluation window is longer than the context that CLEX is trained to serve."""
     longest, scaling = config.evaluation.longest(), config.scaling
+    # Whole tokens: a window one token beyond the trained range is already extrapolation.
     served = int(scaling.t_max * context_len)
     require(
         scaling.name is not Method.clex or config.evaluation.every < 0 or longest <= served,
         "evaluation.lengths",
         config.evaluation.lengths,
-        f"beyond scaling.t_max * L = {scaling.t_max:g} * {context_len} = {served} tokens; raise scaling.t_max, or "
-        "evaluation.lengths=[] takes lengths that follow from the model's L",
+        f"beyond scaling.t_max * L = {scaling.t_max:g} * {context_len} = {served} tokens; raise scaling.t_max, or set "
+        "evaluation.lengths=[] for lengths that follow from the model's L",
     )
 
 
 def check_scaling(config: Config, holds_clex: bool) -> None:
-    """`ValueError` when weights that were trained with CLEX are to be trained on without it."""
+    """Raise `ValueError` if weights trained with CLEX would continue training without it."""
     require(
         config.scaling.name is Method.clex or not holds_clex,
         "scaling.name",
         config.scaling.name.name,
-        f"{config.model.path} holds a CLEX field, which scaling={config.scaling.name.name} would drop; scaling=clex "
-        "trains it on",
+        f"{config.model.path} has a CLEX field, which scaling={config.scaling.name.name} would drop; set scaling=clex "
+        "to continue training it",
     )
 
 
 def check_lambda_mask(config: Config) -> None:
-    """`ValueError` for what does not go with training under LM-Infinite's mask."""
+    """Raise `ValueError` for settings that conflict with training under LM-Infinite's mask."""
     if not config.attention.lambda_mask:
         return
     scaling, evaluation = config.scaling, config.evaluation
     methods, protocols = ([item.value for item in items] for items in (evaluation.methods, evaluation.protocols))
     evaluates = evaluation.every >= 0
+    # scaling=none ignores `positions`, whose default is mix.
     plain = scaling.name is Method.none or scaling.positions is Positions.plain
+    # A table instead of nine calls: each line is one rule, with the reason that the user reads.
     conflicts: list[tuple[bool, str, object, str]] = [
         (
             config.data.document_mask,
             "data.document_mask",
             True,
-            "the mask takes each row as one stream; set it to false",
+            "the mask treats each row as one stream; set it to false",
         ),
         (
             not plain,
             "scaling.positions",
             scaling.positions.name,
-            "sampled positions have no distance limit; take plain",
+            "sampled positions have no distance limit; use plain",
         ),
         (
             evaluates and Method.lm_infinite in evaluation.methods,
             "evaluation.methods",
             methods,
-            "during training every method is under the mask already; leave lm_infinite out",
+            "every method already uses the mask during training; leave lm_infinite out",
         ),
         (
             evaluates and Protocol.chunked in evaluation.protocols,
             "evaluation.protocols",
             protocols,
-            "chunked moves t while keys are cached, which the mask cannot follow; take one_shot",
+            "chunked changes t while keys are cached, which the mask cannot follow; use one_shot",
         ),
     ]
     for is_wrong, key, value, reason in conflicts:
@@ -268,7 +280,7 @@ def check_lambda_mask(config: Config) -> None:
 
 
 def check_positions(config: Config, context_len: int) -> None:
-    """Raise `ValueError` when rows do not fit into the positions that the scaling has for them."""
+    """Raise `ValueError` if rows do not fit into the positions of the scaling."""
     scaling, row_len = config.scaling, config.data.seq_len
     served = int(scaling.t_max * context_len)
     require(
@@ -276,16 +288,18 @@ def check_positions(config: Config, context_len: int) -> None:
         "data.seq_len",
         row_len,
         f"longer than the scaling.t_max * L = {scaling.t_max:g} * {context_len} = {served} tokens that CLEX serves; "
-        "data.seq_len=0 takes the model's L",
+        "set data.seq_len=0 for the model's L",
     )
     require(
+        # t is drawn from 1 on, and plain positions are not compressed into t * L.
         scaling.name is not Method.clex or scaling.positions is not Positions.plain or row_len <= context_len,
         "scaling.positions",
         scaling.positions.name,
-        f"rows of {row_len} tokens would leave t * L, L = {context_len}, at a small t; take random, skip or mix",
+        f"rows of {row_len} tokens would leave t * L, L = {context_len}, at a small t; use random, skip or mix",
     )
     factor = scaling.factor_for(row_len, context_len)
     require(
+        # Rounded: factor = seq_len / L may miss the row by one unit in the last place.
         scaling.name not in FORMULAS or round(factor * context_len) >= row_len,
         "scaling.factor" if scaling.factor else "scaling.t_max",
         factor,

@@ -1,4 +1,4 @@
-"""How RoPE's frequencies are scaled, and how the ODE of CLEX is trained."""
+"""Config group `scaling`: the RoPE scaling method, and the training of CLEX's ODE."""
 
 from __future__ import annotations
 
@@ -48,57 +48,57 @@ MOST = {
     "max_residual": 1e9,
     "check_every": MOST_STEPS,
 }
-"""Bounds of numbers that nobody can mean to exceed."""
+"""Upper bounds that catch a slip of the keyboard."""
 
 
 @dataclass
 class ScalingConfig:
     name: Method = field(default=Method.none, metadata={"choices": TRAINED_BY})
-    """`none` trains with the model's own RoPE; `clex` learns the frequencies as an ODE over the scale factor; the rest
-    have them by a formula (docs/recipes.md)."""
+    """`none` trains with the model's own RoPE; `clex` learns the frequencies as an ODE over the scale factor; the
+    others compute them by a formula (docs/recipes.md)."""
     t_max: float = 16.0
-    """Largest scale factor: each optimizer step draws t from [1, t_max]; contexts up to t_max * L are served."""
+    """Largest scale factor, at least 1: each step draws t from [1, t_max], and contexts up to t_max * L are served."""
     t_factor: float = 1.0
-    """In use, a context takes the t of one so many times as long, up to t_max; training draws t without it."""
+    """At inference, use the t of a context `t_factor` times as long, capped at t_max; training ignores it."""
     t_distribution: Distribution = Distribution.uniform
-    """How CLEX draws t: `uniform` (the paper) or `log_uniform`, with equal weight on each doubling of the context."""
+    """Distribution of t in CLEX: `uniform` (the paper) or `log_uniform` (equal weight on each doubling)."""
     factor: float | None = None
-    """Scale factor of a recipe by formula: contexts up to factor * L. By default what makes rows longer than L fit,
-    else t_max; for `random_pos` always t_max."""
+    """Scale factor of a formula, at least 1: contexts up to factor * L. null: the one that fits rows longer than L,
+    else t_max; always t_max for `random_pos`."""
     rope_theta: float = 1e6
-    """Base of the frequencies under `theta` (Code Llama's)."""
+    """RoPE base for `theta`, above 1 (default: Code Llama's)."""
     longrope_factors: str | None = None
-    """JSON file with `short_factor` (up to L) and `long_factor` (beyond): a number for each pair that rotates."""
+    """JSON file with `short_factor` (up to L) and `long_factor` (beyond): one number per rotated pair."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings of a method that have no key here, as `scaling.options.NAME=value`: the fields of its class in
+    """Settings of a method without a key here, as `scaling.options.NAME=value`: the fields of its class in
     `clex_train/scaling/methods`."""
     positions: Positions = Positions.mix
-    """Where a row's tokens sit in [0, t*L): `random` (the paper), `uniform`, `skip` (chunks with gaps), `mix` of random
-    and skip, or `plain` (0, 1, 2, ...)."""
+    """Positions of a row's tokens in [0, t*L): `random` (the paper), `uniform`, `skip` (chunks with gaps), `mix` of
+    random and skip, or `plain` (0, 1, 2, ...)."""
     mix_random: float = 0.25
-    """Share of rows that `mix` gives `random` positions; the others take `skip`."""
+    """Share of rows with `random` positions under `mix`, in [0, 1]; the others use `skip`."""
     max_chunks: int = 8
-    """`skip` cuts a row into between 2 and this many contiguous chunks."""
+    """Contiguous chunks of a row under `skip` at most, at least 2."""
     param_factor: float = 1.0
-    """Width of the vector field's hidden layer in units of the rotary dimension (lambda in the paper)."""
+    """Width of the vector field's hidden layer divided by the rotary dimension (lambda in the paper), above 0."""
     act: Activation = Activation.silu
     """Activation of the vector field."""
     lr_scale: float = 0.05
-    """Learning rate of the ODE's parameters over the model's; 0 freezes the field, leaving the NTK drift."""
+    """Learning rate of the ODE relative to the model's, 0 or more; 0 freezes the field at the NTK drift."""
     weight_decay: float = 0.0
-    """Weight decay of the ODE's own AdamW."""
+    """Weight decay of the ODE's own AdamW, 0 or more."""
     clip: float = 1.0
-    """Largest gradient norm of the ODE's parameters."""
+    """Maximum gradient norm of the ODE's parameters, above 0."""
     max_residual: float = 4.0
-    """Guard: the run stops, naming t, when the learned part |log theta - log theta_ntk| grows beyond this."""
+    """Guard: stop the run, naming t, when the learned part |log theta - log theta_ntk| exceeds this; above 0."""
     tolerance: float = 1e-6
-    """Largest error in log theta that the solver's grid may have, checked by step doubling."""
+    """Maximum error in log theta of the solver's grid, checked by step doubling; 1e-12 to 1e-2."""
     check_every: int = 100
-    """Optimizer steps between two checks of the solver's grid."""
+    """Optimizer steps between checks of the solver's grid, at least 1."""
     log_scale: LogScale = LogScale.off
-    """Attention logits times log(n)/log(L) beyond L: in evaluation only, always, or the official code's variant."""
+    """Multiply attention logits by log(n)/log(L) beyond L: only in evaluation, always, or the official variant."""
     official_ntk_base: bool = False
-    """The vector field sees log theta_ntk at base 10000 whatever the model's base, as in the official code."""
+    """Feed the vector field log theta_ntk at base 10000 for any model, as in the official code."""
 
     def __post_init__(self) -> None:
         require(
@@ -111,7 +111,9 @@ class ScalingConfig:
         require(self.t_max >= 1, "scaling.t_max", self.t_max, "a scale factor is at least 1")
         require(self.t_factor >= 1, "scaling.t_factor", self.t_factor, "1 or more")
         require(self.factor is None or self.factor >= 1, "scaling.factor", self.factor, "a scale factor is at least 1")
+        # A stock config.json cannot express what is refused below, so the exported model would differ from the run.
         require(
+            # A factor that the method does not read would look as if it had an effect.
             self.factor is None or self.name in FORMULAS,
             "scaling.factor",
             self.factor,
@@ -125,24 +127,27 @@ class ScalingConfig:
         )
         require(self.rope_theta > 1, "scaling.rope_theta", self.rope_theta, "greater than 1")
         require(
+            # Plain positions make RandomPos identical to no scaling, which the label would hide.
             self.name is not Method.random_pos or self.positions is not Positions.plain,
             "scaling.positions",
             self.positions.name,
-            "random_pos with plain positions is scaling=none; take random",
+            "random_pos with plain positions is scaling=none; use random",
         )
         require(
             self.name not in FORMULAS or self.log_scale is LogScale.off,
             "scaling.log_scale",
             self.log_scale.name,
-            f"the stock config.json of scaling={self.name.name} cannot say it; leave it off",
+            f"the stock config.json of scaling={self.name.name} cannot express it; leave it off",
         )
         require(0 <= self.mix_random <= 1, "scaling.mix_random", self.mix_random, "a probability between 0 and 1")
+        # With a single chunk there is no gap to skip.
         require(self.max_chunks >= 2, "scaling.max_chunks", self.max_chunks, "at least 2 chunks")
         require(self.param_factor > 0, "scaling.param_factor", self.param_factor, "greater than 0")
         require(self.lr_scale >= 0, "scaling.lr_scale", self.lr_scale, "0 or more")
         require(self.weight_decay >= 0, "scaling.weight_decay", self.weight_decay, "0 or more")
         require(self.clip > 0, "scaling.clip", self.clip, "greater than 0")
         require(self.max_residual > 0, "scaling.max_residual", self.max_residual, "greater than 0")
+        # Below 1e-12 rounding in float64 dominates, and no grid would pass the check.
         require(1e-12 <= self.tolerance <= 1e-2, "scaling.tolerance", self.tolerance, "between 1e-12 and 1e-2")
         require(self.check_every >= 1, "scaling.check_every", self.check_every, "at least 1 step")
 
@@ -151,8 +156,9 @@ class ScalingConfig:
         return {"rope_theta": self.rope_theta, "longrope_factors": self.longrope_factors}
 
     def factor_for(self, row_len: int, context_len: int) -> float:
-        """The scale factor t of a recipe by formula that trains on rows of `row_len` tokens; L is `context_len`."""
+        """Return the scale factor t of a formula that trains on rows of `row_len` tokens, with L = `context_len`."""
         if self.factor is not None:
             return self.factor
+        # RandomPos needs positions beyond the row, so its factor never follows from the row length.
         longer = row_len > context_len and self.name is not Method.random_pos
         return row_len / context_len if longer else self.t_max

@@ -1,4 +1,4 @@
-"""What the user may have meant: names like a misspelt one."""
+"""Suggest existing names that are similar to a misspelt one."""
 
 import difflib
 from collections.abc import Sequence
@@ -71,24 +71,24 @@ ELSEWHERE = {
     "zero": "engine.zero_stage",
     "zero_optimization": "engine.zero_stage",
 }
-"""Names that other trainers have for our keys."""
+"""Names in other trainers (Hugging Face Trainer, Axolotl, DeepSpeed) for keys of this one."""
 
 
 def did_you_mean(key: str, keys: Sequence[str]) -> str:
-    """`did you mean a, b or c?` for a dotted key among all that exist; empty if nothing comes near.
-
-    The same field in another group comes first, then what other trainers call one of ours, then fields like it in the
-    same group, then anything like it.
-    """
+    """Return `did you mean a, b or c?` for a dotted key among all keys; an empty string if none is similar."""
     group, _, field = key.rpartition(".")
+    # Case is ignored: people type FP16 and ZeRO.
     same = [name for name in keys if name == ELSEWHERE.get(field.lower())]
     elsewhere = [name for name in keys if name.rpartition(".")[2] == field]
     beside = {name.rpartition(".")[2]: name for name in keys if name.rpartition(".")[0] == group}
+    # 0.6 is difflib's default; lower values suggest unrelated keys.
     nearby = [beside[name] for name in difflib.get_close_matches(field, beside, n=2, cutoff=0.6)]
+    # A field of the same name in another group is the surest guess, then names of other trainers, then typos.
     found = elsewhere or same or nearby or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     return f"did you mean {in_words(found)}?" if found else ""
 
 
 def in_words(names: Sequence[str]) -> str:
-    """`a, b or c`."""
+    """Join names as `a, b or c`."""
+    # rsplit at the last comma only.
     return " or ".join(", ".join(names).rsplit(", ", 1))

@@ -1,4 +1,4 @@
-"""What is logged, and where."""
+"""Config group `tracking`: metrics and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class Wandb(Enum):
 MOST = {
     "log_every": MOST_STEPS,
 }
-"""Bounds of numbers that nobody can mean to exceed."""
+"""Upper bounds that catch a slip of the keyboard."""
 
 
 @dataclass
 class TrackingConfig:
     wandb: Wandb = Wandb.offline
-    """`online` needs a login, `offline` writes files to sync later, `off` leaves wandb alone."""
+    """`online` needs a login; `offline` writes files to sync later; `off` does not import wandb."""
     project: str = "clex-train"
     """Name of the wandb project."""
     log_every: int = 1
-    """Optimizer steps between two lines of metrics.jsonl."""
+    """Optimizer steps between lines of metrics.jsonl, at least 1."""
 
     def __post_init__(self) -> None:
         require_at_most(self, "tracking.", MOST)

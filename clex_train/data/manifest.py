@@ -1,14 +1,14 @@
-"""The format of a token store on disk, and its manifest.
+"""On-disk format of a token store, and its manifest.
 
     <store>/manifest.json            written last: a directory without it is not a store
             tokenizer/               copy of the tokenizer's files, so that training needs no other path
-            train/00000.tokens       token ids, uint16 or uint32 little endian; each document begins with BOS
-                                     if `bos`, and ends with EOS
-            train/00000.documents    one `DOCUMENT` record a document
-            train/00000.blocks       CRC-32 of each `BLOCK` bytes of the tokens; not in stores of earlier versions
-            validation/...           the same for the documents held out
+            train/00000.tokens       token ids, uint16 or uint32 little endian; each document ends with EOS, and
+                                     begins with BOS if `bos` is set
+            train/00000.documents    one `DOCUMENT` record per document
+            train/00000.blocks       CRC-32 of each `BLOCK` bytes of the tokens; missing in stores of earlier versions
+            validation/...           the same for the held-out documents
 
-Shards follow each other in the order of the manifest; a reader sees one long sequence of tokens per split.
+Shards follow each other in manifest order; a reader sees one long sequence of tokens per split.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 
 DOCUMENT = np.dtype([("stop", "<i8"), ("text_hash", "<u8"), ("source", "<i4"), ("record", "<i8")])
-"""A document: its end in the shard's tokens (EOS included), the hash of its text, its source (index into
+"""Record of a document: its end in the shard's tokens (EOS included), the hash of its text, its source (index into
 `Manifest.sources`) and its record in that source (line or row, counted from 1)."""
 
 BLOCK = 1 << 14
-"""Bytes of a token file that have one checksum: reading a row of 4,096 ids reads one or two of them."""
+"""Bytes of a token file per checksum: reading a row of 4,096 ids touches one or two blocks."""
 BLOCK_SUM = np.dtype("<u4")
 LARGEST = 2**28
-"""Bytes of a manifest that are read at most; a source file takes some 400."""
+"""Largest manifest to read, in bytes; a source file takes about 400 bytes of it."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class TokenizerInfo:
     bos_token: str | None = None
     bos_id: Count | None = None
     adds_bos: bool | None = None
-    """Whether it begins a text with BOS by itself; None in stores that have no record of it."""
+    """True if the tokenizer prepends BOS by default; None in stores without a record of it."""
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of each file under `tokenizer/`."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Bytes [start, stop) of a file, or part `start` of `stop` of a streamed data set, and what was read from it."""
+    """Part of the corpus: bytes [start, stop) of a file, or part `start` of `stop` of a streamed data set."""
 
     path: str
     start: Count
@@ -79,7 +79,7 @@ class Shard:
     tokens_sha256: str
     documents_sha256: str
     blocks_sha256: str = ""
-    """Of `.blocks`; empty in stores of earlier versions, which have no checksum of parts."""
+    """Hash of `.blocks`; empty in stores of earlier versions, which have no block checksums."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Manifest:
     tokenizer: TokenizerInfo
     splits: dict[str, list[Shard]]
     bos: bool | None = None
-    """Whether every document begins with BOS; None in stores that have no record of it, and so no BOS."""
+    """True if every document begins with BOS; None in stores without a record of it, which have no BOS."""
     split_rule: dict[str, Any] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -97,36 +97,36 @@ class Manifest:
     version: int = VERSION
 
     def num_tokens(self, split: str) -> int:
-        """Tokens of a split, one EOS per document included."""
+        """Count the tokens of a split, one EOS per document included."""
         return sum(shard.num_tokens for shard in self.splits[split])
 
     def num_documents(self, split: str) -> int:
-        """Documents of a split."""
+        """Count the documents of a split."""
         return sum(shard.num_documents for shard in self.splits[split])
 
     def fingerprint(self) -> str:
-        """sha256 over what training reads (tokens, their order, the vocabulary), not over paths or versions."""
+        """Hash the content that training reads: tokens, their order and the vocabulary, not paths or versions."""
         shards = {split: [_content(shard) for shard in shards] for split, shards in self.splits.items()}
         content = [self.dtype, self.tokenizer.vocabulary_sha256, self.tokenizer.eos_id, shards]
+        # Append only for stores with BOS: fingerprints of older stores, recorded in checkpoints, must not change.
         if self.bos:
             content.append(f"BOS {self.tokenizer.bos_id}")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The text of manifest.json.
-
-        Bytes of a file's name that are not UTF-8 are lone surrogates in Python; as JSON's escapes they come back.
-        """
+        """Serialize to the text of manifest.json."""
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        # Python keeps non-UTF-8 bytes of file names as lone surrogates; as JSON escapes they survive the round trip.
         return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _content(shard: Shard) -> list[int | str]:
+    # Block checksums are left out: a store keeps its fingerprint when they are added to it.
     return [shard.num_documents, shard.num_tokens, shard.tokens_sha256, shard.documents_sha256]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of uint16 and uint32 (little endian) that holds every id below `vocab_size`."""
+    """Return the smaller of uint16 and uint32 (little endian) that fits every id below `vocab_size`."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
@@ -134,9 +134,10 @@ def read_manifest(store: Path) -> Manifest:
     """Read and check `<store>/manifest.json`.
 
     Raises:
-        ValueError: the directory is missing, is no store, is half written, or of a format this program does not know.
+        ValueError: the directory is missing, not a store, half written, or of an unknown format version.
     """
     path = store / MANIFEST
+    # lexists, so that a dangling link is reported as such instead of as a missing manifest.
     if not os.path.lexists(path):
         raise ConfigError("data.path", store, _why_not_a_store(store))
     try:
@@ -145,24 +146,26 @@ def read_manifest(store: Path) -> Manifest:
         raise ConfigError("data.path", store, "manifest.json is a broken link; copy the store again") from error
     except BadFile as error:
         what = f"manifest.json is not that of a token store: {error.reason}"
-        raise ConfigError("data.path", store, f"{what}; copy it again or tokenise again") from error
+        raise ConfigError("data.path", store, f"{what}; copy it again or tokenize again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ConfigError("data.path", store, "manifest.json is not that of a token store; tokenise again")
+        raise ConfigError("data.path", store, "manifest.json is not that of a token store; tokenize again")
+    # Check the version before decoding: a newer format may have fields that this version would call damaged.
     if content.get("version") != VERSION:
         raise ConfigError(
             "data.path",
             store,
-            f"store of format version {content.get('version')}, this program reads version "
-            f"{VERSION}; use the program that wrote it, or tokenise again",
+            f"store has format version {content.get('version')}, this program reads version "
+            f"{VERSION}; use the program that wrote it, or tokenize again",
         )
     try:
         return _checked(decode(content, Manifest, path), path)
     except BadFile as error:
-        raise ConfigError("data.path", store, f"manifest.json is {error.reason}; tokenise again") from error
+        raise ConfigError("data.path", store, f"manifest.json is {error.reason}; tokenize again") from error
 
 
 def partial_path(store: Path) -> Path:
-    """Where a store is written before it is complete and renamed."""
+    """Return the directory that a store is written to before it is complete and renamed."""
+    # Next to the store, because a rename is atomic only within one file system.
     return store.with_name(store.name + ".partial")
 
 
@@ -179,12 +182,13 @@ def _why_not_a_store(store: Path) -> str:
 
 
 def _checked(manifest: Manifest, path: Path) -> Manifest:
-    """Raise `BadFile` for what the types of the fields do not say."""
+    """Raise `BadFile` for damage that the field types cannot express."""
     if manifest.dtype not in ("<u2", "<u4"):
         raise BadFile(path, f"damaged (dtype {manifest.dtype!r})")
     if set(manifest.splits) != set(SPLITS):
         raise BadFile(path, f"damaged (its splits are {', '.join(sorted(manifest.splits)) or 'none'})")
     names = [shard.name for shards in manifest.splits.values() for shard in shards]
+    # Names become paths. A manifest from elsewhere must not make a reader leave the store (../../etc/passwd).
     for name in [*names, *manifest.tokenizer.files]:
         if not is_plain_name(name):
             raise BadFile(path, f"damaged (it names {name!r}, which is no file of its folder)")
@@ -194,5 +198,5 @@ def _checked(manifest: Manifest, path: Path) -> Manifest:
         if index is not None and index >= manifest.tokenizer.vocab_size:
             raise BadFile(path, f"damaged ({what} is {index}, the vocabulary has {manifest.tokenizer.vocab_size} ids)")
     if any(not shard.num_documents <= shard.num_tokens for shards in manifest.splits.values() for shard in shards):
-        raise BadFile(path, "damaged (a shard of more documents than tokens)")
+        raise BadFile(path, "damaged (a shard has more documents than tokens)")
     return manifest

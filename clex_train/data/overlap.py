@@ -1,7 +1,7 @@
-"""Documents that are in both of two splits, found by the hash of their text.
+"""Find documents that two splits share, by the hash of their text.
 
-The smaller side's hashes are sorted in memory (8 bytes a document); the larger side is streamed from its tables.
-Nearly all of its hashes are told apart by their first 22 bits, in a table that fits a cache, before any is looked for.
+Hashes of the smaller split are sorted in memory (8 bytes a document); the tables of the larger split are streamed.
+A bitmap over the first 22 bits, small enough for a CPU cache, rules out nearly all hashes before the binary search.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from clex_train.utils.errors import ConfigError
 logger = log.get(__name__)
 
 CHUNK_DOCUMENTS = 1 << 20
+# 2^22 one-byte flags are 4 MiB: they fit the L2 or L3 cache, and a split of 10^5 documents fills 2 % of them.
 _SHIFT = np.uint64(64 - 22)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """`num_held_out` held-out documents are training documents too; `train_doc` and `held_out_doc` are one pair."""
+    """Number of held-out documents that are also training documents, and one such pair of document ids."""
 
     num_held_out: int
     train_doc: int
@@ -31,9 +32,9 @@ class Overlap:
 
 
 def overlap(train: TokenStore, held_out: TokenStore) -> Overlap | None:
-    """Documents of equal text in two splits, or None; the example is that of the smallest hash.
+    """Find documents of equal text in two splits; None if there are none. The example has the smallest hash.
 
-    Memory: 8 bytes a document of the smaller split, twice, and a few megabytes.
+    Memory: 16 bytes a document of the smaller split and a few MiB.
     """
     small, large = sorted((train, held_out), key=lambda store: store.num_documents)
     shared = _values_in(large, np.unique(small.text_hashes()))
@@ -44,16 +45,17 @@ def overlap(train: TokenStore, held_out: TokenStore) -> Overlap | None:
 
 
 def require_disjoint(train: Iterable[TokenStore], held_out: TokenStore, allow_overlap: bool = False) -> None:
-    """Refuse to evaluate on documents that are trained on, or warn of it where `allow_overlap` is set.
+    """Refuse to evaluate on training documents, or only warn if `allow_overlap` is set.
 
     Args:
         train: the training split of each store of the run.
-        held_out: the split that is evaluated.
+        held_out: the split to evaluate on.
+        allow_overlap: warn instead of raising.
 
     Raises:
-        ValueError: a text is on both sides; says how many are, one of them by its origin on both sides, and the remedy.
+        ValueError: a text is in both; names the count, the origin of one document on both sides, and the remedy.
     """
-    from clex_train.utils import distributed  # here: a program that only tokenises needs no torch
+    from clex_train.utils import distributed  # imported late: tokenizing alone needs no torch
 
     for store in train:
         found = overlap(store, held_out)
@@ -61,22 +63,22 @@ def require_disjoint(train: Iterable[TokenStore], held_out: TokenStore, allow_ov
             continue
         facts = (
             f"{found.num_held_out} of its {held_out.num_documents} "
-            f"{held_out.split_name} documents are training documents of data.path={store.path} as well, such as "
+            f"{held_out.split_name} documents are also training documents of data.path={store.path}, such as "
             f"{held_out.place(found.held_out_doc)}, in training {store.place(found.train_doc)}"
         )
         if not allow_overlap:
             raise ConfigError(
                 "evaluation.path",
                 held_out.path,
-                f"{facts}; name another store by evaluation.path, remove them by `python -m data_prep decontaminate`, "
-                "or evaluate on them on purpose with evaluation.allow_overlap=true",
+                f"{facts}; choose another store with evaluation.path, remove them with `python -m data_prep "
+                "decontaminate`, or evaluate on them deliberately with evaluation.allow_overlap=true",
             )
         if distributed.is_main():
             logger.warning("evaluation.path=%s: %s; evaluation.allow_overlap=true", held_out.path, facts)
 
 
 def _values_in(store: TokenStore, wanted: np.ndarray) -> np.ndarray:
-    """uint64, sorted: those of the sorted `wanted` hashes that the split has."""
+    """Return the sorted uint64 hashes of `wanted` (sorted) that the split has."""
     parts = [values for _, values in _matches(store, wanted)]
     return np.unique(np.concatenate([np.empty(0, np.uint64), *parts]))
 
@@ -86,7 +88,7 @@ def _first(store: TokenStore, wanted: np.ndarray) -> int:
 
 
 def _matches(store: TokenStore, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (doc_ids, hashes) of documents whose hash is among the sorted `wanted`, for a chunk of them at a time."""
+    """Yield (doc_ids, hashes) of documents whose hash is in `wanted` (sorted), chunk by chunk."""
     if not len(wanted):
         return
     maybe = np.zeros(1 << 22, bool)
@@ -95,7 +97,7 @@ def _matches(store: TokenStore, wanted: np.ndarray) -> Iterator[tuple[np.ndarray
         for start in range(0, len(records), CHUNK_DOCUMENTS):
             hashes = np.ascontiguousarray(records[start : start + CHUNK_DOCUMENTS]["text_hash"])
             candidates = np.flatnonzero(maybe[hashes >> _SHIFT])
-            # In ascending order neighbours look at the same places; at random each would miss the cache.
+            # Sorted queries make neighbouring searches touch the same cache lines; in random order each one misses.
             candidates = candidates[np.argsort(hashes[candidates])]
             values = hashes[candidates]
             places = np.minimum(np.searchsorted(wanted, values), len(wanted) - 1)

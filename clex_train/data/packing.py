@@ -1,6 +1,6 @@
-"""Rows cut from a token store: documents joined by EOS, the join cut every `seq_len` tokens (`packing=concat`).
+"""Pack by concatenation (`data.packing=concat`): documents joined by EOS and cut every `seq_len` tokens.
 
-The index is computed, not stored: row k is the span [k * seq_len, (k + 1) * seq_len) of the store's tokens.
+There is no index: row k is the span [k * seq_len, (k + 1) * seq_len) of the store's tokens.
 """
 
 from __future__ import annotations
@@ -13,51 +13,54 @@ from clex_train.data.summary import PackingSummary
 from clex_train.utils.errors import ConfigError
 
 NUM_SAMPLED = 512
-"""Rows that the summary of a larger store is estimated from."""
+"""Rows that the summary of a larger store samples."""
 
 
 class ConcatRows:
-    """The rows of one pass over a store, in its order; the tokens after the last full row are not read.
+    """Rows of one pass over a store, in its order; the tokens after the last full row are dropped.
 
     Raises:
-        ValueError: the split holds fewer than `seq_len` tokens.
+        ValueError: the split has fewer than `seq_len` tokens.
     """
 
     def __init__(self, store: TokenStore, seq_len: int) -> None:
         if seq_len < 1:
-            raise ConfigError("data.seq_len", seq_len, "at least 1 token")
+            raise ConfigError("data.seq_len", seq_len, "must be at least 1 token")
         if seq_len > store.num_tokens:
             raise ConfigError(
                 "data.seq_len",
                 seq_len,
                 f"{store.path} has {store.num_tokens} {store.split_name} tokens, fewer than "
-                f"one row; take data.seq_len<={store.num_tokens} or a larger store",
+                f"one row; set data.seq_len<={store.num_tokens} or use a larger store",
             )
         self.store = store
         self.seq_len = seq_len
 
     def __len__(self) -> int:
-        """Full rows of the store."""
+        """Return the number of full rows."""
         return self.store.num_tokens // self.seq_len
 
     def __getitem__(self, index: int) -> Row:
-        """The span of `seq_len` tokens that begins at token `index * seq_len`."""
+        """Return the `seq_len` tokens from token `index * seq_len` on."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         start = index * self.seq_len
         stop = start + self.seq_len
+        # int64, which embedding lookups of torch need; the store keeps uint16 or uint32.
         return Row(self.store.tokens(start, stop).astype(np.int64), self.store.segments(start, stop), index)
 
     def summary(self) -> PackingSummary:
-        """Exact up to `NUM_SAMPLED` rows, else from that many at equal distances: the tables may be large."""
+        """Summarize exactly up to `NUM_SAMPLED` rows, beyond that from evenly spaced samples."""
+        # Each row needs two lookups in tables on disk, which a store of millions of rows cannot afford at startup.
         chosen = np.unique(np.linspace(0, len(self) - 1, min(len(self), NUM_SAMPLED)).astype(np.int64)).tolist()
         pieces, cut = np.array([self._pieces_and_cuts(k) for k in chosen]).mean(axis=0)
         sampled = len(chosen) if len(chosen) < len(self) else None
         return PackingSummary(len(self), 1.0, round(cut * len(self)), float(pieces), sampled)
 
     def _pieces_and_cuts(self, index: int) -> tuple[int, int]:
-        """Documents of a row, and whether one begins in it that it does not hold to the end."""
+        """Return the documents of a row, and 1 if a document that begins in it continues in the next row."""
         start, stop = index * self.seq_len, (index + 1) * self.seq_len
+        # One token more on each side shows if the first and last documents cross the borders of the row.
         around = self.store.segments(max(start - 1, 0), min(stop + 1, self.store.num_tokens))
         inside = around[start > 0 :][: self.seq_len]
         begins = inside[0] != inside[-1] or start == 0 or around[0] != inside[0]

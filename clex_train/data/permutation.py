@@ -1,8 +1,8 @@
-"""A permutation of {0 .. n-1} that is computed, not stored: O(1) memory and time for any n.
+"""Pseudorandom permutation of {0 .. n-1}, computed instead of stored: O(1) memory and time for any n.
 
 Generalised Feistel network on the grid a x b >= n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
 CT-RSA 2002, section 5): each round replaces one half by its sum with a keyed hash of the other, modulo the size of its
-axis. With a = ceil(sqrt n) and b = ceil(n / a) fewer than a grid points lie beyond n; cycle walking steps over them.
+axis. With a = ceil(sqrt n) and b = ceil(n / a), fewer than a grid points lie beyond n; cycle walking skips them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _MASK = (1 << 64) - 1
 
 
 class Permutation:
-    """A bijection of range(size), fixed by the random generator it is created with.
+    """Bijection of range(size), determined by the random generator passed in.
 
     Raises:
-        ValueError: size is below 1.
+        ValueError: size is less than 1.
     """
 
     def __init__(self, size: int, generator: np.random.Generator) -> None:
@@ -31,10 +31,10 @@ class Permutation:
         self._keys = [int(key) for key in generator.integers(0, 1 << 64, NUM_ROUNDS, dtype=np.uint64)]
 
     def __call__(self, index: int) -> int:
-        """The image of `index` in range(size)."""
+        """Return the image of `index` in range(size)."""
         assert 0 <= index < self.size, index
         image = self._encrypt(index)
-        while image >= self.size:  # ends: the walk stays on the cycle of `index`, which lies in range itself
+        while image >= self.size:  # terminates: the cycle of `index` contains `index` itself, which is in range
             image = self._encrypt(image)
         return image
 
@@ -48,7 +48,7 @@ class Permutation:
 
 
 def _mix(x: int) -> int:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): 64 bits in, 64 well-mixed bits out."""
+    """Mix 64 bits with the finalizer of splitmix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)

@@ -1,8 +1,8 @@
-"""Rows put together from pieces of documents by an index in memory: `best_fit` and `long_documents`.
+"""Pack pieces of documents into rows by an in-memory index: `best_fit` and `long_documents`.
 
-best_fit: best-fit-decreasing bin packing (Ding et al., "Fewer Truncations Improve Language Modeling", ICML 2024). A
-document longer than a row is cut into full rows; what remains of it, and every shorter document, goes whole into the
-row with the least room that still takes it, the longest first. A document is cut only if it does not fit in any row.
+best_fit is best-fit-decreasing bin packing (Ding et al., "Fewer Truncations Improve Language Modeling", ICML 2024).
+Documents longer than a row are cut into full rows. Remainders and shorter documents are placed whole, longest first,
+each into the fullest row with enough room. Only documents longer than a row are ever cut.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from clex_train.utils.errors import ConfigError
 
 
 class PieceRows:
-    """Row k joins the pieces [row_offsets[k], row_offsets[k+1]); its tail, if any, is EOS of no segment.
+    """Rows from pieces: row k joins pieces [row_offsets[k], row_offsets[k+1]), and EOS in `PADDING` fills the tail.
 
     Args:
-        store: where the tokens lie.
+        store: the store that holds the tokens.
         seq_len: tokens of a row, S.
-        starts, lengths: int64 [P]: each piece's first token in the store and its tokens.
+        starts, lengths: int64 [P]: first token of each piece in the store, and its number of tokens.
         row_offsets: int64 [R+1].
-        num_cut: documents that were cut into several pieces, or whose end is not read.
+        num_cut: documents that are cut into several pieces, or whose end is not read.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class PieceRows:
         self.num_cut = num_cut
 
     def __len__(self) -> int:
-        """Rows of one pass."""
+        """Return the rows of one pass."""
         return len(self.row_offsets) - 1
 
     def __getitem__(self, index: int) -> Row:
-        """The pieces of row `index`, each a segment."""
+        """Return row `index`; each of its pieces is a segment."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         tokens = np.full(self.seq_len, self.store.eos_id, np.int64)
@@ -62,16 +62,16 @@ class PieceRows:
         return Row(tokens, segments, index)
 
     def summary(self) -> PackingSummary:
-        """Exact, from the index."""
+        """Summarize exactly, from the index."""
         used = int(self.lengths.sum()) / (len(self) * self.seq_len)
         return PackingSummary(len(self), used, self.num_cut, len(self.starts) / len(self))
 
 
 def long_documents(store: TokenStore, seq_len: int, min_tokens: int) -> PieceRows:
-    """The full rows inside each document of at least `min_tokens` >= `seq_len` tokens, EOS included.
+    """Cut full rows from each document of at least `min_tokens` >= `seq_len` tokens, EOS included.
 
     Raises:
-        ValueError: no document is that long; the longest is named.
+        ValueError: no document is that long; names the longest.
     """
     assert min_tokens >= seq_len, (min_tokens, seq_len)
     offsets = store.doc_offsets
@@ -82,16 +82,17 @@ def long_documents(store: TokenStore, seq_len: int, min_tokens: int) -> PieceRow
             "data.min_document_tokens",
             min_tokens,
             f"none of the {len(lengths)} {store.split_name} documents of "
-            f"{store.path} is that long (the longest has {int(lengths.max(initial=0))} tokens); take fewer, or a "
+            f"{store.path} is that long (the longest has {int(lengths.max(initial=0))} tokens); lower it, or set a "
             "shorter data.seq_len",
         )
+    # The end of a document that does not fill a row is dropped: every row lies within one document.
     starts = _full_spans(offsets[chosen], lengths[chosen], seq_len)
     num_cut = int((lengths[chosen] != seq_len).sum())
     return PieceRows(store, seq_len, starts, np.full(len(starts), seq_len), np.arange(len(starts) + 1), num_cut)
 
 
 def best_fit(store: TokenStore, seq_len: int) -> PieceRows:
-    """Every token of the store once, in the fewest rows that best-fit-decreasing finds; a few seconds for 10^9 tokens.
+    """Pack every token of the store once into nearly the fewest rows; takes a few seconds for 10^9 tokens.
 
     Raises:
         ValueError: the split has no documents.
@@ -103,9 +104,10 @@ def best_fit(store: TokenStore, seq_len: int) -> PieceRows:
     full = _full_spans(offsets[:-1], lengths, seq_len)
     rests = lengths % seq_len
     documents = np.flatnonzero(rests)
-    # The longest first; equal lengths in the store's order, so that the index is a function of the store alone.
+    # Longest first, equal lengths in store order (stable sort): the index is a function of the store alone.
     documents = documents[np.argsort(-rests[documents], kind="stable")]
     rows = pack_descending(rests[documents], seq_len)
+    # Group pieces by row; stable, so that within a row the longest piece stays first.
     by_row = np.argsort(rows, kind="stable")
     chosen = documents[by_row]
     counts = np.concatenate([np.ones(len(full), np.int64), np.bincount(rows)])
@@ -120,17 +122,16 @@ def best_fit(store: TokenStore, seq_len: int) -> PieceRows:
 
 
 def pack_descending(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The bin of each item by best fit: int64 [n], bins counted from 0.
+    """Assign each item to a bin by best fit; return int64 [n], bins numbered from 0.
 
     Args:
-        lengths: int64 [n] of descending values in [1, capacity].
-        capacity: what a bin holds.
-
-    Items of one length go together: the fullest bins that still take the length take as many as fit, then the next
-    fullest, and bins of equal room are one run of bins. So the work grows with the distinct lengths, not with n.
+        lengths: int64 [n], descending values in [1, capacity].
+        capacity: size of a bin.
     """
     bins = np.empty(len(lengths), np.int64)
     rooms = _Rooms(capacity)
+    # Place items of one length together: runs of bins with equal room make the work grow with the number of distinct
+    # lengths (at most seq_len), not with n, which reaches 10^7.
     values, counts = np.unique(-lengths, return_counts=True)
     item = 0
     for length, count in zip((-values).tolist(), counts.tolist(), strict=True):
@@ -141,18 +142,19 @@ def pack_descending(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 class _Rooms:
-    """Bins by the room that is left in them: runs of consecutive bins, the last opened first."""
+    """Bins by remaining room, as runs of consecutive bins; the run opened last comes first."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._num_bins = 0
         self._runs: dict[int, list[tuple[int, int]]] = {}
         self._sizes: list[int] = []
-        """Ascending rooms that some bin has."""
+        """Ascending distinct rooms of the open bins."""
 
     def place(self, bins: np.ndarray, length: int) -> int:
-        """Write the bins of the first of the equal items left, of which there is one; returns how many were placed."""
+        """Place at least one of the equal items, write their bins to the start of `bins` and return how many."""
         room, first, stop = self._take(length, len(bins))
+        # Best fit fills one bin until the length no longer fits, then goes on to the next bin of the run.
         each = room // length
         full = min(stop - first, len(bins) // each)
         placed = full * each
@@ -168,7 +170,7 @@ class _Rooms:
         return placed + rest
 
     def _take(self, length: int, count: int) -> tuple[int, int, int]:
-        """A run of the bins with the least room for `length`, or new ones for `count` items: (room, first, stop)."""
+        """Take a run of the fullest bins with room for `length`, or open new ones; returns (room, first, stop)."""
         at = bisect_left(self._sizes, length)
         if at == len(self._sizes):
             needed = -(-count // (self.capacity // length))
@@ -182,6 +184,7 @@ class _Rooms:
         return room, first, stop
 
     def _put(self, room: int, first: int, stop: int) -> None:
+        # Full bins are forgotten: no later item fits.
         if not room or first == stop:
             return
         if room not in self._runs:
@@ -191,7 +194,8 @@ class _Rooms:
 
 
 def _full_spans(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    """int64: where each span of `seq_len` tokens begins that lies in a document, counted from its first token."""
+    """Return int64 starts of consecutive spans of `seq_len` tokens in each document, from its first token on."""
+    # Vectorized: a loop over 10^7 documents takes minutes.
     counts = lengths // seq_len
     before = np.cumsum(counts) - counts
     within = np.arange(int(counts.sum())) - np.repeat(before, counts)

@@ -1,11 +1,11 @@
-"""The files of one shard, read with `pread` and checked: its table of documents when opened, its tokens block by block.
+"""Read and verify the files of a shard: its document table when opened, its tokens block by block.
 
     <name>.tokens       token ids
-    <name>.blocks       uint32 little endian: the CRC-32 of each `BLOCK` bytes of the tokens, the last ones shorter
-    <name>.documents    one `DOCUMENT` record a document
+    <name>.blocks       uint32 little endian: CRC-32 of each `BLOCK` bytes of the tokens, the last block shorter
+    <name>.documents    one `DOCUMENT` record per document
 
-A memory map would end the process with SIGBUS where a file is cut short under it or its disk fails; a read that comes
-back short is one line. Stores of earlier versions have no `.blocks`; their tokens are read without a checksum.
+Reads use `pread`, not a memory map: a map kills the process with SIGBUS if a file is truncated or its disk fails,
+whereas a short read becomes one line of error. Stores of earlier versions have no `.blocks` and are read unverified.
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ from clex_train.data.manifest import BLOCK, BLOCK_SUM, DOCUMENT, Shard
 from clex_train.utils.errors import InputError
 from clex_train.utils.files import BadFile, open_regular, read_regular, regular_size
 
-REMEDY = "copy the store again or tokenise again"
+REMEDY = "copy the store again or tokenize again"
 STRIDE = 128
-"""Documents from one entry of a table's index in memory to the next."""
+"""Documents per entry of the in-memory index of a table."""
 CHUNK = 1 << 16
-"""Records of a table that are checked at a time."""
+"""Records of a table to verify at a time."""
 
 
 class DamagedStore(InputError):
-    """A file of a token store is not what was written; names the file, the place in it and the remedy."""
+    """A file of a token store differs from its manifest or checksums; names the file, the place and the remedy."""
 
 
 class TokenFile:
-    """The tokens of a shard; every block that a span touches is compared with its checksum, each time it is read.
+    """Tokens of a shard; every read verifies the checksums of the blocks it touches.
 
     Args:
-        store: the folder of the store, which no file may lead out of.
+        store: directory of the store; a link that leads out of it is refused.
         path: the token file.
-        vocab_size: ids are below it.
+        shard: the manifest's entry, with sizes and checksums.
+        dtype: uint16 or uint32.
+        vocab_size: exclusive upper bound of the ids.
 
     Raises:
-        DamagedStore: the file or its checksums cannot be read.
+        DamagedStore: the file or its checksums are unreadable.
     """
 
     def __init__(self, store: Path, path: Path, shard: Shard, dtype: np.dtype, vocab_size: int) -> None:
@@ -55,15 +57,16 @@ class TokenFile:
             self._sums = _read_sums(path.with_suffix(".blocks"), store, shard, num_blocks(self._num_bytes))
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Token ids [stop - start], read-only.
+        """Return token ids [stop - start], read-only.
 
         Raises:
-            DamagedStore: a block has not its checksum, the file was cut short, or an id is not of the vocabulary.
+            DamagedStore: a checksum does not match, the file is too short, or an id is outside the vocabulary.
         """
         size = self._dtype.itemsize
         first, last = start * size, stop * size
         if self._sums is None:
             ids = np.frombuffer(_pread(self._file, self._path, first, last), self._dtype)
+        # Widen the read to whole blocks, the unit of the checksums.
         else:
             begin = first - first % BLOCK
             end = min(last + -last % BLOCK, self._num_bytes)
@@ -77,30 +80,32 @@ class TokenFile:
         for number, at in enumerate(range(0, len(content), BLOCK), first_block):
             if zlib.crc32(content[at : at + BLOCK]) != sums[number]:
                 raise DamagedStore(
-                    f"{self._path}: damaged, block {number} (from byte {number * BLOCK}) has not its checksum; {REMEDY}"
+                    f"{self._path}: damaged, block {number} (from byte {number * BLOCK}) fails its checksum; {REMEDY}"
                 )
 
     def _require_known(self, ids: np.ndarray, start: int) -> None:
+        # An id beyond the embedding is a device-side assert on CUDA, which names neither file nor token. A vocabulary
+        # that fills the dtype (65,536 ids in uint16) has no such id.
         if self._vocab_size <= np.iinfo(self._dtype).max and len(ids) and ids.max() >= self._vocab_size:
             place = int((ids >= self._vocab_size).argmax())
             raise DamagedStore(
-                f"{self._path}: damaged, token {start + place} has the id {ids[place]}, and the store's vocabulary "
-                f"{self._vocab_size} ids; {REMEDY}"
+                f"{self._path}: damaged, token {start + place} has the id {ids[place]}, but the store's vocabulary "
+                f"has {self._vocab_size} ids; {REMEDY}"
             )
 
 
 class DocumentTable:
-    """The `DOCUMENT` records of a shard, by slices; checked as a whole when a process first opens it.
+    """`DOCUMENT` records of a shard, read by slices; verified as a whole when a process first opens it.
 
     Raises:
-        DamagedStore: it has not its checksum, or the ends of its documents do not ascend to that of the tokens.
+        DamagedStore: the checksum does not match, or the ends of the documents do not ascend to the last token.
     """
 
     def __init__(self, store: Path, path: Path, shard: Shard) -> None:
         self._path, self._num_documents = path, shard.num_documents
         self._file = _open(path, store)
-        # Stops of every `STRIDE`-th document: a search in memory leaves one short read, not twenty.
-        self._index = checked_index(store, path, shard)
+        # The ends of every `STRIDE`-th document: bisecting them in memory leaves one short read instead of twenty.
+        self._index = load_document_index(store, path, shard)
 
     def __len__(self) -> int:
         return self._num_documents
@@ -112,20 +117,21 @@ class DocumentTable:
         return np.frombuffer(_pread(self._file, self._path, first * size, max(first, last) * size), DOCUMENT)
 
     def stops_between(self, low: int, high: int) -> np.ndarray:
-        """int64: where documents end strictly between two tokens of the shard, ascending."""
+        """Return int64 ends of documents strictly between two tokens of the shard, ascending."""
         first = int(np.searchsorted(self._index, low, side="right")) * STRIDE
         last = int(np.searchsorted(self._index, high, side="left")) * STRIDE + STRIDE
         stops = np.ascontiguousarray(self[first:last]["stop"])
         return stops[np.searchsorted(stops, low, side="right") : np.searchsorted(stops, high, side="left")]
 
     def span(self, record: int) -> tuple[int, int]:
-        """Return the (start, stop) of one document in the shard."""
+        """Return (start, stop) of one document in the shard."""
+        # A document begins where the previous one ends; the table stores ends only.
         stops = self[max(record - 1, 0) : record + 1]["stop"]
         return (int(stops[0]) if record else 0), int(stops[-1])
 
 
 def check_sizes(store: Path, path: Path, shard: Shard, dtype: np.dtype) -> None:
-    """Compare the sizes of a shard's files with the manifest; `path` is that of its tokens. Raises `DamagedStore`."""
+    """Compare the sizes of a shard's files with the manifest; `path` is its token file. Raises `DamagedStore`."""
     num_bytes = shard.num_tokens * dtype.itemsize
     _check_size(path, store, num_bytes)
     _check_size(path.with_suffix(".documents"), store, shard.num_documents * DOCUMENT.itemsize)
@@ -134,20 +140,21 @@ def check_sizes(store: Path, path: Path, shard: Shard, dtype: np.dtype) -> None:
 
 
 def num_blocks(num_bytes: int) -> int:
-    """Count the blocks of a token file, the last one shorter."""
+    """Count the blocks of a token file; the last one may be shorter."""
     return -(-num_bytes // BLOCK)
 
 
-def checked_index(store: Path, path: Path, shard: Shard) -> np.ndarray:
-    """Check a table of documents as `DocumentTable` does; the stops of documents `STRIDE - 1`, `2 * STRIDE - 1`, ..."""
+def load_document_index(store: Path, path: Path, shard: Shard) -> np.ndarray:
+    """Verify a document table and return the ends of documents `STRIDE - 1`, `2 * STRIDE - 1`, ..."""
     with _open(path, store) as file:
+        # Inode, size and mtime key the cache: a file replaced while the process runs is verified again.
         facts = os.fstat(file.fileno())
-    return _checked_index(store, path, shard, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    return _load_document_index(store, path, shard, facts.st_ino, facts.st_size, facts.st_mtime_ns)
 
 
 @cache
-def _checked_index(store: Path, path: Path, shard: Shard, *facts: int) -> np.ndarray:
-    """As `checked_index`, once in a process for a file of these `facts` (inode, size, time): a run opens it often."""
+def _load_document_index(store: Path, path: Path, shard: Shard, *facts: int) -> np.ndarray:
+    """Verify once per process and file: a run opens each store several times, and hashing a table takes seconds."""
     digest, before, index = hashlib.sha256(), 0, [np.empty(0, np.int64)]
     with _open(path, store) as file:
         for first in range(0, shard.num_documents, CHUNK):
@@ -178,7 +185,8 @@ def _read_sums(path: Path, store: Path, shard: Shard, count: int) -> np.ndarray:
 
 
 def _pread(file: BufferedReader, path: Path, first: int, last: int) -> bytes:
-    """Read bytes [first, last) whole; a kernel gives at most 2 GiB at once."""
+    """Read bytes [first, last) completely."""
+    # Loop: Linux returns at most 2 GiB per call, and network file systems may return less.
     parts = []
     while first < last:
         try:

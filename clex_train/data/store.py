@@ -1,7 +1,7 @@
-"""A token store: any span of a split's tokens, and where its documents begin and end.
+"""Token store: read any span of a split's tokens, and the documents it consists of.
 
-Opening reads the manifest and the tables of documents, which are checked as a whole (28 bytes a document, once in a
-process); tokens are read and checked when a row needs them.
+Opening a store reads its manifest and verifies its document tables as a whole, once per process (28 bytes a document).
+Tokens are read and verified when a row needs them.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from pathlib import Path
 import numpy as np
 
 from clex_train.data.manifest import SPLITS, TOKENIZER, Manifest, Shard, read_manifest
-from clex_train.data.shard_files import DocumentTable, TokenFile, check_sizes, checked_index
+from clex_train.data.shard_files import DocumentTable, TokenFile, check_sizes, load_document_index
 from clex_train.utils.errors import ConfigError
 
 MAX_OPEN_SHARDS = 64
+"""Open files per store and kind; a mixture of stores with thousands of shards would pass the usual limit of 1,024."""
 
 
 class TokenStore:
     """One split of a store, its shards joined into a single sequence of `num_tokens` tokens.
 
-    `TokenStore(path)` is the training split; `.split("validation")` the documents held out.
+    `TokenStore(path)` is the training split, `.split("validation")` the held-out documents.
 
     Raises:
-        ValueError: no store at `path`, or one that is half written, damaged or of an unknown format.
+        ValueError: there is no store at `path`, or it is half written, damaged or of an unknown format.
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
@@ -38,9 +39,9 @@ class TokenStore:
         self._token_starts = _starts([shard.num_tokens for shard in self._shards])
         self._document_starts = _starts([shard.num_documents for shard in self._shards])
         self._check_files()
-        # A mixture of stores of thousands of shards must not keep all files open.
-        self._tokens_of = lru_cache(MAX_OPEN_SHARDS)(self._open_tokens)
-        self._documents_of = lru_cache(MAX_OPEN_SHARDS)(self._open_documents)
+        # Caches on the instance, not on the method: a class-level lru_cache would keep every store alive.
+        self._token_file = lru_cache(MAX_OPEN_SHARDS)(self._open_tokens)
+        self._document_table = lru_cache(MAX_OPEN_SHARDS)(self._open_documents)
 
     @property
     def num_tokens(self) -> int:
@@ -54,7 +55,7 @@ class TokenStore:
 
     @property
     def has_block_sums(self) -> bool:
-        """Return True if flipped bits are seen where tokens are read: not in stores of earlier versions."""
+        """True if flipped bits are noticed on reading; False for stores of earlier versions."""
         return all(shard.blocks_sha256 for shard in self._shards)
 
     @property
@@ -64,7 +65,7 @@ class TokenStore:
 
     @property
     def bos(self) -> bool:
-        """Return True if every document begins with BOS."""
+        """True if every document begins with BOS."""
         return bool(self.manifest.bos)
 
     @property
@@ -74,22 +75,23 @@ class TokenStore:
 
     @property
     def tokenizer_path(self) -> Path:
-        """Directory with the tokenizer that wrote the store, in the Hugging Face layout."""
+        """Directory of the tokenizer that wrote the store, in Hugging Face layout."""
         return self.path / TOKENIZER
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the store's content, both splits: equal for equal tokens, wherever the store lies."""
+        """Hash of the content of both splits: equal for equal tokens, wherever the store is."""
         return self.manifest.fingerprint()
 
     @cached_property
     def doc_offsets(self) -> np.ndarray:
-        """int64 [D+1]: document `d` is the span [doc_offsets[d], doc_offsets[d+1]), its EOS included."""
-        stops = [self._documents_of(i)[:]["stop"] + self._token_starts[i] for i in range(len(self._shards))]
+        """int64 [D+1]: document `d` is the span [doc_offsets[d], doc_offsets[d+1]), EOS included."""
+        # Loads every table (8 bytes a document in the result). `segments` and `span` get by without.
+        stops = [self._document_table(i)[:]["stop"] + self._token_starts[i] for i in range(len(self._shards))]
         return np.concatenate([np.zeros(1, np.int64), *stops])
 
     def split(self, name: str) -> TokenStore:
-        """The view on split `name`, "train" or "validation".
+        """Open split `name`, "train" or "validation", of the same store.
 
         Raises:
             ValueError: the split has no documents.
@@ -99,39 +101,42 @@ class TokenStore:
             raise ConfigError(
                 "data.path",
                 self.path,
-                f"the store has no {name} documents; tokenise again with another "
+                f"the store has no {name} documents; tokenize again with another "
                 f"corpus.validation_share (now {self.manifest.split_rule.get('validation_share')})",
             )
         return view
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Token ids [stop - start] of the span in the store's own dtype; read-only where it lies in one shard.
+        """Return token ids [stop - start] in the store's dtype; read-only if the span lies in one shard.
 
         Raises:
             IndexError: the span is not within [0, num_tokens].
-            DamagedStore: a block has not its checksum, or a file was cut short; a `ValueError`.
+            DamagedStore: a checksum does not match or a file is too short; a `ValueError`.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start}:{stop} of {self.num_tokens} in {self.path}/{self.split_name}")
+        # side="right" finds the shard that contains `start`: empty shards are filtered out, so starts are distinct.
         shard = int(np.searchsorted(self._token_starts, start, side="right")) - 1
         parts = []
         while start < stop:
             base, end = int(self._token_starts[shard]), int(self._token_starts[shard + 1])
-            parts.append(self._tokens_of(shard).read(start - base, min(stop, end) - base))
+            parts.append(self._token_file(shard).read(start - base, min(stop, end) - base))
             start, shard = min(stop, end), shard + 1
         if len(parts) == 1:
             return parts[0]
+        # The empty array makes an empty span concatenate to this dtype; concatenating nothing is an error.
         return np.concatenate([np.empty(0, self.dtype), *parts])
 
     def segments(self, start: int, stop: int) -> np.ndarray:
-        """int32 [stop - start]: which of the span's documents each of its tokens belongs to, counted from 0.
+        """Return int32 [stop - start]: the document of each token, numbered from 0 within the span.
 
-        Looks up the span's own borders alone, by bisection in the shards' tables; arguments as `tokens`.
+        Arguments and errors as in `tokens`. Bisects in the shards' tables and loads none as a whole.
         """
         borders = self._borders(start, stop)
         if not len(borders):
             return np.zeros(stop - start, np.int32)
         steps = np.zeros(stop - start, np.int32)
+        # Mark the first token of each later document; the running sum then numbers the documents.
         steps[borders - start] = 1
         return np.cumsum(steps, dtype=np.int32)
 
@@ -142,10 +147,10 @@ class TokenStore:
             yield int(doc_id), int(offsets[doc_id]), int(offsets[doc_id + 1])
 
     def origin(self, doc_id: int) -> str:
-        """Where a document came from: source file and record (line, row or file number in it, from 1)."""
+        """Describe the origin of a document: source file and record (line, row or file number in it, from 1)."""
         shard = int(np.searchsorted(self._document_starts, doc_id, side="right")) - 1
         index = doc_id - int(self._document_starts[shard])
-        (record,) = self._documents_of(shard)[index : index + 1]
+        (record,) = self._document_table(shard)[index : index + 1]
         source = self.manifest.sources[int(record["source"])]
         place = f" (from byte {source.start})" if source.start else ""
         if source.is_part:
@@ -153,35 +158,36 @@ class TokenStore:
         return f"{source.path}{place}: record {int(record['record'])}"
 
     def place(self, doc_id: int) -> str:
-        """The origin of a document, or its index where the store knows no sources."""
+        """Describe the origin of a document, or give its index if the store has no sources."""
         return self.origin(doc_id) if self.manifest.sources else f"document {doc_id}"
 
     def span(self, doc_id: int) -> tuple[int, int]:
-        """(start, stop) of one document's tokens, EOS included, from its shard's table alone."""
+        """Return (start, stop) of one document's tokens, EOS included, by a lookup in its shard's table."""
         shard = int(np.searchsorted(self._document_starts, doc_id, side="right")) - 1
         record = doc_id - int(self._document_starts[shard])
-        start, stop = self._documents_of(shard).span(record)
+        start, stop = self._document_table(shard).span(record)
         base = int(self._token_starts[shard])
         return base + start, base + stop
 
     def text_hashes(self) -> np.ndarray:
-        """uint64 [D]: a hash of each document's text; equal for equal documents, in any store."""
-        hashes = [self._documents_of(i)[:]["text_hash"] for i in range(len(self._shards))]
+        """Return uint64 [D]: a hash of each document's text; equal for equal texts, in any store."""
+        hashes = [self._document_table(i)[:]["text_hash"] for i in range(len(self._shards))]
         return np.concatenate([np.empty(0, np.uint64), *hashes])
 
     def document_tables(self) -> Iterator[tuple[int, DocumentTable]]:
-        """Yield (first doc_id, table of `DOCUMENT` records, to be read by slices) of each shard, in order."""
+        """Yield (first doc_id, table) of each shard, in order; tables hold `DOCUMENT` records and read by slices."""
         for i, first_doc in enumerate(self._document_starts[:-1]):
-            yield int(first_doc), self._documents_of(i)
+            yield int(first_doc), self._document_table(i)
 
     def _borders(self, start: int, stop: int) -> np.ndarray:
-        """Where documents begin strictly within the span."""
+        """Return the starts of documents strictly within the span."""
         shard = int(np.searchsorted(self._token_starts, start, side="right")) - 1
         parts = []
         while start < stop:
             base, end = int(self._token_starts[shard]), int(self._token_starts[shard + 1])
             last = min(stop, end) - base
-            parts.append(self._documents_of(shard).stops_between(start - base, last) + base)
+            parts.append(self._document_table(shard).stops_between(start - base, last) + base)
+            # The end of a shard ends a document, but its table reports only ends strictly within.
             if base + last < stop:
                 parts.append(np.array([end]))
             start, shard = base + last, shard + 1
@@ -200,7 +206,7 @@ class TokenStore:
     def _check_files(self) -> None:
         for i, shard in enumerate(self._shards):
             check_sizes(self.path, self._file(i, "tokens"), shard, self.dtype)
-            checked_index(self.path, self._file(i, "documents"), shard)
+            load_document_index(self.path, self._file(i, "documents"), shard)
 
 
 def _starts(counts: list[int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a packing makes of a store, in one line."""
+"""Summary of a packing in one line."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PackingSummary:
-    """`str(summary)` is what a run says of its rows at the start."""
+    """Statistics of a packing; `str(summary)` is the line that a run prints at startup."""
 
     num_rows: int
     """Rows of one pass."""
     utilisation: float
-    """Share of their tokens that are no padding."""
+    """Share of tokens that are not padding, in [0, 1]."""
     num_cut: int
-    """Documents that no row holds whole."""
+    """Documents that are split across rows or not read to their end."""
     documents_per_row: float
-    """Documents, or pieces of them, in a row on average."""
+    """Mean number of documents, or pieces of them, in a row."""
     num_sampled: int | None = None
-    """Rows that the last two were estimated from; None if they are exact."""
+    """Rows that the last two are estimated from; None if they are exact."""
 
     def __str__(self) -> str:
         about = "" if self.num_sampled is None else "about "

@@ -1,6 +1,6 @@
-"""Writes the files of a token store: shards document by document, then the manifest, last.
+"""Write the files of a token store: shards document by document, then the manifest.
 
-Every file is written beside its final name, flushed to disk and renamed, so a name that exists is a whole file.
+Each file is written under a temporary name, flushed to disk and renamed, so a final name always means a whole file.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ from clex_train.data.vocabulary import vocabulary_sha256
 from clex_train.utils.files import publish, sync_directory, sync_tree, temporary_path, write_atomically
 
 _TABLE_ROWS = 4096
+"""Document records to buffer before a write; 28 bytes each."""
 
 
 class ShardWriter:
-    """Writes `<folder>/<name>.tokens` and `.documents`; a context manager that leaves nothing behind on an error.
+    """Writes `<folder>/<name>.tokens` and `.documents`; a context manager that removes them on an error.
 
-    A document is written by any number of `write` and one `end_document`; nothing of it is held in memory.
+    A document is any number of `write` calls and one `end_document`; its tokens are not kept in memory.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._name, self._dtype = folder, name, dtype
         self._largest = np.iinfo(dtype).max
+        # Hash while writing: reading a shard of gigabytes again would double the time on a network file system.
         self._tokens = _HashedFile(self._path("tokens.tmp"))
         self._blocks = _BlockSums()
         self._table = _HashedFile(self._path("documents.tmp"))
@@ -51,8 +53,9 @@ class ShardWriter:
         self.num_documents = self._num_tokens = 0
 
     def write(self, ids: np.ndarray) -> None:
-        """Append ids [n], n >= 0, to the document that is being written; the last ones must be its EOS."""
+        """Append ids [n], n >= 0, to the current document; the caller ends it with EOS."""
         if len(ids):
+            # astype would wrap an id that is too large around to another valid id.
             assert 0 <= ids.min() <= ids.max() <= self._largest, "ids do not fit the dtype"
             content = ids.astype(self._dtype).tobytes()
             self._tokens.write(content)
@@ -60,21 +63,22 @@ class ShardWriter:
             self._num_tokens += len(ids)
 
     def end_document(self, text_hash: int, source: int, record: int) -> None:
-        """End the document; the fields of `DOCUMENT`."""
+        """End the current document and record the fields of `DOCUMENT`."""
         self._documents.append((self._num_tokens, text_hash, source, record))
         self.num_documents += 1
         if len(self._documents) == _TABLE_ROWS:
             self._write_table()
 
     def add(self, ids: np.ndarray, text_hash: int, source: int, record: int) -> None:
-        """Append a whole document, its EOS included."""
+        """Append a whole document, EOS included."""
         self.write(ids)
         self.end_document(text_hash, source, record)
 
     def close(self) -> Shard:
-        """Flush both files to disk under their final names and describe the shard."""
+        """Flush all files to disk under their final names and describe the shard."""
         self._write_table()
         sums = self._blocks.content()
+        # The tokens first: an interruption in between leaves files that no manifest lists, which a retry overwrites.
         publish(self._tokens.file, self._path("tokens"))
         publish(self._table.file, self._path("documents"))
         write_atomically(self._path("blocks"), sums)
@@ -98,7 +102,7 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for part in (self._tokens, self._table):
-            with suppress(OSError):  # a full disk: what could not be written is removed anyway
+            with suppress(OSError):  # on a full disk, closing fails to flush; the file is removed anyway
                 part.file.close()
         for path in (self._path("tokens.tmp"), self._path("documents.tmp"), temporary_path(self._path("blocks"))):
             path.unlink(missing_ok=True)
@@ -108,7 +112,7 @@ class ShardWriter:
 
 
 class _HashedFile:
-    """A file that is written and hashed in one go."""
+    """File that is hashed while it is written."""
 
     def __init__(self, path: Path) -> None:
         self.file: BinaryIO = open(path, "wb")  # noqa: SIM115  closed by its owner
@@ -120,13 +124,14 @@ class _HashedFile:
 
 
 class _BlockSums:
-    """The CRC-32 of each `BLOCK` bytes of a file that is only appended to."""
+    """CRC-32 of each `BLOCK` bytes of a file that is only appended to."""
 
     def __init__(self) -> None:
         self._sums: list[int] = []
         self._running = self._filled = 0
 
     def add(self, content: bytes) -> None:
+        # Slice a view: writes have any size, and copying them would double the memory traffic.
         view = memoryview(content)
         while len(view):
             part = view[: BLOCK - self._filled]
@@ -137,7 +142,7 @@ class _BlockSums:
                 self._end_block()
 
     def content(self) -> bytes:
-        """The `.blocks` file of what was added."""
+        """Return the content of the `.blocks` file."""
         if self._filled:
             self._end_block()
         return np.array(self._sums, BLOCK_SUM).tobytes()
@@ -149,7 +154,8 @@ class _BlockSums:
 
 def move_store(partial: Path, store: Path) -> None:
     """Rename a complete `partial` directory to `store`, which must not exist."""
-    # The tokenizer's files too, which its library has written.
+    # Sync the whole tree first: the tokenizer's files come from its library, which does not flush them, and a rename
+    # may reach the disk before the content does.
     sync_tree(partial)
     os.rename(partial, store)
     sync_directory(store.parent)
@@ -158,13 +164,13 @@ def move_store(partial: Path, store: Path) -> None:
 def write_store(
     store: Path, documents: Mapping[str, Iterable[Sequence[int]]], vocab_size: int, eos_id: int = 0
 ) -> Manifest:
-    """Write a store from token lists in memory, EOS appended to each: for tests and synthetic measurements.
+    """Write a store from token lists in memory, appending EOS to each; for tests and synthetic benchmarks.
 
     Args:
         store: directory to create.
-        documents: token ids without EOS per split, "train" and "validation"; a missing split is empty.
-        vocab_size: ids are below it; it decides the dtype. Token `i` is named "i" in the vocabulary.
-        eos_id: token appended to each document.
+        documents: token ids without EOS, by split ("train", "validation"); a missing split is empty.
+        vocab_size: exclusive upper bound of the ids; determines the dtype. Token `i` is named "i".
+        eos_id: token to append to each document.
     """
     partial = partial_path(store)
     splits: dict[str, list[Shard]] = {}

@@ -17,7 +17,7 @@ from clex_train.config.attention import AttentionImplementation
 from clex_train.config.engine import EngineConfig
 from clex_train.config.method import Method
 from clex_train.config.root import Config
-from clex_train.data.build import describe, mixture_line, packing_line, planned_passes
+from clex_train.data.build import describe, mixture_line, packing_line, planned_epochs
 from clex_train.data.shards import part_len
 from clex_train.engine import deepspeed as engines
 from clex_train.preflight import memory, meta_model, sequence_parallel
@@ -214,7 +214,7 @@ def _data(config: Config, inputs: Inputs) -> Iterator[str]:
     yield summary.labelled("packing", packing_line(data))
     if data.domains:
         yield summary.labelled("mixture", mixture_line(data))
-        yield summary.labelled("repeated", planned_passes(data, config.optim))
+        yield summary.labelled("repeated", planned_epochs(data, config.optim))
 
 
 def memory_table(plan: Plan) -> Iterator[str]:

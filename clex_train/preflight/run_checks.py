@@ -179,7 +179,7 @@ def _open_inputs(config: Config, arch: PretrainedConfig, scope: Scope) -> Inputs
     """Open stores and tokenizer; random weights take the tokenizer's vocabulary, so `arch` is changed to it."""
     paths = [domain.path for domain in config.data.domains.values()] or [config.data.path]
     is_complete = scope is not Scope.plan or all(path is not None and Path(path).exists() for path in paths)
-    stores = data.open_stores(config.data) if is_complete else data.stores_here(config.data)
+    stores = data.open_stores(config.data) if is_complete else data.open_existing_stores(config.data)
     held_out = _open_held_out(config, stores, scope)
     if config.model.is_pretrained:
         _check_ids(config, arch, stores, held_out)
@@ -228,7 +228,7 @@ def _pack(config: Config, inputs: Inputs) -> Inputs:
     if not inputs.is_complete:
         return inputs
     packed = data.pack(inputs.stores, config.data)
-    rows = data.rows_of_run(packed, config.data, config.seed, config.optim.batch_rows)
+    rows = data.build_rows(packed, config.data, config.seed, config.optim.batch_rows)
     return replace(inputs, packed=packed, rows=rows)
 
 

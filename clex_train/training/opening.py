@@ -21,7 +21,7 @@ def open_run(ready: Preflight) -> None:
         # Before the block invites to make it.
         (run_dir / STOP_FILE).unlink(missing_ok=True)
     print_opening(ready)
-    data.warn_of_repetition(ready.inputs.packed, config.data, config.optim)
+    data.warn_about_repetition(ready.inputs.packed, config.data, config.optim)
     engines.open_process_group(config.engine)
     distributed.write_on_main(partial(_write_records, ready))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    # Types only: programs that tokenize import this module and must not load torch.
+    # At run time this module needs no torch, which programs that only tokenize do not import.
     from torch import Tensor, nn
 
 

@@ -8,7 +8,7 @@ import pytest
 from clex_train.config.data import DataConfig, DomainConfig, Packing, parse_ranges
 from clex_train.config.optim import OptimConfig
 from clex_train.data import build
-from clex_train.data.identity import consumed, data_order
+from clex_train.data.identity import consumed_order, data_order
 from clex_train.data.writer import write_store
 
 
@@ -23,7 +23,7 @@ def mixture(tmp_path: Path) -> DataConfig:
 @pytest.mark.parametrize("packing", list(Packing))
 def test_a_mixture_reads_each_store_in_its_share_under_every_packing(mixture: DataConfig, packing: Packing) -> None:
     mixture.packing = packing
-    rows = build.rows_of_run(build.pack(build.open_stores(mixture), mixture), mixture, 0, batch_rows=10)
+    rows = build.build_rows(build.pack(build.open_stores(mixture), mixture), mixture, 0, batch_rows=10)
     of_code = [int(rows[i].tokens[0]) >= 50 for i in range(160)]
     assert sum(of_code) == 40
     assert [rows[i].index for i in range(3)] == [0, 1, 2]
@@ -31,7 +31,7 @@ def test_a_mixture_reads_each_store_in_its_share_under_every_packing(mixture: Da
 
 def test_weights_change_at_the_first_row_of_a_step(mixture: DataConfig) -> None:
     mixture.weights_at = {2: {"book": 0}}
-    rows = build.rows_of_run(build.pack(build.open_stores(mixture), mixture), mixture, 0, batch_rows=10)
+    rows = build.build_rows(build.pack(build.open_stores(mixture), mixture), mixture, 0, batch_rows=10)
     assert {int(rows[i].tokens[0]) >= 50 for i in range(20)} == {True, False}
     assert all(int(rows[i].tokens[0]) >= 50 for i in range(20, 60))
 
@@ -54,22 +54,22 @@ def test_passes_over_each_domain_are_reported_and_many_are_warned_of(
         ("mixture", "book 75 %, code 25 %"),
     ]
     with caplog.at_level(logging.INFO, logger="clex_train"):
-        build.warn_of_repetition(packed, mixture, optim)
+        build.warn_about_repetition(packed, mixture, optim)
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == 1
-    assert warned[0].startswith("book is read 4.7 times")
+    assert warned[0].startswith("book is read for 4.7 epochs")
 
 
 def test_the_plan_counts_passes_from_the_manifests_and_names_what_is_not_there(mixture: DataConfig) -> None:
     mixture.domains["code"].path = "/no/such/store"
-    planned = build.planned_passes(mixture, OptimConfig(steps=25, batch_rows=10))
+    planned = build.planned_epochs(mixture, OptimConfig(steps=25, batch_rows=10))
     assert planned.startswith("book 4.7 times, code unknown (620 tokens, no store at /no/such/store")
 
 
 def test_stores_of_two_tokenizers_are_refused(mixture: DataConfig, tmp_path: Path) -> None:
     write_store(tmp_path / "other", {"train": [[1] * 50]}, vocab_size=99)
     mixture.domains["code"].path = str(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"data.domains.code.path=.*another tokenizer \(99 tokens\) than .*book"):
+    with pytest.raises(ValueError, match=r"data.domains.code.path=.*its tokenizer \(99 tokens\) is not that of .*book"):
         build.open_stores(mixture)
 
 
@@ -94,11 +94,11 @@ def test_only_what_lies_ahead_of_a_checkpoint_may_change() -> None:
         at = {int(step.removeprefix("s")): {"code": value} for step, value in weights_at.items()}
         return data_order(DataConfig(domains=domains, weights_at=at, skip_rows=list(skip)), batch_rows=10)
 
-    at_step_5 = consumed(order(), 50)
-    assert consumed(order(s5=9.0), 50) == at_step_5 != consumed(order(s4=9.0), 50)
-    assert consumed(order(skip=("50-70",)), 50) == at_step_5 != consumed(order(skip=("49-70",)), 50)
-    assert consumed(order(weight=2), 50) != at_step_5
-    assert consumed(order(weight=2), 0) == consumed(order(), 0) == consumed({}, 0)
+    at_step_5 = consumed_order(order(), 50)
+    assert consumed_order(order(s5=9.0), 50) == at_step_5 != consumed_order(order(s4=9.0), 50)
+    assert consumed_order(order(skip=("50-70",)), 50) == at_step_5 != consumed_order(order(skip=("49-70",)), 50)
+    assert consumed_order(order(weight=2), 50) != at_step_5
+    assert consumed_order(order(weight=2), 0) == consumed_order(order(), 0) == consumed_order({}, 0)
 
 
 def test_skipped_rows_are_read_as_indices_and_closed_ranges() -> None:
@@ -120,7 +120,7 @@ def test_skipped_rows_are_read_as_indices_and_closed_ranges() -> None:
         ({"domains": {"book": DomainConfig("a", -2)}}, r"data.domains.book.weight=-2: a weight"),
         ({"domains": {"book": DomainConfig("a", 0)}}, r"data.domains=.*at least one domain needs a weight"),
         ({"packing": Packing.long_documents, "min_document_tokens": 99}, r"data.min_document_tokens=99: a row lies"),
-        ({"min_document_tokens": 5000}, r"data.min_document_tokens=5000: read by data.packing=long_documents alone"),
+        ({"min_document_tokens": 5000}, r"data.min_document_tokens=5000: only for data.packing=long_documents"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_with_their_key(fields: dict, message: str) -> None:

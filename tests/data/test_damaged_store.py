@@ -75,7 +75,7 @@ def test_a_flipped_bit_anywhere_in_the_tokens_is_seen_by_the_row_that_reads_it(s
 def test_a_flipped_bit_in_the_table_of_documents_is_refused_at_opening(store: Path, seed: int) -> None:
     path, draw = _shard(store, "documents"), np.random.default_rng(seed)
     _flip(path, int(draw.integers(path.stat().st_size)), 1 << int(draw.integers(8)))
-    with pytest.raises(DamagedStore, match=r"00000\.documents: damaged, .*; copy the store again or tokenise again"):
+    with pytest.raises(DamagedStore, match=r"00000\.documents: damaged, .*; copy the store again or tokenize again"):
         TokenStore(store)
 
 
@@ -108,7 +108,7 @@ def test_a_store_without_block_sums_reads_as_before_and_refuses_ids_beyond_its_v
     assert np.array_equal(earlier.tokens(0, earlier.num_tokens), expected)
     path = _shard(store, "tokens")
     _flip(path, 2 * 700 + 1, 0x80)
-    with pytest.raises(DamagedStore, match=r"token 700 has the id \d+, and the store's vocabulary 1000 ids"):
+    with pytest.raises(DamagedStore, match=r"token 700 has the id \d+, but the store's vocabulary has 1000 ids"):
         TokenStore(store).tokens(690, 710)
 
 

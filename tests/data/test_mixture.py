@@ -100,5 +100,5 @@ def test_skipping_leaves_the_other_rows_and_their_indices(skipped: set[int]) -> 
 
 
 def test_skipping_a_whole_pass_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data.skip_rows=\['0-4', '7-11'\]: 10 rows, and one pass .* has 10"):
+    with pytest.raises(ValueError, match=r"data.skip_rows=\['0-4', '7-11'\]: skips 10 rows, but one pass .* has 10"):
         SkippedRows(Numbers(10), [(0, 5), (7, 12)])

@@ -60,12 +60,12 @@ def test_the_overlap_is_that_of_python_sets(
 def test_a_shared_document_is_refused_in_one_line_with_both_places_and_the_remedy(tmp_path: Path) -> None:
     write_store(tmp_path / "train", {"train": [[1, 2], [3, 4], [5]]}, vocab_size=10)
     write_store(tmp_path / "held", {"validation": [[7], [3, 4]]}, vocab_size=10)
-    with pytest.raises(ValueError, match="1 of its 2 validation documents are training documents") as raised:
+    with pytest.raises(ValueError, match="1 of its 2 validation documents are also training documents") as raised:
         require_disjoint([TokenStore(tmp_path / "train")], TokenStore(tmp_path / "held", "validation"))
     line = str(raised.value)
     assert "\n" not in line
     assert "document 1, in training document 1;" in line
-    assert "name another store by evaluation.path" in line
+    assert "choose another store with evaluation.path" in line
     assert "python -m data_prep decontaminate" in line
     assert "evaluation.allow_overlap=true" in line
 
@@ -77,7 +77,7 @@ def test_a_shared_document_that_is_wanted_is_a_warning(
     monkeypatch.setattr(logging.getLogger("clex_train"), "propagate", True)
     write_store(tmp_path / "store", {"train": [[1, 2]], "validation": [[1, 2]]}, vocab_size=10)
     require_disjoint([TokenStore(tmp_path / "store")], TokenStore(tmp_path / "store", "validation"), allow_overlap=True)
-    assert "1 of its 1 validation documents are training documents" in caplog.text
+    assert "1 of its 1 validation documents are also training documents" in caplog.text
 
 
 def test_the_smaller_side_alone_is_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,7 +223,7 @@ def test_what_is_not_a_whole_store_is_one_clear_line(tmp_path: Path, damage, mes
 
 
 def test_a_split_without_documents_names_the_remedy(sharded: Path) -> None:
-    with pytest.raises(ValueError, match=r"no validation documents; tokenise again with .* corpus.validation_share"):
+    with pytest.raises(ValueError, match=r"no validation documents; tokenize again with .* corpus.validation_share"):
         TokenStore(sharded).split("validation")
 
 

@@ -69,7 +69,7 @@ def test_another_vocabulary_is_refused_naming_the_first_difference(
 
 def test_a_changed_tokenizer_copy_inside_the_store_is_noticed(store: TokenStore) -> None:
     word_level(["0", "1", "2", "9"]).save(str(store.tokenizer_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="own tokenizer directory was changed"):
+    with pytest.raises(ValueError, match="own tokenizer directory was modified"):
         check_tokenizer(store, store.tokenizer_path)
 
 
@@ -103,7 +103,7 @@ def test_an_id_that_the_embedding_lacks_is_named(tmp_path: Path) -> None:
     check_embedding(store, 512, "a/model")
     check_embedding(store, 300, "a/model")
     with pytest.raises(
-        ValueError, match=r"data\.path=.*: it has the id 299, and the embedding of a/model has 299 rows"
+        ValueError, match=r"data\.path=.*: it has the id 299, but the embedding of a/model has 299 rows"
     ):
         check_embedding(store, 299, "a/model")
 
@@ -119,7 +119,7 @@ def test_ids_beyond_the_embedding_that_no_document_has_do_no_harm(tmp_path: Path
 
 def test_an_eos_that_the_embedding_lacks_is_named(tmp_path: Path) -> None:
     store = small_store(tmp_path / "store", [[1, 2]], vocab_size=512, eos_id=511)
-    with pytest.raises(ValueError, match=r"its EOS is 511, and the embedding of a/model has 511 rows"):
+    with pytest.raises(ValueError, match=r"its EOS is 511, but the embedding of a/model has 511 rows"):
         check_embedding(store, 511, "a/model")
 
 
@@ -130,11 +130,11 @@ def test_a_bos_that_the_embedding_lacks_matters_where_documents_begin_with_it(tm
     store.manifest = replace(manifest, tokenizer=info, bos=False)
     check_embedding(store, 511, "a/model")
     store.manifest = replace(manifest, tokenizer=info, bos=True)
-    with pytest.raises(ValueError, match=r"its BOS is 511, and the embedding of a/model has 511 rows"):
+    with pytest.raises(ValueError, match=r"its BOS is 511, but the embedding of a/model has 511 rows"):
         check_embedding(store, 511, "a/model")
     check_bos(None, 511, "a/model")
     check_bos(510, 511, "a/model")
-    with pytest.raises(ValueError, match=r"^evaluation\.bos: BOS is 511, .* 511 rows .*; say evaluation\.bos=never"):
+    with pytest.raises(ValueError, match=r"^evaluation\.bos: BOS is 511, .* 511 rows .*; set evaluation\.bos=never"):
         check_bos(511, 511, "a/model")
 
 
@@ -154,5 +154,5 @@ def test_a_tokenizer_of_more_ids_than_the_embedding_is_refused() -> None:
         check_ids(tokenizer, 4, "a/model")
     tokenizer.eos_token = None
     check_ids(tokenizer, 4, "a/model")
-    with pytest.raises(ValueError, match=r"its tokenizer's last id is 3, and its embedding has 3 rows"):
+    with pytest.raises(ValueError, match=r"its tokenizer's last id is 3, but its embedding has 3 rows"):
         check_ids(tokenizer, 3, "a/model")

@@ -1,4 +1,4 @@
-"""Ways to write a small corpus, tokenise it, and read the store back."""
+"""Ways to write a small corpus, tokenize it, and read the store back."""
 
 import bz2
 import gzip
@@ -13,8 +13,8 @@ import zstandard
 from tokenizers import Tokenizer
 
 from clex_train.data.store import TokenStore
-from data_prep import tokenize
 from data_prep.config import CorpusConfig, EngineChoice, TokenizerConfig, TokenizeVerb
+from data_prep.tokenize import run as tokenize
 
 TEXTS = [
     "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 3,
@@ -67,7 +67,7 @@ def files_of(store: Path) -> dict[str, bytes]:
 
 
 def tokenize_files(paths: list[Path | str], tokenizer: Path, output: Path, **settings: Any) -> TokenStore:
-    """Tokenise files without a validation split; keys of the verb and of the corpus are told apart by name."""
+    """Tokenize files without a validation split; keys of the verb and of the corpus are told apart by name."""
     verb = {key: settings.pop(key) for key in ("workers", "shard_mb", "overwrite", "bos") if key in settings}
     runs = TokenizerConfig(str(tokenizer), EngineChoice[settings.pop("engine", "auto")])
     corpus = CorpusConfig(**{"paths": [str(path) for path in paths], "validation_share": 0.0} | settings)

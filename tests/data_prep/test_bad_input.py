@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 from clex_train.data.manifest import partial_path
 from data_prep.config import CorpusConfig, OnBadRecord
-from data_prep.documents import documents
-from data_prep.encoding import load_tokenizer
-from data_prep.sources import Piece
+from data_prep.corpus.documents import documents
+from data_prep.corpus.sources import Piece
+from data_prep.tokenize.encoding import load_tokenizer
 from tests.data_prep.small_corpora import COMPRESS, TEXTS, jsonl, stored_texts, tokenize_files, write_jsonl
 
 GOOD = [{"text": "good"}, {"text": "fine"}]
@@ -28,11 +28,11 @@ BAD_LINES = [
     ("not json", r"a.jsonl: line 3: malformed JSON \(Expecting value at column 1\)"),
     ('{"text": "a"} {"text": "b"}', r"line 3: malformed JSON \(Extra data at column 15\)"),
     ("[" * 100_000, r"line 3: malformed JSON \(nested too deeply\)"),
-    ('["text"]', "line 3: a JSON object is expected, this is a list"),
+    ('["text"]', "line 3: expected a JSON object, found list"),
     ('{"txt": "a", "meta": {}}', "line 3: no field 'text', the record has 'txt', 'meta'"),
     ("{}", "line 3: no field 'text', the record has none"),
-    ('{"text": 3}', "line 3: field 'text' must be a text, this is int"),
-    ('{"text": null}', "line 3: field 'text' must be a text, this is NoneType"),
+    ('{"text": 3}', "line 3: field 'text' must be a string, but is int"),
+    ('{"text": null}', "line 3: field 'text' must be a string, but is NoneType"),
     ('{"text": " \\n"}', "line 3: field 'text' is empty"),
     (b'{"text": "caf\xe9"}', r"line 3: not UTF-8 \(byte 14 is 0xe9\); convert"),
     ('{"text": "\\ud83d!"}', "line 3: character 1 of the text is half of a surrogate pair"),
@@ -116,7 +116,7 @@ def test_a_parquet_file_without_the_column_says_which_it_has(tmp_path: Path, tok
 
 def test_a_parquet_row_of_the_wrong_type_is_named(tmp_path: Path, tokenizer_dir: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet: row 2: field 'text' must be a text, this is NoneType"):
+    with pytest.raises(ValueError, match=r"a\.parquet: row 2: field 'text' must be a string, but is NoneType"):
         tokenize_files([tmp_path / "a.parquet"], tokenizer_dir, tmp_path / "store")
 
 
@@ -204,10 +204,10 @@ def missing_directory(folder: Path, tokenizer_dir: Path) -> Path:
         (no_eos, "it has no EOS token"),
         (empty_directory, r"no tokenizer in this directory \(no tokenizer.json; it has no files\)"),
         (weights_alone, r"it has config.json, model.safetensors\); name a directory .* train_tokenizer"),
-        (lfs_pointer, "tokenizer.json is a git-lfs pointer and not the file itself; fetch it by `git lfs pull`"),
+        (lfs_pointer, "tokenizer.json is a git-lfs pointer instead of the file; run `git lfs pull`"),
         (
             with_code,
-            "Python code of its own, which is not run unless you allow it; read it, then say "
+            "it comes with Python code, which does not run unless you allow it; read it, then set "
             "tokenizer.trust_remote_code=true",
         ),
         (missing_directory, "no such directory"),
@@ -220,7 +220,7 @@ def test_a_tokenizer_that_cannot_be_used_is_one_clear_line(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is asked on the terminal"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("no prompt on the terminal"))
     with pytest.raises(ValueError, match=message) as caught:
         load_tokenizer(str(make(tmp_path, tokenizer_dir)))
     assert "\n" not in str(caught.value)

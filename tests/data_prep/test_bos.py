@@ -14,7 +14,7 @@ from clex_train.data.manifest import MANIFEST
 from clex_train.data.store import TokenStore
 from data_prep import evaluation_sets, inspect
 from data_prep.config import EvaluationSetsVerb, InspectVerb
-from data_prep.ngrams import WordReader
+from data_prep.decontaminate.ngrams import WordReader
 from tests.data_prep.small_corpora import TEXTS, tokenize_files, write_jsonl
 
 LONG = [*TEXTS, "many words " * 20_000, "<s> not BOS but text"]
@@ -54,8 +54,8 @@ def test_always_and_never_overrule_the_tokenizer(
     assert documents(always) == documents(own)
     assert documents(never) == [document[1:] for document in documents(own)]
     assert len({own.fingerprint, never.fingerprint}) == 2
-    assert describe_bos(always) == "BOS, though the tokenizer puts none"
-    assert describe_bos(never) == "no BOS, though the tokenizer puts one"
+    assert describe_bos(always) == "BOS, although the tokenizer adds none"
+    assert describe_bos(never) == "no BOS, although the tokenizer adds one"
 
 
 def test_always_is_refused_of_a_tokenizer_without_bos(corpus: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -116,5 +116,7 @@ def test_a_mixture_of_documents_with_and_without_bos_is_refused(
     for name, bos in (("a", Bos.auto), ("b", Bos.never)):
         tokenize_files([corpus], bos_tokenizer_dir, tmp_path / name, bos=bos)
     domains = {name: DomainConfig(str(tmp_path / name)) for name in ("a", "b")}
-    with pytest.raises(ValueError, match=r"data\.domains\.b\.path=.* no BOS, though .*tokenise both with one bos="):
+    with pytest.raises(
+        ValueError, match=r"data\.domains\.b\.path=.* no BOS, although .*tokenize both with the same bos="
+    ):
         build.open_stores(DataConfig(domains=domains))

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from clex_train.data.store import TokenStore
 from data_prep.config import TokenizeVerb
-from data_prep.tokenize import run
+from data_prep.tokenize.run import run
 from tests.data_prep.small_corpora import stored_texts, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +116,7 @@ HUB: dict[str, Callable[[Path], list[str]]] = {"pg19": pg19, "slimpajama_book": 
 
 
 def tokenize(name: str, tokenizer: Path, output: Path, **keys: Any) -> list[str]:
-    """Tokenise a corpus by its name with some keys replaced, as `python -m data_prep tokenize` composes them."""
+    """Tokenize a corpus by its name with some keys replaced, as `python -m data_prep tokenize` composes them."""
     GlobalHydra.instance().clear()
     ConfigStore.instance().store(name="data_prep_schema", node=TokenizeVerb)
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import cutting
-from data_prep.cutting import Uncuttable, cutter
-from data_prep.engines import GigatokenEngine, TokenizersEngine
+from data_prep.tokenize import cutting
+from data_prep.tokenize.cutting import Uncuttable, cutter
+from data_prep.tokenize.engines import GigatokenEngine, TokenizersEngine
 from tests.data_prep.small_corpora import TEXTS
 from tests.data_prep.tokenizer_variants import byte_level_variants, learn, metaspace, sentencepiece, split, with_parts
 
@@ -73,7 +73,7 @@ def test_text_without_white_space_is_one_piece() -> None:
         ({"pre_tokenizer": split(r"\w+|(?<=a) b|\s+")}, r"pre-tokenizer Split"),
         ({"model": {"type": "Unigram", "vocab": []}}, "model is Unigram"),
         ({"added_tokens": [{"content": "two words", "special": False}]}, "'two words' may span a cut"),
-        ({"added_tokens": [{"content": "x", "rstrip": True, "special": False}]}, "takes in white space"),
+        ({"added_tokens": [{"content": "x", "rstrip": True, "special": False}]}, "absorbs white space"),
     ],
 )
 def test_a_tokenizer_of_which_nothing_can_be_proved_is_refused(parts: dict[str, Any], reason: str) -> None:

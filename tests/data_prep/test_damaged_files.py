@@ -13,8 +13,8 @@ import pytest
 import zstandard
 
 from data_prep.config import CorpusConfig
-from data_prep.documents import documents
-from data_prep.sources import Piece
+from data_prep.corpus.documents import documents
+from data_prep.corpus.sources import Piece
 
 TEXTS = [f"word{i} " * random.Random(i).randint(1, 40) for i in range(200)]
 NUM_DAMAGES = 60

@@ -17,10 +17,11 @@ import pytest
 from clex_train.data.store import TokenStore
 from clex_train.evaluation import windows
 from clex_train.utils.errors import RunStopped
-from data_prep import contamination, decontaminate, ngrams
 from data_prep.config import CorpusConfig, DecontaminateVerb, EvaluationStore
-from data_prep.documents import documents
-from data_prep.sources import plan
+from data_prep.corpus.documents import documents
+from data_prep.corpus.sources import plan
+from data_prep.decontaminate import contamination, ngrams
+from data_prep.decontaminate import run as decontaminate
 from tests.data_prep.small_corpora import files_of, stored_texts, tokenize_files, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -233,7 +234,7 @@ def test_exit_codes_tell_clean_from_contaminated(stores, tmp_path: Path) -> None
     assert found.returncode == 3
     line = found.stderr.splitlines()[-1]
     assert "3 of 6 documents are contaminated" in line
-    assert "output=STORE writes one without them" in line
+    assert "output=STORE writes a store without them" in line
     written = call(*inputs, f"output={tmp_path}/clean")
     assert written.returncode == 0, written.stderr
     assert (tmp_path / "clean.decontamination" / "report.json").is_file()
@@ -247,7 +248,7 @@ def test_nothing_left_is_no_store(stores, tmp_path: Path) -> None:
     config = DecontaminateVerb(
         str(stores[0]), EvaluationStore(str(only)), str(tmp_path / "clean"), str(tmp_path / "report"), threshold=1.0
     )
-    with pytest.raises(RunStopped, match=r"1 of 1 documents are contaminated.*name other evaluation documents"):
+    with pytest.raises(RunStopped, match=r"1 of 1 documents are contaminated.*choose other evaluation documents"):
         decontaminate.run(config)
     assert not (tmp_path / "clean").exists()
 
@@ -260,12 +261,12 @@ def test_nothing_left_is_no_store(stores, tmp_path: Path) -> None:
         ({"evaluation": "nowhere"}, "^evaluation=nowhere: no such directory"),
         ({"ngrams": []}, r"ngrams=\[\]: name at least one size"),
         ({"ngrams": [2, 0]}, r"ngrams=\[2, 0\]: different sizes of at least 1"),
-        ({"threshold": 1.5}, "threshold=1.5: a share above 0, at most 1"),
-        ({"containment": -0.1}, "containment=-0.1: a share above 0"),
-        ({"minhash_threshold": 0.0}, "minhash_threshold=0.0: a share above 0"),
+        ({"threshold": 1.5}, "threshold=1.5: must be in"),
+        ({"containment": -0.1}, "containment=-0.1: must be in"),
+        ({"minhash_threshold": 0.0}, "minhash_threshold=0.0: must be in"),
         ({"workers": 0}, "workers=0: at least 1"),
-        ({"output": "EVALUATION", "overwrite": True}, "a store that is read is not overwritten"),
-        ({"output": "REPORT"}, "exists; choose another, or overwrite=true"),
+        ({"output": "EVALUATION", "overwrite": True}, "is one of the input stores"),
+        ({"output": "REPORT"}, "exists; choose another path, or set overwrite=true"),
         ({"report": "/proc/report"}, "report=/proc/report: cannot write there"),
     ],
 )

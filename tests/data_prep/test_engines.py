@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from clex_train.data.manifest import partial_path
 from clex_train.data.store import TokenStore
-from data_prep import engines, sampling
 from data_prep.config import EngineChoice, Format
-from data_prep.engines import GigatokenEngine, TokenizersEngine, Unsupported, choose, trusted_characters
-from data_prep.sources import expand
-from data_prep.streams import open_stream
+from data_prep.corpus.sources import expand
+from data_prep.corpus.streams import open_stream
+from data_prep.tokenize import engines, sampling
+from data_prep.tokenize.engines import GigatokenEngine, TokenizersEngine, Unsupported, choose, trusted_characters
 from tests.data_prep.small_corpora import TEXTS, files_of, tokenize_files, write_jsonl
 from tests.data_prep.tokenizer_variants import byte_level_variants, learn, sentencepiece, with_parts
 
@@ -258,7 +258,7 @@ def test_a_source_that_changed_under_a_finished_shard_is_noticed(tmp_path: Path,
     with pytest.raises(ValueError, match="malformed"):
         run()
     good.write_bytes(content.replace(b"x", b"z"))
-    with pytest.raises(ValueError, match=r"a.jsonl: changed \(with the same size\) after shard 00000 was made of it"):
+    with pytest.raises(ValueError, match=r"a.jsonl: changed \(with the same size\) since shard 00000 was written"):
         run()
     good.write_bytes(content)  # the same bytes at another time are the same source
     with pytest.raises(ValueError, match="malformed"):

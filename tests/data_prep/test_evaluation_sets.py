@@ -80,13 +80,11 @@ def test_fewer_documents_are_a_choice_by_hash_that_more_only_add_to(store: Token
 
 def test_a_length_without_a_document_refuses_all_before_anything_is_written(store: TokenStore, tmp_path: Path) -> None:
     longest = length_in_order(store, -1)
-    message = (
-        rf"lengths=\[{longest + 1}\]: none of the {store.num_documents} .* longest has {longest}, its EOS included"
-    )
-    with pytest.raises(ValueError, match=rf"{message}\); take lengths=\[8, {longest}\]"):
+    message = rf"lengths=\[{longest + 1}\]: none of the {store.num_documents} .* longest has {longest}, EOS included"
+    with pytest.raises(ValueError, match=rf"{message}\); use lengths=\[8, {longest}\]"):
         write(store, tmp_path / "sets", lengths=[longest, longest + 1, 8])
     assert not (tmp_path / "sets").exists()
-    with pytest.raises(ValueError, match=rf"take lengths of at most {longest}, or another store"):
+    with pytest.raises(ValueError, match=rf"use lengths of at most {longest}, or use another store"):
         write(store, tmp_path / "sets", lengths=[longest + 5])
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from data_prep import export
 from data_prep.config import CorpusConfig, CorpusVerb
-from data_prep.streams import open_stream
+from data_prep.corpus.streams import open_stream
 from tests.data_prep.small_corpora import TEXTS, files_of, tokenize_files, write_jsonl
 
 
@@ -30,7 +30,7 @@ def test_writing_twice_gives_the_same_bytes_and_needs_a_word(tmp_path: Path) -> 
         verb = CorpusVerb(corpus=CorpusConfig(paths=[str(path)]), output=str(tmp_path / f"b.jsonl{suffix}"))
         export.run(verb)
         before = Path(verb.output).read_bytes()
-        with pytest.raises(ValueError, match="exists; choose another file, or overwrite=true"):
+        with pytest.raises(ValueError, match="exists; choose another file, or set overwrite=true"):
             export.run(verb)
         verb.overwrite = True
         export.run(verb)

@@ -79,7 +79,7 @@ def test_a_disk_that_fills_before_the_manifest_loses_nothing(
         others.append(fill(disk, leave_kb=0))
         publish(*arguments)
 
-    from data_prep import tokenize
+    from data_prep.tokenize import run as tokenize
 
     publish = tokenize.publish
     with monkeypatch.context() as patch:
@@ -89,7 +89,7 @@ def test_a_disk_that_fills_before_the_manifest_loses_nothing(
     assert not (disk / "store").exists()
     others[0].unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.shards.tokenize_unit", lambda *_: pytest.fail("nothing is left to tokenise"))
+        patch.setattr("data_prep.tokenize.shards.tokenize_unit", lambda *_: pytest.fail("nothing is left to tokenize"))
         store = tokenize_files(corpus[:1], tokenizer_dir, disk / "store", shard_mb=1)
     assert files_of(store.path) == whole
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from clex_train.data.store import TokenStore
-from data_prep import export, held_out, train_tokenizer
+from data_prep import export, train_tokenizer
 from data_prep.config import CorpusConfig, CorpusVerb, OnBadRecord
-from data_prep.documents import hash64
-from data_prep.sources import plan
+from data_prep.corpus import held_out
+from data_prep.corpus.documents import hash64
+from data_prep.corpus.sources import plan
 from tests.data_prep.small_corpora import files_of, stored_texts, tokenize_files, write_jsonl
 
 
@@ -84,8 +85,11 @@ def test_the_tokenizer_is_not_learned_from_documents_that_are_held_out(tmp_path:
 @pytest.mark.parametrize(
     ("count", "line"),
     [
-        (1, "no document is held out, so nothing can be evaluated on this store: raise corpus.validation_share=0.001"),
-        (3, "1 document is held out, and no error bars can come of one: raise corpus.validation_share=0.001"),
+        (
+            1,
+            "no document is held out, so this store cannot be used for evaluation: raise corpus.validation_share=0.001",
+        ),
+        (3, "only 1 document is held out, too few for error bars: raise corpus.validation_share=0.001"),
         (10, "corpus.validation_share=0.001 of 10 documents is too few for error bars: 2 are held out"),
     ],
 )

@@ -8,9 +8,9 @@ import pyarrow.parquet
 import pytest
 
 from clex_train.data.store import TokenStore
-from data_prep import hub
 from data_prep.config import CorpusConfig, CorpusSource, OnBadRecord, TokenizerConfig, TokenizeVerb
-from data_prep.tokenize import run
+from data_prep.corpus import hub
+from data_prep.tokenize.run import run
 from tests.data_prep.small_corpora import TEXTS, files_of, stored_texts, write_jsonl
 
 CARD = """---
@@ -123,7 +123,7 @@ def test_a_file_that_breaks_while_streaming_is_named_by_part_and_row(
     dataset: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     (dataset / "book" / "train-3.jsonl.zst").write_bytes(b"no zstandard")
-    with pytest.raises(ValueError, match=r"dataset: part 3 of 5, row 1: cannot be read on") as caught:
+    with pytest.raises(ValueError, match=r"dataset: part 3 of 5, row 1: reading failed") as caught:
         tokenize(dataset, tokenizer_dir, tmp_path / "store", hub_subset="book")
     assert "\n" not in str(caught.value)
 

@@ -169,10 +169,10 @@ def test_a_text_in_both_splits_is_reported_with_both_places(
     store = tokenize_files([path], tokenizer_dir, tmp_path / "s", split_field="from", validation_share=0.5)
     held_out = store.split("validation")
     report = report_of(store.path, capsys)
-    (line,) = [line for line in report.splitlines() if "are training documents too" in line]
+    (line,) = [line for line in report.splitlines() if "are also training documents" in line]
     count = sum(held_out.tokens(start, start + 5).tolist() == store.tokens(0, 5).tolist()
                 for _, start, _ in held_out.documents())  # fmt: skip
-    assert line.startswith(f"{count} of {held_out.num_documents} validation documents are training documents too")
+    assert line.startswith(f"{count} of {held_out.num_documents} validation documents are also training documents")
     assert line.count("a.jsonl: record") == 2
     apart = tokenize_files([path], tokenizer_dir, tmp_path / "apart", validation_share=0.5)
     if apart.num_documents and TokenStore(apart.path, "validation").num_documents:

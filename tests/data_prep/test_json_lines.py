@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_prep import json_lines, utf8
-from data_prep.utf8 import Utf8
+from data_prep.corpus import json_lines, utf8
+from data_prep.corpus.utf8 import Utf8
 from tests.data_prep.small_corpora import COMPRESS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,8 +91,8 @@ READ = """
 import resource, sys
 from collections import Counter
 from data_prep.config import CorpusConfig
-from data_prep.documents import documents
-from data_prep.sources import plan
+from data_prep.corpus.documents import documents
+from data_prep.corpus.sources import plan
 import pyarrow.parquet
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 corpus, before = CorpusConfig(paths=[sys.argv[1]]), peak()

@@ -13,8 +13,8 @@ import pytest
 from clex_train.data.manifest import partial_path
 from data_prep import export
 from data_prep.config import CorpusConfig, CorpusVerb, Format, OnBadRecord
-from data_prep.documents import documents
-from data_prep.sources import expand, plan
+from data_prep.corpus.documents import documents
+from data_prep.corpus.sources import expand, plan
 from tests.data_prep.small_corpora import stored_texts, tokenize_files, write_jsonl
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
@@ -40,7 +40,11 @@ def test_a_line_names_everything_in_a_folder_that_is_not_read(tmp_path: Path, ca
     assert [path.name for path in found] == ["a.jsonl"]
     (line,) = [record.getMessage() for record in caplog.records]
     assert "1 files read, 10 left out: 3 .csv (b.csv, c.csv, ...), 2 hidden (.git/, .hidden.txt)" in line
-    for kind in ("broken link (broken.txt)", "link to a folder, to be named by itself (linked)", ".zip.gz (e.zip.GZ)"):
+    for kind in (
+        "broken link (broken.txt)",
+        "link to a folder, name it in corpus.paths to read it (linked)",
+        ".zip.gz (e.zip.GZ)",
+    ):
         assert f"1 {kind}" in line
 
 
@@ -65,8 +69,8 @@ def test_a_glob_says_which_of_its_matches_are_folders(tmp_path: Path, caplog: py
     write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     write_jsonl(tmp_path / "more" / "b.jsonl", [{"text": "b"}])
     assert len(expand([f"{tmp_path}/*"], Format.auto)) == 1
-    assert f"1 matches are no files and left out: {tmp_path}/more" in caplog.text
-    with pytest.raises(ValueError, match=r"matches folders alone, such as .*more; end it with /\*\*"):
+    assert f"left out 1 matches that are not files: {tmp_path}/more" in caplog.text
+    with pytest.raises(ValueError, match=r"matches only folders, such as .*more; end it with /\*\*"):
         expand([f"{tmp_path}/m*"], Format.auto)
 
 

@@ -9,9 +9,9 @@ import pytest
 import zstandard
 
 from data_prep.config import CorpusConfig, Format
-from data_prep.documents import Document, documents
-from data_prep.sources import Piece, plan
-from data_prep.streams import DamagedStream, open_stream
+from data_prep.corpus.documents import Document, documents
+from data_prep.corpus.sources import Piece, plan
+from data_prep.corpus.streams import DamagedStream, open_stream
 from tests.data_prep.small_corpora import COMPRESS, TEXTS, jsonl, write_jsonl
 
 RECORDS = [{"text": text, "meta": {"title": f"no. {i}"}} for i, text in enumerate(TEXTS)]

@@ -1,9 +1,9 @@
-"""Whatever real text is tokenised, the tokens of the store decode to it: nothing lost, nothing added."""
+"""Whatever real text is tokenized, the tokens of the store decode to it: nothing lost, nothing added."""
 
 import json
 from pathlib import Path
 
-from data_prep.streams import open_stream
+from data_prep.corpus.streams import open_stream
 from tests.data_prep.small_corpora import stored_texts, tokenize_files
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import stdlib
 from data_prep.config import CorpusConfig, CorpusSource, Format
-from data_prep.sources import Unit, expand, plan
+from data_prep.corpus import stdlib
+from data_prep.corpus.sources import Unit, expand, plan
 from tests.data_prep.small_corpora import write_jsonl
 
 
@@ -61,7 +61,7 @@ def test_what_cannot_be_read_is_one_clear_line(folder: Path, entry: str, message
     ("corpus", "message"),
     [
         (CorpusConfig(), r"corpus.paths=\[\]: nothing to read; add \+corpus=NAME"),
-        (CorpusConfig(source=CorpusSource.hub), "corpus.hub: name a data set"),
+        (CorpusConfig(source=CorpusSource.hub), "corpus.hub: name a hub data set"),
     ],
 )
 def test_a_corpus_that_names_nothing_says_what_to_add(corpus: CorpusConfig, message: str) -> None:

@@ -19,10 +19,10 @@ from clex_train.data.manifest import partial_path
 from clex_train.data.packing import ConcatRows
 from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import check_tokenizer
-from data_prep import shards
 from data_prep.config import CorpusConfig, CorpusSource, TokenizerConfig, TokenizeVerb
-from data_prep.streams import open_stream
-from data_prep.tokenize import run
+from data_prep.corpus.streams import open_stream
+from data_prep.tokenize import shards
+from data_prep.tokenize.run import run
 from tests.data_prep.small_corpora import TEXTS, files_of, stored_texts, tokenize_files, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +108,7 @@ def test_the_store_carries_its_tokenizer(store: TokenStore, tokenizer_dir: Path)
 def test_another_tokenizer_is_refused(store: TokenStore, tokenizer_dir: Path) -> None:
     other = AutoTokenizer.from_pretrained(tokenizer_dir)
     other.add_tokens(["<extra>"])
-    with pytest.raises(ValueError, match="tokenised with another tokenizer"):
+    with pytest.raises(ValueError, match="tokenized with another tokenizer"):
         check_tokenizer(store, other)
 
 
@@ -180,7 +180,7 @@ def test_the_batch_size_moves_no_token(
 
 KILLED = """
 import os, signal, sys
-from data_prep import shards
+from data_prep.tokenize import shards
 from tests.data_prep.small_corpora import tokenize_files
 
 whole = shards.tokenize_unit
@@ -227,7 +227,7 @@ def test_a_program_killed_before_the_last_rename_is_completed(
         with pytest.raises(RuntimeError, match="killed"):
             tokenize()
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.tokenize.run_units", lambda *_: pytest.fail("nothing is left to tokenise"))
+        patch.setattr("data_prep.tokenize.run.run_units", lambda *_: pytest.fail("nothing is left to tokenize"))
         assert files_of(tokenize().path) == files_of(store.path)
 
 
@@ -309,7 +309,7 @@ def test_a_corpus_without_held_out_documents_says_so(
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}])
     tokenize_files([path], tokenizer_dir, tmp_path / "store", validation_share=1e-9)
-    assert "no document is held out, so nothing can be evaluated on this store" in caplog.text
+    assert "no document is held out, so this store cannot be used for evaluation" in caplog.text
 
 
 def test_the_standard_library_round_trips(tmp_path: Path, tokenizer_dir: Path) -> None:

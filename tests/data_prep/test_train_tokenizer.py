@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from data_prep import train_tokenizer
 from data_prep.config import CorpusConfig, CorpusSource, TrainTokenizerVerb
-from data_prep.documents import documents
-from data_prep.sources import plan
-from data_prep.streams import open_stream
+from data_prep.corpus.documents import documents
+from data_prep.corpus.sources import plan
+from data_prep.corpus.streams import open_stream
 from tests.data_prep.small_corpora import TEXTS, files_of, write_jsonl
 
 
@@ -87,18 +87,18 @@ def test_a_small_corpus_gives_fewer_tokens_and_says_so(
     corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train([corpus], tmp_path / "t", vocab_size=50_000)
-    assert "vocab_size=50000: the corpus gives" in caplog.text
+    assert "vocab_size=50000: the corpus yields only" in caplog.text
 
 
 def test_an_existing_output_is_kept_unless_overwritten(corpus: Path, tmp_path: Path) -> None:
     train([corpus], tmp_path / "t", vocab_size=300)
-    with pytest.raises(ValueError, match=r"output=.*t: exists; choose another directory, or overwrite=true"):
+    with pytest.raises(ValueError, match=r"output=.*t: exists; choose another directory, or set overwrite=true"):
         train([corpus], tmp_path / "t", vocab_size=301)
     assert len(AutoTokenizer.from_pretrained(train([corpus], tmp_path / "t", vocab_size=301, overwrite=True))) == 301
 
 
 def test_a_corpus_held_out_entirely_is_empty(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the corpus is empty, no training document"):
+    with pytest.raises(ValueError, match="the corpus is empty, it has no training documents"):
         train([corpus], tmp_path / "t", vocab_size=300, validation_share=1.0)
 
 

@@ -41,7 +41,7 @@ def rank_of_row(index: int) -> int:
 def block_of_rank_1(launcher: Launcher, tokens: Path) -> tuple[int, int]:
     """A block that nobody reads before the third step, and there rank 1 alone; the block and the step."""
     config = composed(*launcher.program("any", *OVERRIDES)[1:])
-    rows = build.rows_of_run(
+    rows = build.build_rows(
         build.pack(build.open_stores(config.data), config.data), config.data, config.seed, BATCH_ROWS
     )
     for block in range(tokens.stat().st_size // BLOCK):

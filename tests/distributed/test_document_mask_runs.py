@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep import tokenize
 from data_prep.config import CorpusConfig, TokenizerConfig, TokenizeVerb
+from data_prep.tokenize import run as tokenize
 
 OPTIONS = (
     "scaling=clex",

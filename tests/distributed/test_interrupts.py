@@ -175,7 +175,7 @@ def test_a_conversion_for_one_rank_that_signals_interrupt_ends_with_the_same_bit
         assert trial.code in allowed, (trial.number, trial.code, trial.output)
 
 
-def test_tokenising_that_signals_interrupt_ends_with_the_same_bytes(tmp_path, tiny_store):
+def test_tokenizing_that_signals_interrupt_ends_with_the_same_bytes(tmp_path, tiny_store):
     texts = tmp_path / "texts"
     texts.mkdir()
     for index in range(6):

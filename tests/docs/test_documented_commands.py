@@ -17,7 +17,7 @@ from clex_train.cli.overrides import for_hydra, type_at
 from clex_train.cli.report import ReportConfig
 from clex_train.config import root as configuration
 from clex_train.config.root import Config
-from data_prep.__main__ import VERBS, _by_its_path
+from data_prep.__main__ import VERBS, _expand_group_path
 from launch import slurm
 from tests.helpers.composing import CONF
 
@@ -85,7 +85,7 @@ def test_a_documented_command_is_taken(line):
     elif program == "data_prep" and words:
         schema, _ = VERBS[words[0]]
         ConfigStore.instance().store(name="data_prep_schema", node=schema)
-        _composed("data_prep", for_hydra(schema, [_by_its_path(word) for word in words[1:]]))
+        _composed("data_prep", for_hydra(schema, [_expand_group_path(word) for word in words[1:]]))
     elif program in PROGRAMS:
         arguments.parse(PROGRAMS[program], [word for word in words if "=" in word])
 

@@ -171,6 +171,6 @@ def test_windows_unlike_the_documents_of_the_training_are_said_so(
     assert not caplog.records
     warn_if_bos_differs(recorded(store, True), None)
     assert "evaluation begins windows and prompts without BOS" in caplog.text
-    assert "evaluation.bos=always makes them alike" in caplog.text
+    assert "set evaluation.bos=always to match them" in caplog.text
     warn_if_bos_differs(recorded(store, None), BOS, "bos")
-    assert "have no BOS (the store was written before it could have one); bos=never makes them alike" in caplog.text
+    assert "have no BOS (the store predates the BOS option); set bos=never to match them" in caplog.text

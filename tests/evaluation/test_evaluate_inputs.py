@@ -41,7 +41,7 @@ def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, mon
         (["model={model}", "data={store}", "chunk_len=0"], "chunk_len=0"),
         (["model={model}", "data={store}", "lengths=[16,24]"], "lengths=[16, 24]"),
         (["model={model}", "data={store}", "lengths=[16,256]"], "none of the 3 validation documents is that long"),
-        (["model={model}", "data={other}", "lengths=[16]"], "tokenised with another tokenizer"),
+        (["model={model}", "data={other}", "lengths=[16]"], "tokenized with another tokenizer"),
         (["model={root}/nowhere", "data={store}"], "model={root}/nowhere: no such directory"),
         (["model={store}", "data={store}"], "model={store}: no readable config.json"),
         (["run={root}/nowhere"], "run={root}/nowhere: no such folder"),

@@ -38,7 +38,7 @@ IMPORTED = [
     "clex_train.engine.deepspeed",
     # Imports torch's compiler, as DeepSpeed does when it builds any optimizer.
     "deepspeed.runtime.zero.muon.muon_optimizer",
-    "data_prep.tokenize",
+    "data_prep.tokenize.run",
 ]
 
 

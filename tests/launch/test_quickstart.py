@@ -11,7 +11,7 @@ from launch import quickstart
 @pytest.mark.parametrize(
     ("code", "line"),
     [
-        (75, "stopped as asked; the same command goes on with this stage: deepspeed train.py +experiment=tiny_base"),
+        (75, "stopped on request; the same command resumes this stage: deepspeed train.py +experiment=tiny_base"),
         (3, "error: stage failed with exit code 3: deepspeed train.py +experiment=tiny_base"),
     ],
 )

@@ -80,7 +80,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(command, tmp_path):
         (("data.path=nowhere",), "data.path=nowhere"),
         (("output_dir=/proc/run",), "output_dir=/proc/run: cannot be written"),
         (("-m", "seed=1,2"), "argument=-m: give key=value, or --dry-run"),
-        (("resume=never",), "resume=never: a job that is requeued has to resume"),
+        (("resume=never",), "resume=never: a requeued job has to resume"),
         (("evaluation.protocols=[streaming]",), "evaluation.protocols=['streaming']: streaming reads one long text"),
         (("dry_run=true",), "dry_run=True: would be submitted as a job; --dry-run shows the script"),
     ],
@@ -101,7 +101,7 @@ def test_held_out_ids_that_the_embedding_lacks_are_refused_as_train_py_does(comm
     LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "base")
     done = command("model.path=base", f"evaluation.path={tiny_store}")
     assert done.returncode == 2
-    line = rf"error: evaluation\.path={tiny_store}: it has the id \d+, and the embedding of base has 300 rows"
+    line = rf"error: evaluation\.path={tiny_store}: it has the id \d+, but the embedding of base has 300 rows"
     assert re.search(line, done.stderr), done.stderr
     assert not (tmp_path / "run").exists()
 

@@ -48,7 +48,7 @@ def test_a_signal_reaches_the_rank_and_not_its_launcher_and_no_stage_begins_afte
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert errors == "interrupted by SIGINT; finished stages are kept, the same command goes on\n"
+    assert errors == "interrupted by SIGINT; finished stages are kept, run the same command to continue\n"
     assert output == ("" if code else "code 0\n"), "the launcher lived to pass on its rank's code"
     assert not psutil.wait_procs(below, timeout=5)[1]
 

@@ -115,7 +115,7 @@ def test_a_stage_whose_result_exists_is_not_done_again_and_a_failing_one_is_name
         (["--seeds"], "argument --seeds: expected at least one argument"),
         (
             [],
-            "error: --books={books}: no such file, directory or glob; name files as the corpus local_books reads them",
+            "error: --books={books}: no such file, directory or glob; name files that the corpus local_books can read",
         ),
     ],
 )

@@ -297,7 +297,7 @@ def test_the_plan_names_packing_and_mixture_in_a_line_each(capsys):
     dry_run.print_plan(composed("+experiment=tiny_clex", *overrides))
     lines = capsys.readouterr().out.splitlines()
     (packing,) = (line for line in lines if line.startswith("  packing     "))
-    assert packing.startswith("  packing     best_fit: whole documents together in rows of 2,048 tokens")
+    assert packing.startswith("  packing     best_fit: whole documents packed into rows of 2,048 tokens")
     assert packing.endswith("; 11 rows skipped")
     (mixture,) = (line for line in lines if line.startswith("  mixture     "))
     assert "book 40 %, arxiv 20 %, general 20 %, code 10 %, qa 5 %, paper 5 %; from step 10: book 0 %" in mixture

@@ -118,7 +118,7 @@ def test_evaluation_on_training_documents(refusal, tmp_path, tiny_store):
     line = refusal(f"evaluation.path={other}")
     assert line.startswith(f"evaluation.path={other}: ")
     assert ".txt: record 1, in training" in line
-    assert "name another store by evaluation.path" in line
+    assert "choose another store with evaluation.path" in line
 
 
 def test_a_mixture_that_cannot_be_read(refusal, tiny_store):
@@ -148,7 +148,9 @@ def test_rows_of_documents_longer_than_all(refusal):
 
 
 def test_skipping_more_rows_than_there_are(refusal):
-    assert refusal("data.skip_rows=[0-99999999]").startswith("data.skip_rows=['0-99999999']: 100000000 rows, and one")
+    assert refusal("data.skip_rows=[0-99999999]").startswith(
+        "data.skip_rows=['0-99999999']: skips 100000000 rows, but one"
+    )
 
 
 @pytest.fixture
@@ -189,7 +191,7 @@ def test_ids_that_the_embedding_lacks(refusal, base):
     config.vocab_size = 300
     LlamaForCausalLM(config).save_pretrained(base)
     line = refusal(f"model.path={base}", *OWN_LENGTH)
-    assert re.match(r"data\.path=.*: it has the id \d+, and the embedding of .*base has 300 rows", line)
+    assert re.match(r"data\.path=.*: it has the id \d+, but the embedding of .*base has 300 rows", line)
 
 
 @pytest.mark.parametrize("key", ["data", "evaluation"])
@@ -200,7 +202,7 @@ def test_held_out_ids_that_the_embedding_lacks(refusal, base, tiny_store, monkey
     config.vocab_size = 300
     LlamaForCausalLM(config).save_pretrained(base)
     line = refusal(f"model.path={base}", *OWN_LENGTH, f"{key}.path={tiny_store}")
-    assert re.match(rf"{key}\.path=.*: it has the id \d+, and the embedding of .*base has 300 rows", line)
+    assert re.match(rf"{key}\.path=.*: it has the id \d+, but the embedding of .*base has 300 rows", line)
 
 
 def test_a_base_without_its_tokenizer(refusal, base):

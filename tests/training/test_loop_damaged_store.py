@@ -58,7 +58,7 @@ def test_a_run_that_meets_a_damaged_block_saves_and_goes_on_to_the_same_bits(
     # Two steps had been read before: the one that was damaged in, and the one ahead of it.
     (saved,) = (tmp_path / "damaged" / "checkpoints").glob("step_*")
     assert line.startswith(f"step {int(saved.name.removeprefix('step_')) + 1}: {store}/train/")
-    assert "has not its checksum; copy the store again or tokenise again; the last checkpoint is" in line
+    assert "fails its checksum; copy the store again or tokenize again; the last checkpoint is" in line
     assert str(saved) in line
     assert console.report(caught.value) == console.USER_ERROR
     assert capsys.readouterr().err.endswith(f"error: {line}\n")

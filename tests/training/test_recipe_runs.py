@@ -253,7 +253,7 @@ def test_a_model_that_is_scaled_already_is_refused(run, finals, name):
 
 def test_a_clex_field_is_not_dropped(run, base):
     clex = run("clex", "model.init=pretrained", f"model.path={base}", "scaling=clex", "scaling.t_max=4") / "final"
-    with pytest.raises(ValueError, match=r"^scaling\.name=pi: .*holds a CLEX field, which scaling=pi would drop"):
+    with pytest.raises(ValueError, match=r"^scaling\.name=pi: .*has a CLEX field, which scaling=pi would drop"):
         fine_tuned(run, clex, "dropped", "scaling=pi")
 
 

@@ -1,4 +1,4 @@
-"""Writes the store that `decontaminate` leaves: the evaluation's validation split without what was found."""
+"""Write the decontaminated store: the validation split without the contaminated documents."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from clex_train.data.manifest import SPLITS, TOKENIZER, Manifest, Shard
 from clex_train.data.store import TokenStore
 from clex_train.data.writer import ShardWriter
 from clex_train.utils.errors import NO_ROOM, ConfigError
-from data_prep.decontamination_report import Report
+from data_prep.decontaminate.report import Report
 from data_prep.partial import open_partial, publish, require_place_of_store
 
 _COPIED_TOKENS = 1 << 22
+"""Tokens to copy at a time, so that memory does not depend on the longest document."""
 _SHARD = "00000"
 
 
 def require_writable(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Raise `ValueError` if `output` is one of the stores that are read, or exists and may not be replaced."""
+    """Raise `ValueError` if `output` is one of the input stores, or exists and may not be replaced."""
+    # resolve: the same store may be reached by a link or a relative path.
     if output.resolve() in [store.resolve() for store in inputs]:
-        raise ConfigError("output", output, "a store that is read is not overwritten; choose another")
+        raise ConfigError("output", output, "is one of the input stores; choose another path")
     if output.exists() and not overwrite:
-        raise ConfigError("output", output, "exists; choose another, or overwrite=true")
+        raise ConfigError("output", output, "exists; choose another path, or set overwrite=true")
     require_place_of_store(output)
 
 
 def write_decontaminated(report: Report, output: Path, overwrite: bool) -> None:
-    """Write the store: same tokenizer and sources; the manifest's settings say what was left out, and why.
+    """Write the store with the same tokenizer and sources; the manifest records the documents left out, and why.
 
     Raises:
-        ValueError: not writable, in use, or the disk is full.
+        ValueError: the output is not writable or in use, or the disk is full.
     """
     store = report.evaluation
     settings: dict[str, object] = {
@@ -43,6 +45,7 @@ def write_decontaminated(report: Report, output: Path, overwrite: bool) -> None:
         "decontaminated_store": store.manifest.settings,
     }
     try:
+        # overwrite: `require_writable` has already asked about an existing output.
         with open_partial(output, settings, overwrite=True) as partial:
             shutil.copytree(store.tokenizer_path, partial / TOKENIZER, dirs_exist_ok=True)
             kept = np.setdiff1d(np.arange(store.num_documents), report.contaminated)
@@ -59,6 +62,7 @@ def write_decontaminated(report: Report, output: Path, overwrite: bool) -> None:
 def _copy(store: TokenStore, kept: np.ndarray, folder: Path) -> Shard:
     records = np.concatenate([table[:] for _, table in store.document_tables()])
     with ShardWriter(folder, _SHARD, store.dtype) as writer:
+        # By offset, not by shard: the copy has a single shard, whatever the original has.
         for doc in map(int, kept):
             start, stop = (int(offset) for offset in store.doc_offsets[doc : doc + 2])
             for first in range(start, stop, _COPIED_TOKENS):

@@ -1,4 +1,4 @@
-"""The texts in a folder, by the suffixes of their names, and one line about everything there that is not read."""
+"""Find the text files in a folder by suffix, and log everything there that is not read in one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, InputError
 from data_prep.config import Format
-from data_prep.streams import compression
+from data_prep.corpus.streams import compression
 
 logger = log.get(__name__)
 
@@ -24,11 +24,11 @@ SUFFIXES = {
     ".parquet": Format.parquet,
 }
 MAX_KINDS = 12
-"""Kinds of files that the line about what is left out names."""
+"""Kinds of skipped files to name in the log line."""
 
 
 def format_of(path: Path, format: Format) -> Format:
-    """Tell the format of a file: as configured, or by its suffix in any case, behind which one compression may stand.
+    """Return the format of a file: as configured, or by its suffix (any case), before a compression suffix if any.
 
     Raises:
         ValueError: the suffix is unknown.
@@ -40,30 +40,33 @@ def format_of(path: Path, format: Format) -> Format:
     if found is None:
         raise ConfigError("corpus.paths", path, "unknown suffix; set corpus.format to jsonl, txt or parquet")
     if found is Format.parquet and packed:
-        raise ConfigError("corpus.paths", path, f"a parquet file is not read through {packed}; unpack it")
+        raise ConfigError("corpus.paths", path, f"cannot read parquet through {packed}; decompress the file")
     return found
 
 
 def texts_in(folder: Path, format: Format) -> list[Path]:
-    """List every file of a known format in a folder, at any depth, sorted; what else is there is logged in one line.
+    """List the files of known format in a folder, recursively and sorted; log in one line what is left out.
 
     Raises:
-        ValueError: no such file is there; the message says what is.
+        ValueError: there is no such file; the message says what is there.
     """
     found: list[Path] = []
     left_out: dict[str, list[str]] = defaultdict(list)
 
     def unreadable(error: OSError) -> None:
+        # os.walk ignores such errors by default, and the folder's documents would be missing without notice.
         left_out["unreadable folder"].append(os.path.relpath(str(error.filename), folder))
 
     for place, folders, files in os.walk(folder, onerror=unreadable):
         below = Path(place).relative_to(folder)
+        # Remove from the list in place: os.walk then does not descend. Covers .git and .cache of hub downloads.
         for name in [name for name in folders if name.startswith(".")]:
             folders.remove(name)
             left_out["hidden"].append(f"{below / name}/")
         for name in folders:
+            # os.walk does not follow links, which may form a cycle.
             if os.path.islink(os.path.join(place, name)):
-                left_out["link to a folder, to be named by itself"].append(str(below / name))
+                left_out["link to a folder, name it in corpus.paths to read it"].append(str(below / name))
         for name in files:
             reason = _why_not(Path(place, name), format)
             if reason:
@@ -82,11 +85,12 @@ def texts_in(folder: Path, format: Format) -> list[Path]:
 
 
 def _why_not(file: Path, format: Format) -> str:
-    """Name the kind of a file that is left out, in words; "" for one that is read."""
+    """Return the reason why a file is left out; an empty string if it is read."""
     if file.name.startswith("."):
         return "hidden"
     if not os.path.isfile(file):
-        return "broken link" if file.is_symlink() else "no regular file"
+        return "broken link" if file.is_symlink() else "not a regular file"
+    # .md is a text format, but the README of a data set is not part of it.
     if file.name == "README.md":
         return "README.md"
     try:
@@ -102,7 +106,7 @@ def _suffix(file: Path) -> str:
 
 
 def _in_words(left_out: dict[str, list[str]]) -> str:
-    """Say `2 .csv (a.csv, b.csv), 1 hidden (.cache/)`, the most frequent kinds first."""
+    """Format skipped files as `2 .csv (a.csv, b.csv), 1 hidden (.cache/)`, the most frequent kinds first."""
     kinds = sorted(left_out.items(), key=lambda kind: -len(kind[1]))
     parts = []
     for kind, names in kinds[:MAX_KINDS]:

@@ -1,7 +1,7 @@
-"""What turns texts into ids: `tokenizers`, the reference, and `gigatoken`, which is many times as fast.
+"""Engines that turn texts into ids: `tokenizers`, the reference, and `gigatoken`, which is many times faster.
 
-Both give the ids of the tokenizer without its special tokens, and take special tokens that occur in a text ("</s>" in a
-page about HTML, or in an attack) as plain text, so that EOS in a store always means the end of a document.
+Both return the tokenizer's ids without special tokens, and encode special tokens that occur in a text ("</s>" in a page
+about HTML, or in an attack) as plain text. So EOS in a store always marks the end of a document.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ from data_prep.config import EngineChoice
 logger = log.get(__name__)
 
 MAX_GROWTH_BYTES = 300_000_000
+"""Growth of resident memory after which gigatoken's cache is dropped."""
 _BLOCKS_OF_SYMBOLS = ((0x1F300, 0x1F650), (0x1F680, 0x1F6C6), (0xFE00, 0xFE10), (0x2E00, 0x2E50), (0x20B0, 0x20C0))
-"""Emoji, variation selectors, dashes of books and currencies, newer than Unicode 3.2 and in all tables since 2019."""
+"""Emoji, variation selectors, book dashes and currencies: newer than Unicode 3.2, in all tables since 2019."""
 
 
 class Engine(Protocol):
     name: str
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """uint32 ids of each text; no special token is added or recognised."""
+        """Return the uint32 ids of each text; special tokens are neither added nor recognized."""
         ...
 
 
 class Unsupported(ValueError):
-    """An engine that cannot run a tokenizer; the message says why."""
+    """An engine cannot run a tokenizer; the message says why."""
 
 
 class TokenizersEngine:
-    """Hugging Face's `tokenizers`."""
+    """Engine of Hugging Face `tokenizers`."""
 
     name = "tokenizers"
 
@@ -51,8 +52,10 @@ class TokenizersEngine:
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        # A tokenizer.json may truncate or pad, which would cut documents silently.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # Despite its name: encode special tokens in a text as plain text instead of recognizing them.
         self._tokenizer.encode_special_tokens = True
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -61,20 +64,17 @@ class TokenizersEngine:
 
 
 class GigatokenEngine:
-    """`gigatoken`, with two precautions.
-
-    Its tables of Unicode are newer than those of `tokenizers`: texts with characters on which the two may disagree are
-    encoded by `tokenizers`. It remembers the ids of every word it has seen, so it is begun anew when its memory has
-    grown by `MAX_GROWTH_BYTES`.
+    """Engine of `gigatoken`; texts on which the two engines may disagree go to `tokenizers`.
 
     Raises:
-        Unsupported: gigatoken refuses the tokenizer, or gives other ids than `tokenizers` for one of `probes`.
+        Unsupported: gigatoken rejects the tokenizer, or its ids differ from those of `tokenizers` on one of `probes`.
     """
 
     name = "gigatoken"
 
     def __init__(self, tokenizer_json: str) -> None:
         content = json.loads(tokenizer_json)
+        # gigatoken recognizes special tokens in a text and has no option against it, so take them out.
         content["added_tokens"] = [t for t in content.get("added_tokens") or [] if not t.get("special")]
         content |= {"post_processor": None, "truncation": None, "padding": None}
         self._json = json.dumps(content)
@@ -90,12 +90,14 @@ class GigatokenEngine:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         ids = self._encode(texts)
+        # Its Unicode tables are newer than those of `tokenizers`; see `trusted_characters`.
         doubtful = self._doubtful(texts)
         for i, others in zip(doubtful, self._reference.encode([texts[i] for i in doubtful]), strict=True):
             ids[i] = others
         return ids
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # It caches the ids of every word it has seen and offers no limit, so watch the memory of the process.
         before = resident_bytes()
         rows = self._tokenizer.encode_batch(list(texts), parallel=self._parallel).layout
         offsets, content = np.asarray(rows.offsets.data), np.asarray(rows.content.data)
@@ -110,7 +112,7 @@ class GigatokenEngine:
 
         try:
             return gigatoken.Tokenizer.from_json(self._json)
-        except Exception as error:  # it raises RuntimeError and ValueError, whatever the reason
+        except Exception as error:  # RuntimeError or ValueError, without a pattern
             raise Unsupported(first_line(error)) from error
 
     def _renew(self) -> None:
@@ -121,7 +123,8 @@ class GigatokenEngine:
         self._grown = 0
 
     def _doubtful(self, texts: Sequence[str]) -> list[int]:
-        """The indices of the texts with characters that are not trusted."""
+        """Return the indices of texts with untrusted characters."""
+        # One check over the joined batch is cheap, and most batches pass.
         if all(map(str.isascii, texts)) or self._all_trusted("".join(texts)):
             return []
         return [i for i, text in enumerate(texts) if not self._all_trusted(text)]
@@ -139,10 +142,10 @@ ENGINES: dict[str, type[TokenizersEngine] | type[GigatokenEngine]] = {
 
 
 def choose(choice: EngineChoice, tokenizer_json: str) -> str:
-    """The name of the engine to use; logged.
+    """Choose the engine, log the choice and return its name.
 
     Raises:
-        ValueError: gigatoken was asked for by name and is not installed or cannot run the tokenizer.
+        ValueError: gigatoken is required but not installed, or cannot run the tokenizer.
     """
     if choice is EngineChoice.tokenizers:
         return choice.name
@@ -152,22 +155,22 @@ def choose(choice: EngineChoice, tokenizer_json: str) -> str:
         GigatokenEngine(tokenizer_json)
     except Unsupported as error:
         if choice is EngineChoice.gigatoken:
-            remedy = "take tokenizer.engine=auto or tokenizers"
+            remedy = "set tokenizer.engine=auto or tokenizers"
             raise ConfigError("tokenizer.engine", "gigatoken", f"cannot be used: {error}; {remedy}") from error
-        logger.info("tokenising with tokenizers; gigatoken, which is faster, cannot be used: %s", error)
+        logger.info("tokenizing with tokenizers; the faster gigatoken cannot be used: %s", error)
         return EngineChoice.tokenizers.name
-    logger.info("tokenising with gigatoken, checked against tokenizers")
+    logger.info("tokenizing with gigatoken, checked against tokenizers")
     return EngineChoice.gigatoken.name
 
 
 @functools.lru_cache(maxsize=2)
 def load(name: str, tokenizer: Path) -> Engine:
-    """The engine `name` for a directory with a tokenizer; kept, since loading takes as long as megabytes of text."""
+    """Load an engine for a tokenizer directory; cached, since loading takes as long as encoding megabytes of text."""
     return ENGINES[name]((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 def probes(added_tokens: Sequence[str]) -> list[str]:
-    """Texts on which engines that read a tokenizer differently give different ids."""
+    """Return texts on which engines with different readings of a tokenizer give different ids."""
     texts = [
         "It's the cat's; they'LL say I'm 12345 years, we've 1/2 & naïve café. HELLOworld helloWORLD HTTPServer",
         "  two   spaces\t\ttabs \n\n\r\nlines\n \n  end   ",
@@ -181,11 +184,9 @@ def probes(added_tokens: Sequence[str]) -> list[str]:
 
 @functools.cache
 def trusted_characters() -> np.ndarray:
-    """bool [0x110000]: characters that Unicode 3.2 (2002) has already, and blocks of symbols.
-
-    Unicode never changes the normal forms of an assigned character, and after so long hardly its category: the tables
-    of both libraries agree on these.
-    """
+    """Return bool [0x110000]: characters assigned in Unicode 3.2 (2002), and blocks of symbols."""
+    # Unicode never changes the normal forms of an assigned character, and hardly ever its category after so long. So
+    # the tables of both libraries agree on these characters.
     trusted = np.zeros(0x110000, bool)
     for point in range(0x30000):
         character = chr(point)
@@ -196,18 +197,19 @@ def trusted_characters() -> np.ndarray:
 
 
 def num_threads() -> int:
-    """Threads that both engines take in this process."""
+    """Return the threads that either engine uses in this process."""
+    # Affinity, not cpu_count: a SLURM job or container may own a few cores of a large node.
     return int(os.environ.get("RAYON_NUM_THREADS") or 0) or len(os.sched_getaffinity(0))
 
 
 def resident_bytes() -> int:
-    """Memory of this process."""
+    """Return the resident memory of this process."""
     with open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _return_free_memory() -> None:
-    """Give freed memory back to the system, which glibc does when asked only."""
+    """Return freed memory to the system, which glibc does only on request."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,8 +1,8 @@
-"""Parses a line of JSON whose text may be of hundreds of megabytes, without the text ever being one Python str.
+"""Parse a line of JSON whose text may have hundreds of megabytes, without ever holding it as one Python str.
 
-The members of the object are found first, as slices of the line; a long text is then unescaped block by block into
-UTF-8. What this strict and fast parser refuses, Python's own is asked about: it knows NaN and integers of any size, and
-says in which column a line is malformed.
+The members of the object are located first, as slices of the line; a long text is then unescaped block by block into
+UTF-8. If this strict and fast parser rejects a line, Python's own decides: it accepts NaN and integers of any size, and
+reports the column of a syntax error.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 import msgspec
 
-from data_prep.utf8 import BLOCK_BYTES, Utf8, border, decode
+from data_prep.corpus.utf8 import BLOCK_BYTES, Utf8, border, decode
 
 LONG_BYTES = 1 << 20
-"""Texts from this length on are left as UTF-8."""
+"""Length from which a text stays UTF-8; a str of it may take four times the memory."""
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _STRING = msgspec.json.Decoder(str)
@@ -28,7 +28,7 @@ _LONGEST_ESCAPE = len(r"\ud83d\ude00")
 
 
 class _Unread:
-    """Stands for a member that was not asked for, and so not decoded."""
+    """Placeholder for a member that was not requested and therefore not decoded."""
 
     def __repr__(self) -> str:
         return "(not read)"
@@ -38,17 +38,17 @@ UNREAD = _Unread()
 
 
 def parse(line: bytes, text_field: str, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The object in a line; its text, if long, as `Utf8`.
+    """Parse the object in a line; return its text, if long, as `Utf8`.
 
     Args:
-        line: white space around the object is allowed.
+        line: may have white space around the object.
         text_field: name of the member with the text; a dot descends into a nested object.
-        names: members to decode, `text_field` included; the others are `UNREAD`. By default all.
+        names: members to decode, `text_field` included; the others become `UNREAD`. Default: all.
 
     Raises:
-        ValueError: malformed JSON, no object, or not UTF-8.
+        ValueError: the JSON is malformed, not an object, or not UTF-8.
     """
-    with suppress(ValueError, RecursionError, msgspec.DecodeError):  # in 0.20 no ValueError
+    with suppress(ValueError, RecursionError, msgspec.DecodeError):  # msgspec 0.20: DecodeError is not a ValueError
         return {
             key: _value(memoryview(raw), key, text_field) if _is_wanted(key, names) else UNREAD
             for key, raw in _MEMBERS.decode(line).items()
@@ -57,14 +57,14 @@ def parse(line: bytes, text_field: str, names: Sequence[str] | None = None) -> d
 
 
 def unescape(string: memoryview, block_bytes: int = BLOCK_BYTES) -> bytes:
-    """What stands between the quotes of a JSON string, as UTF-8.
+    """Unescape the inside of a JSON string to UTF-8.
 
     Args:
         string: the bytes between the quotes.
-        block_bytes: of it that are unescaped at once; at least 16, more than any escape.
+        block_bytes: bytes to unescape at a time; at least 16, more than the longest escape.
 
     Raises:
-        ValueError: it is malformed, or half of a surrogate pair is in it.
+        ValueError: the string is malformed or contains half of a surrogate pair.
     """
     content = io.BytesIO()
     start = 0
@@ -72,7 +72,7 @@ def unescape(string: memoryview, block_bytes: int = BLOCK_BYTES) -> bytes:
         stop = _cut(string, start, start + block_bytes)
         try:
             content.write(_STRING.decode(b'"%b"' % bytes(string[start:stop])).encode())
-        except msgspec.DecodeError as error:  # in 0.20 no ValueError
+        except msgspec.DecodeError as error:  # msgspec 0.20: not a ValueError
             raise ValueError(str(error)) from error
         start = stop
     return content.getvalue()
@@ -94,7 +94,7 @@ def _value(raw: memoryview, key: str, text_field: str) -> Any:
             return _members(raw, text_field.removeprefix(f"{key}."))
     try:
         return msgspec.json.decode(raw)
-    except msgspec.ValidationError:  # a number beyond 64 bits
+    except msgspec.ValidationError:  # a number of more than 64 bits
         return json.loads(bytes(raw), parse_int=_integer)
 
 
@@ -107,12 +107,13 @@ def _parse_slowly(line: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("malformed JSON (nested too deeply)") from error
     if not isinstance(record, dict):
-        raise ValueError(f"a JSON object is expected, this is a {type(record).__name__}")
+        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     return record
 
 
 def _integer(digits: str) -> int | float:
-    """Python converts no integer of more than 4,300 digits; such a one is as good as infinite."""
+    """Convert digits to an integer, or to a float (possibly infinite) if there are too many."""
+    # Python refuses integers of more than 4,300 digits (CVE-2020-10735); no field of that size is used as a number.
     try:
         return int(digits)
     except ValueError:
@@ -120,17 +121,18 @@ def _integer(digits: str) -> int | float:
 
 
 def _cut(string: memoryview, start: int, stop: int) -> int:
-    """Where to cut in (start, stop]: between two characters, and not inside an escape or a pair of surrogates."""
+    """Find a cut in (start, stop] between two characters, and not inside an escape or a surrogate pair."""
     if stop >= len(string):
         return len(string)
     window = bytes(string[start:stop])
     end = len(window)
     while (backslash := window.rfind(b"\\", 0, end)) >= 0:
+        # Beyond the longest escape (a surrogate pair of 12 bytes) no open escape can reach the end.
         if end - backslash > _LONGEST_ESCAPE:
             break
         run = backslash + 1 - len(window[: backslash + 1].rstrip(b"\\"))
-        end = backslash if run % 2 else backslash - 1  # an even run is escaped backslashes; the last pair begins here
+        end = backslash if run % 2 else backslash - 1  # an even run is escaped backslashes; its last pair begins here
         if end > 0 and not _LOW_SURROGATE.match(string, start + end):
             return start + end
-    # No escape can be open here; at the very beginning of a block of nothing but escapes, all the rest is taken.
+    # No escape can be open here. A block of nothing but escapes has no cut, so take the whole rest.
     return border(string, start, start + end) if end > 0 else len(string)

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, or local directories in its layout, streamed by `datasets`."""
+"""Data sets of the Hugging Face hub, or local directories in the same layout, streamed by `datasets`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from data_prep.config import CorpusConfig
 
 
 def num_shards(corpus: CorpusConfig) -> int:
-    """Count the files of the data set, which is the most parts that it can be read in.
+    """Count the files of the data set, the maximum number of parts that it can be read in.
 
     Raises:
-        ValueError: no such data set, subset, split or revision, or the hub cannot be reached.
+        ValueError: there is no such data set, subset, split or revision, or the hub cannot be reached.
     """
     return int(_open_corpus(corpus).num_shards)
 
@@ -24,8 +24,7 @@ def read_part(
 ) -> Iterator[dict[str, Any]]:
     """Yield the records of part `part` of `num_parts`, in order.
 
-    Only the columns of `names` and `optional` are read (a dot descends). All columns are read where the data set does
-    not say which it has, or lacks one of `names`: the error about that can then list what there is.
+    Reads only the columns of `names` and `optional` (a dot descends).
 
     Raises:
         ValueError: the part cannot be read to its end; the message of `datasets` is kept.
@@ -34,9 +33,9 @@ def read_part(
     while True:
         try:
             record = next(records, None)
-        except Exception as error:  # datasets raises what its many readers raise, wrapped in its own types or not
+        except Exception as error:  # datasets raises the errors of its many readers, wrapped in its own types or not
             cause = error.__cause__ or error
-            raise ValueError(f"cannot be read on ({type(cause).__name__}: {first_line(cause)})") from error
+            raise ValueError(f"reading failed ({type(cause).__name__}: {first_line(cause)})") from error
         if record is None:
             return
         yield record
@@ -44,6 +43,8 @@ def read_part(
 
 def _select(dataset: Any, names: Sequence[str], optional: Sequence[str]) -> Any:
     """Drop unneeded columns, unless one of `names` is missing."""
+    # None if the data set does not declare its columns; then, as if one of `names` is missing, read all of them, so
+    # that the error about a missing field can list what there is.
     present = dataset.column_names or []
     required, others = (
         {name if name in present else name.partition(".")[0] for name in group} for group in (names, optional)
@@ -63,9 +64,9 @@ def _open(name: str, subset: str | None, split: str, revision: str | None) -> An
 
     try:
         return load_dataset(name, subset, split=split, revision=revision, streaming=True)
-    except Exception as error:  # as above
+    except Exception as error:  # see `read_part`
         raise ConfigError(
             "corpus.hub",
             f"{name} (subset {subset}, split {split}, revision {revision})",
-            f"{first_line(error)}; check the name and the network, or name a local directory in the hub's layout",
+            f"{first_line(error)}; check the name and the network, or name a local directory in the same layout",
         ) from error

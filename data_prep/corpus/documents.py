@@ -1,7 +1,7 @@
-"""From records to documents: the text field, the filter, the policy for bad records, and the split by hash.
+"""Turn records into documents: text field, filter, handling of bad records, and the split by hash.
 
-A document is held out if the first 8 bytes of blake2b(text), read as a little endian integer, are below a border
-(`data_prep/held_out.py`): by its own text, so that adding documents moves none from one split to the other.
+A document is held out if the first 8 bytes of blake2b(text), as a little endian integer, are below a limit (see
+`data_prep/corpus/held_out.py`). Its own text decides, so adding documents moves none to the other split.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from clex_train.utils import log
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import is_lfs_pointer
 from data_prep.config import CorpusConfig, OnBadRecord
-from data_prep.readers import READERS, Raw, Unreadable, chat_remedy, fields_of, key_of, place, remedy
-from data_prep.sources import Piece
-from data_prep.utf8 import Utf8, decode, is_blank
+from data_prep.corpus.readers import READERS, Raw, Unreadable, chat_remedy, fields_of, key_of, place, remedy
+from data_prep.corpus.sources import Piece
+from data_prep.corpus.utf8 import Utf8, decode, is_blank
 
 logger = log.get(__name__)
 
 MAX_WARNINGS = 5
+"""Bad records to log; the rest are only counted."""
 _MISSING = object()
 _LFS_REMEDY = "fetch it by `git lfs pull`"
 
 
 @dataclass(frozen=True)
 class Document:
-    """`content`: the text in UTF-8; `fields`: those that were to be kept; `record`: its number in the piece.
+    """A text in UTF-8 with the fields to keep.
 
-    `consumed`: bytes on disk read so far.
+    `record` is its number in the piece, `consumed` the bytes read from disk so far.
     """
 
     content: bytes
@@ -43,12 +44,12 @@ class Document:
 
     @property
     def text(self) -> str:
-        """The text, decoded anew each time; `utf8.blocks(content)` gives a long one in pieces."""
+        """The text, decoded on each access; `utf8.blocks(content)` yields a long text in pieces."""
         return decode(self.content)
 
     @property
     def text_bytes(self) -> int:
-        """Length in UTF-8."""
+        """Length in bytes of UTF-8."""
         return len(self.content)
 
 
@@ -59,24 +60,26 @@ def documents(
 
     Args:
         piece: what to read.
-        corpus: its text field, filter, split rule and policy for bad records.
-        counts: is added to: `documents`, `filtered` (by `where`), `bad_records` (skipped).
-        keep: further fields of a record to keep where they are there. No others are converted, so that a field which
-            nobody needs cannot make a record a bad one.
-        below: documents whose value is below are of the validation split.
+        corpus: text field, filter, split rule and handling of bad records.
+        counts: incremented in place: `documents`, `filtered` (by `where`), `bad_records` (skipped).
+        keep: further fields of a record to keep if present. No others are converted, so that an unused field cannot
+            make a record bad.
+        below: documents whose hash value is below go to the validation split.
 
     Raises:
-        ValueError: a bad record under `on_bad_record=error`, or a file that cannot be read to its end; the message
-            names file, line or row, and remedy.
+        ValueError: a bad record under `on_bad_record=error`, or a file that cannot be read to its end; names file,
+            line or row, and remedy.
     """
     if piece.format != "hub" and is_lfs_pointer(piece.path):
-        _refuse(piece.path, _BadRecord("a git-lfs pointer and not the file itself", _LFS_REMEDY), corpus, counts)
+        _refuse(piece.path, _BadRecord("a git-lfs pointer instead of the file itself", _LFS_REMEDY), corpus, counts)
         return
     reader = READERS[piece.format]
+    # Readers convert only these fields, the text first.
     names = [*fields_of(corpus), *keep]
     for raw in reader.read(piece, corpus, names):
         try:
             document = _document(raw, reader.parse(raw.take(), names), corpus, keep, below)
+        # A damaged file is never skipped: the rest of its records would be lost without a trace.
         except Unreadable:
             raise
         except ValueError as error:
@@ -88,7 +91,7 @@ def documents(
 
 
 def require_documents(corpus: CorpusConfig, counts: Counter[str]) -> None:
-    """Raise `ValueError` if no record became a document: nothing that is made of such a corpus was meant."""
+    """Raise `ValueError` if no record became a document; an empty store is never intended."""
     if not counts["documents"]:
         raise ConfigError(
             "corpus.name",
@@ -99,12 +102,13 @@ def require_documents(corpus: CorpusConfig, counts: Counter[str]) -> None:
 
 
 def in_words(counts: Counter[str]) -> str:
-    """Say `2 bad records, 17 documents`."""
+    """Format counts as `2 bad records, 17 documents`."""
     return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts.items())) or "no records"
 
 
 def lookup(fields: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a field, where a dot descends into a nested record; `ValueError` if it is not there."""
+    """Return the value of a field; a dot descends into a nested record. `ValueError` if it is missing."""
+    # A name with a dot in it takes precedence over a path: columns of parquet files are often named so.
     value: Any = fields.get(name, _MISSING)
     if value is _MISSING:
         value = fields
@@ -116,14 +120,14 @@ def lookup(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def hash64(content: bytes) -> int:
-    """The first 8 bytes of blake2b as an unsigned integer."""
+    """Return the first 8 bytes of blake2b as an unsigned integer."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 class _BadRecord(ValueError):
-    """A record that cannot be used, and the remedy if there is a better one than to mend it."""
+    """A record that cannot be used, with the remedy if there is a better one than to repair it."""
 
-    def __init__(self, message: str, remedy: str = "mend it") -> None:
+    def __init__(self, message: str, remedy: str = "repair it") -> None:
         super().__init__(message)
         self.remedy = remedy
 
@@ -134,6 +138,7 @@ def _document(
     if any(_as_str(_field(fields, name, corpus)) != value for name, value in corpus.where.items()):
         return None
     content = _content(_field(fields, corpus.text_field, corpus), fields, corpus.text_field)
+    # The text's hash is stored even if another field decides the split: it identifies equal texts across stores.
     value = text_hash = hash64(content)
     if corpus.split_field:
         value = hash64(_encode(_as_str(_field(fields, corpus.split_field, corpus))))
@@ -150,11 +155,12 @@ def _field(fields: Mapping[str, Any], name: str, corpus: CorpusConfig) -> Any:
 
 
 def _content(text: Any, fields: Mapping[str, Any], name: str) -> bytes:
-    """Check the text and return it in UTF-8."""
+    """Check the text and return its UTF-8."""
     if not isinstance(text, (str, Utf8)):
-        advice = chat_remedy(fields) or "mend it"
-        raise _BadRecord(f"field {name!r} must be a text, this is {type(text).__name__}", advice)
+        advice = chat_remedy(fields) or "repair it"
+        raise _BadRecord(f"field {name!r} must be a string, but is {type(text).__name__}", advice)
     content = text.content if isinstance(text, Utf8) else _encode(text)
+    # An empty document would still add BOS and EOS to the store.
     if is_blank(content):
         raise ValueError(f"field {name!r} is empty")
     return content
@@ -172,10 +178,11 @@ def _encode(text: str) -> bytes:
 
 
 def _refuse(where: str, error: ValueError, corpus: CorpusConfig, counts: Counter[str]) -> None:
-    advice = error.remedy if isinstance(error, _BadRecord) else "mend it"
+    advice = error.remedy if isinstance(error, _BadRecord) else "repair it"
     if corpus.on_bad_record is OnBadRecord.error:
-        others = "leave such records out by corpus.on_bad_record=skip"
+        others = "leave such records out with corpus.on_bad_record=skip"
         raise ConfigError(where, None, f"{error}; {advice}, or {others}") from error
+    # Count before logging: the limit of log lines must not limit the count in the manifest.
     counts["bad_records"] += 1
     if counts["bad_records"] <= MAX_WARNINGS:
         logger.warning("left out: %s: %s", where, error)

@@ -1,16 +1,16 @@
-r"""Where a text may be cut so that the ids of the pieces, joined, are the ids of the whole.
+r"""Cut a text into pieces such that the ids of the pieces, joined, are the ids of the whole text.
 
-Two places, for tokenizers of which it can be proved from their `tokenizer.json`:
+Two kinds of cuts are proven safe, for tokenizers that pass the checks on their `tokenizer.json`:
 
     between a letter and a space before a letter, `a| b` (ASCII letters)        the next piece begins with the space
     after a single line feed before a word character, `x\n|y` (x no white space)  the next piece begins with y
 
-Proof. The pre-tokenizers accepted here are splits by regular expressions whose every alternative is one of
-`LOCAL`: none has a match that contains a cut, none looks behind, and `(?!\S)` is asked of white space runs only, whose
-ends are the same with and without the rest of the text. So the pre-tokens of the pieces are those of the whole, except
-that a pre-token may span a cut where no alternative matches; and since no token of the vocabulary spans a cut, no merge
-of BPE does. Unicode's normal forms leave ASCII letters, space and line feed alone and compose nothing with what stands
-before these. No added token spans a cut or takes in white space around it.
+Proof. The accepted pre-tokenizers split by regular expressions whose alternatives are all in `LOCAL`. None matches
+across a cut, none looks behind, and `(?!\S)` applies only to runs of white space, whose ends do not depend on the rest
+of the text. So the pre-tokens of the pieces are those of the whole, except that a pre-token may span a cut where no
+alternative matches; no token of the vocabulary spans a cut, so no BPE merge does either. Unicode normal forms leave
+ASCII letters, spaces and line feeds alone, and compose nothing with the character before them. No added token spans a
+cut or absorbs white space around it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PIECE_CHARS = 1 << 14
+"""Minimum characters of a piece; the engines are no faster on longer ones, and memory grows with them."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CASED = (
@@ -49,7 +50,7 @@ LOCAL = frozenset(
         r"\s*[\r\n]",
     )
 )
-"""Alternatives of the published patterns (GPT-2, cl100k, Llama 3, Qwen, o200k and their kin); see the proof above."""
+"""Alternatives of the published patterns (GPT-2, cl100k, Llama 3, Qwen, o200k and relatives); see the proof above."""
 
 _AFTER_LETTER = r"[A-Za-z](?= [A-Za-z])"
 _AFTER_LINE = r"\S\n(?=\w)"
@@ -58,39 +59,40 @@ _SPANNING = {
     True: ("[A-Za-z]\u0120", "\u010a(?![\u0120\u010a\u010d\u0109])[\\w\u00d7]"),
     False: ("[A-Za-z][\u2581 ]", "(\n|<0x0A>)\\w"),
 }
-"""Tokens that span the first and the second kind of place, in a byte-level vocabulary and in one of characters."""
+"""Tokens that span a cut of the first and of the second kind, by whether the vocabulary is byte-level."""
 
 
 @dataclass(frozen=True)
 class Cutter:
-    """Cuts texts after each match of `pattern`; `drop` characters at a cut are not part of any piece."""
+    """Cuts texts after each match of `pattern`; the `drop` characters after a cut belong to no piece."""
 
     pattern: re.Pattern[str]
     drop: int = 0
 
     def __call__(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Yield (piece, whether it is the last), each of `PIECE_CHARS` characters or as far as the next cut."""
+        """Yield (piece, is_last); a piece reaches from `PIECE_CHARS` characters on to the next safe cut."""
         start = 0
         while match := self.pattern.search(text, start + PIECE_CHARS):
             yield text[start : match.end()], False
+            # A normalizer that prepends "▁" restores the dropped space at the beginning of the next piece.
             start = match.end() + self.drop
         yield text[start:], True
 
 
 class Uncuttable(ValueError):
-    """It cannot be proved for this tokenizer that cutting a text keeps its ids; the message says why."""
+    """Cutting is not proven to keep the ids of this tokenizer; the message says why."""
 
 
 def uncut(text: str) -> Iterator[tuple[str, bool]]:
-    """The text as one piece."""
+    """Yield the text as one piece."""
     yield text, True
 
 
 def cutter(tokenizer_json: str) -> Cutter:
-    """What cuts texts for a tokenizer.
+    """Return the function that cuts texts for a tokenizer.
 
     Raises:
-        Uncuttable: nothing can be proved of it.
+        Uncuttable: no kind of cut is proven safe.
     """
     content = json.loads(tokenizer_json)
     _check_model(content["model"])
@@ -98,12 +100,13 @@ def cutter(tokenizer_json: str) -> Cutter:
     prepends = {_check_normalizer(step) for step in _steps(content.get("normalizer"), "normalizers")}
     prepends |= {_check_pre_tokenizer(step) for step in pre_tokenizers}
     _check_added_tokens(content.get("added_tokens") or [])
+    # Only the vocabulary can join the two sides of a cut; merges produce tokens of the vocabulary.
     tokens = content["model"]["vocab"]
     spanning = _SPANNING[any(step["type"] == "ByteLevel" for step in pre_tokenizers)]
     places = []
     if not _any_matches(spanning[0], tokens):
         places.append(_AFTER_LETTER)
-    # What a tokenizer prepends to a text it would prepend to a piece, unless this begins with a space of its own.
+    # A piece would get the prefix that the tokenizer prepends to a text, unless it begins with a space itself.
     if not any(prepends) and not _any_matches(spanning[1], tokens):
         places.append(_AFTER_LINE)
     if not places:
@@ -114,19 +117,20 @@ def cutter(tokenizer_json: str) -> Cutter:
 def _check_model(model: dict[str, Any]) -> None:
     if model.get("type") != "BPE":
         raise Uncuttable(f"its model is {model.get('type')}, not BPE")
+    # Dropout makes ids random; affixes tie a token to its place in a word, which the proof does not cover.
     if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise Uncuttable("its BPE has dropout, or marks the inside or the end of words")
     if model.get("fuse_unk") and not model.get("byte_fallback"):
-        raise Uncuttable("it joins unknown characters")
+        raise Uncuttable("it fuses unknown characters")
 
 
 def _check_normalizer(step: dict[str, Any]) -> str:
-    """The name of the step if it prepends something, else ''."""
+    """Return the name of the step if it prepends something, else an empty string."""
     if step["type"] in _NORMAL_FORMS or (step["type"] == "Replace" and step["pattern"] == {"String": " "}):
         return ""
     if step["type"] == "Prepend" and step["prepend"] == "\u2581":
         return "Prepend"
-    raise Uncuttable(f"its normalizer {step['type']} is not known to treat pieces as the whole")
+    raise Uncuttable(f"its normalizer {step['type']} is not known to treat pieces like the whole")
 
 
 _LOCAL_STEPS: dict[str, Callable[[dict[str, Any]], bool]] = {
@@ -137,31 +141,32 @@ _LOCAL_STEPS: dict[str, Callable[[dict[str, Any]], bool]] = {
         step["behavior"] in ("Isolated", "Removed")
         and not step.get("invert")
         and set(_alternatives(step["pattern"].get("Regex", "?"))) <= LOCAL
-        and _takes_what_looking_ahead_leaves(_alternatives(step["pattern"]["Regex"]))
+        and _last_alternative_covers_lookahead(_alternatives(step["pattern"]["Regex"]))
     ),
 }
 
 
 def _check_pre_tokenizer(step: dict[str, Any]) -> str:
-    """The name of the step if it prepends something, else ''."""
+    """Return the name of the step if it prepends something, else an empty string."""
     is_local = _LOCAL_STEPS.get(step["type"])
     if is_local is None or not is_local(step):
         pattern = f" {step['pattern']}" if "pattern" in step else ""
-        raise Uncuttable(f"its pre-tokenizer {step['type']}{pattern} is not known to treat pieces as the whole")
+        raise Uncuttable(f"its pre-tokenizer {step['type']}{pattern} is not known to treat pieces like the whole")
     prepends = step.get("add_prefix_space") or step.get("prepend_scheme", "never") != "never"
     return step["type"] if prepends else ""
 
 
-def _takes_what_looking_ahead_leaves(alternatives: list[str]) -> bool:
+def _last_alternative_covers_lookahead(alternatives: list[str]) -> bool:
+    # `\s+(?!\S)` leaves the last white space before a word; without `\s+` at the end no alternative would match it.
     return r"\s+(?!\S)" not in alternatives or alternatives[-1] == r"\s+"
 
 
 def _check_added_tokens(tokens: list[dict[str, Any]]) -> None:
     for token in tokens:
         if token.get("special"):
-            continue  # a special token in a text is plain text
+            continue  # the engines encode special tokens in a text as plain text
         if token.get("lstrip") or token.get("rstrip"):
-            raise Uncuttable(f"its added token {token['content']!r} takes in white space")
+            raise Uncuttable(f"its added token {token['content']!r} absorbs white space")
         if re.search("\n|[A-Za-z][\u2581 ]", token["content"]):
             raise Uncuttable(f"its added token {token['content']!r} may span a cut")
 
@@ -171,7 +176,7 @@ def _any_matches(pattern: str, tokens: dict[str, int]) -> bool:
 
 
 def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
-    """The steps of a (nested) sequence."""
+    """Flatten a (nested) sequence of steps."""
     if part is None:
         return []
     if part["type"] != "Sequence":
@@ -180,7 +185,8 @@ def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
 
 
 def _alternatives(pattern: str) -> list[str]:
-    """A regular expression cut at the bars outside brackets and parentheses, possessive quantifiers as greedy ones."""
+    """Split a regular expression at its top-level bars, with possessive quantifiers made greedy."""
+    # Possessive or greedy, the accepted alternatives match the same strings; only backtracking differs.
     found, depth, escaped = [""], 0, False
     pattern = pattern.replace("?+", "?").replace("++", "+")
     for character in pattern:

@@ -1,4 +1,4 @@
-"""The sources of Python's standard library: about 10 MB of real text that is wherever Python is."""
+"""Sources of Python's standard library: about 10 MB of real text that is available wherever Python is."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from clex_train.utils.errors import ConfigError
 LEFT_OUT = frozenset(
     ("test", "tests", "encodings", "pydoc_data", "idlelib", "site-packages", "dist-packages", "__pycache__")
 )
-"""Directories left out at any depth: tests, tables, a program with its own texts, and what is not the library."""
+"""Directories to leave out at any depth: tests, tables, a program with its own texts, and third-party packages."""
 
 
 def root() -> Path:
-    """The directory of this Python's standard library, also inside a virtual environment."""
+    """Return the directory of this Python's standard library, also from within a virtual environment."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def modules(library: Path | None = None) -> list[Path]:
-    """Every module with something in it, sorted by its path within the library.
+    """List every nonempty module, sorted by its path within the library.
 
     Raises:
-        ValueError: no sources there (a Python that ships compiled modules only).
+        ValueError: there are no sources (some Pythons ship only compiled modules).
     """
     library = library or root()
     found = sorted(path for path in library.rglob("*.py") if _is_module(path, library))
@@ -33,6 +33,6 @@ def modules(library: Path | None = None) -> list[Path]:
 
 def _is_module(path: Path, library: Path) -> bool:
     parts = path.relative_to(library).parts
-    # _sysconfigdata holds the paths and compiler flags of one machine.
+    # _sysconfigdata contains the paths and compiler flags of one machine.
     own = not LEFT_OUT.intersection(parts) and not path.name.startswith("_sysconfigdata")
     return own and path.is_file() and path.read_bytes().strip() != b""

@@ -1,4 +1,4 @@
-"""Long texts as UTF-8 bytes: a Python str takes four bytes a character as soon as one of them is an emoji."""
+"""Long texts as UTF-8 bytes: a Python str takes four bytes per character as soon as one of them is an emoji."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Utf8:
-    """A text of a record that is not decoded yet, and so not known to be UTF-8."""
+    """A text of a record that is not decoded yet, and may not be valid UTF-8."""
 
     content: bytes
 
 
 def decode(content: bytes) -> str:
-    """UTF-8, strictly.
+    """Decode UTF-8 strictly.
 
     Raises:
-        ValueError: naming the line and the byte in it that are not UTF-8.
+        ValueError: names the line and the byte that are not UTF-8.
     """
+    # One block: `blocks` adds the position of an invalid byte to the error.
     return "".join(blocks(content, len(content)))
 
 
@@ -29,7 +30,7 @@ def blocks(content: bytes, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
     """Yield the text in pieces of at most `block_bytes` of UTF-8 (at least one character each).
 
     Raises:
-        ValueError: while iterating, naming the line and the byte in it that are not UTF-8.
+        ValueError: while iterating; names the line and the byte that are not UTF-8.
     """
     view = memoryview(content)
     start = 0
@@ -44,22 +45,23 @@ def blocks(content: bytes, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
 
 
 def border(view: memoryview, start: int, stop: int) -> int:
-    """The last index in (start, stop] where a character of UTF-8 may begin, or the end."""
+    """Return the last index in (start, stop] at which a UTF-8 character may begin, or the end."""
     if stop >= len(view):
         return len(view)
+    # Continuation bytes are 10xxxxxx, at most three in a row; more are invalid, and `blocks` will say so.
     return next((i for i in range(stop, max(stop - 4, start), -1) if view[i] & 0xC0 != 0x80), stop)
 
 
 def printable(path: str) -> str:
-    """A file's name as text that every encoding of Unicode takes; its bytes that are not UTF-8 as \\xNN."""
+    """Return a file name as text that any Unicode encoding accepts, with non-UTF-8 bytes as \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def is_blank(content: bytes) -> bool:
-    """Whether a text is white space only; all of it is checked to be UTF-8.
+    """Return True if a text is only white space; all of it is checked to be UTF-8.
 
     Raises:
-        ValueError: as `blocks`.
+        ValueError: as in `blocks`.
     """
     blank = True
     for block in blocks(content):

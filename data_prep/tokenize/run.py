@@ -1,8 +1,8 @@
-"""`tokenize`: raw text to a token store.
+"""`tokenize`: turn raw text into a token store.
 
-A shard per unit of work, each with a record of what it holds; when all are there, the manifest, and the store is
-complete. A killed program leaves its finished shards behind: the same command does the missing ones only, and ends with
-the same bytes, whatever the number of workers.
+Each unit of work becomes a shard with a record of its content. When all shards exist, the manifest completes the store.
+A killed program leaves its finished shards behind: the same command writes only the missing ones and ends with the same
+bytes, for any number of workers.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from clex_train.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, read
 from clex_train.utils import log
 from clex_train.utils.protocols import Tokenizer
 from data_prep.config import CorpusConfig, EngineChoice, TokenizeVerb
-from data_prep.cutting import Uncuttable, cutter, uncut
-from data_prep.documents import in_words, require_documents
-from data_prep.encoding import load_tokenizer, save_tokenizer
-from data_prep.engines import choose
-from data_prep.held_out import LEAST, HeldOut, rule
+from data_prep.corpus.documents import in_words, require_documents
+from data_prep.corpus.held_out import LEAST, HeldOut, rule
+from data_prep.corpus.sources import Unit, plan
 from data_prep.partial import disk_full_explained, is_done, open_partial, publish, require_place_of_store
 from data_prep.progress import Progress
-from data_prep.shards import Job, check_sources, load_result, run_units
-from data_prep.sources import Unit, plan
+from data_prep.tokenize.cutting import Uncuttable, cutter, uncut
+from data_prep.tokenize.encoding import load_tokenizer, save_tokenizer
+from data_prep.tokenize.engines import choose
+from data_prep.tokenize.shards import Job, check_sources, load_result, run_units
 
 logger = log.get(__name__)
 
 
 def run(config: TokenizeVerb) -> None:
-    """Write the store that `config` asks for, or what is missing of it.
+    """Write the store of a config, or the missing part of it.
 
     Raises:
-        ValueError: the corpus, the tokenizer or the output cannot be used; the message names key or file, and remedy.
+        ValueError: the corpus, the tokenizer or the output cannot be used; names the key or file, and the remedy.
     """
     output = Path(config.output)
+    # Cheap checks first: the output, then the list of files, then the tokenizer, before any text is read.
     require_place_of_store(output)
     units = plan(config.corpus, config.shard_mb * 1_000_000)
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.trust_remote_code)
@@ -50,21 +51,21 @@ def run(config: TokenizeVerb) -> None:
     held_out = rule(config.corpus, units)
     settings = _settings(config, units, tokenizer.backend_tokenizer.to_str(), bos, held_out)
     if is_done(output, settings, config.overwrite):
-        logger.info("%s holds this store already", output)
+        logger.info("%s already is this store", output)
         return
-    say_what_is_ahead(config, units, len(tokenizer), bos)
+    log_plan(config, units, len(tokenizer), bos)
     with disk_full_explained(output), open_partial(output, settings, config.overwrite) as partial:
         manifest = _complete(config, units, tokenizer, partial, settings, held_out)
         publish(partial, manifest, output)
     _report(manifest, output)
 
 
-def say_what_is_ahead(config: TokenizeVerb, units: list[Unit], vocab_size: int, bos: bool) -> None:
-    """Log what is read, by which tokenizer, and where it goes, before the work."""
+def log_plan(config: TokenizeVerb, units: list[Unit], vocab_size: int, bos: bool) -> None:
+    """Log input, tokenizer and output before the work begins."""
     paths = {piece.path for unit in units for piece in unit.pieces}
     megabytes = sum(piece.num_bytes for unit in units for piece in unit.pieces) / 1e6
     logger.info(
-        "tokenise corpus %s (%.1f MB, files: %d) with %s (%d tokens), each document %s BOS, into %s",
+        "tokenize corpus %s (%.1f MB, files: %d) with %s (%d tokens), each document %s BOS, into %s",
         config.corpus.name,
         megabytes,
         len(paths),
@@ -83,15 +84,17 @@ def _complete(
     settings: dict[str, Any],
     held_out: HeldOut,
 ) -> Manifest:
+    # The program was killed between writing the manifest and renaming the store.
     if (partial / MANIFEST).is_file():
         return read_manifest(partial)
     finished = {unit: result for unit in units if (result := load_result(partial, unit))}
+    # Finished shards of changed files would mix two versions of a corpus in one store.
     for unit, result in finished.items():
         check_sources(unit, result)
     job = _job(config, tokenizer, partial, settings["bos"], held_out)
     todo = [unit for unit in units if unit not in finished]
     if len(todo) < len(units):
-        logger.info("%d of %d shards are there already", len(units) - len(todo), len(units))
+        logger.info("%d of %d shards exist already", len(units) - len(todo), len(units))
     with Progress(sum(piece.num_bytes for unit in todo for piece in unit.pieces)) as progress:
         run_units(todo, job, config.workers, progress)
     return _manifest(partial, units, job, settings)
@@ -103,7 +106,7 @@ def _job(config: TokenizeVerb, tokenizer: Tokenizer, partial: Path, bos: bool, h
         cut: Callable[[str], Iterator[tuple[str, bool]]] = cutter(content)
     except Uncuttable as error:
         name = config.tokenizer.path
-        logger.warning("tokenizer=%s: %s; documents are encoded whole, memory grows with the longest", name, error)
+        logger.warning("tokenizer=%s: %s; encoding documents whole, memory grows with the longest one", name, error)
         cut = uncut
     return Job(
         partial,
@@ -120,8 +123,9 @@ def _job(config: TokenizeVerb, tokenizer: Tokenizer, partial: Path, bos: bool, h
 def _settings(
     config: TokenizeVerb, units: list[Unit], tokenizer_json: str, bos: bool, held_out: HeldOut
 ) -> dict[str, Any]:
-    """Record what the store's content depends on: requests of equal settings give equal stores."""
+    """Record everything that determines the store's content: equal settings give equal stores."""
     corpus = {k: v.name if isinstance(v, Enum) else v for k, v in dataclasses.asdict(config.corpus).items()}
+    # By size, not checksum: hashing the corpus would read it twice. Changed files are found by `check_sources`.
     files = json.dumps([dataclasses.asdict(unit) for unit in units])
     return {
         "corpus": corpus,
@@ -129,11 +133,13 @@ def _settings(
         "files_and_sizes_sha256": hashlib.sha256(files.encode()).hexdigest(),
         "tokenizer_json_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
         "bos": bos,
+        # Only if raised: records of earlier versions lack the key and must compare equal.
         **({} if held_out.raised_to is None else {"held_out": dataclasses.asdict(held_out)}),
     }
 
 
 def _manifest(partial: Path, units: list[Unit], job: Job, settings: dict[str, Any]) -> Manifest:
+    # Read back from disk in the order of units: workers finish in any order, and earlier runs left some.
     results = [result for unit in units if (result := load_result(partial, unit))]
     assert len(results) == len(units), "every unit has a record by now"
     manifest = Manifest(
@@ -147,6 +153,7 @@ def _manifest(partial: Path, units: list[Unit], job: Job, settings: dict[str, An
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("tokenizers", "transformers", *{r.engine for r in results})},
     )
+    # Only now: a filter may leave a single shard empty, but not the whole corpus.
     require_documents(job.corpus, _counts(manifest))
     return manifest
 
@@ -167,15 +174,16 @@ def _report(manifest: Manifest, output: Path) -> None:
 
 
 def _report_split(manifest: Manifest) -> None:
-    """Say how much is held out, where it is not what the share says."""
+    """Log how many documents are held out, if that differs from the share or is too few."""
     share, found = manifest.split_rule["validation_share"], manifest.num_documents("validation")
+    # A split of 0 is a choice of the user; anything below what error bars need is probably not.
     remedy = f"raise corpus.validation_share={share}, add documents, or cut long ones into several"
     if not share:
         return
     if found == 0:
-        logger.warning("no document is held out, so nothing can be evaluated on this store: %s", remedy)
+        logger.warning("no document is held out, so this store cannot be used for evaluation: %s", remedy)
     elif found < LEAST:
-        logger.warning("1 document is held out, and no error bars can come of one: %s", remedy)
+        logger.warning("only 1 document is held out, too few for error bars: %s", remedy)
     elif "held_out" in manifest.split_rule:
         total = found + manifest.num_documents("train")
         words = "corpus.validation_share=%s of %d documents is too few for error bars: %d are held out"

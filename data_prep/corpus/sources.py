@@ -1,7 +1,7 @@
-"""What to read, cut into pieces and grouped into units of work: one unit becomes one shard, whoever tokenises it.
+"""Plan the reading of a corpus: cut it into pieces and group them into units of work, one shard each.
 
-The plan depends on the corpus and `shard_mb` alone, so the store does not depend on the number of workers, and a unit
-that is done need not be done again.
+The plan depends only on the corpus and `shard_mb`. So the store does not depend on the number of workers, and finished
+units are not repeated.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from pathlib import Path
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import is_lfs_pointer
-from data_prep import hub, stdlib
 from data_prep.config import CorpusConfig, CorpusSource, Format, OnBadRecord, require_corpus
-from data_prep.folders import format_of, texts_in
-from data_prep.streams import compression
+from data_prep.corpus import hub, stdlib
+from data_prep.corpus.folders import format_of, texts_in
+from data_prep.corpus.streams import compression
 
 logger = log.get(__name__)
 
 MAX_HUB_UNITS = 1024
+"""Shards of a hub data set at most; some have tens of thousands of files."""
 MAX_UNIT_PIECES = 4096
+"""Files per unit at most, so that a corpus of many small files still has units to distribute."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes [start, stop) of a file, or part `start` of `stop` of a hub data set; `format` names its reader."""
+    """Bytes [start, stop) of a file, or part `start` of `stop` of a hub data set; `format` selects the reader."""
 
     path: str
     format: str
@@ -37,13 +39,13 @@ class Piece:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on disk; 0 where they are not known."""
+        """Bytes on disk; 0 if unknown."""
         return 0 if self.format == "hub" else self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Unit:
-    """The pieces of shard `index`; `first_source` is the number of pieces in the units before."""
+    """Pieces of shard `index`; `first_source` is the number of pieces in earlier units."""
 
     index: int
     first_source: int
@@ -51,20 +53,20 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """File name of its shards, and their order."""
+        """File name of its shards; sorts in order."""
         return f"{self.index:05d}"
 
 
 def plan(corpus: CorpusConfig, shard_bytes: int) -> list[Unit]:
-    """The units of a corpus, in order.
+    """Return the units of a corpus, in order.
 
     Raises:
-        ValueError: nothing to read, or a file that is missing, unreadable or of unknown format.
+        ValueError: there is nothing to read, or a file is missing, unreadable or of unknown format.
     """
     require_corpus(corpus)
     pieces = _PLANNERS[corpus.source](corpus, shard_bytes)
     if not pieces:
-        raise ConfigError("corpus.paths", list(corpus.paths), "the corpus is empty, no file holds a byte")
+        raise ConfigError("corpus.paths", list(corpus.paths), "the corpus is empty, all files are empty")
     return _group(pieces, shard_bytes)
 
 
@@ -72,6 +74,7 @@ def _plan_files(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
     files = {path: format_of(path, corpus.format) for path in expand(corpus.paths, corpus.format)}
     pieces, pointers, empty = [], [], []
     for path, format in files.items():
+        # Check every file before any is read: a missing permission should not surface after hours.
         if not os.access(path, os.R_OK):
             raise ConfigError("corpus.paths", path, "not readable; check its permissions")
         size = path.stat().st_size
@@ -80,6 +83,7 @@ def _plan_files(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
         if not size:
             empty.append(path)
         pieces += _cut(path, format, size, shard_bytes)
+    # After the loop, so that the message can say how many pointers there are.
     if pointers and corpus.on_bad_record is OnBadRecord.error:
         raise ConfigError("corpus.paths", pointers[0], _lfs_pointers(len(pointers)))
     if empty:
@@ -88,9 +92,9 @@ def _plan_files(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
 
 
 def _lfs_pointers(count: int) -> str:
-    others = f", and so are {count - 1} more" if count > 1 else ""
+    others = f", as are {count - 1} more" if count > 1 else ""
     return (
-        f"a git-lfs pointer and not the file itself{others}; fetch it by `git lfs pull`, or leave pointers out by "
+        f"a git-lfs pointer instead of the file itself{others}; run `git lfs pull`, or leave pointers out with "
         "corpus.on_bad_record=skip"
     )
 
@@ -100,6 +104,7 @@ def _plan_stdlib(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
 
 
 def _plan_hub(corpus: CorpusConfig, shard_bytes: int) -> list[Piece]:
+    # Fewer parts than files: each part then streams several files in order.
     count = min(hub.num_shards(corpus), MAX_HUB_UNITS)
     return [Piece(str(corpus.hub), "hub", part, count) for part in range(count)]
 
@@ -112,7 +117,7 @@ _PLANNERS: dict[CorpusSource, Callable[[CorpusConfig, int], list[Piece]]] = {
 
 
 def expand(paths: Iterable[str], format: Format) -> list[Path]:
-    """Files, directories and globs as a list of files, each once: in the order given, sorted within each entry."""
+    """Expand files, directories and globs to a list of distinct files: in the given order, sorted within an entry."""
     files: dict[Path, None] = {}
     for entry in paths:
         try:
@@ -121,7 +126,7 @@ def expand(paths: Iterable[str], format: Format) -> list[Path]:
             raise ConfigError("corpus.paths", entry, "not readable; check the permissions of its folders") from error
         for path in found:
             if path in files:
-                logger.warning("%s is named twice by corpus.paths; it is read once", path)
+                logger.warning("corpus.paths names %s twice; it is read once", path)
             files[path] = None
     return list(files)
 
@@ -135,16 +140,17 @@ def _expand_entry(entry: str, format: Format) -> list[Path]:
     matches = sorted(map(Path, glob.glob(entry, recursive=True)))
     found = [match for match in matches if match.is_file()]
     if not found:
-        kind = f"matches folders alone, such as {matches[0]}; end it with /**" if matches else _nothing_there(path)
+        kind = f"matches only folders, such as {matches[0]}; end it with /**" if matches else _nothing_there(path)
         raise ConfigError("corpus.paths", entry, kind)
+    # A pattern with ** matches folders by design, so only others deserve a warning.
     others = [match for match in matches if not match.is_file()]
     if others and "**" not in Path(entry).parts:
-        logger.warning("corpus.paths=%s: %d matches are no files and left out: %s", entry, len(others), _some(others))
+        logger.warning("corpus.paths=%s: left out %d matches that are not files: %s", entry, len(others), _some(others))
     return found
 
 
 def _nothing_there(path: Path) -> str:
-    return "a link to nothing" if path.is_symlink() else "no such file, directory or glob"
+    return "a broken link" if path.is_symlink() else "no such file, directory or glob"
 
 
 def _some(paths: list[Path]) -> str:
@@ -152,7 +158,8 @@ def _some(paths: list[Path]) -> str:
 
 
 def _cut(path: Path, format: Format, size: int, shard_bytes: int) -> list[Piece]:
-    """One piece a file; an uncompressed .jsonl file is cut every `shard_bytes` (a line belongs to where it begins)."""
+    """Cut an uncompressed .jsonl file every `shard_bytes`; other files are one piece each."""
+    # A line belongs to the piece in which it begins. Compressed streams cannot be entered in the middle.
     step = size
     if format is Format.jsonl and not compression(path):
         step = shard_bytes
@@ -166,6 +173,7 @@ def _group(pieces: list[Piece], shard_bytes: int) -> list[Unit]:
     group: list[Piece] = []
     for i, piece in enumerate(pieces):
         group.append(piece)
+        # A hub part is a unit of its own, because its size is unknown before it is read.
         full = sum(p.num_bytes for p in group) >= shard_bytes or len(group) >= MAX_UNIT_PIECES
         if full or piece.format == "hub" or i == len(pieces) - 1:
             units.append(Unit(len(units), i + 1 - len(group), tuple(group)))

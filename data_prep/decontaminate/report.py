@@ -1,4 +1,4 @@
-"""The report of `decontaminate`: report.json with every pair, report.md to read, a few lines for the console."""
+"""Report of `decontaminate`: report.json with every pair, report.md to read, and a summary for the console."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from typing import Any
 from clex_train.data.store import TokenStore
 from clex_train.utils.files import write_atomically
 from data_prep.config import DecontaminateVerb
-from data_prep.contamination import Findings, Pair
+from data_prep.decontaminate.contamination import Findings, Pair
 
 SHOWN_PAIRS = 200
+"""Pairs listed in report.md."""
 NEAREST = 10
+"""Pairs below the limits that are listed, to judge whether the limits fit the data."""
 _OPERATION = ("train", "evaluation", "output", "report", "overwrite", "workers", "index_mb")
+"""Keys that do not affect the result; stores are recorded by content instead of by path."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was compared, how, and what was found; `wordless`: evaluation documents that cannot be compared."""
+    """Stores, settings and findings; `wordless`: evaluation documents that cannot be compared."""
 
     train: TokenStore
     evaluation: TokenStore
@@ -32,24 +35,27 @@ class Report:
 
     @cached_property
     def contaminated(self) -> list[int]:
-        """The evaluation documents with an offending pair, ascending."""
+        """Evaluation documents of at least one contaminated pair, ascending."""
         return sorted({pair.evaluation_doc for pair in self.findings.offending})
 
     @property
     def nearest(self) -> list[Pair]:
-        """The most similar pairs below the limits, at most one for each evaluation document."""
+        """Most similar pairs below the limits, at most one for each evaluation document."""
+        # The document number breaks ties, so that the report is the same for any number of workers.
         pairs = sorted(self.findings.nearest.values(), key=lambda pair: (-pair.similarity, pair.evaluation_doc))
         return pairs[:NEAREST]
 
     def settings(self) -> dict[str, Any]:
-        """What the result depends on: the limits and the content of both stores."""
+        """Return everything that determines the result: the limits and the content of both stores."""
+        # Settings are compared between runs, so keys without effect on the result must not count.
         limits = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in _OPERATION}
         return limits | {"train": _described(self.train), "evaluation": _described(self.evaluation)}
 
     def left_out(self) -> list[dict[str, Any]]:
-        """For each contaminated document which rules found it, and the training document most like it."""
+        """List for each contaminated document the rules that found it and the most similar training document."""
         strongest: dict[int, Pair] = {}
         rules: dict[int, Counter[str]] = {}
+        # Only the strongest pair: boilerplate can pair one document with thousands.
         for pair in self.findings.offending:
             doc = pair.evaluation_doc
             rules.setdefault(doc, Counter()).update(pair.rules)
@@ -66,7 +72,7 @@ class Report:
         ]
 
     def to_json(self) -> str:
-        """The whole report."""
+        """Serialize the complete report."""
         content = {
             "settings": self.settings(),
             "counts": self._counts(),
@@ -77,10 +83,11 @@ class Report:
                 {"document": doc, "origin": origin(self.evaluation, doc)} for doc in self.wordless
             ],
         }
+        # ensure_ascii=False keeps file names in any script readable.
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     def summary(self) -> list[str]:
-        """Lines for the console."""
+        """Return the lines for the console."""
         counts = self._counts()
         lines = [
             f"{counts['evaluation_documents']:,} evaluation documents against {counts['train_documents']:,} training "
@@ -98,7 +105,7 @@ class Report:
         return lines
 
     def to_markdown(self) -> str:
-        """The report to read; the first pairs only if there are many."""
+        """Format the report for reading, with the first pairs only if there are many."""
         pairs = self.findings.offending
         shown = f", the first {SHOWN_PAIRS} (all are in report.json)" if len(pairs) > SHOWN_PAIRS else ""
         lines = ["# Evaluation documents in the training documents", ""]
@@ -123,6 +130,7 @@ class Report:
         }
 
     def _row(self, pair: Pair) -> dict[str, Any]:
+        # JSON has only string keys.
         sizes = [str(n) for n in self.config.ngrams]
         return dataclasses.asdict(pair) | {
             "jaccard": dict(zip(sizes, pair.jaccard, strict=True)),
@@ -147,18 +155,19 @@ class Report:
             "" if pair.minhash is None else f"{pair.minhash:.2f}",
             ", ".join(pair.rules),
         ]
+        # A bar in a file name would end the cell.
         return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def write_report(report: Report, folder: Path) -> None:
     """Write report.json and report.md."""
-    # Names of files may have bytes that are not UTF-8; they are written as escapes.
+    # File names may contain bytes that are not UTF-8; they are written as escapes.
     write_atomically(folder / "report.json", report.to_json().encode("utf-8", "backslashreplace"))
     write_atomically(folder / "report.md", report.to_markdown().encode("utf-8", "backslashreplace"))
 
 
 def origin(store: TokenStore, doc_id: int) -> str:
-    """Where a document came from; its number in a store that has no sources."""
+    """Describe the origin of a document, or give its number if the store has no sources."""
     return store.origin(doc_id) if store.manifest.sources else f"document {doc_id}"
 
 

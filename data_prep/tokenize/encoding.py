@@ -1,4 +1,4 @@
-"""The tokenizer of a store: loaded through transformers, described, and copied into the store."""
+"""Tokenizer of a store: load it with transformers, describe it, and copy it into the store."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-"""Files of which transformers can make a tokenizer."""
+"""Files from which transformers can build a tokenizer."""
 _REMEDY = "name a directory or hub repository with a tokenizer (`python -m data_prep train_tokenizer` makes one)"
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
-    """The fast tokenizer of a directory or hub repository.
+    """Load the fast tokenizer of a directory or hub repository.
 
-    Python code that comes with it is run only where `trust_remote_code` says so; nobody is asked on the terminal.
+    Python code that comes with it runs only if `trust_remote_code` is set; there is no prompt on the terminal.
 
     Raises:
-        ValueError: there is none, it has no fast version, it has code of its own, or it has no EOS token.
+        ValueError: there is no tokenizer, it has no fast version, it needs Python code, or it has no EOS token.
     """
     from transformers import AutoTokenizer
 
     directory = Path(name)
+    # transformers would look up a mistyped path on the hub and report a network error.
     if not directory.is_dir() and (directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ConfigError("tokenizer", name, f"no such directory; {_REMEDY}")
     if reason := _obstacle(directory):
         raise ConfigError("tokenizer", name, reason)
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError or ImportError, as the files have it
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError or ImportError, depending on files
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 "tokenizer",
                 name,
-                "it comes with Python code of its own, which is not run unless you allow "
-                "it; read it, then say tokenizer.trust_remote_code=true",
+                "it comes with Python code, which does not run unless you allow it; "
+                "read it, then set tokenizer.trust_remote_code=true",
             ) from error
         raise ConfigError("tokenizer", name, f"{_reason(directory, error)}; {_REMEDY}") from error
     if not getattr(tokenizer, "is_fast", False):
@@ -59,11 +60,13 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> TokenizerInfo:
-    """Write the tokenizer's files to `directory` and describe them."""
+    """Write the tokenizer's files to `directory` and describe the tokenizer."""
+    # Saved, not copied: a hub tokenizer has no directory, and the store must not depend on the hub cache.
     tokenizer.save_pretrained(directory)
     vocabulary = tokenizer.get_vocab()
     assert tokenizer.eos_token_id is not None, "load_tokenizer refuses a tokenizer without EOS"
     return TokenizerInfo(
+        # Not len(vocabulary): ids may have gaps, and the dtype must fit the largest one.
         vocab_size=max(vocabulary.values()) + 1,
         vocabulary_sha256=vocabulary_sha256(vocabulary),
         adds_bos=adds_bos(tokenizer),
@@ -76,19 +79,19 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> TokenizerInfo:
 
 
 def _obstacle(directory: Path) -> str:
-    """Say why a directory has no tokenizer that could be loaded, as far as its files say so; "" if nothing is found."""
+    """Return the reason why a directory has no loadable tokenizer, as far as its files tell; else an empty string."""
     if not directory.is_dir():
         return ""
     files = sorted(file.name for file in directory.iterdir() if file.is_file())
-    found = [name for name in files if name in TOKENIZER_FILES or _is_of_a_kind_of_its_own(name)]
+    found = [name for name in files if name in TOKENIZER_FILES or _is_custom_tokenizer(name)]
     if not found:
         has = ", ".join(files[:5]) + (", ..." if len(files) > 5 else "")
         return f"no tokenizer in this directory (no tokenizer.json; it has {has or 'no files'}); {_REMEDY}"
     pointers = [name for name in found if is_lfs_pointer(directory / name)]
-    return f"{pointers[0]} is a git-lfs pointer and not the file itself; fetch it by `git lfs pull`" if pointers else ""
+    return f"{pointers[0]} is a git-lfs pointer instead of the file; run `git lfs pull`" if pointers else ""
 
 
-def _is_of_a_kind_of_its_own(name: str) -> bool:
+def _is_custom_tokenizer(name: str) -> bool:
     return name.endswith(".tiktoken") or name.startswith("tokenization_")
 
 

@@ -1,4 +1,4 @@
-"""Tokenises units of work into shards, in this process or in several; a shard is a function of its unit alone."""
+"""Tokenize units of work into shards, in one process or several; a shard depends only on its unit."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import BadFile, write_atomically
 from clex_train.utils.records import read_record
 from data_prep.config import CorpusConfig
-from data_prep.documents import Document, documents
-from data_prep.engines import TokenizersEngine, load
+from data_prep.corpus.documents import Document, documents
+from data_prep.corpus.readers import place
+from data_prep.corpus.sources import Piece, Unit
 from data_prep.progress import Progress
-from data_prep.readers import place
-from data_prep.sampling import Mismatch, SampleCheck
-from data_prep.sources import Piece, Unit
+from data_prep.tokenize.engines import TokenizersEngine, load
+from data_prep.tokenize.sampling import Mismatch, SampleCheck
 from data_prep.workers import pool, reports
 
 logger = log.get(__name__)
 
 UNITS = "units"
 BATCH_CHARS = 1_500_000
+"""Characters per call of an engine: enough for its threads, small in memory."""
 BATCH_PIECES = 1024
 
 Advance = Callable[[int, int, int], object]
@@ -44,11 +45,11 @@ Advance = Callable[[int, int, int], object]
 
 @dataclass(frozen=True)
 class Job:
-    """What the units of a store have in common.
+    """Settings that all units of a store share.
 
-    `partial` is the directory it is written in, `engine` what encodes; with `falls_back` a shard on which the engine
-    and `tokenizers` disagree is tokenised again by `tokenizers`. `cut` cuts texts where that changes no id. `bos`: each
-    document begins with BOS. Documents whose hash is below `below` are held out.
+    `partial` is the directory to write in, `engine` the name of the encoder. With `falls_back`, a shard on which the
+    engine and `tokenizers` disagree is tokenized again with `tokenizers`. `cut` splits texts where that changes no id.
+    With `bos`, each document begins with BOS. Documents whose hash is below `below` are held out.
     """
 
     partial: Path
@@ -63,9 +64,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a unit: its shards by split (none where no document fell), the sources read, and the engine.
+    """Result of a unit: shards by split (only splits with documents), the sources read, and the engine used.
 
-    `modified`: for each source the time its file was last changed when it was read, in nanoseconds; 0 for none.
+    `modified` has the modification time of each source's file when it was read, in nanoseconds; 0 without a file.
     """
 
     shards: dict[str, Shard]
@@ -76,7 +77,7 @@ class Result:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A piece of a document's text; the rest is as in `Document`."""
+    """A piece of a document's text; see `Document` for the other fields."""
 
     text: str
     is_first: bool
@@ -88,10 +89,10 @@ class _Piece:
 
 
 def run_units(units: list[Unit], job: Job, workers: int, progress: Progress) -> None:
-    """Tokenise the units. After an error the finished ones are there all the same.
+    """Tokenize the units; finished ones remain after an error.
 
     Raises:
-        ValueError: bad input, with its place; or a worker that was killed.
+        ValueError: bad input, with its place, or a worker was killed.
     """
     if workers == 1 or len(units) < 2:
         for unit in units:
@@ -101,10 +102,10 @@ def run_units(units: list[Unit], job: Job, workers: int, progress: Progress) -> 
 
 
 def tokenize_unit(unit: Unit, job: Job, advance: Advance) -> None:
-    """Write the shards of one unit, then the record that says so.
+    """Write the shards of one unit, then the record that marks it finished.
 
     Raises:
-        ValueError: bad input, with its place; or ids other than those of `tokenizers`, which may not be used instead.
+        ValueError: bad input, with its place, or ids that differ from `tokenizers` when falling back is not allowed.
     """
     reported = [0, 0, 0]
 
@@ -116,21 +117,25 @@ def tokenize_unit(unit: Unit, job: Job, advance: Advance) -> None:
         result = _tokenize(unit, job, job.engine, report)
     except _OtherIds as error:
         if not job.falls_back:
-            remedy = "take tokenizer.engine=auto or tokenizers"
+            remedy = "set tokenizer.engine=auto or tokenizers"
             raise ConfigError("tokenizer.engine", job.engine, f"{error}; {remedy}") from error
-        logger.warning("shard %s: %s; it is tokenised again with tokenizers", unit.name, error)
+        logger.warning("shard %s: %s; tokenizing it again with tokenizers", unit.name, error)
+        # Take back the progress of the discarded attempt, or the bar would exceed 100 %.
         advance(*(-amount for amount in reported))
         result = _tokenize(unit, job, TokenizersEngine.name, advance)
+    # Written last and atomically: a unit counts as finished only if its shards are complete.
     write_atomically(_result_path(job.partial, unit), json.dumps(dataclasses.asdict(result)).encode())
 
 
 class _OtherIds(ValueError):
-    """The engine gave other ids than `tokenizers`; the message names the document."""
+    """The ids differ from those of `tokenizers`; the message names the document."""
 
 
 def _tokenize(unit: Unit, job: Job, engine: str, advance: Advance) -> Result:
+    # Before reading: if a file changes meanwhile, its time differs later and it is hashed again.
     modified = [_modified(piece) for piece in unit.pieces]
     counts: list[Counter[str]] = [Counter() for _ in unit.pieces]
+    # The dtype follows from the vocabulary, not from the ids seen: all shards of a store must agree.
     dtype = token_dtype(job.tokenizer.vocab_size)
     with ExitStack() as stack:
         writers = {s: stack.enter_context(ShardWriter(job.partial / s, unit.name, dtype)) for s in SPLITS}
@@ -147,13 +152,14 @@ def _tokenize(unit: Unit, job: Job, engine: str, advance: Advance) -> Result:
 def _encode(
     pieces: Iterator[_Piece], unit: Unit, job: Job, name: str, writers: Mapping[str, ShardWriter], advance: Advance
 ) -> None:
-    """Encode the pieces of documents, in order, and write their ids as they come."""
+    """Encode the pieces of documents in order and write their ids as they come."""
     engine = load(name, job.partial / TOKENIZER)
     eos = np.array([job.tokenizer.eos_id], np.uint32)
     bos = np.array([job.tokenizer.bos_id] if job.bos else [], np.uint32)
     check = None
     if name != TokenizersEngine.name:
         check = SampleCheck(load(TokenizersEngine.name, job.partial / TOKENIZER), unit.name)
+    # Pieces of several documents share a batch, and a long document spans several.
     for batch in _batches(pieces):
         texts = [piece.text for piece in batch]
         encoded = engine.encode(texts)
@@ -185,7 +191,7 @@ def _utf8_bytes(text: str) -> int:
 
 
 def load_result(partial: Path, unit: Unit) -> Result | None:
-    """The record of a finished unit, or None."""
+    """Return the record of a finished unit, or None."""
     path = _result_path(partial, unit)
     if not path.is_file():
         return None
@@ -193,37 +199,36 @@ def load_result(partial: Path, unit: Unit) -> Result | None:
         return read_record(path, Result, within=partial)
     except BadFile as error:
         raise ConfigError(
-            path, None, f"{error.reason}; remove this file, and the same command makes the shard again"
+            path, None, f"{error.reason}; remove this file, and the same command writes the shard again"
         ) from error
 
 
 def check_sources(unit: Unit, result: Result) -> None:
-    """Make sure that the files a finished shard was made of are still what they were.
-
-    A file that was written to since is read again: its checksum decides, not the time.
+    """Check that the files of a finished shard have not changed.
 
     Raises:
-        ValueError: naming the file that changed.
+        ValueError: names the file that changed.
     """
     for piece, source, modified in zip(unit.pieces, result.sources, result.modified, strict=True):
+        # The time only triggers hashing: copying a corpus to another disk changes times but no content.
         if _modified(piece) != modified and sha256_of(piece) != source.sha256:
             raise ConfigError(
                 piece.path,
                 None,
-                f"changed (with the same size) after shard {unit.name} was made of it; put the earlier "
-                "file back, or begin anew with overwrite=true",
+                f"changed (with the same size) since shard {unit.name} was written; restore the earlier "
+                "file, or start over with overwrite=true",
             )
 
 
 def _documents(unit: Unit, job: Job, counts: list[Counter[str]], advance: Advance) -> Iterator[tuple[int, Document]]:
-    """Yield (number of the source in the store, document) over all pieces of a unit, reporting the bytes read."""
+    """Yield (number of the source in the store, document) over all pieces of a unit and report the bytes read."""
     for i, piece in enumerate(unit.pieces):
         reported = 0
         for document in documents(piece, job.corpus, counts[i], below=job.below):
             yield unit.first_source + i, document
             advance(document.consumed - reported, 0, 0)
             reported = document.consumed
-            del document  # the next one may be as large
+            del document  # free it before reading the next one, which may be as large
         advance(piece.num_bytes - reported, 0, 0)
 
 
@@ -233,11 +238,11 @@ def _pieces(
     for source, document in items:
         for number, (text, is_last) in enumerate(cut(document.text)):
             yield _Piece(text, number == 0, is_last, document.split, document.text_hash, source, document.record)
-        del document  # the next one may be as large
+        del document  # see above
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Batches that are worth the engine's threads and bounded in memory."""
+    """Group pieces into batches, large enough for the engine's threads and bounded in memory."""
     batch: list[_Piece] = []
     num_chars = 0
     for piece in pieces:
@@ -262,7 +267,7 @@ def _run_in_processes(units: list[Unit], job: Job, workers: int, progress: Progr
             raise ConfigError(
                 "workers",
                 workers,
-                "a worker was killed, most likely for want of memory; take fewer workers and run "
+                "a worker was killed, most likely out of memory; use fewer workers and run "
                 "the same command again, finished shards are kept",
             ) from error
 
@@ -282,12 +287,13 @@ def _report(read_bytes: int, text_bytes: int, tokens: int) -> None:
     """Send a worker's progress to the program that draws the bar."""
     assert _reporting is not None
     if read_bytes or text_bytes or tokens:
-        with suppress(BrokenPipeError):  # the program was killed, and this worker is about to end
+        with suppress(BrokenPipeError):  # the main program was killed, and this worker is about to end
             _reporting.send_bytes(_REPORT.pack(read_bytes, text_bytes, tokens))
 
 
 def _start_worker(workers: int, reporting: Connection) -> None:
-    """Let the tokenizer's own threads share the cores with those of the other workers."""
+    """Prepare a worker: divide the cores among the tokenizers' threads, and set up logging."""
+    # A global, because a connection can be passed to a process only when it starts, not with each task.
     global _reporting
     _reporting = reporting
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
@@ -303,7 +309,7 @@ def _modified(piece: Piece) -> int:
 
 
 def sha256_of(piece: Piece) -> str | None:
-    """sha256 of the piece's bytes on disk; None for a streamed data set."""
+    """Hash the piece's bytes on disk; None for a streamed data set."""
     if piece.format == "hub":
         return None
     digest = hashlib.sha256()

@@ -1,6 +1,6 @@
 """Readers of raw text: each turns a piece of a corpus into numbered records, one at a time.
 
-A record is read first and parsed after, so that a bad one can be named by its place and left out.
+Reading a record and parsing it are separate steps, so that a bad one can be reported by its place and left out.
 """
 
 from __future__ import annotations
@@ -12,38 +12,40 @@ from typing import Any
 import numpy as np
 
 from clex_train.utils.errors import InputError, first_line
-from data_prep import hub, json_lines
 from data_prep.config import CorpusConfig
-from data_prep.sources import Piece
-from data_prep.streams import DamagedStream, open_stream
-from data_prep.utf8 import Utf8, printable
+from data_prep.corpus import hub, json_lines
+from data_prep.corpus.sources import Piece
+from data_prep.corpus.streams import DamagedStream, open_stream
+from data_prep.corpus.utf8 import Utf8, printable
 
 PARQUET_ROWS = 64
+"""Rows to read at a time at most."""
 PARQUET_BATCH_BYTES = 4_000_000
+"""Bytes of rows to read at a time, on average: rows may be books."""
 CHAT_FIELDS = ("messages", "conversations", "conversation", "dialogue", "dialog")
-"""Names under which data sets of chats keep their turns."""
+"""Names of the field with the turns in common chat data sets."""
 _BOM = b"\xef\xbb\xbf"
 
 
 class Raw:
-    """Record `number` (from 1) of a piece, as read; `consumed`: bytes of the piece on disk read so far."""
+    """Record `number` (from 1) of a piece, as read; `consumed` is the bytes of the piece read from disk so far."""
 
     def __init__(self, number: int, content: Any, consumed: int) -> None:
         self.number, self.consumed = number, consumed
         self._content = content
 
     def take(self) -> Any:
-        """The content, once: it is not kept here, where it would double the memory that a long document takes."""
+        """Return the content and forget it: keeping it would double the memory of a long document."""
         content, self._content = self._content, None
         return content
 
 
 @dataclass(frozen=True)
 class Reader:
-    """`read` yields the records of a piece; `parse` makes a dict of one or raises `ValueError`; `unit` names one.
+    """Reads the records of a piece (`read`) and converts one to a dict or raises `ValueError` (`parse`).
 
-    Both are given the names of the fields that are wanted, the text's first: no other is converted. Texts may stay
-    `Utf8` in the dict.
+    Both get the names of the wanted fields, the text first; other fields are not converted. Texts may stay `Utf8` in
+    the dict. `unit` is the word for a record in messages.
     """
 
     read: Callable[[Piece, CorpusConfig, Sequence[str]], Iterator[Raw]]
@@ -56,7 +58,7 @@ class Unreadable(InputError):
 
 
 def place(piece: Piece, number: int) -> str:
-    """Say where a record stands, for an error message: file and line (counted in the whole file), row or part."""
+    """Describe the place of a record for an error message: file and line (of the whole file), row or part."""
     if piece.format == "hub":
         return f"{piece.path}: part {piece.start} of {piece.stop}, row {number}"
     if READERS[piece.format].unit == "file":
@@ -65,7 +67,7 @@ def place(piece: Piece, number: int) -> str:
 
 
 def _read_lines(piece: Piece, corpus: CorpusConfig, names: Sequence[str]) -> Iterator[Raw]:
-    """The lines that begin in the piece; blank lines are counted, not yielded."""
+    """Yield the lines that begin in the piece; blank lines are counted but not yielded."""
     number = 0
     try:
         with open_stream(piece.path) as (content, raw):
@@ -80,10 +82,11 @@ def _read_lines(piece: Piece, corpus: CorpusConfig, names: Sequence[str]) -> Ite
                 number, position = number + 1, position + len(line)
                 if line.isspace():
                     continue
+                # Some editors write a byte order mark, which is not JSON.
                 first = piece.start == 0 and number == 1
                 consumed = raw.tell() if whole else position - piece.start
                 record = Raw(number, line.removeprefix(_BOM) if first else line, consumed)
-                del line  # it may be long, and this function waits while its text is worked on
+                del line  # it may be long, and this generator keeps its frame while the text is processed
                 yield record
     except (DamagedStream, OSError) as error:
         raise Unreadable(f"{place(piece, number + 1)}: {error}") from error
@@ -112,6 +115,7 @@ def _read_parquet(piece: Piece, corpus: CorpusConfig, names: Sequence[str]) -> I
 
     number = 0
     try:
+        # pre_buffer would read whole row groups into memory; page checksums reveal damage that still decodes.
         with pyarrow.parquet.ParquetFile(
             piece.path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
         ) as file:
@@ -125,18 +129,20 @@ def _read_parquet(piece: Piece, corpus: CorpusConfig, names: Sequence[str]) -> I
 
 
 def _rows_at_once(metadata: Any) -> int:
-    """Rows of which none of the row groups has more than `PARQUET_BATCH_BYTES` on average."""
+    """Choose the rows to read at a time, so that no row group exceeds `PARQUET_BATCH_BYTES` on average."""
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     row_bytes = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=0)
     return max(1, min(PARQUET_ROWS, int(PARQUET_BATCH_BYTES / max(row_bytes, 1))))
 
 
 def _parse_row(row: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Convert a batch of one row to a dict; its text is not decoded, so that one that is not UTF-8 is a bad record."""
+    """Convert a batch of one row to a dict."""
     import pyarrow
 
     columns = dict(zip(row.schema.names, row.columns, strict=True))
+    # Null texts, and texts of another type, take the slow path, which names them.
     text = columns.get(names[0])
+    # Keep the text as bytes: decoding here would make invalid UTF-8 an error of the file instead of a bad record.
     if text is not None and text.type in (pyarrow.string(), pyarrow.large_string()) and text.null_count == 0:
         del columns[names[0]]
         return {names[0]: Utf8(_cell(text)), **{name: _python(name, column) for name, column in columns.items()}}
@@ -144,7 +150,7 @@ def _parse_row(row: Any, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _python(name: str, column: Any) -> Any:
-    """Return the only value of a column; Python may have no type for it, as for a date before the year 1."""
+    """Return the only value of a column; raise `ValueError` if Python has no type for it (a date before year 1)."""
     try:
         return column[0].as_py()
     except (OverflowError, ValueError) as error:
@@ -152,7 +158,8 @@ def _python(name: str, column: Any) -> Any:
 
 
 def _cell(column: Any) -> bytes:
-    """The bytes of a column of one text, copied once (`as_buffer` of a scalar would copy them once more)."""
+    """Return the bytes of a column with a single text."""
+    # Slice the buffer directly: `as_buffer` of a scalar would make a second copy.
     import pyarrow
 
     width = np.int32 if column.type == pyarrow.string() else np.int64
@@ -162,10 +169,10 @@ def _cell(column: Any) -> bytes:
 
 
 def _columns(piece: Piece, corpus: CorpusConfig, names: Sequence[str], file: Any) -> list[str]:
-    """Choose the columns to read: those that are wanted, of a nested one the member alone; others are not even decoded.
+    """Choose the columns to read; of a nested column only the wanted member, so that others are not even decoded.
 
     Raises:
-        Unreadable: there is no column of a name that the corpus gives.
+        Unreadable: the corpus names a column that does not exist.
     """
     paths = [file.schema.column(i).path for i in range(len(file.schema))]
     present = list(dict.fromkeys(file.schema_arrow.names))
@@ -173,6 +180,7 @@ def _columns(piece: Piece, corpus: CorpusConfig, names: Sequence[str], file: Any
     for name in names:
         if any(path == name or path.startswith(f"{name}.") for path in paths):
             columns.append(name)
+        # A nested value that parquet keeps as one column (a map) cannot be selected below its top.
         elif name.partition(".")[0] in present:
             columns.append(name.partition(".")[0])
         elif key := key_of(corpus, name):
@@ -181,31 +189,31 @@ def _columns(piece: Piece, corpus: CorpusConfig, names: Sequence[str], file: Any
 
 
 def fields_of(corpus: CorpusConfig) -> list[str]:
-    """List the fields that the corpus names, the text's first."""
+    """List the fields that the corpus names, the text first."""
     return [corpus.text_field, *corpus.where, *([corpus.split_field] if corpus.split_field else [])]
 
 
 def key_of(corpus: CorpusConfig, name: str) -> str:
-    """Return the key that names this field; "" for one that is taken along only if it is there."""
+    """Return the config key that names a field; an empty string for an optional field."""
     keys = {corpus.split_field or "": "corpus.split_field", **dict.fromkeys(corpus.where, "corpus.where")}
     return {**keys, corpus.text_field: "corpus.text_field"}.get(name, "")
 
 
 def remedy(key: str, present: Iterable[str]) -> str:
-    """Say what to do about a record without the field that `key` names."""
+    """Return the remedy for a record without the field that `key` names."""
     if key == "corpus.text_field":
         return chat_remedy(present) or "set corpus.text_field=NAME, one of these"
     return f"set {key} to one of these"
 
 
 def chat_remedy(present: Iterable[str]) -> str:
-    """Say what to do about a record that holds a chat; "" if none of its fields looks like one."""
+    """Return the remedy for a record that holds a chat; an empty string if no field looks like one."""
     chat = [name for name in present if name in CHAT_FIELDS]
     if not chat:
         return ""
     return (
-        f"{chat[0]!r} looks like chat data, which is not supported as such: write every conversation as one text, such "
-        "as with the tokenizer's apply_chat_template(..., tokenize=False), and set corpus.text_field=NAME to its field "
+        f"{chat[0]!r} looks like chat data, which is not supported directly: write every conversation as one text, for "
+        "example with the tokenizer's apply_chat_template(..., tokenize=False), and set corpus.text_field=NAME to it "
         "(special tokens in a text are encoded as plain text)"
     )
 
@@ -233,16 +241,18 @@ READERS = {
 
 
 def _seek_line(content: Any, start: int) -> int:
-    """Move to the first line that begins at or after `start`; returns its offset."""
+    """Move to the first line that begins at or after `start` and return its offset."""
+    # From one byte earlier: if that byte ends a line, the line at `start` belongs to this piece.
     content.seek(start - 1)
     return start - 1 + len(content.readline())
 
 
 def _lines_before(piece: Piece) -> int:
-    """Lines of the file before the first one of a piece; read only when a message needs it."""
+    """Count the lines before the first line of a piece; reads the file, so only for messages."""
     if piece.start == 0 or READERS[piece.format].unit != "line":
         return 0
     with open(piece.path, "rb") as file:
+        # Count in chunks: the file may be larger than memory.
         remaining = _seek_line(file, piece.start)
         file.seek(0)
         count = 0

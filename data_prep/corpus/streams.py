@@ -1,4 +1,4 @@
-"""Open plain and compressed files as binary streams that fail, and do not just end, when they are cut short."""
+"""Open plain and compressed files as binary streams that raise an error if the file is truncated."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from typing import BinaryIO, cast
 import zstandard
 
 _INPUT_BYTES = 1 << 16
-_MAX_WINDOW = 1 << 31  # what `zstd --long=31` writes, the most the format's own tool reads
+_MAX_WINDOW = 1 << 31  # `zstd --long=31`, the largest window that the zstd tool itself accepts
 
 
 class DamagedStream(ValueError):
-    """A compressed file that is truncated or corrupt."""
+    """A compressed file is truncated or corrupt."""
 
 
 def compression(path: str | Path) -> str:
-    """The suffix of `COMPRESSIONS` that a file's name ends with, in lower case; "" for a file that is read as it is."""
+    """Return the suffix of a file's name that is in `COMPRESSIONS`, in lower case; else an empty string."""
     suffix = Path(path).suffix.lower()
     return suffix if suffix in COMPRESSIONS else ""
 
 
 @contextmanager
 def open_stream(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Yield (content, raw): the decompressed stream by the file's suffix, and the file, whose `tell` shows progress.
+    """Yield (content, raw): the decompressed stream, and the file itself, whose `tell` shows progress.
 
     Raises:
-        DamagedStream: while reading, if the compressed file is truncated or corrupt.
+        DamagedStream: while reading, if a compressed file is truncated or corrupt.
     """
     with open(path, "rb") as raw:
         suffix = compression(path)
@@ -44,7 +44,7 @@ def open_stream(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 class _LibraryReader(io.RawIOBase):
-    """A reader of the standard library whose errors, all of them, become `DamagedStream`."""
+    """Reader that turns all errors of a standard library decompressor into `DamagedStream`."""
 
     def __init__(self, name: str, content: io.BufferedIOBase) -> None:
         self._name, self._content = name, content
@@ -55,6 +55,7 @@ class _LibraryReader(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         try:
             return self._content.readinto(buffer)
+        # Each library has its own: gzip raises EOFError or zlib.error, bz2 OSError, lzma LZMAError.
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             raise DamagedStream(
                 f"{self._name} stream is truncated or corrupt ({error}); fetch the file again"
@@ -62,7 +63,7 @@ class _LibraryReader(io.RawIOBase):
 
 
 class _ZstdReader(io.RawIOBase):
-    """Frame after frame. zstandard's own stream reader takes a truncated frame for the end of the file."""
+    """Reader of concatenated zstandard frames; zstandard's stream reader takes a truncated frame for the end."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
@@ -94,6 +95,7 @@ class _ZstdReader(io.RawIOBase):
                 parts.append(self._frame.decompress(chunk))
             except zstandard.ZstdError as error:
                 raise DamagedStream(f"zstandard stream is corrupt ({error}); fetch the file again") from error
+            # One file may have many frames (pzstd, or files joined by cat); the rest of the chunk is the next one.
             self._between_frames, chunk = self._frame.eof, self._frame.unused_data
             if self._between_frames:
                 self._frame = self._context.decompressobj()
@@ -107,4 +109,4 @@ COMPRESSIONS: dict[str, Callable[[BinaryIO], io.RawIOBase]] = {
     ".zst": _ZstdReader,
     ".zstd": _ZstdReader,
 }
-"""What opens a file by the last suffix of its name."""
+"""Function that opens a file, by the last suffix of its name."""

@@ -1,0 +1,1 @@
+"""Find and remove evaluation documents that are also in the training data."""
