@@ -55,6 +55,9 @@ class Checkpoints:
     when the newest checkpoint belongs to another model or other data.
     """
 
+    ode_file = ODE
+    """Name of the file with the ODE's state in a checkpoint."""
+
     def __init__(
         self, run_dir: Path, settings: CheckpointConfig, identity: Manifest, strict: bool = False, config: str = ""
     ) -> None:

@@ -20,11 +20,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from clex_train.config.model import ModelConfig
+from clex_train.engine.finite import non_finite_parameter
 from clex_train.models import official
 from clex_train.models.directory import has_weights
 from clex_train.models.weight_files import NotThere, Stored, files, have_equal_values, named, read_headers
 from clex_train.rope.probe import model_on_meta
-from clex_train.utils import distributed, log
+from clex_train.utils import log
 from clex_train.utils.bounds import require
 from clex_train.utils.errors import ConfigError, first_line
 
@@ -119,27 +120,13 @@ def announce(report: Report, model: ModelConfig) -> None:
 
 def require_finite(model: nn.Module, path: str) -> None:
     """Raise `ValueError` when loaded weights are not finite on any rank. Collective."""
-    name = spoilt_parameter(model)
+    name = non_finite_parameter(model)
     require(
         name is None,
         "model.path",
         path,
         f"the weights of {name} are not finite: copy them again, or give others, such as an earlier checkpoint",
     )
-
-
-def spoilt_parameter(model: nn.Module) -> str | None:
-    """Return the name of the first parameter that is not finite on any rank, or None. Collective."""
-    own = (name for name, parameter in model.named_parameters() if not _is_finite(parameter))
-    return next(filter(None, distributed.gather_objects(next(own, None))), None)
-
-
-def _is_finite(parameter: Tensor) -> bool:
-    # Under ZeRO-3 a parameter is empty between gathers; `ds_tensor` is this rank's shard of it.
-    own: Tensor = getattr(parameter, "ds_tensor", parameter).detach()
-    # `isfinite` allocates a mask as large as the weight. The sum needs no memory, and is finite if all numbers are,
-    # except when it overflows.
-    return bool(own.sum(dtype=torch.float32).isfinite()) or bool(own.isfinite().all())
 
 
 @dataclass(frozen=True)

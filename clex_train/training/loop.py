@@ -8,10 +8,12 @@ The state is one integer, the number of optimizer steps taken. Rows, t, position
 functions of it, so a resumed run reads and draws what the uninterrupted one would have.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,14 +26,16 @@ from clex_train.data.shards import shard_collate
 from clex_train.data.step_rows import loss_weights, read_step
 from clex_train.engine.deepspeed import gradient_norm, learning_rate, set_learning_rate
 from clex_train.scaling.solver import UnstableField
-from clex_train.scaling.spectrum import Spectrum
 from clex_train.tracking.metrics import row_spans, speed
-from clex_train.tracking.tracker import Tracker
 from clex_train.training import recovery, state
 from clex_train.training.state import Parts, Progress
 from clex_train.training.step_reduce import all_reduce_step
 from clex_train.utils import distributed
 from clex_train.utils.errors import RunStopped, StopRequested
+
+if TYPE_CHECKING:
+    from clex_train.scaling.spectrum import Spectrum
+    from clex_train.tracking.tracker import Tracker
 
 
 def train(parts: Parts, tracker_factory: Callable[[int], Tracker]) -> int:

@@ -4,16 +4,20 @@ Run after the fact, on the micro-batch that gave it: hooks that look at every ou
 wait for the host each time.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from clex_train.models.weights import spoilt_parameter
-from clex_train.scaling.solver import UnstableField
-from clex_train.utils.protocols import CausalLM
+from clex_train.engine.finite import non_finite_parameter
+
+if TYPE_CHECKING:
+    from clex_train.scaling.solver import UnstableField
+    from clex_train.utils.protocols import CausalLM
 
 DIVERGED = 2.0
 """A loss this many times that of the first step is that of a model which has come apart."""
@@ -83,7 +87,7 @@ def find(model: CausalLM, loss: Callable[[], Tensor]) -> FirstNonFinite:
 
 def remedy(model: nn.Module) -> str:
     """Advise on losses or gradients that are not finite; collective."""
-    name = spoilt_parameter(model)
+    name = non_finite_parameter(model)
     if name is None:
         return "lower optim.lr in another output_dir, or leave the rows out"
     return f"the weights of {name} are not finite: start from others"
@@ -91,7 +95,7 @@ def remedy(model: nn.Module) -> str:
 
 def why_unstable(model: nn.Module, error: UnstableField, losses: Sequence[float], lr: float) -> str:
     """Explain a field that cannot be used: by the model, if its weights or losses say so. Collective."""
-    spoilt = spoilt_parameter(model)
+    spoilt = non_finite_parameter(model)
     if spoilt:
         return f"the weights of {spoilt} are not finite, and {error.what}; lower optim.lr={lr:g}"
     if losses and not losses[-1] <= DIVERGED * losses[0]:

@@ -9,18 +9,22 @@ The ODE is small, float32 and replicated on the CPU of each rank, so neither the
 gradient norm touches it. (CLEX, arXiv 2310.16450; design in docs/mathematics.md.)
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clex_train.config.scaling import ScalingConfig
-from clex_train.scaling.clex import Clex
 from clex_train.scaling.position_sampling import draw_t
 from clex_train.scaling.solver import UnstableField
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import scale_grid
 from clex_train.utils import distributed, log
+
+if TYPE_CHECKING:
+    from clex_train.config.scaling import ScalingConfig
+    from clex_train.scaling.clex import Clex
 
 logger = log.get(__name__)
 

@@ -7,26 +7,30 @@
 Every rank has the same metrics and takes the same decision; all functions are collective.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from clex_train.data.batch import MicroBatch
 from clex_train.data.order import original_index
 from clex_train.data.shard_files import DamagedStore
 from clex_train.engine.deepspeed import has_stepped
-from clex_train.scaling.solver import UnstableField
-from clex_train.scaling.spectrum import Spectrum
 from clex_train.tracking.metrics import row_spans
-from clex_train.tracking.tracker import Tracker
 from clex_train.training import non_finite, state
-from clex_train.training.state import Parts, Progress
 from clex_train.utils import distributed, log, seeding
 from clex_train.utils.errors import RunStopped
+
+if TYPE_CHECKING:
+    from clex_train.data.batch import MicroBatch
+    from clex_train.scaling.solver import UnstableField
+    from clex_train.scaling.spectrum import Spectrum
+    from clex_train.tracking.tracker import Tracker
+    from clex_train.training.state import Parts, Progress
 
 logger = log.get(__name__)
 

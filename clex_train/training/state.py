@@ -1,19 +1,24 @@
 """Parts of a run, its progress, and the state that a checkpoint holds beside the engine's."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from clex_train.checkpoint.store import ODE, Checkpoints
-from clex_train.config.root import Config
-from clex_train.data.rows import Rows
-from clex_train.engine.sequence_parallel import SequenceParallel
-from clex_train.models.load import LoadedModel
 from clex_train.resilience.loss_spikes import NoSpikeWatch, SpikeWatch
 from clex_train.resilience.stop_requests import StopRequests
-from clex_train.training.ode_optimizer import FixedFrequencies, OdeOptimizer
 from clex_train.training.step import ForwardPass, build_forward_pass
 from clex_train.utils.errors import ConfigError, first_line
-from clex_train.utils.protocols import Engine
+
+if TYPE_CHECKING:
+    from clex_train.checkpoint.store import Checkpoints
+    from clex_train.config.root import Config
+    from clex_train.data.rows import Rows
+    from clex_train.engine.sequence_parallel import SequenceParallel
+    from clex_train.models.load import LoadedModel
+    from clex_train.training.ode_optimizer import FixedFrequencies, OdeOptimizer
+    from clex_train.utils.protocols import Engine
 
 SPIKES = "spikes"
 """Key of the spike watch's state, among the ODE's, in a checkpoint."""
@@ -83,7 +88,7 @@ def resume(parts: Parts) -> int:
         raise ConfigError(
             f"checkpoint {folder / f'step_{step}'}",
             None,
-            f"{ODE} is not the state of this run's field ({first_line(error)}); "
+            f"{parts.checkpoints.ode_file} is not the state of this run's field ({first_line(error)}); "
             "remove the checkpoint to continue an older one, or choose another output_dir",
         ) from error
     return step

@@ -4,23 +4,27 @@
 tokens of a row this rank feeds to the model, `Frequencies` put the step's spectrum and positions on its rotary module.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from clex_train.attention.document_mask import document_mask_kwargs, single_document_kwargs
-from clex_train.config.root import Config
 from clex_train.data import shards
 from clex_train.data.batch import MicroBatch, document_lengths
 from clex_train.engine import token_loss
-from clex_train.engine.sequence_parallel import SequenceParallel
-from clex_train.models.load import LoadedModel
 from clex_train.scaling.position_sampling import draw_batch, draw_document_batch
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils import distributed
-from clex_train.utils.protocols import CausalLM, Engine
+
+if TYPE_CHECKING:
+    from clex_train.config.root import Config
+    from clex_train.engine.sequence_parallel import SequenceParallel
+    from clex_train.models.load import LoadedModel
+    from clex_train.utils.protocols import CausalLM, Engine
 
 Frequencies = Callable[[MicroBatch, Spectrum | None], AbstractContextManager[None]]
 """Sets frequencies and positions of a micro-batch's forward and backward pass."""

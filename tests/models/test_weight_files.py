@@ -14,6 +14,7 @@ from clex_train.cli.errors import explain
 from clex_train.config.engine import EngineConfig
 from clex_train.config.model import ModelConfig
 from clex_train.engine import deepspeed as engines
+from clex_train.engine.finite import non_finite_parameter
 from clex_train.models import architecture, load, weight_files, weights
 from tests.helpers.tiny_causal_lm import save_tiny_llama, tiny_llama
 from tests.helpers.warm_processes import call_on_two_ranks
@@ -210,7 +211,7 @@ def _hold_a_share(rank: int, folder: str) -> None:
     layer = torch.nn.Linear(2, 2, bias=False)
     layer.weight.ds_tensor = torch.tensor([1.0, math.nan if rank == 1 else 2.0])
     layer.weight.data = torch.empty(0)
-    (Path(folder) / str(rank)).write_text(str(weights.spoilt_parameter(layer)))
+    (Path(folder) / str(rank)).write_text(str(non_finite_parameter(layer)))
 
 
 def test_finite_weights_whose_sum_overflows_are_evaluated(base):
