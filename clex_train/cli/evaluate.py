@@ -91,6 +91,8 @@ logger = log.get(__name__)
 
 @dataclass
 class EvaluateConfig(MethodConfig):
+    """Arguments of the evaluation program."""
+
     data: str | None = None
     """Token store whose validation split is read; by default the run's. `model` needs one."""
     lengths: list[int] | None = None

@@ -30,11 +30,15 @@ from clex_train.utils.bounds import require
 
 
 class Format(Enum):
+    """Layouts of another program that a model can be written in."""
+
     official = "official"
 
 
 @dataclass
 class ExportConfig:
+    """Arguments of the export program."""
+
     run: str | None = None
     """Folder of a finished run: its `final/` is exported."""
     model: str | None = None

@@ -72,6 +72,8 @@ logger = log.get(__name__)
 
 @dataclass
 class LmEvalConfig(MethodConfig):
+    """Arguments of the program that runs tasks of lm-eval."""
+
     tasks: list[str] = field(default_factory=list)
     """Names of tasks, groups or tags, or patterns such as `longbench_*`."""
     include: str | None = None

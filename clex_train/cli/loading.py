@@ -41,6 +41,8 @@ logger = log.get(__name__)
 
 @dataclass
 class LoadingConfig:
+    """Arguments of every program that loads a trained model."""
+
     run: str | None = None
     """Folder of a finished run: its `final/` is evaluated, by default on its own validation data and lengths. A folder
     may stand without a key."""

@@ -25,6 +25,8 @@ METHOD_KEYS = (
 
 @dataclass
 class MethodConfig(LoadingConfig):
+    """Arguments of every program that compares scaling methods."""
+
     methods: list[Method] | None = field(default=None, metadata={"choices": Method})
     """`trained`: the model as it is; `clex`: the same, of a model with CLEX; `lm_infinite`: plain frequencies and the
     Lambda-shaped mask; the others: their frequencies on its weights. By default the run's, or as the model is."""

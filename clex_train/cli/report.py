@@ -31,6 +31,8 @@ from clex_train.utils.files import SAVING, require_writable_folder
 
 @dataclass
 class ReportConfig:
+    """Arguments of the report program."""
+
     output: str | None = None
     """Folder to write; by default `report/` in the run folder, or `runs/report` for several."""
 

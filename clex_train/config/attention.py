@@ -9,6 +9,8 @@ from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
 
 
 class AttentionImplementation(Enum):
+    """Attention back ends of transformers, and `auto` for the best one that is installed."""
+
     auto = "auto"
     sdpa = "sdpa"
     eager = "eager"
@@ -25,6 +27,8 @@ MOST = {
 
 @dataclass
 class AttentionConfig:
+    """The `attention` group: back end and LM-Infinite."""
+
     implementation: AttentionImplementation = AttentionImplementation.auto
     """Attention back end of transformers. `auto`: `flash_attention_2` with flash-attn, a GPU, bf16 and a supporting
     family, else `sdpa`; the log names the choice."""

@@ -4,6 +4,8 @@ from enum import Enum
 
 
 class Bos(Enum):
+    """Choices of whether documents begin with the BOS token."""
+
     auto = "auto"
     always = "always"
     never = "never"

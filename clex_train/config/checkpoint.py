@@ -21,6 +21,8 @@ MOST = {
 
 @dataclass
 class CheckpointConfig:
+    """The `checkpoint` group: when to save, what to keep."""
+
     every: int = 0
     """Optimizer steps between checkpoints; 0: only at the end."""
     keep_last: int = 2

@@ -15,6 +15,8 @@ MOST_DIGITS = 15
 
 
 class Packing(Enum):
+    """Ways of making sequences of fixed length from documents."""
+
     concat = "concat"
     best_fit = "best_fit"
     long_documents = "long_documents"
@@ -22,6 +24,8 @@ class Packing(Enum):
 
 @dataclass
 class DomainConfig:
+    """One store of a mixture."""
+
     path: str | None = None
     """Directory of the domain's token store."""
     weight: float = 1.0
@@ -37,6 +41,8 @@ MOST = {
 
 @dataclass
 class DataConfig:
+    """The `data` group: stores, packing, sequence length, mixture."""
+
     path: str | None = None
     """Directory of a token store, written by `python -m data_prep tokenize`."""
     domains: dict[str, DomainConfig] = field(default_factory=dict)

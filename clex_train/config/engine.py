@@ -9,18 +9,24 @@ from clex_train.utils.bounds import MOST_RANKS, MOST_TOKENS, require, require_at
 
 
 class Offload(Enum):
+    """Devices that DeepSpeed can keep parameters or optimizer states on."""
+
     none = "none"
     optimizer = "optimizer"
     all = "all"
 
 
 class Precision(Enum):
+    """Floating-point types of training."""
+
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
 
 
 class Liger(Enum):
+    """Choices of whether kernels of liger-kernel replace norms and MLPs."""
+
     auto = "auto"
     always = "always"
     never = "never"
@@ -40,6 +46,8 @@ MOST = {
 
 @dataclass
 class EngineConfig:
+    """The `engine` group: DeepSpeed, batch layout, memory options."""
+
     zero_stage: int = 3
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer state, 2 also gradients, 3 also parameters."""
     offload: Offload = Offload.none

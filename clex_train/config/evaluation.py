@@ -14,6 +14,8 @@ from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOS
 
 
 class Protocol(Enum):
+    """Ways of scoring a long text."""
+
     one_shot = "one_shot"
     chunked = "chunked"
     sliding = "sliding"
@@ -46,6 +48,8 @@ MOST = {
 
 @dataclass
 class EvaluationConfig:
+    """The `evaluation` group: lengths, methods, protocols, retrieval tasks."""
+
     every: int = 0
     """Optimizer steps between evaluations during training; 0: only at the end, -1: never."""
     lengths: list[int] = field(default_factory=list)

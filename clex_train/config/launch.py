@@ -10,16 +10,22 @@ from clex_train.utils.bounds import MOST_RANKS, require, require_at_most
 
 
 class Layout(Enum):
+    """Ways of placing ranks on the GPUs of a node."""
+
     task_per_node = "task_per_node"
     task_per_rank = "task_per_rank"
 
 
 class Launcher(Enum):
+    """Programs that start the ranks of a SLURM job."""
+
     torchrun = "torchrun"
     deepspeed = "deepspeed"
 
 
 class Container(Enum):
+    """Container runtimes of a SLURM job."""
+
     none = "none"
     pyxis = "pyxis"
     apptainer = "apptainer"
@@ -38,6 +44,8 @@ MOST = {
 
 @dataclass
 class LaunchConfig:
+    """The `launch` group: resources and environment of a SLURM job."""
+
     nodes: int = 1
     """Nodes of the job."""
     gpus_per_node: int = 8

@@ -10,12 +10,16 @@ from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
 
 
 class Init(Enum):
+    """Sources of the initial weights."""
+
     pretrained = "pretrained"
     random = "random"
 
 
 @dataclass
 class ModelConfig:
+    """The `model` group: weights, architecture, context length."""
+
     path: str | None = None
     """Directory or hub name of the weights, in Hugging Face layout, or the `final/` of an earlier run."""
     init: Init | None = None

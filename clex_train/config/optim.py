@@ -9,6 +9,8 @@ from clex_train.utils.bounds import MOST_STEPS, require, require_at_most
 
 
 class Schedule(Enum):
+    """Learning-rate schedules after the warm-up."""
+
     cosine = "cosine"
     linear = "linear"
     constant = "constant"
@@ -31,6 +33,8 @@ MOST = {
 
 @dataclass
 class OptimConfig:
+    """The `optim` group: AdamW, schedule, global batch size, spikes."""
+
     lr: float = 2e-5
     """Peak learning rate of the model's AdamW, above 0."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])

@@ -9,6 +9,8 @@ from clex_train.utils.bounds import require
 
 
 class Task(Enum):
+    """Retrieval tasks."""
+
     passkey = "passkey"
     passkey_infinitebench = "passkey_infinitebench"
     needle = "needle"

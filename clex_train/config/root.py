@@ -35,6 +35,8 @@ from clex_train.utils.files import require_plain_name
 
 
 class Resume(Enum):
+    """Choices of what to do with existing checkpoints."""
+
     auto = "auto"
     strict = "strict"
     never = "never"
@@ -42,6 +44,8 @@ class Resume(Enum):
 
 @dataclass
 class Config:
+    """Everything that defines a training run."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)

@@ -11,6 +11,8 @@ from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOS
 
 
 class Positions(Enum):
+    """Ways of sampling positions in training."""
+
     plain = "plain"
     random = "random"
     uniform = "uniform"
@@ -19,16 +21,22 @@ class Positions(Enum):
 
 
 class Distribution(Enum):
+    """Distributions of the scale factor t."""
+
     uniform = "uniform"
     log_uniform = "log_uniform"
 
 
 class Activation(Enum):
+    """Activations of the vector field."""
+
     silu = "silu"
     tanh = "tanh"
 
 
 class LogScale(Enum):
+    """Policies of scaling attention logits with the log of the length."""
+
     off = "off"
     eval = "eval"
     always = "always"
@@ -53,6 +61,8 @@ MOST = {
 
 @dataclass
 class ScalingConfig:
+    """The `scaling` group: method, t, vector field, solver, positions."""
+
     name: Method = field(default=Method.none, metadata={"choices": TRAINED_BY})
     """`none` trains with the model's own RoPE; `clex` learns the frequencies as an ODE over the scale factor; the
     others compute them by a formula (docs/recipes.md)."""

@@ -9,6 +9,8 @@ from clex_train.utils.bounds import MOST_STEPS, require, require_at_most
 
 
 class Wandb(Enum):
+    """Modes of wandb."""
+
     online = "online"
     offline = "offline"
     off = "off"
@@ -22,6 +24,8 @@ MOST = {
 
 @dataclass
 class TrackingConfig:
+    """The `tracking` group: log interval and wandb."""
+
     wandb: Wandb = Wandb.offline
     """`online` needs a login; `offline` writes files to sync later; `off` does not import wandb."""
     project: str = "clex-train"

@@ -47,6 +47,8 @@ LARGEST = 2**28
 
 @dataclass(frozen=True)
 class TokenizerInfo:
+    """The tokenizer that made a store."""
+
     vocab_size: Annotated[int, Meta(ge=1, le=2**32)]
     vocabulary_sha256: str
     eos_token: str
@@ -73,6 +75,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Shard:
+    """One shard of a store: sizes and checksums."""
+
     name: str
     num_documents: Count
     num_tokens: Count
@@ -84,6 +88,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
+    """Contents of the `manifest.json` of a token store."""
+
     dtype: str
     tokenizer: TokenizerInfo
     splits: dict[str, list[Shard]]

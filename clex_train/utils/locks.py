@@ -16,6 +16,8 @@ logger = log.get(__name__)
 
 
 class Lock(Enum):
+    """Outcomes of trying to lock a file."""
+
     taken = "taken"
     busy = "busy"
     unsupported = "unsupported"
