@@ -4,15 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from composing import composed
-from distributed_runs import Launcher
-from same_models import assert_same_model
 
 from clex_train.cli import console
 from clex_train.data import build
 from clex_train.data.manifest import BLOCK
 from clex_train.data.rows import Rows
 from clex_train.data.shard_files import DamagedStore
+from tests.distributed.distributed_runs import Launcher
+from tests.helpers.composing import composed
+from tests.helpers.same_models import assert_same_model
 
 OVERRIDES = ("engine.micro_batch=2", "evaluation=never", "checkpoint.every=0", "optim.steps=8", "scaling=clex")
 RANKS, BATCH_ROWS, MICRO_BATCH = 2, 8, 2

@@ -13,7 +13,7 @@ import pytest
 
 import train
 from clex_train.cli import console, export, report
-from clex_train.evaluation.report import gallery
+from clex_train.evaluation.report import write
 from tests.helpers.composing import composed
 from tests.helpers.full_disk import mounted, resize
 
@@ -53,9 +53,9 @@ def call(monkeypatch: pytest.MonkeyPatch, program: ModuleType, *arguments: str) 
 @pytest.fixture
 def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw each figure once: drawing takes longer than all else here, and gives the same bytes every time."""
-    drawn, png = {}, gallery.png
+    drawn, png = {}, write.to_png
     monkeypatch.setattr(
-        gallery, "png", lambda figure: drawn.get(figure.name) or drawn.setdefault(figure.name, png(figure))
+        write, "to_png", lambda figure: drawn.get(figure.name) or drawn.setdefault(figure.name, png(figure))
     )
 
 
