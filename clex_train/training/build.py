@@ -9,6 +9,7 @@ from clex_train.engine import sequence_parallel
 from clex_train.models import kernels, load, memory_options
 from clex_train.preflight.run_checks import Preflight
 from clex_train.resilience import stop_requests
+from clex_train.resilience.deadline import Deadline
 from clex_train.resilience.loss_spikes import NoSpikeWatch, SpikeWatch
 from clex_train.resilience.stop_requests import StopRequests
 from clex_train.tracking import metrics
@@ -23,7 +24,7 @@ def listen_for_stops(config: Config) -> StopRequests:
     return StopRequests(
         stop_requests.signals(),
         Path(config.output_dir) / STOP_FILE if distributed.is_main() else None,
-        stop_requests.Deadline(duration.seconds("max_runtime", config.max_runtime)) if config.max_runtime else None,
+        Deadline(duration.seconds("max_runtime", config.max_runtime)) if config.max_runtime else None,
     )
 
 

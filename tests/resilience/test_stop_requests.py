@@ -13,7 +13,8 @@ import pytest
 
 from clex_train.config import duration
 from clex_train.resilience import launchers, stop_requests
-from clex_train.resilience.stop_requests import Deadline, StopRequests
+from clex_train.resilience.deadline import Deadline
+from clex_train.resilience.stop_requests import StopRequests
 from clex_train.tracking import run_folder
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,6 +9,7 @@ import train
 from clex_train.cli import console
 from clex_train.evaluation import runner
 from clex_train.resilience import stop_requests
+from clex_train.resilience.deadline import Deadline
 from clex_train.training import loop
 from clex_train.utils.errors import RunStopped, StopRequested
 from tests.helpers.same_models import assert_same_model
@@ -88,7 +89,7 @@ def test_a_max_runtime_too_short_for_one_step_is_an_error_and_no_request_to_go_o
 
 
 def test_max_runtime_stops_before_a_step_that_would_not_fit(run, monkeypatch):
-    expected = stop_requests.Deadline.exceeded_by
+    expected = Deadline.exceeded_by
     asked = []
 
     def late(self, *ahead):
@@ -96,7 +97,7 @@ def test_max_runtime_stops_before_a_step_that_would_not_fit(run, monkeypatch):
         self.limit = 1e9 if len(asked) < 4 else 0.0
         return expected(self, *ahead)
 
-    monkeypatch.setattr(stop_requests.Deadline, "exceeded_by", late)
+    monkeypatch.setattr(Deadline, "exceeded_by", late)
     with pytest.raises(StopRequested, match=r"after step 3: max_runtime ends in 0 s .*step_3"):
         run("run", "max_runtime=100")
     assert asked[0] == ("step",)
