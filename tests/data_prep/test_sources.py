@@ -33,7 +33,7 @@ def test_entries_keep_their_order_and_globs_are_sorted(folder: Path) -> None:
 def test_a_file_named_twice_is_read_once_and_said_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = expand([str(folder / "a.txt"), str(folder)], Format.auto)
     assert names(files, folder) == ["a.txt", "b/1.jsonl.zst", "b/2.jsonl", "c.jsonl.gz"]
-    assert "a.txt is named twice" in caplog.text
+    assert "a.txt twice; it is read once" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(command, tmp_path):
         (("-m", "seed=1,2"), "argument=-m: give key=value, or --dry-run"),
         (("resume=never",), "resume=never: a requeued job has to resume"),
         (("evaluation.protocols=[streaming]",), "evaluation.protocols=['streaming']: streaming reads one long text"),
-        (("dry_run=true",), "dry_run=True: would be submitted as a job; --dry-run shows the script"),
+        (("dry_run=true",), "dry_run=True: would be submitted as a job; use --dry-run to see the script"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, overrides, message):
