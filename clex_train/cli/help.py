@@ -38,7 +38,9 @@ def help_text() -> str:
     parts += [_indented(f"{name:<22} {comment}", 2, 25) for name, comment in options("experiment")]
     parts.append("\nKeys: name=default (type) and meaning")
     for key, kind, default, meaning in _in_order():
-        parts.append(f"\n  {key}={default}  ({kind})\n{_indented(meaning.replace('`', ''), 6, 6)}")
+        # A space after each bar lets long lists of choices wrap.
+        head = f"{key}={default}  ({kind})" if len(kind) < 80 else f"{key}={default}  ({kind.replace('|', ' | ')})"
+        parts.append(f"\n{_indented(head, 2, 6)}\n{_indented(meaning.replace('`', ''), 6, 6)}")
     return "\n".join(parts) + "\n"
 
 
