@@ -10,6 +10,7 @@ import yaml
 from clex_train.config.root import Config, Resume
 from clex_train.models import architecture
 from clex_train.tracking import run_folder
+from clex_train.utils.errors import InputError
 from tests.helpers.composing import composed
 
 
@@ -144,7 +145,7 @@ def _refuse(folder, *files, rank=0):
         with run_folder.run_lock(folder, rank, 1.0):
             for name in files:
                 (folder / name).write_text("")
-            raise ValueError("x=1: refused")
+            raise InputError("x=1: refused")
 
 
 def test_a_refused_launch_leaves_no_folder_that_it_made(tmp_path):
@@ -162,9 +163,9 @@ def test_ranks_that_are_refused_leave_nothing_whoever_made_the_folder(tmp_path, 
         ranks[rank].enter_context(run_folder.left_as_found(folder))
         run_folder.require_writable(folder)
         ranks[rank].enter_context(run_folder.run_lock(folder, rank, 1.0))
-    refused = ValueError("x=1: refused")
+    refused = InputError("x=1: refused")
     for rank in order:
-        assert not ranks[rank].__exit__(ValueError, refused, None)
+        assert not ranks[rank].__exit__(InputError, refused, None)
     assert list(tmp_path.iterdir()) in ([], [folder])
     assert not (folder / "locks").exists()
 
