@@ -262,7 +262,8 @@ def test_memory_that_runs_out_in_a_step_becomes_the_estimate_and_what_to_turn_do
     remedies = ("micro_batch=1", "tiled_loss=1024", "activation_checkpointing=true", "tiled_mlp", "offload=optimizer")
     for remedy in remedies:
         assert f"engine.{remedy}" in said, remedy
-    assert said.index("engine.tiled_loss") < said.index("engine.activation_checkpointing"), "logits are the larger part"
+    # The logits of the store's 512 tokens are smaller than the layers' activations: what frees most is named first.
+    assert said.index("engine.activation_checkpointing") < said.index("engine.tiled_loss")
     assert "Traceback" not in said
 
 
