@@ -153,7 +153,7 @@ def test_a_damaged_file_is_named_in_a_line_and_replaced(tmp_path, caplog, conten
     kept.path.write_text(content)
     with caplog.at_level("INFO", logger="clex_train"):
         assert resume(tmp_path / "x.json", FACTS).cells == {}
-    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [f"{kept.path}: damaged"]
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [f"{kept.path} is damaged"]
     kept.finish({"cell": 1})
     assert resume(tmp_path / "x.json", FACTS).cells == {"cell": 1}
 
@@ -170,7 +170,7 @@ def test_a_partial_file_that_is_a_pipe_or_leads_elsewhere_is_not_read(tmp_path, 
     kept.path.symlink_to(outside)
     again = resume(folder / "x.json", FACTS)
     assert again.cells == {}
-    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [f"{kept.path}: damaged"] * 2
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [f"{kept.path} is damaged"] * 2
     again.finish({"cell": 2})
     assert resume(folder / "x.json", FACTS).cells == {"cell": 2}
 
