@@ -72,8 +72,8 @@ environment: .venv/run
 	$(BIN)/python $(PIP) --progress-bar on -r requirements.txt -c $(CONSTRAINTS)
 	@touch $@
 
-.venv/dev: requirements-dev.txt .venv/run
-	$(BIN)/python $(PIP) -q -r requirements-dev.txt -c $(CONSTRAINTS)
+.venv/dev: requirements-dev.txt requirements-docs.txt .venv/run
+	$(BIN)/python $(PIP) -q -r requirements-dev.txt -r requirements-docs.txt -c $(CONSTRAINTS)
 	@touch $@
 
 .venv-oldest/dev: requirements-dev.txt requirements.txt constraints-oldest.txt

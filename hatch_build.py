@@ -9,10 +9,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 EXTRAS = {
-    "gpu": "requirements-gpu.txt",
-    "eval": "requirements-eval.txt",
-    "dev": "requirements-dev.txt",
-    "export": None,  # the formats that are written today need no other package
+    "gpu": ["requirements-gpu.txt"],
+    "eval": ["requirements-eval.txt"],
+    "dev": ["requirements-dev.txt", "requirements-docs.txt"],
+    "export": [],  # the formats that are written today need no other package
 }
 
 
@@ -24,7 +24,7 @@ class Requirements(MetadataHookInterface):
         root = Path(self.root)
         metadata["dependencies"] = requirements(root / "requirements.txt")
         metadata["optional-dependencies"] = {
-            extra: requirements(root / name) if name else [] for extra, name in EXTRAS.items()
+            extra: [line for name in names for line in requirements(root / name)] for extra, names in EXTRAS.items()
         }
 
 

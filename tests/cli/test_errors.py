@@ -59,7 +59,7 @@ def line_for(*overrides: str) -> str:
         ("data.path=null", "data.path: name a token store; `python -m data_prep tokenize` writes one"),
         (
             "+model.revision=abc",
-            "model.revision=abc: is of a hub repository, and there is no model.path; leave the key out",
+            "model.revision=abc: applies only to hub repositories, but there is no model.path; leave the key out",
         ),
         ("optim.lr=-1", "optim.lr=-1.0: greater than 0"),
         ("optim.learning_rate=1", "optim.learning_rate: no such key; did you mean optim.lr?"),
@@ -230,4 +230,4 @@ def test_a_value_error_out_of_a_library_is_no_mistake_of_the_user():
 def test_a_revision_of_a_model_on_this_machine_is_refused(tmp_path):
     line = line_for(f"model.path={tmp_path}", "model.revision=abc")
     where = f"{tmp_path} is a folder on this machine"
-    assert line == f"model.revision=abc: is of a hub repository, and {where}; leave the key out"
+    assert line == f"model.revision=abc: applies only to hub repositories, but {where}; leave the key out"

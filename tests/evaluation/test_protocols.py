@@ -247,7 +247,7 @@ def test_the_curve_keeps_its_number_of_bins_and_loses_no_token() -> None:
 @pytest.mark.parametrize(
     ("protocol", "keys", "message"),
     [
-        (Protocol.sliding, {"stride": 33}, r"evaluation\.stride=33: more than the shortest of .*say .*stride=32"),
+        (Protocol.sliding, {"stride": 33}, r"evaluation\.stride=33: more than the shortest of .*set .*stride=32"),
         (Protocol.sliding, {"stride": 0}, r"evaluation\.stride=0: at least 1"),
         (Protocol.last_k, {"last_k": 33}, r"evaluation\.last_k=33: more than the shortest of .*say .*last_k=32"),
         (Protocol.last_k, {"last_k": 0}, r"evaluation\.last_k=0: at least 1"),

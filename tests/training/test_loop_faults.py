@@ -230,7 +230,7 @@ def test_a_finished_run_returns_at_once(run, monkeypatch):
 
 def test_weights_with_a_field_are_not_trained_on_without_it(run):
     run()
-    with pytest.raises(ValueError, match=r"scaling\.name=none: .* holds a CLEX field"):
+    with pytest.raises(ValueError, match=r"scaling\.name=none: .* has a CLEX field"):
         run(
             "scaling=none",
             "model.init=pretrained",
