@@ -185,7 +185,8 @@ def test_weights_of_another_shape_are_refused_in_the_plan(tmp_path):
     with pytest.raises(
         ValueError, match=r"model\.path=.*down_proj\.weight is \[48, 64\] in its weights and \[48, 96\]"
     ):
-        plan_of(f"model.path={tmp_path}", "evaluation=never")
+        # A store that the quick start left in this checkout would be refused before the weights.
+        plan_of(f"model.path={tmp_path}", "evaluation=never", f"data.path={tmp_path / 'no_store'}")
 
 
 def test_the_shipped_architecture_stands_in_for_its_own_model_alone(tmp_path):
