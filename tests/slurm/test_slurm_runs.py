@@ -59,7 +59,7 @@ def test_a_job_near_its_limit_is_requeued_and_a_cancelled_one_is_not(jobs, clust
     limit = ("launch.time=2", "launch.signal_before=60", "optim.steps=1000", "checkpoint.every=0")
     job = jobs.submit("cancelled", "launch=deepspeed", "optim.batch_rows=64", *limit)
     wait_for(lambda: jobs.restarts(job) >= 1, 300, f"the requeue\n{jobs.log('cancelled')}")
-    assert "the limit is near" in jobs.log("cancelled")
+    assert "time limit is near" in jobs.log("cancelled")
     assert "training ended with exit code 75" in jobs.log("cancelled")
     # So that the signal does not come again and again before a slow machine has started the next life.
     cluster.run("scontrol", "update", f"jobid={job}", "timelimit=30")
