@@ -32,12 +32,6 @@ class Found:
         return self.path / CONFIG if whole else None
 
 
-def newest_config(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint's copy of the run's configuration, or None. Not collective."""
-    newest = max(list_checkpoints(run_dir / "checkpoints")[0], key=lambda found: found.manifest.step, default=None)
-    return newest.config() if newest else None
-
-
 def list_checkpoints(folder: Path) -> tuple[list[Found], dict[Path, str]]:
     """List the checkpoints with files of the right sizes, and the damage of the others by path. Not collective."""
     # Any other name, such as saving_step_<N>, is an unfinished save and no checkpoint.

@@ -173,7 +173,7 @@ def _refused_value(error: BaseException, cause: OmegaConfBaseException) -> str:
 
 
 def _in_our_words(reason: str) -> str:
-    """What a value should be, from OmegaConf's sentence about what it is not."""
+    """Turn OmegaConf's sentence about what a value is not into one about what it should be."""
     for pattern, words in REASONS:
         found = re.search(pattern, reason)
         if found:

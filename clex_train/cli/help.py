@@ -31,7 +31,7 @@ Train or fine-tune a model with CLEX.
 
 
 def help_text() -> str:
-    """What `python train.py --help` prints: usage, groups and their options, experiments, every key."""
+    """Write what `python train.py --help` prints: usage, groups and their options, experiments, every key."""
     parts = [USAGE, "Groups and their options\n"]
     parts += [f"  {group:<11} {', '.join(name for name, _ in options(group))}" for group in GROUPS]
     parts.append("\nExperiments\n")
@@ -45,12 +45,12 @@ def help_text() -> str:
 
 
 def markdown() -> str:
-    """The text of docs/configuration.md."""
+    """Write the text of docs/configuration.md."""
     return "\n".join(_markdown_lines()) + "\n"
 
 
 def options(group: str) -> list[tuple[str, str]]:
-    """The options of a group of conf/ and the first sentence of the comment that opens each file."""
+    """List the options of a group of conf/, with the first sentence of the comment that opens each file."""
     return [(file.stem, _first_comment(file)) for file in sorted((CONF / group).glob("*.yaml"))]
 
 
@@ -77,7 +77,7 @@ def _markdown_lines() -> Iterator[str]:
 
 
 def _in_order() -> list[tuple[str, str, str, str]]:
-    """The keys outside any group first, then group by group."""
+    """List the keys outside any group first, then group by group."""
     rows = [(key, kind.replace("?", " or null"), default, meaning) for key, kind, default, meaning in describe(Config)]
     return sorted(rows, key=lambda row: "." in row[0])
 
@@ -87,7 +87,7 @@ def _group(row: tuple[str, str, str, str]) -> str:
 
 
 def _first_comment(file: Path) -> str:
-    """The first sentence of the comment that opens a file."""
+    """Return the first sentence of the comment that opens a file."""
     lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
     words = [line.removeprefix("#").strip() for line in lines if not line.startswith("# @package")]
     return re.split(r"(?<=\.)\s", " ".join(words), maxsplit=1)[0]

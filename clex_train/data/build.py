@@ -101,14 +101,6 @@ def _warn_without_checksums(stores: Mapping[str, TokenStore]) -> None:
             )
 
 
-def open_held_out(data: DataConfig, evaluation_path: str | None) -> TokenStore | None:
-    """Open the validation split that an evaluation reads; None if there is no such store or split."""
-    try:
-        return TokenStore(str(evaluation_path or data.path)).split("validation")
-    except InputError:
-        return None
-
-
 def longest_document(store: TokenStore | None) -> int | None:
     """Return the tokens of the longest document of a split; None without a split."""
     return None if store is None else int(np.diff(store.doc_offsets).max(initial=0))

@@ -237,7 +237,7 @@ def memory_table(plan: Plan) -> Iterator[str]:
 
 
 def _kept(engine: EngineConfig) -> Iterator[str]:
-    """What decides on activations and logits, in words."""
+    """Name the settings that decide on the memory of activations and logits."""
     if engine.offload_activations:
         yield "layers recomputed from the host"
     else:

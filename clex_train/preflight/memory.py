@@ -50,7 +50,7 @@ class Sharding:
 
     @property
     def gathers(self) -> bool:
-        """Whether a layer's parameters are brought together before use and let go after."""
+        """True if a layer's parameters are gathered before use and released after."""
         return self.stage == 3 and (self.world_size > 1 or self.offload_parameters)
 
     def share(self, count: int) -> float:
@@ -140,7 +140,7 @@ def optimizer(s: Sharding, count: int) -> Held:
 
 
 def update_workspace(s: Sharding, count: int) -> Held:
-    """What the optimizer's step allocates on top: the gradients as one float32 vector, and AdamW's temporaries.
+    """Compute what the optimizer's step allocates on top: the gradients as one float32 vector, and AdamW's temporaries.
 
     On a GPU AdamW is fused and has none; on a CPU it takes two vectors. ZeRO-3 updates one sub-group at a time. With
     the optimizer in host memory DeepSpeed's CPUAdam works in place.

@@ -67,7 +67,7 @@ def check_sequence_parallel(config: Config, arch: PretrainedConfig) -> None:
 
 
 def why_not(arch: PretrainedConfig, row_len: int) -> str | None:
-    """What keeps ranks from sharing rows of `row_len` tokens of a model; None for nothing."""
+    """Explain why ranks cannot share rows of `row_len` tokens of a model; None if they can."""
     try:
         model = meta_model.on_meta(arch, torch.float32, NAME).eval()
         seen = _look_at(model, heads_of(arch))

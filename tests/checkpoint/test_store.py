@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from clex_train.checkpoint import manifest, writer
-from clex_train.checkpoint.listing import newest_config
+from clex_train.checkpoint.listing import list_checkpoints
 from clex_train.checkpoint.manifest import Manifest
 from clex_train.checkpoint.safe_load import RunsCode
 from clex_train.checkpoint.store import Checkpoints
@@ -266,6 +266,11 @@ def test_the_manifest_says_where_the_run_stood_and_what_every_file_must_be(check
     other = Manifest.from_config(Config(seed=1), architecture="a", data_fingerprint="d")
     assert len(found["config_hash"]) == 64
     assert found["config_hash"] != other.config_hash
+
+
+def newest_config(run_dir: Path) -> Path | None:
+    found = max(list_checkpoints(run_dir / "checkpoints")[0], key=lambda each: each.manifest.step, default=None)
+    return found.config() if found else None
 
 
 def test_a_configuration_is_kept_in_each_checkpoint_and_a_damaged_copy_is_none(tmp_path):

@@ -1,6 +1,6 @@
 """Run by torchrun from test_memory_of_engine.py: real engines on two ranks, and the bytes that rank 0 holds.
 
-Prints one line of JSON for each case: what the census found beside what `engine/memory.py` says.
+Prints one line of JSON for each case: what the census found beside what `preflight/memory.py` says.
 """
 
 import gc

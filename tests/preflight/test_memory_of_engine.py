@@ -1,4 +1,4 @@
-"""What real DeepSpeed engines hold on each of two ranks, against the arithmetic of `engine/memory.py`."""
+"""What real DeepSpeed engines hold on each of two ranks, against the arithmetic of `preflight/memory.py`."""
 
 import json
 import os

@@ -59,7 +59,7 @@ def _weights(path: Path, model: dict[str, Any], runs: Sequence[TrainingRun]) -> 
 
 
 def _is_last_step(path: Path, model: dict[str, Any], run: TrainingRun) -> bool:
-    """Whether an evaluation in a run's folder scored the weights that stand in its `final/`."""
+    """Tell whether an evaluation in a run's folder scored the weights in its `final/`."""
     return run_folder(path) == run.folder and "step" in model and model["step"] == run.last_step
 
 
