@@ -42,7 +42,7 @@ from clex_train.config.root import Config
 from clex_train.data.loader import batches
 from clex_train.data.rows import Row
 from clex_train.engine import deepspeed as engines
-from clex_train.models import architecture, kernels, load, memory_options
+from clex_train.models import architecture, kernels, load, memory_options, size
 from clex_train.tracking import metrics
 from clex_train.training import loop
 from clex_train.training.ode_optimizer import FixedFrequencies, OdeOptimizer
@@ -162,7 +162,7 @@ class StepBench:
         # Choose the grid now: the check is due every 100 steps and would be timed.
         ode.check(0)
         self.engine, self.config = engines.build(loaded.model, config), config
-        flops = metrics.flops_per_token(*load.matmul_shape(loaded.model), config.data.seq_len)
+        flops = metrics.flops_per_token(*size.matmul_shape(loaded.model), config.data.seq_len)
         rows = RandomRows(config.data.seq_len, arch.vocab_size)
         nothing: Any = None
         self.parts = Parts(config, self.engine, loaded, rows, ode, nothing, None, flops_per_token=flops)
@@ -234,7 +234,7 @@ def header(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
     config, on_gpu = bench.config, torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else f"{processor()}, {os.cpu_count()} logical cores"
     threads = "" if on_gpu else f", {torch.get_num_threads()} threads"
-    millions = load.num_parameters(bench.parts.loaded.model) / 1e6
+    millions = size.num_parameters(bench.parts.loaded.model) / 1e6
     return [
         f"# A training step of a Llama of {millions:,.1f}M parameters",
         "",

@@ -25,7 +25,7 @@ from clex_train.evaluation import partial_results
 from clex_train.evaluation import provenance as origins
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.results import Origin, place
-from clex_train.models import architecture, weights
+from clex_train.models import architecture, size, weights
 from clex_train.models import load as modeling
 from clex_train.models.load import LoadedModel
 from clex_train.tracking import summary
@@ -190,7 +190,7 @@ def say_what_is_ahead(program: str, asked: LoadingConfig, source: Source, lines:
     subject = summary.Subject(
         weights=f"weights of {asked.path}",
         model_type=arch.model_type,
-        num_parameters=modeling.count_parameters(arch, source.model.trust_remote_code),
+        num_parameters=size.count_parameters(arch, source.model.trust_remote_code),
         dtype=precision,
         context_len=source.context_len,
         context_source=source.context_source,

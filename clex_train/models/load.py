@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
@@ -25,7 +24,7 @@ from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models import architecture, hub, official, weights
 from clex_train.models import directory as model_directory
 from clex_train.models.initial_field import starting_field
-from clex_train.rope import probe, recipes
+from clex_train.rope import recipes
 from clex_train.rope.native import install_native
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.rope.receptive_field import require_scalable_config
@@ -82,34 +81,6 @@ def training_tokenizer(model: ModelConfig, arch: PretrainedConfig, store_tokeniz
         arch.bos_token_id, arch.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         arch.pad_token_id = tokenizer.pad_token_id
     return tokenizer
-
-
-def matmul_shape(model: PreTrainedModel) -> tuple[float, int, int, int]:
-    """Return (weights in a token's matrix products, layers, heads, head dim) for the MFU, sharded or not."""
-    # The input embedding is a look-up and costs no FLOPs, unless the output layer shares it. Of the experts, a token
-    # visits a few.
-    shape: Any = model.config.get_text_config()
-    visited = getattr(shape, "num_experts_per_tok", 1) / max(1, getattr(shape, "num_local_experts", None) or 1)
-    visits = 0.0
-    for name, parameter in model.named_parameters():
-        # Under ZeRO-3 a parameter is empty between gathers; `ds_numel` has its real size.
-        size = getattr(parameter, "ds_numel", parameter.numel())
-        visits += size * (visited if ".experts." in name else 1.0)
-    if not getattr(shape, "tie_word_embeddings", False):
-        embedding: Any = model.get_input_embeddings().weight
-        visits -= getattr(embedding, "ds_numel", embedding.numel())
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    return visits, shape.num_hidden_layers, shape.num_attention_heads, head_dim
-
-
-def num_parameters(module: nn.Module) -> int:
-    """Count the parameters of a module, sharded or not."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
-
-
-def count_parameters(arch: PretrainedConfig, trust_remote_code: bool = False) -> int:
-    """Count the parameters of an architecture on the meta device, without weights."""
-    return num_parameters(probe.model_on_meta(arch, trust_remote_code))
 
 
 def check_attention(implementation: AttentionImplementation, key: str = "attention.implementation") -> None:

@@ -6,7 +6,7 @@ from clex_train.config import duration
 from clex_train.config.root import Config
 from clex_train.engine import deepspeed as engines
 from clex_train.engine import sequence_parallel
-from clex_train.models import kernels, load, memory_options
+from clex_train.models import kernels, load, memory_options, size
 from clex_train.preflight.run_checks import Preflight
 from clex_train.resilience import stop_requests
 from clex_train.resilience.deadline import Deadline
@@ -38,7 +38,7 @@ def build(ready: Preflight, stop: StopRequests) -> Parts:
     learned = loaded.clex
     ode = OdeOptimizer(learned, config.scaling, config.seed) if learned else FixedFrequencies(loaded.formula)
     engine = engines.build(loaded.model, config)
-    stop.deadline.assume("save", metrics.assumed_save_seconds(load.num_parameters(loaded.model)))
+    stop.deadline.assume("save", metrics.assumed_save_seconds(size.num_parameters(loaded.model)))
     if ready.evaluation:
         ready.evaluation.interrupted = lambda: stop.reason() is not None
     optim = config.optim
@@ -50,7 +50,7 @@ def build(ready: Preflight, stop: StopRequests) -> Parts:
         ode=ode,
         checkpoints=history.checkpoints,
         evaluate=ready.evaluation,
-        flops_per_token=metrics.flops_per_token(*load.matmul_shape(loaded.model), config.data.seq_len),
+        flops_per_token=metrics.flops_per_token(*size.matmul_shape(loaded.model), config.data.seq_len),
         stop=stop,
         spikes=SpikeWatch(optim.spike_factor, optim.spike_window) if optim.spike_factor else NoSpikeWatch(),
         sequence=sequence_parallel.build(loaded.model, config, engine.train_micro_batch_size_per_gpu()),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from clex_train.data import build as data
 from clex_train.engine import deepspeed as engines
-from clex_train.models import load
+from clex_train.models import size
 from clex_train.preflight.run_checks import Preflight
 from clex_train.tracking import run_folder, summary, tracker
 from clex_train.utils import distributed
@@ -33,7 +33,7 @@ def print_opening(ready: Preflight) -> None:
     subject = summary.Subject(
         weights=summary.weights_of(config.model),
         model_type=ready.trained.model_type,
-        num_parameters=load.num_parameters(ready.on_meta),
+        num_parameters=size.num_parameters(ready.on_meta),
         dtype=engines.precision(config.engine),
         context_len=ready.context.length,
         context_source=ready.context.source,

@@ -1,0 +1,36 @@
+"""Count a model's parameters and the weights in its matrix products, also where ZeRO-3 shards them."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from clex_train.rope import probe
+
+
+def matmul_shape(model: PreTrainedModel) -> tuple[float, int, int, int]:
+    """Return (weights in a token's matrix products, layers, heads, head dim) for the MFU, sharded or not."""
+    # The input embedding is a look-up and costs no FLOPs, unless the output layer shares it. Of the experts, a token
+    # visits a few.
+    shape: Any = model.config.get_text_config()
+    visited = getattr(shape, "num_experts_per_tok", 1) / max(1, getattr(shape, "num_local_experts", None) or 1)
+    visits = 0.0
+    for name, parameter in model.named_parameters():
+        # Under ZeRO-3 a parameter is empty between gathers; `ds_numel` has its real size.
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        visits += size * (visited if ".experts." in name else 1.0)
+    if not getattr(shape, "tie_word_embeddings", False):
+        embedding: Any = model.get_input_embeddings().weight
+        visits -= getattr(embedding, "ds_numel", embedding.numel())
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return visits, shape.num_hidden_layers, shape.num_attention_heads, head_dim
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Count the parameters of a module, sharded or not."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+
+
+def count_parameters(arch: PretrainedConfig, trust_remote_code: bool = False) -> int:
+    """Count the parameters of an architecture on the meta device, without weights."""
+    return num_parameters(probe.model_on_meta(arch, trust_remote_code))
