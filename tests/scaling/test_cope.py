@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
 from clex_train.config.evaluation import EvaluationConfig
@@ -22,12 +22,7 @@ from clex_train.rope.patch import install_rotary
 from clex_train.scaling.methods.base import Rope
 from clex_train.scaling.methods.cope import Cope
 from tests.helpers.composing import composed
-
-L = 32
-
-
-def plain(num_pairs: int, base: float = 10000.0) -> list[float]:
-    return [base ** (-j / num_pairs) for j in range(num_pairs)]
+from tests.scaling.method_models import L, llama, plain, sharpened
 
 
 def slow(num_pairs: int, tapered: int, clip_at: float = math.inf) -> list[float]:
@@ -42,27 +37,6 @@ def slow(num_pairs: int, tapered: int, clip_at: float = math.inf) -> list[float]
 
 def recipe(**options: object) -> ScalingConfig:
     return ScalingConfig(name=Method.cope, positions=Positions.skip, options=dict(options))
-
-
-def llama(num_pairs: int = 8) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=64,
-        hidden_size=4 * num_pairs,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=L,
-    )
-
-
-def sharpened(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a model weights with which its attention depends on positions; fresh ones hardly do."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.3, generator=generator)
-    return model.double().eval()
 
 
 @pytest.mark.parametrize(

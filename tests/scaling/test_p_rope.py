@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import train
@@ -21,37 +21,11 @@ from clex_train.rope.probe import require_rotary
 from clex_train.scaling.methods.base import Rope
 from clex_train.scaling.methods.p_rope import PRope
 from tests.helpers.composing import composed
-
-L = 32
-
-
-def plain(num_pairs: int, base: float = 10000.0) -> list[float]:
-    return [base ** (-j / num_pairs) for j in range(num_pairs)]
+from tests.scaling.method_models import L, llama, plain, sharpened
 
 
 def recipe(**options: object) -> ScalingConfig:
     return ScalingConfig(name=Method.p_rope, positions=Positions.skip, options=dict(options))
-
-
-def llama(num_pairs: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=64,
-        hidden_size=4 * num_pairs,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=L,
-    )
-
-
-def sharpened(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a model weights with which its attention depends on positions; fresh ones hardly do."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.3, generator=generator)
-    return model.double().eval()
 
 
 @pytest.mark.parametrize("p", [0.25, 0.5, 0.6, 0.75, 0.99])
