@@ -33,8 +33,7 @@ from clex_train.config.root import Config, Resume
 from clex_train.preflight.run_checks import Scope, run_checks
 from clex_train.tracking import run_folder
 from clex_train.utils import files, log
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError, InputError
+from clex_train.utils.errors import ConfigError, InputError, require
 from clex_train.utils.locations import CONF
 from launch import job_script, snapshot
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
 from clex_train.config.attention import AttentionConfig, AttentionImplementation
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 
 SDPA_KERNELS = {0: "explicit", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
 """Kernel names by the numbers of torch.nn.attention.SDPBackend."""

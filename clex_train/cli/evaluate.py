@@ -73,8 +73,8 @@ from clex_train.models import load as modeling
 from clex_train.rope.native import native_handle_on_meta
 from clex_train.tracking.summary import labelled
 from clex_train.utils import distributed, log
-from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
-from clex_train.utils.errors import RunStopped
+from clex_train.utils.bounds import MOST_TOKENS
+from clex_train.utils.errors import RunStopped, require, require_at_most
 from clex_train.utils.protocols import Tokenizer
 
 WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "num_windows", "chunk_len")

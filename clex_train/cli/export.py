@@ -26,7 +26,7 @@ from clex_train.config.scaling import LogScale
 from clex_train.export.official import require_known, write_official
 from clex_train.models import architecture, directory, load
 from clex_train.utils import files, log
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 
 
 class Format(Enum):

@@ -51,7 +51,8 @@ from clex_train.models.load import LoadedModel
 from clex_train.rope.native import native_handle_on_meta
 from clex_train.tracking.summary import labelled
 from clex_train.utils import distributed, log
-from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
+from clex_train.utils.bounds import MOST_TOKENS
+from clex_train.utils.errors import require, require_at_most
 from clex_train.utils.files import make_folder, write_atomically
 
 MOST = {

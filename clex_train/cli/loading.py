@@ -30,8 +30,8 @@ from clex_train.models import load as modeling
 from clex_train.models.load import LoadedModel
 from clex_train.tracking import summary
 from clex_train.utils import checksums, distributed, log
-from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
-from clex_train.utils.errors import ConfigError
+from clex_train.utils.bounds import MOST_TOKENS
+from clex_train.utils.errors import ConfigError, require, require_at_most
 from clex_train.utils.files import require_plain_name, require_writable_folder, temporary_path
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.py")

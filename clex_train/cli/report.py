@@ -25,7 +25,7 @@ from clex_train.cli import arguments, console
 from clex_train.evaluation.report import evidence
 from clex_train.evaluation.report.write import INDEX, write
 from clex_train.utils import log
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 from clex_train.utils.files import SAVING, require_writable_folder
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from clex_train.config.bos import Bos
 from clex_train.data.store import TokenStore
 from clex_train.utils import log
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError
+from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.protocols import Tokenizer
 
 logger = log.get(__name__)

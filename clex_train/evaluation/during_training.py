@@ -26,8 +26,7 @@ from clex_train.models.load import LoadedModel, solve_table
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.table import scale_grid
 from clex_train.utils import distributed, log
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import InputError
+from clex_train.utils.errors import InputError, require
 from clex_train.utils.protocols import Tokenizer
 
 logger = log.get(__name__)

@@ -27,7 +27,7 @@ from clex_train.scaling.methods import for_evaluation
 from clex_train.scaling.methods.base import Rope
 from clex_train.scaling.methods.none import none_table
 from clex_train.scaling.table import Frequencies, scale_grid
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 
 InsertedMask = Callable[[], AbstractContextManager[LmInfinite]]
 

@@ -19,8 +19,7 @@ from clex_train.rope.patch import require_rotary
 from clex_train.rope.recipes import ContextLength
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.utils import locations, log
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError, InputError
+from clex_train.utils.errors import ConfigError, InputError, require
 
 logger = log.get(__name__)
 

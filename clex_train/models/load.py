@@ -33,8 +33,7 @@ from clex_train.scaling.clex import Clex
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.utils import distributed, log, seeding
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError, first_line, is_out_of_memory
+from clex_train.utils.errors import ConfigError, first_line, is_out_of_memory, require
 from clex_train.utils.protocols import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")

@@ -21,8 +21,8 @@ from clex_train.rope.probe import LOCAL_LAYER_TYPES, require_rotary
 from clex_train.rope.receptive_field import require_scalable_config
 from clex_train.scaling import methods
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.utils.bounds import MOST_TOKENS, require
-from clex_train.utils.errors import ConfigError
+from clex_train.utils.bounds import MOST_TOKENS
+from clex_train.utils.errors import ConfigError, require
 
 UNSCALED = "default"
 # These scale every call by the same factor, so a config may state the length before or after scaling.

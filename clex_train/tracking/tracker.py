@@ -22,7 +22,7 @@ from clex_train.config.root import Config
 from clex_train.config.tracking import TrackingConfig, Wandb
 from clex_train.tracking.metrics_log import MetricsLog
 from clex_train.utils import distributed, files, locations, log, progress
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 
 logger = log.get(__name__)
 

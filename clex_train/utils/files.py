@@ -17,8 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from clex_train.utils import log
-from clex_train.utils.bounds import require, shortened
-from clex_train.utils.errors import NO_ROOM, ConfigError, InputError, no_room
+from clex_train.utils.errors import NO_ROOM, ConfigError, InputError, no_room, require, shortened
 
 logger = log.get(__name__)
 

@@ -2,7 +2,8 @@
 
 import os
 
-from clex_train.utils.bounds import MOST_RANKS, require, shortened
+from clex_train.utils.bounds import MOST_RANKS
+from clex_train.utils.errors import require, shortened
 
 REMEDY = "a launcher such as torchrun or deepspeed sets it; start with one, or unset it"
 

@@ -10,8 +10,7 @@ import torch
 
 from clex_train.cli import console
 from clex_train.cli.errors import explain
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError, renamed_key
+from clex_train.utils.errors import ConfigError, renamed_key, require
 from clex_train.utils.files import BadFile
 from tests.helpers.composing import CONF, composed
 

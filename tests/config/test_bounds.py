@@ -29,7 +29,7 @@ from clex_train.config.root import Config
 from clex_train.preflight import dry_run
 from clex_train.preflight.run_checks import Scope, run_checks
 from clex_train.scaling.table import scale_grid
-from clex_train.utils.bounds import require_at_most
+from clex_train.utils.errors import require_at_most
 from data_prep.__main__ import VERBS
 from tests.helpers.composing import CONF
 

@@ -13,8 +13,7 @@ from clex_train.evaluation.retrieval.haystack import Documents
 from clex_train.evaluation.retrieval.prompts import Ask, Draft, Prompt, answer_len, fit, frame_len
 from clex_train.evaluation.retrieval.tasks import TASKS, RetrievalTask
 from clex_train.utils import distributed, log
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError
+from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.seeding import generator
 
