@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 from clex_train.cli import config_files, flags, overrides
 from clex_train.resilience import stop_requests
 from clex_train.resilience.stop_requests import Interrupted
-from clex_train.utils import log, ranks, versions
+from clex_train.utils import log, versions
 from clex_train.utils.errors import InputError, RankLost, RunStopped, StopRequested, first_line, no_room
 
 logger = log.get(__name__)
@@ -100,7 +100,7 @@ def _interrupted(interrupt: KeyboardInterrupt, kept: str) -> int:
     """Say once, on rank 0, which signal ended the program; returns the exit code."""
     # Without a watch, or where a library took SIGINT over, it is Python's own.
     own = interrupt if isinstance(interrupt, Interrupted) else Interrupted(signal.SIGINT)
-    if ranks.display_rank() == 0:
+    if log.display_rank() == 0:
         print(f"{own}; {kept}", file=sys.stderr)
     with suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -116,7 +116,7 @@ def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type 
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
         say(help_text())
         return 0
-    if ranks.display_rank() == 0:
+    if log.display_rank() == 0:
         for line in versions.untested_warnings():
             logger.warning("%s", line)
     try:
@@ -180,14 +180,14 @@ def _record(code: int) -> None:
 def report(error: Exception) -> int:
     """Print what the user can mend as one line, anything else with its traceback; returns the exit code."""
     if isinstance(error, StopRequested):
-        if ranks.display_rank() == 0:
+        if log.display_rank() == 0:
             print(log.printable(str(error)), file=sys.stderr)
         return GO_ON
     line, code = _classify(error)
     if line is None:
         traceback.print_exception(error)
         return FAULT
-    rank = ranks.display_rank()
+    rank = log.display_rank()
     if rank:
         # Most errors are those of every rank and rank 0 says them: then its launcher ends this rank meanwhile.
         time.sleep(PATIENCE)

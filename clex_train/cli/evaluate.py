@@ -32,6 +32,7 @@ import torch
 
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console, forecast
+from clex_train.cli.keys import METHOD_KEYS, MethodConfig, given
 from clex_train.cli.loading import (
     Source,
     check,
@@ -42,7 +43,6 @@ from clex_train.cli.loading import (
     run_config,
     say_what_is_ahead,
 )
-from clex_train.cli.method_keys import METHOD_KEYS, MethodConfig, given
 from clex_train.config.bos import Bos
 from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method

@@ -33,8 +33,8 @@ import torch
 from clex_train.cli import arguments as arguments_of
 from clex_train.cli import console, forecast, loading
 from clex_train.cli.forecast import Amount
+from clex_train.cli.keys import METHOD_KEYS, MethodConfig, given
 from clex_train.cli.loading import Source
-from clex_train.cli.method_keys import METHOD_KEYS, MethodConfig, given
 from clex_train.config.bos import Bos
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import Method

@@ -19,6 +19,8 @@ class AttentionImplementation(Enum):
     flash_attention_2 = "flash_attention_2"
 
 
+# flash-attn 2 compiles its kernels for head dims up to this one.
+MAX_FLASH_HEAD_DIM = 256
 MOST = {
     "n_local": MOST_TOKENS,
     "n_global": MOST_TOKENS,

@@ -3,9 +3,12 @@
 Windows and prompts are chosen once, before training, and scored on every call.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,12 +25,14 @@ from clex_train.evaluation.retrieval import plan
 from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.windows import require_windows, select
 from clex_train.models import architecture
-from clex_train.models.load import LoadedModel, solve_table
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.table import scale_grid
 from clex_train.utils import distributed, log
 from clex_train.utils.errors import InputError, require
 from clex_train.utils.protocols import Tokenizer
+
+if TYPE_CHECKING:
+    from clex_train.models.load import LoadedModel
 
 logger = log.get(__name__)
 
@@ -61,7 +66,7 @@ class TrainingEvaluation:
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
         # The ODE has changed since the last evaluation.
-        solve_table(loaded)
+        loaded.solve_table()
         tables = methods.of_model(self.spec, loaded)
         inserted = methods.insertions(self.spec, loaded.model, loaded.context_len)
         scored = runner.evaluate(

@@ -30,9 +30,9 @@ from clex_train.evaluation import during_training
 from clex_train.evaluation.during_training import TrainingEvaluation
 from clex_train.models import architecture, directory, kernels, load, memory_options, weights
 from clex_train.preflight import document_mask, sequence_parallel
+from clex_train.rope.context_length import ContextLength
 from clex_train.rope.native import native_handle_on_meta
 from clex_train.rope.probe import model_on_meta, require_rotary, sharing_meta_models
-from clex_train.rope.recipes import ContextLength
 from clex_train.tracking import run_folder, tracker
 from clex_train.utils import distributed, log
 from clex_train.utils.errors import ConfigError, InputError

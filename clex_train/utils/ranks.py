@@ -57,13 +57,6 @@ def require_port() -> None:
     )
 
 
-def display_rank() -> int:
-    """Return the rank for log prefixes and messages that one rank writes; 0 where the variable is not a number."""
-    # Logging starts before validation, so this must not raise.
-    text = os.environ.get("RANK", "0")
-    return int(text) if text.isascii() and text.isdecimal() and len(text) <= len(str(MOST_RANKS)) else 0
-
-
 def _limit_of_local(together: int) -> str:
     name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "WORLD_SIZE"
     return f"{name}={together}"

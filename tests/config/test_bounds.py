@@ -26,7 +26,7 @@ from clex_train.config import root as configuration
 from clex_train.config.data import DataConfig, DomainConfig
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.root import Config
-from clex_train.preflight import dry_run
+from clex_train.preflight.plan import make_plan
 from clex_train.preflight.run_checks import Scope, run_checks
 from clex_train.scaling.table import scale_grid
 from clex_train.utils.errors import require_at_most
@@ -76,7 +76,7 @@ def training() -> DictConfig:
 def plan(training: DictConfig, key: str, value: Any) -> None:
     composed = training.copy()
     OmegaConf.update(composed, key, value)
-    dry_run.make_plan(run_checks(configuration.to_config(composed), Scope.plan))
+    make_plan(run_checks(configuration.to_config(composed), Scope.plan))
 
 
 @pytest.mark.parametrize(("key", "is_list"), numeric_keys(Config))

@@ -71,7 +71,7 @@ def test_evaluation_gives_the_logits_of_the_original_code(tmp_path: Path, logit_
 def test_official_to_ours_to_official_keeps_every_bit(directory: Path, tmp_path: Path) -> None:
     loaded = load_for_training(training_config(directory))
     loaded.tokenizer = load.load_tokenizer(str(directory), ModelConfig())
-    load.solve_table(loaded)
+    loaded.solve_table()
     write_final(tmp_path / "final", loaded, loaded.model.state_dict(), loaded.tokenizer)
     record = model_directory.read_record(tmp_path / "final")
     assert record.official_ntk_base
@@ -115,7 +115,7 @@ def test_a_directory_of_any_family_that_was_written_gives_the_same_logits(family
     model = load.load_for_evaluation(ModelConfig(path=str(base)))
     model.clex = Clex(model.base_inv_freq, t_max=4.0, act="tanh", official_ntk_base=True)
     torch.nn.init.normal_(model.clex.down, std=0.3, generator=torch.Generator().manual_seed(1))
-    load.solve_table(model)
+    model.solve_table()
     write_official(folder, model)
     ids = torch.arange(40)[None]
     again = load.load_for_evaluation(ModelConfig(path=str(folder)))
@@ -192,7 +192,7 @@ def test_training_goes_on_from_the_trained_field(directory: Path, tmp_path: Path
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert not torch.equal(loaded.clex.down, start)
-    load.solve_table(loaded)
+    loaded.solve_table()
     write_official(tmp_path / "tuned", loaded)
     written = load_file(tmp_path / "tuned" / "model.safetensors")
     assert torch.equal(written["model.clex_layer.proj_func.ode_down_proj"], loaded.clex.down)
@@ -223,7 +223,7 @@ def test_log_scaling_and_the_ntk_base_come_from_the_checkpoint(tmp_path: Path, g
 
 def test_a_larger_t_max_continues_the_same_field_to_longer_contexts(directory: Path) -> None:
     loaded = load_for_training(training_config(directory, t_max=24.0))
-    table = load.solve_table(loaded)
+    table = loaded.solve_table()
     assert table is not None
     assert table.t_max == 24.0
     assert official_rope_scaling(loaded.clex)["max_factor"] == 24

@@ -21,6 +21,7 @@ from transformers import (
 from clex_train.cli import arguments, loading
 from clex_train.cli.errors import explain
 from clex_train.cli.evaluate import EvaluateConfig
+from clex_train.cli.keys import LoadingConfig
 from clex_train.config.engine import EngineConfig
 from clex_train.config.model import ModelConfig
 from clex_train.engine import deepspeed as engines
@@ -317,8 +318,8 @@ def test_programs_that_evaluate_name_their_own_keys(base, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     rewrite(base, without(UP))
     with pytest.raises(ValueError, match=r"; copy .* again, or name what may differ in allow_missing$"):
-        loading.locate(loading.LoadingConfig(model=str(base)))
-    source = loading.locate(loading.LoadingConfig(model=str(base), allow_missing=["*.up_proj.weight"]))
+        loading.locate(LoadingConfig(model=str(base)))
+    source = loading.locate(LoadingConfig(model=str(base), allow_missing=["*.up_proj.weight"]))
     caplog.set_level("WARNING", logger="clex_train")
     drawn = [load.load_for_evaluation(source.model).model.get_parameter(UP) for _ in range(2)]
     assert torch.equal(*drawn), "the same on every rank"

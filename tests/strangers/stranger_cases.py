@@ -34,7 +34,7 @@ from clex_train.data.store import TokenStore
 from clex_train.data.vocabulary import vocabulary
 from clex_train.data.writer import write_store
 from clex_train.evaluation import results
-from clex_train.evaluation.report import evidence, sources, tables
+from clex_train.evaluation.report import evidence, tables
 from clex_train.evaluation.results import Origin, Results, Score
 from clex_train.models import directory, weight_files
 from clex_train.scaling.clex import Clex
@@ -266,10 +266,10 @@ def report_case(folder: Path, draw: random.Random) -> Action:
         found = evidence.collect([run])
         for each in found.runs:
             each.column("loss")
-            sources.of_training(each)
+            evidence.training_source(each)
         for table in found.tables:
             for curve in table.curves:
-                console.say(str(sources.of_evaluation(curve.path, curve.origin, found.runs)))
+                console.say(str(evidence.evaluation_source(curve.path, curve.origin, found.runs)))
         console.say(tables.markdown(found.tables))
 
     return read

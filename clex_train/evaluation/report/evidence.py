@@ -6,8 +6,9 @@ A run folder stands for its newest evaluation and the others of the same weights
 frequency table, retrieval tasks, the metrics of its training) is absent here, and figures that need it are left out.
 """
 
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from clex_train.config import recorded
-from clex_train.config.recorded import CONFIG
+from clex_train.config.recorded import CONFIG, FINAL
 from clex_train.evaluation import results
 from clex_train.evaluation.provenance import weights_hash
 from clex_train.evaluation.report.tables import Row, Table, read_tables, rows_of
@@ -24,7 +25,6 @@ from clex_train.evaluation.results import Origin, Results, TaskScore
 from clex_train.models.directory import TABLE
 from clex_train.scaling.table import FrequencyTable
 from clex_train.tracking.metrics_log import LONGEST_LINE, parse
-from clex_train.tracking.run_folder import FINAL
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, InputError
 from clex_train.utils.files import BadFile, open_regular
@@ -32,6 +32,7 @@ from clex_train.utils.records import decode, read_json
 
 logger = log.get(__name__)
 
+UNKNOWN = "not recorded"
 EVALUATIONS, METRICS, ENVIRONMENT = "evaluation", "metrics.jsonl", "environment.json"
 
 
@@ -230,3 +231,70 @@ def _shortest(parts: dict[Path, tuple[str, ...]]) -> dict[Path, str]:
         if len(set(names.values())) == len(names):
             return names
     return {path: str(path) for path in parts}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Facts under which a table's row or a figure can be repeated, in display order: of one evaluation or one run."""
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+
+
+def evaluation_source(path: Path, origin: Origin, runs: Sequence[TrainingRun] = ()) -> Source:
+    """List the facts of an evaluation file; weights at the last step of one of `runs` have the hash of its `final/`."""
+    environment = dict(origin.environment)
+    facts = {
+        "file": str(path),
+        "command": shlex.join(origin.command),
+        "weights": _weights(path, origin.model, runs),
+        "data": f"{origin.data.get('path', UNKNOWN)}, fingerprint {origin.data.get('fingerprint', UNKNOWN)}",
+        "commit": str(environment.pop("git_commit", None) or UNKNOWN),
+        "hardware": _hardware(environment),
+        "versions": _listed(environment),
+    }
+    return Source(f"evaluation {origin.label}", tuple(facts.items()))
+
+
+def training_source(run: TrainingRun) -> Source:
+    """List the facts of a training run."""
+    environment = dict(run.environment)
+    facts = {
+        "folder": str(run.folder),
+        "command": shlex.join(environment.get("command") or [UNKNOWN]),
+        "weights": f"{run.folder / FINAL}, hash {run.final_hash or UNKNOWN}",
+        "data": f"fingerprint {environment.get('data_fingerprint', UNKNOWN)}",
+        "commit": str(environment.get("git_commit") or UNKNOWN),
+        "hardware": _hardware(environment),
+        "versions": _listed({"python": environment.get("python"), **environment.get("packages", {})}),
+    }
+    return Source(f"training {run.label}", tuple(facts.items()))
+
+
+def _weights(path: Path, model: dict[str, Any], runs: Sequence[TrainingRun]) -> str:
+    parts = [str(model.get("path", UNKNOWN))]
+    parts += [f"{key} {model[key]}" for key in ("step", "revision") if model.get(key) is not None]
+    known = model.get("hash") or next((run.final_hash for run in runs if _is_last_step(path, model, run)), None)
+    return ", ".join([*parts, f"hash {known or UNKNOWN}"])
+
+
+def _is_last_step(path: Path, model: dict[str, Any], run: TrainingRun) -> bool:
+    """Return True if an evaluation in a run's folder scored the weights in its `final/`."""
+    return run_folder(path) == run.folder and "step" in model and model["step"] == run.last_step
+
+
+def _hardware(environment: dict[str, Any]) -> str:
+    """Take device, number of ranks and platform out of the environment."""
+    device, ranks = environment.pop("device", UNKNOWN), environment.pop("world_size", None)
+    words = [str(device), f"{ranks} rank{'s' if ranks != 1 else ''}" if ranks else "", environment.pop("platform", "")]
+    return ", ".join(filter(None, words))
+
+
+def _listed(versions: dict[str, Any]) -> str:
+    return ", ".join(_pairs(versions)) or UNKNOWN
+
+
+def _pairs(versions: dict[str, Any]) -> Iterator[str]:
+    for name, value in versions.items():
+        if isinstance(value, (str, int, float)):
+            yield f"{name} {value}"

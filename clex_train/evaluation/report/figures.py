@@ -12,9 +12,15 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from clex_train.evaluation.report import frequencies, plotting
-from clex_train.evaluation.report.evidence import Evidence, TaskScores, TrainingRun
+from clex_train.evaluation.report.evidence import (
+    Evidence,
+    Source,
+    TaskScores,
+    TrainingRun,
+    evaluation_source,
+    training_source,
+)
 from clex_train.evaluation.report.plotting import COLORS, Absent, Figure, Line
-from clex_train.evaluation.report.sources import Source, of_evaluation, of_training
 from clex_train.evaluation.report.tables import TOGETHER, Curve, Table
 from clex_train.evaluation.results import Score
 
@@ -261,7 +267,7 @@ def _training(
         yield absent
         return
     draw = partial(draw_training, runs, key, axis)
-    yield Figure(name or key, title, caption, tuple(map(of_training, runs)), draw)
+    yield Figure(name or key, title, caption, tuple(map(training_source, runs)), draw)
 
 
 def draw_training(runs: Sequence[TrainingRun], key: str, axis: str) -> Drawing:
@@ -298,7 +304,7 @@ def bin_steps(steps: np.ndarray, values: np.ndarray, most: int = MAX_BINS) -> np
 
 
 def _evaluations(rows: Sequence[Curve] | Sequence[TaskScores], evidence: Evidence) -> tuple[Source, ...]:
-    return tuple(dict.fromkeys(of_evaluation(row.path, row.origin, evidence.runs) for row in rows))
+    return tuple(dict.fromkeys(evaluation_source(row.path, row.origin, evidence.runs) for row in rows))
 
 
 def _suffix(index: int) -> str:

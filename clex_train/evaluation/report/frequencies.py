@@ -14,15 +14,14 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from clex_train.config.recorded import FINAL
 from clex_train.evaluation.report import plotting
-from clex_train.evaluation.report.evidence import Evidence, TrainingRun
+from clex_train.evaluation.report.evidence import Evidence, TrainingRun, training_source
 from clex_train.evaluation.report.plotting import Absent, Figure, Line
-from clex_train.evaluation.report.sources import of_training
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.methods.pi import pi_table
 from clex_train.scaling.methods.yarn import Yarn
 from clex_train.scaling.table import FrequencyTable
-from clex_train.tracking.run_folder import FINAL
 from clex_train.utils.errors import InputError
 
 MAX_PANELS = 3
@@ -39,7 +38,7 @@ def figures(evidence: Evidence) -> Iterator[Figure | Absent]:
     for index, group in enumerate(groups):
         suffix = f"_{index + 1}" if index else ""
         tables = {run.label: run.frequencies for run in group if run.frequencies is not None}
-        sources = tuple(map(of_training, group))
+        sources = tuple(map(training_source, group))
         known, lacking = formulas(group[0])
         caption = (
             "theta_j(t) / theta_j(1) of the pair j, against the formulas from the same theta(1): 1 is plain RoPE, 1/t "

@@ -11,9 +11,15 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from clex_train.evaluation.report.evidence import Evidence, TaskScores, TrainingRun
+from clex_train.evaluation.report.evidence import (
+    Evidence,
+    Source,
+    TaskScores,
+    TrainingRun,
+    evaluation_source,
+    training_source,
+)
 from clex_train.evaluation.report.plotting import COLORS, GREY, GRID, INK, Absent, Figure, to_svg
-from clex_train.evaluation.report.sources import Source, of_evaluation, of_training
 from clex_train.evaluation.report.tables import ABSENT, Table
 
 VARIABLES = {INK: "ink", GREY: "grey", GRID: "grid", **{color: f"s{i}" for i, color in enumerate(COLORS)}}
@@ -38,11 +44,11 @@ def render(evidence: Evidence, figures: Sequence[Figure], absent: Sequence[Absen
         tables=evidence.tables,
         fingerprints=fingerprints,
         tasks={task: _task_rows(evidence, task) for task in dict.fromkeys(s.task for s in evidence.tasks)},
-        runs=[(run, training_figures(run), of_training(run)) for run in evidence.runs if run.metrics],
+        runs=[(run, training_figures(run), training_source(run)) for run in evidence.runs if run.metrics],
         figures=[(figure, _use_variables(to_svg(figure))) for figure in figures],
         absent=absent,
         sources=Sources(),
-        source_of=lambda row: of_evaluation(row.path, row.origin, evidence.runs),
+        source_of=lambda row: evaluation_source(row.path, row.origin, evidence.runs),
     )
 
 

@@ -4,13 +4,15 @@ Hues are those of Okabe and Ito (Color Universal Design, 2008) without yellow, w
 brown and a violet. Markers differ too, so that lines can be told apart in print and by readers who see few colors.
 """
 
+from __future__ import annotations
+
 import io
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -19,8 +21,10 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from clex_train.evaluation.report.sources import Source
 from clex_train.evaluation.report.tables import times
+
+if TYPE_CHECKING:
+    from clex_train.evaluation.report.evidence import Source
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7b61b5")
 MARKERS = "osD^vPX*"

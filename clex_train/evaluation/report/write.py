@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from clex_train.evaluation.report import page
-from clex_train.evaluation.report.evidence import Evidence
+from clex_train.evaluation.report.evidence import Evidence, Source, evaluation_source, training_source
 from clex_train.evaluation.report.figures import collect_figures
 from clex_train.evaluation.report.plotting import Absent, Figure, to_png
-from clex_train.evaluation.report.sources import Source, of_evaluation, of_training
 from clex_train.evaluation.report.tables import Curve, Table, console, markdown
 from clex_train.evaluation.results import LARGEST
 from clex_train.tracking import tracker
@@ -67,11 +66,11 @@ def as_json(evidence: Evidence, figures: Sequence[Figure], absent: Sequence[Abse
                 "label": scores.label,
                 "task": scores.task,
                 "rows": [vars(row) for row in scores.rows],
-                "source": _facts(of_evaluation(scores.path, scores.origin, evidence.runs)),
+                "source": _facts(evaluation_source(scores.path, scores.origin, evidence.runs)),
             }
             for scores in evidence.tasks
         ],
-        "runs": [{"label": run.label, "source": _facts(of_training(run))} for run in evidence.runs],
+        "runs": [{"label": run.label, "source": _facts(training_source(run))} for run in evidence.runs],
         "figures": [
             {
                 "file": f"{figure.name}.png",
@@ -106,7 +105,7 @@ def _row(curve: Curve, evidence: Evidence) -> dict[str, Any]:
         "fingerprint": {n: score.fingerprint for n, score in curve.scores.items()},
         "perplexity": {n: p if math.isfinite(p) else None for n, p in curve.perplexity.items()},
         "standard_error": {n: score.standard_error for n, score in curve.scores.items()},
-        "source": _facts(of_evaluation(curve.path, curve.origin, evidence.runs)),
+        "source": _facts(evaluation_source(curve.path, curve.origin, evidence.runs)),
     }
 
 

@@ -4,14 +4,19 @@ A haystack is a function `(units, depths) -> pieces`. It splits `units` of fille
 (0 to 1), so there is one piece more than depths. `insert` joins the pieces with needles.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clex_train.data.store import TokenStore
 from clex_train.utils.protocols import Tokenizer
+
+if TYPE_CHECKING:
+    from clex_train.data.store import TokenStore
 
 Haystack = Callable[[int, Sequence[float]], list[str]]
 

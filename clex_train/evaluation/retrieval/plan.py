@@ -4,11 +4,13 @@ Each prompt is a pure function of (seed, task, length, index), and hides the sam
 are comparable.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.retrieval import DOWNLOADED, Task, expand
-from clex_train.data.store import TokenStore
 from clex_train.evaluation.retrieval.haystack import Documents
 from clex_train.evaluation.retrieval.prompts import Ask, Draft, Prompt, answer_len, fit, frame_len
 from clex_train.evaluation.retrieval.tasks import TASKS, RetrievalTask
@@ -16,6 +18,9 @@ from clex_train.utils import distributed, log
 from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.seeding import generator
+
+if TYPE_CHECKING:
+    from clex_train.data.store import TokenStore
 
 logger = log.get(__name__)
 

@@ -4,13 +4,18 @@ A task returns a `Draft`: its text as a function of the units of filler (sentenc
 searches for the largest number of units whose text, encoded as a whole, stays within the budget.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clex_train.evaluation.retrieval.haystack import Documents
 from clex_train.utils.protocols import Tokenizer
+
+if TYPE_CHECKING:
+    from clex_train.evaluation.retrieval.haystack import Documents
 
 FIRST_PROBE = 16
 """Units of filler of the first attempt, from which the tokens per unit are estimated."""

@@ -244,7 +244,7 @@ def test_every_row_and_figure_of_the_json_has_command_weights_data_commit_and_ha
 
 
 def test_weights_of_the_last_step_are_named_by_the_hash_of_final(tmp_path: Path) -> None:
-    from clex_train.evaluation.report.sources import of_evaluation
+    from clex_train.evaluation.report.evidence import evaluation_source
 
     run = make_run(tmp_path / "run", {"none": [3, 4, 5]}, learned=False)
     path = run / "evaluation" / "step_40.json"
@@ -253,5 +253,5 @@ def test_weights_of_the_last_step_are_named_by_the_hash_of_final(tmp_path: Path)
         results.write(path, outcome({"none": [3, 4, 5]}), origin)
         [found] = evidence.collect([path]).runs
         known = found.final_hash if step == 40 else "not recorded"
-        assert dict(of_evaluation(path, origin, [found]).facts)["weights"] == f"{run}, step {step}, hash {known}"
+        assert dict(evaluation_source(path, origin, [found]).facts)["weights"] == f"{run}, step {step}, hash {known}"
     assert found.final_hash is not None
