@@ -99,10 +99,13 @@ def test_training_that_signals_interrupt_ends_with_the_same_bits(launcher, left_
 def check_equal(folder: Path, whole: Path) -> None:
     """The final models are the same to the bit, and nothing of an interrupted launch is left in the folder."""
     assert_same_model(whole / "final", folder / "final")
-    # Each resumed launch leaves a description of its environment.
-    left = {path.name for path in folder.iterdir() if not path.name.startswith("environment_step_")}
-    assert left == {path.name for path in whole.iterdir()}
+    assert entries(folder) == entries(whole)
     assert {path.name for path in (folder / "checkpoints").iterdir()} <= {"latest", *STEP_NAMES}
+
+
+def entries(folder: Path) -> set[str]:
+    """List a run folder without the descriptions of the environment that each resumed launch leaves."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith("environment_step_")}
 
 
 def check_ends(trials, by: str) -> None:
