@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from clex_train.data.manifest import DOCUMENT, TOKENIZER, Manifest, Shard, Source
-from clex_train.data.store import TokenStore
-from clex_train.data.writer import ShardWriter
+from clex_train.token_store.manifest import DOCUMENT, TOKENIZER, Manifest, Shard, Source
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.writer import ShardWriter
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, renamed_key, require
 from data_prep.config import EvaluationSetsVerb

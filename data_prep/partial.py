@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clex_train.data.manifest import MANIFEST, Manifest, partial_path, read_manifest
-from clex_train.data.writer import move_store
+from clex_train.token_store.manifest import MANIFEST, Manifest, partial_path, read_manifest
+from clex_train.token_store.writer import move_store
 from clex_train.utils import log
 from clex_train.utils.errors import NO_ROOM, ConfigError, require
 from clex_train.utils.files import BadFile, make_folder, require_writable_folder, write_atomically

@@ -24,12 +24,12 @@ if __name__ == "__main__":
 
 from hydra import compose, initialize_config_dir
 
-from clex_train.cli import config_files, console
-from clex_train.cli.overrides import for_hydra
 from clex_train.config import root as configuration
 from clex_train.config.docs import describe
 from clex_train.config.launch import LaunchConfig
 from clex_train.config.root import Config, Resume
+from clex_train.console import config_files, program
+from clex_train.console.overrides import for_hydra
 from clex_train.preflight.run_checks import Scope, run_checks
 from clex_train.tracking import run_folder
 from clex_train.utils import files, log
@@ -141,4 +141,4 @@ def _sbatch(script: Path) -> str:
 
 if __name__ == "__main__":
     log.setup()
-    sys.exit(console.run(main, usage, kept="squeue shows whether the job was submitted"))
+    sys.exit(program.run(main, usage, kept="squeue shows whether the job was submitted"))

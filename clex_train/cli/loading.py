@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from clex_train.cli import console
 from clex_train.cli.keys import LoadingConfig
 from clex_train.config import recorded
 from clex_train.config.engine import EngineConfig, Offload
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
+from clex_train.console import program as console
 from clex_train.engine import deepspeed
 from clex_train.evaluation import partial_results
 from clex_train.evaluation import provenance as origins

@@ -16,17 +16,17 @@ from clex_train.config.checkpoint import OnFullDisk
 from clex_train.config.method import Method
 from clex_train.config.root import Config
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
-from clex_train.data.store import TokenStore
-from clex_train.data.vocabulary import check_bos, check_embedding
 from clex_train.evaluation import methods, provenance, results, runner
+from clex_train.evaluation import retrieval_runner as retrieval
 from clex_train.evaluation.console import tables_of
 from clex_train.evaluation.protocols import readings
-from clex_train.evaluation.retrieval import plan
-from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.windows import require_windows, select
 from clex_train.models import architecture
+from clex_train.retrieval import plan
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.table import scale_grid
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.vocabulary import check_bos, check_embedding
 from clex_train.utils import distributed, log
 from clex_train.utils.errors import InputError, require
 from clex_train.utils.protocols import Tokenizer

@@ -17,7 +17,7 @@ from clex_train.tracking import tracker
 from clex_train.utils import distributed
 
 if TYPE_CHECKING:
-    from clex_train.data.store import TokenStore
+    from clex_train.token_store.store import TokenStore
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json", "clex.json")
 BLOCK = 2**24

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from clex_train.data.store import TokenStore
+from clex_train.token_store.store import TokenStore
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, RunStopped, renamed_key, require
 from data_prep.config import DecontaminateVerb

@@ -17,15 +17,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clex_train.cli import arguments, lm_eval
-from clex_train.cli.errors import explain
+from clex_train.cli import lm_eval
 from clex_train.cli.evaluate import KEYS, EvaluateConfig, parse
 from clex_train.cli.lm_eval import LmEvalConfig
-from clex_train.cli.overrides import type_at
 from clex_train.config import root as configuration
 from clex_train.config.data import DataConfig, DomainConfig
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.root import Config
+from clex_train.console import arguments
+from clex_train.console.errors import explain
+from clex_train.console.overrides import type_at
 from clex_train.preflight.plan import make_plan
 from clex_train.preflight.run_checks import Scope, run_checks
 from clex_train.scaling.table import scale_grid

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from clex_train.cli import console, evaluate
+from clex_train.cli import evaluate
 from clex_train.cli import export as program
 from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
 from clex_train.config.scaling import Activation, LogScale, ScalingConfig
-from clex_train.data.writer import write_store
+from clex_train.console import program as console
 from clex_train.export.official import write_official
 from clex_train.models import architecture, load
 from clex_train.models import directory as model_directory
@@ -25,6 +25,7 @@ from clex_train.models.save import write_final
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.position_sampling import draw_batch
 from clex_train.scaling.table import scale_grid
+from clex_train.token_store.writer import write_store
 from clex_train.training.ode_optimizer import OdeOptimizer
 from tests.export.official_directories import official_directory, save_tokenizer
 from tests.helpers.golden_subset import SUBSET, stored_lengths

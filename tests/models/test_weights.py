@@ -18,12 +18,13 @@ from transformers import (
     MixtralConfig,
 )
 
-from clex_train.cli import arguments, loading
-from clex_train.cli.errors import explain
+from clex_train.cli import loading
 from clex_train.cli.evaluate import EvaluateConfig
 from clex_train.cli.keys import LoadingConfig
 from clex_train.config.engine import EngineConfig
 from clex_train.config.model import ModelConfig
+from clex_train.console import arguments
+from clex_train.console.errors import explain
 from clex_train.engine import deepspeed as engines
 from clex_train.models import architecture, hub, load, weights
 from tests.helpers.tiny_causal_lm import save_tiny_llama, tiny_llama

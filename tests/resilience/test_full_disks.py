@@ -12,8 +12,9 @@ from types import ModuleType
 import pytest
 
 import train
-from clex_train.cli import console, export, report
-from clex_train.evaluation.report import write
+from clex_train.cli import export, report
+from clex_train.console import program as console
+from clex_train.report import write
 from tests.helpers.composing import composed
 from tests.helpers.full_disk import mounted, resize
 
