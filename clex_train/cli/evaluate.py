@@ -31,13 +31,12 @@ if __name__ == "__main__":
 import torch
 
 from clex_train.cli import forecast
-from clex_train.cli.keys import METHOD_KEYS, MethodConfig, given
+from clex_train.cli.keys import METHOD_KEYS, LoadingConfig
 from clex_train.cli.loading import Source, check, keep, load, locate, partial_of, run_config, say_what_is_ahead
-from clex_train.config.bos import Bos
+from clex_train.config.docs import with_overrides
 from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
-from clex_train.config.retrieval import Task
 from clex_train.config.root import Config, default_lengths
 from clex_train.console import arguments as arguments_of
 from clex_train.console import program
@@ -73,7 +72,7 @@ from clex_train.utils.protocols import Tokenizer
 WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "num_windows", "chunk_len")
 TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts", "chat_template")
 KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, "offload_cache", "bos")
-"""What the command line may say otherwise than the run's `evaluation` group."""
+"""Keys of the `evaluation` group that the command line takes without the group's name; by default the run's."""
 NOT_SHAPING = ("every", "path", "allow_overlap", "chunk_len", "offload_cache", "bos")
 """What of the `evaluation` group leaves the numbers as they are: when, and how much memory is taken at a time."""
 LATER = ("lm_infinite_top_k", "lm_infinite_top_k_layer", "chat_template", "method_options")
@@ -83,47 +82,20 @@ logger = log.get(__name__)
 
 
 @dataclass
-class EvaluateConfig(MethodConfig):
-    """Arguments of the evaluation program."""
+class EvaluateArguments(LoadingConfig):
+    """Arguments of the evaluation program, without those of the `evaluation` group."""
 
     data: str | None = None
     """Token store whose validation split is read; by default the run's. `model` needs one."""
-    lengths: list[int] | None = None
-    """Window lengths in tokens; by default the run's, or, as with an empty list, 1, 2, 4, 8 and 16 times L."""
-    protocols: list[Protocol] | None = None
-    """`one_shot`: windows of N, t fixed by N; `chunked` (official): chunks of L through the cache, t grows; `sliding`:
-    windows moved by `stride`; `per_position`: nll against position; `last_k`: a window's last tokens alone;
-    `streaming`, by itself: all held-out text as one stream, beside windows of L over the same tokens."""
-    bos: Bos | None = None
-    """BOS at the beginning of windows and prompts. `auto`: as in the store's documents; with `model=`, as the tokenizer
-    does if the store has no record of it. By default the run's."""
-    stride: int | None = None
-    """Tokens by which `sliding` moves its windows; by default 256."""
-    last_k: int | None = None
-    """Tokens at the end of the largest window that `last_k` scores; by default L."""
     stream_tokens: int | None = None
     """Tokens of a stream; by default the whole validation split."""
-    num_windows: int | None = None
-    """Windows of the largest length; by default the run's."""
-    chunk_len: int | None = None
-    """Tokens of a window per forward: bounds the memory, not the result; by default the run's."""
     batch_tokens: int | None = None
     """Tokens per forward over several windows; by default `chunk_len`."""
-    offload_cache: bool | None = None
-    """Cached keys and values wait in host memory and visit the GPU layer by layer: slower, for longer texts. By default
-    the run's."""
-    tasks: list[Task] | None = None
-    """Retrieval tasks beside perplexity, or with `protocols=[]` alone; see docs/evaluation.md."""
-    task_lengths: list[int] | None = None
-    """Tokens of a task's prompt and answer together; by default `lengths`."""
-    depths: list[float] | None = None
-    """Where in the text the hidden fact stands, from 0 (start) to 1 (end); by default the run's."""
-    num_prompts: int | None = None
-    """Prompts of a task at each length and depth; by default the run's."""
-    chat_template: bool | None = None
-    """Tasks are asked as a user does in the chat template of the tokenizer, for instruct models."""
     seed: int = 0
     """Chooses the windows. Only evaluations of equal seeds compare."""
+
+
+EvaluateConfig = with_overrides(EvaluateArguments, EvaluationConfig, KEYS, otherwise="By default the run's.")
 
 
 @dataclass(frozen=True)
@@ -152,7 +124,7 @@ def main() -> None:
         _run(asked)
 
 
-def _run(asked: EvaluateConfig) -> None:
+def _run(asked: EvaluateArguments) -> None:
     plan = make_plan(asked)
     if Protocol.streaming in plan.spec.protocols:
         text = plan_stream(plan.store, asked.stream_tokens, plan.context_len, plan.bos_id)
@@ -193,7 +165,7 @@ def ahead_of_stream(plan: Plan, text: Stream) -> Iterator[str]:
     yield labelled("data", f"{plan.store.path}: a stream of {text.num_tokens:,} held-out tokens")
 
 
-def finish(asked: EvaluateConfig, plan: Plan, results: Results, origin: Origin, kept: Partial) -> None:
+def finish(asked: EvaluateArguments, plan: Plan, results: Results, origin: Origin, kept: Partial) -> None:
     """Write the results and print their tables, on rank 0; `RunStopped` if nothing fitted or no file was written.
 
     What was kept for the case of an interruption goes when the results are written.
@@ -205,15 +177,14 @@ def finish(asked: EvaluateConfig, plan: Plan, results: Results, origin: Origin, 
     kept.remove()
 
 
-def parse(arguments: list[str]) -> EvaluateConfig:
+def parse(arguments: list[str]) -> EvaluateArguments:
     """`key=value` arguments as a checked config; `ValueError` or an error of OmegaConf names the key."""
-    asked = arguments_of.parse(EvaluateConfig, arguments)
-    assert isinstance(asked, EvaluateConfig)
+    asked: EvaluateArguments = arguments_of.parse(EvaluateConfig, arguments)
     _check(asked)
     return asked
 
 
-def make_plan(asked: EvaluateConfig) -> Plan:
+def make_plan(asked: EvaluateArguments) -> Plan:
     """Fill in what the command line leaves open; `ValueError` for a run, model or store that cannot be evaluated."""
     config = run_config(Path(asked.run)) if asked.run else Config()
     source = locate(asked)
@@ -224,7 +195,7 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     check_tokenizer(store, tokenizer)
     num_rows = architecture.embedding_rows(architecture.to_read(source.model))
     check_embedding(store, num_rows, asked.path, "data")
-    said = given(asked, KEYS)
+    said = asked.given(KEYS)
     if not said.get("lengths", config.evaluation.lengths):
         t_max = architecture.t_max_of_field(asked.path)
         said["lengths"] = default_lengths(source.context_len, t_max, longest_document(store))
@@ -245,7 +216,7 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     )
 
 
-def request(asked: EvaluateConfig, spec: EvaluationConfig, context_len: int) -> dict[str, Any]:
+def request(asked: EvaluateArguments, spec: EvaluationConfig, context_len: int) -> dict[str, Any]:
     """Collect what two evaluations share if one only repeats the other, beside weights, data and dtype."""
     defaults = EvaluationConfig()
     unsaid = {*NOT_SHAPING, *(key for key in LATER if getattr(spec, key) == getattr(defaults, key))}
@@ -256,7 +227,7 @@ def request(asked: EvaluateConfig, spec: EvaluationConfig, context_len: int) -> 
 
 
 def evaluate(
-    asked: EvaluateConfig, plan: Plan, windows: WindowSet | None, spans: Sequence[Reading], cells: Sequence[Cell]
+    asked: EvaluateArguments, plan: Plan, windows: WindowSet | None, spans: Sequence[Reading], cells: Sequence[Cell]
 ) -> Done | None:
     """Load the weights on every rank, deal windows and prompts to the ranks, score. Collective.
 
@@ -294,7 +265,7 @@ def evaluate(
     return replace(results, tasks=tasks, missing=[*results.missing, *missing]), come_from, kept
 
 
-def stream(asked: EvaluateConfig, plan: Plan, text: Stream) -> Done | None:
+def stream(asked: EvaluateArguments, plan: Plan, text: Stream) -> Done | None:
     """Load the weights and read one long text by each method, and in windows of L; a dry run says what it takes."""
     loaded, dtype = load(asked, plan.model)
     inserted = methods.for_streams(plan.spec, loaded)
@@ -312,7 +283,7 @@ def stream(asked: EvaluateConfig, plan: Plan, text: Stream) -> Done | None:
         return streaming.evaluate(loaded.model, text, names, inserted, plan.spec.chunk_len, kept), come_from, kept
 
 
-def resume(asked: EvaluateConfig, plan: Plan, come_from: Origin, read: dict[str, Any]) -> Partial:
+def resume(asked: EvaluateArguments, plan: Plan, come_from: Origin, read: dict[str, Any]) -> Partial:
     """Find what an interrupted evaluation left that is the same in all that the last bit of a number depends on."""
     more: dict[str, Any] = {
         "bos_id": plan.bos_id,
@@ -338,14 +309,18 @@ def usage() -> str:
     return arguments_of.usage(__doc__, EvaluateConfig)
 
 
-def _check(asked: EvaluateConfig) -> None:
+def _check(asked: EvaluateArguments) -> None:
     check(asked)
     require(asked.run is not None or asked.data is not None, "data", asked.data, "model=DIR needs a store, data=DIR")
     require(asked.batch_tokens is None or asked.batch_tokens >= 1, "batch_tokens", asked.batch_tokens, "at least 1")
     require_at_most(asked, "", {"batch_tokens": MOST_TOKENS, "stream_tokens": 2**40})
     require(asked.stream_tokens is None or asked.stream_tokens >= 2, "stream_tokens", asked.stream_tokens, "at least 2")
     require(0 <= asked.seed < 2**63, "seed", asked.seed, "0 or a positive integer below 2**63")
-    if asked.offload_cache and distributed.device().type == "cpu" and distributed.is_main():
+    if (
+        asked.given(["offload_cache"]).get("offload_cache")
+        and distributed.device().type == "cpu"
+        and distributed.is_main()
+    ):
         logger.info("offload_cache=true changes nothing here: the model is on the CPU, and so is its cache")
 
 

@@ -32,9 +32,10 @@ import torch
 
 from clex_train.cli import forecast, loading
 from clex_train.cli.forecast import Amount
-from clex_train.cli.keys import METHOD_KEYS, MethodConfig, given
+from clex_train.cli.keys import METHOD_KEYS, LoadingConfig
 from clex_train.cli.loading import Source
 from clex_train.config.bos import Bos
+from clex_train.config.docs import with_overrides
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import Method
 from clex_train.console import arguments as arguments_of
@@ -74,8 +75,8 @@ logger = log.get(__name__)
 
 
 @dataclass
-class LmEvalConfig(MethodConfig):
-    """Arguments of the program that runs tasks of lm-eval."""
+class LmEvalArguments(LoadingConfig):
+    """Arguments of the program that runs tasks of lm-eval, without those of scaling methods."""
 
     tasks: list[str] = field(default_factory=list)
     """Names of tasks, groups or tags, or patterns such as `longbench_*`."""
@@ -96,18 +97,25 @@ class LmEvalConfig(MethodConfig):
     chat_template: bool = False
     """Prompts are turns in the chat template of the tokenizer, for instruct models."""
 
+    @property
+    def named_methods(self) -> list[Method] | None:
+        """Methods to compare; None for the model as it is."""
+        return self.given(("methods",)).get("methods")
+
+
+LmEvalConfig = with_overrides(LmEvalArguments, EvaluationConfig, METHOD_KEYS)
+
 
 @log.buffered()
 def main() -> None:
     """Run the tasks; names, data and bounds are checked before weights are read."""
-    asked = arguments_of.parse(LmEvalConfig, sys.argv[1:])
-    assert isinstance(asked, LmEvalConfig)
+    asked: LmEvalArguments = arguments_of.parse(LmEvalConfig, sys.argv[1:])
     with arguments_of.named_as_typed(asked):
         check(asked)
         _run(asked)
 
 
-def _run(asked: LmEvalConfig) -> None:
+def _run(asked: LmEvalArguments) -> None:
     harness.require_installed()
     if asked.run:
         loading.run_config(Path(asked.run))
@@ -166,7 +174,7 @@ class Found(NamedTuple):
 
 
 def evaluate(
-    asked: LmEvalConfig,
+    asked: LmEvalArguments,
     loaded: LoadedModel,
     spec: EvaluationConfig,
     tasks: harness.Tasks,
@@ -174,7 +182,7 @@ def evaluate(
     kept: Partial,
 ) -> Iterator[Found]:
     """Ask the tasks of the model as it is, or with each of the methods that are named. Collective."""
-    if asked.methods is None:
+    if asked.named_methods is None:
         results = harness.evaluate(loaded, tasks, settings, kept)
         yield _without_not_run(Found("", loaded.table.method if loaded.table is not None else "none", results))
         return
@@ -186,9 +194,9 @@ def evaluate(
         yield _without_not_run(Found(name, frequencies.method, results))
 
 
-def _say_amount(asked: LmEvalConfig, loaded: LoadedModel, counted: harness.Counted) -> None:
+def _say_amount(asked: LmEvalArguments, loaded: LoadedModel, counted: harness.Counted) -> None:
     """Print what the tasks take. A prompt is read by one forward, and so is every token that is generated."""
-    num_methods = len(asked.methods or [None])
+    num_methods = len(asked.named_methods or [None])
     amount = Amount(
         cells=num_methods * counted.tasks,
         forwards=num_methods * (len(counted.prompts) + counted.generated),
@@ -208,9 +216,9 @@ def _without_not_run(found: Found) -> Found:
     return found
 
 
-def _spec(asked: LmEvalConfig, source: Source, max_length: int) -> EvaluationConfig:
+def _spec(asked: LmEvalArguments, source: Source, max_length: int) -> EvaluationConfig:
     """Return the methods and what they take; `ValueError` for one that the model cannot have."""
-    spec = EvaluationConfig(**given(asked, METHOD_KEYS), lengths=[max_length])
+    spec = EvaluationConfig(**asked.given(METHOD_KEYS), lengths=[max_length])
     arch = architecture.to_read(source.model)
     unloaded = native_handle_on_meta(arch, source.context_len, source.model.trust_remote_code)
     path = str(source.model.path)
@@ -218,12 +226,12 @@ def _spec(asked: LmEvalConfig, source: Source, max_length: int) -> EvaluationCon
     return spec
 
 
-def _tasks(asked: LmEvalConfig, tasks: harness.Tasks, max_length: int) -> str:
+def _tasks(asked: LmEvalArguments, tasks: harness.Tasks, max_length: int) -> str:
     limit = f", the first {asked.limit} documents of each" if asked.limit else ""
     return f"{', '.join(sorted(tasks.names))}: prompts and answers of up to {max_length:,} tokens{limit}"
 
 
-def check(asked: LmEvalConfig) -> None:
+def check(asked: LmEvalArguments) -> None:
     """Refuse by `ValueError` keys that are missing, out of range or contradict each other."""
     loading.check(asked)
     require_at_most(asked, "", MOST)
@@ -239,25 +247,27 @@ def check(asked: LmEvalConfig) -> None:
         asked.sharded,
         f"{distributed.world_size()} ranks would each do the same; set sharded=true, or start one process",
     )
-    said = given(asked, METHOD_KEYS)
+    said = asked.given(METHOD_KEYS)
     require(
-        asked.methods is not None or not said,
+        asked.named_methods is not None or not said,
         "methods",
-        asked.methods,
+        asked.named_methods,
         f"{next(iter(said), '')} goes with a method; name it, as in methods=[lm_infinite]",
     )
     # Bounds every number of a method, before the model is looked for.
     EvaluationConfig(**said)
 
 
-def longest(asked: LmEvalConfig, source: Source) -> int:
+def longest(asked: LmEvalArguments, source: Source) -> int:
     """Return how many tokens a prompt and its answer may have; `ValueError` for more than the field was trained for."""
     t_max = architecture.t_max_of_field(asked.path)
     reach = int((t_max or 1.0) * source.context_len)
     chosen = asked.max_length or reach
     require(chosen >= 2, "max_length", chosen, "at least 2 tokens")
     require(
-        t_max is None or chosen <= reach or not {Method.trained, Method.clex} & {*(asked.methods or [Method.trained])},
+        t_max is None
+        or chosen <= reach
+        or not {Method.trained, Method.clex} & {*(asked.named_methods or [Method.trained])},
         "max_length",
         chosen,
         f"beyond t_max * L = {t_max or 1:g} * {source.context_len}; leave the key out",
@@ -265,7 +275,7 @@ def longest(asked: LmEvalConfig, source: Source) -> int:
     return chosen
 
 
-def facts(asked: LmEvalConfig, source: Source, tasks: harness.Tasks, dtype: torch.dtype, max_length: int) -> Origin:
+def facts(asked: LmEvalArguments, source: Source, tasks: harness.Tasks, dtype: torch.dtype, max_length: int) -> Origin:
     """Record where the numbers come from; data that tasks fetch are known by the tasks' names alone."""
     path, environment, data = Path(str(source.model.path)), origins.environment(dtype), {}
     if asked.include:
@@ -273,9 +283,10 @@ def facts(asked: LmEvalConfig, source: Source, tasks: harness.Tasks, dtype: torc
     shaping = {key: getattr(asked, key) for key in ("lengths", "batch_size", "num_fewshot", "limit")}
     shaping |= {} if asked.bos is Bos.auto else {"bos": asked.bos.value}
     shaping |= {"chat_template": True} if asked.chat_template else {}
-    shaping |= json.loads(json.dumps(given(asked, METHOD_KEYS), default=lambda choice: choice.value))
-    if asked.longrope_factors is not None:
-        shaping["longrope_factors"] = Path(asked.longrope_factors).read_text(encoding="utf-8")
+    shaping |= json.loads(json.dumps(asked.given(METHOD_KEYS), default=lambda choice: choice.value))
+    if "longrope_factors" in shaping:
+        # The contents of the file shape the scores, not its name.
+        shaping["longrope_factors"] = Path(shaping["longrope_factors"]).read_text(encoding="utf-8")
     return Origin(
         label=source.label,
         command=origins.command(),

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
@@ -99,6 +100,11 @@ def _named(schema: type, argument: str) -> str:
 
 
 def usage(text: str | None, schema: type) -> str:
-    """A program's own text and a line for every key of `schema`."""
-    lines = [f"  {key} ({kind}; {default})\n      {meaning}" for key, kind, default, meaning in describe(schema)]
+    """Format a program's own text and a paragraph for every key of `schema`."""
+    indent = " " * 6
+    lines = [
+        f"  {key} ({kind}; {default})\n"
+        + fill(" ".join(meaning.split()), 120, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+        for key, kind, default, meaning in describe(schema)
+    ]
     return f"{text}\nKeys (type; default):\n" + "\n".join(lines)
