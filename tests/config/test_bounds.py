@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clex_train.cli import lm_eval
-from clex_train.cli.evaluate import KEYS, EvaluateConfig, parse
+from clex_train.cli.evaluation_plan import KEYS, EvaluateConfig, parse
 from clex_train.cli.lm_eval import LmEvalConfig
 from clex_train.config import root as configuration
 from clex_train.config.data import DataConfig, DomainConfig

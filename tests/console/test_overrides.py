@@ -7,7 +7,7 @@ from shutil import copytree
 import pytest
 from omegaconf.errors import ValidationError
 
-from clex_train.cli.evaluate import EvaluateConfig
+from clex_train.cli.evaluation_plan import EvaluateConfig
 from clex_train.cli.export import ExportConfig
 from clex_train.cli.lm_eval import LmEvalConfig
 from clex_train.config.root import Config

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from clex_train.cli.evaluate import EvaluateConfig
+from clex_train.cli.evaluation_plan import EvaluateConfig
 from clex_train.cli.export import ExportConfig
 from clex_train.cli.lm_eval import LmEvalConfig
 from clex_train.cli.report import ReportConfig

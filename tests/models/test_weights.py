@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from clex_train.cli import loading
-from clex_train.cli.evaluate import EvaluateConfig
+from clex_train.cli.evaluation_plan import EvaluateConfig
 from clex_train.cli.keys import LoadingConfig
 from clex_train.config.engine import EngineConfig
 from clex_train.config.model import ModelConfig

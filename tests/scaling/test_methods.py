@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from clex_train.cli.evaluate import parse
+from clex_train.cli.evaluation_plan import parse
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import FORMULAS, Method
 from clex_train.config.scaling import ScalingConfig

@@ -23,7 +23,7 @@ import torch
 from clex_train.checkpoint import manifest as checkpoint_manifest
 from clex_train.checkpoint.safe_load import tensors_only
 from clex_train.checkpoint.store import Checkpoints
-from clex_train.cli.evaluate import EvaluateConfig
+from clex_train.cli.evaluation_plan import EvaluateConfig
 from clex_train.config import recorded
 from clex_train.config.checkpoint import CheckpointConfig
 from clex_train.config.root import Config
