@@ -1,4 +1,4 @@
-"""train.py with a broken MLP for one row, which one of the ranks reads; the row is the first argument."""
+"""Run train.py with an MLP that breaks on one row, which one of the ranks reads; the row is the first argument."""
 
 import math
 import sys
@@ -18,7 +18,7 @@ whole = ForwardPass.loss
 
 
 def spoilt(self: ForwardPass, model: Any, batch: MicroBatch, weight: float) -> Any:
-    """The output of the first MLP is NaN for the row."""
+    """Make the output of the first MLP NaN for the row."""
     bad = ROW in batch.row_indices.tolist()
     mlp: Any = getattr(model, "module", model).get_submodule("model.layers.0.mlp")
     hook = mlp.register_forward_hook(lambda module, inputs, out: out * (math.nan if bad else 1.0), prepend=True)

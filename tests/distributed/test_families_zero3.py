@@ -1,4 +1,4 @@
-"""Every experiment's family trains CLEX steps under ZeRO-3 on two ranks as it does replicated; one launch for all."""
+"""CLEX training of every experiment's model family under ZeRO-3 on two ranks, against replicated training."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def figures(tmp_path_factory, goldens: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "official"])
-def test_three_clex_steps_under_zero3_are_those_of_replicated_training(figures, family: str) -> None:
+def test_three_clex_steps_under_zero3_match_replicated_training(figures, family: str) -> None:
     replicated, sharded = figures[f"{family}/0"], figures[f"{family}/3"]
     assert len(sharded["losses"]) == 3
     assert all(math.isfinite(loss) for loss in sharded["losses"])
