@@ -101,7 +101,7 @@ def _launch(launcher: Launcher, name: str, life: int, overrides: tuple[str, ...]
         process = subprocess.Popen(
             launcher.command(2, name, *overrides),
             cwd=ROOT,
-            env=environments.of_a_launch(),
+            env=environments.launch_environment(),
             start_new_session=True,
             stdout=log,
             stderr=subprocess.STDOUT,

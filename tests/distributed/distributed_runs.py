@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.helpers import environments
 from tests.helpers.ports import free_port
-from tests.helpers.warm_processes import Program, rank_of, run_ranks
+from tests.helpers.warm_processes import Program, rank_variables, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -54,7 +54,9 @@ class Launcher:
     def run_unsupervised(self, ranks: int, name: str, *overrides: str) -> list[subprocess.CompletedProcess[str]]:
         """Run to the end without a launcher, so that no one ends a hanging rank and it fails the test."""
         port = free_port()
-        started = [Program(self.program(name, *overrides), **rank_of(rank, ranks, port)) for rank in range(ranks)]
+        started = [
+            Program(self.program(name, *overrides), **rank_variables(rank, ranks, port)) for rank in range(ranks)
+        ]
         return [rank.end() for rank in started]
 
     def launch(self, ranks: int, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -62,7 +64,7 @@ class Launcher:
         return subprocess.run(
             self.command(ranks, name, *overrides),
             cwd=ROOT,
-            env=environments.of_a_launch(),
+            env=environments.launch_environment(),
             capture_output=True,
             text=True,
             timeout=600,

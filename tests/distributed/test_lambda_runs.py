@@ -22,7 +22,7 @@ def test_lm_infinite_evaluates_a_model_as_it_was_trained_under_the_mask(launcher
     command = [sys.executable, "-m", "clex_train.cli.evaluate", f"run={folder}", "methods=[lm_infinite,trained]"]
     sizes = ["n_local=16", "n_global=3", f"output={launcher.folder / 'after.json'}"]
     done = subprocess.run(
-        [*command, *sizes], cwd=ROOT, env=environments.of_a_launch(), capture_output=True, text=True, timeout=600
+        [*command, *sizes], cwd=ROOT, env=environments.launch_environment(), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     after = json.loads((launcher.folder / "after.json").read_text())["metrics"]

@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers.ports import free_port
 from tests.helpers.same_models import assert_same_model
-from tests.helpers.warm_processes import Program, rank_of
+from tests.helpers.warm_processes import Program, rank_variables
 
 CLEX = ("scaling=clex", "scaling.lr_scale=1.0", "scaling.t_max=4", "checkpoint.every=5", "checkpoint.keep_last=8")
 
@@ -86,7 +86,7 @@ def test_a_finished_run_is_not_changed(launcher, one_rank):
 def _kill_after(launcher, ranks: int, name: str, steps: int, overrides: tuple[str, ...]) -> bool:
     """Start a run and kill all its processes after `steps` steps of metrics; return True if steps were left."""
     port, command = free_port(), launcher.program(name, *overrides)
-    processes = [Program(command, **rank_of(rank, ranks, port)) for rank in range(ranks)]
+    processes = [Program(command, **rank_variables(rank, ranks, port)) for rank in range(ranks)]
     metrics = Path(launcher.folder / name / "metrics.jsonl")
     while not (metrics.exists() and metrics.read_text().count('"loss"') >= steps):
         assert not any(process.process.exitcode for process in processes), "the run failed"

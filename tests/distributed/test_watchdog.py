@@ -7,7 +7,7 @@ import pytest
 
 from clex_train.utils.errors import RankLost
 from tests.helpers.ports import free_port
-from tests.helpers.warm_processes import Program, rank_of
+from tests.helpers.warm_processes import Program, rank_variables
 
 SCRIPT = Path(__file__).with_name("watched_ranks.py")
 TIMEOUT = 10.0
@@ -18,15 +18,15 @@ STUCK = 240
 def pair(fault: str, rank: int, timeout: float = TIMEOUT) -> tuple[Program, Program]:
     """Start both ranks, without a launcher that would end one with the other."""
     port, command = free_port(), [str(SCRIPT), fault, str(rank), str(timeout)]
-    first, second = (Program(command, **rank_of(number, 2, port)) for number in (0, 1))
+    first, second = (Program(command, **rank_variables(number, 2, port)) for number in (0, 1))
     return first, second
 
 
 def await_fault(culprit: Program) -> None:
     """Wait for the line that a rank writes before its fault."""
     stop = time.monotonic() + STUCK
-    while culprit.said() != "now\n":
-        assert time.monotonic() < stop, culprit.said()
+    while culprit.stdout() != "now\n":
+        assert time.monotonic() < stop, culprit.stdout()
         time.sleep(0.01)
 
 

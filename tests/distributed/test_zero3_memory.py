@@ -24,7 +24,7 @@ def figures(tmp_path_factory) -> dict[str, Any]:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     command = [sys.executable, *launcher, str(script), str(folder)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environments.of_a_launch(), capture_output=True, text=True, timeout=600
+        command, cwd=ROOT, env=environments.launch_environment(), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "figures.json").read_text())

@@ -25,7 +25,7 @@ def begin(folder: Path, store: Path, architecture: Path, **output) -> subprocess
             *("optim.steps=100000", "evaluation.every=-1", "tracking.wandb=off"),
         ],
         cwd=ROOT,
-        env=environments.of_a_launch(),
+        env=environments.launch_environment(),
         text=True,
         start_new_session=True,
         preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)],

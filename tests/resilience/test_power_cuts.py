@@ -62,7 +62,7 @@ def test_a_run_on_a_disk_without_power_goes_on_to_the_same_bits(image, tmp_path,
     disk = tmp_path / "disk"
     with mounted(image, disk):
         command = [sys.executable, "train.py", *arguments, f"output_dir={disk / 'run'}"]
-        run = subprocess.Popen(command, cwd=ROOT, env=environments.of_a_launch(), stderr=subprocess.DEVNULL)
+        run = subprocess.Popen(command, cwd=ROOT, env=environments.launch_environment(), stderr=subprocess.DEVNULL)
         during, after = [], []
         while run.poll() is None:
             time.sleep(0.1)
@@ -83,6 +83,8 @@ def test_a_run_on_a_disk_without_power_goes_on_to_the_same_bits(image, tmp_path,
     for copy in during[:: max(1, len(during) // 10)]:
         with mounted(copy, disk):
             # By the program: its environment decides what transformers writes into tokenizer_config.json.
-            subprocess.run(command, cwd=ROOT, env=environments.of_a_launch(), stderr=subprocess.DEVNULL, check=True)
+            subprocess.run(
+                command, cwd=ROOT, env=environments.launch_environment(), stderr=subprocess.DEVNULL, check=True
+            )
             assert {path.name: path.read_bytes() for path in (disk / "run" / "final").iterdir()} == whole
             assert (disk / "run" / "config.yaml").read_bytes() == config
