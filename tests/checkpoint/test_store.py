@@ -182,8 +182,8 @@ def test_a_failed_save_names_the_folder_and_leaves_the_others(checkpoints, monke
 
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("on_full_disk", ["stop", "continue"])
-def test_a_full_disk_costs_only_the_checkpoint_being_written(little_room, on_full_disk, overlap, caplog):
-    found = opened(little_room, overlap=overlap, on_full_disk=OnFullDisk[on_full_disk])
+def test_a_full_disk_costs_only_the_checkpoint_being_written(small_disk, on_full_disk, overlap, caplog):
+    found = opened(small_disk, overlap=overlap, on_full_disk=OnFullDisk[on_full_disk])
     saved(found, 5)
     big = FileEngine()
     big.state = torch.zeros(20_000)

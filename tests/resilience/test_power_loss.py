@@ -190,14 +190,14 @@ def test_a_checkpoint_is_complete_or_the_previous_one_is_used(tmp_path, monkeypa
     assert len(images) > 15
 
 
-def test_a_full_disk_at_the_final_model_stops_the_run_in_one_line(little_room, tokenizer):
-    (little_room / "other").write_bytes(bytes(60_000))
+def test_a_full_disk_at_the_final_model_stops_the_run_in_one_line(small_disk, tokenizer):
+    (small_disk / "other").write_bytes(bytes(60_000))
     with pytest.raises(
         RunStopped, match=r"final: cannot be written \(No space left on device\).*make room and run"
     ) as caught:
-        _write_final(little_room / "final", tokenizer, 1.0)
+        _write_final(small_disk / "final", tokenizer, 1.0)
     assert "\n" not in str(caught.value)
-    assert [entry.name for entry in little_room.iterdir()] == ["other"]
-    (little_room / "other").unlink()
-    _write_final(little_room / "final", tokenizer, 1.0)
-    assert save.is_finished(little_room / "final")
+    assert [entry.name for entry in small_disk.iterdir()] == ["other"]
+    (small_disk / "other").unlink()
+    _write_final(small_disk / "final", tokenizer, 1.0)
+    assert save.is_finished(small_disk / "final")
