@@ -63,7 +63,7 @@ class Layer:
             # One row of logits: the head over the whole vocabulary would hide the attention.
             return timed(lambda: self.model(ids, logits_to_keep=1))
 
-    def both(self, ids: torch.Tensor) -> float:
+    def forward_backward(self, ids: torch.Tensor) -> float:
         """Time a forward pass and the backward pass of a scalar loss, in seconds."""
         seconds = timed(lambda: self.model.model(ids).last_hidden_state.float().square().mean().backward())
         # Freed outside the timing, and so that the next pass does not accumulate.
@@ -83,7 +83,7 @@ def main() -> None:
     # The backward pass has other memory needs than the forward pass, so every back end is tried again.
     for layer in layers:
         layer.is_out = False
-    lines += table("Forward and backward, ms", layers, arguments, Layer.both)
+    lines += table("Forward and backward, ms", layers, arguments, Layer.forward_backward)
     lines += ["", f"{time.perf_counter() - began:.0f} s in all; load at the end {os.getloadavg()[0]:.1f}."]
     publish(lines, arguments.output)
 

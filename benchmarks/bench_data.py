@@ -119,7 +119,7 @@ def _tokenizing(arguments: argparse.Namespace, folder: Path) -> list[str]:
     }
     for engine in ("tokenizers", "gigatoken"):
         tokenize(folder, "small", engine)
-    rates = in_turns(rivals, arguments.repeats)
+    rates = time_in_turns(rivals, arguments.repeats)
     table = ["", f"## Tokenising {total / 1e9:.2f} GB of text, {arguments.vocab_size} tokens", ""]
     table += ["| | MB/s | times raw, whole documents | times raw, pieces |", "|---|--:|--:|--:|"]
     raw, raw_pieces = rates["raw `tokenizers`, whole documents"], rates["raw `tokenizers`, pieces"]
@@ -194,7 +194,7 @@ def tokenize(folder: Path, corpus: str, engine: str) -> None:
     shutil.rmtree(output)
 
 
-def in_turns(rivals: dict[str, tuple[int, Callable[[], object]]], repeats: int) -> dict[str, float]:
+def time_in_turns(rivals: dict[str, tuple[int, Callable[[], object]]], repeats: int) -> dict[str, float]:
     """Return the median megabytes per second of each side, alternating in every round."""
     rates: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(repeats):

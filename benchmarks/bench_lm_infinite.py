@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from bench_page import freed_memory_kept, processor, publish
+from bench_page import keep_freed_memory, processor, publish
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
@@ -122,7 +122,7 @@ def section_prefill(model: LlamaForCausalLM, arguments: argparse.Namespace) -> l
     # A copy with the same weights, so that LM-Infinite can stay installed on the other model between turns.
     rival = copy.deepcopy(model)
     handle = apply_lm_infinite(model, arguments.n_local, arguments.n_global)
-    with freed_memory_kept():
+    with keep_freed_memory():
         forward(model, texts[longest], None)
         # One call each before the timing, which allocates the buffers.
         forward(rival, texts[min(texts)], None)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from bench_page import freed_memory_kept, processor, publish
+from bench_page import keep_freed_memory, processor, publish
 from hydra import compose, initialize_config_dir
 from step_profile import profiled
 from transformers import LlamaConfig
@@ -90,7 +90,7 @@ def main() -> None:
     log.setup()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    with tempfile.TemporaryDirectory() as folder, freed_memory_kept():
+    with tempfile.TemporaryDirectory() as folder, keep_freed_memory():
         bench = StepBench(arguments, configured(arguments, Path(folder)))
         lines = measure(bench, arguments)
     if distributed.is_main():

@@ -45,11 +45,11 @@ class FileEngine:
         return tag, {}
 
 
-def opened(run_dir: Path, strict: bool = False, config: str = "", **settings: object) -> Checkpoints:
+def open_checkpoints(run_dir: Path, strict: bool = False, config: str = "", **settings: object) -> Checkpoints:
     return Checkpoints(run_dir, CheckpointConfig(**settings), IDENTITY, strict, config)
 
 
-def saved(found: Checkpoints, step: int, engine: FileEngine | None = None) -> None:
+def save_step(found: Checkpoints, step: int, engine: FileEngine | None = None) -> None:
     found.save(engine or FileEngine(step), {"x": 1}, step, rows_consumed=step * 8)
     found.finish()
 
@@ -60,9 +60,9 @@ def steps_on_disk(checkpoints: Checkpoints) -> list[int]:
 
 @pytest.fixture
 def checkpoints(tmp_path) -> Checkpoints:
-    found = opened(tmp_path)
+    found = open_checkpoints(tmp_path)
     for step in (5, 10, 15):
-        saved(found, step)
+        save_step(found, step)
     return found
 
 
@@ -75,9 +75,9 @@ def test_the_newest_checkpoints_are_kept_and_the_last_is_loaded(checkpoints):
 
 
 def test_multiples_of_keep_every_are_never_deleted(tmp_path):
-    found = opened(tmp_path, keep_last=1, keep_every=10)
+    found = open_checkpoints(tmp_path, keep_last=1, keep_every=10)
     for step in range(5, 50, 5):
-        saved(found, step)
+        save_step(found, step)
     assert steps_on_disk(found) == [10, 20, 30, 40, 45]
 
 
@@ -99,7 +99,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_is_loaded(che
     assert "step_15" in line
     assert name in line
     with pytest.raises(ValueError, match=rf"resume=strict: checkpoint .*step_15 is damaged: {name}"):
-        opened(checkpoints.folder.parent, strict=True).choose()
+        open_checkpoints(checkpoints.folder.parent, strict=True).choose()
 
 
 def _damage(rng: random.Random, folder: Path) -> str:
@@ -124,13 +124,13 @@ def test_one_hundred_random_corruptions_are_all_detected_and_never_loaded(checkp
         done = _damage(rng, run_dir / "checkpoints")
         seen.add(done)
         caplog.clear()
-        step, _ = opened(run_dir).load(engine := FileEngine())
+        step, _ = open_checkpoints(run_dir).load(engine := FileEngine())
         # `latest` serves other readers: loading ignores it, but its damage is reported all the same.
         expected = 15 if done.startswith("latest") else 10
         assert (step, engine.loaded) == (expected, [expected, expected]), done
         assert sum("is damaged" in record.message for record in caplog.records) == 1, done
         with pytest.raises(ValueError, match=r"resume=strict: checkpoint .* is damaged") as refused:
-            opened(run_dir, strict=True).load(FileEngine())
+            open_checkpoints(run_dir, strict=True).load(FileEngine())
         assert done.split()[0] in str(refused.value)
         assert "\n" not in str(refused.value)
         shutil.rmtree(run_dir)
@@ -147,8 +147,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_restart_from_step_0(ch
 def test_a_partial_checkpoint_of_a_killed_save_is_ignored_and_removed(checkpoints):
     shutil.copytree(checkpoints.folder / "step_15", checkpoints.folder / "saving_step_20")
     shutil.copytree(checkpoints.folder / "step_10", checkpoints.folder / "removing_step_5")
-    assert opened(checkpoints.folder.parent, strict=True).choose().manifest.step == 15
-    saved(checkpoints, 25)
+    assert open_checkpoints(checkpoints.folder.parent, strict=True).choose().manifest.step == 15
+    save_step(checkpoints, 25)
     assert steps_on_disk(checkpoints) == [15, 25]
     assert {path.name for path in checkpoints.folder.iterdir()} == {"latest", "step_15", "step_25"}
 
@@ -172,9 +172,9 @@ def test_a_failed_save_names_the_folder_and_leaves_the_others(checkpoints, monke
         raise error
 
     monkeypatch.setattr(writer.torch, "save", fails)
-    found = opened(checkpoints.folder.parent, overlap=overlap)
+    found = open_checkpoints(checkpoints.folder.parent, overlap=overlap)
     with pytest.raises(RunStopped, match=r"saving_step_20: cannot be written .*earlier ones are intact"):
-        saved(found, 20)
+        save_step(found, 20)
     assert found.newest().manifest.step == 15
     assert {path.name for path in found.folder.iterdir()} == {"latest", "step_10", "step_15"}
     assert (found.folder / "latest").read_text() == "step_15\n"
@@ -183,18 +183,18 @@ def test_a_failed_save_names_the_folder_and_leaves_the_others(checkpoints, monke
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("on_full_disk", ["stop", "continue"])
 def test_a_full_disk_costs_only_the_checkpoint_being_written(small_disk, on_full_disk, overlap, caplog):
-    found = opened(small_disk, overlap=overlap, on_full_disk=OnFullDisk[on_full_disk])
-    saved(found, 5)
+    found = open_checkpoints(small_disk, overlap=overlap, on_full_disk=OnFullDisk[on_full_disk])
+    save_step(found, 5)
     big = FileEngine()
     big.state = torch.zeros(20_000)
     if on_full_disk == "stop":
         with pytest.raises(RunStopped, match=r"saving_step_10: cannot be written \(.*No space left.*make room"):
-            saved(found, 10, big)
+            save_step(found, 10, big)
     else:
-        saved(found, 10, big)
+        save_step(found, 10, big)
         assert "training continues without it" in caplog.text
     assert {path.name for path in found.folder.iterdir()} == {"latest", "step_5"}
-    saved(found, 15)
+    save_step(found, 15)
     assert found.load(FileEngine())[0] == 15
 
 
@@ -276,7 +276,7 @@ def newest_config(run_dir: Path) -> Path | None:
 def test_each_checkpoint_has_its_configuration_and_a_damaged_copy_is_ignored(tmp_path):
     assert newest_config(tmp_path) is None
     for step in (5, 10):
-        saved(opened(tmp_path, config=f"step: {step}\n"), step)
+        save_step(open_checkpoints(tmp_path, config=f"step: {step}\n"), step)
     copy = newest_config(tmp_path)
     assert copy == tmp_path / "checkpoints" / "step_10" / "config.yaml"
     assert copy.read_text() == "step: 10\n"
@@ -287,14 +287,14 @@ def test_each_checkpoint_has_its_configuration_and_a_damaged_copy_is_ignored(tmp
 
 
 def test_weights_and_skipped_rows_may_change_only_ahead_of_a_checkpoint(tmp_path):
-    def opened_with(weight: float, skip: int) -> Checkpoints:
+    def open_with(weight: float, skip: int) -> Checkpoints:
         order = {"weights": [[0, {"a": 1.0, "b": 2.0}], [50, {"a": weight, "b": 2.0}]], "skip_rows": [[skip, skip + 9]]}
         return Checkpoints(tmp_path, CheckpointConfig(overlap=False), replace(IDENTITY, data_order=order))
 
-    opened_with(3.0, 45).save(FileEngine(), None, step=5, rows_consumed=40)
-    assert opened_with(9.0, 40).newest() is not None
-    opened_with(3.0, 45).save(FileEngine(), None, step=6, rows_consumed=48)
+    open_with(3.0, 45).save(FileEngine(), None, step=5, rows_consumed=40)
+    assert open_with(9.0, 40).newest() is not None
+    open_with(3.0, 45).save(FileEngine(), None, step=6, rows_consumed=48)
     with pytest.raises(ValueError, match=r"^data.weights: checkpoint .*step_6 has read 48 rows under"):
-        opened_with(9.0, 45)
+        open_with(9.0, 45)
     with pytest.raises(ValueError, match=r"^data.skip_rows: checkpoint .*step_6 has read 48 rows under"):
-        opened_with(3.0, 47)
+        open_with(3.0, 47)

@@ -70,7 +70,7 @@ class Life:
                     return True
         return False
 
-    def polls(self) -> Iterator[None]:
+    def poll_while_running(self) -> Iterator[None]:
         """Iterate for as long as the launch runs."""
         while self.process.poll() is None:
             assert time.monotonic() - self.started < LIFE_SECONDS, "the launch hangs"
@@ -149,7 +149,7 @@ def _wait_for_moment(launch: Life, moment: str, generator: random.Random) -> boo
 
 
 def _wait_until(launch: Life, condition) -> bool:
-    for _ in launch.polls():
+    for _ in launch.poll_while_running():
         if condition():
             return True
         time.sleep(0.001)
@@ -160,7 +160,7 @@ def _wait_for_steps(launch: Life, steps: int) -> bool:
     """Wait for `steps` new lines of metrics; a resumed launch first drops the lines of steps that it repeats."""
     path = launch.folder / "metrics.jsonl"
     last, seen = None, 0
-    for _ in launch.polls():
+    for _ in launch.poll_while_running():
         now = path.stat().st_size if path.exists() else 0
         seen += last is not None and now > last
         last = now

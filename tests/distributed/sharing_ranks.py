@@ -177,7 +177,7 @@ def step_of_ranks(folder: Path, case: str) -> dict[str, Tensor]:
             parts.engine.step()
     found = {f"weight/{name}": safe_get_full_grad(p) for name, p in parts.loaded.model.named_parameters()}
     found["loss"] = distributed.all_reduce_mean(torch.stack(losses).mean())
-    return {**found, **ode_gradients(parts), "whole_row": loss_of_a_whole_row(parts)}
+    return {**found, **ode_gradients(parts), "whole_row": loss_of_unsharded_row(parts)}
 
 
 def step_of_one_process(folder: Path, case: str) -> dict[str, Tensor]:
@@ -198,7 +198,7 @@ def step_of_one_process(folder: Path, case: str) -> dict[str, Tensor]:
             loss.backward()
         total += loss.detach()
     found = {f"weight/{name}": p.grad for name, p in loaded.model.named_parameters()}
-    return {**found, "loss": total, **ode_gradients(parts), "whole_row": loss_of_a_whole_row(parts)}
+    return {**found, "loss": total, **ode_gradients(parts), "whole_row": loss_of_unsharded_row(parts)}
 
 
 def ode_gradients(parts: Parts) -> dict[str, Tensor]:
@@ -212,7 +212,7 @@ def ode_gradients(parts: Parts) -> dict[str, Tensor]:
     return {"leaf": leaf, **{f"ode/{name}": p.grad for name, p in parts.ode.clex.named_parameters()}}  # type: ignore[misc]
 
 
-def loss_of_a_whole_row(parts: Parts) -> Tensor:
+def loss_of_unsharded_row(parts: Parts) -> Tensor:
     """Return the loss of a row that is not sharded, as in an evaluation during training."""
     ids = torch.from_numpy(parts.rows[7].tokens)[None]
     with torch.no_grad():

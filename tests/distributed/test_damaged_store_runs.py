@@ -25,7 +25,7 @@ def flip(tokens: Path, block: int) -> None:
     tokens.write_bytes(content)
 
 
-def reads(rows: Rows, index: int) -> bool:
+def is_readable(rows: Rows, index: int) -> bool:
     try:
         rows[index]
     except DamagedStore:
@@ -46,7 +46,7 @@ def block_of_rank_1(launcher: Launcher, tokens: Path) -> tuple[int, int]:
     )
     for block in range(tokens.stat().st_size // BLOCK):
         flip(tokens, block)
-        bad = [index for index in range(8 * BATCH_ROWS) if not reads(rows, index)]
+        bad = [index for index in range(8 * BATCH_ROWS) if not is_readable(rows, index)]
         flip(tokens, block)
         step = bad[0] // BATCH_ROWS if bad else 0
         if step >= 2 and {rank_of_row(index) for index in bad if index // BATCH_ROWS == step} == {1}:

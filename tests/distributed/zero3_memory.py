@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
     """Train every family with every option."""
     torch.set_num_threads(1)
     engines.open_process_group(Config().engine)
-    take_over()
+    patch_deepspeed()
     figures = {}
     for family in FAMILIES:
         directory = folder / family
@@ -76,7 +76,7 @@ def main(folder: Path) -> None:
         (folder / "figures.json").write_text(json.dumps(figures))
 
 
-def take_over() -> None:
+def patch_deepspeed() -> None:
     """Add `zero` to the settings of ZeRO-3, and count what it gathers."""
     made, gather = engines.deepspeed_dict, partition_parameters._dist_allgather_fn
 

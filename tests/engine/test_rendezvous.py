@@ -26,7 +26,7 @@ GROUP = (*environments.GROUP, "CROSS_SIZE", "LOCAL_SIZE")
 
 
 @contextmanager
-def taken(port: int) -> Iterator[None]:
+def occupied_port(port: int) -> Iterator[None]:
     """Listen at the port without answering, unless another program already does."""
     with socket.socket(socket.AF_INET6) as holder:
         holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -51,7 +51,7 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_launch_picks_another_port_if_deepspeeds_default_is_in_use():
-    with taken(int(rendezvous.DEEPSPEED_PORT)):
+    with occupied_port(int(rendezvous.DEEPSPEED_PORT)):
         done = launch()
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("met ")]
@@ -100,7 +100,7 @@ def test_an_invalid_port_is_refused_in_one_line(launcher_variables, port):
 
 def test_a_given_port_in_use_is_refused_in_one_line():
     port = free_port()
-    with taken(int(port)):
+    with occupied_port(int(port)):
         done = launch("--master_port", port)
     assert done.returncode == 2
     ours = [line for line in done.stderr.splitlines() if "MASTER_PORT" in line or "Traceback" in line]
@@ -125,7 +125,7 @@ def launcher_variables(monkeypatch):
 
 def test_only_the_listening_rank_checks_the_port(launcher_variables):
     port = free_port()
-    with taken(int(port)):
+    with occupied_port(int(port)):
         launcher_variables(RANK="1", MASTER_PORT=port)
         rendezvous.require_free_port()
         launcher_variables(RANK="0", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")

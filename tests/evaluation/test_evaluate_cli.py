@@ -185,34 +185,34 @@ def test_evaluating_again_replaces_repeated_cells_and_keeps_the_rest(places, tmp
     (tmp_path / "a" / "final" / "clex_note.bin").write_text("other weights than b's")
     data = (f"data={places['store']}", "lengths=[16]")
 
-    def written() -> dict[str, list[str]]:
+    def written_cells() -> dict[str, list[str]]:
         files = sorted((tmp_path / "runs").rglob("*.json"))
         return {
             str(file.relative_to(tmp_path / "runs")): sorted(json.loads(file.read_text())["metrics"]) for file in files
         }
 
-    def again(*arguments: str) -> None:
+    def evaluate_again(*arguments: str) -> None:
         assert call(monkeypatch, *arguments) == 0
 
     with caplog.at_level("INFO", logger="clex_train"):
-        again("model=a/final", *data, "methods=[none]")
-        again("model=b/final", *data, "methods=[none]")
-        again("model=other/final", *data, "methods=[none]")
-        again("model=a/final", *data, "methods=[none]", "chunk_len=8", "batch_tokens=16")
+        evaluate_again("model=a/final", *data, "methods=[none]")
+        evaluate_again("model=b/final", *data, "methods=[none]")
+        evaluate_again("model=other/final", *data, "methods=[none]")
+        evaluate_again("model=a/final", *data, "methods=[none]", "chunk_len=8", "batch_tokens=16")
         assert "beside it" not in caplog.text
         none = ["perplexity/none/one_shot/16"]
         expected = {"a/evaluation/a.json": none, "b/evaluation/b.json": none, "final/evaluation/final.json": none}
-        assert written() == expected
-        again("model=a/final", *data, "methods=[ntk]")
-        again("model=a/final", *data, "methods=[none]", "num_windows=2")
+        assert written_cells() == expected
+        evaluate_again("model=a/final", *data, "methods=[ntk]")
+        evaluate_again("model=a/final", *data, "methods=[none]", "num_windows=2")
         assert "runs/a/evaluation/a.json holds another evaluation and stays; this one goes beside it: " in caplog.text
-    again("model=a/final", *data, "methods=[ntk]")
+    evaluate_again("model=a/final", *data, "methods=[ntk]")
     expected |= {"a/evaluation/a_2.json": ["perplexity/ntk/one_shot/16"], "a/evaluation/a_3.json": none}
-    assert written() == expected
-    again("model=b/final", "label=a", *data, "methods=[none]")
-    assert written() == expected | {"a/evaluation/a_4.json": none}
-    again("model=b/final", *data, "methods=[pi]", "output=runs/b/evaluation/b.json")
-    assert written()["b/evaluation/b.json"] == ["perplexity/pi/one_shot/16"]
+    assert written_cells() == expected
+    evaluate_again("model=b/final", "label=a", *data, "methods=[none]")
+    assert written_cells() == expected | {"a/evaluation/a_4.json": none}
+    evaluate_again("model=b/final", *data, "methods=[pi]", "output=runs/b/evaluation/b.json")
+    assert written_cells()["b/evaluation/b.json"] == ["perplexity/pi/one_shot/16"]
 
     found = evidence.collect([tmp_path / "runs" / "a"])
     labels = {curve.label for table in found.tables for curve in table.curves}

@@ -242,11 +242,11 @@ def test_a_chat_template_is_applied_and_refused_if_missing(place, tmp_path, monk
     asked[0] = f"model={tmp_path / 'instruct'}"
     read, forward = [], LlamaForCausalLM.forward
 
-    def heard(self, input_ids=None, *args, **inputs):
+    def recording_forward(self, input_ids=None, *args, **inputs):
         read.append(input_ids[0].tolist())
         return forward(self, input_ids, *args, **inputs)
 
-    monkeypatch.setattr(LlamaForCausalLM, "forward", heard)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", recording_forward)
     assert call(monkeypatch, *asked, "chat_template=true", f"output={tmp_path / 'x.json'}") == 0
     # A prompt beyond max_length loses its beginning.
     asked_for = [[2, 3, *p, 4, 5, *a][-65:-1] for p, a in zip(prompts(), answers, strict=True)]

@@ -91,15 +91,15 @@ def test_logits_exist_for_one_chunk_at_a_time(model, handle) -> None:
     alive: list[weakref.ref[Tensor]] = []
     widths: list[int] = []
 
-    def before(module, args) -> None:
+    def require_freed_logits(module, args) -> None:
         assert all(logits() is None for logits in alive)
 
-    def after(module, args, out) -> None:
+    def record_logits(module, args, out) -> None:
         alive.append(weakref.ref(out))
         widths.append(out.shape[1])
 
-    model.register_forward_pre_hook(before)
-    model.lm_head.register_forward_hook(after)
+    model.register_forward_pre_hook(require_freed_logits)
+    model.lm_head.register_forward_hook(record_logits)
     for protocol in (one_shot, chunked):
         protocol(model, handle, tokens_of(64), 12)
     assert max(widths) == 12

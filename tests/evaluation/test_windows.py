@@ -93,7 +93,7 @@ def test_lengths_that_later_evaluations_will_miss_are_reported_early(
     assert said in caplog.text if said else not caplog.text
 
 
-def every(stride: int, longest: int = 32) -> np.ndarray:
+def scored_except_multiples(stride: int, longest: int = 32) -> np.ndarray:
     """Mark all tokens as scored except the multiples of a stride."""
     return np.arange(longest) % stride != 0
 
@@ -103,7 +103,14 @@ def test_fingerprints_are_equal_exactly_for_equal_scored_tokens(store: TokenStor
     other_token = windows.tokens.copy()
     other_token[-1, -1] += 1
     changed = WindowSet(other_token, windows.documents, windows.starts)
-    masks = [every(2), every(8), every(32), np.arange(32) >= 16, np.arange(32) >= 17, every(8) & (np.arange(32) != 9)]
+    masks = [
+        scored_except_multiples(2),
+        scored_except_multiples(8),
+        scored_except_multiples(32),
+        np.arange(32) >= 16,
+        np.arange(32) >= 17,
+        scored_except_multiples(8) & (np.arange(32) != 9),
+    ]
     assert len({windows.fingerprint(mask) for mask in masks}) == len(masks)
     assert [windows.fingerprint(mask) for mask in masks] == [again.fingerprint(mask) for mask in masks]
     assert not {windows.fingerprint(mask) for mask in masks} & {changed.fingerprint(mask) for mask in masks}
@@ -114,4 +121,4 @@ def test_fingerprints_match_those_of_older_files() -> None:
     tokens = np.arange(64).reshape(2, 32)
     windows = WindowSet(tokens, np.arange(2), np.zeros(2, dtype=np.int64))
     before = hashlib.blake2b(b"(2, 32)/8/" + tokens.astype("<i8").tobytes(), digest_size=8).hexdigest()
-    assert windows.fingerprint(every(8)) == before
+    assert windows.fingerprint(scored_except_multiples(8)) == before

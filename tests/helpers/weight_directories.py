@@ -23,7 +23,7 @@ def rewrite(directory: Path, change: Change) -> None:
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
-def without(*names: str) -> Change:
+def without_tensors(*names: str) -> Change:
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
@@ -49,7 +49,8 @@ def refusal(directory: Path, **keys) -> str:
     return line
 
 
-def accepted(directory: Path, **keys) -> load.LoadedModel:
+def load_accepted(directory: Path, **keys) -> load.LoadedModel:
+    """Load a directory that the early check must accept."""
     model = ModelConfig(path=str(directory), **keys)
     weights.check(model, architecture.to_read(model))
     return load.load_for_evaluation(model)

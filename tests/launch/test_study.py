@@ -14,7 +14,7 @@ from launch.study_arms import ABLATIONS, JUDGING, MAIN, Arm
 LENGTHS = (128, 256)
 
 
-def evaluated(run: Path, method: str, nll: float, fingerprint: str = "same") -> None:
+def write_evaluation(run: Path, method: str, nll: float, fingerprint: str = "same") -> None:
     """Write an evaluation of two windows of 10 tokens from two books: `nll` nats a token, and 0.5 more."""
     scores = [
         Score(method, protocol, n, "x", 1.0, [10 * nll, 10 * (nll + 0.5)], 20, 0.0, fingerprint=fingerprint)
@@ -33,16 +33,16 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def test_a_row_is_the_mean_nll_over_the_seeds_and_over_the_windows(tmp_path):
-    evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
-    evaluated(tmp_path / "clex" / "seed_2", "trained", 3.0)
+    write_evaluation(tmp_path / "clex" / "seed_1", "trained", 2.0)
+    write_evaluation(tmp_path / "clex" / "seed_2", "trained", 3.0)
     found = rows(study_tables.section(tmp_path, [1, 2], "one_shot"))
     assert found["CLEX, t of the length"][-1] == "2"
     assert float(found["CLEX, t of the length"][0].split(" ± ")[0]) == pytest.approx(math.exp(2.75), abs=0.01)
 
 
 def test_paired_differences_cancel_the_shared_difficulty_of_a_book(tmp_path):
-    evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
-    evaluated(tmp_path / "pi" / "seed_1", "trained", 2.1)
+    write_evaluation(tmp_path / "clex" / "seed_1", "trained", 2.0)
+    write_evaluation(tmp_path / "pi" / "seed_1", "trained", 2.1)
     pi, clex = study_tables.arm_lines(tmp_path, MAIN, [1], "one_shot", JUDGING)
     assert study_tables.against(clex)(pi, 128) == f"+{100 * math.expm1(0.1):.1f} ± 0.0"
     assert float(study_tables.perplexity_cell(pi, 128).split(" ± ")[1]) > 0.5
@@ -50,14 +50,14 @@ def test_paired_differences_cancel_the_shared_difficulty_of_a_book(tmp_path):
 
 
 def test_an_arm_whose_seeds_scored_different_tokens_is_refused_by_name(tmp_path):
-    evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
-    evaluated(tmp_path / "clex" / "seed_2", "trained", 2.0, fingerprint="other")
+    write_evaluation(tmp_path / "clex" / "seed_1", "trained", 2.0)
+    write_evaluation(tmp_path / "clex" / "seed_2", "trained", 2.0, fingerprint="other")
     with pytest.raises(ValueError, match="CLEX, t of the length: its runs scored different tokens"):
         study_tables.section(tmp_path, [1, 2], "one_shot")
 
 
 def test_selection_windows_are_not_read_for_the_main_table(tmp_path):
-    evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
+    write_evaluation(tmp_path / "clex" / "seed_1", "trained", 2.0)
     folder = tmp_path / "clex" / "seed_1" / "evaluation"
     (folder / f"{JUDGING.name}.json").rename(folder / "choosing.json")
     assert "CLEX" not in study_tables.section(tmp_path, [1], "one_shot")

@@ -18,7 +18,7 @@ from clex_train.engine.finite import non_finite_parameter
 from clex_train.models import architecture, load, weight_files, weights
 from tests.helpers.tiny_causal_lm import save_tiny_llama, tiny_llama
 from tests.helpers.warm_processes import call_on_two_ranks
-from tests.helpers.weight_directories import GATE, UP, accepted, refusal, refusal_of_check, rewrite
+from tests.helpers.weight_directories import GATE, UP, load_accepted, refusal, refusal_of_check, rewrite
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
@@ -75,7 +75,7 @@ def test_tied_tensors_with_different_values_are_named_with_a_remedy(base, layout
         "(tie_word_embeddings); set tie_word_embeddings=false in config.json, or remove lm_head.weight from the weights"
     ) in refusal(base)
     change_config(base, tie_word_embeddings=False)
-    assert not torch.equal(accepted(base).model.lm_head.weight[-1], tensors[EMBEDDING][-1])
+    assert not torch.equal(load_accepted(base).model.lm_head.weight[-1], tensors[EMBEDDING][-1])
 
 
 def test_tied_tensors_are_compared_in_a_file_of_the_model_body(tmp_path):
@@ -133,7 +133,7 @@ def test_masks_and_positions_of_old_checkpoints_are_not_parameters(tmp_path, dty
 
 def test_half_and_double_precision_are_accepted(base):
     rewrite(base, lambda tensors: tensors | {UP: tensors[UP].half(), GATE: tensors[GATE].double()})
-    accepted(base)
+    load_accepted(base)
 
 
 def test_a_tensor_in_two_shards_is_named_with_both(base):
@@ -159,7 +159,7 @@ def test_an_index_without_metadata_is_refused_with_the_remedy(base, facts):
     (base / INDEX).write_text(json.dumps({"weight_map": index["weight_map"], **facts}))
     assert 'no `metadata` in it, without which transformers does not read an index; add "metadata": {}' in refusal(base)
     (base / INDEX).write_text(json.dumps({"weight_map": index["weight_map"], "metadata": {}}))
-    accepted(base)
+    load_accepted(base)
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model"])
@@ -171,7 +171,7 @@ def test_a_nested_file_is_named_with_how_to_unpack_it(base, key):
     )
     assert f"torch.save(torch.load(FILE)['{key}'], FILE)" in line
     torch.save(torch.load(file)[key], file)
-    accepted(base)
+    load_accepted(base)
 
 
 def test_a_file_with_trainer_objects_is_not_reported_as_damaged(base):
@@ -216,4 +216,4 @@ def _judge_shards(rank: int, folder: str) -> None:
 
 def test_finite_weights_whose_sum_overflows_are_evaluated(base):
     rewrite(base, lambda tensors: tensors | {UP: torch.full_like(tensors[UP], 3e38)})
-    accepted(base)
+    load_accepted(base)

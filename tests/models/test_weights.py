@@ -26,7 +26,15 @@ from clex_train.config.model import ModelConfig
 from clex_train.engine import deepspeed as engines
 from clex_train.models import architecture, hub, load, weights
 from tests.helpers.tiny_causal_lm import save_tiny_llama, tiny_llama
-from tests.helpers.weight_directories import GATE, UP, accepted, refusal, refusal_of_check, rewrite, without
+from tests.helpers.weight_directories import (
+    GATE,
+    UP,
+    load_accepted,
+    refusal,
+    refusal_of_check,
+    rewrite,
+    without_tensors,
+)
 
 
 @pytest.fixture
@@ -37,7 +45,7 @@ def base(tmp_path) -> Path:
 
 
 def test_missing_tensors_are_named(base):
-    rewrite(base, without(UP, GATE))
+    rewrite(base, without_tensors(UP, GATE))
     assert f"its weights lack 2 tensors ({GATE}, {UP}), which would be drawn at random" in refusal(base)
 
 
@@ -119,7 +127,7 @@ def test_pickled_weights_are_checked_and_read_as_well(base):
     torch.save({name: tensor for name, tensor in tensors.items() if name != UP}, base / "pytorch_model.bin")
     assert f"its weights lack 1 tensor ({UP})" in refusal(base)
     torch.save(tensors, base / "pytorch_model.bin")
-    loaded = accepted(base)
+    loaded = load_accepted(base)
     assert torch.equal(loaded.model.state_dict()[UP], tensors[UP])
     (base / "pytorch_model.bin").write_bytes(b"PK not a checkpoint")
     assert "pytorch_model.bin: not readable weights" in refusal(base)
@@ -165,15 +173,15 @@ def test_weights_of_another_float_type_are_matched_by_shape(tmp_path):
 
 def test_buffers_of_old_checkpoints_are_left_to_transformers(base):
     rewrite(base, lambda tensors: tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)})
-    accepted(base)
+    load_accepted(base)
 
 
 def test_tensors_that_may_be_missing_are_initialised_and_named(base, caplog, monkeypatch):
-    rewrite(base, without(UP, GATE))
+    rewrite(base, without_tensors(UP, GATE))
     assert f"its weights lack 1 tensor ({GATE})" in refusal(base, allow_missing=["*.up_proj.weight"])
     # On a terminal, where transformers prints by itself.
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    loaded = accepted(base, allow_missing=["*.up_proj.weight", GATE])
+    loaded = load_accepted(base, allow_missing=["*.up_proj.weight", GATE])
     assert caplog.messages == [f"model.allow_missing: drawn from the seed: {GATE}, {UP}"]
     AutoModelForCausalLM.from_pretrained(base)
     assert weights.REPORT in caplog.messages[-1], "the table of transformers, which that line stands for"
@@ -183,7 +191,7 @@ def test_tensors_that_may_be_missing_are_initialised_and_named(base, caplog, mon
 def test_tensors_that_may_be_left_out_are_named(base, caplog):
     rewrite(base, lambda tensors: tensors | {"vision.weight": torch.zeros(3)})
     caplog.set_level("WARNING", logger="clex_train")
-    accepted(base, allow_missing=["vision.*"])
+    load_accepted(base, allow_missing=["vision.*"])
     assert "model.allow_missing: left out: vision.weight" in caplog.text
 
 
@@ -209,7 +217,7 @@ def test_a_bias_with_the_name_of_a_mask_is_not_ignored(base):
     rewrite(base, lambda tensors: tensors | {"model.layers.0.attention.bias": torch.ones(48)})
     assert "has no 1 tensor (model.layers.0.attention.bias), which would be left out" in refusal(base)
     rewrite(base, lambda tensors: tensors | {"model.layers.0.attention.bias": torch.ones(1, 1, 16, 16)})
-    accepted(base)
+    load_accepted(base)
 
 
 @pytest.fixture
@@ -240,7 +248,7 @@ def test_a_hub_name_is_loaded_and_its_tensors_are_checked(base, hub_name, sharde
     assert torch.equal(getattr(own, "ds_tensor", own).detach().view(-1).cpu(), stored.view(-1))
 
     snapshot = base.parent / "hub" / "models--owner--model" / "snapshots" / "c0ffee"
-    rewrite(snapshot, without(UP))
+    rewrite(snapshot, without_tensors(UP))
     rewrite(snapshot, lambda tensors: tensors | {"of_mine": torch.ones(2)})
     with pytest.raises(ValueError, match=r"^model\.path=owner/model: its weights lack 1 tensor .*no 1 tensor \(of_min"):
         load.load_for_evaluation(ModelConfig(path=hub_name), sharding=settings)
@@ -315,7 +323,7 @@ def test_out_of_memory_or_a_lost_rank_is_not_blamed_on_the_files(base, monkeypat
 
 def test_evaluation_programs_name_their_own_keys(base, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    rewrite(base, without(UP))
+    rewrite(base, without_tensors(UP))
     with pytest.raises(ValueError, match=r"; copy .* again, or name what may differ in allow_missing$"):
         loading.locate(loading.LoadingConfig(model=str(base)))
     source = loading.locate(loading.LoadingConfig(model=str(base), allow_missing=["*.up_proj.weight"]))

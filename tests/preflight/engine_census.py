@@ -99,13 +99,13 @@ def whole_blocks(recomputed: bool, distance: float, prefetch: float, max_live: f
     engine, settings = build_engine(Chain(recomputed), torch.float32, zero)
     parameters, most = list(engine.module.parameters()), [0]
 
-    def look(*_: Any) -> None:
+    def count_gathered(*_: Any) -> None:
         whole = sum(p.ds_numel for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
         most[0] = max(most[0], whole)
 
     for block in engine.module.blocks:
-        block.register_forward_hook(look)
-        block.register_full_backward_hook(look)
+        block.register_forward_hook(count_gathered)
+        block.register_full_backward_hook(count_gathered)
     for _ in range(3):
         engine.backward(engine(torch.randn(2, WIDTH, requires_grad=True)).square().mean())
         engine.step()

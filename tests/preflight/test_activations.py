@@ -29,7 +29,7 @@ LLAMA = LlamaConfig(**SMALL)
 ROWS, TOKENS = 4, 128
 
 
-def run_for_real(
+def count_in_real_pass(
     arch, dtype: torch.dtype, *, checkpointing: bool, attention: str = "sdpa", **options: Any
 ) -> Footprint:
     """Count over a real forward and backward pass on the CPU, with trainable frequencies."""
@@ -49,7 +49,7 @@ def run_for_real(
     return counted
 
 
-def on_meta(
+def count_on_meta(
     arch,
     dtype: torch.dtype,
     *,
@@ -86,10 +86,10 @@ def assert_close(meta: Footprint, real: Footprint, tolerance: float) -> None:
     ],
 )
 def test_a_pass_on_the_meta_device_matches_a_real_pass(arch, dtype, checkpointing):
-    meta = on_meta(arch, dtype, checkpointing=checkpointing)
+    meta = count_on_meta(arch, dtype, checkpointing=checkpointing)
     # With experts, a CPU saves a few more small index tensors.
     tolerance = 0.04 if arch.model_type == "mixtral" else 0.005
-    assert_close(meta, run_for_real(arch, dtype, checkpointing=checkpointing), tolerance)
+    assert_close(meta, count_in_real_pass(arch, dtype, checkpointing=checkpointing), tolerance)
 
 
 def test_a_fused_query_key_value_product_is_within_a_tenth():
@@ -98,8 +98,8 @@ def test_a_fused_query_key_value_product_is_within_a_tenth():
     )
     # PyTorch's CPU kernel copies the strided values of GPT-NeoX; flash kernels on a GPU read them in place.
     assert_close(
-        on_meta(arch, torch.bfloat16, checkpointing=False),
-        run_for_real(arch, torch.bfloat16, checkpointing=False),
+        count_on_meta(arch, torch.bfloat16, checkpointing=False),
+        count_in_real_pass(arch, torch.bfloat16, checkpointing=False),
         0.1,
     )
 
@@ -108,40 +108,40 @@ def test_a_fused_query_key_value_product_is_within_a_tenth():
 @pytest.mark.parametrize("options", [{"tiled_loss": 64}, {"tiled_mlp": 64}, {"tiled_loss": 100, "tiled_mlp": 100}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tiled_pass_on_the_meta_device_matches_a_real_pass(options, checkpointing, dtype):
-    meta = on_meta(LLAMA, dtype, checkpointing=checkpointing, **options)
-    assert_close(meta, run_for_real(LLAMA, dtype, checkpointing=checkpointing, **options), 0.005)
-    whole = on_meta(LLAMA, dtype, checkpointing=checkpointing)
+    meta = count_on_meta(LLAMA, dtype, checkpointing=checkpointing, **options)
+    assert_close(meta, count_in_real_pass(LLAMA, dtype, checkpointing=checkpointing, **options), 0.005)
+    whole = count_on_meta(LLAMA, dtype, checkpointing=checkpointing)
     assert ("tiled_loss" in options) == (meta.logits < whole.logits / 2)
     assert ("tiled_mlp" in options) == (meta.layers < whole.layers)
 
 
 def test_offloaded_inputs_are_counted_on_the_host():
-    kept = on_meta(LLAMA, torch.bfloat16, checkpointing=True)
-    moved = on_meta(LLAMA, torch.bfloat16, checkpointing=True, offload_activations=True)
+    kept = count_on_meta(LLAMA, torch.bfloat16, checkpointing=True)
+    moved = count_on_meta(LLAMA, torch.bfloat16, checkpointing=True, offload_activations=True)
     inputs = LLAMA.num_hidden_layers * ROWS * TOKENS * 2 * LLAMA.hidden_size
     assert moved.host == inputs
     assert kept.activations - moved.activations == inputs
     assert kept.host == 0
     deep = copy.deepcopy(LLAMA)
     deep.num_hidden_layers = 9
-    assert on_meta(deep, torch.bfloat16, checkpointing=True, offload_activations=True).host == 3 * inputs
+    assert count_on_meta(deep, torch.bfloat16, checkpointing=True, offload_activations=True).host == 3 * inputs
 
 
 def test_eager_attention_counts_the_full_score_matrix_on_meta_as_in_a_real_pass():
-    meta = on_meta(LLAMA, torch.float32, checkpointing=False, attention="eager")
-    assert_close(meta, run_for_real(LLAMA, torch.float32, checkpointing=False, attention="eager"), 0.01)
+    meta = count_on_meta(LLAMA, torch.float32, checkpointing=False, attention="eager")
+    assert_close(meta, count_in_real_pass(LLAMA, torch.float32, checkpointing=False, attention="eager"), 0.01)
     scores = ROWS * 8 * TOKENS * TOKENS * 4
-    assert meta.activations - on_meta(LLAMA, torch.float32, checkpointing=False).activations > 3 * scores
+    assert meta.activations - count_on_meta(LLAMA, torch.float32, checkpointing=False).activations > 3 * scores
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_extrapolation_to_more_layers_is_exact(checkpointing):
     deep = copy.deepcopy(LLAMA)
     deep.num_hidden_layers = 7
-    extended = on_meta(deep, torch.bfloat16, checkpointing=checkpointing)
+    extended = count_on_meta(deep, torch.bfloat16, checkpointing=checkpointing)
     # If layer types differ, every layer is measured.
     deep.layer_types = ["full_attention"] * 6 + ["other"]
-    measured = on_meta(deep, torch.bfloat16, checkpointing=checkpointing)
+    measured = count_on_meta(deep, torch.bfloat16, checkpointing=checkpointing)
     assert_close(extended, measured, 1e-4)
 
 
@@ -158,8 +158,8 @@ def test_a_llama_layer_matches_the_formula(learns):
     two, three = copy.deepcopy(LLAMA), copy.deepcopy(LLAMA)
     two.num_hidden_layers = 2
     counted = (
-        on_meta(three, torch.bfloat16, checkpointing=False, learns=learns).activations
-        - on_meta(two, torch.bfloat16, checkpointing=False, learns=learns).activations
+        count_on_meta(three, torch.bfloat16, checkpointing=False, learns=learns).activations
+        - count_on_meta(two, torch.bfloat16, checkpointing=False, learns=learns).activations
     )
     assert counted == ROWS * TOKENS * (norms + attention + swiglu + rotation)
 
@@ -168,8 +168,8 @@ def test_recomputed_layers_save_only_their_input_and_cos_and_sin():
     two, three = copy.deepcopy(LLAMA), copy.deepcopy(LLAMA)
     two.num_hidden_layers = 2
     counted = (
-        on_meta(three, torch.bfloat16, checkpointing=True).activations
-        - on_meta(two, torch.bfloat16, checkpointing=True).activations
+        count_on_meta(three, torch.bfloat16, checkpointing=True).activations
+        - count_on_meta(two, torch.bfloat16, checkpointing=True).activations
     )
     # Depending on the version of torch and transformers, layers share cos and sin or have copies.
     own, shared = ROWS * TOKENS * 2 * 128, ROWS * TOKENS * 2 * 2 * 16
@@ -180,7 +180,7 @@ def test_logits_take_two_copies_in_their_dtype_and_three_in_float32():
     """Count the loss of transformers: logits in bfloat16 and float32, log-softmax, its gradient, that of the logits."""
     wide = copy.deepcopy(LLAMA)
     wide.vocab_size = 50_000
-    counted = on_meta(wide, torch.bfloat16, checkpointing=True).logits
+    counted = count_on_meta(wide, torch.bfloat16, checkpointing=True).logits
     assert counted == pytest.approx(ROWS * TOKENS * 50_000 * 12, rel=0.05)
 
 

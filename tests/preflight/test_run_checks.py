@@ -137,9 +137,9 @@ def test_run_dry_run_and_submission_refuse_alike_in_the_same_line(composed_once,
     def compare(changes, is_pretrained):
         choices = {"model.path": str(base), "model.config": None} if is_pretrained else {}
         choices.update(changes)
-        seen.append(line_of_all(choices))
+        seen.append(shared_refusal(choices))
 
-    def line_of_all(choices):
+    def shared_refusal(choices):
         run = refusal_line(train.run, with_choices(composed_once, choices))
         dry = refusal_line(dry_run.print_plan, with_choices(composed_once, choices, dry_run=True))
         job = refusal_line(lambda config: slurm.check(config, Scope.submission), with_choices(composed_once, choices))
@@ -152,7 +152,7 @@ def test_run_dry_run_and_submission_refuse_alike_in_the_same_line(composed_once,
         # It only measures, which takes seconds.
         patched.setattr(meta_model, "footprint", lambda *_, **__: Footprint(0, 0, 0))
         compare()
-        refused = [line_of_all(choices) for choices in WRONG]
+        refused = [shared_refusal(choices) for choices in WRONG]
     assert None in seen
     assert all(refused), refused
 

@@ -16,7 +16,7 @@ from tests.helpers import environments
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def begin(folder: Path, store: Path, architecture: Path, **output) -> subprocess.Popen:
+def start_run(folder: Path, store: Path, architecture: Path, **output) -> subprocess.Popen:
     """Start a run of many short steps in a separate process group, as a shell does."""
     return subprocess.Popen(
         [
@@ -51,7 +51,7 @@ def drain(process: subprocess.Popen, master: int) -> None:
 
 def test_ctrl_c_saves_the_step_and_prints_one_line_on_how_to_resume(tmp_path, tiny_store, tiny_architecture):
     folder = tmp_path / "run"
-    process = begin(folder, tiny_store, tiny_architecture, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = start_run(folder, tiny_store, tiny_architecture, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     await_lines(process, folder / "metrics.jsonl", 3)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=300)
@@ -68,7 +68,7 @@ def test_ctrl_c_saves_the_step_and_prints_one_line_on_how_to_resume(tmp_path, ti
 def test_a_run_whose_terminal_is_closed_saves(tmp_path, tiny_store, tiny_architecture):
     folder = tmp_path / "run"
     master, terminal = pty.openpty()
-    process = begin(folder, tiny_store, tiny_architecture, stdin=terminal, stdout=terminal, stderr=terminal)
+    process = start_run(folder, tiny_store, tiny_architecture, stdin=terminal, stdout=terminal, stderr=terminal)
     os.close(terminal)
     reader = threading.Thread(target=drain, args=(process, master))
     reader.start()
@@ -83,7 +83,7 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path, tiny_store, tiny_archite
 
 def test_ctrl_c_before_training_leaves_nothing_behind(tmp_path, tiny_store, tiny_architecture):
     folder = tmp_path / "run"
-    process = begin(folder, tiny_store, tiny_architecture, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = start_run(folder, tiny_store, tiny_architecture, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     for line in process.stderr:
         if "to stop" in line:  # The plan has been printed; loading of weights comes next.
             break

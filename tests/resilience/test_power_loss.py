@@ -20,7 +20,7 @@ from clex_train.tracking import metrics_log, run_folder
 from clex_train.tracking import tracker as tracking
 from clex_train.utils import checksums, files
 from clex_train.utils.errors import RunStopped
-from tests.checkpoint.test_store import FileEngine, opened, saved
+from tests.checkpoint.test_store import FileEngine, open_checkpoints, save_step
 from tests.helpers.power_loss import END, Disk, Image
 
 
@@ -171,13 +171,13 @@ def test_a_damaged_final_model_is_never_treated_as_finished(tmp_path, tokenizer)
 def test_a_checkpoint_is_complete_or_the_previous_one_is_used(tmp_path, monkeypatch):
     run, laid_out = tmp_path / "run", tmp_path / "image"
     text = "name: a\n"
-    checkpoints = opened(run, config=text, overlap=False)
-    saved(checkpoints, 5)
-    saved(checkpoints, 10)
-    images = Disk(run).record(monkeypatch, lambda: saved(checkpoints, 15))
+    checkpoints = open_checkpoints(run, config=text, overlap=False)
+    save_step(checkpoints, 5)
+    save_step(checkpoints, 10)
+    images = Disk(run).record(monkeypatch, lambda: save_step(checkpoints, 15))
     seen = set()
     for image in images:
-        copy = opened(image.write(laid_out), strict=True, config=text)
+        copy = open_checkpoints(image.write(laid_out), strict=True, config=text)
         engine = FileEngine()
         step, _ = copy.load(engine)
         assert engine.loaded == [step, step]

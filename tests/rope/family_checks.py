@@ -61,7 +61,7 @@ def error_over_crossings(family: str) -> float:
 
 @cache
 @torch.no_grad()
-def generates(family: str) -> bool:
+def generation_agrees(family: str) -> bool:
     """Return True if greedy generation from 8 to 40 tokens is equal with and without a cache (exact for one layer)."""
     kinds = {"layer_types": ["full_attention"]} if family in ("gemma3_text", "gemma2") else {}
     model = tiny_model(family, num_layers=1, **kinds)
@@ -89,7 +89,7 @@ def is_undone(family: str) -> bool:
 
 @cache
 @torch.no_grad()
-def takes_log_scaling(family: str) -> bool:
+def responds_to_log_scaling(family: str) -> bool:
     """Return True if log-scaling changes the logits beyond L and not within it."""
     model, ids = tiny_model(family), tokens(2, 2 * CONTEXT)
     handle = install_rotary(model, CONTEXT)

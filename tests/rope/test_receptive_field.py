@@ -183,14 +183,14 @@ def test_right_padding_and_a_windowed_cache_are_refused_and_a_full_cache_is_exac
     mask[1, 6:12] = 0
     whole = model(ids, attention_mask=mask, use_cache=False).logits[1, 12:]
 
-    def rest(cache: DynamicCache) -> torch.Tensor:
+    def continuation(cache: DynamicCache) -> torch.Tensor:
         given = {"use_cache": True, **kv_cache.as_kwargs(model, cache)}
         model(ids[:, :12], attention_mask=mask[:, :12], **given)
         return model(ids[:, 12:], attention_mask=mask, **given).logits[1]
 
-    assert torch.allclose(rest(DynamicCache()), whole, atol=1e-5, rtol=0)
+    assert torch.allclose(continuation(DynamicCache()), whole, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=r"^attention_mask with padding behind tokens: .*; pad on the left, or use"):
-        rest(DynamicCache(config=model.config))
+        continuation(DynamicCache(config=model.config))
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def test_a_decoding_step_under_lm_infinite_reads_its_padding_once_a_layer(
 ) -> None:
     from transformers import DynamicCache
 
-    def reads(num_layers: int) -> int:
+    def count_reads(num_layers: int) -> int:
         types = ["sliding_attention"] * (num_layers - 1) + ["full_attention"]
         model = model_of("gemma2", num_layers, sliding_window=6, layer_types=types, head_dim=8)
         apply_lm_infinite(model, 16, 2)
@@ -213,4 +213,4 @@ def test_a_decoding_step_under_lm_infinite_reads_its_padding_once_a_layer(
             model(ids[:, 19:], attention_mask=mask, **given)
         return len(seen)
 
-    assert reads(4) - reads(2) == 2
+    assert count_reads(4) - count_reads(2) == 2

@@ -30,7 +30,7 @@ def test_cached_keys_follow_t_over_three_crossings(family: str) -> None:
 def test_generation_is_equal_with_and_without_a_cache(family: str) -> None:
     if family == "phi3" and Version("5.20") > TRANSFORMERS:
         pytest.skip("generate() of these versions drops the cache of Phi-3 at L and reads one token")
-    assert checks.generates(family)
+    assert checks.generation_agrees(family)
 
 
 def test_undo_restores_the_logits_bitwise(family: str) -> None:
@@ -38,7 +38,7 @@ def test_undo_restores_the_logits_bitwise(family: str) -> None:
 
 
 def test_log_scaling_reaches_the_softmax_scale(family: str) -> None:
-    assert checks.takes_log_scaling(family) is (family not in WITHOUT_LOG_SCALING)
+    assert checks.responds_to_log_scaling(family) is (family not in WITHOUT_LOG_SCALING)
 
 
 @pytest.mark.skipif(Version("5.20") > TRANSFORMERS, reason="the table is that of newer versions of transformers")

@@ -58,11 +58,11 @@ class Jobs:
     def wait_for_step(self, job: str, name: str, step: int, seconds: float = 300) -> None:
         """Wait until the run has taken `step` steps; fail at once when the job is over."""
 
-        def taken() -> bool:
+        def step_reached() -> bool:
             assert self.state(job) not in OVER, self.log(name)
             return self.last_step(name) >= step
 
-        wait_for(taken, seconds, f"step {step} of {name}\n{self.log(name)}")
+        wait_for(step_reached, seconds, f"step {step} of {name}\n{self.log(name)}")
 
     def wait_for_end(self, job: str, name: str, seconds: float = 400) -> str:
         """Wait for the end of a job and return its state."""

@@ -67,7 +67,7 @@ def run(tmp_path, tiny_run, monkeypatch):
     return start
 
 
-def fresh_model(config):
+def load_initial_model(config):
     """Load the initial weights of a run, and its handle."""
     arch = architecture.to_train(config.model)
     load.training_tokenizer(config.model, arch, load.Path(config.data.path) / "tokenizer")
@@ -76,7 +76,7 @@ def fresh_model(config):
 
 def reference(config, row_indices, t=None):
     """Compute the mean cross-entropy over scored tokens and its gradient norm, one document at a time."""
-    loaded = fresh_model(config)
+    loaded = load_initial_model(config)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for index in row_indices:
         row, start = given_row(index), 0
@@ -131,7 +131,7 @@ def test_a_resumed_run_is_bitwise_equal(run, monkeypatch):
     clex = ("scaling=clex", "scaling.t_max=4", "engine.micro_batch=2", "checkpoint.every=2", "optim.steps=4")
     run("whole", *clex)
     with monkeypatch.context() as broken:
-        broken.setattr(loop, "train_step", failing_at(3, loop.train_step))
+        broken.setattr(loop, "train_step", interrupt_at(3, loop.train_step))
         with pytest.raises(KeyboardInterrupt):
             run("parts", *clex)
     run("parts", *clex)
@@ -141,7 +141,7 @@ def test_a_resumed_run_is_bitwise_equal(run, monkeypatch):
         assert whole == parts, key
 
 
-def failing_at(last, train_step):
+def interrupt_at(last, train_step):
     def interrupted(parts, step, micro_batches):
         if step == last:
             raise KeyboardInterrupt

@@ -30,7 +30,7 @@ def run(tmp_path, tiny_run, monkeypatch):
     return start
 
 
-def touch_after(monkeypatch, module, name: str, calls: int, stop_file: Path) -> None:
+def touch_at_call(monkeypatch, module, name: str, calls: int, stop_file: Path) -> None:
     """Create a stop file at the given call of a function of `module`."""
     function, taken = getattr(module, name), [0]
 
@@ -51,7 +51,7 @@ def metrics(folder: Path) -> list[dict]:
 def test_a_stop_file_saves_the_step_and_the_run_resumes_bitwise(run, monkeypatch, capsys):
     whole = run("whole")
     with monkeypatch.context() as patched:
-        touch_after(patched, loop, "forward_backward", 3, run.folder / "stopped" / "stop")
+        touch_at_call(patched, loop, "forward_backward", 3, run.folder / "stopped" / "stop")
         with pytest.raises(StopRequested, match=r"after step 3: .*stop exists .*step_3; the same command") as asked:
             run("stopped")
     assert console.report(asked.value) == console.GO_ON == 75
@@ -65,7 +65,7 @@ def test_a_stop_file_saves_the_step_and_the_run_resumes_bitwise(run, monkeypatch
 
 def test_an_evaluation_is_interrupted_between_windows_and_repeated(run, monkeypatch):
     with monkeypatch.context() as patched:
-        touch_after(patched, runner, "deal", 2, run.folder / "run" / "stop")
+        touch_at_call(patched, runner, "deal", 2, run.folder / "run" / "stop")
         with pytest.raises(StopRequested, match=r"after step 4: .*step_4"):
             run("run", "evaluation.every=4")
     assert not [row for row in metrics(run.folder / "run") if any(key.startswith("perplexity") for key in row)]
@@ -78,7 +78,7 @@ def test_an_evaluation_is_interrupted_between_windows_and_repeated(run, monkeypa
 def test_a_run_stopped_while_loading_takes_no_step(run, monkeypatch):
     from clex_train.models import load
 
-    touch_after(monkeypatch, load, "load_for_training", 1, run.folder / "run" / "stop")
+    touch_at_call(monkeypatch, load, "load_for_training", 1, run.folder / "run" / "stop")
     with pytest.raises(StopRequested, match=r"after step 0: .*there is no checkpoint yet"):
         run("run")
 

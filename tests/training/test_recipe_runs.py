@@ -132,11 +132,11 @@ def test_rows_have_the_positions_that_the_recipe_draws(run, base, monkeypatch):
     seen = []
     training = RotaryHandle.training
 
-    def noting(self, spectrum, positions, num_tokens):
+    def recording(self, spectrum, positions, num_tokens):
         seen.append((spectrum.t, positions))
         return training(self, spectrum, positions, num_tokens)
 
-    monkeypatch.setattr(RotaryHandle, "training", noting)
+    monkeypatch.setattr(RotaryHandle, "training", recording)
     fine_tuned(run, base, "sampled", "scaling=random_pos", "scaling.t_max=4.5", "optim.steps=3")
     positions = torch.cat([each for _, each in seen])
     assert {t for t, _ in seen} == {4.5}
@@ -156,11 +156,11 @@ def test_the_first_loss_equals_that_of_the_stock_model_on_the_same_rows(run, bas
     rows = []
     loss_of = ForwardPass.loss
 
-    def noting(self, model, batch, weight):
+    def recording(self, model, batch, weight):
         rows.append(batch.token_ids)
         return loss_of(self, model, batch, weight)
 
-    monkeypatch.setattr(ForwardPass, "loss", noting)
+    monkeypatch.setattr(ForwardPass, "loss", recording)
     given = (f"scaling.longrope_factors={factors}",) if name == "longrope" else ()
     final = fine_tuned(run, base, f"first_{name}", f"scaling={name}", "data.seq_len=128", "optim.steps=1", *given)
     stock = AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.from_pretrained(final))

@@ -12,7 +12,7 @@ IDS = torch.arange(48)[None] % 32
 
 
 @pytest.fixture(scope="module")
-def spent():
+def microseconds():
     """Profile two steps of a small Llama with plain AdamW and a stand-in for the ODE; return microseconds by part."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -49,22 +49,22 @@ def names_of(events, part):
         (step_profile.OTHER, "aten::rsqrt", "RsqrtBackward0"),
     ],
 )
-def test_operations_and_their_gradients_belong_to_the_part_that_created_them(spent, part, forward, backward):
-    names = names_of(spent, part)
+def test_operations_and_their_gradients_belong_to_the_part_that_created_them(microseconds, part, forward, backward):
+    names = names_of(microseconds, part)
     assert any(name.startswith(forward) for name in names), sorted(names)
     assert backward is None or any(name.endswith(backward) for name in names), sorted(names)
 
 
 @pytest.mark.parametrize("name", ["SiluBackward0", "ScaledDotProductFlashAttentionForCpuBackward0", "NllLossBackward0"])
-def test_a_gradient_belongs_to_a_single_part(spent, name):
+def test_a_gradient_belongs_to_a_single_part(microseconds, name):
     parts = [
         part
         for part in (step_profile.ATTENTION, step_profile.MLP, step_profile.LOSS, step_profile.OTHER)
-        if any(found.endswith(name) for found in names_of(spent, part))
+        if any(found.endswith(name) for found in names_of(microseconds, part))
     ]
     assert len(parts) == 1
 
 
-def test_the_parts_add_up_to_the_recorded_total(spent):
-    total = sum(e.self_cpu_time_total for e in spent if e.device_type == torch.autograd.DeviceType.CPU)
-    assert sum(step_profile.shares(spent, on_gpu=False).values()) == pytest.approx(total)
+def test_the_parts_add_up_to_the_recorded_total(microseconds):
+    total = sum(e.self_cpu_time_total for e in microseconds if e.device_type == torch.autograd.DeviceType.CPU)
+    assert sum(step_profile.shares(microseconds, on_gpu=False).values()) == pytest.approx(total)

@@ -32,7 +32,7 @@ LLAMA3_ROPE = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+def collected(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
     """Collect a plain run and one with CLEX, the second with retrieval."""
     folder = tmp_path_factory.mktemp("runs")
     base = make_run(folder / "base", {"none": [35, 60, 900], "ntk": [35, 34, 50]}, learned=False)
@@ -44,12 +44,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
     return collect([base, clex])
 
 
-def figures_by_name(found: Evidence) -> dict[str, Figure]:
-    return {figure.name: figure for figure in figures.collect_figures(found)[0]}
+def figures_by_name(collected: Evidence) -> dict[str, Figure]:
+    return {figure.name: figure for figure in figures.collect_figures(collected)[0]}
 
 
-def test_a_full_report_has_every_figure_of_its_runs(found: Evidence) -> None:
-    shown, absent = figures.collect_figures(found)
+def test_a_full_report_has_every_figure_of_its_runs(collected: Evidence) -> None:
+    shown, absent = figures.collect_figures(collected)
     assert [figure.name for figure in shown] == [
         "perplexity",
         "perplexity_enlarged",
@@ -72,19 +72,19 @@ def test_figures_without_data_name_what_is_missing_and_how_to_get_it(tmp_path: P
     assert all(each.reason and ("clex_train.cli" in each.remedy or "scaling=clex" in each.remedy) for each in absent)
 
 
-def test_perplexity_lines_plot_the_scores(found: Evidence) -> None:
-    [axes] = figures_by_name(found)["perplexity"].draw().axes
+def test_perplexity_lines_plot_the_scores(collected: Evidence) -> None:
+    [axes] = figures_by_name(collected)["perplexity"].draw().axes
     drawn = {tuple(line.get_ydata().round(6)) for line in axes.lines if len(line.get_xdata()) == 3}
     assert drawn == {(35, 60, 900), (35, 34, 50), (34, 33, 36)}
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert [line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1] == [128]
 
 
-def test_an_outlier_row_adds_an_enlarged_figure_of_the_others(found: Evidence) -> None:
-    [table] = found.tables
+def test_an_outlier_row_adds_an_enlarged_figure_of_the_others(collected: Evidence) -> None:
+    [table] = collected.tables
     top = figures.lowest_part(table)
     assert top == pytest.approx(54)
-    [axes] = figures_by_name(found)["perplexity_enlarged"].draw().axes
+    [axes] = figures_by_name(collected)["perplexity_enlarged"].draw().axes
     assert axes.get_ylim()[1] == pytest.approx(54)
     calm = from_results(outcome({"none": [35, 36, 37], "pi": [35, 36, 38], "ntk": [35, 36, 39]}), ORIGIN)
     assert figures.lowest_part(calm) is None
@@ -117,8 +117,8 @@ def test_twelve_methods_get_distinct_colours_per_panel_and_names_do_not_overlap(
     assert sorted(named) == sorted(methods)
 
 
-def test_a_legend_lists_lines_in_the_order_of_their_ends(found: Evidence) -> None:
-    [axes] = figures_by_name(found)["perplexity"].draw().axes
+def test_a_legend_lists_lines_in_the_order_of_their_ends(collected: Evidence) -> None:
+    [axes] = figures_by_name(collected)["perplexity"].draw().axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["base: none", "base: ntk", "clex: trained"]
 
 
@@ -164,12 +164,12 @@ def test_a_stream_is_plotted_as_segment_means(tmp_path: Path) -> None:
     np.testing.assert_allclose(line.get_ydata(), 105 / 50)
 
 
-def test_frequencies_are_plotted_relative_to_plain_rope_and_ntk(found: Evidence) -> None:
-    run = found.runs[1]
+def test_frequencies_are_plotted_relative_to_plain_rope_and_ntk(collected: Evidence) -> None:
+    run = collected.runs[1]
     assert run.frequencies is not None
     assert frequencies.scale_factors([run.frequencies]) == [2, 8, 16]
     base = run.frequencies.at(1).inv_freq
-    panels = figures_by_name(found)["frequencies"].draw().axes
+    panels = figures_by_name(collected)["frequencies"].draw().axes
     learned, ntk, pi, yarn = (line.get_ydata() for line in panels[2].lines[:4])
     np.testing.assert_allclose(learned, run.frequencies.at(16).inv_freq / base)
     np.testing.assert_allclose(ntk, ntk_table(base, [1.0, 16.0]).at(16).inv_freq / base)
@@ -178,7 +178,7 @@ def test_frequencies_are_plotted_relative_to_plain_rope_and_ntk(found: Evidence)
     config.rope_parameters |= {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 128}
     expected, _ = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
     np.testing.assert_allclose(yarn, expected / base, rtol=1e-6)
-    [over] = [line.get_ydata() for line in figures_by_name(found)["frequencies_learned"].draw().axes[2].lines[:1]]
+    [over] = [line.get_ydata() for line in figures_by_name(collected)["frequencies_learned"].draw().axes[2].lines[:1]]
     np.testing.assert_allclose(over, np.full(12, 1.15))
 
 
@@ -202,11 +202,11 @@ def test_runs_with_different_base_frequencies_are_plotted_separately(
     assert names == ["frequencies", "frequencies_learned", "frequencies_2", "frequencies_learned_2"]
 
 
-def test_the_heat_map_puts_each_score_at_its_depth_and_length(found: Evidence) -> None:
-    [scores] = [scores for scores in found.tasks if scores.task == "passkey"]
+def test_the_heat_map_puts_each_score_at_its_depth_and_length(collected: Evidence) -> None:
+    [scores] = [scores for scores in collected.tasks if scores.task == "passkey"]
     cells = figures.retrieval_grid(scores, [256, 1024, 2048], [0.0, 0.5, 1.0])
     np.testing.assert_array_equal(cells, [[0, np.nan, 0], [0.5, np.nan, 0.5], [1, np.nan, 1]])
-    figure = figures_by_name(found)["retrieval_passkey"].draw()
+    figure = figures_by_name(collected)["retrieval_passkey"].draw()
     assert [text.get_text() for text in figure.axes[0].texts] == ["0", "0", "50", "50", "100", "100"]
     assert figure.axes[0].get_ylim() == (3, 0)
 
@@ -218,14 +218,14 @@ def test_training_is_plotted_as_interval_means() -> None:
     assert np.all((low < mean) & (mean < high))
 
 
-def test_every_t_of_a_short_run_is_plotted(found: Evidence) -> None:
-    line = figures_by_name(found)["scale_factor"].draw().axes[0].lines[0]
+def test_every_t_of_a_short_run_is_plotted(collected: Evidence) -> None:
+    line = figures_by_name(collected)["scale_factor"].draw().axes[0].lines[0]
     assert line.get_xdata().tolist() == list(range(1, 41))
     assert line.get_ydata().tolist() == [1 + step % 16 for step in range(1, 41)]
 
 
-def test_pngs_are_large_and_have_the_colours_of_their_lines(found: Evidence, tmp_path: Path) -> None:
-    for name, figure in figures_by_name(found).items():
+def test_pngs_are_large_and_have_the_colours_of_their_lines(collected: Evidence, tmp_path: Path) -> None:
+    for name, figure in figures_by_name(collected).items():
         (tmp_path / f"{name}.png").write_bytes(plotting.to_png(figure))
         assert min(Image.open(tmp_path / f"{name}.png").size) >= 300
     image = Image.open(tmp_path / "perplexity.png").convert("RGB")
@@ -233,8 +233,8 @@ def test_pngs_are_large_and_have_the_colours_of_their_lines(found: Evidence, tmp
     assert [tuple(bytes.fromhex(c[1:])) in present for c in plotting.COLORS] == [True] * 3 + [False] * 5
 
 
-def test_a_figure_that_cannot_be_drawn_is_reported_with_the_command(found: Evidence) -> None:
-    [absent] = [each for each in figures.loss_by_position(found) if isinstance(each, Absent)]
+def test_a_figure_that_cannot_be_drawn_is_reported_with_the_command(collected: Evidence) -> None:
+    [absent] = [each for each in figures.loss_by_position(collected) if isinstance(each, Absent)]
     assert "protocols=[per_position]" in absent.remedy
 
 

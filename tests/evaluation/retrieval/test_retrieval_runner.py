@@ -193,26 +193,26 @@ def test_a_length_beyond_the_table_is_refused_before_any_forward(byte_tokenizer:
 
 def test_two_ranks_match_one_with_equal_numbers_of_forwards(tmp_path: Path) -> None:
     call_on_two_ranks(_rank_main, str(tmp_path))
-    expected = _half_right()
+    expected = _misread_half()
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["forwards"] == second["forwards"] > 0
     assert first["rows"] == second["rows"] == [list(vars(row).values()) for row in expected]
     assert {row.score for row in expected} == {0.0, 1.0}
 
 
-def _half_right() -> list[TaskScore]:
+def _misread_half() -> list[TaskScore]:
     """Score nine prompts (an odd number) of length 256, misreading the key at depth 0.5."""
     tokenizer = byte_level()
     cell = Cell(Task.passkey, 256, tuple(DEPTHS), 3, 0, tokenizer)
     misread = {tuple(cell.prompt(number).ids) for number in range(3, 6)}
     model = copying_llama.build(len(tokenizer))
 
-    def look(module: Any, args: Any, kwargs: Any) -> None:
+    def misread_at_half(module: Any, args: Any, kwargs: Any) -> None:
         past = kv_cache.find_in_call((), kwargs)
         seen = (*getattr(past, "seen", []), *kwargs["input_ids"][0].tolist())
         module.shift = int(any(seen[: len(prompt)] == prompt for prompt in misread))
 
-    model.register_forward_pre_hook(look, with_kwargs=True)
+    model.register_forward_pre_hook(misread_at_half, with_kwargs=True)
     return run(model, [cell])
 
 
@@ -224,7 +224,7 @@ def _rank_main(rank: int, folder: str) -> None:
     torch.nn.modules.module.register_module_forward_hook(
         lambda module, args, out: forwards.append(1) if type(module).__name__ == "CopyingLlama" else None
     )
-    content = {"rows": [list(vars(row).values()) for row in _half_right()], "forwards": len(forwards)}
+    content = {"rows": [list(vars(row).values()) for row in _misread_half()], "forwards": len(forwards)}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(content))
     torch.distributed.destroy_process_group()
 
