@@ -17,9 +17,9 @@ if __name__ == "__main__":
 import hydra
 from omegaconf import DictConfig
 
-from clex_train.cli import console
 from clex_train.cli.help import help_text
 from clex_train.config import root as configuration
+from clex_train.console import program
 from clex_train.utils import log, terminal
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-@console.task
+@program.task
 def main(composed: DictConfig) -> None:
     """Turn what Hydra composed into a checked configuration and run it, or only print its plan."""
     config = configuration.to_config(composed)
-    config.output_dir = console.sweep_folder(config.output_dir)
+    config.output_dir = program.sweep_folder(config.output_dir)
     if config.dry_run:
         from clex_train.preflight.dry_run import print_plan
 
@@ -84,4 +84,4 @@ if __name__ == "__main__":
     terminal.survive_hangup("stdout", "stderr")
     log.setup()
     configuration.register()
-    sys.exit(console.run(main, help_text, configuration.Config, kept="training had not begun"))
+    sys.exit(program.run(main, help_text, configuration.Config, kept="training had not begun"))

@@ -160,7 +160,7 @@ def write_inputs(folder: Path, shape: Shape, length: int) -> None:
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from clex_train.data.writer import write_store
+    from clex_train.token_store.writer import write_store
 
     config = LlamaConfig(
         vocab_size=shape.vocab,

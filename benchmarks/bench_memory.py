@@ -1,10 +1,10 @@
-"""Benchmark the memory of a training step on a CPU, measured and estimated by `dry_run`, with and without savers.
+"""Benchmark the memory of a training step on a CPU, measured and estimated by the plan, with and without savers.
 
     python benchmarks/bench_memory.py [--output benchmarks/results/NAME.md] [--only CASE ...]
 
 A separate process for each case builds a Llama with random weights under ZeRO-3 and CLEX as train.py does, takes
 steps of `training.loop.train_step` on random rows, and reports the peak of its resident set during the last step above
-that after imports. The estimate is that of `dry_run` for the same configuration.
+that after imports. The estimate is that of the plan for the same configuration.
 """
 
 import argparse
@@ -110,13 +110,13 @@ def parse() -> argparse.Namespace:
 def measure(case: Case) -> Measured:
     """Estimate one case in this process and measure it in a subprocess."""
     # Late imports: the child must not import what it does not measure.
-    from clex_train.preflight import dry_run
+    from clex_train.preflight import plan as planning
     from clex_train.preflight.run_checks import Scope, run_checks
 
     with tempfile.TemporaryDirectory() as folder:
         write_architecture(Path(folder), case.shape)
         ready = run_checks(configuration(Path(folder), case.shape, case.options), Scope.plan)
-        plan = dry_run.make_plan(ready)
+        plan = planning.make_plan(ready)
         words = json.dumps(
             {"folder": folder, "shape": asdict(case.shape), "options": case.options, "steps": case.steps}
         )
@@ -127,7 +127,7 @@ def measure(case: Case) -> Measured:
     assert done.returncode == 0, done.stderr[-3000:]
     # The last line, because DeepSpeed logs to stdout before it.
     said = json.loads(done.stdout.splitlines()[-1])
-    return Measured(case, plan.peak, dry_run.MOMENTS[plan.totals().index(plan.peak)], said["grown"], said["loss"])
+    return Measured(case, plan.peak, planning.MOMENTS[plan.totals().index(plan.peak)], said["grown"], said["loss"])
 
 
 def write_architecture(folder: Path, shape: Shape) -> None:

@@ -25,13 +25,13 @@ import torch
 
 from clex_train.data.batch import Collate, collate_documents, collate_rows
 from clex_train.data.loader import batches
-from clex_train.data.manifest import DOCUMENT, MANIFEST
 from clex_train.data.order import ShuffledRows
 from clex_train.data.packing import ConcatRows
 from clex_train.data.pieces import best_fit
 from clex_train.data.rows import Rows
-from clex_train.data.store import TokenStore
-from clex_train.data.writer import write_atomically, write_store
+from clex_train.token_store.manifest import DOCUMENT, MANIFEST
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.writer import write_atomically, write_store
 
 BATCH_ROWS, MICRO_BATCH, VOCABULARY = 64, 8, 8192
 

@@ -30,12 +30,12 @@ from data_loading import BATCH_ROWS, MICRO_BATCH, VOCABULARY
 
 from clex_train.data.batch import collate_rows
 from clex_train.data.loader import batches
-from clex_train.data.manifest import BLOCK, BLOCK_SUM, DOCUMENT, MANIFEST, Shard
 from clex_train.data.order import ShuffledRows
 from clex_train.data.packing import ConcatRows
 from clex_train.data.rows import Rows
-from clex_train.data.store import TokenStore
-from clex_train.data.writer import write_atomically, write_store
+from clex_train.token_store.manifest import BLOCK, BLOCK_SUM, DOCUMENT, MANIFEST, Shard
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.writer import write_atomically, write_store
 
 SHARD_DOCUMENTS = 64_000
 """Number of documents of 1,000 tokens in a shard: 128 MB."""

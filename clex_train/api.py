@@ -21,7 +21,7 @@ from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models import directory as model_directory
 from clex_train.models import official
 from clex_train.models.load import load_for_evaluation
-from clex_train.rope import recipes
+from clex_train.rope.context_length import context_in_config
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import FrequencyTable, scale_grid
@@ -170,7 +170,7 @@ def _recorded_context(source: Source | None) -> int | None:
 
 
 def _own_context(model: Any) -> int:
-    own = recipes.own_context(model.config, "context_len")
+    own = context_in_config(model.config, "context_len")
     if own is None:
         raise ConfigError(
             "context_len",

@@ -31,9 +31,9 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from clex_train.cli import console
 from clex_train.cli.help import options
 from clex_train.config.docs import describe
+from clex_train.console import program
 from clex_train.utils import log
 from clex_train.utils.locations import CONF
 from data_prep.config import (
@@ -72,13 +72,13 @@ def main() -> int:
         return 0
     if verb not in VERBS:
         print(f"error: {log.printable(verb)}: no such verb; use one of {', '.join(VERBS)}", file=sys.stderr)
-        return console.USER_ERROR
+        return program.USER_ERROR
     schema, module = VERBS[verb]
     # Hydra allows one config per process, so the schema is chosen before it reads the command line.
     ConfigStore.instance().store(name="data_prep_schema", node=schema)
     # Remove the verb: Hydra would take it for an override.
     sys.argv[1:] = [_expand_group_path(argument) for argument in sys.argv[2:]]
-    return console.run(partial(_run, module), partial(_help, verb, schema), schema, KEPT.get(verb, STARTS_OVER))
+    return program.run(partial(_run, module), partial(_help, verb, schema), schema, KEPT.get(verb, STARTS_OVER))
 
 
 def _expand_group_path(argument: str) -> str:
@@ -91,7 +91,7 @@ def _run(module: str) -> None:
     """Compose the config and run the verb."""
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="data_prep")
-    @console.task
+    @program.task
     def verb(composed: DictConfig) -> None:
         # DictConfig ends here; verbs get plain dataclasses.
         config: Any = OmegaConf.to_object(composed)

@@ -7,7 +7,8 @@ from enum import Enum
 
 from clex_train.config.bos import Bos
 from clex_train.config.data import Packing
-from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
+from clex_train.utils.bounds import MOST_TOKENS
+from clex_train.utils.errors import require, require_at_most
 from clex_train.utils.files import require_plain_name
 
 MOST_WORKERS = 1024

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from clex_train.data.manifest import DOCUMENT, TOKENIZER, Manifest, Shard, Source
-from clex_train.data.store import TokenStore
-from clex_train.data.writer import ShardWriter
+from clex_train.token_store.manifest import DOCUMENT, TOKENIZER, Manifest, Shard, Source
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.writer import ShardWriter
 from clex_train.utils import log
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError, renamed_key
+from clex_train.utils.errors import ConfigError, renamed_key, require
 from data_prep.config import EvaluationSetsVerb
 from data_prep.partial import disk_full_explained, is_done, open_partial, publish
 

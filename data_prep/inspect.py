@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from clex_train.cli.console import say
+from clex_train.console.program import say
 from clex_train.data.bos import describe_bos
-from clex_train.data.manifest import SPLITS
 from clex_train.data.overlap import overlap
-from clex_train.data.store import TokenStore
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError, renamed_key
+from clex_train.token_store.manifest import SPLITS
+from clex_train.token_store.store import TokenStore
+from clex_train.utils.errors import ConfigError, renamed_key, require
 from clex_train.utils.files import BadFile, require_writable_folder, sha256
 from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.seeding import generator

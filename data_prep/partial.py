@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clex_train.data.manifest import MANIFEST, Manifest, partial_path, read_manifest
-from clex_train.data.writer import move_store
+from clex_train.token_store.manifest import MANIFEST, Manifest, partial_path, read_manifest
+from clex_train.token_store.writer import move_store
 from clex_train.utils import log
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import NO_ROOM, ConfigError
+from clex_train.utils.errors import NO_ROOM, ConfigError, require
 from clex_train.utils.files import BadFile, make_folder, require_writable_folder, write_atomically
 from clex_train.utils.locks import Lock, try_lock
 from clex_train.utils.records import read_json

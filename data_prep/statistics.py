@@ -11,8 +11,8 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from clex_train.data.manifest import Source
-from clex_train.data.store import TokenStore
+from clex_train.token_store.manifest import Source
+from clex_train.token_store.store import TokenStore
 
 CHUNK_DOCUMENTS = 1 << 20
 NUM_CLASSES = 63

@@ -16,7 +16,7 @@ from pathlib import Path
 from clex_train.config.launch import Container, LaunchConfig, Layout
 from clex_train.config.root import Config
 from clex_train.tracking import run_folder
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 from clex_train.utils.locations import ROOT
 from launch.containers import entrance
 

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
     stages.listen()
 
-from clex_train.cli.console import GO_ON
+from clex_train.console.program import GO_ON
 from clex_train.resilience.stop_requests import Interrupted
 from clex_train.utils import terminal
 from clex_train.utils.locations import ROOT
@@ -87,9 +87,9 @@ def train(name: str, runs: Path, smoke: bool) -> None:
 def report(runs: Path, smoke: bool) -> None:
     """Print the table and write the report as HTML, JSON, Markdown and PNG."""
     # Imported late: matplotlib takes seconds, and an interrupted stage should end at once.
-    from clex_train.evaluation.report.evidence import of_rows
-    from clex_train.evaluation.report.tables import Row
-    from clex_train.evaluation.report.write import write
+    from clex_train.evaluation.tables import Row
+    from clex_train.report.evidence import of_rows
+    from clex_train.report.write import write
 
     def row(label: str, name: str, method: str) -> Row:
         return Row(label, last_evaluation(runs / name), method)

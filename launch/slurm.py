@@ -24,17 +24,16 @@ if __name__ == "__main__":
 
 from hydra import compose, initialize_config_dir
 
-from clex_train.cli import config_files, console
-from clex_train.cli.overrides import for_hydra
 from clex_train.config import root as configuration
 from clex_train.config.docs import describe
 from clex_train.config.launch import LaunchConfig
 from clex_train.config.root import Config, Resume
+from clex_train.console import config_files, program
+from clex_train.console.overrides import for_hydra
 from clex_train.preflight.run_checks import Scope, run_checks
 from clex_train.tracking import run_folder
 from clex_train.utils import files, log
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError, InputError
+from clex_train.utils.errors import ConfigError, InputError, require
 from clex_train.utils.locations import CONF
 from launch import job_script, snapshot
 
@@ -142,4 +141,4 @@ def _sbatch(script: Path) -> str:
 
 if __name__ == "__main__":
     log.setup()
-    sys.exit(console.run(main, usage, kept="squeue shows whether the job was submitted"))
+    sys.exit(program.run(main, usage, kept="squeue shows whether the job was submitted"))

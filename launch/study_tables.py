@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from clex_train.config.method import Method
-from clex_train.evaluation import bootstrap, results
-from clex_train.evaluation.report.evidence import of_rows
-from clex_train.evaluation.report.tables import Row
-from clex_train.evaluation.report.write import write as write_report
+from clex_train.evaluation import results
+from clex_train.evaluation.tables import Row
+from clex_train.report.evidence import of_rows
+from clex_train.report.write import write as write_report
 from clex_train.scaling import methods
+from clex_train.utils import bootstrap
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import make_folder, write_atomically
 from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows

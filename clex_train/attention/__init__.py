@@ -1,1 +1,1 @@
-"""Attention of a model: back end, document masks, log-scaling, Ulysses, queries in chunks."""
+"""Attention of a model: back end, masks of documents and bands, padding, log-scaling, Ulysses, queries in chunks."""

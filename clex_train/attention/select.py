@@ -11,15 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
-from clex_train.config.attention import AttentionConfig, AttentionImplementation
-from clex_train.utils.bounds import require
+from clex_train.config.attention import MAX_FLASH_HEAD_DIM, AttentionConfig, AttentionImplementation
+from clex_train.utils.errors import require
 
 SDPA_KERNELS = {0: "explicit", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
 """Kernel names by the numbers of torch.nn.attention.SDPBackend."""
 # Long enough to find the kernel, and short enough that a mask [S, S] is cheap.
 MAX_PROBE_TOKENS = 1024
-# flash-attn 2 compiles its kernels for head dims up to this one.
-MAX_FLASH_HEAD_DIM = 256
+ULYSSES = "ulysses"
+"""Name under which `attention.ulysses` registers itself with transformers."""
 
 
 def resolve_attention(requested: AttentionConfig, arch: PretrainedConfig, dtype: torch.dtype) -> AttentionConfig:

@@ -18,9 +18,9 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clex_train.attention.document_mask import cumulative_lengths, document_mask_kwargs
+from clex_train.attention.select import ULYSSES
 from clex_train.config.attention import AttentionImplementation
 
-NAME = "ulysses"
 ATTRIBUTE = "ulysses_attention"
 GROUPS = "num_key_value_groups"
 
@@ -56,7 +56,7 @@ class UlyssesAttention:
         """
         self._implementations = {id(config): config._attn_implementation for config in self._configs}
         self._position_ids, self._lengths = position_ids, {}
-        _set_implementation(self._configs, NAME)
+        _set_implementation(self._configs, ULYSSES)
         try:
             yield
         finally:
@@ -95,7 +95,7 @@ class UlyssesAttention:
                 return function(module, query, key, value, None, **options)[0], None
             return DOCUMENT_ATTENTION[name](self, function, module, query, key, value, **options), None
         finally:
-            module.config._attn_implementation = NAME
+            module.config._attn_implementation = ULYSSES
 
     def _attend_per_document(
         self, function: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any
@@ -148,7 +148,7 @@ def ulysses_attention(
     There is no mask, and `position_ids` that some families pass on are ignored.
     """
     rows: UlyssesAttention | None = getattr(module, ATTRIBUTE, None)
-    assert rows is not None, f"attn_implementation={NAME} works only inside UlyssesAttention.active"
+    assert rows is not None, f"attn_implementation={ULYSSES} works only inside UlyssesAttention.active"
     assert attention_mask is None, "no mask function has this name, so transformers builds none"
     return rows.attention(module, query, key, value, **options), None
 
@@ -158,4 +158,4 @@ def _set_implementation(configs: list[Any], name: str) -> None:
         config._attn_implementation = name
 
 
-AttentionInterface.register(NAME, ulysses_attention)
+AttentionInterface.register(ULYSSES, ulysses_attention)

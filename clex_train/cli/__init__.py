@@ -1,1 +1,1 @@
-"""Command-line programs: evaluate, export, report, lm-eval, info; their arguments, errors and exit codes."""
+"""Command-line programs: train, evaluate, export, report, lm-eval, info."""

@@ -30,8 +30,8 @@ if __name__ == "__main__":
 
 import torch
 
-from clex_train.cli import arguments as arguments_of
-from clex_train.cli import console, forecast
+from clex_train.cli import forecast
+from clex_train.cli.keys import METHOD_KEYS, MethodConfig, given
 from clex_train.cli.loading import (
     Source,
     check,
@@ -42,39 +42,41 @@ from clex_train.cli.loading import (
     run_config,
     say_what_is_ahead,
 )
-from clex_train.cli.method_keys import METHOD_KEYS, MethodConfig, given
 from clex_train.config.bos import Bos
 from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.retrieval import Task
 from clex_train.config.root import Config, default_lengths
+from clex_train.console import arguments as arguments_of
+from clex_train.console import program
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.data.build import longest_document
-from clex_train.data.store import TokenStore
-from clex_train.data.vocabulary import check_bos, check_embedding, check_tokenizer
-from clex_train.evaluation import methods, out_of_memory, runner, streaming
+from clex_train.evaluation import methods, runner, streaming
 from clex_train.evaluation import provenance as origin
+from clex_train.evaluation import retrieval_runner as retrieval
 from clex_train.evaluation.cells import cells as cells_of_table
 from clex_train.evaluation.console import tables_of
-from clex_train.evaluation.out_of_memory import REMEDIES
 from clex_train.evaluation.partial_results import Partial, say_found
 from clex_train.evaluation.protocols import Reading, readings
 from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
-from clex_train.evaluation.retrieval import plan as retrieval_plan
-from clex_train.evaluation.retrieval import runner as retrieval
-from clex_train.evaluation.retrieval.plan import Cell
-from clex_train.evaluation.retrieval.runner import method_cells
+from clex_train.evaluation.retrieval_runner import method_cells
 from clex_train.evaluation.runner import Feeding
 from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, select
 from clex_train.models import architecture
 from clex_train.models import load as modeling
+from clex_train.resilience import out_of_memory
+from clex_train.resilience.out_of_memory import REMEDIES
+from clex_train.retrieval import plan as retrieval_plan
+from clex_train.retrieval.plan import Cell
 from clex_train.rope.native import native_handle_on_meta
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.vocabulary import check_bos, check_embedding, check_tokenizer
 from clex_train.tracking.summary import labelled
 from clex_train.utils import distributed, log
-from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
-from clex_train.utils.errors import RunStopped
+from clex_train.utils.bounds import MOST_TOKENS
+from clex_train.utils.errors import RunStopped, require, require_at_most
 from clex_train.utils.protocols import Tokenizer
 
 WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "num_windows", "chunk_len")
@@ -397,4 +399,4 @@ def _check_methods(model: ModelConfig, spec: EvaluationConfig, context_len: int)
 
 if __name__ == "__main__":
     log.setup()
-    sys.exit(console.run(main, usage, kept="finished parts are kept, the same command goes on"))
+    sys.exit(program.run(main, usage, kept="finished parts are kept, the same command goes on"))

@@ -20,13 +20,14 @@ if __name__ == "__main__":
 
     stop_requests.end_on_signals()
 
-from clex_train.cli import arguments, console, loading
+from clex_train.cli import loading
 from clex_train.config.model import ModelConfig
 from clex_train.config.scaling import LogScale
+from clex_train.console import arguments, program
 from clex_train.export.official import require_known, write_official
 from clex_train.models import architecture, directory, load
 from clex_train.utils import files, log
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 
 
 class Format(Enum):
@@ -95,4 +96,4 @@ def _require_known(asked: LogScale | None, source: Path) -> None:
 
 if __name__ == "__main__":
     log.setup()
-    sys.exit(console.run(main, usage))
+    sys.exit(program.run(main, usage))

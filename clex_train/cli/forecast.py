@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from clex_train.cli import console
+from clex_train.console import program
 from clex_train.evaluation.cells import Cell
 from clex_train.evaluation.perplexity import one_shot
-from clex_train.evaluation.retrieval.runner import MethodCell
+from clex_train.evaluation.retrieval_runner import MethodCell
 from clex_train.evaluation.runner import Feeding, keeping_table, lean, work_of
 from clex_train.evaluation.scoring_head import score_chunk
 from clex_train.evaluation.streaming import Stream
@@ -140,7 +140,7 @@ def say(loaded: LoadedModel, amount: Amount, chunk_len: int, on_host: bool, shar
         summary.labelled("time", f"about {_readable(seconds)} after loading, by one timed chunk"),
     ]
     if distributed.is_main():
-        console.say("\n".join(lines))
+        program.say("\n".join(lines))
 
 
 def _memory(model: nn.Module, amount: Amount, on_host: bool, sharded: bool) -> Iterator[str]:

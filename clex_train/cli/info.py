@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 import torch
 
-from clex_train.cli import console
+from clex_train.console import program
 from clex_train.tracking import summary
 from clex_train.tracking.tracker import git_commit
 from clex_train.utils import locations, log, versions
@@ -31,7 +31,7 @@ def main() -> None:
     """Print the lines; no argument is taken."""
     if sys.argv[1:]:
         raise ValueError(f"argument={sys.argv[1]}: clex-train info takes none")
-    console.say("\n".join(lines()))
+    program.say("\n".join(lines()))
 
 
 def lines() -> Iterator[str]:
@@ -76,4 +76,4 @@ def _devices() -> str:
 
 if __name__ == "__main__":
     log.setup()
-    sys.exit(console.run(main, usage))
+    sys.exit(program.run(main, usage))

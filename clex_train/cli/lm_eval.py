@@ -30,28 +30,30 @@ if __name__ == "__main__":
 
 import torch
 
-from clex_train.cli import arguments as arguments_of
-from clex_train.cli import console, forecast, loading
+from clex_train.cli import forecast, loading
 from clex_train.cli.forecast import Amount
+from clex_train.cli.keys import METHOD_KEYS, MethodConfig, given
 from clex_train.cli.loading import Source
-from clex_train.cli.method_keys import METHOD_KEYS, MethodConfig, given
 from clex_train.config.bos import Bos
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import Method
+from clex_train.console import arguments as arguments_of
+from clex_train.console import program
 from clex_train.data.bos import adds_bos
-from clex_train.data.vocabulary import check_ids
 from clex_train.evaluation import harness, methods
 from clex_train.evaluation import provenance as origins
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.results import FORMAT, Origin
-from clex_train.evaluation.retrieval.plan import require_chat_template
 from clex_train.evaluation.runner import keeping_table, work_of
 from clex_train.models import architecture, load
 from clex_train.models.load import LoadedModel
+from clex_train.retrieval.plan import require_chat_template
 from clex_train.rope.native import native_handle_on_meta
+from clex_train.token_store.vocabulary import check_ids
 from clex_train.tracking.summary import labelled
 from clex_train.utils import distributed, log
-from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
+from clex_train.utils.bounds import MOST_TOKENS
+from clex_train.utils.errors import require, require_at_most
 from clex_train.utils.files import make_folder, write_atomically
 
 MOST = {
@@ -323,4 +325,4 @@ def usage() -> str:
 
 if __name__ == "__main__":
     log.setup()
-    sys.exit(console.run(main, usage, kept="finished parts are kept, the same command goes on"))
+    sys.exit(program.run(main, usage, kept="finished parts are kept, the same command goes on"))

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from clex_train.cli import console
+from clex_train.cli.keys import LoadingConfig
 from clex_train.config import recorded
-from clex_train.config.attention import AttentionImplementation
-from clex_train.config.engine import EngineConfig, Offload, Precision
+from clex_train.config.engine import EngineConfig, Offload
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
+from clex_train.console import program as console
 from clex_train.engine import deepspeed
 from clex_train.evaluation import partial_results
 from clex_train.evaluation import provenance as origins
@@ -30,56 +30,13 @@ from clex_train.models import load as modeling
 from clex_train.models.load import LoadedModel
 from clex_train.tracking import summary
 from clex_train.utils import checksums, distributed, log
-from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
-from clex_train.utils.errors import ConfigError
+from clex_train.utils.bounds import MOST_TOKENS
+from clex_train.utils.errors import ConfigError, require, require_at_most
 from clex_train.utils.files import require_plain_name, require_writable_folder, temporary_path
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.py")
 
 logger = log.get(__name__)
-
-
-@dataclass
-class LoadingConfig:
-    """Arguments of every program that loads a trained model."""
-
-    run: str | None = None
-    """Folder of a finished run: its `final/` is evaluated, by default on its own validation data and lengths. A folder
-    may stand without a key."""
-    model: str | None = None
-    """Model directory or hub name instead of a run."""
-    context_len: int | None = None
-    """L, the length that the base model was trained on; by default what the model says."""
-    allow_missing: list[str] = field(default_factory=list)
-    """Patterns such as `["lm_head.*"]` of tensors that weights and architecture need not share. Any other is refused by
-    name."""
-    precision: Precision = Precision.auto
-    """`auto`: bf16 on a GPU, fp32 on a CPU."""
-    attention: AttentionImplementation = AttentionImplementation.sdpa
-    """Attention back end of transformers; `flash_attention_2` needs flash-attn and a GPU. `sdpa`, also by `auto`, is
-    `eager` for a model without."""
-    sharded: bool = False
-    """Split the weights over the ranks (ZeRO-3) instead of a copy on each: for a model that one GPU does not hold."""
-    offload_parameters: bool = False
-    """With `sharded`: the weights stay in host memory and visit the GPU layer by layer."""
-    trust_remote_code: bool = False
-    """Allow Python code from `model` to run. Only for repositories you have read."""
-    revision: str | None = None
-    """Commit, tag or branch of a hub repository."""
-    label: str | None = None
-    """Name in tables and of the file; by default the folder's name, for the `final/` of a run the run's."""
-    output: str | None = None
-    """JSON file to write; by default `evaluation/<label>.json` in the run folder, or in `runs/<label>`. A file
-    that is named here is replaced."""
-
-    dry_run: bool = False
-    """Only say what it takes: cells, forwards, tokens, memory, and a time from one timed chunk. Reads the weights for
-    that; evaluates nothing and writes no file."""
-
-    @property
-    def path(self) -> str:
-        """The model directory or hub name."""
-        return str(Path(self.run) / "final") if self.run else str(self.model)
 
 
 @dataclass

@@ -59,7 +59,7 @@ def main() -> int:
         return USER_ERROR
     verb = VERBS[name]
     sys.argv[1:] = [*arguments, *verb.extra]
-    # Programs end by SystemExit, with the exit codes of `cli.console`.
+    # Programs end by SystemExit, with the exit codes of `console.program`.
     runpy.run_module(verb.module, run_name="__main__", alter_sys=True)
     return 0
 

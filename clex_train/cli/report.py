@@ -21,11 +21,11 @@ if __name__ == "__main__":
 
     stop_requests.end_on_signals()
 
-from clex_train.cli import arguments, console
-from clex_train.evaluation.report import evidence
-from clex_train.evaluation.report.write import INDEX, write
+from clex_train.console import arguments, program
+from clex_train.report import evidence
+from clex_train.report.write import INDEX, write
 from clex_train.utils import log
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 from clex_train.utils.files import SAVING, require_writable_folder
 
 
@@ -53,8 +53,8 @@ def main() -> None:
     try:
         tables = write(collected, output, [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
     except OSError as error:
-        raise console.unwritten(output, error, "make room or name another folder, and report again") from error
-    console.say("\n\n".join([*filter(None, [tables]), f"written to {output / INDEX}"]))
+        raise program.unwritten(output, error, "make room or name another folder, and report again") from error
+    program.say("\n\n".join([*filter(None, [tables]), f"written to {output / INDEX}"]))
 
 
 def default_output(named: list[Path]) -> Path:
@@ -70,4 +70,4 @@ def usage() -> str:
 
 if __name__ == "__main__":
     log.setup()
-    sys.exit(console.run(main, usage))
+    sys.exit(program.run(main, usage))

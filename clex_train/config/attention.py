@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
+from clex_train.utils.bounds import MOST_TOKENS
+from clex_train.utils.errors import require, require_at_most
 
 
 class AttentionImplementation(Enum):
@@ -18,6 +19,8 @@ class AttentionImplementation(Enum):
     flash_attention_2 = "flash_attention_2"
 
 
+# flash-attn 2 compiles its kernels for head dims up to this one.
+MAX_FLASH_HEAD_DIM = 256
 MOST = {
     "n_local": MOST_TOKENS,
     "n_global": MOST_TOKENS,

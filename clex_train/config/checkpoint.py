@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from clex_train.utils.bounds import MOST_STEPS, require, require_at_most
+from clex_train.utils.bounds import MOST_STEPS
+from clex_train.utils.errors import require, require_at_most
 
 # `continue` is a keyword of Python, so the class statement cannot spell it.
 OnFullDisk = Enum("OnFullDisk", {"stop": "stop", "continue": "continue"})

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
+from clex_train.utils.bounds import MOST_TOKENS
+from clex_train.utils.errors import require, require_at_most
 
 MOST_WEIGHT = 1e12
 MOST_DIGITS = 15

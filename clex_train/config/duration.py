@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 
 LONGEST_HOURS = 24 * 366
 _CLOCK = re.compile(r"(?:(\d{1,9})-)?(\d{1,9}):([0-5]\d):([0-5]\d)")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from clex_train.utils.bounds import MOST_RANKS, MOST_TOKENS, require, require_at_most
+from clex_train.utils.bounds import MOST_RANKS, MOST_TOKENS
+from clex_train.utils.errors import require, require_at_most
 
 
 class Offload(Enum):

@@ -10,7 +10,8 @@ from clex_train.config import retrieval
 from clex_train.config.bos import Bos
 from clex_train.config.method import Method
 from clex_train.config.retrieval import Task
-from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOST_TOKENS, require, require_at_most
+from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOST_TOKENS
+from clex_train.utils.errors import require, require_at_most
 
 
 class Protocol(Enum):

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
-from clex_train.utils.bounds import MOST_RANKS, require, require_at_most
+from clex_train.utils.bounds import MOST_RANKS
+from clex_train.utils.errors import require, require_at_most
 
 
 class Layout(Enum):

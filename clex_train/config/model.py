@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
-from clex_train.utils.bounds import MOST_TOKENS, require, require_at_most
+from clex_train.utils.bounds import MOST_TOKENS
+from clex_train.utils.errors import require, require_at_most
 
 
 class Init(Enum):

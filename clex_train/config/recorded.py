@@ -17,7 +17,8 @@ from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import BadFile
 from clex_train.utils.records import decode, read_yaml_mapping
 
-CONFIG = "config.yaml"
+CONFIG, FINAL = "config.yaml", "final"
+"""Names in a run folder: the configuration, and the directory of the trained model."""
 """Name of the file, in a run folder and in each of its checkpoints."""
 INTERPOLATION = re.compile(r"(\\*)\$\{")
 REMEDY = "copy the run folder again, or choose another output_dir"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 
 
 class Task(Enum):

@@ -29,8 +29,7 @@ from clex_train.config.optim import OptimConfig
 from clex_train.config.scaling import Positions, ScalingConfig
 from clex_train.config.suggestions import did_you_mean
 from clex_train.config.tracking import TrackingConfig
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError
+from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.files import require_plain_name
 
 

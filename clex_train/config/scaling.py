@@ -7,7 +7,8 @@ from enum import Enum
 from typing import Any
 
 from clex_train.config.method import EVALUATION_ONLY, FORMULAS, TRAINED_BY, Method
-from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOST_TOKENS, require, require_at_most
+from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOST_TOKENS
+from clex_train.utils.errors import require, require_at_most
 
 
 class Positions(Enum):

@@ -1,1 +1,1 @@
-"""Token stores, packing, the order of sequences, mixtures of domains, micro-batches."""
+"""Packing, the order of sequences, mixtures of domains, micro-batches."""

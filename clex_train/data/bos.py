@@ -7,10 +7,9 @@ A model trained with BOS needs it: Gemma scores near random without (lm-evaluati
 from __future__ import annotations
 
 from clex_train.config.bos import Bos
-from clex_train.data.store import TokenStore
+from clex_train.token_store.store import TokenStore
 from clex_train.utils import log
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError
+from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.protocols import Tokenizer
 
 logger = log.get(__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clex_train.data.store import TokenStore
+from clex_train.token_store.store import TokenStore
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError
 

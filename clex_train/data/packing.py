@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from clex_train.data.rows import Row
-from clex_train.data.store import TokenStore
 from clex_train.data.summary import PackingSummary
+from clex_train.token_store.store import TokenStore
 from clex_train.utils.errors import ConfigError
 
 NUM_SAMPLED = 512

@@ -12,8 +12,8 @@ from bisect import bisect_left, insort
 import numpy as np
 
 from clex_train.data.rows import PADDING, Row
-from clex_train.data.store import TokenStore
 from clex_train.data.summary import PackingSummary
+from clex_train.token_store.store import TokenStore
 from clex_train.utils.errors import ConfigError
 
 

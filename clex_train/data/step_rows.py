@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from clex_train.data.batch import MicroBatch
-from clex_train.data.shard_files import DamagedStore
+from clex_train.token_store.shard_files import DamagedStore
 from clex_train.utils import distributed
 from clex_train.utils.errors import RunStopped
 

@@ -18,7 +18,7 @@ from clex_train.config.optim import OptimConfig, Schedule
 from clex_train.config.root import Config
 from clex_train.engine import extensions, rendezvous, tiled_mlp
 from clex_train.utils import distributed, log, ranks
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 from clex_train.utils.protocols import Engine
 
 logger = log.get(__name__)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clex_train.config.engine import Liger
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 
 
 class Kernels(NamedTuple):

@@ -5,16 +5,20 @@ token of the next rank, which it could not find by shifting its own labels.
 Shapes: `B` rows, `S` tokens, `E` width, `V` vocabulary.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from clex_train.config.engine import EngineConfig
 from clex_train.engine.tiled_loss import IGNORED, Logits, implementation
 from clex_train.utils.protocols import CausalLM, Engine
+
+if TYPE_CHECKING:
+    from clex_train.config.engine import EngineConfig
 
 NLL = "nll_targets"
 """Keyword argument that `install_tiles` adds to a model: with it, a call returns the loss instead of logits."""

@@ -1,1 +1,1 @@
-"""Perplexity and retrieval against context length, confidence intervals, the report."""
+"""Perplexity and retrieval against context length: protocols, methods, results that resume."""

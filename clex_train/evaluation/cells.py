@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from clex_train.evaluation.duplicates import identity
 from clex_train.evaluation.perplexity import Predict, one_shot
-from clex_train.evaluation.protocols import Reading, Span
 from clex_train.evaluation.results import score_key
 from clex_train.scaling.table import Frequencies
+
+if TYPE_CHECKING:
+    from clex_train.evaluation.protocols import Reading, Span
 
 
 class Job(NamedTuple):

@@ -3,9 +3,12 @@
 Windows and prompts are chosen once, before training, and scored on every call.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,22 +16,23 @@ from clex_train.config.checkpoint import OnFullDisk
 from clex_train.config.method import Method
 from clex_train.config.root import Config
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
-from clex_train.data.store import TokenStore
-from clex_train.data.vocabulary import check_bos, check_embedding
 from clex_train.evaluation import methods, provenance, results, runner
+from clex_train.evaluation import retrieval_runner as retrieval
 from clex_train.evaluation.console import tables_of
 from clex_train.evaluation.protocols import readings
-from clex_train.evaluation.retrieval import plan
-from clex_train.evaluation.retrieval import runner as retrieval
 from clex_train.evaluation.windows import require_windows, select
 from clex_train.models import architecture
-from clex_train.models.load import LoadedModel, solve_table
+from clex_train.retrieval import plan
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.table import scale_grid
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.vocabulary import check_bos, check_embedding
 from clex_train.utils import distributed, log
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import InputError
+from clex_train.utils.errors import InputError, require
 from clex_train.utils.protocols import Tokenizer
+
+if TYPE_CHECKING:
+    from clex_train.models.load import LoadedModel
 
 logger = log.get(__name__)
 
@@ -62,7 +66,7 @@ class TrainingEvaluation:
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
         # The ODE has changed since the last evaluation.
-        solve_table(loaded)
+        loaded.solve_table()
         tables = methods.of_model(self.spec, loaded)
         inserted = methods.insertions(self.spec, loaded.model, loaded.context_len)
         scored = runner.evaluate(

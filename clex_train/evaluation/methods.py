@@ -6,12 +6,14 @@ Lambda-shaped mask over plain RoPE, or over the model's own frequencies at one t
 `scaling.methods`.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -19,7 +21,6 @@ from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import Method
 from clex_train.lm_infinite.install import LmInfinite, apply_lm_infinite
 from clex_train.lm_infinite.middle_tokens import BestMiddle
-from clex_train.models.load import LoadedModel
 from clex_train.rope.hf_scalings import ConfiguredRope
 from clex_train.rope.native import NoRotaryHandle
 from clex_train.rope.patch import RotaryHandle
@@ -27,7 +28,10 @@ from clex_train.scaling.methods import for_evaluation
 from clex_train.scaling.methods.base import Rope
 from clex_train.scaling.methods.none import none_table
 from clex_train.scaling.table import Frequencies, scale_grid
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
+
+if TYPE_CHECKING:
+    from clex_train.models.load import LoadedModel
 
 InsertedMask = Callable[[], AbstractContextManager[LmInfinite]]
 

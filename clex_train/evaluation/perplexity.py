@@ -8,21 +8,25 @@ evaluation) raises t after every L tokens. `protocols` chooses the spans. Shapes
 tokens of a chunk, `V` vocabulary, `L` context of the base model in tokens.
 """
 
+from __future__ import annotations
+
 import math
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from clex_train.attention import kv_cache
-from clex_train.evaluation.results import Score
 from clex_train.evaluation.scoring_head import score_chunk
-from clex_train.rope.patch import RotaryHandle
 from clex_train.rope.preallocated_cache import new_cache
 from clex_train.utils import distributed, log
+
+if TYPE_CHECKING:
+    from clex_train.evaluation.results import Score
+    from clex_train.rope.patch import RotaryHandle
 
 logger = log.get(__name__)
 

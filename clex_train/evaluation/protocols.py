@@ -19,7 +19,7 @@ import numpy as np
 
 from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.evaluation.perplexity import Predict, chunked, one_shot
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 
 MOST_BINS = 128
 """Maximum number of points of a curve of nll by position."""

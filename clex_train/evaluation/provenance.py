@@ -1,19 +1,23 @@
 """Provenance of an evaluation: command, weights, data and versions, enough to repeat it."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clex_train.data.store import TokenStore
 from clex_train.evaluation.results import Origin
 from clex_train.tracking import tracker
 from clex_train.utils import distributed
+
+if TYPE_CHECKING:
+    from clex_train.token_store.store import TokenStore
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json", "clex.json")
 BLOCK = 2**24

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from clex_train.evaluation.bootstrap import Difference, paired_difference, standard_errors
+from clex_train.utils.bootstrap import Difference, paired_difference, standard_errors
 from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import BadFile, make_folder, write_atomically
 from clex_train.utils.records import convert, read_json

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,17 +22,19 @@ from tqdm import tqdm
 
 from clex_train.attention.chunked_sdpa import chunked_attention
 from clex_train.evaluation.cells import Cell, Job, cells
-from clex_train.evaluation.out_of_memory import MemoryGuard
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.perplexity import Advance, evaluating, warn_of_overflow
 from clex_train.evaluation.protocols import Reading, curve
 from clex_train.evaluation.results import Missing, Results, Score, exact_score, with_standard_errors
 from clex_train.evaluation.scoring_head import tiled_head
-from clex_train.evaluation.windows import WindowSet
+from clex_train.resilience.out_of_memory import MemoryGuard
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.table import Frequencies
 from clex_train.utils import distributed, progress
 from clex_train.utils.errors import StopRequested
+
+if TYPE_CHECKING:
+    from clex_train.evaluation.windows import WindowSet
 
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 """Format of the bar. No counts: its unit is relative cost, since a token costs more in a longer window."""

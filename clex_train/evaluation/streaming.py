@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clex_train.attention import kv_cache
-from clex_train.data.store import TokenStore
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.perplexity import evaluating, warn_of_overflow
 from clex_train.evaluation.results import Results, Score, exact_score, score_key, with_standard_errors
 from clex_train.evaluation.scoring_head import token_nll
 from clex_train.lm_infinite.install import LmInfinite
+from clex_train.token_store.store import TokenStore
 from clex_train.utils import distributed, progress
 from clex_train.utils.errors import ConfigError
 

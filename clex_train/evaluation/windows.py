@@ -11,7 +11,7 @@ from itertools import count, islice
 
 import numpy as np
 
-from clex_train.data.store import TokenStore
+from clex_train.token_store.store import TokenStore
 from clex_train.utils import distributed, log
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.seeding import generator

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from transformers.utils import is_flash_attn_2_available
 
+from clex_train.attention.block_mask import band_mask, padded_band_mask
 from clex_train.attention.partial_softmax import PartialAttention, SoftmaxRule, masked_score
-from clex_train.attention.select import MAX_FLASH_HEAD_DIM
-from clex_train.lm_infinite.block_mask import band_mask, padded_band_mask
+from clex_train.config.attention import MAX_FLASH_HEAD_DIM
 from clex_train.lm_infinite.local_window import MIN_BLOCK, attend_window, default_block_len
 from clex_train.lm_infinite.stream import KeyValues, Place
 from clex_train.utils import log

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from clex_train.lm_infinite.padding import gather_tokens, left_pad_order
+from clex_train.attention.padding import gather_tokens, left_pad_order
 from clex_train.lm_infinite.rotation import TableRotation
 from clex_train.lm_infinite.stream import KeyValues, RotatedKeys, Stream
 

@@ -6,7 +6,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
-from clex_train.attention import kv_cache, ulysses
+from clex_train.attention import kv_cache
 from clex_train.attention.layer_probe import (
     LayerProbe,
     layer_type,
@@ -15,6 +15,7 @@ from clex_train.attention.layer_probe import (
     probe_layers,
     rotary_attention,
 )
+from clex_train.attention.select import ULYSSES
 from clex_train.lm_infinite.adapters import ADAPTERS
 from clex_train.lm_infinite.rotation import find_rotary_site
 from clex_train.utils.errors import ConfigError
@@ -76,7 +77,7 @@ def check_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     """Refuse a call of the model whose result would differ from the request (a forward pre-hook)."""
     chosen = module.config._attn_implementation
     # Attention is switched by name on the config; any other function would attend to unrotated keys.
-    if chosen not in (NAME, ulysses.NAME):
+    if chosen not in (NAME, ULYSSES):
         raise ValueError(f"attn_implementation={chosen}: {NAME} is applied and keeps keys unrotated; undo() it first")
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
         raise ValueError(

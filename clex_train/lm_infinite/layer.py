@@ -20,6 +20,7 @@ from clex_train.attention import kv_cache
 from clex_train.attention.kv_cache import LibraryChanged
 from clex_train.attention.layer_probe import parameter_names
 from clex_train.attention.log_scaling import MOST_VISIBLE
+from clex_train.attention.padding import gather_tokens, invert_order, left_pad_order
 from clex_train.attention.partial_softmax import SoftmaxRule
 from clex_train.lm_infinite.adapters import Adapter
 from clex_train.lm_infinite.back_ends import BackEndChoice, CallFacts
@@ -27,7 +28,6 @@ from clex_train.lm_infinite.cache import LambdaCache, LambdaCacheLayer
 from clex_train.lm_infinite.compatibility import LAYER, NAME
 from clex_train.lm_infinite.lambda_attention import Scheme, lambda_attention
 from clex_train.lm_infinite.middle_tokens import Middle
-from clex_train.lm_infinite.padding import gather_tokens, invert_order, left_pad_order
 from clex_train.lm_infinite.rotation import RotarySite, TableRotation
 from clex_train.lm_infinite.stream import KeyValues, Rotation, Stream
 

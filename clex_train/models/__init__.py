@@ -1,1 +1,1 @@
-"""Models of transformers: architecture, weights, directories with a CLEX field, kernels."""
+"""Models of transformers: architecture, weights, directories with a CLEX field."""

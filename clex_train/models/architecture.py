@@ -14,13 +14,12 @@ from transformers import AutoConfig, PretrainedConfig
 from clex_train.config.model import Init, ModelConfig
 from clex_train.models import directory as model_directory
 from clex_train.models import hub, official
-from clex_train.rope import config_checks, recipes
+from clex_train.rope import config_checks
+from clex_train.rope.context_length import ContextLength, context_in_config, stated_length
 from clex_train.rope.patch import require_rotary
-from clex_train.rope.recipes import ContextLength
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.utils import locations, log
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError, InputError
+from clex_train.utils.errors import ConfigError, InputError, require
 
 logger = log.get(__name__)
 
@@ -155,7 +154,7 @@ def context_source(model: ModelConfig, config: PretrainedConfig) -> ContextLengt
             "key out",
         )
         return ContextLength(model.context_len, key)
-    own = trained_on or recipes.own_context(config, key)
+    own = trained_on or context_in_config(config, key)
     require(own is not None, key, None, "the architecture does not say what context it was trained on")
     assert own is not None
     return own
@@ -243,7 +242,7 @@ def _context_of_field(path: str) -> ContextLength | None:
     if official.is_official(directory):
         config = official.read_official_config(directory)
         config.name_or_path = path
-        length = recipes.stated_length(config, "max_position_embeddings")
+        length = stated_length(config, "max_position_embeddings")
         assert length is not None
         return ContextLength(length, "max_position_embeddings of the original CLEX")
     return None

@@ -16,6 +16,7 @@ from msgspec import Meta
 from safetensors.torch import load_file, save_file
 
 from clex_train.config.scaling import LogScale
+from clex_train.models.weight_files import WEIGHT_FILES
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.solver import MAX_STEPS
 from clex_train.scaling.table import MAX_FACTORS, FrequencyTable
@@ -25,13 +26,6 @@ from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import BadFile, require_regular
 
 CLEX_JSON, CLEX_TENSORS, TABLE = "clex.json", "clex.safetensors", "frequencies.safetensors"
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-"""Weight files in the order in which transformers looks for them."""
 FORMAT = 1
 
 

@@ -10,7 +10,7 @@ from clex_train.models import directory as model_directory
 from clex_train.models import official
 from clex_train.scaling.clex import Clex
 from clex_train.utils import log
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 
 logger = log.get(__name__)
 

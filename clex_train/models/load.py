@@ -21,7 +21,7 @@ from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
 from clex_train.config.scaling import LogScale, Positions
 from clex_train.lm_infinite.install import apply_lm_infinite
-from clex_train.models import architecture, hub, official, weights
+from clex_train.models import architecture, hub, memory_options, official, weights
 from clex_train.models import directory as model_directory
 from clex_train.models.initial_field import starting_field
 from clex_train.rope import recipes
@@ -33,8 +33,7 @@ from clex_train.scaling.clex import Clex
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.utils import distributed, log, seeding
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError, first_line, is_out_of_memory
+from clex_train.utils.errors import ConfigError, first_line, is_out_of_memory, require
 from clex_train.utils.protocols import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -66,6 +65,15 @@ class LoadedModel:
     def base_inv_freq(self) -> torch.Tensor:
         """Inverse frequencies of the unmodified model, float64 [P]."""
         return self.handle.base_inv_freq
+
+    def solve_table(self) -> FrequencyTable | None:
+        """Solve theta(t) with the current ODE weights at the integers up to t_max, and use it in the model."""
+        if self.clex is None:
+            return None
+        table = self.clex.table(scale_grid(self.clex.t_max))
+        self.table = dataclasses.replace(table, context_len=self.context_len, t_factor=self.t_factor)
+        self.handle.use(self.table)
+        return self.table
 
 
 def training_tokenizer(model: ModelConfig, arch: PretrainedConfig, store_tokenizer: Path) -> Tokenizer:
@@ -132,7 +140,7 @@ def load_for_training(
     else:
         model = _random_model(config, trained, dtype)
     if config.engine.activation_checkpointing:
-        recompute_layers(model)
+        memory_options.recompute_layers(model)
     # A KV cache is useless in training, and transformers warns about it under gradient checkpointing.
     model.config.use_cache = False
     # A method that adapts to the length by itself (dynamic NTK, LongRoPE) keeps its own rotary module.
@@ -219,26 +227,8 @@ def load_for_evaluation(
         field = official.read_official_field(directory, loaded.base_inv_freq)
         loaded.clex = field.clex
         _scale_logits(loaded, LogScale(field.log_scale))
-        solve_table(loaded)
+        loaded.solve_table()
     return loaded
-
-
-def recompute_layers(model: PreTrainedModel) -> None:
-    """Enable activation checkpointing: keep only each decoder layer's input for the backward pass."""
-    # transformers renamed the method in 5.23.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    # The reentrant variant needs inputs that require gradients, and torch advises against it.
-    enable({"use_reentrant": False})
-
-
-def solve_table(loaded: LoadedModel) -> FrequencyTable | None:
-    """Solve theta(t) with the current ODE weights at the integers up to t_max, and use it in the model."""
-    if loaded.clex is None:
-        return None
-    table = loaded.clex.table(scale_grid(loaded.clex.t_max))
-    loaded.table = dataclasses.replace(table, context_len=loaded.context_len, t_factor=loaded.t_factor)
-    loaded.handle.use(loaded.table)
-    return loaded.table
 
 
 @contextmanager

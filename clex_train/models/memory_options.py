@@ -77,6 +77,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=num_parameters)
 
 
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Enable activation checkpointing: keep only each decoder layer's input for the backward pass."""
+    # transformers renamed the method in 5.23.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    # The reentrant variant needs inputs that require gradients, and torch advises against it.
+    enable({"use_reentrant": False})
+
+
 class _Given(nn.Module):
     """Fake decoder that returns given hidden states for any input."""
 

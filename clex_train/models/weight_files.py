@@ -14,11 +14,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from clex_train.models.directory import WEIGHT_FILES
 from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import BadFile, is_inside, is_lfs_pointer, require_regular
 from clex_train.utils.records import read_record
 
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Weight files in the order in which transformers looks for them."""
 NAMED = 3
 """Names shown in a message at most."""
 ROWS = 4096

@@ -26,8 +26,7 @@ from clex_train.models.directory import has_weights
 from clex_train.models.weight_files import NotThere, Stored, files, have_equal_values, named, read_headers
 from clex_train.rope.probe import model_on_meta
 from clex_train.utils import log
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError, first_line
+from clex_train.utils.errors import ConfigError, first_line, require
 
 Report = Mapping[str, Any]
 """Loading info of transformers: missing_keys, unexpected_keys, mismatched_keys."""

@@ -1,1 +1,1 @@
-"""Checks and plans before anything expensive: memory of a run, dry run, out-of-memory advice."""
+"""Checks and plans before anything expensive: kernels, memory of a run, dry run, out-of-memory advice."""

@@ -22,8 +22,7 @@ from clex_train.models import official
 from clex_train.preflight import meta_model
 from clex_train.preflight.activations import LiveBytes
 from clex_train.rope.probe import find_rotary
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError
+from clex_train.utils.errors import ConfigError, require
 
 NAME = "borders_of_documents"
 LENGTHS = ((3, 1, 4), (1, 5, 2))

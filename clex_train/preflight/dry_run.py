@@ -1,78 +1,13 @@
-"""Print the plan of a run on any machine: sizes, tokens, memory. No weights, no data, no GPU, no DeepSpeed.
+"""Print the plan of a run on any machine: sizes, tokens, memory. No weights, no data, no GPU, no DeepSpeed."""
 
-Memory is given at three moments of a step: at the loss, in the backward pass of the layers, in the optimizer's update.
-State follows the formulas of `preflight/memory.py`; activations and logits are counted by `preflight/activations.py` on
-the architecture itself.
-"""
-
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
-import torch
-from transformers import PretrainedConfig
-
-from clex_train.config.attention import AttentionImplementation
-from clex_train.config.engine import EngineConfig
-from clex_train.config.method import Method
 from clex_train.config.root import Config
 from clex_train.data.build import describe, mixture_line, packing_line, planned_epochs
-from clex_train.data.shards import part_len
-from clex_train.engine import deepspeed as engines
-from clex_train.preflight import memory, meta_model, sequence_parallel
-from clex_train.preflight.activations import Footprint
-from clex_train.preflight.memory import Held
-from clex_train.preflight.run_checks import Inputs, Preflight, Scope, run_checks
-from clex_train.scaling.clex import Clex
+from clex_train.preflight.plan import Plan, gib, make_plan, memory_table
+from clex_train.preflight.run_checks import Inputs, Scope, run_checks
 from clex_train.tracking import summary
-from clex_train.tracking.summary import Batch, Subject
 from clex_train.utils import distributed, log
-
-GIB = 2**30
-MOMENTS = ("loss", "layers", "update")
-BESIDES = 1.5
-
-
-@dataclass(frozen=True)
-class Part:
-    """A line of the memory table: bytes on the device at each of `MOMENTS`, and in host memory."""
-
-    name: str
-    device: tuple[float, float, float]
-    host: float = 0.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is going to be; `parts` are the memory of one rank."""
-
-    config: Config
-    """With the lengths that the model gives."""
-    subject: Subject
-    counts: meta_model.Counts
-    num_ode_parameters: int
-    batch: Batch
-    on_gpu: bool
-    parts: tuple[Part, ...]
-    evaluation_cache: float
-    """Bytes of the keys and values of the longest text that is evaluated while training goes on; 0 for none."""
-    inputs: Inputs
-
-    def totals(self) -> tuple[float, float, float]:
-        """Bytes on the device at each of `MOMENTS`."""
-        loss, layers, update = (sum(column) for column in zip(*(part.device for part in self.parts), strict=True))
-        return loss, layers, update
-
-    @property
-    def peak(self) -> float:
-        """Most bytes on the device."""
-        return max(self.totals())
-
-    @property
-    def host(self) -> float:
-        """Bytes in host memory."""
-        return sum(part.host for part in self.parts)
 
 
 @log.buffered()
@@ -84,107 +19,6 @@ def print_plan(config: Config) -> None:
     print(log.printable("\n".join((*_summary(plan), "", *memory_table(plan)))), flush=True)
 
 
-def make_plan(ready: Preflight) -> Plan:
-    """Compute everything that `print_plan` shows from what the checks built."""
-    config, arch, settings = ready.config, ready.arch, ready.settings
-    counts, dtype = meta_model.count(ready.on_meta), engines.precision(config.engine)
-    on_gpu = torch.cuda.is_available() or dtype is torch.bfloat16
-    clex = _clex(config, counts)
-    sharding = memory.sharding(settings, ready.world_size, dtype, config.engine.activation_checkpointing, on_gpu)
-    footprint = _footprint(ready, dtype, clex is not None and config.scaling.lr_scale > 0, on_gpu)
-    return Plan(
-        config=config,
-        subject=Subject(
-            weights=summary.weights_of(config.model, ready.model.path is not None),
-            model_type=arch.model_type,
-            num_parameters=counts.total,
-            dtype=dtype,
-            context_len=ready.context.length,
-            context_source=ready.context.source,
-        ),
-        counts=counts,
-        num_ode_parameters=sum(p.numel() for p in clex.parameters()) if clex else 0,
-        batch=Batch(ready.world_size, settings["train_micro_batch_size_per_gpu"], sharding.accumulation),
-        on_gpu=on_gpu,
-        parts=_parts(sharding, counts, footprint, clex, _document_mask(config, arch, dtype, settings)),
-        evaluation_cache=0.0 if config.evaluation.every < 0 else _cache(arch, config.evaluation.longest(), dtype),
-        inputs=ready.inputs,
-    )
-
-
-def _footprint(ready: Preflight, dtype: torch.dtype, learns_frequencies: bool, on_gpu: bool) -> Footprint:
-    """Measure the activations of a micro batch."""
-    config, engine = ready.config, ready.config.engine
-    return meta_model.footprint(
-        # Sizes are those of the trained architecture, which may follow the length and then takes no handle.
-        ready.arch,
-        rows=ready.settings["train_micro_batch_size_per_gpu"],
-        tokens=part_len(config.data.seq_len, engine.sequence_parallel),
-        dtype=dtype,
-        attention=config.attention.implementation.value,
-        # On a CPU the inputs of layers are in host memory already.
-        engine=dataclasses.replace(engine, offload_activations=engine.offload_activations and on_gpu),
-        learns_frequencies=learns_frequencies,
-    )
-
-
-def _document_mask(config: Config, arch: PretrainedConfig, dtype: torch.dtype, settings: dict[str, Any]) -> Part | None:
-    """Masks [rows, 1, S, S] that keep documents apart: one of bools, and one that SDPA makes of it in each layer."""
-    masked = (AttentionImplementation.sdpa, AttentionImplementation.eager)
-    apart_without = config.engine.sequence_parallel > 1 or config.attention.implementation not in masked
-    if not config.data.document_mask or apart_without:
-        return None
-    bools = settings["train_micro_batch_size_per_gpu"] * config.data.seq_len**2
-    if config.engine.activation_checkpointing:
-        return Part("document mask", (bools, bools * (1 + dtype.itemsize), 0.0))
-    whole = bools * (1 + arch.get_text_config().num_hidden_layers * dtype.itemsize)
-    return Part("document mask", (whole, whole, 0.0))
-
-
-def _cache(arch: PretrainedConfig, num_tokens: int, dtype: torch.dtype) -> float:
-    """Bytes of the keys and values of one text, as a cache of every layer holds them."""
-    _, key_heads, width = sequence_parallel.heads_of(arch)
-    return float(2 * arch.get_text_config().num_hidden_layers * key_heads * width * num_tokens * dtype.itemsize)
-
-
-def _clex(config: Config, counts: meta_model.Counts) -> Clex | None:
-    if config.scaling.name is not Method.clex:
-        return None
-    return Clex(counts.base_inv_freq, t_max=config.scaling.t_max, param_factor=config.scaling.param_factor)
-
-
-def _parts(
-    sharding: memory.Sharding, counts: meta_model.Counts, footprint: Footprint, clex: Clex | None, mask: Part | None
-) -> tuple[Part, ...]:
-    state = memory.optimizer(sharding, counts.trainable)
-    workspace = memory.update_workspace(sharding, counts.trainable)
-    parts = (
-        _constant("parameters", memory.parameters(sharding, counts.blocks)),
-        _constant("gradients", memory.gradients(sharding, counts.trainable)),
-        Part("optimizer", (state.device, state.device, state.device + workspace.device), state.host),
-        Part("activations", (footprint.activations, footprint.layers, 0.0), footprint.host),
-        Part("logits", (footprint.logits, 0.0, 0.0)),
-        *([mask] if mask else []),
-        _constant("ODE", _ode(clex) if clex else Held(0.0)),
-    )
-    return parts if sharding.on_gpu else tuple(map(_in_one_memory, parts))
-
-
-def _in_one_memory(part: Part) -> Part:
-    """On a CPU the device's memory is the host's."""
-    loss, layers, update = part.device
-    return Part(part.name, (loss + part.host, layers + part.host, update + part.host))
-
-
-def _ode(clex: Clex) -> Held:
-    num_pairs, num_hidden = clex.up.shape
-    return memory.ode(num_pairs, num_hidden, clex.num_steps)
-
-
-def _constant(name: str, held: Held) -> Part:
-    return Part(name, (held.device, held.device, held.device), held.host)
-
-
 def _summary(plan: Plan) -> Iterator[str]:
     config = plan.config
     yield f"plan of {config.name}"
@@ -194,7 +28,7 @@ def _summary(plan: Plan) -> Iterator[str]:
     if not config.model.is_pretrained and plan.inputs.tokenizer is None:
         yield summary.labelled("", "the vocabulary is that of model.config here; the run takes the data store's")
     if plan.evaluation_cache:
-        longest, size = config.evaluation.longest(), _gib(plan.evaluation_cache)
+        longest, size = config.evaluation.longest(), gib(plan.evaluation_cache)
         where = "in host memory" if config.evaluation.offload_cache else "beside the state of the training"
         yield summary.labelled("", f"evaluating {longest:,} tokens: keys and values take {size} GiB a rank, {where}")
     yield summary.labelled("output", config.output_dir)
@@ -215,39 +49,3 @@ def _data(config: Config, inputs: Inputs) -> Iterator[str]:
     if data.domains:
         yield summary.labelled("mixture", mixture_line(data))
         yield summary.labelled("repeated", planned_epochs(data, config.optim))
-
-
-def memory_table(plan: Plan) -> Iterator[str]:
-    """The lines of the memory of one rank, by part and moment."""
-    engine, batch, seq_len = plan.config.engine, plan.batch, plan.config.data.seq_len
-    yield (
-        f"memory of one {'GPU' if plan.on_gpu else 'rank'} of {batch.world_size} in GiB: ZeRO-{engine.zero_stage}, "
-        f"offload {engine.offload.name}, {str(plan.subject.dtype).removeprefix('torch.')}, "
-        f"{batch.micro_batch} * {part_len(seq_len, engine.sequence_parallel):,} tokens"
-        f"{'' if engine.sequence_parallel == 1 else f' of {seq_len:,}'}, {', '.join(_kept(engine))}"
-    )
-    yield f"  {'at the moment of':<16}{''.join(f'{moment:>10}' for moment in MOMENTS)}{'host':>10}"
-    for part in (*plan.parts, Part("total", plan.totals(), plan.host)):
-        yield f"  {part.name:<16}{''.join(f'{_gib(n):>10}' for n in (*part.device, part.host))}"
-    moment = MOMENTS[plan.totals().index(plan.peak)]
-    remark = f"; leave about {BESIDES:g} GiB for the CUDA context, NCCL and fragmentation" if plan.on_gpu else ""
-    yield f"  peak {_gib(plan.peak)} GiB ({moment}){remark}"
-    if plan.host >= GIB:
-        yield f"  host {_gib(plan.host)} GiB a rank: a node needs that for each of its ranks"
-
-
-def _kept(engine: EngineConfig) -> Iterator[str]:
-    """Name the settings that decide on the memory of activations and logits."""
-    if engine.offload_activations:
-        yield "layers recomputed from the host"
-    else:
-        yield "layers recomputed" if engine.activation_checkpointing else "activations kept"
-    for name, tile_len in (("loss", engine.tiled_loss), ("MLP", engine.tiled_mlp)):
-        if tile_len is not None:
-            yield f"{name} in tiles of {tile_len:,}"
-
-
-def _gib(count: float) -> str:
-    """Two decimals, or as many as a small figure needs to be seen."""
-    value = count / GIB
-    return "-" if value == 0 else f"{value:,.2f}" if value >= 0.1 else f"{value:.4f}"

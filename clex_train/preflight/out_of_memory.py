@@ -9,7 +9,7 @@ import torch
 
 from clex_train.config.engine import EngineConfig, Offload
 from clex_train.config.root import Config
-from clex_train.preflight import dry_run
+from clex_train.preflight.plan import Plan, make_plan, memory_table
 from clex_train.preflight.run_checks import Preflight, Scope, run_checks
 from clex_train.utils import distributed
 from clex_train.utils.errors import InputError, RunStopped, first_line, is_out_of_memory
@@ -43,7 +43,7 @@ def explain(config: Config, error: BaseException, ready: Preflight | None = None
     """
     what = f"out of memory on rank {distributed.rank()}: {first_line(error)}"
     try:
-        plan = dry_run.make_plan(ready or run_checks(config, Scope.plan))
+        plan = make_plan(ready or run_checks(config, Scope.plan))
     except InputError as refused:
         return f"{what}\n(no estimate: {refused})\nturn down: {'; '.join(_rows(config))}"
     ways = (*_rows(config, plan), *_state(config))
@@ -52,14 +52,14 @@ def explain(config: Config, error: BaseException, ready: Preflight | None = None
     return "\n".join(
         (
             f"{what}; the checkpoints are intact",
-            *dry_run.memory_table(plan),
+            *memory_table(plan),
             f"turn down, most effect first: {'; '.join(ways)}",
             "dry_run=true shows the estimate of any change without a GPU",
         )
     )
 
 
-def _share(plan: dry_run.Plan, names: tuple[str, ...]) -> float:
+def _share(plan: Plan, names: tuple[str, ...]) -> float:
     """Most bytes that the parts of these names hold together at one moment."""
     most: float = max(
         sum(moment) for moment in zip(*(part.device for part in plan.parts if part.name in names), strict=True)
@@ -67,7 +67,7 @@ def _share(plan: dry_run.Plan, names: tuple[str, ...]) -> float:
     return most
 
 
-def _rows(config: Config, plan: dry_run.Plan | None = None) -> Iterator[str]:
+def _rows(config: Config, plan: Plan | None = None) -> Iterator[str]:
     """For activations and logits, those for the larger of the two first."""
     engine = config.engine
     if engine.micro_batch is None:

@@ -19,20 +19,20 @@ from clex_train.config import root as configuration
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config, Resume
 from clex_train.data import build as data
-from clex_train.data import vocabulary
 from clex_train.data.build import PackedRows
 from clex_train.data.overlap import require_disjoint
 from clex_train.data.rows import Rows
-from clex_train.data.store import TokenStore
 from clex_train.engine import deepspeed as engines
 from clex_train.engine import liger
 from clex_train.evaluation import during_training
 from clex_train.evaluation.during_training import TrainingEvaluation
-from clex_train.models import architecture, directory, kernels, load, memory_options, weights
-from clex_train.preflight import document_mask, sequence_parallel
+from clex_train.models import architecture, directory, load, memory_options, weights
+from clex_train.preflight import document_mask, kernels, sequence_parallel
+from clex_train.rope.context_length import ContextLength
 from clex_train.rope.native import native_handle_on_meta
 from clex_train.rope.probe import model_on_meta, require_rotary, sharing_meta_models
-from clex_train.rope.recipes import ContextLength
+from clex_train.token_store import vocabulary
+from clex_train.token_store.store import TokenStore
 from clex_train.tracking import run_folder, tracker
 from clex_train.utils import distributed, log
 from clex_train.utils.errors import ConfigError, InputError

@@ -18,7 +18,7 @@ from clex_train.config.root import Config
 from clex_train.preflight import meta_model
 from clex_train.preflight.activations import LiveBytes
 from clex_train.rope.probe import find_rotary
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 
 NAME = "heads_of_a_part"
 POSITIONS = (5, 6, 7, 8)

@@ -186,7 +186,7 @@ def listen() -> None:
 
 
 def end_on_signals() -> None:
-    """Make SIGINT, SIGTERM and SIGHUP raise `Interrupted`, which `cli.console` reports in one line."""
+    """Make SIGINT, SIGTERM and SIGHUP raise `Interrupted`, which `console.program` reports in one line."""
     _begin(ENDING, ENDING)
 
 

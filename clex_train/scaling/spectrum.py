@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 # Radians of a whole turn.
@@ -29,6 +29,11 @@ class Spectrum:
     inv_freq: Float[Tensor, " P"]
     t: float = 1.0
     attention_factor: float = 1.0
+
+
+def ntk_exponents(num_pairs: int) -> Float64[Tensor, " P"]:
+    """Return 2j / (d - 2), from 0 for the fastest pair to 1 for the slowest; 0 for the only pair of d = 2."""
+    return torch.arange(num_pairs, dtype=torch.float64) / max(1, num_pairs - 1)
 
 
 def cos_sin(

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from clex_train.scaling.methods.ntk import ntk_exponents
+from clex_train.scaling.spectrum import ntk_exponents
 
 OFFICIAL_BASE = 10000.0
 

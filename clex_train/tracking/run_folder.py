@@ -12,7 +12,7 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 from clex_train.config import recorded as recorded_config
-from clex_train.config.recorded import CONFIG
+from clex_train.config.recorded import CONFIG, FINAL
 from clex_train.config.root import Config, Resume
 from clex_train.utils import distributed, files, log
 from clex_train.utils.errors import NO_ROOM, ConfigError, InputError, first_line
@@ -23,7 +23,6 @@ from clex_train.utils.records import read_json
 logger = log.get(__name__)
 
 LOCKS = "locks"
-FINAL = "final"
 WRITTEN_FIRST = (LOCKS, CONFIG, "environment.json")
 """Entries that a launch creates in a new folder before it trains."""
 

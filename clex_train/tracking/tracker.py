@@ -1,5 +1,7 @@
 """Metric logging on rank 0: metrics.jsonl, a progress bar on the console, and wandb if enabled."""
 
+from __future__ import annotations
+
 import json
 import math
 import netrc
@@ -12,17 +14,19 @@ import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch
 
 from clex_train.config.checkpoint import OnFullDisk
-from clex_train.config.root import Config
 from clex_train.config.tracking import TrackingConfig, Wandb
 from clex_train.tracking.metrics_log import MetricsLog
 from clex_train.utils import distributed, files, locations, log, progress
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
+
+if TYPE_CHECKING:
+    from clex_train.config.root import Config
 
 logger = log.get(__name__)
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from clex_train.config import recorded
 from clex_train.engine import deepspeed as engines
-from clex_train.models import load
 from clex_train.models.save import is_finished as is_whole
 from clex_train.models.save import write_final
 from clex_train.preflight.run_checks import Preflight
@@ -17,8 +17,8 @@ logger = log.get(__name__)
 
 def save(parts: Parts, tokenizer: Tokenizer) -> None:
     """Write the weights, the frequencies of the last step and the tokenizer. Collective."""
-    load.solve_table(parts.loaded)
-    final = Path(parts.config.output_dir) / run_folder.FINAL
+    parts.loaded.solve_table()
+    final = Path(parts.config.output_dir) / recorded.FINAL
     write_final(final, parts.loaded, engines.consolidated_state_dict(parts.engine), tokenizer)
 
 
@@ -28,7 +28,7 @@ def is_finished(ready: Preflight) -> bool:
     if history is None or history.first_step != config.optim.steps:
         return False
     engines.open_process_group(config.engine)
-    final = Path(config.output_dir) / run_folder.FINAL
+    final = Path(config.output_dir) / recorded.FINAL
     if not is_whole(final):
         return False
     logger.info("%s is finished: its final model is in %s", config.output_dir, final)

@@ -21,11 +21,11 @@ from torch import Tensor
 from clex_train.data.batch import MicroBatch, collate_documents, collate_rows
 from clex_train.data.loader import batches
 from clex_train.data.order import SkippedRows
-from clex_train.data.shard_files import DamagedStore
 from clex_train.data.shards import shard_collate
 from clex_train.data.step_rows import loss_weights, read_step
 from clex_train.engine.deepspeed import gradient_norm, learning_rate, set_learning_rate
 from clex_train.scaling.solver import UnstableField
+from clex_train.token_store.shard_files import DamagedStore
 from clex_train.tracking.metrics import row_spans, speed
 from clex_train.training import recovery, state
 from clex_train.training.state import Parts, Progress

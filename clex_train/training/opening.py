@@ -1,14 +1,19 @@
 """Open a run that the checks let pass: print what is ahead, join the process group, write the launch's records."""
 
+from __future__ import annotations
+
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clex_train.data import build as data
 from clex_train.engine import deepspeed as engines
 from clex_train.models import size
-from clex_train.preflight.run_checks import Preflight
 from clex_train.tracking import run_folder, summary, tracker
 from clex_train.utils import distributed
+
+if TYPE_CHECKING:
+    from clex_train.preflight.run_checks import Preflight
 
 STOP_FILE = "stop"
 """In the run folder: while it is there, the run is asked to stop; the next launch removes it."""

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from clex_train.data.order import original_index
-from clex_train.data.shard_files import DamagedStore
 from clex_train.engine.deepspeed import has_stepped
+from clex_train.token_store.shard_files import DamagedStore
 from clex_train.tracking.metrics import row_spans
 from clex_train.training import non_finite, state
 from clex_train.utils import distributed, log, seeding

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 
 from clex_train.utils import ranks
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import RunStopped, first_line
+from clex_train.utils.errors import RunStopped, first_line, require
 
 T = TypeVar("T")
 

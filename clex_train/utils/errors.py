@@ -1,9 +1,10 @@
-"""Errors that end a program, each with its own exit code, and tests for a full memory or disk."""
+"""Errors that end a program, checks that raise `ConfigError`, and tests for a full memory or disk."""
 
 import errno
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 ALLOCATOR_WORDS = (
@@ -14,6 +15,10 @@ ALLOCATOR_WORDS = (
 )
 """Phrases that identify allocation failures raised as plain `RuntimeError`."""
 
+MOST_ITEMS = 1000
+"""Length of a list of numbers in a configuration."""
+LONGEST_SHOWN = 80
+"""Characters of a refused name that a message shows."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OS_ERROR_OF_RUST = re.compile(r"\(os error (\d+)\)$")
 """Suffix with which Rust libraries (safetensors, tokenizers) report an error of the operating system."""
@@ -42,6 +47,34 @@ class ConfigError(InputError):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.remedy}" if self.value is None else f"{self.key}={self.value}: {self.remedy}"
+
+
+def require(condition: bool, key: str, value: object, remedy: str) -> None:
+    """Raise `ConfigError` unless `condition`, on a value that the user set, is true."""
+    if not condition:
+        raise ConfigError(key, value, remedy)
+
+
+def shortened(text: str) -> str:
+    """Return a text that fits one line: quoted if empty or with unprintable characters, and truncated."""
+    shown = text if text.strip() == text != "" and text.isprintable() else repr(text)
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+
+
+def require_at_most(settings: object, prefix: str, most: Mapping[str, float]) -> None:
+    """Raise `ConfigError` for numbers that are not finite, or larger than any machine can serve.
+
+    `most` maps fields of `settings` to upper bounds. Lists are checked item by item, and for their length.
+    """
+    for name, bound in most.items():
+        value = getattr(settings, name)
+        items = value if isinstance(value, list) else [value]
+        key = f"{prefix}{name}"
+        require(len(items) <= MOST_ITEMS, key, f"[{len(items)} numbers]", f"at most {MOST_ITEMS}")
+        for item in items:
+            # -inf is below every bound; an int is finite, and may be too large for math.isfinite.
+            is_finite = not isinstance(item, float) or math.isfinite(item)
+            require(item is None or (is_finite and item <= bound), key, value, f"a finite number, at most {bound:,}")
 
 
 class RunStopped(RuntimeError):

@@ -6,6 +6,7 @@ files, inside their folder and of bounded size.
 """
 
 import hashlib
+import logging
 import os
 import shutil
 import stat
@@ -16,11 +17,9 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from clex_train.utils import log
-from clex_train.utils.bounds import require, shortened
-from clex_train.utils.errors import NO_ROOM, ConfigError, InputError, no_room
+from clex_train.utils.errors import NO_ROOM, ConfigError, InputError, no_room, require, shortened
 
-logger = log.get(__name__)
+logger = logging.getLogger(__name__)
 
 TEMPORARY_SUFFIX = ".tmp"
 DAMAGED = ".damaged"

@@ -1,6 +1,7 @@
 """Logging for multi-rank programs: rank 0 logs from INFO, other ranks from WARNING, with their rank on each line."""
 
 import logging
+import os
 import re
 import sys
 import threading
@@ -12,10 +13,12 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from clex_train.utils import ranks, terminal
+from clex_train.utils import terminal
 
 MAX_BUFFERED = 10_000
 """Lines of a program that are buffered before its run summary."""
+MOST_DIGITS = 7
+"""Digits of a rank."""
 _TERMINAL_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """Control characters other than tab and newline, and bidirectional marks: a terminal acts on them."""
 
@@ -47,7 +50,7 @@ class AboveProgressBars(logging.StreamHandler[TextIO]):
 def setup() -> None:
     """Configure the root logger of an entry point, once; library messages below WARNING are dropped."""
     terminal.survive_hangup("stderr")
-    rank = ranks.display_rank()
+    rank = display_rank()
     handler = _handler()
     handler.setFormatter(_Printable(f"%(asctime)s {f'[rank {rank}] ' if rank else ''}%(message)s", "%H:%M:%S"))
     # Capacity 0 passes every line on at once; `buffered` raises it until the run summary.
@@ -94,3 +97,10 @@ def _handler() -> logging.Handler:
 def get(name: str) -> logging.Logger:
     """Return the logger of a module; `name` is its `__name__`."""
     return logging.getLogger(name)
+
+
+def display_rank() -> int:
+    """Return the rank for log prefixes and messages that one rank writes; 0 where the variable is not a number."""
+    # Logging starts before validation, so this must not raise.
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS else 0

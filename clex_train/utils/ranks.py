@@ -2,7 +2,8 @@
 
 import os
 
-from clex_train.utils.bounds import MOST_RANKS, require, shortened
+from clex_train.utils.bounds import MOST_RANKS
+from clex_train.utils.errors import require, shortened
 
 REMEDY = "a launcher such as torchrun or deepspeed sets it; start with one, or unset it"
 
@@ -54,13 +55,6 @@ def require_port() -> None:
         shortened(str(port)),
         "must be a port number from 1 to 65535",
     )
-
-
-def display_rank() -> int:
-    """Return the rank for log prefixes and messages that one rank writes; 0 where the variable is not a number."""
-    # Logging starts before validation, so this must not raise.
-    text = os.environ.get("RANK", "0")
-    return int(text) if text.isascii() and text.isdecimal() and len(text) <= len(str(MOST_RANKS)) else 0
 
 
 def _limit_of_local(together: int) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from clex_train.data.manifest import SPLITS, TOKENIZER, Manifest, Shard
-from clex_train.data.store import TokenStore
-from clex_train.data.writer import ShardWriter
+from clex_train.token_store.manifest import SPLITS, TOKENIZER, Manifest, Shard
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.writer import ShardWriter
 from clex_train.utils.errors import NO_ROOM, ConfigError
 from data_prep.decontaminate.report import Report
 from data_prep.partial import open_partial, publish, require_place_of_store

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from clex_train.data.store import TokenStore
+from clex_train.token_store.store import TokenStore
 from clex_train.utils.errors import ConfigError
 
 PIECE_TOKENS = 1 << 16

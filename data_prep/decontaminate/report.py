@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clex_train.data.store import TokenStore
+from clex_train.token_store.store import TokenStore
 from clex_train.utils.files import write_atomically
 from data_prep.config import DecontaminateVerb
 from data_prep.decontaminate.contamination import Findings, Pair

@@ -19,10 +19,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from clex_train.data.store import TokenStore
+from clex_train.token_store.store import TokenStore
 from clex_train.utils import log
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError, RunStopped, renamed_key
+from clex_train.utils.errors import ConfigError, RunStopped, renamed_key, require
 from data_prep.config import DecontaminateVerb
 from data_prep.decontaminate.contamination import Findings, Sketches, compare, in_batches, signature
 from data_prep.decontaminate.decontaminated import require_writable, write_decontaminated

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from clex_train.data.bos import adds_bos
-from clex_train.data.manifest import TokenizerInfo
-from clex_train.data.vocabulary import vocabulary_sha256
+from clex_train.token_store.manifest import TokenizerInfo
+from clex_train.token_store.vocabulary import vocabulary_sha256
 from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import is_lfs_pointer, sha256
 from clex_train.utils.protocols import Tokenizer

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from clex_train.data.bos import resolve
-from clex_train.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, read_manifest, token_dtype
+from clex_train.token_store.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, read_manifest, token_dtype
 from clex_train.utils import log
 from clex_train.utils.protocols import Tokenizer
 from data_prep.config import CorpusConfig, EngineChoice, TokenizeVerb

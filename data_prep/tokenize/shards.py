@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clex_train.data.manifest import SPLITS, TOKENIZER, Shard, Source, TokenizerInfo, token_dtype
-from clex_train.data.writer import ShardWriter
+from clex_train.token_store.manifest import SPLITS, TOKENIZER, Shard, Source, TokenizerInfo, token_dtype
+from clex_train.token_store.writer import ShardWriter
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import BadFile, write_atomically

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clex_train.attention.document_mask import cumulative_lengths, document_mask_kwargs, single_document_kwargs
 from clex_train.config.attention import AttentionImplementation
-from clex_train.models.load import recompute_layers
+from clex_train.models.memory_options import recompute_layers
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.position_sampling import draw_document_batch
 from clex_train.scaling.spectrum import Spectrum

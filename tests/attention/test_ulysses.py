@@ -6,7 +6,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clex_train.attention import ulysses
 from clex_train.attention.ulysses import UlyssesAttention
-from clex_train.models.load import recompute_layers
+from clex_train.models.memory_options import recompute_layers
 from tests.attention import varlen
 from tests.rope.rotary_families import tiny_model, tokens
 

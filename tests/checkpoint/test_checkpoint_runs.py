@@ -11,7 +11,7 @@ import torch
 import train
 from clex_train.checkpoint import manifest, writer
 from clex_train.checkpoint.safe_load import RunsCode
-from clex_train.cli import console
+from clex_train.console import program
 from clex_train.utils import files
 from tests.helpers.composing import composed
 
@@ -71,7 +71,7 @@ def test_strict_resume_refuses_a_damaged_checkpoint_with_exit_code_2(arguments, 
     with pytest.raises(ValueError, match=r"resume=strict: checkpoint .*step_4 is damaged: manifest\.json") as refused:
         train.run(composed(*arguments, f"output_dir={unfinished}", "resume=strict"))
     capsys.readouterr()
-    assert console.report(refused.value) == console.USER_ERROR
+    assert program.report(refused.value) == program.USER_ERROR
     assert capsys.readouterr().err == f"error: {refused.value}\n"
     assert "\n" not in str(refused.value)
 
@@ -90,7 +90,7 @@ def test_code_in_a_checkpoint_is_refused_before_the_model_is_loaded(arguments, u
     monkeypatch.setattr("clex_train.models.load.load_for_training", None)
     with pytest.raises(RunsCode, match=r"refused, it would call posix\.system; nothing was run") as refused:
         train.run(composed(*arguments, f"output_dir={unfinished}"))
-    assert console.report(refused.value) == console.USER_ERROR
+    assert program.report(refused.value) == program.USER_ERROR
     assert not (tmp_path / "ran").exists()
 
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from clex_train.checkpoint import universal
-from clex_train.cli import console
+from clex_train.console import program as console
 from clex_train.utils.errors import StopRequested
 
 ROOT = Path(__file__).resolve().parents[2]

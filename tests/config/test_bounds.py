@@ -17,19 +17,20 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clex_train.cli import arguments, lm_eval
-from clex_train.cli.errors import explain
+from clex_train.cli import lm_eval
 from clex_train.cli.evaluate import KEYS, EvaluateConfig, parse
 from clex_train.cli.lm_eval import LmEvalConfig
-from clex_train.cli.overrides import type_at
 from clex_train.config import root as configuration
 from clex_train.config.data import DataConfig, DomainConfig
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.root import Config
-from clex_train.preflight import dry_run
+from clex_train.console import arguments
+from clex_train.console.errors import explain
+from clex_train.console.overrides import type_at
+from clex_train.preflight.plan import make_plan
 from clex_train.preflight.run_checks import Scope, run_checks
 from clex_train.scaling.table import scale_grid
-from clex_train.utils.bounds import require_at_most
+from clex_train.utils.errors import require_at_most
 from data_prep.__main__ import VERBS
 from tests.helpers.composing import CONF
 
@@ -76,7 +77,7 @@ def training() -> DictConfig:
 def plan(training: DictConfig, key: str, value: Any) -> None:
     composed = training.copy()
     OmegaConf.update(composed, key, value)
-    dry_run.make_plan(run_checks(configuration.to_config(composed), Scope.plan))
+    make_plan(run_checks(configuration.to_config(composed), Scope.plan))
 
 
 @pytest.mark.parametrize(("key", "is_list"), numeric_keys(Config))

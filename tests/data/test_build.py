@@ -9,7 +9,7 @@ from clex_train.config.data import DataConfig, DomainConfig, Packing, parse_rang
 from clex_train.config.optim import OptimConfig
 from clex_train.data import build
 from clex_train.data.identity import consumed_order, data_order
-from clex_train.data.writer import write_store
+from clex_train.token_store.writer import write_store
 
 
 @pytest.fixture

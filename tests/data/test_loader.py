@@ -11,9 +11,9 @@ from clex_train.data.loader import batches
 from clex_train.data.order import ShuffledRows
 from clex_train.data.packing import ConcatRows
 from clex_train.data.rows import Rows
-from clex_train.data.shard_files import DamagedStore
-from clex_train.data.store import TokenStore
-from clex_train.data.writer import write_store
+from clex_train.token_store.shard_files import DamagedStore
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.writer import write_store
 
 TENSORS = ("token_ids", "targets", "row_indices")
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clex_train.data import overlap as overlaps
-from clex_train.data.manifest import MANIFEST, Manifest, TokenizerInfo, partial_path
 from clex_train.data.overlap import Overlap, overlap, require_disjoint
-from clex_train.data.store import TokenStore
-from clex_train.data.writer import ShardWriter, move_store, write_store
+from clex_train.token_store.manifest import MANIFEST, Manifest, TokenizerInfo, partial_path
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.writer import ShardWriter, move_store, write_store
 from clex_train.utils.files import write_atomically
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from clex_train.data.packing import ConcatRows
-from clex_train.data.store import TokenStore
-from clex_train.data.writer import write_store
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.writer import write_store
 
 DOCUMENTS = [[10 + d] * (3 * d % 11 + 1) for d in range(40)]
 EOS = 2

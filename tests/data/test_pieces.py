@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from clex_train.data.packing import ConcatRows
 from clex_train.data.pieces import best_fit, long_documents, pack_descending
 from clex_train.data.rows import PADDING, Rows
-from clex_train.data.store import TokenStore
-from clex_train.data.writer import write_store
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.writer import write_store
 
 EOS = 1
 LENGTHS = [1, 30, 4, 9, 15, 16, 47, 2, 2, 3, 7, 7, 7, 12, 31, 8, 5, 1, 1, 22]

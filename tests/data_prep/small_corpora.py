@@ -12,7 +12,7 @@ from typing import Any
 import zstandard
 from tokenizers import Tokenizer
 
-from clex_train.data.store import TokenStore
+from clex_train.token_store.store import TokenStore
 from data_prep.config import CorpusConfig, EngineChoice, TokenizerConfig, TokenizeVerb
 from data_prep.tokenize import run as tokenize
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from clex_train.data.manifest import partial_path
+from clex_train.token_store.manifest import partial_path
 from data_prep.config import CorpusConfig, OnBadRecord
 from data_prep.corpus.documents import documents
 from data_prep.corpus.sources import Piece
@@ -152,7 +152,7 @@ def test_a_full_disk_keeps_finished_work_and_is_reported(
         raise OSError(28, "No space left on device")
 
     path = write_jsonl(tmp_path / "a.jsonl", GOOD)
-    monkeypatch.setattr("clex_train.data.writer.os.fsync", full)
+    monkeypatch.setattr("clex_train.token_store.writer.os.fsync", full)
     with pytest.raises(ValueError, match=r"output=.*: the disk is full; free some space and run the same command"):
         tokenize_files([path], tokenizer_dir, tmp_path / "store")
     monkeypatch.undo()

@@ -10,8 +10,8 @@ from clex_train.config.bos import Bos
 from clex_train.config.data import DataConfig, DomainConfig
 from clex_train.data import build
 from clex_train.data.bos import adds_bos, describe_bos
-from clex_train.data.manifest import MANIFEST
-from clex_train.data.store import TokenStore
+from clex_train.token_store.manifest import MANIFEST
+from clex_train.token_store.store import TokenStore
 from data_prep import evaluation_sets, inspect
 from data_prep.config import EvaluationSetsVerb, InspectVerb
 from data_prep.decontaminate.ngrams import WordReader

@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from clex_train.data.store import TokenStore
+from clex_train.token_store.store import TokenStore
 from data_prep.config import TokenizeVerb
 from data_prep.tokenize.run import run
 from tests.data_prep.small_corpora import stored_texts, write_jsonl

@@ -11,7 +11,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from clex_train.config.docs import describe
-from clex_train.data.store import TokenStore
+from clex_train.token_store.store import TokenStore
 from data_prep import __main__ as program
 from tests.data_prep.small_corpora import TEXTS, write_jsonl
 

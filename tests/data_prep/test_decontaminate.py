@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clex_train.data.store import TokenStore
 from clex_train.evaluation import windows
+from clex_train.token_store.store import TokenStore
 from clex_train.utils.errors import RunStopped
 from data_prep.config import CorpusConfig, DecontaminateVerb, EvaluationStore
 from data_prep.corpus.documents import documents

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from clex_train.data.manifest import partial_path
-from clex_train.data.store import TokenStore
+from clex_train.token_store.manifest import partial_path
+from clex_train.token_store.store import TokenStore
 from data_prep.config import EngineChoice, Format
 from data_prep.corpus.sources import expand
 from data_prep.corpus.streams import open_stream

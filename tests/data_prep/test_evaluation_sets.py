@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clex_train.data.manifest import MANIFEST, partial_path
-from clex_train.data.store import TokenStore
 from clex_train.evaluation.windows import select
+from clex_train.token_store.manifest import MANIFEST, partial_path
+from clex_train.token_store.store import TokenStore
 from data_prep import evaluation_sets, inspect
 from data_prep.config import EvaluationSetsVerb
 from tests.data_prep.small_corpora import TEXTS, files_of, stored_texts, tokenize_files, write_jsonl

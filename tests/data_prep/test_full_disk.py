@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clex_train.data.manifest import partial_path
+from clex_train.token_store.manifest import partial_path
 from tests.data_prep.small_corpora import files_of, tokenize_files, write_jsonl
 
 DISK_KB = 4096

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clex_train.data.store import TokenStore
+from clex_train.token_store.store import TokenStore
 from data_prep import export, train_tokenizer
 from data_prep.config import CorpusConfig, CorpusVerb, OnBadRecord
 from data_prep.corpus import held_out

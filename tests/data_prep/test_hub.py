@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from clex_train.data.store import TokenStore
+from clex_train.token_store.store import TokenStore
 from data_prep.config import CorpusConfig, CorpusSource, OnBadRecord, TokenizerConfig, TokenizeVerb
 from data_prep.corpus import hub
 from data_prep.tokenize.run import run

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clex_train.data import store as stores
-from clex_train.data.manifest import Source
 from clex_train.data.order import ShuffledRows
 from clex_train.data.packing import ConcatRows
-from clex_train.data.shard_files import TokenFile
-from clex_train.data.store import TokenStore
-from clex_train.data.writer import write_store
+from clex_train.token_store import store as stores
+from clex_train.token_store.manifest import Source
+from clex_train.token_store.shard_files import TokenFile
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.writer import write_store
 from data_prep import inspect, statistics
 from data_prep.config import InspectVerb
 from data_prep.statistics import collect, domain_names
@@ -150,7 +150,7 @@ def test_a_flipped_bit_is_found_first_and_its_file_named(
 
 @pytest.mark.parametrize(("field", "value"), [("stop", 0), ("stop", 1 << 50), ("source", 7), ("source", -1)])
 def test_a_damaged_table_is_named_even_without_verifying_checksums(store: TokenStore, field: str, value: int) -> None:
-    from clex_train.data.manifest import DOCUMENT
+    from clex_train.token_store.manifest import DOCUMENT
 
     file = store.path / "train" / "00000.documents"
     table = np.fromfile(file, DOCUMENT)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from clex_train.data.manifest import MANIFEST, partial_path
-from clex_train.data.store import TokenStore
+from clex_train.token_store.manifest import MANIFEST, partial_path
+from clex_train.token_store.store import TokenStore
 from tests.data_prep.small_corpora import files_of, tokenize_files, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]

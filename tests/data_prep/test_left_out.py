@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from clex_train.data.manifest import partial_path
+from clex_train.token_store.manifest import partial_path
 from data_prep import export
 from data_prep.config import CorpusConfig, CorpusVerb, Format, OnBadRecord
 from data_prep.corpus.documents import documents

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from clex_train.data.store import TokenStore
+from clex_train.token_store.store import TokenStore
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_GIB = 1.5

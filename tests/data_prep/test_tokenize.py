@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from clex_train.data.manifest import partial_path
 from clex_train.data.packing import ConcatRows
-from clex_train.data.store import TokenStore
-from clex_train.data.vocabulary import check_tokenizer
+from clex_train.token_store.manifest import partial_path
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.vocabulary import check_tokenizer
 from data_prep.config import CorpusConfig, CorpusSource, TokenizerConfig, TokenizeVerb
 from data_prep.corpus.streams import open_stream
 from data_prep.tokenize import shards

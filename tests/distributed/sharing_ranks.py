@@ -229,7 +229,7 @@ def memory() -> dict[str, Any]:
     arch = AutoConfig.for_model("llama", **sizes, num_attention_heads=8, num_key_value_heads=1)
     engine = EngineConfig(sequence_parallel=2, activation_checkpointing=True)
     model = AutoModelForCausalLM.from_config(arch, attn_implementation="sdpa").train()
-    load.recompute_layers(model)
+    memory_options.recompute_layers(model)
     sequence = sequence_parallel.SequenceParallel(model, 2, 2, timedelta(minutes=5))
     with sequence.attention(None):
         passes = [measure(model, torch.randint(0, 512, (2, 128))) for _ in range(PASSES)]

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from clex_train.cli import console
+from clex_train.console import program
 from clex_train.data import build
-from clex_train.data.manifest import BLOCK
 from clex_train.data.rows import Rows
-from clex_train.data.shard_files import DamagedStore
+from clex_train.token_store.manifest import BLOCK
+from clex_train.token_store.shard_files import DamagedStore
 from tests.distributed.distributed_runs import Launcher
 from tests.helpers.composing import composed
 from tests.helpers.same_models import assert_same_model
@@ -66,7 +66,7 @@ def test_a_block_found_damaged_by_one_rank_ends_both_and_the_repaired_run_resume
     assert here.run(RANKS, "undisturbed", *OVERRIDES).returncode == 0
     flip(tokens, block)
     ended = here.run_unsupervised(RANKS, "damaged", *OVERRIDES)
-    assert [done.returncode for done in ended] == [console.USER_ERROR] * RANKS, [done.stderr for done in ended]
+    assert [done.returncode for done in ended] == [program.USER_ERROR] * RANKS, [done.stderr for done in ended]
     errors = [line for done in ended for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, errors
     assert errors[0].startswith(f"error: step {step + 1}: {tokens}: damaged, block {block} (from byte {block * BLOCK})")

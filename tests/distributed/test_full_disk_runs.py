@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clex_train.cli import console
+from clex_train.console import program
 from tests.distributed.distributed_runs import Launcher
 from tests.helpers.full_disk import mounted, resize
 from tests.helpers.same_models import assert_same_model
@@ -47,7 +47,7 @@ def run_on_small_disk(launcher: Launcher, whole: Path, disk: Path, on_full_disk:
     codes = [done.returncode for done in ended]
     assert "Traceback" not in said, said
     if is_full := codes != [0] * RANKS:
-        assert codes == [console.STOPPED] * RANKS, said
+        assert codes == [program.STOPPED] * RANKS, said
         (line,) = (line for line in said.splitlines() if line.startswith("error: "))
         assert "No space left on device" in line
         assert str(disk) in line

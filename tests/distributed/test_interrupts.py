@@ -101,10 +101,13 @@ def test_interrupted_training_ends_bitwise_equal(launcher, undisturbed, launched
 def check_equal(folder: Path, whole: Path) -> None:
     """Assert that final models are bitwise equal and that interrupted launches left no files."""
     assert_same_model(whole / "final", folder / "final")
-    # Each resumed launch leaves a description of its environment.
-    left = {path.name for path in folder.iterdir() if not path.name.startswith("environment_step_")}
-    assert left == {path.name for path in whole.iterdir()}
+    assert entries(folder) == entries(whole)
     assert {path.name for path in (folder / "checkpoints").iterdir()} <= {"latest", *STEP_NAMES}
+
+
+def entries(folder: Path) -> set[str]:
+    """List a run folder without the descriptions of the environment that each resumed launch adds."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith("environment_step_")}
 
 
 def check_ends(trials, launched_with: str) -> None:

@@ -9,14 +9,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from clex_train.cli import arguments
 from clex_train.cli.evaluate import EvaluateConfig
 from clex_train.cli.export import ExportConfig
 from clex_train.cli.lm_eval import LmEvalConfig
-from clex_train.cli.overrides import for_hydra, type_at
 from clex_train.cli.report import ReportConfig
 from clex_train.config import root as configuration
 from clex_train.config.root import Config
+from clex_train.console import arguments
+from clex_train.console.overrides import for_hydra, type_at
 from data_prep.__main__ import VERBS, _expand_group_path
 from launch import slurm
 from tests.helpers.composing import CONF

@@ -3,8 +3,8 @@
 import os
 import sys
 
-from clex_train.cli import console
 from clex_train.config.engine import EngineConfig
+from clex_train.console import program
 from clex_train.engine.deepspeed import open_process_group
 from clex_train.utils import distributed
 
@@ -18,4 +18,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(console.run(main, str))
+    sys.exit(program.run(main, str))

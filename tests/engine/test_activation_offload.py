@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from clex_train.engine import activation_offload, token_loss
-from clex_train.models.load import recompute_layers
+from clex_train.models.memory_options import recompute_layers
 from tests.engine.test_token_loss import ROWS, TOKENS, build, rows
 
 

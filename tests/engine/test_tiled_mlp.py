@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from clex_train.engine import tiled_mlp, token_loss
-from clex_train.models.load import recompute_layers
-from clex_train.models.memory_options import decoder_layers
+from clex_train.models.memory_options import decoder_layers, recompute_layers
 from tests.engine.test_token_loss import FAMILIES, ROWS, TOKENS, build, gradients, rows
 from tests.helpers.largest_tensor import LargestTensor
 

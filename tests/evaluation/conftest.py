@@ -2,7 +2,7 @@
 
 import pytest
 
-from clex_train.data.writer import write_store
+from clex_train.token_store.writer import write_store
 from tests.evaluation.evaluation_models import VOCAB
 from tests.evaluation.model_directories import save_model, save_store
 

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from clex_train.cli import console
 from clex_train.cli import evaluate as program
+from clex_train.console import program as console
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -6,10 +6,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from clex_train.data.writer import write_store
 from clex_train.models.directory import write_clex
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.table import scale_grid
+from clex_train.token_store.writer import write_store
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 
 

@@ -13,17 +13,17 @@ from clex_train.config.bos import Bos
 from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
-from clex_train.data.manifest import MANIFEST
-from clex_train.data.store import TokenStore
-from clex_train.data.writer import write_store
 from clex_train.evaluation import runner
 from clex_train.evaluation.methods import base_rope, tables
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.protocols import readings
-from clex_train.evaluation.retrieval.prompts import encode
 from clex_train.evaluation.streaming import plan_stream, streamed, windowed
 from clex_train.evaluation.windows import select
+from clex_train.retrieval.prompts import encode
 from clex_train.rope.patch import install_rotary
+from clex_train.token_store.manifest import MANIFEST
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.writer import write_store
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama, random_windows
 
 BOS, LENGTHS = 5, [16, 32, 64]

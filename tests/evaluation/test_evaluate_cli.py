@@ -8,12 +8,12 @@ from typing import BinaryIO
 import pytest
 import torch
 
-from clex_train.cli import console
 from clex_train.cli import evaluate as program
 from clex_train.config.root import Config
-from clex_train.data.store import TokenStore
+from clex_train.console import program as console
 from clex_train.evaluation import perplexity
-from clex_train.evaluation.report import evidence
+from clex_train.report import evidence
+from clex_train.token_store.store import TokenStore
 from clex_train.tracking.run_folder import as_yaml
 from clex_train.utils import files
 from data_prep import evaluation_sets

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from clex_train.cli import console, loading
 from clex_train.cli import evaluate as program
+from clex_train.cli import loading
 from clex_train.config.root import Config
+from clex_train.console import program as console
 from clex_train.tracking.run_folder import as_yaml
 from tests.evaluation.evaluate_program import call
 from tests.evaluation.model_directories import save_clex_model

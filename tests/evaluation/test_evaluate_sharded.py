@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from clex_train.cli import console
 from clex_train.cli import evaluate as program
+from clex_train.console import program as console
 from tests.evaluation.model_directories import save_clex_model, save_model, save_store, save_tokenizer
 from tests.evaluation.sharded_loading import ARGUMENTS, arguments
 from tests.helpers import environments

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from clex_train.data.writer import write_store
+from clex_train.token_store.writer import write_store
 from tests.evaluation.evaluation_models import VOCAB
 from tests.evaluation.lm_eval_tasks import GENERATION, needs_harness, save_number_model, write_documents
 from tests.evaluation.model_directories import save_model

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from clex_train.cli import console
 from clex_train.cli import lm_eval as program
 from clex_train.config.model import ModelConfig
+from clex_train.console import program as console
 from clex_train.evaluation import harness
 from clex_train.evaluation import partial_results as partial_file
 from clex_train.models import load

@@ -12,12 +12,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from clex_train.cli import console
 from clex_train.cli import evaluate as program
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import Method
-from clex_train.data.store import TokenStore
-from clex_train.data.writer import write_store
+from clex_train.console import program as console
 from clex_train.evaluation.methods import of_model
 from clex_train.evaluation.windows import select
 from clex_train.models.load import LoadedModel
@@ -25,6 +23,8 @@ from clex_train.rope.patch import install_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.table import scale_grid
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.writer import write_store
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 
 LENGTHS = [16, 32, 64, 128]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tqdm.auto import tqdm
 
-from clex_train.data.store import TokenStore
-from clex_train.data.writer import write_store
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.streaming import evaluate, plan_stream, segment_sums, streamed, windowed
 from clex_train.lm_infinite.install import apply_lm_infinite
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.writer import write_store
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 
 BAR = tqdm(disable=True)

@@ -7,10 +7,10 @@ import pytest
 
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.root import Config
-from clex_train.data.store import TokenStore
-from clex_train.data.writer import write_store
 from clex_train.evaluation.during_training import warn_of_later
 from clex_train.evaluation.windows import WindowSet, select
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.writer import write_store
 
 DOCUMENT_LENS = (7, 70, 33, 31, 200, 32, 5, 64)
 

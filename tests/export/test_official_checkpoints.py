@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from clex_train.cli import console, evaluate
+from clex_train.cli import evaluate
 from clex_train.cli import export as program
 from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
 from clex_train.config.scaling import Activation, LogScale, ScalingConfig
-from clex_train.data.writer import write_store
+from clex_train.console import program as console
 from clex_train.export.official import write_official
 from clex_train.models import architecture, load
 from clex_train.models import directory as model_directory
@@ -25,6 +25,7 @@ from clex_train.models.save import write_final
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.position_sampling import draw_batch
 from clex_train.scaling.table import scale_grid
+from clex_train.token_store.writer import write_store
 from clex_train.training.ode_optimizer import OdeOptimizer
 from tests.export.official_directories import official_directory, save_tokenizer
 from tests.helpers.golden_subset import SUBSET, stored_lengths
@@ -73,7 +74,7 @@ def test_evaluation_matches_the_logits_of_the_original_code(
 def test_converting_from_official_and_back_keeps_every_bit(directory: Path, tmp_path: Path) -> None:
     loaded = load_for_training(training_config(directory))
     loaded.tokenizer = load.load_tokenizer(str(directory), ModelConfig())
-    load.solve_table(loaded)
+    loaded.solve_table()
     write_final(tmp_path / "final", loaded, loaded.model.state_dict(), loaded.tokenizer)
     record = model_directory.read_record(tmp_path / "final")
     assert record.official_ntk_base
@@ -117,7 +118,7 @@ def test_an_exported_directory_of_any_family_gives_the_same_logits(family: str, 
     model = load.load_for_evaluation(ModelConfig(path=str(base)))
     model.clex = Clex(model.base_inv_freq, t_max=4.0, act="tanh", official_ntk_base=True)
     torch.nn.init.normal_(model.clex.down, std=0.3, generator=torch.Generator().manual_seed(1))
-    load.solve_table(model)
+    model.solve_table()
     write_official(folder, model)
     ids = torch.arange(40)[None]
     again = load.load_for_evaluation(ModelConfig(path=str(folder)))
@@ -194,7 +195,7 @@ def test_training_continues_from_the_trained_field(directory: Path, tmp_path: Pa
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert not torch.equal(loaded.clex.down, start)
-    load.solve_table(loaded)
+    loaded.solve_table()
     write_official(tmp_path / "tuned", loaded)
     written = load_file(tmp_path / "tuned" / "model.safetensors")
     assert torch.equal(written["model.clex_layer.proj_func.ode_down_proj"], loaded.clex.down)
@@ -227,7 +228,7 @@ def test_log_scaling_and_the_ntk_base_come_from_the_checkpoint(tmp_path: Path, g
 
 def test_a_larger_t_max_continues_the_same_field_to_longer_contexts(directory: Path) -> None:
     loaded = load_for_training(training_config(directory, t_max=24.0))
-    table = load.solve_table(loaded)
+    table = loaded.solve_table()
     assert table is not None
     assert table.t_max == 24.0
     assert official_rope_scaling(loaded.clex)["max_factor"] == 24

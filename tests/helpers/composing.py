@@ -4,9 +4,9 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from clex_train.cli.overrides import for_hydra
 from clex_train.config import root as configuration
 from clex_train.config.root import Config
+from clex_train.console.overrides import for_hydra
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))

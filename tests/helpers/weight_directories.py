@@ -7,8 +7,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clex_train.cli.errors import explain
 from clex_train.config.model import ModelConfig
+from clex_train.console.errors import explain
 from clex_train.models import architecture, load, weights
 
 GATE = "model.layers.0.mlp.gate_proj.weight"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from clex_train.cli import console
-from clex_train.data import vocabulary
+from clex_train.console import program as console
+from clex_train.token_store import vocabulary
 from clex_train.tracking.tracker import git_commit
 from launch import slurm, snapshot
 
@@ -182,7 +182,7 @@ def test_an_exit_code_is_recorded_by_the_first_rank_that_ends(tmp_path, monkeypa
     def refuse() -> None:
         raise ValueError("x=1: not so")
 
-    monkeypatch.setattr("clex_train.cli.errors.explain", str)
+    monkeypatch.setattr("clex_train.console.errors.explain", str)
     assert console.run(refuse, str) == 2
     assert console.run(lambda: None, str) == 0
     assert (tmp_path / "code").read_text() == "2\n"

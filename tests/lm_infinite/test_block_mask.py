@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from clex_train.lm_infinite import block_mask
-from clex_train.lm_infinite.block_mask import band_mask, padded_band_mask
+from clex_train.attention import block_mask
+from clex_train.attention.block_mask import band_mask, padded_band_mask
 from tests.helpers.largest_tensor import LargestTensor
 
 # queries, keys, offset of the first query among the keys, L

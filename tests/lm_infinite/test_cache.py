@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from clex_train.attention.padding import gather_tokens, invert_order, left_pad_order
 from clex_train.attention.partial_softmax import SoftmaxRule
 from clex_train.lm_infinite.cache import LambdaCacheLayer
 from clex_train.lm_infinite.lambda_attention import Scheme, lambda_attention
-from clex_train.lm_infinite.padding import gather_tokens, invert_order, left_pad_order
 from clex_train.lm_infinite.stream import KeyValues
 from tests.lm_infinite.dense_lambda import PlainRotation, dense_lambda, normal
 

@@ -7,11 +7,11 @@ import torch
 from transformers import BloomConfig, Gemma3TextConfig, LlamaConfig
 
 from clex_train import api
-from clex_train.cli.errors import explain
 from clex_train.cli.loading import EvaluatedModel
 from clex_train.config.method import Method
 from clex_train.config.model import Init, ModelConfig
 from clex_train.config.scaling import Positions, ScalingConfig
+from clex_train.console.errors import explain
 from clex_train.models import architecture, hub, official
 from clex_train.rope import probe, recipes
 from clex_train.scaling.clex import Clex

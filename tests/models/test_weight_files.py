@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig
 
-from clex_train.cli.errors import explain
 from clex_train.config.engine import EngineConfig
 from clex_train.config.model import ModelConfig
+from clex_train.console.errors import explain
 from clex_train.engine import deepspeed as engines
 from clex_train.engine.finite import non_finite_parameter
 from clex_train.models import architecture, load, weight_files, weights

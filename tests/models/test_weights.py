@@ -18,11 +18,13 @@ from transformers import (
     MixtralConfig,
 )
 
-from clex_train.cli import arguments, loading
-from clex_train.cli.errors import explain
+from clex_train.cli import loading
 from clex_train.cli.evaluate import EvaluateConfig
+from clex_train.cli.keys import LoadingConfig
 from clex_train.config.engine import EngineConfig
 from clex_train.config.model import ModelConfig
+from clex_train.console import arguments
+from clex_train.console.errors import explain
 from clex_train.engine import deepspeed as engines
 from clex_train.models import architecture, hub, load, weights
 from tests.helpers.tiny_causal_lm import save_tiny_llama, tiny_llama
@@ -325,8 +327,8 @@ def test_evaluation_programs_name_their_own_keys(base, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     rewrite(base, without_tensors(UP))
     with pytest.raises(ValueError, match=r"; copy .* again, or name what may differ in allow_missing$"):
-        loading.locate(loading.LoadingConfig(model=str(base)))
-    source = loading.locate(loading.LoadingConfig(model=str(base), allow_missing=["*.up_proj.weight"]))
+        loading.locate(LoadingConfig(model=str(base)))
+    source = loading.locate(LoadingConfig(model=str(base), allow_missing=["*.up_proj.weight"]))
     caplog.set_level("WARNING", logger="clex_train")
     drawn = [load.load_for_evaluation(source.model).model.get_parameter(UP) for _ in range(2)]
     assert torch.equal(*drawn), "the same on every rank"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Mixtr
 from clex_train.config.engine import EngineConfig
 from clex_train.engine import token_loss
 from clex_train.models import memory_options
-from clex_train.models.load import recompute_layers
+from clex_train.models.memory_options import recompute_layers
 from clex_train.preflight import meta_model
 from clex_train.preflight.activations import Footprint, measure
 from clex_train.rope.patch import install_rotary

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from clex_train.preflight import dry_run
+from clex_train.preflight.plan import Part, Plan, make_plan
 from clex_train.preflight.run_checks import Scope, run_checks
 from clex_train.utils import distributed
 from tests.helpers.composing import CONF, EXPERIMENTS, composed
@@ -20,11 +21,11 @@ ROOT = CONF.parent
 GIB = 2**30
 
 
-def plan_of(*overrides: str) -> dry_run.Plan:
-    return dry_run.make_plan(run_checks(composed(*overrides, "dry_run=true"), Scope.plan))
+def plan_of(*overrides: str) -> Plan:
+    return make_plan(run_checks(composed(*overrides, "dry_run=true"), Scope.plan))
 
 
-def part(plan: dry_run.Plan, name: str) -> dry_run.Part:
+def part(plan: Plan, name: str) -> Part:
     return next(part for part in plan.parts if part.name == name)
 
 

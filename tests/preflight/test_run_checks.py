@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import train
-from clex_train.cli.errors import explain
-from clex_train.cli.overrides import for_hydra
 from clex_train.config import root as configuration
 from clex_train.config.root import Config
+from clex_train.console.errors import explain
+from clex_train.console.overrides import for_hydra
 from clex_train.engine import deepspeed as engines
 from clex_train.preflight import dry_run, meta_model
 from clex_train.preflight.activations import Footprint

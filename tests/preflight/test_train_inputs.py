@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, BloomConfig, GPT2Config, LlamaConfig, Ll
 
 import train
 from clex_train.checkpoint.manifest import Manifest
-from clex_train.cli.errors import explain
-from clex_train.data import vocabulary
+from clex_train.console.errors import explain
 from clex_train.engine import deepspeed as engines
+from clex_train.token_store import vocabulary
 from clex_train.utils import distributed
 from tests.helpers.composing import composed
 

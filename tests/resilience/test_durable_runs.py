@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import train
-from clex_train.cli import console
+from clex_train.console import program
 from clex_train.utils import checksums
 from clex_train.utils.errors import RunStopped
 from tests.helpers.composing import composed
@@ -182,7 +182,7 @@ def test_a_damaged_configuration_without_a_copy_is_named_with_a_remedy(arguments
         ValueError, match=r"config\.yaml: damaged, cannot be read.*restore a backup, or remove"
     ) as refused:
         start(arguments, run)
-    assert console.report(refused.value) == console.USER_ERROR
+    assert program.report(refused.value) == program.USER_ERROR
 
 
 def _error_of(arguments, disk: Path, on_full_disk: str) -> Exception | None:
@@ -202,8 +202,8 @@ def _run_on_small_disk(arguments, finished, folder: Path, size: int, on_full_dis
     with mounted(folder, f"{size}k") as disk:
         error = _error_of(arguments, disk, on_full_disk)
         if error is not None:
-            line, code = console._classify(error)
-            assert (code, line.count("\n")) == (console.STOPPED, 0)
+            line, code = program._classify(error)
+            assert (code, line.count("\n")) == (program.STOPPED, 0)
             assert str(disk) in line
             assert "No space left on device" in line
             assert line.endswith("make room and run the same command again")

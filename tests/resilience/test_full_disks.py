@@ -12,8 +12,9 @@ from types import ModuleType
 import pytest
 
 import train
-from clex_train.cli import console, export, report
-from clex_train.evaluation.report import write
+from clex_train.cli import export, report
+from clex_train.console import program as console
+from clex_train.report import write
 from tests.helpers.composing import composed
 from tests.helpers.full_disk import mounted, resize
 
@@ -32,7 +33,8 @@ def run(tiny_store: Path, tiny_architecture: Path, tmp_path_factory: pytest.Temp
         f"model.config={tiny_architecture}",
         "model.context_len=32",
         "data.seq_len=32",
-        "scaling=clex",
+        # The exported layout is that of the original code, which knows only its recipe.
+        "scaling=clex_paper",
         "scaling.t_max=4",
         "evaluation.every=2",
         "evaluation.lengths=[32,64]",
@@ -73,7 +75,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def count_full_disks(write: Callable[[Path], int], whole: Path, folder: Path, capsys: pytest.CaptureFixture) -> int:
     """Write on disks of twelve sizes up to that of the output, then with room; return the number of full ones."""
-    assert write(whole) == 0
+    assert write(whole) == 0, capsys.readouterr().err
     kib = sum(len(content) for content in contents(whole).values()) // 1024
     full = 0
     for index in range(SIZES):

@@ -60,48 +60,49 @@ REFUSED = ("gpt2", "bloom", "gptj", "codegen", "opt", "mpt", "mamba")
 
 HEAD = """# Families
 
-Which causal language models of transformers CLEX was tried on, and with what result. This page is written by
-`python tests/rope/family_table.py` from small random models of each family, and `tests/rope/test_rotary_families.py`
-fails when it no longer says what is found. Nothing in the code names a family: the rotary module is found by its
-structure and tried out (`clex_train/rope/probe.py`), so others are likely to work.
+Look up whether CLEX works with a family of causal language models of transformers. Nothing in the code names a
+family: the rotary module is found by its structure and probed (`clex_train/rope/probe.py`), so other families are
+likely to work. `python tests/rope/family_table.py` writes this page from small random models, and
+`tests/rope/test_rotary_families.py` fails if it is out of date.
 
 """
-COLUMNS = """- rotary / head: dimensions of the small model, unequal when the rotary embedding is partial.
+COLUMNS = """- rotary / head: dimensions of the small model. They differ if the rotary embedding is partial.
 - pairs: `half` pairs component j with j + d/2, `interleaved` 2j with 2j + 1.
-- t = 1: logits within L equal those of the untouched model to 1e-5, with and without a table.
-- gradient: the loss's gradient reaches every one of the frequencies.
-- crossings: logits over three moves of t with a KV cache equal those of a cache of unrotated keys to 1e-4 (float32).
-- generate: greedy decoding across two moves of t is the same with and without the cache (one layer, where it must be).
+- t = 1: logits within L equal those of the unpatched model to 1e-5, with and without a table.
+- gradient: the gradient of the loss reaches every frequency.
+- crossings: over three changes of t with a KV cache, logits equal those of a cache of unrotated keys to 1e-4 (float32).
+- generate: greedy decoding over two changes of t is the same with and without the cache (one layer, where this is
+  exact).
 - log-scaling: the softmax scale can be set (`clex_train/attention/log_scaling.py`).
-- documents: `data.document_mask=true` keeps the documents of a row apart in every back end, or all but flash attention
-  (`not flash`); `no` is refused.
-- undo: logits and modules are those of before, to the bit.
+- undo: logits and modules are restored to the bit.
+- documents: `data.document_mask=true` separates the documents of a row in every back end; in all but flash attention
+  (`not flash`); or is refused (`no`).
 
 """
-LAYERS = """Layers whose sliding window holds at most L tokens keep the model's own frequencies, and plain positions in
-training: they see no distance that is new to them. Gemma 3 has a rotary embedding for them; where one serves all layers
-(Gemma 2, GPT-OSS, Qwen2 and Qwen3 with mixed windows), each layer is given the cos and sin that it needs. A recipe by
-formula (`scaling=yarn`) is trained as transformers reads the model's config, which scales these families in every
-layer, and says so.
-Falcon computes its softmax scale inside its attention, so log-scaling is refused by name for it.
+LAYERS = """**Sliding windows.** A layer whose window holds at most L tokens sees no new distance. It keeps the model's
+own frequencies, and plain positions in training. Gemma 3 has a separate rotary embedding for such layers. If
+one serves all layers (Gemma 2, GPT-OSS, Qwen2 and Qwen3 with mixed windows), each layer gets the cos and sin that it
+needs. A recipe by formula (`scaling=yarn`) follows transformers, which scales every layer of these families by the
+model's config; a log line says so.
 
-Some families do not rotate in layers with full attention (SmolLM3, EXAONE 4, EXAONE MoE, Cohere 2, AFMoE): cached
-keys of such layers stay as they are. Where every layer that rotates sees a window of at most L tokens, as in
-Mistral v0.1, Phi-3 4k, EXAONE 4 32B and Cohere 2, there is nothing to extend, and scaling is refused with the remedy
-or the reason.
+**Layers without positions.** Some families do not rotate in layers with full attention (SmolLM3, EXAONE 4, EXAONE MoE,
+Cohere 2, AFMoE). The cached keys of these layers stay unchanged. If every layer that rotates sees a window of at most
+L tokens, there is nothing to extend, and scaling is refused with the remedy or the reason: Mistral v0.1, Phi-3 4k,
+EXAONE 4 32B and Cohere 2.
+
+**Falcon** computes its softmax scale inside its attention, so log-scaling is refused for it.
 
 """
 SCALINGS = """## Models with a scaling of their own
 
-A static scaling is where CLEX starts: theta(1) is the model's own frequencies, whatever made them, and its attention
-factor stays. A scaling that changes with the sequence length itself would conflict with t and is refused in one line;
-so are Phi-3 128k models, which use longrope. `cli.evaluate` reads them as they are (docs/evaluation.md).
+CLEX starts from a static scaling: theta(1) is the model's own frequencies, and its attention factor stays. A scaling
+that changes with the sequence length would conflict with t and is refused in one line. That includes Phi-3 128k models,
+which use longrope. `cli.evaluate` reads them unchanged ([evaluation](evaluation.md)).
 
 """
-GPTJ = """GPT-J and CodeGen do rotate, but there is no module to replace: every attention layer reads sines from a table
-of its own, indexed by integer positions and as long as the trained context, so that neither fractional positions nor
-longer contexts exist in it. An adapter would have to replace the attention's forward, which this project does of no
-model.
+GPTJ = """GPT-J and CodeGen do rotate, but have no module to replace. Every attention layer reads sines from its own
+table, indexed by integer positions and as long as the trained context. It has neither fractional positions nor longer
+contexts. An adapter would have to replace the attention's forward, which CLEX does not do for any model.
 """
 
 
@@ -151,7 +152,7 @@ def _scaling_table() -> str:
     for name, settings in STATIC.items():
         model = tiny_model("llama", rope_parameters={"rope_type": name, "rope_theta": 1e4, **settings})
         rows.append(
-            [f"`{name}`", _refusal(lambda model=model: install_rotary(model, CONTEXT)) or "theta(1) is its own"]
+            [f"`{name}`", _refusal(lambda model=model: install_rotary(model, CONTEXT)) or "theta(1) is the model's own"]
         )
     return _table(["rope_type", "CLEX"], rows)
 
@@ -160,8 +161,8 @@ def _refusal_table() -> str:
     rows = [
         [f"`{kind}`", str(_refusal(lambda kind=kind: require_rotary(AutoConfig.for_model(kind))))] for kind in REFUSED
     ]
-    note = "CLEX needs a RoPE. `cli.evaluate` reads those with a KV cache as they are (docs/evaluation.md)."
-    return f"## Refused\n\n{note}\n\n" + _table(["model_type", "the line that is printed"], rows)
+    note = "CLEX needs a RoPE. `cli.evaluate` reads these if they have a KV cache ([evaluation](evaluation.md))."
+    return f"## Refused\n\n{note}\n\n" + _table(["model_type", "message"], rows)
 
 
 def _refusal(attempt: Callable[[], object]) -> str | None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig
 
-from clex_train.cli.errors import explain
 from clex_train.cli.loading import EvaluatedModel
 from clex_train.config.model import ModelConfig
+from clex_train.console.errors import explain
 from clex_train.models import architecture
 from clex_train.rope import config_checks
 

@@ -18,7 +18,8 @@ from clex_train.config.root import Config
 from clex_train.config.scaling import Positions, ScalingConfig
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models import architecture
-from clex_train.models.load import load_for_training, recompute_layers
+from clex_train.models.load import load_for_training
+from clex_train.models.memory_options import recompute_layers
 from clex_train.rope.native import install_native
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.methods.ntk import ntk_table

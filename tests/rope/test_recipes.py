@@ -10,6 +10,7 @@ from transformers import AutoConfig, Gemma3TextConfig, GPT2Config, GPTNeoXConfig
 from clex_train.config.method import Method
 from clex_train.config.scaling import Positions, ScalingConfig
 from clex_train.rope import recipes
+from clex_train.rope.context_length import original_context
 from clex_train.rope.probe import require_rotary
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.methods.pi import PositionInterpolation, pi_table
@@ -89,7 +90,7 @@ def test_local_layers_and_the_config_of_the_base_are_unchanged():
 def test_the_file_records_both_context_lengths(name, tmp_path):
     recipes.scaled(FAMILIES["llama"], recipe(name), 2.5, L).save_pretrained(tmp_path)
     read = AutoConfig.from_pretrained(tmp_path)
-    assert (read.max_position_embeddings, recipes.original_context(read)) == (320, L)
+    assert (read.max_position_embeddings, original_context(read)) == (320, L)
     assert json.loads((tmp_path / "config.json").read_text())["original_max_position_embeddings"] == L
     assert torch.equal(
         spectrum(read).inv_freq, spectrum(recipes.scaled(FAMILIES["llama"], recipe(name), 2.5, L)).inv_freq

@@ -17,6 +17,7 @@ from clex_train.evaluation import results
 from clex_train.evaluation.methods import base_rope, tables
 from clex_train.models.load import load_for_evaluation
 from clex_train.rope import recipes
+from clex_train.rope.context_length import context_in_config
 from clex_train.rope.native import native_handle_on_meta
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.methods.base import Rope
@@ -69,7 +70,7 @@ def test_its_config_has_the_same_frequencies_at_every_length(tmp_path: Path, cli
         torch.testing.assert_close(own.at(t).inv_freq, expected, rtol=1e-6, atol=1e-29)
         assert own.at(t).attention_factor == 1
     assert read.max_position_embeddings == 4 * L
-    assert recipes.own_context(read) == (L, "original_max_position_embeddings")
+    assert context_in_config(read) == (L, "original_max_position_embeddings")
 
 
 @pytest.mark.parametrize(

@@ -23,23 +23,23 @@ import torch
 from clex_train.checkpoint import manifest as checkpoint_manifest
 from clex_train.checkpoint.safe_load import tensors_only
 from clex_train.checkpoint.store import Checkpoints
-from clex_train.cli import arguments, console
-from clex_train.cli.errors import explain
 from clex_train.cli.evaluate import EvaluateConfig
 from clex_train.config import recorded
 from clex_train.config.checkpoint import CheckpointConfig
 from clex_train.config.root import Config
-from clex_train.data.manifest import MANIFEST
-from clex_train.data.store import TokenStore
-from clex_train.data.vocabulary import vocabulary
-from clex_train.data.writer import write_store
-from clex_train.evaluation import results
-from clex_train.evaluation.report import evidence, sources, tables
+from clex_train.console import arguments, program
+from clex_train.console.errors import explain
+from clex_train.evaluation import results, tables
 from clex_train.evaluation.results import Origin, Results, Score
 from clex_train.models import directory, weight_files
+from clex_train.report import evidence
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.methods.longrope import read_longrope_factors
 from clex_train.scaling.table import scale_grid
+from clex_train.token_store.manifest import MANIFEST
+from clex_train.token_store.store import TokenStore
+from clex_train.token_store.vocabulary import vocabulary
+from clex_train.token_store.writer import write_store
 from clex_train.tracking import run_folder
 from data_prep import inspect as inspect_verb
 from data_prep import partial, statistics
@@ -146,10 +146,10 @@ def store_case(folder: Path, draw: random.Random) -> Action:
         opened = TokenStore(store)
         opened.tokens(0, opened.num_tokens)
         opened.segments(0, opened.num_tokens)
-        console.say("\n".join(inspect_verb._summary(opened)))
+        program.say("\n".join(inspect_verb._summary(opened)))
         found = statistics.collect(opened)
-        console.say("\n".join(inspect_verb._domain_lines("train", statistics.domains(opened.manifest.sources, found))))
-        console.say(opened.place(0))
+        program.say("\n".join(inspect_verb._domain_lines("train", statistics.domains(opened.manifest.sources, found))))
+        program.say(opened.place(0))
         inspect_verb.verify(opened)
 
     return read
@@ -224,7 +224,7 @@ def config_case(folder: Path, draw: random.Random) -> Action:
 
     def read() -> None:
         config = Config(output_dir=str(folder / "run"), name="strangers")
-        console.say(str(recorded.read(path)))
+        program.say(str(recorded.read(path)))
         run_folder.check_config(config, has_checkpoint=True)
 
     return read
@@ -251,7 +251,7 @@ def model_case(folder: Path, draw: random.Random) -> Action:
             weight_files.files(final)
         else:
             clex, table, record = directory.read_clex(final)
-            console.say(f"{clex.inv_freq(record.t_max).shape} {table.at(1.0).t}")
+            program.say(f"{clex.inv_freq(record.t_max).shape} {table.at(1.0).t}")
 
     return read
 
@@ -266,11 +266,11 @@ def report_case(folder: Path, draw: random.Random) -> Action:
         found = evidence.collect([run])
         for each in found.runs:
             each.column("loss")
-            sources.of_training(each)
+            evidence.training_source(each)
         for table in found.tables:
             for curve in table.curves:
-                console.say(str(sources.of_evaluation(curve.path, curve.origin, found.runs)))
-        console.say(tables.markdown(found.tables))
+                program.say(str(evidence.evaluation_source(curve.path, curve.origin, found.runs)))
+        program.say(tables.markdown(found.tables))
 
     return read
 
@@ -359,11 +359,11 @@ def _outcome(action: Action, output: io.StringIO) -> str | None:
         return f"took more than {SECONDS} s: {traceback.format_exc()[-1500:]}"
     except Exception as error:
         _stop_clocks()
-        line, code = console._classify(error)
+        line, code = program._classify(error)
         if line is None or "\n" in line or explain(error) is None:
             return "".join(traceback.format_exception(error))[-1500:]
-        console.report(error)
-        assert code == console.USER_ERROR
+        program.report(error)
+        assert code == program.USER_ERROR
     finally:
         _stop_clocks()
     return None

@@ -10,10 +10,10 @@ import sys
 import pytest
 import wandb
 
-from clex_train.cli.errors import explain
 from clex_train.config.checkpoint import OnFullDisk
 from clex_train.config.root import Config
 from clex_train.config.tracking import TrackingConfig, Wandb
+from clex_train.console.errors import explain
 from clex_train.tracking import metrics_log
 from clex_train.tracking.tracker import COLUMNS, Tracker, _wandb_id, require_login, write_environment
 from clex_train.utils import distributed

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import train
-from clex_train.cli import console
-from clex_train.data.manifest import BLOCK
-from clex_train.data.shard_files import DamagedStore
+from clex_train.console import program
+from clex_train.token_store.manifest import BLOCK
+from clex_train.token_store.shard_files import DamagedStore
 from clex_train.training import loop
 from tests.helpers.composing import composed
 from tests.helpers.same_models import assert_same_model
@@ -60,7 +60,7 @@ def test_a_run_that_reads_a_damaged_block_saves_and_resumes_bitwise(
     assert line.startswith(f"step {int(saved.name.removeprefix('step_')) + 1}: {store}/train/")
     assert "fails its checksum; copy the store again or tokenize again; the last checkpoint is" in line
     assert str(saved) in line
-    assert console.report(caught.value) == console.USER_ERROR
+    assert program.report(caught.value) == program.USER_ERROR
     assert capsys.readouterr().err.endswith(f"error: {line}\n")
     _flip_every_block(store)
     repaired = start("damaged")

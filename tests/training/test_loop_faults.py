@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from clex_train.checkpoint.store import Checkpoints
-from clex_train.cli import console
+from clex_train.console import program
 from clex_train.training import loop, recovery, state
 from clex_train.training.step import ForwardPass
 from clex_train.utils.errors import RunStopped
@@ -131,7 +131,7 @@ def test_a_run_without_a_successful_step_stops_and_writes_no_model(run, monkeypa
         run("optim.steps=2")
     assert "none of the run's 2 steps was taken, so nothing was learned" in str(stopped.value)
     assert finished, "a checkpoint that is being written is left whole"
-    assert console.report(stopped.value) == console.STOPPED
+    assert program.report(stopped.value) == program.STOPPED
     assert not (run.folder / "final").exists()
     assert not list((run.folder / "checkpoints").glob("step_*"))
 
@@ -194,7 +194,7 @@ def test_the_state_before_bad_steps_is_saved_and_resumes_bitwise(run, monkeypatc
 def test_a_field_beyond_its_bound_stops_the_run_before_saving(run, capsys):
     with pytest.raises(RunStopped, match=r"step \d: .*scaling\.max_residual.*another output_dir") as stopped:
         run("scaling.lr_scale=1", "optim.lr=0.05", "scaling.max_residual=1e-3")
-    assert console.report(stopped.value) == console.STOPPED
+    assert program.report(stopped.value) == program.STOPPED
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: step ")
     for saved in (run.folder / "checkpoints").glob("step_*/ode.pt"):
         assert torch.load(saved, weights_only=True)["clex"]["down"].isfinite().all()
@@ -254,7 +254,7 @@ def test_out_of_memory_in_a_step_prints_the_estimate_and_what_to_reduce(run, mon
     monkeypatch.setattr(loop, "forward_backward", full)
     with pytest.raises(RunStopped) as stopped:
         run()
-    assert console.report(stopped.value) == console.STOPPED
+    assert program.report(stopped.value) == program.STOPPED
     said = capsys.readouterr().err
     assert "error: out of memory on rank 0: " in said
     for part in ("parameters", "gradients", "optimizer", "activations", "logits", "ODE", "total"):

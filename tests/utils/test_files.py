@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clex_train.cli import console
+from clex_train.console import program
 from clex_train.utils import checksums, files
 from clex_train.utils.errors import disk_error
 
@@ -87,7 +87,7 @@ def test_every_program_ends_on_a_full_disk_with_one_line_and_code_3(small_disk, 
     for write in (_text, _safetensors, _tokenizer):
         with pytest.raises(Exception, match=r"No space left|os error 28") as raised:
             write(small_disk)
-        assert console.report(raised.value) == console.STOPPED
+        assert program.report(raised.value) == program.STOPPED
         (line,) = capsys.readouterr().err.splitlines()
         assert line.endswith(": cannot be written (No space left on device); make room and run the same command again")
         for left in small_disk.iterdir():
@@ -96,7 +96,7 @@ def test_every_program_ends_on_a_full_disk_with_one_line_and_code_3(small_disk, 
 
 def test_an_error_of_another_kind_is_not_reported_as_a_full_disk():
     assert disk_error(ValueError("no (os error 28) at the end of it")) is None
-    assert console._classify(OSError(errno.EIO, "Input/output error"))[0] is None
+    assert program._classify(OSError(errno.EIO, "Input/output error"))[0] is None
 
 
 def test_a_folder_about_to_be_replaced_is_restored(tmp_path):

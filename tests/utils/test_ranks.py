@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from clex_train.cli import console
+from clex_train.console import program
 from clex_train.utils import distributed, ranks
 
 ALL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -46,9 +46,9 @@ def environment(monkeypatch):
 )
 def test_invalid_variables_give_one_line_and_exit_code_2(environment, monkeypatch, capsys, variables, line):
     environment(variables)
-    monkeypatch.setattr(console, "PATIENCE", 0.0)
+    monkeypatch.setattr(program, "PATIENCE", 0.0)
     monkeypatch.setattr(sys, "argv", ["program"])
-    assert console.run(distributed.world_size, str) == console.USER_ERROR
+    assert program.run(distributed.world_size, str) == program.USER_ERROR
     [said] = capsys.readouterr().err.strip().splitlines()
     assert said.partition(": ")[2].startswith(line)
 

@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from clex_train.cli import console
+from clex_train.console import program
 from clex_train.utils import versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +75,7 @@ def test_a_newer_library_is_reported_in_one_line_at_the_start(
     for rank, expected in (("0", 1), ("1", 0)):
         caplog.clear()
         monkeypatch.setenv("RANK", rank)
-        assert console.run(lambda: None, str) == 0
+        assert program.run(lambda: None, str) == 0
         assert [r.getMessage().startswith("transformers 99.0 is newer than 5.24.0") for r in caplog.records] == (
             [True] * expected
         )

@@ -15,8 +15,7 @@ from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import Method
 from clex_train.config.scaling import ScalingConfig
 from clex_train.scaling.methods.base import ScalingMethod
-from clex_train.utils.bounds import require
-from clex_train.utils.errors import ConfigError
+from clex_train.utils.errors import ConfigError, require
 
 
 def create(method: Method) -> ScalingMethod:

@@ -9,11 +9,11 @@ Shapes: `P` pairs = d / 2.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
 from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid
+from clex_train.scaling.spectrum import ntk_exponents
 from clex_train.scaling.table import FrequencyTable, as_grid
 
 
@@ -33,11 +33,6 @@ class NtkAware(ScalingMethod):
         # With d = 2 the only pair has frequency 1 for any base.
         exponent = num_pairs / (num_pairs - 1) if num_pairs > 1 else 0.0
         return {"rope_theta": rope.theta * (2 * factor - 1) ** exponent}
-
-
-def ntk_exponents(num_pairs: int) -> Float64[Tensor, " P"]:
-    """Return 2j / (d - 2), from 0 for the fastest pair to 1 for the slowest; 0 for the only pair of d = 2."""
-    return torch.arange(num_pairs, dtype=torch.float64) / max(1, num_pairs - 1)
 
 
 def ntk_table(inv_freq: Float[Tensor, " P"], t_grid: TGrid) -> FrequencyTable:

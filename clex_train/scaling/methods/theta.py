@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid, constant_table
 from clex_train.scaling.table import FrequencyTable
-from clex_train.utils.bounds import require
+from clex_train.utils.errors import require
 
 
 @dataclass(frozen=True)

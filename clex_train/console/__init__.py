@@ -1,0 +1,1 @@
+"""Command lines: overrides and arguments, errors in one line, exit codes, signals."""

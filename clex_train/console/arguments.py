@@ -1,0 +1,104 @@
+"""`key=value` arguments of the programs that are not composed by Hydra."""
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from omegaconf import OmegaConf
+
+from clex_train.config.docs import describe
+from clex_train.console.overrides import for_yaml
+from clex_train.utils.errors import ConfigError, InputError, RunStopped
+from clex_train.utils.records import require_bounded
+
+IN_A_GROUP = re.compile(r"(?<![\w./])(model|data|evaluation|attention)\.([a-z]\w*)")
+"""Keys of training as messages name them, and not a part of a file's name."""
+
+
+def parse(schema: type, arguments: Sequence[str]) -> Any:
+    """An instance of the dataclass `schema`; `ValueError` or an error of OmegaConf names the key."""
+    merged = OmegaConf.structured(schema)
+    alone = [argument for argument in arguments if "=" not in argument]
+    if len(alone) > 1:
+        raise ConfigError(
+            " ".join(alone), None, "name one run folder or model; other arguments have the form key=value"
+        )
+    for argument in arguments:
+        argument = _named(schema, argument)
+        try:
+            written = for_yaml(schema, argument)
+            require_bounded(written.partition("=")[2], argument)
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([written]))
+        except RecursionError as error:
+            raise ConfigError(
+                argument.partition("=")[0], None, "the value is nested too deeply; check its brackets"
+            ) from error
+        except yaml.YAMLError as error:
+            raise ConfigError(argument, None, "the value is not valid YAML; check its brackets and quotes") from error
+    return OmegaConf.to_object(merged)
+
+
+@contextmanager
+def named_as_typed(asked: Any) -> Iterator[None]:
+    """Name the keys of this command line in errors and in the log, where code that training shares names its own.
+
+    `asked` is what `parse` returned, of a schema with `run` and `model`.
+    """
+    typed = partial(IN_A_GROUP.sub, partial(_own_key, asked))
+
+    def rename(record: logging.LogRecord) -> bool:
+        if record.name.startswith("clex_train"):
+            record.msg, record.args = typed(record.getMessage()), None
+        return True
+
+    handlers = logging.getLogger().handlers[:]
+    for handler in handlers:
+        handler.addFilter(rename)
+    try:
+        yield
+    except RunStopped as error:
+        raise RunStopped(typed(str(error))) from error
+    except InputError as error:
+        line = str(error)
+        if typed(line) == line:
+            raise
+        raise InputError(typed(line)) from error
+    finally:
+        for handler in handlers:
+            handler.removeFilter(rename)
+
+
+def _own_key(asked: Any, found: re.Match[str]) -> str:
+    """Return how `asked` names a key of a group; a key that it does not have stays."""
+    group, key = found.groups()
+    own = {
+        ("model", "path"): "run" if asked.run else "model",
+        ("data", "path"): "data",
+        ("evaluation", "path"): "data",
+        ("attention", "implementation"): "attention",
+    }.get((group, key), key)
+    return own if own in {field.name for field in fields(asked)} else found[0]
+
+
+def _named(schema: type, argument: str) -> str:
+    """The argument as key=value; a folder alone is a run if it is a run folder, else a model, where there are both."""
+    if "=" in argument:
+        return argument
+    path = Path(argument)
+    takes_model = {"run", "model"} <= {field.name for field in fields(schema)}
+    if not takes_model or argument.startswith("-") or not ("/" in argument or path.is_dir()):
+        raise ConfigError(argument, None, "arguments have the form key=value; --help lists the keys")
+    is_run = (path / "config.yaml").is_file() or (path.parts[:1] == ("runs",) and not path.exists())
+    return f"{'run' if is_run else 'model'}={argument}"
+
+
+def usage(text: str | None, schema: type) -> str:
+    """A program's own text and a line for every key of `schema`."""
+    lines = [f"  {key} ({kind}; {default})\n      {meaning}" for key, kind, default, meaning in describe(schema)]
+    return f"{text}\nKeys (type; default):\n" + "\n".join(lines)

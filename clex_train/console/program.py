@@ -1,0 +1,233 @@
+"""What every entry point does around its Hydra main: arguments of launchers, `--help`, errors in one line, exit codes.
+
+0    done            1    a bug or a fault of the machine (with its traceback)
+2    the user's input cannot be used (`InputError`, or Hydra's own); one line says which key and what to do
+3    training was stopped to protect the run; one line says why and where the last checkpoint is;
+     of an evaluation: nothing that was asked for fitted into memory;
+     of every program: the disk is full, or a quota used up; one line names the file;
+     of `data_prep decontaminate`: documents were found on both sides, and no store without them was asked for
+4    a rank died, froze or hangs; one line says which
+141  whoever read the output has gone, as `head` does: the code that a shell gives for SIGPIPE
+75   training was asked to stop and has a checkpoint (EX_TEMPFAIL of sysexits.h): the same command goes on
+129, 130, 143   ended by SIGHUP, SIGINT or SIGTERM (128 + the signal's number); one line says what is kept
+"""
+
+import codecs
+import functools
+import gc
+import io
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from clex_train.console import config_files, flags, overrides
+from clex_train.resilience import stop_requests
+from clex_train.resilience.stop_requests import Interrupted
+from clex_train.utils import log, versions
+from clex_train.utils.errors import InputError, RankLost, RunStopped, StopRequested, first_line, no_room
+
+logger = log.get(__name__)
+
+FAULT = 1
+USER_ERROR = 2
+STOPPED = 3
+GO_ON = 75
+READER_GONE = 128 + signal.SIGPIPE
+PATIENCE = 2.0
+EXIT_CODE_FILE = "CLEX_TRAIN_EXIT_CODE"
+_ON_A_TYPEWRITER = "clex_train.on_a_typewriter"
+_TYPEWRITER = {"\u00b1": "~", "\u2026": "~", "\u2013": "-", "\u2014": "-", "\u00d7": "x", "\u2192": ">", "\u2588": "#"}
+"""One character for one, so that the columns of a table stay in line."""
+
+
+class _Failed(SystemExit):
+    """Carries an error past Hydra, which would print a line of its own for any `Exception`."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(1)
+        self.error = error
+
+
+def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
+    """Decorates the function below `hydra.main`, so that its errors reach `run` and a sweep stops at the first."""
+
+    @functools.wraps(function)
+    def guarded(composed: DictConfig) -> None:
+        try:
+            config_files.require_texts(OmegaConf.get_type(composed), HydraConfig.get())
+            function(composed)
+        except Exception as error:
+            raise _Failed(error) from error
+
+    return guarded
+
+
+def run(
+    main: Callable[[], object], help_text: Callable[[], str], schema: type | None = None, kept: str = "nothing is kept"
+) -> int:
+    """Run an entry point's main; returns the exit code. Launchers' own arguments are taken off `sys.argv` first.
+
+    Name the `schema` where Hydra reads `sys.argv`: its text fields then get the text as it was typed. `kept` says what
+    of its work outlives a signal that ends it, and whether the same command goes on.
+    """
+    watch = stop_requests.signals()
+    try:
+        if watch:
+            watch.unwinds = True
+        code = _run(main, help_text, schema)
+    except KeyboardInterrupt as interrupt:
+        code = _interrupted(interrupt, kept)
+    if watch:
+        watch.is_leaving = True
+        # What torch and its like have made is not worth the seconds in which the interpreter would take it apart.
+        gc.freeze()
+    _record(code)
+    return code
+
+
+def _interrupted(interrupt: KeyboardInterrupt, kept: str) -> int:
+    """Say once, on rank 0, which signal ended the program; returns the exit code."""
+    # Without a watch, or where a library took SIGINT over, it is Python's own.
+    own = interrupt if isinstance(interrupt, Interrupted) else Interrupted(signal.SIGINT)
+    if log.display_rank() == 0:
+        print(f"{own}; {kept}", file=sys.stderr)
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    return 128 + own.number
+
+
+def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type | None) -> int:
+    show_any_text()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.argv[1:] = without_launcher_arguments(sys.argv[1:])
+    if schema is not None:
+        sys.argv[1:] = overrides.for_hydra(schema, sys.argv[1:])
+    if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
+        say(help_text())
+        return 0
+    if log.display_rank() == 0:
+        for line in versions.untested_warnings():
+            logger.warning("%s", line)
+    try:
+        if schema is not None:
+            config_files.require_few_values(sys.argv[1:])
+            sys.argv[1:] = flags.put_last(sys.argv[1:])
+        main()
+    except (_Failed, Exception) as raised:
+        error = raised.error if isinstance(raised, _Failed) else raised
+        if (watch := stop_requests.signals()) and watch.interrupted and not isinstance(error, StopRequested):
+            # A library, for instance while it was imported, has made an error of its own of the interrupt.
+            raise Interrupted(watch.interrupted) from error
+        return report(error)
+    return 0
+
+
+def show_any_text() -> None:
+    """Let standard output take characters that its encoding lacks, as an ascii terminal's does: never end over one.
+
+    Dashes and the like become what a typewriter has, anything else (a file's name in another alphabet) an escape.
+    """
+    codecs.register_error(_ON_A_TYPEWRITER, _typed)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ON_A_TYPEWRITER)
+
+
+def _typed(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Replace characters that cannot be encoded; an error handler of `codecs`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    typed = (_TYPEWRITER.get(c) or c.encode("ascii", "backslashreplace").decode() for c in characters)
+    return "".join(typed), error.end
+
+
+def say(text: str) -> None:
+    """Print to standard output at once. Ends the program quietly, exit code 141, if nobody reads it any more."""
+    try:
+        print(log.printable(text), flush=True)
+    except BrokenPipeError:
+        # What is still in the buffer would be tried again, and fail again, when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(READER_GONE) from None
+
+
+def unwritten(output: Path, error: OSError, remedy: str) -> RunStopped:
+    """The end of a program that could not write `output`, as on a full disk: names the file that the error is about."""
+    reason = error.strerror or first_line(error)
+    return RunStopped(f"output={error.filename or output}: cannot be written ({reason}); {remedy}")
+
+
+def _record(code: int) -> None:
+    """Leave the exit code of the first rank that ends to the job script: torchrun answers 1 whatever its ranks say."""
+    file = os.environ.get(EXIT_CODE_FILE)
+    if file:
+        with suppress(OSError), open(file, "x", encoding="utf-8") as record:
+            record.write(f"{code}\n")
+
+
+def report(error: Exception) -> int:
+    """Print what the user can mend as one line, anything else with its traceback; returns the exit code."""
+    if isinstance(error, StopRequested):
+        if log.display_rank() == 0:
+            print(log.printable(str(error)), file=sys.stderr)
+        return GO_ON
+    line, code = _classify(error)
+    if line is None:
+        traceback.print_exception(error)
+        return FAULT
+    rank = log.display_rank()
+    if rank:
+        # Most errors are those of every rank and rank 0 says them: then its launcher ends this rank meanwhile.
+        time.sleep(PATIENCE)
+    print(f"error{f' of rank {rank}' if rank else ''}: {log.printable(line)}", file=sys.stderr)
+    return code
+
+
+def _classify(error: Exception) -> tuple[str | None, int]:
+    """Return the line to print and the exit code; no line for what deserves its traceback."""
+    from clex_train.console.errors import explain
+
+    if isinstance(error, RunStopped):
+        return str(error), STOPPED
+    if isinstance(error, RankLost):
+        return str(error), RankLost.exit_code
+    if (full := no_room(error)) is not None and not isinstance(error, InputError):
+        file = full.filename or "a file"
+        return f"{file}: cannot be written ({full.strerror}); make room and run the same command again", STOPPED
+    return explain(error), USER_ERROR
+
+
+def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:
+    """Drop `--local_rank=N` (or `--local_rank N`), which DeepSpeed's launcher adds and Hydra does not know."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in ("--local_rank", "--local-rank"):
+            skip = True
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(argument)
+    return kept
+
+
+def sweep_folder(output_dir: str) -> str:
+    """In a multirun, each job's own folder: the overrides that differ between jobs are appended to `output_dir`."""
+    job = HydraConfig.get()
+    if job.mode is not RunMode.MULTIRUN:
+        return output_dir
+    typed = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+    swept = {o.key_or_group for o in OverridesParser.create().parse_overrides(typed) if o.is_sweep_override()}
+    chosen = [re.sub("['\"]", "", item) for item in job.overrides.task if item.lstrip("+").partition("=")[0] in swept]
+    return f"{output_dir}/{','.join(chosen).replace('/', '_') or f'job={job.job.num}'}"

@@ -1,0 +1,189 @@
+"""Write the files of a token store: shards document by document, then the manifest.
+
+Each file is written under a temporary name, flushed to disk and renamed, so a final name always means a whole file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from clex_train.token_store.manifest import (
+    BLOCK,
+    BLOCK_SUM,
+    DOCUMENT,
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    Shard,
+    TokenizerInfo,
+    partial_path,
+    token_dtype,
+)
+from clex_train.token_store.vocabulary import vocabulary_sha256
+from clex_train.utils.files import publish, sync_directory, sync_tree, temporary_path, write_atomically
+
+_TABLE_ROWS = 4096
+"""Document records to buffer before a write; 28 bytes each."""
+
+
+class ShardWriter:
+    """Writes `<folder>/<name>.tokens` and `.documents`; a context manager that removes them on an error.
+
+    A document is any number of `write` calls and one `end_document`; its tokens are not kept in memory.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._name, self._dtype = folder, name, dtype
+        self._largest = np.iinfo(dtype).max
+        # Hash while writing: reading a shard of gigabytes again would double the time on a network file system.
+        self._tokens = _HashedFile(self._path("tokens.tmp"))
+        self._blocks = _BlockSums()
+        self._table = _HashedFile(self._path("documents.tmp"))
+        self._documents: list[tuple[int, int, int, int]] = []
+        self.num_documents = self._num_tokens = 0
+
+    def write(self, ids: np.ndarray) -> None:
+        """Append ids [n], n >= 0, to the current document; the caller ends it with EOS."""
+        if len(ids):
+            # astype would wrap an id that is too large around to another valid id.
+            assert 0 <= ids.min() <= ids.max() <= self._largest, "ids do not fit the dtype"
+            content = ids.astype(self._dtype).tobytes()
+            self._tokens.write(content)
+            self._blocks.add(content)
+            self._num_tokens += len(ids)
+
+    def end_document(self, text_hash: int, source: int, record: int) -> None:
+        """End the current document and record the fields of `DOCUMENT`."""
+        self._documents.append((self._num_tokens, text_hash, source, record))
+        self.num_documents += 1
+        if len(self._documents) == _TABLE_ROWS:
+            self._write_table()
+
+    def add(self, ids: np.ndarray, text_hash: int, source: int, record: int) -> None:
+        """Append a whole document, EOS included."""
+        self.write(ids)
+        self.end_document(text_hash, source, record)
+
+    def close(self) -> Shard:
+        """Flush all files to disk under their final names and describe the shard."""
+        self._write_table()
+        sums = self._blocks.content()
+        # The tokens first: an interruption in between leaves files that no manifest lists, which a retry overwrites.
+        publish(self._tokens.file, self._path("tokens"))
+        publish(self._table.file, self._path("documents"))
+        write_atomically(self._path("blocks"), sums)
+        return Shard(
+            self._name,
+            self.num_documents,
+            self._num_tokens,
+            self._tokens.sha256.hexdigest(),
+            self._table.sha256.hexdigest(),
+            hashlib.sha256(sums).hexdigest(),
+        )
+
+    def _write_table(self) -> None:
+        self._table.write(np.array(self._documents, DOCUMENT).tobytes())
+        self._documents = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for part in (self._tokens, self._table):
+            with suppress(OSError):  # on a full disk, closing fails to flush; the file is removed anyway
+                part.file.close()
+        for path in (self._path("tokens.tmp"), self._path("documents.tmp"), temporary_path(self._path("blocks"))):
+            path.unlink(missing_ok=True)
+
+    def _path(self, suffix: str) -> Path:
+        return self._folder / f"{self._name}.{suffix}"
+
+
+class _HashedFile:
+    """File that is hashed while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.file: BinaryIO = open(path, "wb")  # noqa: SIM115  closed by its owner
+        self.sha256 = hashlib.sha256()
+
+    def write(self, content: bytes) -> None:
+        self.file.write(content)
+        self.sha256.update(content)
+
+
+class _BlockSums:
+    """CRC-32 of each `BLOCK` bytes of a file that is only appended to."""
+
+    def __init__(self) -> None:
+        self._sums: list[int] = []
+        self._running = self._filled = 0
+
+    def add(self, content: bytes) -> None:
+        # Slice a view: writes have any size, and copying them would double the memory traffic.
+        view = memoryview(content)
+        while len(view):
+            part = view[: BLOCK - self._filled]
+            self._running = zlib.crc32(part, self._running)
+            self._filled += len(part)
+            view = view[len(part) :]
+            if self._filled == BLOCK:
+                self._end_block()
+
+    def content(self) -> bytes:
+        """Return the content of the `.blocks` file."""
+        if self._filled:
+            self._end_block()
+        return np.array(self._sums, BLOCK_SUM).tobytes()
+
+    def _end_block(self) -> None:
+        self._sums.append(self._running)
+        self._running = self._filled = 0
+
+
+def move_store(partial: Path, store: Path) -> None:
+    """Rename a complete `partial` directory to `store`, which must not exist."""
+    # Sync the whole tree first: the tokenizer's files come from its library, which does not flush them, and a rename
+    # may reach the disk before the content does.
+    sync_tree(partial)
+    os.rename(partial, store)
+    sync_directory(store.parent)
+
+
+def write_store(
+    store: Path, documents: Mapping[str, Iterable[Sequence[int]]], vocab_size: int, eos_id: int = 0
+) -> Manifest:
+    """Write a store from token lists in memory, appending EOS to each; for tests and synthetic benchmarks.
+
+    Args:
+        store: directory to create.
+        documents: token ids without EOS, by split ("train", "validation"); a missing split is empty.
+        vocab_size: exclusive upper bound of the ids; determines the dtype. Token `i` is named "i".
+        eos_id: token to append to each document.
+    """
+    partial = partial_path(store)
+    splits: dict[str, list[Shard]] = {}
+    for split in SPLITS:
+        with ShardWriter(partial / split, "00000", token_dtype(vocab_size)) as writer:
+            for record, ids in enumerate(documents.get(split, ()), start=1):
+                content = np.array([*ids, eos_id], np.int64)
+                digest = hashlib.blake2b(content.tobytes(), digest_size=8).digest()
+                writer.add(content, int.from_bytes(digest, "little"), source=0, record=record)
+            splits[split] = [writer.close()] if writer.num_documents else []
+    vocabulary = {str(i): i for i in range(vocab_size)}
+    tokenizer = TokenizerInfo(vocab_size, vocabulary_sha256(vocabulary), str(eos_id), eos_id)
+    manifest = Manifest(token_dtype(vocab_size).str, tokenizer, splits)
+    write_atomically(partial / MANIFEST, manifest.to_json().encode())
+    move_store(partial, store)
+    return manifest
