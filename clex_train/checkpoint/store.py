@@ -26,7 +26,7 @@ from clex_train.config.checkpoint import CheckpointConfig, OnFullDisk
 from clex_train.config.recorded import CONFIG
 from clex_train.utils import distributed, files, log
 from clex_train.utils.errors import NO_ROOM, ConfigError, RunStopped, first_line
-from clex_train.utils.files import BadFile, make_folder, read_regular, sync_directory, write_atomically
+from clex_train.utils.files import BadFile, make_empty, read_regular, sync_directory, write_atomically
 from clex_train.utils.protocols import Engine
 
 logger = log.get(__name__)
@@ -90,7 +90,7 @@ class Checkpoints:
         # At most one save in flight: two copies of the optimizer state would not fit in host memory.
         self.finish()
         staging = self.folder / f"saving_step_{step}"
-        if not self._all_succeeded(_attempt(lambda: _make_empty(staging)) if distributed.is_main() else None, staging):
+        if not self._all_succeeded(_attempt(lambda: make_empty(staging)) if distributed.is_main() else None, staging):
             return time.perf_counter() - started
         with writing_with(engine, self._writer):
             # DeepSpeed would replace its own `latest` here, before other ranks have written their files.
@@ -346,8 +346,3 @@ def _attempt(action: Any) -> Any:
         return action()
     except (OSError, RuntimeError) as error:
         return error
-
-
-def _make_empty(folder: Path) -> None:
-    files.remove_folder(folder)
-    make_folder(folder)

@@ -32,16 +32,7 @@ import torch
 
 from clex_train.cli import forecast
 from clex_train.cli.keys import METHOD_KEYS, MethodConfig, given
-from clex_train.cli.loading import (
-    Source,
-    check,
-    keep,
-    load,
-    locate,
-    partial_of,
-    run_config,
-    say_what_is_ahead,
-)
+from clex_train.cli.loading import Source, check, keep, load, locate, partial_of, run_config, say_what_is_ahead
 from clex_train.config.bos import Bos
 from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method
@@ -65,7 +56,7 @@ from clex_train.evaluation.runner import Feeding
 from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, select
 from clex_train.models import architecture
-from clex_train.models import load as modeling
+from clex_train.models.tokenizer import load_tokenizer
 from clex_train.resilience import out_of_memory
 from clex_train.resilience.out_of_memory import REMEDIES
 from clex_train.retrieval import plan as retrieval_plan
@@ -229,7 +220,7 @@ def make_plan(asked: EvaluateConfig) -> Plan:
     data = asked.data or config.evaluation.path or config.data.path
     require(data is not None, "data", data, "this run mixed several stores; name the one to evaluate on")
     store = TokenStore(str(data)).split("validation")
-    tokenizer = modeling.load_tokenizer(asked.path, source.model)
+    tokenizer = load_tokenizer(asked.path, source.model)
     check_tokenizer(store, tokenizer)
     num_rows = architecture.embedding_rows(architecture.to_read(source.model))
     check_embedding(store, num_rows, asked.path, "data")

@@ -45,8 +45,9 @@ from clex_train.evaluation import provenance as origins
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.results import FORMAT, Origin
 from clex_train.evaluation.runner import keeping_table, work_of
-from clex_train.models import architecture, load
+from clex_train.models import architecture
 from clex_train.models.load import LoadedModel
+from clex_train.models.tokenizer import load_tokenizer
 from clex_train.retrieval.plan import require_chat_template
 from clex_train.rope.native import native_handle_on_meta
 from clex_train.token_store.vocabulary import check_ids
@@ -112,7 +113,7 @@ def _run(asked: LmEvalConfig) -> None:
         loading.run_config(Path(asked.run))
     source = loading.locate(asked)
     # Refuses a tokenizer with Python code of its own, which tasks such as RULER's would run without asking.
-    tokenizer = load.load_tokenizer(asked.path, source.model)
+    tokenizer = load_tokenizer(asked.path, source.model)
     check_ids(tokenizer, architecture.embedding_rows(architecture.to_read(source.model)), asked.path)
     max_length = longest(asked, source)
     require(

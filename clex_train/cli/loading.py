@@ -28,6 +28,7 @@ from clex_train.evaluation.results import Origin, place
 from clex_train.models import architecture, size, weights
 from clex_train.models import load as modeling
 from clex_train.models.load import LoadedModel
+from clex_train.rope.probe import model_on_meta
 from clex_train.tracking import summary
 from clex_train.utils import checksums, distributed, log
 from clex_train.utils.bounds import MOST_TOKENS
@@ -147,7 +148,7 @@ def say_what_is_ahead(program: str, asked: LoadingConfig, source: Source, lines:
     subject = summary.Subject(
         weights=f"weights of {asked.path}",
         model_type=arch.model_type,
-        num_parameters=size.count_parameters(arch, source.model.trust_remote_code),
+        num_parameters=size.num_parameters(model_on_meta(arch, source.model.trust_remote_code)),
         dtype=precision,
         context_len=source.context_len,
         context_source=source.context_source,

@@ -46,7 +46,7 @@ def attention_modules(model: nn.Module) -> list[Any]:
     if hasattr(model.config, "qk_rope_head_dim"):
         reason = "it rotates a separate part of each key"
     if kind in ADAPTERS:
-        found = [module for module in modules if _is_numbered(module)]
+        found = [module for module in modules if hasattr(module, "layer_idx")]
     else:
         found = rotary_attention(model)
         reason = reason or _find_misfit(model, found)
@@ -83,10 +83,8 @@ def check_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         raise ValueError(
             f"output_attentions=True: {NAME} never forms the n x n weights; undo() it, then attn_implementation=eager"
         )
-    call, cache = (
-        {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs},
-        kv_cache.find_in_call(args, kwargs),
-    )
+    call = {**dict(zip(parameter_names(type(module).forward), args, strict=False)), **kwargs}
+    cache = kv_cache.find_in_call(args, kwargs)
     # `generate` would feed it all tokens so far at every step; MPT's config has use_cache=False.
     if cache is not None and call.get("use_cache") is False:
         raise ValueError("use_cache=False with a KV cache: the cache would get each token many times; set it to True")
@@ -155,7 +153,3 @@ def _probe_layers(model: nn.Module, modules: list[Any]) -> list[LayerProbe]:
 def _has_state(config: Any) -> bool:
     """Return True if layers keep a recurrent state in the cache, beside keys or instead of them."""
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
-
-
-def _is_numbered(module: nn.Module) -> bool:
-    return hasattr(module, "layer_idx")

@@ -14,32 +14,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from clex_train.attention.layer_probe import layer_type, layer_window
-from clex_train.lm_infinite.adapters import (
-    ADAPTERS,
-    SinusoidTables,
-    clamp_table_positions,
-    no_rotation,
-    uses_alibi,
-)
+from clex_train.lm_infinite.adapters import ADAPTERS, SinusoidTables, clamp_table_positions, no_rotation, uses_alibi
 from clex_train.lm_infinite.back_ends import AUTO, BACK_ENDS, BackEndChoice
 from clex_train.lm_infinite.cache import LambdaCache, LambdaCacheLayer, spare_slots
-from clex_train.lm_infinite.compatibility import (
-    LAYER,
-    NAME,
-    attention_modules,
-    check_call,
-    model_type,
-    trained_context,
-)
+from clex_train.lm_infinite.compatibility import LAYER, NAME, attention_modules, check_call, model_type, trained_context
 from clex_train.lm_infinite.lambda_attention import rotated_span_len
 from clex_train.lm_infinite.layer import LambdaLayer
 from clex_train.lm_infinite.middle_tokens import Middle
-from clex_train.lm_infinite.rotation import (
-    RotarySite,
-    RotationTables,
-    find_rotary_site,
-    rotation_function,
-)
+from clex_train.lm_infinite.rotation import RotarySite, RotationTables, find_rotary_site, rotation_function
 from clex_train.lm_infinite.stream import Rotation
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError
@@ -158,16 +140,11 @@ class LmInfinite:
     def _warn(self) -> None:
         trained = trained_context(self.model)
         if trained is not None and self.n_local > trained:
-            logger.warning(
-                "n_local=%d exceeds the model's trained context of %d tokens: it has not seen such distances unless "
-                "its frequencies are scaled",
-                self.n_local,
-                trained,
-            )
+            exceeds = "n_local=%d exceeds the model's trained context of %d tokens: it has not seen such distances"
+            logger.warning(f"{exceeds} unless its frequencies are scaled", self.n_local, trained)
         if self.n_global >= self.n_local:
-            logger.warning(
-                "n_global=%d is not below n_local=%d: usual values are 10 to 100", self.n_global, self.n_local
-            )
+            usual = "n_global=%d is not below n_local=%d: usual values are 10 to 100"
+            logger.warning(usual, self.n_global, self.n_local)
 
 
 def _rotations(

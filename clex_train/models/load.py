@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
@@ -24,6 +24,7 @@ from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models import architecture, hub, memory_options, official, weights
 from clex_train.models import directory as model_directory
 from clex_train.models.initial_field import starting_field
+from clex_train.models.tokenizer import load_tokenizer
 from clex_train.rope import recipes
 from clex_train.rope.native import install_native
 from clex_train.rope.patch import RotaryHandle, install_rotary
@@ -35,8 +36,6 @@ from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.utils import distributed, log, seeding
 from clex_train.utils.errors import ConfigError, first_line, is_out_of_memory, require
 from clex_train.utils.protocols import Tokenizer
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 logger = log.get(__name__)
 
@@ -74,21 +73,6 @@ class LoadedModel:
         self.table = dataclasses.replace(table, context_len=self.context_len, t_factor=self.t_factor)
         self.handle.use(self.table)
         return self.table
-
-
-def training_tokenizer(model: ModelConfig, arch: PretrainedConfig, store_tokenizer: Path) -> Tokenizer:
-    """Load the tokenizer of a run: `model.tokenizer`, else that of the pretrained weights, else the store's.
-
-    For random weights, the vocabulary and special ids of `arch` are set to the tokenizer's, in place.
-    """
-    own = model.path if model.is_pretrained else None
-    path = model.tokenizer or own or str(store_tokenizer)
-    tokenizer = load_tokenizer(path, model)
-    if not model.is_pretrained:
-        arch.vocab_size = len(tokenizer)
-        arch.bos_token_id, arch.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        arch.pad_token_id = tokenizer.pad_token_id
-    return tokenizer
 
 
 def check_attention(implementation: AttentionImplementation, key: str = "attention.implementation") -> None:
@@ -244,31 +228,6 @@ def bars_on_a_terminal() -> Iterator[None]:
         yield
     finally:
         transformers_logging.enable_progress_bar()
-
-
-def load_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
-    """Load the tokenizer of a directory or hub repository. Raises `ConfigError` when there is none."""
-    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, **hub.options(path)}
-    if path == model.path and not Path(path).is_dir():
-        # A revision belongs to the model's repository, not to that of another tokenizer.
-        options["revision"] = model.revision
-    if official.is_official(Path(path)):
-        # Otherwise transformers reads config.json itself, and warns about the unknown rope type.
-        options["config"] = official.read_official_config(Path(path))
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except Exception as error:  # tokenizers raises bare Exception, transformers many types, for bad files
-        raise ConfigError(path, None, _no_tokenizer(path, error)) from error
-    return tokenizer
-
-
-def _no_tokenizer(path: str, error: Exception) -> str:
-    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
-        return (
-            f"no tokenizer in it ({' or '.join(TOKENIZER_FILES)}); copy the tokenizer's files beside the weights, or "
-            "name their directory, model.tokenizer=DIR in training"
-        )
-    return f"no readable tokenizer ({hub.why_not_read(path, error)}); copy its files again"
 
 
 def _scale_logits(loaded: LoadedModel, policy: LogScale) -> None:

@@ -3,9 +3,7 @@
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
-
-from clex_train.rope import probe
+from transformers import PreTrainedModel
 
 
 def matmul_shape(model: PreTrainedModel) -> tuple[float, int, int, int]:
@@ -29,8 +27,3 @@ def matmul_shape(model: PreTrainedModel) -> tuple[float, int, int, int]:
 def num_parameters(module: nn.Module) -> int:
     """Count the parameters of a module, sharded or not."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
-
-
-def count_parameters(arch: PretrainedConfig, trust_remote_code: bool = False) -> int:
-    """Count the parameters of an architecture on the meta device, without weights."""
-    return num_parameters(probe.model_on_meta(arch, trust_remote_code))

@@ -27,6 +27,7 @@ from clex_train.engine import liger
 from clex_train.evaluation import during_training
 from clex_train.evaluation.during_training import TrainingEvaluation
 from clex_train.models import architecture, directory, load, memory_options, weights
+from clex_train.models.tokenizer import training_tokenizer
 from clex_train.preflight import document_mask, kernels, sequence_parallel
 from clex_train.rope.context_length import ContextLength
 from clex_train.rope.native import native_handle_on_meta
@@ -186,7 +187,7 @@ def _open_inputs(config: Config, arch: PretrainedConfig, scope: Scope) -> Inputs
     if not is_complete or (scope is Scope.plan and not _has_tokenizer(config.model)):
         return Inputs(stores, is_complete, held_out, None)
     store = next(iter(stores.values()))
-    tokenizer = load.training_tokenizer(config.model, arch, store.tokenizer_path)
+    tokenizer = training_tokenizer(config.model, arch, store.tokenizer_path)
     vocabulary.check_tokenizer(store, tokenizer)
     if not config.model.is_pretrained:
         _check_ids(config, arch, stores, None)

@@ -192,6 +192,12 @@ def remove_folder(folder: Path) -> None:
         logger.warning("%s cannot be removed (%s)", folder, error)
 
 
+def make_empty(folder: Path) -> None:
+    """Create a folder, durably, in place of whatever an earlier attempt left there."""
+    remove_folder(folder)
+    make_folder(folder)
+
+
 def quarantine(path: Path) -> Path:
     """Rename a damaged file out of the way, over an earlier one; return its new name."""
     aside = path.with_name(path.name + DAMAGED)

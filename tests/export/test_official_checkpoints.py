@@ -22,6 +22,7 @@ from clex_train.models import architecture, load
 from clex_train.models import directory as model_directory
 from clex_train.models.official_field import official_rope_scaling, official_tensors
 from clex_train.models.save import write_final
+from clex_train.models.tokenizer import load_tokenizer
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.position_sampling import draw_batch
 from clex_train.scaling.table import scale_grid
@@ -73,7 +74,7 @@ def test_evaluation_matches_the_logits_of_the_original_code(
 
 def test_converting_from_official_and_back_keeps_every_bit(directory: Path, tmp_path: Path) -> None:
     loaded = load_for_training(training_config(directory))
-    loaded.tokenizer = load.load_tokenizer(str(directory), ModelConfig())
+    loaded.tokenizer = load_tokenizer(str(directory), ModelConfig())
     loaded.solve_table()
     write_final(tmp_path / "final", loaded, loaded.model.state_dict(), loaded.tokenizer)
     record = model_directory.read_record(tmp_path / "final")

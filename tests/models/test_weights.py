@@ -27,6 +27,7 @@ from clex_train.console import arguments
 from clex_train.console.errors import explain
 from clex_train.engine import deepspeed as engines
 from clex_train.models import architecture, hub, load, weights
+from clex_train.models.tokenizer import load_tokenizer
 from tests.helpers.tiny_causal_lm import save_tiny_llama, tiny_llama
 from tests.helpers.weight_directories import (
     GATE,
@@ -281,10 +282,10 @@ def test_a_tokenizer_has_the_revision_of_its_weights(base, hub_name):
     file = snapshots / "0ddba11" / "tokenizer.json"
     file.write_text(file.read_text().replace('"60"', '"sixty"'))
     of_main, of_older = (ModelConfig(path=hub_name, revision=name) for name in (None, "older"))
-    assert "60" in load.load_tokenizer(hub_name, of_main).get_vocab()
-    assert "sixty" in load.load_tokenizer(hub_name, of_older).get_vocab()
+    assert "60" in load_tokenizer(hub_name, of_main).get_vocab()
+    assert "sixty" in load_tokenizer(hub_name, of_older).get_vocab()
     with pytest.raises(ValueError, match=r"^owner/model: no readable tokenizer \("):
-        load.load_tokenizer(hub_name, ModelConfig(path=hub_name, revision="no_such_branch"))
+        load_tokenizer(hub_name, ModelConfig(path=hub_name, revision="no_such_branch"))
 
 
 @pytest.mark.parametrize("error", [KeyError("experts"), AttributeError("'list' has no items"), AssertionError()])

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from clex_train.data import build, step_rows
 from clex_train.data.batch import MicroBatch
 from clex_train.data.rows import PADDING, Row
 from clex_train.models import architecture, load
+from clex_train.models.tokenizer import training_tokenizer
 from clex_train.scaling.position_sampling import draw_document_positions
 from clex_train.training import loop
 from clex_train.utils import seeding
@@ -70,7 +72,7 @@ def run(tmp_path, tiny_run, monkeypatch):
 def load_initial_model(config):
     """Load the initial weights of a run, and its handle."""
     arch = architecture.to_train(config.model)
-    load.training_tokenizer(config.model, arch, load.Path(config.data.path) / "tokenizer")
+    training_tokenizer(config.model, arch, Path(config.data.path) / "tokenizer")
     return load.load_for_training(config, arch, torch.float32, {})
 
 
