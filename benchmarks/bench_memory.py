@@ -202,7 +202,7 @@ def child(words: dict[str, Any]) -> None:
 
 
 def random_row(shape: Shape, step: int) -> Any:
-    """Build a micro-batch of one row."""
+    """Build a micro batch of one row."""
     import torch
 
     from clex_train.data.batch import UNSCORED, MicroBatch

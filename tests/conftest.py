@@ -92,7 +92,7 @@ def goldens() -> Path:
 
 @pytest.fixture(scope="session")
 def complete_goldens() -> Path:
-    """Return the complete set, of which `goldens` is a subset: also models under LM-Infinite and longer texts."""
+    """Return the complete set, a superset of `goldens`: also models under LM-Infinite and longer texts."""
     folder = ROOT.parent / "shared" / "goldens"
     if not (folder / "lmi_eval.safetensors").exists():
         pytest.skip("needs the complete goldens in ../shared/goldens; tests/goldens holds 3 MB of them")

@@ -1,4 +1,4 @@
-"""Collating micro-batches with and without a document mask: labels, positions and counts."""
+"""Collating micro batches with and without a document mask: labels, positions and counts."""
 
 import numpy as np
 import pytest

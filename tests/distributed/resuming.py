@@ -7,7 +7,7 @@ Each NAME of `CELLS` or `SHARING` goes through every VERB:
     whole       train to the end in FOLDER/<NAME>_whole
     part        train one step beyond the checkpoint of step 4 in FOLDER/<NAME>_from<ranks>, then stop without saving
     resume      resume a copy of a run stopped on <n> ranks, FOLDER/<NAME>_from<n>_to<ranks>
-    exact       resume the run stopped on as many ranks and write its differences from `whole` to FOLDER/<NAME>.json
+    exact       resume the run stopped on this number of ranks; write its differences from `whole` to FOLDER/<NAME>.json
 """
 
 import json

@@ -49,7 +49,7 @@ def commands(page: Path) -> list[str]:
 
 
 def settings(page: Path) -> list[str]:
-    """Return each `key=value` with a dotted key that stands alone in code on a page."""
+    """Return each isolated `key=value` with a dotted key in code on a page."""
     text = page.read_text(encoding="utf-8")
     spans = re.findall(r"`([^`\n]+)`", text) + re.findall(r"^(?:'?launch[.=].*)$", text, re.MULTILINE)
     words = [word for span in spans for word in _words(span)]

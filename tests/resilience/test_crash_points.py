@@ -56,7 +56,7 @@ def every_byte(place: Path) -> Contents:
 
 @pytest.fixture
 def training(tmp_path, tiny_store, tiny_architecture) -> Crashing:
-    """Configure four steps with two checkpoints, of which one is kept, two evaluations and a final CLEX model."""
+    """Configure four steps with two checkpoints, keeping one, two evaluations and a final CLEX model."""
     place = tmp_path / "place"
     command = [
         *("train.py", "+experiment=tiny_base", f"output_dir={place / 'run'}", f"data.path={tiny_store}"),
