@@ -91,7 +91,7 @@ def multiply_queries(model: nn.Module, factor: float) -> None:
             module.bias.view(heads, 3, -1)[:, 0].mul_(factor)
 
 
-def test_undo_restores_every_scale_to_the_bit_and_stops_listening() -> None:
+def test_undo_restores_every_scale_bitwise_and_stops_listening() -> None:
     model, lengths = small_model("gpt_neox"), Lengths()
     own = scales(model)
     scaling = install_log_scaling(model, "always", L, lengths.on_length)

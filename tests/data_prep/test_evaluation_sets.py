@@ -41,7 +41,7 @@ def nth_smallest_length(store: TokenStore, index: int) -> int:
     return int(np.sort(np.diff(store.doc_offsets))[index])
 
 
-def test_a_set_has_exactly_the_documents_of_its_minimum_length_with_origins(
+def test_a_set_has_exactly_the_documents_of_at_least_its_length_with_origins(
     store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation_sets, "CHUNK_TOKENS", 13)

@@ -100,7 +100,7 @@ def test_a_run_of_an_earlier_commit_resumes(tmp_path, name):
     run_folder.check_config(config, has_checkpoint=True, own_context=own)
 
 
-def test_the_meaning_of_the_keys_of_an_earlier_run_may_not_change(tmp_path):
+def test_the_resolved_values_of_an_earlier_run_may_not_change(tmp_path):
     config = _load_earlier(tmp_path, "tiny")
     with pytest.raises(ValueError, match=r"^model\.context_len: differs from"):
         run_folder.check_config(config, has_checkpoint=True, own_context=256)

@@ -152,7 +152,7 @@ def test_initial_weights_with_a_nan_are_named(run, tmp_path, tiny_store):
         run("optim.steps=2", f"model.path={base}")
 
 
-def test_the_learning_rate_of_the_model_is_named_before_that_of_the_field(run):
+def test_a_model_broken_by_its_learning_rate_is_not_blamed_on_that_of_the_field(run):
     with pytest.raises(RunStopped) as stopped:
         run("optim.lr=10", "optim.warmup=0")
     line = str(stopped.value)
@@ -281,7 +281,7 @@ def add_spike(monkeypatch, rows: set[int]) -> None:
 SPIKES = ("optim.spike_factor=20", "optim.spike_window=4")
 
 
-def test_a_spike_is_rolled_back_to_a_run_without_its_rows(run, monkeypatch):
+def test_rolling_back_a_spike_gives_a_run_without_its_rows(run, monkeypatch):
     without = run.folder.with_name("without")
     run(*SPIKES, "data.skip_rows=[12-13]", f"output_dir={without}")
     add_spike(monkeypatch, {12})
