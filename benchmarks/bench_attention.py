@@ -2,10 +2,10 @@
 
     python benchmarks/bench_attention.py --lengths 4096 16384 --output FILE.md
 
-One decoder layer of a Llama whose MLP and vocabulary are small, so that projections and attention are what is timed:
-forward alone, and forward with backward. Back ends that this machine does not have are named and left out. At every
-length all take turns; a back end that runs out of memory, or would take longer than `--limit` seconds by what it took
-at the length before, is left out from there on. Decoding and prefill: bench_lm_infinite.py.
+One decoder layer of a Llama with a small MLP and vocabulary, so that projections and attention dominate: forward alone,
+and forward with backward. Back ends that this machine lacks are named and skipped. At every length all take turns; a
+back end that runs out of memory, or would exceed `--limit` seconds judging by the previous length, is skipped from
+there on. Decoding and prefill: bench_lm_infinite.py.
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Layer:
             # One row of logits: the head over the whole vocabulary would hide the attention.
             return timed(lambda: self.model(ids, logits_to_keep=1))
 
-    def both(self, ids: torch.Tensor) -> float:
+    def forward_backward(self, ids: torch.Tensor) -> float:
         """Time a forward pass and the backward pass of a scalar loss, in seconds."""
         seconds = timed(lambda: self.model.model(ids).last_hidden_state.float().square().mean().backward())
         # Freed outside the timing, and so that the next pass does not accumulate.
@@ -80,10 +80,10 @@ def main() -> None:
     lines = header(arguments, layers)
     lines += [f"- {name}: left out, {reason}" for name, reason in refusals.items() if name in arguments.back_ends]
     lines += table("Forward, ms", layers, arguments, Layer.forward)
-    # The backward pass takes other memory than the forward pass, so every back end gets another chance.
+    # The backward pass has other memory needs than the forward pass, so every back end is tried again.
     for layer in layers:
         layer.is_out = False
-    lines += table("Forward and backward, ms", layers, arguments, Layer.both)
+    lines += table("Forward and backward, ms", layers, arguments, Layer.forward_backward)
     lines += ["", f"{time.perf_counter() - began:.0f} s in all; load at the end {os.getloadavg()[0]:.1f}."]
     publish(lines, arguments.output)
 
@@ -107,7 +107,7 @@ def parse() -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     arguments.device = torch.device("cuda" if on_gpu else "cpu")
     arguments.dtype = torch.bfloat16 if on_gpu else torch.float32
-    # Ascending: a back end is given up by its time at the previous length.
+    # Ascending: a back end is skipped by its time at the previous length.
     arguments.lengths.sort()
     return arguments
 
@@ -164,7 +164,7 @@ def table(
 def rounds(
     layers: list[Layer], ids: torch.Tensor, count: int, run: Callable[[Layer, torch.Tensor], float]
 ) -> dict[str, list[float]]:
-    """Time the layers in turn, in seconds, after a warm-up round; layers out of memory are left out."""
+    """Time the layers in turn, in seconds, after a warm-up round; skip layers that run out of memory."""
     spent: dict[str, list[float]] = {}
     for _ in range(count + 1):
         for layer in layers:

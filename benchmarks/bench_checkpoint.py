@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 2 benchmarks/bench_checkpoint.py ...
 
 A Llama with random weights takes steps under ZeRO-3 and AdamW; in turn, a checkpoint is written by DeepSpeed alone, by
-this project at once (`overlap=false`), and by it while the next steps run (`overlap=true`). The least possible
-is what AdamW needs to go on: a float32 weight and two float32 moments per parameter.
+this project synchronously (`overlap=false`), and by it during the next steps (`overlap=true`). The minimum is the state
+that AdamW needs to resume: a float32 weight and two float32 moments per parameter.
 """
 
 import argparse

@@ -4,12 +4,12 @@
     python benchmarks/bench_data.py loading [--output FILE.md]
     python benchmarks/bench_data.py checks [--output FILE.md]
 
-Tokenizing: the texts are repeated to the size asked for, a file a copy, compressed as the first one is; an 8k byte-
-level BPE is learnt from one copy. "Raw" is `tokenizers.Tokenizer.encode_batch` on one copy in memory, whole
-documents, and, faster, the same documents in pieces of 16,384 characters. Ours is `python -m data_prep tokenize` from
-files to a finished store, one worker, called in this process; imports are excluded by a small store before. All have
+Tokenizing: the texts are repeated to the requested size, one file per copy, compressed like the first one; an 8k byte-
+level BPE is trained on one copy. "Raw" is `tokenizers.Tokenizer.encode_batch` on one copy in memory, for whole
+documents and, faster, for the same documents in pieces of 16,384 characters. Ours is `python -m data_prep tokenize`
+from files to a finished store, one worker, called in this process after a small store, which excludes imports. All have
 the same number of threads and take turns; medians. In the corpus "altered" the letters of every tenth word of each
-copy are shuffled, so that caches of words meet new ones as they do in text that does not repeat.
+copy are shuffled, so that caches of words meet new ones as in text without repetition.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PIECE_CHARS = 1 << 14
 def main() -> None:
     """Print one Markdown page, and write it to `--output`."""
     arguments = parse()
-    os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)  # before either engine starts its threads
+    os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)  # Must be set before either engine starts its threads.
     publish([*header(arguments), *arguments.section(arguments)], arguments.output)
 
 
@@ -119,7 +119,7 @@ def _tokenizing(arguments: argparse.Namespace, folder: Path) -> list[str]:
     }
     for engine in ("tokenizers", "gigatoken"):
         tokenize(folder, "small", engine)
-    rates = in_turns(rivals, arguments.repeats)
+    rates = time_in_turns(rivals, arguments.repeats)
     table = ["", f"## Tokenising {total / 1e9:.2f} GB of text, {arguments.vocab_size} tokens", ""]
     table += ["| | MB/s | times raw, whole documents | times raw, pieces |", "|---|--:|--:|--:|"]
     raw, raw_pieces = rates["raw `tokenizers`, whole documents"], rates["raw `tokenizers`, pieces"]
@@ -194,7 +194,7 @@ def tokenize(folder: Path, corpus: str, engine: str) -> None:
     shutil.rmtree(output)
 
 
-def in_turns(rivals: dict[str, tuple[int, Callable[[], object]]], repeats: int) -> dict[str, float]:
+def time_in_turns(rivals: dict[str, tuple[int, Callable[[], object]]], repeats: int) -> dict[str, float]:
     """Return the median megabytes per second of each side, alternating in every round."""
     rates: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(repeats):

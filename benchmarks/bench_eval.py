@@ -2,8 +2,8 @@
 
     python benchmarks/bench_eval.py [--length 65536] [--protocol one_shot] [--output benchmarks/results/NAME.md]
 
-A Llama with random weights and a store with one document are written; a process of its own runs
-`clex_train.cli.evaluate` on them and reports the most that its resident set grew after all imports. That is divided by
+A Llama with random weights and a store with one document are written; a separate process runs
+`clex_train.cli.evaluate` on them and reports the peak growth of its resident set after all imports, divided by
 
     weights + KV cache of the window + one tile of logits + activations of one chunk
 
@@ -67,7 +67,7 @@ class Shape:
         return 2 * self.layers * length * self.key_heads * self.head_dim
 
     def activations(self, chunk_len: int) -> int:
-        """Count the elements that a layer holds at once: residual, norm, and q, k, v, output or three of the MLP."""
+        """Count the elements of a layer at its peak: residual, norm, and q, k, v, output or three of the MLP."""
         attention = (2 * self.heads + 2 * self.key_heads) * self.head_dim
         # Attention and MLP run one after the other, so the larger of them counts.
         return chunk_len * (2 * self.width + max(attention, 3 * self.intermediate))
@@ -178,7 +178,7 @@ def write_inputs(folder: Path, shape: Shape, length: int) -> None:
     model.save_pretrained(folder / "model")
     words = Tokenizer(models.WordLevel({str(i): i for i in range(shape.vocab)}, unk_token="1"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", unk_token="1")
-    # One token more than the window, which needs a target for its last token.
+    # One token more than the window, whose last token needs a target.
     document = np.random.default_rng(0).integers(2, shape.vocab, length + 1).tolist()
     write_store(folder / "store", {"train": [document], "validation": [document]}, shape.vocab)
     # Store and model must agree on the tokenizer, or the evaluation refuses them.

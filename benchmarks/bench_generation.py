@@ -3,8 +3,8 @@
     python benchmarks/bench_generation.py [--contexts 4096 16384] [--cache static] [--output benchmarks/results/NAME.md]
 
 Each block starts with a full cache of n tokens, n a multiple of L, so that the first token of every CLEX block moves t
-and all cached keys are turned: that step is the crossing, the others are between crossings. A crossing comes once in L
-tokens, which is how it enters the tokens per second. The cache holds random keys, on which no time depends.
+and re-rotates all cached keys: that step is the crossing, the others are between crossings. Tokens per second include
+one crossing per L tokens. The cached keys are random, since no time depends on them.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def measure(model: LlamaForCausalLM, context: int, arguments: argparse.Namespace
     caches = {side: filled_cache(model, context, arguments) for side in ("plain", "clex")}
     times = {side: Times() for side in caches}
     with clex(model, arguments.context_len) as frequencies:
-        # The keys stand at t = n / L, as if they had been computed there.
+        # The keys count as rotated at t = n / L, as if computed there.
         spectrum = frequencies.least_upper_bound(context, arguments.context_len)
         positions = torch.arange(context, device=model.device)[None]
         key_record.record_keys(caches["clex"], None, spectrum, positions, context)

@@ -2,10 +2,10 @@
 
     python benchmarks/bench_lm_infinite.py --output FILE.md                        # times, and memory of a prefill
     python benchmarks/bench_lm_infinite.py --only stream --stream 1048576          # memory over a long stream
-    python benchmarks/bench_lm_infinite.py --smoke                                 # small sizes, to see that it runs
+    python benchmarks/bench_lm_infinite.py --smoke                                 # small sizes, as a smoke test
 
 The model: 2 layers, hidden 512, 4 heads of 128, random weights; L = 2048, G = 10. Whole calls of the model are timed,
-with the logits of the last token only. Whatever is compared takes turns, so that a busy moment meets both.
+with the logits of the last token only. Both sides take turns, so that a busy moment affects both.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from bench_page import freed_memory_kept, processor, publish
+from bench_page import keep_freed_memory, processor, publish
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
@@ -122,7 +122,7 @@ def section_prefill(model: LlamaForCausalLM, arguments: argparse.Namespace) -> l
     # A copy with the same weights, so that LM-Infinite can stay installed on the other model between turns.
     rival = copy.deepcopy(model)
     handle = apply_lm_infinite(model, arguments.n_local, arguments.n_global)
-    with freed_memory_kept():
+    with keep_freed_memory():
         forward(model, texts[longest], None)
         # One call each before the timing, which allocates the buffers.
         forward(rival, texts[min(texts)], None)
@@ -223,7 +223,7 @@ def section_memory(model: LlamaForCausalLM, arguments: argparse.Namespace) -> li
 def section_stream(model: LlamaForCausalLM, arguments: argparse.Namespace) -> list[str]:
     """Measure the resident set while a stream passes through one constant cache, 4,096 tokens a call, and in decoding.
 
-    The most of all calls since the last line is given, above what the process held before the stream.
+    Each line gives the peak of all calls since the last line, above the resident set before the stream.
     """
     handle = apply_lm_infinite(model, arguments.n_local, arguments.n_global)
     cache, before = handle.new_cache(), trimmed()
@@ -288,7 +288,7 @@ def timed(run: Callable[[], None]) -> float:
 def peak_above(run: Callable[[], None], before: float | None = None) -> float:
     """Return the MiB by which the resident set peaks during `run` above `before` (default: the current value)."""
     resident = trimmed()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # Reset the peak.
     run()
     return status("VmHWM") - (resident if before is None else before)
 

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_memory.py [--output benchmarks/results/NAME.md] [--only CASE ...]
 
-A process of its own for each case builds a Llama with random weights under ZeRO-3 and CLEX as train.py does, takes
-steps of `training.loop.train_step` on random rows, and reports the most that its resident set grew above that after
-imports during the last. The estimate is that of the plan for the same configuration.
+A separate process for each case builds a Llama with random weights under ZeRO-3 and CLEX as train.py does, takes
+steps of `training.loop.train_step` on random rows, and reports the peak of its resident set during the last step above
+that after imports. The estimate is that of the plan for the same configuration.
 """
 
 import argparse
@@ -69,8 +69,8 @@ WHOLE, TILED = "16k row", "16k row in tiles"
 
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(MIB)}
-"""One thread, since each has its own buffers. Freed tensors of 1 MiB or more go back to the system; by default glibc
-keeps those below 32 MiB, and they would count in the resident set."""
+"""One thread, since each has its own buffers. Freed tensors of 1 MiB or more return to the system; by default glibc
+keeps those below 32 MiB, which would count in the resident set."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def measure(case: Case) -> Measured:
         environment = {**os.environ, **ENVIRONMENT, "BENCH_MEMORY_CHILD": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    # The last line: DeepSpeed logs to stdout before it.
+    # The last line, because DeepSpeed logs to stdout before it.
     said = json.loads(done.stdout.splitlines()[-1])
     return Measured(case, plan.peak, planning.MOMENTS[plan.totals().index(plan.peak)], said["grown"], said["loss"])
 
@@ -194,7 +194,7 @@ def child(words: dict[str, Any]) -> None:
     ode = OdeOptimizer(loaded.clex, config.scaling, config.seed)
     parts = Parts(config, engine, loaded, rows=nothing, ode=ode, checkpoints=nothing, evaluate=None)
     for step in range(words["steps"]):
-        # Only the step counts: building the model holds whole weights for a moment.
+        # Measure only the step, because building the model briefly needs all weights.
         Path("/proc/self/clear_refs").write_text("5")
         loss = loop.train_step(parts, step, iter([random_row(shape, step)]))["loss"]
         grown = status("VmHWM:") - before
@@ -202,7 +202,7 @@ def child(words: dict[str, Any]) -> None:
 
 
 def random_row(shape: Shape, step: int) -> Any:
-    """Build a micro-batch of one row."""
+    """Build a micro batch of one row."""
     import torch
 
     from clex_train.data.batch import UNSCORED, MicroBatch

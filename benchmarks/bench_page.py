@@ -29,7 +29,7 @@ def processor() -> str:
 
 
 @contextmanager
-def freed_memory_kept() -> Iterator[None]:
+def keep_freed_memory() -> Iterator[None]:
     """Make the C library serve all sizes from its heap and keep freed memory; constants are from glibc's malloc.h."""
     trim_threshold, mmap_max = -1, -4
     library = ctypes.CDLL(None)

@@ -7,7 +7,7 @@
 3. cos and sin against extended precision, and their time against Hugging Face's.
 4. The ODE of a training step over a computed step at 7B shapes.
 
-Errors are max |d log theta| against dopri8 in float64 at tolerance 1e-12. What is compared takes turns within one run.
+Errors are max |d log theta| against dopri8 in float64 at tolerance 1e-12. Compared sides take turns in one run.
 """
 
 import argparse

@@ -4,10 +4,10 @@
     deepspeed benchmarks/bench_step.py --shape llama2_7b --tokens 4096 --accumulation 8 \
         --set engine=zero3 data.seq_len=4096 --output FILE.md
 
-The step is `clex_train.training.loop.train_step` over rows of random tokens, under any switch of the
-configuration (`--set`). Steps with plain RoPE and with CLEX take turns on one model and one engine, so that a busy
-moment meets both; plain RoPE is the family's own rotary module. On a CPU the C library keeps what is freed: else half
-of a step is the clearing of pages. MFU counts 6 N + attention for a token, nothing for what is recomputed, and divides
+The step is `clex_train.training.loop.train_step` over rows of random tokens, under any option of the configuration
+(`--set`). Steps with plain RoPE and with CLEX take turns on one model and one engine, so that a busy moment affects
+both; plain RoPE is the stock rotary module of the family. On a CPU the C library keeps freed memory, since otherwise
+half of a step would be the clearing of pages. MFU counts 6 N + attention per token without recomputation, and divides
 by the rate of a matrix product measured in the same run.
 """
 
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from bench_page import freed_memory_kept, processor, publish
+from bench_page import keep_freed_memory, processor, publish
 from hydra import compose, initialize_config_dir
 from step_profile import profiled
 from transformers import LlamaConfig
@@ -91,7 +91,7 @@ def main() -> None:
     log.setup()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    with tempfile.TemporaryDirectory() as folder, freed_memory_kept():
+    with tempfile.TemporaryDirectory() as folder, keep_freed_memory():
         bench = StepBench(arguments, configured(arguments, Path(folder)))
         lines = measure(bench, arguments)
     if distributed.is_main():
@@ -122,7 +122,7 @@ def configured(arguments: argparse.Namespace, folder: Path) -> Config:
     shape: dict[str, Any] = {**SHAPES[arguments.shape], "vocab_size": vocabulary}
     LlamaConfig(**shape, max_position_embeddings=arguments.tokens).save_pretrained(folder)
     rows = arguments.rows * arguments.accumulation * distributed.world_size()
-    # Its rows would be shared, and tokens per second counted several times.
+    # Sequences would be sharded, and tokens per second counted several times.
     if any(key.startswith("engine.sequence_parallel=") for key in arguments.set):
         raise SystemExit("engine.sequence_parallel: this benchmark gives every rank rows of its own; leave it out")
     chosen = any(key.startswith(("engine=", "engine.activation_checkpointing=")) for key in arguments.set)
@@ -157,7 +157,7 @@ class StepBench:
         memory_options.install(loaded.model, config.engine)
         assert loaded.clex is not None
         ode = OdeOptimizer(loaded.clex, config.scaling, config.seed)
-        # A field that has learned something: at zero the solver would have less to do.
+        # A non-zero field, since the solver would have less to do at zero.
         with torch.no_grad():
             loaded.clex.down.normal_(0, 0.001, generator=torch.Generator().manual_seed(0))
         # Choose the grid now: the check is due every 100 steps and would be timed.
@@ -218,7 +218,7 @@ def measure(bench: StepBench, arguments: argparse.Namespace) -> list[str]:
         bench.plain(), bench.clex()
     before, pairs = product_rate(arguments, bench), []
     for index in range(arguments.pairs):
-        # Whoever comes second may find a warmer machine: they take turns in that too.
+        # The second side may find a warmer machine, so the order alternates too.
         first, second = (bench.plain, bench.clex) if index % 2 == 0 else (bench.clex, bench.plain)
         one, other = first(), second()
         pairs.append((one, other) if index % 2 == 0 else (other, one))
@@ -259,7 +259,7 @@ def speeds(bench: StepBench, pairs: list[tuple[float, float]], rate: float) -> l
     for column, name in enumerate(("plain RoPE", "CLEX")):
         seconds = statistics.median(pair[column] for pair in pairs)
         speed = bench.tokens / seconds
-        # Against the measured rate of this machine, not a data sheet, which no product reaches.
+        # Relative to the measured rate of this machine, since no product reaches that of the data sheet.
         share = speed * bench.parts.flops_per_token / (rate * distributed.world_size())
         rows.append(f"| {name} | {1e3 * seconds:,.1f} | {speed:,.0f} | {100 * share:.1f} % |")
     # Pairs are neighbours in time, so their ratio does not see the machine change.
@@ -281,7 +281,7 @@ def speeds(bench: StepBench, pairs: list[tuple[float, float]], rate: float) -> l
 
 
 def ode_seconds(bench: StepBench) -> list[str]:
-    """Measure the host's work for the ODE in a step, as medians over a few steps."""
+    """Measure the time of the ODE on the host in a step, as medians over a few steps."""
     ode, spent = bench.parts.ode, {"begin": [], "finish": [], "prefetch": []}  # type: dict[str, list[float]]
     # Wrap the methods on the instance; deleting the attribute restores the class's method.
     for name, times in spent.items():

@@ -1,8 +1,8 @@
 """Section `loading` of bench_data.py: rows from the page cache, a store of 10^10 tokens, and the index of best_fit.
 
-Tokens are random (no time depends on them), lengths of documents log-normal. The loader is timed in processor time of
-the whole process, its reading thread included, medians over turns; the large stores are sparse files with a real table
-of documents. A first row counts from opening the store; a resume, from building the order to the batch.
+Tokens are random (no time depends on them), document lengths log-normal. Loader times are processor times of the whole
+process, including its reading thread, as medians over turns; the large stores are sparse files with a real document
+table. The time to a first row includes opening the store; that of a resume runs from building the order to the batch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def speed(rows: Rows, collate: Collate, repeats: int) -> float:
         for step in islice(batches(ShuffledRows(rows, turn), 0, BATCH_ROWS, 0, 1, MICRO_BATCH, collate), steps):
             for _ in step:
                 pass
-        # One step more than was taken has been read ahead, or begun; it is left out of the tokens.
+        # One more step has been prefetched, completely or partly; its tokens do not count.
         found.append(steps * BATCH_ROWS * rows.seq_len / (time.process_time() - start))
     return statistics.median(found[1:])
 

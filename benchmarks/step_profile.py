@@ -1,8 +1,8 @@
 """Profile a training step with torch.profiler: attention, MLP, loss, optimizer, communication, the ODE.
 
 Modules and calls are marked by ranges while the profiler runs. An operation belongs to the innermost range around it;
-one of the backward pass to the range of the forward operation that it is the gradient of, which the profiler knows by a
-number that both carry. Times are each operation's own: of its kernels on a GPU, else of the CPU.
+an operation of the backward pass belongs to the range of its forward operation, by the sequence number that both have.
+Times exclude nested operations: kernel time on a GPU, else CPU time.
 """
 
 from collections import defaultdict
@@ -62,7 +62,7 @@ def forward_parts(host: list[Any]) -> dict[int, str]:
     """Map each node of the graph, by its number, to a part."""
     found: dict[int, str] = {}
     for event in sorted(host, key=lambda event: event.time_range.start):
-        # Of several operations with one number the last begun made the node.
+        # Among operations with the same number, the one started last made the node.
         if event.sequence_nr >= 0 and not _is_backward(event):
             found[event.sequence_nr] = part_of(event, {})
     return found

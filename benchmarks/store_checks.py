@@ -1,9 +1,9 @@
-"""The section `checks` of bench_data.py: what checksums of blocks cost a reader, and what opening a store takes.
+"""Section `checks` of bench_data.py: the cost of block checksums in reading, and of opening a store.
 
-Reading: the loader over two stores of the same random tokens, one without checksums, as earlier versions wrote it, in
-turns of one process; shuffled rows from page cache, processor time of the process, its reading thread included.
-Opening: processor time of a process of its own that opens a store and reads one row; sparse tokens and a real table of
-documents, from page cache.
+Reading: the loader over two stores of the same random tokens, one in the earlier format without checksums, in turns of
+one process; shuffled rows from the page cache, processor time of the process including its reading thread.
+Opening: processor time of a separate process that opens a store and reads one row; sparse tokens and a real document
+table, from the page cache.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from clex_train.token_store.store import TokenStore
 from clex_train.token_store.writer import write_atomically, write_store
 
 SHARD_DOCUMENTS = 64_000
-"""Documents of 1,000 tokens in a shard: 128 MB."""
+"""Number of documents of 1,000 tokens in a shard: 128 MB."""
 MOST_ROWS, MOST_TOKENS = 20_000, 40_000_000
-"""Of a turn."""
+"""Limits of one turn."""
 OPEN = """
 import json, pathlib, sys, time
 from clex_train.data.packing import ConcatRows
@@ -60,7 +60,7 @@ print(json.dumps([opened - start, time.process_time() - opened, resident("VmHWM"
 
 
 def checks(arguments: argparse.Namespace) -> list[str]:
-    """Lines of the page."""
+    """Return the lines of the page."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench_checks_") as folder:
         lines = ["", "## Opening a store of documents of 1,000 tokens", ""]
@@ -94,7 +94,7 @@ def opening(store: Path, repeats: int) -> str:
 def reading(words: str, store: Path, seq_len: int, repeats: int) -> str:
     """Measure millions of tokens a second with and without checksums, in turns."""
     whole, plain = TokenStore(store), TokenStore(store)
-    # As a store that an earlier version wrote.
+    # The format of earlier versions.
     plain._shards = [dataclasses.replace(shard, blocks_sha256="") for shard in plain._shards]
     pairs = [[speed(ConcatRows(s, seq_len), turn) / 1e6 for s in (plain, whole)] for turn in range(repeats + 1)][1:]
     without, with_sums = (statistics.median(column) for column in zip(*pairs, strict=True))
@@ -103,7 +103,7 @@ def reading(words: str, store: Path, seq_len: int, repeats: int) -> str:
 
 
 def speed(rows: Rows, turn: int) -> float:
-    """Read steps of a shuffled order in one turn: tokens a second of processor time."""
+    """Read steps of a shuffled order in one turn; return tokens per second of processor time."""
     steps = min(MOST_ROWS, MOST_TOKENS // rows.seq_len, len(rows)) // BATCH_ROWS
     start = time.process_time()
     for step in islice(batches(ShuffledRows(rows, turn), 0, BATCH_ROWS, 0, 1, MICRO_BATCH, collate_rows), steps):
@@ -119,7 +119,7 @@ def dense_store(store: Path, megabytes: int) -> Path:
 
 
 def sparse_store(store: Path, documents: int) -> Path:
-    """Write tables and checksums of as many documents, and holes for their tokens."""
+    """Write tables and checksums of `documents` documents, with holes for their tokens."""
     firsts = range(0, documents, SHARD_DOCUMENTS)
     return _with_manifest(
         store, [_sparse(store, i, min(SHARD_DOCUMENTS, documents - at)) for i, at in enumerate(firsts)]

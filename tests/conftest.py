@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share."""
+"""Fixtures and settings shared by all tests."""
 
 import gc
 import logging
@@ -19,12 +19,12 @@ from tests.helpers.full_disk import mounted
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The same examples in every run, and none is timed: another process may have the core for a while.
-# `pytest --hypothesis-profile=default` draws others.
+# The same examples in every run, without deadlines, since another process may use the core.
+# `pytest --hypothesis-profile=default` draws new ones.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
-# Shapes are types in the mathematics; they are checked here and cost nothing in a run.
+# Shapes are types in the mathematics; they are checked in tests only, and cost nothing in a run.
 install_import_hook(
     [
         "clex_train.scaling",
@@ -42,24 +42,24 @@ LONGEST = ("test_your_model_page.py", "test_training_runs.py", "test_engines.py"
 
 
 def pytest_configure() -> None:
-    """Let programs that tests start hear of SIGINT: a suite that a script runs in the background ignores it."""
+    """Restore the default handling of SIGINT, which a suite started in the background of a script ignores."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest: at the end of a suite on two cores, one would wait for the other."""
+    """Start with the slowest files, so that at the end one core does not wait for the other."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of every later garbage collection; that of torch alone takes a third of a second."""
+    """Exclude imported objects from later garbage collections; those of torch alone take a third of a second."""
     gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    """Models this small only wait for a second thread, most of all on a shared machine."""
+def _use_one_thread() -> Iterator[None]:
+    """Use one thread: models this small only lose time to a second one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,8 +67,8 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    """Programs called in a test set up logging for a process of their own, on a stderr that ends with the test."""
+def _restore_logging() -> Iterator[None]:
+    """Undo the logging set-up of programs called in a test, whose stderr ends with the test."""
     known = [logging.getLogger(name) for name in (None, "clex_train", "data_prep", "launch")]
     before = [(logger, logger.level, logger.handlers[:]) for logger in known]
     yield
@@ -78,21 +78,21 @@ def _logging_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture
-def little_room(tmp_path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
+def small_disk(tmp_path) -> Iterator[Path]:
+    """Mount a file system of 64 KiB."""
     with mounted(tmp_path / "disk", "64k") as folder:
         yield folder
 
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
-    """Outputs of the original CLEX and LM-Infinite codes on small random models (see its README)."""
+    """Return the folder of outputs of the original CLEX and LM-Infinite code for small random models (see README)."""
     return ROOT / "tests" / "goldens"
 
 
 @pytest.fixture(scope="session")
 def complete_goldens() -> Path:
-    """The set that `goldens` is cut from: whole models under LM-Infinite and longer texts too."""
+    """Return the complete set, a superset of `goldens`: also models under LM-Infinite and longer texts."""
     folder = ROOT.parent / "shared" / "goldens"
     if not (folder / "lmi_eval.safetensors").exists():
         pytest.skip("needs the complete goldens in ../shared/goldens; tests/goldens holds 3 MB of them")
@@ -101,13 +101,13 @@ def complete_goldens() -> Path:
 
 @pytest.fixture(params=["subset", "complete"])
 def logit_goldens(request: pytest.FixtureRequest) -> Path:
-    """Each of the two sets in turn, for what both can show."""
+    """Return each of the two sets, for tests that both support."""
     return request.getfixturevalue("goldens" if request.param == "subset" else "complete_goldens")
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real long text in RedPajama's layout, beside the checkout."""
+    """Return the folder of real long text in RedPajama's layout, next to the checkout."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.exists():
         pytest.skip("no real text: ../shared/data is not there")
@@ -116,7 +116,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory) -> Path:
-    """A token store of real Python sources: the `json`, `email` and `logging` packages of the standard library."""
+    """Tokenize real Python sources: the `json`, `email` and `logging` packages of the standard library."""
     from data_prep import train_tokenizer
     from data_prep.config import CorpusConfig, TokenizerConfig, TokenizeVerb, TrainTokenizerVerb
     from data_prep.tokenize import run as tokenize
@@ -136,7 +136,7 @@ def tiny_store(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_architecture(tmp_path_factory) -> Path:
-    """Directory with the config.json of a Llama of some thirty thousand parameters, L = 32."""
+    """Write the config.json of a Llama of about thirty thousand parameters, L = 32."""
     from transformers import LlamaConfig
 
     folder = tmp_path_factory.mktemp("architecture")
@@ -154,7 +154,7 @@ def tiny_architecture(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_store, tiny_architecture) -> Callable[..., Any]:
-    """Compose the configuration of a run of seconds: `tiny_run(folder, *overrides)`, rows of L = 32 tokens."""
+    """Return a function that configures a run of seconds: `tiny_run(folder, *overrides)`, rows of L = 32 tokens."""
     from tests.helpers.composing import composed
 
     def configuration(folder: Path, *overrides: str) -> Any:

@@ -1,4 +1,4 @@
-"""apply_clex from every kind of source, and refusals that leave the model untouched."""
+"""apply_clex with every kind of source, and refusals that leave the model untouched."""
 
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def test_a_run_a_field_and_its_table_give_the_same_logits(tmp_path: Path) -> Non
 
 
 @torch.no_grad()
-def test_without_a_source_it_is_ntk_scaling() -> None:
+def test_apply_clex_without_a_source_is_ntk_scaling() -> None:
     model, ids = tiny_llama(), tokens(50)
     clex = apply_clex(model, t_max=4)
     found = model(ids).logits
@@ -71,7 +71,7 @@ def test_without_a_source_it_is_ntk_scaling() -> None:
 
 
 @torch.no_grad()
-def test_undo_restores_logits_and_modules_to_the_bit() -> None:
+def test_undo_restores_logits_and_modules_bitwise() -> None:
     model, ids = tiny_llama(), tokens(40)
     before, modules = model(ids).logits, dict(model.named_modules())
     clex = apply_clex(model, trained_field(), log_scale="always")
@@ -82,7 +82,7 @@ def test_undo_restores_logits_and_modules_to_the_bit() -> None:
 
 
 @torch.no_grad()
-def test_log_scaling_follows_the_source_unless_it_is_said_otherwise(tmp_path: Path) -> None:
+def test_log_scaling_follows_the_source_unless_overridden(tmp_path: Path) -> None:
     model, folder = tiny_llama(), run_directory(tmp_path / "final", LogScale.always)
     for asked, policy in ((None, "always"), ("off", "off")):
         clex = apply_clex(model, folder, log_scale=asked)
@@ -101,7 +101,7 @@ def test_t_is_pinned_per_generate_call_and_moves_again_after_it() -> None:
     assert seen == [3.0] * 4 + [1.0, 1.0, 1.0, 2.0]
 
 
-def test_clamping_is_on_request_only(caplog: pytest.LogCaptureFixture) -> None:
+def test_clamping_is_opt_in(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llama()
     clex = apply_clex(model, trained_field())
     with pytest.raises(ValueError, match=r"num_tokens=65: beyond t_max \* L = 4 \* 16"):
@@ -125,7 +125,7 @@ def test_clamping_is_on_request_only(caplog: pytest.LogCaptureFixture) -> None:
         (lambda folder: folder, "contains no CLEX"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_the_model_untouched(tmp_path: Path, make, message: str) -> None:
+def test_unusable_sources_are_refused_with_the_model_untouched(tmp_path: Path, make, message: str) -> None:
     model = tiny_llama()
     with pytest.raises(ValueError, match=message) as refusal:
         apply_clex(model, make(tmp_path / "final"))
@@ -155,14 +155,14 @@ def test_a_damaged_field_is_named_by_its_file(tmp_path: Path, name: str, value: 
     assert "\n" not in str(refusal.value)
 
 
-def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_safetensors_is_named(tmp_path: Path) -> None:
     folder = run_directory(tmp_path / "final")
     (folder / "clex.safetensors").write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"clex\.safetensors: not the field"):
         apply_clex(tiny_llama(), folder)
 
 
-def test_a_field_with_weights_that_are_not_finite_leaves_the_model_untouched() -> None:
+def test_a_field_with_non_finite_weights_leaves_the_model_untouched() -> None:
     model, field = tiny_llama(), trained_field()
     with torch.no_grad():
         field.up[2, 3] = float("nan")
@@ -171,7 +171,7 @@ def test_a_field_with_weights_that_are_not_finite_leaves_the_model_untouched() -
     assert not any(isinstance(module, ScaledRotary) for module in model.modules())
 
 
-def test_an_error_while_writing_leaves_the_earlier_directory(tmp_path: Path) -> None:
+def test_an_error_while_writing_keeps_the_earlier_directory(tmp_path: Path) -> None:
     final = run_directory(tmp_path / "final")
 
     def fail_halfway() -> None:

@@ -1,4 +1,4 @@
-"""The direction of imports is part of the suite, not only of `make check`."""
+"""Import contracts between packages, as part of the test suite as well as of `make check`."""
 
 import subprocess
 import sys

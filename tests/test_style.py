@@ -1,4 +1,4 @@
-"""Hold the library to its budgets of size and style, counted from its syntax trees; `EXCEPTIONS` says what is over one.
+"""Budgets of size and style of the library, counted from its syntax trees; `EXCEPTIONS` lists what is over one.
 
 `python -m tests.test_style` prints every figure.
 """
@@ -31,7 +31,7 @@ EXCEPTIONS = {
     "lm_infinite": "every back end, and caches for every family",
     "models": "checks of foreign weights and configs take half",
 }
-"""Files and packages that are over a budget of lines, with the reason."""
+"""Files and packages over a budget of lines, with the reason."""
 
 QUESTION = re.compile(r"(What|Whether|Where|Which|How|When|Who|Why)\b")
 DIRECTIVE = re.compile(r"#\s*(noqa|type:|fmt:|pragma|mypy)")
@@ -40,7 +40,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass
 class Module:
-    """One source file and what is counted in it."""
+    """One source file with its counts."""
 
     path: Path
     tree: ast.Module
@@ -50,7 +50,7 @@ class Module:
 
     @property
     def name(self) -> str:
-        """The dotted name."""
+        """Return the dotted name."""
         parts = self.path.relative_to(ROOT).with_suffix("").parts
         return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -106,7 +106,7 @@ def docstrings() -> list[str]:
 
 
 def imports() -> dict[str, set[str]]:
-    """Modules of the library that each module imports when it is imported."""
+    """Map each module to the modules of the library that importing it imports."""
     known = {module.name for module in modules()}
     graph: dict[str, set[str]] = {name: set() for name in known}
     for module in modules():
@@ -121,13 +121,13 @@ def imports() -> dict[str, set[str]]:
 
 def longest_path(graph: dict[str, set[str]]) -> list[str]:
     @cache
-    def below(name: str) -> tuple[str, ...]:
-        return name, *max((below(each) for each in graph[name] - {name}), key=len, default=())
+    def longest_below(name: str) -> tuple[str, ...]:
+        return name, *max((longest_below(each) for each in graph[name] - {name}), key=len, default=())
 
-    return list(max(map(below, graph), key=len))
+    return list(max(map(longest_below, graph), key=len))
 
 
-def reached(graph: dict[str, set[str]], name: str) -> set[str]:
+def reachable(graph: dict[str, set[str]], name: str) -> set[str]:
     seen: set[str] = set()
     ahead = [name]
     while ahead:
@@ -138,7 +138,7 @@ def reached(graph: dict[str, set[str]], name: str) -> set[str]:
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str]:
-    return [name for name in graph if name in reached(graph, name)]
+    return [name for name in graph if name in reachable(graph, name)]
 
 
 def package_sizes() -> Counter[str]:
@@ -193,7 +193,7 @@ def test_import_paths_are_short_and_have_no_cycle() -> None:
 
 
 def test_the_training_loop_reaches_few_modules() -> None:
-    found = reached(imports(), LOOP)
+    found = reachable(imports(), LOOP)
     assert len(found) <= LOOP_MODULES, sorted(found)
 
 
@@ -220,7 +220,7 @@ def main() -> None:
         f"docstrings that open with a question {100 * sum(bool(QUESTION.match(d)) for d in every) / len(every):.1f} %"
     )
     print(f"longest import path {len(longest_path(graph))}: {' > '.join(longest_path(graph))}")
-    print(f"modules that {LOOP} reaches {len(reached(graph, LOOP))}")
+    print(f"modules that {LOOP} reaches {len(reachable(graph, LOOP))}")
     print(f"packages {dict(package_sizes().most_common())}")
     print(f"files over {LONGEST_FILE} lines {[(m.name, m.num_lines) for m in modules() if m.num_lines > LONGEST_FILE]}")
 

@@ -17,7 +17,7 @@ from tests.attention import varlen
 from tests.rope.rotary_families import TRANSFORMERS, tiny_model, tokens
 
 LAYOUTS = ([5, 1, 10], [1, 1, 14], [16], [9, 7])
-"""Documents of four rows of one batch: some of one token, one that fills its row, no two rows cut alike."""
+"""Document lengths in the four rows of a batch: some of one token, one that fills its row, no two rows cut alike."""
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "a window of 4": ("mistral", {"sliding_window": 4}),
@@ -35,12 +35,12 @@ IMPLEMENTATIONS = {
 }
 TOLERANCE = 1e-5
 WEIGHTS = torch.linspace(-1, 1, 61)
-"""Of a sum over logits whose gradient is looked at."""
+"""Weights of the sum over logits whose gradient is compared."""
 
 
 def model_of(case: str, back_end: str) -> Any:
     family, settings = FAMILIES[case]
-    # gemma2 does not list sdpa among what it supports.
+    # gemma2 does not declare support for sdpa.
     if family == "gemma2" and back_end == "sdpa":
         pytest.skip("transformers offers no sdpa for gemma2")
     model = tiny_model(family, **settings)
@@ -59,7 +59,7 @@ def packed(model: Any, ids: Tensor, back_end: str, layouts: Any = LAYOUTS) -> Te
 
 
 def alone(model: Any, ids: Tensor, layouts: Any = LAYOUTS) -> Tensor:
-    """Compute the logits of every document by itself, placed as in the packed row."""
+    """Compute the logits of every document alone, placed as in the packed row."""
     model.set_attn_implementation("eager")
     rows = []
     for row, lengths in zip(ids, layouts, strict=True):
@@ -69,7 +69,7 @@ def alone(model: Any, ids: Tensor, layouts: Any = LAYOUTS) -> Tensor:
 
 @pytest.mark.parametrize("back_end", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", FAMILIES)
-def test_logits_and_gradients_are_those_of_each_document_alone(case: str, back_end: str) -> None:
+def test_logits_and_gradients_match_those_of_each_document_alone(case: str, back_end: str) -> None:
     model, ids = model_of(case, back_end), tokens(4, 16)
     results = []
     for logits in (packed(model, ids, back_end), alone(model, ids)):
@@ -82,8 +82,8 @@ def test_logits_and_gradients_are_those_of_each_document_alone(case: str, back_e
         assert (gradients[name] - gradient).abs().max() <= TOLERANCE * max(1.0, float(gradient.abs().max())), name
 
 
-def test_without_the_borders_the_logits_are_others() -> None:
-    """Proves that the comparison above can fail."""
+def test_logits_change_without_document_boundaries() -> None:
+    """Prove that the comparison above can fail."""
     model, ids = model_of("llama", "sdpa"), tokens(4, 16)
     with torch.no_grad():
         assert (model(input_ids=ids, use_cache=False).logits - alone(model, ids)).abs().max() > 0.1
@@ -92,7 +92,7 @@ def test_without_the_borders_the_logits_are_others() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", ["llama", "a window of 4"])
-def test_flex_attention_keeps_documents_apart(case: str) -> None:
+def test_flex_attention_isolates_documents(case: str) -> None:
     # It has no backward pass on a CPU, and takes a minute to compile.
     model, ids = model_of(case, "flex_attention"), tokens(4, 16)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_flex_attention_keeps_documents_apart(case: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("back_end", ["flex_attention", "flash_attention_2"])
-def test_documents_are_apart_on_a_gpu(back_end: str) -> None:
+def test_documents_are_isolated_on_a_gpu(back_end: str) -> None:
     if back_end == "flash_attention_2":
         pytest.importorskip("flash_attn")
     ids = tokens(4, 16).cuda()
@@ -118,7 +118,7 @@ def test_documents_are_apart_on_a_gpu(back_end: str) -> None:
 
 @pytest.mark.parametrize("back_end", IMPLEMENTATIONS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_sampled_positions_of_documents_reach_the_rotation_and_not_the_mask(back_end: str, checkpointing: bool) -> None:
+def test_sampled_positions_change_the_rotation_but_not_the_mask(back_end: str, checkpointing: bool) -> None:
     model, ids = model_of("llama", back_end).train(), tokens(4, 16)
     if checkpointing:
         recompute_layers(model)
@@ -139,7 +139,7 @@ def test_sampled_positions_of_documents_reach_the_rotation_and_not_the_mask(back
                         (model(input_ids=document[None], use_cache=False).logits * WEIGHTS).sum().backward()
         results.append(leaf.grad)
     assert results[1].abs().min() > 1e-4
-    # Frequencies of all layers, heads and tokens are summed in another order, in float32.
+    # The gradient of the frequencies sums over layers, heads and tokens in another order, in float32.
     assert (results[0] - results[1]).abs().max() < 1e-4 * results[1].abs().max()
 
 
@@ -149,7 +149,7 @@ def test_cumulative_lengths_lay_the_rows_end_to_end() -> None:
 
 @pytest.mark.skipif(Version("5.19") > TRANSFORMERS, reason="these versions of transformers look whatever they are told")
 @pytest.mark.parametrize("case", ["llama", "a window of 4", "partial rotary", "experts"])
-def test_flash_attention_is_told_that_a_row_is_one_document_and_does_not_look(case: str, monkeypatch: Any) -> None:
+def test_flash_attention_skips_the_packing_check_for_a_row_of_one_document(case: str, monkeypatch: Any) -> None:
     model = model_of(case, varlen.NAME)
     ids = tokens(1, 16)
     monkeypatch.setattr(varlen.utils, "_is_packed_sequence", lambda *_: pytest.fail("a wait for the GPU in each layer"))
@@ -159,6 +159,6 @@ def test_flash_attention_is_told_that_a_row_is_one_document_and_does_not_look(ca
 
 
 @pytest.mark.parametrize(("rows", "back_end"), [(2, "flash_attention_2"), (1, "sdpa")])
-def test_where_nobody_looks_nothing_is_told(rows: int, back_end: str) -> None:
+def test_single_document_arguments_are_empty_without_a_packing_check(rows: int, back_end: str) -> None:
     ids = torch.zeros(rows, 16, dtype=torch.int64)
     assert single_document_kwargs(ids, AttentionImplementation(back_end), ids.device) == {}

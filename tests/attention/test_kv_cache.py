@@ -1,4 +1,4 @@
-"""The KV cache is found by type, whatever a library calls it, and a call that hides one is an error."""
+"""KV cache lookup: found by type under any name; a call that hides its cache is an error."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +47,7 @@ def test_a_cache_is_found_in_every_form_of_output() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gptj", "falcon", "mpt", "bloom", "opt", "codegen"])
-def test_a_cache_passed_in_is_the_one_that_comes_out(kind: str) -> None:
+def test_a_cache_passed_in_is_the_one_returned(kind: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind))
     assert kv_cache.accepts_keys(model)
@@ -59,33 +59,33 @@ def test_a_cache_passed_in_is_the_one_that_comes_out(kind: str) -> None:
     assert cache.get_seq_length() == 3
 
 
-def test_the_signature_of_a_class_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_signature_of_a_class_is_inspected_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache = llama(), DynamicCache()
     first = kv_cache.as_kwargs(model, cache)
     monkeypatch.setattr("inspect.signature", None)
     assert kv_cache.as_kwargs(llama(), cache) == first
 
 
-def test_a_recurrent_state_is_no_kv_cache() -> None:
+def test_a_recurrent_state_is_not_a_kv_cache() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", num_hidden_layers=1))
     assert not kv_cache.accepts_keys(model)
 
 
-def test_a_model_that_takes_no_cache_is_named() -> None:
+def test_a_model_without_a_cache_argument_is_named_in_the_error() -> None:
     with pytest.raises(ValueError, match="model_type=Linear: its forward takes no KV cache"):
         kv_cache.as_kwargs(nn.Linear(1, 1), DynamicCache())
 
 
 class Hidden:
-    """Carries a cache where no one looks for it, as a library might after its next change."""
+    """Carry a cache in an object of unknown type, as a later version of a library might."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
 
 
 def hide_cache(model: LlamaForCausalLM, inner: nn.Module) -> None:
-    """Pass `inner` its cache inside an object, and take it out again in its own forward."""
+    """Wrap the cache that `inner` receives in an object, and unwrap it in its forward."""
     name, forward = kv_cache.parameter_name(model), inner.forward
 
     def hiding(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -100,7 +100,7 @@ def hide_cache(model: LlamaForCausalLM, inner: nn.Module) -> None:
 
 
 @torch.no_grad()
-def test_a_cache_that_comes_out_without_having_gone_in_is_an_error_with_both_versions() -> None:
+def test_a_cache_returned_but_never_passed_in_is_an_error_with_both_versions() -> None:
     model, ids = llama(), torch.ones(1, 17, dtype=torch.int64)
     handle = install_rotary(model, 16)
     handle.use(ntk_table(handle.base_inv_freq, [1.0, 2.0]))
@@ -111,7 +111,7 @@ def test_a_cache_that_comes_out_without_having_gone_in_is_an_error_with_both_ver
 
 
 @torch.no_grad()
-def test_lm_infinite_notices_keys_of_a_cache_that_it_was_not_given() -> None:
+def test_lm_infinite_detects_keys_of_a_cache_it_did_not_receive() -> None:
     model, ids = llama(), torch.ones(1, 17, dtype=torch.int64)
     apply_lm_infinite(model, 8, 2)
     cache = DynamicCache()

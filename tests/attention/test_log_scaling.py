@@ -1,4 +1,4 @@
-"""Log-scaling multiplies the attention logits of every layer by one factor per call, and is undone without a trace."""
+"""Log-scaling: one factor per call for the attention logits of every layer, with a complete undo."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ SIZES = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 32, "num_hidd
 
 
 class Lengths:
-    """A subject that announces lengths, as a rotary handle does."""
+    """Announce lengths to listeners, as a rotary handle does."""
 
     def __init__(self) -> None:
         self.listeners: list[Callable[[int], None]] = []
@@ -70,7 +70,7 @@ def test_the_official_factor_of_one_token_is_zero() -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_the_logits_are_those_of_queries_multiplied_by_the_factor(kind: str, attention: str) -> None:
+def test_logits_equal_those_of_queries_multiplied_by_the_factor(kind: str, attention: str) -> None:
     model, lengths, ids = small_model(kind, attention), Lengths(), torch.arange(24)[None]
     plain, scaling = model(ids).logits, install_log_scaling(model, "always", L, lengths.on_length)
     lengths.announce(24)
@@ -91,7 +91,7 @@ def multiply_queries(model: nn.Module, factor: float) -> None:
             module.bias.view(heads, 3, -1)[:, 0].mul_(factor)
 
 
-def test_undo_restores_every_scale_to_the_bit_and_stops_listening() -> None:
+def test_undo_restores_every_scale_bitwise_and_stops_listening() -> None:
     model, lengths = small_model("gpt_neox"), Lengths()
     own = scales(model)
     scaling = install_log_scaling(model, "always", L, lengths.on_length)
@@ -101,7 +101,7 @@ def test_undo_restores_every_scale_to_the_bit_and_stops_listening() -> None:
     assert lengths.listeners == []
 
 
-def test_a_sliding_window_counts_no_more_keys_than_it_sees() -> None:
+def test_a_sliding_window_caps_the_number_of_keys_that_count() -> None:
     kinds = ["sliding_attention", "full_attention"]
     model = small_model("gemma2", "eager", sliding_window=32, layer_types=kinds, num_key_value_heads=4)
     lengths, own = Lengths(), scales(model)
@@ -110,7 +110,7 @@ def test_a_sliding_window_counts_no_more_keys_than_it_sees() -> None:
     assert scales(model) == pytest.approx([own[0] * math.log(32) / math.log(L), own[1] * math.log(256) / math.log(L)])
 
 
-def test_a_window_of_zero_is_no_window() -> None:
+def test_a_window_of_zero_means_no_window() -> None:
     model, lengths = small_model("qwen2_moe", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16), Lengths()
     assert model.config.sliding_window == 0
     own = scales(model)
@@ -119,7 +119,7 @@ def test_a_window_of_zero_is_no_window() -> None:
     assert scales(model) == pytest.approx([scale * 2 for scale in own])
 
 
-def test_a_model_that_scales_elsewhere_is_refused_by_name() -> None:
+def test_a_model_without_attention_scales_is_refused_by_name() -> None:
     model = small_model("falcon", alibi=False)
     with pytest.raises(ValueError, match="model_type=falcon does not read its softmax scale"):
         install_log_scaling(model, "eval", L, Lengths().on_length)

@@ -1,4 +1,4 @@
-"""Resolution of `attention.implementation=auto` on a machine, and the kernel's name."""
+"""Resolution of `attention.implementation=auto` and the name of the kernel."""
 
 import pytest
 import torch
@@ -26,32 +26,32 @@ def flash(monkeypatch):
 
 
 @pytest.mark.skipif(select.is_flash_attn_2_available(), reason="flash-attn is installed")
-def test_without_flash_attn_it_is_sdpa():
+def test_auto_is_sdpa_without_flash_attn():
     assert select.choose_implementation(AttentionConfig(), LLAMA, torch.bfloat16) is SDPA
 
 
 @pytest.mark.usefixtures("flash")
-def test_with_flash_attn_it_is_flash_attn():
+def test_auto_is_flash_attention_when_installed():
     assert select.choose_implementation(AttentionConfig(), LLAMA, torch.bfloat16) is FLASH
 
 
 @pytest.mark.usefixtures("flash")
-@pytest.mark.parametrize("asked", [item for item in AttentionImplementation if item.value != "auto"])
-def test_what_is_asked_for_by_name_stays(asked):
-    assert select.choose_implementation(AttentionConfig(implementation=asked), LLAMA, torch.float32) is asked
+@pytest.mark.parametrize("configured", [item for item in AttentionImplementation if item.value != "auto"])
+def test_an_explicit_implementation_is_not_changed(configured):
+    assert select.choose_implementation(AttentionConfig(implementation=configured), LLAMA, torch.float32) is configured
 
 
-@pytest.mark.parametrize("asked", [AttentionConfig(), AttentionConfig(lambda_mask=True)])
-def test_what_neither_can_compute_is_eager(asked, monkeypatch):
-    """transformers before 5.21 claims that SDPA supports Gemma 2's caps, and drops them."""
+@pytest.mark.parametrize("configured", [AttentionConfig(), AttentionConfig(lambda_mask=True)])
+def test_auto_is_eager_when_neither_kernel_supports_the_model(configured, monkeypatch):
+    """Resolve to eager; transformers before 5.21 claims that SDPA supports the caps of Gemma 2, and drops them."""
     monkeypatch.setattr(select.AutoModelForCausalLM._model_mapping[type(GEMMA2)], "_supports_sdpa", True)
-    assert select.choose_implementation(asked, GEMMA2, torch.float32) is EAGER
-    assert select.choose_implementation(asked, AutoConfig.for_model("bloom"), torch.float32) is EAGER
+    assert select.choose_implementation(configured, GEMMA2, torch.float32) is EAGER
+    assert select.choose_implementation(configured, AutoConfig.for_model("bloom"), torch.float32) is EAGER
     with pytest.raises(ValueError, match=r"^attention\.implementation=sdpa: not for gemma2; use auto or eager$"):
         select.choose_implementation(AttentionConfig(implementation=SDPA), GEMMA2, torch.float32)
 
 
-def test_a_model_with_capped_logits_is_read_and_trained_with_its_caps(tmp_path):
+def test_a_model_with_soft_capped_logits_keeps_its_caps_in_training(tmp_path):
     model = tiny_model("gemma2", attn_logit_softcapping=2.0)
     model.save_pretrained(tmp_path)
     spec, ids = ModelConfig(path=str(tmp_path)), tokens(2, 16)
@@ -63,7 +63,7 @@ def test_a_model_with_capped_logits_is_read_and_trained_with_its_caps(tmp_path):
 
 
 class OwnConfig(type(LLAMA)):
-    """Architecture of a family whose code comes with the model."""
+    """Stand in for the config of a model that ships its own code."""
 
 
 @pytest.mark.usefixtures("flash")
@@ -75,17 +75,17 @@ class OwnConfig(type(LLAMA)):
         (OwnConfig(), torch.bfloat16, "model_type=llama has no flash attention"),
     ],
 )
-def test_what_flash_attn_cannot_compute_is_left_to_sdpa(arch, dtype, reason):
+def test_auto_is_sdpa_for_models_that_flash_attention_cannot_compute(arch, dtype, reason):
     assert reason in select.flash_unsupported_reason(arch, dtype)
     assert select.choose_implementation(AttentionConfig(), arch, dtype) is SDPA
 
 
 @pytest.mark.usefixtures("flash")
-def test_lm_infinite_has_back_ends_of_its_own():
+def test_lm_infinite_uses_its_own_back_ends():
     assert select.choose_implementation(AttentionConfig(lambda_mask=True), LLAMA, torch.bfloat16) is SDPA
 
 
-def test_the_kernel_that_is_named_is_the_one_that_computes():
+def test_the_named_kernel_is_the_one_that_runs():
     query = torch.randn(1, 2, 32, 32, requires_grad=True)
     with torch.profiler.profile() as recorded:
         torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()

@@ -1,4 +1,4 @@
-"""Ulysses attention computes the same as each document alone, without a mask, and leaves nothing behind."""
+"""Ulysses attention of packed documents without a mask, against each document alone; the patch is undone on exit."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ WEIGHTS = torch.linspace(-1, 1, 61)
 
 
 def alone(attention):
-    """Build the all-to-all of a group of one rank, which leaves the module as DeepSpeed does."""
+    """Build the all-to-all of a group of one rank; it sets the attributes that DeepSpeed sets."""
 
     def exchange(module, query, key, value, mask, **options):
         assert options["position_ids"].numel() == 1
@@ -42,7 +42,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_documents_are_apart_as_under_the_mask_of_transformers(family, recomputed):
+def test_documents_are_isolated_as_by_the_mask_of_transformers(family, recomputed):
     model = tiny_model(family).train()
     expected = logits_and_gradients(model)
     if recomputed:
@@ -54,7 +54,7 @@ def test_documents_are_apart_as_under_the_mask_of_transformers(family, recompute
     assert (joined[0] - expected[0]).abs().max() > 1e-3, "documents that are not apart give something else"
 
 
-def test_flash_attention_is_told_the_lengths(monkeypatch):
+def test_flash_attention_receives_the_document_lengths(monkeypatch):
     monkeypatch.setitem(ulysses.DOCUMENT_ATTENTION, varlen.NAME, UlyssesAttention._attend_varlen)
     model = tiny_model("llama")
     expected = logits_and_gradients(model)
@@ -63,7 +63,7 @@ def test_flash_attention_is_told_the_lengths(monkeypatch):
         assert_same(logits_and_gradients(model), expected)
 
 
-def test_outside_attention_is_what_it_was():
+def test_attention_is_unchanged_outside_the_context():
     model, other = tiny_model("llama"), tiny_model("llama")
     names = [module for module in model.modules() if hasattr(module, "num_key_value_groups")]
     before, sdpa = logits_and_gradients(model), ALL_ATTENTION_FUNCTIONS["sdpa"]

@@ -1,7 +1,7 @@
 """A plain-torch stand-in for FlashAttention's varlen function, used by transformers on a CPU.
 
 `flash_attention_2` of transformers calls `flash_attn_varlen_func(q, k, v, cu_seqlens_q=..., ...)` on a GPU only. The
-back end `varlen` registered here runs transformers' own forward up to that call and then answers it.
+back end `varlen` registered here runs transformers' own forward up to that call and computes the result.
 Shapes: q, k, v [tokens, heads, D].
 """
 
@@ -58,7 +58,7 @@ def _document(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softca
 
 
 class _Arguments:
-    """The arguments on their way to the call: one function in transformers 5.17, a pair of them in 5.23."""
+    """Hold the arguments of the varlen call: one function in transformers 5.17, a pair in 5.23."""
 
     def __iter__(self) -> Any:
         return iter((self, None))
@@ -66,7 +66,7 @@ class _Arguments:
     def __call__(self, **given: Any) -> dict[str, Any]:
         window = given["sliding_window"]
         lengths = {key: given[key] for key in ("max_seqlen_q", "max_seqlen_k") if key in given}
-        # As transformers has it: a window of n keys is n - 1 to the left.
+        # transformers counts a window of n keys as n - 1 to the left.
         sides = (-1, -1) if window is None else (window - 1, window - 1)
         return {
             **lengths,

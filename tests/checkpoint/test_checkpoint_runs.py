@@ -1,4 +1,4 @@
-"""Through the real program: a damaged checkpoint is passed over or refused, code in one is not run, a full disk met."""
+"""Damaged checkpoints, checkpoints that carry code, and full disks, through train.py in this process."""
 
 import errno
 import json
@@ -35,15 +35,15 @@ def arguments(tiny_store, tiny_architecture):
 
 @pytest.fixture(scope="module")
 def finished(arguments, tmp_path_factory):
-    """A run of four steps with checkpoints of the second and the fourth."""
+    """Run four steps, with checkpoints at steps 2 and 4."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert train.run(composed(*arguments, f"output_dir={folder}")) == 4
     return folder
 
 
 @pytest.fixture
-def left(finished, tmp_path):
-    """A copy of it as if the final model had not been written yet."""
+def unfinished(finished, tmp_path):
+    """Copy the finished run without its final model, as if it had been interrupted."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("final"))
     return folder
@@ -55,31 +55,33 @@ def flip(path, at: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_flipped_bit_is_named_and_the_run_goes_on_from_before(arguments, left, finished, caplog):
-    (path,) = (left / "checkpoints" / "step_4").glob("*optim_states.pt")
+def test_a_flipped_bit_is_reported_and_the_run_resumes_from_the_previous_checkpoint(
+    arguments, unfinished, finished, caplog
+):
+    (path,) = (unfinished / "checkpoints" / "step_4").glob("*optim_states.pt")
     flip(path, 5000)
-    assert train.run(composed(*arguments, f"output_dir={left}")) == 4
+    assert train.run(composed(*arguments, f"output_dir={unfinished}")) == 4
     assert f"step_4 is damaged: {path.name} does not have its SHA-256" in caplog.text
-    saved = [(folder / "final" / "model.safetensors").read_bytes() for folder in (left, finished)]
+    saved = [(folder / "final" / "model.safetensors").read_bytes() for folder in (unfinished, finished)]
     assert saved[0] == saved[1]
 
 
-def test_strict_refuses_it_in_one_line_with_the_exit_code_of_bad_input(arguments, left, capsys):
-    flip(left / "checkpoints" / "step_4" / "manifest.json", 40)
+def test_strict_resume_refuses_a_damaged_checkpoint_with_exit_code_2(arguments, unfinished, capsys):
+    flip(unfinished / "checkpoints" / "step_4" / "manifest.json", 40)
     with pytest.raises(ValueError, match=r"resume=strict: checkpoint .*step_4 is damaged: manifest\.json") as refused:
-        train.run(composed(*arguments, f"output_dir={left}", "resume=strict"))
+        train.run(composed(*arguments, f"output_dir={unfinished}", "resume=strict"))
     capsys.readouterr()
     assert program.report(refused.value) == program.USER_ERROR
     assert capsys.readouterr().err == f"error: {refused.value}\n"
     assert "\n" not in str(refused.value)
 
 
-def test_code_in_a_checkpoint_is_refused_before_the_model_is_loaded(arguments, left, tmp_path, monkeypatch):
+def test_code_in_a_checkpoint_is_refused_before_the_model_is_loaded(arguments, unfinished, tmp_path, monkeypatch):
     class Harmful:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
-    folder = left / "checkpoints" / "step_4"
+    folder = unfinished / "checkpoints" / "step_4"
     (path,) = folder.glob("*model_states.pt")
     torch.save({"module": Harmful()}, path)
     genuine = json.loads((folder / "manifest.json").read_text())
@@ -87,12 +89,12 @@ def test_code_in_a_checkpoint_is_refused_before_the_model_is_loaded(arguments, l
     (folder / "manifest.json").write_text(manifest.Manifest(**genuine).render())
     monkeypatch.setattr("clex_train.models.load.load_for_training", None)
     with pytest.raises(RunsCode, match=r"refused, it would call posix\.system; nothing was run") as refused:
-        train.run(composed(*arguments, f"output_dir={left}"))
+        train.run(composed(*arguments, f"output_dir={unfinished}"))
     assert program.report(refused.value) == program.USER_ERROR
     assert not (tmp_path / "ran").exists()
 
 
-def test_training_goes_on_without_a_checkpoint_that_finds_no_room(arguments, tmp_path, monkeypatch, caplog):
+def test_training_continues_when_a_checkpoint_does_not_fit_on_the_disk(arguments, tmp_path, monkeypatch, caplog):
     real, folder = writer.write, tmp_path / "run"
 
     def full(state, path):

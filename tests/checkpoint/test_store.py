@@ -1,4 +1,4 @@
-"""A checkpoint is complete or it is not there: what a kill or a fault leaves behind is passed over, never loaded."""
+"""The checkpoint store: atomic saves; partial and damaged checkpoints are skipped and never loaded."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ SHARDS = ("zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_0
 
 
 class FileEngine:
-    """Stands where DeepSpeed's engine does: two files through its checkpoint engine; `value` is what they hold."""
+    """Stand in for DeepSpeed's engine: save `value` in two files through its checkpoint engine."""
 
     def __init__(self, value: int = 0, error: Exception | None = None) -> None:
         self.state, self.error, self.loaded = torch.full((300,), value), error, None
@@ -45,11 +45,11 @@ class FileEngine:
         return tag, {}
 
 
-def opened(run_dir: Path, strict: bool = False, config: str = "", **settings: object) -> Checkpoints:
+def open_checkpoints(run_dir: Path, strict: bool = False, config: str = "", **settings: object) -> Checkpoints:
     return Checkpoints(run_dir, CheckpointConfig(**settings), IDENTITY, strict, config)
 
 
-def saved(found: Checkpoints, step: int, engine: FileEngine | None = None) -> None:
+def save_step(found: Checkpoints, step: int, engine: FileEngine | None = None) -> None:
     found.save(engine or FileEngine(step), {"x": 1}, step, rows_consumed=step * 8)
     found.finish()
 
@@ -60,13 +60,13 @@ def steps_on_disk(checkpoints: Checkpoints) -> list[int]:
 
 @pytest.fixture
 def checkpoints(tmp_path) -> Checkpoints:
-    found = opened(tmp_path)
+    found = open_checkpoints(tmp_path)
     for step in (5, 10, 15):
-        saved(found, step)
+        save_step(found, step)
     return found
 
 
-def test_the_newest_are_kept_and_the_last_is_loaded(checkpoints):
+def test_the_newest_checkpoints_are_kept_and_the_last_is_loaded(checkpoints):
     assert steps_on_disk(checkpoints) == [10, 15]
     assert (checkpoints.folder / "latest").read_text() == "step_15\n"
     engine = FileEngine()
@@ -74,16 +74,16 @@ def test_the_newest_are_kept_and_the_last_is_loaded(checkpoints):
     assert engine.loaded == [15, 15]
 
 
-def test_multiples_of_keep_every_are_kept_for_ever(tmp_path):
-    found = opened(tmp_path, keep_last=1, keep_every=10)
+def test_multiples_of_keep_every_are_never_deleted(tmp_path):
+    found = open_checkpoints(tmp_path, keep_last=1, keep_every=10)
     for step in range(5, 50, 5):
-        saved(found, step)
+        save_step(found, step)
     assert steps_on_disk(found) == [10, 20, 30, 40, 45]
 
 
 @pytest.mark.parametrize("name", [SHARDS[0], "ode.pt", "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "longer", "one bit"])
-def test_a_damaged_newest_one_is_named_and_gives_way_to_the_one_before(checkpoints, caplog, name, damage):
+def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_is_loaded(checkpoints, caplog, name, damage):
     path = checkpoints.folder / "step_15" / name
     content = path.read_bytes()
     middle = len(content) // 2
@@ -99,11 +99,11 @@ def test_a_damaged_newest_one_is_named_and_gives_way_to_the_one_before(checkpoin
     assert "step_15" in line
     assert name in line
     with pytest.raises(ValueError, match=rf"resume=strict: checkpoint .*step_15 is damaged: {name}"):
-        opened(checkpoints.folder.parent, strict=True).choose()
+        open_checkpoints(checkpoints.folder.parent, strict=True).choose()
 
 
 def _damage(rng: random.Random, folder: Path) -> str:
-    """Truncate, flip a byte of, or delete a random file of the newest checkpoint or `latest`; what was done."""
+    """Truncate, flip a byte of, or delete a random file of the newest checkpoint or `latest`; return a description."""
     path = rng.choice([*sorted((folder / "step_15").iterdir()), folder / "latest"])
     content, kind = path.read_bytes(), rng.choice(["truncated", "flipped", "deleted"])
     if kind == "deleted":
@@ -116,7 +116,7 @@ def _damage(rng: random.Random, folder: Path) -> str:
     return f"{path.name} {kind}"
 
 
-def test_of_a_hundred_corruptions_every_one_is_detected_and_none_is_loaded(checkpoints, tmp_path, caplog):
+def test_one_hundred_random_corruptions_are_all_detected_and_never_loaded(checkpoints, tmp_path, caplog):
     rng, seen = random.Random(0), set()
     for number in range(100):
         run_dir = tmp_path / f"damaged_{number}"
@@ -124,36 +124,36 @@ def test_of_a_hundred_corruptions_every_one_is_detected_and_none_is_loaded(check
         done = _damage(rng, run_dir / "checkpoints")
         seen.add(done)
         caplog.clear()
-        step, _ = opened(run_dir).load(engine := FileEngine())
-        # `latest` is for readers: what is loaded does not go by it, but its damage is named all the same.
+        step, _ = open_checkpoints(run_dir).load(engine := FileEngine())
+        # `latest` serves other readers: loading ignores it, but its damage is reported all the same.
         expected = 15 if done.startswith("latest") else 10
         assert (step, engine.loaded) == (expected, [expected, expected]), done
         assert sum("is damaged" in record.message for record in caplog.records) == 1, done
         with pytest.raises(ValueError, match=r"resume=strict: checkpoint .* is damaged") as refused:
-            opened(run_dir, strict=True).load(FileEngine())
+            open_checkpoints(run_dir, strict=True).load(FileEngine())
         assert done.split()[0] in str(refused.value)
         assert "\n" not in str(refused.value)
         shutil.rmtree(run_dir)
     assert len(seen) == 15, "every kind of damage met every file"
 
 
-def test_nothing_is_begun_anew_over_checkpoints_that_are_all_damaged(checkpoints):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_restart_from_step_0(checkpoints):
     for step in (10, 15):
         (checkpoints.folder / f"step_{step}" / SHARDS[1]).unlink()
     with pytest.raises(ValueError, match=r"step_10 is damaged: .* is missing; .*step_15.*remove it to start again"):
         checkpoints.load(FileEngine())
 
 
-def test_what_a_kill_leaves_while_saving_is_ignored_and_cleared(checkpoints):
+def test_a_partial_checkpoint_of_a_killed_save_is_ignored_and_removed(checkpoints):
     shutil.copytree(checkpoints.folder / "step_15", checkpoints.folder / "saving_step_20")
     shutil.copytree(checkpoints.folder / "step_10", checkpoints.folder / "removing_step_5")
-    assert opened(checkpoints.folder.parent, strict=True).choose().manifest.step == 15
-    saved(checkpoints, 25)
+    assert open_checkpoints(checkpoints.folder.parent, strict=True).choose().manifest.step == 15
+    save_step(checkpoints, 25)
     assert steps_on_disk(checkpoints) == [15, 25]
     assert {path.name for path in checkpoints.folder.iterdir()} == {"latest", "step_15", "step_25"}
 
 
-def test_a_checkpoint_of_the_first_format_is_still_continued(checkpoints):
+def test_a_checkpoint_of_the_first_format_still_resumes(checkpoints):
     path = checkpoints.folder / "step_15" / "manifest.json"
     old = json.loads(path.read_text())
     for key in manifest.ADDED_IN_2:
@@ -172,9 +172,9 @@ def test_a_failed_save_names_the_folder_and_leaves_the_others(checkpoints, monke
         raise error
 
     monkeypatch.setattr(writer.torch, "save", fails)
-    found = opened(checkpoints.folder.parent, overlap=overlap)
+    found = open_checkpoints(checkpoints.folder.parent, overlap=overlap)
     with pytest.raises(RunStopped, match=r"saving_step_20: cannot be written .*earlier ones are intact"):
-        saved(found, 20)
+        save_step(found, 20)
     assert found.newest().manifest.step == 15
     assert {path.name for path in found.folder.iterdir()} == {"latest", "step_10", "step_15"}
     assert (found.folder / "latest").read_text() == "step_15\n"
@@ -182,23 +182,23 @@ def test_a_failed_save_names_the_folder_and_leaves_the_others(checkpoints, monke
 
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("on_full_disk", ["stop", "continue"])
-def test_a_full_disk_costs_that_checkpoint_alone(little_room, on_full_disk, overlap, caplog):
-    found = opened(little_room, overlap=overlap, on_full_disk=OnFullDisk[on_full_disk])
-    saved(found, 5)
+def test_a_full_disk_costs_only_the_checkpoint_being_written(small_disk, on_full_disk, overlap, caplog):
+    found = open_checkpoints(small_disk, overlap=overlap, on_full_disk=OnFullDisk[on_full_disk])
+    save_step(found, 5)
     big = FileEngine()
     big.state = torch.zeros(20_000)
     if on_full_disk == "stop":
         with pytest.raises(RunStopped, match=r"saving_step_10: cannot be written \(.*No space left.*make room"):
-            saved(found, 10, big)
+            save_step(found, 10, big)
     else:
-        saved(found, 10, big)
+        save_step(found, 10, big)
         assert "training continues without it" in caplog.text
     assert {path.name for path in found.folder.iterdir()} == {"latest", "step_5"}
-    saved(found, 15)
+    save_step(found, 15)
     assert found.load(FileEngine())[0] == 15
 
 
-def test_training_changes_nothing_in_a_checkpoint_that_is_being_written(checkpoints, monkeypatch):
+def test_training_does_not_change_a_checkpoint_that_is_being_written(checkpoints, monkeypatch):
     gate, save = threading.Event(), torch.save
     monkeypatch.setattr(writer.torch, "save", lambda *given: (gate.wait(600), save(*given)))
     engine = FileEngine(20)
@@ -212,7 +212,7 @@ def test_training_changes_nothing_in_a_checkpoint_that_is_being_written(checkpoi
     assert engine.loaded == [20, 20]
 
 
-def test_a_copy_shares_memory_where_the_original_does():
+def test_copies_share_memory_where_the_originals_do():
     flat = torch.arange(10.0)
     state = {"a": flat[2:4], "rest": [flat[4:], (flat.view(2, 5),)], "n": 3}
     held = writer.snapshot(state)
@@ -231,7 +231,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("name", [*SHARDS, "ode.pt"])
-def test_a_checkpoint_that_would_run_code_is_refused_and_not_run(checkpoints, tmp_path, name):
+def test_a_checkpoint_with_code_is_refused_without_running_it(checkpoints, tmp_path, name):
     folder, ran = checkpoints.folder / "step_15", tmp_path / "ran"
     torch.save({"weights": torch.zeros(3), "extra": Harmful(ran)}, folder / name)
     genuine = manifest.read(checkpoints.folder / "step_10")
@@ -258,7 +258,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(checkpoints,
         Checkpoints(tmp_path, CheckpointConfig(), other)
 
 
-def test_the_manifest_says_where_the_run_stood_and_what_every_file_must_be(checkpoints):
+def test_the_manifest_records_the_step_and_the_hash_of_every_file(checkpoints):
     found = json.loads((checkpoints.folder / "step_15" / "manifest.json").read_text())
     assert (found["step"], found["rows_consumed"], found["world_size"]) == (15, 120, 1)
     assert found["files"].keys() == found["sha256"].keys() == {*SHARDS, "ode.pt"}
@@ -273,10 +273,10 @@ def newest_config(run_dir: Path) -> Path | None:
     return found.config() if found else None
 
 
-def test_a_configuration_is_kept_in_each_checkpoint_and_a_damaged_copy_is_none(tmp_path):
+def test_each_checkpoint_has_its_configuration_and_a_damaged_copy_is_ignored(tmp_path):
     assert newest_config(tmp_path) is None
     for step in (5, 10):
-        saved(opened(tmp_path, config=f"step: {step}\n"), step)
+        save_step(open_checkpoints(tmp_path, config=f"step: {step}\n"), step)
     copy = newest_config(tmp_path)
     assert copy == tmp_path / "checkpoints" / "step_10" / "config.yaml"
     assert copy.read_text() == "step: 10\n"
@@ -287,14 +287,14 @@ def test_a_configuration_is_kept_in_each_checkpoint_and_a_damaged_copy_is_none(t
 
 
 def test_weights_and_skipped_rows_may_change_only_ahead_of_a_checkpoint(tmp_path):
-    def opened_with(weight: float, skip: int) -> Checkpoints:
+    def open_with(weight: float, skip: int) -> Checkpoints:
         order = {"weights": [[0, {"a": 1.0, "b": 2.0}], [50, {"a": weight, "b": 2.0}]], "skip_rows": [[skip, skip + 9]]}
         return Checkpoints(tmp_path, CheckpointConfig(overlap=False), replace(IDENTITY, data_order=order))
 
-    opened_with(3.0, 45).save(FileEngine(), None, step=5, rows_consumed=40)
-    assert opened_with(9.0, 40).newest() is not None
-    opened_with(3.0, 45).save(FileEngine(), None, step=6, rows_consumed=48)
+    open_with(3.0, 45).save(FileEngine(), None, step=5, rows_consumed=40)
+    assert open_with(9.0, 40).newest() is not None
+    open_with(3.0, 45).save(FileEngine(), None, step=6, rows_consumed=48)
     with pytest.raises(ValueError, match=r"^data.weights: checkpoint .*step_6 has read 48 rows under"):
-        opened_with(9.0, 45)
+        open_with(9.0, 45)
     with pytest.raises(ValueError, match=r"^data.skip_rows: checkpoint .*step_6 has read 48 rows under"):
-        opened_with(3.0, 47)
+        open_with(3.0, 47)

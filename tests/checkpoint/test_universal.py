@@ -1,4 +1,4 @@
-"""A conversion for another number of ranks that is interrupted, fails, or loses the process that started it."""
+"""Universal conversion of a checkpoint: interrupted, failing, or orphaned by the process that started it."""
 
 import os
 import signal
@@ -19,35 +19,37 @@ started: list[subprocess.Popen] = []
 
 
 @pytest.fixture
-def converts(tmp_path, monkeypatch):
-    """A checkpoint whose conversion is a program of the test's."""
+def make_checkpoint(tmp_path, monkeypatch):
+    """Return a function that makes a checkpoint whose conversion runs the given program."""
 
-    def by(program: str) -> Path:
-        def start(checkpoint, beside, said):
-            (beside / checkpoint.name).mkdir(parents=True)
+    def with_program(program: str) -> Path:
+        def start(checkpoint, staging, log):
+            (staging / checkpoint.name).mkdir(parents=True)
             command = [sys.executable, "-c", f"import os, sys, time\n{BAR}\n{program}"]
-            started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stderr=said, start_new_session=True))
+            started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, start_new_session=True))
             return started[-1]
 
         monkeypatch.setattr(universal, "_start", start)
         return tmp_path / "checkpoints" / "step_4"
 
-    return by
+    return with_program
 
 
-def test_a_request_to_stop_ends_the_conversion_and_leaves_nothing_of_it(converts, monkeypatch):
+def test_a_stop_request_ends_the_conversion_and_removes_its_output(make_checkpoint, monkeypatch):
     monkeypatch.setattr(universal, "PATIENCE", 0.1)
-    checkpoint = converts("time.sleep(600)")
-    with pytest.raises(StopRequested, match=r"step_4 was being converted for 1 ranks; it is intact; the same") as asked:
+    checkpoint = make_checkpoint("time.sleep(600)")
+    with pytest.raises(
+        StopRequested, match=r"step_4 was being converted for 1 ranks; it is intact; the same"
+    ) as stopped:
         universal.convert(checkpoint, lambda: True)
-    assert console.report(asked.value) == console.GO_ON
+    assert console.report(stopped.value) == console.GO_ON
     assert started[-1].returncode == -signal.SIGKILL
     assert not list(checkpoint.parent.iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_conversion_that_a_launcher_ends_is_a_request_to_stop(converts, number):
-    checkpoint = converts(
+def test_a_conversion_ended_by_a_launchers_signal_counts_as_a_stop_request(make_checkpoint, number):
+    checkpoint = make_checkpoint(
         f"import signal; signal.signal({int(number)}, signal.SIG_DFL); os.kill(os.getpid(), {number})"
     )
     with pytest.raises(StopRequested):
@@ -63,9 +65,9 @@ def test_a_conversion_that_a_launcher_ends_is_a_request_to_stop(converts, number
         ("os.kill(os.getpid(), 9)", r"\(its process was killed by SIGKILL, perhaps out of memory\)"),
     ],
 )
-def test_a_failed_conversion_gives_its_reason_and_no_progress_bar(converts, program, reason):
+def test_the_error_of_a_failed_conversion_has_its_reason_and_no_progress_bar(make_checkpoint, program, reason):
     with pytest.raises(ValueError, match=rf"cannot be converted for 1 ranks {reason}; launch as many"):
-        universal.convert(converts(program), lambda: False)
+        universal.convert(make_checkpoint(program), lambda: False)
 
 
 def test_a_conversion_and_its_workers_end_with_the_rank_that_started_it():

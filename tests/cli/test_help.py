@@ -1,4 +1,4 @@
-"""`--help` and docs/configuration.md say everything that the schema and conf/ hold."""
+"""`--help` and docs/configuration.md: complete and up to date with the schema and conf/."""
 
 from clex_train.cli import help as cli_help
 from clex_train.config.docs import describe

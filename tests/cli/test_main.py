@@ -1,4 +1,4 @@
-"""`clex-train VERB` runs the program of the verb, and answers by itself without the imports that take seconds."""
+"""The console command `clex-train VERB`: dispatch to programs, and quick answers without slow imports."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("name", list(main.VERBS))
-def test_a_verb_is_a_program_that_exists(name: str) -> None:
+def test_every_verb_names_an_existing_program(name: str) -> None:
     module = main.VERBS[name].module
     found = find_spec(module)
     assert found is not None
@@ -29,13 +29,13 @@ def test_a_verb_is_a_program_that_exists(name: str) -> None:
         ("xyzzy", f"error: xyzzy: no such verb; take one of {', '.join(main.VERBS)}"),
     ],
 )
-def test_an_unknown_verb_is_one_line(typed: str, line: str, monkeypatch, capsys) -> None:
+def test_an_unknown_verb_is_reported_in_one_line(typed: str, line: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["clex-train", typed])
     assert main.main() == 2
     assert capsys.readouterr().err == line + "\n"
 
 
-def test_help_lists_every_verb_and_version_is_the_packages(monkeypatch, capsys) -> None:
+def test_help_lists_every_verb_and_version_prints_the_package_version(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["clex-train"])
     assert main.main() == 0
     help_text = capsys.readouterr().out
@@ -73,7 +73,7 @@ def test_the_library_is_imported_from_the_package() -> None:
         clex_train.apply_klex  # noqa: B018
 
 
-def test_info_names_what_is_installed_and_what_is_missing(monkeypatch) -> None:
+def test_info_lists_installed_and_missing_packages(monkeypatch) -> None:
     monkeypatch.setattr(versions, "find_spec", lambda module: None if module == "flash_attn" else object())
     monkeypatch.setattr(info.shutil, "which", lambda tool: None if tool == "sbatch" else tool)
     lines = list(info.lines())
@@ -82,6 +82,6 @@ def test_info_names_what_is_installed_and_what_is_missing(monkeypatch) -> None:
     assert len(lines) <= 12
 
 
-def test_completion_of_verbs_is_documented_with_every_verb() -> None:
+def test_the_documented_shell_completion_has_every_verb() -> None:
     page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     assert f'complete -o default -W "{" ".join(main.VERBS)}" clex-train' in page

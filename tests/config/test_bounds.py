@@ -1,4 +1,4 @@
-"""Every number of every schema, far out of range: refused in one line by its key, or harmless; at once, in no memory.
+"""Bounds of numeric keys: a value far out of range is refused in one line by its key or is harmless, fast and small.
 
 Harmless means that the configuration is made and, for training, that the plan and its checks are computed.
 """
@@ -36,12 +36,12 @@ from tests.helpers.composing import CONF
 
 VALUES = ["nan", "inf", "-inf", "-1", "1e300", str(10**18)]
 MOST_SECONDS = 10.0
-"""For machines with other work; a second by itself."""
+"""Allows for a busy machine; one check takes about a second on an idle one."""
 MOST_KIB = 600_000
 
 
 def numeric_keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """(dotted key, whether it is a list) of each field that holds int or float."""
+    """Yield (dotted key, is it a list) for each field of type int or float."""
     for field in fields(schema):
         key, hint = f"{prefix}{field.name}", type_at(schema, field.name)
         if is_dataclass(hint):
@@ -53,7 +53,7 @@ def numeric_keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
 
 
 def refusal(make: Any) -> str | None:
-    """The line that a call is refused with; None if it went through. It may take neither long nor much memory."""
+    """Return the refusal of a call, or None if it succeeds; fail if it takes long or much memory."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     refused: Exception | None = None
     try:
@@ -142,17 +142,17 @@ def test_a_number_of_data_prep_is_bounded(verb):
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, [1.0, -math.inf], 10**400, 3])
-def test_what_is_not_finite_or_too_large_is_refused(value):
+def test_non_finite_and_too_large_numbers_are_refused(value):
     with pytest.raises(ValueError, match=r"^a\.x=.*: a finite number, at most 2$"):
         require_at_most(SimpleNamespace(x=value), "a.", {"x": 2})
 
 
 @pytest.mark.parametrize("value", [None, -(10**400), -1e300, [2, 2.0]])
-def test_finite_numbers_up_to_the_bound_are_taken(value):
+def test_finite_numbers_up_to_the_bound_are_accepted(value):
     require_at_most(SimpleNamespace(x=value), "a.", {"x": 2})
 
 
-def test_a_list_of_numbers_has_no_more_than_can_be_evaluated(training):
+def test_a_list_with_too_many_numbers_is_refused(training):
     line = refusal(lambda: plan(training, "evaluation.depths", [0.5] * 10**4))
     assert line == "evaluation.depths=[10000 numbers]: at most 1000"
 

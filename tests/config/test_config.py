@@ -1,4 +1,4 @@
-"""The schema and the tree of conf/: everything composes, everything is described, wrong values stop with their key."""
+"""The schema and conf/: every option composes and is documented, and invalid values are refused by key."""
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -22,7 +22,7 @@ def test_every_experiment_composes_and_is_named_after_its_file(name):
     assert config.output_dir == f"runs/{name}"
 
 
-def test_the_experiments_that_users_are_told_about_are_there():
+def test_the_documented_experiments_exist():
     told = """tiny_base tiny_clex tiny_continued llama2_7b_clex llama2_7b_clex_16k llama2_7b_clex_64k llama2_13b_clex
     gpt_neox_20b_clex phi2_clex_32k mixtral_8x7b_clex_32k llama3_8b_clex mistral_7b_clex qwen3_8b_clex
     llama3_8b_clex_1m"""
@@ -36,7 +36,7 @@ def test_every_option_of_a_group_composes(group):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_serves_every_length_that_it_evaluates(name):
+def test_an_experiment_scales_to_every_length_that_it_evaluates(name):
     config = composed(f"+experiment={name}")
     model = architecture.stand_in(config.model)
     assert model.context_len is None, "L is the architecture's own"
@@ -52,7 +52,7 @@ def test_large_experiments_take_two_million_tokens_a_step_and_two_billion_in_all
     assert tokens * config.optim.steps == pytest.approx(2e9, rel=0.001)
 
 
-def test_the_paper_s_recipe_for_llama_2_7b():
+def test_the_llama_2_7b_experiment_follows_the_paper():
     config = composed("+experiment=llama2_7b_clex")
     assert (config.data.seq_len, config.scaling.t_max, config.optim.lr) == (4096, 16, 2e-5)
     assert (config.optim.warmup, config.optim.schedule.name, config.optim.weight_decay) == (0.03, "cosine", 0)
@@ -61,7 +61,7 @@ def test_the_paper_s_recipe_for_llama_2_7b():
     assert config.evaluation.lengths == [4096, 8192, 16384, 32768, 65536]
 
 
-def test_the_tiny_runs_differ_in_the_scaling_alone():
+def test_the_tiny_runs_differ_only_in_the_scaling():
     clex, continued = composed("+experiment=tiny_clex"), composed("+experiment=tiny_continued")
     assert clex.scaling.name is Method.clex
     assert continued.scaling.name is Method.none
@@ -87,7 +87,7 @@ def test_hydra_writes_no_file_and_no_folder():
     assert hydra.sweep.dir.startswith("runs/")
 
 
-def test_every_key_has_a_meaning_and_a_type():
+def test_every_key_has_a_description_and_a_type():
     rows = describe(Config)
     assert len({key for key, *_ in rows}) == len(rows) > 50
     assert all(kind and meaning for _, kind, _, meaning in rows)
@@ -113,7 +113,7 @@ def test_a_written_configuration_composes_to_itself(tmp_path):
         ("scaling.param_factor=0", "scaling.param_factor=0"),
     ],
 )
-def test_a_value_out_of_range_stops_with_its_key_and_the_remedy(override, message):
+def test_a_value_out_of_range_is_refused_with_its_key_and_a_remedy(override, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         composed("+experiment=tiny_clex", override)
     assert str(caught.value).startswith(message)
@@ -129,14 +129,14 @@ def test_a_plus_sign_does_not_carry_an_unknown_key_past_the_schema(override, rem
         composed("+experiment=tiny_clex", override)
 
 
-def test_lengths_that_nobody_gave_are_those_of_the_model():
+def test_default_evaluation_lengths_are_those_of_the_model():
     config = composed("scaling=clex", "scaling.t_max=4", "dry_run=true")
     assert (config.data.seq_len, config.evaluation.lengths) == (0, [])
     told = configuration.with_lengths(config, 1000)
     assert (told.data.seq_len, told.evaluation.lengths) == (1000, [1000, 2000, 4000])
 
 
-def test_lengths_that_were_given_stay():
+def test_given_evaluation_lengths_are_unchanged():
     config = composed("data.seq_len=64", "evaluation.lengths=[64,512]", "dry_run=true")
     assert configuration.with_lengths(config, 1000, longest_document=100) == config
 
@@ -145,11 +145,11 @@ def test_lengths_that_were_given_stay():
     ("t_max", "longest_document", "lengths"),
     [(None, None, [8, 16, 32, 64, 128]), (None, 63, [8, 16, 32]), (2.5, 63, [8, 16]), (16, 7, [8])],
 )
-def test_default_lengths_end_where_scaling_or_documents_do(t_max, longest_document, lengths):
+def test_default_lengths_end_at_the_limit_of_scaling_or_documents(t_max, longest_document, lengths):
     assert configuration.default_lengths(8, t_max, longest_document) == lengths
 
 
-def test_a_method_that_only_reads_a_model_is_refused_in_training():
+def test_an_evaluation_only_method_is_refused_in_training():
     with pytest.raises(
         ValueError, match=r"^scaling\.name=lm_infinite: reads a model in evaluation .*; train by clex, "
     ):

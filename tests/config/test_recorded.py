@@ -1,4 +1,4 @@
-"""The config.yaml of a run folder is data: typed, bounded, never interpolated; records are read the same way."""
+"""Reading config.yaml and other records of a run folder as data: typed, bounded, never interpolated."""
 
 import os
 import time
@@ -32,7 +32,7 @@ def _append(run: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def test_a_recorded_text_is_never_interpolated(run: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_recorded_text_is_never_interpolated(run: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     monkeypatch.setenv("A_SECRET", "hunter2")
     _append(run, "name: run", r"name: '${oc.env:A_SECRET} \${x} \\${y} ${'")
     _append(run, "data:\n  path: null", "data:\n  path: ${oc.env:A_SECRET}")
@@ -45,20 +45,20 @@ def test_a_recorded_text_is_never_interpolated(run: Path, monkeypatch: pytest.Mo
     assert "hunter2" not in caplog.text
 
 
-def test_the_user_s_own_command_line_interpolates_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_still_interpolates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_STORE", "/corpora/books")
     config = composed("+experiment=tiny_base", "data.path=${oc.env:MY_STORE}")
     assert config.data.path == "/corpora/books"
 
 
 @pytest.mark.parametrize("experiment", ["tiny_clex", "llama2_7b_clex", "study_base"])
-def test_what_a_run_records_is_read_back_equal(tmp_path: Path, experiment: str) -> None:
+def test_a_recorded_configuration_reads_back_equal(tmp_path: Path, experiment: str) -> None:
     config = composed(f"+experiment={experiment}", f"output_dir={tmp_path}", "model.path=/models/base")
     run_folder.write_config(config)
     assert recorded.read(tmp_path / "config.yaml") == config
 
 
-def test_a_bomb_of_aliases_is_refused_at_once(run: Path) -> None:
+def test_a_yaml_alias_bomb_is_refused_at_once(run: Path) -> None:
     (run / "config.yaml").write_text(BOMB)
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"config\.yaml: .*expands to more than 50,000 values"):
@@ -70,7 +70,7 @@ def test_a_bomb_of_aliases_is_refused_at_once(run: Path) -> None:
     assert time.monotonic() - start < 5
 
 
-def test_an_alias_inside_of_itself_is_refused_and_a_plain_one_is_read(tmp_path: Path) -> None:
+def test_a_recursive_alias_is_refused_and_a_plain_one_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("a: &a [1, *a]")
     with pytest.raises(BadFile, match="contains an alias to its own parent"):
         read_yaml(tmp_path / "a.yaml")
@@ -88,7 +88,9 @@ def test_an_alias_inside_of_itself_is_refused_and_a_plain_one_is_read(tmp_path: 
         ("seed: 0", "seed: 0\n\x00", "not valid YAML"),
     ],
 )
-def test_a_damaged_configuration_is_one_line_with_its_file(run: Path, old: str, new: str, message: str) -> None:
+def test_a_damaged_configuration_is_reported_in_one_line_with_its_file(
+    run: Path, old: str, new: str, message: str
+) -> None:
     _append(run, old, new)
     with pytest.raises(ValueError, match=message) as caught:
         run_config(run)
@@ -123,6 +125,6 @@ def test_only_regular_files_of_the_folder_are_opened(tmp_path: Path) -> None:
         read_regular(folder / "file", most=1)
 
 
-def test_what_a_terminal_acts_upon_is_written_as_escapes() -> None:
+def test_control_characters_are_printed_as_escapes() -> None:
     assert printable("a\x1b[31m\rb\u202ec\x9b\td\ne") == r"a\x1b[31m\rb\u202ec\x9b" + "\td\ne"
     assert printable("café 橋 ±") == "café 橋 ±"

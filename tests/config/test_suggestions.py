@@ -1,4 +1,4 @@
-"""What a misspelt key is answered with."""
+"""Suggestions for misspelt keys."""
 
 import pytest
 
@@ -18,7 +18,7 @@ KEYS = ["optim.lr", "optim.steps", "scaling.t_max", "scaling.lr_scale", "data.se
         ("sed", "seed"),
     ],
 )
-def test_the_key_that_was_meant_is_named(wrong, right):
+def test_the_intended_key_is_suggested(wrong, right):
     assert did_you_mean(wrong, KEYS) == f"did you mean {right}?"
 
 
@@ -26,6 +26,6 @@ def test_nothing_near_gives_no_suggestion():
     assert did_you_mean("zzz.qqqqqq", KEYS) == ""
 
 
-def test_names_are_joined_as_one_says_them():
+def test_names_are_joined_as_in_prose():
     assert in_words(["a"]) == "a"
     assert in_words(["a", "b", "c"]) == "a, b or c"

@@ -1,4 +1,4 @@
-"""What a program prints reaches every terminal, and a fault of ours in writing text is not called the user's."""
+"""Console output on terminals of any encoding; our own encoding errors are not reported as the user's."""
 
 import io
 import sys
@@ -10,7 +10,7 @@ from clex_train.console.errors import explain
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_a_table_is_printed_whatever_the_terminal_takes(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_printed_in_every_terminal_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", output)
     assert program.run(lambda: program.say("37.05 ±0.12 \u2026 橋 caf\udce9.txt"), lambda: "") == 0
@@ -25,8 +25,8 @@ def test_a_table_is_printed_whatever_the_terminal_takes(encoding: str, monkeypat
     )
 
 
-def test_text_that_we_cannot_write_is_no_mistake_of_the_user() -> None:
+def test_an_encoding_error_of_ours_is_not_a_user_mistake() -> None:
     with pytest.raises(UnicodeEncodeError) as caught:
-        # In this file as in the program's own: what is raised here is "ours".
+        # Errors raised in this file count as ours, like those raised in the program.
         "caf\udce9".encode()
     assert explain(caught.value) is None

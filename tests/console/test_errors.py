@@ -1,4 +1,4 @@
-"""Mistakes on the command line, through the real composition, each answered in one line."""
+"""Error lines for mistakes on the command line, through the real composition of the configuration."""
 
 import pickle
 from contextlib import suppress
@@ -80,20 +80,20 @@ def test_a_mistake_names_the_key_and_the_remedy(override, line):
     assert line_for(override) == line
 
 
-def test_an_unknown_experiment_like_no_other_lists_them_all():
+def test_an_unknown_experiment_without_a_near_match_lists_all_of_them():
     line = line_for("+experiment=foo")
     assert line.startswith("experiment=foo: no such option; take one of gpt_neox_20b_clex, ")
     assert line.endswith("tiny_clex or tiny_continued")
 
 
-def test_an_experiment_by_its_beginning_is_completed():
+def test_a_prefix_of_an_experiment_suggests_its_completions():
     line = line_for("+experiment=llama3")
     assert line == "experiment=llama3: no such option; did you mean llama3_8b_clex or llama3_8b_clex_1m?"
 
 
 @pytest.fixture
-def own_file(monkeypatch, tmp_path):
-    """Composes with an experiment of the user's own, `mine`, of the text that is given."""
+def user_experiment(monkeypatch, tmp_path):
+    """Return a function that composes with a user's experiment `mine` of the given text."""
     copytree(CONF, tmp_path / "conf")
     monkeypatch.setattr("tests.helpers.composing.CONF", tmp_path / "conf")
     monkeypatch.setattr("clex_train.console.errors.REPOSITORY", tmp_path)
@@ -122,43 +122,43 @@ def own_file(monkeypatch, tmp_path):
         ("evaluation:\n  lengths: 5\n", "line 3: evaluation.lengths: should be a list such as [1,2]"),
     ],
 )
-def test_a_mistake_in_a_file_of_ones_own_names_file_and_line(own_file, text, line):
-    assert own_file(text).startswith(f"conf/experiment/mine.yaml, {line}")
+def test_a_mistake_in_a_users_file_names_file_and_line(user_experiment, text, line):
+    assert user_experiment(text).startswith(f"conf/experiment/mine.yaml, {line}")
 
 
-def test_a_file_that_is_not_utf8_is_named(own_file, tmp_path):
+def test_a_file_that_is_not_utf8_is_named(user_experiment, tmp_path):
     (tmp_path / "conf" / "data" / "latin.yaml").write_bytes("path: corpora/x\n# caf\u00e9\n".encode("latin-1"))
     said = line_for("data=latin")
     assert said == "conf/data/latin.yaml, line 2: not UTF-8; save the file as UTF-8 text"
 
 
-def test_bytes_that_no_configuration_file_holds_are_our_fault(own_file):
+def test_a_decoding_error_outside_configuration_files_is_not_a_user_mistake(user_experiment):
     with pytest.raises(UnicodeDecodeError) as caught:
         b"\xe9".decode("utf-8")
     assert explain(caught.value) is None
 
 
 @pytest.mark.parametrize("override", ["foo", "optim.lr=1e-4}", "name=${nme}", "model=null", "+model=tiny"])
-def test_what_cannot_be_read_is_said_in_one_line(override):
+def test_an_unparsable_override_is_reported_in_one_line(override):
     assert line_for(override)
 
 
-def test_a_fault_of_the_program_is_left_to_its_traceback():
-    def of(error: Exception) -> str | None:
+def test_a_bug_keeps_its_traceback():
+    def explanation_of(error: Exception) -> str | None:
         try:
             raise error
         except Exception as caught:
             return explain(caught)
 
-    assert of(KeyError("x")) is None
-    assert of(RuntimeError("x")) is None
-    assert of(ValueError("data.path=x: not a store")) is None
-    assert of(ConfigError("data.path", "x", "not\n a store")) == "data.path=x: not a store"
-    assert of(ConfigError("data.path", None, "name one")) == "data.path: name one"
-    assert of(BadFile("a.json", "not JSON")) == "a.json: not JSON"
+    assert explanation_of(KeyError("x")) is None
+    assert explanation_of(RuntimeError("x")) is None
+    assert explanation_of(ValueError("data.path=x: not a store")) is None
+    assert explanation_of(ConfigError("data.path", "x", "not\n a store")) == "data.path=x: not a store"
+    assert explanation_of(ConfigError("data.path", None, "name one")) == "data.path: name one"
+    assert explanation_of(BadFile("a.json", "not JSON")) == "a.json: not JSON"
 
 
-def test_a_value_error_of_ours_exits_1_with_its_traceback_and_a_mistake_of_the_user_2_with_a_line(capsys):
+def test_a_bug_exits_1_with_a_traceback_and_a_user_mistake_2_with_one_line(capsys):
     def code_of(error: Exception) -> int:
         try:
             raise error
@@ -171,13 +171,13 @@ def test_a_value_error_of_ours_exits_1_with_its_traceback_and_a_mistake_of_the_u
     assert capsys.readouterr().err == "error: optim.lr=-1: greater than 0\n"
 
 
-def test_a_mistake_that_a_worker_process_found_is_the_same_mistake():
+def test_a_mistake_found_by_a_worker_process_is_reported_the_same_way():
     found = pickle.loads(pickle.dumps(ConfigError("corpus.paths", Path("x.txt"), "not readable")))
     assert (found.key, found.value, found.remedy) == ("corpus.paths", Path("x.txt"), "not readable")
     assert str(found) == "corpus.paths=x.txt: not readable"
 
 
-def test_another_program_names_the_refused_key_as_its_user_does():
+def test_each_program_names_the_refused_key_as_its_user_writes_it():
     with pytest.raises(ConfigError, match=r"^store=x: not one$"), renamed_key("data.path", "store"):
         raise ConfigError("data.path", "x", "not one")
     with pytest.raises(ConfigError, match=r"^seed=-1: 0 or more$"), renamed_key("data.path", "store"):
@@ -199,13 +199,13 @@ def _shares(rows: str) -> list[int]:
         lambda: [].remove(1),
     ],
 )
-def test_what_an_expression_of_ours_raises_is_our_fault(fault):
+def test_built_in_errors_raised_by_our_code_are_not_user_mistakes(fault):
     with pytest.raises((ValueError, RuntimeError, StopIteration)) as caught:
         fault()
     assert explain(caught.value) is None
 
 
-def test_a_refusal_stays_one_through_reraising_and_context_managers():
+def test_a_refusal_survives_reraising_and_context_managers():
     def refused() -> None:
         with suppress(KeyError):
             try:
@@ -218,7 +218,7 @@ def test_a_refusal_stays_one_through_reraising_and_context_managers():
     assert explain(caught.value) == "engine.x=1: not so"
 
 
-def test_a_value_error_out_of_a_library_is_no_mistake_of_the_user():
+def test_a_value_error_from_a_library_is_not_a_user_mistake():
     import numpy as np
 
     with pytest.raises(ValueError, match="shape") as caught:
@@ -226,7 +226,7 @@ def test_a_value_error_out_of_a_library_is_no_mistake_of_the_user():
     assert explain(caught.value) is None
 
 
-def test_a_revision_of_a_model_on_this_machine_is_refused(tmp_path):
+def test_a_revision_is_refused_for_a_local_model(tmp_path):
     line = line_for(f"model.path={tmp_path}", "model.revision=abc")
     where = f"{tmp_path} is a folder on this machine"
     assert line == f"model.revision=abc: applies only to hub repositories, but {where}; leave the key out"

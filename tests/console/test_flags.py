@@ -1,4 +1,4 @@
-"""Flags of Hydra's programs: unknown ones are refused in a line, known ones may stand anywhere."""
+"""Hydra's flags on the command line: unknown ones are refused in one line, known ones may appear anywhere."""
 
 import sys
 
@@ -10,7 +10,7 @@ from clex_train.config.root import Config
 from clex_train.console import flags, program
 
 
-def test_the_flags_are_those_of_the_hydra_that_is_installed():
+def test_the_flags_match_the_installed_hydra():
     known = {name for action in flags.parser()._actions for name in action.option_strings}
     theirs = {name for action in get_args_parser()._actions for name in action.option_strings}
     assert known == theirs, hydra.__version__
@@ -26,14 +26,14 @@ def test_the_flags_are_those_of_the_hydra_that_is_installed():
         ("--config-dir", "argument --config-dir/-cd: expected one argument"),
     ],
 )
-def test_a_flag_that_hydra_refuses_is_one_line(monkeypatch, capsys, typed, line):
+def test_a_flag_that_hydra_refuses_is_reported_in_one_line(monkeypatch, capsys, typed, line):
     monkeypatch.setattr(sys, "argv", ["train.py", "seed=1", typed])
     assert program.run(lambda: pytest.fail("Hydra was asked"), str, Config) == program.USER_ERROR
     [said] = capsys.readouterr().err.strip().splitlines()
     assert said.startswith(f"error: {line}")
 
 
-def test_overrides_may_stand_behind_a_flag():
+def test_overrides_may_follow_a_flag():
     typed = ["+experiment=tiny_base", "--cfg", "job", "seed=2", "-m", "-cd", "a=b", "optim.lr=-1", "--info"]
     overrides, put = ["+experiment=tiny_base", "seed=2", "optim.lr=-1"], flags.put_last(typed)
     assert put == [*overrides, "--cfg", "job", "-m", "-cd", "a=b", "--info"]

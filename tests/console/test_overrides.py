@@ -1,4 +1,4 @@
-"""Text fields get the text as it was typed, whatever Hydra or YAML would make of it; mappings take new names."""
+"""Overrides of text fields keep the text as typed, despite Hydra and YAML; mappings accept new names."""
 
 import sys
 from dataclasses import dataclass, field
@@ -38,13 +38,13 @@ ATOMS = [text for text in TEXTS if text not in ("a=b", "a, b")]
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "it's (1)", "[a", "x{y}", "caf\u00e9", " lead"])
-def test_a_text_is_kept_as_typed(text):
+def test_text_is_kept_as_typed(text):
     assert composed(f"name={text}").name == text
     assert arguments.parse(EvaluateConfig, [f"label={text}"]).label == text
 
 
 @pytest.mark.parametrize("text", ATOMS)
-def test_texts_in_lists_and_mappings_are_kept_as_typed(text):
+def test_text_in_lists_and_mappings_is_kept_as_typed(text):
     config = composed(f"launch.modules=[a,{text}, {text}]", f"launch.environment={{A: {text},B:x}}")
     assert config.launch.modules == ["a", text, text]
     assert config.launch.environment == {"A": text, "B": "x"}
@@ -57,27 +57,27 @@ def test_texts_in_lists_and_mappings_are_kept_as_typed(text):
     ("override", "name"),
     [("name='1e3'", "1e3"), ('name="a b"', "a b"), ("name=run_${seed}", "run_0"), (r"name=a\,b", "a,b")],
 )
-def test_what_is_quoted_escaped_or_interpolated_is_left_alone(override, name):
+def test_quoted_escaped_and_interpolated_text_is_unchanged(override, name):
     assert composed(override).name == name
 
 
-def test_null_is_null_and_numbers_stay_numbers():
+def test_null_and_numbers_keep_their_types():
     config = composed("model.revision=null", "optim.lr=1e-4", "evaluation.lengths=[128,256]", "launch.memory=0")
     assert (config.model.revision, config.optim.lr, config.launch.memory) == (None, 1e-4, "0")
     assert config.evaluation.lengths == [128, 256]
 
 
-def test_a_sweep_over_texts_splits_at_commas():
+def test_a_sweep_over_text_splits_at_commas():
     assert for_hydra(Config, ["-m", "name=1e3,no", "seed=1,2"]) == ["-m", "name='1e3','no'", "seed=1,2"]
 
 
-def test_spaces_around_the_texts_of_a_sweep_are_no_part_of_them():
+def test_spaces_around_the_texts_of_a_sweep_are_stripped():
     assert for_hydra(Config, ["--multirun", "name=a, 1e3 ,'b, c'"]) == ["--multirun", "name='a','1e3','b, c'"]
     assert for_hydra(Config, ["-m", "name= lead"]) == ["-m", "name=' lead'"]
 
 
 @pytest.mark.parametrize("mode", ["hydra.mode=MULTIRUN", "++hydra.mode=MULTIRUN", "hydra.mode=RunMode.MULTIRUN"])
-def test_a_sweep_may_be_asked_for_by_hydras_own_key(mode):
+def test_a_sweep_may_be_requested_by_hydras_own_key(mode):
     assert for_hydra(Config, [mode, "name=a,b"]) == [mode, "name='a','b'"]
     assert for_hydra(Config, ["hydra.mode=RUN", "name=a,b"]) == ["hydra.mode=RUN", "name='a,b'"]
 
@@ -93,13 +93,13 @@ def test_a_sweep_takes_new_domains_by_single_keys():
 
 
 @pytest.mark.parametrize("name", ["2024", "true", "null", "nan", "1_0"])
-def test_a_domain_whose_name_hydra_reads_as_something_else_keeps_its_name(own_domains, name):
-    config = own_domains(name, f"data.domains.{name}.weight=40")
+def test_a_domain_keeps_a_name_that_hydra_would_read_as_another_type(user_mixture, name):
+    config = user_mixture(name, f"data.domains.{name}.weight=40")
     assert config.data.domains[name].weight == 40
     assert config.data.domains[name].path == "x"
 
 
-def test_verbs_of_data_prep_keep_texts():
+def test_verbs_of_data_prep_keep_text_as_typed():
     assert for_hydra(TokenizeVerb, ["corpus.where={language: no}"]) == ["++corpus.where={language:'no'}"]
     assert for_hydra(DecontaminateVerb, ["evaluation.path=1e3", "ngrams=[2,3]"]) == [
         "evaluation.path='1e3'",
@@ -124,15 +124,15 @@ def test_a_mapping_takes_new_names_with_and_without_plus_signs(plus):
     assert weights.data.weights_at == {5: {"book": 10}}
 
 
-def test_one_field_of_a_domain_is_changed_and_the_others_stay():
+def test_overriding_one_field_of_a_domain_keeps_the_others():
     config = composed("data=longcorpus", "data.domains.book.weight=7", "evaluation=never")
     assert config.data.domains["book"].weight == 7
     assert config.data.domains["book"].path is not None
 
 
 @pytest.fixture
-def own_domains(tmp_path, monkeypatch):
-    """Composes with a mixture of the user's own, of one domain of the name that is given."""
+def user_mixture(tmp_path, monkeypatch):
+    """Return a function that composes with a user's mixture of one domain with the given name."""
 
     def compose(name: str, *overrides: str) -> Config:
         copytree(CONF, tmp_path / "conf")
@@ -144,8 +144,8 @@ def own_domains(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def own_option(tmp_path, monkeypatch):
-    """Runs the launcher with an option of the user's own for `launch`, of the text that is given."""
+def launch_with_option(tmp_path, monkeypatch):
+    """Return a function that runs the launcher with a user's `launch` option of the given text."""
 
     def line(text: str, capsys) -> tuple[int, str]:
         (tmp_path / "launch").mkdir(exist_ok=True)
@@ -167,18 +167,18 @@ def own_option(tmp_path, monkeypatch):
         ("modules:\n  - a\n  - 1_0\n", "line 4: launch.modules.1: YAML reads 1_0 as 10"),
     ],
 )
-def test_a_text_that_yaml_changes_asks_for_quotes(own_option, capsys, text, line):
-    code, said = own_option(text, capsys)
+def test_text_that_yaml_would_change_is_refused_with_advice_to_quote_it(launch_with_option, capsys, text, line):
+    code, said = launch_with_option(text, capsys)
     assert code == 2
     assert f"mine.yaml, {line}" in said
     assert len(said.splitlines()) == 1
 
 
-def test_a_text_that_yaml_gives_back_as_it_was_is_taken(own_option, capsys):
-    assert own_option("memory: 0\nenvironment: {A: 1, B: '1e3'}\nqos: null\n", capsys) == (0, "")
+def test_text_that_yaml_leaves_unchanged_is_accepted(launch_with_option, capsys):
+    assert launch_with_option("memory: 0\nenvironment: {A: 1, B: '1e3'}\nqos: null\n", capsys) == (0, "")
 
 
-def test_a_folder_alone_is_a_run_or_a_model(tmp_path):
+def test_a_lone_folder_is_read_as_a_run_or_a_model(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
     (tmp_path / "model").mkdir()
@@ -198,7 +198,7 @@ def test_a_folder_alone_is_a_run_or_a_model(tmp_path):
         (["--verbose"], "--verbose: arguments have the form key=value"),
     ],
 )
-def test_a_word_alone_that_is_no_folder_is_refused(words, line):
+def test_a_lone_word_that_is_not_a_folder_is_refused(words, line):
     with pytest.raises(ValueError, match=line):
         arguments.parse(EvaluateConfig, words)
 
@@ -209,8 +209,8 @@ class Choices:
     several: list[LogScale] = field(default_factory=list)
 
 
-def test_choices_that_yaml_reads_as_booleans_are_choices():
-    """`off` is false in YAML, alone and in lists; null and what is no choice stay what they are."""
+def test_choices_that_yaml_reads_as_booleans_are_restored():
+    """Restore the `off` that YAML reads as false, alone and in lists; leave null and other values unchanged."""
     parsed = arguments.parse(Choices, ["one=off", "several=[eval, off,official]"])
     assert parsed == Choices(LogScale.off, [LogScale.eval, LogScale.off, LogScale.official])
     assert arguments.parse(ExportConfig, ["log_scale=off"]).log_scale is LogScale.off

@@ -1,4 +1,4 @@
-"""The rows of a configuration: domains checked against each other, reported, mixed and resumable."""
+"""Building rows from a configuration: domain checks, reports, mixtures and resuming."""
 
 import logging
 from pathlib import Path
@@ -21,7 +21,7 @@ def mixture(tmp_path: Path) -> DataConfig:
 
 
 @pytest.mark.parametrize("packing", list(Packing))
-def test_a_mixture_reads_each_store_in_its_share_under_every_packing(mixture: DataConfig, packing: Packing) -> None:
+def test_a_mixture_reads_each_store_by_its_weight_under_every_packing(mixture: DataConfig, packing: Packing) -> None:
     mixture.packing = packing
     rows = build.build_rows(build.pack(build.open_stores(mixture), mixture), mixture, 0, batch_rows=10)
     of_code = [int(rows[i].tokens[0]) >= 50 for i in range(160)]
@@ -36,7 +36,7 @@ def test_weights_change_at_the_first_row_of_a_step(mixture: DataConfig) -> None:
     assert all(int(rows[i].tokens[0]) >= 50 for i in range(20, 60))
 
 
-def test_passes_over_each_domain_are_reported_and_many_are_warned_of(
+def test_passes_over_each_domain_are_reported_with_a_warning_for_many(
     mixture: DataConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     stores, optim = build.open_stores(mixture), OptimConfig(steps=25, batch_rows=10)
@@ -60,7 +60,7 @@ def test_passes_over_each_domain_are_reported_and_many_are_warned_of(
     assert warned[0].startswith("book is read for 4.7 epochs")
 
 
-def test_the_plan_counts_passes_from_the_manifests_and_names_what_is_not_there(mixture: DataConfig) -> None:
+def test_the_plan_counts_passes_from_manifests_and_names_missing_stores(mixture: DataConfig) -> None:
     mixture.domains["code"].path = "/no/such/store"
     planned = build.planned_epochs(mixture, OptimConfig(steps=25, batch_rows=10))
     assert planned.startswith("book 4.7 times, code unknown (620 tokens, no store at /no/such/store")
@@ -79,7 +79,7 @@ def test_a_missing_store_of_a_domain_is_named_by_its_key(mixture: DataConfig) ->
         build.open_stores(mixture)
 
 
-def test_the_fingerprint_of_a_mixture_is_of_its_contents_and_names(mixture: DataConfig, tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_mixture_depends_on_contents_and_names(mixture: DataConfig, tmp_path: Path) -> None:
     before = build.fingerprint(build.open_stores(mixture))
     (tmp_path / "code").rename(tmp_path / "moved")
     mixture.domains["code"].path = str(tmp_path / "moved")
@@ -88,7 +88,7 @@ def test_the_fingerprint_of_a_mixture_is_of_its_contents_and_names(mixture: Data
     assert build.fingerprint(build.open_stores(mixture)) != before
 
 
-def test_only_what_lies_ahead_of_a_checkpoint_may_change() -> None:
+def test_only_data_after_a_checkpoint_may_change() -> None:
     def order(weight: float = 3, skip: tuple[str, ...] = (), **weights_at: float) -> dict[str, list]:
         domains = {"book": DomainConfig("a", weight), "code": DomainConfig("b", 1)}
         at = {int(step.removeprefix("s")): {"code": value} for step, value in weights_at.items()}
@@ -123,7 +123,7 @@ def test_skipped_rows_are_read_as_indices_and_closed_ranges() -> None:
         ({"min_document_tokens": 5000}, r"data.min_document_tokens=5000: only for data.packing=long_documents"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_with_their_key(fields: dict, message: str) -> None:
+def test_invalid_settings_are_refused_with_their_key(fields: dict, message: str) -> None:
     domains = {"book": DomainConfig("a", 1), "code": DomainConfig("b", 1)}
     with pytest.raises(ValueError, match="^" + message):
         DataConfig(**{"domains": domains, "seq_len": 100, **fields})

@@ -1,4 +1,4 @@
-"""Micro-batches of rows whose documents are joined or kept apart: labels, positions, and what is counted."""
+"""Collating micro batches with and without a document mask: labels, positions and counts."""
 
 import numpy as np
 import pytest
@@ -21,14 +21,14 @@ ROWS = st.lists(
 
 
 def row(lengths: list[int], padding: int = 0, index: int = 0) -> Row:
-    """A row of documents of `lengths` tokens and a tail of `padding`; every token id is another one."""
+    """Build a row of documents of `lengths` tokens and `padding` behind them; all token ids differ."""
     segments = np.repeat(np.arange(len(lengths)), lengths)
     segments = np.concatenate((segments, np.full(padding, PADDING))).astype(np.int32)
     return Row(np.arange(100 * index, 100 * index + len(segments), dtype=np.int64), segments, index)
 
 
-def of_equal_length(layouts: list[tuple[list[int], int]]) -> list[Row]:
-    """Rows of 30 tokens with the documents of `layouts`, cut where they are longer and padded where shorter."""
+def rows_of_30(layouts: list[tuple[list[int], int]]) -> list[Row]:
+    """Build rows of 30 tokens with the documents of `layouts`, cut or padded to fit."""
     rows = []
     for index, (lengths, padding) in enumerate(layouts):
         segments = np.repeat(np.arange(len(lengths)), lengths)[: 30 - padding]
@@ -37,7 +37,7 @@ def of_equal_length(layouts: list[tuple[list[int], int]]) -> list[Row]:
     return rows
 
 
-def test_documents_that_are_joined_are_scored_throughout():
+def test_every_token_of_joined_documents_is_scored():
     batch = collate_rows([row([3, 5], index=4), row([8], index=5)])
     assert batch.document_positions is None
     assert torch.equal(batch.targets[:, :-1], batch.token_ids[:, 1:])
@@ -54,7 +54,7 @@ def test_padding_is_never_scored():
     assert collate_rows([row([3, 2], padding=3)]).num_scored == 4
 
 
-def test_documents_kept_apart_restart_and_their_first_tokens_are_not_scored():
+def test_masked_documents_restart_positions_and_their_first_tokens_are_not_scored():
     batch = collate_documents([row([3, 1, 1, 2], padding=2), row([9], index=7)])
     assert batch.document_positions.tolist() == [[0, 1, 2, 0, 0, 0, 1, 0, 1], list(range(9))]
     assert batch.targets.tolist() == [
@@ -67,8 +67,8 @@ def test_documents_kept_apart_restart_and_their_first_tokens_are_not_scored():
 
 
 @given(ROWS)
-def test_positions_and_lengths_are_those_of_a_walk_over_the_row(layouts: list[tuple[list[int], int]]):
-    rows = of_equal_length(layouts)
+def test_positions_and_lengths_match_a_plain_loop(layouts: list[tuple[list[int], int]]):
+    rows = rows_of_30(layouts)
     batch = collate_documents(rows)
     for number, (made, positions) in enumerate(zip(rows, batch.document_positions.tolist(), strict=True)):
         expected, lengths, before = [], [], None
@@ -82,7 +82,7 @@ def test_positions_and_lengths_are_those_of_a_walk_over_the_row(layouts: list[tu
     assert batch.num_scored == scored
 
 
-def test_targets_are_a_copy_of_their_own():
+def test_targets_are_a_separate_copy():
     for collate in (collate_rows, collate_documents):
         batch = collate([row([4, 4])])
         batch.targets[:] = UNSCORED
@@ -90,5 +90,5 @@ def test_targets_are_a_copy_of_their_own():
 
 
 @pytest.mark.parametrize("segments", [[[5]], [[2, 2, 3]], [[0], [1]]])
-def test_positions_need_no_more_than_equal_neighbours(segments: list[list[int]]):
+def test_positions_depend_only_on_whether_neighbours_are_equal(segments: list[list[int]]):
     assert positions_in_segments(torch.tensor(segments))[:, 0].eq(0).all()

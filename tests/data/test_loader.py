@@ -1,4 +1,4 @@
-"""Every world size, micro-batch and starting point reads the same rows in the same global order."""
+"""The loader: the global order of rows is independent of world size, micro batch and starting point."""
 
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
 
 
 def steps(rows: Rows, count: int, world_size: int, micro_batch: int, first_row: int = 0) -> list[list[MicroBatch]]:
-    """Per step, the micro-batches of all ranks: those of micro-batch 0 by rank, then those of micro-batch 1, ..."""
+    """Return for each step the micro batches of all ranks: micro batch 0 by rank, then micro batch 1, ..."""
     streams = [
         [list(step) for step in islice(batches(rows, first_row, 24, rank, world_size, micro_batch), count)]
         for rank in range(world_size)
@@ -48,7 +48,7 @@ def test_the_global_order_does_not_depend_on_ranks_or_micro_batch(
         assert all(tokens[i].tolist() == rows[int(index[i])].tokens.tolist() for i in range(24))
 
 
-def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(rows: Rows) -> None:
+def test_a_resumed_run_reads_the_same_rows(rows: Rows) -> None:
     whole = steps(rows, 6, 2, 3)
     resumed = steps(rows, 3, 2, 3, first_row=3 * 24)
     for before, after in zip(whole[3:], resumed, strict=True):
@@ -57,7 +57,7 @@ def test_a_resumed_run_reads_what_the_uninterrupted_one_reads(rows: Rows) -> Non
                 assert torch.equal(getattr(expected, name), getattr(got, name)), name
 
 
-def test_batches_are_int64_with_targets_of_their_own(rows: Rows) -> None:
+def test_batches_are_int64_with_separate_targets(rows: Rows) -> None:
     batch = next(next(batches(rows, 0, 8, 0, 1, 4)))
     shapes = {name: (getattr(batch, name).dtype, tuple(getattr(batch, name).shape)) for name in TENSORS}
     assert shapes == {
@@ -70,26 +70,26 @@ def test_batches_are_int64_with_targets_of_their_own(rows: Rows) -> None:
     assert (batch.token_ids >= 0).all()
 
 
-def test_more_rows_than_an_epoch_go_on_with_the_next(rows: Rows) -> None:
+def test_reading_past_an_epoch_continues_with_the_next(rows: Rows) -> None:
     stream = batches(rows, 0, len(rows), 0, 1, len(rows))
     first, second = (next(next(stream)).token_ids for _ in range(2))
     assert not torch.equal(first, second)
     assert sorted(first.tolist()) == sorted(second.tolist())
 
 
-def test_an_unread_step_does_not_shift_the_next(rows: Rows) -> None:
+def test_a_step_left_unread_does_not_shift_the_next(rows: Rows) -> None:
     stream = batches(rows, 0, 8, 0, 1, 4)
     next(stream)
     next(next(stream))
     assert next(next(stream)).row_indices.tolist() == [16, 17, 18, 19]
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused_at_once(rows: Rows) -> None:
+def test_an_indivisible_batch_is_refused_at_once(rows: Rows) -> None:
     with pytest.raises(ValueError, match=r"optim.batch_rows=10: must be a multiple of .* 2 \* 4 = 8"):
         batches(rows, 0, 10, 0, 2, 4)
 
 
-def test_an_error_while_reading_ahead_reaches_the_reader(tmp_path: Path) -> None:
+def test_an_error_while_prefetching_reaches_the_caller(tmp_path: Path) -> None:
     write_store(tmp_path / "store", {"train": [[3] * 100]}, vocab_size=10)
     rows = ConcatRows(TokenStore(tmp_path / "store"), seq_len=10)
     (tmp_path / "store" / "train" / "00000.tokens").unlink()

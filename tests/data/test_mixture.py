@@ -1,4 +1,4 @@
-"""A mixture keeps its shares over any thousand rows, reads each domain in its own order, and is found in O(1)."""
+"""Mixtures of domains: shares over any thousand rows, the order within each domain, and O(1) lookup."""
 
 import time
 from math import ceil, log2
@@ -18,7 +18,7 @@ NAMES = list(RECIPE)
 
 
 def one_hot(schedule: Schedule, start: int, stop: int) -> np.ndarray:
-    """int [stop - start, K]: 1 where a row is of a domain."""
+    """Return int [stop - start, K], 1 where a row belongs to a domain."""
     chosen = np.array([NAMES.index(schedule(row)[0]) for row in range(start, stop)])
     return np.eye(len(NAMES), dtype=int)[chosen]
 
@@ -28,13 +28,13 @@ def shares(weights: dict[str, float]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("start", [0, 123_456_789, 10**12])
-def test_shares_hold_within_half_a_percent_over_any_thousand_rows(start: int) -> None:
+def test_shares_are_within_half_a_percent_over_any_thousand_rows(start: int) -> None:
     total = np.cumsum(one_hot(Schedule({0: RECIPE}), start, start + 6000), axis=0)
     windows = (total[1000:] - total[:-1000]) / 1000
     assert np.abs(windows - shares(RECIPE)).max() <= 0.005
 
 
-def test_shares_hold_on_both_sides_of_a_change_of_weights() -> None:
+def test_shares_follow_the_weights_before_and_after_a_change() -> None:
     change = 2500
     rows = one_hot(Schedule({0: RECIPE, change: OTHER}), 0, 5000)
     wanted = np.cumsum(np.where(np.arange(5000)[:, None] < change, shares(RECIPE), shares(OTHER)), axis=0)
@@ -48,7 +48,7 @@ def test_shares_hold_on_both_sides_of_a_change_of_weights() -> None:
     st.lists(st.one_of(st.integers(0, 100), st.floats(0, 1)), min_size=1, max_size=20).filter(any),
     st.integers(0, 10**9),
 )
-def test_any_weights_are_kept_within_the_depth_of_the_tree(weights: list[float], start: int) -> None:
+def test_the_error_of_shares_is_bounded_by_the_depth_of_the_tree(weights: list[float], start: int) -> None:
     named = {f"d{n}": weight for n, weight in enumerate(weights)}
     schedule = Schedule({0: named})
     before, after = schedule.counts(start), schedule.counts(start + 1000)
@@ -57,7 +57,7 @@ def test_any_weights_are_kept_within_the_depth_of_the_tree(weights: list[float],
         assert abs(after[name] - before[name] - 1000 * weight / sum(weights)) <= depth
 
 
-def test_every_domain_is_read_row_by_row_through_all_changes() -> None:
+def test_each_domain_is_read_in_order_through_all_changes_of_weights() -> None:
     schedule = Schedule({0: RECIPE, 700: OTHER, 701: RECIPE, 1500: {**OTHER, "general": 90}})
     seen = dict.fromkeys(NAMES, 0)
     for row in range(3000):
@@ -67,13 +67,13 @@ def test_every_domain_is_read_row_by_row_through_all_changes() -> None:
         seen[domain] += 1
 
 
-def test_a_domain_of_weight_zero_is_not_read() -> None:
+def test_a_domain_with_weight_zero_is_not_read() -> None:
     schedule = Schedule({0: OTHER})
     assert all(schedule(row)[0] != "general" for row in range(500))
     assert Schedule({0: {"only": 3, "none": 0}})(7) == ("only", 7)
 
 
-def test_a_mixed_row_is_the_domain_s_own_next_row() -> None:
+def test_a_row_of_a_mixture_is_the_next_row_of_its_domain() -> None:
     domains = {name: ShuffledRows(Numbers(100 + n), 3, name) for n, name in enumerate(NAMES)}
     mixed = MixedRows(domains, Schedule({0: RECIPE, 40: OTHER}))
     for row in (0, 1, 39, 40, 41, 999):
@@ -82,7 +82,7 @@ def test_a_mixed_row_is_the_domain_s_own_next_row() -> None:
         assert mixed[row].index == row
 
 
-def test_far_rows_cost_no_more_than_near_ones() -> None:
+def test_late_rows_cost_no_more_than_early_ones() -> None:
     schedule = Schedule({0: RECIPE, 10**9: OTHER})
     start = time.process_time()
     for row in range(10**12, 10**12 + 5000):
@@ -92,7 +92,7 @@ def test_far_rows_cost_no_more_than_near_ones() -> None:
 
 @settings(max_examples=60)
 @given(st.sets(st.integers(0, 200), max_size=90))
-def test_skipping_leaves_the_other_rows_and_their_indices(skipped: set[int]) -> None:
+def test_skipping_keeps_the_other_rows_and_their_indices(skipped: set[int]) -> None:
     ranges = [(n, n + 1) for n in sorted(skipped)]
     rows = SkippedRows(Numbers(10_000), ranges)
     kept = [n for n in range(400) if n not in skipped]

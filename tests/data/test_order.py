@@ -1,4 +1,4 @@
-"""The order of a run visits every row once an epoch and is a function of seed and index alone."""
+"""The global row order: every row once an epoch, as a function of seed and index only."""
 
 import time
 import tracemalloc
@@ -11,7 +11,7 @@ from clex_train.data.rows import Row
 
 
 class Numbers:
-    """Rows that hold nothing but their own index: any number of them costs nothing."""
+    """Rows that contain only their own index, so that any number of them needs no memory."""
 
     seq_len = 1
 
@@ -30,14 +30,14 @@ def read(rows: ShuffledRows, start: int, stop: int) -> list[int]:
     return [int(rows[i].tokens[0]) for i in range(start, stop)]
 
 
-def test_each_epoch_visits_every_row_once_in_an_order_of_its_own() -> None:
+def test_each_epoch_visits_every_row_once_in_a_new_order() -> None:
     rows = ShuffledRows(Numbers(50), seed=3)
     epochs = [read(rows, 50 * epoch, 50 * epoch + 50) for epoch in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_order_depends_on_seed_stream_and_epoch_and_on_nothing_else() -> None:
+def test_the_order_depends_only_on_seed_stream_and_epoch() -> None:
     def order(seed: int, stream: str = "rows") -> list[int]:
         return read(ShuffledRows(Numbers(50), seed, stream), 0, 50)
 
@@ -46,13 +46,13 @@ def test_order_depends_on_seed_stream_and_epoch_and_on_nothing_else() -> None:
     assert order(0) != order(0, "others")
 
 
-def test_rows_may_be_asked_for_in_any_order() -> None:
+def test_rows_can_be_read_in_any_order() -> None:
     forward = read(ShuffledRows(Numbers(50), seed=1), 0, 200)
     fresh = ShuffledRows(Numbers(50), seed=1)
     assert [int(fresh[i].tokens[0]) for i in reversed(range(200))] == forward[::-1]
 
 
-def test_a_row_carries_its_place_in_the_order() -> None:
+def test_a_row_records_its_index_in_the_order() -> None:
     rows = ShuffledRows(Numbers(50), seed=1)
     assert [rows[i].index for i in (0, 49, 50, 10**6)] == [0, 49, 50, 10**6]
 

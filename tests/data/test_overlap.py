@@ -1,4 +1,4 @@
-"""Texts on both sides of a split are found: against Python sets, whichever side is larger."""
+"""Detecting texts in both the training and the validation split, against Python sets."""
 
 import logging
 from pathlib import Path
@@ -17,7 +17,7 @@ from clex_train.utils.files import write_atomically
 
 
 def store_of_hashes(path: Path, splits: dict[str, list[list[int]]]) -> Path:
-    """A store whose documents have the given text hashes, shard by shard."""
+    """Write a store whose documents have the given text hashes, shard by shard."""
     partial_path(path).mkdir(parents=True)
     shards: dict[str, list] = {"train": [], "validation": []}
     for split, groups in splits.items():
@@ -33,14 +33,14 @@ def store_of_hashes(path: Path, splits: dict[str, list[list[int]]]) -> Path:
     return path
 
 
-# Few values, also such that share their first 22 bits, so that duplicates and near misses are common.
+# Few values, some equal in their first 22 bits, make duplicates and near misses common.
 hashes = st.one_of(st.integers(0, 30), st.integers(0, 3).map(lambda i: (1 << 63) + i))
 shards = st.lists(st.lists(hashes, min_size=1, max_size=12), max_size=4)
 
 
 @settings(max_examples=60)
 @given(train=shards, held_out=shards, chunk=st.integers(1, 20))
-def test_the_overlap_is_that_of_python_sets(
+def test_the_overlap_equals_that_of_python_sets(
     tmp_path_factory: pytest.TempPathFactory, train: list[list[int]], held_out: list[list[int]], chunk: int
 ) -> None:
     path = store_of_hashes(tmp_path_factory.mktemp("s") / "store", {"train": train, "validation": held_out})
@@ -57,7 +57,7 @@ def test_the_overlap_is_that_of_python_sets(
         assert found == Overlap(sum(h in shared for h in b), a.index(value), b.index(value))
 
 
-def test_a_shared_document_is_refused_in_one_line_with_both_places_and_the_remedy(tmp_path: Path) -> None:
+def test_a_shared_document_is_refused_with_both_places_and_a_remedy(tmp_path: Path) -> None:
     write_store(tmp_path / "train", {"train": [[1, 2], [3, 4], [5]]}, vocab_size=10)
     write_store(tmp_path / "held", {"validation": [[7], [3, 4]]}, vocab_size=10)
     with pytest.raises(ValueError, match="1 of its 2 validation documents are also training documents") as raised:
@@ -70,7 +70,7 @@ def test_a_shared_document_is_refused_in_one_line_with_both_places_and_the_remed
     assert "evaluation.allow_overlap=true" in line
 
 
-def test_a_shared_document_that_is_wanted_is_a_warning(
+def test_an_allowed_shared_document_is_only_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(overlaps.logger, "propagate", True)
@@ -80,7 +80,7 @@ def test_a_shared_document_that_is_wanted_is_a_warning(
     assert "1 of its 1 validation documents are also training documents" in caplog.text
 
 
-def test_the_smaller_side_alone_is_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_smaller_split_is_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = store_of_hashes(tmp_path / "store", {"train": [list(range(100))], "validation": [[1000, 50]]})
     read = TokenStore.text_hashes
 

@@ -1,4 +1,4 @@
-"""Rows of joined documents are the store's tokens, cut, and know where their documents begin."""
+"""Packing by concatenation: rows are slices of the token stream and record document boundaries."""
 
 from itertools import groupby
 
@@ -21,17 +21,17 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 
 def joined() -> list[int]:
-    """The slow reference: one Python list of all documents, EOS after each."""
+    """Return the slow reference: one Python list of all documents, EOS after each."""
     return [token for document in DOCUMENTS for token in [*document, EOS]]
 
 
 def owners() -> list[int]:
-    """The document of each of these tokens."""
+    """Return the document index of each token of `joined`."""
     return [d for d, document in enumerate(DOCUMENTS) for _ in [*document, EOS]]
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 16, 64])
-def test_a_pass_holds_every_span_of_the_joined_documents_once(store: TokenStore, seq_len: int) -> None:
+def test_a_pass_has_every_span_of_the_joined_documents_once(store: TokenStore, seq_len: int) -> None:
     tokens = joined()
     rows = ConcatRows(store, seq_len)
     assert len(rows) == len(tokens) // seq_len
@@ -59,13 +59,13 @@ def test_rows_are_int64_copies_that_may_be_written_to(store: TokenStore) -> None
     assert (rows[0].tokens == before).all()
 
 
-def test_a_row_longer_than_the_store_is_one_clear_error(store: TokenStore) -> None:
+def test_a_row_longer_than_the_store_is_refused(store: TokenStore) -> None:
     with pytest.raises(ValueError, match=rf"data.seq_len=100000: .* has {len(joined())} train tokens") as caught:
         ConcatRows(store, 100_000)
     assert "\n" not in str(caught.value)
 
 
-def test_a_row_as_long_as_the_store_is_the_store(store: TokenStore) -> None:
+def test_a_row_as_long_as_the_store_is_the_whole_store(store: TokenStore) -> None:
     assert ConcatRows(store, len(joined()))[0].tokens.tolist() == joined()
 
 

@@ -1,4 +1,4 @@
-"""Rows of whole documents: best-fit-decreasing as the plain loop does it, nothing lost, nothing cut without need."""
+"""Packing whole documents by best-fit decreasing, and rows inside long documents."""
 
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from clex_train.token_store.writer import write_store
 
 EOS = 1
 LENGTHS = [1, 30, 4, 9, 15, 16, 47, 2, 2, 3, 7, 7, 7, 12, 31, 8, 5, 1, 1, 22]
-"""Tokens of each document without its EOS; no token of a document occurs in another."""
+"""Tokens of each document without its EOS; no two documents share a token."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def stored(path: Path, lengths: list[int]) -> TokenStore:
 
 
 def pieces_of(rows: Rows) -> list[list[int]]:
-    """The tokens of every segment of every row, sorted."""
+    """Return the tokens of every segment of every row, sorted."""
     return sorted(
         row.tokens[row.segments == s].tolist()
         for row in (rows[k] for k in range(len(rows)))
@@ -40,7 +40,7 @@ def pieces_of(rows: Rows) -> list[list[int]]:
 
 
 def slow_best_fit(lengths: list[int], capacity: int) -> list[int]:
-    """Room left in each bin when every item looks at every bin."""
+    """Return the room left in each bin after a plain loop in which every item considers every bin."""
     rooms: list[int] = []
     for length in lengths:
         fitting = [b for b, room in enumerate(rooms) if room >= length]
@@ -53,7 +53,7 @@ def slow_best_fit(lengths: list[int], capacity: int) -> list[int]:
 
 @settings(max_examples=200)
 @given(st.integers(1, 40), st.lists(st.integers(1, 40), max_size=80))
-def test_grouped_best_fit_fills_bins_as_the_plain_loop_does(capacity: int, lengths: list[int]) -> None:
+def test_grouped_best_fit_fills_bins_like_the_plain_loop(capacity: int, lengths: list[int]) -> None:
     items = sorted((min(n, capacity) for n in lengths), reverse=True)
     bins = pack_descending(np.array(items, np.int64), capacity)
     expected = slow_best_fit(items, capacity)
@@ -63,9 +63,7 @@ def test_grouped_best_fit_fills_bins_as_the_plain_loop_does(capacity: int, lengt
 
 
 @pytest.mark.parametrize("seq_len", [4, 8, 16, 64])
-def test_best_fit_holds_every_token_once_and_cuts_only_what_is_longer_than_a_row(
-    store: TokenStore, seq_len: int
-) -> None:
+def test_best_fit_keeps_every_token_and_cuts_only_documents_longer_than_a_row(store: TokenStore, seq_len: int) -> None:
     expected = []
     for d, n in enumerate(LENGTHS):
         document = [10 + d] * n + [EOS]
@@ -75,7 +73,7 @@ def test_best_fit_holds_every_token_once_and_cuts_only_what_is_longer_than_a_row
     assert rows.summary().num_cut == sum(n + 1 > seq_len for n in LENGTHS)
 
 
-def test_padding_is_eos_of_no_segment_at_the_end_of_a_row(store: TokenStore) -> None:
+def test_padding_is_eos_outside_any_segment_at_the_end_of_a_row(store: TokenStore) -> None:
     rows = best_fit(store, 16)
     padded = 0
     for k in range(len(rows)):
@@ -94,7 +92,7 @@ def test_best_fit_cuts_fewer_documents_than_joining_them(store: TokenStore) -> N
     assert best_fit(store, 16).summary().num_cut < ConcatRows(store, 16).summary().num_cut
 
 
-def test_the_summary_of_joined_documents_counts_what_a_loop_counts(store: TokenStore) -> None:
+def test_the_summary_of_joined_documents_matches_a_plain_loop(store: TokenStore) -> None:
     for seq_len in (3, 16, 20):
         rows, offsets = ConcatRows(store, seq_len), store.doc_offsets.tolist()
         covered = len(rows) * seq_len
@@ -106,7 +104,7 @@ def test_the_summary_of_joined_documents_counts_what_a_loop_counts(store: TokenS
         assert summary.documents_per_row == pytest.approx(pieces / len(rows))
 
 
-def test_the_summary_of_a_large_store_says_that_it_is_sampled_and_is_near(tmp_path: Path) -> None:
+def test_the_summary_of_a_large_store_is_sampled_close_and_marked_as_such(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     store = stored(tmp_path / "store", rng.integers(1, 60, 4000).tolist())
     rows, offsets = ConcatRows(store, 32), store.doc_offsets
@@ -118,7 +116,7 @@ def test_the_summary_of_a_large_store_says_that_it_is_sampled_and_is_near(tmp_pa
 
 
 @pytest.mark.parametrize(("seq_len", "shortest"), [(4, 4), (4, 10), (16, 16), (16, 31)])
-def test_rows_of_long_documents_lie_inside_one_and_follow_each_other(
+def test_rows_of_long_documents_are_consecutive_and_within_one_document(
     store: TokenStore, seq_len: int, shortest: int
 ) -> None:
     expected = []
@@ -132,11 +130,11 @@ def test_rows_of_long_documents_lie_inside_one_and_follow_each_other(
     assert rows.summary().utilisation == 1
 
 
-def test_documents_that_are_all_too_short_are_counted_and_the_longest_is_named(store: TokenStore) -> None:
+def test_documents_that_are_all_too_short_are_refused_with_the_longest_length(store: TokenStore) -> None:
     with pytest.raises(ValueError, match=r"data.min_document_tokens=49: none of the 20 .* longest has 48 tokens"):
         long_documents(store, 16, 49)
 
 
-def test_the_index_is_a_function_of_the_store_alone(store: TokenStore) -> None:
+def test_the_index_depends_only_on_the_store(store: TokenStore) -> None:
     first, second = (best_fit(TokenStore(store.path), 16) for _ in range(2))
     assert all((first[k].tokens == second[k].tokens).all() for k in range(len(first)))

@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer for all tests of the data programs."""
+"""Fixtures of the tests of data_prep: a small byte-level tokenizer, with and without BOS."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.data_prep.small_corpora import TEXTS
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of 400 tokens with `<pad> <s> </s>` at 0, 1, 2."""
+    """Train a tokenizer of 400 tokens with `<pad> <s> </s>` at 0, 1, 2."""
     config = TrainTokenizerVerb(corpus=CorpusConfig(), vocab_size=400, model_max_length=512)
     path = tmp_path_factory.mktemp("tokenizer") / "bpe"
     train_tokenizer.train(iter(TEXTS * 3), config).save_pretrained(path)
@@ -22,7 +22,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bos_tokenizer_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same tokenizer, but it begins every text with BOS, as those of Llama and Gemma do."""
+    """Copy the tokenizer with a BOS in front of every text, as Llama and Gemma have."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.bos_token_id)]

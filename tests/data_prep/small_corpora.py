@@ -1,4 +1,4 @@
-"""Ways to write a small corpus, tokenize it, and read the store back."""
+"""Helpers that write a small corpus, tokenize it and read the store back."""
 
 import bz2
 import gzip
@@ -26,7 +26,7 @@ TEXTS = [
 
 
 def jsonl(records: Iterable[Any]) -> bytes:
-    """Records as lines; a str or bytes is taken as the line itself."""
+    """Encode records as JSON lines; a str or bytes is used as the line itself."""
     lines = [
         r if isinstance(r, bytes) else r.encode() if isinstance(r, str) else json.dumps(r).encode() for r in records
     ]
@@ -44,14 +44,14 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
-    """Write records, compressed as the suffix says."""
+    """Write records, compressed according to the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(COMPRESS.get(path.suffix.lower(), bytes)(jsonl(records)))
     return path
 
 
 def stored_texts(store: TokenStore, step: int = 1) -> list[str]:
-    """Every (`step`-th) document of a split decoded, its EOS checked and taken off."""
+    """Decode every `step`-th document of a split; check and remove its EOS."""
     tokenizer = Tokenizer.from_file(str(store.tokenizer_path / "tokenizer.json"))
     texts = []
     for _, start, stop in islice(store.documents(), 0, None, step):
@@ -62,12 +62,12 @@ def stored_texts(store: TokenStore, step: int = 1) -> list[str]:
 
 
 def files_of(store: Path) -> dict[str, bytes]:
-    """Every file of a store by its path inside."""
+    """Return the content of every file of a store by relative path."""
     return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
 
 
 def tokenize_files(paths: list[Path | str], tokenizer: Path, output: Path, **settings: Any) -> TokenStore:
-    """Tokenize files without a validation split; keys of the verb and of the corpus are told apart by name."""
+    """Tokenize files without a validation split; `settings` may be keys of the verb or of the corpus."""
     verb = {key: settings.pop(key) for key in ("workers", "shard_mb", "overwrite", "bos") if key in settings}
     runs = TokenizerConfig(str(tokenizer), EngineChoice[settings.pop("engine", "auto")])
     corpus = CorpusConfig(**{"paths": [str(path) for path in paths], "validation_share": 0.0} | settings)

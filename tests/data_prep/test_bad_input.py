@@ -1,4 +1,4 @@
-"""What cannot be used ends in one line with file, line or row and remedy; nothing is dropped that was not asked for."""
+"""Bad input of data_prep: one error line with file, line or row and remedy; records are only dropped on request."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_a_bad_line_is_named_and_writes_no_store(
     assert not (tmp_path / "store").exists()
 
 
-def test_a_bad_line_in_a_later_part_of_a_file_has_its_number_in_the_whole_file(tmp_path: Path) -> None:
+def test_a_bad_line_is_numbered_by_its_place_in_the_whole_file(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [*GOOD * 100, "{", *GOOD])
     size = path.stat().st_size
     for start in range(0, size, size // 7):
@@ -62,7 +62,7 @@ def test_a_bad_line_in_a_later_part_of_a_file_has_its_number_in_the_whole_file(t
                 list(documents(piece, CorpusConfig(paths=["-"]), Counter()))
 
 
-def test_bad_records_are_left_out_counted_and_told_if_asked_for(
+def test_bad_records_are_skipped_counted_and_reported_on_request(
     tmp_path: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = [line for line, _ in BAD_LINES]
@@ -74,7 +74,7 @@ def test_bad_records_are_left_out_counted_and_told_if_asked_for(
     assert "a.jsonl: line 2: malformed JSON" in caplog.text
 
 
-def test_records_left_out_by_a_filter_are_counted(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_records_removed_by_a_filter_are_counted(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "set": "x"}, {"text": "b", "set": "y"}])
     store = tokenize_files([path], tokenizer_dir, tmp_path / "store", where={"set": "y"})
     assert stored_texts(store) == ["b"]
@@ -95,7 +95,7 @@ def test_a_truncated_file_stops_the_program_even_if_bad_records_are_skipped(
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_file_that_is_not_what_its_suffix_says_is_named(tmp_path: Path, tokenizer_dir: Path, suffix: str) -> None:
+def test_a_file_with_a_wrong_suffix_is_named(tmp_path: Path, tokenizer_dir: Path, suffix: str) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(jsonl(GOOD))
     with pytest.raises(ValueError, match=rf"a\.jsonl{suffix}: line 1: .* corrupt"):
@@ -108,7 +108,7 @@ def test_a_text_file_that_is_not_utf8_is_named_with_line_and_byte(tmp_path: Path
         tokenize_files([tmp_path / "a.txt"], tokenizer_dir, tmp_path / "store")
 
 
-def test_a_parquet_file_without_the_column_says_which_it_has(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_parquet_file_without_the_column_is_refused_with_its_columns(tmp_path: Path, tokenizer_dir: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"content": ["a"], "id": [1]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet: no column 'text', it has content, id; set corpus\.text_field"):
         tokenize_files([tmp_path / "a.parquet"], tokenizer_dir, tmp_path / "store")
@@ -128,7 +128,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, tokenizer_dir: Path) ->
     assert "\n" not in str(caught.value)
 
 
-def test_a_corpus_of_which_nothing_is_left_is_empty(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_corpus_whose_records_are_all_removed_is_refused_as_empty(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "set": "x"}])
     with pytest.raises(ValueError, match=r"the corpus is empty, no record became a document \(1 filtered\)"):
         tokenize_files([path], tokenizer_dir, tmp_path / "store", where={"set": "y"})
@@ -139,13 +139,13 @@ def make_unwritable(folder: Path) -> Path:
     return folder / "file" / "store"
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_reading(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_an_unwritable_output_is_refused_before_reading(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["{"])
     with pytest.raises(ValueError, match=r"output=.*file/store: .*/file is a file, not a folder; name another place"):
         tokenize_files([path], tokenizer_dir, make_unwritable(tmp_path))
 
 
-def test_a_full_disk_keeps_what_is_done_and_says_so(
+def test_a_full_disk_keeps_finished_work_and_is_reported(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -171,7 +171,7 @@ def empty_directory(folder: Path, tokenizer_dir: Path) -> Path:
     return folder / "tokenizer"
 
 
-def weights_alone(folder: Path, tokenizer_dir: Path) -> Path:
+def only_weights(folder: Path, tokenizer_dir: Path) -> Path:
     (folder / "model").mkdir()
     for name in ("config.json", "model.safetensors"):
         (folder / "model" / name).write_text("{}")
@@ -185,7 +185,7 @@ def lfs_pointer(folder: Path, tokenizer_dir: Path) -> Path:
 
 
 def with_code(folder: Path, tokenizer_dir: Path) -> Path:
-    """A tokenizer whose code, if it were run, would end the program."""
+    """Write a tokenizer whose code would end the program if it were run."""
     shutil.copytree(tokenizer_dir, folder / "tokenizer")
     config = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
     config |= {"auto_map": {"AutoTokenizer": ["tokenization_x.XTokenizer", None]}, "tokenizer_class": "XTokenizer"}
@@ -203,7 +203,7 @@ def missing_directory(folder: Path, tokenizer_dir: Path) -> Path:
     [
         (no_eos, "it has no EOS token"),
         (empty_directory, r"no tokenizer in this directory \(no tokenizer.json; it has no files\)"),
-        (weights_alone, r"it has config.json, model.safetensors\); name a directory .* train_tokenizer"),
+        (only_weights, r"it has config.json, model.safetensors\); name a directory .* train_tokenizer"),
         (lfs_pointer, "tokenizer.json is a git-lfs pointer instead of the file; run `git lfs pull`"),
         (
             with_code,
@@ -213,7 +213,7 @@ def missing_directory(folder: Path, tokenizer_dir: Path) -> Path:
         (missing_directory, "no such directory"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_used_is_one_clear_line(
+def test_an_unusable_tokenizer_is_refused_in_one_line(
     tmp_path: Path,
     tokenizer_dir: Path,
     make: Callable[[Path, Path], Path],
@@ -230,7 +230,7 @@ def test_a_tokenizer_that_cannot_be_used_is_one_clear_line(
 @given(
     content=st.binary(max_size=400), suffix=st.sampled_from([".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet"])
 )
-def test_random_bytes_give_an_error_or_texts_that_were_in_them(tmp_path: Path, content: bytes, suffix: str) -> None:
+def test_random_bytes_give_an_error_or_texts_that_they_contain(tmp_path: Path, content: bytes, suffix: str) -> None:
     path = tmp_path / f"fuzz{suffix}"
     path.write_bytes(content)
     piece = Piece(str(path), "parquet" if suffix == ".parquet" else suffix.split(".")[1], 0, len(content))
@@ -265,7 +265,7 @@ def test_random_json_gives_exactly_its_texts(tmp_path: Path, records: list[objec
     assert found == [text for text in texts if isinstance(text, str) and text.strip()]
 
 
-def test_no_store_is_left_half_renamed_by_an_error(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_an_error_leaves_no_partially_renamed_store(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": TEXTS[0]}, "{"])
     with pytest.raises(ValueError, match="malformed"):
         tokenize_files([path], tokenizer_dir, tmp_path / "store")

@@ -1,4 +1,4 @@
-"""Documents of a store begin with BOS where the tokenizer, or the user, says so, and the store knows it."""
+"""BOS at the beginning of documents: by the tokenizer or the user, and recorded in the store."""
 
 import json
 from pathlib import Path
@@ -30,10 +30,10 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("engine", ["gigatoken", "tokenizers"])
-def test_documents_are_what_hugging_face_makes_of_them_and_eos(
+def test_documents_equal_the_encoding_of_hugging_face_and_eos(
     corpus: Path, tmp_path: Path, bos_tokenizer_dir: Path, tokenizer_dir: Path, engine: str
 ) -> None:
-    """The last text has the letters of BOS in it, which Hugging Face would take for BOS: it is compared by its text."""
+    """Compare the last text by its decoding: it has the letters of BOS, which Hugging Face would encode as BOS."""
     for directory, has_bos in ((bos_tokenizer_dir, True), (tokenizer_dir, False)):
         tokenizer = AutoTokenizer.from_pretrained(directory)
         assert adds_bos(tokenizer) is has_bos
@@ -45,7 +45,7 @@ def test_documents_are_what_hugging_face_makes_of_them_and_eos(
         assert (store.bos, describe_bos(store)) == (has_bos, f"{'a' if has_bos else 'no'} BOS, as the tokenizer does")
 
 
-def test_always_and_never_overrule_the_tokenizer(
+def test_bos_always_and_never_override_the_tokenizer(
     corpus: Path, tmp_path: Path, bos_tokenizer_dir: Path, tokenizer_dir: Path
 ) -> None:
     own = tokenize_files([corpus], bos_tokenizer_dir, tmp_path / "own")
@@ -58,7 +58,7 @@ def test_always_and_never_overrule_the_tokenizer(
     assert describe_bos(never) == "no BOS, although the tokenizer adds one"
 
 
-def test_always_is_refused_of_a_tokenizer_without_bos(corpus: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_bos_always_is_refused_for_a_tokenizer_without_bos(corpus: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.bos_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -68,14 +68,14 @@ def test_always_is_refused_of_a_tokenizer_without_bos(corpus: Path, tmp_path: Pa
 
 
 def forget_bos(store: TokenStore) -> TokenStore:
-    """The store as an earlier version wrote it."""
+    """Rewrite the manifest as earlier versions wrote it, without BOS."""
     content = json.loads((store.path / MANIFEST).read_text())
     del content["bos"], content["settings"]["bos"], content["tokenizer"]["adds_bos"]
     (store.path / MANIFEST).write_text(json.dumps(content))
     return TokenStore(store.path)
 
 
-def test_a_store_of_an_earlier_version_is_one_without_bos(
+def test_a_store_of_an_earlier_version_has_no_bos(
     corpus: Path, tmp_path: Path, bos_tokenizer_dir: Path, tokenizer_dir: Path
 ) -> None:
     store = tokenize_files([corpus], tokenizer_dir, tmp_path / "store")
@@ -89,7 +89,7 @@ def test_a_store_of_an_earlier_version_is_one_without_bos(
         tokenize_files([corpus], bos_tokenizer_dir, tmp_path / "other")
 
 
-def test_sets_chosen_from_a_store_and_its_report_know_of_bos(
+def test_evaluation_sets_and_the_report_of_a_store_keep_its_bos(
     corpus: Path, tmp_path: Path, bos_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tokenize_files([corpus], bos_tokenizer_dir, tmp_path / "store", validation_share=1.0)
@@ -103,7 +103,7 @@ def test_sets_chosen_from_a_store_and_its_report_know_of_bos(
     assert "'<s>It was a bright" in output
 
 
-def test_bos_is_no_word_of_a_document(corpus: Path, tmp_path: Path, bos_tokenizer_dir: Path, tokenizer_dir) -> None:
+def test_bos_is_not_a_word_of_a_document(corpus: Path, tmp_path: Path, bos_tokenizer_dir: Path, tokenizer_dir) -> None:
     stores = [tokenize_files([corpus], path, tmp_path / path.name) for path in (bos_tokenizer_dir, tokenizer_dir)]
     for doc_id in range(len(LONG)):
         words = [WordReader(store).words(doc_id).tolist() for store in stores]

@@ -1,4 +1,4 @@
-"""Every corpus that conf/corpus knows by name is read from a directory in its published layout."""
+"""The corpora of conf/corpus, each read from a directory in its published layout."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def redpajama_1t(folder: Path) -> tuple[str, list[str]]:
-    """`book` compressed, `arxiv` not, and what comes along with the download."""
+    """Write `book` compressed, `arxiv` uncompressed, and the extra files of the download."""
     root = folder / "redpajama"
     write_jsonl(root / "arxiv" / "arxiv_023.jsonl", [{"text": "paper", "meta": {"arxiv_id": "2301.1", "yymm": "2301"}}])
     write_jsonl(root / "book" / "book.jsonl.zst", [{"text": "novel", "meta": {"title": "A", "publication_date": 1850}}])
@@ -37,7 +37,7 @@ def redpajama_book(folder: Path) -> tuple[str, list[str]]:
 
 
 def redpajama_v2(folder: Path) -> tuple[str, list[str]]:
-    """Quality signals and minhashes lie beside the documents and are not texts."""
+    """Write documents next to quality signals and minhashes, which are not texts."""
     root = folder / "redpajama_v2"
     for bucket in ("en_head", "en_tail"):
         record = {"url": "u", "raw_content": f"page of {bucket}", "digest": "sha1:x", "language_score": 0.9}
@@ -116,7 +116,7 @@ HUB: dict[str, Callable[[Path], list[str]]] = {"pg19": pg19, "slimpajama_book": 
 
 
 def tokenize(name: str, tokenizer: Path, output: Path, **keys: Any) -> list[str]:
-    """Tokenize a corpus by its name with some keys replaced, as `python -m data_prep tokenize` composes them."""
+    """Tokenize a corpus by name with some keys replaced, composed as by `python -m data_prep tokenize`."""
     GlobalHydra.instance().clear()
     ConfigStore.instance().store(name="data_prep_schema", node=TokenizeVerb)
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):

@@ -1,4 +1,4 @@
-"""The ids of pieces, joined, are the ids of the whole text, for every tokenizer that is said to allow it."""
+"""Cutting long texts for tokenization: the joined ids of the pieces equal the ids of the whole text."""
 
 import json
 import random
@@ -20,7 +20,7 @@ PARTS += ["\t", "\x1c", "\x85", "\u3000", "é", "e\u0301", "橋", "🌉", "</s>"
 
 
 def variants() -> dict[str, dict[str, Any]]:
-    """Every kind of tokenizer of which cutting is proved."""
+    """Return every kind of tokenizer for which cutting is proven exact."""
     base, words = learn(CORPUS), sentencepiece(CORPUS)
     digits = {
         "type": "Sequence",
@@ -36,7 +36,7 @@ def variants() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", sorted(variants()))
-def test_the_ids_of_pieces_joined_are_those_of_the_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joined_ids_of_pieces_equal_those_of_the_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cutting, "PIECE_CHARS", 2)
     content = json.dumps(variants()[name])
     cut, engine, generator = cutter(content), TokenizersEngine(content), random.Random(0)
@@ -51,7 +51,7 @@ def test_the_ids_of_pieces_joined_are_those_of_the_text(name: str, monkeypatch: 
     assert num_pieces > 2 * len(texts), "texts are cut"
 
 
-def test_a_piece_is_as_long_as_was_asked_plus_a_word() -> None:
+def test_a_piece_exceeds_the_given_length_by_at_most_a_word() -> None:
     cut = cutter(json.dumps(learn(CORPUS)))
     lengths = [len(piece) for piece, _ in cut("some words of text " * 100_000)]
     assert len(lengths) > 100
@@ -76,12 +76,12 @@ def test_text_without_white_space_is_one_piece() -> None:
         ({"added_tokens": [{"content": "x", "rstrip": True, "special": False}]}, "absorbs white space"),
     ],
 )
-def test_a_tokenizer_of_which_nothing_can_be_proved_is_refused(parts: dict[str, Any], reason: str) -> None:
+def test_a_tokenizer_without_provable_cuts_is_refused(parts: dict[str, Any], reason: str) -> None:
     with pytest.raises(Uncuttable, match=reason):
         cutter(json.dumps(with_parts(learn(CORPUS), **parts)))
 
 
-def test_a_vocabulary_with_tokens_of_several_words_is_refused() -> None:
+def test_a_vocabulary_with_multi_word_tokens_is_refused() -> None:
     content = sentencepiece(CORPUS)
     content["model"]["vocab"]["of\u2581the"] = 5000
     with pytest.raises(Uncuttable, match="tokens of several words"):

@@ -1,4 +1,4 @@
-"""Valid files with bits flipped or an end cut off: an error of one line or the texts, never a crash or other texts."""
+"""Files with flipped bits or a missing end: a one-line error or the right texts, never a crash or other texts."""
 
 import gzip
 import io
@@ -19,7 +19,7 @@ from data_prep.corpus.sources import Piece
 TEXTS = [f"word{i} " * random.Random(i).randint(1, 40) for i in range(200)]
 NUM_DAMAGES = 60
 FOOTER = 1500
-"""Bytes at a file's end that say how much is to be read: where damage does most."""
+"""Bytes at the end of a file that give sizes, where damage has the largest effect."""
 
 
 def as_parquet(compression: str) -> bytes:
@@ -66,7 +66,7 @@ def test_a_damaged_file_gives_an_error_or_its_texts(tmp_path: Path, name: str) -
 
 
 def read(path: Path) -> tuple[list[str], str | None]:
-    """The texts before an error, and the error's message."""
+    """Return the texts read before an error, and the message of the error."""
     piece = Piece(str(path), "parquet" if path.suffix == ".parquet" else "jsonl", 0, path.stat().st_size)
     found: list[str] = []
     try:

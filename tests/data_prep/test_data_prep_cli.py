@@ -1,4 +1,4 @@
-"""`python -m data_prep` as a user types it: its verbs, its defaults, its one-line errors and exit codes."""
+"""The command line of `python -m data_prep`: verbs, defaults, one-line errors and exit codes."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run the program inside this process, in an empty folder; gives (exit code, output, errors)."""
+    """Return a function that runs the program in this process in an empty folder: (exit code, output, errors)."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> tuple[int, str, str]:
@@ -32,7 +32,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return call
 
 
-def test_a_corpus_goes_all_the_way_with_the_default_paths(run, tmp_path: Path) -> None:
+def test_the_verbs_work_in_sequence_with_default_paths(run, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "books" / "a.jsonl.zst", [{"text": f"{i} {text}"} for i in range(9) for text in TEXTS])
     for verb in (["train_tokenizer", "vocab_size=300"], ["tokenize"], ["corpus"]):
         code, _, errors = run(verb[0], "+corpus=local_books", *verb[1:])
@@ -48,13 +48,13 @@ def test_a_corpus_goes_all_the_way_with_the_default_paths(run, tmp_path: Path) -
     assert "files verified" in report
 
 
-def test_nothing_but_the_output_is_written(run, tmp_path: Path) -> None:
+def test_only_the_output_is_written(run, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     run("corpus", "corpus.paths=[a.jsonl]", "output=b.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
 
 
-def test_file_names_that_are_not_utf8_go_all_the_way(run, tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_non_utf8_file_names_work_in_every_verb(run, tmp_path: Path, tokenizer_dir: Path) -> None:
     folder = tmp_path / "names"
     folder.mkdir()
     name = os.fsdecode(b"caf\xe9.txt")
@@ -77,7 +77,7 @@ def test_file_names_that_are_not_utf8_go_all_the_way(run, tmp_path: Path, tokeni
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "corpus").glob("*.yaml")))
-def test_every_corpus_file_composes_and_says_what_it_is(run, name: str) -> None:
+def test_every_corpus_file_composes_and_describes_itself(run, name: str) -> None:
     code, composed, _ = run("tokenize", f"+corpus={name}", "--cfg", "job")
     assert code == 0
     assert f"name: {name}" in composed
@@ -106,7 +106,7 @@ def test_every_corpus_file_composes_and_says_what_it_is(run, name: str) -> None:
         (["inspect", "store=x", "workers=2"], "workers: no such key"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(run, arguments: list[str], message: str) -> None:
+def test_wrong_input_gives_one_line_and_exit_code_2(run, arguments: list[str], message: str) -> None:
     code, _, errors = run(*arguments)
     assert code == 2
     assert len(errors.splitlines()) == 1
@@ -114,7 +114,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(run, arguments: list[str], mess
 
 
 @pytest.mark.parametrize("verb", sorted(program.VERBS))
-def test_help_names_every_key_of_the_verb_and_what_it_means(run, verb: str) -> None:
+def test_help_describes_every_key_of_the_verb(run, verb: str) -> None:
     code, text, _ = run(verb, "--help")
     assert code == 0
     for key, _, _, meaning in describe(program.VERBS[verb][0]):
@@ -124,15 +124,15 @@ def test_help_names_every_key_of_the_verb_and_what_it_means(run, verb: str) -> N
         assert "stdlib" in text
 
 
-def test_help_without_a_verb_names_the_verbs(run) -> None:
+def test_help_without_a_verb_lists_the_verbs(run) -> None:
     for arguments in ([], ["--help"]):
         code, text, _ = run(*arguments)
         assert code == 0
         assert all(verb in text for verb in program.VERBS)
 
 
-def test_a_bad_line_found_by_a_worker_is_one_line_as_well(tmp_path: Path, tokenizer_dir: Path) -> None:
-    """A real process with real workers: the error crosses two processes and keeps its place."""
+def test_a_bad_line_found_by_a_worker_is_reported_in_one_line(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Start a real process with workers, so that the error has to cross two processes."""
     for name in ("a", "b"):
         write_jsonl(tmp_path / f"{name}.jsonl.gz", [{"text": "x" * 1_200_000}, "{" if name == "b" else {"text": "y"}])
     arguments = [f"corpus.paths=[{tmp_path}]", f"tokenizer={tokenizer_dir}", f"output={tmp_path}/store"]
@@ -145,8 +145,8 @@ def test_a_bad_line_found_by_a_worker_is_one_line_as_well(tmp_path: Path, tokeni
     assert "Traceback" not in done.stderr
 
 
-def test_what_workers_import_is_not_torch() -> None:
-    """Each worker of `tokenize` and `decontaminate` is a fresh interpreter, and torch alone takes seconds."""
+def test_workers_do_not_import_torch() -> None:
+    """Keep workers of `tokenize` and `decontaminate` quick to start: importing torch takes seconds in each."""
     modules = ["data_prep.tokenize.shards", *(module for _, module in program.VERBS.values())]
     code = f"import sys, {', '.join(modules)}; print(sorted({{'torch', 'transformers'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

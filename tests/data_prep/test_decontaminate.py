@@ -1,4 +1,4 @@
-"""What `decontaminate` finds is what sets of words in plain Python say, and what it leaves is a store."""
+"""The verb `decontaminate`: matches against sets of n-grams in plain Python, and the store that it writes."""
 
 import json
 import random
@@ -29,12 +29,12 @@ WORDS = [f"word{i}" for i in range(4000)]
 
 
 def prose(seed: int, num_words: int) -> str:
-    """Words drawn at random; two such texts share hardly a 2-gram."""
+    """Draw words at random; two such texts share hardly a 2-gram."""
     return " ".join(random.Random(seed).choices(WORDS, k=num_words))
 
 
 def changed(text: str, share: float, seed: int = 0) -> str:
-    """The text with this share of its words replaced."""
+    """Replace this share of the words of a text."""
     draw = random.Random(seed)
     return " ".join(f"new{i}" if draw.random() < share else word for i, word in enumerate(text.split()))
 
@@ -46,7 +46,7 @@ def reference_sets(text: str, n: int) -> set[tuple[str, ...]]:
 
 
 def reference(a: str, b: str, n: int) -> tuple[float, float]:
-    """(Jaccard, containment of a in b) of the sets of n-grams."""
+    """Return (Jaccard, containment of a in b) of the sets of n-grams."""
     of_a, of_b = reference_sets(a, n), reference_sets(b, n)
     return len(of_a & of_b) / max(1, len(of_a | of_b)), len(of_a & of_b) / max(1, len(of_a))
 
@@ -71,7 +71,7 @@ NAMES = list(EVALUATION)
 
 
 def make_store(folder: Path, name: str, tokenizer: Path, texts: list[str], split: str) -> Path:
-    """A store of texts that are all in one split."""
+    """Write a store with all texts in one split."""
     path = write_jsonl(folder / f"{name}.jsonl", [{"text": text} for text in texts])
     tokenize_files([path], tokenizer, folder / name, validation_share=float(split == "validation"))
     return folder / name
@@ -85,7 +85,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> tup
 
 
 def run(stores: tuple[Path, Path], report: Path, **settings: Any) -> dict[str, Any]:
-    """The content of report.json."""
+    """Run the verb and return the content of report.json."""
     train, evaluation = stores
     with suppress(RunStopped):
         decontaminate.run(
@@ -98,7 +98,7 @@ def pairs_of(report: dict[str, Any]) -> dict[tuple[str, int], list[str]]:
     return {(NAMES[pair["evaluation_doc"]], pair["train_doc"]): pair["rules"] for pair in report["pairs"]}
 
 
-def test_what_was_planted_is_found_by_its_rule_and_nothing_else(stores, tmp_path: Path) -> None:
+def test_planted_duplicates_are_found_by_their_rule_and_nothing_else_is(stores, tmp_path: Path) -> None:
     report = run(stores, tmp_path)
     assert pairs_of(report) == {
         ("exact", 0): ["similarity", "containment", "minhash"],
@@ -113,7 +113,7 @@ def test_what_was_planted_is_found_by_its_rule_and_nothing_else(stores, tmp_path
     assert report["counts"]["train_documents_without_words"] == 1
 
 
-def test_similarity_and_containment_are_those_of_sets_in_plain_python(stores, tmp_path: Path) -> None:
+def test_similarity_and_containment_equal_those_of_python_sets(stores, tmp_path: Path) -> None:
     report = run(stores, tmp_path, threshold=1e-6, ngrams=[1, 2, 4])
     assert len(report["pairs"]) > 10
     texts = list(EVALUATION.values())
@@ -129,7 +129,7 @@ def test_similarity_and_containment_are_those_of_sets_in_plain_python(stores, tm
 
 
 def test_real_documents_are_compared_exactly(tiny_store: Path, tmp_path: Path) -> None:
-    """The two splits of one store, of Python sources with punctuation and line ends."""
+    """Compare the two splits of a store of Python sources, with punctuation and line ends."""
     report = run((tiny_store, tiny_store), tmp_path, threshold=0.001)
     train = stored_texts(TokenStore(tiny_store))
     held_out = stored_texts(TokenStore(tiny_store, "validation"))
@@ -140,7 +140,7 @@ def test_real_documents_are_compared_exactly(tiny_store: Path, tmp_path: Path) -
 
 
 def test_a_page_of_a_real_training_document_is_found(shared_data: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
-    """By containment, exactly as plain Python counts it, and so for every other pair that is reported."""
+    """Check its containment, and that of every other reported pair, against plain Python."""
     corpus = CorpusConfig(paths=[str(shared_data / "spec")])
     texts = [d.text for unit in plan(corpus, 10**9) for p in unit.pieces for d in documents(p, corpus, Counter())]
     texts = [text[:20_000] for text in texts[:24]]
@@ -169,7 +169,7 @@ def test_the_report_does_not_depend_on_workers_chunks_or_passes(
     assert files_of(tmp_path / "a").keys() == {"report.json", "report.md"}
 
 
-def test_long_documents_in_pieces_and_parts_give_the_same(stores, tmp_path: Path, monkeypatch) -> None:
+def test_cutting_long_documents_does_not_change_the_report(stores, tmp_path: Path, monkeypatch) -> None:
     expected = run(stores, tmp_path / "a", threshold=1e-6)
     monkeypatch.setattr(ngrams, "PIECE_TOKENS", 300)
     monkeypatch.setattr(ngrams, "_LOOK_BACK", 200)
@@ -188,14 +188,14 @@ def test_minhash_estimates_the_jaccard_of_shingles() -> None:
     assert sketches.near(signatures[2]) == []
 
 
-def test_near_duplicates_are_found_by_minhash_alone(stores, tmp_path: Path) -> None:
+def test_minhash_alone_finds_near_duplicates(stores, tmp_path: Path) -> None:
     report = run(stores, tmp_path, threshold=1.0, containment=1.0)
     assert pairs_of(report)[("near", 2)] == ["minhash"]
     without = run(stores, tmp_path, threshold=1.0, containment=1.0, minhash_threshold=None)
     assert ("near", 2) not in pairs_of(without)
 
 
-def test_the_output_has_all_other_documents_and_says_what_it_left_out(stores, tmp_path: Path) -> None:
+def test_the_output_has_all_other_documents_and_records_the_removed_ones(stores, tmp_path: Path) -> None:
     output = tmp_path / "clean"
     run(stores, tmp_path / "report", output=str(output))
     store, before = TokenStore(output, "validation"), TokenStore(stores[1], "validation")
@@ -228,7 +228,7 @@ def call(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_exit_codes_tell_clean_from_contaminated(stores, tmp_path: Path) -> None:
+def test_the_exit_code_distinguishes_clean_from_contaminated(stores, tmp_path: Path) -> None:
     inputs = [f"train={stores[0]}", f"evaluation={stores[1]}"]
     found = call(*inputs, f"report={tmp_path}/found")
     assert found.returncode == 3
@@ -243,7 +243,7 @@ def test_exit_codes_tell_clean_from_contaminated(stores, tmp_path: Path) -> None
     assert "0 contaminated" in clean.stdout
 
 
-def test_nothing_left_is_no_store(stores, tmp_path: Path) -> None:
+def test_no_store_is_written_if_no_document_remains(stores, tmp_path: Path) -> None:
     only = make_store(tmp_path, "only", stores[1] / "tokenizer", [TRAIN[0]], "validation")
     config = DecontaminateVerb(
         str(stores[0]), EvaluationStore(str(only)), str(tmp_path / "clean"), str(tmp_path / "report"), threshold=1.0
@@ -285,5 +285,5 @@ def test_a_store_without_validation_documents_is_named(stores, tmp_path: Path) -
         run((stores[0], stores[0]), tmp_path)
 
 
-def test_words_of_scripts_without_spaces_are_characters() -> None:
+def test_each_character_is_a_word_in_scripts_without_spaces() -> None:
     assert ngrams.split_words("Straße, 橋を渡る don't x_1") == ["strasse", "橋", "を", "渡", "る", "don", "t", "x_1"]

@@ -1,4 +1,4 @@
-"""Whatever runs a tokenizer, the ids are those of `tokenizers`."""
+"""Tokenizer engines: gigatoken must give the ids of `tokenizers`, or is not used."""
 
 import json
 import random
@@ -47,7 +47,7 @@ WORDS = [
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
-    """Every kind of character, assigned or not, among words and white space; and long runs of one character."""
+    """Make texts of every kind of character among words and white space, and long runs of one character."""
     generator = random.Random(seed)
     return ["".join(_part(generator) for _ in range(generator.randrange(1, 200))) for _ in range(count)] + [
         character * n for character in ("a", " ", "\n", "\r\n", "\x00", "é", "橋", "🌉", "-", "1") for n in (1, 3, 5000)
@@ -70,7 +70,7 @@ def base() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2, NFC", "llama3", "qwen2", "o200k"])
-def test_gigatoken_gives_the_ids_of_tokenizers_for_any_text(base: dict[str, Any], name: str) -> None:
+def test_gigatoken_matches_tokenizers_for_any_text(base: dict[str, Any], name: str) -> None:
     content = json.dumps(byte_level_variants(base)[name])
     texts = random_texts(1500)
     for text, ours, theirs in zip(
@@ -82,8 +82,8 @@ def test_gigatoken_gives_the_ids_of_tokenizers_for_any_text(base: dict[str, Any]
 @pytest.mark.parametrize(
     "name", [pytest.param("gpt2, NFC", marks=pytest.mark.slow), pytest.param("llama3", marks=pytest.mark.slow), "o200k"]
 )
-def test_gigatoken_agrees_on_every_character_that_is_trusted(base: dict[str, Any], name: str) -> None:
-    """Letter, number, white space or mark: what a character is taken for shows in the words around it."""
+def test_gigatoken_matches_tokenizers_on_every_trusted_character(base: dict[str, Any], name: str) -> None:
+    """Put each character between words, where its class (letter, number, white space, mark) changes the ids."""
     content = json.dumps(byte_level_variants(base)[name])
     characters = [chr(point) for point in np.flatnonzero(trusted_characters())]
     texts = [
@@ -93,8 +93,8 @@ def test_gigatoken_agrees_on_every_character_that_is_trusted(base: dict[str, Any
     assert [c for c, a, b in zip(characters, ours, theirs, strict=False) if a.tolist() != b.tolist()] == []
 
 
-def test_characters_of_years_that_the_engines_know_differently_go_to_tokenizers(base: dict[str, Any]) -> None:
-    """Unicode 17 made this one a letter: gigatoken alone would take `'s` for a contraction."""
+def test_characters_of_newer_unicode_versions_are_left_to_tokenizers(base: dict[str, Any]) -> None:
+    """Use a letter that is new in Unicode 17, after which gigatoken alone would split off `'s` as a contraction."""
     content = json.dumps(base)
     texts = ["plain", "\U000328dc'ss"]
     engine = GigatokenEngine(content)
@@ -102,8 +102,8 @@ def test_characters_of_years_that_the_engines_know_differently_go_to_tokenizers(
     assert np.array_equal(engine.encode(texts)[1], TokenizersEngine(content).encode(texts)[1])
 
 
-def test_what_gigatoken_remembers_is_bounded(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Words that never repeat, which are all kept; what is kept is let go of when it has grown."""
+def test_the_cache_of_gigatoken_is_bounded(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encode words that never repeat and fill the cache, which must be dropped when it has grown."""
     monkeypatch.setattr(engines, "MAX_GROWTH_BYTES", 30_000_000)
     engine, generator = GigatokenEngine(json.dumps(base)), np.random.default_rng(0)
     renewed = []
@@ -136,7 +136,7 @@ def test_a_tokenizer_gigatoken_cannot_run_falls_back_or_is_refused(
         choose(EngineChoice.gigatoken, content)
 
 
-def test_without_gigatoken_auto_says_so_once(
+def test_auto_reports_once_that_gigatoken_is_missing(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "data_prep")
@@ -147,7 +147,7 @@ def test_without_gigatoken_auto_says_so_once(
         choose(EngineChoice.gigatoken, json.dumps(base))
 
 
-def test_an_engine_that_gives_other_ids_for_a_probe_is_not_taken(
+def test_an_engine_with_wrong_ids_for_a_probe_is_not_used(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = GigatokenEngine._encode
@@ -181,7 +181,7 @@ def test_the_store_does_not_depend_on_the_engine(tmp_path: Path, tokenizer_dir: 
 
 @pytest.fixture
 def wrong_after_the_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine that errs on documents with the word "seventh"."""
+    """Make gigatoken return wrong ids for documents with the word "seventh"."""
     encode = GigatokenEngine._encode
 
     def err(self: GigatokenEngine, texts: list[str]) -> list[np.ndarray]:
@@ -192,7 +192,7 @@ def wrong_after_the_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("wrong_after_the_probes")
-def test_a_shard_with_other_ids_is_redone_by_tokenizers(
+def test_a_shard_with_wrong_ids_is_redone_by_tokenizers(
     tmp_path: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = [{"text": f"document {i} {'x y ' * 20000}" + (" seventh" if i == 7 else "")} for i in range(20)]
@@ -207,7 +207,7 @@ def test_a_shard_with_other_ids_is_redone_by_tokenizers(
 
 
 @pytest.mark.usefixtures("wrong_after_the_probes")
-def test_under_gigatoken_other_ids_are_an_error_naming_the_line(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_wrong_ids_of_a_requested_gigatoken_are_an_error_naming_the_line(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "good"}, {"text": "the seventh"}])
     with pytest.raises(
         ValueError, match=r"tokenizer.engine=gigatoken: .*a.jsonl: line 2: gigatoken and tokenizers give"
@@ -216,7 +216,7 @@ def test_under_gigatoken_other_ids_are_an_error_naming_the_line(tmp_path: Path, 
     assert not list(partial_path(tmp_path / "store").rglob("*.tmp"))
 
 
-def test_the_sample_is_small_and_begins_with_the_first_documents(base: dict[str, Any]) -> None:
+def test_the_verified_sample_is_small_and_starts_with_the_first_documents(base: dict[str, Any]) -> None:
     compared: list[str] = []
 
     class Recording(TokenizersEngine):
@@ -235,7 +235,7 @@ def test_the_sample_is_small_and_begins_with_the_first_documents(base: dict[str,
         check.compare(["first"], [np.ones(1, np.uint32)])
 
 
-def test_a_store_begun_with_one_engine_is_finished_by_another(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_store_started_with_one_engine_can_be_finished_by_another(tmp_path: Path, tokenizer_dir: Path) -> None:
     good = write_jsonl(tmp_path / "a.jsonl", [{"text": "x y " * 400_000}])
     bad = write_jsonl(tmp_path / "b.jsonl", ["{" + " " * 100])
     with pytest.raises(ValueError, match="malformed"):
@@ -247,7 +247,7 @@ def test_a_store_begun_with_one_engine_is_finished_by_another(tmp_path: Path, to
     assert "gigatoken" in store.manifest.versions
 
 
-def test_a_source_that_changed_under_a_finished_shard_is_noticed(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_source_changed_after_its_shard_was_finished_is_detected(tmp_path: Path, tokenizer_dir: Path) -> None:
     good = write_jsonl(tmp_path / "a.jsonl", [{"text": "x y " * 400_000}])
     bad = write_jsonl(tmp_path / "b.jsonl", ["{" + " " * 100])
     content = good.read_bytes()
@@ -260,14 +260,14 @@ def test_a_source_that_changed_under_a_finished_shard_is_noticed(tmp_path: Path,
     good.write_bytes(content.replace(b"x", b"z"))
     with pytest.raises(ValueError, match=r"a.jsonl: changed \(with the same size\) since shard 00000 was written"):
         run()
-    good.write_bytes(content)  # the same bytes at another time are the same source
+    good.write_bytes(content)  # Equal bytes with another modification time count as the same source.
     with pytest.raises(ValueError, match="malformed"):
         run()
 
 
 @pytest.mark.slow
-def test_all_shared_text_gives_the_ids_of_tokenizers(tmp_path: Path, shared_data: Path) -> None:
-    """Every document of the four subsets, byte-level and SentencePiece, whole as `tokenizers` gives it."""
+def test_gigatoken_matches_tokenizers_on_all_shared_text(tmp_path: Path, shared_data: Path) -> None:
+    """Compare every document of the four subsets with `tokenizers`, byte-level and SentencePiece."""
     files, texts = [str(shared_data / "*" / "*.jsonl.*")], []
     for path in expand(files, Format.auto):
         with open_stream(path) as (content, _):

@@ -1,4 +1,4 @@
-"""An evaluation set holds the long held-out documents, all or a stable choice, and knows where they came from."""
+"""Evaluation sets: long documents of the validation split, all or a stable selection, with their origins."""
 
 import hashlib
 import shutil
@@ -17,7 +17,7 @@ from tests.data_prep.small_corpora import TEXTS, files_of, stored_texts, tokeniz
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> TokenStore:
-    """Documents of 1 to 40 sentences in three files, half of them held out, in several shards."""
+    """Tokenize documents of 1 to 40 sentences in three files into several shards, half for validation."""
     folder = tmp_path_factory.mktemp("long")
     paths: list[Path | str] = [
         write_jsonl(folder / f"{name}.jsonl.gz", [{"text": f"{name}{i} " + TEXTS[0] * i} for i in range(1, 41)])
@@ -30,29 +30,29 @@ def write(store: TokenStore, output: Path, **keys: object) -> None:
     evaluation_sets.run(EvaluationSetsVerb(store=str(store.path), output=str(output), **keys))  # type: ignore[arg-type]
 
 
-def by_text(store: TokenStore) -> dict[str, tuple[str, int]]:
-    """Origin and hash of each document by its text."""
+def origins_by_text(store: TokenStore) -> dict[str, tuple[str, int]]:
+    """Map the text of each document to its origin and hash."""
     hashes = store.text_hashes().tolist()
     return {text: (store.origin(i), hashes[i]) for i, text in enumerate(stored_texts(store))}
 
 
-def length_in_order(store: TokenStore, index: int) -> int:
-    """The index-th smallest length of a document."""
+def nth_smallest_length(store: TokenStore, index: int) -> int:
+    """Return the index-th smallest document length."""
     return int(np.sort(np.diff(store.doc_offsets))[index])
 
 
-def test_a_set_holds_exactly_the_documents_of_at_least_its_length_with_their_origins(
+def test_a_set_has_exactly_the_documents_of_at_least_its_length_with_origins(
     store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation_sets, "CHUNK_TOKENS", 13)
-    lengths = [length_in_order(store, 5), length_in_order(store, -3)]
+    lengths = [nth_smallest_length(store, 5), nth_smallest_length(store, -3)]
     write(store, tmp_path / "sets", lengths=lengths)
     sizes = np.diff(store.doc_offsets).tolist()
-    texts, known = stored_texts(store), by_text(store)
+    texts, known = stored_texts(store), origins_by_text(store)
     for length in lengths:
         found = TokenStore(tmp_path / "sets" / str(length), "validation")
         assert stored_texts(found) == [text for text, size in zip(texts, sizes, strict=True) if size >= length]
-        assert by_text(found) == {text: known[text] for text in stored_texts(found)}
+        assert origins_by_text(found) == {text: known[text] for text in stored_texts(found)}
         assert int(np.diff(found.doc_offsets).min()) == length, "a document of just the length, EOS included, is in"
         assert found.manifest.settings["evaluation_set"]["store_fingerprint"] == store.fingerprint
         assert found.manifest.settings["evaluation_set"]["min_tokens"] == length
@@ -61,9 +61,9 @@ def test_a_set_holds_exactly_the_documents_of_at_least_its_length_with_their_ori
         assert len(select(found, length, found.num_documents).documents) == found.num_documents
 
 
-def test_fewer_documents_are_a_choice_by_hash_that_more_only_add_to(store: TokenStore, tmp_path: Path) -> None:
-    known = by_text(store)
-    length = length_in_order(store, 10)
+def test_a_larger_selection_includes_every_smaller_one(store: TokenStore, tmp_path: Path) -> None:
+    known = origins_by_text(store)
+    length = nth_smallest_length(store, 10)
     long_enough = {text for text, size in zip(known, np.diff(store.doc_offsets), strict=True) if size >= length}
     before: set[str] = set()
     for count in (1, 4, 9):
@@ -78,8 +78,8 @@ def test_fewer_documents_are_a_choice_by_hash_that_more_only_add_to(store: Token
         assert hash_ == int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def test_a_length_without_a_document_refuses_all_before_anything_is_written(store: TokenStore, tmp_path: Path) -> None:
-    longest = length_in_order(store, -1)
+def test_a_length_without_documents_is_refused_before_anything_is_written(store: TokenStore, tmp_path: Path) -> None:
+    longest = nth_smallest_length(store, -1)
     message = rf"lengths=\[{longest + 1}\]: none of the {store.num_documents} .* longest has {longest}, EOS included"
     with pytest.raises(ValueError, match=rf"{message}\); use lengths=\[8, {longest}\]"):
         write(store, tmp_path / "sets", lengths=[longest, longest + 1, 8])
@@ -88,7 +88,7 @@ def test_a_length_without_a_document_refuses_all_before_anything_is_written(stor
         write(store, tmp_path / "sets", lengths=[longest + 5])
 
 
-def test_a_finished_set_is_left_and_another_request_for_its_place_is_refused(store: TokenStore, tmp_path: Path) -> None:
+def test_a_finished_set_is_kept_and_a_different_request_is_refused(store: TokenStore, tmp_path: Path) -> None:
     write(store, tmp_path, lengths=[64])
     before, stamp = files_of(tmp_path), (tmp_path / "64" / MANIFEST).stat().st_mtime_ns
     write(store, tmp_path, lengths=[64])
@@ -100,7 +100,7 @@ def test_a_finished_set_is_left_and_another_request_for_its_place_is_refused(sto
     assert TokenStore(tmp_path / "64", "validation").num_documents == 2
 
 
-def test_an_interrupted_set_is_no_store_and_the_same_request_finishes_it(
+def test_an_interrupted_set_is_unusable_until_the_same_request_finishes_it(
     store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(store, tmp_path / "whole", lengths=[64])
@@ -131,7 +131,7 @@ def test_a_moved_store_is_the_same_request(store: TokenStore, tmp_path: Path) ->
         ({"store": "nowhere", "output": "x"}, "^store=nowhere: no such directory"),
     ],
 )
-def test_a_missing_name_is_one_line(
+def test_a_missing_name_is_reported_in_one_line(
     keys: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""A corpus written as JSON lines reads back as the same corpus."""
+"""Export of a corpus as JSON lines, which reads back as the same corpus."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_text_files_become_lines_with_their_origin(tmp_path: Path, suffix: str) 
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_writing_twice_gives_the_same_bytes_and_needs_a_word(tmp_path: Path) -> None:
+def test_writing_twice_needs_overwrite_and_gives_the_same_bytes(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text, "meta": {"n": 1}} for text in TEXTS])
     for suffix in (".gz", ".zst"):
         verb = CorpusVerb(corpus=CorpusConfig(paths=[str(path)]), output=str(tmp_path / f"b.jsonl{suffix}"))
@@ -37,7 +37,7 @@ def test_writing_twice_gives_the_same_bytes_and_needs_a_word(tmp_path: Path) -> 
         assert Path(verb.output).read_bytes() == before
 
 
-def test_a_store_of_the_copy_has_the_same_tokens(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_store_of_the_exported_corpus_has_the_same_tokens(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
     export.run(CorpusVerb(corpus=CorpusConfig(paths=[str(path)]), output=str(tmp_path / "b.jsonl.zst")))
     stores = [

@@ -1,4 +1,4 @@
-"""A disk that is full, really: a small file system in memory. What is done stays, and the same command finishes."""
+"""Tokenizing to a full disk, a small tmpfs: finished shards are kept, and the same command resumes."""
 
 import os
 import subprocess
@@ -15,20 +15,20 @@ DISK_KB = 4096
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of four megabytes."""
+    """Mount a file system of four megabytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_KB}k", "none", str(folder)]
     if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system needs more rights")
     yield folder
-    # Lazily: a file of it may be open until the garbage is collected.
+    # A lazy unmount, because a file may stay open until garbage collection.
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[Path]:
-    """Three files of a megabyte and more, a shard each."""
+    """Write three files of more than a megabyte, one shard each."""
     words = "the clocks were striking thirteen and the day was bright and cold in April "
     return [
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i} {words * 12}"} for i in range(1150)])
@@ -37,22 +37,22 @@ def corpus(tmp_path: Path) -> list[Path]:
 
 
 def fill(disk: Path, leave_kb: int) -> Path:
-    """Take room, as another program would."""
+    """Fill the disk, as another program could."""
     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
     (disk / "other").write_bytes(b"\0" * max(0, free - leave_kb * 1024))
     return disk / "other"
 
 
-def used_by_a_store(tmp_path: Path, corpus: list[Path], tokenizer_dir: Path) -> tuple[dict[str, bytes], int]:
-    """The files of the whole store, written where there is room, and the bytes of its first shard."""
+def complete_store(tmp_path: Path, corpus: list[Path], tokenizer_dir: Path) -> tuple[dict[str, bytes], int]:
+    """Return the files of the store, written to a larger disk, and the size of its first shard."""
     store = tokenize_files(list(corpus), tokenizer_dir, tmp_path / "whole", shard_mb=1)
     return files_of(store.path), (store.path / "train" / "00000.tokens").stat().st_size
 
 
-def test_a_disk_that_fills_while_shards_are_written_keeps_the_finished_ones(
+def test_finished_shards_survive_a_disk_that_fills_up(
     disk: Path, corpus: list[Path], tmp_path: Path, tokenizer_dir: Path
 ) -> None:
-    whole, shard_bytes = used_by_a_store(tmp_path, corpus, tokenizer_dir)
+    whole, shard_bytes = complete_store(tmp_path, corpus, tokenizer_dir)
     assert len([name for name in whole if name.endswith(".tokens")]) > 2
     other = fill(disk, leave_kb=int(1.6 * shard_bytes / 1024) + 130)
     for _ in range(2):
@@ -69,10 +69,10 @@ def test_a_disk_that_fills_while_shards_are_written_keeps_the_finished_ones(
     assert (store.path / "train" / "00000.tokens").stat().st_mtime_ns == kept["00000.tokens"], "not written again"
 
 
-def test_a_disk_that_fills_before_the_manifest_loses_nothing(
+def test_nothing_is_lost_if_the_disk_fills_before_the_manifest(
     disk: Path, corpus: list[Path], tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _ = used_by_a_store(tmp_path, corpus[:1], tokenizer_dir)
+    whole, _ = complete_store(tmp_path, corpus[:1], tokenizer_dir)
     others = []
 
     def full_before(*arguments: object) -> None:
@@ -94,7 +94,7 @@ def test_a_disk_that_fills_before_the_manifest_loses_nothing(
     assert files_of(store.path) == whole
 
 
-def test_a_disk_that_is_full_from_the_start_says_so(
+def test_a_disk_that_is_full_from_the_start_is_reported(
     disk: Path, corpus: list[Path], tmp_path: Path, tokenizer_dir: Path
 ) -> None:
     other = fill(disk, leave_kb=0)
@@ -102,4 +102,4 @@ def test_a_disk_that_is_full_from_the_start_says_so(
         tokenize_files(corpus[:1], tokenizer_dir, disk / "store", shard_mb=1)
     other.unlink()
     store = tokenize_files(corpus[:1], tokenizer_dir, disk / "store", shard_mb=1)
-    assert files_of(store.path) == used_by_a_store(tmp_path, corpus[:1], tokenizer_dir)[0]
+    assert files_of(store.path) == complete_store(tmp_path, corpus[:1], tokenizer_dir)[0]

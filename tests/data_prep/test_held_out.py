@@ -1,4 +1,4 @@
-"""A small corpus holds out a few documents, as a function of its content alone, and a program says what it did."""
+"""The validation split of a small corpus: a function of its content only, and reported by each program."""
 
 import logging
 from pathlib import Path
@@ -18,7 +18,7 @@ def texts(count: int) -> list[dict[str, str]]:
     return [{"text": f"document {i} of the corpus"} for i in range(count)]
 
 
-def held(tokenizer_dir: Path, folder: Path, records: list, **settings) -> set[str]:
+def held_out_texts(tokenizer_dir: Path, folder: Path, records: list, **settings) -> set[str]:
     path = write_jsonl(folder / "a.jsonl", records)
     store = tokenize_files([path], tokenizer_dir, folder / "store", **{"validation_share": 0.001, **settings})
     view = TokenStore(store.path, "validation")
@@ -30,37 +30,35 @@ def test_a_small_corpus_holds_out_those_with_the_smallest_hashes(
     tmp_path: Path, tokenizer_dir: Path, count: int, expected: int
 ) -> None:
     records = texts(count)
-    found = held(tokenizer_dir, tmp_path, records, validation_share=1e-6)
+    found = held_out_texts(tokenizer_dir, tmp_path, records, validation_share=1e-6)
     by_hash = sorted((record["text"] for record in records), key=lambda text: hash64(text.encode()))
     assert found == set(by_hash[:expected])
 
 
-def test_growing_moves_documents_into_training_alone(tmp_path: Path, tokenizer_dir: Path) -> None:
-    before = held(tokenizer_dir, tmp_path / "10", texts(10))
+def test_a_growing_corpus_only_moves_documents_into_training(tmp_path: Path, tokenizer_dir: Path) -> None:
+    before = held_out_texts(tokenizer_dir, tmp_path / "10", texts(10))
     for count in (12, 15, 19):
-        now = held(tokenizer_dir, tmp_path / f"{count}", texts(count))
+        now = held_out_texts(tokenizer_dir, tmp_path / f"{count}", texts(count))
         assert now & {record["text"] for record in texts(10)} <= before
         before |= now
 
 
-def test_where_the_share_gives_enough_it_decides_alone(tmp_path: Path) -> None:
+def test_a_share_that_gives_enough_documents_is_used_alone(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", texts(400))
     corpus = CorpusConfig(paths=[str(path)], validation_share=0.1)
     assert held_out.rule(corpus, plan(corpus, 1 << 30)) == held_out.HeldOut(0.1 * 2.0**64)
 
 
-def test_copies_of_one_text_are_one_and_bad_records_none(
+def test_duplicates_count_once_and_bad_records_do_not_count(
     tmp_path: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     records = [*texts(10), *texts(3), "{", *texts(3)]
-    found = held(tokenizer_dir, tmp_path, records, on_bad_record=OnBadRecord.skip)
-    assert found == held(tokenizer_dir, tmp_path / "once", texts(10))
+    found = held_out_texts(tokenizer_dir, tmp_path, records, on_bad_record=OnBadRecord.skip)
+    assert found == held_out_texts(tokenizer_dir, tmp_path / "once", texts(10))
     assert caplog.text.count("left out: ") == 1
 
 
-def test_the_bytes_do_not_depend_on_workers_and_a_second_command_finds_its_store(
-    tmp_path: Path, tokenizer_dir: Path
-) -> None:
+def test_the_bytes_do_not_depend_on_workers_and_a_second_run_does_nothing(tmp_path: Path, tokenizer_dir: Path) -> None:
     paths = [write_jsonl(tmp_path / f"{i}.jsonl", [{"text": f"{i} " + "word " * 100_000}]) for i in range(5)]
     stores = [
         tokenize_files(paths, tokenizer_dir, tmp_path / f"store{n}", workers=n, shard_mb=1, validation_share=0.01)
@@ -74,8 +72,8 @@ def test_the_bytes_do_not_depend_on_workers_and_a_second_command_finds_its_store
     assert (stores[0].path / "manifest.json").stat().st_mtime_ns == before
 
 
-def test_the_tokenizer_is_not_learned_from_documents_that_are_held_out(tmp_path: Path, tokenizer_dir: Path) -> None:
-    found = held(tokenizer_dir, tmp_path, texts(10))
+def test_the_tokenizer_is_not_trained_on_held_out_documents(tmp_path: Path, tokenizer_dir: Path) -> None:
+    found = held_out_texts(tokenizer_dir, tmp_path, texts(10))
     corpus = CorpusConfig(paths=[str(tmp_path / "a.jsonl")], validation_share=0.001)
     read = set(train_tokenizer._texts(plan(corpus, 1 << 30), corpus, 1 << 30))
     assert len(found) == 2
@@ -93,15 +91,15 @@ def test_the_tokenizer_is_not_learned_from_documents_that_are_held_out(tmp_path:
         (10, "corpus.validation_share=0.001 of 10 documents is too few for error bars: 2 are held out"),
     ],
 )
-def test_the_program_says_what_evaluation_has(
+def test_the_number_of_validation_documents_is_reported(
     tmp_path: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture, count: int, line: str
 ) -> None:
     with caplog.at_level(logging.INFO, "data_prep"):
-        held(tokenizer_dir, tmp_path, texts(count))
+        held_out_texts(tokenizer_dir, tmp_path, texts(count))
     assert line in caplog.text
 
 
-def test_a_corpus_without_a_document_is_refused_by_every_verb_and_is_in_nobodys_way(
+def test_an_empty_corpus_is_refused_by_every_verb_and_leaves_nothing_behind(
     tmp_path: Path, tokenizer_dir: Path
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "set": "x"}])

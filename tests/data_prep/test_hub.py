@@ -1,4 +1,4 @@
-"""A data set in the hub's layout is streamed part by part; a local directory stands for the hub."""
+"""Streaming data sets of the Hugging Face hub, with a local directory in the layout of the hub."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def dataset(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def columns(tmp_path: Path) -> Path:
-    """A data set of parquet files without a card, its splits told by the files' names."""
+    """Write a data set of parquet files without a card, with splits by file name."""
     (tmp_path / "columns" / "data").mkdir(parents=True)
     for part, texts in enumerate((TEXTS, ["a", "", "b"])):
         table = pyarrow.table({"content": texts})
@@ -52,7 +52,7 @@ def tokenize(dataset: Path, tokenizer_dir: Path, output: Path, workers: int = 1,
     return TokenStore(output)
 
 
-def test_a_wrong_text_column_lists_the_columns_that_are_there(
+def test_a_wrong_text_column_is_refused_with_the_existing_columns(
     dataset: Path, columns: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
@@ -71,7 +71,7 @@ def test_chat_data_is_recognised(tokenizer_dir: Path, tmp_path: Path) -> None:
         tokenize(tmp_path / "chat", tokenizer_dir, tmp_path / "store")
 
 
-def test_only_the_columns_that_are_needed_are_read(columns: Path) -> None:
+def test_only_needed_columns_are_read(columns: Path) -> None:
     table = pyarrow.table({"content": ["a"], "meta": ["m"], "image": ["i"]})
     (columns / "data" / "train-00001-of-00002.parquet").unlink()
     pyarrow.parquet.write_table(table, columns / "data" / "train-00000-of-00002.parquet")
@@ -94,7 +94,7 @@ def test_workers_share_the_parts(dataset: Path, tokenizer_dir: Path, tmp_path: P
     assert files_of(alone.path) == files_of(shared.path)
 
 
-def test_another_split_is_another_text(dataset: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_another_split_has_other_texts(dataset: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     test = tokenize(dataset, tokenizer_dir, tmp_path / "test", hub_subset="book", hub_split="test")
     assert stored_texts(test) == ["held out"]
 
@@ -106,7 +106,7 @@ def test_parquet_columns_are_streamed(columns: Path, tokenizer_dir: Path, tmp_pa
 
 
 @pytest.mark.parametrize("settings", [{"hub_subset": "arxiv"}, {"hub_subset": "book", "hub_split": "dev"}])
-def test_a_subset_or_split_that_is_not_there_is_one_clear_line(
+def test_a_missing_subset_or_split_is_refused_in_one_line(
     dataset: Path, tokenizer_dir: Path, tmp_path: Path, settings: dict[str, str]
 ) -> None:
     with pytest.raises(ValueError, match=r"corpus\.hub=.*dataset .*check the name") as caught:
@@ -128,7 +128,7 @@ def test_a_file_that_breaks_while_streaming_is_named_by_part_and_row(
     assert "\n" not in str(caught.value)
 
 
-def test_parts_together_are_the_data_set(dataset: Path) -> None:
+def test_the_parts_cover_the_data_set(dataset: Path) -> None:
     corpus = CorpusConfig(source=CorpusSource.hub, hub=str(dataset), hub_subset="book")
     assert hub.num_shards(corpus) == 5
     for count in (1, 2, 5):

@@ -1,4 +1,4 @@
-"""What `inspect` prints is what the store holds, a flipped bit is found, and a reader that leaves ends it quietly."""
+"""The verb `inspect`: counts, lengths and samples of a store, damage, and a closed output pipe."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def report_of(store: Path, capsys: pytest.CaptureFixture[str], **keys: object) -
     return capsys.readouterr().out
 
 
-def test_the_report_has_counts_lengths_and_decoded_beginnings(
+def test_the_report_has_counts_lengths_and_decoded_samples(
     store: TokenStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = report_of(store.path, capsys, samples=5, sample_tokens=10_000, verify=True)
@@ -60,7 +60,7 @@ def test_the_histogram_counts_every_document_and_token_once(tmp_path: Path) -> N
 
 @settings(max_examples=30)
 @given(lengths=st.lists(st.integers(0, 300), min_size=1, max_size=40), chunk=st.integers(1, 9))
-def test_the_sums_are_those_of_plain_python_however_the_tables_are_read(
+def test_the_sums_equal_those_of_plain_python_for_every_chunk_size(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], chunk: int
 ) -> None:
     path = tmp_path_factory.mktemp("s") / "store"
@@ -108,7 +108,7 @@ def test_a_domain_is_named_by_the_first_folder_that_differs(paths: list[str], na
     assert domain_names([hub, *sources]) == ["allenai/c4", *names]
 
 
-def test_rows_are_those_of_a_run_and_a_border_stands_between_their_documents(
+def test_the_shown_rows_are_those_of_a_run_with_marked_document_boundaries(
     store: TokenStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoTokenizer
@@ -127,7 +127,7 @@ def test_rows_are_those_of_a_run_and_a_border_stands_between_their_documents(
     assert sum("--- document" in line for line in shown) == len(texts)
 
 
-def test_padding_of_a_packing_is_shown_as_such(store: TokenStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_padding_is_shown_as_padding(store: TokenStore, capsys: pytest.CaptureFixture[str]) -> None:
     from clex_train.config.data import Packing
 
     report = report_of(store.path, capsys, rows=1, seq_len=store.num_tokens + 7, packing=Packing.concat)
@@ -137,7 +137,7 @@ def test_padding_of_a_packing_is_shown_as_such(store: TokenStore, capsys: pytest
 
 
 @pytest.mark.parametrize("file", ["train/00000.tokens", "train/00000.documents", "tokenizer/tokenizer.json"])
-def test_a_flipped_bit_is_found_before_anything_else_and_its_file_named(
+def test_a_flipped_bit_is_found_first_and_its_file_named(
     store: TokenStore, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = np.fromfile(store.path / file, np.uint8)
@@ -149,7 +149,7 @@ def test_a_flipped_bit_is_found_before_anything_else_and_its_file_named(
 
 
 @pytest.mark.parametrize(("field", "value"), [("stop", 0), ("stop", 1 << 50), ("source", 7), ("source", -1)])
-def test_a_damaged_table_is_named_also_where_no_checksum_is_read(store: TokenStore, field: str, value: int) -> None:
+def test_a_damaged_table_is_named_even_without_verifying_checksums(store: TokenStore, field: str, value: int) -> None:
     from clex_train.token_store.manifest import DOCUMENT
 
     file = store.path / "train" / "00000.documents"
@@ -163,7 +163,7 @@ def test_a_damaged_table_is_named_also_where_no_checksum_is_read(store: TokenSto
 def test_a_text_in_both_splits_is_reported_with_both_places(
     tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`split_field` splits by origin, so one text of many origins is on both sides of it."""
+    """Use `split_field`, which splits by origin, so that one text of many origins is in both splits."""
     records = [{"text": TEXTS[0], "from": str(i)} for i in range(20)] + [{"text": TEXTS[1], "from": "a"}]
     path = write_jsonl(tmp_path / "a.jsonl", records)
     store = tokenize_files([path], tokenizer_dir, tmp_path / "s", split_field="from", validation_share=0.5)
@@ -187,7 +187,7 @@ def test_the_tokens_of_shards_are_not_read_for_counts(store: TokenStore, monkeyp
     inspect.run(InspectVerb(store=str(store.path), samples=0, rows=0))
 
 
-def test_the_plot_is_a_picture(store: TokenStore, tmp_path: Path) -> None:
+def test_the_plot_is_an_image(store: TokenStore, tmp_path: Path) -> None:
     from matplotlib import image
 
     inspect.run(InspectVerb(store=str(store.path), samples=0, rows=0, plot=str(tmp_path / "deep" / "lengths.png")))
@@ -196,7 +196,7 @@ def test_the_plot_is_a_picture(store: TokenStore, tmp_path: Path) -> None:
     assert picture[..., :3].std() > 0.05
 
 
-def test_a_reader_that_leaves_ends_the_report_without_a_traceback(store: TokenStore) -> None:
+def test_a_closed_output_pipe_ends_the_report_without_a_traceback(store: TokenStore) -> None:
     command = [sys.executable, "-m", "data_prep", "inspect", f"store={store.path}", "samples=5", "rows=1"]
     read, write = os.pipe()
     os.close(read)
@@ -205,14 +205,14 @@ def test_a_reader_that_leaves_ends_the_report_without_a_traceback(store: TokenSt
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_no_store_says_what_to_name(tmp_path: Path) -> None:
+def test_a_missing_store_argument_is_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="store: name the directory of a token store"):
         inspect.run(InspectVerb())
     with pytest.raises(ValueError, match=r"^store=.*nowhere: no such directory"):
         inspect.run(InspectVerb(store=str(tmp_path / "nowhere")))
 
 
-def test_escape_sequences_of_a_store_are_shown_and_not_sent_to_the_terminal(store: TokenStore, capsys) -> None:
+def test_escape_sequences_in_a_store_are_printed_as_text(store: TokenStore, capsys) -> None:
     manifest = json.loads((store.path / "manifest.json").read_text())
     manifest["sources"][0]["path"] = "/texts/\x1b]0;title\x07/a.txt"
     manifest["sources"][0]["counts"] = {"\x1b[2J": 1}

@@ -1,4 +1,4 @@
-"""The parser for long lines gives what Python's own gives, wherever a text is cut while it is unescaped."""
+"""The streaming parser for long JSON lines, against Python's json at every block boundary."""
 
 import json
 import math
@@ -28,15 +28,15 @@ texts = st.lists(fragments, max_size=60).map("".join)
 @given(text=texts, ascii_only=st.booleans(), block_bytes=st.integers(16, 50))
 @example(text="🌉" * 50, ascii_only=True, block_bytes=16)
 @example(text="\\" * 99, ascii_only=True, block_bytes=17)
-def test_a_string_is_unescaped_alike_wherever_it_is_cut(text: str, ascii_only: bool, block_bytes: int) -> None:
+def test_a_string_is_unescaped_the_same_for_every_cut(text: str, ascii_only: bool, block_bytes: int) -> None:
     string = json.dumps(text, ensure_ascii=ascii_only).encode()[1:-1]
     assert json_lines.unescape(memoryview(string), block_bytes) == text.encode()
 
 
 @settings(max_examples=200)
 @given(content=st.lists(st.sampled_from([b"\\", b"u", b"d83d", b"\\ude00", b"n", b'"', b"\xe9", b"a", b"\t"])))
-def test_a_string_that_is_no_json_never_comes_back(content: list[bytes]) -> None:
-    """For every cut: either Python's text, or an error where Python has one (or gives half of a surrogate pair)."""
+def test_an_invalid_json_string_is_never_returned(content: list[bytes]) -> None:
+    """Compare at every cut: Python's text, or an error where Python has one (or gives half of a surrogate pair)."""
     string = b"".join(content)
     try:
         expected = json.loads(b'"%b"' % string).encode()
@@ -51,7 +51,7 @@ def test_a_string_that_is_no_json_never_comes_back(content: list[bytes]) -> None
 
 
 @pytest.mark.parametrize("text_field", ["text", "doc.body", "doc"])
-def test_only_the_text_stays_undecoded_and_only_if_it_is_long(text_field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_long_text_field_stays_undecoded(text_field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"text": "a \\ b", "doc": {"body": "🌉\n", "n": 1}, "meta": {"text": "c"}, "body": [1, "d"]}
     line = json.dumps(record).encode() + b"\r\n"
     assert json_lines.parse(line, text_field) == record
@@ -64,7 +64,7 @@ def test_only_the_text_stays_undecoded_and_only_if_it_is_long(text_field: str, m
     assert json_lines.parse(line, text_field) == record | expected[text_field]
 
 
-def test_what_the_fast_parser_refuses_and_python_takes_is_taken() -> None:
+def test_lines_that_only_pythons_parser_accepts_are_accepted() -> None:
     line = b'{"text": "a", "a": NaN, "b": 123456789012345678901234567890, "c": 1e999, "d": "\\ud83d"}'
     found = json_lines.parse(line, "text")
     assert math.isnan(found.pop("a"))
@@ -73,13 +73,13 @@ def test_what_the_fast_parser_refuses_and_python_takes_is_taken() -> None:
 
 @settings(max_examples=100)
 @given(text=texts, block_bytes=st.integers(1, 20))
-def test_blocks_of_a_text_are_whole_characters_and_all_of_it(text: str, block_bytes: int) -> None:
+def test_blocks_consist_of_whole_characters_and_cover_the_text(text: str, block_bytes: int) -> None:
     found = list(utf8.blocks(text.encode(), block_bytes))
     assert "".join(found) == text
     assert all(len(block.encode()) <= max(block_bytes, 4) for block in found)
 
 
-def test_a_byte_that_is_not_utf8_is_named_in_whichever_block_it_is() -> None:
+def test_a_byte_that_is_not_utf8_is_named_in_every_block() -> None:
     content = b"first\n" + b"x" * 50 + b"\xe9 and more"
     for block_bytes in (4, 7, 13, 50, 1000):
         with pytest.raises(ValueError, match=r"byte 51 of line 2 is 0xe9"):
@@ -104,7 +104,7 @@ for unit in plan(corpus, 1 << 40):
 
 
 def write_long(folder: Path, suffix: str, text: str) -> Path:
-    """One document, in the kind of file that the suffix says; written in a way that tests its reader."""
+    """Write one document to a file of the kind of the suffix, in a layout that exercises its reader."""
     path = folder / f"long{suffix}"
     if suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), path)
@@ -119,8 +119,8 @@ def write_long(folder: Path, suffix: str, text: str) -> Path:
     ("suffix", "times"),
     [(".jsonl", 3), (".jsonl.gz", 3), (".jsonl.zst", 3), (".txt", 3), (".txt.zst", 3), (".parquet", 5)],
 )
-def test_a_document_of_200_mb_takes_three_times_its_bytes_to_read(tmp_path: Path, suffix: str, times: int) -> None:
-    """One emoji in it: as a str it would take four times its bytes, and parsing it twice that. Parquet: five times."""
+def test_reading_a_document_of_200_mb_takes_three_times_its_bytes(tmp_path: Path, suffix: str, times: int) -> None:
+    """Include an emoji, so that a str takes four times the bytes and parsing twice that; five times for Parquet."""
     line = "It was a bright cold day in April, and the clocks were striking thirteen.\n"
     text = line * (LONG_BYTES // len(line)) + "🌉"
     path = write_long(tmp_path, suffix, text)

@@ -1,4 +1,4 @@
-"""The real program with two workers, killed by -9: it ends with the same bytes and redoes only what is missing."""
+"""Tokenizing with two workers, killed by SIGKILL: resuming gives the same bytes and redoes only missing shards."""
 
 import os
 import random
@@ -21,7 +21,7 @@ WORDS = "the clocks were striking thirteen and the day was bright and cold in Ap
 
 
 def finished(output: Path) -> dict[str, int]:
-    """Finished shards, and when each was written."""
+    """Map each finished shard to the time at which it was written."""
     partial = partial_path(output)
     names = [path.stem for path in partial.glob("units/*.json")]
     return {name: (partial / "train" / f"{name}.tokens").stat().st_mtime_ns for name in names}
@@ -30,7 +30,7 @@ def finished(output: Path) -> dict[str, int]:
 def kill(command: list[str], after: float, output: Path, shards: int = 0) -> bool:
     """Kill the program and its workers `after` seconds from its first sign of life and from its first `shards` shards.
 
-    Returns whether it was killed before it was done, which a machine with other work may be too late for.
+    Return True if the kill came before the program was done; on a busy machine it can come too late.
     """
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as program:
         while program.poll() is None and not partial_path(output).exists():
@@ -44,7 +44,7 @@ def kill(command: list[str], after: float, output: Path, shards: int = 0) -> boo
 
 
 def check_kills(tmp_path: Path, tokenizer_dir: Path, moments: list[float], wanted: int, shards: int = 0) -> None:
-    """Kill at each of the moments in turn until so many kills as are wanted have hit."""
+    """Kill at each of the moments in turn until `wanted` kills came before the end."""
     corpus = [
         write_jsonl(tmp_path / f"{i}.jsonl", [{"text": f"{i} {j} {WORDS * 50}"} for j in range(300)]) for i in range(6)
     ]

@@ -1,4 +1,4 @@
-"""Nothing of a corpus is passed over in silence, and nothing that no verb needs decides over a text."""
+"""Skipped files of a corpus are reported, and unused columns or fields never exclude a text."""
 
 import datetime
 import json
@@ -20,7 +20,7 @@ from tests.data_prep.small_corpora import stored_texts, tokenize_files, write_js
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 
 
-def test_every_packing_and_spelling_of_json_lines_is_read(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_every_compression_and_suffix_of_json_lines_is_read(tmp_path: Path, tokenizer_dir: Path) -> None:
     names = ["a.jsonl", "b.jsonl.xz", "c.jsonl.bz2", "d.jsonl.zstd", "e.jsonlines", "F.JSONL.GZ", "G.Txt"]
     for name in names[:-1]:
         write_jsonl(tmp_path / "corpus" / name, [{"text": name}])
@@ -29,7 +29,9 @@ def test_every_packing_and_spelling_of_json_lines_is_read(tmp_path: Path, tokeni
     assert sorted(stored_texts(store)) == sorted(names)
 
 
-def test_a_line_names_everything_in_a_folder_that_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_line_names_every_file_of_a_folder_that_is_not_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("a.jsonl", "b.csv", "c.csv", "d.csv", "LICENSE", ".git/x.txt", ".hidden.txt", "README.md", "e.zip.GZ"):
         (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "corpus" / name).write_text("{}")
@@ -65,7 +67,7 @@ def test_an_unreadable_folder_is_named(
     assert "1 unreadable folder (secret)" in caplog.text
 
 
-def test_a_glob_says_which_of_its_matches_are_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_glob_reports_matches_that_are_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     write_jsonl(tmp_path / "more" / "b.jsonl", [{"text": "b"}])
     assert len(expand([f"{tmp_path}/*"], Format.auto)) == 1
@@ -74,16 +76,14 @@ def test_a_glob_says_which_of_its_matches_are_folders(tmp_path: Path, caplog: py
         expand([f"{tmp_path}/m*"], Format.auto)
 
 
-def test_a_folder_without_texts_says_what_it_has(tmp_path: Path) -> None:
+def test_a_folder_without_texts_is_refused_with_its_contents(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a")
     with pytest.raises(ValueError, match=r"no file of a known format in this directory; it has 1 \.csv \(a\.csv\)"):
         plan(CorpusConfig(paths=[str(tmp_path)]), 1000)
 
 
 @pytest.mark.parametrize("suffix", ["txt", "md", "jsonl", "parquet", "jsonl.gz"])
-def test_a_git_lfs_pointer_is_refused_before_the_work_or_counted(
-    tmp_path: Path, tokenizer_dir: Path, suffix: str
-) -> None:
+def test_a_git_lfs_pointer_is_refused_early_or_counted(tmp_path: Path, tokenizer_dir: Path, suffix: str) -> None:
     good = write_jsonl(tmp_path / "a.jsonl", [{"text": "good"}])
     pointer = tmp_path / f"b.{suffix}"
     pointer.write_text(POINTER)
@@ -96,7 +96,7 @@ def test_a_git_lfs_pointer_is_refused_before_the_work_or_counted(
 
 
 def dates(folder: Path) -> Path:
-    """A column of dates before the year 1 and one of durations beyond Python's, which no Python object can hold."""
+    """Write columns of dates before the year 1 and of long durations that no Python object can represent."""
     columns = {
         "text": ["one", "two"],
         "meta": pyarrow.array([-800000, 10], pyarrow.date32()),
@@ -106,7 +106,7 @@ def dates(folder: Path) -> Path:
     return folder / "a.parquet"
 
 
-def test_a_column_that_is_not_needed_decides_nothing(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_an_unused_column_does_not_exclude_a_text(tmp_path: Path, tokenizer_dir: Path) -> None:
     store = tokenize_files([dates(tmp_path)], tokenizer_dir, tmp_path / "store")
     assert stored_texts(store) == ["one", "two"]
 
@@ -129,7 +129,7 @@ def test_the_corpus_verb_names_the_row_whose_meta_cannot_be_read(tmp_path: Path)
 
 
 @pytest.mark.parametrize("meta", [b"1" * 5000, b'"\xff"', b'"\\ud800"', b"NaN", b"1e999"])
-def test_a_member_that_is_not_needed_does_not_make_a_bad_record(tmp_path: Path, meta: bytes) -> None:
+def test_an_unused_field_does_not_make_a_record_bad(tmp_path: Path, meta: bytes) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [b'{"meta": ' + meta + b', "text": "good"}'])
     corpus = CorpusConfig(paths=[str(path)])
     (piece,) = plan(corpus, 1000)[0].pieces
@@ -150,7 +150,7 @@ def write_parquet(path: Path, records: list[dict[str, object]]) -> Path:
 
 
 @pytest.mark.parametrize("write", [write_jsonl, write_parquet])
-def test_a_wrong_text_column_is_answered_by_the_key_and_the_corrected_command_works(
+def test_a_wrong_text_column_is_refused_by_key_and_the_corrected_command_works(
     tmp_path: Path, tokenizer_dir: Path, write
 ) -> None:
     path = write(tmp_path / f"a.{'jsonl' if write is write_jsonl else 'parquet'}", [{"content": "a", "id": 1}])
@@ -162,7 +162,7 @@ def test_a_wrong_text_column_is_answered_by_the_key_and_the_corrected_command_wo
     assert stored_texts(store) == ["a"]
 
 
-def test_a_killed_program_that_had_finished_nothing_is_in_nobodys_way(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_program_killed_before_any_shard_does_not_block_another(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"content": "a"}])
     partial = partial_path(tmp_path / "store")
     (partial / "units").mkdir(parents=True)
@@ -173,7 +173,7 @@ def test_a_killed_program_that_had_finished_nothing_is_in_nobodys_way(tmp_path: 
 @pytest.mark.parametrize("field", ["messages", "conversations"])
 @pytest.mark.parametrize("write", [write_jsonl, write_parquet])
 @pytest.mark.parametrize("named", [False, True])
-def test_chat_data_is_called_chat_data(tmp_path: Path, tokenizer_dir: Path, field: str, write, named: bool) -> None:
+def test_chat_data_is_recognised_and_named(tmp_path: Path, tokenizer_dir: Path, field: str, write, named: bool) -> None:
     chat = [{field: [{"role": "user", "content": "hello"}]}]
     path = write(tmp_path / f"a.{'jsonl' if write is write_jsonl else 'parquet'}", chat)
     with pytest.raises(ValueError, match=f"'{field}' looks like chat data.*apply_chat_template.*corpus.text_field"):

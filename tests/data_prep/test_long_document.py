@@ -1,4 +1,4 @@
-"""One document of 200 MB goes through the real program in bounded memory."""
+"""Tokenizing one document of 200 MB in bounded memory, through the real program."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ MAX_GIB = 1.5
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_document_of_200_mb_in_less_than_one_and_a_half_gib(tmp_path: Path, tokenizer_dir: Path) -> None:
-    """A line of a .jsonl file; the reference is one block encoded by `tokenizers`, repeated."""
+    """Tokenize one line of a .jsonl file; the reference is one block encoded by `tokenizers`, repeated."""
     block = (
         "Chapter one — “It\u2019s said”, they cried.\n"
         + (ROOT / "docs" / "data.md").read_text(encoding="utf-8").strip()

@@ -1,4 +1,4 @@
-"""Each reader gives the records that were written, numbered as in the file, whatever the compression."""
+"""Readers of corpus files: records, numbering, compression, cuts and filters."""
 
 from collections import Counter
 from pathlib import Path
@@ -24,14 +24,14 @@ def read(paths: list[Path], shard_bytes: int = 1 << 40, **settings) -> list[Docu
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".zstd", ".xz", ".bz2", ".GZ"])
-def test_json_lines_come_back_whatever_the_compression(tmp_path: Path, suffix: str) -> None:
+def test_json_lines_read_back_equal_for_every_compression(tmp_path: Path, suffix: str) -> None:
     found = read([write_jsonl(tmp_path / f"a.jsonl{suffix}", RECORDS)])
     assert [document.text for document in found] == TEXTS
     assert [document.record for document in found] == [1, 2, 3, 4, 5]
     assert [document.fields for document in found] == [{"meta": record["meta"]} for record in RECORDS]
 
 
-def test_blank_lines_and_a_missing_last_newline_are_no_records(tmp_path: Path) -> None:
+def test_blank_lines_and_a_missing_last_newline_add_no_records(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(RECORDS[:2]) + b"\n  \n" + jsonl(RECORDS[2:3]).rstrip(b"\n"))
     found = read([tmp_path / "a.jsonl"])
     assert [document.text for document in found] == TEXTS[:3]
@@ -57,7 +57,7 @@ def test_a_text_file_is_one_document_with_its_line_ends(tmp_path: Path, suffix: 
     assert [document.text for document in read([tmp_path / f"a.txt{suffix}"])] == [text]
 
 
-def test_parquet_rows_come_back_over_row_groups(tmp_path: Path) -> None:
+def test_parquet_rows_read_back_equal_over_row_groups(tmp_path: Path) -> None:
     table = pyarrow.table({"content": TEXTS * 40, "other": list(range(200)), "meta": [{"a": 1}] * 200})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=70)
     found = read([tmp_path / "a.parquet"], text_field="content")
@@ -66,7 +66,7 @@ def test_parquet_rows_come_back_over_row_groups(tmp_path: Path) -> None:
     assert found[0].fields == {"meta": {"a": 1}}, "columns that nothing names are not read"
 
 
-def test_nested_fields_and_a_filter(tmp_path: Path) -> None:
+def test_nested_fields_are_read_and_filtered(tmp_path: Path) -> None:
     records = [{"doc": {"body": f"text {i}"}, "meta": {"set": "book" if i % 2 else "web"}} for i in range(6)]
     path = write_jsonl(tmp_path / "a.jsonl", records)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "b.parquet")
@@ -80,13 +80,13 @@ def test_a_field_whose_name_has_a_dot_is_found_first(tmp_path: Path) -> None:
     assert read([path], text_field="a.b")[0].text == "whole name"
 
 
-def test_the_format_may_be_said_instead_of_guessed(tmp_path: Path) -> None:
+def test_the_format_can_be_given_instead_of_guessed(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "part-0.data", RECORDS)
     assert [document.text for document in read([tmp_path / "part-0.data"], format=Format.jsonl)] == TEXTS
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_streams_joined_one_after_another_are_read_as_one(tmp_path: Path, suffix: str) -> None:
+def test_concatenated_streams_are_read_as_one(tmp_path: Path, suffix: str) -> None:
     parts = [bytes([65 + i]) * 100_000 for i in range(3)]
     (tmp_path / f"a{suffix}").write_bytes(b"".join(COMPRESS[suffix](part) for part in parts))
     with open_stream(tmp_path / f"a{suffix}") as (content, _):
@@ -115,7 +115,7 @@ def test_a_stream_cut_at_any_byte_fails_and_yields_only_its_beginning(tmp_path: 
         assert data.startswith(got)
 
 
-def test_consumed_bytes_grow_to_the_size_of_the_piece(tmp_path: Path) -> None:
+def test_consumed_bytes_increase_to_the_size_of_the_piece(tmp_path: Path) -> None:
     for suffix in ("", ".gz", ".zst"):
         path = write_jsonl(tmp_path / f"a.jsonl{suffix}", RECORDS)
         consumed = [document.consumed for document in read([path])]
@@ -123,8 +123,8 @@ def test_consumed_bytes_grow_to_the_size_of_the_piece(tmp_path: Path) -> None:
         assert consumed[-1] == path.stat().st_size
 
 
-def test_the_real_corpus_reads_whole(shared_data: Path) -> None:
-    """The figures are those of its README."""
+def test_the_shared_corpus_is_read_completely(shared_data: Path) -> None:
+    """Compare with the figures of its README."""
     found = read([shared_data / "spec", shared_data / "code"])
     assert len(found) == 160
     assert sum(len(document.text) for document in found) == 4_319_443 + 3_998_943

@@ -1,4 +1,4 @@
-"""Whatever real text is tokenized, the tokens of the store decode to it: nothing lost, nothing added."""
+"""Round trip of all shared text: the tokens of the store decode to the original text."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,7 @@ from data_prep.corpus.streams import open_stream
 from tests.data_prep.small_corpora import stored_texts, tokenize_files
 
 
-def test_all_of_the_real_text_round_trips_through_a_store(
-    shared_data: Path, tmp_path: Path, tokenizer_dir: Path
-) -> None:
+def test_all_shared_text_round_trips_through_a_store(shared_data: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
     files = sorted(path for path in shared_data.rglob("*.jsonl.*"))
     store = tokenize_files(list(files), tokenizer_dir, tmp_path / "store")
     found = iter(stored_texts(store))

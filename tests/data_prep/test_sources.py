@@ -1,4 +1,4 @@
-"""What is read, in which order and in which units, is a function of the configuration and the files alone."""
+"""Sources of a corpus: files, their order and work units, as a function of configuration and files only."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def names(files: list[Path], folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in files]
 
 
-def test_a_directory_gives_its_texts_sorted_without_hidden_and_unknown_files(folder: Path) -> None:
+def test_a_directory_lists_its_texts_sorted_without_hidden_and_unknown_files(folder: Path) -> None:
     assert names(expand([str(folder)], Format.auto), folder) == ["a.txt", "b/1.jsonl.zst", "b/2.jsonl", "c.jsonl.gz"]
 
 
@@ -30,7 +30,7 @@ def test_entries_keep_their_order_and_globs_are_sorted(folder: Path) -> None:
     assert names(expand(entries, Format.auto), folder) == ["c.jsonl.gz", "b/1.jsonl.zst", "b/2.jsonl", "a.txt"]
 
 
-def test_a_file_named_twice_is_read_once_and_said_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_named_twice_is_read_once_and_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = expand([str(folder / "a.txt"), str(folder)], Format.auto)
     assert names(files, folder) == ["a.txt", "b/1.jsonl.zst", "b/2.jsonl", "c.jsonl.gz"]
     assert "a.txt twice; it is read once" in caplog.text
@@ -46,7 +46,7 @@ def test_a_file_named_twice_is_read_once_and_said_so(folder: Path, caplog: pytes
         ("empty", "empty: no file of a known format in this directory"),
     ],
 )
-def test_what_cannot_be_read_is_one_clear_line(folder: Path, entry: str, message: str) -> None:
+def test_an_unreadable_source_is_refused_in_one_line(folder: Path, entry: str, message: str) -> None:
     (folder / "empty").mkdir()
     corpus = CorpusConfig(paths=[str(folder / entry)])
     if not message:
@@ -64,12 +64,12 @@ def test_what_cannot_be_read_is_one_clear_line(folder: Path, entry: str, message
         (CorpusConfig(source=CorpusSource.hub), "corpus.hub: name a hub data set"),
     ],
 )
-def test_a_corpus_that_names_nothing_says_what_to_add(corpus: CorpusConfig, message: str) -> None:
+def test_a_corpus_without_sources_is_refused_with_a_remedy(corpus: CorpusConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan(corpus, 1000)
 
 
-def test_files_without_a_byte_are_an_empty_corpus(tmp_path: Path) -> None:
+def test_empty_files_are_an_empty_corpus(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(ValueError, match="the corpus is empty"):
         plan(CorpusConfig(paths=[str(tmp_path / "a.jsonl")]), 1000)
@@ -105,12 +105,12 @@ def test_the_standard_library_is_found_without_tests_and_tables() -> None:
 
 
 def test_every_module_of_the_standard_library_is_a_document() -> None:
-    """UTF-8 and not empty: none would be refused later."""
+    """Check that each is UTF-8 and not empty, so that none is refused later."""
     for path in stdlib.modules():
         assert path.read_text(encoding="utf-8").strip()
 
 
-def test_the_library_is_that_of_the_base_python_and_its_order_is_fixed(tmp_path: Path) -> None:
+def test_the_standard_library_is_that_of_the_base_python_in_a_fixed_order(tmp_path: Path) -> None:
     for name in ("b.py", "a/z.py", "a/test/x.py", "dist-packages/y.py", "__init__.py", "_sysconfigdata_linux.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("" if name == "__init__.py" else "x = 1\n")

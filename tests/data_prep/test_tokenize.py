@@ -1,4 +1,4 @@
-"""A store holds exactly the corpus, token for token, and the same bytes however it was made."""
+"""The verb `tokenize`: stores equal the corpus token for token, and their bytes depend only on the request."""
 
 import errno
 import fcntl
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def records(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Documents of 1 to 2,000 words, all different."""
+    """Make documents of 1 to 2,000 words, all different."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, 2000, count)
     words = [word for text in TEXTS for word in text.split(" ")]
@@ -38,7 +38,7 @@ def records(count: int, seed: int = 0) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Several files of several kinds, a few megabytes, more than one shard of one megabyte."""
+    """Write several files of several kinds, a few megabytes, more than one shard of one megabyte."""
     folder = tmp_path_factory.mktemp("corpus")
     write_jsonl(folder / "a.jsonl", records(400))
     write_jsonl(folder / "b.jsonl.zst", records(50, seed=1))
@@ -63,7 +63,7 @@ def test_every_document_decodes_to_its_text(store: TokenStore) -> None:
 
 
 def test_rows_equal_those_of_one_long_list_of_tokens(corpus: Path, store: TokenStore, tokenizer_dir: Path) -> None:
-    """The slow reference: Hugging Face's tokenizer, a Python list, EOS by hand."""
+    """Compare with a slow reference: Hugging Face's tokenizer, a Python list, EOS added by hand."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     joined: list[int] = []
     for text in stored_texts(store):
@@ -74,7 +74,7 @@ def test_rows_equal_those_of_one_long_list_of_tokens(corpus: Path, store: TokenS
         assert rows[i].tokens.tolist() == joined[128 * i : 128 * i + 128]
 
 
-def test_the_manifest_says_what_was_read_and_written(corpus: Path, store: TokenStore, tokenizer_dir: Path) -> None:
+def test_the_manifest_records_inputs_and_outputs(corpus: Path, store: TokenStore, tokenizer_dir: Path) -> None:
     manifest = store.manifest
     assert manifest.dtype == "<u2"
     assert (manifest.tokenizer.eos_token, manifest.tokenizer.eos_id) == ("</s>", 2)
@@ -89,7 +89,7 @@ def test_the_manifest_says_what_was_read_and_written(corpus: Path, store: TokenS
     assert set(manifest.versions) == {"python", "gigatoken", "tokenizers", "transformers"}
 
 
-def test_a_document_is_traced_to_its_line(store: TokenStore) -> None:
+def test_a_document_can_be_traced_to_its_line(store: TokenStore) -> None:
     view = store.split("validation")
     origins = {text.split(" ")[0]: view.origin(doc_id) for doc_id, text in enumerate(stored_texts(view))}
     numbers = [name.removeprefix("1-") for name in origins if name.startswith("1-")]
@@ -98,7 +98,7 @@ def test_a_document_is_traced_to_its_line(store: TokenStore) -> None:
         assert origins[f"1-{number}"].endswith(f"b.jsonl.zst: record {int(number) + 1}")
 
 
-def test_the_store_carries_its_tokenizer(store: TokenStore, tokenizer_dir: Path) -> None:
+def test_the_store_has_a_copy_of_its_tokenizer(store: TokenStore, tokenizer_dir: Path) -> None:
     check_tokenizer(store, tokenizer_dir)
     check_tokenizer(store, store.tokenizer_path)
     check_tokenizer(store, AutoTokenizer.from_pretrained(store.tokenizer_path))
@@ -113,14 +113,14 @@ def test_another_tokenizer_is_refused(store: TokenStore, tokenizer_dir: Path) ->
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
-def test_the_held_out_share_is_about_what_was_asked(tmp_path: Path, tokenizer_dir: Path, share: float) -> None:
+def test_the_held_out_share_is_about_the_requested_one(tmp_path: Path, tokenizer_dir: Path, share: float) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(4000)])
     store = tokenize_files([path], tokenizer_dir, tmp_path / "store", validation_share=share)
     got = store.split("validation").num_documents / 4000
     assert abs(got - share) < 4 * np.sqrt(share * (1 - share) / 4000)
 
 
-def test_added_documents_move_no_other_between_the_splits(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_adding_documents_moves_no_other_between_the_splits(tmp_path: Path, tokenizer_dir: Path) -> None:
     old = [{"text": f"document {i}"} for i in range(300)]
     new = [{"text": f"new {i}"} for i in range(300)]
     mixed = [record for pair in zip(new, old, strict=True) for record in pair]
@@ -133,9 +133,7 @@ def test_added_documents_move_no_other_between_the_splits(tmp_path: Path, tokeni
     assert held_out[0] == held_out[1]
 
 
-def test_documents_of_one_origin_stay_together_if_the_split_goes_by_a_field(
-    tmp_path: Path, tokenizer_dir: Path
-) -> None:
+def test_splitting_by_a_field_keeps_documents_of_one_origin_together(tmp_path: Path, tokenizer_dir: Path) -> None:
     content = [{"text": f"{i % 40} {i}", "meta": {"source": f"repository {i % 40}"}} for i in range(400)]
     path = write_jsonl(tmp_path / "a.jsonl", content)
     store = tokenize_files([path], tokenizer_dir, tmp_path / "store", validation_share=0.4, split_field="meta.source")
@@ -145,7 +143,7 @@ def test_documents_of_one_origin_stay_together_if_the_split_goes_by_a_field(
     assert min(map(len, sides)) > 5
 
 
-def test_special_tokens_in_a_text_stay_text(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_special_tokens_in_a_text_are_encoded_as_text(tmp_path: Path, tokenizer_dir: Path) -> None:
     text = "a </s> in the middle, <s> and <pad> too</s>"
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text}])
     store = tokenize_files([path], tokenizer_dir, tmp_path / "store")
@@ -162,7 +160,9 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(
     assert files_of(other.path) == files_of(store.path)
 
 
-def test_the_shard_size_moves_no_token(corpus: Path, store: TokenStore, tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_the_shard_size_does_not_change_the_tokens(
+    corpus: Path, store: TokenStore, tokenizer_dir: Path, tmp_path: Path
+) -> None:
     other = tokenize_files([corpus], tokenizer_dir, tmp_path / "store", shard_mb=100, validation_share=0.2)
     assert len(other.manifest.splits["train"]) == 1 < len(store.manifest.splits["train"])
     assert (other.tokens(0, other.num_tokens) == store.tokens(0, store.num_tokens)).all()
@@ -170,7 +170,7 @@ def test_the_shard_size_moves_no_token(corpus: Path, store: TokenStore, tokenize
     assert (other.text_hashes() == store.text_hashes()).all()
 
 
-def test_the_batch_size_moves_no_token(
+def test_the_batch_size_does_not_change_the_tokens(
     corpus: Path, store: TokenStore, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "BATCH_CHARS", 1)
@@ -197,10 +197,10 @@ tokenize_files([sys.argv[1]], sys.argv[2], sys.argv[3], shard_mb=1, validation_s
 """
 
 
-def test_a_killed_program_is_continued_to_the_same_bytes(
+def test_a_killed_program_resumes_to_the_same_bytes(
     corpus: Path, store: TokenStore, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    """Killed by -9 in the middle of its second shard; the first one is not written again."""
+    """Kill it in the middle of its second shard; the first one must not be written again."""
     output = tmp_path / "store"
     arguments = [str(corpus), str(tokenizer_dir), str(output)]
     program = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, check=False)
@@ -241,7 +241,7 @@ def test_an_error_in_one_file_keeps_the_shards_before_it(tmp_path: Path, tokeniz
     assert not list(partial_path(tmp_path / "store").rglob("*.tmp"))
 
 
-def test_the_same_request_again_does_nothing_and_another_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_repeated_request_does_nothing_and_a_different_one_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", records(20))
     store = tokenize_files([path], tokenizer_dir, tmp_path / "store")
     before = (store.path / "manifest.json").stat().st_mtime_ns
@@ -254,9 +254,7 @@ def test_the_same_request_again_does_nothing_and_another_is_refused(tmp_path: Pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "store"]
 
 
-def test_what_a_kill_right_after_a_store_was_replaced_left_is_removed_and_in_nobodys_way(
-    tmp_path: Path, tokenizer_dir: Path
-) -> None:
+def test_leftovers_of_a_kill_right_after_replacing_a_store_are_removed(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", records(20))
     first = files_of(tokenize_files([path], tokenizer_dir, tmp_path / "store").path)
     for share in (0.0, 0.5):
@@ -266,10 +264,10 @@ def test_what_a_kill_right_after_a_store_was_replaced_left_is_removed_and_in_nob
         assert (files_of(store.path) == first) == (share == 0.0)
 
 
-def test_what_a_file_system_keeps_of_a_refused_store_hides_no_refusal(
+def test_a_folder_that_cannot_be_removed_does_not_hide_the_refusal(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NFS gives the lock another name while it is open, so its directory cannot be removed."""
+    """Simulate NFS, which renames a deleted open lock file, so that its directory cannot be removed."""
     bad = write_jsonl(tmp_path / "a.jsonl", ["{"])
     good = write_jsonl(tmp_path / "b.jsonl", records(5))
 
@@ -284,7 +282,7 @@ def test_what_a_file_system_keeps_of_a_refused_store_hides_no_refusal(
     assert tokenize_files([good], tokenizer_dir, tmp_path / "store").num_documents == 5
 
 
-def test_a_half_written_store_of_another_request_is_not_touched(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_partial_store_of_another_request_is_not_touched(tmp_path: Path, tokenizer_dir: Path) -> None:
     done = write_jsonl(tmp_path / "0.jsonl", records(200))
     bad = write_jsonl(tmp_path / "a.jsonl", ["{"])
     good = write_jsonl(tmp_path / "b.jsonl", records(5))
@@ -295,7 +293,7 @@ def test_a_half_written_store_of_another_request_is_not_touched(tmp_path: Path, 
     tokenize_files([good], tokenizer_dir, tmp_path / "store", overwrite=True)
 
 
-def test_two_programs_do_not_write_one_store(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_two_programs_cannot_write_the_same_store(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", records(5))
     partial_path(tmp_path / "store").mkdir()
     with open(partial_path(tmp_path / "store") / "lock", "w") as lock:
@@ -304,7 +302,7 @@ def test_two_programs_do_not_write_one_store(tmp_path: Path, tokenizer_dir: Path
             tokenize_files([path], tokenizer_dir, tmp_path / "store")
 
 
-def test_a_corpus_without_held_out_documents_says_so(
+def test_a_corpus_without_held_out_documents_is_reported(
     tmp_path: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}])

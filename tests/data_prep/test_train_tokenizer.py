@@ -1,4 +1,4 @@
-"""The trained tokenizer loses nothing, is the same every time, and is what Hugging Face loads."""
+"""The verb `train_tokenizer`: lossless, deterministic, and loadable by Hugging Face."""
 
 import json
 from collections import Counter
@@ -57,7 +57,7 @@ def test_real_text_survives_encoding_and_decoding(tokenizer_dir: Path, shared_da
 
 
 def test_training_twice_gives_the_same_files(tmp_path: Path) -> None:
-    """On a corpus large enough for the trainer's threads to race, if they did."""
+    """Use a corpus large enough for a race between the threads of the trainer to show."""
     corpus = CorpusConfig(source=CorpusSource.stdlib, validation_share=0.1)
     for name in ("a", "b"):
         verb = TrainTokenizerVerb(corpus=corpus, output=str(tmp_path / name), vocab_size=1000, max_mb=3)
@@ -65,7 +65,7 @@ def test_training_twice_gives_the_same_files(tmp_path: Path) -> None:
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
-def test_held_out_documents_are_not_learned_from(tmp_path: Path) -> None:
+def test_held_out_documents_are_not_used_for_training(tmp_path: Path) -> None:
     content = [{"text": f"{i} " + ("zebra" if i % 2 else "quagga") * 5} for i in range(200)]
     path = write_jsonl(tmp_path / "a.jsonl", content)
     corpus = CorpusConfig(paths=[str(path)], validation_share=0.5)
@@ -83,7 +83,7 @@ def test_no_more_than_max_mb_is_read(tmp_path: Path) -> None:
     assert len(read) == 10
 
 
-def test_a_small_corpus_gives_fewer_tokens_and_says_so(
+def test_a_small_corpus_gives_fewer_tokens_and_a_report(
     corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train([corpus], tmp_path / "t", vocab_size=50_000)
@@ -97,7 +97,7 @@ def test_an_existing_output_is_kept_unless_overwritten(corpus: Path, tmp_path: P
     assert len(AutoTokenizer.from_pretrained(train([corpus], tmp_path / "t", vocab_size=301, overwrite=True))) == 301
 
 
-def test_a_corpus_held_out_entirely_is_empty(corpus: Path, tmp_path: Path) -> None:
+def test_a_completely_held_out_corpus_is_refused_as_empty(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the corpus is empty, it has no training documents"):
         train([corpus], tmp_path / "t", vocab_size=300, validation_share=1.0)
 

@@ -1,4 +1,4 @@
-"""Worker processes end with the program that started them, however it ends."""
+"""Worker processes of data_prep end with the program that started them, even if it is killed."""
 
 import os
 import signal
@@ -68,7 +68,7 @@ def test_no_worker_outlives_the_program(tmp_path, number, code, said):
     if number is signal.SIGKILL:
         process.kill()
     else:
-        os.killpg(process.pid, number)  # as a terminal sends it
+        os.killpg(process.pid, number)  # A terminal signals the whole process group.
     began = time.monotonic()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code

@@ -1,4 +1,4 @@
-"""Tokenizers of the published kinds, small, made of one byte-level BPE: their `tokenizer.json` as dicts."""
+"""Small tokenizers of the published kinds, made from one byte-level BPE, as dicts of `tokenizer.json`."""
 
 import copy
 import json
@@ -25,13 +25,13 @@ BYTES_ONLY = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 
 
 def split(pattern: str) -> dict[str, Any]:
-    """A pre-tokenizer of the Llama 3 kind."""
+    """Return a pre-tokenizer of the Llama 3 kind."""
     step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [step, BYTES_ONLY]}
 
 
 def learn(texts: Iterable[str], vocab_size: int = 1500) -> dict[str, Any]:
-    """A byte-level BPE with `<pad> <s> </s>` at 0, 1, 2."""
+    """Train a byte-level BPE with `<pad> <s> </s>` at 0, 1, 2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,12 +46,12 @@ def learn(texts: Iterable[str], vocab_size: int = 1500) -> dict[str, Any]:
 
 
 def with_parts(base: dict[str, Any], **parts: Any) -> dict[str, Any]:
-    """A copy with other parts, as pre_tokenizer=..., normalizer=..."""
+    """Copy a tokenizer with some parts replaced, such as pre_tokenizer=... or normalizer=..."""
     return copy.deepcopy(base) | parts
 
 
 def byte_level_variants(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By name; those that gigatoken runs."""
+    """Return by name the variants that gigatoken supports."""
     return {
         "gpt2": base,
         "gpt2, NFC": with_parts(base, normalizer={"type": "NFC"}),
@@ -62,9 +62,9 @@ def byte_level_variants(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def sentencepiece(texts: Iterable[str], **parts: Any) -> dict[str, Any]:
-    """The Llama 2 kind: spaces are U+2581, one in front, no pre-tokenizer, unknown characters by bytes."""
+    """Train the Llama 2 kind: spaces are U+2581, one in front, no pre-tokenizer, byte fallback."""
     texts = list(texts)
-    # The trainer's own limit takes any of the characters that are equally frequent, others in each process.
+    # The trainer's own limit breaks ties between equally frequent characters differently in each process.
     counts = Counter("".join(texts))
     known = set(sorted(counts, key=lambda character: (-counts[character], character))[:80])
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -84,5 +84,5 @@ def sentencepiece(texts: Iterable[str], **parts: Any) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def metaspace() -> dict[str, Any]:
-    """The pre-tokenizer of newer Llama 2 files."""
+    """Return the pre-tokenizer of newer Llama 2 files."""
     return {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}

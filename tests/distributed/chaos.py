@@ -1,7 +1,7 @@
-"""Kills a two-rank run again and again at seeded moments and starts it with the same command until it is finished.
+"""Kill a two-rank run repeatedly at seeded moments and restart it with the same command until it finishes.
 
-Nothing here knows the format of a checkpoint: a folder in `checkpoints/` with another name than `step_<N>` means that
-one is being written, and `final/` that the run is finished.
+This module does not depend on the format of checkpoints: a folder in `checkpoints/` with another name than `step_<N>`
+means that one is being written, and `final/` that the run is finished.
 """
 
 import json
@@ -27,7 +27,7 @@ LIFE_SECONDS = 600.0
 
 @dataclass
 class Kill:
-    """One kill -9: whom it hit and when, in steps of the run and seconds of that launch."""
+    """One SIGKILL: its victim and time, in steps of the run and seconds of that launch."""
 
     victim: str
     moment: str
@@ -45,7 +45,7 @@ class Life:
     began: float = field(default_factory=time.time)
 
     def ranks(self) -> list[psutil.Process]:
-        """The training processes in the order of their ranks, once the launcher has started them."""
+        """Return the training processes that the launcher has started so far, in order of rank."""
         found = {}
         for child in psutil.Process(self.process.pid).children(recursive=True):
             try:
@@ -56,29 +56,29 @@ class Life:
         return [found[rank] for rank in sorted(found) if rank.isdigit()]
 
     def victim(self, name: str) -> psutil.Process:
-        """The process of this name."""
+        """Return the process of this name."""
         above = psutil.Process(self.process.pid)
         if name == "launcher":
             return above
         return above.children()[0] if name == "launcher's child" else self.ranks()[int(name[-1])]
 
     def is_saving(self) -> bool:
-        """Whether a checkpoint is being written that is not what an earlier launch left unfinished."""
+        """Return True while this launch writes a checkpoint; ignore unfinished ones of earlier launches."""
         with suppress(FileNotFoundError):
             for path in (self.folder / "checkpoints").glob("*"):
                 if path.is_dir() and not path.name.startswith("step_") and path.stat().st_mtime > self.began:
                     return True
         return False
 
-    def polls(self) -> Iterator[None]:
-        """Goes round while the launch lives."""
+    def poll_while_running(self) -> Iterator[None]:
+        """Iterate for as long as the launch runs."""
         while self.process.poll() is None:
             assert time.monotonic() - self.started < LIFE_SECONDS, "the launch hangs"
             yield
 
 
 def run_with_kills(launcher: Launcher, name: str, kills: int, seed: int, overrides: tuple[str, ...]) -> list[Kill]:
-    """Launch until the run is finished, with at most one kill a launch; returns the kills that hit."""
+    """Launch until the run is finished, with at most one kill a launch; return the kills that hit."""
     generator, done = random.Random(seed), []
     folder = launcher.folder / name
     for life in range(3 * kills + 3):
@@ -90,7 +90,7 @@ def run_with_kills(launcher: Launcher, name: str, kills: int, seed: int, overrid
         except BaseException:
             os.killpg(launch.process.pid, signal.SIGKILL)
             raise
-        # The ranks below a killed launcher may still save: it is the next launch that has to wait for them.
+        # Ranks whose launcher was killed may still be saving; the next launch has to wait for them.
         if (folder / "final").exists() and not launch_is_alive(folder):
             return done
     raise AssertionError(f"{name} was not finished after {3 * kills + 3} launches")
@@ -101,7 +101,7 @@ def _launch(launcher: Launcher, name: str, life: int, overrides: tuple[str, ...]
         process = subprocess.Popen(
             launcher.command(2, name, *overrides),
             cwd=ROOT,
-            env=environments.of_a_launch(),
+            env=environments.launch_environment(),
             start_new_session=True,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -110,12 +110,12 @@ def _launch(launcher: Launcher, name: str, life: int, overrides: tuple[str, ...]
 
 
 def _kill_once(launch: Life, victim: str, generator: random.Random) -> list[Kill]:
-    """The kill of this launch; none if the launch ended before its moment came."""
+    """Kill a process of this launch; return no kill if the launch ended before its moment."""
     moment = generator.choice(MOMENTS)
-    if not _awaits(launch, lambda: len(launch.ranks()) == 2):
+    if not _wait_until(launch, lambda: len(launch.ranks()) == 2):
         return []
     target = launch.victim(victim)
-    if not _await_moment(launch, moment, generator):
+    if not _wait_for_moment(launch, moment, generator):
         return []
     try:
         target.send_signal(signal.SIGKILL)
@@ -126,19 +126,21 @@ def _kill_once(launch: Life, victim: str, generator: random.Random) -> list[Kill
 
 
 def launch_is_alive(folder: Path) -> bool:
-    """Whether any process still works in a run folder."""
+    """Return True while any process uses a run folder."""
     return any(
         f"output_dir={folder}" in (process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
     )
 
 
-def _await_moment(launch: Life, moment: str, generator: random.Random) -> bool:
-    """Return once the launch is where it is to be killed; False if it ended before."""
+def _wait_for_moment(launch: Life, moment: str, generator: random.Random) -> bool:
+    """Wait for the moment of the kill; return False if the launch ended before."""
     wait = {
         "starting": lambda: True,
-        "a step": lambda: _awaits_steps(launch, generator.randint(1, 3)),
-        "a save": lambda: _awaits(launch, launch.is_saving),
-        "an evaluation": lambda: _awaits_steps(launch, 1) and _awaits(launch, lambda: _will_evaluate(launch.folder)),
+        "a step": lambda: _wait_for_steps(launch, generator.randint(1, 3)),
+        "a save": lambda: _wait_until(launch, launch.is_saving),
+        "an evaluation": lambda: (
+            _wait_for_steps(launch, 1) and _wait_until(launch, lambda: _will_evaluate(launch.folder))
+        ),
     }[moment]
     pause = {"starting": 5.0, "a step": 0.05, "a save": 0.01, "an evaluation": 0.02}[moment]
     reached = wait()
@@ -146,19 +148,19 @@ def _await_moment(launch: Life, moment: str, generator: random.Random) -> bool:
     return reached and launch.process.poll() is None
 
 
-def _awaits(launch: Life, condition) -> bool:
-    for _ in launch.polls():
+def _wait_until(launch: Life, condition) -> bool:
+    for _ in launch.poll_while_running():
         if condition():
             return True
         time.sleep(0.001)
     return False
 
 
-def _awaits_steps(launch: Life, steps: int) -> bool:
-    """A new line of metrics for each of `steps` steps; a launch first drops the lines that it takes again."""
+def _wait_for_steps(launch: Life, steps: int) -> bool:
+    """Wait for `steps` new lines of metrics; a resumed launch first drops the lines of steps that it repeats."""
     path = launch.folder / "metrics.jsonl"
     last, seen = None, 0
-    for _ in launch.polls():
+    for _ in launch.poll_while_running():
         now = path.stat().st_size if path.exists() else 0
         seen += last is not None and now > last
         last = now
@@ -169,13 +171,13 @@ def _awaits_steps(launch: Life, steps: int) -> bool:
 
 
 def _will_evaluate(folder: Path) -> bool:
-    """The last line is a step that is evaluated: every fourth."""
+    """Return True if the last line of metrics is of a step with an evaluation, which every fourth has."""
     row = last_row(folder)
     return row is not None and "loss" in row and row["step"] % 4 == 0
 
 
 def last_row(folder: Path) -> dict | None:
-    """The last whole line of metrics.jsonl."""
+    """Return the last complete line of metrics.jsonl."""
     path = folder / "metrics.jsonl"
     for line in reversed(path.read_text().splitlines() if path.exists() else []):
         try:

@@ -1,4 +1,4 @@
-"""A tiny model and launches of it, shared by the tests of whole runs."""
+"""Fixtures of the tests of whole distributed runs."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from tests.distributed.distributed_runs import Launcher
 
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory, tiny_store, tiny_architecture) -> Launcher:
-    """Launches in one session folder, so that a finished run serves several tests."""
+    """Launch in one session folder, so that several tests can use a finished run."""
     return Launcher(tmp_path_factory.mktemp("runs"), tiny_store, tiny_architecture)

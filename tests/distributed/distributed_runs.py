@@ -1,4 +1,4 @@
-"""Real launches of train.py on a tiny model, for the tests of whole runs."""
+"""Launches of train.py on a tiny model, for the tests of whole distributed runs."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.helpers import environments
 from tests.helpers.ports import free_port
-from tests.helpers.warm_processes import Program, rank_of, run_ranks
+from tests.helpers.warm_processes import Program, rank_variables, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -16,19 +16,19 @@ BIN = Path(sys.executable).parent
 
 @dataclass
 class Launcher:
-    """Runs train.py as a user would, in a folder of the test."""
+    """Run train.py as a user would, in a folder of the test."""
 
     folder: Path
     store: Path
     architecture: Path
 
     def command(self, ranks: int, name: str, *overrides: str) -> list[str]:
-        """DeepSpeed's launcher with `ranks` CPU ranks on a model of some 50 thousand parameters."""
+        """Return the command of DeepSpeed's launcher with `ranks` CPU ranks and a model of about 50,000 parameters."""
         launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", free_port()]
         return [*(launcher if ranks > 1 else [sys.executable]), *self.program(name, *overrides)]
 
     def program(self, name: str, *overrides: str) -> list[str]:
-        """What each rank runs."""
+        """Return the command of each rank."""
         return [
             "train.py",
             "+experiment=tiny_base",
@@ -48,21 +48,23 @@ class Launcher:
         ]
 
     def run(self, ranks: int, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-        """Run to the end, without a launcher; the output of one rank is kept."""
+        """Run to the end without a launcher; keep the output of one rank."""
         return run_ranks(ranks, self.program(name, *overrides))
 
-    def run_alone(self, ranks: int, name: str, *overrides: str) -> list[subprocess.CompletedProcess[str]]:
-        """Run to the end with nobody who ends the other ranks where one fails: a rank that hangs fails the test."""
+    def run_unsupervised(self, ranks: int, name: str, *overrides: str) -> list[subprocess.CompletedProcess[str]]:
+        """Run to the end without a launcher, so that no one ends a hanging rank and it fails the test."""
         port = free_port()
-        started = [Program(self.program(name, *overrides), **rank_of(rank, ranks, port)) for rank in range(ranks)]
+        started = [
+            Program(self.program(name, *overrides), **rank_variables(rank, ranks, port)) for rank in range(ranks)
+        ]
         return [rank.end() for rank in started]
 
     def launch(self, ranks: int, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-        """Run to the end as a user would; the output is kept."""
+        """Run to the end as a user would; keep the output."""
         return subprocess.run(
             self.command(ranks, name, *overrides),
             cwd=ROOT,
-            env=environments.of_a_launch(),
+            env=environments.launch_environment(),
             capture_output=True,
             text=True,
             timeout=600,
@@ -70,6 +72,6 @@ class Launcher:
         )
 
     def figures(self, name: str, key: str) -> list[float]:
-        """A metric of every step from metrics.jsonl, in order of steps."""
+        """Return a metric of every step from metrics.jsonl, in order of steps."""
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
         return [row[key] for row in map(json.loads, lines) if key in row]

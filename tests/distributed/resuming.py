@@ -1,13 +1,13 @@
-"""Trains tiny runs through train.run, stops and continues them; run by torchrun on any number of ranks.
+"""Train, stop and resume tiny runs through train.run; started by torchrun on any number of ranks.
 
     torchrun --nproc_per_node 2 tests/distributed/resuming.py FOLDER STORE ARCHITECTURE VERB,VERB,... NAME...
 
 Each NAME of `CELLS` or `SHARING` goes through every VERB:
 
     whole       train to the end in FOLDER/<NAME>_whole
-    part        train one step beyond the checkpoint of step 4 in FOLDER/<NAME>_from<ranks>, then drop everything
-    go_on       continue a copy of what <n> other ranks left, FOLDER/<NAME>_from<n>_to<ranks>
-    exact       continue what as many ranks left and write FOLDER/<NAME>.json: what differs from `whole`
+    part        train one step beyond the checkpoint of step 4 in FOLDER/<NAME>_from<ranks>, then stop without saving
+    resume      resume a copy of a run stopped on <n> ranks, FOLDER/<NAME>_from<n>_to<ranks>
+    exact       resume the run stopped on this number of ranks; write its differences from `whole` to FOLDER/<NAME>.json
 """
 
 import json
@@ -32,7 +32,7 @@ from clex_train.utils import distributed  # noqa: E402
 from clex_train.utils.errors import StopRequested  # noqa: E402
 from tests.helpers.composing import composed  # noqa: E402
 
-# Twelve rows a step, so that one and two ranks can take accumulation 3, and four ranks three rows each.
+# Twelve rows a step allow accumulation 3 on one and two ranks, and three rows each on four ranks.
 ROWS = 12
 CELLS = {
     "zero3_accumulation_1": ("engine.zero_stage=3", "engine.accumulation=1", "engine.micro_batch=null"),
@@ -55,13 +55,13 @@ CELLS = {
 }
 TOGETHER = ("engine.accumulation=3", "engine.micro_batch=null", "optim.weight_decay=0.1")
 SHARING = {"rows_shared": ("engine.sequence_parallel=2", *TOGETHER), "rows_alone": TOGETHER}
-"""Rows that two ranks share, and the same step on one."""
+"""Runs with sequences sharded over two ranks, and the same steps on one."""
 STEPS, STOP = 6, 4
 COMPARED = ("loss", "lr", "t", "grad_norm", "ode_grad_norm", "rows")
 
 
 def overrides(folder: Path, store: Path, architecture: Path, cell: str) -> tuple[str, ...]:
-    """Six steps of CLEX with a checkpoint after every second and an evaluation after every third."""
+    """Configure six steps of CLEX with a checkpoint after every second and an evaluation after every third."""
     settings = [item for item in {**CELLS, **SHARING}.get(cell, ()) if item != "+dropout"]
     return (
         "+experiment=tiny_base",
@@ -87,7 +87,7 @@ def overrides(folder: Path, store: Path, architecture: Path, cell: str) -> tuple
 
 
 def with_dropout(architecture: Path, folder: Path) -> Path:
-    """The same architecture with dropout on the attention's weights."""
+    """Copy the architecture with dropout on the attention weights."""
     settings = json.loads((architecture / "config.json").read_text())
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,11 +96,11 @@ def with_dropout(architecture: Path, folder: Path) -> Path:
     return folder
 
 
-def whole(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> None:
+def train_whole(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> None:
     train.run(composed(*given(folder / f"{cell}_whole")))
 
 
-def part(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> None:
+def train_part(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> None:
     real = loop.train_step
 
     def stops(parts: Any, step: int, micro_batches: Any) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def part(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> N
         loop.train_step = real
 
 
-def go_on(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> None:
+def resume_on_other_ranks(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> None:
     ranks = distributed.world_size()
     for left in sorted(folder.glob(f"{cell}_from?")):
         if left.name != f"{cell}_from{ranks}":
@@ -127,7 +127,7 @@ def go_on(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> 
             train.run(composed(*given(target)))
 
 
-def exact(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> None:
+def resume_and_compare(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> None:
     parted = folder / f"{cell}_from{distributed.world_size()}"
     train.run(composed(*given(parted)))
     if distributed.is_main():
@@ -136,11 +136,11 @@ def exact(folder: Path, cell: str, given: Callable[[Path], tuple[str, ...]]) -> 
         (folder / f"{cell}.json").write_text(json.dumps(report))
 
 
-VERBS = {"whole": whole, "part": part, "go_on": go_on, "exact": exact}
+VERBS = {"whole": train_whole, "part": train_part, "resume": resume_on_other_ranks, "exact": resume_and_compare}
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """Names of weights and figures that are not the same to the bit; the evaluations' too."""
+    """Return the names of weights, metrics and evaluation figures that differ in any bit."""
     different = []
     for name in ("model.safetensors", "clex.safetensors", "frequencies.safetensors"):
         one, two = load_file(first / "final" / name), load_file(second / "final" / name)
@@ -150,7 +150,7 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """Every figure that does not depend on the clock, by `step key`."""
+    """Return every figure that does not depend on the clock, by `step key`."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {
         f"{row['step']} {key}": value
@@ -161,7 +161,7 @@ def figures(folder: Path) -> dict[str, Any]:
 
 
 def main(folder: Path, store: Path, architecture: Path, verbs: str, cells: list[str]) -> None:
-    """Each cell in turn, in one process group, opened first: a barrier before that would wait for nobody."""
+    """Run each cell in one process group, opened first because a barrier before that would not wait for other ranks."""
     engines.open_process_group(EngineConfig())
     for cell in cells:
         chosen = with_dropout(architecture, folder / "dropout") if "+dropout" in CELLS.get(cell, ()) else architecture

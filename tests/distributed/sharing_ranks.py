@@ -1,10 +1,10 @@
-"""Loss and gradients of one step whose rows two ranks share under ZeRO-3.
+"""Loss and gradients of one sequence-parallel step of two ranks under ZeRO-3.
 
     python -m torch.distributed.run --nproc_per_node 2 tests/distributed/sharing_ranks.py FOLDER CASE...
 
-FOLDER/<CASE> holds the weights. Rank 0 writes FOLDER/<CASE>.safetensors: the step's loss, the gradient of every weight,
-of the frequencies and of the ODE, and the loss that the same model has of a whole row outside of training.
-`alone` gives the same on one process without an engine, which shares nothing.
+FOLDER/<CASE> has the weights. Rank 0 writes FOLDER/<CASE>.safetensors: the loss of the step, the gradient of every
+weight, of the frequencies and of the ODE, and the loss of the same model for an unsharded row outside of training.
+`step_of_one_process` is the reference: one process, no engine, whole rows.
 """
 
 import json
@@ -50,7 +50,7 @@ LAYOUTS = {
     "one": [([33], 0)] * 4,
     "several": [([5, 1, 16, 11], 0), ([10, 3], 20)],
 }
-"""Documents and padding of the rows of a step. Of the last row the second half is padding, the part of one rank."""
+"""Documents and padding of the rows of a step. The second half of the last row, one rank's shard, is all padding."""
 CASES: dict[str, dict[str, Any]] = {
     "clex": {
         "rows": "one",
@@ -79,11 +79,11 @@ CASES: dict[str, dict[str, Any]] = {
         "scaling": {"name": Method.none, "log_scale": LogScale.always},
     },
 }
-"""Of two micro-batches each. The ranks of `documents` recompute its layers, and take loss and MLPs in tiles."""
+"""Cases of two micro batches. `documents` recomputes layers and tiles the loss and the MLPs."""
 
 
 class GivenRows:
-    """The rows of a case over and over, with tokens of their own."""
+    """Repeat the rows of a case, with other tokens for each row."""
 
     seq_len = SEQ_LEN
 
@@ -100,7 +100,7 @@ class GivenRows:
 
 
 def save_model(folder: Path, case: str) -> None:
-    """A seeded random model with weights large enough for every layer to matter."""
+    """Save a seeded random model with weights large enough for every layer to matter."""
     torch.manual_seed(0)
     arch = AutoConfig.for_model(
         CASES[case].get("family", "llama"),
@@ -123,7 +123,7 @@ def save_model(folder: Path, case: str) -> None:
 
 
 def configuration(folder: Path, case: str, ranks: int) -> Config:
-    """One step of accumulation 2, which `ranks` ranks share."""
+    """Configure one step of accumulation 2 with sequences sharded over `ranks` ranks."""
     given = CASES[case]
     config = Config(model=ModelConfig(path=str(folder / case)), scaling=ScalingConfig(**given["scaling"]))
     config.attention = given.get("attention", config.attention)
@@ -138,14 +138,14 @@ def configuration(folder: Path, case: str, ranks: int) -> Config:
 
 
 def parts_of(folder: Path, case: str, ranks: int) -> Parts:
-    """What train.py builds; without an engine for one process."""
+    """Build the parts as train.py does; for one process without an engine."""
     config = configuration(folder, case, ranks)
     settings = engines.deepspeed_dict(config, ranks)
     loaded = load.load_for_training(config, architecture.to_train(config.model), torch.float32, settings)
     loaded.model.train()
     memory_options.install(loaded.model, config.engine)
     if loaded.clex:
-        # A field of zeros passes no gradient to its lower layer.
+        # The initial field of zeros would pass no gradient to its lower layer.
         generator = torch.Generator().manual_seed(1)
         for parameter in loaded.clex.parameters():
             parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
@@ -163,8 +163,8 @@ def parts_of(folder: Path, case: str, ranks: int) -> Parts:
     )
 
 
-def shared(folder: Path, case: str) -> dict[str, Tensor]:
-    """The step by the ranks of this process group."""
+def step_of_ranks(folder: Path, case: str) -> dict[str, Tensor]:
+    """Take the step on the ranks of this process group."""
     from deepspeed.utils import safe_get_full_grad
 
     parts = parts_of(folder, case, distributed.world_size())
@@ -177,11 +177,11 @@ def shared(folder: Path, case: str) -> dict[str, Tensor]:
             parts.engine.step()
     found = {f"weight/{name}": safe_get_full_grad(p) for name, p in parts.loaded.model.named_parameters()}
     found["loss"] = distributed.all_reduce_mean(torch.stack(losses).mean())
-    return {**found, **of_ode(parts), "whole_row": loss_of_a_whole_row(parts)}
+    return {**found, **ode_gradients(parts), "whole_row": loss_of_unsharded_row(parts)}
 
 
-def alone(folder: Path, case: str) -> dict[str, Tensor]:
-    """The step by one process, without DeepSpeed, from whole rows."""
+def step_of_one_process(folder: Path, case: str) -> dict[str, Tensor]:
+    """Take the step on one process, without DeepSpeed, from whole rows."""
     parts = parts_of(folder, case, 1)
     config, loaded = parts.config, parts.loaded
     collate = collate_documents if config.data.document_mask else collate_rows
@@ -192,17 +192,17 @@ def alone(folder: Path, case: str) -> dict[str, Tensor]:
     for batch, weight in zip(held, step_rows.loss_weights(held, 0), strict=True):
         with parts.forward_pass.conditions(batch, spectrum):
             inputs = parts.forward_pass.layout.inputs(batch)
-            # The library's own loss shifts its labels itself.
+            # The loss of transformers shifts labels itself.
             labels = torch.nn.functional.pad(batch.targets[:, :-1], (1, 0), value=UNSCORED)
             loss = weight * loaded.model(use_cache=False, labels=labels, **inputs).loss / len(held)
             loss.backward()
         total += loss.detach()
     found = {f"weight/{name}": p.grad for name, p in loaded.model.named_parameters()}
-    return {**found, "loss": total, **of_ode(parts), "whole_row": loss_of_a_whole_row(parts)}
+    return {**found, "loss": total, **ode_gradients(parts), "whole_row": loss_of_unsharded_row(parts)}
 
 
-def of_ode(parts: Parts) -> dict[str, Tensor]:
-    """Gradients of the frequencies, mean over the ranks, and of the field's weights before they are clipped."""
+def ode_gradients(parts: Parts) -> dict[str, Tensor]:
+    """Return gradients of the frequencies, averaged over ranks, and of the field's weights before clipping."""
     if isinstance(parts.ode, FixedFrequencies):
         return {}
     parts.ode.config.clip = 1e9
@@ -212,18 +212,18 @@ def of_ode(parts: Parts) -> dict[str, Tensor]:
     return {"leaf": leaf, **{f"ode/{name}": p.grad for name, p in parts.ode.clex.named_parameters()}}  # type: ignore[misc]
 
 
-def loss_of_a_whole_row(parts: Parts) -> Tensor:
-    """As in an evaluation during training: each rank has a row for itself."""
+def loss_of_unsharded_row(parts: Parts) -> Tensor:
+    """Return the loss of a row that is not sharded, as in an evaluation during training."""
     ids = torch.from_numpy(parts.rows[7].tokens)[None]
     with torch.no_grad():
         return parts.loaded.model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
 def memory() -> dict[str, Any]:
-    """Bytes of a forward and backward pass that the ranks share, and those that are expected of it.
+    """Return measured and expected bytes of a sequence-parallel forward and backward pass.
 
-    Gloo's two worker threads drop what they exchanged a moment after the exchange is over, on a busy machine only after
-    the next one: every tenth pass counts such a tensor, and none misses one. So the least of several passes counts.
+    Gloo's worker threads release a tensor shortly after its all-to-all, on a busy machine only after the next one.
+    About every tenth pass therefore counts one tensor too many, so take the least of several passes.
     """
     sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
     arch = AutoConfig.for_model("llama", **sizes, num_attention_heads=8, num_key_value_heads=1)
@@ -240,14 +240,14 @@ def memory() -> dict[str, Any]:
 
 
 def main(folder: Path, cases: list[str]) -> None:
-    """Each case in turn, and FOLDER/memory.json."""
+    """Run each case, and write FOLDER/memory.json."""
     torch.set_num_threads(1)
     engines.open_process_group(Config().engine)
     found = memory()
     if distributed.is_main():
         (folder / "memory.json").write_text(json.dumps(found))
     for case in cases:
-        found = shared(folder, case)
+        found = step_of_ranks(folder, case)
         if distributed.is_main():
             save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / f"{case}.safetensors")
         distributed.barrier()

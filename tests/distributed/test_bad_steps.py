@@ -1,4 +1,4 @@
-"""A row that breaks the loss on one of two ranks: both skip the step, and it is said which rank and rows it was."""
+"""A non-finite loss on one of two ranks: both skip the step, and the report names the rank and rows."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def test_both_ranks_skip_the_step_and_name_the_rank_and_its_rows(launcher, stage
         "optim.steps=5",
         "evaluation=never",
     )
-    # Micro-batches of two rows: step 3 reads 16 to 23, rank 1 of its second micro-batch 22 and 23.
+    # Micro batches have two rows: step 3 reads rows 16 to 23, and rank 1 reads 22 and 23 in its second one.
     done = run_ranks(2, [script, "22", *launcher.program(name, *overrides)[1:]])
     assert done.returncode == 0, done.stderr[-3000:]
     written = map(json.loads, (launcher.folder / name / "metrics.jsonl").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""A run killed with -9 at any moment, by the rank or by the launcher, ends with the bits of the one left alone.
+"""A run whose ranks or launcher are killed at random moments ends bitwise equal to an undisturbed one.
 
 CHAOS_KILLS=20 python -m pytest -m slow -s tests/distributed/test_chaos.py
 """
@@ -32,7 +32,7 @@ OVERRIDES = (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 + 120 * KILLS)]
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits_and_rows(launcher):
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights_and_rows(launcher):
     assert run_with_kills(launcher, "left_alone", 0, SEED, OVERRIDES) == []
     start = time.monotonic()
     kills = run_with_kills(launcher, "killed", KILLS, SEED, OVERRIDES)
@@ -52,7 +52,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits_and_rows(launche
 
 
 def _report(kills, seconds: float) -> None:
-    """Printed with `-s`: what was done, for the record."""
+    """Print the kills and times; shown with `-s`."""
     by_victim, by_moment = Counter(kill.victim for kill in kills), Counter(kill.moment for kill in kills)
     print(f"\n{len(kills)} kills in {seconds:.0f} s, {STEPS} steps, seed {SEED}")
     print(json.dumps({"victims": by_victim, "moments": by_moment}, indent=2))

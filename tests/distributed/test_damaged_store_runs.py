@@ -1,4 +1,4 @@
-"""One of two ranks meets a damaged block: both end at once with the code of a user's error, and repaired they go on."""
+"""A damaged block of the token store on one of two ranks: both exit with code 2, and resume once it is repaired."""
 
 import shutil
 from pathlib import Path
@@ -19,13 +19,13 @@ RANKS, BATCH_ROWS, MICRO_BATCH = 2, 8, 2
 
 
 def flip(tokens: Path, block: int) -> None:
-    """Change a byte of a block, or change it back."""
+    """Flip a byte of a block; a second call restores it."""
     content = bytearray(tokens.read_bytes())
     content[block * BLOCK] ^= 1
     tokens.write_bytes(content)
 
 
-def reads(rows: Rows, index: int) -> bool:
+def is_readable(rows: Rows, index: int) -> bool:
     try:
         rows[index]
     except DamagedStore:
@@ -34,19 +34,19 @@ def reads(rows: Rows, index: int) -> bool:
 
 
 def rank_of_row(index: int) -> int:
-    """Micro-batches of two rows go to the ranks in turns."""
+    """Return the rank that reads a row: micro batches of two rows go to the ranks in turn."""
     return index // MICRO_BATCH % RANKS
 
 
 def block_of_rank_1(launcher: Launcher, tokens: Path) -> tuple[int, int]:
-    """A block that nobody reads before the third step, and there rank 1 alone; the block and the step."""
+    """Find a block that is first read in the third step or later, by rank 1 only; return the block and the step."""
     config = composed(*launcher.program("any", *OVERRIDES)[1:])
     rows = build.build_rows(
         build.pack(build.open_stores(config.data), config.data), config.data, config.seed, BATCH_ROWS
     )
     for block in range(tokens.stat().st_size // BLOCK):
         flip(tokens, block)
-        bad = [index for index in range(8 * BATCH_ROWS) if not reads(rows, index)]
+        bad = [index for index in range(8 * BATCH_ROWS) if not is_readable(rows, index)]
         flip(tokens, block)
         step = bad[0] // BATCH_ROWS if bad else 0
         if step >= 2 and {rank_of_row(index) for index in bad if index // BATCH_ROWS == step} == {1}:
@@ -55,7 +55,7 @@ def block_of_rank_1(launcher: Launcher, tokens: Path) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_a_block_that_one_rank_finds_damaged_ends_both_with_one_line_and_repaired_they_end_in_the_same_bits(
+def test_a_block_found_damaged_by_one_rank_ends_both_and_the_repaired_run_resumes_bitwise(
     launcher: Launcher, tiny_store: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -65,7 +65,7 @@ def test_a_block_that_one_rank_finds_damaged_ends_both_with_one_line_and_repaire
     block, step = block_of_rank_1(here, tokens)
     assert here.run(RANKS, "undisturbed", *OVERRIDES).returncode == 0
     flip(tokens, block)
-    ended = here.run_alone(RANKS, "damaged", *OVERRIDES)
+    ended = here.run_unsupervised(RANKS, "damaged", *OVERRIDES)
     assert [done.returncode for done in ended] == [program.USER_ERROR] * RANKS, [done.stderr for done in ended]
     errors = [line for done in ended for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, errors

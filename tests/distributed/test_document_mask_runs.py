@@ -1,4 +1,4 @@
-"""Documents kept apart, in whole runs: rows with different numbers of scored tokens on two ZeRO-3 ranks."""
+"""Whole runs with a document mask: rows with different numbers of scored tokens on two ZeRO-3 ranks."""
 
 import json
 import os
@@ -23,7 +23,7 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def short_documents(tmp_path_factory, tiny_store) -> Path:
-    """A store whose documents are the paragraphs of Python sources: some a row long, some of a few tokens."""
+    """Write a store of paragraphs of Python sources: some as long as a row, some of a few tokens."""
     folder = tmp_path_factory.mktemp("paragraphs")
     texts = [
         paragraph
@@ -39,7 +39,7 @@ def short_documents(tmp_path_factory, tiny_store) -> Path:
 
 
 @pytest.mark.timeout(1800)
-def test_two_ranks_give_the_curve_of_one_rank(launcher, short_documents):
+def test_two_ranks_reproduce_the_loss_curve_of_one(launcher, short_documents):
     for ranks, name, micro_batch in ((1, "apart_one", 4), (2, "apart_two", 1)):
         overrides = (*OPTIONS, f"data.path={short_documents}", f"engine.micro_batch={micro_batch}")
         done = launcher.run(ranks, name, *overrides)

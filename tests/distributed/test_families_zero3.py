@@ -1,4 +1,4 @@
-"""Every experiment's family trains CLEX steps under ZeRO-3 on two ranks as it does replicated; one launch for all."""
+"""CLEX training of every experiment's model family under ZeRO-3 on two ranks, against replicated training."""
 
 import json
 import math
@@ -24,14 +24,14 @@ def figures(tmp_path_factory, goldens: Path) -> dict[str, Any]:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     command = [sys.executable, *launcher, str(script), str(folder), str(goldens)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environments.of_a_launch(), capture_output=True, text=True, timeout=600
+        command, cwd=ROOT, env=environments.launch_environment(), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "figures.json").read_text())
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "official"])
-def test_three_clex_steps_under_zero3_are_those_of_replicated_training(figures, family: str) -> None:
+def test_three_clex_steps_under_zero3_match_replicated_training(figures, family: str) -> None:
     replicated, sharded = figures[f"{family}/0"], figures[f"{family}/3"]
     assert len(sharded["losses"]) == 3
     assert all(math.isfinite(loss) for loss in sharded["losses"])

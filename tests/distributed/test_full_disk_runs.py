@@ -1,4 +1,4 @@
-"""Two ranks on a disk full at any of twelve sizes: both end with code 3 and one line; with room, in the same bits."""
+"""Full disks of twelve sizes under two ranks: both exit with code 3 and one line, and resume once there is room."""
 
 import shutil
 from pathlib import Path
@@ -32,17 +32,17 @@ def names(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def whole(launcher: Launcher) -> Path:
-    """The run with room."""
+    """Run with enough room."""
     done = launcher.run(RANKS, "with_room", *OVERRIDES)
     assert done.returncode == 0, done.stderr
     return launcher.folder / "with_room"
 
 
-def meets_a_full_disk(launcher: Launcher, whole: Path, disk: Path, on_full_disk: str) -> bool:
-    """Run on a disk, then with room; True if it was full."""
+def run_on_small_disk(launcher: Launcher, whole: Path, disk: Path, on_full_disk: str) -> bool:
+    """Run on a small disk, then with room; return True if the disk was full."""
     here = Launcher(disk, launcher.store, launcher.architecture)
     overrides = (*OVERRIDES, f"checkpoint.on_full_disk={on_full_disk}")
-    ended = here.run_alone(RANKS, "run", *overrides)
+    ended = here.run_unsupervised(RANKS, "run", *overrides)
     said = "".join(done.stderr for done in ended)
     codes = [done.returncode for done in ended]
     assert "Traceback" not in said, said
@@ -65,12 +65,12 @@ def meets_a_full_disk(launcher: Launcher, whole: Path, disk: Path, on_full_disk:
 
 
 @pytest.mark.parametrize("on_full_disk", ["stop", "continue"])
-def test_two_ranks_on_a_disk_full_at_any_of_twelve_sizes_lose_nothing(launcher, whole, tmp_path, on_full_disk):
+def test_two_ranks_lose_nothing_on_full_disks_of_twelve_sizes(launcher, whole, tmp_path, on_full_disk):
     kib = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file()) // 1024
     full = []
     for index in range(SIZES):
         with mounted(tmp_path / "disk", f"{16 + index * kib // 10}k") as disk:
-            full.append(meets_a_full_disk(launcher, whole, disk, on_full_disk))
+            full.append(run_on_small_disk(launcher, whole, disk, on_full_disk))
         shutil.rmtree(tmp_path / "disk")
         print(f"{on_full_disk}, {16 + index * kib // 10} KiB: {'full' if full[-1] else 'had room'}")
     assert full[0]

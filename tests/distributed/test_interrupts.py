@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, a closed terminal and kill -9 at random moments: the same command ends with the same bits.
+"""Signals at random moments in training, conversion and tokenizing: repeating the command gives the same bits.
 
 INTERRUPT_TRIALS=20 python -m pytest -m slow -s tests/distributed/test_interrupts.py
 """
@@ -35,17 +35,17 @@ STEP_NAMES = [f"step_{step}" for step in range(1, STEPS + 1)]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200 + 240 * TRIALS)]
 
 
-def launch(launcher: Launcher, by: str, name: str) -> list[str]:
-    """The command of a run under a launcher."""
-    command = launcher.command(2 if by == "deepspeed" else 1, name, *OVERRIDES)
-    if by == "torchrun":
+def launch_command(launcher: Launcher, launched_with: str, name: str) -> list[str]:
+    """Return the command of a run under a launcher."""
+    command = launcher.command(2 if launched_with == "deepspeed" else 1, name, *OVERRIDES)
+    if launched_with == "torchrun":
         torchrun = [str(BIN / "torchrun"), "--nproc-per-node=2", f"--master-port={free_port()}"]
         return [*torchrun, *command[command.index("train.py") :]]
     return command
 
 
 def moments(folder: Path, generator: random.Random) -> dict:
-    """When to send a signal to a run: as it starts, in its steps, or around its end."""
+    """Return functions that wait for the moment of a signal: in the start, the steps or around the end of a run."""
 
     def rows() -> int:
         row = last_row(folder)
@@ -69,61 +69,63 @@ def moments(folder: Path, generator: random.Random) -> dict:
 
 
 @pytest.fixture(scope="module")
-def left_alone(launcher) -> dict[int, Path]:
-    """Undisturbed runs by their number of ranks."""
+def undisturbed(launcher) -> dict[int, Path]:
+    """Train without signals; return run folders by number of ranks."""
     for ranks in (1, 2):
         done = launcher.run(ranks, f"left_alone_{ranks}", *OVERRIDES)
         assert done.returncode == 0, done.stderr
     return {ranks: launcher.folder / f"left_alone_{ranks}" for ranks in (1, 2)}
 
 
-@pytest.mark.parametrize("by", ["python", "torchrun", "deepspeed"])
-def test_training_that_signals_interrupt_ends_with_the_same_bits(launcher, left_alone, by):
-    generator, trials = random.Random(f"{SEED} {by}"), []
+@pytest.mark.parametrize("launched_with", ["python", "torchrun", "deepspeed"])
+def test_interrupted_training_ends_bitwise_equal(launcher, undisturbed, launched_with):
+    generator, trials = random.Random(f"{SEED} {launched_with}"), []
     while len(trials) < TRIALS:
-        name = f"{by}_{len(trials)}"
+        name = f"{launched_with}_{len(trials)}"
         folder = launcher.folder / name
         log = launcher.folder / f"{name}.log"
-        command = launch(launcher, by, name)
+        command = launch_command(launcher, launched_with, name)
         run = Interrupter(command, folder / "final", log, moments(folder, generator), generator)
         run.run(TRIALS - len(trials))
         trials += run.trials
         run.finish()
         report(run.trials)
-        check_equal(folder, left_alone[1 if by == "python" else 2])
+        check_equal(folder, undisturbed[1 if launched_with == "python" else 2])
         steps = launcher.figures(name, "loss")
-        assert steps == launcher.figures(f"left_alone_{1 if by == 'python' else 2}", "loss"), "each step once"
-    check_ends(trials, by)
+        assert steps == launcher.figures(f"left_alone_{1 if launched_with == 'python' else 2}", "loss"), (
+            "each step once"
+        )
+    check_ends(trials, launched_with)
 
 
 def check_equal(folder: Path, whole: Path) -> None:
-    """The final models are the same to the bit, and nothing of an interrupted launch is left in the folder."""
+    """Assert that final models are bitwise equal and that interrupted launches left no files."""
     assert_same_model(whole / "final", folder / "final")
     assert entries(folder) == entries(whole)
     assert {path.name for path in (folder / "checkpoints").iterdir()} <= {"latest", *STEP_NAMES}
 
 
 def entries(folder: Path) -> set[str]:
-    """List a run folder without the descriptions of the environment that each resumed launch leaves."""
+    """List a run folder without the descriptions of the environment that each resumed launch adds."""
     return {path.name for path in folder.iterdir() if not path.name.startswith("environment_step_")}
 
 
-def check_ends(trials, by: str) -> None:
-    """No traceback of ours, no orphan; without a launcher between, the documented exit codes."""
+def check_ends(trials, launched_with: str) -> None:
+    """Assert no traceback of ours and no orphans, and the documented exit codes if there is no launcher."""
     for trial in trials:
         assert not tracebacks_of_ours(trial.output), trial.output
         assert trial.orphans == [], trial.orphans
-        if by == "python":
+        if launched_with == "python":
             assert trial.code in (0, 75, -9, 130, -trial.number), (trial.number, trial.moment, trial.code)
             assert "Traceback" not in trial.output
 
 
 @pytest.fixture(scope="module")
-def by_two_ranks(launcher) -> Path:
-    """A run of which two ranks have taken four steps of six."""
-    done = launcher.run(2, "by_two_ranks", *CONVERTED)
+def stopped_run(launcher) -> Path:
+    """Make a run of two ranks that stopped after four of six steps."""
+    done = launcher.run(2, "stopped_run", *CONVERTED)
     assert done.returncode == 0, done.stderr
-    folder = launcher.folder / "by_two_ranks"
+    folder = launcher.folder / "stopped_run"
     for name in ("final", "evaluation", "checkpoints/step_6"):
         shutil.rmtree(folder / name)
     (folder / "checkpoints" / "latest").write_text("step_4\n")
@@ -136,7 +138,7 @@ def wait_for(words: str, log: Path, process) -> None:
 
 
 def convert_undisturbed(command: list[str], log: Path) -> float:
-    """Run to the end; returns the seconds that the conversion took."""
+    """Run to the end; return the seconds of the conversion."""
     with log.open("w") as file:
         process = start(command, file)
     wait_for("converting", log, process)
@@ -147,14 +149,14 @@ def convert_undisturbed(command: list[str], log: Path) -> float:
     return seconds
 
 
-def test_a_conversion_for_one_rank_that_signals_interrupt_ends_with_the_same_bits(launcher, by_two_ranks):
+def test_an_interrupted_conversion_to_one_rank_ends_bitwise_equal(launcher, stopped_run):
     generator, trials, log = random.Random(SEED), [], launcher.folder / "conversion.log"
 
-    def copied(name: str) -> list[str]:
-        shutil.copytree(by_two_ranks, launcher.folder / name)
+    def command_on_copy(name: str) -> list[str]:
+        shutil.copytree(stopped_run, launcher.folder / name)
         return launcher.command(1, name, *CONVERTED)
 
-    seconds = convert_undisturbed(copied("converted"), log)
+    seconds = convert_undisturbed(command_on_copy("converted"), log)
 
     def converting(process) -> None:
         wait_for("converting", log, process)
@@ -162,9 +164,11 @@ def test_a_conversion_for_one_rank_that_signals_interrupt_ends_with_the_same_bit
 
     while len(trials) < TRIALS:
         name = f"converted_{len(trials)}"
-        run = Interrupter(copied(name), launcher.folder / name / "final", log, {"converting": converting}, generator)
+        run = Interrupter(
+            command_on_copy(name), launcher.folder / name / "final", log, {"converting": converting}, generator
+        )
         run.run(min(4, TRIALS - len(trials)))
-        # A launch after one whose signal came late finds a checkpoint of one rank, and has nothing to convert.
+        # If an earlier signal came late, a checkpoint of one rank exists already and there is nothing to convert.
         trials += [trial for trial in run.trials if "converting" in trial.output]
         run.finish()
         check_equal(launcher.folder / name, launcher.folder / "converted")
@@ -173,12 +177,12 @@ def test_a_conversion_for_one_rank_that_signals_interrupt_ends_with_the_same_bit
     for trial in trials:
         assert "Traceback" not in trial.output, trial.output
         assert trial.orphans == [], trial.orphans
-        # 2: the converter or a worker of it was killed, which is said in a line.
+        # 2: the converter or one of its workers was killed, which is reported in one line.
         allowed = (-signal.SIGKILL, 2) if trial.number is signal.SIGKILL else (75, 128 + trial.number)
         assert trial.code in allowed, (trial.number, trial.code, trial.output)
 
 
-def test_tokenizing_that_signals_interrupt_ends_with_the_same_bytes(tmp_path, tiny_store):
+def test_interrupted_tokenizing_ends_with_the_same_bytes(tmp_path, tiny_store):
     texts = tmp_path / "texts"
     texts.mkdir()
     for index in range(6):
@@ -206,5 +210,5 @@ def test_tokenizing_that_signals_interrupt_ends_with_the_same_bytes(tmp_path, ti
     for trial in trials:
         assert "Traceback" not in trial.output, trial.output
         assert trial.orphans == [], trial.orphans
-        # 2: a worker was killed, which is said in a line.
+        # 2: a worker was killed, which is reported in one line.
         assert trial.code in (0, 2, -9, 128 + trial.number, -trial.number), trial.code

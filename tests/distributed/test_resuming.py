@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one: to the bit on as many ranks, within rounding on another number of them."""
+"""Resuming a run: bitwise equal on the same number of ranks, within rounding on another number."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ ELASTIC = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 
 @pytest.fixture(scope="module")
 def resuming(tmp_path_factory, tiny_store, tiny_architecture):
-    """Runs verbs of resuming.py on so many ranks; the folder they work in is `.folder`."""
+    """Return a function that runs verbs of resuming.py in a folder on a number of ranks."""
     script = Path(__file__).with_name("resuming.py")
 
     def launch(folder: Path, ranks: int, verbs: str, *cells: str) -> Path:
@@ -34,8 +34,8 @@ def rows(folder: Path) -> dict[str, object]:
     return {key: value for key, value in figures(folder).items() if key.endswith((" rows", " t"))}
 
 
-def assert_the_same_run(continued: Path, whole: Path) -> None:
-    """The same rows in the same order, losses within 1e-4 relative, weights within rounding of a few steps."""
+def assert_same_run(continued: Path, whole: Path) -> None:
+    """Assert the same rows in the same order, losses within 1e-4 relative, weights within rounding of a few steps."""
     expected = losses(whole)
     assert losses(continued).keys() == expected.keys()
     assert losses(continued) == pytest.approx(expected, rel=1e-4)
@@ -45,7 +45,7 @@ def assert_the_same_run(continued: Path, whole: Path) -> None:
         assert (one[name] - weight).abs().max() <= 1e-6 * weight.abs().max(), name
 
 
-def test_one_rank_resumes_to_the_bit(resuming, tmp_path):
+def test_a_run_on_one_rank_resumes_bitwise(resuming, tmp_path):
     folder = resuming(tmp_path, 1, "whole,part,exact", "zero3_accumulation_3")
     report = json.loads((folder / "zero3_accumulation_3.json").read_text())
     assert report["compared"] == 40
@@ -54,7 +54,7 @@ def test_one_rank_resumes_to_the_bit(resuming, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_ranks_that_share_rows_resume_to_the_bit_and_take_the_steps_of_one(resuming, tmp_path):
+def test_sequence_parallel_ranks_resume_bitwise_and_match_one_rank(resuming, tmp_path):
     folder = resuming(tmp_path, 2, "whole,part,exact", "rows_shared")
     report = json.loads((folder / "rows_shared.json").read_text())
     assert report["compared"] == 40
@@ -70,25 +70,25 @@ def test_ranks_that_share_rows_resume_to_the_bit_and_take_the_steps_of_one(resum
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_every_stage_accumulation_offload_and_dropout_resumes_to_the_bit(resuming, tmp_path, ranks):
+def test_every_stage_accumulation_offload_and_dropout_resumes_bitwise(resuming, tmp_path, ranks):
     folder = resuming(tmp_path, ranks, "whole,part,exact", *CELLS)
     for cell in CELLS:
         assert json.loads((folder / f"{cell}.json").read_text())["different"] == [], cell
 
 
 @pytest.fixture(scope="module")
-def by_two_ranks(resuming, tmp_path_factory) -> Path:
+def runs_of_two_ranks(resuming, tmp_path_factory) -> Path:
     return resuming(tmp_path_factory.mktemp("elastic"), 2, "whole,part", *ELASTIC)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_what_two_ranks_left_is_continued_by_one_and_by_four(resuming, by_two_ranks, ranks):
-    resuming(by_two_ranks, ranks, "go_on", *ELASTIC)
+def test_a_run_on_two_ranks_resumes_on_one_and_on_four(resuming, runs_of_two_ranks, ranks):
+    resuming(runs_of_two_ranks, ranks, "resume", *ELASTIC)
     for cell in ELASTIC:
-        continued = by_two_ranks / f"{cell}_from2_to{ranks}"
-        assert_the_same_run(continued, by_two_ranks / f"{cell}_whole")
+        continued = runs_of_two_ranks / f"{cell}_from2_to{ranks}"
+        assert_same_run(continued, runs_of_two_ranks / f"{cell}_whole")
         assert {path.name for path in (continued / "checkpoints").iterdir()} == {
             "latest",
             *(f"step_{step}" for step in (2, 4, 6)),
@@ -97,10 +97,10 @@ def test_what_two_ranks_left_is_continued_by_one_and_by_four(resuming, by_two_ra
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_what_one_rank_left_is_continued_by_two(resuming, by_two_ranks, tmp_path):
+def test_a_run_on_one_rank_resumes_on_two(resuming, runs_of_two_ranks, tmp_path):
     folder = resuming(tmp_path, 1, "part", *ELASTIC)
     for cell in ELASTIC:
-        shutil.copytree(by_two_ranks / f"{cell}_whole", folder / f"{cell}_whole")
-    resuming(folder, 2, "go_on", *ELASTIC)
+        shutil.copytree(runs_of_two_ranks / f"{cell}_whole", folder / f"{cell}_whole")
+    resuming(folder, 2, "resume", *ELASTIC)
     for cell in ELASTIC:
-        assert_the_same_run(folder / f"{cell}_from1_to2", folder / f"{cell}_whole")
+        assert_same_run(folder / f"{cell}_from1_to2", folder / f"{cell}_whole")

@@ -1,4 +1,4 @@
-"""Two ranks that share each row take the step of one rank: its loss, and every gradient."""
+"""Sequence-parallel training on two ranks, against one rank: loss, every gradient, memory."""
 
 import json
 from functools import cache
@@ -8,16 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed import sharing_ranks
 from tests.distributed.sharing_ranks import CASES, save_model
-from tests.distributed.sharing_ranks import alone as by_one_process
 from tests.helpers.warm_processes import run_ranks
 
-alone = cache(by_one_process)
+step_of_one_process = cache(sharing_ranks.step_of_one_process)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The figures of every case, by one run of two ranks under ZeRO-3."""
+    """Compute every case in one run of two ranks under ZeRO-3."""
     folder = tmp_path_factory.mktemp("shared_rows")
     for case in CASES:
         save_model(folder, case)
@@ -28,8 +28,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_of_two_ranks_that_share_rows_is_that_of_one(folder, case):
-    shared, expected = load_file(folder / f"{case}.safetensors"), alone(folder, case)
+def test_a_sequence_parallel_step_of_two_ranks_equals_that_of_one(folder, case):
+    shared, expected = load_file(folder / f"{case}.safetensors"), step_of_one_process(folder, case)
     assert shared.keys() == expected.keys()
     assert float(shared["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
     for name, gradient in expected.items():
@@ -39,12 +39,14 @@ def test_a_step_of_two_ranks_that_share_rows_is_that_of_one(folder, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_outside_of_training_a_row_is_not_shared(folder, case):
-    assert torch.isclose(load_file(folder / f"{case}.safetensors")["whole_row"], alone(folder, case)["whole_row"])
+def test_rows_are_not_sharded_outside_training(folder, case):
+    assert torch.isclose(
+        load_file(folder / f"{case}.safetensors")["whole_row"], step_of_one_process(folder, case)["whole_row"]
+    )
 
 
-def test_the_memory_of_a_part_is_the_one_that_is_planned(folder):
-    """Copies of the exchange among it, by a census of the tensors of a real pass."""
+def test_the_memory_of_a_shard_matches_the_plan(folder):
+    """Count the tensors of a real pass, including the copies of the all-to-all."""
     found = json.loads((folder / "memory.json").read_text())
     for moment in ("activations", "logits", "layers"):
         assert found["counted"][moment] == pytest.approx(found["expected"][moment], rel=1e-3), moment

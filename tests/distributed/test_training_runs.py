@@ -1,4 +1,4 @@
-"""Whole runs through the real launcher: ranks do not change the curve, an interruption does not change a bit."""
+"""Whole runs through DeepSpeed's launcher: loss curves by number of ranks, interruptions, and the final model."""
 
 import shutil
 import time
@@ -9,14 +9,14 @@ import torch
 
 from tests.helpers.ports import free_port
 from tests.helpers.same_models import assert_same_model
-from tests.helpers.warm_processes import Program, rank_of
+from tests.helpers.warm_processes import Program, rank_variables
 
 CLEX = ("scaling=clex", "scaling.lr_scale=1.0", "scaling.t_max=4", "checkpoint.every=5", "checkpoint.keep_last=8")
 
 
 @pytest.fixture(scope="session")
 def one_rank(launcher):
-    """20 steps of CLEX on one rank, with accumulation 2, uninterrupted."""
+    """Train 20 steps of CLEX on one rank, with accumulation 2, uninterrupted."""
     done = launcher.run(1, "one", *CLEX, "engine.micro_batch=4")
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -24,14 +24,14 @@ def one_rank(launcher):
 
 @pytest.fixture(scope="session")
 def two_ranks(launcher):
-    """The same global batch on two ZeRO-3 ranks, accumulation 4, uninterrupted."""
+    """Train with the same global batch on two ZeRO-3 ranks, accumulation 4, uninterrupted."""
     done = launcher.launch(2, "two", *CLEX, "engine.micro_batch=1")
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
 @pytest.mark.timeout(600)
-def test_two_ranks_give_the_curve_of_one_rank(launcher, one_rank, two_ranks):
+def test_two_ranks_reproduce_the_loss_curve_of_one(launcher, one_rank, two_ranks):
     one, two = (torch.tensor(launcher.figures(name, "loss")) for name in ("one", "two"))
     assert len(one) == len(two) == 20
     assert ((one - two).abs() / one).max() < 1e-5
@@ -43,10 +43,10 @@ def test_two_ranks_give_the_curve_of_one_rank(launcher, one_rank, two_ranks):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("name", "ranks", "micro_batch"), [("one", 1, 4), ("two", 2, 1)])
-def test_a_run_killed_in_the_middle_ends_with_the_same_bits(launcher, one_rank, two_ranks, name, ranks, micro_batch):
+def test_a_run_killed_in_the_middle_ends_bitwise_equal(launcher, one_rank, two_ranks, name, ranks, micro_batch):
     overrides = (*CLEX, f"engine.micro_batch={micro_batch}")
     killed = f"{name}_killed"
-    # A machine with other work may be late to kill: then another run is.
+    # On a busy machine the kill may come too late; then kill another run.
     while not _kill_after(launcher, ranks, killed, 12, overrides):
         shutil.rmtree(launcher.folder / killed)
     done = launcher.run(ranks, killed, *overrides)
@@ -69,14 +69,14 @@ def test_the_final_model_loads_in_one_call_with_its_table(launcher, one_rank):
         assert loaded.model(torch.arange(100)[None]).logits.isfinite().all()
 
 
-def test_the_final_evaluation_stands_in_the_metrics_and_beside_them(launcher, one_rank):
+def test_the_final_evaluation_is_in_the_metrics_and_in_a_file(launcher, one_rank):
     for length in (32, 64, 128):
         (value,) = launcher.figures("one", f"perplexity/trained/one_shot/{length}")
         assert 1 < value < 1e4
     assert (launcher.folder / "one" / "evaluation" / "step_20.json").exists()
 
 
-def test_a_finished_run_is_left_as_it_is(launcher, one_rank):
+def test_a_finished_run_is_not_changed(launcher, one_rank):
     before = launcher.figures("one", "loss")
     done = launcher.run(1, "one", *CLEX, "engine.micro_batch=4")
     assert done.returncode == 0
@@ -84,9 +84,9 @@ def test_a_finished_run_is_left_as_it_is(launcher, one_rank):
 
 
 def _kill_after(launcher, ranks: int, name: str, steps: int, overrides: tuple[str, ...]) -> bool:
-    """Start a run and kill -9 every process of it once its metrics show `steps` steps; whether it had more to take."""
+    """Start a run and kill all its processes after `steps` steps of metrics; return True if steps were left."""
     port, command = free_port(), launcher.program(name, *overrides)
-    processes = [Program(command, **rank_of(rank, ranks, port)) for rank in range(ranks)]
+    processes = [Program(command, **rank_variables(rank, ranks, port)) for rank in range(ranks)]
     metrics = Path(launcher.folder / name / "metrics.jsonl")
     while not (metrics.exists() and metrics.read_text().count('"loss"') >= steps):
         assert not any(process.process.exitcode for process in processes), "the run failed"

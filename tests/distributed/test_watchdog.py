@@ -1,4 +1,4 @@
-"""A rank that dies, freezes or hangs: the other one ends within the timeout and says which rank it was."""
+"""The watchdog on two ranks: one dies, freezes or hangs, and the other exits within the timeout and names it."""
 
 import time
 from pathlib import Path
@@ -7,26 +7,26 @@ import pytest
 
 from clex_train.utils.errors import RankLost
 from tests.helpers.ports import free_port
-from tests.helpers.warm_processes import Program, rank_of
+from tests.helpers.warm_processes import Program, rank_variables
 
 SCRIPT = Path(__file__).with_name("watched_ranks.py")
 TIMEOUT = 10.0
 STUCK = 240
-"""Seconds after which a test is given up, on a machine with much other work too."""
+"""Seconds after which a test fails, with room for a busy machine."""
 
 
 def pair(fault: str, rank: int, timeout: float = TIMEOUT) -> tuple[Program, Program]:
-    """Both ranks, without a launcher that would end one with the other."""
+    """Start both ranks, without a launcher that would end one with the other."""
     port, command = free_port(), [str(SCRIPT), fault, str(rank), str(timeout)]
-    first, second = (Program(command, **rank_of(number, 2, port)) for number in (0, 1))
+    first, second = (Program(command, **rank_variables(number, 2, port)) for number in (0, 1))
     return first, second
 
 
 def await_fault(culprit: Program) -> None:
     """Wait for the line that a rank writes before its fault."""
     stop = time.monotonic() + STUCK
-    while culprit.said() != "now\n":
-        assert time.monotonic() < stop, culprit.said()
+    while culprit.stdout() != "now\n":
+        assert time.monotonic() < stop, culprit.stdout()
         time.sleep(0.01)
 
 
@@ -40,7 +40,7 @@ def await_fault(culprit: Program) -> None:
         ("stuck", 1, "working in stuck_in_its_own_work (watched_ranks.py:"),
     ],
 )
-def test_the_other_rank_ends_and_names_it(fault, rank, words):
+def test_the_other_rank_exits_and_names_the_lost_one(fault, rank, words):
     processes = pair(fault, rank)
     culprit, other = processes[rank], processes[1 - rank]
     try:
@@ -59,9 +59,9 @@ def test_the_other_rank_ends_and_names_it(fault, rank, words):
 
 
 def test_a_rank_that_lost_another_ends_before_slurm_repeats_its_signal():
-    """At the default `engine.timeout`; SLURM gives a node ten seconds (`MessageTimeout`) to end a task.
+    """Exit within the ten seconds that SLURM gives a node to end a task (`MessageTimeout`), at the default timeout.
 
-    It takes about five; a machine with other work may be late, but not each time.
+    It takes about five seconds; a busy machine may be late, but not every time.
     """
     taken = []
     while not taken or (taken[-1] >= 10 and len(taken) < 4):
@@ -75,7 +75,7 @@ def test_a_rank_that_lost_another_ends_before_slurm_repeats_its_signal():
     assert min(taken) < 10, taken
 
 
-def test_ranks_that_end_well_are_not_missed():
+def test_ranks_that_finish_are_not_reported_as_lost():
     processes = pair("none", 0)
     for process in processes:
         done = process.end(STUCK)

@@ -1,4 +1,4 @@
-"""What saves memory changes neither loss nor weights under ZeRO-3 on two ranks, and gathers no weight twice."""
+"""Memory options under ZeRO-3 on two ranks change neither losses nor weights, and gather no weight twice."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def figures(tmp_path_factory) -> dict[str, Any]:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     command = [sys.executable, *launcher, str(script), str(folder)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environments.of_a_launch(), capture_output=True, text=True, timeout=600
+        command, cwd=ROOT, env=environments.launch_environment(), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "figures.json").read_text())
@@ -32,7 +32,7 @@ def figures(tmp_path_factory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "plain"])
-def test_losses_and_weights_are_those_of_the_plain_run(figures, family: str, name: str) -> None:
+def test_memory_options_keep_losses_and_weights(figures, family: str, name: str) -> None:
     plain, found = figures[f"{family}/plain"], figures[f"{family}/{name}"]
     assert all(math.isfinite(loss) for loss in found["losses"])
     assert found["losses"] == pytest.approx(plain["losses"], rel=1e-5)
@@ -42,5 +42,5 @@ def test_losses_and_weights_are_those_of_the_plain_run(figures, family: str, nam
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("name", "like"), [("tiled_loss", "plain"), ("tiled_mlp", "plain"), ("all", "recomputed")])
-def test_sharded_weights_are_gathered_no_more_often_for_tiles(figures, family: str, name: str, like: str) -> None:
+def test_tiling_does_not_gather_sharded_weights_more_often(figures, family: str, name: str, like: str) -> None:
     assert 0 < figures[f"{family}/{name}"]["gathered"] <= figures[f"{family}/{like}"]["gathered"]

@@ -1,4 +1,4 @@
-"""Two gloo ranks under a watchdog, one of which misbehaves; `watched_ranks.py FAULT RANK TIMEOUT`."""
+"""Two gloo ranks under a watchdog, one with a fault: `watched_ranks.py FAULT RANK TIMEOUT`."""
 
 import os
 import signal
@@ -18,23 +18,23 @@ from clex_train.utils.errors import RankLost
 
 
 def stuck_in_its_own_work() -> None:
-    """As a read from a file system that does not answer; the process lives and beats."""
+    """Hang as in a read from an unresponsive file system; the process lives and sends heartbeats."""
     time.sleep(600)
 
 
 def stopped() -> None:
-    """As a frozen node."""
+    """Stop like a frozen node."""
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def killed() -> None:
-    """As by the kernel when memory runs out."""
+    """Die as if killed by the kernel for lack of memory."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(fault: str, rank: int, timeout: float) -> int:
-    """Rank `rank` does what its fault says, the other one waits for it in a barrier."""
-    # Two processes take as long to start as a busy machine makes them; what is timed begins when both are there.
+    """Run the fault on rank `rank` while the other rank waits in a barrier."""
+    # Start timing when both ranks are up: a busy machine delays the start of processes.
     place, number = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), int(os.environ["RANK"])
     store = dist.TCPStore(*place, 2, is_master=number == 0, timeout=timedelta(seconds=240))
     dist.init_process_group("gloo", store=store, rank=number, world_size=2, timeout=timedelta(seconds=timeout))
@@ -46,7 +46,7 @@ def main(fault: str, rank: int, timeout: float) -> int:
             distributed.barrier()
     except RankLost as error:
         print(f"LOST {error}", file=sys.stderr, flush=True)
-        # The launcher, which would end the group with it, is not to be faster than what is tested.
+        # Do not exit at once, or a launcher could end the other rank before the watchdog under test does.
         threading.Event().wait(0.1)
         os._exit(RankLost.exit_code)
     return 0

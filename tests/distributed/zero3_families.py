@@ -1,9 +1,9 @@
-"""Trains a small random model of each experiment's family with CLEX, replicated and under ZeRO-3; run by torchrun.
+"""Train a small random model of each experiment's family with CLEX, replicated and under ZeRO-3; run by torchrun.
 
     python -m torch.distributed.run --nproc_per_node 2 tests/distributed/zero3_families.py FOLDER [GOLDENS]
 
-Weights are saved first and read into shards as in a run. Rank 0 writes FOLDER/figures.json: per family and ZeRO stage
-the losses and the ODE's gradient norms of three optimizer steps, and the weights that these did not change.
+Weights are saved first and read into shards as in a run. Rank 0 writes FOLDER/figures.json: by family and ZeRO stage
+the losses and the ODE gradient norms of three optimizer steps, and the names of weights that did not change.
 """
 
 import gc
@@ -67,7 +67,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def main(folder: Path, goldens: Path | None) -> None:
-    """Every family at both stages."""
+    """Train every family at both stages."""
     torch.set_num_threads(1)
     engines.open_process_group(Config().engine)
     figures = {}
@@ -84,7 +84,7 @@ def main(folder: Path, goldens: Path | None) -> None:
 
 
 def save(family: str, directory: Path) -> None:
-    """A seeded random model with weights large enough for every layer to matter."""
+    """Save a seeded random model with weights large enough for every layer to matter."""
     settings = {"model_type": family, **COMMON, **FAMILIES[family]}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
@@ -95,7 +95,7 @@ def save(family: str, directory: Path) -> None:
 
 
 def save_official(directory: Path, goldens: Path | None) -> None:
-    """The Llama of the goldens, in the layout of the original CLEX code."""
+    """Save the Llama of the goldens in the layout of the original CLEX code."""
     assert goldens is not None
     directory.mkdir(parents=True)
     shutil.copyfile(goldens / "clex_llama.config.json", directory / "config.json")
@@ -103,7 +103,7 @@ def save_official(directory: Path, goldens: Path | None) -> None:
 
 
 def train(directory: Path, stage: int, act: str) -> dict[str, Any]:
-    """Three optimizer steps, as train.py takes them."""
+    """Take three optimizer steps as train.py does."""
     config = configuration(directory, stage, act)
     settings = engines.deepspeed_dict(config, distributed.world_size())
     arch = architecture.to_train(config.model)
@@ -132,7 +132,7 @@ def train(directory: Path, stage: int, act: str) -> dict[str, Any]:
 
 
 def configuration(directory: Path, stage: int, act: str) -> Config:
-    """CLEX with a field that learns as fast as the model."""
+    """Configure CLEX with a field that learns as fast as the model."""
     scaling = ScalingConfig(name=Method.clex, t_max=16.0, act=Activation(act), lr_scale=1.0)
     config = Config(model=ModelConfig(path=str(directory)), scaling=scaling)
     if directory.name == "lambda":
@@ -146,7 +146,7 @@ def configuration(directory: Path, stage: int, act: str) -> Config:
 
 
 def batch(step: int, vocab_size: int) -> MicroBatch:
-    """This rank's rows of a step; the rows of a step are the same however many ranks share them."""
+    """Return this rank's rows of a step; the global rows do not depend on the number of ranks."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(3, vocab_size, (ROWS, LENGTH), generator=generator)
     index = torch.arange(step * ROWS, (step + 1) * ROWS)

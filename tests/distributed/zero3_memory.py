@@ -1,10 +1,10 @@
-"""Trains small models with each way to save memory, under ZeRO-3 on the ranks that torchrun starts.
+"""Train small models with each memory option, under ZeRO-3 on the ranks that torchrun starts.
 
     python -m torch.distributed.run --nproc_per_node 2 tests/distributed/zero3_memory.py FOLDER
 
-Every weight is sharded, and gathered for use as those of a large model are. Rank 0 writes
-FOLDER/figures.json: per family and options the losses of three steps, the largest `distance` of a weight from that of
-the plain run, and the elements that the last step gathered.
+Every weight is sharded and gathered like those of a large model. Rank 0 writes FOLDER/figures.json: by family and
+options the losses of three steps, the largest `distance` of a weight from that of the plain run, and the number of
+elements that the last step gathered.
 """
 
 import gc
@@ -36,7 +36,7 @@ NOTHING_KEPT = {
     for size in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
 }
 FETCHED_AHEAD = {"stage3_param_persistence_threshold": 0}
-"""What DeepSpeed does with large weights by default."""
+"""The treatment of large weights by default in DeepSpeed."""
 ALL = {"tiled_loss": 5, "tiled_mlp": 7, "activation_checkpointing": True, "offload_activations": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -49,17 +49,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "optimizer_and_parameters": {"offload": Offload.all},
 }
 FAMILIES = ("qwen3", "gpt_neox")
-"""With a tied output layer, gated MLPs and no bias; and the other way round, the MLP beside the attention."""
+"""Qwen3 has a tied output layer, gated MLPs and no biases; GPT-NeoX the opposite, and an MLP parallel to attention."""
 
 gathered: list[int] = []
 zero = dict(NOTHING_KEPT)
 
 
 def main(folder: Path) -> None:
-    """Every family with every option."""
+    """Train every family with every option."""
     torch.set_num_threads(1)
     engines.open_process_group(Config().engine)
-    take_over()
+    patch_deepspeed()
     figures = {}
     for family in FAMILIES:
         directory = folder / family
@@ -76,7 +76,7 @@ def main(folder: Path) -> None:
         (folder / "figures.json").write_text(json.dumps(figures))
 
 
-def take_over() -> None:
+def patch_deepspeed() -> None:
     """Add `zero` to the settings of ZeRO-3, and count what it gathers."""
     made, gather = engines.deepspeed_dict, partition_parameters._dist_allgather_fn
 
@@ -94,9 +94,9 @@ def take_over() -> None:
 
 
 def train(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Three optimizer steps of two unequal micro-batches on each rank; weights on rank 0."""
+    """Take three optimizer steps of two unequal micro batches on each rank; return the weights on rank 0."""
     config = configuration(directory, stage=3, act="silu")
-    # Or AdamW would make a step of the rounding in a gradient that is 0, such as that of a key's bias.
+    # With a smaller eps, AdamW would amplify rounding in gradients that are 0, such as that of a key's bias.
     config.optim.eps = 1e-4
     config.engine.micro_batch = ROWS // distributed.world_size() // 2
     zero.clear()
@@ -126,12 +126,12 @@ def train(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dic
 
 
 def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest difference of an element; 0 on ranks that hold no weights."""
+    """Return the largest difference of an element; 0 on ranks without weights."""
     return max((float((one[key] - other[key]).abs().max()) for key in one), default=0.0)
 
 
 def micro_batches(step: int, vocab_size: int) -> list[MicroBatch]:
-    """This rank's rows one by one; the second has a third of its tokens to score, on rank 1 none."""
+    """Return this rank's rows one by one; the second scores a third of its tokens, and none on rank 1."""
     rows = batch(step, vocab_size)
     rows.targets[1, 0 if distributed.rank() else LENGTH // 3 - 1 :] = UNSCORED
     one_by_one = (slice(index, index + 1) for index in range(len(rows.targets)))

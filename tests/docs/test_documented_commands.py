@@ -1,4 +1,4 @@
-"""Every command in README.md and docs/ names programs, verbs, keys and options that exist, with values they take."""
+"""Commands in README.md and docs/: existing programs, verbs, keys and options, with valid values."""
 
 import re
 import shlex
@@ -35,7 +35,7 @@ ELLIPSIS = ("...", "VERB")
 
 
 def commands(page: Path) -> list[str]:
-    """What is written in code of one of our programs, each from the program's name on."""
+    """Return the commands of our programs in code on a page, each from the name of the program on."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.splitlines()]
@@ -43,13 +43,13 @@ def commands(page: Path) -> list[str]:
     lines += [
         re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     ]
-    # Completion is installed by a flag of Hydra whose value only looks like a key.
+    # Shell completion is installed by a flag of Hydra whose value only looks like a key.
     found = [(line, PROGRAM.search(line + " ")) for line in lines if " -sc " not in line]
     return [line[match.start(1) :] for line, match in found if match]
 
 
 def settings(page: Path) -> list[str]:
-    """`key=value` in code, on its own, of a key that is dotted."""
+    """Return each isolated `key=value` with a dotted key in code on a page."""
     text = page.read_text(encoding="utf-8")
     spans = re.findall(r"`([^`\n]+)`", text) + re.findall(r"^(?:'?launch[.=].*)$", text, re.MULTILINE)
     words = [word for span in spans for word in _words(span)]
@@ -73,7 +73,7 @@ COMMANDS = [pytest.param(line, id=f"{page.stem}: {line[:60]}") for page in PAGES
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_documented_command_is_taken(line):
+def test_documented_commands_are_accepted(line):
     program, *words = _words(line)
     words = [word for word in words if not word.startswith("-")]
     if program == "train.py":
@@ -94,7 +94,7 @@ SETTINGS = sorted({word for page in PAGES for word in settings(page)})
 
 
 @pytest.mark.parametrize("word", SETTINGS)
-def test_a_documented_setting_has_a_key_that_exists(word):
+def test_documented_settings_have_existing_keys(word):
     key, _, value = word.lstrip("+").partition("=")
     schemas = [schema for schema in (Config, *(schema for schema, _ in VERBS.values())) if type_at(schema, key)]
     assert schemas, f"{key}: no such key"
@@ -107,7 +107,7 @@ def test_a_documented_setting_has_a_key_that_exists(word):
         _composed("data_prep", for_hydra(schemas[0], [word]))
 
 
-def test_the_pages_have_commands_and_settings():
+def test_commands_and_settings_are_found_on_the_pages():
     assert len(COMMANDS) > 40
     assert len(SETTINGS) > 20
     assert "launch.environment={NCCL_DEBUG:INFO}" in SETTINGS

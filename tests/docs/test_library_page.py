@@ -1,4 +1,4 @@
-"""docs/library.md runs as it stands, on small random models under the names it uses."""
+"""The code of docs/library.md, run on small random models under the names it uses."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re
 
 @pytest.fixture
 def named_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`my_model` with L = 16, and the field of a run on it in `runs/my_run/final`."""
+    """Save `my_model` with L = 16, and the field of a run on it in `runs/my_run/final`."""
     model = save_tiny_llama(tmp_path / "my_model")
     final = tmp_path / "runs" / "my_run" / "final"
     final.mkdir(parents=True)
@@ -51,5 +51,5 @@ def test_the_loop_trains_the_field(named_models: Path) -> None:
     assert clex.handle.table is clex.table
 
 
-def test_every_block_is_run() -> None:
+def test_every_code_block_is_tested() -> None:
     assert len(BLOCKS) == 2

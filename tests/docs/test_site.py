@@ -1,4 +1,4 @@
-"""The site: every page has its place, and what is generated is what its command writes now."""
+"""The documentation site: navigation, links to source files, and up-to-date generated parts."""
 
 import importlib.util
 import re
@@ -24,7 +24,7 @@ def results_figure() -> ModuleType:
 
 
 def program(name: str) -> ModuleType:
-    """Import a program of docs/, which is no package."""
+    """Import a program of docs/, which is not a package."""
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -33,7 +33,7 @@ def program(name: str) -> ModuleType:
     return module
 
 
-def test_the_table_and_figure_of_layers_are_those_of_the_import_contract(layers: ModuleType) -> None:
+def test_the_table_and_figure_of_layers_match_the_import_contract(layers: ModuleType) -> None:
     text = layers.PAGE.read_text(encoding="utf-8")
     assert text == layers.page(text), "run: python docs/layers.py"
     assert layers.FIGURE.read_text(encoding="utf-8") == layers.figure(), "run: python docs/layers.py"
@@ -60,7 +60,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 @pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem)
-def test_the_source_files_that_a_page_names_exist(page: Path) -> None:
+def test_source_files_named_on_a_page_exist(page: Path) -> None:
     named = set(re.findall(r"(?:\w+/)+\w+\.py\b", page.read_text(encoding="utf-8")))
     of_libraries = {name for name in named if name.startswith("deepspeed/")}
     missing = {
@@ -70,7 +70,7 @@ def test_the_source_files_that_a_page_names_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", sorted((DOCS / "reference").glob("*.md")), ids=lambda page: page.stem)
-def test_the_reference_names_what_exists(page: Path) -> None:
+def test_every_name_in_the_reference_exists(page: Path) -> None:
     for name in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE):
         parts = name.split(".")
         file = next(
@@ -86,13 +86,13 @@ def test_the_reference_names_what_exists(page: Path) -> None:
         assert not rest or re.search(rf"^(def|class) {rest[0]}\b", file.read_text(encoding="utf-8"), re.MULTILINE), name
 
 
-def test_the_glossary_is_sorted_and_explains_some_25_terms() -> None:
+def test_the_glossary_is_sorted_and_has_about_25_terms() -> None:
     terms = re.findall(r"^\*\*(.+)\*\*\n: ", (DOCS / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(terms) >= 25
     assert terms == sorted(terms, key=str.casefold)
 
 
-def test_layers_is_a_program(layers: ModuleType, monkeypatch, tmp_path: Path) -> None:
+def test_the_layers_program_runs(layers: ModuleType, monkeypatch, tmp_path: Path) -> None:
     page = tmp_path / "architecture.md"
     page.write_text(f"before\n{layers.BEGIN}\nstale line\n{layers.END}\nafter\n")
     monkeypatch.setattr(layers, "PAGE", page)
@@ -105,12 +105,12 @@ def test_layers_is_a_program(layers: ModuleType, monkeypatch, tmp_path: Path) ->
     assert "stale line" not in page.read_text()
 
 
-def test_the_figure_of_results_shows_the_numbers_of_the_page(results_figure: ModuleType) -> None:
+def test_the_results_figure_shows_the_numbers_of_the_page(results_figure: ModuleType) -> None:
     text = results_figure.PAGE.read_text(encoding="utf-8")
     assert results_figure.recorded_digest() == results_figure.digest(text), "run: python docs/results_figure.py"
 
 
-def test_every_row_of_the_results_has_a_facet_and_no_facet_a_colour_twice(results_figure: ModuleType) -> None:
+def test_every_row_of_the_results_has_a_facet_with_distinct_colours(results_figure: ModuleType) -> None:
     _, rows = results_figure.table(results_figure.PAGE.read_text(encoding="utf-8"), results_figure.PERPLEXITY)
     assert rows["CLEX, our recipe"][0] == (45.99, 3.01)
     facets = [*results_figure.FACETS.values(), [*results_figure.CLOSE, *results_figure.FROZEN]]

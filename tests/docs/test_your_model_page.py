@@ -1,4 +1,4 @@
-"""docs/your_model.md runs as it stands, on a small Qwen3 and a folder of Python sources."""
+"""The commands of docs/your_model.md, run on a small Qwen3 and a folder of Python sources."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CONTEXT_LEN = 64
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_store) -> Path:
-    """A folder that looks like the repository, with `models/mine` and `texts` in it."""
+    """Make a folder that looks like the repository, with `models/mine` and `texts` in it."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -51,9 +51,9 @@ def place(tmp_path_factory, tiny_store) -> Path:
 
 @pytest.fixture(scope="module")
 def outputs(place) -> list[str]:
-    """What each block of the page printed, in order; the first that fails ends the module."""
+    """Run the blocks of the page in order and return their outputs; the first failure ends the module."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = environments.of_a_launch(PATH=path, WANDB_MODE="offline")
+    environment = environments.launch_environment(PATH=path, WANDB_MODE="offline")
     printed = []
     for language, text in BLOCKS:
         command = ["bash", "-euc", text] if language == "bash" else [sys.executable, "-c", text]
@@ -65,12 +65,12 @@ def outputs(place) -> list[str]:
     return printed
 
 
-def test_the_store_is_written_and_holds_documents_out(outputs, place):
+def test_the_store_is_written_with_held_out_documents(outputs, place):
     assert (place / "corpora" / "mine").is_dir()
     assert re.search(r"validation.*[1-9]", outputs[0])
 
 
-def test_the_plan_and_the_run_open_with_the_same_model(outputs, place):
+def test_the_plan_and_the_run_start_with_the_same_model_line(outputs, place):
     plan, run = outputs[1], outputs[2]
     lines = [
         line for line in plan.splitlines() if line.startswith(("  model ", "  context ", "  scaling ", "  batch "))
@@ -81,8 +81,8 @@ def test_the_plan_and_the_run_open_with_the_same_model(outputs, place):
     assert set(lines) <= set(run.splitlines())
 
 
-def test_the_weights_that_were_trained_are_those_of_the_directory(outputs, place):
-    """At the learning rate of the page, 20 steps move an embedding by less than it differs from other random ones."""
+def test_training_starts_from_the_weights_of_the_directory(outputs, place):
+    """Compare embeddings: 20 steps at the learning rate of the page move them less than another seed would."""
     import torch
     from safetensors.torch import load_file
 
@@ -94,7 +94,7 @@ def test_the_weights_that_were_trained_are_those_of_the_directory(outputs, place
     assert not torch.equal(before, after)
 
 
-def test_the_run_leaves_what_the_page_lists(outputs, place):
+def test_the_run_writes_the_files_that_the_page_lists(outputs, place):
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "report/index.html", "checkpoints", "final"):
         assert f"`{name.split('/')[0]}" in PAGE
         assert (place / "runs" / "mine" / name).exists()
@@ -108,7 +108,7 @@ def test_the_evaluation_prints_a_row_for_each_method(outputs):
         assert re.search(rf"^{method}\s+\d", outputs[4], re.MULTILINE)
 
 
-def test_the_model_before_has_results_of_its_own(outputs, place):
+def test_the_model_before_training_has_separate_results(outputs, place):
     assert re.search(r"^trained\s+\d", outputs[5], re.MULTILINE)
     assert (place / "runs" / "mine_before" / "evaluation" / "mine_before.json").is_file()
 
@@ -117,7 +117,7 @@ def test_the_answer_continues_the_prompt(outputs):
     assert "In the beginning" in outputs[6]
 
 
-def test_the_plan_for_eight_gpus_is_one(outputs):
+def test_the_plan_for_eight_gpus_succeeds(outputs):
     assert "memory of one GPU of 8" in outputs[7]
 
 
@@ -129,7 +129,7 @@ def test_the_plan_for_eight_gpus_is_one(outputs):
         (("model.path=models/mine", "optim.batch_rows=3", "engine.micro_batch=2"), "optim.batch_rows=3: must be"),
     ],
 )
-def test_the_three_refusals_are_those_of_the_page(outputs, place, arguments, line):
+def test_the_three_refusals_match_the_page(outputs, place, arguments, line):
     command = ["train.py", "name=refused", "data.path=corpora/mine", "scaling=clex", *arguments]
     done = Program(command, place).end()
     assert done.returncode == 2, done.stderr

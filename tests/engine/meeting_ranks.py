@@ -1,4 +1,4 @@
-"""A program of ranks that meet, tell each other their ports, and nothing else."""
+"""Open a process group and exchange the ports of all ranks; nothing else."""
 
 import os
 import sys

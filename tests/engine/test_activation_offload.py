@@ -1,4 +1,4 @@
-"""Inputs of recomputed layers in another place: nothing but them goes there, and no bit changes."""
+"""Activation offload: only the inputs of recomputed layers move, and results are bitwise equal."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def gradients(model) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
-def test_on_a_cpu_no_bit_changes(family: str) -> None:
+def test_offload_changes_no_bit_on_a_cpu(family: str) -> None:
     plain, offloaded = build(family), build(family)
     for model in (plain, offloaded):
         recompute_layers(model)
@@ -24,7 +24,7 @@ def test_on_a_cpu_no_bit_changes(family: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(gradients(plain), gradients(offloaded), strict=True))
 
 
-def test_the_input_of_each_layer_goes_away_and_comes_back_and_nothing_else() -> None:
+def test_only_the_input_of_each_layer_is_moved_and_restored() -> None:
     model, gone, back = build("llama"), [], []
 
     def pack(tensor):
@@ -40,6 +40,6 @@ def test_the_input_of_each_layer_goes_away_and_comes_back_and_nothing_else() -> 
     gradients(model)
     layers = model.config.num_hidden_layers
     assert [shape for shape in gone if len(shape) == 3] == [(ROWS, TOKENS, 32)] * layers
-    # torch's checkpoint carries an empty tensor beside them.
+    # torch's checkpoint saves an empty tensor as well.
     assert all(shape.numel() == 0 for shape in gone if len(shape) != 3)
     assert len(back) == len(gone)

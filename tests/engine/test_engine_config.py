@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, and the way from our configuration to DeepSpeed's."""
+"""Learning-rate schedules, and the translation of our configuration to DeepSpeed's."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def test_cosine_rises_over_the_warm_up_peaks_and_ends_at_the_floor():
 
 
 @pytest.mark.parametrize(("schedule", "middle"), [(Schedule.linear, 0.5), (Schedule.constant, 1.0)])
-def test_other_schedules_fall_as_named(schedule, middle):
+def test_other_schedules_decay_as_named(schedule, middle):
     optim = OptimConfig(lr=1.0, steps=100, warmup=0.0, schedule=schedule)
     assert engines.learning_rate(50, optim) == pytest.approx(middle)
 
@@ -48,7 +48,7 @@ def test_accumulation_follows_from_rows_and_ranks():
     assert engines.deepspeed_dict(config, 4)["gradient_accumulation_steps"] == 6
 
 
-def test_without_a_micro_batch_a_rank_reads_its_share_at_once():
+def test_the_default_micro_batch_is_the_whole_share_of_a_rank():
     config = Config(engine=EngineConfig(micro_batch=None))
     config.optim.batch_rows = 8
     assert engines.split_batch(config, world_size=1) == (8, 1)
@@ -57,14 +57,14 @@ def test_without_a_micro_batch_a_rank_reads_its_share_at_once():
     assert engines.split_batch(config, world_size=2) == (2, 2)
 
 
-def test_rows_that_ranks_cannot_share_are_refused_by_name():
+def test_an_indivisible_batch_is_refused_by_key():
     config = Config()
     config.optim.batch_rows = 10
     with pytest.raises(ValueError, match=r"optim\.batch_rows=10: must be a multiple of .* 1 \* 4"):
         engines.split_batch(config, world_size=4)
 
 
-def test_contradicting_accumulation_is_refused_by_name():
+def test_contradictory_accumulation_is_refused_by_key():
     config = Config()
     config.optim.batch_rows, config.engine.accumulation = 8, 4
     with pytest.raises(ValueError, match=r"engine\.accumulation=4: .* need 8"):
@@ -79,37 +79,37 @@ def test_contradicting_accumulation_is_refused_by_name():
         (Offload.all, {"offload_optimizer", "offload_param"}),
     ],
 )
-def test_offload_reaches_deepspeed(offload, keys):
+def test_offload_is_passed_to_deepspeed(offload, keys):
     config = Config(engine=EngineConfig(offload=offload, precision=Precision.bf16))
     made = engines.deepspeed_dict(config, 1)
     assert {key for key in made["zero_optimization"] if key.startswith("offload")} == keys
     assert made["bf16"] == {"enabled": True}
 
 
-def test_matrices_decay_and_vectors_do_not():
+def test_weight_decay_applies_to_matrices_only():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
     config = Config(optim=OptimConfig(weight_decay=0.1))
     groups = engines._optimizer(model, config).param_groups
     assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.1, 1), (0.0, 3)]
 
 
-def test_ranks_that_share_rows_read_them_as_one():
+def test_sequence_parallel_ranks_count_as_one_reader():
     config = Config(engine=EngineConfig(micro_batch=2, sequence_parallel=4))
     config.optim.batch_rows = 12
     assert engines.split_batch(config, world_size=8) == (2, 3)
     settings = engines.deepspeed_dict(config, 8)
-    # What DeepSpeed asserts: each of its ranks has rows of its own.
+    # DeepSpeed asserts this product, counting each of its ranks as reading separate rows.
     assert settings["train_batch_size"] == 2 * 3 * 8
 
 
 @pytest.mark.parametrize("world_size", [1, 6])
-def test_ranks_that_do_not_make_whole_groups_are_refused(world_size):
+def test_a_world_size_that_is_not_a_multiple_of_the_group_is_refused(world_size):
     config = Config(engine=EngineConfig(sequence_parallel=4))
     with pytest.raises(ValueError, match=rf"engine\.sequence_parallel=4: must divide .* ranks, {world_size}"):
         engines.split_batch(config, world_size)
 
 
-def test_rows_that_groups_cannot_share_are_refused_by_name():
+def test_a_batch_indivisible_by_groups_is_refused_by_key():
     config = Config(engine=EngineConfig(sequence_parallel=2))
     config.optim.batch_rows = 5
     with pytest.raises(

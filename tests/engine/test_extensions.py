@@ -1,4 +1,4 @@
-"""The guard around DeepSpeed's run-time compilation."""
+"""The lock around DeepSpeed's run-time compilation of extensions."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ import pytest
 from clex_train.engine import extensions
 
 
-def _hold(path, ready, seconds, over=None):
+def _hold_lock(path, ready, seconds, over=None):
     with extensions.exclusive(path, "op"):
         ready.set()
         time.sleep(seconds)
@@ -22,10 +22,10 @@ def _hold(path, ready, seconds, over=None):
             over.set()
 
 
-def test_a_killed_builder_leaves_nothing_that_others_wait_for(tmp_path, caplog):
+def test_a_killed_builder_releases_the_lock(tmp_path, caplog):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
-    builder = context.Process(target=_hold, args=(tmp_path / "op.flock", ready, 600))
+    builder = context.Process(target=_hold_lock, args=(tmp_path / "op.flock", ready, 600))
     builder.start()
     assert ready.wait(120)
     os.kill(builder.pid, signal.SIGKILL)
@@ -37,7 +37,7 @@ def test_a_killed_builder_leaves_nothing_that_others_wait_for(tmp_path, caplog):
 def test_a_second_process_waits_for_the_builder(tmp_path):
     context = multiprocessing.get_context("fork")
     ready, over = context.Event(), context.Event()
-    builder = context.Process(target=_hold, args=(tmp_path / "op.flock", ready, 1.0, over))
+    builder = context.Process(target=_hold_lock, args=(tmp_path / "op.flock", ready, 1.0, over))
     builder.start()
     assert ready.wait(120)
     with extensions.exclusive(tmp_path / "op.flock", "op"):
@@ -67,9 +67,9 @@ print("built", flush=True)
 
 
 @pytest.mark.slow
-def test_a_launch_goes_on_where_one_was_killed_in_the_middle_of_the_compiler(tmp_path):
+def test_a_launch_builds_after_another_was_killed_while_compiling(tmp_path):
     source, folder = tmp_path / "op.cpp", tmp_path / "extensions"
-    # Templates enough to keep the compiler busy for seconds.
+    # Enough templates to keep the compiler busy for seconds.
     source.write_text(
         "#include <bits/stdc++.h>\nbool f(std::string s) { return std::regex_match(s, std::regex(s)); }\n"
     )
@@ -79,7 +79,7 @@ def test_a_launch_goes_on_where_one_was_killed_in_the_middle_of_the_compiler(tmp
         assert time.monotonic() < deadline
         assert build.poll() is None, build.communicate()
         time.sleep(0.01)
-    # So that it has not compiled all before the other one has started.
+    # Otherwise it could finish compiling before the other one has started.
     os.killpg(build.pid, signal.SIGSTOP)
     waiting = start_build(source, folder)
     assert "waits while another one compiles small_op" in waiting.stderr.readline()
@@ -103,7 +103,7 @@ def start_build(source: Path, folder: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_the_lock_that_torch_leaves_behind_holds_up_nobody(tmp_path):
+def test_a_stale_lock_of_torch_blocks_nobody(tmp_path):
     source, folder = tmp_path / "op.cpp", tmp_path / "extensions"
     source.write_text("int f() { return 1; }\n")
     first = start_build(source, folder)

@@ -1,4 +1,4 @@
-"""Which modules Liger's kernels replace, on the instance alone; on a GPU, that they compute the same."""
+"""Liger kernels: the modules they replace, on the instance only, and equal results on a GPU."""
 
 import copy
 
@@ -21,7 +21,7 @@ COMMON = {
 }
 IDS = torch.arange(3, 43).reshape(2, 20)
 
-# The same by elementary operations, to see where a kernel would go.
+# Plain operations in place of the kernels show which modules they would replace.
 PLAIN = liger.Kernels(
     lambda x, weight, epsilon: (
         weight * (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
@@ -61,12 +61,12 @@ def test_norms_and_gated_mlps_of_a_family_are_replaced(family, changes, number):
     torch.testing.assert_close(loss_and_gradients(model), loss_and_gradients(reference), rtol=1e-5, atol=1e-6)
 
 
-def test_a_norm_that_scales_by_one_more_than_its_weight_is_left_alone():
+def test_a_norm_that_scales_by_one_plus_its_weight_is_not_replaced():
     model = model_of("gemma", hidden_act="gelu")
     assert liger.install(model, PLAIN) == []
 
 
-def test_another_model_of_the_family_and_its_classes_stay_as_they_were():
+def test_other_models_of_the_family_and_its_classes_are_unchanged():
     model, other = model_of("llama"), model_of("llama")
     forward = type(model.model.norm).forward
     replaced = liger.install(model, PLAIN)
@@ -76,7 +76,7 @@ def test_another_model_of_the_family_and_its_classes_stay_as_they_were():
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_a_module_whose_forward_somebody_has_replaced_is_left_to_them():
+def test_a_module_with_an_already_replaced_forward_is_not_changed():
     model = model_of("llama")
     model.model.layers[0].mlp.forward = lambda x: x
     assert model.model.layers[0].mlp not in liger.install(model, PLAIN)
@@ -93,7 +93,7 @@ def test_a_copy_of_the_model_computes_with_its_own_weights():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_asking_for_the_kernels_is_an_error_in_one_line():
+def test_requesting_the_kernels_without_a_gpu_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"engine\.liger=always: there is no GPU: pip install .*requirements-gpu"):
         liger.check(Liger.always)
     for choice in (Liger.auto, Liger.never):
@@ -111,7 +111,7 @@ def test_a_missing_package_is_named(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(liger.refusal() is not None, reason="no liger-kernel or no GPU")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_ligers_kernels_give_the_loss_and_gradients_of_the_modules(dtype, tolerance):
+def test_liger_kernels_match_the_loss_and_gradients_of_the_modules(dtype, tolerance):
     model = model_of("llama", hidden_size=256, head_dim=64, intermediate_size=512).cuda().to(dtype)
     reference = copy.deepcopy(model)
     assert liger.install(model, liger.kernels())

@@ -1,4 +1,4 @@
-"""Ranks meet beside another job: at a port of their own where none was named, else one line says that it is taken."""
+"""The rendezvous port: a free one by default, and a one-line error if the given one is in use."""
 
 import os
 import socket
@@ -26,8 +26,8 @@ GROUP = (*environments.GROUP, "CROSS_SIZE", "LOCAL_SIZE")
 
 
 @contextmanager
-def taken(port: int) -> Iterator[None]:
-    """Somebody listens at the port and answers nobody, if nobody did before."""
+def occupied_port(port: int) -> Iterator[None]:
+    """Listen at the port without answering, unless another program already does."""
     with socket.socket(socket.AF_INET6) as holder:
         holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         with suppress(OSError):
@@ -37,9 +37,9 @@ def taken(port: int) -> Iterator[None]:
 
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
-    """DeepSpeed's launcher with two ranks of the program."""
+    """Run two ranks of the program under DeepSpeed's launcher."""
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    environment = environments.of_a_launch()
+    environment = environments.launch_environment()
     return subprocess.run(
         [deepspeed, "--num_accelerators", "2", *words, PROGRAM],
         capture_output=True,
@@ -50,8 +50,8 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_launch_beside_another_job_at_deepspeeds_port_takes_one_of_its_own():
-    with taken(int(rendezvous.DEEPSPEED_PORT)):
+def test_a_launch_picks_another_port_if_deepspeeds_default_is_in_use():
+    with occupied_port(int(rendezvous.DEEPSPEED_PORT)):
         done = launch()
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("met ")]
@@ -60,27 +60,27 @@ def test_a_launch_beside_another_job_at_deepspeeds_port_takes_one_of_its_own():
     assert not list(Path(tempfile.gettempdir()).glob(f"clex_train_port_{os.getuid()}_*.tmp"))
 
 
-def _meet_without_waiting(rank: int, folder: str) -> None:
-    """A rank under a backend whose group opens without waiting for the others, as NCCL's does."""
+def _join_without_waiting(launcher_variables: int, folder: str) -> None:
+    """Join under a backend whose group opens without waiting for other ranks, as NCCL's does."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: F401  registers the backend
 
-    time.sleep(2.0 * rank)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", TMPDIR=folder)
+    time.sleep(2.0 * launcher_variables)
+    os.environ.update(RANK=str(launcher_variables), LOCAL_RANK=str(launcher_variables), WORLD_SIZE="2", TMPDIR=folder)
     tempfile.tempdir = folder
     rendezvous._launcher = lambda: psutil.Process(os.getppid())
     rendezvous.open_at_free_port("fake", timedelta(seconds=60))
-    Path(folder, f"met_{rank}").write_text(os.environ["MASTER_PORT"])
+    Path(folder, f"met_{launcher_variables}").write_text(os.environ["MASTER_PORT"])
     torch.distributed.destroy_process_group()
 
 
-def test_a_rank_that_comes_late_finds_the_port_whatever_the_backend_waits_for(tmp_path):
-    call_on_two_ranks(_meet_without_waiting, str(tmp_path))
-    first, second = ((tmp_path / f"met_{rank}").read_text() for rank in (0, 1))
+def test_a_late_rank_finds_the_port_even_if_the_backend_does_not_wait(tmp_path):
+    call_on_two_ranks(_join_without_waiting, str(tmp_path))
+    first, second = ((tmp_path / f"met_{launcher_variables}").read_text() for launcher_variables in (0, 1))
     assert first == second
     assert {path.name for path in tmp_path.iterdir()} == {"met_0", "met_1"}
 
 
-def test_a_note_that_a_killed_launch_left_is_not_taken(tmp_path, monkeypatch):
+def test_a_stale_note_of_a_killed_launch_is_ignored(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(rendezvous, "_launcher", psutil.Process)
     note = rendezvous._note()
@@ -92,15 +92,15 @@ def test_a_note_that_a_killed_launch_left_is_not_taken(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("port", ["0", "99999"])
-def test_a_port_that_is_none_is_one_line(rank, port):
-    rank(RANK="0", MASTER_PORT=port)
+def test_an_invalid_port_is_refused_in_one_line(launcher_variables, port):
+    launcher_variables(RANK="0", MASTER_PORT=port)
     with pytest.raises(ValueError, match=f"^MASTER_PORT={port}: must be a port number from 1 to 65535"):
         rendezvous.require_free_port()
 
 
-def test_a_port_that_was_named_and_is_taken_is_one_line():
+def test_a_given_port_in_use_is_refused_in_one_line():
     port = free_port()
-    with taken(int(port)):
+    with occupied_port(int(port)):
         done = launch("--master_port", port)
     assert done.returncode == 2
     ours = [line for line in done.stderr.splitlines() if "MASTER_PORT" in line or "Traceback" in line]
@@ -111,37 +111,37 @@ def test_a_port_that_was_named_and_is_taken_is_one_line():
 
 
 @pytest.fixture
-def rank(monkeypatch):
-    """Sets what a launcher tells a rank."""
+def launcher_variables(monkeypatch):
+    """Return a function that sets the variables that a launcher gives to a rank."""
 
-    def put(**variables: str) -> None:
+    def set_variables(**variables: str) -> None:
         for name in (*GROUP, "TORCHELASTIC_USE_AGENT_STORE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
 
-    return put
+    return set_variables
 
 
-def test_only_the_rank_that_is_to_listen_asks_whether_it_can(rank):
+def test_only_the_listening_rank_checks_the_port(launcher_variables):
     port = free_port()
-    with taken(int(port)):
-        rank(RANK="1", MASTER_PORT=port)
+    with occupied_port(int(port)):
+        launcher_variables(RANK="1", MASTER_PORT=port)
         rendezvous.require_free_port()
-        rank(RANK="0", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
+        launcher_variables(RANK="0", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
         rendezvous.require_free_port()
-        rank(RANK="0", MASTER_PORT=port)
+        launcher_variables(RANK="0", MASTER_PORT=port)
         with pytest.raises(ValueError, match=f"MASTER_PORT={port}: the port is in use"):
             rendezvous.require_free_port()
     rendezvous.require_free_port()
 
 
-def test_a_port_is_chosen_on_one_machine_for_the_default_alone(rank, monkeypatch):
+def test_a_port_is_only_chosen_on_one_machine_in_place_of_the_default(launcher_variables, monkeypatch):
     one = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "CROSS_SIZE": "1", "MASTER_PORT": "29500"}
-    rank(**one)
+    launcher_variables(**one)
     assert not rendezvous.may_choose_port(), "not a child of DeepSpeed's launcher"
     monkeypatch.setattr(rendezvous, "_launcher", object)
     assert rendezvous.may_choose_port()
     for other in ({"MASTER_PORT": "29501"}, {"CROSS_SIZE": "2", "WORLD_SIZE": "4"}):
-        rank(**one | other)
+        launcher_variables(**one | other)
         assert not rendezvous.may_choose_port()

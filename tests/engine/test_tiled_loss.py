@@ -1,4 +1,4 @@
-"""Cross-entropy in tiles against PyTorch's of all logits, in float64 and bfloat16; and what it never holds."""
+"""Tiled cross-entropy against PyTorch's on all logits, in float64 and bfloat16, and its peak memory."""
 
 import pytest
 import torch
@@ -31,12 +31,12 @@ def reference(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | No
 @pytest.mark.parametrize("tile_len", [1, 5, 36, TOKENS, 1000])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_loss_and_gradients_are_those_of_all_logits(tile_len, form, with_bias):
+def test_loss_and_gradients_match_those_of_all_logits(tile_len, form, with_bias):
     (hidden, weight, bias), targets = inputs(torch.float64)
     leaves, bias = [hidden, weight, *([bias] if with_bias else [])], bias if with_bias else None
     expected = reference(hidden, targets, weight, bias, form)
     found = tiled_cross_entropy(hidden, targets, weight, bias, tile_len, form)
-    # A loss comes with a weight and is divided by an engine: its gradient is not 1.
+    # The loss is weighted and scaled by the engine, so its incoming gradient is not 1.
     wanted = torch.autograd.grad(0.37 * expected, leaves)
     given = torch.autograd.grad(0.37 * found, leaves)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -46,7 +46,7 @@ def test_loss_and_gradients_are_those_of_all_logits(tile_len, form, with_bias):
         assert torch.equal(tiled_cross_entropy(hidden, targets, weight, bias, tile_len, form), found)
 
 
-def test_no_scored_token_gives_zero_and_no_gradient():
+def test_no_scored_token_gives_zero_loss_and_zero_gradient():
     (hidden, weight, bias), targets = inputs(torch.float32)
     loss = tiled_cross_entropy(hidden, torch.full_like(targets, IGNORED), weight, bias, 5, Logits())
     loss.backward()
@@ -55,7 +55,7 @@ def test_no_scored_token_gives_zero_and_no_gradient():
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
-def test_what_is_frozen_gets_no_gradient_and_the_rest_keeps_its_own(frozen):
+def test_frozen_inputs_get_no_gradient_and_the_others_are_unchanged(frozen):
     leaves, targets = inputs(torch.float64)
     tiled_cross_entropy(leaves[0], targets, *leaves[1:], 5, Logits()).backward()
     expected = [leaf.grad for leaf in leaves]
@@ -66,7 +66,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_keeps_its_own(frozen):
         assert leaf.grad is None if index == frozen else torch.equal(leaf.grad, expected[index])
 
 
-def test_in_bfloat16_many_tiles_are_as_near_to_float64_as_one_product_is():
+def test_bfloat16_tiles_are_as_close_to_float64_as_one_product():
     leaves, targets = inputs(torch.bfloat16, tokens=2048, width=32)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     reference(exact[0], targets, *exact[1:], Logits()).backward()
@@ -91,7 +91,7 @@ def test_a_hook_on_the_weight_runs_once_with_the_whole_gradient():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_no_tensor_is_larger_than_a_tile_or_what_has_to_be_there(form):
+def test_no_tensor_is_larger_than_a_tile_or_an_input(form):
     (hidden, weight, bias), targets = inputs(torch.float32, tokens=400)
     with LargestTensor() as largest:
         tiled_cross_entropy(hidden, targets, weight, bias, 16, form).backward()

@@ -1,4 +1,4 @@
-"""MLPs in tiles: the same numbers, each token twice through the MLP if layers are recomputed, and no larger tensor."""
+"""Tiled MLPs: the same loss and gradients, the number of passes, and peak memory."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_loss_and_gradients_are_those_of_the_whole_mlp(family: str, recomputed: bool) -> None:
+def test_loss_and_gradients_match_those_of_the_whole_mlp(family: str, recomputed: bool) -> None:
     model = build(family)
     loss = loss_of(model)
     expected = gradients(model, loss)
@@ -39,7 +39,7 @@ def test_loss_and_gradients_are_those_of_the_whole_mlp(family: str, recomputed: 
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_in_bfloat16_gradients_of_weights_are_as_near_to_float32_as_those_of_one_product() -> None:
+def test_bfloat16_weight_gradients_are_as_close_to_float32_as_those_of_one_product() -> None:
     exact, whole, in_tiles = (build("llama").to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
     exact.load_state_dict({name: tensor.float() for name, tensor in whole.state_dict().items()})
     tiled(in_tiles, 2)
@@ -50,7 +50,7 @@ def test_in_bfloat16_gradients_of_weights_are_as_near_to_float32_as_those_of_one
 
 
 @pytest.mark.parametrize(("recomputed", "passes"), [(False, 2), (True, 2)])
-def test_every_token_passes_twice_and_every_weight_is_complete_once(recomputed: bool, passes: int) -> None:
+def test_tokens_pass_twice_under_recomputation_and_each_weight_completes_once(recomputed: bool, passes: int) -> None:
     model = build("llama")
     if recomputed:
         recompute_layers(model)
@@ -65,7 +65,7 @@ def test_every_token_passes_twice_and_every_weight_is_complete_once(recomputed: 
     assert len(complete) == 2 * 3
 
 
-def test_what_is_inside_an_mlp_is_there_for_one_tile_alone() -> None:
+def test_activations_inside_an_mlp_exist_for_one_tile_at_a_time() -> None:
     model = build("llama", intermediate_size=4096)
     hidden = torch.randn(2, 100, 32, requires_grad=True)
     (mlp, *_) = tiled(model, 8)
@@ -76,7 +76,7 @@ def test_what_is_inside_an_mlp_is_there_for_one_tile_alone() -> None:
     assert weights < 2 * 100 * 4096
 
 
-def test_weights_learn_where_their_input_does_not() -> None:
+def test_weights_get_gradients_even_if_their_input_does_not() -> None:
     model = build("llama")
     hidden = torch.randn(2, 30, 32)
     mlp = model.model.layers[0].mlp
@@ -124,6 +124,6 @@ class Layer(nn.Module):
         (Layer(ffn=nn.Sequential(nn.Conv1d(2, 2, 3))), "Sequential has weights in Conv1d"),
     ],
 )
-def test_what_does_not_look_at_each_token_alone_is_refused(layer: nn.Module, reason: str) -> None:
+def test_an_mlp_that_mixes_tokens_is_refused(layer: nn.Module, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         tiled_mlp.find([layer])

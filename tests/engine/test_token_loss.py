@@ -1,4 +1,4 @@
-"""The loss of a micro-batch against that of transformers, for families that go on with their logits and others."""
+"""The loss of a micro batch against that of transformers, for several model families."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ FAMILIES = {
 
 
 def build(family: str, **settings):
-    """A seeded random model with weights large enough to matter."""
+    """Build a seeded random model with weights large enough to matter."""
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **settings}))
     for parameter in model.parameters():
@@ -45,7 +45,7 @@ def build(family: str, **settings):
 
 
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels; the second row is half padding, the last has nothing to score."""
+    """Return tokens and labels; the second row is half padding, and the last has nothing to score."""
     ids = torch.randint(3, VOCABULARY, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[1, 9:] = labels[2] = IGNORED
@@ -59,7 +59,7 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_are_those_of_transformers(family: str) -> None:
+def test_loss_and_gradients_match_those_of_transformers(family: str) -> None:
     model, (ids, labels) = build(family), rows()
     stock = model(input_ids=ids, labels=labels, use_cache=False).loss
     expected, targets = gradients(model, 0.7 * stock), token_loss.shifted(labels)
@@ -72,7 +72,7 @@ def test_loss_and_gradients_are_those_of_transformers(family: str) -> None:
             torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_a_prepared_model_is_as_before_without_targets() -> None:
+def test_a_prepared_model_is_unchanged_without_targets() -> None:
     model, (ids, labels) = build("gemma2"), rows()
     before = model(input_ids=ids, labels=labels, use_cache=False)
     token_loss.install_tiles(model, TILE)
@@ -81,7 +81,7 @@ def test_a_prepared_model_is_as_before_without_targets() -> None:
     assert torch.equal(before.loss, after.loss)
 
 
-def test_the_loss_of_routers_is_added_as_transformers_adds_it() -> None:
+def test_the_router_loss_is_added_as_in_transformers() -> None:
     model, (ids, labels) = build("mixtral", output_router_logits=True, router_aux_loss_coef=0.5), rows()
     stock = model(input_ids=ids, labels=labels, use_cache=False)
     assert stock.aux_loss > 0
@@ -90,7 +90,7 @@ def test_the_loss_of_routers_is_added_as_transformers_adds_it() -> None:
 
 
 @pytest.mark.parametrize("loss", [token_loss.loss_from_logits, token_loss.loss_in_tiles])
-def test_rows_without_a_scored_token_count_nothing(loss) -> None:
+def test_rows_without_a_scored_token_do_not_count(loss) -> None:
     model, (ids, labels) = build("llama"), rows()
     token_loss.install_tiles(model, TILE)
     found = loss(model, token_loss.shifted(labels)[2:], input_ids=ids[2:])
@@ -98,8 +98,8 @@ def test_rows_without_a_scored_token_count_nothing(loss) -> None:
     assert all(not gradient.any() for gradient in gradients(model, found).values())
 
 
-def test_targets_may_reach_beyond_the_tokens_of_the_call() -> None:
-    """A rank that holds the first part of a row is told the token behind it."""
+def test_targets_may_extend_beyond_the_tokens_of_the_call() -> None:
+    """Pass the next token as target, as for a rank with the first shard of a row."""
     model, (ids, _) = build("llama"), rows()
     token_loss.install_tiles(model, TILE)
     targets = token_loss.shifted(ids)
@@ -122,7 +122,7 @@ def test_the_output_layer_runs_once_and_its_weight_is_complete_once() -> None:
     assert head.weight is model.get_input_embeddings().weight
 
 
-def test_evaluation_in_between_takes_its_own_tiles_and_gives_the_head_back() -> None:
+def test_evaluation_between_steps_tiles_separately_and_restores_the_head() -> None:
     model, (ids, labels) = build("llama"), rows()
     token_loss.install_tiles(model, TILE)
     targets = token_loss.shifted(labels)
@@ -138,7 +138,7 @@ def test_evaluation_in_between_takes_its_own_tiles_and_gives_the_head_back() -> 
     assert "forward" not in model.get_output_embeddings().__dict__
 
 
-def test_a_fault_is_found_in_a_loss_of_tiles_too() -> None:
+def test_a_fault_is_found_in_a_tiled_loss_too() -> None:
     model, (ids, labels) = build("llama"), rows()
     token_loss.install_tiles(model, TILE)
     with torch.no_grad():

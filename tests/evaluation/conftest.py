@@ -1,4 +1,4 @@
-"""Settings for this folder's tests."""
+"""Fixtures of the evaluation tests."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.evaluation.model_directories import save_model, save_store
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A model directory, a token store, and a store of another vocabulary."""
+    """Write a model directory, a token store, and a store of another vocabulary."""
     root = tmp_path_factory.mktemp("evaluate")
     save_model(root / "base")
     save_store(root / "store")

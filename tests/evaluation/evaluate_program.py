@@ -1,4 +1,4 @@
-"""Run the evaluate program in this process."""
+"""The evaluate program, run in this process."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A tiny Llama with weights large enough that every position matters, and windows of random tokens for it."""
+"""A tiny Llama with weights large enough for every position to matter, and windows of random tokens for it."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ VOCAB = 97
 
 
 def build_tiny_llama() -> LlamaForCausalLM:
-    """The same weights at every call."""
+    """Build a tiny Llama with the same weights at every call."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -30,6 +30,6 @@ def build_tiny_llama() -> LlamaForCausalLM:
 
 
 def random_windows(count: int, longest: int) -> WindowSet:
-    """Each window from a document of its own."""
+    """Draw windows of random tokens, each from a separate document."""
     tokens = np.random.default_rng(7).integers(0, VOCAB, (count, longest))
     return WindowSet(tokens, np.arange(count), np.zeros(count, dtype=np.int64))

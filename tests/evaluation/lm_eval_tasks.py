@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on local data, and a model that reads them: words are numbers."""
+"""Tasks of lm-eval on local data, and a model for them whose words are numbers."""
 
 import json
 from collections.abc import Iterable
@@ -40,7 +40,7 @@ metric_list:
 
 
 def save_number_model(folder: Path) -> None:
-    """Save a CLEX model whose tokenizer knows the numbers from 2 up to VOCAB, one word each."""
+    """Save a CLEX model whose tokenizer has one word for each number from 2 up to VOCAB."""
     save_clex_model(folder)
     vocabulary = {"<end>": 0, "<unknown>": 1, **{str(i): i for i in range(2, VOCAB)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
@@ -50,7 +50,7 @@ def save_number_model(folder: Path) -> None:
 
 
 def write_documents(folder: Path, text: str, documents: Iterable[tuple[list[int], list[int]]]) -> None:
-    """Write a task file and its documents: pairs of a prompt and its answer."""
+    """Write a task file and its documents, which are pairs of a prompt and its answer."""
     folder.mkdir(exist_ok=True)
     rows = [{"text": _words(prompt), "answer": _words(answer)} for prompt, answer in documents]
     data = folder / "documents.json"

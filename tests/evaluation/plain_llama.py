@@ -1,7 +1,7 @@
-"""A Llama written down naively in float64, the reference of the protocols: full logits, loops over heads and tokens.
+"""A naive Llama in float64, the reference of the protocols: full logits, loops over heads and tokens.
 
-Keys are kept unrotated and all of them are rotated at the current frequencies for every chunk, as the official CLEX
-code does. It shares no line with the package and uses nothing of transformers but the weights' names.
+Keys are cached unrotated, and all of them are rotated at the current frequencies for every chunk, as in the official
+CLEX code. It shares no code with the package and uses only the names of the weights of transformers.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def chunk_nll(weights: dict[str, Tensor], config, tokens: list[int], chunks: list[tuple[int, int, Tensor]]) -> Tensor:
-    """nll float64 [N] (0 for the first token); `chunks` are (start, stop, inv_freq), read one after another."""
+    """Return nll float64 [N] (0 for the first token); `chunks` are (start, stop, inv_freq), read in order."""
     weights = {name: value.double() for name, value in weights.items()}
     keys: list[list[Tensor]] = [[] for _ in range(config.num_hidden_layers)]
     values: list[list[Tensor]] = [[] for _ in range(config.num_hidden_layers)]

@@ -1,9 +1,9 @@
-"""Evaluates model directories with weights split over the ranks; run by torchrun.
+"""Evaluate model directories with weights sharded over the ranks; run by torchrun.
 
     python -m torch.distributed.run --nproc_per_node 2 tests/evaluation/sharded_loading.py FOLDER NAME...
 
-For each NAME, FOLDER/NAME/model is evaluated on FOLDER/store as the command line would; one whose name ends in
-`_offloaded` with its parameters in host memory. FOLDER/NAME/<rank>.json says what share of the weights the rank held.
+For each NAME, evaluate FOLDER/NAME/model on FOLDER/store as the command line would, with parameters in host memory if
+the name ends in `_offloaded`. FOLDER/NAME/<rank>.json records the fraction of the weights on the rank.
 """
 
 import json
@@ -23,23 +23,23 @@ ARGUMENTS = ["lengths=[16,32,64]", "methods=[trained,ntk]", "protocols=[one_shot
 
 
 def main(folder: Path, names: list[str]) -> None:
-    """Each of the directories in turn."""
+    """Evaluate each of the directories."""
     torch.set_num_threads(1)
     for name in names:
-        program.load = remembering(folder / name)  # type: ignore[assignment]
+        program.load = recording_load(folder / name)  # type: ignore[assignment]
         offload = [f"offload_parameters={str(name.endswith('_offloaded')).lower()}"]
         sys.argv = [sys.argv[0], *arguments(folder, name), "sharded=true", *offload]
         program.main()
 
 
 def arguments(folder: Path, name: str) -> list[str]:
-    """The command line for a directory, without what splits it."""
+    """Return the command line for a directory, without the options that shard it."""
     places = [f"model={folder / name / 'model'}", f"data={folder / 'store'}", f"output={folder / name / 'result.json'}"]
     return [*places, *ARGUMENTS]
 
 
-def remembering(folder: Path):
-    """`loading.load` that writes what share of the weights this rank keeps."""
+def recording_load(folder: Path):
+    """Wrap `loading.load` to record the fraction of the weights on this rank."""
 
     def load(asked, model):
         loaded, dtype = loading.load(asked, model)

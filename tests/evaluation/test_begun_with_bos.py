@@ -1,4 +1,4 @@
-"""Windows, streams and prompts that begin with BOS: what is read, what is scored, and who decides."""
+"""BOS in windows, streams and prompts of an evaluation: tokens read, tokens scored, and the choice."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +38,8 @@ def evaluate(windows, chunk_len=1000):
     return runner.evaluate(model, handle, chosen, windows, todo, chunk_len=chunk_len, device=torch.device("cpu"))
 
 
-def test_every_span_is_read_behind_bos_and_the_same_tokens_are_scored() -> None:
-    """The slow reference: plain forwards over each span with BOS in place of its first token."""
+def test_every_span_is_read_after_bos_and_the_same_tokens_are_scored() -> None:
+    """Compare with plain forwards over each span with BOS in place of its first token."""
     plain, begun = random_windows(3, 64), replace(random_windows(3, 64), bos_id=BOS)
     with_bos, without = evaluate(begun, chunk_len=20), evaluate(plain)
     model = build_tiny_llama()
@@ -71,14 +71,14 @@ def store(tmp_path: Path) -> TokenStore:
     return TokenStore(tmp_path / "store").split("validation")
 
 
-def recorded(store: TokenStore, has_bos: bool | None, bos_id: int | None = BOS) -> TokenStore:
+def with_record(store: TokenStore, has_bos: bool | None, bos_id: int | None = BOS) -> TokenStore:
     tokenizer = replace(store.manifest.tokenizer, bos_id=bos_id)
     text = replace(store.manifest, bos=has_bos, tokenizer=tokenizer).to_json()
     (store.path / MANIFEST).write_text(text)
     return TokenStore(store.path, "validation")
 
 
-def test_bos_chooses_no_other_windows(store: TokenStore) -> None:
+def test_bos_does_not_change_the_selected_windows(store: TokenStore) -> None:
     plain, begun = select(store, 32, 5, seed=3), select(store, 32, 5, seed=3, bos_id=BOS)
     assert (plain.tokens == begun.tokens).all()
     assert (plain.starts == begun.starts).all()
@@ -90,7 +90,7 @@ def test_bos_chooses_no_other_windows(store: TokenStore) -> None:
 
 
 def tokenizer_that(adds: bool) -> object:
-    """Nothing but what is asked of a tokenizer."""
+    """Make a tokenizer with only the attributes that the check reads."""
 
     class Tokenizer:
         bos_token_id, eos_token_id = BOS, 2
@@ -115,21 +115,21 @@ def tokenizer_that(adds: bool) -> object:
         (Bos.never, True, True, None),
     ],
 )
-def test_auto_follows_the_store_and_without_a_record_the_tokenizer_of_a_model_from_elsewhere(
+def test_auto_follows_the_store_or_without_a_record_the_tokenizer(
     store: TokenStore, choice: Bos, record: bool | None, adds: bool, expected: int | None
 ) -> None:
-    assert evaluation_bos_id(choice, recorded(store, record), tokenizer_that(adds)) == expected
+    assert evaluation_bos_id(choice, with_record(store, record), tokenizer_that(adds)) == expected
 
 
 def test_a_model_trained_on_a_store_without_a_record_is_evaluated_without_bos(store: TokenStore) -> None:
-    old = recorded(store, None)
+    old = with_record(store, None)
     assert evaluation_bos_id(Bos.auto, old) is None
     assert evaluation_bos_id(Bos.always, old) == BOS
-    assert evaluation_bos_id(Bos.auto, recorded(store, True)) == BOS
+    assert evaluation_bos_id(Bos.auto, with_record(store, True)) == BOS
 
 
-def test_a_tokenizer_without_bos_is_refused_by_always_alone(store: TokenStore) -> None:
-    without = recorded(store, None, bos_id=None)
+def test_only_always_refuses_a_tokenizer_without_bos(store: TokenStore) -> None:
+    without = with_record(store, None, bos_id=None)
     assert evaluation_bos_id(Bos.auto, without, SimpleNamespace()) is None
     assert evaluation_bos_id(Bos.never, without, SimpleNamespace()) is None
     with pytest.raises(ValueError, match=r"^evaluation\.bos=always: .* has no BOS token"):
@@ -137,14 +137,14 @@ def test_a_tokenizer_without_bos_is_refused_by_always_alone(store: TokenStore) -
 
 
 @pytest.mark.parametrize("adds", [True, False])
-def test_prompts_begin_with_bos_once_or_not_at_all(adds: bool) -> None:
+def test_prompts_begin_with_at_most_one_bos(adds: bool) -> None:
     tokenizer = tokenizer_that(adds)
     assert encode(tokenizer, "ab", bos=True) == [BOS, 97, 98]
     assert encode(tokenizer, "ab", bos=False) == [97, 98]
     assert encode(tokenizer, "ab") == ([BOS] if adds else []) + [97, 98]
 
 
-def test_a_stream_and_each_window_beside_it_begin_with_bos(store: TokenStore) -> None:
+def test_a_stream_and_each_of_its_windows_begin_with_bos(store: TokenStore) -> None:
     model, bar = build_tiny_llama().double().eval(), tqdm(disable=True)
     stream = plan_stream(store, 10 * CONTEXT_LEN, CONTEXT_LEN, BOS)
     tokens = torch.from_numpy(store.tokens(0, stream.num_tokens).astype("int64"))
@@ -163,14 +163,14 @@ def test_a_stream_and_each_window_beside_it_begin_with_bos(store: TokenStore) ->
     assert stream.describe()["fingerprint"] != replace(stream, bos_id=None).describe()["fingerprint"]
 
 
-def test_windows_unlike_the_documents_of_the_training_are_said_so(
+def test_windows_that_differ_from_training_documents_are_reported(
     store: TokenStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    warn_if_bos_differs(recorded(store, True), BOS)
-    warn_if_bos_differs(recorded(store, False), None)
+    warn_if_bos_differs(with_record(store, True), BOS)
+    warn_if_bos_differs(with_record(store, False), None)
     assert not caplog.records
-    warn_if_bos_differs(recorded(store, True), None)
+    warn_if_bos_differs(with_record(store, True), None)
     assert "evaluation begins windows and prompts without BOS" in caplog.text
     assert "set evaluation.bos=always to match them" in caplog.text
-    warn_if_bos_differs(recorded(store, None), BOS, "bos")
+    warn_if_bos_differs(with_record(store, None), BOS, "bos")
     assert "have no BOS (the store predates the BOS option); set bos=never to match them" in caplog.text

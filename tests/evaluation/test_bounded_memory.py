@@ -1,4 +1,4 @@
-"""What bounds the memory of an evaluation changes no number; and the bound itself, measured."""
+"""Memory options of an evaluation: unchanged results, and the measured bound."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ FAMILIES = {
 
 
 def build(family: str):
-    """A seeded random model of a family with weights large enough to matter."""
+    """Build a seeded random model of a family with weights large enough to matter."""
     torch.manual_seed(3)
     config = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config)
@@ -53,7 +53,7 @@ def tokens_of(length: int, rows: int = 2) -> torch.Tensor:
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(length))
 
 
-def test_what_goes_to_the_host_and_back_is_one_block_of_memory() -> None:
+def test_transfers_to_and_from_the_host_are_contiguous() -> None:
     layer, states = HostLayer(capacity=9), torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
     for new in (states, states[:, :, :1]):
         keys, values = layer.update(new, -new)
@@ -63,11 +63,11 @@ def test_what_goes_to_the_host_and_back_is_one_block_of_memory() -> None:
     assert values.permute(2, 0, 1, 3).is_contiguous()
 
 
-def test_rows_move_from_pinned_memory_into_pinned_memory_by_one_selection(monkeypatch) -> None:
+def test_rows_move_between_pinned_buffers_by_one_selection(monkeypatch) -> None:
     layer, states, asked, looked = HostLayer(capacity=9), torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5), [], []
     layer.update(states, -states)
     pinned, empty, order = {buffer.data_ptr() for buffer in layer._buffers}, torch.empty, torch.tensor([1, 1, 0])
-    # As on a machine with a GPU: what is selected from a pinned buffer is not pinned itself.
+    # As on a machine with a GPU, a selection from a pinned buffer is not pinned itself.
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda x: x.data_ptr() in pinned)
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: asked.append(pin_memory) or empty(*a, **k))
     layer._map_rows(lambda x: looked.append(x) or x[order])
@@ -79,7 +79,7 @@ def test_rows_move_from_pinned_memory_into_pinned_memory_by_one_selection(monkey
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("on_host", [False, True])
-def test_chunks_through_a_growing_cache_are_one_forward(monkeypatch, family: str, on_host: bool) -> None:
+def test_chunks_through_a_growing_cache_equal_one_forward(monkeypatch, family: str, on_host: bool) -> None:
     monkeypatch.setattr(scoring_head, "TILE_ELEMENTS", 5 * VOCAB)
     model, tokens = build(family), tokens_of(40)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_chunks_through_a_growing_cache_are_one_forward(monkeypatch, family: str
     assert model.config._attn_implementation != NAME
 
 
-def test_the_protocols_give_in_bounded_memory_what_they_give_without(monkeypatch) -> None:
+def test_the_protocols_give_the_same_results_in_bounded_memory(monkeypatch) -> None:
     monkeypatch.setattr(scoring_head, "TILE_ELEMENTS", 5 * VOCAB)
     model = build_tiny_llama()
     handle = install_rotary(model, CONTEXT_LEN)
@@ -105,7 +105,7 @@ def test_the_protocols_give_in_bounded_memory_what_they_give_without(monkeypatch
     tokens = tokens_of(6 * CONTEXT_LEN)
     for read in (one_shot, chunked):
         with evaluating(model), monkeypatch.context() as stock:
-            # The model's own cache, masks and logits.
+            # The stock cache, masks and logits of the model.
             stock.setattr("clex_train.evaluation.perplexity.new_cache", lambda model, *_: _stock_cache(model))
             expected = read(model, handle, tokens, 10)
         for on_host in (False, True):
@@ -120,7 +120,7 @@ def _stock_cache(model):
     return DynamicCache(config=model.config)
 
 
-def test_keys_are_turned_in_their_buffer_tile_by_tile(monkeypatch) -> None:
+def test_keys_are_rerotated_in_place_tile_by_tile(monkeypatch) -> None:
     monkeypatch.setattr("clex_train.rope.key_cache.TILE_LEN", 7)
     model = build_tiny_llama().eval()
     handle = install_rotary(model, CONTEXT_LEN)
@@ -138,7 +138,7 @@ def test_keys_are_turned_in_their_buffer_tile_by_tile(monkeypatch) -> None:
     assert all(isinstance(layer, HostLayer) for layer in caches[2].layers)
 
 
-def test_a_cache_that_is_full_says_so() -> None:
+def test_a_full_cache_raises_an_error() -> None:
     layer = PreallocatedLayer(4)
     states = torch.zeros(1, 2, 3, 8)
     layer.update(states, states)
@@ -146,7 +146,7 @@ def test_a_cache_that_is_full_says_so() -> None:
         layer.update(states, states)
 
 
-def test_logits_that_a_model_goes_on_with_are_left_to_it() -> None:
+def test_models_that_postprocess_logits_are_not_tiled() -> None:
     for family, tiled in (("llama", True), ("gpt_neox", True), ("gemma2", False), ("granite", False)):
         model = build(family)
         with evaluating(model), tiled_head(model, CPU):
@@ -157,7 +157,7 @@ def test_logits_that_a_model_goes_on_with_are_left_to_it() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs the resident set from /proc")
-def test_an_evaluation_takes_little_beyond_weights_cache_tile_and_chunk(tmp_path: Path) -> None:
+def test_an_evaluation_takes_little_more_than_weights_cache_tile_and_chunk(tmp_path: Path) -> None:
     from bench_eval import Shape, measure
 
     found = measure(tmp_path, Shape(layers=8, key_heads=4), length=16384, chunk_len=512, protocol="one_shot")

@@ -1,4 +1,4 @@
-"""The evaluate program as a user runs it, in this process."""
+"""The evaluate program, run in this process."""
 
 import errno
 import json
@@ -51,7 +51,9 @@ def test_a_model_directory_is_evaluated_and_the_table_printed(places, tmp_path, 
     assert content["data"]["path"] == places["store"]
 
 
-def test_every_protocol_of_windows_is_one_command_with_errors_and_curves(places, tmp_path, monkeypatch, capsys) -> None:
+def test_one_command_evaluates_every_windowed_protocol_with_errors_and_curves(
+    places, tmp_path, monkeypatch, capsys
+) -> None:
     output = tmp_path / "all.json"
     names = ["one_shot", "chunked", "sliding", "per_position", "last_k"]
     keys = ["lengths=[16,32]", "methods=[none]", f"protocols=[{','.join(names)}]", "stride=8", "last_k=12"]
@@ -65,7 +67,7 @@ def test_every_protocol_of_windows_is_one_command_with_errors_and_curves(places,
     assert "±" in printed
 
 
-def test_one_document_has_no_standard_error_and_says_why(places, tmp_path, monkeypatch, capsys) -> None:
+def test_one_document_has_no_standard_error_with_a_reason(places, tmp_path, monkeypatch, capsys) -> None:
     output = tmp_path / "one.json"
     keys = ["lengths=[64,128]", "methods=[none]"]
     assert call(monkeypatch, f"model={places['model']}", f"data={places['store']}", *keys, f"output={output}") == 0
@@ -75,7 +77,7 @@ def test_one_document_has_no_standard_error_and_says_why(places, tmp_path, monke
     assert "±" not in capsys.readouterr().out
 
 
-def test_all_held_out_text_is_read_as_one_stream(places, tmp_path, monkeypatch, capsys) -> None:
+def test_all_held_out_text_can_be_read_as_one_stream(places, tmp_path, monkeypatch, capsys) -> None:
     output = tmp_path / "stream.json"
     status = call(
         monkeypatch,
@@ -100,7 +102,7 @@ def test_all_held_out_text_is_read_as_one_stream(places, tmp_path, monkeypatch, 
     assert "documents in one stream" in " ".join(capsys.readouterr().out.split())
 
 
-def test_an_evaluation_set_is_read_like_the_store_it_was_taken_from(places, tmp_path, monkeypatch) -> None:
+def test_an_evaluation_set_is_read_like_its_store(places, tmp_path, monkeypatch) -> None:
     sets = EvaluationSetsVerb(store=places["store"], output=str(tmp_path / "sets"), lengths=[16, 64])
     evaluation_sets.run(sets)
     found = []
@@ -113,7 +115,7 @@ def test_an_evaluation_set_is_read_like_the_store_it_was_taken_from(places, tmp_
     assert TokenStore(tmp_path / "sets" / "64", "validation").num_documents == 2
 
 
-def test_the_numbers_do_not_depend_on_how_the_windows_were_fed(places, tmp_path, monkeypatch) -> None:
+def test_the_numbers_do_not_depend_on_batching(places, tmp_path, monkeypatch) -> None:
     found = []
     for name, feeding in (("a", ["chunk_len=5"]), ("b", ["chunk_len=64", "batch_tokens=300"])):
         arguments = [f"model={places['model']}", f"data={places['store']}", "lengths=[16,64]", "precision=fp32"]
@@ -123,7 +125,7 @@ def test_the_numbers_do_not_depend_on_how_the_windows_were_fed(places, tmp_path,
     assert set(found[0]) == {"perplexity/trained/one_shot/16", "perplexity/trained/one_shot/64"}
 
 
-def test_a_clex_run_is_evaluated_with_its_own_table_lengths_and_data(places, tmp_path, monkeypatch, capsys) -> None:
+def test_a_clex_run_is_evaluated_with_its_table_lengths_and_data(places, tmp_path, monkeypatch, capsys) -> None:
     run = tmp_path / "my_run"
     save_clex_model(run / "final")
     config = Config(output_dir=str(run))
@@ -150,15 +152,13 @@ def test_a_clex_run_is_evaluated_with_its_own_table_lengths_and_data(places, tmp
         assert f"error: lm_infinite_t={t}: t={t}: not on the table's grid" in capsys.readouterr().err
 
 
-def test_results_that_cannot_be_written_are_printed_and_what_was_there_is_kept(
-    places, tmp_path, monkeypatch, capsys
-) -> None:
+def test_unwritable_results_are_printed_and_the_old_file_is_kept(places, tmp_path, monkeypatch, capsys) -> None:
     output = tmp_path / "x.json"
     output.write_text("earlier")
     publish = files.publish
 
     def fill_up(file: BinaryIO, path: Path) -> None:
-        if path == output:  # the disk still had room for the finished cells
+        if path == output:  # The disk still had room for the finished cells.
             raise OSError(errno.ENOSPC, "No space left on device")
         publish(file, path)
 
@@ -176,9 +176,7 @@ def test_results_that_cannot_be_written_are_printed_and_what_was_there_is_kept(
     assert output.read_text() == "earlier"
 
 
-def test_evaluating_again_replaces_a_repetition_and_keeps_everything_else(
-    places, tmp_path, monkeypatch, caplog
-) -> None:
+def test_evaluating_again_replaces_repeated_cells_and_keeps_the_rest(places, tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         save_model(tmp_path / name / "final")
@@ -187,34 +185,34 @@ def test_evaluating_again_replaces_a_repetition_and_keeps_everything_else(
     (tmp_path / "a" / "final" / "clex_note.bin").write_text("other weights than b's")
     data = (f"data={places['store']}", "lengths=[16]")
 
-    def written() -> dict[str, list[str]]:
+    def written_cells() -> dict[str, list[str]]:
         files = sorted((tmp_path / "runs").rglob("*.json"))
         return {
             str(file.relative_to(tmp_path / "runs")): sorted(json.loads(file.read_text())["metrics"]) for file in files
         }
 
-    def again(*arguments: str) -> None:
+    def evaluate_again(*arguments: str) -> None:
         assert call(monkeypatch, *arguments) == 0
 
     with caplog.at_level("INFO", logger="clex_train"):
-        again("model=a/final", *data, "methods=[none]")
-        again("model=b/final", *data, "methods=[none]")
-        again("model=other/final", *data, "methods=[none]")
-        again("model=a/final", *data, "methods=[none]", "chunk_len=8", "batch_tokens=16")
+        evaluate_again("model=a/final", *data, "methods=[none]")
+        evaluate_again("model=b/final", *data, "methods=[none]")
+        evaluate_again("model=other/final", *data, "methods=[none]")
+        evaluate_again("model=a/final", *data, "methods=[none]", "chunk_len=8", "batch_tokens=16")
         assert "beside it" not in caplog.text
         none = ["perplexity/none/one_shot/16"]
         expected = {"a/evaluation/a.json": none, "b/evaluation/b.json": none, "final/evaluation/final.json": none}
-        assert written() == expected
-        again("model=a/final", *data, "methods=[ntk]")
-        again("model=a/final", *data, "methods=[none]", "num_windows=2")
+        assert written_cells() == expected
+        evaluate_again("model=a/final", *data, "methods=[ntk]")
+        evaluate_again("model=a/final", *data, "methods=[none]", "num_windows=2")
         assert "runs/a/evaluation/a.json holds another evaluation and stays; this one goes beside it: " in caplog.text
-    again("model=a/final", *data, "methods=[ntk]")
+    evaluate_again("model=a/final", *data, "methods=[ntk]")
     expected |= {"a/evaluation/a_2.json": ["perplexity/ntk/one_shot/16"], "a/evaluation/a_3.json": none}
-    assert written() == expected
-    again("model=b/final", "label=a", *data, "methods=[none]")
-    assert written() == expected | {"a/evaluation/a_4.json": none}
-    again("model=b/final", *data, "methods=[pi]", "output=runs/b/evaluation/b.json")
-    assert written()["b/evaluation/b.json"] == ["perplexity/pi/one_shot/16"]
+    assert written_cells() == expected
+    evaluate_again("model=b/final", "label=a", *data, "methods=[none]")
+    assert written_cells() == expected | {"a/evaluation/a_4.json": none}
+    evaluate_again("model=b/final", *data, "methods=[pi]", "output=runs/b/evaluation/b.json")
+    assert written_cells()["b/evaluation/b.json"] == ["perplexity/pi/one_shot/16"]
 
     found = evidence.collect([tmp_path / "runs" / "a"])
     labels = {curve.label for table in found.tables for curve in table.curves}
@@ -225,7 +223,7 @@ def test_evaluating_again_replaces_a_repetition_and_keeps_everything_else(
     assert labels == {"a: none", "a/a_2: ntk", "a/a_3: none"}
 
 
-def test_what_does_not_fit_is_said_and_only_nothing_at_all_is_a_failure(
+def test_cells_out_of_memory_are_reported_and_only_fail_if_nothing_fits(
     places, tmp_path, monkeypatch, capsys, caplog
 ) -> None:
     base = (f"model={places['model']}", f"data={places['store']}", "lengths=[16,64]", "methods=[none]")
@@ -250,7 +248,7 @@ def test_what_does_not_fit_is_said_and_only_nothing_at_all_is_a_failure(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it changes where the cache is")
-def test_a_cache_on_the_host_is_said_to_change_nothing_on_a_cpu(places, tmp_path, monkeypatch, caplog) -> None:
+def test_offloading_the_cache_on_a_cpu_is_reported_as_having_no_effect(places, tmp_path, monkeypatch, caplog) -> None:
     base = (f"model={places['model']}", f"data={places['store']}", "lengths=[16,64]", "methods=[none]", "chunk_len=10")
     with caplog.at_level("INFO", logger="clex_train"):
         for offload in ("false", "true"):
@@ -260,9 +258,7 @@ def test_a_cache_on_the_host_is_said_to_change_nothing_on_a_cpu(places, tmp_path
     assert found[0] == found[1]
 
 
-def test_a_dry_run_says_the_forwards_that_are_then_made_and_writes_nothing(
-    places, tmp_path, monkeypatch, capsys
-) -> None:
+def test_a_dry_run_predicts_the_forwards_and_writes_nothing(places, tmp_path, monkeypatch, capsys) -> None:
     forwards, score = [], perplexity.score_chunk
     monkeypatch.setattr(
         perplexity, "score_chunk", lambda *args, **inputs: (forwards.append(1), score(*args, **inputs))[1]
@@ -284,7 +280,7 @@ def test_a_dry_run_says_the_forwards_that_are_then_made_and_writes_nothing(
     assert int(said["forwards"].split()[0].replace(",", "")) == len(forwards)
 
 
-def test_the_best_keys_of_the_middle_have_a_key(places, tmp_path, monkeypatch, capsys) -> None:
+def test_the_top_middle_keys_are_configurable(places, tmp_path, monkeypatch, capsys) -> None:
     asked = [f"model={places['model']}", f"data={places['store']}", "methods=[lm_infinite]", "lengths=[64]"]
     asked += ["n_local=8", "n_global=2", "chunk_len=64", "precision=fp32"]
     found = {}
@@ -305,8 +301,8 @@ def test_the_best_keys_of_the_middle_have_a_key(places, tmp_path, monkeypatch, c
     assert "lm_infinite_top_k=5: a stream goes through a cache of constant size" in capsys.readouterr().err
 
 
-def test_an_empty_list_of_lengths_takes_the_multiples_of_l(places) -> None:
-    """As in training; no text is read for that, and what a run recorded is not taken."""
+def test_an_empty_list_of_lengths_means_the_multiples_of_l(places) -> None:
+    """Take the defaults of training; neither text nor the recorded lengths of a run are read for that."""
     model, data = f"model={places['model']}", f"data={places['store']}"
     empty, unsaid, said = (
         program.make_plan(program.parse([model, data, *more])).spec.lengths

@@ -1,4 +1,4 @@
-"""What the evaluate program refuses in one line, before weights are read, and what it says about its keys."""
+"""Inputs of the evaluate program: one-line refusals before weights are read, and key names."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from tests.evaluation.evaluate_program import call
 from tests.evaluation.model_directories import save_clex_model
 
 
-def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, monkeypatch, capsys) -> None:
+def test_an_unfinished_run_is_refused_with_how_to_finish_it(places, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "config.yaml").write_text(as_yaml(Config()))
     assert call(monkeypatch, f"run={tmp_path}") == console.USER_ERROR
     assert "not finished (no final/); start the same training command again" in capsys.readouterr().err
@@ -68,7 +68,7 @@ def test_a_run_that_has_not_finished_says_how_to_finish_it(places, tmp_path, mon
         (["verbose"], "arguments have the form key=value"),
     ],
 )
-def test_bad_input_is_one_line_that_names_the_key(places, monkeypatch, capsys, arguments, message) -> None:
+def test_bad_input_is_refused_in_one_line_with_its_key(places, monkeypatch, capsys, arguments, message) -> None:
     status = call(monkeypatch, *(argument.format(**places) for argument in arguments))
     error = capsys.readouterr().err
     assert status == console.USER_ERROR
@@ -77,7 +77,7 @@ def test_bad_input_is_one_line_that_names_the_key(places, monkeypatch, capsys, a
     assert not re.search(r"\b(model|data|evaluation|attention)\.\w+=", error), "a key that this program does not have"
 
 
-def test_refusals_of_a_run_s_model_name_the_run(places, tmp_path, monkeypatch, capsys) -> None:
+def test_refusals_of_the_model_of_a_run_name_the_run(places, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "mine" / "final").mkdir(parents=True)
     shutil.copy(Path(places["model"]) / "config.json", tmp_path / "mine" / "final")
     (tmp_path / "mine" / "config.yaml").write_text(as_yaml(Config()))
@@ -87,14 +87,14 @@ def test_refusals_of_a_run_s_model_name_the_run(places, tmp_path, monkeypatch, c
     assert line.endswith("give a directory that save_pretrained writes\n"), "and no remedy of training's"
 
 
-def test_the_log_names_the_keys_that_were_typed(places, tmp_path, monkeypatch, caplog) -> None:
+def test_the_log_names_the_keys_as_typed(places, tmp_path, monkeypatch, caplog) -> None:
     keys = ["lengths=[16]", "methods=[none]", "num_windows=999", f"output={tmp_path / 'x.json'}"]
     assert call(monkeypatch, f"model={places['model']}", f"data={places['store']}", *keys) == 0
     assert any(line.startswith("num_windows=999: ") for line in caplog.messages)
 
 
-def test_results_of_another_model_do_not_go_into_the_folder_of_a_run(places, tmp_path, monkeypatch, capsys) -> None:
-    """A report of that run would take them for its own; the run's own final/ is no other model."""
+def test_results_of_another_model_are_refused_in_the_folder_of_a_run(places, tmp_path, monkeypatch, capsys) -> None:
+    """Refuse, since a report of the run would include them; the final/ of the run itself is allowed."""
     monkeypatch.chdir(tmp_path)
     save_clex_model(tmp_path / "runs" / "mine" / "final")
     (tmp_path / "runs" / "mine" / "config.yaml").write_text(as_yaml(Config()))
@@ -109,9 +109,7 @@ def test_results_of_another_model_do_not_go_into_the_folder_of_a_run(places, tmp
     assert (tmp_path / "runs" / "mine" / "evaluation" / "mine.json").is_file()
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_weights_are_read(
-    places, tmp_path, monkeypatch, capsys
-) -> None:
+def test_an_unwritable_output_is_refused_before_weights_are_read(places, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(program, "load", lambda *_: pytest.fail("weights were read"))
     (tmp_path / "file").write_text("kept")
     keys = [f"model={places['model']}", f"data={places['store']}", "lengths=[16]", "methods=[none]"]
@@ -124,7 +122,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_weights_are_read(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_pipe_or_a_name_that_is_too_long_is_refused_and_left_as_it_is(places, tmp_path, monkeypatch, capsys) -> None:
+def test_a_pipe_or_a_too_long_name_is_refused_and_not_changed(places, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(program, "load", lambda *_: pytest.fail("weights were read"))
     os.mkfifo(tmp_path / "pipe")
     keys = [f"model={places['model']}", f"data={places['store']}", "lengths=[16]", "methods=[none]"]

@@ -1,4 +1,4 @@
-"""The evaluate program ends in the middle, in this process, and the same command goes on."""
+"""Resuming the evaluate program by the same command, in this process."""
 
 import json
 
@@ -9,10 +9,10 @@ from tests.evaluation.evaluate_program import call
 
 
 class Interrupted(BaseException):
-    """What ends the program in the middle."""
+    """Interrupt the program in the middle."""
 
 
-def test_the_same_command_goes_on_where_it_was_interrupted(places, tmp_path, monkeypatch, caplog) -> None:
+def test_the_same_command_resumes_where_it_was_interrupted(places, tmp_path, monkeypatch, caplog) -> None:
     asked = [f"model={places['model']}", f"data={places['store']}", "methods=[none,ntk]", "precision=fp32"]
     asked += ["lengths=[16,32,64]", "protocols=[one_shot,chunked]", "chunk_len=24"]
     output, most, forwards = tmp_path / "result.json", [10**9], []
@@ -54,9 +54,7 @@ def test_the_same_command_goes_on_where_it_was_interrupted(places, tmp_path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "whole.json"]
 
 
-def test_an_interrupted_stream_goes_on_with_the_reading_that_was_not_finished(
-    places, tmp_path, monkeypatch, caplog
-) -> None:
+def test_an_interrupted_stream_resumes_with_the_unfinished_reading(places, tmp_path, monkeypatch, caplog) -> None:
     asked = [f"model={places['model']}", f"data={places['store']}", "protocols=[streaming]", "precision=fp32"]
     asked += ["methods=[lm_infinite,none]", "n_local=12", "n_global=2", "chunk_len=50"]
     assert call(monkeypatch, *asked, f"output={tmp_path / 'whole.json'}") == 0

@@ -1,4 +1,4 @@
-"""The evaluate program on two ranks that each hold a share of the weights, against one process that holds them all."""
+"""The evaluate program with weights sharded over two ranks, against one process."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def launch(*command: str) -> None:
-    environment = environments.of_a_launch()
+    environment = environments.launch_environment()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -29,7 +29,7 @@ def metrics(file: Path) -> dict[str, float]:
 
 
 def in_one_process(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> dict[str, float]:
-    """The same evaluation without splitting, its file moved aside."""
+    """Run the same evaluation without sharding and move its file away."""
     output = Path(next(word for word in words if word.startswith("output=")).removeprefix("output="))
     alone = output.with_name("alone.json")
     monkeypatch.setattr(sys, "argv", ["evaluate", *words, f"output={alone}"])
@@ -37,7 +37,7 @@ def in_one_process(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> dict[st
     return metrics(alone)
 
 
-def test_the_command_of_the_docs_gives_one_process_numbers_from_split_weights(tmp_path, monkeypatch) -> None:
+def test_the_documented_command_gives_the_numbers_of_one_process(tmp_path, monkeypatch) -> None:
     save_clex_model(tmp_path / "clex" / "model")
     save_store(tmp_path / "store")
     words = arguments(tmp_path, "clex")
@@ -50,7 +50,7 @@ def test_the_command_of_the_docs_gives_one_process_numbers_from_split_weights(tm
 
 
 @pytest.mark.slow
-def test_directories_of_every_layout_are_split_while_they_are_read(tmp_path, monkeypatch, goldens) -> None:
+def test_directories_of_every_layout_are_sharded_while_loading(tmp_path, monkeypatch, goldens) -> None:
     save_store(tmp_path / "store")
     save_model(tmp_path / "stock" / "model")
     save_clex_model(tmp_path / "clex_offloaded" / "model")
@@ -80,9 +80,7 @@ def test_directories_of_every_layout_are_split_while_they_are_read(tmp_path, mon
         (["sharded=true", "protocols=[streaming]", "methods=[none]"], "sharded=True: streaming is read with whole"),
     ],
 )
-def test_keys_that_contradict_each_other_are_refused_in_a_line(
-    tmp_path, monkeypatch, capsys, arguments, message
-) -> None:
+def test_contradictory_keys_are_refused_in_one_line(tmp_path, monkeypatch, capsys, arguments, message) -> None:
     save_model(tmp_path / "model")
     save_store(tmp_path / "store")
     words = [f"model={tmp_path / 'model'}", f"data={tmp_path / 'store'}", *ARGUMENTS, *arguments]

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, a closed terminal and kill -9 at random moments: the same command ends with the same numbers.
+"""Signals at random moments of evaluations: repeating the command gives the same numbers.
 
 INTERRUPT_TRIALS=30 python -m pytest -m slow -s tests/evaluation/test_evaluations_interrupted.py
 """
@@ -25,17 +25,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200 + 240 * TRIALS)]
 
 
 def moments(output: Path, lasts: float, generator: random.Random) -> dict[str, Callable[[Any], None]]:
-    """When to send a signal: as the program starts, once it has kept something, or around its end."""
+    """Return functions that wait for the moment of a signal: at the start, after a saved part, or around the end."""
 
-    def kept() -> int:
+    def has_saved_part() -> int:
         return sum(path.stat().st_mtime_ns for path in output.parent.glob(f"{output.stem}.*.partial"))
 
     def starting(process: Any) -> None:
         time.sleep(generator.uniform(0, lasts))
 
     def evaluating(process: Any) -> None:
-        before = kept()
-        while process.poll() is None and kept() in (0, before):
+        before = has_saved_part()
+        while process.poll() is None and has_saved_part() in (0, before):
             time.sleep(0.005)
         time.sleep(generator.uniform(0, lasts / 6))
 
@@ -48,7 +48,7 @@ def moments(output: Path, lasts: float, generator: random.Random) -> dict[str, C
 
 
 def interrupt(folder: Path, command: list[str], numbers: Callable[[Path], Any], found: str) -> list[Trial]:
-    """Interrupt evaluations until there were enough signals; every one ends with the numbers of an undisturbed one."""
+    """Interrupt evaluations until there were enough signals; all must end with the undisturbed numbers."""
     generator, trials, log = random.Random(SEED), [], folder / "log"
     outputs = folder / "outputs"
     outputs.mkdir()
@@ -72,7 +72,7 @@ def interrupt(folder: Path, command: list[str], numbers: Callable[[Path], Any], 
 
 
 def check_ends(trials: list[Trial]) -> None:
-    """The documented exit codes, no traceback, no orphan."""
+    """Assert the documented exit codes, no traceback and no orphans."""
     for trial in trials:
         assert "Traceback" not in trial.output, trial.output
         assert trial.orphans == [], trial.orphans
@@ -80,7 +80,7 @@ def check_ends(trials: list[Trial]) -> None:
         assert trial.code in (0, ended_by), (trial.number, trial.moment, trial.code, trial.output)
 
 
-def test_evaluations_that_signals_interrupt_end_with_the_same_numbers(tmp_path: Path) -> None:
+def test_interrupted_evaluations_end_with_the_same_numbers(tmp_path: Path) -> None:
     save_model(tmp_path / "base")
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(2, 90, (4000,), generator=generator).tolist() for _ in range(4)]
@@ -99,9 +99,7 @@ def test_evaluations_that_signals_interrupt_end_with_the_same_numbers(tmp_path: 
 
 
 @needs_harness
-def test_tasks_of_lm_eval_that_signals_interrupt_end_with_the_same_scores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_lm_eval_tasks_end_with_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     save_number_model(tmp_path / "model")
     draw = torch.Generator().manual_seed(3)

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on local data: its log-likelihoods and generations are those of the model at each prompt's t."""
+"""Tasks of lm-eval on local data: log-likelihoods and generations at the t of each prompt."""
 
 import json
 import math
@@ -28,8 +28,8 @@ LIMIT = [10**9]
 
 
 @pytest.fixture(autouse=True)
-def _own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without lm-eval's own 14,000 task files, whose index takes longer than all tests here."""
+def _hide_tasks_of_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide lm-eval's own 14,000 task files, whose index takes longer than all tests here."""
     if util.find_spec("lm_eval") is not None:
         from lm_eval import tasks
 
@@ -38,7 +38,7 @@ def _own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a CLEX model that reads numbers."""
+    """Save a CLEX model that reads numbers."""
     folder = tmp_path_factory.mktemp("lm_eval")
     save_number_model(folder / "model")
     return folder
@@ -50,7 +50,7 @@ def prompts() -> list[list[int]]:
 
 
 def write_task(folder: Path, text: str, answers: list[list[int]]) -> None:
-    """A task file and its documents: each prompt with its answer."""
+    """Write a task file and its documents: each prompt with its answer."""
     write_documents(folder, text, zip(prompts(), answers, strict=True))
 
 
@@ -60,7 +60,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def stock_log_likelihood(model_folder: Path, prompt: list[int], answer: list[int]) -> float:
-    """By transformers' own Llama, the frequencies of the least sufficient t written into its rotary module."""
+    """Return the log-likelihood by transformers' Llama, with the frequencies of the least sufficient t."""
     model, (_, table, _) = build_tiny_llama(), read_clex(model_folder)
     tokens = torch.tensor([prompt + answer])
     t = math.ceil((tokens.shape[1] - 1) / CONTEXT_LEN)
@@ -71,7 +71,7 @@ def stock_log_likelihood(model_folder: Path, prompt: list[int], answer: list[int
 
 
 @needs_harness
-def test_log_likelihoods_are_those_of_the_stock_model_at_the_t_of_each_prompt(place, tmp_path, monkeypatch) -> None:
+def test_log_likelihoods_equal_those_of_the_stock_model_at_the_t_of_each_prompt(place, tmp_path, monkeypatch) -> None:
     answers = [[7, 5], [11], [80, 3, 9]]
     write_task(tmp_path / "tasks", LIKELIHOOD, answers)
     output = tmp_path / "deep" / "out.json"
@@ -88,7 +88,7 @@ def test_log_likelihoods_are_those_of_the_stock_model_at_the_t_of_each_prompt(pl
 
 
 @needs_harness
-def test_generation_crosses_a_step_of_t_as_the_model_does_by_itself(place, tmp_path, monkeypatch, capsys) -> None:
+def test_generation_crosses_a_step_of_t_like_the_model_alone(place, tmp_path, monkeypatch, capsys) -> None:
     loaded = load.load_for_evaluation(ModelConfig(path=str(place / "model")))
     answers = []
     for prompt in prompts():
@@ -105,7 +105,7 @@ def test_generation_crosses_a_step_of_t_as_the_model_does_by_itself(place, tmp_p
 
 
 @needs_harness
-def test_running_again_replaces_a_repetition_and_keeps_everything_else(place, tmp_path, monkeypatch, caplog) -> None:
+def test_running_again_replaces_repeated_tasks_and_keeps_the_rest(place, tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.chdir(tmp_path)
     copytree(place / "model", tmp_path / "other")
     (tmp_path / "other" / "note.bin").write_text("other weights than the model's")
@@ -141,7 +141,7 @@ def test_running_again_replaces_a_repetition_and_keeps_everything_else(place, tm
         (["tasks=[next_number]", "include={folder}"], "tasks=[next_number]: their data cannot be read"),
     ],
 )
-def test_bad_input_is_one_line_before_weights_are_read(
+def test_bad_input_is_refused_in_one_line_before_weights_are_read(
     place, tmp_path, monkeypatch, capsys, arguments, message
 ) -> None:
     write_task(tmp_path / "tasks", LIKELIHOOD, [[1], [1], [1]])
@@ -153,19 +153,19 @@ def test_bad_input_is_one_line_before_weights_are_read(
 
 
 @needs_harness
-def test_a_model_that_cannot_be_read_is_refused_by_the_key_that_names_it(tmp_path, monkeypatch, capsys) -> None:
+def test_an_unreadable_model_is_refused_by_the_key_that_names_it(tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "empty").mkdir()
     assert call(monkeypatch, f"model={tmp_path / 'empty'}", "tasks=[any]") == console.USER_ERROR
     assert capsys.readouterr().err.startswith(f"error: model={tmp_path / 'empty'}: no readable config.json (")
 
 
 class Interrupted(BaseException):
-    """What ends the program in the middle."""
+    """Interrupt the program in the middle."""
 
 
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with every forward; where there are as many as `LIMIT` says, the program ends."""
+    """Return a list that grows with every forward; interrupt the program at `LIMIT` forwards."""
     made: list[int] = []
     call = LlamaForCausalLM.forward
 
@@ -184,7 +184,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @needs_harness
 @pytest.mark.parametrize(("kind", "text"), [("next_number", LIKELIHOOD), ("continued_numbers", GENERATION)])
-def test_the_same_command_goes_on_where_it_was_interrupted(
+def test_the_same_command_resumes_where_it_was_interrupted(
     place, tmp_path, monkeypatch, caplog, forwards, kind, text
 ) -> None:
     write_task(tmp_path / "tasks", text, [[7, 5], [11], [80, 3, 9]])
@@ -209,7 +209,7 @@ def test_the_same_command_goes_on_where_it_was_interrupted(
 
 
 @needs_harness
-def test_methods_are_those_of_the_stock_model_with_their_frequencies(place, tmp_path, monkeypatch, capsys) -> None:
+def test_methods_equal_the_stock_model_with_their_frequencies(place, tmp_path, monkeypatch, capsys) -> None:
     answers = [[7, 5], [11], [80, 3, 9]]
     write_task(tmp_path / "tasks", LIKELIHOOD, answers)
     asked = [f"model={place / 'model'}", "tasks=[next_number]", f"include={tmp_path / 'tasks'}", "precision=fp32"]
@@ -230,7 +230,7 @@ def test_methods_are_those_of_the_stock_model_with_their_frequencies(place, tmp_
 
 
 @needs_harness
-def test_a_chat_template_is_what_the_model_reads_and_its_lack_is_refused(place, tmp_path, monkeypatch, capsys) -> None:
+def test_a_chat_template_is_applied_and_refused_if_missing(place, tmp_path, monkeypatch, capsys) -> None:
     answers = [[7, 5], [11], [80, 3, 9]]
     write_task(tmp_path / "tasks", LIKELIHOOD, answers)
     asked = [f"model={place / 'model'}", "tasks=[next_number]", f"include={tmp_path / 'tasks'}", "precision=fp32"]
@@ -242,13 +242,13 @@ def test_a_chat_template_is_what_the_model_reads_and_its_lack_is_refused(place, 
     asked[0] = f"model={tmp_path / 'instruct'}"
     read, forward = [], LlamaForCausalLM.forward
 
-    def heard(self, input_ids=None, *args, **inputs):
+    def recording_forward(self, input_ids=None, *args, **inputs):
         read.append(input_ids[0].tolist())
         return forward(self, input_ids, *args, **inputs)
 
-    monkeypatch.setattr(LlamaForCausalLM, "forward", heard)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", recording_forward)
     assert call(monkeypatch, *asked, "chat_template=true", f"output={tmp_path / 'x.json'}") == 0
-    # What is beyond max_length loses its beginning.
+    # A prompt beyond max_length loses its beginning.
     asked_for = [[2, 3, *p, 4, 5, *a][-65:-1] for p, a in zip(prompts(), answers, strict=True)]
     assert sorted(read) == sorted(asked_for)
     assert json.loads((tmp_path / "x.json").read_text())["request"]["chat_template"] is True
@@ -269,7 +269,7 @@ def test_a_dry_run_counts_the_forwards_and_writes_nothing(place, tmp_path, monke
     assert int(said["tokens"]) == sum(LENGTHS) + 6
 
 
-def test_groups_keep_the_requests_of_a_document_together() -> None:
+def test_requests_of_a_document_are_grouped_together() -> None:
     class Request(NamedTuple):
         task_name: str
         doc_id: int
@@ -279,14 +279,14 @@ def test_groups_keep_the_requests_of_a_document_together() -> None:
     assert [len(group) for group in harness.groups(requests, 3)] == [5, 2]
 
 
-def test_a_missing_package_is_named_with_what_installs_it(place, monkeypatch, capsys) -> None:
+def test_a_missing_package_is_named_with_the_install_command(place, monkeypatch, capsys) -> None:
     monkeypatch.setattr("clex_train.evaluation.harness.find_spec", lambda name: None)
     assert call(monkeypatch, f"model={place / 'model'}", "tasks=[any]") == console.USER_ERROR
     assert "lm-eval is not installed: pip install -r requirements-eval.txt" in capsys.readouterr().err
 
 
-def test_a_length_that_was_not_run_is_no_score() -> None:
-    """In the form of lm-eval's RULER tasks, which have a metric for each length."""
+def test_a_length_that_was_not_run_has_no_score() -> None:
+    """Use the form of lm-eval's RULER tasks, which have a metric for each length."""
     results = {
         "results": {
             "niah_single_1": {"alias": "a", "4096,none": 0.5, "4096_stderr,none": "N/A", "8192,none": -1},

@@ -1,4 +1,4 @@
-"""Which methods a model can be evaluated with, through the program as a user runs it."""
+"""Evaluation methods by kind of model, through the evaluate program."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def save(model: PreTrainedModel, folder: Path) -> str:
 
 
 def with_rope(model: PreTrainedModel, **scaling: Any) -> PreTrainedModel:
-    """transformers' own model of a rope_type, with the weights of `model`."""
+    """Build the model of transformers with a rope_type and the weights of `model`."""
     config = AutoConfig.for_model(**model.config.to_dict())
     config.rope_parameters = {"rope_theta": 10000.0, "original_max_position_embeddings": CONTEXT_LEN, **scaling}
     other = AutoModelForCausalLM.from_config(config).eval()
@@ -67,7 +67,7 @@ def bloom() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Model directories of three kinds of positions, and a token store."""
+    """Save model directories with three kinds of positions, and a token store."""
     root = tmp_path_factory.mktemp("methods")
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(2, 90, (140,), generator=generator).tolist() for _ in range(2)]
@@ -101,7 +101,7 @@ def evaluated(monkeypatch, places: dict[str, str], tmp_path: Path, model: str, *
 
 @torch.no_grad()
 def one_forward_each(model: PreTrainedModel, store: str, length: int) -> float:
-    """Perplexity of the same tokens by whole forwards of transformers' model, in float64."""
+    """Return the perplexity of the same tokens by full forwards of transformers' model, in float64."""
     windows = select(TokenStore(store).split("validation"), max(LENGTHS), 2)
     losses = []
     for start, piece in enumerate(windows.tokens.reshape(-1, length)):
@@ -112,7 +112,7 @@ def one_forward_each(model: PreTrainedModel, store: str, length: int) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def test_methods_of_transformers_give_the_perplexity_of_its_own_models(places, tmp_path, monkeypatch) -> None:
+def test_methods_of_transformers_match_the_perplexity_of_its_models(places, tmp_path, monkeypatch) -> None:
     names = "methods=[pi,yarn,dynamic_ntk,longrope,theta,random_pos]"
     found = evaluated(monkeypatch, places, tmp_path, "llama", names, "longrope_factors={factors}", "rope_theta=5e5")
     for length in LENGTHS:
@@ -132,14 +132,14 @@ def test_methods_of_transformers_give_the_perplexity_of_its_own_models(places, t
     assert len({round(value, 3) for value in beyond}) == len(stock)
 
 
-def test_the_factor_of_dynamic_ntk_can_be_fixed(places, tmp_path, monkeypatch) -> None:
+def test_the_factor_of_dynamic_ntk_can_be_set(places, tmp_path, monkeypatch) -> None:
     found = evaluated(monkeypatch, places, tmp_path, "llama", "methods=[ntk,dynamic_ntk]", "dynamic_factor=2")
     for length in LENGTHS:
         ntk, dynamic = (found["metrics"][f"perplexity/{m}/one_shot/{length}"] for m in ("ntk", "dynamic_ntk"))
         assert dynamic == pytest.approx(ntk, rel=1e-5)
 
 
-def test_a_longrope_model_is_read_as_transformers_reads_it(places, tmp_path, monkeypatch) -> None:
+def test_a_longrope_model_is_evaluated_as_in_transformers(places, tmp_path, monkeypatch) -> None:
     names = "methods=[trained,longrope,none]"
     found = evaluated(monkeypatch, places, tmp_path, "longrope", names, "protocols=[one_shot,chunked]")
     assert found["context_len"] == CONTEXT_LEN
@@ -152,7 +152,7 @@ def test_a_longrope_model_is_read_as_transformers_reads_it(places, tmp_path, mon
     assert found["metrics"]["perplexity/none/one_shot/128"] != pytest.approx(expected, rel=1e-3)
 
 
-def test_an_alibi_model_is_read_as_it_is(places, tmp_path, monkeypatch) -> None:
+def test_an_alibi_model_is_evaluated_unchanged(places, tmp_path, monkeypatch) -> None:
     names = "methods=[trained,none,lm_infinite]"
     found = evaluated(monkeypatch, places, tmp_path, "bloom", names, "protocols=[one_shot,chunked]")
     assert found["context_len"] == CONTEXT_LEN
@@ -179,7 +179,7 @@ def test_an_alibi_model_is_read_as_it_is(places, tmp_path, monkeypatch) -> None:
         ("gpt2", ["methods=[trained]"], "num_tokens=128: model_type=gpt2 has positions for 64 tokens only"),
     ],
 )
-def test_a_method_that_a_model_cannot_have_is_one_line_before_weights_are_read(
+def test_an_unsupported_method_is_refused_in_one_line_before_weights_are_read(
     places, monkeypatch, capsys, model: str, arguments: list[str], message: str
 ) -> None:
     monkeypatch.setattr(program, "load", lambda *_: pytest.fail("weights were read"))
@@ -191,10 +191,10 @@ def test_a_method_that_a_model_cannot_have_is_one_line_before_weights_are_read(
     assert len(error.strip().splitlines()) == 1
 
 
-class TestTheTOfALongerText:
-    """`t_factor`: the model's own table, read ahead of the length."""
+class TestTFactor:
+    """`t_factor`: reading the model's own table at a multiple of t."""
 
-    def of(self, t_factor: float | None, own: float = 1.0) -> dict[str, float]:
+    def t_at_twice_the_context(self, t_factor: float | None, own: float = 1.0) -> dict[str, float]:
         handle = install_rotary(build_tiny_llama(), CONTEXT_LEN)
         table = replace(ntk_table(handle.base_inv_freq, scale_grid(16)), t_factor=own)
         clex = Clex(handle.base_inv_freq, t_max=16)
@@ -204,12 +204,12 @@ class TestTheTOfALongerText:
         found = of_model(spec, loaded)
         return {name: table.least_upper_bound(2 * CONTEXT_LEN, CONTEXT_LEN).t for name, table in found.items()}
 
-    def test_is_in_force_for_trained_and_for_no_formula(self):
-        assert self.of(2) == {"trained": 4.0, "ntk": 2.0}
+    def test_applies_to_trained_and_not_to_formulas(self):
+        assert self.t_at_twice_the_context(2) == {"trained": 4.0, "ntk": 2.0}
 
-    def test_is_by_default_that_of_the_model_and_otherwise_what_is_asked(self):
-        assert self.of(None, own=3.0) == {"trained": 6.0, "ntk": 2.0}
-        assert self.of(1, own=3.0) == {"trained": 2.0, "ntk": 2.0}
+    def test_defaults_to_that_of_the_model(self):
+        assert self.t_at_twice_the_context(None, own=3.0) == {"trained": 6.0, "ntk": 2.0}
+        assert self.t_at_twice_the_context(1, own=3.0) == {"trained": 2.0, "ntk": 2.0}
 
     def test_is_refused_for_a_model_without_clex(self):
         handle = install_rotary(build_tiny_llama(), CONTEXT_LEN)

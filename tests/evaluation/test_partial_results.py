@@ -1,4 +1,4 @@
-"""An interrupted evaluation goes on where it stopped, to the bit, and never from the results of another one."""
+"""Partial results of evaluations: bitwise resuming, and never from another evaluation."""
 
 import json
 import os
@@ -29,11 +29,11 @@ FACTS = {"weights": "a", "num_windows": 3}
 
 
 class Killed(BaseException):
-    """What ends the process at a forward."""
+    """End the process at a forward."""
 
 
 class Model:
-    """The tiny Llama, which counts its forwards and ends the process at one of them."""
+    """Count the forwards of the tiny Llama and end the process at one of them."""
 
     def __init__(self) -> None:
         self.model = build_tiny_llama()
@@ -54,7 +54,7 @@ class Model:
         methods: Sequence[Method] = METHODS,
         **settings: int,
     ) -> Results:
-        """Evaluate, at most for `last` forwards."""
+        """Evaluate for at most `last` forwards."""
         self.forwards, self.last = 0, last
         longest = max(todo[0].spans)
         chosen = tables(methods, base_rope(self.handle), longest)
@@ -70,19 +70,19 @@ def model() -> Model:
 
 @pytest.fixture
 def _keep_every_batch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Not only those that are worth the time of a write."""
+    """Save every batch, and not only those worth the time of a write."""
     monkeypatch.setattr(partial_results, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(partial_results, "WRITES", 0)
     return
 
 
 def numbers(results: Results) -> list[Score]:
-    """The scores without the time that they took."""
+    """Return the scores without their durations."""
     return [replace(score, seconds=0.0) for score in results.scores]
 
 
 @pytest.mark.usefixtures("_keep_every_batch")
-def test_an_evaluation_killed_at_any_forward_and_resumed_gives_the_same_bits_for_a_batch_more(model, tmp_path) -> None:
+def test_a_kill_at_any_forward_costs_at_most_a_batch_and_resumes_bitwise(model, tmp_path) -> None:
     whole = model.run()
     forwards = model.forwards
     for killed_at in range(1, forwards, 9):
@@ -93,12 +93,12 @@ def test_an_evaluation_killed_at_any_forward_and_resumed_gives_the_same_bits_for
         results = model.run(resume(file, FACTS))
         spent += model.forwards
         assert numbers(results) == numbers(whole)
-        # A batch is at most four chunks of a window of 64 tokens, besides the one that looks at the output layer.
+        # A batch is at most four chunks of a window of 64 tokens, plus the forward that probes the output layer.
         assert spent <= forwards + 4 + 1
 
 
 @pytest.mark.usefixtures("_keep_every_batch")
-def test_kills_at_the_write_of_the_file_itself_lose_a_batch_at_most(model, tmp_path, monkeypatch) -> None:
+def test_kills_while_writing_the_file_cost_at_most_a_batch(model, tmp_path, monkeypatch) -> None:
     whole, file = model.run(), tmp_path / "x.json"
     replaced, calls = os.replace, []
 
@@ -119,7 +119,7 @@ def test_kills_at_the_write_of_the_file_itself_lose_a_batch_at_most(model, tmp_p
     assert len(calls) > 8
 
 
-def test_finished_cells_are_found_said_and_not_computed_again(model, tmp_path, caplog) -> None:
+def test_finished_cells_are_reported_and_not_recomputed(model, tmp_path, caplog) -> None:
     kept = resume(tmp_path / "x.json", FACTS)
     whole = model.run(kept)
     with caplog.at_level("INFO", logger="clex_train"):
@@ -133,7 +133,7 @@ def test_finished_cells_are_found_said_and_not_computed_again(model, tmp_path, c
     assert list(tmp_path.iterdir()) == []
 
 
-def test_results_of_other_settings_are_named_in_a_line_and_not_used(model, tmp_path, caplog) -> None:
+def test_results_of_other_settings_are_reported_and_not_used(model, tmp_path, caplog) -> None:
     file = tmp_path / "x.json"
     model.run(resume(file, FACTS))
     with caplog.at_level("INFO", logger="clex_train"):
@@ -148,7 +148,7 @@ def test_results_of_other_settings_are_named_in_a_line_and_not_used(model, tmp_p
 @pytest.mark.parametrize(
     "content", ["", "{", "[1]", '{"format": 1}', '{"format": 1, "facts": {}, "cells": 3, "pieces": 0}']
 )
-def test_a_damaged_file_is_named_in_a_line_and_replaced(tmp_path, caplog, content: str) -> None:
+def test_a_damaged_file_is_reported_and_replaced(tmp_path, caplog, content: str) -> None:
     kept = resume(tmp_path / "x.json", FACTS)
     kept.path.write_text(content)
     with caplog.at_level("INFO", logger="clex_train"):
@@ -158,7 +158,7 @@ def test_a_damaged_file_is_named_in_a_line_and_replaced(tmp_path, caplog, conten
     assert resume(tmp_path / "x.json", FACTS).cells == {"cell": 1}
 
 
-def test_a_partial_file_that_is_a_pipe_or_leads_elsewhere_is_not_read(tmp_path, caplog) -> None:
+def test_a_partial_file_that_is_a_pipe_or_a_link_is_not_read(tmp_path, caplog) -> None:
     folder, outside = tmp_path / "evaluation", tmp_path / "outside"
     kept = resume(folder / "x.json", FACTS)
     kept.finish({"cell": 1})
@@ -175,7 +175,7 @@ def test_a_partial_file_that_is_a_pipe_or_leads_elsewhere_is_not_read(tmp_path, 
     assert resume(folder / "x.json", FACTS).cells == {"cell": 2}
 
 
-def test_ill_typed_cells_and_pieces_are_computed_again(model, tmp_path) -> None:
+def test_ill_typed_cells_and_pieces_are_recomputed(model, tmp_path) -> None:
     kept, whole = resume(tmp_path / "x.json", FACTS), model.run()
     kept.finish({"perplexity/none/one_shot/16": {"method": 3}, "perplexity/none/chunked/16": None})
     keys = [f"perplexity/none/{protocol.value}/16" for protocol in PROTOCOLS]
@@ -184,7 +184,7 @@ def test_ill_typed_cells_and_pieces_are_computed_again(model, tmp_path) -> None:
     assert numbers(results) == numbers(whole)
 
 
-def test_a_full_disk_is_said_once_and_the_evaluation_goes_on(model, tmp_path, monkeypatch, caplog) -> None:
+def test_a_full_disk_is_reported_once_and_the_evaluation_continues(model, tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     results = model.run(resume(tmp_path / "x.json", FACTS))
     assert len(results.scores) == 18
@@ -194,7 +194,7 @@ def test_a_full_disk_is_said_once_and_the_evaluation_goes_on(model, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cells_that_are_equal_by_definition_are_computed_once_and_say_so(model) -> None:
+def test_cells_equal_by_definition_are_computed_once_and_marked(model) -> None:
     results = model.run()
     both = model.forwards
     of_none, of_ntk = ([score for score in results.scores if score.method == name] for name in ("none", "ntk"))
@@ -208,11 +208,11 @@ def test_cells_that_are_equal_by_definition_are_computed_once_and_say_so(model) 
     windows = random_windows(3, max(LENGTHS))
     apart = evaluate(alone.model, alone.handle, chosen, windows, READINGS, 20, device=torch.device("cpu"))
     assert [score.window_nll for score in apart.scores] == [score.window_nll for score in of_ntk]
-    # Both methods look at the output layer once, and the 12 windows of 16 tokens are not read again.
+    # Both methods probe the output layer once, and the 12 windows of 16 tokens are not read again.
     assert both == 2 * (alone.forwards - 1) + 1 - 12
 
 
-def test_the_bar_moves_with_every_chunk_of_a_window(model, monkeypatch) -> None:
+def test_the_progress_bar_advances_with_every_chunk(model, monkeypatch) -> None:
     from clex_train.utils import progress
 
     moves: list[tuple[int, float]] = []
@@ -230,8 +230,8 @@ def test_the_bar_moves_with_every_chunk_of_a_window(model, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_twelve_cells_interrupted_twice_cost_at_most_5_percent_more_forwards(model, tmp_path) -> None:
-    """With pieces kept as often as is worth its time: 2 % of it."""
+def test_two_interrupts_in_twelve_cells_cost_at_most_5_percent_more_forwards(model, tmp_path) -> None:
+    """Save parts at the default interval, which costs 2 % of the time."""
     spec = EvaluationConfig(lengths=[32, 128, 512], protocols=[Protocol.one_shot, Protocol.chunked])
     asked = {"todo": readings(spec, CONTEXT_LEN), "methods": (Method.ntk, Method.pi), "windows": 8, "chunk_len": 64}
     whole = model.run(**asked)
@@ -246,7 +246,7 @@ def test_twelve_cells_interrupted_twice_cost_at_most_5_percent_more_forwards(mod
     assert spent + model.forwards <= 1.05 * undisturbed
 
 
-def test_two_ranks_resume_at_the_same_place_to_the_same_bits(tmp_path: Path, monkeypatch) -> None:
+def test_two_ranks_resume_bitwise_at_the_same_place(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     torch.multiprocessing.spawn(_rank_main, args=(str(tmp_path),), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

@@ -1,4 +1,4 @@
-"""The protocols against a naive float64 Llama, and what must not change their numbers."""
+"""Perplexity protocols against a naive float64 Llama, and invariance to chunks, batches and modes."""
 
 import math
 import weakref
@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture
 def table(model) -> FrequencyTable:
-    """Frequencies that move with t in every pair, on a grid finer than the integers."""
+    """Make frequencies that change with t in every pair, on a grid finer than the integers."""
     inv_freq = 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
     moving = pi_table(inv_freq, scale_grid(8, step=0.5))
     return FrequencyTable(moving.t, ntk_table(inv_freq, moving.t).inv_freq * moving.t[:, None] ** -0.25)
@@ -58,7 +58,7 @@ def test_one_shot_equals_one_plain_forward_at_the_final_t(model, handle, table, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", LENGTHS)
-def test_chunked_equals_keys_cached_unrotated_and_rotated_anew_at_every_t(model, handle, table, length: int) -> None:
+def test_chunked_equals_caching_unrotated_keys_and_rotating_them_at_every_t(model, handle, table, length: int) -> None:
     tokens = tokens_of(length)
     chunks = [(start, start + L, table.at((start + L) / L).inv_freq) for start in range(0, length, L)]
     nll = chunked(model, handle, tokens, chunk_len=1000)
@@ -80,26 +80,26 @@ def test_chunks_and_batches_do_not_change_the_numbers(model, handle, protocol) -
 
 
 @torch.no_grad()
-def test_the_two_protocols_differ_beyond_the_training_length_only(model, handle) -> None:
+def test_the_two_protocols_only_differ_beyond_the_training_length(model, handle) -> None:
     short, long = tokens_of(L), tokens_of(4 * L)
     torch.testing.assert_close(one_shot(model, handle, short, 8), chunked(model, handle, short, 8))
     assert not torch.allclose(one_shot(model, handle, long, 8), chunked(model, handle, long, 8), atol=1e-2)
 
 
 @torch.no_grad()
-def test_one_chunks_logits_exist_at_a_time(model, handle) -> None:
+def test_logits_exist_for_one_chunk_at_a_time(model, handle) -> None:
     alive: list[weakref.ref[Tensor]] = []
     widths: list[int] = []
 
-    def before(module, args) -> None:
+    def require_freed_logits(module, args) -> None:
         assert all(logits() is None for logits in alive)
 
-    def after(module, args, out) -> None:
+    def record_logits(module, args, out) -> None:
         alive.append(weakref.ref(out))
         widths.append(out.shape[1])
 
-    model.register_forward_pre_hook(before)
-    model.lm_head.register_forward_hook(after)
+    model.register_forward_pre_hook(require_freed_logits)
+    model.lm_head.register_forward_hook(record_logits)
     for protocol in (one_shot, chunked):
         protocol(model, handle, tokens_of(64), 12)
     assert max(widths) == 12
@@ -107,13 +107,13 @@ def test_one_chunks_logits_exist_at_a_time(model, handle) -> None:
 
 
 @torch.no_grad()
-def test_a_window_beyond_the_table_is_one_clear_error(model, handle) -> None:
+def test_a_window_beyond_the_table_is_refused(model, handle) -> None:
     with pytest.raises(ValueError, match="num_tokens=144"):
         one_shot(model, handle, tokens_of(144), 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_nll_equals_cross_entropy_whatever_the_tile(dtype: torch.dtype, monkeypatch) -> None:
+def test_token_nll_equals_cross_entropy_for_every_tile_length(dtype: torch.dtype, monkeypatch) -> None:
     logits = 20 * torch.randn(2, 9, 31, generator=torch.Generator().manual_seed(0))
     targets = torch.randint(0, 31, (2, 9), generator=torch.Generator().manual_seed(1))
     logits = logits.to(dtype)
@@ -123,7 +123,7 @@ def test_token_nll_equals_cross_entropy_whatever_the_tile(dtype: torch.dtype, mo
         torch.testing.assert_close(token_nll(logits, targets).double().flatten(), expected, rtol=1e-6, atol=1e-5)
 
 
-def test_evaluating_puts_the_mode_back_even_after_an_error(model) -> None:
+def test_evaluating_restores_the_mode_even_after_an_error(model) -> None:
     def fail() -> None:
         with evaluating(model):
             assert not model.training
@@ -138,7 +138,7 @@ def test_evaluating_puts_the_mode_back_even_after_an_error(model) -> None:
 
 
 @torch.no_grad()
-def test_gradient_checkpointing_does_not_lose_the_cache(model, handle) -> None:
+def test_gradient_checkpointing_does_not_disable_the_cache(model, handle) -> None:
     tokens = tokens_of(48)
     expected = one_shot(model, handle, tokens, 10)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

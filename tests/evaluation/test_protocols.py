@@ -1,4 +1,4 @@
-"""Which spans each protocol reads, which tokens it scores, and its numbers against a naive float64 Llama."""
+"""Evaluation protocols: spans, scored tokens, and numbers against a naive float64 Llama."""
 
 import math
 from functools import cache
@@ -34,7 +34,7 @@ def reading_of(protocol: Protocol, lengths: list[int], context_len: int = CONTEX
 
 
 def frequencies() -> FrequencyTable:
-    """They move with t in every pair, on a grid finer than the integers."""
+    """Make frequencies that change with t in every pair, on a grid finer than the integers."""
     inv_freq = 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
     moving = pi_table(inv_freq, scale_grid(12, step=0.5))
     return FrequencyTable(moving.t, ntk_table(inv_freq, moving.t).inv_freq * moving.t[:, None] ** -0.25)
@@ -42,7 +42,7 @@ def frequencies() -> FrequencyTable:
 
 @pytest.fixture(scope="module")
 def results() -> Results:
-    """Every protocol at every length, two windows, in small chunks and batches."""
+    """Evaluate every protocol at every length on two windows, in small chunks and batches."""
     model = build_tiny_llama()
     handle = install_rotary(model, CONTEXT_LEN)
     spec = EvaluationConfig(lengths=LENGTHS, protocols=WINDOWED, stride=STRIDE, last_k=LAST_K)
@@ -53,11 +53,11 @@ def results() -> Results:
 
 @cache
 def plain_nll(window: int, start: int, length: int, step: int) -> torch.Tensor:
-    """float64 [length]: the span read `step` tokens at a time, each at the t that the tokens so far need."""
+    """Return nll float64 [length] of a span read `step` tokens at a time, each at the t for the tokens so far."""
     model, table = build_tiny_llama(), frequencies()
     ids = random_windows(2, LONGEST).tokens[window, start : start + length].tolist()
     stops = [*range(step, length, step), length]
-    # The grid's scale factors are 1, 1.5, 2, ...: the least that is no less than stop / L.
+    # The scale factors of the grid are 1, 1.5, 2, ...; take the least one that is at least stop / L.
     chunks = [
         (before, stop, table.at(max(1.0, math.ceil(2 * stop / CONTEXT_LEN) / 2)).inv_freq)
         for before, stop in zip([0, *stops[:-1]], stops, strict=True)
@@ -66,7 +66,7 @@ def plain_nll(window: int, start: int, length: int, step: int) -> torch.Tensor:
 
 
 def naive_start(protocol: Protocol, token: int, length: int) -> int:
-    """Where the span begins that the token's nll is from."""
+    """Return the start of the span in which a token is scored."""
     if protocol is Protocol.last_k:
         return LONGEST - length
     if protocol is Protocol.sliding:
@@ -107,8 +107,8 @@ def test_every_protocol_equals_a_plain_computation_in_float64(
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [24, 96])
-def test_sliding_is_the_strided_loop_of_transformers(length: int) -> None:
-    """A stock model, labels of -100 for what an earlier span has scored, the mean loss times its tokens."""
+def test_sliding_equals_the_strided_loop_of_transformers(length: int) -> None:
+    """Use a stock model, with labels of -100 for tokens scored in an earlier span, and its mean loss times tokens."""
     windows, stock = random_windows(2, LONGEST), build_tiny_llama().eval()
     total, count = 0.0, 0
     for tokens in torch.from_numpy(windows.tokens):
@@ -130,7 +130,7 @@ def test_sliding_is_the_strided_loop_of_transformers(length: int) -> None:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_curve_is_the_plain_nll_of_each_position_over_all_pieces(results: Results, length: int) -> None:
+def test_the_curve_is_the_mean_nll_of_each_position_over_all_pieces(results: Results, length: int) -> None:
     score = next(s for s in results.scores if (s.protocol, s.length) == ("per_position", length))
     bin_len = 2 if length == 192 else 1
     values: dict[int, list[float]] = {}
@@ -151,12 +151,12 @@ def test_only_per_position_has_a_curve(results: Results) -> None:
     assert {score.protocol for score in results.scores if score.curve} == {"per_position"}
 
 
-def test_scores_come_by_protocol_and_length_under_their_keys(results: Results) -> None:
+def test_scores_are_sorted_by_protocol_and_length_under_their_keys(results: Results) -> None:
     names = [protocol.value for protocol in WINDOWED]
     assert list(results.metrics()) == [f"perplexity/moving/{name}/{n}" for name in names for n in LENGTHS]
 
 
-def test_a_protocols_columns_are_of_the_same_tokens_and_equal_sets_share_a_fingerprint(results: Results) -> None:
+def test_all_lengths_of_a_protocol_score_the_same_tokens(results: Results) -> None:
     by_protocol: dict[str, set[str]] = {}
     for score in results.scores:
         by_protocol.setdefault(score.protocol, set()).add(score.fingerprint)
@@ -165,7 +165,7 @@ def test_a_protocols_columns_are_of_the_same_tokens_and_equal_sets_share_a_finge
     assert len(set.union(*by_protocol.values())) == len(WINDOWED) - 1
 
 
-def test_what_protocols_read_alike_is_read_once() -> None:
+def test_protocols_share_identical_readings() -> None:
     spec = EvaluationConfig(lengths=[32, 64], protocols=WINDOWED, stride=8, last_k=16)
     shared = {
         (job.length, job.read.__name__, len(job.spans)): [reading.protocol.value for reading in job.readings]
@@ -187,7 +187,7 @@ sizes = st.tuples(
 
 
 @given(sizes)
-def test_sliding_gives_every_token_once_with_almost_n_tokens_of_context(drawn) -> None:
+def test_sliding_scores_every_token_once_with_almost_n_tokens_of_context(drawn) -> None:
     lengths, stride, _ = drawn
     reading = reading_of(Protocol.sliding, lengths.tolist(), stride=stride)
     longest = int(lengths[-1])
@@ -199,13 +199,13 @@ def test_sliding_gives_every_token_once_with_almost_n_tokens_of_context(drawn) -
             assert span.stop == span.start + length <= longest
             for token in range(max(span.first, length), span.stop):
                 assert length - stride <= token - span.start < length
-    # A stride as long as the shortest length leaves the first token of each of its spans without context.
+    # With a stride as long as the shortest length, the first token of each span has no context.
     without = set(range(0, longest, stride)) if stride == lengths[0] else {0}
     assert set(np.flatnonzero(~reading.scored)) == without
 
 
 @given(sizes, st.sampled_from([Protocol.one_shot, Protocol.per_position, Protocol.chunked]))
-def test_pieces_score_what_has_context_at_every_length(drawn, protocol: Protocol) -> None:
+def test_only_tokens_with_context_at_every_length_are_scored(drawn, protocol: Protocol) -> None:
     lengths, _, context_len = drawn
     reading = reading_of(protocol, lengths.tolist(), context_len)
     period = context_len if protocol is Protocol.chunked else int(lengths[-1])
@@ -223,17 +223,17 @@ def test_last_k_ends_every_span_at_the_end_of_the_window(drawn) -> None:
     assert np.flatnonzero(reading.scored).tolist() == list(range(unscored, longest))
 
 
-def test_last_k_is_the_context_length_unless_said_otherwise() -> None:
+def test_last_k_defaults_to_the_context_length() -> None:
     assert reading_of(Protocol.last_k, [32, 64], context_len=16).scored.sum() == 16
     assert reading_of(Protocol.last_k, [32, 64], context_len=16, last_k=5).scored.sum() == 5
 
 
-def test_a_protocol_asked_for_twice_is_read_once() -> None:
+def test_a_protocol_named_twice_is_read_once() -> None:
     spec = EvaluationConfig(lengths=[16], protocols=[Protocol.one_shot, Protocol.one_shot])
     assert len(readings(spec, CONTEXT_LEN)) == 1
 
 
-def test_the_curve_keeps_its_number_of_bins_and_loses_no_token() -> None:
+def test_the_curve_has_a_fixed_number_of_bins_and_counts_every_token() -> None:
     reading = reading_of(Protocol.per_position, [100, 1000])
     nll = np.random.default_rng(0).random((3, 1000))
     for bins in (1, 7, 128, 1000):
@@ -255,13 +255,15 @@ def test_the_curve_keeps_its_number_of_bins_and_loses_no_token() -> None:
         (Protocol.streaming, {}, "streaming reads one long text and no windows"),
     ],
 )
-def test_a_protocol_that_does_not_fit_the_lengths_is_one_clear_line(protocol, keys: dict[str, int], message) -> None:
+def test_a_protocol_that_does_not_fit_the_lengths_is_refused_in_one_line(
+    protocol, keys: dict[str, int], message
+) -> None:
     with pytest.raises(ValueError, match=message) as error:
         reading_of(protocol, [32, 64], **keys)
     assert "\n" not in str(error.value)
 
 
-def test_a_stride_beyond_the_lengths_matters_to_sliding_alone() -> None:
+def test_a_stride_beyond_the_lengths_only_matters_to_sliding() -> None:
     assert reading_of(Protocol.one_shot, [16, 32]).scored.sum() == 30
 
 

@@ -1,4 +1,4 @@
-"""Methods x protocols x lengths over one set of windows, on one rank and on two."""
+"""The evaluation runner: methods x protocols x lengths over one set of windows, on one and two ranks."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def test_every_cell_equals_the_naive_average_over_the_same_tokens() -> None:
         assert results.metrics()[f"perplexity/ntk/one_shot/{length}"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_all_methods_protocols_and_lengths_are_there_over_equally_many_tokens() -> None:
+def test_every_method_protocol_and_length_scores_equally_many_tokens() -> None:
     results = run()
     assert list(results.metrics()) == [
         f"perplexity/{method}/{protocol}/{length}"
@@ -77,7 +77,7 @@ def test_all_methods_protocols_and_lengths_are_there_over_equally_many_tokens() 
     assert results.windows["count"] == 3
 
 
-def test_window_sums_add_up_to_the_perplexity_and_belong_to_their_window() -> None:
+def test_window_sums_add_up_to_the_perplexity_in_window_order() -> None:
     both, first = run(num_windows=3), run(num_windows=1)
     for score, alone in zip(both.scores, first.scores, strict=True):
         assert len(score.window_nll) == 3
@@ -105,7 +105,7 @@ def test_a_cell_whose_numbers_overflow_is_named(caplog) -> None:
     )
 
 
-def test_the_methods_are_different_frequencies_on_the_same_weights() -> None:
+def test_the_methods_use_different_frequencies_on_the_same_weights() -> None:
     methods = (Method.trained, Method.none, Method.pi, Method.ntk, Method.random_pos, Method.lm_infinite)
     metrics = run(methods=methods).metrics()
     at_training_length = {metrics[f"perplexity/{m.value}/one_shot/16"] for m in methods}
@@ -115,7 +115,7 @@ def test_the_methods_are_different_frequencies_on_the_same_weights() -> None:
     assert len({round(value, 6) for value in beyond.values()}) == 3
 
 
-def test_the_bar_ends_full_and_counts_more_for_long_spans(monkeypatch) -> None:
+def test_the_progress_bar_ends_full_and_weights_long_spans(monkeypatch) -> None:
     bars, make = [], progress.bar
     monkeypatch.setattr(progress, "bar", lambda *args, **settings: bars.append(make(*args, **settings)) or bars[-1])
     run(methods=(Method.none,), chunk_len=7, batch_tokens=50)
@@ -125,7 +125,7 @@ def test_the_bar_ends_full_and_counts_more_for_long_spans(monkeypatch) -> None:
     assert tokens < bars[0].total < 2 * tokens
 
 
-def test_the_handle_and_the_model_are_left_as_they_were() -> None:
+def test_the_handle_and_the_model_are_restored() -> None:
     model = build_tiny_llama().train()
     handle = install_rotary(model, CONTEXT_LEN)
     before = tables([Method.pi], base_rope(handle), 64)["pi"]
@@ -153,7 +153,7 @@ def test_ranks_get_equal_batches_and_every_piece_counts_once(num_pieces: int, ba
     assert sorted(counted.tolist()) == list(range(num_pieces))
 
 
-def test_two_ranks_give_the_numbers_of_one_with_equally_many_forwards_each(tmp_path: Path) -> None:
+def test_two_ranks_match_one_with_equal_numbers_of_forwards(tmp_path: Path) -> None:
     call_on_two_ranks(_rank_main, str(tmp_path))
     expected = run().scores
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

@@ -1,4 +1,4 @@
-"""Evaluation of weights that ZeRO-3 has split over two ranks, in the middle of training."""
+"""Evaluation during ZeRO-3 training, with weights sharded over two ranks."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.helpers.ports import free_port
 
 
 @pytest.mark.slow
-def test_sharded_weights_score_as_whole_ones_and_training_goes_on_unharmed(tmp_path: Path, monkeypatch) -> None:
+def test_sharded_weights_score_like_whole_ones_and_training_is_unaffected(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     torch.multiprocessing.spawn(_rank_main, args=(free_port(), str(tmp_path)), nprocs=2)
     for rank in range(2):

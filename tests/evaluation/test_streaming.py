@@ -1,4 +1,4 @@
-"""A stream under LM-Infinite: the nll of one forward over all of it, in a cache of constant size."""
+"""Streaming evaluation under LM-Infinite: equal to one forward over the stream, in a cache of constant size."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 
 @pytest.mark.parametrize("chunk_len", [1, 7, 16, 64, 1000])
-def test_a_stream_has_the_nll_of_one_forward_over_all_of_it(store: TokenStore, chunk_len: int) -> None:
+def test_a_stream_has_the_nll_of_one_forward_over_the_whole_stream(store: TokenStore, chunk_len: int) -> None:
     model, stream = build_tiny_llama().double().eval(), plan_stream(store, NUM_TOKENS, CONTEXT_LEN)
     lm_infinite = apply_lm_infinite(model, n_local=12, n_global=3)
     tokens = stream.read(0, NUM_TOKENS)
@@ -40,7 +40,7 @@ def test_a_stream_has_the_nll_of_one_forward_over_all_of_it(store: TokenStore, c
     torch.testing.assert_close(nll[1:].double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_windows_are_scored_like_texts_of_their_own(store: TokenStore) -> None:
+def test_windows_are_scored_like_separate_texts(store: TokenStore) -> None:
     model, stream = build_tiny_llama().double().eval(), plan_stream(store, NUM_TOKENS, CONTEXT_LEN)
     with evaluating(model):
         nll = torch.cat(list(windowed(model, stream, 3 * CONTEXT_LEN, BAR)))
@@ -50,7 +50,7 @@ def test_windows_are_scored_like_texts_of_their_own(store: TokenStore) -> None:
             assert float(nll[first + 1 : first + CONTEXT_LEN].double().mean()) == pytest.approx(float(loss), rel=1e-6)
 
 
-def test_neither_scores_the_first_token_of_a_window(store: TokenStore) -> None:
+def test_streams_and_windows_skip_the_first_token_of_a_window(store: TokenStore) -> None:
     stream = plan_stream(store, NUM_TOKENS, CONTEXT_LEN)
     parts = [torch.ones(50), torch.ones(NUM_TOKENS - 50)]
     sums = segment_sums(iter(parts), stream)
@@ -65,7 +65,7 @@ def test_the_curve_has_a_bounded_number_of_points(store: TokenStore, monkeypatch
 
 
 @pytest.mark.parametrize("num_tokens", [CONTEXT_LEN - 1, 10**6])
-def test_a_stream_that_the_store_cannot_give_is_refused(store: TokenStore, num_tokens: int) -> None:
+def test_a_stream_longer_than_the_store_is_refused(store: TokenStore, num_tokens: int) -> None:
     with pytest.raises(ValueError, match=rf"stream_tokens={num_tokens}: .* has 186 validation tokens"):
         plan_stream(store, num_tokens, CONTEXT_LEN)
 

@@ -1,4 +1,4 @@
-"""Small directories in the layout of the original CLEX code, and what belongs beside them."""
+"""Small model directories in the layout of the original CLEX code, with a tokenizer."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def official_directory(folder: Path, goldens: Path, **facts: object) -> Path:
-    """The Llama of the goldens with a tokenizer, its config changed by `facts`."""
+    """Save the Llama of the goldens with a tokenizer and its config changed by `facts`."""
     folder.mkdir(parents=True)
     shutil.copyfile(goldens / "clex_llama.weights.safetensors", folder / "model.safetensors")
     config = json.loads((goldens / "clex_llama.config.json").read_text())
@@ -19,6 +19,6 @@ def official_directory(folder: Path, goldens: Path, **facts: object) -> Path:
 
 
 def save_tokenizer(folder: Path, vocab_size: int) -> None:
-    """One word per token."""
+    """Save a tokenizer with one word per token."""
     tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(vocab_size)}, unk_token="1"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="0", unk_token="1").save_pretrained(folder)

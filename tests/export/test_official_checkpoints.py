@@ -1,4 +1,4 @@
-"""A checkpoint of the original CLEX code: evaluated, trained further, and written back to the bit."""
+"""Checkpoints of the original CLEX code: evaluation, further training, and bitwise export."""
 
 import json
 import sys
@@ -56,7 +56,9 @@ def load_for_training(config: Config) -> load.LoadedModel:
 
 @pytest.mark.parametrize("log_scale", [False, True])
 @torch.no_grad()
-def test_evaluation_gives_the_logits_of_the_original_code(tmp_path: Path, logit_goldens: Path, log_scale: bool) -> None:
+def test_evaluation_matches_the_logits_of_the_original_code(
+    tmp_path: Path, logit_goldens: Path, log_scale: bool
+) -> None:
     directory = official_directory(tmp_path / "official", logit_goldens, log_scale=log_scale)
     loaded = load.load_for_evaluation(ModelConfig(path=str(directory)))
     expected = load_file(logit_goldens / "clex_eval_tanh.safetensors")
@@ -70,7 +72,7 @@ def test_evaluation_gives_the_logits_of_the_original_code(tmp_path: Path, logit_
         assert torch.allclose(logits[rows], expected[name], atol=tolerance, rtol=0), f"N={length}"
 
 
-def test_official_to_ours_to_official_keeps_every_bit(directory: Path, tmp_path: Path) -> None:
+def test_converting_from_official_and_back_keeps_every_bit(directory: Path, tmp_path: Path) -> None:
     loaded = load_for_training(training_config(directory))
     loaded.tokenizer = load_tokenizer(str(directory), ModelConfig())
     loaded.solve_table()
@@ -103,7 +105,7 @@ def test_lengths_beyond_the_checkpoint_are_refused_before_weights_are_read(direc
     assert "num_tokens=1088: beyond t_max * L = 16 * 64" in capsys.readouterr().err
 
 
-def test_an_official_checkpoint_that_is_no_directory_says_to_download_it(directory, monkeypatch) -> None:
+def test_an_official_checkpoint_that_is_not_a_directory_must_be_downloaded(directory, monkeypatch) -> None:
     monkeypatch.setattr("clex_train.models.official.is_official", lambda path: False)
     with pytest.raises(ValueError, match="a checkpoint of the original CLEX code: download it"):
         architecture.to_train(ModelConfig(path=str(directory)))
@@ -111,7 +113,7 @@ def test_an_official_checkpoint_that_is_no_directory_says_to_download_it(directo
 
 @pytest.mark.parametrize("family", ["phi", "mixtral", "gpt_neox"])
 @torch.no_grad()
-def test_a_directory_of_any_family_that_was_written_gives_the_same_logits(family: str, tmp_path: Path) -> None:
+def test_an_exported_directory_of_any_family_gives_the_same_logits(family: str, tmp_path: Path) -> None:
     base, folder = tmp_path / "base", tmp_path / "official"
     save_base(family, base)
     model = load.load_for_evaluation(ModelConfig(path=str(base)))
@@ -157,7 +159,7 @@ def save_base(family: str, folder: Path) -> None:
     save_tokenizer(folder, 61)
 
 
-def test_shards_carry_the_field_in_a_file_of_its_own(directory: Path, tmp_path: Path, monkeypatch) -> None:
+def test_sharded_directories_have_the_field_in_a_separate_file(directory: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("clex_train.export.official.SHARD_SIZE", "1MB")
     loaded = load.load_for_evaluation(ModelConfig(path=str(directory)))
     write_official(tmp_path / "sharded", loaded)
@@ -169,7 +171,7 @@ def test_shards_carry_the_field_in_a_file_of_its_own(directory: Path, tmp_path: 
         assert torch.equal(again.model(ids).logits, loaded.model(ids).logits)
 
 
-def test_training_goes_on_from_the_trained_field(directory: Path, tmp_path: Path) -> None:
+def test_training_continues_from_the_trained_field(directory: Path, tmp_path: Path) -> None:
     config = training_config(directory)
     loaded = load_for_training(config)
     assert loaded.clex is not None
@@ -208,7 +210,9 @@ def test_training_goes_on_from_the_trained_field(directory: Path, tmp_path: Path
         ({"log_scale": True}, {"log_scale": LogScale.eval}, "scaling.log_scale=eval: .* was made for .*official"),
     ],
 )
-def test_a_key_that_contradicts_the_checkpoint_is_one_line(tmp_path, goldens, facts, scaling, message) -> None:
+def test_a_key_that_contradicts_the_checkpoint_is_refused_in_one_line(
+    tmp_path, goldens, facts, scaling, message
+) -> None:
     directory = official_directory(tmp_path / "official", goldens, **facts)
     with pytest.raises(ValueError, match=message) as refusal:
         load_for_training(training_config(directory, **scaling))
@@ -237,7 +241,7 @@ def test_another_context_length_is_refused_before_weights_are_read(directory: Pa
         architecture.context_length(model, architecture.to_train(model))
 
 
-def test_what_the_layout_cannot_hold_is_refused(directory: Path, tmp_path: Path) -> None:
+def test_models_that_the_layout_cannot_represent_are_refused(directory: Path, tmp_path: Path) -> None:
     loaded = load.load_for_evaluation(ModelConfig(path=str(directory)))
     loaded.log_scale = LogScale.eval
     with pytest.raises(ValueError, match="log_scale=eval: the official layout knows `off` and `official`"):
@@ -253,7 +257,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str, program: ModuleType =
     return console.run(program.main, program.usage)
 
 
-def test_the_evaluate_program_takes_an_official_directory(directory, tmp_path, monkeypatch) -> None:
+def test_the_evaluate_program_accepts_an_official_directory(directory, tmp_path, monkeypatch) -> None:
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(2, VOCAB_SIZE, (n,), generator=generator).tolist() for n in (300, 280)]
     write_store(tmp_path / "store", {"train": documents, "validation": documents}, VOCAB_SIZE)
@@ -293,7 +297,9 @@ def test_the_program_writes_what_the_function_writes(directory, tmp_path, monkey
         (["model={trained}", "output={new}"], "log_scale=eval: the official layout knows `off` and `official`"),
     ],
 )
-def test_bad_input_of_the_program_is_one_line(directory, tmp_path, monkeypatch, capsys, arguments, message) -> None:
+def test_bad_input_of_the_program_is_refused_in_one_line(
+    directory, tmp_path, monkeypatch, capsys, arguments, message
+) -> None:
     places = {"official": directory, "new": tmp_path / "new", "trained": tmp_path / "trained"}
     places["trained"].mkdir()
     clex = Clex(torch.ones(4, dtype=torch.float64), t_max=2.0)
@@ -312,7 +318,7 @@ def test_help_names_every_key(monkeypatch, capsys) -> None:
         assert f"\n  {key} (" in printed
 
 
-def test_the_tensors_stand_under_the_body_of_the_model() -> None:
+def test_the_tensors_are_under_the_body_of_the_model() -> None:
     clex = Clex(torch.ones(4, dtype=torch.float64), t_max=2.0)
     assert set(official_tensors(clex, "gpt_neox.")) == {
         "gpt_neox.clex_layer.proj_func.ode_up_proj",

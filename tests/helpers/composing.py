@@ -1,4 +1,4 @@
-"""Compose the real configuration as train.py does."""
+"""Composition of the real configuration, as in train.py."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 
 
 def composed(*overrides: str) -> Config:
-    """The checked configuration of `train.py OVERRIDES`."""
+    """Compose and check the configuration of `train.py OVERRIDES`."""
     configuration.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return configuration.to_config(compose("config", overrides=for_hydra(Config, overrides)))

@@ -5,14 +5,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a process group that was opened in this process leaves in the environment."""
+"""Variables that opening a process group in this process sets."""
 
 
-def of_a_launch(**variables: str) -> dict[str, str]:
-    """Return this process's environment without what other tests have left, and `variables`.
+def launch_environment(**variables: str) -> dict[str, str]:
+    """Return the environment of this process without leftovers of other tests, plus `variables`.
 
-    One thread a rank, since several launches share two cores. A process group and a wandb service of this process
-    would be taken for those of the launch.
+    Set one thread per rank, since several launches share two cores. Remove the process group and the wandb service of
+    this process, which the launch would otherwise use.
     """
     own = {name: text for name, text in os.environ.items() if name not in GROUP and not name.startswith("WANDB_")}
     return {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **variables}

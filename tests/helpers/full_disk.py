@@ -1,4 +1,4 @@
-"""Small file systems for tests, which are skipped where they may not be mounted."""
+"""Small file systems for tests; tests are skipped if mounting is not permitted."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import pytest
 
 @contextmanager
 def mounted(folder: Path, size: str) -> Iterator[Path]:
-    """A tmpfs of a size such as `64k` at `folder`."""
+    """Mount a tmpfs of a size such as `64k` at `folder`."""
     folder.mkdir()
     if os.system(f"mount -t tmpfs -o size={size} none {folder} 2>/dev/null") != 0:
         pytest.skip("needs the right to mount a small file system")

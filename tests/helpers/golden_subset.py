@@ -1,10 +1,9 @@
-"""Cut the part of the goldens that is committed in `tests/goldens` out of the complete set.
+"""Extract the committed subset in `tests/goldens` from the complete set of goldens.
 
     python -m tests.helpers.golden_subset FOLDER_OF_THE_COMPLETE_SET
 
-The Llama keeps every layer and, of its vocabulary, the tokens that occur in the texts that are kept. They get new
-numbers. No logit depends on the rows of the output layer for other tokens, so the logits of the original code remain
-what they were.
+The Llama keeps every layer and the tokens of its vocabulary that occur in the selected texts, renumbered. No logit
+depends on the rows of the output layer for other tokens, so the logits of the original code are unchanged.
 """
 
 import json
@@ -17,15 +16,15 @@ from safetensors.torch import load_file, save_file
 
 SUBSET = Path(__file__).resolve().parents[1] / "goldens"
 LENGTHS = (32, 65, 200)
-"""Tokens of the texts that are kept; L = 64, so that t is 1, 2 and 4."""
+"""Lengths of the selected texts in tokens; L = 64, so that t is 1, 2 and 4."""
 NUM_ROWS = 16
-"""Positions of a text whose logits are kept, the first and the last among them."""
+"""Number of positions per text whose logits are selected, including the first and the last."""
 WHOLE = ("clex_ode.safetensors", "lmi_attn.safetensors")
 BY_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def main(complete: Path, target: Path = SUBSET) -> None:
-    """Write the subset into `target`, whose README is written by hand."""
+    """Write the subset to `target`; its README is maintained by hand."""
     target.mkdir(exist_ok=True)
     for name in WHOLE:
         shutil.copyfile(complete / name, target / name)
@@ -42,7 +41,7 @@ def main(complete: Path, target: Path = SUBSET) -> None:
 def cut(
     weights: dict[str, torch.Tensor], logits: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the weights and the logits of the tokens, lengths and positions that are kept."""
+    """Select the weights and logits of the subset: its tokens, lengths and positions."""
     vocabulary, ids = logits["input_ids"][: max(LENGTHS)].unique(return_inverse=True)
     small = {name: x[vocabulary].contiguous() if name in BY_VOCABULARY else x for name, x in weights.items()}
     kept = {"input_ids": ids}
@@ -58,12 +57,12 @@ def cut(
 
 
 def stored_lengths(logits: dict[str, torch.Tensor]) -> list[int]:
-    """Return the lengths of the texts that a file of logits holds, in tokens."""
+    """Return the lengths in tokens of the texts in a file of logits."""
     return sorted(int(key.removeprefix("rows.")) for key in logits if key.startswith("rows."))
 
 
 def evenly(count: int) -> torch.Tensor:
-    """Return `NUM_ROWS` indices spread over `count`, the first and the last among them."""
+    """Return `NUM_ROWS` evenly spread indices below `count`, including the first and the last."""
     return torch.linspace(0, count - 1, NUM_ROWS).round().long()
 
 

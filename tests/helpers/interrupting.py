@@ -1,4 +1,4 @@
-"""Sends signals to a launch at seeded moments, as a terminal, a scheduler or the kernel does, and looks at its end."""
+"""Send signals to launches at seeded moments, like a terminal, a scheduler or the kernel, and record the outcome."""
 
 import os
 import random
@@ -18,11 +18,11 @@ from tests.helpers import environments
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 ORPHAN_SECONDS = float(os.environ.get("INTERRUPT_SECONDS", "5"))
-"""How long a process may outlive its launch; more on a machine that has other work."""
+"""Seconds that a process may outlive its launch; more on a busy machine."""
 PATIENCE = 1800
-"""Seconds that a launch may take on a machine that has other work, against hanging alone."""
+"""Timeout of a launch in seconds, long enough for a busy machine: it only catches hangs."""
 TRIALS = int(os.environ.get("INTERRUPT_TRIALS", "4"))
-"""How many signals a test sends."""
+"""Number of signals that a test sends."""
 SEED = int(os.environ.get("INTERRUPT_SEED", "0"))
 TRACEBACK = re.compile(
     r"Traceback \(most recent call last\):\n(?:.*\n)*?(?=\S*\w+(?:Error|Interrupt|Exception|Exit)\b)"
@@ -31,7 +31,7 @@ TRACEBACK = re.compile(
 
 @dataclass
 class Trial:
-    """One signal: which, when it hit and what came of it."""
+    """One signal: its number, its time and the outcome."""
 
     number: signal.Signals
     moment: str
@@ -44,34 +44,34 @@ class Trial:
 
 @dataclass
 class Interrupter:
-    """Launches one command again and again, with a signal in each launch, until its result is there."""
+    """Launch one command repeatedly, with a signal in each launch, until its result exists."""
 
     command: list[str]
     result: Path
     log: Path
     moments: dict[str, object]
-    """Functions of the launch that return when its moment has come, by name."""
+    """Functions of the launched process, by name, that return when it is time for the signal."""
     generator: random.Random
     trials: list[Trial] = field(default_factory=list)
 
     def run(self, wanted: int) -> None:
-        """Interrupt `wanted` launches, or fewer if the result is there before."""
+        """Interrupt `wanted` launches, or fewer if the result exists before."""
         for index in range(wanted):
             if self.result.exists():
                 return
             number = SIGNALS[index % len(SIGNALS)]
             moment = self.generator.choice(list(self.moments))
             trial = self.interrupt(number, moment)
-            # At once: what a later failure of the test has to say is not all that was found.
+            # Printed at once, so that a later failure of the test does not hide it.
             print(describe(trial), flush=True)
             self.trials.append(trial)
 
     def finish(self) -> str:
-        """Run the same command to its end; returns what it printed."""
+        """Run the same command to its end; return its output."""
         done = subprocess.run(
             self.command,
             cwd=ROOT,
-            env=environments.of_a_launch(),
+            env=environments.launch_environment(),
             capture_output=True,
             text=True,
             timeout=PATIENCE,
@@ -82,7 +82,7 @@ class Interrupter:
         return done.stdout + done.stderr
 
     def interrupt(self, number: signal.Signals, moment: str) -> Trial:
-        """One launch and one signal: to its whole group, as a terminal sends it; SIGKILL to one of its processes."""
+        """Launch once and send one signal to the whole group, as a terminal does; SIGKILL to one random process."""
         with self.log.open("w") as log:
             process = start(self.command, log)
         started, own = time.monotonic(), psutil.Process(process.pid)
@@ -107,27 +107,27 @@ class Interrupter:
 
 
 def start(command: list[str], log) -> subprocess.Popen:
-    """Begin a program in a group of its own, with the signals of an interactive shell."""
+    """Start a program in a new process group, with the signal handling of an interactive shell."""
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environments.of_a_launch(),
+        env=environments.launch_environment(),
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        # A test run in the background of a script ignores SIGINT, and its children with it.
-        preexec_fn=take_signals,
+        # Processes started in the background of a script inherit an ignored SIGINT.
+        preexec_fn=restore_signals,
     )
 
 
-def take_signals() -> None:
-    """Undo what `nohup` or a script's background has left to this process."""
+def restore_signals() -> None:
+    """Restore the default signal handling that `nohup` or a background job disables."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 def descendants(process: subprocess.Popen) -> dict[int, psutil.Process]:
-    """Every process below a launch."""
+    """Return every descendant of a launch by process id."""
     try:
         return {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
     except psutil.NoSuchProcess:
@@ -135,12 +135,12 @@ def descendants(process: subprocess.Popen) -> dict[int, psutil.Process]:
 
 
 def tracebacks_of_ours(output: str) -> list[str]:
-    """Tracebacks with a frame of this repository; those of launchers have none."""
+    """Return the tracebacks with a frame in this repository, which those of launchers lack."""
     return [found[0] for found in TRACEBACK.finditer(output) if f'File "{ROOT}/' in found[0].replace("/.venv/", "|")]
 
 
 def describe(trial: Trial) -> str:
-    """One line: which signal, when, and what came of it."""
+    """Describe in one line the signal, its time and the outcome."""
     theirs, ours = trial.output.count("Traceback (most recent"), len(tracebacks_of_ours(trial.output))
     return (
         f"  {trial.number.name:<8}{trial.moment:<17}{trial.seconds:6.1f} s after the launch: code {trial.code}, "
@@ -149,7 +149,7 @@ def describe(trial: Trial) -> str:
 
 
 def report(trials: list[Trial]) -> None:
-    """Print how many signals there were of each kind; shown with `-s`, as is a line for each."""
+    """Print the number of signals of each kind; shown with `-s`."""
     print(f"\n{len(trials)} signals: {dict(Counter(f'{trial.number.name} {trial.moment}' for trial in trials))}")
 
 

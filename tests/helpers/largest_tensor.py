@@ -1,4 +1,4 @@
-"""How large the tensors are that a computation makes, for tests of what it never holds."""
+"""Measurement of the largest tensor in a computation, for tests of peak memory."""
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements of any tensor that is made inside."""
+    """Record the largest number of elements of any tensor created inside the context."""
 
     def __init__(self) -> None:
         super().__init__()

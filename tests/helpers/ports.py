@@ -4,15 +4,15 @@ import secrets
 import socket
 
 PORTS = range(10_000, 20_000)
-"""Below those that the kernel gives to connections and that jobs of SLURM meet at."""
+"""Ports below those that the kernel gives to connections and below the rendezvous ports of SLURM jobs."""
 _held: list[socket.socket] = []
 
 
 def free_port() -> str:
-    """A port that nobody listens on, and that nobody takes in the seconds before the launch does.
+    """Return a port without a listener, reserved until the launch uses it.
 
-    The kernel gives none of `PORTS` to a connection of a test beside this one. Tests in other processes leave it alone
-    because this one holds the UDP port of the same number for as long as it lives, in which no launch is interested.
+    The kernel never gives one of `PORTS` to a connection of another test. Tests in other processes skip it because this
+    process binds the UDP port of the same number for its lifetime, which no launch uses.
     """
     while True:
         port = secrets.choice(PORTS)

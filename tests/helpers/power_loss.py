@@ -1,10 +1,10 @@
-"""A reference model of what a journalling file system may hold after a power cut, for files below one folder.
+"""A reference model of the possible contents of a journalling file system after a power cut, below one folder.
 
-    data of a file       what it was at its last fsync, or else: nothing, or zeros of its length
-    names in a folder    as at the folder's last fsync, or else: as they were when the power went
+    data of a file       as at its last fsync, or else empty, or zeros of its length
+    names in a folder    as at the folder's last fsync, or else as at the power cut
 
-fsync, rename and unlink are recorded from within the process; what lies on the disk is read before each of them, so
-that it does not matter which library wrote a file.
+fsync, rename and unlink are recorded from within the process. The disk is read before each of them, so that files may
+be written by any library.
 """
 
 import os
@@ -21,7 +21,7 @@ CALLS = ("fsync", "rename", "replace", "unlink", "remove", "rmdir", "mkdir")
 
 @dataclass(eq=False)
 class Node:
-    """A file or folder, whatever its name: what of it is durable."""
+    """The durable part of a file or folder, independent of its name."""
 
     is_folder: bool
     data: bytes | None = None
@@ -30,14 +30,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Image:
-    """What a disk may hold at a moment: contents by relative path, None for a folder."""
+    """Possible contents of a disk at a moment: bytes by relative path, None for a folder."""
 
     moment: str
     kind: str
     files: dict[str, bytes | None]
 
     def write(self, folder: Path) -> Path:
-        """Lay the image out in a new folder."""
+        """Write the image to a new folder."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for name, content in sorted(self.files.items()):
@@ -50,7 +50,7 @@ class Image:
 
 
 class Disk:
-    """Records what happens below `root`, where everything is durable at the beginning."""
+    """Record file operations below `root`, where everything is durable at the start."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -61,7 +61,7 @@ class Disk:
             self._sync(path)
 
     def record(self, monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> list[Image]:
-        """Every image that a power cut during `action` or right after it may leave, without repetitions."""
+        """Return the distinct images that a power cut during `action` or right after it can leave."""
         with monkeypatch.context() as patched:
             for name in CALLS:
                 patched.setattr(os, name, self._watched(name, getattr(os, name)))
@@ -75,8 +75,8 @@ class Disk:
             result = call(*given, **named)
             if name == "fsync":
                 self._sync(Path(os.readlink(f"/proc/self/fd/{given[0]}")))
-            # A number of a file that has just gone may be given to another one.
-            self._forget_what_has_gone()
+            # The inode number of a deleted file may be reused by a new one.
+            self._forget_deleted_nodes()
             return result
 
         return watched
@@ -93,7 +93,7 @@ class Disk:
     def _node(self, path: Path) -> Node:
         return self._nodes.setdefault(path.stat().st_ino, Node(path.is_dir()))
 
-    def _forget_what_has_gone(self) -> None:
+    def _forget_deleted_nodes(self) -> None:
         there = {path.stat().st_ino for path in (self.root, *self.root.rglob("*"))}
         self._nodes = {number: node for number, node in self._nodes.items() if number in there}
 
@@ -109,10 +109,10 @@ class Disk:
     def _possible(self) -> Iterator[tuple[str, dict[str, bytes | None]]]:
         yield "names and data lost", dict(_durable(self._node(self.root), ""))
         for kind, lose in (("data lost", lambda size: b""), ("data zeroed", bytes)):
-            yield kind, dict(self._named(lose))
-        yield "nothing lost", dict(self._named(None))
+            yield kind, dict(self._current_contents(lose))
+        yield "nothing lost", dict(self._current_contents(None))
 
-    def _named(self, lose: Callable[[int], bytes] | None) -> Iterator[tuple[str, bytes | None]]:
+    def _current_contents(self, lose: Callable[[int], bytes] | None) -> Iterator[tuple[str, bytes | None]]:
         for path in self.root.rglob("*"):
             name, node = str(path.relative_to(self.root)), self._node(path)
             if node.is_folder:

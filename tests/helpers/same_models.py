@@ -1,4 +1,4 @@
-"""Models of two runs that have to be the same to the bit."""
+"""Bitwise comparison of the final models of two runs."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 
 def assert_same_model(first: Path, second: Path) -> None:
-    """Compare every tensor that two model directories hold: weights, ODE and frequencies."""
+    """Assert that every tensor of two model directories is equal: weights, ODE and frequencies."""
     files = sorted(path.name for path in first.glob("*.safetensors"))
     assert "model.safetensors" in files
     for file in files:

@@ -1,4 +1,4 @@
-"""A Llama of a few thousand parameters with a tokenizer of digits, saved as a user's own model would be."""
+"""A Llama of a few thousand parameters with a tokenizer of digits, saved as a user would save a model."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ VOCABULARY, CONTEXT = 61, 16
 
 
 def tiny_llama(**settings: object) -> LlamaForCausalLM:
-    """L = 16, 6 pairs per head, weights large enough for attention to matter."""
+    """Build a Llama with L = 16 and 6 pairs per head, with weights large enough for attention to matter."""
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -31,7 +31,7 @@ def tiny_llama(**settings: object) -> LlamaForCausalLM:
 
 
 def save_tiny_llama(folder: Path) -> LlamaForCausalLM:
-    """Model and tokenizer in one directory."""
+    """Save model and tokenizer in one directory."""
     model = tiny_llama()
     model.save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="1"))

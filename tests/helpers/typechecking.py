@@ -1,4 +1,4 @@
-"""The checker behind jaxtyping's shapes while testing: an int passes for a float, as for every other type checker."""
+"""The runtime type checker for jaxtyping in tests: an int passes for a float, as in static type checkers."""
 
 from beartype import BeartypeConf, beartype
 

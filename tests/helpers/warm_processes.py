@@ -1,8 +1,8 @@
-"""Real processes that start in a moment: forked from one that has imported what takes a fresh interpreter ten seconds.
+"""Quickly started processes, forked from one that has done the imports that take a fresh interpreter ten seconds.
 
-A program gets arguments, environment, folder and output of its own, as from a shell. The process they are forked from
-is one for each process of pytest, and sees no GPU: CUDA does not outlive a fork. What a launcher or an interpreter does
-at its start is not tested by them.
+A program gets its own arguments, environment, folder and output, as from a shell. There is one process to fork from for
+each process of pytest, without GPUs, since CUDA does not survive a fork. The start-up of launchers and of the
+interpreter is not covered by such processes.
 """
 
 import multiprocessing
@@ -43,7 +43,7 @@ IMPORTED = [
 
 
 class Program:
-    """A script with its arguments, or `-m` and a module, as they would follow `python`."""
+    """A process that runs a script with arguments, or `-m` and a module, as they would follow `python`."""
 
     def __init__(self, command: list[str], folder: Path = ROOT, **variables: str) -> None:
         self.command = command
@@ -51,22 +51,22 @@ class Program:
         self.outputs = [Path(self._outputs.name, name) for name in ("stdout", "stderr")]
         for output in self.outputs:
             output.touch()
-        arguments = (command, folder, environments.of_a_launch(**variables), self.outputs)
+        arguments = (command, folder, environments.launch_environment(**variables), self.outputs)
         self.process: Any = _context().Process(target=_program, args=arguments)
         self.process.start()
 
     def kill(self) -> None:
-        """Kill -9; of a process that has ended there is nothing to kill."""
+        """Send SIGKILL, unless the process has ended."""
         if self.process.is_alive():
             os.kill(self.process.pid, signal.SIGKILL)
         self.process.join()
 
-    def said(self) -> str:
-        """What it has written to stdout until now."""
+    def stdout(self) -> str:
+        """Return the contents of stdout so far."""
         return self.outputs[0].read_text()
 
     def end(self, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        """Wait for its end, as `subprocess.run` does."""
+        """Wait for the end of the process, as `subprocess.run` does."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.kill()
@@ -77,9 +77,9 @@ class Program:
 
 
 def run_ranks(count: int, command: list[str], timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Run the program on `count` gloo ranks to the end; as a launcher does, the first that fails ends the others."""
+    """Run the program on `count` gloo ranks to the end; as with a launcher, the first failure ends the others."""
     port = free_port()
-    ranks = [Program(command, **rank_of(rank, count, port)) for rank in range(count)]
+    ranks = [Program(command, **rank_variables(rank, count, port)) for rank in range(count)]
     stop = time.monotonic() + timeout
     while any(rank.process.is_alive() for rank in ranks) and time.monotonic() < stop:
         if any(rank.process.exitcode for rank in ranks):
@@ -91,21 +91,21 @@ def run_ranks(count: int, command: list[str], timeout: float = 600) -> subproces
     return (failed or ranks)[0].end()
 
 
-def rank_of(rank: int, count: int, port: str) -> dict[str, str]:
-    """What a launcher tells a rank."""
+def rank_variables(rank: int, count: int, port: str) -> dict[str, str]:
+    """Return the variables that a launcher gives to a rank."""
     numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     return {**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def call_on_two_ranks(function: Callable[..., None], *arguments: Any) -> None:
-    """Call `function(rank, *arguments)` in a process for each rank; the first exception of one is raised here."""
+    """Call `function(rank, *arguments)` in a process for each of two ranks; raise the first exception of one here."""
     _context()
     torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method="forkserver")
 
 
 @cache
 def _context() -> Any:
-    """Start the process that all are forked from."""
+    """Start the process from which all others are forked."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     with pytest.MonkeyPatch.context() as patch:
@@ -119,7 +119,7 @@ def _context() -> Any:
 
 
 def _program(command: list[str], folder: Path, variables: dict[str, str], outputs: list[Path]) -> None:
-    """Become the program."""
+    """Replace this forked process by the program."""
     for number, output in enumerate(outputs, 1):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(folder)

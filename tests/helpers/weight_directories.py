@@ -1,4 +1,4 @@
-"""Model directories whose weights are changed, and how training's check and a whole load judge them."""
+"""Model directories with changed weights, judged by the early check of training and by loading."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +18,17 @@ Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def rewrite(directory: Path, change: Change) -> None:
-    """Put `change(tensors)` in place of the tensors of a directory."""
+    """Replace the tensors of a directory by `change(tensors)`."""
     file = directory / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
-def without(*names: str) -> Change:
+def without_tensors(*names: str) -> Change:
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
 def refusal_of_check(directory: Path) -> str:
-    """The line of training's check alone."""
+    """Return the error line of the early check of training."""
     model = ModelConfig(path=str(directory))
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         weights.check(model, architecture.to_read(model))
@@ -36,9 +36,9 @@ def refusal_of_check(directory: Path) -> str:
 
 
 def refusal(directory: Path, **keys) -> str:
-    """The one line in which a directory is refused, by training's check and by a whole load alike."""
+    """Return the error line for a directory, which the early check and loading must agree on."""
     model = ModelConfig(path=str(directory), **keys)
-    with pytest.raises(ValueError) as checked:  # noqa: PT011  the message is what the tests look at
+    with pytest.raises(ValueError) as checked:  # noqa: PT011  the tests compare the message
         weights.check(model, architecture.to_read(model))
     with pytest.raises(ValueError) as loaded:  # noqa: PT011
         load.load_for_evaluation(model)
@@ -49,7 +49,8 @@ def refusal(directory: Path, **keys) -> str:
     return line
 
 
-def accepted(directory: Path, **keys) -> load.LoadedModel:
+def load_accepted(directory: Path, **keys) -> load.LoadedModel:
+    """Load a directory that the early check must accept."""
     model = ModelConfig(path=str(directory), **keys)
     weights.check(model, architecture.to_read(model))
     return load.load_for_evaluation(model)

@@ -1,4 +1,4 @@
-"""A folder in which a job script finds stand-ins for SLURM's commands."""
+"""A folder with stand-ins for SLURM's commands, for tests of job scripts."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Job scripts run by bash without SLURM: its commands are stand-ins that write down how they were called."""
+"""Job scripts run by bash without SLURM: stand-ins for its commands record their calls."""
 
 import os
 import stat
@@ -38,7 +38,7 @@ esac
 
 @dataclass
 class Lab:
-    """A folder with a submission in it; `life` runs one life of its job."""
+    """A folder with one submission; `life` runs its job once, from start or requeue to exit."""
 
     folder: Path
 
@@ -55,12 +55,12 @@ class Lab:
         return self.folder / "run" / "launch" / "one"
 
     def script(self, *overrides: str) -> str:
-        """The text of the job."""
+        """Return the text of the job script."""
         config = composed(*BASE, f"output_dir={self.folder / 'run'}", *overrides)
         return job_script.render(config, self.submission, self.folder)
 
     def life(self, script: str, **facts: str) -> subprocess.CompletedProcess[str]:
-        """Run a script as slurmd would; `facts` say what SLURM and the training answer."""
+        """Run a script as slurmd would; `facts` set the answers of SLURM and the training."""
         known = {
             "SRUN_ANSWERS": "0",
             "RANK_ANSWERS": "",

@@ -1,4 +1,4 @@
-"""The text of a job: what the site gives stands in it quoted, and what cannot stand there is refused."""
+"""Job scripts: quoting of site values, directives, and refused values."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def plain_run() -> Config:
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(value=text, other=text, values=st.lists(text, max_size=3))
-def test_site_values_reach_the_job_as_they_are_and_none_is_executed(tmp_path, plain_run, value, other, values):
+def test_site_values_reach_the_job_unchanged_and_are_not_executed(tmp_path, plain_run, value, other, values):
     launch = LaunchConfig(
         account=value, partition=other, python=value, network_interface=other, environment={"SITE": value}
     )
@@ -57,8 +57,8 @@ def test_site_values_reach_the_job_as_they_are_and_none_is_executed(tmp_path, pl
     assert not (tmp_path / "pwned").exists()
 
 
-def test_arguments_of_a_task_arrive_as_they_are(lab):
-    """Through `declare -p` and a second bash, as srun starts it."""
+def test_arguments_of_a_task_arrive_unchanged(lab):
+    """Check through `declare -p` and a second bash, as srun starts it."""
     config = composed(*BASE, f"output_dir={lab.folder / 'run'}", "launch.layout=task_per_rank")
     config.launch.python = str(lab.folder / "bin" / "an 'interpreter' $(touch pwned)")
     script = job_script.render(config, lab.submission, lab.folder)
@@ -82,7 +82,7 @@ def test_arguments_of_a_task_arrive_as_they_are(lab):
 @pytest.mark.parametrize(
     "layout", ["torchrun", "deepspeed", "task_per_rank", "h100_infiniband", "cpu", "pyxis", "apptainer"]
 )
-def test_every_preset_gives_a_script_that_bash_can_read(lab, layout):
+def test_every_preset_gives_a_valid_bash_script(lab, layout):
     script = lab.script(f"launch={layout}", "launch.nodes=2")
     done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -91,7 +91,7 @@ def test_every_preset_gives_a_script_that_bash_can_read(lab, layout):
     assert f"#SBATCH --ntasks-per-node={tasks}\n" in script
 
 
-def test_directives_ask_for_what_the_keys_say(lab):
+def test_directives_follow_the_configuration(lab):
     overrides = ("launch.nodes=4", "launch.gpus_per_node=8", "launch.cpus_per_rank=12", "launch.time=1-12:00:00")
     site = (
         "launch.account=me",
@@ -135,8 +135,8 @@ def test_directives_ask_for_what_the_keys_say(lab):
         ("launch.container_image=x", "launch.container=none: choose pyxis or apptainer"),
     ],
 )
-def test_a_value_that_cannot_be_meant_is_named_with_its_remedy(override, message):
-    # Hydra's grammar has no escape for a newline: it stands in the value itself.
+def test_an_invalid_value_is_named_with_a_remedy(override, message):
+    # Hydra's grammar has no escape for a newline, so the value contains a literal one.
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         composed(*BASE, override.replace("\\n", "\n"))
     assert str(caught.value).startswith(message)
@@ -144,7 +144,7 @@ def test_a_value_that_cannot_be_meant_is_named_with_its_remedy(override, message
 
 
 @given(days=st.integers(0, 30), hours=st.integers(0, 23), minutes=st.integers(0, 59), rest=st.integers(1, 59))
-def test_every_form_of_a_time_limit_is_read(days, hours, minutes, rest):
+def test_every_form_of_a_time_limit_is_parsed(days, hours, minutes, rest):
     clock = hours * 3600 + minutes * 60 + rest
     assert seconds(f"{days}-{hours:02}:{minutes:02}:{rest:02}") == days * 86400 + clock
     assert seconds(f"{hours:02}:{minutes:02}:{rest:02}") == clock
@@ -154,7 +154,7 @@ def test_every_form_of_a_time_limit_is_read(days, hours, minutes, rest):
     assert seconds(f"{days}-{hours}:{rest}") == days * 86400 + hours * 3600 + rest * 60
 
 
-def test_the_configuration_of_a_job_composes_to_what_was_submitted(tmp_path):
+def test_the_configuration_of_a_job_composes_to_the_submitted_one(tmp_path):
     asked = composed("+experiment=tiny_clex", f"output_dir={tmp_path}", "data.path=a b", "launch.account=me")
     (tmp_path / "config.yaml").write_text(job_script.configuration_text(asked, tmp_path), encoding="utf-8")
     configuration.register()
@@ -166,7 +166,7 @@ def test_the_configuration_of_a_job_composes_to_what_was_submitted(tmp_path):
     assert read == asked
 
 
-def test_a_container_sees_the_run_and_the_current_folder(tmp_path):
+def test_a_container_mounts_the_run_and_the_current_folder(tmp_path):
     launch = LaunchConfig(container_image="x.sqsh", container=Container.pyxis, container_mounts=["/data", "/a:/b"])
     folders = [tmp_path / "here", tmp_path / "run"]
     assert entrance(launch, folders).srun_options[1] == (

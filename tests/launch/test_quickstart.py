@@ -1,4 +1,4 @@
-"""What the quick start says when a stage ends before its time."""
+"""Messages of the quick start when a stage ends early."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from launch import quickstart
         (3, "error: stage failed with exit code 3: deepspeed train.py +experiment=tiny_base"),
     ],
 )
-def test_a_stage_that_was_stopped_has_not_failed(monkeypatch, capsys, code, line):
+def test_a_stopped_stage_is_not_reported_as_failed(monkeypatch, capsys, code, line):
     def ended() -> None:
         raise subprocess.CalledProcessError(code, ["deepspeed", "train.py", "+experiment=tiny_base"])
 

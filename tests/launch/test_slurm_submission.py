@@ -1,4 +1,4 @@
-"""`python -m launch.slurm` as a command, with a stand-in for sbatch: what it writes, prints and refuses."""
+"""The command `python -m launch.slurm` with a stand-in for sbatch: files, output and refusals."""
 
 import json
 import re
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Done:
-    """What a command answered."""
+    """Exit code and output of a command."""
 
     returncode: int
     stdout: str
@@ -30,7 +30,7 @@ class Done:
 
 @pytest.fixture
 def command(tmp_path, tiny_store, tiny_architecture, monkeypatch, capsys):
-    """Runs the launcher in an empty folder; `sbatch` is a script of the test, or missing."""
+    """Return a function that runs the launcher in an empty folder; `sbatch` is a script of the test, or missing."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for needed in ("git", "bash"):
@@ -52,7 +52,7 @@ def command(tmp_path, tiny_store, tiny_architecture, monkeypatch, capsys):
     return run
 
 
-def test_a_submission_has_script_configuration_and_code_and_is_given_to_sbatch(command, tmp_path):
+def test_a_submission_has_script_configuration_and_code_and_is_passed_to_sbatch(command, tmp_path):
     done = command()
     assert done.returncode == 0, done.stderr
     assert "job 42 submitted" in done.stdout
@@ -85,7 +85,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(command, tmp_path):
         (("dry_run=true",), "dry_run=True: would be submitted as a job; use --dry-run to see the script"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, overrides, message):
+def test_bad_input_is_refused_in_one_line_and_leaves_no_files(command, tmp_path, overrides, message):
     done = command(*overrides)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {message}")
@@ -94,8 +94,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, overrides, 
     assert not (tmp_path / "run").exists()
 
 
-def test_held_out_ids_that_the_embedding_lacks_are_refused_as_train_py_does(command, tmp_path, tiny_store, monkeypatch):
-    """Of a store whose training documents have none of them."""
+def test_held_out_ids_outside_the_embedding_are_refused_as_in_training(command, tmp_path, tiny_store, monkeypatch):
+    """Use a store whose training documents have no such ids."""
     monkeypatch.setattr(vocabulary, "check_embedding", lambda *_: None)
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "base")
@@ -106,14 +106,14 @@ def test_held_out_ids_that_the_embedding_lacks_are_refused_as_train_py_does(comm
     assert not (tmp_path / "run").exists()
 
 
-def test_without_sbatch_the_remedy_is_named(command, tmp_path):
+def test_a_missing_sbatch_is_reported_with_a_remedy(command, tmp_path):
     done = command(sbatch=None)
     assert done.returncode == 2
     assert done.stderr.startswith("error: sbatch: not installed here; submit from a login node")
     assert not (tmp_path / "run").exists()
 
 
-def test_what_sbatch_refuses_is_said_in_its_words_and_taken_back(command, tmp_path):
+def test_a_refusal_of_sbatch_is_quoted_and_the_submission_removed(command, tmp_path):
     refusal = "echo 'sbatch: error: invalid partition specified: nope' >&2; exit 1"
     done = command("launch.partition=nope", sbatch=refusal)
     assert done.returncode == 2
@@ -121,7 +121,7 @@ def test_what_sbatch_refuses_is_said_in_its_words_and_taken_back(command, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_snapshot_without_git_has_what_runs_and_no_caches(tmp_path, monkeypatch):
+def test_a_snapshot_without_git_has_the_programs_and_no_caches(tmp_path, monkeypatch):
     monkeypatch.setattr(snapshot, "_known_to_git", lambda: None)
     snapshot.copy_code(tmp_path / "code")
     copied = {str(path.relative_to(tmp_path / "code")) for path in (tmp_path / "code").rglob("*") if path.is_file()}
@@ -148,7 +148,7 @@ def test_a_snapshot_by_git_has_new_files_and_no_ignored_ones(tmp_path, monkeypat
     assert {path.name for path in (tmp_path / "code").iterdir()} == {".gitignore", "COMMIT", "new.py", "train.py"}
 
 
-def test_data_and_secrets_in_the_checkout_are_left_out_with_a_line(tmp_path, monkeypatch, caplog):
+def test_data_and_secrets_in_the_checkout_are_excluded_and_reported(tmp_path, monkeypatch, caplog):
     checkout = tmp_path / "checkout"
     for name in ("data", "conf", "mine"):
         (checkout / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A job's stages: who is asked to end by a signal, and what the job says."""
+"""Signals to the stages of a job, and the messages of the job."""
 
 import signal
 import subprocess
@@ -38,7 +38,7 @@ def job(*stage: str) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("code", [75, 0])
-def test_a_signal_reaches_the_rank_and_not_its_launcher_and_no_stage_begins_after_it(tmp_path, code):
+def test_a_signal_reaches_the_rank_and_not_its_launcher_and_no_later_stage_starts(tmp_path, code):
     launcher = tmp_path / "deepspeed"
     launcher.write_text(
         "import subprocess, sys\nsys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
@@ -53,7 +53,7 @@ def test_a_signal_reaches_the_rank_and_not_its_launcher_and_no_stage_begins_afte
     assert not psutil.wait_procs(below, timeout=5)[1]
 
 
-def test_a_second_signal_is_passed_on_too():
+def test_a_second_signal_is_forwarded_too():
     process = job(sys.executable, "-c", f"{RANK.format(answer=0)}\ntime.sleep(600)")
     process.send_signal(signal.SIGINT)
     time.sleep(1)

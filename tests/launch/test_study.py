@@ -1,4 +1,4 @@
-"""The study's driver and its tables, on evaluation files made here."""
+"""The driver of the study and its tables, on synthetic evaluation files."""
 
 import math
 import subprocess
@@ -14,8 +14,8 @@ from launch.study_arms import ABLATIONS, JUDGING, MAIN, Arm
 LENGTHS = (128, 256)
 
 
-def evaluated(run: Path, method: str, nll: float, fingerprint: str = "same") -> None:
-    """An evaluation of two windows of 10 tokens from two books: `nll` nats a token, and 0.5 more."""
+def write_evaluation(run: Path, method: str, nll: float, fingerprint: str = "same") -> None:
+    """Write an evaluation of two windows of 10 tokens from two books: `nll` nats a token, and 0.5 more."""
     scores = [
         Score(method, protocol, n, "x", 1.0, [10 * nll, 10 * (nll + 0.5)], 20, 0.0, fingerprint=fingerprint)
         for protocol in study_tables.PROTOCOLS
@@ -26,44 +26,44 @@ def evaluated(run: Path, method: str, nll: float, fingerprint: str = "same") -> 
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """First cell -> the others, of the first table of a text."""
+    """Map the first cell of each row of the first table of a text to the others."""
     table = text.split("\n\n")[1].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     return {line[0]: line[1:] for line in cells}
 
 
 def test_a_row_is_the_mean_nll_over_the_seeds_and_over_the_windows(tmp_path):
-    evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
-    evaluated(tmp_path / "clex" / "seed_2", "trained", 3.0)
+    write_evaluation(tmp_path / "clex" / "seed_1", "trained", 2.0)
+    write_evaluation(tmp_path / "clex" / "seed_2", "trained", 3.0)
     found = rows(study_tables.section(tmp_path, [1, 2], "one_shot"))
     assert found["CLEX, t of the length"][-1] == "2"
     assert float(found["CLEX, t of the length"][0].split(" ± ")[0]) == pytest.approx(math.exp(2.75), abs=0.01)
 
 
-def test_differences_are_paired_so_what_all_arms_find_hard_in_a_book_cancels(tmp_path):
-    evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
-    evaluated(tmp_path / "pi" / "seed_1", "trained", 2.1)
+def test_paired_differences_cancel_the_shared_difficulty_of_a_book(tmp_path):
+    write_evaluation(tmp_path / "clex" / "seed_1", "trained", 2.0)
+    write_evaluation(tmp_path / "pi" / "seed_1", "trained", 2.1)
     pi, clex = study_tables.arm_lines(tmp_path, MAIN, [1], "one_shot", JUDGING)
     assert study_tables.against(clex)(pi, 128) == f"+{100 * math.expm1(0.1):.1f} ± 0.0"
     assert float(study_tables.perplexity_cell(pi, 128).split(" ± ")[1]) > 0.5
     assert study_tables.against(clex)(clex, 128) == "0"
 
 
-def test_an_arm_whose_seeds_scored_other_tokens_is_refused_by_name(tmp_path):
-    evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
-    evaluated(tmp_path / "clex" / "seed_2", "trained", 2.0, fingerprint="other")
+def test_an_arm_whose_seeds_scored_different_tokens_is_refused_by_name(tmp_path):
+    write_evaluation(tmp_path / "clex" / "seed_1", "trained", 2.0)
+    write_evaluation(tmp_path / "clex" / "seed_2", "trained", 2.0, fingerprint="other")
     with pytest.raises(ValueError, match="CLEX, t of the length: its runs scored different tokens"):
         study_tables.section(tmp_path, [1, 2], "one_shot")
 
 
-def test_windows_to_choose_by_are_not_read_for_the_main_table(tmp_path):
-    evaluated(tmp_path / "clex" / "seed_1", "trained", 2.0)
+def test_selection_windows_are_not_read_for_the_main_table(tmp_path):
+    write_evaluation(tmp_path / "clex" / "seed_1", "trained", 2.0)
     folder = tmp_path / "clex" / "seed_1" / "evaluation"
     (folder / f"{JUDGING.name}.json").rename(folder / "choosing.json")
     assert "CLEX" not in study_tables.section(tmp_path, [1], "one_shot")
 
 
-def test_the_runs_are_each_arm_once_and_the_main_ones_for_every_seed():
+def test_the_runs_have_each_arm_once_and_the_main_ones_for_every_seed():
     plan = study.Study("books", Path("out"), [1, 2, 3], smoke=False)
     pairs = [(arm.name, seed) for wave in plan.waves() for arm, seed in wave]
     assert len(pairs) == len(set(pairs)) == 3 * len(MAIN) + len(ABLATIONS)
@@ -71,7 +71,7 @@ def test_the_runs_are_each_arm_once_and_the_main_ones_for_every_seed():
     assert [[(arm.name, seed) for arm, seed in wave] for wave in alone.waves()] == [[("clex", 1), ("clex", 2)], []]
 
 
-def test_an_arm_that_evaluates_anothers_weights_comes_after_it():
+def test_an_arm_that_evaluates_weights_of_another_comes_after_it():
     training, borrowing = study.Study("books", Path("out"), [1], smoke=False).waves()
     trained = {arm.name for arm, _ in training}
     assert borrowing
@@ -81,7 +81,7 @@ def test_an_arm_that_evaluates_anothers_weights_comes_after_it():
         assert not arm.overrides, "it trains nothing"
 
 
-def test_every_arm_is_a_configuration_that_train_py_takes(compose_arm):
+def test_every_arm_is_a_valid_training_configuration(compose_arm):
     for arm in (*MAIN, *ABLATIONS):
         compose_arm(arm)
 
@@ -96,7 +96,7 @@ def compose_arm():
     return compose
 
 
-def test_a_stage_whose_result_exists_is_not_done_again_and_a_failing_one_is_named(tmp_path, capsys):
+def test_a_finished_stage_is_skipped_and_a_failing_one_is_named(tmp_path, capsys):
     plan = study.Study("books", tmp_path, [1], smoke=False)
     (tmp_path / "there").mkdir()
     study.stage(plan, tmp_path / "there", ["no-such-program"])
@@ -119,7 +119,7 @@ def test_a_stage_whose_result_exists_is_not_done_again_and_a_failing_one_is_name
         ),
     ],
 )
-def test_what_the_study_cannot_use_is_refused_before_any_stage(tmp_path, monkeypatch, capsys, arguments, message):
+def test_unusable_inputs_are_refused_before_any_stage(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "stage", lambda *_: pytest.fail("a stage began"))
     books = str(tmp_path / "*.jsonl.zst")

@@ -1,4 +1,4 @@
-"""Reference implementation of Lambda-shaped attention, straight from its definition with dense score tables."""
+"""Reference implementation of Lambda-shaped attention by its definition, with dense score tables."""
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def dense_lambda(
 ) -> Tensor:
     """Compute [B, H, N, D] from an explicit N x N x D table of keys at their distances.
 
-    `valid` [B, N] is False at padding; padded queries get zeros. `best` middle keys are seen at distance L / 2.
+    `valid` [B, N] is False at padding; padded queries get zeros. The `best` middle keys are attended at distance L / 2.
     """
     num_rows, num_heads, num_tokens, width = query.shape
     keys, values = (x.repeat_interleave(num_heads // keys.shape[1], dim=1) for x in (keys, values))

@@ -1,4 +1,4 @@
-"""LM-Infinite on models with attention code of their own: GPT-J, Falcon (RoPE and ALiBi), MPT and Bloom."""
+"""LM-Infinite on models with custom attention code: GPT-J, Falcon (RoPE and ALiBi), MPT and Bloom."""
 
 import copy
 
@@ -44,7 +44,7 @@ def tokens(num_rows: int, num_tokens: int) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_within_the_window_a_model_computes_what_it_did_and_afterwards_too(family):
+def test_results_are_unchanged_within_the_window_and_after_undo(family):
     model, ids = small_model(family), tokens(2, 24)
     with torch.no_grad():
         plain = model(ids).logits
@@ -57,7 +57,7 @@ def test_within_the_window_a_model_computes_what_it_did_and_afterwards_too(famil
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_plain_attention_within_the_window(family):
+def test_gradients_match_plain_attention_within_the_window(family):
     model, ids, gradients = small_model(family), tokens(2, 20), []
     for n_local in (None, 20):
         handle = None if n_local is None else apply_lm_infinite(model, n_local, 2, block_len=6)
@@ -66,14 +66,14 @@ def test_gradients_are_those_of_plain_attention_within_the_window(family):
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
         if handle is not None:
             handle.undo()
-    # cos and sin are float32 where there are any, and so are the weights of MPT and Bloom themselves.
+    # cos and sin are float32 where used, and so are the attention weights of MPT and Bloom.
     tolerance = 1e-10 if family == "falcon_alibi" else 1e-5
     for ours, plain in zip(*reversed(gradients), strict=True):
         torch.testing.assert_close(ours, plain, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_beyond_the_window_blocks_and_caches_do_not_change_a_model(family):
+def test_blocks_and_caches_do_not_change_results_beyond_the_window(family):
     """Compare one forward past the trained context with other block lengths, and with both caches fed in pieces."""
     model, ids = small_model(family), tokens(2, 90)
     with torch.no_grad():
@@ -89,8 +89,8 @@ def test_beyond_the_window_blocks_and_caches_do_not_change_a_model(family):
 
 
 @pytest.mark.parametrize("family", ROTARY)
-def test_beyond_the_window_a_layer_is_plain_attention_over_what_it_may_see(family):
-    """One layer sees embeddings only, so the plain model can be given the G starting tokens, all at distance L."""
+def test_a_layer_beyond_the_window_is_plain_attention_over_visible_tokens(family):
+    """Use one layer, which only sees embeddings, so that the plain model can get G starting tokens at distance L."""
     n_local, n_global, num_tokens = 12, 3, 30
     model, ids = small_model(family, num_layers=1), tokens(2, num_tokens)
     seen = torch.cat((ids[:, :n_global], ids[:, -n_local:]), dim=1)
@@ -103,8 +103,8 @@ def test_beyond_the_window_a_layer_is_plain_attention_over_what_it_may_see(famil
 
 
 @pytest.mark.parametrize("family", SLOPED)
-def test_beyond_the_window_the_bias_stays_at_that_of_distance_l(family):
-    """The attention of one layer against the dense definition with slopes 2 ** -(8 i / heads), to 1e-10."""
+def test_the_bias_beyond_the_window_is_that_of_distance_l(family):
+    """Compare one layer with the dense definition with slopes 2 ** -(8 i / heads), to 1e-10."""
     model, ids, met = small_model(family, num_layers=1), tokens(2, 40), {}
     attention = next(module for module in model.modules() if hasattr(module, "layer_idx"))
     apply_lm_infinite(model, 12, 3, block_len=8)
@@ -141,7 +141,7 @@ def expected_slopes(family: str) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_gets_what_it_gets_alone_also_from_a_cache(family, side):
+def test_a_padded_row_matches_the_row_alone_with_and_without_a_cache(family, side):
     model = small_model(family)
     handle = apply_lm_infinite(model, 8, 3, block_len=5)
     ids, mask = tokens(3, 44), torch.ones(3, 44, dtype=torch.int64)
@@ -163,7 +163,7 @@ def test_a_padded_row_gets_what_it_gets_alone_also_from_a_cache(family, side):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generate_says_the_same_with_a_constant_cache_a_full_one_and_none(family):
+def test_generate_is_equal_with_a_constant_a_full_and_no_cache(family):
     model, ids = small_model(family), tokens(2, 15)
     handle = apply_lm_infinite(model, 8, 3)
     mask = torch.ones_like(ids)
@@ -177,7 +177,7 @@ def test_generate_says_the_same_with_a_constant_cache_a_full_one_and_none(family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_copy_of_a_model_stands_on_its_own(family):
+def test_a_copy_of_a_model_is_independent(family):
     model, ids = small_model(family), tokens(1, 30)
     apply_lm_infinite(model, 8, 2)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Every back end computes the same window as blocked SDPA; which one is chosen, and when one is refused.
+"""Back ends of LM-Infinite: agreement with the dense definition, selection and refusals.
 
 flex_attention is compared uncompiled, with the same masks and score_mod; tests marked `gpu` compile it. flash-attn is
 replaced by a function with its documented semantics; tests marked `gpu` call the real one.
@@ -49,7 +49,7 @@ def uncompiled(monkeypatch) -> FlexAttention:
 
 @pytest.fixture
 def documented_flash(monkeypatch) -> FlashAttention:
-    """Build a module `flash_attn` whose function follows flash-attn's documentation, [B, S, H, D] in and out."""
+    """Build a module `flash_attn` whose function follows the documentation of flash-attn, [B, S, H, D] in and out."""
 
     def flash_attn_func(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs):
         assert causal
@@ -126,7 +126,7 @@ def test_blocks_of_a_fused_back_end_join_to_the_dense_definition(name, positions
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-7 if slopes is not None else 1e-10)
 
 
-def test_a_fused_block_is_two_windows_in_whole_tiles():
+def test_a_fused_block_is_two_windows_of_whole_tiles():
     assert [fused_block_len(n_local) for n_local in (16, 600, 2048)] == [1024, 1280, 4096]
 
 
@@ -137,7 +137,7 @@ class TestChoice:
         query = torch.empty(1, 2, num_tokens, 64, device=device, **how)
         return CallFacts(query, query, SoftmaxRule(1.0), has_padding=False, wants_gradient=False)
 
-    def test_a_cpu_has_blocked_sdpa_and_says_so_once_with_the_reasons(self, caplog):
+    def test_a_cpu_uses_blocked_sdpa_and_logs_the_reasons_once(self, caplog):
         model = tiny_model("llama")
         apply_lm_infinite(model, 16, 4)
         with caplog.at_level(logging.INFO), torch.no_grad():
@@ -148,11 +148,11 @@ class TestChoice:
         assert said[0].startswith("lm_infinite uses sdpa (flash_attention: flash-attn is not installed")
         assert "flex_attention: its kernels need a GPU" in said[0]
 
-    def test_decoding_is_done_by_explicit_matrices_whatever_was_asked_for(self):
+    def test_decoding_always_uses_explicit_matrices(self):
         assert BackEndChoice("flex_attention").select(self.facts(num_tokens=1)) is BACK_ENDS["sdpa"]
 
     @pytest.mark.parametrize("name", ["flex_attention", "flash_attention"])
-    def test_a_back_end_that_cannot_do_a_call_is_refused_by_name(self, name):
+    def test_an_unsuitable_back_end_is_refused_by_name(self, name):
         model = tiny_model("llama")
         apply_lm_infinite(model, 16, 4, back_end=name)
         with torch.no_grad(), pytest.raises(ValueError, match=f"back_end={name}: .*; use back_end=auto"):
@@ -164,8 +164,8 @@ class TestChoice:
             apply_lm_infinite(model, 16, 4, back_end="cudnn")
         apply_lm_infinite(model, 16, 4).undo()
 
-    def test_a_gpu_has_flash_attn_for_half_precision_and_flex_attention_for_the_rest(self, monkeypatch):
-        """Devices and packages by name alone: nothing is computed."""
+    def test_a_gpu_uses_flash_attn_in_half_precision_and_flex_attention_otherwise(self, monkeypatch):
+        """Fake devices and packages by name; compute nothing."""
         monkeypatch.setattr("clex_train.lm_infinite.back_ends.is_flash_attn_2_available", lambda: True)
         monkeypatch.setattr("clex_train.lm_infinite.back_ends.find_spec", lambda name: name)
 
@@ -187,7 +187,7 @@ class TestChoice:
 
 
 class TestBfloat16:
-    """On a CPU: eight bits of mantissa, 0.4 % of a value, in inputs, weights and output."""
+    """bfloat16 on a CPU: inputs, weights and output have eight bits of mantissa, 0.4 % of a value."""
 
     @pytest.mark.parametrize("positions", ["rotary", "alibi"])
     @pytest.mark.parametrize("with_gradients", [False, True])
@@ -211,7 +211,7 @@ class TestBfloat16:
                 error = (ours.grad.double() - reference.grad).norm() / reference.grad.norm()
                 assert error < 0.02
 
-    def test_a_model_reads_in_pieces_what_it_reads_at_once(self):
+    def test_a_model_reads_chunks_like_one_forward(self):
         model, ids = tiny_model("llama", dtype=torch.bfloat16), tokens(1, 120)
         handle = apply_lm_infinite(model, 32, 4)
         cache = handle.new_cache()
@@ -225,7 +225,7 @@ class TestBfloat16:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 class TestOnGpu:
-    """Compiled kernels against the dense definition in float64 on the CPU."""
+    """Compiled kernels on a GPU against the dense definition in float64 on the CPU."""
 
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 3e-2)])
     @pytest.mark.parametrize("positions", ["rotary", "alibi"])
@@ -274,7 +274,7 @@ class TestOnGpu:
         for ours, reference in zip(leaves, exact, strict=True):
             assert (ours.grad.double().cpu() - reference.grad).norm() < tolerance * reference.grad.norm()
 
-    def test_a_model_computes_what_it_does_on_a_cpu(self):
+    def test_a_model_matches_its_results_on_a_cpu(self):
         model, ids = tiny_model("llama", hidden_size=128), tokens(2, 300)
         apply_lm_infinite(model, 64, 4)
         with torch.no_grad():
@@ -284,7 +284,7 @@ class TestOnGpu:
 
 
 class OnAnyDevice(PlainRotation):
-    """Frequencies and positions follow what is rotated."""
+    """Move frequencies and positions to the device of the rotated tensor."""
 
     def at(self, x: Tensor, positions: Tensor) -> Tensor:
         self.inv_freq = self.inv_freq.to(x.device)

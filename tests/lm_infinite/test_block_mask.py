@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def tiles(mask: BlockMask) -> tuple[Tensor, Tensor]:
-    """Return which tiles have visible entries, and which are visible entirely, [B, 1, Q, K]."""
+    """Return the masks of tiles with visible entries and of fully visible tiles, [B, 1, Q, K]."""
 
     def dense(count: Tensor, index: Tensor) -> Tensor:
         listed = torch.arange(index.shape[-1]) < count[..., None]
@@ -36,7 +36,7 @@ def tiles(mask: BlockMask) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("padded", [False, True])
-def test_tiles_are_those_that_torch_finds_key_by_key(case, padded):
+def test_tiles_equal_those_that_torch_finds_key_by_key(case, padded):
     num_queries, num_keys, offset, n_local = case
     first_key, padding = 1000, torch.tensor([0, 1000 + num_keys // 3, 1000 + 127, 1000 + 128])
     if padded:
@@ -44,28 +44,30 @@ def test_tiles_are_those_that_torch_finds_key_by_key(case, padded):
     else:
         ours = band_mask(num_queries, num_keys, offset, n_local, CPU)
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = offset + query - key
         window = (distance >= 0) & (distance < n_local)
         return window & (first_key + key >= padding[batch]) if padded else window
 
-    expected = create_block_mask(sees, len(padding) if padded else None, None, num_queries, num_keys, device="cpu")
+    expected = create_block_mask(
+        is_visible, len(padding) if padded else None, None, num_queries, num_keys, device="cpu"
+    )
     assert ours.shape == expected.shape
     (some, whole), (expected_some, expected_whole) = tiles(ours), tiles(expected)
     assert torch.equal(whole, expected_whole)
-    # A tile may have keys of the band and keys that are no padding, and none that is both: it is looked at in vain.
+    # A tile can have keys in the band and unpadded keys but none that is both: it is then visited for nothing.
     assert (some | ~expected_some).all()
     assert int((some & ~expected_some).sum()) <= (len(padding) * num_queries // 128 if padded else 0)
 
 
-def test_a_long_window_is_not_worked_out_key_by_key():
-    """Key by key, 2 L queries with a window of 32k tokens take a boolean mask of 6.4 GiB."""
+def test_a_long_window_is_not_evaluated_key_by_key():
+    """Bound the memory: key by key, 2 L queries with a window of 32k tokens take a boolean mask of 6.4 GiB."""
     with LargestTensor() as largest:
         padded_band_mask(65536, 98303, 32767, 32768, 0, torch.tensor([5]))
     assert largest.elements <= 2 * (65536 // 128) * (98304 // 128)
 
 
-def test_a_mask_that_is_kept_may_take_part_in_training():
+def test_a_cached_mask_can_be_used_in_training():
     block_mask.band_mask.cache_clear()
     with torch.inference_mode():
         mask = band_mask(256, 256, 0, 64, CPU)

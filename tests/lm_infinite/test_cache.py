@@ -25,7 +25,7 @@ GRID = [
 
 
 def streamed(query, keys, values, pieces, n_local, n_global, block_len, valid) -> Tensor:
-    """Compute [B, H, N, D], each piece through the cache as `layer` feeds it."""
+    """Compute [B, H, N, D], passing each piece through the cache as `layer` does."""
     layer, seen, outputs = LambdaCacheLayer(n_local, n_global), 0, []
     scheme = Scheme(n_local, PlainRotation(WIDTH), SoftmaxRule(WIDTH**-0.5), block_len)
     for size in pieces:

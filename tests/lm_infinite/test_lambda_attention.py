@@ -1,4 +1,4 @@
-"""Blocked Lambda attention matches its definition, forward and backward."""
+"""Blocked Lambda attention against its definition, forward and backward."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_the_original_attention_gives_the_same_output(goldens, n):
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
 
 
-def test_within_the_window_it_is_plain_causal_attention():
+def test_attention_within_the_window_is_plain_causal_attention():
     query, keys, values = (normal(2, 2, 30, WIDTH, seed=seed) for seed in range(3))
     rotation = PlainRotation(WIDTH)
     turned = [rotation.consecutive(x, 0) for x in (query, keys)]
@@ -85,7 +85,7 @@ def test_within_the_window_it_is_plain_causal_attention():
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
 
 
-def test_where_the_stream_began_does_not_change_a_single_bit():
+def test_the_start_of_the_stream_does_not_change_a_bit():
     query, keys, values = (normal(1, 2, 12, WIDTH, seed=seed, dtype=torch.float32) for seed in range(3))
     start = KeyValues(normal(1, 2, 3, WIDTH, dtype=torch.float32), normal(1, 2, 3, WIDTH, dtype=torch.float32))
 
@@ -97,8 +97,8 @@ def test_where_the_stream_began_does_not_change_a_single_bit():
     assert torch.equal(ending_at(1000), ending_at(10**8 + 1000))
 
 
-def test_memory_of_a_long_prefill_holds_no_square():
-    """The largest tensor of a block is C by C + L, however many tokens there are."""
+def test_a_long_prefill_has_no_quadratic_tensor():
+    """Bound the largest tensor by C x (C + L), independent of the number of tokens."""
     n, n_local, block_len = 4096, 32, 64
     query, keys, values = (normal(1, 1, n, 4, seed=seed, dtype=torch.float32) for seed in range(3))
     with LargestTensor() as largest:

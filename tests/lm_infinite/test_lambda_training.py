@@ -25,7 +25,7 @@ def loaded_for_training(config: Config) -> load.LoadedModel:
     return load.load_for_training(config, arch, torch.float32, {})
 
 
-def test_a_run_with_attention_lambda_trains_the_model_under_the_mask():
+def test_a_run_with_the_lambda_mask_trains_under_it():
     ids = tokens(2, 64)
     masked = loaded_for_training(composed("attention=lambda", "attention.n_local=16", *SMALL)).model
     plain = loaded_for_training(composed(*SMALL)).model
@@ -54,7 +54,7 @@ def test_the_window_is_the_trained_context_by_default():
         (["evaluation.protocols=[chunked]"], "evaluation.protocols="),
     ],
 )
-def test_what_does_not_go_with_the_mask_is_refused_by_name(overrides, message):
+def test_options_incompatible_with_the_mask_are_refused_by_name(overrides, message):
     config = composed("attention=lambda", *overrides)
     with pytest.raises(ValueError, match="attention=lambda") as refused:
         configuration.check_lambda_mask(config)
@@ -62,7 +62,7 @@ def test_what_does_not_go_with_the_mask_is_refused_by_name(overrides, message):
     assert "\n" not in str(refused.value)
 
 
-def test_plain_positions_and_an_evaluation_after_the_run_go_with_the_mask():
+def test_plain_positions_and_a_final_evaluation_are_compatible_with_the_mask():
     configuration.check_lambda_mask(composed("attention=lambda"))
     configuration.check_lambda_mask(composed("attention=lambda", "scaling=clex", "scaling.positions=plain"))
     after = ("evaluation.every=-1", "evaluation.methods=[lm_infinite]")
@@ -83,8 +83,8 @@ def test_keys_of_the_mask_out_of_range_are_refused(overrides, message):
         composed(*overrides)
 
 
-class TestTheMaskOverATrainedTable:
-    """`lm_infinite_t`: the table's frequencies at one t, and a window of t * L."""
+class TestMaskWithTrainedTable:
+    """`lm_infinite_t`: the frequencies of the table at one t, and a window of t * L."""
 
     def loaded(self, grid: list[float]) -> load.LoadedModel:
         model = tiny_model("llama")
@@ -97,7 +97,7 @@ class TestTheMaskOverATrainedTable:
         lengths = [6 * CONTEXT]
         return EvaluationConfig(methods=[Method.lm_infinite], lm_infinite_t=t, n_global=3, lengths=lengths)
 
-    def test_is_the_mask_with_t_pinned_at_every_length(self):
+    def test_equals_the_mask_with_t_pinned_at_every_length(self):
         loaded, ids, spec = self.loaded([1.0, 2.0, 4.0, 8.0]), tokens(1, 6 * CONTEXT), self.spec()
         model, handle = loaded.model, loaded.handle
         handle.use(methods.of_model(spec, loaded)["lm_infinite"])
@@ -116,7 +116,7 @@ class TestTheMaskOverATrainedTable:
         torch.testing.assert_close(windowed, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(torch.cat(streamed, dim=1), expected, rtol=0, atol=1e-5)
 
-    def test_is_refused_for_a_model_without_a_table_and_for_a_t_that_it_does_not_have(self):
+    def test_is_refused_without_a_table_or_for_an_unknown_t(self):
         loaded = self.loaded([1.0, 4.0, 8.0])
         with pytest.raises(ValueError, match="t=2: not on the table's grid"):
             methods.of_model(self.spec(), loaded)

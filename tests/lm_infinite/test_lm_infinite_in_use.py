@@ -1,4 +1,4 @@
-"""LM-Infinite in use: calls that would give wrong numbers are refused, and what users do around it works."""
+"""LM-Infinite in use: refused calls that would give wrong numbers, and supported user actions."""
 
 import pickle
 
@@ -9,7 +9,7 @@ from clex_train.lm_infinite.install import apply_lm_infinite
 from tests.rope.rotary_families import tiny_model, tokens
 
 
-def test_another_attention_while_it_is_applied_is_refused():
+def test_changing_the_attention_while_applied_is_refused():
     model = tiny_model("llama")
     handle = apply_lm_infinite(model, 12, 3)
     model.set_attn_implementation("sdpa")
@@ -19,7 +19,7 @@ def test_another_attention_while_it_is_applied_is_refused():
     model(tokens(1, 4))
 
 
-def test_an_earlier_handle_undoes_nothing_of_a_later_one():
+def test_undoing_an_earlier_handle_does_not_affect_a_later_one():
     model, ids = tiny_model("llama", dtype=torch.float64), tokens(1, 30)
     first = apply_lm_infinite(model, 12, 3)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_a_cache_that_would_give_wrong_numbers_is_refused():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon"])
-def test_a_constant_cache_after_undo_is_refused_and_works_when_applied_again(family):
+def test_a_constant_cache_is_refused_after_undo_and_works_once_reapplied(family):
     model, ids = tiny_model(family), tokens(1, 12)
     handle = apply_lm_infinite(model, 6, 2)
     cache, empty = handle.new_cache(), handle.new_cache()
@@ -63,7 +63,7 @@ def test_a_constant_cache_after_undo_is_refused_and_works_when_applied_again(fam
 
 
 @pytest.mark.parametrize(("held", "new"), [(2, 1), (1, 2), (2, 3)])
-def test_a_constant_cache_of_other_rows_is_refused_before_it_changes(held, new):
+def test_a_constant_cache_with_another_batch_size_is_refused_unchanged(held, new):
     model, ids = tiny_model("llama"), tokens(3, 12)
     handle = apply_lm_infinite(model, 6, 2)
     cache, mask = handle.new_cache(), torch.ones(new, 9, dtype=torch.int64)
@@ -86,7 +86,7 @@ def test_a_static_cache_is_refused_by_name(family):
         model.generate(tokens(1, 4), max_new_tokens=4, cache_implementation="static")
 
 
-def test_a_cache_goes_on_outside_of_inference_mode():
+def test_a_cache_can_be_continued_outside_inference_mode():
     model, ids = tiny_model("llama"), tokens(1, 30)
     handle = apply_lm_infinite(model, 6, 2)
     cache, again = handle.new_cache(), handle.new_cache()
@@ -99,7 +99,7 @@ def test_a_cache_goes_on_outside_of_inference_mode():
             assert torch.equal(found, expected)
 
 
-def test_under_autocast_keys_are_of_the_dtype_of_values():
+def test_keys_have_the_dtype_of_values_under_autocast():
     model, ids = tiny_model("llama"), tokens(2, 30)
     handle = apply_lm_infinite(model, 12, 3)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_under_autocast_keys_are_of_the_dtype_of_values():
     assert (torch.cat(pieces, dim=1).float() - expected).norm() < 0.03 * expected.norm()
 
 
-def test_a_model_can_be_pickled_while_it_is_applied():
+def test_a_model_can_be_pickled_while_applied():
     model, ids = tiny_model("llama"), tokens(1, 30)
     apply_lm_infinite(model, 12, 3)
     with torch.no_grad():

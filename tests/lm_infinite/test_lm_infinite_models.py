@@ -13,7 +13,7 @@ from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.lm_infinite.middle_tokens import WholeMiddle
 from tests.rope.rotary_families import FAMILIES, tiny_model, tokens
 
-# Falcon has its own attention (test_adapters.py); the others go through the interface.
+# Falcon has custom attention (test_adapters.py); the others use the interface of transformers.
 INTERFACE_FAMILIES = sorted(set(FAMILIES) - {"falcon"})
 
 
@@ -32,7 +32,7 @@ def original(complete_goldens):
     [(f"lambda.{n}", n, 64, 10) for n in (64, 65, 128, 300)]
     + [("lambda.L32.G4.300", 300, 32, 4), ("lambda.L64.G0.300", 300, 64, 0), ("lambda.L64.G100.300", 300, 64, 100)],
 )
-def test_logits_are_those_of_the_original_code(original, key, n, n_local, n_global):
+def test_logits_match_the_original_code(original, key, n, n_local, n_global):
     model, stored = original
     expected = stored[f"{key}.logits"]
     rows = torch.arange(n) if len(expected) == n else stored[f"rows.{n}"]
@@ -43,7 +43,7 @@ def test_logits_are_those_of_the_original_code(original, key, n, n_local, n_glob
     torch.testing.assert_close(logits[rows], expected, rtol=0, atol=1e-4)
 
 
-def test_a_limit_of_the_distance_alone_gives_the_logits_of_the_original_code(original):
+def test_limiting_only_the_distance_matches_the_original_code(original):
     model, stored = original
     expected = stored["limitonly.128.logits"]
     handle = apply_lm_infinite(model, 64, 0, block_len=48, middle=WholeMiddle())
@@ -59,7 +59,7 @@ def test_a_limit_of_the_distance_alone_gives_the_logits_of_the_original_code(ori
     ids=str,
 )
 @pytest.mark.parametrize("family", INTERFACE_FAMILIES)
-def test_within_the_window_a_model_computes_what_it_did(family, dtype, tolerance):
+def test_results_are_unchanged_within_the_window(family, dtype, tolerance):
     model = tiny_model(family, dtype=dtype)
     model.set_experts_implementation("eager")
     ids = tokens(2, 24)
@@ -74,10 +74,10 @@ def test_within_the_window_a_model_computes_what_it_did(family, dtype, tolerance
 
 
 @pytest.mark.parametrize("family", INTERFACE_FAMILIES)
-def test_beyond_the_window_blocks_and_caches_do_not_change_a_model(family):
+def test_blocks_and_caches_do_not_change_results_beyond_the_window(family):
     """Compare one forward in float64 with other block lengths, and with a constant cache fed by 1, 5, 17, ... tokens.
 
-    1e-6 because a model of any dtype has cos and sin in float32, and each way uses other positions of equal distance.
+    The tolerance is 1e-6 because cos and sin are float32 in every dtype, at other positions of equal distance.
     """
     model = tiny_model(family, dtype=torch.float64)
     model.set_experts_implementation("eager")
@@ -108,8 +108,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         pytest.param("llama", {"rope_parameters": YARN}, id="llama-yarn, whose cos and sin have a factor"),
     ],
 )
-def test_beyond_the_window_a_layer_is_plain_attention_over_what_it_may_see(family, settings):
-    """One layer sees embeddings only, so the plain model can be given the G starting tokens, all at distance L."""
+def test_a_layer_beyond_the_window_is_plain_attention_over_visible_tokens(family, settings):
+    """Use one layer, which only sees embeddings, so that the plain model can get G starting tokens at distance L."""
     n_local, n_global, num_tokens = 12, 3, 30
     model = tiny_model(family, num_layers=1, dtype=torch.float64, **settings)
     model.set_experts_implementation("eager")
@@ -125,7 +125,7 @@ def test_beyond_the_window_a_layer_is_plain_attention_over_what_it_may_see(famil
 
 @pytest.mark.parametrize("family", ["llama", "phi", "gpt_neox"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_gets_what_it_gets_alone(family, side):
+def test_a_padded_row_matches_the_row_alone(family, side):
     model = tiny_model(family, dtype=torch.float64)
     apply_lm_infinite(model, 8, 3, block_len=5)
     lengths, num_tokens = (30, 13, 4), 30
@@ -143,8 +143,8 @@ def test_a_padded_row_gets_what_it_gets_alone(family, side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_batch_goes_on_from_its_cache(side):
-    """Padding before and, between the prompt and what follows, within a row."""
+def test_a_padded_batch_continues_from_its_cache(side):
+    """Put padding before a row, and within it between the prompt and its continuation."""
     model = tiny_model("llama", dtype=torch.float64)
     handle = apply_lm_infinite(model, 8, 3, block_len=5)
     lengths, ids = (20, 11, 2), tokens(3, 44)
@@ -165,7 +165,7 @@ def test_a_padded_batch_goes_on_from_its_cache(side):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generate_says_the_same_with_a_constant_cache_a_full_one_and_none(beams):
+def test_generate_is_equal_with_a_constant_a_full_and_no_cache(beams):
     model = tiny_model("mistral", dtype=torch.float64)
     handle = apply_lm_infinite(model, 8, 3)
     ids = tokens(2, 15)
@@ -178,8 +178,8 @@ def test_generate_says_the_same_with_a_constant_cache_a_full_one_and_none(beams)
 
 
 @pytest.mark.parametrize("source", ["from_config", "from_pretrained"])
-def test_the_name_of_the_interface_is_taken_by_transformers_and_waits_for_the_sizes(source, tmp_path):
-    """`attn_implementation="lm_infinite"` is the same as applying it to a model of another back end."""
+def test_transformers_accepts_the_name_of_the_interface_before_sizes_are_set(source, tmp_path):
+    """Compare `attn_implementation="lm_infinite"` with applying it to a model of another back end."""
     stock, ids = tiny_model("llama"), tokens(1, 40)
     if source == "from_config":
         model = AutoModelForCausalLM.from_config(stock.config, attn_implementation="lm_infinite").eval()
@@ -195,7 +195,7 @@ def test_the_name_of_the_interface_is_taken_by_transformers_and_waits_for_the_si
         assert torch.equal(model(ids).logits, stock(ids).logits)
 
 
-def test_the_cache_does_not_grow_and_does_not_mind_where_the_stream_is():
+def test_the_cache_does_not_grow_and_is_independent_of_the_stream_position():
     model = tiny_model("llama")
     handle = apply_lm_infinite(model, 16, 4)
     ids, sizes, results = tokens(1, 200), [], []
@@ -216,7 +216,7 @@ def test_the_cache_does_not_grow_and_does_not_mind_where_the_stream_is():
     assert torch.equal(*results)
 
 
-def test_gradients_are_those_of_plain_attention_within_the_window():
+def test_gradients_match_plain_attention_within_the_window():
     model = tiny_model("llama", dtype=torch.float64).train()
     ids, gradients = tokens(2, 20), []
     for n_local in (None, 20):
@@ -230,7 +230,7 @@ def test_gradients_are_those_of_plain_attention_within_the_window():
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
 
 
-def test_layers_that_are_recomputed_have_the_same_gradients():
+def test_recomputed_layers_have_the_same_gradients():
     model = tiny_model("gemma2", dtype=torch.float64).train()
     apply_lm_infinite(model, 8, 2, block_len=6)
     ids, gradients = tokens(2, 30), []
@@ -244,7 +244,7 @@ def test_layers_that_are_recomputed_have_the_same_gradients():
         torch.testing.assert_close(first, second, rtol=0, atol=1e-10)
 
 
-def test_a_copy_of_a_model_stands_on_its_own():
+def test_a_copy_of_a_model_is_independent():
     model = tiny_model("llama")
     handle = apply_lm_infinite(model, 8, 2)
     ids = tokens(1, 30)
@@ -280,14 +280,14 @@ def small_adapted(kind: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes[kind], vocab_size=256)).eval()
 
 
-class TestWhatItCannot:
+class TestRefusals:
     """Refusals, in one line that names the reason."""
 
     def test_sizes_out_of_range(self):
         with pytest.raises(ValueError, match="n_local=0"):
             apply_lm_infinite(tiny_model("llama"), 0, 4)
 
-    def test_sizes_that_are_unusual_are_warned_of(self, caplog):
+    def test_unusual_sizes_give_a_warning(self, caplog):
         model = tiny_model("llama")
         with caplog.at_level(logging.WARNING):
             apply_lm_infinite(model, 17, 17).undo()
@@ -309,7 +309,7 @@ class TestWhatItCannot:
             model(tokens(1, 4), output_attentions=True)
 
     @pytest.mark.parametrize("kind", ["smollm3", "exaone4"])
-    def test_models_whose_layers_may_have_no_positions(self, kind):
+    def test_models_with_layers_without_positions(self, kind):
         sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
         config = AutoConfig.for_model(kind, **sizes, num_hidden_layers=4, vocab_size=31, pad_token_id=0)
         model = AutoModelForCausalLM.from_config(config)
@@ -340,7 +340,7 @@ class TestWhatItCannot:
         with pytest.raises(ValueError, match="packed documents"):
             model(tokens(1, 4), torch.ones(1, 4, dtype=torch.int64) if masked else None, jumping)
 
-    def test_positions_of_padding_are_no_packed_documents(self):
+    def test_positions_of_padding_are_not_packed_documents(self):
         model = tiny_model("llama")
         apply_lm_infinite(model, 8, 2)
         with torch.no_grad():
@@ -352,7 +352,7 @@ class TestWhatItCannot:
         with pytest.raises(ValueError, match="packed documents"):
             model(tokens(1, 4), position_ids=torch.tensor([[0, 1, 0, 1]]))
 
-    def test_taking_tokens_back_from_a_constant_cache(self):
+    def test_cropping_a_constant_cache(self):
         model = tiny_model("llama")
         cache = apply_lm_infinite(model, 8, 2).new_cache()
         with torch.no_grad():

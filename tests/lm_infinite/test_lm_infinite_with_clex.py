@@ -1,4 +1,4 @@
-"""The lambda mask combined with a frequency table: either order of installation, each aware of the other's state."""
+"""The lambda mask combined with a frequency table, in either order of installation."""
 
 import math
 
@@ -19,7 +19,7 @@ def linear_scaling(factor: float) -> dict[str, object]:
 
 @pytest.mark.parametrize("rotary_first", [True, False])
 def test_the_mask_uses_the_current_frequencies(rotary_first):
-    """Position interpolation from a table is transformers' own linear scaling, also under the mask."""
+    """Compare position interpolation from a table with transformers' linear scaling, under the mask."""
     ids, logits = tokens(1, 70), []
     for model in (tiny_model("llama"), tiny_model("llama", **linear_scaling(2.0))):
         is_scaled_by_table = not logits
@@ -43,7 +43,7 @@ def test_the_mask_uses_the_current_frequencies(rotary_first):
 
 
 @pytest.mark.parametrize("constant", [True, False])
-def test_a_cache_follows_while_t_stands_still_and_is_refused_when_t_moves(constant):
+def test_a_cache_works_while_t_is_constant_and_is_refused_when_t_moves(constant):
     model, ids = tiny_model("llama"), tokens(1, 40)
     handle = install_rotary(model, CONTEXT)
     handle.use(pi_table(handle.base_inv_freq, torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)))
@@ -68,7 +68,7 @@ def test_gradients_reach_the_frequencies():
     assert inv_freq.grad.abs().min() > 0
 
 
-def test_log_scaling_counts_the_keys_that_the_mask_shows():
+def test_log_scaling_counts_the_keys_visible_under_the_mask():
     model, ids = tiny_model("llama"), tokens(1, 100)
     handle = install_rotary(model, CONTEXT)
     install_log_scaling(model, "always", CONTEXT, handle.on_length)

@@ -1,4 +1,4 @@
-"""Middle tokens match their definitions, for every query, with and without a cache."""
+"""Attention to middle tokens, against its definition, with and without a cache."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from tests.rope.rotary_families import tiny_model, tokens
 
 WIDTH = 8
 
-# N, L, G, heads, key heads, rows, C, keys of the middle at one go, k
+# N, L, G, heads, key heads, rows, C, middle keys per chunk, k
 GRID = [
     (10, 4, 2, 2, 2, 1, 3, 2, 2),
     (30, 4, 0, 4, 2, 2, 5, 7, 5),
@@ -56,7 +56,7 @@ def test_blocks_equal_the_dense_definition_forward_and_backward(case, padded, le
         return lambda_attention(query, KeyValues(keys, values), start, Stream(n, padding), scheme)
 
     def dense(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        # Every token is a starting one when the distance alone is limited.
+        # If only the distance is limited, every token counts as a starting token.
         first = n if let_in == "whole" else n_global
         chosen = best if let_in == "best" else 0
         return dense_lambda(query, keys, values, n_local, first, rotation, valid, chosen, slopes)
@@ -78,8 +78,8 @@ def test_blocks_equal_the_dense_definition_forward_and_backward(case, padded, le
 
 @pytest.mark.parametrize("way", [BestMiddle(3, first_layer=1), WholeMiddle()], ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_prompt_read_in_pieces_gives_what_it_gives_at_once(way, side):
-    """Also in a padded batch; 1e-6 because cos and sin are float32 in a model of any dtype."""
+def test_a_prompt_read_in_chunks_matches_one_forward(way, side):
+    """Include a padded batch; the tolerance is 1e-6 because cos and sin are float32 in every dtype."""
     model = tiny_model("llama", num_layers=3, dtype=torch.float64)
     apply_lm_infinite(model, 6, 2, block_len=4, middle=way)
     ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.int64)
@@ -96,7 +96,7 @@ def test_a_prompt_read_in_pieces_gives_what_it_gives_at_once(way, side):
     torch.testing.assert_close(whole[1][mask[1].bool()], alone, rtol=0, atol=1e-6)
 
 
-def test_only_layers_from_the_first_one_on_see_the_middle():
+def test_only_layers_from_the_first_layer_on_attend_to_the_middle():
     ids, logits = tokens(1, 40), []
     for first_layer in (0, 1, 2):
         model = tiny_model("llama", num_layers=3, dtype=torch.float64)
@@ -108,8 +108,8 @@ def test_only_layers_from_the_first_one_on_see_the_middle():
     assert not torch.equal(logits[1][2], logits[2][2])
 
 
-def test_a_middle_of_as_many_keys_as_there_are_is_the_whole_middle_at_half_the_distance():
-    """With ALiBi's slopes at 0 and no rotation, distance does not matter, so it is plain attention."""
+def test_selecting_all_middle_keys_attends_to_all_of_them_at_half_the_distance():
+    """Set ALiBi's slopes to 0 without rotation, so that distance does not matter and plain attention results."""
     query, keys, values = (normal(1, 2, 50, WIDTH, seed=seed) for seed in range(3))
     scheme = Scheme(6, Unrotated(), SoftmaxRule(WIDTH**-0.5), 8, BestMiddle(50, first_layer=0))
     output = lambda_attention(query, KeyValues(keys, values), None, Stream(50), scheme)
@@ -117,7 +117,7 @@ def test_a_middle_of_as_many_keys_as_there_are_is_the_whole_middle_at_half_the_d
     torch.testing.assert_close(output, plain, rtol=0, atol=1e-12)
 
 
-def test_no_matrix_of_all_queries_and_keys_is_made():
+def test_no_matrix_of_all_queries_and_keys_is_created():
     n, block_len = 4096, 64
     query, keys, values = (normal(1, 1, n, 4, seed=seed) for seed in range(3))
     for way in (BestMiddle(5, first_layer=0), WholeMiddle()):
@@ -128,7 +128,7 @@ def test_no_matrix_of_all_queries_and_keys_is_made():
         assert largest.elements <= block_len * n
 
 
-class TestWhatItCannot:
+class TestRefusals:
     """Refusals, in one line that names the reason."""
 
     @pytest.mark.parametrize(("num_keys", "first_layer"), [(0, 0), (5, -1)])
@@ -140,7 +140,7 @@ class TestWhatItCannot:
         with pytest.raises(ValueError, match="none of the model's 2 layers"):
             apply_lm_infinite(tiny_model("llama"), 8, 2, middle=BestMiddle(5, first_layer=2))
 
-    def test_a_cache_that_lets_go_of_the_middle(self):
+    def test_a_cache_that_drops_the_middle(self):
         model = tiny_model("llama")
         constant = apply_lm_infinite(model, 8, 2)
         cache = constant.new_cache()
@@ -152,8 +152,8 @@ class TestWhatItCannot:
             model(tokens(1, 4), past_key_values=cache, use_cache=True)
 
 
-def test_a_back_end_without_scores_of_its_own_does_not_keep_those_of_the_middle():
-    """flex_attention does not recompute blocks itself; kept for all blocks, the middle's scores would be n x n."""
+def test_a_back_end_does_not_save_the_scores_of_the_middle():
+    """Recompute blocks of flex_attention: saved for all blocks, the scores of the middle would be n x n."""
     n, kept = 400, 0
 
     class KeepsNothing(BlockedSdpa):

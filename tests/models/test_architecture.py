@@ -1,4 +1,4 @@
-"""What a model says before its weights are read: L and where it comes from, and what is no readable config.json."""
+"""Reading an architecture before its weights: L and its origin, and refusals of invalid config.json files."""
 
 import json
 
@@ -23,7 +23,7 @@ ORIGINAL = 64
 
 
 def scaled(rope_type: str, *, stated: int, **parameters) -> LlamaConfig:
-    """A config that says `stated` tokens, and a scaling."""
+    """Make a config with a maximum of `stated` tokens and a scaling."""
     rope = {"rope_type": rope_type, "rope_theta": 1e4, **parameters}
     return LlamaConfig(**SIZES, max_position_embeddings=stated, rope_parameters=rope)
 
@@ -40,7 +40,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
     ("config", "expected"),
     [
         (LlamaConfig(**SIZES, max_position_embeddings=96), (96, "max_position_embeddings")),
-        # Qwen's cards leave the length at the original, and some a little above it; DeepSeek's give the served one.
+        # Qwen's model cards state the original length or slightly more, DeepSeek's the extended one.
         (scaled("yarn", stated=64, **YARN), (256, "yarn factor 4 * original 64")),
         (scaled("yarn", stated=80, **YARN), (256, "yarn factor 4 * original 64")),
         (scaled("yarn", stated=256, **YARN), (256, "max_position_embeddings")),
@@ -49,10 +49,10 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
         (scaled("linear", stated=64, factor=1.0), (64, "max_position_embeddings")),
         # Llama 3.1: 16 times the original length at factor 8.
         (scaled("llama3", stated=1024, **LLAMA3), (1024, "max_position_embeddings")),
-        # What follows the length by itself serves the length that it says before it begins to.
+        # Dynamic scalings serve the stated length before they change anything.
         (scaled("dynamic", stated=64, factor=4.0), (64, "max_position_embeddings")),
         (BloomConfig(n_layer=1, seq_length=2048), (2048, "seq_length")),
-        # Gemma 3 of 4B and more: 8 times the length that it was trained on first.
+        # Gemma 3 of 4B and more: 8 times its original training length.
         (
             Gemma3TextConfig(
                 **SIZES,
@@ -66,12 +66,12 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
         ),
     ],
 )
-def test_l_is_what_the_config_serves_and_says_where_from(config, expected):
+def test_l_is_the_length_that_the_config_supports_with_its_origin(config, expected):
     assert source(config) == expected
     assert architecture.context_length(ModelConfig(path="a/b"), config) == expected[0]
 
 
-def test_longrope_begins_at_its_original_length():
+def test_longrope_starts_at_its_original_length():
     factors = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
     rope = {"rope_type": "longrope", **factors, "original_max_position_embeddings": ORIGINAL}
     config = LlamaConfig(**SIZES, max_position_embeddings=256, rope_parameters=rope | {"rope_theta": 1e4})
@@ -86,14 +86,14 @@ def test_longrope_begins_at_its_original_length():
         scaled("llama3", stated=64, **LLAMA3),
     ],
 )
-def test_l_is_asked_for_where_a_scaling_leaves_it_open(config):
+def test_l_must_be_given_if_a_scaling_leaves_it_open(config):
     with pytest.raises(ValueError, match=r"^model\.context_len: the config scales RoPE by .* set the length"):
         source(config)
     assert source(config, context_len=1000) == (1000, "model.context_len")
     assert architecture.own_context(ModelConfig(path="a/b"), config) is None
 
 
-def test_a_program_that_evaluates_asks_for_its_own_key():
+def test_an_evaluation_program_names_its_own_key():
     model = EvaluatedModel(path="a/b")
     with pytest.raises(ValueError, match=r"^context_len: the config scales RoPE by "):
         architecture.context_source(model, scaled("linear", stated=64, factor=4.0))
@@ -101,7 +101,7 @@ def test_a_program_that_evaluates_asks_for_its_own_key():
         EvaluatedModel(path="a/b", context_len=1)
 
 
-def test_a_config_beside_the_path_of_another_model_is_said_to_have_no_effect(tmp_path, caplog):
+def test_a_config_with_the_path_of_another_model_is_reported_as_unused(tmp_path, caplog):
     caplog.set_level("INFO", logger="clex_train")
     own = save_tiny_llama(tmp_path / "Llama-2-7b-hf")
     for overrides in (
@@ -121,7 +121,7 @@ def test_a_config_beside_the_path_of_another_model_is_said_to_have_no_effect(tmp
     assert all(f"is not used: model.path={tmp_path} has" in line for line in caplog.messages)
 
 
-def test_the_library_takes_the_same_length():
+def test_the_library_uses_the_same_length():
     model = tiny_llama(
         rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
     )
@@ -130,13 +130,13 @@ def test_the_library_takes_the_same_length():
     applied.undo()
 
 
-def test_what_a_recipe_writes_is_the_length_of_its_base():
+def test_a_recipe_writes_the_length_of_its_base():
     scaling = ScalingConfig(name=Method.yarn, positions=Positions.skip)
     config = recipes.scaled(LlamaConfig(**SIZES, max_position_embeddings=64), scaling, 4.0, 64)
     assert source(config) == (64, "original_max_position_embeddings")
 
 
-def test_a_field_says_what_it_was_trained_on(tmp_path):
+def test_a_field_records_its_training_length(tmp_path):
     from clex_train.models import directory
 
     model = save_tiny_llama(tmp_path)
@@ -147,7 +147,7 @@ def test_a_field_says_what_it_was_trained_on(tmp_path):
     assert architecture.context_source(ModelConfig(path=str(tmp_path)), config) == (8, "clex.json")
 
 
-# Each as published or as somebody has it, and refused by transformers or huggingface_hub by another kind of error.
+# Configs seen in practice, which transformers or huggingface_hub refuse with different kinds of errors.
 UNREADABLE = {
     "su, the first config of Phi-3-mini-128k": {
         "model_type": "phi3",
@@ -168,7 +168,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("changes", UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_a_config_that_cannot_be_used_is_one_line_with_exit_code_2(tmp_path, changes):
+def test_an_unusable_config_is_refused_in_one_line_with_exit_code_2(tmp_path, changes):
     save_tiny_llama(tmp_path)
     facts = json.loads((tmp_path / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(facts))
@@ -183,18 +183,18 @@ def test_a_config_that_cannot_be_used_is_one_line_with_exit_code_2(tmp_path, cha
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", "version https://git-lfs.github.com/spec/v1\n"])
-def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
+def test_a_config_that_is_not_a_json_object_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"no readable config\.json \("):
         architecture.to_read(ModelConfig(path=str(tmp_path)))
 
 
-def test_sizes_that_a_family_s_own_code_refuses_are_named_with_the_family():
+def test_sizes_that_the_code_of_a_family_refuses_are_named_with_it():
     with pytest.raises(ValueError, match=r"^model_type=llama: cannot build a causal language model \("):
         probe.model_on_meta(LlamaConfig(**SIZES | {"hidden_act": "no_such_activation"}))
 
 
-def test_weights_of_a_path_are_taken_unless_there_is_a_config_alone(tmp_path):
+def test_weights_of_a_path_are_used_unless_it_only_has_a_config(tmp_path):
     assert ModelConfig(path="a/b").is_pretrained
     assert ModelConfig(path="a/b", config="c").is_pretrained
     assert not ModelConfig(config="c").is_pretrained
@@ -204,7 +204,7 @@ def test_weights_of_a_path_are_taken_unless_there_is_a_config_alone(tmp_path):
 
 
 @pytest.mark.parametrize("named", ["directory", "hub"])
-def test_random_weights_in_place_of_those_that_are_named_are_refused(tmp_path, named):
+def test_random_weights_are_refused_if_weights_are_named(tmp_path, named):
     save_tiny_llama(tmp_path)
     path = str(tmp_path) if named == "directory" else "owner/model"
     with pytest.raises(
@@ -213,13 +213,13 @@ def test_random_weights_in_place_of_those_that_are_named_are_refused(tmp_path, n
         architecture.to_read(ModelConfig(path=path, init=Init.random))
 
 
-def test_random_weights_of_a_directory_without_any_are_meant(tmp_path):
+def test_random_weights_are_used_for_a_directory_without_weights(tmp_path):
     LlamaConfig(**SIZES).save_pretrained(tmp_path)
     assert architecture.to_read(ModelConfig(path=str(tmp_path), init=Init.random)).model_type == "llama"
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
-def test_a_preset_says_nothing_that_its_architecture_says(name):
+def test_a_preset_does_not_repeat_its_architecture(name):
     preset = composed(f"model={name}", "dry_run=true").model
     assert (preset.init, preset.context_len) == (None, None), "so that it cannot outlive another model.path"
     shown = architecture.stand_in(preset)
@@ -237,7 +237,7 @@ def test_the_name_in_a_shipped_config_is_not_part_of_the_architecture(tmp_path):
     assert architecture.digest(named) == architecture.digest(nameless)
 
 
-def test_an_offline_hub_is_said_with_what_to_do(monkeypatch):
+def test_an_offline_hub_is_reported_with_a_remedy(monkeypatch):
     with pytest.raises(
         ValueError, match=r"^model\.path=owner/model: no readable config\.json \(the hub cannot be reached"
     ) as raised:
@@ -245,7 +245,7 @@ def test_an_offline_hub_is_said_with_what_to_do(monkeypatch):
     assert "`hf download owner/model`" in str(raised.value)
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, caplog):
+def test_an_unresponsive_hub_is_contacted_once(monkeypatch, caplog):
     asked = []
 
     class Session:
@@ -269,7 +269,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, caplog):
     assert caplog.text.count("cannot be reached") == 1
 
 
-def test_a_damaged_directory_of_the_original_code_is_one_line(tmp_path):
+def test_a_damaged_official_directory_is_refused_in_one_line(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"rope_scaling": "clex"}))
     assert not official.is_official(tmp_path)

@@ -1,4 +1,4 @@
-"""A run says once which kernels it has and which packages would make it faster, and keeps `auto` in its folder."""
+"""Kernels of a run: one log line on optional packages, and `auto` kept in the run folder."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from clex_train.utils import versions
 
 @pytest.fixture
 def run(tmp_path, tiny_run):
-    """train.run for two steps on a tiny model."""
+    """Return a function that runs train.run for two steps on a tiny model."""
 
     def start(*overrides: str) -> int:
         length = ("optim.batch_rows=2", "checkpoint.every=2", "optim.steps=4")
@@ -21,7 +21,7 @@ def run(tmp_path, tiny_run):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_run_without_the_optional_packages_goes_through_and_tells_once(run, caplog, monkeypatch):
+def test_a_run_without_optional_packages_succeeds_and_reports_once(run, caplog, monkeypatch):
     monkeypatch.setattr(versions, "find_spec", lambda name: None)
     with caplog.at_level("INFO", logger="clex_train"):
         run()
@@ -36,14 +36,14 @@ def test_a_run_without_the_optional_packages_goes_through_and_tells_once(run, ca
     ]
 
 
-def test_with_all_packages_nothing_is_missed(run, caplog, monkeypatch):
+def test_nothing_is_reported_with_all_packages(run, caplog, monkeypatch):
     monkeypatch.setattr(versions, "find_spec", lambda name: object())
     with caplog.at_level("INFO", logger="clex_train"):
         run()
     assert not [record for record in caplog.records if "not installed" in record.getMessage()]
 
 
-def test_a_run_goes_on_with_another_choice_and_keeps_what_was_asked_for(run):
+def test_a_run_resumes_with_another_resolution_and_records_the_request(run):
     run("max_runtime=10:00:00", "optim.steps=4", "attention.implementation=auto")
     stored = OmegaConf.load(run.folder / "config.yaml")
     assert stored.attention.implementation == "auto"
@@ -52,6 +52,6 @@ def test_a_run_goes_on_with_another_choice_and_keeps_what_was_asked_for(run):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_kernels_that_cannot_be_had_are_refused_before_anything_is_read(run):
+def test_unavailable_kernels_are_refused_before_anything_is_read(run):
     with pytest.raises(ValueError, match=r"engine\.liger=always"):
         run("engine.liger=always", "data.path=/nowhere")

@@ -1,4 +1,4 @@
-"""Which families may have their loss and MLPs in tiles, found from the architecture alone; and whole runs with them."""
+"""Support for tiled loss and MLPs by model family, judged from the architecture, and whole runs with them."""
 
 import pytest
 import torch
@@ -27,13 +27,13 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_architecture_may_have_its_loss_in_tiles(name: str) -> None:
+def test_every_shipped_architecture_supports_a_tiled_loss(name: str) -> None:
     arch = AutoConfig.from_pretrained(CONF / "model" / "architectures" / name)
     memory_options.check(EngineConfig(tiled_loss=1024), arch)
 
 
 @pytest.mark.parametrize("name", ["llama2_7b", "qwen3_8b", "phi2", "gpt_neox_20b"])
-def test_dense_families_may_have_their_mlps_in_tiles(name: str) -> None:
+def test_dense_families_support_tiled_mlps(name: str) -> None:
     memory_options.check(TILES, AutoConfig.from_pretrained(CONF / "model" / "architectures" / name))
 
 
@@ -41,11 +41,11 @@ def test_dense_families_may_have_their_mlps_in_tiles(name: str) -> None:
     ("family", "settings"),
     [("gemma2", {}), ("granite", {"logits_scaling": 4.0}), ("cohere", {"logit_scale": 0.1}), ("olmo2", {})],
 )
-def test_families_that_go_on_with_their_logits_in_known_ways_are_taken(family: str, settings: dict) -> None:
+def test_families_with_known_logit_postprocessing_are_supported(family: str, settings: dict) -> None:
     memory_options.check(TILES, AutoConfig.for_model(family, **{**SMALL, **settings}))
 
 
-def test_a_family_that_goes_on_with_its_logits_in_another_way_is_refused_by_name(monkeypatch) -> None:
+def test_a_family_with_unknown_logit_postprocessing_is_refused_by_name(monkeypatch) -> None:
     arch = AutoConfig.for_model("llama", **SMALL)
     model_class = type(AutoModelForCausalLM.from_config(arch))
     stock = model_class.loss_function
@@ -68,7 +68,7 @@ def test_a_mixture_of_experts_is_refused_by_name() -> None:
         memory_options.check(EngineConfig(tiled_loss=8), arch)
 
 
-def test_inputs_on_the_host_need_recomputation() -> None:
+def test_activation_offload_needs_recomputation() -> None:
     with pytest.raises(ValueError, match=r"engine\.offload_activations=True: needs engine\.activation_checkpointing"):
         EngineConfig(offload_activations=True)
 
@@ -83,7 +83,7 @@ ALL = ("activation_checkpointing=true", "offload_activations=true", "tiled_loss=
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_run_with_all_of_them_ends_at_the_weights_of_one_without(tmp_path, tiny_run, stage: int) -> None:
+def test_a_run_with_all_memory_options_ends_at_the_same_weights(tmp_path, tiny_run, stage: int) -> None:
     def final(name: str, *overrides: str) -> dict[str, torch.Tensor]:
         config = tiny_run(
             tmp_path / name,
@@ -103,5 +103,5 @@ def test_a_run_with_all_of_them_ends_at_the_weights_of_one_without(tmp_path, tin
 
     expected, found = final("plain"), final("all", *(f"engine.{option}" for option in ALL))
     for key, tensor in expected.items():
-        # A weight moves by about the learning rate a step, whatever the size of its gradient.
+        # AdamW moves a weight by about the learning rate per step, independent of its gradient.
         torch.testing.assert_close(found[key], tensor, rtol=0, atol=2e-5, msg=key)

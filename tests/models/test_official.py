@@ -1,4 +1,4 @@
-"""Directories in the layout of the original CLEX code: the same logits, and refusals that name what is wrong."""
+"""Model directories in the layout of the original CLEX code: equal logits, and refusals by name."""
 
 import json
 import shutil
@@ -30,11 +30,11 @@ LOG_SCALED_TOLERANCE = {n: max(3 * 5e-3 * n / 1000, tolerance) for n, tolerance 
 
 @pytest.fixture
 def directory(tmp_path: Path, goldens: Path) -> Path:
-    return copied(goldens, tmp_path)
+    return write_official_directory(goldens, tmp_path)
 
 
-def copied(goldens: Path, folder: Path) -> Path:
-    """A model directory in the official layout."""
+def write_official_directory(goldens: Path, folder: Path) -> Path:
+    """Write a model directory in the official layout."""
     shutil.copyfile(goldens / "clex_llama.config.json", folder / "config.json")
     shutil.copyfile(goldens / "clex_llama.weights.safetensors", folder / "model.safetensors")
     return folder
@@ -48,8 +48,8 @@ def load(directory: Path) -> tuple[PreTrainedModel, RotaryHandle, OfficialField]
 
 @pytest.mark.parametrize("log_scale", [False, True])
 @torch.no_grad()
-def test_the_logits_are_those_of_the_original_code(tmp_path: Path, logit_goldens: Path, log_scale: bool) -> None:
-    directory = copied(logit_goldens, tmp_path)
+def test_the_logits_match_the_original_code(tmp_path: Path, logit_goldens: Path, log_scale: bool) -> None:
+    directory = write_official_directory(logit_goldens, tmp_path)
     change(directory, log_scale=log_scale)
     model, handle, field = load(directory)
     expected = load_file(logit_goldens / "clex_eval_tanh.safetensors")
@@ -78,7 +78,7 @@ def test_the_logits_are_the_same_through_the_cache_in_chunks_below_one_crossing(
     assert torch.allclose(rest, whole[:, 120:], atol=1e-4, rtol=0)
 
 
-def test_the_official_config_is_written_as_it_was_read(directory: Path) -> None:
+def test_the_official_config_is_written_unchanged(directory: Path) -> None:
     model, _, field = load(directory)
     given = json.loads((directory / "config.json").read_text())
     written = official_config(model.config, field.clex, field.context_len, log_scale=False)
@@ -86,7 +86,7 @@ def test_the_official_config_is_written_as_it_was_read(directory: Path) -> None:
         assert written[key] == given[key], key
 
 
-def test_only_a_directory_that_asks_for_clex_is_official(directory: Path, tmp_path: Path) -> None:
+def test_only_a_directory_with_clex_scaling_is_official(directory: Path, tmp_path: Path) -> None:
     assert is_official(directory)
     assert read_official_config(directory).rope_parameters["rope_type"] == "default"
     change(directory, rope_scaling=None)
@@ -111,7 +111,7 @@ def test_a_field_of_another_rotary_dimension_names_both_shapes(directory: Path) 
         load(directory)
 
 
-def test_a_config_that_cannot_be_read_is_named(directory: Path) -> None:
+def test_an_unreadable_config_is_named(directory: Path) -> None:
     (directory / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: not a readable config"):
         is_official(directory)
@@ -123,7 +123,7 @@ def test_partial_rotary_models_keep_their_rotary_dimension_in_the_written_config
     assert official_config(config, clex, 2048, log_scale=False)["partial_rotary_factor"] == 0.4
 
 
-def test_frequencies_of_another_scaling_cannot_be_written_in_the_official_layout() -> None:
+def test_frequencies_of_another_scaling_cannot_use_the_official_layout() -> None:
     config = AutoConfig.for_model("llama", rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0})
     clex = Clex(10000.0 ** (-torch.arange(16, dtype=torch.float64) / 16) / 2, t_max=16.0)
     with pytest.raises(ValueError, match="rope_type=linear: the official layout starts from rope_theta=10000"):

@@ -1,4 +1,4 @@
-"""Official checkpoints' tensors in and out."""
+"""Reading and writing the tensors of official checkpoints."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def rope_scaling(goldens: Path) -> dict[str, object]:
     return json.loads((goldens / "clex_llama.config.json").read_text())["rope_scaling"]
 
 
-def test_an_official_checkpoint_gives_its_own_table(
+def test_an_official_checkpoint_reproduces_its_table(
     goldens: Path, tensors: dict[str, torch.Tensor], rope_scaling: dict[str, object]
 ) -> None:
     clex = clex_from_official(tensors, rope_scaling, rope(16))
@@ -45,7 +45,7 @@ def test_an_official_checkpoint_gives_its_own_table(
     assert clex.t_max == 16
 
 
-def test_weights_are_written_back_to_the_bit_and_frequencies_to_the_last_digit(
+def test_weights_are_written_back_bitwise_and_frequencies_within_rounding(
     tensors: dict[str, torch.Tensor], rope_scaling: dict[str, object]
 ) -> None:
     clex = clex_from_official(tensors, rope_scaling, rope(16))
@@ -91,9 +91,7 @@ def test_a_missing_tensor_is_named(tensors: dict[str, torch.Tensor], rope_scalin
         clex_from_official(without, rope_scaling, rope(16))
 
 
-def test_weights_that_are_not_finite_are_named(
-    tensors: dict[str, torch.Tensor], rope_scaling: dict[str, object]
-) -> None:
+def test_non_finite_weights_are_named(tensors: dict[str, torch.Tensor], rope_scaling: dict[str, object]) -> None:
     broken = {**tensors, f"model.{UP}": tensors[f"model.{UP}"] * float("nan")}
     with pytest.raises(ValueError, match=f"{UP}: the weights are not finite"):
         clex_from_official(broken, rope_scaling, rope(16))
@@ -112,7 +110,7 @@ def test_another_scaling_is_refused(tensors: dict[str, torch.Tensor], config: di
         clex_from_official(tensors, config, rope(16))
 
 
-def test_a_field_that_the_official_code_would_read_otherwise_is_not_exported() -> None:
+def test_a_field_that_the_official_code_would_misread_is_not_exported() -> None:
     with pytest.raises(ValueError, match=r"scaling\.official_ntk_base=false"):
         official_rope_scaling(Clex(rope(16, 1e6), 16.0))
     assert official_rope_scaling(Clex(rope(16, 1e4), 16.0))["max_factor"] == 16

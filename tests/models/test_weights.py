@@ -1,4 +1,4 @@
-"""Weights are those of the architecture, tensor by tensor, or are refused in one line before they are read."""
+"""Weights against their architecture, tensor by tensor, with one-line refusals before reading."""
 
 import json
 import logging
@@ -29,18 +29,26 @@ from clex_train.engine import deepspeed as engines
 from clex_train.models import architecture, hub, load, weights
 from clex_train.models.tokenizer import load_tokenizer
 from tests.helpers.tiny_causal_lm import save_tiny_llama, tiny_llama
-from tests.helpers.weight_directories import GATE, UP, accepted, refusal, refusal_of_check, rewrite, without
+from tests.helpers.weight_directories import (
+    GATE,
+    UP,
+    load_accepted,
+    refusal,
+    refusal_of_check,
+    rewrite,
+    without_tensors,
+)
 
 
 @pytest.fixture
 def base(tmp_path) -> Path:
-    """A model with its tokenizer, as save_pretrained leaves it."""
+    """Save a model with its tokenizer by save_pretrained."""
     save_tiny_llama(tmp_path / "base")
     return tmp_path / "base"
 
 
-def test_tensors_that_the_weights_lack_are_named(base):
-    rewrite(base, without(UP, GATE))
+def test_missing_tensors_are_named(base):
+    rewrite(base, without_tensors(UP, GATE))
     assert f"its weights lack 2 tensors ({GATE}, {UP}), which would be drawn at random" in refusal(base)
 
 
@@ -49,20 +57,20 @@ def test_many_tensors_are_counted(base):
     assert "its weights lack 6 tensors (model.layers.0.mlp.down_proj.weight, " in refusal(base)
 
 
-def test_tensors_that_the_architecture_lacks_are_named(base):
+def test_unexpected_tensors_are_named(base):
     rewrite(base, lambda tensors: tensors | {"model.layers.0.mlp.bias_of_mine": torch.zeros(3)})
     assert "has no 1 tensor (model.layers.0.mlp.bias_of_mine), which would be left out" in refusal(base)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model._orig_mod.", "_forward_module.module."])
-def test_a_prefix_of_a_wrapper_is_named_with_the_way_to_remove_it(base, prefix):
+def test_a_prefix_of_a_wrapper_is_named_with_how_to_remove_it(base, prefix):
     rewrite(base, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
     line = refusal(base)
     assert f"the names of its tensors begin with `{prefix}`" in line
     assert f"name.removeprefix('{prefix}')" in line
 
 
-def test_an_adapter_that_was_not_merged_is_told_to_merge(base):
+def test_an_unmerged_adapter_is_refused_with_advice_to_merge(base):
     prefix = "base_model.model."
     rewrite(base, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
     assert "merge_and_unload" in refusal(base)
@@ -94,7 +102,7 @@ def test_a_file_cut_short_is_named(base, kept):
     assert refusal(base).startswith(f"{file}: not readable weights, cut short or damaged (")
 
 
-def test_shards_that_an_index_names_in_vain_are_named(base):
+def test_missing_shards_of_an_index_are_named(base):
     tiny_llama().save_pretrained(base, max_shard_size="20KB")
     (base / "model.safetensors").unlink(missing_ok=True)
     shards = sorted(base.glob("model-*.safetensors"))
@@ -109,7 +117,7 @@ def test_an_index_that_is_a_git_lfs_pointer_is_named(base):
     assert "a git-lfs pointer instead of the file" in refusal(base)
 
 
-def test_a_directory_without_weights_says_what_is_there_instead(base):
+def test_a_directory_without_weights_is_refused_with_its_contents(base):
     (base / "model.safetensors").rename(base / "consolidated.00.pth")
     line = refusal(base)
     assert "no weights in it (model.safetensors or an index of shards)" in line
@@ -122,14 +130,14 @@ def test_pickled_weights_are_checked_and_read_as_well(base):
     torch.save({name: tensor for name, tensor in tensors.items() if name != UP}, base / "pytorch_model.bin")
     assert f"its weights lack 1 tensor ({UP})" in refusal(base)
     torch.save(tensors, base / "pytorch_model.bin")
-    loaded = accepted(base)
+    loaded = load_accepted(base)
     assert torch.equal(loaded.model.state_dict()[UP], tensors[UP])
     (base / "pytorch_model.bin").write_bytes(b"PK not a checkpoint")
     assert "pytorch_model.bin: not readable weights" in refusal(base)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "hqq", "fp8", "mxfp4"])
-def test_quantised_weights_are_refused_before_a_library_is_asked_for(base, method):
+def test_quantised_weights_are_refused_before_a_library_is_needed(base, method):
     config = json.loads((base / "config.json").read_text())
     quantised = config | {"quantization_config": {"quant_method": method, "bits": 4}}
     (base / "config.json").write_text(json.dumps(quantised))
@@ -142,7 +150,7 @@ def test_tied_embeddings_that_are_stored_once_are_not_missing(tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     arch = AutoConfig.from_pretrained(tmp_path)
     weights.check(ModelConfig(path=str(tmp_path)), arch)
-    # Both at once are as good, as pickled checkpoints have them.
+    # Both may be present, as in pickled checkpoints.
     rewrite(tmp_path, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     weights.check(ModelConfig(path=str(tmp_path)), arch)
 
@@ -161,22 +169,22 @@ def test_experts_that_transformers_merges_are_not_missing(tmp_path):
         weights.check(ModelConfig(path=str(tmp_path)), arch)
 
 
-def test_weights_of_a_float_type_of_their_own_are_matched_by_shape(tmp_path):
+def test_weights_of_another_float_type_are_matched_by_shape(tmp_path):
     tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
     weights.check(ModelConfig(path=str(tmp_path)), AutoConfig.from_pretrained(tmp_path))
 
 
-def test_a_buffer_that_old_checkpoints_carry_is_transformers_business(base):
+def test_buffers_of_old_checkpoints_are_left_to_transformers(base):
     rewrite(base, lambda tensors: tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)})
-    accepted(base)
+    load_accepted(base)
 
 
-def test_tensors_that_may_be_missing_are_drawn_and_named(base, caplog, monkeypatch):
-    rewrite(base, without(UP, GATE))
+def test_tensors_that_may_be_missing_are_initialised_and_named(base, caplog, monkeypatch):
+    rewrite(base, without_tensors(UP, GATE))
     assert f"its weights lack 1 tensor ({GATE})" in refusal(base, allow_missing=["*.up_proj.weight"])
-    # As a terminal shows it, where transformers writes by itself.
+    # On a terminal, where transformers prints by itself.
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    loaded = accepted(base, allow_missing=["*.up_proj.weight", GATE])
+    loaded = load_accepted(base, allow_missing=["*.up_proj.weight", GATE])
     assert caplog.messages == [f"model.allow_missing: drawn from the seed: {GATE}, {UP}"]
     AutoModelForCausalLM.from_pretrained(base)
     assert weights.REPORT in caplog.messages[-1], "the table of transformers, which that line stands for"
@@ -186,11 +194,11 @@ def test_tensors_that_may_be_missing_are_drawn_and_named(base, caplog, monkeypat
 def test_tensors_that_may_be_left_out_are_named(base, caplog):
     rewrite(base, lambda tensors: tensors | {"vision.weight": torch.zeros(3)})
     caplog.set_level("WARNING", logger="clex_train")
-    accepted(base, allow_missing=["vision.*"])
+    load_accepted(base, allow_missing=["vision.*"])
     assert "model.allow_missing: left out: vision.weight" in caplog.text
 
 
-def test_masks_and_frequencies_that_old_checkpoints_carry_are_no_weights(tmp_path):
+def test_masks_and_frequencies_of_old_checkpoints_are_not_weights(tmp_path):
     arch = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=61, n_positions=16)
     AutoModelForCausalLM.from_config(arch).save_pretrained(tmp_path / "gpt2")
     neo = GPTNeoConfig(
@@ -208,16 +216,16 @@ def test_masks_and_frequencies_that_old_checkpoints_carry_are_no_weights(tmp_pat
         weights.check_loaded(model, architecture.to_read(model), report)
 
 
-def test_a_bias_under_the_name_of_a_mask_is_not_left_out(base):
+def test_a_bias_with_the_name_of_a_mask_is_not_ignored(base):
     rewrite(base, lambda tensors: tensors | {"model.layers.0.attention.bias": torch.ones(48)})
     assert "has no 1 tensor (model.layers.0.attention.bias), which would be left out" in refusal(base)
     rewrite(base, lambda tensors: tensors | {"model.layers.0.attention.bias": torch.ones(1, 1, 16, 16)})
-    accepted(base)
+    load_accepted(base)
 
 
 @pytest.fixture
 def hub_name(base, monkeypatch) -> str:
-    """The model as `hf download` leaves it, on a machine without network."""
+    """Place the model as `hf download` would, on a machine without network."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(base.parent / "hub"))
     hub.unreachable.cache_clear()
@@ -231,7 +239,7 @@ def hub_name(base, monkeypatch) -> str:
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "zero3"])
-def test_a_hub_name_is_loaded_and_its_tensors_are_judged(base, hub_name, sharded):
+def test_a_hub_name_is_loaded_and_its_tensors_are_checked(base, hub_name, sharded):
     settings = None
     if sharded:
         engines.open_process_group(EngineConfig())
@@ -243,14 +251,14 @@ def test_a_hub_name_is_loaded_and_its_tensors_are_judged(base, hub_name, sharded
     assert torch.equal(getattr(own, "ds_tensor", own).detach().view(-1).cpu(), stored.view(-1))
 
     snapshot = base.parent / "hub" / "models--owner--model" / "snapshots" / "c0ffee"
-    rewrite(snapshot, without(UP))
+    rewrite(snapshot, without_tensors(UP))
     rewrite(snapshot, lambda tensors: tensors | {"of_mine": torch.ones(2)})
     with pytest.raises(ValueError, match=r"^model\.path=owner/model: its weights lack 1 tensor .*no 1 tensor \(of_min"):
         load.load_for_evaluation(ModelConfig(path=hub_name), sharding=settings)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "zero3"])
-def test_a_mis_shaped_tensor_of_a_hub_name_is_refused_before_anything_is_built(base, hub_name, sharded, monkeypatch):
+def test_a_misshapen_tensor_of_a_hub_name_is_refused_early(base, hub_name, sharded, monkeypatch):
     snapshot = base.parent / "hub" / "models--owner--model" / "snapshots" / "c0ffee"
     rewrite(snapshot, lambda tensors: tensors | {UP: tensors[UP][:, 1:].contiguous()})
     settings = engines.inference_dict(EngineConfig()) if sharded else None
@@ -259,7 +267,7 @@ def test_a_mis_shaped_tensor_of_a_hub_name_is_refused_before_anything_is_built(b
         load.load_for_evaluation(ModelConfig(path=hub_name), sharding=settings)
 
 
-def test_a_hub_name_of_which_the_cache_lacks_a_shard_is_left_to_the_loader(base, hub_name):
+def test_a_hub_name_with_a_missing_cached_shard_is_left_to_the_loader(base, hub_name):
     snapshot = base.parent / "hub" / "models--owner--model" / "snapshots" / "c0ffee"
     (snapshot / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {UP: "model-00001-of-00002.safetensors"}}
@@ -268,7 +276,7 @@ def test_a_hub_name_of_which_the_cache_lacks_a_shard_is_left_to_the_loader(base,
     weights.check(model, architecture.to_read(model))
 
 
-def test_a_tokenizer_is_of_the_revision_of_its_weights(base, hub_name):
+def test_a_tokenizer_has_the_revision_of_its_weights(base, hub_name):
     snapshots = base.parent / "hub" / "models--owner--model" / "snapshots"
     shutil.copytree(snapshots / "c0ffee", snapshots / "0ddba11")
     file = snapshots / "0ddba11" / "tokenizer.json"
@@ -281,7 +289,7 @@ def test_a_tokenizer_is_of_the_revision_of_its_weights(base, hub_name):
 
 
 @pytest.mark.parametrize("error", [KeyError("experts"), AttributeError("'list' has no items"), AssertionError()])
-def test_whatever_the_loader_raises_over_mixed_up_files_is_one_line(base, monkeypatch, error):
+def test_loader_errors_for_inconsistent_files_are_reported_in_one_line(base, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
@@ -294,7 +302,7 @@ def test_whatever_the_loader_raises_over_mixed_up_files_is_one_line(base, monkey
     assert explain(raised.value) is not None
 
 
-def test_an_unreachable_hub_is_not_blamed_for_files_that_are_there(hub_name, monkeypatch):
+def test_an_unreachable_hub_is_not_blamed_if_the_files_exist(hub_name, monkeypatch):
     def fail(*_, **__):
         raise KeyError("experts")
 
@@ -303,7 +311,7 @@ def test_an_unreachable_hub_is_not_blamed_for_files_that_are_there(hub_name, mon
         load.load_for_evaluation(ModelConfig(path=hub_name))
 
 
-def test_a_full_memory_or_a_lost_rank_is_no_fault_of_the_files(base, monkeypatch):
+def test_out_of_memory_or_a_lost_rank_is_not_blamed_on_the_files(base, monkeypatch):
     def fail(*_, **__):
         raise error
 
@@ -316,9 +324,9 @@ def test_a_full_memory_or_a_lost_rank_is_no_fault_of_the_files(base, monkeypatch
         load.load_for_evaluation(ModelConfig(path=str(base)), sharding=engines.inference_dict(EngineConfig()))
 
 
-def test_programs_that_evaluate_name_their_own_keys(base, tmp_path, monkeypatch, caplog):
+def test_evaluation_programs_name_their_own_keys(base, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    rewrite(base, without(UP))
+    rewrite(base, without_tensors(UP))
     with pytest.raises(ValueError, match=r"; copy .* again, or name what may differ in allow_missing$"):
         loading.locate(LoadingConfig(model=str(base)))
     source = loading.locate(LoadingConfig(model=str(base), allow_missing=["*.up_proj.weight"]))

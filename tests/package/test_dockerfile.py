@@ -1,4 +1,4 @@
-"""The Dockerfile is well formed, pins what it builds on, and copies what exists; no daemon is needed to see it."""
+"""Checks of the Dockerfile without a daemon: syntax, pinned images and copied files."""
 
 import json
 import re
@@ -12,7 +12,7 @@ KNOWN = {"FROM", "RUN", "COPY", "ENV", "ARG", "WORKDIR", "CMD"}
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(instruction, its argument) with continued lines joined, comments left out."""
+    """Return (instruction, argument) of each line, with continued lines joined and without comments."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ")
@@ -35,7 +35,7 @@ def test_images_are_pinned_to_a_release() -> None:
         assert re.search(r":\d+\.\d+\.\d+", image), f"{image}: a tag without a full version moves"
 
 
-def test_what_is_copied_exists_and_is_not_ignored() -> None:
+def test_copied_files_exist_and_are_not_ignored() -> None:
     ignored = set((ROOT / ".dockerignore").read_text(encoding="utf-8").split())
     for text in (text for name, text in instructions() if name == "COPY" and "--from" not in text):
         for source in text.split()[:-1]:

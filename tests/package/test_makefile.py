@@ -1,4 +1,4 @@
-"""The lanes of the Makefile name tests that exist."""
+"""Test targets of the Makefile, which must name existing tests."""
 
 import re
 from pathlib import Path

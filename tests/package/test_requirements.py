@@ -1,4 +1,4 @@
-"""The build takes dependencies from the files that `pip install -r` reads."""
+"""Dependencies of the package: read by the build from the files for `pip install -r`."""
 
 import importlib.util
 from pathlib import Path
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def hooks() -> ModuleType:
-    """The build hooks, which are no part of the package."""
+    """Import the build hooks, which are not part of the package."""
     spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""A wheel holds everything that its programs read, and they run from a folder that knows nothing of the checkout."""
+"""The built wheel: complete, and its programs run from a folder outside the checkout."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The unpacked wheel, as `pip install` leaves it in site-packages; built without a network."""
+    """Build the wheel without network and unpack it as `pip install` would."""
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)],
@@ -53,7 +53,7 @@ def test_every_file_that_programs_read_is_in_the_wheel(site: Path) -> None:
     assert not list(site.rglob("quickstart.py")), "works on a checkout only"
 
 
-def test_metadata_have_the_dependencies_and_extras_of_the_requirements(site: Path) -> None:
+def test_metadata_has_the_dependencies_and_extras_of_the_requirements(site: Path) -> None:
     (metadata,) = site.glob("clex_train-*.dist-info/METADATA")
     text = metadata.read_text()
     assert "Requires-Dist: torch==" in text
@@ -75,12 +75,12 @@ def test_a_run_is_planned_with_the_shipped_configuration(site: Path, tmp_path: P
     assert done.stdout.startswith("plan of tiny_base")
 
 
-def test_a_mistake_is_one_line_with_exit_code_2(site: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_reported_in_one_line_with_exit_code_2(site: Path, tmp_path: Path) -> None:
     done = program(site, tmp_path, "train", "+experiment=tiny_base", "optim.lrr=1")
     assert (done.returncode, done.stderr) == (2, "error: optim.lrr: no such key; did you mean optim.lr?\n")
 
 
-def test_a_job_of_slurm_gets_the_layout_of_a_checkout(site: Path, tmp_path: Path) -> None:
+def test_a_slurm_job_gets_the_layout_of_a_checkout(site: Path, tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from launch import snapshot; snapshot.copy_code(Path(sys.argv[1]))"
     environment = {**os.environ, "PYTHONPATH": str(site)}
     subprocess.run([sys.executable, "-c", code, "code"], cwd=tmp_path, env=environment, check=True, timeout=600)
@@ -91,7 +91,7 @@ def test_a_job_of_slurm_gets_the_layout_of_a_checkout(site: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_whole_way_from_text_to_report_works_from_the_wheel(site: Path, tmp_path: Path) -> None:
+def test_every_stage_from_text_to_report_works_from_the_wheel(site: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     for source in [*Path(os.__file__).parent.glob("json/*.py"), *Path(os.__file__).parent.glob("email/*.py")]:

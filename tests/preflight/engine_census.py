@@ -1,6 +1,6 @@
-"""Run by torchrun from test_memory_of_engine.py: real engines on two ranks, and the bytes that rank 0 holds.
+"""Count the bytes of real engines on two ranks; run by torchrun from test_memory_of_engine.py.
 
-Prints one line of JSON for each case: what the census found beside what `preflight/memory.py` says.
+Rank 0 prints one line of JSON for each case: the bytes found and those that `preflight/memory.py` expects.
 """
 
 import gc
@@ -24,7 +24,7 @@ BLOCK = WIDTH * WIDTH
 
 
 class Chain(nn.Module):
-    """Blocks of equal size, one after another."""
+    """A chain of blocks of equal size."""
 
     def __init__(self, recomputed: bool) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ class Chain(nn.Module):
         return x
 
 
-def held_bytes() -> int:
-    """Bytes of all tensors with data that Python can see, and of their gradients."""
+def bytes_of_tensors() -> int:
+    """Return the bytes of all tensors with data that Python can see, and of their gradients."""
     gc.collect()
     sizes = {}
     for thing in gc.get_objects():
@@ -54,7 +54,7 @@ def held_bytes() -> int:
     return sum(sizes.values())
 
 
-def engine_of(model: nn.Module, dtype: torch.dtype, zero: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def build_engine(model: nn.Module, dtype: torch.dtype, zero: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 2,
@@ -70,18 +70,18 @@ def engine_of(model: nn.Module, dtype: torch.dtype, zero: dict[str, Any]) -> tup
 
 
 def state_between_micro_batches(stage: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything held after the first micro-batch of the second step, activations gone."""
-    before = held_bytes()
-    engine, settings = engine_of(Chain(recomputed=False), dtype, {"stage": stage})
+    """Count all bytes after the first micro batch of the second step, when activations are freed."""
+    before = bytes_of_tensors()
+    engine, settings = build_engine(Chain(recomputed=False), dtype, {"stage": stage})
     x = torch.randn(2, WIDTH, dtype=dtype)
     for _ in range(3):
         engine.backward(engine(x).float().square().mean())
         engine.step()
-    found = held_bytes() - before
+    found = bytes_of_tensors() - before
     s = memory.sharding(settings, dist.get_world_size(), dtype, checkpointing=False, on_gpu=False)
     blocks = (BLOCK,) * NUM_BLOCKS
     count = sum(blocks)
-    # No layer is whole between two passes, and the copy of a bucket exists while it is reduced only.
+    # Between two passes no layer is gathered, and a bucket is only copied while it is reduced.
     kept = memory.parameters(s, blocks).device - (s.parameter * memory.live_parameters(s, blocks) if stage == 3 else 0)
     in_flight = s.parameter * BUCKET * (stage >= 2)
     expected = kept + memory.gradients(s, count).device - in_flight + memory.optimizer(s, count).device
@@ -89,23 +89,23 @@ def state_between_micro_batches(stage: int, dtype: torch.dtype) -> dict[str, Any
 
 
 def whole_blocks(recomputed: bool, distance: float, prefetch: float, max_live: float) -> dict[str, Any]:
-    """Most parameters of ZeRO-3 that are whole at once, over three steps; arguments in blocks."""
+    """Return the peak number of gathered ZeRO-3 parameters over three steps; arguments are in blocks."""
     zero = {
         "stage": 3,
         "stage3_max_reuse_distance": int(distance * BLOCK),
         "stage3_prefetch_bucket_size": int(prefetch * BLOCK),
         "stage3_max_live_parameters": int(max_live * BLOCK),
     }
-    engine, settings = engine_of(Chain(recomputed), torch.float32, zero)
+    engine, settings = build_engine(Chain(recomputed), torch.float32, zero)
     parameters, most = list(engine.module.parameters()), [0]
 
-    def look(*_: Any) -> None:
+    def count_gathered(*_: Any) -> None:
         whole = sum(p.ds_numel for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
         most[0] = max(most[0], whole)
 
     for block in engine.module.blocks:
-        block.register_forward_hook(look)
-        block.register_full_backward_hook(look)
+        block.register_forward_hook(count_gathered)
+        block.register_full_backward_hook(count_gathered)
     for _ in range(3):
         engine.backward(engine(torch.randn(2, WIDTH, requires_grad=True)).square().mean())
         engine.step()

@@ -1,4 +1,4 @@
-"""Activations counted on the meta device, against the same model run for real and against the published formula."""
+"""Activation counts on the meta device, against real passes and a published formula."""
 
 import copy
 from typing import Any
@@ -29,10 +29,10 @@ LLAMA = LlamaConfig(**SMALL)
 ROWS, TOKENS = 4, 128
 
 
-def run_for_real(
+def count_in_real_pass(
     arch, dtype: torch.dtype, *, checkpointing: bool, attention: str = "sdpa", **options: Any
 ) -> Footprint:
-    """The same count over a real forward and backward pass on the CPU, with frequencies that learn."""
+    """Count over a real forward and backward pass on the CPU, with trainable frequencies."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(arch), dtype=dtype, attn_implementation=attention).train()
     engine = EngineConfig(activation_checkpointing=checkpointing, **options)
@@ -49,7 +49,7 @@ def run_for_real(
     return counted
 
 
-def on_meta(
+def count_on_meta(
     arch,
     dtype: torch.dtype,
     *,
@@ -85,21 +85,21 @@ def assert_close(meta: Footprint, real: Footprint, tolerance: float) -> None:
         (MixtralConfig(**SMALL, num_local_experts=4), torch.float32, False),
     ],
 )
-def test_a_pass_on_the_meta_device_holds_what_the_real_pass_holds(arch, dtype, checkpointing):
-    meta = on_meta(arch, dtype, checkpointing=checkpointing)
-    # Where experts are mixed, a CPU keeps a few small tensors of indices more.
+def test_a_pass_on_the_meta_device_matches_a_real_pass(arch, dtype, checkpointing):
+    meta = count_on_meta(arch, dtype, checkpointing=checkpointing)
+    # With experts, a CPU saves a few more small index tensors.
     tolerance = 0.04 if arch.model_type == "mixtral" else 0.005
-    assert_close(meta, run_for_real(arch, dtype, checkpointing=checkpointing), tolerance)
+    assert_close(meta, count_in_real_pass(arch, dtype, checkpointing=checkpointing), tolerance)
 
 
 def test_a_fused_query_key_value_product_is_within_a_tenth():
     arch = GPTNeoXConfig(
         vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4
     )
-    # PyTorch's CPU kernel copies the strided values of GPT-NeoX, flash kernels of a GPU read them in place.
+    # PyTorch's CPU kernel copies the strided values of GPT-NeoX; flash kernels on a GPU read them in place.
     assert_close(
-        on_meta(arch, torch.bfloat16, checkpointing=False),
-        run_for_real(arch, torch.bfloat16, checkpointing=False),
+        count_on_meta(arch, torch.bfloat16, checkpointing=False),
+        count_in_real_pass(arch, torch.bfloat16, checkpointing=False),
         0.1,
     )
 
@@ -107,84 +107,84 @@ def test_a_fused_query_key_value_product_is_within_a_tenth():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("options", [{"tiled_loss": 64}, {"tiled_mlp": 64}, {"tiled_loss": 100, "tiled_mlp": 100}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_pass_in_tiles_holds_on_the_meta_device_what_it_holds_for_real(options, checkpointing, dtype):
-    meta = on_meta(LLAMA, dtype, checkpointing=checkpointing, **options)
-    assert_close(meta, run_for_real(LLAMA, dtype, checkpointing=checkpointing, **options), 0.005)
-    whole = on_meta(LLAMA, dtype, checkpointing=checkpointing)
+def test_a_tiled_pass_on_the_meta_device_matches_a_real_pass(options, checkpointing, dtype):
+    meta = count_on_meta(LLAMA, dtype, checkpointing=checkpointing, **options)
+    assert_close(meta, count_in_real_pass(LLAMA, dtype, checkpointing=checkpointing, **options), 0.005)
+    whole = count_on_meta(LLAMA, dtype, checkpointing=checkpointing)
     assert ("tiled_loss" in options) == (meta.logits < whole.logits / 2)
     assert ("tiled_mlp" in options) == (meta.layers < whole.layers)
 
 
-def test_inputs_on_the_host_leave_the_device_and_are_counted_there():
-    kept = on_meta(LLAMA, torch.bfloat16, checkpointing=True)
-    moved = on_meta(LLAMA, torch.bfloat16, checkpointing=True, offload_activations=True)
+def test_offloaded_inputs_are_counted_on_the_host():
+    kept = count_on_meta(LLAMA, torch.bfloat16, checkpointing=True)
+    moved = count_on_meta(LLAMA, torch.bfloat16, checkpointing=True, offload_activations=True)
     inputs = LLAMA.num_hidden_layers * ROWS * TOKENS * 2 * LLAMA.hidden_size
     assert moved.host == inputs
     assert kept.activations - moved.activations == inputs
     assert kept.host == 0
     deep = copy.deepcopy(LLAMA)
     deep.num_hidden_layers = 9
-    assert on_meta(deep, torch.bfloat16, checkpointing=True, offload_activations=True).host == 3 * inputs
+    assert count_on_meta(deep, torch.bfloat16, checkpointing=True, offload_activations=True).host == 3 * inputs
 
 
-def test_eager_attention_holds_the_whole_score_matrix_on_meta_as_for_real():
-    meta = on_meta(LLAMA, torch.float32, checkpointing=False, attention="eager")
-    assert_close(meta, run_for_real(LLAMA, torch.float32, checkpointing=False, attention="eager"), 0.01)
+def test_eager_attention_counts_the_full_score_matrix_on_meta_as_in_a_real_pass():
+    meta = count_on_meta(LLAMA, torch.float32, checkpointing=False, attention="eager")
+    assert_close(meta, count_in_real_pass(LLAMA, torch.float32, checkpointing=False, attention="eager"), 0.01)
     scores = ROWS * 8 * TOKENS * TOKENS * 4
-    assert meta.activations - on_meta(LLAMA, torch.float32, checkpointing=False).activations > 3 * scores
+    assert meta.activations - count_on_meta(LLAMA, torch.float32, checkpointing=False).activations > 3 * scores
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_more_layers_are_extended_exactly(checkpointing):
+def test_extrapolation_to_more_layers_is_exact(checkpointing):
     deep = copy.deepcopy(LLAMA)
     deep.num_hidden_layers = 7
-    extended = on_meta(deep, torch.bfloat16, checkpointing=checkpointing)
-    # Layer types that differ make every layer be measured.
+    extended = count_on_meta(deep, torch.bfloat16, checkpointing=checkpointing)
+    # If layer types differ, every layer is measured.
     deep.layer_types = ["full_attention"] * 6 + ["other"]
-    measured = on_meta(deep, torch.bfloat16, checkpointing=checkpointing)
+    measured = count_on_meta(deep, torch.bfloat16, checkpointing=checkpointing)
     assert_close(extended, measured, 1e-4)
 
 
 @pytest.mark.parametrize("learns", [False, True])
-def test_a_llama_layer_holds_what_the_formula_says(learns):
-    """Korthikanti et al., arXiv 2205.05198, section 4, for RMSNorm, SwiGLU, grouped queries and flash attention."""
+def test_a_llama_layer_matches_the_formula(learns):
+    """Follow Korthikanti et al., arXiv 2205.05198, section 4, for RMSNorm, SwiGLU, GQA and flash attention."""
     hidden, queries, keys, inner, heads, head_dim = 128, 128, 32, 256, 8, 16
     norms = 2 * (4 * hidden + 4 + 2 * hidden + 2 * hidden)  # float32 copy, its scale, normalised, times the weight
     attention = 2 * (queries + keys + keys + queries) + 4 * heads  # q, k, v, output, log-sum-exp
     swiglu = 4 * 2 * inner  # gate, its activation, up, their product
     rotation = (2 * 2 * (queries + keys) if learns else 0) + 2 * 2 * head_dim  # q, k and their halves; cos, sin
     if not learns:
-        rotation = 0  # cos and sin in bfloat16 are one pair for all layers
+        rotation = 0  # cos and sin in bfloat16: one pair for all layers
     two, three = copy.deepcopy(LLAMA), copy.deepcopy(LLAMA)
     two.num_hidden_layers = 2
     counted = (
-        on_meta(three, torch.bfloat16, checkpointing=False, learns=learns).activations
-        - on_meta(two, torch.bfloat16, checkpointing=False, learns=learns).activations
+        count_on_meta(three, torch.bfloat16, checkpointing=False, learns=learns).activations
+        - count_on_meta(two, torch.bfloat16, checkpointing=False, learns=learns).activations
     )
     assert counted == ROWS * TOKENS * (norms + attention + swiglu + rotation)
 
 
-def test_recomputed_layers_keep_their_input_and_cos_and_sin_alone():
+def test_recomputed_layers_save_only_their_input_and_cos_and_sin():
     two, three = copy.deepcopy(LLAMA), copy.deepcopy(LLAMA)
     two.num_hidden_layers = 2
     counted = (
-        on_meta(three, torch.bfloat16, checkpointing=True).activations
-        - on_meta(two, torch.bfloat16, checkpointing=True).activations
+        count_on_meta(three, torch.bfloat16, checkpointing=True).activations
+        - count_on_meta(two, torch.bfloat16, checkpointing=True).activations
     )
-    # By their versions of torch and transformers, layers have cos and sin of their own or those of the first.
+    # Depending on the version of torch and transformers, layers share cos and sin or have copies.
     own, shared = ROWS * TOKENS * 2 * 128, ROWS * TOKENS * 2 * 2 * 16
     assert counted in (own, own + shared)
 
 
 def test_logits_take_two_copies_in_their_dtype_and_three_in_float32():
-    """transformers' loss: logits in bfloat16 and float32, log-softmax, its gradient, that of the logits."""
+    """Count the loss of transformers: logits in bfloat16 and float32, log-softmax, its gradient, that of the logits."""
     wide = copy.deepcopy(LLAMA)
     wide.vocab_size = 50_000
-    counted = on_meta(wide, torch.bfloat16, checkpointing=True).logits
+    counted = count_on_meta(wide, torch.bfloat16, checkpointing=True).logits
     assert counted == pytest.approx(ROWS * TOKENS * 50_000 * 12, rel=0.05)
 
 
-def test_measuring_leaves_the_model_as_it_was():
+def test_measuring_does_not_change_the_model():
     class Tiny(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Whether a family can keep documents apart is found from its architecture, and agrees with what its logits say."""
+"""Document-mask support by model family: judged from the architecture, and confirmed by logits."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SDPA, FLASH = AttentionImplementation.sdpa, AttentionImplementation.flash_attent
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_answer_is_that_of_the_logits(family):
+def test_the_judgement_agrees_with_the_logits(family):
     model = tiny_model(family)
     first = tokens(1, 12)
     second = first.clone()
@@ -24,7 +24,7 @@ def test_the_answer_is_that_of_the_logits(family):
         one, other = (model(input_ids=ids, position_ids=positions, use_cache=False).logits for ids in (first, second))
     assert (one[0, :5] - other[0, :5]).abs().max() > 1e-3, "the first document did change"
     leaks = bool((one[0, 5:] - other[0, 5:]).abs().max() > 1e-6)
-    # Falcon keeps documents apart since transformers 5.24, by masks of its own, which are not trusted.
+    # Falcon isolates documents since transformers 5.24 by custom masks, which are not relied on.
     assert not leaks or family == "falcon"
     if family == "falcon":
         with pytest.raises(ValueError, match=rf"data\.document_mask=True: model_type={family} .*set it to false"):
@@ -46,14 +46,14 @@ def small(family, **settings):
         (lambda: small("falcon_h1"), SDPA, r"mamba\.conv1d mixes tokens"),
     ],
 )
-def test_what_leaks_is_refused_with_its_reason(arch, implementation, reason):
-    """A mask without borders, lengths that flash attention does not get, layers without attention, and beside it."""
+def test_leaking_architectures_are_refused_with_a_reason(arch, implementation, reason):
+    """Cover masks without boundaries, lengths that flash attention does not get, and layers other than attention."""
     with pytest.raises(ValueError, match=rf"document_mask=True: model_type=.*{reason}.*set it to false"):
         require_separable(arch(), implementation)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"falcon", "stablelm"}))
-def test_flash_attention_gets_the_lengths_in(family):
+def test_families_that_pass_document_lengths_to_flash_attention_are_accepted(family):
     require_separable(tiny_model(family).config, FLASH)
 
 
@@ -65,17 +65,17 @@ def configuration(**log_scale):
 
 
 @pytest.mark.parametrize(("policy", "context_len"), [(LogScale.always, 63), (LogScale.official, 128)])
-def test_log_scaling_by_the_tokens_of_a_row_is_refused(policy, context_len):
+def test_log_scaling_by_row_length_is_refused(policy, context_len):
     with pytest.raises(ValueError, match=rf"scaling\.log_scale={policy.name}: .* with data.document_mask=true use off"):
         check_document_mask(configuration(policy=policy), small("llama"), context_len)
 
 
 @pytest.mark.parametrize("policy", [LogScale.off, LogScale.eval, LogScale.always])
-def test_log_scaling_that_leaves_rows_alone_is_allowed(policy):
+def test_log_scaling_independent_of_rows_is_allowed(policy):
     check_document_mask(configuration(policy=policy), small("llama"), 64)
 
 
-def test_a_family_that_leaks_may_train_with_documents_joined():
+def test_a_leaking_family_can_train_with_joined_documents():
     config = configuration(policy=LogScale.always)
     config.data.document_mask = False
     check_document_mask(config, tiny_model("falcon").config, 16)

@@ -1,4 +1,4 @@
-"""The plan of every experiment, on this machine, without weights, data or DeepSpeed."""
+"""The dry run: plans of every experiment, without weights, data or DeepSpeed."""
 
 import json
 import math
@@ -53,15 +53,15 @@ def test_state_of_7b_on_64_gpus_is_exact():
     assert part(plan, "logits").device[0] == pytest.approx(4096 * 32_000 * 12, rel=0.01)
 
 
-def test_more_gpus_hold_less_state_each_and_the_same_activations():
+def test_more_gpus_have_less_state_each_and_the_same_activations():
     few, many = (plan_of("+experiment=llama2_7b_clex", f"engine.world_size={n}") for n in (8, 64))
     for name in ("parameters", "gradients", "optimizer"):
         assert part(few, name).device[0] > part(many, name).device[0]
     assert part(few, "activations") == part(many, "activations")
 
 
-def test_ranks_that_share_rows_hold_the_activations_of_their_part(capsys):
-    """State is split over all ranks as ever; the default of both experiments is the eight ranks that a row takes."""
+def test_sequence_parallel_ranks_have_the_activations_of_their_shard(capsys):
+    """Shard the state over all ranks as usual; both experiments default to eight sequence-parallel ranks."""
     experiment = "+experiment=llama2_7b_clex_64k"
     shared = plan_of(experiment)
     alone = plan_of(experiment, "engine.sequence_parallel=1")
@@ -70,7 +70,7 @@ def test_ranks_that_share_rows_hold_the_activations_of_their_part(capsys):
     for name in ("activations", "logits"):
         assert part(shared, name).device[0] == part(eighth, name).device[0]
         assert part(alone, name).device[0] > 7.9 * part(shared, name).device[0]
-    # The exchange has copies of its own, which come and go in each layer.
+    # The all-to-all makes temporary copies in each layer.
     assert 1 < part(shared, "activations").device[1] / part(eighth, "activations").device[1] < 1.2
     assert part(shared, "optimizer") == part(alone, "optimizer")
     dry_run.print_plan(composed(experiment, "dry_run=true"))
@@ -79,12 +79,12 @@ def test_ranks_that_share_rows_hold_the_activations_of_their_part(capsys):
     assert "1 * 8,192 tokens of 65,536, " in printed
 
 
-def test_heads_that_ranks_cannot_share_are_refused_in_the_plan():
+def test_indivisible_heads_are_refused_in_the_plan():
     with pytest.raises(ValueError, match=r"engine\.sequence_parallel=3: .* 32 attention heads.* take 1 or 2 or 4 or 8"):
         plan_of("+experiment=llama2_7b_clex", "engine.sequence_parallel=3", "engine.world_size=3", "optim.batch_rows=9")
 
 
-def test_recomputing_layers_and_offloading_each_save_what_they_are_for():
+def test_recomputation_and_offload_each_reduce_their_part():
     plain = plan_of("+experiment=llama2_7b_clex", "engine.activation_checkpointing=false")
     recomputed = plan_of("+experiment=llama2_7b_clex")
     offloaded = plan_of("+experiment=llama2_7b_clex", "engine=zero3_offload")
@@ -94,7 +94,7 @@ def test_recomputing_layers_and_offloading_each_save_what_they_are_for():
     assert offloaded.peak < recomputed.peak
 
 
-def test_tiles_and_inputs_on_the_host_are_in_the_plan(capsys):
+def test_tiling_and_activation_offload_are_in_the_plan(capsys):
     overrides = ("+experiment=llama2_7b_clex_64k", "engine.sequence_parallel=1", "dry_run=true")
     plain, long_rows = plan_of(*overrides, "engine=zero3"), plan_of(*overrides, "engine=long_rows")
     inputs = 32 * 65536 * 4096 * 2
@@ -102,7 +102,7 @@ def test_tiles_and_inputs_on_the_host_are_in_the_plan(capsys):
     assert part(long_rows, "activations").host == inputs
     assert part(plain, "activations").device[0] - part(long_rows, "activations").device[0] == inputs
     assert part(plain, "logits").device[0] == pytest.approx(65536 * 32000 * 12, rel=0.1)
-    # The gradient of the output layer's weight is summed in float32, beside what a tile gives.
+    # The gradient of the output layer is accumulated in float32, next to that of a tile.
     weight, tile, hidden = 32000 * 4096, 1024 * 32000, 65536 * 4096
     assert part(long_rows, "logits").device[0] < 6 * weight + 12 * tile + 4 * hidden
     gained = [part(plan, "activations").device[1] - part(plan, "activations").device[0] for plan in (plain, long_rows)]
@@ -112,8 +112,8 @@ def test_tiles_and_inputs_on_the_host_are_in_the_plan(capsys):
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_masks_of_documents_are_those_that_layers_keep(recomputed):
-    """What SDPA makes of the mask of bools is kept for the backward pass of each layer, or of the one recomputed."""
+def test_document_masks_are_counted_as_layers_save_them(recomputed):
+    """Count the float mask that SDPA makes from the bool mask: saved in each layer, or only in the recomputed one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
@@ -138,8 +138,8 @@ def test_masks_of_documents_are_those_that_layers_keep(recomputed):
     assert "document mask" not in {p.name for p in plan_of(*overrides, "data.document_mask=false").parts}
 
 
-def test_keys_and_values_of_an_evaluation_are_those_of_a_cache(capsys):
-    """32 layers, 32 key heads of 128, keys and values in bfloat16: half a MiB a token."""
+def test_keys_and_values_of_an_evaluation_match_a_cache(capsys):
+    """Expect half a MiB a token: 32 layers, 32 key heads of 128, keys and values in bfloat16."""
     plan = plan_of("+experiment=llama2_7b_clex")
     assert plan.evaluation_cache == 65536 * 2**19
     assert plan_of("+experiment=llama2_7b_clex_64k").evaluation_cache == 0
@@ -147,29 +147,29 @@ def test_keys_and_values_of_an_evaluation_are_those_of_a_cache(capsys):
     assert "evaluating 65,536 tokens: keys and values take 50.00 GiB a rank, in host memory" in capsys.readouterr().out
 
 
-def test_a_host_that_is_needed_by_every_rank_is_said(capsys):
+def test_host_memory_is_given_for_every_rank(capsys):
     dry_run.print_plan(composed("+experiment=llama3_8b_clex_1m", "dry_run=true"))
     assert "host 32.00 GiB a rank: a node needs that for each of its ranks" in capsys.readouterr().out
 
 
-def test_on_a_cpu_everything_lies_in_one_memory():
+def test_a_cpu_run_has_a_single_memory():
     plan = plan_of("+experiment=tiny_clex", "engine.precision=fp32")
     assert not plan.on_gpu
     assert plan.host == 0
     assert part(plan, "ODE").device[0] > 0
 
 
-def test_rows_that_ranks_cannot_share_are_refused():
+def test_an_indivisible_batch_is_refused():
     with pytest.raises(ValueError, match=r"optim\.batch_rows=512: must be a multiple"):
         plan_of("+experiment=llama2_7b_clex", "engine.world_size=7")
 
 
-def test_a_length_that_the_scaling_does_not_serve_is_refused():
+def test_a_length_beyond_the_scaling_is_refused():
     with pytest.raises(ValueError, match=r"evaluation\.lengths=.*scaling\.t_max \* L = 8 \* 4096 = 32768"):
         plan_of("+experiment=llama2_7b_clex", "scaling.t_max=8")
 
 
-def test_a_local_directory_stands_before_the_shipped_architecture(tmp_path):
+def test_a_local_directory_takes_precedence_over_the_shipped_architecture(tmp_path):
     from transformers import LlamaConfig
 
     sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -186,11 +186,11 @@ def test_weights_of_another_shape_are_refused_in_the_plan(tmp_path):
     with pytest.raises(
         ValueError, match=r"model\.path=.*down_proj\.weight is \[48, 64\] in its weights and \[48, 96\]"
     ):
-        # A store that the quick start left in this checkout would be refused before the weights.
+        # A store left by the quick start in this checkout would be refused before the weights.
         plan_of(f"model.path={tmp_path}", "evaluation=never", f"data.path={tmp_path / 'no_store'}")
 
 
-def test_the_shipped_architecture_stands_in_for_its_own_model_alone(tmp_path):
+def test_the_shipped_architecture_only_stands_in_for_its_model(tmp_path):
     elsewhere = plan_of("+experiment=llama2_7b_clex", "model.path=/models/Llama-2-7b-hf")
     assert elsewhere.counts.total == 6_738_415_616
     with pytest.raises(
@@ -199,7 +199,7 @@ def test_the_shipped_architecture_stands_in_for_its_own_model_alone(tmp_path):
         plan_of("+experiment=llama2_7b_clex", "model.path=/models/mine")
     with pytest.raises(ValueError, match=r"model\.path=/models/mine: no such directory; .* of runs/tiny_base/final"):
         plan_of("model.path=/models/mine")
-    # A user's own config.json, which does not say what it is of, is meant.
+    # A user's config.json without the name of a model is used.
     shutil.copytree(CONF / "model/architectures/tiny", tmp_path / "mine")
     config = json.loads((tmp_path / "mine" / "config.json").read_text())
     del config["_name_or_path"]
@@ -208,14 +208,14 @@ def test_the_shipped_architecture_stands_in_for_its_own_model_alone(tmp_path):
     assert plan_of(*keys).subject.context_len == 128
 
 
-def test_a_hub_name_that_cannot_be_fetched_is_not_planned_as_another_model():
+def test_an_unreachable_hub_name_is_not_planned_as_another_model():
     with pytest.raises(
         ValueError, match=r"model\.path=owner/other: no readable config\.json \(the hub cannot be reached"
     ):
         plan_of("+experiment=llama2_7b_clex", "model.path=owner/other")
 
 
-def test_a_store_on_this_machine_is_described_and_refused_as_by_a_run(capsys, tmp_path, tiny_store):
+def test_a_local_store_is_described_and_refused_as_by_a_run(capsys, tmp_path, tiny_store):
     keys = ("+experiment=tiny_clex", "model=tiny", "data.seq_len=64", "evaluation.lengths=[64]", "dry_run=true")
     dry_run.print_plan(composed(*keys, f"data.path={tiny_store}"))
     lines = capsys.readouterr().out.splitlines()
@@ -227,19 +227,19 @@ def test_a_store_on_this_machine_is_described_and_refused_as_by_a_run(capsys, tm
     assert "  data        /not/here (not on this machine: not checked)" in capsys.readouterr().out.splitlines()
 
 
-def test_a_presets_sequences_are_refused_beyond_what_another_model_serves():
+def test_sequences_of_a_preset_beyond_the_length_of_another_model_are_refused():
     keys = ("+experiment=llama2_7b_clex", "model=tiny", "evaluation=never", "engine.precision=fp32")
     with pytest.raises(ValueError, match=r"^data\.seq_len=4096: longer than .* = 16 \* 128 = 2048 tokens that CLEX"):
         plan_of(*keys)
 
 
-def test_sequences_of_more_than_l_tokens_are_said_in_the_plan(capsys):
+def test_sequences_longer_than_l_are_noted_in_the_plan(capsys):
     keys = ("+experiment=tiny_clex", "data.seq_len=512", "evaluation=never", "dry_run=true")
     dry_run.print_plan(composed(*keys))
     assert " sequences * 512 tokens (4 L) = " in capsys.readouterr().out
 
 
-def test_ids_that_the_embedding_lacks_are_refused_where_the_store_is_there(tmp_path, tiny_store):
+def test_ids_outside_the_embedding_are_refused_if_the_store_exists(tmp_path, tiny_store):
     save_tiny_llama(tmp_path)
     with pytest.raises(ValueError, match=r"data\.path=.*the embedding of .* has 61 rows"):
         plan_of(f"model.path={tmp_path}", f"data.path={tiny_store}", "evaluation=never")
@@ -254,7 +254,7 @@ def test_only_the_first_rank_prints(monkeypatch, capsys):
 
 
 def test_the_command_prints_the_plan_in_seconds_without_deepspeed(tmp_path):
-    """As a user types it, from another folder; processor time, since other work may share the machine."""
+    """Run it from another folder and measure processor time, since other work may share the machine."""
     code = (
         "import atexit, runpy, sys\n"
         "atexit.register(lambda: print('deepspeed imported:', 'deepspeed' in sys.modules))\n"
@@ -268,7 +268,7 @@ def test_the_command_prints_the_plan_in_seconds_without_deepspeed(tmp_path):
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    # Eight by itself; the weights of 7B alone would take minutes.
+    # About eight on an idle machine; the weights of 7B alone would take minutes.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
     for line in (
         "  model       pretrained weights of meta-llama/Llama-2-7b-hf (not on this machine; planned by the "

@@ -1,4 +1,4 @@
-"""The bytes of parameters, gradients and optimizer by rank. A real engine is counted in test_memory_of_engine.py."""
+"""Bytes of parameters, gradients and optimizer per rank. A real engine is counted in test_memory_of_engine.py."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ BLOCKS = (1000, *[500] * 10, 1000)
 COUNT = sum(BLOCKS)
 
 
-def test_state_of_zero_3_in_bf16_is_16_bytes_a_parameter_over_the_ranks():
+def test_state_of_zero_3_in_bf16_is_16_bytes_per_parameter_over_the_ranks():
     s = dataclasses.replace(BF16, prefetch_bucket=0, max_reuse_distance=0, reduce_bucket=1)
     held = (memory.parameters(s, BLOCKS), memory.gradients(s, COUNT), memory.optimizer(s, COUNT))
     gathered, buckets = 2 * 1000, 2 * 1 + 2 * 1
@@ -28,7 +28,7 @@ def test_state_of_zero_3_in_bf16_is_16_bytes_a_parameter_over_the_ranks():
     ("stage", "parameters", "gradients", "optimizer"),
     [(0, 2, 2, 12), (1, 2, 2, 12 / 8), (2, 2, 2 / 8, 12 / 8), (3, 2 / 8, 2 / 8, 12 / 8)],
 )
-def test_each_stage_shards_what_the_paper_says(stage, parameters, gradients, optimizer):
+def test_each_stage_shards_as_in_the_paper(stage, parameters, gradients, optimizer):
     s = dataclasses.replace(BF16, stage=stage, reduce_bucket=0)
     whole = 2 * memory.live_parameters(s, BLOCKS) if stage == 3 else 0
     assert memory.parameters(s, BLOCKS).device == parameters * COUNT + whole
@@ -46,8 +46,8 @@ def test_one_rank_gathers_nothing():
     assert memory.parameters(s, BLOCKS).device == 2 * COUNT
 
 
-def test_layers_near_the_loss_stay_whole_and_recomputation_lets_go_of_more():
-    # Used before its turn comes back: 0 behind the head, 2,000 behind the last layer, then 1,000 more for each layer
+def test_layers_near_the_loss_stay_gathered_and_recomputation_releases_more():
+    # Parameters used before a layer is reused: 0 after the head, 2,000 after the last layer, then 1,000 more per layer
     # (1,500 if layers are recomputed).
     s = dataclasses.replace(BF16, prefetch_bucket=0, max_reuse_distance=4001)
     assert memory.live_parameters(s, BLOCKS) == 1000 + 3 * 500
@@ -60,7 +60,7 @@ def test_prefetching_fills_the_live_limit_and_never_more_than_the_model():
     assert memory.live_parameters(dataclasses.replace(s, max_live=10**9), BLOCKS) == COUNT
 
 
-def test_offload_moves_state_to_the_host_and_leaves_the_buckets():
+def test_offload_moves_state_but_not_buckets_to_the_host():
     s = dataclasses.replace(BF16, offload_optimizer=True, offload_parameters=True)
     parameters, gradients, optimizer = (
         memory.parameters(s, BLOCKS),
@@ -80,7 +80,7 @@ def test_an_update_takes_one_sub_group_at_a_time():
     assert memory.update_workspace(dataclasses.replace(BF16, sub_group=300), COUNT).device == (4 + 2) * 300
 
 
-def test_sizes_are_read_off_the_dictionary_that_deepspeed_gets():
+def test_sizes_are_read_from_the_deepspeed_configuration():
     config = Config(
         engine=EngineConfig(zero_stage=3, offload=Offload.all, precision=Precision.bf16),
         optim=OptimConfig(batch_rows=32),
@@ -105,7 +105,7 @@ def test_defaults_are_those_of_the_installed_deepspeed():
     assert zero_config.sub_group_size == memory.SUB_GROUP
 
 
-def test_the_ode_is_held_in_host_memory_and_is_small():
+def test_the_ode_is_small_and_in_host_memory():
     held = memory.ode(num_pairs=64, num_hidden=128, num_steps=32)
     assert held.device == 0
     assert held.host == 16 * 2 * 64 * 128 + 4 * 32 * 4 * (2 * 64 + 2 * 128)

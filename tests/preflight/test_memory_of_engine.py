@@ -1,4 +1,4 @@
-"""What real DeepSpeed engines hold on each of two ranks, against the arithmetic of `preflight/memory.py`."""
+"""Memory of real DeepSpeed engines on two ranks, against the arithmetic of `preflight/memory.py`."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def cases() -> list[dict]:
 
 
 @pytest.mark.slow
-def test_state_of_every_stage_is_what_the_formulas_say(cases):
+def test_state_of_every_stage_matches_the_formulas(cases):
     states = [case for case in cases if case["case"].startswith("state")]
     assert len(states) == 6
     for case in states:
@@ -31,7 +31,7 @@ def test_state_of_every_stage_is_what_the_formulas_say(cases):
 
 
 @pytest.mark.slow
-def test_zero_3_keeps_as_many_layers_whole_as_the_rule_says(cases):
+def test_zero_3_keeps_as_many_layers_gathered_as_predicted(cases):
     whole = [case for case in cases if case["case"].startswith("whole")]
     assert len(whole) == 12
     for case in whole:

@@ -1,4 +1,4 @@
-"""Counts of parameters without weights: the published ones for what ships, the real model's for a small one."""
+"""Parameter counts on the meta device, against published numbers and a small real model."""
 
 import copy
 
@@ -21,7 +21,7 @@ PUBLISHED = {
     "phi2": (2_779_683_840, 32),
     "gpt_neox_20b": (20_554_567_680, 24),
 }
-"""Parameters on the model's page at its hub (of the safetensors there), and the rotary dimension."""
+"""Parameters of the safetensors according to the hub's page of the model, and the rotary dimension."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -55,7 +55,7 @@ def test_a_model_without_rope_is_refused_by_its_type():
         meta_model.count(model_on_meta(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64)))
 
 
-def test_counting_leaves_the_architecture_as_it_was():
+def test_counting_does_not_change_the_architecture():
     arch = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4)
     before = arch.to_dict()
     meta_model.count(model_on_meta(arch))

@@ -1,4 +1,4 @@
-"""One list of checks: the run, its dry run and its submission to SLURM refuse the same, and nothing is built twice."""
+"""The list of checks shared by a run, its dry run and its submission to SLURM: equal refusals, nothing built twice."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from tests.helpers.composing import CONF
 
 
 class _Passed(Exception):
-    """The checks let a run pass."""
+    """Raised when a run passes the checks."""
 
 
 CHOICES = {
@@ -60,7 +60,7 @@ CHOICES = {
     "evaluation.allow_overlap": [False, True],
     "resume": ["auto", "strict"],
 }
-"""Values of keys, right and wrong by themselves or together."""
+"""Values of keys that are valid or invalid alone or in combination."""
 WRONG: tuple[dict[str, object], ...] = (
     {"data.seq_len": 10**8},
     {"optim.batch_rows": 3, "engine.micro_batch": 2},
@@ -68,12 +68,12 @@ WRONG: tuple[dict[str, object], ...] = (
     {"evaluation.methods": ["longrope"]},
     {"evaluation.lengths": [10**6]},
 )
-"""Refused for certain; random choices alone may happen to be right."""
+"""Certain refusals, since random choices may all be valid."""
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tiny_store) -> Path:
-    """Pretrained weights of the store's vocabulary, L = 32."""
+    """Save pretrained weights with the vocabulary of the store, L = 32."""
     folder = tmp_path_factory.mktemp("base") / "model"
     tokenizer = AutoTokenizer.from_pretrained(tiny_store.parent / "tokenizer")
     tokenizer.save_pretrained(folder)
@@ -85,7 +85,7 @@ def base(tmp_path_factory, tiny_store) -> Path:
 
 @pytest.fixture(scope="module")
 def composed_once(tmp_path_factory, tiny_store, tiny_architecture) -> DictConfig:
-    """A run of random weights, on the schema, to which choices are added without composing `conf/` once more."""
+    """Compose a run with random weights once; choices are added without composing `conf/` again."""
     configuration.register()
     words = (
         "+experiment=tiny_base",
@@ -101,15 +101,15 @@ def composed_once(tmp_path_factory, tiny_store, tiny_architecture) -> DictConfig
         return compose("config", overrides=for_hydra(Config, words))
 
 
-def _with(composed: DictConfig, choices: dict[str, object], **more: object) -> DictConfig:
+def with_choices(composed: DictConfig, choices: dict[str, object], **more: object) -> DictConfig:
     changed = composed.copy()
     for key, value in {**choices, **more}.items():
         OmegaConf.update(changed, key, value)
     return changed
 
 
-def _line(check, composed: DictConfig) -> str | None:
-    """The line in which a configuration is refused; None where it is not."""
+def refusal_line(check, composed: DictConfig) -> str | None:
+    """Return the line that refuses a configuration, or None."""
     try:
         check(configuration.to_config(composed))
     except _Passed:
@@ -119,11 +119,11 @@ def _line(check, composed: DictConfig) -> str | None:
     return None
 
 
-def _pass(*_: object) -> None:
+def raise_passed(*_: object) -> None:
     raise _Passed
 
 
-def test_the_run_its_dry_run_and_its_submission_refuse_the_same_in_the_same_line(composed_once, base):
+def test_run_dry_run_and_submission_refuse_alike_in_the_same_line(composed_once, base):
     seen = []
 
     @given(
@@ -132,33 +132,35 @@ def test_the_run_its_dry_run_and_its_submission_refuse_the_same_in_the_same_line
         ),
         is_pretrained=st.booleans(),
     )
-    # Without shrinking: a configuration of six keys is small, and each try takes a second.
+    # No shrinking: a configuration of six keys is small, and each attempt takes a second.
     @settings(max_examples=24, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     def compare(changes, is_pretrained):
         choices = {"model.path": str(base), "model.config": None} if is_pretrained else {}
         choices.update(changes)
-        seen.append(line_of_all(choices))
+        seen.append(shared_refusal(choices))
 
-    def line_of_all(choices):
-        run = _line(train.run, _with(composed_once, choices))
-        dry = _line(dry_run.print_plan, _with(composed_once, choices, dry_run=True))
-        job = _line(lambda config: slurm.check(config, Scope.submission), _with(composed_once, choices))
+    def shared_refusal(choices):
+        run = refusal_line(train.run, with_choices(composed_once, choices))
+        dry = refusal_line(dry_run.print_plan, with_choices(composed_once, choices, dry_run=True))
+        job = refusal_line(lambda config: slurm.check(config, Scope.submission), with_choices(composed_once, choices))
         assert run == dry == job
         return run
 
     with pytest.MonkeyPatch.context() as patched:
-        # The first thing that a run does once the checks let it pass.
-        patched.setattr(engines, "open_process_group", _pass)
-        # It only measures, and takes seconds.
+        # The first call of a run after the checks.
+        patched.setattr(engines, "open_process_group", raise_passed)
+        # It only measures, which takes seconds.
         patched.setattr(meta_model, "footprint", lambda *_, **__: Footprint(0, 0, 0))
         compare()
-        refused = [line_of_all(choices) for choices in WRONG]
+        refused = [shared_refusal(choices) for choices in WRONG]
     assert None in seen
     assert all(refused), refused
 
 
 def test_a_dry_run_refuses_a_protocol_that_the_run_refuses(composed_once):
-    line = _line(dry_run.print_plan, _with(composed_once, {"evaluation.protocols": ["streaming"]}, dry_run=True))
+    line = refusal_line(
+        dry_run.print_plan, with_choices(composed_once, {"evaluation.protocols": ["streaming"]}, dry_run=True)
+    )
     assert line is not None
     assert line.startswith("evaluation.protocols=['streaming']: streaming reads one long text, after the run")
 
@@ -168,7 +170,7 @@ def test_a_dry_run_refuses_a_protocol_that_the_run_refuses(composed_once):
     ("scaling", "num_models"), [("none", 1), ("clex", 1), ("pi", 2), ("yarn", 2), ("dynamic_ntk", 2), ("theta", 2)]
 )
 def test_the_model_of_each_architecture_is_built_once(composed_once, monkeypatch, scaling, num_models, scope):
-    """Of the base, and of what a formula makes of it."""
+    """Count the base and its scaled variant."""
     built, build = [], AutoModelForCausalLM.from_config
 
     def counted(*args, **kwargs):
@@ -177,9 +179,9 @@ def test_the_model_of_each_architecture_is_built_once(composed_once, monkeypatch
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", counted)
     choices = {"scaling.name": scaling, "scaling.log_scale": "off", "engine.tiled_loss": 8, "engine.tiled_mlp": 8}
-    ready = run_checks(configuration.to_config(_with(composed_once, choices)), scope)
+    ready = run_checks(configuration.to_config(with_choices(composed_once, choices)), scope)
     assert len(built) == num_models
-    # Nobody has left a part of his own in it.
+    # No patched part remains in the model.
     assert type(ready.on_meta.model.rotary_emb).__module__.startswith("transformers.")
     assert type(ready.on_meta.model).__module__.startswith("transformers.")
     assert ready.on_meta.get_output_embeddings().weight.shape == (ready.arch.vocab_size, ready.arch.hidden_size)

@@ -1,4 +1,4 @@
-"""Which families can have their rows shared by ranks is found from the architecture, and said in one line."""
+"""Sequence-parallel support by model family, judged from the architecture, with one-line refusals."""
 
 import pytest
 from transformers import AutoConfig
@@ -21,7 +21,7 @@ def small(family, **settings):
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"falcon"}))
-def test_families_whose_layers_go_through_the_interface_can(family):
+def test_families_that_use_the_attention_interface_are_supported(family):
     check_sequence_parallel(configuration(2), tiny_model(family).config)
 
 
@@ -39,26 +39,26 @@ def test_families_whose_layers_go_through_the_interface_can(family):
         ),
     ],
 )
-def test_what_cannot_is_refused_with_its_reason(arch, reason):
+def test_unsupported_architectures_are_refused_with_a_reason(arch, reason):
     with pytest.raises(ValueError, match=rf"engine\.sequence_parallel=2: model_type=.*({reason}).*set it to 1"):
         check_sequence_parallel(configuration(2), arch())
 
 
-def test_a_window_as_long_as_the_row_changes_nothing():
+def test_a_window_as_long_as_the_row_is_allowed():
     assert why_not(small("mistral", num_key_value_heads=12, sliding_window=64), 64) is None
 
 
 @pytest.mark.parametrize(
     ("count", "key_heads", "possible"), [(5, 12, "1 or 2 or 3 or 4 or 6 or 12"), (4, 3, "1 or 3 or 6 or 12")]
 )
-def test_heads_that_ranks_cannot_share_are_refused_with_what_they_can(count, key_heads, possible):
+def test_indivisible_heads_are_refused_with_the_possible_counts(count, key_heads, possible):
     expected = rf"engine\.sequence_parallel={count}: .* 12 attention heads and {key_heads} key heads.*take {possible}$"
     with pytest.raises(ValueError, match=expected):
         check_sequence_parallel(configuration(count), small("llama", num_key_value_heads=key_heads))
 
 
 @pytest.mark.parametrize("count", [2, 3, 6, 12])
-def test_fewer_key_heads_than_ranks_are_no_hindrance(count):
+def test_fewer_key_heads_than_ranks_are_allowed(count):
     check_sequence_parallel(configuration(count), small("llama", num_key_value_heads=1))
 
 
@@ -70,7 +70,7 @@ def test_attention_that_needs_a_mask_is_refused(name):
         check_sequence_parallel(config, small("llama", num_key_value_heads=12))
 
 
-def test_nothing_is_asked_of_a_model_whose_rows_are_not_shared():
+def test_nothing_is_required_without_sequence_parallelism():
     config = configuration(1)
     config.attention.implementation = AttentionImplementation.eager
     check_sequence_parallel(config, tiny_model("falcon").config)

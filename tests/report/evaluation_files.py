@@ -1,4 +1,4 @@
-"""Evaluation files and run folders as programs leave them, with numbers that are known."""
+"""Evaluation files and run folders as the programs write them, with known numbers."""
 
 import json
 import math
@@ -24,7 +24,7 @@ LLAMA = {
     "max_position_embeddings": 128,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
-"""A model with the 12 pairs of the learned frequencies below."""
+"""Config of a model with as many pairs as the learned frequencies below: 12."""
 ORIGIN = Origin(
     "base",
     ["python", "-m", "clex_train.cli.evaluate", "run=runs/base"],
@@ -37,7 +37,7 @@ ORIGIN = Origin(
 def outcome(
     perplexities: dict[str, list[float]], fingerprint: str = "f", protocol: str = "one_shot", context_len: int = 128
 ) -> Results:
-    """Scores of 100 tokens in two windows, for each method a perplexity at 128, 256 and 2048 tokens."""
+    """Make scores of 100 tokens in two windows: for each method a perplexity at 128, 256 and 2048 tokens."""
     scores = [
         Score(
             method=method,
@@ -65,17 +65,17 @@ def outcome(
 
 
 def relabelled(label: str) -> Origin:
-    """The same origin under another label."""
+    """Copy the origin with another label."""
     return Origin(**{**vars(ORIGIN), "label": label})
 
 
 def add_to_file(path: Path, **parts: Any) -> None:
-    """Put more top-level parts into an evaluation file."""
+    """Add top-level entries to an evaluation file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | parts))
 
 
 def task_row(method: str, length: int, depth: float | None, correct: int, task: str = "passkey") -> dict[str, Any]:
-    """A row of `tasks`: so many of ten prompts."""
+    """Make a row of `tasks` with `correct` of ten prompts."""
     return {
         "task": task,
         "method": method,
@@ -88,7 +88,7 @@ def task_row(method: str, length: int, depth: float | None, correct: int, task: 
 
 
 def make_run(folder: Path, perplexities: dict[str, list[float]], learned: bool, label: str | None = None) -> Path:
-    """A finished run: 40 steps of metrics, one evaluation, and with `learned` a frequency table."""
+    """Write a finished run: 40 steps of metrics, one evaluation, and with `learned` a frequency table."""
     (folder / "final").mkdir(parents=True)
     (folder / "final" / "config.json").write_text(json.dumps(LLAMA))
     (folder / "config.yaml").write_text("optim:\n  steps: 40\n")

@@ -1,4 +1,4 @@
-"""What the report program takes, and what it refuses in one line."""
+"""Inputs of the report program: runs and evaluation files, labels, and one-line refusals."""
 
 import errno
 import json
@@ -23,8 +23,8 @@ def runs(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.fixture
-def _nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty image stands for each figure, where only files and texts are looked at."""
+def _skip_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace each figure by an empty image, for tests that only read files and text."""
     monkeypatch.setattr(write, "to_png", lambda figure: b"")
     monkeypatch.setattr(page, "to_svg", lambda figure: "<svg></svg>")
 
@@ -54,7 +54,7 @@ def test_one_run_has_its_methods_as_labels_and_its_report_in_its_folder(runs, mo
     assert names >= {"index.html", "perplexity.md", "report.json"} | (figures - {"perplexity_enlarged.png"})
 
 
-def test_a_run_stands_for_its_newest_evaluation_and_a_file_for_itself(runs: dict[str, Path]) -> None:
+def test_a_run_means_its_newest_evaluation_and_a_file_itself(runs: dict[str, Path]) -> None:
     older = runs["base"] / "evaluation" / "step_20.json"
     results.write(older, outcome({"none": [70, 80, 90]}), ORIGIN)
     os.utime(older, (1, 1))
@@ -62,7 +62,7 @@ def test_a_run_stands_for_its_newest_evaluation_and_a_file_for_itself(runs: dict
     assert evidence.find_evaluation(older) == older
 
 
-def test_equal_labels_are_told_apart_by_as_much_of_the_path_as_it_takes(tmp_path: Path) -> None:
+def test_equal_labels_are_distinguished_by_a_minimal_part_of_the_path(tmp_path: Path) -> None:
     made = [
         make_run(tmp_path / seed / "tiny", {"none": [p, 4, 5]}, learned=False)
         for seed, p in (("seed0", 3.0), ("seed1", 3.5))
@@ -72,7 +72,7 @@ def test_equal_labels_are_told_apart_by_as_much_of_the_path_as_it_takes(tmp_path
     assert [run.label for run in found.runs] == ["seed0/tiny", "seed1/tiny"]
 
 
-def test_evaluations_of_one_run_are_told_apart_by_their_files(runs: dict[str, Path]) -> None:
+def test_evaluations_of_one_run_are_distinguished_by_file_name(runs: dict[str, Path]) -> None:
     more = runs["base"] / "evaluation" / "more.json"
     results.write(more, outcome({"pi": [3, 4, 5]}), relabelled("base"))
     found = evidence.collect([runs["base"] / "evaluation" / "base.json", more])
@@ -80,12 +80,12 @@ def test_evaluations_of_one_run_are_told_apart_by_their_files(runs: dict[str, Pa
     assert [run.label for run in found.runs] == ["base"]
 
 
-def test_a_run_that_is_named_twice_is_shown_once(runs: dict[str, Path]) -> None:
+def test_a_run_named_twice_is_shown_once(runs: dict[str, Path]) -> None:
     found = evidence.collect([runs["base"], runs["base"] / "evaluation" / "base.json"])
     assert [curve.label for curve in found.tables[0].curves] == ["none", "ntk"]
 
 
-def test_retrieval_stands_apart_by_task_and_method(runs: dict[str, Path]) -> None:
+def test_retrieval_is_grouped_by_task_and_method(runs: dict[str, Path]) -> None:
     path = runs["base"] / "evaluation" / "base.json"
     add_to_file(path, tasks=[task_row("none", 256, depth, 5) for depth in (0.0, 1.0)] + [task_row("ntk", 256, 0.5, 9)])
     assert [(t.label, t.task, len(t.rows)) for t in evidence.collect([path]).tasks] == [
@@ -94,7 +94,7 @@ def test_retrieval_stands_apart_by_task_and_method(runs: dict[str, Path]) -> Non
     ]
 
 
-def test_retrieval_alone_makes_a_report_without_perplexities(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_report_of_retrieval_alone_has_no_perplexities(tmp_path: Path, monkeypatch, capsys) -> None:
     path = tmp_path / "evaluation" / "x.json"
     results.write(path, results.Results([], 128, results.NO_WINDOWS), ORIGIN)
     add_to_file(path, tasks=[task_row("none", 256, depth, 5) for depth in (0.0, 1.0)])
@@ -106,13 +106,13 @@ def test_retrieval_alone_makes_a_report_without_perplexities(tmp_path: Path, mon
     assert "Perplexity against length" in [each["title"] for each in content["not_shown"]]
 
 
-def test_a_line_of_metrics_that_is_being_written_is_left_out(runs: dict[str, Path]) -> None:
+def test_a_partly_written_line_of_metrics_is_ignored(runs: dict[str, Path]) -> None:
     with (runs["base"] / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "lo')
     assert len(evidence.collect([runs["base"]]).runs[0].metrics) == 40
 
 
-def test_values_that_are_not_finite_are_left_out_of_a_column(tmp_path: Path) -> None:
+def test_non_finite_values_are_omitted_from_a_column(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", {"none": [3, 4, 5]}, learned=False)
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": 4.5}\n')
     [found] = evidence.collect([run]).runs
@@ -120,8 +120,8 @@ def test_values_that_are_not_finite_are_left_out_of_a_column(tmp_path: Path) -> 
     assert (steps.tolist(), losses.tolist()) == ([2], [4.5])
 
 
-@pytest.mark.usefixtures("_nothing_is_drawn")
-def test_damaged_records_of_training_are_left_out_of_a_report_with_a_line_each(runs, tmp_path, monkeypatch, caplog):
+@pytest.mark.usefixtures("_skip_drawing")
+def test_damaged_training_records_are_omitted_with_a_line_each(runs, tmp_path, monkeypatch, caplog):
     run = make_run(tmp_path / "spoilt", {"none": [3, 4, 5]}, learned=False)
     (run / "metrics.jsonl").write_bytes(b'{"step": 1, \n\xff\0\n{"step": 2, "loss": 4.5}\n{"step": 3, "lo')
     (run / "environment.json").write_bytes(bytes(200))
@@ -135,8 +135,8 @@ def test_damaged_records_of_training_are_left_out_of_a_report_with_a_line_each(r
     assert found.column("loss")[1].tolist() == [4.5]
 
 
-@pytest.mark.usefixtures("_nothing_is_drawn")
-def test_what_cannot_be_reported_on_is_named_with_the_remedy(runs, tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.usefixtures("_skip_drawing")
+def test_unusable_inputs_are_named_with_a_remedy(runs, tmp_path, monkeypatch, capsys) -> None:
     unfinished = make_run(tmp_path / "unfinished", {"none": [3, 4, 5]}, learned=False)
     (unfinished / "final" / "config.json").unlink()
     (unfinished / "final").rmdir()
@@ -186,9 +186,9 @@ def test_an_output_that_is_a_file_is_refused_in_one_line(runs, tmp_path, monkeyp
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.usefixtures("_nothing_is_drawn")
+@pytest.mark.usefixtures("_skip_drawing")
 @pytest.mark.parametrize("name", ["perplexity.png", "perplexity.md", "report.json", "index.html"])
-def test_a_file_that_cannot_be_written_is_named_in_one_line_and_kept(name, runs, tmp_path, monkeypatch, capsys) -> None:
+def test_an_unwritable_file_is_named_in_one_line_and_kept(name, runs, tmp_path, monkeypatch, capsys) -> None:
     out, replace = tmp_path / "out", os.replace
     assert call(monkeypatch, runs["base"], f"output={out}") == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -207,16 +207,16 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line_and_kept(name, runs,
     assert (out / name).read_bytes() == before[name]
 
 
-@pytest.mark.usefixtures("_nothing_is_drawn")
-def test_a_folder_in_the_place_of_the_page_is_named_in_one_line(runs, tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.usefixtures("_skip_drawing")
+def test_a_folder_at_the_path_of_the_page_is_named_in_one_line(runs, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "out" / "index.html").mkdir(parents=True)
     assert call(monkeypatch, runs["base"], f"output={tmp_path / 'out'}") == console.STOPPED
     [said] = capsys.readouterr().err.splitlines()
     assert said.startswith(f"error: output={tmp_path / 'out' / 'index.html'}: cannot be written (Is a directory); ")
 
 
-@pytest.mark.usefixtures("_nothing_is_drawn")
-def test_a_second_report_removes_the_figures_that_only_the_first_had(runs, tmp_path, monkeypatch) -> None:
+@pytest.mark.usefixtures("_skip_drawing")
+def test_a_second_report_removes_stale_figures(runs, tmp_path, monkeypatch) -> None:
     out = tmp_path / "out"
     assert call(monkeypatch, runs["clex"], f"output={out}") == 0
     assert (out / "frequencies.png").exists()
@@ -228,7 +228,7 @@ def test_a_second_report_removes_the_figures_that_only_the_first_had(runs, tmp_p
     assert call(monkeypatch, runs["base"], f"output={out}") == 0
 
 
-@pytest.mark.usefixtures("_nothing_is_drawn")
+@pytest.mark.usefixtures("_skip_drawing")
 def test_every_row_and_figure_of_the_json_has_command_weights_data_commit_and_hardware(runs, tmp_path, monkeypatch):
     assert call(monkeypatch, *runs.values(), f"output={tmp_path}") == 0
     content = json.loads((tmp_path / "report.json").read_text())

@@ -1,4 +1,4 @@
-"""The figures: what is drawn is what was measured, and names never touch."""
+"""The figures of a report: plotted data, captions, colours and labels."""
 
 import itertools
 import json
@@ -32,8 +32,8 @@ LLAMA3_ROPE = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
-    """A plain run and one with CLEX, with retrieval in the second."""
+def collected(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+    """Collect a plain run and one with CLEX, the second with retrieval."""
     folder = tmp_path_factory.mktemp("runs")
     base = make_run(folder / "base", {"none": [35, 60, 900], "ntk": [35, 34, 50]}, learned=False)
     clex = make_run(folder / "clex", {"trained": [34, 33, 36]}, learned=True)
@@ -44,12 +44,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
     return collect([base, clex])
 
 
-def by_name(found: Evidence) -> dict[str, Figure]:
-    return {figure.name: figure for figure in figures.collect_figures(found)[0]}
+def figures_by_name(collected: Evidence) -> dict[str, Figure]:
+    return {figure.name: figure for figure in figures.collect_figures(collected)[0]}
 
 
-def test_a_full_report_has_every_figure_of_its_runs(found: Evidence) -> None:
-    shown, absent = figures.collect_figures(found)
+def test_a_full_report_has_every_figure_of_its_runs(collected: Evidence) -> None:
+    shown, absent = figures.collect_figures(collected)
     assert [figure.name for figure in shown] == [
         "perplexity",
         "perplexity_enlarged",
@@ -63,7 +63,7 @@ def test_a_full_report_has_every_figure_of_its_runs(found: Evidence) -> None:
     assert [each.title for each in absent] == ["Loss against position"]
 
 
-def test_figures_without_data_say_what_they_lack_and_how_to_get_it(tmp_path: Path) -> None:
+def test_figures_without_data_name_what_is_missing_and_how_to_get_it(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     results.write(path, outcome({"none": [3, 4, 5]}), ORIGIN)
     shown, absent = figures.collect_figures(collect([path]))
@@ -72,33 +72,33 @@ def test_figures_without_data_say_what_they_lack_and_how_to_get_it(tmp_path: Pat
     assert all(each.reason and ("clex_train.cli" in each.remedy or "scaling=clex" in each.remedy) for each in absent)
 
 
-def test_the_lines_of_perplexity_are_the_scores(found: Evidence) -> None:
-    [axes] = by_name(found)["perplexity"].draw().axes
+def test_perplexity_lines_plot_the_scores(collected: Evidence) -> None:
+    [axes] = figures_by_name(collected)["perplexity"].draw().axes
     drawn = {tuple(line.get_ydata().round(6)) for line in axes.lines if len(line.get_xdata()) == 3}
     assert drawn == {(35, 60, 900), (35, 34, 50), (34, 33, 36)}
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert [line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1] == [128]
 
 
-def test_a_row_out_of_proportion_gets_the_others_a_figure_of_their_own(found: Evidence) -> None:
-    [table] = found.tables
+def test_an_outlier_row_adds_an_enlarged_figure_of_the_others(collected: Evidence) -> None:
+    [table] = collected.tables
     top = figures.lowest_part(table)
     assert top == pytest.approx(54)
-    [axes] = by_name(found)["perplexity_enlarged"].draw().axes
+    [axes] = figures_by_name(collected)["perplexity_enlarged"].draw().axes
     assert axes.get_ylim()[1] == pytest.approx(54)
     calm = from_results(outcome({"none": [35, 36, 37], "pi": [35, 36, 38], "ntk": [35, 36, 39]}), ORIGIN)
     assert figures.lowest_part(calm) is None
 
 
-def test_values_that_are_not_finite_leave_a_gap_that_is_owned_to(tmp_path: Path) -> None:
+def test_non_finite_values_leave_a_gap_noted_in_the_caption(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     results.write(path, outcome({"none": [3, float("inf"), 5]}), ORIGIN)
-    figure = by_name(collect([path]))["perplexity"]
+    figure = figures_by_name(collect([path]))["perplexity"]
     assert "not finite are left out" in figure.caption
     assert figure.draw().axes[0].lines[0].get_xdata().tolist() == [128, 2048]
 
 
-def test_no_color_stands_for_two_of_twelve_methods_of_a_panel_and_names_do_not_touch() -> None:
+def test_twelve_methods_get_distinct_colours_per_panel_and_names_do_not_overlap() -> None:
     methods = {f"method_{i}": [10 + 0.01 * i, 11 + 0.01 * i, 12 + 0.01 * i] for i in range(12)}
     figure = figures.draw_perplexity(from_results(outcome(methods), ORIGIN))
     figure.draw_without_rendering()
@@ -117,12 +117,12 @@ def test_no_color_stands_for_two_of_twelve_methods_of_a_panel_and_names_do_not_t
     assert sorted(named) == sorted(methods)
 
 
-def test_a_legend_lists_lines_in_the_order_of_their_ends(found: Evidence) -> None:
-    [axes] = by_name(found)["perplexity"].draw().axes
+def test_a_legend_lists_lines_in_the_order_of_their_ends(collected: Evidence) -> None:
+    [axes] = figures_by_name(collected)["perplexity"].draw().axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["base: none", "base: ntk", "clex: trained"]
 
 
-def test_a_label_is_shown_letter_by_letter() -> None:
+def test_a_label_is_shown_literally() -> None:
     assert plotting.as_text("a $x^2$") == r"a \$x^2\$"
     assert plotting.as_text("_hidden") == " _hidden"
     assert plotting.as_text("n" * 50) == "n" * 35 + "…"
@@ -136,19 +136,19 @@ def test_standard_errors_are_drawn_as_bars() -> None:
     assert line.errors.tolist() == [0.5] * 3
 
 
-def test_a_curve_over_positions_is_drawn_as_the_evaluation_wrote_it(tmp_path: Path) -> None:
+def test_a_curve_over_positions_is_plotted_as_evaluated(tmp_path: Path) -> None:
     bins = {128: ((32, 5.0, 10), (96, 4.0, 10)), 256: (), 2048: ((512, 4.5, 9), (1536, float("nan"), 9))}
     result = outcome({"none": [3, 4, 5]}, protocol="per_position")
     path = tmp_path / "x.json"
     scores = [replace(score, curve=bins[score.length]) for score in result.scores]
     results.write(path, replace(result, scores=scores), ORIGIN)
-    figure = by_name(collect([path]))["per_position"]
+    figure = figures_by_name(collect([path]))["per_position"]
     assert figure.caption.startswith("Mean negative log-likelihood in windows of 2,048 tokens. 100 held-out tokens")
     line = figure.draw().axes[0].lines[0]
     assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([512], [4.5])
 
 
-def test_a_stream_is_drawn_by_the_means_of_its_segments(tmp_path: Path) -> None:
+def test_a_stream_is_plotted_as_segment_means(tmp_path: Path) -> None:
     sums = [float(10 * (i % 2) + 100) for i in range(256)]
     scores = [
         Score("none", "windows", 128, "none", 1.0, sums, 256 * 50, 1.0),
@@ -157,19 +157,19 @@ def test_a_stream_is_drawn_by_the_means_of_its_segments(tmp_path: Path) -> None:
     windows = {"count": 256, "length": 128, "score_stride": 128, "documents": [], "fingerprint": "s"}
     path = tmp_path / "x.json"
     results.write(path, Results(scores, 128, windows), ORIGIN)
-    figure = by_name(collect([path]))["per_position"]
+    figure = figures_by_name(collect([path]))["per_position"]
     line = figure.draw().axes[0].lines[0]
     assert len(line.get_xdata()) == figures.MAX_SEGMENTS
     np.testing.assert_allclose(line.get_xdata()[:2], [128, 384])
     np.testing.assert_allclose(line.get_ydata(), 105 / 50)
 
 
-def test_frequencies_are_ratios_to_plain_rope_and_to_ntk(found: Evidence) -> None:
-    run = found.runs[1]
+def test_frequencies_are_plotted_relative_to_plain_rope_and_ntk(collected: Evidence) -> None:
+    run = collected.runs[1]
     assert run.frequencies is not None
     assert frequencies.scale_factors([run.frequencies]) == [2, 8, 16]
     base = run.frequencies.at(1).inv_freq
-    panels = by_name(found)["frequencies"].draw().axes
+    panels = figures_by_name(collected)["frequencies"].draw().axes
     learned, ntk, pi, yarn = (line.get_ydata() for line in panels[2].lines[:4])
     np.testing.assert_allclose(learned, run.frequencies.at(16).inv_freq / base)
     np.testing.assert_allclose(ntk, ntk_table(base, [1.0, 16.0]).at(16).inv_freq / base)
@@ -178,19 +178,21 @@ def test_frequencies_are_ratios_to_plain_rope_and_to_ntk(found: Evidence) -> Non
     config.rope_parameters |= {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 128}
     expected, _ = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
     np.testing.assert_allclose(yarn, expected / base, rtol=1e-6)
-    [over] = [line.get_ydata() for line in by_name(found)["frequencies_learned"].draw().axes[2].lines[:1]]
+    [over] = [line.get_ydata() for line in figures_by_name(collected)["frequencies_learned"].draw().axes[2].lines[:1]]
     np.testing.assert_allclose(over, np.full(12, 1.15))
 
 
-def test_a_model_without_yarn_says_so_below_the_figure(tmp_path: Path) -> None:
+def test_a_model_without_yarn_is_noted_in_the_caption(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", {"none": [3, 4, 5]}, learned=True)
     (run / "final" / "config.json").write_text(json.dumps({**LLAMA, "rope_parameters": LLAMA3_ROPE}))
-    figure = by_name(collect([run]))["frequencies"]
+    figure = figures_by_name(collect([run]))["frequencies"]
     assert "Without yarn: methods=[yarn]: " in figure.caption
     assert len(figure.draw().axes[0].lines) == 3
 
 
-def test_runs_of_other_base_frequencies_are_drawn_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_with_different_base_frequencies_are_plotted_separately(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = make_run(tmp_path / "first", {"none": [3, 4, 5]}, learned=True)
     original = torch.arange
     monkeypatch.setattr(torch, "arange", lambda *args, **kwargs: original(*args, **kwargs) * 1.01)
@@ -200,30 +202,30 @@ def test_runs_of_other_base_frequencies_are_drawn_apart(tmp_path: Path, monkeypa
     assert names == ["frequencies", "frequencies_learned", "frequencies_2", "frequencies_learned_2"]
 
 
-def test_the_heat_map_puts_each_score_at_its_depth_and_length(found: Evidence) -> None:
-    [scores] = [scores for scores in found.tasks if scores.task == "passkey"]
+def test_the_heat_map_puts_each_score_at_its_depth_and_length(collected: Evidence) -> None:
+    [scores] = [scores for scores in collected.tasks if scores.task == "passkey"]
     cells = figures.retrieval_grid(scores, [256, 1024, 2048], [0.0, 0.5, 1.0])
     np.testing.assert_array_equal(cells, [[0, np.nan, 0], [0.5, np.nan, 0.5], [1, np.nan, 1]])
-    figure = by_name(found)["retrieval_passkey"].draw()
+    figure = figures_by_name(collected)["retrieval_passkey"].draw()
     assert [text.get_text() for text in figure.axes[0].texts] == ["0", "0", "50", "50", "100", "100"]
     assert figure.axes[0].get_ylim() == (3, 0)
 
 
-def test_training_is_drawn_as_means_of_intervals() -> None:
+def test_training_is_plotted_as_interval_means() -> None:
     last, mean, low, high = figures.bin_steps(np.arange(1, 1001), np.arange(1000.0), most=10)
     assert last.tolist() == list(range(100, 1001, 100))
     np.testing.assert_allclose(mean, np.arange(49.5, 1000, 100))
     assert np.all((low < mean) & (mean < high))
 
 
-def test_every_t_of_a_short_run_is_drawn(found: Evidence) -> None:
-    line = by_name(found)["scale_factor"].draw().axes[0].lines[0]
+def test_every_t_of_a_short_run_is_plotted(collected: Evidence) -> None:
+    line = figures_by_name(collected)["scale_factor"].draw().axes[0].lines[0]
     assert line.get_xdata().tolist() == list(range(1, 41))
     assert line.get_ydata().tolist() == [1 + step % 16 for step in range(1, 41)]
 
 
-def test_pngs_are_drawn_large_and_in_the_colours_of_their_lines(found: Evidence, tmp_path: Path) -> None:
-    for name, figure in by_name(found).items():
+def test_pngs_are_large_and_have_the_colours_of_their_lines(collected: Evidence, tmp_path: Path) -> None:
+    for name, figure in figures_by_name(collected).items():
         (tmp_path / f"{name}.png").write_bytes(plotting.to_png(figure))
         assert min(Image.open(tmp_path / f"{name}.png").size) >= 300
     image = Image.open(tmp_path / "perplexity.png").convert("RGB")
@@ -231,13 +233,13 @@ def test_pngs_are_drawn_large_and_in_the_colours_of_their_lines(found: Evidence,
     assert [tuple(bytes.fromhex(c[1:])) in present for c in plotting.COLORS] == [True] * 3 + [False] * 5
 
 
-def test_one_figure_that_cannot_be_drawn_names_the_command(found: Evidence) -> None:
-    [absent] = [each for each in figures.loss_by_position(found) if isinstance(each, Absent)]
+def test_a_figure_that_cannot_be_drawn_is_reported_with_the_command(collected: Evidence) -> None:
+    [absent] = [each for each in figures.loss_by_position(collected) if isinstance(each, Absent)]
     assert "protocols=[per_position]" in absent.remedy
 
 
-def test_a_label_of_any_kind_is_drawn(tmp_path: Path) -> None:
+def test_any_label_can_be_drawn(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     for label in ("$x$ _{", "_start", "<b>&"):
         results.write(path, outcome({label: [3, 4, 5]}), relabelled(label))
-        assert "<b>" not in plotting.to_svg(by_name(collect([path]))["perplexity"])
+        assert "<b>" not in plotting.to_svg(figures_by_name(collect([path]))["perplexity"])

@@ -1,4 +1,4 @@
-"""The page: self-contained, complete, safe, and in order in a real browser."""
+"""The HTML page of a report: self-contained, complete, safe, and correct in a browser."""
 
 import re
 import shutil
@@ -18,8 +18,8 @@ HOSTILE = '<img src=x onerror="alert(1)"> & <b>'
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Evidence, Path]:
-    """A report on two runs, one of them with a hostile label, retrieval and learned frequencies."""
+def written_report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Evidence, Path]:
+    """Write a report on two runs, one with a hostile label, retrieval and learned frequencies."""
     folder = tmp_path_factory.mktemp("page")
     base = make_run(folder / "base", {"none": [35, 60, 900], "ntk": [35, 34, 50]}, learned=False)
     clex = make_run(folder / "clex", {"trained": [34, 33, 36]}, learned=True, label="clex")
@@ -32,7 +32,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Evidence, Path]:
 
 
 class Reader(HTMLParser):
-    """Tags with their attributes, and the text."""
+    """Collect the tags with their attributes, and the text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -48,22 +48,22 @@ class Reader(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def read(written: tuple[Evidence, Path]) -> Reader:
-    return Reader(written[1].read_text(encoding="utf-8"))
+def read(written_report: tuple[Evidence, Path]) -> Reader:
+    return Reader(written_report[1].read_text(encoding="utf-8"))
 
 
-def test_nothing_on_the_page_is_fetched_or_run(read: Reader, written: tuple[Evidence, Path]) -> None:
+def test_the_page_loads_and_runs_nothing(read: Reader, written_report: tuple[Evidence, Path]) -> None:
     assert {tag for tag, _ in read.tags}.isdisjoint({"script", "link", "iframe", "object", "img", "image", "base"})
     for _, attributes in read.tags:
         assert not any(name.startswith("on") or name == "src" for name in attributes)
         assert (attributes.get("href") or "#").startswith("#")
-    page = written[1].read_text(encoding="utf-8")
+    page = written_report[1].read_text(encoding="utf-8")
     assert "://" not in page
     assert "@import" not in page
     assert set(re.findall(r"url\(.", page)) <= {"url(#"}
 
 
-def test_every_reference_has_its_target_and_every_id_is_given_once(read: Reader) -> None:
+def test_every_reference_has_a_target_and_every_id_is_unique(read: Reader) -> None:
     ids = [attributes["id"] for _, attributes in read.tags if "id" in attributes]
     used = [attributes["href"][1:] for _, attributes in read.tags if attributes.get("href")]
     clips = [m for _, a in read.tags for m in re.findall(r"url\(#(\w+)\)", " ".join(v or "" for v in a.values()))]
@@ -71,8 +71,8 @@ def test_every_reference_has_its_target_and_every_id_is_given_once(read: Reader)
     assert sorted({i for i in ids if ids.count(i) > 1 and i in {*used, *clips}}) == []
 
 
-def test_all_numbers_and_sources_stand_on_the_page(written: tuple[Evidence, Path], read: Reader) -> None:
-    found, _ = written
+def test_all_numbers_and_sources_are_on_the_page(written_report: tuple[Evidence, Path], read: Reader) -> None:
+    found, _ = written_report
     for table in found.tables:
         for curve in table.curves:
             assert curve.label in read.words
@@ -83,15 +83,15 @@ def test_all_numbers_and_sources_stand_on_the_page(written: tuple[Evidence, Path
     assert "protocols=[per_position]" in text
 
 
-def test_a_label_cannot_become_markup(written: tuple[Evidence, Path], read: Reader) -> None:
-    page = written[1].read_text(encoding="utf-8")
+def test_a_label_cannot_become_markup(written_report: tuple[Evidence, Path], read: Reader) -> None:
+    page = written_report[1].read_text(encoding="utf-8")
     assert "<img" not in page
     assert "<b>" not in page
     assert f"{HOSTILE}: trained" in read.words
 
 
-def test_colours_follow_the_readers_scheme(written: tuple[Evidence, Path]) -> None:
-    page = written[1].read_text(encoding="utf-8")
+def test_colours_follow_the_colour_scheme_of_the_reader(written_report: tuple[Evidence, Path]) -> None:
+    page = written_report[1].read_text(encoding="utf-8")
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     assert len(drawings) == 8
     assert all("#0072b2" not in drawing and "#333333" not in drawing for drawing in drawings)
@@ -105,16 +105,18 @@ def test_colours_follow_the_readers_scheme(written: tuple[Evidence, Path]) -> No
 
 
 @needs_browser
-def test_a_browser_opens_the_page_without_a_word_on_its_console(written: tuple[Evidence, Path], tmp_path: Path) -> None:
-    shown, log = browse(written[1], tmp_path)
+def test_a_browser_opens_the_page_without_console_messages(
+    written_report: tuple[Evidence, Path], tmp_path: Path
+) -> None:
+    shown, log = browse(written_report[1], tmp_path)
     assert not [line for line in log.splitlines() if "CONSOLE" in line]
     assert shown.count("<svg") == 8
 
 
 @needs_browser
 @pytest.mark.parametrize("width", [360, 768, 1200])
-def test_the_page_fits_its_screen_and_shows_each_figure_once(written, tmp_path: Path, width: int) -> None:
-    # The page is measured from within by a script of the test, in a frame that is as wide as the screen.
+def test_the_page_fits_its_screen_and_shows_each_figure_once(written_report, tmp_path: Path, width: int) -> None:
+    # A script of the test measures the page from inside a frame as wide as the screen.
     measure = (
         "<script>addEventListener('load',()=>{const d=document,b=d.body,m=d.documentElement;"
         "const seen=[...d.querySelectorAll('svg')].map(s=>s.parentElement)"
@@ -124,14 +126,14 @@ def test_the_page_fits_its_screen_and_shows_each_figure_once(written, tmp_path: 
         "parent.postMessage(b.getAttribute('data-measured'),'*')})</script></body>"
     )
     inner = tmp_path / "inner.html"
-    inner.write_text(written[1].read_text(encoding="utf-8").replace("</body>", measure), encoding="utf-8")
+    inner.write_text(written_report[1].read_text(encoding="utf-8").replace("</body>", measure), encoding="utf-8")
     outer = tmp_path / "outer.html"
     outer.write_text(
         "<!doctype html><body><script>addEventListener('message',e=>document.body.append('measured '+e.data))</script>"
         f'<iframe src="inner.html" style="width:{width}px;height:900px;border:0"></iframe></body>',
         encoding="utf-8",
     )
-    # A browser that has not the time for both pages shows the outer one before it has heard of the inner one.
+    # A slow browser can finish the outer page before the inner one has reported.
     for _ in range(5):
         shown, _ = browse(outer, tmp_path)
         found = re.search(r"measured (\d+) (\d+) (\d+) (\d+)", shown)
@@ -146,7 +148,7 @@ def test_the_page_fits_its_screen_and_shows_each_figure_once(written, tmp_path: 
 
 
 def browse(page: Path, profile: Path) -> tuple[str, str]:
-    """(the page as the browser has it after loading, the browser's log)."""
+    """Return (the page after loading in a browser, the log of the browser)."""
     command = [
         str(BROWSER),
         "--headless",

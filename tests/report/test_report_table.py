@@ -1,4 +1,4 @@
-"""Evaluation files, and the tables that are made of them."""
+"""Evaluation files and the tables made from them."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def rows_of(files: dict[str, Path]) -> list[Row]:
     ]
 
 
-def test_a_file_keeps_every_number_and_its_origin(files: dict[str, Path]) -> None:
+def test_a_file_preserves_every_number_and_its_origin(files: dict[str, Path]) -> None:
     read, origin = results.read(files["base"])
     assert origin == ORIGIN
     assert read.metrics() == pytest.approx(outcome({"none": [35.0, 37.654, 1e7], "ntk": [35, 34.3, 12345.6]}).metrics())
@@ -41,7 +41,7 @@ def test_a_file_keeps_every_number_and_its_origin(files: dict[str, Path]) -> Non
     assert content["command"] == ORIGIN.command
 
 
-def test_numbers_that_are_not_finite_survive_as_standard_json(tmp_path: Path) -> None:
+def test_non_finite_numbers_survive_as_standard_json(tmp_path: Path) -> None:
     broken = Results([Score("none", "one_shot", 128, "none", 1.0, [math.nan, 1e9], 2, 0.1)], 128, {})
     results.write(tmp_path / "x.json", broken, ORIGIN)
     content = json.loads((tmp_path / "x.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -51,7 +51,7 @@ def test_numbers_that_are_not_finite_survive_as_standard_json(tmp_path: Path) ->
     assert Score("none", "one_shot", 128, "none", 1.0, [1e9], 1, 0.1).perplexity == math.inf
 
 
-def test_markdown_has_a_row_a_method_and_marks_the_lowest_of_each_column(files: dict[str, Path]) -> None:
+def test_markdown_has_a_row_per_method_and_marks_the_lowest_of_each_column(files: dict[str, Path]) -> None:
     lines = markdown(read_tables(rows_of(files))).splitlines()
     assert lines[0] == "|  | 1x (128) | 2x (256) | 16x (2048) |"
     assert lines[2] == "| base as it is | 35.00 | 37.65 | 1.0e+07 |"
@@ -65,12 +65,12 @@ def test_a_label_cannot_break_out_of_its_markdown_cell(files: dict[str, Path]) -
     assert table.splitlines()[2].startswith(r"| a\|b \*x\* \[y\](z) c_d \_e\_ \<i\> | 34.00")
 
 
-def test_rows_that_are_written_alike_share_the_mark_and_a_column_of_equals_has_none() -> None:
+def test_rows_that_print_equal_share_the_mark_and_a_column_of_equals_has_none() -> None:
     table = from_results(outcome({"none": [35.001, 4, 6], "pi": [35.0, 4, 5], "ntk": [36, 4, math.inf]}), ORIGIN)
     assert [table.best(n) for n in (128, 256, 2048)] == [{0, 1}, set(), {1}]
 
 
-def test_standard_errors_stand_beside_the_numbers_and_in_the_caption() -> None:
+def test_standard_errors_are_next_to_the_numbers_and_in_the_caption() -> None:
     one = outcome({"none": [35.0, 37.654, 1e7]})
     scores = [replace(one.scores[0], standard_error=0.5612), *one.scores[1:]]
     last = [replace(score, protocol="last_k", num_tokens=7) for score in one.scores]
@@ -100,14 +100,14 @@ def test_a_single_evaluation_has_a_row_for_every_method_and_protocol() -> None:
     assert [c.label for c in from_results(one, ORIGIN).curves] == ["none"]
 
 
-def test_evaluations_of_other_tokens_stand_in_tables_of_their_own(files: dict[str, Path], tmp_path: Path) -> None:
+def test_evaluations_of_different_tokens_are_in_separate_tables(files: dict[str, Path], tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     results.write(other, outcome({"none": [1.0, 2.0, 3.0]}, fingerprint="g"), ORIGIN)
     rows = [Row("a", files["clex"], "trained"), Row("b", other, "none"), Row("c", files["base"], "none")]
     assert [[curve.label for curve in table.curves] for table in read_tables(rows)] == [["a", "c"], ["b"]]
 
 
-def test_protocols_stand_apart_but_a_stream_and_its_windows_together(tmp_path: Path) -> None:
+def test_protocols_have_separate_tables_except_a_stream_and_its_windows(tmp_path: Path) -> None:
     path, names = tmp_path / "x.json", ("one_shot", "windows", "chunked", "streaming")
     scores = [score for name in names for score in outcome({"none": [3, 4, 5]}, protocol=name).scores]
     results.write(path, Results(scores, 128, outcome({}).windows), ORIGIN)
@@ -115,7 +115,7 @@ def test_protocols_stand_apart_but_a_stream_and_its_windows_together(tmp_path: P
     assert [table.protocols for table in tables] == [["one_shot"], ["windows", "streaming"], ["chunked"]]
 
 
-def test_rows_that_were_trained_at_different_lengths_have_no_multiples(tmp_path: Path) -> None:
+def test_rows_trained_at_different_lengths_show_no_multiples(tmp_path: Path) -> None:
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path, context_len in zip(paths, (128, 256), strict=True):
         results.write(path, outcome({"none": [3, 4, 5]}, context_len=context_len), ORIGIN)
@@ -133,7 +133,7 @@ def test_rows_that_were_trained_at_different_lengths_have_no_multiples(tmp_path:
         ('{"format": 0}', "not an evaluation of format 1"),
     ],
 )
-def test_a_file_that_is_no_evaluation_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+def test_a_file_that_is_not_an_evaluation_is_named(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "bad.json"
     if content is not None:
         path.write_text(content)
@@ -141,7 +141,7 @@ def test_a_file_that_is_no_evaluation_is_named(tmp_path: Path, content: str | No
         results.read(path)
 
 
-def test_a_row_that_was_not_evaluated_is_named_with_what_there_is(files: dict[str, Path]) -> None:
+def test_a_missing_row_is_named_with_the_existing_ones(files: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=r"holds no pi/one_shot, only none/one_shot, ntk/one_shot"):
         read_tables([Row("PI", files["base"], "pi")])
 
@@ -151,7 +151,7 @@ def with_fingerprints(result: Results, **fingerprints: str) -> Results:
     return replace(result, scores=scores, windows={**result.windows, "fingerprint": "w"})
 
 
-def test_protocols_are_grouped_by_the_tokens_that_each_scored(tmp_path: Path) -> None:
+def test_protocols_are_grouped_by_the_tokens_that_they_scored(tmp_path: Path) -> None:
     both = Results(
         outcome({"none": [3, 4, 5]}).scores + outcome({"none": [3, 4, 6]}, protocol="last_k").scores,
         128,
@@ -165,7 +165,7 @@ def test_protocols_are_grouped_by_the_tokens_that_each_scored(tmp_path: Path) ->
     assert groups == [(["one_shot"], ["a", "b"]), (["last_k"], ["a"]), (["last_k"], ["b"])]
 
 
-def test_files_from_before_standard_errors_are_read_and_given_them(files: dict[str, Path]) -> None:
+def test_older_files_are_read_and_get_standard_errors(files: dict[str, Path]) -> None:
     content = json.loads(files["base"].read_text())
     newer = ("fingerprint", "standard_error", "mean_nll_standard_error", "standard_error_note", "curve")
     content["scores"] = [{k: v for k, v in row.items() if k not in newer} for row in content["scores"]]
@@ -181,7 +181,7 @@ def test_files_from_before_standard_errors_are_read_and_given_them(files: dict[s
     assert len(read_tables(rows)) == 2
 
 
-def test_a_file_keeps_errors_and_curves(tmp_path: Path) -> None:
+def test_a_file_preserves_standard_errors_and_curves(tmp_path: Path) -> None:
     curve = ((0, 3.5, 4), (1, math.nan, 4))
     score = Score("none", "per_position", 128, "none", 1.0, [300.0, 310.0], 200, 0.1, "f", 0.5, 0.1, "", curve)
     results.write(tmp_path / "x.json", Results([score], 128, {"fingerprint": "w"}), ORIGIN)

@@ -1,10 +1,10 @@
-"""Run a program that is killed by SIGKILL at one of the calls that change files below a folder: its crash points.
+"""Run a program and send it SIGKILL at a crash point: one of the calls that change files below a folder.
 
     CRASH_ROOT=FOLDER CRASH_LOG=FILE CRASH_AT=7 python tests/resilience/crash_points.py train.py ARGUMENT ...
 
-The log gets a line for each point, before its call. AT counts them from 1; 0 kills nowhere. A file has two points more
-where a kill leaves it empty or half written: after it was opened, and before it is flushed. What the threads of a
-process do is counted together. What libraries write in Rust is not seen, only the calls around it.
+The log gets a line for each point, before its call. AT counts them from 1; 0 kills nowhere. A file has two more points,
+at which a kill leaves it empty or half written: after it was opened, and before it is flushed. Calls of all threads
+of a process are counted together. Writes by Rust libraries are not seen, only the calls around them.
 """
 
 import fcntl
@@ -20,32 +20,32 @@ from typing import Any
 WRITING = os.O_WRONLY | os.O_RDWR
 CHANGING = os.O_CREAT | os.O_TRUNC
 NAMES = {"os.mkdir": 2, "os.remove": 1, "os.rmdir": 1}
-"""Calls that make or remove a name, and which of their arguments is the folder that it is relative to."""
+"""Calls that create or remove a name, with the index of the argument for its folder."""
 
 
 class Watch:
-    """Counts the crash points of this process below `root`, and kills it at number `at`."""
+    """Count the crash points of this process below `root`, and kill it at number `at`."""
 
     def __init__(self, root: Path, log: Path, at: int) -> None:
         self.root, self.at = root, at
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._count = 0
         self._flushed: dict[Path, int] = {}
-        """Bytes that files had when they were opened or last flushed."""
+        """Sizes of files when they were opened or last flushed."""
         self._lock = threading.RLock()
         self._fsync = os.fsync
 
     def begin(self) -> None:
-        """Watch until the process ends; a hook cannot be taken away."""
-        sys.addaudithook(self._hear)
+        """Watch until the process ends; an audit hook cannot be removed."""
+        sys.addaudithook(self._audit)
         os.fsync = self._flush
 
-    def _hear(self, event: str, given: tuple[Any, ...]) -> None:
+    def _audit(self, event: str, given: tuple[Any, ...]) -> None:
         if event == "open":
             self._open(given[0], given[2])
         elif event in NAMES:
             path = _path(given[0], given[NAMES[event]])
-            # A call that fails changes nothing.
+            # A failing call changes nothing.
             if os.path.lexists(path) != (event == "os.mkdir"):
                 self._point(event, path)
         elif event == "os.rename" and os.path.lexists(source := _path(given[0], given[2])):
@@ -59,7 +59,7 @@ class Watch:
         if isinstance(path, int) or not flags & (WRITING | CHANGING):
             return
         path = _path(path, -1)
-        if path.is_dir():  # for a file without a name
+        if path.is_dir():  # O_TMPFILE: a file without a name
             return
         size = path.stat().st_size if path.exists() and not flags & os.O_TRUNC else 0
         self._flushed[path] = size
@@ -70,7 +70,7 @@ class Watch:
     def _flush(self, descriptor: int) -> None:
         path, flags = _path(descriptor, -1), fcntl.fcntl(descriptor, fcntl.F_GETFL)
         before, now = self._flushed.get(path, 0), os.fstat(descriptor).st_size
-        # What is appended to is written line by line: half of many lines is what no kill leaves.
+        # Appended files are written line by line, so no kill leaves half of many lines.
         if flags & WRITING and not flags & os.O_APPEND and now > before:
             self._point("half", path, leave=lambda: os.truncate(path, (before + now) // 2))
         self._point("fsync", path)
@@ -91,7 +91,7 @@ class Watch:
 
 
 def _path(given: Any, folder: int) -> Path:
-    """The path that a call was given: as a descriptor, or relative to one, which -1 is not."""
+    """Return the path of a call, given as a descriptor or relative to the descriptor `folder` (-1: none)."""
     if isinstance(given, int):
         return Path(os.readlink(f"/proc/self/fd/{given}"))
     name = os.fsdecode(given)
@@ -99,7 +99,7 @@ def _path(given: Any, folder: int) -> Path:
 
 
 def watch() -> None:
-    """Begin to watch this process, as its environment says."""
+    """Watch this process as configured by its environment."""
     at, root, log = (os.environ[f"CRASH_{name}"] for name in ("AT", "ROOT", "LOG"))
     Watch(Path(root), Path(log), int(at)).begin()
 

@@ -1,4 +1,4 @@
-"""Kills a program at its crash points, one in each launch, and compares what the next launch leaves with the whole."""
+"""Kill a program at each of its crash points and compare the result of the next launch with an undisturbed run."""
 
 import os
 import shutil
@@ -17,9 +17,9 @@ Contents = dict[str, Any]
 
 @dataclass
 class Crashing:
-    """A program that writes below `place` alone, which `prepare` fills before a trial.
+    """A program that only writes below `place`, which `prepare` fills before a trial.
 
-    `contents` gives what has to be equal to an undisturbed run, by name.
+    `contents` returns by name the parts that must equal those of an undisturbed run.
     """
 
     command: list[str]
@@ -27,11 +27,11 @@ class Crashing:
     contents: Callable[[Path], Contents]
     prepare: Callable[[], object] = lambda: None
     missed: int = 0
-    """Launches that ended before the point they were to be killed at."""
+    """Number of launches that ended before their crash point."""
     failures: list[str] = field(default_factory=list)
 
     def check_all(self, every: int, strict_every: int = 0) -> None:
-        """Kill at each `every`-th point; at each `strict_every`-th of these go on with `resume=strict` too."""
+        """Kill at each `every`-th point; at each `strict_every`-th of these also resume with `resume=strict`."""
         count, whole = self._undisturbed()
         tried = range(1, count + 1, every)
         for index, at in enumerate(tried):
@@ -40,19 +40,19 @@ class Crashing:
         assert not self.failures, "\n".join(self.failures)
 
     def launch(self, at: int) -> subprocess.CompletedProcess[str]:
-        """Run it to crash point `at`, or to its end for 0."""
+        """Run the program to crash point `at`, or to its end for 0."""
         return Program([SCRIPT, *self.command], **self.watching(at)).end()
 
     def is_killed(self, launch: subprocess.CompletedProcess[str]) -> bool:
-        """Tell how a launch ended that was killed at a point."""
+        """Return True if a launch was killed at its crash point."""
         return launch.returncode == -9
 
     def watching(self, at: int) -> dict[str, str]:
-        """What crash_points.py reads of its environment."""
+        """Return the environment variables that crash_points.py reads."""
         return {"CRASH_ROOT": str(self.place), "CRASH_LOG": str(self._log), "CRASH_AT": str(at)}
 
     def points(self) -> list[str]:
-        """Crash points that the last launch came to; of several processes, those of the one with most."""
+        """Return the crash points of the last launch; of several processes, those of the one with most."""
         lines = [line.partition(" ") for line in self._log.read_text().splitlines()]
         by_process = {number: [point for each, _, point in lines if each == number] for number, _, _ in lines}
         return max(by_process.values(), key=len, default=[])
@@ -74,7 +74,7 @@ class Crashing:
         return len(self.points()), self.contents(self.place)
 
     def _check(self, at: int, whole: Contents, strict: list[str]) -> None:
-        """Kill it at a point and run it again; once more from there with the overrides of `strict`."""
+        """Kill it at a point and run it again; repeat from the same state with the overrides of `strict`."""
         self._begin()
         killed = self.launch(at)
         where = f"{at}: {self.points()[at - 1 :]}"
@@ -84,13 +84,13 @@ class Crashing:
         left = self.place.with_suffix(".left")
         if strict:
             shutil.copytree(self.place, left)
-        self._go_on(where, whole)
+        self._resume_and_compare(where, whole)
         if strict:
             shutil.rmtree(self.place)
             left.rename(self.place)
-            self._go_on(f"{where} {' '.join(strict)}", whole, strict)
+            self._resume_and_compare(f"{where} {' '.join(strict)}", whole, strict)
 
-    def _go_on(self, where: str, whole: Contents, overrides: Iterable[str] = ()) -> None:
+    def _resume_and_compare(self, where: str, whole: Contents, overrides: Iterable[str] = ()) -> None:
         done = Program([*self.command, *overrides]).end()
         said = done.stdout + done.stderr
         self._require(done.returncode == 0, f"{where}: code {done.returncode}: {said}")
@@ -108,17 +108,17 @@ class Crashing:
 
 
 class CrashingWorker(Crashing):
-    """The same where it is a worker process that is killed: the program ends with a line about it."""
+    """Kill a worker process in place of the program, which must end with a line about it."""
 
     def launch(self, at: int) -> subprocess.CompletedProcess[str]:
-        """Run it until a worker has come to its own crash point `at`."""
+        """Run it until a worker reaches crash point `at`, counted per worker."""
         hook = self.place.with_name("hook")
         hook.mkdir(exist_ok=True)
-        # Workers are fresh interpreters, which the program is not.
+        # Workers are fresh interpreters, unlike the program, and need a hook to watch them.
         (hook / "sitecustomize.py").write_text("import crash_points\ncrash_points.watch()\n")
         path = os.pathsep.join(map(str, (hook, TESTS, TESTS.parent)))
         return Program(self.command, **self.watching(at), PYTHONPATH=path).end()
 
     def is_killed(self, launch: subprocess.CompletedProcess[str]) -> bool:
-        """Tell whether the program has noticed."""
+        """Return True if the program noticed the kill."""
         return launch.returncode == 2 and "a worker was killed" in launch.stderr

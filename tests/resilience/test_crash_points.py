@@ -1,4 +1,4 @@
-"""SIGKILL at every call that changes a file: the same command ends with the same bits and leaves nothing behind.
+"""SIGKILL at every call that changes a file: repeating the command gives the same bits and leaves nothing behind.
 
 CRASH_EVERY=10 python -m pytest -m slow -s tests/resilience/test_crash_points.py
 """
@@ -23,13 +23,13 @@ UNLIKE = ("step_seconds", "tokens_per_second", "seconds", "memory_gib", "mfu", "
 """Keys of records that may differ between two launches of one command in one checkout."""
 
 
-def kept_by_run(place: Path) -> Contents:
-    """Every name below, with what of it has to be equal; a resumed launch adds a description of its environment."""
+def comparable_files(place: Path) -> Contents:
+    """Return every path with its comparable part, except the environment files that a resumed launch adds."""
     paths = [path for path in place.rglob("*") if not path.name.startswith("environment_step_")]
-    return {str(path.relative_to(place)): _equal_part(path) for path in paths}
+    return {str(path.relative_to(place)): _comparable_part(path) for path in paths}
 
 
-def _equal_part(path: Path) -> Any:
+def _comparable_part(path: Path) -> Any:
     if path.suffix == ".jsonl":
         return [_comparable(row) for row in map(json.loads, path.open()) if "save_seconds" not in row]
     if path.parent.name == "evaluation":
@@ -56,7 +56,7 @@ def every_byte(place: Path) -> Contents:
 
 @pytest.fixture
 def training(tmp_path, tiny_store, tiny_architecture) -> Crashing:
-    """Four steps with two checkpoints, of which one is kept, two evaluations and a final model with its ODE."""
+    """Configure four steps with two checkpoints, keeping one, two evaluations and a final CLEX model."""
     place = tmp_path / "place"
     command = [
         *("train.py", "+experiment=tiny_base", f"output_dir={place / 'run'}", f"data.path={tiny_store}"),
@@ -65,12 +65,12 @@ def training(tmp_path, tiny_store, tiny_architecture) -> Crashing:
         *("evaluation.every=2", "evaluation.lengths=[32,64]", "evaluation.methods=[trained]"),
         *("evaluation.num_windows=1", "tracking.wandb=off"),
     ]
-    return Crashing(command, place, kept_by_run)
+    return Crashing(command, place, comparable_files)
 
 
 @pytest.fixture
 def tokenizing(tmp_path, tiny_store) -> Callable[..., Crashing]:
-    """`data_prep tokenize`, which holds out some documents; two shards for `shard_mb=1`."""
+    """Return a function for `data_prep tokenize` with held-out documents; two shards for `shard_mb=1`."""
     texts, place = tmp_path / "texts.jsonl", tmp_path / "place"
     lines = [json.dumps({"text": f"{row} the clocks were striking thirteen " * 60}) for row in range(500)]
     texts.write_text("\n".join(lines))
@@ -83,7 +83,7 @@ def tokenizing(tmp_path, tiny_store) -> Callable[..., Crashing]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_a_run_killed_at_any_crash_point_ends_with_the_same_bits_and_strict_finds_no_damage(training):
+def test_a_run_killed_at_any_crash_point_resumes_bitwise_and_strict_finds_no_damage(training):
     training.check_all(EVERY, STRICT_EVERY)
 
 
@@ -96,13 +96,13 @@ def test_tokenize_killed_at_any_crash_point_ends_with_the_same_bytes(tokenizing,
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_tokenize_whose_worker_is_killed_at_any_crash_point_ends_with_the_same_bytes(tokenizing):
+def test_tokenize_with_a_worker_killed_at_any_crash_point_ends_with_the_same_bytes(tokenizing):
     tokenizing("shard_mb=1", "workers=2", kind=CrashingWorker).check_all(EVERY)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_tokenize_killed_while_it_replaces_a_store_ends_with_the_same_bytes(tokenizing, tiny_store):
+def test_tokenize_killed_while_replacing_a_store_ends_with_the_same_bytes(tokenizing, tiny_store):
     program = tokenizing("overwrite=true")
     program.prepare = lambda: shutil.copytree(tiny_store, program.place / "store")
     program.check_all(EVERY)
@@ -128,19 +128,19 @@ def _write(program: Path, place: Path, at: int) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def _old(place: Path) -> None:
+def _write_old(place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     (place / "model").mkdir(parents=True)
     for name in ("record", "model/weights"):
         (place / name).write_bytes(OLD)
 
 
-def test_a_file_and_a_folder_are_old_or_new_wherever_their_writer_is_killed(tmp_path):
+def test_files_and_folders_are_old_or_new_after_a_kill_at_any_point(tmp_path):
     from clex_train.utils import files
 
     program, place = tmp_path / "writer.py", tmp_path / "place"
     program.write_text(WRITER)
-    _old(place)
+    _write_old(place)
     assert _write(program, place, 0).returncode == 0
     points = [line.split()[1:] for line in place.with_suffix(".log").read_text().splitlines()]
     assert points[:5] == [
@@ -149,7 +149,7 @@ def test_a_file_and_a_folder_are_old_or_new_wherever_their_writer_is_killed(tmp_
     ]
     seen = set()
     for at in (3, 5, *range(7, len(points) + 1, 2)):
-        _old(place)
+        _write_old(place)
         assert _write(program, place, at).returncode == -9
         leftover = (place / "record.tmp").stat().st_size if (place / "record.tmp").exists() else None
         assert leftover == {3: 1500, 5: 3000}.get(at)

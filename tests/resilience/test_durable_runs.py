@@ -1,4 +1,4 @@
-"""Through the real program: damaged files, leftovers of kills and full disks cost a run nothing that it has."""
+"""Damaged files, leftovers of kills and full disks in a run folder, through train.py in this process."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def arguments(tiny_store, tiny_architecture):
 
 @pytest.fixture(scope="module")
 def finished(arguments, tmp_path_factory) -> Path:
-    """A run of four steps, evaluated at the second and the last, with a checkpoint of the last."""
+    """Run four steps, with evaluations at the second and the last and a checkpoint of the last."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert train.run(composed(*arguments, f"output_dir={folder}")) == 4
     return folder
@@ -61,7 +61,7 @@ def final(folder: Path) -> dict[str, bytes]:
 
 
 def steps(folder: Path) -> list[tuple[int, bool]]:
-    """Step and whether it is an evaluation, of each line of metrics.jsonl that is not about time."""
+    """Return (step, is it an evaluation) of each line of metrics.jsonl, without those of durations."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], "loss" not in row) for row in rows if "save_seconds" not in row]
 
@@ -71,7 +71,7 @@ def warnings(caplog) -> list[str]:
     return [record.message for record in own if record.levelname == "WARNING"]
 
 
-def test_a_run_leaves_what_is_documented_and_nothing_else(finished):
+def test_a_run_folder_has_exactly_the_documented_files(finished):
     assert {entry.name for entry in finished.iterdir()} == {
         *("config.yaml", "environment.json", "metrics.jsonl"),
         *("checkpoints", "evaluation", "final", "locks"),
@@ -83,14 +83,14 @@ def test_a_run_leaves_what_is_documented_and_nothing_else(finished):
     assert steps(finished) == [(1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
 
 
-def test_a_launch_of_a_finished_run_tidies_what_kills_left_and_strict_takes_none_of_it_for_damage(
+def test_relaunching_a_finished_run_removes_leftovers_which_strict_does_not_count_as_damage(
     arguments, run, finished, caplog
 ):
     checkpoints = run / "checkpoints"
     for name in ("saving_step_8", "removing_step_1", "universal", "converting_universal"):
         shutil.copytree(checkpoints / "step_4", checkpoints / name)
     shutil.copytree(checkpoints / "step_4", checkpoints / "step_2")
-    _as_step_2(checkpoints / "step_2")
+    _set_step_2(checkpoints / "step_2")
     (checkpoints / "latest").write_text("step_2\n")
     for name in ("saving_final", "replaced_final", "removing_final"):
         shutil.copytree(run / "final", run / name)
@@ -104,7 +104,7 @@ def test_a_launch_of_a_finished_run_tidies_what_kills_left_and_strict_takes_none
     assert not warnings(caplog)
 
 
-def _as_step_2(folder: Path) -> None:
+def _set_step_2(folder: Path) -> None:
     from clex_train.checkpoint.manifest import Manifest
 
     said = json.loads((folder / "manifest.json").read_text())
@@ -120,7 +120,7 @@ def _as_step_2(folder: Path) -> None:
         (checksums.NAME, "empty"),
     ],
 )
-def test_a_damaged_final_model_is_named_and_written_again_from_the_checkpoint(
+def test_a_damaged_final_model_is_named_and_rewritten_from_the_checkpoint(
     arguments, run, finished, caplog, name, content
 ):
     path = run / "final" / name
@@ -137,9 +137,7 @@ def test_a_damaged_final_model_is_named_and_written_again_from_the_checkpoint(
     assert steps(run) == steps(finished)
 
 
-def test_damaged_records_are_set_aside_or_restored_with_a_line_each_and_the_run_goes_on(
-    arguments, run, finished, caplog
-):
+def test_damaged_records_are_moved_or_restored_with_a_line_each_and_the_run_continues(arguments, run, finished, caplog):
     shutil.rmtree(run / "final")
     log = (run / "metrics.jsonl").read_bytes()
     (run / "metrics.jsonl").write_bytes(b"\xff{]\n" + log + b'{"st')
@@ -164,13 +162,13 @@ def test_a_damaged_configuration_of_a_finished_run_is_restored_from_its_checkpoi
     assert (run / "config.yaml.damaged").read_bytes() == content
 
 
-def test_a_changed_configuration_is_still_refused_beside_a_damaged_file(arguments, run):
+def test_a_changed_configuration_is_still_refused_with_a_damaged_file(arguments, run):
     (run / "config.yaml").write_bytes(b"")
     with pytest.raises(ValueError, match=r"^seed: differs from .*config\.yaml"):
         start(arguments, run, "seed=5")
 
 
-def test_a_damaged_configuration_without_a_copy_is_named_with_what_to_do(arguments, run):
+def test_a_damaged_configuration_without_a_copy_is_named_with_a_remedy(arguments, run):
     from clex_train.checkpoint.manifest import Manifest
 
     folder = run / "checkpoints" / "step_4"
@@ -188,7 +186,7 @@ def test_a_damaged_configuration_without_a_copy_is_named_with_what_to_do(argumen
 
 
 def _error_of(arguments, disk: Path, on_full_disk: str) -> Exception | None:
-    """A run on a small disk: what ended it, or None; whatever is left is whole."""
+    """Run on a small disk; return the error that ended it, or None; check that no partial file is left."""
     error = None
     try:
         start(arguments, disk / "run", f"checkpoint.on_full_disk={on_full_disk}")
@@ -199,8 +197,8 @@ def _error_of(arguments, disk: Path, on_full_disk: str) -> Exception | None:
     return error
 
 
-def _meets_a_full_disk(arguments, finished, folder: Path, size: int, on_full_disk: str) -> bool:
-    """Run on a disk of so many KiB, then with room; True if it was full."""
+def _run_on_small_disk(arguments, finished, folder: Path, size: int, on_full_disk: str) -> bool:
+    """Run on a disk of `size` KiB, then with room; return True if the disk was full."""
     with mounted(folder, f"{size}k") as disk:
         error = _error_of(arguments, disk, on_full_disk)
         if error is not None:
@@ -217,23 +215,23 @@ def _meets_a_full_disk(arguments, finished, folder: Path, size: int, on_full_dis
     return error is not None
 
 
-def _kib(folder: Path) -> int:
+def _size_in_kib(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) // 1024
 
 
 @pytest.mark.parametrize(("part", "on_full_disk"), [(0.5, "stop"), (1.0, "stop"), (1.0, "continue")])
-def test_a_full_disk_stops_a_run_in_one_line_and_with_room_it_ends_in_the_same_bits(
+def test_a_full_disk_stops_a_run_in_one_line_and_it_resumes_bitwise_with_room(
     arguments, finished, tmp_path, part, on_full_disk
 ):
-    # A new checkpoint, or a new final model, needs its room beside the old one.
-    size = int(part * _kib(finished))
-    assert _meets_a_full_disk(arguments, finished, tmp_path / "disk", size, on_full_disk)
+    # A new checkpoint or final model is written before the old one is removed.
+    size = int(part * _size_in_kib(finished))
+    assert _run_on_small_disk(arguments, finished, tmp_path / "disk", size, on_full_disk)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on_full_disk", ["stop", "continue"])
-def test_a_disk_full_at_any_of_twelve_moments_loses_nothing(arguments, finished, tmp_path, on_full_disk):
-    sizes = [16 + index * _kib(finished) // 10 for index in range(12)]
-    full = [_meets_a_full_disk(arguments, finished, tmp_path / f"{size}", size, on_full_disk) for size in sizes]
+def test_a_disk_that_fills_at_any_of_twelve_moments_costs_nothing(arguments, finished, tmp_path, on_full_disk):
+    sizes = [16 + index * _size_in_kib(finished) // 10 for index in range(12)]
+    full = [_run_on_small_disk(arguments, finished, tmp_path / f"{size}", size, on_full_disk) for size in sizes]
     assert full[0]
     assert sum(full) >= 5, "with `continue`, a disk without room for a checkpoint may have room for the final model"

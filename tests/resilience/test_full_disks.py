@@ -1,6 +1,6 @@
-"""Export and report at twelve sizes of a disk that is too small: code 3, one line, nothing partial, and then the same.
+"""Export and report on full disks of twelve sizes: exit code 3, one line, no partial files, and success with room.
 
-The trainings on such disks are in test_durable_runs.py and distributed/test_full_disk_runs.py.
+Training on such disks is tested in test_durable_runs.py and distributed/test_full_disk_runs.py.
 """
 
 import json
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 @pytest.fixture(scope="module")
 def run(tiny_store: Path, tiny_architecture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with CLEX and two evaluations."""
+    """Train a finished run with CLEX and two evaluations."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
     overrides = (
         f"output_dir={folder}",
@@ -53,8 +53,8 @@ def call(monkeypatch: pytest.MonkeyPatch, program: ModuleType, *arguments: str) 
 
 
 @pytest.fixture
-def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw each figure once: drawing takes longer than all else here, and gives the same bytes every time."""
+def draw_figures_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw each figure once: drawing is the slowest part here, and deterministic."""
     drawn, to_png = {}, write.to_png
     monkeypatch.setattr(
         write, "to_png", lambda figure: drawn.get(figure.name) or drawn.setdefault(figure.name, to_png(figure))
@@ -62,7 +62,7 @@ def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder but for the clock and the command in a report."""
+    """Return every file below a folder, without the time and the command in a report."""
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     if "report.json" in files:
         said = json.loads(files["report.json"])
@@ -73,8 +73,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def meets_full_disks(write: Callable[[Path], int], whole: Path, folder: Path, capsys: pytest.CaptureFixture) -> int:
-    """Write on disks of twelve sizes up to that of the output, then with room; returns how many were full."""
+def count_full_disks(write: Callable[[Path], int], whole: Path, folder: Path, capsys: pytest.CaptureFixture) -> int:
+    """Write on disks of twelve sizes up to that of the output, then with room; return the number of full ones."""
     assert write(whole) == 0, capsys.readouterr().err
     kib = sum(len(content) for content in contents(whole).values()) // 1024
     full = 0
@@ -98,23 +98,23 @@ def meets_full_disks(write: Callable[[Path], int], whole: Path, folder: Path, ca
     return full
 
 
-def test_an_export_to_a_full_disk_is_one_line_and_with_room_the_same_files(run, tmp_path, monkeypatch, capsys):
-    full = meets_full_disks(
+def test_an_export_to_a_full_disk_fails_in_one_line_and_succeeds_with_room(run, tmp_path, monkeypatch, capsys):
+    full = count_full_disks(
         lambda output: call(monkeypatch, export, f"run={run}", f"output={output}"), tmp_path / "whole", tmp_path, capsys
     )
     assert full >= SIZES - 3
 
 
-@pytest.mark.usefixtures("drawn_once")
-def test_a_report_on_a_full_disk_is_one_line_and_with_room_the_same_page(run, tmp_path, monkeypatch, capsys):
-    full = meets_full_disks(
+@pytest.mark.usefixtures("draw_figures_once")
+def test_a_report_on_a_full_disk_fails_in_one_line_and_succeeds_with_room(run, tmp_path, monkeypatch, capsys):
+    full = count_full_disks(
         lambda output: call(monkeypatch, report, str(run), f"output={output}"), tmp_path / "whole", tmp_path, capsys
     )
     assert full >= SIZES - 3
 
 
-@pytest.mark.usefixtures("drawn_once")
-def test_a_report_that_finds_no_room_leaves_the_earlier_one_as_it_was(run, tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("draw_figures_once")
+def test_a_report_without_room_leaves_the_earlier_one_unchanged(run, tmp_path, monkeypatch, capsys):
     with mounted(tmp_path / "disk", "64m") as disk:
         assert call(monkeypatch, report, str(run), f"output={disk / 'output'}") == 0
         (disk / "output" / "notes.txt").write_text("a user's own")

@@ -1,4 +1,4 @@
-"""Ctrl-C in the terminal of `python train.py`: before it trains, and while it does."""
+"""Ctrl-C and a closed terminal of `python train.py`, before and during training."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from tests.helpers import environments
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def begin(folder: Path, store: Path, architecture: Path, **output) -> subprocess.Popen:
-    """A run of many short steps in a process group of its own, as a shell starts it."""
+def start_run(folder: Path, store: Path, architecture: Path, **output) -> subprocess.Popen:
+    """Start a run of many short steps in a separate process group, as a shell does."""
     return subprocess.Popen(
         [
             *(sys.executable, "train.py", "+experiment=tiny_base", f"output_dir={folder}", f"data.path={store}"),
@@ -25,7 +25,7 @@ def begin(folder: Path, store: Path, architecture: Path, **output) -> subprocess
             *("optim.steps=100000", "evaluation.every=-1", "tracking.wandb=off"),
         ],
         cwd=ROOT,
-        env=environments.of_a_launch(),
+        env=environments.launch_environment(),
         text=True,
         start_new_session=True,
         preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)],
@@ -42,16 +42,16 @@ enough = threading.Event()
 
 
 def drain(process: subprocess.Popen, master: int) -> None:
-    """Take what a program prints on a terminal, until there is enough."""
+    """Read the output of a program on a terminal until it has the wanted lines."""
     os.set_blocking(master, False)
     while process.poll() is None and not enough.wait(0.1):
         with suppress(BlockingIOError, OSError):
             os.read(master, 1 << 16)
 
 
-def test_ctrl_c_saves_the_step_and_says_in_one_line_how_to_go_on(tmp_path, tiny_store, tiny_architecture):
+def test_ctrl_c_saves_the_step_and_prints_one_line_on_how_to_resume(tmp_path, tiny_store, tiny_architecture):
     folder = tmp_path / "run"
-    process = begin(folder, tiny_store, tiny_architecture, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = start_run(folder, tiny_store, tiny_architecture, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     await_lines(process, folder / "metrics.jsonl", 3)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=300)
@@ -68,7 +68,7 @@ def test_ctrl_c_saves_the_step_and_says_in_one_line_how_to_go_on(tmp_path, tiny_
 def test_a_run_whose_terminal_is_closed_saves(tmp_path, tiny_store, tiny_architecture):
     folder = tmp_path / "run"
     master, terminal = pty.openpty()
-    process = begin(folder, tiny_store, tiny_architecture, stdin=terminal, stdout=terminal, stderr=terminal)
+    process = start_run(folder, tiny_store, tiny_architecture, stdin=terminal, stdout=terminal, stderr=terminal)
     os.close(terminal)
     reader = threading.Thread(target=drain, args=(process, master))
     reader.start()
@@ -76,16 +76,16 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path, tiny_store, tiny_archite
     enough.set()
     reader.join()
     os.close(master)
-    os.killpg(process.pid, signal.SIGHUP)  # the kernel's, for a process whose controlling terminal it was
+    os.killpg(process.pid, signal.SIGHUP)  # The kernel sends SIGHUP when the controlling terminal closes.
     assert process.wait(300) == 75
     assert (folder / "checkpoints" / "latest").exists()
 
 
 def test_ctrl_c_before_training_leaves_nothing_behind(tmp_path, tiny_store, tiny_architecture):
     folder = tmp_path / "run"
-    process = begin(folder, tiny_store, tiny_architecture, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = start_run(folder, tiny_store, tiny_architecture, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     for line in process.stderr:
-        if "to stop" in line:  # the plan has been printed: now come the weights
+        if "to stop" in line:  # The plan has been printed; loading of weights comes next.
             break
     os.killpg(process.pid, signal.SIGINT)
     errors = process.stderr.read()

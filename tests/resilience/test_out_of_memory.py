@@ -1,4 +1,4 @@
-"""What memory does not hold is named and left out, on every rank; the rest of the evaluation goes on."""
+"""Out-of-memory cells: reported and skipped on every rank, while the evaluation continues."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ SAID = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 def results_with_room_for(most: int) -> Results:
-    """Lengths 16, 32 and 64; a forward that would bring the cache beyond `most` tokens finds no memory."""
+    """Evaluate lengths 16, 32 and 64; a forward that takes the cache beyond `most` tokens runs out of memory."""
     model = build_tiny_llama()
     handle = install_rotary(model, CONTEXT_LEN)
 
@@ -43,7 +43,7 @@ def results_with_room_for(most: int) -> Results:
     return evaluate(model, handle, chosen, random_windows(3, 64), asked, chunk_len=10, device=torch.device("cpu"))
 
 
-def test_what_does_not_fit_is_missing_with_its_reason_and_the_rest_is_unchanged(caplog, tmp_path: Path) -> None:
+def test_cells_out_of_memory_are_missing_with_a_reason_and_the_rest_is_unchanged(caplog, tmp_path: Path) -> None:
     whole = results_with_room_for(64).metrics()
     with caplog.at_level(logging.WARNING, logger="clex_train"):
         found = results_with_room_for(40)
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_missing_with_its_reason_and_the_rest_is_unchanged(
     assert read(tmp_path / "x.json")[0].missing == found.missing
 
 
-def test_a_table_says_which_of_its_rows_ran_out_of_memory() -> None:
+def test_a_table_marks_rows_that_ran_out_of_memory() -> None:
     found = results_with_room_for(40)
     partly = Results(
         [score for score in results_with_room_for(64).scores if score.method == "none" or score.length < 64],
@@ -75,22 +75,22 @@ def test_a_table_says_which_of_its_rows_ran_out_of_memory() -> None:
     assert "out of memory (OOM): ntk, one_shot at 64, ntk, chunked at 64" in " ".join(printed.split())
 
 
-def too_much_for_the_host() -> torch.Tensor:
+def exceed_host_memory() -> torch.Tensor:
     return torch.empty(2**60, dtype=torch.uint8)
 
 
-def test_the_error_of_the_host_is_one_too_and_others_are_not() -> None:
+def test_only_memory_errors_of_device_or_host_count() -> None:
     cell = MemoryGuard(build_tiny_llama(), "a cell")
     assert cell.attempt(lambda: torch.ones(1)) is not None
     assert cell.shortage() == ""
-    assert cell.attempt(too_much_for_the_host) is None
+    assert cell.attempt(exceed_host_memory) is None
     assert cell.attempt(lambda: pytest.fail("tried again")) is None
     assert "memory" in cell.shortage()
     with pytest.raises(RuntimeError, match="size of tensor a"):
         MemoryGuard(build_tiny_llama(), "a cell").attempt(lambda: torch.ones(2) + torch.ones(3))
 
 
-def test_what_a_failed_forward_made_is_given_back() -> None:
+def test_memory_of_a_failed_forward_is_released() -> None:
     from weakref import ref
 
     made = []
@@ -98,22 +98,22 @@ def test_what_a_failed_forward_made_is_given_back() -> None:
     def work() -> torch.Tensor:
         hidden = torch.ones(1000)
         made.append(ref(hidden))
-        return hidden + too_much_for_the_host()
+        return hidden + exceed_host_memory()
 
     MemoryGuard(build_tiny_llama(), "a cell").attempt(work)
     assert made[0]() is None
 
 
-def test_ranks_that_share_weights_stop_because_the_others_wait(monkeypatch) -> None:
+def test_a_rank_with_sharded_weights_stops_the_run_when_out_of_memory(monkeypatch) -> None:
     monkeypatch.setattr(out_of_memory.distributed, "world_size", lambda: 2)
     model = build_tiny_llama()
-    assert MemoryGuard(model, "a cell").attempt(too_much_for_the_host) is None
+    assert MemoryGuard(model, "a cell").attempt(exceed_host_memory) is None
     model.lm_head.weight.ds_id = 0
     with pytest.raises(RunStopped, match=r"out of memory: a cell \(rank 0: .*sharded=true on more ranks"):
-        MemoryGuard(model, "a cell").attempt(too_much_for_the_host)
+        MemoryGuard(model, "a cell").attempt(exceed_host_memory)
 
 
-def test_ranks_agree_on_what_one_of_them_does_not_hold(tmp_path: Path) -> None:
+def test_ranks_agree_on_the_cells_that_one_of_them_cannot_fit(tmp_path: Path) -> None:
     call_on_two_ranks(_rank_main, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second

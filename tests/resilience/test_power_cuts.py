@@ -1,6 +1,6 @@
-"""The disk of a machine that loses its power, for real: copies of a mounted ext4 or xfs image, opened as after a crash.
+"""Power cuts on real file systems: copies of a mounted ext4 or xfs image, mounted as after a crash.
 
-What the system has not yet handed to the disk is not in the image, and its journal is replayed when a copy is mounted.
+Data that the system has not yet written is not in the image; mounting a copy replays its journal.
 """
 
 import shutil
@@ -22,7 +22,7 @@ MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}
 
 @contextmanager
 def mounted(image: Path, folder: Path) -> Iterator[Path]:
-    """Mount an image; the test is skipped where that is not allowed."""
+    """Mount an image; skip the test if that is not permitted."""
     folder.mkdir(exist_ok=True)
     if subprocess.run(["mount", "-o", "loop", image, folder], capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount an image on a loop device")
@@ -34,7 +34,7 @@ def mounted(image: Path, folder: Path) -> Iterator[Path]:
 
 @pytest.fixture(params=MAKE)
 def image(request, tmp_path) -> Path:
-    """An empty file system in a file."""
+    """Make an empty file system in a file."""
     if shutil.which(MAKE[request.param][0]) is None:
         pytest.skip(f"needs {MAKE[request.param][0]}")
     path = tmp_path / "image"
@@ -45,14 +45,14 @@ def image(request, tmp_path) -> Path:
 
 
 def cut(image: Path, number: int) -> Path:
-    """What the disk holds at this moment; holes stay holes."""
+    """Copy the present contents of the disk, as a sparse file."""
     copy = image.with_name(f"cut_{number}")
     subprocess.run(["cp", "--sparse=always", image, copy], check=True)
     return copy
 
 
 @pytest.mark.slow
-def test_a_run_on_a_disk_without_power_goes_on_to_the_same_bits(image, tmp_path, tiny_store, tiny_architecture):
+def test_a_run_resumes_bitwise_after_a_power_cut(image, tmp_path, tiny_store, tiny_architecture):
     arguments = (
         *("+experiment=tiny_base", f"data.path={tiny_store}", f"model.config={tiny_architecture}"),
         *("model.context_len=32", "data.seq_len=32", "evaluation.lengths=[32,64]", "evaluation.every=8"),
@@ -62,14 +62,14 @@ def test_a_run_on_a_disk_without_power_goes_on_to_the_same_bits(image, tmp_path,
     disk = tmp_path / "disk"
     with mounted(image, disk):
         command = [sys.executable, "train.py", *arguments, f"output_dir={disk / 'run'}"]
-        run = subprocess.Popen(command, cwd=ROOT, env=environments.of_a_launch(), stderr=subprocess.DEVNULL)
+        run = subprocess.Popen(command, cwd=ROOT, env=environments.launch_environment(), stderr=subprocess.DEVNULL)
         during, after = [], []
         while run.poll() is None:
             time.sleep(0.1)
             if any((disk / "run" / "checkpoints").glob("step_*")):
                 during.append(cut(image, len(during)))
         assert run.returncode == 0
-        for wait in (0, 1, 2, 5, 12):  # 20 s in all
+        for wait in (0, 1, 2, 5, 12):  # 20 s in total
             time.sleep(wait)
             after.append(cut(image, len(during) + len(after)))
         whole = {path.name: path.read_bytes() for path in (disk / "run" / "final").iterdir()}
@@ -82,7 +82,9 @@ def test_a_run_on_a_disk_without_power_goes_on_to_the_same_bits(image, tmp_path,
     assert len(during) >= 5
     for copy in during[:: max(1, len(during) // 10)]:
         with mounted(copy, disk):
-            # By the program: its environment decides what transformers writes into tokenizer_config.json.
-            subprocess.run(command, cwd=ROOT, env=environments.of_a_launch(), stderr=subprocess.DEVNULL, check=True)
+            # Run the program, since its environment decides what transformers writes to tokenizer_config.json.
+            subprocess.run(
+                command, cwd=ROOT, env=environments.launch_environment(), stderr=subprocess.DEVNULL, check=True
+            )
             assert {path.name: path.read_bytes() for path in (disk / "run" / "final").iterdir()} == whole
             assert (disk / "run" / "config.yaml").read_bytes() == config

@@ -1,6 +1,6 @@
-"""Whenever the power goes, a name that counts stands for what was written, or for what was there before.
+"""Power cuts in a model of a file system: each final name has its new or its old content, completely.
 
-Each writer is cut at every fsync, rename and removal, in every state that a journalling file system may be left in.
+Each writer is cut at every fsync, rename and removal, in every possible state of a journalling file system.
 """
 
 import json
@@ -20,7 +20,7 @@ from clex_train.tracking import metrics_log, run_folder
 from clex_train.tracking import tracker as tracking
 from clex_train.utils import checksums, files
 from clex_train.utils.errors import RunStopped
-from tests.checkpoint.test_store import FileEngine, opened, saved
+from tests.checkpoint.test_store import FileEngine, open_checkpoints, save_step
 from tests.helpers.power_loss import END, Disk, Image
 
 
@@ -29,7 +29,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def _require_old_or_new(images: list[Image], name: str, old: bytes | None, new: bytes) -> None:
-    """The file is as before or whole at every moment, and whole at the end."""
+    """Require the file to be old or new at every moment, and new at the end."""
     for image in images:
         assert image.files.get(name) in (old, new), (image.moment, image.kind)
     last = [image for image in images if image.moment == END]
@@ -43,20 +43,20 @@ def _renamed_unflushed(path: Path, content: str) -> None:
     os.replace(beside, path)
 
 
-def test_the_model_shows_that_a_rename_alone_loses_a_file(tmp_path, monkeypatch):
+def test_the_model_detects_that_a_rename_alone_loses_a_file(tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
     path.write_text("old")
     images = Disk(tmp_path).record(monkeypatch, lambda: _renamed_unflushed(path, "new"))
     assert {image.files["config.yaml"] for image in images} == {b"old", b"", b"\0\0\0", b"new"}
 
 
-def test_the_model_shows_that_flushing_the_file_alone_loses_its_name(tmp_path, monkeypatch):
+def test_the_model_detects_that_flushing_the_file_alone_loses_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "sync_directory", lambda path: None)
     images = Disk(tmp_path).record(monkeypatch, lambda: files.write_atomically(tmp_path / "a", "new"))
     assert any(image.moment == END and "a" not in image.files for image in images)
 
 
-def test_a_configuration_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+def test_a_configuration_is_old_or_new(tmp_path, monkeypatch):
     config = Config(output_dir=str(tmp_path))
     run_folder.write_config(config)
     old = (tmp_path / "config.yaml").read_bytes()
@@ -65,12 +65,12 @@ def test_a_configuration_is_the_old_or_the_new_one(tmp_path, monkeypatch):
     _require_old_or_new(images, "config.yaml", old, (tmp_path / "config.yaml").read_bytes())
 
 
-def test_an_environment_is_there_or_not(tmp_path, monkeypatch):
+def test_an_environment_file_is_complete_or_missing(tmp_path, monkeypatch):
     images = Disk(tmp_path).record(monkeypatch, lambda: tracking.write_environment(tmp_path, 0, "f"))
     _require_old_or_new(images, "environment.json", None, (tmp_path / "environment.json").read_bytes())
 
 
-def test_an_evaluation_is_there_or_not_and_so_is_its_folder(tmp_path, monkeypatch):
+def test_an_evaluation_and_its_folder_are_complete_or_missing(tmp_path, monkeypatch):
     found = results.Results([], 32, results.NO_WINDOWS)
     path = tmp_path / "run" / "evaluation" / "step_3.json"
     write = lambda: results.write(path, found, results.Origin("a", [], {}, {}))  # noqa: E731
@@ -78,7 +78,7 @@ def test_an_evaluation_is_there_or_not_and_so_is_its_folder(tmp_path, monkeypatc
     _require_old_or_new(images, "run/evaluation/step_3.json", None, path.read_bytes())
 
 
-def test_a_log_that_is_cut_back_loses_no_line_that_was_kept(tmp_path, monkeypatch):
+def test_truncating_a_log_loses_no_remaining_line(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}).encode() + b"\n" for step in range(1, 6)]
     path.write_bytes(b"".join([*lines[:2], b"damaged\n", *lines[2:]]))
@@ -89,7 +89,7 @@ def test_a_log_that_is_cut_back_loses_no_line_that_was_kept(tmp_path, monkeypatc
     assert images[-1].files["metrics.jsonl"] == b"".join(lines[:4])
 
 
-def test_lines_before_a_checkpoint_are_on_the_disk(tmp_path, monkeypatch):
+def test_metrics_before_a_checkpoint_are_durable(tmp_path, monkeypatch):
     config = Config()
     config.optim.steps = 9
     config.tracking.wandb = tracking.Wandb.off
@@ -106,7 +106,7 @@ def test_lines_before_a_checkpoint_are_on_the_disk(tmp_path, monkeypatch):
 
 
 class Weights:
-    """Stands where a model of transformers does: its library writes in Rust, which nothing here can watch."""
+    """Stand in for a model of transformers, whose safetensors are written in Rust and cannot be watched."""
 
     config = SimpleNamespace(use_cache=False)
 
@@ -130,7 +130,7 @@ def _write_final(folder: Path, tokenizer, value: float) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("replaces", [False, True])
-def test_a_final_model_that_counts_as_finished_is_whole(tmp_path, tokenizer, monkeypatch, replaces):
+def test_a_final_model_marked_as_finished_is_complete(tmp_path, tokenizer, monkeypatch, replaces):
     run, laid_out = tmp_path / "run", tmp_path / "image"
     run.mkdir()
     whole = [_write_final(run / "final", tokenizer, 1.0)] if replaces else []
@@ -151,7 +151,7 @@ def test_a_final_model_that_counts_as_finished_is_whole(tmp_path, tokenizer, mon
     assert finished >= 1
 
 
-def test_a_damaged_final_model_never_counts_as_finished(tmp_path, tokenizer):
+def test_a_damaged_final_model_is_never_treated_as_finished(tmp_path, tokenizer):
     folder = tmp_path / "final"
     names = _write_final(folder, tokenizer, 1.0)
     assert save.is_finished(folder)
@@ -168,16 +168,16 @@ def test_a_damaged_final_model_never_counts_as_finished(tmp_path, tokenizer):
         (folder / name).write_bytes(names[name])
 
 
-def test_a_checkpoint_is_whole_or_gives_way_to_the_one_before(tmp_path, monkeypatch):
+def test_a_checkpoint_is_complete_or_the_previous_one_is_used(tmp_path, monkeypatch):
     run, laid_out = tmp_path / "run", tmp_path / "image"
     text = "name: a\n"
-    checkpoints = opened(run, config=text, overlap=False)
-    saved(checkpoints, 5)
-    saved(checkpoints, 10)
-    images = Disk(run).record(monkeypatch, lambda: saved(checkpoints, 15))
+    checkpoints = open_checkpoints(run, config=text, overlap=False)
+    save_step(checkpoints, 5)
+    save_step(checkpoints, 10)
+    images = Disk(run).record(monkeypatch, lambda: save_step(checkpoints, 15))
     seen = set()
     for image in images:
-        copy = opened(image.write(laid_out), strict=True, config=text)
+        copy = open_checkpoints(image.write(laid_out), strict=True, config=text)
         engine = FileEngine()
         step, _ = copy.load(engine)
         assert engine.loaded == [step, step]
@@ -190,14 +190,14 @@ def test_a_checkpoint_is_whole_or_gives_way_to_the_one_before(tmp_path, monkeypa
     assert len(images) > 15
 
 
-def test_a_full_disk_at_the_final_model_stops_the_run_in_one_line(little_room, tokenizer):
-    (little_room / "other").write_bytes(bytes(60_000))
+def test_a_full_disk_at_the_final_model_stops_the_run_in_one_line(small_disk, tokenizer):
+    (small_disk / "other").write_bytes(bytes(60_000))
     with pytest.raises(
         RunStopped, match=r"final: cannot be written \(No space left on device\).*make room and run"
     ) as caught:
-        _write_final(little_room / "final", tokenizer, 1.0)
+        _write_final(small_disk / "final", tokenizer, 1.0)
     assert "\n" not in str(caught.value)
-    assert [entry.name for entry in little_room.iterdir()] == ["other"]
-    (little_room / "other").unlink()
-    _write_final(little_room / "final", tokenizer, 1.0)
-    assert save.is_finished(little_room / "final")
+    assert [entry.name for entry in small_disk.iterdir()] == ["other"]
+    (small_disk / "other").unlink()
+    _write_final(small_disk / "final", tokenizer, 1.0)
+    assert save.is_finished(small_disk / "final")

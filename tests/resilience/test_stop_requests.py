@@ -1,4 +1,4 @@
-"""Requests to stop: what a signal, a stop file, a launcher's death and the clock do to one process."""
+"""Stop requests by signals, stop files, the end of the launcher and deadlines, in one process."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ def listener(rest: str, repeat_after: float = 0.5) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_leaves_a_mark_and_the_process_goes_on(number):
+def test_a_signal_is_recorded_and_the_process_continues(number):
     process = listener("time.sleep(0.2)")
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
@@ -54,7 +54,7 @@ def test_a_signal_leaves_a_mark_and_the_process_goes_on(number):
     assert output == f"{number.name} arrived\n"
 
 
-def test_a_signal_repeated_at_once_is_the_same_request():
+def test_an_immediately_repeated_signal_is_the_same_request():
     process = listener("while len(heard) < 2:\n    time.sleep(0.01)", repeat_after=600)
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM" in process.stdout.readline()
@@ -63,7 +63,7 @@ def test_a_signal_repeated_at_once_is_the_same_request():
 
 
 def test_a_second_signal_ends_a_process_whose_main_thread_is_stuck_in_a_library():
-    # A mutex locked twice: like a collective without its peers, it does not come back for a signal.
+    # A mutex locked twice never returns for a signal, like a collective without its peers.
     process = listener(
         "import ctypes; lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)\n"
         "lock(mutex); lock(mutex)"
@@ -76,7 +76,7 @@ def test_a_second_signal_ends_a_process_whose_main_thread_is_stuck_in_a_library(
     assert "second signal (SIGTERM)" in process.stderr.read()
 
 
-def test_the_death_of_a_launcher_is_a_request_to_stop(tmp_path):
+def test_the_end_of_the_launcher_is_a_stop_request(tmp_path):
     launcher = tmp_path / "torchrun"
     launcher.write_text("import subprocess, sys\nsubprocess.run([sys.executable, '-c', sys.argv[1]])\n")
     script = LISTENER.format(rest="", repeat_after=0.5)
@@ -89,11 +89,11 @@ def test_the_death_of_a_launcher_is_a_request_to_stop(tmp_path):
     process.wait(120)
 
 
-def test_a_program_that_no_launcher_started_watches_none():
+def test_a_program_without_a_launcher_watches_none():
     assert launchers.launchers() == []
 
 
-def test_a_stop_file_is_a_reason_that_stays(tmp_path):
+def test_a_stop_file_is_a_lasting_stop_request(tmp_path):
     stop = StopRequests(stop_file=tmp_path / "stop")
     assert stop.reason() is None
     (tmp_path / "stop").touch()
@@ -115,7 +115,7 @@ def test_the_deadline_leaves_time_for_the_longest_recent_step_and_save():
     assert deadline.exceeded_by("step") is None, "one slow step is forgotten"
 
 
-def test_a_limit_that_allows_nothing_leads_nowhere():
+def test_a_limit_too_short_for_any_step_allows_no_progress():
     stop = StopRequests(deadline=Deadline(limit=10.0, started=time.time() - 11.0))
     assert stop.leads_nowhere
     with stop.timed("step"):
@@ -127,17 +127,17 @@ def test_a_limit_that_allows_nothing_leads_nowhere():
 @pytest.mark.parametrize(
     ("text", "seconds"), [("2", 7200), ("0.5", 1800), ("23:30:00", 84600), ("1-02:00:30", 93630), ("0:00:10", 10)]
 )
-def test_durations_are_hours_or_a_clock(text, seconds):
+def test_durations_are_hours_or_clock_time(text, seconds):
     assert duration.seconds("max_runtime", text) == seconds
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "84600", "12:00", "1:60:00", "soon", ""])
-def test_what_is_no_duration_is_refused_by_name(text):
+def test_an_invalid_duration_is_refused_by_name(text):
     with pytest.raises(ValueError, match=r"^max_runtime=.*hours:minutes:seconds"):
         duration.seconds("max_runtime", text)
 
 
-def test_a_second_launch_waits_for_the_first_and_is_refused_if_that_stays(tmp_path):
+def test_a_second_launch_waits_and_is_refused_if_the_first_remains(tmp_path):
     with (
         run_folder.run_lock(tmp_path, 0, patience=0),
         pytest.raises(ValueError, match=rf"output_dir=.*in use by process {os.getpid()} on"),
@@ -148,7 +148,7 @@ def test_a_second_launch_waits_for_the_first_and_is_refused_if_that_stays(tmp_pa
         pass
 
 
-def test_a_second_launch_begins_when_the_first_has_ended(tmp_path):
+def test_a_second_launch_starts_when_the_first_has_ended(tmp_path):
     held, begun = threading.Event(), []
 
     def first() -> None:
@@ -166,7 +166,7 @@ def test_a_second_launch_begins_when_the_first_has_ended(tmp_path):
     assert begun == ["first ends", "second begins"]
 
 
-def test_a_zombie_launcher_is_gone():
+def test_a_zombie_launcher_counts_as_ended():
     process = subprocess.Popen([sys.executable, "-c", ""])
     watched = psutil.Process(process.pid)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -187,22 +187,22 @@ sys.exit(console.run(work, str, kept="its cells are kept"))
 
 
 def program(work: str, **options) -> subprocess.Popen:
-    """A program that does some `work` under `console.run`, in an interactive shell if nothing else is said."""
-    options = {"preexec_fn": take_signals, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    """Start a program that does `work` under `console.run`, by default as in an interactive shell."""
+    options = {"preexec_fn": restore_signals, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     process = subprocess.Popen([sys.executable, "-c", PROGRAM.format(work=work)], cwd=ROOT, text=True, **options)
     if process.stdout:
         assert process.stdout.readline() == "ready\n"
     return process
 
 
-def take_signals() -> None:
-    """Undo what a test run in the background leaves to its children."""
+def restore_signals() -> None:
+    """Restore the default signal handling that a background test run disables."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("number", stop_requests.ENDING)
-def test_a_program_without_anything_to_save_ends_with_one_line_and_the_shell_s_code(number):
+def test_a_program_with_nothing_to_save_ends_with_one_line_and_the_exit_code_of_shells(number):
     process = program("time.sleep(600)")
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
@@ -218,7 +218,7 @@ def test_a_program_without_anything_to_save_ends_with_one_line_and_the_shell_s_c
     ],
     ids=["made into another error by a library", "raised in a finalizer"],
 )
-def test_an_interrupt_that_python_or_a_library_spoils_is_one_line_all_the_same(work):
+def test_an_interrupt_swallowed_by_python_or_a_library_still_gives_one_line(work):
     process = program(work)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -229,7 +229,7 @@ def test_an_interrupt_that_python_or_a_library_spoils_is_one_line_all_the_same(w
 
 
 @pytest.mark.parametrize("number", stop_requests.ENDING)
-def test_a_signal_in_the_last_moments_of_a_finished_program_does_not_change_its_code(number):
+def test_a_signal_during_the_exit_of_a_finished_program_does_not_change_its_code(number):
     work = (
         "import builtins, os\n"
         "    kill = lambda self, kill=os.kill, pid=os.getpid(): kill(pid, {number})\n"
@@ -252,7 +252,7 @@ def test_a_program_stuck_in_a_library_ends_after_its_grace():
     assert errors == "interrupted by SIGTERM\n"
 
 
-def test_a_program_under_nohup_does_not_hear_of_a_closed_terminal():
+def test_a_program_under_nohup_ignores_a_closed_terminal():
     def nohup() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -273,7 +273,7 @@ def test_an_interrupt_is_deferred_to_the_end_of_a_block():
     assert (process.returncode, output) == (130, "whole\n")
 
 
-def test_a_second_ctrl_c_ends_a_saving_run_at_once_and_a_launcher_s_copy_of_the_first_does_not():
+def test_only_a_real_second_ctrl_c_ends_a_saving_run_at_once():
     process = listener("time.sleep(600)", repeat_after=600)
     process.send_signal(signal.SIGINT)
     assert "SIGINT" in process.stdout.readline()
@@ -289,7 +289,7 @@ def test_a_second_ctrl_c_ends_a_saving_run_at_once_and_a_launcher_s_copy_of_the_
     assert second == "second signal (SIGINT): ended at once"
 
 
-def test_output_that_nobody_can_read_any_more_neither_fails_nor_changes_the_exit_code():
+def test_output_to_a_closed_terminal_does_not_fail_or_change_the_exit_code():
     program = (
         "import sys, time; from clex_train.utils import log, terminal\n"
         "terminal.survive_hangup('stdout', 'stderr'); log.setup()\n"

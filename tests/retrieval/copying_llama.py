@@ -1,4 +1,4 @@
-"""A Llama that answers by looking back: after what stood before the last tokens' like, it says what stood there."""
+"""Llamas with known answers: one continues from the latest match in its context, one has all answers stored."""
 
 from typing import Any
 
@@ -10,11 +10,10 @@ CONTEXT_LEN = 128
 
 
 class CopyingLlama(LlamaForCausalLM):
-    """Runs its layers, so that cache and frequencies are real, and then predicts the continuation of the latest place
-    in the text that ends with as many of the last tokens as possible.
+    """Run the layers, so that cache and frequencies are real, then predict the token after the longest earlier match.
 
-    What was read travels in the cache: a decoding loop that loses it loses the answer. `shift` is added to each
-    predicted id, so that another number than 0 gives wrong answers. A prompt is read from its beginning.
+    The tokens read so far are stored in the cache, so a decoding loop that loses the cache loses the answer. `shift`
+    is added to each predicted id: any value but 0 gives wrong answers. A prompt must be read from its beginning.
     """
 
     shift = 0
@@ -26,21 +25,21 @@ class CopyingLlama(LlamaForCausalLM):
         if cache is not None:
             cache.seen = seen
         output.logits = torch.zeros_like(output.logits)
-        output.logits[0, -1, (self.say(seen) + self.shift) % self.config.vocab_size] = 1
+        output.logits[0, -1, (self.next_token(seen) + self.shift) % self.config.vocab_size] = 1
         return output
 
-    def say(self, seen: list[int]) -> int:
-        """The token after those that were seen."""
+    def next_token(self, seen: list[int]) -> int:
+        """Return the next token after `seen`."""
         return continuation(seen)
 
 
-class KnowingLlama(CopyingLlama):
-    """Has been told the answer (its tokens) to each prompt, and ends the text behind it."""
+class AnsweringLlama(CopyingLlama):
+    """Answer each prompt with the stored tokens of its answer, then end the text."""
 
     answers: dict[tuple[int, ...], list[int]]
     end = 0
 
-    def say(self, seen: list[int]) -> int:
+    def next_token(self, seen: list[int]) -> int:
         for prompt, answer in self.answers.items():
             if tuple(seen[: len(prompt)]) == prompt:
                 return ([*answer, self.end, *seen])[len(seen) - len(prompt)]
@@ -48,7 +47,7 @@ class KnowingLlama(CopyingLlama):
 
 
 def continuation(seen: list[int]) -> int:
-    """The token after the latest earlier place that shares the longest run of last tokens (at most 24)."""
+    """Return the token after the latest earlier match of the longest suffix of `seen` (at most 24 tokens)."""
     for length in range(min(24, len(seen) - 1), 0, -1):
         suffix = seen[-length:]
         for start in range(len(seen) - length - 1, -1, -1):
@@ -58,7 +57,7 @@ def continuation(seen: list[int]) -> int:
 
 
 def build(vocab_size: int, shift: int = 0, make: type[CopyingLlama] = CopyingLlama) -> CopyingLlama:
-    """Two small layers with random weights."""
+    """Build a small model with random weights."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=16,

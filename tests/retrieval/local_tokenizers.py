@@ -1,4 +1,4 @@
-"""Tokenizers of the two usual makes, trained here on sources of the standard library."""
+"""Tokenizers of the two usual kinds, trained on sources of the standard library."""
 
 import json
 import os
@@ -14,7 +14,7 @@ TEXTS = [path.read_text(encoding="utf-8") for path in sorted(LIBRARY.glob("email
 
 @cache
 def byte_level() -> PreTrainedTokenizerFast:
-    """Byte-level BPE as of GPT-2 and Llama 3: no normalisation, spaces in front of words, no BOS."""
+    """Train byte-level BPE as in GPT-2 and Llama 3: no normalisation, spaces in front of words, no BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -28,7 +28,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 @cache
 def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """BPE over text whose spaces are visible marks, one put in front, with byte fall-back and a BOS: Llama 2's make."""
+    """Train BPE as in Llama 2: spaces are visible marks, one in front, with byte fallback and a BOS."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     fall_back = [f"<0x{value:02X}>" for value in range(256)]
@@ -38,14 +38,14 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
         max_token_length=12,
         show_progress=False,
     )
-    # Merges across words would make a few tokens of a sentence that repeats; words are learned one at a time.
+    # Split at words, because merges across words would make a few tokens of a repeated sentence.
     words = [word for text in TEXTS for word in text.split()]
     tokenizer.train_from_iterator(words, trainer)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     made = json.loads(tokenizer.to_str())
-    # The trainer takes bytes for special tokens, which decoding would leave out.
+    # The trainer marks byte tokens as special, and decoding would skip them.
     made["added_tokens"] = [token for token in made["added_tokens"] if token["content"] not in fall_back]
     tokenizer = Tokenizer.from_str(json.dumps(made))
     bos = tokenizer.token_to_id("<s>")

@@ -1,4 +1,4 @@
-"""Cells of prompts, made directly."""
+"""Small cells of prompts for the retrieval tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def make_cells(
     seed: int = 0,
     documents: Documents | None = None,
 ) -> list[Cell]:
-    """All cells, task by task."""
+    """Make all cells, task by task."""
     return [
         Cell(task, n, tuple(depths) if TASKS[task].has_depth else (None,), num_prompts, seed, tokenizer, documents)
         for task in tasks
@@ -30,6 +30,6 @@ def make_cells(
 
 
 def documents_of(texts: list[str], tokenizer: Any, folder: Path) -> Documents:
-    """Real text out of a store that is written for it."""
+    """Write texts to a store and read them back as real text for prompts."""
     write_text_store(folder, texts, tokenizer)
     return Documents(TokenStore(folder).split("validation"), tokenizer)

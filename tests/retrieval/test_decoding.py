@@ -1,4 +1,4 @@
-"""Greedy decoding is that of transformers, in however many pieces a prompt is read."""
+"""Greedy decoding, against transformers, with prompts read in any number of chunks."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ PROMPT = torch.randint(1, VOCAB, (LENGTH - NUM_NEW,), generator=torch.Generator(
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 7, LENGTH - NUM_NEW])
-def test_it_is_what_generate_gives(num_chunks: int) -> None:
+def test_greedy_decoding_equals_generate(num_chunks: int) -> None:
     model = build_tiny_llama().double()
     handle = install_rotary(model, CONTEXT_LEN)
     handle.use(tables([Method.ntk], base_rope(handle), LENGTH)["ntk"])
@@ -26,7 +26,7 @@ def test_it_is_what_generate_gives(num_chunks: int) -> None:
     assert len(set(ours.tolist())) > 2
 
 
-def test_a_prompt_needs_the_forwards_that_its_pieces_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_needs_one_forward_per_chunk_and_token(monkeypatch: pytest.MonkeyPatch) -> None:
     model, lengths = build_tiny_llama(), []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True

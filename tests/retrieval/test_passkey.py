@@ -1,4 +1,4 @@
-"""Passkey prompts: as long as asked, the key where it was asked for, and a function of their arguments alone."""
+"""Passkey prompts: length, depth of the key, and determinism."""
 
 import itertools
 import re
@@ -30,7 +30,7 @@ def test_prompt_and_answer_fill_the_length_to_within_a_sentence(tokenizer: Any, 
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_key_stands_at_its_depth_in_tokens(tokenizer: Any, task: Task) -> None:
+def test_the_key_is_at_its_depth_in_tokens(tokenizer: Any, task: Task) -> None:
     made = cell(tokenizer, task, 6000)
     for number in range(made.size):
         prompt, depth = made.prompt(number), DEPTHS[number // made.num_prompts]
@@ -40,7 +40,7 @@ def test_the_key_stands_at_its_depth_in_tokens(tokenizer: Any, task: Task) -> No
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_answer_stands_in_the_text_and_is_asked_for_at_the_end(tokenizer: Any, task: Task) -> None:
+def test_the_answer_is_in_the_text_and_the_prompt_ends_with_the_question(tokenizer: Any, task: Task) -> None:
     made = cell(tokenizer, task, 700)
     for number in range(made.size):
         prompt = made.prompt(number)
@@ -51,7 +51,7 @@ def test_the_answer_stands_in_the_text_and_is_asked_for_at_the_end(tokenizer: An
         assert text.endswith("The pass key is")
 
 
-def test_a_prompt_is_a_function_of_seed_task_length_and_index(byte_tokenizer: Any) -> None:
+def test_a_prompt_depends_only_on_seed_task_length_and_index(byte_tokenizer: Any) -> None:
     def prompts(task: Task, length: int, seed: int, num_prompts: int) -> dict[tuple[float, int], Any]:
         made = cell(byte_tokenizer, task, length, seed, num_prompts)
         return {(DEPTHS[n // num_prompts], n % num_prompts): made.prompt(n) for n in range(made.size)}
@@ -69,7 +69,7 @@ def test_a_prompt_is_a_function_of_seed_task_length_and_index(byte_tokenizer: An
     assert len(keys) == 12
 
 
-def test_the_forms_differ_as_published(byte_tokenizer: Any) -> None:
+def test_the_two_prompt_forms_follow_their_publications(byte_tokenizer: Any) -> None:
     lines, paragraphs = (
         byte_tokenizer.decode(cell(byte_tokenizer, task, 500).prompt(4).ids).split(separator)
         for task, separator in zip(TASKS, ("\n", "\n\n"), strict=True)
@@ -81,7 +81,7 @@ def test_the_forms_differ_as_published(byte_tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_shortest_length_that_fits_is_the_one_that_the_refusal_names(tokenizer: Any, task: Task) -> None:
+def test_a_refusal_names_the_shortest_length_that_fits(tokenizer: Any, task: Task) -> None:
     with pytest.raises(ValueError, match=f"evaluation.task_lengths=20: {task.value} needs at least") as refusal:
         make_cells(tokenizer, [task], [20, 4000], DEPTHS, 1)
     shortest = int(re.findall(r"at least (\d+)", str(refusal.value))[0])

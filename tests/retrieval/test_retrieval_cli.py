@@ -1,4 +1,4 @@
-"""Retrieval as a user asks for it: of the evaluate program, and in a training run."""
+"""Retrieval in the evaluate program and in a training run."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ TEXT = "It rained all night. In the morning the river had risen, and nobody cros
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> dict[str, str]:
-    """A model with its tokenizer, and a store of text."""
+    """Save a model with its tokenizer, and a store of text."""
     root = tmp_path_factory.mktemp("retrieval")
     LlamaForCausalLM(copying_llama.build(len(byte_tokenizer)).config).save_pretrained(root / "base")
     byte_tokenizer.save_pretrained(root / "base")
@@ -47,7 +47,7 @@ def call(monkeypatch: pytest.MonkeyPatch, places: dict[str, str], *arguments: st
     return console.run(program.main, program.usage)
 
 
-def test_the_program_asks_prompts_alone_and_keeps_the_rows(places, tmp_path, monkeypatch, capsys) -> None:
+def test_the_program_can_run_only_prompts_and_writes_their_rows(places, tmp_path, monkeypatch, capsys) -> None:
     output = tmp_path / "tasks.json"
     asked = ["tasks=[passkey]", "protocols=[]", "lengths=[256,512]", "depths=[0,1]", "num_prompts=2"]
     assert call(monkeypatch, places, *asked, f"output={output}") == 0
@@ -67,7 +67,7 @@ def test_the_program_asks_prompts_alone_and_keeps_the_rows(places, tmp_path, mon
     assert [vars(row) for row in read.tasks] == content["tasks"]
 
 
-def test_tasks_stand_beside_perplexity_and_have_lengths_of_their_own(places, tmp_path, monkeypatch, capsys) -> None:
+def test_tasks_run_with_perplexity_and_have_separate_lengths(places, tmp_path, monkeypatch, capsys) -> None:
     output = tmp_path / "both.json"
     asked = ["tasks=[passkey]", "lengths=[128]", "task_lengths=[300]", "depths=[0.5]", "num_prompts=1"]
     assert call(monkeypatch, places, *asked, f"output={output}") == 0
@@ -94,7 +94,7 @@ def test_tasks_stand_beside_perplexity_and_have_lengths_of_their_own(places, tmp
         (["tasks=[passkey]", "protocols=[streaming]", "methods=[none]"], "ask for tasks apart"),
     ],
 )
-def test_bad_input_is_one_line_that_names_the_key(places, monkeypatch, capsys, arguments, message) -> None:
+def test_bad_input_is_refused_in_one_line_with_its_key(places, monkeypatch, capsys, arguments, message) -> None:
     status = call(monkeypatch, places, "lengths=[128]", *arguments)
     error = capsys.readouterr().err
     assert status == console.USER_ERROR
@@ -103,7 +103,7 @@ def test_bad_input_is_one_line_that_names_the_key(places, monkeypatch, capsys, a
 
 
 @pytest.mark.parametrize("on_host", [False, True])
-def test_a_training_run_evaluates_the_tasks_that_it_is_asked_for(
+def test_a_training_run_evaluates_the_configured_tasks(
     places, tmp_path, byte_tokenizer, monkeypatch, on_host: bool
 ) -> None:
     on_the_host, real = [], preallocated_cache.HostLayer
@@ -125,15 +125,15 @@ def test_a_training_run_evaluates_the_tasks_that_it_is_asked_for(
     assert metrics["passkey/trained/256"] == metrics["needle/trained/256"] == 1
     read, _ = results.read(Path(tmp_path) / "evaluation" / "step_7.json")
     assert [(row.depth, row.correct) for row in read.tasks] == [(0.0, 2), (1.0, 2)] * 2
-    # Those of the window and those of prompts with their answers.
+    # Tokens of the window, and of prompts with their answers.
     assert {capacity >= 256 for capacity in on_the_host} == ({False, True} if on_host else set())
 
 
 class Interrupted(BaseException):
-    """What ends the program in the middle."""
+    """Interrupt the program in the middle."""
 
 
-def test_the_same_command_goes_on_where_it_was_interrupted(places, tmp_path, monkeypatch, caplog) -> None:
+def test_the_same_command_resumes_where_it_was_interrupted(places, tmp_path, monkeypatch, caplog) -> None:
     asked = ["tasks=[passkey]", "protocols=[]", "lengths=[256,512]", "depths=[0,1]", "num_prompts=2", "chunk_len=100"]
     monkeypatch.setattr(partial_results, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(partial_results, "WRITES", 0)
@@ -160,7 +160,7 @@ def test_the_same_command_goes_on_where_it_was_interrupted(places, tmp_path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.json", "x.json"]
 
 
-def test_instruct_models_are_asked_in_their_chat_template(
+def test_instruct_models_get_prompts_in_their_chat_template(
     places, tmp_path, monkeypatch, capsys, byte_tokenizer
 ) -> None:
     asked = ["tasks=[passkey]", "protocols=[]", "lengths=[256]", "depths=[0.5]", "num_prompts=1"]
@@ -184,7 +184,7 @@ def test_instruct_models_are_asked_in_their_chat_template(
 
 
 @pytest.mark.parametrize("task", list(TASKS))
-def test_every_text_ends_with_the_beginning_of_its_answer(places, byte_tokenizer, task: Task) -> None:
+def test_every_prompt_ends_with_the_beginning_of_its_answer(places, byte_tokenizer, task: Task) -> None:
     documents = Documents(TokenStore(places["store"]).split("validation"), byte_tokenizer)
     draft = TASKS[task].draft(Ask(generator(0, "test"), 1200, 0.5, documents))
     assert draft.lead

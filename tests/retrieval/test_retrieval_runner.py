@@ -1,4 +1,4 @@
-"""Retrieval over tasks, methods and lengths: known answerers, references without a cache, one rank and two."""
+"""The retrieval runner: models with known answers, references without a cache, one and two ranks."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from clex_train.scaling.table import Frequencies
 from clex_train.utils.errors import StopRequested
 from tests.helpers.warm_processes import call_on_two_ranks
 from tests.retrieval import copying_llama
-from tests.retrieval.copying_llama import CONTEXT_LEN, KnowingLlama
+from tests.retrieval.copying_llama import CONTEXT_LEN, AnsweringLlama
 from tests.retrieval.local_tokenizers import TEXTS, byte_level
 from tests.retrieval.small_cells import documents_of, make_cells
 
@@ -35,7 +35,7 @@ DEPTHS = [0.0, 0.5, 1.0]
 CPU = torch.device("cpu")
 SPEC = EvaluationConfig(n_local=40, n_global=4)
 METHODS = [method for method in Method if method not in (Method.clex, Method.longrope)]
-"""Those that a plain Llama can have without more."""
+"""Methods that a plain Llama supports without further inputs."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def cells_of(tokenizer: Any, tasks: tuple[Task, ...] = (Task.passkey,), num_prom
     return make_cells(tokenizer, tasks, LENGTHS, DEPTHS, num_prompts, seed=0)
 
 
-def test_a_model_that_looks_back_answers_all_and_one_that_misreads_none(tokenizer: Any) -> None:
+def test_a_copying_model_answers_all_prompts_and_a_shifted_one_none(tokenizer: Any) -> None:
     cells = cells_of(tokenizer, (Task.passkey, Task.passkey_infinitebench))
     right, wrong = (run(copying_llama.build(len(tokenizer), shift), cells) for shift in (0, 1))
     assert [(row.correct, row.total, row.score) for row in right] == [(2, 2, 1.0)] * 12
@@ -81,13 +81,13 @@ def test_a_model_that_looks_back_answers_all_and_one_that_misreads_none(tokenize
 
 
 @pytest.mark.parametrize("task", list(TASKS))
-def test_a_model_that_knows_the_answers_scores_one_at_every_task_and_zero_where_answers_are_swapped(
+def test_known_answers_score_one_in_every_task_and_swapped_ones_zero(
     byte_tokenizer: Any, documents: Documents, task: Task
 ) -> None:
     (cell,) = make_cells(byte_tokenizer, [task], [1200], DEPTHS, 2, documents=documents)
     prompts = [cell.prompt(number) for number in range(cell.size)]
     said = [byte_tokenizer.encode(" " + ", ".join(prompt.answers)) for prompt in prompts]
-    model = copying_llama.build(len(byte_tokenizer), make=KnowingLlama)
+    model = copying_llama.build(len(byte_tokenizer), make=AnsweringLlama)
     model.end = byte_tokenizer.eos_token_id
     for answers, share in ((said, 1.0), (said[1:] + said[:1], 0.0)):
         model.answers = {tuple(prompt.ids): answer for prompt, answer in zip(prompts, answers, strict=True)}
@@ -96,9 +96,9 @@ def test_a_model_that_knows_the_answers_scores_one_at_every_task_and_zero_where_
 
 
 def small_llama(vocab_size: int) -> LlamaForCausalLM:
-    """Random weights large enough that every position matters, in float64 so that no near ties decide."""
+    """Build random weights large enough for every position to matter, in float64 to avoid near ties."""
     config = copying_llama.build(vocab_size).config
-    # With one layer, keys that were computed at another t would be the same once they are turned.
+    # Two layers, because in one layer keys computed at another t would be equal once they are re-rotated.
     config.num_hidden_layers = 2
     model = LlamaForCausalLM(config).double()
     torch.manual_seed(2)
@@ -109,7 +109,7 @@ def small_llama(vocab_size: int) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_decodes_as_whole_forwards_without_a_cache(
+def test_every_method_decodes_like_full_forwards_without_a_cache(
     byte_tokenizer: Any, method: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, cell = small_llama(len(byte_tokenizer)), cells_of(byte_tokenizer, num_prompts=1)[0]
@@ -135,9 +135,7 @@ def test_every_method_decodes_as_whole_forwards_without_a_cache(
     assert len(set(expected)) > 1
 
 
-def test_the_pieces_that_a_prompt_is_read_in_do_not_matter(
-    byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_chunks_of_a_prompt_do_not_change_the_result(byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, cells = small_llama(len(byte_tokenizer)), cells_of(byte_tokenizer, num_prompts=1)
     heard: list[str] = []
     monkeypatch.setattr(Cell, "judge", lambda self, number, generation: heard.append(generation) or 0.0)
@@ -146,7 +144,7 @@ def test_the_pieces_that_a_prompt_is_read_in_do_not_matter(
     assert heard[:6] == heard[6:12] == heard[12:]
 
 
-def test_a_key_is_the_mean_over_depths_and_stands_beside_the_grid(byte_tokenizer: Any) -> None:
+def test_a_metric_is_the_mean_over_depths_and_accompanies_the_grid(byte_tokenizer: Any) -> None:
     rows = [
         TaskScore("passkey", "none", 256, 0.0, 4, 4, 1.0),
         TaskScore("passkey", "none", 256, 1.0, 1, 4, 0.25),
@@ -160,7 +158,7 @@ def test_a_key_is_the_mean_over_depths_and_stands_beside_the_grid(byte_tokenizer
     assert ["vt,", "none", "60"] in printed
 
 
-def test_a_row_keeps_what_was_asked_expected_and_given(byte_tokenizer: Any) -> None:
+def test_a_row_records_prompt_expected_answer_and_generation(byte_tokenizer: Any) -> None:
     (cell,) = cells_of(byte_tokenizer, num_prompts=3)[:1]
     scores = run(copying_llama.build(len(byte_tokenizer)), [cell])
     assert len(scores) == len(cell.depths)
@@ -176,7 +174,7 @@ def test_a_row_keeps_what_was_asked_expected_and_given(byte_tokenizer: Any) -> N
     assert TaskScore(**json.loads(json.dumps(vars(scores[0])))) == scores[0]
 
 
-def test_the_models_table_and_mode_are_put_back_and_a_stop_is_heard(byte_tokenizer: Any) -> None:
+def test_table_and_mode_are_restored_and_a_stop_request_is_honoured(byte_tokenizer: Any) -> None:
     model, asked = small_llama(len(byte_tokenizer)).train(), []
     with pytest.raises(StopRequested):
         run(model, cells_of(byte_tokenizer), interrupted=lambda: asked.append(1) or len(asked) == 2)
@@ -192,28 +190,28 @@ def test_a_length_beyond_the_table_is_refused_before_any_forward(byte_tokenizer:
         run(model, long)
 
 
-def test_two_ranks_give_the_scores_of_one_with_equally_many_forwards_each(tmp_path: Path) -> None:
+def test_two_ranks_match_one_with_equal_numbers_of_forwards(tmp_path: Path) -> None:
     call_on_two_ranks(_rank_main, str(tmp_path))
-    expected = _half_right()
+    expected = _misread_half()
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["forwards"] == second["forwards"] > 0
     assert first["rows"] == second["rows"] == [list(vars(row).values()) for row in expected]
     assert {row.score for row in expected} == {0.0, 1.0}
 
 
-def _half_right() -> list[TaskScore]:
-    """Nine prompts (an odd number) of the length 256, of which the key at depth 0.5 is misread."""
+def _misread_half() -> list[TaskScore]:
+    """Score nine prompts (an odd number) of length 256, misreading the key at depth 0.5."""
     tokenizer = byte_level()
     cell = Cell(Task.passkey, 256, tuple(DEPTHS), 3, 0, tokenizer)
     misread = {tuple(cell.prompt(number).ids) for number in range(3, 6)}
     model = copying_llama.build(len(tokenizer))
 
-    def look(module: Any, args: Any, kwargs: Any) -> None:
+    def misread_at_half(module: Any, args: Any, kwargs: Any) -> None:
         past = kv_cache.find_in_call((), kwargs)
         seen = (*getattr(past, "seen", []), *kwargs["input_ids"][0].tolist())
         module.shift = int(any(seen[: len(prompt)] == prompt for prompt in misread))
 
-    model.register_forward_pre_hook(look, with_kwargs=True)
+    model.register_forward_pre_hook(misread_at_half, with_kwargs=True)
     return run(model, [cell])
 
 
@@ -225,12 +223,12 @@ def _rank_main(rank: int, folder: str) -> None:
     torch.nn.modules.module.register_module_forward_hook(
         lambda module, args, out: forwards.append(1) if type(module).__name__ == "CopyingLlama" else None
     )
-    content = {"rows": [list(vars(row).values()) for row in _half_right()], "forwards": len(forwards)}
+    content = {"rows": [list(vars(row).values()) for row in _misread_half()], "forwards": len(forwards)}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(content))
     torch.distributed.destroy_process_group()
 
 
-def test_a_length_that_memory_does_not_hold_is_missing_and_the_other_is_scored(byte_tokenizer: Any) -> None:
+def test_a_length_that_runs_out_of_memory_is_missing_and_the_other_is_scored(byte_tokenizer: Any) -> None:
     model, cells = small_llama(len(byte_tokenizer)), cells_of(byte_tokenizer, num_prompts=1)
     handle = install_rotary(model, CONTEXT_LEN)
     full = torch.OutOfMemoryError("CUDA out of memory.")
@@ -246,7 +244,7 @@ def test_a_length_that_memory_does_not_hold_is_missing_and_the_other_is_scored(b
     assert missing == [Missing("none", "passkey", 512, "rank 0: CUDA out of memory.")]
 
 
-def test_a_cache_on_the_host_changes_no_answer(byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_in_host_memory_changes_no_answer(byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, cells = small_llama(len(byte_tokenizer)), cells_of(byte_tokenizer, num_prompts=1)
     heard: list[str] = []
     monkeypatch.setattr(Cell, "judge", lambda self, number, generation: heard.append(generation) or 0.0)

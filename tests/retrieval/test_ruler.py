@@ -1,4 +1,4 @@
-"""RULER's tasks and the needle in real text: what is hidden is there, once, in its place, and the answers follow."""
+"""RULER's tasks and the needle in real text: hidden items, their places, and the expected answers."""
 
 import re
 from collections import Counter
@@ -35,20 +35,18 @@ def text_of(made: Cell, number: int) -> str:
     return str(made.tokenizer.decode(made.prompt(number).ids, skip_special_tokens=True))
 
 
-def test_every_task_that_can_be_generated_is() -> None:
+def test_every_task_that_can_be_generated_is_offered() -> None:
     assert set(TASKS) == set(GENERATED)
     assert len(expand([Task.ruler])) == 13 - len(DOWNLOADED)
     assert expand([Task.vt, Task.ruler, Task.passkey]).count(Task.vt) == 1
 
 
 @pytest.mark.parametrize("task", GENERATED)
-def test_prompts_are_as_long_as_there_is_room_and_the_same_again(
-    tokenizer: Any, documents: Documents, task: Task
-) -> None:
+def test_prompts_fill_the_length_and_are_deterministic(tokenizer: Any, documents: Documents, task: Task) -> None:
     made, again, other = (cell(tokenizer, documents, task, seed=seed) for seed in (0, 0, 1))
     for number in range(0, made.size, 2):
         prompt = made.prompt(number)
-        # The longest unit of filler is a sentence with two UUIDs, of some hundred tokens.
+        # The longest unit of filler is a sentence with two UUIDs, about a hundred tokens.
         assert made.prompt_len - 120 < len(prompt.ids) <= made.prompt_len
         assert prompt == again.prompt(number)
         assert prompt.answers != other.prompt(number).answers
@@ -56,7 +54,7 @@ def test_prompts_are_as_long_as_there_is_room_and_the_same_again(
 
 
 @pytest.mark.parametrize("task", [*NIAH, Task.needle])
-def test_every_answer_stands_once_in_the_text_with_a_key_that_is_asked_for(
+def test_every_answer_is_once_in_the_text_with_the_queried_key(
     tokenizer: Any, documents: Documents, task: Task
 ) -> None:
     made = cell(tokenizer, documents, task)
@@ -71,7 +69,7 @@ def test_every_answer_stands_once_in_the_text_with_a_key_that_is_asked_for(
             assert question.count(key) == 2
 
 
-def test_a_key_is_hidden_among_as_many_others_as_the_variant_says(tokenizer: Any, documents: Documents) -> None:
+def test_each_variant_has_its_number_of_other_keys(tokenizer: Any, documents: Documents) -> None:
     def hidden(task: Task) -> list[str]:
         text = text_of(cell(tokenizer, documents, task), 1)
         return re.findall(r"One of the special magic \w+ for (\S+) is:", text)
@@ -84,10 +82,8 @@ def test_a_key_is_hidden_among_as_many_others_as_the_variant_says(tokenizer: Any
         assert counts[task][0] == counts[task][1] > 20
 
 
-def test_no_decoy_has_the_key_that_is_asked_for(
-    tokenizer: Any, documents: Documents, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # So few pairs that the decoys run through all of them.
+def test_no_decoy_has_the_queried_key(tokenizer: Any, documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So few pairs that the decoys use all of them.
     monkeypatch.setattr(words, "ADJECTIVES", words.ADJECTIVES[:2])
     monkeypatch.setattr(words, "NOUNS", words.NOUNS[:9])
     made = cell(tokenizer, documents, Task.niah_multikey_2)
@@ -96,7 +92,7 @@ def test_no_decoy_has_the_key_that_is_asked_for(
         assert len(keys) == len(set(keys)) > 2 * 9
 
 
-def test_the_needle_stands_between_sentences_of_real_text_at_its_depth(tokenizer: Any, documents: Documents) -> None:
+def test_the_needle_is_between_sentences_of_real_text_at_its_depth(tokenizer: Any, documents: Documents) -> None:
     depths = (0.0, 0.25, 0.5, 0.75, 1.0)
     made = cell(tokenizer, documents, Task.needle, 4000, depths=depths)
     everything = " ".join(" ".join(TEXTS).split())
@@ -105,7 +101,7 @@ def test_the_needle_stands_between_sentences_of_real_text_at_its_depth(tokenizer
         text = text_of(made, number)
         place = text.index("The secret number")
         before = tokenizer.encode(text[:place], add_special_tokens=False)
-        # A needle moves back to the end of a sentence: at most 600 characters, here some 300 tokens.
+        # A needle moves back to the end of a sentence: at most 600 characters, here about 300 tokens.
         assert depth - 350 / 4000 < len(before) / len(prompt.ids) < depth + 60 / 4000
         needle = re.search(r"\s?The secret number of \S+ is \d+\.\s?", text)
         assert needle is not None
@@ -113,7 +109,7 @@ def test_the_needle_stands_between_sentences_of_real_text_at_its_depth(tokenizer
         assert context[-200:] in everything
 
 
-def test_real_text_goes_round_when_the_store_ends(tokenizer: Any, tmp_path: Path) -> None:
+def test_real_text_wraps_around_at_the_end_of_the_store(tokenizer: Any, tmp_path: Path) -> None:
     small = documents_of(["It rained. Nobody came.", "The bridge held."], tokenizer, tmp_path / "store")
     first, second = small.starting_at(0.99)(60, [0.5])
     assert (first + second).startswith("The bridge held.\n\nIt rained. Nobody came.\n\nThe bridge held.\n\nIt rained")
@@ -160,7 +156,7 @@ def test_frequent_words_are_the_most_frequent_by_a_clear_margin(
         assert most / len(listed) == pytest.approx(6 / 3.1416**2, abs=0.08)
 
 
-def test_a_perfect_answer_scores_one_and_half_of_it_half(tokenizer: Any, documents: Documents) -> None:
+def test_a_full_answer_scores_one_and_half_an_answer_half(tokenizer: Any, documents: Documents) -> None:
     made = cell(tokenizer, documents, Task.niah_multivalue)
     answers = made.prompt(0).answers
     assert made.judge(0, ", ".join(answers)) == 1

@@ -1,4 +1,4 @@
-"""Answers are judged as the tasks' authors do."""
+"""Scoring of answers, as in the code of the tasks' authors."""
 
 import pytest
 
@@ -18,11 +18,11 @@ from clex_train.retrieval.scoring import first_number, share_contained
         (" unknown", 0),
     ],
 )
-def test_the_first_number_counts_whole(generation: str, score: float) -> None:
+def test_the_first_number_must_match_completely(generation: str, score: float) -> None:
     assert first_number(generation, ("12345",)) == score
 
 
-def test_each_expected_string_counts_wherever_it_stands() -> None:
+def test_each_expected_string_counts_anywhere_in_the_answer() -> None:
     answers = ("apple", "Pear", "fig", "plum")
     assert share_contained("PEAR, and apples", answers) == 0.5
     assert share_contained("fig pear plum apple", answers) == 1

@@ -1,4 +1,4 @@
-"""A token store of texts, written by a tokenizer that it carries."""
+"""A token store of texts with a copy of its tokenizer."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from clex_train.token_store.writer import write_store
 
 
 def write_text_store(path: Path, texts: list[str], tokenizer: Any) -> None:
-    """The same documents in both splits."""
+    """Write the same documents to both splits."""
     documents = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     splits = {"train": documents, "validation": documents}
     manifest = write_store(path, splits, len(tokenizer), tokenizer.eos_token_id)

@@ -10,7 +10,7 @@ from clex_train.scaling.table import FrequencyTable, scale_grid
 from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 
 T_MAX = 5.0
-PIECES = [10, 6, 1, 1, 15, 1, 14, 1]  # t moves with the third, the fifth and the last
+PIECES = [10, 6, 1, 1, 15, 1, 14, 1]  # t moves with the third, the fifth and the last piece.
 
 
 def patched(family: str = "llama", **overrides: object) -> tuple[PreTrainedModel, RotaryHandle, FrequencyTable]:
@@ -40,7 +40,7 @@ def padded_call(pad: list[int], stop: int, start: int = 0) -> dict[str, torch.Te
 
 
 class QuantisedLayers(QuantizedCache):
-    """A quantized cache without a quantization library: transformers' base layers, rounding to `steps`."""
+    """A quantised cache without a quantisation library: transformers' base layers, rounding to `steps`."""
 
     def __init__(self, steps: float | None, residual_length: int = 8) -> None:
         class Layer(QuantizedLayer):

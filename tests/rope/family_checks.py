@@ -12,7 +12,7 @@ from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 from tests.rope.unrotated_cache import reference_logits
 
 GRID = [1.0, 2.0, 3.0, 4.0, 5.0]
-PIECES = [10, 6, 1, 1, 15, 1, 14, 1]  # t moves with the third, the fifth and the last
+PIECES = [10, 6, 1, 1, 15, 1, 14, 1]  # t moves with the third, the fifth and the last piece.
 INTERLEAVED = {"cohere"}
 AT_ONE, CROSSINGS = 1e-5, 1e-4
 """Tolerances of logits, which are of order 1."""
@@ -61,8 +61,8 @@ def error_over_crossings(family: str) -> float:
 
 @cache
 @torch.no_grad()
-def generates(family: str) -> bool:
-    """Return True if greedy generation from 8 to 40 tokens agrees with and without the cache (exact for one layer)."""
+def generation_agrees(family: str) -> bool:
+    """Return True if greedy generation from 8 to 40 tokens is equal with and without a cache (exact for one layer)."""
     kinds = {"layer_types": ["full_attention"]} if family in ("gemma3_text", "gemma2") else {}
     model = tiny_model(family, num_layers=1, **kinds)
     handle = install_rotary(model, CONTEXT)
@@ -77,7 +77,7 @@ def generates(family: str) -> bool:
 @cache
 @torch.no_grad()
 def is_undone(family: str) -> bool:
-    """Return True if `undo` restores logits and modules to the bit after a table has changed them."""
+    """Return True if `undo` restores logits and modules bitwise after a table has changed them."""
     model, ids = tiny_model(family), tokens(2, 2 * CONTEXT)
     before, modules = model(ids).logits, dict(model.named_modules())
     handle = install_rotary(model, CONTEXT)
@@ -89,7 +89,7 @@ def is_undone(family: str) -> bool:
 
 @cache
 @torch.no_grad()
-def takes_log_scaling(family: str) -> bool:
+def responds_to_log_scaling(family: str) -> bool:
     """Return True if log-scaling changes the logits beyond L and not within it."""
     model, ids = tiny_model(family), tokens(2, 2 * CONTEXT)
     handle = install_rotary(model, CONTEXT)

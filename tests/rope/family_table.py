@@ -124,8 +124,8 @@ def _family_row(family: str) -> list[str]:
         checks.error_at_one(family) < checks.AT_ONE,
         checks.num_frequencies_without_gradient(family) == 0,
         checks.error_over_crossings(family) < checks.CROSSINGS,
-        checks.generates(family),
-        checks.takes_log_scaling(family),
+        checks.generation_agrees(family),
+        checks.responds_to_log_scaling(family),
         checks.is_undone(family),
     )
     cells = ["yes" if holds else "no" for holds in found]

@@ -1,4 +1,4 @@
-"""Rows of a KV cache move with their positions, and a recorded cache is copied and freed like any other."""
+"""Rows of a KV cache move with their positions; recorded caches are copied and freed like any other."""
 
 import copy
 import gc
@@ -61,7 +61,7 @@ def test_a_copy_of_a_cache_moves_its_own_rows() -> None:
 
 
 @torch.no_grad()
-def test_rows_that_are_lost_do_not_count_for_the_length() -> None:
+def test_dropped_rows_do_not_count_for_the_length() -> None:
     model, handle, _ = patched()
     cache, seen = DynamicCache(), []
     model(**padded_call([0, 9], 15), past_key_values=cache, use_cache=True)
@@ -98,7 +98,7 @@ def test_keys_are_freed_with_their_cache_without_the_cyclic_collector(kind: str)
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 @torch.no_grad()
-def test_copies_and_pickles_of_a_cache_are_of_its_kind_and_move_their_own_rows(kind: str, duplicate: Any) -> None:
+def test_copies_and_pickles_of_a_cache_have_its_type_and_move_their_own_rows(kind: str, duplicate: Any) -> None:
     model, _, _ = patched(num_layers=1)
     cache, pad, order = CACHES[kind](model), [0, 9], torch.tensor([1, 0])
     before = type(cache)
@@ -115,7 +115,7 @@ def test_copies_and_pickles_of_a_cache_are_of_its_kind_and_move_their_own_rows(k
 
 
 @torch.no_grad()
-def test_a_shallow_copy_moves_the_rows_that_it_shares_once() -> None:
+def test_a_shallow_copy_moves_shared_rows_once() -> None:
     model, _, _ = patched(num_layers=1)
     cache, pad, order = DynamicCache(), [0, 5, 9], torch.tensor([2, 0, 1])
     model(**padded_call(pad, 15), past_key_values=cache, use_cache=True)
@@ -129,7 +129,7 @@ def test_a_shallow_copy_moves_the_rows_that_it_shares_once() -> None:
 
 
 @torch.no_grad()
-def test_moved_beams_keep_the_length_without_a_look_at_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moved_beams_keep_the_length_without_reading_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     model, handle, _ = patched()
     cache, seen = DynamicCache(), []
     model(**padded_call([0, 0, 9, 9], 15), past_key_values=cache, use_cache=True)
@@ -141,7 +141,7 @@ def test_moved_beams_keep_the_length_without_a_look_at_the_positions(monkeypatch
     assert seen == [16]
 
 
-def test_rows_that_are_changed_behind_the_cache_are_refused_when_t_moves() -> None:
+def test_rows_changed_without_the_cache_are_refused_when_t_moves() -> None:
     model, _, _ = patched()
     cache = DynamicCache()
     position_ids = torch.arange(10).expand(2, -1)

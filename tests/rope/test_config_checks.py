@@ -1,4 +1,4 @@
-"""Impossible RoPE values and lengths in config.json are refused by key, value and remedy."""
+"""Checks of RoPE values and lengths in config.json: refusals with key, value and remedy."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def refusal(model: ModelConfig) -> str:
 
 
 @pytest.mark.parametrize("theta", [0, -5.0, 1, 0.5, 1e13, "10000", None, True, float("inf"), float("nan")])
-def test_a_base_by_which_frequencies_do_not_differ_is_refused(directory, theta):
+def test_a_base_with_equal_frequencies_is_refused(directory, theta):
     change(directory, {"rope_theta": theta})
     line = refusal(ModelConfig(path=str(directory)))
     assert line.startswith(f"model.path={directory}: its config.json has rope_theta={theta!r} for RoPE, which must be")
@@ -53,7 +53,7 @@ def test_a_base_by_which_frequencies_do_not_differ_is_refused(directory, theta):
 
 
 @pytest.mark.parametrize("theta", [0, "x", None])
-def test_a_base_in_the_place_of_older_versions_is_refused_too(directory, theta):
+def test_an_invalid_base_under_the_older_key_is_refused_too(directory, theta):
     path = directory / "config.json"
     config = json.loads(path.read_text())
     del config["rope_parameters"]
@@ -62,7 +62,7 @@ def test_a_base_in_the_place_of_older_versions_is_refused_too(directory, theta):
 
 
 @pytest.mark.parametrize("rope_type", ["yarnn", None, 5, []])
-def test_an_unknown_type_is_refused_with_those_that_are_known(directory, rope_type):
+def test_an_unknown_type_is_refused_with_the_known_ones(directory, rope_type):
     change(directory, {"rope_type": rope_type, "factor": 2.0})
     line = refusal(ModelConfig(path=str(directory)))
     assert f"rope_type={rope_type!r} for RoPE, which must be one of default, dynamic, linear, llama3" in line
@@ -89,12 +89,12 @@ def test_a_factor_that_would_shrink_the_context_is_refused(directory, rope_type,
         ({"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [0.0] * 16}, "long_factor"),
     ],
 )
-def test_other_values_that_cannot_be_meant_are_named(directory, rope, key):
+def test_other_invalid_values_are_named(directory, rope, key):
     change(directory, rope)
     assert f"its config.json has {key}={rope[key]!r} for RoPE" in refusal(ModelConfig(path=str(directory)))
 
 
-def test_each_type_of_layer_is_looked_at():
+def test_every_layer_type_is_checked():
     rope = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -114,7 +114,7 @@ def test_values_of_released_models_are_accepted(directory, rope):
 
 @pytest.mark.parametrize("length", [-4, 0, 1, 10**12, 10**30])
 @pytest.mark.parametrize("key", ["max_position_embeddings", "original_max_position_embeddings"])
-def test_a_length_that_cannot_be_meant_is_named_with_the_key_that_replaces_it(directory, key, length):
+def test_an_invalid_length_is_named_with_the_key_that_replaces_it(directory, key, length):
     change(directory, **{key: length})
     assert refusal(ModelConfig(path=str(directory))) == (
         f"{directory}/config.json: {key}={length}: must be from 2 to 134,217,728 tokens; correct it, or set the "

@@ -1,6 +1,6 @@
-"""Methods give the tables and configs that the functions before them gave, to the bit.
+"""Scaling methods against the functions that they replaced: bitwise equal tables and configs.
 
-The formulas below are those of the library before each method had a class, kept here as they were.
+The formulas below are copies of those in the library before each method had a class.
 """
 
 import json
@@ -50,7 +50,7 @@ def theta(base: Tensor, own_base: float) -> Tensor:
 
 
 def stock(family: str, parameters_at: Callable[[float], dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """transformers' frequencies and attention factors at every t."""
+    """Return the frequencies and attention factors of transformers at every t."""
     rows = []
     for t in GRID.tolist():
         config, kind = FAMILIES[family].__class__(**FAMILIES[family].to_dict()), None

@@ -1,4 +1,4 @@
-"""Tables by transformers' formulas, and models read unchanged, against stock models of transformers."""
+"""Tables by transformers' formulas, and unchanged models, against stock models of transformers."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def factors(tmp_path: Path) -> Path:
 
 
 def stock(model: PreTrainedModel, rope_type: str, t: float, num_pairs: int) -> PreTrainedModel:
-    """Build transformers' own model of a rope_type, with the weights of `model`."""
+    """Build the stock model of a rope_type with the weights of `model`."""
     config = AutoConfig.for_model(**model.config.to_dict())
     added: dict[str, Any] = {"rope_type": rope_type, "factor": t, "original_max_position_embeddings": CONTEXT}
     if rope_type == "longrope":
@@ -86,7 +86,7 @@ def read_in_chunks(model: PreTrainedModel, handle: RotaryHandle, ids: torch.Tens
 @torch.no_grad()
 @pytest.mark.parametrize("rope_type", ["linear", "yarn", "dynamic", "longrope"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi", "gemma3_text"])
-def test_a_table_gives_the_logits_of_the_stock_model_of_that_rope_type(
+def test_a_table_gives_the_logits_of_the_stock_model_with_that_rope_type(
     family: str, rope_type: str, factors: Path
 ) -> None:
     model = tiny_model(family, dtype=torch.float64)
@@ -99,7 +99,7 @@ def test_a_table_gives_the_logits_of_the_stock_model_of_that_rope_type(
         handle.use(table)
         ours = read_in_chunks(model, handle, ids)
         assert nll(ours, ids) == pytest.approx(nll(expected, ids), rel=1e-5)
-        # What remains is that transformers forms the angle in float32.
+        # The remaining difference: transformers computes the angle in float32.
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
         if length == LENGTHS[-1]:
             handle.use(None)
@@ -107,7 +107,7 @@ def test_a_table_gives_the_logits_of_the_stock_model_of_that_rope_type(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text", "phi3", "mistral"])
-def test_formulas_meet_those_of_this_project(family: str, factors: Path) -> None:
+def test_formulas_agree_with_those_of_this_project(family: str, factors: Path) -> None:
     handle = install_rotary(tiny_model(family), CONTEXT)
     tables, base = tables_of(handle, factors), handle.base_inv_freq
     torch.testing.assert_close(tables["linear"].inv_freq, pi_table(base, GRID).inv_freq, rtol=3e-7, atol=0)
@@ -119,7 +119,7 @@ def test_formulas_meet_those_of_this_project(family: str, factors: Path) -> None
     torch.testing.assert_close(tables["longrope"].inv_freq[0], base / short, rtol=3e-7, atol=0)
 
 
-def test_yarn_and_longrope_sharpen_attention_more_with_t_and_not_at_all_at_1(factors: Path) -> None:
+def test_yarn_and_longrope_sharpen_attention_with_t_and_not_at_1(factors: Path) -> None:
     tables = tables_of(install_rotary(tiny_model("llama"), CONTEXT), factors)
     assert tables["yarn"].attention_factors[3] == pytest.approx(0.1 * torch.log(torch.tensor(4.0)).item() + 1)
     for name in ("yarn", "longrope"):
@@ -128,7 +128,7 @@ def test_yarn_and_longrope_sharpen_attention_more_with_t_and_not_at_all_at_1(fac
         assert bool((factors.diff() > 0).all())
 
 
-def test_what_a_model_config_says_is_left_as_it_was(factors: Path) -> None:
+def test_the_config_of_a_model_is_unchanged(factors: Path) -> None:
     model = tiny_model("phi3")
     before = model.config.to_dict()
     tables_of(install_rotary(model, CONTEXT), factors)
@@ -143,13 +143,13 @@ def test_what_a_model_config_says_is_left_as_it_was(factors: Path) -> None:
     ],
     ids=lambda scaling: scaling["rope_type"],
 )
-def test_a_model_with_a_scaling_of_its_own_has_no_other_on_top(scaling: dict[str, Any]) -> None:
+def test_a_model_with_a_built_in_scaling_gets_no_second_one(scaling: dict[str, Any]) -> None:
     handle = install_rotary(tiny_model("llama", rope_parameters={"rope_theta": 1e4, **scaling}), CONTEXT)
     with pytest.raises(ValueError, match=rf"methods=\[yarn\]: .*model_type=llama .*rope_type={scaling['rope_type']}"):
         Yarn().table(rope_of(handle), GRID)
 
 
-def scaled_by_itself(family: str, rope_type: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+def self_scaled_model(family: str, rope_type: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     scaling: dict[str, Any] = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0}
     overrides: dict[str, Any] = {}
     if rope_type == "longrope":
@@ -166,20 +166,20 @@ OWN = [("llama", "dynamic"), ("phi", "dynamic"), ("llama", "longrope"), ("phi3",
 
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "rope_type"), OWN)
-def test_a_model_that_follows_the_length_reads_chunks_as_it_reads_whole_windows(family: str, rope_type: str) -> None:
-    model = scaled_by_itself(family, rope_type)
+def test_a_dynamically_scaled_model_reads_chunks_like_whole_windows(family: str, rope_type: str) -> None:
+    model = self_scaled_model(family, rope_type)
     handle = install_native(model, CONTEXT)
     for length in (CONTEXT - 3, CONTEXT, CONTEXT + 1, 29, 4 * CONTEXT, 7 * CONTEXT):
         ids = tokens(length)
-        expected = scaled_by_itself(family, rope_type)(ids).logits
+        expected = self_scaled_model(family, rope_type)(ids).logits
         for ours in (model(ids).logits, read_in_chunks(model, handle, ids)):
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_plain_frequencies_are_another_reading_of_a_model_that_follows_the_length(rope_type: str) -> None:
-    model = scaled_by_itself("llama", rope_type)
+def test_plain_frequencies_differ_from_a_dynamically_scaled_model(rope_type: str) -> None:
+    model = self_scaled_model("llama", rope_type)
     handle, ids = install_native(model, CONTEXT), tokens(3 * CONTEXT)
     own = model(ids).logits
     base = handle.base_inv_freq
@@ -189,14 +189,14 @@ def test_plain_frequencies_are_another_reading_of_a_model_that_follows_the_lengt
     assert torch.equal(model(ids).logits, own)
 
 
-def test_training_frequencies_stay_refused_on_a_model_that_follows_the_length() -> None:
+def test_training_frequencies_are_refused_on_a_dynamically_scaled_model() -> None:
     with pytest.raises(ValueError, match="rope_type=longrope of model_type=phi3"):
-        install_rotary(scaled_by_itself("phi3", "longrope"), CONTEXT)
+        install_rotary(self_scaled_model("phi3", "longrope"), CONTEXT)
 
 
 @torch.no_grad()
-def test_a_module_that_does_not_use_the_frequencies_it_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = scaled_by_itself("llama", "longrope")
+def test_a_module_that_ignores_its_frequencies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = self_scaled_model("llama", "longrope")
     stock_forward = type(model.model.rotary_emb).forward
 
     def ignoring(self, x, position_ids):
@@ -233,7 +233,7 @@ WITHOUT_ROPE: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", sorted(WITHOUT_ROPE))
-def test_a_model_without_rope_reads_chunks_as_it_reads_whole_windows(kind: str) -> None:
+def test_a_model_without_rope_reads_chunks_like_whole_windows(kind: str) -> None:
     model = small(kind, **WITHOUT_ROPE[kind])
     handle = install_native(model, CONTEXT)
     for length in (CONTEXT, 4 * CONTEXT):
@@ -246,7 +246,7 @@ def test_a_model_without_rope_reads_chunks_as_it_reads_whole_windows(kind: str) 
 
 
 @torch.no_grad()
-def test_the_biases_of_mpt_beyond_its_context_continue_those_within() -> None:
+def test_the_biases_of_mpt_extend_linearly_beyond_its_context() -> None:
     model = small("mpt", **WITHOUT_ROPE["mpt"])
     longer = small("mpt", **(WITHOUT_ROPE["mpt"] | {"max_seq_len": 8 * CONTEXT}))
     handle, ids = install_native(model, CONTEXT), tokens(8 * CONTEXT)
@@ -255,14 +255,14 @@ def test_the_biases_of_mpt_beyond_its_context_continue_those_within() -> None:
     assert model.config.max_seq_len == CONTEXT
 
 
-def test_a_table_of_positions_ends_where_it_ends_and_alibi_does_not() -> None:
+def test_learned_positions_have_a_maximum_length_and_alibi_has_none() -> None:
     handle = install_native(small("gpt2", **WITHOUT_ROPE["gpt2"]), CONTEXT)
     with pytest.raises(ValueError, match=r"num_tokens=65: model_type=gpt2 .* for 64 tokens"), handle.fixed(65):
         pytest.fail("there are no such positions")
     assert install_native(small("bloom", **WITHOUT_ROPE["bloom"]), CONTEXT).max_tokens is None
 
 
-def test_what_needs_frequencies_is_refused_on_a_model_without() -> None:
+def test_methods_that_need_frequencies_are_refused_without_rope() -> None:
     handle = install_native(small("bloom", **WITHOUT_ROPE["bloom"]), CONTEXT)
     base = torch.ones(4, dtype=torch.float64)
     with pytest.raises(ValueError, match="table of 4 pairs: model_type=bloom has no RoPE"):

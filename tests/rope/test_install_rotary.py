@@ -1,4 +1,4 @@
-"""Installation of the rotary module: where it is found, what is refused, and what stays unchanged."""
+"""Installation of the rotary module: discovery, refusals, and unchanged state."""
 
 import copy
 import logging
@@ -24,7 +24,7 @@ def test_a_model_without_rotary_module_is_refused_by_name_and_reason(kind: str, 
         require_rotary(AutoConfig.for_model(kind))
 
 
-def test_falcon_with_alibi_does_not_use_the_rotary_module_it_holds() -> None:
+def test_falcon_with_alibi_does_not_use_its_rotary_module() -> None:
     require_rotary(AutoConfig.for_model("falcon", alibi=False))
     with pytest.raises(ValueError, match=r"model_type=falcon: no rotary position embedding .*ALiBi"):
         require_rotary(AutoConfig.for_model("falcon", alibi=True))
@@ -37,12 +37,12 @@ def test_an_encoder_is_refused_in_one_line() -> None:
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(num_hidden_layers=80), GPTNeoXConfig()])
-def test_an_architecture_of_any_size_is_judged_without_weights(config: LlamaConfig) -> None:
+def test_an_architecture_of_any_size_is_checked_without_weights(config: LlamaConfig) -> None:
     require_rotary(config)
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_a_rope_that_follows_the_length_by_itself_is_refused(rope_type: str) -> None:
+def test_a_dynamically_scaled_rope_is_refused(rope_type: str) -> None:
     scaling = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": CONTEXT}
     if rope_type == "longrope":
         scaling |= {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
@@ -66,7 +66,7 @@ def test_a_rope_that_follows_the_length_by_itself_is_refused(rope_type: str) -> 
     ids=lambda scaling: scaling["rope_type"],
 )
 @torch.no_grad()
-def test_a_static_scaling_of_the_model_is_where_the_table_starts(scaling: dict[str, object]) -> None:
+def test_a_table_starts_at_the_static_scaling_of_the_model(scaling: dict[str, object]) -> None:
     model, ids = tiny_model("llama", rope_parameters={"rope_theta": 1e4, **scaling}), tokens(2, CONTEXT)
     before = model(ids).logits
     handle = install_rotary(model, CONTEXT)
@@ -74,7 +74,7 @@ def test_a_static_scaling_of_the_model_is_where_the_table_starts(scaling: dict[s
     assert torch.allclose(model(ids).logits, before, atol=1e-5, rtol=0)
 
 
-def test_frequencies_that_bfloat16_has_rounded_are_taken_from_the_config() -> None:
+def test_frequencies_rounded_to_bfloat16_are_recomputed_from_the_config() -> None:
     exact = install_rotary(tiny_model("llama"), CONTEXT).base_inv_freq
     model = tiny_model("llama")
     model.bfloat16()
@@ -126,7 +126,7 @@ def test_undo_in_the_middle_of_a_context_leaves_no_hook() -> None:
 
 
 @torch.no_grad()
-def test_a_deep_copy_of_the_model_is_governed_by_a_handle_of_its_own() -> None:
+def test_a_deep_copy_of_the_model_has_an_independent_handle() -> None:
     model, ids = tiny_model("llama"), tokens(1, CONTEXT + 4)
     handle = install_rotary(model, CONTEXT)
     clone = copy.deepcopy(model)
@@ -136,7 +136,7 @@ def test_a_deep_copy_of_the_model_is_governed_by_a_handle_of_its_own() -> None:
     assert torch.equal(clone(ids).logits, plain)
 
 
-def test_a_sequence_beyond_t_max_names_n_t_max_and_l() -> None:
+def test_a_sequence_beyond_t_max_is_refused_with_n_t_max_and_l() -> None:
     model = tiny_model("llama")
     handle = install_rotary(model, CONTEXT)
     handle.use(ntk_table(handle.base_inv_freq, scale_grid(3.0)))
@@ -146,7 +146,7 @@ def test_a_sequence_beyond_t_max_names_n_t_max_and_l() -> None:
 
 
 @torch.no_grad()
-def test_clamping_stays_at_t_max_and_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_clamping_uses_t_max_and_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     model, ids = tiny_model("llama"), tokens(1, 60)
     handle = install_rotary(model, CONTEXT)
     handle.use(ntk_table(handle.base_inv_freq, scale_grid(3.0)), clamp=True)
@@ -160,14 +160,14 @@ def test_clamping_stays_at_t_max_and_warns_once(caplog: pytest.LogCaptureFixture
         assert torch.equal(model(ids).logits, clamped)
 
 
-def test_a_table_of_another_rotary_dimension_names_both() -> None:
+def test_a_table_of_another_rotary_dimension_is_refused_with_both() -> None:
     handle = install_rotary(tiny_model("gpt_neox"), CONTEXT)
     table = FrequencyTable(torch.ones(1).double(), torch.ones(1, 5).double())
     with pytest.raises(ValueError, match=r"rotary dimension 10\): the model rotates 3 pairs \(rotary dimension 6\)"):
         handle.use(table)
 
 
-def test_a_table_for_another_context_length_names_both() -> None:
+def test_a_table_for_another_context_length_is_refused_with_both() -> None:
     handle = install_rotary(tiny_model("llama"), CONTEXT)
     table = FrequencyTable(torch.ones(1).double(), handle.base_inv_freq[None], context_len=4096)
     with pytest.raises(ValueError, match="table for context_len=4096: the model's handle has 16"):
@@ -228,7 +228,7 @@ def test_frequencies_of_another_rotary_dimension_cannot_be_trained() -> None:
         pass
 
 
-def test_a_training_row_is_not_continued_from_a_cache() -> None:
+def test_a_training_row_cannot_continue_from_a_cache() -> None:
     model = tiny_model("llama")
     handle = install_rotary(model, CONTEXT)
     cache = model(tokens(1, 8), use_cache=True).past_key_values
@@ -267,7 +267,7 @@ def test_plain_positions_in_training_are_the_positions_of_evaluation() -> None:
 
 
 @torch.no_grad()
-def test_local_layers_keep_their_own_rope_while_training() -> None:
+def test_local_layers_keep_their_own_rope_in_training() -> None:
     model, ids = tiny_model("gemma3_text", layer_types=["sliding_attention"] * 2), tokens(1, CONTEXT)
     with pytest.raises(ValueError, match="exactly one must be global"):
         install_rotary(model, CONTEXT)

@@ -1,4 +1,4 @@
-"""Generation with a KV cache: keys follow t whatever the cache, the batch and the order of requests."""
+"""Generation with a KV cache: keys follow t for every cache type, batch and order of requests."""
 
 import copy
 from contextlib import nullcontext
@@ -28,7 +28,7 @@ def test_a_static_cache_follows_t_like_a_dynamic_one(family: str) -> None:
 
 @pytest.mark.parametrize("window", [12, 40])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_sliding_window_drops_keys_and_turns_the_rest(kind: str, window: int) -> None:
+def test_a_sliding_window_drops_keys_and_rerotates_the_rest(kind: str, window: int) -> None:
     model, _, _ = patched("gemma2", sliding_window=window, layer_types=["sliding_attention", "full_attention"])
     ids = tokens(1, sum(PIECES))
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=64)
@@ -46,7 +46,7 @@ def test_one_layer_with_a_cache_gives_the_logits_of_one_forward_at_the_final_t()
     assert torch.allclose(feed(model, ids, PIECES)[:, -1], whole, atol=1e-5, rtol=0)
 
 
-def test_left_padded_rows_are_turned_by_their_own_positions() -> None:
+def test_left_padded_rows_are_rerotated_by_their_own_positions() -> None:
     model, handle, table = patched()
     ids, pad = tokens(3, sum(PIECES)), torch.tensor([0, 5, 9])
     logits, cache, start = [], None, 0
@@ -98,7 +98,7 @@ def test_a_conversation_continues_from_its_cache() -> None:
     assert torch.equal(cached, model.generate(turn, max_new_tokens=20, do_sample=False, use_cache=False))
 
 
-def test_requests_in_turn_do_not_influence_one_another() -> None:
+def test_alternating_requests_do_not_affect_each_other() -> None:
     model, _, _ = patched()
     long, short = tokens(1, sum(PIECES)), tokens(1, CONTEXT, seed=3)
     alone_long, alone_short = feed(model, long, PIECES), feed(model, short, [10, 6])
@@ -111,7 +111,7 @@ def test_requests_in_turn_do_not_influence_one_another() -> None:
     assert torch.equal(interleaved[0], feed(model, long[:, :40], [40]))
 
 
-def test_a_copy_of_a_cache_knows_what_its_keys_are_rotated_by() -> None:
+def test_a_copy_of_a_cache_records_the_rotation_of_its_keys() -> None:
     model, _, _ = patched()
     ids, prefix = tokens(1, 40), DynamicCache()
     feed(model, ids[:, :10], [10], prefix)
@@ -120,7 +120,7 @@ def test_a_copy_of_a_cache_knows_what_its_keys_are_rotated_by() -> None:
     assert torch.allclose(feed(model, ids[:, 10:], [30], branch), straight, atol=1e-6)
 
 
-def test_a_cropped_cache_turns_back() -> None:
+def test_a_cropped_cache_is_rerotated_to_a_smaller_t() -> None:
     model, _, _ = patched(num_layers=1)
     ids, cache = tokens(1, 40), DynamicCache()
     feed(model, ids, [14, 26], cache)
@@ -130,7 +130,7 @@ def test_a_cropped_cache_turns_back() -> None:
         assert torch.allclose(again[:, -1], model(ids[:, :16]).logits[:, -1], atol=1e-5)
 
 
-def test_a_cache_that_was_reset_starts_afresh() -> None:
+def test_a_reset_cache_starts_from_scratch() -> None:
     model, _, _ = patched()
     cache = StaticCache(model.config, max_cache_len=64)
     feed(model, tokens(1, 50, seed=7), [50], cache)
@@ -138,7 +138,7 @@ def test_a_cache_that_was_reset_starts_afresh() -> None:
     assert torch.allclose(feed(model, tokens(1, 20), [10, 10], cache), feed(model, tokens(1, 20), [10, 10]), atol=1e-5)
 
 
-def test_pinned_t_leaves_keys_alone() -> None:
+def test_pinned_t_does_not_rerotate_keys() -> None:
     model, handle, _ = patched()
     ids = tokens(2, sum(PIECES))
     with handle.pinned(4.0), torch.no_grad():
@@ -146,7 +146,7 @@ def test_pinned_t_leaves_keys_alone() -> None:
     assert torch.allclose(found, whole, atol=1e-5, rtol=0)
 
 
-def test_fixed_length_in_chunks_is_one_forward() -> None:
+def test_chunks_at_a_fixed_length_equal_one_forward() -> None:
     model, handle, _ = patched()
     ids = tokens(2, sum(PIECES))
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_fixed_length_in_chunks_is_one_forward() -> None:
         assert torch.allclose(feed(model, ids, PIECES), whole, atol=1e-5, rtol=0)
 
 
-def test_another_table_turns_the_keys_that_are_there() -> None:
+def test_another_table_rerotates_existing_keys() -> None:
     model, handle, table = patched(num_layers=1)
     ids, cache = tokens(1, 40), DynamicCache()
     handle.use(none_table(handle.base_inv_freq, scale_grid(T_MAX)))
@@ -187,7 +187,7 @@ def test_keys_of_unknown_rotation_are_refused() -> None:
 
 
 @pytest.mark.parametrize("residual_length", [1, 8, 100])
-def test_quantised_keys_are_turned_with_the_ones_that_are_not_yet_quantised(residual_length: int) -> None:
+def test_quantised_keys_are_rerotated_with_those_not_yet_quantised(residual_length: int) -> None:
     model, _, _ = patched()
     ids = tokens(2, sum(PIECES))
     exact = feed(model, ids, PIECES)
@@ -195,7 +195,7 @@ def test_quantised_keys_are_turned_with_the_ones_that_are_not_yet_quantised(resi
     assert torch.allclose(found, exact, atol=1e-5, rtol=0)
 
 
-def test_quantisation_costs_no_more_when_t_moves() -> None:
+def test_the_error_of_quantisation_does_not_grow_when_t_moves() -> None:
     model, handle, _ = patched()
     ids, errors = tokens(2, sum(PIECES)), []
     for context in (handle.pinned(4.0), nullcontext()):
@@ -207,7 +207,7 @@ def test_quantisation_costs_no_more_when_t_moves() -> None:
     assert moving < 1.5 * pinned
 
 
-def test_a_cache_whose_keys_cannot_be_turned_is_refused_by_name_when_t_moves() -> None:
+def test_a_cache_whose_keys_cannot_be_rerotated_is_refused_by_name_when_t_moves() -> None:
     model, handle, _ = patched()
 
     class Unknown(DynamicIndexedLayer):
@@ -232,7 +232,7 @@ def test_assisted_decoding_gives_the_greedy_answer_at_a_pinned_t(lookup: bool) -
 
 @pytest.mark.parametrize("pin", [False, True])
 @pytest.mark.parametrize("lookup", [False, True])
-def test_assisted_decoding_across_a_move_of_t_is_said_once(
+def test_assisted_decoding_across_a_move_of_t_is_reported_once(
     lookup: bool, pin: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, handle, _ = patched()
@@ -251,7 +251,7 @@ def test_assisted_decoding_across_a_move_of_t_is_said_once(
     assert pin or said
 
 
-def test_chunks_and_a_new_turn_on_a_cropped_cache_are_not_taken_for_assisted_decoding(
+def test_chunks_and_a_new_turn_on_a_cropped_cache_are_not_mistaken_for_assisted_decoding(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, _, _ = patched()
@@ -265,7 +265,7 @@ def test_chunks_and_a_new_turn_on_a_cropped_cache_are_not_taken_for_assisted_dec
 
 
 @pytest.mark.parametrize("lookup", [False, True])
-def test_assisted_decoding_leaves_a_cache_that_knows_its_keys(lookup: bool) -> None:
+def test_assisted_decoding_leaves_a_consistent_cache(lookup: bool) -> None:
     model, _, _ = patched(num_layers=1)
     assistant, _, _ = patched(num_layers=1)
     help_with = {"prompt_lookup_num_tokens": 3} if lookup else {"assistant_model": assistant}
@@ -290,7 +290,7 @@ def test_sampling_draws_the_same_tokens_with_and_without_the_cache(layers: int) 
 
 
 @torch.no_grad()
-def test_bfloat16_keys_after_sixteen_crossings_are_nearly_as_good_as_unrotated_ones() -> None:
+def test_bfloat16_keys_after_sixteen_crossings_are_nearly_as_accurate_as_unrotated_ones() -> None:
     ids, pieces = tokens(4, 72), [4] * 18
     exact_model = tiny_model("llama")
     handle = install_rotary(exact_model, 4)

@@ -1,4 +1,4 @@
-"""Layers with a window of at most L tokens keep the model's own frequencies, although one RoPE serves all layers."""
+"""Layers with a window of at most L tokens keep the frequencies of the model, even if all layers share one RoPE."""
 
 import copy
 from collections.abc import Callable
@@ -35,9 +35,9 @@ MIXED: dict[str, dict[str, Any]] = {
     "qwen3": {**LOCAL, "use_sliding_window": True, "head_dim": 8},
     "gpt_oss": {**LOCAL, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
-"""Layer 0 sees a window below L, layer 1 everything; both are given the same cos and sin."""
+"""Layer 0 has a window below L, layer 1 none; both get the same cos and sin."""
 ONCE = {"gpt_oss"}
-"""Families whose cos has the width of P pairs instead of 2 P."""
+"""Families whose cos has width P instead of 2 P."""
 GRID = [1.0, 2.0, 3.0]
 
 
@@ -48,7 +48,7 @@ def pair_at(inv_freq: Tensor, num_tokens: int, family: str, factor: float) -> tu
 
 
 def with_own_pair(layer: nn.Module, pair: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """Give `layer` another pair than the model's rotary module returned; return a function that ends it."""
+    """Replace the cos and sin that `layer` receives; return a function that undoes it."""
     hook = layer.register_forward_pre_hook(
         lambda _, args, kwargs: (args, {**kwargs, "position_embeddings": pair}), with_kwargs=True
     )
@@ -72,7 +72,7 @@ def scaled(model: PreTrainedModel) -> RotaryHandle:
 
 @pytest.mark.parametrize("family", MIXED)
 @torch.no_grad()
-def test_only_layers_that_see_beyond_l_follow_t(family: str) -> None:
+def test_only_layers_with_windows_beyond_l_follow_t(family: str) -> None:
     model, ids = model_of(family, **MIXED[family]), tokens(2, 2 * CONTEXT)
     stock = copy.deepcopy(model)
     handle = scaled(model)
@@ -87,7 +87,7 @@ def test_only_layers_that_see_beyond_l_follow_t(family: str) -> None:
 
 @pytest.mark.parametrize("family", MIXED)
 @torch.no_grad()
-def test_keys_of_local_layers_stay_to_the_bit_when_t_moves(family: str) -> None:
+def test_keys_of_local_layers_are_bitwise_unchanged_when_t_moves(family: str) -> None:
     model, ids = model_of(family, **MIXED[family]), tokens(1, CONTEXT + 1)
     scaled(model)
     cache = kv_cache.require_in_output(model(ids[:, :CONTEXT], use_cache=True))
@@ -99,13 +99,13 @@ def test_keys_of_local_layers_stay_to_the_bit_when_t_moves(family: str) -> None:
 
 
 @torch.no_grad()
-def test_a_window_beyond_l_follows_t_with_the_rest() -> None:
+def test_a_layer_with_a_window_beyond_l_follows_t() -> None:
     model = model_of("gemma2", **{**MIXED["gemma2"], "sliding_window": CONTEXT + 1})
     assert install_rotary(model, CONTEXT).scaled_layers == {0: True, 1: True}
 
 
 @torch.no_grad()
-def test_a_base_that_follows_the_length_by_itself_does_so_in_local_layers_too() -> None:
+def test_a_dynamically_scaled_base_applies_to_local_layers_too() -> None:
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     model, ids = model_of("qwen2", **MIXED["qwen2"], rope_parameters=rope), tokens(1, 2 * CONTEXT)
     expected = copy.deepcopy(model)(ids, use_cache=False).logits
@@ -126,14 +126,14 @@ def test_lm_infinite_rotates_local_layers_by_the_models_own_frequencies(family: 
     scaled(model)
     if not mask_first:
         apply_lm_infinite(model, far, 0)
-    # A window that holds every token leaves the Lambda-shaped mask nothing to hide.
+    # With a window over every token, the Lambda-shaped mask hides nothing.
     expected = expected_model(ids, use_cache=False).logits
     assert torch.allclose(model(ids, use_cache=False).logits, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recomputation_and_sampled_positions_leave_local_layers_theirs(family: str, dtype: torch.dtype) -> None:
+def test_recomputation_and_sampled_positions_do_not_affect_local_layers(family: str, dtype: torch.dtype) -> None:
     ids = tokens(2, CONTEXT)
     positions = 3.0 * torch.arange(CONTEXT).double().expand(2, -1)
 
@@ -155,18 +155,18 @@ def test_recomputation_and_sampled_positions_leave_local_layers_theirs(family: s
 
 
 @torch.no_grad()
-def test_local_layers_see_plain_positions_while_others_are_sampled() -> None:
+def test_local_layers_get_plain_positions_while_others_are_sampled() -> None:
     model, ids = model_of("gemma2", **MIXED["gemma2"]), tokens(1, CONTEXT)
     stock = copy.deepcopy(model)
     handle = install_rotary(model, CONTEXT)
     positions = 2.5 * torch.arange(CONTEXT).double()[None]
     with handle.training(Spectrum(handle.base_inv_freq), positions):
         found = model(ids, use_cache=False).logits
-    # 2.5 m theta is m (2.5 theta).
+    # 2.5 m theta = m (2.5 theta).
     assert torch.allclose(found, reference(stock, ids, 2.5 * handle.base_inv_freq, "gemma2"), atol=1e-4, rtol=0)
 
 
-def test_a_recipe_by_formula_says_that_it_scales_local_layers_too(
+def test_a_recipe_by_formula_reports_that_it_scales_local_layers_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model_of("gemma2", **MIXED["gemma2"]).save_pretrained(tmp_path)

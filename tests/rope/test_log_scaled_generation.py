@@ -1,4 +1,4 @@
-"""Log-scaling bound to a rotary handle: n follows the cache step by step, and the rows in training."""
+"""Log-scaling bound to a rotary handle: n follows the cache in decoding and the row in training."""
 
 import math
 
@@ -14,7 +14,7 @@ from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 
 
 @torch.no_grad()
-def test_each_decoding_step_has_the_factor_of_its_own_length() -> None:
+def test_each_decoding_step_uses_the_factor_of_its_length() -> None:
     model, ids = tiny_model("llama", num_layers=1), tokens(1, 40)
     handle = install_rotary(model, CONTEXT)
     handle.use(ntk_table(handle.base_inv_freq, scale_grid(4.0)))
@@ -46,11 +46,11 @@ def log_scaled_decoding(attention: str) -> torch.Tensor:
     "attention", ["eager", pytest.param("flex_attention", marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
 )
 def test_every_attention_back_end_scales_alike_while_decoding(attention: str) -> None:
-    # flex attention compiles its kernels, which takes a minute.
+    # flex_attention compiles its kernels, which takes a minute.
     assert torch.allclose(log_scaled_decoding(attention), log_scaled_decoding("sdpa"), atol=1e-5, rtol=0)
 
 
-def test_a_training_row_counts_its_tokens_and_not_its_span() -> None:
+def test_the_factor_of_a_training_row_follows_its_tokens_and_not_its_span() -> None:
     model, ids = tiny_model("llama").train(), tokens(1, 2 * CONTEXT)
     handle = install_rotary(model, CONTEXT)
     scaling = install_log_scaling(model, "always", CONTEXT, handle.on_length)
@@ -60,7 +60,7 @@ def test_a_training_row_counts_its_tokens_and_not_its_span() -> None:
 
 
 @torch.no_grad()
-def test_a_fixed_length_fixes_the_factor_too() -> None:
+def test_a_pinned_length_pins_the_factor_too() -> None:
     model, ids = tiny_model("llama"), tokens(1, 40)
     handle = install_rotary(model, CONTEXT)
     handle.use(ntk_table(handle.base_inv_freq, scale_grid(4.0)))

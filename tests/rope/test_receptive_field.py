@@ -1,4 +1,4 @@
-"""Layers without rotation keep their keys, and a model whose rotated layers all see short windows is not scaled."""
+"""Layers without rotation keep their keys; models whose rotated layers all have short windows are refused."""
 
 import dataclasses
 from pathlib import Path
@@ -62,14 +62,14 @@ def model_of(kind: str, num_layers: int = 2, **settings: Any) -> PreTrainedModel
 
 
 @pytest.mark.parametrize("kind", SOME_WITHOUT)
-def test_layers_are_found_out_one_by_one(kind: str) -> None:
+def test_layers_are_probed_one_by_one(kind: str) -> None:
     handle = install_native(model_of(kind, **SOME_WITHOUT[kind]), CONTEXT)
     assert handle.scaled_layers == {0: True, 1: False}
 
 
 @pytest.mark.parametrize("kind", SOME_WITHOUT)
 @torch.no_grad()
-def test_keys_of_layers_without_rotation_stay_to_the_bit_when_t_moves(kind: str) -> None:
+def test_keys_of_layers_without_rotation_are_bitwise_unchanged_when_t_moves(kind: str) -> None:
     model, ids = model_of(kind, **SOME_WITHOUT[kind]), tokens(1, CONTEXT + 1)
     handle = install_native(model, CONTEXT)
     handle.use(ntk_table(handle.base_inv_freq, [1.0, 2.0]))
@@ -92,7 +92,7 @@ def test_a_model_of_one_layer_without_rotation_is_the_same_with_a_cache() -> Non
 
 
 @pytest.mark.parametrize("kind", ["mistral", "phi3", "starcoder2"])
-def test_windows_in_every_layer_are_refused_with_the_remedy(kind: str) -> None:
+def test_windows_in_every_layer_are_refused_with_a_remedy(kind: str) -> None:
     model = model_of(kind, sliding_window=12)
     remedy = rf"model_type={kind}: .* window of 12 tokens, at most L = 16.*; set sliding_window to null in config.json"
     with pytest.raises(ValueError, match=remedy):
@@ -105,14 +105,14 @@ def test_windows_in_every_layer_are_refused_with_the_remedy(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["exaone4", "exaone_moe", "cohere2", "afmoe"])
-def test_windows_beside_layers_without_positions_are_refused_with_the_reason(kind: str) -> None:
+def test_windows_with_layers_without_positions_are_refused_with_a_reason(kind: str) -> None:
     settings = {**SOME_WITHOUT[kind], "sliding_window": 12}
     with pytest.raises(ValueError, match=f"model_type={kind}: .*layers with full attention have no positions"):
         apply_clex(model_of(kind, **settings), context_len=CONTEXT)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "phi3", "starcoder2", "gemma4_text"])
-def test_what_cannot_be_scaled_trains_as_it_is(kind: str, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_scaled_trains_unscaled(kind: str, tmp_path: Path) -> None:
     model = model_of(kind, **UNSCALABLE.get(kind, {"sliding_window": 12}))
     model.save_pretrained(tmp_path)
     base = ModelConfig(path=str(tmp_path), init=Init.pretrained, context_len=CONTEXT, config=None)
@@ -129,7 +129,7 @@ def test_what_cannot_be_scaled_trains_as_it_is(kind: str, tmp_path: Path) -> Non
 
 
 @torch.no_grad()
-def test_frequencies_that_are_0_are_read_as_they_are_and_extended_by_no_formula() -> None:
+def test_frequencies_of_0_are_evaluated_unchanged_and_not_extended() -> None:
     model = model_of("gemma4_text", **UNSCALABLE["gemma4_text"])
     handle, ids = install_native(model, CONTEXT), tokens(1, 2 * CONTEXT)
     before = model(ids).logits
@@ -142,14 +142,14 @@ def test_frequencies_that_are_0_are_read_as_they_are_and_extended_by_no_formula(
         methods.of_model(dataclasses.replace(spec, methods=[Method.pi]), loaded)
 
 
-def test_a_window_beyond_l_or_a_layer_without_one_can_be_extended() -> None:
+def test_a_window_beyond_l_or_a_layer_without_a_window_can_be_extended() -> None:
     install_rotary(model_of("mistral", sliding_window=40), CONTEXT).require_scalable()
     local = {"sliding_window": 12, "layer_types": HYBRID, "head_dim": 8}
     install_rotary(model_of("gemma2", **local), CONTEXT).require_scalable()
     install_rotary(model_of("smollm3", no_rope_layers=[1, 0]), CONTEXT).require_scalable()
 
 
-def test_frequencies_that_are_0_are_refused_by_name_without_a_list_of_numbers() -> None:
+def test_frequencies_of_0_are_refused_by_name_without_listing_them() -> None:
     config = AutoConfig.for_model("gemma4_text", **{**SIZES, "num_hidden_layers": 6, **UNSCALABLE["gemma4_text"]})
     with pytest.raises(ValueError, match=r"^rope_type=proportional of model_type=gemma4_text: \d+ of its") as refused:
         require_scalable_config(config, CONTEXT)
@@ -165,7 +165,7 @@ def test_frequencies_that_are_0_are_refused_by_name_without_a_list_of_numbers() 
         ("cohere2", SOME_WITHOUT["cohere2"], "layers 1 have no positions"),
     ],
 )
-def test_lm_infinite_refuses_what_it_does_not_fit_before_the_first_call(
+def test_lm_infinite_refuses_unsupported_models_before_the_first_call(
     kind: str, settings: dict[str, Any], reason: str
 ) -> None:
     model = model_of(kind, **settings)
@@ -174,7 +174,7 @@ def test_lm_infinite_refuses_what_it_does_not_fit_before_the_first_call(
 
 
 @torch.no_grad()
-def test_padding_behind_tokens_and_a_windowed_cache_are_refused_and_a_whole_cache_is_exact() -> None:
+def test_right_padding_and_a_windowed_cache_are_refused_and_a_full_cache_is_exact() -> None:
     from transformers import DynamicCache
 
     model = model_of("gemma2", sliding_window=6, layer_types=HYBRID, head_dim=8)
@@ -183,23 +183,23 @@ def test_padding_behind_tokens_and_a_windowed_cache_are_refused_and_a_whole_cach
     mask[1, 6:12] = 0
     whole = model(ids, attention_mask=mask, use_cache=False).logits[1, 12:]
 
-    def rest(cache: DynamicCache) -> torch.Tensor:
+    def continuation(cache: DynamicCache) -> torch.Tensor:
         given = {"use_cache": True, **kv_cache.as_kwargs(model, cache)}
         model(ids[:, :12], attention_mask=mask[:, :12], **given)
         return model(ids[:, 12:], attention_mask=mask, **given).logits[1]
 
-    assert torch.allclose(rest(DynamicCache()), whole, atol=1e-5, rtol=0)
+    assert torch.allclose(continuation(DynamicCache()), whole, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=r"^attention_mask with padding behind tokens: .*; pad on the left, or use"):
-        rest(DynamicCache(config=model.config))
+        continuation(DynamicCache(config=model.config))
 
 
 @torch.no_grad()
-def test_a_decoding_step_under_lm_infinite_waits_once_a_layer_to_see_where_its_padding_is(
+def test_a_decoding_step_under_lm_infinite_reads_its_padding_once_a_layer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from transformers import DynamicCache
 
-    def reads(num_layers: int) -> int:
+    def count_reads(num_layers: int) -> int:
         types = ["sliding_attention"] * (num_layers - 1) + ["full_attention"]
         model = model_of("gemma2", num_layers, sliding_window=6, layer_types=types, head_dim=8)
         apply_lm_infinite(model, 16, 2)
@@ -213,4 +213,4 @@ def test_a_decoding_step_under_lm_infinite_waits_once_a_layer_to_see_where_its_p
             model(ids[:, 19:], attention_mask=mask, **given)
         return len(seen)
 
-    assert reads(4) - reads(2) == 2
+    assert count_reads(4) - count_reads(2) == 2

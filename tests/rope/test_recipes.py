@@ -1,4 +1,4 @@
-"""Recipes by formula: what they write into a stock config is the method's table, and nothing is scaled twice."""
+"""Recipes by formula: the config that they write has the table of the method, and nothing is scaled twice."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def spectrum(config):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("factor", [1.0, 2.5, 16.0])
 @pytest.mark.parametrize(("name", "table"), [("pi", pi_table), ("ntk", ntk_table)])
-def test_frequencies_of_the_config_are_those_of_the_method_s_table(family, factor, name, table):
+def test_frequencies_of_the_config_equal_the_table_of_the_method(family, factor, name, table):
     base = FAMILIES[family]
     expected = table(spectrum(base).inv_freq, [1.0, factor] if factor > 1 else [1.0]).at(factor)
     found = spectrum(recipes.scaled(base, recipe(name), factor, L))
@@ -60,7 +60,7 @@ def test_theta_is_plain_rope_at_another_base(family):
     assert found[-1] < own[-1]
 
 
-def test_yarn_is_transformers_own_with_its_attention_factor():
+def test_yarn_equals_that_of_transformers_with_its_attention_factor():
     found = spectrum(recipes.scaled(FAMILIES["llama"], recipe("yarn"), 4.0, L))
     parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": L}
     expected = spectrum(LlamaConfig(**SIZES | {"max_position_embeddings": 4 * L}, rope_parameters=parameters))
@@ -72,12 +72,12 @@ def test_yarn_is_transformers_own_with_its_attention_factor():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_random_positions_leave_the_frequencies_alone(family):
+def test_random_positions_do_not_change_the_frequencies(family):
     base = FAMILIES[family]
     assert torch.equal(spectrum(recipes.scaled(base, recipe("random_pos"), 16.0, L)).inv_freq, spectrum(base).inv_freq)
 
 
-def test_local_layers_and_the_base_s_own_config_stay_as_they_are():
+def test_local_layers_and_the_config_of_the_base_are_unchanged():
     base = FAMILIES["a type per layer"]
     before = base.to_json_string()
     changed = recipes.scaled(base, recipe("ntk"), 4.0, L)
@@ -87,7 +87,7 @@ def test_local_layers_and_the_base_s_own_config_stay_as_they_are():
 
 
 @pytest.mark.parametrize("name", ["pi", "ntk", "yarn", "theta", "random_pos"])
-def test_the_file_says_both_context_lengths(name, tmp_path):
+def test_the_file_records_both_context_lengths(name, tmp_path):
     recipes.scaled(FAMILIES["llama"], recipe(name), 2.5, L).save_pretrained(tmp_path)
     read = AutoConfig.from_pretrained(tmp_path)
     assert (read.max_position_embeddings, original_context(read)) == (320, L)
@@ -98,7 +98,7 @@ def test_the_file_says_both_context_lengths(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pi", "ntk", "yarn", "theta", "random_pos"])
-def test_a_model_that_is_scaled_already_is_refused(name):
+def test_an_already_scaled_model_is_refused(name):
     for earlier in ("pi", "ntk", "theta", "random_pos"):
         once = recipes.scaled(FAMILIES["llama"], recipe(earlier), 4.0, L)
         with pytest.raises(ValueError, match=rf"^scaling\.name={name}: .*extended before, from 128 to 512 tokens"):
@@ -108,7 +108,7 @@ def test_a_model_that_is_scaled_already_is_refused(name):
         recipes.scaled(stock, recipe(name), 4.0, L)
 
 
-def test_a_base_that_the_model_has_already_is_refused():
+def test_the_present_base_of_the_model_is_refused():
     with pytest.raises(ValueError, match=r"^scaling\.rope_theta=10000\.0: the model has 10000 already"):
         recipes.scaled(FAMILIES["llama"], recipe("theta", rope_theta=1e4), 4.0, L)
 

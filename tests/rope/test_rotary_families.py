@@ -1,4 +1,4 @@
-"""Every family: unchanged at t = 1, gradients into the frequencies, cached keys that follow t, undone to the bit."""
+"""Checks of every rotary family: unchanged at t = 1, gradients, cached keys that follow t, complete undo."""
 
 import pytest
 from packaging.version import Version
@@ -15,7 +15,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_within_l_the_logits_are_those_of_the_untouched_model(family: str) -> None:
+def test_logits_within_l_equal_those_of_the_untouched_model(family: str) -> None:
     assert checks.error_at_one(family) < checks.AT_ONE
 
 
@@ -27,20 +27,20 @@ def test_cached_keys_follow_t_over_three_crossings(family: str) -> None:
     assert checks.error_over_crossings(family) < checks.CROSSINGS
 
 
-def test_generation_with_a_cache_is_generation_without_one(family: str) -> None:
+def test_generation_is_equal_with_and_without_a_cache(family: str) -> None:
     if family == "phi3" and Version("5.20") > TRANSFORMERS:
         pytest.skip("generate() of these versions drops the cache of Phi-3 at L and reads one token")
-    assert checks.generates(family)
+    assert checks.generation_agrees(family)
 
 
-def test_undo_restores_the_logits_to_the_bit(family: str) -> None:
+def test_undo_restores_the_logits_bitwise(family: str) -> None:
     assert checks.is_undone(family)
 
 
 def test_log_scaling_reaches_the_softmax_scale(family: str) -> None:
-    assert checks.takes_log_scaling(family) is (family not in WITHOUT_LOG_SCALING)
+    assert checks.responds_to_log_scaling(family) is (family not in WITHOUT_LOG_SCALING)
 
 
 @pytest.mark.skipif(Version("5.20") > TRANSFORMERS, reason="the table is that of newer versions of transformers")
-def test_the_table_in_the_docs_says_what_these_checks_found() -> None:
+def test_the_table_in_the_docs_is_up_to_date_with_these_checks() -> None:
     assert PAGE.read_text(encoding="utf-8") == render(), "run: python tests/rope/family_table.py"

@@ -13,7 +13,7 @@ ROWS, LENGTH, T = 4, 24, 3.0
 
 
 class ExactRotary(nn.Module):
-    """cos and sin in float64, never reduced or rounded."""
+    """Compute cos and sin in float64, without reduction or rounding."""
 
     def __init__(self, theta: Tensor, positions: Tensor) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def finite_differences(family: str, theta: Tensor) -> Tensor:
 
 
 def in_float64(model: nn.Module) -> nn.Module:
-    """Convert the model to double precision; the stock RMS norm would round to float32 inside."""
+    """Convert the model to float64; the stock RMS norm would round to float32 inside."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child).__name__.endswith("RMSNorm"):
@@ -99,7 +99,7 @@ def test_micro_batches_accumulate_to_the_gradient_of_the_batch(checkpointing: bo
     assert torch.allclose(pieces, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
 
 
-def test_a_bfloat16_model_sums_the_gradient_of_its_layers_in_float32() -> None:
+def test_a_bfloat16_model_accumulates_gradients_of_layers_in_float32() -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
     handle, seen = install_rotary(model, CONTEXT), []
     rotary, attention = handle.rotary, model.model.layers[0].self_attn
@@ -116,6 +116,6 @@ def test_a_bfloat16_model_sums_the_gradient_of_its_layers_in_float32() -> None:
     assert theta.grad.dtype == torch.float64
 
 
-def test_the_bfloat16_gradient_points_where_the_float32_one_does() -> None:
+def test_the_bfloat16_gradient_is_parallel_to_the_float32_one() -> None:
     exact, rounded = gradient("llama"), gradient("llama", dtype=torch.bfloat16)
     assert torch.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.99

@@ -1,4 +1,4 @@
-"""Reference semantics of the original code, slow: cached keys stay unrotated and are all rotated at the current theta.
+"""Slow reference with the semantics of the original code: unrotated cached keys, all rotated at the current theta.
 
 Independent of `clex_train.rope`: the stock model runs with theta written into its own rotary buffer, and the cache
 removes the rotation from its input and applies the current one to everything it returns.
@@ -12,7 +12,7 @@ from clex_train.scaling.table import FrequencyTable
 
 
 class UnrotatedCache(DynamicCache):
-    """A cache of unrotated keys, except in the layers `local`; call `advance` before each forward."""
+    """A cache of unrotated keys, except in the layers `local`; `advance` must be called before each forward."""
 
     def __init__(self, interleaved: bool, local: frozenset[int] = frozenset()) -> None:
         super().__init__()
@@ -23,17 +23,17 @@ class UnrotatedCache(DynamicCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest, **more) -> tuple[Tensor, Tensor]:
         if layer_idx in self.local:
             return super().update(key_states, value_states, layer_idx, *rest, **more)
-        plain = self._turn(key_states, self.new_positions, -1).to(key_states.dtype)
+        plain = self._rotate(key_states, self.new_positions, -1).to(key_states.dtype)
         keys, values = super().update(plain, value_states, layer_idx, *rest, **more)
-        return self._turn(keys, self.all_positions, +1).to(key_states.dtype), values
+        return self._rotate(keys, self.all_positions, +1).to(key_states.dtype), values
 
     def advance(self, theta: Tensor, positions: Tensor) -> None:
-        """Announce the next forward."""
+        """Set theta and positions of the next forward."""
         self.theta, self.new_positions = theta, positions
         before = [] if self.all_positions is None else [self.all_positions]
         self.all_positions = torch.cat([*before, positions], dim=1)
 
-    def _turn(self, keys: Tensor, positions: Tensor, sign: int) -> Tensor:
+    def _rotate(self, keys: Tensor, positions: Tensor, sign: int) -> Tensor:
         """Multiply by exp(i * sign * position * theta) in float64."""
         width = 2 * len(self.theta)
         rotary, rest = keys[..., :width].double(), keys[..., width:].double()

@@ -1,4 +1,4 @@
-"""Small models and references that the tests of scaling methods share."""
+"""Small models and references shared by the tests of scaling methods."""
 
 import torch
 from transformers import LlamaConfig, PreTrainedModel
@@ -24,7 +24,7 @@ def llama(num_pairs: int = 8) -> LlamaConfig:
 
 
 def sharpened(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a model weights with which its attention depends on positions; fresh ones hardly do."""
+    """Set weights with which attention depends on positions, unlike with fresh ones."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

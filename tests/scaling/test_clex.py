@@ -1,4 +1,4 @@
-"""CLEX against the official outputs, a plain float64 solve in t, and finite differences; plus its own contracts."""
+"""CLEX against official outputs, a plain float64 solve in t, and finite differences; its guards and errors."""
 
 import math
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def plain_solve_in_t(clex: Clex, t: float) -> torch.Tensor:
         return act((z + read) @ up) @ down - exponent * 2 / (2 * s - 1)
 
     points = torch.tensor([1.0, t], dtype=torch.float64)
-    # A step ends at t itself: the solver's dense output is less exact than its steps.
+    # End a step at t, because dense output is less accurate than the steps of the solver.
     options = {"step_t": points[1:]}
     return odeint(dz_dt, log_base, points, method="dopri8", rtol=1e-12, atol=1e-12, options=options)[-1]
 
@@ -83,19 +83,19 @@ def test_an_untrained_field_is_ntk_scaling(base: torch.Tensor, act: str, officia
     assert (clex.inv_freq(7.3).log() - ntk_table(base, [1.0, 7.3]).inv_freq[1].log()).abs().max() < 1e-9
 
 
-def test_t_1_gives_the_frequencies_it_started_from_to_the_bit() -> None:
+def test_t_1_gives_the_initial_frequencies_bitwise() -> None:
     clex = trained(Clex(llama3_like(32), 16.0))
     assert torch.equal(clex.inv_freq(1.0).detach(), llama3_like(32))
     assert torch.equal(clex.table(scale_grid(16)).at(1).inv_freq, llama3_like(32))
 
 
-def test_continuous_t_agrees_with_the_truth_of_the_goldens(goldens: Path) -> None:
+def test_continuous_t_agrees_with_the_exact_solution_of_the_goldens(goldens: Path) -> None:
     ode, clex = load_file(goldens / "clex_ode.safetensors"), small_golden_clex(goldens)
     for t, truth in zip(ode["cont.t"].tolist(), ode["tanh.cont.truth_logfreq"], strict=True):
         assert (clex.inv_freq(t).log() - truth).abs().max() < 3e-6, t
 
 
-def test_the_table_agrees_with_the_truth_of_the_goldens(goldens: Path) -> None:
+def test_the_table_agrees_with_the_exact_solution_of_the_goldens(goldens: Path) -> None:
     ode, table = load_file(goldens / "clex_ode.safetensors"), small_golden_clex(goldens).table(scale_grid(16))
     assert (table.inv_freq.log() - ode["tanh.int.truth_logfreq"]).abs().max() < 3e-6
     for kind in ("f32", "f64"):
@@ -103,7 +103,7 @@ def test_the_table_agrees_with_the_truth_of_the_goldens(goldens: Path) -> None:
         assert ((table.inv_freq - official).abs() / official).max() < 6e-5
 
 
-def test_a_tight_tolerance_reaches_the_truth_to_1e_9(goldens: Path) -> None:
+def test_a_tight_tolerance_reaches_the_exact_solution_to_1e_9(goldens: Path) -> None:
     ode, clex = load_file(goldens / "clex_ode.safetensors"), small_golden_clex(goldens, tolerance=1e-10)
     log_theta = clex.table(scale_grid(16)).inv_freq.log()
     assert (log_theta - ode["tanh.int.truth_logfreq"]).abs().max() < 1e-9
@@ -188,7 +188,7 @@ def test_table_and_single_solves_agree_within_the_tolerance() -> None:
         assert (table.at(t).inv_freq.log() - clex.inv_freq(t).log()).abs().max() < 2e-6
 
 
-def test_a_table_of_changed_weights_meets_the_tolerance_and_leaves_the_run_alone() -> None:
+def test_a_table_of_changed_weights_meets_the_tolerance_without_affecting_the_run() -> None:
     clex = Clex(rope(32), 16.0)
     with torch.no_grad():
         clex.down.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
@@ -200,7 +200,7 @@ def test_a_table_of_changed_weights_meets_the_tolerance_and_leaves_the_run_alone
     assert (table.inv_freq[-1].log() - clex.inv_freq(16).log()).abs().max() < 2e-6
 
 
-def test_the_table_is_marked_with_the_weights_it_came_from() -> None:
+def test_the_table_records_the_hash_of_its_weights() -> None:
     clex = trained(Clex(rope(8), 4.0))
     first = clex.table(scale_grid(4))
     assert first.method == "clex"
@@ -210,14 +210,14 @@ def test_the_table_is_marked_with_the_weights_it_came_from() -> None:
     assert clex.digest() != first.digest
 
 
-def test_a_state_dict_carries_the_solve_to_the_bit() -> None:
+def test_a_state_dict_reproduces_the_solve_bitwise() -> None:
     clex, other = trained(Clex(llama3_like(16), 16.0, seed=1)), Clex(rope(16), 16.0, seed=2)
     other.load_state_dict(clex.state_dict())
     assert other.num_steps == clex.num_steps
     assert torch.equal(other.inv_freq(13.7), clex.inv_freq(13.7))
 
 
-def test_the_start_is_uniform_in_the_stated_bounds_and_a_function_of_the_seed() -> None:
+def test_initial_weights_are_uniform_in_their_bounds_and_depend_on_the_seed() -> None:
     clex = Clex(rope(64), 16.0, param_factor=2.0, seed=5)
     assert clex.up.shape == (64, 256)
     assert clex.down.shape == (256, 64)
@@ -228,14 +228,14 @@ def test_the_start_is_uniform_in_the_stated_bounds_and_a_function_of_the_seed() 
     assert not torch.equal(clex.up, Clex(rope(64), 16.0, param_factor=2.0, seed=6).up)
 
 
-def test_a_single_rotated_pair_is_learned_without_drift() -> None:
+def test_a_single_rotated_pair_is_trained_without_drift() -> None:
     clex = Clex(torch.tensor([0.5]), 8.0)
     assert clex.inv_freq(8.0).item() == 0.5
     trained(clex, scale=0.1)
     assert abs(clex.inv_freq(8.0).item() - 0.5) > 1e-3
 
 
-def test_residual_is_zero_untrained_and_is_the_distance_from_ntk() -> None:
+def test_the_residual_is_the_distance_from_ntk_and_zero_untrained() -> None:
     clex, t = Clex(rope(16), 8.0), scale_grid(8)
     assert float(clex.residual(t).max()) == 0
     trained(clex)
@@ -243,7 +243,7 @@ def test_residual_is_zero_untrained_and_is_the_distance_from_ntk() -> None:
     torch.testing.assert_close(clex.residual(t), distance, rtol=0, atol=2e-6)
 
 
-def test_the_guard_lets_a_small_residual_pass_and_names_where_a_large_one_begins() -> None:
+def test_the_guard_accepts_a_small_residual_and_names_the_t_of_a_large_one() -> None:
     clex = trained(Clex(rope(16), 8.0))
     largest = float(clex.residual(scale_grid(8)).max())
     assert clex.check_residual(2 * largest) == pytest.approx(largest, rel=0.05)
@@ -256,7 +256,7 @@ def test_the_guard_lets_a_small_residual_pass_and_names_where_a_large_one_begins
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named_before_any_solve(value: float) -> None:
+def test_non_finite_weights_are_named_before_any_solve(value: float) -> None:
     clex = Clex(rope(8), 4.0)
     with torch.no_grad():
         clex.down[3, 5] = value
@@ -265,7 +265,7 @@ def test_weights_that_are_not_finite_are_named_before_any_solve(value: float) ->
             use()
 
 
-def test_a_field_that_drives_frequencies_out_of_range_says_at_which_t() -> None:
+def test_a_field_that_drives_frequencies_out_of_range_is_refused_with_its_t() -> None:
     clex = Clex(rope(8), 64.0)
     with torch.no_grad():
         clex.down.fill_(1.0)
@@ -274,7 +274,7 @@ def test_a_field_that_drives_frequencies_out_of_range_says_at_which_t() -> None:
     assert caught.value.t == 64.0
 
 
-def test_ten_times_the_learning_rate_is_stopped_by_the_guard_before_it_is_not_finite() -> None:
+def test_the_guard_stops_a_tenfold_learning_rate_before_non_finite_values() -> None:
     clex = Clex(rope(16), 16.0)
     optimizer = torch.optim.AdamW(clex.parameters(), lr=5e-3)
 

@@ -1,4 +1,4 @@
-"""CoPE against a slow reference, and its config read by transformers, in training and in evaluation."""
+"""CoPE against a slow reference, its config in transformers, and training and evaluation with it."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from tests.scaling.method_models import L, llama, plain, sharpened
 
 
 def slow(num_pairs: int, tapered: int, clip_at: float = math.inf) -> list[float]:
-    """One pair at a time, from the definition."""
+    """Compute the frequencies one pair at a time, from the definition."""
     result = []
     for j, theta in enumerate(plain(num_pairs)):
         k = j - (num_pairs - tapered)
@@ -59,7 +59,7 @@ def test_the_slow_pairs_follow_a_half_cosine_and_long_periods_can_be_clipped(
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_its_config_says_the_same_frequencies_at_every_length(tmp_path: Path, clip: bool) -> None:
+def test_its_config_has_the_same_frequencies_at_every_length(tmp_path: Path, clip: bool) -> None:
     recipes.scaled(llama(), recipe(clip=clip, share=0.5), 4.0, L).save_pretrained(tmp_path)
     read = AutoConfig.from_pretrained(tmp_path)
     json.loads((tmp_path / "config.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -93,7 +93,7 @@ def test_a_wrong_option_is_refused_by_name(options: dict[str, object], message: 
 
 @torch.no_grad()
 @pytest.mark.parametrize("clip", [False, True])
-def test_the_method_on_plain_weights_is_the_stock_model_of_its_config(clip: bool) -> None:
+def test_the_method_on_plain_weights_equals_the_stock_model_of_its_config(clip: bool) -> None:
     model = sharpened(AutoModelForCausalLM.from_config(llama()))
     stock = (
         AutoModelForCausalLM.from_config(recipes.scaled(llama(), recipe(clip=clip, share=0.5), 4.0, L)).double().eval()

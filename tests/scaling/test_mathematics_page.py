@@ -1,4 +1,4 @@
-"""docs/mathematics.md points at code that exists."""
+"""References of docs/mathematics.md to code."""
 
 import ast
 import re
@@ -29,5 +29,5 @@ def test_the_page_has_a_reference_for_every_part_of_scaling() -> None:
 
 
 @pytest.mark.parametrize(("file", "name"), REFERENCES)
-def test_an_equation_points_at_code_that_exists(file: str, name: str) -> None:
+def test_references_of_equations_exist(file: str, name: str) -> None:
     assert name in defined_names(ROOT / file)

@@ -1,4 +1,4 @@
-"""The methods of scaling: closed forms against transformers and their formulas, and one module for each name."""
+"""Scaling methods: closed forms against transformers and their formulas, names and options."""
 
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,14 @@ def hugging_face(kind: str, factor: float, **arguments: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("t", [1.0, 2.0, 3.5, 16.0])
-def test_pi_is_the_linear_scaling_of_hugging_face(t: float) -> None:
+def test_pi_equals_the_linear_scaling_of_hugging_face(t: float) -> None:
     table = pi_table(rope(), scale_grid(16, 0.5))
     torch.testing.assert_close(table.at(t).inv_freq, hugging_face("linear", t), rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("t", [2.0, 4.0, 16.0])
-def test_ntk_is_the_dynamic_scaling_of_hugging_face_at_its_alpha(t: float) -> None:
-    # Its base grows by (factor * n / L - (factor - 1)) ^ (d / (d - 2)): with n = t * L and factor 2 that is 2t - 1.
+def test_ntk_equals_the_dynamic_scaling_of_hugging_face_at_its_alpha(t: float) -> None:
+    # Dynamic NTK scales the base by (factor * n / L - (factor - 1)) ^ (d / (d - 2)): 2t - 1 for n = t * L, factor 2.
     expected = hugging_face("dynamic", 2.0, seq_len=int(128 * t))
     torch.testing.assert_close(ntk_table(rope(), scale_grid(16)).at(t).inv_freq, expected, rtol=1e-6, atol=0)
 
@@ -59,7 +59,7 @@ def test_ntk_keeps_the_fastest_pair_and_divides_the_slowest_by_2t_minus_1() -> N
 
 
 @pytest.mark.parametrize("method", [Method.none, Method.pi, Method.ntk])
-def test_every_table_starts_at_the_base_to_the_bit(method: Method) -> None:
+def test_every_table_starts_bitwise_at_the_base(method: Method) -> None:
     base = rope(base=500000.0) / 1.7
     table = methods.create(method).table(Rope(base), scale_grid(4))
     assert torch.equal(table.at(1).inv_freq, base)
@@ -72,7 +72,7 @@ def test_a_single_rotated_pair_has_a_table(method: Method) -> None:
     assert torch.isfinite(table.at(4).inv_freq).all()
 
 
-def test_each_name_has_one_module_and_a_label_of_its_own() -> None:
+def test_each_name_has_one_module_and_a_unique_label() -> None:
     modules = {path.stem for path in Path(methods.__file__).parent.glob("[a-z]*.py")} - {"base"}
     assert modules == {method.value for method in Method}
     assert len({methods.create(method).label for method in Method}) == len(Method)
@@ -83,7 +83,7 @@ def test_each_formula_has_a_recipe_in_conf(method: Method) -> None:
     assert composed(f"scaling={method.value}", "dry_run=true").scaling.name is method
 
 
-def test_labels_are_those_of_the_study_s_tables() -> None:
+def test_labels_match_the_tables_of_the_study() -> None:
     labels = [methods.create(Method(name)).label for name in ("none", "pi", "ntk", "dynamic_ntk", "yarn", "theta")]
     assert labels == ["plain RoPE", "PI", "NTK(2t-1)", "dynamic NTK", "YaRN", "theta 1e6"]
     assert LargerBase(rope_theta=2.5e5).label == "theta 250000"
@@ -112,12 +112,12 @@ def test_options_are_set_by_name_and_typed() -> None:
         ("dynamic_ntk", {"dynamic_factor": "a"}, r"scaling\.options\.dynamic_factor=a: Expected `float \| null`"),
     ],
 )
-def test_an_option_that_a_method_does_not_take_is_refused(name: str, options: dict[str, Any], message: str) -> None:
+def test_an_unknown_option_of_a_method_is_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         methods.for_training(ScalingConfig(name=Method(name), options=options))
 
 
-def test_options_of_no_method_are_refused() -> None:
+def test_options_without_a_method_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^scaling\.options={'p': 1}: scaling=none has none"):
         ScalingConfig(options={"p": 1})
     with pytest.raises(ValueError, match=r"^evaluation\.method_options=yarn7: no such method; one of trained, clex"):
@@ -126,7 +126,7 @@ def test_options_of_no_method_are_refused() -> None:
         methods.for_evaluation(Method.yarn, EvaluationConfig(method_options={"yarn": {"x": 1}}))
 
 
-def test_what_needs_a_model_s_config_is_refused_without_one() -> None:
+def test_methods_that_need_a_model_config_are_refused_without_one() -> None:
     for method, message in (
         (Method.theta, "rope_theta: unknown"),
         (Method.yarn, r"methods=\[yarn\]: .* needs a model"),

@@ -1,4 +1,4 @@
-"""p-RoPE against a slow reference and transformers' own function, in training and in evaluation."""
+"""p-RoPE against a slow reference and the function of transformers, and training and evaluation with it."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def recipe(**options: object) -> ScalingConfig:
 
 @pytest.mark.parametrize("p", [0.25, 0.5, 0.6, 0.75, 0.99])
 @pytest.mark.parametrize("num_pairs", [4, 7, 64])
-def test_the_fast_pairs_stay_and_the_slow_ones_stop(num_pairs: int, p: float) -> None:
+def test_fast_pairs_are_unchanged_and_slow_ones_are_zero(num_pairs: int, p: float) -> None:
     own = plain(num_pairs)
     expected = [theta if j + 1 <= p * num_pairs else 0.0 for j, theta in enumerate(own)]
     table = PRope(p=p).table(Rope(torch.tensor(own, dtype=torch.float64)), [1.0, 2.0, 16.0])
@@ -42,7 +42,7 @@ def test_the_fast_pairs_stay_and_the_slow_ones_stop(num_pairs: int, p: float) ->
 
 @pytest.mark.parametrize("p", [0.25, 0.5, 0.6, 0.75, 0.99])
 @pytest.mark.parametrize("num_pairs", [4, 8, 64])
-def test_it_is_the_proportional_rope_of_transformers(num_pairs: int, p: float, tmp_path: Path) -> None:
+def test_p_rope_equals_the_proportional_rope_of_transformers(num_pairs: int, p: float, tmp_path: Path) -> None:
     config = llama(num_pairs)
     own = require_rotary(config)
     table = PRope(p=p).table(Rope(own.base[own.scaled].inv_freq), [1.0])
@@ -72,7 +72,7 @@ def test_a_wrong_option_is_refused_by_name(options: dict[str, object], message: 
         recipes.scaled(llama(8), recipe(**options), 4.0, L)
 
 
-def test_a_model_that_rotates_a_part_of_each_head_is_refused_in_training() -> None:
+def test_a_partial_rotary_model_is_refused_in_training() -> None:
     config = GPTNeoXConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )
@@ -81,7 +81,7 @@ def test_a_model_that_rotates_a_part_of_each_head_is_refused_in_training() -> No
 
 
 def test_a_run_trains_and_evaluates_it(tmp_path: Path, tiny_store: Path, tiny_architecture: Path) -> None:
-    """Half of the pairs: the model in `final/` and the method put on its weights have the same frequencies."""
+    """Use half of the pairs, and compare the model in `final/` with the method applied to its weights."""
     config = composed(
         "+experiment=tiny_base",
         f"output_dir={tmp_path}",
@@ -110,7 +110,7 @@ def test_a_run_trains_and_evaluates_it(tmp_path: Path, tiny_store: Path, tiny_ar
 
 
 @torch.no_grad()
-def test_the_method_on_plain_weights_is_the_stock_model_of_its_config() -> None:
+def test_the_method_on_plain_weights_equals_the_stock_model_of_its_config() -> None:
     model = sharpened(AutoModelForCausalLM.from_config(llama(8)))
     stock = AutoModelForCausalLM.from_config(recipes.scaled(llama(8), recipe(p=0.5), 4.0, L)).double().eval()
     stock.load_state_dict(model.state_dict())

@@ -1,4 +1,4 @@
-"""Draws of t and of positions: properties for every row length, scale factor and seed."""
+"""Sampling of t and of positions: properties for every row length, scale factor and seed."""
 
 import math
 
@@ -57,7 +57,7 @@ def test_positions_start_at_0_rise_strictly_and_stay_below_t_times_l(
 
 @settings(max_examples=100)
 @given(st.sampled_from(("random", "uniform")), rows(), SCALES, SEEDS)
-def test_random_and_uniform_lie_on_the_grid(kind: str, row: tuple[int, int], t: float, seed: int) -> None:
+def test_random_and_uniform_positions_are_on_the_grid(kind: str, row: tuple[int, int], t: float, seed: int) -> None:
     num_tokens, context_len = row
     positions = draw(kind, num_tokens, context_len, t, seed)
     index = np.round(positions * num_tokens / context_len)
@@ -67,7 +67,7 @@ def test_random_and_uniform_lie_on_the_grid(kind: str, row: tuple[int, int], t: 
 
 @settings(max_examples=100)
 @given(st.sampled_from(KINDS), st.integers(1, 200), SCALES, SEEDS)
-def test_rows_of_the_trained_length_take_whole_positions(kind: str, context_len: int, t: float, seed: int) -> None:
+def test_rows_of_the_trained_length_have_integer_positions(kind: str, context_len: int, t: float, seed: int) -> None:
     positions = draw(kind, context_len, context_len, t, seed)
     assert np.array_equal(positions, np.round(positions))
 
@@ -102,7 +102,7 @@ def test_uniform_is_evenly_spaced_to_within_one_grid_step(row: tuple[int, int], 
 
 @settings(max_examples=150)
 @given(rows(), SCALES, SEEDS, st.integers(2, 8))
-def test_skip_has_few_chunks_and_whole_gaps(row: tuple[int, int], t: float, seed: int, max_chunks: int) -> None:
+def test_skip_has_few_chunks_and_integer_gaps(row: tuple[int, int], t: float, seed: int, max_chunks: int) -> None:
     num_tokens, context_len = row
     positions = draw("skip", num_tokens, context_len, t, seed, max_chunks=max_chunks)
     spacing = min(1.0, t * context_len / num_tokens)
@@ -121,16 +121,16 @@ def test_skip_reaches_the_whole_range_and_every_number_of_chunks() -> None:
     assert min(p[-1] for p in drawn) < 0.2 * 16 * 64
 
 
-def test_random_takes_every_grid_point_equally_often() -> None:
+def test_random_draws_every_grid_point_equally_often() -> None:
     counts = np.zeros(32)
     for seed in range(3000):
         counts[draw("random", 8, 8, 4.0, seed).astype(int)] += 1
     assert counts[0] == counts[31] == 3000
-    # 6 of the 30 points between the ends: 600 expected, deviation of a binomial 22.
+    # 6 of the 30 points between the ends: 600 expected, with a binomial standard deviation of 22.
     assert (np.abs(counts[1:31] - 600) < 5 * 22).all()
 
 
-def test_mix_takes_random_with_the_given_probability_per_row() -> None:
+def test_mix_uses_random_with_the_given_probability_per_row() -> None:
     rows = [draw("mix", 256, 256, 16.0, seed, mix_random=0.25) for seed in range(1000)]
     share = np.mean([(np.diff(row) == 1).mean() < 0.5 for row in rows])
     assert 0.25 - 4 * 0.0137 < share < 0.25 + 4 * 0.0137
@@ -142,7 +142,7 @@ def test_mix_at_its_ends_is_one_kind(mix_random: float, alone: bool) -> None:
     assert bool((np.diff(positions) == 1).mean() < 0.5) is alone
 
 
-def test_a_row_is_a_function_of_its_global_index_whatever_batch_it_is_in() -> None:
+def test_a_row_depends_on_its_global_index_and_not_on_its_batch() -> None:
     options = {"seq_len": 48, "context_len": 32, "t": 3.3, "seed": 7}
     together = draw_batch("mix", [4, 5, 6, 7], **options)
     apart = torch.cat([draw_batch("mix", [6, 7], **options), draw_batch("mix", [4, 5], **options)])
@@ -176,7 +176,7 @@ def test_log_uniform_t_gives_each_doubling_equal_weight_and_the_same_on_every_ca
 
 @settings(max_examples=50)
 @given(st.floats(1, 64), SEEDS)
-def test_both_distributions_stay_in_range_and_rise_together(t_max: float, seed: int) -> None:
+def test_log_uniform_t_is_at_most_uniform_t_and_both_are_in_range(t_max: float, seed: int) -> None:
     uniform, logarithmic = (draw_t(seed, 3, t_max, name) for name in ("uniform", "log_uniform"))
     assert 1 <= logarithmic <= uniform <= t_max
 
@@ -206,7 +206,7 @@ def test_each_document_of_a_row_restarts_and_spans_its_share(
         assert document[-1] < len(document) * t * context_len / sum(lengths) * (1 + 1e-12)
 
 
-def test_one_document_is_a_whole_row() -> None:
+def test_one_document_draws_like_a_whole_row() -> None:
     row, document = (draw_positions("random", 64, 48, 5.5, generator(0, "x")) for _ in range(2))
     documents = draw_document_positions("random", [64], 48, 5.5, [generator(0, "x")])
     assert torch.equal(row, document)
@@ -214,7 +214,7 @@ def test_one_document_is_a_whole_row() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_documents_of_a_batch_draw_by_row_and_number_alone(kind: str) -> None:
+def test_documents_of_a_batch_depend_only_on_row_and_number(kind: str) -> None:
     how: dict[str, object] = {"context_len": 24, "t": 3.5, "seed": 7}
     lengths = [[1, 9, 14], [24], [10, 13, 1]]
     batch = draw_document_batch(kind, [5, 6, 9], lengths, **how)
@@ -223,7 +223,7 @@ def test_documents_of_a_batch_draw_by_row_and_number_alone(kind: str) -> None:
         [draw_document_batch(kind, [row], [of], **how) for row, of in zip([5, 6, 9], lengths, strict=True)]
     )
     assert torch.equal(batch, alone), "other rows of the micro-batch change nothing"
-    # Documents of equal length at the same place of a row draw the same, whatever stands before them.
+    # Documents with the same length and number in a row draw the same positions, whatever precedes them.
     swapped = draw_document_batch(kind, [5], [[9, 1, 14]], **how)
     assert torch.equal(batch[0, 10:], swapped[0, 10:])
     if kind == "random":

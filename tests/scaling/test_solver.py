@@ -1,4 +1,4 @@
-"""The integrator on problems with exact solutions: order, requested points, steps from a tolerance, stiffness."""
+"""The ODE solver on problems with exact solutions: order, requested points, tolerance, stiffness."""
 
 import itertools
 import math
@@ -57,7 +57,7 @@ def test_the_observed_order_is_4_on_the_clex_field_itself() -> None:
     assert all(3.8 < order < 4.2 for order in observed_orders(errors)), errors
 
 
-def test_wanted_points_are_met_exactly_and_not_interpolated() -> None:
+def test_requested_points_are_step_ends_and_not_interpolated() -> None:
     crowded = torch.linspace(1.001, 16, 400, dtype=torch.float64)
     error = (integrate(growth, ONE, crowded, 64, 16.0) - growth_exact(crowded)).abs().max()
     alone = (integrate(growth, ONE, grid(16.0), 64, 16.0) - growth_exact(grid(16.0))).abs().max()
@@ -72,13 +72,13 @@ def test_one_solve_agrees_with_a_solve_per_point() -> None:
     assert (together - alone).abs().max() < 1e-8
 
 
-def test_t_1_is_the_start_whatever_else_is_asked() -> None:
+def test_t_1_is_the_initial_value_for_every_request() -> None:
     assert torch.equal(integrate(growth, ONE, grid(1.0), 8, 16.0), torch.ones(1, 1, dtype=torch.float64))
     assert float(integrate(growth, ONE, grid(1.0, 2.0), 8, 16.0)[0]) == 1.0
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 1e-9])
-def test_refined_steps_meet_the_tolerance_and_their_error_estimate_is_honest(tolerance: float) -> None:
+def test_refined_steps_meet_the_tolerance_and_do_not_underestimate_the_error(tolerance: float) -> None:
     report = refine(growth, ONE, 16.0, tolerance)
     t = torch.linspace(1.01, 16, 57, dtype=torch.float64)
     true_error = float((integrate(growth, ONE, t, report.num_steps, 16.0) - growth_exact(t)).abs().max())
@@ -100,7 +100,7 @@ def test_steps_follow_from_the_field() -> None:
     assert MIN_STEPS <= mild < strong < MAX_STEPS
 
 
-def test_a_stiff_field_gets_more_steps_before_it_is_given_up() -> None:
+def test_a_stiff_field_gets_more_steps_before_it_is_refused() -> None:
     report = refine(decay(20.0), ZERO, 16.0, 1e-6)
     t = grid(1.05, 1.3, 2.0, 16.0)
     exact = 1 - torch.exp(-20 * (t - 1))[:, None]
@@ -108,7 +108,7 @@ def test_a_stiff_field_gets_more_steps_before_it_is_given_up() -> None:
     assert (integrate(decay(20.0), ZERO, t, report.num_steps, 16.0) - exact).abs().max() < 2e-6
 
 
-def test_a_field_too_stiff_for_the_grid_is_named_with_t_steps_and_error() -> None:
+def test_a_field_too_stiff_for_the_grid_is_refused_with_t_steps_and_error() -> None:
     with pytest.raises(
         UnstableField, match=r"too stiff from t=\S+ on: with 64 steps the error in log theta is \S+"
     ) as caught:
@@ -118,7 +118,7 @@ def test_a_field_too_stiff_for_the_grid_is_named_with_t_steps_and_error() -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_a_solution_that_leaves_the_numbers_is_unstable_and_no_endless_search() -> None:
+def test_a_diverging_solution_is_reported_without_an_endless_search() -> None:
     with pytest.raises(UnstableField, match="too stiff"):
         refine(lambda u, y: y**2 * 1e3, ONE, 16.0, 1e-6, max_steps=64)
 

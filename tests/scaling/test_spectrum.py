@@ -1,4 +1,4 @@
-"""cos and sin at any position, their gradient, and the rotation they define."""
+"""cos and sin at any position, their gradient, and the rotations that they define."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_cos_and_sin_are_within_1e_6_up_to_a_hundred_million(last: int, base: fl
     assert worst(sin, expected_sin) < 1e-6
 
 
-def test_a_float32_phase_would_miss_that_bound_by_far() -> None:
+def test_a_float32_phase_exceeds_that_bound_by_far() -> None:
     positions = torch.arange(2**20 - 2048, 2**20)[None]
     phase = positions.float()[..., None] * rope().float()
     assert worst(phase.cos(), exact(positions, rope())[0]) > 1e-2
@@ -60,14 +60,14 @@ def test_whole_positions_give_the_same_bits_as_int64_and_as_float64() -> None:
 
 @settings(max_examples=50)
 @given(st.floats(-1e6, 1e6), st.floats(1e-8, 10.0))
-def test_cos_and_sin_hold_for_any_position_and_frequency(position: float, theta: float) -> None:
+def test_cos_and_sin_are_exact_for_any_position_and_frequency(position: float, theta: float) -> None:
     positions, inv_freq = torch.tensor([[position]], dtype=torch.float64), torch.tensor([theta], dtype=torch.float64)
     cos, sin = cos_sin(positions, inv_freq)
     assert abs(float(cos) - math.cos(position * theta)) < 1e-6
     assert abs(float(sin) - math.sin(position * theta)) < 1e-6
 
 
-def test_the_gradient_in_log_theta_is_that_of_float64() -> None:
+def test_the_gradient_in_log_theta_matches_float64() -> None:
     generator = torch.Generator().manual_seed(1)
     positions = torch.rand(2, 300, generator=generator, dtype=torch.float64) * 65536
     weight_cos, weight_sin = torch.randn(2, 2, 300, 64, generator=generator).unbind(0)
@@ -117,6 +117,6 @@ def test_an_unknown_layout_is_refused_by_name() -> None:
         rotate(torch.zeros(1, 2), torch.zeros(1, 1), torch.zeros(1, 1), "gptj")
 
 
-def test_shapes_are_checked_while_testing() -> None:
+def test_shapes_are_checked_in_tests() -> None:
     with pytest.raises(TypeCheckError):
         cos_sin(torch.arange(4), torch.ones(2, 2))

@@ -25,7 +25,7 @@ def test_at_gives_the_row_of_a_member_and_its_t() -> None:
     assert torch.equal(spectrum.inv_freq, TABLE.inv_freq[4])
 
 
-def test_at_refuses_what_is_between_members_and_names_them() -> None:
+def test_at_refuses_values_between_members_and_names_the_members() -> None:
     with pytest.raises(ValueError, match=r"t=2\.5: not on the table's grid of 16 scale factors \(nearest: 2, 3\)"):
         TABLE.at(2.5)
     with pytest.raises(ValueError, match="t=17"):
@@ -33,7 +33,7 @@ def test_at_refuses_what_is_between_members_and_names_them() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 63, 64])
-def test_up_to_the_trained_context_t_is_1(num_tokens: int) -> None:
+def test_t_is_1_up_to_the_trained_context(num_tokens: int) -> None:
     assert TABLE.least_upper_bound(num_tokens, 64).t == 1.0
 
 
@@ -43,13 +43,13 @@ def test_t_moves_with_the_first_token_beyond_a_multiple() -> None:
 
 @settings(max_examples=100)
 @given(st.integers(1, 10**7), st.integers(1, 200_000), st.sampled_from([1.0, 0.5, 0.25, 0.1, 0.3]))
-def test_least_upper_bound_is_least_and_a_bound(num_tokens: int, context_len: int, step: float) -> None:
+def test_least_upper_bound_is_the_smallest_sufficient_member(num_tokens: int, context_len: int, step: float) -> None:
     table = FrequencyTable(scale_grid(50, step), BASE.expand(len(scale_grid(50, step)), -1))
     if num_tokens > 50 * context_len:
         with pytest.raises(ValueError, match=f"num_tokens={num_tokens}: beyond"):
             table.least_upper_bound(num_tokens, context_len)
         return
-    # Decimal grids are exact as fractions, so that 1.1 * 10 tokens is 11 tokens and not a rounding more.
+    # Decimal grids are exact as fractions, so that 1.1 * 10 tokens are 11 tokens, without rounding up.
     grid = [Fraction(1) + k * Fraction(str(step)) for k in range(int(49 / step) + 2)]
     expected = min(t for t in (*(g for g in grid if g < 50), Fraction(50)) if t * context_len >= num_tokens)
     assert table.least_upper_bound(num_tokens, context_len).t == pytest.approx(float(expected), abs=1e-9)
@@ -65,7 +65,7 @@ def test_beyond_t_max_is_an_error_that_names_the_numbers_or_a_clamp_on_request()
     assert TABLE.least_upper_bound(10**9, 64, clamp=True).t == 16.0
 
 
-def test_a_saved_table_comes_back_to_the_bit(tmp_path: Path) -> None:
+def test_a_saved_table_reads_back_bitwise(tmp_path: Path) -> None:
     factors = 1 + torch.log(TABLE.t) / 3
     table = FrequencyTable(TABLE.t, TABLE.inv_freq / 3, "clex", 4096, digest="ab12", attention_factors=factors)
     table.save(tmp_path / "table.safetensors")
@@ -104,7 +104,7 @@ def test_a_view_of_a_larger_tensor_can_be_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["missing", "garbage", "truncated", "other tensors", "bad grid"])
-def test_a_file_that_is_no_table_is_refused_by_name(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_table_is_refused_by_name(tmp_path: Path, content: str) -> None:
     path = tmp_path / "table.safetensors"
     if content == "garbage":
         path.write_bytes(b"\x07" * 100)
@@ -127,14 +127,14 @@ def test_a_grid_that_does_not_ascend_from_1_is_refused(grid: list[float]) -> Non
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_frequencies_that_are_not_finite_and_positive_are_refused_by_place(value: float) -> None:
+def test_non_finite_and_non_positive_frequencies_are_refused_by_index(value: float) -> None:
     inv_freq = pi_table(BASE, scale_grid(4)).inv_freq.clone()
     inv_freq[2, 5] = value
     with pytest.raises(ValueError, match=r"inv_freq\[2, 5\]=.* at t=3: frequencies must be finite and positive"):
         FrequencyTable(scale_grid(4), inv_freq)
 
 
-def test_scale_grid_is_whole_by_default_and_always_ends_at_t_max() -> None:
+def test_scale_grid_has_integers_by_default_and_always_ends_at_t_max() -> None:
     assert scale_grid(4).tolist() == [1, 2, 3, 4]
     assert scale_grid(2.5).tolist() == [1, 2, 2.5]
     assert scale_grid(1).tolist() == [1]
@@ -142,24 +142,24 @@ def test_scale_grid_is_whole_by_default_and_always_ends_at_t_max() -> None:
     assert len(scale_grid(16, 0.1)) == 151
 
 
-def test_scale_grid_refuses_what_it_cannot_span() -> None:
+def test_scale_grid_refuses_an_invalid_range() -> None:
     with pytest.raises(ValueError, match=r"t_max=0\.5"):
         scale_grid(0.5)
     with pytest.raises(ValueError, match="step=0"):
         scale_grid(4, 0)
 
 
-class TestTheTOfALongerCall:
+class TestTFactor:
     """`t_factor`: a call uses the t of a context `t_factor` times as long."""
 
-    def test_is_the_least_upper_bound_of_so_many_times_the_tokens_and_ends_at_t_max(self) -> None:
+    def test_is_the_least_upper_bound_for_the_scaled_length_up_to_t_max(self) -> None:
         table = replace(ntk_table(BASE, [1.0, 2.0, 3.0, 4.0, 8.0]), t_factor=1.5)
         assert [table.least_upper_bound(n, 16).t for n in (8, 16, 32, 48, 64, 128)] == [1.0, 2.0, 3.0, 8.0, 8.0, 8.0]
         with pytest.raises(ValueError, match="num_tokens=129: beyond t_max"):
             table.least_upper_bound(129, 16)
         assert table.least_upper_bound(129, 16, clamp=True).t == 8.0
 
-    def test_goes_with_the_file_and_to_other_devices(self, tmp_path: Path) -> None:
+    def test_is_preserved_by_files_and_device_moves(self, tmp_path: Path) -> None:
         replace(TABLE, t_factor=2.0).save(tmp_path / "t.safetensors")
         assert FrequencyTable.load(tmp_path / "t.safetensors").t_factor == 2.0
         assert replace(TABLE, t_factor=2.0).to("cpu").t_factor == 2.0

@@ -1,4 +1,4 @@
-"""The field dy/du against samples of the official code, and against the equation in t."""
+"""The vector field dy/du against samples of the official code and the equation in t."""
 
 import math
 from pathlib import Path
@@ -58,13 +58,13 @@ def test_the_field_equals_the_equation_written_out(act: str, official: bool, bas
     torch.testing.assert_close(field(u, y), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_the_official_input_is_the_plain_one_at_base_10000_only() -> None:
+def test_the_official_input_equals_the_plain_one_only_at_base_10000() -> None:
     for base, equal in ((1e4, True), (1e6, False)):
         plain, official = (network_input_start(rope(8, base).log(), quirk) for quirk in (False, True))
         assert torch.allclose(plain, official) is equal
 
 
-def test_float32_weights_are_computed_with_in_float64() -> None:
+def test_float32_weights_are_used_in_float64() -> None:
     up, down = (w.float() for w in weights(8, 16))
     field = VectorField.build(up, down, network_input_start(rope(8).log(), False), "silu")
     out = field(torch.tensor(0.5, dtype=torch.float64), torch.zeros(8, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes, and the launcher in front of it; skipped where SLURM is not installed."""
+"""Fixtures of the SLURM tests: a real cluster of two nodes and its launcher; skipped without SLURM."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.slurm.slurm_jobs import Jobs
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Two nodes for the whole session."""
+    """Start two nodes for the whole session."""
     missing = missing_programs()
     if missing:
         pytest.skip(
@@ -24,5 +24,5 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def jobs(cluster, tmp_path_factory, tiny_store, tiny_architecture) -> Jobs:
-    """Submissions in one session folder, so that an uninterrupted run serves several tests."""
+    """Submit in one session folder, so that several tests can use an uninterrupted run."""
     return Jobs(cluster, tmp_path_factory.mktemp("jobs"), tiny_store, tiny_architecture)

@@ -1,8 +1,8 @@
 """A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd as foreground children of the test.
 
-As root each node has a host name and an /etc/hosts of its own (UTS and mount namespace), as on a real cluster; without
-root the nodes are named by two loopback addresses. No service of the system is touched: key, socket, ports and spool
-live in one folder.
+As root, each node has its own host name and /etc/hosts (UTS and mount namespace), as on a real cluster; without root,
+the nodes are two loopback addresses. No service of the system is touched: key, socket, ports and spool are in one
+folder.
 """
 
 import getpass
@@ -59,9 +59,9 @@ KillWait=60
 {nodes}
 PartitionName=debug Nodes=ALL Default=YES MaxTime=01:00:00 State=UP
 """
-# cred_expire=5 and sched_interval=1 bring the wait of a requeued job from three minutes to a few seconds. On a machine
-# with other work nodes answer late: MessageTimeout keeps SLURM from telling them again what by then would reach the
-# next life of a job, and KillWait from killing what still saves.
+# cred_expire=5 and sched_interval=1 shorten the wait of a requeued job from three minutes to a few seconds. On a busy
+# machine nodes answer late: MessageTimeout keeps SLURM from repeating messages that would reach the next launch of a
+# job, and KillWait from killing ranks that are still saving.
 
 NODE = (
     "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=8 Boards=1 SocketsPerBoard=1 "
@@ -70,32 +70,32 @@ NODE = (
 
 
 def missing_programs() -> list[str]:
-    """What has to be installed before a cluster can be started."""
+    """Return the programs that must be installed before a cluster can start."""
     path = search_path()
     return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
 
 
 def search_path() -> str:
-    """The daemons of Debian's packages are not on an ordinary user's path."""
+    """Return a search path with the daemons of Debian's packages, which a user's path lacks."""
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 @dataclass
 class Cluster:
-    """Start with `start`, end with `stop`; `environment` is what clients of this cluster need."""
+    """A cluster between `start` and `stop`; `environment` has the variables that its clients need."""
 
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp")))
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # munged refuses a socket below a folder that others cannot enter.
+        # munged refuses a socket below a folder without access for others.
         self.folder.chmod(0o755)
         self.own_hosts = os.geteuid() == 0
         self.nodes = ("n1", "n2") if self.own_hosts else ("127.0.0.1", "127.0.0.2")
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": search_path()}
 
     def start(self) -> None:
-        """Bring the cluster up; returns when both nodes are idle."""
+        """Start the cluster and wait until both nodes are idle."""
         for name in ("munge", "state", "log", *(f"spool/{node}" for node in self.nodes)):
             (self.folder / name).mkdir(parents=True)
         self._configure()
@@ -106,7 +106,7 @@ class Cluster:
         wait_for(lambda: self.run("sinfo", "-h", "-o", "%T").stdout.split() == ["idle"], 120, "two idle nodes")
 
     def start_node(self, name: str) -> None:
-        """Start a node's slurmd, for the first time or after `kill_node`."""
+        """Start the slurmd of a node, for the first time or after `kill_node`."""
         command = ["slurmd", "-D", "-N", name]
         if self.own_hosts:
             script = f'mount --bind "$0" /etc/hosts && hostname {name} && exec slurmd -D -N {name}'
@@ -114,7 +114,7 @@ class Cluster:
         self._daemon(name, *command)
 
     def kill_node(self, name: str) -> None:
-        """What a power cut does: every process of the node, slurmd, step daemons and ranks, is gone at once."""
+        """Simulate a power cut: kill every process of the node at once, slurmd, step daemons and ranks."""
         slurmd = self.daemons.pop(name)
         inside = [pid for pid in _processes() if _on_node(pid, slurmd.pid, name)]
         for pid in inside:
@@ -137,7 +137,7 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """A client command on this cluster, its output as text."""
+        """Run a client command on this cluster and capture its output as text."""
         done = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=CLIENT_TIMEOUT, check=False
         )
@@ -145,12 +145,12 @@ class Cluster:
         return done
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What SLURM says about a job: JobState, Restarts, Reason, ..."""
+        """Return the fields of a job in SLURM: JobState, Restarts, Reason, ..."""
         words = self.run("scontrol", "-o", "show", "job", job_id).stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def logs(self) -> str:
-        """The end of every daemon's log, for a failing test."""
+        """Return the last part of every daemon's log, for a failing test."""
         return "\n".join(f"--- {path.name}\n{path.read_text()[-2000:]}" for path in (self.folder / "log").iterdir())
 
     def _configure(self) -> None:
@@ -170,12 +170,12 @@ class Cluster:
             host=socket.gethostname().split(".")[0],
             user=getpass.getuser(),
             ports=ports,
-            # The port that the ranks of a job meet at follows from its number: another cluster may be at work beside.
+            # The rendezvous port of a job follows from its number, and another cluster may be running on this machine.
             first_job=1 + secrets.randbelow(300),
             nodes="\n".join(rows),
         )
         (self.folder / "slurm.conf").write_text(text)
-        # Without this slurmd looks for a cgroup file system that containers do not mount.
+        # Otherwise slurmd looks for a cgroup file system, which containers do not mount.
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         known = Path("/etc/hosts").read_text() + "".join(f"{address} {name}\n" for name, address in hosts)
         (self.folder / "hosts").write_text(known)
@@ -198,7 +198,7 @@ class Cluster:
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Poll until a condition holds; the assertion says what did not come."""
+    """Poll until a condition is true; the assertion names what did not happen."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
@@ -210,7 +210,7 @@ def _processes() -> list[int]:
 
 
 def _on_node(pid: int, slurmd: int, name: str) -> bool:
-    """In the node's UTS namespace; without namespaces, slurmd itself and what carries the node's name."""
+    """Return True for processes of a node: by UTS namespace, or, without namespaces, slurmd and those with its name."""
     try:
         if os.geteuid() == 0:
             return Path(f"/proc/{pid}/ns/uts").readlink() == Path(f"/proc/{slurmd}/ns/uts").readlink()

@@ -1,4 +1,4 @@
-"""Tiny trainings submitted through `python -m launch.slurm` to a cluster of the tests."""
+"""Tiny training runs, submitted by `python -m launch.slurm` to the cluster of the tests."""
 
 import json
 import os
@@ -20,7 +20,7 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 
 @dataclass
 class Jobs:
-    """Submits runs of some 30 thousand parameters on two nodes with one CPU rank each."""
+    """Submit runs of about 30,000 parameters on two nodes with one CPU rank each."""
 
     cluster: Cluster
     folder: Path
@@ -28,7 +28,7 @@ class Jobs:
     architecture: Path
 
     def submit(self, name: str, *overrides: str) -> str:
-        """The id of a job that trains `STEPS` steps with CLEX; `overrides` choose the layout."""
+        """Submit `STEPS` steps of CLEX training and return the job id; `overrides` choose the layout."""
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "launch.slurm", "+experiment=tiny_base", f"output_dir={self.folder / name}"),
@@ -56,16 +56,16 @@ class Jobs:
         return int(self.cluster.job(job)["Restarts"])
 
     def wait_for_step(self, job: str, name: str, step: int, seconds: float = 300) -> None:
-        """Until the run has taken so many steps; fails at once when the job is over."""
+        """Wait until the run has taken `step` steps; fail at once when the job is over."""
 
-        def taken() -> bool:
+        def step_reached() -> bool:
             assert self.state(job) not in OVER, self.log(name)
             return self.last_step(name) >= step
 
-        wait_for(taken, seconds, f"step {step} of {name}\n{self.log(name)}")
+        wait_for(step_reached, seconds, f"step {step} of {name}\n{self.log(name)}")
 
     def wait_for_end(self, job: str, name: str, seconds: float = 400) -> str:
-        """The state a job ends in."""
+        """Wait for the end of a job and return its state."""
         try:
             wait_for(lambda: self.state(job) in OVER, seconds, f"the end of {name}")
         except AssertionError as error:
@@ -73,20 +73,20 @@ class Jobs:
         return self.state(job)
 
     def wait_for_checkpoint(self, name: str, seconds: float = 120) -> None:
-        """Until a checkpoint is complete, which may be steps after the one that it is of."""
+        """Wait until a checkpoint is complete, which can be some steps after the step that it saves."""
         wait_for((self.folder / name / "checkpoints" / "latest").exists, seconds, f"a checkpoint of {name}")
 
     def last_step(self, name: str) -> int:
-        """The last step that metrics.jsonl shows; 0 before the first."""
+        """Return the last step in metrics.jsonl, or 0."""
         rows = self._metrics(name)
         return rows[-1]["step"] if rows else 0
 
     def figures(self, name: str, key: str) -> list[object]:
-        """A metric of every step, in order of steps."""
+        """Return a metric of every step, in order of steps."""
         return [row[key] for row in self._metrics(name) if key in row]
 
     def final(self, name: str) -> dict[str, torch.Tensor]:
-        """Every tensor of the final model: its weights, the ODE, the frequencies."""
+        """Return every tensor of the final model: weights, ODE and frequencies."""
         files = sorted((self.folder / name / "final").glob("*.safetensors"))
         assert len(files) == 3, files
         return {f"{file.stem}/{key}": tensor for file in files for key, tensor in load_file(file).items()}
@@ -96,7 +96,7 @@ class Jobs:
         return path.read_text() if path.exists() else f"{path}: not there"
 
     def processes(self, name: str) -> dict[int, str]:
-        """Processes that still belong to a run, with their command lines."""
+        """Return the running processes of a run, with their command lines."""
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             line = _read(entry / "cmdline")
@@ -105,24 +105,24 @@ class Jobs:
         return found
 
     def ranks(self, name: str) -> dict[str, int]:
-        """The training processes of a run: {`RANK=0`: process, ...}."""
+        """Return the training processes of a run: {`RANK=0`: process, ...}."""
         programs = [pid for pid, line in self.processes(name).items() if "/code/train.py" in line]
         variables = {pid: _read(Path(f"/proc/{pid}/environ")).split() for pid in programs}
         return {word: pid for pid, words in variables.items() for word in words if word.startswith("RANK=")}
 
     def kill_rank(self, name: str, rank: int) -> None:
-        """kill -9 of one training process."""
+        """Send SIGKILL to one training process."""
         os.kill(self.ranks(name)[f"RANK={rank}"], signal.SIGKILL)
 
     def _metrics(self, name: str) -> list[dict[str, object]]:
-        """The lines of steps; saves and evaluations have lines of their own."""
+        """Return the lines of steps, without those of saves and evaluations."""
         path = self.folder / name / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n") and '"loss"' in line]
 
 
 def _read(path: Path) -> str:
-    """A file of /proc with its zeros as spaces; empty when the process is gone."""
+    """Read a file of /proc with zeros as spaces; empty if the process has ended."""
     try:
         return path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
@@ -130,7 +130,7 @@ def _read(path: Path) -> str:
 
 
 def assert_same_run(jobs: Jobs, name: str, reference: str) -> None:
-    """Rows, figures and the final model are those of the other run, to the bit."""
+    """Assert that rows, metrics and the final model of two runs are bitwise equal."""
     steps = list(range(1, STEPS + 1))
     assert jobs.figures(name, "step") == steps
     read = [row for spans in jobs.figures(name, "rows") for first, last in spans for row in range(first, last + 1)]

@@ -1,4 +1,4 @@
-"""Trainings on a real SLURM of two nodes: signalled, requeued, bereft of a node, cancelled; not a bit is changed."""
+"""Training runs on a real SLURM of two nodes: signalled, requeued, killed, losing a node, cancelled."""
 
 import re
 
@@ -14,20 +14,20 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="session")
 def uninterrupted(jobs):
-    """The run that no test disturbs, one task a node with torchrun inside."""
+    """Train a run without interruptions, one task per node with torchrun inside."""
     job = jobs.submit("uninterrupted")
     assert jobs.wait_for_end(job, "uninterrupted") == "COMPLETED", jobs.log("uninterrupted")
     return "uninterrupted"
 
 
-def test_a_run_that_is_stopped_three_times_reads_every_row_once_and_ends_with_the_same_bits(jobs, uninterrupted):
-    """Each time it saves, is requeued and resumes by itself. Before that, a stray signal ends its first launch."""
+def test_a_run_stopped_three_times_reads_every_row_once_and_ends_bitwise_equal(jobs, uninterrupted):
+    """Save, requeue and resume automatically each time, after a stray signal that ends the first launch."""
     job = jobs.submit("stopped", "launch.max_restarts=3")
     wait_for(lambda: jobs.ranks("stopped"), 300, f"the first ranks\n{jobs.log('stopped')}")
     jobs.cluster.run("scancel", "--signal=KILL", f"{job}.0")
     wait_for(lambda: "once more" in jobs.log("stopped"), 300, f"the second launch\n{jobs.log('stopped')}")
     for life, (step, signal) in enumerate([(20, "USR1"), (50, "TERM"), (80, "USR1")], 1):
-        # In this life, however far the one before came until it heard of its signal.
+        # Steps of this launch, however far the previous one came before its signal.
         jobs.wait_for_step(job, "stopped", max(step, jobs.last_step("stopped") + 2))
         jobs.cluster.run("scancel", "--batch", f"--signal={signal}", job)
         wait_for(lambda life=life: jobs.restarts(job) >= life, 300, f"requeue {life}\n{jobs.log('stopped')}")
@@ -36,8 +36,8 @@ def test_a_run_that_is_stopped_three_times_reads_every_row_once_and_ends_with_th
     assert_same_run(jobs, "stopped", uninterrupted)
 
 
-def test_a_run_survives_a_killed_rank_and_the_death_of_a_node(jobs, cluster, uninterrupted):
-    """With srun starting every rank. A node that is declared down is waited for, because there is no other."""
+def test_a_run_survives_a_killed_rank_and_a_lost_node(jobs, cluster, uninterrupted):
+    """Start every rank by srun. SLURM waits for a node that is down, because there is no other."""
     job = jobs.submit("bereft", "launch=task_per_rank")
     jobs.wait_for_step(job, "bereft", 30)
     jobs.wait_for_checkpoint("bereft")
@@ -55,13 +55,13 @@ def test_a_run_survives_a_killed_rank_and_the_death_of_a_node(jobs, cluster, uni
 
 
 def test_a_job_near_its_limit_is_requeued_and_a_cancelled_one_is_not(jobs, cluster):
-    """With DeepSpeed's launcher on each node. Steps are long, and too many to end before SLURM's signal."""
+    """Use DeepSpeed's launcher on each node, with too many long steps to finish before SLURM's signal."""
     limit = ("launch.time=2", "launch.signal_before=60", "optim.steps=1000", "checkpoint.every=0")
     job = jobs.submit("cancelled", "launch=deepspeed", "optim.batch_rows=64", *limit)
     wait_for(lambda: jobs.restarts(job) >= 1, 300, f"the requeue\n{jobs.log('cancelled')}")
     assert "time limit is near" in jobs.log("cancelled")
     assert "training ended with exit code 75" in jobs.log("cancelled")
-    # So that the signal does not come again and again before a slow machine has started the next life.
+    # Otherwise the signal would come repeatedly before a slow machine has started the next launch.
     cluster.run("scontrol", "update", f"jobid={job}", "timelimit=30")
     jobs.wait_for_step(job, "cancelled", jobs.last_step("cancelled") + 2, 400)
     cluster.run("scancel", job)
@@ -72,13 +72,13 @@ def test_a_job_near_its_limit_is_requeued_and_a_cancelled_one_is_not(jobs, clust
     assert "Traceback" not in jobs.log("cancelled"), jobs.log("cancelled")
 
 
-def test_what_this_cluster_refuses_is_said_in_slurm_s_words(jobs):
+def test_a_refusal_of_the_cluster_is_quoted(jobs):
     with pytest.raises(AssertionError, match=r"error: sbatch refuses the job: .*invalid partition specified: nope"):
         jobs.submit("refused", "launch.partition=nope")
 
 
-def test_values_of_the_site_reach_slurm_as_they_are(jobs, cluster, monkeypatch):
-    """Names with every character that a shell or sbatch's own parser could take for something else."""
+def test_values_of_the_site_reach_slurm_unchanged(jobs, cluster, monkeypatch):
+    """Use names with every character that a shell or the parser of sbatch could misread."""
     nasty = 'it\'s "a" $(touch pwned) `touch pwned` ${HOME} #1 %j \\ end'
     folder = jobs.folder / nasty.replace("\\", "").replace("/", "")
     options = ("launch.gpus_per_node=0", "launch.time=10", f"data.path={jobs.store}")

@@ -1,4 +1,4 @@
-"""Ways to spoil a small file, as functions of a random generator: its values, its bytes, what its name stands for."""
+"""Random corruptions of small files, as functions of a generator: values, bytes, or the type of the file."""
 
 import copy
 import json
@@ -65,7 +65,7 @@ def spoil_bytes(content: bytes, draw: random.Random) -> bytes:
 
 
 def spoil_file(path: Path, outside: Path, draw: random.Random) -> None:
-    """Put something else where a regular file was, or take it away."""
+    """Replace a regular file by something else, or remove it."""
     path.unlink()
     draw.choice(
         (
@@ -82,7 +82,7 @@ def spoil_file(path: Path, outside: Path, draw: random.Random) -> None:
 
 
 def yaml_bomb(draw: random.Random) -> str:
-    """YAML whose aliases stand for 10^6 to 10^30 values, or for what they are in."""
+    """Write YAML whose aliases expand to 10^6 to 10^30 values, or refer to themselves."""
     if draw.random() < 0.2:
         return "a: &a\n  b: [*a, *a]\n"
     merge = draw.random() < 0.5
@@ -94,7 +94,7 @@ def yaml_bomb(draw: random.Random) -> str:
 
 
 def as_text(content: Any) -> bytes:
-    """JSON text of anything, lone surrogates as escapes."""
+    """Return the JSON text of any value, with lone surrogates as escapes."""
     return json.dumps(content, indent=1).encode()
 
 

@@ -1,7 +1,7 @@
-"""Cases of spoilt files and arguments: a kind makes, from a folder and a generator, what a program would then do.
+"""Cases of corrupted files and arguments: each kind takes a folder and a generator and returns an action.
 
-`run_case` does it and says what was wrong: a traceback, a hang, a secret printed, another folder read; None for a case
-that was read or refused in one line.
+`run_case` runs the action and returns what was wrong: a traceback, a hang, a printed secret, a read outside the
+folder; or None if the case was read or refused in one line.
 """
 
 import contextlib
@@ -56,18 +56,18 @@ from tests.strangers.spoiling import (
 )
 
 SECONDS = 10
-"""Of processor time that a case may take: a machine with other work takes many times as long by the clock."""
+"""Processor time in seconds that a case may take, since wall time depends on the load of the machine."""
 PATIENCE = 120
-"""Seconds by the clock after which a case waits for something."""
+"""Wall time in seconds after which a case counts as waiting."""
 Action = Callable[[], object]
 
 
 class Hang(BaseException):
-    """A case took longer than `SECONDS`, or waits."""
+    """Raised if a case takes longer than `SECONDS`, or waits."""
 
 
 def prepare(folder: Path) -> Path:
-    """Write one good example of each kind of file, which every case copies and spoils."""
+    """Write one valid example of each kind of file, which every case copies and corrupts."""
     good = folder / "good"
     documents = {"train": [list(range(1, 40)), [5] * 100, [7, 8]], "validation": [[3] * 50]}
     write_store(good / "store", documents, vocab_size=64)
@@ -114,7 +114,7 @@ def _fields(config: Config) -> dict[str, Any]:
 
 
 def _sign(folder: Path, fields: dict[str, Any], files: bool = True) -> None:
-    """Write the manifest with the sums that belong to it, as who makes a checkpoint can."""
+    """Write the manifest with matching checksums, as the author of a checkpoint can."""
     if files:
         content = (folder / "ode.pt").read_bytes()
         fields |= {"files": {"ode.pt": len(content)}, "sha256": {"ode.pt": hashlib.sha256(content).hexdigest()}}
@@ -124,7 +124,7 @@ def _sign(folder: Path, fields: dict[str, Any], files: bool = True) -> None:
 
 
 def _spoil(path: Path, folder: Path, draw: random.Random) -> None:
-    """Spoil one JSON or binary file in one of three ways."""
+    """Corrupt one JSON or binary file in one of three ways."""
     way = draw.random()
     if way < 0.6 and path.suffix == ".json":
         path.write_bytes(as_text(spoil_json(json.loads(path.read_bytes()), draw)))
@@ -135,7 +135,7 @@ def _spoil(path: Path, folder: Path, draw: random.Random) -> None:
 
 
 def store_case(folder: Path, draw: random.Random) -> Action:
-    """A spoilt manifest or file of a store; what training and `inspect` read of it."""
+    """Corrupt a manifest or file of a store, and read it as training and `inspect` do."""
     store = folder / "store"
     names = [MANIFEST] * 5 + [f"train/00000.{suffix}" for suffix in ("tokens", "documents", "blocks")]
     _spoil(store / draw.choice(names), folder, draw)
@@ -156,7 +156,7 @@ def store_case(folder: Path, draw: random.Random) -> Action:
 
 
 def _resign_store(store: Path) -> None:
-    """Give the shard the sums of its files, as who sends a store can."""
+    """Update the checksums of a shard, as the sender of a store can."""
     with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError):
         manifest = json.loads((store / MANIFEST).read_bytes())
         for shard in manifest["splits"]["train"]:
@@ -170,7 +170,7 @@ def _resign_store(store: Path) -> None:
 
 
 def checkpoint_case(folder: Path, draw: random.Random) -> Action:
-    """A spoilt manifest, signed anew or not, `latest` or file of a checkpoint; choosing one."""
+    """Corrupt a manifest, signed again or not, `latest` or a file of a checkpoint, and choose a checkpoint."""
     checkpoints, step = folder / "run" / "checkpoints", folder / "run" / "checkpoints" / "step_3"
     way = draw.random()
     if way < 0.5:
@@ -197,7 +197,7 @@ def _choose(folder: Path) -> None:
 
 
 def record_case(folder: Path, draw: random.Random) -> Action:
-    """A spoilt `.pt` record whose manifest was signed for it."""
+    """Corrupt a `.pt` record, with a manifest signed for it."""
     step = folder / "run" / "checkpoints" / "step_3"
     path = step / "ode.pt"
     content = bytearray(path.read_bytes())
@@ -209,7 +209,7 @@ def record_case(folder: Path, draw: random.Random) -> Action:
 
 
 def config_case(folder: Path, draw: random.Random) -> Action:
-    """A spoilt config.yaml of a run folder; evaluating the run and going on with it."""
+    """Corrupt config.yaml of a run folder, and evaluate and resume the run."""
     path = folder / "run" / "config.yaml"
     way = draw.random()
     if way < 0.5:
@@ -231,9 +231,9 @@ def config_case(folder: Path, draw: random.Random) -> Action:
 
 
 def model_case(folder: Path, draw: random.Random) -> Action:
-    """A spoilt record, field, table, index of weights, tokenizer or factors of a model directory."""
+    """Corrupt a record, field, table, weight index, tokenizer or factors of a model directory."""
     final = folder / "run" / "final"
-    # A model directory of the hub's cache is made of links to elsewhere: those may be followed.
+    # Model directories of the hub's cache consist of links to elsewhere, which may be followed.
     (folder / "outside" / "secret").write_text("{}")
     name = draw.choice(
         ("clex.json",) * 4
@@ -257,7 +257,7 @@ def model_case(folder: Path, draw: random.Random) -> Action:
 
 
 def report_case(folder: Path, draw: random.Random) -> Action:
-    """A spoilt evaluation, log or environment of a run; the report of it."""
+    """Corrupt an evaluation, log or environment of a run, and report on it."""
     run = folder / "run"
     name = draw.choice(("evaluation/step_3.json",) * 4 + ("metrics.jsonl", "environment.json", "config.yaml"))
     _spoil(run / name, folder, draw)
@@ -276,7 +276,7 @@ def report_case(folder: Path, draw: random.Random) -> Action:
 
 
 def unit_case(folder: Path, draw: random.Random) -> Action:
-    """What an earlier `data_prep tokenize` left, spoilt."""
+    """Corrupt the partial output of an earlier `data_prep tokenize`."""
     begun = folder / "output.partial"
     (begun / "units").mkdir(parents=True)
     (begun / "request.json").write_text(json.dumps({"bos": False}))
@@ -305,7 +305,7 @@ TEXTS = (
 
 
 def override_case(folder: Path, draw: random.Random) -> Action:
-    """Arguments of `train.py` and of `cli.evaluate`."""
+    """Draw random arguments of `train.py` and of `cli.evaluate`."""
     words = [f"{draw.choice(KEYS)}={draw.choice(TEXTS)}" for _ in range(draw.randint(1, 2))]
     if draw.random() < 0.2:
         words.append("".join(draw.choice("=.[]{}()'\"\\,:+~@- \tax1$&*!") for _ in range(draw.randint(1, 12))))
@@ -329,7 +329,7 @@ KINDS: dict[str, Callable[[Path, random.Random], Action]] = {
 
 
 def run_case(base: Path, kind: str, seed: int) -> str | None:
-    """Run one case in `base`, where `prepare` was; what went wrong, or None."""
+    """Run one case in `base`, which `prepare` filled; return what went wrong, or None."""
     draw, folder = random.Random(f"{kind} {seed}"), base / "case"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(base / "good", folder)
@@ -390,7 +390,7 @@ def _hook(event: str, details: tuple[Any, ...]) -> None:
 
 @contextlib.contextmanager
 def _watched(outside: Path) -> Iterator[list[str]]:
-    """Collect what is opened in a folder meanwhile."""
+    """Collect the files that are opened in a folder inside the context."""
     if not getattr(_hook, "added", False):
         sys.addaudithook(_hook)
         _hook.added = True  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""Files and arguments from strangers, spoilt at random: read, or refused in one line; nothing else ever.
+"""Untrusted files and arguments, corrupted at random: read, or refused in one line.
 
-No traceback, no hang, no gigabyte, nothing of another folder read, no environment variable and no escape sequence
-printed. `CLEX_TRAIN_STRANGERS=2000 pytest -m slow tests/strangers` tries as many, in a process of bounded memory.
+No case may cause a traceback, a hang, a gigabyte of memory or a read outside its folder, or print an environment
+variable or an escape sequence. `CLEX_TRAIN_STRANGERS=2000 pytest -m slow tests/strangers` sets the number of cases.
 """
 
 import os
@@ -22,14 +22,14 @@ SAMPLE = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_spoilt_file_or_argument_is_read_or_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+def test_a_corrupted_file_or_argument_is_read_or_refused_in_one_line(kind: str, tmp_path: Path) -> None:
     prepare(tmp_path)
     wrong = {seed: found for seed in range(SAMPLE[kind]) if (found := run_case(tmp_path, kind, seed))}
     assert wrong == {}
 
 
 @pytest.mark.slow
-def test_many_are_and_memory_stays_below_a_gigabyte(tmp_path: Path) -> None:
+def test_many_corrupted_inputs_stay_below_a_gigabyte_of_memory(tmp_path: Path) -> None:
     count = int(os.environ.get("CLEX_TRAIN_STRANGERS", "400"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", __name__, str(tmp_path), str(count)]
@@ -41,7 +41,7 @@ def test_many_are_and_memory_stays_below_a_gigabyte(tmp_path: Path) -> None:
 
 
 def main(folder: Path, count: int) -> int:
-    """Try `count` cases, as many of each kind, with a gigabyte beside what importing took; returns how many failed."""
+    """Try `count` cases, equally many of each kind, in a gigabyte above imports; return the number of failures."""
     prepare(folder)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + 2**30

@@ -1,4 +1,4 @@
-"""A damaged token store is one line that names the file and the place, at opening or when a row reads the damage."""
+"""Damaged token stores: one error line names the file and the place, on opening or when a row reads the damage."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def _flip(path: Path, byte: int, mask: int = 1) -> None:
 
 
 def _edit(store: Path, **fields: object) -> None:
-    """Change the record of the shard, as who sends a store can."""
+    """Change the record of the shard in the manifest, as the sender of a store could."""
     manifest = json.loads((store / MANIFEST).read_text())
     manifest["splits"]["train"][0] |= fields
     (store / MANIFEST).write_text(json.dumps(manifest))
@@ -49,8 +49,8 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _as_before_blocks(store: Path) -> None:
-    """What earlier versions wrote: no checksums of blocks, and no field for them."""
+def _remove_block_sums(store: Path) -> None:
+    """Rewrite the store in the format of earlier versions, without checksums of blocks."""
     _shard(store, "blocks").unlink()
     manifest = json.loads((store / MANIFEST).read_text())
     del manifest["splits"]["train"][0]["blocks_sha256"]
@@ -58,7 +58,7 @@ def _as_before_blocks(store: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_flipped_bit_anywhere_in_the_tokens_is_seen_by_the_row_that_reads_it(store: Path, seed: int) -> None:
+def test_a_flipped_bit_in_the_tokens_is_detected_by_the_row_that_reads_it(store: Path, seed: int) -> None:
     path, draw = _shard(store, "tokens"), np.random.default_rng(seed)
     byte, bit = int(draw.integers(path.stat().st_size)), int(draw.integers(8))
     _flip(path, byte, 1 << bit)
@@ -66,13 +66,13 @@ def test_a_flipped_bit_anywhere_in_the_tokens_is_seen_by_the_row_that_reads_it(s
     block = byte // BLOCK
     with pytest.raises(DamagedStore, match=rf"00000\.tokens: damaged, block {block} \(from byte {block * BLOCK}\)"):
         tokens.tokens(byte // 2, byte // 2 + 1)
-    # What lies in other blocks is read all the same.
+    # The other blocks are still readable.
     other = (block + 1) * BLOCK // 2 if (block + 1) * BLOCK < path.stat().st_size else 0
     assert len(tokens.tokens(other, other + 5)) == 5
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_flipped_bit_in_the_table_of_documents_is_refused_at_opening(store: Path, seed: int) -> None:
+def test_a_flipped_bit_in_the_document_table_is_refused_on_opening(store: Path, seed: int) -> None:
     path, draw = _shard(store, "documents"), np.random.default_rng(seed)
     _flip(path, int(draw.integers(path.stat().st_size)), 1 << int(draw.integers(8)))
     with pytest.raises(DamagedStore, match=r"00000\.documents: damaged, .*; copy the store again or tokenize again"):
@@ -88,7 +88,7 @@ def test_a_flipped_bit_in_the_table_of_documents_is_refused_at_opening(store: Pa
         (lambda stops: -stops, "do not ascend"),
     ],
 )
-def test_a_table_that_does_not_fit_the_tokens_is_refused_whoever_summed_it(store: Path, stops, message: str) -> None:
+def test_an_inconsistent_document_table_is_refused_even_with_a_valid_checksum(store: Path, stops, message: str) -> None:
     path = _shard(store, "documents")
     table = np.fromfile(path, DOCUMENT)
     table["stop"] = stops(table["stop"])
@@ -98,10 +98,10 @@ def test_a_table_that_does_not_fit_the_tokens_is_refused_whoever_summed_it(store
         TokenStore(store)
 
 
-def test_a_store_without_block_sums_reads_as_before_and_refuses_ids_beyond_its_vocabulary(store: Path) -> None:
+def test_a_store_without_block_sums_is_readable_and_refuses_ids_beyond_its_vocabulary(store: Path) -> None:
     whole = TokenStore(store)
     expected, fingerprint = whole.tokens(0, whole.num_tokens), whole.fingerprint
-    _as_before_blocks(store)
+    _remove_block_sums(store)
     earlier = TokenStore(store)
     assert earlier.fingerprint == fingerprint
     assert not earlier.has_block_sums
@@ -112,7 +112,7 @@ def test_a_store_without_block_sums_reads_as_before_and_refuses_ids_beyond_its_v
         TokenStore(store).tokens(690, 710)
 
 
-def test_a_file_that_is_cut_short_while_it_is_read_is_a_line(store: Path) -> None:
+def test_a_token_file_truncated_while_open_is_reported_in_one_line(store: Path) -> None:
     rows = ConcatRows(TokenStore(store), seq_len=64)
     assert len(rows[len(rows) - 1].tokens) == 64
     os.truncate(_shard(store, "tokens"), 100)
@@ -120,7 +120,7 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_a_line(store: Path) -> Non
         rows[len(rows) - 1]
 
 
-def test_a_table_that_is_cut_short_while_it_is_read_is_a_line(store: Path) -> None:
+def test_a_document_table_truncated_while_open_is_reported_in_one_line(store: Path) -> None:
     tokens = TokenStore(store)
     assert tokens.segments(0, 10).tolist() == [0] * 10
     os.truncate(_shard(store, "documents"), 100)
@@ -128,7 +128,7 @@ def test_a_table_that_is_cut_short_while_it_is_read_is_a_line(store: Path) -> No
         tokens.segments(0, 10)
 
 
-def test_block_sums_that_are_damaged_themselves_are_named(store: Path) -> None:
+def test_damaged_block_sums_are_named(store: Path) -> None:
     _flip(_shard(store, "blocks"), 2)
     with pytest.raises(DamagedStore, match=r"00000\.blocks: damaged"):
         TokenStore(store).tokens(0, 1)
@@ -138,13 +138,13 @@ def test_block_sums_that_are_damaged_themselves_are_named(store: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "..", "a/b", "", "a\x1bb"])
-def test_a_manifest_names_files_of_its_own_folder_alone(store: Path, name: str) -> None:
+def test_a_manifest_may_only_name_files_of_its_own_folder(store: Path, name: str) -> None:
     _edit(store, name=name)
     with pytest.raises(ValueError, match=r"^data\.path=.*which is no file of its folder"):
         TokenStore(store)
 
 
-def test_a_link_out_of_the_store_a_pipe_and_a_device_are_not_read(store: Path, tmp_path: Path) -> None:
+def test_outside_links_pipes_and_devices_are_not_read(store: Path, tmp_path: Path) -> None:
     path = _shard(store, "tokens")
     path.rename(tmp_path / "outside")
     path.symlink_to(tmp_path / "outside")
@@ -172,13 +172,13 @@ def test_a_link_out_of_the_store_a_pipe_and_a_device_are_not_read(store: Path, t
         {"name": ["x"]},
     ],
 )
-def test_a_field_of_another_type_is_named(store: Path, fields: dict[str, object]) -> None:
+def test_a_manifest_field_of_the_wrong_type_is_named(store: Path, fields: dict[str, object]) -> None:
     _edit(store, **fields)
     with pytest.raises(ValueError, match=rf"manifest\.json is damaged .*{next(iter(fields))}"):
         TokenStore(store)
 
 
-def test_the_error_survives_the_way_between_processes(store: Path) -> None:
+def test_the_error_survives_pickling(store: Path) -> None:
     error = pickle.loads(pickle.dumps(DamagedStore("x: damaged")))
     assert (type(error), str(error)) == (DamagedStore, "x: damaged")
 
@@ -193,7 +193,7 @@ def test_a_span_reads_the_same_from_every_offset_of_a_block(store: Path) -> None
             assert tokens.tokens(start, stop).tolist() == expected[start:stop].tolist()
 
 
-def test_a_rank_whose_rows_are_good_refuses_the_step_with_the_one_whose_are_not(monkeypatch) -> None:
+def test_a_rank_with_intact_rows_refuses_the_step_together_with_the_rank_that_failed(monkeypatch) -> None:
     other = DamagedStore("store/train/00000.tokens: damaged")
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda sums: sums + torch.tensor([0, 1]))
     monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, other])

@@ -1,4 +1,4 @@
-"""The store gives back the tokens and documents it was written with, over any shards, or says what is wrong."""
+"""The token store: reading and writing over shards, and one-line errors for unusable stores."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ SHARDS = [[[5, 6, 7], [8]], [[9] * 10], [[1], [2], [3, 4]]]
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """A store of three training shards; EOS is 0."""
+    """Write a store of three training shards; EOS is 0."""
     partial = partial_path(tmp_path / "store")
     shards = []
     for number, documents in enumerate(SHARDS):
@@ -74,7 +74,7 @@ def test_min_tokens_counts_the_end_of_document(sharded: Path) -> None:
     assert list(store.documents(min_tokens=12)) == []
 
 
-def test_a_document_knows_where_it_came_from(tmp_path: Path, sharded: Path) -> None:
+def test_a_document_records_its_origin(tmp_path: Path, sharded: Path) -> None:
     manifest = json.loads((sharded / MANIFEST).read_text())
     manifest["sources"] = [
         {"path": f"{n}.jsonl", "start": n * 100, "stop": 1000, "sha256": None, "counts": {}} for n in range(3)
@@ -95,7 +95,7 @@ def test_spans_beyond_the_end_are_refused(sharded: Path) -> None:
 
 @settings(max_examples=30)
 @given(documents=st.lists(st.lists(st.integers(0, 70_000), max_size=20), min_size=1, max_size=12))
-def test_any_documents_come_back(tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]]) -> None:
+def test_any_documents_read_back_equal(tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]]) -> None:
     path = tmp_path_factory.mktemp("any") / "store"
     write_store(path, {"train": documents}, vocab_size=70_001, eos_id=70_000)
     store = TokenStore(path)
@@ -104,12 +104,12 @@ def test_any_documents_come_back(tmp_path_factory: pytest.TempPathFactory, docum
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2, "<u2"), (65_536, "<u2"), (65_537, "<u4"), (128_256, "<u4")])
-def test_the_dtype_holds_the_largest_id_and_no_more(vocab_size: int, dtype: str) -> None:
+def test_the_dtype_is_the_smallest_that_fits_the_largest_id(vocab_size: int, dtype: str) -> None:
     assert token_dtype(vocab_size) == np.dtype(dtype)
     assert np.iinfo(token_dtype(vocab_size)).max >= vocab_size - 1
 
 
-def test_the_splits_are_kept_apart(tmp_path: Path) -> None:
+def test_splits_are_separate(tmp_path: Path) -> None:
     write_store(tmp_path / "store", {"train": [[1, 2]], "validation": [[3], [4]]}, vocab_size=10)
     store = TokenStore(tmp_path / "store")
     assert store.num_tokens == 3
@@ -117,7 +117,7 @@ def test_the_splits_are_kept_apart(tmp_path: Path) -> None:
     assert store.split("validation").split("train").tokens(0, 3).tolist() == [1, 2, 0]
 
 
-def test_the_fingerprint_is_of_the_content_not_of_the_place(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_content_and_not_on_the_path(tmp_path: Path) -> None:
     for name, ids in (("a", [1, 2]), ("b", [1, 2]), ("c", [1, 3])):
         write_store(tmp_path / name, {"train": [ids]}, vocab_size=10)
     a, b, c = (TokenStore(tmp_path / name).fingerprint for name in "abc")
@@ -125,7 +125,7 @@ def test_the_fingerprint_is_of_the_content_not_of_the_place(tmp_path: Path) -> N
 
 
 def test_a_sparse_store_of_ten_billion_tokens_opens_at_once(tmp_path: Path) -> None:
-    """Nothing is read but what a row needs: the file has holes, reading it all would take long."""
+    """Read only the bytes that a row needs, from a sparse file too large to be read whole."""
     write_store(tmp_path / "store", {"train": [[1]]}, vocab_size=10)
     shard = tmp_path / "store" / "train" / "00000.tokens"
     table = np.array([(10**10, 0, 0, 1)], DOCUMENT).tobytes()
@@ -213,7 +213,7 @@ def damage_lost_file(store: Path) -> Path:
         (damage_lost_file, "00000.documents: is missing"),
     ],
 )
-def test_what_is_not_a_whole_store_is_one_clear_line(tmp_path: Path, damage, message: str) -> None:
+def test_an_incomplete_store_is_reported_in_one_line(tmp_path: Path, damage, message: str) -> None:
     write_store(tmp_path / "store", {"train": [[1, 2, 3]]}, vocab_size=10)
     path = damage(tmp_path / "store")
     with pytest.raises(ValueError, match=message) as caught:
@@ -222,7 +222,7 @@ def test_what_is_not_a_whole_store_is_one_clear_line(tmp_path: Path, damage, mes
     assert str(path.name) in str(caught.value)
 
 
-def test_a_split_without_documents_names_the_remedy(sharded: Path) -> None:
+def test_an_empty_split_is_refused_with_a_remedy(sharded: Path) -> None:
     with pytest.raises(ValueError, match=r"no validation documents; tokenize again with .* corpus.validation_share"):
         TokenStore(sharded).split("validation")
 

@@ -1,4 +1,4 @@
-"""A tokenizer is accepted exactly if it has the vocabulary that the store was written with."""
+"""Vocabulary checks: the tokenizer must match the store, and token ids must fit the embedding."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ def store(tmp_path: Path) -> TokenStore:
     return TokenStore(tmp_path / "store")
 
 
-def test_the_same_vocabulary_is_accepted_as_object_and_as_directory(store: TokenStore, tmp_path: Path) -> None:
+def test_a_matching_tokenizer_is_accepted_as_object_and_as_directory(store: TokenStore, tmp_path: Path) -> None:
     same = word_level(["0", "1", "2", "3"])
     check_tokenizer(store, same)
     check_tokenizer(store, store.tokenizer_path)
@@ -44,7 +44,7 @@ def test_the_same_vocabulary_is_accepted_as_object_and_as_directory(store: Token
     check_tokenizer(store, str(tmp_path))
 
 
-def test_padding_and_truncation_do_not_make_another_tokenizer(store: TokenStore) -> None:
+def test_padding_and_truncation_settings_do_not_matter(store: TokenStore) -> None:
     same = word_level(["0", "1", "2", "3"])
     same.enable_truncation(128)
     same.enable_padding(length=16)
@@ -59,7 +59,7 @@ def test_padding_and_truncation_do_not_make_another_tokenizer(store: TokenStore)
         (word_level(["0", "1", "2", "3"], added=("<pad>",)), "4 and 5 tokens; id 4 is None in the store and '<pad>'"),
     ],
 )
-def test_another_vocabulary_is_refused_naming_the_first_difference(
+def test_another_vocabulary_is_refused_with_the_first_difference(
     store: TokenStore, other: Tokenizer, difference: str
 ) -> None:
     with pytest.raises(ValueError, match=difference) as caught:
@@ -67,13 +67,13 @@ def test_another_vocabulary_is_refused_naming_the_first_difference(
     assert "\n" not in str(caught.value)
 
 
-def test_a_changed_tokenizer_copy_inside_the_store_is_noticed(store: TokenStore) -> None:
+def test_a_changed_tokenizer_copy_inside_the_store_is_detected(store: TokenStore) -> None:
     word_level(["0", "1", "2", "9"]).save(str(store.tokenizer_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="own tokenizer directory was modified"):
         check_tokenizer(store, store.tokenizer_path)
 
 
-def test_object_and_file_have_one_vocabulary(tmp_path: Path) -> None:
+def test_object_and_file_have_the_same_vocabulary(tmp_path: Path) -> None:
     unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], 0))
     for tokenizer in (word_level(["x", "y"], added=("<s>", "</s>")), unigram):
         tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -98,7 +98,7 @@ def small_store(folder: Path, documents: list[list[int]], vocab_size: int, eos_i
     return TokenStore(folder)
 
 
-def test_an_id_that_the_embedding_lacks_is_named(tmp_path: Path) -> None:
+def test_an_id_outside_the_embedding_is_named(tmp_path: Path) -> None:
     store = small_store(tmp_path / "store", [[1, 2], [3, 299, 1]], vocab_size=512)
     check_embedding(store, 512, "a/model")
     check_embedding(store, 300, "a/model")
@@ -108,8 +108,8 @@ def test_an_id_that_the_embedding_lacks_is_named(tmp_path: Path) -> None:
         check_embedding(store, 299, "a/model")
 
 
-def test_ids_beyond_the_embedding_that_no_document_has_do_no_harm(tmp_path: Path, monkeypatch) -> None:
-    """A padding token that was added to the tokenizer; and all of the store is looked through."""
+def test_unused_ids_outside_the_embedding_are_accepted(tmp_path: Path, monkeypatch) -> None:
+    """Scan the whole store for its largest id; an added padding token that no document has is fine."""
     monkeypatch.setattr(vocabulary_of_store, "SPAN", 3)
     check_embedding(small_store(tmp_path / "padded", [[1] * 10], vocab_size=301), 300, "a/model")
     store = small_store(tmp_path / "last", [[1] * 10, [300]], vocab_size=301)
@@ -117,13 +117,13 @@ def test_ids_beyond_the_embedding_that_no_document_has_do_no_harm(tmp_path: Path
         check_embedding(store, 300, "a/model")
 
 
-def test_an_eos_that_the_embedding_lacks_is_named(tmp_path: Path) -> None:
+def test_an_eos_outside_the_embedding_is_named(tmp_path: Path) -> None:
     store = small_store(tmp_path / "store", [[1, 2]], vocab_size=512, eos_id=511)
     with pytest.raises(ValueError, match=r"its EOS is 511, but the embedding of a/model has 511 rows"):
         check_embedding(store, 511, "a/model")
 
 
-def test_a_bos_that_the_embedding_lacks_matters_where_documents_begin_with_it(tmp_path: Path) -> None:
+def test_a_bos_outside_the_embedding_is_refused_if_documents_begin_with_it(tmp_path: Path) -> None:
     store = small_store(tmp_path / "store", [[1, 2]], vocab_size=512)
     manifest = store.manifest
     info = replace(manifest.tokenizer, bos_token="511", bos_id=511)
@@ -138,7 +138,7 @@ def test_a_bos_that_the_embedding_lacks_matters_where_documents_begin_with_it(tm
         check_bos(511, 511, "a/model")
 
 
-def test_a_store_is_looked_through_by_one_rank_and_named_by_its_key(tmp_path: Path, monkeypatch) -> None:
+def test_a_store_is_scanned_by_one_rank_and_named_by_its_key(tmp_path: Path, monkeypatch) -> None:
     store = small_store(tmp_path / "store", [[1, 299]], vocab_size=512)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     check_embedding(store, 299, "a/model")
@@ -147,7 +147,7 @@ def test_a_store_is_looked_through_by_one_rank_and_named_by_its_key(tmp_path: Pa
         check_embedding(store, 299, "a/model", "evaluation.path")
 
 
-def test_a_tokenizer_of_more_ids_than_the_embedding_is_refused() -> None:
+def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_level([*"abcd"], added=("</s>",)), eos_token="</s>")
     check_ids(tokenizer, 5, "a/model")
     with pytest.raises(ValueError, match=r"^model\.path=a/model: its tokenizer's EOS is 4, .* has 4 rows"):

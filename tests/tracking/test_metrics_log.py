@@ -1,4 +1,4 @@
-"""A damaged metrics.jsonl costs its damaged lines and nothing else."""
+"""Reading and truncating metrics.jsonl: only damaged lines are lost."""
 
 import json
 import os
@@ -15,7 +15,7 @@ LINES = [json.dumps({"step": step, "loss": 1.5, "rows": [[step, step]]}).encode(
 
 
 def cut_back(path: Path, step: int) -> list[dict]:
-    """Cut back the log; the rows that were seen."""
+    """Truncate the log after `step` and return the rows seen."""
     rows: list[dict] = []
     metrics_log.cut_back(path, step, rows.append)
     return rows
@@ -39,7 +39,7 @@ def cut_back(path: Path, step: int) -> list[dict]:
     ids=["cut", "zeros", "no UTF-8", "no step", "text", "bool", "list", "number", "empty", "deep", "long number"],
 )
 @pytest.mark.parametrize("place", [0, 2, 8])
-def test_a_line_that_cannot_be_read_is_set_aside_with_one_line(tmp_path, caplog, bad, place):
+def test_an_unreadable_line_is_moved_and_reported_in_one_line(tmp_path, caplog, bad, place):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join([*LINES[:place], bad + b"\n", *LINES[place:]]))
     rows = cut_back(path, 6)
@@ -52,7 +52,7 @@ def test_a_line_that_cannot_be_read_is_set_aside_with_one_line(tmp_path, caplog,
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.damaged"])
 @pytest.mark.parametrize("place", ["pipe", "link", "dangling"])
-def test_a_log_that_is_a_pipe_or_leads_out_of_its_folder_is_set_aside_unread(tmp_path, caplog, name, place):
+def test_a_log_that_is_a_pipe_or_a_link_outside_is_moved_unread(tmp_path, caplog, name, place):
     run, outside = tmp_path / "run", tmp_path / "outside"
     run.mkdir()
     outside.write_bytes(LINES[0])
@@ -69,7 +69,7 @@ def test_a_log_that_is_a_pipe_or_leads_out_of_its_folder_is_set_aside_unread(tmp
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_last_line_that_a_kill_cut_short_is_set_aside_even_if_it_reads_well(tmp_path):
+def test_an_unterminated_last_line_is_moved_even_if_it_parses(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(LINES[0] + LINES[1].rstrip(b"\n"))
     cut_back(path, 6)
@@ -96,7 +96,7 @@ def _fuzzed(rng: random.Random) -> bytes:
     return bytes(content)
 
 
-def test_of_a_thousand_fuzzed_logs_none_stops_a_run_and_every_byte_is_kept_or_set_aside(tmp_path: Path):
+def test_fuzzed_logs_stop_no_run_and_every_byte_is_kept_or_moved(tmp_path: Path):
     rng = random.Random(0)
     path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.damaged"
     for _ in range(1000):
@@ -112,7 +112,7 @@ def test_of_a_thousand_fuzzed_logs_none_stops_a_run_and_every_byte_is_kept_or_se
         assert cut_back(path, 10**30) == rows
 
 
-def test_a_log_that_is_whole_is_not_written_anew(tmp_path):
+def test_an_intact_log_is_not_rewritten(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(LINES))
     before = path.stat()
@@ -120,7 +120,7 @@ def test_a_log_that_is_whole_is_not_written_anew(tmp_path):
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_line_longer_than_a_reader_takes_is_set_aside_whole_even_if_its_end_reads_well(tmp_path, monkeypatch):
+def test_an_oversized_line_is_moved_completely_even_if_its_end_parses(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics_log, "LONGEST_LINE", 64)
     path = tmp_path / "metrics.jsonl"
     long = b"x" * 128 + LINES[4]
@@ -131,7 +131,7 @@ def test_a_line_longer_than_a_reader_takes_is_set_aside_whole_even_if_its_end_re
 
 
 @pytest.mark.parametrize("damage", [b"", b"no row\n", b"\0" * 2**20], ids=["whole", "a bad line", "zeros"])
-def test_a_long_log_is_cut_back_in_little_memory(tmp_path, monkeypatch, damage):
+def test_a_long_log_is_truncated_in_little_memory(tmp_path, monkeypatch, damage):
     monkeypatch.setattr(metrics_log, "LONGEST_LINE", 2**14)
     path, count = tmp_path / "metrics.jsonl", 20_000
     with path.open("wb") as file:

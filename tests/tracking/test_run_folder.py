@@ -1,4 +1,4 @@
-"""The run folder refuses what it cannot hold or continue, naming the key."""
+"""The run folder: changed configurations on resume, folders of earlier versions, and locks."""
 
 import shutil
 from contextlib import ExitStack
@@ -33,7 +33,7 @@ def test_a_changed_learning_rate_is_refused_on_resume_and_named(tmp_path):
         run_folder.check_config(_config(tmp_path, lr=1.0), has_checkpoint=True)
 
 
-def test_keys_that_do_not_touch_the_numbers_may_change(tmp_path):
+def test_keys_that_do_not_affect_results_may_change(tmp_path):
     run_folder.write_config(_config(tmp_path))
     changed = _config(tmp_path)
     changed.evaluation.every, changed.tracking.log_every, changed.checkpoint.keep_last = 5, 7, 3
@@ -41,7 +41,7 @@ def test_keys_that_do_not_touch_the_numbers_may_change(tmp_path):
     run_folder.check_config(changed, has_checkpoint=True)
 
 
-def test_rows_may_be_shared_out_otherwise_on_another_number_of_ranks_alone(tmp_path):
+def test_micro_batches_may_only_change_with_the_number_of_ranks(tmp_path):
     run_folder.write_config(_config(tmp_path))
     changed = _config(tmp_path)
     changed.engine.micro_batch = 4
@@ -57,7 +57,7 @@ def test_resume_never_refuses_a_folder_with_checkpoints(tmp_path):
         run_folder.check_config(config, has_checkpoint=True)
 
 
-def test_a_key_that_the_program_has_learned_since_is_no_change(tmp_path):
+def test_a_newly_added_key_is_not_a_change(tmp_path):
     config = _config(tmp_path)
     run_folder.write_config(config)
     path = tmp_path / "config.yaml"
@@ -65,7 +65,7 @@ def test_a_key_that_the_program_has_learned_since_is_no_change(tmp_path):
     run_folder.check_config(config, has_checkpoint=True)
 
 
-# What runs of earlier commits wrote: the presets spelt L and the initial weights out, and there was no allow_missing.
+# Keys of runs of earlier commits: presets had L and the initial weights, and allow_missing did not exist.
 EARLIER = {
     "llama2_7b": {
         "path": "/models/Llama-2-7b-hf",
@@ -77,8 +77,8 @@ EARLIER = {
 }
 
 
-def _earlier(folder, name) -> Config:
-    """Today's configuration of a run whose config.yaml is an earlier commit's."""
+def _load_earlier(folder, name) -> Config:
+    """Return the present configuration of a run whose config.yaml is from an earlier commit."""
     path = [f"model.path={EARLIER[name]['path']}"] if EARLIER[name]["path"] else []
     config = composed(f"model={name}", *path, f"output_dir={folder}", "data.path=corpora/books")
     run_folder.write_config(config)
@@ -90,8 +90,8 @@ def _earlier(folder, name) -> Config:
 
 
 @pytest.mark.parametrize("name", EARLIER)
-def test_a_run_of_an_earlier_commit_goes_on(tmp_path, name):
-    config = _earlier(tmp_path, name)
+def test_a_run_of_an_earlier_commit_resumes(tmp_path, name):
+    config = _load_earlier(tmp_path, name)
     assert (config.model.init, config.model.context_len) == (None, None)
     shown = architecture.stand_in(config.model)
     own = architecture.own_context(shown, architecture.to_read(shown))
@@ -100,8 +100,8 @@ def test_a_run_of_an_earlier_commit_goes_on(tmp_path, name):
     run_folder.check_config(config, has_checkpoint=True, own_context=own)
 
 
-def test_what_the_keys_of_an_earlier_run_stand_for_may_not_change(tmp_path):
-    config = _earlier(tmp_path, "tiny")
+def test_the_resolved_values_of_an_earlier_run_may_not_change(tmp_path):
+    config = _load_earlier(tmp_path, "tiny")
     with pytest.raises(ValueError, match=r"^model\.context_len: differs from"):
         run_folder.check_config(config, has_checkpoint=True, own_context=256)
     config.model.path = "/models/mine"
@@ -109,7 +109,7 @@ def test_what_the_keys_of_an_earlier_run_stand_for_may_not_change(tmp_path):
         run_folder.check_config(config, has_checkpoint=True, own_context=128)
 
 
-def test_what_a_run_reads_may_move_and_is_said(tmp_path, caplog):
+def test_inputs_of_a_run_may_move_and_this_is_reported(tmp_path, caplog):
     config = _config(tmp_path)
     config.model.path, config.data.path, config.model.tokenizer = "/models/base", "/corpora/books", "/models/base"
     config.evaluation.path = "/corpora/held_out"
@@ -126,7 +126,7 @@ def test_what_a_run_reads_may_move_and_is_said(tmp_path, caplog):
     assert len(caplog.records) == 4
 
 
-def test_a_finished_run_is_not_lengthened_but_trained_on(tmp_path):
+def test_a_finished_run_is_not_extended_but_its_model_trained_further(tmp_path):
     run_folder.write_config(_config(tmp_path, steps=100))
     with pytest.raises(ValueError, match=r"^optim\.steps: differs"):
         run_folder.check_config(_config(tmp_path, steps=200), has_checkpoint=True)
@@ -148,7 +148,7 @@ def _refuse(folder, *files, rank=0):
             raise InputError("x=1: refused")
 
 
-def test_a_refused_launch_leaves_no_folder_that_it_made(tmp_path):
+def test_a_refused_launch_removes_the_folder_that_it_made(tmp_path):
     with pytest.raises(ValueError, match="refused"):
         _refuse(tmp_path / "runs" / "mine")
     assert list(tmp_path.iterdir()) == []
@@ -156,7 +156,7 @@ def test_a_refused_launch_leaves_no_folder_that_it_made(tmp_path):
 
 @pytest.mark.parametrize("first", [0, 1], ids=["the_folder_of_rank_0", "the_folder_of_rank_1"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["0_is_refused_first", "1_is_refused_first"])
-def test_ranks_that_are_refused_leave_nothing_whoever_made_the_folder(tmp_path, first, order):
+def test_refused_ranks_leave_nothing_whichever_rank_made_the_folder(tmp_path, first, order):
     ranks, folder = {}, tmp_path / "mine"
     for rank in (first, 1 - first):
         ranks[rank] = ExitStack()
@@ -170,13 +170,13 @@ def test_ranks_that_are_refused_leave_nothing_whoever_made_the_folder(tmp_path, 
     assert not (folder / "locks").exists()
 
 
-def test_a_rank_that_is_refused_alone_leaves_the_locks_of_others(tmp_path):
+def test_a_rank_refused_alone_keeps_the_locks_of_others(tmp_path):
     with run_folder.run_lock(tmp_path / "mine", 0, 1.0), pytest.raises(ValueError, match="refused"):
         _refuse(tmp_path / "mine", rank=1)
     assert [lock.name for lock in (tmp_path / "mine" / "locks").iterdir()] == ["rank_0"]
 
 
-def test_a_launch_that_finds_the_folder_in_use_leaves_its_locks(tmp_path):
+def test_a_launch_into_a_folder_in_use_keeps_its_locks(tmp_path):
     with run_folder.run_lock(tmp_path / "mine", 0, 1.0):
         with pytest.raises(ValueError, match="in use by"):
             _refuse(tmp_path / "mine")
@@ -184,7 +184,7 @@ def test_a_launch_that_finds_the_folder_in_use_leaves_its_locks(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rank_1", ".writable_"])
-def test_a_rank_finds_its_folder_again_that_rank_0_removes_under_it(tmp_path, monkeypatch, name):
+def test_a_rank_recovers_when_rank_0_removes_its_folder(tmp_path, monkeypatch, name):
     folder, opened = tmp_path / "runs" / "mine", []
     open_file = Path.open
 
@@ -201,7 +201,7 @@ def test_a_rank_finds_its_folder_again_that_rank_0_removes_under_it(tmp_path, mo
     assert opened
 
 
-def test_a_refused_launch_leaves_what_was_there_or_has_been_written(tmp_path):
+def test_a_refused_launch_keeps_existing_and_new_files(tmp_path):
     (tmp_path / "mine").mkdir()
     for folder, files, left in ((tmp_path / "mine", (), set()), (tmp_path / "new", ("a",), {"a", "locks"})):
         with pytest.raises(ValueError, match="refused"):

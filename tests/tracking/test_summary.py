@@ -1,4 +1,4 @@
-"""The first lines of a program say what is about to happen to which model, before anything that costs."""
+"""The first lines of a program: the run, its model and its data, printed before any expensive work."""
 
 import logging
 
@@ -16,12 +16,12 @@ from tests.helpers.composing import composed
 
 
 class Reached(Exception):
-    """The run came to where it takes hold of a device."""
+    """Raised when a run opens its device."""
 
 
 @pytest.fixture
 def first_lines(tmp_path, tiny_run, monkeypatch, capsys):
-    """Everything that a run prints before it opens a process group."""
+    """Return a function that gives all output of a run before it opens a process group."""
 
     def stop(*_):
         raise Reached
@@ -57,33 +57,33 @@ def test_a_run_names_weights_length_method_batch_steps_and_folder(first_lines, t
     assert "SIGTERM" in block["to"]
 
 
-def test_weights_are_called_pretrained_or_random():
+def test_weights_are_described_as_pretrained_or_random():
     named, drawn = ModelConfig(path="models/a", config="shapes/b"), ModelConfig(config="shapes/b")
     assert summary.weights_of(named) == "pretrained weights of models/a"
     assert summary.weights_of(drawn) == "random weights for the architecture of shapes/b"
     assert "not on this machine; planned by the architecture of shapes/b" in summary.weights_of(named, is_there=False)
 
 
-def test_ranks_that_share_a_sequence_are_counted_as_groups():
+def test_sequence_parallel_ranks_are_counted_as_groups():
     config = composed("+experiment=llama2_7b_clex_64k", "dry_run=true")
     subject = summary.Subject("weights", "llama", 1, torch.bfloat16, 4096, "model.context_len")
     lines = list(summary.training(config, subject, summary.Batch(16, 1, 16), []))
     assert any(line.endswith("2 groups of 8 ranks * 1 sequence * 16 micro-batches") for line in lines)
 
 
-def test_only_the_first_rank_speaks(monkeypatch, capsys):
+def test_only_the_first_rank_prints(monkeypatch, capsys):
     monkeypatch.setattr("clex_train.utils.distributed.rank", lambda: 1)
     summary.say("title", ["  line"])
     assert capsys.readouterr() == ("", "")
 
 
 def log_to_stderr(monkeypatch) -> None:
-    """Have the log of a program on the standard error that a test reads."""
+    """Send the log of a program to the stderr that a test captures."""
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     log.setup()
 
 
-def test_what_is_found_before_the_block_is_logged_after_it(
+def test_messages_before_the_summary_are_logged_after_it(
     first_lines, tmp_path, tiny_store, tiny_architecture, monkeypatch, capsys
 ):
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_architecture, vocab_size=512))
@@ -99,7 +99,7 @@ def test_what_is_found_before_the_block_is_logged_after_it(
     assert "evaluation.num_windows=100000: " in lines[len(block) + 1]
 
 
-def test_a_refusal_comes_after_what_was_found_before_it(monkeypatch, capsys):
+def test_a_refusal_follows_the_messages_logged_before_it(monkeypatch, capsys):
     log_to_stderr(monkeypatch)
 
     @log.buffered()
@@ -113,7 +113,7 @@ def test_a_refusal_comes_after_what_was_found_before_it(monkeypatch, capsys):
     assert capsys.readouterr().err.endswith(" found\n")
 
 
-def test_other_ranks_log_at_once_when_rank_0_has_said_what_is_ahead(monkeypatch, capsys):
+def test_other_ranks_log_at_once_after_the_summary_of_rank_0(monkeypatch, capsys):
     log_to_stderr(monkeypatch)
     monkeypatch.setattr("clex_train.utils.distributed.rank", lambda: 1)
     for say in (lambda: summary.say("title", []), lambda: loading.say_what_is_ahead("evaluate", None, None, [])):

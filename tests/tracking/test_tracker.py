@@ -1,4 +1,4 @@
-"""metrics.jsonl holds every step once, also after a kill and a resume."""
+"""The tracker: metrics.jsonl with every step once, wandb, and full disks."""
 
 import errno
 import io
@@ -42,7 +42,7 @@ def test_steps_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_environment_holds_the_command_as_it_was_typed(tmp_path, monkeypatch):
+def test_the_environment_records_the_command_as_typed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "name='1e3'"])
     monkeypatch.setattr(sys, "orig_argv", ["python3", "-u", "train.py", "--local_rank=0", "name=1e3"])
     write_environment(tmp_path, 0, "f")
@@ -50,14 +50,14 @@ def test_the_environment_holds_the_command_as_it_was_typed(tmp_path, monkeypatch
     assert facts["command"] == [sys.executable, "-u", "train.py", "--local_rank=0", "name=1e3"]
 
 
-def test_evaluations_carry_their_step(tmp_path):
+def test_evaluations_record_their_step(tmp_path):
     tracker = _tracker(tmp_path, 0)
     tracker.evaluation(3, {"perplexity/trained/one_shot/128": 12.5})
     tracker.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "perplexity/trained/one_shot/128": 12.5}
 
 
-def test_a_step_is_evaluated_once_also_if_retrieval_alone_was_asked_for(tmp_path):
+def test_a_step_is_evaluated_once_even_for_retrieval_alone(tmp_path):
     tracker = _tracker(tmp_path, 0)
     tracker.step({"step": 2, **FIGURES, "rows/books": 4})
     tracker.evaluation(3, {"passkey/trained/128": 0.5})
@@ -71,7 +71,7 @@ def test_wandb_gets_the_table_of_each_evaluation_and_its_curves(tmp_path, monkey
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     for name in ("WANDB__SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):
-        monkeypatch.setenv(name, "600")  # seconds, for a machine with other work
+        monkeypatch.setenv(name, "600")  # Seconds, with room for a busy machine.
     results = {
         "perplexity/trained/one_shot/64": 12.0,
         "perplexity/trained/one_shot/128": 11.5,
@@ -102,7 +102,7 @@ def test_wandb_gets_the_table_of_each_evaluation_and_its_curves(tmp_path, monkey
 
 @pytest.fixture
 def without_login(monkeypatch, tmp_path):
-    """A home in which nobody is logged in to wandb."""
+    """Set a home directory without a login to wandb."""
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -118,11 +118,11 @@ def test_online_without_a_login_is_refused_with_the_remedy(without_login):
 
 
 @pytest.mark.parametrize("wandb_mode", [Wandb.offline, Wandb.off])
-def test_other_ways_need_no_login(without_login, wandb_mode):
+def test_other_modes_need_no_login(without_login, wandb_mode):
     require_login(TrackingConfig(wandb=wandb_mode))
 
 
-def test_a_key_or_a_netrc_of_the_host_is_a_login(without_login, monkeypatch):
+def test_a_key_or_a_netrc_entry_is_a_login(without_login, monkeypatch):
     netrc = without_login / ".netrc"
     netrc.write_text("machine elsewhere\n login user\n password x\n")
     with pytest.raises(ValueError, match="nobody is logged in"):
@@ -140,7 +140,7 @@ def test_other_ranks_leave_the_refusal_to_rank_0(without_login, monkeypatch):
     require_login(TrackingConfig(wandb=Wandb.online))
 
 
-def test_a_damaged_id_of_wandb_is_set_aside_and_a_new_one_is_kept(tmp_path, caplog):
+def test_a_damaged_wandb_id_is_moved_and_replaced(tmp_path, caplog):
     path = tmp_path / "wandb_id"
     first = _wandb_id(path)
     assert _wandb_id(path) == first
@@ -152,7 +152,7 @@ def test_a_damaged_id_of_wandb_is_set_aside_and_a_new_one_is_kept(tmp_path, capl
 
 @pytest.fixture
 def full_log(tmp_path, monkeypatch):
-    """Makes the disk full, or not, for what is appended to metrics.jsonl."""
+    """Return a switch that makes the disk full for appends to metrics.jsonl."""
     full = [False]
     write = io.FileIO.write
 
@@ -167,7 +167,7 @@ def full_log(tmp_path, monkeypatch):
     return full
 
 
-def test_figures_that_find_no_room_wait_for_it_while_training_goes_on(tmp_path, full_log, caplog):
+def test_metrics_wait_for_room_on_a_full_disk_while_training_continues(tmp_path, full_log, caplog):
     tracker = _tracker(tmp_path, 0, on_full_disk="continue")
     for step in range(1, 6):
         full_log[0] = step in (2, 3)
@@ -180,7 +180,7 @@ def test_figures_that_find_no_room_wait_for_it_while_training_goes_on(tmp_path, 
     assert said.startswith(f"{tmp_path / 'metrics.jsonl'}: cannot be written (No space left on device); its lines wait")
 
 
-def test_figures_that_find_no_room_stop_the_run_and_leave_no_half_a_line(tmp_path, full_log, caplog):
+def test_metrics_on_a_full_disk_stop_the_run_without_a_partial_line(tmp_path, full_log, caplog):
     tracker = _tracker(tmp_path, 0)
     tracker.step({"step": 1, **FIGURES})
     full_log[0] = True
@@ -191,7 +191,7 @@ def test_figures_that_find_no_room_stop_the_run_and_leave_no_half_a_line(tmp_pat
     assert "lines lost at its end: 1" in caplog.text
 
 
-def test_a_log_that_cannot_be_opened_stops_the_launch_with_the_file(tmp_path, monkeypatch):
+def test_a_log_that_cannot_be_opened_stops_the_launch_naming_the_file(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.EDQUOT, "Disk quota exceeded", str(path))
 

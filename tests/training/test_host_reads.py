@@ -1,8 +1,8 @@
-"""How often the host waits for the device in a step, counted on tensors that would be on the device.
+"""Host reads of device tensors in a training step, counted by marking tensors on a CPU.
 
-What `to_device` gives counts as being on the device, what transformers makes of nothing does, and all that is
-computed from these, gradients and the optimizer's buffers included; `all_reduce_sum_to_host` brings it back. A read is
-an operation that Python or a shape depends on.
+Results of `to_device`, tensors that transformers creates, and everything computed from these count as device tensors,
+including gradients and optimizer buffers; `all_reduce_sum_to_host` copies to the host. A read is an operation on whose
+result Python or a shape depends.
 """
 
 import sys
@@ -23,11 +23,11 @@ PACKAGES = ("clex_train", "transformers", "deepspeed")
 
 
 class DeviceReads(TorchDispatchMode):
-    """Counts reads of tensors that descend from marked ones, by package, file and function of the caller."""
+    """Count reads of tensors derived from marked ones, by package and function of the caller."""
 
     def __init__(self):
         super().__init__()
-        # Storages are kept alive, so that none of them is taken for another at the same place.
+        # Storages are kept alive, so that no address is reused.
         self.storages, self.reads, self.brought = {}, Counter(), 0
 
     def mark(self, tensor):
@@ -64,7 +64,7 @@ def caller() -> str:
 
 @pytest.fixture
 def counted(tmp_path, tiny_run, monkeypatch):
-    """Runs two steps of train.run; returns what was counted in the second one, and its figures."""
+    """Return a function that runs two steps of train.run and gives the counts and metrics of the second."""
     counts, figures, mode = [], [], None
 
     def to_device(tensor, target=None):
@@ -101,21 +101,21 @@ def counted(tmp_path, tiny_run, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_the_host_reads_once_for_all_it_needs_and_deepspeed_once_for_its_norm(counted, stage):
+def test_a_step_has_one_host_read_of_ours_and_one_of_deepspeeds_norm(counted, stage):
     found, figures = counted(f"engine.zero_stage={stage}")
     assert found.brought == 1
     assert {place: count for place, count in found.reads.items() if place.startswith("clex_train")} == {}
     assert isinstance(figures["grad_norm"], torch.Tensor), "left on the device for the log"
     assert found.has(figures["grad_norm"]), "and known to be there"
-    # transformers looks for borders of documents once in each forward, DeepSpeed at the norm before it steps;
-    # ZeRO-1 at those of the two groups of parameters too.
+    # transformers checks for document boundaries once in each forward, DeepSpeed reads the norm before a step, and
+    # ZeRO-1 also those of the two parameter groups.
     assert found.reads == {
         "transformers: find_packed_sequence_indices": 3,
         "deepspeed: is_invalid_grad_norm": 1 if stage == 3 else 3,
     }
 
 
-def test_a_read_in_the_middle_of_a_step_would_be_counted(counted, monkeypatch):
+def test_a_read_in_the_middle_of_a_step_is_counted(counted, monkeypatch):
     whole = ForwardPass.loss
 
     def reading(*args):

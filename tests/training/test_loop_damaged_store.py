@@ -1,4 +1,4 @@
-"""Training meets a damaged block in the middle of a run: one line, a checkpoint of the step before, and it goes on."""
+"""A damaged block of the token store in the middle of a run: one line, a checkpoint of the previous step, resuming."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ def _flip_every_block(folder: Path) -> None:
         path.write_bytes(content)
 
 
-def test_a_run_that_meets_a_damaged_block_saves_and_goes_on_to_the_same_bits(
+def test_a_run_that_reads_a_damaged_block_saves_and_resumes_bitwise(
     tmp_path: Path, tiny_store: Path, tiny_architecture: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     store = tmp_path / "store"
@@ -55,7 +55,7 @@ def test_a_run_that_meets_a_damaged_block_saves_and_goes_on_to_the_same_bits(
         with pytest.raises(DamagedStore) as caught:
             start("damaged")
     line = str(caught.value)
-    # Two steps had been read before: the one that was damaged in, and the one ahead of it.
+    # Two steps had been read: the one during which the damage was done, and the prefetched one.
     (saved,) = (tmp_path / "damaged" / "checkpoints").glob("step_*")
     assert line.startswith(f"step {int(saved.name.removeprefix('step_')) + 1}: {store}/train/")
     assert "fails its checksum; copy the store again or tokenize again; the last checkpoint is" in line

@@ -1,4 +1,4 @@
-"""The loss of a step is the mean over its scored tokens, whatever rows and micro-batches they are in."""
+"""The loss of a step with a document mask: the mean over its scored tokens, for any rows and micro batches."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ from clex_train.utils.errors import RunStopped
 
 SEQ_LEN = 24
 LAYOUTS = [([24], 0), ([5, 1, 10, 8], 0), ([1, 1, 14], 8), ([1] * 20, 4), ([2, 3], 19), ([12, 12], 0)]
-"""Documents and padding of the rows of every step; the fourth has no token to score."""
+"""Documents and padding of the rows of every step; the fourth row has no scored token."""
 
 
 def given_row(index: int) -> Row:
@@ -32,7 +32,7 @@ def given_row(index: int) -> Row:
 
 
 class GivenRows:
-    """`LAYOUTS` over and over, with tokens of their own, in place of the rows of a store."""
+    """Repeat `LAYOUTS` with other tokens for each row, in place of the rows of a store."""
 
     def __init__(self, rows, seed):
         self.seq_len = rows.seq_len
@@ -46,7 +46,7 @@ class GivenRows:
 
 @pytest.fixture
 def run(tmp_path, tiny_run, monkeypatch):
-    """train.run on `GivenRows`, documents apart; returns its configuration."""
+    """Return a function that runs train.run on `GivenRows` with a document mask and gives the configuration."""
     monkeypatch.setattr(build, "ShuffledRows", GivenRows)
 
     def start(name: str, *overrides: str):
@@ -69,16 +69,16 @@ def run(tmp_path, tiny_run, monkeypatch):
     return start
 
 
-def fresh_model(config):
-    """The weights that a run begins with, and its handle."""
+def load_initial_model(config):
+    """Load the initial weights of a run, and its handle."""
     arch = architecture.to_train(config.model)
     training_tokenizer(config.model, arch, Path(config.data.path) / "tokenizer")
     return load.load_for_training(config, arch, torch.float32, {})
 
 
 def reference(config, row_indices, t=None):
-    """Mean cross-entropy over the scored tokens of the rows and its gradient norm, one document at a time."""
-    loaded = fresh_model(config)
+    """Compute the mean cross-entropy over scored tokens and its gradient norm, one document at a time."""
+    loaded = load_initial_model(config)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for index in row_indices:
         row, start = given_row(index), 0
@@ -112,7 +112,7 @@ def document_loss(loaded, ids, t, inverse, positions):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 6])
-def test_loss_and_gradient_of_a_step_are_those_of_its_documents_alone(run, micro_batch):
+def test_loss_and_gradient_of_a_step_match_those_of_separate_documents(run, micro_batch):
     config = run("plain", f"engine.micro_batch={micro_batch}")
     first = run.figures("plain")[0]
     loss, norm = reference(config, range(len(LAYOUTS)))
@@ -121,7 +121,7 @@ def test_loss_and_gradient_of_a_step_are_those_of_its_documents_alone(run, micro
 
 
 @pytest.mark.parametrize("positions", ["random", "skip"])
-def test_with_clex_every_document_has_positions_of_its_own(run, positions):
+def test_every_document_has_separate_positions_under_clex(run, positions):
     config = run("clex", "scaling=clex", f"scaling.positions={positions}", "scaling.t_max=4", "engine.micro_batch=2")
     first = run.figures("clex")[0]
     loss, norm = reference(config, range(len(LAYOUTS)), first["t"])
@@ -129,11 +129,11 @@ def test_with_clex_every_document_has_positions_of_its_own(run, positions):
     assert first["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
-def test_a_resumed_run_goes_on_to_the_bit(run, monkeypatch):
+def test_a_resumed_run_is_bitwise_equal(run, monkeypatch):
     clex = ("scaling=clex", "scaling.t_max=4", "engine.micro_batch=2", "checkpoint.every=2", "optim.steps=4")
     run("whole", *clex)
     with monkeypatch.context() as broken:
-        broken.setattr(loop, "train_step", failing_at(3, loop.train_step))
+        broken.setattr(loop, "train_step", interrupt_at(3, loop.train_step))
         with pytest.raises(KeyboardInterrupt):
             run("parts", *clex)
     run("parts", *clex)
@@ -143,7 +143,7 @@ def test_a_resumed_run_goes_on_to_the_bit(run, monkeypatch):
         assert whole == parts, key
 
 
-def failing_at(last, train_step):
+def interrupt_at(last, train_step):
     def interrupted(parts, step, micro_batches):
         if step == last:
             raise KeyboardInterrupt
@@ -152,22 +152,22 @@ def failing_at(last, train_step):
     return interrupted
 
 
-def test_a_step_without_a_token_to_score_stops_by_name(run, monkeypatch):
+def test_a_step_without_scored_tokens_stops_the_run_by_name(run, monkeypatch):
     monkeypatch.setattr(GivenRows, "__getitem__", lambda self, index: replace(given_row(3), index=index))
     with pytest.raises(RunStopped, match=r"step 0: no token can be scored .*rows 0 to 5.*document_mask=false"):
         run("empty", "engine.micro_batch=2")
 
 
 def batches_of(counts):
-    """Micro-batches of one row with so many tokens to score."""
+    """Make micro batches of one row with `counts` scored tokens."""
     targets = [torch.where(torch.arange(12) < count, 1, -100)[None] for count in counts]
     return [MicroBatch(torch.ones(1, 12), each, None, torch.tensor([0])) for each in targets]
 
 
-def test_weights_are_the_share_of_scored_tokens_and_one_on_average():
+def test_weights_are_proportional_to_scored_tokens_and_one_on_average():
     weights = step_rows.loss_weights(batches_of([1, 0, 11, 4]), step=0)
     assert weights == [0.25, 0.0, 2.75, 1.0]
 
 
-def test_weights_of_equal_rows_are_one_to_the_bit():
+def test_weights_of_equal_rows_are_exactly_one():
     assert step_rows.loss_weights(batches_of([7] * 3), step=0) == [1.0] * 3

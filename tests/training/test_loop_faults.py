@@ -1,4 +1,4 @@
-"""What the loop does when a step goes wrong, in one process with the real engine and a tiny model."""
+"""Faults in the training loop: non-finite steps, spikes, roll-backs and out of memory, on one process."""
 
 import json
 import math
@@ -19,13 +19,13 @@ from tests.helpers.same_models import assert_same_model
 
 @pytest.fixture(params=[1, 2, 3])
 def stage(request) -> int:
-    """Of ZeRO."""
+    """Return the stage of ZeRO."""
     return request.param
 
 
 @pytest.fixture
 def run(tmp_path, tiny_run):
-    """train.run on a tiny model, without evaluation unless an override asks for it."""
+    """Return a function that runs train.run on a tiny model, by default without evaluation."""
 
     def start(*overrides: str) -> int:
         length = ("optim.batch_rows=2", "optim.steps=8", "checkpoint.every=2")
@@ -36,16 +36,16 @@ def run(tmp_path, tiny_run):
 
 
 def metrics(run) -> list[dict]:
-    """The lines of steps and evaluations."""
+    """Return the lines of steps and evaluations."""
     lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if "save_seconds" not in line]
 
 
-def spoil(monkeypatch, rows: set[int], module: str = "model.layers.1.mlp", value: float = math.nan) -> None:
-    """Multiply what `module` gives for these rows by `value`, as a bad batch or a broken kernel would."""
+def corrupt_output(monkeypatch, rows: set[int], module: str = "model.layers.1.mlp", value: float = math.nan) -> None:
+    """Multiply the output of `module` for these rows by `value`, as a bad batch or a broken kernel would."""
     loss = ForwardPass.loss
 
-    def spoilt(self, model, batch, weight):
+    def corrupted(self, model, batch, weight):
         if not rows.intersection(batch.row_indices.tolist()):
             return loss(self, model, batch, weight)
         broken = getattr(model, "module", model).get_submodule(module)
@@ -55,11 +55,11 @@ def spoil(monkeypatch, rows: set[int], module: str = "model.layers.1.mlp", value
         finally:
             hook.remove()
 
-    monkeypatch.setattr(ForwardPass, "loss", spoilt)
+    monkeypatch.setattr(ForwardPass, "loss", corrupted)
 
 
-class Bursts(torch.autograd.Function):
-    """Passes on what it is given, and a gradient that is not finite."""
+class NonFiniteGradient(torch.autograd.Function):
+    """Pass its input on, with a non-finite gradient."""
 
     @staticmethod
     def forward(context, x):
@@ -70,8 +70,8 @@ class Bursts(torch.autograd.Function):
         return gradient * math.inf
 
 
-def test_a_step_that_is_not_finite_is_skipped_by_model_and_ode_alike(run, monkeypatch):
-    spoil(monkeypatch, {4})
+def test_a_non_finite_step_is_skipped_by_model_and_ode(run, monkeypatch):
+    corrupt_output(monkeypatch, {4})
     assert run() == 8
     rows = metrics(run)
     assert [row["step"] for row in rows] == list(range(1, 9))
@@ -80,19 +80,19 @@ def test_a_step_that_is_not_finite_is_skipped_by_model_and_ode_alike(run, monkey
     assert all(math.isfinite(row["loss"]) for row in rows[3:]), "the weights stayed whole"
 
 
-def test_a_gradient_that_is_not_finite_is_traced_to_its_module(run, monkeypatch, stage):
+def test_a_non_finite_gradient_is_traced_to_its_module(run, monkeypatch, stage):
     loss = ForwardPass.loss
 
-    def spoilt(self, model, batch, weight):
+    def corrupted(self, model, batch, weight):
         layer = getattr(model, "module", model).get_submodule("model.layers.0.self_attn.o_proj")
         bursts = 4 in batch.row_indices.tolist()
-        hook = layer.register_forward_hook(lambda module, inputs, out: Bursts.apply(out) if bursts else out)
+        hook = layer.register_forward_hook(lambda module, inputs, out: NonFiniteGradient.apply(out) if bursts else out)
         try:
             return loss(self, model, batch, weight)
         finally:
             hook.remove()
 
-    monkeypatch.setattr(ForwardPass, "loss", spoilt)
+    monkeypatch.setattr(ForwardPass, "loss", corrupted)
     assert run(f"engine.zero_stage={stage}") == 8
     (fault,) = [row["fault"] for row in metrics(run) if "fault" in row]
     assert fault.startswith("rank 0, rows [[4, 5]]: first in the gradient of the output of model.layers.0.self_attn.")
@@ -103,8 +103,8 @@ TILES = ("engine.tiled_loss=5", "engine.tiled_mlp=7")
 
 
 @pytest.mark.parametrize("options", [(), TILES], ids=["whole", "in_tiles"])
-def test_looking_for_the_fault_changes_nothing(run, monkeypatch, stage, options):
-    spoil(monkeypatch, {4})
+def test_searching_for_the_fault_changes_nothing(run, monkeypatch, stage, options):
+    corrupt_output(monkeypatch, {4})
     folders = [run.folder.with_name(name) for name in ("looked", "not_looked")]
     run(f"output_dir={folders[0]}", f"engine.zero_stage={stage}", *options)
     (line,) = (line for line in (folders[0] / "metrics.jsonl").read_text().splitlines() if '"fault"' in line)
@@ -115,14 +115,14 @@ def test_looking_for_the_fault_changes_nothing(run, monkeypatch, stage, options)
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_the_last_checkpoint(run, monkeypatch):
-    spoil(monkeypatch, {8, 11})
+    corrupt_output(monkeypatch, {8, 11})
     with pytest.raises(RunStopped, match=r"step 6: loss nan.*rows \[\[10, 11\]\].*the last checkpoint is .*step_4"):
         run("optim.max_bad_steps=2")
     assert not (run.folder / "checkpoints" / "step_6").exists()
 
 
-def test_a_run_none_of_whose_steps_was_taken_is_stopped_and_writes_no_model(run, monkeypatch):
-    spoil(monkeypatch, set(range(16)))
+def test_a_run_without_a_successful_step_stops_and_writes_no_model(run, monkeypatch):
+    corrupt_output(monkeypatch, set(range(16)))
     finished, finish = [], Checkpoints.finish
     monkeypatch.setattr(Checkpoints, "finish", lambda self: (finished.append(True), finish(self)))
     with pytest.raises(
@@ -136,13 +136,13 @@ def test_a_run_none_of_whose_steps_was_taken_is_stopped_and_writes_no_model(run,
     assert not list((run.folder / "checkpoints").glob("step_*"))
 
 
-def test_a_run_whose_last_step_alone_is_skipped_is_finished(run, monkeypatch):
-    spoil(monkeypatch, {2, 3})
+def test_a_run_with_only_its_last_step_skipped_finishes(run, monkeypatch):
+    corrupt_output(monkeypatch, {2, 3})
     assert run("optim.steps=2") == 2
     assert (run.folder / "final").is_dir()
 
 
-def test_weights_that_came_with_a_nan_are_named(run, tmp_path, tiny_store):
+def test_initial_weights_with_a_nan_are_named(run, tmp_path, tiny_store):
     run("optim.steps=1", "scaling=none")
     base = run.folder.rename(tmp_path / "base") / "final"
     tensors = load_file(base / "model.safetensors")
@@ -152,7 +152,7 @@ def test_weights_that_came_with_a_nan_are_named(run, tmp_path, tiny_store):
         run("optim.steps=2", f"model.path={base}")
 
 
-def test_a_learning_rate_that_breaks_the_model_is_named_before_the_field_s(run):
+def test_a_model_broken_by_its_learning_rate_is_not_blamed_on_that_of_the_field(run):
     with pytest.raises(RunStopped) as stopped:
         run("optim.lr=10", "optim.warmup=0")
     line = str(stopped.value)
@@ -160,13 +160,13 @@ def test_a_learning_rate_that_breaks_the_model_is_named_before_the_field_s(run):
     assert "lower scaling.lr_scale" not in line
 
 
-def test_a_finished_run_with_more_steps_is_told_to_train_its_model_on(run):
+def test_more_steps_of_a_finished_run_are_refused_with_advice_to_train_its_model_further(run):
     run("optim.steps=2")
     with pytest.raises(ValueError, match=r"^optim\.steps=4: .* is finished after 2 steps, .*model\.path=.*run/final"):
         run("optim.steps=4")
 
 
-def test_a_run_goes_on_after_its_base_has_moved(run, tmp_path, caplog):
+def test_a_run_resumes_after_its_base_has_moved(run, tmp_path, caplog):
     caplog.set_level("INFO", logger="clex_train")
     run("optim.steps=1", "scaling=none")
     base = run.folder.rename(tmp_path / "base") / "final"
@@ -180,18 +180,18 @@ def test_a_run_goes_on_after_its_base_has_moved(run, tmp_path, caplog):
     assert_same_model(whole / "final", run.folder / "final")
 
 
-def test_the_state_before_the_bad_steps_is_saved_and_goes_on_to_the_same_bits(run, monkeypatch):
+def test_the_state_before_bad_steps_is_saved_and_resumes_bitwise(run, monkeypatch):
     whole = run.folder.with_name("whole")
     run("checkpoint.every=0", f"output_dir={whole}")
     with monkeypatch.context() as broken:
-        spoil(broken, {6, 8})
+        corrupt_output(broken, {6, 8})
         with pytest.raises(RunStopped, match=r"step 5: .*2 such steps in a row.*the last checkpoint is .*step_3;"):
             run("checkpoint.every=0", "optim.max_bad_steps=2")
     assert run("checkpoint.every=0", "optim.max_bad_steps=2") == 8
     assert_same_model(whole / "final", run.folder / "final")
 
 
-def test_a_field_that_breaks_its_bound_stops_before_it_is_saved(run, capsys):
+def test_a_field_beyond_its_bound_stops_the_run_before_saving(run, capsys):
     with pytest.raises(RunStopped, match=r"step \d: .*scaling\.max_residual.*another output_dir") as stopped:
         run("scaling.lr_scale=1", "optim.lr=0.05", "scaling.max_residual=1e-3")
     assert program.report(stopped.value) == program.STOPPED
@@ -228,7 +228,7 @@ def test_a_finished_run_returns_at_once(run, monkeypatch):
     assert (run.folder / "final" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_weights_with_a_field_are_not_trained_on_without_it(run):
+def test_weights_with_a_field_are_not_trained_further_without_it(run):
     run()
     with pytest.raises(ValueError, match=r"scaling\.name=none: .* has a CLEX field"):
         run(
@@ -247,7 +247,7 @@ def test_weights_with_a_field_are_not_trained_on_without_it(run):
         RuntimeError("[enforce fail at alloc_cpu.cpp:130] . DefaultCPUAllocator: can't allocate memory: 8 TB"),
     ],
 )
-def test_memory_that_runs_out_in_a_step_becomes_the_estimate_and_what_to_turn_down(run, monkeypatch, capsys, error):
+def test_out_of_memory_in_a_step_prints_the_estimate_and_what_to_reduce(run, monkeypatch, capsys, error):
     def full(parts, batch, spectrum, weight=1.0):
         raise error
 
@@ -262,37 +262,37 @@ def test_memory_that_runs_out_in_a_step_becomes_the_estimate_and_what_to_turn_do
     remedies = ("micro_batch=1", "tiled_loss=1024", "activation_checkpointing=true", "tiled_mlp", "offload=optimizer")
     for remedy in remedies:
         assert f"engine.{remedy}" in said, remedy
-    # The logits of the store's 512 tokens are smaller than the layers' activations: what frees most is named first.
+    # The option that frees most comes first: logits of 512 tokens are smaller than the activations of layers.
     assert said.index("engine.activation_checkpointing") < said.index("engine.tiled_loss")
     assert "Traceback" not in said
 
 
-def with_spike(monkeypatch, rows: set[int]) -> None:
-    """A thousandfold loss, and so its gradient, for these rows."""
+def add_spike(monkeypatch, rows: set[int]) -> None:
+    """Multiply the loss, and so its gradient, by a thousand for these rows."""
     loss = ForwardPass.loss
 
-    def spoilt(self, model, batch, weight):
+    def corrupted(self, model, batch, weight):
         found = loss(self, model, batch, weight)
         return found * 1000 if rows.intersection(batch.row_indices.tolist()) else found
 
-    monkeypatch.setattr(ForwardPass, "loss", spoilt)
+    monkeypatch.setattr(ForwardPass, "loss", corrupted)
 
 
 SPIKES = ("optim.spike_factor=20", "optim.spike_window=4")
 
 
-def test_a_spike_rolls_back_and_ends_as_a_run_without_its_rows(run, monkeypatch):
+def test_rolling_back_a_spike_gives_a_run_without_its_rows(run, monkeypatch):
     without = run.folder.with_name("without")
     run(*SPIKES, "data.skip_rows=[12-13]", f"output_dir={without}")
-    with_spike(monkeypatch, {12})
+    add_spike(monkeypatch, {12})
     assert run(*SPIKES) == 8
     assert_same_model(without / "final", run.folder / "final")
     assert [row["step"] for row in metrics(run)] == list(range(1, 9))
     assert [row["rows"] for row in metrics(run)][5:] == [[[10, 11]], [[14, 15]], [[16, 17]]]
 
 
-def test_a_run_killed_after_a_roll_back_skips_the_same_rows(run, monkeypatch):
-    with_spike(monkeypatch, {10, 14})
+def test_a_run_killed_after_a_roll_back_skips_the_same_rows_again(run, monkeypatch):
+    add_spike(monkeypatch, {10, 14})
     whole = run.folder.with_name("whole")
     run(*SPIKES, "optim.steps=10", f"output_dir={whole}")
     save = state.save
@@ -314,6 +314,6 @@ def test_a_run_killed_after_a_roll_back_skips_the_same_rows(run, monkeypatch):
 
 
 def test_roll_backs_are_bounded(run, monkeypatch):
-    with_spike(monkeypatch, {8, 10, 12})
+    add_spike(monkeypatch, {8, 10, 12})
     with pytest.raises(RunStopped, match=r"is a spike, above .*optim\.max_roll_backs=2"):
         run(*SPIKES, "optim.max_roll_backs=2")

@@ -1,4 +1,4 @@
-"""A run that is asked to stop, in one process with the real engine: what it saves, says and takes up again."""
+"""Stop requests in the training loop, on one process with the real engine: saving, messages and resuming."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.helpers.same_models import assert_same_model
 
 @pytest.fixture
 def run(tmp_path, tiny_run, monkeypatch):
-    """train.run on a tiny model, in a folder of the test."""
+    """Return a function that runs train.run on a tiny model, in a folder of the test."""
     monkeypatch.setattr(stop_requests, "POLL_SECONDS", 0.0)
 
     def start(name: str, *overrides: str) -> Path:
@@ -30,8 +30,8 @@ def run(tmp_path, tiny_run, monkeypatch):
     return start
 
 
-def touch_after(monkeypatch, module, name: str, calls: int, stop_file: Path) -> None:
-    """Leave a stop file behind when a function of `module` has been called so many times."""
+def touch_at_call(monkeypatch, module, name: str, calls: int, stop_file: Path) -> None:
+    """Create a stop file at the given call of a function of `module`."""
     function, taken = getattr(module, name), [0]
 
     def counted(*arguments, **named):
@@ -48,10 +48,10 @@ def metrics(folder: Path) -> list[dict]:
     return [line for line in lines if "save_seconds" not in line]
 
 
-def test_a_stop_file_saves_the_step_and_the_same_command_ends_with_the_same_bits(run, monkeypatch, capsys):
+def test_a_stop_file_saves_the_step_and_the_run_resumes_bitwise(run, monkeypatch, capsys):
     whole = run("whole")
     with monkeypatch.context() as patched:
-        touch_after(patched, loop, "forward_backward", 3, run.folder / "stopped" / "stop")
+        touch_at_call(patched, loop, "forward_backward", 3, run.folder / "stopped" / "stop")
         with pytest.raises(StopRequested, match=r"after step 3: .*stop exists .*step_3; the same command") as asked:
             run("stopped")
     assert program.report(asked.value) == program.GO_ON == 75
@@ -63,9 +63,9 @@ def test_a_stop_file_saves_the_step_and_the_same_command_ends_with_the_same_bits
     assert [row["rows"] for row in metrics(whole)[:6]] == [[[2 * step, 2 * step + 1]] for step in range(6)]
 
 
-def test_an_evaluation_is_interrupted_between_windows_and_done_again(run, monkeypatch):
+def test_an_evaluation_is_interrupted_between_windows_and_repeated(run, monkeypatch):
     with monkeypatch.context() as patched:
-        touch_after(patched, runner, "deal", 2, run.folder / "run" / "stop")
+        touch_at_call(patched, runner, "deal", 2, run.folder / "run" / "stop")
         with pytest.raises(StopRequested, match=r"after step 4: .*step_4"):
             run("run", "evaluation.every=4")
     assert not [row for row in metrics(run.folder / "run") if any(key.startswith("perplexity") for key in row)]
@@ -75,15 +75,15 @@ def test_an_evaluation_is_interrupted_between_windows_and_done_again(run, monkey
     assert scored == [4, 6]
 
 
-def test_a_run_asked_to_stop_while_it_loads_takes_no_step(run, monkeypatch):
+def test_a_run_stopped_while_loading_takes_no_step(run, monkeypatch):
     from clex_train.models import load
 
-    touch_after(monkeypatch, load, "load_for_training", 1, run.folder / "run" / "stop")
+    touch_at_call(monkeypatch, load, "load_for_training", 1, run.folder / "run" / "stop")
     with pytest.raises(StopRequested, match=r"after step 0: .*there is no checkpoint yet"):
         run("run")
 
 
-def test_a_max_runtime_too_short_for_one_step_is_an_error_and_no_request_to_go_on(run):
+def test_a_max_runtime_too_short_for_one_step_is_an_error_and_not_resumable(run):
     with pytest.raises(RunStopped, match=r"max_runtime ends in 0 s.*too short for one step.*raise max_runtime"):
         run("run", "max_runtime=0:00:01")
 

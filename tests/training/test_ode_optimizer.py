@@ -1,4 +1,4 @@
-"""The ODE's own training step: its gradient, its guard, its state."""
+"""The optimizer of the ODE: gradient, guard, state and prefetching."""
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ def make(**scaling) -> OdeOptimizer:
 
 
 def step(ode: OdeOptimizer, number: int, lr: float = 1e-3) -> float:
-    """A step whose loss is the sum of squared frequencies over two micro-batches."""
+    """Take a step whose loss is the sum of squared frequencies over two micro batches."""
     spectrum = ode.begin(number)
     for _ in range(2):
         (spectrum.inv_freq.square().sum() / 2).backward()
     return ode.finish(lr)
 
 
-def test_the_gradient_is_that_of_the_same_loss_without_the_detour():
+def test_the_gradient_equals_that_of_backpropagating_the_loss_directly():
     ode = make(clip=1e9)
     with torch.no_grad():
         ode.clex.down.normal_(std=0.01, generator=torch.Generator().manual_seed(0))
@@ -68,7 +68,7 @@ def test_a_frozen_field_stays_at_ntk():
     torch.testing.assert_close(spectrum.inv_freq, BASE * alpha**-exponents, rtol=1e-12, atol=0)
 
 
-def test_state_restored_in_the_middle_continues_with_the_same_bits():
+def test_a_state_restored_in_the_middle_continues_bitwise():
     whole, first = make(), make()
     for number in range(6):
         step(whole, number)
@@ -84,7 +84,7 @@ def test_state_restored_in_the_middle_continues_with_the_same_bits():
     )
 
 
-def test_a_field_that_leaves_its_bound_stops_the_run_naming_t():
+def test_a_field_beyond_its_bound_stops_the_run_naming_t():
     ode = make(max_residual=0.05)
     with torch.no_grad():
         ode.clex.down.fill_(0.05)
@@ -92,7 +92,7 @@ def test_a_field_that_leaves_its_bound_stops_the_run_naming_t():
         ode.begin(0)
 
 
-def test_a_field_that_is_not_finite_stops_the_run_before_the_model_sees_it():
+def test_a_non_finite_field_stops_the_run_before_it_reaches_the_model():
     ode = make()
     with torch.no_grad():
         ode.clex.down[0, 0] = float("nan")
@@ -100,7 +100,7 @@ def test_a_field_that_is_not_finite_stops_the_run_before_the_model_sees_it():
         ode.begin(1)
 
 
-def test_a_growing_field_is_announced_before_it_breaks(caplog):
+def test_a_growing_field_gives_a_warning_before_the_guard_stops_it(caplog):
     ode = make(max_residual=1.0)
     with torch.no_grad():
         ode.clex.down.fill_(0.01)
@@ -114,15 +114,15 @@ def bits(ode: OdeOptimizer) -> list[torch.Tensor]:
     return list(ode.clex.state_dict().values())
 
 
-def learning(**scaling) -> OdeOptimizer:
+def trained_ode(**scaling) -> OdeOptimizer:
     ode = make(**scaling)
     with torch.no_grad():
         ode.clex.down.normal_(std=0.01, generator=torch.Generator().manual_seed(0))
     return ode
 
 
-def test_prefetching_changes_no_bit_also_over_a_check_of_the_grid():
-    plain, ahead = learning(check_every=3), learning(check_every=3)
+def test_prefetching_changes_no_bit_even_across_a_grid_check():
+    plain, ahead = trained_ode(check_every=3), trained_ode(check_every=3)
     for number in range(7):
         step(plain, number)
         step(ahead, number)
@@ -130,8 +130,8 @@ def test_prefetching_changes_no_bit_also_over_a_check_of_the_grid():
     assert all(torch.equal(a, b) for a, b in zip(bits(plain), bits(ahead), strict=True))
 
 
-def test_what_was_looked_ahead_is_solved_once(monkeypatch):
-    ode, solved = learning(), []
+def test_a_prefetched_step_is_solved_once(monkeypatch):
+    ode, solved = trained_ode(), []
     inv_freq = ode.clex.inv_freq
     monkeypatch.setattr(ode.clex, "inv_freq", lambda t: solved.append(t) or inv_freq(t))
     ode.prefetch(1)
@@ -139,20 +139,20 @@ def test_what_was_looked_ahead_is_solved_once(monkeypatch):
     assert solved == [spectrum.t]
 
 
-def test_looking_ahead_to_another_step_is_forgotten():
-    ode, expected = learning(), learning().begin(2)
+def test_a_prefetch_of_another_step_is_discarded():
+    ode, expected = trained_ode(), trained_ode().begin(2)
     ode.prefetch(1)
     assert torch.equal(ode.begin(2).inv_freq, expected.inv_freq)
 
 
-def test_a_state_that_is_loaded_takes_the_place_of_what_was_looked_ahead():
-    ode, other = learning(), make()
+def test_loading_a_state_discards_a_prefetch():
+    ode, other = trained_ode(), make()
     ode.prefetch(1)
     ode.load_state_dict(other.state_dict())
     assert torch.equal(ode.begin(1).inv_freq, other.begin(1).inv_freq)
 
 
-def test_a_field_that_breaks_down_is_found_in_the_step_it_belongs_to():
+def test_a_failing_prefetched_solve_is_raised_in_its_step():
     ode = make()
     with torch.no_grad():
         ode.clex.down[0, 0] = float("nan")
@@ -161,8 +161,8 @@ def test_a_field_that_breaks_down_is_found_in_the_step_it_belongs_to():
         ode.begin(1)
 
 
-def test_a_gradient_that_is_handed_in_is_the_one_that_is_taken():
-    taken, given = learning(clip=1e9), learning(clip=1e9)
+def test_a_given_gradient_is_used():
+    taken, given = trained_ode(clip=1e9), trained_ode(clip=1e9)
     step(taken, 1)
     given.begin(1).inv_freq.square().sum().backward()
     given.finish(1e-3, given.gradient() / 3)

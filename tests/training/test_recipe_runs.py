@@ -1,4 +1,4 @@
-"""Runs of the recipes by formula: what they train with, what they leave in `final/`, what they refuse."""
+"""Runs of the recipes by formula: frequencies and positions in training, `final/`, and refusals."""
 
 import json
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder, tiny_store, tiny_architecture):
-    """train.run of a few steps on two cores' worth of tokens; returns the run folder."""
+    """Return a function that runs train.run for a few small steps and gives the run folder."""
 
     def start(name: str, *overrides: str):
         config = composed(*common(folder / name, tiny_store, tiny_architecture), *overrides)
@@ -54,7 +54,7 @@ def common(output, store, architecture) -> list[str]:
 
 @pytest.fixture(scope="module")
 def base(run):
-    """A base of plain RoPE, of two steps, whose attention is then sharpened: a fresh one hardly looks at positions."""
+    """Train a base of plain RoPE for two steps and sharpen its attention, which at first ignores positions."""
     final = run("base") / "final"
     model = AutoModelForCausalLM.from_pretrained(final)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def fine_tuned(run, base, name: str, *overrides: str):
 
 @pytest.fixture(scope="module")
 def factors(folder):
-    """LongRoPE's factors for the 8 pairs of the tiny architecture."""
+    """Write LongRoPE factors for the 8 pairs of the tiny architecture."""
     path = folder / "factors.json"
     path.write_text(json.dumps({"short_factor": [1.0] * 7 + [1.1], "long_factor": [1.0 + j / 2 for j in range(8)]}))
     return path
@@ -79,7 +79,7 @@ def factors(folder):
 
 @pytest.fixture(scope="module")
 def finals(run, base, factors):
-    """`final/` of every recipe, from one base: at rows of 4 L, or of L with positions that reach 4 L."""
+    """Train every recipe from one base, at rows of 4 L, or of L with positions up to 4 L; return each `final/`."""
     long = ("data.seq_len=128",)
     return {
         "pi": fine_tuned(run, base, "pi", "scaling=pi", *long),
@@ -96,7 +96,7 @@ NAMES = ("pi", "ntk", "dynamic_ntk", "yarn", "theta", "longrope", "random_pos")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_final_is_stock_and_gives_our_logits(finals, name):
+def test_final_is_a_stock_model_with_our_logits(finals, name):
     ids = torch.randint(3, 200, (2, 4 * L), generator=torch.Generator().manual_seed(0))
     ours = load.load_for_evaluation(ModelConfig(path=str(finals[name])))
     stock = AutoModelForCausalLM.from_pretrained(finals[name]).eval()
@@ -104,7 +104,7 @@ def test_final_is_stock_and_gives_our_logits(finals, name):
         for length in (L // 2, 2 * L, 4 * L):
             assert (ours.model(ids[:, :length]).logits - stock(ids[:, :length]).logits).abs().max() < 1e-6
     assert ours.context_len == L
-    # The dynamic scaling of transformers counts from this length on.
+    # The dynamic scaling of transformers starts at this length.
     assert stock.config.max_position_embeddings == (L if name == "dynamic_ntk" else 4 * L)
     files = {file.name for file in finals[name].iterdir()}
     assert "clex.json" not in files
@@ -128,15 +128,15 @@ def test_pretrained_weights_are_those_of_the_base(base):
     assert loaded.formula.t == 4.0
 
 
-def test_rows_are_seen_at_the_positions_that_the_recipe_draws(run, base, monkeypatch):
+def test_rows_have_the_positions_that_the_recipe_draws(run, base, monkeypatch):
     seen = []
     training = RotaryHandle.training
 
-    def noting(self, spectrum, positions, num_tokens):
+    def recording(self, spectrum, positions, num_tokens):
         seen.append((spectrum.t, positions))
         return training(self, spectrum, positions, num_tokens)
 
-    monkeypatch.setattr(RotaryHandle, "training", noting)
+    monkeypatch.setattr(RotaryHandle, "training", recording)
     fine_tuned(run, base, "sampled", "scaling=random_pos", "scaling.t_max=4.5", "optim.steps=3")
     positions = torch.cat([each for _, each in seen])
     assert {t for t, _ in seen} == {4.5}
@@ -152,15 +152,15 @@ def test_rows_are_seen_at_the_positions_that_the_recipe_draws(run, base, monkeyp
 
 
 @pytest.mark.parametrize("name", ["pi", "dynamic_ntk", "longrope"])
-def test_the_first_loss_is_that_of_the_stock_model_on_the_same_rows(run, base, factors, monkeypatch, name):
+def test_the_first_loss_equals_that_of_the_stock_model_on_the_same_rows(run, base, factors, monkeypatch, name):
     rows = []
     loss_of = ForwardPass.loss
 
-    def noting(self, model, batch, weight):
+    def recording(self, model, batch, weight):
         rows.append(batch.token_ids)
         return loss_of(self, model, batch, weight)
 
-    monkeypatch.setattr(ForwardPass, "loss", noting)
+    monkeypatch.setattr(ForwardPass, "loss", recording)
     given = (f"scaling.longrope_factors={factors}",) if name == "longrope" else ()
     final = fine_tuned(run, base, f"first_{name}", f"scaling={name}", "data.seq_len=128", "optim.steps=1", *given)
     stock = AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.from_pretrained(final))
@@ -175,7 +175,7 @@ def test_the_first_loss_is_that_of_the_stock_model_on_the_same_rows(run, base, f
     assert abs(loss - plain) > 1e-4 * loss
 
 
-def test_skipped_positions_train_at_the_frequencies_of_the_whole_reach(base):
+def test_skipped_positions_train_at_the_frequencies_of_the_full_range(base):
     skipping = ("scaling=dynamic_ntk", "scaling.factor=4", "scaling.positions=skip", "data.seq_len=32")
     plain = ("scaling=dynamic_ntk", "scaling.factor=4", "data.seq_len=32")
     (reach, t), (row, _) = (
@@ -183,7 +183,7 @@ def test_skipped_positions_train_at_the_frequencies_of_the_whole_reach(base):
         for loaded in (for_training(base, *skipping), for_training(base, *plain))
     )
     own = load.load_for_evaluation(ModelConfig(path=str(base))).base_inv_freq
-    # transformers' growth of the base: (f n/L - f + 1)^(d/(d-2)) with f = 4, n = 4 L, d = 16.
+    # transformers multiplies the base by (f n/L - f + 1)^(d/(d-2)), with f = 4, n = 4 L, d = 16.
     growth = 13.0 ** -(torch.arange(8, dtype=torch.float64) / 7)
     assert t == 4
     assert ((reach - own * growth).abs() / reach).max() < 1e-6
@@ -202,8 +202,8 @@ def for_training(base, *overrides: str):
     return load.load_for_training(config, architectures.to_train(config.model), torch.float32, {})
 
 
-def test_plain_positions_train_as_the_stock_model_does(run, base):
-    """A recipe by formula at plain positions is nothing but training the scaled architecture; yarn has a factor too."""
+def test_plain_positions_train_like_the_stock_model(run, base):
+    """Compare plain positions with training the scaled architecture directly; yarn has an attention factor too."""
     scaling = composed("scaling=yarn", "dry_run=true").scaling
     by_hand = recipes.scaled(architectures.to_train(ModelConfig(path=str(base))), scaling, 4.0, L)
     folder = base.parent / "scaled_by_hand"
@@ -217,7 +217,7 @@ def test_plain_positions_train_as_the_stock_model_does(run, base):
     assert figures(stock, "loss") == figures(ours, "loss")
 
 
-def test_rows_that_never_leave_l_are_warned_of(run, base, caplog):
+def test_rows_that_never_exceed_l_give_a_warning(run, base, caplog):
     fine_tuned(run, base, "short_rows", "scaling=pi", "scaling.factor=4", "optim.steps=1")
     assert "scaling.positions=plain: rows of 32 tokens show the model no position beyond L = 32" in caplog.text
     caplog.clear()
@@ -231,7 +231,7 @@ def figures(run_folder, key: str) -> list[float]:
     ]
 
 
-def test_a_recipe_is_trained_on_as_it_is_without_scaling(run, finals):
+def test_a_recipe_is_trained_further_unchanged_without_scaling(run, finals):
     again = run("again", "model.init=pretrained", f"model.path={finals['yarn']}", "seed=2")
     first, second = (json.loads((path / "config.json").read_text()) for path in (finals["yarn"], again / "final"))
     assert first == second
@@ -246,12 +246,12 @@ def test_another_factor_or_other_positions_are_refused_on_resume(run, base, fina
 
 
 @pytest.mark.parametrize("name", ["pi", "clex"])
-def test_a_model_that_is_scaled_already_is_refused(run, finals, name):
+def test_an_already_scaled_model_is_refused(run, finals, name):
     with pytest.raises(ValueError, match=rf"^scaling\.name={name}: .*from 32 to 128 tokens.*scaling=none"):
         fine_tuned(run, finals["ntk"], "twice", f"scaling={name}", "data.seq_len=128")
 
 
-def test_a_clex_field_is_not_dropped(run, base):
+def test_a_clex_field_is_not_silently_dropped(run, base):
     clex = run("clex", "model.init=pretrained", f"model.path={base}", "scaling=clex", "scaling.t_max=4") / "final"
     with pytest.raises(ValueError, match=r"^scaling\.name=pi: .*has a CLEX field, which scaling=pi would drop"):
         fine_tuned(run, clex, "dropped", "scaling=pi")
@@ -275,7 +275,7 @@ def test_a_clex_field_is_not_dropped(run, base):
         (("scaling=theta", "scaling.rope_theta=1"), r"^scaling\.rope_theta=1\.0: greater than 1"),
     ],
 )
-def test_what_a_recipe_cannot_do_is_refused_in_one_line(run, base, overrides, line):
+def test_unsupported_uses_of_a_recipe_are_refused_in_one_line(run, base, overrides, line):
     with pytest.raises(ValueError, match=line):
         fine_tuned(run, base, "refused", *overrides)
 
@@ -307,6 +307,6 @@ def test_factors_of_another_width_are_refused(run, base, tmp_path):
         fine_tuned(run, base, "refused", "scaling=longrope", f"scaling.longrope_factors={path}")
 
 
-def test_a_scaling_that_follows_the_length_is_not_trained_on(run, finals):
+def test_a_dynamic_scaling_is_not_trained_further(run, finals):
     with pytest.raises(ValueError, match=r"^rope_type=dynamic of model_type=llama: it changes its frequencies"):
         fine_tuned(run, finals["dynamic_ntk"], "on_dynamic")

@@ -1,4 +1,4 @@
-"""What `dry_run` says of a step's memory against the resident set of a real one, and what tiles save, measured."""
+"""The memory estimate of `dry_run` against the resident set of a real step, and the savings by tiling."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def test_the_estimate_is_within_a_tenth_of_the_resident_set(name: str) -> None:
     assert 0.9 < found.ratio < 1.1, found
 
 
-def test_a_row_of_16k_tokens_takes_in_tiles_at_most_a_third_of_what_it_takes_whole() -> None:
+def test_tiling_reduces_the_memory_of_a_16k_row_to_at_most_a_third() -> None:
     whole, tiled = (measure(BY_NAME[name]) for name in (WHOLE, TILED))
     assert tiled.grown <= whole.grown / 3, (whole, tiled)
     assert tiled.loss == pytest.approx(whole.loss, rel=1e-6)

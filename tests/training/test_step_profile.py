@@ -1,4 +1,4 @@
-"""The breakdown of a training step: what belongs to which part, by operations whose part is known."""
+"""The profile of a training step: attribution of known operations to its parts."""
 
 from types import SimpleNamespace
 
@@ -12,8 +12,8 @@ IDS = torch.arange(48)[None] % 32
 
 
 @pytest.fixture(scope="module")
-def spent():
-    """Microseconds of the parts of two steps of a small Llama, by plain AdamW and a stand-in for the ODE."""
+def microseconds():
+    """Profile two steps of a small Llama with plain AdamW and a stand-in for the ODE; return microseconds by part."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
@@ -49,22 +49,22 @@ def names_of(events, part):
         (step_profile.OTHER, "aten::rsqrt", "RsqrtBackward0"),
     ],
 )
-def test_operations_and_their_gradients_belong_to_the_part_that_made_them(spent, part, forward, backward):
-    names = names_of(spent, part)
+def test_operations_and_their_gradients_belong_to_the_part_that_created_them(microseconds, part, forward, backward):
+    names = names_of(microseconds, part)
     assert any(name.startswith(forward) for name in names), sorted(names)
     assert backward is None or any(name.endswith(backward) for name in names), sorted(names)
 
 
 @pytest.mark.parametrize("name", ["SiluBackward0", "ScaledDotProductFlashAttentionForCpuBackward0", "NllLossBackward0"])
-def test_a_gradient_belongs_to_one_part_alone(spent, name):
+def test_a_gradient_belongs_to_a_single_part(microseconds, name):
     parts = [
         part
         for part in (step_profile.ATTENTION, step_profile.MLP, step_profile.LOSS, step_profile.OTHER)
-        if any(found.endswith(name) for found in names_of(spent, part))
+        if any(found.endswith(name) for found in names_of(microseconds, part))
     ]
     assert len(parts) == 1
 
 
-def test_the_parts_add_up_to_all_that_was_recorded(spent):
-    total = sum(e.self_cpu_time_total for e in spent if e.device_type == torch.autograd.DeviceType.CPU)
-    assert sum(step_profile.shares(spent, on_gpu=False).values()) == pytest.approx(total)
+def test_the_parts_add_up_to_the_recorded_total(microseconds):
+    total = sum(e.self_cpu_time_total for e in microseconds if e.device_type == torch.autograd.DeviceType.CPU)
+    assert sum(step_profile.shares(microseconds, on_gpu=False).values()) == pytest.approx(total)

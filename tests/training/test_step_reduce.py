@@ -1,4 +1,4 @@
-"""One all-reduce carries everything that the ranks share in a step."""
+"""The all-reduce of per-step values: loss, stop flag, ODE gradient and row indices."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ LOSSES = [torch.tensor(1.5), torch.tensor(2.5)]
 NOTHING = torch.zeros(0, dtype=torch.float64)
 
 
-def test_a_single_rank_hears_itself_to_the_bit():
+def test_a_single_rank_gets_its_values_bitwise():
     gradient = torch.tensor([1 / 3, -2e-300, 7e200], dtype=torch.float64)
     reduced = all_reduce_step(LOSSES, False, torch.tensor([9, 4]), gradient)()
     assert reduced.loss == 2.0
@@ -19,13 +19,13 @@ def test_a_single_rank_hears_itself_to_the_bit():
     assert reduced.rows.tolist() == [9, 4]
 
 
-def test_without_a_gradient_there_is_none():
+def test_no_gradient_is_reduced_without_one():
     assert all_reduce_step(LOSSES, False, torch.tensor([0]), NOTHING)().gradient.shape == (0,)
 
 
 @pytest.fixture
 def second_of_three(monkeypatch):
-    """This process is rank 1 of 3; the sums of the two others stand ready."""
+    """Make this process rank 1 of 3, with given sums of the two others."""
     others = {}
 
     def all_reduce(tensor):
@@ -37,8 +37,8 @@ def second_of_three(monkeypatch):
     return others
 
 
-def test_means_are_over_ranks_and_rows_stand_rank_after_rank(second_of_three):
-    # loss, two components of the gradient, who was asked, the rows of ranks 0 and 2
+def test_means_are_over_ranks_and_rows_are_in_order_of_ranks(second_of_three):
+    # The loss, two components of the gradient, the stop flag, and the rows of ranks 0 and 2.
     second_of_three["sum"] = torch.tensor([7.0, 1.0, 2.0, 0.0, 11, 12, 0, 0, 2**40, 2**40 + 1], dtype=torch.float64)
     reduced = all_reduce_step(LOSSES, False, torch.tensor([3, 2**52]), torch.tensor([2.0, 4.0], dtype=torch.float64))()
     assert reduced.loss == 3.0
@@ -47,12 +47,12 @@ def test_means_are_over_ranks_and_rows_stand_rank_after_rank(second_of_three):
     assert not reduced.stop_requested
 
 
-def test_one_rank_that_was_asked_is_enough(second_of_three):
+def test_a_stop_request_of_one_rank_reaches_all(second_of_three):
     second_of_three["sum"] = torch.zeros(5, dtype=torch.float64)
     assert all_reduce_step(LOSSES, True, torch.tensor([0]), NOTHING)().stop_requested
 
 
-def test_a_loss_that_is_not_finite_spoils_neither_rows_nor_flags(second_of_three):
+def test_a_non_finite_loss_does_not_affect_rows_or_flags(second_of_three):
     second_of_three["sum"] = torch.zeros(5, dtype=torch.float64)
     reduced = all_reduce_step([torch.tensor(float("nan"))], False, torch.tensor([8]), NOTHING)()
     assert reduced.loss != reduced.loss

@@ -1,4 +1,4 @@
-"""Standard errors by document: against a plain loop, against theory, and where there are none."""
+"""Bootstrap standard errors over documents: against a plain loop, against theory, and undefined cases."""
 
 import math
 
@@ -10,7 +10,7 @@ from clex_train.utils.bootstrap import paired_difference, standard_errors
 
 
 def sample(num_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents of one to three windows, each with its own difficulty."""
+    """Sample documents of one to three windows, each document with its own difficulty."""
     rng = np.random.default_rng(seed)
     documents = np.repeat(np.arange(num_documents) * 7, rng.integers(1, 4, num_documents))
     level = rng.normal(3, 0.5, 7 * num_documents)
@@ -18,7 +18,7 @@ def sample(num_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, n
     return level[documents] * tokens + rng.normal(0, 2, len(documents)), tokens, documents
 
 
-def test_resamples_are_those_of_a_plain_loop_over_documents() -> None:
+def test_resamples_match_a_plain_loop_over_documents() -> None:
     nll, tokens, documents = sample(9)
     draws = np.random.default_rng(1)
     means = []
@@ -32,7 +32,7 @@ def test_resamples_are_those_of_a_plain_loop_over_documents() -> None:
     assert errors.note == ""
 
 
-def test_documents_of_one_size_have_the_error_of_a_mean() -> None:
+def test_equal_documents_have_the_standard_error_of_a_mean() -> None:
     values = np.random.default_rng(3).normal(3, 0.2, 200)
     errors = standard_errors(100 * values, [100] * 200, range(200), num_resamples=20_000)
     expected = values.std(ddof=1) / math.sqrt(200)
@@ -40,7 +40,7 @@ def test_documents_of_one_size_have_the_error_of_a_mean() -> None:
     assert errors.perplexity == pytest.approx(math.exp(values.mean()) * expected, rel=0.03)
 
 
-def test_windows_of_one_document_are_not_taken_for_independent() -> None:
+def test_windows_of_one_document_are_not_treated_as_independent() -> None:
     level = np.random.default_rng(4).normal(3, 0.5, 20)
     documents = np.repeat(np.arange(20), 10)
     together = standard_errors(100 * level[documents], [100] * 200, documents)
@@ -59,7 +59,7 @@ def test_equal_arguments_give_equal_errors_and_the_order_of_windows_does_not_mat
     assert first != standard_errors(nll, tokens, documents, seed=1)
 
 
-def test_a_paired_difference_cancels_what_both_methods_find_hard() -> None:
+def test_a_paired_difference_cancels_shared_difficulty() -> None:
     nll, tokens, documents = sample(30)
     better = nll - 0.01 * tokens
     exact = paired_difference(nll, better, tokens, documents)
@@ -75,7 +75,7 @@ def test_a_paired_difference_cancels_what_both_methods_find_hard() -> None:
 
 
 def test_a_paired_difference_uses_the_resamples_of_either_method() -> None:
-    """With a second method that is perfect, the difference is the first method itself."""
+    """Pair with a perfect second method, so that the difference is the first method itself."""
     nll, tokens, documents = sample(10)
     paired = paired_difference(nll, np.zeros(len(nll)), tokens, documents)
     assert paired.standard_error == standard_errors(nll, tokens, documents).mean_nll
@@ -90,13 +90,13 @@ def test_a_paired_difference_uses_the_resamples_of_either_method() -> None:
         ([10.0, 12.0], [], "the text is one stream, not documents"),
     ],
 )
-def test_no_standard_error_says_why(nll: list[float], documents: list[int], note: str) -> None:
+def test_a_missing_standard_error_has_a_reason(nll: list[float], documents: list[int], note: str) -> None:
     assert standard_errors(nll, [5] * len(nll), documents) == (None, None, note)
     difference = paired_difference(nll, [1.0] * len(nll), [5] * len(nll), documents)
     assert (difference.standard_error, difference.note) == (None, note)
 
 
-def test_a_perplexity_that_overflows_has_an_error_of_its_logarithm_alone() -> None:
+def test_an_overflowing_perplexity_has_a_standard_error_of_its_logarithm_only() -> None:
     errors = standard_errors([8e4, 8.1e4], [100, 100], [1, 2])
     assert errors.perplexity is None
     assert errors.mean_nll is not None
@@ -108,7 +108,7 @@ def score(nll: list[float], fingerprint: str = "f") -> Score:
     return Score("none", "one_shot", 64, "none", 1.0, nll, 30, 0.1, fingerprint)
 
 
-def test_scores_carry_their_errors_and_compare_over_the_same_tokens_only() -> None:
+def test_scores_have_standard_errors_and_compare_only_over_equal_tokens() -> None:
     documents = [1, 1, 2]
     with_errors = with_standard_errors(score([30.0, 31.0, 42.0]), documents)
     assert with_errors.mean_nll_standard_error == standard_errors([30.0, 31.0, 42.0], [10] * 3, documents).mean_nll

@@ -1,4 +1,4 @@
-"""The device of a rank follows the visible devices."""
+"""The device of a rank, by visible devices and launcher variables."""
 
 from types import SimpleNamespace
 
@@ -13,11 +13,11 @@ from clex_train.utils import distributed
 
 @pytest.fixture
 def rank(monkeypatch):
-    """Set the number of visible GPUs and the launcher's variables."""
+    """Return a function that sets the number of visible GPUs and the launcher's variables."""
     distributed._has_gpu_of_its_own.cache_clear()
 
-    def put(visible: int, **variables: str) -> None:
-        # Another test of this process may have left a group of one rank.
+    def set_rank(visible: int, **variables: str) -> None:
+        # An earlier test in this process may have left a group of one rank.
         monkeypatch.setattr(distributed, "is_initialized", lambda: False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
@@ -26,7 +26,7 @@ def rank(monkeypatch):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
 
-    yield put
+    yield set_rank
     distributed._has_gpu_of_its_own.cache_clear()
 
 
@@ -41,7 +41,7 @@ def rank(monkeypatch):
         (1, {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "3"}, 0),
     ],
 )
-def test_a_rank_takes_its_own_of_the_devices_that_it_sees(rank, visible, variables, index):
+def test_a_rank_uses_its_device_among_the_visible_ones(rank, visible, variables, index):
     rank(visible, **variables)
     assert distributed.device() == torch.device("cuda", index)
 
@@ -64,7 +64,7 @@ def test_more_ranks_than_devices_are_refused_on_each_before_the_group_is_opened(
 
 
 @pytest.mark.parametrize("of_launcher", [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "2,3"}, {}])
-def test_one_device_that_the_launcher_has_is_not_one_for_each_rank(rank, monkeypatch, of_launcher):
+def test_a_single_device_of_the_launcher_is_not_one_per_rank(rank, monkeypatch, of_launcher):
     rank(1, LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="3")
     processes = [SimpleNamespace(environ=lambda: {"LOCAL_RANK": "1"}), SimpleNamespace(environ=lambda: of_launcher)]
     monkeypatch.setattr(psutil.Process, "parents", lambda process: processes)

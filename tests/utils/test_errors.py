@@ -1,4 +1,4 @@
-"""Errors of other libraries, summarized in one line."""
+"""One-line summaries of errors of other libraries."""
 
 import pickle
 

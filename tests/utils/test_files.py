@@ -1,4 +1,4 @@
-"""A write appears whole or leaves the previous content; a full disk is named, whichever library met it."""
+"""Atomic writes, full disks and checksums of folders, for every library that writes."""
 
 import errno
 import os
@@ -32,8 +32,8 @@ def _pickle(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [_text, _safetensors, _tokenizer])
-def test_a_folder_that_finds_no_room_is_named_and_leaves_what_was_there(little_room, write):
-    saved = little_room / "saved"
+def test_a_folder_without_room_is_named_and_the_old_content_kept(small_disk, write):
+    saved = small_disk / "saved"
     with files.atomic_directory(saved) as folder:
         (folder / "old").write_text("old")
 
@@ -44,21 +44,21 @@ def test_a_folder_that_finds_no_room_is_named_and_leaves_what_was_there(little_r
     with pytest.raises(OSError, match="No space left on device") as raised:
         fill()
     assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(saved))
-    assert {path.name for path in little_room.rglob("*")} == {"saved", "old"}
+    assert {path.name for path in small_disk.rglob("*")} == {"saved", "old"}
 
 
-def test_a_file_that_finds_no_room_is_named_and_leaves_what_was_there(little_room):
-    path = little_room / "a.json"
+def test_a_file_without_room_is_named_and_the_old_content_kept(small_disk):
+    path = small_disk / "a.json"
     files.write_atomically(path, "old")
     with pytest.raises(OSError, match="No space left on device") as raised:
         files.write_atomically(path, b"x" * 300_000)
     assert raised.value.filename == str(path)
-    assert [entry.name for entry in little_room.iterdir()] == ["a.json"]
+    assert [entry.name for entry in small_disk.iterdir()] == ["a.json"]
     assert path.read_text() == "old"
 
 
-def test_files_of_a_report_that_find_no_room_together_leave_all_that_was_there(little_room):
-    folder, new = little_room / "report", little_room / "new"
+def test_report_files_without_room_for_all_keep_the_old_ones(small_disk):
+    folder, new = small_disk / "report", small_disk / "new"
     folder.mkdir()
     (folder / "notes").write_text("a user's own")
     files.write_together(folder, {"page": "old", "figure": b"old"})
@@ -83,23 +83,23 @@ def test_files_of_a_report_that_find_no_room_together_leave_all_that_was_there(l
     }
 
 
-def test_every_program_ends_on_a_full_disk_with_one_line_and_code_3(little_room, capsys):
+def test_every_program_ends_on_a_full_disk_with_one_line_and_code_3(small_disk, capsys):
     for write in (_text, _safetensors, _tokenizer):
         with pytest.raises(Exception, match=r"No space left|os error 28") as raised:
-            write(little_room)
+            write(small_disk)
         assert program.report(raised.value) == program.STOPPED
         (line,) = capsys.readouterr().err.splitlines()
         assert line.endswith(": cannot be written (No space left on device); make room and run the same command again")
-        for left in little_room.iterdir():
+        for left in small_disk.iterdir():
             left.unlink()
 
 
-def test_an_error_of_another_kind_is_no_full_disk():
+def test_an_error_of_another_kind_is_not_reported_as_a_full_disk():
     assert disk_error(ValueError("no (os error 28) at the end of it")) is None
     assert program._classify(OSError(errno.EIO, "Input/output error"))[0] is None
 
 
-def test_what_was_about_to_be_replaced_is_put_back(tmp_path):
+def test_a_folder_about_to_be_replaced_is_restored(tmp_path):
     for name in ("replaced_final", "saving_final"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "from").write_text(name)
@@ -123,11 +123,11 @@ def listed(tmp_path) -> Path:
     return folder
 
 
-def test_a_whole_folder_is_told_from_one_with_any_damage(listed):
+def test_any_damage_of_a_listed_folder_is_detected(listed):
     checksums.require_contents(listed)
     for name in ("config.json", "model.safetensors", "templates/chat.jinja", checksums.NAME):
         path, content = listed / name, (listed / name).read_bytes()
-        at = content.index(b"s")  # of "files" in the listing: one without it is none
+        at = content.index(b"s")  # In "files" of the listing, which is invalid without it.
         for damaged in (b"", content[:-2], bytes(len(content)), content[:at] + b"~" + content[at + 1 :]):
             path.write_bytes(damaged)
             with pytest.raises(checksums.Damaged, match=path.name):
@@ -140,7 +140,7 @@ def test_a_whole_folder_is_told_from_one_with_any_damage(listed):
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname"])
-def test_a_listing_cannot_name_what_lies_outside(listed, name):
+def test_a_listing_cannot_name_files_outside_the_folder(listed, name):
     text = (listed / checksums.NAME).read_text()
     (listed / checksums.NAME).write_text(text.replace("config.json", name))
     with pytest.raises(checksums.Damaged, match="names a file outside"):
@@ -148,7 +148,7 @@ def test_a_listing_cannot_name_what_lies_outside(listed, name):
 
 
 @pytest.mark.parametrize("place", ["pipe", "link", "dangling"])
-def test_a_listing_or_a_listed_file_that_is_no_regular_file_of_the_folder_is_damage(listed, place):
+def test_a_listing_or_listed_file_that_is_not_a_regular_file_counts_as_damage(listed, place):
     for name in (checksums.NAME, "config.json"):
         (listed / name).rename(listed.parent / name)
         if place == "pipe":
@@ -163,7 +163,7 @@ def test_a_listing_or_a_listed_file_that_is_no_regular_file_of_the_folder_is_dam
     checksums.require_contents(listed)
 
 
-def test_new_folders_reach_the_disk_with_their_names(tmp_path, monkeypatch):
+def test_new_folders_are_flushed_with_their_names(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(files, "sync_directory", synced.append)
     files.make_folder(tmp_path / "a" / "b")
@@ -181,11 +181,11 @@ def test_a_name_that_is_not_plain_is_refused_in_one_line(name):
 
 
 @pytest.mark.parametrize("name", ["x", "2024 (1)", "caf\u00e9", "...", "x" * 200])
-def test_a_plain_name_is_taken(name):
+def test_a_plain_name_is_accepted(name):
     files.require_plain_name("label", name, "a use")
 
 
-def test_a_place_that_takes_no_output_is_refused_and_nothing_is_made(tmp_path):
+def test_an_unusable_output_path_is_refused_without_creating_anything(tmp_path):
     (tmp_path / "file").touch()
     for place, reason in (
         (tmp_path / "file" / "x", "file is a file, not a folder"),

@@ -1,4 +1,4 @@
-"""The program finds its own files from whatever folder it is started in."""
+"""Finding the files of the program, its commit and its version from any folder."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from clex_train.utils import locations, versions
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_checkout_has_its_files_beside_the_package() -> None:
+def test_a_checkout_has_its_files_next_to_the_package() -> None:
     assert locations.IS_CHECKOUT
     assert ROOT == locations.ROOT
     assert locations.TRAIN.is_file()
@@ -30,18 +30,18 @@ def test_the_commit_of_a_copy_is_the_recorded_one(tmp_path: Path, monkeypatch) -
     assert tracker.git_commit() == "abc-dirty"
 
 
-def test_an_installed_package_does_not_take_the_commit_of_the_repository_around_it(tmp_path: Path, monkeypatch) -> None:
+def test_an_installed_package_ignores_the_commit_of_an_enclosing_repository(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(locations, "COMMIT", tmp_path / "COMMIT")
     monkeypatch.setattr(locations, "IS_CHECKOUT", False)
     assert tracker.git_commit() is None
 
 
-def test_the_version_is_that_of_the_code_that_runs() -> None:
+def test_the_version_is_that_of_the_running_code() -> None:
     assert f'version = "{versions.own()}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_training_plans_a_run_from_another_folder(tmp_path: Path) -> None:
-    """`model=tiny` names an architecture below the checkout, which the current folder does not hold."""
+    """Use `model=tiny`, an architecture in the checkout and not in the current folder."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "model=tiny", "dry_run=true"],
         cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""File locks exclude others where the file system supports them; elsewhere work goes on with a warning."""
+"""File locks, and the warning on file systems that do not support them."""
 
 import errno
 import fcntl
@@ -12,7 +12,7 @@ from clex_train.utils.locks import Lock, try_lock
 from data_prep.partial import open_partial
 
 
-def test_of_several_ranks_the_first_alone_warns(
+def test_only_the_first_of_several_ranks_warns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
@@ -26,7 +26,7 @@ def test_of_several_ranks_the_first_alone_warns(
     assert len(caplog.records) == 1
 
 
-def test_a_second_holder_finds_the_lock_busy_until_the_first_lets_go(tmp_path: Path) -> None:
+def test_a_lock_is_busy_until_its_owner_releases_it(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("w") as first, (tmp_path / "lock").open("w") as second:
         assert try_lock(first, tmp_path / "lock", "-") is Lock.taken
         assert try_lock(second, tmp_path / "lock", "-") is Lock.busy
@@ -35,7 +35,7 @@ def test_a_second_holder_finds_the_lock_busy_until_the_first_lets_go(tmp_path: P
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
-def test_a_file_system_without_locks_gives_a_warning_and_the_work_goes_on(
+def test_a_file_system_without_locks_gives_a_warning_and_work_continues(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:

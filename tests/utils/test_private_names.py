@@ -1,4 +1,4 @@
-"""The private names this project relies on exist in the installed versions; a failure names what is missing."""
+"""Private names of libraries that this project relies on, which must exist in the installed versions."""
 
 import ast
 import importlib
@@ -49,7 +49,7 @@ def assigned(cls: type) -> set[str]:
 
 
 @pytest.mark.parametrize("reach", PRIVATE_NAMES, ids=lambda reach: reach.target)
-def test_what_is_relied_on_is_there(reach: Reach) -> None:
+def test_every_listed_private_name_exists(reach: Reach) -> None:
     library = reach.target.partition(":")[0].partition(".")[0]
     found = Version(str(versions.installed_version(library)))
     if (reach.since and found < Version(reach.since)) or (reach.cuda and not torch.cuda.is_available()):
@@ -67,11 +67,11 @@ def test_what_is_relied_on_is_there(reach: Reach) -> None:
         "nothing:at_all",
     ],
 )
-def test_the_check_tells_what_is_not_there(target: str) -> None:
+def test_the_check_detects_missing_names(target: str) -> None:
     assert missing(target)
 
 
-def test_targets_are_named_once_and_say_why() -> None:
+def test_targets_are_listed_once_with_a_reason() -> None:
     targets = [reach.target for reach in PRIVATE_NAMES]
     assert len(set(targets)) == len(targets)
     assert all(reach.why and reach.gone for reach in PRIVATE_NAMES)
@@ -90,4 +90,4 @@ def test_every_private_name_of_another_object_is_in_the_list() -> None:
 
 
 ALLOWED = {"_dynamo", "_version", "_device", "_fields", "_asdict", "_replace", "_exit", "_current_frames"}
-"""Modules whose members are listed, names of the standard library, and lm-eval's model, which is optional."""
+"""Exempt: modules whose members are listed, names of the standard library, and the optional model of lm-eval."""

@@ -1,4 +1,4 @@
-"""Progress is a moving bar on a terminal and plain lines elsewhere."""
+"""Progress output: a moving bar on a terminal and plain log lines elsewhere."""
 
 import io
 import logging
@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def lines(monkeypatch, caplog):
-    """Collect the log lines of a task of ten units, each taking `seconds` on the clock that tqdm reads."""
+    """Return a function that gives the log lines of a task of ten units, each taking `seconds` on the clock of tqdm."""
 
-    def left_by(seconds: float, total: int | None = 10) -> list[str]:
+    def lines_of_task(seconds: float, total: int | None = 10) -> list[str]:
         monkeypatch.setattr(sys, "stderr", io.StringIO())
         with caplog.at_level(logging.INFO, logger="clex_train"), progress.bar(total, "train") as bar:
             start, clock = bar.start_t, [0.0]
@@ -32,10 +32,10 @@ def lines(monkeypatch, caplog):
         assert sys.stderr.getvalue() == ""
         return [record.getMessage() for record in caplog.records]
 
-    return left_by
+    return lines_of_task
 
 
-def test_a_long_task_leaves_a_line_now_and_then_and_one_at_its_end(lines):
+def test_a_long_task_logs_occasional_lines_and_one_at_its_end(lines):
     found = lines(progress.SECONDS_BETWEEN_LINES / 2)
     assert found[0].startswith("train: 20 %, 00:15 so far, ")
     assert found[0].endswith(" left, loss 1.5")
@@ -44,16 +44,16 @@ def test_a_long_task_leaves_a_line_now_and_then_and_one_at_its_end(lines):
     assert not any("\r" in line or "█" in line for line in found)
 
 
-def test_a_short_task_leaves_none(lines):
+def test_a_short_task_logs_no_line(lines):
     assert lines(0.1) == []
 
 
-def test_a_task_of_unknown_size_counts(lines):
+def test_a_task_of_unknown_size_is_counted(lines):
     assert lines(progress.SECONDS_BETWEEN_LINES, total=None)[-1].startswith("train: 10 it, 02:30 so far")
 
 
 def test_a_line_of_the_log_does_not_break_the_bar_of_a_terminal():
-    """On a real pseudo-terminal, as a user sees it."""
+    """Check on a pseudo-terminal, as a user sees it."""
     code = (
         "from clex_train.utils import log, progress; log.setup()\n"
         "with progress.bar(3, 'train') as bar:\n"

@@ -1,4 +1,4 @@
-"""Rank variables in the environment: nonsense is refused in one line that names the variable."""
+"""Rank variables in the environment: invalid values are refused in one line by name."""
 
 import sys
 
@@ -12,15 +12,15 @@ ALL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MA
 
 @pytest.fixture
 def environment(monkeypatch):
-    def put(text: str) -> None:
-        # Another test of this process may have left a group of one rank.
+    def set_variables(text: str) -> None:
+        # An earlier test in this process may have left a group of one rank.
         monkeypatch.setattr(distributed, "is_initialized", lambda: False)
         for name in ALL:
             monkeypatch.delenv(name, raising=False)
         for item in text.split():
             monkeypatch.setenv(*item.split("="))
 
-    return put
+    return set_variables
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def environment(monkeypatch):
         ("RANK=0 WORLD_SIZE=1 MASTER_PORT=65536", "MASTER_PORT=65536: must be a port number from 1 to 65535"),
     ],
 )
-def test_nonsense_is_one_line_and_exit_code_2(environment, monkeypatch, capsys, variables, line):
+def test_invalid_variables_give_one_line_and_exit_code_2(environment, monkeypatch, capsys, variables, line):
     environment(variables)
     monkeypatch.setattr(program, "PATIENCE", 0.0)
     monkeypatch.setattr(sys, "argv", ["program"])
@@ -58,17 +58,17 @@ def test_nonsense_is_one_line_and_exit_code_2(environment, monkeypatch, capsys, 
     [
         ("", (0, 1)),
         ("WORLD_SIZE=1", (0, 1)),
-        # Kubernetes names the address of a service called `master` so; no launcher has set it.
+        # Kubernetes sets this variable for a service called `master`; no launcher is involved.
         ("MASTER_PORT=tcp://10.0.0.1:80", (0, 1)),
         ("RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 MASTER_PORT=29500", (3, 4)),
     ],
 )
-def test_what_launchers_set_is_taken(environment, variables, launch):
+def test_variables_of_launchers_are_accepted(environment, variables, launch):
     environment(variables)
     assert (distributed.rank(), distributed.world_size()) == ranks.rank_and_world_size() == launch
 
 
-def test_a_launch_that_names_no_place_to_meet_is_refused(environment):
+def test_a_launch_without_a_rendezvous_address_is_refused(environment):
     environment("RANK=0 WORLD_SIZE=1 MASTER_PORT=29500")
     with pytest.raises(ValueError, match=r"^MASTER_ADDR: not set, where RANK is; a launcher"):
         ranks.require_rendezvous()

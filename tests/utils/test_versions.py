@@ -1,4 +1,4 @@
-"""The pinned versions, the tested versions and the bounds of requirements.txt agree."""
+"""Consistency of pinned versions, tested versions and the bounds of requirements.txt."""
 
 import re
 import subprocess
@@ -54,7 +54,7 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
     assert oldest == bounds
 
 
-def test_what_is_called_tested_is_what_is_pinned() -> None:
+def test_tested_versions_are_the_pinned_ones() -> None:
     newest = pinned("constraints.txt")
     assert {name: newest[name] for name in versions.NEWEST_TESTED} == versions.NEWEST_TESTED
 
@@ -66,7 +66,7 @@ def test_the_next_minor_release_is_not_allowed(library: str) -> None:
     assert not requirement.specifier.contains(f"{major}.{minor + 1}.0")
 
 
-def test_a_newer_library_is_said_in_one_line_at_the_start(
+def test_a_newer_library_is_reported_in_one_line_at_the_start(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(versions.metadata, "version", lambda name: "2.13.0+cpu" if name == "torch" else "99.0")
@@ -81,7 +81,7 @@ def test_a_newer_library_is_said_in_one_line_at_the_start(
         )
 
 
-def test_asking_imports_no_library() -> None:
+def test_checking_versions_imports_no_library() -> None:
     code = "import sys; from clex_train.utils.versions import untested_warnings; untested_warnings(); "
     code += "print({'torch'} & {*sys.modules})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
