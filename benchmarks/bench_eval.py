@@ -26,7 +26,7 @@ CHILD = """
 import json
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from clex_train.utils import log
-from clex_train.cli import console
+from clex_train.console import program as console
 from clex_train.cli import evaluate as program
 
 def status(field):

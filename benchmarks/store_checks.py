@@ -44,7 +44,7 @@ MOST_ROWS, MOST_TOKENS = 20_000, 40_000_000
 OPEN = """
 import json, pathlib, sys, time
 from clex_train.data.packing import ConcatRows
-from clex_train.data.store import TokenStore
+from clex_train.token_store.store import TokenStore
 
 def resident(name):
     (line,) = (line for line in open("/proc/self/status") if line.startswith(name))

@@ -57,8 +57,11 @@ class SignalWatch:
         """True once a handler for `Interrupted` is in place. Before, during imports, there is nothing to unwind."""
         self.is_leaving = False
         """True while the program exits after its work. Signals of a launcher are then no second request."""
+        self.has_work = False
+        """True once there is something to save."""
         self._launchers = launchers()
-        self.reason: str | None = "its launcher had exited before it started" if is_orphan(self._launchers) else None
+        self._lost_launcher = "its launcher had exited before it started" if is_orphan(self._launchers) else None
+        self.reason: str | None = None
         self._first: signal.Signals | None = None
         self._since = 0.0
         self._is_settled = False
@@ -87,7 +90,7 @@ class SignalWatch:
 
     def leave_marks(self) -> None:
         """Make signals only set a flag from here on, because there is something to save."""
-        self.ends = frozenset()
+        self.ends, self.has_work = frozenset(), True
 
     @property
     def interrupted(self) -> signal.Signals | None:
@@ -133,8 +136,18 @@ class SignalWatch:
                 self._since, self._is_settled = time.monotonic(), True
             if self._first and self._is_stuck():
                 self._end(self._first, str(Interrupted(self._first)))
-            if self.reason is None and (gone := [process for process in self._launchers if not is_alive(process)]):
-                self.reason = f"its launcher (process {gone[0].pid}) has exited"
+            self._check_launchers()
+
+    def _check_launchers(self) -> None:
+        """Stop once a launcher has exited; end at once if there is nothing to save."""
+        if self._lost_launcher is None and (gone := [each for each in self._launchers if not is_alive(each)]):
+            self._lost_launcher = f"its launcher (process {gone[0].pid}) has exited"
+        if self._lost_launcher is None or self.is_leaving:
+            return
+        self.reason = self.reason or self._lost_launcher
+        if not self.has_work:
+            # Otherwise a rank that is still starting would hold its GPU long after the command has returned.
+            self._end(self._first or signal.SIGTERM, f"{self._lost_launcher}: ended")
 
     def _is_stuck(self) -> bool:
         """Tell whether the main thread failed to unwind from an ending signal within `GRACE`."""
@@ -180,7 +193,8 @@ _WATCH: SignalWatch | None = None
 def listen() -> None:
     """Handle signals of a training program. Call it before the first slow import; later calls do nothing.
 
-    Until the run trains, SIGINT ends it. Other signals set a flag, which it obeys before its first step.
+    Until the run trains, SIGINT ends it, and so does the end of its launcher. Other signals set a flag, which it obeys
+    before its first step.
     """
     _begin([signal.SIGINT], SIGNALS)
 

@@ -16,7 +16,7 @@ import sys, time
 if __name__ == "__main__":
     from clex_train.resilience import stop_requests
     stop_requests.end_on_signals()
-from clex_train.cli import console
+from clex_train.console import program as console
 from data_prep.workers import pool, reports
 
 def keep(reporting):

@@ -89,6 +89,25 @@ def test_the_end_of_the_launcher_is_a_stop_request(tmp_path):
     process.wait(120)
 
 
+@pytest.mark.parametrize("listen", ["listen", "end_on_signals"])
+def test_a_program_with_nothing_to_save_ends_with_its_launcher(tmp_path, listen):
+    launcher = tmp_path / "torchrun"
+    launcher.write_text("import subprocess, sys\nsubprocess.run([sys.executable, '-c', sys.argv[1]])\n")
+    script = (
+        "import os, time\nfrom clex_train.resilience import stop_requests\n"
+        f"stop_requests.{listen}()\nprint(os.getpid(), flush=True)\ntime.sleep(600)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(launcher), script], cwd=ROOT, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE
+    )
+    rank = psutil.Process(int(process.stdout.readline()))
+    process.kill()
+    _, alive = psutil.wait_procs([rank], timeout=60)
+    assert not alive
+    assert f"its launcher (process {process.pid}) has exited: ended" in process.stderr.read()
+    process.wait(120)
+
+
 def test_a_program_without_a_launcher_watches_none():
     assert launchers.launchers() == []
 
@@ -178,7 +197,7 @@ PROGRAM = """
 import signal, sys, time
 from clex_train.resilience import stop_requests
 stop_requests.end_on_signals()
-from clex_train.cli import console
+from clex_train.console import program as console
 def work():
     print("ready", flush=True)
     {work}
