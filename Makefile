@@ -6,7 +6,7 @@ PIP := -m pip install --disable-pip-version-check
 # The newest versions that were run, unless the environment has its own reasons: make CONSTRAINTS=other.txt
 CONSTRAINTS ?= constraints.txt
 OLDEST := tests/rope tests/attention tests/lm_infinite tests/engine tests/test_api.py tests/checkpoint/test_store.py \
-	tests/models/test_official.py tests/preflight/test_activations.py tests/preflight/test_memory.py tests/tracking/test_tracker.py \
+	tests/models/test_official.py tests/preflight/test_activations.py tests/preflight/test_model_states.py tests/tracking/test_tracker.py \
 	tests/training/test_ode_optimizer.py tests/utils/test_private_names.py tests/report \
 	tests/data_prep/test_damaged_files.py tests/data_prep/test_readers.py
 

@@ -33,6 +33,7 @@ import torch
 from clex_train.cli import forecast, loading
 from clex_train.cli.forecast import Amount
 from clex_train.cli.keys import METHOD_KEYS, LoadingConfig
+from clex_train.cli.load_model import load
 from clex_train.cli.loading import Source
 from clex_train.config.bos import Bos
 from clex_train.config.docs import with_overrides
@@ -138,7 +139,7 @@ def _run(asked: LmEvalArguments) -> None:
         metadata["max_seq_lengths"] = asked.lengths
     tasks = harness.Tasks(asked.tasks, Path(asked.include) if asked.include else None, metadata)
     loading.say_what_is_ahead("lm_eval", asked, source, [labelled("tasks", _tasks(asked, tasks, max_length))])
-    loaded, dtype = loading.load(asked, source.model)
+    loaded, dtype = load(asked, source.model)
     settings = harness.RequestSettings(
         max_length,
         asked.batch_size,
