@@ -53,10 +53,10 @@ check: .venv/dev dockerfile docs  ## lint, format, types, direction of imports, 
 docs: .venv/dev  ## the site in site/; a broken link or an undocumented page is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-dockerfile:  ## by docker's own checks or hadolint where one is at hand; tests/package/test_dockerfile.py reads it anywhere
+dockerfile: .venv/dev  ## by docker's own checks where a daemon runs, else by hadolint
 	@if docker buildx version >/dev/null 2>&1 && docker info >/dev/null 2>&1; then docker build --check .; \
-	elif command -v hadolint >/dev/null; then hadolint Dockerfile; \
-	else echo "Dockerfile: no docker daemon and no hadolint here; only the test reads it"; fi
+	elif [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; \
+	else echo "Dockerfile: no docker daemon here, and no hadolint for this processor; only the test reads it"; fi
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .
