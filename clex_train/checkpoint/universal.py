@@ -1,19 +1,16 @@
 """Resuming on another number of ranks through DeepSpeed's universal format: one file per parameter and moment.
 
-    python -m clex_train.checkpoint.universal CHECKPOINT FOLDER     started by rank 0 as a subprocess
-
-The conversion is DeepSpeed's own (`deepspeed.checkpoint.ds_to_universal`; Universal Checkpointing, arXiv 2406.18820).
+The conversion is DeepSpeed's own (`deepspeed.checkpoint.ds_to_universal`; Universal Checkpointing, arXiv 2406.18820), in
+a subprocess of rank 0 (`convert.py`).
 `universal_loading` corrects two errors of its loading under ZeRO-3.
 """
 
-import argparse
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +18,6 @@ from typing import IO, Any
 
 import torch
 
-from clex_train.checkpoint.safe_load import tensors_only
 from clex_train.utils import distributed, files, log
 from clex_train.utils.errors import ConfigError, StopRequested
 
@@ -30,8 +26,6 @@ logger = log.get(__name__)
 FOLDER = "universal"
 PATIENCE = 1.0
 """Seconds between two checks of the subprocess."""
-WORKERS = 2
-"""Processes that convert in parallel; each loads whole shards, so more of them risk the host's memory."""
 STOPPING = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
 """Exit codes of a conversion ended by a signal. DeepSpeed's launcher signals every process below a rank."""
 BAR = re.compile(r"\d+%\||\d+it \[")
@@ -108,7 +102,7 @@ def _own_steps(optimizer: torch.optim.Optimizer) -> None:
 def _start(checkpoint: Path, staging: Path, said: IO[str]) -> subprocess.Popen[bytes]:
     logger.info("converting %s for %d ranks; all ranks wait", checkpoint, distributed.world_size())
     discard(checkpoint.parent)
-    command = [sys.executable, "-m", "clex_train.checkpoint.universal", str(checkpoint), str(staging / checkpoint.name)]
+    command = [sys.executable, "-m", "clex_train.checkpoint.convert", str(checkpoint), str(staging / checkpoint.name)]
     # In a session of its own, so that Ctrl-C in the terminal does not reach it and the run decides when it ends. The
     # pipe on its standard input closes when this process dies, even by SIGKILL, and ends it too.
     return subprocess.Popen(
@@ -154,39 +148,3 @@ def _conclude(process: subprocess.Popen[bytes], said: IO[str], staging: Path, ta
     if process.returncode < 0:
         return f"its process was killed by {signal.Signals(-process.returncode).name}, perhaps out of memory"
     return lines[-1].strip() if lines else f"its process exited with {process.returncode}"
-
-
-def _end_with_parent() -> None:
-    """Kill this process group as soon as the process that started the conversion is gone."""
-    # Nothing is ever written to the pipe, so the read returns only at its end.
-    os.read(0, 1)
-    os.killpg(0, signal.SIGKILL)
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("folder", type=Path)
-    given = parser.parse_args()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    from deepspeed.checkpoint import ds_to_universal
-
-    given.folder.mkdir(parents=True)
-    with tensors_only(given.checkpoint):
-        ds_to_universal.main(
-            argparse.Namespace(
-                input_folder=str(given.checkpoint),
-                output_folder=str(given.folder),
-                num_extract_workers=WORKERS,
-                num_merge_workers=WORKERS,
-                keep_temp_folder=False,
-                strict=True,
-                # ZeRO-1 and 2 checkpoints of ours carry no description of tensor parallelism, which is required
-                # otherwise.
-                inject_missing_state=True,
-            )
-        )
-
-
-if __name__ == "__main__":
-    _main()

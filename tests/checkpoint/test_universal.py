@@ -72,9 +72,9 @@ def test_the_error_of_a_failed_conversion_has_its_reason_and_no_progress_bar(mak
 
 def test_a_conversion_and_its_workers_end_with_the_rank_that_started_it():
     program = (
-        "import subprocess, sys, threading, time; from clex_train.checkpoint import universal\n"
+        "import subprocess, sys, threading, time; from clex_train.checkpoint import convert\n"
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "threading.Thread(target=universal._end_with_parent, daemon=True).start()\n"
+        "threading.Thread(target=convert.end_with_parent, daemon=True).start()\n"
         "print('ready', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen(
@@ -92,3 +92,15 @@ def test_a_conversion_and_its_workers_end_with_the_rank_that_started_it():
     process.stdin.close()
     assert process.wait(60) == -signal.SIGKILL
     assert not psutil.wait_procs(workers, timeout=5)[1]
+
+
+def test_a_conversion_ends_with_its_rank_also_during_its_imports(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clex_train.checkpoint.convert", str(tmp_path), str(tmp_path / "converted")],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    process.stdin.close()
+    assert process.wait(60) == -signal.SIGKILL
+    assert not (tmp_path / "converted").exists()
