@@ -285,7 +285,7 @@ class DecontaminateVerb:
 
 
 def require_corpus(corpus: CorpusConfig) -> None:
-    """Raise `ValueError` if the corpus names nothing to read."""
+    """Raise `ConfigError` if the corpus names nothing to read."""
     require(
         corpus.source is not CorpusSource.files or len(corpus.paths) > 0,
         "corpus.paths",

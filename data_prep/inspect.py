@@ -28,7 +28,8 @@ def run(config: InspectVerb) -> None:
     """Print the report, each part as soon as it is ready.
 
     Raises:
-        ValueError: `store` is not a complete store, or one of its files is damaged.
+        InputError: `store` is not a complete store, or one of its files is damaged.
+        ValueError: a document table contradicts the manifest.
     """
     require(config.store is not None, "store", config.store, "name the directory of a token store: store=corpora/books")
     store = _open(str(config.store))
@@ -56,7 +57,7 @@ def verify(store: TokenStore) -> int:
     """Read every file of a store, compare its sha256 with the manifest, and return the number of files.
 
     Raises:
-        ValueError: a file differs; names the first one.
+        InputError: a file differs; names the first one.
     """
     expected = {store.tokenizer_path / name: digest for name, digest in store.manifest.tokenizer.files.items()}
     for split in SPLITS:

@@ -118,7 +118,7 @@ def at_least_one(text: str) -> int:
 
 
 def require_usable(study: Study) -> None:
-    """Raise `ValueError` if nothing can be written, or if the store is missing and there are no files to make it."""
+    """Raise `ConfigError` if nothing can be written, or if the store is missing and there are no files to make it."""
     require_writable_folder("--out", study.out, study.out)
     try:
         if not study.store.exists():

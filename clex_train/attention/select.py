@@ -33,7 +33,7 @@ def choose_implementation(
     """Choose the implementation for a model of this architecture, computed in `dtype` on this machine.
 
     Raises:
-        ValueError: `sdpa` is requested and cannot compute the model.
+        ConfigError: `sdpa` is requested and cannot compute the model.
     """
     if requested.implementation is not AttentionImplementation.auto:
         if requested.implementation is AttentionImplementation.sdpa:

@@ -100,7 +100,7 @@ def check_contents(folder: Path, manifest: Manifest, names: list[str]) -> None:
 
 
 def check_compatible(path: Path, manifest: Manifest, expected: Manifest) -> None:
-    """Raise `ValueError` with the remedy when this run cannot resume from a checkpoint.
+    """Raise `ConfigError` with the remedy when this run cannot resume from a checkpoint.
 
     The world size may differ: such checkpoints are converted.
     """

@@ -47,7 +47,7 @@ def check(path: Path) -> str | None:
 def tensors_only(what: Path) -> Iterator[None]:
     """Restrict `torch.load` to tensors, plain values and DeepSpeed's own classes, in child processes too.
 
-    Raises `RunsCode` when a file of `what` needs more, and `ValueError` when a tensor's bytes are damaged.
+    Raises `RunsCode` when a file of `what` needs more, and `ConfigError` when a tensor's bytes are damaged.
     """
     # DeepSpeed calls torch.load with weights_only=False, and only these variables override an explicit argument.
     # torch raises if both are set.

@@ -51,7 +51,7 @@ class Checkpoints:
     """The checkpoints of one run folder.
 
     With `strict`, damage newer than the newest good checkpoint is an error instead of a warning. `config` is the text
-    of the run's configuration; every checkpoint keeps a copy. Raises `ValueError` on creation, naming the difference,
+    of the run's configuration; every checkpoint keeps a copy. Raises `ConfigError` on creation, naming the difference,
     when the newest checkpoint belongs to another model or other data.
     """
 
@@ -134,7 +134,7 @@ class Checkpoints:
     def choose(self) -> Found | None:
         """Find the newest checkpoint whose files all match their SHA-256. Collective; ranks share the hashing.
 
-        Raises `ValueError` when every checkpoint is damaged, when ranks see different files, and with `strict` when a
+        Raises `ConfigError` when every checkpoint is damaged, when ranks see different files, and with `strict` when a
         newer checkpoint is damaged.
         """
         started = time.perf_counter()
@@ -182,7 +182,7 @@ class Checkpoints:
         """Load the newest good checkpoint into `engine`. Collective.
 
         Returns (step, ODE state), or None without a checkpoint. One written by another number of ranks is converted
-        first. Raises `StopRequested` when `interrupted` becomes true on a rank meanwhile, and `ValueError` as `choose`
+        first. Raises `StopRequested` when `interrupted` becomes true on a rank meanwhile, and `InputError` as `choose`
         does, when the conversion fails or when a file would run code.
         """
         self.finish()
@@ -233,7 +233,7 @@ class Checkpoints:
         return next((reason for reason in said if isinstance(reason, str)), None)
 
     def _judge(self, chosen: Found | None, damage: dict[Path, str]) -> None:
-        """Warn about damage newer than the chosen checkpoint, or raise `ValueError`."""
+        """Warn about damage newer than the chosen checkpoint, or raise `ConfigError`."""
         # Damage older than the chosen checkpoint costs nothing and is not reported.
         newer = {path: why for path, why in damage.items() if step_of(path) > (chosen.manifest.step if chosen else -1)}
         if chosen is not None and (why := self._latest_is_wrong(chosen, newer)):

@@ -41,7 +41,7 @@ BAR = re.compile(r"\d+%\||\d+it \[")
 def convert(checkpoint: Path, interrupted: Callable[[], bool] | None = None) -> Path:
     """Convert a verified checkpoint on rank 0 and return the folder of the result. Collective.
 
-    Raises `ValueError` on every rank, with DeepSpeed's last line, when the conversion fails. Raises `StopRequested`
+    Raises `ConfigError` on every rank, with DeepSpeed's last line, when the conversion fails. Raises `StopRequested`
     when `interrupted` is true on a rank, or a signal ended the conversion.
     """
     target, staging = checkpoint.with_name(FOLDER), checkpoint.with_name(f"converting_{FOLDER}")

@@ -72,14 +72,14 @@ class Plan(Source):
 
 
 def parse(arguments: list[str]) -> EvaluateArguments:
-    """`key=value` arguments as a checked config; `ValueError` or an error of OmegaConf names the key."""
+    """`key=value` arguments as a checked config; `ConfigError` or an error of OmegaConf names the key."""
     asked: EvaluateArguments = arguments_of.parse(EvaluateConfig, arguments)
     _check(asked)
     return asked
 
 
 def make_plan(asked: EvaluateArguments) -> Plan:
-    """Fill in what the command line leaves open; `ValueError` for a run, model or store that cannot be evaluated."""
+    """Fill in what the command line leaves open; `InputError` for a run, model or store that cannot be evaluated."""
     config = run_config(Path(asked.run)) if asked.run else Config()
     source = locate(asked)
     data = asked.data or config.evaluation.path or config.data.path

@@ -70,7 +70,7 @@ def usage() -> str:
 
 
 def _source(asked: ExportConfig) -> Path:
-    """Return the model directory that is asked for; `ValueError` names the key that is missing or wrong."""
+    """Return the model directory that is asked for; `ConfigError` names the key that is missing or wrong."""
     require((asked.run is None) != (asked.model is None), "run", asked.run, "name either run=FOLDER or model=DIR")
     require(bool(asked.output), "output", asked.output or None, "name the directory to write, output=DIR")
     output = Path(str(asked.output))

@@ -217,7 +217,7 @@ def _without_not_run(found: Found) -> Found:
 
 
 def _spec(asked: LmEvalArguments, source: Source, max_length: int) -> EvaluationConfig:
-    """Return the methods and what they take; `ValueError` for one that the model cannot have."""
+    """Return the methods and what they take; `ConfigError` for one that the model cannot have."""
     spec = EvaluationConfig(**asked.given(METHOD_KEYS), lengths=[max_length])
     arch = architecture.to_read(source.model)
     unloaded = native_handle_on_meta(arch, source.context_len, source.model.trust_remote_code)
@@ -232,7 +232,7 @@ def _tasks(asked: LmEvalArguments, tasks: harness.Tasks, max_length: int) -> str
 
 
 def check(asked: LmEvalArguments) -> None:
-    """Refuse by `ValueError` keys that are missing, out of range or contradict each other."""
+    """Refuse by `ConfigError` keys that are missing, out of range or contradict each other."""
     loading.check(asked)
     require_at_most(asked, "", MOST)
     require(all(n >= 2 for n in asked.lengths or ()), "lengths", asked.lengths, "lengths of at least 2 tokens")
@@ -259,7 +259,7 @@ def check(asked: LmEvalArguments) -> None:
 
 
 def longest(asked: LmEvalArguments, source: Source) -> int:
-    """Return how many tokens a prompt and its answer may have; `ValueError` for more than the field was trained for."""
+    """Return the most tokens of a prompt and its answer; `ConfigError` beyond those that the field was trained for."""
     t_max = architecture.t_max_of_field(asked.path)
     reach = int((t_max or 1.0) * source.context_len)
     chosen = asked.max_length or reach

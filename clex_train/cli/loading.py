@@ -60,7 +60,7 @@ class Source:
 
 
 def check(asked: LoadingConfig) -> None:
-    """Refuse by `ValueError` keys that contradict each other or this machine."""
+    """Refuse by `ConfigError` keys that contradict each other or this machine."""
     require((asked.run is None) != (asked.model is None), "run", asked.run, "name either run=FOLDER or model=DIR")
     if asked.label is not None:
         require_plain_name("label", asked.label, "it names the file of results")
@@ -85,7 +85,7 @@ def _check_revision(asked: LoadingConfig) -> None:
 
 
 def locate(asked: LoadingConfig) -> Source:
-    """Find the model that is meant, its L, and where the results go; `ValueError` if one of them cannot be used."""
+    """Find the model that is meant, its L, and where the results go; `ConfigError` if one of them cannot be used."""
     model = EvaluatedModel(
         path=asked.path,
         context_len=asked.context_len,
@@ -127,7 +127,7 @@ def _name(folder: Path) -> str:
 
 
 def require_writable(output: Path) -> None:
-    """Refuse by `ValueError` a file that cannot be written, before hours are spent on what would go into it.
+    """Refuse by `ConfigError` a file that cannot be written, before hours are spent on what would go into it.
 
     Makes nothing.
     """
@@ -242,7 +242,7 @@ def load(asked: LoadingConfig, model: ModelConfig) -> tuple[LoadedModel, torch.d
 
 
 def run_config(run: Path) -> Config:
-    """Read the configuration of a finished run; `ValueError` says what is missing."""
+    """Read the configuration of a finished run; `ConfigError` says what is missing."""
     require(run.is_dir(), "run", run, "no such folder; give the output_dir of a training run")
     require(
         (run / recorded.CONFIG).exists(),
@@ -257,7 +257,7 @@ def run_config(run: Path) -> Config:
 
 
 def require_whole(run: Path) -> None:
-    """Raise `ValueError` if a file of a run's `final/` is missing or has another size than it was written with."""
+    """Raise `ConfigError` if a file of a run's `final/` is missing or has another size than it was written with."""
     try:
         if checksums.exists(run / "final"):
             checksums.require_sizes(run / "final")

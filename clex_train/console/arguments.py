@@ -23,7 +23,7 @@ IN_A_GROUP = re.compile(r"(?<![\w./])(model|data|evaluation|attention)\.([a-z]\w
 
 
 def parse(schema: type, arguments: Sequence[str]) -> Any:
-    """An instance of the dataclass `schema`; `ValueError` or an error of OmegaConf names the key."""
+    """An instance of the dataclass `schema`; `ConfigError` or an error of OmegaConf names the key."""
     merged = OmegaConf.structured(schema)
     alone = [argument for argument in arguments if "=" not in argument]
     if len(alone) > 1:

@@ -24,7 +24,7 @@ def line_of(file: Path, key: str) -> int:
 
 
 def require_texts(schema: type | None, hydra: Any) -> None:
-    """Raise `ValueError` for a text without quotes that YAML read as something else, in a file `hydra` composed."""
+    """Raise `ConfigError` for a text without quotes that YAML read as something else, in a file `hydra` composed."""
     for file in _chosen(hydra):
         loaded = OmegaConf.to_container(OmegaConf.load(file))
         prefix = _package(file)
@@ -41,7 +41,7 @@ def require_texts(schema: type | None, hydra: Any) -> None:
 
 
 def require_few_values(arguments: Sequence[str]) -> None:
-    """Raise `ValueError` for a file of a few hundred bytes whose aliases stand for millions of values.
+    """Raise `BadFile` for a file of a few hundred bytes whose aliases stand for millions of values.
 
     Hydra would write them all out. Looked at are the program's own `conf/` and the folders that `arguments` name.
     """

@@ -33,7 +33,7 @@ class _Parser(ArgumentParser):
 def put_last(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with Hydra's flags behind the overrides: between them, Hydra would refuse what follows.
 
-    `ValueError` for a flag that Hydra does not have, or whose value it does not take.
+    `ConfigError` for a flag that Hydra does not have, or whose value it does not take.
     """
     overrides, flags = parser().parse_known_args(arguments)[1], list(arguments)
     unknown = [argument for argument in overrides if argument.startswith("-")]

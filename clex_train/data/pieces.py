@@ -71,7 +71,7 @@ def long_documents(store: TokenStore, seq_len: int, min_tokens: int) -> PieceRow
     """Cut full rows from each document of at least `min_tokens` >= `seq_len` tokens, EOS included.
 
     Raises:
-        ValueError: no document is that long; names the longest.
+        ConfigError: no document is that long; names the longest.
     """
     assert min_tokens >= seq_len, (min_tokens, seq_len)
     offsets = store.doc_offsets
@@ -95,7 +95,7 @@ def best_fit(store: TokenStore, seq_len: int) -> PieceRows:
     """Pack every token of the store once into nearly the fewest rows; takes a few seconds for 10^9 tokens.
 
     Raises:
-        ValueError: the split has no documents.
+        ConfigError: the split has no documents.
     """
     offsets = store.doc_offsets
     lengths = np.diff(offsets)

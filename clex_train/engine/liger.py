@@ -37,7 +37,7 @@ def refusal() -> str | None:
 
 
 def check(choice: Liger) -> None:
-    """Raise `ValueError` when the configuration requires kernels that cannot run here."""
+    """Raise `ConfigError` when the configuration requires kernels that cannot run here."""
     reason = refusal()
     require(
         choice is not Liger.always or reason is None,

@@ -53,7 +53,7 @@ def open_at_free_port(backend: str, timeout: timedelta) -> None:
 
 
 def require_free_port() -> None:
-    """Raise `ValueError` on the listening rank when it cannot bind the named port.
+    """Raise `ConfigError` on the listening rank when it cannot bind the named port.
 
     An invalid port number is refused on every rank.
     """

@@ -141,7 +141,7 @@ def _joined(whole: Callable[[Tensor], Tensor], tokens: Tensor, tile_len: int) ->
 
 
 def _require_token_by_token(mlp: nn.Module) -> None:
-    """Raise `ValueError` for an MLP whose output for a token depends on other tokens or on random numbers."""
+    """Raise `NotTokenwise` for an MLP whose output for a token depends on other tokens or on random numbers."""
     for name, module in mlp.named_modules():
         kind = type(module).__name__
         if any(word in f"{name} {kind}".lower() for word in ("expert", "router", "moe")):

@@ -32,7 +32,7 @@ logger = log.get(__name__)
 
 
 def require_installed() -> None:
-    """Raise `ValueError` with the remedy when lm-eval is not installed."""
+    """Raise `ConfigError` with the remedy when lm-eval is not installed."""
     if find_spec("lm_eval") is None:
         raise ConfigError("lm-eval is not installed", None, "pip install -r requirements-eval.txt")
 
@@ -45,7 +45,7 @@ class Tasks:
         include: folder with the user's own task files.
         metadata: parameters of tasks (RULER: `max_seq_lengths`, and the `tokenizer` that counts them).
 
-    Raises `ValueError` for an unknown name, or when the data cannot be loaded.
+    Raises `ConfigError` for an unknown name, or when the data cannot be loaded.
     """
 
     def __init__(self, names: Sequence[str], include: Path | None, metadata: Mapping[str, Any]) -> None:

@@ -40,7 +40,7 @@ WITHOUT_ROPE = (Method.none, Method.lm_infinite)
 
 
 def of_model(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, Frequencies]:
-    """Frequencies for each of `spec.methods` on a loaded model; `ValueError` for a method that it cannot have."""
+    """Frequencies for each of `spec.methods` on a loaded model; `ConfigError` for a method that it cannot have."""
     _require_fitting(spec, loaded.handle, loaded.clex is not None)
     own = loaded.table if loaded.table is not None else loaded.handle.own
     if loaded.table is not None and spec.t_factor is not None:
@@ -72,7 +72,7 @@ def tables(
 ) -> dict[str, Frequencies]:
     """Frequencies for each method name that serve up to `longest` tokens, with the settings of `spec`.
 
-    The grid is the integers. Raises `ValueError` if the model's own table ends before `longest`.
+    The grid is the integers. Raises `ConfigError` if the model's own table ends before `longest`.
     """
     spec = spec or EvaluationConfig()
     grid = scale_grid(math.ceil(longest / rope.context_len))
@@ -146,7 +146,7 @@ def lm_infinite_over(handle: RotaryHandle, table: Frequencies, put_in: InsertedM
 def lm_infinite(
     model: nn.Module, n_local: int, n_global: int, middle: BestMiddle | None = None
 ) -> Iterator[LmInfinite]:
-    """Put the Lambda-shaped mask into a model; `ValueError` by name for one that it does not fit."""
+    """Put the Lambda-shaped mask into a model; `ConfigError` by name for one that it does not fit."""
     handle = apply_lm_infinite(model, n_local, n_global, middle=middle)
     try:
         yield handle

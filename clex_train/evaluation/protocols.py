@@ -50,7 +50,7 @@ class Reading:
 def readings(spec: EvaluationConfig, context_len: int) -> list[Reading]:
     """Build a reading for each protocol of `spec`; windows have its largest length. `context_len` is L in tokens.
 
-    Raises `ValueError` for `last_k` above the shortest length, and for `streaming`, which reads no windows.
+    Raises `ConfigError` for `last_k` above the shortest length, and for `streaming`, which reads no windows.
     """
     names = [protocol.value for protocol in spec.protocols]
     require(

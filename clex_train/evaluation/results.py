@@ -231,7 +231,7 @@ def _is_repeated(path: Path, origin: Origin) -> bool:
 
 
 def read(path: Path) -> tuple[Results, Origin]:
-    """Read an evaluation that `write` wrote. Raises `ValueError` for a missing or damaged file."""
+    """Read an evaluation that `write` wrote. Raises `ConfigError` for a missing or damaged file."""
     content = _content(path)
     try:
         return _results(content), _origin(content)
@@ -272,7 +272,7 @@ def _results(content: Mapping[str, Any]) -> Results:
 def compare(first: Score, second: Score, documents: Sequence[int]) -> Difference:
     """Subtract the mean nll of `second` from that of `first`, paired by document; `documents` [W] from the results.
 
-    Raises `ValueError` when the two scored different tokens.
+    Raises `ConfigError` when the two scored different tokens.
     """
     if first.fingerprint != second.fingerprint:
         raise ConfigError(

@@ -53,7 +53,7 @@ def evaluate(
     """Score the prompts of `cells` with the model's current weights under each method. Collective.
 
     Returns the scores, and the cells that ran out of memory (with the task as protocol). t is that of the cell's
-    length, throughout prompt and answer. Arguments are as in `evaluation.runner.evaluate`. Raises `ValueError` before
+    length, throughout prompt and answer. Arguments are as in `evaluation.runner.evaluate`. Raises `ConfigError` before
     the first forward when a length exceeds a table, and `StopRequested` once `interrupted` is true on a rank.
     """
     if not cells:

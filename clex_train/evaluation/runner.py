@@ -96,7 +96,7 @@ def evaluate(
         cache_on_host: keep keys and values in host memory.
         kept: partial results of an interrupted evaluation.
 
-    Raises `ValueError` before the first forward when a length exceeds a table, `StopRequested` once `interrupted` is
+    Raises `ConfigError` before the first forward when a length exceeds a table, `StopRequested` once `interrupted` is
     true on a rank, and `RunStopped` when out of memory while ranks share the weights.
     """
     # Fail before the first forward, not hours later at the longest length.

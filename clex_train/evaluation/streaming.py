@@ -72,7 +72,7 @@ class Stream:
 def plan_stream(store: TokenStore, num_tokens: int | None, context_len: int, bos_id: int | None = None) -> Stream:
     """Plan a stream of `num_tokens` tokens (None: the whole split), rounded down to whole segments.
 
-    A segment is a multiple of L. Raises `ValueError` when the split has fewer than `num_tokens`, or than L, tokens.
+    A segment is a multiple of L. Raises `ConfigError` when the split has fewer than `num_tokens`, or than L, tokens.
     """
     wanted = store.num_tokens if num_tokens is None else num_tokens
     if not context_len <= wanted <= store.num_tokens:

@@ -152,7 +152,7 @@ class Table:
 def read_tables(rows: Sequence[Row]) -> list[Table]:
     """Read the rows' files and return their tables, in the order in which each first occurs.
 
-    Raises `ValueError` for a file that is missing or lacks the row's method.
+    Raises `ConfigError` for a file that is missing or lacks the row's method.
     """
     files = {path: results.read(path) for path in dict.fromkeys(row.path for row in rows)}
     tables: dict[tuple[str, str], Table] = {}

@@ -36,7 +36,7 @@ def model_type(model: Any) -> str:
 
 
 def attention_modules(model: nn.Module) -> list[Any]:
-    """Find the attention module of every layer; `ValueError` names a model type that lm_infinite does not support."""
+    """Find the attention module of every layer; `ConfigError` names a model type that lm_infinite does not support."""
     kind = model_type(model)
     modules: list[Any] = list(model.modules())
     if any(hasattr(module, LAYER) for module in modules):

@@ -27,7 +27,7 @@ logger = log.get(__name__)
 def to_train(model: ModelConfig) -> PretrainedConfig:
     """Read the architecture of a model to train: `model.path`, or `model.config` alone.
 
-    Raises `ValueError` when it cannot be read, or has no rotary embedding that theta(t) can replace.
+    Raises `ConfigError` when it cannot be read, or has no rotary embedding that theta(t) can replace.
     """
     config = to_read(model)
     require_rotary(config, model.trust_remote_code)
@@ -35,7 +35,7 @@ def to_train(model: ModelConfig) -> PretrainedConfig:
 
 
 def to_read(model: ModelConfig) -> PretrainedConfig:
-    """Read the architecture of a model to evaluate, which needs no RoPE. Raises `ValueError` if it cannot be read."""
+    """Read the architecture of a model to evaluate, which needs no RoPE. Raises `ConfigError` if it cannot be read."""
     key, path = ("model.path", model.path) if model.path else ("model.config", _shipped(model.config))
     assert path is not None
     require_directory(key, path)
@@ -60,7 +60,7 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
 
 
 def _require_meant(model: ModelConfig) -> None:
-    """Raise `ValueError` for random weights with a path that has weights: the user cannot mean both."""
+    """Raise `ConfigError` for random weights with a path that has weights: the user cannot mean both."""
     # Whether a hub name has weights is not known without a request; assume that it does.
     has_weights = model.path is not None and (not Path(model.path).is_dir() or model_directory.has_weights(model.path))
     require(
@@ -75,7 +75,7 @@ def _require_meant(model: ModelConfig) -> None:
 def stand_in(model: ModelConfig) -> ModelConfig:
     """Substitute `model.config` in a dry run for a `model.path` that is not on this machine.
 
-    Raises `ValueError` when the preset belongs to another model than the path.
+    Raises `ConfigError` when the preset belongs to another model than the path.
     """
     if model.path is None or model.config is None or Path(model.path).is_dir():
         return model
@@ -139,7 +139,7 @@ def context_length(model: ModelConfig, config: PretrainedConfig) -> int:
 def context_source(model: ModelConfig, config: PretrainedConfig) -> ContextLength:
     """Return L and its source: `model.context_len`, else the record of an earlier run, else the architecture.
 
-    Raises `ValueError` when none of them gives L, or when the key contradicts the record.
+    Raises `ConfigError` when none of them gives L, or when the key contradicts the record.
     """
     # A CLEX run records L in clex.json, a formula-based method as `original_max_position_embeddings`: after it,
     # max_position_embeddings is the extended length.
@@ -211,7 +211,7 @@ def grid_of_field(path: str) -> Tensor | None:
 
 
 def require_directory(key: str, path: str) -> None:
-    """Raise `ValueError` for a missing local directory; a name such as `meta-llama/Llama-2-7b-hf` passes."""
+    """Raise `ConfigError` for a missing local directory; a name such as `meta-llama/Llama-2-7b-hf` passes."""
     require(
         not _is_local(path) or Path(path).is_dir(),
         key,

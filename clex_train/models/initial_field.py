@@ -18,7 +18,7 @@ logger = log.get(__name__)
 def starting_field(config: Config, base_inv_freq: torch.Tensor) -> tuple[Clex, LogScale]:
     """Load the field of `model.path`, or create one from `base_inv_freq` [P]; also return the run's log-scaling.
 
-    Raises `ValueError` when a key of `scaling` contradicts the existing field.
+    Raises `ConfigError` when a key of `scaling` contradicts the existing field.
     """
     scaling, directory = config.scaling, Path(str(config.model.path))
     has_weights = config.model.is_pretrained
@@ -68,7 +68,7 @@ def _continued(clex: Clex, scaling: ScalingConfig, directory: Path) -> Clex:
 
 
 def _official_log_scale(policy: str, scaling: ScalingConfig, directory: Path) -> LogScale:
-    """Return the log-scaling of a run on an official checkpoint. Raises `ValueError` for another than its own."""
+    """Return the log-scaling of a run on an official checkpoint. Raises `ConfigError` for another than its own."""
     # Weights trained without log-scaling can adopt one; weights trained with it depend on it.
     if policy == "off":
         return scaling.log_scale

@@ -76,7 +76,7 @@ class LoadedModel:
 
 
 def check_attention(implementation: AttentionImplementation, key: str = "attention.implementation") -> None:
-    """Raise `ValueError` for a back end that this machine lacks; `key` is the user's key for it."""
+    """Raise `ConfigError` for a back end that this machine lacks; `key` is the user's key for it."""
     require(
         implementation is not AttentionImplementation.flash_attention_2 or is_flash_attn_2_available(),
         key,
@@ -88,7 +88,7 @@ def check_attention(implementation: AttentionImplementation, key: str = "attenti
 def trained_architecture(config: Config, arch: PretrainedConfig) -> PretrainedConfig:
     """Return the architecture that a run trains: `arch`, with the RoPE parameters of a formula-based method.
 
-    Raises `ValueError` when it is scaled already, or cannot be scaled this way.
+    Raises `ConfigError` when it is scaled already, or cannot be scaled this way.
     """
     scaling, length = config.scaling, architecture.context_length(config.model, arch)
     if scaling.name is Method.clex:
@@ -184,7 +184,7 @@ def load_for_evaluation(
         attention: `sdpa` becomes `eager` for a model without it.
         sharding: DeepSpeed's ZeRO-3 settings; each rank then keeps only its shard while weights are read.
 
-    Raises `ValueError` when the model is missing, cannot use a KV cache, is unreadable, or has weights that are not
+    Raises `InputError` when the model is missing, cannot use a KV cache, is unreadable, or has weights that are not
     finite.
     """
     arch = architecture.to_read(spec)
@@ -266,7 +266,7 @@ def _load_weights(
 ) -> PreTrainedModel:
     """Load the weights of `spec`, with the architecture `changed` instead of their directory's if given.
 
-    With `sharding`, this rank keeps only its shard; collective. Raises `ValueError`, naming the tensors that weights
+    With `sharding`, this rank keeps only its shard; collective. Raises `InputError`, naming the tensors that weights
     and architecture do not share.
     """
     if sharding is None:

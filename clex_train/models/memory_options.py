@@ -24,7 +24,7 @@ logger = log.get(__name__)
 
 
 def check(engine: EngineConfig, arch: PretrainedConfig, trust_remote_code: bool = False) -> None:
-    """Raise `ValueError`, naming the model type, for an option that an architecture does not support."""
+    """Raise `ConfigError`, naming the model type, for an option that an architecture does not support."""
     if engine.tiled_loss is None and engine.tiled_mlp is None:
         return
     model = model_on_meta(arch, trust_remote_code)

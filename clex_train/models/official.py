@@ -92,7 +92,7 @@ def load_official_model(
 def read_official_field(directory: Path, inv_freq: Float64[Tensor, " P"], tolerance: float = 1e-6) -> OfficialField:
     """Read the vector field of an original CLEX directory, for the frequencies `inv_freq` [P] of its stock model.
 
-    Enables the quirks of the format: base 10000 inside the field, and log-scaling below L too. Raises `ValueError`,
+    Enables the quirks of the format: base 10000 inside the field, and log-scaling below L too. Raises `ConfigError`,
     naming the directory and the tensor, for a damaged field or one that does not fit the model.
     """
     facts = _read_facts(directory)
@@ -106,7 +106,7 @@ def read_official_field(directory: Path, inv_freq: Float64[Tensor, " P"], tolera
 def official_config(config: PretrainedConfig, clex: Clex, context_len: int, log_scale: bool) -> dict[str, Any]:
     """Build the `config.json` with which the original code reads a stock model with the field `clex`.
 
-    Raises `ValueError` when the field does not start from the frequencies of rope_theta: the format has no others.
+    Raises `ConfigError` when the field does not start from the frequencies of rope_theta: the format has no others.
     """
     facts: dict[str, Any] = config.to_dict()
     rope = facts.pop("rope_parameters", None) or {}

@@ -44,7 +44,7 @@ logger = log.get(__name__)
 
 
 def check(model: ModelConfig, arch: PretrainedConfig) -> None:
-    """Raise `ValueError`, naming the file or the tensors, unless the weights of `model.path` fit the architecture.
+    """Raise `InputError`, naming the file or the tensors, unless the weights of `model.path` fit the architecture.
 
     A hub name is checked here if the cache has all of its files, else after loading (`check_loaded`).
     """
@@ -57,7 +57,7 @@ def check(model: ModelConfig, arch: PretrainedConfig) -> None:
 
 
 def check_loaded(model: ModelConfig, arch: PretrainedConfig, report: Report) -> None:
-    """Raise `ValueError` when loaded weights did not fit, by transformers' report.
+    """Raise `InputError` when loaded weights did not fit, by transformers' report.
 
     Call it after transformers has stopped sharding new models: it may build one on the meta device.
     """
@@ -70,7 +70,7 @@ def check_loaded(model: ModelConfig, arch: PretrainedConfig, report: Report) -> 
 
 
 def require_unquantised(path: str, arch: PretrainedConfig) -> None:
-    """Raise `ValueError` for quantized weights, which cannot be trained in full."""
+    """Raise `ConfigError` for quantized weights, which cannot be trained in full."""
     # fp8 and mxfp4 too: transformers dequantizes them only on GPUs without kernels for them.
     config = getattr(arch, "quantization_config", None)
     facts = config if isinstance(config, dict) else vars(config) if config is not None else {}
@@ -85,7 +85,7 @@ def require_unquantised(path: str, arch: PretrainedConfig) -> None:
 
 
 def refuse(report: Report, model: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Raise `ValueError`, naming missing, unexpected and mismatched tensors that are not allowed to differ.
+    """Raise `ConfigError`, naming missing, unexpected and mismatched tensors that are not allowed to differ.
 
     `tensors` of the weights by name: their shapes tell constants from parameters.
     """
@@ -118,7 +118,7 @@ def announce(report: Report, model: ModelConfig) -> None:
 
 
 def require_finite(model: nn.Module, path: str) -> None:
-    """Raise `ValueError` when loaded weights are not finite on any rank. Collective."""
+    """Raise `ConfigError` when loaded weights are not finite on any rank. Collective."""
     name = non_finite_parameter(model)
     require(
         name is None,
@@ -210,7 +210,7 @@ def _require_floats(model: ModelConfig, names: list[str], dtypes: set[str]) -> N
 
 
 def _require_equal(model: ModelConfig, stored: Stored, target: str, source: str) -> None:
-    """Raise `ValueError` for tensors that the architecture ties but the weights have with different values."""
+    """Raise `ConfigError` for tensors that the architecture ties but the weights have with different values."""
     # transformers reads both, but under ZeRO-3 only the first, so the two would give different models.
     names = [name for name in (_stored_as(target, stored), _stored_as(source, stored)) if name]
     if len({*names}) < 2 or stored.tensors[names[0]].shape != stored.tensors[names[1]].shape:

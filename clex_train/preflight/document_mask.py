@@ -41,7 +41,7 @@ class _Seen:
 
 
 def check_document_mask(config: Config, arch: PretrainedConfig, context_len: int) -> None:
-    """`ValueError` when `data.document_mask` asks for what the model or the log-scaling cannot do; without weights."""
+    """`ConfigError` when `data.document_mask` asks for what the model or the log-scaling cannot do; without weights."""
     if not config.data.document_mask:
         return
     policy = _log_scale(config)
@@ -57,7 +57,7 @@ def check_document_mask(config: Config, arch: PretrainedConfig, context_len: int
 
 
 def require_separable(arch: PretrainedConfig, implementation: AttentionImplementation) -> None:
-    """`ValueError` naming the model type when documents of a row would see each other; no weights are needed."""
+    """`ConfigError` naming the model type when documents of a row would see each other; no weights are needed."""
     kind = arch.model_type
     try:
         model = meta_model.on_meta(arch, torch.float32, NAME).eval()

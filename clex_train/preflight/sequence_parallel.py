@@ -37,7 +37,7 @@ class _Seen:
 
 
 def check_sequence_parallel(config: Config, arch: PretrainedConfig) -> None:
-    """`ValueError` when the model or its attention cannot have rows that ranks share; no weights are needed."""
+    """`ConfigError` when the model or its attention cannot have rows that ranks share; no weights are needed."""
     count, implementation = config.engine.sequence_parallel, config.attention.implementation
     if count == 1:
         return

@@ -119,7 +119,7 @@ class Evidence:
 
 
 def collect(arguments: Sequence[Path]) -> Evidence:
-    """The evidence of run folders and evaluation files; `ValueError` names one that cannot be used and the remedy."""
+    """The evidence of run folders and evaluation files; `ConfigError` names one that cannot be used and the remedy."""
     paths = list(dict.fromkeys(path for argument in arguments for path in find_evaluations(argument)))
     files = {path: results.read(path) for path in paths}
     names = _names({path: origin.label for path, (_, origin) in files.items()})

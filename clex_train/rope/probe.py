@@ -57,7 +57,7 @@ class Traits:
 
 
 def find_rotary(model: nn.Module) -> Site:
-    """Find the model's one rotary module; `ValueError` names a model type with none, or more than one."""
+    """Find the model's one rotary module; `ConfigError` for none or several, `ValueError` if it is replaced already."""
     sites = list(_sites(model))
     config: Any = getattr(model, "config", None)
     if any(isinstance(module, ScaledRotary) for module in model.modules()):
@@ -92,7 +92,7 @@ def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) ->
     """Return the traits of an architecture's RoPE, without weights.
 
     Raises:
-        ValueError: the model type has no RoPE, or one that follows the sequence length by itself.
+        ConfigError: the model type has no RoPE, or one that follows the sequence length by itself.
     """
     model = model_on_meta(config, trust_remote_code)
     module = find_rotary(model).module
@@ -155,7 +155,7 @@ def length_dependent_type(module: nn.Module) -> str | None:
 
 
 def require_fixed_frequencies(module: nn.Module, config: Any) -> None:
-    """Raise `ValueError`, naming the model type, if the RoPE follows the sequence length by itself."""
+    """Raise `ConfigError`, naming the model type, if the RoPE follows the sequence length by itself."""
     rope_type = length_dependent_type(module)
     if rope_type is not None:
         kind = getattr(config, "model_type", type(module).__name__)
@@ -168,7 +168,7 @@ def require_fixed_frequencies(module: nn.Module, config: Any) -> None:
 
 
 def require_frequencies(module: nn.Module, traits: Traits, config: Any) -> None:
-    """Raise `ValueError`, naming the model type, if some frequencies are 0: those pairs do not rotate at any t."""
+    """Raise `ConfigError`, naming the model type, if some frequencies are 0: those pairs do not rotate at any t."""
     own = traits.base[traits.scaled].inv_freq
     still = int((~(own > 0)).sum())
     if still:
@@ -188,7 +188,7 @@ def spectrum_at_length(module: nn.Module, traits: Traits, num_tokens: int, t: fl
     Its attention factor is relative to the one at L.
 
     Raises:
-        ValueError: the module's cos does not match the frequencies that it holds.
+        ConfigError: the module's cos does not match the frequencies that it holds.
     """
     fresh = _rebuild(module)
     # The module reads the length from the largest position; position 1 shows the frequencies themselves.
@@ -208,7 +208,7 @@ def spectrum_at_length(module: nn.Module, traits: Traits, num_tokens: int, t: fl
 
 
 def probe(module: nn.Module, config: Any) -> Traits:
-    """Probe the rotary module; `ValueError` names a model type whose RoPE cannot be scaled."""
+    """Probe the rotary module; `ConfigError` names a model type whose RoPE cannot be scaled."""
     kind = getattr(config, "model_type", type(module).__name__)
     fresh = _rebuild(module)
     types = _layer_types(fresh)

@@ -176,7 +176,7 @@ class WandbRun:
 
 
 def require_login(tracking: TrackingConfig) -> None:
-    """Raise `ValueError` on rank 0 when wandb is online but nobody is logged in. Uses no prompt and no network."""
+    """Raise `ConfigError` on rank 0 when wandb is online but nobody is logged in. Uses no prompt and no network."""
     if tracking.wandb is not Wandb.online or not distributed.is_main():
         return
     import wandb

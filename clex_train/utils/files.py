@@ -212,14 +212,14 @@ def is_plain_name(name: str) -> bool:
 
 
 def require_plain_name(key: str, value: str, purpose: str) -> None:
-    """Raise `ValueError` for a name that leaves its folder or is unusable; `purpose` says what the name becomes."""
+    """Raise `ConfigError` for a name that leaves its folder or is unusable; `purpose` says what the name becomes."""
     fits = is_plain_name(value.strip()) and len(os.fsencode(value)) <= LONGEST_LABEL
     remedy = f"{purpose}: a plain name of 1 to {LONGEST_LABEL} bytes, without slashes"
     require(fits and value.isprintable(), key, shortened(value), remedy)
 
 
 def require_writable_folder(key: str, value: Path, folder: Path, first_name: str = "") -> None:
-    """Raise `ValueError` unless the output `value` of `key` can be written into `folder`, which may still be missing.
+    """Raise `ConfigError` unless the output `value` of `key` can be written into `folder`, which may still be missing.
 
     Leaves nothing behind: a temporary file is created in the nearest existing folder. A full disk is an `OSError`.
     `first_name` is the name under which the output is written at first.

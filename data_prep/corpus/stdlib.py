@@ -22,7 +22,7 @@ def modules(library: Path | None = None) -> list[Path]:
     """List every nonempty module, sorted by its path within the library.
 
     Raises:
-        ValueError: there are no sources (some Pythons ship only compiled modules).
+        ConfigError: there are no sources (some Pythons ship only compiled modules).
     """
     library = library or root()
     found = sorted(path for path in library.rglob("*.py") if _is_module(path, library))

@@ -23,7 +23,7 @@ _SHARD = "00000"
 
 
 def require_writable(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Raise `ValueError` if `output` is one of the input stores, or exists and may not be replaced."""
+    """Raise `ConfigError` if `output` is one of the input stores, or exists and may not be replaced."""
     # resolve: the same store may be reached by a link or a relative path.
     if output.resolve() in [store.resolve() for store in inputs]:
         raise ConfigError("output", output, "is one of the input stores; choose another path")
@@ -36,7 +36,7 @@ def write_decontaminated(report: Report, output: Path, overwrite: bool) -> None:
     """Write the store with the same tokenizer and sources; the manifest records the documents left out, and why.
 
     Raises:
-        ValueError: the output is not writable or in use, or the disk is full.
+        ConfigError: the output is not writable or in use, or the disk is full.
     """
     store = report.evaluation
     settings: dict[str, object] = {

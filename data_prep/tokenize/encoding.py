@@ -29,7 +29,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
     Python code that comes with it runs only if `trust_remote_code` is set; there is no prompt on the terminal.
 
     Raises:
-        ValueError: there is no tokenizer, it has no fast version, it needs Python code, or it has no EOS token.
+        ConfigError: there is no tokenizer, it has no fast version, it needs Python code, or it has no EOS token.
     """
     from transformers import AutoTokenizer
 

@@ -145,7 +145,7 @@ def choose(choice: EngineChoice, tokenizer_json: str) -> str:
     """Choose the engine, log the choice and return its name.
 
     Raises:
-        ValueError: gigatoken is required but not installed, or cannot run the tokenizer.
+        ConfigError: gigatoken is required but not installed, or cannot run the tokenizer.
     """
     if choice is EngineChoice.tokenizers:
         return choice.name
