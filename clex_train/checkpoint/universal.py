@@ -64,7 +64,7 @@ def convert(checkpoint: Path, interrupted: Callable[[], bool] | None = None) -> 
             discard(checkpoint.parent)
         raise StopRequested(
             f"stopped while {checkpoint} was being converted for {distributed.world_size()} ranks; it is intact; "
-            "the same command goes on"
+            "the same command resumes it"
         )
     if failure is not None:
         raise ConfigError(

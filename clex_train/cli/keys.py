@@ -36,7 +36,7 @@ class LoadingConfig:
     model: str | None = None
     """Model directory or hub name instead of a run."""
     context_len: int | None = None
-    """L, the length that the base model was trained on; by default what the model says."""
+    """L, the length that the base model was trained on; by default from the model's config."""
     allow_missing: list[str] = field(default_factory=list)
     """Patterns such as `["lm_head.*"]` of tensors that weights and architecture need not share. Any other is refused by
     name."""
@@ -60,7 +60,7 @@ class LoadingConfig:
     that is named here is replaced."""
 
     dry_run: bool = False
-    """Only say what it takes: cells, forwards, tokens, memory, and a time from one timed chunk. Reads the weights for
+    """Only estimate the cost: cells, forwards, tokens, memory, and a time from one timed chunk. Reads the weights for
     that; evaluates nothing and writes no file."""
 
     @property

@@ -24,7 +24,7 @@ INTERPOLATION = re.compile(r"(\\*)\$\{")
 REMEDY = "copy the run folder again, or choose another output_dir"
 RESTORE = (
     "the same training command restores it from the newest checkpoint; one of an earlier version has no copy of it: "
-    "then restore a backup, or remove the file, and the run goes on unchecked under the configuration that you give"
+    "then restore a backup, or remove the file, and the run resumes unchecked under the configuration that you give"
 )
 
 

@@ -193,7 +193,7 @@ class InGroups:
         """Return the answers in the order of the requests."""
         todo = {f"{self._prefix}/{i}/{_digest(group)}": group for i, group in enumerate(groups(requests, self._least))}
         found = {key: answers[0] for key in todo if (answers := self._kept.find([key], _answers))}
-        self._say_found(requests, todo, found)
+        self._log_found(requests, todo, found)
         with progress.bar(len(requests), f"lm_eval {self._prefix}", is_shown=distributed.is_main(), unit="req") as bar:
             for number, (key, group) in enumerate(todo.items()):
                 if key not in found:
@@ -204,7 +204,7 @@ class InGroups:
                 bar.update(len(group))
         return [answer for key in todo for answer in found[key]]
 
-    def _say_found(self, requests: Sequence[Any], todo: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    def _log_found(self, requests: Sequence[Any], todo: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         left = [key for key in self._kept.cells if key.startswith(f"{self._prefix}/")]
         if not left or not distributed.is_main():
             return

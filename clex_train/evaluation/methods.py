@@ -39,7 +39,7 @@ OF_THE_MODEL = (Method.trained, Method.clex)
 WITHOUT_ROPE = (Method.none, Method.lm_infinite)
 
 
-def of_model(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, Frequencies]:
+def model_tables(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, Frequencies]:
     """Frequencies for each of `spec.methods` on a loaded model; `ConfigError` for a method that it cannot have."""
     _require_fitting(spec, loaded.handle, loaded.clex is not None)
     own = loaded.table if loaded.table is not None else loaded.handle.own
@@ -122,10 +122,10 @@ def insertions(spec: EvaluationConfig, model: nn.Module, context_len: int) -> di
     return {Method.lm_infinite.value: partial(lm_infinite, model, n_local, spec.n_global, best)}
 
 
-def for_streams(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, InsertedMask]:
+def stream_insertions(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, InsertedMask]:
     """`insertions` with their frequencies, for a stream during which t stands still."""
     name = Method.lm_infinite.value
-    table = of_model(replace(spec, methods=[Method.lm_infinite]), loaded)[name]
+    table = model_tables(replace(spec, methods=[Method.lm_infinite]), loaded)[name]
     put_in = insertions(spec, loaded.model, loaded.context_len)[name]
     return {name: partial(lm_infinite_over, loaded.handle, table, put_in)}
 

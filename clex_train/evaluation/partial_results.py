@@ -133,7 +133,7 @@ def resume(output: Path, facts: Mapping[str, Any]) -> Partial:
     return partial
 
 
-def say_found(partial: Partial, total: int, of: str = "cells") -> None:
+def log_found(partial: Partial, total: int, of: str = "cells") -> None:
     """Log how much of the evaluation is finished already."""
     if partial.cells and distributed.is_main():
         found = f"{len(partial.cells)} of {total} {of} found from an interrupted evaluation"

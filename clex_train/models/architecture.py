@@ -49,7 +49,7 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
     except Exception as error:  # transformers raises anything from KeyError to its own types for a bad config.json
         raise ConfigError(key, path, f"no readable config.json ({hub.why_not_read(path, error)})") from error
     require(
-        not official.asks_for_clex(config),
+        not official.requires_official_code(config),
         key,
         path,
         "a checkpoint of the original CLEX code: download it (`hf download`) and give its directory",

@@ -35,7 +35,7 @@ def check(engine: EngineConfig, arch: PretrainedConfig, trust_remote_code: bool 
             raise ConfigError(
                 "engine.tiled_mlp", engine.tiled_mlp, f"model_type={arch.model_type}: {error}; set it to null"
             ) from error
-    if engine.tiled_loss is not None and not _loss_is_that_of_its_logits(model):
+    if engine.tiled_loss is not None and not _loss_matches_logits(model):
         raise ConfigError(
             "engine.tiled_loss",
             engine.tiled_loss,
@@ -96,7 +96,7 @@ class _Given(nn.Module):
         return MoeModelOutputWithPast(last_hidden_state=self.hidden)
 
 
-def _loss_is_that_of_its_logits(model: Any) -> bool:
+def _loss_matches_logits(model: Any) -> bool:
     """Tell whether a model's own code computes the same loss as the tiled loss from the same hidden states.
 
     `model` is on the meta device, and gets its own parts back.

@@ -67,7 +67,7 @@ def max_factor(directory: Path) -> float | None:
         raise ConfigError(directory / "config.json", None, f"max_factor={value}: not a number") from error
 
 
-def asks_for_clex(config: PretrainedConfig) -> bool:
+def requires_official_code(config: PretrainedConfig) -> bool:
     """Tell whether a config that transformers has read, for example from the hub, needs the original code."""
     # Older files say `type`, newer ones `rope_type`; transformers keeps either.
     parameters = getattr(config, "rope_parameters", None) or {}

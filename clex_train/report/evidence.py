@@ -132,7 +132,7 @@ def collect(arguments: Sequence[Path]) -> Evidence:
     return Evidence(read_tables(rows), tasks, find_runs(paths))
 
 
-def of_rows(rows: Sequence[Row]) -> Evidence:
+def from_rows(rows: Sequence[Row]) -> Evidence:
     """The evidence of rows with labels of their own; retrieval tasks and runs are those of the rows' files."""
     paths = list(dict.fromkeys(row.path for row in rows))
     prefixes = {path: f"{name}: " if len(paths) > 1 else "" for path, name in _names(dict.fromkeys(paths, "")).items()}

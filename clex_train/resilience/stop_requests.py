@@ -159,7 +159,7 @@ class SignalWatch:
         if self._first is None:
             self._first, self._since, self.reason = number, now, f"{number.name} arrived"
             if number not in self.ends:
-                _say(f"{number.name}: finishing the current work and saving; a second Ctrl-C ends the run at once")
+                _print(f"{number.name}: finishing the current work and saving; a second Ctrl-C ends the run at once")
         elif self._is_second(number, now - self._since):
             self._end(number, f"second signal ({number.name}): ended at once")
 
@@ -172,7 +172,7 @@ class SignalWatch:
         return elapsed >= REPEAT_AFTER and not passed_on and not self.is_leaving
 
     def _end(self, number: signal.Signals, line: str) -> None:
-        _say(line)
+        _print(line)
         # `sys.exit` only raises in this thread; the main thread may be blocked for good.
         os._exit(128 + number)
 
@@ -234,7 +234,7 @@ def _ignore(numbers: Collection[signal.Signals]) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     """Write a line to standard error, on rank 0 only."""
     # Bypass `sys.stderr`: the main thread may hold the lock of its buffer.
     if os.environ.get("RANK", "0") == "0":

@@ -221,7 +221,7 @@ def stop_early(parts: Parts, progress: Progress) -> None:
     where = parts.checkpoints.describe_newest()
     if fault := next((fault for *_, fault in answers if fault), None):
         raise RunStopped(f"{fault}; {where}: make room and run the same command again")
-    raise StopRequested(f"stopped after step {progress.step}: {reason}; {where}; the same command goes on")
+    raise StopRequested(f"stopped after step {progress.step}: {reason}; {where}; the same command resumes it")
 
 
 def _record_save(parts: Parts, seconds: float | None) -> None:

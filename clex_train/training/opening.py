@@ -50,9 +50,9 @@ def print_opening(ready: Preflight) -> None:
     documents = inputs.held_out if ready.evaluation else None
     described = data.describe(inputs.stores, inputs.packed, config.data, config.optim, documents)
     lines = summary.training(config, subject, batch, [summary.labelled(label, text) for label, text in described])
-    state = f"goes on from step {first_step:,}" if first_step else "a new run"
+    state = f"resumes from step {first_step:,}" if first_step else "a new run"
     title = f"train {config.name}, {state}, on {summary.device()} ({summary.versions()})"
-    summary.say(title, (*lines, *summary.output(config)))
+    summary.print_summary(title, (*lines, *summary.output(config)))
 
 
 def _write_records(ready: Preflight) -> None:

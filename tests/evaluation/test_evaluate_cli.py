@@ -205,7 +205,7 @@ def test_evaluating_again_replaces_repeated_cells_and_keeps_the_rest(places, tmp
         assert written_cells() == expected
         evaluate_again("model=a/final", *data, "methods=[ntk]")
         evaluate_again("model=a/final", *data, "methods=[none]", "num_windows=2")
-        assert "runs/a/evaluation/a.json holds another evaluation and stays; this one goes beside it: " in caplog.text
+        assert "runs/a/evaluation/a.json is another evaluation and is kept; writing this one to " in caplog.text
     evaluate_again("model=a/final", *data, "methods=[ntk]")
     expected |= {"a/evaluation/a_2.json": ["perplexity/ntk/one_shot/16"], "a/evaluation/a_3.json": none}
     assert written_cells() == expected
