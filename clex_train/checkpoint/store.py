@@ -200,7 +200,7 @@ class Checkpoints:
         return found.manifest.step, ode_state
 
     def _fits_ranks(self, found: Found) -> bool:
-        """Tell whether this number of ranks can load a checkpoint without conversion."""
+        """Return True if this number of ranks can load a checkpoint without conversion."""
         # Without ZeRO the state is replicated, and any number of ranks can load it.
         return found.manifest.world_size == distributed.world_size() or found.manifest.zero_stage == 0
 

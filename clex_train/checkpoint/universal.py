@@ -122,7 +122,7 @@ def _start(checkpoint: Path, staging: Path, said: IO[str]) -> subprocess.Popen[b
 
 
 def _was_stopped(process: subprocess.Popen[bytes], asked: bool) -> bool:
-    """Tell whether a conversion failed because the run, or the conversion itself, received a stop signal."""
+    """Return True if a conversion failed because the run, or the conversion itself, received a stop signal."""
     code = process.poll()
     return code in STOPPING or (code is not None and code != 0 and asked)
 

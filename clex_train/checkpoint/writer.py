@@ -184,7 +184,7 @@ def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -
 
 
 def _fits(state: Any) -> bool:
-    """Tell whether host memory has room for a copy on every rank of this node, assuming equal sizes."""
+    """Return True if host memory has room for a copy on every rank of this node, assuming equal sizes."""
     sizes: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:

@@ -211,7 +211,7 @@ def gradient_norm(engine: Engine) -> torch.Tensor | float:
 
 
 def has_stepped(engine: Engine) -> bool:
-    """Tell whether the last step was applied, that is, its gradient was finite. The same on every rank."""
+    """Return True if the last step was applied, that is, its gradient was finite. The same on every rank."""
     # ZeRO's optimizers record it on the host before they step; reading the norm would wait for the whole step.
     if engine.zero_optimization_stage() > 0:
         return bool(engine.was_step_applied())

@@ -74,7 +74,7 @@ def remove(modules: list[nn.Module]) -> None:
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """Tell whether the module computes Llama's RMSNorm, bit for bit in bfloat16."""
+    """Return True if the module computes Llama's RMSNorm, bit for bit in bfloat16."""
     if "forward" in module.__dict__ or [name for name, _ in module.named_parameters()] != ["weight"]:
         return False
     epsilon, weight = getattr(module, "variance_epsilon", None), torch.linspace(0.5, 1.7, 8, dtype=torch.bfloat16)
@@ -88,7 +88,7 @@ def is_rms_norm(module: nn.Module) -> bool:
 
 
 def is_swiglu(module: nn.Module) -> bool:
-    """Tell whether the module computes Llama's gated MLP with silu."""
+    """Return True if the module computes Llama's gated MLP with silu."""
     parts = {name for name, _ in module.named_children()}
     if "forward" in module.__dict__ or parts != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return False
@@ -102,7 +102,7 @@ def is_swiglu(module: nn.Module) -> bool:
 
 
 def _gives(module: nn.Module, stand_in: SimpleNamespace, x: Tensor, expected: Tensor) -> bool:
-    """Tell whether the class's forward returns `expected` for `x`, with `stand_in` as `self`."""
+    """Return True if the class's forward returns `expected` for `x`, with `stand_in` as `self`."""
     try:
         found = type(module).forward(stand_in, x)
     except (AttributeError, TypeError, RuntimeError):

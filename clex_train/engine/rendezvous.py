@@ -28,7 +28,7 @@ SAME_START = 2.0
 
 
 def may_choose_port() -> bool:
-    """Tell whether all ranks were started on this machine by DeepSpeed's launcher with its default port."""
+    """Return True if all ranks were started on this machine by DeepSpeed's launcher with its default port."""
     # An explicit --master_port=29500 looks the same. On one machine nobody outside the launch needs the port, so
     # choosing another is harmless.
     alone = os.environ.get("CROSS_SIZE") == "1" and os.environ.get("LOCAL_SIZE") == os.environ.get("WORLD_SIZE")

@@ -45,7 +45,7 @@ def install(mlps: Sequence[nn.Module], tile_len: int) -> None:
 
 
 def is_tiled(module: nn.Module) -> bool:
-    """Tell whether `install` has tiled this module."""
+    """Return True if `install` has tiled this module."""
     forward = module.__dict__.get("forward")
     return isinstance(forward, functools.partial) and forward.func is _forward
 

@@ -186,7 +186,7 @@ class Origin:
     """Settings that affect the numbers; empty for an evaluation inside a run, and in older files."""
 
     def repeats(self, other: Origin) -> bool:
-        """Tell whether both have the same settings, weights and data, so that one may replace the other."""
+        """Return True if both have the same settings, weights and data, so that one may replace the other."""
         # A hash identifies weights wherever they are; hub models have none and are identified by name and revision.
         same_weights = (self.model.get("hash") or _named(self.model)) == (
             other.model.get("hash") or _named(other.model)

@@ -188,7 +188,7 @@ def digest(arch: PretrainedConfig) -> str:
 
 
 def has_field(path: str) -> bool:
-    """Tell whether a directory has a CLEX field, in this project's layout or the official one."""
+    """Return True if a directory has a CLEX field, in this project's layout or the official one."""
     return model_directory.has_clex(Path(path)) or official.is_official(Path(path))
 
 
@@ -221,7 +221,7 @@ def require_directory(key: str, path: str) -> None:
 
 
 def _is_local(path: str) -> bool:
-    """Tell whether a path looks like a directory rather than a hub repository."""
+    """Return True if a path looks like a directory rather than a hub repository."""
     # owner/model is ambiguous; an existing folder named like the owner decides for a (mistyped) local path.
     return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
 

@@ -48,12 +48,12 @@ class ClexRecord:
 
 
 def has_clex(directory: Path) -> bool:
-    """Tell whether the directory was written by a CLEX run."""
+    """Return True if the directory was written by a CLEX run."""
     return (directory / CLEX_JSON).is_file()
 
 
 def has_weights(directory: Path | str) -> bool:
-    """Tell whether the directory has weight files that transformers reads, or an index of them."""
+    """Return True if the directory has weight files that transformers reads, or an index of them."""
     return any((Path(directory) / name).exists() for name in WEIGHT_FILES)
 
 

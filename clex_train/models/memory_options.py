@@ -97,7 +97,7 @@ class _Given(nn.Module):
 
 
 def _loss_matches_logits(model: Any) -> bool:
-    """Tell whether a model's own code computes the same loss as the tiled loss from the same hidden states.
+    """Return True if a model's own code computes the same loss as the tiled loss from the same hidden states.
 
     `model` is on the meta device, and gets its own parts back.
     """

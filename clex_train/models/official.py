@@ -43,7 +43,7 @@ class OfficialField:
 
 
 def is_official(directory: Path) -> bool:
-    """Tell whether `config.json` requires the original CLEX code."""
+    """Return True if `config.json` requires the original CLEX code."""
     path = directory / "config.json"
     return path.is_file() and _is_clex(_read_json(path))
 
@@ -68,7 +68,7 @@ def max_factor(directory: Path) -> float | None:
 
 
 def requires_official_code(config: PretrainedConfig) -> bool:
-    """Tell whether a config that transformers has read, for example from the hub, needs the original code."""
+    """Return True if a config that transformers has read, for example from the hub, needs the original code."""
     # Older files say `type`, newer ones `rope_type`; transformers keeps either.
     parameters = getattr(config, "rope_parameters", None) or {}
     return "clex" in (parameters.get("type"), parameters.get("rope_type"))

@@ -22,7 +22,7 @@ UP, DOWN, INV_FREQ = "clex_layer.proj_func.ode_up_proj", "clex_layer.proj_func.o
 
 
 def is_official(tensors: Mapping[str, Tensor] | list[str]) -> bool:
-    """Tell whether a state dict, or a list of names, has the ODE under the official names."""
+    """Return True if a state dict, or a list of names, has the ODE under the official names."""
     return any(name.endswith(UP) for name in tensors)
 
 

@@ -193,7 +193,7 @@ def _check_directory(directory: Path, model: ModelConfig, arch: PretrainedConfig
 
 
 def _is_trainable(dtype: torch.dtype) -> bool:
-    """Tell whether a dtype is floating point of at least 16 bits."""
+    """Return True if a dtype is floating point of at least 16 bits."""
     # Values of 8 bits mean nothing without their scales, which transformers would drop.
     return dtype.is_floating_point and dtype.itemsize > 1
 
@@ -242,7 +242,7 @@ def _local(model: ModelConfig) -> Path | None:
 
 
 def _has_all_files(snapshot: Path) -> bool:
-    """Tell whether the cache has every weight file of a hub name."""
+    """Return True if the cache has every weight file of a hub name."""
     try:
         return bool(files(snapshot))
     except NotThere:
@@ -251,7 +251,7 @@ def _has_all_files(snapshot: Path) -> bool:
 
 
 def _is_constant(name: str, tensor: Tensor | None) -> bool:
-    """Tell whether a tensor is a buffer that models compute: frequencies, a mask's fill value, a causal mask."""
+    """Return True if a tensor is a buffer that models compute: frequencies, a mask's fill value, a causal mask."""
     if name.endswith(CONSTANTS):
         return True
     is_square = tensor is not None and tensor.dim() == 4 and tensor.shape == (1, 1, *2 * tensor.shape[-1:])

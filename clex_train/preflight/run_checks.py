@@ -220,7 +220,7 @@ def _check_ids(
 
 
 def _has_tokenizer(model: ModelConfig) -> bool:
-    """Tell whether the tokenizer of a run is on this machine, given that its store is."""
+    """Return True if the tokenizer of a run is on this machine, given that its store is."""
     named = model.tokenizer or (model.path if model.is_pretrained else None)
     return named is None or Path(named).exists()
 

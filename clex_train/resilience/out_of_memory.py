@@ -62,7 +62,7 @@ class MemoryGuard:
         return None
 
     def fits_so_far(self) -> bool:
-        """Tell whether no rank has run out of memory so far. Collective."""
+        """Return True if no rank has run out of memory so far. Collective."""
         return not distributed.any_rank(bool(self._reason))
 
     def shortage(self) -> str:
@@ -76,7 +76,7 @@ class MemoryGuard:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Tell whether the weights are sharded (ZeRO-3), so that each forward is a collective."""
+    """Return True if the weights are sharded (ZeRO-3), so that each forward is a collective."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 

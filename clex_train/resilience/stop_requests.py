@@ -150,7 +150,7 @@ class SignalWatch:
             self._end(self._first or signal.SIGTERM, f"{self._lost_launcher}: ended")
 
     def _is_stuck(self) -> bool:
-        """Tell whether the main thread failed to unwind from an ending signal within `GRACE`."""
+        """Return True if the main thread failed to unwind from an ending signal within `GRACE`."""
         ends = self._raised is not None or self._first in self.ends
         return ends and not self.is_leaving and time.monotonic() - self._since > GRACE
 
@@ -164,7 +164,7 @@ class SignalWatch:
             self._end(number, f"second signal ({number.name}): ended at once")
 
     def _is_second(self, number: signal.Signals, elapsed: float) -> bool:
-        """Tell whether a later signal is a new request, and not the first one forwarded by a launcher."""
+        """Return True if a later signal is a new request, and not the first one forwarded by a launcher."""
         if number is signal.SIGINT:
             return elapsed >= MOMENT
         # On Ctrl-C the launchers of DeepSpeed and torchrun send SIGTERM to their ranks, after any delay.
@@ -293,7 +293,7 @@ class StopRequests:
         return self.deadline.exceeded_by(*ahead)
 
     def _sees_stop_file(self, path: Path) -> bool:
-        """Tell whether the stop file exists; checks at most once a second and returns False otherwise."""
+        """Return True if the stop file exists; checks at most once a second and returns False otherwise."""
         # A stat on a network file system can take longer than a step.
         if time.monotonic() - self._looked < POLL_SECONDS:
             return False

@@ -73,7 +73,7 @@ class Tracker:
             self._write(metrics)
 
     def lacks_evaluation(self, step: int) -> bool:
-        """Tell whether metrics.jsonl still lacks an evaluation of this step. Collective; the same on every rank."""
+        """Return True if metrics.jsonl still lacks an evaluation of this step. Collective; the same on every rank."""
         # A run that was killed between its checkpoint and the evaluation of the same step owes it on resume.
         return bool(distributed.broadcast_object(self.active and step not in self._evaluated))
 
@@ -193,7 +193,7 @@ def require_login(tracking: TrackingConfig) -> None:
 
 
 def _in_netrc(host: str) -> bool:
-    """Tell whether a netrc file, which `wandb login` writes, has a login for the host."""
+    """Return True if a netrc file, which `wandb login` writes, has a login for the host."""
     named = os.environ.get("NETRC")
     files = [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]
     for file in files:
@@ -216,7 +216,7 @@ def evaluation_rows(step: int, results: dict[str, float]) -> list[list[Any]]:
 
 
 def is_evaluation(key: str) -> bool:
-    """Tell whether a key of metrics.jsonl belongs to an evaluation."""
+    """Return True if a key of metrics.jsonl belongs to an evaluation."""
     # Evaluation keys are `measure/method/.../length`; step metrics have no slash.
     return key.count("/") >= 2
 

@@ -199,7 +199,7 @@ def evaluate_if_due(parts: Parts, progress: Progress, tracker: Tracker) -> None:
 
 
 def any_stop_requested(parts: Parts, *ahead: str) -> bool:
-    """Tell whether a rank was asked to stop before the work `ahead`; the same on every rank. Collective."""
+    """Return True if a rank was asked to stop before the work `ahead`; the same on every rank. Collective."""
     parts.stop.agreed |= distributed.any_rank(parts.stop.reason(*ahead) is not None)
     return parts.stop.agreed
 

@@ -36,7 +36,7 @@ logger = log.get(__name__)
 
 
 def is_updated(parts: Parts, metrics: dict[str, Any]) -> bool:
-    """Tell whether loss and gradient of the last step were finite, so that its update was applied."""
+    """Return True if loss and gradient of the last step were finite, so that its update was applied."""
     return math.isfinite(metrics["loss"]) and has_stepped(parts.engine)
 
 
