@@ -37,7 +37,7 @@ def install(model: nn.Module, config: Config) -> int:
 
 
 def announce(config: Config, arch: PretrainedConfig, num_replaced: int) -> None:
-    """Log the kernels in use, and missing faster packages. `config` as returned by `resolve_attention`."""
+    """Log the active kernels, and faster packages that are missing. `config` is the result of `resolve_attention`."""
     dtype, attention = deepspeed.precision(config.engine), config.attention
     if attention.lambda_mask:
         logger.info("attention: LM-Infinite; its back end is logged at its first call")

@@ -31,7 +31,7 @@ SUB_GROUP = 1_000_000_000
 
 @dataclass(frozen=True)
 class Sharding:
-    """What decides where a model's state lies; sizes of elements in bytes, buckets and distances in elements."""
+    """Settings that place a model's state; sizes of elements in bytes, buckets and distances in elements."""
 
     stage: int
     world_size: int
@@ -54,7 +54,7 @@ class Sharding:
         return self.stage == 3 and (self.world_size > 1 or self.offload_parameters)
 
     def share(self, count: int) -> float:
-        """Elements of `count` on one rank when they are split over all."""
+        """Return the elements of `count` on one rank when they are split over all."""
         return count / self.world_size
 
 
@@ -91,7 +91,7 @@ def sharding(
 
 
 def parameters(s: Sharding, blocks: Sequence[int]) -> Held:
-    """`blocks` are the numbers of parameters in the order of use: embedding, layers, head."""
+    """Compute the bytes of parameters; `blocks` are their numbers in the order of use: embedding, layers, head."""
     count = sum(blocks)
     if s.stage < 3:
         return Held(s.parameter * count)
@@ -101,11 +101,11 @@ def parameters(s: Sharding, blocks: Sequence[int]) -> Held:
 
 
 def live_parameters(s: Sharding, blocks: Sequence[int]) -> int:
-    """Most parameters of ZeRO-3 that are whole on a rank at once.
+    """Count the most parameters of ZeRO-3 that are gathered on a rank at once.
 
-    Prefetching runs ahead of use until `max_live` are whole. Beyond that DeepSpeed keeps a block after its forward pass
-    if fewer than `max_reuse_distance` parameters are used before its turn comes back: those behind it, on the way to
-    the loss and back, layers once more if they are recomputed.
+    DeepSpeed prefetches until `max_live` are gathered. Beyond that it keeps a block after its forward pass if fewer
+    than `max_reuse_distance` parameters are used before the block's next use: those after it, in the forward and the
+    backward pass, and layers once more if they are recomputed.
     """
     passes = 3 if s.checkpointing else 2
     kept = distance = 0
@@ -116,7 +116,7 @@ def live_parameters(s: Sharding, blocks: Sequence[int]) -> int:
 
 
 def gradients(s: Sharding, count: int) -> Held:
-    """`count` trainable parameters: accumulated gradients and the buckets that reduce them."""
+    """Compute the bytes of gradients of `count` trainable parameters: accumulated ones and reduction buckets."""
     if s.stage == 0:
         return Held(s.parameter * count)
     bucket = s.parameter * (s.reduce_bucket if s.on_gpu else min(s.reduce_bucket, count))
@@ -129,7 +129,7 @@ def gradients(s: Sharding, count: int) -> Held:
 
 
 def optimizer(s: Sharding, count: int) -> Held:
-    """AdamW's state for `count` trainable parameters: master copy and two moments, all float32."""
+    """Compute the bytes of AdamW's state for `count` trainable parameters: float32 master copy and two moments."""
     if s.stage == 0:
         return Held((MOMENTS + (MASTER if s.parameter < FLOAT32 else 0)) * count)
     state = (MASTER + MOMENTS) * s.share(count)
@@ -140,7 +140,7 @@ def optimizer(s: Sharding, count: int) -> Held:
 
 
 def update_workspace(s: Sharding, count: int) -> Held:
-    """Compute what the optimizer's step allocates on top: the gradients as one float32 vector, and AdamW's temporaries.
+    """Compute the bytes that the optimizer's step allocates: gradients as one float32 vector, AdamW's temporaries.
 
     On a GPU AdamW is fused and has none; on a CPU it takes two vectors. ZeRO-3 updates one sub-group at a time. With
     the optimizer in host memory DeepSpeed's CPUAdam works in place.
@@ -156,7 +156,7 @@ def update_workspace(s: Sharding, count: int) -> Held:
 
 
 def ode(num_pairs: int, num_hidden: int, num_steps: int) -> Held:
-    """The vector field on the CPU of every rank: weights, gradients and moments in float32, and the graph of a solve.
+    """Compute the host bytes of the vector field: float32 weights, gradients and moments, and the graph of a solve.
 
     Each of the 4 evaluations of a Runge-Kutta step keeps its input [P] and the hidden layer before and after [H].
     """

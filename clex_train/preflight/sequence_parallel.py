@@ -1,8 +1,8 @@
-"""Whether ranks can share the rows of a run (`engine.sequence_parallel`), found from the architecture alone.
+"""Check that a family supports sequence parallelism (`engine.sequence_parallel`), from its architecture alone.
 
-The real model runs on the meta device, without weights or memory, over four tokens that are said to stand in the middle
-of a row. What stands in place of an attention back end looks at what reaches it, which has to be all heads of every
-layer, and the rotary embedding has to be given the positions as they are.
+The real model runs on the meta device, without weights or memory, over four tokens with positions from the middle of a
+row. A recording attention back end checks that all heads of every layer reach it, and a hook that the rotary embedding
+receives those positions.
 """
 
 from dataclasses import dataclass, field
@@ -27,17 +27,17 @@ EXCHANGED = tuple(AttentionImplementation[name] for name in ("auto", "sdpa", "fl
 
 @dataclass
 class _Seen:
-    """What the parts of the model were given."""
+    """Recorded inputs of attention and rotary embedding."""
 
     shape: tuple[int, int, int]
-    """Query heads, key heads, head width that the exchange counts on."""
+    """Query heads, key heads, head width that the all-to-all expects."""
     layers: dict[int, str | None] = field(default_factory=dict)
-    """What is wrong with the attention of each layer; None for nothing."""
+    """Fault of each layer's attention; None for none."""
     has_positions: bool = False
 
 
 def check_sequence_parallel(config: Config, arch: PretrainedConfig) -> None:
-    """`ConfigError` when the model or its attention cannot have rows that ranks share; no weights are needed."""
+    """Raise `ConfigError` if the model or its attention does not support sequence parallelism; needs no weights."""
     count, implementation = config.engine.sequence_parallel, config.attention.implementation
     if count == 1:
         return
@@ -72,7 +72,7 @@ def why_not(arch: PretrainedConfig, row_len: int) -> str | None:
         model = meta_model.on_meta(arch, torch.float32, NAME).eval()
         seen = _look_at(model, heads_of(arch))
     except Exception as error:
-        # A family that cannot be looked at is not trusted, whatever it is that it does.
+        # Any failure of the probe means that the family is not known to work.
         return f"it cannot be called with a part of a row ({f'{error!r}'.splitlines()[0]})"
     wrong = {layer: seen.layers.get(layer, MISSING) for layer in range(arch.get_text_config().num_hidden_layers)}
     named = [f"layer {layer} {what}" for layer, what in wrong.items() if what is not None]
@@ -93,7 +93,7 @@ MISSING = "does not go through transformers' attention interface"
 
 
 def heads_of(arch: PretrainedConfig) -> tuple[int, int, int]:
-    """Query heads, key heads and head width of a layer."""
+    """Return query heads, key heads and head width of a layer."""
     shape: Any = arch.get_text_config()
     heads = shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
@@ -130,7 +130,7 @@ def _to_meta(value: Any) -> Any:
 def _look(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *_: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """An attention function that notes what it is given, and computes nothing."""
+    """Record faults of the inputs; an attention function that computes nothing."""
     seen: _Seen = module.part_seen
     seen.layers[module.layer_idx] = _wrong_with(module, seen.shape, query, key, value, kwargs)
     batch, heads, tokens, _width = query.shape
