@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
     stages.listen()
 
-from clex_train.console.program import GO_ON
+from clex_train.console.program import RESUMABLE
 from clex_train.resilience.stop_requests import Interrupted
 from clex_train.utils import terminal
 from clex_train.utils.locations import ROOT
@@ -61,7 +61,7 @@ def main() -> int:
 
 def ended(error: subprocess.CalledProcessError) -> str:
     """Describe in one line how a stage ended early."""
-    if error.returncode == GO_ON:
+    if error.returncode == RESUMABLE:
         return f"stopped on request; the same command resumes this stage: {shlex.join(error.cmd)}"
     return f"error: stage failed with exit code {error.returncode}: {shlex.join(error.cmd)}"
 

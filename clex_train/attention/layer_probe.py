@@ -24,7 +24,7 @@ PLAIN_TYPES = (bool, int, float, str, type(None))
 
 @dataclass
 class LayerProbe:
-    """How one attention module uses positions."""
+    """Use of positions by one attention module."""
 
     rotates: bool | None = None
     """True if its keys depend on cos and sin; None if the probe failed."""

@@ -143,7 +143,7 @@ def ulysses_attention(
     position_ids: Tensor | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "B n H D"], None]:
-    """Attend as transformers' attention interface asks.
+    """Attend by transformers' attention interface.
 
     There is no mask, and `position_ids` that some families pass on are ignored.
     """

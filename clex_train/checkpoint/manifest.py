@@ -159,7 +159,7 @@ def _config_hash(config: Config) -> str:
 
 
 def _plain(value: object) -> str:
-    # The name is what a configuration file says.
+    # Configuration files contain the name.
     return value.name if isinstance(value, Enum) else str(value)
 
 

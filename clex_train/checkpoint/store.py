@@ -77,7 +77,7 @@ class Checkpoints:
         return max(self._list()[0], key=lambda found: found.manifest.step, default=None)
 
     def describe_newest(self) -> str:
-        """Say in a few words where a stopped run will resume."""
+        """Describe the checkpoint from which a stopped run will resume."""
         found = self.newest()
         return f"the last checkpoint is {found.path}" if found else "there is no checkpoint yet"
 
@@ -323,8 +323,8 @@ class Checkpoints:
             named = None
         except BadFile:
             return
-        # After such a kill, `latest` names the checkpoint before, is missing beside the very first one, or names one
-        # that was about to be replaced. Any other content is damage, which `choose` reports.
+        # After such a kill, `latest` names the previous checkpoint, is missing if there is only the first one, or names
+        # one that was about to be replaced. Any other content is damage, which `choose` reports.
         before = f"{names[1]}\n".encode() if len(names) > 1 else None
         if named == before or self._was_being_replaced(named):
             write_atomically(latest, f"{names[0]}\n")

@@ -34,7 +34,7 @@ class Written:
 
 
 class Writer(Protocol):
-    """Saves files one by one; `wait` then returns them, and `done` tells whether it would return at once."""
+    """Saves files one by one; `wait` then returns them, and `done` is True if it would return at once."""
 
     ended: float
     """Time at which the last file was finished, from `time.perf_counter`."""

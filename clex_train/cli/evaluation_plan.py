@@ -139,10 +139,14 @@ def _check_streaming(spec: EvaluationConfig, sharded: bool) -> None:
     if Protocol.streaming not in spec.protocols:
         return
     names = [protocol.value for protocol in spec.protocols]
-    require(len(spec.protocols) == 1, "protocols", names, "streaming reads other tokens than windows; ask for it alone")
-    require(not spec.tasks, "tasks", [task.value for task in spec.tasks], "streaming goes alone; ask for tasks apart")
+    require(
+        len(spec.protocols) == 1, "protocols", names, "streaming reads other tokens than windows; evaluate it alone"
+    )
+    require(
+        not spec.tasks, "tasks", [task.value for task in spec.tasks], "streaming runs alone; evaluate tasks separately"
+    )
     known = {Method.lm_infinite, Method.none}
-    remedy = "a stream goes through a cache of constant size, which lets go of those keys; leave the key out"
+    remedy = "a stream uses a cache of constant size, which evicts those keys; leave the key out"
     require(spec.lm_infinite_top_k == 0, "lm_infinite_top_k", spec.lm_infinite_top_k, remedy)
     names = [method.value for method in spec.methods]
     require(

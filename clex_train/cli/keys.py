@@ -32,7 +32,7 @@ class LoadingConfig:
 
     run: str | None = None
     """Folder of a finished run: its `final/` is evaluated, by default on its own validation data and lengths. A folder
-    may stand without a key."""
+    may be given without a key."""
     model: str | None = None
     """Model directory or hub name instead of a run."""
     context_len: int | None = None

@@ -128,7 +128,7 @@ def _run(args: LmEvalArguments) -> None:
         args.bos is not Bos.always or adds_bos(tokenizer),
         "bos",
         args.bos.value,
-        "the harness puts BOS where the tokenizer does, and this one puts none; leave the key out",
+        "the harness follows the tokenizer, which adds no BOS; leave the key out",
     )
     if args.chat_template:
         require_chat_template(tokenizer)

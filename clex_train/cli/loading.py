@@ -257,5 +257,5 @@ def require_whole(run: Path) -> None:
             checksums.require_sizes(run / "final")
     except checksums.Damaged as damaged:
         raise ConfigError(
-            "run", run, f"its final/ is damaged: {damaged}; start the same training command again, it is written anew"
+            "run", run, f"its final/ is damaged: {damaged}; start the same training command again, which rewrites it"
         ) from damaged

@@ -27,7 +27,7 @@ WITH_A_VALUE = (
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `InputError` with the message that argparse would print below its usage."""
-        raise InputError(f"{message}; --help says what there is")
+        raise InputError(f"{message}; --help lists the keys")
 
 
 def put_last(arguments: Sequence[str]) -> list[str]:

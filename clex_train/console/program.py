@@ -1,12 +1,12 @@
 """Run an entry point: arguments of launchers, `--help`, errors in one line, exit codes.
 
 0    done            1    a bug or a fault of the machine (with its traceback)
-2    the user's input cannot be used (`InputError`, or Hydra's own); one line says which key and what to do
-3    training was stopped to protect the run; one line says why and where the last checkpoint is;
+2    the user's input cannot be used (`InputError`, or Hydra's own); one line names the key and the remedy
+3    training was stopped to protect the run; one line gives the reason and the last checkpoint;
      of an evaluation: no requested cell fitted into memory;
      of every program: the disk is full, or a quota used up; one line names the file;
      of `data_prep decontaminate`: documents were found on both sides, and no store without them was requested
-4    a rank died, froze or hangs; one line says which
+4    a rank died, froze or hangs; one line names it
 141  the reader of the output is gone, as `head` does: the code that a shell gives for SIGPIPE
 75   training stopped on request and has a checkpoint (EX_TEMPFAIL of sysexits.h): the same command resumes it
 129, 130, 143   ended by SIGHUP, SIGINT or SIGTERM (128 + the signal's number); one line says what is kept
@@ -42,7 +42,7 @@ logger = log.get(__name__)
 FAULT = 1
 USER_ERROR = 2
 STOPPED = 3
-GO_ON = 75
+RESUMABLE = 75
 READER_GONE = 128 + signal.SIGPIPE
 PATIENCE = 2.0
 EXIT_CODE_FILE = "CLEX_TRAIN_EXIT_CODE"
@@ -182,7 +182,7 @@ def report(error: Exception) -> int:
     if isinstance(error, StopRequested):
         if log.display_rank() == 0:
             print(log.printable(str(error)), file=sys.stderr)
-        return GO_ON
+        return RESUMABLE
     line, code = _classify(error)
     if line is None:
         traceback.print_exception(error)

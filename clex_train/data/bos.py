@@ -18,7 +18,7 @@ logger = log.get(__name__)
 def adds_bos(tokenizer: Tokenizer) -> bool:
     """Return True if a transformers tokenizer prepends BOS by default."""
     bos_id = tokenizer.bos_token_id
-    # Ask by example: `add_bos_token` is missing on many fast tokenizers, whose post-processor decides.
+    # Encode an example: `add_bos_token` is missing on many fast tokenizers, whose post-processor decides.
     return bos_id is not None and list(tokenizer("x")["input_ids"])[:1] == [bos_id]
 
 

@@ -154,7 +154,7 @@ class _Rooms:
     def place(self, bins: np.ndarray, length: int) -> int:
         """Place at least one of the equal items, write their bins to the start of `bins` and return how many."""
         room, first, stop = self._take(length, len(bins))
-        # Best fit fills one bin until the length no longer fits, then goes on to the next bin of the run.
+        # Best fit fills one bin until the length no longer fits, then continues with the next bin of the run.
         each = room // length
         full = min(stop - first, len(bins) // each)
         placed = full * each

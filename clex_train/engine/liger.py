@@ -28,7 +28,7 @@ class Kernels(NamedTuple):
 
 
 def refusal() -> str | None:
-    """Say why Liger's kernels cannot run on this machine, or return None if they can."""
+    """Return the reason why Liger's kernels cannot run on this machine, or None if they can."""
     if not torch.cuda.is_available():
         return "there is no GPU"
     # `find_spec` instead of an import: importing triton takes seconds.

@@ -22,7 +22,7 @@ NAMES = ("mlp", "feed_forward", "ffn")
 
 
 class NotTokenwise(ValueError):
-    """An MLP cannot be computed in tiles of tokens; the message says why."""
+    """An MLP cannot be computed in tiles of tokens; the message gives the reason."""
 
 
 def find(layers: Iterable[nn.Module]) -> list[nn.Module]:

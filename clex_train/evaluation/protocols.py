@@ -120,7 +120,7 @@ def _last_k(spec: EvaluationConfig, context_len: int) -> Reading:
         last_k <= shortest,
         "evaluation.last_k",
         last_k,
-        f"more than the shortest of evaluation.lengths={spec.lengths}; say evaluation.last_k={shortest} or less",
+        f"more than the shortest of evaluation.lengths={spec.lengths}; set evaluation.last_k={shortest} or less",
     )
     spans = {n: _spans([longest - n], n) for n in sorted(spec.lengths)}
     scored = _given_at_every_length(spans)

@@ -3,8 +3,8 @@
     rows = [Row("base", Path("runs/base/evaluation/base.json"), "none"), Row("CLEX", Path(...), "trained")]
     print(console(read_tables(rows)[0]))
 
-A table holds the rows that scored the same tokens under one protocol. Files that scored other tokens, and protocols
-that put another question to the same tokens, get tables of their own.
+A table has the rows that scored the same tokens under one protocol. Files that scored other tokens, and protocols that
+measure something else on the same tokens, get tables of their own.
 """
 
 import math

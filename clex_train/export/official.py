@@ -1,7 +1,7 @@
 """Export to the layout of the original CLEX code (DAMO-NLP-SG/CLEX), which that code can load.
 
     config.json           rope_scaling = {"type": "clex", ...}, log_scale, max_position_embeddings = L, rope_theta
-    model*.safetensors    the stock model's weights under their names, and <body>.clex_layer.* beside them
+    model*.safetensors    the stock model's weights under their names, and <body>.clex_layer.* in addition
 
 `models.official` reads it back. Settings that the format cannot express are refused, never approximated.
 """

@@ -61,7 +61,7 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
 
 def _require_meant(model: ModelConfig) -> None:
     """Raise `ConfigError` for random weights with a path that has weights: the user cannot mean both."""
-    # Whether a hub name has weights is not known without a request; assume that it does.
+    # Assume that a hub name has weights: checking would take a request.
     has_weights = model.path is not None and (not Path(model.path).is_dir() or model_directory.has_weights(model.path))
     require(
         model.init is not Init.random or not has_weights,
@@ -125,8 +125,8 @@ def _shown(config: str) -> str | None:
 
 
 def _tail(path: str) -> tuple[str, ...]:
-    """Identify a model by its folder's name wherever it is stored."""
-    # Every run ends in `final/`, so the run's own folder is needed to tell them apart.
+    """Identify a model by its folder's name, without the path."""
+    # Every run ends in `final/`, so include the run's own folder.
     parts = Path(path).parts
     return parts[-2:] if parts[-1:] == ("final",) else parts[-1:]
 
@@ -155,7 +155,7 @@ def context_source(model: ModelConfig, config: PretrainedConfig) -> ContextLengt
         )
         return ContextLength(model.context_len, key)
     own = trained_on or context_in_config(config, key)
-    require(own is not None, key, None, "the architecture does not say what context it was trained on")
+    require(own is not None, key, None, "the architecture does not state its trained context")
     assert own is not None
     return own
 

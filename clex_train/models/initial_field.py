@@ -51,7 +51,7 @@ def _continued(clex: Clex, scaling: ScalingConfig, directory: Path) -> Clex:
         scaling.param_factor,
         f"{directory} has {factor:g}; set that",
     )
-    # The quirk is part of the trained function. The default of the key cannot tell "off" from "not set", so only
+    # The quirk is part of the trained function. By default the key is off, which may also mean "not set", so only
     # an explicit contradiction is an error.
     require(
         clex.official_ntk_base or not scaling.official_ntk_base,

@@ -69,7 +69,7 @@ def max_factor(directory: Path) -> float | None:
 
 def requires_official_code(config: PretrainedConfig) -> bool:
     """Return True if a config that transformers has read, for example from the hub, needs the original code."""
-    # Older files say `type`, newer ones `rope_type`; transformers keeps either.
+    # Older files have `type`, newer ones `rope_type`; transformers keeps either.
     parameters = getattr(config, "rope_parameters", None) or {}
     return "clex" in (parameters.get("type"), parameters.get("rope_type"))
 

@@ -39,7 +39,7 @@ def clex_from_official(
     """
     kind = rope_scaling.get("type", rope_scaling.get("rope_type"))
     if kind != "clex":
-        raise ConfigError("rope_scaling.type", kind, "'clex' is expected beside CLEX weights")
+        raise ConfigError("rope_scaling.type", kind, "'clex' is expected with CLEX weights")
     if "max_factor" not in rope_scaling:
         raise ConfigError(
             "rope_scaling.max_factor is missing", None, "the largest scale factor that the ODE was trained for"

@@ -1,7 +1,7 @@
 """Headers of weight files: name, shape, dtype and file of every tensor of a model directory.
 
 A directory is refused where transformers would silently choose between two tensors of one name, or read other tensors
-than its index says.
+than its index.
 """
 
 import zipfile

@@ -306,7 +306,7 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def without_report() -> Iterator[None]:
     """Suppress transformers' table of tensors while weights load; other warnings remain."""
-    # The table repeats what `refuse` and `announce` say. It is recognized by its title; should a later version change
+    # The table repeats what `refuse` and `announce` log. It is recognized by its title; should a later version change
     # it, the table is merely shown again.
     source = logging.getLogger(PreTrainedModel.__module__)
     source.addFilter(_is_no_report)

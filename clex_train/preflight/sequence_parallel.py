@@ -45,8 +45,7 @@ def check_sequence_parallel(config: Config, arch: PretrainedConfig) -> None:
         implementation in EXCHANGED,
         "attention.implementation",
         implementation.name,
-        f"engine.sequence_parallel={count} exchanges whole rows, for which there is no mask; take sdpa or "
-        "flash_attention_2",
+        f"engine.sequence_parallel={count} attends over whole rows without a mask; use sdpa or flash_attention_2",
     )
     heads, key_heads, _ = heads_of(arch)
     possible = [n for n in range(2, heads + 1) if heads % n == 0 and (key_heads % n == 0 or n % key_heads == 0)]
@@ -54,7 +53,7 @@ def check_sequence_parallel(config: Config, arch: PretrainedConfig) -> None:
         count in possible,
         "engine.sequence_parallel",
         count,
-        f"model_type={arch.model_type} has {heads} attention heads and {key_heads} key heads, which so many ranks "
+        f"model_type={arch.model_type} has {heads} attention heads and {key_heads} key heads, which {count} ranks "
         f"cannot share evenly; take {' or '.join(map(str, [1, *possible]))}",
     )
     reason = why_not(arch, config.data.seq_len)
@@ -80,7 +79,7 @@ def why_not(arch: PretrainedConfig, row_len: int) -> str | None:
     windows = [layer_window(m) or row_len for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
     reasons = {
         next(iter(named), ""): bool(named),
-        f"{next(iter(mixing), '')} mixes tokens beside the attention": bool(mixing),
+        f"{next(iter(mixing), '')} mixes tokens outside the attention": bool(mixing),
         f"a layer sees {min(windows, default=row_len)} tokens only, which need a mask": any(
             w < row_len for w in windows
         ),
@@ -145,7 +144,7 @@ def _wrong_with(
     if [tuple(tensor.shape) for tensor in (query, key, value)] != expected:
         return "has heads of more than one width, or not as many as the config says"
     if any(options.get(name) is not None for name in ("s_aux", "position_bias")):
-        return "has a term for each head beside its keys"
+        return "has a term for each head in addition to its keys"
     if not options.get("is_causal", getattr(module, "is_causal", True)):
         return "is not causal"
     return None

@@ -87,7 +87,7 @@ class TrainingRun:
 
     @cached_property
     def last_step(self) -> int | None:
-        """The step after which `final/` was written; None where no config says it."""
+        """The step after which `final/` was written; None without a config."""
         path = self.folder / CONFIG
         return recorded.over_defaults(path)["optim"]["steps"] if path.exists() else None
 

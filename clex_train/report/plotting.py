@@ -83,7 +83,7 @@ def new_figure(rows: int = 1, columns: int = 1, height: float = HEIGHT) -> tuple
 
 
 def draw_panels(lines: Sequence[Line]) -> tuple[Drawing, list[Axes]]:
-    """Draw lines in panels of at most eight, so that no color stands for two of them; the others are faint behind."""
+    """Draw lines in panels of at most eight, so that each color is used once; the others are faint behind."""
     groups = np.array_split(np.arange(len(lines)), max(1, math.ceil(len(lines) / len(COLORS))))
     figure, panels = new_figure(len(groups), height=0.6 + (HEIGHT - 0.6) * len(groups))
     for axes, group in zip(panels[:, 0], groups, strict=True):

@@ -54,7 +54,7 @@ class MemoryGuard:
             self._reason = f"rank {distributed.rank()}: {first_line(error)}"
             if self._needs_others:
                 raise RunStopped(
-                    f"out of memory: {self.cell} ({self._reason}); ranks that share the weights cannot go on without "
+                    f"out of memory: {self.cell} ({self._reason}); ranks with sharded weights cannot continue without "
                     f"this one; leave the length out, or: {REMEDIES}"
                 ) from error
         # Not inside `except`: the traceback still refers to the forward's tensors there.

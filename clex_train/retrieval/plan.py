@@ -106,8 +106,8 @@ def require_chat_template(tokenizer: Tokenizer) -> None:
         getattr(tokenizer, "chat_template", None) is not None,
         "chat_template",
         True,
-        "the tokenizer has no chat template; leave the key out, or put the instruct model's chat_template.jinja "
-        "beside the tokenizer's files",
+        "the tokenizer has no chat template; leave the key out, or copy the instruct model's chat_template.jinja "
+        "into the tokenizer's folder",
     )
 
 

@@ -26,7 +26,7 @@ MAX_KNOWN_LENGTHS = 256
 
 
 def install_native(model: nn.Module, context_len: int) -> RotaryHandle:
-    """Create the handle of a model that keeps its own positions, of whatever kind.
+    """Create the handle of a model that keeps its own positions, of any kind.
 
     `context_len` is L in tokens.
 

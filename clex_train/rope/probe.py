@@ -107,7 +107,7 @@ _shared: ContextVar[dict[str, PreTrainedModel] | None] = ContextVar("shared_meta
 def sharing_meta_models() -> Iterator[None]:
     """Build the model of each architecture once inside: `model_on_meta` returns it to every caller.
 
-    Whoever changes one has to put back what was changed.
+    A caller that changes a model must undo the change.
     """
     token = _shared.set(_shared.get() or {})
     try:
@@ -128,7 +128,7 @@ def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> 
     facts = json.dumps(config.to_dict(), sort_keys=True, default=str)
     key = f"{type(config).__qualname__} {trust_remote_code} {facts}"
     if key not in known:
-        # Of a copy, since callers change theirs later, as its vocabulary, and a model keeps the config it was built of.
+        # Copy: a model keeps its config, and callers change theirs later, for example its vocabulary.
         known[key] = _build_on_meta(copy.deepcopy(config), trust_remote_code)
     return known[key]
 
@@ -138,7 +138,7 @@ def _build_on_meta(config: PretrainedConfig, trust_remote_code: bool) -> PreTrai
         # No weights are allocated, so an architecture of any size fits.
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a family's own code raises over sizes that it cannot have
+    except Exception as error:  # a family's own code raises any type for impossible sizes
         reason = first_line(error)
         raise ConfigError(
             "model_type", config.model_type, f"cannot build a causal language model ({reason})"
@@ -188,7 +188,7 @@ def spectrum_at_length(module: nn.Module, traits: Traits, num_tokens: int, t: fl
     Its attention factor is relative to the one at L.
 
     Raises:
-        ConfigError: the module's cos does not match the frequencies that it holds.
+        ConfigError: the module's cos does not match its own frequencies.
     """
     fresh = _rebuild(module)
     # The module reads the length from the largest position; position 1 shows the frequencies themselves.

@@ -180,7 +180,7 @@ class FrequencyTable:
                 attention_factors=factors,
                 t_factor=float(metadata.get("t_factor", "1")),
             )
-        except Exception as error:  # whatever safetensors and torch raise over tensors of other shapes and types
+        except Exception as error:  # safetensors and torch raise any type for tensors of other shapes and types
             raise ConfigError(path, None, f"not a frequency table ({first_line(error)}); copy it again") from error
 
     def _checked_factors(self, grid: list[float]) -> list[float]:

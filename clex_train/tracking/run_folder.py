@@ -232,14 +232,14 @@ def _open_below(folder: Path, path: Path, mode: str) -> IO[str]:
 
 
 def _lock(file: IO[str], path: Path, patience: float) -> None:
-    start, said, folder = time.monotonic(), False, path.parents[1]
+    start, was_logged, folder = time.monotonic(), False, path.parents[1]
     while try_lock(file, path, "start one launch at a time") is Lock.busy:
         holder = path.read_text(encoding="utf-8").strip()
         if time.monotonic() - start > patience:
             raise ConfigError("output_dir", folder, f"in use by {holder}; end it or choose another")
-        if not said:
+        if not was_logged:
             logger.warning("waiting for %s, which still uses %s", holder, folder)
-        said = True
+        was_logged = True
         time.sleep(0.2)
 
 
@@ -266,7 +266,7 @@ def _refuse_changes(path: Path, before: Path, config: Config, safe: tuple[str, .
     old, new = (_resolved(each, own_context) for each in (recorded, now))
     changed = changed_keys(old, new)
     unsafe = [key for key in changed if not key.startswith(safe)]
-    # The most common wish deserves its own remedy: the schedule of a finished run has already decayed.
+    # Training longer is the most common case: the schedule of a finished run has already decayed.
     if unsafe == ["optim.steps"] and (path.parent / FINAL).is_dir():
         raise ConfigError(
             "optim.steps",

@@ -25,7 +25,7 @@ PACKAGES = ("torch", "transformers", "deepspeed")
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that a program is about to run, as far as its config alone tells."""
+    """The model that a program is about to run, as described by its config."""
 
     weights: str
     """Their source in words: a directory, a hub name, or an architecture with random weights."""

@@ -68,7 +68,7 @@ class Tracker:
             return
         self._bar.update(1)
         self._bar.set_postfix_str(_postfix(metrics), refresh=False)
-        # The last step is always logged, whatever the interval.
+        # The last step is always logged, at any interval.
         if metrics["step"] % self.log_every == 0 or metrics["step"] == self._bar.total:
             self._write(metrics)
 
@@ -247,7 +247,7 @@ def git_commit() -> str | None:
     if locations.COMMIT.exists():
         return locations.COMMIT.read_text(encoding="utf-8").strip() or None
     if not locations.IS_CHECKOUT:
-        # git would find whatever repository the environment happens to lie in, and name a commit of that.
+        # git would search the parent folders, and could name a commit of an unrelated repository.
         return None
     try:
         described = subprocess.run(

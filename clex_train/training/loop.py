@@ -1,6 +1,6 @@
 """Training loop over a DeepSpeed engine: `train`, and `train_step` for one optimizer step.
 
-    while step < steps and no rank was asked to stop:
+    while step < steps and no rank received a stop request:
         metrics = train_step(parts, step, micro-batches)
         log; skip or roll back a bad step; save when due; evaluate when due
 
@@ -88,7 +88,7 @@ def run_steps(parts: Parts, progress: Progress, tracker: Tracker) -> None:
             progress.bad_steps = 0
             if parts.spikes.is_spike(metrics["loss"]):
                 recovery.roll_back(parts, progress, tracker, metrics)
-                # What was read ahead belongs to steps after the spike.
+                # The prefetched rows belong to steps after the spike.
                 micro_batches = read_micro_batches(parts, progress.step)
                 continue
         save_if_due(parts, progress, tracker)
@@ -199,7 +199,7 @@ def evaluate_if_due(parts: Parts, progress: Progress, tracker: Tracker) -> None:
 
 
 def any_stop_requested(parts: Parts, *ahead: str) -> bool:
-    """Return True if a rank was asked to stop before the work `ahead`; the same on every rank. Collective."""
+    """Return True if any rank has a request to stop before the work `ahead`; the same on every rank. Collective."""
     parts.stop.agreed |= distributed.any_rank(parts.stop.reason(*ahead) is not None)
     return parts.stop.agreed
 

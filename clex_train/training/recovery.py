@@ -46,7 +46,7 @@ def seed_dropout(parts: Parts, step: int, micro_batch: int) -> None:
 
 
 def skip_step(parts: Parts, progress: Progress, metrics: dict[str, Any]) -> None:
-    """Warn of a step whose update was skipped.
+    """Log a warning about a step whose update was skipped.
 
     Raises:
         RunStopped: after `optim.max_bad_steps` in a row, with a checkpoint of the step before them; without ZeRO;
@@ -142,7 +142,7 @@ def _bad_losses_of_group(parts: Parts, losses: Sequence[Tensor]) -> list[int]:
 
 
 def explain_end(parts: Parts, progress: Progress, error: DamagedStore | UnstableField) -> Exception:
-    """Make the error that the user sees of a run whose next step cannot be taken, and finish its checkpoints."""
+    """Finish the checkpoints of a run whose next step is impossible, and return the error for the user."""
     step = progress.step
     if isinstance(error, DamagedStore):
         # The weights are good, only the next rows are not.

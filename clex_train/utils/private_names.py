@@ -97,7 +97,7 @@ PRIVATE_NAMES = (
     Reach("transformers.modeling_utils:PreTrainedModel.get_expanded_tied_weights_keys(all_submodels)",
           "tied tensors stored twice are compared", "no weights can be checked"),
     Reach("transformers.utils.loading_report:log_state_dict_report=>LOAD REPORT", "its table is dropped where "
-          "our own line names the tensors", "the table appears beside that line"),
+          "our own line names the tensors", "the table appears in addition to that line"),
     Reach("transformers.modeling_utils:PreTrainedModel.gradient_checkpointing_enable", "activation checkpointing",
           "recomputation fails at the start"),
     Reach("transformers.modeling_utils:PreTrainedModel.activation_checkpointing_enable", "the same, by its new name",

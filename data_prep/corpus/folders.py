@@ -48,7 +48,7 @@ def texts_in(folder: Path, format: Format) -> list[Path]:
     """List the files of known format in a folder, recursively and sorted; log in one line what is left out.
 
     Raises:
-        ConfigError: there is no such file; the message says what is there.
+        ConfigError: there is no such file; the message lists the others.
     """
     found: list[Path] = []
     left_out: dict[str, list[str]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Sources of Python's standard library: about 10 MB of real text that is available wherever Python is."""
+"""Sources of Python's standard library: about 10 MB of real text that every Python has."""
 
 from __future__ import annotations
 

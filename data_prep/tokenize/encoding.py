@@ -79,7 +79,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> TokenizerInfo:
 
 
 def _obstacle(directory: Path) -> str:
-    """Return the reason why a directory has no loadable tokenizer, as far as its files tell; else an empty string."""
+    """Return the reason why a directory has no loadable tokenizer, judged by its files; else an empty string."""
     if not directory.is_dir():
         return ""
     files = sorted(file.name for file in directory.iterdir() if file.is_file())

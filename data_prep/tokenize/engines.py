@@ -40,7 +40,7 @@ class Engine(Protocol):
 
 
 class Unsupported(ValueError):
-    """An engine cannot run a tokenizer; the message says why."""
+    """An engine cannot run a tokenizer; the message gives the reason."""
 
 
 class TokenizersEngine:
