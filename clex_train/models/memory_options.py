@@ -60,7 +60,7 @@ def install_tiles(model: PreTrainedModel, engine: EngineConfig) -> None:
 
 
 def announce(model: PreTrainedModel, engine: EngineConfig, device: torch.device) -> None:
-    """Log the options in use, and those without effect on this device."""
+    """Log the active options, and those without effect on this device."""
     if engine.tiled_loss is not None:
         head: Any = model.get_output_embeddings()
         chosen = implementation(device, head.bias is not None, Logits.from_config(model.config))

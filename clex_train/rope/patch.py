@@ -155,7 +155,7 @@ class RotaryHandle:
     def pinned(self, t: float) -> Iterator[None]:
         """Use theta(t) for every call in the context, at any length; `t` is on the table's grid."""
         if self.table is None:
-            raise ValueError(f"t={t:g}: no frequency table is in use; call handle.use(table) first")
+            raise ValueError(f"t={t:g}: no frequency table is set; call handle.use(table) first")
         with self._overridden(spectrum=self.table.at(t)):
             yield
 
