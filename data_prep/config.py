@@ -128,7 +128,7 @@ class TokenizeVerb:
     """Replace an existing or half-written store that was made with other settings."""
 
     def __post_init__(self) -> None:
-        # Upper bounds catch a slip of the keyboard before it allocates anything.
+        # Upper bounds catch typing errors before anything is allocated.
         require_at_most(self, "", {"workers": MOST_WORKERS, "shard_mb": MOST_MB})
         require(self.workers >= 1, "workers", self.workers, "at least 1 process")
         # Zero would make every line a shard of its own.

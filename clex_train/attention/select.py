@@ -79,7 +79,7 @@ def sdpa_kernel(
     # Some kernels support inference only, so the query must require a gradient as in training.
     query = torch.empty(1, heads, tokens, head_dim(arch), dtype=dtype, device=device, requires_grad=True)
     mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device).tril() if masked else None
-    # Private, but the only way to ask without running the kernel (`utils.private_names`).
+    # Private, but the only way to find out without running the kernel (`utils.private_names`).
     number = torch._fused_sdp_choice(query, query, query, mask, 0.0, not masked)
     return SDPA_KERNELS.get(number, f"number {number}")
 

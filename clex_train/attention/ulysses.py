@@ -44,7 +44,7 @@ class UlyssesAttention:
         self._lengths: dict[str, Any] = {}
         for module in model.modules():
             if hasattr(module, "layer_idx"):
-                # The interface passes the function the module alone, so the module has to lead to this object.
+                # The interface passes the function the module alone, so the module must refer to this object.
                 setattr(module, ATTRIBUTE, self)
 
     @contextmanager

@@ -129,7 +129,7 @@ def _was_stopped(process: subprocess.Popen[bytes], asked: bool) -> bool:
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """Kill a conversion together with its worker processes."""
-    # Workers outlive their parent when it dies by a signal, and would go on filling the disk.
+    # Workers outlive their parent when it dies by a signal, and would keep filling the disk.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

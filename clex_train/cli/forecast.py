@@ -41,11 +41,11 @@ class Amount:
     copies: int = 0
     """Cells that equal others by definition."""
     forwards: int = 0
-    """Of one rank."""
+    """Forward passes of one rank."""
     tokens: int = 0
     """Read by all ranks together."""
     work: int = 0
-    """Of one rank, see above."""
+    """Work of one rank, as defined by the module."""
     decoded: int = 0
     """Tokens that one rank generates, each by a forward."""
     cached: int = 0

@@ -46,15 +46,15 @@ class LoadingConfig:
     """Attention back end of transformers; `flash_attention_2` needs flash-attn and a GPU. `sdpa`, also by `auto`, is
     `eager` for a model without."""
     sharded: bool = False
-    """Split the weights over the ranks (ZeRO-3) instead of a copy on each: for a model that one GPU does not hold."""
+    """Split the weights over the ranks (ZeRO-3) instead of a copy on each: for a model that does not fit on one GPU."""
     offload_parameters: bool = False
-    """With `sharded`: the weights stay in host memory and visit the GPU layer by layer."""
+    """With `sharded`: keep the weights in host memory and copy them to the GPU layer by layer."""
     trust_remote_code: bool = False
     """Allow Python code from `model` to run. Only for repositories you have read."""
     revision: str | None = None
     """Commit, tag or branch of a hub repository."""
     label: str | None = None
-    """Name in tables and of the file; by default the folder's name, for the `final/` of a run the run's."""
+    """Name in tables and of the file; by default the folder's name, for the `final/` of a run that of the run."""
     output: str | None = None
     """JSON file to write; by default `evaluation/<label>.json` in the run folder, or in `runs/<label>`. A file
     that is named here is replaced."""

@@ -91,7 +91,7 @@ class LmEvalArguments(LoadingConfig):
     num_fewshot: int | None = None
     """Examples before each question; by default the task's own."""
     bos: Bos = Bos.auto
-    """BOS at the beginning of prompts. `auto`: as the tokenizer does, and the harness for it."""
+    """BOS at the beginning of prompts. `auto`: as the tokenizer does by default."""
     limit: int | None = None
     """Only the first documents of each task."""
     chat_template: bool = False

@@ -37,7 +37,7 @@ MOST = {
     "seq_len": MOST_TOKENS,
     "min_document_tokens": MOST_TOKENS,
 }
-"""Upper bounds that catch a slip of the keyboard."""
+"""Upper bounds that catch typing errors."""
 
 
 @dataclass

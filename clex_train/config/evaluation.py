@@ -44,7 +44,7 @@ MOST = {
     "depths": 1,
     "num_prompts": 10**4,
 }
-"""Upper bounds that catch a slip of the keyboard."""
+"""Upper bounds that catch typing errors."""
 
 
 @dataclass

@@ -40,7 +40,7 @@ MOST = {
     "linger": 10**6,
     "max_restarts": 10**6,
 }
-"""Upper bounds that catch a slip of the keyboard."""
+"""Upper bounds that catch typing errors."""
 
 
 @dataclass

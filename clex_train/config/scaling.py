@@ -57,7 +57,7 @@ MOST = {
     "max_residual": 1e9,
     "check_every": MOST_STEPS,
 }
-"""Upper bounds that catch a slip of the keyboard."""
+"""Upper bounds that catch typing errors."""
 
 
 @dataclass

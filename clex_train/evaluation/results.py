@@ -135,7 +135,7 @@ class Missing:
     protocol: str
     """Protocol or retrieval task."""
     length: int
-    """In tokens."""
+    """Length in tokens."""
     reason: str
     """The allocator's message, and the rank."""
 

@@ -258,6 +258,6 @@ def _record(cell: Cell, number: int, hashed: int, given: str, share: float) -> d
 
 def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Decode generated ids up to EOS."""
-    # Decoding never stops early, so everything after EOS is to be ignored here.
+    # Decoding never stops early, so ignore everything after EOS.
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
     return str(tokenizer.decode(ids[:end], skip_special_tokens=True))

@@ -275,7 +275,7 @@ def _read_windows(
             if feeding.kept.is_due() and guard.fits_so_far():
                 started.keep(-(-done // num_spans))
         gauge(job.length)
-        # Asked between batches only: within one, the other ranks may be waiting in a collective.
+        # Check between batches only: within one, the other ranks may be waiting in a collective.
         if feeding.interrupted and distributed.any_rank(feeding.interrupted()):
             raise StopRequested("the evaluation was interrupted")
 

@@ -79,8 +79,8 @@ def stand_in(model: ModelConfig) -> ModelConfig:
     """
     if model.path is None or model.config is None or Path(model.path).is_dir():
         return model
-    # `_name_or_path` in a preset's config.json says which model it describes. A user's own config.json may lack it,
-    # and is then taken as meant.
+    # `_name_or_path` in a preset's config.json names the model that it describes. A user's own config.json may lack it,
+    # and is then accepted.
     shown = _shown(model.config)
     if shown is None or _is_name_of(shown, model.path):
         return dataclasses.replace(model, path=None, init=None)

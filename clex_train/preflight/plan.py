@@ -49,7 +49,7 @@ class Plan:
     """Sizes and memory of a run; `parts` are the memory of one rank."""
 
     config: Config
-    """With the lengths that follow from the model."""
+    """Configuration with the lengths that follow from the model."""
     subject: Subject
     counts: meta_model.Counts
     num_ode_parameters: int

@@ -91,14 +91,14 @@ class Preflight:
     """Result of the checks."""
 
     requested: Config
-    """With the lengths that follow from model and data; recorded in the run folder."""
+    """Configuration with the lengths that follow from model and data; recorded in the run folder."""
     config: Config
     """The same with the attention back end that `auto` resolves to on this machine."""
     world_size: int
     model: ModelConfig
     """Source of the architecture; in a plan, a preset may substitute for a model that is not here."""
     arch: PretrainedConfig
-    """Of the base, before scaling by a formula."""
+    """Architecture of the base, before scaling by a formula."""
     trained: PretrainedConfig
     on_meta: PreTrainedModel
     """The model of `arch` on the meta device."""

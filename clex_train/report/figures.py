@@ -313,4 +313,4 @@ FIGURES: tuple[Callable[[Evidence], Iterator[Figure | Absent]], ...] = (
     scale_factor,
     throughput,
 )
-"""In the order in which a report shows them."""
+"""Figures in the order of a report."""

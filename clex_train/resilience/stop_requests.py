@@ -258,7 +258,7 @@ class StopRequests:
         self._looked = 0.0
 
     def leave_marks(self) -> None:
-        """Let signals only leave a mark from here on, if they are watched: there is something to save."""
+        """Make watched signals only set a flag from here on, because there is something to save."""
         if self.signals:
             self.signals.leave_marks()
 

@@ -41,7 +41,7 @@ class OdeOptimizer:
         self._solved: torch.Tensor | None = None
         self._leaf: torch.Tensor | None = None
         self._ahead: tuple[int, torch.Tensor] | None = None
-        """A step to come and its solution with the current parameters."""
+        """A later step and its solution with the current parameters."""
 
     def begin(self, step: int) -> Spectrum:
         """Return the frequencies of optimizer step `step`; gradients are collected if the field learns.
@@ -157,7 +157,7 @@ class FixedFrequencies:
 
     def __init__(self, spectrum: Spectrum | None = None) -> None:
         self.spectrum = spectrum
-        """The formula's; None for the model's own frequencies."""
+        """Spectrum of the formula; None for the model's own frequencies."""
 
     def begin(self, step: int) -> Spectrum | None:
         """Return the same spectrum in every step."""

@@ -54,7 +54,7 @@ def skip_step(parts: Parts, progress: Progress, metrics: dict[str, Any]) -> None
     """
     optim, step, bad_steps = parts.config.optim, progress.step, progress.bad_steps
     what = f"step {step}: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}"
-    # Only ZeRO's optimizers check the gradient before they step: without them the weights are spoilt already.
+    # Only ZeRO's optimizers check the gradient before they step: without them the weights are damaged already.
     if parts.config.engine.zero_stage == 0:
         parts.checkpoints.finish()
         raise RunStopped(f"{what}; {parts.checkpoints.describe_newest()}; lower optim.lr in another output_dir")
