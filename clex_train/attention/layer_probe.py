@@ -1,6 +1,6 @@
 """Probe the attention of each layer on the meta device to learn how it uses positions.
 
-A layer's attention is rebuilt from its config without weights and called with two tokens. Autograd then tells whether
+A layer's attention is rebuilt from its config without weights and called with two tokens. Autograd then shows whether
 the keys depend on cos and sin, and an attention function of ours records what the layer passes on. No model family is
 named. Shapes: `S` tokens, `W` width of cos.
 """

@@ -4,7 +4,7 @@
     python -m clex_train.cli.evaluate model=path/to/model data=corpora/books lengths=[4096,8192,16384]
     python -m clex_train.cli.evaluate run=runs/tiny_base protocols=[streaming] methods=[lm_infinite]
     python -m clex_train.cli.evaluate run=runs/tiny_clex protocols=[] tasks=[passkey] depths=[0,0.5,1] num_prompts=20
-    deepspeed --module clex_train.cli.evaluate run=runs/llama2_7b_clex          windows dealt to the ranks
+    deepspeed --module clex_train.cli.evaluate run=runs/llama2_7b_clex          windows split over the ranks
     deepspeed --module clex_train.cli.evaluate run=runs/llama2_70b_clex sharded=true    the weights are split too
 
 Writes `evaluation/<label>.json` in the run folder (or `output`) and prints the table. An existing file of other
@@ -31,7 +31,7 @@ import torch
 
 from clex_train.cli import forecast
 from clex_train.cli.evaluation_plan import EvaluateArguments, EvaluateConfig, Plan, make_plan, parse
-from clex_train.cli.loading import keep, load, print_plan, resume_partial
+from clex_train.cli.loading import load, print_plan, resume_partial, write_results
 from clex_train.config.evaluation import Protocol
 from clex_train.config.method import Method
 from clex_train.console import arguments as arguments_of
@@ -117,7 +117,9 @@ def finish(args: EvaluateArguments, plan: Plan, results: Results, origin: Origin
     if results.missing and not (results.scores or results.tasks):
         raise RunStopped(f"out of memory: nothing fitted, see above ({results.missing[0].reason}); {REMEDIES}")
     if distributed.is_main():
-        keep(args, plan.output, origin, tables_of(results, origin), partial(write, results=results, origin=origin))
+        write_results(
+            args, plan.output, origin, tables_of(results, origin), partial(write, results=results, origin=origin)
+        )
     kept.remove()
 
 
@@ -148,8 +150,8 @@ def evaluate(
             amount += forecast.windows_amount(loaded.model, todo, len(windows.tokens), feeding, loaded.context_len)
         forecast.print_forecast(loaded, amount, spec.chunk_len, spec.offload_cache, args.sharded)
         return None
-    come_from = facts(plan, dtype)
-    kept = resume(args, plan, come_from, {"windows": windows.content if windows is not None else ""})
+    provenance = facts(plan, dtype)
+    kept = resume(args, plan, provenance, {"windows": windows.content if windows is not None else ""})
     log_found(kept, len(tables) * (sum(len(span.spans) for span in spans) + len(cells)))
     results = Results([], loaded.context_len, NO_WINDOWS)
     how: dict[str, Any] = {"inserted": inserted, "cache_on_host": spec.offload_cache, "kept": kept}
@@ -157,7 +159,7 @@ def evaluate(
     if windows is not None:
         results = runner.evaluate(model, handle, tables, windows, spans, size, args.batch_tokens, **how)
     tasks, missing = retrieval.evaluate(model, handle, tables, cells, size, **how)
-    return replace(results, tasks=tasks, missing=[*results.missing, *missing]), come_from, kept
+    return replace(results, tasks=tasks, missing=[*results.missing, *missing]), provenance, kept
 
 
 def stream(args: EvaluateArguments, plan: Plan, text: Stream) -> Done | None:
@@ -171,14 +173,14 @@ def stream(args: EvaluateArguments, plan: Plan, text: Stream) -> Done | None:
         amount = forecast.stream_amount(loaded.model, text, names, plan.spec.chunk_len)
         forecast.print_forecast(loaded, amount, plan.spec.chunk_len, False, args.sharded)
         return None
-    come_from = facts(plan, dtype)
-    kept = resume(args, plan, come_from, {"stream": text.num_tokens})
+    provenance = facts(plan, dtype)
+    kept = resume(args, plan, provenance, {"stream": text.num_tokens})
     log_found(kept, len(names) + 1)
     with loaded.handle.pinned(1.0):
-        return streaming.evaluate(loaded.model, text, names, inserted, plan.spec.chunk_len, kept), come_from, kept
+        return streaming.evaluate(loaded.model, text, names, inserted, plan.spec.chunk_len, kept), provenance, kept
 
 
-def resume(args: EvaluateArguments, plan: Plan, come_from: Origin, read: dict[str, Any]) -> Partial:
+def resume(args: EvaluateArguments, plan: Plan, provenance: Origin, read: dict[str, Any]) -> Partial:
     """Load the partial results of an interrupted evaluation, if every setting that affects the numbers is equal."""
     more: dict[str, Any] = {
         "bos_id": plan.bos_id,
@@ -188,7 +190,7 @@ def resume(args: EvaluateArguments, plan: Plan, come_from: Origin, read: dict[st
     }
     if plan.spec.longrope_factors is not None:
         more["longrope_factors_content"] = Path(plan.spec.longrope_factors).read_text(encoding="utf-8")
-    return resume_partial(args, plan.model, plan.output, come_from, {**more, **read})
+    return resume_partial(args, plan.model, plan.output, provenance, {**more, **read})
 
 
 def facts(plan: Plan, dtype: torch.dtype) -> Origin:

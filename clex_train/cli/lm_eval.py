@@ -156,7 +156,7 @@ def _run(args: LmEvalArguments) -> None:
     found = list(evaluate(args, loaded, spec, tasks, settings, kept))
     if distributed.is_main():
         text = "\n".join(filter(None, map(table, found)))
-        loading.keep(args, file, origin, text, partial(write, found=found, origin=origin))
+        loading.write_results(args, file, origin, text, partial(write, found=found, origin=origin))
     kept.remove()
 
 
@@ -210,7 +210,7 @@ def _print_amount(args: LmEvalArguments, loaded: LoadedModel, counted: harness.C
 
 
 def _without_not_run(found: Found) -> Found:
-    not_run = harness.take_out_not_run(found.results)
+    not_run = harness.remove_not_run(found.results)
     if not_run and distributed.is_main():
         logger.info("not run, and left out: %s", ", ".join(not_run))
     return found

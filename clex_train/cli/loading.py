@@ -1,7 +1,7 @@
 """Load the model of an evaluation: shared keys, checks, sharding, partial results.
 
 `sharded=true` splits the weights over the ranks (ZeRO-3) while they are read; each layer's are gathered as it runs, so
-that every rank has to run the same number of forwards. `offload_parameters=true` keeps the shares in host memory.
+that every rank must run the same number of forwards. `offload_parameters=true` keeps the shares in host memory.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def check(args: LoadingConfig) -> None:
         args.sharded or not args.offload_parameters,
         "offload_parameters",
         args.offload_parameters,
-        "it is the shares of sharded weights that go to the host; set sharded=true too",
+        "only sharded weights can be kept on the host; set sharded=true too",
     )
     modeling.check_attention(args.attention, "attention")
 
@@ -170,15 +170,17 @@ def _reach(t_max: float, context_len: int) -> str:
     return f"clex: t from 1 to {t_max:g}, contexts up to {int(t_max * context_len):,} tokens"
 
 
-def keep(args: LoadingConfig, wished: Path, origin: Origin, text: str, write: Callable[[Path], None]) -> None:
+def write_results(
+    args: LoadingConfig, preferred: Path, origin: Origin, text: str, write: Callable[[Path], None]
+) -> None:
     """Call `write` with the file of an evaluation, and print `text`, its tables.
 
-    A file at `wished` is replaced if this evaluation repeats it or `output` names it; otherwise it is kept, and the new
-    file gets another name in the same folder. `RunStopped` if it cannot be written.
+    A file at `preferred` is replaced if this evaluation repeats it or `output` names it; otherwise it is kept, and the
+    new file gets another name in the same folder. `RunStopped` if it cannot be written.
     """
-    output = wished if args.output else place(wished, origin)
-    if output != wished:
-        logger.info("%s is another evaluation and is kept; writing this one to %s", wished, output)
+    output = preferred if args.output else place(preferred, origin)
+    if output != preferred:
+        logger.info("%s is another evaluation and is kept; writing this one to %s", preferred, output)
     with printing_on_failure(output, text):
         write(output)
     console.echo(f"{text}\n\nwritten to {output}")

@@ -35,7 +35,7 @@ REASONS = (
     (r"is not a ListConfig", "should be a list such as [1,2]"),
     (r"Cannot merge DictConfig with ListConfig", "should be `key: value` lines, not a list"),
     (r"is not a subclass of", "no such entry yet; add it in a YAML file"),
-    (r"does not support deletion", "a key cannot be taken away, only set"),
+    (r"does not support deletion", "a key cannot be removed, only set"),
 )
 """Messages of OmegaConf that have no type of their own, and their replacements."""
 

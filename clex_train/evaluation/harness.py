@@ -242,7 +242,7 @@ def _answers(kept: Any) -> list[Any]:
     return [tuple(answer) if isinstance(answer, list) else answer for answer in kept]
 
 
-def take_out_not_run(results: dict[str, Any]) -> list[str]:
+def remove_not_run(results: dict[str, Any]) -> list[str]:
     """Remove metrics of lengths without prompts, which lm-eval marks by a score of -1; return their names."""
     # RULER's tasks have a metric named after each of its standard lengths, requested or not.
     names = []

@@ -1,7 +1,7 @@
 """Retrieval scores of every method on the cells of a plan, on any number of ranks.
 
-Prompts are distributed over the ranks like windows (`evaluation.runner.deal`). All prompts of a cell need the same
-number of forward passes, because under ZeRO-3 each forward is a collective.
+Prompts are distributed over the ranks like windows (`evaluation.runner.rank_batches`). All prompts of a cell need the
+same number of forward passes, because under ZeRO-3 each forward is a collective.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clex_train.evaluation.duplicates import identity
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.results import MOST_CHARACTERS, Missing, TaskScore, task_key
-from clex_train.evaluation.runner import Gauge, Inserted, deal, keeping_table
+from clex_train.evaluation.runner import Gauge, Inserted, keeping_table, rank_batches
 from clex_train.lm_infinite.install import LmInfinite
 from clex_train.resilience.out_of_memory import MemoryGuard
 from clex_train.retrieval.plan import Cell
@@ -175,7 +175,7 @@ def _generated(
     """
     cell, ranks = each.cell, distributed.world_size()
     generated, num_done = _left(each, how.kept)
-    for number, (indices, counted) in enumerate(deal(cell.size, 1, distributed.rank(), ranks)):
+    for number, (indices, counted) in enumerate(rank_batches(cell.size, 1, distributed.rank(), ranks)):
         gauge = Gauge(bar, ranks, int)
         if number >= num_done:
             answer = guard.attempt(partial(_ask, cell, int(indices[0]), how, make_cache, gauge))

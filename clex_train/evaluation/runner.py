@@ -169,7 +169,7 @@ def describe(windows: WindowSet) -> dict[str, object]:
     }
 
 
-def deal(num_pieces: int, batch: int, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def rank_batches(num_pieces: int, batch: int, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield this rank's batches as (piece indices [n], mask of those that count [n])."""
     # Under ZeRO-3 each forward is a collective, so all ranks need batches of the same number and size. A rank that is
     # short repeats a piece and does not count it.
@@ -259,7 +259,7 @@ def _read_windows(
     num_spans, num_ranks = len(job.spans), distributed.world_size()
     num_pieces, done, work = len(windows.tokens) * num_spans, 0, partial(work_of, model)
     for number, (indices, counted) in enumerate(
-        deal(num_pieces, feeding.batch(job.length), distributed.rank(), num_ranks)
+        rank_batches(num_pieces, feeding.batch(job.length), distributed.rank(), num_ranks)
     ):
         before, done = done, min(num_pieces, done + len(indices) * num_ranks)
         gauge = Gauge(bar, done - before, work)

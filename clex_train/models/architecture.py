@@ -67,7 +67,7 @@ def _require_meant(model: ModelConfig) -> None:
         model.init is not Init.random or not has_weights,
         "model.init",
         "random",
-        f"the weights of model.path={model.path} would be ignored; leave model.init out to train them, or say "
+        f"the weights of model.path={model.path} would be ignored; leave model.init out to train them, or set "
         "model.config=DIR model.path=null for random weights of an architecture",
     )
 

@@ -70,7 +70,7 @@ def load_official(clex: Clex, tensors: Mapping[str, Tensor]) -> None:
             raise ConfigError(
                 f"{suffix} of shape {tuple(given.shape)}",
                 None,
-                f"the model's {len(clex.base_inv_freq)} rotated pairs ask for "
+                f"the model's {len(clex.base_inv_freq)} rotated pairs need "
                 f"{tuple(weight.shape)}; check the rotary dimension and rope_scaling.param_factor",
             )
         if not bool(torch.isfinite(given).all()):

@@ -103,7 +103,7 @@ def header(path: Path) -> dict[str, Tensor]:
             raise ConfigError(
                 path,
                 None,
-                "it holds Python objects beside tensors, as a trainer's checkpoint does, and they are not "
+                "it has Python objects in addition to tensors, as a trainer's checkpoint does, and they are not "
                 "loaded; give a directory that save_pretrained writes",
             ) from error
         reason = first_line(error)
@@ -146,7 +146,7 @@ def _read_index(path: Path) -> _Index:
             path,
             None,
             'no `metadata` in it, without which transformers does not read an index; add "metadata": {} '
-            "beside weight_map, or copy it again",
+            "next to weight_map, or copy it again",
         )
     return index
 

@@ -87,7 +87,7 @@ def require_unquantised(path: str, arch: PretrainedConfig) -> None:
 def refuse(report: Report, model: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     """Raise `ConfigError`, naming missing, unexpected and mismatched tensors that are not allowed to differ.
 
-    `tensors` of the weights by name: their shapes tell constants from parameters.
+    `tensors` of the weights by name: their shapes distinguish constants from parameters.
     """
     left_out = [name for name in report["unexpected_keys"] if not _is_constant(name, tensors.get(name))]
     missing, unexpected = (_beyond(names, model.allow_missing) for names in (report["missing_keys"], left_out))
@@ -180,7 +180,7 @@ def _check_directory(directory: Path, model: ModelConfig, arch: PretrainedConfig
         raise ConfigError(
             "model.path",
             directory,
-            f"its weights cannot be put into its architecture ({first_line(error)}); copy "
+            f"its weights do not fit its architecture ({first_line(error)}); copy "
             "config.json and weights of one model again",
         ) from error
     refuse(matched.report, model, tensors)
@@ -204,7 +204,7 @@ def _require_floats(model: ModelConfig, names: list[str], dtypes: set[str]) -> N
         not names,
         "model.path",
         model.path,
-        f"its weights hold {named(names)} as {found}, which would be cast as they are, without the scales of a "
+        f"its weights hold {named(names)} as {found}, which would be cast without the scales of a "
         "quantisation; give a copy of the model in bfloat16",
     )
 

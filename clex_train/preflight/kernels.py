@@ -63,5 +63,5 @@ def missing() -> list[str]:
 def _why_not_flash(config: Config, arch: PretrainedConfig, dtype: torch.dtype) -> str:
     if config.attention.implementation is not AttentionImplementation.sdpa or not torch.cuda.is_available():
         return ""
-    reason = select.flash_unsupported_reason(arch, dtype) or "attention.implementation=sdpa asks for it"
+    reason = select.flash_unsupported_reason(arch, dtype) or "requested by attention.implementation=sdpa"
     return f" ({reason})"

@@ -142,7 +142,7 @@ def _wrong_with(
     heads, key_heads, width = shape
     expected = [(1, count, len(POSITIONS), width) for count in (heads, key_heads, key_heads)]
     if [tuple(tensor.shape) for tensor in (query, key, value)] != expected:
-        return "has heads of more than one width, or not as many as the config says"
+        return "has heads of more than one width, or another number than its config"
     if any(options.get(name) is not None for name in ("s_aux", "position_bias")):
         return "has a term for each head in addition to its keys"
     if not options.get("is_causal", getattr(module, "is_causal", True)):

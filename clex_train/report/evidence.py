@@ -81,7 +81,7 @@ class TrainingRun:
             content: dict[str, Any] = read_json(path, within=self.folder)
             decode(content, _Environment, path)
         except BadFile:
-            logger.warning("%s: damaged, what it recorded is left out", path)
+            logger.warning("%s: damaged, its contents are left out", path)
             return {}
         return content
 

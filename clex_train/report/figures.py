@@ -174,7 +174,7 @@ def retrieval(evidence: Evidence) -> Iterator[Figure | Absent]:
         shown = [scores for scores in graded if scores.task == task]
         totals = sorted({row.total for scores in shown for row in scores.rows})
         prompts = f"{totals[0]}" if len(totals) == 1 else f"{totals[0]} to {totals[-1]}"
-        caption = f"Percent of what was hidden that was found, by depth and length; {prompts} prompts in each cell."
+        caption = f"Percent of the hidden facts that were found, by depth and length; {prompts} prompts in each cell."
         name = f"retrieval_{re.sub(r'[^A-Za-z0-9]+', '_', task)}"
         sources = _evaluations(shown, evidence)
         yield Figure(name, f"Retrieval: {task}", caption, sources, partial(draw_retrieval, shown))

@@ -26,8 +26,10 @@ LARGEST_LR = 0.1
 
 
 class FirstNonFinite:
-    """Names of modules: `output` the first in the forward pass whose output, `gradient` the first in the backward pass
-    whose output's gradient is not finite; None while there is none.
+    """Names of the first modules with non-finite values, None for none.
+
+    `output` is the first in the forward pass by its output, `gradient` the first in the backward pass by the gradient
+    of its output.
     """
 
     def __init__(self) -> None:

@@ -74,7 +74,7 @@ PRIVATE_NAMES = (
     Reach(f"{_CACHE}:LinearAttentionCacheLayerMixin", "models with a recurrent state", "the import fails"),
     # Attention (attention.*, lm_infinite.*).
     Reach("transformers.configuration_utils:PretrainedConfig@_attn_implementation_internal",
-          "config._attn_implementation says which attention function is called", "our functions are never called"),
+          "config._attn_implementation names the attention function that is called", "our functions are never called"),
     Reach("transformers:AttentionInterface.register", "our attention functions", "the import fails"),
     Reach("transformers.masking_utils:AttentionMaskInterface.register", "no n x n mask is built", "the import fails"),
     Reach("transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS", "masks in bounded memory", "the import fails"),

@@ -65,7 +65,7 @@ def test_a_stop_file_saves_the_step_and_the_run_resumes_bitwise(run, monkeypatch
 
 def test_an_evaluation_is_interrupted_between_windows_and_repeated(run, monkeypatch):
     with monkeypatch.context() as patched:
-        touch_at_call(patched, runner, "deal", 2, run.folder / "run" / "stop")
+        touch_at_call(patched, runner, "rank_batches", 2, run.folder / "run" / "stop")
         with pytest.raises(StopRequested, match=r"after step 4: .*step_4"):
             run("run", "evaluation.every=4")
     assert not [row for row in metrics(run.folder / "run") if any(key.startswith("perplexity") for key in row)]
