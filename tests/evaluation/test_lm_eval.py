@@ -119,7 +119,7 @@ def test_running_again_replaces_repeated_tasks_and_keeps_the_rest(place, tmp_pat
 
     assert run() == ["mine.json"]
     assert run(tasks="next_*") == ["mine.json"], "the same task by a pattern"
-    assert "beside it" not in caplog.text
+    assert "writing this one to" not in caplog.text
     assert run("limit=2") == ["mine.json", "mine_2.json"]
     assert "mine.json is another evaluation and is kept; writing this one to " in caplog.text
     assert run(model=tmp_path / "other") == ["mine.json", "mine_2.json", "mine_3.json"]
