@@ -19,7 +19,7 @@ from clex_train.console import program
 from clex_train.evaluation.cells import Cell
 from clex_train.evaluation.perplexity import one_shot
 from clex_train.evaluation.retrieval_runner import MethodCell
-from clex_train.evaluation.runner import Feeding, keeping_table, lean, work_of
+from clex_train.evaluation.runner import Feeding, bounded_memory, keeping_table, work_of
 from clex_train.evaluation.scoring_head import score_chunk
 from clex_train.evaluation.streaming import Stream
 from clex_train.models.load import LoadedModel
@@ -172,7 +172,7 @@ def _timed(loaded: LoadedModel, num_tokens: int) -> float:
     """Measure the seconds of a forward of `num_tokens` tokens, after a warm-up."""
     device = distributed.device()
     tokens = torch.zeros((1, num_tokens), dtype=torch.int64, device=device)
-    with lean(loaded.model, device), keeping_table(loaded.handle):
+    with bounded_memory(loaded.model, device), keeping_table(loaded.handle):
         # The model's own frequencies take as long as any.
         loaded.handle.use(None)
         for _ in range(2):

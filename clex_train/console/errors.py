@@ -169,10 +169,10 @@ def _no_such_key(error: BaseException, cause: OmegaConfBaseException) -> str:
 
 def _refused_value(error: BaseException, cause: OmegaConfBaseException) -> str:
     written = _quoted(error) or str(cause.full_key)
-    return f"{written or 'the file'}: {_in_our_words(_lines(cause)[0])}"
+    return f"{written or 'the file'}: {_expected_value(_lines(cause)[0])}"
 
 
-def _in_our_words(reason: str) -> str:
+def _expected_value(reason: str) -> str:
     """Replace OmegaConf's message by one that names the expected value."""
     for pattern, words in REASONS:
         found = re.search(pattern, reason)

@@ -108,7 +108,7 @@ def _interrupted(interrupt: KeyboardInterrupt, kept: str) -> int:
 
 
 def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type | None) -> int:
-    show_any_text()
+    accept_any_text()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv[1:] = without_launcher_arguments(sys.argv[1:])
     if schema is not None:
@@ -133,7 +133,7 @@ def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type 
     return 0
 
 
-def show_any_text() -> None:
+def accept_any_text() -> None:
     """Make standard output accept characters that its encoding lacks, such as that of an ASCII terminal.
 
     Dashes and similar signs become ASCII characters, others (a file's name in another alphabet) escapes.

@@ -127,7 +127,7 @@ def _outcomes(
     own = [cell for cell in todo if cell.source is None and not outcomes[cell]]
     total = sum(work_of(model, cell.job.length) * len(cell.job.spans) for cell in own) * len(windows.tokens)
     with (
-        lean(model, feeding.device),
+        bounded_memory(model, feeding.device),
         keeping_table(handle),
         progress.bar(total, "evaluate", is_shown=distributed.is_main(), bar_format=BAR) as bar,
     ):
@@ -151,7 +151,7 @@ def _sorted(found: list[Score | Missing], order: list[tuple[str, str]]) -> tuple
 
 
 @contextmanager
-def lean(model: nn.Module, device: torch.device) -> Iterator[None]:
+def bounded_memory(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Bound the memory inside the block: tiled logits, and CPU attention without masks. Collective."""
     with evaluating(model), chunked_attention(model), tiled_head(model, device):
         yield

@@ -59,7 +59,7 @@ class Sharding:
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryUse:
     """Bytes on the device and in the host's memory, for one rank."""
 
     device: float
@@ -90,14 +90,14 @@ def sharding(
     )
 
 
-def parameters(s: Sharding, blocks: Sequence[int]) -> Held:
+def parameters(s: Sharding, blocks: Sequence[int]) -> MemoryUse:
     """Compute the bytes of parameters; `blocks` are their numbers in the order of use: embedding, layers, head."""
     count = sum(blocks)
     if s.stage < 3:
-        return Held(s.parameter * count)
+        return MemoryUse(s.parameter * count)
     kept = s.parameter * s.share(count)
     live = s.parameter * live_parameters(s, blocks) if s.gathers else 0.0
-    return Held(live, kept) if s.offload_parameters else Held(kept + live)
+    return MemoryUse(live, kept) if s.offload_parameters else MemoryUse(kept + live)
 
 
 def live_parameters(s: Sharding, blocks: Sequence[int]) -> int:
@@ -115,50 +115,50 @@ def live_parameters(s: Sharding, blocks: Sequence[int]) -> int:
     return min(sum(blocks), max(kept, *blocks, s.max_live if s.prefetch_bucket else 0))
 
 
-def gradients(s: Sharding, count: int) -> Held:
+def gradients(s: Sharding, count: int) -> MemoryUse:
     """Compute the bytes of gradients of `count` trainable parameters: accumulated ones and reduction buckets."""
     if s.stage == 0:
-        return Held(s.parameter * count)
+        return MemoryUse(s.parameter * count)
     bucket = s.parameter * (s.reduce_bucket if s.on_gpu else min(s.reduce_bucket, count))
     if s.stage == 1:
-        return Held(s.parameter * count + bucket)
+        return MemoryUse(s.parameter * count + bucket)
     # Stage 3 keeps its bucket, and copies it together for each reduce-scatter; stage 2 allocates one a backward pass.
     buckets = bucket + (s.parameter * min(s.reduce_bucket, count) if s.stage == 3 else 0)
     kept = s.gradient * s.share(count)
-    return Held(buckets, kept) if s.offload_optimizer else Held(kept + buckets)
+    return MemoryUse(buckets, kept) if s.offload_optimizer else MemoryUse(kept + buckets)
 
 
-def optimizer(s: Sharding, count: int) -> Held:
+def optimizer(s: Sharding, count: int) -> MemoryUse:
     """Compute the bytes of AdamW's state for `count` trainable parameters: float32 master copy and two moments."""
     if s.stage == 0:
-        return Held((MOMENTS + (MASTER if s.parameter < FLOAT32 else 0)) * count)
+        return MemoryUse((MOMENTS + (MASTER if s.parameter < FLOAT32 else 0)) * count)
     state = (MASTER + MOMENTS) * s.share(count)
     if not s.offload_optimizer:
-        return Held(state)
+        return MemoryUse(state)
     staging = s.parameter if s.stage < 3 else 0
-    return Held(0.0, state + (GRADIENTS_ON_HOST + staging) * s.share(count))
+    return MemoryUse(0.0, state + (GRADIENTS_ON_HOST + staging) * s.share(count))
 
 
-def update_workspace(s: Sharding, count: int) -> Held:
+def update_workspace(s: Sharding, count: int) -> MemoryUse:
     """Compute the bytes that the optimizer's step allocates: gradients as one float32 vector, AdamW's temporaries.
 
     On a GPU AdamW is fused and has none; on a CPU it takes two vectors. ZeRO-3 updates one sub-group at a time. With
     the optimizer in host memory DeepSpeed's CPUAdam works in place.
     """
     if s.offload_optimizer or (s.stage == 0 and s.parameter == FLOAT32):
-        return Held(0.0)
+        return MemoryUse(0.0)
     elements = s.share(count) if s.stage else float(count)
     if s.stage == 3:
         elements = min(elements, s.sub_group)
     if s.on_gpu:
-        return Held((FLOAT32 + (s.gradient if s.parameter < FLOAT32 else 0)) * elements)
-    return Held((FLOAT32 + 2 * FLOAT32) * elements)
+        return MemoryUse((FLOAT32 + (s.gradient if s.parameter < FLOAT32 else 0)) * elements)
+    return MemoryUse((FLOAT32 + 2 * FLOAT32) * elements)
 
 
-def ode(num_pairs: int, num_hidden: int, num_steps: int) -> Held:
+def ode(num_pairs: int, num_hidden: int, num_steps: int) -> MemoryUse:
     """Compute the host bytes of the vector field: float32 weights, gradients and moments, and the graph of a solve.
 
     Each of the 4 evaluations of a Runge-Kutta step keeps its input [P] and the hidden layer before and after [H].
     """
     weights = (FLOAT32 + GRADIENTS_ON_HOST + MOMENTS) * 2 * num_pairs * num_hidden
-    return Held(0.0, weights + 4 * num_steps * FLOAT32 * (2 * num_pairs + 2 * num_hidden))
+    return MemoryUse(0.0, weights + 4 * num_steps * FLOAT32 * (2 * num_pairs + 2 * num_hidden))

@@ -22,7 +22,7 @@ from clex_train.data.shards import part_len
 from clex_train.engine import deepspeed as engines
 from clex_train.preflight import memory, meta_model, sequence_parallel
 from clex_train.preflight.activations import Footprint
-from clex_train.preflight.memory import Held
+from clex_train.preflight.memory import MemoryUse
 from clex_train.scaling.clex import Clex
 from clex_train.tracking import summary
 from clex_train.tracking.summary import Batch, Subject
@@ -157,7 +157,7 @@ def _parts(
         Part("activations", (footprint.activations, footprint.layers, 0.0), footprint.host),
         Part("logits", (footprint.logits, 0.0, 0.0)),
         *([mask] if mask else []),
-        _constant("ODE", _ode(clex) if clex else Held(0.0)),
+        _constant("ODE", _ode(clex) if clex else MemoryUse(0.0)),
     )
     return parts if sharding.on_gpu else tuple(map(_in_one_memory, parts))
 
@@ -168,13 +168,13 @@ def _in_one_memory(part: Part) -> Part:
     return Part(part.name, (loss + part.host, layers + part.host, update + part.host))
 
 
-def _ode(clex: Clex) -> Held:
+def _ode(clex: Clex) -> MemoryUse:
     num_pairs, num_hidden = clex.up.shape
     return memory.ode(num_pairs, num_hidden, clex.num_steps)
 
 
-def _constant(name: str, held: Held) -> Part:
-    return Part(name, (held.device, held.device, held.device), held.host)
+def _constant(name: str, use: MemoryUse) -> Part:
+    return Part(name, (use.device, use.device, use.device), use.host)
 
 
 def memory_table(plan: Plan) -> Iterator[str]:

@@ -279,7 +279,7 @@ class StopRequests:
         self.deadline.took(kind, time.monotonic() - start)
 
     @property
-    def leads_nowhere(self) -> bool:
+    def is_too_short(self) -> bool:
         """True if `max_runtime` is too short for a single step or evaluation, so that requeuing would not help."""
         return not self.deadline.has_measured and self.deadline.exceeded_by() is not None
 

@@ -211,9 +211,9 @@ def stop_early(parts: Parts, progress: Progress) -> None:
         StopRequested: always, unless the same command would not get further.
         RunStopped: `max_runtime` is too short for a step, or a disk is full.
     """
-    answers = distributed.gather_objects((parts.stop.reason(), parts.stop.leads_nowhere, parts.stop.fault))
+    answers = distributed.gather_objects((parts.stop.reason(), parts.stop.is_too_short, parts.stop.fault))
     reason = next(f"{reason} (rank {rank})" for rank, (reason, *_) in enumerate(answers) if reason)
-    if any(leads_nowhere for _, leads_nowhere, _ in answers):
+    if any(is_too_short for _, is_too_short, _ in answers):
         raise RunStopped(f"{reason}: too short for one step, or one evaluation, and its checkpoint; raise max_runtime")
     if progress.step > progress.saved:
         state.save(parts, progress.step)
