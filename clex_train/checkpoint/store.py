@@ -225,12 +225,12 @@ class Checkpoints:
         """
         # Largest first and then round robin, which balances the bytes per rank well enough.
         names = sorted(found.manifest.files, key=lambda name: -found.manifest.files[name])
-        said = distributed.gather_objects(damage_in(found, names[distributed.rank() :: distributed.world_size()]))
+        reports = distributed.gather_objects(damage_in(found, names[distributed.rank() :: distributed.world_size()]))
         # A file that would run code is an attack, not damage: never fall back to an older checkpoint.
-        for refusal in said:
+        for refusal in reports:
             if isinstance(refusal, RunsCode):
                 raise refusal
-        return next((reason for reason in said if isinstance(reason, str)), None)
+        return next((reason for reason in reports if isinstance(reason, str)), None)
 
     def _judge(self, chosen: Found | None, damage: dict[Path, str]) -> None:
         """Warn about damage newer than the chosen checkpoint, or raise `ConfigError`."""
@@ -238,15 +238,17 @@ class Checkpoints:
         newer = {path: why for path, why in damage.items() if step_of(path) > (chosen.manifest.step if chosen else -1)}
         if chosen is not None and (why := self._latest_is_wrong(chosen, newer)):
             newer[self.folder / LATEST] = why
-        said = "; ".join(f"checkpoint {path} is damaged: {why}" for path, why in sorted(newer.items()))
+        faults = "; ".join(f"checkpoint {path} is damaged: {why}" for path, why in sorted(newer.items()))
         if newer and chosen is None:
             raise ConfigError(
-                f"{said}; no older one is left", None, "remove it to start again, or choose another output_dir"
+                f"{faults}; no older one is left", None, "remove it to start again, or choose another output_dir"
             )
         if newer and self.strict:
-            raise ConfigError("resume", "strict", f"{said}; resume=auto would resume {chosen.path if chosen else None}")
+            raise ConfigError(
+                "resume", "strict", f"{faults}; resume=auto would resume {chosen.path if chosen else None}"
+            )
         if newer and distributed.is_main():
-            logger.warning("%s; resuming from %s instead", said, chosen.path if chosen else None)
+            logger.warning("%s; resuming from %s instead", faults, chosen.path if chosen else None)
 
     def _latest_is_wrong(self, chosen: Found, newer: dict[Path, str]) -> str | None:
         """Return the damage of `latest`, or None."""
