@@ -5,7 +5,8 @@ FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
 COPY --from=ghcr.io/astral-sh/uv:0.13.9 /uv /usr/local/bin/uv
 
-# g++ compiles DeepSpeed's CPU Adam at run time, for engine.offload.
+# g++ compiles DeepSpeed's CPU Adam at run time, for engine.offload. The image is pinned; Ubuntu removes old versions of g++.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*

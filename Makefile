@@ -6,7 +6,7 @@ PIP := -m pip install --disable-pip-version-check
 # The newest versions that were run, unless the environment has its own reasons: make CONSTRAINTS=other.txt
 CONSTRAINTS ?= constraints.txt
 OLDEST := tests/rope tests/attention tests/lm_infinite tests/engine tests/test_api.py tests/checkpoint/test_store.py \
-	tests/models/test_official.py tests/preflight/test_activations.py tests/preflight/test_memory.py tests/tracking/test_tracker.py \
+	tests/models/test_official.py tests/preflight/test_activations.py tests/preflight/test_model_states.py tests/tracking/test_tracker.py \
 	tests/training/test_ode_optimizer.py tests/utils/test_private_names.py tests/report \
 	tests/data_prep/test_damaged_files.py tests/data_prep/test_readers.py
 
@@ -53,10 +53,10 @@ check: .venv/dev dockerfile docs  ## lint, format, types, direction of imports, 
 docs: .venv/dev  ## the site in site/; a broken link or an undocumented page is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-dockerfile:  ## by docker's own checks or hadolint where one is at hand; tests/package/test_dockerfile.py reads it anywhere
+dockerfile: .venv/dev  ## by docker's own checks where a daemon runs, else by hadolint
 	@if docker buildx version >/dev/null 2>&1 && docker info >/dev/null 2>&1; then docker build --check .; \
-	elif command -v hadolint >/dev/null; then hadolint Dockerfile; \
-	else echo "Dockerfile: no docker daemon and no hadolint here; only the test reads it"; fi
+	elif [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; \
+	else echo "Dockerfile: no docker daemon here, and no hadolint for this processor; only the test reads it"; fi
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .

@@ -63,7 +63,7 @@ def _run(config: configuration.Config, page: "out_of_memory.Page") -> int:
     from clex_train.tracking.tracker import Tracker
     from clex_train.training import final_model, loop
     from clex_train.training.build import build, listen_for_stops
-    from clex_train.training.opening import open_run
+    from clex_train.training.run_setup import open_run
 
     stop = listen_for_stops(config)
     page.ready = ready = run_checks(config)

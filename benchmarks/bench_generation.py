@@ -28,10 +28,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from transformers.cache_utils import Cache
 
 from clex_train.attention import kv_cache
-from clex_train.rope import key_record
+from clex_train.rope import key_rotations
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.table import FrequencyTable, scale_grid
+from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 
 T_MAX, VOCABULARY, TARGET = 16.0, 32000, 0.98
 
@@ -98,7 +98,7 @@ def measure(model: LlamaForCausalLM, context: int, arguments: argparse.Namespace
         # The keys count as rotated at t = n / L, as if computed there.
         spectrum = frequencies.least_upper_bound(context, arguments.context_len)
         positions = torch.arange(context, device=model.device)[None]
-        key_record.record_keys(caches["clex"], None, spectrum, positions, context)
+        key_rotations.record_keys(caches["clex"], None, spectrum, positions, context)
     for turn in range(arguments.rounds + 1):
         # Who goes first alternates, so that a machine that slows down or speeds up favours neither.
         for side in ("plain", "clex") if turn % 2 else ("clex", "plain"):

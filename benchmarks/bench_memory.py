@@ -110,7 +110,7 @@ def parse() -> argparse.Namespace:
 def measure(case: Case) -> Measured:
     """Estimate one case in this process and measure it in a subprocess."""
     # Late imports: the child must not import what it does not measure.
-    from clex_train.preflight import plan as planning
+    from clex_train.preflight import memory_plan as planning
     from clex_train.preflight.run_checks import Scope, run_checks
 
     with tempfile.TemporaryDirectory() as folder:

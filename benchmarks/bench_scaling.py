@@ -34,8 +34,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from clex_train.config.scaling import ScalingConfig
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.frequency_table import scale_grid
 from clex_train.scaling.spectrum import cos_sin
-from clex_train.scaling.table import scale_grid
 from clex_train.scaling.vector_field import VectorField
 from clex_train.tracking.metrics import PEAK_BF16_FLOPS, flops_per_token
 from clex_train.training.ode_optimizer import OdeOptimizer

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 from clex_train.data.batch import Collate, collate_documents, collate_rows
+from clex_train.data.concat_packing import ConcatRows
+from clex_train.data.document_packing import best_fit
 from clex_train.data.loader import batches
-from clex_train.data.order import ShuffledRows
-from clex_train.data.packing import ConcatRows
-from clex_train.data.pieces import best_fit
 from clex_train.data.rows import Rows
+from clex_train.data.sampler import ShuffledRows
 from clex_train.token_store.manifest import DOCUMENT, MANIFEST
 from clex_train.token_store.store import TokenStore
 from clex_train.token_store.writer import write_atomically, write_store

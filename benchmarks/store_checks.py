@@ -29,10 +29,10 @@ import torch
 from data_loading import BATCH_ROWS, MICRO_BATCH, VOCABULARY
 
 from clex_train.data.batch import collate_rows
+from clex_train.data.concat_packing import ConcatRows
 from clex_train.data.loader import batches
-from clex_train.data.order import ShuffledRows
-from clex_train.data.packing import ConcatRows
 from clex_train.data.rows import Rows
+from clex_train.data.sampler import ShuffledRows
 from clex_train.token_store.manifest import BLOCK, BLOCK_SUM, DOCUMENT, MANIFEST, Shard
 from clex_train.token_store.store import TokenStore
 from clex_train.token_store.writer import write_atomically, write_store
@@ -43,7 +43,7 @@ MOST_ROWS, MOST_TOKENS = 20_000, 40_000_000
 """Limits of one turn."""
 OPEN = """
 import json, pathlib, sys, time
-from clex_train.data.packing import ConcatRows
+from clex_train.data.concat_packing import ConcatRows
 from clex_train.token_store.store import TokenStore
 
 def resident(name):

@@ -24,7 +24,7 @@ from clex_train.models.load import load_for_evaluation
 from clex_train.rope.context_length import context_in_config
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.table import FrequencyTable, scale_grid
+from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.utils.errors import ConfigError
 
 __all__ = ["AppliedClex", "apply_clex", "apply_lm_infinite", "load_for_evaluation"]

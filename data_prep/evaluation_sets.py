@@ -20,7 +20,7 @@ from clex_train.token_store.writer import ShardWriter
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, renamed_key, require
 from data_prep.config import EvaluationSetsVerb
-from data_prep.partial import disk_full_explained, is_done, open_partial, publish
+from data_prep.resume import disk_full_explained, is_done, open_partial, publish
 
 logger = log.get(__name__)
 

@@ -18,7 +18,7 @@ from data_prep.config import CorpusVerb
 from data_prep.corpus.documents import documents, require_documents
 from data_prep.corpus.sources import Unit, plan
 from data_prep.corpus.utf8 import printable
-from data_prep.partial import disk_full_explained, require_free, require_writable
+from data_prep.resume import disk_full_explained, require_free, require_writable
 
 logger = log.get(__name__)
 

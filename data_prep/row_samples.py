@@ -9,8 +9,8 @@ import numpy as np
 
 from clex_train.config.data import DataConfig
 from clex_train.data.build import PACKINGS
-from clex_train.data.order import ShuffledRows
 from clex_train.data.rows import PADDING, Row
+from clex_train.data.sampler import ShuffledRows
 from clex_train.token_store.store import TokenStore
 from clex_train.utils.protocols import Tokenizer
 from data_prep.config import InspectVerb

@@ -19,7 +19,7 @@ from data_prep.config import CorpusConfig, TrainTokenizerVerb
 from data_prep.corpus.documents import documents
 from data_prep.corpus.held_out import rule
 from data_prep.corpus.sources import Unit, plan
-from data_prep.partial import disk_full_explained, require_free, require_writable
+from data_prep.resume import disk_full_explained, require_free, require_writable
 
 logger = log.get(__name__)
 

@@ -3,7 +3,7 @@
 #SBATCH --nodes=4                     values in double quotes if sbatch's parser needs them
 run_dir='/data/it'"'"'s here'         values quoted by shlex, so that bash expands nothing
 task() { ... }                        launch/job/<torchrun|deepspeed|task_per_rank>.sh
-...                                   launch/job/life.sh: one life of the job, the same for all launchers
+...                                   launch/job/signals.sh: one life of the job, the same for all launchers
 """
 
 import hashlib
@@ -58,7 +58,7 @@ def render(config: Config, folder: Path, submitted_from: Path) -> str:
         *_site(launch),
         "",
         (MACHINERY / f"{start}.sh").read_text(encoding="utf-8"),
-        (MACHINERY / "life.sh").read_text(encoding="utf-8"),
+        (MACHINERY / "signals.sh").read_text(encoding="utf-8"),
     )
     return "\n".join(parts)
 

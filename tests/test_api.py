@@ -12,8 +12,8 @@ from clex_train.models.directory import write_clex
 from clex_train.rope.patch import install_rotary
 from clex_train.rope.rotary import ScaledRotary
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.scaling.methods.ntk import ntk_table
-from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.utils.files import atomic_directory
 from tests.helpers.tiny_causal_lm import CONTEXT, VOCABULARY, tiny_llama
 

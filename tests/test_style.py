@@ -21,16 +21,7 @@ LARGEST_PACKAGE, LARGEST_PACKAGES = 2000, {"evaluation": 3000}
 LONGEST_IMPORT_PATH, LOOP_MODULES = 10, 60
 DOCUMENTED, COMMENTS_PER_100_LINES, QUESTIONS = 0.98, 5.0, 0.03
 
-EXCEPTIONS = {
-    "clex_train.checkpoint.store": "one class that saves, resumes and prunes; its parts share the folder's state",
-    "clex_train.cli.evaluate": "its arguments repeat keys of `evaluation`; composing the group would shorten it",
-    "clex_train.models.load": "loading for training and for evaluation share most helpers",
-    "cli": "eight programs and their shared arguments",
-    "data": "packing, order, mixture and the verified store",
-    "evaluation": "retrieval, the report and resumable evaluations are in one package with the protocols",
-    "lm_infinite": "every back end, and caches for every family",
-    "models": "checks of foreign weights and configs take half",
-}
+EXCEPTIONS: dict[str, str] = {}
 """Files and packages over a budget of lines, with the reason."""
 
 QUESTION = re.compile(r"(What|Whether|Where|Which|How|When|Who|Why)\b")

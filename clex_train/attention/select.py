@@ -13,6 +13,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from clex_train.config.attention import MAX_FLASH_HEAD_DIM, AttentionConfig, AttentionImplementation
 from clex_train.utils.errors import require
+from clex_train.utils.versions import install_command
 
 SDPA_KERNELS = {0: "explicit", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
 """Kernel names by the numbers of torch.nn.attention.SDPBackend."""
@@ -20,6 +21,16 @@ SDPA_KERNELS = {0: "explicit", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
 MAX_PROBE_TOKENS = 1024
 ULYSSES = "ulysses"
 """Name under which `attention.ulysses` registers itself with transformers."""
+
+
+def check_attention(implementation: AttentionImplementation, key: str = "attention.implementation") -> None:
+    """Raise `ConfigError` for a back end that this machine lacks; `key` is the user's key for it."""
+    require(
+        implementation is not AttentionImplementation.flash_attention_2 or is_flash_attn_2_available(),
+        key,
+        implementation.name,
+        f"flash-attn is not installed or there is no GPU: {install_command('gpu')}, or use sdpa",
+    )
 
 
 def resolve_attention(requested: AttentionConfig, arch: PretrainedConfig, dtype: torch.dtype) -> AttentionConfig:

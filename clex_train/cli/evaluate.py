@@ -31,7 +31,8 @@ import torch
 
 from clex_train.cli import forecast
 from clex_train.cli.evaluation_plan import EvaluateArguments, EvaluateConfig, Plan, make_plan, parse
-from clex_train.cli.loading import load, print_plan, resume_partial, write_results
+from clex_train.cli.load_model import load
+from clex_train.cli.loading import print_plan, resume_partial, write_results
 from clex_train.config.evaluation import Protocol
 from clex_train.config.method import Method
 from clex_train.console import arguments as arguments_of
@@ -39,8 +40,8 @@ from clex_train.console import program
 from clex_train.evaluation import methods, runner, streaming
 from clex_train.evaluation import provenance as origin
 from clex_train.evaluation import retrieval_runner as retrieval
-from clex_train.evaluation.cells import cells as cells_of_table
 from clex_train.evaluation.console import tables_of
+from clex_train.evaluation.grid import cells as cells_of_table
 from clex_train.evaluation.partial_results import Partial, log_found
 from clex_train.evaluation.protocols import Reading, readings
 from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
@@ -48,8 +49,8 @@ from clex_train.evaluation.retrieval_runner import method_cells
 from clex_train.evaluation.runner import Feeding
 from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, select
-from clex_train.resilience import out_of_memory
-from clex_train.resilience.out_of_memory import REMEDIES
+from clex_train.resilience import oom_recovery
+from clex_train.resilience.oom_recovery import REMEDIES
 from clex_train.retrieval import plan as retrieval_plan
 from clex_train.retrieval.plan import Cell
 from clex_train.tracking.summary import labelled
@@ -133,11 +134,11 @@ def evaluate(
     spec = plan.spec
     if spec.longest() > spec.chunk_len:
         # The cache grows while chunks allocate and free memory, so return it to the system at once.
-        out_of_memory.release_freed_memory()
+        oom_recovery.release_freed_memory()
     loaded, dtype = load(args, plan.model)
     # Vocabulary and loader buffers take tens of MiB, and scoring needs neither.
     loaded.tokenizer = None
-    out_of_memory.free_memory()
+    oom_recovery.free_memory()
     tables = methods.model_tables(spec, loaded)
     inserted = methods.insertions(spec, loaded.model, loaded.context_len)
     if args.dry_run:

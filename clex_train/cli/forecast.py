@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from clex_train.console import program
-from clex_train.evaluation.cells import Cell
+from clex_train.evaluation.grid import Cell
 from clex_train.evaluation.perplexity import one_shot
 from clex_train.evaluation.retrieval_runner import MethodCell
 from clex_train.evaluation.runner import Feeding, bounded_memory, keeping_table, work_of

@@ -33,6 +33,7 @@ import torch
 from clex_train.cli import forecast, loading
 from clex_train.cli.forecast import Amount
 from clex_train.cli.keys import METHOD_KEYS, LoadingConfig
+from clex_train.cli.load_model import load
 from clex_train.cli.loading import Source
 from clex_train.config.bos import Bos
 from clex_train.config.docs import with_overrides
@@ -138,7 +139,7 @@ def _run(args: LmEvalArguments) -> None:
         metadata["max_seq_lengths"] = args.lengths
     tasks = harness.Tasks(args.tasks, Path(args.include) if args.include else None, metadata)
     loading.print_plan("lm_eval", args, source, [labelled("tasks", _tasks(args, tasks, max_length))])
-    loaded, dtype = loading.load(args, source.model)
+    loaded, dtype = load(args, source.model)
     settings = harness.RequestSettings(
         max_length,
         args.batch_size,

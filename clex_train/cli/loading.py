@@ -1,8 +1,4 @@
-"""Load the model of an evaluation: shared keys, checks, sharding, partial results.
-
-`sharded=true` splits the weights over the ranks (ZeRO-3) while they are read; each layer's are gathered as it runs, so
-that every rank must run the same number of forwards. `offload_parameters=true` keeps the shares in host memory.
-"""
+"""Model that a program evaluates: which one, whether its keys fit together, where its results go."""
 
 from __future__ import annotations
 
@@ -12,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
+from clex_train.attention.select import check_attention
 from clex_train.cli.keys import LoadingConfig
-from clex_train.config import recorded
-from clex_train.config.engine import EngineConfig, Offload
+from clex_train.config import saved_config
+from clex_train.config.engine import EngineConfig
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
 from clex_train.console import program as console
@@ -26,8 +21,6 @@ from clex_train.evaluation import provenance as origins
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.results import Origin, place
 from clex_train.models import architecture, size, weights
-from clex_train.models import load as modeling
-from clex_train.models.load import LoadedModel
 from clex_train.rope.probe import model_on_meta
 from clex_train.tracking import summary
 from clex_train.utils import checksums, distributed, log
@@ -74,7 +67,7 @@ def check(args: LoadingConfig) -> None:
         args.offload_parameters,
         "only sharded weights can be kept on the host; set sharded=true too",
     )
-    modeling.check_attention(args.attention, "attention")
+    check_attention(args.attention, "attention")
 
 
 def _check_revision(args: LoadingConfig) -> None:
@@ -222,26 +215,11 @@ def printing_on_failure(output: Path, text: str) -> Iterator[None]:
         raise console.write_failure(output, error, remedy) from error
 
 
-def load(args: LoadingConfig, model: ModelConfig) -> tuple[LoadedModel, torch.dtype]:
-    """Load the model, or this rank's shard of it, on this rank's device; also return its dtype. Collective."""
-    engine = EngineConfig(precision=args.precision, offload=Offload.all if args.offload_parameters else Offload.none)
-    if args.sharded or distributed.world_size() > 1:
-        deepspeed.open_process_group(engine)
-    dtype = deepspeed.precision(engine)
-    if args.sharded:
-        loaded = modeling.load_for_evaluation(model, dtype, args.attention, deepspeed.inference_dict(engine))
-        loaded.engine = deepspeed.build_for_inference(loaded.model, engine)
-        return loaded, dtype
-    loaded = modeling.load_for_evaluation(model, dtype, args.attention)
-    loaded.model.to(distributed.device())
-    return loaded, dtype
-
-
 def run_config(run: Path) -> Config:
     """Read the configuration of a finished run; `ConfigError` names the missing file."""
     require(run.is_dir(), "run", run, "no such folder; give the output_dir of a training run")
     require(
-        (run / recorded.CONFIG).exists(),
+        (run / saved_config.CONFIG).exists(),
         "run",
         run,
         "not a run folder (no config.yaml); use model=DIR for a model",
@@ -249,7 +227,7 @@ def run_config(run: Path) -> Config:
     finished = (run / "final").is_dir()
     require(finished, "run", run, "not finished (no final/); start the same training command again, it continues")
     require_whole(run)
-    return recorded.read(run / recorded.CONFIG)
+    return saved_config.read(run / saved_config.CONFIG)
 
 
 def require_whole(run: Path) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 from clex_train.config.data import DataConfig, Packing, parse_ranges
 from clex_train.config.optim import OptimConfig
 from clex_train.data.bos import describe_bos
+from clex_train.data.concat_packing import ConcatRows
+from clex_train.data.document_packing import best_fit, long_documents
 from clex_train.data.mixture import MixedRows, Schedule
-from clex_train.data.order import ShuffledRows, SkippedRows
-from clex_train.data.packing import ConcatRows
-from clex_train.data.pieces import best_fit, long_documents
 from clex_train.data.rows import Rows
+from clex_train.data.sampler import ShuffledRows, SkippedRows
 from clex_train.data.summary import PackingSummary
 from clex_train.token_store.manifest import read_manifest
 from clex_train.token_store.store import TokenStore

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clex_train.config.data import DataConfig, parse_ranges
-from clex_train.data.order import original_index
+from clex_train.data.sampler import original_index
 from clex_train.utils import records
 
 DataOrder = dict[str, list[Any]]

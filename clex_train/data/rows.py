@@ -1,7 +1,7 @@
 """Interface of training data: rows of `seq_len` tokens that record the document of each token.
 
-A packing (`clex_train/data/packing.py`, `pieces.py`) holds the rows of one pass over a store. Orders and mixtures
-(`order.py`, `mixture.py`) wrap rows and are rows themselves, so the loader knows a single interface.
+A packing (`concat_packing.py`, `document_packing.py`) holds the rows of one pass over a store. Orders and mixtures
+(`sampler.py`, `mixture.py`) wrap rows and are rows themselves, so the loader knows a single interface.
 """
 
 from __future__ import annotations

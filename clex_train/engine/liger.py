@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clex_train.config.engine import Liger
 from clex_train.utils.errors import require
+from clex_train.utils.versions import install_command
 
 
 class Kernels(NamedTuple):
@@ -43,7 +44,7 @@ def check(choice: Liger) -> None:
         choice is not Liger.always or reason is None,
         "engine.liger",
         choice.name,
-        f"{reason}: pip install -r requirements-gpu.txt on a machine with one, or use auto",
+        f"{reason}: {install_command('gpu')} on a machine with one, or use auto",
     )
 
 

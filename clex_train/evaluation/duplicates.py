@@ -6,7 +6,7 @@ Two methods give the same scores if they rotate by the same frequencies and use 
 
 from collections.abc import Collection, Iterable
 
-from clex_train.scaling.table import Frequencies
+from clex_train.scaling.frequency_table import Frequencies
 
 Identity = tuple[object, ...]
 

@@ -24,7 +24,7 @@ from clex_train.evaluation.windows import require_windows, select
 from clex_train.models import architecture
 from clex_train.retrieval import plan
 from clex_train.rope.patch import RotaryHandle
-from clex_train.scaling.table import scale_grid
+from clex_train.scaling.frequency_table import scale_grid
 from clex_train.token_store.store import TokenStore
 from clex_train.token_store.vocabulary import check_bos, check_embedding
 from clex_train.utils import distributed, log

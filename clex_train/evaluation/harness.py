@@ -21,6 +21,7 @@ from clex_train.evaluation.partial_results import Partial
 from clex_train.models.load import LoadedModel
 from clex_train.utils import distributed, log, progress, seeding
 from clex_train.utils.errors import ConfigError
+from clex_train.utils.versions import install_command
 
 NOT_RUN = -1
 """Score of lm-eval's multi-length tasks for a length without prompts."""
@@ -34,7 +35,7 @@ logger = log.get(__name__)
 def require_installed() -> None:
     """Raise `ConfigError` with the remedy when lm-eval is not installed."""
     if find_spec("lm_eval") is None:
-        raise ConfigError("lm-eval is not installed", None, "pip install -r requirements-eval.txt")
+        raise ConfigError("lm-eval is not installed", None, install_command("eval"))
 
 
 class Tasks:

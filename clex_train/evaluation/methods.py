@@ -24,10 +24,10 @@ from clex_train.lm_infinite.middle_tokens import BestMiddle
 from clex_train.rope.hf_scalings import ConfiguredRope
 from clex_train.rope.native import NoRotaryHandle
 from clex_train.rope.patch import RotaryHandle
+from clex_train.scaling.frequency_table import Frequencies, scale_grid
 from clex_train.scaling.methods import for_evaluation
 from clex_train.scaling.methods.base import Rope
 from clex_train.scaling.methods.none import none_table
-from clex_train.scaling.table import Frequencies, scale_grid
 from clex_train.utils.errors import require
 
 if TYPE_CHECKING:

@@ -24,11 +24,11 @@ from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.results import MOST_CHARACTERS, Missing, TaskScore, task_key
 from clex_train.evaluation.runner import Gauge, Inserted, keeping_table, rank_batches
 from clex_train.lm_infinite.install import LmInfinite
-from clex_train.resilience.out_of_memory import MemoryGuard
+from clex_train.resilience.oom_recovery import MemoryGuard
 from clex_train.retrieval.plan import Cell
 from clex_train.rope.patch import RotaryHandle
 from clex_train.rope.preallocated_cache import new_cache
-from clex_train.scaling.table import Frequencies
+from clex_train.scaling.frequency_table import Frequencies
 from clex_train.utils import distributed, progress
 from clex_train.utils.errors import StopRequested
 from clex_train.utils.protocols import Tokenizer

@@ -21,15 +21,15 @@ from torch import nn
 from tqdm import tqdm
 
 from clex_train.attention.chunked_sdpa import chunked_attention
-from clex_train.evaluation.cells import Cell, Job, cells
+from clex_train.evaluation.grid import Cell, Job, cells
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.perplexity import Advance, evaluating, warn_of_overflow
 from clex_train.evaluation.protocols import Reading, curve
 from clex_train.evaluation.results import Missing, Results, Score, exact_score, with_standard_errors
 from clex_train.evaluation.scoring_head import tiled_head
-from clex_train.resilience.out_of_memory import MemoryGuard
+from clex_train.resilience.oom_recovery import MemoryGuard
 from clex_train.rope.patch import RotaryHandle
-from clex_train.scaling.table import Frequencies
+from clex_train.scaling.frequency_table import Frequencies
 from clex_train.utils import distributed, progress
 from clex_train.utils.errors import StopRequested
 

@@ -17,7 +17,7 @@ from clex_train.models import hub, official
 from clex_train.rope import config_checks
 from clex_train.rope.context_length import ContextLength, context_in_config, stated_length
 from clex_train.rope.patch import require_rotary
-from clex_train.scaling.table import FrequencyTable, scale_grid
+from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.utils import locations, log
 from clex_train.utils.errors import ConfigError, InputError, require
 

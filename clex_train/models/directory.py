@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from clex_train.config.scaling import LogScale
 from clex_train.models.weight_files import WEIGHT_FILES
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.frequency_table import MAX_FACTORS, FrequencyTable
 from clex_train.scaling.solver import MAX_STEPS
-from clex_train.scaling.table import MAX_FACTORS, FrequencyTable
 from clex_train.utils import records
 from clex_train.utils.bounds import MOST_TOKENS
 from clex_train.utils.errors import ConfigError, first_line

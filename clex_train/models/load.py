@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from clex_train.attention.log_scaling import install_log_scaling
@@ -31,10 +30,10 @@ from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.rope.receptive_field import require_scalable_config
 from clex_train.scaling import methods
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.scaling.table import FrequencyTable, scale_grid
 from clex_train.utils import distributed, log, seeding
-from clex_train.utils.errors import ConfigError, first_line, is_out_of_memory, require
+from clex_train.utils.errors import ConfigError, first_line, is_out_of_memory
 from clex_train.utils.protocols import Tokenizer
 
 logger = log.get(__name__)
@@ -73,16 +72,6 @@ class LoadedModel:
         self.table = dataclasses.replace(table, context_len=self.context_len, t_factor=self.t_factor)
         self.handle.use(self.table)
         return self.table
-
-
-def check_attention(implementation: AttentionImplementation, key: str = "attention.implementation") -> None:
-    """Raise `ConfigError` for a back end that this machine lacks; `key` is the user's key for it."""
-    require(
-        implementation is not AttentionImplementation.flash_attention_2 or is_flash_attn_2_available(),
-        key,
-        implementation.name,
-        "flash-attn is not installed or there is no GPU: pip install -r requirements-gpu.txt, or use sdpa",
-    )
 
 
 def trained_architecture(config: Config, arch: PretrainedConfig) -> PretrainedConfig:

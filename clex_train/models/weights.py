@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from clex_train.config.model import ModelConfig
-from clex_train.engine.finite import non_finite_parameter
+from clex_train.engine.nan_check import non_finite_parameter
 from clex_train.models import official
 from clex_train.models.directory import has_weights
 from clex_train.models.weight_files import NotThere, Stored, files, have_equal_values, named, read_headers

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from clex_train.config.root import Config
 from clex_train.data.build import describe, mixture_line, packing_line, planned_epochs
-from clex_train.preflight.plan import Plan, gib, make_plan, memory_table
+from clex_train.preflight.memory_plan import Plan, gib, make_plan, memory_table
 from clex_train.preflight.run_checks import Inputs, Scope, run_checks
 from clex_train.tracking import summary
 from clex_train.utils import distributed, log

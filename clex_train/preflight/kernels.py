@@ -50,8 +50,9 @@ def announce(config: Config, arch: PretrainedConfig, num_replaced: int) -> None:
         logger.info("Liger kernels: %d norms and MLPs", num_replaced)
     if absent := missing():
         logger.info(
-            "%s not installed: everything runs without, slower on a GPU (pip install -r requirements-gpu.txt)",
+            "%s not installed: everything runs without, slower on a GPU (%s)",
             ", ".join(absent),
+            versions.install_command("gpu"),
         )
 
 

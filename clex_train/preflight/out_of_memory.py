@@ -9,7 +9,7 @@ import torch
 
 from clex_train.config.engine import EngineConfig, Offload
 from clex_train.config.root import Config
-from clex_train.preflight.plan import Plan, make_plan, memory_table
+from clex_train.preflight.memory_plan import Plan, make_plan, memory_table
 from clex_train.preflight.run_checks import Preflight, Scope, run_checks
 from clex_train.utils import distributed
 from clex_train.utils.errors import InputError, RunStopped, first_line, is_out_of_memory

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from clex_train.attention.select import check_attention
 from clex_train.checkpoint.listing import Found
 from clex_train.checkpoint.manifest import Manifest
 from clex_train.checkpoint.store import Checkpoints
@@ -151,7 +152,7 @@ def _world_size(config: Config, scope: Scope) -> int:
 def _check_machine(config: Config, scope: Scope) -> None:
     """Raise `ConfigError` for missing packages or a missing login where the run trains; elsewhere, log a warning."""
     try:
-        load.check_attention(config.attention.implementation)
+        check_attention(config.attention.implementation)
         liger.check(config.engine.liger)
         tracker.require_login(config.tracking)
     except ConfigError as error:

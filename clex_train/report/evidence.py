@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from clex_train.config import recorded
-from clex_train.config.recorded import CONFIG, FINAL
+from clex_train.config import saved_config
+from clex_train.config.saved_config import CONFIG, FINAL
 from clex_train.evaluation import results
 from clex_train.evaluation.provenance import weights_hash
 from clex_train.evaluation.results import Origin, Results, TaskScore
 from clex_train.evaluation.tables import Row, Table, read_tables, rows_of
 from clex_train.models.directory import TABLE
-from clex_train.scaling.table import FrequencyTable
+from clex_train.scaling.frequency_table import FrequencyTable
 from clex_train.tracking.metrics_log import LONGEST_LINE, parse
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, InputError
@@ -89,7 +89,7 @@ class TrainingRun:
     def last_step(self) -> int | None:
         """The step after which `final/` was written; None without a config."""
         path = self.folder / CONFIG
-        return recorded.over_defaults(path)["optim"]["steps"] if path.exists() else None
+        return saved_config.over_defaults(path)["optim"]["steps"] if path.exists() else None
 
     @cached_property
     def final_hash(self) -> str | None:

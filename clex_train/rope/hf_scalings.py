@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from clex_train.rope.rotary import LayerType
+from clex_train.scaling.frequency_table import FrequencyTable, as_grid
 from clex_train.scaling.methods.base import ParametersAt, Rope, TGrid
-from clex_train.scaling.table import FrequencyTable, as_grid
 from clex_train.utils.errors import ConfigError
 
 _KEPT = ("rope_theta", "partial_rotary_factor")

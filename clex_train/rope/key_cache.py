@@ -24,7 +24,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from clex_train.rope.key_record import KeyRecord
+from clex_train.rope.key_rotations import KeyRecord
 from clex_train.rope.preallocated_cache import PreallocatedLayer
 from clex_train.scaling.spectrum import Spectrum, cos_sin, rotate
 

@@ -17,8 +17,8 @@ from transformers import PretrainedConfig
 from clex_train.attention import kv_cache
 from clex_train.rope import probe
 from clex_train.rope.patch import LengthListener, RotaryHandle
+from clex_train.scaling.frequency_table import Frequencies
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.scaling.table import Frequencies
 from clex_train.utils.errors import ConfigError
 
 # Decoding asks for a new length at every token, so the cache of spectra needs a bound.

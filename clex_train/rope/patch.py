@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from clex_train.attention import kv_cache
 from clex_train.attention.kv_cache import LibraryChanged
 from clex_train.attention.layer_probe import rotary_attention
-from clex_train.rope import key_cache, key_record, receptive_field
+from clex_train.rope import key_cache, key_rotations, receptive_field
 from clex_train.rope.hooks import (
     CallArgument,
     CastPositionEmbeddings,
@@ -31,8 +31,8 @@ from clex_train.rope.hooks import (
 )
 from clex_train.rope.probe import Site, Traits, find_rotary, probe, require_fixed_frequencies, require_rotary
 from clex_train.rope.rotary import ScaledRotary
+from clex_train.scaling.frequency_table import Frequencies
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.scaling.table import Frequencies
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError
 
@@ -77,7 +77,7 @@ class _CallState(NamedTuple):
 
     spectrum: Spectrum
     cache: Cache | None
-    record: key_record.KeyRecord | None
+    record: key_rotations.KeyRecord | None
     num_tokens: int
     num_new: int
     moved: bool
@@ -247,12 +247,12 @@ class RotaryHandle:
         if tokens is None:
             return
         override = self._override
-        record = key_record.find_record(cache)
+        record = key_rotations.find_record(cache)
         if override.is_training and record is not None:
             raise ValueError(f"the KV cache holds {record.num_keys} keys: training takes whole rows, without a cache")
         num_new = tokens.shape[1]
         # Training rows have no cache, and their position_ids restart at documents, so count tokens instead.
-        num_tokens = num_new if override.is_training else key_record.count_tokens(num_new, position_ids, record)
+        num_tokens = num_new if override.is_training else key_rotations.count_tokens(num_new, position_ids, record)
         spectrum = self._select_spectrum(num_tokens) if override.spectrum is None else override.spectrum
         moved = False
         if cache is not None and record is not None:
@@ -277,7 +277,7 @@ class RotaryHandle:
         kv_cache.require_found(call.cache, output, call.num_new)
         cache = kv_cache.find_in_output(output) if call.cache is None else call.cache
         if cache is not None:
-            key_record.record_keys(cache, call.record, call.spectrum, position_ids, call.num_tokens, call.moved)
+            key_rotations.record_keys(cache, call.record, call.spectrum, position_ids, call.num_tokens, call.moved)
 
     def _inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -307,7 +307,7 @@ class RotaryHandle:
         own = self._select_spectrum(num_tokens)
         return own is spectrum or own.t == spectrum.t
 
-    def _warn_about_candidates(self, record: key_record.KeyRecord) -> None:
+    def _warn_about_candidates(self, record: key_rotations.KeyRecord) -> None:
         """Warn once that candidates were verified at a larger t than plain decoding would have used."""
         if record.lost_candidates and not self._warned_about_candidates:
             self._warned_about_candidates = True

@@ -14,9 +14,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from clex_train.scaling import solver
+from clex_train.scaling.frequency_table import FrequencyTable, as_grid, scale_grid
 from clex_train.scaling.solver import SolverReport, UnstableField
 from clex_train.scaling.spectrum import ntk_exponents
-from clex_train.scaling.table import FrequencyTable, as_grid, scale_grid
 from clex_train.scaling.vector_field import ACTIVATIONS, VectorField, network_input_start
 from clex_train.utils.seeding import generator
 

@@ -15,7 +15,7 @@ from clex_train.resilience.loss_spikes import NoSpikeWatch, SpikeWatch
 from clex_train.resilience.stop_requests import StopRequests
 from clex_train.tracking import metrics
 from clex_train.training.ode_optimizer import FixedFrequencies, OdeOptimizer
-from clex_train.training.opening import STOP_FILE
+from clex_train.training.run_setup import STOP_FILE
 from clex_train.training.state import Parts
 from clex_train.utils import distributed
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from clex_train.config import recorded
+from clex_train.config import saved_config
 from clex_train.engine import deepspeed as engines
 from clex_train.models.save import is_finished as is_whole
 from clex_train.models.save import write_final
@@ -18,7 +18,7 @@ logger = log.get(__name__)
 def save(parts: Parts, tokenizer: Tokenizer) -> None:
     """Write the weights, the frequencies of the last step and the tokenizer. Collective."""
     parts.loaded.solve_table()
-    final = Path(parts.config.output_dir) / recorded.FINAL
+    final = Path(parts.config.output_dir) / saved_config.FINAL
     write_final(final, parts.loaded, engines.consolidated_state_dict(parts.engine), tokenizer)
 
 
@@ -28,7 +28,7 @@ def is_finished(ready: Preflight) -> bool:
     if history is None or history.first_step != config.optim.steps:
         return False
     engines.open_process_group(config.engine)
-    final = Path(config.output_dir) / recorded.FINAL
+    final = Path(config.output_dir) / saved_config.FINAL
     if not is_whole(final):
         return False
     logger.info("%s is finished: its final model is in %s", config.output_dir, final)

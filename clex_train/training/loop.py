@@ -20,9 +20,9 @@ from torch import Tensor
 
 from clex_train.data.batch import MicroBatch, collate_documents, collate_rows
 from clex_train.data.loader import batches
-from clex_train.data.order import SkippedRows
+from clex_train.data.sampler import SkippedRows
 from clex_train.data.shards import shard_collate
-from clex_train.data.step_rows import loss_weights, read_step
+from clex_train.data.step_batches import loss_weights, read_step
 from clex_train.engine.deepspeed import gradient_norm, learning_rate, set_learning_rate
 from clex_train.scaling.solver import UnstableField
 from clex_train.token_store.shard_files import DamagedStore

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clex_train.engine.finite import non_finite_parameter
+from clex_train.engine.nan_check import non_finite_parameter
 
 if TYPE_CHECKING:
     from clex_train.scaling.solver import UnstableField

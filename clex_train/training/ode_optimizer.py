@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clex_train.scaling.frequency_table import scale_grid
 from clex_train.scaling.position_sampling import draw_t
 from clex_train.scaling.solver import UnstableField
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.scaling.table import scale_grid
 from clex_train.utils import distributed, log
 
 if TYPE_CHECKING:

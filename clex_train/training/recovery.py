@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clex_train.data.order import original_index
+from clex_train.data.sampler import original_index
 from clex_train.engine.deepspeed import has_stepped
 from clex_train.token_store.shard_files import DamagedStore
 from clex_train.tracking.metrics import row_spans

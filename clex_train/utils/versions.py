@@ -43,6 +43,11 @@ OPTIONAL = {
 }
 
 
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra (`gpu`, `eval`), for a checkout or for an installed package."""
+    return f"pip install -r requirements-{extra}.txt" if IS_CHECKOUT else f"pip install '{OWN}[{extra}]'"
+
+
 def missing() -> list[str]:
     """List the optional packages that are not installed."""
     return [name for name, optional in OPTIONAL.items() if find_spec(optional.module) is None]

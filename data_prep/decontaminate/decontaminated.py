@@ -15,7 +15,7 @@ from clex_train.token_store.store import TokenStore
 from clex_train.token_store.writer import ShardWriter
 from clex_train.utils.errors import NO_ROOM, ConfigError
 from data_prep.decontaminate.report import Report
-from data_prep.partial import open_partial, publish, require_place_of_store
+from data_prep.resume import open_partial, publish, require_place_of_store
 
 _COPIED_TOKENS = 1 << 22
 """Tokens to copy at a time, so that memory does not depend on the longest document."""

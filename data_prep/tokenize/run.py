@@ -26,8 +26,8 @@ from data_prep.config import CorpusConfig, EngineChoice, TokenizeVerb
 from data_prep.corpus.documents import in_words, require_documents
 from data_prep.corpus.held_out import LEAST, HeldOut, rule
 from data_prep.corpus.sources import Unit, plan
-from data_prep.partial import disk_full_explained, is_done, open_partial, publish, require_place_of_store
 from data_prep.progress import Progress
+from data_prep.resume import disk_full_explained, is_done, open_partial, publish, require_place_of_store
 from data_prep.tokenize.cutting import Uncuttable, cutter, uncut
 from data_prep.tokenize.encoding import load_tokenizer, save_tokenizer
 from data_prep.tokenize.engines import choose

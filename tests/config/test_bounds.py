@@ -27,9 +27,9 @@ from clex_train.config.root import Config
 from clex_train.console import arguments
 from clex_train.console.errors import explain
 from clex_train.console.overrides import type_at
-from clex_train.preflight.plan import make_plan
+from clex_train.preflight.memory_plan import make_plan
 from clex_train.preflight.run_checks import Scope, run_checks
-from clex_train.scaling.table import scale_grid
+from clex_train.scaling.frequency_table import scale_grid
 from clex_train.utils.errors import require_at_most
 from data_prep.__main__ import VERBS
 from tests.helpers.composing import CONF

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clex_train.cli.loading import run_config
-from clex_train.config import recorded
+from clex_train.config import saved_config
 from clex_train.config.root import Config
 from clex_train.tracking import run_folder
 from clex_train.utils.files import BadFile, open_regular, read_regular
@@ -55,7 +55,7 @@ def test_the_command_line_still_interpolates(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_recorded_configuration_reads_back_equal(tmp_path: Path, experiment: str) -> None:
     config = composed(f"+experiment={experiment}", f"output_dir={tmp_path}", "model.path=/models/base")
     run_folder.write_config(config)
-    assert recorded.read(tmp_path / "config.yaml") == config
+    assert saved_config.read(tmp_path / "config.yaml") == config
 
 
 def test_a_yaml_alias_bomb_is_refused_at_once(run: Path) -> None:

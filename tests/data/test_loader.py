@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from clex_train.data.batch import MicroBatch
+from clex_train.data.concat_packing import ConcatRows
 from clex_train.data.loader import batches
-from clex_train.data.order import ShuffledRows
-from clex_train.data.packing import ConcatRows
 from clex_train.data.rows import Rows
+from clex_train.data.sampler import ShuffledRows
 from clex_train.token_store.shard_files import DamagedStore
 from clex_train.token_store.store import TokenStore
 from clex_train.token_store.writer import write_store

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clex_train.data.mixture import MixedRows, Schedule
-from clex_train.data.order import ShuffledRows, SkippedRows
-from tests.data.test_order import Numbers
+from clex_train.data.sampler import ShuffledRows, SkippedRows
+from tests.data.test_sampler import Numbers
 
 RECIPE = {"book": 40, "arxiv": 20, "general": 20, "code": 10, "qa": 5, "paper": 5}
 OTHER = {"book": 5, "arxiv": 25, "general": 0, "code": 55, "qa": 5, "paper": 10}

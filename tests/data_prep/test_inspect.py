@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clex_train.data.order import ShuffledRows
-from clex_train.data.packing import ConcatRows
+from clex_train.data.concat_packing import ConcatRows
+from clex_train.data.sampler import ShuffledRows
 from clex_train.token_store import store as stores
 from clex_train.token_store.manifest import Source
 from clex_train.token_store.shard_files import TokenFile

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from clex_train.data.packing import ConcatRows
+from clex_train.data.concat_packing import ConcatRows
 from clex_train.token_store.manifest import partial_path
 from clex_train.token_store.store import TokenStore
 from clex_train.token_store.vocabulary import check_tokenizer
@@ -223,7 +223,7 @@ def test_a_program_killed_before_the_last_rename_is_completed(
         return tokenize_files([corpus], tokenizer_dir, tmp_path / "store", shard_mb=1, validation_share=0.2)
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.partial.move_store", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        patch.setattr("data_prep.resume.move_store", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
         with pytest.raises(RuntimeError, match="killed"):
             tokenize()
     with monkeypatch.context() as patch:

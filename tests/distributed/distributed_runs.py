@@ -60,9 +60,18 @@ class Launcher:
         return [rank.end() for rank in started]
 
     def launch(self, ranks: int, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-        """Run to the end as a user would; keep the output."""
+        """Run to the end as a user would from a checkout; keep the output."""
+        return self._to_the_end(self.command(ranks, name, *overrides))
+
+    def launch_module(self, ranks: int, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+        """Run to the end as a user would from an installed package; keep the output."""
+        command = self.command(ranks, name, *overrides)
+        at = command.index("train.py")
+        return self._to_the_end([*command[:at], "--module", "clex_train.train", *command[at + 1 :]])
+
+    def _to_the_end(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(ranks, name, *overrides),
+            command,
             cwd=ROOT,
             env=environments.launch_environment(),
             capture_output=True,

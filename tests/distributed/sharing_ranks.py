@@ -30,7 +30,7 @@ from clex_train.config.method import Method  # noqa: E402
 from clex_train.config.model import ModelConfig  # noqa: E402
 from clex_train.config.root import Config  # noqa: E402
 from clex_train.config.scaling import LogScale, Positions, ScalingConfig  # noqa: E402
-from clex_train.data import step_rows  # noqa: E402
+from clex_train.data import step_batches  # noqa: E402
 from clex_train.data.batch import UNSCORED, collate_documents, collate_rows  # noqa: E402
 from clex_train.data.rows import PADDING, Row  # noqa: E402
 from clex_train.engine import deepspeed as engines  # noqa: E402
@@ -171,7 +171,7 @@ def step_of_ranks(folder: Path, case: str) -> dict[str, Tensor]:
     held = list(next(loop.read_micro_batches(parts, 0)))
     spectrum = parts.ode.begin(0)
     losses = []
-    for index, (batch, weight) in enumerate(zip(held, step_rows.loss_weights(held, 0), strict=True)):
+    for index, (batch, weight) in enumerate(zip(held, step_batches.loss_weights(held, 0), strict=True)):
         losses.append(loop.forward_backward(parts, batch, spectrum, weight))
         if index + 1 < len(held):
             parts.engine.step()
@@ -189,7 +189,7 @@ def step_of_one_process(folder: Path, case: str) -> dict[str, Tensor]:
     held = [collate([parts.rows[row] for row in range(first, first + size)]) for first in (0, size)]
     spectrum = parts.ode.begin(0)
     total = torch.zeros(())
-    for batch, weight in zip(held, step_rows.loss_weights(held, 0), strict=True):
+    for batch, weight in zip(held, step_batches.loss_weights(held, 0), strict=True):
         with parts.forward_pass.conditions(batch, spectrum):
             inputs = parts.forward_pass.layout.inputs(batch)
             # The loss of transformers shifts labels itself.

@@ -49,7 +49,9 @@ def test_a_run_killed_in_the_middle_ends_bitwise_equal(launcher, one_rank, two_r
     # On a busy machine the kill may come too late; then kill another run.
     while not _kill_after(launcher, ranks, killed, 12, overrides):
         shutil.rmtree(launcher.folder / killed)
-    done = launcher.run(ranks, killed, *overrides)
+    # Resumed as a module, so that both forms of the command take part in one run.
+    resume = launcher.launch_module if ranks > 1 else launcher.run
+    done = resume(ranks, killed, *overrides)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed step" in done.stderr
     for key in ("loss", "t", "grad_norm", "ode_grad_norm"):

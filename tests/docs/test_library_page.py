@@ -9,7 +9,7 @@ import torch
 from clex_train.models.directory import write_clex
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.table import scale_grid
+from clex_train.scaling.frequency_table import scale_grid
 from tests.helpers.tiny_causal_lm import save_tiny_llama
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "library.md"

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clex_train.models.directory import write_clex
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.table import scale_grid
+from clex_train.scaling.frequency_table import scale_grid
 from clex_train.token_store.writer import write_store
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 

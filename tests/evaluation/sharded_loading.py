@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from clex_train.cli import evaluate as program  # noqa: E402
-from clex_train.cli import loading  # noqa: E402
+from clex_train.cli import load_model  # noqa: E402
 from clex_train.utils import distributed  # noqa: E402
 
 ARGUMENTS = ["lengths=[16,32,64]", "methods=[trained,ntk]", "protocols=[one_shot,chunked]", "chunk_len=24"]
@@ -39,10 +39,10 @@ def arguments(folder: Path, name: str) -> list[str]:
 
 
 def recording_load(folder: Path):
-    """Wrap `loading.load` to record the fraction of the weights on this rank."""
+    """Wrap `load_model.load` to record the fraction of the weights on this rank."""
 
     def load(asked, model):
-        loaded, dtype = loading.load(asked, model)
+        loaded, dtype = load_model.load(asked, model)
         whole = sum(parameter.ds_numel for parameter in loaded.model.parameters())
         kept = sum(parameter.ds_tensor.numel() for parameter in loaded.model.parameters())
         (folder / f"{distributed.rank()}.json").write_text(json.dumps(kept / whole))

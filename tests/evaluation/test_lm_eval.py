@@ -146,7 +146,7 @@ def test_bad_input_is_refused_in_one_line_before_weights_are_read(
 ) -> None:
     write_task(tmp_path / "tasks", LIKELIHOOD, [[1], [1], [1]])
     (tmp_path / "tasks" / "documents.json").unlink()
-    monkeypatch.setattr(program.loading, "load", None)
+    monkeypatch.setattr(program, "load", None)
     words = [argument.format(folder=tmp_path / "tasks") for argument in arguments]
     assert call(monkeypatch, f"model={place / 'model'}", *words) == console.USER_ERROR
     assert message in capsys.readouterr().err

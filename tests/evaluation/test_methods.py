@@ -21,8 +21,8 @@ from clex_train.evaluation.windows import select
 from clex_train.models.load import LoadedModel
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.frequency_table import scale_grid
 from clex_train.scaling.methods.ntk import ntk_table
-from clex_train.scaling.table import scale_grid
 from clex_train.token_store.store import TokenStore
 from clex_train.token_store.writer import write_store
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama

@@ -10,9 +10,9 @@ from torch import Tensor
 from clex_train.evaluation.perplexity import chunked, evaluating, one_shot
 from clex_train.evaluation.scoring_head import token_nll
 from clex_train.rope.patch import RotaryHandle, install_rotary
+from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.methods.pi import pi_table
-from clex_train.scaling.table import FrequencyTable, scale_grid
 from tests.evaluation import plain_llama
 from tests.evaluation.evaluation_models import build_tiny_llama
 

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clex_train.config.evaluation import EvaluationConfig, Protocol
-from clex_train.evaluation.cells import jobs
+from clex_train.evaluation.grid import jobs
 from clex_train.evaluation.protocols import Reading, curve, readings
 from clex_train.evaluation.results import Results
 from clex_train.evaluation.runner import evaluate
 from clex_train.rope.patch import install_rotary
+from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.scaling.methods.none import none_table
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.methods.pi import pi_table
-from clex_train.scaling.table import FrequencyTable, scale_grid
 from tests.evaluation import plain_llama
 from tests.evaluation.evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 

@@ -11,7 +11,7 @@ import torch
 
 from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method
-from clex_train.evaluation.cells import jobs
+from clex_train.evaluation.grid import jobs
 from clex_train.evaluation.methods import base_rope, tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.results import Results

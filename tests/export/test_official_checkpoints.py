@@ -24,8 +24,8 @@ from clex_train.models.official_field import official_rope_scaling, official_ten
 from clex_train.models.save import write_final
 from clex_train.models.tokenizer import load_tokenizer
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.frequency_table import scale_grid
 from clex_train.scaling.position_sampling import draw_batch
-from clex_train.scaling.table import scale_grid
 from clex_train.token_store.writer import write_store
 from clex_train.training.ode_optimizer import OdeOptimizer
 from tests.export.official_directories import official_directory, save_tokenizer

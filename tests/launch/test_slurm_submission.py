@@ -125,7 +125,7 @@ def test_a_snapshot_without_git_has_the_programs_and_no_caches(tmp_path, monkeyp
     monkeypatch.setattr(snapshot, "_known_to_git", lambda: None)
     snapshot.copy_code(tmp_path / "code")
     copied = {str(path.relative_to(tmp_path / "code")) for path in (tmp_path / "code").rglob("*") if path.is_file()}
-    assert {"train.py", "clex_train/training/loop.py", "conf/config.yaml", "launch/job/life.sh", "COMMIT"} <= copied
+    assert {"train.py", "clex_train/training/loop.py", "conf/config.yaml", "launch/job/signals.sh", "COMMIT"} <= copied
     assert not any("__pycache__" in name for name in copied)
     program = "import train; from clex_train.tracking.tracker import git_commit; print(train.__file__, git_commit())"
     done = subprocess.run(

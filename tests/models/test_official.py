@@ -20,7 +20,7 @@ from clex_train.models.official import (
 )
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.table import scale_grid
+from clex_train.scaling.frequency_table import scale_grid
 from tests.helpers.golden_subset import stored_lengths
 
 # Three times the float32 error of the original code, by number of tokens (see the README of the goldens).

@@ -18,7 +18,7 @@ from clex_train.models.official_field import (
     official_tensors,
 )
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.table import scale_grid
+from clex_train.scaling.frequency_table import scale_grid
 
 
 def rope(num_pairs: int, base: float = 10000.0) -> torch.Tensor:

@@ -14,7 +14,7 @@ from clex_train.config.engine import EngineConfig
 from clex_train.config.model import ModelConfig
 from clex_train.console.errors import explain
 from clex_train.engine import deepspeed as engines
-from clex_train.engine.finite import non_finite_parameter
+from clex_train.engine.nan_check import non_finite_parameter
 from clex_train.models import architecture, load, weight_files, weights
 from tests.helpers.tiny_causal_lm import save_tiny_llama, tiny_llama
 from tests.helpers.warm_processes import call_on_two_ranks

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
-from clex_train.preflight import memory
+from clex_train.preflight import model_states
 
 WIDTH, NUM_BLOCKS, BUCKET = 256, 12, 100_000
 BLOCK = WIDTH * WIDTH
@@ -78,13 +78,15 @@ def state_between_micro_batches(stage: int, dtype: torch.dtype) -> dict[str, Any
         engine.backward(engine(x).float().square().mean())
         engine.step()
     found = bytes_of_tensors() - before
-    s = memory.sharding(settings, dist.get_world_size(), dtype, checkpointing=False, on_gpu=False)
+    s = model_states.sharding(settings, dist.get_world_size(), dtype, checkpointing=False, on_gpu=False)
     blocks = (BLOCK,) * NUM_BLOCKS
     count = sum(blocks)
     # Between two passes no layer is gathered, and a bucket is only copied while it is reduced.
-    kept = memory.parameters(s, blocks).device - (s.parameter * memory.live_parameters(s, blocks) if stage == 3 else 0)
+    kept = model_states.parameters(s, blocks).device - (
+        s.parameter * model_states.live_parameters(s, blocks) if stage == 3 else 0
+    )
     in_flight = s.parameter * BUCKET * (stage >= 2)
-    expected = kept + memory.gradients(s, count).device - in_flight + memory.optimizer(s, count).device
+    expected = kept + model_states.gradients(s, count).device - in_flight + model_states.optimizer(s, count).device
     return {"case": f"state of stage {stage} in {dtype}", "found": found, "expected": expected}
 
 
@@ -109,9 +111,9 @@ def whole_blocks(recomputed: bool, distance: float, prefetch: float, max_live: f
     for _ in range(3):
         engine.backward(engine(torch.randn(2, WIDTH, requires_grad=True)).square().mean())
         engine.step()
-    s = memory.sharding(settings, dist.get_world_size(), torch.float32, checkpointing=recomputed, on_gpu=False)
+    s = model_states.sharding(settings, dist.get_world_size(), torch.float32, checkpointing=recomputed, on_gpu=False)
     case = f"whole blocks: recomputed {recomputed}, distance {distance}, prefetch {prefetch}, limit {max_live}"
-    return {"case": case, "found": most[0], "expected": memory.live_parameters(s, (BLOCK,) * NUM_BLOCKS)}
+    return {"case": case, "found": most[0], "expected": model_states.live_parameters(s, (BLOCK,) * NUM_BLOCKS)}
 
 
 def main() -> None:

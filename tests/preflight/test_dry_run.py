@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clex_train.preflight import dry_run
-from clex_train.preflight.plan import Part, Plan, make_plan
+from clex_train.preflight.memory_plan import Part, Plan, make_plan
 from clex_train.preflight.run_checks import Scope, run_checks
 from clex_train.utils import distributed
 from tests.helpers.composing import CONF, EXPERIMENTS, composed

@@ -10,8 +10,8 @@ import torch
 from clex_train.evaluation import results
 from clex_train.evaluation.results import Origin, Results, Score
 from clex_train.models.directory import TABLE
+from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.scaling.methods.ntk import ntk_table
-from clex_train.scaling.table import FrequencyTable, scale_grid
 
 LENGTHS = (128, 256, 2048)
 LLAMA = {

@@ -22,7 +22,7 @@ from clex_train.retrieval.plan import Cell
 from clex_train.retrieval.tasks import TASKS
 from clex_train.rope import preallocated_cache
 from clex_train.rope.patch import RotaryHandle, install_rotary
-from clex_train.scaling.table import Frequencies
+from clex_train.scaling.frequency_table import Frequencies
 from clex_train.utils.errors import StopRequested
 from tests.helpers.warm_processes import call_on_two_ranks
 from tests.retrieval import copying_llama

@@ -5,8 +5,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, QuantizedCache, QuantizedLayer
 
 from clex_train.rope.patch import RotaryHandle, install_rotary
+from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.scaling.methods.ntk import ntk_table
-from clex_train.scaling.table import FrequencyTable, scale_grid
 from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 
 T_MAX = 5.0

@@ -20,7 +20,7 @@ from clex_train.config.scaling import Positions, ScalingConfig
 from clex_train.evaluation.methods import base_rope, tables
 from clex_train.rope import recipes
 from clex_train.rope.native import native_handle_on_meta
-from clex_train.scaling.table import scale_grid
+from clex_train.scaling.frequency_table import scale_grid
 
 L, NEW_BASE = 128, 5e6
 SIZES: dict[str, Any] = {

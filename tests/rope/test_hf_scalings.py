@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from clex_train.rope.hf_scalings import ConfiguredRope
 from clex_train.rope.native import install_native, native_handle_on_meta
 from clex_train.rope.patch import RotaryHandle, install_rotary
+from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.scaling.methods.dynamic_ntk import DynamicNtk
 from clex_train.scaling.methods.longrope import LongRope, read_longrope_factors
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.methods.pi import PositionInterpolation, pi_table
 from clex_train.scaling.methods.yarn import Yarn
-from clex_train.scaling.table import FrequencyTable, scale_grid
 from tests.rope.rotary_families import CONTEXT, VOCABULARY, tiny_model
 
 LENGTHS = [CONTEXT, 2 * CONTEXT, 3 * CONTEXT, 8 * CONTEXT]

@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaC
 
 from clex_train.rope.patch import install_rotary, require_rotary
 from clex_train.rope.rotary import ScaledRotary
+from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.scaling.table import FrequencyTable, scale_grid
 from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 
 

@@ -9,9 +9,9 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicIndexedLayer
 
 from clex_train.rope.patch import install_rotary
+from clex_train.scaling.frequency_table import scale_grid
 from clex_train.scaling.methods.none import none_table
 from clex_train.scaling.methods.ntk import ntk_table
-from clex_train.scaling.table import scale_grid
 from tests.rope.cached_calls import PIECES, T_MAX, QuantisedLayers, feed, patched
 from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 from tests.rope.unrotated_cache import reference_logits

@@ -7,9 +7,9 @@ import torch
 
 from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.rope.patch import install_rotary
+from clex_train.scaling.frequency_table import scale_grid
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.spectrum import Spectrum
-from clex_train.scaling.table import scale_grid
 from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from clex_train.scaling.table import FrequencyTable
+from clex_train.scaling.frequency_table import FrequencyTable
 
 
 class UnrotatedCache(DynamicCache):

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torchdiffeq import odeint
 
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.frequency_table import scale_grid
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.solver import MIN_STEPS, UnstableField
-from clex_train.scaling.table import scale_grid
 
 
 def rope(num_pairs: int, base: float = 10000.0) -> torch.Tensor:

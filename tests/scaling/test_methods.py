@@ -14,13 +14,13 @@ from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import FORMULAS, Method
 from clex_train.config.scaling import ScalingConfig
 from clex_train.scaling import methods
+from clex_train.scaling.frequency_table import scale_grid
 from clex_train.scaling.methods.base import Rope
 from clex_train.scaling.methods.dynamic_ntk import DynamicNtk
 from clex_train.scaling.methods.none import none_table
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.methods.pi import pi_table
 from clex_train.scaling.methods.theta import LargerBase, theta_table
-from clex_train.scaling.table import scale_grid
 from tests.helpers.composing import composed
 
 

@@ -24,7 +24,7 @@ from clex_train.checkpoint import manifest as checkpoint_manifest
 from clex_train.checkpoint.safe_load import tensors_only
 from clex_train.checkpoint.store import Checkpoints
 from clex_train.cli.evaluation_plan import EvaluateConfig
-from clex_train.config import recorded
+from clex_train.config import saved_config
 from clex_train.config.checkpoint import CheckpointConfig
 from clex_train.config.root import Config
 from clex_train.console import arguments, program
@@ -34,15 +34,15 @@ from clex_train.evaluation.results import Origin, Results, Score
 from clex_train.models import directory, weight_files
 from clex_train.report import evidence
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.frequency_table import scale_grid
 from clex_train.scaling.methods.longrope import read_longrope_factors
-from clex_train.scaling.table import scale_grid
 from clex_train.token_store.manifest import MANIFEST
 from clex_train.token_store.store import TokenStore
 from clex_train.token_store.vocabulary import vocabulary
 from clex_train.token_store.writer import write_store
 from clex_train.tracking import run_folder
 from data_prep import inspect as inspect_verb
-from data_prep import partial, statistics
+from data_prep import resume, statistics
 from tests.helpers.composing import composed
 from tests.strangers.spoiling import (
     OUTSIDE_SECRET,
@@ -224,7 +224,7 @@ def config_case(folder: Path, draw: random.Random) -> Action:
 
     def read() -> None:
         config = Config(output_dir=str(folder / "run"), name="strangers")
-        program.echo(str(recorded.read(path)))
+        program.echo(str(saved_config.read(path)))
         run_folder.check_config(config, has_checkpoint=True)
 
     return read
@@ -284,7 +284,7 @@ def unit_case(folder: Path, draw: random.Random) -> Action:
     _spoil(begun / draw.choice(("request.json", "units/00000.json")), folder, draw)
 
     def read() -> None:
-        with partial.open_partial(folder / "output", {"bos": False}, overwrite=False):
+        with resume.open_partial(folder / "output", {"bos": False}, overwrite=False):
             pass
 
     return read

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from clex_train.data import step_rows
+from clex_train.data import step_batches
 from clex_train.data.batch import MicroBatch
-from clex_train.data.packing import ConcatRows
+from clex_train.data.concat_packing import ConcatRows
 from clex_train.token_store.manifest import BLOCK, DOCUMENT, MANIFEST
 from clex_train.token_store.shard_files import DamagedStore
 from clex_train.token_store.store import TokenStore
@@ -200,4 +200,4 @@ def test_a_rank_with_intact_rows_refuses_the_step_together_with_the_rank_that_fa
     ones = torch.ones(1, 8, dtype=torch.long)
     batch = MicroBatch(ones, ones, None, torch.tensor([0]))
     with pytest.raises(DamagedStore, match=r"00000\.tokens: damaged"):
-        step_rows.loss_weights([batch], step=3)
+        step_batches.loss_weights([batch], step=3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from clex_train.data import build, step_rows
+from clex_train.data import build, step_batches
 from clex_train.data.batch import MicroBatch
 from clex_train.data.rows import PADDING, Row
 from clex_train.models import architecture, load
@@ -165,9 +165,9 @@ def batches_of(counts):
 
 
 def test_weights_are_proportional_to_scored_tokens_and_one_on_average():
-    weights = step_rows.loss_weights(batches_of([1, 0, 11, 4]), step=0)
+    weights = step_batches.loss_weights(batches_of([1, 0, 11, 4]), step=0)
     assert weights == [0.25, 0.0, 2.75, 1.0]
 
 
 def test_weights_of_equal_rows_are_exactly_one():
-    assert step_rows.loss_weights(batches_of([7] * 3), step=0) == [1.0] * 3
+    assert step_batches.loss_weights(batches_of([7] * 3), step=0) == [1.0] * 3

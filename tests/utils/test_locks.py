@@ -9,7 +9,7 @@ import pytest
 from clex_train.engine import extensions
 from clex_train.tracking import run_folder
 from clex_train.utils.locks import Lock, try_lock
-from data_prep.partial import open_partial
+from data_prep.resume import open_partial
 
 
 def test_only_the_first_of_several_ranks_warns(

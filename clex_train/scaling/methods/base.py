@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from clex_train.scaling.table import Frequencies, FrequencyTable, as_grid
+from clex_train.scaling.frequency_table import Frequencies, FrequencyTable, as_grid
 from clex_train.utils.errors import ConfigError
 
 TGrid = Tensor | list[float]

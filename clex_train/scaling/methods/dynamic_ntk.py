@@ -8,8 +8,8 @@ f is the scale factor of the run in training, and t in evaluation unless `dynami
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from clex_train.scaling.frequency_table import FrequencyTable
 from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid
-from clex_train.scaling.table import FrequencyTable
 
 
 @dataclass(frozen=True)

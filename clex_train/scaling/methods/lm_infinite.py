@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from clex_train.scaling.frequency_table import Frequencies, FrequencyTable, as_grid
 from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid
 from clex_train.scaling.methods.none import none_table
-from clex_train.scaling.table import Frequencies, FrequencyTable, as_grid
 from clex_train.utils.errors import ConfigError
 
 

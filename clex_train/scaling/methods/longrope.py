@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from clex_train.scaling.frequency_table import Frequencies, FrequencyTable, as_grid
 from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid
-from clex_train.scaling.table import Frequencies, FrequencyTable, as_grid
 from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.files import BadFile
 from clex_train.utils.records import read_json

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from clex_train.scaling.frequency_table import FrequencyTable, as_grid
 from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid
 from clex_train.scaling.spectrum import ntk_exponents
-from clex_train.scaling.table import FrequencyTable, as_grid
 
 
 @dataclass(frozen=True)

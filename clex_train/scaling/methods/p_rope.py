@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from clex_train.scaling.frequency_table import FrequencyTable
 from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid, constant_table
-from clex_train.scaling.table import FrequencyTable
 from clex_train.utils.errors import require
 
 

@@ -6,9 +6,9 @@ theta(t) = the model's own, or plain RoPE if it has none
 from dataclasses import dataclass
 from typing import ClassVar
 
+from clex_train.scaling.frequency_table import Frequencies
 from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid
 from clex_train.scaling.methods.none import none_table
-from clex_train.scaling.table import Frequencies
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ joins the two. cos and sin are multiplied by 0.1 ln t + 1. `yarn` in transformer
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from clex_train.scaling.frequency_table import FrequencyTable
 from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid
-from clex_train.scaling.table import FrequencyTable
 
 
 @dataclass(frozen=True)

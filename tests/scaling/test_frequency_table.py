@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.methods.pi import pi_table
-from clex_train.scaling.table import FrequencyTable, scale_grid
 
 BASE = 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
 TABLE = ntk_table(BASE, scale_grid(16))

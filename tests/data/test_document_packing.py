@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clex_train.data.packing import ConcatRows
-from clex_train.data.pieces import best_fit, long_documents, pack_descending
+from clex_train.data.concat_packing import ConcatRows
+from clex_train.data.document_packing import best_fit, long_documents, pack_descending
 from clex_train.data.rows import PADDING, Rows
 from clex_train.token_store.store import TokenStore
 from clex_train.token_store.writer import write_store

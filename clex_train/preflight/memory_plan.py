@@ -1,7 +1,7 @@
 """Plan of a run: its sizes, and the memory of a rank at three moments of a step.
 
 The moments are the loss, the backward pass of the layers and the update of the optimizer. State follows the formulas of
-`preflight/memory.py`; `preflight/activations.py` counts activations and logits on the architecture itself.
+`preflight/model_states.py`; `preflight/activations.py` counts activations and logits on the architecture itself.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from clex_train.config.method import Method
 from clex_train.config.root import Config
 from clex_train.data.shards import part_len
 from clex_train.engine import deepspeed as engines
-from clex_train.preflight import memory, meta_model, sequence_parallel
+from clex_train.preflight import meta_model, model_states, sequence_parallel
 from clex_train.preflight.activations import Footprint
-from clex_train.preflight.memory import MemoryUse
+from clex_train.preflight.model_states import MemoryUse
 from clex_train.scaling.clex import Clex
 from clex_train.tracking import summary
 from clex_train.tracking.summary import Batch, Subject
@@ -82,7 +82,7 @@ def make_plan(ready: Preflight) -> Plan:
     counts, dtype = meta_model.count(ready.on_meta), engines.precision(config.engine)
     on_gpu = torch.cuda.is_available() or dtype is torch.bfloat16
     clex = _clex(config, counts)
-    sharding = memory.sharding(settings, ready.world_size, dtype, config.engine.activation_checkpointing, on_gpu)
+    sharding = model_states.sharding(settings, ready.world_size, dtype, config.engine.activation_checkpointing, on_gpu)
     footprint = _footprint(ready, dtype, clex is not None and config.scaling.lr_scale > 0, on_gpu)
     return Plan(
         config=config,
@@ -146,13 +146,17 @@ def _clex(config: Config, counts: meta_model.Counts) -> Clex | None:
 
 
 def _parts(
-    sharding: memory.Sharding, counts: meta_model.Counts, footprint: Footprint, clex: Clex | None, mask: Part | None
+    sharding: model_states.Sharding,
+    counts: meta_model.Counts,
+    footprint: Footprint,
+    clex: Clex | None,
+    mask: Part | None,
 ) -> tuple[Part, ...]:
-    state = memory.optimizer(sharding, counts.trainable)
-    workspace = memory.update_workspace(sharding, counts.trainable)
+    state = model_states.optimizer(sharding, counts.trainable)
+    workspace = model_states.update_workspace(sharding, counts.trainable)
     parts = (
-        _constant("parameters", memory.parameters(sharding, counts.blocks)),
-        _constant("gradients", memory.gradients(sharding, counts.trainable)),
+        _constant("parameters", model_states.parameters(sharding, counts.blocks)),
+        _constant("gradients", model_states.gradients(sharding, counts.trainable)),
         Part("optimizer", (state.device, state.device, state.device + workspace.device), state.host),
         Part("activations", (footprint.activations, footprint.layers, 0.0), footprint.host),
         Part("logits", (footprint.logits, 0.0, 0.0)),
@@ -170,7 +174,7 @@ def _in_one_memory(part: Part) -> Part:
 
 def _ode(clex: Clex) -> MemoryUse:
     num_pairs, num_hidden = clex.up.shape
-    return memory.ode(num_pairs, num_hidden, clex.num_steps)
+    return model_states.ode(num_pairs, num_hidden, clex.num_steps)
 
 
 def _constant(name: str, use: MemoryUse) -> Part:

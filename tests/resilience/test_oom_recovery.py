@@ -16,8 +16,8 @@ from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.results import Origin, Results, read, write
 from clex_train.evaluation.runner import evaluate
 from clex_train.evaluation.tables import console, from_results
-from clex_train.resilience import out_of_memory
-from clex_train.resilience.out_of_memory import MemoryGuard
+from clex_train.resilience import oom_recovery
+from clex_train.resilience.oom_recovery import MemoryGuard
 from clex_train.rope.patch import install_rotary
 from clex_train.utils.errors import RunStopped
 from tests.evaluation.evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
@@ -105,7 +105,7 @@ def test_memory_of_a_failed_forward_is_released() -> None:
 
 
 def test_a_rank_with_sharded_weights_stops_the_run_when_out_of_memory(monkeypatch) -> None:
-    monkeypatch.setattr(out_of_memory.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(oom_recovery.distributed, "world_size", lambda: 2)
     model = build_tiny_llama()
     assert MemoryGuard(model, "a cell").attempt(exceed_host_memory) is None
     model.lm_head.weight.ds_id = 0

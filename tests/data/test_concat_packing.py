@@ -5,7 +5,7 @@ from itertools import groupby
 import numpy as np
 import pytest
 
-from clex_train.data.packing import ConcatRows
+from clex_train.data.concat_packing import ConcatRows
 from clex_train.token_store.store import TokenStore
 from clex_train.token_store.writer import write_store
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from clex_train.evaluation.duplicates import identity
 from clex_train.evaluation.perplexity import Predict, one_shot
 from clex_train.evaluation.results import score_key
-from clex_train.scaling.table import Frequencies
+from clex_train.scaling.frequency_table import Frequencies
 
 if TYPE_CHECKING:
     from clex_train.evaluation.protocols import Reading, Span

@@ -6,8 +6,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from clex_train.data.order import ShuffledRows
 from clex_train.data.rows import Row
+from clex_train.data.sampler import ShuffledRows
 
 
 class Numbers:
