@@ -44,9 +44,9 @@ def run(config: configuration.Config) -> int:
     """Check every input, build the parts, train, write `final/`; returns the number of optimizer steps taken.
 
     Raises:
-        ConfigError: what the user can mend, with the key and the remedy, before the model is loaded.
-        StopRequested: the run was asked to stop and has saved.
-        RunStopped: the run cannot go on.
+        ConfigError: a mistake of the user, with the key and the remedy, before the model is loaded.
+        StopRequested: the run has saved and stopped on request.
+        RunStopped: the run cannot continue.
     """
     from clex_train.preflight import out_of_memory
     from clex_train.tracking import run_folder

@@ -89,8 +89,8 @@ def apply_clex(
         clamp: serve calls beyond t_max * L at t_max with a warning, instead of refusing them.
 
     Raises:
-        ValueError: in one line, with the model untouched: no RoPE or one that cannot be scaled, frequencies that do not
-            fit the model (both are named), a damaged source, a model that is patched already.
+        ConfigError: no RoPE or one that cannot be scaled, frequencies that do not fit the model, or a damaged source.
+        ValueError: the model is patched already, or `log_scale` is unknown. Either way the model stays unchanged.
     """
     length = context_len or _recorded_context(source) or _own_context(model)
     # Install first: the handle knows the model's own frequencies, which the source is checked against.
@@ -134,7 +134,7 @@ def _solve_table(field: Clex, context_len: int) -> FrequencyTable:
 
 
 def _require_same_base(found: Tensor, own: Tensor, source: Any) -> None:
-    """Raise `ValueError` if a field was trained on frequencies other than the model's."""
+    """Raise `ConfigError` if a field was trained on frequencies other than the model's."""
     name = source if isinstance(source, str | Path) else "the field"
     if len(found) != len(own):
         raise ConfigError(
@@ -154,7 +154,7 @@ def _require_same_base(found: Tensor, own: Tensor, source: Any) -> None:
 
 
 def _recorded_context(source: Source | None) -> int | None:
-    """Return L as recorded by the source; `ValueError` for a path without CLEX."""
+    """Return L as recorded by the source; `ConfigError` for a path without CLEX."""
     if isinstance(source, FrequencyTable):
         return source.context_len
     if source is None or isinstance(source, Clex):

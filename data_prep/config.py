@@ -128,7 +128,7 @@ class TokenizeVerb:
     """Replace an existing or half-written store that was made with other settings."""
 
     def __post_init__(self) -> None:
-        # Upper bounds catch a slip of the keyboard before it allocates anything.
+        # Upper bounds catch typing errors before anything is allocated.
         require_at_most(self, "", {"workers": MOST_WORKERS, "shard_mb": MOST_MB})
         require(self.workers >= 1, "workers", self.workers, "at least 1 process")
         # Zero would make every line a shard of its own.
@@ -285,7 +285,7 @@ class DecontaminateVerb:
 
 
 def require_corpus(corpus: CorpusConfig) -> None:
-    """Raise `ValueError` if the corpus names nothing to read."""
+    """Raise `ConfigError` if the corpus names nothing to read."""
     require(
         corpus.source is not CorpusSource.files or len(corpus.paths) > 0,
         "corpus.paths",

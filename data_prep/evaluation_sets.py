@@ -32,7 +32,7 @@ def run(config: EvaluationSetsVerb) -> None:
     """Write the sets that do not exist yet.
 
     Raises:
-        ValueError: there is no store, no held-out document is as long as one of the lengths (then nothing is written),
+        InputError: there is no store, no held-out document is as long as one of the lengths (then nothing is written),
             or an output has other content.
     """
     require(config.store is not None, "store", config.store, "name the directory of a token store: store=corpora/books")
@@ -68,7 +68,7 @@ def _held_out(path: str) -> TokenStore:
 
 
 def _require_documents(store: TokenStore, lengths: list[int]) -> None:
-    """Raise `ValueError` before anything is written if a length has no document."""
+    """Raise `ConfigError` before anything is written if a length has no document."""
     document_lens = np.diff(store.doc_offsets)
     # split("validation") refuses an empty split, so max() has an argument.
     longest = int(document_lens.max())

@@ -27,7 +27,7 @@ def run(config: CorpusVerb) -> None:
     """Write the file under a temporary name and rename it when it is complete.
 
     Raises:
-        ValueError: the corpus cannot be read, or the output exists or is not writable.
+        InputError: the corpus cannot be read, or the output exists or is not writable.
     """
     output = Path(config.output)
     require_free(output, "file", config.overwrite)

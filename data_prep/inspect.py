@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from clex_train.console.program import say
+from clex_train.console.program import echo
 from clex_train.data.bos import describe_bos
 from clex_train.data.overlap import overlap
 from clex_train.token_store.manifest import SPLITS
@@ -28,7 +28,8 @@ def run(config: InspectVerb) -> None:
     """Print the report, each part as soon as it is ready.
 
     Raises:
-        ValueError: `store` is not a complete store, or one of its files is damaged.
+        InputError: `store` is not a complete store, or one of its files is damaged.
+        ValueError: a document table contradicts the manifest.
     """
     require(config.store is not None, "store", config.store, "name the directory of a token store: store=corpora/books")
     store = _open(str(config.store))
@@ -36,19 +37,19 @@ def run(config: InspectVerb) -> None:
         # Before minutes of reading.
         require_writable_folder("plot", Path(config.plot), Path(config.plot).parent)
     if config.verify:
-        say(f"{verify(store)} files verified, all checksums match the manifest")
-    say("\n".join(_summary(store)))
+        echo(f"{verify(store)} files verified, all checksums match the manifest")
+    echo("\n".join(_summary(store)))
     views = {split: view for split in SPLITS if (view := TokenStore(store.path, split)).num_documents}
     found = {split: collect(view) for split, view in views.items()}
     for split, statistics in found.items():
-        say("\n".join(["", f"{split}: document lengths in tokens", *length_histogram(statistics)]))
-        say("\n".join(_domain_lines(split, domains(store.manifest.sources, statistics))))
+        echo("\n".join(["", f"{split}: document lengths in tokens", *length_histogram(statistics)]))
+        echo("\n".join(_domain_lines(split, domains(store.manifest.sources, statistics))))
     if config.plot:
         length_plot.plot(found, str(store.path), Path(config.plot))
-        say(f"\nwrote the plot of lengths to {config.plot}")
+        echo(f"\nwrote the plot of lengths to {config.plot}")
     # A store of evaluation sets has a single split, with nothing to compare.
     if len(views) == len(SPLITS):
-        say(f"\n{overlap_line(*views.values())}")
+        echo(f"\n{overlap_line(*views.values())}")
     _show_texts(views, config)
 
 
@@ -56,7 +57,7 @@ def verify(store: TokenStore) -> int:
     """Read every file of a store, compare its sha256 with the manifest, and return the number of files.
 
     Raises:
-        ValueError: a file differs; names the first one.
+        InputError: a file differs; names the first one.
     """
     expected = {store.tokenizer_path / name: digest for name, digest in store.manifest.tokenizer.files.items()}
     for split in SPLITS:
@@ -154,11 +155,11 @@ def _show_texts(views: dict[str, TokenStore], config: InspectVerb) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
     for split, view in views.items():
         if config.samples:
-            say("\n".join(["", f"{split}: beginnings of documents", *_samples(view, tokenizer, config)]))
+            echo("\n".join(["", f"{split}: beginnings of documents", *_samples(view, tokenizer, config)]))
     if config.rows and "train" in views:
-        say("\ntrain: rows as training reads them")
+        echo("\ntrain: rows as training reads them")
         for line in row_samples.lines(views["train"], tokenizer, config):
-            say(line)
+            echo(line)
 
 
 def _samples(store: TokenStore, tokenizer: Tokenizer, config: InspectVerb) -> Iterator[str]:

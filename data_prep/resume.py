@@ -36,7 +36,7 @@ def is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     """Return True if `output` already is the store of these settings.
 
     Raises:
-        ValueError: it has other content and may not be overwritten.
+        ConfigError: it has other content and may not be overwritten.
     """
     if not output.exists():
         return False
@@ -60,7 +60,7 @@ def open_partial(output: Path, settings: dict[str, Any], overwrite: bool) -> Ite
     """Yield the locked directory to write in, empty or with the finished work of an earlier program.
 
     Raises:
-        ValueError: the directory is not writable, in use, or was started with other settings.
+        ConfigError: the directory is not writable, in use, or was started with other settings.
     """
     partial = partial_path(output)
     try:
@@ -84,7 +84,7 @@ def open_partial(output: Path, settings: dict[str, Any], overwrite: bool) -> Ite
 
 
 def require_free(output: Path, wanted: str, overwrite: bool) -> None:
-    """Raise `ValueError` if `output` exists and cannot be replaced; `wanted` is "file" or "directory"."""
+    """Raise `ConfigError` if `output` exists and cannot be replaced; `wanted` is "file" or "directory"."""
     if not os.path.exists(output):  # unlike Path.exists, returns False for a name that is too long
         return
     require(overwrite, "output", output, f"exists; choose another {wanted}, or set overwrite=true")
@@ -95,13 +95,13 @@ def require_free(output: Path, wanted: str, overwrite: bool) -> None:
 
 
 def require_place_of_store(output: Path) -> None:
-    """Raise `ValueError` if no store can be written at `output`; creates nothing, so it can run before any reading."""
+    """Raise `ConfigError` if no store can be written at `output`; creates nothing, so it can run before any reading."""
     with disk_full_explained(output):
         require_writable_folder("output", output, output.parent, partial_path(output).name)
 
 
 def require_writable(output: Path) -> None:
-    """Create the parent directory of `output`; raise `ValueError` if it cannot be written."""
+    """Create the parent directory of `output`; raise `ConfigError` if it cannot be written."""
     require_writable_folder("output", output, output.parent, output.name + ".partial")
     try:
         make_folder(output.parent)
@@ -113,7 +113,7 @@ def require_writable(output: Path) -> None:
 
 @contextmanager
 def disk_full_explained(output: Path) -> Iterator[None]:
-    """Turn a full disk within the block into a `ValueError` with the remedy."""
+    """Turn a full disk within the block into a `ConfigError` with the remedy."""
     try:
         yield
     except OSError as error:
@@ -174,7 +174,7 @@ def _earlier_settings(partial: Path) -> dict[str, Any] | None:
 
 
 def _own_record(path: Path) -> dict[str, Any]:
-    """Read a record that this program wrote in a partial directory; raise `ValueError` if it is damaged."""
+    """Read a record that this program wrote in a partial directory; raise `ConfigError` if it is damaged."""
     try:
         content = read_json(path, within=path.parent)
     except BadFile as error:

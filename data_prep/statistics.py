@@ -92,7 +92,7 @@ def domain_names(sources: list[Source]) -> list[str]:
     folders = [() if source.is_part else PurePath(source.path).parent.parts for source in sources]
     files = [parts for source, parts in zip(sources, folders, strict=True) if not source.is_part]
     depth = 0
-    # The common prefix of all paths says nothing about a domain.
+    # The common prefix of all paths does not identify a domain.
     while files and all(len(parts) > depth and parts[depth] == files[0][depth] for parts in files):
         depth += 1
     return [

@@ -28,7 +28,7 @@ def run(config: TrainTokenizerVerb) -> None:
     """Train the tokenizer and write its directory.
 
     Raises:
-        ValueError: the corpus cannot be read or has too little text, or the output exists or is not writable.
+        InputError: the corpus cannot be read or has too little text, or the output exists or is not writable.
     """
     output = Path(config.output)
     require_free(output, "directory", config.overwrite)

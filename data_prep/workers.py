@@ -71,7 +71,7 @@ def reports(receive: Callable[[bytes], object]) -> Iterator[Connection]:
 
 
 def end_with_parent() -> None:
-    """End this process when its parent is gone; a parent killed with SIGKILL cannot tell its children."""
+    """End this process when its parent is gone; a parent killed with SIGKILL cannot notify its children."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "not a process started by multiprocessing"
 

@@ -77,7 +77,7 @@ def log_file(run_dir: Path) -> Path:
 
 
 def directives(config: Config, submitted_from: Path) -> Iterator[tuple[str, str | int | None]]:
-    """Yield (option of sbatch, value); None stands for an option without a value."""
+    """Yield (option of sbatch, value); None means an option without a value."""
     launch, run_dir = config.launch, Path(config.output_dir).absolute()
     tasks = launch.ranks if launch.layout is Layout.task_per_rank else 1
     # The hash of the run folder: two runs of one name must not wait for each other.

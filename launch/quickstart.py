@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
     stages.listen()
 
-from clex_train.console.program import GO_ON
+from clex_train.console.program import RESUMABLE
 from clex_train.resilience.stop_requests import Interrupted
 from clex_train.utils import terminal
 from clex_train.utils.locations import ROOT
@@ -61,7 +61,7 @@ def main() -> int:
 
 def ended(error: subprocess.CalledProcessError) -> str:
     """Describe in one line how a stage ended early."""
-    if error.returncode == GO_ON:
+    if error.returncode == RESUMABLE:
         return f"stopped on request; the same command resumes this stage: {shlex.join(error.cmd)}"
     return f"error: stage failed with exit code {error.returncode}: {shlex.join(error.cmd)}"
 
@@ -88,7 +88,7 @@ def report(runs: Path, smoke: bool) -> None:
     """Print the table and write the report as HTML, JSON, Markdown and PNG."""
     # Imported late: matplotlib takes seconds, and an interrupted stage should end at once.
     from clex_train.evaluation.tables import Row
-    from clex_train.report.evidence import of_rows
+    from clex_train.report.evidence import from_rows
     from clex_train.report.write import write
 
     def row(label: str, name: str, method: str) -> Row:
@@ -102,7 +102,7 @@ def report(runs: Path, smoke: bool) -> None:
         row("base trained on, then NTK(2t-1)", "tiny_continued", "ntk"),
         row("CLEX", "tiny_clex", "trained"),
     ]
-    print("\n" + write(of_rows(rows), runs / "report", [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]))
+    print("\n" + write(from_rows(rows), runs / "report", [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]))
     if smoke:
         print("(a smoke run: these models have hardly been trained)")
 

@@ -133,8 +133,8 @@ def _sbatch(script: Path) -> str:
         ["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=SBATCH_TIMEOUT, check=False
     )
     if done.returncode:
-        said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
-        raise ConfigError("sbatch refuses the job", None, f"{said}; change the launch keys")
+        reason = " ".join(done.stderr.replace("sbatch: error: ", "").split())
+        raise ConfigError("sbatch refuses the job", None, f"{reason}; change the launch keys")
     # Federated clusters append ;cluster.
     return done.stdout.strip().partition(";")[0]
 

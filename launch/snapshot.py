@@ -28,7 +28,7 @@ logger = log.get(__name__)
 def copy_code(target: Path) -> None:
     """Copy the code, write the commit next to it, and log in one line which files are left out."""
     target.mkdir(parents=True)
-    # Tracked files are copied whatever their size: the repository contains test data that imports may read.
+    # Tracked files are copied at any size: the repository contains test data that imports may read.
     tracked, others = _known_to_git() or ([], _list_parts())
     new = [name for name in others if _is_small_source(name)]
     copied = [name for name in (*tracked, *new) if not _may_be_secret(name)]
@@ -95,6 +95,6 @@ def _list_parts() -> list[str]:
 
 
 def _source(name: str) -> Path:
-    """Return the file or folder that a name in the copy stands for; a wheel has `train.py` and `conf/` elsewhere."""
+    """Return the source file or folder of a name in the copy; a wheel has `train.py` and `conf/` elsewhere."""
     own = ROOT / name
     return own if own.exists() else PACKAGE.parent / name

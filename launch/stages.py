@@ -1,4 +1,4 @@
-"""Run the stages of a long job as subprocesses; a signal to the job asks them to save and stop.
+"""Run the stages of a long job as subprocesses; a signal to the job makes them save and stop.
 
 Each stage has its own session, so that Ctrl-C in a terminal reaches only this process. The signal goes to the programs,
 not to their launchers: `deepspeed` and `torchrun` would die with a traceback before their ranks have saved.
@@ -37,7 +37,7 @@ def listen() -> None:
 def run(command: list[str], **options: Any) -> int:
     """Run a program to its end and return its exit code; `options` go to `subprocess.Popen`.
 
-    Raises `Interrupted` after the program has ended, if a signal asked the job to end.
+    Raises `Interrupted` after the program has ended, if the job received a signal.
     """
     process = _start(command, options)
     try:
@@ -67,7 +67,7 @@ def _start(command: list[str], options: dict[str, Any]) -> subprocess.Popen[byte
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    """Ask running stages to end: first by SIGTERM, which is quiet even during imports, then by SIGINT."""
+    """Stop running stages: first by SIGTERM, which is quiet even during imports, then by SIGINT."""
     global _asked
     with _lock:
         if not _running and not _starting:

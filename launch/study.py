@@ -69,8 +69,8 @@ class Study:
         """Group (arm, seed) pairs into those that train and those that evaluate another arm's weights."""
         # Ablations come first, with one seed: they decide the recipe of the main arms, which run with all seeds.
         pairs = [(arm, self.seeds[0]) for arm in ABLATIONS] + [(arm, seed) for seed in self.seeds for arm in MAIN]
-        asked = [(arm, seed) for arm, seed in pairs if self.only is None or arm.name in self.only]
-        return [[pair for pair in asked if (pair[0].weights_of is None) == trains] for trains in (True, False)]
+        wanted = [(arm, seed) for arm, seed in pairs if self.only is None or arm.name in self.only]
+        return [[pair for pair in wanted if (pair[0].weights_of is None) == trains] for trains in (True, False)]
 
 
 def main() -> int:
@@ -84,8 +84,8 @@ def main() -> int:
     only = "run only these arms; their names are in study_arms.py"
     parser.add_argument("--only", nargs="+", metavar="ARM", choices=names, help=only)
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
-    asked = parser.parse_args()
-    study = Study(asked.books, asked.out, asked.seeds, asked.smoke, asked.only)
+    args = parser.parse_args()
+    study = Study(args.books, args.out, args.seeds, args.smoke, args.only)
     os.chdir(ROOT)
     try:
         require_usable(study)
@@ -97,7 +97,7 @@ def main() -> int:
         train(study, study.base, "study_base", [])
         evaluate(study, study.base, BASE_METHODS, study.base, JUDGING)
         # Threads suffice: each one waits for a subprocess.
-        with ThreadPoolExecutor(asked.jobs) as pool:
+        with ThreadPoolExecutor(args.jobs) as pool:
             codes = [code for wave in study.waves() for code in pool.map(partial(run_arm, study), wave)]
     except subprocess.CalledProcessError as error:
         return failed(error)
@@ -118,7 +118,7 @@ def at_least_one(text: str) -> int:
 
 
 def require_usable(study: Study) -> None:
-    """Raise `ValueError` if nothing can be written, or if the store is missing and there are no files to make it."""
+    """Raise `ConfigError` if nothing can be written, or if the store is missing and there are no files to make it."""
     require_writable_folder("--out", study.out, study.out)
     try:
         if not study.store.exists():

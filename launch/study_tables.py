@@ -13,7 +13,7 @@ import numpy as np
 from clex_train.config.method import Method
 from clex_train.evaluation import results
 from clex_train.evaluation.tables import Row
-from clex_train.report.evidence import of_rows
+from clex_train.report.evidence import from_rows
 from clex_train.report.write import write as write_report
 from clex_train.scaling import methods
 from clex_train.utils import bootstrap
@@ -62,7 +62,7 @@ def page(out: Path, seed: int, command: Sequence[str]) -> Path:
     files = {out / arm.name / f"seed_{seed}" / "evaluation" / f"{JUDGING.name}.json": arm for arm in MAIN}
     rows = [Row(f"base, {FORMULA_NAMES[m]}", out / BASE_FILE, m, p) for p in DRAWN for m in BASE_DRAWN]
     rows += [Row(arm.label, path, arm.methods[0], p) for p in DRAWN for path, arm in files.items() if path.exists()]
-    write_report(of_rows(rows), out / "report", command)
+    write_report(from_rows(rows), out / "report", command)
     return out / "report" / "index.html"
 
 

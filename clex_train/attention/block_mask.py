@@ -1,7 +1,7 @@
 """flex_attention block masks for a sliding window, computed per tile of 128 queries by 128 keys.
 
 torch's `create_block_mask` evaluates the mask for every query and key: tens of GiB for one block with a window of 32k
-tokens. Distances within a tile form a range, so its two ends tell whether the band covers all, some or none of it.
+tokens. Distances within a tile form a range, so its two ends decide whether the band covers all, some or none of it.
 Shapes: `B` batch, `Q` tiles of queries, `K` tiles of keys.
 """
 

@@ -51,7 +51,7 @@ def chunked_sdpa(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B S H V"], None]:
-    """Attend as transformers' attention interface asks; without a mask, query i sees keys 0..T - S + i."""
+    """Attend by transformers' attention interface; without a mask, query i sees keys 0..T - S + i."""
     rule = SoftmaxRule(query.shape[-1] ** -0.5 if scaling is None else scaling, dropout)
     # Soft-capping (Gemma 2), sinks (gpt-oss) and position biases change the scores in ways the fused kernel lacks.
     extra = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))

@@ -57,7 +57,7 @@ def as_kwargs(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
 
 
 def parameter_name(model: nn.Module) -> str:
-    """Name the parameter by which `model.forward` takes a cache; `ValueError` names a model type that takes none."""
+    """Name the parameter by which `model.forward` takes a cache; `ConfigError` names a model type that takes none."""
     name = _parameter(model)
     if name is None:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)

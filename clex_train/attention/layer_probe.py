@@ -1,6 +1,6 @@
 """Probe the attention of each layer on the meta device to learn how it uses positions.
 
-A layer's attention is rebuilt from its config without weights and called with two tokens. Autograd then tells whether
+A layer's attention is rebuilt from its config without weights and called with two tokens. Autograd then shows whether
 the keys depend on cos and sin, and an attention function of ours records what the layer passes on. No model family is
 named. Shapes: `S` tokens, `W` width of cos.
 """
@@ -24,7 +24,7 @@ PLAIN_TYPES = (bool, int, float, str, type(None))
 
 @dataclass
 class LayerProbe:
-    """How one attention module uses positions."""
+    """Use of positions by one attention module."""
 
     rotates: bool | None = None
     """True if its keys depend on cos and sin; None if the probe failed."""

@@ -98,7 +98,8 @@ def install_log_scaling(model: nn.Module, policy: str, context_len: int, on_leng
     `eval` skips a model in training mode. A layer with a sliding window counts no more keys than its window.
 
     Raises:
-        ValueError: unknown policy, L < 2, or attention that does not read its scale from `scaling`.
+        ValueError: unknown policy.
+        ConfigError: L < 2, or attention that does not read its scale from `scaling`.
     """
     if policy not in POLICIES:
         raise ValueError(f"log_scale={policy}: one of {', '.join(POLICIES)}")
@@ -108,7 +109,7 @@ def install_log_scaling(model: nn.Module, policy: str, context_len: int, on_leng
 
 
 def _attention_modules(model: nn.Module) -> list[_ScaledAttention]:
-    """Find the attention modules with a `scaling`; `ValueError` names a model type that has none."""
+    """Find the attention modules with a `scaling`; `ConfigError` names a model type that has none."""
     modules: list[Any] = list(model.modules())
     found = [
         _ScaledAttention(module, module.scaling, layer_window(module))

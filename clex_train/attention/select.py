@@ -24,7 +24,7 @@ ULYSSES = "ulysses"
 
 
 def check_attention(implementation: AttentionImplementation, key: str = "attention.implementation") -> None:
-    """Raise `ValueError` for a back end that this machine lacks; `key` is the user's key for it."""
+    """Raise `ConfigError` for a back end that this machine lacks; `key` is the user's key for it."""
     require(
         implementation is not AttentionImplementation.flash_attention_2 or is_flash_attn_2_available(),
         key,
@@ -44,7 +44,7 @@ def choose_implementation(
     """Choose the implementation for a model of this architecture, computed in `dtype` on this machine.
 
     Raises:
-        ValueError: `sdpa` is requested and cannot compute the model.
+        ConfigError: `sdpa` is requested and cannot compute the model.
     """
     if requested.implementation is not AttentionImplementation.auto:
         if requested.implementation is AttentionImplementation.sdpa:
@@ -90,7 +90,7 @@ def sdpa_kernel(
     # Some kernels support inference only, so the query must require a gradient as in training.
     query = torch.empty(1, heads, tokens, head_dim(arch), dtype=dtype, device=device, requires_grad=True)
     mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device).tril() if masked else None
-    # Private, but the only way to ask without running the kernel (`utils.private_names`).
+    # Private, but the only way to find out without running the kernel (`utils.private_names`).
     number = torch._fused_sdp_choice(query, query, query, mask, 0.0, not masked)
     return SDPA_KERNELS.get(number, f"number {number}")
 

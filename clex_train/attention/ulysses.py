@@ -44,7 +44,7 @@ class UlyssesAttention:
         self._lengths: dict[str, Any] = {}
         for module in model.modules():
             if hasattr(module, "layer_idx"):
-                # The interface passes the function the module alone, so the module has to lead to this object.
+                # The interface passes the function the module alone, so the module must refer to this object.
                 setattr(module, ATTRIBUTE, self)
 
     @contextmanager
@@ -143,7 +143,7 @@ def ulysses_attention(
     position_ids: Tensor | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "B n H D"], None]:
-    """Attend as transformers' attention interface asks.
+    """Attend by transformers' attention interface.
 
     There is no mask, and `position_ids` that some families pass on are ignored.
     """

@@ -1,1 +1,1 @@
-"""Checkpoints of a run: write beside training, verify by checksum, load, resume on another number of ranks."""
+"""Checkpoints of a run: write in the background, verify by checksum, load, resume on another number of ranks."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run folder as they are on disk: list them, and find damage in their files."""
+"""Checkpoints on disk: list those of a run folder, and find damage in their files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ def list_checkpoints(folder: Path) -> tuple[list[Found], dict[Path, str]]:
 
 def damage_in(found: Found, names: list[str]) -> str | RunsCode | None:
     """Return what is wrong with some files of a checkpoint, or None."""
-    # Hash before unpickling: a damaged file is reported as damaged, whatever its bytes would make the unpickler do.
+    # Hash before unpickling: a damaged file is reported as damaged, without running its bytes through the unpickler.
     try:
         manifest.check_contents(found.path, found.manifest, names)
         with tensors_only(found.path):

@@ -100,7 +100,7 @@ def check_contents(folder: Path, manifest: Manifest, names: list[str]) -> None:
 
 
 def check_compatible(path: Path, manifest: Manifest, expected: Manifest) -> None:
-    """Raise `ValueError` with the remedy when this run cannot resume from a checkpoint.
+    """Raise `ConfigError` with the remedy when this run cannot resume from a checkpoint.
 
     The world size may differ: such checkpoints are converted.
     """
@@ -129,8 +129,8 @@ def _parse(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         content = read_regular(path, within=folder, most=LARGEST)
-        said = parse_json(content, path)
-        manifest = decode(said, Manifest, path)
+        values = parse_json(content, path)
+        manifest = decode(values, Manifest, path)
         require_order(manifest.data_order, path)
     except FileNotFoundError as error:
         raise Damaged(f"{MANIFEST} is missing") from error
@@ -139,8 +139,8 @@ def _parse(folder: Path) -> Manifest:
     if manifest.format not in (ONLY_SIZES, FORMAT):
         raise Damaged(f"{MANIFEST} has format {manifest.format!r}, this program reads up to {FORMAT}")
     # Without the second condition, setting `format` to 1 by hand would switch off the digests.
-    old = manifest.format == ONLY_SIZES and not said.keys() & set(ADDED_IN_2)
-    if content.decode("utf-8") != (_json(said) if old else manifest.render()):
+    old = manifest.format == ONLY_SIZES and not values.keys() & set(ADDED_IN_2)
+    if content.decode("utf-8") != (_json(values) if old else manifest.render()):
         raise Damaged(f"{MANIFEST} was changed after it was written")
     # A name such as ../../x would make the checks read outside the checkpoint.
     for name in {*manifest.files, *manifest.sha256}:
@@ -159,7 +159,7 @@ def _config_hash(config: Config) -> str:
 
 
 def _plain(value: object) -> str:
-    # The name is what a configuration file says.
+    # Configuration files contain the name.
     return value.name if isinstance(value, Enum) else str(value)
 
 

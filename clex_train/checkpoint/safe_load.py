@@ -2,7 +2,7 @@
 
 A pickle can name any function of any module. torch's `weights_only` unpickler refuses every name outside an allow list.
 It is forced here on every `torch.load` of the process while a checkpoint is read, DeepSpeed's own calls included.
-Checksums are no protection: whoever forges a file can forge its checksum.
+Checksums are no protection: an attacker who forges a file can forge its checksum.
 """
 
 import os
@@ -47,7 +47,7 @@ def check(path: Path) -> str | None:
 def tensors_only(what: Path) -> Iterator[None]:
     """Restrict `torch.load` to tensors, plain values and DeepSpeed's own classes, in child processes too.
 
-    Raises `RunsCode` when a file of `what` needs more, and `ValueError` when a tensor's bytes are damaged.
+    Raises `RunsCode` when a file of `what` needs more, and `ConfigError` when a tensor's bytes are damaged.
     """
     # DeepSpeed calls torch.load with weights_only=False, and only these variables override an explicit argument.
     # torch raises if both are set.
@@ -71,7 +71,7 @@ def tensors_only(what: Path) -> Iterator[None]:
 
 
 def _deepspeed_classes() -> list[Any]:
-    """List the classes that DeepSpeed pickles beside its tensors; unpickling them has no side effects."""
+    """List the classes that DeepSpeed pickles with its tensors; unpickling them has no side effects."""
     # Imported here: importing deepspeed takes seconds, and `check` is also used by programs that never train.
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -51,7 +51,7 @@ class Checkpoints:
     """The checkpoints of one run folder.
 
     With `strict`, damage newer than the newest good checkpoint is an error instead of a warning. `config` is the text
-    of the run's configuration; every checkpoint keeps a copy. Raises `ValueError` on creation, naming the difference,
+    of the run's configuration; every checkpoint keeps a copy. Raises `ConfigError` on creation, naming the difference,
     when the newest checkpoint belongs to another model or other data.
     """
 
@@ -77,7 +77,7 @@ class Checkpoints:
         return max(self._list()[0], key=lambda found: found.manifest.step, default=None)
 
     def describe_newest(self) -> str:
-        """Say in a few words where a stopped run will resume."""
+        """Describe the checkpoint from which a stopped run will resume."""
         found = self.newest()
         return f"the last checkpoint is {found.path}" if found else "there is no checkpoint yet"
 
@@ -134,7 +134,7 @@ class Checkpoints:
     def choose(self) -> Found | None:
         """Find the newest checkpoint whose files all match their SHA-256. Collective; ranks share the hashing.
 
-        Raises `ValueError` when every checkpoint is damaged, when ranks see different files, and with `strict` when a
+        Raises `ConfigError` when every checkpoint is damaged, when ranks see different files, and with `strict` when a
         newer checkpoint is damaged.
         """
         started = time.perf_counter()
@@ -182,7 +182,7 @@ class Checkpoints:
         """Load the newest good checkpoint into `engine`. Collective.
 
         Returns (step, ODE state), or None without a checkpoint. One written by another number of ranks is converted
-        first. Raises `StopRequested` when `interrupted` becomes true on a rank meanwhile, and `ValueError` as `choose`
+        first. Raises `StopRequested` when `interrupted` becomes true on a rank meanwhile, and `InputError` as `choose`
         does, when the conversion fails or when a file would run code.
         """
         self.finish()
@@ -200,7 +200,7 @@ class Checkpoints:
         return found.manifest.step, ode_state
 
     def _fits_ranks(self, found: Found) -> bool:
-        """Tell whether this number of ranks can load a checkpoint without conversion."""
+        """Return True if this number of ranks can load a checkpoint without conversion."""
         # Without ZeRO the state is replicated, and any number of ranks can load it.
         return found.manifest.world_size == distributed.world_size() or found.manifest.zero_stage == 0
 
@@ -225,28 +225,30 @@ class Checkpoints:
         """
         # Largest first and then round robin, which balances the bytes per rank well enough.
         names = sorted(found.manifest.files, key=lambda name: -found.manifest.files[name])
-        said = distributed.gather_objects(damage_in(found, names[distributed.rank() :: distributed.world_size()]))
+        reports = distributed.gather_objects(damage_in(found, names[distributed.rank() :: distributed.world_size()]))
         # A file that would run code is an attack, not damage: never fall back to an older checkpoint.
-        for refusal in said:
+        for refusal in reports:
             if isinstance(refusal, RunsCode):
                 raise refusal
-        return next((reason for reason in said if isinstance(reason, str)), None)
+        return next((reason for reason in reports if isinstance(reason, str)), None)
 
     def _judge(self, chosen: Found | None, damage: dict[Path, str]) -> None:
-        """Warn about damage newer than the chosen checkpoint, or raise `ValueError`."""
+        """Warn about damage newer than the chosen checkpoint, or raise `ConfigError`."""
         # Damage older than the chosen checkpoint costs nothing and is not reported.
         newer = {path: why for path, why in damage.items() if step_of(path) > (chosen.manifest.step if chosen else -1)}
         if chosen is not None and (why := self._latest_is_wrong(chosen, newer)):
             newer[self.folder / LATEST] = why
-        said = "; ".join(f"checkpoint {path} is damaged: {why}" for path, why in sorted(newer.items()))
+        faults = "; ".join(f"checkpoint {path} is damaged: {why}" for path, why in sorted(newer.items()))
         if newer and chosen is None:
             raise ConfigError(
-                f"{said}; no older one is left", None, "remove it to start again, or choose another output_dir"
+                f"{faults}; no older one is left", None, "remove it to start again, or choose another output_dir"
             )
         if newer and self.strict:
-            raise ConfigError("resume", "strict", f"{said}; resume=auto would resume {chosen.path if chosen else None}")
+            raise ConfigError(
+                "resume", "strict", f"{faults}; resume=auto would resume {chosen.path if chosen else None}"
+            )
         if newer and distributed.is_main():
-            logger.warning("%s; resuming from %s instead", said, chosen.path if chosen else None)
+            logger.warning("%s; resuming from %s instead", faults, chosen.path if chosen else None)
 
     def _latest_is_wrong(self, chosen: Found, newer: dict[Path, str]) -> str | None:
         """Return the damage of `latest`, or None."""
@@ -323,8 +325,8 @@ class Checkpoints:
             named = None
         except BadFile:
             return
-        # After such a kill, `latest` names the checkpoint before, is missing beside the very first one, or names one
-        # that was about to be replaced. Any other content is damage, which `choose` reports.
+        # After such a kill, `latest` names the previous checkpoint, is missing if there is only the first one, or names
+        # one that was about to be replaced. Any other content is damage, which `choose` reports.
         before = f"{names[1]}\n".encode() if len(names) > 1 else None
         if named == before or self._was_being_replaced(named):
             write_atomically(latest, f"{names[0]}\n")

@@ -35,12 +35,12 @@ BAR = re.compile(r"\d+%\||\d+it \[")
 def convert(checkpoint: Path, interrupted: Callable[[], bool] | None = None) -> Path:
     """Convert a verified checkpoint on rank 0 and return the folder of the result. Collective.
 
-    Raises `ValueError` on every rank, with DeepSpeed's last line, when the conversion fails. Raises `StopRequested`
+    Raises `ConfigError` on every rank, with DeepSpeed's last line, when the conversion fails. Raises `StopRequested`
     when `interrupted` is true on a rank, or a signal ended the conversion.
     """
     target, staging = checkpoint.with_name(FOLDER), checkpoint.with_name(f"converting_{FOLDER}")
-    with tempfile.TemporaryFile("w+") as said:
-        process = _start(checkpoint, staging, said) if distributed.is_main() else None
+    with tempfile.TemporaryFile("w+") as output:
+        process = _start(checkpoint, staging, output) if distributed.is_main() else None
         stopped = False
         # Poll with short collectives: a conversion can take longer than the process group's timeout.
         while distributed.any_rank(process is not None and not _ended(process)):
@@ -48,17 +48,17 @@ def convert(checkpoint: Path, interrupted: Callable[[], bool] | None = None) -> 
                 break
         # Ctrl-C reaches this rank and the subprocess at once; if the subprocess dies first, its exit code alone looks
         # like a failure.
-        asked = interrupted is not None and interrupted()
-        stopped = stopped or distributed.any_rank(process is not None and _was_stopped(process, asked))
+        stop_requested = interrupted is not None and interrupted()
+        stopped = stopped or distributed.any_rank(process is not None and _was_stopped(process, stop_requested))
         if process and process.poll() != 0:
             _kill_group(process)
-        failure = distributed.broadcast_object(_conclude(process, said, staging, target) if process else None)
+        failure = distributed.broadcast_object(_conclude(process, output, staging, target) if process else None)
     if stopped:
         if distributed.is_main():
             discard(checkpoint.parent)
         raise StopRequested(
             f"stopped while {checkpoint} was being converted for {distributed.world_size()} ranks; it is intact; "
-            "the same command goes on"
+            "the same command resumes it"
         )
     if failure is not None:
         raise ConfigError(
@@ -99,7 +99,7 @@ def _own_steps(optimizer: torch.optim.Optimizer) -> None:
             state["step"] = state["step"].clone()
 
 
-def _start(checkpoint: Path, staging: Path, said: IO[str]) -> subprocess.Popen[bytes]:
+def _start(checkpoint: Path, staging: Path, output: IO[str]) -> subprocess.Popen[bytes]:
     logger.info("converting %s for %d ranks; all ranks wait", checkpoint, distributed.world_size())
     discard(checkpoint.parent)
     command = [sys.executable, "-m", "clex_train.checkpoint.convert", str(checkpoint), str(staging / checkpoint.name)]
@@ -110,20 +110,20 @@ def _start(checkpoint: Path, staging: Path, said: IO[str]) -> subprocess.Popen[b
         cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        stderr=said,
+        stderr=output,
         start_new_session=True,
     )
 
 
-def _was_stopped(process: subprocess.Popen[bytes], asked: bool) -> bool:
-    """Tell whether a conversion failed because the run, or the conversion itself, received a stop signal."""
+def _was_stopped(process: subprocess.Popen[bytes], stop_requested: bool) -> bool:
+    """Return True if a conversion failed because the run, or the conversion itself, received a stop signal."""
     code = process.poll()
-    return code in STOPPING or (code is not None and code != 0 and asked)
+    return code in STOPPING or (code is not None and code != 0 and stop_requested)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """Kill a conversion together with its worker processes."""
-    # Workers outlive their parent when it dies by a signal, and would go on filling the disk.
+    # Workers outlive their parent when it dies by a signal, and would keep filling the disk.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -137,14 +137,14 @@ def _ended(process: subprocess.Popen[bytes]) -> bool:
     return True
 
 
-def _conclude(process: subprocess.Popen[bytes], said: IO[str], staging: Path, target: Path) -> str | None:
+def _conclude(process: subprocess.Popen[bytes], output: IO[str], staging: Path, target: Path) -> str | None:
     """Rename a finished conversion into place, or return its failure in one line."""
     if process.returncode == 0:
         staging.rename(target)
         return None
     files.remove_folder(staging)
-    said.seek(0)
-    lines = [line for line in said.read().splitlines() if line.strip() and not BAR.search(line)]
+    output.seek(0)
+    lines = [line for line in output.read().splitlines() if line.strip() and not BAR.search(line)]
     if process.returncode < 0:
         return f"its process was killed by {signal.Signals(-process.returncode).name}, perhaps out of memory"
     return lines[-1].strip() if lines else f"its process exited with {process.returncode}"

@@ -34,7 +34,7 @@ class Written:
 
 
 class Writer(Protocol):
-    """Saves files one by one; `wait` then returns them, and `done` tells whether it would return at once."""
+    """Saves files one by one; `wait` then returns them, and `done` is True if it would return at once."""
 
     ended: float
     """Time at which the last file was finished, from `time.perf_counter`."""
@@ -184,7 +184,7 @@ def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -
 
 
 def _fits(state: Any) -> bool:
-    """Tell whether host memory has room for a copy on every rank of this node, assuming equal sizes."""
+    """Return True if host memory has room for a copy on every rank of this node, assuming equal sizes."""
     sizes: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:

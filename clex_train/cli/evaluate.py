@@ -4,12 +4,12 @@
     python -m clex_train.cli.evaluate model=path/to/model data=corpora/books lengths=[4096,8192,16384]
     python -m clex_train.cli.evaluate run=runs/tiny_base protocols=[streaming] methods=[lm_infinite]
     python -m clex_train.cli.evaluate run=runs/tiny_clex protocols=[] tasks=[passkey] depths=[0,0.5,1] num_prompts=20
-    deepspeed --module clex_train.cli.evaluate run=runs/llama2_7b_clex          windows dealt to the ranks
+    deepspeed --module clex_train.cli.evaluate run=runs/llama2_7b_clex          windows split over the ranks
     deepspeed --module clex_train.cli.evaluate run=runs/llama2_70b_clex sharded=true    the weights are split too
 
-Writes `evaluation/<label>.json` in the run folder (or `output`) and prints the table. What that file holds of other
-weights, data or settings stays: the new one is `<label>_2.json` then. An interrupted evaluation goes on when the same
-command is given again; `dry_run=true` only says what it takes. `--help` lists every key.
+Writes `evaluation/<label>.json` in the run folder (or `output`) and prints the table. An existing file of other
+weights, data or settings is kept, and the new one is `<label>_2.json`. The same command resumes an interrupted
+evaluation; `dry_run=true` only estimates its cost. `--help` lists every key.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from clex_train.cli import forecast
 from clex_train.cli.evaluation_plan import EvaluateArguments, EvaluateConfig, Plan, make_plan, parse
 from clex_train.cli.load_model import load
-from clex_train.cli.loading import keep, partial_of, say_what_is_ahead
+from clex_train.cli.loading import print_plan, resume_partial, write_results
 from clex_train.config.evaluation import Protocol
 from clex_train.config.method import Method
 from clex_train.console import arguments as arguments_of
@@ -42,7 +42,7 @@ from clex_train.evaluation import provenance as origin
 from clex_train.evaluation import retrieval_runner as retrieval
 from clex_train.evaluation.console import tables_of
 from clex_train.evaluation.grid import cells as cells_of_table
-from clex_train.evaluation.partial_results import Partial, say_found
+from clex_train.evaluation.partial_results import Partial, log_found
 from clex_train.evaluation.protocols import Reading, readings
 from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
 from clex_train.evaluation.retrieval_runner import method_cells
@@ -58,39 +58,39 @@ from clex_train.utils import distributed, log
 from clex_train.utils.errors import RunStopped
 
 Done = tuple[Results, Origin, Partial]
-"""Of an evaluation: its outcome, where it comes from, and what was kept for the case of an interruption."""
+"""Results of an evaluation, their origin, and the partial results that an interrupted evaluation would resume."""
 
 
 @log.buffered()
 def main() -> None:
-    """Evaluate what the command line names; whatever can be refused is refused before weights are read."""
-    asked = parse(sys.argv[1:])
-    with arguments_of.named_as_typed(asked):
-        _run(asked)
+    """Evaluate the model of the command line; refuse unusable input before weights are read."""
+    args = parse(sys.argv[1:])
+    with arguments_of.named_as_typed(args):
+        _run(args)
 
 
-def _run(asked: EvaluateArguments) -> None:
-    plan = make_plan(asked)
+def _run(args: EvaluateArguments) -> None:
+    plan = make_plan(args)
     if Protocol.streaming in plan.spec.protocols:
-        text = plan_stream(plan.store, asked.stream_tokens, plan.context_len, plan.bos_id)
-        say_what_is_ahead("evaluate", asked, plan, ahead_of_stream(plan, text))
-        if done := stream(asked, plan, text):
-            finish(asked, plan, *done)
+        text = plan_stream(plan.store, args.stream_tokens, plan.context_len, plan.bos_id)
+        print_plan("evaluate", args, plan, describe_stream(plan, text))
+        if done := stream(args, plan, text):
+            finish(args, plan, *done)
         return
     spans = readings(plan.spec, plan.context_len)
     longest, count = max(plan.spec.lengths), plan.spec.num_windows
-    windows = select(plan.store, longest, count, asked.seed, plan.bos_id) if spans else None
+    windows = select(plan.store, longest, count, args.seed, plan.bos_id) if spans else None
     cells = (
         []
         if plan.tokenizer is None
-        else retrieval_plan.build_cells(plan.spec, plan.tokenizer, plan.store, asked.seed, plan.bos_id is not None)
+        else retrieval_plan.build_cells(plan.spec, plan.tokenizer, plan.store, args.seed, plan.bos_id is not None)
     )
-    say_what_is_ahead("evaluate", asked, plan, ahead(plan, windows, cells))
-    if done := evaluate(asked, plan, windows, spans, cells):
-        finish(asked, plan, *done)
+    print_plan("evaluate", args, plan, describe_tables(plan, windows, cells))
+    if done := evaluate(args, plan, windows, spans, cells):
+        finish(args, plan, *done)
 
 
-def ahead(plan: Plan, windows: WindowSet | None, cells: Sequence[Cell]) -> Iterator[str]:
+def describe_tables(plan: Plan, windows: WindowSet | None, cells: Sequence[Cell]) -> Iterator[str]:
     """Yield the lines of the opening block about windows and prompts."""
     yield labelled("methods", ", ".join(method.value for method in plan.spec.methods))
     if windows is not None:
@@ -104,96 +104,98 @@ def ahead(plan: Plan, windows: WindowSet | None, cells: Sequence[Cell]) -> Itera
         yield labelled("retrieval", f"{tasks} at {lengths} tokens, {plan.spec.num_prompts} prompts each")
 
 
-def ahead_of_stream(plan: Plan, text: Stream) -> Iterator[str]:
+def describe_stream(plan: Plan, text: Stream) -> Iterator[str]:
     """Yield the lines of the opening block about one long text."""
     yield labelled("methods", ", ".join(method.value for method in plan.spec.methods))
     yield labelled("data", f"{plan.store.path}: a stream of {text.num_tokens:,} held-out tokens")
 
 
-def finish(asked: EvaluateArguments, plan: Plan, results: Results, origin: Origin, kept: Partial) -> None:
+def finish(args: EvaluateArguments, plan: Plan, results: Results, origin: Origin, kept: Partial) -> None:
     """Write the results and print their tables, on rank 0; `RunStopped` if nothing fitted or no file was written.
 
-    What was kept for the case of an interruption goes when the results are written.
+    Partial results are removed once the results are written.
     """
     if results.missing and not (results.scores or results.tasks):
         raise RunStopped(f"out of memory: nothing fitted, see above ({results.missing[0].reason}); {REMEDIES}")
     if distributed.is_main():
-        keep(asked, plan.output, origin, tables_of(results, origin), partial(write, results=results, origin=origin))
+        write_results(
+            args, plan.output, origin, tables_of(results, origin), partial(write, results=results, origin=origin)
+        )
     kept.remove()
 
 
 def evaluate(
-    asked: EvaluateArguments, plan: Plan, windows: WindowSet | None, spans: Sequence[Reading], cells: Sequence[Cell]
+    args: EvaluateArguments, plan: Plan, windows: WindowSet | None, spans: Sequence[Reading], cells: Sequence[Cell]
 ) -> Done | None:
-    """Load the weights on every rank, deal windows and prompts to the ranks, score. Collective.
+    """Load the weights on every rank, distribute windows and prompts over the ranks, score. Collective.
 
-    A dry run ends after saying what it takes.
+    A dry run prints the estimated cost and returns None.
     """
     spec = plan.spec
     if spec.longest() > spec.chunk_len:
-        # A cache grows beside what each chunk makes and frees.
+        # The cache grows while chunks allocate and free memory, so return it to the system at once.
         oom_recovery.release_freed_memory()
-    loaded, dtype = load(asked, plan.model)
-    # A vocabulary and what reading the weights left behind are tens of MiB; scoring needs neither.
+    loaded, dtype = load(args, plan.model)
+    # Vocabulary and loader buffers take tens of MiB, and scoring needs neither.
     loaded.tokenizer = None
     oom_recovery.free_memory()
-    tables = methods.of_model(spec, loaded)
+    tables = methods.model_tables(spec, loaded)
     inserted = methods.insertions(spec, loaded.model, loaded.context_len)
-    if asked.dry_run:
-        amount = forecast.of_prompts(
+    if args.dry_run:
+        amount = forecast.prompts_amount(
             loaded.model, method_cells(tables, cells, loaded.context_len, inserted), spec.chunk_len
         )
         if windows is not None:
             todo = cells_of_table(tables, spans, loaded.context_len, inserted)
-            feeding = Feeding(spec.chunk_len, asked.batch_tokens or spec.chunk_len, distributed.device())
-            amount += forecast.of_windows(loaded.model, todo, len(windows.tokens), feeding, loaded.context_len)
-        forecast.say(loaded, amount, spec.chunk_len, spec.offload_cache, asked.sharded)
+            feeding = Feeding(spec.chunk_len, args.batch_tokens or spec.chunk_len, distributed.device())
+            amount += forecast.windows_amount(loaded.model, todo, len(windows.tokens), feeding, loaded.context_len)
+        forecast.print_forecast(loaded, amount, spec.chunk_len, spec.offload_cache, args.sharded)
         return None
-    come_from = facts(plan, dtype)
-    kept = resume(asked, plan, come_from, {"windows": windows.content if windows is not None else ""})
-    say_found(kept, len(tables) * (sum(len(span.spans) for span in spans) + len(cells)))
+    provenance = facts(plan, dtype)
+    kept = resume(args, plan, provenance, {"windows": windows.content if windows is not None else ""})
+    log_found(kept, len(tables) * (sum(len(span.spans) for span in spans) + len(cells)))
     results = Results([], loaded.context_len, NO_WINDOWS)
     how: dict[str, Any] = {"inserted": inserted, "cache_on_host": spec.offload_cache, "kept": kept}
     model, handle, size = loaded.model, loaded.handle, spec.chunk_len
     if windows is not None:
-        results = runner.evaluate(model, handle, tables, windows, spans, size, asked.batch_tokens, **how)
+        results = runner.evaluate(model, handle, tables, windows, spans, size, args.batch_tokens, **how)
     tasks, missing = retrieval.evaluate(model, handle, tables, cells, size, **how)
-    return replace(results, tasks=tasks, missing=[*results.missing, *missing]), come_from, kept
+    return replace(results, tasks=tasks, missing=[*results.missing, *missing]), provenance, kept
 
 
-def stream(asked: EvaluateArguments, plan: Plan, text: Stream) -> Done | None:
-    """Load the weights and read one long text by each method, and in windows of L; a dry run says what it takes."""
-    loaded, dtype = load(asked, plan.model)
-    inserted = methods.for_streams(plan.spec, loaded)
+def stream(args: EvaluateArguments, plan: Plan, text: Stream) -> Done | None:
+    """Load the weights and score one long text by each method, and in windows of L; a dry run prints the cost."""
+    loaded, dtype = load(args, plan.model)
+    inserted = methods.stream_insertions(plan.spec, loaded)
     table = methods.tables([Method.none], methods.base_rope(loaded.handle), loaded.context_len)["none"]
     loaded.handle.use(table)
     names = [method.value for method in plan.spec.methods]
-    if asked.dry_run:
-        amount = forecast.of_stream(loaded.model, text, names, plan.spec.chunk_len)
-        forecast.say(loaded, amount, plan.spec.chunk_len, False, asked.sharded)
+    if args.dry_run:
+        amount = forecast.stream_amount(loaded.model, text, names, plan.spec.chunk_len)
+        forecast.print_forecast(loaded, amount, plan.spec.chunk_len, False, args.sharded)
         return None
-    come_from = facts(plan, dtype)
-    kept = resume(asked, plan, come_from, {"stream": text.num_tokens})
-    say_found(kept, len(names) + 1)
+    provenance = facts(plan, dtype)
+    kept = resume(args, plan, provenance, {"stream": text.num_tokens})
+    log_found(kept, len(names) + 1)
     with loaded.handle.pinned(1.0):
-        return streaming.evaluate(loaded.model, text, names, inserted, plan.spec.chunk_len, kept), come_from, kept
+        return streaming.evaluate(loaded.model, text, names, inserted, plan.spec.chunk_len, kept), provenance, kept
 
 
-def resume(asked: EvaluateArguments, plan: Plan, come_from: Origin, read: dict[str, Any]) -> Partial:
-    """Find what an interrupted evaluation left that is the same in all that the last bit of a number depends on."""
+def resume(args: EvaluateArguments, plan: Plan, provenance: Origin, read: dict[str, Any]) -> Partial:
+    """Load the partial results of an interrupted evaluation, if every setting that affects the numbers is equal."""
     more: dict[str, Any] = {
         "bos_id": plan.bos_id,
         "chunk_len": plan.spec.chunk_len,
-        "batch_tokens": asked.batch_tokens,
+        "batch_tokens": args.batch_tokens,
         "offload_cache": plan.spec.offload_cache,
     }
     if plan.spec.longrope_factors is not None:
         more["longrope_factors_content"] = Path(plan.spec.longrope_factors).read_text(encoding="utf-8")
-    return partial_of(asked, plan.model, plan.output, come_from, {**more, **read})
+    return resume_partial(args, plan.model, plan.output, provenance, {**more, **read})
 
 
 def facts(plan: Plan, dtype: torch.dtype) -> Origin:
-    """Record where the numbers come from."""
+    """Record weights, data and settings of the evaluation."""
     path = Path(str(plan.model.path))
     weights = {"path": str(path), "hash": origin.weights_hash(path), "revision": plan.model.revision}
     described = origin.describe(plan.label, weights, plan.store, dtype)
@@ -201,10 +203,10 @@ def facts(plan: Plan, dtype: torch.dtype) -> Origin:
 
 
 def usage() -> str:
-    """The module's own text and a line for every key."""
+    """Return the text of `--help`: the module's docstring and a paragraph for every key."""
     return arguments_of.usage(__doc__, EvaluateConfig)
 
 
 if __name__ == "__main__":
     log.setup()
-    sys.exit(program.run(main, usage, kept="finished parts are kept, the same command goes on"))
+    sys.exit(program.run(main, usage, kept="finished parts are kept, the same command resumes"))

@@ -1,4 +1,4 @@
-"""What an evaluation is going to be: arguments, checks before weights are read, and what shapes the numbers."""
+"""Plan of an evaluation: arguments, checks before weights are read, and the settings that affect the numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts", "chat_template")
 KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, "offload_cache", "bos")
 """Keys of the `evaluation` group that the command line takes without the group's name; by default the run's."""
 NOT_SHAPING = ("every", "path", "allow_overlap", "chunk_len", "offload_cache", "bos")
-"""What of the `evaluation` group leaves the numbers as they are: when, and how much memory is taken at a time."""
+"""Keys of the `evaluation` group that do not affect the numbers: schedule and memory use."""
 LATER = ("lm_infinite_top_k", "lm_infinite_top_k_layer", "chat_template", "method_options")
 """Keys that older files lack; they are the same request where these have their defaults."""
 
@@ -59,45 +59,45 @@ EvaluateConfig = with_overrides(EvaluateArguments, EvaluationConfig, KEYS, other
 
 @dataclass(frozen=True)
 class Plan(Source):
-    """What the command line and the run folder together ask for."""
+    """Evaluation that the command line and the run folder together describe."""
 
     store: TokenStore
     spec: EvaluationConfig
     tokenizer: Tokenizer | None
     """None where no task needs it."""
     bos_id: int | None
-    """What windows and prompts begin with; None: with their own first token."""
+    """First token of windows and prompts; None keeps their own."""
     request: dict[str, Any]
-    """What is asked for, as far as it shapes the numbers, in the types of JSON."""
+    """Settings that affect the numbers, in the types of JSON."""
 
 
 def parse(arguments: list[str]) -> EvaluateArguments:
-    """`key=value` arguments as a checked config; `ValueError` or an error of OmegaConf names the key."""
-    asked: EvaluateArguments = arguments_of.parse(EvaluateConfig, arguments)
-    _check(asked)
-    return asked
+    """Parse `key=value` arguments into a checked config; `ConfigError` or an error of OmegaConf names the key."""
+    args: EvaluateArguments = arguments_of.parse(EvaluateConfig, arguments)
+    _check(args)
+    return args
 
 
-def make_plan(asked: EvaluateArguments) -> Plan:
-    """Fill in what the command line leaves open; `ValueError` for a run, model or store that cannot be evaluated."""
-    config = run_config(Path(asked.run)) if asked.run else Config()
-    source = locate(asked)
-    data = asked.data or config.evaluation.path or config.data.path
+def make_plan(args: EvaluateArguments) -> Plan:
+    """Fill in missing arguments from the run; `InputError` for a run, model or store that cannot be evaluated."""
+    config = run_config(Path(args.run)) if args.run else Config()
+    source = locate(args)
+    data = args.data or config.evaluation.path or config.data.path
     require(data is not None, "data", data, "this run mixed several stores; name the one to evaluate on")
     store = TokenStore(str(data)).split("validation")
-    tokenizer = load_tokenizer(asked.path, source.model)
+    tokenizer = load_tokenizer(args.path, source.model)
     check_tokenizer(store, tokenizer)
     num_rows = architecture.embedding_rows(architecture.to_read(source.model))
-    check_embedding(store, num_rows, asked.path, "data")
-    said = asked.given(KEYS)
-    if not said.get("lengths", config.evaluation.lengths):
-        t_max = architecture.t_max_of_field(asked.path)
-        said["lengths"] = default_lengths(source.context_len, t_max, longest_document(store))
-    spec = replace(config.evaluation, **said)
-    bos_id = evaluation_bos_id(spec.bos, store, None if asked.run else tokenizer, "bos")
-    check_bos(bos_id, num_rows, asked.path, "bos")
+    check_embedding(store, num_rows, args.path, "data")
+    given = args.given(KEYS)
+    if not given.get("lengths", config.evaluation.lengths):
+        t_max = architecture.t_max_of_field(args.path)
+        given["lengths"] = default_lengths(source.context_len, t_max, longest_document(store))
+    spec = replace(config.evaluation, **given)
+    bos_id = evaluation_bos_id(spec.bos, store, None if args.run else tokenizer, "bos")
+    check_bos(bos_id, num_rows, args.path, "bos")
     warn_if_bos_differs(store, bos_id, "bos")
-    _check_streaming(spec, asked.sharded)
+    _check_streaming(spec, args.sharded)
     _check_reach(source.model, spec, source.context_len)
     _check_methods(source.model, spec, source.context_len)
     return Plan(
@@ -106,29 +106,29 @@ def make_plan(asked: EvaluateArguments) -> Plan:
         spec=spec,
         tokenizer=tokenizer if spec.tasks else None,
         bos_id=bos_id,
-        request=request(asked, spec, source.context_len) | ({} if bos_id is None else {"bos": True}),
+        request=request(args, spec, source.context_len) | ({} if bos_id is None else {"bos": True}),
     )
 
 
-def request(asked: EvaluateArguments, spec: EvaluationConfig, context_len: int) -> dict[str, Any]:
-    """Collect what two evaluations share if one only repeats the other, beside weights, data and dtype."""
+def request(args: EvaluateArguments, spec: EvaluationConfig, context_len: int) -> dict[str, Any]:
+    """Collect the settings that are equal if one evaluation repeats another, apart from weights, data and dtype."""
     defaults = EvaluationConfig()
-    unsaid = {*NOT_SHAPING, *(key for key in LATER if getattr(spec, key) == getattr(defaults, key))}
-    shaping = {key: value for key, value in vars(spec).items() if key not in unsaid}
-    shaping |= {"seed": asked.seed, "stream_tokens": asked.stream_tokens, "context_len": context_len}
+    left_out = {*NOT_SHAPING, *(key for key in LATER if getattr(spec, key) == getattr(defaults, key))}
+    shaping = {key: value for key, value in vars(spec).items() if key not in left_out}
+    shaping |= {"seed": args.seed, "stream_tokens": args.stream_tokens, "context_len": context_len}
     plain: dict[str, Any] = json.loads(json.dumps(shaping, default=lambda choice: choice.value))
     return plain
 
 
-def _check(asked: EvaluateArguments) -> None:
-    check(asked)
-    require(asked.run is not None or asked.data is not None, "data", asked.data, "model=DIR needs a store, data=DIR")
-    require(asked.batch_tokens is None or asked.batch_tokens >= 1, "batch_tokens", asked.batch_tokens, "at least 1")
-    require_at_most(asked, "", {"batch_tokens": MOST_TOKENS, "stream_tokens": 2**40})
-    require(asked.stream_tokens is None or asked.stream_tokens >= 2, "stream_tokens", asked.stream_tokens, "at least 2")
-    require(0 <= asked.seed < 2**63, "seed", asked.seed, "0 or a positive integer below 2**63")
+def _check(args: EvaluateArguments) -> None:
+    check(args)
+    require(args.run is not None or args.data is not None, "data", args.data, "model=DIR needs a store, data=DIR")
+    require(args.batch_tokens is None or args.batch_tokens >= 1, "batch_tokens", args.batch_tokens, "at least 1")
+    require_at_most(args, "", {"batch_tokens": MOST_TOKENS, "stream_tokens": 2**40})
+    require(args.stream_tokens is None or args.stream_tokens >= 2, "stream_tokens", args.stream_tokens, "at least 2")
+    require(0 <= args.seed < 2**63, "seed", args.seed, "0 or a positive integer below 2**63")
     if (
-        asked.given(["offload_cache"]).get("offload_cache")
+        args.given(["offload_cache"]).get("offload_cache")
         and distributed.device().type == "cpu"
         and distributed.is_main()
     ):
@@ -139,10 +139,14 @@ def _check_streaming(spec: EvaluationConfig, sharded: bool) -> None:
     if Protocol.streaming not in spec.protocols:
         return
     names = [protocol.value for protocol in spec.protocols]
-    require(len(spec.protocols) == 1, "protocols", names, "streaming reads other tokens than windows; ask for it alone")
-    require(not spec.tasks, "tasks", [task.value for task in spec.tasks], "streaming goes alone; ask for tasks apart")
+    require(
+        len(spec.protocols) == 1, "protocols", names, "streaming reads other tokens than windows; evaluate it alone"
+    )
+    require(
+        not spec.tasks, "tasks", [task.value for task in spec.tasks], "streaming runs alone; evaluate tasks separately"
+    )
     known = {Method.lm_infinite, Method.none}
-    remedy = "a stream goes through a cache of constant size, which lets go of those keys; leave the key out"
+    remedy = "a stream uses a cache of constant size, which evicts those keys; leave the key out"
     require(spec.lm_infinite_top_k == 0, "lm_infinite_top_k", spec.lm_infinite_top_k, remedy)
     names = [method.value for method in spec.methods]
     require(
@@ -156,7 +160,7 @@ def _check_streaming(spec: EvaluationConfig, sharded: bool) -> None:
 
 
 def _check_reach(model: ModelConfig, spec: EvaluationConfig, context_len: int) -> None:
-    """Refuse a length that the model's own field does not serve, while no weights have been read."""
+    """Raise `ConfigError` for a length beyond the model's own field, before weights are read."""
     t_max, longest = architecture.t_max_of_field(str(model.path)), spec.longest()
     require(
         t_max is None or not {Method.trained, Method.clex} & set(spec.methods) or longest <= t_max * context_len,
@@ -167,7 +171,7 @@ def _check_reach(model: ModelConfig, spec: EvaluationConfig, context_len: int) -
 
 
 def _check_methods(model: ModelConfig, spec: EvaluationConfig, context_len: int) -> None:
-    """Refuse a method that the model cannot have, while no weights have been read."""
+    """Raise `ConfigError` for a method that does not fit the model, before weights are read."""
     arch = architecture.to_read(model)
     unloaded = native_handle_on_meta(arch, context_len, model.trust_remote_code)
     path = str(model.path)

@@ -31,7 +31,7 @@ from clex_train.utils.errors import require
 
 
 class Format(Enum):
-    """Layouts of another program that a model can be written in."""
+    """Layouts of other programs."""
 
     official = "official"
 
@@ -45,51 +45,51 @@ class ExportConfig:
     model: str | None = None
     """Model directory instead of a run: the `final/` of a run, or one in the official layout."""
     format: Format = Format.official
-    """`official`: what the original CLEX code reads."""
+    """`official`: the layout of the original CLEX code."""
     output: str | None = None
     """Directory to write; it must not exist yet."""
     log_scale: LogScale | None = None
-    """What the exported config says, `off` or `official`; by default the policy the model was trained with."""
+    """Log-scaling in the exported config, `off` or `official`; by default the policy the model was trained with."""
 
 
 def main() -> None:
-    """Export what the command line names; whatever can be refused is refused before weights are read."""
-    asked = arguments.parse(ExportConfig, sys.argv[1:])
-    source = _source(asked)
-    _require_known(asked.log_scale, source)
-    output = Path(asked.output)
-    print(log.printable(f"export {source} as {asked.format.value} to {output}"), file=sys.stderr, flush=True)
+    """Export the model of the command line; refuse unusable input before weights are read."""
+    args = arguments.parse(ExportConfig, sys.argv[1:])
+    source = _source(args)
+    _require_known(args.log_scale, source)
+    output = Path(args.output)
+    print(log.printable(f"export {source} as {args.format.value} to {output}"), file=sys.stderr, flush=True)
     loaded = load.load_for_evaluation(ModelConfig(path=str(source)), dtype="auto")
-    write_official(output, loaded, asked.log_scale)
+    write_official(output, loaded, args.log_scale)
     print(f"written to {output}")
 
 
 def usage() -> str:
-    """The module's own text and a line for every key."""
+    """Return the text of `--help`: the module's docstring and a paragraph for every key."""
     return arguments.usage(__doc__, ExportConfig)
 
 
-def _source(asked: ExportConfig) -> Path:
-    """Return the model directory that is asked for; `ValueError` names the key that is missing or wrong."""
-    require((asked.run is None) != (asked.model is None), "run", asked.run, "name either run=FOLDER or model=DIR")
-    require(bool(asked.output), "output", asked.output or None, "name the directory to write, output=DIR")
-    output = Path(str(asked.output))
+def _source(args: ExportConfig) -> Path:
+    """Return the requested model directory; `ConfigError` names the key that is missing or wrong."""
+    require((args.run is None) != (args.model is None), "run", args.run, "name either run=FOLDER or model=DIR")
+    require(bool(args.output), "output", args.output or None, "name the directory to write, output=DIR")
+    output = Path(str(args.output))
     files.require_writable_folder("output", output, output.parent, files.SAVING + output.name)
-    require(not output.exists(), "output", asked.output, "exists already; name another directory")
-    if asked.model is not None:
-        require(architecture.has_field(asked.model), "model", asked.model, "no directory with a CLEX field in it")
-        return Path(asked.model)
-    final = Path(str(asked.run)) / "final"
-    require(final.is_dir(), "run", asked.run, "no final/ in it; give the output_dir of a finished training run")
-    loading.require_whole(Path(str(asked.run)))
-    require(architecture.has_field(str(final)), "run", asked.run, "was trained without CLEX: it has nothing to export")
+    require(not output.exists(), "output", args.output, "exists already; name another directory")
+    if args.model is not None:
+        require(architecture.has_field(args.model), "model", args.model, "no directory with a CLEX field in it")
+        return Path(args.model)
+    final = Path(str(args.run)) / "final"
+    require(final.is_dir(), "run", args.run, "no final/ in it; give the output_dir of a finished training run")
+    loading.require_whole(Path(str(args.run)))
+    require(architecture.has_field(str(final)), "run", args.run, "was trained without CLEX: it has nothing to export")
     return final
 
 
-def _require_known(asked: LogScale | None, source: Path) -> None:
-    """Refuse a policy that the format does not know: `asked`, or the one that the model was trained with."""
-    if asked is not None:
-        require_known(asked)
+def _require_known(policy: LogScale | None, source: Path) -> None:
+    """Raise `ConfigError` if the format lacks the policy, by default the one that the model was trained with."""
+    if policy is not None:
+        require_known(policy)
     elif directory.has_clex(source):
         require_known(LogScale(directory.read_record(source).log_scale))
 

@@ -1,8 +1,8 @@
-"""What an evaluation is going to take: cells, forwards, tokens, memory, and a time from one timed chunk.
+"""Forecast of an evaluation's cost: cells, forwards, tokens, memory, and a time from one timed chunk.
 
-The chunk goes through the weights themselves, since time and room depend on the device, the dtype and how the weights
-are split; nothing is scored and no file is written. Forwards are those of one rank. Time grows with the work
-N (1 + N / 12 d) of a text of N tokens for a model of width d (`evaluation.runner`), and decoding by the token.
+The chunk goes through the real weights, since time and memory depend on the device, the dtype and the sharding; nothing
+is scored and no file is written. Forwards are those of one rank. Time grows with the work N (1 + N / 12 d) of a text of
+N tokens for a model of width d (`evaluation.runner`), and decoding by the token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from clex_train.console import program
 from clex_train.evaluation.grid import Cell
 from clex_train.evaluation.perplexity import one_shot
 from clex_train.evaluation.retrieval_runner import MethodCell
-from clex_train.evaluation.runner import Feeding, keeping_table, lean, work_of
+from clex_train.evaluation.runner import Feeding, bounded_memory, keeping_table, work_of
 from clex_train.evaluation.scoring_head import score_chunk
 from clex_train.evaluation.streaming import Stream
 from clex_train.models.load import LoadedModel
@@ -35,21 +35,21 @@ MOST_TIMED = 1024
 
 @dataclass(frozen=True)
 class Amount:
-    """What a part of an evaluation takes."""
+    """Cost of a part of an evaluation."""
 
     cells: int = 0
     copies: int = 0
     """Cells that equal others by definition."""
     forwards: int = 0
-    """Of one rank."""
+    """Forward passes of one rank."""
     tokens: int = 0
     """Read by all ranks together."""
     work: int = 0
-    """Of one rank, see above."""
+    """Work of one rank, as defined by the module."""
     decoded: int = 0
     """Tokens that one rank generates, each by a forward."""
     cached: int = 0
-    """Tokens whose keys and values a rank holds at a time, at most."""
+    """Largest number of tokens in a rank's KV cache."""
     longest: int = 0
     """Tokens of the longest text."""
 
@@ -66,8 +66,10 @@ class Amount:
         )
 
 
-def of_windows(model: nn.Module, todo: Sequence[Cell], num_windows: int, feeding: Feeding, context_len: int) -> Amount:
-    """Sum up the cells of perplexity."""
+def windows_amount(
+    model: nn.Module, todo: Sequence[Cell], num_windows: int, feeding: Feeding, context_len: int
+) -> Amount:
+    """Sum the cost of the perplexity cells."""
     total = Amount()
     for cell in todo:
         job, protocols = cell.job, len(cell.job.readings)
@@ -90,7 +92,7 @@ def of_windows(model: nn.Module, todo: Sequence[Cell], num_windows: int, feeding
     return total
 
 
-def of_prompts(model: nn.Module, todo: Sequence[MethodCell], chunk_len: int) -> Amount:
+def prompts_amount(model: nn.Module, todo: Sequence[MethodCell], chunk_len: int) -> Amount:
     """Sum up the cells of retrieval."""
     total = Amount()
     for each in todo:
@@ -111,8 +113,8 @@ def of_prompts(model: nn.Module, todo: Sequence[MethodCell], chunk_len: int) -> 
     return total
 
 
-def of_stream(model: nn.Module, text: Stream, methods: Sequence[str], chunk_len: int) -> Amount:
-    """Sum up one text by each method, and in windows of L."""
+def stream_amount(model: nn.Module, text: Stream, methods: Sequence[str], chunk_len: int) -> Amount:
+    """Sum the cost of one text by each method, and in windows of L."""
     at_once = text.context_len * max(1, chunk_len // text.context_len)
     windows, length = -(-text.num_tokens // at_once), text.num_tokens
     plain = "none" in methods
@@ -129,8 +131,8 @@ def of_stream(model: nn.Module, text: Stream, methods: Sequence[str], chunk_len:
     )
 
 
-def say(loaded: LoadedModel, amount: Amount, chunk_len: int, on_host: bool, sharded: bool) -> None:
-    """Time one chunk and print what the evaluation takes, on rank 0. Collective."""
+def print_forecast(loaded: LoadedModel, amount: Amount, chunk_len: int, on_host: bool, sharded: bool) -> None:
+    """Time one chunk and print the cost of the evaluation, on rank 0. Collective."""
     seconds = _seconds(loaded, amount, max(1, min(chunk_len, MOST_TIMED, amount.longest)))
     lines = [
         summary.labelled("cells", f"{amount.cells:,}, of which {amount.copies:,} equal others and are copied"),
@@ -140,7 +142,7 @@ def say(loaded: LoadedModel, amount: Amount, chunk_len: int, on_host: bool, shar
         summary.labelled("time", f"about {_readable(seconds)} after loading, by one timed chunk"),
     ]
     if distributed.is_main():
-        program.say("\n".join(lines))
+        program.echo("\n".join(lines))
 
 
 def _memory(model: nn.Module, amount: Amount, on_host: bool, sharded: bool) -> Iterator[str]:
@@ -167,10 +169,10 @@ def _seconds(loaded: LoadedModel, amount: Amount, num_tokens: int) -> float:
 
 
 def _timed(loaded: LoadedModel, num_tokens: int) -> float:
-    """Measure the seconds of a forward of so many tokens, after one that warms up."""
+    """Measure the seconds of a forward of `num_tokens` tokens, after a warm-up."""
     device = distributed.device()
     tokens = torch.zeros((1, num_tokens), dtype=torch.int64, device=device)
-    with lean(loaded.model, device), keeping_table(loaded.handle):
+    with bounded_memory(loaded.model, device), keeping_table(loaded.handle):
         # The model's own frequencies take as long as any.
         loaded.handle.use(None)
         for _ in range(2):

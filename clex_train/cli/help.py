@@ -31,7 +31,7 @@ Train or fine-tune a model with CLEX.
 
 
 def help_text() -> str:
-    """Write what `python train.py --help` prints: usage, groups and their options, experiments, every key."""
+    """Return the text of `python train.py --help`: usage, groups and their options, experiments, every key."""
     parts = [USAGE, "Groups and their options\n"]
     parts += [f"  {group:<11} {', '.join(name for name, _ in options(group))}" for group in GROUPS]
     parts.append("\nExperiments\n")
@@ -45,7 +45,7 @@ def help_text() -> str:
 
 
 def markdown() -> str:
-    """Write the text of docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     return "\n".join(_markdown_lines()) + "\n"
 
 

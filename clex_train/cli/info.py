@@ -28,10 +28,10 @@ TOOLS = {
 
 
 def main() -> None:
-    """Print the lines; no argument is taken."""
+    """Print the report; takes no argument."""
     if sys.argv[1:]:
         raise ValueError(f"argument={sys.argv[1]}: clex-train info takes none")
-    program.say("\n".join(lines()))
+    program.echo("\n".join(lines()))
 
 
 def lines() -> Iterator[str]:
@@ -70,7 +70,7 @@ def _devices() -> str:
     build = (
         f"torch is built for CUDA {torch.version.cuda}, no GPU found" if torch.version.cuda else "a CPU build of torch"
     )
-    # What the scheduler allows this process, not what the machine has.
+    # Count the cores that the scheduler allows this process, not those of the machine.
     return f"CPU, {len(os.sched_getaffinity(0))} cores ({build})"
 
 

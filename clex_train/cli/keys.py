@@ -32,11 +32,11 @@ class LoadingConfig:
 
     run: str | None = None
     """Folder of a finished run: its `final/` is evaluated, by default on its own validation data and lengths. A folder
-    may stand without a key."""
+    may be given without a key."""
     model: str | None = None
     """Model directory or hub name instead of a run."""
     context_len: int | None = None
-    """L, the length that the base model was trained on; by default what the model says."""
+    """L, the length that the base model was trained on; by default from the model's config."""
     allow_missing: list[str] = field(default_factory=list)
     """Patterns such as `["lm_head.*"]` of tensors that weights and architecture need not share. Any other is refused by
     name."""
@@ -46,21 +46,21 @@ class LoadingConfig:
     """Attention back end of transformers; `flash_attention_2` needs flash-attn and a GPU. `sdpa`, also by `auto`, is
     `eager` for a model without."""
     sharded: bool = False
-    """Split the weights over the ranks (ZeRO-3) instead of a copy on each: for a model that one GPU does not hold."""
+    """Split the weights over the ranks (ZeRO-3) instead of a copy on each: for a model that does not fit on one GPU."""
     offload_parameters: bool = False
-    """With `sharded`: the weights stay in host memory and visit the GPU layer by layer."""
+    """With `sharded`: keep the weights in host memory and copy them to the GPU layer by layer."""
     trust_remote_code: bool = False
     """Allow Python code from `model` to run. Only for repositories you have read."""
     revision: str | None = None
     """Commit, tag or branch of a hub repository."""
     label: str | None = None
-    """Name in tables and of the file; by default the folder's name, for the `final/` of a run the run's."""
+    """Name in tables and of the file; by default the folder's name, for the `final/` of a run that of the run."""
     output: str | None = None
     """JSON file to write; by default `evaluation/<label>.json` in the run folder, or in `runs/<label>`. A file
     that is named here is replaced."""
 
     dry_run: bool = False
-    """Only say what it takes: cells, forwards, tokens, memory, and a time from one timed chunk. Reads the weights for
+    """Only estimate the cost: cells, forwards, tokens, memory, and a time from one timed chunk. Reads the weights for
     that; evaluates nothing and writes no file."""
 
     @property

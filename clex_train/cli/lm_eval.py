@@ -6,8 +6,8 @@
     deepspeed --module clex_train.cli.lm_eval run=runs/llama2_70b_clex tasks=[longbench] sharded=true
 
 Needs `pip install -r requirements-eval.txt`. Writes `evaluation/lm_eval/<label>.json` in the run folder (or `output`).
-What that file holds of other weights, tasks or settings stays: the new one is `<label>_2.json` then. An interrupted
-evaluation goes on when the same command is given again; `dry_run=true` only says what it takes.
+An existing file of other weights, tasks or settings is kept, and the new one is `<label>_2.json`. The same command
+resumes an interrupted evaluation; `dry_run=true` only estimates its cost.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ MOST = {
     "num_fewshot": 10**4,
     "limit": 10**9,
 }
-"""Bounds of numbers that nobody can mean to exceed."""
+"""Largest sensible values."""
 KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples")
 TASK_FILES = ("**/*.yaml", "**/*.py", "**/*.json", "**/*.jsonl")
-"""Tasks of one's own and, where they lie beside them, their data."""
+"""Files of the user's own tasks, and their data in the same folder."""
 
 
 logger = log.get(__name__)
@@ -92,7 +92,7 @@ class LmEvalArguments(LoadingConfig):
     num_fewshot: int | None = None
     """Examples before each question; by default the task's own."""
     bos: Bos = Bos.auto
-    """BOS at the beginning of prompts. `auto`: as the tokenizer does, and the harness for it."""
+    """BOS at the beginning of prompts. `auto`: as the tokenizer does by default."""
     limit: int | None = None
     """Only the first documents of each task."""
     chat_template: bool = False
@@ -100,7 +100,7 @@ class LmEvalArguments(LoadingConfig):
 
     @property
     def named_methods(self) -> list[Method] | None:
-        """Methods to compare; None for the model as it is."""
+        """Methods to compare; None for the unchanged model."""
         return self.given(("methods",)).get("methods")
 
 
@@ -110,62 +110,62 @@ LmEvalConfig = with_overrides(LmEvalArguments, EvaluationConfig, METHOD_KEYS)
 @log.buffered()
 def main() -> None:
     """Run the tasks; names, data and bounds are checked before weights are read."""
-    asked: LmEvalArguments = arguments_of.parse(LmEvalConfig, sys.argv[1:])
-    with arguments_of.named_as_typed(asked):
-        check(asked)
-        _run(asked)
+    args: LmEvalArguments = arguments_of.parse(LmEvalConfig, sys.argv[1:])
+    with arguments_of.named_as_typed(args):
+        check(args)
+        _run(args)
 
 
-def _run(asked: LmEvalArguments) -> None:
+def _run(args: LmEvalArguments) -> None:
     harness.require_installed()
-    if asked.run:
-        loading.run_config(Path(asked.run))
-    source = loading.locate(asked)
+    if args.run:
+        loading.run_config(Path(args.run))
+    source = loading.locate(args)
     # Refuses a tokenizer with Python code of its own, which tasks such as RULER's would run without asking.
-    tokenizer = load_tokenizer(asked.path, source.model)
-    check_ids(tokenizer, architecture.embedding_rows(architecture.to_read(source.model)), asked.path)
-    max_length = longest(asked, source)
+    tokenizer = load_tokenizer(args.path, source.model)
+    check_ids(tokenizer, architecture.embedding_rows(architecture.to_read(source.model)), args.path)
+    max_length = longest(args, source)
     require(
-        asked.bos is not Bos.always or adds_bos(tokenizer),
+        args.bos is not Bos.always or adds_bos(tokenizer),
         "bos",
-        asked.bos.value,
-        "the harness puts BOS where the tokenizer does, and this one puts none; leave the key out",
+        args.bos.value,
+        "the harness follows the tokenizer, which adds no BOS; leave the key out",
     )
-    if asked.chat_template:
+    if args.chat_template:
         require_chat_template(tokenizer)
-    spec = _spec(asked, source, max_length)
-    metadata: dict[str, Any] = {"tokenizer": asked.path, "pretrained": asked.path}
-    if asked.lengths:
-        metadata["max_seq_lengths"] = asked.lengths
-    tasks = harness.Tasks(asked.tasks, Path(asked.include) if asked.include else None, metadata)
-    loading.say_what_is_ahead("lm_eval", asked, source, [labelled("tasks", _tasks(asked, tasks, max_length))])
-    loaded, dtype = load(asked, source.model)
+    spec = _spec(args, source, max_length)
+    metadata: dict[str, Any] = {"tokenizer": args.path, "pretrained": args.path}
+    if args.lengths:
+        metadata["max_seq_lengths"] = args.lengths
+    tasks = harness.Tasks(args.tasks, Path(args.include) if args.include else None, metadata)
+    loading.print_plan("lm_eval", args, source, [labelled("tasks", _tasks(args, tasks, max_length))])
+    loaded, dtype = load(args, source.model)
     settings = harness.RequestSettings(
         max_length,
-        asked.batch_size,
-        asked.limit,
-        asked.num_fewshot,
-        bos=False if asked.bos is Bos.never else None,
-        in_chat=asked.chat_template,
+        args.batch_size,
+        args.limit,
+        args.num_fewshot,
+        bos=False if args.bos is Bos.never else None,
+        in_chat=args.chat_template,
     )
-    if asked.dry_run:
-        _say_amount(asked, loaded, harness.count(loaded, tasks, settings))
+    if args.dry_run:
+        _print_amount(args, loaded, harness.count(loaded, tasks, settings))
         return
-    file = source.output if asked.output else source.output.parent / "lm_eval" / source.output.name
-    origin = facts(asked, source, tasks, dtype, max_length)
-    kept = loading.partial_of(asked, source.model, file, origin, {"lm_eval": version("lm_eval")})
-    found = list(evaluate(asked, loaded, spec, tasks, settings, kept))
+    file = source.output if args.output else source.output.parent / "lm_eval" / source.output.name
+    origin = facts(args, source, tasks, dtype, max_length)
+    kept = loading.resume_partial(args, source.model, file, origin, {"lm_eval": version("lm_eval")})
+    found = list(evaluate(args, loaded, spec, tasks, settings, kept))
     if distributed.is_main():
         text = "\n".join(filter(None, map(table, found)))
-        loading.keep(asked, file, origin, text, partial(write, found=found, origin=origin))
+        loading.write_results(args, file, origin, text, partial(write, found=found, origin=origin))
     kept.remove()
 
 
 class Found(NamedTuple):
-    """The harness's results on a model as it is, or by a method."""
+    """The harness's results on the unchanged model, or by a method."""
 
     method: str
-    """Empty for the model as it is."""
+    """Empty for the unchanged model."""
     frequencies: str
     results: dict[str, Any]
 
@@ -175,51 +175,51 @@ class Found(NamedTuple):
 
 
 def evaluate(
-    asked: LmEvalArguments,
+    args: LmEvalArguments,
     loaded: LoadedModel,
     spec: EvaluationConfig,
     tasks: harness.Tasks,
     settings: harness.RequestSettings,
     kept: Partial,
 ) -> Iterator[Found]:
-    """Ask the tasks of the model as it is, or with each of the methods that are named. Collective."""
-    if asked.named_methods is None:
+    """Run the tasks on the unchanged model, or with each of the named methods. Collective."""
+    if args.named_methods is None:
         results = harness.evaluate(loaded, tasks, settings, kept)
         yield _without_not_run(Found("", loaded.table.method if loaded.table is not None else "none", results))
         return
     inserted = methods.insertions(spec, loaded.model, loaded.context_len)
-    for name, frequencies in methods.of_model(spec, loaded).items():
+    for name, frequencies in methods.model_tables(spec, loaded).items():
         with keeping_table(loaded.handle), inserted.get(name, nullcontext)():
             loaded.handle.use(frequencies)
             results = harness.evaluate(loaded, tasks, settings, kept, name)
         yield _without_not_run(Found(name, frequencies.method, results))
 
 
-def _say_amount(asked: LmEvalArguments, loaded: LoadedModel, counted: harness.Counted) -> None:
-    """Print what the tasks take. A prompt is read by one forward, and so is every token that is generated."""
-    num_methods = len(asked.named_methods or [None])
+def _print_amount(args: LmEvalArguments, loaded: LoadedModel, counted: harness.Counted) -> None:
+    """Print the cost of the tasks: one forward for each prompt, and one for each generated token."""
+    num_methods = len(args.named_methods or [None])
     amount = Amount(
         cells=num_methods * counted.tasks,
         forwards=num_methods * (len(counted.prompts) + counted.generated),
         tokens=num_methods * (sum(counted.prompts) + counted.generated),
         work=num_methods * sum(work_of(loaded.model, length) for length in counted.prompts),
         decoded=num_methods * counted.generated,
-        cached=asked.batch_size * max(counted.prompts, default=0) if counted.generated else 0,
+        cached=args.batch_size * max(counted.prompts, default=0) if counted.generated else 0,
         longest=max(counted.prompts, default=0),
     )
-    forecast.say(loaded, amount, forecast.MOST_TIMED, False, asked.sharded)
+    forecast.print_forecast(loaded, amount, forecast.MOST_TIMED, False, args.sharded)
 
 
 def _without_not_run(found: Found) -> Found:
-    not_run = harness.take_out_not_run(found.results)
+    not_run = harness.remove_not_run(found.results)
     if not_run and distributed.is_main():
         logger.info("not run, and left out: %s", ", ".join(not_run))
     return found
 
 
-def _spec(asked: LmEvalArguments, source: Source, max_length: int) -> EvaluationConfig:
-    """Return the methods and what they take; `ValueError` for one that the model cannot have."""
-    spec = EvaluationConfig(**asked.given(METHOD_KEYS), lengths=[max_length])
+def _spec(args: LmEvalArguments, source: Source, max_length: int) -> EvaluationConfig:
+    """Return the methods with their settings; `ConfigError` for one that does not fit the model."""
+    spec = EvaluationConfig(**args.given(METHOD_KEYS), lengths=[max_length])
     arch = architecture.to_read(source.model)
     unloaded = native_handle_on_meta(arch, source.context_len, source.model.trust_remote_code)
     path = str(source.model.path)
@@ -227,48 +227,48 @@ def _spec(asked: LmEvalArguments, source: Source, max_length: int) -> Evaluation
     return spec
 
 
-def _tasks(asked: LmEvalArguments, tasks: harness.Tasks, max_length: int) -> str:
-    limit = f", the first {asked.limit} documents of each" if asked.limit else ""
+def _tasks(args: LmEvalArguments, tasks: harness.Tasks, max_length: int) -> str:
+    limit = f", the first {args.limit} documents of each" if args.limit else ""
     return f"{', '.join(sorted(tasks.names))}: prompts and answers of up to {max_length:,} tokens{limit}"
 
 
-def check(asked: LmEvalArguments) -> None:
-    """Refuse by `ValueError` keys that are missing, out of range or contradict each other."""
-    loading.check(asked)
-    require_at_most(asked, "", MOST)
-    require(all(n >= 2 for n in asked.lengths or ()), "lengths", asked.lengths, "lengths of at least 2 tokens")
-    require(len(asked.tasks) > 0, "tasks", asked.tasks, "one or more names, such as tasks=[longbench_qasper]")
-    require(asked.include is None or Path(asked.include).is_dir(), "include", asked.include, "no such folder")
-    require(asked.batch_size >= 1, "batch_size", asked.batch_size, "at least 1 prompt")
-    require(asked.limit is None or asked.limit >= 1, "limit", asked.limit, "at least 1 document")
-    require(asked.num_fewshot is None or asked.num_fewshot >= 0, "num_fewshot", asked.num_fewshot, "0 or more")
+def check(args: LmEvalArguments) -> None:
+    """Raise `ConfigError` for keys that are missing, out of range or contradict each other."""
+    loading.check(args)
+    require_at_most(args, "", MOST)
+    require(all(n >= 2 for n in args.lengths or ()), "lengths", args.lengths, "lengths of at least 2 tokens")
+    require(len(args.tasks) > 0, "tasks", args.tasks, "one or more names, such as tasks=[longbench_qasper]")
+    require(args.include is None or Path(args.include).is_dir(), "include", args.include, "no such folder")
+    require(args.batch_size >= 1, "batch_size", args.batch_size, "at least 1 prompt")
+    require(args.limit is None or args.limit >= 1, "limit", args.limit, "at least 1 document")
+    require(args.num_fewshot is None or args.num_fewshot >= 0, "num_fewshot", args.num_fewshot, "0 or more")
     require(
-        asked.sharded or distributed.world_size() == 1,
+        args.sharded or distributed.world_size() == 1,
         "sharded",
-        asked.sharded,
+        args.sharded,
         f"{distributed.world_size()} ranks would each do the same; set sharded=true, or start one process",
     )
-    said = asked.given(METHOD_KEYS)
+    given = args.given(METHOD_KEYS)
     require(
-        asked.named_methods is not None or not said,
+        args.named_methods is not None or not given,
         "methods",
-        asked.named_methods,
-        f"{next(iter(said), '')} goes with a method; name it, as in methods=[lm_infinite]",
+        args.named_methods,
+        f"{next(iter(given), '')} goes with a method; name it, as in methods=[lm_infinite]",
     )
     # Bounds every number of a method, before the model is looked for.
-    EvaluationConfig(**said)
+    EvaluationConfig(**given)
 
 
-def longest(asked: LmEvalArguments, source: Source) -> int:
-    """Return how many tokens a prompt and its answer may have; `ValueError` for more than the field was trained for."""
-    t_max = architecture.t_max_of_field(asked.path)
+def longest(args: LmEvalArguments, source: Source) -> int:
+    """Return the most tokens of a prompt and its answer; `ConfigError` beyond those that the field was trained for."""
+    t_max = architecture.t_max_of_field(args.path)
     reach = int((t_max or 1.0) * source.context_len)
-    chosen = asked.max_length or reach
+    chosen = args.max_length or reach
     require(chosen >= 2, "max_length", chosen, "at least 2 tokens")
     require(
         t_max is None
         or chosen <= reach
-        or not {Method.trained, Method.clex} & {*(asked.named_methods or [Method.trained])},
+        or not {Method.trained, Method.clex} & {*(args.named_methods or [Method.trained])},
         "max_length",
         chosen,
         f"beyond t_max * L = {t_max or 1:g} * {source.context_len}; leave the key out",
@@ -276,15 +276,15 @@ def longest(asked: LmEvalArguments, source: Source) -> int:
     return chosen
 
 
-def facts(asked: LmEvalArguments, source: Source, tasks: harness.Tasks, dtype: torch.dtype, max_length: int) -> Origin:
-    """Record where the numbers come from; data that tasks fetch are known by the tasks' names alone."""
+def facts(args: LmEvalArguments, source: Source, tasks: harness.Tasks, dtype: torch.dtype, max_length: int) -> Origin:
+    """Record weights, data and settings; data that tasks download are identified by the tasks' names only."""
     path, environment, data = Path(str(source.model.path)), origins.environment(dtype), {}
-    if asked.include:
-        data = {"path": asked.include, "fingerprint": origins.files_hash(Path(asked.include), TASK_FILES)}
-    shaping = {key: getattr(asked, key) for key in ("lengths", "batch_size", "num_fewshot", "limit")}
-    shaping |= {} if asked.bos is Bos.auto else {"bos": asked.bos.value}
-    shaping |= {"chat_template": True} if asked.chat_template else {}
-    shaping |= json.loads(json.dumps(asked.given(METHOD_KEYS), default=lambda choice: choice.value))
+    if args.include:
+        data = {"path": args.include, "fingerprint": origins.files_hash(Path(args.include), TASK_FILES)}
+    shaping = {key: getattr(args, key) for key in ("lengths", "batch_size", "num_fewshot", "limit")}
+    shaping |= {} if args.bos is Bos.auto else {"bos": args.bos.value}
+    shaping |= {"chat_template": True} if args.chat_template else {}
+    shaping |= json.loads(json.dumps(args.given(METHOD_KEYS), default=lambda choice: choice.value))
     if "longrope_factors" in shaping:
         # The contents of the file shape the scores, not its name.
         shaping["longrope_factors"] = Path(shaping["longrope_factors"]).read_text(encoding="utf-8")
@@ -305,7 +305,7 @@ def facts(asked: LmEvalArguments, source: Source, tasks: harness.Tasks, dtype: t
 
 
 def write(file: Path, found: Sequence[Found], origin: Origin) -> None:
-    """Write the metrics by key, and the harness's own account of tasks, versions and examples, as JSON.
+    """Write the metrics by key, and the harness's own record of tasks, versions and examples, as JSON.
 
     `frequencies` and `lm_eval` are by method where methods were named.
     """
@@ -332,10 +332,10 @@ def table(found: Found) -> str:
 
 
 def usage() -> str:
-    """The module's own text and a line for every key."""
+    """Return the text of `--help`: the module's docstring and a paragraph for every key."""
     return arguments_of.usage(__doc__, LmEvalConfig)
 
 
 if __name__ == "__main__":
     log.setup()
-    sys.exit(program.run(main, usage, kept="finished parts are kept, the same command goes on"))
+    sys.exit(program.run(main, usage, kept="finished parts are kept, the same command resumes"))

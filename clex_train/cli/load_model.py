@@ -1,7 +1,7 @@
 """Loading of the model that a program evaluates, whole or sharded.
 
 `sharded=true` splits the weights over the ranks (ZeRO-3) while they are read. Each layer is gathered as it runs, so
-every rank has to run the same number of forwards. `offload_parameters=true` keeps the shards in host memory.
+every rank must run the same number of forwards. `offload_parameters=true` keeps the shards in host memory.
 """
 
 import torch
@@ -14,16 +14,16 @@ from clex_train.models.load import LoadedModel, load_for_evaluation
 from clex_train.utils import distributed
 
 
-def load(asked: LoadingConfig, model: ModelConfig) -> tuple[LoadedModel, torch.dtype]:
+def load(args: LoadingConfig, model: ModelConfig) -> tuple[LoadedModel, torch.dtype]:
     """Load the model onto this rank's device, whole or this rank's shard of it; also return its dtype. Collective."""
-    engine = EngineConfig(precision=asked.precision, offload=Offload.all if asked.offload_parameters else Offload.none)
-    if asked.sharded or distributed.world_size() > 1:
+    engine = EngineConfig(precision=args.precision, offload=Offload.all if args.offload_parameters else Offload.none)
+    if args.sharded or distributed.world_size() > 1:
         deepspeed.open_process_group(engine)
     dtype = deepspeed.precision(engine)
-    if asked.sharded:
-        loaded = load_for_evaluation(model, dtype, asked.attention, deepspeed.inference_dict(engine))
+    if args.sharded:
+        loaded = load_for_evaluation(model, dtype, args.attention, deepspeed.inference_dict(engine))
         loaded.engine = deepspeed.build_for_inference(loaded.model, engine)
         return loaded, dtype
-    loaded = load_for_evaluation(model, dtype, asked.attention)
+    loaded = load_for_evaluation(model, dtype, args.attention)
     loaded.model.to(distributed.device())
     return loaded, dtype

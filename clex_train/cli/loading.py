@@ -35,64 +35,64 @@ logger = log.get(__name__)
 
 @dataclass
 class EvaluatedModel(ModelConfig):
-    """A model whose keys stand by themselves on the command line, not in a group."""
+    """A model whose keys have no group on the command line."""
 
     PREFIX: ClassVar[str] = ""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is evaluated, before weights are read."""
+    """Model to evaluate, before weights are read."""
 
     model: ModelConfig
     context_len: int
     context_source: str
-    """What says that L is so long."""
+    """Source of L, for messages."""
     label: str
     output: Path
 
 
-def check(asked: LoadingConfig) -> None:
-    """Refuse by `ValueError` keys that contradict each other or this machine."""
-    require((asked.run is None) != (asked.model is None), "run", asked.run, "name either run=FOLDER or model=DIR")
-    if asked.label is not None:
-        require_plain_name("label", asked.label, "it names the file of results")
-    require(asked.output != "", "output", "''", "name a JSON file, or leave the key out")
-    _check_revision(asked)
-    require_at_most(asked, "", {"context_len": MOST_TOKENS})
-    require(asked.context_len is None or asked.context_len >= 2, "context_len", asked.context_len, "at least 2 tokens")
+def check(args: LoadingConfig) -> None:
+    """Raise `ConfigError` for keys that contradict each other or this machine."""
+    require((args.run is None) != (args.model is None), "run", args.run, "name either run=FOLDER or model=DIR")
+    if args.label is not None:
+        require_plain_name("label", args.label, "it names the file of results")
+    require(args.output != "", "output", "''", "name a JSON file, or leave the key out")
+    _check_revision(args)
+    require_at_most(args, "", {"context_len": MOST_TOKENS})
+    require(args.context_len is None or args.context_len >= 2, "context_len", args.context_len, "at least 2 tokens")
     require(
-        asked.sharded or not asked.offload_parameters,
+        args.sharded or not args.offload_parameters,
         "offload_parameters",
-        asked.offload_parameters,
-        "it is the shares of sharded weights that go to the host; set sharded=true too",
+        args.offload_parameters,
+        "only sharded weights can be kept on the host; set sharded=true too",
     )
-    check_attention(asked.attention, "attention")
+    check_attention(args.attention, "attention")
 
 
-def _check_revision(asked: LoadingConfig) -> None:
-    """Refuse a revision that nobody would read, and the results would name."""
-    local = asked.run or (asked.model if asked.model and Path(asked.model).is_dir() else None)
+def _check_revision(args: LoadingConfig) -> None:
+    """Raise `ConfigError` for a revision of a local folder: it would be recorded without any effect."""
+    local = args.run or (args.model if args.model and Path(args.model).is_dir() else None)
     remedy = f"is of a hub repository, and {local} is a folder on this machine; leave the key out"
-    require(asked.revision is None or local is None, "revision", asked.revision, remedy)
+    require(args.revision is None or local is None, "revision", args.revision, remedy)
 
 
-def locate(asked: LoadingConfig) -> Source:
-    """Find the model that is meant, its L, and where the results go; `ValueError` if one of them cannot be used."""
+def locate(args: LoadingConfig) -> Source:
+    """Find the model, its L, and the file of results; `ConfigError` if one of them cannot be used."""
     model = EvaluatedModel(
-        path=asked.path,
-        context_len=asked.context_len,
-        allow_missing=asked.allow_missing,
-        trust_remote_code=asked.trust_remote_code,
-        revision=asked.revision,
+        path=args.path,
+        context_len=args.context_len,
+        allow_missing=args.allow_missing,
+        trust_remote_code=args.trust_remote_code,
+        revision=args.revision,
     )
     arch = architecture.to_read(model)
     weights.check(model, arch)
-    label = asked.label or _name(Path(asked.run or asked.path).resolve())
-    folder = Path(asked.run) if asked.run else Path("runs") / label
-    output = Path(asked.output) if asked.output else folder / "evaluation" / f"{label}.json"
-    if not asked.run and not asked.output:
-        _require_no_other_run(folder, Path(asked.path), label)
+    label = args.label or _name(Path(args.run or args.path).resolve())
+    folder = Path(args.run) if args.run else Path("runs") / label
+    output = Path(args.output) if args.output else folder / "evaluation" / f"{label}.json"
+    if not args.run and not args.output:
+        _require_no_other_run(folder, Path(args.path), label)
     if distributed.is_main():
         require_writable(output)
     context = architecture.context_source(model, arch)
@@ -106,7 +106,7 @@ def locate(asked: LoadingConfig) -> Source:
 
 
 def _require_no_other_run(folder: Path, model: Path, label: str) -> None:
-    """Refuse a folder of results that is a training run of another model, whose report would take them for its own."""
+    """Raise `ConfigError` for a results folder that is another model's run: its report would include the results."""
     is_other = (folder / "config.yaml").is_file() and folder.resolve() not in model.resolve().parents
     require(
         not is_other, "label", label, f"{folder} is a training run, and model={model} is not of it; name another label"
@@ -114,50 +114,47 @@ def _require_no_other_run(folder: Path, model: Path, label: str) -> None:
 
 
 def _name(folder: Path) -> str:
-    """The name of a run or model; that of the run for its `final/`, which all runs have."""
+    """Return the name of a run or model; for a `final/`, a name that all runs share, that of its run."""
     is_final = folder.name == "final" and (folder.parent / "config.yaml").is_file()
     return folder.parent.name if is_final else folder.name
 
 
 def require_writable(output: Path) -> None:
-    """Refuse by `ValueError` a file that cannot be written, before hours are spent on what would go into it.
-
-    Makes nothing.
-    """
+    """Raise `ConfigError` for a file that cannot be written, before hours of computing its content. Creates nothing."""
     require_writable_folder("output", output, output.parent, temporary_path(output).name)
     require(not output.is_dir(), "output", output, "it is a folder; name a JSON file")
     regular = output.is_file() or not output.exists()
     require(regular, "output", output, "it is a device or a pipe, which a file would replace; name a JSON file")
 
 
-def say_what_is_ahead(program: str, asked: LoadingConfig, source: Source, lines: Iterable[str]) -> None:
-    """Print what is about to be run, before weights are read; `lines` are the program's own."""
+def print_plan(program: str, args: LoadingConfig, source: Source, lines: Iterable[str]) -> None:
+    """Print the plan of an evaluation before weights are read; `lines` are the program's own."""
     if not distributed.is_main():
-        # What rank 0 does once its block is printed.
+        # Rank 0 flushes after it has printed the block.
         log.flush()
         return
     arch = architecture.to_read(source.model)
-    precision = deepspeed.precision(EngineConfig(precision=asked.precision))
+    precision = deepspeed.precision(EngineConfig(precision=args.precision))
     subject = summary.Subject(
-        weights=f"weights of {asked.path}",
+        weights=f"weights of {args.path}",
         model_type=arch.model_type,
         num_parameters=size.num_parameters(model_on_meta(arch, source.model.trust_remote_code)),
         dtype=precision,
         context_len=source.context_len,
         context_source=source.context_source,
     )
-    t_max = architecture.t_max_of_field(asked.path)
+    t_max = architecture.t_max_of_field(args.path)
     own = "none: its own frequencies" if t_max is None else _reach(t_max, source.context_len)
     ranks = distributed.world_size()
-    split = ", the weights split over them" if asked.sharded else ""
-    summary.say(
+    split = ", the weights split over them" if args.sharded else ""
+    summary.print_summary(
         f"{program} {source.label} on {summary.device()} ({summary.versions()})",
         (
             *summary.model(subject),
             summary.labelled("scaling", own),
             *lines,
             summary.labelled("ranks", f"{ranks}{split}"),
-            summary.labelled("output", "none: a dry run times one chunk" if asked.dry_run else str(source.output)),
+            summary.labelled("output", "none: a dry run times one chunk" if args.dry_run else str(source.output)),
         ),
     )
 
@@ -166,26 +163,28 @@ def _reach(t_max: float, context_len: int) -> str:
     return f"clex: t from 1 to {t_max:g}, contexts up to {int(t_max * context_len):,} tokens"
 
 
-def keep(asked: LoadingConfig, wished: Path, origin: Origin, text: str, write: Callable[[Path], None]) -> None:
-    """Have `write` make the file of an evaluation and print `text`, its tables.
+def write_results(
+    args: LoadingConfig, preferred: Path, origin: Origin, text: str, write: Callable[[Path], None]
+) -> None:
+    """Call `write` with the file of an evaluation, and print `text`, its tables.
 
-    A file at `wished` is replaced if this evaluation repeats it or `output` names it; otherwise it stays, and the new
-    one goes beside it. `RunStopped` if it cannot be written.
+    A file at `preferred` is replaced if this evaluation repeats it or `output` names it; otherwise it is kept, and the
+    new file gets another name in the same folder. `RunStopped` if it cannot be written.
     """
-    output = wished if asked.output else place(wished, origin)
-    if output != wished:
-        logger.info("%s holds another evaluation and stays; this one goes beside it: %s", wished, output)
-    with printed_at_least(output, text):
+    output = preferred if args.output else place(preferred, origin)
+    if output != preferred:
+        logger.info("%s is another evaluation and is kept; writing this one to %s", preferred, output)
+    with printing_on_failure(output, text):
         write(output)
-    console.say(f"{text}\n\nwritten to {output}")
+    console.echo(f"{text}\n\nwritten to {output}")
 
 
-def partial_of(
-    asked: LoadingConfig, model: ModelConfig, output: Path, origin: Origin, more: Mapping[str, Any]
+def resume_partial(
+    args: LoadingConfig, model: ModelConfig, output: Path, origin: Origin, more: Mapping[str, Any]
 ) -> Partial:
-    """Return what an interrupted evaluation for `output` left that had the same origin and the same `more`. Collective.
+    """Load the partial results for `output` of an evaluation with the same origin and the same `more`. Collective.
 
-    The weights are known by their hash, a hub model's by name and revision; the tokenizer and Python code that come
+    Weights are identified by their hash, a hub model's by name and revision; the tokenizer and Python code that come
     with them by their files.
     """
     directory = Path(str(model.path))
@@ -195,32 +194,29 @@ def partial_of(
         "weights": origin.model.get("hash") or [str(directory), model.revision],
         "tokenizer": origins.files_hash(directory, TOKENIZER_FILES) if directory.is_dir() else "",
         "data": origin.data.get("fingerprint", ""),
-        "attention": asked.attention.value,
-        "sharded": asked.sharded,
-        "offload_parameters": asked.offload_parameters,
+        "attention": args.attention.value,
+        "sharded": args.sharded,
+        "offload_parameters": args.offload_parameters,
         **more,
     }
     return partial_results.resume(output, facts)
 
 
 @contextmanager
-def printed_at_least(output: Path, text: str) -> Iterator[None]:
-    """Around the writing of results: what keeps the file from being written, as a full disk does, does not lose them.
-
-    Then `text`, the tables, is printed before the `RunStopped` that says so.
-    """
+def printing_on_failure(output: Path, text: str) -> Iterator[None]:
+    """Print `text`, the tables, if the block cannot write the file, as on a full disk; then raise `RunStopped`."""
     try:
         yield
     except OSError as error:
-        console.say(text)
+        console.echo(text)
         remedy = (
             "the results are printed above, keep them; for the file make room or name another place and evaluate again"
         )
-        raise console.unwritten(output, error, remedy) from error
+        raise console.write_failure(output, error, remedy) from error
 
 
 def run_config(run: Path) -> Config:
-    """Read the configuration of a finished run; `ValueError` says what is missing."""
+    """Read the configuration of a finished run; `ConfigError` names the missing file."""
     require(run.is_dir(), "run", run, "no such folder; give the output_dir of a training run")
     require(
         (run / saved_config.CONFIG).exists(),
@@ -235,11 +231,11 @@ def run_config(run: Path) -> Config:
 
 
 def require_whole(run: Path) -> None:
-    """Raise `ValueError` if a file of a run's `final/` is missing or has another size than it was written with."""
+    """Raise `ConfigError` if a file of a run's `final/` is missing or has another size than it was written with."""
     try:
         if checksums.exists(run / "final"):
             checksums.require_sizes(run / "final")
     except checksums.Damaged as damaged:
         raise ConfigError(
-            "run", run, f"its final/ is damaged: {damaged}; start the same training command again, it is written anew"
+            "run", run, f"its final/ is damaged: {damaged}; start the same training command again, which rewrites it"
         ) from damaged

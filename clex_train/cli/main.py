@@ -45,7 +45,7 @@ VERBS = {
 
 
 def main() -> int:
-    """Run the program of the verb that the first argument names; return the exit code of what ends here."""
+    """Run the program of the verb that the first argument names; return the exit code."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h"):
         print(usage())

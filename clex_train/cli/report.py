@@ -38,33 +38,33 @@ class ReportConfig:
 
 
 def main() -> None:
-    """Write the report of what the command line names; nothing is written if one cannot be used.
+    """Write the report of the runs and files on the command line; nothing is written if one is unusable.
 
     `RunStopped` if a file cannot be written.
     """
     named = [argument for argument in sys.argv[1:] if "=" not in argument]
-    asked = arguments.parse(ReportConfig, [argument for argument in sys.argv[1:] if "=" in argument])
+    args = arguments.parse(ReportConfig, [argument for argument in sys.argv[1:] if "=" in argument])
     require(len(named) > 0, "runs", named, "name one or more run folders or evaluation files")
     paths = [Path(name) for name in named]
-    require(asked.output != "", "output", "''", "name a folder for the report, or leave the key out")
-    output = Path(asked.output) if asked.output else default_output(paths)
+    require(args.output != "", "output", "''", "name a folder for the report, or leave the key out")
+    output = Path(args.output) if args.output else default_output(paths)
     require_writable_folder("output", output, output, SAVING + output.name)
     collected = evidence.collect(paths)
     try:
         tables = write(collected, output, [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
     except OSError as error:
-        raise program.unwritten(output, error, "make room or name another folder, and report again") from error
-    program.say("\n\n".join([*filter(None, [tables]), f"written to {output / INDEX}"]))
+        raise program.write_failure(output, error, "make room or name another folder, and report again") from error
+    program.echo("\n\n".join([*filter(None, [tables]), f"written to {output / INDEX}"]))
 
 
 def default_output(named: list[Path]) -> Path:
-    """The report's folder where none is named."""
+    """Return the folder of a report without `output`."""
     folders = {evidence.run_folder(evidence.find_evaluation(path)) for path in named}
     return folders.pop() / "report" if len(folders) == 1 else Path("runs/report")
 
 
 def usage() -> str:
-    """The module's own text and a line for every key."""
+    """Return the text of `--help`: the module's docstring and a paragraph for every key."""
     return arguments.usage(__doc__, ReportConfig)
 
 

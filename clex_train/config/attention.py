@@ -25,7 +25,7 @@ MOST = {
     "n_local": MOST_TOKENS,
     "n_global": MOST_TOKENS,
 }
-"""Upper bounds that catch a slip of the keyboard."""
+"""Upper bounds that catch typing errors."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class AttentionConfig:
             self.n_local,
             "applies only to LM-Infinite's mask; add attention=lambda",
         )
-        # lm_infinite/ selects its own back end by device and length, so a wish for another cannot be honoured.
+        # lm_infinite/ selects its own back end by device and length, so another choice would be ignored.
         require(
             not self.lambda_mask or self.implementation in (AttentionImplementation.auto, AttentionImplementation.sdpa),
             "attention.implementation",

@@ -17,7 +17,7 @@ MOST = {
     "keep_last": MOST_STEPS,
     "keep_every": MOST_STEPS,
 }
-"""Upper bounds that catch a slip of the keyboard."""
+"""Upper bounds that catch typing errors."""
 
 
 @dataclass

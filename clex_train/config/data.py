@@ -37,7 +37,7 @@ MOST = {
     "seq_len": MOST_TOKENS,
     "min_document_tokens": MOST_TOKENS,
 }
-"""Upper bounds that catch a slip of the keyboard."""
+"""Upper bounds that catch typing errors."""
 
 
 @dataclass
@@ -127,7 +127,7 @@ def parse_ranges(items: list[str]) -> list[tuple[int, int]]:
     """Parse `data.skip_rows` into disjoint ascending half-open ranges.
 
     Raises:
-        ValueError: an item is neither an index nor an ascending range.
+        ConfigError: an item is neither an index nor an ascending range.
     """
     merged: list[tuple[int, int]] = []
     # Merge overlapping and adjacent ranges, so that the skipped rows can be counted by a sum.

@@ -40,7 +40,7 @@ def field_docs(schema: type) -> dict[str, str]:
 def with_overrides(base: type[T], group: type, keys: Sequence[str], otherwise: str = "") -> type[T]:
     """Add keys of a config group to the dataclass `base`, each None unless the command line sets it.
 
-    `otherwise` is appended to each description: what holds for None.
+    `otherwise` is appended to each description: the meaning of None.
     """
     docs, items = field_docs(group), {item.name: item for item in fields(group)}
     optional = [
@@ -75,7 +75,7 @@ def _own_field_docs(schema: type) -> dict[str, str]:
 
 
 def _choices(item: Field[Any], value: Any) -> str:
-    """The values that a field names itself, where they are not those of its type."""
+    """Join the choices that a field lists in its metadata, if they differ from those of its type."""
     names = "|".join(each.name for each in item.metadata.get("choices", ()))
     return f"list[{names}]" if names and str(item.type).startswith("list") else names
 

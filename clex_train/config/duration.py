@@ -12,7 +12,7 @@ _HOURS = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 
 def seconds(key: str, value: str) -> float:
-    """Convert `value` to seconds; raise `ValueError` naming `key` unless it is above 0 and below a year."""
+    """Convert `value` to seconds; raise `ConfigError` naming `key` unless it is above 0 and below a year."""
     clock, total = _CLOCK.fullmatch(value.strip()), -1.0
     if clock:
         days, hours, minutes, rest = (int(part or 0) for part in clock.groups())

@@ -42,7 +42,7 @@ MOST = {
     "timeout": 60 * 24 * 30,
     "world_size": MOST_RANKS,
 }
-"""Upper bounds that catch a slip of the keyboard."""
+"""Upper bounds that catch typing errors."""
 
 
 @dataclass

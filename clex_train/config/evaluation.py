@@ -44,7 +44,7 @@ MOST = {
     "depths": 1,
     "num_prompts": 10**4,
 }
-"""Upper bounds that catch a slip of the keyboard."""
+"""Upper bounds that catch typing errors."""
 
 
 @dataclass
@@ -174,7 +174,7 @@ class EvaluationConfig:
         )
 
     def method_settings(self) -> dict[str, Any]:
-        """The keys of this group that are settings of a method, by the field of its class."""
+        """Collect the keys of this group that are settings of a method, by the field of its class."""
         names = ("rope_theta", "dynamic_factor", "longrope_factors", "lm_infinite_t")
         return {name: getattr(self, name) for name in names}
 

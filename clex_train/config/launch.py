@@ -40,7 +40,7 @@ MOST = {
     "linger": 10**6,
     "max_restarts": 10**6,
 }
-"""Upper bounds that catch a slip of the keyboard."""
+"""Upper bounds that catch typing errors."""
 
 
 @dataclass
@@ -164,7 +164,7 @@ class LaunchConfig:
         )
 
     def _check_texts(self) -> None:
-        """Raise `ValueError` for values that would end a line of the job script, and for malformed options."""
+        """Raise `ConfigError` for values that would end a line of the job script, and for malformed options."""
         for item in fields(self):
             value = getattr(self, item.name)
             texts = (
@@ -184,7 +184,7 @@ class LaunchConfig:
 
 
 def seconds(time: str) -> int:
-    """Convert a SLURM time limit to seconds; raise `ValueError` if it has none of SLURM's forms or is zero."""
+    """Convert a SLURM time limit to seconds; raise `ConfigError` if it has none of SLURM's forms or is zero."""
     parts = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", time)
     require(parts is not None, "launch.time", time, "minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS")
     assert parts is not None

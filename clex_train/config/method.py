@@ -26,8 +26,8 @@ class Method(Enum):
 
 
 EVALUATION_ONLY = (Method.trained, Method.lm_infinite)
-"""Ways of reading a model that no run trains: as it is, and under LM-Infinite's mask."""
+"""Methods without training: the unchanged model, and LM-Infinite's mask."""
 TRAINED_BY = tuple(method for method in Method if method not in EVALUATION_ONLY)
-"""What `scaling=` takes."""
+"""Choices of `scaling=`."""
 FORMULAS = tuple(method for method in TRAINED_BY if method not in (Method.none, Method.clex))
 """Methods with frequencies by a formula at one scale factor for the whole run, written into a stock config.json."""

@@ -46,7 +46,7 @@ class ModelConfig:
     """Prefix of these keys on the command line; evaluation programs use them without it."""
 
     def __post_init__(self) -> None:
-        # PREFIX, not a constant: errors must name the key as the program at hand spells it.
+        # PREFIX, not a constant: errors must name the key as the running program spells it.
         require_at_most(self, self.PREFIX, {"context_len": MOST_TOKENS})
         require(
             self.context_len is None or self.context_len >= 2,

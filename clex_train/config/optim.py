@@ -29,7 +29,7 @@ MOST = {
     "spike_window": 10**6,
     "max_roll_backs": MOST_STEPS,
 }
-"""Upper bounds that catch a slip of the keyboard."""
+"""Upper bounds that catch typing errors."""
 
 
 @dataclass

@@ -57,7 +57,7 @@ def expand(tasks: Sequence[Task]) -> list[Task]:
 
 
 def check(tasks: Sequence[Task], num_prompts: int, depths: Sequence[float], lengths: Sequence[int] | None) -> None:
-    """Raise `ValueError` by key for settings from which no prompt can be made."""
+    """Raise `ConfigError` by key for settings from which no prompt can be made."""
     # Refuse before any model is loaded.
     for task in tasks:
         known = "it needs SQuAD or HotpotQA, which are not generated here; use lm-eval, or leave it out"

@@ -81,7 +81,7 @@ def register() -> None:
 
 
 def to_config(composed: DictConfig) -> Config:
-    """Convert the composed config to a checked `Config`; `ValueError` names the key, the value and the remedy."""
+    """Convert the composed config to a checked `Config`; `ConfigError` names the key, the value and the remedy."""
     # Before to_object, which would set an unknown key as an attribute that nobody reads.
     _refuse_unknown(composed)
     config = OmegaConf.to_object(composed)
@@ -208,7 +208,7 @@ def default_lengths(context_len: int, t_max: float | None, longest_document: int
 
 
 def check_protocols(config: Config) -> None:
-    """Raise `ValueError` for a protocol without windows, which a run cannot evaluate."""
+    """Raise `ConfigError` for a protocol without windows, which a run cannot evaluate."""
     require(
         Protocol.streaming not in config.evaluation.protocols,
         "evaluation.protocols",
@@ -218,7 +218,7 @@ def check_protocols(config: Config) -> None:
 
 
 def check_reach(config: Config, context_len: int) -> None:
-    """Raise `ValueError` if an evaluation window is longer than the context that CLEX is trained to serve."""
+    """Raise `ConfigError` if an evaluation window is longer than the context that CLEX is trained to serve."""
     longest, scaling = config.evaluation.longest(), config.scaling
     # Whole tokens: a window one token beyond the trained range is already extrapolation.
     served = int(scaling.t_max * context_len)
@@ -232,7 +232,7 @@ def check_reach(config: Config, context_len: int) -> None:
 
 
 def check_scaling(config: Config, holds_clex: bool) -> None:
-    """Raise `ValueError` if weights trained with CLEX would continue training without it."""
+    """Raise `ConfigError` if weights trained with CLEX would continue training without it."""
     require(
         config.scaling.name is Method.clex or not holds_clex,
         "scaling.name",
@@ -243,7 +243,7 @@ def check_scaling(config: Config, holds_clex: bool) -> None:
 
 
 def check_lambda_mask(config: Config) -> None:
-    """Raise `ValueError` for settings that conflict with training under LM-Infinite's mask."""
+    """Raise `ConfigError` for settings that conflict with training under LM-Infinite's mask."""
     if not config.attention.lambda_mask:
         return
     scaling, evaluation = config.scaling, config.evaluation
@@ -283,7 +283,7 @@ def check_lambda_mask(config: Config) -> None:
 
 
 def check_positions(config: Config, context_len: int) -> None:
-    """Raise `ValueError` if rows do not fit into the positions of the scaling."""
+    """Raise `ConfigError` if rows do not fit into the positions of the scaling."""
     scaling, row_len = config.scaling, config.data.seq_len
     served = int(scaling.t_max * context_len)
     require(

@@ -24,7 +24,7 @@ INTERPOLATION = re.compile(r"(\\*)\$\{")
 REMEDY = "copy the run folder again, or choose another output_dir"
 RESTORE = (
     "the same training command restores it from the newest checkpoint; one of an earlier version has no copy of it: "
-    "then restore a backup, or remove the file, and the run goes on unchecked under the configuration that you give"
+    "then restore a backup, or remove the file, and the run resumes unchecked under the configuration that you give"
 )
 
 
@@ -32,7 +32,7 @@ def over_defaults(path: Path) -> dict[str, Any]:
     """Return the recorded values as in the file, merged over current defaults for missing keys.
 
     Raises:
-        ValueError: the file is missing or damaged, or has a single value in place of a group.
+        ConfigError: the file is missing or damaged, or has a single value in place of a group.
     """
     # Defaults fill keys that a newer version added, so that old run folders still resume.
     defaults = plain(OmegaConf.structured(Config))
@@ -50,7 +50,7 @@ def over_defaults(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> Config:
-    """Return the recorded config, checked; raise `ValueError` as `over_defaults` does, and for an invalid value."""
+    """Return the recorded config, checked; raise `ConfigError` as `over_defaults` does, and for an invalid value."""
     recorded = _literal(over_defaults(path))
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(recorded)))

@@ -57,7 +57,7 @@ MOST = {
     "max_residual": 1e9,
     "check_every": MOST_STEPS,
 }
-"""Upper bounds that catch a slip of the keyboard."""
+"""Upper bounds that catch typing errors."""
 
 
 @dataclass
@@ -163,7 +163,7 @@ class ScalingConfig:
         require(self.check_every >= 1, "scaling.check_every", self.check_every, "at least 1 step")
 
     def method_settings(self) -> dict[str, Any]:
-        """The keys of this group that are settings of a method, by the field of its class."""
+        """Collect the keys of this group that are settings of a method, by the field of its class."""
         return {"rope_theta": self.rope_theta, "longrope_factors": self.longrope_factors}
 
     def factor_for(self, row_len: int, context_len: int) -> float:

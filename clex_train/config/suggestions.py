@@ -80,9 +80,9 @@ def did_you_mean(key: str, keys: Sequence[str]) -> str:
     # Case is ignored: people type FP16 and ZeRO.
     same = [name for name in keys if name == ELSEWHERE.get(field.lower())]
     elsewhere = [name for name in keys if name.rpartition(".")[2] == field]
-    beside = {name.rpartition(".")[2]: name for name in keys if name.rpartition(".")[0] == group}
+    siblings = {name.rpartition(".")[2]: name for name in keys if name.rpartition(".")[0] == group}
     # 0.6 is difflib's default; lower values suggest unrelated keys.
-    nearby = [beside[name] for name in difflib.get_close_matches(field, beside, n=2, cutoff=0.6)]
+    nearby = [siblings[name] for name in difflib.get_close_matches(field, siblings, n=2, cutoff=0.6)]
     # A field of the same name in another group is the surest guess, then names of other trainers, then typos.
     found = elsewhere or same or nearby or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     return f"did you mean {in_words(found)}?" if found else ""

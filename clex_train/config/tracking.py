@@ -20,7 +20,7 @@ class Wandb(Enum):
 MOST = {
     "log_every": MOST_STEPS,
 }
-"""Upper bounds that catch a slip of the keyboard."""
+"""Upper bounds that catch typing errors."""
 
 
 @dataclass

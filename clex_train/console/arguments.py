@@ -23,7 +23,7 @@ IN_A_GROUP = re.compile(r"(?<![\w./])(model|data|evaluation|attention)\.([a-z]\w
 
 
 def parse(schema: type, arguments: Sequence[str]) -> Any:
-    """An instance of the dataclass `schema`; `ValueError` or an error of OmegaConf names the key."""
+    """Parse arguments into an instance of the dataclass `schema`; `ConfigError` or an OmegaConf error names the key."""
     merged = OmegaConf.structured(schema)
     alone = [argument for argument in arguments if "=" not in argument]
     if len(alone) > 1:
@@ -46,12 +46,12 @@ def parse(schema: type, arguments: Sequence[str]) -> Any:
 
 
 @contextmanager
-def named_as_typed(asked: Any) -> Iterator[None]:
-    """Name the keys of this command line in errors and in the log, where code that training shares names its own.
+def named_as_typed(args: Any) -> Iterator[None]:
+    """Translate keys of training in errors and log lines of shared code to the keys of this command line.
 
-    `asked` is what `parse` returned, of a schema with `run` and `model`.
+    `args` is the result of `parse` for a schema with `run` and `model`.
     """
-    typed = partial(IN_A_GROUP.sub, partial(_own_key, asked))
+    typed = partial(IN_A_GROUP.sub, partial(_own_key, args))
 
     def rename(record: logging.LogRecord) -> bool:
         if record.name.startswith("clex_train"):
@@ -75,20 +75,20 @@ def named_as_typed(asked: Any) -> Iterator[None]:
             handler.removeFilter(rename)
 
 
-def _own_key(asked: Any, found: re.Match[str]) -> str:
-    """Return how `asked` names a key of a group; a key that it does not have stays."""
+def _own_key(args: Any, found: re.Match[str]) -> str:
+    """Return the key of `args` for a key of a group; a key that it lacks is unchanged."""
     group, key = found.groups()
     own = {
-        ("model", "path"): "run" if asked.run else "model",
+        ("model", "path"): "run" if args.run else "model",
         ("data", "path"): "data",
         ("evaluation", "path"): "data",
         ("attention", "implementation"): "attention",
     }.get((group, key), key)
-    return own if own in {field.name for field in fields(asked)} else found[0]
+    return own if own in {field.name for field in fields(args)} else found[0]
 
 
 def _named(schema: type, argument: str) -> str:
-    """The argument as key=value; a folder alone is a run if it is a run folder, else a model, where there are both."""
+    """Return the argument as key=value; a folder alone becomes `run` if it is a run folder, else `model`."""
     if "=" in argument:
         return argument
     path = Path(argument)
@@ -100,7 +100,7 @@ def _named(schema: type, argument: str) -> str:
 
 
 def usage(text: str | None, schema: type) -> str:
-    """Format a program's own text and a paragraph for every key of `schema`."""
+    """Format the text of `--help`: `text`, and a paragraph for every key of `schema`."""
     indent = " " * 6
     lines = [
         f"  {key} ({kind}; {default})\n"

@@ -1,4 +1,4 @@
-"""The YAML files that a configuration is composed from: where a key stands, and texts that YAML took for numbers."""
+"""YAML files of a composed configuration: line numbers of keys, and texts that YAML converted to numbers."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +19,12 @@ GLOBAL = "# @package _global_"
 
 
 def line_of(file: Path, key: str) -> int:
-    """Return the line, from 1, where a dotted key of the whole configuration stands; 0 if it is not in the file."""
+    """Return the line, from 1, of a dotted key of the whole configuration; 0 if it is not in the file."""
     return next((node.start_mark.line + 1 for path, node in _leaves(file) if path == key), 0)
 
 
 def require_texts(schema: type | None, hydra: Any) -> None:
-    """Raise `ValueError` for a text without quotes that YAML read as something else, in a file `hydra` composed."""
+    """Raise `ConfigError` for a text without quotes that YAML converted, in a file that `hydra` composed."""
     for file in _chosen(hydra):
         loaded = OmegaConf.to_container(OmegaConf.load(file))
         prefix = _package(file)
@@ -41,9 +41,9 @@ def require_texts(schema: type | None, hydra: Any) -> None:
 
 
 def require_few_values(arguments: Sequence[str]) -> None:
-    """Raise `ValueError` for a file of a few hundred bytes whose aliases stand for millions of values.
+    """Raise `BadFile` for a file of a few hundred bytes whose aliases expand to millions of values.
 
-    Hydra would write them all out. Looked at are the program's own `conf/` and the folders that `arguments` name.
+    Hydra would expand them all. Checks the program's own `conf/` and the folders that `arguments` name.
     """
     named = re.findall(r"(?:^|\s)(?:--config-dir|-cd|--config-path|-cp)[= ](\S+)", " ".join(arguments))
     named += re.findall(r"file://([^,\]'\"\s]+)", " ".join(arguments))
@@ -51,19 +51,19 @@ def require_few_values(arguments: Sequence[str]) -> None:
         for file in (*folder.glob("*.yaml"), *folder.glob("*/*.yaml")):
             content = read_regular(file)
             if b"&" in content:
-                # Hydra says what is wrong with the rest.
+                # Hydra reports other faults itself.
                 with suppress(yaml.YAMLError, UnicodeDecodeError):
                     require_bounded(content.decode("utf-8"), file)
 
 
 def shown(file: Path) -> str:
-    """Return a file's path from the current folder if it is below that."""
+    """Return a file's path relative to the current folder if it is below it."""
     here = Path.cwd()
     return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
 
 def _chosen(hydra: Any) -> Iterator[Path]:
-    """Yield the files of the primary configuration, of each group's option, and those named without a group."""
+    """Yield the files of the primary configuration and of each group's option, and those named without a group."""
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     names = [str(hydra.job.config_name), *(f"{group}/{name}" for group, name in hydra.runtime.choices.items())]
     seen = set[Path]()
@@ -84,7 +84,7 @@ def _defaults(file: Path) -> list[Any]:
 
 
 def _package(file: Path) -> str:
-    """Return what goes before a file's own keys, with its dot: nothing, or the folder's name."""
+    """Return the prefix of a file's own keys: empty, or the folder's name and a dot."""
     lines = file.read_text(encoding="utf-8").splitlines()
     whole = GLOBAL in (line.strip() for line in lines) or (file.parent / "config.yaml").is_file()
     return "" if whole else f"{file.parent.name}."
@@ -109,7 +109,7 @@ def _below(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _value(loaded: Any, path: list[str]) -> Any:
-    """Return the value at a path of keys, which YAML may have read as numbers; None if it is not there or no scalar."""
+    """Return the value at a path of keys, which YAML may have converted; None if it is missing or not a scalar."""
     for part in path:
         items = loaded.items() if isinstance(loaded, Mapping) else enumerate(loaded) if isinstance(loaded, list) else ()
         loaded = next((value for key, value in items if str(key) == part), None)

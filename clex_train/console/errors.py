@@ -1,9 +1,9 @@
-"""Errors of composing a configuration, and our own, in one line: which key, what is wrong with it, what to do.
+"""Explain errors of the configuration in one line: key, fault, remedy.
 
     optim.lrr: no such key; did you mean optim.lr?
     experiment=tiny: no such option; did you mean tiny_base, tiny_clex or tiny_continued?
 
-Works for every schema, since what may be written is read off the error itself.
+Works for every schema, since the valid keys are read off the error itself.
 """
 
 import re
@@ -35,16 +35,16 @@ REASONS = (
     (r"is not a ListConfig", "should be a list such as [1,2]"),
     (r"Cannot merge DictConfig with ListConfig", "should be `key: value` lines, not a list"),
     (r"is not a subclass of", "no such entry yet; add it in a YAML file"),
-    (r"does not support deletion", "a key cannot be taken away, only set"),
+    (r"does not support deletion", "a key cannot be removed, only set"),
 )
-"""Sentences of OmegaConf that it gives no type to tell by, and what to say instead."""
+"""Messages of OmegaConf that have no type of their own, and their replacements."""
 
 ADDED = {"experiment": "an experiment", "corpus": "a corpus"}
 """Groups that no defaults list names."""
 
 
 def explain(error: BaseException) -> str | None:
-    """The one line for a mistake of the user; None for anything else, which deserves its traceback."""
+    """Return the one line for a mistake of the user; None for any other error, which keeps its traceback."""
     line = _line(error)
     return None if line is None else " ".join(line.split())
 
@@ -68,7 +68,7 @@ def _line(error: BaseException) -> str | None:
         return str(error)
     file = _file_of_hydra(error)
     if isinstance(error, ValueError) and file:
-        # Hydra has no type of its own for some of its complaints about arguments.
+        # Hydra raises a plain ValueError for some refused arguments.
         return str(error)
     if isinstance(error, TypeError) and file and file.name == "defaults_list.py":
         return "a group of the configuration is null where it takes the name of an option; --help lists them"
@@ -76,7 +76,7 @@ def _line(error: BaseException) -> str | None:
 
 
 def _missing_option(error: MissingConfigException) -> str:
-    # The groups of conf/ are folders of one level: a slash after it is part of what was typed.
+    # The groups of conf/ are folders of one level: any further slash was typed by the user.
     group, slash, option = str(error.missing_cfg_file).partition("/")
     options = list(error.options or ())
     if not slash:
@@ -94,7 +94,7 @@ def _is_like_a_path(option: str) -> bool:
 
 
 def _from_omegaconf(error: BaseException) -> OmegaConfBaseException | None:
-    """The OmegaConf error behind what Hydra raised, if there is one."""
+    """Find the OmegaConf error behind the one that Hydra raised, if there is one."""
     link: BaseException | None = error
     while link is not None and not isinstance(link, OmegaConfBaseException):
         link = link.__cause__ or (link.__context__ if isinstance(link, HydraException) else None)
@@ -106,7 +106,7 @@ def _is_unknown_key(cause: OmegaConfBaseException) -> bool:
 
 
 def _unparsed(override: str) -> str:
-    """Say what is wrong with an argument that Hydra cannot read."""
+    """Explain why Hydra cannot read an argument."""
     key, equals, value = override.partition("=")
     bare = re.sub(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"", "", value)
     if not equals or not key:
@@ -121,7 +121,7 @@ def _unparsed(override: str) -> str:
 
 
 def _not_yaml(error: yaml.YAMLError) -> str:
-    """The file, the line and what is wrong there."""
+    """Name the file and the line, and explain the fault."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return f"{' '.join(str(error).split())}; save the file as UTF-8 text"
     mark = error.problem_mark or error.context_mark
@@ -134,9 +134,9 @@ def _not_yaml(error: yaml.YAMLError) -> str:
 
 
 def _not_utf8() -> str | None:
-    """Name the configuration file that is not UTF-8; None if each is, and the error is about something else.
+    """Name the configuration file that is not UTF-8; None if all are, and the error has another cause.
 
-    The error knows the bytes and not the file.
+    The error itself names the bytes only.
     """
     folders = [REPOSITORY / "conf", *map(Path, re.findall(r"file://([^,\]'\"]+)", " ".join(sys.argv[1:])))]
     for file in (file for folder in folders for file in sorted(folder.rglob("*.yaml"))):
@@ -150,7 +150,7 @@ def _not_utf8() -> str | None:
 
 
 def _place(error: BaseException, cause: OmegaConfBaseException) -> str:
-    """The file in conf/ that a mistake is in, and its line; empty where it was made on the command line."""
+    """Name the file in conf/ with the mistake, and its line; empty for a mistake on the command line."""
     found = re.match(r"In '([^']+)': ", _lines(error)[0])
     if not found:
         return ""
@@ -169,11 +169,11 @@ def _no_such_key(error: BaseException, cause: OmegaConfBaseException) -> str:
 
 def _refused_value(error: BaseException, cause: OmegaConfBaseException) -> str:
     written = _quoted(error) or str(cause.full_key)
-    return f"{written or 'the file'}: {_in_our_words(_lines(cause)[0])}"
+    return f"{written or 'the file'}: {_expected_value(_lines(cause)[0])}"
 
 
-def _in_our_words(reason: str) -> str:
-    """Turn OmegaConf's sentence about what a value is not into one about what it should be."""
+def _expected_value(reason: str) -> str:
+    """Replace OmegaConf's message by one that names the expected value."""
     for pattern, words in REASONS:
         found = re.search(pattern, reason)
         if found:
@@ -194,7 +194,7 @@ def _composition(error: HydraException) -> str:
 
 
 def _quoted(error: BaseException) -> str:
-    """The override in Hydra's message, without the plus signs that mappings get."""
+    """Extract the override from Hydra's message, without the plus signs that mappings get."""
     if not isinstance(error, ConfigCompositionException):
         return ""
     first = _lines(error)[0]
@@ -206,7 +206,7 @@ def _quoted(error: BaseException) -> str:
 
 
 def _names(node: Node | None) -> list[str]:
-    """Every key of the configuration that `node` is part of, dotted, groups included."""
+    """List every key of the configuration that `node` is part of, dotted, groups included."""
     if node is None:
         return []
     root = node._get_root()
@@ -225,7 +225,7 @@ def _dotted(node: DictConfig, prefix: str) -> Iterator[str]:
 
 
 def _file_of_hydra(error: BaseException) -> Path | None:
-    """Return the file of Hydra's that raised an error; None for any other."""
+    """Return the source file of Hydra that raised an error; None for an error from elsewhere."""
     frames = traceback.extract_tb(error.__traceback__)
     file = Path(frames[-1].filename).resolve() if frames else None
     return file if file and file.is_relative_to(HYDRA) else None

@@ -1,4 +1,4 @@
-"""The flags of Hydra's command line, so that one it does not know is refused in a line and not by its whole usage."""
+"""Flags of Hydra's command line: refuse an unknown one in one line instead of printing the whole usage."""
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ WITH_A_VALUE = (
 
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print below its usage."""
-        raise InputError(f"{message}; --help says what there is")
+        """Raise `InputError` with the message that argparse would print below its usage."""
+        raise InputError(f"{message}; --help lists the keys")
 
 
 def put_last(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with Hydra's flags behind the overrides: between them, Hydra would refuse what follows.
+    """Move Hydra's flags behind the overrides: after a flag, Hydra would refuse further overrides.
 
-    `ValueError` for a flag that Hydra does not have, or whose value it does not take.
+    Raises `ConfigError` for a flag that Hydra lacks, or for a value that it does not accept.
     """
     overrides, flags = parser().parse_known_args(arguments)[1], list(arguments)
     unknown = [argument for argument in overrides if argument.startswith("-")]

@@ -1,9 +1,8 @@
 """Rewrite `key=value` arguments so that text fields get the text as it was typed, and mappings take new names.
 
-Hydra and YAML give words types of their own: 2024_01_05 is the number 20240105, 1e3 is 1000.0 and `no` is false. The
-schema says which fields hold text; there the value is quoted before it is parsed, and so is the name of a choice, where
-YAML would take `off` for false. Values that are quoted already,
-`null`, interpolations and Hydra's functions stay as they are.
+Hydra and YAML convert some words: 2024_01_05 is the number 20240105, 1e3 is 1000.0 and `no` is false. Values of text
+fields are therefore quoted before they are parsed, and so is the name of a choice, where YAML would take `off` for
+false. Values that are quoted already, `null`, interpolations and Hydra's functions are unchanged.
 """
 
 import json
@@ -20,14 +19,14 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 ATOM = re.compile(r"[\w.:+\-]+")
-"""Items of lists and mappings that are quoted: whatever may be taken for a number or a boolean is among them."""
+"""Items of lists and mappings that are quoted, among them every one that could parse as a number or a boolean."""
 FUNCTION = re.compile(r"\w+\(.*\)", re.DOTALL)
 MULTIRUN = re.compile(r"-m|--multirun|\+{0,2}hydra\.mode=(RunMode\.)?MULTIRUN")
 
 
 @dataclass(frozen=True)
 class Syntax:
-    """How the parser that comes next writes texts, and whether commas outside of brackets separate runs of a sweep."""
+    """Quoting rule of the parser that comes next; with `sweeps`, commas outside brackets separate runs of a sweep."""
 
     quote: Callable[[str], str]
     sweeps: bool = False
@@ -46,7 +45,7 @@ def for_yaml(schema: type, argument: str) -> str:
 
 
 def passes_mapping(schema: type, key: str) -> str | None:
-    """Return the mapping that a dotted key names or leads into, as `launch.environment` for `launch.environment.CC`."""
+    """Return the mapping at or above a dotted key, such as `launch.environment` for `launch.environment.CC`."""
     parts = key.split(".")
     prefixes = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
     return next((prefix for prefix in prefixes if typing.get_origin(type_at(schema, prefix)) is dict), None)
@@ -86,7 +85,7 @@ def _for_hydra(schema: type, argument: str, syntax: Syntax) -> str:
 
 
 def _is_text_in_braces(name: str) -> bool:
-    """Tell whether Hydra reads `name` in `{name: value}` as this text: 2024 or `true` would get another type."""
+    """Return True if Hydra reads `name` in `{name: value}` as text, unlike 2024 or `true`."""
     try:
         key = next(iter(OverridesParser.create().parse_override(f"key={{{name}:0}}").value()))  # type: ignore[arg-type]
     except (HydraException, StopIteration):
@@ -95,7 +94,7 @@ def _is_text_in_braces(name: str) -> bool:
 
 
 def _is_swept(value: str) -> bool:
-    """Tell whether a value is one for each run of a sweep: by commas outside of brackets, or by a function."""
+    """Return True if a value has one part for each run of a sweep: commas outside brackets, or a function."""
     try:
         return OverridesParser.create().parse_override(f"key={value}").is_sweep_override()
     except HydraException:
@@ -109,7 +108,7 @@ def _without_none(hint: Any) -> Any:
 
 
 def _as_typed(value: str, hint: Any, syntax: Syntax) -> str:
-    """Quote the texts in `value`, as far as `hint` says that they are texts."""
+    """Quote the items of `value` whose type `hint` is text."""
     if hint is str or _is_choice(hint):
         items = _split(value, ",") if syntax.sweeps else []
         items = [item.strip() for item in items] if len(items) > 1 else [value]
@@ -125,7 +124,7 @@ def _as_typed(value: str, hint: Any, syntax: Syntax) -> str:
 
 
 def _item(text: str, hint: Any, syntax: Syntax) -> str:
-    """Quote one item of a list or mapping, where spaces around a text are not part of it."""
+    """Quote one item of a list or mapping, without the spaces around it."""
     bare = text.strip()
     if _is_choice(hint):
         return text if _stays(bare, hint) else syntax.quote(bare)
@@ -151,9 +150,9 @@ def _is_choice(hint: Any) -> bool:
 
 
 def _stays(text: str, hint: Any) -> bool:
-    """Tell whether a value is left alone: empty, quoted or escaped by the user, null, an interpolation, a function.
+    """Return True if a value is unchanged: empty, quoted or escaped by the user, null, an interpolation, a function.
 
-    So is what names no choice, which is refused as it was typed.
+    An unknown choice is unchanged too, and is later refused as it was typed.
     """
     if _is_choice(hint):
         return text not in hint.__members__

@@ -1,14 +1,14 @@
-"""What every entry point does around its Hydra main: arguments of launchers, `--help`, errors in one line, exit codes.
+"""Run an entry point: arguments of launchers, `--help`, errors in one line, exit codes.
 
 0    done            1    a bug or a fault of the machine (with its traceback)
-2    the user's input cannot be used (`InputError`, or Hydra's own); one line says which key and what to do
-3    training was stopped to protect the run; one line says why and where the last checkpoint is;
-     of an evaluation: nothing that was asked for fitted into memory;
+2    the user's input cannot be used (`InputError`, or Hydra's own); one line names the key and the remedy
+3    training was stopped to protect the run; one line gives the reason and the last checkpoint;
+     of an evaluation: no requested cell fitted into memory;
      of every program: the disk is full, or a quota used up; one line names the file;
-     of `data_prep decontaminate`: documents were found on both sides, and no store without them was asked for
-4    a rank died, froze or hangs; one line says which
-141  whoever read the output has gone, as `head` does: the code that a shell gives for SIGPIPE
-75   training was asked to stop and has a checkpoint (EX_TEMPFAIL of sysexits.h): the same command goes on
+     of `data_prep decontaminate`: documents were found on both sides, and no store without them was requested
+4    a rank died, froze or hangs; one line names it
+141  the reader of the output is gone, as `head` does: the code that a shell gives for SIGPIPE
+75   training stopped on request and has a checkpoint (EX_TEMPFAIL of sysexits.h): the same command resumes it
 129, 130, 143   ended by SIGHUP, SIGINT or SIGTERM (128 + the signal's number); one line says what is kept
 """
 
@@ -42,13 +42,13 @@ logger = log.get(__name__)
 FAULT = 1
 USER_ERROR = 2
 STOPPED = 3
-GO_ON = 75
+RESUMABLE = 75
 READER_GONE = 128 + signal.SIGPIPE
 PATIENCE = 2.0
 EXIT_CODE_FILE = "CLEX_TRAIN_EXIT_CODE"
-_ON_A_TYPEWRITER = "clex_train.on_a_typewriter"
-_TYPEWRITER = {"\u00b1": "~", "\u2026": "~", "\u2013": "-", "\u2014": "-", "\u00d7": "x", "\u2192": ">", "\u2588": "#"}
-"""One character for one, so that the columns of a table stay in line."""
+_ASCII_FALLBACK = "clex_train.ascii_fallback"
+_SUBSTITUTES = {"\u00b1": "~", "\u2026": "~", "\u2013": "-", "\u2014": "-", "\u00d7": "x", "\u2192": ">", "\u2588": "#"}
+"""ASCII substitutes of one character each, so that the columns of a table stay aligned."""
 
 
 class _Failed(SystemExit):
@@ -60,7 +60,7 @@ class _Failed(SystemExit):
 
 
 def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
-    """Decorates the function below `hydra.main`, so that its errors reach `run` and a sweep stops at the first."""
+    """Wrap the function below `hydra.main`, so that its errors reach `run` and a sweep stops at the first."""
 
     @functools.wraps(function)
     def guarded(composed: DictConfig) -> None:
@@ -76,10 +76,10 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
 def run(
     main: Callable[[], object], help_text: Callable[[], str], schema: type | None = None, kept: str = "nothing is kept"
 ) -> int:
-    """Run an entry point's main; returns the exit code. Launchers' own arguments are taken off `sys.argv` first.
+    """Run an entry point's main and return the exit code. Launchers' own arguments are removed from `sys.argv` first.
 
-    Name the `schema` where Hydra reads `sys.argv`: its text fields then get the text as it was typed. `kept` says what
-    of its work outlives a signal that ends it, and whether the same command goes on.
+    Pass the `schema` if Hydra reads `sys.argv`: its text fields then get the text as it was typed. `kept` says what
+    survives a signal that ends the program, and whether the same command resumes it.
     """
     watch = stop_requests.signals()
     try:
@@ -90,15 +90,15 @@ def run(
         code = _interrupted(interrupt, kept)
     if watch:
         watch.is_leaving = True
-        # What torch and its like have made is not worth the seconds in which the interpreter would take it apart.
+        # Skip the final garbage collection, which takes seconds with torch loaded.
         gc.freeze()
     _record(code)
     return code
 
 
 def _interrupted(interrupt: KeyboardInterrupt, kept: str) -> int:
-    """Say once, on rank 0, which signal ended the program; returns the exit code."""
-    # Without a watch, or where a library took SIGINT over, it is Python's own.
+    """Report on rank 0 which signal ended the program, and return the exit code."""
+    # Without a watch, or where a library took over SIGINT, it is Python's own KeyboardInterrupt.
     own = interrupt if isinstance(interrupt, Interrupted) else Interrupted(signal.SIGINT)
     if log.display_rank() == 0:
         print(f"{own}; {kept}", file=sys.stderr)
@@ -108,13 +108,13 @@ def _interrupted(interrupt: KeyboardInterrupt, kept: str) -> int:
 
 
 def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type | None) -> int:
-    show_any_text()
+    accept_any_text()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv[1:] = without_launcher_arguments(sys.argv[1:])
     if schema is not None:
         sys.argv[1:] = overrides.for_hydra(schema, sys.argv[1:])
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
-        say(help_text())
+        echo(help_text())
         return 0
     if log.display_rank() == 0:
         for line in versions.untested_warnings():
@@ -127,50 +127,50 @@ def _run(main: Callable[[], object], help_text: Callable[[], str], schema: type 
     except (_Failed, Exception) as raised:
         error = raised.error if isinstance(raised, _Failed) else raised
         if (watch := stop_requests.signals()) and watch.interrupted and not isinstance(error, StopRequested):
-            # A library, for instance while it was imported, has made an error of its own of the interrupt.
+            # A library turned the interrupt into an error of its own, for instance during its import.
             raise Interrupted(watch.interrupted) from error
         return report(error)
     return 0
 
 
-def show_any_text() -> None:
-    """Let standard output take characters that its encoding lacks, as an ascii terminal's does: never end over one.
+def accept_any_text() -> None:
+    """Make standard output accept characters that its encoding lacks, such as that of an ASCII terminal.
 
-    Dashes and the like become what a typewriter has, anything else (a file's name in another alphabet) an escape.
+    Dashes and similar signs become ASCII characters, others (a file's name in another alphabet) escapes.
     """
-    codecs.register_error(_ON_A_TYPEWRITER, _typed)
+    codecs.register_error(_ASCII_FALLBACK, _replace_unencodable)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=_ON_A_TYPEWRITER)
+            stream.reconfigure(errors=_ASCII_FALLBACK)
 
 
-def _typed(error: UnicodeError) -> tuple[str | bytes, int]:
+def _replace_unencodable(error: UnicodeError) -> tuple[str | bytes, int]:
     """Replace characters that cannot be encoded; an error handler of `codecs`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     characters = error.object[error.start : error.end]
-    typed = (_TYPEWRITER.get(c) or c.encode("ascii", "backslashreplace").decode() for c in characters)
+    typed = (_SUBSTITUTES.get(c) or c.encode("ascii", "backslashreplace").decode() for c in characters)
     return "".join(typed), error.end
 
 
-def say(text: str) -> None:
-    """Print to standard output at once. Ends the program quietly, exit code 141, if nobody reads it any more."""
+def echo(text: str) -> None:
+    """Print to standard output and flush. Ends the program without a message, exit code 141, if the reader is gone."""
     try:
         print(log.printable(text), flush=True)
     except BrokenPipeError:
-        # What is still in the buffer would be tried again, and fail again, when the interpreter ends.
+        # The interpreter flushes the buffer once more at exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(READER_GONE) from None
 
 
-def unwritten(output: Path, error: OSError, remedy: str) -> RunStopped:
-    """The end of a program that could not write `output`, as on a full disk: names the file that the error is about."""
+def write_failure(output: Path, error: OSError, remedy: str) -> RunStopped:
+    """Build the error of a program that could not write `output`, as on a full disk; names the file of the OS error."""
     reason = error.strerror or first_line(error)
     return RunStopped(f"output={error.filename or output}: cannot be written ({reason}); {remedy}")
 
 
 def _record(code: int) -> None:
-    """Leave the exit code of the first rank that ends to the job script: torchrun answers 1 whatever its ranks say."""
+    """Write the exit code of the first rank that ends, for the job script: torchrun itself always returns 1."""
     file = os.environ.get(EXIT_CODE_FILE)
     if file:
         with suppress(OSError), open(file, "x", encoding="utf-8") as record:
@@ -178,25 +178,25 @@ def _record(code: int) -> None:
 
 
 def report(error: Exception) -> int:
-    """Print what the user can mend as one line, anything else with its traceback; returns the exit code."""
+    """Print the user's mistakes as one line, other errors with their traceback, and return the exit code."""
     if isinstance(error, StopRequested):
         if log.display_rank() == 0:
             print(log.printable(str(error)), file=sys.stderr)
-        return GO_ON
+        return RESUMABLE
     line, code = _classify(error)
     if line is None:
         traceback.print_exception(error)
         return FAULT
     rank = log.display_rank()
     if rank:
-        # Most errors are those of every rank and rank 0 says them: then its launcher ends this rank meanwhile.
+        # Most errors occur on every rank: rank 0 prints them, and the launcher ends this rank in the meantime.
         time.sleep(PATIENCE)
     print(f"error{f' of rank {rank}' if rank else ''}: {log.printable(line)}", file=sys.stderr)
     return code
 
 
 def _classify(error: Exception) -> tuple[str | None, int]:
-    """Return the line to print and the exit code; no line for what deserves its traceback."""
+    """Return the line to print and the exit code; None instead of a line asks for a traceback."""
     from clex_train.console.errors import explain
 
     if isinstance(error, RunStopped):
@@ -223,7 +223,7 @@ def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def sweep_folder(output_dir: str) -> str:
-    """In a multirun, each job's own folder: the overrides that differ between jobs are appended to `output_dir`."""
+    """Return a job's own folder in a multirun: `output_dir` with the overrides that differ between jobs appended."""
     job = HydraConfig.get()
     if job.mode is not RunMode.MULTIRUN:
         return output_dir

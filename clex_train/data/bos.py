@@ -18,7 +18,7 @@ logger = log.get(__name__)
 def adds_bos(tokenizer: Tokenizer) -> bool:
     """Return True if a transformers tokenizer prepends BOS by default."""
     bos_id = tokenizer.bos_token_id
-    # Ask by example: `add_bos_token` is missing on many fast tokenizers, whose post-processor decides.
+    # Encode an example: `add_bos_token` is missing on many fast tokenizers, whose post-processor decides.
     return bos_id is not None and list(tokenizer("x")["input_ids"])[:1] == [bos_id]
 
 
@@ -26,7 +26,7 @@ def resolve(choice: Bos, tokenizer: Tokenizer, key: str) -> bool:
     """Decide whether documents begin with BOS.
 
     Raises:
-        ValueError: the choice is `always`, and the tokenizer has no BOS token.
+        ConfigError: the choice is `always`, and the tokenizer has no BOS token.
     """
     if choice is Bos.always and tokenizer.bos_token_id is None:
         raise ConfigError(
@@ -47,7 +47,7 @@ def evaluation_bos_id(
         key: config key that error messages name.
 
     Raises:
-        ValueError: the choice is `always`, and the tokenizer has no BOS token.
+        ConfigError: the choice is `always`, and the tokenizer has no BOS token.
     """
     bos_id = store.manifest.tokenizer.bos_id
     if choice is Bos.never:

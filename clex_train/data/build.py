@@ -61,7 +61,7 @@ def open_stores(data: DataConfig) -> dict[str, TokenStore]:
     """Open the store of each domain, by name; without domains, `data.path` under the name "".
 
     Raises:
-        ValueError: a store is missing or damaged, or two stores were tokenized differently.
+        InputError: a store is missing or damaged, or two stores were tokenized differently.
     """
     if not data.domains:
         stores = {"": TokenStore(str(data.path))}
@@ -80,7 +80,7 @@ def open_existing_stores(data: DataConfig) -> dict[str, TokenStore]:
     """Open only the stores that exist on this machine; a dry run may be on a login node without the data.
 
     Raises:
-        ValueError: a path exists and is not a token store.
+        InputError: a path exists and is not a token store.
     """
     paths = {name: domain.path for name, domain in data.domains.items()} or {"": data.path}
     here = {name: str(path) for name, path in paths.items() if path and Path(path).exists()}
@@ -119,7 +119,7 @@ def pack(stores: Mapping[str, TokenStore], data: DataConfig) -> dict[str, Packed
     """Pack every store into rows.
 
     Raises:
-        ValueError: a store has too few tokens for one row, or no document that is long enough.
+        ConfigError: a store has too few tokens for one row, or no document that is long enough.
     """
     return {name: PACKINGS[data.packing](store, data) for name, store in stores.items()}
 
@@ -128,7 +128,7 @@ def build_rows(packed: Mapping[str, Rows], data: DataConfig, seed: int, batch_ro
     """Return the endless row order of a run.
 
     Raises:
-        ValueError: `data.skip_rows` leaves no row.
+        ConfigError: `data.skip_rows` leaves no row.
     """
     order = mix(packed, data, seed, batch_rows)
     ranges = parse_ranges(data.skip_rows)

@@ -20,7 +20,7 @@ class ConcatRows:
     """Rows of one pass over a store, in its order; the tokens after the last full row are dropped.
 
     Raises:
-        ValueError: the split has fewer than `seq_len` tokens.
+        ConfigError: the split has fewer than `seq_len` tokens.
     """
 
     def __init__(self, store: TokenStore, seq_len: int) -> None:

@@ -71,7 +71,7 @@ def long_documents(store: TokenStore, seq_len: int, min_tokens: int) -> PieceRow
     """Cut full rows from each document of at least `min_tokens` >= `seq_len` tokens, EOS included.
 
     Raises:
-        ValueError: no document is that long; names the longest.
+        ConfigError: no document is that long; names the longest.
     """
     assert min_tokens >= seq_len, (min_tokens, seq_len)
     offsets = store.doc_offsets
@@ -95,7 +95,7 @@ def best_fit(store: TokenStore, seq_len: int) -> PieceRows:
     """Pack every token of the store once into nearly the fewest rows; takes a few seconds for 10^9 tokens.
 
     Raises:
-        ValueError: the split has no documents.
+        ConfigError: the split has no documents.
     """
     offsets = store.doc_offsets
     lengths = np.diff(offsets)
@@ -154,7 +154,7 @@ class _Rooms:
     def place(self, bins: np.ndarray, length: int) -> int:
         """Place at least one of the equal items, write their bins to the start of `bins` and return how many."""
         room, first, stop = self._take(length, len(bins))
-        # Best fit fills one bin until the length no longer fits, then goes on to the next bin of the run.
+        # Best fit fills one bin until the length no longer fits, then continues with the next bin of the run.
         each = room // length
         full = min(stop - first, len(bins) // each)
         placed = full * each

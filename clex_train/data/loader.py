@@ -37,7 +37,7 @@ def batches(
         Iterators of `batch_rows / (world_size * micro_batch)` micro-batches. A thread reads one step ahead.
 
     Raises:
-        ValueError: `batch_rows` is not a multiple of `world_size * micro_batch`; raised here, not at the first step.
+        ConfigError: `batch_rows` is not a multiple of `world_size * micro_batch`; raised here, not at the first step.
             The iterator of a step raises what reading its rows does, such as `DamagedStore`.
     """
     if batch_rows % (world_size * micro_batch):

@@ -53,7 +53,7 @@ def require_disjoint(train: Iterable[TokenStore], held_out: TokenStore, allow_ov
         allow_overlap: warn instead of raising.
 
     Raises:
-        ValueError: a text is in both; names the count, the origin of one document on both sides, and the remedy.
+        ConfigError: a text is in both; names the count, the origin of one document on both sides, and the remedy.
     """
     from clex_train.utils import distributed  # imported late: tokenizing alone needs no torch
 

@@ -56,7 +56,7 @@ class SkippedRows:
         ranges: disjoint ascending half-open ranges of indices into `rows`, from `config.data.parse_ranges`.
 
     Raises:
-        ValueError: the ranges skip at least one whole pass over the data.
+        ConfigError: the ranges skip at least one whole pass over the data.
     """
 
     def __init__(self, rows: Rows, ranges: Sequence[tuple[int, int]]) -> None:

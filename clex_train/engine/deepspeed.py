@@ -27,7 +27,7 @@ logger = log.get(__name__)
 def open_process_group(engine: EngineConfig) -> None:
     """Join the launcher's process group, or open one of a single rank. NCCL on GPUs, gloo otherwise.
 
-    Raises `ValueError` when the named port is in use.
+    Raises `ConfigError` when the named port is in use.
     """
     if distributed.is_initialized():
         return
@@ -65,7 +65,7 @@ def precision(engine: EngineConfig) -> torch.dtype:
 def split_batch(config: Config, world_size: int) -> tuple[int, int]:
     """Split the global batch: return (micro batch size, gradient accumulation steps).
 
-    The global batch size `optim.batch_rows` is the same for any number of ranks. Raises `ValueError` when it does not
+    The global batch size `optim.batch_rows` is the same for any number of ranks. Raises `ConfigError` when it does not
     divide evenly, contradicts `engine.accumulation`, or when `world_size` is not a multiple of
     `engine.sequence_parallel`.
     """
@@ -211,7 +211,7 @@ def gradient_norm(engine: Engine) -> torch.Tensor | float:
 
 
 def has_stepped(engine: Engine) -> bool:
-    """Tell whether the last step was applied, that is, its gradient was finite. The same on every rank."""
+    """Return True if the last step was applied, that is, its gradient was finite. The same on every rank."""
     # ZeRO's optimizers record it on the host before they step; reading the norm would wait for the whole step.
     if engine.zero_optimization_stage() > 0:
         return bool(engine.was_step_applied())

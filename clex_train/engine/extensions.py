@@ -33,7 +33,7 @@ def build(builder_class_name: str) -> None:
         return
     folder = Path(_get_build_directory(builder.name, verbose=False))
     _put_on_path(Path(sys.executable).parent)
-    # Beside the folder: torch may delete and recreate the folder itself.
+    # Next to the folder: torch may delete and recreate the folder itself.
     with exclusive(folder.with_suffix(".flock"), builder.name) as is_locked:
         if is_locked:
             # No live process is building, so any `lock` here is stale.

@@ -29,7 +29,7 @@ class Kernels(NamedTuple):
 
 
 def refusal() -> str | None:
-    """Say why Liger's kernels cannot run on this machine, or return None if they can."""
+    """Return the reason why Liger's kernels cannot run on this machine, or None if they can."""
     if not torch.cuda.is_available():
         return "there is no GPU"
     # `find_spec` instead of an import: importing triton takes seconds.
@@ -38,7 +38,7 @@ def refusal() -> str | None:
 
 
 def check(choice: Liger) -> None:
-    """Raise `ValueError` when the configuration requires kernels that cannot run here."""
+    """Raise `ConfigError` when the configuration requires kernels that cannot run here."""
     reason = refusal()
     require(
         choice is not Liger.always or reason is None,
@@ -75,7 +75,7 @@ def remove(modules: list[nn.Module]) -> None:
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """Tell whether the module computes Llama's RMSNorm, bit for bit in bfloat16."""
+    """Return True if the module computes Llama's RMSNorm, bit for bit in bfloat16."""
     if "forward" in module.__dict__ or [name for name, _ in module.named_parameters()] != ["weight"]:
         return False
     epsilon, weight = getattr(module, "variance_epsilon", None), torch.linspace(0.5, 1.7, 8, dtype=torch.bfloat16)
@@ -89,7 +89,7 @@ def is_rms_norm(module: nn.Module) -> bool:
 
 
 def is_swiglu(module: nn.Module) -> bool:
-    """Tell whether the module computes Llama's gated MLP with silu."""
+    """Return True if the module computes Llama's gated MLP with silu."""
     parts = {name for name, _ in module.named_children()}
     if "forward" in module.__dict__ or parts != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return False
@@ -103,7 +103,7 @@ def is_swiglu(module: nn.Module) -> bool:
 
 
 def _gives(module: nn.Module, stand_in: SimpleNamespace, x: Tensor, expected: Tensor) -> bool:
-    """Tell whether the class's forward returns `expected` for `x`, with `stand_in` as `self`."""
+    """Return True if the class's forward returns `expected` for `x`, with `stand_in` as `self`."""
     try:
         found = type(module).forward(stand_in, x)
     except (AttributeError, TypeError, RuntimeError):

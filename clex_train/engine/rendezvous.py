@@ -28,7 +28,7 @@ SAME_START = 2.0
 
 
 def may_choose_port() -> bool:
-    """Tell whether all ranks were started on this machine by DeepSpeed's launcher with its default port."""
+    """Return True if all ranks were started on this machine by DeepSpeed's launcher with its default port."""
     # An explicit --master_port=29500 looks the same. On one machine nobody outside the launch needs the port, so
     # choosing another is harmless.
     alone = os.environ.get("CROSS_SIZE") == "1" and os.environ.get("LOCAL_SIZE") == os.environ.get("WORLD_SIZE")
@@ -53,7 +53,7 @@ def open_at_free_port(backend: str, timeout: timedelta) -> None:
 
 
 def require_free_port() -> None:
-    """Raise `ValueError` on the listening rank when it cannot bind the named port.
+    """Raise `ConfigError` on the listening rank when it cannot bind the named port.
 
     An invalid port number is refused on every rank.
     """

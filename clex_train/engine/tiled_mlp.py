@@ -22,7 +22,7 @@ NAMES = ("mlp", "feed_forward", "ffn")
 
 
 class NotTokenwise(ValueError):
-    """An MLP cannot be computed in tiles of tokens; the message says why."""
+    """An MLP cannot be computed in tiles of tokens; the message gives the reason."""
 
 
 def find(layers: Iterable[nn.Module]) -> list[nn.Module]:
@@ -45,7 +45,7 @@ def install(mlps: Sequence[nn.Module], tile_len: int) -> None:
 
 
 def is_tiled(module: nn.Module) -> bool:
-    """Tell whether `install` has tiled this module."""
+    """Return True if `install` has tiled this module."""
     forward = module.__dict__.get("forward")
     return isinstance(forward, functools.partial) and forward.func is _forward
 
@@ -141,7 +141,7 @@ def _joined(whole: Callable[[Tensor], Tensor], tokens: Tensor, tile_len: int) ->
 
 
 def _require_token_by_token(mlp: nn.Module) -> None:
-    """Raise `ValueError` for an MLP whose output for a token depends on other tokens or on random numbers."""
+    """Raise `NotTokenwise` for an MLP whose output for a token depends on other tokens or on random numbers."""
     for name, module in mlp.named_modules():
         kind = type(module).__name__
         if any(word in f"{name} {kind}".lower() for word in ("expert", "router", "moe")):

@@ -67,7 +67,7 @@ class TrainingEvaluation:
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
         # The ODE has changed since the last evaluation.
         loaded.solve_table()
-        tables = methods.of_model(self.spec, loaded)
+        tables = methods.model_tables(self.spec, loaded)
         inserted = methods.insertions(self.spec, loaded.model, loaded.context_len)
         scored = runner.evaluate(
             loaded.model,

@@ -33,7 +33,7 @@ logger = log.get(__name__)
 
 
 def require_installed() -> None:
-    """Raise `ValueError` with the remedy when lm-eval is not installed."""
+    """Raise `ConfigError` with the remedy when lm-eval is not installed."""
     if find_spec("lm_eval") is None:
         raise ConfigError("lm-eval is not installed", None, install_command("eval"))
 
@@ -46,7 +46,7 @@ class Tasks:
         include: folder with the user's own task files.
         metadata: parameters of tasks (RULER: `max_seq_lengths`, and the `tokenizer` that counts them).
 
-    Raises `ValueError` for an unknown name, or when the data cannot be loaded.
+    Raises `ConfigError` for an unknown name, or when the data cannot be loaded.
     """
 
     def __init__(self, names: Sequence[str], include: Path | None, metadata: Mapping[str, Any]) -> None:
@@ -194,7 +194,7 @@ class InGroups:
         """Return the answers in the order of the requests."""
         todo = {f"{self._prefix}/{i}/{_digest(group)}": group for i, group in enumerate(groups(requests, self._least))}
         found = {key: answers[0] for key in todo if (answers := self._kept.find([key], _answers))}
-        self._say_found(requests, todo, found)
+        self._log_found(requests, todo, found)
         with progress.bar(len(requests), f"lm_eval {self._prefix}", is_shown=distributed.is_main(), unit="req") as bar:
             for number, (key, group) in enumerate(todo.items()):
                 if key not in found:
@@ -205,7 +205,7 @@ class InGroups:
                 bar.update(len(group))
         return [answer for key in todo for answer in found[key]]
 
-    def _say_found(self, requests: Sequence[Any], todo: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    def _log_found(self, requests: Sequence[Any], todo: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         left = [key for key in self._kept.cells if key.startswith(f"{self._prefix}/")]
         if not left or not distributed.is_main():
             return
@@ -243,7 +243,7 @@ def _answers(kept: Any) -> list[Any]:
     return [tuple(answer) if isinstance(answer, list) else answer for answer in kept]
 
 
-def take_out_not_run(results: dict[str, Any]) -> list[str]:
+def remove_not_run(results: dict[str, Any]) -> list[str]:
     """Remove metrics of lengths without prompts, which lm-eval marks by a score of -1; return their names."""
     # RULER's tasks have a metric named after each of its standard lengths, requested or not.
     names = []

@@ -1,7 +1,7 @@
-"""The methods that one set of weights is evaluated with: each is a frequency table put on the model, one a mask too.
+"""Methods that one set of weights is evaluated with: each is a frequency table for the model, one a mask too.
 
-`trained` is the model's own table, or what it does without one; `clex` the same where that is a CLEX. `none` is plain
-RoPE at every length, and so is `random_pos`, how a model trained at random positions is read; `lm_infinite` the
+`trained` is the model's own table, or the unchanged model without one; `clex` the same for a model with CLEX. `none` is
+plain RoPE at every length, and so is `random_pos`, for a model trained at random positions; `lm_infinite` the
 Lambda-shaped mask over plain RoPE, or over the model's own frequencies at one t. The frequencies are those of
 `scaling.methods`.
 """
@@ -39,8 +39,8 @@ OF_THE_MODEL = (Method.trained, Method.clex)
 WITHOUT_ROPE = (Method.none, Method.lm_infinite)
 
 
-def of_model(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, Frequencies]:
-    """Frequencies for each of `spec.methods` on a loaded model; `ValueError` for a method that it cannot have."""
+def model_tables(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, Frequencies]:
+    """Build the frequencies of `spec.methods` for a loaded model; `ConfigError` for a method that does not fit it."""
     _require_fitting(spec, loaded.handle, loaded.clex is not None)
     own = loaded.table if loaded.table is not None else loaded.handle.own
     if loaded.table is not None and spec.t_factor is not None:
@@ -49,14 +49,14 @@ def of_model(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, Frequenci
 
 
 def check(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool, grid: Tensor | None = None) -> None:
-    """Refuse by name what would be refused when it is put into the model; the handle's model needs no weights.
+    """Raise `ConfigError` for a method that does not fit the model; the handle's model needs no weights.
 
-    `grid` [K] is the scale factors of the model's CLEX, where they are known.
+    `grid` [K] is the scale factors of the model's CLEX, if known.
     """
     _require_fitting(spec, handle, has_clex)
     own = handle.own
     if own is None and grid is not None:
-        # Which t there are is a matter of the grid, whatever the frequencies.
+        # Only the grid matters for the check of t, so any frequencies will do.
         own = none_table(handle.base_inv_freq, grid)
     # Without a grid, the t of a CLEX are checked once its table is read.
     known = spec if own is not None else replace(spec, lm_infinite_t=1)
@@ -70,9 +70,9 @@ def check(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool, grid: Te
 def tables(
     methods: Sequence[Method], rope: Rope, longest: int, spec: EvaluationConfig | None = None
 ) -> dict[str, Frequencies]:
-    """Frequencies for each method name that serve up to `longest` tokens, with the settings of `spec`.
+    """Build the frequencies of each method for up to `longest` tokens, with the settings of `spec`.
 
-    The grid is the integers. Raises `ValueError` if the model's own table ends before `longest`.
+    The grid is the integers. Raises `ConfigError` if the model's own table ends before `longest`.
     """
     spec = spec or EvaluationConfig()
     grid = scale_grid(math.ceil(longest / rope.context_len))
@@ -83,7 +83,7 @@ def tables(
 
 
 def base_rope(handle: RotaryHandle, own: Frequencies | None = None) -> Rope:
-    """The RoPE that methods start from: that of the model's config, with the model's `own` scaling."""
+    """Return the RoPE that methods start from: that of the model's config, with the model's `own` scaling."""
     if isinstance(handle, NoRotaryHandle):
         return Rope(handle.base_inv_freq, handle.context_len, own)
     how: dict[str, Any] = {"config": handle.rotary_config, "layer_type": handle.traits.scaled}
@@ -110,29 +110,29 @@ def _require_fitting(spec: EvaluationConfig, handle: RotaryHandle, has_clex: boo
         # A field and formulas of t change the frequencies; the model's own read any length.
         handle.require_scalable()
     if isinstance(handle, NoRotaryHandle):
-        remedy = f"model_type={handle.model_type} has no RoPE: trained, none and lm_infinite alone read it as it is"
+        remedy = f"model_type={handle.model_type} has no RoPE: trained, none and lm_infinite only can evaluate it"
         require(set(spec.methods) <= {*OF_THE_MODEL, *WITHOUT_ROPE}, "methods", names, remedy)
         handle.require_room(spec.longest())
 
 
 def insertions(spec: EvaluationConfig, model: nn.Module, context_len: int) -> dict[str, InsertedMask]:
-    """Return what methods put into the model beside a table, by method name."""
+    """Return the masks that methods install in the model in addition to a table, by method name."""
     n_local = spec.n_local or round(spec.lm_infinite_t * context_len)
     best = BestMiddle(spec.lm_infinite_top_k, spec.lm_infinite_top_k_layer) if spec.lm_infinite_top_k else None
     return {Method.lm_infinite.value: partial(lm_infinite, model, n_local, spec.n_global, best)}
 
 
-def for_streams(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, InsertedMask]:
-    """`insertions` with their frequencies, for a stream during which t stands still."""
+def stream_insertions(spec: EvaluationConfig, loaded: LoadedModel) -> dict[str, InsertedMask]:
+    """Return `insertions` with their frequencies, for a stream with constant t."""
     name = Method.lm_infinite.value
-    table = of_model(replace(spec, methods=[Method.lm_infinite]), loaded)[name]
+    table = model_tables(replace(spec, methods=[Method.lm_infinite]), loaded)[name]
     put_in = insertions(spec, loaded.model, loaded.context_len)[name]
     return {name: partial(lm_infinite_over, loaded.handle, table, put_in)}
 
 
 @contextmanager
 def lm_infinite_over(handle: RotaryHandle, table: Frequencies, put_in: InsertedMask) -> Iterator[LmInfinite]:
-    """The mask over a table that is the same at every t."""
+    """Install the mask over a table that is the same at every t."""
     before = handle.table
     handle.use(table)
     try:
@@ -146,7 +146,7 @@ def lm_infinite_over(handle: RotaryHandle, table: Frequencies, put_in: InsertedM
 def lm_infinite(
     model: nn.Module, n_local: int, n_global: int, middle: BestMiddle | None = None
 ) -> Iterator[LmInfinite]:
-    """Put the Lambda-shaped mask into a model; `ValueError` by name for one that it does not fit."""
+    """Install the Lambda-shaped mask in a model; `ConfigError` names a model type that it does not support."""
     handle = apply_lm_infinite(model, n_local, n_global, middle=middle)
     try:
         yield handle

@@ -69,7 +69,7 @@ class Partial:
         return self._pieces[1] if self._pieces is not None and self._pieces[0] == key else None
 
     def is_due(self) -> bool:
-        """Tell whether it is time to save the pieces of the current cell. Collective."""
+        """Return True if it is time to save the pieces of the current cell. Collective."""
         # Rank 0's clock decides: saving is a collective, so all ranks must do it at the same piece.
         return self.path is not None and bool(distributed.broadcast_object(self._has_waited()))
 
@@ -133,7 +133,7 @@ def resume(output: Path, facts: Mapping[str, Any]) -> Partial:
     return partial
 
 
-def say_found(partial: Partial, total: int, of: str = "cells") -> None:
+def log_found(partial: Partial, total: int, of: str = "cells") -> None:
     """Log how much of the evaluation is finished already."""
     if partial.cells and distributed.is_main():
         found = f"{len(partial.cells)} of {total} {of} found from an interrupted evaluation"

@@ -63,7 +63,7 @@ def one_shot(
     """Compute the nll float32 [B, N] of `tokens` int64 [B, N] with the smallest table t >= N / L; column 0 is 0.
 
     Equal to one forward over the span up to rounding; `chunk_len` and `cache_on_host` only bound the memory. Raises
-    `ValueError` when the handle's table does not reach N tokens.
+    `ConfigError` when the handle's table does not reach N tokens.
     """
     nll = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
     cache = _new_cache(model, tokens, chunk_len, cache_on_host)

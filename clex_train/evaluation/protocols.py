@@ -50,7 +50,7 @@ class Reading:
 def readings(spec: EvaluationConfig, context_len: int) -> list[Reading]:
     """Build a reading for each protocol of `spec`; windows have its largest length. `context_len` is L in tokens.
 
-    Raises `ValueError` for `last_k` above the shortest length, and for `streaming`, which reads no windows.
+    Raises `ConfigError` for `last_k` above the shortest length, and for `streaming`, which reads no windows.
     """
     names = [protocol.value for protocol in spec.protocols]
     require(
@@ -120,7 +120,7 @@ def _last_k(spec: EvaluationConfig, context_len: int) -> Reading:
         last_k <= shortest,
         "evaluation.last_k",
         last_k,
-        f"more than the shortest of evaluation.lengths={spec.lengths}; say evaluation.last_k={shortest} or less",
+        f"more than the shortest of evaluation.lengths={spec.lengths}; set evaluation.last_k={shortest} or less",
     )
     spans = {n: _spans([longest - n], n) for n in sorted(spec.lengths)}
     scored = _given_at_every_length(spans)

@@ -135,7 +135,7 @@ class Missing:
     protocol: str
     """Protocol or retrieval task."""
     length: int
-    """In tokens."""
+    """Length in tokens."""
     reason: str
     """The allocator's message, and the rank."""
 
@@ -186,7 +186,7 @@ class Origin:
     """Settings that affect the numbers; empty for an evaluation inside a run, and in older files."""
 
     def repeats(self, other: Origin) -> bool:
-        """Tell whether both have the same settings, weights and data, so that one may replace the other."""
+        """Return True if both have the same settings, weights and data, so that one may replace the other."""
         # A hash identifies weights wherever they are; hub models have none and are identified by name and revision.
         same_weights = (self.model.get("hash") or _named(self.model)) == (
             other.model.get("hash") or _named(other.model)
@@ -231,7 +231,7 @@ def _is_repeated(path: Path, origin: Origin) -> bool:
 
 
 def read(path: Path) -> tuple[Results, Origin]:
-    """Read an evaluation that `write` wrote. Raises `ValueError` for a missing or damaged file."""
+    """Read an evaluation that `write` wrote. Raises `ConfigError` for a missing or damaged file."""
     content = _content(path)
     try:
         return _results(content), _origin(content)
@@ -272,7 +272,7 @@ def _results(content: Mapping[str, Any]) -> Results:
 def compare(first: Score, second: Score, documents: Sequence[int]) -> Difference:
     """Subtract the mean nll of `second` from that of `first`, paired by document; `documents` [W] from the results.
 
-    Raises `ValueError` when the two scored different tokens.
+    Raises `ConfigError` when the two scored different tokens.
     """
     if first.fingerprint != second.fingerprint:
         raise ConfigError(

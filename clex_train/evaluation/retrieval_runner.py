@@ -1,7 +1,7 @@
 """Retrieval scores of every method on the cells of a plan, on any number of ranks.
 
-Prompts are distributed over the ranks like windows (`evaluation.runner.deal`). All prompts of a cell need the same
-number of forward passes, because under ZeRO-3 each forward is a collective.
+Prompts are distributed over the ranks like windows (`evaluation.runner.rank_batches`). All prompts of a cell need the
+same number of forward passes, because under ZeRO-3 each forward is a collective.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clex_train.evaluation.duplicates import identity
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.results import MOST_CHARACTERS, Missing, TaskScore, task_key
-from clex_train.evaluation.runner import Gauge, Inserted, deal, keeping_table
+from clex_train.evaluation.runner import Gauge, Inserted, keeping_table, rank_batches
 from clex_train.lm_infinite.install import LmInfinite
 from clex_train.resilience.oom_recovery import MemoryGuard
 from clex_train.retrieval.plan import Cell
@@ -53,7 +53,7 @@ def evaluate(
     """Score the prompts of `cells` with the model's current weights under each method. Collective.
 
     Returns the scores, and the cells that ran out of memory (with the task as protocol). t is that of the cell's
-    length, throughout prompt and answer. Arguments are as in `evaluation.runner.evaluate`. Raises `ValueError` before
+    length, throughout prompt and answer. Arguments are as in `evaluation.runner.evaluate`. Raises `ConfigError` before
     the first forward when a length exceeds a table, and `StopRequested` once `interrupted` is true on a rank.
     """
     if not cells:
@@ -175,7 +175,7 @@ def _generated(
     """
     cell, ranks = each.cell, distributed.world_size()
     generated, num_done = _left(each, how.kept)
-    for number, (indices, counted) in enumerate(deal(cell.size, 1, distributed.rank(), ranks)):
+    for number, (indices, counted) in enumerate(rank_batches(cell.size, 1, distributed.rank(), ranks)):
         gauge = Gauge(bar, ranks, int)
         if number >= num_done:
             answer = guard.attempt(partial(_ask, cell, int(indices[0]), how, make_cache, gauge))
@@ -258,6 +258,6 @@ def _record(cell: Cell, number: int, hashed: int, given: str, share: float) -> d
 
 def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Decode generated ids up to EOS."""
-    # Decoding never stops early, so everything after EOS is to be ignored here.
+    # Decoding never stops early, so ignore everything after EOS.
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
     return str(tokenizer.decode(ids[:end], skip_special_tokens=True))

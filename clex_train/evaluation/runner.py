@@ -96,7 +96,7 @@ def evaluate(
         cache_on_host: keep keys and values in host memory.
         kept: partial results of an interrupted evaluation.
 
-    Raises `ValueError` before the first forward when a length exceeds a table, `StopRequested` once `interrupted` is
+    Raises `ConfigError` before the first forward when a length exceeds a table, `StopRequested` once `interrupted` is
     true on a rank, and `RunStopped` when out of memory while ranks share the weights.
     """
     # Fail before the first forward, not hours later at the longest length.
@@ -127,7 +127,7 @@ def _outcomes(
     own = [cell for cell in todo if cell.source is None and not outcomes[cell]]
     total = sum(work_of(model, cell.job.length) * len(cell.job.spans) for cell in own) * len(windows.tokens)
     with (
-        lean(model, feeding.device),
+        bounded_memory(model, feeding.device),
         keeping_table(handle),
         progress.bar(total, "evaluate", is_shown=distributed.is_main(), bar_format=BAR) as bar,
     ):
@@ -151,7 +151,7 @@ def _sorted(found: list[Score | Missing], order: list[tuple[str, str]]) -> tuple
 
 
 @contextmanager
-def lean(model: nn.Module, device: torch.device) -> Iterator[None]:
+def bounded_memory(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Bound the memory inside the block: tiled logits, and CPU attention without masks. Collective."""
     with evaluating(model), chunked_attention(model), tiled_head(model, device):
         yield
@@ -169,7 +169,7 @@ def describe(windows: WindowSet) -> dict[str, object]:
     }
 
 
-def deal(num_pieces: int, batch: int, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def rank_batches(num_pieces: int, batch: int, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield this rank's batches as (piece indices [n], mask of those that count [n])."""
     # Under ZeRO-3 each forward is a collective, so all ranks need batches of the same number and size. A rank that is
     # short repeats a piece and does not count it.
@@ -259,7 +259,7 @@ def _read_windows(
     num_spans, num_ranks = len(job.spans), distributed.world_size()
     num_pieces, done, work = len(windows.tokens) * num_spans, 0, partial(work_of, model)
     for number, (indices, counted) in enumerate(
-        deal(num_pieces, feeding.batch(job.length), distributed.rank(), num_ranks)
+        rank_batches(num_pieces, feeding.batch(job.length), distributed.rank(), num_ranks)
     ):
         before, done = done, min(num_pieces, done + len(indices) * num_ranks)
         gauge = Gauge(bar, done - before, work)
@@ -275,7 +275,7 @@ def _read_windows(
             if feeding.kept.is_due() and guard.fits_so_far():
                 started.keep(-(-done // num_spans))
         gauge(job.length)
-        # Asked between batches only: within one, the other ranks may be waiting in a collective.
+        # Check between batches only: within one, the other ranks may be waiting in a collective.
         if feeding.interrupted and distributed.any_rank(feeding.interrupted()):
             raise StopRequested("the evaluation was interrupted")
 

@@ -72,7 +72,7 @@ class Stream:
 def plan_stream(store: TokenStore, num_tokens: int | None, context_len: int, bos_id: int | None = None) -> Stream:
     """Plan a stream of `num_tokens` tokens (None: the whole split), rounded down to whole segments.
 
-    A segment is a multiple of L. Raises `ValueError` when the split has fewer than `num_tokens`, or than L, tokens.
+    A segment is a multiple of L. Raises `ConfigError` when the split has fewer than `num_tokens`, or than L, tokens.
     """
     wanted = store.num_tokens if num_tokens is None else num_tokens
     if not context_len <= wanted <= store.num_tokens:
@@ -102,8 +102,8 @@ def evaluate(
     """
     # `kept` has whole readings only: resuming in the middle of one would need the model's cache.
     kept, described = kept or Partial(), stream.describe()
-    asked = [("none", "windows", stream.context_len), *((name, "streaming", stream.num_tokens) for name in methods)]
-    scores = {each: kept.find([score_key(*each)], exact_score) or [] for each in asked}
+    todo = [("none", "windows", stream.context_len), *((name, "streaming", stream.num_tokens) for name in methods)]
+    scores = {each: kept.find([score_key(*each)], exact_score) or [] for each in todo}
     num_tokens = sum(not found for found in scores.values()) * stream.num_tokens
     with (
         evaluating(model),
@@ -111,7 +111,7 @@ def evaluate(
             num_tokens, "evaluate streaming", is_shown=distributed.is_main(), unit="tok", unit_scale=True
         ) as bar,
     ):
-        for method, protocol, length in asked:
+        for method, protocol, length in todo:
             if scores[method, protocol, length]:
                 continue
             with inserted.get(method, nullcontext)() if protocol == "streaming" else nullcontext() as handle:

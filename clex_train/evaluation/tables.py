@@ -3,8 +3,8 @@
     rows = [Row("base", Path("runs/base/evaluation/base.json"), "none"), Row("CLEX", Path(...), "trained")]
     print(console(read_tables(rows)[0]))
 
-A table holds the rows that scored the same tokens under one protocol. Files that scored other tokens, and protocols
-that put another question to the same tokens, get tables of their own.
+A table has the rows that scored the same tokens under one protocol. Files that scored other tokens, and protocols that
+measure something else on the same tokens, get tables of their own.
 """
 
 import math
@@ -152,7 +152,7 @@ class Table:
 def read_tables(rows: Sequence[Row]) -> list[Table]:
     """Read the rows' files and return their tables, in the order in which each first occurs.
 
-    Raises `ValueError` for a file that is missing or lacks the row's method.
+    Raises `ConfigError` for a file that is missing or lacks the row's method.
     """
     files = {path: results.read(path) for path in dict.fromkeys(row.path for row in rows)}
     tables: dict[tuple[str, str], Table] = {}

@@ -69,7 +69,7 @@ def select(store: TokenStore, longest: int, num_windows: int, seed: int = 0, bos
     """Choose up to `num_windows` non-overlapping windows of `longest` tokens, as a function of the seed alone.
 
     A larger `num_windows` keeps the windows of a smaller one. `bos_id` replaces the first token of every span. Raises
-    `ValueError` when no document has `longest` tokens.
+    `ConfigError` when no document has `longest` tokens.
     """
     require_windows(store, longest)
     # Aligned windows: offsets at multiples of `longest` cannot overlap.
@@ -93,7 +93,7 @@ def select(store: TokenStore, longest: int, num_windows: int, seed: int = 0, bos
 
 
 def require_windows(store: TokenStore, longest: int) -> None:
-    """Raise `ValueError` when no document has `longest` tokens."""
+    """Raise `ConfigError` when no document has `longest` tokens."""
     document_lens = np.diff(store.doc_offsets)
     most = int(document_lens.max(initial=0))
     if most < longest:

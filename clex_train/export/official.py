@@ -1,7 +1,7 @@
 """Export to the layout of the original CLEX code (DAMO-NLP-SG/CLEX), which that code can load.
 
     config.json           rope_scaling = {"type": "clex", ...}, log_scale, max_position_embeddings = L, rope_theta
-    model*.safetensors    the stock model's weights under their names, and <body>.clex_layer.* beside them
+    model*.safetensors    the stock model's weights under their names, and <body>.clex_layer.* in addition
 
 `models.official` reads it back. Settings that the format cannot express are refused, never approximated.
 """
@@ -32,7 +32,7 @@ def write_official(directory: Path, loaded: LoadedModel, log_scale: LogScale | N
     """Write the model and its vector field in the official layout, atomically.
 
     `log_scale` is written into the config, `off` or `official`; the default is the policy of the training run. Raises
-    `ValueError` when the layout cannot express the model: no field, another NTK base, frequencies of another scaling,
+    `ConfigError` when the layout cannot express the model: no field, another NTK base, frequencies of another scaling,
     another log-scaling.
     """
     if loaded.clex is None:
@@ -53,7 +53,7 @@ def write_official(directory: Path, loaded: LoadedModel, log_scale: LogScale | N
 
 
 def require_known(policy: LogScale) -> None:
-    """Raise `ValueError` for a log-scaling policy that the layout cannot express."""
+    """Raise `ConfigError` for a log-scaling policy that the layout cannot express."""
     if policy not in (LogScale.off, LogScale.official):
         raise ConfigError(
             "log_scale",

@@ -130,7 +130,7 @@ class LambdaCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not 
         if self._first_slot is None:
             return None
         keys = self._window.keys
-        # A change of frequencies replaces the tables, so their identity tells whether rotated keys are valid.
+        # A change of frequencies replaces the tables, so rotated keys are valid as long as the tables are the same.
         if self._rotated is None or self._rotated_by is not rotation.cos:
             with torch.inference_mode(False):
                 self._rotated = torch.empty_like(keys)

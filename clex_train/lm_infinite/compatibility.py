@@ -36,7 +36,7 @@ def model_type(model: Any) -> str:
 
 
 def attention_modules(model: nn.Module) -> list[Any]:
-    """Find the attention module of every layer; `ValueError` names a model type that lm_infinite does not support."""
+    """Find the attention module of every layer; `ConfigError` names a model type that lm_infinite does not support."""
     kind = model_type(model)
     modules: list[Any] = list(model.modules())
     if any(hasattr(module, LAYER) for module in modules):
@@ -68,7 +68,7 @@ def attention_modules(model: nn.Module) -> list[Any]:
 
 
 def trained_context(model: Any) -> int | None:
-    """Return the context length in tokens that the model was trained on, as far as its config tells."""
+    """Return the context length in tokens that the model was trained on; None if its config has none."""
     names = ("max_position_embeddings", "max_seq_len", "seq_length")
     return next((length for name in names if isinstance(length := getattr(model.config, name, None), int)), None)
 
@@ -125,7 +125,7 @@ def _find_misfit(model: Any, found: list[Any]) -> str | None:
     if sorted(module.layer_idx for module in found) != list(range(num_layers)):
         return f"{len(found)} of its {num_layers} layers have attention, the others a state of their own"
     if _has_state(model.config):
-        return "its layers have a recurrent state beside their attention"
+        return "its layers have a recurrent state besides their attention"
     return _describe_misfit(_probe_layers(model, found))
 
 
@@ -151,5 +151,5 @@ def _probe_layers(model: nn.Module, modules: list[Any]) -> list[LayerProbe]:
 
 
 def _has_state(config: Any) -> bool:
-    """Return True if layers keep a recurrent state in the cache, beside keys or instead of them."""
+    """Return True if layers keep a recurrent state in the cache, with or instead of keys."""
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)

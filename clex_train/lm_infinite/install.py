@@ -45,7 +45,8 @@ def apply_lm_infinite(
     n_local exceeds the model's trained context or n_global >= n_local.
 
     Raises:
-        ValueError: a size out of range, or a model that lm_infinite does not support, by name.
+        ValueError: a size or back end out of range, or a model that is patched already.
+        ConfigError: a model type that lm_infinite does not support.
     """
     if n_local < 1 or n_global < 0:
         raise ValueError(f"n_local={n_local}, n_global={n_global}: must be at least 1 and 0 tokens")

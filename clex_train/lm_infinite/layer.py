@@ -154,7 +154,7 @@ def lm_infinite_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B S H V"], None]:
-    """Attend as transformers' attention interface asks.
+    """Attend by transformers' attention interface.
 
     `attention_mask` is bool [B, tokens], False at padding, or None.
     """

@@ -91,7 +91,7 @@ class RotationTables:
 
 
 def find_rotary_site(model: nn.Module) -> RotarySite:
-    """Find the one module that maps (x, position_ids) to (cos, sin); `ValueError` names the model type otherwise."""
+    """Find the one module that maps (x, position_ids) to (cos, sin); `ConfigError` names the model type otherwise."""
     sites = [
         RotarySite(parent, name)
         for parent in model.modules()
@@ -115,7 +115,7 @@ def find_rotary_site(model: nn.Module) -> RotarySite:
 
 
 def rotation_function(attention: nn.Module) -> RotateFunction:
-    """Return the family's rotation of one tensor; `ValueError` if its module has none of the usual signature."""
+    """Return the family's rotation of one tensor; `ConfigError` if its module has none of the usual signature."""
     source = sys.modules[type(attention).__module__]
     function = getattr(source, "apply_rotary_pos_emb", None)
     if function is None or list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:

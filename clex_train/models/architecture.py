@@ -27,7 +27,7 @@ logger = log.get(__name__)
 def to_train(model: ModelConfig) -> PretrainedConfig:
     """Read the architecture of a model to train: `model.path`, or `model.config` alone.
 
-    Raises `ValueError` when it cannot be read, or has no rotary embedding that theta(t) can replace.
+    Raises `ConfigError` when it cannot be read, or has no rotary embedding that theta(t) can replace.
     """
     config = to_read(model)
     require_rotary(config, model.trust_remote_code)
@@ -35,7 +35,7 @@ def to_train(model: ModelConfig) -> PretrainedConfig:
 
 
 def to_read(model: ModelConfig) -> PretrainedConfig:
-    """Read the architecture of a model to evaluate, which needs no RoPE. Raises `ValueError` if it cannot be read."""
+    """Read the architecture of a model to evaluate, which needs no RoPE. Raises `ConfigError` if it cannot be read."""
     key, path = ("model.path", model.path) if model.path else ("model.config", _shipped(model.config))
     assert path is not None
     require_directory(key, path)
@@ -49,7 +49,7 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
     except Exception as error:  # transformers raises anything from KeyError to its own types for a bad config.json
         raise ConfigError(key, path, f"no readable config.json ({hub.why_not_read(path, error)})") from error
     require(
-        not official.asks_for_clex(config),
+        not official.requires_official_code(config),
         key,
         path,
         "a checkpoint of the original CLEX code: download it (`hf download`) and give its directory",
@@ -60,14 +60,14 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
 
 
 def _require_meant(model: ModelConfig) -> None:
-    """Raise `ValueError` for random weights with a path that has weights: the user cannot mean both."""
-    # Whether a hub name has weights is not known without a request; assume that it does.
+    """Raise `ConfigError` for random weights with a path that has weights: the user cannot mean both."""
+    # Assume that a hub name has weights: checking would take a request.
     has_weights = model.path is not None and (not Path(model.path).is_dir() or model_directory.has_weights(model.path))
     require(
         model.init is not Init.random or not has_weights,
         "model.init",
         "random",
-        f"the weights of model.path={model.path} would be ignored; leave model.init out to train them, or say "
+        f"the weights of model.path={model.path} would be ignored; leave model.init out to train them, or set "
         "model.config=DIR model.path=null for random weights of an architecture",
     )
 
@@ -75,12 +75,12 @@ def _require_meant(model: ModelConfig) -> None:
 def stand_in(model: ModelConfig) -> ModelConfig:
     """Substitute `model.config` in a dry run for a `model.path` that is not on this machine.
 
-    Raises `ValueError` when the preset belongs to another model than the path.
+    Raises `ConfigError` when the preset belongs to another model than the path.
     """
     if model.path is None or model.config is None or Path(model.path).is_dir():
         return model
-    # `_name_or_path` in a preset's config.json says which model it describes. A user's own config.json may lack it,
-    # and is then taken as meant.
+    # `_name_or_path` in a preset's config.json names the model that it describes. A user's own config.json may lack it,
+    # and is then accepted.
     shown = _shown(model.config)
     if shown is None or _is_name_of(shown, model.path):
         return dataclasses.replace(model, path=None, init=None)
@@ -125,8 +125,8 @@ def _shown(config: str) -> str | None:
 
 
 def _tail(path: str) -> tuple[str, ...]:
-    """Identify a model by its folder's name wherever it is stored."""
-    # Every run ends in `final/`, so the run's own folder is needed to tell them apart.
+    """Identify a model by its folder's name, without the path."""
+    # Every run ends in `final/`, so include the run's own folder.
     parts = Path(path).parts
     return parts[-2:] if parts[-1:] == ("final",) else parts[-1:]
 
@@ -139,7 +139,7 @@ def context_length(model: ModelConfig, config: PretrainedConfig) -> int:
 def context_source(model: ModelConfig, config: PretrainedConfig) -> ContextLength:
     """Return L and its source: `model.context_len`, else the record of an earlier run, else the architecture.
 
-    Raises `ValueError` when none of them gives L, or when the key contradicts the record.
+    Raises `ConfigError` when none of them gives L, or when the key contradicts the record.
     """
     # A CLEX run records L in clex.json, a formula-based method as `original_max_position_embeddings`: after it,
     # max_position_embeddings is the extended length.
@@ -155,7 +155,7 @@ def context_source(model: ModelConfig, config: PretrainedConfig) -> ContextLengt
         )
         return ContextLength(model.context_len, key)
     own = trained_on or context_in_config(config, key)
-    require(own is not None, key, None, "the architecture does not say what context it was trained on")
+    require(own is not None, key, None, "the architecture does not state its trained context")
     assert own is not None
     return own
 
@@ -188,7 +188,7 @@ def digest(arch: PretrainedConfig) -> str:
 
 
 def has_field(path: str) -> bool:
-    """Tell whether a directory has a CLEX field, in this project's layout or the official one."""
+    """Return True if a directory has a CLEX field, in this project's layout or the official one."""
     return model_directory.has_clex(Path(path)) or official.is_official(Path(path))
 
 
@@ -211,7 +211,7 @@ def grid_of_field(path: str) -> Tensor | None:
 
 
 def require_directory(key: str, path: str) -> None:
-    """Raise `ValueError` for a missing local directory; a name such as `meta-llama/Llama-2-7b-hf` passes."""
+    """Raise `ConfigError` for a missing local directory; a name such as `meta-llama/Llama-2-7b-hf` passes."""
     require(
         not _is_local(path) or Path(path).is_dir(),
         key,
@@ -221,7 +221,7 @@ def require_directory(key: str, path: str) -> None:
 
 
 def _is_local(path: str) -> bool:
-    """Tell whether a path looks like a directory rather than a hub repository."""
+    """Return True if a path looks like a directory rather than a hub repository."""
     # owner/model is ambiguous; an existing folder named like the owner decides for a (mistyped) local path.
     return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
 

@@ -48,12 +48,12 @@ class ClexRecord:
 
 
 def has_clex(directory: Path) -> bool:
-    """Tell whether the directory was written by a CLEX run."""
+    """Return True if the directory was written by a CLEX run."""
     return (directory / CLEX_JSON).is_file()
 
 
 def has_weights(directory: Path | str) -> bool:
-    """Tell whether the directory has weight files that transformers reads, or an index of them."""
+    """Return True if the directory has weight files that transformers reads, or an index of them."""
     return any((Path(directory) / name).exists() for name in WEIGHT_FILES)
 
 
@@ -78,7 +78,7 @@ def write_clex(
 
 
 def read_record(directory: Path) -> ClexRecord:
-    """Read `clex.json`. Raises `ValueError`, naming the file, when it is damaged or of a newer format."""
+    """Read `clex.json`. Raises `ConfigError`, naming the file, when it is damaged or of a newer format."""
     path = directory / CLEX_JSON
     try:
         record = records.read_record(path, ClexRecord)
@@ -95,7 +95,7 @@ def read_record(directory: Path) -> ClexRecord:
 
 
 def read_clex(directory: Path) -> tuple[Clex, FrequencyTable, ClexRecord]:
-    """Read the vector field, its table and its record. Raises `ValueError`, naming a damaged file."""
+    """Read the vector field, its table and its record. Raises `ConfigError`, naming a damaged file."""
     record, path = read_record(directory), directory / CLEX_TENSORS
     try:
         require_regular(path)

@@ -18,7 +18,7 @@ logger = log.get(__name__)
 def starting_field(config: Config, base_inv_freq: torch.Tensor) -> tuple[Clex, LogScale]:
     """Load the field of `model.path`, or create one from `base_inv_freq` [P]; also return the run's log-scaling.
 
-    Raises `ValueError` when a key of `scaling` contradicts the existing field.
+    Raises `ConfigError` when a key of `scaling` contradicts the existing field.
     """
     scaling, directory = config.scaling, Path(str(config.model.path))
     has_weights = config.model.is_pretrained
@@ -51,7 +51,7 @@ def _continued(clex: Clex, scaling: ScalingConfig, directory: Path) -> Clex:
         scaling.param_factor,
         f"{directory} has {factor:g}; set that",
     )
-    # The quirk is part of the trained function. The default of the key cannot tell "off" from "not set", so only
+    # The quirk is part of the trained function. By default the key is off, which may also mean "not set", so only
     # an explicit contradiction is an error.
     require(
         clex.official_ntk_base or not scaling.official_ntk_base,
@@ -68,7 +68,7 @@ def _continued(clex: Clex, scaling: ScalingConfig, directory: Path) -> Clex:
 
 
 def _official_log_scale(policy: str, scaling: ScalingConfig, directory: Path) -> LogScale:
-    """Return the log-scaling of a run on an official checkpoint. Raises `ValueError` for another than its own."""
+    """Return the log-scaling of a run on an official checkpoint. Raises `ConfigError` for another than its own."""
     # Weights trained without log-scaling can adopt one; weights trained with it depend on it.
     if policy == "off":
         return scaling.log_scale

@@ -77,7 +77,7 @@ class LoadedModel:
 def trained_architecture(config: Config, arch: PretrainedConfig) -> PretrainedConfig:
     """Return the architecture that a run trains: `arch`, with the RoPE parameters of a formula-based method.
 
-    Raises `ValueError` when it is scaled already, or cannot be scaled this way.
+    Raises `ConfigError` when it is scaled already, or cannot be scaled this way.
     """
     scaling, length = config.scaling, architecture.context_length(config.model, arch)
     if scaling.name is Method.clex:
@@ -173,7 +173,7 @@ def load_for_evaluation(
         attention: `sdpa` becomes `eager` for a model without it.
         sharding: DeepSpeed's ZeRO-3 settings; each rank then keeps only its shard while weights are read.
 
-    Raises `ValueError` when the model is missing, cannot use a KV cache, is unreadable, or has weights that are not
+    Raises `InputError` when the model is missing, cannot use a KV cache, is unreadable, or has weights that are not
     finite.
     """
     arch = architecture.to_read(spec)
@@ -255,7 +255,7 @@ def _load_weights(
 ) -> PreTrainedModel:
     """Load the weights of `spec`, with the architecture `changed` instead of their directory's if given.
 
-    With `sharding`, this rank keeps only its shard; collective. Raises `ValueError`, naming the tensors that weights
+    With `sharding`, this rank keeps only its shard; collective. Raises `InputError`, naming the tensors that weights
     and architecture do not share.
     """
     if sharding is None:

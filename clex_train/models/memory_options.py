@@ -24,7 +24,7 @@ logger = log.get(__name__)
 
 
 def check(engine: EngineConfig, arch: PretrainedConfig, trust_remote_code: bool = False) -> None:
-    """Raise `ValueError`, naming the model type, for an option that an architecture does not support."""
+    """Raise `ConfigError`, naming the model type, for an option that an architecture does not support."""
     if engine.tiled_loss is None and engine.tiled_mlp is None:
         return
     model = model_on_meta(arch, trust_remote_code)
@@ -35,7 +35,7 @@ def check(engine: EngineConfig, arch: PretrainedConfig, trust_remote_code: bool 
             raise ConfigError(
                 "engine.tiled_mlp", engine.tiled_mlp, f"model_type={arch.model_type}: {error}; set it to null"
             ) from error
-    if engine.tiled_loss is not None and not _loss_is_that_of_its_logits(model):
+    if engine.tiled_loss is not None and not _loss_matches_logits(model):
         raise ConfigError(
             "engine.tiled_loss",
             engine.tiled_loss,
@@ -60,7 +60,7 @@ def install_tiles(model: PreTrainedModel, engine: EngineConfig) -> None:
 
 
 def announce(model: PreTrainedModel, engine: EngineConfig, device: torch.device) -> None:
-    """Log the options in use, and those without effect on this device."""
+    """Log the active options, and those without effect on this device."""
     if engine.tiled_loss is not None:
         head: Any = model.get_output_embeddings()
         chosen = implementation(device, head.bias is not None, Logits.from_config(model.config))
@@ -96,8 +96,8 @@ class _Given(nn.Module):
         return MoeModelOutputWithPast(last_hidden_state=self.hidden)
 
 
-def _loss_is_that_of_its_logits(model: Any) -> bool:
-    """Tell whether a model's own code computes the same loss as the tiled loss from the same hidden states.
+def _loss_matches_logits(model: Any) -> bool:
+    """Return True if a model's own code computes the same loss as the tiled loss from the same hidden states.
 
     `model` is on the meta device, and gets its own parts back.
     """

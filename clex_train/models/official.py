@@ -43,7 +43,7 @@ class OfficialField:
 
 
 def is_official(directory: Path) -> bool:
-    """Tell whether `config.json` requires the original CLEX code."""
+    """Return True if `config.json` requires the original CLEX code."""
     path = directory / "config.json"
     return path.is_file() and _is_clex(_read_json(path))
 
@@ -67,9 +67,9 @@ def max_factor(directory: Path) -> float | None:
         raise ConfigError(directory / "config.json", None, f"max_factor={value}: not a number") from error
 
 
-def asks_for_clex(config: PretrainedConfig) -> bool:
-    """Tell whether a config that transformers has read, for example from the hub, needs the original code."""
-    # Older files say `type`, newer ones `rope_type`; transformers keeps either.
+def requires_official_code(config: PretrainedConfig) -> bool:
+    """Return True if a config that transformers has read, for example from the hub, needs the original code."""
+    # Older files have `type`, newer ones `rope_type`; transformers keeps either.
     parameters = getattr(config, "rope_parameters", None) or {}
     return "clex" in (parameters.get("type"), parameters.get("rope_type"))
 
@@ -92,7 +92,7 @@ def load_official_model(
 def read_official_field(directory: Path, inv_freq: Float64[Tensor, " P"], tolerance: float = 1e-6) -> OfficialField:
     """Read the vector field of an original CLEX directory, for the frequencies `inv_freq` [P] of its stock model.
 
-    Enables the quirks of the format: base 10000 inside the field, and log-scaling below L too. Raises `ValueError`,
+    Enables the quirks of the format: base 10000 inside the field, and log-scaling below L too. Raises `ConfigError`,
     naming the directory and the tensor, for a damaged field or one that does not fit the model.
     """
     facts = _read_facts(directory)
@@ -106,7 +106,7 @@ def read_official_field(directory: Path, inv_freq: Float64[Tensor, " P"], tolera
 def official_config(config: PretrainedConfig, clex: Clex, context_len: int, log_scale: bool) -> dict[str, Any]:
     """Build the `config.json` with which the original code reads a stock model with the field `clex`.
 
-    Raises `ValueError` when the field does not start from the frequencies of rope_theta: the format has no others.
+    Raises `ConfigError` when the field does not start from the frequencies of rope_theta: the format has no others.
     """
     facts: dict[str, Any] = config.to_dict()
     rope = facts.pop("rope_parameters", None) or {}

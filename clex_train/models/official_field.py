@@ -22,7 +22,7 @@ UP, DOWN, INV_FREQ = "clex_layer.proj_func.ode_up_proj", "clex_layer.proj_func.o
 
 
 def is_official(tensors: Mapping[str, Tensor] | list[str]) -> bool:
-    """Tell whether a state dict, or a list of names, has the ODE under the official names."""
+    """Return True if a state dict, or a list of names, has the ODE under the official names."""
     return any(name.endswith(UP) for name in tensors)
 
 
@@ -34,12 +34,12 @@ def clex_from_official(
 ) -> Clex:
     """Build the ODE of a released checkpoint for its model's base frequencies `inv_freq` [P], and refine its grid.
 
-    Raises `ValueError`, naming the key, for a missing tensor, a rotary dimension that does not match the weights,
+    Raises `ConfigError`, naming the key, for a missing tensor, a rotary dimension that does not match the weights,
     weights that are not finite, or a `rope_scaling` of another type.
     """
     kind = rope_scaling.get("type", rope_scaling.get("rope_type"))
     if kind != "clex":
-        raise ConfigError("rope_scaling.type", kind, "'clex' is expected beside CLEX weights")
+        raise ConfigError("rope_scaling.type", kind, "'clex' is expected with CLEX weights")
     if "max_factor" not in rope_scaling:
         raise ConfigError(
             "rope_scaling.max_factor is missing", None, "the largest scale factor that the ODE was trained for"
@@ -62,7 +62,7 @@ def clex_from_official(
 
 @torch.no_grad()
 def load_official(clex: Clex, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the official tensors into `clex`. Raises `ValueError`, naming both shapes, when they do not fit."""
+    """Copy the official tensors into `clex`. Raises `ConfigError`, naming both shapes, when they do not fit."""
     # Found by the end of their names: the prefix is the path of the model's body, which differs between families.
     for suffix, weight in ((UP, clex.up), (DOWN, clex.down)):
         given = _find(tensors, suffix)
@@ -70,7 +70,7 @@ def load_official(clex: Clex, tensors: Mapping[str, Tensor]) -> None:
             raise ConfigError(
                 f"{suffix} of shape {tuple(given.shape)}",
                 None,
-                f"the model's {len(clex.base_inv_freq)} rotated pairs ask for "
+                f"the model's {len(clex.base_inv_freq)} rotated pairs need "
                 f"{tuple(weight.shape)}; check the rotary dimension and rope_scaling.param_factor",
             )
         if not bool(torch.isfinite(given).all()):
@@ -90,7 +90,7 @@ def official_tensors(clex: Clex, prefix: str = "model.") -> dict[str, Tensor]:
 def official_rope_scaling(clex: Clex) -> dict[str, Any]:
     """Build the `rope_scaling` entry of the official config.json.
 
-    Raises `ValueError` for a field that was trained with another NTK base than the official 10000.
+    Raises `ConfigError` for a field that was trained with another NTK base than the official 10000.
     """
     # The official code always uses base 10000, and would compute other frequencies from such a field.
     if not clex.official_ntk_base and not _starts_at_official_base(clex):

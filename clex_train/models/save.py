@@ -46,7 +46,7 @@ def _write(directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Ten
 
 
 def is_finished(directory: Path) -> bool:
-    """Tell whether `final/` holds an intact model; log the damage if not. Rank 0 reads; collective."""
+    """Return True if `final/` holds an intact model; log the damage if not. Rank 0 reads; collective."""
     # Every byte is hashed: 14 GB take half a minute on one rank, in a launch that has nothing else to do.
     reason = distributed.broadcast_object(_why_damaged(directory) if distributed.is_main() else None)
     if reason is not None and directory.exists() and distributed.is_main():

@@ -47,7 +47,7 @@ def load_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
 def _no_tokenizer(path: str, error: Exception) -> str:
     if Path(path).is_dir() and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
         return (
-            f"no tokenizer in it ({' or '.join(TOKENIZER_FILES)}); copy the tokenizer's files beside the weights, or "
+            f"no tokenizer in it ({' or '.join(TOKENIZER_FILES)}); copy the tokenizer's files next to the weights, or "
             "name their directory, model.tokenizer=DIR in training"
         )
     return f"no readable tokenizer ({hub.why_not_read(path, error)}); copy its files again"

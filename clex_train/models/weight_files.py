@@ -1,7 +1,7 @@
 """Headers of weight files: name, shape, dtype and file of every tensor of a model directory.
 
 A directory is refused where transformers would silently choose between two tensors of one name, or read other tensors
-than its index says.
+than its index.
 """
 
 import zipfile
@@ -74,7 +74,7 @@ def files(directory: Path, or_else: str = "") -> list[Path]:
 
 
 def read_headers(directory: Path, or_else: str = "") -> Stored:
-    """Read the headers of all weight files. Raises `ValueError` for a tensor in two files, or not where indexed."""
+    """Read the headers of all weight files. Raises `InputError` for a tensor in two files, or not where indexed."""
     found = Stored()
     for path in files(directory, or_else):
         tensors = header(path)
@@ -93,7 +93,7 @@ def read_headers(directory: Path, or_else: str = "") -> Stored:
 
 
 def header(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file on the meta device, by name. Raises `ValueError` for a damaged file."""
+    """Read the tensors of a file on the meta device, by name. Raises `InputError` for a damaged file."""
     _require_content(path)
     try:
         content = _safetensors(path) if path.suffix == ".safetensors" else _unpickled(path, map_location="meta")
@@ -103,7 +103,7 @@ def header(path: Path) -> dict[str, Tensor]:
             raise ConfigError(
                 path,
                 None,
-                "it holds Python objects beside tensors, as a trainer's checkpoint does, and they are not "
+                "it has Python objects in addition to tensors, as a trainer's checkpoint does, and they are not "
                 "loaded; give a directory that save_pretrained writes",
             ) from error
         reason = first_line(error)
@@ -146,13 +146,13 @@ def _read_index(path: Path) -> _Index:
             path,
             None,
             'no `metadata` in it, without which transformers does not read an index; add "metadata": {} '
-            "beside weight_map, or copy it again",
+            "next to weight_map, or copy it again",
         )
     return index
 
 
 def _require_as_indexed(directory: Path, places: Mapping[str, Path]) -> None:
-    """Raise `ValueError` for an index that maps a tensor to another file than the one that contains it."""
+    """Raise `ConfigError` for an index that maps a tensor to another file than the one that contains it."""
     chosen = _chosen(directory)
     if chosen is None or chosen.suffix != ".json":
         return
@@ -193,7 +193,7 @@ def _unpickled(path: Path, **options: Any) -> dict[str, Any]:
 
 
 def _require_flat(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for nested tensors, such as a trainer's {"model": {...}}, which transformers ignores."""
+    """Raise `ConfigError` for nested tensors, such as a trainer's {"model": {...}}, which transformers ignores."""
     nested = [
         str(key)
         for key, value in content.items()

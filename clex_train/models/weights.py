@@ -44,7 +44,7 @@ logger = log.get(__name__)
 
 
 def check(model: ModelConfig, arch: PretrainedConfig) -> None:
-    """Raise `ValueError`, naming the file or the tensors, unless the weights of `model.path` fit the architecture.
+    """Raise `InputError`, naming the file or the tensors, unless the weights of `model.path` fit the architecture.
 
     A hub name is checked here if the cache has all of its files, else after loading (`check_loaded`).
     """
@@ -57,7 +57,7 @@ def check(model: ModelConfig, arch: PretrainedConfig) -> None:
 
 
 def check_loaded(model: ModelConfig, arch: PretrainedConfig, report: Report) -> None:
-    """Raise `ValueError` when loaded weights did not fit, by transformers' report.
+    """Raise `InputError` when loaded weights did not fit, by transformers' report.
 
     Call it after transformers has stopped sharding new models: it may build one on the meta device.
     """
@@ -70,7 +70,7 @@ def check_loaded(model: ModelConfig, arch: PretrainedConfig, report: Report) -> 
 
 
 def require_unquantised(path: str, arch: PretrainedConfig) -> None:
-    """Raise `ValueError` for quantized weights, which cannot be trained in full."""
+    """Raise `ConfigError` for quantized weights, which cannot be trained in full."""
     # fp8 and mxfp4 too: transformers dequantizes them only on GPUs without kernels for them.
     config = getattr(arch, "quantization_config", None)
     facts = config if isinstance(config, dict) else vars(config) if config is not None else {}
@@ -85,9 +85,9 @@ def require_unquantised(path: str, arch: PretrainedConfig) -> None:
 
 
 def refuse(report: Report, model: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Raise `ValueError`, naming missing, unexpected and mismatched tensors that are not allowed to differ.
+    """Raise `ConfigError`, naming missing, unexpected and mismatched tensors that are not allowed to differ.
 
-    `tensors` of the weights by name: their shapes tell constants from parameters.
+    `tensors` of the weights by name: their shapes distinguish constants from parameters.
     """
     left_out = [name for name in report["unexpected_keys"] if not _is_constant(name, tensors.get(name))]
     missing, unexpected = (_beyond(names, model.allow_missing) for names in (report["missing_keys"], left_out))
@@ -118,7 +118,7 @@ def announce(report: Report, model: ModelConfig) -> None:
 
 
 def require_finite(model: nn.Module, path: str) -> None:
-    """Raise `ValueError` when loaded weights are not finite on any rank. Collective."""
+    """Raise `ConfigError` when loaded weights are not finite on any rank. Collective."""
     name = non_finite_parameter(model)
     require(
         name is None,
@@ -180,7 +180,7 @@ def _check_directory(directory: Path, model: ModelConfig, arch: PretrainedConfig
         raise ConfigError(
             "model.path",
             directory,
-            f"its weights cannot be put into its architecture ({first_line(error)}); copy "
+            f"its weights do not fit its architecture ({first_line(error)}); copy "
             "config.json and weights of one model again",
         ) from error
     refuse(matched.report, model, tensors)
@@ -193,7 +193,7 @@ def _check_directory(directory: Path, model: ModelConfig, arch: PretrainedConfig
 
 
 def _is_trainable(dtype: torch.dtype) -> bool:
-    """Tell whether a dtype is floating point of at least 16 bits."""
+    """Return True if a dtype is floating point of at least 16 bits."""
     # Values of 8 bits mean nothing without their scales, which transformers would drop.
     return dtype.is_floating_point and dtype.itemsize > 1
 
@@ -204,13 +204,13 @@ def _require_floats(model: ModelConfig, names: list[str], dtypes: set[str]) -> N
         not names,
         "model.path",
         model.path,
-        f"its weights hold {named(names)} as {found}, which would be cast as they are, without the scales of a "
+        f"its weights hold {named(names)} as {found}, which would be cast without the scales of a "
         "quantisation; give a copy of the model in bfloat16",
     )
 
 
 def _require_equal(model: ModelConfig, stored: Stored, target: str, source: str) -> None:
-    """Raise `ValueError` for tensors that the architecture ties but the weights have with different values."""
+    """Raise `ConfigError` for tensors that the architecture ties but the weights have with different values."""
     # transformers reads both, but under ZeRO-3 only the first, so the two would give different models.
     names = [name for name in (_stored_as(target, stored), _stored_as(source, stored)) if name]
     if len({*names}) < 2 or stored.tensors[names[0]].shape != stored.tensors[names[1]].shape:
@@ -242,7 +242,7 @@ def _local(model: ModelConfig) -> Path | None:
 
 
 def _has_all_files(snapshot: Path) -> bool:
-    """Tell whether the cache has every weight file of a hub name."""
+    """Return True if the cache has every weight file of a hub name."""
     try:
         return bool(files(snapshot))
     except NotThere:
@@ -251,7 +251,7 @@ def _has_all_files(snapshot: Path) -> bool:
 
 
 def _is_constant(name: str, tensor: Tensor | None) -> bool:
-    """Tell whether a tensor is a buffer that models compute: frequencies, a mask's fill value, a causal mask."""
+    """Return True if a tensor is a buffer that models compute: frequencies, a mask's fill value, a causal mask."""
     if name.endswith(CONSTANTS):
         return True
     is_square = tensor is not None and tensor.dim() == 4 and tensor.shape == (1, 1, *2 * tensor.shape[-1:])
@@ -306,7 +306,7 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def without_report() -> Iterator[None]:
     """Suppress transformers' table of tensors while weights load; other warnings remain."""
-    # The table repeats what `refuse` and `announce` say. It is recognized by its title; should a later version change
+    # The table repeats what `refuse` and `announce` log. It is recognized by its title; should a later version change
     # it, the table is merely shown again.
     source = logging.getLogger(PreTrainedModel.__module__)
     source.addFilter(_is_no_report)

@@ -1,9 +1,9 @@
 """Activations of one forward and backward pass, measured without data: the real model runs on the meta device.
 
 Tensors of the meta device have shapes and no memory. Every tensor that the pass creates is counted from its creation
-until autograd lets go of it, so each family, recomputation and the loss come out as they are written, not as a formula
-says. For a Llama without recomputation the result is that of Korthikanti et al. (arXiv 2205.05198, section 4), adapted
-to RMSNorm, SwiGLU, grouped queries and flash attention: the tests hold the two side by side.
+until autograd releases it, so each family, recomputation and the loss are measured by their own code, not by a formula.
+For a Llama without recomputation the result is that of Korthikanti et al. (arXiv 2205.05198, section 4), adapted to
+RMSNorm, SwiGLU, grouped queries and flash attention: the tests compare the two.
 """
 
 import weakref
@@ -22,19 +22,19 @@ from clex_train.engine.token_loss import Loss, loss_from_logits, shifted
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one micro-batch on one rank, parameters and their gradients aside."""
+    """Bytes of one micro-batch on one rank, without parameters and their gradients."""
 
     activations: float
-    """Kept for the backward pass, when the output layer is reached."""
+    """Saved for the backward pass when the output layer is reached."""
     logits: float
-    """On top of the activations, at most, from the output layer to the gradient that it passes on."""
+    """Peak on top of the activations, from the output layer to the gradient of its input."""
     layers: float
-    """At most from then on, in the backward pass of the layers (activations included)."""
+    """Peak after that, in the backward pass of the layers (activations included)."""
     host: float = 0.0
     """Kept for the backward pass in host memory, on top of these."""
 
     def extended(self, longer: "Footprint", layers: int) -> "Footprint":
-        """For `layers` more layers, where `longer` is the same with one more: bytes grow by the same for each."""
+        """Extrapolate to `layers` more layers from `longer`, which has one more: bytes are linear in the layers."""
         return Footprint(
             activations=self.activations + layers * (longer.activations - self.activations),
             logits=self.logits,
@@ -46,7 +46,7 @@ class Footprint:
 def measure(model: PreTrainedModel, input_ids: Tensor, loss: Loss = loss_from_logits) -> Footprint:
     """Run a loss of `input_ids` [B, S] and its backward pass; `model` is a causal LM of transformers.
 
-    Each gradient of a parameter is dropped as soon as it is complete: where it goes is the engine's affair.
+    Each gradient of a parameter is dropped as soon as it is complete: the engine's gradients are counted elsewhere.
     """
     hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in model.parameters() if p.requires_grad]
     counter, marks = LiveBytes(model), _Marks()
@@ -62,12 +62,12 @@ def measure(model: PreTrainedModel, input_ids: Tensor, loss: Loss = loss_from_lo
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages created inside that are still alive; `peak` is the most since it was reset."""
+    """Counts the bytes of all live storages created inside; `peak` is the largest number since its reset."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves TorchDispatchMode untyped
         self.live = self.peak = 0
-        # Held for as long as this counter, so that no new storage takes the identity of an old one.
+        # Keep these storages alive, so that no new one reuses the id of an old one.
         self._own = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
         self._bytes = {id(storage): 0 for storage in self._own}
 
@@ -97,13 +97,13 @@ class LiveBytes(TorchDispatchMode):
 
 
 class SizesOnHost:
-    """Takes what is saved for the backward pass off the meta device and counts it; it comes back when asked for."""
+    """Moves tensors saved for the backward pass off the meta device and counts them; autograd gets them back on use."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
     def keeping(self) -> AbstractContextManager[None]:
-        """Tensors that are saved inside are kept on the host."""
+        """Keep the tensors that are saved inside on the host."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
@@ -116,7 +116,7 @@ class SizesOnHost:
 
 
 class SizesOfFlashAttention(torch.autograd.Function):
-    """The memory of a fused attention kernel without its arithmetic, for q [B, H, S, D] and k, v [B, H_kv, S, D].
+    """Memory of a fused attention kernel without its arithmetic, for q [B, H, S, D] and k, v [B, H_kv, S, D].
 
     It keeps q, k, v, the output and one float32 a row and head (FlashAttention-2, arXiv 2307.08691, section 3.1).
     """
@@ -136,12 +136,12 @@ class SizesOfFlashAttention(torch.autograd.Function):
 def attention_by_sizes(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
-    """`SizesOfFlashAttention` in the signature of transformers' attention interface."""
+    """Apply `SizesOfFlashAttention` with the signature of transformers' attention interface."""
     return SizesOfFlashAttention.apply(query, key, value).transpose(1, 2), None  # type: ignore[no-untyped-call]  # torch leaves Function.apply untyped
 
 
 class _Marks:
-    """What was counted when the output layer was entered and left."""
+    """Bytes counted at the entry and the exit of the output layer."""
 
     def __init__(self) -> None:
         self.at_head = self.peak_of_head = 0
@@ -164,12 +164,12 @@ def _is_meta(args: Any) -> bool:
 
 
 def _on_meta(func: Any, args: Any) -> Any:
-    """Answers for the few operations that the meta device refuses; None for all others."""
+    """Return the result of the few operations that the meta device lacks; None for all others."""
     if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
-        # The only such question of transformers: is the row unbroken? Ours are.
+        # transformers asks for one such value only: whether the row is unbroken, and ours are.
         return True
     if func is torch.ops.aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
-        # The product of a mixture of experts, which has its shapes in bfloat16 only.
+        # The matrix product of a mixture of experts has a meta kernel for bfloat16 only.
         left, right = args[0], args[1]
         groups = () if left.dim() + right.dim() != 4 else (args[2].shape[0],)
         return left.new_empty(*groups, left.shape[-2], right.shape[-1])

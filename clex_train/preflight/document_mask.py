@@ -1,8 +1,8 @@
-"""Whether a family keeps the documents of a packed row apart, found from its architecture alone.
+"""Check that a family masks the documents of a packed row from each other, from its architecture alone.
 
-The real model runs on the meta device, without weights or memory, over a row of documents whose positions are real.
-In place of an attention back end stands one that looks at what reaches each layer: a mask that is False between
-documents, which every back end is built from, and for flash attention the lengths of the documents.
+The real model runs on the meta device, without weights or memory, over a row of documents with real positions. A
+recording attention back end checks the inputs of each layer: a mask that is False between documents, from which every
+back end is built, and for flash attention the lengths of the documents.
 """
 
 from dataclasses import dataclass, field
@@ -26,12 +26,12 @@ from clex_train.utils.errors import ConfigError, require
 
 NAME = "borders_of_documents"
 LENGTHS = ((3, 1, 4), (1, 5, 2))
-"""Documents of the two rows that are tried, one of a single token among them."""
+"""Lengths of the documents of the two test rows, among them a document of a single token."""
 
 
 @dataclass
 class _Seen:
-    """What reached the attention of each layer: whether it kept the documents apart."""
+    """Expected and recorded inputs of the attention; `layers` maps each layer to True if documents were masked."""
 
     apart: Tensor
     """bool [B, S, S]: a query and a key of different documents."""
@@ -41,7 +41,7 @@ class _Seen:
 
 
 def check_document_mask(config: Config, arch: PretrainedConfig, context_len: int) -> None:
-    """`ValueError` when `data.document_mask` asks for what the model or the log-scaling cannot do; without weights."""
+    """Raise `ConfigError` if the model or the log-scaling does not support `data.document_mask`; needs no weights."""
     if not config.data.document_mask:
         return
     policy = _log_scale(config)
@@ -57,13 +57,13 @@ def check_document_mask(config: Config, arch: PretrainedConfig, context_len: int
 
 
 def require_separable(arch: PretrainedConfig, implementation: AttentionImplementation) -> None:
-    """`ValueError` naming the model type when documents of a row would see each other; no weights are needed."""
+    """Raise `ConfigError`, naming the model type, if documents of a row would see each other; needs no weights."""
     kind = arch.model_type
     try:
         model = meta_model.on_meta(arch, torch.float32, NAME).eval()
         seen = _layers_seen(model, implementation)
     except Exception as error:
-        # A family that cannot be looked at is not trusted, whatever it is that it does.
+        # Any failure of the probe means that the family is not known to work.
         first_line = f"{error!r}".splitlines()[0]
         raise ConfigError(
             "data.document_mask",
@@ -84,7 +84,7 @@ def require_separable(arch: PretrainedConfig, implementation: AttentionImplement
 
 
 def _log_scale(config: Config) -> LogScale:
-    """The log-scaling that the run is going to have: a checkpoint of the original code brings its own."""
+    """Return the log-scaling of the run: that of a checkpoint of the original code takes precedence."""
     directory = Path(str(config.model.path))
     brings = config.model.is_pretrained and official.is_official(directory)
     own = LogScale(official.log_scale_policy(directory)) if brings else LogScale.off
@@ -92,7 +92,7 @@ def _log_scale(config: Config) -> LogScale:
 
 
 def _layers_seen(model: Any, implementation: AttentionImplementation) -> dict[int, bool]:
-    """For each layer whose attention was called, whether it kept the documents apart."""
+    """Map each layer whose attention was called to True if it masked the documents from each other."""
     position_ids = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in LENGTHS])
     documents = position_ids.eq(0).cumsum(1)
     arguments = document_mask_kwargs(position_ids, implementation, position_ids.device)
@@ -119,7 +119,7 @@ def _positions_to_meta(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def _look(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *_: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """An attention function that notes whether it was told of the documents, and computes nothing."""
+    """Record whether the mask separates the documents; an attention function that computes nothing."""
     seen: _Seen = module.borders_seen
     apart = attention_mask is not None and not bool((attention_mask[:, 0] & seen.apart).any())
     if seen.lengths is not None:
@@ -130,7 +130,7 @@ def _look(
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask of the sdpa back end, never left out, on the CPU where the positions are."""
+    """Build the mask of the sdpa back end, never omitted, on the CPU like the positions."""
     mask: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "device": torch.device("cpu")})
     return mask
 

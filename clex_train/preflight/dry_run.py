@@ -12,7 +12,7 @@ from clex_train.utils import distributed, log
 
 @log.buffered()
 def print_plan(config: Config) -> None:
-    """Print the plan on rank 0; raises `ConfigError` for whatever a run of the same configuration would refuse."""
+    """Print the plan on rank 0; raise `ConfigError` wherever a run of the same configuration would."""
     if not distributed.is_main():
         return
     plan = make_plan(run_checks(config, Scope.plan))
@@ -29,13 +29,13 @@ def _summary(plan: Plan) -> Iterator[str]:
         yield summary.labelled("", "the vocabulary is that of model.config here; the run takes the data store's")
     if plan.evaluation_cache:
         longest, size = config.evaluation.longest(), gib(plan.evaluation_cache)
-        where = "in host memory" if config.evaluation.offload_cache else "beside the state of the training"
+        where = "in host memory" if config.evaluation.offload_cache else "in addition to the training state"
         yield summary.labelled("", f"evaluating {longest:,} tokens: keys and values take {size} GiB a rank, {where}")
     yield summary.labelled("output", config.output_dir)
 
 
 def _data(config: Config, inputs: Inputs) -> Iterator[str]:
-    """Describe what the run reads as the run does, or by its configuration where a store is on another machine."""
+    """Describe the data like the run itself, or by its configuration if a store is on another machine."""
     data = config.data
     if inputs.is_complete:
         documents = inputs.held_out if config.evaluation.every >= 0 else None

@@ -37,7 +37,7 @@ def install(model: nn.Module, config: Config) -> int:
 
 
 def announce(config: Config, arch: PretrainedConfig, num_replaced: int) -> None:
-    """Log the kernels in use, and missing faster packages. `config` as returned by `resolve_attention`."""
+    """Log the active kernels, and faster packages that are missing. `config` is the result of `resolve_attention`."""
     dtype, attention = deepspeed.precision(config.engine), config.attention
     if attention.lambda_mask:
         logger.info("attention: LM-Infinite; its back end is logged at its first call")
@@ -64,5 +64,5 @@ def missing() -> list[str]:
 def _why_not_flash(config: Config, arch: PretrainedConfig, dtype: torch.dtype) -> str:
     if config.attention.implementation is not AttentionImplementation.sdpa or not torch.cuda.is_available():
         return ""
-    reason = select.flash_unsupported_reason(arch, dtype) or "attention.implementation=sdpa asks for it"
+    reason = select.flash_unsupported_reason(arch, dtype) or "requested by attention.implementation=sdpa"
     return f" ({reason})"

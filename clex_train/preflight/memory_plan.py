@@ -22,7 +22,7 @@ from clex_train.data.shards import part_len
 from clex_train.engine import deepspeed as engines
 from clex_train.preflight import meta_model, model_states, sequence_parallel
 from clex_train.preflight.activations import Footprint
-from clex_train.preflight.model_states import Held
+from clex_train.preflight.model_states import MemoryUse
 from clex_train.scaling.clex import Clex
 from clex_train.tracking import summary
 from clex_train.tracking.summary import Batch, Subject
@@ -46,10 +46,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is going to be; `parts` are the memory of one rank."""
+    """Sizes and memory of a run; `parts` are the memory of one rank."""
 
     config: Config
-    """With the lengths that the model gives."""
+    """Configuration with the lengths that follow from the model."""
     subject: Subject
     counts: meta_model.Counts
     num_ode_parameters: int
@@ -57,11 +57,11 @@ class Plan:
     on_gpu: bool
     parts: tuple[Part, ...]
     evaluation_cache: float
-    """Bytes of the keys and values of the longest text that is evaluated while training goes on; 0 for none."""
+    """Bytes of the keys and values of the longest text that is evaluated during training; 0 for none."""
     inputs: Inputs
 
     def totals(self) -> tuple[float, float, float]:
-        """Bytes on the device at each of `MOMENTS`."""
+        """Sum the bytes on the device at each of `MOMENTS`."""
         loss, layers, update = (sum(column) for column in zip(*(part.device for part in self.parts), strict=True))
         return loss, layers, update
 
@@ -77,7 +77,7 @@ class Plan:
 
 
 def make_plan(ready: Preflight) -> Plan:
-    """Compute sizes and memory from what the checks built."""
+    """Compute sizes and memory from the result of the checks."""
     config, arch, settings = ready.config, ready.arch, ready.settings
     counts, dtype = meta_model.count(ready.on_meta), engines.precision(config.engine)
     on_gpu = torch.cuda.is_available() or dtype is torch.bfloat16
@@ -121,7 +121,7 @@ def _footprint(ready: Preflight, dtype: torch.dtype, learns_frequencies: bool, o
 
 
 def _document_mask(config: Config, arch: PretrainedConfig, dtype: torch.dtype, settings: dict[str, Any]) -> Part | None:
-    """Masks [rows, 1, S, S] that keep documents apart: one of bools, and one that SDPA makes of it in each layer."""
+    """Count the document masks [rows, 1, S, S]: one of bools, and one that SDPA converts it to in each layer."""
     masked = (AttentionImplementation.sdpa, AttentionImplementation.eager)
     apart_without = config.engine.sequence_parallel > 1 or config.attention.implementation not in masked
     if not config.data.document_mask or apart_without:
@@ -134,7 +134,7 @@ def _document_mask(config: Config, arch: PretrainedConfig, dtype: torch.dtype, s
 
 
 def _cache(arch: PretrainedConfig, num_tokens: int, dtype: torch.dtype) -> float:
-    """Bytes of the keys and values of one text, as a cache of every layer holds them."""
+    """Compute the bytes of the keys and values of one text in the caches of all layers."""
     _, key_heads, width = sequence_parallel.heads_of(arch)
     return float(2 * arch.get_text_config().num_hidden_layers * key_heads * width * num_tokens * dtype.itemsize)
 
@@ -161,28 +161,28 @@ def _parts(
         Part("activations", (footprint.activations, footprint.layers, 0.0), footprint.host),
         Part("logits", (footprint.logits, 0.0, 0.0)),
         *([mask] if mask else []),
-        _constant("ODE", _ode(clex) if clex else Held(0.0)),
+        _constant("ODE", _ode(clex) if clex else MemoryUse(0.0)),
     )
     return parts if sharding.on_gpu else tuple(map(_in_one_memory, parts))
 
 
 def _in_one_memory(part: Part) -> Part:
-    """On a CPU the device's memory is the host's."""
+    """Add the host bytes to the device bytes: on a CPU they are the same memory."""
     loss, layers, update = part.device
     return Part(part.name, (loss + part.host, layers + part.host, update + part.host))
 
 
-def _ode(clex: Clex) -> Held:
+def _ode(clex: Clex) -> MemoryUse:
     num_pairs, num_hidden = clex.up.shape
     return model_states.ode(num_pairs, num_hidden, clex.num_steps)
 
 
-def _constant(name: str, held: Held) -> Part:
-    return Part(name, (held.device, held.device, held.device), held.host)
+def _constant(name: str, use: MemoryUse) -> Part:
+    return Part(name, (use.device, use.device, use.device), use.host)
 
 
 def memory_table(plan: Plan) -> Iterator[str]:
-    """The lines of the memory of one rank, by part and moment."""
+    """Yield the lines of the memory table of one rank, by part and moment."""
     engine, batch, seq_len = plan.config.engine, plan.batch, plan.config.data.seq_len
     yield (
         f"memory of one {'GPU' if plan.on_gpu else 'rank'} of {batch.world_size} in GiB: ZeRO-{engine.zero_stage}, "
@@ -201,7 +201,7 @@ def memory_table(plan: Plan) -> Iterator[str]:
 
 
 def _kept(engine: EngineConfig) -> Iterator[str]:
-    """Name the settings that decide on the memory of activations and logits."""
+    """Name the settings that determine the memory of activations and logits."""
     if engine.offload_activations:
         yield "layers recomputed from the host"
     else:
@@ -212,6 +212,6 @@ def _kept(engine: EngineConfig) -> Iterator[str]:
 
 
 def gib(count: float) -> str:
-    """Two decimals, or as many as a small figure needs to be seen."""
+    """Format bytes in GiB with two decimals, four for small numbers, and a dash for 0."""
     value = count / GIB
     return "-" if value == 0 else f"{value:,.2f}" if value >= 0.1 else f"{value:.4f}"

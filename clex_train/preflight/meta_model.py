@@ -27,7 +27,7 @@ AttentionInterface.register(FUSED, attention_by_sizes)
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters; `blocks` in the order of use: embedding, each layer, what comes after."""
+    """Numbers of parameters; `blocks` in the order of use: embedding, each layer, all others."""
 
     total: int
     trainable: int
@@ -61,12 +61,11 @@ def footprint(
     engine: EngineConfig,
     learns_frequencies: bool,
 ) -> Footprint:
-    """Activations of a micro-batch of `rows` rows of `tokens` tokens. `attention` is a back end of transformers.
+    """Measure the activations of a micro-batch of `rows` rows of `tokens` tokens, this rank's part of each row.
 
-    Of `engine`, what decides on them: recomputation, inputs on the host, tiles, and ranks that share rows, of which
-    `tokens` are this rank's part.
+    `attention` is a back end of transformers. `engine` sets recomputation, offloading, tiles and sequence parallelism.
 
-    Layers that are all alike are measured on 2 and 3 of them and extended: bytes grow by the same for each layer.
+    Identical layers are measured with 2 and 3 of them and extrapolated: bytes are linear in the number of layers.
     """
     implementation = "eager" if attention == "eager" else _fused(engine.sequence_parallel)
 
@@ -91,7 +90,7 @@ def footprint(
 def _measure(
     model: PreTrainedModel, rows: int, tokens: int, loss: token_loss.Loss, learns_frequencies: bool
 ) -> Footprint:
-    # L is of no consequence here: nothing is scaled, and a model with windows alone may be trained as it is.
+    # Any L will do: nothing is scaled here, and a model with windows only may be trained unscaled.
     handle = install_rotary(model, 1)
     input_ids = torch.zeros(rows, tokens, dtype=torch.int64, device="meta")
     if not learns_frequencies:
@@ -103,7 +102,7 @@ def _measure(
 
 
 def _fused(ranks: int) -> str:
-    """The name of a fused kernel, and of the exchange around it where ranks share rows."""
+    """Return the name of a fused kernel, for sequence parallelism with the all-to-all around it."""
     if ranks == 1:
         return FUSED
     name = f"{FUSED}_over_{ranks}_ranks"
@@ -112,7 +111,7 @@ def _fused(ranks: int) -> str:
 
 
 def on_meta(arch: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    # Left out, transformers asks on the terminal. A model's own configuration class was read with the user's leave.
+    # Without `trust_remote_code`, transformers asks on the terminal. The user has allowed the code of a custom config.
     allowed = not type(arch).__module__.startswith("transformers.")
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": allowed}
     with torch.device("meta"):
@@ -124,7 +123,7 @@ def _layers_are_alike(arch: PretrainedConfig) -> bool:
 
 
 def _shortened(arch: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """The same architecture with fewer layers."""
+    """Copy the architecture with fewer layers."""
     short = copy.deepcopy(arch)
     text = short.get_text_config()
     text.num_hidden_layers = num_layers

@@ -31,7 +31,7 @@ SUB_GROUP = 1_000_000_000
 
 @dataclass(frozen=True)
 class Sharding:
-    """What decides where a model's state lies; sizes of elements in bytes, buckets and distances in elements."""
+    """Settings that place a model's state; sizes of elements in bytes, buckets and distances in elements."""
 
     stage: int
     world_size: int
@@ -54,12 +54,12 @@ class Sharding:
         return self.stage == 3 and (self.world_size > 1 or self.offload_parameters)
 
     def share(self, count: int) -> float:
-        """Elements of `count` on one rank when they are split over all."""
+        """Return the elements of `count` on one rank when they are split over all."""
         return count / self.world_size
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryUse:
     """Bytes on the device and in the host's memory, for one rank."""
 
     device: float
@@ -90,22 +90,22 @@ def sharding(
     )
 
 
-def parameters(s: Sharding, blocks: Sequence[int]) -> Held:
-    """`blocks` are the numbers of parameters in the order of use: embedding, layers, head."""
+def parameters(s: Sharding, blocks: Sequence[int]) -> MemoryUse:
+    """Compute the bytes of parameters; `blocks` are their numbers in the order of use: embedding, layers, head."""
     count = sum(blocks)
     if s.stage < 3:
-        return Held(s.parameter * count)
+        return MemoryUse(s.parameter * count)
     kept = s.parameter * s.share(count)
     live = s.parameter * live_parameters(s, blocks) if s.gathers else 0.0
-    return Held(live, kept) if s.offload_parameters else Held(kept + live)
+    return MemoryUse(live, kept) if s.offload_parameters else MemoryUse(kept + live)
 
 
 def live_parameters(s: Sharding, blocks: Sequence[int]) -> int:
-    """Most parameters of ZeRO-3 that are whole on a rank at once.
+    """Count the most parameters of ZeRO-3 that are gathered on a rank at once.
 
-    Prefetching runs ahead of use until `max_live` are whole. Beyond that DeepSpeed keeps a block after its forward pass
-    if fewer than `max_reuse_distance` parameters are used before its turn comes back: those behind it, on the way to
-    the loss and back, layers once more if they are recomputed.
+    DeepSpeed prefetches until `max_live` are gathered. Beyond that it keeps a block after its forward pass if fewer
+    than `max_reuse_distance` parameters are used before the block's next use: those after it, in the forward and the
+    backward pass, and layers once more if they are recomputed.
     """
     passes = 3 if s.checkpointing else 2
     kept = distance = 0
@@ -115,50 +115,50 @@ def live_parameters(s: Sharding, blocks: Sequence[int]) -> int:
     return min(sum(blocks), max(kept, *blocks, s.max_live if s.prefetch_bucket else 0))
 
 
-def gradients(s: Sharding, count: int) -> Held:
-    """`count` trainable parameters: accumulated gradients and the buckets that reduce them."""
+def gradients(s: Sharding, count: int) -> MemoryUse:
+    """Compute the bytes of gradients of `count` trainable parameters: accumulated ones and reduction buckets."""
     if s.stage == 0:
-        return Held(s.parameter * count)
+        return MemoryUse(s.parameter * count)
     bucket = s.parameter * (s.reduce_bucket if s.on_gpu else min(s.reduce_bucket, count))
     if s.stage == 1:
-        return Held(s.parameter * count + bucket)
+        return MemoryUse(s.parameter * count + bucket)
     # Stage 3 keeps its bucket, and copies it together for each reduce-scatter; stage 2 allocates one a backward pass.
     buckets = bucket + (s.parameter * min(s.reduce_bucket, count) if s.stage == 3 else 0)
     kept = s.gradient * s.share(count)
-    return Held(buckets, kept) if s.offload_optimizer else Held(kept + buckets)
+    return MemoryUse(buckets, kept) if s.offload_optimizer else MemoryUse(kept + buckets)
 
 
-def optimizer(s: Sharding, count: int) -> Held:
-    """AdamW's state for `count` trainable parameters: master copy and two moments, all float32."""
+def optimizer(s: Sharding, count: int) -> MemoryUse:
+    """Compute the bytes of AdamW's state for `count` trainable parameters: float32 master copy and two moments."""
     if s.stage == 0:
-        return Held((MOMENTS + (MASTER if s.parameter < FLOAT32 else 0)) * count)
+        return MemoryUse((MOMENTS + (MASTER if s.parameter < FLOAT32 else 0)) * count)
     state = (MASTER + MOMENTS) * s.share(count)
     if not s.offload_optimizer:
-        return Held(state)
+        return MemoryUse(state)
     staging = s.parameter if s.stage < 3 else 0
-    return Held(0.0, state + (GRADIENTS_ON_HOST + staging) * s.share(count))
+    return MemoryUse(0.0, state + (GRADIENTS_ON_HOST + staging) * s.share(count))
 
 
-def update_workspace(s: Sharding, count: int) -> Held:
-    """Compute what the optimizer's step allocates on top: the gradients as one float32 vector, and AdamW's temporaries.
+def update_workspace(s: Sharding, count: int) -> MemoryUse:
+    """Compute the bytes that the optimizer's step allocates: gradients as one float32 vector, AdamW's temporaries.
 
     On a GPU AdamW is fused and has none; on a CPU it takes two vectors. ZeRO-3 updates one sub-group at a time. With
     the optimizer in host memory DeepSpeed's CPUAdam works in place.
     """
     if s.offload_optimizer or (s.stage == 0 and s.parameter == FLOAT32):
-        return Held(0.0)
+        return MemoryUse(0.0)
     elements = s.share(count) if s.stage else float(count)
     if s.stage == 3:
         elements = min(elements, s.sub_group)
     if s.on_gpu:
-        return Held((FLOAT32 + (s.gradient if s.parameter < FLOAT32 else 0)) * elements)
-    return Held((FLOAT32 + 2 * FLOAT32) * elements)
+        return MemoryUse((FLOAT32 + (s.gradient if s.parameter < FLOAT32 else 0)) * elements)
+    return MemoryUse((FLOAT32 + 2 * FLOAT32) * elements)
 
 
-def ode(num_pairs: int, num_hidden: int, num_steps: int) -> Held:
-    """The vector field on the CPU of every rank: weights, gradients and moments in float32, and the graph of a solve.
+def ode(num_pairs: int, num_hidden: int, num_steps: int) -> MemoryUse:
+    """Compute the host bytes of the vector field: float32 weights, gradients and moments, and the graph of a solve.
 
     Each of the 4 evaluations of a Runge-Kutta step keeps its input [P] and the hidden layer before and after [H].
     """
     weights = (FLOAT32 + GRADIENTS_ON_HOST + MOMENTS) * 2 * num_pairs * num_hidden
-    return Held(0.0, weights + 4 * num_steps * FLOAT32 * (2 * num_pairs + 2 * num_hidden))
+    return MemoryUse(0.0, weights + 4 * num_steps * FLOAT32 * (2 * num_pairs + 2 * num_hidden))

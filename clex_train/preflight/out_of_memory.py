@@ -1,4 +1,4 @@
-"""Out of memory: print what each rank holds and what to turn down, instead of a traceback."""
+"""Out of memory: print the memory of each rank and the settings to reduce, instead of a traceback."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ STATE, ROWS = ("parameters", "gradients", "optimizer"), ("activations", "logits"
 
 @dataclass
 class Page:
-    """What `explaining` prints is made of; a caller adds what the checks built once they have passed."""
+    """Input of the message of `explaining`; the caller adds the result of the checks once they have passed."""
 
     ready: Preflight | None = None
 
@@ -37,9 +37,9 @@ def explaining(config: Config) -> Iterator[Page]:
 
 
 def explain(config: Config, error: BaseException, ready: Preflight | None = None) -> str:
-    """Compose the page: where it happened, the estimate per part, and the remedies with the most effect first.
+    """Compose the message: the failing rank, the estimate per part, and the remedies with the most effect first.
 
-    `ready` is what the checks of the run built; without it they are run for a plan.
+    `ready` is the result of the run's checks; without it they are run for a plan.
     """
     what = f"out of memory on rank {distributed.rank()}: {first_line(error)}"
     try:
@@ -60,7 +60,7 @@ def explain(config: Config, error: BaseException, ready: Preflight | None = None
 
 
 def _share(plan: Plan, names: tuple[str, ...]) -> float:
-    """Most bytes that the parts of these names hold together at one moment."""
+    """Return the peak over the moments of the bytes of the named parts together."""
     most: float = max(
         sum(moment) for moment in zip(*(part.device for part in plan.parts if part.name in names), strict=True)
     )
@@ -68,7 +68,7 @@ def _share(plan: Plan, names: tuple[str, ...]) -> float:
 
 
 def _rows(config: Config, plan: Plan | None = None) -> Iterator[str]:
-    """For activations and logits, those for the larger of the two first."""
+    """Yield remedies for activations and logits, those for the larger of the two first."""
     engine = config.engine
     if engine.micro_batch is None:
         readers = distributed.world_size() // engine.sequence_parallel

@@ -1,7 +1,7 @@
 """Check everything about a run that can be known before its weights are read: the one list of checks.
 
-Training, the dry run, the submission to SLURM and the out-of-memory page call `run_checks` and use what it built. A
-check that is added here holds for all of them.
+Training, the dry run, the submission to SLURM and the out-of-memory message call `run_checks` and use its result. A
+check that is added here applies to all of them.
 """
 
 from collections.abc import Mapping
@@ -43,24 +43,24 @@ logger = log.get(__name__)
 
 
 class Scope(Enum):
-    """Which of a run's machines, files and ranks are at hand where the checks run."""
+    """Availability of a run's machines, files and ranks where the checks run."""
 
     run = "run"
     """This process trains: its packages, its login to wandb and its number of ranks count."""
     submission = "submission"
-    """Machines that share this file system train: stores and weights have to be here, packages are theirs."""
+    """Machines that share this file system train: stores and weights must be here, packages are theirs."""
     plan = "plan"
-    """Any machine trains: stores and weights that are not here go unchecked."""
+    """Any machine trains: stores and weights that are not here are not checked."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads."""
+    """Stores, tokenizer and rows of a run."""
 
     stores: Mapping[str, TokenStore]
     """The training split of each store by domain, "" without domains; in a plan, of those that are here."""
     is_complete: bool
-    """Whether all of them are here; in a plan alone they may not be."""
+    """True if all of them are here; False only in a plan."""
     held_out: TokenStore | None
     """The documents that evaluations read; None where there are none, or not here."""
     tokenizer: Any
@@ -73,11 +73,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class History:
-    """What the run folder holds of earlier launches."""
+    """Earlier launches, as recorded in the run folder."""
 
     checkpoints: Checkpoints
     newest: Found | None
-    """The checkpoint that the run would continue."""
+    """The checkpoint that the run would resume."""
     recorded: Path | None
     """Its verified copy of the configuration."""
 
@@ -89,17 +89,17 @@ class History:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the checks built."""
+    """Result of the checks."""
 
     requested: Config
-    """With the lengths that model and data give; what the run folder records."""
+    """Configuration with the lengths that follow from model and data; recorded in the run folder."""
     config: Config
-    """The same with the attention back end that this machine takes for `auto`."""
+    """The same with the attention back end that `auto` resolves to on this machine."""
     world_size: int
     model: ModelConfig
-    """Where the architecture was read; in a plan, that of a preset may stand in for a model that is not here."""
+    """Source of the architecture; in a plan, a preset may substitute for a model that is not here."""
     arch: PretrainedConfig
-    """Of the base, before scaling by a formula."""
+    """Architecture of the base, before scaling by a formula."""
     trained: PretrainedConfig
     on_meta: PreTrainedModel
     """The model of `arch` on the meta device."""
@@ -110,7 +110,7 @@ class Preflight:
     evaluation: TrainingEvaluation | None
     """None without evaluations, and in a plan without the documents or the tokenizer."""
     history: History | None
-    """None in a plan without the stores, by which a checkpoint is known."""
+    """None in a plan without the stores, which identify a checkpoint's data."""
 
 
 def run_checks(config: Config, scope: Scope = Scope.run) -> Preflight:
@@ -150,7 +150,7 @@ def _world_size(config: Config, scope: Scope) -> int:
 
 
 def _check_machine(config: Config, scope: Scope) -> None:
-    """Refuse packages and a login that are missing where the run trains; elsewhere, only say so."""
+    """Raise `ConfigError` for missing packages or a missing login where the run trains; elsewhere, log a warning."""
     try:
         check_attention(config.attention.implementation)
         liger.check(config.engine.liger)
@@ -221,7 +221,7 @@ def _check_ids(
 
 
 def _has_tokenizer(model: ModelConfig) -> bool:
-    """Tell whether the tokenizer of a run is on this machine, given that its store is."""
+    """Return True if the tokenizer of a run is on this machine, given that its store is."""
     named = model.tokenizer or (model.path if model.is_pretrained else None)
     return named is None or Path(named).exists()
 
@@ -235,7 +235,7 @@ def _pack(config: Config, inputs: Inputs) -> Inputs:
 
 
 def _check_model(config: Config, arch: PretrainedConfig, context_len: int) -> PretrainedConfig:
-    """Check what is asked of the model; returns the architecture that is trained."""
+    """Check that the model supports the configuration, and return the architecture that is trained."""
     document_mask.check_document_mask(config, arch, context_len)
     memory_options.check(config.engine, arch, config.model.trust_remote_code)
     sequence_parallel.check_sequence_parallel(config, arch)
@@ -248,7 +248,7 @@ def _check_model(config: Config, arch: PretrainedConfig, context_len: int) -> Pr
 def _plan_evaluation(
     config: Config, inputs: Inputs, trained: PretrainedConfig, context_len: int
 ) -> TrainingEvaluation | None:
-    """Check the evaluations of a run, and choose their windows and prompts where documents and tokenizer are here."""
+    """Check the evaluations of a run, and choose their windows and prompts if documents and tokenizer are here."""
     store = next(iter(inputs.stores.values()), None)
     if config.evaluation.every < 0:
         if inputs.is_complete and store is not None and distributed.is_main():
@@ -276,8 +276,8 @@ def _check_methods(config: Config, trained: PretrainedConfig, context_len: int) 
 def _read_history(
     config: Config, arch: PretrainedConfig, trained: PretrainedConfig, inputs: Inputs, world_size: int
 ) -> History:
-    """Compare the run with the one that its folder holds, if any."""
-    # The key that asks for a plan is no change of the run.
+    """Compare the run with an earlier launch in its folder, if any."""
+    # `dry_run` does not change the run.
     config = replace(config, dry_run=False)
     run_dir = Path(config.output_dir)
     identity = Manifest.from_config(config, architecture.digest(trained), data.fingerprint(inputs.stores))

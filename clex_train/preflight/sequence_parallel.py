@@ -1,8 +1,8 @@
-"""Whether ranks can share the rows of a run (`engine.sequence_parallel`), found from the architecture alone.
+"""Check that a family supports sequence parallelism (`engine.sequence_parallel`), from its architecture alone.
 
-The real model runs on the meta device, without weights or memory, over four tokens that are said to stand in the middle
-of a row. What stands in place of an attention back end looks at what reaches it, which has to be all heads of every
-layer, and the rotary embedding has to be given the positions as they are.
+The real model runs on the meta device, without weights or memory, over four tokens with positions from the middle of a
+row. A recording attention back end checks that all heads of every layer reach it, and a hook that the rotary embedding
+receives those positions.
 """
 
 from dataclasses import dataclass, field
@@ -27,17 +27,17 @@ EXCHANGED = tuple(AttentionImplementation[name] for name in ("auto", "sdpa", "fl
 
 @dataclass
 class _Seen:
-    """What the parts of the model were given."""
+    """Recorded inputs of attention and rotary embedding."""
 
     shape: tuple[int, int, int]
-    """Query heads, key heads, head width that the exchange counts on."""
+    """Query heads, key heads, head width that the all-to-all expects."""
     layers: dict[int, str | None] = field(default_factory=dict)
-    """What is wrong with the attention of each layer; None for nothing."""
+    """Fault of each layer's attention; None for none."""
     has_positions: bool = False
 
 
 def check_sequence_parallel(config: Config, arch: PretrainedConfig) -> None:
-    """`ValueError` when the model or its attention cannot have rows that ranks share; no weights are needed."""
+    """Raise `ConfigError` if the model or its attention does not support sequence parallelism; needs no weights."""
     count, implementation = config.engine.sequence_parallel, config.attention.implementation
     if count == 1:
         return
@@ -45,8 +45,7 @@ def check_sequence_parallel(config: Config, arch: PretrainedConfig) -> None:
         implementation in EXCHANGED,
         "attention.implementation",
         implementation.name,
-        f"engine.sequence_parallel={count} exchanges whole rows, for which there is no mask; take sdpa or "
-        "flash_attention_2",
+        f"engine.sequence_parallel={count} attends over whole rows without a mask; use sdpa or flash_attention_2",
     )
     heads, key_heads, _ = heads_of(arch)
     possible = [n for n in range(2, heads + 1) if heads % n == 0 and (key_heads % n == 0 or n % key_heads == 0)]
@@ -54,7 +53,7 @@ def check_sequence_parallel(config: Config, arch: PretrainedConfig) -> None:
         count in possible,
         "engine.sequence_parallel",
         count,
-        f"model_type={arch.model_type} has {heads} attention heads and {key_heads} key heads, which so many ranks "
+        f"model_type={arch.model_type} has {heads} attention heads and {key_heads} key heads, which {count} ranks "
         f"cannot share evenly; take {' or '.join(map(str, [1, *possible]))}",
     )
     reason = why_not(arch, config.data.seq_len)
@@ -72,7 +71,7 @@ def why_not(arch: PretrainedConfig, row_len: int) -> str | None:
         model = meta_model.on_meta(arch, torch.float32, NAME).eval()
         seen = _look_at(model, heads_of(arch))
     except Exception as error:
-        # A family that cannot be looked at is not trusted, whatever it is that it does.
+        # Any failure of the probe means that the family is not known to work.
         return f"it cannot be called with a part of a row ({f'{error!r}'.splitlines()[0]})"
     wrong = {layer: seen.layers.get(layer, MISSING) for layer in range(arch.get_text_config().num_hidden_layers)}
     named = [f"layer {layer} {what}" for layer, what in wrong.items() if what is not None]
@@ -80,7 +79,7 @@ def why_not(arch: PretrainedConfig, row_len: int) -> str | None:
     windows = [layer_window(m) or row_len for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
     reasons = {
         next(iter(named), ""): bool(named),
-        f"{next(iter(mixing), '')} mixes tokens beside the attention": bool(mixing),
+        f"{next(iter(mixing), '')} mixes tokens outside the attention": bool(mixing),
         f"a layer sees {min(windows, default=row_len)} tokens only, which need a mask": any(
             w < row_len for w in windows
         ),
@@ -93,7 +92,7 @@ MISSING = "does not go through transformers' attention interface"
 
 
 def heads_of(arch: PretrainedConfig) -> tuple[int, int, int]:
-    """Query heads, key heads and head width of a layer."""
+    """Return query heads, key heads and head width of a layer."""
     shape: Any = arch.get_text_config()
     heads = shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
@@ -130,7 +129,7 @@ def _to_meta(value: Any) -> Any:
 def _look(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *_: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """An attention function that notes what it is given, and computes nothing."""
+    """Record faults of the inputs; an attention function that computes nothing."""
     seen: _Seen = module.part_seen
     seen.layers[module.layer_idx] = _wrong_with(module, seen.shape, query, key, value, kwargs)
     batch, heads, tokens, _width = query.shape
@@ -143,9 +142,9 @@ def _wrong_with(
     heads, key_heads, width = shape
     expected = [(1, count, len(POSITIONS), width) for count in (heads, key_heads, key_heads)]
     if [tuple(tensor.shape) for tensor in (query, key, value)] != expected:
-        return "has heads of more than one width, or not as many as the config says"
+        return "has heads of more than one width, or another number than its config"
     if any(options.get(name) is not None for name in ("s_aux", "position_bias")):
-        return "has a term for each head beside its keys"
+        return "has a term for each head in addition to its keys"
     if not options.get("is_causal", getattr(module, "is_causal", True)):
         return "is not causal"
     return None

@@ -1,7 +1,7 @@
-"""The memory of Ulysses' exchange without its communication: what it allocates, on the meta device.
+"""Memory of Ulysses' all-to-all without its communication: its allocations, on the meta device.
 
-Statement by statement what DeepSpeed's `UlyssesSPAttentionHF` does around the attention, so that copies live as long
-as they do there. Shapes: `B` rows, `H` heads, `K` key heads, `N` ranks, `n` tokens of a part, `D` head width.
+Follows DeepSpeed's `UlyssesSPAttentionHF` around the attention statement by statement, so that copies live as long as
+they do there. Shapes: `B` rows, `H` heads, `K` key heads, `N` ranks, `n` tokens of a part, `D` head width.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from clex_train.preflight.activations import attention_by_sizes
 
 
 class _SizesOfAllToAll(torch.autograd.Function):
-    """What is received is as large as what is sent."""
+    """All-to-all by sizes: the received tensor is as large as the sent one."""
 
     @staticmethod
     def forward(ctx: Any, sent: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class _SizesOfAllToAll(torch.autograd.Function):
 def exchanged_by_sizes(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, ranks: int, **__: Any
 ) -> tuple[Tensor, None]:
-    """`footprint.attention_by_sizes` on whole rows, of which `ranks` have a part each: [B, n, H, D]."""
+    """Apply `attention_by_sizes` to whole rows, of which each of `ranks` ranks has a part; returns [B, n, H, D]."""
     rows, heads, tokens, width = query.shape
     whole = [_whole_rows(part, ranks) for part in (query, key, value)]
     for index, tensor in enumerate(whole):
@@ -40,7 +40,7 @@ def exchanged_by_sizes(
 
 
 def _whole_rows(part: Tensor, ranks: int) -> Tensor:
-    """[B, H, n, D] to [N * n, B, H / N, D]; key heads fewer than ranks are repeated."""
+    """Convert [B, H, n, D] to [N * n, B, H / N, D]; key heads fewer than ranks are repeated."""
     part = part.permute(2, 0, 1, 3)
     tokens, rows, heads, width = part.shape
     if heads < ranks:

@@ -1,9 +1,9 @@
-"""What a report is made from: evaluation files and the folders of the runs behind them, read and checked.
+"""Evidence of a report: evaluation files and the folders of the runs behind them, read and checked.
 
     collect([Path("runs/a"), Path("runs/b/evaluation/step_500.json")])
 
-A run folder stands for its newest evaluation and the others of the same weights. What a run did not record (a
-frequency table, retrieval tasks, the metrics of its training) is absent here, and figures that need it are left out.
+A run folder stands for its newest evaluation and the others of the same weights. Parts that a run did not record (a
+frequency table, retrieval tasks, the metrics of its training) are absent here, and figures that need them are omitted.
 """
 
 import shlex
@@ -38,7 +38,7 @@ EVALUATIONS, METRICS, ENVIRONMENT = "evaluation", "metrics.jsonl", "environment.
 
 @dataclass(frozen=True)
 class _Environment:
-    """What environment.json has to be for a report."""
+    """Types in environment.json that a report relies on."""
 
     command: list[str] = field(default_factory=list)
     packages: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class _Environment:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run folder: what its training recorded."""
+    """A run folder with the records of its training."""
 
     label: str
     folder: Path
@@ -81,13 +81,13 @@ class TrainingRun:
             content: dict[str, Any] = read_json(path, within=self.folder)
             decode(content, _Environment, path)
         except BadFile:
-            logger.warning("%s: damaged, what it recorded is left out", path)
+            logger.warning("%s: damaged, its contents are left out", path)
             return {}
         return content
 
     @cached_property
     def last_step(self) -> int | None:
-        """The step after which `final/` was written; None where no config says it."""
+        """The step after which `final/` was written; None without a config."""
         path = self.folder / CONFIG
         return saved_config.over_defaults(path)["optim"]["steps"] if path.exists() else None
 
@@ -99,7 +99,7 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What one method reached in one retrieval task."""
+    """Scores of one method in one retrieval task."""
 
     label: str
     task: str
@@ -119,7 +119,7 @@ class Evidence:
 
 
 def collect(arguments: Sequence[Path]) -> Evidence:
-    """The evidence of run folders and evaluation files; `ValueError` names one that cannot be used and the remedy."""
+    """Read run folders and evaluation files; `ConfigError` names an unusable one and the remedy."""
     paths = list(dict.fromkeys(path for argument in arguments for path in find_evaluations(argument)))
     files = {path: results.read(path) for path in paths}
     names = _names({path: origin.label for path, (_, origin) in files.items()})
@@ -132,8 +132,8 @@ def collect(arguments: Sequence[Path]) -> Evidence:
     return Evidence(read_tables(rows), tasks, find_runs(paths))
 
 
-def of_rows(rows: Sequence[Row]) -> Evidence:
-    """The evidence of rows with labels of their own; retrieval tasks and runs are those of the rows' files."""
+def from_rows(rows: Sequence[Row]) -> Evidence:
+    """Collect the evidence of rows with given labels; retrieval tasks and runs are those of the rows' files."""
     paths = list(dict.fromkeys(row.path for row in rows))
     prefixes = {path: f"{name}: " if len(paths) > 1 else "" for path, name in _names(dict.fromkeys(paths, "")).items()}
     tasks = [task for path in paths for task in _tasks(path, *results.read(path), prefixes[path])]
@@ -141,7 +141,7 @@ def of_rows(rows: Sequence[Row]) -> Evidence:
 
 
 def find_evaluations(argument: Path) -> list[Path]:
-    """The evaluation files that an argument stands for: itself, or a finished run's newest and all of its weights."""
+    """Expand an argument to evaluation files: itself, or a finished run's newest and all others of its weights."""
     newest = find_evaluation(argument)
     if newest == argument:
         return [newest]
@@ -151,7 +151,7 @@ def find_evaluations(argument: Path) -> list[Path]:
 
 
 def _hash(path: Path) -> Any:
-    """Hash of the weights of an evaluation file; None where it has none or cannot be read."""
+    """Read the hash of the weights of an evaluation file; None if it has none or cannot be read."""
     try:
         return results.read(path)[1].model.get("hash")
     except InputError:
@@ -159,7 +159,7 @@ def _hash(path: Path) -> Any:
 
 
 def find_evaluation(argument: Path) -> Path:
-    """The evaluation file that an argument stands for: itself, or a finished run's newest."""
+    """Return the evaluation file of an argument: itself, or a finished run's newest."""
     if argument.is_file():
         return argument
     if not argument.is_dir():
@@ -178,19 +178,19 @@ def find_evaluation(argument: Path) -> Path:
 
 
 def find_runs(evaluations: Sequence[Path]) -> list[TrainingRun]:
-    """The run folders that evaluation files lie in, as far as training has left something there."""
+    """Find the folders of the evaluation files that have records of a training run."""
     folders = [run_folder(path) for path in evaluations]
     known = [folder for folder in dict.fromkeys(folders) if (folder / METRICS).is_file() or (folder / FINAL).is_dir()]
     return [TrainingRun(name, folder) for folder, name in _shortest({folder: folder.parts for folder in known}).items()]
 
 
 def run_folder(evaluation: Path) -> Path:
-    """The run folder of an evaluation file; the file's own folder where it lies in no run."""
+    """Return the run folder of an evaluation file; the file's own folder if it is not in a run."""
     return evaluation.parent.parent if evaluation.parent.name == EVALUATIONS else evaluation.parent
 
 
 def _tasks(path: Path, result: Results, origin: Origin, prefix: str) -> list[TaskScores]:
-    """The retrieval tasks of an evaluation, by task and method."""
+    """Group the retrieval scores of an evaluation by task and method."""
     grouped: dict[tuple[str, str], list[TaskScore]] = {}
     for row in result.tasks:
         grouped.setdefault((row.task, row.method), []).append(row)
@@ -198,7 +198,7 @@ def _tasks(path: Path, result: Results, origin: Origin, prefix: str) -> list[Tas
 
 
 def _rows(path: Path, folder: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's metrics but for damaged ones, which a line names; the last may be unfinished."""
+    """Read a run's metrics; damaged lines are counted in a warning, except an unfinished last line."""
     rows, damaged = [], 0
     with open_regular(path, within=folder) as file:
         for line in iter(lambda: file.readline(LONGEST_LINE), b""):
@@ -212,7 +212,7 @@ def _rows(path: Path, folder: Path) -> list[dict[str, Any]]:
 
 
 def _names(labels: dict[Path, str]) -> dict[Path, str]:
-    """A name for each evaluation file: its label, or where labels recur, as much of the path as tells them apart."""
+    """Name each evaluation file: by its label, or for repeated labels by the shortest distinct part of the path."""
     if len(set(labels.values())) == len(labels):
         return labels
     by_run = {path: run_folder(path).parts for path in labels}
@@ -225,7 +225,7 @@ def _names(labels: dict[Path, str]) -> dict[Path, str]:
 
 
 def _shortest(parts: dict[Path, tuple[str, ...]]) -> dict[Path, str]:
-    """The shortest ends of paths that differ, all of the same number of parts."""
+    """Return the shortest distinct ends of paths, all with the same number of parts."""
     for count in range(1, max(map(len, parts.values()), default=0) + 1):
         names = {path: "/".join(parts_of[-count:]) for path, parts_of in parts.items()}
         if len(set(names.values())) == len(names):
@@ -235,7 +235,7 @@ def _shortest(parts: dict[Path, tuple[str, ...]]) -> dict[Path, str]:
 
 @dataclass(frozen=True)
 class Source:
-    """Facts under which a table's row or a figure can be repeated, in display order: of one evaluation or one run."""
+    """Facts needed to reproduce a table's row or a figure, in display order: of one evaluation or one run."""
 
     title: str
     facts: tuple[tuple[str, str], ...]
@@ -284,7 +284,7 @@ def _is_last_step(path: Path, model: dict[str, Any], run: TrainingRun) -> bool:
 
 
 def _hardware(environment: dict[str, Any]) -> str:
-    """Take device, number of ranks and platform out of the environment."""
+    """Remove device, number of ranks and platform from the environment, and join them."""
     device, ranks = environment.pop("device", UNKNOWN), environment.pop("world_size", None)
     words = [str(device), f"{ranks} rank{'s' if ranks != 1 else ''}" if ranks else "", environment.pop("platform", "")]
     return ", ".join(filter(None, words))

@@ -25,7 +25,7 @@ NAME_RUN = "name the folder of a run that was trained here: python -m clex_train
 
 
 def collect_figures(evidence: Evidence) -> tuple[list[Figure], list[Absent]]:
-    """Return the figures that the evidence allows, and the others with what they lack."""
+    """Return the figures that have data, and the others with the reason and remedy."""
     every = [found for make in FIGURES for found in make(evidence)]
     return [f for f in every if isinstance(f, Figure)], [f for f in every if isinstance(f, Absent)]
 
@@ -47,13 +47,13 @@ def perplexity(evidence: Evidence) -> Iterator[Figure | Absent]:
 
 
 def _has_lengths(table: Table) -> bool:
-    """Tell apart tables over lengths from streams and `per_position`, whose figure is the loss by position."""
+    """Return True for tables over lengths, unlike streams and `per_position`, whose figure is the loss by position."""
     by_position = any(score.curve for curve in table.curves for score in curve.scores.values())
     return not by_position and any(len(curve.scores) > 1 for curve in table.curves)
 
 
 def lowest_part(table: Table) -> float | None:
-    """Return where to cut the axis so that the good rows are seen apart from one that grows out of proportion.
+    """Return the upper limit of the axis that separates the good rows, if another row grows out of proportion.
 
     It is 1.5 times the best row's largest perplexity; None unless a row goes eight times as high and two stay below.
     """
@@ -174,7 +174,7 @@ def retrieval(evidence: Evidence) -> Iterator[Figure | Absent]:
         shown = [scores for scores in graded if scores.task == task]
         totals = sorted({row.total for scores in shown for row in scores.rows})
         prompts = f"{totals[0]}" if len(totals) == 1 else f"{totals[0]} to {totals[-1]}"
-        caption = f"Percent of what was hidden that was found, by depth and length; {prompts} prompts in each cell."
+        caption = f"Percent of the hidden facts that were found, by depth and length; {prompts} prompts in each cell."
         name = f"retrieval_{re.sub(r'[^A-Za-z0-9]+', '_', task)}"
         sources = _evaluations(shown, evidence)
         yield Figure(name, f"Retrieval: {task}", caption, sources, partial(draw_retrieval, shown))
@@ -313,4 +313,4 @@ FIGURES: tuple[Callable[[Evidence], Iterator[Figure | Absent]], ...] = (
     scale_factor,
     throughput,
 )
-"""In the order in which a report shows them."""
+"""Figures in the order of a report."""

@@ -53,14 +53,14 @@ def _template() -> Template:
 
 
 def _labels(evidence: Evidence) -> list[str]:
-    """Return the labels of the runs, or of the evaluations where they lie in no run."""
+    """Return the labels of the runs, or of the evaluations if they are not in a run."""
     origins = [row.origin for table in evidence.tables for row in table.curves]
     origins += [task.origin for task in evidence.tasks]
     return [run.label for run in evidence.runs] or list(dict.fromkeys(origin.label for origin in origins))
 
 
 def fingerprints(table: Table) -> str:
-    """List the fingerprints of the scored tokens, which tell a table from another of the same shape."""
+    """List the fingerprints of the scored tokens, which distinguish tables of the same shape."""
     return ", ".join(sorted({score.fingerprint for curve in table.curves for score in curve.scores.values()}))
 
 

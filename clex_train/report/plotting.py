@@ -1,7 +1,7 @@
 """Draw named lines in the style that all figures of a report share, and write a figure as PNG or SVG.
 
 Hues are those of Okabe and Ito (Color Universal Design, 2008) without yellow, which is too pale for a line, and with a
-brown and a violet. Markers differ too, so that lines can be told apart in print and by readers who see few colors.
+brown and a violet. Markers differ too, so that lines are distinct in print and for readers who see few colors.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def new_figure(rows: int = 1, columns: int = 1, height: float = HEIGHT) -> tuple
 
 
 def draw_panels(lines: Sequence[Line]) -> tuple[Drawing, list[Axes]]:
-    """Draw lines in panels of at most eight, so that no color stands for two of them; the others are faint behind."""
+    """Draw lines in panels of at most eight, so that each color is used once; the others are faint behind."""
     groups = np.array_split(np.arange(len(lines)), max(1, math.ceil(len(lines) / len(COLORS))))
     figure, panels = new_figure(len(groups), height=0.6 + (HEIGHT - 0.6) * len(groups))
     for axes, group in zip(panels[:, 0], groups, strict=True):
@@ -130,7 +130,7 @@ def as_text(label: str, most: int = MAX_LABEL) -> str:
 
 
 def format_tokens(length: float) -> str:
-    """Format a length as it is spoken of: 65536 as 64k."""
+    """Format a length in binary thousands: 65536 as 64k."""
     length = round(length)
     if length >= 2**20 and length % 2**20 == 0:
         return f"{length // 2**20}M"

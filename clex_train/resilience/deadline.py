@@ -6,7 +6,7 @@ import psutil
 
 
 class Deadline:
-    """The end of `max_runtime`; tells whether a piece of work and the save after it still fit before it.
+    """The end of `max_runtime`; decides if a piece of work and the save after it still fit before it.
 
     The expected duration is `SLACK` times the longest of the last `MEMORY` measurements of its kind.
     """

@@ -27,7 +27,7 @@ def launchers() -> list[psutil.Process]:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Tell whether a process is running; a zombie is not."""
+    """Return True if a process is running; a zombie is not."""
     # `is_running` compares start times, so a reused process id does not count; it is true for zombies, though.
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
@@ -36,7 +36,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def is_orphan(found: list[psutil.Process]) -> bool:
-    """Tell whether the launcher of this process, or the launcher's own parent, died before this process looked."""
+    """Return True if the launcher of this process, or the launcher's own parent, died before this process looked."""
     # The kernel gives the children of a dead process to process 1.
     if not found:
         return os.getppid() == 1 and any(name in os.environ for name in SET_BY_LAUNCHERS)
@@ -45,6 +45,6 @@ def is_orphan(found: list[psutil.Process]) -> bool:
 
 
 def is_launcher(arguments: list[str]) -> bool:
-    """Tell whether a command line starts `deepspeed` or `torchrun`."""
+    """Return True if a command line starts `deepspeed` or `torchrun`."""
     # Among the first arguments only (python -m module); a training script may have the same words in its own.
     return any(Path(argument).name in LAUNCHERS for argument in arguments[:4])

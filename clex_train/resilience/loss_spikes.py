@@ -35,7 +35,7 @@ class SpikeWatch:
         return middle + self.factor * max(spread, LEAST_SPREAD * abs(middle))
 
     def is_spike(self, loss: float) -> bool:
-        """Tell whether a loss is a spike; otherwise add it to the window if it is finite."""
+        """Return True if a loss is a spike; otherwise add it to the window if it is finite."""
         # Spikes stay out of the window, or a long one would become the new normal. NaN compares false here.
         if loss > self.limit():
             return True

@@ -54,7 +54,7 @@ class MemoryGuard:
             self._reason = f"rank {distributed.rank()}: {first_line(error)}"
             if self._needs_others:
                 raise RunStopped(
-                    f"out of memory: {self.cell} ({self._reason}); ranks that share the weights cannot go on without "
+                    f"out of memory: {self.cell} ({self._reason}); ranks with sharded weights cannot continue without "
                     f"this one; leave the length out, or: {REMEDIES}"
                 ) from error
         # Not inside `except`: the traceback still refers to the forward's tensors there.
@@ -62,7 +62,7 @@ class MemoryGuard:
         return None
 
     def fits_so_far(self) -> bool:
-        """Tell whether no rank has run out of memory so far. Collective."""
+        """Return True if no rank has run out of memory so far. Collective."""
         return not distributed.any_rank(bool(self._reason))
 
     def shortage(self) -> str:
@@ -76,7 +76,7 @@ class MemoryGuard:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Tell whether the weights are sharded (ZeRO-3), so that each forward is a collective."""
+    """Return True if the weights are sharded (ZeRO-3), so that each forward is a collective."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 

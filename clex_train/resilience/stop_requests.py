@@ -150,7 +150,7 @@ class SignalWatch:
             self._end(self._first or signal.SIGTERM, f"{self._lost_launcher}: ended")
 
     def _is_stuck(self) -> bool:
-        """Tell whether the main thread failed to unwind from an ending signal within `GRACE`."""
+        """Return True if the main thread failed to unwind from an ending signal within `GRACE`."""
         ends = self._raised is not None or self._first in self.ends
         return ends and not self.is_leaving and time.monotonic() - self._since > GRACE
 
@@ -159,12 +159,12 @@ class SignalWatch:
         if self._first is None:
             self._first, self._since, self.reason = number, now, f"{number.name} arrived"
             if number not in self.ends:
-                _say(f"{number.name}: finishing the current work and saving; a second Ctrl-C ends the run at once")
+                _print(f"{number.name}: finishing the current work and saving; a second Ctrl-C ends the run at once")
         elif self._is_second(number, now - self._since):
             self._end(number, f"second signal ({number.name}): ended at once")
 
     def _is_second(self, number: signal.Signals, elapsed: float) -> bool:
-        """Tell whether a later signal is a new request, and not the first one forwarded by a launcher."""
+        """Return True if a later signal is a new request, and not the first one forwarded by a launcher."""
         if number is signal.SIGINT:
             return elapsed >= MOMENT
         # On Ctrl-C the launchers of DeepSpeed and torchrun send SIGTERM to their ranks, after any delay.
@@ -172,7 +172,7 @@ class SignalWatch:
         return elapsed >= REPEAT_AFTER and not passed_on and not self.is_leaving
 
     def _end(self, number: signal.Signals, line: str) -> None:
-        _say(line)
+        _print(line)
         # `sys.exit` only raises in this thread; the main thread may be blocked for good.
         os._exit(128 + number)
 
@@ -234,7 +234,7 @@ def _ignore(numbers: Collection[signal.Signals]) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     """Write a line to standard error, on rank 0 only."""
     # Bypass `sys.stderr`: the main thread may hold the lock of its buffer.
     if os.environ.get("RANK", "0") == "0":
@@ -258,7 +258,7 @@ class StopRequests:
         self._looked = 0.0
 
     def leave_marks(self) -> None:
-        """Let signals only leave a mark from here on, if they are watched: there is something to save."""
+        """Make watched signals only set a flag from here on, because there is something to save."""
         if self.signals:
             self.signals.leave_marks()
 
@@ -279,7 +279,7 @@ class StopRequests:
         self.deadline.took(kind, time.monotonic() - start)
 
     @property
-    def leads_nowhere(self) -> bool:
+    def is_too_short(self) -> bool:
         """True if `max_runtime` is too short for a single step or evaluation, so that requeuing would not help."""
         return not self.deadline.has_measured and self.deadline.exceeded_by() is not None
 
@@ -293,7 +293,7 @@ class StopRequests:
         return self.deadline.exceeded_by(*ahead)
 
     def _sees_stop_file(self, path: Path) -> bool:
-        """Tell whether the stop file exists; checks at most once a second and returns False otherwise."""
+        """Return True if the stop file exists; checks at most once a second and returns False otherwise."""
         # A stat on a network file system can take longer than a step.
         if time.monotonic() - self._looked < POLL_SECONDS:
             return False

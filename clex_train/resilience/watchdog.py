@@ -159,7 +159,7 @@ class Watchdog:
                     self._give_up(f"rank {rank} sent no heartbeat for {now - heard.at:.0f} s ({_describe(heard.beat)})")
 
     def _give_up(self, what: str) -> None:
-        """End this process, whatever its main thread waits for; the launcher then ends the others."""
+        """End this process even if its main thread is blocked; the launcher then ends the others."""
         if self._closed.is_set():
             return
         line = f"error: {what}; the checkpoints are intact\n"

@@ -23,7 +23,7 @@ Haystack = Callable[[int, Sequence[float]], list[str]]
 FILLER = ("The hills are brown.", "The sea is grey.", "The snow is white.", "On we walk.", "Up the road and down.")
 SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*\s+")
 LONGEST_SENTENCE = 600
-"""How far a needle may move to the end of a sentence, in characters. Beyond it, the needle goes between two words."""
+"""Characters that a needle may move to the end of a sentence; beyond that, it goes between two words."""
 
 
 def noise(units: int, depths: Sequence[float]) -> list[str]:

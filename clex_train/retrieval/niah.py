@@ -55,14 +55,14 @@ class Needles:
         others = self.keys(rng)
         keys = list(islice(others, self.num_keys))
         pairs = [(key, self.draw_value(rng)) for key in keys for _ in range(self.num_values)]
-        asked = [keys[i] for i in sorted(rng.choice(self.num_keys, self.num_queries, replace=False))]
+        queried = [keys[i] for i in sorted(rng.choice(self.num_keys, self.num_queries, replace=False))]
         # Shuffled, or the values of one key would stand next to each other.
         needles = [self.sentence(*pairs[i]) for i in rng.permutation(len(pairs))]
         depths = sorted(rng.random(len(needles)).tolist())
         # Decoys take the keys that follow, so no decoy has a key of the question.
         lay = self.haystack(ask, (self.sentence(key, self.draw_value(rng)) for key in others))
-        answers = tuple(value for key, value in pairs if key in asked)
-        question, lead = self.question(asked, len(answers))
+        answers = tuple(value for key, value in pairs if key in queried)
+        question, lead = self.question(queried, len(answers))
         opening = f"Some special magic {self.what}s are hidden in the text below. Memorize them for a question."
 
         def text(units: int) -> str:
@@ -74,10 +74,10 @@ class Needles:
         """Write a needle."""
         return f"One of the special magic {self.what}s for {key} is: {value}."
 
-    def question(self, asked: list[str], num_answers: int) -> tuple[str, str]:
+    def question(self, queried: list[str], num_answers: int) -> tuple[str, str]:
         """Write the question, and the beginning of its answer."""
         verb, noun = ("is", self.what) if num_answers == 1 else ("are all", f"{self.what}s")
-        subject = f"the special magic {noun} for {enumerated(asked)} in the text above"
+        subject = f"the special magic {noun} for {enumerated(queried)} in the text above"
         return f"What {verb} {subject}?", f"{subject[0].upper()}{subject[1:]} {verb.split()[0]}"
 
 

@@ -27,7 +27,7 @@ logger = log.get(__name__)
 
 @dataclass(frozen=True)
 class Cell:
-    """Prompts of one task at one length. Raises `ValueError` when question and answer alone exceed the length."""
+    """Prompts of one task at one length. Raises `ConfigError` when question and answer alone exceed the length."""
 
     name: Task
     length: int
@@ -106,8 +106,8 @@ def require_chat_template(tokenizer: Tokenizer) -> None:
         getattr(tokenizer, "chat_template", None) is not None,
         "chat_template",
         True,
-        "the tokenizer has no chat template; leave the key out, or put the instruct model's chat_template.jinja "
-        "beside the tokenizer's files",
+        "the tokenizer has no chat template; leave the key out, or copy the instruct model's chat_template.jinja "
+        "into the tokenizer's folder",
     )
 
 
@@ -116,7 +116,7 @@ def build_cells(
 ) -> list[Cell]:
     """List the cells of `evaluation.tasks`, task by task, shorter lengths first. Real text comes from `store`.
 
-    `bos` as in `Cell`. Raises `ValueError` for the first length that is too short.
+    `bos` as in `Cell`. Raises `ConfigError` for the first length that is too short.
     """
     if Task.ruler in spec.tasks and distributed.is_main():
         left_out = " and ".join(task.value for task in DOWNLOADED)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FIRST_PROBE = 16
 """Units of filler of the first attempt, from which the tokens per unit are estimated."""
 BISECT_EVERY = 4
-"""Every so many rounds, bisect instead of interpolating, which bounds the rounds for uneven filler."""
+"""Bisect instead of interpolating once in this many rounds, which bounds the rounds for uneven filler."""
 
 
 @dataclass(frozen=True)

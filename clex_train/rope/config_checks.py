@@ -31,7 +31,7 @@ BOUNDS = {
 
 
 def require_valid_rope(config: PretrainedConfig, source: str, has_own_code: bool = False) -> None:
-    """Raise `ValueError` for an impossible value, in one line that starts with `source`.
+    """Raise `ConfigError` for an impossible value, in one line that starts with `source`.
 
     A model with code of its own may define other RoPE types.
     """

@@ -30,7 +30,7 @@ def context_in_config(config: PretrainedConfig, key: str = "model.context_len") 
     """Read the context length that an architecture serves without us; None if its config does not state one.
 
     Raises:
-        ConfigError: the config may state the length before or after scaling; asks for `key`.
+        ConfigError: the config may state the length before or after scaling; the remedy names `key`.
     """
     text, original = config.get_text_config(), stated_length(config, "original_max_position_embeddings", key)
     if original is not None:
@@ -54,7 +54,7 @@ def context_in_config(config: PretrainedConfig, key: str = "model.context_len") 
 
 
 def stated_length(config: PretrainedConfig, name: str, key: str = "model.context_len") -> int | None:
-    """Read a number of tokens; `ConfigError` asks for `key` if the value is impossible."""
+    """Read a number of tokens; `ConfigError` with the remedy `key` if the value is impossible."""
     value = getattr(config.get_text_config(), name, None)
     if value is None:
         return None

@@ -45,7 +45,7 @@ def rerotate_keys(
 ) -> None:
     """Rotate every key of the scaled layers from the record's spectrum to `spectrum`, and update the record.
 
-    `layout` is the pairing of components. `scaled` tells by layer index whether the scaled RoPE rotates its keys; None
+    `layout` is the pairing of components. `scaled` maps a layer index to True if the scaled RoPE rotates its keys; None
     or a missing entry means unknown.
 
     Raises:
@@ -97,7 +97,7 @@ class _Rerotation:
         if cos.shape[0] not in (1, keys.shape[0]):
             raise ValueError(
                 f"the KV cache has {keys.shape[0]} rows, but its keys were written by {cos.shape[0]}: "
-                "change the number of rows only while t stands still"
+                "change the number of rows only while t is constant"
             )
         width = 2 * cos.shape[-1]
         rotated = rotate(keys[..., :width].float(), cos, sin, self.layout)

@@ -26,12 +26,13 @@ MAX_KNOWN_LENGTHS = 256
 
 
 def install_native(model: nn.Module, context_len: int) -> RotaryHandle:
-    """Create the handle of a model that keeps its own positions, of whatever kind.
+    """Create the handle of a model that keeps its own positions, of any kind.
 
     `context_len` is L in tokens.
 
     Raises:
-        ValueError: the model cannot be read through a KV cache, or follows the length in an unknown way.
+        ConfigError: the model cannot be read through a KV cache, or follows the length in an unknown way.
+        ValueError: the model is patched already.
     """
     if not probe.has_rotary(model):
         return NoRotaryHandle(model, context_len)
@@ -123,7 +124,7 @@ class NoRotaryHandle(RotaryHandle):
 
     @contextmanager
     def fixed(self, num_tokens: int) -> Iterator[None]:
-        """Run the model unchanged, with room for `num_tokens`; `ValueError` beyond its table of positions."""
+        """Run the model unchanged, with room for `num_tokens`; `ConfigError` beyond its table of positions."""
         self.require_room(num_tokens)
         config: Any = self.model.config
         room = getattr(config, "max_seq_len", None)
@@ -138,7 +139,7 @@ class NoRotaryHandle(RotaryHandle):
             config.max_seq_len = room
 
     def require_room(self, num_tokens: int) -> None:
-        """Raise `ValueError`, naming both numbers, if the model has fewer positions."""
+        """Raise `ConfigError`, naming both numbers, if the model has fewer positions."""
         if self.max_tokens is not None and num_tokens > self.max_tokens:
             raise ConfigError(
                 "num_tokens",
@@ -151,12 +152,12 @@ class NoRotaryHandle(RotaryHandle):
     def training(
         self, spectrum: Spectrum, positions: Tensor | None = None, num_tokens: int | None = None
     ) -> Iterator[None]:
-        """Raise `ValueError`: there are no frequencies to train."""
+        """Raise `ConfigError`: there are no frequencies to train."""
         raise ConfigError("model_type", self.model_type, "no rotary position embedding; use a RoPE model")
         yield
 
     def on_length(self, listener: LengthListener) -> Callable[[], None]:
-        """Raise `ValueError`: listeners of the length need a RoPE."""
+        """Raise `ConfigError`: listeners of the length need a RoPE."""
         raise ConfigError("model_type", self.model_type, "no rotary position embedding, so lengths are not tracked")
 
     def undo(self) -> None:

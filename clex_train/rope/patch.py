@@ -51,7 +51,8 @@ def install_rotary(model: nn.Module, context_len: int) -> "RotaryHandle":
     model on which theta(t) has nothing to act is accepted here; callers that scale use `require_scalable`.
 
     Raises:
-        ValueError: the model has no RoPE, or one that follows the sequence length by itself (names the model type).
+        ConfigError: the model has no RoPE, or one that follows the sequence length by itself (names the model type).
+        ValueError: `context_len` < 1, or a model that is patched already.
     """
     if context_len < 1:
         raise ValueError(f"context_len={context_len}: must be at least 1 token, the context length of the base model")
@@ -135,16 +136,16 @@ class RotaryHandle:
         return receptive_field.scaled_layers(self.model, self.traits, self.rotary.local_layers)
 
     def require_scalable(self) -> None:
-        """Raise `ValueError`, naming the model type, where theta(t) has nothing to act on."""
+        """Raise `ConfigError`, naming the model type, where theta(t) has nothing to act on."""
         receptive_field.require_scalable(self.model, self._site.module, self.traits, self.context_len)
 
     def use(self, table: Frequencies | None, clamp: bool = False) -> None:
         """Use `table` from now on: each call takes the spectrum of the least t >= n / L. None restores the model's own.
 
-        A call beyond t_max * L raises `ValueError` naming n, t_max and L, or with `clamp` uses t_max and warns once.
+        A call beyond t_max * L raises `ConfigError` naming n, t_max and L, or with `clamp` uses t_max and warns once.
 
         Raises:
-            ValueError: the table has another rotary dimension or context length.
+            ConfigError: the table has another rotary dimension or context length.
         """
         if table is not None:
             self._check_table(table)
@@ -152,9 +153,9 @@ class RotaryHandle:
 
     @contextmanager
     def pinned(self, t: float) -> Iterator[None]:
-        """Use theta(t) for every call in the context, whatever its length; `t` is on the table's grid."""
+        """Use theta(t) for every call in the context, at any length; `t` is on the table's grid."""
         if self.table is None:
-            raise ValueError(f"t={t:g}: no frequency table is in use; call handle.use(table) first")
+            raise ValueError(f"t={t:g}: no frequency table is set; call handle.use(table) first")
         with self._overridden(spectrum=self.table.at(t)):
             yield
 

@@ -80,7 +80,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # mypy does not fo
         return buffer
 
     def _empty(self, states: Tensor, source: Tensor) -> Tensor:
-        """Allocate a buffer for the rows of `states`; `source` tells the kind of memory."""
+        """Allocate a buffer for the rows of `states`; `source` determines the kind of memory."""
         return states.new_empty(states.shape[0], states.shape[1], self.capacity, states.shape[3])
 
     def _fill(self, num_tokens: int) -> None:
@@ -101,7 +101,7 @@ class HostLayer(PreallocatedLayer):
     def _empty(self, states: Tensor, source: Tensor) -> Tensor:
         # Tokens first: the filled part is then one contiguous block, whatever the number of heads.
         shape = (self.capacity, states.shape[0], states.shape[1], states.shape[3])
-        # Rows selected from pinned memory land in pageable memory, so ask the old buffer, not the selection.
+        # Rows selected from pinned memory land in pageable memory, so check the old buffer, not the selection.
         pinned = source.is_cuda or source.is_pinned()
         return _by_head(torch.empty(shape, dtype=states.dtype, device="cpu", pin_memory=pinned))
 

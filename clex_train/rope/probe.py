@@ -57,7 +57,7 @@ class Traits:
 
 
 def find_rotary(model: nn.Module) -> Site:
-    """Find the model's one rotary module; `ValueError` names a model type with none, or more than one."""
+    """Find the model's one rotary module; `ConfigError` for none or several, `ValueError` if it is replaced already."""
     sites = list(_sites(model))
     config: Any = getattr(model, "config", None)
     if any(isinstance(module, ScaledRotary) for module in model.modules()):
@@ -92,7 +92,7 @@ def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) ->
     """Return the traits of an architecture's RoPE, without weights.
 
     Raises:
-        ValueError: the model type has no RoPE, or one that follows the sequence length by itself.
+        ConfigError: the model type has no RoPE, or one that follows the sequence length by itself.
     """
     model = model_on_meta(config, trust_remote_code)
     module = find_rotary(model).module
@@ -107,7 +107,7 @@ _shared: ContextVar[dict[str, PreTrainedModel] | None] = ContextVar("shared_meta
 def sharing_meta_models() -> Iterator[None]:
     """Build the model of each architecture once inside: `model_on_meta` returns it to every caller.
 
-    Whoever changes one has to put back what was changed.
+    A caller that changes a model must undo the change.
     """
     token = _shared.set(_shared.get() or {})
     try:
@@ -128,7 +128,7 @@ def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> 
     facts = json.dumps(config.to_dict(), sort_keys=True, default=str)
     key = f"{type(config).__qualname__} {trust_remote_code} {facts}"
     if key not in known:
-        # Of a copy, since callers change theirs later, as its vocabulary, and a model keeps the config it was built of.
+        # Copy: a model keeps its config, and callers change theirs later, for example its vocabulary.
         known[key] = _build_on_meta(copy.deepcopy(config), trust_remote_code)
     return known[key]
 
@@ -138,7 +138,7 @@ def _build_on_meta(config: PretrainedConfig, trust_remote_code: bool) -> PreTrai
         # No weights are allocated, so an architecture of any size fits.
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a family's own code raises over sizes that it cannot have
+    except Exception as error:  # a family's own code raises any type for impossible sizes
         reason = first_line(error)
         raise ConfigError(
             "model_type", config.model_type, f"cannot build a causal language model ({reason})"
@@ -155,7 +155,7 @@ def length_dependent_type(module: nn.Module) -> str | None:
 
 
 def require_fixed_frequencies(module: nn.Module, config: Any) -> None:
-    """Raise `ValueError`, naming the model type, if the RoPE follows the sequence length by itself."""
+    """Raise `ConfigError`, naming the model type, if the RoPE follows the sequence length by itself."""
     rope_type = length_dependent_type(module)
     if rope_type is not None:
         kind = getattr(config, "model_type", type(module).__name__)
@@ -168,7 +168,7 @@ def require_fixed_frequencies(module: nn.Module, config: Any) -> None:
 
 
 def require_frequencies(module: nn.Module, traits: Traits, config: Any) -> None:
-    """Raise `ValueError`, naming the model type, if some frequencies are 0: those pairs do not rotate at any t."""
+    """Raise `ConfigError`, naming the model type, if some frequencies are 0: those pairs do not rotate at any t."""
     own = traits.base[traits.scaled].inv_freq
     still = int((~(own > 0)).sum())
     if still:
@@ -188,7 +188,7 @@ def spectrum_at_length(module: nn.Module, traits: Traits, num_tokens: int, t: fl
     Its attention factor is relative to the one at L.
 
     Raises:
-        ValueError: the module's cos does not match the frequencies that it holds.
+        ConfigError: the module's cos does not match its own frequencies.
     """
     fresh = _rebuild(module)
     # The module reads the length from the largest position; position 1 shows the frequencies themselves.
@@ -208,7 +208,7 @@ def spectrum_at_length(module: nn.Module, traits: Traits, num_tokens: int, t: fl
 
 
 def probe(module: nn.Module, config: Any) -> Traits:
-    """Probe the rotary module; `ValueError` names a model type whose RoPE cannot be scaled."""
+    """Probe the rotary module; `ConfigError` names a model type whose RoPE cannot be scaled."""
     kind = getattr(config, "model_type", type(module).__name__)
     fresh = _rebuild(module)
     types = _layer_types(fresh)

@@ -34,7 +34,7 @@ def scaled_layers(model: nn.Module, traits: Traits, local: Collection[int]) -> d
 
 
 def require_scalable(model: nn.Module, rotary: nn.Module, traits: Traits, context_len: int) -> None:
-    """Raise `ValueError`, naming the model type, where scaled frequencies would have no effect.
+    """Raise `ConfigError`, naming the model type, where scaled frequencies would have no effect.
 
     That is the case when some frequencies are 0, at every t, or when every rotated layer sees a window of at most L
     tokens and so no new distance. `rotary` is the model's own rotary module.

@@ -122,7 +122,7 @@ class FrequencyTable:
         The same object is returned for the same `t`, so callers may compare by identity.
 
         Raises:
-            ValueError: `num_tokens / context_len` exceeds `t_max` without `clamp`.
+            ConfigError: `num_tokens / context_len` exceeds `t_max` without `clamp`.
         """
         needed = num_tokens / context_len * (1 - RELATIVE_SLACK)
         if needed > self._grid[-1] and not clamp:
@@ -156,7 +156,7 @@ class FrequencyTable:
 
     @classmethod
     def load(cls, path: Path | str) -> "FrequencyTable":
-        """Read what `save` wrote, to the bit; `ValueError` names a file that is not a frequency table."""
+        """Read what `save` wrote, to the bit; `ConfigError` names a file that is not a frequency table."""
         try:
             require_regular(Path(path))
             with safe_open(str(path), "pt") as file:
@@ -180,7 +180,7 @@ class FrequencyTable:
                 attention_factors=factors,
                 t_factor=float(metadata.get("t_factor", "1")),
             )
-        except Exception as error:  # whatever safetensors and torch raise over tensors of other shapes and types
+        except Exception as error:  # safetensors and torch raise any type for tensors of other shapes and types
             raise ConfigError(path, None, f"not a frequency table ({first_line(error)}); copy it again") from error
 
     def _checked_factors(self, grid: list[float]) -> list[float]:

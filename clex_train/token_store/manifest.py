@@ -140,7 +140,7 @@ def read_manifest(store: Path) -> Manifest:
     """Read and check `<store>/manifest.json`.
 
     Raises:
-        ValueError: the directory is missing, not a store, half written, or of an unknown format version.
+        ConfigError: the directory is missing, not a store, half written, or of an unknown format version.
     """
     path = store / MANIFEST
     # lexists, so that a dangling link is reported as such instead of as a missing manifest.

@@ -218,4 +218,4 @@ def _check_size(file: Path, store: Path, expected: int) -> None:
     except (BadFile, FileNotFoundError) as error:
         raise _unreadable(file, error) from error
     if size != expected:
-        raise DamagedStore(f"{file}: has {size} bytes, the manifest says {expected}; {REMEDY}")
+        raise DamagedStore(f"{file}: has {size} bytes instead of the {expected} in the manifest; {REMEDY}")

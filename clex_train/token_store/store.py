@@ -26,7 +26,7 @@ class TokenStore:
     `TokenStore(path)` is the training split, `.split("validation")` the held-out documents.
 
     Raises:
-        ValueError: there is no store at `path`, or it is half written, damaged or of an unknown format.
+        InputError: there is no store at `path`, or it is half written, damaged or of an unknown format.
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
@@ -94,7 +94,7 @@ class TokenStore:
         """Open split `name`, "train" or "validation", of the same store.
 
         Raises:
-            ValueError: the split has no documents.
+            ConfigError: the split has no documents.
         """
         view = TokenStore(self.path, name)
         if view.num_documents == 0:
@@ -111,7 +111,7 @@ class TokenStore:
 
         Raises:
             IndexError: the span is not within [0, num_tokens].
-            DamagedStore: a checksum does not match or a file is too short; a `ValueError`.
+            DamagedStore: a checksum does not match or a file is too short; an `InputError`.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start}:{stop} of {self.num_tokens} in {self.path}/{self.split_name}")

@@ -37,7 +37,7 @@ def check_tokenizer(store: TokenStore, tokenizer: str | Path | HasVocabulary) ->
         tokenizer: a tokenizer object, or a directory with a `tokenizer.json`.
 
     Raises:
-        ValueError: the vocabularies differ (names the first difference), or the directory has no vocabulary.
+        ConfigError: the vocabularies differ (names the first difference), or the directory has no vocabulary.
     """
     given = vocabulary(tokenizer)
     if vocabulary_sha256(given) == store.manifest.tokenizer.vocabulary_sha256:
@@ -56,7 +56,7 @@ def check_embedding(store: TokenStore, num_rows: int, model: str, key: str = "da
     """Check that an embedding of `num_rows` rows covers every id of a store.
 
     Raises:
-        ValueError: names `key`, the store and the id, where CUDA would fail with a device-side assert.
+        ConfigError: names `key`, the store and the id, where CUDA would fail with a device-side assert.
     """
     from clex_train.utils import distributed  # imported late: tokenizing alone needs no torch
 
@@ -78,7 +78,7 @@ def check_embedding(store: TokenStore, num_rows: int, model: str, key: str = "da
 
 
 def check_bos(bos_id: int | None, num_rows: int, model: str, key: str = "evaluation.bos") -> None:
-    """Check that an embedding has a row for the BOS id of windows and prompts; `ValueError` names `key`."""
+    """Check that an embedding has a row for the BOS id of windows and prompts; `ConfigError` names `key`."""
     if bos_id is not None and bos_id >= num_rows:
         raise ConfigError(
             key,
@@ -111,7 +111,7 @@ def vocabulary(tokenizer: str | Path | HasVocabulary) -> dict[str, int]:
     """Return every token, added ones included, and its id.
 
     Raises:
-        ValueError: the directory has no readable `tokenizer.json`.
+        ConfigError: the directory has no readable `tokenizer.json`.
     """
     if isinstance(tokenizer, HasVocabulary):
         return dict(tokenizer.get_vocab())

@@ -85,7 +85,7 @@ def check_config(
         own_context: the model's own L in tokens, the meaning of `model.context_len=null`.
         copy: verified configuration of the newest checkpoint, used instead of a config.yaml that may be damaged.
 
-    Raises `ValueError` when there is a checkpoint but `resume=never`, or when a key differs that is not safe to change.
+    Raises `ConfigError` when there is a checkpoint but `resume=never`, or if a key differs that is not safe to change.
     """
     path = Path(config.output_dir) / CONFIG
     if not has_checkpoint:
@@ -140,7 +140,7 @@ def tidy(folder: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Create the folder and a test file in it. Raises `ValueError`, or `OSError` for a full disk."""
+    """Create the folder and a test file in it. Raises `ConfigError`, or `OSError` for a full disk."""
     # `os.access` is wrong on network file systems and says nothing about quotas. The name is unique per process, as
     # all ranks may test at once.
     probe = folder / f".writable_{socket.gethostname()}_{os.getpid()}"
@@ -192,7 +192,7 @@ def left_as_found(folder: Path) -> Iterator[None]:
 def run_lock(folder: Path, rank: int, patience: float) -> Iterator[None]:
     """Lock a run folder against other launches; the kernel releases the lock when this process dies.
 
-    Waits up to `patience` seconds for the same rank of an earlier launch, then raises `ValueError`. A launch refused
+    Waits up to `patience` seconds for the same rank of an earlier launch, then raises `ConfigError`. A launch refused
     inside the block leaves no locks in an otherwise empty folder.
     """
     # One lock per rank: after its launcher was killed, any rank of an earlier launch may still be saving.
@@ -232,14 +232,14 @@ def _open_below(folder: Path, path: Path, mode: str) -> IO[str]:
 
 
 def _lock(file: IO[str], path: Path, patience: float) -> None:
-    start, said, folder = time.monotonic(), False, path.parents[1]
+    start, was_logged, folder = time.monotonic(), False, path.parents[1]
     while try_lock(file, path, "start one launch at a time") is Lock.busy:
         holder = path.read_text(encoding="utf-8").strip()
         if time.monotonic() - start > patience:
             raise ConfigError("output_dir", folder, f"in use by {holder}; end it or choose another")
-        if not said:
+        if not was_logged:
             logger.warning("waiting for %s, which still uses %s", holder, folder)
-        said = True
+        was_logged = True
         time.sleep(0.2)
 
 
@@ -266,7 +266,7 @@ def _refuse_changes(path: Path, before: Path, config: Config, safe: tuple[str, .
     old, new = (_resolved(each, own_context) for each in (recorded, now))
     changed = changed_keys(old, new)
     unsafe = [key for key in changed if not key.startswith(safe)]
-    # The most common wish deserves its own remedy: the schedule of a finished run has already decayed.
+    # Training longer is the most common case: the schedule of a finished run has already decayed.
     if unsafe == ["optim.steps"] and (path.parent / FINAL).is_dir():
         raise ConfigError(
             "optim.steps",

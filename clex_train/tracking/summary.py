@@ -25,7 +25,7 @@ PACKAGES = ("torch", "transformers", "deepspeed")
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that a program is about to run, as far as its config alone tells."""
+    """The model that a program is about to run, as described by its config."""
 
     weights: str
     """Their source in words: a directory, a hub name, or an architecture with random weights."""
@@ -50,7 +50,7 @@ class Batch:
     """Micro batches per optimizer step."""
 
 
-def say(title: str, lines: Iterable[str]) -> None:
+def print_summary(title: str, lines: Iterable[str]) -> None:
     """Print a summary on rank 0, then the log lines that were withheld until now."""
     if distributed.is_main():
         # Standard error: standard output has results only, so that it can be piped.
@@ -102,7 +102,7 @@ def output(config: Config) -> Iterator[str]:
     yield labelled("output", f"{config.output_dir}: {kept}, then the model in final/")
     yield labelled(
         "to stop",
-        "Ctrl-C saves and stops, as do SIGTERM and a file named stop in that folder; the same command goes on",
+        "Ctrl-C saves and stops, as do SIGTERM and a file named stop in that folder; the same command resumes it",
     )
 
 

@@ -68,12 +68,12 @@ class Tracker:
             return
         self._bar.update(1)
         self._bar.set_postfix_str(_postfix(metrics), refresh=False)
-        # The last step is always logged, whatever the interval.
+        # The last step is always logged, at any interval.
         if metrics["step"] % self.log_every == 0 or metrics["step"] == self._bar.total:
             self._write(metrics)
 
     def lacks_evaluation(self, step: int) -> bool:
-        """Tell whether metrics.jsonl still lacks an evaluation of this step. Collective; the same on every rank."""
+        """Return True if metrics.jsonl still lacks an evaluation of this step. Collective; the same on every rank."""
         # A run that was killed between its checkpoint and the evaluation of the same step owes it on resume.
         return bool(distributed.broadcast_object(self.active and step not in self._evaluated))
 
@@ -176,7 +176,7 @@ class WandbRun:
 
 
 def require_login(tracking: TrackingConfig) -> None:
-    """Raise `ValueError` on rank 0 when wandb is online but nobody is logged in. Uses no prompt and no network."""
+    """Raise `ConfigError` on rank 0 when wandb is online but nobody is logged in. Uses no prompt and no network."""
     if tracking.wandb is not Wandb.online or not distributed.is_main():
         return
     import wandb
@@ -193,7 +193,7 @@ def require_login(tracking: TrackingConfig) -> None:
 
 
 def _in_netrc(host: str) -> bool:
-    """Tell whether a netrc file, which `wandb login` writes, has a login for the host."""
+    """Return True if a netrc file, which `wandb login` writes, has a login for the host."""
     named = os.environ.get("NETRC")
     files = [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]
     for file in files:
@@ -216,7 +216,7 @@ def evaluation_rows(step: int, results: dict[str, float]) -> list[list[Any]]:
 
 
 def is_evaluation(key: str) -> bool:
-    """Tell whether a key of metrics.jsonl belongs to an evaluation."""
+    """Return True if a key of metrics.jsonl belongs to an evaluation."""
     # Evaluation keys are `measure/method/.../length`; step metrics have no slash.
     return key.count("/") >= 2
 
@@ -247,7 +247,7 @@ def git_commit() -> str | None:
     if locations.COMMIT.exists():
         return locations.COMMIT.read_text(encoding="utf-8").strip() or None
     if not locations.IS_CHECKOUT:
-        # git would find whatever repository the environment happens to lie in, and name a commit of that.
+        # git would search the parent folders, and could name a commit of an unrelated repository.
         return None
     try:
         described = subprocess.run(

@@ -21,7 +21,7 @@ from clex_train.utils import distributed
 
 
 def listen_for_stops(config: Config) -> StopRequests:
-    """Collect whatever may ask a run to stop: signals, the stop file, the deadline of `max_runtime`."""
+    """Create the sources of stop requests: signals, the stop file, the deadline of `max_runtime`."""
     return StopRequests(
         stop_requests.signals(),
         Path(config.output_dir) / STOP_FILE if distributed.is_main() else None,
@@ -30,7 +30,7 @@ def listen_for_stops(config: Config) -> StopRequests:
 
 
 def build(ready: Preflight, stop: StopRequests) -> Parts:
-    """Choose the checkpoint to continue, load the weights and wrap them into an engine. Collective."""
+    """Choose the checkpoint to resume, load the weights and wrap them into an engine. Collective."""
     config, history, rows = ready.config, ready.history, ready.inputs.rows
     assert history is not None, "run_checks leaves it out of plans alone"
     assert rows is not None
@@ -59,7 +59,7 @@ def build(ready: Preflight, stop: StopRequests) -> Parts:
 
 
 def _load(ready: Preflight) -> load.LoadedModel:
-    """Load the model with its kernels and whatever lets it hold less in memory."""
+    """Load the model, and install its kernels and memory options."""
     config, dtype = ready.config, engines.precision(ready.config.engine)
     loaded = load.load_for_training(config, ready.arch, dtype, ready.settings, ready.trained)
     kernels.announce(config, ready.arch, kernels.install(loaded.model, config))

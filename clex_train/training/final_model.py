@@ -23,7 +23,7 @@ def save(parts: Parts, tokenizer: Tokenizer) -> None:
 
 
 def is_finished(ready: Preflight) -> bool:
-    """Tell whether the run has taken its last step and its final model is whole; tidies its folder then. Collective."""
+    """Return True if the run is complete and its final model intact; then also tidy the folder. Collective."""
     history, config = ready.history, ready.requested
     if history is None or history.first_step != config.optim.steps:
         return False

@@ -1,6 +1,6 @@
 """Training loop over a DeepSpeed engine: `train`, and `train_step` for one optimizer step.
 
-    while step < steps and no rank was asked to stop:
+    while step < steps and no rank received a stop request:
         metrics = train_step(parts, step, micro-batches)
         log; skip or roll back a bad step; save when due; evaluate when due
 
@@ -88,7 +88,7 @@ def run_steps(parts: Parts, progress: Progress, tracker: Tracker) -> None:
             progress.bad_steps = 0
             if parts.spikes.is_spike(metrics["loss"]):
                 recovery.roll_back(parts, progress, tracker, metrics)
-                # What was read ahead belongs to steps after the spike.
+                # The prefetched rows belong to steps after the spike.
                 micro_batches = read_micro_batches(parts, progress.step)
                 continue
         save_if_due(parts, progress, tracker)
@@ -199,7 +199,7 @@ def evaluate_if_due(parts: Parts, progress: Progress, tracker: Tracker) -> None:
 
 
 def any_stop_requested(parts: Parts, *ahead: str) -> bool:
-    """Tell whether a rank was asked to stop before the work `ahead`; the same on every rank. Collective."""
+    """Return True if any rank has a request to stop before the work `ahead`; the same on every rank. Collective."""
     parts.stop.agreed |= distributed.any_rank(parts.stop.reason(*ahead) is not None)
     return parts.stop.agreed
 
@@ -211,9 +211,9 @@ def stop_early(parts: Parts, progress: Progress) -> None:
         StopRequested: always, unless the same command would not get further.
         RunStopped: `max_runtime` is too short for a step, or a disk is full.
     """
-    answers = distributed.gather_objects((parts.stop.reason(), parts.stop.leads_nowhere, parts.stop.fault))
+    answers = distributed.gather_objects((parts.stop.reason(), parts.stop.is_too_short, parts.stop.fault))
     reason = next(f"{reason} (rank {rank})" for rank, (reason, *_) in enumerate(answers) if reason)
-    if any(leads_nowhere for _, leads_nowhere, _ in answers):
+    if any(is_too_short for _, is_too_short, _ in answers):
         raise RunStopped(f"{reason}: too short for one step, or one evaluation, and its checkpoint; raise max_runtime")
     if progress.step > progress.saved:
         state.save(parts, progress.step)
@@ -221,7 +221,7 @@ def stop_early(parts: Parts, progress: Progress) -> None:
     where = parts.checkpoints.describe_newest()
     if fault := next((fault for *_, fault in answers if fault), None):
         raise RunStopped(f"{fault}; {where}: make room and run the same command again")
-    raise StopRequested(f"stopped after step {progress.step}: {reason}; {where}; the same command goes on")
+    raise StopRequested(f"stopped after step {progress.step}: {reason}; {where}; the same command resumes it")
 
 
 def _record_save(parts: Parts, seconds: float | None) -> None:

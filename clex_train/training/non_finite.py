@@ -1,7 +1,7 @@
-"""Where a number stopped being finite: the first module, by a second forward and backward pass with hooks.
+"""Find the first module with an output or gradient that is not finite, by a second forward and backward pass.
 
-Run after the fact, on the micro-batch that gave it: hooks that look at every output in every step would make the device
-wait for the host each time.
+Runs on the failing micro-batch after the step: hooks on every output of every step would synchronize with the device
+each time.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from clex_train.utils.protocols import CausalLM
 
 DIVERGED = 2.0
-"""A loss this many times that of the first step is that of a model which has come apart."""
+"""Ratio of the loss to that of the first step above which the model has diverged."""
 LARGEST_LR = 0.1
 """AdamW moves a weight by about the learning rate in a step, and weights are of the order of 0.01 to 1."""
 
 
 class FirstNonFinite:
-    """Names of modules: `output` the first in the forward pass whose output, `gradient` the first in the backward pass
-    whose output's gradient is not finite; None while there is none.
+    """Names of the first modules with non-finite values, None for none.
+
+    `output` is the first in the forward pass by its output, `gradient` the first in the backward pass by the gradient
+    of its output.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,7 @@ class FirstNonFinite:
 
     @contextmanager
     def watching(self, model: CausalLM) -> Iterator[None]:
-        """Hooks on every module of `model` within the block."""
+        """Register hooks on every module of `model` within the block."""
         handles = [
             module.register_forward_hook(self._hook(name or type(model).__name__))
             for name, module in model.named_modules()
@@ -94,7 +96,7 @@ def remedy(model: nn.Module) -> str:
 
 
 def why_unstable(model: nn.Module, error: UnstableField, losses: Sequence[float], lr: float) -> str:
-    """Explain a field that cannot be used: by the model, if its weights or losses say so. Collective."""
+    """Explain an unusable field; the model is the cause if its weights or losses have diverged. Collective."""
     spoilt = non_finite_parameter(model)
     if spoilt:
         return f"the weights of {spoilt} are not finite, and {error.what}; lower optim.lr={lr:g}"

@@ -30,7 +30,7 @@ logger = log.get(__name__)
 
 
 class OdeOptimizer:
-    """Trains a `Clex` beside the engine: `spectrum = begin(step)`, forwards and backwards, then `finish(lr)`."""
+    """Trains a `Clex` outside the engine: `spectrum = begin(step)`, forwards and backwards, then `finish(lr)`."""
 
     def __init__(self, clex: Clex, config: ScalingConfig, seed: int) -> None:
         self.clex = clex
@@ -41,12 +41,12 @@ class OdeOptimizer:
         self._solved: torch.Tensor | None = None
         self._leaf: torch.Tensor | None = None
         self._ahead: tuple[int, torch.Tensor] | None = None
-        """A step to come and its solution with the current parameters."""
+        """A later step and its solution with the current parameters."""
 
     def begin(self, step: int) -> Spectrum:
-        """The frequencies of optimizer step `step`; gradients are collected if the field learns.
+        """Return the frequencies of optimizer step `step`; gradients are collected if the field learns.
 
-        Rank 0's solve is what every rank uses. `UnstableField` if the field has left its bounds or outgrown its grid.
+        Every rank uses rank 0's solution. `UnstableField` if the field has left its bounds or outgrown its grid.
         """
         if step % self.config.check_every == 0:
             self.check(step)
@@ -74,7 +74,7 @@ class OdeOptimizer:
         return self._leaf.grad
 
     def update(self, step: int, model_lr: float, gradient: torch.Tensor, apply: bool) -> dict[str, float]:
-        """`finish` step `step` and `prefetch` the next one; return `t` and `ode_grad_norm` for the log."""
+        """Call `finish` for `step` and `prefetch` for the next one; return `t` and `ode_grad_norm` for the log."""
         norm = self.finish(model_lr, gradient, apply)
         self.prefetch(step + 1)
         return {"t": self._t(step), "ode_grad_norm": norm}
@@ -100,7 +100,7 @@ class OdeOptimizer:
         return norm
 
     def verify(self) -> None:
-        """`UnstableField` if the field is not fit to be kept: not finite, too stiff, out of bounds. Collective."""
+        """Raise `UnstableField` if the field is not finite, too stiff or out of bounds. Collective."""
         self.sync_from_rank0()
         self.clex.check_residual(self.config.max_residual)
         self.clex.table(scale_grid(self.config.t_max))
@@ -157,7 +157,7 @@ class FixedFrequencies:
 
     def __init__(self, spectrum: Spectrum | None = None) -> None:
         self.spectrum = spectrum
-        """The formula's; None for the model's own frequencies."""
+        """Spectrum of the formula; None for the model's own frequencies."""
 
     def begin(self, step: int) -> Spectrum | None:
         """Return the same spectrum in every step."""

@@ -36,7 +36,7 @@ logger = log.get(__name__)
 
 
 def is_updated(parts: Parts, metrics: dict[str, Any]) -> bool:
-    """Tell whether loss and gradient of the last step were finite, so that its update was applied."""
+    """Return True if loss and gradient of the last step were finite, so that its update was applied."""
     return math.isfinite(metrics["loss"]) and has_stepped(parts.engine)
 
 
@@ -46,7 +46,7 @@ def seed_dropout(parts: Parts, step: int, micro_batch: int) -> None:
 
 
 def skip_step(parts: Parts, progress: Progress, metrics: dict[str, Any]) -> None:
-    """Warn of a step whose update was skipped.
+    """Log a warning about a step whose update was skipped.
 
     Raises:
         RunStopped: after `optim.max_bad_steps` in a row, with a checkpoint of the step before them; without ZeRO;
@@ -54,7 +54,7 @@ def skip_step(parts: Parts, progress: Progress, metrics: dict[str, Any]) -> None
     """
     optim, step, bad_steps = parts.config.optim, progress.step, progress.bad_steps
     what = f"step {step}: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}"
-    # Only ZeRO's optimizers check the gradient before they step: without them the weights are spoilt already.
+    # Only ZeRO's optimizers check the gradient before they step: without them the weights are damaged already.
     if parts.config.engine.zero_stage == 0:
         parts.checkpoints.finish()
         raise RunStopped(f"{what}; {parts.checkpoints.describe_newest()}; lower optim.lr in another output_dir")
@@ -142,7 +142,7 @@ def _bad_losses_of_group(parts: Parts, losses: Sequence[Tensor]) -> list[int]:
 
 
 def explain_end(parts: Parts, progress: Progress, error: DamagedStore | UnstableField) -> Exception:
-    """Make the error that the user sees of a run whose next step cannot be taken, and finish its checkpoints."""
+    """Finish the checkpoints of a run whose next step is impossible, and return the error for the user."""
     step = progress.step
     if isinstance(error, DamagedStore):
         # The weights are good, only the next rows are not.

@@ -1,4 +1,4 @@
-"""Open a run that the checks let pass: print what is ahead, join the process group, write the launch's records."""
+"""Open a run that passed the checks: print its plan, join the process group, write the launch's records."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from clex_train.preflight.run_checks import Preflight
 
 STOP_FILE = "stop"
-"""In the run folder: while it is there, the run is asked to stop; the next launch removes it."""
+"""File in the run folder that requests a stop; the next launch removes it."""
 
 
 def open_run(ready: Preflight) -> None:
     """Print the opening block, join the process group and write the run's records. Collective."""
     run_dir, config = Path(ready.config.output_dir), ready.config
     if distributed.is_main():
-        # Before the block invites to make it.
+        # Remove it before the block tells the user to create it.
         (run_dir / STOP_FILE).unlink(missing_ok=True)
     print_opening(ready)
     data.warn_about_repetition(ready.inputs.packed, config.data, config.optim)
@@ -32,7 +32,7 @@ def open_run(ready: Preflight) -> None:
 
 
 def print_opening(ready: Preflight) -> None:
-    """Print what is about to be trained, before anything that costs."""
+    """Print the plan of the training run before anything expensive."""
     assert ready.history is not None
     config, settings, inputs, first_step = ready.config, ready.settings, ready.inputs, ready.history.first_step
     subject = summary.Subject(
@@ -50,13 +50,13 @@ def print_opening(ready: Preflight) -> None:
     documents = inputs.held_out if ready.evaluation else None
     described = data.describe(inputs.stores, inputs.packed, config.data, config.optim, documents)
     lines = summary.training(config, subject, batch, [summary.labelled(label, text) for label, text in described])
-    state = f"goes on from step {first_step:,}" if first_step else "a new run"
+    state = f"resumes from step {first_step:,}" if first_step else "a new run"
     title = f"train {config.name}, {state}, on {summary.device()} ({summary.versions()})"
-    summary.say(title, (*lines, *summary.output(config)))
+    summary.print_summary(title, (*lines, *summary.output(config)))
 
 
 def _write_records(ready: Preflight) -> None:
-    """Write how the run was launched."""
+    """Write configuration and environment of the launch."""
     assert ready.history is not None
     run_dir, first_step = Path(ready.config.output_dir), ready.history.first_step
     if first_step:

@@ -1,4 +1,4 @@
-"""Parts of a run, its progress, and the state that a checkpoint holds beside the engine's."""
+"""Parts of a run, its progress, and the state that a checkpoint stores in addition to the engine's."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Parts:
     evaluate: Callable[[LoadedModel, int], dict[str, float]] | None
     """Computes perplexities of the current weights at a step; collective. None: the run is not evaluated."""
     flops_per_token: float = 0.0
-    """Of forward and backward pass, for the MFU on a GPU."""
+    """FLOPs of forward and backward pass, for the MFU on a GPU."""
     stop: StopRequests = field(default_factory=StopRequests)
     """Collects requests to stop the run before its last step."""
     spikes: SpikeWatch | NoSpikeWatch = field(default_factory=NoSpikeWatch)

@@ -1,7 +1,7 @@
 """Forward pass of a micro-batch: inputs, attention, frequencies, positions and loss, chosen once for a run.
 
-`build_forward_pass` reads the configuration; afterwards nothing asks which mode a run is in. A `Layout` says which
-tokens of a row this rank feeds to the model, `Frequencies` put the step's spectrum and positions on its rotary module.
+`build_forward_pass` reads the configuration; afterwards no code checks the mode of a run. A `Layout` selects the
+tokens of a row that this rank feeds to the model, `Frequencies` set the spectrum and positions of its rotary module.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Layout(Protocol):
         ...
 
     def attention(self, batch: MicroBatch) -> AbstractContextManager[None]:
-        """Within it, attention sees whole rows."""
+        """Make attention see whole rows within the block."""
         ...
 
     def shard(self, positions: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def choose_frequencies(config: Config, loaded: LoadedModel, layout: Layout) -> F
         # A model whose RoPE follows the length would take that of a shard.
         return lambda batch, spectrum: handle.fixed(num_tokens)
     if config.attention.lambda_mask:
-        # The lambda mask goes by distance between positions; preflight refuses sampled ones with it.
+        # The lambda mask depends on the distance between positions; preflight refuses sampled ones with it.
         return lambda batch, spectrum: handle.training(_given(spectrum), num_tokens=num_tokens)
     sample = choose_positions(config, loaded)
 

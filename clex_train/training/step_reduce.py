@@ -1,6 +1,6 @@
 """All-reduce of what the ranks share once in an optimizer step, in one collective and one copy to the host.
 
-    [sum of losses | number of ranks asked to stop | gradient of the frequencies | row indices, each rank in its place]
+    [sum of losses | number of stop requests | gradient of the frequencies | row indices, each rank in its place]
 
 It begins before the weights are updated, so that the host reads it while the device is busy with the update. All in
 float64: integers below 2^53 are exact in it.
@@ -22,7 +22,7 @@ class StepReduction:
     loss: float
     """Mean over micro-batches and ranks."""
     stop_requested: bool
-    """True if any rank was asked to stop."""
+    """True if any rank has a stop request."""
     gradient: Tensor
     """Mean over ranks of their gradients, float64 [P] on the host."""
     rows: Tensor
@@ -36,7 +36,7 @@ def all_reduce_step(
 
     Args:
         losses: of the micro-batches, scalars on the device.
-        stop_requested: this rank was asked to stop.
+        stop_requested: this rank has a stop request.
         rows: indices of this rank's rows, int64 on the host, equally many on every rank.
         gradient: float64 [P] on the device; P = 0 without one.
     """

@@ -44,7 +44,7 @@ def device() -> torch.device:
     """Return the device of this rank: its CUDA device if there is one, else the CPU.
 
     Raises:
-        ValueError: more ranks than visible devices, on each of them.
+        ConfigError: more ranks than visible devices, on each of them.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")

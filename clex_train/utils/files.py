@@ -38,7 +38,7 @@ LARGEST_RECORD = 16 * 2**20
 
 
 class BadFile(InputError):
-    """A file is not what its name promises; the message names the file, and `reason` says why in a few words."""
+    """A file has unexpected content; the message names the file, and `reason` gives the cause in a few words."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -193,7 +193,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def make_empty(folder: Path) -> None:
-    """Create a folder, durably, in place of whatever an earlier attempt left there."""
+    """Create an empty folder, durably, and remove the leftovers of an earlier attempt."""
     remove_folder(folder)
     make_folder(folder)
 
@@ -212,14 +212,14 @@ def is_plain_name(name: str) -> bool:
 
 
 def require_plain_name(key: str, value: str, purpose: str) -> None:
-    """Raise `ValueError` for a name that leaves its folder or is unusable; `purpose` says what the name becomes."""
+    """Raise `ConfigError` for a name that leaves its folder or is unusable; `purpose` describes its use."""
     fits = is_plain_name(value.strip()) and len(os.fsencode(value)) <= LONGEST_LABEL
     remedy = f"{purpose}: a plain name of 1 to {LONGEST_LABEL} bytes, without slashes"
     require(fits and value.isprintable(), key, shortened(value), remedy)
 
 
 def require_writable_folder(key: str, value: Path, folder: Path, first_name: str = "") -> None:
-    """Raise `ValueError` unless the output `value` of `key` can be written into `folder`, which may still be missing.
+    """Raise `ConfigError` unless the output `value` of `key` can be written into `folder`, which may still be missing.
 
     Leaves nothing behind: a temporary file is created in the nearest existing folder. A full disk is an `OSError`.
     `first_name` is the name under which the output is written at first.
@@ -233,7 +233,7 @@ def require_writable_folder(key: str, value: Path, folder: Path, first_name: str
     require(there.is_dir(), key, value, f"{there} is a file, not a folder; name another place")
     require(os.access(there, os.W_OK | os.X_OK), key, value, f"{there} is read-only; name another place")
     try:
-        # `os.access` says yes on full disks, exceeded quotas and some network mounts; only a write tells.
+        # `os.access` returns True on full disks, exceeded quotas and some network mounts; only a write is conclusive.
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         if error.errno in NO_ROOM:

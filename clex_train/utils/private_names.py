@@ -74,7 +74,7 @@ PRIVATE_NAMES = (
     Reach(f"{_CACHE}:LinearAttentionCacheLayerMixin", "models with a recurrent state", "the import fails"),
     # Attention (attention.*, lm_infinite.*).
     Reach("transformers.configuration_utils:PretrainedConfig@_attn_implementation_internal",
-          "config._attn_implementation says which attention function is called", "our functions are never called"),
+          "config._attn_implementation names the attention function that is called", "our functions are never called"),
     Reach("transformers:AttentionInterface.register", "our attention functions", "the import fails"),
     Reach("transformers.masking_utils:AttentionMaskInterface.register", "no n x n mask is built", "the import fails"),
     Reach("transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS", "masks in bounded memory", "the import fails"),
@@ -97,7 +97,7 @@ PRIVATE_NAMES = (
     Reach("transformers.modeling_utils:PreTrainedModel.get_expanded_tied_weights_keys(all_submodels)",
           "tied tensors stored twice are compared", "no weights can be checked"),
     Reach("transformers.utils.loading_report:log_state_dict_report=>LOAD REPORT", "its table is dropped where "
-          "our own line names the tensors", "the table appears beside that line"),
+          "our own line names the tensors", "the table appears in addition to that line"),
     Reach("transformers.modeling_utils:PreTrainedModel.gradient_checkpointing_enable", "activation checkpointing",
           "recomputation fails at the start"),
     Reach("transformers.modeling_utils:PreTrainedModel.activation_checkpointing_enable", "the same, by its new name",

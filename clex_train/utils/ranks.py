@@ -9,7 +9,7 @@ REMEDY = "a launcher such as torchrun or deepspeed sets it; start with one, or u
 
 
 def read_int(name: str, default: int, least: int = 0, most: int = MOST_RANKS) -> int:
-    """Read the integer in an environment variable, `default` where it is not set; `ValueError` for anything else."""
+    """Read the integer in an environment variable, `default` where it is not set; `ConfigError` for anything else."""
     text = os.environ.get(name, str(default))
     # `int` would also take " 1", "+1", "1_0" and digits of other scripts.
     digits = text.isascii() and text.isdecimal() and len(text) <= len(str(most))
@@ -22,7 +22,7 @@ def rank_and_world_size() -> tuple[int, int]:
     """Return the rank of this process and the number of ranks; (0, 1) without a launcher.
 
     Raises:
-        ValueError: a variable is impossible, by name.
+        ConfigError: a variable is impossible, by name.
     """
     rank, ranks = read_int("RANK", 0), read_int("WORLD_SIZE", 1, least=1)
     # Some wrappers export WORLD_SIZE alone; every process would then train as rank 0 of 1.
@@ -40,13 +40,13 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def require_rendezvous() -> None:
-    """Raise `ValueError` where a rank lacks the number of ranks or the address where they meet."""
+    """Raise `ConfigError` where a rank lacks the number of ranks or the address where they meet."""
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         require(name in os.environ, name, None, f"not set, where RANK is; {REMEDY}")
 
 
 def require_port() -> None:
-    """Raise `ValueError` for an invalid MASTER_PORT."""
+    """Raise `ConfigError` for an invalid MASTER_PORT."""
     port = os.environ.get("MASTER_PORT")
     digits = port is None or (port.isascii() and port.isdecimal() and len(port) <= 5)
     require(

@@ -122,7 +122,7 @@ def read_yaml(path: Path, within: Path | None = None) -> Any:
     except BadFile:
         raise
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, LookupError, OverflowError) as error:
-        # PyYAML's constructors of dates, merges and numbers raise whatever Python raises for bad ones.
+        # PyYAML's constructors of dates, merges and numbers raise Python's own errors for bad ones.
         raise BadFile(path, f"not valid YAML ({' '.join(str(error).split())[:160]})") from error
 
 

@@ -67,7 +67,7 @@ def documents(
         below: documents whose hash value is below go to the validation split.
 
     Raises:
-        ValueError: a bad record under `on_bad_record=error`, or a file that cannot be read to its end; names file,
+        InputError: a bad record under `on_bad_record=error`, or a file that cannot be read to its end; names file,
             line or row, and remedy.
     """
     if piece.format != "hub" and is_lfs_pointer(piece.path):
@@ -91,7 +91,7 @@ def documents(
 
 
 def require_documents(corpus: CorpusConfig, counts: Counter[str]) -> None:
-    """Raise `ValueError` if no record became a document; an empty store is never intended."""
+    """Raise `ConfigError` if no record became a document; an empty store is never intended."""
     if not counts["documents"]:
         raise ConfigError(
             "corpus.name",

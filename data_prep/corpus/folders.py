@@ -31,7 +31,7 @@ def format_of(path: Path, format: Format) -> Format:
     """Return the format of a file: as configured, or by its suffix (any case), before a compression suffix if any.
 
     Raises:
-        ValueError: the suffix is unknown.
+        ConfigError: the suffix is unknown.
     """
     if format is not Format.auto:
         return format
@@ -48,7 +48,7 @@ def texts_in(folder: Path, format: Format) -> list[Path]:
     """List the files of known format in a folder, recursively and sorted; log in one line what is left out.
 
     Raises:
-        ValueError: there is no such file; the message says what is there.
+        ConfigError: there is no such file; the message lists the others.
     """
     found: list[Path] = []
     left_out: dict[str, list[str]] = defaultdict(list)

@@ -48,7 +48,7 @@ def rule(corpus: CorpusConfig, units: list[Unit]) -> HeldOut:
     """Choose the split rule, which depends only on the content of the corpus.
 
     Raises:
-        ValueError: as in `documents`.
+        InputError: as in `documents`.
     """
     share = HeldOut(corpus.validation_share * 2.0**64)
     is_small = sum(piece.num_bytes for unit in units for piece in unit.pieces) <= SMALL_BYTES

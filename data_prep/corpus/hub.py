@@ -14,7 +14,7 @@ def num_shards(corpus: CorpusConfig) -> int:
     """Count the files of the data set, the maximum number of parts that it can be read in.
 
     Raises:
-        ValueError: there is no such data set, subset, split or revision, or the hub cannot be reached.
+        ConfigError: there is no such data set, subset, split or revision, or the hub cannot be reached.
     """
     return int(_open_corpus(corpus).num_shards)
 

@@ -61,7 +61,7 @@ def plan(corpus: CorpusConfig, shard_bytes: int) -> list[Unit]:
     """Return the units of a corpus, in order.
 
     Raises:
-        ValueError: there is nothing to read, or a file is missing, unreadable or of unknown format.
+        ConfigError: there is nothing to read, or a file is missing, unreadable or of unknown format.
     """
     require_corpus(corpus)
     pieces = _PLANNERS[corpus.source](corpus, shard_bytes)

@@ -1,4 +1,4 @@
-"""Sources of Python's standard library: about 10 MB of real text that is available wherever Python is."""
+"""Sources of Python's standard library: about 10 MB of real text that every Python has."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def modules(library: Path | None = None) -> list[Path]:
     """List every nonempty module, sorted by its path within the library.
 
     Raises:
-        ValueError: there are no sources (some Pythons ship only compiled modules).
+        ConfigError: there are no sources (some Pythons ship only compiled modules).
     """
     library = library or root()
     found = sorted(path for path in library.rglob("*.py") if _is_module(path, library))

@@ -48,7 +48,7 @@ def border(view: memoryview, start: int, stop: int) -> int:
     """Return the last index in (start, stop] at which a UTF-8 character may begin, or the end."""
     if stop >= len(view):
         return len(view)
-    # Continuation bytes are 10xxxxxx, at most three in a row; more are invalid, and `blocks` will say so.
+    # Continuation bytes are 10xxxxxx, at most three in a row; more are invalid, which `blocks` reports.
     return next((i for i in range(stop, max(stop - 4, start), -1) if view[i] & 0xC0 != 0x80), stop)
 
 

@@ -57,7 +57,7 @@ class Findings:
         self.offending += later.offending
         self.wordless += later.wordless
         for doc, pair in later.nearest.items():
-            # Strictly greater: on a tie the earlier training document stays, whatever the number of workers.
+            # Strictly greater: on a tie the earlier training document stays, with any number of workers.
             if doc not in self.nearest or pair.similarity > self.nearest[doc].similarity:
                 self.nearest[doc] = pair
 

@@ -23,7 +23,7 @@ _SHARD = "00000"
 
 
 def require_writable(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Raise `ValueError` if `output` is one of the input stores, or exists and may not be replaced."""
+    """Raise `ConfigError` if `output` is one of the input stores, or exists and may not be replaced."""
     # resolve: the same store may be reached by a link or a relative path.
     if output.resolve() in [store.resolve() for store in inputs]:
         raise ConfigError("output", output, "is one of the input stores; choose another path")
@@ -36,7 +36,7 @@ def write_decontaminated(report: Report, output: Path, overwrite: bool) -> None:
     """Write the store with the same tokenizer and sources; the manifest records the documents left out, and why.
 
     Raises:
-        ValueError: the output is not writable or in use, or the disk is full.
+        ConfigError: the output is not writable or in use, or the disk is full.
     """
     store = report.evaluation
     settings: dict[str, object] = {
@@ -45,7 +45,7 @@ def write_decontaminated(report: Report, output: Path, overwrite: bool) -> None:
         "decontaminated_store": store.manifest.settings,
     }
     try:
-        # overwrite: `require_writable` has already asked about an existing output.
+        # overwrite: `require_writable` has already checked an existing output.
         with open_partial(output, settings, overwrite=True) as partial:
             shutil.copytree(store.tokenizer_path, partial / TOKENIZER, dirs_exist_ok=True)
             kept = np.setdiff1d(np.arange(store.num_documents), report.contaminated)
@@ -62,7 +62,7 @@ def write_decontaminated(report: Report, output: Path, overwrite: bool) -> None:
 def _copy(store: TokenStore, kept: np.ndarray, folder: Path) -> Shard:
     records = np.concatenate([table[:] for _, table in store.document_tables()])
     with ShardWriter(folder, _SHARD, store.dtype) as writer:
-        # By offset, not by shard: the copy has a single shard, whatever the original has.
+        # By offset, not by shard: the copy has a single shard, the original may have several.
         for doc in map(int, kept):
             start, stop = (int(offset) for offset in store.doc_offsets[doc : doc + 2])
             for first in range(start, stop, _COPIED_TOKENS):

@@ -40,7 +40,7 @@ class WordReader:
     unless 4,096 tokens in a row have none. `num_bytes` counts the UTF-8 bytes decoded so far.
 
     Raises:
-        ValueError: the store has no tokenizer.json.
+        ConfigError: the store has no tokenizer.json.
     """
 
     def __init__(self, store: TokenStore) -> None:

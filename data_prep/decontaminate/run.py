@@ -45,7 +45,7 @@ def run(config: DecontaminateVerb) -> None:
     """Compare the stores, write the report and, with `output`, a store without the contaminated documents.
 
     Raises:
-        ValueError: a store or an output cannot be used; names the key.
+        InputError: a store or an output cannot be used; names the key.
         RunStopped: documents are contaminated and no output is given, or none would be left. The report is written.
     """
     train, evaluation = _open("train", config.train, "train"), _open("evaluation", config.evaluation.path, "validation")

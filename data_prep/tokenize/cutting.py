@@ -80,7 +80,7 @@ class Cutter:
 
 
 class Uncuttable(ValueError):
-    """Cutting is not proven to keep the ids of this tokenizer; the message says why."""
+    """Cutting is not proven to keep the ids of this tokenizer; the message gives the reason."""
 
 
 def uncut(text: str) -> Iterator[tuple[str, bool]]:

@@ -29,7 +29,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
     Python code that comes with it runs only if `trust_remote_code` is set; there is no prompt on the terminal.
 
     Raises:
-        ValueError: there is no tokenizer, it has no fast version, it needs Python code, or it has no EOS token.
+        ConfigError: there is no tokenizer, it has no fast version, it needs Python code, or it has no EOS token.
     """
     from transformers import AutoTokenizer
 
@@ -79,7 +79,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> TokenizerInfo:
 
 
 def _obstacle(directory: Path) -> str:
-    """Return the reason why a directory has no loadable tokenizer, as far as its files tell; else an empty string."""
+    """Return the reason why a directory has no loadable tokenizer, judged by its files; else an empty string."""
     if not directory.is_dir():
         return ""
     files = sorted(file.name for file in directory.iterdir() if file.is_file())

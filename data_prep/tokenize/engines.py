@@ -40,7 +40,7 @@ class Engine(Protocol):
 
 
 class Unsupported(ValueError):
-    """An engine cannot run a tokenizer; the message says why."""
+    """An engine cannot run a tokenizer; the message gives the reason."""
 
 
 class TokenizersEngine:
@@ -145,7 +145,7 @@ def choose(choice: EngineChoice, tokenizer_json: str) -> str:
     """Choose the engine, log the choice and return its name.
 
     Raises:
-        ValueError: gigatoken is required but not installed, or cannot run the tokenizer.
+        ConfigError: gigatoken is required but not installed, or cannot run the tokenizer.
     """
     if choice is EngineChoice.tokenizers:
         return choice.name

@@ -40,7 +40,7 @@ def run(config: TokenizeVerb) -> None:
     """Write the store of a config, or the missing part of it.
 
     Raises:
-        ValueError: the corpus, the tokenizer or the output cannot be used; names the key or file, and the remedy.
+        InputError: the corpus, the tokenizer or the output cannot be used; names the key or file, and the remedy.
     """
     output = Path(config.output)
     # Cheap checks first: the output, then the list of files, then the tokenizer, before any text is read.

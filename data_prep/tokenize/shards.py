@@ -92,7 +92,7 @@ def run_units(units: list[Unit], job: Job, workers: int, progress: Progress) -> 
     """Tokenize the units; finished ones remain after an error.
 
     Raises:
-        ValueError: bad input, with its place, or a worker was killed.
+        InputError: bad input, with its place, or a worker was killed.
     """
     if workers == 1 or len(units) < 2:
         for unit in units:
@@ -105,7 +105,7 @@ def tokenize_unit(unit: Unit, job: Job, advance: Advance) -> None:
     """Write the shards of one unit, then the record that marks it finished.
 
     Raises:
-        ValueError: bad input, with its place, or ids that differ from `tokenizers` when falling back is not allowed.
+        InputError: bad input, with its place, or ids that differ from `tokenizers` when falling back is not allowed.
     """
     reported = [0, 0, 0]
 
@@ -207,7 +207,7 @@ def check_sources(unit: Unit, result: Result) -> None:
     """Check that the files of a finished shard have not changed.
 
     Raises:
-        ValueError: names the file that changed.
+        ConfigError: names the file that changed.
     """
     for piece, source, modified in zip(unit.pieces, result.sources, result.modified, strict=True):
         # The time only triggers hashing: copying a corpus to another disk changes times but no content.

@@ -42,7 +42,7 @@ def test_a_stop_request_ends_the_conversion_and_removes_its_output(make_checkpoi
         StopRequested, match=r"step_4 was being converted for 1 ranks; it is intact; the same"
     ) as stopped:
         universal.convert(checkpoint, lambda: True)
-    assert console.report(stopped.value) == console.GO_ON
+    assert console.report(stopped.value) == console.RESUMABLE
     assert started[-1].returncode == -signal.SIGKILL
     assert not list(checkpoint.parent.iterdir())
 

@@ -13,7 +13,7 @@ from clex_train.console.errors import explain
 def test_a_table_is_printed_in_every_terminal_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", output)
-    assert program.run(lambda: program.say("37.05 ±0.12 \u2026 橋 caf\udce9.txt"), lambda: "") == 0
+    assert program.run(lambda: program.echo("37.05 ±0.12 \u2026 橋 caf\udce9.txt"), lambda: "") == 0
     written = output.buffer.getvalue().decode(encoding)
     assert (
         written

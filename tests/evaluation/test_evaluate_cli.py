@@ -199,13 +199,13 @@ def test_evaluating_again_replaces_repeated_cells_and_keeps_the_rest(places, tmp
         evaluate_again("model=b/final", *data, "methods=[none]")
         evaluate_again("model=other/final", *data, "methods=[none]")
         evaluate_again("model=a/final", *data, "methods=[none]", "chunk_len=8", "batch_tokens=16")
-        assert "beside it" not in caplog.text
+        assert "writing this one to" not in caplog.text
         none = ["perplexity/none/one_shot/16"]
         expected = {"a/evaluation/a.json": none, "b/evaluation/b.json": none, "final/evaluation/final.json": none}
         assert written_cells() == expected
         evaluate_again("model=a/final", *data, "methods=[ntk]")
         evaluate_again("model=a/final", *data, "methods=[none]", "num_windows=2")
-        assert "runs/a/evaluation/a.json holds another evaluation and stays; this one goes beside it: " in caplog.text
+        assert "runs/a/evaluation/a.json is another evaluation and is kept; writing this one to " in caplog.text
     evaluate_again("model=a/final", *data, "methods=[ntk]")
     expected |= {"a/evaluation/a_2.json": ["perplexity/ntk/one_shot/16"], "a/evaluation/a_3.json": none}
     assert written_cells() == expected
@@ -298,7 +298,7 @@ def test_the_top_middle_keys_are_configurable(places, tmp_path, monkeypatch, cap
     assert "lm_infinite_top_k_layer=5: the model has 2 layers; name one of them, from 0" in capsys.readouterr().err
     streaming = [*asked, "protocols=[streaming]", "lm_infinite_top_k=5", "lm_infinite_top_k_layer=0"]
     assert call(monkeypatch, *streaming) == console.USER_ERROR
-    assert "lm_infinite_top_k=5: a stream goes through a cache of constant size" in capsys.readouterr().err
+    assert "lm_infinite_top_k=5: a stream uses a cache of constant size" in capsys.readouterr().err
 
 
 def test_an_empty_list_of_lengths_means_the_multiples_of_l(places) -> None:

@@ -49,7 +49,7 @@ def test_an_unfinished_run_is_refused_with_how_to_finish_it(places, tmp_path, mo
         (["run={model}"], "not a run folder (no config.yaml)"),
         (["model={model}", "data={root}/nowhere"], "data={root}/nowhere: no such directory"),
         (["model={model}", "data={store}", "protocols=[streaming]", "methods=[ntk]"], "['ntk']: streaming knows"),
-        (["model={model}", "data={store}", "protocols=[streaming,one_shot]"], "ask for it alone"),
+        (["model={model}", "data={store}", "protocols=[streaming,one_shot]"], "evaluate it alone"),
         (
             ["model={model}", "data={store}", "protocols=[streaming]", "methods=[none]", "stream_tokens=999"],
             "stream_tokens=999: {store} has 293 validation tokens",

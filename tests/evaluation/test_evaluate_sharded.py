@@ -74,7 +74,7 @@ def test_directories_of_every_layout_are_sharded_while_loading(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["offload_parameters=true"], "offload_parameters=True: it is the shares of sharded weights"),
+        (["offload_parameters=true"], "offload_parameters=True: only sharded weights can be kept on the host"),
         (["attention=flash_attention_2"], "attention=flash_attention_2: flash-attn is not installed"),
         (["attention=flash"], "attention: should be one of auto, sdpa"),
         (["sharded=true", "protocols=[streaming]", "methods=[none]"], "sharded=True: streaming is read with whole"),

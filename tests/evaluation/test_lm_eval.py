@@ -119,9 +119,9 @@ def test_running_again_replaces_repeated_tasks_and_keeps_the_rest(place, tmp_pat
 
     assert run() == ["mine.json"]
     assert run(tasks="next_*") == ["mine.json"], "the same task by a pattern"
-    assert "beside it" not in caplog.text
+    assert "writing this one to" not in caplog.text
     assert run("limit=2") == ["mine.json", "mine_2.json"]
-    assert "mine.json holds another evaluation and stays; this one goes beside it: " in caplog.text
+    assert "mine.json is another evaluation and is kept; writing this one to " in caplog.text
     assert run(model=tmp_path / "other") == ["mine.json", "mine_2.json", "mine_3.json"]
     write_task(tmp_path / "tasks", LIKELIHOOD, [[7, 5], [12], [80, 3, 9]])
     assert run() == ["mine.json", "mine_2.json", "mine_3.json", "mine_4.json"]
@@ -294,7 +294,7 @@ def test_a_length_that_was_not_run_has_no_score() -> None:
         },
         "groups": {"ruler": {"4096,none": 0.25, "8192,none": -1, "8192_stderr,none": "N/A"}},
     }
-    assert harness.take_out_not_run(results) == ["niah_single_1/8192", "ruler/8192"]
+    assert harness.remove_not_run(results) == ["niah_single_1/8192", "ruler/8192"]
     assert harness.metrics(results) == {
         "lm_eval/niah_single_1/4096": 0.5,
         "lm_eval/cola/mcc": -1.0,

@@ -16,7 +16,7 @@ from clex_train.cli import evaluate as program
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import Method
 from clex_train.console import program as console
-from clex_train.evaluation.methods import of_model
+from clex_train.evaluation.methods import model_tables
 from clex_train.evaluation.windows import select
 from clex_train.models.load import LoadedModel
 from clex_train.rope.patch import install_rotary
@@ -201,7 +201,7 @@ class TestTFactor:
         loaded = LoadedModel(handle.model, handle, CONTEXT_LEN, clex=clex, table=table)
         lengths = [CONTEXT_LEN, 2 * CONTEXT_LEN]
         spec = EvaluationConfig(methods=[Method.trained, Method.ntk], lengths=lengths, t_factor=t_factor)
-        found = of_model(spec, loaded)
+        found = model_tables(spec, loaded)
         return {name: table.least_upper_bound(2 * CONTEXT_LEN, CONTEXT_LEN).t for name, table in found.items()}
 
     def test_applies_to_trained_and_not_to_formulas(self):
@@ -214,7 +214,7 @@ class TestTFactor:
     def test_is_refused_for_a_model_without_clex(self):
         handle = install_rotary(build_tiny_llama(), CONTEXT_LEN)
         with pytest.raises(ValueError, match="t_factor=2: this model holds no CLEX"):
-            of_model(
+            model_tables(
                 EvaluationConfig(lengths=[CONTEXT_LEN], t_factor=2), LoadedModel(handle.model, handle, CONTEXT_LEN)
             )
 

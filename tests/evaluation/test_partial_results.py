@@ -124,7 +124,7 @@ def test_finished_cells_are_reported_and_not_recomputed(model, tmp_path, caplog)
     whole = model.run(kept)
     with caplog.at_level("INFO", logger="clex_train"):
         again = resume(tmp_path / "x.json", FACTS)
-        partial_results.say_found(again, 18)
+        partial_results.log_found(again, 18)
     assert f"18 of 18 cells found from an interrupted evaluation ({kept.path})" in caplog.text
     results = model.run(again, last=1)
     assert numbers(results) == numbers(whole)

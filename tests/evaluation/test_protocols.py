@@ -249,7 +249,7 @@ def test_the_curve_has_a_fixed_number_of_bins_and_counts_every_token() -> None:
     [
         (Protocol.sliding, {"stride": 33}, r"evaluation\.stride=33: more than the shortest of .*set .*stride=32"),
         (Protocol.sliding, {"stride": 0}, r"evaluation\.stride=0: at least 1"),
-        (Protocol.last_k, {"last_k": 33}, r"evaluation\.last_k=33: more than the shortest of .*say .*last_k=32"),
+        (Protocol.last_k, {"last_k": 33}, r"evaluation\.last_k=33: more than the shortest of .*set .*last_k=32"),
         (Protocol.last_k, {"last_k": 0}, r"evaluation\.last_k=0: at least 1"),
         (Protocol.last_k, {"context_len": 48}, r"evaluation\.last_k=48: more than the shortest of"),
         (Protocol.streaming, {}, "streaming reads one long text and no windows"),

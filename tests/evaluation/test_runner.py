@@ -15,7 +15,7 @@ from clex_train.evaluation.grid import jobs
 from clex_train.evaluation.methods import base_rope, tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.results import Results
-from clex_train.evaluation.runner import deal, evaluate
+from clex_train.evaluation.runner import evaluate, rank_batches
 from clex_train.rope.patch import install_rotary
 from clex_train.utils import progress
 from tests.evaluation import plain_llama
@@ -147,7 +147,7 @@ def test_a_length_beyond_a_table_is_refused_before_the_first_forward() -> None:
 
 @pytest.mark.parametrize(("num_pieces", "batch", "world_size"), [(12, 5, 2), (7, 2, 3), (1, 4, 4), (6, 6, 1)])
 def test_ranks_get_equal_batches_and_every_piece_counts_once(num_pieces: int, batch: int, world_size: int) -> None:
-    hands = [list(deal(num_pieces, batch, rank, world_size)) for rank in range(world_size)]
+    hands = [list(rank_batches(num_pieces, batch, rank, world_size)) for rank in range(world_size)]
     assert len({tuple(len(indices) for indices, _ in hand) for hand in hands}) == 1
     counted = np.concatenate([indices[counts] for hand in hands for indices, counts in hand])
     assert sorted(counted.tolist()) == list(range(num_pieces))

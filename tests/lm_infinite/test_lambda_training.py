@@ -100,13 +100,13 @@ class TestMaskWithTrainedTable:
     def test_equals_the_mask_with_t_pinned_at_every_length(self):
         loaded, ids, spec = self.loaded([1.0, 2.0, 4.0, 8.0]), tokens(1, 6 * CONTEXT), self.spec()
         model, handle = loaded.model, loaded.handle
-        handle.use(methods.of_model(spec, loaded)["lm_infinite"])
+        handle.use(methods.model_tables(spec, loaded)["lm_infinite"])
         put_in = methods.insertions(spec, model, CONTEXT)["lm_infinite"]
         with torch.no_grad(), put_in() as mask, handle.fixed(6 * CONTEXT):
             assert mask.n_local == 2 * CONTEXT
             windowed = model(ids).logits
         handle.use(loaded.table)
-        with torch.no_grad(), handle.pinned(1.0), methods.for_streams(spec, loaded)["lm_infinite"]() as mask:
+        with torch.no_grad(), handle.pinned(1.0), methods.stream_insertions(spec, loaded)["lm_infinite"]() as mask:
             cache = mask.new_cache()
             streamed = [model(p, past_key_values=cache, use_cache=True).logits for p in ids.split(20, dim=1)]
         assert handle.table is loaded.table
@@ -119,7 +119,7 @@ class TestMaskWithTrainedTable:
     def test_is_refused_without_a_table_or_for_an_unknown_t(self):
         loaded = self.loaded([1.0, 4.0, 8.0])
         with pytest.raises(ValueError, match="t=2: not on the table's grid"):
-            methods.of_model(self.spec(), loaded)
+            methods.model_tables(self.spec(), loaded)
         with pytest.raises(ValueError, match=r"lm_infinite_t=2.*leave the key out"):
             methods.check(self.spec(), loaded.handle, has_clex=False)
         with pytest.raises(ValueError, match=r"evaluation\.lm_infinite_t"):

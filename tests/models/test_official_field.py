@@ -79,9 +79,9 @@ def test_bfloat16_weights_are_read(tensors: dict[str, torch.Tensor], rope_scalin
 def test_another_rotary_dimension_is_refused_with_both_shapes(
     tensors: dict[str, torch.Tensor], rope_scaling: dict[str, object]
 ) -> None:
-    with pytest.raises(ValueError, match=r"ode_up_proj of shape \(16, 32\): .* 64 rotated pairs ask for \(64, 32\)"):
+    with pytest.raises(ValueError, match=r"ode_up_proj of shape \(16, 32\): .* 64 rotated pairs need \(64, 32\)"):
         clex_from_official(tensors, rope_scaling, rope(64))
-    with pytest.raises(ValueError, match=r"shape \(16, 32\): .* ask for \(16, 64\)"):
+    with pytest.raises(ValueError, match=r"shape \(16, 32\): .* need \(16, 64\)"):
         load_official(Clex(rope(16), 16.0, param_factor=2.0), tensors)
 
 

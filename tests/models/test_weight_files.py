@@ -96,7 +96,7 @@ def test_tied_tensors_are_compared_in_a_file_of_the_model_body(tmp_path):
 def test_non_floating_point_parameters_are_named(base, dtype):
     rewrite(base, lambda tensors: tensors | {UP: tensors[UP].to(dtype)})
     short = str(dtype).removeprefix("torch.")
-    assert f"its weights hold 1 tensor ({UP}) as {short}, which would be cast as they are" in refusal(base)
+    assert f"its weights hold 1 tensor ({UP}) as {short}, which would be cast without" in refusal(base)
     save_as_pickle(base, load_file(base / "model.safetensors"))
     assert f"1 tensor ({UP}) as {short}" in refusal(base)
 
@@ -176,7 +176,7 @@ def test_a_nested_file_is_named_with_how_to_unpack_it(base, key):
 
 def test_a_file_with_trainer_objects_is_not_reported_as_damaged(base):
     file = save_as_pickle(base, {"state_dict": {}, "config": ModelConfig()})
-    assert refusal(base).startswith(f"{file}: it holds Python objects beside tensors, as a trainer's checkpoint does")
+    assert refusal(base).startswith(f"{file}: it has Python objects in addition to tensors, as a trainer's")
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "zero3"])

@@ -294,7 +294,7 @@ def test_loader_errors_for_inconsistent_files_are_reported_in_one_line(base, mon
         raise error
 
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", fail)
-    assert "its weights cannot be put into its architecture (" in refusal_of_check(base)
+    assert "its weights do not fit its architecture (" in refusal_of_check(base)
     monkeypatch.setattr(weights, "check", lambda *_: None)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(ValueError, match=r"^model\.path=.*: the weights cannot be loaded \(") as raised:

@@ -71,7 +71,7 @@ def test_offload_moves_state_but_not_buckets_to_the_host():
     assert parameters.device == 2 * model_states.live_parameters(s, BLOCKS)
     assert gradients.host == 2 * COUNT / 8
     assert gradients.device == 2 * 2 * 100
-    assert optimizer == model_states.Held(0.0, 16 * COUNT / 8)
+    assert optimizer == model_states.MemoryUse(0.0, 16 * COUNT / 8)
 
 
 def test_an_update_takes_one_sub_group_at_a_time():

@@ -66,7 +66,7 @@ def test_fewer_key_heads_than_ranks_are_allowed(count):
 def test_attention_that_needs_a_mask_is_refused(name):
     config = configuration(2)
     config.attention.implementation = AttentionImplementation[name]
-    with pytest.raises(ValueError, match=rf"attention\.implementation={name}: .* take sdpa or flash_attention_2"):
+    with pytest.raises(ValueError, match=rf"attention\.implementation={name}: .* use sdpa or flash_attention_2"):
         check_sequence_parallel(config, small("llama", num_key_value_heads=12))
 
 

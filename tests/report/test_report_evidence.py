@@ -128,7 +128,7 @@ def test_damaged_training_records_are_omitted_with_a_line_each(runs, tmp_path, m
     assert call(monkeypatch, run, f"output={tmp_path / 'out'}") == 0
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert sorted(line.removeprefix(f"{run}/") for line in said if "spoilt" in line) == [
-        "environment.json: damaged, what it recorded is left out",
+        "environment.json: damaged, its contents are left out",
         "metrics.jsonl: lines that cannot be read are left out: 2",
     ]
     (found,) = evidence.find_runs([run / "evaluation" / "spoilt.json"])

@@ -60,9 +60,9 @@ def test_ctrl_c_saves_the_step_and_prints_one_line_on_how_to_resume(tmp_path, ti
     last = output.splitlines()[-1]
     step = int((folder / "checkpoints" / "latest").read_text().removeprefix("step_"))
     assert last.startswith(f"stopped after step {step}: SIGINT arrived (rank 0); the last checkpoint is ")
-    assert last.endswith("; the same command goes on")
+    assert last.endswith("; the same command resumes it")
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open() if '"loss"' in line][-1] == step
-    assert output.count("the same command goes on") == 2, "there and in the block that opens the run"
+    assert output.count("the same command resumes it") == 2, "there and in the block that opens the run"
 
 
 def test_a_run_whose_terminal_is_closed_saves(tmp_path, tiny_store, tiny_architecture):

@@ -136,10 +136,10 @@ def test_the_deadline_leaves_time_for_the_longest_recent_step_and_save():
 
 def test_a_limit_too_short_for_any_step_allows_no_progress():
     stop = StopRequests(deadline=Deadline(limit=10.0, started=time.time() - 11.0))
-    assert stop.leads_nowhere
+    assert stop.is_too_short
     with stop.timed("step"):
         pass
-    assert not stop.leads_nowhere
+    assert not stop.is_too_short
     assert stop.reason("step")
 
 

@@ -91,7 +91,7 @@ def test_tasks_run_with_perplexity_and_have_separate_lengths(places, tmp_path, m
         (["tasks=[passkey]", "num_prompts=0"], "num_prompts=0: at least 1"),
         (["tasks=[passkey]", "task_lengths=[]"], "task_lengths=[]: "),
         (["protocols=[]"], "protocols=[]: one or more protocols"),
-        (["tasks=[passkey]", "protocols=[streaming]", "methods=[none]"], "ask for tasks apart"),
+        (["tasks=[passkey]", "protocols=[streaming]", "methods=[none]"], "evaluate tasks separately"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_with_its_key(places, monkeypatch, capsys, arguments, message) -> None:

@@ -135,11 +135,11 @@ def test_frequencies_of_0_are_evaluated_unchanged_and_not_extended() -> None:
     before = model(ids).logits
     loaded = LoadedModel(model, handle, CONTEXT)
     spec = EvaluationConfig(methods=[Method.trained, Method.none], lengths=[2 * CONTEXT])
-    for table in methods.of_model(spec, loaded).values():
+    for table in methods.model_tables(spec, loaded).values():
         handle.use(table)
         assert torch.allclose(model(ids).logits, before, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="frequencies are 0"):
-        methods.of_model(dataclasses.replace(spec, methods=[Method.pi]), loaded)
+        methods.model_tables(dataclasses.replace(spec, methods=[Method.pi]), loaded)
 
 
 def test_a_window_beyond_l_or_a_layer_without_a_window_can_be_extended() -> None:

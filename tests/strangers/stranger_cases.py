@@ -146,10 +146,10 @@ def store_case(folder: Path, draw: random.Random) -> Action:
         opened = TokenStore(store)
         opened.tokens(0, opened.num_tokens)
         opened.segments(0, opened.num_tokens)
-        program.say("\n".join(inspect_verb._summary(opened)))
+        program.echo("\n".join(inspect_verb._summary(opened)))
         found = statistics.collect(opened)
-        program.say("\n".join(inspect_verb._domain_lines("train", statistics.domains(opened.manifest.sources, found))))
-        program.say(opened.place(0))
+        program.echo("\n".join(inspect_verb._domain_lines("train", statistics.domains(opened.manifest.sources, found))))
+        program.echo(opened.place(0))
         inspect_verb.verify(opened)
 
     return read
@@ -224,7 +224,7 @@ def config_case(folder: Path, draw: random.Random) -> Action:
 
     def read() -> None:
         config = Config(output_dir=str(folder / "run"), name="strangers")
-        program.say(str(saved_config.read(path)))
+        program.echo(str(saved_config.read(path)))
         run_folder.check_config(config, has_checkpoint=True)
 
     return read
@@ -251,7 +251,7 @@ def model_case(folder: Path, draw: random.Random) -> Action:
             weight_files.files(final)
         else:
             clex, table, record = directory.read_clex(final)
-            program.say(f"{clex.inv_freq(record.t_max).shape} {table.at(1.0).t}")
+            program.echo(f"{clex.inv_freq(record.t_max).shape} {table.at(1.0).t}")
 
     return read
 
@@ -269,8 +269,8 @@ def report_case(folder: Path, draw: random.Random) -> Action:
             evidence.training_source(each)
         for table in found.tables:
             for curve in table.curves:
-                program.say(str(evidence.evaluation_source(curve.path, curve.origin, found.runs)))
-        program.say(tables.markdown(found.tables))
+                program.echo(str(evidence.evaluation_source(curve.path, curve.origin, found.runs)))
+        program.echo(tables.markdown(found.tables))
 
     return read
 

@@ -73,7 +73,7 @@ def test_sequence_parallel_ranks_are_counted_as_groups():
 
 def test_only_the_first_rank_prints(monkeypatch, capsys):
     monkeypatch.setattr("clex_train.utils.distributed.rank", lambda: 1)
-    summary.say("title", ["  line"])
+    summary.print_summary("title", ["  line"])
     assert capsys.readouterr() == ("", "")
 
 
@@ -116,7 +116,7 @@ def test_a_refusal_follows_the_messages_logged_before_it(monkeypatch, capsys):
 def test_other_ranks_log_at_once_after_the_summary_of_rank_0(monkeypatch, capsys):
     log_to_stderr(monkeypatch)
     monkeypatch.setattr("clex_train.utils.distributed.rank", lambda: 1)
-    for say in (lambda: summary.say("title", []), lambda: loading.say_what_is_ahead("evaluate", None, None, [])):
+    for say in (lambda: summary.print_summary("title", []), lambda: loading.print_plan("evaluate", None, None, [])):
         with log.buffered():
             log.get("clex_train").warning("found")
             assert capsys.readouterr().err == ""

@@ -54,7 +54,7 @@ def test_a_stop_file_saves_the_step_and_the_run_resumes_bitwise(run, monkeypatch
         touch_at_call(patched, loop, "forward_backward", 3, run.folder / "stopped" / "stop")
         with pytest.raises(StopRequested, match=r"after step 3: .*stop exists .*step_3; the same command") as asked:
             run("stopped")
-    assert program.report(asked.value) == program.GO_ON == 75
+    assert program.report(asked.value) == program.RESUMABLE == 75
     assert "stopped after step 3" in capsys.readouterr().err
     stopped = run("stopped")
     assert not (stopped / "stop").exists()
@@ -65,7 +65,7 @@ def test_a_stop_file_saves_the_step_and_the_run_resumes_bitwise(run, monkeypatch
 
 def test_an_evaluation_is_interrupted_between_windows_and_repeated(run, monkeypatch):
     with monkeypatch.context() as patched:
-        touch_at_call(patched, runner, "deal", 2, run.folder / "run" / "stop")
+        touch_at_call(patched, runner, "rank_batches", 2, run.folder / "run" / "stop")
         with pytest.raises(StopRequested, match=r"after step 4: .*step_4"):
             run("run", "evaluation.every=4")
     assert not [row for row in metrics(run.folder / "run") if any(key.startswith("perplexity") for key in row)]
