@@ -13,6 +13,7 @@ import numpy as np
 
 from clex_train.token_store.manifest import Source
 from clex_train.token_store.store import TokenStore
+from clex_train.utils.errors import ConfigError
 
 CHUNK_DOCUMENTS = 1 << 20
 NUM_CLASSES = 63
@@ -53,7 +54,7 @@ def collect(store: TokenStore) -> Statistics:
     """Read the document tables of a split.
 
     Raises:
-        ValueError: a table is damaged: it has a document without tokens, or of an unknown source.
+        ConfigError: a table is damaged: it has a document without tokens, or of an unknown source.
     """
     num_sources = max(1, len(store.manifest.sources))
     by_length, by_source = np.zeros((2, NUM_CLASSES), np.int64), np.zeros((2, num_sources), np.int64)
@@ -113,5 +114,7 @@ def _check(file: Path, lengths: np.ndarray, sources: np.ndarray, num_sources: in
         raise _damaged(file)
 
 
-def _damaged(file: Path) -> ValueError:
-    return ValueError(f"{file}: damaged, its documents are not those of the manifest; copy it again or tokenize again")
+def _damaged(file: Path) -> ConfigError:
+    return ConfigError(
+        file, None, "damaged, its documents are not those of the manifest; copy it again or tokenize again"
+    )

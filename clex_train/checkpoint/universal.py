@@ -1,7 +1,7 @@
 """Resuming on another number of ranks through DeepSpeed's universal format: one file per parameter and moment.
 
-The conversion is DeepSpeed's own (`deepspeed.checkpoint.ds_to_universal`; Universal Checkpointing, arXiv 2406.18820), in
-a subprocess of rank 0 (`convert.py`).
+The conversion is DeepSpeed's own (`deepspeed.checkpoint.ds_to_universal`; Universal Checkpointing, arXiv 2406.18820).
+It runs in a subprocess of rank 0 (`convert.py`).
 `universal_loading` corrects two errors of its loading under ZeRO-3.
 """
 

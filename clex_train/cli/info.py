@@ -20,6 +20,7 @@ from clex_train.console import program
 from clex_train.tracking import summary
 from clex_train.tracking.tracker import git_commit
 from clex_train.utils import locations, log, versions
+from clex_train.utils.errors import ConfigError
 
 TOOLS = {
     "g++": "compiles DeepSpeed's CPU Adam, which engine.offload needs",
@@ -30,7 +31,7 @@ TOOLS = {
 def main() -> None:
     """Print the report; takes no argument."""
     if sys.argv[1:]:
-        raise ValueError(f"argument={sys.argv[1]}: clex-train info takes none")
+        raise ConfigError("argument", sys.argv[1], "clex-train info takes none")
     program.echo("\n".join(lines()))
 
 

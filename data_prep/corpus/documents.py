@@ -16,6 +16,7 @@ from clex_train.utils import log
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import is_lfs_pointer
 from data_prep.config import CorpusConfig, OnBadRecord
+from data_prep.corpus.bad_record import BadRecord
 from data_prep.corpus.readers import READERS, Raw, Unreadable, chat_remedy, fields_of, key_of, place, remedy
 from data_prep.corpus.sources import Piece
 from data_prep.corpus.utf8 import Utf8, decode, is_blank
@@ -71,7 +72,7 @@ def documents(
             line or row, and remedy.
     """
     if piece.format != "hub" and is_lfs_pointer(piece.path):
-        _refuse(piece.path, _BadRecord("a git-lfs pointer instead of the file itself", _LFS_REMEDY), corpus, counts)
+        _refuse(piece.path, BadRecord("a git-lfs pointer instead of the file itself", _LFS_REMEDY), corpus, counts)
         return
     reader = READERS[piece.format]
     # Readers convert only these fields, the text first.
@@ -82,7 +83,7 @@ def documents(
         # A damaged file is never skipped: the rest of its records would be lost without a trace.
         except Unreadable:
             raise
-        except ValueError as error:
+        except BadRecord as error:
             _refuse(place(piece, raw.number), error, corpus, counts)
             continue
         counts["filtered" if document is None else "documents"] += 1
@@ -107,7 +108,7 @@ def in_words(counts: Counter[str]) -> str:
 
 
 def lookup(fields: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a field; a dot descends into a nested record. `ValueError` if it is missing."""
+    """Return the value of a field; a dot descends into a nested record. `BadRecord` if it is missing."""
     # A name with a dot in it takes precedence over a path: columns of parquet files are often named so.
     value: Any = fields.get(name, _MISSING)
     if value is _MISSING:
@@ -115,21 +116,13 @@ def lookup(fields: Mapping[str, Any], name: str) -> Any:
         for part in name.split("."):
             value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
     if value is _MISSING:
-        raise _BadRecord(f"no field {name!r}, the record has {', '.join(map(repr, fields)) or 'none'}")
+        raise BadRecord(f"no field {name!r}, the record has {', '.join(map(repr, fields)) or 'none'}")
     return value
 
 
 def hash64(content: bytes) -> int:
     """Return the first 8 bytes of blake2b as an unsigned integer."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-class _BadRecord(ValueError):
-    """A record that cannot be used, with the remedy if there is a better one than to repair it."""
-
-    def __init__(self, message: str, remedy: str = "repair it") -> None:
-        super().__init__(message)
-        self.remedy = remedy
 
 
 def _document(
@@ -150,19 +143,19 @@ def _document(
 def _field(fields: Mapping[str, Any], name: str, corpus: CorpusConfig) -> Any:
     try:
         return lookup(fields, name)
-    except ValueError as error:
-        raise _BadRecord(str(error), remedy(key_of(corpus, name), fields)) from error
+    except BadRecord as error:
+        raise BadRecord(str(error), remedy(key_of(corpus, name), fields)) from error
 
 
 def _content(text: Any, fields: Mapping[str, Any], name: str) -> bytes:
     """Check the text and return its UTF-8."""
     if not isinstance(text, (str, Utf8)):
         advice = chat_remedy(fields) or "repair it"
-        raise _BadRecord(f"field {name!r} must be a string, but is {type(text).__name__}", advice)
+        raise BadRecord(f"field {name!r} must be a string, but is {type(text).__name__}", advice)
     content = text.content if isinstance(text, Utf8) else _encode(text)
     # An empty document would still add BOS and EOS to the store.
     if is_blank(content):
-        raise ValueError(f"field {name!r} is empty")
+        raise BadRecord(f"field {name!r} is empty")
     return content
 
 
@@ -174,14 +167,13 @@ def _encode(text: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start + 1} of the text is half of a surrogate pair, not Unicode") from error
+        raise BadRecord(f"character {error.start + 1} of the text is half of a surrogate pair, not Unicode") from error
 
 
-def _refuse(where: str, error: ValueError, corpus: CorpusConfig, counts: Counter[str]) -> None:
-    advice = error.remedy if isinstance(error, _BadRecord) else "repair it"
+def _refuse(where: str, error: BadRecord, corpus: CorpusConfig, counts: Counter[str]) -> None:
     if corpus.on_bad_record is OnBadRecord.error:
         others = "leave such records out with corpus.on_bad_record=skip"
-        raise ConfigError(where, None, f"{error}; {advice}, or {others}") from error
+        raise ConfigError(where, None, f"{error}; {error.remedy}, or {others}") from error
     # Count before logging: the limit of log lines must not limit the count in the manifest.
     counts["bad_records"] += 1
     if counts["bad_records"] <= MAX_WARNINGS:

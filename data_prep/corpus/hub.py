@@ -8,6 +8,7 @@ from typing import Any
 
 from clex_train.utils.errors import ConfigError, first_line
 from data_prep.config import CorpusConfig
+from data_prep.corpus.bad_record import BadRecord
 
 
 def num_shards(corpus: CorpusConfig) -> int:
@@ -27,7 +28,7 @@ def read_part(
     Reads only the columns of `names` and `optional` (a dot descends).
 
     Raises:
-        ValueError: the part cannot be read to its end; the message of `datasets` is kept.
+        BadRecord: the part cannot be read to its end; the message of `datasets` is kept.
     """
     records = iter(_select(_open_corpus(corpus), names, optional).shard(num_shards=num_parts, index=part))
     while True:
@@ -35,7 +36,7 @@ def read_part(
             record = next(records, None)
         except Exception as error:  # datasets raises the errors of its many readers, wrapped in its own types or not
             cause = error.__cause__ or error
-            raise ValueError(f"reading failed ({type(cause).__name__}: {first_line(cause)})") from error
+            raise BadRecord(f"reading failed ({type(cause).__name__}: {first_line(cause)})") from error
         if record is None:
             return
         yield record

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from data_prep.corpus.bad_record import BadRecord
 from data_prep.corpus.utf8 import BLOCK_BYTES, Utf8, border, decode
 
 LONG_BYTES = 1 << 20
@@ -46,7 +47,7 @@ def parse(line: bytes, text_field: str, names: Sequence[str] | None = None) -> d
         names: members to decode, `text_field` included; the others become `UNREAD`. Default: all.
 
     Raises:
-        ValueError: the JSON is malformed, not an object, or not UTF-8.
+        BadRecord: the JSON is malformed, not an object, or not UTF-8.
     """
     with suppress(ValueError, RecursionError, msgspec.DecodeError):  # msgspec 0.20: DecodeError is not a ValueError
         return {
@@ -64,7 +65,7 @@ def unescape(string: memoryview, block_bytes: int = BLOCK_BYTES) -> bytes:
         block_bytes: bytes to unescape at a time; at least 16, more than the longest escape.
 
     Raises:
-        ValueError: the string is malformed or contains half of a surrogate pair.
+        BadRecord: the string is malformed or contains half of a surrogate pair.
     """
     content = io.BytesIO()
     start = 0
@@ -73,7 +74,7 @@ def unescape(string: memoryview, block_bytes: int = BLOCK_BYTES) -> bytes:
         try:
             content.write(_STRING.decode(b'"%b"' % bytes(string[start:stop])).encode())
         except msgspec.DecodeError as error:  # msgspec 0.20: not a ValueError
-            raise ValueError(str(error)) from error
+            raise BadRecord(str(error)) from error
         start = stop
     return content.getvalue()
 
@@ -103,11 +104,11 @@ def _parse_slowly(line: bytes) -> dict[str, Any]:
         record = json.loads(decode(line.rstrip()), parse_int=_integer)
     except json.JSONDecodeError as error:
         reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-        raise ValueError(f"malformed JSON ({reason})") from error
+        raise BadRecord(f"malformed JSON ({reason})") from error
     except RecursionError as error:
-        raise ValueError("malformed JSON (nested too deeply)") from error
+        raise BadRecord("malformed JSON (nested too deeply)") from error
     if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+        raise BadRecord(f"expected a JSON object, found {type(record).__name__}")
     return record
 
 

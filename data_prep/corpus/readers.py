@@ -14,6 +14,7 @@ import numpy as np
 from clex_train.utils.errors import InputError, first_line
 from data_prep.config import CorpusConfig
 from data_prep.corpus import hub, json_lines
+from data_prep.corpus.bad_record import BadRecord
 from data_prep.corpus.sources import Piece
 from data_prep.corpus.streams import DamagedStream, open_stream
 from data_prep.corpus.utf8 import Utf8, printable
@@ -42,7 +43,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the records of a piece (`read`) and converts one to a dict or raises `ValueError` (`parse`).
+    """Reads the records of a piece (`read`) and converts one to a dict or raises `BadRecord` (`parse`).
 
     Both get the names of the wanted fields, the text first; other fields are not converted. Texts may stay `Utf8` in
     the dict. `unit` is the word for a record in messages.
@@ -150,11 +151,11 @@ def _parse_row(row: Any, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _python(name: str, column: Any) -> Any:
-    """Return the only value of a column; raise `ValueError` if Python has no type for it (a date before year 1)."""
+    """Return the only value of a column; raise `BadRecord` if Python has no type for it (a date before year 1)."""
     try:
         return column[0].as_py()
     except (OverflowError, ValueError) as error:
-        raise ValueError(f"column {name!r} has a value that cannot be read ({first_line(error)})") from error
+        raise BadRecord(f"column {name!r} has a value that cannot be read ({first_line(error)})") from error
 
 
 def _cell(column: Any) -> bytes:
@@ -224,7 +225,7 @@ def _read_hub(piece: Piece, corpus: CorpusConfig, names: Sequence[str]) -> Itera
         for record in hub.read_part(corpus, piece.start, piece.stop, fields_of(corpus), optional=names):
             number += 1
             yield Raw(number, record, 0)
-    except ValueError as error:
+    except BadRecord as error:
         raise Unreadable(f"{place(piece, number + 1)}: {error}") from error
 
 

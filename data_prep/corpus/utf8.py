@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from data_prep.corpus.bad_record import BadRecord
+
 BLOCK_BYTES = 1 << 20
 
 
@@ -20,7 +22,7 @@ def decode(content: bytes) -> str:
     """Decode UTF-8 strictly.
 
     Raises:
-        ValueError: names the line and the byte that are not UTF-8.
+        BadRecord: names the line and the byte that are not UTF-8.
     """
     # One block: `blocks` adds the position of an invalid byte to the error.
     return "".join(blocks(content, len(content)))
@@ -30,7 +32,7 @@ def blocks(content: bytes, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
     """Yield the text in pieces of at most `block_bytes` of UTF-8 (at least one character each).
 
     Raises:
-        ValueError: while iterating; names the line and the byte that are not UTF-8.
+        BadRecord: while iterating; names the line and the byte that are not UTF-8.
     """
     view = memoryview(content)
     start = 0
@@ -39,7 +41,7 @@ def blocks(content: bytes, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
         try:
             text = str(view[start:stop], "utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(_not_utf8(content, start + error.start)) from error
+            raise BadRecord(_not_utf8(content, start + error.start)) from error
         yield text
         start = stop
 
@@ -61,7 +63,7 @@ def is_blank(content: bytes) -> bool:
     """Return True if a text is only white space; all of it is checked to be UTF-8.
 
     Raises:
-        ValueError: as in `blocks`.
+        BadRecord: as in `blocks`.
     """
     blank = True
     for block in blocks(content):

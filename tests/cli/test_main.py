@@ -9,6 +9,7 @@ import pytest
 
 from clex_train.cli import info, main
 from clex_train.utils import versions
+from clex_train.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,3 +86,9 @@ def test_info_lists_installed_and_missing_packages(monkeypatch) -> None:
 def test_the_documented_shell_completion_has_every_verb() -> None:
     page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     assert f'complete -o default -W "{" ".join(main.VERBS)}" clex-train' in page
+
+
+def test_info_refuses_an_argument_in_one_line(monkeypatch) -> None:
+    monkeypatch.setattr(info.sys, "argv", ["info", "foo"])
+    with pytest.raises(ConfigError, match="argument=foo: clex-train info takes none"):
+        info.main()

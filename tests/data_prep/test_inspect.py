@@ -18,6 +18,7 @@ from clex_train.token_store.manifest import Source
 from clex_train.token_store.shard_files import TokenFile
 from clex_train.token_store.store import TokenStore
 from clex_train.token_store.writer import write_store
+from clex_train.utils.errors import InputError
 from data_prep import inspect, statistics
 from data_prep.config import InspectVerb
 from data_prep.statistics import collect, domain_names
@@ -143,7 +144,7 @@ def test_a_flipped_bit_is_found_first_and_its_file_named(
     content = np.fromfile(store.path / file, np.uint8)
     content[len(content) // 2] ^= 1
     content.tofile(store.path / file)
-    with pytest.raises(ValueError, match=f"{file}: damaged"):
+    with pytest.raises(InputError, match=f"{file}: damaged"):
         inspect.run(InspectVerb(store=str(store.path), verify=True))
     assert capsys.readouterr().out == ""
 
@@ -156,7 +157,7 @@ def test_a_damaged_table_is_named_even_without_verifying_checksums(store: TokenS
     table = np.fromfile(file, DOCUMENT)
     table[field][-1] = value
     table.tofile(file)
-    with pytest.raises(ValueError, match=r"train/00000.documents: damaged"):
+    with pytest.raises(InputError, match=r"train/00000.documents: damaged"):
         inspect.run(InspectVerb(store=str(store.path)))
 
 
