@@ -13,7 +13,7 @@ OLDEST := tests/rope tests/attention tests/lm_infinite tests/engine tests/test_a
 # The mathematics, and rooms whose tests run in this process. Left to `make test`: every model family (test_rotary_families,
 # test_lm_infinite_models), and a Hydra composition for every key (test_bounds).
 FAST := tests/scaling tests/attention tests/data tests/utils tests/helpers tests/config/test_config.py tests/docs/test_site.py \
-	tests/lm_infinite/test_lambda_attention.py tests/lm_infinite/test_block_mask.py tests/lm_infinite/test_cache.py \
+	tests/lm_infinite/test_lambda_attention.py tests/lm_infinite/test_cache.py \
 	tests/lm_infinite/test_middle_tokens.py tests/rope/test_install_rotary.py tests/rope/test_key_cache.py \
 	tests/rope/test_config_checks.py tests/rope/test_hf_scalings.py tests/rope/test_rotary_gradients.py \
 	tests/models/test_official.py tests/models/test_official_field.py

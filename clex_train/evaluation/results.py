@@ -18,7 +18,7 @@ import msgspec
 from clex_train.utils.bootstrap import Difference, paired_difference, standard_errors
 from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import BadFile, make_folder, write_atomically
-from clex_train.utils.records import convert, read_json
+from clex_train.utils.records import Count, convert, read_json
 
 FORMAT = 1
 LARGEST = 2**28
@@ -313,9 +313,18 @@ def _score(row: Mapping[str, Any]) -> Score:
     return convert(fields, Score)
 
 
+@dataclass(frozen=True)
+class _Windows:
+    """Fields of `windows` that tables read."""
+
+    count: Count
+    length: Count
+    documents: list[int] = field(default_factory=list)
+
+
 def _require_windows(rows: Any, windows: Any) -> None:
-    """Raise `ValueError` when the scores do not belong to the windows."""
-    documents = convert(windows.get("documents", []), list[int])
+    """Raise `ValueError` when a field of the windows is missing, or the scores do not belong to them."""
+    documents = convert(windows, _Windows).documents
     lengths = {len(row["window_nll"]) for row in rows}
     # A stream is read in segments, which have no documents.
     if documents and lengths - {len(documents)}:

@@ -24,7 +24,7 @@ from clex_train.evaluation.results import Origin, Results, TaskScore
 from clex_train.evaluation.tables import Row, Table, read_tables, rows_of
 from clex_train.models.directory import TABLE
 from clex_train.scaling.frequency_table import FrequencyTable
-from clex_train.tracking.metrics_log import LONGEST_LINE, parse
+from clex_train.tracking.metrics_log import LONGEST_LINE, MOST_DAMAGED, parse
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, InputError
 from clex_train.utils.files import BadFile, open_regular
@@ -199,13 +199,17 @@ def _tasks(path: Path, result: Results, origin: Origin, prefix: str) -> list[Tas
 
 def _rows(path: Path, folder: Path) -> list[dict[str, Any]]:
     """Read a run's metrics; damaged lines are counted in a warning, except an unfinished last line."""
-    rows, damaged = [], 0
+    rows, damaged, size = [], 0, 0
     with open_regular(path, within=folder) as file:
         for line in iter(lambda: file.readline(LONGEST_LINE), b""):
             if (row := parse(line)) is not None:
                 rows.append(row)
-            else:
-                damaged += line.endswith(b"\n")
+                continue
+            damaged, size = damaged + line.endswith(b"\n"), size + len(line)
+            # Anything may stand under this name, such as a sparse file larger than the disk.
+            if size > MOST_DAMAGED:
+                logger.warning("%s: more than %d MiB of it cannot be read; the rest is left out", path, MOST_DAMAGED >> 20)
+                return rows
     if damaged:
         logger.warning("%s: lines that cannot be read are left out: %d", path, damaged)
     return rows

@@ -20,8 +20,13 @@ logger = log.get(__name__)
 
 LONGEST_LINE = 2**22
 """Largest line that readers accept, in bytes; typical lines have a few hundred, plus up to 24 per row of the batch."""
+MOST_DAMAGED = 2**28
+"""Bytes of unreadable lines beyond which a file is not taken for a log."""
 MOST_STEPS = 2**62
 """Upper bound of a step number; larger ones count as damage."""
+
+REPLACED = "%s; moved to %s, starting a new file"
+"""Warning for a file that is no log."""
 
 Row = dict[str, Any]
 
@@ -96,10 +101,15 @@ def open_to_append(path: Path) -> io.FileIO:
 
 def cut_back(path: Path, step: int, see: Callable[[Row], object]) -> None:
     """Keep the lines up to `step`, move unreadable ones to a file of their own, and call `see` with each kept row."""
-    damaged = later = 0
-    for _, row in _lines(path):
+    damaged = later = size = 0
+    for line, row in _lines(path):
         if row is None:
-            damaged += 1
+            damaged, size = damaged + 1, size + len(line)
+            if size > MOST_DAMAGED:
+                # A sparse file can be larger than the disk, so nothing of it is copied.
+                reason = f"more than {MOST_DAMAGED >> 20} MiB of it cannot be read"
+                logger.warning(REPLACED, f"{path}: {reason}", files.quarantine(path).name)
+                return
         elif row["step"] > step:
             later += 1
         else:
@@ -123,7 +133,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Row | None]]:
     except FileNotFoundError:
         return
     except files.BadFile as error:
-        logger.warning("%s; moved to %s, starting a new file", error, files.quarantine(path).name)
+        logger.warning(REPLACED, error, files.quarantine(path).name)
         return
     with file:
         begins = True

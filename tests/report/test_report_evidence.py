@@ -12,6 +12,7 @@ from clex_train.cli import report as program
 from clex_train.console import program as console
 from clex_train.evaluation import results
 from clex_train.report import evidence, page, write
+from clex_train.utils.errors import InputError
 from tests.report.evaluation_files import ORIGIN, add_to_file, make_run, outcome, relabelled, task_row
 
 
@@ -133,6 +134,24 @@ def test_damaged_training_records_are_omitted_with_a_line_each(runs, tmp_path, m
     ]
     (found,) = evidence.find_runs([run / "evaluation" / "spoilt.json"])
     assert found.column("loss")[1].tolist() == [4.5]
+
+
+def test_a_log_larger_than_the_disk_is_read_up_to_a_bound(tmp_path, caplog) -> None:
+    run = make_run(tmp_path / "run", {"none": [3, 4, 5]}, learned=False)
+    (run / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 4.5}\n')
+    os.truncate(run / "metrics.jsonl", 2**40)
+    assert evidence.collect([run]).runs[0].column("loss")[1].tolist() == [4.5]
+    assert f"{run}/metrics.jsonl: more than 256 MiB of it cannot be read; the rest is left out" in caplog.text
+
+
+@pytest.mark.parametrize("windows", [{}, {"count": 3}, {"count": "3", "length": 64}, {"count": 3, "length": -1}, []])
+def test_an_evaluation_whose_windows_lack_a_field_is_refused_by_its_file(tmp_path, windows) -> None:
+    run = make_run(tmp_path / "run", {"none": [3, 4, 5]}, learned=False)
+    [path] = (run / "evaluation").glob("*.json")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "windows": windows}))
+    with pytest.raises(InputError, match=str(path)):
+        results.read(path)
 
 
 @pytest.mark.usefixtures("_skip_drawing")

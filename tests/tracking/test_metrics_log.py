@@ -50,6 +50,19 @@ def test_an_unreadable_line_is_moved_and_reported_in_one_line(tmp_path, caplog, 
     assert said == f"{path}: unreadable lines moved to metrics.jsonl.damaged: 1"
 
 
+def test_a_file_larger_than_the_disk_is_moved_instead_of_copied(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(LINES))
+    os.truncate(path, 2**40)
+    MetricsLog(path, 6, lambda row: None).close()
+    assert path.read_bytes() == b""
+    assert (tmp_path / "metrics.jsonl.damaged").stat().st_size == 2**40
+    (said,) = [record.message for record in caplog.records]
+    assert said == (
+        f"{path}: more than 256 MiB of it cannot be read; moved to metrics.jsonl.damaged, starting a new file"
+    )
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.damaged"])
 @pytest.mark.parametrize("place", ["pipe", "link", "dangling"])
 def test_a_log_that_is_a_pipe_or_a_link_outside_is_moved_unread(tmp_path, caplog, name, place):
