@@ -208,7 +208,8 @@ def _rows(path: Path, folder: Path) -> list[dict[str, Any]]:
             damaged, size = damaged + line.endswith(b"\n"), size + len(line)
             # Anything may stand under this name, such as a sparse file larger than the disk.
             if size > MOST_DAMAGED:
-                logger.warning("%s: more than %d MiB of it cannot be read; the rest is left out", path, MOST_DAMAGED >> 20)
+                most = MOST_DAMAGED >> 20
+                logger.warning("%s: more than %d MiB of it cannot be read; the rest is left out", path, most)
                 return rows
     if damaged:
         logger.warning("%s: lines that cannot be read are left out: %d", path, damaged)
