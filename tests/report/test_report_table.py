@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clex_train.evaluation import results
-from clex_train.evaluation.results import Results, Score
+from clex_train.evaluation.results import NO_WINDOWS, Results, Score
 from clex_train.evaluation.tables import Row, Table, console, from_results, markdown, read_tables
 from tests.report.evaluation_files import ORIGIN, outcome
 
@@ -42,7 +42,7 @@ def test_a_file_preserves_every_number_and_its_origin(files: dict[str, Path]) ->
 
 
 def test_non_finite_numbers_survive_as_standard_json(tmp_path: Path) -> None:
-    broken = Results([Score("none", "one_shot", 128, "none", 1.0, [math.nan, 1e9], 2, 0.1)], 128, {})
+    broken = Results([Score("none", "one_shot", 128, "none", 1.0, [math.nan, 1e9], 2, 0.1)], 128, NO_WINDOWS)
     results.write(tmp_path / "x.json", broken, ORIGIN)
     content = json.loads((tmp_path / "x.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert content["metrics"] == {"perplexity/none/one_shot/128": None}
@@ -84,7 +84,7 @@ def test_standard_errors_are_next_to_the_numbers_and_in_the_caption() -> None:
 
 def test_many_lengths_and_long_names_still_fit_the_console() -> None:
     scores = [Score("trained", "one_shot", 128 * 2**i, "clex", 2.0**i, [500.0], 100, 1.0) for i in range(14)]
-    windows = {"count": 1, "fingerprint": "f", "documents": [0]}
+    windows = {"count": 1, "length": 128, "fingerprint": "f", "documents": [0]}
     table = from_results(Results(scores, 128, windows), ORIGIN)
     curve = table.curves[0]
     long_named = replace(curve, label="a name " * 20)
@@ -184,7 +184,7 @@ def test_older_files_are_read_and_get_standard_errors(files: dict[str, Path]) ->
 def test_a_file_preserves_standard_errors_and_curves(tmp_path: Path) -> None:
     curve = ((0, 3.5, 4), (1, math.nan, 4))
     score = Score("none", "per_position", 128, "none", 1.0, [300.0, 310.0], 200, 0.1, "f", 0.5, 0.1, "", curve)
-    results.write(tmp_path / "x.json", Results([score], 128, {"fingerprint": "w"}), ORIGIN)
+    results.write(tmp_path / "x.json", Results([score], 128, {**NO_WINDOWS, "fingerprint": "w"}), ORIGIN)
     read = results.read(tmp_path / "x.json")[0].scores[0]
     assert (read.standard_error, read.mean_nll_standard_error, read.fingerprint) == (0.5, 0.1, "f")
     assert read.curve[0] == (0, 3.5, 4)
