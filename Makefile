@@ -11,8 +11,8 @@ OLDEST := tests/rope tests/attention tests/lm_infinite tests/engine tests/test_a
 	tests/data_prep/test_damaged_files.py tests/data_prep/test_readers.py
 
 # The mathematics, and rooms whose tests run in this process. Left to `make test`: every model family (test_rotary_families,
-# test_lm_infinite_models), and a Hydra composition for every key (test_bounds).
-FAST := tests/scaling tests/attention tests/data tests/utils tests/helpers tests/config/test_config.py tests/docs/test_site.py \
+# test_lm_infinite_models), and what composes configurations with Hydra (test_config, test_bounds).
+FAST := tests/scaling tests/attention tests/data tests/utils tests/helpers tests/config/test_suggestions.py tests/docs/test_site.py \
 	tests/lm_infinite/test_lambda_attention.py tests/lm_infinite/test_cache.py \
 	tests/lm_infinite/test_middle_tokens.py tests/rope/test_install_rotary.py tests/rope/test_key_cache.py \
 	tests/rope/test_config_checks.py tests/rope/test_hf_scalings.py tests/rope/test_rotary_gradients.py \
@@ -29,7 +29,7 @@ smoke: environment  ## the same with few steps, about two minutes
 test: .venv/dev  ## the suite without the markers slow, gpu and slurm, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 -rs
 
-test-fast: .venv/dev  ## mathematics, RoPE, attention, LM-Infinite, data, configuration: about two minutes on two cores
+test-fast: .venv/dev  ## mathematics, RoPE, attention, LM-Infinite, data: under two minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rs $(FAST)
 
 test-oldest: .venv-oldest/dev  ## what depends most on transformers and DeepSpeed, on the oldest versions allowed
