@@ -1,7 +1,8 @@
 """Row order of a run: each epoch is a permutation of its own, and epochs follow each other without end.
 
 Row i is a pure function of (rows, seed, i): epoch = i // len, then a computed permutation for that epoch. The only
-state of the data order is one integer, the number of rows consumed.
+state of the data order is one integer, the number of rows consumed: optimizer steps times rows per step. A checkpoint
+records it, and `training.loop` starts reading there.
 """
 
 from __future__ import annotations
