@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clex_train.cli.keys import METHOD_KEYS, LoadingConfig
+from clex_train.cli.keys import METHOD_KEYS, LoadingConfig, with_overrides
 from clex_train.cli.loading import Source, check, locate, run_config
-from clex_train.config.docs import with_overrides
 from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clex_train.config.attention import AttentionImplementation
+from clex_train.config.docs import DOCS, field_docs
 from clex_train.config.engine import Precision
+
+T = TypeVar("T")
 
 METHOD_KEYS = (
     "methods",
@@ -71,3 +74,22 @@ class LoadingConfig:
     def given(self, keys: Sequence[str]) -> dict[str, Any]:
         """Return those of `keys` that the command line sets, with their values."""
         return {key: value for key in keys if (value := getattr(self, key)) is not None}
+
+
+def with_overrides(base: type[T], group: type, keys: Sequence[str], otherwise: str = "") -> type[T]:
+    """Add keys of a config group to the dataclass `base`, each None unless the command line sets it.
+
+    `otherwise` is appended to each description: the meaning of None.
+    """
+    docs, items = field_docs(group), {item.name: item for item in fields(group)}
+    optional = [
+        (
+            key,
+            f"{str(items[key].type).removesuffix(' | None')} | None",
+            field(default=None, metadata=items[key].metadata),
+        )
+        for key in keys
+    ]
+    # Annotations are strings, which type hints look up in the module of the class.
+    namespace = {"__module__": group.__module__, DOCS: {key: f"{docs[key]} {otherwise}" for key in keys}}
+    return make_dataclass(f"{base.__name__}With{group.__name__}", optional, bases=(base,), namespace=namespace)

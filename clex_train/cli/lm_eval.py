@@ -32,11 +32,10 @@ import torch
 
 from clex_train.cli import forecast, loading
 from clex_train.cli.forecast import Amount
-from clex_train.cli.keys import METHOD_KEYS, LoadingConfig
+from clex_train.cli.keys import METHOD_KEYS, LoadingConfig, with_overrides
 from clex_train.cli.load_model import load
 from clex_train.cli.loading import Source
 from clex_train.config.bos import Bos
-from clex_train.config.docs import with_overrides
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import Method
 from clex_train.console import arguments as arguments_of

@@ -2,15 +2,12 @@
 
 import ast
 import inspect
-from collections.abc import Sequence
-from dataclasses import Field, field, fields, is_dataclass, make_dataclass
+from dataclasses import Field, fields, is_dataclass
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any
 
 DOCS = "__field_docs__"
 """Attribute with the descriptions of a class that has no source."""
-
-T = TypeVar("T")
 
 
 def describe(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
@@ -35,25 +32,6 @@ def field_docs(schema: type) -> dict[str, str]:
         if is_dataclass(base):
             docs |= _own_field_docs(base)
     return docs
-
-
-def with_overrides(base: type[T], group: type, keys: Sequence[str], otherwise: str = "") -> type[T]:
-    """Add keys of a config group to the dataclass `base`, each None unless the command line sets it.
-
-    `otherwise` is appended to each description: the meaning of None.
-    """
-    docs, items = field_docs(group), {item.name: item for item in fields(group)}
-    optional = [
-        (
-            key,
-            f"{str(items[key].type).removesuffix(' | None')} | None",
-            field(default=None, metadata=items[key].metadata),
-        )
-        for key in keys
-    ]
-    # Annotations are strings, which type hints look up in the module of the class.
-    namespace = {"__module__": group.__module__, DOCS: {key: f"{docs[key]} {otherwise}" for key in keys}}
-    return make_dataclass(f"{base.__name__}With{group.__name__}", optional, bases=(base,), namespace=namespace)
 
 
 def _own_field_docs(schema: type) -> dict[str, str]:
