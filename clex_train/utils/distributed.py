@@ -25,6 +25,12 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def close() -> None:
+    """Leave the process group, if there is one, and end its threads. It waits for no rank except in a collective."""
+    if is_initialized():
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     """Return the global rank; before the group is open, from the launcher's environment."""
     return dist.get_rank() if is_initialized() else ranks.rank_and_world_size()[0]
