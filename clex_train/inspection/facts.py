@@ -71,8 +71,8 @@ class Facts:
 
     @property
     def is_scaled(self) -> bool:
-        """True if the frequencies or the magnitude of some layers are not plain RoPE's."""
-        return any(rope.is_scaled for rope in self.ropes)
+        """True if the frequencies or the magnitude of some layers are not plain RoPE's, at some length."""
+        return any(rope.is_scaled or rope.follows_length for rope in self.ropes)
 
     def of_type(self, *rope_types: str) -> list[dict[str, Any]]:
         """Return the parameter sets of some rope types."""

@@ -66,7 +66,7 @@ class LayerRope:
 
     @property
     def is_scaled(self) -> bool:
-        """True if frequencies or magnitude differ from plain RoPE's."""
+        """True if frequencies or magnitude differ from plain RoPE's, at this length."""
         plain = self.plain
         is_plain = plain is not None and bool(torch.allclose(self.inv_freq, plain, rtol=SAME, atol=0))
         return not is_plain or self.attention_factor != 1
