@@ -38,7 +38,7 @@ def inspect(model: ModelConfig, length: int | None = None) -> Reading:
         ConfigError: config.json cannot be read, the model has no RoPE or cannot be built, or a CLEX table does not
             reach `length`.
     """
-    base = architecture.to_read(model)
+    base = _base_config(model)
     config = _stock_config(model, base)
     text: Any = config.get_text_config()
     table = _table(model, base)
@@ -68,6 +68,22 @@ def inspect(model: ModelConfig, length: int | None = None) -> Reading:
         field=field,
         verdicts=tuple(engine(facts) for engine in ENGINES),
     )
+
+
+def _base_config(model: ModelConfig) -> PretrainedConfig:
+    """Read the config that this project starts from, in its own words where code of the model's own is needed."""
+    try:
+        return architecture.to_read(model)
+    except InputError:
+        own = _raw(model, "config.json").get("auto_map")
+        code = str(own.get("AutoConfig")).partition(".")[0] if isinstance(own, dict) else None
+        require(
+            code is None or model.trust_remote_code,
+            "trust_remote_code",
+            "false",
+            f"{model.path} has code of its own ({code}.py) that reads its config; read it, and set it to true",
+        )
+        raise
 
 
 def _stock_config(model: ModelConfig, base: PretrainedConfig) -> PretrainedConfig:

@@ -119,11 +119,11 @@ REMOTE: dict[str, Any] = {
     [
         (None, [], "model=DIR: no readable config.json"),
         ({"model_type": "of_no_program"}, [], "model=DIR: no readable config.json"),
-        (REMOTE, [], "trust_remote_code"),
+        (REMOTE, [], "trust_remote_code=false: DIR has code of its own (configuration_own.py)"),
         ({"model_type": "gpt2", "hidden_size": 64, "n_head": 4}, [], "no rotary position embedding"),
         ({"rope_parameters": scaled("linear", factor="four")}, [], "factor='four'"),
         ({"rope_parameters": scaled("of_no_program")}, [], "rope_type='of_no_program'"),
-        ({"num_attention_heads": 0}, [], "model_type=llama"),
+        ({"num_attention_heads": 0}, [], "model=DIR: no readable config.json"),
         ({}, ["length=1"], "length=1: a number of tokens from 2"),
         ({}, ["length=many"], "length"),
         ({}, ["run=DIR"], "name either model=DIR or run=FOLDER"),
