@@ -64,7 +64,9 @@ def _line(label: str, inv_freq: Tensor, learned: bool) -> Line:
 
 
 def _name(reading: Reading) -> str:
-    return reading.name.rstrip("/").rpartition("/")[2]
+    # Every run ends in `final/`, so the run's own folder tells two of them apart.
+    parts = reading.name.rstrip("/").split("/")
+    return "/".join(parts[-2:] if parts[-1] == "final" else parts[-1:])
 
 
 def _mark(axes: Axes, length: int, name: str) -> None:
