@@ -35,6 +35,7 @@ VERBS = {
     "train": Verb("clex_train.train", "train or fine-tune a model"),
     "evaluate": Verb("clex_train.cli.evaluate", "perplexity and retrieval against context length"),
     "export": Verb("clex_train.cli.export", "write a trained model in another program's layout"),
+    "rope": Verb("clex_train.cli.rope", "RoPE frequencies that a saved model loads, and what engines make of them"),
     "report": Verb("clex_train.cli.report", "one page of tables and figures from evaluations"),
     "lm-eval": Verb("clex_train.cli.lm_eval", "LongBench, RULER and other tasks of lm-eval (needs clex-train[eval])"),
     "prepare": Verb("data_prep", "tokenizers, token stores, evaluation sets, decontamination"),

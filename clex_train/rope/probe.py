@@ -58,7 +58,7 @@ class Traits:
 
 def find_rotary(model: nn.Module) -> Site:
     """Find the model's one rotary module; `ConfigError` for none or several, `ValueError` if it is replaced already."""
-    sites = list(_sites(model))
+    sites = list(rotary_sites(model))
     config: Any = getattr(model, "config", None)
     if any(isinstance(module, ScaledRotary) for module in model.modules()):
         raise ValueError("install_rotary: already applied to this model; undo() the earlier handle")
@@ -190,7 +190,7 @@ def spectrum_at_length(module: nn.Module, traits: Traits, num_tokens: int, t: fl
     Raises:
         ConfigError: the module's cos does not match its own frequencies.
     """
-    fresh = _rebuild(module)
+    fresh = rebuild(module)
     # The module reads the length from the largest position; position 1 shows the frequencies themselves.
     arguments = (torch.zeros(1, 2, 1), torch.tensor([[1, num_tokens - 1]]))
     cos, _ = fresh(*arguments) if traits.scaled is None else fresh(*arguments, traits.scaled)
@@ -210,8 +210,8 @@ def spectrum_at_length(module: nn.Module, traits: Traits, num_tokens: int, t: fl
 def probe(module: nn.Module, config: Any) -> Traits:
     """Probe the rotary module; `ConfigError` names a model type whose RoPE cannot be scaled."""
     kind = getattr(config, "model_type", type(module).__name__)
-    fresh = _rebuild(module)
-    types = _layer_types(fresh)
+    fresh = rebuild(module)
+    types = rotary_layer_types(fresh)
     scaled = _scaled_type(types, kind)
     base = {layer_type: _spectrum(module, fresh, layer_type) for layer_type in types}
     cos, casts = _try_forward(fresh, scaled, kind)
@@ -219,7 +219,8 @@ def probe(module: nn.Module, config: Any) -> Traits:
     return Traits(base, scaled, expansion, _layout(fresh, config, base[scaled], expansion), casts)
 
 
-def _sites(model: nn.Module) -> Iterator[Site]:
+def rotary_sites(model: nn.Module) -> Iterator[Site]:
+    """Yield every rotary module of a model; `find_rotary` wants exactly one."""
     for parent in model.modules():
         for name, child in parent.named_children():
             if _is_rotary(child):
@@ -247,7 +248,7 @@ def _describe_positions(model: nn.Module) -> str:
     return "no module maps position_ids to cos and sin"
 
 
-def _rebuild(module: nn.Module) -> nn.Module:
+def rebuild(module: nn.Module) -> nn.Module:
     """Rebuild the module from its config on the CPU, with real data in full precision however the model was loaded."""
     config = getattr(module, "config", None)
     if config is None:
@@ -256,7 +257,8 @@ def _rebuild(module: nn.Module) -> nn.Module:
         return type(module)(config)
 
 
-def _layer_types(module: nn.Module) -> list[LayerType]:
+def rotary_layer_types(module: nn.Module) -> list[LayerType]:
+    """List the layer types with frequencies of their own; [None] for a single RoPE."""
     buffers = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
     if "inv_freq" in buffers:
         return [None]
