@@ -4,6 +4,7 @@ This is the only place that writes DeepSpeed's configuration dictionary. The lea
 step and is set before each one, so a checkpoint needs no scheduler state.
 """
 
+import atexit
 import math
 import os
 from datetime import timedelta
@@ -40,6 +41,10 @@ def open_process_group(engine: EngineConfig) -> None:
         torch.cuda.set_device(distributed.device())
         # DeepSpeed takes its device from LOCAL_RANK, which is not 0 for a task bound to a single visible GPU.
         os.environ["LOCAL_RANK"] = str(distributed.device().index)
+    # Now that the environment is complete, which its import reads, and before the group is open: functions defined
+    # later have the group as a default argument, which keeps it alive after `distributed.close`.
+    import deepspeed
+
     if "RANK" not in os.environ:
         _open_alone(backend, timeout)
     elif rendezvous.may_choose_port():
@@ -47,11 +52,10 @@ def open_process_group(engine: EngineConfig) -> None:
     else:
         ranks.require_rendezvous()
         rendezvous.require_free_port()
-    # After the environment is complete: importing deepspeed reads it.
-    import deepspeed
-
     if not on_gpu:
         _leave_collectives_to_gloo()
+        # While Python shuts down, a thread of gloo that frees the tensors of a collective ends the process by SIGABRT.
+        atexit.register(distributed.close)
     deepspeed.init_distributed(backend, timeout=timeout, verbose=False, auto_mpi_discovery=False)
 
 

@@ -1,7 +1,12 @@
-"""Open a process group and exchange the ports of all ranks; nothing else."""
+"""Open a process group and exchange the ports of all ranks.
+
+The program ends while collectives are still running, as training may: its exit code must be 0 all the same.
+"""
 
 import os
 import sys
+
+import torch
 
 from clex_train.config.engine import EngineConfig
 from clex_train.console import program
@@ -15,6 +20,8 @@ def main() -> None:
     ports = distributed.gather_objects(os.environ["MASTER_PORT"])
     if distributed.is_main():
         print("met", *ports, flush=True)
+    for _ in range(200):
+        torch.distributed.all_reduce(torch.ones(20), async_op=True)
 
 
 if __name__ == "__main__":
