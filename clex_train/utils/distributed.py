@@ -4,6 +4,8 @@ The engine (DeepSpeed) opens the process group. Without one, every function acts
 """
 
 import os
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, TypeVar
@@ -17,6 +19,8 @@ from clex_train.utils.errors import RunStopped, first_line, require
 
 T = TypeVar("T")
 
+GRACE = 0.1
+"""Seconds between the end of a process group that something still holds and the end of the interpreter."""
 MAKE_ROOM = "everything saved so far is intact; make room and run the same command again"
 
 
@@ -27,8 +31,13 @@ def is_initialized() -> bool:
 
 def close() -> None:
     """Leave the process group, if there is one, and end its threads. It waits for no rank except in a collective."""
-    if is_initialized():
-        dist.destroy_process_group()
+    if not is_initialized():
+        return
+    group = weakref.ref(dist.group.WORLD)
+    dist.destroy_process_group()
+    if group() is not None:
+        # The parameters of a DeepSpeed engine still hold it. Give its threads the time to free what they have finished.
+        time.sleep(GRACE)
 
 
 def rank() -> int:
