@@ -1,15 +1,20 @@
-"""Write a trained model in another program's layout.
+"""Write a trained model for other programs.
 
+    python -m clex_train.cli.export run=runs/mine format=huggingface t=4 output=exports/mine_t4
+    python -m clex_train.cli.export run=runs/mine format=huggingface length=65536 output=exports/mine_64k
+    python -m clex_train.cli.export model=path/to/final format=vllm 't=[4,16]' log_scale=off output=exports/mine
     python -m clex_train.cli.export run=runs/llama2_7b_clex format=official output=exports/llama2_7b_clex
-    python -m clex_train.cli.export model=path/to/final format=official output=exports/my_model
 
-`official` is the layout of the original CLEX code (DAMO-NLP-SG/CLEX). Needs no GPU, only memory for the weights.
-`--help` lists every key.
+`huggingface` is the model at one t, for plain transformers; `vllm` the same with overrides for several t and the
+command line; `sglang` the same for the families that SGLang scales; `official` the layout of the original CLEX code
+(DAMO-NLP-SG/CLEX). Needs no GPU. `--help` lists every key.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,18 +26,48 @@ if __name__ == "__main__":
     stop_requests.end_on_signals()
 
 from clex_train.cli import loading
+from clex_train.config import saved_config
 from clex_train.config.model import ModelConfig
 from clex_train.config.scaling import LogScale
 from clex_train.console import arguments, program
+from clex_train.evaluation import results
+from clex_train.export import huggingface, serving
+from clex_train.export.factors import FixedRope, Source, rope_at
+from clex_train.export.model_card import Measured
 from clex_train.export.official import require_known, write_official
+from clex_train.export.source import read_source
 from clex_train.models import architecture, directory, load
+from clex_train.report import evidence
 from clex_train.utils import files, log
-from clex_train.utils.errors import require
+from clex_train.utils.bounds import MOST_TOKENS
+from clex_train.utils.errors import ConfigError, InputError, require, require_at_most
+
+logger = log.get(__name__)
 
 
 class Format(Enum):
-    """Layouts of another program that a model can be written in."""
+    """Programs that a model can be written for."""
 
+    huggingface = "huggingface"
+    vllm = "vllm"
+    sglang = "sglang"
+    official = "official"
+
+
+class Weights(Enum):
+    """How weights that do not change get into the export."""
+
+    link = "link"
+    copy = "copy"
+
+
+class Scaling(Enum):
+    """Values of `log_scale`: those of every format."""
+
+    folded = "folded"
+    off = "off"
+    eval = "eval"
+    always = "always"
     official = "official"
 
 
@@ -45,23 +80,38 @@ class ExportConfig:
     model: str | None = None
     """Model directory instead of a run: the `final/` of a run, or one in the official layout."""
     format: Format = Format.official
-    """`official`: what the original CLEX code reads."""
+    """`huggingface`: transformers, at one t. `vllm`, `sglang`: the same, for these servers. `official`: what the
+    original CLEX code reads."""
     output: str | None = None
     """Directory to write; it must not exist yet."""
-    log_scale: LogScale | None = None
-    """What the exported config says, `off` or `official`; by default the policy the model was trained with."""
+    t: str | None = None
+    """Scale factor in [1, t_max]: the export serves t * L tokens. `vllm` takes several, as [4,16]: the directory states
+    the largest, and one override a t goes beside it. A model of a formula has one t, and needs no key."""
+    length: int | None = None
+    """Context in tokens instead of `t`: the least t of the frequency table that the run uses for it."""
+    log_scale: Scaling | None = None
+    """`folded`: the constant of t * L tokens goes into the queries, the default if the run has a policy; `off`: leave
+    it out. With format=official what its config says, `off` or `official`, by default the run's policy."""
+    weights: Weights = Weights.link
+    """`link`: link the weight files where they do not change (hard, else symbolic); `copy`: copy them."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model."""
 
 
 def main() -> None:
     """Export what the command line names; whatever can be refused is refused before weights are read."""
     asked = arguments.parse(ExportConfig, sys.argv[1:])
     source = _source(asked)
-    _require_known(asked.log_scale, source)
     output = Path(asked.output)
-    print(log.printable(f"export {source} as {asked.format.value} to {output}"), file=sys.stderr, flush=True)
-    loaded = load.load_for_evaluation(ModelConfig(path=str(source)), dtype="auto")
-    write_official(output, loaded, asked.log_scale)
-    print(f"written to {output}")
+    # One writer a format; each checks, says what is ahead, and writes.
+    writers: dict[Format, Callable[[ExportConfig, Path, Path], None]] = {
+        Format.huggingface: _huggingface,
+        Format.vllm: _vllm,
+        Format.sglang: _sglang,
+        Format.official: _official,
+    }
+    with arguments.named_as_typed(asked):
+        writers[asked.format](asked, source, output)
 
 
 def usage() -> str:
@@ -69,29 +119,183 @@ def usage() -> str:
     return arguments.usage(__doc__, ExportConfig)
 
 
+def _huggingface(asked: ExportConfig, directory: Path, output: Path) -> None:
+    source = _records(asked, directory)
+    (t,) = _scale_factors(asked, source)
+    planned = _plan(asked, source, directory, t)
+    _say(asked, directory, output)
+    huggingface.write(planned, output, _measured(asked))
+    print(f"written to {output}: t = {t:g}, up to {planned.rope.served_len:,} tokens")
+    print(serving.sglang_line(source.arch.model_type))
+
+
+def _sglang(asked: ExportConfig, directory: Path, output: Path) -> None:
+    source = _records(asked, directory)
+    serving.require_sglang(source.arch.model_type)
+    _huggingface(asked, directory, output)
+
+
+def _vllm(asked: ExportConfig, directory: Path, output: Path) -> None:
+    source = _records(asked, directory)
+    factors = _scale_factors(asked, source, many=True)
+    ropes: list[FixedRope] = [rope_at(source, t) for t in factors]
+    serving.require_vllm(ropes[0], source.arch.model_type)
+    require(
+        len(factors) == 1 or not _folds(asked, source),
+        "t",
+        asked.t,
+        f"one set of weights, and log_scale={source.log_scale.name} of the run is another constant in them for each t; "
+        "use log_scale=off, or one t",
+    )
+    planned = _plan(asked, source, directory, factors[-1])
+    _say(asked, directory, output)
+    huggingface.write(planned, output, _measured(asked), ropes)
+    print(f"written to {output}\n\n{serving.length_table(source, ropes)}\n")
+    print("\n".join(serving.vllm_command(output, rope) for rope in ropes))
+    print(f"\n{serving.sglang_line(source.arch.model_type)}")
+
+
+def _official(asked: ExportConfig, directory: Path, output: Path) -> None:
+    for key in ("t", "length"):
+        require(
+            getattr(asked, key) is None,
+            key,
+            getattr(asked, key),
+            "the official layout has the whole field; name format=huggingface or another for one t",
+        )
+    policy = _official_policy(asked, directory)
+    _say(asked, directory, output)
+    loaded = load.load_for_evaluation(ModelConfig(path=str(directory)), dtype="auto")
+    write_official(output, loaded, policy)
+    print(f"written to {output}")
+
+
+def _say(asked: ExportConfig, source: Path, output: Path) -> None:
+    print(log.printable(f"export {source} as {asked.format.value} to {output}"), file=sys.stderr, flush=True)
+
+
 def _source(asked: ExportConfig) -> Path:
     """Return the model directory that is asked for; `ValueError` names the key that is missing or wrong."""
     require((asked.run is None) != (asked.model is None), "run", asked.run, "name either run=FOLDER or model=DIR")
     require(bool(asked.output), "output", asked.output or None, "name the directory to write, output=DIR")
+    require_at_most(asked, "", {"length": MOST_TOKENS})
     output = Path(str(asked.output))
     files.require_writable_folder("output", output, output.parent, files.SAVING + output.name)
     require(not output.exists(), "output", asked.output, "exists already; name another directory")
     if asked.model is not None:
-        require(architecture.has_field(asked.model), "model", asked.model, "no directory with a CLEX field in it")
-        return Path(asked.model)
-    final = Path(str(asked.run)) / "final"
+        _require_field(asked, asked.model, "model", asked.model, "no directory with a CLEX field in it")
+        _require_no_mask(asked, Path(asked.model).resolve().parent)
+        return huggingface.require_directory("model", asked.model)
+    final = Path(str(asked.run)) / saved_config.FINAL
     require(final.is_dir(), "run", asked.run, "no final/ in it; give the output_dir of a finished training run")
     loading.require_whole(Path(str(asked.run)))
-    require(architecture.has_field(str(final)), "run", asked.run, "was trained without CLEX: it has nothing to export")
+    _require_field(asked, str(final), "run", asked.run, "was trained without CLEX: it has nothing to export")
+    _require_no_mask(asked, Path(str(asked.run)))
     return final
 
 
-def _require_known(asked: LogScale | None, source: Path) -> None:
-    """Refuse a policy that the format does not know: `asked`, or the one that the model was trained with."""
-    if asked is not None:
-        require_known(asked)
-    elif directory.has_clex(source):
+def _require_field(asked: ExportConfig, path: str, key: str, value: str | None, remedy: str) -> None:
+    """Refuse a model without a field in the official layout; the others can state the RoPE of a formula."""
+    require(asked.format is not Format.official or architecture.has_field(path), key, value, remedy)
+
+
+def _require_no_mask(asked: ExportConfig, run: Path) -> None:
+    """Refuse a run with LM-Infinite, whose mask is in no engine."""
+    if not (run / saved_config.CONFIG).is_file() or not (run / saved_config.FINAL).is_dir():
+        return
+    require(
+        not saved_config.read(run / saved_config.CONFIG).attention.lambda_mask,
+        "run" if asked.run else "model",
+        asked.run or asked.model,
+        "trained with LM-Infinite: no engine has its distance cap and its rolling window beside the first tokens; "
+        "clex_train alone serves it (docs/lm_infinite.md)",
+    )
+
+
+def _records(asked: ExportConfig, directory: Path) -> Source:
+    return read_source(ModelConfig(path=str(directory), trust_remote_code=asked.trust_remote_code))
+
+
+def _scale_factors(asked: ExportConfig, source: Source, many: bool = False) -> list[float]:
+    """Return the scale factors that are asked for, ascending; `ConfigError` for none, or several without `many`."""
+    require(asked.t is None or asked.length is None, "length", asked.length, f"give it or t={asked.t}, not both")
+    if asked.length is not None:
+        return [source.t_for(asked.length)]
+    if asked.t is None:
+        require(source.table is None and source.handle.own is None, "t", None, _wanted(source))
+        return [source.t_max]
+    factors = sorted({_number(text) for text in asked.t.strip().removeprefix("[").removesuffix("]").split(",")})
+    require(many or len(factors) == 1, "t", asked.t, "one scale factor; format=vllm takes several")
+    return factors
+
+
+def _wanted(source: Source) -> str:
+    return (
+        f"name the scale factor, from 1 to {source.t_max:g}, t=4 for 4 * {source.context_len:,} tokens; or the context "
+        "by length=N"
+    )
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    require(math.isfinite(value), "t", text.strip() or "''", "a number from 1 to t_max, or several as [4,16]")
+    return value
+
+
+def _folds(asked: ExportConfig, source: Source) -> bool:
+    """Return True if log-scaling is folded; `ConfigError` for a policy, which only the official layout has."""
+    allowed = (None, Scaling.folded, Scaling.off)
+    require(
+        asked.log_scale in allowed,
+        "log_scale",
+        asked.log_scale.name if asked.log_scale else None,
+        "an engine cannot follow the length; `folded` puts the constant of t * L tokens into the weights, `off` leaves "
+        "it out",
+    )
+    if asked.log_scale is Scaling.off and source.log_scale is not LogScale.off:
+        logger.warning("log_scale=off: the run has log_scale=%s, which this export lacks", source.log_scale.name)
+    return asked.log_scale is not Scaling.off and source.log_scale is not LogScale.off
+
+
+def _plan(asked: ExportConfig, source: Source, directory: Path, t: float) -> huggingface.Plan:
+    link = asked.weights is Weights.link
+    return huggingface.plan(source, directory, t, _folds(asked, source), link, asked.trust_remote_code)
+
+
+def _official_policy(asked: ExportConfig, source: Path) -> LogScale | None:
+    """Return the policy of the official layout; refuse one that it does not know, asked for or of the run."""
+    if asked.log_scale is not None:
+        require(asked.log_scale is not Scaling.folded, "log_scale", "folded", "the official layout knows policies only")
+        policy = LogScale(asked.log_scale.value)
+        require_known(policy)
+        return policy
+    if directory.has_clex(source):
         require_known(LogScale(directory.read_record(source).log_scale))
+    return None
+
+
+def _measured(asked: ExportConfig) -> list[Measured]:
+    """Return the perplexities of the run by length, of its newest evaluation and the others of the same weights."""
+    if asked.run is None:
+        return []
+    try:
+        paths = evidence.find_evaluations(Path(asked.run))
+    except ConfigError:
+        # A run may have none; the card says so.
+        return []
+    found: dict[tuple[str, int], Measured] = {}
+    for path in paths:
+        try:
+            scores = results.read(path)[0].scores
+        except InputError as error:
+            logger.warning("left out of the model card: %s", error)
+            continue
+        own = [each for each in scores if each.method == "trained" and each.protocol != "per_position"]
+        found |= {(s.protocol, s.length): Measured(s.length, s.t, s.protocol, s.perplexity) for s in own}
+    return list(found.values())
 
 
 if __name__ == "__main__":
