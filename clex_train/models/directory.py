@@ -144,7 +144,11 @@ def restored_facts(directory: Path) -> dict[str, Any] | None:
 def with_base_rope(directory: Path, config: PretrainedConfig) -> PretrainedConfig:
     """Return the base's config where config.json of a CLEX directory states the RoPE of one t, else `config` itself."""
     values = read_record(directory).base_rope if has_clex(directory) else None
-    return config if values is None else set_rope(config, values)
+    try:
+        return config if values is None else set_rope(config, values)
+    except Exception as error:  # configs of transformers check the types of their fields in ways of their own
+        reason = f"`base_rope` does not fit config.json ({first_line(error)}); copy the model directory again"
+        raise ConfigError(directory / CLEX_JSON, None, reason) from error
 
 
 def read_record(directory: Path) -> ClexRecord:
