@@ -1,4 +1,4 @@
-"""`final/` states the model at t_max to every other program or makes it refuse; the product starts from the base's RoPE."""
+"""`final/` states the model at t_max to other programs or makes them refuse; ours starts from the RoPE of the base."""
 
 import json
 import shutil
