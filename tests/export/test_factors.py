@@ -31,6 +31,8 @@ def source_of(family: str, t_max: float = 4.0, t_factor: float = 1.0, **settings
     handle = native_handle_on_meta(arch, CONTEXT)
     field = Clex(handle.base_inv_freq, t_max=t_max)
     torch.nn.init.normal_(field.down, std=0.1, generator=torch.Generator().manual_seed(1))
+    # As training ends: with the solver's steps fitted to the field.
+    field.refine()
     table = field.table(scale_grid(t_max))
     object.__setattr__(table, "t_factor", t_factor)
     return Source(arch, handle, CONTEXT, field, table)
@@ -63,7 +65,7 @@ def test_t_between_the_points_of_the_table_is_solved() -> None:
     source = source_of("llama")
     expected = source.clex.inv_freq(2.5)
     found = source.spectrum_at(2.5).inv_freq
-    assert torch.allclose(found, expected, rtol=1e-6, atol=0)
+    assert torch.allclose(found, expected, rtol=5e-6, atol=0)
 
 
 @pytest.mark.parametrize(("t_factor", "length", "t"), [(1.0, 33, 3.0), (2.0, 33, 4.0), (2.0, 24, 3.0), (2.0, 64, 4.0)])
