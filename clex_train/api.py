@@ -8,6 +8,7 @@
 See docs/library.md for a guide; `rope.patch` does the work.
 """
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from clex_train.models import official
 from clex_train.models.load import load_for_evaluation
 from clex_train.rope.context_length import context_in_config
 from clex_train.rope.patch import RotaryHandle, install_rotary
+from clex_train.rope.probe import find_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.utils.errors import ConfigError
+from clex_train.utils.records import read_json
 
 __all__ = ["AppliedClex", "apply_clex", "apply_lm_infinite", "load_for_evaluation"]
 
@@ -45,6 +48,8 @@ class AppliedClex:
     """ODE behind the table, for training; None when a bare table was given."""
     log_scaling: LogScaling
     clamp: bool = False
+    restore: Callable[[], None] = lambda: None
+    """Puts back the rotary module of one t, for a model that plain transformers loaded from a `final/`."""
 
     def pinned(self, t: float) -> AbstractContextManager[None]:
         """Use theta(t) for every call in the context; `ValueError` for a t off the table's grid."""
@@ -65,6 +70,7 @@ class AppliedClex:
         # Before the handle, whose `undo` drops its listeners.
         self.log_scaling.undo()
         self.handle.undo()
+        self.restore()
 
 
 def apply_clex(
@@ -93,8 +99,14 @@ def apply_clex(
         ValueError: the model is patched already, or `log_scale` is unknown. Either way the model stays unchanged.
     """
     length = context_len or _recorded_context(source) or _own_context(model)
-    # Install first: the handle knows the model's own frequencies, which the source is checked against.
-    handle = install_rotary(model, length)
+    # A `final/` states the RoPE of one t to others; the field starts from that of its base.
+    restore = _use_base_rope(model, source)
+    try:
+        # Install first: the handle knows the model's own frequencies, which the source is checked against.
+        handle = install_rotary(model, length)
+    except Exception:
+        restore()
+        raise
     try:
         handle.require_scalable()
         # Everything below may refuse the source, and the model must then be as before.
@@ -104,8 +116,38 @@ def apply_clex(
         scaling = install_log_scaling(model, log_scale or policy, length, handle.on_length)
     except Exception:
         handle.undo()
+        restore()
         raise
-    return AppliedClex(handle, table, field, scaling, clamp)
+    return AppliedClex(handle, table, field, scaling, clamp, restore)
+
+
+def _use_base_rope(model: nn.Module, source: Source | None) -> Callable[[], None]:
+    """Build the rotary module of the base in a model that has the RoPE stated by `source`; return what undoes it."""
+    if not isinstance(source, str | Path) or not _states_rope_of(Path(source), model.config):
+        return lambda: None
+    site = find_rotary(model)
+    config: Any = site.module.config
+    base = type(site.module)(model_directory.with_base_rope(Path(source), config))
+    # Frequencies are a buffer, which lives with the model; ours are copied from it in float64.
+    setattr(site.parent, site.name, base)
+    return lambda: setattr(site.parent, site.name, site.module)
+
+
+def _states_rope_of(directory: Path, config: Any) -> bool:
+    """Tell whether a model's config has the RoPE of one t that config.json of a CLEX directory states."""
+    if not model_directory.has_clex(directory) or model_directory.read_record(directory).stated_t is None:
+        return False
+    own = _factor_lists(model_directory.rope_of(config))
+    facts = read_json(directory / "config.json")
+    # At the top, or in the part of the text model.
+    return bool(own) and any(_factor_lists(each) == own for each in (facts, *facts.values()) if isinstance(each, dict))
+
+
+def _factor_lists(facts: Mapping[str, Any]) -> list[list[float]]:
+    """Return the factors of every layer type in `rope_parameters`."""
+    parameters = facts.get("rope_parameters") or {}
+    every = (parameters, *parameters.values())
+    return [each["short_factor"] for each in every if isinstance(each, dict) and "short_factor" in each]
 
 
 def _read(source: Source | None, handle: RotaryHandle, t_max: float) -> tuple[Clex | None, FrequencyTable, str]:

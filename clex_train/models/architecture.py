@@ -7,9 +7,11 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from clex_train.config.model import Init, ModelConfig
 from clex_train.models import directory as model_directory
@@ -43,6 +45,8 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
     try:
         if official.is_official(Path(path)):
             config = official.read_official_config(Path(path))
+        elif (facts := model_directory.restored_facts(Path(path))) is not None:
+            config = _from_facts(facts, path, model.trust_remote_code)
         else:
             options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
             config = AutoConfig.from_pretrained(path, **options, **hub.options(path))
@@ -54,8 +58,20 @@ def to_read(model: ModelConfig) -> PretrainedConfig:
         path,
         "a checkpoint of the original CLEX code: download it (`hf download`) and give its directory",
     )
+    config = model_directory.with_base_rope(Path(path), config)
     # transformers accepts configs, such as zero heads, that fail much later inside the model.
     config_checks.require_valid_rope(config, f"{key}={path}", model.trust_remote_code)
+    return config
+
+
+def _from_facts(facts: dict[str, Any], path: str, trust_remote_code: bool) -> PretrainedConfig:
+    """Build the config of `AutoConfig.from_pretrained` from the contents of its file."""
+    class_name = facts.get("auto_map", {}).get("AutoConfig")
+    if class_name is not None and trust_remote_code:
+        config: PretrainedConfig = get_class_from_dynamic_module(class_name, path)(**facts)
+    else:
+        config = AutoConfig.for_model(**facts)
+    config.name_or_path = path
     return config
 
 

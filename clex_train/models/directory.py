@@ -1,19 +1,22 @@
 """Layout of a CLEX model on disk: a stock Hugging Face directory plus three files.
 
-config.json, model*.safetensors, tokenizer files    readable by any Hugging Face program (with plain RoPE)
-clex.json                                           L, t_max and the shape and quirks of the vector field
+config.json, model*.safetensors, tokenizer files    the model at one t for any Hugging Face program (`export.final`)
+clex.json                                           L, t_max, shape and quirks of the field, RoPE of the base's config
 clex.safetensors                                    the state of `scaling.clex.Clex`: weights, start, solver grid
 frequencies.safetensors                             the table theta(t) that training, evaluation and export share
 """
 
+import copy
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
 from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig
 
 from clex_train.config.scaling import LogScale
 from clex_train.models.weight_files import WEIGHT_FILES
@@ -24,9 +27,15 @@ from clex_train.utils import records
 from clex_train.utils.bounds import MOST_TOKENS
 from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import BadFile, require_regular
+from clex_train.utils.records import read_json
 
 CLEX_JSON, CLEX_TENSORS, TABLE = "clex.json", "clex.safetensors", "frequencies.safetensors"
-FORMAT = 1
+FORMAT = 2
+"""Since 2, config.json states the RoPE of one t, and clex.json keeps the base model's."""
+ROPE_KEYS = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings")
+"""Keys of config.json that differ between the base model and the model at one t."""
+UNSTATED_PREFIX = "clex_"
+"""Put before the family in a config.json that states no t."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,13 @@ class ClexRecord:
     """Relative error of the ODE solver."""
     log_scale: str
     """A value of `LogScale`."""
-    format: int = FORMAT
+    format: int = 1
+    base_rope: dict[str, Any] | None = None
+    """Values of `ROPE_KEYS` in the base model's config.json; None in format 1, whose config.json still has them."""
+    stated_t: float | None = None
+    """Scale factor of the RoPE in config.json; None if it states none (the reason is in `unstated`)."""
+    unstated: str | None = None
+    """Reason why no config.json expresses the model, which plain transformers then refuses to build."""
 
 
 def has_clex(directory: Path) -> bool:
@@ -58,9 +73,17 @@ def has_weights(directory: Path | str) -> bool:
 
 
 def write_clex(
-    directory: Path, clex: Clex, table: FrequencyTable, context_len: int, log_scale: LogScale = LogScale.off
+    directory: Path,
+    clex: Clex,
+    table: FrequencyTable,
+    context_len: int,
+    log_scale: LogScale = LogScale.off,
+    stated: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the three CLEX files into a model directory."""
+    """Write the three CLEX files into a model directory.
+
+    `stated` has `base_rope`, `stated_t` and `unstated` of the record; None for a config.json with the base's RoPE.
+    """
     # The record describes the field itself, not the configuration: a continued field keeps its own shape and quirks.
     num_pairs, hidden = clex.up.shape
     record = ClexRecord(
@@ -71,10 +94,61 @@ def write_clex(
         official_ntk_base=clex.official_ntk_base,
         tolerance=clex.tolerance,
         log_scale=log_scale.value,
+        format=1 if stated is None else FORMAT,
+        **(stated or {}),
     )
     (directory / CLEX_JSON).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
     save_file(clex.state_dict(), directory / CLEX_TENSORS)
     table.save(directory / TABLE)
+
+
+def rope_of(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the values of `ROPE_KEYS` that a config has."""
+    text = config.get_text_config()
+    return {key: copy.deepcopy(getattr(text, key)) for key in ROPE_KEYS if hasattr(text, key)}
+
+
+def set_rope(config: PretrainedConfig, values: Mapping[str, Any]) -> PretrainedConfig:
+    """Return a copy of a config with these values of `ROPE_KEYS`, and without those that are not among them."""
+    changed = copy.deepcopy(config)
+    text = changed.get_text_config()
+    for key in ROPE_KEYS:
+        if key in values:
+            setattr(text, key, copy.deepcopy(values[key]))
+        elif key in vars(text):
+            delattr(text, key)
+    return changed
+
+
+def refuse_elsewhere(directory: Path) -> None:
+    """Name a family in config.json that no program knows, so that none builds the model with the RoPE of the base."""
+    facts = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    facts["model_type"] = UNSTATED_PREFIX + facts["model_type"]
+    facts["architectures"] = [UNSTATED_PREFIX + name for name in facts.get("architectures") or ()]
+    # The code of the base would be run by this key, whatever the family.
+    facts[UNSTATED_PREFIX + "auto_map"] = facts.pop("auto_map", None)
+    (directory / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def restored_facts(directory: Path) -> dict[str, Any] | None:
+    """Return config.json as it was before `refuse_elsewhere`; None for a directory that others can read."""
+    if not has_clex(directory) or read_record(directory).unstated is None:
+        return None
+    facts: dict[str, Any] = read_json(directory / "config.json")
+    facts["model_type"] = facts["model_type"].removeprefix(UNSTATED_PREFIX)
+    facts["architectures"] = [name.removeprefix(UNSTATED_PREFIX) for name in facts["architectures"]]
+    auto_map = facts.pop(UNSTATED_PREFIX + "auto_map", None)
+    return facts | ({"auto_map": auto_map} if auto_map else {})
+
+
+def with_base_rope(directory: Path, config: PretrainedConfig) -> PretrainedConfig:
+    """Return the base's config where config.json of a CLEX directory states the RoPE of one t, else `config` itself."""
+    values = read_record(directory).base_rope if has_clex(directory) else None
+    try:
+        return config if values is None else set_rope(config, values)
+    except Exception as error:  # configs of transformers check the types of their fields in ways of their own
+        reason = f"`base_rope` does not fit config.json ({first_line(error)}); copy the model directory again"
+        raise ConfigError(directory / CLEX_JSON, None, reason) from error
 
 
 def read_record(directory: Path) -> ClexRecord:

@@ -298,6 +298,9 @@ def _from_pretrained(
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention and attention.value}
     # Collect mismatched shapes in the report instead of raising for the first, so that one message names them all.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **hub.options(path)}
+    if changed is None and model_directory.has_clex(directory):
+        # Its config.json may state the RoPE of one t; the field starts from that of the base.
+        changed = architecture.to_read(spec)
     if changed is not None:
         options["config"] = changed
     try:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from clex_train.config import saved_config
 from clex_train.engine import deepspeed as engines
-from clex_train.models.save import is_finished as is_whole
-from clex_train.models.save import write_final
+from clex_train.export.final import is_finished as is_whole
+from clex_train.export.final import write_final
 from clex_train.preflight.run_checks import Preflight
 from clex_train.tracking import run_folder
 from clex_train.training.state import Parts

@@ -17,11 +17,11 @@ from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
 from clex_train.config.scaling import Activation, LogScale, ScalingConfig
 from clex_train.console import program as console
+from clex_train.export.final import write_final
 from clex_train.export.official import write_official
 from clex_train.models import architecture, load
 from clex_train.models import directory as model_directory
 from clex_train.models.official_field import official_rope_scaling, official_tensors
-from clex_train.models.save import write_final
 from clex_train.models.tokenizer import load_tokenizer
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.frequency_table import scale_grid

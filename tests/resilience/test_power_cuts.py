@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from clex_train.models.save import is_finished
+from clex_train.export.final import is_finished
 from tests.helpers import environments
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clex_train.config.root import Config
 from clex_train.evaluation import results
-from clex_train.models import save
+from clex_train.export import final as save
 from clex_train.tracking import metrics_log, run_folder
 from clex_train.tracking import tracker as tracking
 from clex_train.utils import checksums, files

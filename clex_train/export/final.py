@@ -1,9 +1,21 @@
-"""`final/`: the trained model as a Hugging Face directory, with the ODE, its table and the tokenizer."""
+"""`final/`: the trained model as a Hugging Face directory, with the ODE, its table and the tokenizer.
 
+Its config.json states the model at t_max, the one t that serves every length of the run, for programs without CLEX.
+Where no config.json can state it, they refuse to build the model. `clex.json` keeps the RoPE of the base, from which
+this program starts.
+"""
+
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
+from clex_train.export import constant_scale
+from clex_train.export.factors import Source, rope_at
+from clex_train.export.model_card import final_card
+from clex_train.export.stock_rope import head_dim, stock_config
 from clex_train.models import directory as model_directory
 from clex_train.models import weight_files
 from clex_train.models.load import LoadedModel, bars_on_a_terminal
@@ -38,11 +50,41 @@ def _write(directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Ten
             loaded.model.save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(folder)
         if loaded.clex is not None:
-            assert loaded.table is not None, "solve_table comes first"
-            model_directory.write_clex(folder, loaded.clex, loaded.table, loaded.context_len, loaded.log_scale)
+            _write_clex(folder, loaded)
         # Last, so that the checksums cover all files.
         checksums.write(folder)
     logger.info("saved the final model to %s", directory)
+
+
+def _write_clex(folder: Path, loaded: LoadedModel) -> None:
+    """Add the field, and replace config.json, which has the RoPE of the base, by that of one t."""
+    assert loaded.clex is not None
+    assert loaded.table is not None, "solve_table comes first"
+    config, stated = state(loaded)
+    config.save_pretrained(folder)
+    if stated["unstated"]:
+        model_directory.refuse_elsewhere(folder)
+    model_directory.write_clex(folder, loaded.clex, loaded.table, loaded.context_len, loaded.log_scale, stated)
+    (folder / "README.md").write_text(final_card(loaded.context_len, stated), encoding="utf-8")
+
+
+def state(loaded: LoadedModel) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Return the config of the model at t_max, else the base's, and what `clex.json` records about it."""
+    assert loaded.table is not None
+    base: Any = loaded.model.config
+    recorded = {"base_rope": model_directory.rope_of(base), "stated_t": loaded.table.t_max, "unstated": None}
+    source = Source(base, loaded.handle, loaded.context_len, loaded.clex, loaded.table, loaded.log_scale)
+    try:
+        rope = rope_at(source, loaded.table.t_max)
+        scaled = constant_scale.layers(source, rope.served_len, loaded.log_scale)
+        magnitude = constant_scale.as_magnitude(source, scaled, rope.rotary_dim, head_dim(base.get_text_config()))
+        rope = replace(rope, attention_factor=rope.attention_factor * magnitude)
+        # Weights that came with code of their own have run it in this process already.
+        return stock_config(base, rope, trust_remote_code=hasattr(base, "auto_map")), recorded
+    except InputError as refusal:
+        reason = first_line(refusal)
+        logger.warning("final/: only clex_train reads this model, other programs refuse it (%s)", reason)
+        return base, recorded | {"stated_t": None, "unstated": reason}
 
 
 def is_finished(directory: Path) -> bool:

@@ -1,0 +1,110 @@
+"""config.json of a model at one t: `longrope` with one list of factors, which engines read without code of ours.
+
+    original_max_position_embeddings = max_position_embeddings = round(t L), factor 1, short_factor = long_factor = F
+
+With the length served in both places no engine switches lists, borders at L or adds a magnitude sqrt(1 + ln t / ln L):
+all of them compute 1 from a ratio of 1. With L in the first, vLLM, SGLang and transformers give three different models.
+"""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from clex_train.export.factors import FixedRope
+from clex_train.models.directory import rope_of, set_rope
+from clex_train.rope.probe import find_rotary, model_on_meta
+from clex_train.rope.rotary import LayerType
+from clex_train.utils.errors import ConfigError
+
+LENGTH = "original_max_position_embeddings"
+PARTIAL = "partial_rotary_factor"
+SAME = 1e-6
+"""Relative difference of frequencies that float32 buffers leave."""
+
+
+def rope_parameters(base: PretrainedConfig, rope: FixedRope) -> dict[str, Any]:
+    """Return `rope_parameters` of the scaled layers: `longrope` with the factors of one t."""
+    factors, magnitude = list(rope.factors), rope.attention_factor
+    parameters: dict[str, Any] = {"rope_type": "longrope", "rope_theta": rope.rope_theta}
+    share = _partial(base, rope)
+    if share is not None:
+        parameters[PARTIAL] = share
+    parameters |= {"short_factor": factors, "long_factor": list(factors), LENGTH: rope.served_len}
+    parameters |= {"factor": 1.0, "attention_factor": magnitude}
+    if magnitude != 1.0:
+        # vLLM reads these names alone. transformers warns that it does not know them, so they are not written at 1.
+        parameters |= {"short_mscale": magnitude, "long_mscale": magnitude}
+    return parameters
+
+
+def changed_keys(base: PretrainedConfig, rope: FixedRope) -> dict[str, Any]:
+    """Return the keys of config.json that change, with their new values."""
+    values, parameters = rope_of(base), rope_parameters(base, rope)
+    if rope.layer_type is not None:
+        parameters = {**(values.get("rope_parameters") or {}), rope.layer_type: parameters}
+    changed = {"rope_parameters": parameters, "max_position_embeddings": rope.served_len}
+    # vLLM serves this many tokens under longrope, and transformers prefers it to the one in rope_parameters.
+    return changed | ({LENGTH: rope.served_len} if LENGTH in values else {})
+
+
+def stock_config(base: PretrainedConfig, rope: FixedRope, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return a copy of a base's config with the RoPE of one t.
+
+    Raises:
+        ConfigError: the family's own code computes other frequencies from it.
+    """
+    config = set_rope(base, changed_keys(base, rope))
+    _require_followed(config, rope, trust_remote_code)
+    return config
+
+
+def _partial(base: PretrainedConfig, rope: FixedRope) -> float | None:
+    """Return the share of a head that is rotated, as the family writes it; None if it writes none."""
+    text: Any = base.get_text_config()
+    every = getattr(text, "rope_parameters", None) or {}
+    own = (every if rope.layer_type is None else every.get(rope.layer_type) or {}).get(PARTIAL)
+    # `proportional` names by it the pairs that rotate at all; F has those that do not, so it applies to whole heads.
+    return None if own is None or int(head_dim(text) * own) != rope.rotary_dim else float(own)
+
+
+def head_dim(text: Any) -> int:
+    """Return the dimension of a head, as transformers' formulas read it."""
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def _require_followed(config: PretrainedConfig, rope: FixedRope, trust_remote_code: bool) -> None:
+    """Raise `ConfigError` unless a model of this config has the frequencies and the magnitude of `rope`."""
+    # A copy: the attention kernels that it names may not fit the meta device.
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    inv_freq, magnitude = _built(config, rope.layer_type, trust_remote_code)
+    pairs = torch.arange(len(rope.factors), dtype=torch.float64) / len(rope.factors)
+    expected = rope.rope_theta**-pairs / torch.tensor(rope.factors, dtype=torch.float64)
+    if inv_freq.shape != expected.shape:
+        raise _not_followed(config, f"{len(inv_freq)} pairs instead of {len(expected)}")
+    if not torch.allclose(inv_freq, expected, rtol=SAME, atol=1e-30):
+        raise _not_followed(config, "other frequencies")
+    if not math.isclose(magnitude, rope.attention_factor, rel_tol=SAME):
+        raise _not_followed(config, f"attention factor {magnitude:g}")
+
+
+def _built(config: PretrainedConfig, layer_type: LayerType, trust_remote_code: bool) -> tuple[Tensor, float]:
+    """Build a model without weights; return inverse frequencies [P] and attention factor of its rotary module."""
+    module: Any = find_rotary(model_on_meta(config, trust_remote_code)).module
+    # Buffers on the meta device have no values, so the module alone is built again.
+    fresh = type(module)(getattr(module, "config", config))
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    factor = getattr(fresh, f"{prefix}attention_scaling", 1.0)
+    return getattr(fresh, f"{prefix}inv_freq").double(), float(factor)
+
+
+def _not_followed(config: PretrainedConfig, reason: str) -> ConfigError:
+    return ConfigError(
+        "model_type",
+        config.model_type,
+        f"its code in transformers does not follow rope_type=longrope ({reason}), so no config.json expresses its RoPE",
+    )
