@@ -5,6 +5,8 @@ BIN := .venv/bin
 PIP := -m pip install --disable-pip-version-check
 # The newest versions that were run, unless the environment has its own reasons: make CONSTRAINTS=other.txt
 CONSTRAINTS ?= constraints.txt
+# Prebuilt llama.cpp v0.4.0 for node: no compiler, 83 MB. Its optional packages are 650 MB of CUDA and Vulkan.
+ENGINES := node-llama-cpp@3.21.1 @node-llama-cpp/linux-x64@3.21.1
 OLDEST := tests/rope tests/attention tests/lm_infinite tests/engine tests/test_api.py tests/checkpoint/test_store.py \
 	tests/models/test_official.py tests/preflight/test_activations.py tests/preflight/test_model_states.py tests/tracking/test_tracker.py \
 	tests/training/test_ode_optimizer.py tests/utils/test_private_names.py tests/report \
@@ -18,7 +20,7 @@ FAST := tests/scaling tests/attention tests/data tests/utils tests/helpers tests
 	tests/rope/test_config_checks.py tests/rope/test_hf_scalings.py tests/rope/test_rotary_gradients.py \
 	tests/models/test_official.py tests/models/test_official_field.py
 
-.PHONY: quickstart smoke test test-fast test-oldest test-slow test-gpu test-slurm check docs dockerfile format environment clean
+.PHONY: quickstart smoke test test-fast test-oldest test-slow test-gpu test-slurm test-engines check docs dockerfile format environment clean
 
 quickstart: environment  ## the whole main job on the standard library's sources, about 15 minutes on 2 cores
 	$(BIN)/python -m launch.quickstart
@@ -26,7 +28,7 @@ quickstart: environment  ## the whole main job on the standard library's sources
 smoke: environment  ## the same with few steps, about two minutes
 	$(BIN)/python -m launch.quickstart --smoke
 
-test: .venv/dev  ## the suite without the markers slow, gpu and slurm, on two cores
+test: .venv/dev  ## the suite without the markers slow, gpu, slurm and engine, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 -rs
 
 test-fast: .venv/dev  ## mathematics, RoPE, attention, LM-Infinite, data: under two minutes on two cores
@@ -43,6 +45,9 @@ test-gpu: .venv/dev
 
 test-slurm: .venv/dev  ## on a real SLURM of two nodes, started here from Debian's packages; skipped without them
 	$(BIN)/python -m pytest -m slurm -rs tests/slurm
+
+test-engines: .venv/dev .engines/installed  ## GGUF files in llama.cpp, by its prebuilt npm package; needs node and npm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine -rs
 
 check: .venv/dev dockerfile docs  ## lint, format, types, direction of imports, Dockerfile, documentation
 	$(BIN)/ruff check .
@@ -72,11 +77,17 @@ environment: .venv/run
 	$(BIN)/python $(PIP) --progress-bar on -r requirements.txt -c $(CONSTRAINTS)
 	@touch $@
 
-.venv/dev: requirements-dev.txt requirements-docs.txt .venv/run
+.engines/installed: Makefile
+	@command -v npm >/dev/null || { echo "error: make test-engines needs node and npm; apt-get install npm"; exit 1; }
+	@mkdir -p .engines
+	npm install --prefix .engines --no-audit --no-fund --ignore-scripts --omit=optional $(ENGINES)
+	@touch $@
+
+.venv/dev: requirements-dev.txt requirements-docs.txt requirements-export.txt .venv/run
 	$(BIN)/python $(PIP) -q -r requirements-dev.txt -r requirements-docs.txt -c $(CONSTRAINTS)
 	@touch $@
 
-.venv-oldest/dev: requirements-dev.txt requirements.txt constraints-oldest.txt
+.venv-oldest/dev: requirements-dev.txt requirements-export.txt requirements.txt constraints-oldest.txt
 	@launch/prerequisites.sh $(PYTHON)
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python $(PIP) -q -r requirements-dev.txt -c constraints-oldest.txt

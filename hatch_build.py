@@ -11,8 +11,8 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 EXTRAS = {
     "gpu": ["requirements-gpu.txt"],
     "eval": ["requirements-eval.txt"],
-    "dev": ["requirements-dev.txt", "requirements-docs.txt"],
-    "export": [],  # the formats that are written today need no other package
+    "dev": ["requirements-dev.txt", "requirements-docs.txt", "requirements-export.txt"],
+    "export": ["requirements-export.txt"],
 }
 
 

@@ -116,9 +116,9 @@ def header(path: Path) -> dict[str, Tensor]:
 
 def have_equal_values(stored: Stored, first: str, second: str) -> bool:
     """Compare the contents of two tensors of equal shape, `ROWS` rows at a time."""
-    pieces = zip(*(_pieces(stored.places[name], name) for name in (first, second)), strict=True)
+    pairs = zip(*(pieces(stored.places[name], name) for name in (first, second)), strict=True)
     # NaN != NaN would report equal tensors as different; `weights.require_finite` reports NaNs by name.
-    return all(torch.equal(a.double().nan_to_num(), b.double().nan_to_num()) for a, b in pieces)
+    return all(torch.equal(a.double().nan_to_num(), b.double().nan_to_num()) for a, b in pairs)
 
 
 def named(names: list[str], what: str = "tensor") -> str:
@@ -208,7 +208,8 @@ def _require_flat(path: Path, content: Mapping[str, Any]) -> None:
         )
 
 
-def _pieces(path: Path, name: str) -> Iterator[Tensor]:
+def pieces(path: Path, name: str) -> Iterator[Tensor]:
+    """Yield a tensor of a file, `ROWS` rows at a time."""
     if path.suffix != ".safetensors":
         # Files from before torch 1.6 are not zip archives and cannot be mapped.
         tensor: Tensor = _unpickled(path, map_location="cpu", mmap=zipfile.is_zipfile(path))[name]

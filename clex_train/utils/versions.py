@@ -39,6 +39,7 @@ OPTIONAL = {
     "flash-attn": Optional("flash_attn", "faster attention and LM-Infinite's window on a GPU; clex-train[gpu]"),
     "liger-kernel": Optional("liger_kernel", "fused norms and MLPs on a GPU; clex-train[gpu]"),
     "triton": Optional("triton", "compiles the GPU kernels; comes with torch's CUDA wheels"),
+    "gguf": Optional("gguf", "clex-train export format=gguf; clex-train[export]"),
     "lm-eval": Optional("lm_eval", "clex-train lm-eval; clex-train[eval]"),
 }
 

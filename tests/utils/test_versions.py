@@ -36,7 +36,9 @@ def test_constraints_are_exact_versions_of_public_releases(file: str) -> None:
         assert Version(version).local is None, f"{name}: a build label or a link pins one registry"
 
 
-@pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt", "requirements-docs.txt"])
+@pytest.mark.parametrize(
+    "file", ["requirements.txt", "requirements-dev.txt", "requirements-docs.txt", "requirements-export.txt"]
+)
 def test_the_newest_versions_are_pinned_for_every_requirement(file: str) -> None:
     newest = {normal(name): version for name, version in pinned("constraints.txt").items()}
     for requirement in required(file):
