@@ -59,15 +59,15 @@ class RopeConfig:
 
 def main() -> None:
     """Inspect what the command line names; whatever can be refused is refused before the model is built."""
-    asked = arguments.parse(RopeConfig, sys.argv[1:])
-    figure = _figure(asked)
-    with arguments.named_as_typed(asked):
-        first = inspect_model.inspect(_model(asked), asked.length)
-    second = _other(asked, first)
+    args = arguments.parse(RopeConfig, sys.argv[1:])
+    figure = _figure(args)
+    with arguments.named_as_typed(args):
+        first = inspect_model.inspect(_model(args), args.length)
+    second = _other(args, first)
     compared = None if second is None else difference.compare(first, second)
     if figure is not None:
         _draw(figure, first, second)
-    program.say(_json(first, second, compared) if asked.json else _text(asked, first, second, compared))
+    program.echo(_json(first, second, compared) if args.json else _text(args, first, second, compared))
 
 
 def usage() -> str:
@@ -75,27 +75,27 @@ def usage() -> str:
     return arguments.usage(__doc__, RopeConfig)
 
 
-def _model(asked: RopeConfig) -> ModelConfig:
-    require((asked.run is None) != (asked.model is None), "model", asked.model, "name either model=DIR or run=FOLDER")
-    require(asked.model != "", "model", "''", "name a directory or a hub name owner/model")
-    if asked.run is not None:
-        final = Path(asked.run) / "final"
-        require(final.is_dir(), "run", asked.run, "no final/ in it; give the output_dir of a finished training run")
-        return ModelConfig(path=str(final), context_len=asked.context_len)
+def _model(args: RopeConfig) -> ModelConfig:
+    require((args.run is None) != (args.model is None), "model", args.model, "name either model=DIR or run=FOLDER")
+    require(args.model != "", "model", "''", "name a directory or a hub name owner/model")
+    if args.run is not None:
+        final = Path(args.run) / "final"
+        require(final.is_dir(), "run", args.run, "no final/ in it; give the output_dir of a finished training run")
+        return ModelConfig(path=str(final), context_len=args.context_len)
     return ModelConfig(
-        path=asked.model,
-        context_len=asked.context_len,
-        trust_remote_code=asked.trust_remote_code,
-        revision=asked.revision,
+        path=args.model,
+        context_len=args.context_len,
+        trust_remote_code=args.trust_remote_code,
+        revision=args.revision,
     )
 
 
-def _other(asked: RopeConfig, first: Reading) -> Reading | None:
+def _other(args: RopeConfig, first: Reading) -> Reading | None:
     """Read the second model at the length of the first."""
-    if asked.other is None:
+    if args.other is None:
         return None
-    require(asked.other != "", "other", "''", "name a directory or a hub name, or leave the key out")
-    model = ModelConfig(path=asked.other, trust_remote_code=asked.trust_remote_code)
+    require(args.other != "", "other", "''", "name a directory or a hub name, or leave the key out")
+    model = ModelConfig(path=args.other, trust_remote_code=args.trust_remote_code)
     try:
         return inspect_model.inspect(model, first.length)
     except InputError as error:
@@ -103,13 +103,13 @@ def _other(asked: RopeConfig, first: Reading) -> Reading | None:
         raise InputError(str(error).replace("model.path", "other")) from error
 
 
-def _figure(asked: RopeConfig) -> Path | None:
+def _figure(args: RopeConfig) -> Path | None:
     """Return the file to draw into; `ConfigError` if it is no PNG or cannot be written."""
-    if asked.figure is None:
+    if args.figure is None:
         return None
-    path = Path(asked.figure)
-    require(path.suffix.lower() == ".png", "figure", asked.figure, "name a file that ends in .png")
-    require(not path.is_dir(), "figure", asked.figure, "is a folder; name a file in it")
+    path = Path(args.figure)
+    require(path.suffix.lower() == ".png", "figure", args.figure, "name a file that ends in .png")
+    require(not path.is_dir(), "figure", args.figure, "is a folder; name a file in it")
     files.require_writable_folder("figure", path, path.parent, files.temporary_path(path).name)
     return path
 
@@ -123,12 +123,12 @@ def _draw(path: Path, first: Reading, second: Reading | None) -> None:
     try:
         files.write_atomically(path, content)
     except OSError as error:
-        raise program.unwritten(path, error, "make room or name another file") from error
+        raise program.write_failure(path, error, "make room or name another file") from error
     log.get(__name__).info("written to %s", path)
 
 
-def _text(asked: RopeConfig, first: Reading, second: Reading | None, compared: Difference | None) -> str:
-    lines = list(text.lines(first, asked.all_pairs))
+def _text(args: RopeConfig, first: Reading, second: Reading | None, compared: Difference | None) -> str:
+    lines = list(text.lines(first, args.all_pairs))
     if second is not None and compared is not None:
         lines += text.difference_lines(first, second, compared)
     return "\n".join(lines)
