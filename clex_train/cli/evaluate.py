@@ -29,7 +29,6 @@ if __name__ == "__main__":
 
 import torch
 
-from clex_train.cli import forecast
 from clex_train.cli.evaluation_plan import EvaluateArguments, EvaluateConfig, Plan, make_plan, parse
 from clex_train.cli.load_model import load
 from clex_train.cli.loading import print_plan, resume_partial, write_results
@@ -49,6 +48,7 @@ from clex_train.evaluation.retrieval_runner import method_cells
 from clex_train.evaluation.runner import Feeding
 from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, select
+from clex_train.preflight import evaluation_time
 from clex_train.resilience import oom_recovery
 from clex_train.resilience.oom_recovery import REMEDIES
 from clex_train.retrieval import plan as retrieval_plan
@@ -142,14 +142,16 @@ def evaluate(
     tables = methods.model_tables(spec, loaded)
     inserted = methods.insertions(spec, loaded.model, loaded.context_len)
     if args.dry_run:
-        amount = forecast.prompts_amount(
+        amount = evaluation_time.prompts_amount(
             loaded.model, method_cells(tables, cells, loaded.context_len, inserted), spec.chunk_len
         )
         if windows is not None:
             todo = cells_of_table(tables, spans, loaded.context_len, inserted)
             feeding = Feeding(spec.chunk_len, args.batch_tokens or spec.chunk_len, distributed.device())
-            amount += forecast.windows_amount(loaded.model, todo, len(windows.tokens), feeding, loaded.context_len)
-        forecast.print_forecast(loaded, amount, spec.chunk_len, spec.offload_cache, args.sharded)
+            amount += evaluation_time.windows_amount(
+                loaded.model, todo, len(windows.tokens), feeding, loaded.context_len
+            )
+        evaluation_time.print_forecast(loaded, amount, spec.chunk_len, spec.offload_cache, args.sharded)
         return None
     provenance = facts(plan, dtype)
     kept = resume(args, plan, provenance, {"windows": windows.content if windows is not None else ""})
@@ -171,8 +173,8 @@ def stream(args: EvaluateArguments, plan: Plan, text: Stream) -> Done | None:
     loaded.handle.use(table)
     names = [method.value for method in plan.spec.methods]
     if args.dry_run:
-        amount = forecast.stream_amount(loaded.model, text, names, plan.spec.chunk_len)
-        forecast.print_forecast(loaded, amount, plan.spec.chunk_len, False, args.sharded)
+        amount = evaluation_time.stream_amount(loaded.model, text, names, plan.spec.chunk_len)
+        evaluation_time.print_forecast(loaded, amount, plan.spec.chunk_len, False, args.sharded)
         return None
     provenance = facts(plan, dtype)
     kept = resume(args, plan, provenance, {"stream": text.num_tokens})

@@ -30,8 +30,7 @@ if __name__ == "__main__":
 
 import torch
 
-from clex_train.cli import forecast, loading
-from clex_train.cli.forecast import Amount
+from clex_train.cli import loading
 from clex_train.cli.keys import METHOD_KEYS, LoadingConfig, with_overrides
 from clex_train.cli.load_model import load
 from clex_train.cli.loading import Source
@@ -49,6 +48,8 @@ from clex_train.evaluation.runner import keeping_table, work_of
 from clex_train.models import architecture
 from clex_train.models.load import LoadedModel
 from clex_train.models.tokenizer import load_tokenizer
+from clex_train.preflight import evaluation_time
+from clex_train.preflight.evaluation_time import Amount
 from clex_train.retrieval.plan import require_chat_template
 from clex_train.rope.native import native_handle_on_meta
 from clex_train.token_store.vocabulary import check_ids
@@ -206,7 +207,7 @@ def _print_amount(args: LmEvalArguments, loaded: LoadedModel, counted: harness.C
         cached=args.batch_size * max(counted.prompts, default=0) if counted.generated else 0,
         longest=max(counted.prompts, default=0),
     )
-    forecast.print_forecast(loaded, amount, forecast.MOST_TIMED, False, args.sharded)
+    evaluation_time.print_forecast(loaded, amount, evaluation_time.MOST_TIMED, False, args.sharded)
 
 
 def _without_not_run(found: Found) -> Found:

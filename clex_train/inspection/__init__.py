@@ -1,1 +1,1 @@
-"""Inspection of a saved model: the frequencies it loads, and what transformers and serving engines make of it"""
+"""Inspection of a saved model: the frequencies it loads, and what transformers and serving engines make of it."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
-from clex_train.export.gguf_vocabulary import BPE, BYTE, CONTROL, SPACE, UNKNOWN, USER_DEFINED, Vocabulary
+from clex_train.gguf.vocabulary import BPE, BYTE, CONTROL, SPACE, UNKNOWN, USER_DEFINED, Vocabulary
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.protocols import Tokenizer

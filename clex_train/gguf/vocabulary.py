@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clex_train.export.gguf_files import Field, contents, library
+from clex_train.gguf.files import Field, contents, library
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.protocols import Tokenizer

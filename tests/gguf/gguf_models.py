@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from clex_train.export import gguf_files
-from clex_train.export.gguf_files import Entry, Field
-from clex_train.export.gguf_token_ids import SAMPLES, SPLITS
+from clex_train.gguf import files
+from clex_train.gguf.files import Entry, Field
+from clex_train.gguf.token_ids import SAMPLES, SPLITS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT, T, VOCAB_SIZE, ROWS = 64, 4.0, 600, 640
@@ -150,11 +150,11 @@ def quantised(file: Path, folder: Path) -> Path:
     """Write a directory as Q8_0 without factors, as another converter would."""
     import gguf
 
-    from clex_train.export.gguf_writer import write_gguf
+    from clex_train.gguf.writer import write_gguf
 
     plain = file.with_name("plain.gguf")
     write_gguf(plain, folder, [1.0] * num_pairs(folder), CONTEXT)
-    reader = gguf_files.read(plain)
+    reader = files.read(plain)
     fields = [
         Field(field.name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
         for field in reader.fields.values()
@@ -163,14 +163,14 @@ def quantised(file: Path, folder: Path) -> Path:
     kind, entries = gguf.GGMLQuantizationType.Q8_0, []
     for tensor in reader.tensors:
         data = np.array(tensor.data)
-        if tensor.name in (gguf_files.ROPE_FREQS, *gguf_files.LONGROPE):
+        if tensor.name in (files.ROPE_FREQS, *files.LONGROPE):
             continue
         if data.ndim == 2:
             data = gguf.quants.quantize(data, kind)
         own = kind if data.dtype == np.uint8 else tensor.tensor_type
         entries.append(Entry(tensor.name, data.shape, data.dtype, own, lambda data=data: data))
-    architecture = gguf_files.contents(reader, "general.architecture")
-    gguf_files.write(file, architecture, fields, entries, lambda reader: None)
+    architecture = files.contents(reader, "general.architecture")
+    files.write(file, architecture, fields, entries, lambda reader: None)
     return file
 
 
@@ -181,7 +181,7 @@ def dequantise(folder: Path, file: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     heads = json.loads((folder / "config.json").read_text())
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[heads["model_type"].upper()], heads["num_hidden_layers"])
-    found = {each.name: gguf.quants.dequantize(each.data, each.tensor_type) for each in gguf_files.read(file).tensors}
+    found = {each.name: gguf.quants.dequantize(each.data, each.tensor_type) for each in files.read(file).tensors}
     for name, old in stored.items():
         new = found[names.get_name(name, try_suffixes=(".weight", ".bias"))]
         for part, count in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):

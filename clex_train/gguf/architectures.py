@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from clex_train.export.gguf_files import Field
+from clex_train.gguf.files import Field
 from clex_train.utils.errors import ConfigError, require
 
 WRITTEN = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "llama", "phi3": "phi3"}

@@ -19,16 +19,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from clex_train.api import apply_clex
-from clex_train.export import gguf_files, gguf_token_ids
-from clex_train.export.gguf_files import Entry, Field, contents
-from clex_train.export.gguf_patch import add_factors
-from clex_train.export.gguf_tensors import WeightType
-from clex_train.export.gguf_token_ids import encoder
-from clex_train.export.gguf_vocabulary import read_vocabulary
-from clex_train.export.gguf_writer import write_gguf
+from clex_train.gguf import files, token_ids
+from clex_train.gguf.files import Entry, Field, contents
+from clex_train.gguf.patch import add_factors
+from clex_train.gguf.tensors import WeightType
+from clex_train.gguf.token_ids import encoder
+from clex_train.gguf.vocabulary import read_vocabulary
+from clex_train.gguf.writer import write_gguf
 from clex_train.scaling.frequency_table import FrequencyTable
-from tests.export import gguf_models
-from tests.export.gguf_models import CONTEXT, ROOT, VOCAB_SIZE, T
+from tests.gguf import gguf_models
+from tests.gguf.gguf_models import CONTEXT, ROOT, VOCAB_SIZE, T
 
 pytestmark = pytest.mark.engine
 
@@ -141,7 +141,7 @@ def llama(tmp_path: Path) -> tuple[Path, list[float]]:
 
 def rewritten(file: Path, base: Path, keep: Sequence[str]) -> Path:
     """Write a file again with some of its tensors only."""
-    reader = gguf_files.read(base)
+    reader = files.read(base)
     fields = [
         Field(field.name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
         for field in reader.fields.values()
@@ -152,7 +152,7 @@ def rewritten(file: Path, base: Path, keep: Sequence[str]) -> Path:
         for each in reader.tensors
         if each.name in keep
     ]
-    gguf_files.write(file, contents(reader, "general.architecture"), fields, entries, lambda reader: None)
+    files.write(file, contents(reader, "general.architecture"), fields, entries, lambda reader: None)
     return file
 
 
@@ -162,7 +162,7 @@ def test_wrong_exports_are_caught(tmp_path: Path) -> None:
     good = tmp_path / "good.gguf"
     write_gguf(good, folder, factors, SERVED)
     write_gguf(tmp_path / "reversed.gguf", folder, factors[::-1], SERVED)
-    names = [each.name for each in gguf_files.read(good).tensors if each.name != gguf_files.ROPE_FREQS]
+    names = [each.name for each in files.read(good).tensors if each.name != files.ROPE_FREQS]
     without = rewritten(tmp_path / "without.gguf", good, names)
     for wrong in (tmp_path / "reversed.gguf", without):
         answer = run(wrong)
@@ -202,7 +202,7 @@ def test_factors_added_to_a_quantised_file_are_those_of_the_model(architecture: 
     folder = gguf_models.save(tmp_path / architecture, architecture, tokenizer())
     factors = gguf_models.factors(gguf_models.num_pairs(folder))
     base = gguf_models.quantised(tmp_path / "base.gguf", folder)
-    theta = contents(gguf_files.read(base), f"{architecture}.rope.freq_base")
+    theta = contents(files.read(base), f"{architecture}.rope.freq_base")
     add_factors(tmp_path / "added.gguf", base, factors, SERVED, rope_theta=theta)
     gguf_models.dequantise(folder, base)
     expected, _ = ours(folder, factors)
@@ -212,17 +212,17 @@ def test_factors_added_to_a_quantised_file_are_those_of_the_model(architecture: 
     assert answer.context == SERVED
 
 
-@pytest.mark.parametrize("pre", [*gguf_token_ids.SPLITS, "pieces"])
+@pytest.mark.parametrize("pre", [*token_ids.SPLITS, "pieces"])
 def test_llama_cpp_reads_text_as_the_verification_says(pre: str, tmp_path: Path) -> None:
     words = gguf_models.tokenizer_for(pre)
     folder = gguf_models.save(tmp_path / "llama", "llama", words)
     loaded = AutoTokenizer.from_pretrained(folder)
     write_gguf(tmp_path / "model.gguf", folder, gguf_models.factors(16), SERVED)
-    vocabulary = read_vocabulary(gguf_files.read(tmp_path / "model.gguf"))
+    vocabulary = read_vocabulary(files.read(tmp_path / "model.gguf"))
     assert vocabulary.pre == ("default" if pre == "pieces" else pre)
-    texts = [*gguf_token_ids.SAMPLES, *gguf_models.TEXT, *gguf_token_ids.RARE]
+    texts = [*token_ids.SAMPLES, *gguf_models.TEXT, *token_ids.RARE]
     found = call({"model": str(tmp_path / "model.gguf"), "texts": texts})["ids"]
     # The package leaves BOS to its caller.
     assert found == encoder(replace(vocabulary, adds_bos=False))(texts)
-    exact = slice(-len(gguf_token_ids.RARE)) if pre in ("gpt-4o", "tekken") else slice(None)
+    exact = slice(-len(token_ids.RARE)) if pre in ("gpt-4o", "tekken") else slice(None)
     assert found[exact] == [loaded(text, add_special_tokens=False)["input_ids"] for text in texts][exact]

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clex_train.export.gguf_architectures import Form
-from clex_train.export.gguf_files import Entry, library
+from clex_train.gguf.architectures import Form
+from clex_train.gguf.files import Entry, library
 from clex_train.models import weight_files
 from clex_train.models.weight_files import Stored, named
 from clex_train.utils.errors import ConfigError, require

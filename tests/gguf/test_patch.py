@@ -9,13 +9,13 @@ import gguf
 import numpy as np
 import pytest
 
-from clex_train.export import gguf_files
-from clex_train.export.gguf_files import LONGROPE, ROPE_FREQS, Field, contents
-from clex_train.export.gguf_patch import add_factors
+from clex_train.gguf import files
+from clex_train.gguf.files import LONGROPE, ROPE_FREQS, Field, contents
+from clex_train.gguf.patch import add_factors
 from clex_train.utils.errors import ConfigError, InputError
 from clex_train.utils.files import BadFile
-from tests.export import gguf_models
-from tests.export.gguf_models import CONTEXT
+from tests.gguf import gguf_models
+from tests.gguf.gguf_models import CONTEXT
 
 SERVED, THETA = 4 * CONTEXT, 5e5
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16", "BF16", "F32"]
@@ -41,26 +41,24 @@ def base_file(path: Path, architecture: str = "llama", kind: str = "Q4_1", **own
     for number, rows in enumerate(drawn):
         data = gguf.quants.quantize(rows, quantised)
         entries.append(
-            gguf_files.Entry(f"blk.{number}.attn_q.weight", data.shape, data.dtype, quantised, lambda data=data: data)
+            files.Entry(f"blk.{number}.attn_q.weight", data.shape, data.dtype, quantised, lambda data=data: data)
         )
     norm = np.ones(7, dtype=np.float32)
-    entries.append(
-        gguf_files.Entry("output_norm.weight", (7,), norm.dtype, gguf.GGMLQuantizationType.F32, lambda: norm)
-    )
+    entries.append(files.Entry("output_norm.weight", (7,), norm.dtype, gguf.GGMLQuantizationType.F32, lambda: norm))
     fields = [Field(key, value) for key, value in keys.items() if value is not None]
-    gguf_files.write(path, architecture, fields, entries, lambda reader: None)
+    files.write(path, architecture, fields, entries, lambda reader: None)
     return path
 
 
 def add(tmp_path: Path, base: Path, num: int = 16, **options: Any) -> Any:
     """Add factors and return a reader of the new file."""
     add_factors(tmp_path / "out.gguf", base, gguf_models.factors(num), SERVED, rope_theta=THETA, **options)
-    return gguf_files.read(tmp_path / "out.gguf")
+    return files.read(tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_tensors_are_unchanged_to_the_byte_and_factors_to_the_bit(kind: str, tmp_path: Path) -> None:
-    before = gguf_files.read(base_file(tmp_path / "base.gguf", kind=kind))
+    before = files.read(base_file(tmp_path / "base.gguf", kind=kind))
     after = add(tmp_path, tmp_path / "base.gguf")
     assert [each.name for each in after.tensors] == [*(each.name for each in before.tensors), ROPE_FREQS]
     for old, new in zip(before.tensors, after.tensors, strict=False):
@@ -70,7 +68,7 @@ def test_tensors_are_unchanged_to_the_byte_and_factors_to_the_bit(kind: str, tmp
 
 
 def test_only_scaling_and_context_change_in_the_header(tmp_path: Path) -> None:
-    before = gguf_files.read(base_file(tmp_path / "base.gguf"))
+    before = files.read(base_file(tmp_path / "base.gguf"))
     after = add(tmp_path, tmp_path / "base.gguf")
     kept = {
         key for key in before.fields if not key.startswith(("GGUF.", "llama.rope.scaling.", "llama.context_length"))
@@ -86,19 +84,17 @@ def test_only_scaling_and_context_change_in_the_header(tmp_path: Path) -> None:
 def test_an_attention_factor_and_another_alignment_are_kept(tmp_path: Path) -> None:
     base_file(tmp_path / "base.gguf")
     # A file aligned otherwise, as its own key says.
-    reader = gguf_files.read(tmp_path / "base.gguf")
+    reader = files.read(tmp_path / "base.gguf")
     fields = [
         Field("general.alignment", 64),
         Field("llama.rope.dimension_count", 32),
         Field("llama.rope.freq_base", THETA),
     ]
     entries = [
-        gguf_files.Entry(
-            each.name, tuple(each.data.shape), each.data.dtype, each.tensor_type, lambda data=each.data: data
-        )
+        files.Entry(each.name, tuple(each.data.shape), each.data.dtype, each.tensor_type, lambda data=each.data: data)
         for each in reader.tensors
     ]
-    gguf_files.write(tmp_path / "wide.gguf", "llama", fields, entries, lambda reader: None, alignment=64)
+    files.write(tmp_path / "wide.gguf", "llama", fields, entries, lambda reader: None, alignment=64)
     after = add(tmp_path, tmp_path / "wide.gguf", attention_factor=1.15)
     assert all(each.data_offset % 64 == 0 for each in after.tensors)
     assert contents(after, "llama.rope.scaling.attn_factor") == pytest.approx(1.15)
@@ -197,6 +193,6 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_too_little_space_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_file(tmp_path / "base.gguf")
-    usage = gguf_files.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(gguf_files.shutil, "disk_usage", lambda path: usage._replace(free=base.stat().st_size))
+    usage = files.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=base.stat().st_size))
     refused(tmp_path, base, "make room or name another place")

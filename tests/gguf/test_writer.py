@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from clex_train.export import gguf_files, gguf_token_ids
-from clex_train.export.gguf_files import contents
-from clex_train.export.gguf_tensors import WeightType
-from clex_train.export.gguf_vocabulary import UNUSED, read_vocabulary, vocabulary_of
-from clex_train.export.gguf_writer import write_gguf
+from clex_train.gguf import files, token_ids
+from clex_train.gguf.files import contents
+from clex_train.gguf.tensors import WeightType
+from clex_train.gguf.vocabulary import UNUSED, read_vocabulary, vocabulary_of
+from clex_train.gguf.writer import write_gguf
 from clex_train.utils.errors import ConfigError
-from tests.export import gguf_models
-from tests.export.gguf_models import CONTEXT, ROWS, VOCAB_SIZE
+from tests.gguf import gguf_models
+from tests.gguf.gguf_models import CONTEXT, ROWS, VOCAB_SIZE
 from tests.helpers.full_disk import mounted
 
 SERVED = 4 * CONTEXT
@@ -32,7 +32,7 @@ def written(tmp_path: Path, family: str, **options: Any) -> tuple[dict[str, np.n
     folder = gguf_models.save(tmp_path / family, family)
     factors = gguf_models.factors(gguf_models.num_pairs(folder))
     write_gguf(tmp_path / "model.gguf", folder, factors, SERVED, **options)
-    reader = gguf_files.read(tmp_path / "model.gguf")
+    reader = files.read(tmp_path / "model.gguf")
     tensors = {each.name: np.array(each.data) for each in reader.tensors}
     return tensors, load_file(folder / "model.safetensors"), reader
 
@@ -52,9 +52,9 @@ def interleaved(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
 def test_factors_and_context_are_read_back_to_the_bit(family: str, tmp_path: Path) -> None:
     tensors, _, reader = written(tmp_path, family)
     architecture = contents(reader, "general.architecture")
-    names = gguf_files.LONGROPE if architecture == "phi3" else (gguf_files.ROPE_FREQS,)
+    names = files.LONGROPE if architecture == "phi3" else (files.ROPE_FREQS,)
     pairs = gguf_models.num_pairs(tmp_path / family)
-    assert set(tensors) & {gguf_files.ROPE_FREQS, *gguf_files.LONGROPE} == set(names)
+    assert set(tensors) & {files.ROPE_FREQS, *files.LONGROPE} == set(names)
     for name in names:
         assert np.array_equal(tensors[name], np.asarray(gguf_models.factors(pairs), dtype=np.float32))
     assert contents(reader, f"{architecture}.context_length") == SERVED
@@ -123,7 +123,7 @@ def test_the_stored_type_is_the_default(tmp_path: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     save_file({name: each.bfloat16() for name, each in stored.items()}, folder / "model.safetensors", {"format": "pt"})
     write_gguf(tmp_path / "model.gguf", folder, gguf_models.factors(16), SERVED)
-    types = {each.name: each.tensor_type.name for each in gguf_files.read(tmp_path / "model.gguf").tensors}
+    types = {each.name: each.tensor_type.name for each in files.read(tmp_path / "model.gguf").tensors}
     assert types["output.weight"] == "BF16"
 
 
@@ -138,12 +138,12 @@ def test_the_vocabulary_has_a_name_for_every_row(tmp_path: Path) -> None:
     assert contents(reader, "tokenizer.chat_template") == gguf_models.TEMPLATE
 
 
-@pytest.mark.parametrize("pre", [*gguf_token_ids.SPLITS, "pieces"])
+@pytest.mark.parametrize("pre", [*token_ids.SPLITS, "pieces"])
 def test_the_splitting_regex_is_found_from_the_tokenizer_alone(pre: str, tmp_path: Path) -> None:
     folder = gguf_models.save(tmp_path / "llama", "llama", gguf_models.tokenizer_for(pre))
     write_gguf(tmp_path / "model.gguf", folder, gguf_models.factors(16), SERVED)
     expected = "default" if pre == "pieces" else pre
-    assert contents(gguf_files.read(tmp_path / "model.gguf"), "tokenizer.ggml.pre") == expected
+    assert contents(files.read(tmp_path / "model.gguf"), "tokenizer.ggml.pre") == expected
 
 
 def word_level() -> PreTrainedTokenizerFast:
@@ -176,14 +176,14 @@ def test_a_tokenizer_whose_ids_would_change_is_refused(make: Any, reason: str, t
 
 def test_a_wrong_regex_is_found_when_ids_are_compared() -> None:
     tokenizer = gguf_models.byte_level()
-    vocabulary = gguf_token_ids.choose_pre(vocabulary_of(tokenizer, ROWS), tokenizer)
-    gguf_token_ids.verify(vocabulary, tokenizer)
+    vocabulary = token_ids.choose_pre(vocabulary_of(tokenizer, ROWS), tokenizer)
+    token_ids.verify(vocabulary, tokenizer)
     with pytest.raises(ConfigError, match=r"llama\.cpp would read text differently: other ids for"):
-        gguf_token_ids.verify(replace(vocabulary, pre="qwen2"), tokenizer)
+        token_ids.verify(replace(vocabulary, pre="qwen2"), tokenizer)
     tokens = [*vocabulary.tokens]
     tokens[300], tokens[301] = tokens[301], tokens[300]
     with pytest.raises(ConfigError, match=r"llama\.cpp would read text differently: other ids for"):
-        gguf_token_ids.verify(replace(vocabulary, tokens=tokens), tokenizer)
+        token_ids.verify(replace(vocabulary, tokens=tokens), tokenizer)
 
 
 def refused(tmp_path: Path, folder: Path, reason: str, **changed: Any) -> None:
@@ -257,7 +257,7 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_pat
 def test_too_little_space_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = gguf_models.save(tmp_path / "llama")
     with mounted(tmp_path / "small", "512k") as small:
-        monkeypatch.setattr(gguf_files, "_published", lambda path: pytest.fail("began to write"))
+        monkeypatch.setattr(files, "_published", lambda path: pytest.fail("began to write"))
         with pytest.raises(ConfigError, match=r"output=.*needs 0.00 GiB, and .*small has 0.00 GiB free; make room"):
             write_gguf(small / "model.gguf", folder, gguf_models.factors(16), SERVED)
         assert list(small.iterdir()) == []
@@ -265,7 +265,7 @@ def test_too_little_space_is_found_before_anything_is_written(tmp_path: Path, mo
 
 def test_a_disk_that_fills_up_meanwhile_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = gguf_models.save(tmp_path / "llama")
-    monkeypatch.setattr(gguf_files, "_require_space", lambda path, needed: None)
+    monkeypatch.setattr(files, "_require_space", lambda path, needed: None)
     with mounted(tmp_path / "small", "512k") as small:
         with pytest.raises(OSError, match="No space left on device") as error:
             write_gguf(small / "model.gguf", folder, gguf_models.factors(16), SERVED)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clex_train.export import gguf_files
-from clex_train.export.gguf_architectures import require_addable, scaling_fields
-from clex_train.export.gguf_files import (
+from clex_train.gguf import files
+from clex_train.gguf.architectures import require_addable, scaling_fields
+from clex_train.gguf.files import (
     LONGROPE,
     ROPE_FREQS,
     Entry,
@@ -57,7 +57,7 @@ def add_factors(
             of a split model, or too little space on the disk.
         BadFile: not a GGUF file, or a damaged one.
     """
-    reader = gguf_files.read(base)
+    reader = files.read(base)
     architecture = str(contents(reader, "general.architecture"))
     require_addable(base, architecture)
     _require_usable(reader, base, path)
@@ -76,7 +76,7 @@ def add_factors(
     def verify(written: Any) -> None:
         _verify(written, reader, architecture, factors)
 
-    gguf_files.write(path, architecture, fields, entries, verify, alignment=int(reader.alignment))
+    files.write(path, architecture, fields, entries, verify, alignment=int(reader.alignment))
     logger.info("wrote %s: the tensors of %s and %d factors, context %d", path, base, len(factors), served_len)
 
 

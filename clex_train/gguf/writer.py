@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from clex_train.config.model import ModelConfig
-from clex_train.export import gguf_files, gguf_token_ids
-from clex_train.export.gguf_architectures import Form, form_of
-from clex_train.export.gguf_files import Field, factor_entries, require_factors, require_written
-from clex_train.export.gguf_tensors import WeightType, stored_type, weight_entries
-from clex_train.export.gguf_vocabulary import Vocabulary, read_vocabulary, vocabulary_of
+from clex_train.gguf import files, token_ids
+from clex_train.gguf.architectures import Form, form_of
+from clex_train.gguf.files import Field, factor_entries, require_factors, require_written
+from clex_train.gguf.tensors import WeightType, stored_type, weight_entries
+from clex_train.gguf.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
 from clex_train.models import architecture
 from clex_train.models.tokenizer import load_tokenizer
 from clex_train.utils import log
@@ -55,14 +55,14 @@ def write_gguf(
         ConfigError: a family whose engine ignores factors, weights or a tokenizer that the format cannot express, token
             ids that llama.cpp would compute differently, or too little space on the disk.
     """
-    gguf_files.library()  # before seconds of other checks
+    files.library()  # before seconds of other checks
     model = ModelConfig(path=str(source))
     config = architecture.to_read(model)
     form = form_of(config, served_len)
     require_factors(factors, form.num_rotated // 2)
     tokenizer = load_tokenizer(str(source), model)
-    vocabulary = gguf_token_ids.choose_pre(vocabulary_of(tokenizer, form.vocab_size), tokenizer)
-    gguf_token_ids.verify(vocabulary, tokenizer)
+    vocabulary = token_ids.choose_pre(vocabulary_of(tokenizer, form.vocab_size), tokenizer)
+    token_ids.verify(vocabulary, tokenizer)
     kind = weight_type or stored_type(source)
     entries = [*factor_entries(form.architecture, factors), *weight_entries(source, form, kind, query_scale)]
     fields = [
@@ -75,7 +75,7 @@ def write_gguf(
     def verify(reader: Any) -> None:
         _verify(reader, vocabulary, form, factors)
 
-    gguf_files.write(path, form.architecture, fields, entries, verify)
+    files.write(path, form.architecture, fields, entries, verify)
     logger.info("wrote %s: %s, %s, context %d", path, form.architecture, kind.name, served_len)
 
 
