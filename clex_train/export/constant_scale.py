@@ -57,6 +57,14 @@ def layers(source: Source, num_tokens: int, policy: LogScale) -> list[Layer]:
     return found
 
 
+def of_all(source: Source, found: list[Layer]) -> float:
+    """Return the s that all layers share, 1 without log-scaling; `ConfigError` if they differ."""
+    scales = {layer.scale for layer in found} or {1.0}
+    if max(scales) - min(scales) > 1e-12:
+        raise ConfigError("log_scale", source.log_scale.name, f"layers with windows have another constant; {REMEDY}")
+    return max(scales)
+
+
 def as_magnitude(source: Source, found: list[Layer], rotary_dim: int, head_dim: int) -> float:
     """Return sqrt(s), by which cos and sin express the constant; `ConfigError` where they reach more or less.
 

@@ -7,27 +7,23 @@ clex_export.json     t, L, length served, digest of the field, source, log-scali
 README.md            model card, with the perplexity of the run where it was evaluated
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clex_train.config.scaling import LogScale
-from clex_train.export import constant_scale, serving, weight_copies
+from clex_train.export import constant_scale, record, serving, weight_copies
 from clex_train.export.constant_scale import Change
 from clex_train.export.factors import FixedRope, Source, rope_at
-from clex_train.export.model_card import Measured, export_card
+from clex_train.export.model_card import Measured
 from clex_train.export.stock_rope import stock_config
 from clex_train.models import official
-from clex_train.utils import log, versions
+from clex_train.utils import log
 from clex_train.utils.errors import require
 from clex_train.utils.files import atomic_directory, make_folder
 
 logger = log.get(__name__)
-
-RECORD, CARD = "clex_export.json", "README.md"
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ def plan(
     policy = source.log_scale if fold else LogScale.off
     layers = constant_scale.layers(source, rope.served_len, policy)
     folded = _stored_changes(source, directory, layers)
-    facts = _facts(source, directory, rope, policy, max((layer.scale for layer in layers), default=1.0))
+    facts = record.facts(source, directory, rope, policy, max((layer.scale for layer in layers), default=1.0))
     return Plan(source, directory, rope, config, facts, folded, link)
 
 
@@ -92,8 +88,7 @@ def write(planned: Plan, output: Path, measured: Sequence[Measured] = (), overri
             weight_copies.place(planned.directory / name, folder / name, link=False)
         planned.config.save_pretrained(folder)
         serving.write_overrides(folder, planned.source.arch, overrides)
-        (folder / RECORD).write_text(json.dumps(planned.facts, indent=2) + "\n", encoding="utf-8")
-        (folder / CARD).write_text(export_card(planned.facts, planned.rope, measured), encoding="utf-8")
+        record.write(folder, planned.facts, planned.rope, measured, "Any program that reads transformers' `longrope`")
     logger.info("wrote %s at t = %g, for contexts of up to %d tokens", output, planned.rope.t, planned.rope.served_len)
 
 
@@ -124,30 +119,3 @@ def _needed(planned: Plan) -> int:
     small = [planned.directory / name for name in weight_copies.companions(planned.directory)]
     linked = planned.link and not planned.rewrites
     return weight_copies.size(small + ([] if linked else weight_copies.weight_paths(planned.directory)))
-
-
-def _facts(source: Source, directory: Path, rope: FixedRope, policy: LogScale, scale: float) -> dict[str, Any]:
-    table = source.table
-    return {
-        "format": FORMAT,
-        "t": rope.t,
-        "context_len": rope.context_len,
-        "served_len": rope.served_len,
-        "t_factor": source.t_factor,
-        "model_type": source.arch.model_type,
-        "method": "the model's own RoPE" if table is None else table.method,
-        "digest": "" if table is None else table.digest,
-        "source": str(directory),
-        "log_scale": policy.value,
-        "log_scale_of_run": source.log_scale.value,
-        "scale": scale,
-        "attention_factor": rope.attention_factor,
-        "versions": {versions.OWN: versions.own()}
-        | {name: versions.installed_version(name) for name in ("torch", "transformers", "safetensors")},
-    }
-
-
-def require_directory(key: str, path: str) -> Path:
-    """Return the local directory of a model to export; `ConfigError` for a hub name."""
-    require(Path(path).is_dir(), key, path, "no such directory; download the model first (`hf download`)")
-    return Path(path)

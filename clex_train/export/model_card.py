@@ -41,12 +41,12 @@ def final_card(context_len: int, stated: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def export_card(facts: dict[str, Any], rope: FixedRope, measured: Sequence[Measured]) -> str:
-    """Describe an exported directory; `facts` is the content of `clex_export.json`."""
+def export_card(facts: dict[str, Any], rope: FixedRope, measured: Sequence[Measured], runs_in: str) -> str:
+    """Describe an export; `facts` is the content of `clex_export.json`, `runs_in` names what reads it."""
     lines = [
         f"# {facts['model_type']} at one scale factor, t = {rope.t:g}",
         "",
-        "Exported by clex-train. Any program that reads transformers' `longrope` runs it, without code of ours.",
+        f"Exported by clex-train. {runs_in} runs it, without code of ours.",
         "",
         "| | |",
         "|---|---|",

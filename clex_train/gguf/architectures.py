@@ -144,9 +144,9 @@ def architecture_of(model_type: str) -> str:
 def require_addable(base: Path, architecture: str) -> None:
     """Raise `ConfigError` for a GGUF file whose architecture uses no factors, or is not known to."""
     if architecture in (*IGNORING.values(), "qwen2"):
-        raise ConfigError("base", base, _ignored(architecture))
+        raise ConfigError("base_gguf", base, _ignored(architecture))
     remedy = f"architecture {architecture}; factors are added to {', '.join(ADDABLE)}"
-    require(architecture in ADDABLE, "base", base, remedy)
+    require(architecture in ADDABLE, "base_gguf", base, remedy)
 
 
 def _ignored(architecture: str) -> str:

@@ -61,6 +61,30 @@ class Entry:
         return math.prod(self.shape) * int(np.dtype(self.dtype).itemsize)
 
 
+@dataclass(frozen=True)
+class Content:
+    """A GGUF file that was checked and has not been written."""
+
+    architecture: str
+    """`general.architecture`."""
+    fields: Sequence[Field]
+    """The other keys of the header."""
+    entries: Sequence[Entry]
+    """Tensors in the order of the file; one at a time is in memory."""
+    verify: Callable[[Any], None]
+    """Called with a reader of the complete file before it gets its name; an error of it discards the file."""
+    alignment: int = 32
+    """Bytes to which the data of a tensor is aligned, a power of two."""
+
+    @property
+    def max_bytes(self) -> int:
+        """Return an upper bound of the file's size."""
+        header = sum(_value_size(field.key) + _value_size(field.value) for field in self.fields)
+        names = sum(_value_size(entry.name) + NUMBER_BYTES * (len(entry.shape) + 2) for entry in self.entries)
+        data = sum(entry.num_bytes + self.alignment for entry in self.entries)
+        return header + names + data + 2 * self.alignment + 4 * NUMBER_BYTES
+
+
 def library() -> Any:
     """Return the `gguf` package; `ConfigError` with the command that installs it."""
     try:
@@ -127,39 +151,33 @@ def require_written(reader: Any, architecture: str, factors: Sequence[float]) ->
             raise RuntimeError(f"{entry.name} read back from the file has other factors")
 
 
-def write(
-    path: Path,
-    architecture: str,
-    fields: Sequence[Field],
-    entries: Sequence[Entry],
-    verify: Callable[[Any], None],
-    alignment: int = 32,
-) -> None:
-    """Write a GGUF file, whole or not at all.
-
-    Args:
-        path: the file; an existing one is replaced.
-        architecture: `general.architecture`.
-        fields: the other keys of the header.
-        entries: tensors in the order of the file; one at a time is in memory.
-        verify: called with a reader of the complete file before it gets its name; an error of it discards the file.
-        alignment: bytes to which the data of a tensor is aligned, a power of two.
+def write(path: Path, content: Content) -> None:
+    """Write a GGUF file, whole or not at all; an existing one is replaced.
 
     Raises:
         ConfigError: too little space, checked first.
         OSError: the disk is full after all, or cannot be written.
     """
     require_writable_folder("output", path, path.parent, temporary_path(path).name)
-    _require_space(path, _size(fields, entries, alignment))
+    require_space(path, content)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _published(path) as temporary:
-        writer = library().GGUFWriter(temporary, architecture)
+        writer = library().GGUFWriter(temporary, content.architecture)
         try:
-            writer.data_alignment = alignment
-            _write_all(writer, fields, entries)
+            writer.data_alignment = content.alignment
+            _write_all(writer, content.fields, content.entries)
         finally:
             writer.close()
-        verify(read(temporary))
+        content.verify(read(temporary))
+
+
+def require_space(path: Path, content: Content) -> None:
+    """Raise `ConfigError` if the disk of `path` has no room for the file; nothing is written."""
+    there = next(place for place in path.absolute().parents if place.exists())
+    # The file is written beside an older one of the same name, which goes last.
+    needed, free = content.max_bytes, shutil.disk_usage(there).free
+    remedy = f"needs {needed / GIB:.2f} GiB, and {there} has {free / GIB:.2f} GiB free; make room or name another place"
+    require(needed <= free, "output", path, remedy)
 
 
 def _write_all(writer: Any, fields: Sequence[Field], entries: Sequence[Entry]) -> None:
@@ -185,27 +203,12 @@ def _type_of(value: Any) -> Any:
     return known[type(value)]
 
 
-def _size(fields: Sequence[Field], entries: Sequence[Entry], alignment: int) -> int:
-    """Return an upper bound of the file's size."""
-    header = sum(_value_size(field.key) + _value_size(field.value) for field in fields)
-    names = sum(_value_size(entry.name) + NUMBER_BYTES * (len(entry.shape) + 2) for entry in entries)
-    return header + names + sum(entry.num_bytes + alignment for entry in entries) + 2 * alignment + 4 * NUMBER_BYTES
-
-
 def _value_size(value: Any) -> int:
     if isinstance(value, list):
         return NUMBER_BYTES + sum(map(_value_size, value))
     if isinstance(value, str):
         value = value.encode()
     return NUMBER_BYTES + (len(value) if isinstance(value, bytes) else 0)
-
-
-def _require_space(path: Path, needed: int) -> None:
-    there = next(place for place in path.absolute().parents if place.exists())
-    # The file is written beside an older one of the same name, which goes last.
-    free = shutil.disk_usage(there).free
-    remedy = f"needs {needed / GIB:.2f} GiB, and {there} has {free / GIB:.2f} GiB free; make room or name another place"
-    require(needed <= free, "output", path, remedy)
 
 
 @contextmanager

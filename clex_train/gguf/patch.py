@@ -15,6 +15,7 @@ from clex_train.gguf.architectures import require_addable, scaling_fields
 from clex_train.gguf.files import (
     LONGROPE,
     ROPE_FREQS,
+    Content,
     Entry,
     Field,
     contents,
@@ -24,28 +25,23 @@ from clex_train.gguf.files import (
     require_factors,
     require_written,
 )
-from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, require
-
-logger = log.get(__name__)
 
 LLAMA_CPP_BASE = 10_000.0
 """`rope.freq_base` of a file without the key."""
 
 
-def add_factors(
-    path: Path,
+def plan_added_factors(
     base: Path,
     factors: Sequence[float],
     served_len: int,
     *,
     rope_theta: float,
     attention_factor: float = 1.0,
-) -> None:
-    """Write a copy of a GGUF file with factors, whole or not at all.
+) -> Content:
+    """Return the copy of a GGUF file with factors.
 
     Args:
-        path: the file to write; not `base` itself.
         base: GGUF file with the trained weights and plain RoPE.
         factors: F_j = plain theta_j of `rope_theta` / theta_j(t), one per pair of rotated dimensions.
         served_len: round(t * L), the context length of the file in tokens.
@@ -54,13 +50,13 @@ def add_factors(
 
     Raises:
         ConfigError: an architecture that ignores factors, a file that has some, another base or number of pairs, a part
-            of a split model, or too little space on the disk.
+            of a split model.
         BadFile: not a GGUF file, or a damaged one.
     """
     reader = files.read(base)
     architecture = str(contents(reader, "general.architecture"))
     require_addable(base, architecture)
-    _require_usable(reader, base, path)
+    _require_usable(reader, base)
     _require_same_rope(reader, base, architecture, rope_theta)
     require_factors(factors, num_pairs(reader, architecture, base))
     fields = [
@@ -76,8 +72,7 @@ def add_factors(
     def verify(written: Any) -> None:
         _verify(written, reader, architecture, factors)
 
-    files.write(path, architecture, fields, entries, verify, alignment=int(reader.alignment))
-    logger.info("wrote %s: the tensors of %s and %d factors, context %d", path, base, len(factors), served_len)
+    return Content(architecture, fields, entries, verify, int(reader.alignment))
 
 
 def num_pairs(reader: Any, architecture: str, base: Path) -> int:
@@ -96,19 +91,17 @@ def num_pairs(reader: Any, architecture: str, base: Path) -> int:
     return int(rotated) // 2
 
 
-def _require_usable(reader: Any, base: Path, path: Path) -> None:
+def _require_usable(reader: Any, base: Path) -> None:
     names = {tensor.name for tensor in reader.tensors}
     if found := sorted(names & {ROPE_FREQS, *LONGROPE}):
         remedy = (
             f"has RoPE factors already ({found[0]}); convert the model again from a config.json whose rope_type is "
             "default, and give that file"
         )
-        raise ConfigError("base", base, remedy)
+        raise ConfigError("base_gguf", base, remedy)
     parts = number(reader, "split.count", 0) or 0
-    require(parts <= 1, "base", base, f"one of {parts} parts; join them first: llama-gguf-split --merge")
-    same = path.exists() and path.samefile(base)
-    require(not same, "output", path, "is the file that is read; name another one")
-    require(reader.byte_order == "I", "base", base, "has the byte order of another machine; convert it there")
+    require(parts <= 1, "base_gguf", base, f"one of {parts} parts; join them first: llama-gguf-split --merge")
+    require(reader.byte_order == "I", "base_gguf", base, "has the byte order of another machine; convert it there")
 
 
 def _require_same_rope(reader: Any, base: Path, architecture: str, rope_theta: float) -> None:

@@ -32,9 +32,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class WeightType(Enum):
     """Type of the matrices; vectors (norms, biases) are always F32."""
 
-    F32 = "f32"
-    F16 = "f16"
-    BF16 = "bf16"
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
 
     @property
     def file_type(self) -> int:
@@ -50,7 +50,7 @@ class WeightType(Enum):
 def stored_type(directory: Path) -> WeightType:
     """Return the type that the embedding is stored in."""
     dtype = weight_files.read_headers(directory).tensors[EMBEDDING].dtype
-    return next((each for each in WeightType if each.dtype == dtype), WeightType.F32)
+    return next((each for each in WeightType if each.dtype == dtype), WeightType.f32)
 
 
 def weight_entries(directory: Path, form: Form, weight_type: WeightType, query_scale: float = 1.0) -> list[Entry]:
@@ -102,7 +102,7 @@ def _entry(
         require(found == part, source, list(found), f"config.json makes it {list(part)}; copy the directory again")
     require(len(sources) == (shape[0] if is_stack else 1), name, len(sources), "another number of stored tensors")
     # The router stays F32 too, as llama.cpp's converter has it: a rounded one may choose another expert.
-    kind = WeightType.F32 if len(shape) == 1 or "ffn_gate_inp" in name else weight_type
+    kind = WeightType.f32 if len(shape) == 1 or "ffn_gate_inp" in name else weight_type
     change = _change(name, form, query_scale)
 
     def read() -> NDArray[Any]:
@@ -110,7 +110,7 @@ def _entry(
         return np.stack(parts) if is_stack else parts[0]
 
     dtype = {"f32": np.float32, "f16": np.float16, "bf16": np.int16}[kind.value]
-    return Entry(name, shape, dtype, library().GGMLQuantizationType[kind.name], read)
+    return Entry(name, shape, dtype, library().GGMLQuantizationType[kind.name.upper()], read)
 
 
 def _tensor(stored: Stored, name: str) -> Tensor:
@@ -142,7 +142,7 @@ def _converted(tensor: Tensor, kind: WeightType, name: str) -> NDArray[Any]:
         remedy = f"has values that are not finite in {kind.name}; write another type, bf16 or f32"
         raise ConfigError(name, None, remedy)
     # numpy has no bfloat16: its bytes as integers.
-    plain = result.view(torch.int16) if kind is WeightType.BF16 else result
+    plain = result.view(torch.int16) if kind is WeightType.bf16 else result
     array: NDArray[Any] = plain.numpy()
     return array
 

@@ -4,7 +4,7 @@
     llama    SentencePiece BPE: tokens and scores, the higher the earlier a token is merged
 
 Fast tokenizers alone are read, from the JSON of the `tokenizers` library. Whether llama.cpp reads text the same way is
-verified by `gguf_token_ids`.
+verified by `token_ids`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,8 @@
     theta_j = rope_theta^(-2j/d) / F_j        F is the tensor `rope_freqs.weight`, which divides the plain frequencies
 
 The model is one at one t: its factors F and the context t * L that it serves. Families are those of
-`gguf_architectures`; llama.cpp's own converter drops the factors without a word, and does not know tokenizers that were
-trained here. To keep the tokenizer and quantisation of an existing file, add the factors to it: `gguf_patch`.
+`architectures`; llama.cpp's own converter drops the factors without a word, and does not know tokenizers that were
+trained here. To keep the tokenizer and quantisation of an existing file, add the factors to it: `patch`.
 """
 
 import re
@@ -15,21 +15,17 @@ from typing import Any
 from clex_train.config.model import ModelConfig
 from clex_train.gguf import files, token_ids
 from clex_train.gguf.architectures import Form, form_of
-from clex_train.gguf.files import Field, factor_entries, require_factors, require_written
+from clex_train.gguf.files import Content, Field, factor_entries, require_factors, require_written
 from clex_train.gguf.tensors import WeightType, stored_type, weight_entries
 from clex_train.gguf.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
 from clex_train.models import architecture
 from clex_train.models.tokenizer import load_tokenizer
-from clex_train.utils import log
-
-logger = log.get(__name__)
 
 # llama.cpp treats the vocabulary of a model with one of these names specially, and fails where a token is missing.
 SPECIAL_NAMES = re.compile(r"(phi|modern)-?(3|bert)", re.IGNORECASE)
 
 
-def write_gguf(
-    path: Path,
+def plan_gguf(
     source: Path,
     factors: Sequence[float],
     served_len: int,
@@ -38,11 +34,10 @@ def write_gguf(
     query_scale: float = 1.0,
     attention_factor: float = 1.0,
     name: str | None = None,
-) -> None:
-    """Write a model as GGUF, whole or not at all; weights are read one tensor at a time.
+) -> Content:
+    """Return the GGUF file of a model; its weights are read while it is written, one tensor at a time.
 
     Args:
-        path: the file, `*.gguf`.
         source: Hugging Face directory: config.json, plain weights, a fast tokenizer.
         factors: F_j = plain theta_j of `rope_theta` / theta_j(t), one per pair of rotated dimensions.
         served_len: round(t * L), the context length of the file in tokens.
@@ -53,7 +48,7 @@ def write_gguf(
 
     Raises:
         ConfigError: a family whose engine ignores factors, weights or a tokenizer that the format cannot express, token
-            ids that llama.cpp would compute differently, or too little space on the disk.
+            ids that llama.cpp would compute differently.
     """
     files.library()  # before seconds of other checks
     model = ModelConfig(path=str(source))
@@ -75,8 +70,7 @@ def write_gguf(
     def verify(reader: Any) -> None:
         _verify(reader, vocabulary, form, factors)
 
-    files.write(path, form.architecture, fields, entries, verify)
-    logger.info("wrote %s: %s, %s, context %d", path, form.architecture, kind.name, served_len)
+    return Content(form.architecture, fields, entries, verify)
 
 
 def _verify(reader: Any, vocabulary: Vocabulary, form: Form, factors: Sequence[float]) -> None:

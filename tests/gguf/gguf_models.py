@@ -5,6 +5,7 @@ pairs, a wrong position or a forgotten factor changes log-probabilities by sever
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,16 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from clex_train.config.scaling import LogScale
 from clex_train.gguf import files
 from clex_train.gguf.files import Entry, Field
+from clex_train.gguf.patch import plan_added_factors
 from clex_train.gguf.token_ids import SAMPLES, SPLITS
+from clex_train.gguf.writer import plan_gguf
+from clex_train.models.directory import write_clex
+from clex_train.rope.native import native_handle_on_meta
+from clex_train.scaling.clex import Clex
+from clex_train.scaling.frequency_table import FrequencyTable
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT, T, VOCAB_SIZE, ROWS = 64, 4.0, 600, 640
@@ -59,6 +67,16 @@ PATTERNS = {
 }
 
 
+def write_gguf(path: Path, source: Path, factors: Sequence[float], served_len: int, **options: Any) -> None:
+    """Write the GGUF file of a model directory."""
+    files.write(path, plan_gguf(source, factors, served_len, **options))
+
+
+def add_factors(path: Path, base: Path, factors: Sequence[float], served_len: int, **options: Any) -> None:
+    """Write the copy of a GGUF file with factors."""
+    files.write(path, plan_added_factors(base, factors, served_len, **options))
+
+
 def save(folder: Path, family: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None, **own: Any) -> Path:
     """Save a random model of a family with a byte-level tokenizer, and return its folder."""
     torch.manual_seed(0)
@@ -68,6 +86,18 @@ def save(folder: Path, family: str = "llama", tokenizer: PreTrainedTokenizerFast
     make_harsh(model)
     model.save_pretrained(folder)
     (tokenizer or byte_level()).save_pretrained(folder)
+    return folder
+
+
+def save_clex(folder: Path, family: str = "llama", log_scale: LogScale = LogScale.off, **own: Any) -> Path:
+    """Save such a model with a field whose factors at t are those of `factors`, as a `final/` of training."""
+    save(folder, family, **own)
+    handle = native_handle_on_meta(AutoConfig.from_pretrained(folder), CONTEXT)
+    base = handle.base_inv_freq
+    scaled = base / torch.tensor(factors(len(base)), dtype=torch.float64)
+    grid = torch.tensor([1.0, T], dtype=torch.float64)
+    table = FrequencyTable(grid, torch.stack([base, scaled]), "clex", CONTEXT, "harsh")
+    write_clex(folder, Clex(base, t_max=T), table, CONTEXT, log_scale)
     return folder
 
 
@@ -150,8 +180,6 @@ def quantised(file: Path, folder: Path) -> Path:
     """Write a directory as Q8_0 without factors, as another converter would."""
     import gguf
 
-    from clex_train.gguf.writer import write_gguf
-
     plain = file.with_name("plain.gguf")
     write_gguf(plain, folder, [1.0] * num_pairs(folder), CONTEXT)
     reader = files.read(plain)
@@ -170,7 +198,7 @@ def quantised(file: Path, folder: Path) -> Path:
         own = kind if data.dtype == np.uint8 else tensor.tensor_type
         entries.append(Entry(tensor.name, data.shape, data.dtype, own, lambda data=data: data))
     architecture = files.contents(reader, "general.architecture")
-    files.write(file, architecture, fields, entries, lambda reader: None)
+    files.write(file, files.Content(architecture, fields, entries, lambda reader: None))
     return file
 
 

@@ -19,13 +19,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from clex_train.api import apply_clex
+from clex_train.cli import export
+from clex_train.config.model import ModelConfig
+from clex_train.config.scaling import LogScale
+from clex_train.console import program
 from clex_train.gguf import files, token_ids
 from clex_train.gguf.files import Entry, Field, contents
-from clex_train.gguf.patch import add_factors
 from clex_train.gguf.tensors import WeightType
 from clex_train.gguf.token_ids import encoder
 from clex_train.gguf.vocabulary import read_vocabulary
-from clex_train.gguf.writer import write_gguf
+from clex_train.models.load import load_for_evaluation
 from clex_train.scaling.frequency_table import FrequencyTable
 from tests.gguf import gguf_models
 from tests.gguf.gguf_models import CONTEXT, ROOT, VOCAB_SIZE, T
@@ -124,7 +127,7 @@ def error(expected: Tensor, found: Tensor) -> float:
 def test_llama_cpp_computes_our_model_at_t_on_both_sides_of_l(family: str, tmp_path: Path) -> None:
     folder = gguf_models.save(tmp_path / family, family, tokenizer())
     factors = gguf_models.factors(gguf_models.num_pairs(folder))
-    write_gguf(tmp_path / "model.gguf", folder, factors, SERVED)
+    gguf_models.write_gguf(tmp_path / "model.gguf", folder, factors, SERVED)
     expected, continued = ours(folder, factors)
     exact, usual = (run(tmp_path / "model.gguf", kv) for kv in ("F32", "F16"))
     assert error(expected, exact.log_p) < F32_CACHE
@@ -132,6 +135,27 @@ def test_llama_cpp_computes_our_model_at_t_on_both_sides_of_l(family: str, tmp_p
     assert torch.equal(expected.argmax(-1), usual.log_p.argmax(-1))
     assert usual.greedy == continued
     assert usual.context == SERVED
+
+
+@pytest.mark.parametrize("log_scale", [LogScale.off, LogScale.eval])
+@pytest.mark.parametrize("way", ["written", "added"])
+def test_the_export_program_writes_what_the_product_computes(
+    way: str, log_scale: LogScale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, arguments = gguf_models.save_clex(tmp_path / "final", log_scale=log_scale), []
+    if way == "added":
+        gguf_models.write_gguf(tmp_path / "plain.gguf", final, [1.0] * 16, CONTEXT)
+        weights = [each.name for each in files.read(tmp_path / "plain.gguf").tensors if each.name != files.ROPE_FREQS]
+        arguments = [f"base_gguf={rewritten(tmp_path / 'base.gguf', tmp_path / 'plain.gguf', weights)}"]
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["", f"model={final}", "format=gguf", "t=4", f"output={out}", *arguments])
+    assert program.run(export.main, export.usage) == 0
+    loaded = load_for_evaluation(ModelConfig(path=str(final)))
+    with torch.no_grad(), loaded.handle.fixed(SERVED):
+        expected = loaded.model(torch.tensor([ids()])).logits[0].double().log_softmax(-1)
+    found = run(out / export.MODEL, "F32")
+    assert error(expected, found.log_p) < F32_CACHE
+    assert found.context == SERVED
 
 
 def llama(tmp_path: Path) -> tuple[Path, list[float]]:
@@ -152,7 +176,7 @@ def rewritten(file: Path, base: Path, keep: Sequence[str]) -> Path:
         for each in reader.tensors
         if each.name in keep
     ]
-    files.write(file, contents(reader, "general.architecture"), fields, entries, lambda reader: None)
+    files.write(file, files.Content(contents(reader, "general.architecture"), fields, entries, lambda reader: None))
     return file
 
 
@@ -160,22 +184,22 @@ def test_wrong_exports_are_caught(tmp_path: Path) -> None:
     folder, factors = llama(tmp_path)
     expected, _ = ours(folder, factors)
     good = tmp_path / "good.gguf"
-    write_gguf(good, folder, factors, SERVED)
-    write_gguf(tmp_path / "reversed.gguf", folder, factors[::-1], SERVED)
+    gguf_models.write_gguf(good, folder, factors, SERVED)
+    gguf_models.write_gguf(tmp_path / "reversed.gguf", folder, factors[::-1], SERVED)
     names = [each.name for each in files.read(good).tensors if each.name != files.ROPE_FREQS]
     without = rewritten(tmp_path / "without.gguf", good, names)
     for wrong in (tmp_path / "reversed.gguf", without):
         answer = run(wrong)
         before, after = (error(expected[part], answer.log_p[part]) for part in (slice(CONTEXT), slice(CONTEXT, None)))
         assert min(before, after) > 20 * F16_CACHE, wrong
-    write_gguf(tmp_path / "short.gguf", folder, factors, CONTEXT)
+    gguf_models.write_gguf(tmp_path / "short.gguf", folder, factors, CONTEXT)
     # The numbers are right; llama.cpp takes this length as its default context, and stops there.
     assert run(tmp_path / "short.gguf").context != SERVED
 
 
 def test_an_attention_factor_reaches_llama_cpp(tmp_path: Path) -> None:
     folder, factors = llama(tmp_path)
-    write_gguf(tmp_path / "model.gguf", folder, factors, SERVED, attention_factor=1.15)
+    gguf_models.write_gguf(tmp_path / "model.gguf", folder, factors, SERVED, attention_factor=1.15)
     expected, _ = ours(folder, factors, attention_factor=1.15)
     assert error(expected, run(tmp_path / "model.gguf", "F32").log_p) < F32_CACHE
 
@@ -183,7 +207,7 @@ def test_an_attention_factor_reaches_llama_cpp(tmp_path: Path) -> None:
 def test_a_scale_of_the_queries_is_one_of_the_logits(tmp_path: Path) -> None:
     folder, factors = llama(tmp_path)
     scale = 1.3
-    write_gguf(tmp_path / "model.gguf", folder, factors, SERVED, query_scale=scale)
+    gguf_models.write_gguf(tmp_path / "model.gguf", folder, factors, SERVED, query_scale=scale)
     # cos and sin enter q and k, so their factor is the root.
     expected, _ = ours(folder, factors, attention_factor=scale**0.5)
     assert error(expected, run(tmp_path / "model.gguf", "F32").log_p) < F32_CACHE
@@ -192,8 +216,8 @@ def test_a_scale_of_the_queries_is_one_of_the_logits(tmp_path: Path) -> None:
 def test_half_precision_weights_stay_close(tmp_path: Path) -> None:
     folder, factors = llama(tmp_path)
     expected, _ = ours(folder, factors)
-    for weight_type, most in ((WeightType.F16, 0.1), (WeightType.BF16, 1.0)):
-        write_gguf(tmp_path / "model.gguf", folder, factors, SERVED, weight_type=weight_type)
+    for weight_type, most in ((WeightType.f16, 0.1), (WeightType.bf16, 1.0)):
+        gguf_models.write_gguf(tmp_path / "model.gguf", folder, factors, SERVED, weight_type=weight_type)
         assert error(expected, run(tmp_path / "model.gguf", "F32").log_p) < most, weight_type
 
 
@@ -203,7 +227,7 @@ def test_factors_added_to_a_quantised_file_are_those_of_the_model(architecture: 
     factors = gguf_models.factors(gguf_models.num_pairs(folder))
     base = gguf_models.quantised(tmp_path / "base.gguf", folder)
     theta = contents(files.read(base), f"{architecture}.rope.freq_base")
-    add_factors(tmp_path / "added.gguf", base, factors, SERVED, rope_theta=theta)
+    gguf_models.add_factors(tmp_path / "added.gguf", base, factors, SERVED, rope_theta=theta)
     gguf_models.dequantise(folder, base)
     expected, _ = ours(folder, factors)
     answer = run(tmp_path / "added.gguf", "F32")
@@ -217,7 +241,7 @@ def test_llama_cpp_reads_text_as_the_verification_says(pre: str, tmp_path: Path)
     words = gguf_models.tokenizer_for(pre)
     folder = gguf_models.save(tmp_path / "llama", "llama", words)
     loaded = AutoTokenizer.from_pretrained(folder)
-    write_gguf(tmp_path / "model.gguf", folder, gguf_models.factors(16), SERVED)
+    gguf_models.write_gguf(tmp_path / "model.gguf", folder, gguf_models.factors(16), SERVED)
     vocabulary = read_vocabulary(files.read(tmp_path / "model.gguf"))
     assert vocabulary.pre == ("default" if pre == "pieces" else pre)
     texts = [*token_ids.SAMPLES, *gguf_models.TEXT, *token_ids.RARE]

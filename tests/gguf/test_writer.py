@@ -18,7 +18,6 @@ from clex_train.gguf import files, token_ids
 from clex_train.gguf.files import contents
 from clex_train.gguf.tensors import WeightType
 from clex_train.gguf.vocabulary import UNUSED, read_vocabulary, vocabulary_of
-from clex_train.gguf.writer import write_gguf
 from clex_train.utils.errors import ConfigError
 from tests.gguf import gguf_models
 from tests.gguf.gguf_models import CONTEXT, ROWS, VOCAB_SIZE
@@ -31,7 +30,7 @@ def written(tmp_path: Path, family: str, **options: Any) -> tuple[dict[str, np.n
     """Write a random model; return the tensors of the file, those of the directory, and the reader."""
     folder = gguf_models.save(tmp_path / family, family)
     factors = gguf_models.factors(gguf_models.num_pairs(folder))
-    write_gguf(tmp_path / "model.gguf", folder, factors, SERVED, **options)
+    gguf_models.write_gguf(tmp_path / "model.gguf", folder, factors, SERVED, **options)
     reader = files.read(tmp_path / "model.gguf")
     tensors = {each.name: np.array(each.data) for each in reader.tensors}
     return tensors, load_file(folder / "model.safetensors"), reader
@@ -88,7 +87,7 @@ def test_biases_are_reordered_like_their_weights_and_a_tied_head_is_left_out(tmp
 
 
 def test_experts_are_stacked_in_their_order_and_the_router_stays_exact(tmp_path: Path) -> None:
-    tensors, stored, reader = written(tmp_path, "mixtral", weight_type=WeightType.F16)
+    tensors, stored, reader = written(tmp_path, "mixtral", weight_type=WeightType.f16)
     for name, own in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
         parts = [stored[f"model.layers.1.block_sparse_moe.experts.{e}.{own}.weight"].half() for e in range(4)]
         assert np.array_equal(tensors[f"blk.1.ffn_{name}_exps.weight"], torch.stack(parts).numpy())
@@ -100,12 +99,12 @@ def test_experts_are_stacked_in_their_order_and_the_router_stays_exact(tmp_path:
 def test_matrices_are_rounded_once_and_vectors_stay_exact(weight_type: WeightType, tmp_path: Path) -> None:
     tensors, stored, reader = written(tmp_path, "llama", weight_type=weight_type, query_scale=1.3)
     types = {each.name: each.tensor_type.name for each in reader.tensors}
-    assert types["blk.0.attn_q.weight"] == types["token_embd.weight"] == weight_type.name
+    assert types["blk.0.attn_q.weight"] == types["token_embd.weight"] == weight_type.name.upper()
     assert types["blk.0.attn_norm.weight"] == types["rope_freqs.weight"] == "F32"
     norm = stored["model.layers.0.input_layernorm.weight"]
     assert np.array_equal(tensors["blk.0.attn_norm.weight"], norm)
     rows = interleaved(stored["model.layers.0.self_attn.q_proj.weight"] * 1.3, 4).to(weight_type.dtype)
-    found = gguf.quants.dequantize(tensors["blk.0.attn_q.weight"], gguf.GGMLQuantizationType[weight_type.name])
+    found = gguf.quants.dequantize(tensors["blk.0.attn_q.weight"], gguf.GGMLQuantizationType[weight_type.name.upper()])
     assert np.array_equal(found, rows.float())
     assert contents(reader, "general.file_type") == weight_type.file_type
 
@@ -122,7 +121,7 @@ def test_the_stored_type_is_the_default(tmp_path: Path) -> None:
     folder = gguf_models.save(tmp_path / "llama")
     stored = load_file(folder / "model.safetensors")
     save_file({name: each.bfloat16() for name, each in stored.items()}, folder / "model.safetensors", {"format": "pt"})
-    write_gguf(tmp_path / "model.gguf", folder, gguf_models.factors(16), SERVED)
+    gguf_models.write_gguf(tmp_path / "model.gguf", folder, gguf_models.factors(16), SERVED)
     types = {each.name: each.tensor_type.name for each in files.read(tmp_path / "model.gguf").tensors}
     assert types["output.weight"] == "BF16"
 
@@ -141,7 +140,7 @@ def test_the_vocabulary_has_a_name_for_every_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pre", [*token_ids.SPLITS, "pieces"])
 def test_the_splitting_regex_is_found_from_the_tokenizer_alone(pre: str, tmp_path: Path) -> None:
     folder = gguf_models.save(tmp_path / "llama", "llama", gguf_models.tokenizer_for(pre))
-    write_gguf(tmp_path / "model.gguf", folder, gguf_models.factors(16), SERVED)
+    gguf_models.write_gguf(tmp_path / "model.gguf", folder, gguf_models.factors(16), SERVED)
     expected = "default" if pre == "pieces" else pre
     assert contents(files.read(tmp_path / "model.gguf"), "tokenizer.ggml.pre") == expected
 
@@ -192,7 +191,7 @@ def refused(tmp_path: Path, folder: Path, reason: str, **changed: Any) -> None:
     place = tmp_path / "out"
     place.mkdir()
     with pytest.raises(ConfigError) as error:
-        write_gguf(place / "model.gguf", folder, **options)
+        gguf_models.write_gguf(place / "model.gguf", folder, **options)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
     assert list(place.iterdir()) == []
@@ -236,12 +235,12 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({key: each for key, each in weights.items() if key != name}, "no weights for 1 tensor (blk.1.ffn_up.weight)"),
         ({**weights, "model.adapter": torch.ones(2)}, "1 tensor (model.adapter) have no place"),
         ({**weights, name: weights[name].to(torch.float8_e4m3fn)}, "stored as float8_e4m3fn"),
-        ({**weights, name: weights[name] * 1e9}, f"{name}: has values that are not finite in F16"),
+        ({**weights, name: weights[name] * 1e9}, f"{name}: has values that are not finite in f16"),
     ]
     for number, (changed, reason) in enumerate(cases):
         save_file(changed, folder / "model.safetensors", {"format": "pt"})
         (tmp_path / str(number)).mkdir()
-        refused(tmp_path / str(number), folder, reason, weight_type=WeightType.F16)
+        refused(tmp_path / str(number), folder, reason, weight_type=WeightType.f16)
 
 
 def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path: Path) -> None:
@@ -249,7 +248,7 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_pat
     weights = load_file(folder / "model.safetensors")
     head = weights["model.embed_tokens.weight"].clone()
     save_file({**weights, "lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
-    write_gguf(tmp_path / "model.gguf", folder, gguf_models.factors(16), SERVED)
+    gguf_models.write_gguf(tmp_path / "model.gguf", folder, gguf_models.factors(16), SERVED)
     save_file({**weights, "lm_head.weight": head + 1}, folder / "model.safetensors", {"format": "pt"})
     refused(tmp_path, folder, "lm_head.weight is stored and differs from the embedding")
 
@@ -259,16 +258,16 @@ def test_too_little_space_is_found_before_anything_is_written(tmp_path: Path, mo
     with mounted(tmp_path / "small", "512k") as small:
         monkeypatch.setattr(files, "_published", lambda path: pytest.fail("began to write"))
         with pytest.raises(ConfigError, match=r"output=.*needs 0.00 GiB, and .*small has 0.00 GiB free; make room"):
-            write_gguf(small / "model.gguf", folder, gguf_models.factors(16), SERVED)
+            gguf_models.write_gguf(small / "model.gguf", folder, gguf_models.factors(16), SERVED)
         assert list(small.iterdir()) == []
 
 
 def test_a_disk_that_fills_up_meanwhile_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = gguf_models.save(tmp_path / "llama")
-    monkeypatch.setattr(files, "_require_space", lambda path, needed: None)
+    monkeypatch.setattr(files, "require_space", lambda path, content: None)
     with mounted(tmp_path / "small", "512k") as small:
         with pytest.raises(OSError, match="No space left on device") as error:
-            write_gguf(small / "model.gguf", folder, gguf_models.factors(16), SERVED)
+            gguf_models.write_gguf(small / "model.gguf", folder, gguf_models.factors(16), SERVED)
         assert error.value.filename == str(small / "model.gguf")
         assert list(small.iterdir()) == []
 
@@ -292,7 +291,7 @@ def test_an_interruption_leaves_the_file_that_was_there(
     own = getattr(gguf.GGUFWriter, place)
     monkeypatch.setattr(gguf.GGUFWriter, place, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_gguf(out / "model.gguf", folder, gguf_models.factors(16), SERVED)
+        gguf_models.write_gguf(out / "model.gguf", folder, gguf_models.factors(16), SERVED)
     assert [each.name for each in out.iterdir()] == ["model.gguf"]
     assert (out / "model.gguf").read_bytes() == b"an earlier one"
 
