@@ -20,7 +20,6 @@ from clex_train.export.model_card import Measured
 from clex_train.export.stock_rope import stock_config
 from clex_train.models import official
 from clex_train.utils import log
-from clex_train.utils.errors import require
 from clex_train.utils.files import atomic_directory, make_folder
 
 logger = log.get(__name__)
