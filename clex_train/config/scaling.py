@@ -71,6 +71,9 @@ class ScalingConfig:
     """Largest scale factor, at least 1: each step draws t from [1, t_max], and contexts up to t_max * L are served."""
     t_factor: float = 1.0
     """At inference, use the t of a context `t_factor` times as long, capped at t_max; training ignores it."""
+    final_t: float | None = None
+    """t in [1, t_max] that the `config.json` of `final/` states for programs without CLEX; null: t_max. `clex_train`
+    ignores it: there t follows the length."""
     t_distribution: Distribution = Distribution.uniform
     """Distribution of t in CLEX: `uniform` (the paper) or `log_uniform` (equal weight on each doubling)."""
     factor: float | None = None
@@ -121,6 +124,12 @@ class ScalingConfig:
         require_at_most(self, "scaling.", MOST)
         require(self.t_max >= 1, "scaling.t_max", self.t_max, "a scale factor is at least 1")
         require(self.t_factor >= 1, "scaling.t_factor", self.t_factor, "1 or more")
+        require(
+            self.final_t is None or (self.name is Method.clex and 1 <= self.final_t <= self.t_max),
+            "scaling.final_t",
+            self.final_t,
+            f"from 1 to scaling.t_max={self.t_max:g}, for scaling=clex alone",
+        )
         require(self.factor is None or self.factor >= 1, "scaling.factor", self.factor, "a scale factor is at least 1")
         # A stock config.json cannot express what is refused below, so the exported model would differ from the run.
         require(

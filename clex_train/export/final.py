@@ -1,8 +1,8 @@
 """`final/`: the trained model as a Hugging Face directory, with the ODE, its table and the tokenizer.
 
-Its config.json states the model at t_max, the one t that serves every length of the run, for programs without CLEX.
-Where no config.json can state it, they refuse to build the model. `clex.json` keeps the RoPE of the base, from which
-this program starts.
+Its config.json states the model at one t for programs without CLEX, by default t_max, which serves every length. Where
+no config.json can state it, they refuse to build the model. `clex.json` keeps the RoPE of the base, from which this
+program starts.
 """
 
 from dataclasses import replace
@@ -32,17 +32,28 @@ LARGEST = 2**28
 
 
 def write_final(
-    directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Tensor], tokenizer: Tokenizer
+    directory: Path,
+    loaded: LoadedModel,
+    state_dict: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+    t: float | None = None,
 ) -> None:
     """Write a model directory atomically. Rank 0 writes; collective.
 
-    `state_dict` has the consolidated weights on rank 0 (`engine.deepspeed.consolidated_state_dict`). Raises
-    `RunStopped` on every rank when it cannot be written; the run's checkpoints still have everything.
+    `state_dict` has the consolidated weights on rank 0 (`engine.deepspeed.consolidated_state_dict`), `t` is what
+    config.json states, by default t_max. Raises `RunStopped` on every rank when it cannot be written; the run's
+    checkpoints still have everything.
     """
-    distributed.write_on_main(lambda: _write(directory, loaded, state_dict, tokenizer))
+    distributed.write_on_main(lambda: _write(directory, loaded, state_dict, tokenizer, t))
 
 
-def _write(directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
+def _write(
+    directory: Path,
+    loaded: LoadedModel,
+    state_dict: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+    t: float | None,
+) -> None:
     with atomic_directory(directory) as folder:
         # Off during training. A saved `false` would make generation slow for every later user of the directory.
         loaded.model.config.use_cache = True
@@ -50,17 +61,17 @@ def _write(directory: Path, loaded: LoadedModel, state_dict: dict[str, torch.Ten
             loaded.model.save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(folder)
         if loaded.clex is not None:
-            _write_clex(folder, loaded)
+            _write_clex(folder, loaded, t)
         # Last, so that the checksums cover all files.
         checksums.write(folder)
     logger.info("saved the final model to %s", directory)
 
 
-def _write_clex(folder: Path, loaded: LoadedModel) -> None:
+def _write_clex(folder: Path, loaded: LoadedModel, t: float | None) -> None:
     """Add the field, and replace config.json, which has the RoPE of the base, by that of one t."""
     assert loaded.clex is not None
     assert loaded.table is not None, "solve_table comes first"
-    config, stated = state(loaded)
+    config, stated = state(loaded, t)
     config.save_pretrained(folder)
     if stated["unstated"]:
         model_directory.refuse_elsewhere(folder)
@@ -68,14 +79,15 @@ def _write_clex(folder: Path, loaded: LoadedModel) -> None:
     (folder / "README.md").write_text(final_card(loaded.context_len, stated), encoding="utf-8")
 
 
-def state(loaded: LoadedModel) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """Return the config of the model at t_max, else the base's, and what `clex.json` records about it."""
+def state(loaded: LoadedModel, t: float | None = None) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Return the config of the model at `t`, else the base's, and what `clex.json` records about it; None is t_max."""
     assert loaded.table is not None
+    t = t or loaded.table.t_max
     base: Any = loaded.model.config
-    recorded = {"base_rope": model_directory.rope_of(base), "stated_t": loaded.table.t_max, "unstated": None}
+    recorded = {"base_rope": model_directory.rope_of(base), "stated_t": t, "unstated": None}
     source = Source(base, loaded.handle, loaded.context_len, loaded.clex, loaded.table, loaded.log_scale)
     try:
-        rope = rope_at(source, loaded.table.t_max)
+        rope = rope_at(source, t)
         scaled = constant_scale.layers(source, rope.served_len, loaded.log_scale)
         magnitude = constant_scale.as_magnitude(source, scaled, rope.rotary_dim, head_dim(base.get_text_config()))
         rope = replace(rope, attention_factor=rope.attention_factor * magnitude)

@@ -25,15 +25,15 @@ class Measured:
 
 def final_card(context_len: int, stated: dict[str, Any]) -> str:
     """Describe a `final/` in a page: the t of its config.json, or why there is none."""
-    length, t_max = context_len, stated["stated_t"]
+    length, t = context_len, stated["stated_t"]
     lines = ["# A model trained with CLEX", "", f"The base model was trained on L = {length:,} tokens. {READS} read"]
     lines += ["this directory with its field: t then follows the length of each call.", ""]
-    if t_max is None:
+    if t is None:
         lines += ["Other programs refuse to build it, since no stock config.json expresses it:", ""]
         return "\n".join([*lines, f"> {stated['unstated']}", ""])
     lines += [
-        f"`config.json` states the model at the one scale factor t = {t_max:g}, the largest of the run. In",
-        f"transformers and vLLM it serves up to {round(t_max * length):,} tokens. Prompts that fit a smaller t lose",
+        f"`config.json` states the model at the one scale factor t = {t:g} (`scaling.final_t` of the run). In",
+        f"transformers and vLLM it serves up to {round(t * length):,} tokens. Prompts that fit a smaller t lose",
         "some quality there. `python -m clex_train.cli.export` writes directories for another t, and folds",
         "log-scaling into the weights instead of the rotary embedding.",
         "",

@@ -53,6 +53,7 @@ SAFE_TO_CHANGE = (
     "resume",
     "scaling.longrope_factors",
     "scaling.t_factor",
+    "scaling.final_t",
     "tracking.",
 )
 """Keys that may change on resume because they do not affect the training numbers.

@@ -19,7 +19,8 @@ def save(parts: Parts, tokenizer: Tokenizer) -> None:
     """Write the weights, the frequencies of the last step and the tokenizer. Collective."""
     parts.loaded.solve_table()
     final = Path(parts.config.output_dir) / saved_config.FINAL
-    write_final(final, parts.loaded, engines.consolidated_state_dict(parts.engine), tokenizer)
+    weights, t = engines.consolidated_state_dict(parts.engine), parts.config.scaling.final_t
+    write_final(final, parts.loaded, weights, tokenizer, t)
 
 
 def is_finished(ready: Preflight) -> bool:

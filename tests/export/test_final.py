@@ -17,6 +17,7 @@ from clex_train.config.scaling import LogScale, ScalingConfig
 from clex_train.export.final import is_finished, write_final
 from clex_train.models import architecture, directory
 from clex_train.models.load import load_for_training, trained_architecture
+from clex_train.utils.errors import ConfigError
 from tests.evaluation.model_directories import save_tokenizer
 from tests.export.harsh_models import T, harsh_model, load, log_p, save_harsh
 from tests.rope.rotary_families import CONTEXT, FAMILIES, VOCABULARY, tiny_model, tokens
@@ -29,13 +30,14 @@ UNSTATED = [
 """Models that no config.json expresses, with the reason."""
 
 
-def write(folder: Path, family: str, log_scale: LogScale = LogScale.off, **settings: object) -> Path:
+def write(
+    folder: Path, family: str, log_scale: LogScale = LogScale.off, t: float | None = None, **settings: object
+) -> Path:
     """Write `final/` as a run does."""
     save_tokenizer(folder / "tokenizer", VOCABULARY)
     loaded = harsh_model(family, log_scale, **settings)
-    write_final(
-        folder / "final", loaded, loaded.model.state_dict(), AutoTokenizer.from_pretrained(folder / "tokenizer")
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    write_final(folder / "final", loaded, loaded.model.state_dict(), tokenizer, t)
     return folder / "final"
 
 
@@ -55,6 +57,25 @@ def test_plain_transformers_loads_the_model_at_t_max(family: str, tmp_path: Path
     for length in (CONTEXT, int(T) * CONTEXT):
         with ours.handle.pinned(T):
             assert (log_p(plain, ids[:, :length]) - log_p(ours.model, ids[:, :length])).abs().max() < 1e-4
+
+
+def test_the_stated_t_can_be_chosen_and_does_not_change_the_product(tmp_path: Path) -> None:
+    t, served = 2.0, 2 * CONTEXT
+    final, usual = write(tmp_path / "2", "llama", LogScale.eval, t=t), write(tmp_path / "4", "llama", LogScale.eval)
+    assert directory.read_record(final).stated_t == t
+    assert "one scale factor t = 2" in (final / "README.md").read_text()
+    plain, ours, ids = AutoModelForCausalLM.from_pretrained(final), load(final), tokens(2, int(T) * CONTEXT)
+    assert plain.config.max_position_embeddings == served
+    with ours.handle.fixed(served):
+        assert (log_p(plain, ids[:, :served]) - log_p(ours.model, ids[:, :served])).abs().max() < 1e-4
+    assert torch.equal(log_p(ours.model, ids), log_p(load(usual).model, ids))
+
+
+def test_a_stated_t_outside_of_the_range_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"scaling.final_t=5.*from 1 to scaling.t_max=4"):
+        ScalingConfig(name=Method.clex, t_max=T, final_t=5.0)
+    with pytest.raises(ConfigError, match=r"for scaling=clex alone"):
+        ScalingConfig(name=Method.yarn, final_t=2.0)
 
 
 @pytest.mark.parametrize("log_scale", [LogScale.off, LogScale.eval])
