@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from clex_train.models.load import LoadedModel
-from tests.export.harsh_models import T, log_p
+from tests.export.harsh_models import T, load_plain, log_p
 from tests.rope.rotary_families import CONTEXT, tokens
 
 LENGTHS = (CONTEXT // 2, CONTEXT, CONTEXT + 1, int(T) * CONTEXT)
@@ -26,7 +25,7 @@ TABLE = 1e-5
 
 def check(directory: Path, reference: LoadedModel, t: float = T) -> None:
     """Compare a directory with the product's model pinned to `t`, in numbers, tokens and rotary tables."""
-    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    model = load_plain(directory)
     spectrum = reference.handle.table.at(t)
     with reference.handle.pinned(t):
         for length in LENGTHS:

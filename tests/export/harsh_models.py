@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from clex_train.attention.select import supports_sdpa
 from clex_train.config.model import ModelConfig
 from clex_train.config.scaling import LogScale
 from clex_train.models.directory import write_clex
@@ -57,6 +58,14 @@ def save_harsh(folder: Path, family: str, log_scale: LogScale = LogScale.off, **
 def load(folder: Path) -> LoadedModel:
     """Load a directory by the product."""
     return load_for_evaluation(ModelConfig(path=str(folder)))
+
+
+def load_plain(folder: Path) -> PreTrainedModel:
+    """Load a directory by transformers alone, with the family's attention."""
+    # transformers before 5.21 offers SDPA for Gemma 2 and drops its cap.
+    named = {} if supports_sdpa(AutoConfig.from_pretrained(folder)) else {"attn_implementation": "eager"}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **named)
+    return model.eval()
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from clex_train.cli import export as program
 from clex_train.config.attention import AttentionConfig
@@ -20,7 +20,7 @@ from clex_train.evaluation.results import Origin, Results, Score
 from clex_train.export import weight_copies
 from clex_train.tracking import run_folder
 from tests.export.engine_check import check
-from tests.export.harsh_models import T, load, log_p, save_harsh
+from tests.export.harsh_models import T, load, load_plain, log_p, save_harsh
 from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
 
 
@@ -90,19 +90,17 @@ def test_vllm_takes_several_t_from_one_set_of_weights(final, tmp_path, monkeypat
     # What vLLM does with an override: its keys replace those of config.json.
     (output / "config.json").write_text(json.dumps(config | override))
     with reference.handle.pinned(2.0):
-        assert (
-            log_p(AutoModelForCausalLM.from_pretrained(output), ids) - log_p(reference.model, ids)
-        ).abs().max() < 1e-4
+        assert (log_p(load_plain(output), ids) - log_p(reference.model, ids)).abs().max() < 1e-4
 
 
 def test_sharded_weights_are_folded_shard_by_shard(tmp_path, monkeypatch) -> None:
     final = save_harsh(tmp_path / "final", "llama", LogScale.eval)
-    AutoModelForCausalLM.from_pretrained(final).save_pretrained(final, max_shard_size="20KB")
+    load_plain(final).save_pretrained(final, max_shard_size="20KB")
     (final / "model.safetensors").unlink()
     assert len(weight_copies.weight_paths(final)) > 3
     output, ids = tmp_path / "out", tokens(2, 64)
     assert call(monkeypatch, f"model={final}", "format=huggingface", "t=4", f"output={output}") == 0
-    found, ours = AutoModelForCausalLM.from_pretrained(output), load(final).model
+    found, ours = load_plain(output), load(final).model
     assert (log_p(found, ids) - log_p(ours, ids)).abs().max() < 1e-4
     changed = [path.name for path in output.glob("*.safetensors") if path.stat().st_nlink == 1]
     assert 0 < len(changed) < len(weight_copies.weight_paths(final)) - 1, "shards without queries are linked"
@@ -182,6 +180,4 @@ def test_a_model_of_a_formula_is_exported_without_the_traps_of_linear_scaling(tm
     assert config["rope_parameters"]["rope_type"] == "longrope"
     assert config["max_position_embeddings"] == config["original_max_position_embeddings"] == 64
     ids = tokens(2, 64)
-    assert torch.allclose(
-        log_p(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), ids), log_p(model, ids), atol=1e-5
-    )
+    assert torch.allclose(log_p(load_plain(tmp_path / "out"), ids), log_p(model, ids), atol=1e-5)

@@ -19,7 +19,7 @@ from clex_train.models import architecture, directory
 from clex_train.models.load import load_for_training, trained_architecture
 from clex_train.utils.errors import ConfigError
 from tests.evaluation.model_directories import save_tokenizer
-from tests.export.harsh_models import T, harsh_model, load, log_p, save_harsh
+from tests.export.harsh_models import T, harsh_model, load, load_plain, log_p, save_harsh
 from tests.rope.rotary_families import CONTEXT, FAMILIES, VOCABULARY, tiny_model, tokens
 
 UNSTATED = [
@@ -53,7 +53,7 @@ def test_plain_transformers_loads_the_model_at_t_max(family: str, tmp_path: Path
     record = directory.read_record(final)
     assert (record.stated_t, record.unstated, record.format) == (T, None, 2)
     assert is_finished(final)
-    plain, ours = AutoModelForCausalLM.from_pretrained(final), load(final)
+    plain, ours = load_plain(final), load(final)
     for length in (CONTEXT, int(T) * CONTEXT):
         with ours.handle.pinned(T):
             assert (log_p(plain, ids[:, :length]) - log_p(ours.model, ids[:, :length])).abs().max() < 1e-4
@@ -64,7 +64,7 @@ def test_the_stated_t_can_be_chosen_and_does_not_change_the_product(tmp_path: Pa
     final, usual = write(tmp_path / "2", "llama", LogScale.eval, t=t), write(tmp_path / "4", "llama", LogScale.eval)
     assert directory.read_record(final).stated_t == t
     assert "one scale factor t = 2" in (final / "README.md").read_text()
-    plain, ours, ids = AutoModelForCausalLM.from_pretrained(final), load(final), tokens(2, int(T) * CONTEXT)
+    plain, ours, ids = load_plain(final), load(final), tokens(2, int(T) * CONTEXT)
     assert plain.config.max_position_embeddings == served
     with ours.handle.fixed(served):
         assert (log_p(plain, ids[:, :served]) - log_p(ours.model, ids[:, :served])).abs().max() < 1e-4
@@ -84,7 +84,7 @@ def test_perplexity_at_the_stated_length_is_that_of_the_product(
     family: str, log_scale: LogScale, tmp_path: Path
 ) -> None:
     final, ids = write(tmp_path, family, log_scale), tokens(4, int(T) * CONTEXT)
-    plain, ours = AutoModelForCausalLM.from_pretrained(final), load(final).model
+    plain, ours = load_plain(final), load(final).model
     losses = [model(input_ids=ids, labels=ids).loss.item() for model in (plain, ours)]
     # A thousandth of the perplexity is a thousandth of a nat.
     assert abs(losses[0] - losses[1]) < 1e-5
@@ -128,7 +128,7 @@ def test_apply_clex_on_what_plain_transformers_loaded_is_the_product_and_can_be_
     family: str, tmp_path: Path
 ) -> None:
     final, ids = write(tmp_path, family), tokens(2, 2 * CONTEXT)
-    model, ours = AutoModelForCausalLM.from_pretrained(final).eval(), load(final)
+    model, ours = load_plain(final), load(final)
     before, modules = log_p(model, ids), dict(model.named_modules())
     clex = apply_clex(model, final)
     for length in (CONTEXT // 2, 2 * CONTEXT):
@@ -140,7 +140,7 @@ def test_apply_clex_on_what_plain_transformers_loaded_is_the_product_and_can_be_
 
 def test_apply_clex_refuses_another_base_and_leaves_the_stated_model(tmp_path: Path) -> None:
     final, ids = write(tmp_path, "llama"), tokens(2, 2 * CONTEXT)
-    model = AutoModelForCausalLM.from_pretrained(final).eval()
+    model = load_plain(final)
     before = log_p(model, ids)
     clex, table, _ = directory.read_clex(final)
     clex.base_inv_freq.mul_(2)
@@ -215,5 +215,5 @@ def test_the_base_of_a_model_with_a_static_scaling_is_kept(tmp_path: Path) -> No
     assert stated["attention_factor"] == stated["short_mscale"] == stated["long_mscale"] == pytest.approx(factor)
     with ours.handle.pinned(T):
         expected = log_p(ours.model, ids)
-    assert (log_p(AutoModelForCausalLM.from_pretrained(final), ids) - expected).abs().max() < 1e-4
+    assert (log_p(load_plain(final), ids) - expected).abs().max() < 1e-4
     assert replace(directory.read_record(final), base_rope=None) != directory.read_record(final)
