@@ -8,7 +8,7 @@ import pytest
 from omegaconf.errors import ValidationError
 
 from clex_train.cli.evaluation_plan import EvaluateConfig
-from clex_train.cli.export import ExportConfig
+from clex_train.cli.export_arguments import ExportConfig, Scaling
 from clex_train.cli.lm_eval import LmEvalConfig
 from clex_train.config.root import Config
 from clex_train.config.scaling import LogScale
@@ -213,7 +213,7 @@ def test_choices_that_yaml_reads_as_booleans_are_restored():
     """Restore the `off` that YAML reads as false, alone and in lists; leave null and other values unchanged."""
     parsed = arguments.parse(Choices, ["one=off", "several=[eval, off,official]"])
     assert parsed == Choices(LogScale.off, [LogScale.eval, LogScale.off, LogScale.official])
-    assert arguments.parse(ExportConfig, ["log_scale=off"]).log_scale is LogScale.off
+    assert arguments.parse(ExportConfig, ["log_scale=off"]).log_scale is Scaling.off
     assert arguments.parse(ExportConfig, ["log_scale=off", "log_scale=null"]).log_scale is None
     assert composed("scaling.log_scale=off").scaling.log_scale is LogScale.off
     with pytest.raises(ValidationError, match="expected one of"):

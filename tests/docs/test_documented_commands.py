@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from clex_train.cli.evaluation_plan import EvaluateConfig
-from clex_train.cli.export import ExportConfig
+from clex_train.cli.export_arguments import ExportConfig
 from clex_train.cli.lm_eval import LmEvalConfig
 from clex_train.cli.report import ReportConfig
 from clex_train.config import root as configuration
