@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from clex_train.attention.log_scaling import LogScaling, install_log_scaling
 from clex_train.lm_infinite.install import apply_lm_infinite
+from clex_train.model_config.context_length import context_in_config
 from clex_train.models import directory as model_directory
 from clex_train.models import official
 from clex_train.models.load import load_for_evaluation
-from clex_train.rope.context_length import context_in_config
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.rope.probe import find_rotary
 from clex_train.scaling.clex import Clex

@@ -18,10 +18,10 @@ from clex_train.inspection.engines.verdict import Engine
 from clex_train.inspection.facts import MAX, ORIGINAL, TOKENIZER_CONFIG, Facts, FieldFacts, original_len
 from clex_train.inspection.reading import Field, Reading
 from clex_train.inspection.spectra import SAME, LayerRope, relative_difference
+from clex_train.model_config.context_length import LOCAL_LAYER_TYPES, ContextLength, stated_length
 from clex_train.models import architecture, hub, official
 from clex_train.models import directory as model_directory
 from clex_train.rope import probe
-from clex_train.rope.context_length import ContextLength, stated_length
 from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils import records
@@ -185,7 +185,7 @@ def _field(
 
 def _scaled(ropes: Sequence[LayerRope]) -> LayerRope:
     """Return the RoPE of the layers that see the whole context."""
-    return next(rope for rope in ropes if rope.name not in probe.LOCAL_LAYER_TYPES)
+    return next(rope for rope in ropes if rope.name not in LOCAL_LAYER_TYPES)
 
 
 def _layout(built: Any) -> str | None:

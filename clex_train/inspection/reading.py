@@ -9,7 +9,7 @@ from clex_train.inspection.engines.verdict import Verdict
 from clex_train.inspection.facts import FieldFacts
 from clex_train.inspection.layers import Layer
 from clex_train.inspection.spectra import LayerRope
-from clex_train.rope.context_length import ContextLength
+from clex_train.model_config.context_length import ContextLength
 from clex_train.scaling.spectrum import Spectrum
 
 

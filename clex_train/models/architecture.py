@@ -14,10 +14,10 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from clex_train.config.model import Init, ModelConfig
+from clex_train.model_config import config_checks
+from clex_train.model_config.context_length import ContextLength, context_in_config, stated_length
 from clex_train.models import directory as model_directory
 from clex_train.models import hub, official
-from clex_train.rope import config_checks
-from clex_train.rope.context_length import ContextLength, context_in_config, stated_length
 from clex_train.rope.patch import require_rotary
 from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.utils import locations, log

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from clex_train.model_config.context_length import LOCAL_LAYER_TYPES
 from clex_train.rope.rotary import EXPANSIONS, LayerType, ScaledRotary
 from clex_train.scaling.spectrum import LAYOUTS, Spectrum, cos_sin
 from clex_train.utils.errors import ConfigError, first_line
 
-LOCAL_LAYER_TYPES = ("sliding_attention", "chunked_attention")
 # These change their frequencies with the sequence length by themselves, in conflict with a table of theta(t).
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 ALIBI = "it has ALiBi biases"

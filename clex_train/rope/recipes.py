@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from clex_train.config.method import Method
 from clex_train.config.scaling import ScalingConfig
-from clex_train.rope.context_length import original_context
+from clex_train.model_config.context_length import original_context
 from clex_train.rope.hf_scalings import ConfiguredRope
 from clex_train.rope.native import native_handle_on_meta
 from clex_train.rope.patch import RotaryHandle

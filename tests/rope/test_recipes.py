@@ -9,8 +9,8 @@ from transformers import AutoConfig, Gemma3TextConfig, GPT2Config, GPTNeoXConfig
 
 from clex_train.config.method import Method
 from clex_train.config.scaling import Positions, ScalingConfig
+from clex_train.model_config.context_length import original_context
 from clex_train.rope import recipes
-from clex_train.rope.context_length import original_context
 from clex_train.rope.probe import require_rotary
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.methods.pi import PositionInterpolation, pi_table

@@ -9,8 +9,8 @@ from transformers import Gemma3TextConfig, LlamaConfig
 from clex_train.cli.loading import EvaluatedModel
 from clex_train.config.model import ModelConfig
 from clex_train.console.errors import explain
+from clex_train.model_config import config_checks
 from clex_train.models import architecture
-from clex_train.rope import config_checks
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
-from clex_train.rope.probe import LOCAL_LAYER_TYPES
 from clex_train.utils.bounds import MOST_TOKENS
 from clex_train.utils.errors import ConfigError, require
 
+LOCAL_LAYER_TYPES = ("sliding_attention", "chunked_attention")
 # These scale every call by the same factor, so a config may state the length before or after scaling.
 STATIC = ("linear", "yarn", "llama3")
 # MPT and Bloom have no table of positions, and use other names for the length.
