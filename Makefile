@@ -5,6 +5,8 @@ BIN := .venv/bin
 PIP := -m pip install --disable-pip-version-check
 # The newest versions that were run, unless the environment has its own reasons: make CONSTRAINTS=other.txt
 CONSTRAINTS ?= constraints.txt
+# Time of `make demo`; parts that do not fit are left out, and named.
+MINUTES ?= 30
 # Prebuilt llama.cpp v0.4.0 for node: no compiler, 83 MB. Its optional packages are 650 MB of CUDA and Vulkan.
 ENGINES := node-llama-cpp@3.21.1 @node-llama-cpp/linux-x64@3.21.1
 OLDEST := tests/rope tests/attention tests/lm_infinite tests/engine tests/test_api.py tests/checkpoint/test_store.py \
@@ -20,13 +22,19 @@ FAST := tests/scaling tests/attention tests/data tests/utils tests/helpers tests
 	tests/rope/test_config_checks.py tests/rope/test_hf_scalings.py tests/rope/test_rotary_gradients.py \
 	tests/models/test_official.py tests/models/test_official_field.py
 
-.PHONY: quickstart smoke test test-fast test-oldest test-slow test-gpu test-slurm test-engines check docs dockerfile format environment clean
+.PHONY: quickstart smoke demo demo-smoke test test-fast test-oldest test-slow test-gpu test-slurm test-engines check docs dockerfile format environment clean
 
 quickstart: environment  ## the whole main job on the standard library's sources, about 15 minutes on 2 cores
 	$(BIN)/python -m launch.quickstart
 
 smoke: environment  ## the same with few steps, about two minutes
 	$(BIN)/python -m launch.quickstart --smoke
+
+demo: .venv/export  ## a real pretrained model extended and exported, 30 minutes on 2 cores; MINUTES=90 adds 32k
+	$(BIN)/python -m launch.demo --minutes $(MINUTES)
+
+demo-smoke: .venv/export  ## the same stages with tiny numbers, in a few minutes
+	$(BIN)/python -m launch.demo --smoke --minutes $(MINUTES)
 
 test: .venv/dev  ## the suite without the markers slow, gpu, slurm and engine, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 -rs
@@ -77,6 +85,10 @@ environment: .venv/run
 	$(BIN)/python $(PIP) --progress-bar on -r requirements.txt -c $(CONSTRAINTS)
 	@touch $@
 
+.venv/export: requirements-export.txt .venv/run
+	$(BIN)/python $(PIP) -q -r requirements-export.txt -c $(CONSTRAINTS)
+	@touch $@
+
 .engines/installed: Makefile
 	@command -v npm >/dev/null || { echo "error: make test-engines needs node and npm; apt-get install npm"; exit 1; }
 	@mkdir -p .engines
@@ -93,5 +105,5 @@ environment: .venv/run
 	.venv-oldest/bin/python $(PIP) -q -r requirements-dev.txt -c constraints-oldest.txt
 	@touch $@
 
-clean:  ## what the quick start made, not the environment
+clean:  ## what the quick start and the demo made, not the environment
 	rm -rf runs corpora
