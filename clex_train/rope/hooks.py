@@ -4,9 +4,16 @@ Families pass the same argument positionally or by keyword; a hook gets (args, k
 """
 
 import inspect
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+
+class Removable(Protocol):
+    """Change of a model that can be taken back."""
+
+    def remove(self) -> None:
+        """Take it back."""
 
 
 class CallArgument:

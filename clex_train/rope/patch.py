@@ -23,9 +23,11 @@ from clex_train.attention import kv_cache
 from clex_train.attention.kv_cache import LibraryChanged
 from clex_train.attention.layer_probe import rotary_attention
 from clex_train.rope import key_cache, key_rotations, receptive_field
+from clex_train.rope.generation import KeptCache
 from clex_train.rope.hooks import (
     CallArgument,
     CastPositionEmbeddings,
+    Removable,
     SelectPositionEmbeddings,
     layers_with_position_embeddings,
 )
@@ -104,9 +106,10 @@ class RotaryHandle:
         # Replaced on the instance: no class of transformers changes, and other models keep theirs.
         setattr(site.parent, site.name, self.rotary)
         # Bound methods, so that a deep copy of the model carries hooks bound to the copy.
-        self._removals = [
+        self._removals: list[Removable] = [
             site.parent.register_forward_pre_hook(self._before_call, with_kwargs=True),
             site.parent.register_forward_hook(self._after_call),
+            KeptCache(model),
         ]
         self._keep_local_layers()
 
