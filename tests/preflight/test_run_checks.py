@@ -123,6 +123,14 @@ def raise_passed(*_: object) -> None:
     raise _Passed
 
 
+@pytest.mark.parametrize("scope", list(Scope))
+def test_run_dry_run_and_submission_warn_of_rows_stretched_beyond_their_spacing(scope, composed_once, base, caplog):
+    stretched = {"data.seq_len": 16, "scaling.name": "clex", "scaling.positions": "random"}
+    choices = {"model.path": str(base), "model.config": None, "evaluation.every": -1, **stretched}
+    run_checks(configuration.to_config(with_choices(composed_once, choices)), scope)
+    assert len([line for line in caplog.messages if line.startswith("scaling.positions=random: rows of 16")]) == 1
+
+
 def test_run_dry_run_and_submission_refuse_alike_in_the_same_line(composed_once, base):
     seen = []
 
