@@ -6,19 +6,23 @@ With the length served in both places no engine switches lists, borders at L or 
 all of them compute 1 from a ratio of 1. With L in the first, vLLM, SGLang and transformers give three different models.
 """
 
+from __future__ import annotations
+
 import copy
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from clex_train.export.factors import FixedRope
 from clex_train.models.directory import rope_of, set_rope
 from clex_train.rope.probe import find_rotary, model_on_meta
 from clex_train.rope.rotary import LayerType
 from clex_train.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clex_train.export.factors import FixedRope
 
 LENGTH = "original_max_position_embeddings"
 PARTIAL = "partial_rotary_factor"
@@ -58,6 +62,10 @@ def stock_config(base: PretrainedConfig, rope: FixedRope, trust_remote_code: boo
         ConfigError: the family's own code computes other frequencies from it.
     """
     config = set_rope(base, changed_keys(base, rope))
+    text: Any = config.get_text_config()
+    if getattr(text, "head_dim", 0) is None:
+        # As in Mixtral 8x7B. Plain RoPE of transformers derives the dimension, its longrope multiplies by None.
+        text.head_dim = head_dim(text)
     _require_followed(config, rope, trust_remote_code)
     return config
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from clex_train.config.model import ModelConfig
+from clex_train.models import directory as model_directory
 from clex_train.models import hub, official
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.protocols import Tokenizer
@@ -37,6 +38,9 @@ def load_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
     if official.is_official(Path(path)):
         # Otherwise transformers reads config.json itself, and warns about the unknown rope type.
         options["config"] = official.read_official_config(Path(path))
+    elif (facts := model_directory.restored_facts(Path(path))) is not None and "auto_map" not in facts:
+        # Its config.json names a family that no program knows, which transformers would warn about.
+        options["config"] = AutoConfig.for_model(**facts)
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # tokenizers raises bare Exception, transformers many types, for bad files

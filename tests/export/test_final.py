@@ -1,6 +1,7 @@
 """`final/` states the model at t_max to other programs or makes them refuse; ours starts from the RoPE of the base."""
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from clex_train.config.scaling import LogScale, ScalingConfig
 from clex_train.export.final import is_finished, write_final
 from clex_train.models import architecture, directory
 from clex_train.models.load import load_for_training, trained_architecture
+from clex_train.models.tokenizer import load_tokenizer
 from clex_train.utils.errors import ConfigError
 from tests.evaluation.model_directories import save_tokenizer
 from tests.export.harsh_models import T, harsh_model, load, load_plain, log_p, save_harsh
@@ -121,6 +123,22 @@ def test_what_no_config_expresses_is_refused_by_other_programs(
     assert json.loads((final / "config.json").read_text())["architectures"][0].startswith("clex_")
     assert is_finished(final)
     load(final)
+
+
+def test_the_tokenizer_of_a_refused_directory_is_read_without_a_log_line(tmp_path: Path) -> None:
+    final, lines = write(tmp_path, "gpt_neox", LogScale.eval), []
+    # transformers does not propagate its lines to the root logger.
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        found = load_tokenizer(str(final), ModelConfig(path=str(final)))
+        assert lines == []
+        AutoTokenizer.from_pretrained(final)
+        assert any("clex_gpt_neox" in line for line in lines), "the line that the config avoids"
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert len(found) == VOCABULARY
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text", "phi3"])
