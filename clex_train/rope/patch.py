@@ -135,6 +135,11 @@ class RotaryHandle:
         """Map from layer index to True if the scaled RoPE rotates its keys; None for unknown."""
         return receptive_field.scaled_layers(self.model, self.traits, self.rotary.local_layers)
 
+    @cached_property
+    def rotated_part(self) -> str:
+        """Part of a cache layer that holds the rotated keys: `keys`, or `values` under latent attention."""
+        return receptive_field.rotated_part(self.model, self.traits)
+
     def require_scalable(self) -> None:
         """Raise `ConfigError`, naming the model type, where theta(t) has nothing to act on."""
         receptive_field.require_scalable(self.model, self._site.module, self.traits, self.context_len)
@@ -259,7 +264,7 @@ class RotaryHandle:
             # Assisted decoding verifies several tokens at one t; plain decoding would have used a smaller t first.
             moved = override.spectrum is None and num_new > 1 and not self._selects(record.num_tokens + 1, spectrum)
             self._warn_about_candidates(record)
-            key_cache.rerotate_keys(cache, record, spectrum, self.layout, self.scaled_layers)
+            key_cache.rerotate_keys(cache, record, spectrum, self.layout, self.scaled_layers, self.rotated_part)
         self.rotary.spectrum, self.rotary.positions = spectrum, override.positions
         self._call = _CallState(spectrum, cache, record, num_tokens, num_new, moved)
         for listener in self._listeners:
