@@ -22,11 +22,12 @@ from clex_train.models.tokenizer import load_tokenizer
 from clex_train.utils.errors import ConfigError
 from tests.evaluation.model_directories import save_tokenizer
 from tests.export.harsh_models import T, harsh_model, load, load_plain, log_p, save_harsh
-from tests.rope.rotary_families import CONTEXT, FAMILIES, VOCABULARY, tiny_model, tokens
+from tests.rope.rotary_families import CONTEXT, EXPORTED, UNEXPORTED, VOCABULARY, tiny_model, tokens
 
 UNSTATED = [
     ("gpt_neox", LogScale.eval, {}, "log_scale=eval: log-scaling reaches whole heads"),
     ("gemma2", LogScale.off, {"sliding_window": CONTEXT // 2}, "layers 0 see at most L tokens"),
+    *((family, LogScale.off, {}, reason) for family, reason in UNEXPORTED.items()),
     ("phi3", LogScale.eval, {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}}, "whole heads"),
 ]
 """Models that no config.json expresses, with the reason."""
@@ -49,7 +50,7 @@ def training_config(path: Path) -> Config:
     return config
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EXPORTED)
 def test_plain_transformers_loads_the_model_at_t_max(family: str, tmp_path: Path) -> None:
     final, ids = write(tmp_path, family), tokens(2, int(T) * CONTEXT)
     record = directory.read_record(final)
@@ -95,7 +96,7 @@ def test_perplexity_at_the_stated_length_is_that_of_the_product(
 
 @pytest.mark.parametrize(
     ("family", "log_scale", "settings"),
-    [*((family, LogScale.off, {}) for family in FAMILIES), ("llama", LogScale.eval, {}), *(x[:3] for x in UNSTATED)],
+    [*((family, LogScale.off, {}) for family in EXPORTED), ("llama", LogScale.eval, {}), *(x[:3] for x in UNSTATED)],
 )
 def test_loading_for_evaluation_is_exact(family: str, log_scale: LogScale, settings: dict, tmp_path: Path) -> None:
     earlier = load(save_harsh(tmp_path / "earlier", family, log_scale, **settings))
