@@ -17,7 +17,7 @@ OLDEST := tests/rope tests/attention tests/lm_infinite tests/engine tests/test_a
 FAST := tests/scaling tests/attention tests/data tests/utils tests/helpers tests/config/test_suggestions.py tests/docs/test_site.py \
 	tests/lm_infinite/test_lambda_attention.py tests/lm_infinite/test_cache.py \
 	tests/lm_infinite/test_middle_tokens.py tests/rope/test_install_rotary.py tests/rope/test_key_cache.py \
-	tests/rope/test_config_checks.py tests/rope/test_hf_scalings.py tests/rope/test_rotary_gradients.py \
+	tests/model_config/test_config_checks.py tests/rope/test_hf_scalings.py tests/rope/test_rotary_gradients.py \
 	tests/models/test_official.py tests/models/test_official_field.py
 
 .PHONY: quickstart smoke test test-fast test-oldest test-slow test-gpu test-slurm test-engines check docs dockerfile format environment clean
