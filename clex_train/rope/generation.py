@@ -10,6 +10,11 @@ from types import MethodType
 from torch import nn
 from transformers import GenerationMixin
 
+NAME = "prepare_inputs_for_generation"
+PLAIN = GenerationMixin.prepare_inputs_for_generation
+LIMIT = "original_max_position_embeddings"
+"""Key of a config with two lists of frequencies."""
+
 
 class KeptCache:
     """Lets a model's `generate` keep its cache at L, until `remove`; does nothing to families that keep it anyway."""
@@ -26,9 +31,3 @@ class KeptCache:
         """Restore the model's own method."""
         if self.is_active:
             delattr(self.model, NAME)
-
-
-NAME = "prepare_inputs_for_generation"
-PLAIN = GenerationMixin.prepare_inputs_for_generation
-LIMIT = "original_max_position_embeddings"
-"""Key of a config with two lists of frequencies."""
