@@ -11,7 +11,7 @@ MINUTES ?= 30
 ENGINES := node-llama-cpp@3.21.1 @node-llama-cpp/linux-x64@3.21.1
 OLDEST := tests/rope tests/attention tests/lm_infinite tests/engine tests/test_api.py tests/checkpoint/test_store.py \
 	tests/models/test_official.py tests/preflight/test_activations.py tests/preflight/test_model_states.py tests/tracking/test_tracker.py \
-	tests/training/test_ode_optimizer.py tests/utils/test_private_names.py tests/report \
+	tests/training/test_ode_optimizer.py tests/utils/test_private_names.py tests/report tests/export tests/inspection tests/model_config \
 	tests/data_prep/test_damaged_files.py tests/data_prep/test_readers.py
 
 # The mathematics, and rooms whose tests run in this process. Left to `make test`: every model family (test_rotary_families,
@@ -19,7 +19,7 @@ OLDEST := tests/rope tests/attention tests/lm_infinite tests/engine tests/test_a
 FAST := tests/scaling tests/attention tests/data tests/utils tests/helpers tests/config/test_suggestions.py tests/docs/test_site.py \
 	tests/lm_infinite/test_lambda_attention.py tests/lm_infinite/test_cache.py \
 	tests/lm_infinite/test_middle_tokens.py tests/rope/test_install_rotary.py tests/rope/test_key_cache.py \
-	tests/rope/test_config_checks.py tests/rope/test_hf_scalings.py tests/rope/test_rotary_gradients.py \
+	tests/model_config/test_config_checks.py tests/rope/test_hf_scalings.py tests/rope/test_rotary_gradients.py \
 	tests/models/test_official.py tests/models/test_official_field.py
 
 .PHONY: quickstart smoke demo demo-smoke test test-fast test-oldest test-slow test-gpu test-slurm test-engines check docs dockerfile format environment clean

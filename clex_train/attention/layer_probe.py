@@ -28,6 +28,10 @@ class LayerProbe:
 
     rotates: bool | None = None
     """True if its keys depend on cos and sin; None if the probe failed."""
+    rotated_part: str = "keys"
+    """Part of a cache layer that holds the rotated keys: `keys`, or `values` under latent attention."""
+    rotated_width: int = 0
+    """Components per head of that part."""
     reason: str = ""
     """Error of a failed probe, in one line."""
     reached_interface: bool = False
@@ -43,12 +47,12 @@ class _StopForward(Exception):
 
 
 class _RecordingCache(DynamicCache):  # type: ignore[misc]  # mypy does not follow transformers
-    """A cache that records the keys of the first update and returns its input."""
+    """A cache that records the first update and returns its input."""
 
-    keys: Tensor | None = None
+    parts: dict[str, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys = key_states if self.keys is None else self.keys
+        self.parts = self.parts or {"keys": key_states, "values": value_states}
         return key_states, value_states
 
 
@@ -61,12 +65,15 @@ def rotary_attention(model: nn.Module) -> list[Any]:
 
 
 def probe_layers(
-    modules: list[Any], cos_shape: Callable[[Any], tuple[int, ...] | None], config: Any = None
+    modules: list[Any],
+    cos_shape: Callable[[Any], tuple[int, ...] | None],
+    config: Any = None,
+    is_complex: bool = False,
 ) -> list[LayerProbe]:
     """Probe every module, once per group of identical ones.
 
     `cos_shape` maps a module to the shape of its cos, None if unknown. `config` is the model's, for modules without
-    one.
+    one. `is_complex` is True where attention takes one tensor cos + i sin.
     """
     known: dict[Any, LayerProbe] = {}
     probes = []
@@ -78,22 +85,23 @@ def probe_layers(
             known[key] = (
                 LayerProbe(reason="no cos and sin for its type")
                 if shape is None
-                else probe_layer(module, shape, config)
+                else probe_layer(module, shape, config, is_complex)
             )
         probes.append(known[key])
     return probes
 
 
-def probe_layer(module: Any, cos_shape: tuple[int, ...], config: Any = None) -> LayerProbe:
+def probe_layer(module: Any, cos_shape: tuple[int, ...], config: Any = None, is_complex: bool = False) -> LayerProbe:
     """Probe an attention module with cos and sin of `cos_shape` [1, S, W]; its weights may be anywhere, or sharded."""
     probe, recorder, config = LayerProbe(), _RecordingCache(), getattr(module, "config", config)
-    cos, sin = (torch.empty(cos_shape, device="meta", requires_grad=True) for _ in range(2))
+    dtype = torch.complex64 if is_complex else torch.float32
+    cos, sin = (torch.empty(cos_shape, dtype=dtype, device="meta", requires_grad=True) for _ in range(2))
 
     def reached(
         _: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> None:
         probe.makes_mask, probe.options = attention_mask is not None, options
-        recorder.keys = key if recorder.keys is None else recorder.keys
+        recorder.parts = recorder.parts or {"keys": key, "values": value}
         # Everything of interest is known here; the rest of the forward would only need more arguments.
         raise _StopForward
 
@@ -105,23 +113,28 @@ def probe_layer(module: Any, cos_shape: tuple[int, ...], config: Any = None) -> 
             twin = _without_weights(module, config)
             hidden = torch.empty(1, cos_shape[1], config.hidden_size)
             # Call `forward` itself: hooks that were copied to the twin must not run.
-            type(twin).forward(twin, **_arguments(twin, hidden, (cos, sin), recorder))
+            type(twin).forward(twin, **_arguments(twin, hidden, cos if is_complex else (cos, sin), recorder))
     except _StopForward:
         probe.reached_interface = True
     except Exception as error:
         # Any failure is an answer: the caller decides what an unknown layer may be used for.
         probe.reason = f"{type(error).__name__}: {error}"
-    if recorder.keys is not None:
-        probe.rotates = _depends(recorder.keys, cos, sin)
+    if recorder.parts is not None:
+        rotated = [name for name, states in recorder.parts.items() if _depends(states, cos, sin)]
+        probe.rotates = bool(rotated)
+        probe.rotated_part = rotated[0] if rotated else "keys"
+        probe.rotated_width = recorder.parts[probe.rotated_part].shape[-1]
     return probe
 
 
 def layer_window(attention: Any) -> int | None:
-    """Return the largest number of keys that a layer sees; None for full attention."""
-    config = getattr(attention, "config", None)
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[attention.layer_idx] == "full_attention":
+    """Return the largest number of keys that a layer sees, by a window or a chunk; None for full attention."""
+    config, kind = getattr(attention, "config", None), layer_type(attention)
+    if kind == "full_attention":
         return None
+    if kind == "chunked_attention":
+        # Only the last token of a chunk sees the whole of it.
+        return getattr(config, "attention_chunk_size", None)
     # Some families keep the window on the module, others in the config for all layers.
     has_own = hasattr(attention, "sliding_window")
     window = attention.sliding_window if has_own else getattr(config, "sliding_window", None)
@@ -173,7 +186,7 @@ def _without_weights(module: Any, config: Any) -> Any:
     return type(module)(**given).eval()
 
 
-def _arguments(twin: Any, hidden: Tensor, pair: tuple[Tensor, Tensor], cache: DynamicCache) -> dict[str, Any]:
+def _arguments(twin: Any, hidden: Tensor, pair: Tensor | tuple[Tensor, Tensor], cache: DynamicCache) -> dict[str, Any]:
     """Choose arguments for `forward` by its parameters; None for required ones that do not matter here."""
     arguments: dict[str, Any] = {}
     for name, parameter in list(inspect.signature(type(twin).forward).parameters.items())[1:]:

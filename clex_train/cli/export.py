@@ -96,7 +96,7 @@ def _vllm(args: ExportConfig, directory: Path, output: Path) -> None:
     source = records(args, directory)
     factors = scale_factors(args, source, many=True)
     ropes: list[FixedRope] = [rope_at(source, t) for t in factors]
-    serving.require_vllm(ropes[0], source.arch.model_type)
+    serving.require_vllm(ropes[0], source.arch)
     require(
         len(factors) == 1 or not folds(args, source),
         "t",

@@ -33,9 +33,9 @@ Train or fine-tune a model with CLEX.
 def help_text() -> str:
     """Return the text of `python train.py --help`: usage, groups and their options, experiments, every key."""
     parts = [USAGE, "Groups and their options\n"]
-    parts += [f"  {group:<11} {', '.join(name for name, _ in options(group))}" for group in GROUPS]
+    parts += [_indented(f"{group:<11} {', '.join(name for name, _ in options(group))}", 2, 14) for group in GROUPS]
     parts.append("\nExperiments\n")
-    parts += [_indented(f"{name:<22} {comment}", 2, 25) for name, comment in options("experiment")]
+    parts += [_indented(f"{name:<28} {comment}", 2, 31) for name, comment in options("experiment")]
     parts.append("\nKeys: name=default (type) and meaning")
     for key, kind, default, meaning in _in_order():
         # A space after each bar lets long lists of choices wrap.

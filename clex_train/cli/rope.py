@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
     stop_requests.end_on_signals()
 
+from clex_train.config import saved_config
 from clex_train.config.model import ModelConfig
 from clex_train.console import arguments, program
 from clex_train.inspection import as_json, difference, inspect_model, text
@@ -71,7 +72,7 @@ def main() -> None:
 
 
 def usage() -> str:
-    """The module's own text and a line for every key."""
+    """Return the text of `--help`: the module's docstring and a paragraph for every key."""
     return arguments.usage(__doc__, RopeConfig)
 
 
@@ -79,7 +80,7 @@ def _model(args: RopeConfig) -> ModelConfig:
     require((args.run is None) != (args.model is None), "model", args.model, "name either model=DIR or run=FOLDER")
     require(args.model != "", "model", "''", "name a directory or a hub name owner/model")
     if args.run is not None:
-        final = Path(args.run) / "final"
+        final = Path(args.run) / saved_config.FINAL
         require(final.is_dir(), "run", args.run, "no final/ in it; give the output_dir of a finished training run")
         return ModelConfig(path=str(final), context_len=args.context_len)
     return ModelConfig(

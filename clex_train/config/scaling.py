@@ -122,15 +122,7 @@ class ScalingConfig:
             f"reads a model in evaluation (evaluation.methods); train by {', '.join(each.name for each in TRAINED_BY)}",
         )
         require_at_most(self, "scaling.", MOST)
-        require(self.t_max >= 1, "scaling.t_max", self.t_max, "a scale factor is at least 1")
-        require(self.t_factor >= 1, "scaling.t_factor", self.t_factor, "1 or more")
-        require(
-            self.final_t is None or (self.name is Method.clex and 1 <= self.final_t <= self.t_max),
-            "scaling.final_t",
-            self.final_t,
-            f"from 1 to scaling.t_max={self.t_max:g}, for scaling=clex alone",
-        )
-        require(self.factor is None or self.factor >= 1, "scaling.factor", self.factor, "a scale factor is at least 1")
+        self._require_scale_factors()
         # A stock config.json cannot express what is refused below, so the exported model would differ from the run.
         require(
             # A factor that the method does not read would look as if it had an effect.
@@ -170,6 +162,17 @@ class ScalingConfig:
         # Below 1e-12 rounding in float64 dominates, and no grid would pass the check.
         require(1e-12 <= self.tolerance <= 1e-2, "scaling.tolerance", self.tolerance, "between 1e-12 and 1e-2")
         require(self.check_every >= 1, "scaling.check_every", self.check_every, "at least 1 step")
+
+    def _require_scale_factors(self) -> None:
+        require(self.t_max >= 1, "scaling.t_max", self.t_max, "a scale factor is at least 1")
+        require(self.t_factor >= 1, "scaling.t_factor", self.t_factor, "1 or more")
+        require(
+            self.final_t is None or (self.name is Method.clex and 1 <= self.final_t <= self.t_max),
+            "scaling.final_t",
+            self.final_t,
+            f"from 1 to scaling.t_max={self.t_max:g}, for scaling=clex alone",
+        )
+        require(self.factor is None or self.factor >= 1, "scaling.factor", self.factor, "a scale factor is at least 1")
 
     def method_settings(self) -> dict[str, Any]:
         """Collect the keys of this group that are settings of a method, by the field of its class."""

@@ -6,9 +6,11 @@ Folded into queries it is exact in every engine: softmax((s q) k) = softmax(s (q
 bias), the query rows of a fused projection, or the norm of the queries where one follows, which would undo it before.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,10 @@ from transformers import PretrainedConfig
 from clex_train.attention.layer_probe import rotary_attention
 from clex_train.attention.log_scaling import LogScaling
 from clex_train.config.scaling import LogScale
-from clex_train.export.factors import Source
 from clex_train.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clex_train.export.factors import Source
 
 Change = Callable[[Tensor], Tensor]
 

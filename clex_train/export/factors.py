@@ -19,8 +19,7 @@ from clex_train.rope.patch import RotaryHandle
 from clex_train.rope.rotary import LayerType
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.frequency_table import RELATIVE_SLACK, FrequencyTable
-from clex_train.scaling.methods.cope import STILL
-from clex_train.scaling.spectrum import Spectrum
+from clex_train.scaling.spectrum import STILL, Spectrum
 from clex_train.utils.errors import ConfigError, require
 
 

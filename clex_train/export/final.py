@@ -5,17 +5,15 @@ no config.json can state it, they refuse to build the model. `clex.json` keeps t
 program starts.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from clex_train.export import constant_scale
-from clex_train.export.factors import Source, rope_at
+from clex_train.export.factors import Source
 from clex_train.export.model_card import final_card
-from clex_train.export.stock_rope import head_dim, stock_config
+from clex_train.export.stated_config import config_at
 from clex_train.models import directory as model_directory
 from clex_train.models import weight_files
 from clex_train.models.load import LoadedModel, bars_on_a_terminal
@@ -87,12 +85,8 @@ def state(loaded: LoadedModel, t: float | None = None) -> tuple[PretrainedConfig
     recorded = {"base_rope": model_directory.rope_of(base), "stated_t": t, "unstated": None}
     source = Source(base, loaded.handle, loaded.context_len, loaded.clex, loaded.table, loaded.log_scale)
     try:
-        rope = rope_at(source, t)
-        scaled = constant_scale.layers(source, rope.served_len, loaded.log_scale)
-        magnitude = constant_scale.as_magnitude(source, scaled, rope.rotary_dim, head_dim(base.get_text_config()))
-        rope = replace(rope, attention_factor=rope.attention_factor * magnitude)
         # Weights that came with code of their own have run it in this process already.
-        return stock_config(base, rope, trust_remote_code=hasattr(base, "auto_map")), recorded
+        return config_at(source, t, trust_remote_code=hasattr(base, "auto_map")), recorded
     except InputError as refusal:
         reason = first_line(refusal)
         logger.warning("final/: only clex_train reads this model, other programs refuse it (%s)", reason)

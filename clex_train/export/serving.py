@@ -45,13 +45,20 @@ def write_overrides(folder: Path, base: PretrainedConfig, ropes: Sequence[FixedR
         (folder / override_name(rope.t)).write_text(content, encoding="utf-8")
 
 
-def require_vllm(rope: FixedRope, model_type: str) -> None:
+def require_vllm(rope: FixedRope, base: PretrainedConfig) -> None:
     """Raise `ConfigError` for a family that vLLM cannot serve at one t."""
+    require(
+        not hasattr(base.get_text_config(), "qk_rope_head_dim"),
+        "format",
+        "vllm",
+        f"model_type={base.model_type}: vLLM reads any scaling of latent attention as YaRN; format=huggingface serves "
+        "it in transformers",
+    )
     require(
         not rope.interleaved,
         "format",
         "vllm",
-        f"model_type={model_type}: vLLM's longrope pairs components j and j + d/2, and this family 2j and 2j + 1; "
+        f"model_type={base.model_type}: vLLM's longrope pairs components j and j + d/2, and this family 2j and 2j + 1; "
         "format=huggingface serves it in transformers",
     )
 

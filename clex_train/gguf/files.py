@@ -85,7 +85,7 @@ class Content:
         return header + names + data + 2 * self.alignment + 4 * NUMBER_BYTES
 
 
-def library() -> Any:
+def gguf_package() -> Any:
     """Return the `gguf` package; `ConfigError` with the command that installs it."""
     try:
         import gguf
@@ -99,7 +99,7 @@ def read(path: Path) -> Any:
     """Open a GGUF file as a `gguf.GGUFReader`, tensors mapped. Raises `BadFile` for anything else."""
     require_regular(path)
     try:
-        return library().GGUFReader(path)
+        return gguf_package().GGUFReader(path)
     except ConfigError:
         raise
     except Exception as error:  # numpy raises whatever the damaged bytes lead to
@@ -128,7 +128,7 @@ def factor_entries(architecture: str, factors: Sequence[float]) -> list[Entry]:
     values = np.asarray(factors, dtype=np.float32)
     # One array for both lists, so that the engine has no border between a short and a long context.
     names = LONGROPE if architecture == "phi3" else (ROPE_FREQS,)
-    kind = library().GGMLQuantizationType.F32
+    kind = gguf_package().GGMLQuantizationType.F32
     return [Entry(name, values.shape, values.dtype, kind, lambda: values) for name in names]
 
 
@@ -162,7 +162,7 @@ def write(path: Path, content: Content) -> None:
     require_space(path, content)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _published(path) as temporary:
-        writer = library().GGUFWriter(temporary, content.architecture)
+        writer = gguf_package().GGUFWriter(temporary, content.architecture)
         try:
             writer.data_alignment = content.alignment
             _write_all(writer, content.fields, content.entries)
@@ -195,7 +195,7 @@ def _write_all(writer: Any, fields: Sequence[Field], entries: Sequence[Entry]) -
 
 
 def _type_of(value: Any) -> Any:
-    types = library().GGUFValueType
+    types = gguf_package().GGUFValueType
     if isinstance(value, list):
         return types.ARRAY
     # A bool is an int to Python.

@@ -20,7 +20,7 @@ from clex_train.gguf.files import (
     Field,
     contents,
     factor_entries,
-    library,
+    gguf_package,
     number,
     require_factors,
     require_written,
@@ -114,7 +114,7 @@ def _kept_fields(reader: Any, architecture: str) -> list[Field]:
     """Return the keys of the header that stay, with their types."""
     replaced = f"{architecture}.rope.scaling."
     left_out = ("general.architecture", f"{architecture}.context_length")
-    types = library().GGUFValueType
+    types = gguf_package().GGUFValueType
     kept = []
     for field in reader.fields.values():
         # `GGUF.*` are the reader's own; a flat scale is a scaling too, under its old name.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clex_train.gguf.architectures import Form
-from clex_train.gguf.files import Entry, library
+from clex_train.gguf.files import Entry, gguf_package
 from clex_train.models import weight_files
 from clex_train.models.weight_files import Stored, named
 from clex_train.utils.errors import ConfigError, require
@@ -110,7 +110,7 @@ def _entry(
         return np.stack(parts) if is_stack else parts[0]
 
     dtype = {"f32": np.float32, "f16": np.float16, "bf16": np.int16}[kind.value]
-    return Entry(name, shape, dtype, library().GGMLQuantizationType[kind.name.upper()], read)
+    return Entry(name, shape, dtype, gguf_package().GGMLQuantizationType[kind.name.upper()], read)
 
 
 def _tensor(stored: Stored, name: str) -> Tensor:
@@ -149,7 +149,7 @@ def _converted(tensor: Tensor, kind: WeightType, name: str) -> NDArray[Any]:
 
 def _sources(stored: Stored, form: Form) -> dict[str, list[str]]:
     """Map each tensor of the file to the stored ones that make it, experts in their order."""
-    gguf = library()
+    gguf = gguf_package()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[form.architecture.upper()], form.num_layers)
     found: dict[str, list[str]] = {}
     for source in stored.tensors:

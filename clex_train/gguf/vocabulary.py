@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clex_train.gguf.files import Field, contents, library
+from clex_train.gguf.files import Field, contents, gguf_package
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.protocols import Tokenizer
@@ -50,7 +50,7 @@ class Vocabulary:
 
     def fields(self, chat_template: str | Mapping[str, str] | None = None) -> list[Field]:
         """Return the keys of the header."""
-        types = library().GGUFValueType
+        types = gguf_package().GGUFValueType
         found = [
             Field("tokenizer.ggml.model", self.model),
             Field("tokenizer.ggml.pre", self.pre),

@@ -50,7 +50,7 @@ def plan_gguf(
         ConfigError: a family whose engine ignores factors, weights or a tokenizer that the format cannot express, token
             ids that llama.cpp would compute differently.
     """
-    files.library()  # before seconds of other checks
+    files.gguf_package()  # before seconds of other checks
     model = ModelConfig(path=str(source))
     config = architecture.to_read(model)
     form = form_of(config, served_len)

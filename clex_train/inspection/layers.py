@@ -13,8 +13,6 @@ from torch import nn
 from clex_train.attention import layer_probe
 from clex_train.inspection.spectra import LayerRope
 
-CHUNKED = "chunked_attention"
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -50,13 +48,14 @@ def read(model: nn.Module, ropes: Sequence[LayerRope]) -> tuple[Layer, ...]:
         width = widths.get(_rope_name(module, widths))
         return None if width is None else (1, 2, width)
 
-    probes = layer_probe.probe_layers(modules, cos_shape, config)
+    is_complex = any(rope.is_complex for rope in ropes)
+    probes = layer_probe.probe_layers(modules, cos_shape, config, is_complex)
     found = {
         module.layer_idx: Layer(
             index=module.layer_idx,
             rope=_rope_name(module, widths),
-            rotates=_rotates(module, trial.rotates),
-            window=_window(module),
+            rotates=trial.rotates,
+            window=layer_probe.layer_window(module),
         )
         for module, trial in zip(modules, probes, strict=True)
     }
@@ -89,21 +88,3 @@ def ranges(numbers: Sequence[int]) -> str:
 def _rope_name(module: Any, widths: dict[str | None, int | None]) -> str | None:
     kind = layer_probe.layer_type(module)
     return kind if kind in widths else None
-
-
-def _window(module: Any) -> int | None:
-    if layer_probe.layer_type(module) == CHUNKED:
-        # Its window begins anew with every chunk, so this is the most that any token sees.
-        return getattr(module.config, "attention_chunk_size", None)
-    return layer_probe.layer_window(module)
-
-
-def _rotates(module: Any, tried: bool | None) -> bool | None:
-    config = getattr(module, "config", None)
-    if tried is False and hasattr(config, "qk_rope_head_dim"):
-        # Latent attention caches keys before the rotation of their rotary part, which the trial sees.
-        return None
-    if tried is None and (listed := getattr(config, "no_rope_layers", None)):
-        # Despite its name, the list of Llama 4 has 1 for a layer with RoPE.
-        return bool(listed[module.layer_idx])
-    return tried

@@ -39,7 +39,9 @@ class LayerRope:
     attention_factor: float
     """Multiplies cos and sin."""
     width: int | None
-    """Components of cos; None if the module returns something else."""
+    """Components of cos, or of cos + i sin; None if the module returns something else."""
+    is_complex: bool = False
+    """True for one tensor cos + i sin."""
 
     @property
     def num_pairs(self) -> int:
@@ -49,7 +51,7 @@ class LayerRope:
     @property
     def follows_length(self) -> bool:
         """True if the frequencies change with the length of a call."""
-        return any(kind in self.rope_type for kind in probe.LENGTH_DEPENDENT)
+        return probe.follows_length(self.rope_type)
 
     @property
     def rope_theta(self) -> float | None:
@@ -132,14 +134,14 @@ def _ropes(module: nn.Module, length: int, path: str) -> Iterator[LayerRope]:
 
 
 def _rope(fresh: nn.Module, layer_type: LayerType, length: int, path: str) -> LayerRope:
-    arguments = (torch.zeros(1, 2, 1), torch.tensor([[0, length - 1]]))
-    result = fresh(*arguments) if layer_type is None else fresh(*arguments, layer_type)
+    result = probe.call_rotary(fresh, torch.zeros(1, 2, 1), torch.tensor([[0, length - 1]]), layer_type)
     prefix = "" if layer_type is None else f"{layer_type}_"
     parameters = _parameters(fresh, layer_type)
     types = getattr(fresh, "rope_type", None)
     rope_type = types.get(layer_type) if isinstance(types, dict) else types
     # Families that turn complex numbers return one tensor instead of cos and sin.
-    width = result[0].shape[-1] if isinstance(result, tuple) else None
+    is_complex = isinstance(result, Tensor) and result.is_complex()
+    width = result[0].shape[-1] if isinstance(result, tuple) or is_complex else None
     shared_factor = getattr(fresh, "attention_scaling", 1.0)
     return LayerRope(
         name=".".join(filter(None, (path, layer_type))) or None,
@@ -148,6 +150,7 @@ def _rope(fresh: nn.Module, layer_type: LayerType, length: int, path: str) -> La
         inv_freq=getattr(fresh, f"{prefix}inv_freq").detach().double(),
         attention_factor=float(getattr(fresh, f"{prefix}attention_scaling", shared_factor)),
         width=width,
+        is_complex=is_complex,
     )
 
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from clex_train.config.model import ModelConfig
-from clex_train.models import hub, official
+from clex_train.models import directory, hub, official
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.protocols import Tokenizer
 
@@ -18,8 +18,7 @@ def training_tokenizer(model: ModelConfig, arch: PretrainedConfig, store_tokeniz
 
     For random weights, the vocabulary and special ids of `arch` are set to the tokenizer's, in place.
     """
-    own = model.path if model.is_pretrained else None
-    path = model.tokenizer or own or str(store_tokenizer)
+    path = model.tokenizer or (model.path if model.is_pretrained else None) or str(store_tokenizer)
     tokenizer = load_tokenizer(path, model)
     if not model.is_pretrained:
         arch.vocab_size = len(tokenizer)
@@ -32,11 +31,12 @@ def load_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
     """Load the tokenizer of a directory or hub repository. Raises `ConfigError` when there is none."""
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, **hub.options(path)}
     if path == model.path and not Path(path).is_dir():
-        # A revision belongs to the model's repository, not to that of another tokenizer.
-        options["revision"] = model.revision
+        options["revision"] = model.revision  # of the model's repository, not of another tokenizer's
     if official.is_official(Path(path)):
-        # Otherwise transformers reads config.json itself, and warns about the unknown rope type.
+        # Otherwise transformers reads config.json itself, and warns about the unknown rope type or family.
         options["config"] = official.read_official_config(Path(path))
+    elif (facts := directory.restored_facts(Path(path))) is not None and "auto_map" not in facts:
+        options["config"] = AutoConfig.for_model(**facts)
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # tokenizers raises bare Exception, transformers many types, for bad files

@@ -30,7 +30,7 @@ from clex_train.evaluation.during_training import TrainingEvaluation
 from clex_train.model_config.context_length import ContextLength
 from clex_train.models import architecture, directory, load, memory_options, weights
 from clex_train.models.tokenizer import training_tokenizer
-from clex_train.preflight import document_mask, kernels, sequence_parallel
+from clex_train.preflight import document_mask, final_model, kernels, positions, sequence_parallel
 from clex_train.rope.native import native_handle_on_meta
 from clex_train.rope.probe import model_on_meta, require_rotary, sharing_meta_models
 from clex_train.token_store import vocabulary
@@ -137,6 +137,8 @@ def run_checks(config: Config, scope: Scope = Scope.run) -> Preflight:
         evaluation = _plan_evaluation(config, inputs, trained, context.length)
         history = _read_history(requested, arch, trained, inputs, world_size) if inputs.is_complete else None
         on_meta = model_on_meta(arch, config.model.trust_remote_code)
+        positions.warn_of_stretched_rows(config, context.length)
+        final_model.warn_if_unreadable(config, arch, context.length)
     return Preflight(
         requested, config, world_size, model, arch, trained, on_meta, context, settings, inputs, evaluation, history
     )

@@ -4,9 +4,16 @@ Families pass the same argument positionally or by keyword; a hook gets (args, k
 """
 
 import inspect
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+
+class Removable(Protocol):
+    """Change of a model that can be taken back."""
+
+    def remove(self) -> None:
+        """Take it back."""
 
 
 class CallArgument:
@@ -60,7 +67,11 @@ class SelectPositionEmbeddings:
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         given = self.embeddings.find(args, kwargs)
-        if not isinstance(given, tuple) or len(given) == 2:
+        if not isinstance(given, tuple):
+            return None
+        if given[0].is_complex():
+            return self.embeddings.replace(args, kwargs, given[1 if self.is_local else 0])
+        if len(given) == 2:
             return None
         # Both pairs pass through decoder layers as one tuple, so activation checkpointing recomputes with the same.
         return self.embeddings.replace(args, kwargs, given[2:] if self.is_local else given[:2])

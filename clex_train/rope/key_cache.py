@@ -41,12 +41,18 @@ UNSUPPORTED_LAYERS = (
 
 @torch.no_grad()
 def rerotate_keys(
-    cache: Cache, record: KeyRecord, spectrum: Spectrum, layout: str | None, scaled: Mapping[int, bool | None]
+    cache: Cache,
+    record: KeyRecord,
+    spectrum: Spectrum,
+    layout: str | None,
+    scaled: Mapping[int, bool | None],
+    part: str = "keys",
 ) -> None:
     """Rotate every key of the scaled layers from the record's spectrum to `spectrum`, and update the record.
 
     `layout` is the pairing of components. `scaled` maps a layer index to True if the scaled RoPE rotates its keys; None
-    or a missing entry means unknown.
+    or a missing entry means unknown. `part` is the attribute of a cache layer with the rotated keys: latent attention
+    caches them as `values`, beside a latent that does not rotate.
 
     Raises:
         ValueError: a cache or architecture whose keys cannot be rerotated, by name.
@@ -54,12 +60,12 @@ def rerotate_keys(
     if record.matches(spectrum):
         return
     filled = {i: layer for i, layer in enumerate(cache.layers) if _has_keys(layer)}
-    _refuse_unsupported(cache, layout, [i for i in filled if scaled.get(i) is None])
+    _refuse_unsupported(cache, layout, [i for i in filled if scaled.get(i) is None], part)
     assert layout is not None
     rerotation = _Rerotation(record, spectrum, layout)
     for index, layer in filled.items():
         if scaled[index]:
-            _rerotate_layer(layer, rerotation)
+            _rerotate_layer(layer, rerotation, part)
     record.set_spectrum(spectrum)
 
 
@@ -112,20 +118,21 @@ class _Rerotation:
         return self._known[device]
 
 
-def _rerotate_layer(layer: Any, rerotation: _Rerotation) -> None:
+def _rerotate_layer(layer: Any, rerotation: _Rerotation, part: str) -> None:
     if isinstance(layer, QuantizedLayer):
         _rerotate_quantized(layer, rerotation)
-    elif layer.keys.numel() == 0:
         return
-    elif isinstance(layer, StaticLayer):
+    keys: Tensor = getattr(layer, part)
+    if keys.numel() == 0:
+        return
+    if isinstance(layer, StaticLayer):
         # A static layer must keep its address (CUDA graphs), and beyond the filled part it holds zeros.
-        filled = min(int(layer.get_seq_length()), layer.keys.shape[2])
-        keys = layer.keys[:, :, :filled]
+        keys = keys[:, :, : min(int(layer.get_seq_length()), keys.shape[2])]
         keys.copy_(rerotation(keys))
     elif isinstance(layer, PreallocatedLayer):
-        rerotation.in_place(layer.keys, layer.device)
+        rerotation.in_place(keys, layer.device)
     else:
-        layer.keys = rerotation(layer.keys)
+        setattr(layer, part, rerotation(keys))
 
 
 def _rerotate_quantized(layer: Any, rerotation: _Rerotation) -> None:
@@ -153,8 +160,10 @@ def _reorder_quantized(layer: Any) -> None:
     layer._pending_beam_idx = None
 
 
-def _refuse_unsupported(cache: Cache, layout: str | None, unknown: list[int]) -> None:
+def _refuse_unsupported(cache: Cache, layout: str | None, unknown: list[int], part: str) -> None:
     reason = _unsupported_reason(cache)
+    if part != "keys" and any(isinstance(layer, QuantizedLayer) for layer in cache.layers):
+        reason = f"quantized {part} cannot be rerotated"
     if reason is None and layout is None:
         reason = "the model's attention does not rotate the leading part of its keys in a known layout"
     if reason is None and unknown:

@@ -38,10 +38,11 @@ def install_native(model: nn.Module, context_len: int) -> RotaryHandle:
         return NoRotaryHandle(model, context_len)
     site = probe.find_rotary(model)
     config = getattr(model, "config", None)
-    if isinstance(getattr(site.module, "rope_type", None), dict):
-        # Local layers keep one spectrum, so none of several RoPEs may follow the length.
-        probe.require_fixed_frequencies(site.module, config)
     traits = probe.probe(site.module, config)
+    types = getattr(site.module, "rope_type", None)
+    # Local layers keep one spectrum, so only the RoPE of the others may follow the length.
+    if isinstance(types, dict) and any(probe.follows_length(types[kind]) for kind in types if kind != traits.scaled):
+        probe.require_fixed_frequencies(site.module, config)
     follows = probe.length_dependent_type(site.module) is not None
     own = NativeScaling(site.module, traits, context_len) if follows else None
     return RotaryHandle(model, site, traits, context_len, own)

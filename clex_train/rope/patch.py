@@ -23,14 +23,16 @@ from clex_train.attention import kv_cache
 from clex_train.attention.kv_cache import LibraryChanged
 from clex_train.attention.layer_probe import rotary_attention
 from clex_train.rope import key_cache, key_rotations, receptive_field
+from clex_train.rope.generation import KeptCache
 from clex_train.rope.hooks import (
     CallArgument,
     CastPositionEmbeddings,
+    Removable,
     SelectPositionEmbeddings,
     layers_with_position_embeddings,
 )
 from clex_train.rope.probe import Site, Traits, find_rotary, probe, require_fixed_frequencies, require_rotary
-from clex_train.rope.rotary import ScaledRotary
+from clex_train.rope.rotary import ScaledRotary, require_usable
 from clex_train.scaling.frequency_table import Frequencies
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils import log
@@ -104,9 +106,10 @@ class RotaryHandle:
         # Replaced on the instance: no class of transformers changes, and other models keep theirs.
         setattr(site.parent, site.name, self.rotary)
         # Bound methods, so that a deep copy of the model carries hooks bound to the copy.
-        self._removals = [
+        self._removals: list[Removable] = [
             site.parent.register_forward_pre_hook(self._before_call, with_kwargs=True),
             site.parent.register_forward_hook(self._after_call),
+            KeptCache(model),
         ]
         self._keep_local_layers()
 
@@ -134,6 +137,11 @@ class RotaryHandle:
     def scaled_layers(self) -> dict[int, bool | None]:
         """Map from layer index to True if the scaled RoPE rotates its keys; None for unknown."""
         return receptive_field.scaled_layers(self.model, self.traits, self.rotary.local_layers)
+
+    @cached_property
+    def rotated_part(self) -> str:
+        """Part of a cache layer that holds the rotated keys: `keys`, or `values` under latent attention."""
+        return receptive_field.rotated_part(self.model, self.traits)
 
     def require_scalable(self) -> None:
         """Raise `ConfigError`, naming the model type, where theta(t) has nothing to act on."""
@@ -189,7 +197,7 @@ class RotaryHandle:
             )
         # On a GPU this check would synchronize at every micro-batch.
         if positions is not None and positions.device.type == "cpu":
-            _require_usable(positions)
+            require_usable(positions)
         if len(spectrum.inv_freq) != len(self.base_inv_freq):
             raise ValueError(
                 f"inv_freq of {len(spectrum.inv_freq)} pairs: the model rotates {len(self.base_inv_freq)} pairs"
@@ -259,7 +267,7 @@ class RotaryHandle:
             # Assisted decoding verifies several tokens at one t; plain decoding would have used a smaller t first.
             moved = override.spectrum is None and num_new > 1 and not self._selects(record.num_tokens + 1, spectrum)
             self._warn_about_candidates(record)
-            key_cache.rerotate_keys(cache, record, spectrum, self.layout, self.scaled_layers)
+            key_cache.rerotate_keys(cache, record, spectrum, self.layout, self.scaled_layers, self.rotated_part)
         self.rotary.spectrum, self.rotary.positions = spectrum, override.positions
         self._call = _CallState(spectrum, cache, record, num_tokens, num_new, moved)
         for listener in self._listeners:
@@ -337,9 +345,3 @@ class RotaryHandle:
             yield
         finally:
             self._override = before
-
-
-def _require_usable(positions: Tensor) -> None:
-    wrong = positions[~((positions >= 0) & (positions < float("inf")))]
-    if len(wrong):
-        raise ValueError(f"positions={float(wrong[0]):g}: sampled positions must be finite and at least 0")

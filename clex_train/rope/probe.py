@@ -8,7 +8,7 @@ import copy
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from clex_train.model_config.context_length import LOCAL_LAYER_TYPES
-from clex_train.rope.rotary import EXPANSIONS, LayerType, ScaledRotary
-from clex_train.scaling.spectrum import LAYOUTS, Spectrum, cos_sin
+from clex_train.rope.layouts import key_layout
+from clex_train.rope.rotary import EXPANSIONS, POLAR, LayerType, ScaledRotary
+from clex_train.scaling.spectrum import Spectrum, cos_sin
 from clex_train.utils.errors import ConfigError, first_line
 
 # These change their frequencies with the sequence length by themselves, in conflict with a table of theta(t).
@@ -140,6 +141,9 @@ def _build_on_meta(config: PretrainedConfig, trust_remote_code: bool) -> PreTrai
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a family's own code raises any type for impossible sizes
         reason = first_line(error)
+        if "Unrecognized configuration class" in reason:
+            # Followed by the names of every class that is known.
+            reason = "transformers has none for it under AutoModelForCausalLM; use a family that it has"
         raise ConfigError(
             "model_type", config.model_type, f"cannot build a causal language model ({reason})"
         ) from error
@@ -149,9 +153,14 @@ def length_dependent_type(module: nn.Module) -> str | None:
     """Return the rope_type that changes frequencies with the length of a call; None for a fixed RoPE."""
     types = getattr(module, "rope_type", "default")
     for rope_type in types.values() if isinstance(types, dict) else [types]:
-        if any(name in str(rope_type) for name in LENGTH_DEPENDENT):
+        if follows_length(rope_type):
             return str(rope_type)
     return None
+
+
+def follows_length(rope_type: object) -> bool:
+    """Return True for a rope_type whose frequencies change with the length of a call."""
+    return any(name in str(rope_type) for name in LENGTH_DEPENDENT)
 
 
 def require_fixed_frequencies(module: nn.Module, config: Any) -> None:
@@ -192,11 +201,10 @@ def spectrum_at_length(module: nn.Module, traits: Traits, num_tokens: int, t: fl
     """
     fresh = rebuild(module)
     # The module reads the length from the largest position; position 1 shows the frequencies themselves.
-    arguments = (torch.zeros(1, 2, 1), torch.tensor([[1, num_tokens - 1]]))
-    cos, _ = fresh(*arguments) if traits.scaled is None else fresh(*arguments, traits.scaled)
+    cos = _cos(call_rotary(fresh, torch.zeros(1, 2, 1), torch.tensor([[1, num_tokens - 1]]), traits.scaled))
     found = _spectrum(fresh, fresh, traits.scaled)
     expected = EXPANSIONS[traits.expansion](cos_sin(torch.ones(1, 1), found.inv_freq)[0]) * found.attention_factor
-    if not torch.allclose(expected, cos[:, :1], atol=1e-5):
+    if cos is None or not torch.allclose(expected, cos[:, :1], atol=1e-5):
         kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
         raise ConfigError(
             "rope_type",
@@ -216,7 +224,9 @@ def probe(module: nn.Module, config: Any) -> Traits:
     base = {layer_type: _spectrum(module, fresh, layer_type) for layer_type in types}
     cos, casts = _try_forward(fresh, scaled, kind)
     expansion = _expansion(cos, base[scaled], kind)
-    return Traits(base, scaled, expansion, _layout(fresh, config, base[scaled], expansion), casts)
+    layout = key_layout(fresh, base[scaled], EXPANSIONS[expansion], expansion == POLAR)
+    # Rotating the cached keys of such a model would be wrong in any layout.
+    return Traits(base, scaled, expansion, None if kind in NORMALIZED_AFTER_ROTATION else layout, casts)
 
 
 def rotary_sites(model: nn.Module) -> Iterator[Site]:
@@ -283,46 +293,42 @@ def _spectrum(module: nn.Module, fresh: nn.Module, layer_type: LayerType) -> Spe
 
 
 def _try_forward(fresh: nn.Module, layer_type: LayerType, kind: str) -> tuple[Tensor, bool]:
-    """Return cos at positions 0..3, and whether it has the dtype of x."""
-    result = fresh(*_call(torch.float32, layer_type))
-    if not (isinstance(result, tuple) and len(result) == 2 and result[0].dtype == torch.float32):
-        raise ConfigError("model_type", kind, "its rotary module does not return cos and sin")
-    return result[0], fresh(*_call(torch.bfloat16, layer_type))[0].dtype == torch.bfloat16
-
-
-def _call(dtype: torch.dtype, layer_type: LayerType) -> tuple[Any, ...]:
+    """Return cos at positions 0..3, complex where the module returns cos + i sin, and if it has the dtype of x."""
     positions = torch.arange(4)[None]
-    arguments = (torch.zeros(1, 4, 1, dtype=dtype), positions)
-    return arguments if layer_type is None else (*arguments, layer_type)
+    result = call_rotary(fresh, torch.zeros(1, 4, 1), positions, layer_type)
+    if isinstance(result, Tensor) and result.is_complex():
+        return result, False
+    cos = _cos(result)
+    if cos is None or cos.dtype != torch.float32:
+        raise ConfigError("model_type", kind, "its rotary module does not return cos and sin")
+    rounded = call_rotary(fresh, torch.zeros(1, 4, 1, dtype=torch.bfloat16), positions, layer_type)
+    return cos, rounded[0].dtype == torch.bfloat16
+
+
+def call_rotary(module: nn.Module, x: Tensor, positions: Tensor, layer_type: LayerType) -> Any:
+    """Call a rotary module as its family does, with positions [B, S]."""
+    named = () if layer_type is None else (layer_type,)
+    try:
+        return module(x, positions, *named)
+    except IndexError:
+        # Up to 5.19 families that also read images take time, height and width [3, B, S] only, equal for a text.
+        return module(x, positions.expand(3, -1, -1), *named)
+
+
+def _cos(result: Any) -> Tensor | None:
+    """Return cos of what a rotary module returned; None if it is neither cos and sin nor cos + i sin."""
+    if isinstance(result, Tensor) and result.is_complex():
+        return result.real
+    return result[0] if isinstance(result, tuple) and len(result) == 2 else None
 
 
 def _expansion(cos: Tensor, spectrum: Spectrum, kind: str) -> str:
     # Compared numerically, so that a family with an arrangement of its own is recognized or refused, never guessed.
-    expected, _ = cos_sin(torch.arange(4)[None], spectrum.inv_freq)
+    expected = cos_sin(torch.arange(4)[None], spectrum.inv_freq)
     for name, expand in EXPANSIONS.items():
-        candidate = expand(expected) * spectrum.attention_factor
-        if candidate.shape == cos.shape and torch.allclose(candidate, cos, atol=1e-5):
+        real, imaginary = (expand(half) * spectrum.attention_factor for half in expected)
+        candidate = torch.complex(real, imaginary) if name == POLAR else real
+        same = candidate.shape == cos.shape and candidate.dtype == cos.dtype
+        if same and torch.allclose(candidate, cos, atol=1e-5):
             return name
     raise ConfigError("model_type", kind, "its cos is not cos(position * inv_freq) in a known layout")
-
-
-def _layout(fresh: nn.Module, config: Any, spectrum: Spectrum, expansion: str) -> str | None:
-    """Return the layout that matches the model's own rotation of a key; None if none does."""
-    function = getattr(sys.modules[type(fresh).__module__], "apply_rotary_pos_emb", None)
-    kind = getattr(config, "model_type", "")
-    latent = hasattr(config, "qk_rope_head_dim")
-    # Keys of these models are not plain rotations of their leading components, so rerotating them would be wrong.
-    if function is None or latent or kind in NORMALIZED_AFTER_ROTATION or not _takes_q_and_k(function):
-        return None
-    cos, sin = cos_sin(torch.arange(4)[None], spectrum.inv_freq)
-    # All components differ, so a wrong pairing cannot agree by accident.
-    key = torch.linspace(-1, 1, 8 * len(spectrum.inv_freq)).view(1, 1, 4, -1)
-    _, rotated = function(key, key, EXPANSIONS[expansion](cos), EXPANSIONS[expansion](sin))
-    for name, rotate in LAYOUTS.items():
-        if torch.allclose(rotate(key, cos[:, None], sin[:, None]), rotated, atol=1e-5):
-            return name
-    return None
-
-
-def _takes_q_and_k(function: Callable[..., Any]) -> bool:
-    return list(inspect.signature(function).parameters)[:4] == ["q", "k", "cos", "sin"]

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from clex_train.attention import layer_probe
+from clex_train.attention.layer_probe import LayerProbe
 from clex_train.rope.probe import Traits, find_rotary, model_on_meta, probe, require_frequencies
-from clex_train.rope.rotary import EXPANSIONS
+from clex_train.rope.rotary import EXPANSIONS, POLAR
 from clex_train.utils.errors import ConfigError
 
 
@@ -31,6 +32,12 @@ def scaled_layers(model: nn.Module, traits: Traits, local: Collection[int]) -> d
     """Map each layer index to True if the scaled RoPE rotates its keys; None for unknown, False for `local` ones."""
     probed = _probe_layers(model, traits)
     return {module.layer_idx: False if module.layer_idx in local else rotates for module, rotates in probed}
+
+
+def rotated_part(model: nn.Module, traits: Traits) -> str:
+    """Name the part of a cache layer that holds the rotated keys: `keys`, or `values` under latent attention."""
+    modules = layer_probe.rotary_attention(model)
+    return next((trial.rotated_part for trial in _trials(model, modules, traits) if trial.rotates), "keys")
 
 
 def require_scalable(model: nn.Module, rotary: nn.Module, traits: Traits, context_len: int) -> None:
@@ -69,6 +76,22 @@ def _require_reach(model: nn.Module, traits: Traits, context_len: int) -> None:
 
 def _probe_layers(model: nn.Module, traits: Traits) -> list[tuple[Any, bool | None]]:
     """Probe every attention module with positions: does the scaled RoPE rotate its keys?"""
+    modules = layer_probe.rotary_attention(model)
+    is_local = [traits.scaled is not None and layer_probe.layer_type(module) != traits.scaled for module in modules]
+    found = zip(modules, _trials(model, modules, traits), is_local, strict=True)
+    return [(module, False if local else _rotates(trial, traits)) for module, trial, local in found]
+
+
+def _rotates(trial: LayerProbe, traits: Traits) -> bool | None:
+    """Return True if the probe saw rotated keys, None if it is unknown which of their components rotate."""
+    width = 2 * len(traits.base[traits.scaled].inv_freq)
+    # The rotated part of a latent key is cached by itself; next to other values its place would be a guess.
+    is_known = trial.rotated_part == "keys" or trial.rotated_width == width
+    return trial.rotates if is_known else None
+
+
+def _trials(model: nn.Module, modules: list[Any], traits: Traits) -> list[LayerProbe]:
+    """Probe modules with cos and sin of the RoPE of their layer type."""
 
     def cos_shape(module: Any) -> tuple[int, ...] | None:
         # A model with one RoPE keys its base spectrum by None, whatever layer types its config lists.
@@ -77,8 +100,5 @@ def _probe_layers(model: nn.Module, traits: Traits) -> list[tuple[Any, bool | No
             return None
         return tuple(EXPANSIONS[traits.expansion](torch.empty(1, 2, len(traits.base[kind].inv_freq))).shape)
 
-    modules = layer_probe.rotary_attention(model)
-    probes = layer_probe.probe_layers(modules, cos_shape, getattr(model, "config", None))
-    is_local = [traits.scaled is not None and layer_probe.layer_type(module) != traits.scaled for module in modules]
-    found = zip(modules, probes, is_local, strict=True)
-    return [(module, False if local else trial.rotates) for module, trial, local in found]
+    config = getattr(model, "config", None)
+    return layer_probe.probe_layers(modules, cos_shape, config, is_complex=traits.expansion == POLAR)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Radians of a whole turn.
 TURN = 2 * math.pi
+STILL = 1e30
+"""`longrope` factor of a pair that does not rotate: JSON has no infinity, and no context reaches 1e30 tokens."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,8 @@ def test_every_experiment_composes_and_is_named_after_its_file(name):
 def test_the_documented_experiments_exist():
     told = """tiny_base tiny_clex tiny_continued llama2_7b_clex llama2_7b_clex_16k llama2_7b_clex_64k llama2_13b_clex
     gpt_neox_20b_clex phi2_clex_32k mixtral_8x7b_clex_32k llama3_8b_clex mistral_7b_clex qwen3_8b_clex
-    llama3_8b_clex_1m"""
+    llama3_8b_clex_1m llama2_7b_clex_paper llama2_13b_clex_paper gpt_neox_20b_clex_paper mixtral_8x7b_clex_32k_paper
+    llama3_1_8b_clex qwen2_5_7b_clex olmo3_7b_clex smollm3_3b_clex smollm2_360m_clex gemma3_4b_clex"""
     assert set(told.split()) <= set(EXPERIMENTS)
 
 
@@ -39,9 +40,12 @@ def test_every_option_of_a_group_composes(group):
 def test_an_experiment_scales_to_every_length_that_it_evaluates(name):
     config = composed(f"+experiment={name}")
     model = architecture.stand_in(config.model)
-    assert model.context_len is None, "L is the architecture's own"
-    reach = config.scaling.t_max * architecture.context_length(model, architecture.to_read(model))
-    assert config.scaling.name is Method.none or max(config.evaluation.lengths) == reach
+    own = architecture.to_read(model)
+    if model.context_len is not None:
+        assert model.context_len < own.max_position_embeddings, "L is the architecture's own, or what it was trained on"
+    # Each length uses the t of one `t_factor` times as long, which must have been trained.
+    served = config.scaling.t_max / config.scaling.t_factor * architecture.context_length(model, own)
+    assert config.scaling.name is Method.none or max(config.evaluation.lengths) == served
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith(("tiny", "study"))])
@@ -52,8 +56,33 @@ def test_large_experiments_take_two_million_tokens_a_step_and_two_billion_in_all
     assert tokens * config.optim.steps == pytest.approx(2e9, rel=0.001)
 
 
+OURS = [name for name in EXPERIMENTS if (CONF / f"experiment/{name}.yaml").read_text().count("/scaling: clex\n")]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_rows_of_our_recipe_are_at_most_l_tokens_and_each_value_is_the_measured_one(name):
+    config = composed(f"+experiment={name}")
+    model = architecture.stand_in(config.model)
+    # docs/results.md has no measurement of rows longer than L.
+    assert config.data.seq_len <= architecture.context_length(model, architecture.to_read(model))
+    scaling = config.scaling
+    assert (scaling.positions.name, scaling.lr_scale, scaling.log_scale.name) == ("skip", 0.002, "eval")
+    assert name == "tiny_clex" or scaling.t_factor == 2
+
+
+def test_papers_presets_differ_from_ours_in_the_scaling_alone():
+    papers = [name for name in EXPERIMENTS if name.endswith("_paper")]
+    assert len(papers) == 4
+    for name in papers:
+        theirs, own = composed(f"+experiment={name}"), composed(f"+experiment={name.removesuffix('_paper')}")
+        assert (theirs.scaling.positions.name, theirs.scaling.lr_scale, theirs.scaling.t_factor) == ("random", 1, 1)
+        assert own.scaling.t_max == 2 * theirs.scaling.t_max
+        for part in ("model", "data", "optim", "engine", "evaluation", "seed"):
+            assert getattr(theirs, part) == getattr(own, part)
+
+
 def test_the_llama_2_7b_experiment_follows_the_paper():
-    config = composed("+experiment=llama2_7b_clex")
+    config = composed("+experiment=llama2_7b_clex_paper")
     assert (config.data.seq_len, config.scaling.t_max, config.optim.lr) == (4096, 16, 2e-5)
     assert (config.optim.warmup, config.optim.schedule.name, config.optim.weight_decay) == (0.03, "cosine", 0)
     assert (config.engine.precision.name, config.engine.zero_stage) == ("bf16", 3)

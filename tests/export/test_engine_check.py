@@ -11,23 +11,26 @@ import torch
 
 from clex_train.config.model import ModelConfig
 from clex_train.config.scaling import LogScale
-from clex_train.export import huggingface
+from clex_train.export import huggingface, serving
+from clex_train.export.factors import Source, rope_at
 from clex_train.export.source import read_source
+from clex_train.models.load import load_for_evaluation
+from clex_train.utils.errors import ConfigError
 from tests.export.engine_check import TOLERANCE, check
-from tests.export.harsh_models import T, load, load_plain, log_p, save_harsh
-from tests.rope.rotary_families import CONTEXT, FAMILIES, tokens
+from tests.export.harsh_models import T, harsh_model, load, load_plain, log_p, save_harsh
+from tests.rope.rotary_families import CONTEXT, EXPORTED, UNEXPORTED, UNFOLDED, tokens
 
 Parameters = dict[str, Any]
 
 
-def export(directory: Path, output: Path, fold: bool = True) -> Path:
+def export(directory: Path, output: Path, fold: bool = True, **model: Any) -> Path:
     """Export a directory at t = 4."""
-    source = read_source(ModelConfig(path=str(directory)))
+    source = read_source(ModelConfig(path=str(directory), **model))
     huggingface.write(huggingface.plan(source, directory, T, fold), output)
     return output
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EXPORTED)
 def test_an_export_of_every_family_is_the_model_at_t_in_every_engine(family: str, tmp_path: Path) -> None:
     directory = save_harsh(tmp_path / "final", family)
     reference = load(directory)
@@ -35,10 +38,25 @@ def test_an_export_of_every_family_is_the_model_at_t_in_every_engine(family: str
         pinned = log_p(reference.model, tokens(2, 4 * CONTEXT))
     plain = log_p(load_plain(directory), tokens(2, 4 * CONTEXT))
     assert (plain - pinned).abs().max() > 100 * TOLERANCE, "plain RoPE is far away"
-    check(export(directory, tmp_path / "out"), reference)
+    output = export(directory, tmp_path / "out")
+    check(output, reference)
+    # Our own loader reads it as the model that it is, at any length up to t L.
+    with torch.no_grad():
+        assert (log_p(load(output).model, tokens(2, 4 * CONTEXT)) - pinned).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "falcon"])
+@pytest.mark.parametrize("family", UNEXPORTED)
+def test_a_family_that_no_config_expresses_at_one_t_is_refused_before_anything_is_written(
+    family: str, tmp_path: Path
+) -> None:
+    directory = save_harsh(tmp_path / "final", family)
+    with pytest.raises(ConfigError, match=f"^model_type={family}: .*{UNEXPORTED[family]}") as refused:
+        export(directory, tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", [family for family in EXPORTED if family not in UNFOLDED])
 def test_the_constant_of_log_scaling_is_folded_into_the_queries_of_every_family(family: str, tmp_path: Path) -> None:
     directory = save_harsh(tmp_path / "final", family, LogScale.eval)
     reference, served = load(directory), int(T) * CONTEXT
@@ -115,3 +133,36 @@ def test_an_export_loads_without_a_warning(tmp_path: Path, caplog: pytest.LogCap
         assert "Unrecognized keys" in caplog.text, "this test would see a warning"
     finally:
         logging.getLogger("transformers").removeHandler(caplog.handler)
+
+
+def test_an_export_states_the_dimension_of_a_head_that_engines_would_read_as_null(tmp_path: Path) -> None:
+    directory = save_harsh(tmp_path / "final", "mixtral", head_dim=None)
+    assert json.loads((directory / "config.json").read_text())["head_dim"] is None
+    assert json.loads((export(directory, tmp_path / "out") / "config.json").read_text())["head_dim"] == 12
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": CONTEXT}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_the_softmax_scale_of_latent_attention_on_a_yarn_base_is_kept(family: str, tmp_path: Path) -> None:
+    rope = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
+    directory = save_harsh(tmp_path / "final", family, rope_parameters=rope)
+    reference = load_for_evaluation(ModelConfig(path=str(directory), context_len=CONTEXT))
+    output = export(directory, tmp_path / "out", context_len=CONTEXT)
+    model, ids = load_plain(output), tokens(2, 4 * CONTEXT)
+    with reference.handle.pinned(T), torch.no_grad():
+        assert (log_p(model, ids) - log_p(reference.model, ids)).abs().max() <= TOLERANCE
+    assert model.model.layers[0].self_attn.scaling > 1.1 * 20**-0.5
+
+
+def test_vllm_is_refused_for_latent_attention() -> None:
+    source = source_of("deepseek_v3")
+    with pytest.raises(ConfigError, match="model_type=deepseek_v3: vLLM reads any scaling of latent attention as YaRN"):
+        serving.require_vllm(rope_at(source, T), source.arch)
+
+
+def source_of(family: str) -> Source:
+    """Return the records of a model in memory."""
+    loaded = harsh_model(family)
+    return Source(loaded.model.config, loaded.handle, CONTEXT, loaded.clex, loaded.table)

@@ -45,7 +45,8 @@ def test_factors_divide_plain_rope_by_theta_of_t_for_every_base(base: str) -> No
     theta, num_pairs = BASES[base]["rope_theta"], len(source.handle.base_inv_freq)
     for j, factor in enumerate(rope.factors):
         # The slow way: one pair at a time, from the field itself.
-        assert factor * float(source.clex.inv_freq(3.0)[j]) == pytest.approx(theta ** (-j / num_pairs), rel=1e-5)
+        theta_j = float(source.clex.inv_freq(3.0)[j].detach())
+        assert factor * theta_j == pytest.approx(theta ** (-j / num_pairs), rel=1e-5)
     assert rope.served_len == 3 * CONTEXT
     assert (rope.attention_factor > 1) == (base == "yarn")
     assert len(rope.factors) == num_pairs

@@ -1,6 +1,7 @@
 """`final/` states the model at t_max to other programs or makes them refuse; ours starts from the RoPE of the base."""
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +18,16 @@ from clex_train.config.scaling import LogScale, ScalingConfig
 from clex_train.export.final import is_finished, write_final
 from clex_train.models import architecture, directory
 from clex_train.models.load import load_for_training, trained_architecture
+from clex_train.models.tokenizer import load_tokenizer
 from clex_train.utils.errors import ConfigError
 from tests.evaluation.model_directories import save_tokenizer
 from tests.export.harsh_models import T, harsh_model, load, load_plain, log_p, save_harsh
-from tests.rope.rotary_families import CONTEXT, FAMILIES, VOCABULARY, tiny_model, tokens
+from tests.rope.rotary_families import CONTEXT, EXPORTED, UNEXPORTED, VOCABULARY, tiny_model, tokens
 
 UNSTATED = [
     ("gpt_neox", LogScale.eval, {}, "log_scale=eval: log-scaling reaches whole heads"),
     ("gemma2", LogScale.off, {"sliding_window": CONTEXT // 2}, "layers 0 see at most L tokens"),
+    *((family, LogScale.off, {}, reason) for family, reason in UNEXPORTED.items()),
     ("phi3", LogScale.eval, {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}}, "whole heads"),
 ]
 """Models that no config.json expresses, with the reason."""
@@ -47,7 +50,7 @@ def training_config(path: Path) -> Config:
     return config
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EXPORTED)
 def test_plain_transformers_loads_the_model_at_t_max(family: str, tmp_path: Path) -> None:
     final, ids = write(tmp_path, family), tokens(2, int(T) * CONTEXT)
     record = directory.read_record(final)
@@ -93,7 +96,7 @@ def test_perplexity_at_the_stated_length_is_that_of_the_product(
 
 @pytest.mark.parametrize(
     ("family", "log_scale", "settings"),
-    [*((family, LogScale.off, {}) for family in FAMILIES), ("llama", LogScale.eval, {}), *(x[:3] for x in UNSTATED)],
+    [*((family, LogScale.off, {}) for family in EXPORTED), ("llama", LogScale.eval, {}), *(x[:3] for x in UNSTATED)],
 )
 def test_loading_for_evaluation_is_exact(family: str, log_scale: LogScale, settings: dict, tmp_path: Path) -> None:
     earlier = load(save_harsh(tmp_path / "earlier", family, log_scale, **settings))
@@ -121,6 +124,22 @@ def test_what_no_config_expresses_is_refused_by_other_programs(
     assert json.loads((final / "config.json").read_text())["architectures"][0].startswith("clex_")
     assert is_finished(final)
     load(final)
+
+
+def test_the_tokenizer_of_a_refused_directory_is_read_without_a_log_line(tmp_path: Path) -> None:
+    final, lines = write(tmp_path, "gpt_neox", LogScale.eval), []
+    # transformers does not propagate its lines to the root logger.
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        found = load_tokenizer(str(final), ModelConfig(path=str(final)))
+        assert lines == []
+        AutoTokenizer.from_pretrained(final)
+        assert any("clex_gpt_neox" in line for line in lines), "the line that the config avoids"
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert len(found) == VOCABULARY
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text", "phi3"])

@@ -224,7 +224,9 @@ def test_a_preset_does_not_repeat_its_architecture(name):
     assert (preset.init, preset.context_len) == (None, None), "so that it cannot outlive another model.path"
     shown = architecture.stand_in(preset)
     assert shown.path is None
-    length = int(json.loads((CONF.parent / str(shown.config) / "config.json").read_text())["max_position_embeddings"])
+    facts = json.loads((CONF.parent / str(shown.config) / "config.json").read_text())
+    # A multimodal model has its language model's facts in a part.
+    length = int(facts.get("text_config", facts)["max_position_embeddings"])
     assert architecture.context_source(shown, architecture.to_train(shown)) == (length, "max_position_embeddings")
 
 

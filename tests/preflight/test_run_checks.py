@@ -123,6 +123,14 @@ def raise_passed(*_: object) -> None:
     raise _Passed
 
 
+@pytest.mark.parametrize("scope", list(Scope))
+def test_run_dry_run_and_submission_warn_of_rows_stretched_beyond_their_spacing(scope, composed_once, base, caplog):
+    stretched = {"data.seq_len": 16, "scaling.name": "clex", "scaling.positions": "random"}
+    choices = {"model.path": str(base), "model.config": None, "evaluation.every": -1, **stretched}
+    run_checks(configuration.to_config(with_choices(composed_once, choices)), scope)
+    assert len([line for line in caplog.messages if line.startswith("scaling.positions=random: rows of 16")]) == 1
+
+
 def test_run_dry_run_and_submission_refuse_alike_in_the_same_line(composed_once, base):
     seen = []
 
@@ -167,10 +175,10 @@ def test_a_dry_run_refuses_a_protocol_that_the_run_refuses(composed_once):
 
 @pytest.mark.parametrize("scope", [Scope.run, Scope.plan])
 @pytest.mark.parametrize(
-    ("scaling", "num_models"), [("none", 1), ("clex", 1), ("pi", 2), ("yarn", 2), ("dynamic_ntk", 2), ("theta", 2)]
+    ("scaling", "num_models"), [("none", 1), ("clex", 2), ("pi", 2), ("yarn", 2), ("dynamic_ntk", 2), ("theta", 2)]
 )
 def test_the_model_of_each_architecture_is_built_once(composed_once, monkeypatch, scaling, num_models, scope):
-    """Count the base and its scaled variant."""
+    """Count the base and its scaled variant, for clex that of final/."""
     built, build = [], AutoModelForCausalLM.from_config
 
     def counted(*args, **kwargs):

@@ -1,21 +1,37 @@
 """Checks for every family with rotary embeddings; each runs once, for its test and for the table."""
 
 from functools import cache
+from tempfile import TemporaryDirectory
 
 import torch
+from transformers import AutoConfig
 
 from clex_train.attention.log_scaling import install_log_scaling
+from clex_train.export.factors import Source, rope_at
+from clex_train.export.stock_rope import stock_config
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.spectrum import Spectrum
-from tests.rope.rotary_families import CONTEXT, tiny_model, tokens
+from clex_train.utils.errors import ConfigError
+from tests.export.harsh_models import T, harsh_model, log_p
+from tests.rope.rotary_families import (
+    CONTEXT,
+    INTERLEAVED,
+    KEPT,
+    LATENT,
+    ONE_ATTENTION,
+    from_config,
+    tiny_model,
+    tokens,
+)
 from tests.rope.unrotated_cache import reference_logits
 
 GRID = [1.0, 2.0, 3.0, 4.0, 5.0]
 PIECES = [10, 6, 1, 1, 15, 1, 14, 1]  # t moves with the third, the fifth and the last piece.
-INTERLEAVED = {"cohere"}
 AT_ONE, CROSSINGS = 1e-5, 1e-4
 """Tolerances of logits, which are of order 1."""
+EXPORT = 1e-3
+"""Tolerance of log p of an export, against our own model at t."""
 
 
 @cache
@@ -55,7 +71,8 @@ def error_over_crossings(family: str) -> float:
         past, start = output.past_key_values, start + length
         found.append(output.logits)
     handle.undo()
-    expected = reference_logits(model, ids, PIECES, table, CONTEXT, interleaved=family in INTERLEAVED)
+    facts = {"interleaved": family in INTERLEAVED, "kept": KEPT.get(family, ()), "latent": family in LATENT}
+    expected = reference_logits(model, ids, PIECES, table, CONTEXT, **facts)
     return float((torch.cat(found, dim=1) - expected).abs().max())
 
 
@@ -63,8 +80,7 @@ def error_over_crossings(family: str) -> float:
 @torch.no_grad()
 def generation_agrees(family: str) -> bool:
     """Return True if greedy generation from 8 to 40 tokens is equal with and without a cache (exact for one layer)."""
-    kinds = {"layer_types": ["full_attention"]} if family in ("gemma3_text", "gemma2") else {}
-    model = tiny_model(family, num_layers=1, **kinds)
+    model = tiny_model(family, num_layers=1, **ONE_ATTENTION.get(family, {}))
     handle = install_rotary(model, CONTEXT)
     handle.use(ntk_table(handle.base_inv_freq, GRID))
     answers = [
@@ -106,3 +122,41 @@ def responds_to_log_scaling(family: str) -> bool:
 def handle_of(family: str) -> RotaryHandle:
     """Install a handle on a model of the family."""
     return install_rotary(tiny_model(family), CONTEXT)
+
+
+@cache
+@torch.no_grad()
+def export_error(family: str) -> float:
+    """Return the largest difference in log p of an export at t = 4 in plain transformers, on both sides of L."""
+    if export_refusal(family) is not None:
+        return float("inf")
+    loaded = harsh_model(family)
+    loaded.handle.use(loaded.table)
+    with TemporaryDirectory() as folder:
+        stock_config(loaded.model.config, rope_at(_source(family), T)).save_pretrained(folder)
+        stock = from_config(AutoConfig.from_pretrained(folder)).eval()
+    stock.load_state_dict(loaded.model.state_dict())
+    errors = []
+    for length in (CONTEXT // 2, CONTEXT, CONTEXT + 1, int(T) * CONTEXT):
+        ids = tokens(2, length)
+        with loaded.handle.pinned(T):
+            errors.append(float((log_p(stock, ids) - log_p(loaded.model, ids)).abs().max()))
+    return max(errors)
+
+
+@cache
+def export_refusal(family: str) -> str | None:
+    """Return the reason why no config.json expresses a family at one t; None for one that is exported."""
+    source = _source(family)
+    try:
+        stock_config(source.arch, rope_at(source, T))
+    except ConfigError as refusal:
+        return str(refusal)
+    return None
+
+
+def _source(family: str) -> Source:
+    """Return the records of a model with a harsh field."""
+    loaded = harsh_model(family)
+    loaded.handle.use(loaded.table)
+    return Source(loaded.model.config, loaded.handle, CONTEXT, loaded.clex, loaded.table)

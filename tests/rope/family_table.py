@@ -10,11 +10,14 @@ if __name__ == "__main__":
 
 from transformers import AutoConfig, PretrainedConfig  # noqa: E402
 
+from clex_train.attention.layer_probe import layer_window, rotary_attention  # noqa: E402
 from clex_train.config.attention import AttentionImplementation  # noqa: E402
 from clex_train.preflight.document_mask import require_separable  # noqa: E402
-from clex_train.rope.patch import install_rotary, require_rotary  # noqa: E402
+from clex_train.rope.patch import RotaryHandle, install_rotary, require_rotary  # noqa: E402
+from clex_train.rope.receptive_field import require_scalable_config  # noqa: E402
 from tests.rope import family_checks as checks  # noqa: E402
-from tests.rope.rotary_families import CONTEXT, FAMILIES, tiny_model  # noqa: E402
+from tests.rope.rotary_families import CONTEXT, FAMILIES, UNEXPORTED, tiny_config, tiny_model  # noqa: E402
+from tests.rope.rotary_families import REFUSED as REFUSED_TODAY  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 
@@ -38,6 +41,15 @@ PUBLISHED = {
     "cohere": "Command R",
     "granite": "Granite",
     "starcoder2": "StarCoder2",
+    "olmo3": "OLMo 3",
+    "gpt_oss": "gpt-oss",
+    "smollm3": "SmolLM3",
+    "exaone4": "EXAONE 4 1.2B",
+    "ministral3": "Ministral 3",
+    "qwen3_next": "Qwen3-Next",
+    "qwen3_5_text": "Qwen3.5",
+    "deepseek_v2": "DeepSeek-V2, -V2-Lite",
+    "deepseek_v3": "DeepSeek-V3, -R1",
 }
 STATIC = {
     "linear": {"factor": 2.0},
@@ -75,20 +87,37 @@ COLUMNS = """- rotary / head: dimensions of the small model. They differ if the 
   exact).
 - log-scaling: the softmax scale can be set (`clex_train/attention/log_scaling.py`).
 - undo: logits and modules are restored to the bit.
+- export: `format=huggingface` at t = 4, read by plain transformers, differs from our model by at most 1e-3 in log p at
+  L/2, L, L + 1 and 4 L tokens, with a harsh random field.
 - documents: `data.document_mask=true` separates the documents of a row in every back end; in all but flash attention
   (`not flash`); or is refused (`no`).
 
 """
-LAYERS = """**Sliding windows.** A layer whose window holds at most L tokens sees no new distance. It keeps the model's
-own frequencies, and plain positions in training. Gemma 3 has a separate rotary embedding for such layers. If
-one serves all layers (Gemma 2, GPT-OSS, Qwen2 and Qwen3 with mixed windows), each layer gets the cos and sin that it
-needs. A recipe by formula (`scaling=yarn`) follows transformers, which scales every layer of these families by the
-model's config; a log line says so.
+EXPORTS = "A family without an export is refused before weights are read; `final/` of its runs says the same reason."
+UNSCALABLE = """These families of today cannot be extended, and are refused before weights are read. All but Mistral 4
+train with `scaling=none`. Gemma 4 rotates only a quarter of its pairs."""
+LAYERS = """**Which layers are scaled.** Those that attend beyond L: full attention with a RoPE. A layer that sees at
+most L tokens, by a window or a chunk, meets no new distance and keeps the model's own frequencies. A layer without RoPE
+or with linear attention has nothing to scale.
+
+**Sliding windows.** A layer whose window holds at most L tokens keeps plain positions in training too. Gemma 3 and
+OLMo 3 have a RoPE of their own for such layers, so a recipe by formula (`scaling=yarn`) scales the others alone. If one
+RoPE serves all layers (Gemma 2, gpt-oss, Qwen2 and Qwen3 with mixed windows), CLEX gives each layer the cos and sin
+that it needs. A recipe then follows transformers, which scales every layer by the model's config; a log line says so.
 
 **Layers without positions.** Some families do not rotate in layers with full attention (SmolLM3, EXAONE 4, EXAONE MoE,
 Cohere 2, AFMoE). The cached keys of these layers stay unchanged. If every layer that rotates sees a window of at most
 L tokens, there is nothing to extend, and scaling is refused with the remedy or the reason: Mistral v0.1, Phi-3 4k,
 EXAONE 4 32B and Cohere 2.
+
+**Latent attention** (DeepSeek) caches the rotated part of its keys as values, beside a latent that does not rotate,
+and it is rerotated there. A quantized cache is refused once t moves. `format=vllm` is refused, since vLLM reads any
+scaling of this attention as YaRN.
+
+**Chunks.** Llama 4 rotates in layers that see one chunk, and scales queries by position in the layers without RoPE.
+Ministral 3 multiplies queries by a temperature of the position. Such factors stay the model's own.
+
+**Images.** Qwen3.5 gives positions as time, height and width. Text has three equal ones; others are refused.
 
 **Falcon** computes its softmax scale inside its attention, so log-scaling is refused for it.
 
@@ -108,18 +137,21 @@ contexts. An adapter would have to replace the attention's forward, which CLEX d
 
 def render() -> str:
     """Render the whole page."""
-    return HEAD + _family_table() + COLUMNS + LAYERS + SCALINGS + _scaling_table() + _refusal_table() + GPTJ
+    families = _family_table() + COLUMNS + _unexported_table()
+    return HEAD + families + LAYERS + _unscalable_table() + SCALINGS + _scaling_table() + _refusal_table() + GPTJ
 
 
 def _family_table() -> str:
-    head = ["model_type", "models", "rotary / head", "pairs", "t = 1", "gradient", "crossings", "generate"]
-    return _table([*head, "log-scaling", "undo", "documents"], [_family_row(family) for family in FAMILIES])
+    head = ["model_type", "models", "scaled layers", "rotary / head", "pairs", "t = 1", "gradient", "crossings"]
+    more = ["generate", "log-scaling", "undo", "export", "documents"]
+    return _table([*head, *more], [_family_row(family) for family in FAMILIES])
 
 
 def _family_row(family: str) -> list[str]:
     handle = checks.handle_of(family)
     config = handle.model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    latent = getattr(config, "qk_head_dim", None)
+    head = latent or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found = (
         checks.error_at_one(family) < checks.AT_ONE,
         checks.num_frequencies_without_gradient(family) == 0,
@@ -127,16 +159,42 @@ def _family_row(family: str) -> list[str]:
         checks.generation_agrees(family),
         checks.responds_to_log_scaling(family),
         checks.is_undone(family),
+        checks.export_error(family) < checks.EXPORT,
     )
     cells = ["yes" if holds else "no" for holds in found]
     return [
         f"`{family}`",
         PUBLISHED[family],
+        _scaled_layers(handle),
         f"{2 * len(handle.base_inv_freq)} / {head}",
         str(handle.layout),
         *cells,
         _documents(config),
     ]
+
+
+def _scaled_layers(handle: RotaryHandle) -> str:
+    """Describe which layers of the small model follow t."""
+    modules = rotary_attention(handle.model)
+    own = [layer_window(module) for module in modules if not handle.scaled_layers[module.layer_idx]]
+    parts = ["windows keep their RoPE"] if any(own) else []
+    parts += ["others have none"] if None in own else []
+    parts += ["linear attention between"] if len(modules) < handle.model.config.num_hidden_layers else []
+    return ", ".join(["full attention", *parts]) if parts else "all"
+
+
+def _unexported_table() -> str:
+    rows = [[f"`{family}`", str(checks.export_refusal(family))] for family in UNEXPORTED]
+    return f"{EXPORTS}\n\n" + _table(["model_type", "no export"], rows)
+
+
+def _unscalable_table() -> str:
+    rows = []
+    for name, (model_type, settings, _) in REFUSED_TODAY.items():
+        config = tiny_config(model_type, settings)
+        message = _refusal(lambda config=config: require_scalable_config(config, CONTEXT))
+        rows.append([name, f"`{model_type}`", str(message)])
+    return f"{UNSCALABLE}\n\n" + _table(["models", "model_type", "message for a small model"], rows)
 
 
 def _documents(config: PretrainedConfig) -> str:

@@ -4,28 +4,40 @@ Independent of `clex_train.rope`: the stock model runs with theta written into i
 removes the rotation from its input and applies the current one to everything it returns.
 """
 
+import copy
+from collections.abc import Collection
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
 from clex_train.scaling.frequency_table import FrequencyTable
 
 
 class UnrotatedCache(DynamicCache):
-    """A cache of unrotated keys, except in the layers `local`; `advance` must be called before each forward."""
+    """A cache of unrotated keys, except in the layers `kept`; `advance` must be called before each forward.
 
-    def __init__(self, interleaved: bool, local: frozenset[int] = frozenset()) -> None:
-        super().__init__()
-        self.interleaved, self.local = interleaved, local
+    `latent` is True where the rotated keys come as values, beside a latent that does not rotate.
+    """
+
+    def __init__(self, config: Any, interleaved: bool, kept: Collection[int] = (), latent: bool = False) -> None:
+        super().__init__(config=config)
+        self.interleaved, self.kept, self.latent = interleaved, kept, latent
         self.theta = self.new_positions = torch.empty(0)
         self.all_positions: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest, **more) -> tuple[Tensor, Tensor]:
-        if layer_idx in self.local:
+        if layer_idx in self.kept:
             return super().update(key_states, value_states, layer_idx, *rest, **more)
-        plain = self._rotate(key_states, self.new_positions, -1).to(key_states.dtype)
-        keys, values = super().update(plain, value_states, layer_idx, *rest, **more)
-        return self._rotate(keys, self.all_positions, +1).to(key_states.dtype), values
+        rotated, other = (value_states, key_states) if self.latent else (key_states, value_states)
+        plain = self._rotate(rotated, self.new_positions, -1).to(rotated.dtype)
+        given = (other, plain) if self.latent else (plain, other)
+        found = super().update(*given, layer_idx, *rest, **more)
+        rotated, other = reversed(found) if self.latent else found
+        rotated = self._rotate(rotated, self.all_positions, +1).to(rotated.dtype)
+        return (other, rotated) if self.latent else (rotated, other)
 
     def advance(self, theta: Tensor, positions: Tensor) -> None:
         """Set theta and positions of the next forward."""
@@ -46,6 +58,18 @@ class UnrotatedCache(DynamicCache):
         return torch.cat((flat, rest), dim=-1)
 
 
+def with_own_embeddings(layer: nn.Module, rotary: nn.Module, positions: Tensor) -> RemovableHandle:
+    """Give `layer` the cos and sin of the model's own rotary module."""
+
+    def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {
+            **kwargs,
+            "position_embeddings": rotary(kwargs["hidden_states"] if not args else args[0], positions),
+        }
+
+    return layer.register_forward_pre_hook(replace, with_kwargs=True)
+
+
 @torch.no_grad()
 def reference_logits(
     model: PreTrainedModel,
@@ -55,17 +79,20 @@ def reference_logits(
     context_len: int,
     interleaved: bool = False,
     pad: Tensor | None = None,
+    kept: Collection[int] = (),
+    latent: bool = False,
 ) -> Tensor:
     """Compute the logits [B, S, V] of a stock model fed `ids` in pieces of `lengths`.
 
     `pad` [B] counts left padding per row. t is the least grid member >= n / L after each piece, n being the tokens so
-    far of the row without padding.
+    far of the row without padding. Layers `kept` have the model's own RoPE or none, although all share one module.
     """
     rotary = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
     buffer = "inv_freq" if hasattr(rotary, "inv_freq") else "full_attention_inv_freq"
     types = getattr(model.config, "layer_types", None) or []
     local = {i for i, kind in enumerate(types) if kind == "sliding_attention"} if buffer != "inv_freq" else set()
-    cache, logits, start = UnrotatedCache(interleaved, frozenset(local)), [], 0
+    cache, logits, start = UnrotatedCache(model.config, interleaved, {*local, *kept}, latent), [], 0
+    stock = copy.deepcopy(rotary)
     pad = torch.zeros(len(ids), dtype=torch.long) if pad is None else pad
     own = getattr(rotary, buffer).clone()
     for length in lengths:
@@ -75,9 +102,12 @@ def reference_logits(
         positions = (torch.arange(start, stop)[None] - pad[:, None]).clamp(min=0)
         getattr(rotary, buffer).copy_(table.inv_freq[row])
         cache.advance(table.inv_freq[row], positions)
+        hooks = [with_own_embeddings(model.model.layers[i], stock, positions) for i in kept]
         mask = (torch.arange(stop)[None] >= pad[:, None]).long()
         piece = model(ids[:, start:stop], attention_mask=mask, position_ids=positions, past_key_values=cache)
         logits.append(piece.logits)
         start = stop
+        for hook in hooks:
+            hook.remove()
     getattr(rotary, buffer).copy_(own)
     return torch.cat(logits, dim=1)

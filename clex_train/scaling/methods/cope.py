@@ -16,10 +16,8 @@ from torch import Tensor
 
 from clex_train.scaling.frequency_table import FrequencyTable
 from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid, constant_table
+from clex_train.scaling.spectrum import STILL
 from clex_train.utils.errors import require
-
-STILL = 1e30
-"""`longrope` factor of a pair that does not rotate: JSON has no infinity, and no context reaches 1e30 tokens."""
 
 
 @dataclass(frozen=True)
