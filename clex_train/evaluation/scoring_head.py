@@ -19,6 +19,8 @@ TILE_ELEMENTS = 2**20
 """Logits of a tile on a CPU: 4 MiB in float32, which stay in its cache between the passes over them."""
 TILE_ELEMENTS_ON_GPU = 2**26
 """Logits of a tile on a GPU: 256 MiB, because each tile reads the whole output layer again."""
+LEAST_TOKENS = 128
+"""Tokens of a tile at least: below, a product of a large vocabulary spends its time on reading the weights."""
 SCORER = "scoring_head"
 
 
@@ -88,7 +90,8 @@ class _TiledHead:
 def _tiles(targets: Tensor, vocab_size: int) -> Iterator[slice]:
     """Yield column ranges of `targets` [B, S] whose logits fit into a tile."""
     elements = TILE_ELEMENTS_ON_GPU if targets.is_cuda else TILE_ELEMENTS
-    columns = max(1, elements // (targets.shape[0] * vocab_size))
+    tokens = max(LEAST_TOKENS, elements // vocab_size)
+    columns = max(1, tokens // targets.shape[0])
     for start in range(0, targets.shape[1], columns):
         yield slice(start, start + columns)
 

@@ -81,6 +81,7 @@ def test_rows_move_between_pinned_buffers_by_one_selection(monkeypatch) -> None:
 @pytest.mark.parametrize("on_host", [False, True])
 def test_chunks_through_a_growing_cache_equal_one_forward(monkeypatch, family: str, on_host: bool) -> None:
     monkeypatch.setattr(scoring_head, "TILE_ELEMENTS", 5 * VOCAB)
+    monkeypatch.setattr(scoring_head, "LEAST_TOKENS", 1)
     model, tokens = build(family), tokens_of(40)
     with torch.no_grad():
         expected = token_nll(model(input_ids=tokens, use_cache=False).logits[:, :-1], tokens[:, 1:])
@@ -99,6 +100,7 @@ def test_chunks_through_a_growing_cache_equal_one_forward(monkeypatch, family: s
 
 def test_the_protocols_give_the_same_results_in_bounded_memory(monkeypatch) -> None:
     monkeypatch.setattr(scoring_head, "TILE_ELEMENTS", 5 * VOCAB)
+    monkeypatch.setattr(scoring_head, "LEAST_TOKENS", 1)
     model = build_tiny_llama()
     handle = install_rotary(model, CONTEXT_LEN)
     handle.use(ntk_table(handle.base_inv_freq, torch.arange(1, 9, dtype=torch.float64)))
