@@ -22,10 +22,9 @@ from launch.demo_records import Records
 
 ROWS = [
     ("untrained, plain RoPE", "untrained", "none"),
-    ("untrained, NTK(2t-1)", "untrained_more", "ntk"),
+    ("untrained, NTK(2t-1)", "untrained_ntk", "ntk"),
     ("untrained, YaRN", "untrained", "yarn"),
-    ("untrained, LM-Infinite", "untrained_more", "lm_infinite"),
-    ("plain training (control), plain RoPE", "plain", "none"),
+    ("untrained, LM-Infinite", "untrained_lm_infinite", "lm_infinite"),
     ("plain training (control), YaRN", "plain", "yarn"),
     ("CLEX", "clex", "trained"),
     ("untrained, YaRN", "untrained_far", "yarn"),
