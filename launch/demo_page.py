@@ -17,7 +17,7 @@ from clex_train.report.evidence import from_rows
 from clex_train.report.write import write as write_report
 from clex_train.tracking import tracker
 from clex_train.utils import files
-from launch.demo_plan import FULL, Size
+from launch.demo_plan import Size
 from launch.demo_records import Records
 
 ROWS = [
@@ -60,12 +60,13 @@ def opening(size: Size, content: dict[str, Any]) -> str:
     """Describe what ran, and on which machine."""
     speeds = ", ".join(f"{speed:g} GFLOP/s in {name}" for name, speed in content["gflops"].items())
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    smoke = "" if size is FULL else "**A smoke run: L is said to be less, and no number means anything.**\n\n"
+    smoke = "" if not size.is_smoke else "**A smoke run: L is said to be less, and no number means anything.**\n\n"
     return (
         "# A pretrained model extended on a CPU\n\n"
         f"{smoke}SmolLM2-135M-Instruct (4-bit weights, dequantised), L = {size.context_len:,} tokens. "
-        f"Control and CLEX: {size.steps} steps of 2 rows of {size.seq_len} tokens, one seed. Judged on {size.windows} "
-        "window of books that no training saw: one window has no standard error, so small differences mean nothing.\n\n"
+        f"Control and CLEX: {content['steps']} steps of 2 rows of {size.seq_len} tokens, one seed. Judged on "
+        f"{size.windows} window of books that no training saw: one window has no standard error, so small differences "
+        "mean nothing.\n\n"
         f"{cpu()}, {os.cpu_count()} cores; precision {content['precision']} (products: {speeds}); "
         f"{versions}; commit {tracker.git_commit() or 'not recorded'}."
     )

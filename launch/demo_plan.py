@@ -1,7 +1,7 @@
 """Commands of the demo, in their order, each with the file that shows that it is done.
 
 A reading of 32k costs 3.4 times one of 16k, so these come last, as `Extra`s: they run while the forecast fits the
-minutes that are left.
+minutes that are left. The number of training steps follows from the first readings, and is then kept (`steps_for`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,18 @@ class Size:
     context_len: int
     """L in tokens: the model's own, or less in a smoke run."""
     steps: int
+    """Training steps of the control and of CLEX, each; `steps_for` chooses those of the full demo."""
     seq_len: int
     """Tokens of a training row, far below L."""
     last_k: int
     """Tokens at the end of a window that are scored."""
     new_tokens: int = 80
     windows: int = 1
+
+    @property
+    def is_smoke(self) -> bool:
+        """Return True for numbers that mean nothing."""
+        return self.folder == SMOKE.folder
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -41,6 +47,9 @@ class Size:
 
 
 FULL = Size(Path("runs/demo"), Path("corpora"), context_len=8192, steps=40, seq_len=256, last_k=4096)
+FAR = 3.4
+"""Cost of a reading of 4 L in readings of 2 L: 46 TFLOP at 32k against 13.7 at 16k for this model."""
+LEAST_STEPS, MOST_STEPS = 20, 300
 SMOKE = Size(Path("runs/demo_smoke"), Path("corpora/smoke"), 512, steps=2, seq_len=64, last_k=256, new_tokens=8)
 """The same model said to have L = 512: every stage runs, and no number means anything."""
 
@@ -64,12 +73,29 @@ class Extra:
     """Cost in readings of 2 L tokens."""
 
 
+def beginning(size: Size, precision: str) -> list[Stage]:
+    """List the commands before training, whose last one shows how fast this machine is."""
+    untrained = evaluation(size, precision, "untrained", model(size), size.lengths, ["none", "yarn"])
+    return [*preparation(size.folder, size.stores), untrained]
+
+
+def steps_for(seconds: float, reading: float) -> int:
+    """Return the training steps of each arm that fit into `seconds` beside everything else.
+
+    `reading` is the time of a reading of 2 L tokens. Readings of 4 L are given their time if 40 steps still fit.
+    """
+    # A step of 512 tokens takes 0.42 TFLOP, a reading 13.7, and the optimizer about a second.
+    step = 0.031 * reading + 1.0
+    # Two readings of L and of 2 L, five minutes for starts, exports and llama.cpp.
+    rest = seconds - 2 * 1.35 * reading - 300
+    with_far = (rest - 3 * FAR * reading) / (2 * step)
+    return max(LEAST_STEPS, min(MOST_STEPS, int(with_far if with_far >= 40 else rest / (2 * step))))
+
+
 def stages(size: Size, precision: str, engines: Path | None) -> list[Stage]:
-    """List the commands that every demo runs; without `engines` (node-llama-cpp) the last one is left out."""
-    folder, stores = size.folder, size.stores
+    """List the commands from training on; without `engines` (node-llama-cpp) the last one is left out."""
+    folder = size.folder
     plan = [
-        *preparation(folder, stores),
-        evaluation(size, precision, "untrained", model(size), size.lengths, ["none", "yarn"]),
         training(size, precision, "plain"),
         training(size, precision, "clex"),
         # YaRN at L is plain RoPE.
@@ -86,8 +112,6 @@ def stages(size: Size, precision: str, engines: Path | None) -> list[Stage]:
 def extras(size: Size, precision: str) -> list[Extra]:
     """List what runs if the time allows, the most valuable first."""
     far = (size.far,)
-    # Attention is quadratic: 46 TFLOP at 32k against 13.7 at 16k for this model.
-    cost = 3.4
     trained = [
         evaluation(size, precision, "clex", run(size, "clex"), far, ["trained"], "_far"),
         evaluation(size, precision, "plain", run(size, "plain"), far, ["yarn"], "_far"),
@@ -99,8 +123,8 @@ def extras(size: Size, precision: str) -> list[Extra]:
     )
     return [
         Extra("LM-Infinite without training", [lm_infinite], 1),
-        Extra(f"CLEX and plain training at {size.far:,} tokens", trained, 2 * cost),
-        Extra(f"the untrained model at {size.far:,} tokens", [untrained], cost),
+        Extra(f"CLEX and plain training at {size.far:,} tokens", trained, 2 * FAR),
+        Extra(f"the untrained model at {size.far:,} tokens", [untrained], FAR),
         Extra("NTK without training", [ntk], 1.4),
     ]
 

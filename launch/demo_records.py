@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from clex_train.evaluation import results
 from clex_train.utils import files
+from launch import demo_plan
 from launch.demo_plan import PYTHON, Size, Stage
 
 FASTER = 1.3
@@ -46,6 +48,15 @@ class Records:
             content |= measure_precision()
             self._write(content)
         return str(content["precision"])
+
+    def with_steps(self, size: Size, budget: float) -> Size:
+        """Return `size` with the training steps that fit into `budget` seconds; chosen once, as a resumed run needs."""
+        content = self.read()
+        if "steps" not in content:
+            chosen = demo_plan.steps_for(budget - self.spent(), self.reading(size))
+            content["steps"] = size.steps if size.is_smoke else chosen
+            self._write(content)
+        return replace(size, steps=content["steps"])
 
     def reading(self, size: Size) -> float:
         """Return the seconds of one reading of 2 L tokens, the slowest that the first evaluation measured."""

@@ -13,6 +13,7 @@ from launch import demo, demo_fetch, demo_page, demo_plan, demo_records
 from launch.demo_plan import PYTHON, Size, Stage
 from tests.helpers.composing import composed
 
+STEPS_FOR = demo_plan.steps_for
 PERPLEXITY = {"untrained/none": 4.0, "untrained/yarn": 3.0, "plain": 2.8, "clex": 2.7}
 """Mean nll in nats by evaluation and method, or by evaluation."""
 
@@ -24,6 +25,7 @@ def size(tmp_path, monkeypatch) -> Size:
     monkeypatch.setattr(demo_plan, "FULL", small)
     measured = {"precision": "fp32", "gflops": {"fp32": 50.0, "bf16": 5.0}}
     monkeypatch.setattr(demo_records, "measure_precision", lambda: measured)
+    monkeypatch.setattr(demo_plan, "steps_for", lambda seconds, reading: small.steps)
     return small
 
 
@@ -43,7 +45,7 @@ def ran(size, monkeypatch) -> list[list[str]]:
 
 
 def every_stage(size: Size) -> list[Stage]:
-    found = demo_plan.stages(size, "fp32", Path(".engines"))
+    found = demo_plan.beginning(size, "fp32") + demo_plan.stages(size, "fp32", Path(".engines"))
     return found + [stage for extra in demo_plan.extras(size, "fp32") for stage in extra.stages]
 
 
@@ -122,6 +124,16 @@ def test_parts_that_do_not_fit_the_time_are_named_and_added_by_more_minutes(size
     assert left_out[0].startswith("CLEX and plain training at 2,048 tokens: about 7 minutes; make demo MINUTES=")
     assert demo.run(size, budget=7 * 60) == []
     assert titles(size, ran)[-2:] == [stage.title for stage in demo_plan.extras(size, "fp32")[1].stages]
+
+
+def test_steps_follow_the_speed_of_the_machine_and_are_kept(size, ran, monkeypatch):
+    # 200 s for a reading of 16k, as on two cores of a Zen 3: 32k fits into 90 minutes only.
+    assert [STEPS_FOR(60 * minutes - 540, 200) for minutes in (30, 90)] == [29, 137]
+    assert STEPS_FOR(1800, 1) == 300
+    assert STEPS_FOR(0, 200) == 20
+    demo.run(size, budget=1e9)
+    monkeypatch.setattr(demo_plan, "steps_for", lambda seconds, reading: 99)
+    assert demo_records.Records(size.folder).with_steps(size, 1e9).steps == size.steps
 
 
 def test_without_node_the_page_says_in_one_line_what_is_left_out(size, ran, monkeypatch):
