@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from clex_train.attention.layer_probe import rotary_attention
-from clex_train.models.directory import rope_of, set_rope
-from clex_train.rope.probe import find_rotary, model_on_meta, rebuild
+from clex_train.model_config.meta_models import model_on_meta
+from clex_train.model_config.rope_keys import rope_of, set_rope
+from clex_train.rope.probe import find_rotary, rebuild
 from clex_train.rope.rotary import LayerType
 from clex_train.utils.errors import ConfigError
 

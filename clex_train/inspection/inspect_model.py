@@ -19,6 +19,7 @@ from clex_train.inspection.facts import MAX, ORIGINAL, TOKENIZER_CONFIG, Facts, 
 from clex_train.inspection.reading import Field, Reading
 from clex_train.inspection.spectra import SAME, LayerRope, relative_difference
 from clex_train.model_config.context_length import LOCAL_LAYER_TYPES, ContextLength, stated_length
+from clex_train.model_config.meta_models import model_on_meta
 from clex_train.models import architecture, hub, official
 from clex_train.models import directory as model_directory
 from clex_train.rope import probe
@@ -45,7 +46,7 @@ def inspect(model: ModelConfig, length: int | None = None) -> Reading:
     length, source = _length(length, table, text)
     built, refused = _built(model, config, base, has_field=table is not None)
     ropes = spectra.read(built, length)
-    own = ropes if base is config else spectra.read(probe.model_on_meta(base, model.trust_remote_code), length)
+    own = ropes if base is config else spectra.read(model_on_meta(base, model.trust_remote_code), length)
     field = None if table is None else _field(table, ropes, own, length, refused)
     facts = Facts(
         raw=_raw(model, "config.json"),
@@ -104,11 +105,11 @@ def _built(
     Also return the reason of the refusal.
     """
     try:
-        return probe.model_on_meta(config, model.trust_remote_code), None
+        return model_on_meta(config, model.trust_remote_code), None
     except ConfigError as error:
         if not has_field:
             raise
-        return probe.model_on_meta(base, model.trust_remote_code), error.remedy
+        return model_on_meta(base, model.trust_remote_code), error.remedy
 
 
 def _raw(model: ModelConfig, file: str) -> dict[str, Any]:

@@ -28,11 +28,12 @@ from clex_train.engine import liger
 from clex_train.evaluation import during_training
 from clex_train.evaluation.during_training import TrainingEvaluation
 from clex_train.model_config.context_length import ContextLength
+from clex_train.model_config.meta_models import model_on_meta, sharing_meta_models
 from clex_train.models import architecture, directory, load, memory_options, weights
 from clex_train.models.tokenizer import training_tokenizer
 from clex_train.preflight import document_mask, final_model, kernels, positions, sequence_parallel
 from clex_train.rope.native import native_handle_on_meta
-from clex_train.rope.probe import model_on_meta, require_rotary, sharing_meta_models
+from clex_train.rope.probe import require_rotary
 from clex_train.token_store import vocabulary
 from clex_train.token_store.store import TokenStore
 from clex_train.tracking import run_folder, tracker

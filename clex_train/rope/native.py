@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from clex_train.attention import kv_cache
+from clex_train.model_config.meta_models import model_on_meta
 from clex_train.rope import probe
 from clex_train.rope.patch import LengthListener, RotaryHandle
 from clex_train.scaling.frequency_table import Frequencies
@@ -50,7 +51,7 @@ def install_native(model: nn.Module, context_len: int) -> RotaryHandle:
 
 def native_handle_on_meta(config: PretrainedConfig, context_len: int, trust_remote_code: bool = False) -> RotaryHandle:
     """Create `install_native`'s handle from an architecture without weights, to check requests beforehand."""
-    return install_native(probe.model_on_meta(config, trust_remote_code), context_len)
+    return install_native(model_on_meta(config, trust_remote_code), context_len)
 
 
 class NativeScaling:

@@ -6,23 +6,21 @@ A rotary module of transformers maps (x, position_ids[, layer_type]) to (cos, si
 
 import copy
 import inspect
-import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from clex_train.model_config.context_length import LOCAL_LAYER_TYPES
+from clex_train.model_config.meta_models import model_on_meta
 from clex_train.rope.layouts import key_layout
 from clex_train.rope.rotary import EXPANSIONS, POLAR, LayerType, ScaledRotary
 from clex_train.scaling.spectrum import Spectrum, cos_sin
-from clex_train.utils.errors import ConfigError, first_line
+from clex_train.utils.errors import ConfigError
 
 # These change their frequencies with the sequence length by themselves, in conflict with a table of theta(t).
 LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -99,54 +97,6 @@ def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) ->
     module = find_rotary(model).module
     require_fixed_frequencies(module, model.config)
     return probe(module, model.config)
-
-
-_shared: ContextVar[dict[str, PreTrainedModel] | None] = ContextVar("shared_meta_models", default=None)
-
-
-@contextmanager
-def sharing_meta_models() -> Iterator[None]:
-    """Build the model of each architecture once inside: `model_on_meta` returns it to every caller.
-
-    A caller that changes a model must undo the change.
-    """
-    token = _shared.set(_shared.get() or {})
-    try:
-        yield
-    finally:
-        _shared.reset(token)
-
-
-def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build a model without weights, or return that of `sharing_meta_models`.
-
-    Raises:
-        ConfigError: its model type has no causal language model, or none of this config.
-    """
-    known = _shared.get()
-    if known is None:
-        return _build_on_meta(config, trust_remote_code)
-    facts = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    key = f"{type(config).__qualname__} {trust_remote_code} {facts}"
-    if key not in known:
-        # Copy: a model keeps its config, and callers change theirs later, for example its vocabulary.
-        known[key] = _build_on_meta(copy.deepcopy(config), trust_remote_code)
-    return known[key]
-
-
-def _build_on_meta(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    try:
-        # No weights are allocated, so an architecture of any size fits.
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a family's own code raises any type for impossible sizes
-        reason = first_line(error)
-        if "Unrecognized configuration class" in reason:
-            # Followed by the names of every class that is known.
-            reason = "transformers has none for it under AutoModelForCausalLM; use a family that it has"
-        raise ConfigError(
-            "model_type", config.model_type, f"cannot build a causal language model ({reason})"
-        ) from error
 
 
 def length_dependent_type(module: nn.Module) -> str | None:

@@ -13,7 +13,8 @@ from transformers import PretrainedConfig
 
 from clex_train.attention import layer_probe
 from clex_train.attention.layer_probe import LayerProbe
-from clex_train.rope.probe import Traits, find_rotary, model_on_meta, probe, require_frequencies
+from clex_train.model_config.meta_models import model_on_meta
+from clex_train.rope.probe import Traits, find_rotary, probe, require_frequencies
 from clex_train.rope.rotary import EXPANSIONS, POLAR
 from clex_train.utils.errors import ConfigError
 

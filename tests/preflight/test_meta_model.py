@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from clex_train.config.engine import EngineConfig
+from clex_train.model_config.meta_models import model_on_meta
 from clex_train.preflight import meta_model
-from clex_train.rope.probe import model_on_meta
 from tests.helpers.composing import CONF
 
 PUBLISHED = {
