@@ -38,12 +38,9 @@ def install_native(model: nn.Module, context_len: int) -> RotaryHandle:
     if not probe.has_rotary(model):
         return NoRotaryHandle(model, context_len)
     site = probe.find_rotary(model)
-    config = getattr(model, "config", None)
-    traits = probe.probe(site.module, config)
-    types = getattr(site.module, "rope_type", None)
+    traits = probe.probe(site.module, getattr(model, "config", None))
     # Local layers keep one spectrum, so only the RoPE of the others may follow the length.
-    if isinstance(types, dict) and any(probe.follows_length(types[kind]) for kind in types if kind != traits.scaled):
-        probe.require_fixed_frequencies(site.module, config)
+    probe.require_fixed_local_layers(site.module, traits)
     follows = probe.length_dependent_type(site.module) is not None
     own = NativeScaling(site.module, traits, context_len) if follows else None
     return RotaryHandle(model, site, traits, context_len, own)

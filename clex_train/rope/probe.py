@@ -22,7 +22,7 @@ from clex_train.rope.rotary import EXPANSIONS, POLAR, LayerType, ScaledRotary
 from clex_train.scaling.spectrum import Spectrum, cos_sin
 from clex_train.utils.errors import ConfigError
 
-# These change their frequencies with the sequence length by themselves, in conflict with a table of theta(t).
+# These change their frequencies with the sequence length by themselves.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 ALIBI = "it has ALiBi biases"
 # These normalize keys with a learned weight per component after the rotation, which does not commute with rerotating.
@@ -87,25 +87,25 @@ def has_alibi(model: nn.Module) -> bool:
     return _describe_positions(model) == ALIBI
 
 
-def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) -> Traits:
+def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False, context_len: int | None = None) -> Traits:
     """Return the traits of an architecture's RoPE, without weights.
 
     Raises:
-        ConfigError: the model type has no RoPE, or one that follows the sequence length by itself.
+        ConfigError: the model type has no RoPE, or other frequencies at `context_len` tokens than in short contexts.
     """
     model = model_on_meta(config, trust_remote_code)
     module = find_rotary(model).module
-    require_fixed_frequencies(module, model.config)
-    return probe(module, model.config)
+    traits = probe(module, model.config)
+    if context_len is not None:
+        require_fixed_frequencies(module, traits, context_len)
+    return traits
 
 
 def length_dependent_type(module: nn.Module) -> str | None:
     """Return the rope_type that changes frequencies with the length of a call; None for a fixed RoPE."""
     types = getattr(module, "rope_type", "default")
-    for rope_type in types.values() if isinstance(types, dict) else [types]:
-        if follows_length(rope_type):
-            return str(rope_type)
-    return None
+    each = types.values() if isinstance(types, dict) else [types]
+    return next((str(rope_type) for rope_type in each if follows_length(rope_type)), None)
 
 
 def follows_length(rope_type: object) -> bool:
@@ -113,17 +113,32 @@ def follows_length(rope_type: object) -> bool:
     return any(name in str(rope_type) for name in LENGTH_DEPENDENT)
 
 
-def require_fixed_frequencies(module: nn.Module, config: Any) -> None:
-    """Raise `ConfigError`, naming the model type, if the RoPE follows the sequence length by itself."""
-    rope_type = length_dependent_type(module)
-    if rope_type is not None:
-        kind = getattr(config, "model_type", type(module).__name__)
+def require_fixed_frequencies(module: nn.Module, traits: Traits, context_len: int) -> None:
+    """Raise `ConfigError`, naming the model type, if contexts up to L tokens do not share one set of frequencies.
+
+    A scaling that follows the length is the base of theta(t) through what it uses up to L, where t = 1.
+    """
+    require_fixed_local_layers(module, traits)
+    rope_type, own = length_dependent_type(module), traits.base[traits.scaled]
+    found = None if rope_type is None else spectrum_at_length(module, traits, context_len, 1.0)
+    # The factor found is relative to the own one.
+    if found and (found.attention_factor != 1.0 or not torch.equal(found.inv_freq, own.inv_freq)):
+        kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
         raise ConfigError(
-            "rope_type",
-            f"{rope_type} of model_type={kind}",
-            "it changes its frequencies with the sequence length itself; "
-            "set rope_type to `default` in rope_parameters of config.json",
+            "model.context_len",
+            context_len,
+            f"rope_type={rope_type} of model_type={kind} has other frequencies there than in short contexts, and "
+            "theta(t) starts from one set; name the length up to which they are the same, often "
+            "original_max_position_embeddings in config.json",
         )
+
+
+def require_fixed_local_layers(module: nn.Module, traits: Traits) -> None:
+    """Raise `ConfigError` if a RoPE other than that of the scaled layers follows the length."""
+    types = getattr(module, "rope_type", None)
+    for kind, rope_type in types.items() if isinstance(types, dict) else ():
+        if kind != traits.scaled and follows_length(rope_type):
+            raise ConfigError("rope_type", f"{rope_type} of {kind}", "local layers see at most L tokens; use `default`")
 
 
 def require_frequencies(module: nn.Module, traits: Traits, config: Any) -> None:
@@ -236,8 +251,9 @@ def _spectrum(module: nn.Module, fresh: nn.Module, layer_type: LayerType) -> Spe
     """Return the model's own frequencies."""
     prefix = "" if layer_type is None else f"{layer_type}_"
     own, rebuilt = (getattr(source, f"{prefix}inv_freq") for source in (module, fresh))
-    # A buffer that was rounded to bfloat16, or is on the meta device, gives way to a rebuilt one.
-    exact = own if own.dtype in (torch.float32, torch.float64) and not own.is_meta else rebuilt
+    # A buffer that is rounded to bfloat16, on the meta device, or that of the last call gives way to a rebuilt one.
+    is_exact = own.dtype in (torch.float32, torch.float64) and not own.is_meta
+    exact = own if is_exact and length_dependent_type(module) is None else rebuilt
     factor = getattr(fresh, f"{prefix}attention_scaling", 1.0)
     return Spectrum(exact.detach().cpu().double().clone(), attention_factor=float(factor))
 

@@ -51,7 +51,7 @@ PUBLISHED = {
     "deepseek_v2": "DeepSeek-V2, -V2-Lite",
     "deepseek_v3": "DeepSeek-V3, -R1",
 }
-STATIC = {
+SCALED = {
     "linear": {"factor": 2.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": CONTEXT},
     "llama3": {
@@ -124,9 +124,10 @@ Ministral 3 multiplies queries by a temperature of the position. Such factors st
 """
 SCALINGS = """## Models with a scaling of their own
 
-CLEX starts from a static scaling: theta(1) is the model's own frequencies, and its attention factor stays. A scaling
-that changes with the sequence length would conflict with t and is refused in one line. That includes Phi-3 128k models,
-which use longrope. `cli.evaluate` reads them unchanged ([evaluation](evaluation.md)).
+CLEX starts from the model's own frequencies up to L, theta(1), and its attention factor stays. `dynamic` and `longrope`
+change with the length beyond L, where theta(t) takes their place: L is the length up to which they do not change (Phi-3
+128k and Phi-4-mini: 4,096), and a larger `model.context_len` is refused. `cli.evaluate` and `scaling=none` keep them as
+they are ([evaluation](evaluation.md)).
 
 """
 GPTJ = """GPT-J and CodeGen do rotate, but have no module to replace. Every attention layer reads sines from its own
@@ -207,12 +208,11 @@ def _documents(config: PretrainedConfig) -> str:
 
 def _scaling_table() -> str:
     rows = []
-    for name, settings in STATIC.items():
+    for name, settings in SCALED.items():
         model = tiny_model("llama", rope_parameters={"rope_type": name, "rope_theta": 1e4, **settings})
-        rows.append(
-            [f"`{name}`", _refusal(lambda model=model: install_rotary(model, CONTEXT)) or "theta(1) is the model's own"]
-        )
-    return _table(["rope_type", "CLEX"], rows)
+        found = [_refusal(lambda model=model, n=n: install_rotary(model, n).undo()) for n in (CONTEXT, 2 * CONTEXT)]
+        rows.append([f"`{name}`", *(reason or "theta(1) is the model's own" for reason in found)])
+    return _table(["rope_type", f"L = {CONTEXT}, for which the model states it", f"L = {2 * CONTEXT}"], rows)
 
 
 def _refusal_table() -> str:
