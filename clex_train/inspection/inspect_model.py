@@ -45,6 +45,7 @@ def inspect(model: ModelConfig, length: int | None = None) -> Reading:
     table = _table(model, base)
     length, source = _length(length, table, text)
     built, refused = _built(model, config, base, has_field=table is not None)
+    refused = refused or _unstated(model)
     ropes = spectra.read(built, length)
     own = ropes if base is config else spectra.read(model_on_meta(base, model.trust_remote_code), length)
     field = None if table is None else _field(table, ropes, own, length, refused)
@@ -90,11 +91,17 @@ def _base_config(model: ModelConfig) -> PretrainedConfig:
 def _stock_config(model: ModelConfig, base: PretrainedConfig) -> PretrainedConfig:
     """Read config.json as plain transformers does: this project may start a CLEX model from another RoPE."""
     path = str(model.path)
-    if official.is_official(Path(path)):
-        # transformers refuses its rope type; the stock model is all that there is to compare.
+    if official.is_official(Path(path)) or _unstated(model) is not None:
+        # transformers refuses its rope type or its family; the stock model is all that there is to compare.
         return base
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code, **hub.options(path)}
     return AutoConfig.from_pretrained(path, **options)
+
+
+def _unstated(model: ModelConfig) -> str | None:
+    """Return the reason why other programs refuse a CLEX directory; None if they read it."""
+    directory = Path(str(model.path))
+    return model_directory.read_record(directory).unstated if model_directory.has_clex(directory) else None
 
 
 def _built(

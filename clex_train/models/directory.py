@@ -56,6 +56,8 @@ class ClexRecord:
     """Values of `ROPE_KEYS` in the base model's config.json; None in format 1, whose config.json still has them."""
     stated_t: float | None = None
     """Scale factor of the RoPE in config.json; None if it states none (the reason is in `unstated`)."""
+    lambda_mask: bool = False
+    """True if the model was trained with LM-Infinite's mask, which no other program has."""
     unstated: str | None = None
     """Reason why no config.json expresses the model, which plain transformers then refuses to build."""
 
