@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from clex_train.attention.log_scaling import LogScaling, install_log_scaling
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.model_config.context_length import context_in_config
+from clex_train.model_config.rope_keys import rope_of
 from clex_train.models import directory as model_directory
 from clex_train.models import official
 from clex_train.models.load import load_for_evaluation
@@ -137,7 +138,7 @@ def _states_rope_of(directory: Path, config: Any) -> bool:
     """Tell whether a model's config has the RoPE of one t that config.json of a CLEX directory states."""
     if not model_directory.has_clex(directory) or model_directory.read_record(directory).stated_t is None:
         return False
-    own = _factor_lists(model_directory.rope_of(config))
+    own = _factor_lists(rope_of(config))
     facts = read_json(directory / "config.json")
     # At the top, or in the part of the text model.
     return bool(own) and any(_factor_lists(each) == own for each in (facts, *facts.values()) if isinstance(each, dict))

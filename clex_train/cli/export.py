@@ -42,7 +42,7 @@ from clex_train.console import arguments, program
 from clex_train.export import constant_scale, huggingface, record, serving
 from clex_train.export.factors import FixedRope, Source, rope_at
 from clex_train.export.official import require_known, write_official
-from clex_train.export.stock_rope import head_dim
+from clex_train.export.stock_rope import head_dim, require_no_temperature
 from clex_train.gguf import files as gguf_files
 from clex_train.gguf import patch, writer
 from clex_train.models import directory, load
@@ -117,9 +117,11 @@ def _gguf(args: ExportConfig, directory: Path, output: Path) -> None:
     (t,) = scale_factors(args, source)
     rope = rope_at(source, t)
     policy = source.log_scale if folds(args, source) else LogScale.off
-    layers = constant_scale.layers(source, rope.served_len, policy)
+    length = args.length or source.longest_at(t)
+    layers = constant_scale.layers(source, length, policy)
     scale = constant_scale.of_all(source, layers)
-    content = record.facts(source, directory, rope, policy, scale) | {"base_gguf": args.base_gguf}
+    require_no_temperature(source.arch, rope)
+    content = record.facts(source, directory, rope, policy, scale, length) | {"base_gguf": args.base_gguf}
     if args.base_gguf is None:
         file = _written_gguf(args, directory, rope, scale)
     else:
@@ -127,7 +129,7 @@ def _gguf(args: ExportConfig, directory: Path, output: Path) -> None:
         magnitude = rope.attention_factor * _magnitude(source, rope, layers)
         base, theta = Path(args.base_gguf), rope.rope_theta
         file = patch.plan_added_factors(
-            base, rope.factors, rope.served_len, rope_theta=theta, attention_factor=magnitude
+            base, rope.factors, rope.served_len, rope_theta=theta, attention_factor=magnitude, config=source.arch
         )
     gguf_files.require_space(output, file)
     _announce(args, directory, output)
@@ -180,7 +182,7 @@ def _announce(args: ExportConfig, source: Path, output: Path) -> None:
 
 def _plan(args: ExportConfig, source: Source, directory: Path, t: float) -> huggingface.Plan:
     link = args.weights is not Weights.copy
-    return huggingface.plan(source, directory, t, folds(args, source), link, args.trust_remote_code)
+    return huggingface.plan(source, directory, t, folds(args, source), link, args.trust_remote_code, args.length)
 
 
 if __name__ == "__main__":

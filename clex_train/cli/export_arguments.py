@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -14,7 +15,7 @@ from clex_train.config.scaling import LogScale
 from clex_train.evaluation import results
 from clex_train.export.factors import Source
 from clex_train.export.model_card import Measured
-from clex_train.export.source import read_source
+from clex_train.export.source import MASKED, read_source
 from clex_train.gguf.tensors import WeightType
 from clex_train.models import architecture
 from clex_train.report import evidence
@@ -67,12 +68,13 @@ class ExportConfig:
     """Directory to write; it must not exist yet."""
     t: str | None = None
     """Scale factor in [1, t_max]: the export serves t * L tokens. `vllm` takes several, as [4,16]: the directory states
-    the largest, and one override a t goes beside it. A model of a formula has one t, and needs no key."""
+    the largest, and one override a t goes beside it. A model of a fixed formula has one t, and needs no key."""
     length: int | None = None
     """Context in tokens instead of `t`: the least t of the frequency table that the run uses for it."""
     log_scale: Scaling | None = None
-    """`folded`: the constant of t * L tokens goes into the queries, the default if the run has a policy; `off`: leave
-    it out. With format=official what its config says, `off` or `official`, by default the run's policy."""
+    """`folded`: the constant of one length goes into the queries, the default if the run has a policy. The length is
+    `length`, or the longest for which the run uses this t. `off`: leave it out. With format=official what its config
+    says, `off` or `official`, by default the run's policy."""
     weights: Weights | None = None
     """`link`, the default: link the weight files where they do not change (hard, else symbolic); `copy`: copy them."""
     base_gguf: str | None = None
@@ -104,7 +106,8 @@ def source_directory(args: ExportConfig) -> Path:
     _require_applicable(args)
     output = Path(str(args.output))
     files.require_writable_folder("output", output, output.parent, files.SAVING + output.name)
-    require(not output.exists(), "output", args.output, "exists already; name another directory")
+    # A dangling link is in the way too.
+    require(not os.path.lexists(output), "output", args.output, "exists already; name another directory")
     if args.model is not None:
         _require_field(args, args.model, "model", args.model, "no directory with a CLEX field in it")
         _require_no_mask(args, Path(args.model).resolve().parent)
@@ -147,8 +150,7 @@ def _require_no_mask(args: ExportConfig, run: Path) -> None:
         not saved_config.read(run / saved_config.CONFIG).attention.lambda_mask,
         "run" if args.run else "model",
         args.run or args.model,
-        "trained with LM-Infinite: no engine has its distance cap and its rolling window beside the first tokens; "
-        "clex_train alone serves it (docs/lm_infinite.md)",
+        MASKED,
     )
 
 
@@ -195,6 +197,12 @@ def folds(args: ExportConfig, source: Source) -> bool:
         args.log_scale.name if args.log_scale else None,
         "an engine cannot follow the length; `folded` puts the constant of t * L tokens into the weights, `off` leaves "
         "it out",
+    )
+    require(
+        args.log_scale is not Scaling.folded or source.log_scale is not LogScale.off,
+        "log_scale",
+        "folded",
+        "the run has scaling.log_scale=off: there is nothing to fold; leave the key out",
     )
     if args.log_scale is Scaling.off and source.log_scale is not LogScale.off:
         logger.warning("log_scale=off: the run has log_scale=%s, which this export lacks", source.log_scale.name)

@@ -79,7 +79,9 @@ def as_magnitude(source: Source, found: list[Layer], rotary_dim: int, head_dim: 
     positions = {module.layer_idx for module in rotary_attention(source.handle.model)}
     expected = {index: scale if rotated.get(index) else 1.0 for index in positions}
     same = all(abs(layer.scale - expected.get(layer.module.layer_idx, 1.0)) < 1e-12 for layer in found)
-    if scale != 1.0 and (rotary_dim != head_dim or not same):
+    # Under latent attention `head_dim` is that of the rotated part alone.
+    latent = hasattr(source.arch.get_text_config(), "qk_rope_head_dim")
+    if scale != 1.0 and (latent or rotary_dim != head_dim or not same):
         raise ConfigError(
             "log_scale",
             source.log_scale.name,

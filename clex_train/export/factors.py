@@ -66,6 +66,11 @@ class Source:
             return self.table.least_upper_bound(length, self.context_len).t
         return self.t_max if self.handle.own is None else max(1.0, length / self.context_len)
 
+    def longest_at(self, t: float) -> int:
+        """Return the most tokens of a context for which the product uses `t`: t L / t_factor, and all at t_max."""
+        looks_ahead = 1.0 if t >= self.t_max else self.t_factor
+        return max(1, round(t * self.context_len / looks_ahead))
+
     def spectrum_at(self, t: float) -> Spectrum:
         """Return the frequencies at `t`, with the whole attention factor; `ConfigError` for a t that it has not."""
         self._require_reached(t)

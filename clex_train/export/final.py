@@ -14,11 +14,12 @@ from transformers import PretrainedConfig
 from clex_train.export.factors import Source
 from clex_train.export.model_card import final_card
 from clex_train.export.stated_config import config_at
+from clex_train.model_config.rope_keys import rope_of
 from clex_train.models import directory as model_directory
 from clex_train.models import weight_files
 from clex_train.models.load import LoadedModel, bars_on_a_terminal
 from clex_train.utils import checksums, distributed, log
-from clex_train.utils.errors import InputError, first_line
+from clex_train.utils.errors import ConfigError, InputError, first_line
 from clex_train.utils.files import BadFile, atomic_directory
 from clex_train.utils.protocols import Tokenizer
 from clex_train.utils.records import read_json
@@ -82,9 +83,12 @@ def state(loaded: LoadedModel, t: float | None = None) -> tuple[PretrainedConfig
     assert loaded.table is not None
     t = t or loaded.table.t_max
     base: Any = loaded.model.config
-    recorded = {"base_rope": model_directory.rope_of(base), "stated_t": t, "unstated": None}
+    recorded = {"base_rope": rope_of(base), "stated_t": t, "unstated": None}
+    recorded |= {"lambda_mask": loaded.lambda_mask}
     source = Source(base, loaded.handle, loaded.context_len, loaded.clex, loaded.table, loaded.log_scale)
     try:
+        if loaded.lambda_mask:
+            raise ConfigError("attention.lambda_mask", "true", "no other program has LM-Infinite's mask")
         # Weights that came with code of their own have run it in this process already.
         return config_at(source, t, trust_remote_code=hasattr(base, "auto_map")), recorded
     except InputError as refusal:

@@ -47,7 +47,13 @@ class Plan:
 
 
 def plan(
-    source: Source, directory: Path, t: float, fold: bool, link: bool = True, trust_remote_code: bool = False
+    source: Source,
+    directory: Path,
+    t: float,
+    fold: bool,
+    link: bool = True,
+    trust_remote_code: bool = False,
+    length: int | None = None,
 ) -> Plan:
     """Check everything that can be refused, without reading weights but norms of queries.
 
@@ -55,9 +61,10 @@ def plan(
         source: records of `directory`.
         directory: model directory with the weights.
         t: scale factor.
-        fold: fold log-scaling at round(t L) tokens into the queries, where the model was trained with a policy.
+        fold: fold log-scaling into the queries, where the model was trained with a policy.
         link: link files that do not change, instead of copying them.
         trust_remote_code: run the code of the directory to build its architecture.
+        length: tokens whose log-scaling is folded; by default the most for which the product uses `t`.
 
     Raises:
         ConfigError: nothing stock expresses the model at this t, or log-scaling cannot be folded into its weights.
@@ -65,9 +72,10 @@ def plan(
     rope = rope_at(source, t)
     config = stock_config(source.arch, rope, trust_remote_code)
     policy = source.log_scale if fold else LogScale.off
-    layers = constant_scale.layers(source, rope.served_len, policy)
+    length = length or source.longest_at(t)
+    layers = constant_scale.layers(source, length, policy)
     folded = _stored_changes(source, directory, layers)
-    facts = record.facts(source, directory, rope, policy, max((layer.scale for layer in layers), default=1.0))
+    facts = record.facts(source, directory, rope, policy, max((layer.scale for layer in layers), default=1.0), length)
     return Plan(source, directory, rope, config, facts, folded, link)
 
 
@@ -85,9 +93,10 @@ def write(planned: Plan, output: Path, measured: Sequence[Measured] = (), overri
             (folder / name).parent.mkdir(exist_ok=True)
             # Copied in any case: a link would let an edit of the one change the other.
             weight_copies.place(planned.directory / name, folder / name, link=False)
+        weight_copies.raise_tokenizer_limit(folder, planned.rope.served_len)
         planned.config.save_pretrained(folder)
         serving.write_overrides(folder, planned.source.arch, overrides)
-        record.write(folder, planned.facts, planned.rope, measured, "Any program that reads transformers' `longrope`")
+        record.write(folder, planned.facts, planned.rope, measured, serving.runs_in(planned.rope, planned.source.arch))
     logger.info("wrote %s at t = %g, for contexts of up to %d tokens", output, planned.rope.t, planned.rope.served_len)
 
 

@@ -33,7 +33,7 @@ def final_card(context_len: int, stated: dict[str, Any]) -> str:
         return "\n".join([*lines, f"> {stated['unstated']}", ""])
     lines += [
         f"`config.json` states the model at the one scale factor t = {t:g} (`scaling.final_t` of the run). In",
-        f"transformers and vLLM it serves up to {round(t * length):,} tokens. Prompts that fit a smaller t lose",
+        f"transformers it serves up to {round(t * length):,} tokens. Prompts that fit a smaller t lose",
         "some quality there. `python -m clex_train.cli.export` writes directories for another t, and folds",
         "log-scaling into the weights instead of the rotary embedding.",
         "",
@@ -60,7 +60,7 @@ def export_card(facts: dict[str, Any], rope: FixedRope, measured: Sequence[Measu
         "",
         "## Perplexity by length",
         "",
-        *_perplexities(rope, measured),
+        *_perplexities(facts, measured),
         "",
         "## Short prompts",
         "",
@@ -76,21 +76,30 @@ def export_card(facts: dict[str, Any], rope: FixedRope, measured: Sequence[Measu
 def _log_scale_line(facts: dict[str, Any]) -> str:
     if facts["log_scale"] == "off":
         return f"none (policy of the run: {facts['log_scale_of_run']})"
-    return f"the constant {facts['scale']:.6g} of {facts['served_len']:,} tokens, folded into the queries"
+    return f"the constant {facts['scale']:.6g} of {facts['scale_len']:,} tokens, folded into the weights"
 
 
-def _perplexities(rope: FixedRope, measured: Sequence[Measured]) -> list[str]:
+def _holds(each: Measured, facts: dict[str, Any]) -> bool:
+    """Return True if an export has the t and the log-scaling with which a perplexity was measured."""
+    # `chunked` raises t within a window.
+    same_t = each.t == facts["t"] and each.protocol != "chunked"
+    is_scaled = facts["log_scale_of_run"] != "off"
+    return same_t and (not is_scaled or (facts["log_scale"] != "off" and each.length == facts["scale_len"]))
+
+
+def _perplexities(facts: dict[str, Any], measured: Sequence[Measured]) -> list[str]:
     if not measured:
         return ["The run has no evaluation. `python -m clex_train.cli.evaluate` measures this directory."]
     rows = [
         f"| {each.length:,} | {each.protocol} | {each.t:g} | {each.perplexity:.4g} | "
-        f"{'yes' if each.t == rope.t else 'no'} |"
+        f"{'yes' if _holds(each, facts) else 'no'} |"
         for each in sorted(measured, key=lambda each: (each.protocol, each.length))
     ]
     return [
-        "From the evaluations of the run, where t follows the length. Rows at this directory's t apply to it as is.",
+        "From the evaluations of the run, where t and log-scaling follow the length. The last column says if this",
+        "export computes the same there.",
         "",
-        "| tokens | protocol | t | perplexity | this t |",
+        "| tokens | protocol | t | perplexity | same here |",
         "|---|---|---|---|---|",
         *rows,
     ]

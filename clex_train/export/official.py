@@ -32,13 +32,17 @@ def write_official(directory: Path, loaded: LoadedModel, log_scale: LogScale | N
     """Write the model and its vector field in the official layout, atomically.
 
     `log_scale` is written into the config, `off` or `official`; the default is the policy of the training run. Raises
-    `ConfigError` when the layout cannot express the model: no field, another NTK base, frequencies of another scaling,
-    another log-scaling.
+    `ConfigError` when the layout cannot express the model: no field, another NTK base, frequencies or an attention
+    factor of another scaling, another log-scaling.
     """
     if loaded.clex is None:
         raise ConfigError("clex.json", None, "the model has no CLEX field; only one trained with scaling=clex has it")
     policy = log_scale or loaded.log_scale
     require_known(policy)
+    own = loaded.handle.traits.base[loaded.handle.traits.scaled]
+    if own.attention_factor != 1.0:
+        reason = "the official layout has none; format=huggingface and the others keep it"
+        raise ConfigError("attention factor", f"{own.attention_factor:g}", reason)
     # Before anything is written: it refuses what the layout cannot express.
     facts = official_config(loaded.model.config, loaded.clex, loaded.context_len, policy is LogScale.official)
     with atomic_directory(directory) as folder:

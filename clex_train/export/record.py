@@ -17,7 +17,9 @@ RECORD, CARD = "clex_export.json", "README.md"
 FORMAT = 1
 
 
-def facts(source: Source, directory: Path, rope: FixedRope, policy: LogScale, scale: float) -> dict[str, Any]:
+def facts(
+    source: Source, directory: Path, rope: FixedRope, policy: LogScale, scale: float, length: int
+) -> dict[str, Any]:
     """Return the content of `clex_export.json`.
 
     Args:
@@ -26,6 +28,7 @@ def facts(source: Source, directory: Path, rope: FixedRope, policy: LogScale, sc
         rope: what is exported.
         policy: log-scaling that the export has as a constant, or `off`.
         scale: that constant, the factor of the logits.
+        length: tokens of a context whose log-scaling it is.
     """
     table = source.table
     return {
@@ -41,6 +44,7 @@ def facts(source: Source, directory: Path, rope: FixedRope, policy: LogScale, sc
         "log_scale": policy.value,
         "log_scale_of_run": source.log_scale.value,
         "scale": scale,
+        "scale_len": length,
         "attention_factor": rope.attention_factor,
         "versions": {versions.OWN: versions.own()}
         | {name: versions.installed_version(name) for name in ("torch", "transformers", "safetensors")},

@@ -40,6 +40,9 @@ def override_name(t: float) -> str:
 
 def write_overrides(folder: Path, base: PretrainedConfig, ropes: Sequence[FixedRope]) -> None:
     """Write an override for every t beside the weights."""
+    names = [override_name(rope.t) for rope in ropes]
+    same = next((name for name in names if names.count(name) > 1), None)
+    require(same is None, "t", ", ".join(str(rope.t) for rope in ropes), f"two of them would be written to {same}")
     for rope in ropes:
         content = json.dumps(overrides(base, rope)) + "\n"
         (folder / override_name(rope.t)).write_text(content, encoding="utf-8")
@@ -61,6 +64,15 @@ def require_vllm(rope: FixedRope, base: PretrainedConfig) -> None:
         f"model_type={base.model_type}: vLLM's longrope pairs components j and j + d/2, and this family 2j and 2j + 1; "
         "format=huggingface serves it in transformers",
     )
+
+
+def runs_in(rope: FixedRope, base: PretrainedConfig) -> str:
+    """Name what runs a directory at one t, for its model card."""
+    try:
+        require_vllm(rope, base)
+    except ConfigError:
+        return "transformers"
+    return "transformers or vLLM"
 
 
 def vllm_command(directory: Path, rope: FixedRope, command: str = "vllm serve") -> str:

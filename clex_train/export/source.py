@@ -12,6 +12,11 @@ from clex_train.rope.native import NoRotaryHandle, native_handle_on_meta
 from clex_train.scaling.frequency_table import scale_grid
 from clex_train.utils.errors import ConfigError
 
+MASKED = (
+    "trained with LM-Infinite: no engine has its distance cap and its rolling window of latest tokens; clex_train "
+    "alone serves it (docs/lm_infinite.md)"
+)
+
 
 def read_source(model: ModelConfig) -> Source:
     """Read the records of a model directory; `ConfigError` for one that is damaged, or has no RoPE."""
@@ -24,6 +29,8 @@ def read_source(model: ModelConfig) -> Source:
         )
     if model_directory.has_clex(directory):
         clex, table, record = model_directory.read_clex(directory)
+        if record.lambda_mask:
+            raise ConfigError("model", str(directory), MASKED)
         return Source(arch, handle, length, clex, table, LogScale(record.log_scale))
     if official.is_official(directory):
         field = official.read_official_field(directory, handle.base_inv_freq)

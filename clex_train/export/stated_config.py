@@ -16,7 +16,7 @@ def config_at(source: Source, t: float, trust_remote_code: bool) -> PretrainedCo
         InputError: no config.json expresses the model.
     """
     rope = rope_at(source, t)
-    scaled = constant_scale.layers(source, rope.served_len, source.log_scale)
+    scaled = constant_scale.layers(source, source.longest_at(t), source.log_scale)
     magnitude = constant_scale.as_magnitude(source, scaled, rope.rotary_dim, head_dim(source.arch.get_text_config()))
     rope = replace(rope, attention_factor=rope.attention_factor * magnitude)
     return stock_config(source.arch, rope, trust_remote_code)

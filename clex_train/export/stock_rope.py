@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from clex_train.attention.layer_probe import rotary_attention
-from clex_train.models.directory import rope_of, set_rope
-from clex_train.rope.probe import find_rotary, model_on_meta, rebuild
+from clex_train.model_config.meta_models import model_on_meta
+from clex_train.model_config.rope_keys import rope_of, set_rope
+from clex_train.rope.probe import find_rotary, rebuild
 from clex_train.rope.rotary import LayerType
 from clex_train.utils.errors import ConfigError
 
@@ -70,12 +71,17 @@ def stock_config(base: PretrainedConfig, rope: FixedRope, trust_remote_code: boo
     Raises:
         ConfigError: the family's own code computes other frequencies from it, or another softmax scale.
     """
-    if _own_parameters(base, rope).get(TEMPERATURE):
-        reason = f"its attention reads {LENGTH} for a temperature by position, and an export has another length there"
-        raise ConfigError("model_type", base.model_type, f"{reason}, so no config.json expresses the model at one t")
+    require_no_temperature(base, rope)
     config = _with_head_dim(set_rope(base, changed_keys(base, rope)))
     _require_followed(config, base, rope, trust_remote_code)
     return config
+
+
+def require_no_temperature(base: PretrainedConfig, rope: FixedRope) -> None:
+    """Raise `ConfigError` for a family whose attention has a temperature by position."""
+    if _own_parameters(base, rope).get(TEMPERATURE):
+        reason = f"its attention reads {LENGTH} for a temperature by position, and an export has another length there"
+        raise ConfigError("model_type", base.model_type, f"{reason}, so no file expresses the model at one t")
 
 
 def _partial(base: PretrainedConfig, rope: FixedRope) -> float | None:

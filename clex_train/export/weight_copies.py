@@ -32,6 +32,8 @@ COMPANIONS = (
 def weight_paths(directory: Path) -> list[Path]:
     """List the weight files of a directory that transformers reads, and their index."""
     index = _index(directory)
+    nested = [path for path in weight_files.files(directory) if path.parent != directory]
+    require(not nested, "model", str(directory), "its index names files in other folders; save it by save_pretrained")
     return [*weight_files.files(directory), *([] if index is None else [index])]
 
 
@@ -122,6 +124,14 @@ def companions(source: Path) -> list[Path]:
     found = {path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}
     weights = {*weight_paths(source)}
     return sorted(path.relative_to(source) for path in found - weights if not path.name.startswith("."))
+
+
+def raise_tokenizer_limit(folder: Path, num_tokens: int) -> None:
+    """Let the tokenizer of an export take `num_tokens` tokens, since vLLM serves no more than it states."""
+    path = folder / "tokenizer_config.json"
+    facts = read_json(path) if path.is_file() else {}
+    if isinstance(facts, dict) and isinstance(limit := facts.get("model_max_length"), int) and limit < num_tokens:
+        path.write_text(json.dumps(facts | {"model_max_length": num_tokens}, indent=2) + "\n", encoding="utf-8")
 
 
 def size(paths: list[Path]) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from clex_train.gguf import files
 from clex_train.gguf.architectures import require_addable, scaling_fields
 from clex_train.gguf.files import (
@@ -38,6 +40,7 @@ def plan_added_factors(
     *,
     rope_theta: float,
     attention_factor: float = 1.0,
+    config: PretrainedConfig | None = None,
 ) -> Content:
     """Return the copy of a GGUF file with factors.
 
@@ -46,6 +49,7 @@ def plan_added_factors(
         factors: F_j = plain theta_j of `rope_theta` / theta_j(t), one per pair of rotated dimensions.
         served_len: round(t * L), the context length of the file in tokens.
         rope_theta: base of the plain frequencies that the factors refer to; the file has to have the same.
+        config: of the model whose weights the file has to have; None leaves its sizes unchecked.
         attention_factor: factor of cos and sin; sqrt(s) is a scale s of the logits where whole heads are rotated.
 
     Raises:
@@ -58,6 +62,8 @@ def plan_added_factors(
     require_addable(base, architecture)
     _require_usable(reader, base)
     _require_same_rope(reader, base, architecture, rope_theta)
+    if config is not None:
+        _require_same_sizes(reader, base, architecture, config)
     require_factors(factors, num_pairs(reader, architecture, base))
     fields = [
         *_kept_fields(reader, architecture),
@@ -108,6 +114,25 @@ def _require_same_rope(reader: Any, base: Path, architecture: str, rope_theta: f
     found = number(reader, f"{architecture}.rope.freq_base", LLAMA_CPP_BASE)
     remedy = f"{base} has rope.freq_base {found:g}: it is another model, or was converted from another config.json"
     require(math.isclose(found or 0.0, rope_theta, rel_tol=1e-6), "rope_theta", rope_theta, remedy)
+
+
+def _require_same_sizes(reader: Any, base: Path, architecture: str, config: PretrainedConfig) -> None:
+    """Refuse the file of another model; which weights of the same sizes it has, no header says."""
+    text: Any = config.get_text_config()
+    sizes = {
+        "block_count": text.num_hidden_layers,
+        "embedding_length": text.hidden_size,
+        "attention.head_count": text.num_attention_heads,
+        "attention.head_count_kv": getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+    }
+    for key, expected in sizes.items():
+        found = contents(reader, f"{architecture}.{key}")
+        remedy = f"{key} is {found}, and the model's is {expected}: it is another model"
+        require(found is None or found == expected, "base_gguf", base, remedy)
+    tokens = contents(reader, "tokenizer.ggml.tokens")
+    # Converters pad the vocabulary or cut its padding.
+    remedy = f"has {len(tokens or ())} tokens, and the model {text.vocab_size}: it is another model"
+    require(not tokens or abs(len(tokens) - text.vocab_size) <= 512, "base_gguf", base, remedy)
 
 
 def _kept_fields(reader: Any, architecture: str) -> list[Field]:

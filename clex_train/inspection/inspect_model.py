@@ -19,6 +19,7 @@ from clex_train.inspection.facts import MAX, ORIGINAL, TOKENIZER_CONFIG, Facts, 
 from clex_train.inspection.reading import Field, Reading
 from clex_train.inspection.spectra import SAME, LayerRope, relative_difference
 from clex_train.model_config.context_length import LOCAL_LAYER_TYPES, ContextLength, stated_length
+from clex_train.model_config.meta_models import model_on_meta
 from clex_train.models import architecture, hub, official
 from clex_train.models import directory as model_directory
 from clex_train.rope import probe
@@ -44,8 +45,9 @@ def inspect(model: ModelConfig, length: int | None = None) -> Reading:
     table = _table(model, base)
     length, source = _length(length, table, text)
     built, refused = _built(model, config, base, has_field=table is not None)
+    refused = refused or _unstated(model)
     ropes = spectra.read(built, length)
-    own = ropes if base is config else spectra.read(probe.model_on_meta(base, model.trust_remote_code), length)
+    own = ropes if base is config else spectra.read(model_on_meta(base, model.trust_remote_code), length)
     field = None if table is None else _field(table, ropes, own, length, refused)
     facts = Facts(
         raw=_raw(model, "config.json"),
@@ -89,11 +91,17 @@ def _base_config(model: ModelConfig) -> PretrainedConfig:
 def _stock_config(model: ModelConfig, base: PretrainedConfig) -> PretrainedConfig:
     """Read config.json as plain transformers does: this project may start a CLEX model from another RoPE."""
     path = str(model.path)
-    if official.is_official(Path(path)):
-        # transformers refuses its rope type; the stock model is all that there is to compare.
+    if official.is_official(Path(path)) or _unstated(model) is not None:
+        # transformers refuses its rope type or its family; the stock model is all that there is to compare.
         return base
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code, **hub.options(path)}
     return AutoConfig.from_pretrained(path, **options)
+
+
+def _unstated(model: ModelConfig) -> str | None:
+    """Return the reason why other programs refuse a CLEX directory; None if they read it."""
+    directory = Path(str(model.path))
+    return model_directory.read_record(directory).unstated if model_directory.has_clex(directory) else None
 
 
 def _built(
@@ -104,11 +112,11 @@ def _built(
     Also return the reason of the refusal.
     """
     try:
-        return probe.model_on_meta(config, model.trust_remote_code), None
+        return model_on_meta(config, model.trust_remote_code), None
     except ConfigError as error:
         if not has_field:
             raise
-        return probe.model_on_meta(base, model.trust_remote_code), error.remedy
+        return model_on_meta(base, model.trust_remote_code), error.remedy
 
 
 def _raw(model: ModelConfig, file: str) -> dict[str, Any]:

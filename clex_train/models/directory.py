@@ -6,7 +6,6 @@ clex.safetensors                                    the state of `scaling.clex.C
 frequencies.safetensors                             the table theta(t) that training, evaluation and export share
 """
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
 from clex_train.config.scaling import LogScale
+from clex_train.model_config.rope_keys import set_rope
 from clex_train.models.weight_files import WEIGHT_FILES
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.frequency_table import MAX_FACTORS, FrequencyTable
@@ -32,8 +32,6 @@ from clex_train.utils.records import read_json
 CLEX_JSON, CLEX_TENSORS, TABLE = "clex.json", "clex.safetensors", "frequencies.safetensors"
 FORMAT = 2
 """Since 2, config.json states the RoPE of one t, and clex.json keeps the base model's."""
-ROPE_KEYS = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings")
-"""Keys of config.json that differ between the base model and the model at one t."""
 UNSTATED_PREFIX = "clex_"
 """Put before the family in a config.json that states no t."""
 
@@ -58,6 +56,8 @@ class ClexRecord:
     """Values of `ROPE_KEYS` in the base model's config.json; None in format 1, whose config.json still has them."""
     stated_t: float | None = None
     """Scale factor of the RoPE in config.json; None if it states none (the reason is in `unstated`)."""
+    lambda_mask: bool = False
+    """True if the model was trained with LM-Infinite's mask, which no other program has."""
     unstated: str | None = None
     """Reason why no config.json expresses the model, which plain transformers then refuses to build."""
 
@@ -100,24 +100,6 @@ def write_clex(
     (directory / CLEX_JSON).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
     save_file(clex.state_dict(), directory / CLEX_TENSORS)
     table.save(directory / TABLE)
-
-
-def rope_of(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the values of `ROPE_KEYS` that a config has."""
-    text = config.get_text_config()
-    return {key: copy.deepcopy(getattr(text, key)) for key in ROPE_KEYS if hasattr(text, key)}
-
-
-def set_rope(config: PretrainedConfig, values: Mapping[str, Any]) -> PretrainedConfig:
-    """Return a copy of a config with these values of `ROPE_KEYS`, and without those that are not among them."""
-    changed = copy.deepcopy(config)
-    text = changed.get_text_config()
-    for key in ROPE_KEYS:
-        if key in values:
-            setattr(text, key, copy.deepcopy(values[key]))
-        elif key in vars(text):
-            delattr(text, key)
-    return changed
 
 
 def refuse_elsewhere(directory: Path) -> None:

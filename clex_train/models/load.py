@@ -28,7 +28,6 @@ from clex_train.rope import recipes
 from clex_train.rope.native import install_native
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.rope.receptive_field import require_scalable_config
-from clex_train.scaling import methods
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.scaling.spectrum import Spectrum
@@ -56,6 +55,8 @@ class LoadedModel:
     """At inference, a context uses the t of one `t_factor` times as long; written into the table."""
     engine: Any = None
     """DeepSpeed engine that gathers sharded weights, kept alive with the model; None for whole weights."""
+    lambda_mask: bool = False
+    """True if LM-Infinite's mask is part of the model in training."""
     formula: Spectrum | None = None
     """Frequencies of a formula-based method, with its scale factor as t; None for CLEX and plain RoPE."""
 
@@ -116,8 +117,8 @@ def load_for_training(
         memory_options.recompute_layers(model)
     # A KV cache is useless in training, and transformers warns about it under gradient checkpointing.
     model.config.use_cache = False
-    # A method that adapts to the length by itself (dynamic NTK, LongRoPE) keeps its own rotary module.
-    install = install_native if methods.for_training(config.scaling).follows_length else install_rotary
+    # Without a field, a RoPE that adapts to the length by itself (dynamic NTK, LongRoPE) keeps doing so.
+    install = install_rotary if config.scaling.name is Method.clex else install_native
     loaded = LoadedModel(model, install(model, length), length)
     policy = config.scaling.log_scale
     if config.scaling.name is Method.clex:
@@ -128,6 +129,7 @@ def load_for_training(
     _scale_logits(loaded, policy)
     if config.attention.lambda_mask:
         apply_lm_infinite(model, config.attention.n_local or length, config.attention.n_global)
+        loaded.lambda_mask = True
     return loaded
 
 

@@ -21,10 +21,10 @@ from transformers.utils import logging as transformers_logging
 
 from clex_train.config.model import ModelConfig
 from clex_train.engine.nan_check import non_finite_parameter
+from clex_train.model_config.meta_models import model_on_meta
 from clex_train.models import official
 from clex_train.models.directory import has_weights
 from clex_train.models.weight_files import NotThere, Stored, files, have_equal_values, named, read_headers
-from clex_train.rope.probe import model_on_meta
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, first_line, require
 

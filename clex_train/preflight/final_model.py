@@ -11,8 +11,8 @@ from clex_train.config.root import Config
 from clex_train.config.scaling import LogScale
 from clex_train.export.factors import Source
 from clex_train.export.stated_config import config_at
+from clex_train.model_config.meta_models import model_on_meta
 from clex_train.rope.patch import install_rotary
-from clex_train.rope.probe import model_on_meta
 from clex_train.scaling.clex import Clex
 from clex_train.utils import distributed, log
 from clex_train.utils.errors import InputError, first_line

@@ -17,6 +17,7 @@ from clex_train.checkpoint.listing import Found
 from clex_train.checkpoint.manifest import Manifest
 from clex_train.checkpoint.store import Checkpoints
 from clex_train.config import root as configuration
+from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config, Resume
 from clex_train.data import build as data
@@ -28,11 +29,12 @@ from clex_train.engine import liger
 from clex_train.evaluation import during_training
 from clex_train.evaluation.during_training import TrainingEvaluation
 from clex_train.model_config.context_length import ContextLength
+from clex_train.model_config.meta_models import model_on_meta, sharing_meta_models
 from clex_train.models import architecture, directory, load, memory_options, weights
 from clex_train.models.tokenizer import training_tokenizer
 from clex_train.preflight import document_mask, final_model, kernels, positions, sequence_parallel
 from clex_train.rope.native import native_handle_on_meta
-from clex_train.rope.probe import model_on_meta, require_rotary, sharing_meta_models
+from clex_train.rope.probe import require_rotary
 from clex_train.token_store import vocabulary
 from clex_train.token_store.store import TokenStore
 from clex_train.tracking import run_folder, tracker
@@ -127,9 +129,11 @@ def run_checks(config: Config, scope: Scope = Scope.run) -> Preflight:
         _check_machine(config, scope)
         model, arch = _read_architecture(config, scope)
         inputs = _open_inputs(config, arch, scope)
-        require_rotary(arch, config.model.trust_remote_code)
         _check_weights(model, arch, scope)
         context = architecture.context_source(model, arch)
+        # Unscaled training keeps a RoPE that follows the length.
+        fixed = context.length if config.scaling.name is Method.clex else None
+        require_rotary(arch, config.model.trust_remote_code, fixed)
         requested = configuration.with_lengths(config, context.length, data.longest_document(inputs.held_out))
         config = kernels.resolve_attention(requested, arch)
         inputs = _pack(config, inputs)

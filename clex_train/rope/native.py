@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from clex_train.attention import kv_cache
+from clex_train.model_config.meta_models import model_on_meta
 from clex_train.rope import probe
 from clex_train.rope.patch import LengthListener, RotaryHandle
 from clex_train.scaling.frequency_table import Frequencies
@@ -37,12 +38,9 @@ def install_native(model: nn.Module, context_len: int) -> RotaryHandle:
     if not probe.has_rotary(model):
         return NoRotaryHandle(model, context_len)
     site = probe.find_rotary(model)
-    config = getattr(model, "config", None)
-    traits = probe.probe(site.module, config)
-    types = getattr(site.module, "rope_type", None)
+    traits = probe.probe(site.module, getattr(model, "config", None))
     # Local layers keep one spectrum, so only the RoPE of the others may follow the length.
-    if isinstance(types, dict) and any(probe.follows_length(types[kind]) for kind in types if kind != traits.scaled):
-        probe.require_fixed_frequencies(site.module, config)
+    probe.require_fixed_local_layers(site.module, traits)
     follows = probe.length_dependent_type(site.module) is not None
     own = NativeScaling(site.module, traits, context_len) if follows else None
     return RotaryHandle(model, site, traits, context_len, own)
@@ -50,7 +48,7 @@ def install_native(model: nn.Module, context_len: int) -> RotaryHandle:
 
 def native_handle_on_meta(config: PretrainedConfig, context_len: int, trust_remote_code: bool = False) -> RotaryHandle:
     """Create `install_native`'s handle from an architecture without weights, to check requests beforehand."""
-    return install_native(probe.model_on_meta(config, trust_remote_code), context_len)
+    return install_native(model_on_meta(config, trust_remote_code), context_len)
 
 
 class NativeScaling:

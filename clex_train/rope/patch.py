@@ -53,14 +53,14 @@ def install_rotary(model: nn.Module, context_len: int) -> "RotaryHandle":
     model on which theta(t) has nothing to act is accepted here; callers that scale use `require_scalable`.
 
     Raises:
-        ConfigError: the model has no RoPE, or one that follows the sequence length by itself (names the model type).
+        ConfigError: the model has no RoPE, or several sets of frequencies up to L tokens (names the model type).
         ValueError: `context_len` < 1, or a model that is patched already.
     """
     if context_len < 1:
         raise ValueError(f"context_len={context_len}: must be at least 1 token, the context length of the base model")
-    site, config = find_rotary(model), getattr(model, "config", None)
-    require_fixed_frequencies(site.module, config)
-    traits = probe(site.module, config)
+    site = find_rotary(model)
+    traits = probe(site.module, getattr(model, "config", None))
+    require_fixed_frequencies(site.module, traits, context_len)
     return RotaryHandle(model, site, traits, context_len)
 
 

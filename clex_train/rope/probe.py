@@ -6,25 +6,23 @@ A rotary module of transformers maps (x, position_ids[, layer_type]) to (cos, si
 
 import copy
 import inspect
-import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from clex_train.model_config.context_length import LOCAL_LAYER_TYPES
+from clex_train.model_config.meta_models import model_on_meta
 from clex_train.rope.layouts import key_layout
 from clex_train.rope.rotary import EXPANSIONS, POLAR, LayerType, ScaledRotary
 from clex_train.scaling.spectrum import Spectrum, cos_sin
-from clex_train.utils.errors import ConfigError, first_line
+from clex_train.utils.errors import ConfigError
 
-# These change their frequencies with the sequence length by themselves, in conflict with a table of theta(t).
+# These change their frequencies with the sequence length by themselves.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 ALIBI = "it has ALiBi biases"
 # These normalize keys with a learned weight per component after the rotation, which does not commute with rerotating.
@@ -89,73 +87,25 @@ def has_alibi(model: nn.Module) -> bool:
     return _describe_positions(model) == ALIBI
 
 
-def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False) -> Traits:
+def require_rotary(config: PretrainedConfig, trust_remote_code: bool = False, context_len: int | None = None) -> Traits:
     """Return the traits of an architecture's RoPE, without weights.
 
     Raises:
-        ConfigError: the model type has no RoPE, or one that follows the sequence length by itself.
+        ConfigError: the model type has no RoPE, or other frequencies at `context_len` tokens than in short contexts.
     """
     model = model_on_meta(config, trust_remote_code)
     module = find_rotary(model).module
-    require_fixed_frequencies(module, model.config)
-    return probe(module, model.config)
-
-
-_shared: ContextVar[dict[str, PreTrainedModel] | None] = ContextVar("shared_meta_models", default=None)
-
-
-@contextmanager
-def sharing_meta_models() -> Iterator[None]:
-    """Build the model of each architecture once inside: `model_on_meta` returns it to every caller.
-
-    A caller that changes a model must undo the change.
-    """
-    token = _shared.set(_shared.get() or {})
-    try:
-        yield
-    finally:
-        _shared.reset(token)
-
-
-def model_on_meta(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build a model without weights, or return that of `sharing_meta_models`.
-
-    Raises:
-        ConfigError: its model type has no causal language model, or none of this config.
-    """
-    known = _shared.get()
-    if known is None:
-        return _build_on_meta(config, trust_remote_code)
-    facts = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    key = f"{type(config).__qualname__} {trust_remote_code} {facts}"
-    if key not in known:
-        # Copy: a model keeps its config, and callers change theirs later, for example its vocabulary.
-        known[key] = _build_on_meta(copy.deepcopy(config), trust_remote_code)
-    return known[key]
-
-
-def _build_on_meta(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    try:
-        # No weights are allocated, so an architecture of any size fits.
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a family's own code raises any type for impossible sizes
-        reason = first_line(error)
-        if "Unrecognized configuration class" in reason:
-            # Followed by the names of every class that is known.
-            reason = "transformers has none for it under AutoModelForCausalLM; use a family that it has"
-        raise ConfigError(
-            "model_type", config.model_type, f"cannot build a causal language model ({reason})"
-        ) from error
+    traits = probe(module, model.config)
+    if context_len is not None:
+        require_fixed_frequencies(module, traits, context_len)
+    return traits
 
 
 def length_dependent_type(module: nn.Module) -> str | None:
     """Return the rope_type that changes frequencies with the length of a call; None for a fixed RoPE."""
     types = getattr(module, "rope_type", "default")
-    for rope_type in types.values() if isinstance(types, dict) else [types]:
-        if follows_length(rope_type):
-            return str(rope_type)
-    return None
+    each = types.values() if isinstance(types, dict) else [types]
+    return next((str(rope_type) for rope_type in each if follows_length(rope_type)), None)
 
 
 def follows_length(rope_type: object) -> bool:
@@ -163,17 +113,32 @@ def follows_length(rope_type: object) -> bool:
     return any(name in str(rope_type) for name in LENGTH_DEPENDENT)
 
 
-def require_fixed_frequencies(module: nn.Module, config: Any) -> None:
-    """Raise `ConfigError`, naming the model type, if the RoPE follows the sequence length by itself."""
-    rope_type = length_dependent_type(module)
-    if rope_type is not None:
-        kind = getattr(config, "model_type", type(module).__name__)
+def require_fixed_frequencies(module: nn.Module, traits: Traits, context_len: int) -> None:
+    """Raise `ConfigError`, naming the model type, if contexts up to L tokens do not share one set of frequencies.
+
+    A scaling that follows the length is the base of theta(t) through what it uses up to L, where t = 1.
+    """
+    require_fixed_local_layers(module, traits)
+    rope_type, own = length_dependent_type(module), traits.base[traits.scaled]
+    found = None if rope_type is None else spectrum_at_length(module, traits, context_len, 1.0)
+    # The factor found is relative to the own one.
+    if found and (found.attention_factor != 1.0 or not torch.equal(found.inv_freq, own.inv_freq)):
+        kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
         raise ConfigError(
-            "rope_type",
-            f"{rope_type} of model_type={kind}",
-            "it changes its frequencies with the sequence length itself; "
-            "set rope_type to `default` in rope_parameters of config.json",
+            "model.context_len",
+            context_len,
+            f"rope_type={rope_type} of model_type={kind} has other frequencies there than in short contexts, and "
+            "theta(t) starts from one set; name the length up to which they are the same, often "
+            "original_max_position_embeddings in config.json",
         )
+
+
+def require_fixed_local_layers(module: nn.Module, traits: Traits) -> None:
+    """Raise `ConfigError` if a RoPE other than that of the scaled layers follows the length."""
+    types = getattr(module, "rope_type", None)
+    for kind, rope_type in types.items() if isinstance(types, dict) else ():
+        if kind != traits.scaled and follows_length(rope_type):
+            raise ConfigError("rope_type", f"{rope_type} of {kind}", "local layers see at most L tokens; use `default`")
 
 
 def require_frequencies(module: nn.Module, traits: Traits, config: Any) -> None:
@@ -286,8 +251,9 @@ def _spectrum(module: nn.Module, fresh: nn.Module, layer_type: LayerType) -> Spe
     """Return the model's own frequencies."""
     prefix = "" if layer_type is None else f"{layer_type}_"
     own, rebuilt = (getattr(source, f"{prefix}inv_freq") for source in (module, fresh))
-    # A buffer that was rounded to bfloat16, or is on the meta device, gives way to a rebuilt one.
-    exact = own if own.dtype in (torch.float32, torch.float64) and not own.is_meta else rebuilt
+    # A buffer that is rounded to bfloat16, on the meta device, or that of the last call gives way to a rebuilt one.
+    is_exact = own.dtype in (torch.float32, torch.float64) and not own.is_meta
+    exact = own if is_exact and length_dependent_type(module) is None else rebuilt
     factor = getattr(fresh, f"{prefix}attention_scaling", 1.0)
     return Spectrum(exact.detach().cpu().double().clone(), attention_factor=float(factor))
 

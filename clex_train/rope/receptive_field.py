@@ -13,7 +13,8 @@ from transformers import PretrainedConfig
 
 from clex_train.attention import layer_probe
 from clex_train.attention.layer_probe import LayerProbe
-from clex_train.rope.probe import Traits, find_rotary, model_on_meta, probe, require_frequencies
+from clex_train.model_config.meta_models import model_on_meta
+from clex_train.rope.probe import Traits, find_rotary, length_dependent_type, probe, require_frequencies
 from clex_train.rope.rotary import EXPANSIONS, POLAR
 from clex_train.utils.errors import ConfigError
 
@@ -48,6 +49,15 @@ def require_scalable(model: nn.Module, rotary: nn.Module, traits: Traits, contex
     """
     require_frequencies(rotary, traits, getattr(model, "config", None))
     _require_reach(model, traits, context_len)
+    rope_type, local = length_dependent_type(rotary), local_layers(model, traits, context_len)
+    if rope_type is not None and local:
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise ConfigError(
+            "rope_type",
+            f"{rope_type} of model_type={kind}",
+            f"layers {', '.join(map(str, sorted(local)))} see at most L tokens and share a RoPE that follows the "
+            "length, which theta(t) would take from them; scaling=none trains it unchanged",
+        )
 
 
 def require_scalable_config(config: PretrainedConfig, context_len: int, trust_remote_code: bool = False) -> None:

@@ -18,7 +18,7 @@ from clex_train.model_config.context_length import original_context
 from clex_train.rope.hf_scalings import ConfiguredRope
 from clex_train.rope.native import native_handle_on_meta
 from clex_train.rope.patch import RotaryHandle
-from clex_train.rope.probe import require_rotary
+from clex_train.rope.probe import follows_length, require_rotary
 from clex_train.rope.receptive_field import require_scalable_config
 from clex_train.scaling import methods
 from clex_train.scaling.spectrum import Spectrum
@@ -87,9 +87,15 @@ def spectrum_at(handle: RotaryHandle, t: float) -> Spectrum:
 
 def require_unscaled(config: PretrainedConfig, name: Method) -> None:
     """Raise `ConfigError` if the context of an architecture was extended before: scalings would compound."""
-    original, served = original_context(config), getattr(config.get_text_config(), "max_position_embeddings", None)
+    text: Any = config.get_text_config()
+    original, served = original_context(config), getattr(text, "max_position_embeddings", None)
+    own = getattr(text, "rope_parameters", None) or {}
+    # A RoPE that follows the length is unscaled up to L; a longrope with equal lists has one scaling for all lengths.
+    is_unscaled = follows_length(own.get("rope_type")) and (
+        own.get("short_factor") is None or own.get("short_factor") != own.get("long_factor")
+    )
     require(
-        original is None or served is None or original >= served,
+        is_unscaled or original is None or served is None or original >= served,
         "scaling.name",
         name.name,
         f"this model's context was extended before, from {original} to {served} tokens "

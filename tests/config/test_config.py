@@ -26,7 +26,8 @@ def test_the_documented_experiments_exist():
     told = """tiny_base tiny_clex tiny_continued llama2_7b_clex llama2_7b_clex_16k llama2_7b_clex_64k llama2_13b_clex
     gpt_neox_20b_clex phi2_clex_32k mixtral_8x7b_clex_32k llama3_8b_clex mistral_7b_clex qwen3_8b_clex
     llama3_8b_clex_1m llama2_7b_clex_paper llama2_13b_clex_paper gpt_neox_20b_clex_paper mixtral_8x7b_clex_32k_paper
-    llama3_1_8b_clex qwen2_5_7b_clex olmo3_7b_clex smollm3_3b_clex smollm2_360m_clex gemma3_4b_clex"""
+    llama3_1_8b_clex qwen2_5_7b_clex olmo3_7b_clex smollm3_3b_clex smollm2_360m_clex gemma3_4b_clex
+    phi4_mini_clex"""
     assert set(told.split()) <= set(EXPERIMENTS)
 
 

@@ -22,6 +22,15 @@ BASES = {
     "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
     "llama3": {**LLAMA3, "original_max_position_embeddings": 8, "rope_theta": 5e5},
     "yarn": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "rope_theta": 1e4},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "original_max_position_embeddings": CONTEXT,
+        "rope_theta": 1e4,
+        "short_factor": [1.0 + j / 10 for j in range(6)],
+        "long_factor": [2.0] * 6,
+    },
 }
 
 
@@ -48,7 +57,7 @@ def test_factors_divide_plain_rope_by_theta_of_t_for_every_base(base: str) -> No
         theta_j = float(source.clex.inv_freq(3.0)[j].detach())
         assert factor * theta_j == pytest.approx(theta ** (-j / num_pairs), rel=1e-5)
     assert rope.served_len == 3 * CONTEXT
-    assert (rope.attention_factor > 1) == (base == "yarn")
+    assert (rope.attention_factor > 1) == (base in ("yarn", "longrope"))
     assert len(rope.factors) == num_pairs
 
 

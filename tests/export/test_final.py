@@ -167,8 +167,10 @@ def test_apply_clex_refuses_another_base_and_leaves_the_stated_model(tmp_path: P
     with pytest.raises(ValueError, match=r"starts from theta\[\d\]"):
         apply_clex(model, final)
     assert torch.equal(log_p(model, ids), before)
-    with pytest.raises(ValueError, match="rope_type=longrope of model_type=llama"):
+    # A field without its directory meets the RoPE that the directory states to others.
+    with pytest.raises(ValueError, match=r"starts from theta\[\d\]=.*; apply it to its own base model"):
         apply_clex(model, clex)
+    assert torch.equal(log_p(model, ids), before)
 
 
 def _base_rope(final: Path) -> dict | None:
@@ -224,9 +226,19 @@ def test_a_damaged_record_of_the_base_is_refused_in_one_line(value: object, tmp_
     assert "\n" not in str(refusal.value)
 
 
-def test_the_base_of_a_model_with_a_static_scaling_is_kept(tmp_path: Path) -> None:
-    yarn = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": CONTEXT // 2}
-    final, ids = write(tmp_path, "llama", rope_parameters=yarn), tokens(2, int(T) * CONTEXT)
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": CONTEXT // 2}
+LISTS = {"short_factor": [1.0 + j / 10 for j in range(6)], "long_factor": [3.0] * 6}
+LONGROPE = {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": CONTEXT}
+
+
+@pytest.mark.parametrize(
+    ("family", "parameters"),
+    [("llama", YARN), ("llama", LONGROPE | LISTS), ("phi3", LONGROPE | LISTS | {"partial_rotary_factor": 1.0})],
+)
+def test_the_base_of_a_model_with_a_scaling_of_its_own_is_kept(
+    family: str, parameters: dict[str, object], tmp_path: Path
+) -> None:
+    final, ids = write(tmp_path, family, rope_parameters=parameters), tokens(2, int(T) * CONTEXT)
     ours = load(final)
     factor = ours.handle.rotary.own_factor[None]
     assert factor > 1.05

@@ -65,13 +65,21 @@ def test_factors_are_added_to_a_quantised_file(final, tmp_path, monkeypatch) -> 
         (["t=4", "base_gguf=no.gguf"], "base_gguf=no.gguf: no such file"),
         (["t=4", "base_gguf={factors}"], "has RoPE factors already"),
         (["t=4", "base_gguf={final}/config.json"], "not a GGUF file"),
+        (["t=4", "base_gguf={other}"], "block_count is 3, and the model's is 2: it is another model"),
         (["t=4", "model={qwen3}"], "format=gguf: llama.cpp"),
     ],
 )
 def test_what_cannot_be_written_is_refused_in_one_line_and_leaves_nothing(
     arguments: list[str], message: str, final: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    places = {"final": final, "factors": tmp_path / "has.gguf", "qwen3": tmp_path / "qwen3"}
+    places = {
+        "final": final,
+        "factors": tmp_path / "has.gguf",
+        "qwen3": tmp_path / "qwen3",
+        "other": tmp_path / "b.gguf",
+    }
+    if any("{other}" in each for each in arguments):
+        gguf_models.quantised(places["other"], gguf_models.save(tmp_path / "deeper", num_hidden_layers=3))
     if any("{factors}" in each for each in arguments):
         gguf_models.write_gguf(places["factors"], final, gguf_models.factors(16), CONTEXT)
     if any("{qwen3}" in each for each in arguments):

@@ -39,6 +39,7 @@ class Case(NamedTuple):
     has_not: dict[str, Any]
 
 
+LATENT = {"model_type": "deepseek_v3", "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16}
 PHI3 = {"model_type": "phi3", "pad_token_id": 0, ORIGINAL: CONTEXT}
 CASES = [
     Case("transformers", "lists_switch", parameters(UNEQUAL), parameters(AT_L)),
@@ -76,6 +77,8 @@ CASES = [
         parameters(scaled("dynamic", factor=4.0), CONTEXT),
         parameters(scaled("dynamic", factor=4.0), CONTEXT, model_type="olmo"),
     ),
+    Case("vLLM", "latent_yarn", parameters(RIGHT, **LATENT), parameters(YARN, **LATENT)),
+    Case("vLLM", "latent_yarn", parameters(RIGHT, **LATENT), parameters(RIGHT)),
     Case("vLLM", "interleaved_longrope", parameters(RIGHT, model_type="cohere"), parameters(RIGHT)),
     Case(
         "vLLM",

@@ -12,8 +12,9 @@ from clex_train.config.method import Method
 from clex_train.config.model import Init, ModelConfig
 from clex_train.config.scaling import Positions, ScalingConfig
 from clex_train.console.errors import explain
+from clex_train.model_config.meta_models import model_on_meta
 from clex_train.models import architecture, hub, official
-from clex_train.rope import probe, recipes
+from clex_train.rope import recipes
 from clex_train.scaling.clex import Clex
 from tests.helpers.composing import CONF, composed
 from tests.helpers.tiny_causal_lm import save_tiny_llama, tiny_llama
@@ -191,7 +192,7 @@ def test_a_config_that_is_not_a_json_object_is_refused(tmp_path, text):
 
 def test_sizes_that_the_code_of_a_family_refuses_are_named_with_it():
     with pytest.raises(ValueError, match=r"^model_type=llama: cannot build a causal language model \("):
-        probe.model_on_meta(LlamaConfig(**SIZES | {"hidden_act": "no_such_activation"}))
+        model_on_meta(LlamaConfig(**SIZES | {"hidden_act": "no_such_activation"}))
 
 
 def test_weights_of_a_path_are_used_unless_it_only_has_a_config(tmp_path):

@@ -38,6 +38,7 @@ TODAY = [
     "smollm2_360m_clex",
     "mistral_7b_clex",
     "gemma3_4b_clex",
+    "phi4_mini_clex",
 ]
 """Presets of models that are extended today."""
 CAPACITY = 80e9

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from clex_train.config.engine import EngineConfig
+from clex_train.model_config.meta_models import model_on_meta
 from clex_train.preflight import meta_model
-from clex_train.rope.probe import model_on_meta
 from tests.helpers.composing import CONF
 
 PUBLISHED = {
@@ -24,6 +24,7 @@ PUBLISHED = {
     "smollm3_3b": (3_075_098_624, 128),
     "smollm2_360m": (361_821_120, 64),
     "gemma3_4b": (4_300_079_472, 256),
+    "phi4_mini": (3_836_021_760, 96),
     "phi2": (2_779_683_840, 32),
     "gpt_neox_20b": (20_554_567_680, 24),
 }

@@ -30,17 +30,17 @@ PUBLISHED = {
     "qwen2_moe": "Qwen1.5-MoE, Qwen2-MoE",
     "qwen3": "Qwen3",
     "gemma": "Gemma 1",
-    "gemma2": "Gemma 2",
+    "gemma2": "Gemma 2 with windows above L",
     "gemma3_text": "Gemma 3",
     "phi": "Phi-1, Phi-1.5, Phi-2",
-    "phi3": "Phi-3 (4k)",
+    "phi3": "Phi-3 128k, Phi-4-mini",
     "stablelm": "StableLM",
     "falcon": "Falcon (RoPE)",
     "olmo": "OLMo",
     "olmo2": "OLMo 2",
     "cohere": "Command R",
     "granite": "Granite",
-    "starcoder2": "StarCoder2",
+    "starcoder2": "StarCoder2 with `sliding_window: null`",
     "olmo3": "OLMo 3",
     "gpt_oss": "gpt-oss",
     "smollm3": "SmolLM3",
@@ -51,7 +51,7 @@ PUBLISHED = {
     "deepseek_v2": "DeepSeek-V2, -V2-Lite",
     "deepseek_v3": "DeepSeek-V3, -R1",
 }
-STATIC = {
+SCALED = {
     "linear": {"factor": 2.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": CONTEXT},
     "llama3": {
@@ -104,11 +104,14 @@ or with linear attention has nothing to scale.
 OLMo 3 have a RoPE of their own for such layers, so a recipe by formula (`scaling=yarn`) scales the others alone. If one
 RoPE serves all layers (Gemma 2, gpt-oss, Qwen2 and Qwen3 with mixed windows), CLEX gives each layer the cos and sin
 that it needs. A recipe then follows transformers, which scales every layer by the model's config; a log line says so.
+The small Gemma 2 of the table has windows above L. The published ones have windows of at most L, so no config.json
+states them at one t ([export](export.md)).
 
 **Layers without positions.** Some families do not rotate in layers with full attention (SmolLM3, EXAONE 4, EXAONE MoE,
 Cohere 2, AFMoE). The cached keys of these layers stay unchanged. If every layer that rotates sees a window of at most
 L tokens, there is nothing to extend, and scaling is refused with the remedy or the reason: Mistral v0.1, Phi-3 4k,
-EXAONE 4 32B and Cohere 2.
+StarCoder2, EXAONE 4 32B and Cohere 2. Where all layers have windows, the remedy is `sliding_window: null` in
+config.json.
 
 **Latent attention** (DeepSeek) caches the rotated part of its keys as values, beside a latent that does not rotate,
 and it is rerotated there. A quantized cache is refused once t moves. `format=vllm` is refused, since vLLM reads any
@@ -124,9 +127,11 @@ Ministral 3 multiplies queries by a temperature of the position. Such factors st
 """
 SCALINGS = """## Models with a scaling of their own
 
-CLEX starts from a static scaling: theta(1) is the model's own frequencies, and its attention factor stays. A scaling
-that changes with the sequence length would conflict with t and is refused in one line. That includes Phi-3 128k models,
-which use longrope. `cli.evaluate` reads them unchanged ([evaluation](evaluation.md)).
+CLEX starts from the model's own frequencies up to L, theta(1), and its attention factor stays. `dynamic` and `longrope`
+change with the length beyond L, where theta(t) takes their place: L is the length up to which they do not change (Phi-3
+128k and Phi-4-mini: 4,096), and a larger `model.context_len` is refused. Such a model is also refused if layers with
+windows of at most L share the RoPE. `cli.evaluate` and `scaling=none` keep these models as they are
+([evaluation](evaluation.md)).
 
 """
 GPTJ = """GPT-J and CodeGen do rotate, but have no module to replace. Every attention layer reads sines from its own
@@ -207,12 +212,13 @@ def _documents(config: PretrainedConfig) -> str:
 
 def _scaling_table() -> str:
     rows = []
-    for name, settings in STATIC.items():
+    for name, settings in SCALED.items():
         model = tiny_model("llama", rope_parameters={"rope_type": name, "rope_theta": 1e4, **settings})
-        rows.append(
-            [f"`{name}`", _refusal(lambda model=model: install_rotary(model, CONTEXT)) or "theta(1) is the model's own"]
-        )
-    return _table(["rope_type", "CLEX"], rows)
+        found = [_refusal(lambda model=model, n=n: install_rotary(model, n).undo()) for n in (CONTEXT, 2 * CONTEXT)]
+        rows.append([f"`{name}`", *(reason or "theta(1) is the model's own" for reason in found)])
+    return _table(
+        ["rope_type", f"L = {CONTEXT}, as in config.json", f"L = {2 * CONTEXT}, by `model.context_len`"], rows
+    )
 
 
 def _refusal_table() -> str:

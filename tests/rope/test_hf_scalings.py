@@ -11,12 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from clex_train.rope.hf_scalings import ConfiguredRope
 from clex_train.rope.native import install_native, native_handle_on_meta
 from clex_train.rope.patch import RotaryHandle, install_rotary
+from clex_train.rope.probe import find_rotary
 from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.scaling.methods.dynamic_ntk import DynamicNtk
 from clex_train.scaling.methods.longrope import LongRope, read_longrope_factors
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.methods.pi import PositionInterpolation, pi_table
 from clex_train.scaling.methods.yarn import Yarn
+from clex_train.utils.errors import ConfigError
 from tests.rope.rotary_families import CONTEXT, VOCABULARY, tiny_model
 
 LENGTHS = [CONTEXT, 2 * CONTEXT, 3 * CONTEXT, 8 * CONTEXT]
@@ -149,12 +151,22 @@ def test_a_model_with_a_built_in_scaling_gets_no_second_one(scaling: dict[str, A
         Yarn().table(rope_of(handle), GRID)
 
 
-def self_scaled_model(family: str, rope_type: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+def self_scaled_model(
+    family: str,
+    rope_type: str,
+    dtype: torch.dtype = torch.float64,
+    factors: list[float] | None = None,
+    attention_factor: float | None = None,
+) -> PreTrainedModel:
+    """Build a model that follows the length, or has `factors` at every length."""
     scaling: dict[str, Any] = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0}
+    if attention_factor is not None:
+        scaling["attention_factor"] = attention_factor
     overrides: dict[str, Any] = {}
     if rope_type == "longrope":
         pairs = {"llama": 6, "phi3": 6, "phi": 3}[family]
-        scaling |= {**factors_of(pairs), "original_max_position_embeddings": CONTEXT}
+        lists = factors_of(pairs) if factors is None else {"short_factor": factors, "long_factor": factors}
+        scaling |= {**lists, "original_max_position_embeddings": CONTEXT}
         overrides["max_position_embeddings"] = 4 * CONTEXT
     if family == "phi":
         scaling["partial_rotary_factor"] = 0.5
@@ -189,9 +201,40 @@ def test_plain_frequencies_differ_from_a_dynamically_scaled_model(rope_type: str
     assert torch.equal(model(ids).logits, own)
 
 
-def test_training_frequencies_are_refused_on_a_dynamically_scaled_model() -> None:
-    with pytest.raises(ValueError, match="rope_type=longrope of model_type=phi3"):
-        install_rotary(self_scaled_model("phi3", "longrope"), CONTEXT)
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "rope_type"), OWN)
+def test_theta_of_t_starts_from_what_a_rope_that_follows_the_length_uses_up_to_l(family: str, rope_type: str) -> None:
+    model, stock = (self_scaled_model(family, rope_type) for _ in range(2))
+    # The module keeps the frequencies of its last call, and the base must not be those.
+    model(tokens(3 * CONTEXT))
+    handle = install_rotary(model, CONTEXT)
+    handle.use(ntk_table(handle.base_inv_freq, torch.arange(1, 5, dtype=torch.float64)))
+    for length in (5, CONTEXT):
+        assert_same(model(tokens(length)).logits, stock(tokens(length)).logits)
+    # At t = 2 the model is one with fixed factors of these frequencies and its own attention factor.
+    pairs = len(handle.base_inv_freq)
+    plain = 1e4 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    factors = (plain / ntk_table(handle.base_inv_freq, torch.tensor([1.0, 2.0]).double()).at(2.0).inv_freq).tolist()
+    fixed = self_scaled_model(family, "longrope", factors=factors, attention_factor=attention_factor(stock))
+    assert_same(model(tokens(2 * CONTEXT)).logits, fixed(tokens(2 * CONTEXT)).logits)
+    handle.undo()
+    # As long as the first call: the dynamic RoPE of transformers never goes back from there.
+    assert torch.equal(model(tokens(3 * CONTEXT)).logits, stock(tokens(3 * CONTEXT)).logits)
+
+
+def attention_factor(model: PreTrainedModel) -> float:
+    return float(find_rotary(model).module.attention_scaling)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("family", "rope_type"), OWN)
+def test_a_length_with_other_frequencies_than_short_contexts_is_refused(family: str, rope_type: str) -> None:
+    message = f"context_len={2 * CONTEXT}: rope_type={rope_type} of model_type={family} has other frequencies"
+    with pytest.raises(ConfigError, match=message):
+        install_rotary(self_scaled_model(family, rope_type), 2 * CONTEXT)
 
 
 @torch.no_grad()

@@ -41,15 +41,6 @@ def test_an_architecture_of_any_size_is_checked_without_weights(config: LlamaCon
     require_rotary(config)
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_a_dynamically_scaled_rope_is_refused(rope_type: str) -> None:
-    scaling = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": CONTEXT}
-    if rope_type == "longrope":
-        scaling |= {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
-    with pytest.raises(ValueError, match=f"rope_type={rope_type} of model_type=llama"):
-        install_rotary(tiny_model("llama", rope_parameters=scaling), CONTEXT)
-
-
 @pytest.mark.parametrize(
     "scaling",
     [

@@ -307,6 +307,9 @@ def test_factors_of_another_width_are_refused(run, base, tmp_path):
         fine_tuned(run, base, "refused", "scaling=longrope", f"scaling.longrope_factors={path}")
 
 
-def test_a_dynamic_scaling_is_not_trained_further(run, finals):
-    with pytest.raises(ValueError, match=r"^rope_type=dynamic of model_type=llama: it changes its frequencies"):
-        fine_tuned(run, finals["dynamic_ntk"], "on_dynamic")
+def test_a_dynamic_scaling_is_trained_further_without_scaling_and_keeps_following_the_length(run, finals):
+    before = AutoModelForCausalLM.from_pretrained(finals["dynamic_ntk"]).config.rope_parameters
+    final = fine_tuned(run, finals["dynamic_ntk"], "on_dynamic")
+    assert AutoModelForCausalLM.from_pretrained(final).config.rope_parameters == before
+    with pytest.raises(ValueError, match=r"^scaling\.name=pi: model_type=llama has rope_type=dynamic"):
+        fine_tuned(run, finals["dynamic_ntk"], "pi_on_dynamic", "scaling=pi", "data.seq_len=128")

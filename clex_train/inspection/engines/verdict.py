@@ -51,7 +51,8 @@ def field_traps(facts: Facts, remedy: str) -> list[Trap]:
         return [Trap("clex_field_refused", f"refuses config.json: {field.refused}", remedy.format(t=field.t))]
     if field.loaded_t == field.t:
         return []
-    loads = "plain RoPE, another model" if field.loaded_t in (None, 1.0) else f"the model at t = {field.loaded_t:g}"
+    loads = "frequencies of no t of the table" if field.loaded_t is None else f"the model at t = {field.loaded_t:g}"
+    loads = "plain RoPE, another model" if field.loaded_t == 1.0 else loads
     return [
         Trap(
             "clex_field_ignored",

@@ -121,6 +121,11 @@ def _numbers(facts: Facts, serves: int) -> Iterator[Trap]:
     unknown = [kind for kind in facts.types if kind not in KNOWN]
     if unknown:
         yield Trap("unknown_type", f"refuses rope_type {unknown[0]}", "longrope with two equal lists of the factors")
+    if getattr(facts.config, "kv_lora_rank", None):
+        # Its model of latent attention writes the type over: `deepseek_yarn` for all but default.
+        for kind in set(facts.types) - {"default", "yarn"}:
+            yield Trap("latent_yarn", f"reads rope_type {kind} of latent attention as deepseek_yarn", "transformers")
+        return
     yield from _longrope(facts, serves)
     if facts.of_type("dynamic"):
         yield Trap(

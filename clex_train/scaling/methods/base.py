@@ -65,8 +65,6 @@ class ScalingMethod(ABC):
 
     title: ClassVar[str]
     """Label without settings."""
-    follows_length: ClassVar[bool] = False
-    """True if transformers recomputes frequencies for the length of each call; training then uses those of its rows."""
     counts_from_context: ClassVar[bool] = False
     """True if transformers' formula reads L from `max_position_embeddings`, which then stays L."""
 

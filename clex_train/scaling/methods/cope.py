@@ -31,8 +31,6 @@ class Cope(ScalingMethod):
     clip: bool = False
     """Stop the pairs whose period exceeds L."""
 
-    follows_length: ClassVar[bool] = True
-
     def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:
         """Return the tapered frequencies; `ConfigError` for a `share` outside (0, 1]."""
         return constant_table(rope.inv_freq.double() * self._weights(rope), t_grid, "cope")

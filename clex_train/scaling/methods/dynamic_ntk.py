@@ -21,7 +21,6 @@ class DynamicNtk(ScalingMethod):
     dynamic_factor: float | None = None
     """f; None uses the scale factor. 1 is the dynamic NTK of the YaRN paper, 2 is `ntk`."""
 
-    follows_length: ClassVar[bool] = True
     counts_from_context: ClassVar[bool] = True
 
     def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:

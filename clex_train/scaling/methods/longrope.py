@@ -30,8 +30,6 @@ class LongRope(ScalingMethod):
     longrope_factors: str | None = None
     """JSON file with `short_factor` and `long_factor`, one number per pair."""
 
-    follows_length: ClassVar[bool] = True
-
     def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:
         """Return the model's own longrope if it has one, else transformers' formula with the factors of the file."""
         if rope.own is not None and rope.own.method == "longrope":
