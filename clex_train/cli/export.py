@@ -127,9 +127,14 @@ def _gguf(args: ExportConfig, directory: Path, output: Path) -> None:
     else:
         # Its weights stay as they are: cos and sin, of queries and of keys, have the constant.
         magnitude = rope.attention_factor * _magnitude(source, rope, layers)
-        base, theta = Path(args.base_gguf), rope.rope_theta
         file = patch.plan_added_factors(
-            base, rope.factors, rope.served_len, rope_theta=theta, attention_factor=magnitude, config=source.arch
+            Path(args.base_gguf),
+            rope.factors,
+            rope.served_len,
+            rope_theta=rope.rope_theta,
+            attention_factor=magnitude,
+            config=source.arch,
+            directory=directory,
         )
     gguf_files.require_space(output, file)
     _announce(args, directory, output)

@@ -6,10 +6,13 @@ given to llama.cpp on its command line.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import safe_open
 from transformers import PretrainedConfig
 
 from clex_train.gguf import files
@@ -27,8 +30,11 @@ from clex_train.gguf.files import (
     require_factors,
     require_written,
 )
+from clex_train.models import weight_files
 from clex_train.utils.errors import ConfigError, require
 
+NORM = re.compile(r"(?:.*\.)?layers\.(\d+)\.input_layernorm\.weight")
+GGUF_NORM = re.compile(r"blk\.(\d+)\.attn_norm\.weight")
 LLAMA_CPP_BASE = 10_000.0
 """`rope.freq_base` of a file without the key."""
 
@@ -41,6 +47,7 @@ def plan_added_factors(
     rope_theta: float,
     attention_factor: float = 1.0,
     config: PretrainedConfig | None = None,
+    directory: Path | None = None,
 ) -> Content:
     """Return the copy of a GGUF file with factors.
 
@@ -50,11 +57,12 @@ def plan_added_factors(
         served_len: round(t * L), the context length of the file in tokens.
         rope_theta: base of the plain frequencies that the factors refer to; the file has to have the same.
         config: of the model whose weights the file has to have; None leaves its sizes unchecked.
+        directory: of that model, whose norms the file has to have; None leaves them unchecked.
         attention_factor: factor of cos and sin; sqrt(s) is a scale s of the logits where whole heads are rotated.
 
     Raises:
-        ConfigError: an architecture that ignores factors, a file that has some, another base or number of pairs, a part
-            of a split model.
+        ConfigError: an architecture that ignores factors, a file that has some, another base or number of pairs,
+            another model, a part of a split model.
         BadFile: not a GGUF file, or a damaged one.
     """
     reader = files.read(base)
@@ -64,6 +72,8 @@ def plan_added_factors(
     _require_same_rope(reader, base, architecture, rope_theta)
     if config is not None:
         _require_same_sizes(reader, base, architecture, config)
+    if directory is not None:
+        _require_same_norms(reader, base, directory)
     require_factors(factors, num_pairs(reader, architecture, base))
     fields = [
         *_kept_fields(reader, architecture),
@@ -133,6 +143,22 @@ def _require_same_sizes(reader: Any, base: Path, architecture: str, config: Pret
     # Converters pad the vocabulary or cut its padding.
     remedy = f"has {len(tokens or ())} tokens, and the model {text.vocab_size}: it is another model"
     require(not tokens or abs(len(tokens) - text.vocab_size) <= 512, "base_gguf", base, remedy)
+
+
+def _require_same_norms(reader: Any, base: Path, directory: Path) -> None:
+    """Refuse the weights of another training: converters keep norms in float32, whatever the matrices become."""
+    places = weight_files.read_headers(directory).places
+    stored = {match[1]: name for name in places if (match := NORM.fullmatch(name))}
+    for tensor in reader.tensors:
+        match = GGUF_NORM.fullmatch(tensor.name)
+        name = None if match is None else stored.get(match[1])
+        if name is None or tensor.tensor_type.name != "F32" or places[name].suffix != ".safetensors":
+            continue
+        with safe_open(places[name], "pt") as file:
+            expected = file.get_tensor(name).float().numpy()
+        same = tensor.data.shape == expected.shape and np.allclose(tensor.data, expected, rtol=1e-3, atol=1e-5)
+        remedy = f"its {tensor.name} is not {name} of {directory}: other weights, such as those before training"
+        require(same, "base_gguf", base, remedy)
 
 
 def _kept_fields(reader: Any, architecture: str) -> list[Field]:

@@ -77,9 +77,11 @@ def add_factors(path: Path, base: Path, factors: Sequence[float], served_len: in
     files.write(path, plan_added_factors(base, factors, served_len, **options))
 
 
-def save(folder: Path, family: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None, **own: Any) -> Path:
+def save(
+    folder: Path, family: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None, seed: int = 0, **own: Any
+) -> Path:
     """Save a random model of a family with a byte-level tokenizer, and return its folder."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     special = {"bos_token_id": 0, "eos_token_id": 1}
     config = AutoConfig.for_model(family, **{**DIMENSIONS, **special, **OWN.get(family, {}), **own})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -65,6 +65,7 @@ def test_factors_are_added_to_a_quantised_file(final, tmp_path, monkeypatch) -> 
         (["t=4", "base_gguf=no.gguf"], "base_gguf=no.gguf: no such file"),
         (["t=4", "base_gguf={factors}"], "has RoPE factors already"),
         (["t=4", "base_gguf={final}/config.json"], "not a GGUF file"),
+        (["t=4", "base_gguf={untrained}"], "is not model.layers.0.input_layernorm.weight of"),
         (["t=4", "base_gguf={other}"], "block_count is 3, and the model's is 2: it is another model"),
         (["t=4", "model={qwen3}"], "format=gguf: llama.cpp"),
     ],
@@ -78,6 +79,9 @@ def test_what_cannot_be_written_is_refused_in_one_line_and_leaves_nothing(
         "qwen3": tmp_path / "qwen3",
         "other": tmp_path / "b.gguf",
     }
+    places["untrained"] = tmp_path / "u.gguf"
+    if any("{untrained}" in each for each in arguments):
+        gguf_models.quantised(places["untrained"], gguf_models.save(tmp_path / "before", seed=1))
     if any("{other}" in each for each in arguments):
         gguf_models.quantised(places["other"], gguf_models.save(tmp_path / "deeper", num_hidden_layers=3))
     if any("{factors}" in each for each in arguments):
