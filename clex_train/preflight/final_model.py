@@ -34,10 +34,13 @@ def warn_if_unreadable(config: Config, arch: PretrainedConfig, context_len: int)
     remedy = "evaluate and serve it with clex_train"
     if policy is not LogScale.off and _refusal(config, arch, context_len, LogScale.off) is None:
         export = f"export run={config.output_dir} format=huggingface t={config.scaling.t_max:g} output=DIR"
-        remedy = (
+        folding = (
             "export it after training, which folds the scale of one length into the weights (python -m "
-            f"clex_train.cli.{export}), or set scaling.log_scale=off"
+            f"clex_train.cli.{export}), or "
         )
+        # Nothing folds a scale into the queries of latent attention.
+        latent = hasattr(arch.get_text_config(), "qk_rope_head_dim")
+        remedy = f"{'' if latent else folding}set scaling.log_scale=off"
     logger.warning(
         "final/ of this run will load in clex_train alone, other programs will refuse it (%s); %s", reason, remedy
     )
@@ -45,6 +48,8 @@ def warn_if_unreadable(config: Config, arch: PretrainedConfig, context_len: int)
 
 def _refusal(config: Config, arch: PretrainedConfig, context_len: int, policy: LogScale) -> str | None:
     """Return the reason why `final/` would state no t; None if it would."""
+    if config.attention.lambda_mask:
+        return "no other program has LM-Infinite's mask"
     scaling, remote = config.scaling, config.model.trust_remote_code
     handle = install_rotary(model_on_meta(arch, remote), context_len)
     try:

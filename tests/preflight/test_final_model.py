@@ -3,6 +3,7 @@
 import pytest
 from transformers import AutoConfig
 
+from clex_train.config.attention import AttentionConfig
 from clex_train.config.method import Method
 from clex_train.config.root import Config
 from clex_train.config.scaling import LogScale, ScalingConfig
@@ -49,6 +50,18 @@ def test_a_config_without_head_dim_is_stated_with_it(caplog):
     arch = AutoConfig.from_pretrained("conf/model/architectures/mixtral_8x7b")
     assert arch.head_dim is None
     assert warned(caplog, arch, LogScale.eval) == []
+
+
+def test_the_lambda_mask_is_announced(caplog):
+    scaling = ScalingConfig(name=Method.clex, t_max=8)
+    config = Config(scaling=scaling, attention=AttentionConfig(lambda_mask=True), output_dir="runs/mine")
+    warn_if_unreadable(config, tiny_model("llama").config, CONTEXT)
+    assert "other programs will refuse it (no other program has LM-Infinite's mask)" in caplog.text
+
+
+def test_latent_attention_with_log_scaling_is_announced_with_the_one_remedy_that_helps(caplog):
+    (line,) = warned(caplog, tiny_model("deepseek_v3").config, LogScale.eval)
+    assert line.endswith("; set scaling.log_scale=off")
 
 
 def test_runs_without_a_field_are_not_announced(caplog):
