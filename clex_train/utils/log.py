@@ -22,6 +22,8 @@ MOST_DIGITS = 7
 _TERMINAL_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """Control characters other than tab and newline, and bidirectional marks: a terminal acts on them."""
 
+_KEYS_FOR_VLLM = re.compile(r"Unrecognized keys in .rope_parameters.*\{'(long|short)_mscale', '(long|short)_mscale'\}$")
+
 
 def printable(text: str) -> str:
     """Escape characters that a terminal would act on; names and texts of files may come from strangers."""
@@ -59,8 +61,14 @@ def setup() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[queue], force=True)
     for name in ("clex_train", "data_prep", "launch"):
         logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.getLogger("transformers.modeling_rope_utils").addFilter(is_for_the_user)
     # DeepSpeed calls collectives by names that newer torch has renamed; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
+
+
+def is_for_the_user(record: logging.LogRecord) -> bool:
+    """Return False for transformers' warning about two keys that only vLLM reads, and that `final/` therefore has."""
+    return _KEYS_FOR_VLLM.search(record.getMessage()) is None
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """What an export must not say or write: constants of another length, masks, foreign files, limits of a tokenizer."""
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from clex_train.export.stated_config import config_at
 from clex_train.inspection import inspect_model
 from clex_train.models import directory
 from clex_train.models.load import trained_architecture
+from clex_train.utils import log
 from tests.evaluation.model_directories import save_tokenizer
 from tests.export.harsh_models import T, harsh_model, load, load_plain, log_p, save_harsh
 from tests.export.test_export_program import call
@@ -161,6 +165,29 @@ def test_a_longrope_with_equal_lists_was_extended_before(tmp_path: Path) -> None
     tiny_model("llama", rope_parameters=equal, **lengths).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"scaling\.name=clex: this model's context was extended before"):
         trained_architecture(training_config(tmp_path), AutoConfig.from_pretrained(tmp_path))
+
+
+def test_our_programs_leave_out_transformers_warning_about_the_keys_for_vllm_alone(tmp_path: Path, caplog) -> None:
+    final, logger = write(tmp_path, "llama", LogScale.eval), logging.getLogger("transformers.modeling_rope_utils")
+    for is_ours in (True, False):
+        caplog.clear()
+        if is_ours:
+            logger.addFilter(log.is_for_the_user)
+        with caplog.at_level(logging.WARNING), propagating("transformers"):
+            AutoConfig.from_pretrained(final)
+            assert any("_mscale" in line for line in caplog.messages) is not is_ours
+            logger.warning("Unrecognized keys in `rope_parameters` for 'rope_type'='longrope': {'beta', 'long_mscale'}")
+            assert "beta" in caplog.text
+        logger.removeFilter(log.is_for_the_user)
+
+
+@contextmanager
+def propagating(name: str) -> Iterator[None]:
+    """Let the messages of a library reach pytest."""
+    logger = logging.getLogger(name)
+    before, logger.propagate = logger.propagate, True
+    yield
+    logger.propagate = before
 
 
 def test_final_t_folds_the_constant_of_the_longest_length_that_uses_it(tmp_path: Path) -> None:
