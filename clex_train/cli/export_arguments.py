@@ -195,7 +195,7 @@ def folds(args: ExportConfig, source: Source) -> bool:
         args.log_scale in allowed,
         "log_scale",
         args.log_scale.name if args.log_scale else None,
-        "an engine cannot follow the length; `folded` puts the constant of t * L tokens into the weights, `off` leaves "
+        "an engine cannot follow the length; `folded` puts the constant of one length into the weights, `off` leaves "
         "it out",
     )
     require(

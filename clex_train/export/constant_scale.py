@@ -1,6 +1,6 @@
 """Log-scaling of one length as a constant s, for engines that cannot follow the length.
 
-    s = log(t L) / log(L), by layer: one with a sliding window counts no more keys than its window
+    s = log(N) / log(L) for N tokens, by layer: one with a sliding window counts no more keys than its window
 
 Folded into queries it is exact in every engine: softmax((s q) k) = softmax(s (q k)). It goes into q_proj (weight and
 bias), the query rows of a fused projection, or the norm of the queries where one follows, which would undo it before.

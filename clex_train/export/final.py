@@ -83,8 +83,7 @@ def state(loaded: LoadedModel, t: float | None = None) -> tuple[PretrainedConfig
     assert loaded.table is not None
     t = t or loaded.table.t_max
     base: Any = loaded.model.config
-    recorded = {"base_rope": rope_of(base), "stated_t": t, "unstated": None}
-    recorded |= {"lambda_mask": loaded.lambda_mask}
+    recorded = {"base_rope": rope_of(base), "stated_t": t, "unstated": None, "lambda_mask": loaded.lambda_mask}
     source = Source(base, loaded.handle, loaded.context_len, loaded.clex, loaded.table, loaded.log_scale)
     try:
         if loaded.lambda_mask:

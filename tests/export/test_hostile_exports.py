@@ -15,7 +15,9 @@ from clex_train.cli import rope as rope_program
 from clex_train.config.model import ModelConfig
 from clex_train.config.scaling import LogScale
 from clex_train.console import program as console
+from clex_train.export.factors import Source
 from clex_train.export.final import write_final
+from clex_train.export.model_card import Measured, _holds
 from clex_train.export.stated_config import config_at
 from clex_train.inspection import inspect_model
 from clex_train.models import directory
@@ -52,8 +54,6 @@ def test_the_constant_is_that_of_the_length_at_which_the_product_uses_this_t(
 
 
 def test_the_card_says_which_perplexities_the_export_has(tmp_path) -> None:
-    from clex_train.export.model_card import Measured, _holds
-
     facts = {"t": 4.0, "log_scale": "eval", "log_scale_of_run": "eval", "scale_len": 64}
     at = Measured(64, 4.0, "one_shot", 20.0)
     assert _holds(at, facts)
@@ -193,8 +193,6 @@ def propagating(name: str) -> Iterator[None]:
 def test_final_t_folds_the_constant_of_the_longest_length_that_uses_it(tmp_path: Path) -> None:
     loaded = harsh_model("llama", LogScale.eval)
     loaded.table = replace(loaded.table, t_factor=2.0)
-    from clex_train.export.factors import Source
-
     source = Source(loaded.model.config, loaded.handle, CONTEXT, loaded.clex, loaded.table, LogScale.eval)
     assert [source.longest_at(t) for t in (1.0, 2.0, 4.0)] == [8, 16, 64]
     assert config_at(source, 2.0, False).rope_parameters["attention_factor"] == pytest.approx(1.0)
