@@ -53,6 +53,7 @@ from clex_train.resilience import oom_recovery
 from clex_train.resilience.oom_recovery import REMEDIES
 from clex_train.retrieval import plan as retrieval_plan
 from clex_train.retrieval.plan import Cell
+from clex_train.rope.hf_scalings import base_rope
 from clex_train.tracking.summary import labelled
 from clex_train.utils import distributed, log
 from clex_train.utils.errors import RunStopped
@@ -169,7 +170,7 @@ def stream(args: EvaluateArguments, plan: Plan, text: Stream) -> Done | None:
     """Load the weights and score one long text by each method, and in windows of L; a dry run prints the cost."""
     loaded, dtype = load(args, plan.model)
     inserted = methods.stream_insertions(plan.spec, loaded)
-    table = methods.tables([Method.none], methods.base_rope(loaded.handle), loaded.context_len)["none"]
+    table = methods.tables([Method.none], base_rope(loaded.handle), loaded.context_len)["none"]
     loaded.handle.use(table)
     names = [method.value for method in plan.spec.methods]
     if args.dry_run:

@@ -21,7 +21,7 @@ from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import Method
 from clex_train.lm_infinite.install import LmInfinite, apply_lm_infinite
 from clex_train.lm_infinite.middle_tokens import BestMiddle
-from clex_train.rope.hf_scalings import ConfiguredRope
+from clex_train.rope.hf_scalings import base_rope
 from clex_train.rope.native import NoRotaryHandle
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.frequency_table import Frequencies, scale_grid
@@ -80,14 +80,6 @@ def tables(
     for table in chosen.values():
         table.least_upper_bound(longest, rope.context_len)
     return chosen
-
-
-def base_rope(handle: RotaryHandle, own: Frequencies | None = None) -> Rope:
-    """Return the RoPE that methods start from: that of the model's config, with the model's `own` scaling."""
-    if isinstance(handle, NoRotaryHandle):
-        return Rope(handle.base_inv_freq, handle.context_len, own)
-    how: dict[str, Any] = {"config": handle.rotary_config, "layer_type": handle.traits.scaled}
-    return ConfiguredRope(handle.base_inv_freq, handle.context_len, own, **how)
 
 
 def _require_fitting(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool) -> None:

@@ -81,8 +81,8 @@ def _yarn(run: TrainingRun) -> Formula:
     """Build YaRN for the model in a run's `final/`; raises `ConfigError` for one that cannot have it."""
     # transformers takes seconds to import: only reports that draw frequencies pay for it.
     from clex_train.config.model import ModelConfig
-    from clex_train.evaluation.methods import base_rope
     from clex_train.models import architecture
+    from clex_train.rope.hf_scalings import base_rope
     from clex_train.rope.native import native_handle_on_meta
 
     model = ModelConfig(path=str(run.folder / FINAL))

@@ -16,8 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from clex_train.rope.native import NoRotaryHandle
+from clex_train.rope.patch import RotaryHandle
 from clex_train.rope.rotary import LayerType
-from clex_train.scaling.frequency_table import FrequencyTable, as_grid
+from clex_train.scaling.frequency_table import Frequencies, FrequencyTable, as_grid
 from clex_train.scaling.methods.base import ParametersAt, Rope, TGrid
 from clex_train.utils.errors import ConfigError
 
@@ -64,6 +66,14 @@ class ConfiguredRope(Rope):
         grid = as_grid(t_grid)
         thetas, factors = zip(*_rows(self, grid.tolist(), parameters), strict=True)
         return FrequencyTable(grid, torch.stack(thetas), method, attention_factors=torch.tensor(factors).double())
+
+
+def base_rope(handle: RotaryHandle, own: Frequencies | None = None) -> Rope:
+    """Return the RoPE that methods start from: that of the model's config, with the model's `own` scaling."""
+    if isinstance(handle, NoRotaryHandle):
+        return Rope(handle.base_inv_freq, handle.context_len, own)
+    how: dict[str, Any] = {"config": handle.rotary_config, "layer_type": handle.traits.scaled}
+    return ConfiguredRope(handle.base_inv_freq, handle.context_len, own, **how)
 
 
 def _rows(

@@ -14,12 +14,13 @@ from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.evaluation import runner
-from clex_train.evaluation.methods import base_rope, tables
+from clex_train.evaluation.methods import tables
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.streaming import plan_stream, streamed, windowed
 from clex_train.evaluation.windows import select
 from clex_train.retrieval.prompts import encode
+from clex_train.rope.hf_scalings import base_rope
 from clex_train.rope.patch import install_rotary
 from clex_train.token_store.manifest import MANIFEST
 from clex_train.token_store.store import TokenStore

@@ -14,11 +14,12 @@ import torch.multiprocessing
 from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method
 from clex_train.evaluation import partial_results
-from clex_train.evaluation.methods import base_rope, tables
+from clex_train.evaluation.methods import tables
 from clex_train.evaluation.partial_results import Partial, resume
 from clex_train.evaluation.protocols import Reading, readings
 from clex_train.evaluation.results import Results, Score
 from clex_train.evaluation.runner import evaluate
+from clex_train.rope.hf_scalings import base_rope
 from clex_train.rope.patch import install_rotary
 from tests.evaluation.evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 

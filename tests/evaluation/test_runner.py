@@ -12,10 +12,11 @@ import torch
 from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method
 from clex_train.evaluation.grid import jobs
-from clex_train.evaluation.methods import base_rope, tables
+from clex_train.evaluation.methods import tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.results import Results
 from clex_train.evaluation.runner import evaluate, rank_batches
+from clex_train.rope.hf_scalings import base_rope
 from clex_train.rope.patch import install_rotary
 from clex_train.utils import progress
 from tests.evaluation import plain_llama

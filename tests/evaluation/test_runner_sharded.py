@@ -11,9 +11,10 @@ import torch.multiprocessing
 from clex_train.config.engine import EngineConfig
 from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method
-from clex_train.evaluation.methods import base_rope, tables
+from clex_train.evaluation.methods import tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.runner import evaluate
+from clex_train.rope.hf_scalings import base_rope
 from clex_train.rope.patch import install_rotary
 from tests.evaluation.evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows
 from tests.helpers.ports import free_port

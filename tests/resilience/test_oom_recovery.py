@@ -11,13 +11,14 @@ import torch
 from clex_train.attention import kv_cache
 from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method
-from clex_train.evaluation.methods import base_rope, tables
+from clex_train.evaluation.methods import tables
 from clex_train.evaluation.protocols import readings
 from clex_train.evaluation.results import Origin, Results, read, write
 from clex_train.evaluation.runner import evaluate
 from clex_train.evaluation.tables import console, from_results
 from clex_train.resilience import oom_recovery
 from clex_train.resilience.oom_recovery import MemoryGuard
+from clex_train.rope.hf_scalings import base_rope
 from clex_train.rope.patch import install_rotary
 from clex_train.utils.errors import RunStopped
 from tests.evaluation.evaluation_models import CONTEXT_LEN, build_tiny_llama, random_windows

@@ -5,8 +5,9 @@ import torch
 
 from clex_train.config.method import Method
 from clex_train.evaluation.decoding import greedy
-from clex_train.evaluation.methods import base_rope, tables
+from clex_train.evaluation.methods import tables
 from clex_train.evaluation.perplexity import evaluating
+from clex_train.rope.hf_scalings import base_rope
 from clex_train.rope.patch import install_rotary
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
 

@@ -21,6 +21,7 @@ from clex_train.retrieval.haystack import Documents
 from clex_train.retrieval.plan import Cell
 from clex_train.retrieval.tasks import TASKS
 from clex_train.rope import preallocated_cache
+from clex_train.rope.hf_scalings import base_rope
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.scaling.frequency_table import Frequencies
 from clex_train.utils.errors import StopRequested
@@ -44,7 +45,7 @@ def documents(byte_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def tables_of(handle: RotaryHandle, chosen: Sequence[Method], longest: int) -> dict[str, Frequencies]:
-    return methods.tables(chosen, methods.base_rope(handle), longest, SPEC)
+    return methods.tables(chosen, base_rope(handle), longest, SPEC)
 
 
 def run(

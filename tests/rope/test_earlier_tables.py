@@ -17,8 +17,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import Method
 from clex_train.config.scaling import Positions, ScalingConfig
-from clex_train.evaluation.methods import base_rope, tables
+from clex_train.evaluation.methods import tables
 from clex_train.rope import recipes
+from clex_train.rope.hf_scalings import base_rope
 from clex_train.rope.native import native_handle_on_meta
 from clex_train.scaling.frequency_table import scale_grid
 

@@ -14,10 +14,11 @@ from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.scaling import Positions, ScalingConfig
 from clex_train.evaluation import results
-from clex_train.evaluation.methods import base_rope, tables
+from clex_train.evaluation.methods import tables
 from clex_train.model_config.context_length import context_in_config
 from clex_train.models.load import load_for_evaluation
 from clex_train.rope import recipes
+from clex_train.rope.hf_scalings import base_rope
 from clex_train.rope.native import native_handle_on_meta
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.methods.base import Rope
