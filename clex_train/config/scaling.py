@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -35,6 +36,22 @@ class Activation(Enum):
     tanh = "tanh"
 
 
+class FieldKind(Enum):
+    """Vector fields of the ODE."""
+
+    paper = "paper"
+    log_time = "log_time"
+    direction = "direction"
+
+
+class Drift(Enum):
+    """Known paths of the frequencies, to which the field adds what it learns."""
+
+    ntk = "ntk"
+    yarn = "yarn"
+    none = "none"
+
+
 class LogScale(Enum):
     """Policies of scaling attention logits with the log of the length."""
 
@@ -64,7 +81,7 @@ MOST = {
 class ScalingConfig:
     """The `scaling` group: method, t, vector field, solver, positions."""
 
-    name: Method = field(default=Method.none, metadata={"choices": TRAINED_BY})
+    name: Method = dataclasses.field(default=Method.none, metadata={"choices": TRAINED_BY})
     """`none` trains with the model's own RoPE; `clex` learns the frequencies as an ODE over the scale factor; the
     others compute them by a formula (docs/recipes.md)."""
     t_max: float = 16.0
@@ -83,7 +100,7 @@ class ScalingConfig:
     """RoPE base for `theta`, above 1 (default: Code Llama's)."""
     longrope_factors: str | None = None
     """JSON file with `short_factor` (up to L) and `long_factor` (beyond): one number per rotated pair."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of a method without a key here, as `scaling.options.NAME=value`: the fields of its class in
     `clex_train/scaling/methods`."""
     positions: Positions = Positions.mix
@@ -93,6 +110,15 @@ class ScalingConfig:
     """Share of rows with `random` positions under `mix`, in [0, 1]; the others use `skip`."""
     max_chunks: int = 8
     """Contiguous chunks of a row under `skip` at most, at least 2."""
+    as_used: float = 0.0
+    """Share of steps, in [0, 1], that train what inference reads for a row of n tokens: plain positions, and in CLEX
+    t = `t_factor` * n / L (at least 1, at most t_max). The other steps draw t and sample positions."""
+    field: FieldKind = FieldKind.paper
+    """Vector field: `paper`; `log_time`, bounded and of unit size in the clock log(2t - 1), which learns at the model's
+    rate; `direction`, one learned number a pair that moves with log t, a control."""
+    drift: Drift = Drift.ntk
+    """Path of the frequencies before anything is learned: `ntk` (the paper's), `yarn` (by parts, with its attention
+    factor), or `none`. The paper's field has `ntk`."""
     param_factor: float = 1.0
     """Width of the vector field's hidden layer divided by the rotary dimension (lambda in the paper), above 0."""
     act: Activation = Activation.silu
@@ -123,6 +149,7 @@ class ScalingConfig:
         )
         require_at_most(self, "scaling.", MOST)
         self._require_scale_factors()
+        self._require_field()
         # A stock config.json cannot express what is refused below, so the exported model would differ from the run.
         require(
             # A factor that the method does not read would look as if it had an effect.
@@ -154,6 +181,14 @@ class ScalingConfig:
         require(0 <= self.mix_random <= 1, "scaling.mix_random", self.mix_random, "a probability between 0 and 1")
         # With a single chunk there is no gap to skip.
         require(self.max_chunks >= 2, "scaling.max_chunks", self.max_chunks, "at least 2 chunks")
+        require(0 <= self.as_used <= 1, "scaling.as_used", self.as_used, "a share of steps between 0 and 1")
+        require(
+            # Plain RoPE at plain positions is all that these steps train, so the key would have no effect.
+            self.as_used == 0 or self.name is not Method.none,
+            "scaling.as_used",
+            self.as_used,
+            "scaling=none trains every step as it is used; leave the key out",
+        )
         require(self.param_factor > 0, "scaling.param_factor", self.param_factor, "greater than 0")
         require(self.lr_scale >= 0, "scaling.lr_scale", self.lr_scale, "0 or more")
         require(self.weight_decay >= 0, "scaling.weight_decay", self.weight_decay, "0 or more")
@@ -173,6 +208,32 @@ class ScalingConfig:
             f"from 1 to scaling.t_max={self.t_max:g}, for scaling=clex alone",
         )
         require(self.factor is None or self.factor >= 1, "scaling.factor", self.factor, "a scale factor is at least 1")
+
+    def _require_field(self) -> None:
+        require(
+            self.drift is Drift.ntk or self.field is not FieldKind.paper,
+            "scaling.drift",
+            self.drift.name,
+            "the paper's field knows NTK's drift alone; add scaling.field=log_time",
+        )
+        require(
+            not self.official_ntk_base or self.field is FieldKind.paper,
+            "scaling.official_ntk_base",
+            self.official_ntk_base,
+            f"scaling.field={self.field.name} reads no base; leave the key out",
+        )
+        for key, value, default in (("field", self.field, FieldKind.paper), ("drift", self.drift, Drift.ntk)):
+            # The field of a run without CLEX would not exist, whatever the key says.
+            require(
+                self.name is Method.clex or value is default,
+                f"scaling.{key}",
+                value.name,
+                f"scaling={self.name.name} has no field; use scaling=clex or leave the key out",
+            )
+
+    def t_as_used(self, row_len: int, context_len: int) -> float:
+        """Return the t that CLEX uses at inference for `row_len` tokens, with L = `context_len`."""
+        return min(self.t_max, max(1.0, self.t_factor * row_len / context_len))
 
     def method_settings(self) -> dict[str, Any]:
         """Collect the keys of this group that are settings of a method, by the field of its class."""

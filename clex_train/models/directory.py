@@ -21,6 +21,7 @@ from clex_train.config.scaling import LogScale
 from clex_train.model_config.rope_keys import set_rope
 from clex_train.models.weight_files import WEIGHT_FILES
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.fields import Shape
 from clex_train.scaling.frequency_table import MAX_FACTORS, FrequencyTable
 from clex_train.scaling.solver import MAX_STEPS
 from clex_train.utils import records
@@ -30,8 +31,8 @@ from clex_train.utils.files import BadFile, require_regular
 from clex_train.utils.records import read_json
 
 CLEX_JSON, CLEX_TENSORS, TABLE = "clex.json", "clex.safetensors", "frequencies.safetensors"
-FORMAT = 2
-"""Since 2, config.json states the RoPE of one t, and clex.json keeps the base model's."""
+FORMAT = 3
+"""Since 2, config.json states the RoPE of one t, and clex.json keeps the base model's; since 3, it names the field."""
 UNSTATED_PREFIX = "clex_"
 """Put before the family in a config.json that states no t."""
 
@@ -52,6 +53,8 @@ class ClexRecord:
     log_scale: str
     """A value of `LogScale`."""
     format: int = 1
+    field: str = Clex.kind
+    """Kind of vector field, `scaling.field`; the paper's before format 3."""
     base_rope: dict[str, Any] | None = None
     """Values of `ROPE_KEYS` in the base model's config.json; None in format 1, whose config.json still has them."""
     stated_t: float | None = None
@@ -94,12 +97,20 @@ def write_clex(
         official_ntk_base=clex.official_ntk_base,
         tolerance=clex.tolerance,
         log_scale=log_scale.value,
-        format=1 if stated is None else FORMAT,
+        format=_format(clex, stated),
+        field=clex.kind,
         **(stated or {}),
     )
     (directory / CLEX_JSON).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
     save_file(clex.state_dict(), directory / CLEX_TENSORS)
     table.save(directory / TABLE)
+
+
+def _format(clex: Clex, stated: Mapping[str, Any] | None) -> int:
+    """Return the least format that describes the directory, so that earlier programs read what they can."""
+    if clex.kind != Clex.kind:
+        return FORMAT
+    return 1 if stated is None else 2
 
 
 def refuse_elsewhere(directory: Path) -> None:
@@ -157,14 +168,15 @@ def read_clex(directory: Path) -> tuple[Clex, FrequencyTable, ClexRecord]:
         require_regular(path)
         state = load_file(path)
         _require_described(state, record)
-        clex = Clex(
-            state["base_inv_freq"],
-            t_max=record.t_max,
-            param_factor=record.param_factor,
-            act=record.act,
-            official_ntk_base=record.official_ntk_base,
-            tolerance=record.tolerance,
+        shape = Shape(
+            record.field,
+            record.t_max,
+            record.param_factor,
+            record.act,
+            record.official_ntk_base,
+            record.tolerance,
         )
+        clex = shape.build(state["base_inv_freq"], state.get("shares"))
         clex.load_state_dict(state)
     except Exception as error:  # safetensors and torch raise many types for tensors that do not form a field
         reason = first_line(error)

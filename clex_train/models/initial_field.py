@@ -2,21 +2,21 @@
 
 from pathlib import Path
 
-import torch
-
 from clex_train.config.root import Config
 from clex_train.config.scaling import LogScale, ScalingConfig
 from clex_train.models import directory as model_directory
 from clex_train.models import official
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.fields import new_field
+from clex_train.scaling.methods.base import Rope
 from clex_train.utils import log
 from clex_train.utils.errors import require
 
 logger = log.get(__name__)
 
 
-def starting_field(config: Config, base_inv_freq: torch.Tensor) -> tuple[Clex, LogScale]:
-    """Load the field of `model.path`, or create one from `base_inv_freq` [P]; also return the run's log-scaling.
+def starting_field(config: Config, rope: Rope) -> tuple[Clex, LogScale]:
+    """Load the field of `model.path`, or create one from the base's `rope`; also return the run's log-scaling.
 
     Raises `ConfigError` when a key of `scaling` contradicts the existing field.
     """
@@ -27,23 +27,16 @@ def starting_field(config: Config, base_inv_freq: torch.Tensor) -> tuple[Clex, L
         clex, _, _ = model_directory.read_clex(directory)
         return _continued(clex, scaling, directory), scaling.log_scale
     if has_weights and official.is_official(directory):
-        field = official.read_official_field(directory, base_inv_freq, scaling.tolerance)
+        field = official.read_official_field(directory, rope.inv_freq, scaling.tolerance)
         return _continued(field.clex, scaling, directory), _official_log_scale(field.log_scale, scaling, directory)
-    clex = Clex(
-        base_inv_freq,
-        t_max=scaling.t_max,
-        param_factor=scaling.param_factor,
-        act=scaling.act.value,
-        official_ntk_base=scaling.official_ntk_base,
-        tolerance=scaling.tolerance,
-        seed=config.seed,
-    )
-    return clex, scaling.log_scale
+    return new_field(scaling, rope, config.seed), scaling.log_scale
 
 
 def _continued(clex: Clex, scaling: ScalingConfig, directory: Path) -> Clex:
     """Check a trained field against the configuration, and extend or limit it to this run's t_max."""
     factor = clex.up.shape[1] / (2 * clex.up.shape[0])
+    for key, found, wanted in (("field", clex.kind, scaling.field), ("drift", clex.drift_name, scaling.drift)):
+        require(found == wanted.value, f"scaling.{key}", wanted.name, f"{directory} has {found}; set that")
     require(clex.act == scaling.act.value, "scaling.act", scaling.act.name, f"{directory} has {clex.act}; set that")
     require(
         round(scaling.param_factor * 2 * len(clex.base_inv_freq)) == clex.up.shape[1],

@@ -25,6 +25,7 @@ from clex_train.models import directory as model_directory
 from clex_train.models.initial_field import starting_field
 from clex_train.models.tokenizer import load_tokenizer
 from clex_train.rope import recipes
+from clex_train.rope.hf_scalings import base_rope
 from clex_train.rope.native import install_native
 from clex_train.rope.patch import RotaryHandle, install_rotary
 from clex_train.rope.receptive_field import require_scalable_config
@@ -122,7 +123,7 @@ def load_for_training(
     loaded = LoadedModel(model, install(model, length), length)
     policy = config.scaling.log_scale
     if config.scaling.name is Method.clex:
-        loaded.clex, policy = starting_field(config, loaded.base_inv_freq)
+        loaded.clex, policy = starting_field(config, base_rope(loaded.handle))
         loaded.t_factor = config.scaling.t_factor
     if config.scaling.name in FORMULAS:
         loaded.formula = _formula(config, loaded)

@@ -90,8 +90,12 @@ def official_tensors(clex: Clex, prefix: str = "model.") -> dict[str, Tensor]:
 def official_rope_scaling(clex: Clex) -> dict[str, Any]:
     """Build the `rope_scaling` entry of the official config.json.
 
-    Raises `ConfigError` for a field that was trained with another NTK base than the official 10000.
+    Raises `ConfigError` for another field than the paper's, and for one that was trained with another NTK base than the
+    official 10000.
     """
+    if clex.kind != Clex.kind:
+        remedy = "the official layout has the paper's field alone; export to huggingface, vllm or gguf"
+        raise ConfigError("scaling.field", clex.kind, remedy)
     # The official code always uses base 10000, and would compute other frequencies from such a field.
     if not clex.official_ntk_base and not _starts_at_official_base(clex):
         raise ConfigError(

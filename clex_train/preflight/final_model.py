@@ -12,8 +12,9 @@ from clex_train.config.scaling import LogScale
 from clex_train.export.factors import Source
 from clex_train.export.stated_config import config_at
 from clex_train.model_config.meta_models import model_on_meta
+from clex_train.rope.hf_scalings import base_rope
 from clex_train.rope.patch import install_rotary
-from clex_train.scaling.clex import Clex
+from clex_train.scaling.fields import new_field
 from clex_train.utils import distributed, log
 from clex_train.utils.errors import InputError, first_line
 
@@ -53,7 +54,7 @@ def _refusal(config: Config, arch: PretrainedConfig, context_len: int, policy: L
     scaling, remote = config.scaling, config.model.trust_remote_code
     handle = install_rotary(model_on_meta(arch, remote), context_len)
     try:
-        clex = Clex(handle.base_inv_freq, t_max=scaling.t_max, param_factor=scaling.param_factor)
+        clex = new_field(scaling, base_rope(handle))
         table = clex.table(sorted({1.0, scaling.t_max}))
         t = scaling.final_t or scaling.t_max
         config_at(Source(arch, handle, context_len, clex, table, policy), t, remote)

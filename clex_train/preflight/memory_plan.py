@@ -18,12 +18,15 @@ from clex_train.config.attention import AttentionImplementation
 from clex_train.config.engine import EngineConfig
 from clex_train.config.method import Method
 from clex_train.config.root import Config
+from clex_train.config.scaling import Drift
 from clex_train.data.shards import part_len
 from clex_train.engine import deepspeed as engines
 from clex_train.preflight import meta_model, model_states, sequence_parallel
 from clex_train.preflight.activations import Footprint
 from clex_train.preflight.model_states import MemoryUse
 from clex_train.scaling.clex import Clex
+from clex_train.scaling.fields import new_field
+from clex_train.scaling.methods.base import Rope
 from clex_train.tracking import summary
 from clex_train.tracking.summary import Batch, Subject
 
@@ -142,7 +145,8 @@ def _cache(arch: PretrainedConfig, num_tokens: int, dtype: torch.dtype) -> float
 def _clex(config: Config, counts: meta_model.Counts) -> Clex | None:
     if config.scaling.name is not Method.clex:
         return None
-    return Clex(counts.base_inv_freq, t_max=config.scaling.t_max, param_factor=config.scaling.param_factor)
+    # A drift changes no sizes, and the plan has no model to read YaRN's from.
+    return new_field(dataclasses.replace(config.scaling, drift=Drift.ntk), Rope(counts.base_inv_freq))
 
 
 def _parts(

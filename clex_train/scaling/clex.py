@@ -8,6 +8,7 @@ lives on the CPU, outside the training engine. Shapes: `P` pairs = d / 2, `H` hi
 
 import hashlib
 import math
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Float64
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from clex_train.scaling import solver
 from clex_train.scaling.frequency_table import FrequencyTable, as_grid, scale_grid
-from clex_train.scaling.solver import SolverReport, UnstableField
+from clex_train.scaling.solver import Field, SolverReport, UnstableField
 from clex_train.scaling.spectrum import ntk_exponents
 from clex_train.scaling.vector_field import ACTIVATIONS, VectorField, network_input_start
 from clex_train.utils.seeding import generator
@@ -36,6 +37,8 @@ class Clex(nn.Module):
         ValueError: an argument is out of range, by name.
     """
 
+    kind: ClassVar[str] = "paper"
+    """Name of the vector field, `scaling.field`."""
     base_inv_freq: Tensor
     steps: Tensor
 
@@ -62,6 +65,11 @@ class Clex(nn.Module):
         self.register_buffer("steps", torch.tensor(solver.MIN_STEPS))
         self.t_max, self.act = float(t_max), act
         self.official_ntk_base, self.tolerance = official_ntk_base, tolerance
+
+    @property
+    def drift_name(self) -> str:
+        """Name of the known path, `scaling.drift`."""
+        return "ntk"
 
     @property
     def num_steps(self) -> int:
@@ -93,7 +101,18 @@ class Clex(nn.Module):
         t = self._checked(t_grid)
         # Steps chosen afresh, with `num_steps` left alone: looking at a run must not change it.
         inv_freq = self._inv_freq(t, self._solve(t, self._assess().num_steps))
-        return FrequencyTable(t, inv_freq.cpu(), method="clex", digest=self.digest())
+        factors = torch.tensor([self.attention_factor(each) for each in t.tolist()], dtype=torch.float64)
+        return FrequencyTable(
+            t, inv_freq.cpu(), "clex", digest=self.digest(), attention_factors=None if (factors == 1).all() else factors
+        )
+
+    def attention_factor(self, t: float) -> float:
+        """Return the factor on cos and sin at `t`: 1, as in the paper."""
+        return 1.0
+
+    def drift(self, t: Float64[Tensor, " K"]) -> Float64[Tensor, "K P"]:
+        """Compute log theta(1) - log theta(t) of the known path, NTK's: log(2t - 1) 2j / (d - 2)."""
+        return (2 * t[:, None] - 1).log() * ntk_exponents(len(self.base_inv_freq))
 
     @torch.no_grad()
     def residual(self, t_grid: Grid) -> Float64[Tensor, " K"]:
@@ -130,36 +149,45 @@ class Clex(nn.Module):
     def digest(self) -> str:
         """Return a fingerprint of everything that theta(t) depends on."""
         parts = hashlib.blake2b(f"{self.act} {self.official_ntk_base}".encode(), digest_size=16)
-        for tensor in (self.base_inv_freq, self.up, self.down):
+        for tensor in (self.base_inv_freq, *self.parameters()):
             parts.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return parts.hexdigest()
 
-    def _field(self) -> VectorField:
+    def _field(self) -> Field:
+        """Return dy/du of the current weights."""
+        start = network_input_start(self.base_inv_freq.log(), self.official_ntk_base)
+        return VectorField.build(self.up, self.down, start, self.act)
+
+    def _bounded(self, y: Float64[Tensor, "*K P"]) -> Float64[Tensor, "*K P"]:
+        """Map the solution of the ODE to the learned part of log theta: the same, as in the paper."""
+        return y
+
+    def _require_finite(self) -> None:
         for name, weight in self.named_parameters():
             # Checked before the solve: NaN weights would otherwise look like a stiff field.
             if not bool(torch.isfinite(weight).all()):
                 index = (~torch.isfinite(weight)).nonzero()[0].tolist()
                 value = float(weight.detach()[tuple(index)])
                 raise UnstableField(f"CLEX weight {name}{index}={value}: not finite", 1.0, value, "scaling.lr_scale")
-        start = network_input_start(self.base_inv_freq.log(), self.official_ntk_base)
-        return VectorField.build(self.up, self.down, start, self.act)
 
     def _solve(self, t: Tensor, num_steps: int) -> Tensor:
-        # A zero that depends on the weights keeps the solution at t = 1 in the graph, where its gradient is zero.
-        field = self._field()
-        y = solver.integrate(field, 0 * field.down.sum(dim=1), t, num_steps, self.t_max)
+        self._require_finite()
+        # A zero that depends on trained weights keeps the solution at t = 1 in the graph, where its gradient is zero.
+        trained = [weight for weight in self.parameters() if weight.requires_grad] or [self.down]
+        start = torch.zeros_like(self.base_inv_freq) + 0 * trained[-1].double().sum()
+        y = self._bounded(solver.integrate(self._field(), start, t, num_steps, self.t_max))
         _require_usable(torch.isfinite(y), y, t)
         return y
 
     def _inv_freq(self, t: Tensor, learned: Tensor) -> Tensor:
-        """Compute theta from theta(1), the NTK drift and the learned part; exactly theta(1) at t = 1."""
-        drift = (2 * t[:, None] - 1).log() * ntk_exponents(len(self.base_inv_freq))
+        """Compute theta from theta(1), the drift and the learned part; exactly theta(1) at t = 1."""
         # One exponential of the summed logs keeps full float64 precision for large t.
-        inv_freq = self.base_inv_freq * (learned - drift.to(learned.device)).exp()
+        inv_freq = self.base_inv_freq * (learned - self.drift(t).to(learned.device)).exp()
         _require_usable(torch.isfinite(inv_freq) & (inv_freq > 0), learned, t)
         return inv_freq
 
     def _assess(self) -> SolverReport:
+        self._require_finite()
         return solver.refine(self._field(), torch.zeros_like(self.base_inv_freq), self.t_max, self.tolerance)
 
     def _checked(self, t_grid: Grid) -> Tensor:

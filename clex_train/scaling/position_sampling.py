@@ -30,6 +30,12 @@ def draw_t(seed: int, step: int, t_max: float, distribution: str = "uniform") ->
     return INVERSE_CDF[distribution](share, t_max)
 
 
+def is_as_used(seed: int, step: int, share: float) -> bool:
+    """Decide whether optimizer step `step` trains what inference reads, with probability `share`."""
+    # A stream of its own, so that the draws of t and positions are the same with and without such steps.
+    return bool(generator(seed, "as_used", step).uniform() < share)
+
+
 INVERSE_CDF: dict[str, Callable[[float, float], float]] = {
     "uniform": lambda share, t_max: 1.0 + (t_max - 1.0) * share,
     "log_uniform": lambda share, t_max: float(t_max**share),

@@ -25,12 +25,14 @@ class Spectrum:
     """Frequencies used by one call of the model.
 
     `inv_freq` is theta_j(t) in radians per token, float64 (it may require a gradient). `t >= 1` is its scale factor.
-    `attention_factor` multiplies cos and sin (YaRN and LongRoPE have one, CLEX does not).
+    `attention_factor` multiplies cos and sin (YaRN and LongRoPE have one). `as_used` marks a training step at plain
+    positions, as inference reads them.
     """
 
     inv_freq: Float[Tensor, " P"]
     t: float = 1.0
     attention_factor: float = 1.0
+    as_used: bool = False
 
 
 def ntk_exponents(num_pairs: int) -> Float64[Tensor, " P"]:

@@ -36,8 +36,7 @@ def build(ready: Preflight, stop: StopRequests) -> Parts:
     assert rows is not None
     history.checkpoints.choose()
     loaded = _load(ready)
-    learned = loaded.clex
-    ode = OdeOptimizer(learned, config.scaling, config.seed) if learned else FixedFrequencies(loaded.formula)
+    ode = frequencies(config, loaded)
     engine = engines.build(loaded.model, config)
     stop.deadline.assume("save", metrics.assumed_save_seconds(size.num_parameters(loaded.model)))
     if ready.evaluation:
@@ -56,6 +55,15 @@ def build(ready: Preflight, stop: StopRequests) -> Parts:
         spikes=SpikeWatch(optim.spike_factor, optim.spike_window) if optim.spike_factor else NoSpikeWatch(),
         sequence=sequence_parallel.build(loaded.model, config, engine.train_micro_batch_size_per_gpu()),
     )
+
+
+def frequencies(config: Config, loaded: load.LoadedModel) -> OdeOptimizer | FixedFrequencies:
+    """Create what gives each step its frequencies: the ODE's optimizer, or those of a formula."""
+    scaling = config.scaling
+    if loaded.clex is None:
+        return FixedFrequencies(loaded.formula, scaling.as_used, config.seed)
+    used = scaling.t_as_used(config.data.seq_len, loaded.context_len)
+    return OdeOptimizer(loaded.clex, scaling, config.seed, used)
 
 
 def _load(ready: Preflight) -> load.LoadedModel:

@@ -12,12 +12,13 @@ gradient norm touches it. (CLEX, arXiv 2310.16450; design in docs/mathematics.md
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clex_train.scaling.frequency_table import scale_grid
-from clex_train.scaling.position_sampling import draw_t
+from clex_train.scaling.position_sampling import draw_t, is_as_used
 from clex_train.scaling.solver import UnstableField
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils import distributed, log
@@ -30,10 +31,14 @@ logger = log.get(__name__)
 
 
 class OdeOptimizer:
-    """Trains a `Clex` outside the engine: `spectrum = begin(step)`, forwards and backwards, then `finish(lr)`."""
+    """Trains a `Clex` outside the engine: `spectrum = begin(step)`, forwards and backwards, then `finish(lr)`.
 
-    def __init__(self, clex: Clex, config: ScalingConfig, seed: int) -> None:
+    `t_as_used` is the t of the steps that `scaling.as_used` takes out of the draw (`ScalingConfig.t_as_used`).
+    """
+
+    def __init__(self, clex: Clex, config: ScalingConfig, seed: int, t_as_used: float = 1.0) -> None:
         self.clex = clex
+        self.t_as_used = t_as_used
         self.config = config
         self.seed = seed
         self.learns = config.lr_scale > 0
@@ -53,7 +58,7 @@ class OdeOptimizer:
         ahead, self._ahead = self._ahead, None
         self._solved = ahead[1] if ahead and ahead[0] == step else self._solve(step)
         self._leaf = distributed.broadcast_to_device(self._solved.detach()).requires_grad_(self.learns)
-        return Spectrum(inv_freq=self._leaf, t=self._t(step))
+        return Spectrum(inv_freq=self._leaf, t=self._t(step), as_used=self._is_as_used(step))
 
     def prefetch(self, step: int) -> None:
         """Solve for `step` already; `begin` takes the same bits. Does nothing where the grid is checked first."""
@@ -134,7 +139,12 @@ class OdeOptimizer:
         vector = torch.nn.utils.parameters_to_vector(self.clex.parameters()).detach()
         torch.nn.utils.vector_to_parameters(distributed.broadcast(vector), self.clex.parameters())
 
+    def _is_as_used(self, step: int) -> bool:
+        return is_as_used(self.seed, step, self.config.as_used)
+
     def _t(self, step: int) -> float:
+        if self._is_as_used(step):
+            return self.t_as_used
         return draw_t(self.seed, step, self.config.t_max, self.config.t_distribution.value)
 
     def _solve(self, step: int) -> torch.Tensor:
@@ -155,13 +165,16 @@ class OdeOptimizer:
 class FixedFrequencies:
     """Stands in for `OdeOptimizer` in a run that learns no frequencies: the model's own, or those of a formula."""
 
-    def __init__(self, spectrum: Spectrum | None = None) -> None:
+    def __init__(self, spectrum: Spectrum | None = None, as_used: float = 0.0, seed: int = 0) -> None:
         self.spectrum = spectrum
         """Spectrum of the formula; None for the model's own frequencies."""
+        self._share, self._seed = as_used, seed
 
     def begin(self, step: int) -> Spectrum | None:
-        """Return the same spectrum in every step."""
-        return self.spectrum
+        """Return the same frequencies in every step, marked in the steps that train plain positions."""
+        if self.spectrum is None:
+            return None
+        return replace(self.spectrum, as_used=is_as_used(self._seed, step, self._share))
 
     def gradient(self) -> torch.Tensor:
         """Return an empty gradient."""

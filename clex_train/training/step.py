@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from clex_train.attention.document_mask import document_mask_kwargs, single_document_kwargs
+from clex_train.config.scaling import Positions
 from clex_train.data import shards
 from clex_train.data.batch import MicroBatch, document_lengths
 from clex_train.engine import token_loss
@@ -163,19 +164,22 @@ def choose_frequencies(config: Config, loaded: LoadedModel, layout: Layout) -> F
 def choose_positions(config: Config, loaded: LoadedModel) -> SamplePositions:
     """Choose how positions of whole rows are drawn: a function of the rows' indices, whichever rank reads them."""
     scaling, row_len = config.scaling, config.data.seq_len
-    kind, grid = scaling.positions.value, _position_grid(config, loaded)
+    grid = _position_grid(config, loaded)
     options: dict[str, Any] = {
         "seed": config.seed,
         "mix_random": scaling.mix_random,
         "max_chunks": scaling.max_chunks,
     }
 
+    def kind(spectrum: Spectrum) -> str:
+        return Positions.plain.value if spectrum.as_used else scaling.positions.value
+
     def in_documents(batch: MicroBatch, spectrum: Spectrum) -> Tensor:
         rows, lengths = batch.row_indices.tolist(), document_lengths(batch.masked_positions)
-        return draw_document_batch(kind, rows, lengths, **grid(spectrum), **options)
+        return draw_document_batch(kind(spectrum), rows, lengths, **grid(spectrum), **options)
 
     def in_rows(batch: MicroBatch, spectrum: Spectrum) -> Tensor:
-        return draw_batch(kind, batch.row_indices.tolist(), seq_len=row_len, **grid(spectrum), **options)
+        return draw_batch(kind(spectrum), batch.row_indices.tolist(), seq_len=row_len, **grid(spectrum), **options)
 
     return in_documents if config.data.document_mask else in_rows
 
