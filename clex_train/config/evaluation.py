@@ -8,7 +8,7 @@ from typing import Any
 
 from clex_train.config import retrieval
 from clex_train.config.bos import Bos
-from clex_train.config.method import Method
+from clex_train.config.method import EVALUATED, Method
 from clex_train.config.retrieval import Task
 from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOST_TOKENS
 from clex_train.utils.errors import require, require_at_most
@@ -59,7 +59,7 @@ class EvaluationConfig:
     protocols: list[Protocol] = field(default_factory=lambda: [Protocol.one_shot])
     """`one_shot`: windows of N, t fixed by N; `chunked` (official): chunks of L through the cache, t grows; `sliding`:
     windows that move by `stride`; `per_position`: NLL by position; `last_k`: only the last tokens of a window."""
-    methods: list[Method] = field(default_factory=lambda: [Method.trained], metadata={"choices": Method})
+    methods: list[Method] = field(default_factory=lambda: [Method.trained], metadata={"choices": EVALUATED})
     """`trained`: the model as trained; `clex`: the same for a model with CLEX; `lm_infinite`: plain frequencies and the
     Lambda-shaped mask. The others put their frequencies into the same weights (docs/recipes.md); `none` and
     `random_pos` are plain RoPE."""
@@ -121,6 +121,9 @@ class EvaluationConfig:
         if self.lengths:
             self._check_lengths()
         require(len(self.methods) > 0, "evaluation.methods", self.methods, "one or more methods")
+        for method in self.methods:
+            remedy = "has learned factors only in a model trained by scaling=static, which `trained` reads"
+            require(method in EVALUATED, "evaluation.methods", method.value, remedy)
         require(
             # Retrieval alone is a valid evaluation.
             len(self.protocols) > 0 or len(self.tasks) > 0,

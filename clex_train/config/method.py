@@ -21,13 +21,18 @@ class Method(Enum):
     longrope = "longrope"
     p_rope = "p_rope"
     cope = "cope"
+    static = "static"
     random_pos = "random_pos"
     lm_infinite = "lm_infinite"
 
 
 EVALUATION_ONLY = (Method.trained, Method.lm_infinite)
 """Methods without training: the unchanged model, and LM-Infinite's mask."""
+EVALUATED = tuple(method for method in Method if method is not Method.static)
+"""Choices of `evaluation.methods`: without training there are no learned factors, and with it `trained` reads them."""
 TRAINED_BY = tuple(method for method in Method if method not in EVALUATION_ONLY)
 """Choices of `scaling=`."""
 FORMULAS = tuple(method for method in TRAINED_BY if method not in (Method.none, Method.clex))
-"""Methods with frequencies by a formula at one scale factor for the whole run, written into a stock config.json."""
+"""Methods with one scale factor for the whole run, written into a stock config.json; `static` learns from there."""
+LEARNED = (Method.clex, Method.static)
+"""Methods with frequencies that are trained with the model."""

@@ -18,6 +18,7 @@ from clex_train.model_config.rope_keys import rope_of
 from clex_train.models import directory as model_directory
 from clex_train.models import weight_files
 from clex_train.models.load import LoadedModel, bars_on_a_terminal
+from clex_train.rope import recipes
 from clex_train.utils import checksums, distributed, log
 from clex_train.utils.errors import ConfigError, InputError, first_line
 from clex_train.utils.files import BadFile, atomic_directory
@@ -61,6 +62,9 @@ def _write(
         tokenizer.save_pretrained(folder)
         if loaded.clex is not None:
             _write_clex(folder, loaded, t)
+        if loaded.static is not None:
+            # The config of the run states the start, from which a resumed run would begin again.
+            recipes.with_learned(loaded.model.config, loaded.static.alpha.detach()).save_pretrained(folder)
         # Last, so that the checksums cover all files.
         checksums.write(folder)
     logger.info("saved the final model to %s", directory)

@@ -32,6 +32,7 @@ from clex_train.rope.receptive_field import require_scalable_config
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
 from clex_train.scaling.spectrum import Spectrum
+from clex_train.scaling.static_rope import StaticRope
 from clex_train.utils import distributed, log, seeding
 from clex_train.utils.errors import ConfigError, first_line, is_out_of_memory
 from clex_train.utils.protocols import Tokenizer
@@ -60,6 +61,8 @@ class LoadedModel:
     """True if LM-Infinite's mask is part of the model in training."""
     formula: Spectrum | None = None
     """Frequencies of a formula-based method, with its scale factor as t; None for CLEX and plain RoPE."""
+    static: StaticRope | None = None
+    """Factors on them that the run learns; None for every method but `static`."""
 
     @property
     def base_inv_freq(self) -> torch.Tensor:
@@ -67,10 +70,14 @@ class LoadedModel:
         return self.handle.base_inv_freq
 
     def solve_table(self) -> FrequencyTable | None:
-        """Solve theta(t) with the current ODE weights at the integers up to t_max, and use it in the model."""
-        if self.clex is None:
+        """Compute theta(t) with the current weights at the integers up to t_max, and use it in the model.
+
+        None for a model whose frequencies are not learned.
+        """
+        learned = self.clex or self.static
+        if learned is None:
             return None
-        table = self.clex.table(scale_grid(self.clex.t_max))
+        table = learned.table(scale_grid(learned.t_max))
         self.table = dataclasses.replace(table, context_len=self.context_len, t_factor=self.t_factor)
         self.handle.use(self.table)
         return self.table
@@ -126,7 +133,9 @@ def load_for_training(
         loaded.clex, policy = starting_field(config, base_rope(loaded.handle))
         loaded.t_factor = config.scaling.t_factor
     if config.scaling.name in FORMULAS:
-        loaded.formula = _formula(config, loaded)
+        loaded.formula = formula = _formula(config, loaded)
+        if config.scaling.name is Method.static:
+            loaded.static = StaticRope(formula.inv_freq, formula.t)
     _scale_logits(loaded, policy)
     if config.attention.lambda_mask:
         apply_lm_infinite(model, config.attention.n_local or length, config.attention.n_global)

@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from clex_train.config.method import Method
@@ -21,7 +23,7 @@ from clex_train.rope.patch import RotaryHandle
 from clex_train.rope.probe import follows_length, require_rotary
 from clex_train.rope.receptive_field import require_scalable_config
 from clex_train.scaling import methods
-from clex_train.scaling.spectrum import Spectrum
+from clex_train.scaling.spectrum import STILL, Spectrum
 from clex_train.utils.errors import require
 
 UNSCALED = "default"
@@ -83,6 +85,19 @@ def spectrum_at(handle: RotaryHandle, t: float) -> Spectrum:
     if handle.own is not None:
         return replace(handle.own.at(t), t=t)
     return Spectrum(handle.base_inv_freq, t=t)
+
+
+def with_learned(config: PretrainedConfig, alpha: Float[Tensor, " P"]) -> PretrainedConfig:
+    """Return a copy of the config of `scaling=static` in which every frequency is multiplied by exp(`alpha`)."""
+    learned = copy.deepcopy(config)
+    parameters: Any = learned.get_text_config().rope_parameters
+    # By layer type, the scaled one alone is longrope.
+    by_type = [parameters] if "rope_type" in parameters else [*parameters.values()]
+    for each in by_type:
+        if each["rope_type"] == "longrope":
+            factors = torch.tensor(each["long_factor"], dtype=torch.float64) * (-alpha.double()).exp()
+            each["short_factor"] = each["long_factor"] = factors.clamp(max=STILL).tolist()
+    return learned
 
 
 def require_unscaled(config: PretrainedConfig, name: Method) -> None:

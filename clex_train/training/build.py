@@ -58,12 +58,15 @@ def build(ready: Preflight, stop: StopRequests) -> Parts:
 
 
 def frequencies(config: Config, loaded: load.LoadedModel) -> OdeOptimizer | FixedFrequencies:
-    """Create what gives each step its frequencies: the ODE's optimizer, or those of a formula."""
+    """Create what gives each step its frequencies: the optimizer of learned ones, or those of a formula."""
     scaling = config.scaling
+    if loaded.static is not None:
+        factor = loaded.static.t_max
+        return OdeOptimizer(loaded.static, scaling, config.seed, t_as_used=factor, fixed_t=factor)
     if loaded.clex is None:
         return FixedFrequencies(loaded.formula, scaling.as_used, config.seed)
     used = scaling.t_as_used(config.data.seq_len, loaded.context_len)
-    return OdeOptimizer(loaded.clex, scaling, config.seed, used)
+    return OdeOptimizer(loaded.clex, scaling, config.seed, t_as_used=used)
 
 
 def _load(ready: Preflight) -> load.LoadedModel:

@@ -26,6 +26,7 @@ from clex_train.utils import distributed, log
 if TYPE_CHECKING:
     from clex_train.config.scaling import ScalingConfig
     from clex_train.scaling.clex import Clex
+    from clex_train.scaling.static_rope import StaticRope
 
 logger = log.get(__name__)
 
@@ -33,12 +34,20 @@ logger = log.get(__name__)
 class OdeOptimizer:
     """Trains a `Clex` outside the engine: `spectrum = begin(step)`, forwards and backwards, then `finish(lr)`.
 
-    `t_as_used` is the t of the steps that `scaling.as_used` takes out of the draw (`ScalingConfig.t_as_used`).
+    `t_as_used` is the t of the steps that `scaling.as_used` takes out of the draw (`ScalingConfig.t_as_used`). With
+    `fixed_t`, no step draws t: a `StaticRope` has one scale factor.
     """
 
-    def __init__(self, clex: Clex, config: ScalingConfig, seed: int, t_as_used: float = 1.0) -> None:
+    def __init__(
+        self,
+        clex: Clex | StaticRope,
+        config: ScalingConfig,
+        seed: int,
+        t_as_used: float = 1.0,
+        fixed_t: float | None = None,
+    ) -> None:
         self.clex = clex
-        self.t_as_used = t_as_used
+        self.t_as_used, self.fixed_t = t_as_used, fixed_t
         self.config = config
         self.seed = seed
         self.learns = config.lr_scale > 0
@@ -58,7 +67,8 @@ class OdeOptimizer:
         ahead, self._ahead = self._ahead, None
         self._solved = ahead[1] if ahead and ahead[0] == step else self._solve(step)
         self._leaf = distributed.broadcast_to_device(self._solved.detach()).requires_grad_(self.learns)
-        return Spectrum(inv_freq=self._leaf, t=self._t(step), as_used=self._is_as_used(step))
+        t = self._t(step)
+        return Spectrum(self._leaf, t, self.clex.attention_factor(t), as_used=self._is_as_used(step))
 
     def prefetch(self, step: int) -> None:
         """Solve for `step` already; `begin` takes the same bits. Does nothing where the grid is checked first."""
@@ -108,7 +118,7 @@ class OdeOptimizer:
         """Raise `UnstableField` if the field is not finite, too stiff or out of bounds. Collective."""
         self.sync_from_rank0()
         self.clex.check_residual(self.config.max_residual)
-        self.clex.table(scale_grid(self.config.t_max))
+        self.clex.table(scale_grid(self.clex.t_max))
 
     def check(self, step: int) -> float:
         """Fit the solver's grid to the current field; returns the largest residual |log theta - log theta_ntk|.
@@ -143,6 +153,8 @@ class OdeOptimizer:
         return is_as_used(self.seed, step, self.config.as_used)
 
     def _t(self, step: int) -> float:
+        if self.fixed_t is not None:
+            return self.fixed_t
         if self._is_as_used(step):
             return self.t_as_used
         return draw_t(self.seed, step, self.config.t_max, self.config.t_distribution.value)

@@ -89,10 +89,19 @@ def finals(run, base, factors):
         "dynamic_ntk": fine_tuned(run, base, "dynamic_ntk", "scaling=dynamic_ntk", *long),
         "longrope": fine_tuned(run, base, "longrope", "scaling=longrope", *long, f"scaling.longrope_factors={factors}"),
         "random_pos": fine_tuned(run, base, "random_pos", "scaling=random_pos", "scaling.t_max=4"),
+        "static": fine_tuned(run, base, "static", "scaling=static", "scaling.factor=4", *EVALUATED),
     }
 
 
-NAMES = ("pi", "ntk", "dynamic_ntk", "yarn", "theta", "longrope", "random_pos")
+EVALUATED = (
+    "evaluation.every=1",
+    "evaluation.lengths=[32,64,128]",
+    "evaluation.num_windows=2",
+    "evaluation.methods=[trained]",
+)
+
+
+NAMES = ("pi", "ntk", "dynamic_ntk", "yarn", "theta", "longrope", "random_pos", "static")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,6 +126,33 @@ def test_final_has_the_frequencies_of_the_method_at_the_factor(finals, base):
         expected = table(own, [1.0, 4.0]).at(4.0).inv_freq
         assert ((found - expected).abs() / expected).max() < 1e-6
     assert torch.equal(load.load_for_evaluation(ModelConfig(path=str(finals["random_pos"]))).base_inv_freq, own)
+
+
+def test_static_learns_its_frequencies_and_states_them(finals, base):
+    """The run's evaluations read the frequencies of their step, and `final/` states those of the last one."""
+    state = torch.load(finals["static"].parent / "checkpoints" / "step_2" / "ode.pt", weights_only=True)
+    start, alpha = state["clex"]["start"], state["clex"]["alpha"].double()
+    assert float(alpha.abs().max()) > 1e-3, "the scalars learn at seven times the model's rate"
+    found = load.load_for_evaluation(ModelConfig(path=str(finals["static"])))
+    spectrum = found.handle.own.at(4.0)
+    torch.testing.assert_close(spectrum.inv_freq, start * alpha.exp(), rtol=1e-6, atol=0)
+    own = load.load_for_evaluation(ModelConfig(path=str(base))).base_inv_freq
+    assert torch.equal(start[0], own[0]), "YaRN keeps the fastest pair"
+    assert start[-1] == pytest.approx(float(own[-1]) / 4, rel=1e-6)
+    ids = torch.randint(3, 200, (1, 4 * L), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        # A model of two thousand weights tells frequencies apart by their logits alone.
+        assert (found.model(ids).logits - at_the_start(finals["static"])(ids).logits).abs().max() > 1e-5
+    for step in (1, 2):
+        scores = json.loads((finals["static"].parent / "evaluation" / f"step_{step}.json").read_text())["scores"]
+        assert {score["frequencies"] for score in scores} == {"static"}
+
+
+def at_the_start(final):
+    """Load the weights of a static `final/` with the frequencies that its run began with."""
+    config = AutoConfig.from_pretrained(final)
+    scores = torch.load(final.parent / "checkpoints" / "step_2" / "ode.pt", weights_only=True)["clex"]["alpha"]
+    return AutoModelForCausalLM.from_pretrained(final, config=recipes.with_learned(config, -scores)).eval()
 
 
 def test_pretrained_weights_are_those_of_the_base(base):

@@ -1,0 +1,79 @@
+"""Learned static RoPE: one learned factor per pair at one scale factor, the same frequencies at every length.
+
+    theta_j = theta_j(start) exp(alpha_j),    alpha = 0 at the start
+
+The control of CLEX, which at one fixed t is this formula; LeRoPE (arXiv 2607.10134) learns the same numbers from plain
+RoPE. A stock config expresses the result. Shapes: `P` pairs = rotary_dim / 2, `K` scale factors.
+"""
+
+import hashlib
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+
+from clex_train.scaling.frequency_table import FrequencyTable
+from clex_train.scaling.methods.base import TGrid, constant_table
+from clex_train.scaling.solver import SolverReport, UnstableField
+
+
+class StaticRope(nn.Module):
+    """theta [P], trained at the scale factor `factor`; offers what `training.ode_optimizer` needs of a `Clex`."""
+
+    start: Tensor
+    num_steps = 1
+    """The frequencies are a closed form."""
+
+    def __init__(self, start: Float64[Tensor, " P"], factor: float) -> None:
+        super().__init__()
+        self.register_buffer("start", start.detach().double().clone())
+        self.alpha = nn.Parameter(torch.zeros(len(start)))
+        self.t_max = float(factor)
+
+    def inv_freq(self, t: float) -> Float64[Tensor, " P"]:
+        """Compute theta in radians per token, the same at every `t`; differentiable in alpha.
+
+        Raises:
+            UnstableField: it is not finite.
+        """
+        theta: Tensor = self.start * self.alpha.double().exp()
+        if not bool(torch.isfinite(theta).all()):
+            j = int((~torch.isfinite(theta)).nonzero()[0])
+            raise UnstableField(
+                f"the learned theta[{j}] is not finite", t, float(theta.detach()[j]), "scaling.lr_scale"
+            )
+        return theta
+
+    def attention_factor(self, t: float) -> float:
+        """Return 1: a factor on cos and sin is part of the architecture that the run trains."""
+        return 1.0
+
+    @torch.no_grad()
+    def table(self, t_grid: TGrid) -> FrequencyTable:
+        """Return the same frequencies at every scale factor of `t_grid` [K], ascending from 1."""
+        made = constant_table(self.inv_freq(self.t_max), t_grid, "static")
+        return replace(made, digest=self.digest())
+
+    def check_residual(self, max_residual: float) -> float:
+        """Return max_j |alpha_j|; `UnstableField` if it exceeds `max_residual`."""
+        moved = float(self.alpha.detach().abs().max())
+        # Written so that NaN does not pass.
+        if not moved <= max_residual:
+            raise UnstableField(
+                f"the learned frequencies moved by a factor of e^{moved:.3g}, which exceeds scaling.max_residual="
+                f"{max_residual:g}",
+                self.t_max,
+                moved,
+                "scaling.lr_scale or scaling.clip",
+            )
+        return moved
+
+    def refine(self) -> SolverReport:
+        """Report that there is nothing to solve."""
+        return SolverReport(self.num_steps, 0.0, 1.0, 0.0)
+
+    def digest(self) -> str:
+        """Return a fingerprint of the frequencies."""
+        parts = self.start.numpy().tobytes() + self.alpha.detach().numpy().tobytes()
+        return hashlib.blake2b(parts, digest_size=16).hexdigest()
