@@ -21,6 +21,7 @@ class Method(Enum):
     longrope = "longrope"
     p_rope = "p_rope"
     cope = "cope"
+    evq = "evq"
     static = "static"
     random_pos = "random_pos"
     lm_infinite = "lm_infinite"

@@ -64,7 +64,7 @@ def _write(
             _write_clex(folder, loaded, t)
         if loaded.static is not None:
             # The config of the run states the start, from which a resumed run would begin again.
-            recipes.with_learned(loaded.model.config, loaded.static.alpha.detach()).save_pretrained(folder)
+            recipes.with_learned(loaded.model.config, loaded.static.moved().detach()).save_pretrained(folder)
         # Last, so that the checksums cover all files.
         checksums.write(folder)
     logger.info("saved the final model to %s", directory)

@@ -135,7 +135,7 @@ def load_for_training(
     if config.scaling.name in FORMULAS:
         loaded.formula = formula = _formula(config, loaded)
         if config.scaling.name is Method.static:
-            loaded.static = StaticRope(formula.inv_freq, formula.t)
+            loaded.static = recipes.learned_module(config.scaling, loaded.handle, formula)
     _scale_logits(loaded, policy)
     if config.attention.lambda_mask:
         apply_lm_infinite(model, config.attention.n_local or length, config.attention.n_global)

@@ -17,13 +17,15 @@ from transformers import PretrainedConfig
 from clex_train.config.method import Method
 from clex_train.config.scaling import ScalingConfig
 from clex_train.model_config.context_length import original_context
-from clex_train.rope.hf_scalings import ConfiguredRope
+from clex_train.rope.hf_scalings import ConfiguredRope, base_rope
 from clex_train.rope.native import native_handle_on_meta
 from clex_train.rope.patch import RotaryHandle
 from clex_train.rope.probe import follows_length, require_rotary
 from clex_train.rope.receptive_field import require_scalable_config
 from clex_train.scaling import methods
+from clex_train.scaling.methods.static import Static
 from clex_train.scaling.spectrum import STILL, Spectrum
+from clex_train.scaling.static_rope import StaticRope
 from clex_train.utils.errors import require
 
 UNSCALED = "default"
@@ -87,15 +89,24 @@ def spectrum_at(handle: RotaryHandle, t: float) -> Spectrum:
     return Spectrum(handle.base_inv_freq, t=t)
 
 
-def with_learned(config: PretrainedConfig, alpha: Float[Tensor, " P"]) -> PretrainedConfig:
-    """Return a copy of the config of `scaling=static` in which every frequency is multiplied by exp(`alpha`)."""
+def learned_module(scaling: ScalingConfig, handle: RotaryHandle, formula: Spectrum) -> StaticRope:
+    """Build the module that `scaling=static` trains, on a model with the architecture of `scaled`."""
+    rope, method = base_rope(handle), methods.for_training(scaling)
+    assert isinstance(method, Static)
+    # The model's own frequencies are the start by now; plain RoPE follows from the base in its config.
+    pairs = torch.arange(len(formula.inv_freq), dtype=torch.float64) / len(formula.inv_freq)
+    return method.module(replace(rope, inv_freq=rope.theta**-pairs), formula.t)
+
+
+def with_learned(config: PretrainedConfig, moved: Float[Tensor, " P"]) -> PretrainedConfig:
+    """Return a copy of the config of `scaling=static` in which every frequency is multiplied by exp(`moved`)."""
     learned = copy.deepcopy(config)
     parameters: Any = learned.get_text_config().rope_parameters
     # By layer type, the scaled one alone is longrope.
     by_type = [parameters] if "rope_type" in parameters else [*parameters.values()]
     for each in by_type:
         if each["rope_type"] == "longrope":
-            factors = torch.tensor(each["long_factor"], dtype=torch.float64) * (-alpha.double()).exp()
+            factors = torch.tensor(each["long_factor"], dtype=torch.float64) * (-moved.double()).exp()
             each["short_factor"] = each["long_factor"] = factors.clamp(max=STILL).tolist()
     return learned
 

@@ -3,7 +3,8 @@
     theta_j = theta_j(start) exp(alpha_j),    alpha = 0 at the start
 
 The control of CLEX, which at one fixed t is this formula; LeRoPE (arXiv 2607.10134) learns the same numbers from plain
-RoPE. A stock config expresses the result. Shapes: `P` pairs = rotary_dim / 2, `K` scale factors.
+RoPE. `RampRope` learns the two ends of YaRN's ramp instead. A stock config expresses both. Shapes: `P` pairs =
+rotary_dim / 2, `K` scale factors.
 """
 
 import hashlib
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from clex_train.scaling.frequency_table import FrequencyTable
 from clex_train.scaling.methods.base import TGrid, constant_table
 from clex_train.scaling.solver import SolverReport, UnstableField
+
+STEP = 4.0
+"""Pairs that an end of the ramp moves per unit of its parameter, so that a unit means about as much as for a factor."""
 
 
 class StaticRope(nn.Module):
@@ -31,13 +35,17 @@ class StaticRope(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(len(start)))
         self.t_max = float(factor)
 
+    def moved(self) -> Float64[Tensor, " P"]:
+        """Return log theta - log theta(start), differentiable."""
+        return self.alpha.double()
+
     def inv_freq(self, t: float) -> Float64[Tensor, " P"]:
-        """Compute theta in radians per token, the same at every `t`; differentiable in alpha.
+        """Compute theta in radians per token, the same at every `t`; differentiable.
 
         Raises:
             UnstableField: it is not finite.
         """
-        theta: Tensor = self.start * self.alpha.double().exp()
+        theta: Tensor = self.start * self.moved().exp()
         if not bool(torch.isfinite(theta).all()):
             j = int((~torch.isfinite(theta)).nonzero()[0])
             raise UnstableField(
@@ -56,8 +64,8 @@ class StaticRope(nn.Module):
         return replace(made, digest=self.digest())
 
     def check_residual(self, max_residual: float) -> float:
-        """Return max_j |alpha_j|; `UnstableField` if it exceeds `max_residual`."""
-        moved = float(self.alpha.detach().abs().max())
+        """Return the largest |log theta - log theta(start)|; `UnstableField` if it exceeds `max_residual`."""
+        moved = float(self.moved().detach().abs().max())
         # Written so that NaN does not pass.
         if not moved <= max_residual:
             raise UnstableField(
@@ -77,3 +85,34 @@ class StaticRope(nn.Module):
         """Return a fingerprint of the frequencies."""
         parts = self.start.numpy().tobytes() + self.alpha.detach().numpy().tobytes()
         return hashlib.blake2b(parts, digest_size=16).hexdigest()
+
+
+class RampRope(StaticRope):
+    """YaRN's frequencies at `factor`, with the two ends of its ramp learned instead of one number a pair.
+
+        theta_j = theta_j(plain) (1 - m_j + m_j / factor),    m_j = clamp((j - a) / (b - a), 0, 1)
+
+    `ends` are (a, b) of YaRN's formula in pairs (arXiv 2309.00071); they move by `STEP` pairs per unit of a parameter.
+    """
+
+    plain: Tensor
+    ends: Tensor
+
+    def __init__(self, plain: Float64[Tensor, " P"], factor: float, ends: tuple[float, float]) -> None:
+        super().__init__(plain, factor)
+        self.register_buffer("plain", plain.detach().double().clone())
+        self.register_buffer("ends", torch.tensor(ends, dtype=torch.float64))
+        self.alpha = nn.Parameter(torch.zeros(2))
+        self.start.copy_(self._frequencies().detach())
+
+    def moved(self) -> Float64[Tensor, " P"]:
+        """Return log theta - log theta(start), differentiable."""
+        return self._frequencies().log() - self.start.log()
+
+    def _frequencies(self) -> Float64[Tensor, " P"]:
+        first, last = self.ends + STEP * self.alpha.double()
+        index = torch.arange(len(self.plain), dtype=torch.float64)
+        # The ends may cross while they are learned; a ramp of half a pair is a step.
+        share = ((index - first) / (last - first).clamp(min=0.5)).clamp(0, 1)
+        theta: Tensor = self.plain * (1 - share + share / self.t_max)
+        return theta

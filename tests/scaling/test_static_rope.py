@@ -11,7 +11,7 @@ from clex_train.rope.native import native_handle_on_meta
 from clex_train.scaling import methods
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.solver import UnstableField
-from clex_train.scaling.static_rope import StaticRope
+from clex_train.scaling.static_rope import RampRope, StaticRope
 from tests.helpers.composing import composed
 
 L = 128
@@ -73,6 +73,29 @@ def test_a_stock_model_has_the_learned_frequencies() -> None:
     assert arch.rope_parameters["long_factor"] != stated.rope_parameters["long_factor"]
 
 
+def ramp(**options) -> RampRope:
+    scaling = ScalingConfig(name=Method.static, options={"learn": "ramp"} | options)
+    arch = recipes.scaled(CONFIG, scaling, 16.0, L)
+    handle = native_handle_on_meta(arch, L)
+    return recipes.learned_module(scaling, handle, recipes.spectrum_at(handle, 16.0))
+
+
+def test_a_learned_ramp_starts_at_yarn_s_and_moves_by_its_two_ends() -> None:
+    rope = ramp()
+    torch.testing.assert_close(rope.inv_freq(16.0), scaled()[1].inv_freq, rtol=2e-6, atol=0)
+    assert [weight.shape for weight in rope.parameters()] == [torch.Size([2])]
+    with torch.no_grad():
+        rope.alpha.copy_(torch.tensor([0.1, 0.2]))
+    first, last = rope.ends.tolist()
+    share = ((torch.arange(16) - first - 0.4) / (last - first + 0.4)).clamp(0, 1).double()
+    torch.testing.assert_close(rope.inv_freq(1.0), BASE * (1 - share + share / 16), rtol=1e-6, atol=0)
+    rope.inv_freq(1.0).log().sum().backward()
+    assert (rope.alpha.grad != 0).all()
+    with torch.no_grad():
+        rope.alpha.copy_(torch.tensor([3.0, -3.0]))
+    assert bool(torch.isfinite(rope.inv_freq(1.0)).all()), "the ends have crossed"
+
+
 @pytest.mark.parametrize("value", [5.0, float("nan"), 1000.0])
 def test_factors_beyond_the_guard_stop_the_run(value: float) -> None:
     rope = StaticRope(BASE, 16.0)
@@ -93,3 +116,5 @@ def test_the_method_evaluates_nothing_and_knows_its_options() -> None:
             methods.for_training(ScalingConfig(name=Method.static, options={key: value}))
     with pytest.raises(ValueError, match=r"scaling\.options\.attention_factor"):
         scaled(attention_factor=0.0)
+    with pytest.raises(ValueError, match=r"scaling\.options\.start=ntk"):
+        ramp(start="ntk")

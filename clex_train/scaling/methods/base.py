@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clex_train.scaling.frequency_table import Frequencies, FrequencyTable, as_grid
+from clex_train.scaling.spectrum import STILL
 from clex_train.utils.errors import ConfigError
 
 TGrid = Tensor | list[float]
@@ -91,3 +92,19 @@ def constant_table(inv_freq: Float[Tensor, " P"], t_grid: TGrid, method: str) ->
     t = as_grid(t_grid)
     # `expand` is a view of one row; a table that is written to a file needs rows of its own.
     return FrequencyTable(t, inv_freq.double().expand(len(t), -1).clone(), method=method)
+
+
+def stock_factors(
+    rope: Rope, inv_freq: Float[Tensor, " P"], factor: float, attention_factor: float = 1.0
+) -> dict[str, Any]:
+    """Return the `longrope` rope type that has `inv_freq` at every length, for contexts of `factor` * L tokens."""
+    # transformers divides frequencies by these factors; JSON has no infinity for a pair that does not rotate.
+    factors = (rope.inv_freq.double() / inv_freq).clamp(max=STILL).tolist()
+    return {
+        "rope_type": "longrope",
+        "factor": float(factor),
+        "attention_factor": attention_factor,
+        "original_max_position_embeddings": rope.context_len,
+        "short_factor": factors,
+        "long_factor": factors,
+    }

@@ -15,8 +15,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from clex_train.scaling.frequency_table import FrequencyTable
-from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid, constant_table
-from clex_train.scaling.spectrum import STILL
+from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid, constant_table, stock_factors
 from clex_train.utils.errors import require
 
 
@@ -36,17 +35,8 @@ class Cope(ScalingMethod):
         return constant_table(rope.inv_freq.double() * self._weights(rope), t_grid, "cope")
 
     def hf_parameters(self, rope: Rope, factor: float) -> dict[str, Any]:
-        """Return the `longrope` rope type with the inverse weights as factors and no attention factor."""
-        # transformers divides frequencies by these factors.
-        factors = [1 / weight if weight > 1 / STILL else STILL for weight in self._weights(rope).tolist()]
-        return {
-            "rope_type": "longrope",
-            "factor": float(factor),
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": rope.context_len,
-            "short_factor": factors,
-            "long_factor": factors,
-        }
+        """Return the `longrope` rope type with the inverse weights as factors, and no attention factor."""
+        return stock_factors(rope, rope.inv_freq.double() * self._weights(rope), factor)
 
     def changes(self, factor: float) -> bool:
         """Return True: some pairs slow down at every scale factor."""

@@ -6,6 +6,7 @@ The control of CLEX and the simplest learned scaling (LeRoPE, arXiv 2607.10134);
 `scaling/static_rope.py`. A stock config expresses them as `longrope` with equal lists. Shapes: `P` pairs.
 """
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -15,11 +16,18 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from clex_train.scaling.frequency_table import FrequencyTable
-from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid, constant_table
+from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid, constant_table, stock_factors
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.methods.yarn import Yarn
-from clex_train.scaling.spectrum import STILL
+from clex_train.scaling.static_rope import RampRope, StaticRope
 from clex_train.utils.errors import require
+
+
+class Learn(Enum):
+    """Numbers that are learned."""
+
+    factors = "factors"
+    ramp = "ramp"
 
 
 class Start(Enum):
@@ -38,6 +46,8 @@ class Static(ScalingMethod):
 
     start: Start = Start.yarn
     """Start of the frequencies at the run's factor: `yarn` (by parts), `ntk`, or `none`, plain RoPE."""
+    learn: Learn = Learn.factors
+    """`factors`, one a pair; or `ramp`, the two ends of YaRN's ramp between pairs that it keeps and interpolates."""
     attention_factor: float = 1.0
     """Constant factor on cos and sin, above 0; YaRN's would be 0.1 ln(factor) + 1."""
 
@@ -49,20 +59,19 @@ class Static(ScalingMethod):
         """Return the `longrope` rope type with the start's factors, the same up to L and beyond."""
         remedy = "a number greater than 0"
         require(self.attention_factor > 0, f"{self.options_prefix}attention_factor", self.attention_factor, remedy)
-        # transformers divides frequencies by these factors.
-        factors = (rope.inv_freq.double() / self._start(rope, factor)).clamp(max=STILL).tolist()
-        return {
-            "rope_type": "longrope",
-            "factor": float(factor),
-            "attention_factor": self.attention_factor,
-            "original_max_position_embeddings": rope.context_len,
-            "short_factor": factors,
-            "long_factor": factors,
-        }
+        return stock_factors(rope, self._start(rope, factor), factor, self.attention_factor)
 
     def changes(self, factor: float) -> bool:
         """Return True if the start differs from plain RoPE."""
         return factor > 1 and self.start is not Start.none
+
+    def module(self, rope: Rope, factor: float) -> StaticRope:
+        """Build what the run trains, at the start; `ConfigError` for a ramp that would not start from YaRN's."""
+        if self.learn is Learn.factors:
+            return StaticRope(self._start(rope, factor), factor)
+        remedy = "learn=ramp starts from yarn, whose ramp it is; leave start out"
+        require(self.start is Start.yarn, f"{self.options_prefix}start", self.start.value, remedy)
+        return RampRope(rope.inv_freq.double(), factor, yarn_ends(rope))
 
     def _start(self, rope: Rope, factor: float) -> Float64[Tensor, " P"]:
         """Return the frequencies that learning starts from."""
@@ -73,6 +82,17 @@ class Static(ScalingMethod):
         # float32 of transformers' formula would otherwise move even the pairs that YaRN keeps.
         near = (made.inv_freq[1] / plain - 1).abs() < 1e-6
         return torch.where(near, plain, made.inv_freq[1])
+
+
+def yarn_ends(rope: Rope) -> tuple[float, float]:
+    """Return the ends of YaRN's ramp in pairs: those that turn 32 times and once within L (arXiv 2309.00071)."""
+    num_pairs = len(rope.inv_freq)
+
+    def pair(turns: float) -> float:
+        return num_pairs * math.log(rope.context_len / (turns * 2 * math.pi)) / math.log(rope.theta)
+
+    # Rounded outwards, as in YaRN's code.
+    return max(0.0, math.floor(pair(32))), min(2 * num_pairs - 1.0, math.ceil(pair(1)))
 
 
 METHOD = Static
