@@ -42,7 +42,8 @@ from clex_train.config.root import Config
 from clex_train.data.loader import batches
 from clex_train.data.rows import Row
 from clex_train.engine import deepspeed as engines
-from clex_train.models import architecture, load, memory_options, size
+from clex_train.model_config import size
+from clex_train.models import architecture, load, memory_options
 from clex_train.preflight import kernels
 from clex_train.tracking import metrics
 from clex_train.training import loop

@@ -27,6 +27,7 @@ settings.load_profile("suite")
 # Shapes are types in the mathematics; they are checked in tests only, and cost nothing in a run.
 install_import_hook(
     [
+        "clex_train.data.position_sampling",
         "clex_train.scaling",
         "clex_train.rope",
         "clex_train.attention",

@@ -20,8 +20,9 @@ from clex_train.evaluation import partial_results
 from clex_train.evaluation import provenance as origins
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.results import Origin, place
+from clex_train.model_config import size
 from clex_train.model_config.meta_models import model_on_meta
-from clex_train.models import architecture, size, weights
+from clex_train.models import architecture, weights
 from clex_train.tracking import summary
 from clex_train.utils import checksums, distributed, log
 from clex_train.utils.bounds import MOST_TOKENS

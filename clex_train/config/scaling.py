@@ -149,6 +149,7 @@ class ScalingConfig:
         )
         require_at_most(self, "scaling.", MOST)
         self._require_scale_factors()
+        self._require_positions()
         self._require_field()
         # A stock config.json cannot express what is refused below, so the exported model would differ from the run.
         require(
@@ -178,17 +179,6 @@ class ScalingConfig:
             self.log_scale.name,
             f"the stock config.json of scaling={self.name.name} cannot express it; leave it off",
         )
-        require(0 <= self.mix_random <= 1, "scaling.mix_random", self.mix_random, "a probability between 0 and 1")
-        # With a single chunk there is no gap to skip.
-        require(self.max_chunks >= 2, "scaling.max_chunks", self.max_chunks, "at least 2 chunks")
-        require(0 <= self.as_used <= 1, "scaling.as_used", self.as_used, "a share of steps between 0 and 1")
-        require(
-            # Plain RoPE at plain positions is all that these steps train, so the key would have no effect.
-            self.as_used == 0 or self.name is not Method.none,
-            "scaling.as_used",
-            self.as_used,
-            "scaling=none trains every step as it is used; leave the key out",
-        )
         require(self.param_factor > 0, "scaling.param_factor", self.param_factor, "greater than 0")
         require(self.lr_scale >= 0, "scaling.lr_scale", self.lr_scale, "0 or more")
         require(self.weight_decay >= 0, "scaling.weight_decay", self.weight_decay, "0 or more")
@@ -208,6 +198,19 @@ class ScalingConfig:
             f"from 1 to scaling.t_max={self.t_max:g}, for scaling=clex alone",
         )
         require(self.factor is None or self.factor >= 1, "scaling.factor", self.factor, "a scale factor is at least 1")
+
+    def _require_positions(self) -> None:
+        require(0 <= self.mix_random <= 1, "scaling.mix_random", self.mix_random, "a probability between 0 and 1")
+        # With a single chunk there is no gap to skip.
+        require(self.max_chunks >= 2, "scaling.max_chunks", self.max_chunks, "at least 2 chunks")
+        require(0 <= self.as_used <= 1, "scaling.as_used", self.as_used, "a share of steps between 0 and 1")
+        require(
+            # Plain RoPE at plain positions is all that these steps train, so the key would have no effect.
+            self.as_used == 0 or self.name is not Method.none,
+            "scaling.as_used",
+            self.as_used,
+            "scaling=none trains every step as it is used; leave the key out",
+        )
 
     def _require_field(self) -> None:
         require(

@@ -23,7 +23,7 @@ from clex_train.model_config.meta_models import model_on_meta
 from clex_train.models import architecture, hub, official
 from clex_train.models import directory as model_directory
 from clex_train.rope import probe
-from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
+from clex_train.scaling.frequency_table import TABLE, FrequencyTable, scale_grid
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils import records
 from clex_train.utils.errors import ConfigError, InputError, require
@@ -142,7 +142,7 @@ def _table(model: ModelConfig, base: PretrainedConfig) -> FrequencyTable | None:
     directory = Path(str(model.path))
     if model_directory.has_clex(directory):
         record = model_directory.read_record(directory)
-        table = FrequencyTable.load(directory / model_directory.TABLE)
+        table = FrequencyTable.load(directory / TABLE)
         return dataclasses.replace(table, context_len=record.context_len)
     if not official.is_official(directory):
         return None

@@ -19,7 +19,7 @@ from clex_train.model_config.context_length import ContextLength, context_in_con
 from clex_train.models import directory as model_directory
 from clex_train.models import hub, official
 from clex_train.rope.patch import require_rotary
-from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
+from clex_train.scaling.frequency_table import TABLE, FrequencyTable, scale_grid
 from clex_train.utils import locations, log
 from clex_train.utils.errors import ConfigError, InputError, require
 
@@ -220,7 +220,7 @@ def grid_of_field(path: str) -> Tensor | None:
     """Return the scale factors [K] of a directory's frequency table; None without a field, or if not recorded."""
     directory = Path(path)
     if model_directory.has_clex(directory):
-        return FrequencyTable.load(directory / model_directory.TABLE).t
+        return FrequencyTable.load(directory / TABLE).t
     # The original code stores no table. Its field is solved at the integers, as that code does.
     t_max = t_max_of_field(path)
     return scale_grid(t_max) if t_max else None

@@ -22,7 +22,7 @@ from clex_train.model_config.rope_keys import set_rope
 from clex_train.models.weight_files import WEIGHT_FILES
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.fields import Shape
-from clex_train.scaling.frequency_table import MAX_FACTORS, FrequencyTable
+from clex_train.scaling.frequency_table import MAX_FACTORS, TABLE, FrequencyTable
 from clex_train.scaling.solver import MAX_STEPS
 from clex_train.utils import records
 from clex_train.utils.bounds import MOST_TOKENS
@@ -30,7 +30,7 @@ from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import BadFile, require_regular
 from clex_train.utils.records import read_json
 
-CLEX_JSON, CLEX_TENSORS, TABLE = "clex.json", "clex.safetensors", "frequencies.safetensors"
+CLEX_JSON, CLEX_TENSORS = "clex.json", "clex.safetensors"
 FORMAT = 3
 """Since 2, config.json states the RoPE of one t, and clex.json keeps the base model's; since 3, it names the field."""
 UNSTATED_PREFIX = "clex_"

@@ -7,8 +7,8 @@ from clex_train.config.scaling import LogScale, ScalingConfig
 from clex_train.models import directory as model_directory
 from clex_train.models import official
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.fields import new_field
 from clex_train.scaling.methods.base import Rope
+from clex_train.scaling.new_field import new_field
 from clex_train.utils import log
 from clex_train.utils.errors import require
 

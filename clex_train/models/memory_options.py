@@ -16,7 +16,7 @@ from clex_train.config.engine import EngineConfig
 from clex_train.engine import activation_offload, tiled_mlp, token_loss
 from clex_train.engine.tiled_loss import Logits, implementation, tiled_cross_entropy
 from clex_train.model_config.meta_models import model_on_meta
-from clex_train.models.size import num_parameters
+from clex_train.model_config.size import num_parameters
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError
 

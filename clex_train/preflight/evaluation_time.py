@@ -22,8 +22,8 @@ from clex_train.evaluation.retrieval_runner import MethodCell
 from clex_train.evaluation.runner import Feeding, bounded_memory, keeping_table, work_of
 from clex_train.evaluation.scoring_head import score_chunk
 from clex_train.evaluation.streaming import Stream
+from clex_train.model_config.size import num_parameters
 from clex_train.models.load import LoadedModel
-from clex_train.models.size import num_parameters
 from clex_train.preflight import sequence_parallel
 from clex_train.tracking import summary
 from clex_train.utils import distributed

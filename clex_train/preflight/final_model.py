@@ -14,7 +14,7 @@ from clex_train.export.stated_config import config_at
 from clex_train.model_config.meta_models import model_on_meta
 from clex_train.rope.hf_scalings import base_rope
 from clex_train.rope.patch import install_rotary
-from clex_train.scaling.fields import new_field
+from clex_train.scaling.new_field import new_field
 from clex_train.utils import distributed, log
 from clex_train.utils.errors import InputError, first_line
 

@@ -25,8 +25,8 @@ from clex_train.preflight import meta_model, model_states, sequence_parallel
 from clex_train.preflight.activations import Footprint
 from clex_train.preflight.model_states import MemoryUse
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.fields import new_field
 from clex_train.scaling.methods.base import Rope
+from clex_train.scaling.new_field import new_field
 from clex_train.tracking import summary
 from clex_train.tracking.summary import Batch, Subject
 

@@ -12,9 +12,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 
 from clex_train.config.engine import EngineConfig
 from clex_train.engine import activation_offload, token_loss
+from clex_train.model_config.size import num_parameters
 from clex_train.models import memory_options
 from clex_train.models.memory_options import decoder_layers, recompute_layers
-from clex_train.models.size import num_parameters
 from clex_train.preflight.activations import Footprint, SizesOnHost, attention_by_sizes, measure
 from clex_train.preflight.ulysses_memory import exchanged_by_sizes
 from clex_train.rope.patch import install_rotary

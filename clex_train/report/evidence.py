@@ -22,8 +22,7 @@ from clex_train.evaluation import results
 from clex_train.evaluation.provenance import weights_hash
 from clex_train.evaluation.results import Origin, Results, TaskScore
 from clex_train.evaluation.tables import Row, Table, read_tables, rows_of
-from clex_train.models.directory import TABLE
-from clex_train.scaling.frequency_table import FrequencyTable
+from clex_train.scaling.frequency_table import TABLE, FrequencyTable
 from clex_train.tracking.metrics_log import LONGEST_LINE, MOST_DAMAGED, parse
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, InputError

@@ -6,22 +6,25 @@ The formulas run on a copy of the model's config, so they respect partial rotati
 Sources: yarn, arXiv 2309.00071; longrope, arXiv 2402.13753. Shapes: `K` scale factors, `P` pairs = rotary_dim / 2.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from clex_train.rope.native import NoRotaryHandle
-from clex_train.rope.patch import RotaryHandle
 from clex_train.rope.rotary import LayerType
 from clex_train.scaling.frequency_table import Frequencies, FrequencyTable, as_grid
 from clex_train.scaling.methods.base import ParametersAt, Rope, TGrid
 from clex_train.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clex_train.rope.patch import RotaryHandle
 
 _KEPT = ("rope_theta", "partial_rotary_factor")
 
@@ -70,7 +73,8 @@ class ConfiguredRope(Rope):
 
 def base_rope(handle: RotaryHandle, own: Frequencies | None = None) -> Rope:
     """Return the RoPE that methods start from: that of the model's config, with the model's `own` scaling."""
-    if isinstance(handle, NoRotaryHandle):
+    if not len(handle.base_inv_freq):
+        # A model without RoPE has no config of one.
         return Rope(handle.base_inv_freq, handle.context_len, own)
     how: dict[str, Any] = {"config": handle.rotary_config, "layer_type": handle.traits.scaled}
     return ConfiguredRope(handle.base_inv_freq, handle.context_len, own, **how)

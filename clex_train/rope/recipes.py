@@ -101,10 +101,9 @@ def learned_module(scaling: ScalingConfig, handle: RotaryHandle, formula: Spectr
 def with_learned(config: PretrainedConfig, moved: Float[Tensor, " P"]) -> PretrainedConfig:
     """Return a copy of the config of `scaling=static` in which every frequency is multiplied by exp(`moved`)."""
     learned = copy.deepcopy(config)
-    parameters: Any = learned.get_text_config().rope_parameters
+    every: Any = learned.get_text_config().rope_parameters
     # By layer type, the scaled one alone is longrope.
-    by_type = [parameters] if "rope_type" in parameters else [*parameters.values()]
-    for each in by_type:
+    for each in [every] if "rope_type" in every else every.values():
         if each["rope_type"] == "longrope":
             factors = torch.tensor(each["long_factor"], dtype=torch.float64) * (-moved.double()).exp()
             each["short_factor"] = each["long_factor"] = factors.clamp(max=STILL).tolist()

@@ -23,6 +23,8 @@ from clex_train.utils.files import require_regular
 
 # Scale factors this close are equal: room for the rounding of n / L and of decimal grids, far below one token.
 RELATIVE_SLACK = 1e-12
+TABLE = "frequencies.safetensors"
+"""Name of a table's file in a model directory."""
 MAX_FACTORS = 2**17
 """Scale factors of a grid; with 64 pairs their frequencies take 64 MiB."""
 

@@ -6,7 +6,8 @@ from clex_train.config import duration
 from clex_train.config.root import Config
 from clex_train.engine import deepspeed as engines
 from clex_train.engine import sequence_parallel
-from clex_train.models import load, memory_options, size
+from clex_train.model_config import size
+from clex_train.models import load, memory_options
 from clex_train.preflight import kernels
 from clex_train.preflight.run_checks import Preflight
 from clex_train.resilience import stop_requests

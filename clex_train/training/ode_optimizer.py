@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clex_train.data.position_sampling import draw_t, is_as_used
 from clex_train.scaling.frequency_table import scale_grid
-from clex_train.scaling.position_sampling import draw_t, is_as_used
 from clex_train.scaling.solver import UnstableField
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils import distributed, log

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from clex_train.data import build as data
 from clex_train.engine import deepspeed as engines
-from clex_train.models import size
+from clex_train.model_config import size
 from clex_train.tracking import run_folder, summary, tracker
 from clex_train.utils import distributed
 

@@ -16,8 +16,8 @@ from clex_train.attention.document_mask import document_mask_kwargs, single_docu
 from clex_train.config.scaling import Positions
 from clex_train.data import shards
 from clex_train.data.batch import MicroBatch, document_lengths
+from clex_train.data.position_sampling import draw_batch, draw_document_batch
 from clex_train.engine import token_loss
-from clex_train.scaling.position_sampling import draw_batch, draw_document_batch
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils import distributed
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from clex_train.attention.document_mask import cumulative_lengths, document_mask_kwargs, single_document_kwargs
 from clex_train.config.attention import AttentionImplementation
+from clex_train.data.position_sampling import draw_document_batch
 from clex_train.models.memory_options import recompute_layers
 from clex_train.rope.patch import install_rotary
-from clex_train.scaling.position_sampling import draw_document_batch
 from clex_train.scaling.spectrum import Spectrum
 from tests.attention import varlen
 from tests.rope.rotary_families import TRANSFORMERS, tiny_model, tokens

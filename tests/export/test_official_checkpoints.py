@@ -17,6 +17,7 @@ from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
 from clex_train.config.scaling import Activation, LogScale, ScalingConfig
 from clex_train.console import program as console
+from clex_train.data.position_sampling import draw_batch
 from clex_train.export.final import write_final
 from clex_train.export.official import write_official
 from clex_train.models import architecture, load
@@ -25,7 +26,6 @@ from clex_train.models.official_field import official_rope_scaling, official_ten
 from clex_train.models.tokenizer import load_tokenizer
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.frequency_table import scale_grid
-from clex_train.scaling.position_sampling import draw_batch
 from clex_train.token_store.writer import write_store
 from clex_train.training.ode_optimizer import OdeOptimizer
 from tests.export.official_directories import official_directory, save_tokenizer

@@ -9,8 +9,7 @@ import torch
 
 from clex_train.evaluation import results
 from clex_train.evaluation.results import Origin, Results, Score
-from clex_train.models.directory import TABLE
-from clex_train.scaling.frequency_table import FrequencyTable, scale_grid
+from clex_train.scaling.frequency_table import TABLE, FrequencyTable, scale_grid
 from clex_train.scaling.methods.ntk import ntk_table
 
 LENGTHS = (128, 256, 2048)

@@ -10,9 +10,9 @@ import train
 from clex_train.config.method import Method
 from clex_train.config.scaling import ScalingConfig
 from clex_train.data.batch import MicroBatch
+from clex_train.data.position_sampling import draw_t, is_as_used
 from clex_train.models.load import LoadedModel
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.position_sampling import draw_t, is_as_used
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.training.ode_optimizer import FixedFrequencies, OdeOptimizer
 from clex_train.training.step import choose_positions

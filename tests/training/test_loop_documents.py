@@ -11,10 +11,10 @@ import torch
 import train
 from clex_train.data import build, step_batches
 from clex_train.data.batch import MicroBatch
+from clex_train.data.position_sampling import draw_document_positions
 from clex_train.data.rows import PADDING, Row
 from clex_train.models import architecture, load
 from clex_train.models.tokenizer import training_tokenizer
-from clex_train.scaling.position_sampling import draw_document_positions
 from clex_train.training import loop
 from clex_train.utils import seeding
 from clex_train.utils.errors import RunStopped

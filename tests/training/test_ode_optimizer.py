@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from clex_train.config.scaling import ScalingConfig
+from clex_train.data.position_sampling import draw_t
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.position_sampling import draw_t
 from clex_train.scaling.solver import UnstableField
 from clex_train.training.ode_optimizer import OdeOptimizer
 

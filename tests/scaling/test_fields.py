@@ -8,7 +8,7 @@ import torch
 from scipy.integrate import solve_ivp
 
 from clex_train.scaling.clex import Clex
-from clex_train.scaling.log_time import BOUND, CLOCK, DirectionClex, LogTimeClex
+from clex_train.scaling.fields import BOUND, CLOCK, DirectionClex, LogTimeClex
 from clex_train.scaling.spectrum import ntk_exponents
 
 BASE = 10000.0 ** -(torch.arange(8, dtype=torch.float64) / 8)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clex_train.scaling.position_sampling import (
+from clex_train.data.position_sampling import (
     draw_batch,
     draw_document_batch,
     draw_document_positions,
