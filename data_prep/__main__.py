@@ -42,10 +42,10 @@ from data_prep.config import (
     DecontaminateVerb,
     EvaluationSetsVerb,
     InspectVerb,
-    RetrievalTextVerb,
     TokenizeVerb,
     TrainTokenizerVerb,
 )
+from data_prep.retrieval_text.config import RetrievalTextVerb
 
 VERBS: dict[str, tuple[type, str]] = {
     "corpus": (CorpusVerb, "data_prep.export"),

@@ -14,9 +14,6 @@ from clex_train.utils.files import require_plain_name
 MOST_WORKERS = 1024
 MOST_MB = 2**20
 """One terabyte."""
-MOST_CHARS = 10**8
-STATEMENT_CHARS = 48
-"""Longest statement of a `repeat` document with the space after it, in characters."""
 
 
 class CorpusSource(Enum):
@@ -41,11 +38,6 @@ class EngineChoice(Enum):
     auto = "auto"
     gigatoken = "gigatoken"
     tokenizers = "tokenizers"
-
-
-class RetrievalKind(Enum):
-    passkey = "passkey"
-    repeat = "repeat"
 
 
 @dataclass
@@ -100,7 +92,7 @@ class CorpusVerb:
     """Replace an existing output."""
 
     def __post_init__(self) -> None:
-        _require_line_file(self.output)
+        require_line_file(self.output)
 
 
 @dataclass
@@ -232,45 +224,6 @@ class EvaluationSetsVerb:
 
 
 @dataclass
-class RetrievalTextVerb:
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    """Corpus of the filler: a file of conf/corpus by `+corpus=NAME`, or single keys. Held-out documents are not read,
-    so set the `corpus.validation_share` with which its store was made."""
-    output: str = "corpora/${corpus.name}_retrieval.jsonl.zst"
-    """File to write, one {"text", "meta"} object per line: .jsonl, .jsonl.gz or .jsonl.zst."""
-    num_documents: int = 10_000
-    """Documents to write. A larger number only adds documents."""
-    min_chars: int = 240
-    """Shortest document in characters."""
-    max_chars: int = 380
-    """Longest document in characters; lengths are uniform. 380 fit a row of 128 tokens of a 2,048-token BPE."""
-    kinds: list[RetrievalKind] = field(default_factory=lambda: list(RetrievalKind))
-    """Kinds of documents, taken in turn; name one twice to double its share."""
-    distractors: int = 2
-    """Statements about other things in a document of kind `repeat`."""
-    max_mb: int = 256
-    """Megabytes of filler to keep in memory, taken from the beginning of the corpus."""
-    seed: int = 0
-    """Seed; document n is a function of (seed, n) and the filler."""
-    overwrite: bool = False
-    """Replace an existing output."""
-
-    def __post_init__(self) -> None:
-        _require_line_file(self.output)
-        most = {"num_documents": 10**9, "max_chars": MOST_CHARS, "distractors": 10**4, "max_mb": MOST_MB}
-        require_at_most(self, "", most)
-        for key in ("num_documents", "max_mb"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        require(self.distractors >= 0, "distractors", self.distractors, "0 or more")
-        require(len(self.kinds) > 0, "kinds", self.kinds, "name at least one kind: passkey, repeat")
-        # Room for every statement and some filler, at the greatest length that a statement can have.
-        least = STATEMENT_CHARS * (self.distractors + 3)
-        require(self.min_chars >= least, "min_chars", self.min_chars, f"at least {least} for the statements")
-        require(self.max_chars >= self.min_chars, "max_chars", self.max_chars, f"at least min_chars={self.min_chars}")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "0 or a positive integer below 2**63")
-
-
-@dataclass
 class EvaluationStore:
     path: str | None = None
     """Directory of the token store whose validation split is used for evaluation; short form: `evaluation=PATH`."""
@@ -342,7 +295,8 @@ def require_corpus(corpus: CorpusConfig) -> None:
     )
 
 
-def _require_line_file(output: str) -> None:
+def require_line_file(output: str) -> None:
+    """Raise `ConfigError` if the name of an output is not that of a file of JSON lines."""
     require(
         output.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")),
         "output",

@@ -3,13 +3,14 @@
 `passkey` asks for a number at the end; `repeat` states a random fact twice, among distractors about other things:
 
     ... The pass key is 48213. Remember it. 48213 is the pass key. ... What is the pass key? The pass key is 48213.
-    ... The colour of the bell is amber-417. ... The code of the lake is 58213. ... The colour of the bell is amber-417. ...
+    ... The sign of the bell is icy-417. ... The sign of the lake is 58203. ... The sign of the bell is icy-417. ...
 
 The filler between the two statements is uniform in [0, all filler], so short and long distances are equally frequent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,13 +20,13 @@ from clex_train.retrieval.haystack import LONGEST_SENTENCE, SENTENCE_END, insert
 from clex_train.retrieval.passkey import LEAD, statement
 from clex_train.retrieval.words import ADJECTIVES, NOUNS, digits
 from clex_train.utils.errors import ConfigError
-from data_prep.config import RetrievalKind, RetrievalTextVerb
+from data_prep.retrieval_text.config import RetrievalKind, RetrievalTextVerb
 from data_prep.retrieval_text.filler import Filler
 
 ATTRIBUTES = ("code", "colour", "label", "mark", "name", "number", "price", "sign")
 THREE_DIGITS = [str(number) for number in range(100, 1000)]
 MOST_ATTEMPTS = 100
-"""Draws of one document until its filler contains neither its answer nor the beginning of a statement."""
+"""Draws of one document until it fits and its filler contains neither its answer nor the beginning of a statement."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +55,39 @@ class Retrieval:
     """Documents that the filler comes from."""
 
 
-def draft(number: int, config: RetrievalTextVerb, filler: Filler) -> Retrieval:
-    """Write document `number`, a function of (config.seed, number, filler).
+def draft(number: int, config: RetrievalTextVerb, filler: Filler, fits: Callable[[str], bool]) -> Retrieval:
+    """Write document `number`, a function of (config.seed, number), the keys of the config and the filler.
+
+    Args:
+        number: number of the document, from 0.
+        config: lengths, kinds, distractors and seed.
+        filler: real text.
+        fits: returns True if a text is short enough; one that is not is drawn again.
 
     Raises:
-        ConfigError: the corpus itself consists of such statements.
+        ConfigError: no draw fits, or the corpus itself consists of such statements.
     """
     # A generator per document: no document depends on how many were written before it.
     rng = np.random.default_rng([config.seed, number])
     kind = config.kinds[number % len(config.kinds)]
+    too_long = 0
     for _ in range(MOST_ATTEMPTS):
         num_chars = int(rng.integers(config.min_chars, config.max_chars + 1))
         frame = FRAMES[kind](rng, config.distractors)
-        # One separator for each sentence, so that the whole stays within num_chars.
+        # One separator for each sentence and one more, so that the whole stays within num_chars.
         passage = filler.passage(rng, num_chars - sum(len(sentence) + 1 for sentence in frame.sentences) - 1)
         # The filler must not give the answer away, or contradict it.
-        if not any(words in passage.text for words in (frame.answer, *frame.leads)):
-            text, distance = _fill(passage.text, frame)
+        if any(words in passage.text for words in (frame.answer, *frame.leads)):
+            continue
+        text, distance = _fill(passage.text, frame)
+        if fits(text):
             return Retrieval(text, kind, frame.answer, distance, passage.sources)
-    raise ConfigError(
-        "corpus.name", "", f"its text contains {frame.leads[0]!r} everywhere; use text without statements"
-    )
+        too_long += 1
+    if too_long:
+        remedy = f"no {kind.value} document of {config.min_chars} characters fits; lower min_chars or distractors"
+        raise ConfigError("max_tokens", config.max_tokens, remedy)
+    remedy = f"nearly every passage contains {frame.leads[0]!r} or another statement; take filler from real text"
+    raise ConfigError("corpus.name", config.corpus.name, remedy)
 
 
 def passkey(rng: np.random.Generator, num_distractors: int) -> Frame:
@@ -125,7 +138,9 @@ def _gap(text: str, place: int) -> int:
     ends = [match.end() for match in SENTENCE_END.finditer(text, max(0, place - reach), place + reach)]
     if ends:
         return min(ends, key=lambda end: abs(end - place))
-    return max(text.rfind(" ", 0, place), text.rfind("\n", 0, place)) + 1
+    first = max(0, place - LONGEST_SENTENCE)
+    # Text without gaps (Chinese, Japanese) may be cut anywhere.
+    return max(text.rfind(" ", first, place), text.rfind("\n", first, place)) + 1 or place
 
 
 def _leads(rng: np.random.Generator, count: int) -> list[str]:

@@ -100,8 +100,13 @@ def _decode(content: bytes, start: int, num_chars: int) -> str:
 
 def _from_sentence(text: str) -> str:
     """Drop the beginning up to the first end of a sentence, else up to the first gap between words."""
-    end = SENTENCE_END.search(text, 0, LONGEST_SENTENCE)
-    return text[end.end() :] if end else text.lstrip().partition(" ")[2]
+    if end := SENTENCE_END.search(text, 0, LONGEST_SENTENCE):
+        return text[end.end() :]
+    gap = text.find(" ", 0, LONGEST_SENTENCE)
+    if gap >= 0:
+        return text[gap + 1 :]
+    # Chinese and Japanese may begin at any character. A short text is the end of the last word of a document.
+    return text if len(text) > LONGEST_SENTENCE else ""
 
 
 def _whole_words(text: str, num_chars: int) -> str:
