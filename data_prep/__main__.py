@@ -5,6 +5,7 @@
     tokenize          turn a corpus into a token store, which training and evaluation read
     inspect           show the content of a token store, verify its checksums
     evaluation_sets   write a store of long held-out documents for each length
+    retrieval_text    write synthetic documents that state a fact, and state it again after filler from a corpus
     decontaminate     find evaluation documents that appear, whole or in part, in the training documents
 
     python -m data_prep train_tokenizer +corpus=stdlib
@@ -44,6 +45,7 @@ from data_prep.config import (
     TokenizeVerb,
     TrainTokenizerVerb,
 )
+from data_prep.retrieval_text.config import RetrievalTextVerb
 
 VERBS: dict[str, tuple[type, str]] = {
     "corpus": (CorpusVerb, "data_prep.export"),
@@ -51,6 +53,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "tokenize": (TokenizeVerb, "data_prep.tokenize.run"),
     "inspect": (InspectVerb, "data_prep.inspect"),
     "evaluation_sets": (EvaluationSetsVerb, "data_prep.evaluation_sets"),
+    "retrieval_text": (RetrievalTextVerb, "data_prep.retrieval_text.run"),
     "decontaminate": (DecontaminateVerb, "data_prep.decontaminate.run"),
 }
 """Schema of each verb and the module whose `run` implements it, imported on use."""

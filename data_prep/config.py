@@ -92,12 +92,7 @@ class CorpusVerb:
     """Replace an existing output."""
 
     def __post_init__(self) -> None:
-        require(
-            self.output.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")),
-            "output",
-            self.output,
-            "must end in .jsonl, .jsonl.gz or .jsonl.zst",
-        )
+        require_line_file(self.output)
 
 
 @dataclass
@@ -297,4 +292,14 @@ def require_corpus(corpus: CorpusConfig) -> None:
         "corpus.hub",
         corpus.hub,
         "name a hub data set, or a local directory in the same layout",
+    )
+
+
+def require_line_file(output: str) -> None:
+    """Raise `ConfigError` if the name of an output is not that of a file of JSON lines."""
+    require(
+        output.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")),
+        "output",
+        output,
+        "must end in .jsonl, .jsonl.gz or .jsonl.zst",
     )
