@@ -108,6 +108,7 @@ def write_clex(
 
 def _format(clex: Clex, stated: Mapping[str, Any] | None) -> int:
     """Return the least format that describes the directory, so that earlier programs read what they can."""
+    # A program that does not know the kind would build the paper's field from these weights, so it must refuse.
     if clex.kind != Clex.kind:
         return FORMAT
     return 1 if stated is None else 2

@@ -101,11 +101,13 @@ class LogTimeClex(Clex):
 
     def digest(self) -> str:
         """Return a fingerprint of everything that theta(t) depends on."""
+        # Fields of two kinds may have equal weights, all zero at the start.
         shares = b"" if self.shares is None else self.shares.numpy().tobytes()
         parts = f"{self.kind} {super().digest()}".encode() + shares
         return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
     def _field(self) -> Field:
+        # Transposed once for a solve, as in the paper's field.
         weights = {name: getattr(self, name).double() for name in ("bias", "clock", "direction")}
         return LogTimeField(self.up.double().t(), self.down.double().t(), **weights, act=ACTIVATIONS[self.act])
 

@@ -83,6 +83,7 @@ class StaticRope(nn.Module):
 
     def digest(self) -> str:
         """Return a fingerprint of the frequencies."""
+        # The factor is left out: the frequencies are the same at every scale factor.
         parts = self.start.numpy().tobytes() + self.alpha.detach().numpy().tobytes()
         return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
@@ -103,6 +104,7 @@ class RampRope(StaticRope):
         self.register_buffer("plain", plain.detach().double().clone())
         self.register_buffer("ends", torch.tensor(ends, dtype=torch.float64))
         self.alpha = nn.Parameter(torch.zeros(2))
+        # From the ramp itself, so that nothing has moved before the first step, to the bit.
         self.start.copy_(self._frequencies().detach())
 
     def moved(self) -> Float64[Tensor, " P"]:
