@@ -21,6 +21,7 @@ class RetrievalKind(Enum):
 
     passkey = "passkey"
     repeat = "repeat"
+    quote = "quote"
 
 
 @dataclass
@@ -70,7 +71,7 @@ class RetrievalTextVerb:
         for key in ("num_documents", "max_mb"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         require(self.distractors >= 0, "distractors", self.distractors, "0 or more")
-        require(len(self.kinds) > 0, "kinds", "[]", "name at least one kind: passkey, repeat")
+        require(len(self.kinds) > 0, "kinds", "[]", "name at least one kind: passkey, repeat, quote")
         # Every statement at the greatest length that it can have, and some filler.
         least = STATEMENT_CHARS * (self.distractors + 3)
         require(self.min_chars >= least, "min_chars", self.min_chars, f"at least {least}, to have room for statements")

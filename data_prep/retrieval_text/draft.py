@@ -1,6 +1,8 @@
 """Synthetic documents whose last statement only an earlier statement determines.
 
-`passkey` asks for a number at the end; `repeat` states a random fact twice, among distractors about other things:
+`passkey` asks for a number at the end; `repeat` states a random fact twice, among distractors about other things;
+`quote` repeats a passage word for word, which teaches copying: nearly half of its tokens follow from it, in the others a
+few of a document.
 
     ... The pass key is 48213. Remember it. 48213 is the pass key. ... What is the pass key? The pass key is 48213.
     ... The sign of the bell is icy-417. ... The sign of the lake is 58203. ... The sign of the bell is icy-417. ...
@@ -25,6 +27,7 @@ from data_prep.retrieval_text.filler import Filler
 
 ATTRIBUTES = ("code", "colour", "label", "mark", "name", "number", "price", "sign")
 THREE_DIGITS = [str(number) for number in range(100, 1000)]
+PARAGRAPH = "\n\n"
 MOST_ATTEMPTS = 100
 """Draws of one document until it fits and its filler contains neither its answer nor the beginning of a statement."""
 
@@ -70,10 +73,17 @@ def draft(number: int, config: RetrievalTextVerb, filler: Filler, fits: Callable
     # A generator per document: no document depends on how many were written before it.
     rng = np.random.default_rng([config.seed, number])
     kind = config.kinds[number % len(config.kinds)]
-    too_long = 0
+    too_long, leads = 0, ("",)
     for _ in range(MOST_ATTEMPTS):
         num_chars = int(rng.integers(config.min_chars, config.max_chars + 1))
+        if kind is RetrievalKind.quote:
+            quoted = quote(rng, num_chars, filler)
+            if fits(quoted.text):
+                return quoted
+            too_long += 1
+            continue
         frame = FRAMES[kind](rng, config.distractors)
+        leads = frame.leads
         # One separator for each sentence and one more, so that the whole stays within num_chars.
         passage = filler.passage(rng, num_chars - sum(len(sentence) + 1 for sentence in frame.sentences) - 1)
         # The filler must not give the answer away, or contradict it.
@@ -86,7 +96,7 @@ def draft(number: int, config: RetrievalTextVerb, filler: Filler, fits: Callable
     if too_long:
         remedy = f"no {kind.value} document of {config.min_chars} characters fits; lower min_chars or distractors"
         raise ConfigError("max_tokens", config.max_tokens, remedy)
-    remedy = f"nearly every passage contains {frame.leads[0]!r} or another statement; take filler from real text"
+    remedy = f"nearly every passage contains {leads[0]!r} or another statement; take filler from real text"
     raise ConfigError("corpus.name", config.corpus.name, remedy)
 
 
@@ -115,6 +125,17 @@ def repeat(rng: np.random.Generator, num_distractors: int) -> Frame:
         tuple(leads),
         (one, two),
     )
+
+
+def quote(rng: np.random.Generator, num_chars: int, filler: Filler) -> Retrieval:
+    """Repeat a passage of real text word for word, with other text between: nearly half of the document is copied."""
+    size = int(rng.integers(num_chars // 4, num_chars // 2 - len(PARAGRAPH) + 1))
+    passage = filler.passage(rng, size)
+    between = filler.passage(rng, num_chars - 2 * size - 2 * len(PARAGRAPH))
+    parts = [passage.text, between.text, passage.text]
+    text = PARAGRAPH.join(part for part in parts if part)
+    distance = text.rindex(passage.text) - len(passage.text)
+    return Retrieval(text, RetrievalKind.quote, passage.text, distance, (*passage.sources, *between.sources))
 
 
 FRAMES = {RetrievalKind.passkey: passkey, RetrievalKind.repeat: repeat}

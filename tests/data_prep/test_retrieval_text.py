@@ -31,6 +31,7 @@ from data_prep.retrieval_text.filler import Filler
 from tests.data_prep.small_corpora import tokenize_files, write_jsonl
 
 NUM_BOOKS, SEQ_LEN = 24, 300
+STATEMENTS = [RetrievalKind.passkey, RetrievalKind.repeat]
 
 
 def book(number: int) -> str:
@@ -81,6 +82,13 @@ def test_an_answer_stands_only_in_its_statement_and_in_the_repetition(
     records = write(tmp_path / "a.jsonl", corpus, distractors=distractors, min_chars=300)
     for text, meta in ((record["text"], record["meta"]) for record in records):
         assert 300 - len("slowly. ") * 2 <= len(text) <= 400
+        if meta["kind"] == "quote":
+            quoted = meta["answer"]
+            assert text.startswith(f"{quoted}\n\n")
+            assert text.endswith(f"\n\n{quoted}")
+            assert meta["distance"] == len(text) - 2 * len(quoted)
+            assert len(text) // 5 <= len(quoted) <= len(text) // 2
+            continue
         if meta["kind"] == "passkey":
             key = meta["answer"]
             stated, asked = f"The pass key is {key}. Remember it. {key} is the pass key.", "What is the pass key?"
@@ -123,7 +131,8 @@ def test_sources_name_the_books_of_the_filler(tmp_path: Path, corpus: CorpusConf
 
 
 def test_distances_are_uniform_up_to_all_of_the_filler(tmp_path: Path, corpus: CorpusConfig) -> None:
-    records = write(tmp_path / "a.jsonl", corpus, num_documents=1000, min_chars=2000, max_chars=2000, distractors=0)
+    length = {"min_chars": 2000, "max_chars": 2000, "distractors": 0}
+    records = write(tmp_path / "a.jsonl", corpus, num_documents=1000, kinds=STATEMENTS, **length)
     for kind in ("passkey", "repeat"):
         distances = np.sort([r["meta"]["distance"] for r in records if r["meta"]["kind"] == kind]) / 1900
         # The Kolmogorov-Smirnov distance of 500 uniform draws is below 0.073 in 99 % of cases; sentences add 0.02.
@@ -132,7 +141,9 @@ def test_distances_are_uniform_up_to_all_of_the_filler(tmp_path: Path, corpus: C
 
 def test_text_without_spaces_has_statements_at_every_place(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "c.jsonl", [{"text": "橋を渡る" * 1000}])
-    records = write(tmp_path / "a.jsonl", CorpusConfig(paths=[str(path)], validation_share=0.0), num_documents=40)
+    records = write(
+        tmp_path / "a.jsonl", CorpusConfig(paths=[str(path)], validation_share=0.0), num_documents=40, kinds=STATEMENTS
+    )
     places = {record["text"].index(record["meta"]["answer"]) for record in records}
     assert len(places) > 30
 
