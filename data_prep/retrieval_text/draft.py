@@ -1,8 +1,7 @@
 """Synthetic documents whose last statement only an earlier statement determines.
 
 `passkey` asks for a number at the end; `repeat` states a random fact twice, among distractors about other things;
-`quote` repeats a passage word for word, which teaches copying: nearly half of its tokens follow from it, in the others a
-few of a document.
+`quote` repeats a passage word for word, which teaches copying: nearly half of its tokens follow from the text before.
 
     ... The pass key is 48213. Remember it. 48213 is the pass key. ... What is the pass key? The pass key is 48213.
     ... The sign of the bell is icy-417. ... The sign of the lake is 58203. ... The sign of the bell is icy-417. ...
@@ -73,7 +72,7 @@ def draft(number: int, config: RetrievalTextVerb, filler: Filler, fits: Callable
     # A generator per document: no document depends on how many were written before it.
     rng = np.random.default_rng([config.seed, number])
     kind = config.kinds[number % len(config.kinds)]
-    too_long, leads = 0, ("",)
+    too_long, leads = 0, tuple[str, ...]()
     for _ in range(MOST_ATTEMPTS):
         num_chars = int(rng.integers(config.min_chars, config.max_chars + 1))
         if kind is RetrievalKind.quote:
