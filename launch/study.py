@@ -2,11 +2,11 @@
 
     python -m launch.study --books 'DIR/*.jsonl.zst' [--out runs/study] [--jobs 2] [--seeds 1 2 3] [--smoke]
 
-    1 corpus      a tokenizer and a token store of the books, with a share of whole books held out
+    1 corpus      tokenizer, token stores of the books (a share of whole books held out) and of retrieval text
     2 base        a small Llama with plain RoPE                          train.py +experiment=study_base
     3 arms        each arm of `study_arms` from that base, per seed      train.py +experiment=study_finetune scaling=...
-    4 evaluation  on held-out windows, separate ones for model selection    clex_train.cli.evaluate run=...
-    5 tables      means over seeds, standard errors by book; a page      OUT/report/tables.md, OUT/report/index.html
+    4 evaluation  on held-out windows, separate ones for choosing        clex_train.cli.evaluate run=...
+    5 tables      the record of all figures, and the tables made of it   OUT/report/study.json, OUT/report/tables.md
 
 A stage whose result exists is skipped, and an interrupted training run resumes from its checkpoint: run the same
 command again to continue. `--jobs` processes of one thread each run in parallel.
@@ -32,17 +32,19 @@ if __name__ == "__main__":
 from clex_train.resilience.stop_requests import Interrupted
 from clex_train.utils import terminal
 from clex_train.utils.errors import ConfigError, InputError
-from clex_train.utils.files import require_writable_folder
+from clex_train.utils.files import make_folder, require_writable_folder, write_atomically
 from clex_train.utils.locations import ROOT
 from data_prep.config import Format
 from data_prep.corpus.sources import expand
-from launch import stages, study_tables
-from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows
+from launch import stages, study_record, study_tables
+from launch.study_arms import BASE_METHODS, CANDIDATES, CHOOSING, JUDGING, MAIN, Arm, Windows, all_arms
 
 CONTEXT_LEN = 128
-LENGTHS = [CONTEXT_LEN * multiple for multiple in (1, 2, 4, 8, 16)]
-PROTOCOLS = "protocols=[one_shot,last_k,per_position]"
-SMOKE = ["optim.steps=6"]
+LENGTHS = [CONTEXT_LEN * multiple for multiple in (1, 2, 4, 8, 16, 32)]
+PROMPT_LENGTHS = [CONTEXT_LEN * multiple for multiple in (1, 2, 4, 8, 16)]
+READINGS = ["protocols=[one_shot,last_k]", "measures=[forced_passkey,repetition]", "depths=[0.1,0.5,0.9]"]
+KINDS = "kinds=[passkey,repeat,quote,quote,quote]"
+SMOKE = ["optim.steps=6", "data.weights_at={}"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,17 @@ class Study:
     seeds: list[int]
     smoke: bool
     only: list[str] | None = None
+    precision: str = "fp32"
 
     @property
     def store(self) -> Path:
         """Token store of the books."""
         return self.out / "books"
+
+    @property
+    def retrieval(self) -> Path:
+        """Token store of the synthetic retrieval text."""
+        return self.out / "retrieval"
 
     @property
     def base(self) -> Path:
@@ -67,8 +75,8 @@ class Study:
 
     def waves(self) -> list[list[tuple[Arm, int]]]:
         """Group (arm, seed) pairs into those that train and those that evaluate another arm's weights."""
-        # Ablations come first, with one seed: they decide the recipe of the main arms, which run with all seeds.
-        pairs = [(arm, self.seeds[0]) for arm in ABLATIONS] + [(arm, seed) for seed in self.seeds for arm in MAIN]
+        # Candidates come first, with one seed: they decide the main arms, which run with all seeds.
+        pairs = [(arm, self.seeds[0]) for arm in CANDIDATES] + [(arm, seed) for seed in self.seeds for arm in MAIN]
         wanted = [(arm, seed) for arm, seed in pairs if self.only is None or arm.name in self.only]
         return [[pair for pair in wanted if (pair[0].weights_of is None) == trains] for trains in (True, False)]
 
@@ -80,12 +88,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--jobs", type=at_least_one, default=2, help="parallel processes, of one thread each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    names = [arm.name for arm in (*MAIN, *ABLATIONS)]
+    names = [arm.name for arm in all_arms()]
     only = "run only these arms; their names are in study_arms.py"
     parser.add_argument("--only", nargs="+", metavar="ARM", choices=names, help=only)
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of training; bf16 needs a CPU with it"
+    )
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     args = parser.parse_args()
-    study = Study(args.books, args.out, args.seeds, args.smoke, args.only)
+    study = Study(args.books, args.out, args.seeds, args.smoke, args.only, args.precision)
     os.chdir(ROOT)
     try:
         require_usable(study)
@@ -95,7 +106,8 @@ def main() -> int:
     try:
         corpus(study)
         train(study, study.base, "study_base", [])
-        evaluate(study, study.base, BASE_METHODS, study.base, JUDGING)
+        for windows in (CHOOSING, JUDGING):
+            evaluate(study, study.base, BASE_METHODS, study.base, windows)
         # Threads suffice: each one waits for a subprocess.
         with ThreadPoolExecutor(args.jobs) as pool:
             codes = [code for wave in study.waves() for code in pool.map(partial(run_arm, study), wave)]
@@ -103,9 +115,7 @@ def main() -> int:
         return failed(error)
     except Interrupted as interrupt:
         return stages.ended(interrupt)
-    print(study_tables.write(study.out, study.seeds))
-    page = study_tables.page(study.out, study.seeds[0], [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
-    print(f"the page of the first seed: {page}")
+    print(write_tables(study))
     return int(any(codes))
 
 
@@ -128,14 +138,30 @@ def require_usable(study: Study) -> None:
         raise ConfigError("--books", study.books, f"{str(error).rpartition(': ')[2]}; {remedy}") from error
 
 
+def write_tables(study: Study) -> str:
+    """Write the record and the tables of the evaluations so far; return the tables."""
+    record = study_record.collect(study.out, study.seeds)
+    folder = study.out / "report"
+    make_folder(folder)
+    study_record.write(record, folder / "study.json")
+    # From the file and not from memory, so that the committed record prints the same tables again.
+    text = study_tables.text(study_record.read(folder / "study.json"))
+    write_atomically(folder / "tables.md", text)
+    return text
+
+
 def corpus(study: Study) -> None:
-    """Make the tokenizer and the token store."""
+    """Make the tokenizer and the token stores."""
     # Of the 15 books that the share was chosen for, it holds out 5: their hashes are not spread evenly.
     books = ["+corpus=local_books", f"corpus.paths=[{study.books!r}]", "corpus.validation_share=0.55"]
-    prepare = [sys.executable, "-m", "data_prep"]
-    tokenizer = study.out / "tokenizer"
+    prepare, tokenizer = [sys.executable, "-m", "data_prep"], study.out / "tokenizer"
     stage(study, tokenizer, [*prepare, "train_tokenizer", *books, "vocab_size=2048", f"output={tokenizer}"])
     stage(study, study.store, [*prepare, "tokenize", *books, f"tokenizer={tokenizer}", f"output={study.store}"])
+    text = study.out / "retrieval_text.jsonl.zst"
+    room = [f"max_tokens={CONTEXT_LEN}", f"num_documents={200 if study.smoke else 50000}", KINDS]
+    stage(study, text, [*prepare, "retrieval_text", *books, f"tokenizer={tokenizer}", *room, f"output={text}"])
+    made = ["+corpus=retrieval_text", f"corpus.paths=[{str(text)!r}]", f"tokenizer={tokenizer}"]
+    stage(study, study.retrieval, [*prepare, "tokenize", *made, f"output={study.retrieval}"])
 
 
 def run_arm(study: Study, arm_and_seed: tuple[Arm, int]) -> int:
@@ -147,7 +173,7 @@ def run_arm(study: Study, arm_and_seed: tuple[Arm, int]) -> int:
     try:
         if arm.weights_of is None:
             train(study, own, "study_finetune", overrides)
-        evaluate(study, weights, arm.methods, own, CHOOSING if arm in ABLATIONS else JUDGING, arm.evaluation)
+        evaluate(study, weights, arm.methods, own, arm.windows, arm.evaluation)
     except subprocess.CalledProcessError as error:
         return failed(error)
     return 0
@@ -155,7 +181,9 @@ def run_arm(study: Study, arm_and_seed: tuple[Arm, int]) -> int:
 
 def train(study: Study, run: Path, experiment: str, overrides: Iterable[str]) -> None:
     """Train one model in one process."""
-    command = [sys.executable, "train.py", f"+experiment={experiment}", f"data.path={study.store}", *overrides]
+    stores = [f"data.domains.books.path={study.store}", f"data.domains.retrieval.path={study.retrieval}"]
+    command = [sys.executable, "train.py", f"+experiment={experiment}", *stores, f"engine.precision={study.precision}"]
+    command += overrides
     stage(study, run / "final", [*command, f"output_dir={run}", *(SMOKE if study.smoke else [])])
 
 
@@ -165,9 +193,10 @@ def evaluate(
     """Evaluate a run's final model with each method, at every length, into a folder's evaluations."""
     output = folder / "evaluation" / f"{windows.name}.json"
     command = [sys.executable, "-m", "clex_train.cli.evaluate", f"run={run}", f"methods=[{','.join(methods)}]"]
-    command += [f"lengths={LENGTHS}".replace(" ", ""), PROTOCOLS, f"context_len={CONTEXT_LEN}", f"seed={windows.seed}"]
-    command += overrides
-    stage(study, output, [*command, f"num_windows={5 if study.smoke else 30}", f"output={output}"])
+    command += [f"lengths={LENGTHS}".replace(" ", ""), f"task_lengths={PROMPT_LENGTHS}".replace(" ", ""), *READINGS]
+    command += [f"data={study.store}", f"context_len={CONTEXT_LEN}", f"seed={windows.seed}", *overrides]
+    numbers = ["num_windows=5", "num_prompts=2"] if study.smoke else ["num_windows=20", "num_prompts=16"]
+    stage(study, output, [*command, *numbers, f"output={output}"])
 
 
 def stage(study: Study, result: Path, command: list[str]) -> None:

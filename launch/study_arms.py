@@ -1,28 +1,11 @@
 """Arms of the study: name, overrides, and the methods that the weights are evaluated with.
 
-`ABLATIONS` change one thing of `START`, with one seed each, and are scored on windows for model selection. `MAIN` has
-the selected recipe, `CLEX`, and all other methods, with several seeds, on windows that selected nothing.
+`CANDIDATES` were scored on windows for choosing, with one seed each. `MAIN` has what was chosen and its controls, with
+several seeds, on windows that chose nothing (the plan that was committed before: docs/results.md).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to continue training from the base model."""
-
-    name: str
-    """Name of its folder of runs."""
-    label: str
-    """Label of its row in the table."""
-    overrides: tuple[str, ...]
-    """Overrides for `train.py`."""
-    methods: tuple[str, ...] = ("trained",)
-    """Methods to evaluate on its weights; `trained` is the model as trained."""
-    weights_of: str | None = None
-    """Arm whose weights to evaluate; None: train its own."""
-    evaluation: tuple[str, ...] = ()
-    """Overrides for the evaluation."""
 
 
 @dataclass(frozen=True)
@@ -34,65 +17,92 @@ class Windows:
     seed: int
 
 
-# Different seeds draw different windows, so that the main table does not reward the selection.
-CHOOSING, JUDGING = Windows("choosing", 0), Windows("judging", 1)
+# Seeds 0 and 1 chose and judged the first study, so nobody may choose by them again.
+CHOOSING, JUDGING = Windows("choosing", 10), Windows("judging", 11)
 
-BASE_METHODS = ("none", "pi", "ntk", "dynamic_ntk", "yarn", "theta", "lm_infinite")
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to continue training from the base model."""
+
+    name: str
+    """Name of its folder of runs."""
+    label: str
+    """Label of its row in the tables."""
+    overrides: tuple[str, ...]
+    """Overrides for `train.py`."""
+    methods: tuple[str, ...] = ("trained",)
+    """Methods to evaluate on its weights; `trained` is the model as trained."""
+    weights_of: str | None = None
+    """Arm whose weights to evaluate; None: train its own."""
+    evaluation: tuple[str, ...] = ("log_scale=eval",)
+    """Overrides for the evaluation."""
+    windows: Windows = CHOOSING
+
+
+TITLES = {
+    "none": "plain RoPE",
+    "yarn": "YaRN at the factor of the length",
+    "ntk": "NTK(2t-1)",
+    "dynamic_ntk": "dynamic NTK",
+    "lm_infinite": "LM-Infinite",
+    "trained": "as trained",
+}
+BASE_METHODS = ("none", "yarn", "ntk", "dynamic_ntk", "lm_infinite")
 """Training-free methods, evaluated on the base model."""
 
-START = (
-    "scaling=clex",
-    "scaling.t_max=16",
-    "scaling.t_factor=1",
-    "scaling.positions=skip",
-    "scaling.lr_scale=0.002",
-    "scaling.log_scale=eval",
-)
-"""Recipe of the quick start, from which the ablations start."""
-
-CLEX = (*START, "scaling.t_max=32")
-"""Selected recipe: t is drawn up to twice the evaluated factor, which leaves room for `t_factor=2`."""
-
-CLEX_FAST = (*CLEX, "scaling.lr_scale=0.05")
-"""The same with an ODE that learns 25 times as fast: better, but the spike guard stopped one seed in three."""
-
 FIXED = ("scaling.factor=16", "scaling.positions=skip")
-"""Frequencies of a formula at one factor, with rows of L spread over 16 L as in PoSE, arXiv 2309.10400."""
+"""Frequencies at one factor, with rows of L spread over 16 L as in PoSE, arXiv 2309.10400."""
+STATIC = ("scaling=static", *FIXED)
+USED = "scaling.as_used=0.2"
+CLEX = ("scaling=clex", "scaling.t_max=32", "scaling.t_factor=2", "scaling.positions=skip", "scaling.log_scale=eval")
+"""CLEX by the recipe of the first study: t to twice what is evaluated, and in use the t of twice the length."""
+TODAY = (*CLEX, "scaling.field=paper", "scaling.lr_scale=0.002", "scaling.as_used=0")
+LOG_TIME = (*CLEX, "scaling.field=log_time", "scaling.lr_scale=1")
+PLAIN: tuple[str, ...] = ()
+"""Evaluation without log-scaling."""
 
-# Names are folders of existing runs and JSON keys of results: renaming one orphans its results.
-MAIN = (
-    Arm("continued", "trained on", ("scaling=none",), ("none", "ntk", "yarn", "lm_infinite")),
-    Arm("pi", "PI, factor 16", ("scaling=pi", *FIXED)),
+TRAINED_ON = Arm("continued", "trained on", ("scaling=none",), ("none", "yarn", "ntk", "lm_infinite"), evaluation=PLAIN)
+YARN = Arm("yarn", "YaRN, factor 16", ("scaling=yarn", *FIXED), evaluation=PLAIN)
+
+# Names are folders of existing runs: renaming one orphans its results.
+CANDIDATES = (
+    TRAINED_ON,
+    YARN,
+    Arm("yarn_log", "YaRN, factor 16, log-scaling", (), weights_of="yarn"),
     Arm("ntk", "NTK, factor 16", ("scaling=ntk", *FIXED)),
-    Arm("yarn", "YaRN, factor 16", ("scaling=yarn", *FIXED)),
     Arm("theta", "theta 1e6", ("scaling=theta", *FIXED)),
-    Arm("random_pos", "RandomPos", ("scaling=random_pos", "scaling.t_max=16")),
-    Arm(
-        "clex_paper",
-        "CLEX, the paper's recipe",
-        ("scaling=clex_paper", "scaling.max_residual=1000"),
-    ),
-    Arm("clex", "CLEX, t of the length", CLEX),
-    Arm("clex_t_factor_2", "CLEX, our recipe", (), weights_of="clex", evaluation=("t_factor=2",)),
-    Arm("clex_fast", "CLEX, lr_scale 0.05", CLEX_FAST),
-    Arm("clex_frozen", "CLEX frozen at zero, t of the length", (*CLEX, "scaling.lr_scale=0")),
-    Arm("clex_frozen_t_factor_2", "CLEX frozen at zero", (), weights_of="clex_frozen", evaluation=("t_factor=2",)),
+    Arm("cope", "CoPE", ("scaling=cope", *FIXED)),
+    Arm("p_rope", "p-RoPE", ("scaling=p_rope", *FIXED)),
+    Arm("evq", "EVQ-Cosh", ("scaling=evq", *FIXED)),
+    Arm("clex_paper", "CLEX, the paper's recipe", ("scaling=clex_paper", "scaling.max_residual=1000")),
+    Arm("clex_today", "CLEX of the first study", TODAY),
+    Arm("frozen", "NTK drift, frozen", (*TODAY, "scaling.lr_scale=0")),
+    Arm("frozen_used", "NTK drift, frozen, as used", (*TODAY, "scaling.lr_scale=0", USED)),
+    Arm("frozen_yarn", "YaRN drift, frozen, as used", (*LOG_TIME, "scaling.lr_scale=0", "scaling.drift=yarn", USED)),
+    Arm("log_time", "log-time field", LOG_TIME),
+    Arm("log_time_used", "log-time field, as used", (*LOG_TIME, USED)),
+    Arm("log_time_yarn", "log-time field on YaRN's drift, as used", (*LOG_TIME, "scaling.drift=yarn", USED)),
+    Arm("direction", "one direction, as used", (*LOG_TIME, "scaling.field=direction", "scaling.lr_scale=7", USED)),
+    Arm("static", "static, from YaRN-16, as used", (*STATIC, USED)),
+    Arm("static_unused", "static, from YaRN-16", (*STATIC, "scaling.as_used=0")),
+    Arm("static_plain", "static, as used, without log-scaling", (), weights_of="static", evaluation=PLAIN),
+    Arm("static_ntk", "static, from NTK-16, as used", (*STATIC, "+scaling.options.start=ntk", USED)),
+    Arm("static_32", "static, from YaRN-32, as used", (*STATIC, "scaling.factor=32", USED)),
+    Arm("ramp", "YaRN with a learned ramp, as used", (*STATIC, "+scaling.options.learn=ramp", USED)),
+    Arm("yarn_used", "YaRN, factor 16, as used", ("scaling=yarn", *FIXED, USED), evaluation=PLAIN),
 )
 
-# One seed each: selection needs a ranking, not error bars over seeds.
-ABLATIONS = (
-    Arm("start", "CLEX, the quick start's recipe", START),
-    Arm("positions_random", "positions random", (*START, "scaling.positions=random")),
-    Arm("positions_uniform", "positions uniform", (*START, "scaling.positions=uniform")),
-    Arm("positions_mix", "positions mix", (*START, "scaling.positions=mix")),
-    Arm("frozen", "field frozen at zero", (*START, "scaling.lr_scale=0")),
-    Arm("lr_scale_0.05", "lr_scale 0.05", (*START, "scaling.lr_scale=0.05")),
-    Arm("lr_scale_1", "t_max 32, lr_scale 1", (*CLEX, "scaling.lr_scale=1", "scaling.max_residual=1000")),
-    Arm("t_max_32", "t_max 32: chosen", CLEX),
-    Arm("t_factor_1.5", "t_max 32, t of 1.5 times the length", (), weights_of="t_max_32", evaluation=("t_factor=1.5",)),
-    Arm("t_factor_2", "t_max 32, t of twice the length", (), weights_of="t_max_32", evaluation=("t_factor=2",)),
-    Arm("log_uniform", "t log-uniform", (*START, "scaling.t_distribution=log_uniform")),
-    Arm("t_max_32_lr_0.05", "t_max 32, lr_scale 0.05", CLEX_FAST),
-    Arm("log_scale_off", "no log-scaling", (*START, "scaling.log_scale=off")),
-    Arm("steps_600", "t_max 32, twice as many steps", (*CLEX, "optim.steps=600")),
-)
+MAIN: tuple[Arm, ...] = ()
+"""Chosen after the candidates were scored."""
+
+REFERENCE = YARN.label
+"""Row from which the differences in the tables are counted."""
+TAX_AGAINST = f"{TRAINED_ON.label}, {TITLES['none']}"
+"""Row that the tax at 1x is counted from: the base trained on as long."""
+
+
+def all_arms() -> Iterable[Arm]:
+    """Yield the candidates, then the main arms."""
+    yield from CANDIDATES
+    yield from MAIN

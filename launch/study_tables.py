@@ -1,32 +1,33 @@
-"""Tables of the study from its evaluation files: perplexity, and the difference of each arm from CLEX, by book.
+"""Tables of the study from its record: perplexity, differences, retrieval, by length.
 
-perplexity = exp(mean nll),  the nll of a window averaged over the seeds of an arm
-standard errors from resampled books, with the same draws for both sides of a difference
+    python -m launch.study_tables benchmarks/results/study.json      prints the tables of docs/results.md again
+
+perplexity = exp(mean nll),  the NLL of a window averaged over the seeds of an arm
+errors: one standard error, of the books by a paired bootstrap and of the seeds by their spread, added in quadrature
 """
 
+from __future__ import annotations
+
+import argparse
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from clex_train.config.method import Method
-from clex_train.evaluation import results
-from clex_train.evaluation.tables import Row
-from clex_train.report.evidence import from_rows
-from clex_train.report.write import write as write_report
-from clex_train.scaling import methods
 from clex_train.utils import bootstrap
-from clex_train.utils.errors import ConfigError
-from clex_train.utils.files import make_folder, write_atomically
-from launch.study_arms import ABLATIONS, BASE_METHODS, CHOOSING, JUDGING, MAIN, Arm, Windows
+from clex_train.utils.errors import InputError
+from launch import study_record
+from launch.study_arms import CHOOSING, JUDGING, REFERENCE, TAX_AGAINST
+from launch.study_record import Entry, Record, Share
 
-BASE_FILE = Path("base") / "evaluation" / f"{JUDGING.name}.json"
-CHOSEN = next(arm.label for arm in MAIN if arm.name == "clex_t_factor_2")
-BASE_DRAWN = ("none", "ntk", "yarn", "lm_infinite")
-DRAWN = ("one_shot", "per_position", "last_k")
 PROTOCOLS = ("one_shot", "last_k")
-FORMULA_NAMES = {name: methods.create(Method(name)).label for name in BASE_METHODS}
+MEASURES = {
+    "forced_passkey_exact": "passkey, percent of prompts whose five digits are all the argmax",
+    "forced_passkey_gap": "passkey, nats a token from the right key to a wrong one (positive is good)",
+    "repetition_nll": "a repeated statement, nats a token of its second appearance",
+}
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Line:
     label: str
     nll: dict[int, np.ndarray]
     """Length -> [seeds, windows], summed NLL of each window's scored tokens, in nats."""
-    tokens: list[int]
-    """[windows]: scored tokens of each window."""
-    documents: np.ndarray
+    tokens: int
+    """Scored tokens of each window."""
+    documents: list[int]
     """[windows]: book of each window."""
 
     @property
@@ -47,101 +48,139 @@ class Line:
         return len(next(iter(self.nll.values())))
 
 
-def write(out: Path, seeds: Sequence[int]) -> str:
-    """Write `OUT/report/tables.md` from the evaluations so far, and return its text."""
-    parts = [section(out, seeds, protocol) for protocol in PROTOCOLS]
-    text = "\n\n".join(parts) + "\n"
-    path = out / "report" / "tables.md"
-    make_folder(path.parent)
-    write_atomically(path, text)
-    return text
+def text(record: Record) -> str:
+    """Format every table of the record, for judging first."""
+    parts = [section(record, windows, protocol) for windows in (JUDGING.name, CHOOSING.name) for protocol in PROTOCOLS]
+    parts += [retrieval(record, windows, name) for windows in (JUDGING.name, CHOOSING.name) for name in MEASURES]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def page(out: Path, seed: int, command: Sequence[str]) -> Path:
-    """Write the report of the first seed's main arms to `OUT/report`, and return its page."""
-    files = {out / arm.name / f"seed_{seed}" / "evaluation" / f"{JUDGING.name}.json": arm for arm in MAIN}
-    rows = [Row(f"base, {FORMULA_NAMES[m]}", out / BASE_FILE, m, p) for p in DRAWN for m in BASE_DRAWN]
-    rows += [Row(arm.label, path, arm.methods[0], p) for p in DRAWN for path, arm in files.items() if path.exists()]
-    write_report(from_rows(rows), out / "report", command)
-    return out / "report" / "index.html"
-
-
-def section(out: Path, seeds: Sequence[int], protocol: str) -> str:
-    """Format the main table, the differences from CLEX, and the ablations, under one protocol."""
-    base = [
-        row
-        for method in BASE_METHODS
-        for row in line(f"base, {FORMULA_NAMES[method]}", [out / BASE_FILE], method, protocol)
-    ]
-    parts = _pair(f"{protocol}: perplexity", [*base, *arm_lines(out, MAIN, seeds, protocol, JUDGING)], CHOSEN)
-    single = list(arm_lines(out, ABLATIONS, seeds[:1], protocol, CHOOSING))
-    return "\n\n".join(parts + _pair(f"{protocol}: one seed, for choosing", single, ABLATIONS[0].label))
-
-
-def _pair(title: str, rows: Sequence[Line], reference: str) -> list[str]:
-    """Format a table of perplexities, and one of differences from the row `reference` if it has been evaluated."""
-    # A protocol that has not been evaluated yet leaves its section out.
+def section(record: Record, windows: str, protocol: str) -> str:
+    """Format perplexities under a protocol, and the differences from the reference; empty without evaluations."""
+    rows = lines(record.entries, windows, protocol)
     if not rows:
-        return []
-    parts = [f"### {title}", table(rows, perplexity_cell)]
-    found = [row for row in rows if row.label == reference]
-    return [*parts, f"### {title}, percent above `{reference}`", table(rows, against(found[0]))] if found else parts
+        return ""
+    title = f"### {protocol}, windows for {windows}"
+    parts = [f"{title}: perplexity", table(rows, perplexity_cell, tax(rows))]
+    reference = next((row for row in rows if row.label == REFERENCE), None)
+    if reference is not None:
+        parts += [f"{title}: percent above `{REFERENCE}`", table(rows, against(reference))]
+    return "\n\n".join(parts)
 
 
-def arm_lines(out: Path, arms: Iterable[Arm], seeds: Sequence[int], protocol: str, windows: Windows) -> Iterable[Line]:
-    """Yield a row for every method of every arm that has been evaluated."""
-    for arm in arms:
-        for method in arm.methods:
-            label = arm.label if len(arm.methods) == 1 else f"{arm.label}, {FORMULA_NAMES[method]}"
-            files = [out / arm.name / f"seed_{seed}" / "evaluation" / f"{windows.name}.json" for seed in seeds]
-            yield from line(label, files, method, protocol)
+def retrieval(record: Record, windows: str, name: str) -> str:
+    """Format a measure of retrieval by length, the mean over the seeds and places; empty if nobody measured it."""
+    entries = [entry for entry in record.entries if entry.windows == windows and name in entry.measures]
+    if not entries:
+        return ""
+    lengths = sorted({length for entry in entries for length in entry.measures[name]})
+    head, rows = _head(lengths, record.context_len, ["prompts"]), []
+    for label in dict.fromkeys(entry.label for entry in entries):
+        own = [entry.measures[name] for entry in entries if entry.label == label]
+        cells = [_share(name, [each[n] for each in own if n in each]) for n in lengths]
+        prompts = sum(each[lengths[0]].count for each in own if lengths[0] in each)
+        rows.append([label, *cells, str(prompts)])
+    return f"### {MEASURES[name]}, windows for {windows}\n\n{_markdown(head, rows)}"
 
 
-def line(label: str, files: Iterable[Path], method: str, protocol: str) -> Iterable[Line]:
-    """Yield the row of a method over several runs; nothing if none of them has been evaluated."""
-    found = [results.read(path)[0] for path in files if path.exists()]
-    scores = [[s for s in one.scores if (s.method, s.protocol) == (method, protocol)] for one in found]
-    if not scores or not scores[0]:
-        return
-    # Paired differences need the same tokens in the same order.
-    if len({score.fingerprint for run_scores in scores for score in run_scores}) > 1:
-        raise ConfigError(label, None, "its runs scored different tokens; remove their evaluation files and run again")
-    lengths = [score.length for score in scores[0]]
-    nll = {n: np.array([next(s.window_nll for s in run if s.length == n) for run in scores]) for n in lengths}
-    documents = np.array(found[0].windows["documents"])
-    yield Line(label, nll, [scores[0][0].num_tokens // len(documents)] * len(documents), documents)
+def lines(entries: Sequence[Entry], windows: str, protocol: str) -> list[Line]:
+    """Build a row for every label that was evaluated, over its seeds."""
+    found = [entry for entry in entries if entry.windows == windows and protocol in entry.nll]
+    rows = []
+    for label in dict.fromkeys(entry.label for entry in found):
+        own = [entry for entry in found if entry.label == label]
+        lengths = sorted(set.intersection(*(set(entry.nll[protocol]) for entry in own)))
+        nll = {n: np.array([entry.nll[protocol][n] for entry in own]) for n in lengths}
+        rows.append(Line(label, nll, own[0].tokens[protocol], own[0].documents))
+    return rows
 
 
-def table(rows: Sequence[Line], cell: Callable[[Line, int], str]) -> str:
-    """Format a Markdown table with a row per line and a column per length."""
+def table(rows: Sequence[Line], cell: Callable[[Line, int], str], last: Callable[[Line], str] | None = None) -> str:
+    """Format a Markdown table with a row per line, a column per length, and the column `last` if it is given."""
     lengths = sorted({length for row in rows for length in row.nll})
-    head = ["", *(f"{length // lengths[0]}x ({length})" for length in lengths), "seeds"]
-    body = [[row.label, *(cell(row, length) for length in lengths), str(row.num_seeds)] for row in rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---", *["---:"] * (len(head) - 1)], *body])
+    head = _head(lengths, lengths[0], [*(["tax at 1x, %"] if last else []), "seeds"])
+    body = [
+        [row.label, *(cell(row, n) for n in lengths), *([last(row)] if last else []), str(row.num_seeds)]
+        for row in rows
+    ]
+    return _markdown(head, body)
 
 
 def perplexity_cell(row: Line, length: int) -> str:
-    """Format the perplexity and its standard error by book."""
-    # Average the seeds first: the error is that of the books, not of the training noise.
-    nll, tokens = row.nll[length].mean(axis=0), row.tokens
-    error = bootstrap.standard_errors(nll.tolist(), tokens, row.documents.tolist()).perplexity
-    return f"{float(np.exp(nll.sum() / sum(tokens))):.2f} ± {_or_nan(error):.2f}"
+    """Format the perplexity of the mean NLL over the seeds."""
+    return f"{float(np.exp(row.nll[length].mean(axis=0).sum() / _num_tokens(row))):.2f}"
+
+
+def tax(rows: Sequence[Line]) -> Callable[[Line], str]:
+    """Return a function that formats the cost at the shortest length against the base trained on."""
+    reference = next((row for row in rows if row.label == TAX_AGAINST), None)
+    if reference is None:
+        return lambda row: "-"
+    cell = against(reference)
+    return lambda row: cell(row, min(row.nll))
 
 
 def against(reference: Line) -> Callable[[Line, int], str]:
-    """Return a function that formats how far a row lies above `reference`, with the paired standard error."""
+    """Return a function that formats how far a row lies above `reference`, in percent, with one standard error."""
 
     def cell(row: Line, length: int) -> str:
         if row.label == reference.label:
             return "0"
-        own, other = (side.nll[length].mean(axis=0).tolist() for side in (row, reference))
-        mean, error, _ = bootstrap.paired_difference(own, other, row.tokens, row.documents.tolist())
+        mean, error = difference(row, reference, length)
         # A difference of mean NLL is a ratio of perplexities; the delta method carries the error over.
-        return f"{100 * np.expm1(mean):+.1f} ± {100 * np.exp(mean) * _or_nan(error):.1f}"
+        return f"{100 * np.expm1(mean):+.1f} ± {100 * np.exp(mean) * error:.1f}"
 
     return cell
 
 
-def _or_nan(error: float | None) -> float:
-    # A single book cannot be resampled.
-    return float("nan") if error is None else error
+def difference(row: Line, reference: Line, length: int) -> tuple[float, float]:
+    """Return the difference of two rows' mean NLL in nats a token, and its standard error over books and seeds."""
+    own, other = row.nll[length], reference.nll[length]
+    tokens = [row.tokens] * len(row.documents)
+    mean, of_books, _ = bootstrap.paired_difference(
+        own.mean(axis=0).tolist(), other.mean(axis=0).tolist(), tokens, row.documents
+    )
+    # Seeds of the two rows are other runs, so their spreads are independent.
+    spreads = [_spread(side.sum(axis=1) / _num_tokens(row)) for side in (own, other)]
+    return mean, float(np.sqrt(sum(each**2 for each in (*spreads, of_books or 0.0))))
+
+
+def _spread(means: np.ndarray) -> float:
+    """Return the standard error of a mean over seeds; 0 for a single one."""
+    return float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else 0.0
+
+
+def _num_tokens(row: Line) -> int:
+    return row.tokens * len(row.documents)
+
+
+def _share(name: str, shares: Sequence[Share]) -> str:
+    if not shares:
+        return "-"
+    value = sum(each.total for each in shares) / sum(each.count for each in shares)
+    return f"{100 * value:.0f}" if name.endswith("_exact") else f"{value:.2f}"
+
+
+def _head(lengths: Iterable[int], unit: int, more: list[str]) -> list[str]:
+    return ["", *(f"{length / unit:g}x ({length})" for length in lengths), *more]
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
+
+
+def main() -> int:
+    """Print the tables of a record; return 2 for a file that is none."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("record", type=Path, help="JSON file that `python -m launch.study` wrote")
+    try:
+        sys.stdout.write(text(study_record.read(parser.parse_args().record)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
