@@ -10,6 +10,7 @@ from clex_train.config import retrieval
 from clex_train.config.bos import Bos
 from clex_train.config.method import EVALUATED, Method
 from clex_train.config.retrieval import Task
+from clex_train.config.scaling import LogScale
 from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOST_TOKENS
 from clex_train.utils.errors import require, require_at_most
 
@@ -85,6 +86,8 @@ class EvaluationConfig:
     """First layer that attends to them, counted from 0."""
     t_factor: float | None = None
     """`trained` and `clex` use the t of a context this many times as long, up to t_max; null: as in the model."""
+    log_scale: LogScale | None = None
+    """Scale attention logits by this policy of `scaling.log_scale` for every method; null: as the model does."""
     path: str | None = None
     """Token store whose validation split is evaluated; null: that of `data.path`. A mixture must name one."""
     allow_overlap: bool = False

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from clex_train.attention.log_scaling import install_log_scaling
+from clex_train.attention.log_scaling import LogScaling, install_log_scaling
 from clex_train.attention.select import resolve_attention, supports_sdpa
 from clex_train.config.attention import AttentionImplementation
 from clex_train.config.method import FORMULAS, Method
@@ -53,6 +53,8 @@ class LoadedModel:
     table: FrequencyTable | None = None
     """Frequency table theta(t) as trained; None for plain RoPE."""
     log_scale: LogScale = LogScale.off
+    log_scaling: LogScaling | None = None
+    """What scales the logits of the model; None with `off`."""
     t_factor: float = 1.0
     """At inference, a context uses the t of one `t_factor` times as long; written into the table."""
     engine: Any = None
@@ -231,10 +233,25 @@ def bars_on_a_terminal() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def log_scaled(loaded: LoadedModel, policy: LogScale | None) -> Iterator[None]:
+    """Scale the logits by another policy than the model's own in the block; None keeps its own."""
+    own = loaded.log_scale
+    _scale_logits(loaded, own if policy is None else policy)
+    try:
+        yield
+    finally:
+        _scale_logits(loaded, own)
+
+
 def _scale_logits(loaded: LoadedModel, policy: LogScale) -> None:
-    loaded.log_scale = policy
+    if loaded.log_scaling is not None:
+        # Two scalings would multiply.
+        loaded.log_scaling.undo()
+    loaded.log_scale, loaded.log_scaling = policy, None
     if policy is not LogScale.off:
-        install_log_scaling(loaded.model, policy.value, loaded.context_len, loaded.handle.on_length)
+        handle = loaded.handle
+        loaded.log_scaling = install_log_scaling(loaded.model, policy.value, loaded.context_len, handle.on_length)
 
 
 def _random_model(config: Config, arch: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
