@@ -26,8 +26,8 @@ from clex_train.data.overlap import require_disjoint
 from clex_train.data.rows import Rows
 from clex_train.engine import deepspeed as engines
 from clex_train.engine import liger
-from clex_train.evaluation import during_training
-from clex_train.evaluation.during_training import TrainingEvaluation
+from clex_train.measures import during_training
+from clex_train.measures.during_training import TrainingEvaluation
 from clex_train.model_config.context_length import ContextLength
 from clex_train.model_config.meta_models import model_on_meta, sharing_meta_models
 from clex_train.models import architecture, directory, load, memory_options, weights
