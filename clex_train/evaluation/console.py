@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from clex_train.evaluation.results import Origin, Results, TaskScore
+from clex_train.evaluation.results import Origin, Results
 from clex_train.evaluation.tables import console as perplexity_table
 from clex_train.evaluation.tables import from_results
+from clex_train.evaluation.task_scores import TaskScore
 
 
 def tables_of(results: Results, origin: Origin) -> str:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from clex_train.evaluation.task_scores import TaskScore, task_metrics
 from clex_train.utils.bootstrap import Difference, paired_difference, standard_errors
 from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import BadFile, make_folder, write_atomically
@@ -25,9 +26,6 @@ LARGEST = 2**28
 """Largest evaluation file that is read, in bytes. Each window takes about 20 per cell."""
 
 Length = Annotated[int, msgspec.Meta(ge=1, lt=2**62)]
-
-MOST_CHARACTERS = 500
-"""Longest expected or generated text that a file stores, in characters."""
 
 NO_WINDOWS: dict[str, Any] = {"count": 0, "length": 0, "documents": [], "fingerprint": ""}
 """Value of `windows` in an evaluation of retrieval alone."""
@@ -94,40 +92,6 @@ def exact_score(row: Mapping[str, Any]) -> Score:
 
 
 @dataclass(frozen=True)
-class TaskScore:
-    """Score of a retrieval task by a method at a length, and at a depth if the task has depths."""
-
-    task: str
-    method: str
-    length: int
-    """Maximum tokens of prompt and answer together."""
-    depth: float | None
-    """Position of the answer in the text, from 0 (start) to 1 (end)."""
-    correct: int
-    """Number of prompts answered completely."""
-    total: int
-    """Number of prompts."""
-    score: float
-    """Mean share of the expected strings, 0 to 1."""
-    seed: int | None = None
-    """Seed of the prompts, which also depend on task, length and number; None in files of older versions."""
-    prompts: list[dict[str, Any]] = field(default_factory=list)
-    """For each prompt: number, fingerprint of its tokens, expected and generated text, share."""
-    copied_from: str = ""
-    """Key of the score that this one equals by definition and was copied from; empty if it was computed."""
-
-    @property
-    def key(self) -> str:
-        """`<task>/<method>/<length>`, shared by all depths."""
-        return task_key(self.task, self.method, self.length)
-
-
-def task_key(task: str, method: str, length: int) -> str:
-    """Return `<task>/<method>/<length>`."""
-    return f"{task}/{method}/{length}"
-
-
-@dataclass(frozen=True)
 class Missing:
     """A table cell that ran out of memory."""
 
@@ -157,15 +121,6 @@ class Results:
     def metrics(self) -> dict[str, float]:
         """Map `perplexity/<method>/<protocol>/<length>` and `<task>/<method>/<length>` to their values."""
         return {score.key: score.perplexity for score in self.scores} | task_metrics(self.tasks)
-
-
-def task_metrics(tasks: Sequence[TaskScore]) -> dict[str, float]:
-    """Map `<task>/<method>/<length>` to the mean score over the prompts of all depths."""
-    # Weighted by the number of prompts, which may differ between depths.
-    rows = {score.key: [other for other in tasks if other.key == score.key] for score in tasks}
-    return {
-        key: sum(row.score * row.total for row in same) / sum(row.total for row in same) for key, same in rows.items()
-    }
 
 
 @dataclass(frozen=True)
