@@ -29,11 +29,12 @@ from clex_train.utils.protocols import Tokenizer
 
 WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "num_windows", "chunk_len")
 TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts", "chat_template")
-KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, "offload_cache", "bos")
+MEASURE_KEYS = ("measures", "distances", "num_distractors")
+KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, *MEASURE_KEYS, "offload_cache", "bos")
 """Keys of the `evaluation` group that the command line takes without the group's name; by default the run's."""
 NOT_SHAPING = ("every", "path", "allow_overlap", "chunk_len", "offload_cache", "bos")
 """Keys of the `evaluation` group that do not affect the numbers: schedule and memory use."""
-LATER = ("lm_infinite_top_k", "lm_infinite_top_k_layer", "chat_template", "method_options")
+LATER = ("lm_infinite_top_k", "lm_infinite_top_k_layer", "chat_template", "method_options", *MEASURE_KEYS)
 """Keys that older files lack; they are the same request where these have their defaults."""
 
 logger = log.get(__name__)
@@ -63,7 +64,7 @@ class Plan(Source):
     store: TokenStore
     spec: EvaluationConfig
     tokenizer: Tokenizer | None
-    """None where no task needs it."""
+    """None where no task or measure needs it."""
     bos_id: int | None
     """First token of windows and prompts; None keeps their own."""
     request: dict[str, Any]
@@ -103,7 +104,7 @@ def make_plan(args: EvaluateArguments) -> Plan:
         **vars(source),
         store=store,
         spec=spec,
-        tokenizer=tokenizer if spec.tasks else None,
+        tokenizer=tokenizer if spec.has_prompts() else None,
         bos_id=bos_id,
         request=request(args, spec, source.context_len) | ({} if bos_id is None else {"bos": True}),
     )
@@ -144,6 +145,8 @@ def _check_streaming(spec: EvaluationConfig, sharded: bool) -> None:
     require(
         not spec.tasks, "tasks", [task.value for task in spec.tasks], "streaming runs alone; evaluate tasks separately"
     )
+    forced = [measure.value for measure in spec.measures]
+    require(not forced, "measures", forced, "streaming runs alone; evaluate measures separately")
     known = {Method.lm_infinite, Method.none}
     remedy = "a stream uses a cache of constant size, which evicts those keys; leave the key out"
     require(spec.lm_infinite_top_k == 0, "lm_infinite_top_k", spec.lm_infinite_top_k, remedy)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from clex_train.config import retrieval
+from clex_train.config import measures, retrieval
 from clex_train.config.bos import Bos
+from clex_train.config.measures import Measure
 from clex_train.config.method import Method
 from clex_train.config.retrieval import Task
 from clex_train.utils.bounds import MOST_ROPE_THETA, MOST_SCALE, MOST_STEPS, MOST_TOKENS
@@ -43,6 +44,8 @@ MOST = {
     "task_lengths": MOST_TOKENS,
     "depths": 1,
     "num_prompts": 10**4,
+    "distances": MOST_TOKENS,
+    "num_distractors": 10**3,
 }
 """Upper bounds that catch typing errors."""
 
@@ -106,13 +109,21 @@ class EvaluationConfig:
     """Retrieval tasks in addition to perplexity: `passkey` (LM-Infinite's form), `passkey_infinitebench`, `needle` (in
     real text), `ruler` (all of RULER except question answering), or single tasks of RULER."""
     task_lengths: list[int] | None = None
-    """Tokens of prompt and answer of a task together; null: `lengths`."""
+    """Tokens of prompt and answer of a task or a measure together; null: `lengths`."""
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     """Relative positions of the hidden fact in the text, from 0 (start) to 1 (end)."""
     num_prompts: int = 10
-    """Prompts per task, length and depth, at least 1."""
+    """Prompts per task or measure, length and depth (or distance), at least 1."""
     chat_template: bool = False
     """Format task prompts as user turns with the tokenizer's chat template, for instruct models."""
+    measures: list[Measure] = field(default_factory=list)
+    """Measures by teacher forcing, for models of any size: `forced_passkey` (a pass key in held-out text),
+    `forced_passkey_noise` (in repeated sentences, after a notice), `repetition` (NLL of a statement's second appearance
+    against the distance to the first)."""
+    distances: list[int] | None = None
+    """Tokens between the two appearances of `repetition`; null: 64, 128, ... up to half of each length."""
+    num_distractors: int = 0
+    """Statements about other names between the two appearances of `repetition`, 0 or more."""
 
     def __post_init__(self) -> None:
         require_at_most(self, "evaluation.", MOST)
@@ -123,10 +134,10 @@ class EvaluationConfig:
         require(len(self.methods) > 0, "evaluation.methods", self.methods, "one or more methods")
         require(
             # Retrieval alone is a valid evaluation.
-            len(self.protocols) > 0 or len(self.tasks) > 0,
+            len(self.protocols) > 0 or len(self.tasks) > 0 or len(self.measures) > 0,
             "evaluation.protocols",
             self.protocols,
-            "one or more protocols (or none, and evaluation.tasks)",
+            "one or more protocols (or none, and evaluation.tasks or evaluation.measures)",
         )
         # At base 1 all frequencies are equal, and below it they grow.
         require(self.rope_theta > 1, "evaluation.rope_theta", self.rope_theta, "a base greater than 1")
@@ -153,6 +164,7 @@ class EvaluationConfig:
         require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")
         # Retrieval has its own module: the tasks of RULER are a list of their own.
         retrieval.check(self.tasks, self.num_prompts, self.depths, self.task_lengths)
+        measures.check(self.measures, self.distances, self.num_distractors)
 
     def _check_lengths(self) -> None:
         require(all(n >= 2 for n in self.lengths), "evaluation.lengths", self.lengths, "each has at least 2 tokens")
@@ -179,9 +191,15 @@ class EvaluationConfig:
         return {name: getattr(self, name) for name in names}
 
     def lengths_of_tasks(self) -> list[int]:
-        """Return the lengths of the retrieval prompts, in tokens."""
+        """Return the lengths of the prompts of tasks and measures, in tokens."""
         return self.lengths if self.task_lengths is None else self.task_lengths
 
     def longest(self) -> int:
         """Return the largest number of tokens that any part of the evaluation reads at a time."""
-        return max([*(self.lengths if self.protocols else []), *(self.lengths_of_tasks() if self.tasks else [])])
+        return max(
+            [*(self.lengths if self.protocols else []), *(self.lengths_of_tasks() if self.has_prompts() else [])]
+        )
+
+    def has_prompts(self) -> bool:
+        """Return True if prompts are written, which needs the tokenizer."""
+        return bool(self.tasks or self.measures)

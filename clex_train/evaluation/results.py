@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from clex_train.evaluation.measure_scores import MeasureScore, from_row, measure_metrics, to_row
 from clex_train.evaluation.task_scores import TaskScore, task_metrics
 from clex_train.utils.bootstrap import Difference, paired_difference, standard_errors
 from clex_train.utils.errors import ConfigError, first_line
@@ -117,10 +118,13 @@ class Results:
     """Scores of retrieval, if configured."""
     missing: list[Missing] = field(default_factory=list)
     """Cells that ran out of memory."""
+    measures: list[MeasureScore] = field(default_factory=list)
+    """Scores by teacher forcing, if configured."""
 
     def metrics(self) -> dict[str, float]:
-        """Map `perplexity/<method>/<protocol>/<length>` and `<task>/<method>/<length>` to their values."""
-        return {score.key: score.perplexity for score in self.scores} | task_metrics(self.tasks)
+        """Map the keys of scores, tasks and measures, such as `perplexity/<method>/<protocol>/<length>`, to values."""
+        perplexity = {score.key: score.perplexity for score in self.scores}
+        return perplexity | task_metrics(self.tasks) | measure_metrics(self.measures)
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,7 @@ def write(path: Path, results: Results, origin: Origin) -> None:
         "metrics": {key: _finite(value) for key, value in results.metrics().items()},
         "scores": [_score_row(score) for score in results.scores],
         "tasks": [vars(score) for score in results.tasks],
+        "measures": [to_row(score) for score in results.measures],
         "missing": [vars(cell) for cell in results.missing],
     }
     # `allow_nan=False` catches a NaN that was missed above: it is not JSON, and strict readers would refuse the file.
@@ -221,7 +226,8 @@ def _results(content: Mapping[str, Any]) -> Results:
         # In old files, the fingerprint in `windows` covers the scored tokens; that of the windows is unknown.
         scores = [_older(row, windows) for row in rows]
         return Results(scores, content["context_len"], {**windows, "fingerprint": ""}, tasks, missing)
-    return Results([_score(row) for row in rows], content["context_len"], windows, tasks, missing)
+    measures = [from_row(row) for row in content.get("measures", [])]
+    return Results([_score(row) for row in rows], content["context_len"], windows, tasks, missing, measures)
 
 
 def compare(first: Score, second: Score, documents: Sequence[int]) -> Difference:

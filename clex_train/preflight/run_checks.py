@@ -260,7 +260,7 @@ def _plan_evaluation(
         if inputs.is_complete and store is not None and distributed.is_main():
             during_training.warn_of_later(config, store)
         return None
-    if inputs.held_out is None or store is None or (inputs.tokenizer is None and config.evaluation.tasks):
+    if inputs.held_out is None or store is None or (inputs.tokenizer is None and config.evaluation.has_prompts()):
         _check_methods(config, trained, context_len)
         return None
     # Before the methods, which would otherwise refuse tables for lengths that no document has.
