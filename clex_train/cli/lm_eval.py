@@ -40,11 +40,12 @@ from clex_train.console import arguments as arguments_of
 from clex_train.console import program
 from clex_train.console.loading_keys import METHOD_KEYS, LoadingConfig, with_overrides
 from clex_train.data.bos import adds_bos
-from clex_train.evaluation import harness, methods
+from clex_train.evaluation import methods
 from clex_train.evaluation import provenance as origins
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.results import FORMAT, Origin
 from clex_train.evaluation.runner import keeping_table, work_of
+from clex_train.measures import harness
 from clex_train.models import architecture
 from clex_train.models.load import LoadedModel
 from clex_train.models.tokenizer import load_tokenizer
