@@ -7,13 +7,12 @@ that the prompts are made of (over the prompts where the filler is no document).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from clex_train.config.measures import Measure
 from clex_train.utils.bootstrap import standard_errors
-from clex_train.utils.records import convert
 
 UNITS = {
     "exact": "percent of prompts whose answer tokens are all the most likely ones",
@@ -93,13 +92,6 @@ def to_row(score: MeasureScore) -> dict[str, Any]:
         "value": value if math.isfinite(value) else None,
         "sums": [one if math.isfinite(one) else None for one in score.sums],
     }
-
-
-def from_row(row: Mapping[str, Any]) -> MeasureScore:
-    """Convert back. Raises `ValueError` for anything else."""
-    fields = {name: value for name, value in row.items() if name != "value"}
-    fields["sums"] = [math.nan if one is None else one for one in row["sums"]]
-    return convert(fields, MeasureScore)
 
 
 def measure_tables(scores: Sequence[MeasureScore]) -> str:

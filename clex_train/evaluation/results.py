@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from clex_train.evaluation.measure_scores import MeasureScore, from_row, measure_metrics, to_row
+from clex_train.evaluation.measure_scores import MeasureScore, measure_metrics, to_row
 from clex_train.evaluation.task_scores import TaskScore, task_metrics
 from clex_train.utils.bootstrap import Difference, paired_difference, standard_errors
 from clex_train.utils.errors import ConfigError, first_line
@@ -90,6 +90,14 @@ def score_key(method: str, protocol: str, length: int) -> str:
 def exact_score(row: Mapping[str, Any]) -> Score:
     """Convert `vars(score)` back after a round trip through JSON. Raises `ValueError` for anything else."""
     return convert(row, Score)
+
+
+def measure_score(row: Mapping[str, Any]) -> MeasureScore:
+    """Convert a row of `to_row` back after a round trip through JSON. Raises `ValueError` for anything else."""
+    fields = {name: value for name, value in row.items() if name != "value"}
+    # Sums that are not finite are null in the file.
+    fields["sums"] = [math.nan if one is None else one for one in row["sums"]]
+    return convert(fields, MeasureScore)
 
 
 @dataclass(frozen=True)
@@ -226,7 +234,7 @@ def _results(content: Mapping[str, Any]) -> Results:
         # In old files, the fingerprint in `windows` covers the scored tokens; that of the windows is unknown.
         scores = [_older(row, windows) for row in rows]
         return Results(scores, content["context_len"], {**windows, "fingerprint": ""}, tasks, missing)
-    measures = [from_row(row) for row in content.get("measures", [])]
+    measures = [measure_score(row) for row in content.get("measures", [])]
     return Results([_score(row) for row in rows], content["context_len"], windows, tasks, missing, measures)
 
 

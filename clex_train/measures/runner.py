@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from clex_train.config.measures import Measure
 from clex_train.evaluation.duplicates import identity
-from clex_train.evaluation.measure_scores import MeasureScore, from_row, to_row, with_error
+from clex_train.evaluation.measure_scores import MeasureScore, to_row, with_error
 from clex_train.evaluation.partial_results import Partial
-from clex_train.evaluation.results import Missing
+from clex_train.evaluation.results import Missing, measure_score
 from clex_train.evaluation.runner import (
     BAR,
     Feeding,
@@ -125,7 +125,7 @@ def method_cells(
 
 def _found(each: MethodCell, kept: Partial) -> Outcome:
     """Return the scores from an interrupted evaluation; empty if it did not finish them."""
-    found = kept.find([each.key], lambda rows: [from_row(row) for row in rows])
+    found = kept.find([each.key], lambda rows: [measure_score(row) for row in rows])
     return found[0] if found else []
 
 

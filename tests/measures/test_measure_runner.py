@@ -14,9 +14,9 @@ from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.measures import Measure
 from clex_train.config.method import Method
 from clex_train.evaluation import methods, partial_results
-from clex_train.evaluation.measure_scores import MeasureScore, from_row, measure_metrics, measure_tables, to_row
+from clex_train.evaluation.measure_scores import MeasureScore, measure_metrics, measure_tables, to_row
 from clex_train.evaluation.partial_results import resume
-from clex_train.evaluation.results import Missing
+from clex_train.evaluation.results import Missing, measure_score
 from clex_train.evaluation.runner import Feeding
 from clex_train.measures import runner
 from clex_train.measures.plan import Cell
@@ -154,12 +154,12 @@ def test_scores_survive_json_and_overflow_becomes_null(tokenizer: Any) -> None:
     score = MeasureScore("repetition", "nll", "none", 256, 64, [math.inf, 2.0], [3, 2], [0, 1], 0)
     row = json.loads(json.dumps(to_row(score), allow_nan=False))
     assert (row["value"], row["sums"]) == (None, [None, 2.0])
-    assert math.isnan(from_row(row).sums[0])
+    assert math.isnan(measure_score(row).sums[0])
     scores = [
         MeasureScore("forced_passkey", "exact", "none", 128, depth, sums, [1, 1], [0, 1], 0, 0.25)
         for depth, sums in ((0.0, [1.0, 0.0]), (1.0, [1.0, 1.0]))
     ]
-    assert from_row(json.loads(json.dumps(to_row(scores[0])))) == scores[0]
+    assert measure_score(json.loads(json.dumps(to_row(scores[0])))) == scores[0]
     assert measure_metrics(scores) == {"forced_passkey_exact/none/128": 0.75}
     lines = [line.split() for line in measure_tables(scores).splitlines()]
     assert ["none,", "depth", "0", "50", "±25"] in lines
