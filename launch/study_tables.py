@@ -109,7 +109,7 @@ def line(label: str, files: Iterable[Path], method: str, protocol: str) -> Itera
     lengths = [score.length for score in scores[0]]
     nll = {n: np.array([next(s.window_nll for s in run if s.length == n) for run in scores]) for n in lengths}
     documents = np.array(found[0].windows["documents"])
-    yield Line(label, nll, [scores[0][0].num_tokens // len(documents)] * len(documents), documents)
+    yield Line(label, nll, scores[0][0].tokens_by_window, documents)
 
 
 def table(rows: Sequence[Line], cell: Callable[[Line, int], str]) -> str:

@@ -43,7 +43,7 @@ from clex_train.evaluation import retrieval_runner as retrieval
 from clex_train.evaluation.console import tables_of
 from clex_train.evaluation.grid import cells as cells_of_table
 from clex_train.evaluation.partial_results import Partial, log_found
-from clex_train.evaluation.protocols import Reading, readings
+from clex_train.evaluation.protocols import Reading, readings, require_key_tokens_fit
 from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
 from clex_train.evaluation.retrieval_runner import method_cells
 from clex_train.evaluation.runner import Feeding
@@ -105,6 +105,8 @@ def choose(args: EvaluateArguments, plan: Plan) -> Todo:
     spec, tokenizer, bos_id = plan.spec, plan.tokenizer, plan.bos_id
     spans = readings(spec, plan.context_len)
     windows = select(plan.store, max(spec.lengths), spec.num_windows, args.seed, bos_id) if spans else None
+    if windows is not None:
+        require_key_tokens_fit(spec, spans, windows.content, plan.store.fingerprint)
     if tokenizer is None:
         return Todo(windows, spans, [], [])
     prompts = retrieval_plan.build_cells(spec, tokenizer, plan.store, args.seed, bos_id is not None)

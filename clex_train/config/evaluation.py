@@ -23,6 +23,7 @@ class Protocol(Enum):
     sliding = "sliding"
     per_position = "per_position"
     last_k = "last_k"
+    long_ppl = "long_ppl"
     streaming = "streaming"
 
 
@@ -61,7 +62,8 @@ class EvaluationConfig:
     what the scaling serves and the longest held-out document."""
     protocols: list[Protocol] = field(default_factory=lambda: [Protocol.one_shot])
     """`one_shot`: windows of N, t fixed by N; `chunked` (official): chunks of L through the cache, t grows; `sliding`:
-    windows that move by `stride`; `per_position`: NLL by position; `last_k`: only the last tokens of a window."""
+    windows that move by `stride`; `per_position`: NLL by position; `last_k`: only the last tokens of a window;
+    `long_ppl`: the spans of `sliding`, only the tokens of `key_tokens` (LongPPL)."""
     methods: list[Method] = field(default_factory=lambda: [Method.trained], metadata={"choices": Method})
     """`trained`: the model as trained; `clex`: the same for a model with CLEX; `lm_infinite`: plain frequencies and the
     Lambda-shaped mask. The others put their frequencies into the same weights (docs/recipes.md); `none` and
@@ -101,6 +103,8 @@ class EvaluationConfig:
     """Tokens by which `sliding` moves its windows of N, so that each token has at least N - stride of context."""
     last_k: int | None = None
     """Tokens at the end of the largest window that `last_k` scores; null: L."""
+    key_tokens: str | None = None
+    """File of the key tokens that `long_ppl` scores, written by `data_prep.key_tokens` for the same windows."""
     chunk_len: int = 1024
     """Tokens of a window per forward pass; bounds the memory of logits without changing the result."""
     offload_cache: bool = False
@@ -161,6 +165,9 @@ class EvaluationConfig:
         layer = self.lm_infinite_top_k_layer
         require(layer >= 0, "evaluation.lm_infinite_top_k_layer", layer, "the index of a layer, from 0")
         require(self.t_factor is None or self.t_factor >= 1, "evaluation.t_factor", self.t_factor, "1 or more")
+        wanted = Protocol.long_ppl in self.protocols
+        remedy = "the protocol long_ppl scores the tokens of a file; set both, or neither"
+        require(wanted == (self.key_tokens is not None), "evaluation.key_tokens", self.key_tokens, remedy)
         require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")
         # Retrieval has its own module: the tasks of RULER are a list of their own.
         retrieval.check(self.tasks, self.num_prompts, self.depths, self.task_lengths)
@@ -177,8 +184,8 @@ class EvaluationConfig:
             "each must be a multiple of the shortest and divide the longest, so that all score the same tokens",
         )
         require(
-            # Only `sliding` uses the stride; other protocols ignore it.
-            Protocol.sliding not in self.protocols or self.stride <= shortest,
+            # Only these two use the stride; other protocols ignore it.
+            not {Protocol.sliding, Protocol.long_ppl} & set(self.protocols) or self.stride <= shortest,
             "evaluation.stride",
             self.stride,
             f"more than the shortest of evaluation.lengths={self.lengths}, so windows would leave tokens out; "

@@ -63,6 +63,13 @@ class Score:
     """For `per_position`: (position in the span, mean nll, scored tokens) of equal bins of positions."""
     copied_from: str = ""
     """Key of the score that this one equals by definition and was copied from; empty if it was computed."""
+    window_tokens: list[int] = field(default_factory=list)
+    """[W]: scored tokens of each window, where they differ (`long_ppl`); empty where all windows have as many."""
+
+    @property
+    def tokens_by_window(self) -> list[int]:
+        """Scored tokens of each window, [W]."""
+        return self.window_tokens or [self.num_tokens // len(self.window_nll)] * len(self.window_nll)
 
     @property
     def key(self) -> str:
@@ -247,15 +254,12 @@ def compare(first: Score, second: Score, documents: Sequence[int]) -> Difference
         raise ConfigError(
             f"{first.key} and {second.key}", None, "scored different tokens; compare methods under one protocol"
         )
-    # Every window has the same number of scored tokens.
-    tokens = [first.num_tokens // len(first.window_nll)] * len(first.window_nll)
-    return paired_difference(first.window_nll, second.window_nll, tokens, documents)
+    return paired_difference(first.window_nll, second.window_nll, first.tokens_by_window, documents)
 
 
 def with_standard_errors(score: Score, documents: Sequence[int]) -> Score:
     """Add standard errors to a score; `documents` [W] is the document of each window."""
-    tokens = [score.num_tokens // len(score.window_nll)] * len(score.window_nll)
-    errors = standard_errors(score.window_nll, tokens, documents)
+    errors = standard_errors(score.window_nll, score.tokens_by_window, documents)
     return replace(
         score,
         standard_error=errors.perplexity,
@@ -275,8 +279,10 @@ def _score_row(score: Score) -> dict[str, Any]:
 
 
 def _score(row: Mapping[str, Any]) -> Score:
-    # Older files lack `copied_from`, because nothing was copied.
-    fields: dict[str, Any] = {name: {"copied_from": "", **row}[name] for name in Score.__dataclass_fields__}
+    # Older files lack these two, because nothing was copied, and all windows had equally many scored tokens.
+    fields: dict[str, Any] = {
+        name: {"copied_from": "", "window_tokens": [], **row}[name] for name in Score.__dataclass_fields__
+    }
     fields["window_nll"] = [math.nan if value is None else value for value in row["window_nll"]]
     fields["curve"] = tuple((place, math.nan if nll is None else nll, count) for place, nll, count in row["curve"])
     return convert(fields, Score)

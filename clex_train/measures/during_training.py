@@ -19,7 +19,7 @@ from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.evaluation import methods, provenance, results, runner
 from clex_train.evaluation import retrieval_runner as retrieval
 from clex_train.evaluation.console import tables_of
-from clex_train.evaluation.protocols import readings
+from clex_train.evaluation.protocols import readings, require_key_tokens_fit
 from clex_train.evaluation.runner import Feeding
 from clex_train.evaluation.windows import require_windows, select
 from clex_train.measures import plan as measure_plan
@@ -65,6 +65,7 @@ class TrainingEvaluation:
         bos_id = evaluation_bos_id(self.spec.bos, self.store)
         warn_if_bos_differs(store, bos_id)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, bos_id=bos_id)
+        require_key_tokens_fit(self.spec, self.readings, self.windows.content, held_out.fingerprint)
         self.cells = plan.build_cells(self.spec, tokenizer, self.store, bos=bos_id is not None)
         self.forced = measure_plan.build_cells(self.spec, tokenizer, self.store, bos_id=bos_id)
 

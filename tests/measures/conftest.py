@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from clex_train.token_store.store import TokenStore
+from tests.evaluation.conftest import places  # noqa: F401
 from tests.measures.forced_models import text_store
 from tests.retrieval.local_tokenizers import byte_level, sentencepiece_like
 
