@@ -37,13 +37,13 @@ from clex_train.config.evaluation import Protocol
 from clex_train.config.method import Method
 from clex_train.console import arguments as arguments_of
 from clex_train.console import program
-from clex_train.evaluation import methods, runner, streaming
+from clex_train.evaluation import methods, runner, streaming, tax
 from clex_train.evaluation import provenance as origin
 from clex_train.evaluation import retrieval_runner as retrieval
 from clex_train.evaluation.console import tables_of
 from clex_train.evaluation.grid import cells as cells_of_table
 from clex_train.evaluation.partial_results import Partial, log_found
-from clex_train.evaluation.protocols import Reading, readings, require_key_tokens_fit
+from clex_train.evaluation.protocols import Reading, readings, require_key_tokens_fit, scored_tokens
 from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
 from clex_train.evaluation.retrieval_runner import method_cells
 from clex_train.evaluation.runner import Feeding
@@ -107,6 +107,9 @@ def choose(args: EvaluateArguments, plan: Plan) -> Todo:
     windows = select(plan.store, max(spec.lengths), spec.num_windows, args.seed, bos_id) if spans else None
     if windows is not None:
         require_key_tokens_fit(spec, spans, windows.content, plan.store.fingerprint)
+    length = tax.tax_length(spec.lengths, plan.context_len)
+    tokens = scored_tokens(spans, length, windows) if windows is not None else {}
+    tax.require_baseline(spec.baseline, tokens, windows.content if windows is not None else "", plan.store.fingerprint)
     if tokenizer is None:
         return Todo(windows, spans, [], [])
     prompts = retrieval_plan.build_cells(spec, tokenizer, plan.store, args.seed, bos_id is not None)
@@ -184,7 +187,8 @@ def evaluate(args: EvaluateArguments, plan: Plan, todo: Todo) -> Done | None:
     feeding = replace(feeding, kept=kept)
     measures, skipped = measure_runner.evaluate(model, handle, tables, todo.forced, feeding, inserted)
     missing = [*results.missing, *missing, *skipped]
-    return replace(results, tasks=tasks, measures=measures, missing=missing), provenance, kept
+    results = replace(results, tasks=tasks, measures=measures, missing=missing)
+    return tax.add(results, provenance, spec.baseline), provenance, kept
 
 
 def forecast(

@@ -31,9 +31,10 @@ from clex_train.utils.protocols import Tokenizer
 WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "key_tokens", "num_windows", "chunk_len")
 TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts", "chat_template")
 MEASURE_KEYS = ("measures", "distances", "num_distractors")
-KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, *MEASURE_KEYS, "offload_cache", "bos")
+
+KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, *MEASURE_KEYS, "baseline", "offload_cache", "bos")
 """Keys of the `evaluation` group that the command line takes without the group's name; by default the run's."""
-NOT_SHAPING = ("every", "path", "allow_overlap", "chunk_len", "offload_cache", "bos")
+NOT_SHAPING = ("every", "path", "allow_overlap", "baseline", "chunk_len", "offload_cache", "bos")
 """Keys of the `evaluation` group that do not affect the numbers: schedule and memory use."""
 LATER = ("lm_infinite_top_k", "lm_infinite_top_k_layer", "chat_template", "method_options", "key_tokens", *MEASURE_KEYS)
 """Keys that older files lack; they are the same request where these have their defaults."""
@@ -152,6 +153,7 @@ def _check_streaming(spec: EvaluationConfig, sharded: bool) -> None:
     )
     forced = [measure.value for measure in spec.measures]
     require(not forced, "measures", forced, "streaming runs alone; evaluate measures separately")
+    require(spec.baseline is None, "baseline", spec.baseline, "a stream has no windows to compare; leave the key out")
     known = {Method.lm_infinite, Method.none}
     remedy = "a stream uses a cache of constant size, which evicts those keys; leave the key out"
     require(spec.lm_infinite_top_k == 0, "lm_infinite_top_k", spec.lm_infinite_top_k, remedy)

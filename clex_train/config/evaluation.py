@@ -126,6 +126,9 @@ class EvaluationConfig:
     against the distance to the first)."""
     distances: list[int] | None = None
     """Tokens between the two appearances of `repetition`; null: 64, 128, ... up to half of each length."""
+    baseline: str | None = None
+    """Evaluation file of the base that was trained on: tables then show the short-context tax, the perplexity at L
+    (or the shortest length) above the base's on the same tokens."""
     num_distractors: int = 0
     """Statements about other names between the two appearances of `repetition`, 0 or more."""
 

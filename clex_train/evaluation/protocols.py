@@ -11,11 +11,13 @@ BOS). Only tokens with a nll at every length are scored, so all columns of a pro
 `W` tokens of a window, the largest length.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,6 +25,9 @@ from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.evaluation import key_tokens
 from clex_train.evaluation.perplexity import Predict, chunked, one_shot
 from clex_train.utils.errors import require
+
+if TYPE_CHECKING:
+    from clex_train.evaluation.windows import WindowSet
 
 MOST_BINS = 128
 """Maximum number of points of a curve of nll by position."""
@@ -164,6 +169,11 @@ def require_key_tokens_fit(spec: EvaluationConfig, given: Iterable[Reading], win
     for reading in given:
         if reading.keys is not None:
             key_tokens.require_fit(reading.keys, str(spec.key_tokens), windows, store)
+
+
+def scored_tokens(given: Iterable[Reading], length: int, windows: WindowSet) -> dict[tuple[str, int], str]:
+    """Map (protocol, length) of each reading to the fingerprint of the tokens that it scores."""
+    return {(each.protocol.value, length): windows.fingerprint(each.scored) for each in given}
 
 
 READINGS: dict[Protocol, Callable[[EvaluationConfig, int], Reading]] = {

@@ -108,6 +108,22 @@ def measure_score(row: Mapping[str, Any]) -> MeasureScore:
 
 
 @dataclass(frozen=True)
+class Tax:
+    """Perplexity of a method at the shortest length against the base that was trained on."""
+
+    method: str
+    protocol: str
+    length: int
+    percent: float | None
+    """By how much the perplexity is higher, in percent; None if it is not finite."""
+    standard_error: float | None
+    """Standard error of the percentage, paired by document; None with the reason in the note."""
+    note: str
+    baseline: str
+    """Label and method of the base's evaluation."""
+
+
+@dataclass(frozen=True)
 class Missing:
     """A table cell that ran out of memory."""
 
@@ -135,11 +151,14 @@ class Results:
     """Cells that ran out of memory."""
     measures: list[MeasureScore] = field(default_factory=list)
     """Scores by teacher forcing, if configured."""
+    taxes: list[Tax] = field(default_factory=list)
+    """Short-context taxes, where a baseline is named."""
 
     def metrics(self) -> dict[str, float]:
         """Map the keys of scores, tasks and measures, such as `perplexity/<method>/<protocol>/<length>`, to values."""
         perplexity = {score.key: score.perplexity for score in self.scores}
-        return perplexity | task_metrics(self.tasks) | measure_metrics(self.measures)
+        taxes = {f"tax/{t.method}/{t.protocol}/{t.length}": t.percent for t in self.taxes if t.percent is not None}
+        return perplexity | task_metrics(self.tasks) | measure_metrics(self.measures) | taxes
 
 
 @dataclass(frozen=True)
@@ -185,6 +204,7 @@ def write(path: Path, results: Results, origin: Origin) -> None:
         "scores": [_score_row(score) for score in results.scores],
         "tasks": [vars(score) for score in results.tasks],
         "measures": [to_row(score) for score in results.measures],
+        "taxes": [vars(tax) for tax in results.taxes],
         "missing": [vars(cell) for cell in results.missing],
     }
     # `allow_nan=False` catches a NaN that was missed above: it is not JSON, and strict readers would refuse the file.
@@ -242,7 +262,9 @@ def _results(content: Mapping[str, Any]) -> Results:
         scores = [_older(row, windows) for row in rows]
         return Results(scores, content["context_len"], {**windows, "fingerprint": ""}, tasks, missing)
     measures = [measure_score(row) for row in content.get("measures", [])]
-    return Results([_score(row) for row in rows], content["context_len"], windows, tasks, missing, measures)
+    taxes = convert(content.get("taxes", []), list[Tax])
+    scores = [_score(row) for row in rows]
+    return Results(scores, content["context_len"], windows, tasks, missing, measures, taxes)
 
 
 def compare(first: Score, second: Score, documents: Sequence[int]) -> Difference:

@@ -16,10 +16,10 @@ from clex_train.config.checkpoint import OnFullDisk
 from clex_train.config.method import Method
 from clex_train.config.root import Config
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
-from clex_train.evaluation import methods, provenance, results, runner
+from clex_train.evaluation import methods, provenance, results, runner, tax
 from clex_train.evaluation import retrieval_runner as retrieval
 from clex_train.evaluation.console import tables_of
-from clex_train.evaluation.protocols import readings, require_key_tokens_fit
+from clex_train.evaluation.protocols import readings, require_key_tokens_fit, scored_tokens
 from clex_train.evaluation.runner import Feeding
 from clex_train.evaluation.windows import require_windows, select
 from clex_train.measures import plan as measure_plan
@@ -66,6 +66,8 @@ class TrainingEvaluation:
         warn_if_bos_differs(store, bos_id)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, bos_id=bos_id)
         require_key_tokens_fit(self.spec, self.readings, self.windows.content, held_out.fingerprint)
+        tokens = scored_tokens(self.readings, tax.tax_length(self.spec.lengths, context_len), self.windows)
+        tax.require_baseline(self.spec.baseline, tokens, self.windows.content, held_out.fingerprint)
         self.cells = plan.build_cells(self.spec, tokenizer, self.store, bos=bos_id is not None)
         self.forced = measure_plan.build_cells(self.spec, tokenizer, self.store, bos_id=bos_id)
 
@@ -100,17 +102,21 @@ class TrainingEvaluation:
         forced, skipped = measure_runner.evaluate(loaded.model, loaded.handle, tables, self.forced, feeding, inserted)
         # One file for all of them.
         scored = replace(scored, tasks=tasks, measures=forced, missing=[*scored.missing, *missing, *skipped])
-        self._keep(scored, next(loaded.model.parameters()).dtype, step)
+        facts = self._facts(next(loaded.model.parameters()).dtype, step)
+        scored = tax.add(scored, facts, self.spec.baseline)
+        self._keep(scored, facts, step)
         return scored.metrics()
 
-    def _keep(self, scored: results.Results, dtype: torch.dtype, step: int) -> None:
+    def _facts(self, dtype: torch.dtype, step: int) -> results.Origin:
+        weights = {"path": str(self.config.output_dir), "step": step}
+        return provenance.describe(self.config.name, weights, self.store, dtype)
+
+    def _keep(self, scored: results.Results, facts: results.Origin, step: int) -> None:
         """Log the tables and write the file; on a full disk follow `checkpoint.on_full_disk`. Collective."""
         # A step that is repeated after a rollback replaces its own file.
         path = Path(self.config.output_dir) / "evaluation" / f"step_{step}.json"
 
         def write() -> None:
-            weights = {"path": str(self.config.output_dir), "step": step}
-            facts = provenance.describe(self.config.name, weights, self.store, dtype)
             logger.info("step %d:\n%s", step, tables_of(scored, facts))
             results.write(path, scored, facts)
 
