@@ -37,7 +37,7 @@ from clex_train.config.evaluation import Protocol
 from clex_train.config.method import Method
 from clex_train.console import arguments as arguments_of
 from clex_train.console import program
-from clex_train.evaluation import methods, runner, streaming, tax
+from clex_train.evaluation import methods, runner, streaming
 from clex_train.evaluation import provenance as origin
 from clex_train.evaluation import retrieval_runner as retrieval
 from clex_train.evaluation.console import tables_of
@@ -51,6 +51,7 @@ from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, select
 from clex_train.measures import plan as measure_plan
 from clex_train.measures import runner as measure_runner
+from clex_train.measures import tax
 from clex_train.models.load import LoadedModel
 from clex_train.preflight import evaluation_time
 from clex_train.resilience import oom_recovery
@@ -105,6 +106,7 @@ def choose(args: EvaluateArguments, plan: Plan) -> Todo:
     spec, tokenizer, bos_id = plan.spec, plan.tokenizer, plan.bos_id
     spans = readings(spec, plan.context_len)
     windows = select(plan.store, max(spec.lengths), spec.num_windows, args.seed, bos_id) if spans else None
+    # Files of key tokens and of a baseline name their windows, which exist only now.
     if windows is not None:
         require_key_tokens_fit(spec, spans, windows.content, plan.store.fingerprint)
     length = tax.tax_length(spec.lengths, plan.context_len)

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     stop_requests.end_on_signals()
 
 from clex_train.console import arguments, program
-from clex_train.evaluation import tax
+from clex_train.measures import tax
 from clex_train.report import evidence
 from clex_train.report.write import INDEX, write
 from clex_train.utils import log
@@ -52,6 +52,7 @@ def main() -> None:
     require(args.output != "", "output", "''", "name a folder for the report, or leave the key out")
     output = Path(args.output) if args.output else default_output(paths)
     require_writable_folder("output", output, output, SAVING + output.name)
+    # In this program the key has no group.
     with renamed_key(tax.KEY, "baseline"):
         collected = evidence.collect(paths, args.baseline)
     try:

@@ -76,6 +76,7 @@ def with_error(score: MeasureScore) -> MeasureScore:
 def measure_metrics(scores: Sequence[MeasureScore]) -> dict[str, float]:
     """Map `<measure>_<quantity>/<method>/<length>` to the mean over the prompts of all places."""
     groups = dict[str, list[MeasureScore]]()
+    # Pooled, not a mean of means: places may have other numbers of answer tokens.
     for score in scores:
         groups.setdefault(score.key, []).append(score)
     return {
@@ -96,6 +97,7 @@ def to_row(score: MeasureScore) -> dict[str, Any]:
 
 def measure_tables(scores: Sequence[MeasureScore]) -> str:
     """Format a table for each measure and quantity: rows by method and place, columns by length."""
+    # A set would lose the order in which the measures were asked for.
     kinds = dict.fromkeys((score.measure, score.quantity) for score in scores)
     return "\n\n".join(_table([s for s in scores if (s.measure, s.quantity) == kind]) for kind in kinds)
 
@@ -119,6 +121,7 @@ def _name(score: MeasureScore) -> str:
 
 
 def _cell(score: MeasureScore) -> str:
+    # A prompt is exact or not, so a share has no meaningful decimals.
     factor, digits = (100, 0) if score.quantity in SHARES else (1, 2)
     error = "" if score.standard_error is None else f" ±{factor * score.standard_error:.{digits}f}"
     return f"{factor * score.value:.{digits}f}{error}"

@@ -158,6 +158,7 @@ def _long_ppl(spec: EvaluationConfig, context_len: int) -> Reading:
     length, longest = keys.windows["length"], max(spec.lengths)
     remedy = f"made for windows of {length} tokens, and the longest of evaluation.lengths is {longest}"
     require(length == longest, "evaluation.key_tokens", path, remedy)
+    # One-shot spans would leave key tokens near a span's beginning without the context that makes them key.
     reading = _sliding(spec, context_len)
     scored = keys.mask & reading.scored
     require(bool(scored.any()), "evaluation.key_tokens", path, "has no key token; lower alpha or beta in its making")

@@ -16,7 +16,7 @@ from clex_train.config.checkpoint import OnFullDisk
 from clex_train.config.method import Method
 from clex_train.config.root import Config
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
-from clex_train.evaluation import methods, provenance, results, runner, tax
+from clex_train.evaluation import methods, provenance, results, runner
 from clex_train.evaluation import retrieval_runner as retrieval
 from clex_train.evaluation.console import tables_of
 from clex_train.evaluation.protocols import readings, require_key_tokens_fit, scored_tokens
@@ -24,6 +24,7 @@ from clex_train.evaluation.runner import Feeding
 from clex_train.evaluation.windows import require_windows, select
 from clex_train.measures import plan as measure_plan
 from clex_train.measures import runner as measure_runner
+from clex_train.measures import tax
 from clex_train.models import architecture
 from clex_train.retrieval import plan
 from clex_train.rope.patch import RotaryHandle
@@ -102,6 +103,7 @@ class TrainingEvaluation:
         forced, skipped = measure_runner.evaluate(loaded.model, loaded.handle, tables, self.forced, feeding, inserted)
         # One file for all of them.
         scored = replace(scored, tasks=tasks, measures=forced, missing=[*scored.missing, *missing, *skipped])
+        # Before the file is written, so that it has the tax as its metrics do.
         facts = self._facts(next(loaded.model.parameters()).dtype, step)
         scored = tax.add(scored, facts, self.spec.baseline)
         self._keep(scored, facts, step)

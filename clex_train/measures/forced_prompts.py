@@ -87,6 +87,7 @@ class PasskeyFrame:
     def pair(self, filler: Filler, rng: np.random.Generator, num_filler: int, place: float, number: int) -> Pair:
         """Build the prompt with the right and with the wrong key; `place` is the depth of the statement."""
         text, group = filler.draw(rng, num_filler, number)
+        # Inside a sentence, the statement would be broken text that no model was trained on.
         cut = filler.sentence_end(text, round(place * num_filler))
         prompt = [*self.head, *text[:cut], *self.fact, *text[cut:], *self.question]
         rows = np.array([[*prompt, *self.key], [*prompt, *self.wrong_key]], dtype=np.int64)
@@ -112,6 +113,7 @@ def passkey_frame(tokenizer: Tokenizer, rng: np.random.Generator, bos: list[int]
             None,
             f"the tokenizer gives no other five-digit key with as many tokens as {key} ({right}); it needs digits",
         )
+    # Each part is encoded behind a full stop, as it stands behind the end of a sentence.
     notice = continuation(tokenizer, f" {NOTICE} You will be asked about it.") if has_notice else []
     fact = continuation(tokenizer, f" {statement(key)}")
     return PasskeyFrame([*bos, *notice], fact, continuation(tokenizer, QUESTION), right, wrong)
@@ -157,6 +159,7 @@ class RepetitionFrame:
         row = np.array([*self.head, *text, *self.cue, *self.number], dtype=np.int64)
         second = len(row) - len(self.cue) - len(self.number)
         first = [*self.cue, *self.number, *self.stop]
+        # Between the beginnings, so that the distance does not depend on how many tokens the number has.
         start = second - int(place)
         for begin, ids in self._spread(start + len(first), second):
             row[begin : begin + len(ids)] = ids

@@ -41,6 +41,7 @@ def find(
     in the last span, which ends with the window. Raises `RunStopped` when out of memory.
     """
     longest, short_len = windows.longest, short_context + stride
+    # Only the spans matter here; the readings' sums are not used.
     scored = np.ones(longest, dtype=bool)
     starts = [*range(0, longest - short_len, stride), longest - short_len]
     readings = [

@@ -114,7 +114,9 @@ def _cell(
             f"{measure.value} needs at least {need} tokens for question, fact and answer; name greater lengths or "
             "leave the measure out",
         )
+    # The fixed parts alone decide what fits, so no text is read here.
     places = _distances(spec, length, frames) if measure is Measure.repetition else tuple(spec.depths)
+    # The prompt with the shortest parts needs the most filler, and all draw from the same documents.
     most = length - min(frame.num_tokens for frame in frames)
     is_noise = measure is Measure.forced_passkey_noise
     filler = Noise(tokenizer) if is_noise else HeldOutText(tokenizer, store=store, least=most)
@@ -123,6 +125,7 @@ def _cell(
 
 def _distances(spec: EvaluationConfig, length: int, frames: Sequence[Frame]) -> tuple[float, ...]:
     """Choose the distances that every prompt of this length has room for. Raises `ConfigError` if there is none."""
+    # Up to half of the length: beyond, the first appearance would often be the beginning of the text.
     doublings = [LEAST_DISTANCE << k for k in range(length.bit_length()) if LEAST_DISTANCE << k <= length // 2]
     wanted = sorted(set(doublings if spec.distances is None else spec.distances))
     found = [d for d in wanted if all(frame.fits(d, length - frame.num_tokens) for frame in frames)]

@@ -69,6 +69,7 @@ def evaluate(
     todo = method_cells(tables, cells, handle.context_len, inserted or {})
     kept = feeding.kept
     outcomes = {each: _found(each, kept) for each in todo}
+    # Copies and resumed cells cost nothing, so the bar leaves them out.
     own = [each.cell for each in todo if each.source is None and not outcomes[each]]
     total = sum(work_of(model, cell.length) * cell.num_rows for cell in own)
     with (

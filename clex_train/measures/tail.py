@@ -36,6 +36,7 @@ def read_tails(
     num_tokens = tokens.shape[1]
     # The tail is read one token earlier than it is scored: the last token is predicted and never read.
     prompt_len = num_tokens - 1 - tail_len
+    # Always a cache, also for a row that fits one forward: logits of the whole prompt would be computed otherwise.
     cache = new_cache(model, num_tokens, cache_on_host)
     with handle.fixed(num_tokens):
         for first in range(0, prompt_len, chunk_len):

@@ -122,6 +122,7 @@ def forced_amount(model: nn.Module, todo: Sequence[ForcedCell], feeding: Feeding
         if each.source is not None:
             total += Amount(cells=1, copies=1)
             continue
+        # Two rows for each prompt: the right answer, and what it is compared with.
         batch, per_rank = feeding.batch(cell.length), _shared(cell.num_rows)
         # The answer is a forward of its own, so that only its logits are computed.
         chunks = -(-(cell.length - 1 - cell.tail_len) // feeding.chunk_len) + 1

@@ -18,11 +18,12 @@ import numpy as np
 
 from clex_train.config import saved_config
 from clex_train.config.saved_config import CONFIG, FINAL
-from clex_train.evaluation import results, tax
+from clex_train.evaluation import results
 from clex_train.evaluation.provenance import weights_hash
 from clex_train.evaluation.results import Origin, Results
 from clex_train.evaluation.tables import Row, Table, read_tables, rows_of
 from clex_train.evaluation.task_scores import TaskScore
+from clex_train.measures import tax
 from clex_train.models.directory import TABLE
 from clex_train.scaling.frequency_table import FrequencyTable
 from clex_train.tracking.metrics_log import LONGEST_LINE, MOST_DAMAGED, parse

@@ -10,10 +10,11 @@ import pytest
 
 from clex_train.cli import report as report_program
 from clex_train.console import program as console
-from clex_train.evaluation import results, tax
+from clex_train.evaluation import results
 from clex_train.evaluation.results import Origin, Results, Score
 from clex_train.evaluation.tables import console as console_table
 from clex_train.evaluation.tables import from_results, markdown
+from clex_train.measures import tax
 from clex_train.utils.bootstrap import paired_difference
 from clex_train.utils.errors import ConfigError
 from tests.evaluation.evaluate_program import call
