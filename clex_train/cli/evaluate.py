@@ -4,6 +4,7 @@
     python -m clex_train.cli.evaluate model=path/to/model data=corpora/books lengths=[4096,8192,16384]
     python -m clex_train.cli.evaluate run=runs/tiny_base protocols=[streaming] methods=[lm_infinite]
     python -m clex_train.cli.evaluate run=runs/tiny_clex protocols=[] tasks=[passkey] depths=[0,0.5,1] num_prompts=20
+    python -m clex_train.cli.evaluate run=runs/tiny_clex measures=[forced_passkey,repetition]
     deepspeed --module clex_train.cli.evaluate run=runs/llama2_7b_clex          windows split over the ranks
     deepspeed --module clex_train.cli.evaluate run=runs/llama2_70b_clex sharded=true    the weights are split too
 
@@ -15,8 +16,8 @@ evaluation; `dry_run=true` only estimates its cost. `--help` lists every key.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,18 +43,23 @@ from clex_train.evaluation import retrieval_runner as retrieval
 from clex_train.evaluation.console import tables_of
 from clex_train.evaluation.grid import cells as cells_of_table
 from clex_train.evaluation.partial_results import Partial, log_found
-from clex_train.evaluation.protocols import Reading, readings
+from clex_train.evaluation.protocols import Reading, readings, require_key_tokens_fit, scored_tokens
 from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
 from clex_train.evaluation.retrieval_runner import method_cells
 from clex_train.evaluation.runner import Feeding
 from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, select
+from clex_train.measures import plan as measure_plan
+from clex_train.measures import runner as measure_runner
+from clex_train.measures import tax
+from clex_train.models.load import LoadedModel
 from clex_train.preflight import evaluation_time
 from clex_train.resilience import oom_recovery
 from clex_train.resilience.oom_recovery import REMEDIES
 from clex_train.retrieval import plan as retrieval_plan
 from clex_train.retrieval.plan import Cell
 from clex_train.rope.hf_scalings import base_rope
+from clex_train.scaling.frequency_table import Frequencies
 from clex_train.tracking.summary import labelled
 from clex_train.utils import distributed, log
 from clex_train.utils.errors import RunStopped
@@ -78,31 +84,55 @@ def _run(args: EvaluateArguments) -> None:
         if done := stream(args, plan, text):
             finish(args, plan, *done)
         return
-    spans = readings(plan.spec, plan.context_len)
-    longest, count = max(plan.spec.lengths), plan.spec.num_windows
-    windows = select(plan.store, longest, count, args.seed, plan.bos_id) if spans else None
-    cells = (
-        []
-        if plan.tokenizer is None
-        else retrieval_plan.build_cells(plan.spec, plan.tokenizer, plan.store, args.seed, plan.bos_id is not None)
-    )
-    print_plan("evaluate", args, plan, describe_tables(plan, windows, cells))
-    if done := evaluate(args, plan, windows, spans, cells):
+    todo = choose(args, plan)
+    print_plan("evaluate", args, plan, describe_tables(plan, todo))
+    if done := evaluate(args, plan, todo):
         finish(args, plan, *done)
 
 
-def describe_tables(plan: Plan, windows: WindowSet | None, cells: Sequence[Cell]) -> Iterator[str]:
+@dataclass(frozen=True)
+class Todo:
+    """Everything that an evaluation reads, apart from a stream."""
+
+    windows: WindowSet | None
+    readings: list[Reading]
+    prompts: list[Cell]
+    """Cells of retrieval by generation."""
+    forced: list[measure_plan.Cell]
+    """Cells of measures by teacher forcing."""
+
+
+def choose(args: EvaluateArguments, plan: Plan) -> Todo:
+    """Choose windows and prompts; `ConfigError` for those that do not fit, before weights are read."""
+    spec, tokenizer, bos_id = plan.spec, plan.tokenizer, plan.bos_id
+    spans = readings(spec, plan.context_len)
+    windows = select(plan.store, max(spec.lengths), spec.num_windows, args.seed, bos_id) if spans else None
+    # Files of key tokens and of a baseline name their windows, which exist only now.
+    if windows is not None:
+        require_key_tokens_fit(spec, spans, windows.content, plan.store.fingerprint)
+    length = tax.tax_length(spec.lengths, plan.context_len)
+    tokens = scored_tokens(spans, length, windows) if windows is not None else {}
+    tax.require_baseline(spec.baseline, tokens, windows.content if windows is not None else "", plan.store.fingerprint)
+    if tokenizer is None:
+        return Todo(windows, spans, [], [])
+    prompts = retrieval_plan.build_cells(spec, tokenizer, plan.store, args.seed, bos_id is not None)
+    return Todo(windows, spans, prompts, measure_plan.build_cells(spec, tokenizer, plan.store, args.seed, bos_id))
+
+
+def describe_tables(plan: Plan, todo: Todo) -> Iterator[str]:
     """Yield the lines of the opening block about windows and prompts."""
     yield labelled("methods", ", ".join(method.value for method in plan.spec.methods))
-    if windows is not None:
+    if todo.windows is not None:
         lengths = ", ".join(f"{length:,}" for length in plan.spec.lengths)
         protocols = ", ".join(protocol.value for protocol in plan.spec.protocols)
-        yield labelled("data", f"{plan.store.path}: {len(windows.tokens)} windows of held-out documents")
+        yield labelled("data", f"{plan.store.path}: {len(todo.windows.tokens)} windows of held-out documents")
         yield labelled("perplexity", f"{protocols} at {lengths} tokens")
-    if cells:
-        tasks = ", ".join(dict.fromkeys(cell.name.value for cell in cells))
-        lengths = ", ".join(f"{length:,}" for length in sorted({cell.length for cell in cells}))
-        yield labelled("retrieval", f"{tasks} at {lengths} tokens, {plan.spec.num_prompts} prompts each")
+    cells = [("retrieval", cell.name.value, cell.length) for cell in todo.prompts]
+    cells += [("measures", cell.measure.value, cell.length) for cell in todo.forced]
+    for label in dict.fromkeys(label for label, _, _ in cells):
+        names = ", ".join(dict.fromkeys(name for kind, name, _ in cells if kind == label))
+        lengths = ", ".join(f"{n:,}" for n in sorted({n for kind, _, n in cells if kind == label}))
+        yield labelled(label, f"{names} at {lengths} tokens, {plan.spec.num_prompts} prompts each")
 
 
 def describe_stream(plan: Plan, text: Stream) -> Iterator[str]:
@@ -116,7 +146,7 @@ def finish(args: EvaluateArguments, plan: Plan, results: Results, origin: Origin
 
     Partial results are removed once the results are written.
     """
-    if results.missing and not (results.scores or results.tasks):
+    if results.missing and not (results.scores or results.tasks or results.measures):
         raise RunStopped(f"out of memory: nothing fitted, see above ({results.missing[0].reason}); {REMEDIES}")
     if distributed.is_main():
         write_results(
@@ -125,14 +155,12 @@ def finish(args: EvaluateArguments, plan: Plan, results: Results, origin: Origin
     kept.remove()
 
 
-def evaluate(
-    args: EvaluateArguments, plan: Plan, windows: WindowSet | None, spans: Sequence[Reading], cells: Sequence[Cell]
-) -> Done | None:
+def evaluate(args: EvaluateArguments, plan: Plan, todo: Todo) -> Done | None:
     """Load the weights on every rank, distribute windows and prompts over the ranks, score. Collective.
 
     A dry run prints the estimated cost and returns None.
     """
-    spec = plan.spec
+    spec, windows = plan.spec, todo.windows
     if spec.longest() > spec.chunk_len:
         # The cache grows while chunks allocate and free memory, so return it to the system at once.
         oom_recovery.release_freed_memory()
@@ -142,28 +170,43 @@ def evaluate(
     oom_recovery.free_memory()
     tables = methods.model_tables(spec, loaded)
     inserted = methods.insertions(spec, loaded.model, loaded.context_len)
+    feeding = Feeding(
+        spec.chunk_len, args.batch_tokens or spec.chunk_len, distributed.device(), None, spec.offload_cache
+    )
     if args.dry_run:
-        amount = evaluation_time.prompts_amount(
-            loaded.model, method_cells(tables, cells, loaded.context_len, inserted), spec.chunk_len
-        )
-        if windows is not None:
-            todo = cells_of_table(tables, spans, loaded.context_len, inserted)
-            feeding = Feeding(spec.chunk_len, args.batch_tokens or spec.chunk_len, distributed.device())
-            amount += evaluation_time.windows_amount(
-                loaded.model, todo, len(windows.tokens), feeding, loaded.context_len
-            )
+        amount = forecast(loaded, todo, tables, inserted, feeding)
         evaluation_time.print_forecast(loaded, amount, spec.chunk_len, spec.offload_cache, args.sharded)
         return None
     provenance = facts(plan, dtype)
     kept = resume(args, plan, provenance, {"windows": windows.content if windows is not None else ""})
-    log_found(kept, len(tables) * (sum(len(span.spans) for span in spans) + len(cells)))
+    cells = [*todo.prompts, *todo.forced]
+    log_found(kept, len(tables) * (sum(len(span.spans) for span in todo.readings) + len(cells)))
     results = Results([], loaded.context_len, NO_WINDOWS)
     how: dict[str, Any] = {"inserted": inserted, "cache_on_host": spec.offload_cache, "kept": kept}
     model, handle, size = loaded.model, loaded.handle, spec.chunk_len
     if windows is not None:
-        results = runner.evaluate(model, handle, tables, windows, spans, size, args.batch_tokens, **how)
-    tasks, missing = retrieval.evaluate(model, handle, tables, cells, size, **how)
-    return replace(results, tasks=tasks, missing=[*results.missing, *missing]), provenance, kept
+        results = runner.evaluate(model, handle, tables, windows, todo.readings, size, args.batch_tokens, **how)
+    tasks, missing = retrieval.evaluate(model, handle, tables, todo.prompts, size, **how)
+    feeding = replace(feeding, kept=kept)
+    measures, skipped = measure_runner.evaluate(model, handle, tables, todo.forced, feeding, inserted)
+    missing = [*results.missing, *missing, *skipped]
+    results = replace(results, tasks=tasks, measures=measures, missing=missing)
+    return tax.add(results, provenance, spec.baseline), provenance, kept
+
+
+def forecast(
+    loaded: LoadedModel, todo: Todo, tables: Mapping[str, Frequencies], inserted: runner.Inserted, feeding: Feeding
+) -> evaluation_time.Amount:
+    """Sum the cost of everything that is read."""
+    model, context_len = loaded.model, loaded.context_len
+    prompts = method_cells(tables, todo.prompts, context_len, inserted)
+    forced = measure_runner.method_cells(tables, todo.forced, context_len, inserted)
+    amount = evaluation_time.prompts_amount(model, prompts, feeding.chunk_len)
+    amount += evaluation_time.forced_amount(model, forced, feeding)
+    if todo.windows is not None:
+        jobs = cells_of_table(tables, todo.readings, context_len, inserted)
+        amount += evaluation_time.windows_amount(model, jobs, len(todo.windows.tokens), feeding, context_len)
+    return amount
 
 
 def stream(args: EvaluateArguments, plan: Plan, text: Stream) -> Done | None:

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clex_train.cli.keys import METHOD_KEYS, LoadingConfig, with_overrides
 from clex_train.cli.loading import Source, check, locate, run_config
 from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config, default_lengths
 from clex_train.console import arguments as arguments_of
+from clex_train.console.loading_keys import METHOD_KEYS, LoadingConfig, with_overrides
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.data.build import longest_document
-from clex_train.evaluation import methods
+from clex_train.evaluation import key_tokens, methods
 from clex_train.models import architecture
 from clex_train.models.tokenizer import load_tokenizer
 from clex_train.rope.native import native_handle_on_meta
@@ -25,15 +25,18 @@ from clex_train.token_store.vocabulary import check_bos, check_embedding, check_
 from clex_train.utils import distributed, log
 from clex_train.utils.bounds import MOST_TOKENS
 from clex_train.utils.errors import require, require_at_most
+from clex_train.utils.files import sha256
 from clex_train.utils.protocols import Tokenizer
 
-WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "num_windows", "chunk_len")
+WINDOW_KEYS = ("lengths", "protocols", "stride", "last_k", "key_tokens", "num_windows", "chunk_len")
 TASK_KEYS = ("tasks", "task_lengths", "depths", "num_prompts", "chat_template")
-KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, "offload_cache", "bos")
+MEASURE_KEYS = ("measures", "distances", "num_distractors")
+
+KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, *MEASURE_KEYS, "baseline", "offload_cache", "bos")
 """Keys of the `evaluation` group that the command line takes without the group's name; by default the run's."""
-NOT_SHAPING = ("every", "path", "allow_overlap", "chunk_len", "offload_cache", "bos")
+NOT_SHAPING = ("every", "path", "allow_overlap", "baseline", "chunk_len", "offload_cache", "bos")
 """Keys of the `evaluation` group that do not affect the numbers: schedule and memory use."""
-LATER = ("lm_infinite_top_k", "lm_infinite_top_k_layer", "chat_template", "method_options")
+LATER = ("lm_infinite_top_k", "lm_infinite_top_k_layer", "chat_template", "method_options", "key_tokens", *MEASURE_KEYS)
 """Keys that older files lack; they are the same request where these have their defaults."""
 
 logger = log.get(__name__)
@@ -63,7 +66,7 @@ class Plan(Source):
     store: TokenStore
     spec: EvaluationConfig
     tokenizer: Tokenizer | None
-    """None where no task needs it."""
+    """None where no task or measure needs it."""
     bos_id: int | None
     """First token of windows and prompts; None keeps their own."""
     request: dict[str, Any]
@@ -103,7 +106,7 @@ def make_plan(args: EvaluateArguments) -> Plan:
         **vars(source),
         store=store,
         spec=spec,
-        tokenizer=tokenizer if spec.tasks else None,
+        tokenizer=tokenizer if spec.has_prompts() else None,
         bos_id=bos_id,
         request=request(args, spec, source.context_len) | ({} if bos_id is None else {"bos": True}),
     )
@@ -114,6 +117,10 @@ def request(args: EvaluateArguments, spec: EvaluationConfig, context_len: int) -
     defaults = EvaluationConfig()
     left_out = {*NOT_SHAPING, *(key for key in LATER if getattr(spec, key) == getattr(defaults, key))}
     shaping = {key: value for key, value in vars(spec).items() if key not in left_out}
+    if spec.key_tokens is not None:
+        key_tokens.read(Path(spec.key_tokens))
+        # By content: a copy of the list is the same request.
+        shaping["key_tokens"] = sha256(Path(spec.key_tokens))[:16]
     shaping |= {"seed": args.seed, "stream_tokens": args.stream_tokens, "context_len": context_len}
     plain: dict[str, Any] = json.loads(json.dumps(shaping, default=lambda choice: choice.value))
     return plain
@@ -144,6 +151,9 @@ def _check_streaming(spec: EvaluationConfig, sharded: bool) -> None:
     require(
         not spec.tasks, "tasks", [task.value for task in spec.tasks], "streaming runs alone; evaluate tasks separately"
     )
+    forced = [measure.value for measure in spec.measures]
+    require(not forced, "measures", forced, "streaming runs alone; evaluate measures separately")
+    require(spec.baseline is None, "baseline", spec.baseline, "a stream has no windows to compare; leave the key out")
     known = {Method.lm_infinite, Method.none}
     remedy = "a stream uses a cache of constant size, which evicts those keys; leave the key out"
     require(spec.lm_infinite_top_k == 0, "lm_infinite_top_k", spec.lm_infinite_top_k, remedy)

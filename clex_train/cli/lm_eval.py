@@ -31,7 +31,6 @@ if __name__ == "__main__":
 import torch
 
 from clex_train.cli import loading
-from clex_train.cli.keys import METHOD_KEYS, LoadingConfig, with_overrides
 from clex_train.cli.load_model import load
 from clex_train.cli.loading import Source
 from clex_train.config.bos import Bos
@@ -39,12 +38,14 @@ from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import Method
 from clex_train.console import arguments as arguments_of
 from clex_train.console import program
+from clex_train.console.loading_keys import METHOD_KEYS, LoadingConfig, with_overrides
 from clex_train.data.bos import adds_bos
-from clex_train.evaluation import harness, methods
+from clex_train.evaluation import methods
 from clex_train.evaluation import provenance as origins
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.results import FORMAT, Origin
 from clex_train.evaluation.runner import keeping_table, work_of
+from clex_train.measures import harness
 from clex_train.models import architecture
 from clex_train.models.load import LoadedModel
 from clex_train.models.tokenizer import load_tokenizer

@@ -22,10 +22,11 @@ if __name__ == "__main__":
     stop_requests.end_on_signals()
 
 from clex_train.console import arguments, program
+from clex_train.measures import tax
 from clex_train.report import evidence
 from clex_train.report.write import INDEX, write
 from clex_train.utils import log
-from clex_train.utils.errors import require
+from clex_train.utils.errors import renamed_key, require
 from clex_train.utils.files import SAVING, require_writable_folder
 
 
@@ -35,6 +36,8 @@ class ReportConfig:
 
     output: str | None = None
     """Folder to write; by default `report/` in the run folder, or `runs/report` for several."""
+    baseline: str | None = None
+    """Evaluation file of the base that was trained on: the tables then show the short-context tax against it."""
 
 
 def main() -> None:
@@ -49,7 +52,9 @@ def main() -> None:
     require(args.output != "", "output", "''", "name a folder for the report, or leave the key out")
     output = Path(args.output) if args.output else default_output(paths)
     require_writable_folder("output", output, output, SAVING + output.name)
-    collected = evidence.collect(paths)
+    # In this program the key has no group.
+    with renamed_key(tax.KEY, "baseline"):
+        collected = evidence.collect(paths, args.baseline)
     try:
         tables = write(collected, output, [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
     except OSError as error:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from clex_train.config import retrieval
+from clex_train.config import measures, retrieval
 from clex_train.config.bos import Bos
+from clex_train.config.measures import Measure
 from clex_train.config.method import EVALUATED, Method
 from clex_train.config.retrieval import Task
 from clex_train.config.scaling import LogScale
@@ -23,6 +24,7 @@ class Protocol(Enum):
     sliding = "sliding"
     per_position = "per_position"
     last_k = "last_k"
+    long_ppl = "long_ppl"
     streaming = "streaming"
 
 
@@ -44,6 +46,8 @@ MOST = {
     "task_lengths": MOST_TOKENS,
     "depths": 1,
     "num_prompts": 10**4,
+    "distances": MOST_TOKENS,
+    "num_distractors": 10**3,
 }
 """Upper bounds that catch typing errors."""
 
@@ -59,7 +63,8 @@ class EvaluationConfig:
     what the scaling serves and the longest held-out document."""
     protocols: list[Protocol] = field(default_factory=lambda: [Protocol.one_shot])
     """`one_shot`: windows of N, t fixed by N; `chunked` (official): chunks of L through the cache, t grows; `sliding`:
-    windows that move by `stride`; `per_position`: NLL by position; `last_k`: only the last tokens of a window."""
+    windows that move by `stride`; `per_position`: NLL by position; `last_k`: only the last tokens of a window;
+    `long_ppl`: the spans of `sliding`, only the tokens of `key_tokens` (LongPPL)."""
     methods: list[Method] = field(default_factory=lambda: [Method.trained], metadata={"choices": EVALUATED})
     """`trained`: the model as trained; `clex`: the same for a model with CLEX; `lm_infinite`: plain frequencies and the
     Lambda-shaped mask. The others put their frequencies into the same weights (docs/recipes.md); `none` and
@@ -101,6 +106,8 @@ class EvaluationConfig:
     """Tokens by which `sliding` moves its windows of N, so that each token has at least N - stride of context."""
     last_k: int | None = None
     """Tokens at the end of the largest window that `last_k` scores; null: L."""
+    key_tokens: str | None = None
+    """File of the key tokens that `long_ppl` scores, written by `data_prep.key_tokens` for the same windows."""
     chunk_len: int = 1024
     """Tokens of a window per forward pass; bounds the memory of logits without changing the result."""
     offload_cache: bool = False
@@ -109,13 +116,24 @@ class EvaluationConfig:
     """Retrieval tasks in addition to perplexity: `passkey` (LM-Infinite's form), `passkey_infinitebench`, `needle` (in
     real text), `ruler` (all of RULER except question answering), or single tasks of RULER."""
     task_lengths: list[int] | None = None
-    """Tokens of prompt and answer of a task together; null: `lengths`."""
+    """Tokens of prompt and answer of a task or a measure together; null: `lengths`."""
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     """Relative positions of the hidden fact in the text, from 0 (start) to 1 (end)."""
     num_prompts: int = 10
-    """Prompts per task, length and depth, at least 1."""
+    """Prompts per task or measure, length and depth (or distance), at least 1."""
     chat_template: bool = False
     """Format task prompts as user turns with the tokenizer's chat template, for instruct models."""
+    measures: list[Measure] = field(default_factory=list)
+    """Measures by teacher forcing, for models of any size: `forced_passkey` (a pass key in held-out text),
+    `forced_passkey_noise` (in repeated sentences, after a notice), `repetition` (NLL of a statement's second appearance
+    against the distance to the first)."""
+    distances: list[int] | None = None
+    """Tokens between the two appearances of `repetition`; null: 64, 128, ... up to half of each length."""
+    baseline: str | None = None
+    """Evaluation file of the base that was trained on: tables then show the short-context tax, the perplexity at L
+    (or the shortest length) above the base's on the same tokens."""
+    num_distractors: int = 0
+    """Statements about other names between the two appearances of `repetition`, 0 or more."""
 
     def __post_init__(self) -> None:
         require_at_most(self, "evaluation.", MOST)
@@ -129,10 +147,10 @@ class EvaluationConfig:
             require(method in EVALUATED, "evaluation.methods", method.value, remedy)
         require(
             # Retrieval alone is a valid evaluation.
-            len(self.protocols) > 0 or len(self.tasks) > 0,
+            len(self.protocols) > 0 or len(self.tasks) > 0 or len(self.measures) > 0,
             "evaluation.protocols",
             self.protocols,
-            "one or more protocols (or none, and evaluation.tasks)",
+            "one or more protocols (or none, and evaluation.tasks or evaluation.measures)",
         )
         # At base 1 all frequencies are equal, and below it they grow.
         require(self.rope_theta > 1, "evaluation.rope_theta", self.rope_theta, "a base greater than 1")
@@ -156,9 +174,13 @@ class EvaluationConfig:
         layer = self.lm_infinite_top_k_layer
         require(layer >= 0, "evaluation.lm_infinite_top_k_layer", layer, "the index of a layer, from 0")
         require(self.t_factor is None or self.t_factor >= 1, "evaluation.t_factor", self.t_factor, "1 or more")
+        wanted = Protocol.long_ppl in self.protocols
+        remedy = "the protocol long_ppl scores the tokens of a file; set both, or neither"
+        require(wanted == (self.key_tokens is not None), "evaluation.key_tokens", self.key_tokens, remedy)
         require(self.chunk_len >= 1, "evaluation.chunk_len", self.chunk_len, "at least 1 token")
         # Retrieval has its own module: the tasks of RULER are a list of their own.
         retrieval.check(self.tasks, self.num_prompts, self.depths, self.task_lengths)
+        measures.check(self.measures, self.distances, self.num_distractors)
 
     def _check_lengths(self) -> None:
         require(all(n >= 2 for n in self.lengths), "evaluation.lengths", self.lengths, "each has at least 2 tokens")
@@ -171,8 +193,8 @@ class EvaluationConfig:
             "each must be a multiple of the shortest and divide the longest, so that all score the same tokens",
         )
         require(
-            # Only `sliding` uses the stride; other protocols ignore it.
-            Protocol.sliding not in self.protocols or self.stride <= shortest,
+            # Only these two use the stride; other protocols ignore it.
+            not {Protocol.sliding, Protocol.long_ppl} & set(self.protocols) or self.stride <= shortest,
             "evaluation.stride",
             self.stride,
             f"more than the shortest of evaluation.lengths={self.lengths}, so windows would leave tokens out; "
@@ -185,9 +207,15 @@ class EvaluationConfig:
         return {name: getattr(self, name) for name in names}
 
     def lengths_of_tasks(self) -> list[int]:
-        """Return the lengths of the retrieval prompts, in tokens."""
+        """Return the lengths of the prompts of tasks and measures, in tokens."""
         return self.lengths if self.task_lengths is None else self.task_lengths
 
     def longest(self) -> int:
         """Return the largest number of tokens that any part of the evaluation reads at a time."""
-        return max([*(self.lengths if self.protocols else []), *(self.lengths_of_tasks() if self.tasks else [])])
+        return max(
+            [*(self.lengths if self.protocols else []), *(self.lengths_of_tasks() if self.has_prompts() else [])]
+        )
+
+    def has_prompts(self) -> bool:
+        """Return True if prompts are written, which needs the tokenizer."""
+        return bool(self.tasks or self.measures)

@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 
-from clex_train.evaluation.results import Origin, Results, TaskScore
+from clex_train.evaluation.measure_scores import measure_tables
+from clex_train.evaluation.results import Origin, Results
 from clex_train.evaluation.tables import console as perplexity_table
 from clex_train.evaluation.tables import from_results
+from clex_train.evaluation.task_scores import TaskScore
 
 
 def tables_of(results: Results, origin: Origin) -> str:
-    """Format the perplexity table and the retrieval table, as far as there are scores."""
+    """Format the tables of perplexity, retrieval and measures, as far as there are scores."""
     perplexity = [perplexity_table(from_results(results, origin))] if results.scores else []
     retrieval = [retrieval_table(results.tasks)] if results.tasks else []
-    return "\n\n".join([*perplexity, *retrieval])
+    forced = [measure_tables(results.measures)] if results.measures else []
+    return "\n\n".join([*perplexity, *retrieval, *forced])
 
 
 def retrieval_table(scores: Sequence[TaskScore]) -> str:

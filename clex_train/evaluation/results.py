@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import msgspec
 
+from clex_train.evaluation.measure_scores import MeasureScore, measure_metrics, to_row
+from clex_train.evaluation.task_scores import TaskScore, task_metrics
 from clex_train.utils.bootstrap import Difference, paired_difference, standard_errors
 from clex_train.utils.errors import ConfigError, first_line
 from clex_train.utils.files import BadFile, make_folder, write_atomically
@@ -25,9 +27,6 @@ LARGEST = 2**28
 """Largest evaluation file that is read, in bytes. Each window takes about 20 per cell."""
 
 Length = Annotated[int, msgspec.Meta(ge=1, lt=2**62)]
-
-MOST_CHARACTERS = 500
-"""Longest expected or generated text that a file stores, in characters."""
 
 NO_WINDOWS: dict[str, Any] = {"count": 0, "length": 0, "documents": [], "fingerprint": ""}
 """Value of `windows` in an evaluation of retrieval alone."""
@@ -64,6 +63,13 @@ class Score:
     """For `per_position`: (position in the span, mean nll, scored tokens) of equal bins of positions."""
     copied_from: str = ""
     """Key of the score that this one equals by definition and was copied from; empty if it was computed."""
+    window_tokens: list[int] = field(default_factory=list)
+    """[W]: scored tokens of each window, where they differ (`long_ppl`); empty where all windows have as many."""
+
+    @property
+    def tokens_by_window(self) -> list[int]:
+        """Scored tokens of each window, [W]."""
+        return self.window_tokens or [self.num_tokens // len(self.window_nll)] * len(self.window_nll)
 
     @property
     def key(self) -> str:
@@ -93,38 +99,28 @@ def exact_score(row: Mapping[str, Any]) -> Score:
     return convert(row, Score)
 
 
+def measure_score(row: Mapping[str, Any]) -> MeasureScore:
+    """Convert a row of `to_row` back after a round trip through JSON. Raises `ValueError` for anything else."""
+    fields = {name: value for name, value in row.items() if name != "value"}
+    # Sums that are not finite are null in the file.
+    fields["sums"] = [math.nan if one is None else one for one in row["sums"]]
+    return convert(fields, MeasureScore)
+
+
 @dataclass(frozen=True)
-class TaskScore:
-    """Score of a retrieval task by a method at a length, and at a depth if the task has depths."""
+class Tax:
+    """Perplexity of a method at the shortest length against the base that was trained on."""
 
-    task: str
     method: str
+    protocol: str
     length: int
-    """Maximum tokens of prompt and answer together."""
-    depth: float | None
-    """Position of the answer in the text, from 0 (start) to 1 (end)."""
-    correct: int
-    """Number of prompts answered completely."""
-    total: int
-    """Number of prompts."""
-    score: float
-    """Mean share of the expected strings, 0 to 1."""
-    seed: int | None = None
-    """Seed of the prompts, which also depend on task, length and number; None in files of older versions."""
-    prompts: list[dict[str, Any]] = field(default_factory=list)
-    """For each prompt: number, fingerprint of its tokens, expected and generated text, share."""
-    copied_from: str = ""
-    """Key of the score that this one equals by definition and was copied from; empty if it was computed."""
-
-    @property
-    def key(self) -> str:
-        """`<task>/<method>/<length>`, shared by all depths."""
-        return task_key(self.task, self.method, self.length)
-
-
-def task_key(task: str, method: str, length: int) -> str:
-    """Return `<task>/<method>/<length>`."""
-    return f"{task}/{method}/{length}"
+    percent: float | None
+    """By how much the perplexity is higher, in percent; None if it is not finite."""
+    standard_error: float | None
+    """Standard error of the percentage, paired by document; None with the reason in the note."""
+    note: str
+    baseline: str
+    """Label and method of the base's evaluation."""
 
 
 @dataclass(frozen=True)
@@ -153,19 +149,16 @@ class Results:
     """Scores of retrieval, if configured."""
     missing: list[Missing] = field(default_factory=list)
     """Cells that ran out of memory."""
+    measures: list[MeasureScore] = field(default_factory=list)
+    """Scores by teacher forcing, if configured."""
+    taxes: list[Tax] = field(default_factory=list)
+    """Short-context taxes, where a baseline is named."""
 
     def metrics(self) -> dict[str, float]:
-        """Map `perplexity/<method>/<protocol>/<length>` and `<task>/<method>/<length>` to their values."""
-        return {score.key: score.perplexity for score in self.scores} | task_metrics(self.tasks)
-
-
-def task_metrics(tasks: Sequence[TaskScore]) -> dict[str, float]:
-    """Map `<task>/<method>/<length>` to the mean score over the prompts of all depths."""
-    # Weighted by the number of prompts, which may differ between depths.
-    rows = {score.key: [other for other in tasks if other.key == score.key] for score in tasks}
-    return {
-        key: sum(row.score * row.total for row in same) / sum(row.total for row in same) for key, same in rows.items()
-    }
+        """Map the keys of scores, tasks and measures, such as `perplexity/<method>/<protocol>/<length>`, to values."""
+        perplexity = {score.key: score.perplexity for score in self.scores}
+        taxes = {f"tax/{t.method}/{t.protocol}/{t.length}": t.percent for t in self.taxes if t.percent is not None}
+        return perplexity | task_metrics(self.tasks) | measure_metrics(self.measures) | taxes
 
 
 @dataclass(frozen=True)
@@ -210,6 +203,8 @@ def write(path: Path, results: Results, origin: Origin) -> None:
         "metrics": {key: _finite(value) for key, value in results.metrics().items()},
         "scores": [_score_row(score) for score in results.scores],
         "tasks": [vars(score) for score in results.tasks],
+        "measures": [to_row(score) for score in results.measures],
+        "taxes": [vars(tax) for tax in results.taxes],
         "missing": [vars(cell) for cell in results.missing],
     }
     # `allow_nan=False` catches a NaN that was missed above: it is not JSON, and strict readers would refuse the file.
@@ -266,7 +261,10 @@ def _results(content: Mapping[str, Any]) -> Results:
         # In old files, the fingerprint in `windows` covers the scored tokens; that of the windows is unknown.
         scores = [_older(row, windows) for row in rows]
         return Results(scores, content["context_len"], {**windows, "fingerprint": ""}, tasks, missing)
-    return Results([_score(row) for row in rows], content["context_len"], windows, tasks, missing)
+    measures = [measure_score(row) for row in content.get("measures", [])]
+    taxes = convert(content.get("taxes", []), list[Tax])
+    scores = [_score(row) for row in rows]
+    return Results(scores, content["context_len"], windows, tasks, missing, measures, taxes)
 
 
 def compare(first: Score, second: Score, documents: Sequence[int]) -> Difference:
@@ -278,15 +276,12 @@ def compare(first: Score, second: Score, documents: Sequence[int]) -> Difference
         raise ConfigError(
             f"{first.key} and {second.key}", None, "scored different tokens; compare methods under one protocol"
         )
-    # Every window has the same number of scored tokens.
-    tokens = [first.num_tokens // len(first.window_nll)] * len(first.window_nll)
-    return paired_difference(first.window_nll, second.window_nll, tokens, documents)
+    return paired_difference(first.window_nll, second.window_nll, first.tokens_by_window, documents)
 
 
 def with_standard_errors(score: Score, documents: Sequence[int]) -> Score:
     """Add standard errors to a score; `documents` [W] is the document of each window."""
-    tokens = [score.num_tokens // len(score.window_nll)] * len(score.window_nll)
-    errors = standard_errors(score.window_nll, tokens, documents)
+    errors = standard_errors(score.window_nll, score.tokens_by_window, documents)
     return replace(
         score,
         standard_error=errors.perplexity,
@@ -306,8 +301,10 @@ def _score_row(score: Score) -> dict[str, Any]:
 
 
 def _score(row: Mapping[str, Any]) -> Score:
-    # Older files lack `copied_from`, because nothing was copied.
-    fields: dict[str, Any] = {name: {"copied_from": "", **row}[name] for name in Score.__dataclass_fields__}
+    # Older files lack these two, because nothing was copied, and all windows had equally many scored tokens.
+    fields: dict[str, Any] = {
+        name: {"copied_from": "", "window_tokens": [], **row}[name] for name in Score.__dataclass_fields__
+    }
     fields["window_nll"] = [math.nan if value is None else value for value in row["window_nll"]]
     fields["curve"] = tuple((place, math.nan if nll is None else nll, count) for place, nll, count in row["curve"])
     return convert(fields, Score)

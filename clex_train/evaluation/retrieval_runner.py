@@ -21,8 +21,9 @@ from clex_train.evaluation.decoding import greedy
 from clex_train.evaluation.duplicates import identity
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.perplexity import evaluating
-from clex_train.evaluation.results import MOST_CHARACTERS, Missing, TaskScore, task_key
+from clex_train.evaluation.results import Missing
 from clex_train.evaluation.runner import Gauge, Inserted, keeping_table, rank_batches
+from clex_train.evaluation.task_scores import MOST_CHARACTERS, TaskScore, task_key
 from clex_train.lm_infinite.install import LmInfinite
 from clex_train.resilience.oom_recovery import MemoryGuard
 from clex_train.retrieval.plan import Cell

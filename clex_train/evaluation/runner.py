@@ -202,16 +202,27 @@ def _computed(
 ) -> Outcome:
     """Compute the outcome of a cell."""
     job = cell.job
-    bar.set_description(f"evaluate {cell.method}, {job.protocols}, {job.length} tokens", refresh=False)
-    guard, started = MemoryGuard(model, cell.name), _Started(cell, windows, feeding.kept)
-    _read_windows(model, handle, windows, job, feeding, guard, started, bar)
-    # Each token is nonzero on one rank only, so the sum is exact and independent of the number of ranks.
-    nll = distributed.all_reduce_sum(started.nll).numpy()
-    if reason := guard.shortage():
+    nll, reason, seconds = token_nll(model, handle, windows, cell, feeding, bar)
+    if reason:
         return [Missing(cell.method, each.protocol.value, job.length, reason) for each in job.readings]
     t = cell.table.least_upper_bound(job.length, handle.context_len).t
     made_by = {"method": cell.method, "frequencies": cell.table.method, "t": t}
-    return _scores(job, nll, windows, **made_by, seconds=started.seconds())
+    return _scores(job, nll, windows, **made_by, seconds=seconds)
+
+
+def token_nll(
+    model: nn.Module, handle: RotaryHandle, windows: WindowSet, cell: Cell, feeding: Feeding, bar: tqdm
+) -> tuple[np.ndarray, str, float]:
+    """Read the windows under the table in force. Collective; the same on every rank.
+
+    Returns the nll float32 [W, longest], 0 where no span gives one; the reason if it ran out of memory; and seconds.
+    """
+    bar.set_description(f"evaluate {cell.method}, {cell.job.protocols}, {cell.job.length} tokens", refresh=False)
+    guard, started = MemoryGuard(model, cell.name), _Started(cell, windows, feeding.kept)
+    _read_windows(model, handle, windows, cell.job, feeding, guard, started, bar)
+    # Each token is nonzero on one rank only, so the sum is exact and independent of the number of ranks.
+    nll = distributed.all_reduce_sum(started.nll).numpy()
+    return nll, guard.shortage(), started.seconds()
 
 
 class _Started:
@@ -307,8 +318,10 @@ def _scores(job: Job, nll: np.ndarray, windows: WindowSet, **shared: Any) -> Out
             Score(
                 protocol=reading.protocol.value,
                 length=job.length,
-                window_nll=nll[:, reading.scored].sum(axis=1, dtype=np.float64).tolist(),
-                num_tokens=len(nll) * int(reading.scored.sum()),
+                window_nll=reading.window_nll(nll),
+                num_tokens=sum(reading.window_tokens(len(nll))),
+                # Most protocols score equally many tokens of each window, which needs no list.
+                window_tokens=reading.window_tokens(len(nll)) if reading.scored.ndim == 2 else [],
                 fingerprint=windows.fingerprint(reading.scored),
                 curve=curve(nll, job.spans, reading.scored, reading.most_bins),
                 **shared,

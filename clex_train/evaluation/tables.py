@@ -10,13 +10,13 @@ measure something else on the same tokens, get tables of their own.
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clex_train.evaluation import results
-from clex_train.evaluation.results import Origin, Results, Score
+from clex_train.evaluation.results import Origin, Results, Score, Tax
 from clex_train.utils.errors import ConfigError
 
 LEARNED = "clex"
@@ -26,6 +26,8 @@ TOGETHER = {"windows": "streaming"}
 ABSENT, TOO_LARGE = "-", "OOM"
 CONSOLE_WIDTH = 100
 LENGTH_ROW = "length in tokens"
+TAX = 0
+"""Key of the column of taxes among those of the lengths."""
 MARKUP = re.compile(r"[\\|*`<>\[\]]|(?<![^\W_])_|_(?![^\W_])")
 """Characters that Markdown reads as markup; an underscore inside a word is none."""
 
@@ -55,6 +57,8 @@ class Curve:
     origin: Origin
     missing: frozenset[int] = frozenset()
     """Lengths that ran out of memory."""
+    tax: Tax | None = None
+    """Perplexity at the shortest length against the base, where one is named."""
 
     @property
     def learned(self) -> bool:
@@ -77,6 +81,14 @@ class Curve:
         """Format the standard error at a length as `±0.12`; empty where none is known."""
         score = self.scores.get(length)
         return "" if score is None or score.standard_error is None else f"±{format_perplexity(score.standard_error)}"
+
+    @property
+    def tax_cell(self) -> str:
+        """Format the tax as `+1.25 ±0.10`, in percent; a dash where no base is named."""
+        if self.tax is None or self.tax.percent is None:
+            return ABSENT
+        error = "" if self.tax.standard_error is None else f" ±{self.tax.standard_error:.2f}"
+        return f"{self.tax.percent:+.2f}{error}"
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,15 @@ class Table:
         errors = any(score.standard_error is not None for curve in self.curves for score in curve.scores.values())
         bootstrap = "; ± one standard error, by a bootstrap over documents" if errors else ""
         lacking = [f"{curve.label} at {length:,}" for curve in self.curves for length in sorted(curve.missing)]
-        return self.scored + bootstrap + (f"; out of memory (OOM): {', '.join(lacking)}" if lacking else "")
+        bases = dict.fromkeys(curve.tax.baseline for curve in self.curves if curve.tax)
+        tax = f"; tax: perplexity above that of {' and '.join(bases)}, paired by document" if bases else ""
+        return self.scored + bootstrap + tax + (f"; out of memory (OOM): {', '.join(lacking)}" if lacking else "")
+
+    @property
+    def tax_head(self) -> str:
+        """Title of the column of taxes, like `tax at 1x, %`; empty where no row has one."""
+        lengths = sorted({curve.tax.length for curve in self.curves if curve.tax})
+        return f"tax at {' and '.join(self.multiple(n) or str(n) for n in lengths)}, %" if lengths else ""
 
     @property
     def scored(self) -> str:
@@ -149,12 +169,16 @@ class Table:
         return lowest if len(lowest) < len(values) else set()
 
 
-def read_tables(rows: Sequence[Row]) -> list[Table]:
+def read_tables(
+    rows: Sequence[Row], prepared: Callable[[Results, Origin], Results] = lambda result, origin: result
+) -> list[Table]:
     """Read the rows' files and return their tables, in the order in which each first occurs.
 
-    Raises `ConfigError` for a file that is missing or lacks the row's method.
+    `prepared` completes the results of each file. Raises `ConfigError` for a file that is missing or lacks the row's
+    method.
     """
-    files = {path: results.read(path) for path in dict.fromkeys(row.path for row in rows)}
+    read = {path: results.read(path) for path in dict.fromkeys(row.path for row in rows)}
+    files = {path: (prepared(*file), file[1]) for path, file in read.items()}
     tables: dict[tuple[str, str], Table] = {}
     for row in rows:
         result, origin = files[row.path]
@@ -185,7 +209,8 @@ def _curve(row: Row, result: Results, origin: Origin) -> Curve:
         have = ", ".join(dict.fromkeys(f"{s.method}/{s.protocol}" for s in result.scores)) or "no perplexity at all"
         raise ConfigError(row.path, None, f"holds no {row.method}/{row.protocol}, only {have}; evaluate it first")
     missing = frozenset(m.length for m in result.missing if (m.method, m.protocol) == (row.method, row.protocol))
-    return Curve(row.label, row.method, row.protocol, result.context_len, scores, row.path, origin, missing)
+    tax = next((tax for tax in result.taxes if (tax.method, tax.protocol) == (row.method, row.protocol)), None)
+    return Curve(row.label, row.method, row.protocol, result.context_len, scores, row.path, origin, missing, tax)
 
 
 def format_perplexity(value: float) -> str:
@@ -212,11 +237,13 @@ def markdown(tables: Sequence[Table]) -> str:
 def _markdown(table: Table) -> str:
     best = {n: table.best(n) for n in table.lengths}
     heads = [f"{table.multiple(n)} ({n})" if table.context_len else str(n) for n in table.lengths]
+    heads += [table.tax_head] if table.tax_head else []
     lines = [["", *heads], ["---", *["---:"] * len(heads)]]
     for index, curve in enumerate(table.curves):
         cells = [f"**{curve.cell(n)}**" if index in best[n] else curve.cell(n) for n in table.lengths]
         errors = [curve.error(n) for n in table.lengths]
-        lines.append([_escape(curve.label), *(f"{c} {e}".strip() for c, e in zip(cells, errors, strict=True))])
+        taxes = [curve.tax_cell] if table.tax_head else []
+        lines.append([_escape(curve.label), *(f"{c} {e}".strip() for c, e in zip(cells, errors, strict=True)), *taxes])
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{body}\n\n{table.caption}.{' Bold: the lowest of a column.' if any(best.values()) else ''}\n"
 
@@ -232,9 +259,11 @@ def console(table: Table) -> str:
     label_width = min(40, max(map(len, names)))
     cells = {n: [f"{c.cell(n)} {c.error(n)}".strip() for c in table.curves] for n in table.lengths}
     columns = {n: [table.multiple(n), str(n), *cells[n]] for n in table.lengths}
-    widths = {n: 2 + max(map(len, columns[n][1:])) for n in table.lengths}
+    if table.tax_head:
+        columns[TAX] = ["", table.tax_head, *(curve.tax_cell for curve in table.curves)]
+    widths = {n: 2 + max(map(len, columns[n][1:])) for n in columns}
     blocks: list[list[int]] = [[]]
-    for n in table.lengths:
+    for n in columns:
         if label_width + sum(widths[m] for m in blocks[-1]) + widths[n] > CONSOLE_WIDTH:
             blocks.append([])
         blocks[-1].append(n)

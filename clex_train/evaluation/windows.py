@@ -39,11 +39,14 @@ class WindowSet:
         return int(self.tokens.shape[1])
 
     def fingerprint(self, scored: np.ndarray) -> str:
-        """Hash the scored tokens to 16 hex digits, equal for equal tokens only; `scored` is bool [longest]."""
+        """Hash the scored tokens to 16 hex digits, equal for equal tokens only.
+
+        `scored` is bool [longest], or [W, longest] where windows differ.
+        """
         # A regular mask is hashed by its stride, as in files of older versions, whose fingerprints must still match.
-        gaps = np.flatnonzero(~scored[1:]) + 1
+        gaps = np.flatnonzero(~scored[..., 1:]) + 1
         stride = int(gaps[0]) if len(gaps) else self.longest
-        regular = np.array_equal(scored, np.arange(self.longest) % stride != 0)
+        regular = scored.ndim == 1 and np.array_equal(scored, np.arange(self.longest) % stride != 0)
         place = str(stride) if regular else np.packbits(scored).tobytes().hex()
         return _digest(f"{self.tokens.shape}/{place}/{self._begin}", self.tokens)
 

@@ -22,6 +22,7 @@ from clex_train.evaluation.retrieval_runner import MethodCell
 from clex_train.evaluation.runner import Feeding, bounded_memory, keeping_table, work_of
 from clex_train.evaluation.scoring_head import score_chunk
 from clex_train.evaluation.streaming import Stream
+from clex_train.measures.runner import MethodCell as ForcedCell
 from clex_train.model_config.size import num_parameters
 from clex_train.models.load import LoadedModel
 from clex_train.preflight import sequence_parallel
@@ -109,6 +110,29 @@ def prompts_amount(model: nn.Module, todo: Sequence[MethodCell], chunk_len: int)
             decoded=per_rank * (cell.num_new - 1),
             cached=cell.length,
             longest=cell.prompt_len,
+        )
+    return total
+
+
+def forced_amount(model: nn.Module, todo: Sequence[ForcedCell], feeding: Feeding) -> Amount:
+    """Sum up the cells of measures by teacher forcing."""
+    total = Amount()
+    for each in todo:
+        cell = each.cell
+        if each.source is not None:
+            total += Amount(cells=1, copies=1)
+            continue
+        # Two rows for each prompt: the right answer, and what it is compared with.
+        batch, per_rank = feeding.batch(cell.length), _shared(cell.num_rows)
+        # The answer is a forward of its own, so that only its logits are computed.
+        chunks = -(-(cell.length - 1 - cell.tail_len) // feeding.chunk_len) + 1
+        total += Amount(
+            cells=1,
+            forwards=-(-per_rank // batch) * chunks,
+            tokens=cell.num_rows * cell.length,
+            work=per_rank * work_of(model, cell.length),
+            cached=min(batch, per_rank) * cell.length,
+            longest=cell.length,
         )
     return total
 

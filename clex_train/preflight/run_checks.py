@@ -26,8 +26,8 @@ from clex_train.data.overlap import require_disjoint
 from clex_train.data.rows import Rows
 from clex_train.engine import deepspeed as engines
 from clex_train.engine import liger
-from clex_train.evaluation import during_training
-from clex_train.evaluation.during_training import TrainingEvaluation
+from clex_train.measures import during_training
+from clex_train.measures.during_training import TrainingEvaluation
 from clex_train.model_config.context_length import ContextLength
 from clex_train.model_config.meta_models import model_on_meta, sharing_meta_models
 from clex_train.models import architecture, directory, load, memory_options, weights
@@ -260,7 +260,7 @@ def _plan_evaluation(
         if inputs.is_complete and store is not None and distributed.is_main():
             during_training.warn_of_later(config, store)
         return None
-    if inputs.held_out is None or store is None or (inputs.tokenizer is None and config.evaluation.tasks):
+    if inputs.held_out is None or store is None or (inputs.tokenizer is None and config.evaluation.has_prompts()):
         _check_methods(config, trained, context_len)
         return None
     # Before the methods, which would otherwise refuse tables for lengths that no document has.

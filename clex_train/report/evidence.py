@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from clex_train.config import saved_config
 from clex_train.config.saved_config import CONFIG, FINAL
 from clex_train.evaluation import results
 from clex_train.evaluation.provenance import weights_hash
-from clex_train.evaluation.results import Origin, Results, TaskScore
+from clex_train.evaluation.results import Origin, Results
 from clex_train.evaluation.tables import Row, Table, read_tables, rows_of
+from clex_train.evaluation.task_scores import TaskScore
+from clex_train.measures import tax
 from clex_train.scaling.frequency_table import TABLE, FrequencyTable
 from clex_train.tracking.metrics_log import LONGEST_LINE, MOST_DAMAGED, parse
 from clex_train.utils import log
@@ -117,8 +119,11 @@ class Evidence:
     runs: list[TrainingRun]
 
 
-def collect(arguments: Sequence[Path]) -> Evidence:
-    """Read run folders and evaluation files; `ConfigError` names an unusable one and the remedy."""
+def collect(arguments: Sequence[Path], baseline: str | None = None) -> Evidence:
+    """Read run folders and evaluation files; `ConfigError` names an unusable one and the remedy.
+
+    `baseline` is the evaluation file of the base, against which the tables show the short-context tax.
+    """
     paths = list(dict.fromkeys(path for argument in arguments for path in find_evaluations(argument)))
     files = {path: results.read(path) for path in paths}
     names = _names({path: origin.label for path, (_, origin) in files.items()})
@@ -128,7 +133,9 @@ def collect(arguments: Sequence[Path]) -> Evidence:
         prefix = f"{names[path]}: " if len(files) > 1 else ""
         rows += rows_of(path, result, prefix)
         tasks += _tasks(path, result, origin, prefix)
-    return Evidence(read_tables(rows), tasks, find_runs(paths))
+    # A baseline that is named here replaces that of each file.
+    tables = read_tables(rows, partial(tax.add, path=baseline))
+    return Evidence(tables, tasks, find_runs(paths))
 
 
 def from_rows(rows: Sequence[Row]) -> Evidence:

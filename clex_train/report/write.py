@@ -105,6 +105,7 @@ def _row(curve: Curve, evidence: Evidence) -> dict[str, Any]:
         "fingerprint": {n: score.fingerprint for n, score in curve.scores.items()},
         "perplexity": {n: p if math.isfinite(p) else None for n, p in curve.perplexity.items()},
         "standard_error": {n: score.standard_error for n, score in curve.scores.items()},
+        "tax": vars(curve.tax) if curve.tax else None,
         "source": _facts(evaluation_source(curve.path, curve.origin, evidence.runs)),
     }
 

@@ -101,7 +101,9 @@ def _resampled_means(
     # D draws with replacement, as counts: a matrix product [R, D] x [D] replaces R gathers.
     chances = np.full(len(nll), 1 / len(nll))
     times = generator(seed, "evaluation_bootstrap").multinomial(len(nll), chances, num_resamples)
-    return np.asarray((times @ nll) / (times @ tokens))
+    drawn = times @ tokens
+    # A resample of documents without a scored token has no mean; key tokens may be that rare.
+    return np.asarray((times @ nll)[drawn > 0] / drawn[drawn > 0])
 
 
 def _spread(values: np.ndarray) -> float:

@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM
 from clex_train.cli import lm_eval as program
 from clex_train.config.model import ModelConfig
 from clex_train.console import program as console
-from clex_train.evaluation import harness
 from clex_train.evaluation import partial_results as partial_file
+from clex_train.measures import harness
 from clex_train.models import load
 from clex_train.models.directory import read_clex
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
@@ -280,7 +280,7 @@ def test_requests_of_a_document_are_grouped_together() -> None:
 
 
 def test_a_missing_package_is_named_with_the_install_command(place, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("clex_train.evaluation.harness.find_spec", lambda name: None)
+    monkeypatch.setattr("clex_train.measures.harness.find_spec", lambda name: None)
     assert call(monkeypatch, f"model={place / 'model'}", "tasks=[any]") == console.USER_ERROR
     assert "lm-eval is not installed: pip install -r requirements-eval.txt" in capsys.readouterr().err
 

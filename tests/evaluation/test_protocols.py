@@ -26,7 +26,7 @@ LENGTHS = [24, 48, 96, 192]
 LONGEST = 192
 STRIDE = 16
 LAST_K = 20
-WINDOWED = [protocol for protocol in Protocol if protocol is not Protocol.streaming]
+WINDOWED = [protocol for protocol in Protocol if protocol not in (Protocol.streaming, Protocol.long_ppl)]
 
 
 def reading_of(protocol: Protocol, lengths: list[int], context_len: int = CONTEXT_LEN, **keys: int) -> Reading:
@@ -281,3 +281,22 @@ def test_chunks_and_batches_do_not_change_any_protocol(
     whole = evaluate(model, handle, tables, windows, chosen, LONGEST, LONGEST, cpu).scores
     for ours, theirs in zip(found, whole, strict=True):
         assert ours.window_nll == pytest.approx(theirs.window_nll, rel=1e-6)
+
+
+def test_last_k_scores_a_fixed_suffix_from_half_of_l_on() -> None:
+    model, windows = build_tiny_llama(), random_windows(2, 64)
+    handle = install_rotary(model, CONTEXT_LEN)
+    inv_freq = 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    spec = EvaluationConfig(lengths=[CONTEXT_LEN // 2, CONTEXT_LEN, 64], protocols=[Protocol.last_k], last_k=5)
+    tables = {"none": none_table(inv_freq, scale_grid(4))}
+    found = evaluate(model, handle, tables, windows, readings(spec, CONTEXT_LEN))
+    ids = torch.from_numpy(windows.tokens)
+    for score in found.scores:
+        # The same five tokens at every length, read behind more and more of the window.
+        with torch.no_grad():
+            logits = model(input_ids=ids[:, -score.length :], use_cache=False).logits.double()
+        nll = -logits[:, -6:-1].log_softmax(-1).gather(2, ids[:, -5:, None])[..., 0]
+        assert score.mean_nll == pytest.approx(float(nll.mean()), rel=1e-5)
+    assert [score.length for score in found.scores] == [8, 16, 64]
+    with pytest.raises(ValueError, match="last_k=16: more than the shortest"):
+        readings(EvaluationConfig(lengths=[8, 16], protocols=[Protocol.last_k]), CONTEXT_LEN)

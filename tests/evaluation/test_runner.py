@@ -25,7 +25,7 @@ from tests.helpers.warm_processes import call_on_two_ranks
 
 LENGTHS = [16, 32, 64]
 CPU = torch.device("cpu")
-PROTOCOLS = [protocol for protocol in Protocol if protocol is not Protocol.streaming]
+PROTOCOLS = [protocol for protocol in Protocol if protocol not in (Protocol.streaming, Protocol.long_ppl)]
 READINGS = readings(EvaluationConfig(lengths=LENGTHS, protocols=PROTOCOLS, stride=8), CONTEXT_LEN)
 NAMES = [protocol.value for protocol in PROTOCOLS]
 

@@ -53,7 +53,7 @@ def _rank_main(rank: int, port: str, folder: str) -> None:
 
 def _perplexities(model, handle) -> dict[str, float]:
     chosen = tables([Method.none, Method.ntk], base_rope(handle), 64)
-    protocols = [protocol for protocol in Protocol if protocol is not Protocol.streaming]
+    protocols = [protocol for protocol in Protocol if protocol not in (Protocol.streaming, Protocol.long_ppl)]
     spec = EvaluationConfig(lengths=[16, 32, 64], protocols=protocols, stride=8)
     return evaluate(model, handle, chosen, random_windows(3, 64), readings(spec, CONTEXT_LEN), chunk_len=20).metrics()
 

@@ -7,8 +7,8 @@ import pytest
 
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.root import Config
-from clex_train.evaluation.during_training import warn_of_later
 from clex_train.evaluation.windows import WindowSet, select
+from clex_train.measures.during_training import warn_of_later
 from clex_train.token_store.store import TokenStore
 from clex_train.token_store.writer import write_store
 

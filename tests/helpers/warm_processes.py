@@ -34,7 +34,7 @@ IMPORTED = [
     "train",
     "clex_train.training.loop",
     "clex_train.checkpoint.store",
-    "clex_train.evaluation.during_training",
+    "clex_train.measures.during_training",
     "clex_train.engine.deepspeed",
     # Imports torch's compiler, as DeepSpeed does when it builds any optimizer.
     "deepspeed.runtime.zero.muon.muon_optimizer",

@@ -16,7 +16,7 @@ from clex_train.config.retrieval import Task
 from clex_train.config.root import Config
 from clex_train.console import program as console
 from clex_train.evaluation import partial_results, results, retrieval_runner
-from clex_train.evaluation.during_training import TrainingEvaluation
+from clex_train.measures.during_training import TrainingEvaluation
 from clex_train.models.load import LoadedModel
 from clex_train.retrieval.haystack import Documents
 from clex_train.retrieval.prompts import Ask

@@ -16,7 +16,8 @@ from clex_train.config.method import Method
 from clex_train.config.retrieval import Task
 from clex_train.evaluation import methods, retrieval_runner
 from clex_train.evaluation.console import retrieval_table
-from clex_train.evaluation.results import Missing, TaskScore, task_metrics
+from clex_train.evaluation.results import Missing
+from clex_train.evaluation.task_scores import TaskScore, task_metrics
 from clex_train.retrieval.haystack import Documents
 from clex_train.retrieval.plan import Cell
 from clex_train.retrieval.tasks import TASKS

@@ -202,7 +202,7 @@ def test_a_field_beyond_its_bound_stops_the_run_before_saving(run, capsys):
 
 def test_a_run_killed_between_saving_and_evaluating_evaluates_on_resume(run, monkeypatch):
     evaluated = []
-    from clex_train.evaluation.during_training import TrainingEvaluation
+    from clex_train.measures.during_training import TrainingEvaluation
 
     def fails_at_4(self, loaded, step):
         evaluated.append(step)

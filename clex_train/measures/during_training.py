@@ -1,4 +1,4 @@
-"""Evaluation inside the training loop: perplexity, and retrieval if configured, of the current weights.
+"""Evaluation inside the training loop: perplexity, and retrieval and measures if configured, of the current weights.
 
 Windows and prompts are chosen once, before training, and scored on every call.
 """
@@ -19,8 +19,12 @@ from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.evaluation import methods, provenance, results, runner
 from clex_train.evaluation import retrieval_runner as retrieval
 from clex_train.evaluation.console import tables_of
-from clex_train.evaluation.protocols import readings
+from clex_train.evaluation.protocols import readings, require_key_tokens_fit, scored_tokens
+from clex_train.evaluation.runner import Feeding
 from clex_train.evaluation.windows import require_windows, select
+from clex_train.measures import plan as measure_plan
+from clex_train.measures import runner as measure_runner
+from clex_train.measures import tax
 from clex_train.models import architecture
 from clex_train.retrieval import plan
 from clex_train.rope.patch import RotaryHandle
@@ -38,13 +42,13 @@ logger = log.get(__name__)
 
 
 class TrainingEvaluation:
-    """Callable `evaluation(loaded, step)` that returns perplexities and retrieval scores by key. Collective.
+    """Callable `evaluation(loaded, step)` that returns perplexities and other scores by key. Collective.
 
     Results are also written to `evaluation/step_<N>.json`. Every rank calls `interrupted` between windows and prompts;
     once it is true on one rank, the call raises `StopRequested` and writes nothing.
 
     Raises `ConfigError` on creation when no document of `held_out` is as long as the longest window, a protocol's key
-    does not fit the lengths, or no prompt of a task fits a length.
+    does not fit the lengths, or no prompt of a task or measure fits a length.
     """
 
     def __init__(
@@ -62,7 +66,11 @@ class TrainingEvaluation:
         bos_id = evaluation_bos_id(self.spec.bos, self.store)
         warn_if_bos_differs(store, bos_id)
         self.windows = select(self.store, max(self.spec.lengths), self.spec.num_windows, bos_id=bos_id)
+        require_key_tokens_fit(self.spec, self.readings, self.windows.content, held_out.fingerprint)
+        tokens = scored_tokens(self.readings, tax.tax_length(self.spec.lengths, context_len), self.windows)
+        tax.require_baseline(self.spec.baseline, tokens, self.windows.content, held_out.fingerprint)
         self.cells = plan.build_cells(self.spec, tokenizer, self.store, bos=bos_id is not None)
+        self.forced = measure_plan.build_cells(self.spec, tokenizer, self.store, bos_id=bos_id)
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
         # The ODE has changed since the last evaluation.
@@ -90,19 +98,27 @@ class TrainingEvaluation:
             inserted=inserted,
             cache_on_host=self.spec.offload_cache,
         )
-        # One file and one table for both.
-        scored = replace(scored, tasks=tasks, missing=[*scored.missing, *missing])
-        self._keep(scored, next(loaded.model.parameters()).dtype, step)
+        size, device = self.spec.chunk_len, distributed.device()
+        feeding = Feeding(size, size, device, self.interrupted, self.spec.offload_cache)
+        forced, skipped = measure_runner.evaluate(loaded.model, loaded.handle, tables, self.forced, feeding, inserted)
+        # One file for all of them.
+        scored = replace(scored, tasks=tasks, measures=forced, missing=[*scored.missing, *missing, *skipped])
+        # Before the file is written, so that it has the tax as its metrics do.
+        facts = self._facts(next(loaded.model.parameters()).dtype, step)
+        scored = tax.add(scored, facts, self.spec.baseline)
+        self._keep(scored, facts, step)
         return scored.metrics()
 
-    def _keep(self, scored: results.Results, dtype: torch.dtype, step: int) -> None:
+    def _facts(self, dtype: torch.dtype, step: int) -> results.Origin:
+        weights = {"path": str(self.config.output_dir), "step": step}
+        return provenance.describe(self.config.name, weights, self.store, dtype)
+
+    def _keep(self, scored: results.Results, facts: results.Origin, step: int) -> None:
         """Log the tables and write the file; on a full disk follow `checkpoint.on_full_disk`. Collective."""
         # A step that is repeated after a rollback replaces its own file.
         path = Path(self.config.output_dir) / "evaluation" / f"step_{step}.json"
 
         def write() -> None:
-            weights = {"path": str(self.config.output_dir), "step": step}
-            facts = provenance.describe(self.config.name, weights, self.store, dtype)
             logger.info("step %d:\n%s", step, tables_of(scored, facts))
             results.write(path, scored, facts)
 
