@@ -165,6 +165,7 @@ def evaluate(args: EvaluateArguments, plan: Plan, todo: Todo) -> Done | None:
         # The cache grows while chunks allocate and free memory, so return it to the system at once.
         oom_recovery.release_freed_memory()
     loaded, dtype = load(args, plan.model)
+    loaded.scale_logits(plan.spec.log_scale or loaded.log_scale)
     # Vocabulary and loader buffers take tens of MiB, and scoring needs neither.
     loaded.tokenizer = None
     oom_recovery.free_memory()
@@ -212,6 +213,7 @@ def forecast(
 def stream(args: EvaluateArguments, plan: Plan, text: Stream) -> Done | None:
     """Load the weights and score one long text by each method, and in windows of L; a dry run prints the cost."""
     loaded, dtype = load(args, plan.model)
+    loaded.scale_logits(plan.spec.log_scale or loaded.log_scale)
     inserted = methods.stream_insertions(plan.spec, loaded)
     table = methods.tables([Method.none], base_rope(loaded.handle), loaded.context_len)["none"]
     loaded.handle.use(table)

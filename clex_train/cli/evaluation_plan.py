@@ -36,7 +36,10 @@ KEYS = (*METHOD_KEYS, *WINDOW_KEYS, *TASK_KEYS, *MEASURE_KEYS, "baseline", "offl
 """Keys of the `evaluation` group that the command line takes without the group's name; by default the run's."""
 NOT_SHAPING = ("every", "path", "allow_overlap", "baseline", "chunk_len", "offload_cache", "bos")
 """Keys of the `evaluation` group that do not affect the numbers: schedule and memory use."""
-LATER = ("lm_infinite_top_k", "lm_infinite_top_k_layer", "chat_template", "method_options", "key_tokens", *MEASURE_KEYS)
+LATER = (
+    *("lm_infinite_top_k", "lm_infinite_top_k_layer", "chat_template", "method_options", "log_scale", "key_tokens"),
+    *MEASURE_KEYS,
+)
 """Keys that older files lack; they are the same request where these have their defaults."""
 
 logger = log.get(__name__)

@@ -141,6 +141,7 @@ def _run(args: LmEvalArguments) -> None:
     tasks = harness.Tasks(args.tasks, Path(args.include) if args.include else None, metadata)
     loading.print_plan("lm_eval", args, source, [labelled("tasks", _tasks(args, tasks, max_length))])
     loaded, dtype = load(args, source.model)
+    loaded.scale_logits(spec.log_scale or loaded.log_scale)
     settings = harness.RequestSettings(
         max_length,
         args.batch_size,

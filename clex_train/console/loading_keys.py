@@ -20,6 +20,7 @@ METHOD_KEYS = (
     "longrope_factors",
     "method_options",
     "t_factor",
+    "log_scale",
     "n_local",
     "n_global",
     "lm_infinite_t",

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from clex_train.attention.log_scaling import install_log_scaling
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import Method
+from clex_train.config.scaling import LogScale
 from clex_train.lm_infinite.install import LmInfinite, apply_lm_infinite
 from clex_train.lm_infinite.middle_tokens import BestMiddle
 from clex_train.rope.hf_scalings import base_rope
@@ -54,6 +56,9 @@ def check(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool, grid: Te
     `grid` [K] is the scale factors of the model's CLEX, if known.
     """
     _require_fitting(spec, handle, has_clex)
+    if spec.log_scale not in (None, LogScale.off):
+        # Refuses a model whose attention does not read its scale; the meta model stays as it was.
+        install_log_scaling(handle.model, spec.log_scale.value, handle.context_len, handle.on_length).undo()
     own = handle.own
     if own is None and grid is not None:
         # Only the grid matters for the check of t, so any frequencies will do.

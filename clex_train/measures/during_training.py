@@ -73,8 +73,12 @@ class TrainingEvaluation:
         self.forced = measure_plan.build_cells(self.spec, tokenizer, self.store, bos_id=bos_id)
 
     def __call__(self, loaded: LoadedModel, step: int) -> dict[str, float]:
-        # The ODE has changed since the last evaluation.
+        # The frequencies have changed since the last evaluation.
         loaded.solve_table()
+        with loaded.log_scaled(self.spec.log_scale):
+            return self._evaluate(loaded, step)
+
+    def _evaluate(self, loaded: LoadedModel, step: int) -> dict[str, float]:
         tables = methods.model_tables(self.spec, loaded)
         inserted = methods.insertions(self.spec, loaded.model, loaded.context_len)
         scored = runner.evaluate(

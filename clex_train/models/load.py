@@ -71,6 +71,26 @@ class LoadedModel:
         """Inverse frequencies of the unmodified model, float64 [P]."""
         return self.handle.base_inv_freq
 
+    def scale_logits(self, policy: LogScale) -> None:
+        """Scale the attention logits by a policy, in place of the one before."""
+        if self.log_scaling is not None:
+            # Two scalings would multiply.
+            self.log_scaling.undo()
+        self.log_scale, self.log_scaling = policy, None
+        if policy is not LogScale.off:
+            on_length = self.handle.on_length
+            self.log_scaling = install_log_scaling(self.model, policy.value, self.context_len, on_length)
+
+    @contextmanager
+    def log_scaled(self, policy: LogScale | None) -> Iterator[None]:
+        """Scale the logits by another policy than the model's own in the block; None keeps its own."""
+        own = self.log_scale
+        self.scale_logits(own if policy is None else policy)
+        try:
+            yield
+        finally:
+            self.scale_logits(own)
+
     def solve_table(self) -> FrequencyTable | None:
         """Compute theta(t) with the current weights at the integers up to t_max, and use it in the model.
 
@@ -138,7 +158,7 @@ def load_for_training(
         loaded.formula = formula = _formula(config, loaded)
         if config.scaling.name is Method.static:
             loaded.static = recipes.learned_module(config.scaling, loaded.handle, formula)
-    _scale_logits(loaded, policy)
+    loaded.scale_logits(policy)
     if config.attention.lambda_mask:
         apply_lm_infinite(model, config.attention.n_local or length, config.attention.n_global)
         loaded.lambda_mask = True
@@ -207,13 +227,13 @@ def load_for_evaluation(
     directory = Path(str(spec.path))
     if model_directory.has_clex(directory):
         loaded.clex, loaded.table, record = model_directory.read_clex(directory)
-        _scale_logits(loaded, LogScale(record.log_scale))
+        loaded.scale_logits(LogScale(record.log_scale))
         loaded.t_factor = loaded.table.t_factor
         loaded.handle.use(loaded.table)
     elif official.is_official(directory):
         field = official.read_official_field(directory, loaded.base_inv_freq)
         loaded.clex = field.clex
-        _scale_logits(loaded, LogScale(field.log_scale))
+        loaded.scale_logits(LogScale(field.log_scale))
         loaded.solve_table()
     return loaded
 
@@ -231,27 +251,6 @@ def bars_on_a_terminal() -> Iterator[None]:
         yield
     finally:
         transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def log_scaled(loaded: LoadedModel, policy: LogScale | None) -> Iterator[None]:
-    """Scale the logits by another policy than the model's own in the block; None keeps its own."""
-    own = loaded.log_scale
-    _scale_logits(loaded, own if policy is None else policy)
-    try:
-        yield
-    finally:
-        _scale_logits(loaded, own)
-
-
-def _scale_logits(loaded: LoadedModel, policy: LogScale) -> None:
-    if loaded.log_scaling is not None:
-        # Two scalings would multiply.
-        loaded.log_scaling.undo()
-    loaded.log_scale, loaded.log_scaling = policy, None
-    if policy is not LogScale.off:
-        handle = loaded.handle
-        loaded.log_scaling = install_log_scaling(loaded.model, policy.value, loaded.context_len, handle.on_length)
 
 
 def _random_model(config: Config, arch: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

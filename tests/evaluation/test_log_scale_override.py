@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clex_train.config.scaling import LogScale
-from clex_train.models.load import LoadedModel, log_scaled
+from clex_train.models.load import LoadedModel
 from clex_train.rope.native import install_native
 from tests.evaluation.evaluation_models import build_tiny_llama
 
@@ -18,7 +18,7 @@ L = 32
 def test_the_block_has_the_policy_that_was_asked_for_and_the_model_its_own_afterwards(own, asked) -> None:
     model = build_tiny_llama().eval()
     loaded = LoadedModel(model, install_native(model, L), L)
-    with log_scaled(loaded, own):
+    with loaded.log_scaled(own):
         plain, attention = model.config.head_dim**-0.5, model.model.layers[0].self_attn
 
         def factor() -> float:
@@ -28,7 +28,7 @@ def test_the_block_has_the_policy_that_was_asked_for_and_the_model_its_own_after
 
         expected = {LogScale.off: 1.0, LogScale.eval: math.log(4 * L) / math.log(L)}
         before = factor()
-        with log_scaled(loaded, asked):
+        with loaded.log_scaled(asked):
             assert factor() == pytest.approx(expected[asked or own])
             assert loaded.log_scale is (asked or own)
         assert factor() == before == pytest.approx(expected[own])
