@@ -74,7 +74,7 @@ def _merged(defaults: dict[str, Any], recorded: dict[str, Any], path: Path, pref
     for key, value in recorded.items():
         before = defaults.get(key)
         if isinstance(before, dict):
-            if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            if not isinstance(value, dict) or not all(isinstance(name, str | int) for name in value):
                 raise BadFile(path, f"{prefix}{key}: should be `key: value` lines")
             merged[key] = _merged(before, value, path, f"{prefix}{key}.")
         else:

@@ -1,74 +1,122 @@
-"""The driver of the study and its tables, on synthetic evaluation files."""
+"""The driver of the study, its record, and its tables, on synthetic evaluation files."""
 
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from clex_train.evaluation.measure_scores import MeasureScore
 from clex_train.evaluation.results import Origin, Results, Score, write
-from launch import study, study_tables
-from launch.study_arms import ABLATIONS, JUDGING, MAIN, Arm
+from launch import study, study_record, study_tables
+from launch.study_arms import CANDIDATES, CHOOSING, MAIN, REFERENCE, TAX_AGAINST, Arm, all_arms
+from launch.study_record import Record
+from tests.helpers.composing import composed
 
 LENGTHS = (128, 256)
+YARN, STATIC = "yarn", "static"
 
 
-def write_evaluation(run: Path, method: str, nll: float, fingerprint: str = "same") -> None:
+def write_evaluation(run: Path, nll: float, method: str = "trained", fingerprint: str = "same", exact: int = 3) -> None:
     """Write an evaluation of two windows of 10 tokens from two books: `nll` nats a token, and 0.5 more."""
     scores = [
         Score(method, protocol, n, "x", 1.0, [10 * nll, 10 * (nll + 0.5)], 20, 0.0, fingerprint=fingerprint)
         for protocol in study_tables.PROTOCOLS
         for n in LENGTHS
     ]
+    answers = [1.0] * exact + [0.0] * (4 - exact)
+    keys = [
+        MeasureScore(
+            "forced_passkey", "exact", method, 128, depth, [1.0] * exact + [0.0] * (4 - exact), [1] * 4, [0] * 4, 0
+        )
+        for depth in (0.1, 0.9)
+    ]
     windows = {"count": 2, "length": 256, "documents": [0, 1], "starts": [0, 0], "fingerprint": "w"}
-    write(run / "evaluation" / f"{JUDGING.name}.json", Results(scores, 128, windows), Origin("x", [], {}, {}))
+    path = run / "evaluation" / f"{CHOOSING.name}.json"
+    write(path, Results(scores, 128, windows, measures=keys), Origin("x", [], {}, {}, {"torch": "2.13.0"}))
+
+
+def collected(out: Path, seeds: tuple[int, ...] = (1,)) -> Record:
+    """Collect the evaluations below a folder, through the file."""
+    study_record.write(study_record.collect(out, seeds), out / "study.json")
+    return study_record.read(out / "study.json")
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """Map the first cell of each row of the first table of a text to the others."""
-    table = text.split("\n\n")[1].splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    """Map the first cell of each row of a table to the others."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     return {line[0]: line[1:] for line in cells}
 
 
+def label(name: str) -> str:
+    return next(arm.label for arm in all_arms() if arm.name == name)
+
+
 def test_a_row_is_the_mean_nll_over_the_seeds_and_over_the_windows(tmp_path):
-    write_evaluation(tmp_path / "clex" / "seed_1", "trained", 2.0)
-    write_evaluation(tmp_path / "clex" / "seed_2", "trained", 3.0)
-    found = rows(study_tables.section(tmp_path, [1, 2], "one_shot"))
-    assert found["CLEX, t of the length"][-1] == "2"
-    assert float(found["CLEX, t of the length"][0].split(" ± ")[0]) == pytest.approx(math.exp(2.75), abs=0.01)
+    write_evaluation(tmp_path / YARN / "seed_1", 2.0)
+    write_evaluation(tmp_path / YARN / "seed_2", 3.0)
+    record = collected(tmp_path, (1, 2))
+    (line,) = study_tables.lines(record.entries, CHOOSING.name, "one_shot")
+    found = rows(study_tables.table([line], study_tables.perplexity_cell))[label(YARN)]
+    assert found == [f"{math.exp(2.75):.2f}", f"{math.exp(2.75):.2f}", "2"]
+    assert record.made_by == {"torch": "2.13.0"}
 
 
-def test_paired_differences_cancel_the_shared_difficulty_of_a_book(tmp_path):
-    write_evaluation(tmp_path / "clex" / "seed_1", "trained", 2.0)
-    write_evaluation(tmp_path / "pi" / "seed_1", "trained", 2.1)
-    pi, clex = study_tables.arm_lines(tmp_path, MAIN, [1], "one_shot", JUDGING)
-    assert study_tables.against(clex)(pi, 128) == f"+{100 * math.expm1(0.1):.1f} ± 0.0"
-    assert float(study_tables.perplexity_cell(pi, 128).split(" ± ")[1]) > 0.5
-    assert study_tables.against(clex)(clex, 128) == "0"
+def test_paired_differences_cancel_the_books_and_keep_the_spread_of_the_seeds(tmp_path):
+    for seed, shift in ((1, 0.0), (2, 0.02)):
+        write_evaluation(tmp_path / YARN / f"seed_{seed}", 2.0)
+        write_evaluation(tmp_path / STATIC / f"seed_{seed}", 2.1 + shift)
+    yarn, static = study_tables.lines(collected(tmp_path, (1, 2)).entries, CHOOSING.name, "one_shot")
+    mean, error = study_tables.difference(static, yarn, 128)
+    assert mean == pytest.approx(0.11)
+    assert error == pytest.approx(0.01), "half the distance of two seeds; the books are equally hard for both"
+    assert study_tables.against(yarn)(yarn, 128) == "0"
+    single = replace(static, nll={n: nll[:1] for n, nll in static.nll.items()})
+    assert study_tables.difference(single, replace(yarn, nll={n: v[:1] for n, v in yarn.nll.items()}), 128)[1] < 1e-15
 
 
-def test_an_arm_whose_seeds_scored_different_tokens_is_refused_by_name(tmp_path):
-    write_evaluation(tmp_path / "clex" / "seed_1", "trained", 2.0)
-    write_evaluation(tmp_path / "clex" / "seed_2", "trained", 2.0, fingerprint="other")
-    with pytest.raises(ValueError, match="CLEX, t of the length: its runs scored different tokens"):
-        study_tables.section(tmp_path, [1, 2], "one_shot")
+def test_the_tables_have_the_differences_the_tax_and_retrieval(tmp_path):
+    write_evaluation(tmp_path / YARN / "seed_1", 2.0)
+    write_evaluation(tmp_path / STATIC / "seed_1", 2.1, exact=4)
+    write_evaluation(tmp_path / "continued" / "seed_1", 2.05, method="none")
+    text = study_tables.text(collected(tmp_path))
+    parts = dict(zip(text.split("\n\n")[::2], text.split("\n\n")[1::2], strict=True))
+    title = f"### one_shot, windows for choosing: percent above `{REFERENCE}`"
+    assert rows(parts[title])[label(STATIC)][0] == f"{100 * math.expm1(0.1):+.1f} ± 0.0"
+    first = rows(parts["### one_shot, windows for choosing: perplexity"])
+    assert first[label(STATIC)][2] == f"{100 * math.expm1(0.05):+.1f} ± 0.0"
+    assert first[TAX_AGAINST][2] == "0"
+    exact = next(part for name, part in parts.items() if name.startswith("### passkey, percent"))
+    assert rows(exact)[label(STATIC)] == ["100", "8"]
+    assert rows(exact)[label(YARN)] == ["75", "8"]
 
 
-def test_selection_windows_are_not_read_for_the_main_table(tmp_path):
-    write_evaluation(tmp_path / "clex" / "seed_1", "trained", 2.0)
-    folder = tmp_path / "clex" / "seed_1" / "evaluation"
-    (folder / f"{JUDGING.name}.json").rename(folder / "choosing.json")
-    assert "CLEX" not in study_tables.section(tmp_path, [1], "one_shot")
+def test_an_arm_that_scored_different_tokens_is_refused_by_name(tmp_path):
+    write_evaluation(tmp_path / YARN / "seed_1", 2.0)
+    write_evaluation(tmp_path / STATIC / "seed_1", 2.0, fingerprint="other")
+    with pytest.raises(ValueError, match=f"{label(STATIC)}: its runs scored different tokens"):
+        study_record.collect(tmp_path, [1])
 
 
-def test_the_runs_have_each_arm_once_and_the_main_ones_for_every_seed():
+def test_a_committed_record_prints_the_same_tables_again(tmp_path, capsys, monkeypatch):
+    write_evaluation(tmp_path / YARN / "seed_1", 2.0)
+    expected = study_tables.text(collected(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["study_tables", str(tmp_path / "study.json")])
+    assert study_tables.main() == 0
+    assert capsys.readouterr().out == expected
+    (tmp_path / "study.json").write_text("{}")
+    assert study_tables.main() == 2
+    assert "not a record of the study" in capsys.readouterr().err
+
+
+def test_the_runs_have_each_candidate_once_and_the_main_arms_for_every_seed():
     plan = study.Study("books", Path("out"), [1, 2, 3], smoke=False)
     pairs = [(arm.name, seed) for wave in plan.waves() for arm, seed in wave]
-    assert len(pairs) == len(set(pairs)) == 3 * len(MAIN) + len(ABLATIONS)
-    alone = study.Study("books", Path("out"), [1, 2], smoke=False, only=["clex"])
-    assert [[(arm.name, seed) for arm, seed in wave] for wave in alone.waves()] == [[("clex", 1), ("clex", 2)], []]
+    assert len(pairs) == len(set(pairs)) == 3 * len(MAIN) + len(CANDIDATES)
+    alone = study.Study("books", Path("out"), [1, 2], smoke=False, only=[YARN])
+    assert [[(arm.name, seed) for arm, seed in wave] for wave in alone.waves()] == [[(YARN, 1)], []]
 
 
 def test_an_arm_that_evaluates_weights_of_another_comes_after_it():
@@ -81,19 +129,14 @@ def test_an_arm_that_evaluates_weights_of_another_comes_after_it():
         assert not arm.overrides, "it trains nothing"
 
 
-def test_every_arm_is_a_valid_training_configuration(compose_arm):
-    for arm in (*MAIN, *ABLATIONS):
-        compose_arm(arm)
+@pytest.mark.parametrize("arm", list(all_arms()), ids=lambda arm: arm.name)
+def test_every_arm_is_a_valid_training_configuration(arm: Arm):
+    composed("+experiment=study_finetune", *arm.overrides)
 
 
-@pytest.fixture
-def compose_arm():
-    from tests.helpers.composing import composed
-
-    def compose(arm: Arm) -> None:
-        composed("+experiment=study_finetune", "data.path=x", *arm.overrides)
-
-    return compose
+def test_names_and_labels_are_unique():
+    assert len({arm.name for arm in all_arms()}) == len({arm.label for arm in all_arms()}) == len(list(all_arms()))
+    assert REFERENCE in {arm.label for arm in all_arms()}
 
 
 def test_a_finished_stage_is_skipped_and_a_failing_one_is_named(tmp_path, capsys):
@@ -110,7 +153,7 @@ def test_a_finished_stage_is_skipped_and_a_failing_one_is_named(tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "clex", "clx"], "argument --only: invalid choice: 'clx'"),
+        (["--only", "yarn", "clx"], "argument --only: invalid choice: 'clx'"),
         (["--jobs", "0"], "argument --jobs: 0: at least 1"),
         (["--seeds"], "argument --seeds: expected at least one argument"),
         (
