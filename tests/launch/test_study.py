@@ -28,9 +28,7 @@ def write_evaluation(run: Path, nll: float, method: str = "trained", fingerprint
     ]
     answers = [1.0] * exact + [0.0] * (4 - exact)
     keys = [
-        MeasureScore(
-            "forced_passkey", "exact", method, 128, depth, [1.0] * exact + [0.0] * (4 - exact), [1] * 4, [0] * 4, 0
-        )
+        MeasureScore("forced_passkey", "exact", method, 128, depth, answers, [1] * 4, [0] * 4, 0)
         for depth in (0.1, 0.9)
     ]
     windows = {"count": 2, "length": 256, "documents": [0, 1], "starts": [0, 0], "fingerprint": "w"}
