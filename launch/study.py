@@ -195,7 +195,7 @@ def evaluate(
     command = [sys.executable, "-m", "clex_train.cli.evaluate", f"run={run}", f"methods=[{','.join(methods)}]"]
     command += [f"lengths={LENGTHS}".replace(" ", ""), f"task_lengths={PROMPT_LENGTHS}".replace(" ", ""), *READINGS]
     command += [f"data={study.store}", f"context_len={CONTEXT_LEN}", f"seed={windows.seed}", *overrides]
-    numbers = ["num_windows=5", "num_prompts=2"] if study.smoke else ["num_windows=20", "num_prompts=16"]
+    numbers = ["num_windows=5", "num_prompts=2"] if study.smoke else ["num_windows=12", "num_prompts=8"]
     stage(study, output, [*command, *numbers, f"output={output}"])
 
 

@@ -26,7 +26,6 @@ def write_evaluation(run: Path, nll: float, method: str = "trained", fingerprint
         for protocol in study_tables.PROTOCOLS
         for n in LENGTHS
     ]
-    answers = [1.0] * exact + [0.0] * (4 - exact)
     keys = [
         MeasureScore("forced_passkey", "exact", method, 128, depth, answers, [1] * 4, [0] * 4, 0)
         for depth in (0.1, 0.9)
