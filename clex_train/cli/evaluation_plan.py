@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clex_train.cli.keys import METHOD_KEYS, LoadingConfig, with_overrides
 from clex_train.cli.loading import Source, check, locate, run_config
 from clex_train.config.evaluation import EvaluationConfig, Protocol
 from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config, default_lengths
 from clex_train.console import arguments as arguments_of
+from clex_train.console.keys import METHOD_KEYS, LoadingConfig, with_overrides
 from clex_train.data.bos import evaluation_bos_id, warn_if_bos_differs
 from clex_train.data.build import longest_document
 from clex_train.evaluation import methods

@@ -31,7 +31,6 @@ if __name__ == "__main__":
 import torch
 
 from clex_train.cli import loading
-from clex_train.cli.keys import METHOD_KEYS, LoadingConfig, with_overrides
 from clex_train.cli.load_model import load
 from clex_train.cli.loading import Source
 from clex_train.config.bos import Bos
@@ -39,6 +38,7 @@ from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.method import Method
 from clex_train.console import arguments as arguments_of
 from clex_train.console import program
+from clex_train.console.keys import METHOD_KEYS, LoadingConfig, with_overrides
 from clex_train.data.bos import adds_bos
 from clex_train.evaluation import harness, methods
 from clex_train.evaluation import provenance as origins

@@ -6,9 +6,9 @@ every rank must run the same number of forwards. `offload_parameters=true` keeps
 
 import torch
 
-from clex_train.cli.keys import LoadingConfig
 from clex_train.config.engine import EngineConfig, Offload
 from clex_train.config.model import ModelConfig
+from clex_train.console.keys import LoadingConfig
 from clex_train.engine import deepspeed
 from clex_train.models.load import LoadedModel, load_for_evaluation
 from clex_train.utils import distributed

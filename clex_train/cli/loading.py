@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from clex_train.attention.select import check_attention
-from clex_train.cli.keys import LoadingConfig
 from clex_train.config import saved_config
 from clex_train.config.engine import EngineConfig
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
 from clex_train.console import program as console
+from clex_train.console.keys import LoadingConfig
 from clex_train.engine import deepspeed
 from clex_train.evaluation import partial_results
 from clex_train.evaluation import provenance as origins

@@ -20,11 +20,11 @@ from transformers import (
 
 from clex_train.cli import loading
 from clex_train.cli.evaluation_plan import EvaluateConfig
-from clex_train.cli.keys import LoadingConfig
 from clex_train.config.engine import EngineConfig
 from clex_train.config.model import ModelConfig
 from clex_train.console import arguments
 from clex_train.console.errors import explain
+from clex_train.console.keys import LoadingConfig
 from clex_train.engine import deepspeed as engines
 from clex_train.models import architecture, hub, load, weights
 from clex_train.models.tokenizer import load_tokenizer
