@@ -28,7 +28,7 @@ from clex_train.models.tokenizer import training_tokenizer
 from clex_train.rope.native import install_native
 from clex_train.rope.patch import install_rotary
 from clex_train.scaling.solver import UnstableField
-from clex_train.utils.errors import ConfigError, first_line, require
+from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.protocols import Tokenizer
 
 
@@ -130,5 +130,3 @@ def _average_field(config: Config, loaded: LoadedModel, found: Sequence[Found]) 
     except UnstableField as error:
         remedy = f"{error.what}, in the mean of their fields; average fewer checkpoints"
         raise ConfigError("last", len(found), remedy) from error
-    except RuntimeError as error:
-        raise ConfigError(f"checkpoint {found[-1].path}", None, first_line(error)) from error
