@@ -35,6 +35,7 @@ VERBS = {
     "train": Verb("clex_train.train", "train or fine-tune a model"),
     "evaluate": Verb("clex_train.cli.evaluate", "perplexity and retrieval against context length"),
     "key-tokens": Verb("data_prep.key_tokens", "list the tokens of held-out text that LongPPL scores"),
+    "average": Verb("clex_train.cli.average", "the mean of the last checkpoints of a run as a model"),
     "export": Verb("clex_train.cli.export", "write a trained model in another program's layout"),
     "rope": Verb("clex_train.cli.rope", "RoPE frequencies that a saved model loads, and what engines make of them"),
     "report": Verb("clex_train.cli.report", "one page of tables and figures from evaluations"),

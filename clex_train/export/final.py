@@ -5,6 +5,7 @@ no config.json can state it, they refuse to build the model. `clex.json` keeps t
 program starts.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from transformers import PretrainedConfig
 
 from clex_train.export.factors import Source
-from clex_train.export.model_card import final_card
+from clex_train.export.model_card import average_card, final_card
+from clex_train.export.record import CARD
 from clex_train.export.stated_config import config_at
 from clex_train.model_config.rope_keys import rope_of
 from clex_train.models import directory as model_directory
@@ -44,42 +46,47 @@ def write_final(
     config.json states, by default t_max. Raises `RunStopped` on every rank when it cannot be written; the run's
     checkpoints still have everything.
     """
-    distributed.write_on_main(lambda: _write(directory, loaded, state_dict, tokenizer, t))
+    distributed.write_on_main(lambda: write(directory, loaded, state_dict, tokenizer, t))
 
 
-def _write(
+def write(
     directory: Path,
     loaded: LoadedModel,
     state_dict: dict[str, torch.Tensor],
     tokenizer: Tokenizer,
     t: float | None,
+    averaged: Sequence[int] = (),
 ) -> None:
+    """Write a model directory atomically in this process; `averaged` are the steps whose mean the weights are."""
     with atomic_directory(directory) as folder:
         # Off during training. A saved `false` would make generation slow for every later user of the directory.
         loaded.model.config.use_cache = True
         with bars_on_a_terminal():
             loaded.model.save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(folder)
+        if averaged:
+            (folder / CARD).write_text(average_card(averaged), encoding="utf-8")
         if loaded.clex is not None:
-            _write_clex(folder, loaded, t)
+            _write_clex(folder, loaded, t, averaged)
         if loaded.static is not None:
             # The config of the run states the start, from which a resumed run would begin again.
             recipes.with_learned(loaded.model.config, loaded.static.moved().detach()).save_pretrained(folder)
         # Last, so that the checksums cover all files.
         checksums.write(folder)
-    logger.info("saved the final model to %s", directory)
+    logger.info("saved the %s model to %s", "averaged" if averaged else "final", directory)
 
 
-def _write_clex(folder: Path, loaded: LoadedModel, t: float | None) -> None:
+def _write_clex(folder: Path, loaded: LoadedModel, t: float | None, averaged: Sequence[int]) -> None:
     """Add the field, and replace config.json, which has the RoPE of the base, by that of one t."""
     assert loaded.clex is not None
     assert loaded.table is not None, "solve_table comes first"
     config, stated = state(loaded, t)
+    stated["averaged"] = list(averaged) or None
     config.save_pretrained(folder)
     if stated["unstated"]:
         model_directory.refuse_elsewhere(folder)
     model_directory.write_clex(folder, loaded.clex, loaded.table, loaded.context_len, loaded.log_scale, stated)
-    (folder / "README.md").write_text(final_card(loaded.context_len, stated), encoding="utf-8")
+    (folder / CARD).write_text(final_card(loaded.context_len, stated), encoding="utf-8")
 
 
 def state(loaded: LoadedModel, t: float | None = None) -> tuple[PretrainedConfig, dict[str, Any]]:

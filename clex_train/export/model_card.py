@@ -24,9 +24,14 @@ class Measured:
 
 
 def final_card(context_len: int, stated: dict[str, Any]) -> str:
-    """Describe a `final/` in a page: the t of its config.json, or why there is none."""
+    """Describe a `final/` in a page: the steps that it averages, the t of its config.json, or why there is none."""
     length, t = context_len, stated["stated_t"]
-    lines = ["# A model trained with CLEX", "", f"The base model was trained on L = {length:,} tokens. {READS} read"]
+    lines = [
+        "# A model trained with CLEX",
+        "",
+        *_average_lines(stated["averaged"] or ()),
+        f"The base model was trained on L = {length:,} tokens. {READS} read",
+    ]
     lines += ["this directory with its field: t then follows the length of each call.", ""]
     if t is None:
         lines += ["Other programs refuse to build it, since no stock config.json expresses it:", ""]
@@ -39,6 +44,20 @@ def final_card(context_len: int, stated: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def average_card(steps: Sequence[int]) -> str:
+    """Describe the averaged model of a run without CLEX."""
+    return "\n".join(["# The mean of checkpoints of a run", "", *_average_lines(steps)])
+
+
+def _average_lines(steps: Sequence[int]) -> list[str]:
+    if not steps:
+        return []
+    return [
+        f"Its weights are the mean of the run's checkpoints at steps {', '.join(f'{step:,}' for step in steps)}.",
+        "",
+    ]
 
 
 def export_card(facts: dict[str, Any], rope: FixedRope, measured: Sequence[Measured], runs_in: str) -> str:

@@ -63,6 +63,8 @@ class ClexRecord:
     """True if the model was trained with LM-Infinite's mask, which no other program has."""
     unstated: str | None = None
     """Reason why no config.json expresses the model, which plain transformers then refuses to build."""
+    averaged: list[int] | None = None
+    """Steps of the checkpoints whose mean the model is; None for the weights of one step."""
 
 
 def has_clex(directory: Path) -> bool:
@@ -85,7 +87,7 @@ def write_clex(
 ) -> None:
     """Write the three CLEX files into a model directory.
 
-    `stated` has `base_rope`, `stated_t` and `unstated` of the record; None for a config.json with the base's RoPE.
+    `stated` has the optional fields of the record; None for a config.json with the base's RoPE.
     """
     # The record describes the field itself, not the configuration: a continued field keeps its own shape and quirks.
     num_pairs, hidden = clex.up.shape

@@ -71,6 +71,11 @@ class LoadedModel:
         """Inverse frequencies of the unmodified model, float64 [P]."""
         return self.handle.base_inv_freq
 
+    @property
+    def learned(self) -> Clex | StaticRope | None:
+        """Frequencies that are trained with the model; None if they are fixed."""
+        return self.clex or self.static
+
     def scale_logits(self, policy: LogScale) -> None:
         """Scale the attention logits by a policy, in place of the one before."""
         if self.log_scaling is not None:
@@ -96,10 +101,9 @@ class LoadedModel:
 
         None for a model whose frequencies are not learned.
         """
-        learned = self.clex or self.static
-        if learned is None:
+        if self.learned is None:
             return None
-        table = learned.table(scale_grid(learned.t_max))
+        table = self.learned.table(scale_grid(self.learned.t_max))
         self.table = dataclasses.replace(table, context_len=self.context_len, t_factor=self.t_factor)
         self.handle.use(self.table)
         return self.table

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from clex_train.cli import average as program
+from clex_train.export import average
+from tests.export.test_average import assert_is_mean
 from tests.helpers.ports import free_port
 from tests.helpers.same_models import assert_same_model
 from tests.helpers.warm_processes import Program, rank_variables
@@ -76,6 +79,12 @@ def test_the_final_evaluation_is_in_the_metrics_and_in_a_file(launcher, one_rank
         (value,) = launcher.figures("one", f"perplexity/trained/one_shot/{length}")
         assert 1 < value < 1e4
     assert (launcher.folder / "one" / "evaluation" / "step_20.json").exists()
+
+
+def test_the_mean_of_checkpoints_of_two_zero3_ranks_equals_one_by_hand(launcher, two_ranks, tmp_path):
+    run, output = launcher.folder / "two", tmp_path / "mean"
+    program.write(average.plan(run, 3), output)
+    assert_is_mean(output, run, [10, 15, 20])
 
 
 def test_a_finished_run_is_not_changed(launcher, one_rank):

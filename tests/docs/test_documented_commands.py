@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from clex_train.cli.average import AverageConfig
 from clex_train.cli.evaluation_plan import EvaluateConfig
 from clex_train.cli.export_arguments import ExportConfig
 from clex_train.cli.lm_eval import LmEvalConfig
@@ -24,6 +25,7 @@ from tests.helpers.composing import CONF
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = {
+    "clex_train.cli.average": AverageConfig,
     "clex_train.cli.evaluate": EvaluateConfig,
     "clex_train.cli.lm_eval": LmEvalConfig,
     "clex_train.cli.export": ExportConfig,

@@ -26,10 +26,8 @@ def write_evaluation(run: Path, nll: float, method: str = "trained", fingerprint
         for protocol in study_tables.PROTOCOLS
         for n in LENGTHS
     ]
-    keys = [
-        MeasureScore("forced_passkey", "exact", method, 128, depth, answers, [1] * 4, [0] * 4, 0)
-        for depth in (0.1, 0.9)
-    ]
+    how = {"sums": [1.0] * exact + [0.0] * (4 - exact), "counts": [1] * 4, "groups": [0] * 4, "seed": 0}
+    keys = [MeasureScore("forced_passkey", "exact", method, 128, depth, **how) for depth in (0.1, 0.9)]
     windows = {"count": 2, "length": 256, "documents": [0, 1], "starts": [0, 0], "fingerprint": "w"}
     path = run / "evaluation" / f"{CHOOSING.name}.json"
     write(path, Results(scores, 128, windows, measures=keys), Origin("x", [], {}, {}, {"torch": "2.13.0"}))
