@@ -17,9 +17,9 @@ if __name__ == "__main__":
 import hydra
 from omegaconf import DictConfig
 
-from clex_train.cli.help import help_text
 from clex_train.config import root as configuration
 from clex_train.console import program
+from clex_train.console.help import help_text
 from clex_train.utils import log, terminal
 
 if TYPE_CHECKING:

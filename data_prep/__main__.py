@@ -32,9 +32,9 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from clex_train.cli.help import options
 from clex_train.config.docs import describe
 from clex_train.console import program
+from clex_train.console.help import options
 from clex_train.utils import log
 from clex_train.utils.locations import CONF
 from data_prep.config import (

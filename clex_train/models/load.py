@@ -97,10 +97,7 @@ class LoadedModel:
             self.scale_logits(own)
 
     def solve_table(self) -> FrequencyTable | None:
-        """Compute theta(t) with the current weights at the integers up to t_max, and use it in the model.
-
-        None for a model whose frequencies are not learned.
-        """
+        """Compute and use theta(t) of the current weights at the integers up to t_max; None if nothing is learned."""
         if self.learned is None:
             return None
         table = self.learned.table(scale_grid(self.learned.t_max))

@@ -1,8 +1,8 @@
 """`--help` and docs/configuration.md: complete and up to date with the schema and conf/."""
 
-from clex_train.cli import help as cli_help
 from clex_train.config.docs import describe
 from clex_train.config.root import Config
+from clex_train.console import help as cli_help
 from tests.helpers.composing import CONF, EXPERIMENTS
 
 
@@ -23,7 +23,7 @@ def test_every_group_of_conf_is_shown():
 def test_the_page_on_configuration_is_up_to_date():
     page = CONF.parent / "docs" / "configuration.md"
     assert page.read_text(encoding="utf-8") == cli_help.markdown(), (
-        "write it again: python -m clex_train.cli.help > docs/configuration.md"
+        "write it again: python -m clex_train.console.help > docs/configuration.md"
     )
 
 

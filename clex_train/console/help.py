@@ -1,6 +1,6 @@
 """`--help` of train.py and docs/configuration.md, both from the schema and the comments in conf/.
 
-python -m clex_train.cli.help > docs/configuration.md
+python -m clex_train.console.help > docs/configuration.md
 """
 
 import re
@@ -57,8 +57,8 @@ def options(group: str) -> list[tuple[str, str]]:
 def _markdown_lines() -> Iterator[str]:
     yield "# Configuration"
     yield ""
-    yield "Written by `python -m clex_train.cli.help > docs/configuration.md` from the schema in `clex_train/config/`"
-    yield "and the comments in `conf/`; `python train.py --help` prints the same."
+    yield "Written by `python -m clex_train.console.help > docs/configuration.md` from the schema in"
+    yield "`clex_train/config/` and the comments in `conf/`; `python train.py --help` prints the same."
     yield ""
     yield "A run takes one option of each group, an experiment that overrides them, and the command line:"
     yield "`deepspeed train.py +experiment=llama2_7b_clex engine=zero3_offload optim.lr=1e-5`."
