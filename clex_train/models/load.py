@@ -224,7 +224,8 @@ def bars_on_a_terminal() -> Iterator[None]:
 def _scale_logits(loaded: LoadedModel, policy: LogScale) -> None:
     loaded.log_scale = policy
     if policy is not LogScale.off:
-        install_log_scaling(loaded.model, policy.value, loaded.context_len, loaded.handle.on_length)
+        handle = loaded.handle
+        install_log_scaling(loaded.model, policy.value, loaded.context_len, handle.on_length, handle.on_call)
 
 
 def _random_model(config: Config, arch: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from clex_train.attention import kv_cache
 from clex_train.model_config.meta_models import model_on_meta
 from clex_train.rope import probe
-from clex_train.rope.patch import LengthListener, RotaryHandle
+from clex_train.rope.patch import CallListener, RotaryHandle
 from clex_train.scaling.frequency_table import Frequencies
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils.errors import ConfigError
@@ -155,8 +155,8 @@ class NoRotaryHandle(RotaryHandle):
         raise ConfigError("model_type", self.model_type, "no rotary position embedding; use a RoPE model")
         yield
 
-    def on_length(self, listener: LengthListener) -> Callable[[], None]:
-        """Raise `ConfigError`: listeners of the length need a RoPE."""
+    def on_call(self, listener: CallListener) -> Callable[[], None]:
+        """Raise `ConfigError`: listeners of calls and of their length need a RoPE."""
         raise ConfigError("model_type", self.model_type, "no rotary position embedding, so lengths are not tracked")
 
     def undo(self) -> None:
