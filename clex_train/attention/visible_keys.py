@@ -59,7 +59,8 @@ class NewTokens:
         return positions.long() + 1
 
 
-SubscribeCalls = Callable[[Callable[[NewTokens], None]], Callable[[], None]]
+CallListener = Callable[[NewTokens], None]
+SubscribeCalls = Callable[[CallListener], Callable[[], None]]
 """Calls a listener before each call of a model, such as `RotaryHandle.on_call`; returns what ends it."""
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from clex_train.attention import kv_cache
+from clex_train.attention.visible_keys import CallListener
 from clex_train.model_config.meta_models import model_on_meta
 from clex_train.rope import probe
-from clex_train.rope.patch import CallListener, RotaryHandle
+from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.frequency_table import Frequencies
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils.errors import ConfigError

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from clex_train.attention import kv_cache
 from clex_train.attention.kv_cache import LibraryChanged
 from clex_train.attention.layer_probe import rotary_attention
-from clex_train.attention.visible_keys import NewTokens
+from clex_train.attention.visible_keys import CallListener, NewTokens
 from clex_train.rope import key_cache, key_rotations, receptive_field
 from clex_train.rope.generation import KeptCache
 from clex_train.rope.hooks import (
@@ -44,8 +44,6 @@ __all__ = ["RotaryHandle", "install_rotary", "require_rotary"]
 logger = log.get(__name__)
 
 CALL_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
-LengthListener = Callable[[int], None]
-CallListener = Callable[[NewTokens], None]
 
 
 def install_rotary(model: nn.Module, context_len: int) -> "RotaryHandle":
@@ -210,15 +208,12 @@ class RotaryHandle:
         with self._overridden(spectrum=spectrum, num_tokens=num_tokens, positions=positions, is_training=True):
             yield
 
-    def on_length(self, listener: LengthListener) -> Callable[[], None]:
-        """Call `listener(n)` before each call of the model; return a function that unsubscribes it.
-
-        n counts cached keys and new tokens, in training the tokens of a row.
-        """
+    def on_length(self, listener: Callable[[int], None]) -> Callable[[], None]:
+        """Follow `on_call` with n alone: cached keys and new tokens, in training the tokens of a row."""
         return self.on_call(lambda call: listener(call.num_tokens))
 
     def on_call(self, listener: CallListener) -> Callable[[], None]:
-        """Call `listener` with the new tokens of each call of the model before it; return what unsubscribes it."""
+        """Call `listener` with the new tokens of each call before it is made; return what unsubscribes it."""
         self._listeners.append(listener)
 
         def stop() -> None:
@@ -276,7 +271,7 @@ class RotaryHandle:
             key_cache.rerotate_keys(cache, record, spectrum, self.layout, self.scaled_layers, self.rotated_part)
         self.rotary.spectrum, self.rotary.positions = spectrum, override.positions
         self._call = _CallState(spectrum, cache, record, num_tokens, num_new, moved)
-        num_cached = 0 if record is None else record.num_keys
+        num_cached = record.num_keys if record else 0
         new = NewTokens(override.num_tokens or num_tokens, num_new, num_cached, position_ids, mask)
         for listener in self._listeners:
             listener(new)
