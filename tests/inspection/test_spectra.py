@@ -123,7 +123,7 @@ def test_an_original_clex_directory_is_solved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", list(LogScale))
 def test_the_log_scaling_of_a_field_is_stated(policy: LogScale, tmp_path: Path) -> None:
     reading = inspect(save_harsh(tmp_path, "llama", policy))
-    stated = [line for line in text.lines(reading) if line.startswith("logits")]
+    stated = [line for line in text.lines(reading) if line.strip().startswith("logits ")]
     assert as_json(reading)["field"]["log_scale"] == policy.value
     assert len(stated) == (policy is not LogScale.off)
     assert all(f"(log_scale={policy.value})" in line for line in stated)
