@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clex_train.attention.log_scaling import LogScaling, install_log_scaling
+from clex_train.attention.token_scaling import TokenScaling
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.model_config.context_length import context_in_config
 from clex_train.model_config.rope_keys import rope_of
@@ -47,7 +48,7 @@ class AppliedClex:
     """theta(t) on the grid of values that `t` takes."""
     field: Clex | None
     """ODE behind the table, for training; None when a bare table was given."""
-    log_scaling: LogScaling
+    log_scaling: LogScaling | TokenScaling
     clamp: bool = False
     restore: Callable[[], None] = lambda: None
     """Puts back the rotary module of one t, for a model that plain transformers loaded from a `final/`."""
@@ -114,7 +115,7 @@ def apply_clex(
         field, table, policy = _read(source, handle, t_max)
         handle.use(table, clamp)
         # Last, as it subscribes to the handle; `undo` goes in reverse order.
-        scaling = install_log_scaling(model, log_scale or policy, length, handle.on_length)
+        scaling = install_log_scaling(model, log_scale or policy, length, handle.on_length, handle.on_call)
     except Exception:
         handle.undo()
         restore()

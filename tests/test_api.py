@@ -84,7 +84,7 @@ def test_undo_restores_logits_and_modules_bitwise() -> None:
 @torch.no_grad()
 def test_log_scaling_follows_the_source_unless_overridden(tmp_path: Path) -> None:
     model, folder = tiny_llama(), run_directory(tmp_path / "final", LogScale.always)
-    for asked, policy in ((None, "always"), ("off", "off")):
+    for asked, policy in ((None, "always"), ("off", "off"), ("token_eval", "token_eval")):
         clex = apply_clex(model, folder, log_scale=asked)
         assert clex.log_scaling.policy == policy
         clex.undo()

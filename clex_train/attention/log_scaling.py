@@ -3,20 +3,18 @@
 The factor is one number per call, applied to the softmax scale that transformers' attention functions read from the
 module's `scaling`. `n` counts the tokens of the call (cached keys plus new ones; in training those of a row), or the
 most keys that a mask shows a query where that is fewer. `L` is the context length the base model was trained on.
+Policies that count for each token by itself are in `attention.token_scaling`.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from clex_train.attention.layer_probe import layer_window
+from clex_train.attention import token_scaling
+from clex_train.attention.token_scaling import TokenScaling
+from clex_train.attention.visible_keys import MOST_VISIBLE, ScaledAttention, SubscribeCalls, scaled_attention
 from clex_train.utils.errors import ConfigError
-
-MOST_VISIBLE = "most_visible_keys"
-"""Attribute of an attention module: the most keys that its mask shows a query."""
 
 Subscribe = Callable[[Callable[[int], None]], Callable[[], None]]
 Policy = Callable[[int, int, bool], float]
@@ -40,15 +38,6 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-@dataclass(frozen=True)
-class _ScaledAttention:
-    """An attention module with its original softmax scale and the most keys that it sees."""
-
-    module: Any
-    scaling: float
-    window: int | None
-
-
 class LogScaling:
     """Log-scaling of one model, updated before each call; created by `install_log_scaling`."""
 
@@ -58,7 +47,7 @@ class LogScaling:
         self._most_visible: int | None = None
         self._rule = POLICIES[policy]
         # Scale the softmax, not cos and sin: those would reach only the rotary part of a head.
-        self._attention = [] if policy == "off" else _attention_modules(model)
+        self._attention: list[ScaledAttention] = [] if policy == "off" else scaled_attention(model)
         self._unsubscribe: Callable[[], None] | None = None
 
     def follow(self, num_tokens: int) -> None:
@@ -71,8 +60,7 @@ class LogScaling:
             return
         self.factor, self._most_visible = factor, most_visible
         for item in self._attention:
-            limits = (item.window, getattr(item.module, MOST_VISIBLE, None))
-            seen = min([num_tokens, *(limit for limit in limits if limit is not None)])
+            seen = item.limit(num_tokens)
             # Multiply the saved original, so that rounding does not accumulate over calls.
             item.module.scaling = item.scaling * self._rule(seen, self.context_len, self.model.training)
 
@@ -90,39 +78,32 @@ class LogScaling:
             item.module.scaling = item.scaling
 
 
-def install_log_scaling(model: nn.Module, policy: str, context_len: int, on_length: Subscribe) -> LogScaling:
-    """Scale the attention logits of `model` by `policy`: `off`, `eval`, `always` or `official`.
+def install_log_scaling(
+    model: nn.Module,
+    policy: str,
+    context_len: int,
+    on_length: Subscribe,
+    on_call: SubscribeCalls | None = None,
+) -> LogScaling | TokenScaling:
+    """Scale the attention logits of `model` by `policy`: `off`, `eval`, `always`, `official`, `token_eval` or `token`.
 
-        install_log_scaling(model, "eval", handle.context_len, handle.on_length)
+        install_log_scaling(model, "eval", handle.context_len, handle.on_length, handle.on_call)
 
-    `eval` skips a model in training mode. A layer with a sliding window counts no more keys than its window.
+    `eval` and `token_eval` skip a model in training mode. A layer with a sliding window counts no more keys than its
+    window. `token_eval` and `token` follow `on_call`, the others `on_length`.
 
     Raises:
-        ValueError: unknown policy.
-        ConfigError: L < 2, or attention that does not read its scale from `scaling`.
+        ValueError: unknown policy, or one that needs `on_call`.
+        ConfigError: L < 2, or attention that does not read its scale from `scaling`; with `token_eval` and `token` also
+            attention that bypasses transformers' interface, or attends in chunks.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"log_scale={policy}: one of {', '.join(POLICIES)}")
+    known = [*POLICIES, *token_scaling.POLICIES]
+    if policy not in known:
+        raise ValueError(f"log_scale={policy}: one of {', '.join(known)}")
     if context_len < 2:
         raise ConfigError("context_len", context_len, "log-scaling divides by log(L), which needs L of at least 2")
-    return LogScaling(model, policy, context_len).subscribe(on_length)
-
-
-def _attention_modules(model: nn.Module) -> list[_ScaledAttention]:
-    """Find the attention modules with a `scaling`; `ConfigError` names a model type that has none."""
-    modules: list[Any] = list(model.modules())
-    found = [
-        _ScaledAttention(module, module.scaling, layer_window(module))
-        for module in modules
-        # Norms and embeddings may have a `scaling` too; only attention modules carry a layer index.
-        if isinstance(getattr(module, "scaling", None), (float, int)) and hasattr(module, "layer_idx")
-    ]
-    if not found:
-        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        raise ConfigError(
-            "log_scale",
-            None,
-            f"the attention of model_type={kind} does not read its softmax scale from `scaling`; "
-            "use scaling.log_scale=off",
-        )
-    return found
+    if policy in POLICIES:
+        return LogScaling(model, policy, context_len).subscribe(on_length)
+    if on_call is None:
+        raise ValueError(f"log_scale={policy}: counts the keys of each token, so pass on_call")
+    return TokenScaling(model, policy, context_len).subscribe(on_call)

@@ -97,6 +97,8 @@ def _vllm(args: ExportConfig, directory: Path, output: Path) -> None:
     factors = scale_factors(args, source, many=True)
     ropes: list[FixedRope] = [rope_at(source, t) for t in factors]
     serving.require_vllm(ropes[0], source.arch)
+    # First: it refuses log-scaling that no constant replaces, whatever the number of t.
+    planned = _plan(args, source, directory, factors[-1])
     require(
         len(factors) == 1 or not folds(args, source),
         "t",
@@ -104,7 +106,6 @@ def _vllm(args: ExportConfig, directory: Path, output: Path) -> None:
         f"one set of weights, and log_scale={source.log_scale.name} of the run is another constant in them for each t; "
         "use log_scale=off, or one t",
     )
-    planned = _plan(args, source, directory, factors[-1])
     _announce(args, directory, output)
     huggingface.write(planned, output, measured(args), ropes)
     print(f"written to {output}\n\n{serving.length_table(source, ropes)}\n")

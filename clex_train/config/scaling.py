@@ -59,6 +59,13 @@ class LogScale(Enum):
     eval = "eval"
     always = "always"
     official = "official"
+    token_eval = "token_eval"
+    token = "token"
+
+    @property
+    def counts_each_token(self) -> bool:
+        """True if a query has the factor of the keys that it sees itself, instead of one factor for the call."""
+        return self in (LogScale.token_eval, LogScale.token)
 
 
 MOST = {
@@ -136,7 +143,9 @@ class ScalingConfig:
     check_every: int = 100
     """Optimizer steps between checks of the solver's grid, at least 1."""
     log_scale: LogScale = LogScale.off
-    """Multiply attention logits by log(n)/log(L) beyond L: only in evaluation, always, or the official variant."""
+    """Multiply attention logits by log(n)/log(L) beyond L: only in evaluation (`eval`), `always`, or the `official`
+    variant, n the tokens of the sequence; or by the keys that each query sees itself, only in evaluation (`token_eval`)
+    or always (`token`), which no `config.json` expresses."""
     official_ntk_base: bool = False
     """Feed the vector field log theta_ntk at base 10000 for any model, as in the official code."""
 

@@ -58,7 +58,8 @@ def check(spec: EvaluationConfig, handle: RotaryHandle, has_clex: bool, grid: Te
     _require_fitting(spec, handle, has_clex)
     if spec.log_scale not in (None, LogScale.off):
         # Refuses a model whose attention does not read its scale; the meta model stays as it was.
-        install_log_scaling(handle.model, spec.log_scale.value, handle.context_len, handle.on_length).undo()
+        listen = (handle.on_length, handle.on_call)
+        install_log_scaling(handle.model, spec.log_scale.value, handle.context_len, *listen).undo()
     own = handle.own
     if own is None and grid is not None:
         # Only the grid matters for the check of t, so any frequencies will do.

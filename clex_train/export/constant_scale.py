@@ -46,9 +46,21 @@ class Layer:
 
 
 def layers(source: Source, num_tokens: int, policy: LogScale) -> list[Layer]:
-    """List the attention of every layer with its s at `num_tokens`; empty for `off`."""
+    """List the attention of every layer with its s at `num_tokens`; empty for `off`.
+
+    Raises:
+        ConfigError: a policy that gives each query a factor of its own.
+    """
     if policy is LogScale.off:
         return []
+    if policy.counts_each_token:
+        # Temperatures of other families (Llama 4, Ministral 3) move in steps of L tokens, and by another formula.
+        raise ConfigError(
+            "log_scale",
+            policy.name,
+            "every query has a factor of its own position, which no config.json states and no constant in the weights "
+            f"replaces; {REMEDY}",
+        )
     # A constant holds in training too, which `eval` leaves out.
     rule = LogScale.always if policy is LogScale.eval else policy
     model, scaling = source.handle.model, LogScaling(source.handle.model, rule.value, source.context_len)

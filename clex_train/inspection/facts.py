@@ -27,6 +27,8 @@ class FieldFacts:
     """Pair with that difference."""
     refused: str | None = None
     """Reason why transformers cannot build the model of config.json."""
+    log_scale: str = "off"
+    """Policy of log-scaling, a value of `LogScale`."""
 
 
 @dataclass(frozen=True, eq=False)

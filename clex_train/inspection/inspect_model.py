@@ -48,7 +48,7 @@ def inspect(model: ModelConfig, length: int | None = None) -> Reading:
     refused = refused or _unstated(model)
     ropes = spectra.read(built, length)
     own = ropes if base is config else spectra.read(model_on_meta(base, model.trust_remote_code), length)
-    field = None if table is None else _field(table, ropes, own, length, refused)
+    field = None if table is None else _field(table, ropes, own, length, refused, _log_scale(model))
     facts = Facts(
         raw=_raw(model, "config.json"),
         config=text,
@@ -164,8 +164,21 @@ def _length(asked: int | None, table: FrequencyTable | None, text: Any) -> tuple
     return served, MAX
 
 
+def _log_scale(model: ModelConfig) -> str:
+    """Return the policy of log-scaling of a directory with a CLEX field."""
+    directory = Path(str(model.path))
+    if model_directory.has_clex(directory):
+        return model_directory.read_record(directory).log_scale
+    return official.log_scale_policy(directory)
+
+
 def _field(
-    table: FrequencyTable, ropes: Sequence[LayerRope], own: Sequence[LayerRope], length: int, refused: str | None
+    table: FrequencyTable,
+    ropes: Sequence[LayerRope],
+    own: Sequence[LayerRope],
+    length: int,
+    refused: str | None,
+    log_scale: str,
 ) -> Field:
     """Return the field at the t of a length, compared with the RoPE of config.json; `own` is that of the base."""
     assert table.context_len is not None
@@ -185,7 +198,7 @@ def _field(
     loaded_t = float(table.t[nearest]) if float(by_t[nearest]) < SAME else None
     # Neighbours on a grid may be equal up to rounding.
     loaded_t = spectrum.t if float(differences[pair]) < SAME else loaded_t
-    facts = FieldFacts(spectrum.t, table.context_len, loaded_t, float(differences[pair]), pair, refused)
+    facts = FieldFacts(spectrum.t, table.context_len, loaded_t, float(differences[pair]), pair, refused, log_scale)
     # The table's factor multiplies the base's own.
     factor = spectrum.attention_factor * base.attention_factor
     return Field(Spectrum(spectrum.inv_freq, spectrum.t, factor), rope.name, table.t_max, facts)

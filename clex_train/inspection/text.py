@@ -16,6 +16,15 @@ from clex_train.utils import versions
 
 ROWS = 12
 """Pairs of a table that are shown by default, evenly spaced."""
+LOG_SCALING = {
+    "eval": "times log n / log L beyond L in evaluation, n tokens of the sequence (log_scale=eval)",
+    "always": "times log n / log L beyond L, n tokens of the sequence (log_scale=always)",
+    "official": "times log n / log L at every n, the tokens of the sequence (log_scale=official)",
+    "token_eval": "times log n / log L beyond L in evaluation, n keys that a query sees (log_scale=token_eval); "
+    "no config.json states it",
+    "token": "times log n / log L beyond L, n keys that a query sees (log_scale=token); no config.json states it",
+}
+"""Description of log-scaling by policy."""
 
 
 def lines(reading: Reading, every_pair: bool = False) -> Iterator[str]:
@@ -26,6 +35,8 @@ def lines(reading: Reading, every_pair: bool = False) -> Iterator[str]:
     yield summary.labelled("context", _context(reading))
     if reading.field is not None:
         yield summary.labelled("field", _field(reading))
+        if reading.field.facts.log_scale in LOG_SCALING:
+            yield summary.labelled("logits", LOG_SCALING[reading.field.facts.log_scale])
     for rope in reading.ropes:
         yield summary.labelled("loads", _loads(reading, rope))
     for which, kind in layers.grouped(reading.layers):

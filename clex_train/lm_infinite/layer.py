@@ -19,9 +19,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from clex_train.attention import kv_cache
 from clex_train.attention.kv_cache import LibraryChanged
 from clex_train.attention.layer_probe import parameter_names
-from clex_train.attention.log_scaling import MOST_VISIBLE
 from clex_train.attention.padding import gather_tokens, invert_order, left_pad_order
 from clex_train.attention.partial_softmax import SoftmaxRule
+from clex_train.attention.visible_keys import MOST_VISIBLE
 from clex_train.lm_infinite.adapters import Adapter
 from clex_train.lm_infinite.back_ends import BackEndChoice, CallFacts
 from clex_train.lm_infinite.cache import LambdaCache, LambdaCacheLayer

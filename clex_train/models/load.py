@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from clex_train.attention.log_scaling import LogScaling, install_log_scaling
 from clex_train.attention.select import resolve_attention, supports_sdpa
+from clex_train.attention.token_scaling import TokenScaling
 from clex_train.config.attention import AttentionImplementation
 from clex_train.config.method import FORMULAS, Method
 from clex_train.config.model import ModelConfig
@@ -53,7 +54,7 @@ class LoadedModel:
     table: FrequencyTable | None = None
     """Frequency table theta(t) as trained; None for plain RoPE."""
     log_scale: LogScale = LogScale.off
-    log_scaling: LogScaling | None = None
+    log_scaling: LogScaling | TokenScaling | None = None
     """What scales the logits of the model; None with `off`."""
     t_factor: float = 1.0
     """At inference, a context uses the t of one `t_factor` times as long; written into the table."""
@@ -83,8 +84,8 @@ class LoadedModel:
             self.log_scaling.undo()
         self.log_scale, self.log_scaling = policy, None
         if policy is not LogScale.off:
-            on_length = self.handle.on_length
-            self.log_scaling = install_log_scaling(self.model, policy.value, self.context_len, on_length)
+            listen = (self.handle.on_length, self.handle.on_call)
+            self.log_scaling = install_log_scaling(self.model, policy.value, self.context_len, *listen)
 
     @contextmanager
     def log_scaled(self, policy: LogScale | None) -> Iterator[None]:

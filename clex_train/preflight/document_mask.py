@@ -51,7 +51,7 @@ def check_document_mask(config: Config, arch: PretrainedConfig, context_len: int
         "scaling.log_scale",
         policy.name,
         f"it counts the tokens of a row (data.seq_len={config.data.seq_len}, L={context_len}), not of its documents; "
-        "with data.document_mask=true use off or eval",
+        "with data.document_mask=true use off, eval or token",
     )
     require_separable(arch, config.attention.implementation)
 

@@ -39,9 +39,9 @@ def warn_if_unreadable(config: Config, arch: PretrainedConfig, context_len: int)
             "export it after training, which folds the scale of one length into the weights (python -m "
             f"clex_train.cli.{export}), or "
         )
-        # Nothing folds a scale into the queries of latent attention.
-        latent = hasattr(arch.get_text_config(), "qk_rope_head_dim")
-        remedy = f"{'' if latent else folding}set scaling.log_scale=off"
+        # Nothing folds a scale into the queries of latent attention, nor one for each position into any.
+        unfolded = hasattr(arch.get_text_config(), "qk_rope_head_dim") or policy.counts_each_token
+        remedy = f"{'' if unfolded else folding}set scaling.log_scale=off"
     logger.warning(
         "final/ of this run will load in clex_train alone, other programs will refuse it (%s); %s", reason, remedy
     )

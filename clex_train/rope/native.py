@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from clex_train.attention import kv_cache
+from clex_train.attention.visible_keys import CallListener
 from clex_train.model_config.meta_models import model_on_meta
 from clex_train.rope import probe
-from clex_train.rope.patch import LengthListener, RotaryHandle
+from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.frequency_table import Frequencies
 from clex_train.scaling.spectrum import Spectrum
 from clex_train.utils.errors import ConfigError
@@ -155,8 +156,8 @@ class NoRotaryHandle(RotaryHandle):
         raise ConfigError("model_type", self.model_type, "no rotary position embedding; use a RoPE model")
         yield
 
-    def on_length(self, listener: LengthListener) -> Callable[[], None]:
-        """Raise `ConfigError`: listeners of the length need a RoPE."""
+    def on_call(self, listener: CallListener) -> Callable[[], None]:
+        """Raise `ConfigError`: listeners of calls and of their length need a RoPE."""
         raise ConfigError("model_type", self.model_type, "no rotary position embedding, so lengths are not tracked")
 
     def undo(self) -> None:

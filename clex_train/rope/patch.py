@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from clex_train.attention import kv_cache
 from clex_train.attention.kv_cache import LibraryChanged
 from clex_train.attention.layer_probe import rotary_attention
+from clex_train.attention.visible_keys import CallListener, NewTokens
 from clex_train.rope import key_cache, key_rotations, receptive_field
 from clex_train.rope.generation import KeptCache
 from clex_train.rope.hooks import (
@@ -42,8 +43,7 @@ __all__ = ["RotaryHandle", "install_rotary", "require_rotary"]
 
 logger = log.get(__name__)
 
-CALL_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids")
-LengthListener = Callable[[int], None]
+CALL_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
 
 
 def install_rotary(model: nn.Module, context_len: int) -> "RotaryHandle":
@@ -101,7 +101,7 @@ class RotaryHandle:
         self._warned_about_candidates = False
         self._override = _Override()
         self._call: _CallState | None = None
-        self._listeners: list[LengthListener] = []
+        self._listeners: list[CallListener] = []
         self._arguments = {name: CallArgument(site.parent, name) for name in CALL_ARGUMENTS}
         # Replaced on the instance: no class of transformers changes, and other models keep theirs.
         setattr(site.parent, site.name, self.rotary)
@@ -208,11 +208,12 @@ class RotaryHandle:
         with self._overridden(spectrum=spectrum, num_tokens=num_tokens, positions=positions, is_training=True):
             yield
 
-    def on_length(self, listener: LengthListener) -> Callable[[], None]:
-        """Call `listener(n)` before each call of the model; return a function that unsubscribes it.
+    def on_length(self, listener: Callable[[int], None]) -> Callable[[], None]:
+        """Follow `on_call` with n alone: cached keys and new tokens, in training the tokens of a row."""
+        return self.on_call(lambda call: listener(call.num_tokens))
 
-        n counts cached keys and new tokens, in training the tokens of a row.
-        """
+    def on_call(self, listener: CallListener) -> Callable[[], None]:
+        """Call `listener` with the new tokens of each call before it is made; return what unsubscribes it."""
         self._listeners.append(listener)
 
         def stop() -> None:
@@ -250,7 +251,7 @@ class RotaryHandle:
             self._removals.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens, position_ids, cache = self._inputs(args, kwargs)
+        tokens, position_ids, mask, cache = self._inputs(args, kwargs)
         # Neither ids nor embeddings under a known name: `_after_call` reports it once positions have passed.
         if tokens is None:
             return
@@ -270,8 +271,10 @@ class RotaryHandle:
             key_cache.rerotate_keys(cache, record, spectrum, self.layout, self.scaled_layers, self.rotated_part)
         self.rotary.spectrum, self.rotary.positions = spectrum, override.positions
         self._call = _CallState(spectrum, cache, record, num_tokens, num_new, moved)
+        num_cached = record.num_keys if record else 0
+        new = NewTokens(override.num_tokens or num_tokens, num_new, num_cached, position_ids, mask)
         for listener in self._listeners:
-            listener(override.num_tokens or num_tokens)
+            listener(new)
 
     def _after_call(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call, self._call = self._call, None
@@ -289,10 +292,10 @@ class RotaryHandle:
 
     def _inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor | None, Tensor | None, Cache | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Any, Cache | None]:
         found = {name: argument.find(args, kwargs) for name, argument in self._arguments.items()}
         tokens = found["inputs_embeds"] if found["input_ids"] is None else found["input_ids"]
-        return tokens, found["position_ids"], kv_cache.find_in_call(args, kwargs)
+        return tokens, found["position_ids"], found["attention_mask"], kv_cache.find_in_call(args, kwargs)
 
     def _select_spectrum(self, num_tokens: int) -> Spectrum:
         if self.table is None and self.own is not None:

@@ -52,6 +52,11 @@ PRIVATE_NAMES = (
     Reach(f"{_LLAMA}:LlamaAttention.forward(hidden_states)", "layers are probed", "keys cannot be rerotated"),
     Reach(f"{_LLAMA}:LlamaAttention@layer_idx", "the layer of an attention module", "keys cannot be rerotated"),
     Reach(f"{_LLAMA}:LlamaAttention@scaling", "log-scaling changes the softmax scale", "log-scaling is refused"),
+    *(
+        Reach(f"{_LLAMA}:LlamaAttention.forward=>{name}", "log-scaling by token finds the function", "it is refused")
+        for name in ("ALL_ATTENTION_FUNCTIONS", "eager_attention_forward")
+    ),
+    Reach(f"{_LLAMA}:LlamaModel.forward(attention_mask)", "log-scaling by token counts padding", "padding counts too"),
     Reach(f"{_MODELS}.hunyuan_v1_dense.modeling_hunyuan_v1_dense:HunYuanDenseV1Attention@key_layernorm",
           "keys of this family are normalized after their rotation", "its cached keys are refused needlessly"),
     Reach(f"{_MODELS}.mistral.configuration_mistral:MistralConfig.sliding_window", "the window", "windows are missed"),

@@ -127,7 +127,7 @@ def test_a_model_without_attention_scales_is_refused_by_name() -> None:
 
 
 def test_an_unknown_policy_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="log_scale=sometimes: one of off, eval, always, official"):
+    with pytest.raises(ValueError, match="log_scale=sometimes: one of off, eval, always, official, token_eval, token"):
         install_log_scaling(small_model(), "sometimes", L, Lengths().on_length)
     with pytest.raises(ValueError, match="context_len=1"):
         install_log_scaling(small_model(), "eval", 1, Lengths().on_length)

@@ -117,7 +117,8 @@ def user_experiment(monkeypatch, tmp_path):
         ("optim:\n  lr: abc\n", "line 3: optim.lr: should be of type float"),
         (
             "scaling:\n  log_scale: off\n",
-            "line 3: scaling.log_scale: should be one of off, eval, always, official (in quotes, in a YAML file)",
+            "line 3: scaling.log_scale: should be one of off, eval, always, official, token_eval, token (in quotes, in "
+            "a YAML file)",
         ),
         ("evaluation:\n  lengths: 5\n", "line 3: evaluation.lengths: should be a list such as [1,2]"),
     ],

@@ -120,6 +120,11 @@ def test_sharded_weights_are_folded_shard_by_shard(tmp_path, monkeypatch) -> Non
         (["t=4", "log_scale=always"], "log_scale=always: an engine cannot follow the length"),
         (["t=4", "format=official"], "t=4: the official layout has the whole field"),
         (["t=[2,4]", "format=vllm", "model={scaled}"], "another constant in them for each t"),
+        (["t=4", "model={token}"], "log_scale=token: every query has a factor of its own position"),
+        (["t=4", "model={token}", "log_scale=folded"], "no constant in the weights replaces; log_scale=off leaves it"),
+        (["t=[2,4]", "format=vllm", "model={token}"], "log_scale=token: every query has a factor of its own position"),
+        (["t=4", "format=gguf", "model={token}"], "log_scale=token: every query has a factor of its own position"),
+        (["format=official", "model={token}"], "log_scale=token: the official layout knows `off` and `official`"),
         (["t=4", "format=vllm", "model={cohere}"], "vLLM's longrope pairs components j and j + d/2"),
         (["t=4", "format=sglang", "model={gemma}"], "SGLang drops the scaling of its config.json in silence"),
         (["t=4", "model={gpt2}"], "model_type=gpt2: no rotary position embedding"),
@@ -139,7 +144,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     assert not (tmp_path / "new").exists()
 
 
-MADE = ("cohere", "gemma", "gpt2", "lambda", "clipped")
+MADE = ("cohere", "gemma", "gpt2", "lambda", "clipped", "token")
 
 
 def _make(folder: Path, names: set[str]) -> dict[str, Path]:
@@ -148,6 +153,8 @@ def _make(folder: Path, names: set[str]) -> dict[str, Path]:
         save_harsh(places[name], name)
     if "scaled" in names:
         save_harsh(places["scaled"], "llama", LogScale.eval)
+    if "token" in names:
+        save_harsh(places["token"], "llama", LogScale.token)
     if "clipped" in names:
         save_harsh(places["clipped"], "olmo", LogScale.eval, clip_qkv=1.0)
     if "gpt2" in names:

@@ -26,6 +26,8 @@ from tests.rope.rotary_families import CONTEXT, EXPORTED, UNEXPORTED, VOCABULARY
 
 UNSTATED = [
     ("gpt_neox", LogScale.eval, {}, "log_scale=eval: log-scaling reaches whole heads"),
+    ("llama", LogScale.token_eval, {}, "log_scale=token_eval: every query has a factor of its own position"),
+    ("llama", LogScale.token, {}, "log_scale=token: every query has a factor of its own position"),
     ("gemma2", LogScale.off, {"sliding_window": CONTEXT // 2}, "layers 0 see at most L tokens"),
     *((family, LogScale.off, {}, reason) for family, reason in UNEXPORTED.items()),
     ("phi3", LogScale.eval, {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}}, "whole heads"),

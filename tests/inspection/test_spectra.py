@@ -10,12 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from clex_train.config.model import ModelConfig
-from clex_train.inspection import inspect_model, spectra
+from clex_train.config.scaling import LogScale
+from clex_train.inspection import inspect_model, spectra, text
+from clex_train.inspection.as_json import as_json
 from clex_train.inspection.spectra import LayerRope
 from clex_train.models import architecture
 from clex_train.models.load import load_for_evaluation
 from tests.evaluation.evaluation_models import CONTEXT_LEN
 from tests.evaluation.model_directories import save_clex_model
+from tests.export.harsh_models import save_harsh
 from tests.export.official_directories import official_directory
 from tests.inspection.saved_configs import HARSH, inspect, longrope, save_config, scaled
 from tests.rope.rotary_families import tiny_model
@@ -115,6 +118,16 @@ def test_an_original_clex_directory_is_solved(tmp_path: Path) -> None:
     assert found.field is not None
     assert loaded.table is not None
     assert torch.equal(found.field.spectrum.inv_freq, loaded.table.at(loaded.table.t_max).inv_freq)
+
+
+@pytest.mark.parametrize("policy", list(LogScale))
+def test_the_log_scaling_of_a_field_is_stated(policy: LogScale, tmp_path: Path) -> None:
+    reading = inspect(save_harsh(tmp_path, "llama", policy))
+    stated = [line for line in text.lines(reading) if line.strip().startswith("logits ")]
+    assert as_json(reading)["field"]["log_scale"] == policy.value
+    assert len(stated) == (policy is not LogScale.off)
+    assert all(f"(log_scale={policy.value})" in line for line in stated)
+    assert all(policy.counts_each_token is ("no config.json states it" in line) for line in stated)
 
 
 def test_a_config_that_states_one_t_of_the_field_is_recognized(tmp_path: Path) -> None:

@@ -89,6 +89,32 @@ def test_log_scaling_counts_the_keys_visible_under_the_mask():
     assert [min(each) for each in scales] == [max(each) for each in scales] == pytest.approx(expected)
 
 
+@torch.no_grad()
+def test_log_scaling_by_token_counts_at_most_window_and_start_with_any_cache():
+    """Compare with factors on the output of q_proj, under the mask: in one forward, in chunks, token by token."""
+    model, ids = tiny_model("llama").double(), tokens(2, 70)
+    handle = install_rotary(model, CONTEXT)
+    lambda_handle = apply_lm_infinite(model, 2 * CONTEXT, 4)
+    plain = model(ids).logits
+    counts = torch.arange(1, 71, dtype=torch.float64).clamp(max=2 * CONTEXT + 4)
+    factors = (counts.log() / math.log(CONTEXT)).clamp(min=1)[None, :, None]
+    projections = [module.q_proj for module in model.modules() if hasattr(module, "q_proj")]
+    hooks = [each.register_forward_hook(lambda _module, _args, output: output * factors) for each in projections]
+    expected = model(ids).logits
+    for hook in hooks:
+        hook.remove()
+    install_log_scaling(model, "token_eval", CONTEXT, handle.on_length, handle.on_call)
+    found = model(ids).logits
+    assert (found - expected).abs().max() < 1e-6 < 1e-3 < (found - plain).abs().max()
+    for cache in (None, lambda_handle.new_cache()):
+        pieces = []
+        for piece in ids.split([20, 30, 1, 1, 18], dim=1):
+            output = model(piece, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            pieces.append(output.logits)
+        assert (torch.cat(pieces, dim=1) - found).abs().max() < 1e-6
+
+
 def test_sampled_positions_are_refused():
     model, ids = tiny_model("llama"), tokens(1, 8)
     handle = install_rotary(model, CONTEXT)

@@ -76,6 +76,11 @@ def test_log_scaling_independent_of_rows_is_allowed(policy):
     check_document_mask(configuration(policy=policy), small("llama"), 64)
 
 
+@pytest.mark.parametrize("policy", [LogScale.token, LogScale.token_eval])
+def test_log_scaling_by_token_counts_within_documents_and_is_allowed_in_rows_beyond_l(policy):
+    check_document_mask(configuration(policy=policy), small("llama"), 16)
+
+
 def test_a_leaking_family_can_train_with_joined_documents():
     config = configuration(policy=LogScale.always)
     config.data.document_mask = False

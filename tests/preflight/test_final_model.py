@@ -33,6 +33,14 @@ def test_partial_rotary_with_log_scaling_is_announced_with_two_remedies(family, 
     assert warned(caplog, arch, LogScale.off) == []
 
 
+@pytest.mark.parametrize("policy", [LogScale.token, LogScale.token_eval])
+def test_log_scaling_by_token_is_announced_and_no_constant_is_offered_for_it(policy, caplog):
+    (line,) = warned(caplog, tiny_model("llama").config, policy)
+    assert f"(log_scale={policy.name}: every query has a factor of its own position" in line
+    assert line.endswith("; set scaling.log_scale=off")
+    assert "export it" not in line
+
+
 def test_layers_that_share_a_rope_are_announced_without_a_remedy_that_would_not_help(caplog):
     for log_scale in (LogScale.eval, LogScale.off):
         (line,) = warned(caplog, tiny_model("gemma2", **WINDOWS).config, log_scale)

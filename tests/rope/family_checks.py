@@ -119,6 +119,23 @@ def responds_to_log_scaling(family: str) -> bool:
 
 
 @cache
+@torch.no_grad()
+def token_scaling_errors(family: str) -> tuple[float, float]:
+    """Return how far log-scaling by token is from one forward when read in pieces, and how far it moves the logits."""
+    model, ids = tiny_model(family), tokens(2, sum(PIECES))
+    handle = install_rotary(model, CONTEXT)
+    plain = model(ids).logits
+    install_log_scaling(model, "token_eval", CONTEXT, handle.on_length, handle.on_call)
+    whole = model(ids).logits
+    past, found = None, []
+    for piece in ids.split(PIECES, dim=1):
+        output = model(piece, past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        found.append(output.logits)
+    return float((torch.cat(found, dim=1) - whole).abs().max()), float((whole - plain).abs().max())
+
+
+@cache
 def handle_of(family: str) -> RotaryHandle:
     """Install a handle on a model of the family."""
     return install_rotary(tiny_model(family), CONTEXT)

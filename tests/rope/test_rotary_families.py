@@ -58,6 +58,12 @@ def test_log_scaling_reaches_the_softmax_scale(family: str) -> None:
     assert checks.responds_to_log_scaling(family) is (family not in WITHOUT_LOG_SCALING)
 
 
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - WITHOUT_LOG_SCALING))
+def test_log_scaling_by_token_is_the_same_in_pieces_and_in_one_forward(family: str) -> None:
+    in_pieces, moved = checks.token_scaling_errors(family)
+    assert in_pieces < checks.AT_ONE < 1e-3 < moved
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_family_that_cannot_be_extended_is_refused_in_one_line_without_weights(name: str) -> None:
     model_type, settings, reason = REFUSED[name]
