@@ -222,26 +222,14 @@ class ScalingConfig:
         )
 
     def _require_field(self) -> None:
-        require(
-            self.drift is Drift.ntk or self.field is not FieldKind.paper,
-            "scaling.drift",
-            self.drift.name,
-            "the paper's field knows NTK's drift alone; add scaling.field=log_time",
-        )
-        require(
-            not self.official_ntk_base or self.field is FieldKind.paper,
-            "scaling.official_ntk_base",
-            self.official_ntk_base,
-            f"scaling.field={self.field.name} reads no base; leave the key out",
-        )
-        for key, value, default in (("field", self.field, FieldKind.paper), ("drift", self.drift, Drift.ntk)):
-            # The field of a run without CLEX would not exist, whatever the key says.
-            require(
-                self.name is Method.clex or value is default,
-                f"scaling.{key}",
-                value.name,
-                f"scaling={self.name.name} has no field; use scaling=clex or leave the key out",
-            )
+        is_paper = self.field is FieldKind.paper
+        # The field of a run without CLEX would not exist, whatever the key says.
+        remedy = f"scaling={self.name.name} has no field; use scaling=clex or leave the key out"
+        require(is_paper or self.name is Method.clex, "scaling.field", self.field.name, remedy)
+        remedy = "the paper's field knows NTK's drift alone; add scaling.field=log_time"
+        require(not is_paper or self.drift is Drift.ntk, "scaling.drift", self.drift.name, remedy)
+        remedy = f"scaling.field={self.field.name} reads no base; leave the key out"
+        require(is_paper or not self.official_ntk_base, "scaling.official_ntk_base", self.official_ntk_base, remedy)
 
     def t_as_used(self, row_len: int, context_len: int) -> float:
         """Return the t that CLEX uses at inference for `row_len` tokens, with L = `context_len`."""

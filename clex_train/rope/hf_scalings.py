@@ -76,8 +76,8 @@ def base_rope(handle: RotaryHandle, own: Frequencies | None = None) -> Rope:
     if not len(handle.base_inv_freq):
         # A model without RoPE has no config of one.
         return Rope(handle.base_inv_freq, handle.context_len, own)
-    how: dict[str, Any] = {"config": handle.rotary_config, "layer_type": handle.traits.scaled}
-    return ConfiguredRope(handle.base_inv_freq, handle.context_len, own, **how)
+    plain, scaled = (handle.base_inv_freq, handle.context_len, own), handle.traits.scaled
+    return ConfiguredRope(*plain, config=handle.rotary_config, layer_type=scaled)
 
 
 def _rows(

@@ -65,20 +65,16 @@ def scaled(
     after = spectrum_at(handle, factor)
     # Meta models may be shared (`sharing_meta_models`), so leave this one unchanged.
     handle.undo()
-    require(
-        len(after.inv_freq) == len(own),
-        "scaling.name",
-        scaling.name.name,
-        f"its rope_parameters apply to whole heads: model_type={base.model_type} would rotate {len(after.inv_freq)} "
-        f"pairs, but its weights were trained with {len(own)}",
+    kind, name = base.model_type, scaling.name.name
+    remedy = (
+        f"its rope_parameters apply to whole heads: model_type={kind} would rotate {len(after.inv_freq)} pairs, but "
+        f"its weights were trained with {len(own)}"
     )
-    require(
-        not (method.changes(factor) and torch.equal(rope.inv_freq, after.inv_freq)),
-        "scaling.name",
-        scaling.name.name,
-        # A family whose own code reads its base elsewhere would silently train without scaling.
-        f"the frequencies of model_type={base.model_type} do not follow rope_parameters; scaling=clex scales them",
-    )
+    require(len(after.inv_freq) == len(own), "scaling.name", name, remedy)
+    # A family whose own code reads its base elsewhere would silently train without scaling.
+    follows = not (method.changes(factor) and torch.equal(rope.inv_freq, after.inv_freq))
+    remedy = f"the frequencies of model_type={kind} do not follow rope_parameters; scaling=clex scales them"
+    require(follows, "scaling.name", name, remedy)
     return arch
 
 
@@ -94,7 +90,7 @@ def learned_module(scaling: ScalingConfig, handle: RotaryHandle, formula: Spectr
     rope, method = base_rope(handle), methods.for_training(scaling)
     assert isinstance(method, Static)
     # The model's own frequencies are the start by now; plain RoPE follows from the base in its config.
-    pairs = torch.arange(len(formula.inv_freq), dtype=torch.float64) / len(formula.inv_freq)
+    pairs = torch.arange(len(rope.inv_freq)).double() / len(rope.inv_freq)
     return method.module(replace(rope, inv_freq=rope.theta**-pairs), formula.t)
 
 
@@ -124,6 +120,5 @@ def require_unscaled(config: PretrainedConfig, name: Method) -> None:
         "scaling.name",
         name.name,
         f"this model's context was extended before, from {original} to {served} tokens "
-        "(original_max_position_embeddings in config.json); scaling=none trains it on, others "
-        "start from its base",
+        "(original_max_position_embeddings in config.json); scaling=none trains it on, others start from its base",
     )
