@@ -1,1 +1,1 @@
-"""Packing, the order of sequences, mixtures of domains, micro-batches."""
+"""Packing, the order of sequences, mixtures of domains, micro-batches, sampled positions."""

@@ -1,1 +1,1 @@
-"""Frequencies as pure mathematics: the CLEX field and its solver, tables over t, formulas, position sampling."""
+"""Frequencies as pure mathematics: the CLEX fields and their solver, learned static RoPE, tables over t, formulas."""
