@@ -30,6 +30,7 @@ SHORT = ("evaluation=never", "optim.batch_rows=2", "optim.steps=3", "checkpoint.
 RUNS = {
     "plain": ("engine.zero_stage=0", "engine.precision=fp32"),
     "zero0": ("engine.zero_stage=0", "engine.precision=bf16", *CLEX),
+    "static": ("engine.zero_stage=0", "scaling=static", "scaling.factor=4", "optim.weight_decay=0.1"),
     "zero2": ("engine.zero_stage=2", "engine.precision=bf16", *CLEX),
 }
 
@@ -122,6 +123,16 @@ def test_the_mean_loads_and_evaluates(finished, tiny_store, tmp_path, monkeypatc
     scores = json.loads((tmp_path / "r.json").read_text())["scores"]
     assert [score["length"] for score in scores] == [32, 64]
     assert all(1 < score["perplexity"] < 1e4 for score in scores)
+
+
+def test_learned_static_factors_are_averaged_and_stated(finished, tmp_path, monkeypatch) -> None:
+    run, output = finished("static"), tmp_path / "mean"
+    assert call(monkeypatch, f"run={run}", "last=3", f"output={output}") == 0
+    states = [torch.load(run / "checkpoints" / f"step_{n}" / "ode.pt", weights_only=True)["clex"] for n in STEPS]
+    alpha, start = by_hand([state["alpha"] for state in states]), states[0]["start"]
+    assert not torch.equal(states[0]["alpha"], states[-1]["alpha"])
+    loaded = load_for_evaluation(ModelConfig(path=str(output)))
+    torch.testing.assert_close(loaded.handle.own.at(4.0).inv_freq, start * alpha.exp(), rtol=1e-6, atol=0)
 
 
 def test_a_run_without_a_field_is_averaged_from_its_whole_weights(finished, tmp_path, monkeypatch) -> None:
