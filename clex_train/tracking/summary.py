@@ -16,6 +16,7 @@ from clex_train.config.engine import Offload
 from clex_train.config.method import FORMULAS, Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
+from clex_train.config.scaling import Drift, FieldKind, ScalingConfig
 from clex_train.utils import distributed, log
 
 LABEL = 12
@@ -149,10 +150,18 @@ def _scaling(config: Config, context_len: int) -> str:
         return _formula(config, context_len)
     # Rounded down: the table ends at t_max.
     reach = int(scaling.t_max * context_len)
+    # Only what differs from the paper's is worth a word.
+    field = "" if scaling.field is FieldKind.paper else f", field {scaling.field.name}"
+    drift = "" if scaling.drift is Drift.ntk else f", drift {scaling.drift.name}"
     return (
-        f"clex: t from 1 to {scaling.t_max:g}, L = {context_len:,}: contexts up to {reach:,} tokens; "
-        f"positions {scaling.positions.name}"
+        f"clex: t from 1 to {scaling.t_max:g}{field}{drift}, L = {context_len:,}: contexts up to {reach:,} tokens; "
+        f"{_positions(scaling)}"
     )
+
+
+def _positions(scaling: ScalingConfig) -> str:
+    used = f", {100 * scaling.as_used:g} % of the steps as used" if scaling.as_used else ""
+    return f"positions {scaling.positions.name}{used}"
 
 
 def _formula(config: Config, context_len: int) -> str:
@@ -162,7 +171,7 @@ def _formula(config: Config, context_len: int) -> str:
     options = "".join(f", {name} {value}" for name, value in scaling.options.items())
     return (
         f"{scaling.name.name}: factor {factor:g}{base}{options}, L = {context_len:,}: contexts up to "
-        f"{round(factor * context_len):,} tokens; positions {scaling.positions.name}"
+        f"{round(factor * context_len):,} tokens; {_positions(scaling)}"
     )
 
 

@@ -328,6 +328,15 @@ def test_unsupported_uses_of_a_recipe_are_refused_in_one_line(run, base, overrid
             ("scaling=dynamic_ntk", "data.seq_len=256"),
             "dynamic_ntk: factor 2, L = 128: contexts up to 256 tokens; positions plain",
         ),
+        (
+            ("scaling=static", "scaling.options={start:ntk}", "scaling.as_used=0.5"),
+            "static: factor 16, start ntk, L = 128: contexts up to 2,048 tokens; positions skip, "
+            "50 % of the steps as used",
+        ),
+        (
+            ("scaling=clex", "scaling.field=log_time", "scaling.drift=yarn"),
+            "clex: t from 1 to 32, field log_time, drift yarn, L = 128: contexts up to 4,096 tokens; positions skip",
+        ),
         (("scaling=random_pos",), "random_pos: factor 16, L = 128: contexts up to 2,048 tokens; positions random"),
     ],
 )
