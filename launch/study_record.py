@@ -19,9 +19,11 @@ from clex_train.evaluation.results import Results
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import write_atomically
 from clex_train.utils.records import read_json
-from launch.study_arms import BASE_METHODS, CHOOSING, JUDGING, TITLES, Arm, Windows, all_arms
+from launch.study_arms import BASE_METHODS, CHOOSING, JUDGING, REFERENCE, TAX_AGAINST, TITLES, Arm, Windows, all_arms
 
 DIGITS = 3
+Source = tuple[Arm, int, Windows, Path]
+"""An arm, its seed, the windows, and the evaluation file."""
 
 
 @dataclass(frozen=True)
@@ -60,25 +62,34 @@ class Record:
     context_len: int
     made_by: dict[str, str]
     """Versions, commit, processor and data type of the first entry."""
+    reference: str
+    """Label of the row from which differences are counted."""
+    tax_against: str
+    """Label of the row from which the tax at 1x is counted: the base trained on as long."""
     entries: list[Entry]
 
 
 def collect(out: Path, seeds: Sequence[int]) -> Record:
-    """Read the evaluations that exist below `out`; `ConfigError` names rows that scored other tokens."""
+    """Collect the study on books."""
+    return gather(files(out, seeds), REFERENCE, TAX_AGAINST)
+
+
+def gather(found: Iterable[Source], reference: str, tax_against: str) -> Record:
+    """Read the evaluations that exist; `ConfigError` names rows that scored other tokens."""
     entries, made_by, context_len = [], dict[str, str](), 0
-    for arm, seed, windows, path in files(out, seeds):
+    for arm, seed, windows, path in found:
         if not path.exists():
             continue
-        found, origin = results.read(path)
+        scored, origin = results.read(path)
         made_by = made_by or {key: str(value) for key, value in sorted(origin.environment.items())}
-        context_len = found.context_len
-        methods = dict.fromkeys(score.method for score in found.scores)
-        entries += [_entry(arm, seed, windows, method, found) for method in methods]
+        context_len = scored.context_len
+        methods = dict.fromkeys(score.method for score in scored.scores)
+        entries += [_entry(arm, seed, windows, method, scored) for method in methods]
     _require_same_tokens(entries)
-    return Record(context_len, made_by, entries)
+    return Record(context_len, made_by, reference, tax_against, entries)
 
 
-def files(out: Path, seeds: Sequence[int]) -> Iterable[tuple[Arm, int, Windows, Path]]:
+def files(out: Path, seeds: Sequence[int]) -> Iterable[Source]:
     """Yield every evaluation of the study, whether it exists or not."""
     base = Arm("base", "base", (), BASE_METHODS)
     arms = [(base, 0, windows, out / "base") for windows in (CHOOSING, JUDGING)]
@@ -89,7 +100,7 @@ def files(out: Path, seeds: Sequence[int]) -> Iterable[tuple[Arm, int, Windows, 
 
 def write(record: Record, path: Path) -> None:
     """Write a record, a line for each entry."""
-    head = {"context_len": record.context_len, "made_by": record.made_by}
+    head = {name: getattr(record, name) for name in ("context_len", "made_by", "reference", "tax_against")}
     lines = ",\n".join(json.dumps(asdict(entry)) for entry in record.entries)
     write_atomically(path, f'{json.dumps(head)[:-1]}, "entries": [\n{lines}\n]}}\n')
 

@@ -19,7 +19,6 @@ import numpy as np
 from clex_train.utils import bootstrap
 from clex_train.utils.errors import InputError
 from launch import study_record
-from launch.study_arms import CHOOSING, JUDGING, REFERENCE, TAX_AGAINST
 from launch.study_record import Entry, Record, Share
 
 PROTOCOLS = ("one_shot", "last_k")
@@ -49,9 +48,10 @@ class Line:
 
 
 def text(record: Record) -> str:
-    """Format every table of the record, for judging first."""
-    parts = [section(record, windows, protocol) for windows in (JUDGING.name, CHOOSING.name) for protocol in PROTOCOLS]
-    parts += [retrieval(record, windows, name) for windows in (JUDGING.name, CHOOSING.name) for name in MEASURES]
+    """Format every table of the record, for judging before choosing."""
+    selections = sorted({entry.windows for entry in record.entries}, reverse=True)
+    parts = [section(record, windows, protocol) for windows in selections for protocol in PROTOCOLS]
+    parts += [retrieval(record, windows, name) for windows in selections for name in MEASURES]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -61,10 +61,10 @@ def section(record: Record, windows: str, protocol: str) -> str:
     if not rows:
         return ""
     title = f"### {protocol}, windows for {windows}"
-    parts = [f"{title}: perplexity", table(rows, perplexity_cell, tax(rows))]
-    reference = next((row for row in rows if row.label == REFERENCE), None)
+    parts = [f"{title}: perplexity", table(rows, perplexity_cell, tax(rows, record.tax_against))]
+    reference = next((row for row in rows if row.label == record.reference), None)
     if reference is not None:
-        parts += [f"{title}: percent above `{REFERENCE}`", table(rows, against(reference))]
+        parts += [f"{title}: percent above `{record.reference}`", table(rows, against(reference))]
     return "\n\n".join(parts)
 
 
@@ -111,9 +111,9 @@ def perplexity_cell(row: Line, length: int) -> str:
     return f"{float(np.exp(row.nll[length].mean(axis=0).sum() / _num_tokens(row))):.2f}"
 
 
-def tax(rows: Sequence[Line]) -> Callable[[Line], str]:
+def tax(rows: Sequence[Line], tax_against: str) -> Callable[[Line], str]:
     """Return a function that formats the cost at the shortest length against the base trained on."""
-    reference = next((row for row in rows if row.label == TAX_AGAINST), None)
+    reference = next((row for row in rows if row.label == tax_against), None)
     if reference is None:
         return lambda row: "-"
     cell = against(reference)
