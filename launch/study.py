@@ -14,7 +14,6 @@ command again to continue. `--jobs` processes of one thread each run in parallel
 
 import argparse
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -32,11 +31,11 @@ if __name__ == "__main__":
 from clex_train.resilience.stop_requests import Interrupted
 from clex_train.utils import terminal
 from clex_train.utils.errors import ConfigError, InputError
-from clex_train.utils.files import make_folder, require_writable_folder, write_atomically
+from clex_train.utils.files import require_writable_folder
 from clex_train.utils.locations import ROOT
 from data_prep.config import Format
 from data_prep.corpus.sources import expand
-from launch import stages, study_record, study_tables
+from launch import stages, study_record, study_stages, study_tables
 from launch.study_arms import BASE_METHODS, CANDIDATES, CHOOSING, JUDGING, MAIN, Arm, Windows, all_arms
 
 CONTEXT_LEN = 128
@@ -86,7 +85,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--books", required=True, help="files of books, a glob that the corpus `local_books` can read")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--jobs", type=at_least_one, default=2, help="parallel processes, of one thread each")
+    parser.add_argument(
+        "--jobs", type=study_stages.at_least_one, default=2, help="parallel processes, of one thread each"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     names = [arm.name for arm in all_arms()]
     only = "run only these arms; their names are in study_arms.py"
@@ -112,19 +113,11 @@ def main() -> int:
         with ThreadPoolExecutor(args.jobs) as pool:
             codes = [code for wave in study.waves() for code in pool.map(partial(run_arm, study), wave)]
     except subprocess.CalledProcessError as error:
-        return failed(error)
+        return study_stages.failed(error)
     except Interrupted as interrupt:
         return stages.ended(interrupt)
     print(write_tables(study))
     return int(any(codes))
-
-
-def at_least_one(text: str) -> int:
-    """Parse a number of processes; `ArgumentTypeError` below 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: at least 1")
-    return number
 
 
 def require_usable(study: Study) -> None:
@@ -140,28 +133,28 @@ def require_usable(study: Study) -> None:
 
 def write_tables(study: Study) -> str:
     """Write the record and the tables of the evaluations so far; return the tables."""
-    record = study_record.collect(study.out, study.seeds)
-    folder = study.out / "report"
-    make_folder(folder)
-    study_record.write(record, folder / "study.json")
-    # From the file and not from memory, so that the committed record prints the same tables again.
-    text = study_tables.text(study_record.read(folder / "study.json"))
-    write_atomically(folder / "tables.md", text)
-    return text
+    return study_tables.write(study_record.collect(study.out, study.seeds), study.out / "report")
 
 
 def corpus(study: Study) -> None:
     """Make the tokenizer and the token stores."""
+    stage = partial(study_stages.run, study.out)
     # Of the 15 books that the share was chosen for, it holds out 5: their hashes are not spread evenly.
     books = ["+corpus=local_books", f"corpus.paths=[{study.books!r}]", "corpus.validation_share=0.55"]
     prepare, tokenizer = [sys.executable, "-m", "data_prep"], study.out / "tokenizer"
-    stage(study, tokenizer, [*prepare, "train_tokenizer", *books, "vocab_size=2048", f"output={tokenizer}"])
-    stage(study, study.store, [*prepare, "tokenize", *books, f"tokenizer={tokenizer}", f"output={study.store}"])
+    study_stages.run(
+        study.out, tokenizer, [*prepare, "train_tokenizer", *books, "vocab_size=2048", f"output={tokenizer}"]
+    )
+    study_stages.run(
+        study.out, study.store, [*prepare, "tokenize", *books, f"tokenizer={tokenizer}", f"output={study.store}"]
+    )
     text = study.out / "retrieval_text.jsonl.zst"
     room = [f"max_tokens={CONTEXT_LEN}", f"num_documents={200 if study.smoke else 50000}", KINDS]
-    stage(study, text, [*prepare, "retrieval_text", *books, f"tokenizer={tokenizer}", *room, f"output={text}"])
+    study_stages.run(
+        study.out, text, [*prepare, "retrieval_text", *books, f"tokenizer={tokenizer}", *room, f"output={text}"]
+    )
     made = ["+corpus=retrieval_text", f"corpus.paths=[{str(text)!r}]", f"tokenizer={tokenizer}"]
-    stage(study, study.retrieval, [*prepare, "tokenize", *made, f"output={study.retrieval}"])
+    stage(study.retrieval, [*prepare, "tokenize", *made, f"output={study.retrieval}"])
 
 
 def run_arm(study: Study, arm_and_seed: tuple[Arm, int]) -> int:
@@ -175,7 +168,7 @@ def run_arm(study: Study, arm_and_seed: tuple[Arm, int]) -> int:
             train(study, own, "study_finetune", overrides)
         evaluate(study, weights, arm.methods, own, arm.windows, arm.evaluation)
     except subprocess.CalledProcessError as error:
-        return failed(error)
+        return study_stages.failed(error)
     return 0
 
 
@@ -184,7 +177,7 @@ def train(study: Study, run: Path, experiment: str, overrides: Iterable[str]) ->
     stores = [f"data.domains.books.path={study.store}", f"data.domains.retrieval.path={study.retrieval}"]
     command = [sys.executable, "train.py", f"+experiment={experiment}", *stores, f"engine.precision={study.precision}"]
     command += overrides
-    stage(study, run / "final", [*command, f"output_dir={run}", *(SMOKE if study.smoke else [])])
+    study_stages.run(study.out, run / "final", [*command, f"output_dir={run}", *(SMOKE if study.smoke else [])])
 
 
 def evaluate(
@@ -196,31 +189,7 @@ def evaluate(
     command += [f"lengths={LENGTHS}".replace(" ", ""), f"task_lengths={PROMPT_LENGTHS}".replace(" ", ""), *READINGS]
     command += [f"data={study.store}", f"context_len={CONTEXT_LEN}", f"seed={windows.seed}", *overrides]
     numbers = ["num_windows=5", "num_prompts=2"] if study.smoke else ["num_windows=12", "num_prompts=8"]
-    stage(study, output, [*command, *numbers, f"output={output}"])
-
-
-def stage(study: Study, result: Path, command: list[str]) -> None:
-    """Run a command unless its result exists, with its output in a file in OUT/log."""
-    if result.exists():
-        return
-    log = study.out / "log" / ("_".join(result.relative_to(study.out).with_suffix("").parts) + ".txt")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"--- {shlex.join(command)}\n    > {log}", flush=True)
-    with log.open("w", encoding="utf-8") as output:
-        # One thread each: parallel processes with all cores each would slow each other down.
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        code = stages.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    if code:
-        raise subprocess.CalledProcessError(code, command, output=str(log))
-
-
-def failed(error: subprocess.CalledProcessError) -> int:
-    """Report a failed stage by its log and the last line in it; return the exit code."""
-    # The log of a stage may be cut within a character when it was killed.
-    lines = Path(error.output).read_text(encoding="utf-8", errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
-    print(f"error: exit code {error.returncode}, {error.output}: {last}", file=sys.stderr)
-    return int(error.returncode)
+    study_stages.run(study.out, output, [*command, *numbers, f"output={output}"])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy as np
 
 from clex_train.utils import bootstrap
 from clex_train.utils.errors import InputError
+from clex_train.utils.files import make_folder, write_atomically
 from launch import study_record
 from launch.study_record import Entry, Record, Share
 
@@ -53,6 +54,16 @@ def text(record: Record) -> str:
     parts = [section(record, windows, protocol) for windows in selections for protocol in PROTOCOLS]
     parts += [retrieval(record, windows, name) for windows in selections for name in MEASURES]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write(record: Record, folder: Path) -> str:
+    """Write the record and its tables into a folder; return the tables."""
+    make_folder(folder)
+    study_record.write(record, folder / "study.json")
+    # From the file and not from memory, so that the committed record prints the same tables again.
+    tables = text(study_record.read(folder / "study.json"))
+    write_atomically(folder / "tables.md", tables)
+    return tables
 
 
 def section(record: Record, windows: str, protocol: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from clex_train.evaluation.measure_scores import MeasureScore
 from clex_train.evaluation.results import Origin, Results, Score, write
-from launch import study, study_record, study_tables
+from launch import study, study_record, study_stages, study_tables
 from launch.study_arms import CANDIDATES, CHOOSING, MAIN, REFERENCE, TAX_AGAINST, Arm, all_arms
 from launch.study_record import Record
 from tests.helpers.composing import composed
@@ -135,13 +135,12 @@ def test_names_and_labels_are_unique():
 
 
 def test_a_finished_stage_is_skipped_and_a_failing_one_is_named(tmp_path, capsys):
-    plan = study.Study("books", tmp_path, [1], smoke=False)
     (tmp_path / "there").mkdir()
-    study.stage(plan, tmp_path / "there", ["no-such-program"])
+    study_stages.run(tmp_path, tmp_path / "there", ["no-such-program"])
     with pytest.raises(subprocess.CalledProcessError) as error:
-        study.stage(plan, tmp_path / "missing", [sys.executable, "-c", "print('why'); raise SystemExit(3)"])
+        study_stages.run(tmp_path, tmp_path / "missing", [sys.executable, "-c", "print('why'); raise SystemExit(3)"])
     assert (tmp_path / "log" / "missing.txt").read_text() == "why\n"
-    assert study.failed(error.value) == 3
+    assert study_stages.failed(error.value) == 3
     assert capsys.readouterr().err == f"error: exit code 3, {tmp_path / 'log' / 'missing.txt'}: why\n"
 
 
@@ -159,7 +158,7 @@ def test_a_finished_stage_is_skipped_and_a_failing_one_is_named(tmp_path, capsys
 )
 def test_unusable_inputs_are_refused_before_any_stage(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "stage", lambda *_: pytest.fail("a stage began"))
+    monkeypatch.setattr(study_stages, "run", lambda *_: pytest.fail("a stage began"))
     books = str(tmp_path / "*.jsonl.zst")
     monkeypatch.setattr(sys, "argv", ["study", "--books", books, "--out", str(tmp_path / "out"), *arguments])
     try:
