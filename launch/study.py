@@ -36,7 +36,7 @@ from clex_train.utils.locations import ROOT
 from data_prep.config import Format
 from data_prep.corpus.sources import expand
 from launch import stages, study_record, study_stages, study_tables
-from launch.study_arms import BASE_METHODS, CANDIDATES, CHOOSING, JUDGING, MAIN, Arm, Windows, all_arms
+from launch.study_arms import BASE_METHODS, CANDIDATES, MAIN, Arm, Windows, all_arms
 
 CONTEXT_LEN = 128
 LENGTHS = [CONTEXT_LEN * multiple for multiple in (1, 2, 4, 8, 16, 32)]
@@ -71,6 +71,10 @@ class Study:
     def base(self) -> Path:
         """Run folder of the base model."""
         return self.out / "base"
+
+    def windows(self) -> list[Windows]:
+        """List the windows that the wanted arms are evaluated on."""
+        return list(dict.fromkeys(arm.windows for wave in self.waves() for arm, _ in wave))
 
     def waves(self) -> list[list[tuple[Arm, int]]]:
         """Group (arm, seed) pairs into those that train and those that evaluate another arm's weights."""
@@ -107,11 +111,12 @@ def main() -> int:
     try:
         corpus(study)
         train(study, study.base, "study_base", [])
-        for windows in (CHOOSING, JUDGING):
-            evaluate(study, study.base, BASE_METHODS, study.base, windows)
         # Threads suffice: each one waits for a subprocess.
         with ThreadPoolExecutor(args.jobs) as pool:
+            # Beside the arms: five methods on one set of weights take as long as training two arms.
+            of_base = [pool.submit(evaluate_base, study, windows) for windows in study.windows()]
             codes = [code for wave in study.waves() for code in pool.map(partial(run_arm, study), wave)]
+            codes += [each.result() for each in of_base]
     except subprocess.CalledProcessError as error:
         return study_stages.failed(error)
     except Interrupted as interrupt:
@@ -167,6 +172,15 @@ def run_arm(study: Study, arm_and_seed: tuple[Arm, int]) -> int:
         if arm.weights_of is None:
             train(study, own, "study_finetune", overrides)
         evaluate(study, weights, arm.methods, own, arm.windows, arm.evaluation)
+    except subprocess.CalledProcessError as error:
+        return study_stages.failed(error)
+    return 0
+
+
+def evaluate_base(study: Study, windows: Windows) -> int:
+    """Evaluate the methods that need no training; return the exit code of the program."""
+    try:
+        evaluate(study, study.base, BASE_METHODS, study.base, windows)
     except subprocess.CalledProcessError as error:
         return study_stages.failed(error)
     return 0
