@@ -19,7 +19,14 @@ LENGTHS = (128, 256)
 YARN, STATIC = "yarn", "static"
 
 
-def write_evaluation(run: Path, nll: float, method: str = "trained", fingerprint: str = "same", exact: int = 3) -> None:
+def write_evaluation(
+    run: Path,
+    nll: float,
+    method: str = "trained",
+    fingerprint: str = "same",
+    exact: int = 3,
+    windows: str = CHOOSING.name,
+) -> None:
     """Write an evaluation of two windows of 10 tokens from two books: `nll` nats a token, and 0.5 more."""
     scores = [
         Score(method, protocol, n, "x", 1.0, [10 * nll, 10 * (nll + 0.5)], 20, 0.0, fingerprint=fingerprint)
@@ -28,9 +35,9 @@ def write_evaluation(run: Path, nll: float, method: str = "trained", fingerprint
     ]
     how = {"sums": [1.0] * exact + [0.0] * (4 - exact), "counts": [1] * 4, "groups": [0] * 4, "seed": 0}
     keys = [MeasureScore("forced_passkey", "exact", method, 128, depth, **how) for depth in (0.1, 0.9)]
-    windows = {"count": 2, "length": 256, "documents": [0, 1], "starts": [0, 0], "fingerprint": "w"}
-    path = run / "evaluation" / f"{CHOOSING.name}.json"
-    write(path, Results(scores, 128, windows, measures=keys), Origin("x", [], {}, {}, {"torch": "2.13.0"}))
+    chosen = {"count": 2, "length": 256, "documents": [0, 1], "starts": [0, 0], "fingerprint": "w"}
+    path = run / "evaluation" / f"{windows}.json"
+    write(path, Results(scores, 128, chosen, measures=keys), Origin("x", [], {}, {}, {"torch": "2.13.0"}))
 
 
 def collected(out: Path, seeds: tuple[int, ...] = (1,)) -> Record:
