@@ -24,7 +24,7 @@ def _summary(plan: Plan) -> Iterator[str]:
     yield f"plan of {config.name}"
     yield from summary.training(config, plan.subject, plan.batch, _data(config, plan.inputs))
     trainable = "all" if plan.counts.trainable == plan.counts.total else f"{plan.counts.trainable:,}"
-    yield summary.labelled("trained", f"{trainable} parameters, and {plan.num_ode_parameters:,} of the ODE in float32")
+    yield summary.labelled("trained", f"{trainable} parameters, and {plan.num_learned:,} of the frequencies in float32")
     if not config.model.is_pretrained and plan.inputs.tokenizer is None:
         yield summary.labelled("", "the vocabulary is that of model.config here; the run takes the data store's")
     if plan.evaluation_cache:

@@ -55,7 +55,8 @@ class Plan:
     """Configuration with the lengths that follow from the model."""
     subject: Subject
     counts: meta_model.Counts
-    num_ode_parameters: int
+    num_learned: int
+    """Learned numbers of the frequencies: the field of CLEX, or one a pair with `static`."""
     batch: Batch
     on_gpu: bool
     parts: tuple[Part, ...]
@@ -85,8 +86,11 @@ def make_plan(ready: Preflight) -> Plan:
     counts, dtype = meta_model.count(ready.on_meta), engines.precision(config.engine)
     on_gpu = torch.cuda.is_available() or dtype is torch.bfloat16
     clex = _clex(config, counts)
+    # Of `learn=ramp` there are two; the difference is nothing.
+    of_static = len(counts.base_inv_freq) if config.scaling.name is Method.static else 0
+    learned = sum(p.numel() for p in clex.parameters()) if clex else of_static
     sharding = model_states.sharding(settings, ready.world_size, dtype, config.engine.activation_checkpointing, on_gpu)
-    footprint = _footprint(ready, dtype, clex is not None and config.scaling.lr_scale > 0, on_gpu)
+    footprint = _footprint(ready, dtype, learned > 0 and config.scaling.lr_scale > 0, on_gpu)
     return Plan(
         config=config,
         subject=Subject(
@@ -98,7 +102,7 @@ def make_plan(ready: Preflight) -> Plan:
             context_source=ready.context.source,
         ),
         counts=counts,
-        num_ode_parameters=sum(p.numel() for p in clex.parameters()) if clex else 0,
+        num_learned=learned,
         batch=Batch(ready.world_size, settings["train_micro_batch_size_per_gpu"], sharding.accumulation),
         on_gpu=on_gpu,
         parts=_parts(sharding, counts, footprint, clex, _document_mask(config, arch, dtype, settings)),
