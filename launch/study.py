@@ -41,7 +41,9 @@ from launch.study_arms import BASE_METHODS, CANDIDATES, MAIN, Arm, Windows, all_
 CONTEXT_LEN = 128
 LENGTHS = [CONTEXT_LEN * multiple for multiple in (1, 2, 4, 8, 16, 32)]
 PROMPT_LENGTHS = [CONTEXT_LEN * multiple for multiple in (1, 2, 4, 8, 16)]
-READINGS = ["protocols=[one_shot,last_k]", "measures=[forced_passkey,repetition]", "depths=[0.1,0.5,0.9]"]
+READINGS = ["protocols=[one_shot,last_k]", "depths=[0.1,0.5,0.9]"]
+MEASURES = {CHOOSING.name: "measures=[forced_passkey]", JUDGING.name: "measures=[forced_passkey,repetition]"}
+"""Repetition has many distances and takes as long as everything else: it is left to the judging."""
 KINDS = "kinds=[passkey,repeat,quote,quote,quote]"
 SMOKE = ["optim.steps=6", "data.weights_at={}"]
 
@@ -201,7 +203,13 @@ def evaluate(
     output = folder / "evaluation" / f"{windows.name}.json"
     command = [sys.executable, "-m", "clex_train.cli.evaluate", f"run={run}", f"methods=[{','.join(methods)}]"]
     command += [f"lengths={LENGTHS}".replace(" ", ""), f"task_lengths={PROMPT_LENGTHS}".replace(" ", ""), *READINGS]
-    command += [f"data={study.store}", f"context_len={CONTEXT_LEN}", f"seed={windows.seed}", *overrides]
+    command += [
+        MEASURES[windows.name],
+        f"data={study.store}",
+        f"context_len={CONTEXT_LEN}",
+        f"seed={windows.seed}",
+        *overrides,
+    ]
     numbers = ["num_windows=5", "num_prompts=2"] if study.smoke else ["num_windows=12", "num_prompts=8"]
     study_stages.run(study.out, output, [*command, *numbers, f"output={output}"])
 
