@@ -36,7 +36,7 @@ from clex_train.utils.locations import ROOT
 from data_prep.config import Format
 from data_prep.corpus.sources import expand
 from launch import stages, study_record, study_stages, study_tables
-from launch.study_arms import BASE_METHODS, CANDIDATES, MAIN, Arm, Windows, all_arms
+from launch.study_arms import BASE_METHODS, CANDIDATES, CHOOSING, JUDGING, MAIN, Arm, Windows, all_arms
 
 CONTEXT_LEN = 128
 LENGTHS = [CONTEXT_LEN * multiple for multiple in (1, 2, 4, 8, 16, 32)]
