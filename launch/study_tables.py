@@ -85,12 +85,13 @@ def retrieval(record: Record, windows: str, name: str) -> str:
     if not entries:
         return ""
     lengths = sorted({length for entry in entries for length in entry.measures[name]})
-    head, rows = _head(lengths, record.context_len, ["prompts"]), []
+    unit = "prompts" if name.endswith("_exact") else "tokens"
+    head, rows = _head(lengths, record.context_len, [unit]), []
     for label in dict.fromkeys(entry.label for entry in entries):
         own = [entry.measures[name] for entry in entries if entry.label == label]
         cells = [_share(name, [each[n] for each in own if n in each]) for n in lengths]
-        prompts = sum(each[lengths[0]].count for each in own if lengths[0] in each)
-        rows.append([label, *cells, str(prompts)])
+        count = sum(each[lengths[0]].count for each in own if lengths[0] in each)
+        rows.append([label, *cells, str(count)])
     return f"### {MEASURES[name]}, windows for {windows}\n\n{_markdown(head, rows)}"
 
 
