@@ -36,7 +36,7 @@ from clex_train.utils.locations import ROOT
 from data_prep.config import Format
 from data_prep.corpus.sources import expand
 from launch import stages, study_record, study_stages, study_tables
-from launch.study_arms import BASE_METHODS, CANDIDATES, CHOOSING, JUDGING, MAIN, Arm, Windows, all_arms
+from launch.study_arms import ARMS, BASE_METHODS, CHOOSING, JUDGING, Arm, Windows
 
 CONTEXT_LEN = 128
 LENGTHS = [CONTEXT_LEN * multiple for multiple in (1, 2, 4, 8, 16, 32)]
@@ -74,14 +74,14 @@ class Study:
         """Run folder of the base model."""
         return self.out / "base"
 
-    def windows(self) -> list[Windows]:
-        """List the windows that the wanted arms are evaluated on."""
-        return list(dict.fromkeys(arm.windows for wave in self.waves() for arm, _ in wave))
+    def windows(self, arm: Arm, seed: int) -> list[Windows]:
+        """List the windows that an arm is evaluated on."""
+        return [*([CHOOSING] if seed == self.seeds[0] else []), *([JUDGING] if arm.judged else [])]
 
     def waves(self) -> list[list[tuple[Arm, int]]]:
         """Group (arm, seed) pairs into those that train and those that evaluate another arm's weights."""
-        # Candidates come first, with one seed: they decide the main arms, which run with all seeds.
-        pairs = [(arm, self.seeds[0]) for arm in CANDIDATES] + [(arm, seed) for seed in self.seeds for arm in MAIN]
+        # The first seed of every arm comes first: it decides which arms are worth more of them.
+        pairs = [(arm, seed) for seed in self.seeds for arm in ARMS if arm.judged or seed == self.seeds[0]]
         wanted = [(arm, seed) for arm, seed in pairs if self.only is None or arm.name in self.only]
         return [[pair for pair in wanted if (pair[0].weights_of is None) == trains] for trains in (True, False)]
 
@@ -95,7 +95,7 @@ def main() -> int:
         "--jobs", type=study_stages.at_least_one, default=2, help="parallel processes, of one thread each"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    names = [arm.name for arm in all_arms()]
+    names = [arm.name for arm in ARMS]
     only = "run only these arms; their names are in study_arms.py"
     parser.add_argument("--only", nargs="+", metavar="ARM", choices=names, help=only)
     parser.add_argument(
@@ -116,7 +116,7 @@ def main() -> int:
         # Threads suffice: each one waits for a subprocess.
         with ThreadPoolExecutor(args.jobs) as pool:
             # Beside the arms: five methods on one set of weights take as long as training two arms.
-            of_base = [pool.submit(evaluate_base, study, windows) for windows in study.windows()]
+            of_base = [pool.submit(evaluate_base, study, windows) for windows in (CHOOSING, JUDGING)]
             codes = [code for wave in study.waves() for code in pool.map(partial(run_arm, study), wave)]
             codes += [each.result() for each in of_base]
     except subprocess.CalledProcessError as error:
@@ -173,7 +173,8 @@ def run_arm(study: Study, arm_and_seed: tuple[Arm, int]) -> int:
     try:
         if arm.weights_of is None:
             train(study, own, "study_finetune", overrides)
-        evaluate(study, weights, arm.methods, own, arm.windows, arm.evaluation)
+        for windows in study.windows(arm, seed):
+            evaluate(study, weights, arm.methods, own, windows, arm.evaluation)
     except subprocess.CalledProcessError as error:
         return study_stages.failed(error)
     return 0

@@ -1,10 +1,9 @@
 """Arms of the study: name, overrides, and the methods that the weights are evaluated with.
 
-`CANDIDATES` were scored on windows for choosing, with one seed each. `MAIN` has what was chosen and its controls, with
-several seeds, on windows that chose nothing (the plan that was committed before: docs/results.md).
+Every arm is scored on windows for choosing, with the first seed. Those that are `judged`, what was chosen and its
+controls, are scored with all seeds on windows that chose nothing, by a plan committed before (docs/results.md).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -37,7 +36,8 @@ class Arm:
     """Arm whose weights to evaluate; None: train its own."""
     evaluation: tuple[str, ...] = ("log_scale=eval",)
     """Overrides for the evaluation."""
-    windows: Windows = CHOOSING
+    judged: bool = False
+    """True for an arm that is scored on the windows for judging, with every seed."""
 
 
 TITLES = {
@@ -62,47 +62,40 @@ LOG_TIME = (*CLEX, "scaling.field=log_time", "scaling.lr_scale=1")
 PLAIN: tuple[str, ...] = ()
 """Evaluation without log-scaling."""
 
-TRAINED_ON = Arm("continued", "trained on", ("scaling=none",), ("none", "yarn", "ntk", "lm_infinite"), evaluation=PLAIN)
-YARN = Arm("yarn", "YaRN, factor 16", ("scaling=yarn", *FIXED), evaluation=PLAIN)
+TRAINED_ON = Arm(
+    "continued", "trained on", ("scaling=none",), ("none", "yarn", "ntk", "lm_infinite"), evaluation=PLAIN, judged=True
+)
+YARN = Arm("yarn", "YaRN, factor 16", ("scaling=yarn", *FIXED), evaluation=PLAIN, judged=True)
 
 # Names are folders of existing runs: renaming one orphans its results.
-CANDIDATES = (
+ARMS = (
     TRAINED_ON,
     YARN,
     Arm("yarn_log", "YaRN, factor 16, log-scaling", (), weights_of="yarn"),
-    Arm("ntk", "NTK, factor 16", ("scaling=ntk", *FIXED)),
-    Arm("theta", "theta 1e6", ("scaling=theta", *FIXED)),
-    Arm("cope", "CoPE", ("scaling=cope", *FIXED)),
-    Arm("p_rope", "p-RoPE", ("scaling=p_rope", *FIXED)),
-    Arm("evq", "EVQ-Cosh", ("scaling=evq", *FIXED)),
-    Arm("clex_paper", "CLEX, the paper's recipe", ("scaling=clex_paper", "scaling.max_residual=1000")),
-    Arm("clex_today", "CLEX of the first study", TODAY),
-    Arm("frozen", "NTK drift, frozen", (*TODAY, "scaling.lr_scale=0")),
-    Arm("frozen_used", "NTK drift, frozen, as used", (*TODAY, "scaling.lr_scale=0", USED)),
+    Arm("ntk", "NTK, factor 16", ("scaling=ntk", *FIXED), judged=True),
+    Arm("theta", "theta 1e6", ("scaling=theta", *FIXED), judged=True),
+    Arm("cope", "CoPE", ("scaling=cope", *FIXED), judged=True),
+    Arm("p_rope", "p-RoPE", ("scaling=p_rope", *FIXED), judged=True),
+    Arm("evq", "EVQ-Cosh", ("scaling=evq", *FIXED), judged=True),
+    Arm("clex_paper", "CLEX, the paper's recipe", ("scaling=clex_paper", "scaling.max_residual=1000"), judged=True),
+    Arm("clex_today", "CLEX of the first study", TODAY, judged=True),
+    Arm("frozen", "NTK drift, frozen", (*TODAY, "scaling.lr_scale=0"), judged=True),
+    Arm("frozen_used", "NTK drift, frozen, as used", (*TODAY, "scaling.lr_scale=0", USED), judged=True),
     Arm("frozen_yarn", "YaRN drift, frozen, as used", (*LOG_TIME, "scaling.lr_scale=0", "scaling.drift=yarn", USED)),
-    Arm("log_time", "log-time field", LOG_TIME),
-    Arm("log_time_used", "log-time field, as used", (*LOG_TIME, USED)),
+    Arm("log_time", "log-time field", LOG_TIME, judged=True),
+    Arm("log_time_used", "log-time field, as used", (*LOG_TIME, USED), judged=True),
     Arm("log_time_yarn", "log-time field on YaRN's drift, as used", (*LOG_TIME, "scaling.drift=yarn", USED)),
     Arm("direction", "one direction, as used", (*LOG_TIME, "scaling.field=direction", "scaling.lr_scale=7", USED)),
-    Arm("static", "static, from YaRN-16, as used", (*STATIC, USED)),
-    Arm("static_unused", "static, from YaRN-16", (*STATIC, "scaling.as_used=0")),
+    Arm("static", "static, from YaRN-16, as used", (*STATIC, USED), judged=True),
+    Arm("static_unused", "static, from YaRN-16", (*STATIC, "scaling.as_used=0"), judged=True),
     Arm("static_plain", "static, as used, without log-scaling", (), weights_of="static", evaluation=PLAIN),
     Arm("static_ntk", "static, from NTK-16, as used", (*STATIC, "+scaling.options.start=ntk", USED)),
     Arm("static_32", "static, from YaRN-32, as used", (*STATIC, "scaling.factor=32", USED)),
     Arm("ramp", "YaRN with a learned ramp, as used", (*STATIC, "+scaling.options.learn=ramp", USED)),
-    Arm("yarn_used", "YaRN, factor 16, as used", ("scaling=yarn", *FIXED, USED), evaluation=PLAIN),
+    Arm("yarn_used", "YaRN, factor 16, as used", ("scaling=yarn", *FIXED, USED), evaluation=PLAIN, judged=True),
 )
-
-MAIN: tuple[Arm, ...] = ()
-"""Chosen after the candidates were scored."""
 
 REFERENCE = YARN.label
 """Row from which the differences in the tables are counted."""
 TAX_AGAINST = f"{TRAINED_ON.label}, {TITLES['none']}"
 """Row that the tax at 1x is counted from: the base trained on as long."""
-
-
-def all_arms() -> Iterable[Arm]:
-    """Yield the candidates, then the main arms."""
-    yield from CANDIDATES
-    yield from MAIN

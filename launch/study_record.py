@@ -19,7 +19,7 @@ from clex_train.evaluation.results import Results
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import write_atomically
 from clex_train.utils.records import read_json
-from launch.study_arms import BASE_METHODS, CHOOSING, JUDGING, REFERENCE, TAX_AGAINST, TITLES, Arm, Windows, all_arms
+from launch.study_arms import ARMS, BASE_METHODS, CHOOSING, JUDGING, REFERENCE, TAX_AGAINST, TITLES, Arm, Windows
 
 DIGITS = 3
 Source = tuple[Arm, int, Windows, Path]
@@ -92,10 +92,10 @@ def gather(found: Iterable[Source], reference: str, tax_against: str) -> Record:
 def files(out: Path, seeds: Sequence[int]) -> Iterable[Source]:
     """Yield every evaluation of the study, whether it exists or not."""
     base = Arm("base", "base", (), BASE_METHODS)
-    arms = [(base, 0, windows, out / "base") for windows in (CHOOSING, JUDGING)]
-    arms += [(arm, seed, arm.windows, out / arm.name / f"seed_{seed}") for arm in all_arms() for seed in seeds]
-    for arm, seed, windows, folder in arms:
-        yield arm, seed, windows, folder / "evaluation" / f"{windows.name}.json"
+    runs = [(base, 0, out / "base"), *((arm, seed, out / arm.name / f"seed_{seed}") for arm in ARMS for seed in seeds)]
+    for arm, seed, folder in runs:
+        for windows in (CHOOSING, JUDGING):
+            yield arm, seed, windows, folder / "evaluation" / f"{windows.name}.json"
 
 
 def write(record: Record, path: Path) -> None:

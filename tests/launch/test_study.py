@@ -11,7 +11,7 @@ import pytest
 from clex_train.evaluation.measure_scores import MeasureScore
 from clex_train.evaluation.results import Origin, Results, Score, write
 from launch import study, study_record, study_stages, study_tables
-from launch.study_arms import CANDIDATES, CHOOSING, MAIN, REFERENCE, TAX_AGAINST, Arm, all_arms
+from launch.study_arms import ARMS, CHOOSING, JUDGING, REFERENCE, TAX_AGAINST, Arm
 from launch.study_record import Record
 from tests.helpers.composing import composed
 
@@ -53,7 +53,7 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def label(name: str) -> str:
-    return next(arm.label for arm in all_arms() if arm.name == name)
+    return next(arm.label for arm in ARMS if arm.name == name)
 
 
 def test_a_row_is_the_mean_nll_over_the_seeds_and_over_the_windows(tmp_path):
@@ -113,12 +113,16 @@ def test_a_committed_record_prints_the_same_tables_again(tmp_path, capsys, monke
     assert "not a record of the study" in capsys.readouterr().err
 
 
-def test_the_runs_have_each_candidate_once_and_the_main_arms_for_every_seed():
+def test_every_arm_is_scored_for_choosing_once_and_the_judged_ones_for_judging_with_every_seed():
     plan = study.Study("books", Path("out"), [1, 2, 3], smoke=False)
-    pairs = [(arm.name, seed) for wave in plan.waves() for arm, seed in wave]
-    assert len(pairs) == len(set(pairs)) == 3 * len(MAIN) + len(CANDIDATES)
+    pairs = [pair for wave in plan.waves() for pair in wave]
+    scored = [(arm.name, seed, windows.name) for arm, seed in pairs for windows in plan.windows(arm, seed)]
+    judged = [arm for arm in ARMS if arm.judged]
+    assert len(scored) == len(set(scored)) == len(ARMS) + 3 * len(judged)
+    assert {name for name, _, windows in scored if windows == JUDGING.name} == {arm.name for arm in judged}
+    assert {seed for _, seed, windows in scored if windows == CHOOSING.name} == {1}
     alone = study.Study("books", Path("out"), [1, 2], smoke=False, only=[YARN])
-    assert [[(arm.name, seed) for arm, seed in wave] for wave in alone.waves()] == [[(YARN, 1)], []]
+    assert [[(arm.name, seed) for arm, seed in wave] for wave in alone.waves()] == [[(YARN, 1), (YARN, 2)], []]
 
 
 def test_an_arm_that_evaluates_weights_of_another_comes_after_it():
@@ -131,14 +135,14 @@ def test_an_arm_that_evaluates_weights_of_another_comes_after_it():
         assert not arm.overrides, "it trains nothing"
 
 
-@pytest.mark.parametrize("arm", list(all_arms()), ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_every_arm_is_a_valid_training_configuration(arm: Arm):
     composed("+experiment=study_finetune", *arm.overrides)
 
 
 def test_names_and_labels_are_unique():
-    assert len({arm.name for arm in all_arms()}) == len({arm.label for arm in all_arms()}) == len(list(all_arms()))
-    assert REFERENCE in {arm.label for arm in all_arms()}
+    assert len({arm.name for arm in ARMS}) == len({arm.label for arm in ARMS}) == len(ARMS)
+    assert REFERENCE in {arm.label for arm in ARMS}
 
 
 def test_a_finished_stage_is_skipped_and_a_failing_one_is_named(tmp_path, capsys):
