@@ -45,7 +45,7 @@ READINGS = ["protocols=[one_shot,last_k]", "depths=[0.1,0.5,0.9]"]
 MEASURES = {CHOOSING.name: "measures=[forced_passkey]", JUDGING.name: "measures=[forced_passkey,repetition]"}
 """Repetition has many distances and takes as long as everything else: it is left to the judging."""
 KINDS = "kinds=[passkey,repeat,quote,quote,quote]"
-SMOKE = ["optim.steps=6", "data.weights_at={}"]
+SMOKE = ["optim.steps=6"]
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,12 @@ def test_two_ranks_reproduce_the_loss_curve_of_one(launcher, one_rank, two_ranks
     one, two = (torch.tensor(launcher.figures(name, "loss")) for name in ("one", "two"))
     assert len(one) == len(two) == 20
     assert ((one - two).abs() / one).max() < 1e-5
-    for norm in ("grad_norm", "ode_grad_norm"):
-        one, two = (torch.tensor(launcher.figures(name, norm)) for name in ("one", "two"))
-        assert ((one - two).abs() / one).max() < 1e-3, norm
+    one, two = (torch.tensor(launcher.figures(name, "grad_norm")) for name in ("one", "two"))
+    assert ((one - two).abs() / one).max() < 1e-3
+    one, two = (torch.tensor(launcher.figures(name, "ode_grad_norm")) for name in ("one", "two"))
+    # The field's gradient is a sum over positions in which most of each pair cancels, so rounding is as large in a step
+    # with a small norm as in one with a large norm.
+    assert (one - two).abs().max() / one.max() < 1e-3
     assert launcher.figures("one", "t") == launcher.figures("two", "t")
 
 
