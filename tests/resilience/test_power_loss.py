@@ -124,7 +124,7 @@ def tokenizer():
 
 
 def _write_final(folder: Path, tokenizer, value: float) -> dict[str, bytes]:
-    loaded = SimpleNamespace(model=Weights(), clex=None)
+    loaded = SimpleNamespace(model=Weights(), clex=None, static=None)
     save.write_final(folder, loaded, {"w": torch.full((100,), value)}, tokenizer)
     return _contents(folder)
 
