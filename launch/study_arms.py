@@ -89,6 +89,13 @@ ARMS = (
     Arm("static", "static, from YaRN-16, as used", (*STATIC, USED), judged=True),
     Arm("static_unused", "static, from YaRN-16", (*STATIC, "scaling.as_used=0"), judged=True),
     Arm("static_plain", "static, as used, without log-scaling", (), weights_of="static", evaluation=PLAIN),
+    Arm(
+        "static_tempered",
+        "static, from YaRN-16 with its attention factor, as used",
+        (*STATIC, "+scaling.options.attention_factor=1.2772588722", USED),
+        evaluation=PLAIN,
+        judged=True,
+    ),
     Arm("static_ntk", "static, from NTK-16, as used", (*STATIC, "+scaling.options.start=ntk", USED)),
     Arm("static_32", "static, from YaRN-32, as used", (*STATIC, "scaling.factor=32", USED)),
     Arm("ramp", "YaRN with a learned ramp, as used", (*STATIC, "+scaling.options.learn=ramp", USED)),
