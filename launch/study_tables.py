@@ -26,6 +26,8 @@ PROTOCOLS = ("one_shot", "last_k")
 MEASURES = {
     "forced_passkey_exact": "passkey, percent of prompts whose five digits are all the argmax",
     "forced_passkey_gap": "passkey, nats a token from the right key to a wrong one (positive is good)",
+    "forced_passkey_noise_exact": "passkey in noise, percent of prompts whose digits are all the argmax",
+    "forced_passkey_noise_gap": "passkey in noise, nats a token from the right key to a wrong one (positive is good)",
     "repetition_nll": "a repeated statement, nats a token of its second appearance",
 }
 
@@ -71,7 +73,7 @@ def section(record: Record, windows: str, protocol: str) -> str:
     rows = lines(record.entries, windows, protocol)
     if not rows:
         return ""
-    title = f"### {protocol}, windows for {windows}"
+    title = f"### {protocol}, windows `{windows}`"
     parts = [f"{title}: perplexity", table(rows, perplexity_cell, tax(rows, record.tax_against))]
     reference = next((row for row in rows if row.label == record.reference), None)
     if reference is not None:
@@ -92,7 +94,7 @@ def retrieval(record: Record, windows: str, name: str) -> str:
         cells = [_share(name, [each[n] for each in own if n in each]) for n in lengths]
         count = sum(each[lengths[0]].count for each in own if lengths[0] in each)
         rows.append([label, *cells, str(count)])
-    return f"### {MEASURES[name]}, windows for {windows}\n\n{_markdown(head, rows)}"
+    return f"### {MEASURES[name]}, windows `{windows}`\n\n{_markdown(head, rows)}"
 
 
 def lines(entries: Sequence[Entry], windows: str, protocol: str) -> list[Line]:

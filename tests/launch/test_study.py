@@ -85,9 +85,9 @@ def test_the_tables_have_the_differences_the_tax_and_retrieval(tmp_path):
     write_evaluation(tmp_path / "continued" / "seed_1", 2.05, method="none")
     text = study_tables.text(collected(tmp_path))
     parts = dict(zip(text.split("\n\n")[::2], text.split("\n\n")[1::2], strict=True))
-    title = f"### one_shot, windows for choosing: percent above `{REFERENCE}`"
+    title = f"### one_shot, windows `choosing`: percent above `{REFERENCE}`"
     assert rows(parts[title])[label(STATIC)][0] == f"{100 * math.expm1(0.1):+.1f} ± 0.0"
-    first = rows(parts["### one_shot, windows for choosing: perplexity"])
+    first = rows(parts["### one_shot, windows `choosing`: perplexity"])
     assert first[label(STATIC)][2] == f"{100 * math.expm1(0.05):+.1f} ± 0.0"
     assert first[TAX_AGAINST][2] == "0"
     exact = next(part for name, part in parts.items() if name.startswith("### passkey, percent"))
