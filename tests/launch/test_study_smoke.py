@@ -1,6 +1,5 @@
 """The whole study in a smoke form: stores, base, an arm, evaluations on both windows, record and tables."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from clex_train.utils.locations import ROOT
 from launch import study_record, study_tables
 from tests.data_prep.small_corpora import write_jsonl
+from tests.helpers.environments import launch_environment
 
 NUM_BOOKS = 14
 
@@ -31,7 +31,8 @@ def test_every_stage_of_the_study_runs_and_the_record_prints_its_tables(tmp_path
     books = write_jsonl(tmp_path / "books.jsonl", [{"text": book(number)} for number in range(NUM_BOOKS)])
     given = ["--books", str(books), "--out", str(tmp_path / "out"), "--seeds", "1", "--smoke", "--only", "static"]
     command = [sys.executable, "-m", "launch.study", *given]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # Tests of this process may have opened a group; the programs of the study open their own.
+    environment = launch_environment()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     logs = sorted((tmp_path / "out" / "log").glob("*.txt"))
     assert done.returncode == 0, done.stderr + "".join(log.read_text()[-1000:] for log in logs)
