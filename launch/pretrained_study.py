@@ -153,7 +153,7 @@ def training(study: Study, arm: Arm) -> Stage:
 
 
 def reading(study: Study, arm: Arm, windows: Windows) -> Stage:
-    """Score the last tokens of windows, and, up to 2 L, passkeys and repetitions."""
+    """Score the last tokens of windows, passkeys and repetitions; at 4 L fewer of each."""
     numbers, result = study.numbers, study.out / arm.name / "evaluation" / f"{windows.name}.json"
     source = f"run={study.out / arm.name}" if arm.overrides else f"model={demo_plan.FULL.folder / 'model'}"
     multiples = (1, 2) if windows is NEAR else (4,)

@@ -149,17 +149,11 @@ def corpus(study: Study) -> None:
     # Of the 15 books that the share was chosen for, it holds out 5: their hashes are not spread evenly.
     books = ["+corpus=local_books", f"corpus.paths=[{study.books!r}]", "corpus.validation_share=0.55"]
     prepare, tokenizer = [sys.executable, "-m", "data_prep"], study.out / "tokenizer"
-    study_stages.run(
-        study.out, tokenizer, [*prepare, "train_tokenizer", *books, "vocab_size=2048", f"output={tokenizer}"]
-    )
-    study_stages.run(
-        study.out, study.store, [*prepare, "tokenize", *books, f"tokenizer={tokenizer}", f"output={study.store}"]
-    )
+    stage(tokenizer, [*prepare, "train_tokenizer", *books, "vocab_size=2048", f"output={tokenizer}"])
+    stage(study.store, [*prepare, "tokenize", *books, f"tokenizer={tokenizer}", f"output={study.store}"])
     text = study.out / "retrieval_text.jsonl.zst"
     room = [f"max_tokens={CONTEXT_LEN}", f"num_documents={200 if study.smoke else 50000}", KINDS]
-    study_stages.run(
-        study.out, text, [*prepare, "retrieval_text", *books, f"tokenizer={tokenizer}", *room, f"output={text}"]
-    )
+    stage(text, [*prepare, "retrieval_text", *books, f"tokenizer={tokenizer}", *room, f"output={text}"])
     made = ["+corpus=retrieval_text", f"corpus.paths=[{str(text)!r}]", f"tokenizer={tokenizer}"]
     stage(study.retrieval, [*prepare, "tokenize", *made, f"output={study.retrieval}"])
 

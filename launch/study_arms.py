@@ -6,6 +6,9 @@ controls, are scored with all seeds on windows that chose nothing, by a plan com
 
 from dataclasses import dataclass
 
+from clex_train.config.method import Method
+from clex_train.scaling import methods
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -40,16 +43,13 @@ class Arm:
     """True for an arm that is scored on the windows for judging, with every seed."""
 
 
-TITLES = {
-    "none": "plain RoPE",
-    "yarn": "YaRN at the factor of the length",
-    "ntk": "NTK(2t-1)",
-    "dynamic_ntk": "dynamic NTK",
-    "lm_infinite": "LM-Infinite",
-    "trained": "as trained",
-}
 BASE_METHODS = ("none", "yarn", "ntk", "dynamic_ntk", "lm_infinite")
 """Training-free methods, evaluated on the base model."""
+
+# YaRN's own label does not say that an evaluation takes the factor of each length, where the arms have one factor.
+TITLES = {name: methods.create(Method(name)).label for name in ("trained", *BASE_METHODS)} | {
+    "yarn": "YaRN at the factor of the length"
+}
 
 FIXED = ("scaling.factor=16", "scaling.positions=skip")
 """Frequencies at one factor, with rows of L spread over 16 L as in PoSE, arXiv 2309.10400."""

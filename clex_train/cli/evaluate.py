@@ -41,11 +41,11 @@ from clex_train.evaluation import methods, runner, streaming
 from clex_train.evaluation import provenance as origin
 from clex_train.evaluation import retrieval_runner as retrieval
 from clex_train.evaluation.console import tables_of
+from clex_train.evaluation.duplicates import method_cells
 from clex_train.evaluation.grid import cells as cells_of_table
 from clex_train.evaluation.partial_results import Partial, log_found
 from clex_train.evaluation.protocols import Reading, readings, require_key_tokens_fit, scored_tokens
 from clex_train.evaluation.results import NO_WINDOWS, Origin, Results, write
-from clex_train.evaluation.retrieval_runner import method_cells
 from clex_train.evaluation.runner import Feeding
 from clex_train.evaluation.streaming import Stream, plan_stream
 from clex_train.evaluation.windows import WindowSet, select
@@ -201,7 +201,7 @@ def forecast(
     """Sum the cost of everything that is read."""
     model, context_len = loaded.model, loaded.context_len
     prompts = method_cells(tables, todo.prompts, context_len, inserted)
-    forced = measure_runner.method_cells(tables, todo.forced, context_len, inserted)
+    forced = method_cells(tables, todo.forced, context_len, inserted)
     amount = evaluation_time.prompts_amount(model, prompts, feeding.chunk_len)
     amount += evaluation_time.forced_amount(model, forced, feeding)
     if todo.windows is not None:

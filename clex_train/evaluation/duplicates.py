@@ -4,11 +4,66 @@ Two methods give the same scores if they rotate by the same frequencies and use 
 `ntk` and `pi` are all plain RoPE. Frequencies are the same only if they agree to the bit.
 """
 
-from collections.abc import Collection, Iterable
+from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from clex_train.evaluation.task_scores import task_key
 from clex_train.scaling.frequency_table import Frequencies
 
 Identity = tuple[object, ...]
+
+
+class Prompts(Protocol):
+    """Prompts of one task or measure at one length."""
+
+    @property
+    def title(self) -> str:
+        """Name of the task or measure."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt with its answer."""
+        ...
+
+
+C = TypeVar("C", bound=Prompts)
+
+
+@dataclass(frozen=True, eq=False)
+class MethodCell(Generic[C]):
+    """Prompts of a cell under a method."""
+
+    method: str
+    table: Frequencies
+    cell: C
+    source: MethodCell[C] | None
+    """The one that this equals by definition; None if it has to be computed."""
+
+    @property
+    def key(self) -> str:
+        """Key of its scores, also among partial results."""
+        return task_key(self.cell.title, self.method, self.cell.length)
+
+
+def method_cells(
+    tables: Mapping[str, Frequencies], cells: Sequence[C], context_len: int, inserted: Collection[str] = ()
+) -> list[MethodCell[C]]:
+    """List the cells of the first method, then of the second, and so on; mark those that equal an earlier one.
+
+    `inserted` are the methods that change the model, and so equal no other.
+    """
+    todo, first = list[MethodCell[C]](), dict[object, MethodCell[C]]()
+    for method, table in tables.items():
+        for number, cell in enumerate(cells):
+            does = identity(method, table, [cell.length], context_len, inserted)
+            each = MethodCell(method, table, cell, first.get((number, does)))
+            first.setdefault((number, does), each)
+            todo.append(each)
+    return todo
 
 
 def identity(

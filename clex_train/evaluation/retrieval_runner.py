@@ -6,7 +6,7 @@ same number of forward passes, because under ZeRO-3 each forward is a collective
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clex_train.evaluation.decoding import greedy
-from clex_train.evaluation.duplicates import identity
+from clex_train.evaluation.duplicates import MethodCell, method_cells
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.perplexity import evaluating
 from clex_train.evaluation.results import Missing
 from clex_train.evaluation.runner import Gauge, Inserted, keeping_table, rank_batches
-from clex_train.evaluation.task_scores import MOST_CHARACTERS, TaskScore, task_key
+from clex_train.evaluation.task_scores import MOST_CHARACTERS, TaskScore
 from clex_train.lm_infinite.install import LmInfinite
 from clex_train.resilience.oom_recovery import MemoryGuard
 from clex_train.retrieval.plan import Cell
@@ -89,22 +89,6 @@ def evaluate(
     return scores, [row for row in rows if isinstance(row, Missing)]
 
 
-@dataclass(frozen=True, eq=False)
-class MethodCell:
-    """Prompts of a cell under a method."""
-
-    method: str
-    table: Frequencies
-    cell: Cell
-    source: MethodCell | None
-    """The one that this equals by definition; None if it has to be computed."""
-
-    @property
-    def key(self) -> str:
-        """Key of its scores."""
-        return task_key(self.cell.name.value, self.method, self.cell.length)
-
-
 @dataclass(frozen=True)
 class Decoding:
     """Execution settings, which change the results only by rounding."""
@@ -119,30 +103,13 @@ class Decoding:
     """Partial results, loaded and saved."""
 
 
-def method_cells(
-    tables: Mapping[str, Frequencies], cells: Sequence[Cell], context_len: int, inserted: Collection[str] = ()
-) -> list[MethodCell]:
-    """List the cells of the first method, then of the second, and so on; mark those that equal an earlier one.
-
-    `inserted` are the methods that change the model, and so equal no other.
-    """
-    todo, first = list[MethodCell](), dict[object, MethodCell]()
-    for method, table in tables.items():
-        for number, cell in enumerate(cells):
-            does = identity(method, table, [cell.length], context_len, inserted)
-            each = MethodCell(method, table, cell, first.get((number, does)))
-            first.setdefault((number, does), each)
-            todo.append(each)
-    return todo
-
-
-def _found(each: MethodCell, kept: Partial) -> Outcome:
+def _found(each: MethodCell[Cell], kept: Partial) -> Outcome:
     """Return the rows from an interrupted evaluation; empty if it did not finish them."""
     found = kept.find([each.key], lambda rows: convert(rows, list[TaskScore]))
     return found[0] if found else []
 
 
-def _copies(each: MethodCell, outcome: Outcome) -> Outcome:
+def _copies(each: MethodCell[Cell], outcome: Outcome) -> Outcome:
     """Copy the outcome of equal prompts to this method."""
     return [
         replace(row, method=each.method, copied_from=row.key)
@@ -152,7 +119,7 @@ def _copies(each: MethodCell, outcome: Outcome) -> Outcome:
     ]
 
 
-def _computed(each: MethodCell, put_in: object, how: Decoding, bar: tqdm) -> Outcome:
+def _computed(each: MethodCell[Cell], put_in: object, how: Decoding, bar: tqdm) -> Outcome:
     """Compute the outcome of a cell."""
     cell = each.cell
     bar.set_description(f"{cell.name.value} {each.method}, {cell.length} tokens", refresh=False)
@@ -168,7 +135,7 @@ def _computed(each: MethodCell, put_in: object, how: Decoding, bar: tqdm) -> Out
 
 
 def _generated(
-    each: MethodCell, make_cache: Callable[[], Any] | None, how: Decoding, guard: MemoryGuard, bar: tqdm
+    each: MethodCell[Cell], make_cache: Callable[[], Any] | None, how: Decoding, guard: MemoryGuard, bar: tqdm
 ) -> Tensor:
     """Generate answers: fingerprint and tokens of each prompt, int64 [size, 1 + num_new] on the CPU. Collective.
 
@@ -192,7 +159,7 @@ def _generated(
     return distributed.all_reduce_sum(generated)
 
 
-def _left(each: MethodCell, kept: Partial) -> tuple[Tensor, int]:
+def _left(each: MethodCell[Cell], kept: Partial) -> tuple[Tensor, int]:
     """Load the pieces of an interrupted cell: int64 [size, 1 + num_new], and the number of finished rounds."""
     # On rank 0 only and zeros elsewhere, or the all-reduce would count them once per rank.
     generated = torch.zeros(each.cell.size, 1 + each.cell.num_new, dtype=torch.int64)

@@ -42,6 +42,11 @@ class Cell:
     seed: int
 
     @property
+    def title(self) -> str:
+        """Name of the measure."""
+        return self.measure.value
+
+    @property
     def num_rows(self) -> int:
         """Rows at all places together: two for each prompt."""
         return 2 * len(self.places) * len(self.frames)

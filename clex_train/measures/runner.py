@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from base64 import b64decode, b64encode
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clex_train.config.measures import Measure
-from clex_train.evaluation.duplicates import identity
+from clex_train.evaluation.duplicates import MethodCell, method_cells
 from clex_train.evaluation.measure_scores import MeasureScore, to_row, with_error
 from clex_train.evaluation.partial_results import Partial
 from clex_train.evaluation.results import Missing, measure_score
@@ -91,46 +91,13 @@ def evaluate(
     return scores, [row for row in rows if isinstance(row, Missing)]
 
 
-@dataclass(frozen=True, eq=False)
-class MethodCell:
-    """Rows of a cell under a method."""
-
-    method: str
-    table: Frequencies
-    cell: Cell
-    source: MethodCell | None
-    """The one that this equals by definition; None if it has to be computed."""
-
-    @property
-    def key(self) -> str:
-        """Key of its scores among partial results."""
-        return f"{self.cell.measure.value}/{self.method}/{self.cell.length}"
-
-
-def method_cells(
-    tables: Mapping[str, Frequencies], cells: Sequence[Cell], context_len: int, inserted: Collection[str] = ()
-) -> list[MethodCell]:
-    """List the cells of the first method, then of the second, and so on; mark those that equal an earlier one.
-
-    `inserted` are the methods that change the model, and so equal no other.
-    """
-    todo, first = list[MethodCell](), dict[object, MethodCell]()
-    for method, table in tables.items():
-        for number, cell in enumerate(cells):
-            does = identity(method, table, [cell.length], context_len, inserted)
-            each = MethodCell(method, table, cell, first.get((number, does)))
-            first.setdefault((number, does), each)
-            todo.append(each)
-    return todo
-
-
-def _found(each: MethodCell, kept: Partial) -> Outcome:
+def _found(each: MethodCell[Cell], kept: Partial) -> Outcome:
     """Return the scores from an interrupted evaluation; empty if it did not finish them."""
     found = kept.find([each.key], lambda rows: [measure_score(row) for row in rows])
     return found[0] if found else []
 
 
-def _copies(each: MethodCell, outcome: Outcome) -> Outcome:
+def _copies(each: MethodCell[Cell], outcome: Outcome) -> Outcome:
     """Copy the outcome of equal rows to this method."""
     return [
         replace(row, method=each.method, copied_from=row.key)
@@ -140,7 +107,7 @@ def _copies(each: MethodCell, outcome: Outcome) -> Outcome:
     ]
 
 
-def _computed(model: nn.Module, handle: RotaryHandle, each: MethodCell, feeding: Feeding, bar: tqdm) -> Outcome:
+def _computed(model: nn.Module, handle: RotaryHandle, each: MethodCell[Cell], feeding: Feeding, bar: tqdm) -> Outcome:
     """Compute the outcome of a cell."""
     cell = each.cell
     bar.set_description(f"{cell.measure.value} {each.method}, {cell.length} tokens", refresh=False)
@@ -157,7 +124,7 @@ def _computed(model: nn.Module, handle: RotaryHandle, each: MethodCell, feeding:
 class _Started:
     """A cell in progress: this rank's part of `tails` float32 [rows, 2, A], 0 elsewhere, and the finished batches."""
 
-    def __init__(self, each: MethodCell, kept: Partial) -> None:
+    def __init__(self, each: MethodCell[Cell], kept: Partial) -> None:
         self.key, self._kept, self.batches = each.key, kept, 0
         self.tails = torch.zeros(each.cell.num_rows, 2, each.cell.tail_len, dtype=torch.float32)
         # Damaged pieces count as none.

@@ -1,1 +1,1 @@
-"""config.json of a model of transformers: the context length that it states, and RoPE values that none can have."""
+"""config.json of a model of transformers: its context length, RoPE values that none can have, sizes, meta models."""

@@ -55,7 +55,7 @@ class LoadedModel:
     """Frequency table theta(t) as trained; None for plain RoPE."""
     log_scale: LogScale = LogScale.off
     log_scaling: LogScaling | TokenScaling | None = None
-    """What scales the logits of the model; None with `off`."""
+    """Scaling of the logits that is installed; None with `off`."""
     t_factor: float = 1.0
     """At inference, a context uses the t of one `t_factor` times as long; written into the table."""
     engine: Any = None

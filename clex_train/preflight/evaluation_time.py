@@ -16,16 +16,17 @@ import torch
 from torch import nn
 
 from clex_train.console import program
+from clex_train.evaluation.duplicates import MethodCell
 from clex_train.evaluation.grid import Cell
 from clex_train.evaluation.perplexity import one_shot
-from clex_train.evaluation.retrieval_runner import MethodCell
 from clex_train.evaluation.runner import Feeding, bounded_memory, keeping_table, work_of
 from clex_train.evaluation.scoring_head import score_chunk
 from clex_train.evaluation.streaming import Stream
-from clex_train.measures.runner import MethodCell as ForcedCell
+from clex_train.measures import plan as measures
 from clex_train.model_config.size import num_parameters
 from clex_train.models.load import LoadedModel
 from clex_train.preflight import sequence_parallel
+from clex_train.retrieval import plan as prompts
 from clex_train.tracking import summary
 from clex_train.utils import distributed
 
@@ -93,7 +94,7 @@ def windows_amount(
     return total
 
 
-def prompts_amount(model: nn.Module, todo: Sequence[MethodCell], chunk_len: int) -> Amount:
+def prompts_amount(model: nn.Module, todo: Sequence[MethodCell[prompts.Cell]], chunk_len: int) -> Amount:
     """Sum up the cells of retrieval."""
     total = Amount()
     for each in todo:
@@ -114,7 +115,7 @@ def prompts_amount(model: nn.Module, todo: Sequence[MethodCell], chunk_len: int)
     return total
 
 
-def forced_amount(model: nn.Module, todo: Sequence[ForcedCell], feeding: Feeding) -> Amount:
+def forced_amount(model: nn.Module, todo: Sequence[MethodCell[measures.Cell]], feeding: Feeding) -> Amount:
     """Sum up the cells of measures by teacher forcing."""
     total = Amount()
     for each in todo:

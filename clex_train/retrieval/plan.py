@@ -47,6 +47,11 @@ class Cell:
     shortest: int = field(init=False)
     """Tokens of the shortest prompt without filler: a lower bound for all prompts."""
 
+    @property
+    def title(self) -> str:
+        """Name of the task."""
+        return self.name.value
+
     def __post_init__(self) -> None:
         drafts = [self.draft(index) for index in range(self.num_prompts)]
         frames = [frame_len(self.tokenizer, draft, self.bos, self.in_chat) for draft in drafts]

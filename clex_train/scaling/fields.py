@@ -134,7 +134,7 @@ FIELDS: dict[str, type[Clex]] = {cls.kind: cls for cls in (Clex, LogTimeClex, Di
 
 @dataclass(frozen=True)
 class Shape:
-    """What builds a field besides frequencies: the contents of clex.json, or the keys of `scaling`."""
+    """Arguments of a field besides its frequencies: those of clex.json, or the keys of `scaling`."""
 
     kind: str
     t_max: float

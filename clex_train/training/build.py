@@ -59,7 +59,7 @@ def build(ready: Preflight, stop: StopRequests) -> Parts:
 
 
 def frequencies(config: Config, loaded: load.LoadedModel) -> OdeOptimizer | FixedFrequencies:
-    """Create what gives each step its frequencies: the optimizer of learned ones, or those of a formula."""
+    """Create the source of each step's frequencies: the optimizer of learned ones, or a formula's."""
     scaling = config.scaling
     if loaded.static is not None:
         factor = loaded.static.t_max
