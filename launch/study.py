@@ -42,8 +42,8 @@ CONTEXT_LEN = 128
 LENGTHS = [CONTEXT_LEN * multiple for multiple in (1, 2, 4, 8, 16, 32)]
 PROMPT_LENGTHS = [CONTEXT_LEN * multiple for multiple in (1, 2, 4, 8, 16)]
 READINGS = ["protocols=[one_shot,last_k]", "depths=[0.1,0.5,0.9]"]
-MEASURES = {CHOOSING.name: "measures=[forced_passkey]", JUDGING.name: "measures=[forced_passkey,repetition]"}
-"""Repetition has many distances and takes as long as everything else: it is left to the judging."""
+DISTANCES = [64, 512]
+"""Of repetitions, in tokens: within L and at 4 L. All doublings would take as long as everything else."""
 KINDS = "kinds=[passkey,repeat,quote,quote,quote]"
 SMOKE = ["optim.steps=6"]
 
@@ -76,12 +76,13 @@ class Study:
 
     def windows(self, arm: Arm, seed: int) -> list[Windows]:
         """List the windows that an arm is evaluated on."""
-        return [*([CHOOSING] if seed == self.seeds[0] else []), *([JUDGING] if arm.judged else [])]
+        chooses = arm.choosing and seed == self.seeds[0]
+        return [*([CHOOSING] if chooses else []), *([JUDGING] if seed in self.seeds[: arm.judged] else [])]
 
     def waves(self) -> list[list[tuple[Arm, int]]]:
         """Group (arm, seed) pairs into those that train and those that evaluate another arm's weights."""
-        # The first seed of every arm comes first: it decides which arms are worth more of them.
-        pairs = [(arm, seed) for seed in self.seeds for arm in ARMS if arm.judged or seed == self.seeds[0]]
+        # The first seed of every arm comes first, so that a study that is cut short has every row.
+        pairs = [(arm, seed) for seed in self.seeds for arm in ARMS if self.windows(arm, seed)]
         wanted = [(arm, seed) for arm, seed in pairs if self.only is None or arm.name in self.only]
         return [[pair for pair in wanted if (pair[0].weights_of is None) == trains] for trains in (True, False)]
 
@@ -200,7 +201,12 @@ def evaluate(
     lengths, prompts = (LENGTHS[:2], PROMPT_LENGTHS[:2]) if study.smoke else (LENGTHS, PROMPT_LENGTHS)
     command = [sys.executable, "-m", "clex_train.cli.evaluate", f"run={run}", f"methods=[{','.join(methods)}]"]
     command += [f"lengths={lengths}".replace(" ", ""), f"task_lengths={prompts}".replace(" ", ""), *READINGS]
-    command += [MEASURES[windows.name], f"data={study.store}", f"context_len={CONTEXT_LEN}"]
+    if windows is JUDGING:
+        distances = DISTANCES[:1] if study.smoke else DISTANCES
+        command += ["measures=[forced_passkey,repetition]", f"distances={distances}".replace(" ", "")]
+    else:
+        command += ["measures=[forced_passkey]"]
+    command += [f"data={study.store}", f"context_len={CONTEXT_LEN}"]
     command += [f"seed={windows.seed}", *overrides]
     numbers = ["num_windows=2", "num_prompts=1"] if study.smoke else ["num_windows=12", "num_prompts=8"]
     study_stages.run(study.out, output, [*command, *numbers, f"output={output}"])

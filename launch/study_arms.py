@@ -1,7 +1,7 @@
 """Arms of the study: name, overrides, and the methods that the weights are evaluated with.
 
-Every arm is scored on windows for choosing, with the first seed. Those that are `judged`, what was chosen and its
-controls, are scored with all seeds on windows that chose nothing, by a plan committed before (docs/results.md).
+Arms that are `choosing` are scored with the first seed on windows for choosing. Those that are `judged`, what was
+chosen and its controls, are scored on windows that chose nothing, by a plan committed before (docs/results.md).
 """
 
 from dataclasses import dataclass
@@ -37,10 +37,12 @@ class Arm:
     """Methods to evaluate on its weights; `trained` is the model as trained."""
     weights_of: str | None = None
     """Arm whose weights to evaluate; None: train its own."""
-    evaluation: tuple[str, ...] = ("log_scale=eval",)
+    evaluation: tuple[str, ...] = ()
     """Overrides for the evaluation."""
-    judged: bool = False
-    """True for an arm that is scored on the windows for judging, with every seed."""
+    choosing: bool = False
+    """True for an arm that is scored on the windows for choosing, with the first seed."""
+    judged: int = 0
+    """Number of seeds that are scored on the windows for judging."""
 
 
 BASE_METHODS = ("none", "yarn", "ntk", "dynamic_ntk", "lm_infinite")
@@ -51,55 +53,97 @@ TITLES = {name: methods.create(Method(name)).label for name in ("trained", *BASE
     "yarn": "YaRN at the factor of the length"
 }
 
+CLAIMED = 3
+"""Seeds of what is claimed; a neighbour that nothing is claimed of has one."""
+
 FIXED = ("scaling.factor=16", "scaling.positions=skip")
 """Frequencies at one factor, with rows of L spread over 16 L as in PoSE, arXiv 2309.10400."""
-STATIC = ("scaling=static", *FIXED)
 USED = "scaling.as_used=0.2"
-CLEX = ("scaling=clex", "scaling.t_max=32", "scaling.t_factor=2", "scaling.positions=skip", "scaling.log_scale=eval")
-"""CLEX by the recipe of the first study: t to twice what is evaluated, and in use the t of twice the length."""
-TODAY = (*CLEX, "scaling.field=paper", "scaling.lr_scale=0.002", "scaling.as_used=0")
-LOG_TIME = (*CLEX, "scaling.field=log_time", "scaling.lr_scale=1")
-PLAIN: tuple[str, ...] = ()
-"""Evaluation without log-scaling."""
-
-TRAINED_ON = Arm(
-    "continued", "trained on", ("scaling=none",), ("none", "yarn", "ntk", "lm_infinite"), evaluation=PLAIN, judged=True
+MOVING = (
+    "scaling=clex",
+    "scaling.t_max=32",
+    "scaling.t_factor=1",
+    "scaling.positions=skip",
+    "scaling.log_scale=off",
+    "scaling.field=log_time",
+    "scaling.drift=yarn",
+    "scaling.as_used=0.2",
 )
-YARN = Arm("yarn", "YaRN, factor 16", ("scaling=yarn", *FIXED), evaluation=PLAIN, judged=True)
+"""YaRN whose factor is drawn in training and is that of the length in use; its temperature moves with it."""
+FROZEN = "scaling.lr_scale=0"
+"""The field stays zero: what is left of CLEX is its drift."""
+STATIC = ("scaling=static", *FIXED, "+scaling.options.attention_factor=1.2772588722", USED)
+"""Learned frequencies from YaRN-16, with its constant attention factor 0.1 log 16 + 1."""
+STATIC_LOG = ("scaling=static", *FIXED, USED)
+PAPER = ("scaling=clex_paper", "scaling.max_residual=1000")
+NTK = (
+    "scaling=clex",
+    "scaling.t_max=32",
+    "scaling.t_factor=2",
+    "scaling.positions=skip",
+    "scaling.log_scale=eval",
+    "scaling.field=paper",
+)
+"""CLEX by the recipe of the first study: t to twice what is evaluated, and in use the t of twice the length."""
+HOT = "optim.lr=5.0e-4"
+"""For arms that start far from what the base can read: at 1e-4 the NTK drift gets nowhere at 16 L (docs/results.md)."""
+
+
+def rates(name: str, label: str, overrides: tuple[str, ...], judged: int) -> list[Arm]:
+    """List an arm at each learning rate that was tried on the windows for choosing; judge it at `judged` e-4."""
+    return [
+        Arm(
+            f"{name}_lr{rate}",
+            label if rate == 1 else f"{label}, lr {rate}e-4",
+            (*overrides, f"optim.lr={rate}.0e-4"),
+            choosing=True,
+            judged=CLAIMED if rate == judged else 0,
+        )
+        for rate in (1, 2, 5)
+    ]
+
+
+TRAINED_ON = Arm("continued", "trained on", ("scaling=none",), ("none", "yarn"), judged=CLAIMED)
+YARN = Arm("yarn", "YaRN, factor 16", ("scaling=yarn", *FIXED), judged=CLAIMED)
 
 # Names are folders of existing runs: renaming one orphans its results.
 ARMS = (
     TRAINED_ON,
     YARN,
-    Arm("yarn_log", "YaRN, factor 16, log-scaling", (), weights_of="yarn"),
-    Arm("ntk", "NTK, factor 16", ("scaling=ntk", *FIXED), judged=True),
-    Arm("theta", "theta 1e6", ("scaling=theta", *FIXED), judged=True),
-    Arm("cope", "CoPE", ("scaling=cope", *FIXED), judged=True),
-    Arm("p_rope", "p-RoPE", ("scaling=p_rope", *FIXED), judged=True),
-    Arm("evq", "EVQ-Cosh", ("scaling=evq", *FIXED), judged=True),
-    Arm("clex_paper", "CLEX, the paper's recipe", ("scaling=clex_paper", "scaling.max_residual=1000"), judged=True),
-    Arm("clex_today", "CLEX of the first study", TODAY, judged=True),
-    Arm("frozen", "NTK drift, frozen", (*TODAY, "scaling.lr_scale=0"), judged=True),
-    Arm("frozen_used", "NTK drift, frozen, as used", (*TODAY, "scaling.lr_scale=0", USED), judged=True),
-    Arm("frozen_yarn", "YaRN drift, frozen, as used", (*LOG_TIME, "scaling.lr_scale=0", "scaling.drift=yarn", USED)),
-    Arm("log_time", "log-time field", LOG_TIME, judged=True),
-    Arm("log_time_used", "log-time field, as used", (*LOG_TIME, USED), judged=True),
-    Arm("log_time_yarn", "log-time field on YaRN's drift, as used", (*LOG_TIME, "scaling.drift=yarn", USED)),
-    Arm("direction", "one direction, as used", (*LOG_TIME, "scaling.field=direction", "scaling.lr_scale=7", USED)),
-    Arm("static", "static, from YaRN-16, as used", (*STATIC, USED), judged=True),
-    Arm("static_unused", "static, from YaRN-16", (*STATIC, "scaling.as_used=0"), judged=True),
-    Arm("static_plain", "static, as used, without log-scaling", (), weights_of="static", evaluation=PLAIN),
+    *rates("yarn_used", "YaRN, factor 16, as used", ("scaling=yarn", *FIXED, USED), judged=1),
+    Arm("static", "static, from YaRN-16, as used", STATIC, judged=CLAIMED),
+    *rates("moving_yarn", "YaRN drift, frozen", (*MOVING, FROZEN), judged=1),
+    Arm("field", "log-time field on YaRN's drift", (*MOVING, "scaling.lr_scale=1"), judged=CLAIMED),
+    *rates("moving_ntk", "NTK drift, frozen", (*NTK, FROZEN, USED), judged=5),
+    Arm("clex_first", "CLEX of the first study, lr 5e-4", (*NTK, "scaling.lr_scale=0.002", HOT), judged=CLAIMED),
+    # The winner without each of its parts.
+    Arm("moving_yarn_unused", "YaRN drift without steps as used", (*MOVING, FROZEN, "scaling.as_used=0"), judged=1),
     Arm(
-        "static_tempered",
-        "static, from YaRN-16 with its attention factor, as used",
-        (*STATIC, "+scaling.options.attention_factor=1.2772588722", USED),
-        evaluation=PLAIN,
-        judged=True,
+        "moving_yarn_ahead",
+        "YaRN drift read at twice t",
+        (),
+        weights_of="moving_yarn_lr1",
+        evaluation=("t_factor=2",),
+        judged=1,
     ),
-    Arm("static_ntk", "static, from NTK-16, as used", (*STATIC, "+scaling.options.start=ntk", USED)),
-    Arm("static_32", "static, from YaRN-32, as used", (*STATIC, "scaling.factor=32", USED)),
-    Arm("ramp", "YaRN with a learned ramp, as used", (*STATIC, "+scaling.options.learn=ramp", USED)),
-    Arm("yarn_used", "YaRN, factor 16, as used", ("scaling=yarn", *FIXED, USED), evaluation=PLAIN, judged=True),
+    Arm(
+        "moving_yarn_log",
+        "YaRN drift, log-scaling",
+        (),
+        weights_of="moving_yarn_lr1",
+        evaluation=("log_scale=eval",),
+        judged=1,
+    ),
+    # Neighbours.
+    Arm("direction", "one direction on YaRN's drift", (*MOVING, "scaling.field=direction"), judged=1),
+    Arm("ramp", "YaRN with a learned ramp", (*STATIC, "+scaling.options.learn=ramp"), judged=1),
+    Arm("static_log", "static, log-scaling for the factor", STATIC_LOG, evaluation=("log_scale=eval",), judged=1),
+    Arm("ntk", "NTK, factor 16, lr 5e-4", ("scaling=ntk", *FIXED, HOT), judged=1),
+    Arm("theta", "theta 1e6, lr 5e-4", ("scaling=theta", *FIXED, HOT), judged=1),
+    Arm("cope", "CoPE, lr 5e-4", ("scaling=cope", *FIXED, HOT), judged=1),
+    Arm("p_rope", "p-RoPE, lr 5e-4", ("scaling=p_rope", *FIXED, HOT), judged=1),
+    Arm("evq", "EVQ-Cosh, lr 5e-4", ("scaling=evq", *FIXED, HOT), judged=1),
+    Arm("clex_paper", "CLEX, the paper's recipe, lr 5e-4", (*PAPER, HOT), judged=1),
 )
 
 REFERENCE = YARN.label

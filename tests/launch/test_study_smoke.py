@@ -29,7 +29,17 @@ def book(number: int) -> str:
 @pytest.mark.timeout(900)
 def test_every_stage_of_the_study_runs_and_the_record_prints_its_tables(tmp_path: Path) -> None:
     books = write_jsonl(tmp_path / "books.jsonl", [{"text": book(number)} for number in range(NUM_BOOKS)])
-    given = ["--books", str(books), "--out", str(tmp_path / "out"), "--seeds", "1", "--smoke", "--only", "static"]
+    given = [
+        "--books",
+        str(books),
+        "--out",
+        str(tmp_path / "out"),
+        "--seeds",
+        "1",
+        "--smoke",
+        "--only",
+        "yarn_used_lr1",
+    ]
     command = [sys.executable, "-m", "launch.study", *given]
     # Tests of this process may have opened a group; the programs of the study open their own.
     environment = launch_environment()
@@ -40,7 +50,7 @@ def test_every_stage_of_the_study_runs_and_the_record_prints_its_tables(tmp_path
     text = (tmp_path / "out" / "report" / "tables.md").read_text()
     assert text == study_tables.text(record)
     assert {(entry.arm, entry.windows) for entry in record.entries} == {
-        (arm, windows) for arm in ("base", "static") for windows in ("choosing", "judging")
+        (arm, windows) for arm in ("base", "yarn_used_lr1") for windows in ("choosing", "judging")
     }
     assert all(name in text for name in ("one_shot", "last_k", "passkey", "repeated statement"))
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
