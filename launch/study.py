@@ -116,10 +116,9 @@ def main() -> int:
         train(study, study.base, "study_base", [])
         # Threads suffice: each one waits for a subprocess.
         with ThreadPoolExecutor(args.jobs) as pool:
-            # Beside the arms: five methods on one set of weights take as long as training two arms.
-            of_base = [pool.submit(evaluate_base, study, windows) for windows in (CHOOSING, JUDGING)]
             codes = [code for wave in study.waves() for code in pool.map(partial(run_arm, study), wave)]
-            codes += [each.result() for each in of_base]
+            # Last, so that a study that is cut short has its arms: five methods on one set of weights take long.
+            codes += pool.map(partial(evaluate_base, study), (CHOOSING, JUDGING))
     except subprocess.CalledProcessError as error:
         return study_stages.failed(error)
     except Interrupted as interrupt:
