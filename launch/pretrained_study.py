@@ -7,8 +7,9 @@
     3 readings   the last tokens of held-out windows, passkeys, repetitions   clex_train.cli.evaluate run=...
     4 tables     the record of all figures, and the tables made of it         OUT/report/study.json, tables.md
 
-A night on two cores. The most valuable arms come first, and 32k last, since a reading of it costs three of 16k. A stage
-whose result exists is skipped, and an interrupted training run resumes: run the same command again to continue.
+A night on two cores. The control and what is claimed come first, at every length; then the other arms, in the order of
+their value. A stage whose result exists is skipped, and an interrupted training run resumes: run the same command again
+to continue.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -38,21 +40,22 @@ from launch.study_arms import Arm, Windows
 NEAR, FAR = Windows("near", 20), Windows("far", 21)
 """Readings up to 2 L, and at 4 L alone: other windows, since few documents are long enough."""
 
-ROWS = ("scaling.positions=skip", "scaling.log_scale=off")
+ROWS = ("scaling.positions=skip", "scaling.log_scale=off", "scaling.as_used=0.2")
 FIXED = ("scaling.factor=4", *ROWS)
 CLEX = ("scaling=clex", "scaling.t_max=4", "scaling.t_factor=1", *ROWS)
-USED = "scaling.as_used=0.2"
+MOVING = (*CLEX, "scaling.field=log_time", "scaling.drift=yarn")
+STATIC = ("scaling=static", *FIXED, "+scaling.options.attention_factor=1.1386294361")
 
 ARMS = (
     Arm("plain", "trained on, YaRN at the factor of the length", ("scaling=none",), ("yarn",)),
-    Arm("static", "static, from YaRN-4, as used", ("scaling=static", *FIXED, USED)),
-    Arm("log_time", "log-time field, as used", (*CLEX, "scaling.field=log_time", "scaling.lr_scale=1", USED)),
-    Arm("frozen", "NTK drift, frozen", (*CLEX, "scaling.lr_scale=0")),
-    Arm("clex", "CLEX of the first study", (*CLEX, "scaling.lr_scale=0.002", "scaling.as_used=0")),
-    Arm("yarn", "YaRN, factor 4", ("scaling=yarn", *FIXED)),
+    Arm("moving_yarn", "YaRN drift, frozen", (*MOVING, "scaling.lr_scale=0")),
+    Arm("static", "static, from YaRN-4, as used", STATIC),
+    Arm("field", "log-time field on YaRN's drift", (*MOVING, "scaling.lr_scale=1")),
+    Arm("yarn", "YaRN, factor 4, as used", ("scaling=yarn", *FIXED)),
+    Arm("moving_ntk", "NTK drift, frozen", (*CLEX, "scaling.field=paper", "scaling.lr_scale=0")),
 )
 """The control first: without it no other arm says anything."""
-UNTRAINED = Arm("untrained", "untrained", (), ("yarn", "ntk", "lm_infinite"))
+UNTRAINED = Arm("untrained", "untrained", (), ("yarn", "lm_infinite"))
 CONTROL = ARMS[0].label
 """Row that everything is compared with: trained on as long, read with YaRN at the factor of the length."""
 
@@ -68,11 +71,13 @@ class Numbers:
     last_k: int
     """Tokens at the end of a window that are scored."""
     windows: int
-    prompts: int
+    """Windows of L and 2 L; half as many of 4 L."""
+    distances: tuple[int, int]
+    """Distances of repeated statements in tokens, up to 2 L and at 4 L."""
 
 
-FULL = Numbers(context_len=8192, seq_len=1024, last_k=2048, windows=6, prompts=4)
-SMOKE = Numbers(context_len=512, seq_len=64, last_k=128, windows=2, prompts=1)
+FULL = Numbers(context_len=8192, seq_len=1024, last_k=2048, windows=6, distances=(4096, 16384))
+SMOKE = Numbers(context_len=512, seq_len=64, last_k=128, windows=2, distances=(128, 512))
 """The same model said to have L = 512: every stage runs, and no number means anything."""
 
 
@@ -124,9 +129,12 @@ def main() -> int:
 def plan(study: Study) -> list[Stage]:
     """List every stage, the most valuable first."""
     prepared = demo_plan.preparation(study.out, study.stores)
-    near = [stage for arm in ARMS for stage in (training(study, arm), reading(study, arm, NEAR))]
-    far = [reading(study, arm, FAR) for arm in (*ARMS, UNTRAINED)]
-    return [*prepared, *near[:2], reading(study, UNTRAINED, NEAR), *near[2:], *far]
+    near = {arm.name: [training(study, arm), reading(study, arm, NEAR)] for arm in ARMS}
+    far = {arm.name: reading(study, arm, FAR) for arm in ARMS}
+    first = [*near["plain"], *near["moving_yarn"], far["plain"], far["moving_yarn"]]
+    untrained = [reading(study, UNTRAINED, windows) for windows in (NEAR, FAR)]
+    others = [[*near[arm.name], far[arm.name]] for arm in ARMS[2:]]
+    return [*prepared, *first, *others[0], *untrained, *chain.from_iterable(others[1:])]
 
 
 def training(study: Study, arm: Arm) -> Stage:
@@ -153,10 +161,11 @@ def training(study: Study, arm: Arm) -> Stage:
 
 
 def reading(study: Study, arm: Arm, windows: Windows) -> Stage:
-    """Score the last tokens of windows, passkeys and repetitions; at 4 L fewer of each."""
+    """Score the last tokens of windows, passkeys and repetitions; at 4 L, where each costs most, fewer of each."""
+    near = windows is NEAR
     numbers, result = study.numbers, study.out / arm.name / "evaluation" / f"{windows.name}.json"
     source = f"run={study.out / arm.name}" if arm.overrides else f"model={demo_plan.FULL.folder / 'model'}"
-    multiples = (1, 2) if windows is NEAR else (4,)
+    multiples = (1, 2) if near else (4,)
     keys = [
         source,
         f"context_len={numbers.context_len}",
@@ -165,10 +174,11 @@ def reading(study: Study, arm: Arm, windows: Windows) -> Stage:
         f"lengths=[{','.join(str(numbers.context_len * each) for each in multiples)}]",
         "protocols=[last_k]",
         f"last_k={numbers.last_k}",
-        f"num_windows={numbers.windows if windows is NEAR else max(1, numbers.windows // 2)}",
+        f"num_windows={numbers.windows if near else numbers.windows // 2}",
         "measures=[forced_passkey_noise,repetition]",
-        "depths=[0.1,0.5,0.9]",
-        f"num_prompts={numbers.prompts if windows is NEAR else 1}",
+        f"depths={'[0.1,0.5,0.9]' if near else '[0.1]'}",
+        f"distances=[{numbers.distances[0 if near else 1]}]",
+        "num_prompts=1",
         f"precision={study.precision}",
         f"seed={windows.seed}",
         f"output={result}",
