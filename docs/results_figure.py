@@ -1,4 +1,4 @@
-"""The figure of docs/results.md, drawn from the tables on that page.
+"""The figure of docs/first_study.md, drawn from the tables on that page.
 
     python docs/results_figure.py
 
@@ -19,7 +19,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from PIL import Image
 
-PAGE = Path(__file__).with_name("results.md")
+PAGE = Path(__file__).with_name("first_study.md")
 FIGURE = Path(__file__).with_name("results.png")
 PERPLEXITY = "Perplexity, `one_shot`"
 REFERENCE = "CLEX, our recipe"
