@@ -40,19 +40,18 @@ from launch.study_arms import Arm, Windows
 NEAR, FAR = Windows("near", 20), Windows("far", 21)
 """Readings up to 2 L, and at 4 L alone: other windows, since few documents are long enough."""
 
-ROWS = ("scaling.positions=skip", "scaling.log_scale=off", "scaling.as_used=0.2")
-FIXED = ("scaling.factor=4", *ROWS)
-CLEX = ("scaling=clex", "scaling.t_max=4", "scaling.t_factor=1", *ROWS)
-MOVING = (*CLEX, "scaling.field=log_time", "scaling.drift=yarn")
-STATIC = ("scaling=static", *FIXED, "+scaling.options.attention_factor=1.1386294361")
+FIXED = ("scaling.factor=4", "scaling.positions=skip", "scaling.as_used=0.2")
+CLEX = ("scaling=clex", "scaling.t_max=4")
+NTK = ("scaling=clex_ntk", "scaling.t_max=4", "scaling.t_factor=1", "scaling.log_scale=off", "scaling.as_used=0.2")
+FROZEN = "scaling.lr_scale=0"
 
 ARMS = (
     Arm("plain", "trained on, YaRN at the factor of the length", ("scaling=none",), ("yarn",)),
-    Arm("moving_yarn", "YaRN drift, frozen", (*MOVING, "scaling.lr_scale=0")),
-    Arm("static", "static, from YaRN-4, as used", STATIC),
-    Arm("field", "log-time field on YaRN's drift", (*MOVING, "scaling.lr_scale=1")),
+    Arm("moving_yarn", "CLEX, field frozen", (*CLEX, FROZEN)),
+    Arm("static", "static, from YaRN-4, as used", ("scaling=static", *FIXED)),
+    Arm("field", "CLEX, our recipe", CLEX),
     Arm("yarn", "YaRN, factor 4, as used", ("scaling=yarn", *FIXED)),
-    Arm("moving_ntk", "NTK drift, frozen", (*CLEX, "scaling.field=paper", "scaling.lr_scale=0")),
+    Arm("moving_ntk", "NTK drift, field frozen", (*NTK, FROZEN)),
 )
 """The control first: without it no other arm says anything."""
 UNTRAINED = Arm("untrained", "untrained", (), ("yarn", "lm_infinite"))

@@ -59,32 +59,16 @@ CLAIMED = 3
 FIXED = ("scaling.factor=16", "scaling.positions=skip")
 """Frequencies at one factor, with rows of L spread over 16 L as in PoSE, arXiv 2309.10400."""
 USED = "scaling.as_used=0.2"
-MOVING = (
-    "scaling=clex",
-    "scaling.t_max=32",
-    "scaling.t_factor=1",
-    "scaling.positions=skip",
-    "scaling.log_scale=off",
-    "scaling.field=log_time",
-    "scaling.drift=yarn",
-    "scaling.as_used=0.2",
-)
-"""YaRN whose factor is drawn in training and is that of the length in use; its temperature moves with it."""
+CLEX = ("scaling=clex",)
+"""Our recipe: YaRN's path with moving t and its temperature, and a field that learns the rest."""
 FROZEN = "scaling.lr_scale=0"
 """The field stays zero: what is left of CLEX is its drift."""
-STATIC = ("scaling=static", *FIXED, "+scaling.options.attention_factor=1.2772588722", USED)
-"""Learned frequencies from YaRN-16, with its constant attention factor 0.1 log 16 + 1."""
-STATIC_LOG = ("scaling=static", *FIXED, USED)
+NTK = ("scaling=clex_ntk",)
+"""The recipe of the first study: NTK's path, and in use the t of twice the length."""
+STATIC = ("scaling=static", *FIXED, USED)
+"""Learned frequencies from YaRN-16, with its constant attention factor."""
+NO_FACTOR = "+scaling.options.attention_factor=1"
 PAPER = ("scaling=clex_paper", "scaling.max_residual=1000")
-NTK = (
-    "scaling=clex",
-    "scaling.t_max=32",
-    "scaling.t_factor=2",
-    "scaling.positions=skip",
-    "scaling.log_scale=eval",
-    "scaling.field=paper",
-)
-"""CLEX by the recipe of the first study: t to twice what is evaluated, and in use the t of twice the length."""
 HOT = "optim.lr=5.0e-4"
 """For arms that start far from what the base can read: at 1e-4 the NTK drift gets nowhere at 16 L (docs/results.md)."""
 
@@ -112,15 +96,15 @@ ARMS = (
     YARN,
     *rates("yarn_used", "YaRN, factor 16, as used", ("scaling=yarn", *FIXED, USED), judged=1),
     Arm("static", "static, from YaRN-16, as used", STATIC, judged=CLAIMED),
-    *rates("moving_yarn", "YaRN drift, frozen", (*MOVING, FROZEN), judged=1),
-    Arm("field", "log-time field on YaRN's drift", (*MOVING, "scaling.lr_scale=1"), judged=CLAIMED),
-    *rates("moving_ntk", "NTK drift, frozen", (*NTK, FROZEN, USED), judged=5),
-    Arm("clex_first", "CLEX of the first study, lr 5e-4", (*NTK, "scaling.lr_scale=0.002", HOT), judged=CLAIMED),
+    *rates("moving_yarn", "CLEX, field frozen", (*CLEX, FROZEN), judged=1),
+    Arm("field", "CLEX, our recipe", CLEX, judged=CLAIMED),
+    *rates("moving_ntk", "NTK drift, field frozen", (*NTK, FROZEN, USED), judged=5),
+    Arm("clex_first", "CLEX of the first study, lr 5e-4", (*NTK, HOT), judged=CLAIMED),
     # The winner without each of its parts.
-    Arm("moving_yarn_unused", "YaRN drift without steps as used", (*MOVING, FROZEN, "scaling.as_used=0"), judged=1),
+    Arm("moving_yarn_unused", "CLEX, field frozen, no steps as used", (*CLEX, FROZEN, "scaling.as_used=0"), judged=1),
     Arm(
         "moving_yarn_ahead",
-        "YaRN drift read at twice t",
+        "CLEX, field frozen, read at twice t",
         (),
         weights_of="moving_yarn_lr1",
         evaluation=("t_factor=2",),
@@ -128,16 +112,27 @@ ARMS = (
     ),
     Arm(
         "moving_yarn_log",
-        "YaRN drift, log-scaling",
+        "CLEX, field frozen, log-scaling besides",
         (),
         weights_of="moving_yarn_lr1",
         evaluation=("log_scale=eval",),
         judged=1,
     ),
     # Neighbours.
-    Arm("direction", "one direction on YaRN's drift", (*MOVING, "scaling.field=direction"), judged=1),
+    Arm(
+        "direction",
+        "one learned direction for the field",
+        (*CLEX, "scaling.field=direction", "scaling.lr_scale=7"),
+        judged=1,
+    ),
     Arm("ramp", "YaRN with a learned ramp", (*STATIC, "+scaling.options.learn=ramp"), judged=1),
-    Arm("static_log", "static, log-scaling for the factor", STATIC_LOG, evaluation=("log_scale=eval",), judged=1),
+    Arm(
+        "static_log",
+        "static, log-scaling instead of a factor",
+        (*STATIC, NO_FACTOR),
+        evaluation=("log_scale=eval",),
+        judged=1,
+    ),
     Arm("ntk", "NTK, factor 16, lr 5e-4", ("scaling=ntk", *FIXED, HOT), judged=1),
     Arm("theta", "theta 1e6, lr 5e-4", ("scaling=theta", *FIXED, HOT), judged=1),
     Arm("cope", "CoPE, lr 5e-4", ("scaling=cope", *FIXED, HOT), judged=1),

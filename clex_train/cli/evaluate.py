@@ -119,9 +119,19 @@ def choose(args: EvaluateArguments, plan: Plan) -> Todo:
     return Todo(windows, spans, prompts, measure_plan.build_cells(spec, tokenizer, plan.store, args.seed, bos_id))
 
 
+def describe_methods(plan: Plan) -> str:
+    """List the methods, and the keys by which they read the model in another way than it was trained for."""
+    spec = plan.spec
+    others = [
+        *([f"t_factor {spec.t_factor:g}"] if spec.t_factor is not None else []),
+        *([f"log-scaling {spec.log_scale.name}"] if spec.log_scale is not None else []),
+    ]
+    return ", ".join(method.value for method in spec.methods) + (f"; {', '.join(others)}" if others else "")
+
+
 def describe_tables(plan: Plan, todo: Todo) -> Iterator[str]:
     """Yield the lines of the opening block about windows and prompts."""
-    yield labelled("methods", ", ".join(method.value for method in plan.spec.methods))
+    yield labelled("methods", describe_methods(plan))
     if todo.windows is not None:
         lengths = ", ".join(f"{length:,}" for length in plan.spec.lengths)
         protocols = ", ".join(protocol.value for protocol in plan.spec.protocols)
@@ -137,7 +147,7 @@ def describe_tables(plan: Plan, todo: Todo) -> Iterator[str]:
 
 def describe_stream(plan: Plan, text: Stream) -> Iterator[str]:
     """Yield the lines of the opening block about one long text."""
-    yield labelled("methods", ", ".join(method.value for method in plan.spec.methods))
+    yield labelled("methods", describe_methods(plan))
     yield labelled("data", f"{plan.store.path}: a stream of {text.num_tokens:,} held-out tokens")
 
 

@@ -61,7 +61,7 @@ class ExportConfig:
     """Folder of a finished run: its `final/` is exported."""
     model: str | None = None
     """Model directory instead of a run: the `final/` of a run, or one in the official layout."""
-    format: Format = Format.official
+    format: Format = Format.huggingface
     """`huggingface`: transformers, at one t. `vllm`, `sglang`: the same, for these servers. `gguf`: llama.cpp.
     `official`: what the original CLEX code reads."""
     output: str | None = None

@@ -131,13 +131,13 @@ class ScalingConfig:
     act: Activation = Activation.silu
     """Activation of the vector field."""
     lr_scale: float = 0.05
-    """Learning rate of the ODE relative to the model's, 0 or more; 0 freezes the field at the NTK drift."""
+    """Learning rate of the ODE relative to the model's, 0 or more; 0 freezes the field at its drift."""
     weight_decay: float = 0.0
     """Weight decay of the ODE's own AdamW, 0 or more."""
     clip: float = 1.0
     """Maximum gradient norm of the ODE's parameters, above 0."""
     max_residual: float = 4.0
-    """Guard: stop the run, naming t, when the learned part |log theta - log theta_ntk| exceeds this; above 0."""
+    """Guard: stop the run, naming t, when the learned part |log theta - log theta_drift| exceeds this; above 0."""
     tolerance: float = 1e-6
     """Maximum error in log theta of the solver's grid, checked by step doubling; 1e-12 to 1e-2."""
     check_every: int = 100

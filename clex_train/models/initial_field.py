@@ -35,8 +35,10 @@ def starting_field(config: Config, rope: Rope) -> tuple[Clex, LogScale]:
 def _continued(clex: Clex, scaling: ScalingConfig, directory: Path) -> Clex:
     """Check a trained field against the configuration, and extend or limit it to this run's t_max."""
     factor = clex.up.shape[1] / (2 * clex.up.shape[0])
-    for key, found, wanted in (("field", clex.kind, scaling.field), ("drift", clex.drift_name, scaling.drift)):
-        require(found == wanted.value, f"scaling.{key}", wanted.name, f"{directory} has {found}; set that")
+    own = f"{directory} has {clex.kind}; set scaling.field={clex.kind} scaling.drift={clex.drift_name}"
+    require(clex.kind == scaling.field.value, "scaling.field", scaling.field.name, own)
+    own = f"{directory} has {clex.drift_name}; set scaling.drift={clex.drift_name}"
+    require(clex.drift_name == scaling.drift.value, "scaling.drift", scaling.drift.name, own)
     require(clex.act == scaling.act.value, "scaling.act", scaling.act.name, f"{directory} has {clex.act}; set that")
     require(
         round(scaling.param_factor * 2 * len(clex.base_inv_freq)) == clex.up.shape[1],

@@ -9,7 +9,6 @@ direction: with W_down = 0, one vector that moves with log t. Shapes: `P` pairs,
 """
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.solver import Field
+from clex_train.scaling.spectrum import yarn_attention_factor
 from clex_train.scaling.vector_field import ACTIVATIONS
 from clex_train.utils.seeding import generator
 
@@ -93,7 +93,7 @@ class LogTimeClex(Clex):
 
     def attention_factor(self, t: float) -> float:
         """Return the factor on cos and sin at `t`: YaRN's 0.1 log t + 1 with its drift, else 1."""
-        return 0.1 * math.log(t) + 1 if self.drift_name == "yarn" else 1.0
+        return yarn_attention_factor(t) if self.drift_name == "yarn" else 1.0
 
     def drift(self, t: Float64[Tensor, " K"]) -> Float64[Tensor, "K P"]:
         """Compute log theta(1) - log theta(t) of the known path: NTK's, or by `shares`."""

@@ -1,5 +1,6 @@
 """The untrained vector field of a run: its kind, its sizes and its drift, by the keys of `scaling`."""
 
+import torch
 from jaxtyping import Float64
 from torch import Tensor
 
@@ -7,15 +8,17 @@ from clex_train.config.scaling import Drift, ScalingConfig
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.fields import Shape
 from clex_train.scaling.methods.base import Rope
-from clex_train.scaling.methods.yarn import Yarn
-from clex_train.utils.errors import require
+from clex_train.scaling.methods.yarn import ramp_ends
+
+LEAST_RAMP = 1e-3
+"""Length of a ramp whose ends fall together, in pairs, as in transformers' formula."""
 
 
 def new_field(scaling: ScalingConfig, rope: Rope, seed: int = 0) -> Clex:
     """Build the untrained field of a run that starts from `rope`.
 
     Raises:
-        ConfigError: `scaling.drift=yarn` for a RoPE that YaRN's formula does not start from.
+        ConfigError: `scaling.drift=yarn` for a model whose config names no base of its frequencies.
     """
     shape = Shape(
         scaling.field.value,
@@ -35,8 +38,8 @@ def drift_shares(drift: Drift, rope: Rope) -> Float64[Tensor, " P"] | None:
         return None
     if drift is Drift.none:
         return rope.inv_freq.detach().double() * 0
-    # YaRN's ramp does not depend on t, so transformers' frequencies at t = 2 give it: theta(2) / theta(1) = 1 - m / 2.
-    theta = Yarn().table(rope, [1.0, 2.0]).inv_freq
-    shares = 2 * (1 - theta[1] / theta[0])
-    require(bool((shares > -1e-5).all()), "scaling.drift", "yarn", "YaRN would speed pairs up on this model; use ntk")
-    return shares.clamp(0, 1)
+    # By the number of the pair and not by its frequency, as in YaRN: so the ramp is the same over a RoPE that the
+    # model's own config scales already, which transformers' formula refuses.
+    low, high = ramp_ends(rope)
+    pairs = torch.arange(len(rope.inv_freq), dtype=torch.float64)
+    return ((pairs - low) / max(high - low, LEAST_RAMP)).clamp(0, 1)

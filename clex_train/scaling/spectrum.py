@@ -40,6 +40,11 @@ def ntk_exponents(num_pairs: int) -> Float64[Tensor, " P"]:
     return torch.arange(num_pairs, dtype=torch.float64) / max(1, num_pairs - 1)
 
 
+def yarn_attention_factor(t: float) -> float:
+    """Return YaRN's factor on cos and sin at a scale factor of at least 1: 0.1 ln t + 1 (arXiv 2309.00071)."""
+    return 0.1 * math.log(t) + 1
+
+
 def cos_sin(
     positions: Int[Tensor, "*batch S"] | Float[Tensor, "*batch S"], inv_freq: Float[Tensor, " P"]
 ) -> tuple[Float[Tensor, "*batch S P"], Float[Tensor, "*batch S P"]]:

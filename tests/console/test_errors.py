@@ -44,7 +44,7 @@ def line_for(*overrides: str) -> str:
         ("dry_run=maybe", "dry_run=maybe: should be true or false"),
         ("seed=null", "seed=null: null is not allowed here"),
         ("~optim.lr", "~optim.lr: a key cannot be removed, only set"),
-        ("scaling=clexx", "scaling=clexx: no such option; did you mean clex?"),
+        ("scaling=clexx", "scaling=clexx: no such option; did you mean clex or clex_ntk?"),
         ("experiment=tiny_clex", "experiment: an experiment is added with a plus sign: +experiment=NAME"),
         ("+experiment=tiny_clxe", "experiment=tiny_clxe: no such option; did you mean tiny_clex or tiny_base?"),
         ("+experiments=tiny_clex", "experiments: no such key; --help lists them all"),

@@ -286,15 +286,18 @@ def test_the_program_writes_what_the_function_writes(directory, tmp_path, monkey
         (["output={new}"], "run: name either run=FOLDER or model=DIR"),
         (["model={official}"], "output: name the directory to write"),
         (["model={official}", "output={official}"], "exists already"),
-        (["model={new}", "output={new}"], "no directory with a CLEX field"),
+        (["model={new}", "output={new}", "format=official"], "no directory with a CLEX field"),
         (["run={official}", "output={new}"], "no final/ in it"),
         (["model={official}", "output={new}", "format=onnx"], "format"),
-        (["model={official}", "output={new}", "log_scale=eval"], "log_scale=eval"),
+        (["model={official}", "output={new}", "format=official", "log_scale=eval"], "log_scale=eval"),
         (["model={official}", "output="], "output: name the directory to write"),
         (["model={official}", "output={official}/config.json/x"], "config.json is a file, not a folder"),
         (["model={official}", "output=/proc/nope/x"], "error: output=/proc/nope/x: /proc "),
         (["model={official}", "output={new}/" + "x" * 250], "a name of more than 255 bytes"),
-        (["model={trained}", "output={new}"], "log_scale=eval: the official layout knows `off` and `official`"),
+        (
+            ["model={trained}", "output={new}", "format=official"],
+            "log_scale=eval: the official layout knows `off` and `official`",
+        ),
     ],
 )
 def test_bad_input_of_the_program_is_refused_in_one_line(

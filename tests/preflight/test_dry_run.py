@@ -82,7 +82,8 @@ def test_state_of_7b_on_64_gpus_is_exact():
     assert part(plan, "optimizer").device[0] == 12 * count / 64
     assert part(plan, "gradients").device[0] == 4 * count / 64 + 2 * 2 * 500_000_000
     assert part(plan, "parameters").device[0] == 2 * count / 64 + 2 * 1_000_000_000
-    assert plan.num_learned == 2 * 64 * 128
+    # 64 pairs and 128 hidden units: two matrices, a direction, the hidden units' bias and clock.
+    assert plan.num_learned == 2 * 64 * 128 + 64 + 2 * 128
     assert part(plan, "logits").device[0] == pytest.approx(4096 * 32_000 * 12, rel=0.01)
 
 
@@ -306,11 +307,12 @@ def test_the_command_prints_the_plan_in_seconds_without_deepspeed(tmp_path):
     for line in (
         "  model       pretrained weights of meta-llama/Llama-2-7b-hf (not on this machine; planned by the "
         "architecture of conf/model/architectures/llama2_7b): llama, 6,738,415,616 parameters, bfloat16",
-        "  trained     all parameters, and 16,384 of the frequencies in float32",
+        "  trained     all parameters, and 16,704 of the frequencies in float32",
         "  batch       512 sequences * 4,096 tokens = 2,097,152 tokens a step: 64 ranks * 1 sequence * 8 micro-batches",
         "  steps       954, in all 2,000,683,008 tokens",
         "  optimizer   AdamW, lr 2e-05, cosine after 29 warm-up steps",
-        "  scaling     clex: t from 1 to 32, L = 4,096: contexts up to 131,072 tokens; positions skip",
+        "  scaling     clex: t from 1 to 32, field log_time, drift yarn, L = 4,096: contexts up to 131,072 tokens; "
+        "positions skip, 20 % of the steps as used",
         "deepspeed imported: False",
     ):
         assert line in done.stdout.splitlines()

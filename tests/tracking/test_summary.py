@@ -44,7 +44,9 @@ def test_a_run_names_weights_length_method_batch_steps_and_folder(first_lines, t
     assert block["model"].startswith(f"random weights for the architecture of {tiny_architecture}: llama, ")
     assert block["model"].endswith(" parameters, float32")
     assert block["context"].startswith("L = 32 tokens (")
-    assert block["scaling"].startswith("clex: t from 1 to 4, L = 32: contexts up to 128 tokens; positions ")
+    assert block["scaling"].startswith(
+        "clex: t from 1 to 4, field log_time, drift yarn, L = 32: contexts up to 128 tokens; positions skip, 20 % of "
+    )
     assert block["data"].startswith(f"{tiny_store}: ")
     assert block["begin"] == "documents have no BOS, as the tokenizer does"
     assert block["batch"] == "8 sequences * 32 tokens = 256 tokens a step: 1 rank * 8 sequences * 1 micro-batch"

@@ -69,7 +69,12 @@ def test_positions_of_a_marked_step_are_plain_and_of_others_sampled(masked: bool
 
 
 def test_a_run_trains_those_steps_at_the_t_of_inference(tmp_path, tiny_store, tiny_architecture) -> None:
-    common = ["+experiment=tiny_base", "scaling=clex", f"data.path={tiny_store}", f"model.config={tiny_architecture}"]
+    common = [
+        "+experiment=tiny_base",
+        "scaling=clex_ntk",
+        f"data.path={tiny_store}",
+        f"model.config={tiny_architecture}",
+    ]
     common += [f"model.context_len={L}", f"data.seq_len={L}", "evaluation=never", "optim.batch_rows=4", "optim.steps=6"]
     common += ["scaling.as_used=0.5", f"output_dir={tmp_path / 'run'}"]
     train.run(composed(*common))
@@ -86,7 +91,7 @@ def test_a_run_trains_those_steps_at_the_t_of_inference(tmp_path, tiny_store, ti
     [
         (["scaling=clex", "scaling.as_used=1.5"], "scaling.as_used=1.5"),
         (["scaling=none", "scaling.as_used=0.1"], "scaling.as_used=0.1"),
-        (["scaling=clex", "scaling.drift=yarn"], "scaling.drift=yarn"),
+        (["scaling=clex_ntk", "scaling.drift=yarn"], "scaling.drift=yarn"),
         (["scaling=pi", "scaling.field=log_time"], "scaling.field=log_time"),
         (["scaling=clex_paper", "scaling.field=log_time", "scaling.official_ntk_base=true"], "official_ntk_base"),
     ],

@@ -14,7 +14,7 @@ from clex_train.scaling.fields import DirectionClex, LogTimeClex
 
 FIELDS = {
     "log_time": ("scaling.field=log_time", "scaling.drift=yarn"),
-    "direction": ("scaling.field=direction",),
+    "direction": ("scaling.field=direction", "scaling.drift=ntk"),
     "no_drift": ("scaling.field=log_time", "scaling.drift=none"),
 }
 COMMON = ("scaling=clex", "scaling.t_max=4", "scaling.t_factor=1", "scaling.log_scale=off", "scaling.lr_scale=20")
@@ -61,7 +61,7 @@ def test_another_field_or_drift_is_refused_where_one_is_continued(tiny_run, fini
         config = tiny_run(
             tmp_path / key, f"model.path={finished('log_time')}", "model.init=pretrained", *COMMON, *overrides
         )
-        with pytest.raises(ValueError, match=rf"scaling\.{key}={value}: .* has (log_time|yarn); set that"):
+        with pytest.raises(ValueError, match=rf"scaling\.{key}={value}: .* has (log_time|yarn); set scaling"):
             train.run(config)
 
 

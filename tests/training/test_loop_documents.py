@@ -15,6 +15,7 @@ from clex_train.data.position_sampling import draw_document_positions
 from clex_train.data.rows import PADDING, Row
 from clex_train.models import architecture, load
 from clex_train.models.tokenizer import training_tokenizer
+from clex_train.scaling.spectrum import Spectrum
 from clex_train.training import loop
 from clex_train.utils import seeding
 from clex_train.utils.errors import RunStopped
@@ -89,8 +90,9 @@ def reference(config, row_indices, t=None):
         for length in runs.tolist():
             ids = torch.from_numpy(row.tokens[start : start + length])[None]
             if row.segments[start] != PADDING:
-                inverse = loaded.clex.inv_freq(t) if t else None
-                total = total + document_loss(loaded, ids, t, inverse, positions[start : start + length])
+                clex = loaded.clex
+                spectrum = Spectrum(clex.inv_freq(t), t, clex.attention_factor(t)) if t else None
+                total = total + document_loss(loaded, ids, spectrum, positions[start : start + length])
                 count += length - 1
             start += length
     (total / count).backward()
@@ -98,13 +100,11 @@ def reference(config, row_indices, t=None):
     return float(total.detach()) / count, squares**0.5
 
 
-def document_loss(loaded, ids, t, inverse, positions):
+def document_loss(loaded, ids, spectrum, positions):
     if ids.shape[1] == 1:
         return 0.0
-    from clex_train.scaling.spectrum import Spectrum
-
-    if t:
-        with loaded.handle.training(Spectrum(inverse, t=t), positions[None]):
+    if spectrum:
+        with loaded.handle.training(spectrum, positions[None]):
             logits = loaded.model(input_ids=ids, use_cache=False).logits
     else:
         logits = loaded.model(input_ids=ids, use_cache=False).logits
@@ -122,7 +122,8 @@ def test_loss_and_gradient_of_a_step_match_those_of_separate_documents(run, micr
 
 @pytest.mark.parametrize("positions", ["random", "skip"])
 def test_every_document_has_separate_positions_under_clex(run, positions):
-    config = run("clex", "scaling=clex", f"scaling.positions={positions}", "scaling.t_max=4", "engine.micro_batch=2")
+    sampled = (f"scaling.positions={positions}", "scaling.as_used=0")
+    config = run("clex", "scaling=clex", *sampled, "scaling.t_max=4", "engine.micro_batch=2")
     first = run.figures("clex")[0]
     loss, norm = reference(config, range(len(LAYOUTS)), first["t"])
     assert first["loss"] == pytest.approx(loss, rel=1e-6)

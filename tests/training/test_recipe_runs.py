@@ -111,7 +111,8 @@ def test_final_is_a_stock_model_with_our_logits(finals, name):
     stock = AutoModelForCausalLM.from_pretrained(finals[name]).eval()
     with torch.no_grad():
         for length in (L // 2, 2 * L, 4 * L):
-            assert (ours.model(ids[:, :length]).logits - stock(ids[:, :length]).logits).abs().max() < 1e-6
+            # transformers rounds the learned frequencies of `static` to float32, ours are exact.
+            assert (ours.model(ids[:, :length]).logits - stock(ids[:, :length]).logits).abs().max() < 4e-6
     assert ours.context_len == L
     # The dynamic scaling of transformers starts at this length.
     assert stock.config.max_position_embeddings == (L if name == "dynamic_ntk" else 4 * L)
@@ -334,9 +335,11 @@ def test_unsupported_uses_of_a_recipe_are_refused_in_one_line(run, base, overrid
             "50 % of the steps as used",
         ),
         (
-            ("scaling=clex", "scaling.field=log_time", "scaling.drift=yarn"),
-            "clex: t from 1 to 32, field log_time, drift yarn, L = 128: contexts up to 4,096 tokens; positions skip",
+            ("scaling=clex",),
+            "clex: t from 1 to 32, field log_time, drift yarn, L = 128: contexts up to 4,096 tokens; positions skip, "
+            "20 % of the steps as used",
         ),
+        (("scaling=clex_ntk",), "clex: t from 1 to 32, L = 128: contexts up to 4,096 tokens; positions skip"),
         (("scaling=random_pos",), "random_pos: factor 16, L = 128: contexts up to 2,048 tokens; positions random"),
     ],
 )

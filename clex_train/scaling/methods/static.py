@@ -6,7 +6,6 @@ The control of CLEX and the simplest learned scaling (LeRoPE, arXiv 2607.10134);
 `scaling/static_rope.py`. A stock config expresses them as `longrope` with equal lists. Shapes: `P` pairs.
 """
 
-import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -18,7 +17,8 @@ from torch import Tensor
 from clex_train.scaling.frequency_table import FrequencyTable
 from clex_train.scaling.methods.base import Rope, ScalingMethod, TGrid, constant_table, stock_factors
 from clex_train.scaling.methods.ntk import ntk_table
-from clex_train.scaling.methods.yarn import Yarn
+from clex_train.scaling.methods.yarn import Yarn, ramp_ends
+from clex_train.scaling.spectrum import yarn_attention_factor
 from clex_train.scaling.static_rope import RampRope, StaticRope
 from clex_train.utils.errors import require
 
@@ -48,8 +48,8 @@ class Static(ScalingMethod):
     """Start of the frequencies at the run's factor: `yarn` (by parts), `ntk`, or `none`, plain RoPE."""
     learn: Learn = Learn.factors
     """`factors`, one a pair; or `ramp`, the two ends of YaRN's ramp between pairs that it keeps and interpolates."""
-    attention_factor: float = 1.0
-    """Constant factor on cos and sin, above 0; YaRN's would be 0.1 ln(factor) + 1."""
+    attention_factor: float | None = None
+    """Constant factor on cos and sin, above 0; null: the start's own, 0.1 ln(factor) + 1 for YaRN and 1 otherwise."""
 
     def table(self, rope: Rope, t_grid: TGrid) -> FrequencyTable:
         """Return the start at the largest scale factor of `t_grid`, at every t."""
@@ -57,9 +57,10 @@ class Static(ScalingMethod):
 
     def hf_parameters(self, rope: Rope, factor: float) -> dict[str, Any]:
         """Return the `longrope` rope type with the start's factors, the same up to L and beyond."""
-        remedy = "a number greater than 0"
-        require(self.attention_factor > 0, f"{self.options_prefix}attention_factor", self.attention_factor, remedy)
-        return stock_factors(rope, self._start(rope, factor), factor, self.attention_factor)
+        own = yarn_attention_factor(factor) if self.start is Start.yarn else 1.0
+        chosen = own if self.attention_factor is None else self.attention_factor
+        require(chosen > 0, f"{self.options_prefix}attention_factor", chosen, "a number greater than 0")
+        return stock_factors(rope, self._start(rope, factor), factor, chosen)
 
     def changes(self, factor: float) -> bool:
         """Return True if the start differs from plain RoPE."""
@@ -71,7 +72,7 @@ class Static(ScalingMethod):
             return StaticRope(self._start(rope, factor), factor)
         remedy = "learn=ramp starts from yarn, whose ramp it is; leave start out"
         require(self.start is Start.yarn, f"{self.options_prefix}start", self.start.value, remedy)
-        return RampRope(rope.inv_freq.double(), factor, yarn_ends(rope))
+        return RampRope(rope.inv_freq.double(), factor, ramp_ends(rope))
 
     def _start(self, rope: Rope, factor: float) -> Float64[Tensor, " P"]:
         """Return the frequencies that learning starts from."""
@@ -82,17 +83,6 @@ class Static(ScalingMethod):
         # float32 of transformers' formula would otherwise move even the pairs that YaRN keeps.
         near = (made.inv_freq[1] / plain - 1).abs() < 1e-6
         return torch.where(near, plain, made.inv_freq[1])
-
-
-def yarn_ends(rope: Rope) -> tuple[float, float]:
-    """Return the ends of YaRN's ramp in pairs: those that turn 32 times and once within L (arXiv 2309.00071)."""
-    num_pairs = len(rope.inv_freq)
-
-    def pair(turns: float) -> float:
-        return num_pairs * math.log(rope.context_len / (turns * 2 * math.pi)) / math.log(rope.theta)
-
-    # Rounded outwards, as in YaRN's code.
-    return max(0.0, math.floor(pair(32))), min(2 * num_pairs - 1.0, math.ceil(pair(1)))
 
 
 METHOD = Static

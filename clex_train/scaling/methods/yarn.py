@@ -4,6 +4,7 @@ Pairs that turn often within L keep their frequency, those that turn less than o
 joins the two. cos and sin are multiplied by 0.1 ln t + 1. `yarn` in transformers.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,6 +29,17 @@ class Yarn(ScalingMethod):
             "factor": float(factor),
             "original_max_position_embeddings": rope.context_len,
         }
+
+
+def ramp_ends(rope: Rope) -> tuple[float, float]:
+    """Return the ends of the ramp in pairs: those that turn 32 times and once within L; `ValueError` without a base."""
+    num_pairs = len(rope.inv_freq)
+
+    def pair(turns: float) -> float:
+        return num_pairs * math.log(rope.context_len / (turns * 2 * math.pi)) / math.log(rope.theta)
+
+    # Rounded outwards, as in YaRN's code.
+    return max(0.0, math.floor(pair(32))), min(2 * num_pairs - 1.0, math.ceil(pair(1)))
 
 
 METHOD = Yarn
