@@ -1,8 +1,9 @@
-"""Warn of sampled positions that pretrained weights cannot read.
+"""Warn of sampled positions that pretrained weights cannot read, or that cost them more than they bring.
 
 `random` and `uniform` stretch a row of n tokens over t * L positions, so neighbours are t * L / n apart on average.
 With rows of L tokens this is the paper's training, whose t begins at 1. With shorter rows no step has neighbours 1
-apart, and the start of training destroys much of what the weights know.
+apart, and the start of training destroys much of what the weights know. `skip` keeps neighbours 1 apart, but the jumps
+between its chunks grow with t * L / n.
 """
 
 from clex_train.config.method import Method
@@ -14,6 +15,26 @@ logger = log.get(__name__)
 
 MEASURED = "loss 4.0 became 9.4 for SmolLM2-135M, L = 8,192, on rows of 256"
 """At t = 1.1, 32 positions apart, for `random`; 9.5 for `uniform`, and 4.4 for `skip`."""
+
+SHORT = 4
+"""Rows below L / SHORT are warned of under `skip`."""
+
+
+def warn_of_short_rows(config: Config, context_len: int) -> None:
+    """Log a warning if most steps of pretrained weights would spread rows far below L by `skip`; L is `context_len`."""
+    scaling, row_len = config.scaling, config.data.seq_len
+    # A formula has one spectrum, so its steps as used are no plain training.
+    is_spread = scaling.name is Method.clex and scaling.positions is Positions.skip and scaling.as_used < 0.5
+    if not (is_spread and config.model.is_pretrained and row_len * SHORT < context_len and distributed.is_main()):
+        return
+    logger.warning(
+        "scaling.positions=skip: rows of %s tokens are L / %.3g, and jumps between their chunks are as long as many "
+        "rows; so trained, SmolLM2-135M on rows of L / 8 was 2 %% worse at L and 4 %% at 2 L than trained plainly "
+        "(docs/results.md); set data.seq_len=0 for rows of L tokens, or scaling.as_used=1 to train plainly and serve "
+        "longer contexts by scaling.drift alone",
+        f"{row_len:,}",
+        context_len / row_len,
+    )
 
 
 def warn_of_stretched_rows(config: Config, context_len: int) -> None:

@@ -142,6 +142,7 @@ def run_checks(config: Config, scope: Scope = Scope.run) -> Preflight:
         history = _read_history(requested, arch, trained, inputs, world_size) if inputs.is_complete else None
         on_meta = model_on_meta(arch, config.model.trust_remote_code)
         positions.warn_of_stretched_rows(config, context.length)
+        positions.warn_of_short_rows(config, context.length)
         final_model.warn_if_unreadable(config, arch, context.length)
     return Preflight(
         requested, config, world_size, model, arch, trained, on_meta, context, settings, inputs, evaluation, history

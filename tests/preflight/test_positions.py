@@ -8,7 +8,7 @@ from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
 from clex_train.config.scaling import Positions, ScalingConfig
-from clex_train.preflight.positions import warn_of_stretched_rows
+from clex_train.preflight.positions import warn_of_short_rows, warn_of_stretched_rows
 
 WARNED = "neighbours are 2 or more positions apart on average"
 
@@ -48,4 +48,33 @@ def test_rows_that_are_stretched_are_named_with_key_value_numbers_and_remedy(pos
 )
 def test_other_runs_are_not_warned(harmless, caplog):
     warn_of_stretched_rows(harmless, 1024)
+    assert caplog.messages == []
+
+
+def as_used(share: float, **keys) -> Config:
+    made = config("skip", **keys)
+    return replace(made, scaling=replace(made.scaling, as_used=share))
+
+
+def test_rows_far_below_l_are_named_with_key_numbers_and_remedies(caplog):
+    warn_of_short_rows(as_used(0.2, row_len=128), 1024)
+    (line,) = caplog.messages
+    assert line.startswith("scaling.positions=skip: rows of 128 tokens are L / 8, ")
+    assert "2 % worse at L" in line
+    assert "set data.seq_len=0 " in line
+    assert "scaling.as_used=1" in line
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        as_used(0.2, row_len=256),
+        as_used(1.0, row_len=128),
+        as_used(0.2, row_len=128, path=None),
+        as_used(0.2, row_len=128, name="yarn"),
+        config("plain", row_len=128),
+    ],
+)
+def test_other_rows_are_not_called_short(harmless, caplog):
+    warn_of_short_rows(harmless, 1024)
     assert caplog.messages == []
