@@ -48,6 +48,7 @@ FROZEN = "scaling.lr_scale=0"
 ARMS = (
     Arm("plain", "trained on, YaRN at the factor of the length", ("scaling=none",), ("yarn",)),
     Arm("moving_yarn", "CLEX, field frozen", (*CLEX, FROZEN)),
+    Arm("used", "CLEX, four fifths of the steps as used", (*CLEX, "scaling.as_used=0.8")),
     Arm("static", "static, from YaRN-4, as used", ("scaling=static", *FIXED)),
     Arm("field", "CLEX, our recipe", CLEX),
     Arm("yarn", "YaRN, factor 4, as used", ("scaling=yarn", *FIXED)),
@@ -57,6 +58,9 @@ ARMS = (
 UNTRAINED = Arm("untrained", "untrained", (), ("yarn", "lm_infinite"))
 CONTROL = ARMS[0].label
 """Row that everything is compared with: trained on as long, read with YaRN at the factor of the length."""
+
+
+MEASURES = ("measures=[forced_passkey_noise,repetition]", "depths=[0.1,0.5,0.9]", "num_prompts=1")
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,12 @@ class Numbers:
     """Tokens at the end of a window that are scored."""
     windows: int
     """Windows of L and 2 L; half as many of 4 L."""
-    distances: tuple[int, int]
-    """Distances of repeated statements in tokens, up to 2 L and at 4 L."""
+    distance: int
+    """Distance of repeated statements in tokens."""
 
 
-FULL = Numbers(context_len=8192, seq_len=1024, last_k=2048, windows=6, distances=(4096, 16384))
-SMOKE = Numbers(context_len=512, seq_len=64, last_k=128, windows=2, distances=(128, 512))
+FULL = Numbers(context_len=8192, seq_len=1024, last_k=2048, windows=6, distance=4096)
+SMOKE = Numbers(context_len=512, seq_len=64, last_k=128, windows=2, distance=128)
 """The same model said to have L = 512: every stage runs, and no number means anything."""
 
 
@@ -133,7 +137,7 @@ def plan(study: Study) -> list[Stage]:
     first = [*near["plain"], *near["moving_yarn"], far["plain"], far["moving_yarn"]]
     untrained = [reading(study, UNTRAINED, windows) for windows in (NEAR, FAR)]
     others = [[*near[arm.name], far[arm.name]] for arm in ARMS[2:]]
-    return [*prepared, *first, *others[0], *untrained, *chain.from_iterable(others[1:])]
+    return [*prepared, *first, *chain.from_iterable(others[:2]), *untrained, *chain.from_iterable(others[2:])]
 
 
 def training(study: Study, arm: Arm) -> Stage:
@@ -160,7 +164,7 @@ def training(study: Study, arm: Arm) -> Stage:
 
 
 def reading(study: Study, arm: Arm, windows: Windows) -> Stage:
-    """Score the last tokens of windows, passkeys and repetitions; at 4 L, where each costs most, fewer of each."""
+    """Score the last tokens of windows; up to 2 L passkeys and repetitions too, of which each costs three readings."""
     near = windows is NEAR
     numbers, result = study.numbers, study.out / arm.name / "evaluation" / f"{windows.name}.json"
     source = f"run={study.out / arm.name}" if arm.overrides else f"model={demo_plan.FULL.folder / 'model'}"
@@ -174,10 +178,7 @@ def reading(study: Study, arm: Arm, windows: Windows) -> Stage:
         "protocols=[last_k]",
         f"last_k={numbers.last_k}",
         f"num_windows={numbers.windows if near else numbers.windows // 2}",
-        "measures=[forced_passkey_noise,repetition]",
-        f"depths={'[0.1,0.5,0.9]' if near else '[0.1]'}",
-        f"distances=[{numbers.distances[0 if near else 1]}]",
-        "num_prompts=1",
+        *([*MEASURES, f"distances=[{numbers.distance}]"] if near else []),
         f"precision={study.precision}",
         f"seed={windows.seed}",
         f"output={result}",

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 from clex_train.config.method import Method
@@ -84,6 +85,16 @@ def test_a_run_trains_those_steps_at_the_t_of_inference(tmp_path, tiny_store, ti
     marked = [step for step in range(6) if is_as_used(seed, step, 0.5)]
     assert marked
     assert all(drawn[step + 1] == t_factor for step in marked)
+
+
+def test_steps_as_used_alone_are_plain_training(tmp_path, tiny_store, tiny_architecture) -> None:
+    common = ["+experiment=tiny_base", f"data.path={tiny_store}", f"model.config={tiny_architecture}", "optim.steps=3"]
+    common += [f"model.context_len={L}", f"data.seq_len={L}", "evaluation=never", "optim.batch_rows=4"]
+    for name, scaling in (("plain", ["scaling=none"]), ("clex", ["scaling=clex", "scaling.as_used=1"])):
+        train.run(composed(*common, *scaling, f"output_dir={tmp_path / name}"))
+    plain, clex = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("plain", "clex"))
+    assert plain.keys() == clex.keys()
+    assert all(torch.equal(plain[key], clex[key]) for key in plain), "the control of the studies, served at every t"
 
 
 @pytest.mark.parametrize(
