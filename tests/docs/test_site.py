@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 import yaml
 
+from launch import study_figure
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 
@@ -16,11 +18,6 @@ DOCS = ROOT / "docs"
 @pytest.fixture(scope="module")
 def layers() -> ModuleType:
     return program("layers")
-
-
-@pytest.fixture(scope="module")
-def results_figure() -> ModuleType:
-    return program("results_figure")
 
 
 def program(name: str) -> ModuleType:
@@ -105,15 +102,5 @@ def test_the_layers_program_runs(layers: ModuleType, monkeypatch, tmp_path: Path
     assert "stale line" not in page.read_text()
 
 
-def test_the_results_figure_shows_the_numbers_of_the_page(results_figure: ModuleType) -> None:
-    text = results_figure.PAGE.read_text(encoding="utf-8")
-    assert results_figure.recorded_digest() == results_figure.digest(text), "run: python docs/results_figure.py"
-
-
-def test_every_row_of_the_results_has_a_facet_with_distinct_colours(results_figure: ModuleType) -> None:
-    _, rows = results_figure.table(results_figure.PAGE.read_text(encoding="utf-8"), results_figure.PERPLEXITY)
-    assert rows["CLEX, our recipe"][0] == (45.99, 3.01)
-    facets = [*results_figure.FACETS.values(), [*results_figure.CLOSE, *results_figure.FROZEN]]
-    assert {name for names in facets for name in names} == rows.keys()
-    for names in facets:
-        assert len({results_figure.style(name)[0] for name in names}) == len(names)
+def test_the_results_figure_shows_the_committed_record() -> None:
+    assert study_figure.recorded_digest() == study_figure.digest(), "run: python -m launch.study_figure"
