@@ -6,12 +6,13 @@ from transformers import LlamaConfig
 
 from clex_train.config.method import Method
 from clex_train.config.scaling import Drift, FieldKind, ScalingConfig
+from clex_train.models import architecture
 from clex_train.rope.hf_scalings import base_rope
 from clex_train.rope.native import native_handle_on_meta
 from clex_train.scaling.methods import create
 from clex_train.scaling.methods.base import Rope
 from clex_train.scaling.new_field import drift_shares, new_field
-from tests.helpers.composing import composed
+from tests.helpers.composing import CONF, composed
 
 T = [1.0, 2.0, 5.0, 32.0]
 LLAMA_3 = {
@@ -48,6 +49,18 @@ def test_the_untrained_field_of_our_recipe_is_yarn_by_transformers(context_len, 
         # transformers computes in float32.
         torch.testing.assert_close(made.at(t).inv_freq, expected.at(t).inv_freq, rtol=2e-6, atol=0)
         assert made.at(t).attention_factor == pytest.approx(expected.at(t).attention_factor, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in CONF.glob("experiment/*_clex.yaml")))
+def test_every_preset_of_our_recipe_divides_its_slowest_pair_by_t_and_keeps_its_fastest(name) -> None:
+    config = composed(f"+experiment={name}", "dry_run=true")
+    model = architecture.stand_in(config.model)
+    arch = architecture.to_read(model)
+    handle = native_handle_on_meta(arch, architecture.context_length(model, arch))
+    made = new_field(config.scaling, base_rope(handle)).table([1.0, 4.0])
+    divided = made.at(1.0).inv_freq / made.at(4.0).inv_freq
+    assert float(divided.min()) == pytest.approx(1)
+    assert float(divided.max()) == pytest.approx(4)
 
 
 def test_a_model_scaled_by_its_own_config_gets_the_ramp_of_its_base() -> None:
