@@ -100,6 +100,14 @@ ARMS = (
     Arm("field", "CLEX, our recipe", CLEX, judged=CLAIMED),
     *rates("moving_ntk", "NTK drift, field frozen", (*NTK, FROZEN, USED), judged=5),
     Arm("clex_first", "CLEX of the first study, lr 5e-4", (*NTK, HOT), judged=CLAIMED),
+    Arm(
+        "ntk_token",
+        "NTK drift, field frozen, log-scaling per token",
+        (),
+        weights_of="moving_ntk_lr5",
+        evaluation=("log_scale=token_eval",),
+        judged=1,
+    ),
     # The winner without each of its parts.
     Arm("moving_yarn_unused", "CLEX, field frozen, no steps as used", (*CLEX, FROZEN, "scaling.as_used=0"), judged=1),
     Arm(

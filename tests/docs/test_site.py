@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-from launch import study_figure
+from launch import study_figure, study_record, study_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -100,6 +100,14 @@ def test_the_layers_program_runs(layers: ModuleType, monkeypatch, tmp_path: Path
     assert page.read_text().endswith("\nafter\n")
     assert "| 0 | `utils` |" in page.read_text()
     assert "stale line" not in page.read_text()
+
+
+def test_the_tables_of_the_results_are_those_of_the_committed_record() -> None:
+    printed = study_tables.text(study_record.read(study_figure.RECORD))
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    tables = [block for block in page.split("\n\n") if block.startswith("|  | 1x (128)")]
+    assert len(tables) == 6
+    assert [block for block in tables if block.strip() not in printed] == []
 
 
 def test_the_results_figure_shows_the_committed_record() -> None:
