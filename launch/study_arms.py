@@ -68,7 +68,8 @@ NTK = ("scaling=clex_ntk",)
 STATIC = ("scaling=static", *FIXED, USED)
 """Learned frequencies from YaRN-16, with its constant attention factor."""
 NO_FACTOR = "+scaling.options.attention_factor=1"
-PAPER = ("scaling=clex_paper", "scaling.max_residual=1000")
+PAPER = ("scaling=clex_paper", "scaling.t_max=32", "scaling.max_residual=1000")
+"""With t to 32, since every arm is read to 32 L; the guard would stop it (docs/first_study.md)."""
 HOT = "optim.lr=5.0e-4"
 """For arms that start far from what the base can read: at 1e-4 the NTK drift gets nowhere at 16 L (docs/results.md)."""
 

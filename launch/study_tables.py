@@ -74,10 +74,13 @@ def section(record: Record, windows: str, protocol: str) -> str:
     if not rows:
         return ""
     title = f"### {protocol}, windows `{windows}`"
-    parts = [f"{title}: perplexity", table(rows, perplexity_cell, tax(rows, record.tax_against))]
+    unit = record.context_len
+    # Windows of 4 L alone have no tax at L.
+    cost = tax(rows, record.tax_against) if all(unit in row.nll for row in rows) else None
+    parts = [f"{title}: perplexity", table(rows, perplexity_cell, unit, cost)]
     reference = next((row for row in rows if row.label == record.reference), None)
     if reference is not None:
-        parts += [f"{title}: percent above `{record.reference}`", table(rows, against(reference))]
+        parts += [f"{title}: percent above `{record.reference}`", table(rows, against(reference), unit)]
     return "\n\n".join(parts)
 
 
@@ -109,10 +112,12 @@ def lines(entries: Sequence[Entry], windows: str, protocol: str) -> list[Line]:
     return rows
 
 
-def table(rows: Sequence[Line], cell: Callable[[Line, int], str], last: Callable[[Line], str] | None = None) -> str:
-    """Format a Markdown table with a row per line, a column per length, and the column `last` if it is given."""
+def table(
+    rows: Sequence[Line], cell: Callable[[Line, int], str], unit: int, last: Callable[[Line], str] | None = None
+) -> str:
+    """Format a Markdown table: a row per line, a column per length in units of L, and the column `last` if given."""
     lengths = sorted({length for row in rows for length in row.nll})
-    head = _head(lengths, lengths[0], [*(["tax at 1x, %"] if last else []), "seeds"])
+    head = _head(lengths, unit, [*(["tax at 1x, %"] if last else []), "seeds"])
     body = [
         [row.label, *(cell(row, n) for n in lengths), *([last(row)] if last else []), str(row.num_seeds)]
         for row in rows

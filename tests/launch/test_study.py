@@ -61,7 +61,7 @@ def test_a_row_is_the_mean_nll_over_the_seeds_and_over_the_windows(tmp_path):
     write_evaluation(tmp_path / YARN / "seed_2", 3.0)
     record = collected(tmp_path, (1, 2))
     (line,) = study_tables.lines(record.entries, CHOOSING.name, "one_shot")
-    found = rows(study_tables.table([line], study_tables.perplexity_cell))[label(YARN)]
+    found = rows(study_tables.table([line], study_tables.perplexity_cell, 128))[label(YARN)]
     assert found == [f"{math.exp(2.75):.2f}", f"{math.exp(2.75):.2f}", "2"]
     assert record.made_by == {"torch": "2.13.0"}
 
@@ -100,6 +100,15 @@ def test_an_arm_that_scored_different_tokens_is_refused_by_name(tmp_path):
     write_evaluation(tmp_path / STATIC / "seed_1", 2.0, fingerprint="other")
     with pytest.raises(ValueError, match=f"{label(STATIC)}: its runs scored different tokens"):
         study_record.collect(tmp_path, [1])
+
+
+def test_windows_longer_than_l_alone_are_named_in_units_of_l_and_have_no_tax(tmp_path):
+    write_evaluation(tmp_path / YARN / "seed_1", 2.0)
+    record = collected(tmp_path)
+    entry = replace(record.entries[0], nll={"one_shot": {256: record.entries[0].nll["one_shot"][256]}})
+    text = study_tables.section(replace(record, entries=[entry]), CHOOSING.name, "one_shot")
+    assert text.count("|  | 2x (256) | seeds |") == 2
+    assert "tax" not in text
 
 
 def test_a_committed_record_prints_the_same_tables_again(tmp_path, capsys, monkeypatch):
