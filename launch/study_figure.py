@@ -10,7 +10,6 @@ differences have bars.
 import hashlib
 
 import matplotlib
-import numpy as np
 from PIL import Image
 
 matplotlib.use("Agg")
@@ -45,7 +44,7 @@ def main() -> None:
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
     one_shot, last_k = (_rows(record, protocol) for protocol in study_tables.PROTOCOLS)
     for name, row in one_shot.items():
-        draw(left, record, name, {n: _perplexity(row, n) for n in row.nll})
+        draw(left, record, name, {n: study_tables.perplexity(row, n) for n in row.nll})
     reference = last_k[record.reference]
     for name, row in last_k.items():
         if name != record.reference:
@@ -121,14 +120,9 @@ def _rows(record: Record, protocol: str) -> dict[str, Line]:
     return {name: found[name] for name in STYLES}
 
 
-def _perplexity(row: Line, length: int) -> float:
-    return float(np.exp(row.nll[length].mean(axis=0).sum() / (row.tokens * len(row.documents))))
-
-
 def _differences(row: Line, reference: Line) -> tuple[dict[int, float], dict[int, float]]:
-    found = {n: study_tables.difference(row, reference, n) for n in row.nll}
-    percent = {n: 100 * float(np.expm1(mean)) for n, (mean, _) in found.items()}
-    return percent, {n: 100 * float(np.exp(mean)) * error for n, (mean, error) in found.items()}
+    found = {n: study_tables.percent(row, reference, n) for n in row.nll}
+    return {n: value for n, (value, _) in found.items()}, {n: error for n, (_, error) in found.items()}
 
 
 if __name__ == "__main__":

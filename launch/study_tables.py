@@ -1,6 +1,7 @@
 """Tables of the study from its record: perplexity, differences, retrieval, by length.
 
-    python -m launch.study_tables benchmarks/results/study.json      prints the tables of docs/results.md again
+    python -m launch.study_tables benchmarks/results/study_2026-12.json      prints the tables of docs/results.md again
+    ... --against 'CLEX, our recipe' --seeds 1                               differences from another row, of some seeds
 
 perplexity = exp(mean nll),  the NLL of a window averaged over the seeds of an arm
 errors: one standard error, of the books by a paired bootstrap and of the seeds by their spread, added in quadrature
@@ -11,13 +12,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from clex_train.utils import bootstrap
-from clex_train.utils.errors import InputError
+from clex_train.utils.errors import ConfigError, InputError
 from clex_train.utils.files import make_folder, write_atomically
 from launch import study_record
 from launch.study_record import Entry, Record, Share
@@ -126,8 +127,13 @@ def table(
 
 
 def perplexity_cell(row: Line, length: int) -> str:
-    """Format the perplexity of the mean NLL over the seeds."""
-    return f"{float(np.exp(row.nll[length].mean(axis=0).sum() / _num_tokens(row))):.2f}"
+    """Format a perplexity."""
+    return f"{perplexity(row, length):.2f}"
+
+
+def perplexity(row: Line, length: int) -> float:
+    """Return the perplexity of the mean NLL over the seeds."""
+    return float(np.exp(row.nll[length].mean(axis=0).sum() / _num_tokens(row)))
 
 
 def tax(rows: Sequence[Line], tax_against: str) -> Callable[[Line], str]:
@@ -145,11 +151,17 @@ def against(reference: Line) -> Callable[[Line, int], str]:
     def cell(row: Line, length: int) -> str:
         if row.label == reference.label:
             return "0"
-        mean, error = difference(row, reference, length)
-        # A difference of mean NLL is a ratio of perplexities; the delta method carries the error over.
-        return f"{100 * np.expm1(mean):+.1f} ± {100 * np.exp(mean) * error:.1f}"
+        value, error = percent(row, reference, length)
+        return f"{value:+.1f} ± {error:.1f}"
 
     return cell
+
+
+def percent(row: Line, reference: Line, length: int) -> tuple[float, float]:
+    """Return how far a row's perplexity lies above `reference`, in percent, and one standard error."""
+    mean, error = difference(row, reference, length)
+    # A difference of mean NLL is a ratio of perplexities; the delta method carries the error over.
+    return 100 * float(np.expm1(mean)), 100 * float(np.exp(mean)) * error
 
 
 def difference(row: Line, reference: Line, length: int) -> tuple[float, float]:
@@ -189,12 +201,26 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
 
 
+def chosen(record: Record, against: str | None, seeds: Sequence[int] | None) -> Record:
+    """Return the record with another reference, or some seeds alone; `ConfigError` for what it has no row of."""
+    entries = [entry for entry in record.entries if seeds is None or entry.seed in seeds]
+    if not entries:
+        raise ConfigError("--seeds", seeds, f"the record has {sorted({each.seed for each in record.entries})}")
+    labels = list(dict.fromkeys(entry.label for entry in entries))
+    if against is not None and against not in labels:
+        raise ConfigError("--against", against, f"no row; the record has {'; '.join(labels)}")
+    return replace(record, reference=against or record.reference, entries=entries)
+
+
 def main() -> int:
     """Print the tables of a record; return 2 for a file that is none."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("record", type=Path, help="JSON file that `python -m launch.study` wrote")
+    parser.add_argument("--against", metavar="LABEL", help="count the differences from this row")
+    parser.add_argument("--seeds", type=int, nargs="+", help="read these seeds alone, to compare readings of one run")
+    args = parser.parse_args()
     try:
-        sys.stdout.write(text(study_record.read(parser.parse_args().record)))
+        sys.stdout.write(text(chosen(study_record.read(args.record), args.against, args.seeds)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

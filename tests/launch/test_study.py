@@ -145,6 +145,19 @@ def test_an_arm_that_evaluates_weights_of_another_comes_after_it():
         assert not arm.overrides, "it trains nothing"
 
 
+def test_differences_can_be_counted_from_another_row_and_over_some_seeds(tmp_path):
+    for name, nll in ((YARN, 2.0), (STATIC, 2.1)):
+        for seed in (1, 2):
+            write_evaluation(tmp_path / name / f"seed_{seed}", nll + 0.1 * (seed == 2) * (name == YARN))
+    record = study_tables.chosen(collected(tmp_path, (1, 2)), label(STATIC), [1])
+    text = study_tables.section(record, CHOOSING.name, "one_shot")
+    assert f"percent above `{label(STATIC)}`" in text
+    assert f"| {label(YARN)} | {100 * math.expm1(-0.1):+.1f} ± 0.0 |" in text
+    for against, seeds, key in (("other", None, "--against=other"), (None, [7], r"--seeds=\[7\]")):
+        with pytest.raises(ValueError, match=key):
+            study_tables.chosen(record, against, seeds)
+
+
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_every_arm_is_a_valid_training_configuration(arm: Arm):
     composed("+experiment=study_finetune", *arm.overrides)
