@@ -16,7 +16,7 @@ OLDEST := tests/rope tests/attention tests/lm_infinite tests/engine tests/test_a
 
 # The mathematics, and rooms whose tests run in this process. Left to `make test`: every model family (test_rotary_families,
 # test_lm_infinite_models), and what composes configurations with Hydra (test_config, test_bounds).
-FAST := tests/scaling tests/attention tests/data tests/utils tests/helpers tests/config/test_suggestions.py tests/docs/test_site.py \
+FAST := tests/scaling tests/attention tests/data tests/utils tests/helpers tests/docs/test_site.py \
 	tests/lm_infinite/test_lambda_attention.py tests/lm_infinite/test_cache.py \
 	tests/lm_infinite/test_middle_tokens.py tests/rope/test_install_rotary.py tests/rope/test_key_cache.py \
 	tests/model_config/test_config_checks.py tests/rope/test_hf_scalings.py tests/rope/test_rotary_gradients.py \

@@ -6,7 +6,7 @@ from pathlib import Path
 from clex_train.checkpoint import manifest, safe_load
 from clex_train.checkpoint.manifest import Manifest
 from clex_train.checkpoint.safe_load import RunsCode, tensors_only
-from clex_train.config.saved_config import CONFIG
+from clex_train.tracking.saved_config import CONFIG
 from clex_train.utils import files
 from clex_train.utils.checksums import Damaged
 from clex_train.utils.files import BadFile

@@ -23,7 +23,7 @@ from clex_train.checkpoint.manifest import Manifest
 from clex_train.checkpoint.safe_load import RunsCode, tensors_only
 from clex_train.checkpoint.writer import BackgroundWriter, DirectWriter, Writer, Written, writing_with
 from clex_train.config.checkpoint import CheckpointConfig, OnFullDisk
-from clex_train.config.saved_config import CONFIG
+from clex_train.tracking.saved_config import CONFIG
 from clex_train.utils import distributed, files, log
 from clex_train.utils.errors import NO_ROOM, ConfigError, RunStopped, first_line
 from clex_train.utils.files import BadFile, make_empty, read_regular, sync_directory, write_atomically

@@ -20,9 +20,9 @@ if __name__ == "__main__":
 
     stop_requests.end_on_signals()
 
-from clex_train.config import saved_config
 from clex_train.console import arguments, program
 from clex_train.export import average, final
+from clex_train.tracking import saved_config
 from clex_train.utils import files, log
 from clex_train.utils.bounds import MOST_STEPS
 from clex_train.utils.errors import require, require_at_most

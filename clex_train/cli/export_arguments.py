@@ -9,7 +9,6 @@ from enum import Enum
 from pathlib import Path
 
 from clex_train.cli import loading
-from clex_train.config import saved_config
 from clex_train.config.model import ModelConfig
 from clex_train.config.scaling import LogScale
 from clex_train.evaluation import results
@@ -19,6 +18,7 @@ from clex_train.export.source import MASKED, read_source
 from clex_train.gguf.tensors import WeightType
 from clex_train.models import architecture
 from clex_train.report import evidence
+from clex_train.tracking import saved_config
 from clex_train.utils import files, log
 from clex_train.utils.bounds import MOST_TOKENS
 from clex_train.utils.errors import ConfigError, InputError, require, require_at_most

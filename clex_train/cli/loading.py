@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from clex_train.attention.select import check_attention
-from clex_train.config import saved_config
 from clex_train.config.engine import EngineConfig
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
@@ -23,7 +22,7 @@ from clex_train.evaluation.results import Origin, place
 from clex_train.model_config import size
 from clex_train.model_config.meta_models import model_on_meta
 from clex_train.models import architecture, weights
-from clex_train.tracking import summary
+from clex_train.tracking import saved_config, summary
 from clex_train.utils import checksums, distributed, log
 from clex_train.utils.bounds import MOST_TOKENS
 from clex_train.utils.errors import ConfigError, require, require_at_most

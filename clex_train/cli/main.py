@@ -14,8 +14,8 @@ import runpy
 import sys
 from dataclasses import dataclass
 
-from clex_train.config.suggestions import did_you_mean
 from clex_train.utils import log, versions
+from clex_train.utils.suggestions import did_you_mean
 
 USER_ERROR = 2
 

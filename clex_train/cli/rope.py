@@ -21,12 +21,12 @@ if __name__ == "__main__":
 
     stop_requests.end_on_signals()
 
-from clex_train.config import saved_config
 from clex_train.config.model import ModelConfig
 from clex_train.console import arguments, program
 from clex_train.inspection import as_json, difference, inspect_model, text
 from clex_train.inspection.difference import Difference
 from clex_train.inspection.reading import Reading
+from clex_train.tracking import saved_config
 from clex_train.utils import files, log
 from clex_train.utils.errors import InputError, require
 

@@ -27,10 +27,10 @@ from clex_train.config.method import FORMULAS, Method
 from clex_train.config.model import Init, ModelConfig
 from clex_train.config.optim import OptimConfig
 from clex_train.config.scaling import Positions, ScalingConfig
-from clex_train.config.suggestions import did_you_mean
 from clex_train.config.tracking import TrackingConfig
 from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.files import require_plain_name
+from clex_train.utils.suggestions import did_you_mean
 
 
 class Resume(Enum):

@@ -18,10 +18,10 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, Node
 from omegaconf.errors import OmegaConfBaseException
 
-from clex_train.config.suggestions import did_you_mean, in_words
 from clex_train.console import config_files
 from clex_train.utils import locations
 from clex_train.utils.errors import InputError
+from clex_train.utils.suggestions import did_you_mean, in_words
 
 REPOSITORY = locations.ROOT
 HYDRA = Path(str(hydra.__file__)).resolve().parent

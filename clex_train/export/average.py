@@ -16,7 +16,6 @@ from clex_train.checkpoint import weights
 from clex_train.checkpoint.listing import Found
 from clex_train.checkpoint.store import Checkpoints
 from clex_train.checkpoint.weights import StoredWeights
-from clex_train.config import saved_config
 from clex_train.config.method import Method
 from clex_train.config.root import Config
 from clex_train.data import build as data
@@ -32,6 +31,7 @@ from clex_train.rope.patch import install_rotary
 from clex_train.scaling.clex import Clex
 from clex_train.scaling.solver import UnstableField
 from clex_train.scaling.static_rope import StaticRope
+from clex_train.tracking import saved_config
 from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.protocols import Tokenizer
 

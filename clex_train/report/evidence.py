@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from clex_train.config import saved_config
-from clex_train.config.saved_config import CONFIG, FINAL
 from clex_train.evaluation import results
 from clex_train.evaluation.provenance import weights_hash
 from clex_train.evaluation.results import Origin, Results
@@ -25,7 +23,9 @@ from clex_train.evaluation.tables import Row, Table, read_tables, rows_of
 from clex_train.evaluation.task_scores import TaskScore
 from clex_train.measures import tax
 from clex_train.scaling.frequency_table import TABLE, FrequencyTable
+from clex_train.tracking import saved_config
 from clex_train.tracking.metrics_log import LONGEST_LINE, MOST_DAMAGED, parse
+from clex_train.tracking.saved_config import CONFIG, FINAL
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, InputError
 from clex_train.utils.files import BadFile, open_regular

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from clex_train.config.saved_config import FINAL
 from clex_train.report import plotting
 from clex_train.report.evidence import Evidence, TrainingRun, training_source
 from clex_train.report.plotting import Absent, Figure, Line
@@ -22,6 +21,7 @@ from clex_train.scaling.frequency_table import FrequencyTable
 from clex_train.scaling.methods.ntk import ntk_table
 from clex_train.scaling.methods.pi import pi_table
 from clex_train.scaling.methods.yarn import Yarn
+from clex_train.tracking.saved_config import FINAL
 from clex_train.utils.errors import InputError
 
 MAX_PANELS = 3

@@ -11,9 +11,9 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from clex_train.config import saved_config as recorded_config
 from clex_train.config.root import Config, Resume
-from clex_train.config.saved_config import CONFIG, FINAL
+from clex_train.tracking import saved_config as recorded_config
+from clex_train.tracking.saved_config import CONFIG, FINAL
 from clex_train.utils import distributed, files, log
 from clex_train.utils.errors import NO_ROOM, ConfigError, InputError, first_line
 from clex_train.utils.files import BadFile

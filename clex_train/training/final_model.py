@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from clex_train.config import saved_config
 from clex_train.engine import deepspeed as engines
 from clex_train.export.final import is_finished as is_whole
 from clex_train.export.final import write_final
 from clex_train.preflight.run_checks import Preflight
-from clex_train.tracking import run_folder
+from clex_train.tracking import run_folder, saved_config
 from clex_train.training.state import Parts
 from clex_train.utils import distributed, log
 from clex_train.utils.protocols import Tokenizer

@@ -24,7 +24,6 @@ from clex_train.checkpoint import manifest as checkpoint_manifest
 from clex_train.checkpoint.safe_load import tensors_only
 from clex_train.checkpoint.store import Checkpoints
 from clex_train.cli.evaluation_plan import EvaluateConfig
-from clex_train.config import saved_config
 from clex_train.config.checkpoint import CheckpointConfig
 from clex_train.config.root import Config
 from clex_train.console import arguments, program
@@ -40,7 +39,7 @@ from clex_train.token_store.manifest import MANIFEST
 from clex_train.token_store.store import TokenStore
 from clex_train.token_store.vocabulary import vocabulary
 from clex_train.token_store.writer import write_store
-from clex_train.tracking import run_folder
+from clex_train.tracking import run_folder, saved_config
 from data_prep import inspect as inspect_verb
 from data_prep import resume, statistics
 from tests.helpers.composing import composed

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from clex_train.cli.loading import run_config
-from clex_train.config import saved_config
 from clex_train.config.root import Config
-from clex_train.tracking import run_folder
+from clex_train.tracking import run_folder, saved_config
 from clex_train.utils.files import BadFile, open_regular, read_regular
 from clex_train.utils.log import printable
 from clex_train.utils.records import read_json, read_yaml, require_bounded

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clex_train.config.suggestions import did_you_mean, in_words
+from clex_train.utils.suggestions import did_you_mean, in_words
 
 KEYS = ["optim.lr", "optim.steps", "scaling.t_max", "scaling.lr_scale", "data.seq_len", "seed"]
 
