@@ -116,11 +116,12 @@ def _copy(store: TokenStore, documents: np.ndarray, records: np.ndarray, used: n
     """Write the documents as one shard, with sources renumbered from 0 among those in `used`."""
     # `used` is sorted and contains every source, so the position is the new number.
     sources = np.searchsorted(used, records["source"])
-    with ShardWriter(partial / store.split_name, "00000", store.dtype) as writer:
+    with ShardWriter(partial / store.split_name, "00000", store.dtype, store.manifest.is_masked) as writer:
         for document, record, source in zip(documents, records, sources, strict=True):
             start, stop = map(int, store.doc_offsets[document : document + 2])
             for first in range(start, stop, CHUNK_TOKENS):
-                writer.write(store.tokens(first, min(first + CHUNK_TOKENS, stop)))
+                last = min(first + CHUNK_TOKENS, stop)
+                writer.write(store.tokens(first, last), store.scored(first, last))
             writer.end_document(int(record["text_hash"]), int(source), int(record["record"]))
         return writer.close()
 

@@ -64,8 +64,14 @@ def verify(store: TokenStore) -> int:
         for shard in store.manifest.splits[split]:
             expected[store.path / split / f"{shard.name}.tokens"] = shard.tokens_sha256
             expected[store.path / split / f"{shard.name}.documents"] = shard.documents_sha256
-            if shard.blocks_sha256:
-                expected[store.path / split / f"{shard.name}.blocks"] = shard.blocks_sha256
+            optional = {
+                "blocks": shard.blocks_sha256,
+                "mask": shard.mask_sha256,
+                "mask_blocks": shard.mask_blocks_sha256,
+            }
+            for suffix, digest in optional.items():
+                if digest:
+                    expected[store.path / split / f"{shard.name}.{suffix}"] = digest
     for file, digest in expected.items():
         if _sha256(file, store.path) != digest:
             raise ConfigError(

@@ -51,7 +51,7 @@ Collate = Callable[[Sequence[Row]], MicroBatch]
 def collate_rows(rows: Sequence[Row]) -> MicroBatch:
     """Collate rows as one document each: every token attends to all earlier tokens of its row."""
     tokens = _token_ids(rows)
-    labels = tokens.masked_fill(_segments(rows) == PADDING, UNSCORED)
+    labels = tokens.masked_fill((_segments(rows) == PADDING) | ~_scored(rows), UNSCORED)
     return MicroBatch(tokens, _shift(labels), None, _row_indices(rows))
 
 
@@ -63,7 +63,7 @@ def collate_documents(rows: Sequence[Row]) -> MicroBatch:
     """
     tokens, segments = _token_ids(rows), _segments(rows)
     positions = positions_in_segments(segments)
-    labels = tokens.masked_fill((segments == PADDING) | (positions == 0), UNSCORED)
+    labels = tokens.masked_fill((segments == PADDING) | (positions == 0) | ~_scored(rows), UNSCORED)
     return MicroBatch(tokens, _shift(labels), positions, _row_indices(rows))
 
 
@@ -95,6 +95,12 @@ def _token_ids(rows: Sequence[Row]) -> Tensor:
 
 def _segments(rows: Sequence[Row]) -> Tensor:
     return torch.from_numpy(np.stack([row.segments for row in rows])).long()
+
+
+def _scored(rows: Sequence[Row]) -> Tensor:
+    # A mixture has rows of conversations beside rows of plain text, whose tokens all count.
+    masks = [np.ones(len(row.tokens), np.bool_) if row.scored is None else row.scored for row in rows]
+    return torch.from_numpy(np.stack(masks))
 
 
 def _row_indices(rows: Sequence[Row]) -> Tensor:

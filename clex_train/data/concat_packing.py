@@ -47,7 +47,8 @@ class ConcatRows:
         start = index * self.seq_len
         stop = start + self.seq_len
         # int64, which embedding lookups of torch need; the store keeps uint16 or uint32.
-        return Row(self.store.tokens(start, stop).astype(np.int64), self.store.segments(start, stop), index)
+        tokens, segments = self.store.tokens(start, stop).astype(np.int64), self.store.segments(start, stop)
+        return Row(tokens, segments, index, self.store.scored(start, stop))
 
     def summary(self) -> PackingSummary:
         """Summarize exactly up to `NUM_SAMPLED` rows, beyond that from evenly spaced samples."""

@@ -52,14 +52,17 @@ class PieceRows:
             raise IndexError(f"row {index} of {len(self)}")
         tokens = np.full(self.seq_len, self.store.eos_id, np.int64)
         segments = np.full(self.seq_len, PADDING, np.int32)
+        scored = np.zeros(self.seq_len, np.bool_) if self.store.manifest.is_masked else None
         position = 0
         first, last = int(self.row_offsets[index]), int(self.row_offsets[index + 1])
         for segment, piece in enumerate(range(first, last)):
             start, length = int(self.starts[piece]), int(self.lengths[piece])
             tokens[position : position + length] = self.store.tokens(start, start + length)
             segments[position : position + length] = segment
+            if scored is not None:
+                scored[position : position + length] = self.store.scored(start, start + length)
             position += length
-        return Row(tokens, segments, index)
+        return Row(tokens, segments, index, scored)
 
     def summary(self) -> PackingSummary:
         """Summarize exactly, from the index."""

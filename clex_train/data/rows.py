@@ -25,6 +25,8 @@ class Row:
     """int32 [S]: document of each token within the row, ascending from 0; `PADDING` at the end."""
     index: int
     """Index of the row in its order; in a run one of `MicroBatch.row_indices`, from which positions are sampled."""
+    scored: np.ndarray | None = None
+    """bool [S]: tokens that the loss counts, such as those of an assistant; None: all but padding."""
 
 
 class Rows(Protocol):

@@ -6,6 +6,8 @@
                                      begins with BOS if `bos` is set
             train/00000.documents    one `DOCUMENT` record per document
             train/00000.blocks       CRC-32 of each `BLOCK` bytes of the tokens; missing in stores of earlier versions
+            train/00000.mask         one bit a token, 1 where the loss counts it (least significant bit first); only in
+            train/00000.mask_blocks  stores of conversations, with checksums as those of the tokens
             validation/...           the same for the held-out documents
 
 Shards follow each other in manifest order; a reader sees one long sequence of tokens per split.
@@ -30,6 +32,8 @@ from clex_train.utils.records import Count, decode, read_json
 
 FORMAT = "clex-token-store"
 VERSION = 1
+MASKED_VERSION = 2
+"""Version of stores with a mask: an earlier program, which would train on every token, refuses it."""
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
@@ -84,6 +88,10 @@ class Shard:
     documents_sha256: str
     blocks_sha256: str = ""
     """Hash of `.blocks`; empty in stores of earlier versions, which have no block checksums."""
+    mask_sha256: str = ""
+    """Hash of `.mask`; empty in stores without a mask, whose tokens all count in the loss."""
+    mask_blocks_sha256: str = ""
+    """Hash of `.mask_blocks`."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,11 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     format: str = FORMAT
     version: int = VERSION
+
+    @property
+    def is_masked(self) -> bool:
+        """True if a mask says which tokens the loss counts."""
+        return self.version == MASKED_VERSION
 
     def num_tokens(self, split: str) -> int:
         """Count the tokens of a split, one EOS per document included."""
@@ -128,7 +141,9 @@ class Manifest:
 
 def _content(shard: Shard) -> list[int | str]:
     # Block checksums are left out: a store keeps its fingerprint when they are added to it.
-    return [shard.num_documents, shard.num_tokens, shard.tokens_sha256, shard.documents_sha256]
+    content: list[int | str] = [shard.num_documents, shard.num_tokens, shard.tokens_sha256, shard.documents_sha256]
+    # Appended only where there is one: fingerprints recorded in checkpoints of other stores must not change.
+    return [*content, shard.mask_sha256] if shard.mask_sha256 else content
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -156,12 +171,12 @@ def read_manifest(store: Path) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ConfigError("data.path", store, "manifest.json is not that of a token store; tokenize again")
     # Check the version before decoding: a newer format may have fields that this version would call damaged.
-    if content.get("version") != VERSION:
+    if content.get("version") not in (VERSION, MASKED_VERSION):
         raise ConfigError(
             "data.path",
             store,
-            f"store has format version {content.get('version')}, this program reads version "
-            f"{VERSION}; use the program that wrote it, or tokenize again",
+            f"store has format version {content.get('version')}, this program reads versions "
+            f"{VERSION} and {MASKED_VERSION}; use the program that wrote it, or tokenize again",
         )
     try:
         return _checked(decode(content, Manifest, path), path)
@@ -203,6 +218,9 @@ def _checked(manifest: Manifest, path: Path) -> Manifest:
     for what, index in (("EOS", manifest.tokenizer.eos_id), ("BOS", manifest.tokenizer.bos_id)):
         if index is not None and index >= manifest.tokenizer.vocab_size:
             raise BadFile(path, f"damaged ({what} is {index}, the vocabulary has {manifest.tokenizer.vocab_size} ids)")
-    if any(not shard.num_documents <= shard.num_tokens for shards in manifest.splits.values() for shard in shards):
+    every = [shard for shards in manifest.splits.values() for shard in shards]
+    if any(shard.num_documents > shard.num_tokens for shard in every):
         raise BadFile(path, "damaged (a shard has more documents than tokens)")
+    if any(bool(hashed) != manifest.is_masked for s in every for hashed in (s.mask_sha256, s.mask_blocks_sha256)):
+        raise BadFile(path, "damaged (only some of its shards have a mask)")
     return manifest

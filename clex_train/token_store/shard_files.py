@@ -3,6 +3,7 @@
     <name>.tokens       token ids
     <name>.blocks       uint32 little endian: CRC-32 of each `BLOCK` bytes of the tokens, the last block shorter
     <name>.documents    one `DOCUMENT` record per document
+    <name>.mask         one bit a token, and <name>.mask_blocks, its checksums; only in stores of conversations
 
 Reads use `pread`, not a memory map: a map kills the process with SIGBUS if a file is truncated or its disk fails,
 whereas a short read becomes one line of error. Stores of earlier versions have no `.blocks` and are read unverified.
@@ -34,27 +35,60 @@ class DamagedStore(InputError):
     """A file of a token store differs from its manifest or checksums; names the file, the place and the remedy."""
 
 
-class TokenFile:
-    """Tokens of a shard; every read verifies the checksums of the blocks it touches.
+class CheckedFile:
+    """Bytes of a shard's file; every read verifies the checksums of the blocks it touches.
 
     Args:
         store: directory of the store; a link that leads out of it is refused.
-        path: the token file.
-        shard: the manifest's entry, with sizes and checksums.
-        dtype: uint16 or uint32.
-        vocab_size: exclusive upper bound of the ids.
+        path: the file.
+        num_bytes: its size.
+        sums: the file with its checksums.
+        sums_sha256: hash of `sums`; empty for files of earlier versions, which are read unverified.
 
     Raises:
         DamagedStore: the file or its checksums are unreadable.
     """
 
+    def __init__(self, store: Path, path: Path, num_bytes: int, sums: Path, sums_sha256: str) -> None:
+        self._path, self._num_bytes = path, num_bytes
+        self._file = _open(path, store)
+        self._sums = _read_sums(sums, store, sums_sha256, num_blocks(num_bytes)) if sums_sha256 else None
+
+    def read(self, first: int, last: int) -> memoryview:
+        """Return bytes [first, last).
+
+        Raises:
+            DamagedStore: a checksum does not match, or the file is too short.
+        """
+        if self._sums is None:
+            return memoryview(_pread(self._file, self._path, first, last))
+        # Widen the read to whole blocks, the unit of the checksums.
+        begin = first - first % BLOCK
+        end = min(last + -last % BLOCK, self._num_bytes)
+        content = memoryview(_pread(self._file, self._path, begin, end))
+        for number, at in enumerate(range(0, len(content), BLOCK), begin // BLOCK):
+            if zlib.crc32(content[at : at + BLOCK]) != self._sums[number]:
+                raise DamagedStore(
+                    f"{self._path}: damaged, block {number} (from byte {number * BLOCK}) fails its checksum; {REMEDY}"
+                )
+        return content[first - begin : last - begin]
+
+
+class TokenFile:
+    """Tokens of a shard; arguments and errors as `CheckedFile`.
+
+    Args:
+        store: directory of the store.
+        path: the token file.
+        shard: the manifest's entry, with sizes and checksums.
+        dtype: uint16 or uint32.
+        vocab_size: exclusive upper bound of the ids.
+    """
+
     def __init__(self, store: Path, path: Path, shard: Shard, dtype: np.dtype, vocab_size: int) -> None:
         self._path, self._dtype, self._vocab_size = path, dtype, vocab_size
-        self._num_bytes = shard.num_tokens * dtype.itemsize
-        self._file = _open(path, store)
-        self._sums: np.ndarray | None = None
-        if shard.blocks_sha256:
-            self._sums = _read_sums(path.with_suffix(".blocks"), store, shard, num_blocks(self._num_bytes))
+        num_bytes = shard.num_tokens * dtype.itemsize
+        self._content = CheckedFile(store, path, num_bytes, path.with_suffix(".blocks"), shard.blocks_sha256)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return token ids [stop - start], read-only.
@@ -63,25 +97,9 @@ class TokenFile:
             DamagedStore: a checksum does not match, the file is too short, or an id is outside the vocabulary.
         """
         size = self._dtype.itemsize
-        first, last = start * size, stop * size
-        if self._sums is None:
-            ids = np.frombuffer(_pread(self._file, self._path, first, last), self._dtype)
-        # Widen the read to whole blocks, the unit of the checksums.
-        else:
-            begin = first - first % BLOCK
-            end = min(last + -last % BLOCK, self._num_bytes)
-            content = memoryview(_pread(self._file, self._path, begin, end))
-            self._check(content, begin // BLOCK, self._sums)
-            ids = np.frombuffer(content[first - begin : last - begin], self._dtype)
+        ids = np.frombuffer(self._content.read(start * size, stop * size), self._dtype)
         self._require_known(ids, start)
         return ids
-
-    def _check(self, content: memoryview, first_block: int, sums: np.ndarray) -> None:
-        for number, at in enumerate(range(0, len(content), BLOCK), first_block):
-            if zlib.crc32(content[at : at + BLOCK]) != sums[number]:
-                raise DamagedStore(
-                    f"{self._path}: damaged, block {number} (from byte {number * BLOCK}) fails its checksum; {REMEDY}"
-                )
 
     def _require_known(self, ids: np.ndarray, start: int) -> None:
         # An id beyond the embedding is a device-side assert on CUDA, which names neither file nor token. A vocabulary
@@ -92,6 +110,20 @@ class TokenFile:
                 f"{self._path}: damaged, token {start + place} has the id {ids[place]}, but the store's vocabulary "
                 f"has {self._vocab_size} ids; {REMEDY}"
             )
+
+
+class MaskFile:
+    """Mask of a shard, one bit a token; arguments and errors as `TokenFile`."""
+
+    def __init__(self, store: Path, path: Path, shard: Shard) -> None:
+        sums = path.with_suffix(".mask_blocks")
+        self._content = CheckedFile(store, path, mask_bytes(shard.num_tokens), sums, shard.mask_blocks_sha256)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return bool [stop - start]: True where the loss counts the token."""
+        first, last = start // 8, mask_bytes(stop)
+        bits = np.unpackbits(np.frombuffer(self._content.read(first, last), np.uint8), bitorder="little")
+        return bits[start - 8 * first : stop - 8 * first].astype(bool)
 
 
 class DocumentTable:
@@ -137,11 +169,20 @@ def check_sizes(store: Path, path: Path, shard: Shard, dtype: np.dtype) -> None:
     _check_size(path.with_suffix(".documents"), store, shard.num_documents * DOCUMENT.itemsize)
     if shard.blocks_sha256:
         _check_size(path.with_suffix(".blocks"), store, num_blocks(num_bytes) * BLOCK_SUM.itemsize)
+    if shard.mask_sha256:
+        size = mask_bytes(shard.num_tokens)
+        _check_size(path.with_suffix(".mask"), store, size)
+        _check_size(path.with_suffix(".mask_blocks"), store, num_blocks(size) * BLOCK_SUM.itemsize)
 
 
 def num_blocks(num_bytes: int) -> int:
-    """Count the blocks of a token file; the last one may be shorter."""
+    """Count the blocks of a file; the last one may be shorter."""
     return -(-num_bytes // BLOCK)
+
+
+def mask_bytes(num_tokens: int) -> int:
+    """Count the bytes that hold one bit a token."""
+    return -(-num_tokens // 8)
 
 
 def load_document_index(store: Path, path: Path, shard: Shard) -> np.ndarray:
@@ -174,12 +215,12 @@ def _load_document_index(store: Path, path: Path, shard: Shard, *facts: int) -> 
     return np.concatenate(index)
 
 
-def _read_sums(path: Path, store: Path, shard: Shard, count: int) -> np.ndarray:
+def _read_sums(path: Path, store: Path, expected: str, count: int) -> np.ndarray:
     try:
         content = read_regular(path, store, most=count * BLOCK_SUM.itemsize)
     except (BadFile, FileNotFoundError) as error:
         raise _unreadable(path, error) from error
-    if hashlib.sha256(content).hexdigest() != shard.blocks_sha256:
+    if hashlib.sha256(content).hexdigest() != expected:
         raise DamagedStore(f"{path}: damaged, its checksum is not that of the manifest; {REMEDY}")
     return np.frombuffer(content, BLOCK_SUM)
 

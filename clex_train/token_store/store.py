@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from clex_train.token_store.manifest import SPLITS, TOKENIZER, Manifest, Shard, read_manifest
-from clex_train.token_store.shard_files import DocumentTable, TokenFile, check_sizes, load_document_index
+from clex_train.token_store.shard_files import DocumentTable, MaskFile, TokenFile, check_sizes, load_document_index
 from clex_train.utils.errors import ConfigError
 
 MAX_OPEN_SHARDS = 64
@@ -42,6 +42,7 @@ class TokenStore:
         # Caches on the instance, not on the method: a class-level lru_cache would keep every store alive.
         self._token_file = lru_cache(MAX_OPEN_SHARDS)(self._open_tokens)
         self._document_table = lru_cache(MAX_OPEN_SHARDS)(self._open_documents)
+        self._mask_file = lru_cache(MAX_OPEN_SHARDS)(self._open_mask)
 
     @property
     def num_tokens(self) -> int:
@@ -113,19 +114,21 @@ class TokenStore:
             IndexError: the span is not within [0, num_tokens].
             DamagedStore: a checksum does not match or a file is too short; an `InputError`.
         """
-        if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"tokens {start}:{stop} of {self.num_tokens} in {self.path}/{self.split_name}")
-        # side="right" finds the shard that contains `start`: empty shards are filtered out, so starts are distinct.
-        shard = int(np.searchsorted(self._token_starts, start, side="right")) - 1
-        parts = []
-        while start < stop:
-            base, end = int(self._token_starts[shard]), int(self._token_starts[shard + 1])
-            parts.append(self._token_file(shard).read(start - base, min(stop, end) - base))
-            start, shard = min(stop, end), shard + 1
+        parts = [self._token_file(shard).read(first, last) for shard, first, last in self._spans(start, stop)]
         if len(parts) == 1:
             return parts[0]
         # The empty array makes an empty span concatenate to this dtype; concatenating nothing is an error.
         return np.concatenate([np.empty(0, self.dtype), *parts])
+
+    def scored(self, start: int, stop: int) -> np.ndarray | None:
+        """Return bool [stop - start], True where the loss counts the token; None for a store without a mask.
+
+        Arguments and errors as in `tokens`.
+        """
+        if not self.manifest.is_masked:
+            return None
+        parts = [self._mask_file(shard).read(first, last) for shard, first, last in self._spans(start, stop)]
+        return np.concatenate([np.empty(0, np.bool_), *parts])
 
     def segments(self, start: int, stop: int) -> np.ndarray:
         """Return int32 [stop - start]: the document of each token, numbered from 0 within the span.
@@ -193,9 +196,23 @@ class TokenStore:
             start, shard = base + last, shard + 1
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
 
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (shard, first, last): the part of a span of tokens that lies in each shard, in order."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start}:{stop} of {self.num_tokens} in {self.path}/{self.split_name}")
+        # side="right" finds the shard that contains `start`: empty shards are filtered out, so starts are distinct.
+        shard = int(np.searchsorted(self._token_starts, start, side="right")) - 1
+        while start < stop:
+            base, end = int(self._token_starts[shard]), int(self._token_starts[shard + 1])
+            yield shard, start - base, min(stop, end) - base
+            start, shard = min(stop, end), shard + 1
+
     def _open_tokens(self, shard: int) -> TokenFile:
         vocab_size = self.manifest.tokenizer.vocab_size
         return TokenFile(self.path, self._file(shard, "tokens"), self._shards[shard], self.dtype, vocab_size)
+
+    def _open_mask(self, shard: int) -> MaskFile:
+        return MaskFile(self.path, self._file(shard, "mask"), self._shards[shard])
 
     def _open_documents(self, shard: int) -> DocumentTable:
         return DocumentTable(self.path, self._file(shard, "documents"), self._shards[shard])

@@ -61,12 +61,13 @@ def write_decontaminated(report: Report, output: Path, overwrite: bool) -> None:
 
 def _copy(store: TokenStore, kept: np.ndarray, folder: Path) -> Shard:
     records = np.concatenate([table[:] for _, table in store.document_tables()])
-    with ShardWriter(folder, _SHARD, store.dtype) as writer:
+    with ShardWriter(folder, _SHARD, store.dtype, store.manifest.is_masked) as writer:
         # By offset, not by shard: the copy has a single shard, the original may have several.
         for doc in map(int, kept):
             start, stop = (int(offset) for offset in store.doc_offsets[doc : doc + 2])
             for first in range(start, stop, _COPIED_TOKENS):
-                writer.write(store.tokens(first, min(first + _COPIED_TOKENS, stop)))
+                last = min(first + _COPIED_TOKENS, stop)
+                writer.write(store.tokens(first, last), store.scored(first, last))
             record = records[doc]
             writer.end_document(int(record["text_hash"]), int(record["source"]), int(record["record"]))
         return writer.close()

@@ -207,7 +207,7 @@ def damage_lost_file(store: Path) -> Path:
         (damage_a_file, "not a directory"),
         (damage_other_json, "not that of a token store"),
         (damage_not_json, "not that of a token store"),
-        (damage_future, "version 99, this program reads version 1"),
+        (damage_future, "version 99, this program reads versions 1 and 2"),
         (damage_missing_key, "manifest.json is damaged"),
         (damage_truncated, "00000.tokens: has 4 bytes instead of the 8 in the manifest"),
         (damage_lost_file, "00000.documents: is missing"),
