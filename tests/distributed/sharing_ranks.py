@@ -97,7 +97,9 @@ class GivenRows:
     def __getitem__(self, index: int) -> Row:
         lengths, padding = self.layout[index % len(self)]
         segments = np.repeat([*range(len(lengths)), PADDING], [*lengths, padding]).astype(np.int32)
-        return Row(np.random.default_rng(index).integers(3, VOCABULARY, SEQ_LEN), segments, index)
+        # Rows of several documents are conversations, of which the loss counts a part.
+        scored = np.random.default_rng(index).random(SEQ_LEN) < 0.4 if len(lengths) > 1 else None
+        return Row(np.random.default_rng(index).integers(3, VOCABULARY, SEQ_LEN), segments, index, scored)
 
 
 def save_model(folder: Path, case: str) -> None:

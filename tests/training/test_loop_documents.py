@@ -29,7 +29,9 @@ def given_row(index: int) -> Row:
     lengths, padding = LAYOUTS[index % len(LAYOUTS)]
     segments = np.repeat([*range(len(lengths)), PADDING], [*lengths, padding]).astype(np.int32)
     tokens = np.random.default_rng(index).integers(3, 200, SEQ_LEN)
-    return Row(tokens, segments, index)
+    # Every third row has a mask, as in a mixture of conversations and plain text.
+    scored = np.random.default_rng(index).random(SEQ_LEN) < 0.4 if index % 3 == 0 else None
+    return Row(tokens, segments, index, scored)
 
 
 class GivenRows:
@@ -92,15 +94,17 @@ def reference(config, row_indices, t=None):
             if row.segments[start] != PADDING:
                 clex = loaded.clex
                 spectrum = Spectrum(clex.inv_freq(t), t, clex.attention_factor(t)) if t else None
-                total = total + document_loss(loaded, ids, spectrum, positions[start : start + length])
-                count += length - 1
+                scored = np.ones(SEQ_LEN, np.bool_) if row.scored is None else row.scored
+                kept = torch.from_numpy(scored[start : start + length])[1:]
+                total = total + document_loss(loaded, ids, spectrum, positions[start : start + length], kept)
+                count += int(kept.sum())
             start += length
     (total / count).backward()
     squares = sum(float(p.grad.double().square().sum()) for p in loaded.model.parameters() if p.grad is not None)
     return float(total.detach()) / count, squares**0.5
 
 
-def document_loss(loaded, ids, spectrum, positions):
+def document_loss(loaded, ids, spectrum, positions, kept):
     if ids.shape[1] == 1:
         return 0.0
     if spectrum:
@@ -108,7 +112,7 @@ def document_loss(loaded, ids, spectrum, positions):
             logits = loaded.model(input_ids=ids, use_cache=False).logits
     else:
         logits = loaded.model(input_ids=ids, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits[0, :-1].double(), ids[0, 1:], reduction="sum")
+    return torch.nn.functional.cross_entropy(logits[0, :-1][kept].double(), ids[0, 1:][kept], reduction="sum")
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 6])
