@@ -3,6 +3,8 @@
     corpus            write a corpus as one file of {"text", "meta"} lines
     train_tokenizer   train a byte-level BPE tokenizer on a corpus
     tokenize          turn a corpus into a token store, which training and evaluation read
+    chat              turn conversations into a token store with a mask of the tokens that the loss counts
+    show              print conversations of a store, with the tokens that the loss counts marked
     inspect           show the content of a token store, verify its checksums
     evaluation_sets   write a store of long held-out documents for each length
     retrieval_text    write synthetic documents that state a fact, and state it again after filler from a corpus
@@ -11,6 +13,7 @@
     python -m data_prep train_tokenizer +corpus=stdlib
     python -m data_prep tokenize +corpus=stdlib
     python -m data_prep tokenize +corpus=redpajama_book 'corpus.paths=[/data/book]' tokenizer=/models/llama
+    python -m data_prep chat 'corpus.paths=[chats.jsonl]' tokenizer=/models/llama-chat output=corpora/chats
 
 `python -m data_prep VERB --help` lists the keys of a verb; conf/corpus/ holds the corpora that `+corpus=` accepts.
 """
@@ -37,6 +40,7 @@ from clex_train.console import program
 from clex_train.console.help import options
 from clex_train.utils import log
 from clex_train.utils.locations import CONF
+from data_prep.chat.config import ChatVerb, ShowVerb
 from data_prep.config import (
     CorpusVerb,
     DecontaminateVerb,
@@ -51,6 +55,8 @@ VERBS: dict[str, tuple[type, str]] = {
     "corpus": (CorpusVerb, "data_prep.export"),
     "train_tokenizer": (TrainTokenizerVerb, "data_prep.train_tokenizer"),
     "tokenize": (TokenizeVerb, "data_prep.tokenize.run"),
+    "chat": (ChatVerb, "data_prep.chat.run"),
+    "show": (ShowVerb, "data_prep.chat.show"),
     "inspect": (InspectVerb, "data_prep.inspect"),
     "evaluation_sets": (EvaluationSetsVerb, "data_prep.evaluation_sets"),
     "retrieval_text": (RetrievalTextVerb, "data_prep.retrieval_text.run"),
@@ -61,6 +67,8 @@ VERBS: dict[str, tuple[type, str]] = {
 STARTS_OVER = "nothing is kept, the same command starts over"
 KEPT = {
     "tokenize": "finished shards are kept, run the same command to continue",
+    "chat": "finished shards are kept, run the same command to continue",
+    "show": "nothing was changed",
     "inspect": "nothing was changed",
 }
 """Message about the work that remains when a signal ends a verb."""

@@ -111,6 +111,10 @@ class Tokenizer(Protocol):
     eos_token: str | None
     vocab_size: int
     """Number of ids without added tokens; `len` includes them."""
+    added_tokens_decoder: Mapping[int, Any]
+    """Added tokens by id, with `content` and `special`."""
+    chat_template: Any
+    """Jinja text of the chat template, several by name, or None."""
     backend_tokenizer: Any
     """Wrapped `tokenizers.Tokenizer`."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ logger = log.get(__name__)
 
 MAX_WARNINGS = 5
 """Bad records to log; the rest are only counted."""
+TRUNCATED, UNSCORED = "truncated", "without_scored_tokens"
+"""Counts of conversations that were cut, and of those left out because the cut left nothing to learn."""
 _MISSING = object()
 _LFS_REMEDY = "fetch it by `git lfs pull`"
 
@@ -54,8 +56,31 @@ class Document:
         return len(self.content)
 
 
+def text_content(fields: Mapping[str, Any], corpus: CorpusConfig) -> bytes:
+    """Return the text of a record in UTF-8."""
+    name = corpus.text_field
+    text = _field(fields, name, corpus)
+    if not isinstance(text, (str, Utf8)):
+        advice = chat_remedy(fields) or "repair it"
+        raise BadRecord(f"field {name!r} must be a string, but is {type(text).__name__}", advice)
+    content = text.content if isinstance(text, Utf8) else _encode(text)
+    # An empty document would still add BOS and EOS to the store.
+    if is_blank(content):
+        raise BadRecord(f"field {name!r} is empty")
+    return content
+
+
+ContentOf = Callable[[Mapping[str, Any], CorpusConfig], bytes]
+"""Makes the content of a document of a record's fields; raises `BadRecord`."""
+
+
 def documents(
-    piece: Piece, corpus: CorpusConfig, counts: Counter[str], keep: Sequence[str] = (), below: float = 0.0
+    piece: Piece,
+    corpus: CorpusConfig,
+    counts: Counter[str],
+    keep: Sequence[str] = (),
+    below: float = 0.0,
+    content_of: ContentOf = text_content,
 ) -> Iterator[Document]:
     """Yield the documents of a piece, in order.
 
@@ -66,6 +91,7 @@ def documents(
         keep: further fields of a record to keep if present. No others are converted, so that an unused field cannot
             make a record bad.
         below: documents whose hash value is below go to the validation split.
+        content_of: makes the content of a document; its text by default.
 
     Raises:
         InputError: a bad record under `on_bad_record=error`, or a file that cannot be read to its end; names file,
@@ -79,7 +105,7 @@ def documents(
     names = [*fields_of(corpus), *keep]
     for raw in reader.read(piece, corpus, names):
         try:
-            document = _document(raw, reader.parse(raw.take(), names), corpus, keep, below)
+            document = _document(raw, reader.parse(raw.take(), names), corpus, keep, below, content_of)
         # A damaged file is never skipped: the rest of its records would be lost without a trace.
         except Unreadable:
             raise
@@ -94,11 +120,13 @@ def documents(
 def require_documents(corpus: CorpusConfig, counts: Counter[str]) -> None:
     """Raise `ConfigError` if no record became a document; an empty store is never intended."""
     if not counts["documents"]:
+        remedy = "check corpus.paths, corpus.where and corpus.text_field"
+        if counts[UNSCORED]:
+            remedy = "every conversation was cut before a token that the loss counts; raise max_tokens"
         raise ConfigError(
             "corpus.name",
             corpus.name,
-            f"the corpus is empty, no record became a document ({in_words(counts)}); check "
-            "corpus.paths, corpus.where and corpus.text_field",
+            f"the corpus is empty, no record became a document ({in_words(counts)}); {remedy}",
         )
 
 
@@ -126,11 +154,11 @@ def hash64(content: bytes) -> int:
 
 
 def _document(
-    raw: Raw, fields: Mapping[str, Any], corpus: CorpusConfig, keep: Sequence[str], below: float
+    raw: Raw, fields: Mapping[str, Any], corpus: CorpusConfig, keep: Sequence[str], below: float, content_of: ContentOf
 ) -> Document | None:
     if any(_as_str(_field(fields, name, corpus)) != value for name, value in corpus.where.items()):
         return None
-    content = _content(_field(fields, corpus.text_field, corpus), fields, corpus.text_field)
+    content = content_of(fields, corpus)
     # The text's hash is stored even if another field decides the split: it identifies equal texts across stores.
     value = text_hash = hash64(content)
     if corpus.split_field:
@@ -145,18 +173,6 @@ def _field(fields: Mapping[str, Any], name: str, corpus: CorpusConfig) -> Any:
         return lookup(fields, name)
     except BadRecord as error:
         raise BadRecord(str(error), remedy(key_of(corpus, name), fields)) from error
-
-
-def _content(text: Any, fields: Mapping[str, Any], name: str) -> bytes:
-    """Check the text and return its UTF-8."""
-    if not isinstance(text, (str, Utf8)):
-        advice = chat_remedy(fields) or "repair it"
-        raise BadRecord(f"field {name!r} must be a string, but is {type(text).__name__}", advice)
-    content = text.content if isinstance(text, Utf8) else _encode(text)
-    # An empty document would still add BOS and EOS to the store.
-    if is_blank(content):
-        raise BadRecord(f"field {name!r} is empty")
-    return content
 
 
 def _as_str(value: Any) -> str:

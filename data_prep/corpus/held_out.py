@@ -11,12 +11,13 @@ validation to training, never the other way.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 
 from clex_train.utils import log
 from data_prep.config import CorpusConfig, CorpusSource
-from data_prep.corpus.documents import MAX_WARNINGS, documents
+from data_prep.corpus.documents import MAX_WARNINGS, ContentOf, documents, text_content
 from data_prep.corpus.sources import Unit
 
 logger = log.get(__name__)
@@ -44,8 +45,10 @@ def few(num_texts: int) -> int:
     return min(max(LEAST, min(MOST, num_texts // 10)), num_texts // 2)
 
 
-def rule(corpus: CorpusConfig, units: list[Unit]) -> HeldOut:
-    """Choose the split rule, which depends only on the content of the corpus.
+def rule(
+    corpus: CorpusConfig, units: list[Unit], keep: Sequence[str] = (), content_of: ContentOf = text_content
+) -> HeldOut:
+    """Choose the split rule, which depends only on the content of the corpus; `keep`, `content_of` as in `documents`.
 
     Raises:
         InputError: as in `documents`.
@@ -59,7 +62,7 @@ def rule(corpus: CorpusConfig, units: list[Unit]) -> HeldOut:
     # Records are read again when the documents are written, and warnings belong there.
     quiet = Counter({"bad_records": MAX_WARNINGS})
     for piece in (piece for unit in units for piece in unit.pieces):
-        for document in documents(piece, corpus, quiet):
+        for document in documents(piece, corpus, quiet, keep, content_of=content_of):
             if document.text_hash not in values:
                 # Distinct texts only: duplicates share a value and would raise the count without adding information.
                 values.add(document.text_hash)

@@ -212,11 +212,7 @@ def chat_remedy(present: Iterable[str]) -> str:
     chat = [name for name in present if name in CHAT_FIELDS]
     if not chat:
         return ""
-    return (
-        f"{chat[0]!r} looks like chat data, which is not supported directly: write every conversation as one text, for "
-        "example with the tokenizer's apply_chat_template(..., tokenize=False), and set corpus.text_field=NAME to it "
-        "(special tokens in a text are encoded as plain text)"
-    )
+    return f"{chat[0]!r} looks like chat data: `python -m data_prep chat` reads conversations"
 
 
 def _read_hub(piece: Piece, corpus: CorpusConfig, names: Sequence[str]) -> Iterator[Raw]:

@@ -19,9 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from clex_train.data.bos import resolve
-from clex_train.token_store.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, read_manifest, token_dtype
+from clex_train.token_store.manifest import (
+    MANIFEST,
+    MASKED_VERSION,
+    SPLITS,
+    TOKENIZER,
+    VERSION,
+    Manifest,
+    read_manifest,
+    token_dtype,
+)
 from clex_train.utils import log
 from clex_train.utils.protocols import Tokenizer
+from data_prep.chat.config import ChatVerb
 from data_prep.config import CorpusConfig, EngineChoice, TokenizeVerb
 from data_prep.corpus.documents import in_words, require_documents
 from data_prep.corpus.held_out import LEAST, HeldOut, rule
@@ -49,15 +59,15 @@ def run(config: TokenizeVerb) -> None:
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.trust_remote_code)
     bos = resolve(config.bos, tokenizer, "bos")
     held_out = rule(config.corpus, units)
-    settings = _settings(config, units, tokenizer.backend_tokenizer.to_str(), bos, held_out)
+    settings = content_settings(config, units, tokenizer.backend_tokenizer.to_str(), bos, held_out)
     if is_done(output, settings, config.overwrite):
         logger.info("%s already is this store", output)
         return
     log_plan(config, units, len(tokenizer), bos)
     with disk_full_explained(output), open_partial(output, settings, config.overwrite) as partial:
-        manifest = _complete(config, units, tokenizer, partial, settings, held_out)
-        publish(partial, manifest, output)
-    _report(manifest, output)
+        job = _job(config, tokenizer, partial, bos, held_out)
+        publish(partial, complete(job, units, settings, config.workers), output)
+    report(read_manifest(output), output)
 
 
 def log_plan(config: TokenizeVerb, units: list[Unit], vocab_size: int, bos: bool) -> None:
@@ -76,14 +86,13 @@ def log_plan(config: TokenizeVerb, units: list[Unit], vocab_size: int, bos: bool
     )
 
 
-def _complete(
-    config: TokenizeVerb,
-    units: list[Unit],
-    tokenizer: Tokenizer,
-    partial: Path,
-    settings: dict[str, Any],
-    held_out: HeldOut,
-) -> Manifest:
+def complete(job: Job, units: list[Unit], settings: dict[str, Any], workers: int) -> Manifest:
+    """Write the shards that are missing in `job.partial`, and return the manifest of all.
+
+    Raises:
+        InputError: bad input, or a file that changed since its shard was written.
+    """
+    partial = job.partial
     # The program was killed between writing the manifest and renaming the store.
     if (partial / MANIFEST).is_file():
         return read_manifest(partial)
@@ -91,12 +100,11 @@ def _complete(
     # Finished shards of changed files would mix two versions of a corpus in one store.
     for unit, result in finished.items():
         check_sources(unit, result)
-    job = _job(config, tokenizer, partial, settings["bos"], held_out)
     todo = [unit for unit in units if unit not in finished]
     if len(todo) < len(units):
         logger.info("%d of %d shards exist already", len(units) - len(todo), len(units))
     with Progress(sum(piece.num_bytes for unit in todo for piece in unit.pieces)) as progress:
-        run_units(todo, job, config.workers, progress)
+        run_units(todo, job, workers, progress)
     return _manifest(partial, units, job, settings)
 
 
@@ -120,10 +128,10 @@ def _job(config: TokenizeVerb, tokenizer: Tokenizer, partial: Path, bos: bool, h
     )
 
 
-def _settings(
-    config: TokenizeVerb, units: list[Unit], tokenizer_json: str, bos: bool, held_out: HeldOut
+def content_settings(
+    config: TokenizeVerb | ChatVerb, units: list[Unit], tokenizer_json: str, bos: bool, held_out: HeldOut
 ) -> dict[str, Any]:
-    """Record everything that determines the store's content: equal settings give equal stores."""
+    """Record what determines the content of a store: equal settings give equal stores."""
     corpus = {k: v.name if isinstance(v, Enum) else v for k, v in dataclasses.asdict(config.corpus).items()}
     # By size, not checksum: hashing the corpus would read it twice. Changed files are found by `check_sources`.
     files = json.dumps([dataclasses.asdict(unit) for unit in units])
@@ -150,6 +158,7 @@ def _manifest(partial: Path, units: list[Unit], job: Job, settings: dict[str, An
         split_rule=_split_rule(job.corpus) | ({"held_out": settings["held_out"]} if "held_out" in settings else {}),
         sources=[source for result in results for source in result.sources],
         settings=settings,
+        version=VERSION if job.chat is None else MASKED_VERSION,
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("tokenizers", "transformers", *{r.engine for r in results})},
     )
@@ -166,7 +175,8 @@ def _split_rule(corpus: CorpusConfig) -> dict[str, Any]:
     }
 
 
-def _report(manifest: Manifest, output: Path) -> None:
+def report(manifest: Manifest, output: Path) -> None:
+    """Log the size of a complete store, and a split that differs from what was asked for."""
     for split in SPLITS:
         logger.info("%s: %d documents, %d tokens", split, manifest.num_documents(split), manifest.num_tokens(split))
     logger.info("%s is complete (%s)", output, in_words(_counts(manifest)))

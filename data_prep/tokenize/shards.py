@@ -24,8 +24,10 @@ from clex_train.utils import log
 from clex_train.utils.errors import ConfigError
 from clex_train.utils.files import BadFile, write_atomically
 from clex_train.utils.records import read_record
+from data_prep.chat import encoding as chat_encoding
+from data_prep.chat.encoding import ChatJob
 from data_prep.config import CorpusConfig
-from data_prep.corpus.documents import Document, documents
+from data_prep.corpus.documents import Document, documents, text_content
 from data_prep.corpus.readers import place
 from data_prep.corpus.sources import Piece, Unit
 from data_prep.progress import Progress
@@ -49,7 +51,8 @@ class Job:
 
     `partial` is the directory to write in, `engine` the name of the encoder. With `falls_back`, a shard on which the
     engine and `tokenizers` disagree is tokenized again with `tokenizers`. `cut` splits texts where that changes no id.
-    With `bos`, each document begins with BOS. Documents whose hash is below `below` are held out.
+    With `bos`, each document begins with BOS. Documents whose hash is below `below` are held out. With `chat`,
+    documents are conversations, which the engine, `cut` and `bos` have no part in.
     """
 
     partial: Path
@@ -60,6 +63,7 @@ class Job:
     falls_back: bool
     bos: bool
     below: float
+    chat: ChatJob | None = None
 
 
 @dataclass(frozen=True)
@@ -138,9 +142,14 @@ def _tokenize(unit: Unit, job: Job, engine: str, advance: Advance) -> Result:
     # The dtype follows from the vocabulary, not from the ids seen: all shards of a store must agree.
     dtype = token_dtype(job.tokenizer.vocab_size)
     with ExitStack() as stack:
-        writers = {s: stack.enter_context(ShardWriter(job.partial / s, unit.name, dtype)) for s in SPLITS}
-        pieces = _pieces(_documents(unit, job, counts, advance), job.cut)
-        _encode(pieces, unit, job, engine, writers, advance)
+        has_mask = job.chat is not None
+        writers = {s: stack.enter_context(ShardWriter(job.partial / s, unit.name, dtype, has_mask)) for s in SPLITS}
+        items = _documents(unit, job, counts, advance)
+        if job.chat is not None:
+            by_source = dict(enumerate(counts, start=unit.first_source))
+            chat_encoding.write(items, job.chat, job.partial / TOKENIZER, job.tokenizer, writers, by_source, advance)
+        else:
+            _encode(_pieces(items, job.cut), unit, job, engine, writers, advance)
         shards = {split: writer.close() for split, writer in writers.items() if writer.num_documents}
     sources = [
         Source(p.path, p.start, p.stop, sha256_of(p), dict(sorted(c.items())), is_part=p.format == "hub")
@@ -222,9 +231,10 @@ def check_sources(unit: Unit, result: Result) -> None:
 
 def _documents(unit: Unit, job: Job, counts: list[Counter[str]], advance: Advance) -> Iterator[tuple[int, Document]]:
     """Yield (number of the source in the store, document) over all pieces of a unit and report the bytes read."""
+    keep, content_of = (job.chat.keep, job.chat.content) if job.chat else ((), text_content)
     for i, piece in enumerate(unit.pieces):
         reported = 0
-        for document in documents(piece, job.corpus, counts[i], below=job.below):
+        for document in documents(piece, job.corpus, counts[i], keep, job.below, content_of):
             yield unit.first_source + i, document
             advance(document.consumed - reported, 0, 0)
             reported = document.consumed

@@ -176,5 +176,5 @@ def test_a_program_killed_before_any_shard_does_not_block_another(tmp_path: Path
 def test_chat_data_is_recognised_and_named(tmp_path: Path, tokenizer_dir: Path, field: str, write, named: bool) -> None:
     chat = [{field: [{"role": "user", "content": "hello"}]}]
     path = write(tmp_path / f"a.{'jsonl' if write is write_jsonl else 'parquet'}", chat)
-    with pytest.raises(ValueError, match=f"'{field}' looks like chat data.*apply_chat_template.*corpus.text_field"):
+    with pytest.raises(ValueError, match=f"'{field}' looks like chat data: `python -m data_prep chat` reads"):
         tokenize_files([path], tokenizer_dir, tmp_path / "store", **({"text_field": field} if named else {}))
