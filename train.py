@@ -74,7 +74,7 @@ def _run(config: configuration.Config, page: "out_of_memory.Page") -> int:
         parts = build(ready, stop)
         try:
             steps = loop.train(parts, partial(Tracker, ready.config, Path(config.output_dir)))
-            final_model.save(parts, ready.inputs.tokenizer)
+            final_model.save(parts, ready.inputs)
         finally:
             parts.engine.destroy()
     return steps

@@ -15,6 +15,7 @@ import numpy as np
 
 from clex_train.config.data import DataConfig, Packing, parse_ranges
 from clex_train.config.optim import OptimConfig
+from clex_train.data import conversations
 from clex_train.data.bos import describe_bos
 from clex_train.data.concat_packing import ConcatRows
 from clex_train.data.document_packing import best_fit, long_documents
@@ -150,6 +151,7 @@ def describe(
         yield "data", f"{store}: {len(rows):,} sequences, {passes[name]:.3g} epochs"
         yield "begin", f"documents have {describe_bos(stores[name])}"
         yield "packing", f"{data.packing.value}: {rows.summary()}"
+    yield from conversations.describe(stores)
     if data.domains:
         yield "mixture", mixture_line(data)
     if held_out is not None:

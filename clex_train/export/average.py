@@ -19,6 +19,7 @@ from clex_train.checkpoint.weights import StoredWeights
 from clex_train.config.method import Method
 from clex_train.config.root import Config
 from clex_train.data import build as data
+from clex_train.data import conversations
 from clex_train.model_config.meta_models import model_on_meta
 from clex_train.models import architecture
 from clex_train.models.initial_field import starting_field
@@ -83,6 +84,7 @@ def _without_weights(config: Config, newest: Found, dtype: torch.dtype) -> tuple
     """Build the model of a run on the meta device, with what `write_final` reads of it, and load its tokenizer."""
     arch = architecture.to_read(config.model)
     tokenizer = training_tokenizer(config.model, arch, _store_tokenizer(config))
+    conversations.use_template(tokenizer, data.open_existing_stores(config.data))
     length, trained = architecture.context_length(config.model, arch), trained_architecture(config, arch)
     require(
         newest.manifest.architecture == architecture.digest(trained),

@@ -21,6 +21,7 @@ from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config, Resume
 from clex_train.data import build as data
+from clex_train.data import conversations
 from clex_train.data.build import PackedRows
 from clex_train.data.overlap import require_disjoint
 from clex_train.data.rows import Rows
@@ -197,6 +198,7 @@ def _open_inputs(config: Config, arch: PretrainedConfig, scope: Scope) -> Inputs
     store = next(iter(stores.values()))
     tokenizer = training_tokenizer(config.model, arch, store.tokenizer_path)
     vocabulary.check_tokenizer(store, tokenizer)
+    conversations.use_template(tokenizer, stores)
     if not config.model.is_pretrained:
         _check_ids(config, arch, stores, None)
     return Inputs(stores, is_complete, held_out, tokenizer)

@@ -2,24 +2,25 @@
 
 from pathlib import Path
 
+from clex_train.data import conversations
 from clex_train.engine import deepspeed as engines
 from clex_train.export.final import is_finished as is_whole
 from clex_train.export.final import write_final
-from clex_train.preflight.run_checks import Preflight
+from clex_train.preflight.run_checks import Inputs, Preflight
 from clex_train.tracking import run_folder, saved_config
 from clex_train.training.state import Parts
 from clex_train.utils import distributed, log
-from clex_train.utils.protocols import Tokenizer
 
 logger = log.get(__name__)
 
 
-def save(parts: Parts, tokenizer: Tokenizer) -> None:
+def save(parts: Parts, inputs: Inputs) -> None:
     """Write the weights, the frequencies of the last step and the tokenizer. Collective."""
     parts.loaded.solve_table()
+    conversations.stop_at_turns(parts.loaded.model.generation_config, inputs.stores)
     final = Path(parts.config.output_dir) / saved_config.FINAL
     weights, t = engines.consolidated_state_dict(parts.engine), parts.config.scaling.final_t
-    write_final(final, parts.loaded, weights, tokenizer, t)
+    write_final(final, parts.loaded, weights, inputs.tokenizer, t)
 
 
 def is_finished(ready: Preflight) -> bool:

@@ -17,7 +17,7 @@ from data_prep.chat.config import Layout, Scored
 from data_prep.chat.template import ChatTemplate, Encoded
 from data_prep.config import CorpusConfig
 from data_prep.corpus.bad_record import BadRecord
-from data_prep.corpus.documents import TRUNCATED, UNSCORED, Document, lookup
+from data_prep.corpus.documents import SCORED, TRUNCATED, UNSCORED, Document, lookup
 from data_prep.tokenize.encoding import load_tokenizer
 
 
@@ -57,7 +57,7 @@ def write(
     template = ChatTemplate(load_tokenizer(str(tokenizer)), chat.template, chat.scored)
     for source, document in documents:
         encoded = template.encode(conversations.from_bytes(document.content))
-        whole = end(encoded, facts.eos_id, ends_turn=template.stops)
+        whole = end(encoded, facts.eos_id, ends_turn=template.stop_id is not None)
         kept = cut(whole, facts.eos_id, chat.max_tokens)
         # The first token of a document is never predicted.
         if not kept.scored[1:].any():
@@ -65,6 +65,7 @@ def write(
             counts[source]["documents"] -= 1
             continue
         counts[source][TRUNCATED] += len(kept.ids) < len(whole.ids)
+        counts[source][SCORED] += int(kept.scored.sum())
         writer = writers[document.split]
         writer.write(kept.ids, kept.scored)
         writer.end_document(document.text_hash, source, document.record)

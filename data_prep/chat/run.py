@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clex_train.token_store.manifest import TOKENIZER, read_manifest
-from clex_train.token_store.store import TokenStore
+from clex_train.data.conversations import COUNTED
+from clex_train.data.conversations import LARGEST as LARGEST_TEMPLATE
+from clex_train.token_store.manifest import SPLITS, TOKENIZER, Manifest, read_manifest
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.files import BadFile, read_regular
@@ -20,7 +21,7 @@ from clex_train.utils.protocols import Tokenizer
 from data_prep.chat.config import ChatVerb
 from data_prep.chat.encoding import ChatJob
 from data_prep.chat.template import ChatTemplate
-from data_prep.corpus.documents import TRUNCATED, UNSCORED
+from data_prep.corpus.documents import SCORED, TRUNCATED, UNSCORED
 from data_prep.corpus.held_out import rule
 from data_prep.corpus.sources import Unit, plan
 from data_prep.resume import disk_full_explained, is_done, open_partial, publish, require_place_of_store
@@ -31,9 +32,6 @@ from data_prep.tokenize.run import complete, content_settings, report
 from data_prep.tokenize.shards import Job
 
 logger = log.get(__name__)
-
-LARGEST_TEMPLATE = 2**20
-"""Bytes of a template at most."""
 
 
 def run(config: ChatVerb) -> None:
@@ -55,7 +53,7 @@ def run(config: ChatVerb) -> None:
     # The template writes BOS, or does not.
     bos = tokenizer.bos_token_id is not None and template.begins_with(tokenizer.bos_token_id)
     settings = content_settings(config, units, tokenizer.backend_tokenizer.to_str(), bos, held_out)
-    settings |= {"chat": _settings(chat)}
+    settings |= {"chat": _settings(chat, template.stop_id)}
     if is_done(output, settings, config.overwrite):
         logger.info("%s already is this store", output)
         return
@@ -77,7 +75,7 @@ def run(config: ChatVerb) -> None:
         )
         publish(partial, complete(job, units, settings, config.workers), output)
     report(read_manifest(output), output)
-    report_scored(TokenStore(output), config)
+    report_scored(read_manifest(output), config)
 
 
 def read_template(path: str | None) -> str | None:
@@ -108,9 +106,9 @@ def log_plan(config: ChatVerb, units: list[Unit], tokenizer: Tokenizer, template
         len(tokenizer),
         config.output,
     )
-    which = {"assistant": "all turns of the assistant", "last": "the last turn of the assistant", "all": "all tokens"}
-    logger.info("template %s; the loss counts %s", config.template or "of the tokenizer", which[config.scored.name])
-    if not template.stops:
+    which = COUNTED[config.scored.name]
+    logger.info("template %s; the loss counts %s", config.template or "of the tokenizer", which)
+    if template.stop_id is None:
         logger.warning(
             "the template ends the assistant's turns with no control token; the end of a document, %s, is scored "
             "instead, so a model learns to stop at the last turn of a conversation only",
@@ -118,28 +116,26 @@ def log_plan(config: ChatVerb, units: list[Unit], tokenizer: Tokenizer, template
         )
 
 
-def report_scored(store: TokenStore, config: ChatVerb) -> None:
+def report_scored(manifest: Manifest, config: ChatVerb) -> None:
     """Log the share of scored tokens, and what was cut or left out."""
-    total, counts = 0, Counter[str]()
-    for first in range(0, store.num_tokens, 1 << 20):
-        scored = store.scored(first, min(first + (1 << 20), store.num_tokens))
-        assert scored is not None
-        total += int(scored.sum())
-    for source in store.manifest.sources:
+    counts = Counter[str]()
+    for source in manifest.sources:
         counts.update(source.counts)
-    share = 100 * total / max(store.num_tokens, 1)
-    logger.info("train: the loss counts %d of %d tokens (%.1f %%)", total, store.num_tokens, share)
+    total = sum(manifest.num_tokens(split) for split in SPLITS)
+    share = 100 * counts[SCORED] / max(total, 1)
+    logger.info("the loss counts %d of %d tokens (%.1f %%)", counts[SCORED], total, share)
     if counts[TRUNCATED]:
         logger.warning("%d conversations were cut to max_tokens=%s", counts[TRUNCATED], config.max_tokens)
     if counts[UNSCORED]:
         logger.warning("%d conversations were left out: nothing to learn is left of them", counts[UNSCORED])
 
 
-def _settings(chat: ChatJob) -> dict[str, Any]:
+def _settings(chat: ChatJob, stop_id: int | None) -> dict[str, Any]:
     template = hashlib.sha256(chat.template.encode()).hexdigest()
     return {
         "layout": chat.layout.name,
         "scored": chat.scored.name,
         "max_tokens": chat.max_tokens,
         "template_sha256": template,
+        "stop_id": stop_id,
     }

@@ -70,7 +70,7 @@ class ChatTemplate:
         # The longest first: a token may contain another.
         self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
         self._newline = self._encode("\n")[0]
-        self.stops = self._check()
+        self.stop_id = self._check()
 
     def encode(self, messages: Messages) -> Encoded:
         """Encode a conversation.
@@ -91,8 +91,8 @@ class ChatTemplate:
         """Return True if rendered conversations begin with the token, such as BOS."""
         return int(self.encode(EXAMPLE).ids[0]) == token
 
-    def _check(self) -> bool:
-        """Try the template; return True if its turns of the assistant end with a control token."""
+    def _check(self) -> int | None:
+        """Try the template; return the control token that ends the assistant's turns, None without one."""
         try:
             encoded = self.encode(EXAMPLE)
         except BadRecord as error:
@@ -101,13 +101,13 @@ class ChatTemplate:
         control = {i for i, token in added if self._control.fullmatch(token.content)}
         # Behind the last token of the answer's text; a template may write a newline after the end of a turn.
         last = encoded.ids[np.flatnonzero(encoded.scored)[-3:]].tolist() if encoded.scored.any() else []
-        stops = any(token in control for token in last)
-        if self._has_tags and not stops and self._scored is not Scored.all:
+        stop = next((token for token in reversed(last) if token in control), None)
+        if self._has_tags and stop is None and self._scored is not Scored.all:
             remedy = (
                 "the end of a turn is outside of {% generation %}, so a model would not learn to stop; move it inside"
             )
             raise ConfigError("template", None, remedy)
-        return stops
+        return stop
 
     def _render(self, messages: Messages) -> tuple[str, list[Span]]:
         """Render marked messages; return the text and the spans of it that count, in characters."""

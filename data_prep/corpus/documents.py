@@ -25,8 +25,8 @@ logger = log.get(__name__)
 
 MAX_WARNINGS = 5
 """Bad records to log; the rest are only counted."""
-TRUNCATED, UNSCORED = "truncated", "without_scored_tokens"
-"""Counts of conversations that were cut, and of those left out because the cut left nothing to learn."""
+TRUNCATED, UNSCORED, SCORED = "truncated", "without_scored_tokens", "scored_tokens"
+"""Counts of conversations that were cut, of those left out because the cut left nothing to learn, and of tokens."""
 _MISSING = object()
 _LFS_REMEDY = "fetch it by `git lfs pull`"
 

@@ -87,7 +87,7 @@ def test_every_corpus_file_composes_and_describes_itself(run, name: str) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tokenise"], "tokenise: no such verb; use one of corpus, train_tokenizer, tokenize, inspect"),
+        (["tokenise"], "tokenise: no such verb; use one of corpus, train_tokenizer, tokenize, chat, show, inspect"),
         (["tokenize", "+corpus=stdlibb"], "corpus=stdlibb: no such option; did you mean stdlib?"),
         (["tokenize", "corpus=stdlib"], "corpus: a corpus is added with a plus sign: +corpus=NAME"),
         (["tokenize", "+corpus=stdlib", "workerz=2"], "workerz: no such key; did you mean workers?"),

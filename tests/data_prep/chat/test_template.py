@@ -75,7 +75,7 @@ def test_the_end_of_a_turn_is_scored_and_its_header_is_not(chat_tokenizer) -> No
     expected = "".join(f"{message['content']}<|im_end|>\n" for message in TALK[1::2])
     # The space that begins an answer may share a token with the newline of the header, which then counts as well.
     assert scored_text(tokenizer, template, TALK).removeprefix("\n") == expected
-    assert template.stops
+    assert tokenizer.convert_ids_to_tokens(template.stop_id) == "<|im_end|>"
 
 
 def test_only_the_last_turn_is_scored_on_request(chat_tokenizer) -> None:
@@ -173,7 +173,7 @@ def test_a_template_without_control_tokens_is_known_not_to_stop(chat_tokenizer) 
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
         "{{ 'assistant: ' if add_generation_prompt }}"
     )
-    assert not ChatTemplate(chat_tokenizer(text), None, Scored.assistant).stops
+    assert ChatTemplate(chat_tokenizer(text), None, Scored.assistant).stop_id is None
 
 
 def test_a_tokenizer_without_a_template_is_refused(chat_tokenizer) -> None:
