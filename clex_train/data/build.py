@@ -244,7 +244,8 @@ def _check_same_tokenizer(key: str, store: TokenStore, first_key: str, first: To
             f"documents end with {ours.eos_token!r}, those of {first_key} with "
             f"{theirs.eos_token!r}; tokenize both with one tokenizer",
         )
-    if store.bos != first.bos:
+    # The template of conversations decides how they begin, whatever other documents have.
+    if store.bos != first.bos and not store.manifest.is_masked and not first.manifest.is_masked:
         raise ConfigError(
             f"{key}.path",
             store.path,

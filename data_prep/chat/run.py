@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from clex_train.data.bos import adds_bos
 from clex_train.data.conversations import COUNTED
 from clex_train.data.conversations import LARGEST as LARGEST_TEMPLATE
 from clex_train.token_store.manifest import SPLITS, TOKENIZER, Manifest, read_manifest
@@ -50,8 +51,8 @@ def run(config: ChatVerb) -> None:
     template = ChatTemplate(tokenizer, read_template(config.template), config.scored)
     chat = ChatJob(config.layout, str(template.text), config.scored, config.max_tokens)
     held_out = rule(corpus, units, chat.keep, chat.content)
-    # The template writes BOS, or does not.
-    bos = tokenizer.bos_token_id is not None and template.begins_with(tokenizer.bos_token_id)
+    # The template writes BOS, or does not. ChatML's first token is the BOS of some tokenizers that otherwise add none.
+    bos = adds_bos(tokenizer) and template.begins_with(tokenizer.bos_token_id)
     settings = content_settings(config, units, tokenizer.backend_tokenizer.to_str(), bos, held_out)
     settings |= {"chat": _settings(chat, template.stop_id)}
     if is_done(output, settings, config.overwrite):

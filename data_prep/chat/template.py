@@ -87,7 +87,7 @@ class ChatTemplate:
             np.concatenate([np.empty(0, np.bool_), *(part.scored for part in parts)]),
         )
 
-    def begins_with(self, token: int) -> bool:
+    def begins_with(self, token: int | None) -> bool:
         """Return True if rendered conversations begin with the token, such as BOS."""
         return int(self.encode(EXAMPLE).ids[0]) == token
 
