@@ -30,8 +30,8 @@ def warn_of_short_rows(config: Config, context_len: int) -> None:
     logger.warning(
         "scaling.positions=skip: rows of %s tokens are L / %.3g, and jumps between their chunks are as long as many "
         "rows; so trained, SmolLM2-135M on rows of L / 8 was 2 %% worse at L and 6 %% at 4 L than trained plainly "
-        "(docs/results.md); set data.seq_len=0 for rows of L tokens, or scaling.as_used=1 to train plainly and serve "
-        "longer contexts by scaling.drift alone",
+        "(docs/results.md); set data.seq_len=0 for rows of L tokens, or scaling.as_used=0.8, 0.1 %% and 0.5 %% worse "
+        "there, or 1 to train plainly and serve longer contexts by scaling.drift alone",
         f"{row_len:,}",
         context_len / row_len,
     )

@@ -62,7 +62,7 @@ def test_rows_far_below_l_are_named_with_key_numbers_and_remedies(caplog):
     assert line.startswith("scaling.positions=skip: rows of 128 tokens are L / 8, ")
     assert "2 % worse at L" in line
     assert "set data.seq_len=0 " in line
-    assert "scaling.as_used=1" in line
+    assert "scaling.as_used=0.8" in line
 
 
 @pytest.mark.parametrize(
