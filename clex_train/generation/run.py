@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from clex_train.attention import kv_cache
 from clex_train.config.evaluation import EvaluationConfig
 from clex_train.config.root import Config
 from clex_train.console import arguments as arguments_of
@@ -61,8 +62,10 @@ def stream_text(args: GenerateArguments, plan: Plan, loaded: LoadedModel) -> lis
     torch.manual_seed(seeding.torch_seed(args.seed, "generation"))
     ids = torch.tensor([plan.ids], device=distributed.device())
     try:
-        with put_in() as mask, _without_reminder(), torch.inference_mode():
-            loaded.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=stream, **_cache(mask))
+        with put_in() as mask, _without_reminder():
+            loaded.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), streamer=stream, **_cache(loaded, mask)
+            )
     except KeyboardInterrupt as interrupt:
         stream.end()
         ended = interrupt if isinstance(interrupt, Interrupted) else Interrupted(signal.SIGINT)
@@ -85,10 +88,10 @@ def _settings(args: GenerateArguments, ends: list[int]) -> GenerationConfig:
     )
 
 
-def _cache(mask: Any) -> dict[str, Any]:
+def _cache(loaded: LoadedModel, mask: Any) -> dict[str, Any]:
     # LM-Infinite has a cache of constant size, unless it also attends to middle tokens and needs all keys.
     is_bounded = isinstance(mask, LmInfinite) and mask.middle is None
-    return {"past_key_values": mask.new_cache()} if is_bounded else {}
+    return kv_cache.as_kwargs(loaded.model, mask.new_cache()) if is_bounded else {}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from clex_train.tracking import metrics_log
-from clex_train.tracking.tracker import write_environment
+from clex_train.tracking.environment import write_environment
 from clex_train.utils.errors import RunStopped
 from tests.tracking.trackers import FIGURES, tracker_of
 
