@@ -13,6 +13,7 @@ EXTRAS = {
     "eval": ["requirements-eval.txt"],
     "dev": ["requirements-dev.txt", "requirements-docs.txt", "requirements-export.txt"],
     "export": ["requirements-export.txt"],
+    "tracking": ["requirements-tracking.txt"],
 }
 
 

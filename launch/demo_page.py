@@ -15,7 +15,7 @@ from typing import Any
 from clex_train.evaluation.tables import Row, Table, markdown
 from clex_train.report.evidence import from_rows
 from clex_train.report.write import write as write_report
-from clex_train.tracking import tracker
+from clex_train.tracking import environment
 from clex_train.utils import files
 from launch.demo_plan import Size
 from launch.demo_records import Records
@@ -68,7 +68,7 @@ def opening(size: Size, content: dict[str, Any]) -> str:
         f"{size.windows} window of books that no training saw: one window has no standard error, so small differences "
         "mean nothing.\n\n"
         f"{cpu()}, {os.cpu_count()} cores; precision {content['precision']} (products: {speeds}); "
-        f"{versions}; commit {tracker.git_commit() or 'not recorded'}."
+        f"{versions}; commit {environment.git_commit() or 'not recorded'}."
     )
 
 

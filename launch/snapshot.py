@@ -9,7 +9,7 @@ import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
 
-from clex_train.tracking.tracker import git_commit
+from clex_train.tracking.environment import git_commit
 from clex_train.utils import log
 from clex_train.utils.locations import PACKAGE, ROOT, SHIPPED
 

@@ -1,1 +1,1 @@
-"""Command-line programs: train, evaluate, export, report, lm-eval, info."""
+"""Command-line programs: train, evaluate, generate, export, report, lm-eval, info."""

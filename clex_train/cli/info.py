@@ -18,7 +18,7 @@ import torch
 
 from clex_train.console import program
 from clex_train.tracking import summary
-from clex_train.tracking.tracker import git_commit
+from clex_train.tracking.environment import git_commit
 from clex_train.utils import locations, log, versions
 from clex_train.utils.errors import ConfigError
 

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from clex_train.attention.select import check_attention
 from clex_train.config.engine import EngineConfig
 from clex_train.config.model import ModelConfig
 from clex_train.config.root import Config
 from clex_train.console import program as console
-from clex_train.console.loading_keys import LoadingConfig
+from clex_train.console.loading_keys import LoadingConfig, check_model
 from clex_train.engine import deepspeed
 from clex_train.evaluation import partial_results
 from clex_train.evaluation import provenance as origins
@@ -24,20 +23,12 @@ from clex_train.model_config.meta_models import model_on_meta
 from clex_train.models import architecture, weights
 from clex_train.tracking import saved_config, summary
 from clex_train.utils import checksums, distributed, log
-from clex_train.utils.bounds import MOST_TOKENS
-from clex_train.utils.errors import ConfigError, require, require_at_most
+from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.files import require_plain_name, require_writable_folder, temporary_path
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.py")
 
 logger = log.get(__name__)
-
-
-@dataclass
-class EvaluatedModel(ModelConfig):
-    """A model whose keys have no group on the command line."""
-
-    PREFIX: ClassVar[str] = ""
 
 
 @dataclass(frozen=True)
@@ -54,38 +45,21 @@ class Source:
 
 def check(args: LoadingConfig) -> None:
     """Raise `ConfigError` for keys that contradict each other or this machine."""
-    require((args.run is None) != (args.model is None), "run", args.run, "name either run=FOLDER or model=DIR")
+    check_model(args)
     if args.label is not None:
         require_plain_name("label", args.label, "it names the file of results")
     require(args.output != "", "output", "''", "name a JSON file, or leave the key out")
-    _check_revision(args)
-    require_at_most(args, "", {"context_len": MOST_TOKENS})
-    require(args.context_len is None or args.context_len >= 2, "context_len", args.context_len, "at least 2 tokens")
     require(
         args.sharded or not args.offload_parameters,
         "offload_parameters",
         args.offload_parameters,
         "only sharded weights can be kept on the host; set sharded=true too",
     )
-    check_attention(args.attention, "attention")
-
-
-def _check_revision(args: LoadingConfig) -> None:
-    """Raise `ConfigError` for a revision of a local folder: it would be recorded without any effect."""
-    local = args.run or (args.model if args.model and Path(args.model).is_dir() else None)
-    remedy = f"is of a hub repository, and {local} is a folder on this machine; leave the key out"
-    require(args.revision is None or local is None, "revision", args.revision, remedy)
 
 
 def locate(args: LoadingConfig) -> Source:
     """Find the model, its L, and the file of results; `ConfigError` if one of them cannot be used."""
-    model = EvaluatedModel(
-        path=args.path,
-        context_len=args.context_len,
-        allow_missing=args.allow_missing,
-        trust_remote_code=args.trust_remote_code,
-        revision=args.revision,
-    )
+    model = args.named_model()
     arch = architecture.to_read(model)
     weights.check(model, arch)
     label = args.label or _name(Path(args.run or args.path).resolve())

@@ -34,6 +34,7 @@ class Verb:
 VERBS = {
     "train": Verb("clex_train.train", "train or fine-tune a model"),
     "evaluate": Verb("clex_train.cli.evaluate", "perplexity and retrieval against context length"),
+    "generate": Verb("clex_train.cli.generate", "text from a prompt, streamed; plain or chat"),
     "key-tokens": Verb("data_prep.key_tokens", "list the tokens of held-out text that LongPPL scores"),
     "average": Verb("clex_train.cli.average", "the mean of the last checkpoints of a run as a model"),
     "export": Verb("clex_train.cli.export", "write a trained model in another program's layout"),

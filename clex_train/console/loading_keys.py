@@ -1,15 +1,19 @@
-"""Arguments that the programs of evaluation share: the model to load, and keys of the scaling methods to compare."""
+"""Arguments that several programs share: the model to load, and keys of the scaling methods to compare."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+from clex_train.attention.select import check_attention
 from clex_train.config.attention import AttentionImplementation
 from clex_train.config.docs import DOCS, field_docs
 from clex_train.config.engine import Precision
+from clex_train.config.model import ModelConfig
+from clex_train.utils.bounds import MOST_TOKENS
+from clex_train.utils.errors import require, require_at_most
 
 T = TypeVar("T")
 
@@ -31,12 +35,19 @@ METHOD_KEYS = (
 
 
 @dataclass
-class LoadingConfig:
+class NamedModel(ModelConfig):
+    """A model whose keys have no group on the command line."""
+
+    PREFIX: ClassVar[str] = ""
+
+
+@dataclass
+class ModelArguments:
     """Arguments of every program that loads a trained model."""
 
     run: str | None = None
-    """Folder of a finished run: its `final/` is evaluated, by default on its own validation data and lengths. A folder
-    may be given without a key."""
+    """Folder of a finished run: its `final/` is read, by default with the settings of its own evaluations. A folder may
+    be given without a key."""
     model: str | None = None
     """Model directory or hub name instead of a run."""
     context_len: int | None = None
@@ -49,14 +60,39 @@ class LoadingConfig:
     attention: AttentionImplementation = AttentionImplementation.sdpa
     """Attention back end of transformers; `flash_attention_2` needs flash-attn and a GPU. `sdpa`, also by `auto`, is
     `eager` for a model without."""
-    sharded: bool = False
-    """Split the weights over the ranks (ZeRO-3) instead of a copy on each: for a model that does not fit on one GPU."""
-    offload_parameters: bool = False
-    """With `sharded`: keep the weights in host memory and copy them to the GPU layer by layer."""
     trust_remote_code: bool = False
     """Allow Python code from `model` to run. Only for repositories you have read."""
     revision: str | None = None
     """Commit, tag or branch of a hub repository."""
+
+    @property
+    def path(self) -> str:
+        """The model directory or hub name."""
+        return str(Path(self.run) / "final") if self.run else str(self.model)
+
+    def given(self, keys: Sequence[str]) -> dict[str, Any]:
+        """Return those of `keys` that the command line sets, with their values."""
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}
+
+    def named_model(self) -> NamedModel:
+        """Return the `model` group that these arguments describe."""
+        return NamedModel(
+            path=self.path,
+            context_len=self.context_len,
+            allow_missing=self.allow_missing,
+            trust_remote_code=self.trust_remote_code,
+            revision=self.revision,
+        )
+
+
+@dataclass
+class LoadingConfig(ModelArguments):
+    """Arguments of every program that evaluates a trained model."""
+
+    sharded: bool = False
+    """Split the weights over the ranks (ZeRO-3) instead of a copy on each: for a model that does not fit on one GPU."""
+    offload_parameters: bool = False
+    """With `sharded`: keep the weights in host memory and copy them to the GPU layer by layer."""
     label: str | None = None
     """Name in tables and of the file; by default the folder's name, for the `final/` of a run that of the run."""
     output: str | None = None
@@ -67,14 +103,17 @@ class LoadingConfig:
     """Only estimate the cost: cells, forwards, tokens, memory, and a time from one timed chunk. Reads the weights for
     that; evaluates nothing and writes no file."""
 
-    @property
-    def path(self) -> str:
-        """The model directory or hub name."""
-        return str(Path(self.run) / "final") if self.run else str(self.model)
 
-    def given(self, keys: Sequence[str]) -> dict[str, Any]:
-        """Return those of `keys` that the command line sets, with their values."""
-        return {key: value for key in keys if (value := getattr(self, key)) is not None}
+def check_model(args: ModelArguments) -> None:
+    """Raise `ConfigError` for keys of the model that contradict each other or this machine."""
+    require((args.run is None) != (args.model is None), "run", args.run, "name either run=FOLDER or model=DIR")
+    # A revision of a local folder would be recorded without any effect.
+    local = args.run or (args.model if args.model and Path(args.model).is_dir() else None)
+    remedy = f"is of a hub repository, and {local} is a folder on this machine; leave the key out"
+    require(args.revision is None or local is None, "revision", args.revision, remedy)
+    require_at_most(args, "", {"context_len": MOST_TOKENS})
+    require(args.context_len is None or args.context_len >= 2, "context_len", args.context_len, "at least 2 tokens")
+    check_attention(args.attention, "attention")
 
 
 def with_overrides(base: type[T], group: type, keys: Sequence[str], otherwise: str = "") -> type[T]:

@@ -101,7 +101,7 @@ def _interrupted(interrupt: KeyboardInterrupt, kept: str) -> int:
     # Without a watch, or where a library took over SIGINT, it is Python's own KeyboardInterrupt.
     own = interrupt if isinstance(interrupt, Interrupted) else Interrupted(signal.SIGINT)
     if log.display_rank() == 0:
-        print(f"{own}; {kept}", file=sys.stderr)
+        print(f"{own}; {own.kept or kept}", file=sys.stderr)
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     return 128 + own.number
@@ -153,10 +153,10 @@ def _replace_unencodable(error: UnicodeError) -> tuple[str | bytes, int]:
     return "".join(typed), error.end
 
 
-def echo(text: str) -> None:
+def echo(text: str, end: str = "\n") -> None:
     """Print to standard output and flush. Ends the program without a message, exit code 141, if the reader is gone."""
     try:
-        print(log.printable(text), flush=True)
+        print(log.printable(text), end=end, flush=True)
     except BrokenPipeError:
         # The interpreter flushes the buffer once more at exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

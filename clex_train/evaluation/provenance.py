@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clex_train.evaluation.results import Origin
-from clex_train.tracking import tracker
+from clex_train.tracking.environment import git_commit
 from clex_train.utils import distributed
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def command() -> list[str]:
 def environment(dtype: torch.dtype) -> dict[str, Any]:
     """Collect commit, versions, device, dtype and number of ranks."""
     return {
-        "git_commit": tracker.git_commit(),
+        "git_commit": git_commit(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",

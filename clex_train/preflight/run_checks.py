@@ -38,7 +38,7 @@ from clex_train.rope.native import native_handle_on_meta
 from clex_train.rope.probe import require_rotary
 from clex_train.token_store import vocabulary
 from clex_train.token_store.store import TokenStore
-from clex_train.tracking import run_folder, tracker
+from clex_train.tracking import back_ends, run_folder
 from clex_train.utils import distributed, log
 from clex_train.utils.errors import ConfigError, InputError
 
@@ -49,7 +49,7 @@ class Scope(Enum):
     """Availability of a run's machines, files and ranks where the checks run."""
 
     run = "run"
-    """This process trains: its packages, its login to wandb and its number of ranks count."""
+    """This process trains: its packages, its login to a tracker and its number of ranks count."""
     submission = "submission"
     """Machines that share this file system train: stores and weights must be here, packages are theirs."""
     plan = "plan"
@@ -162,7 +162,7 @@ def _check_machine(config: Config, scope: Scope) -> None:
     try:
         check_attention(config.attention.implementation)
         liger.check(config.engine.liger)
-        tracker.require_login(config.tracking)
+        back_ends.require_ready(config.tracking)
     except ConfigError as error:
         if scope is Scope.run:
             raise

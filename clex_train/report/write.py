@@ -18,7 +18,7 @@ from clex_train.report import page
 from clex_train.report.evidence import Evidence, Source, evaluation_source, training_source
 from clex_train.report.figures import collect_figures
 from clex_train.report.plotting import Absent, Figure, to_png
-from clex_train.tracking import tracker
+from clex_train.tracking import environment
 from clex_train.utils.files import BadFile, write_together
 from clex_train.utils.records import read_record
 
@@ -41,7 +41,7 @@ def write(evidence: Evidence, folder: Path, command: Sequence[str]) -> str:
     figures, absent = collect_figures(evidence)
     made = {
         "command": shlex.join(command),
-        "git_commit": tracker.git_commit() or "not recorded",
+        "git_commit": environment.git_commit() or "not recorded",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     made_by = f"Written {made['date']} by {made['command']}, commit {made['git_commit']}."

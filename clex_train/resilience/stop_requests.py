@@ -43,6 +43,8 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
         self.number = number
+        self.kept: str | None = None
+        """What there is of the interrupted work, in the words of the code that did it."""
 
 
 class SignalWatch:

@@ -1,1 +1,1 @@
-"""Records of a run: metrics, run folder, wandb, and the block that opens a program."""
+"""Records of a run: metrics, run folder, back ends that show them, and the block that opens a program."""

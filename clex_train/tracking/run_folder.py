@@ -127,7 +127,7 @@ def tidy(folder: Path) -> None:
     """Clean up after interrupted launches and move damaged records aside. Call it on rank 0, under its lock."""
     files.recover(folder / FINAL)
     # Only what a training run writes: an evaluation program takes no lock and may be writing its own files now.
-    own = ("config", "metrics", "wandb_id", "environment", "evaluation/step_")
+    own = ("config", "metrics", "wandb_id", "trackio_id", "environment", "evaluation/step_")
     for pattern in (".writable_*", *(f"{name}*{files.TEMPORARY_SUFFIX}" for name in own)):
         for leftover in folder.glob(pattern):
             leftover.unlink(missing_ok=True)

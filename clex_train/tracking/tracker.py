@@ -1,44 +1,23 @@
-"""Metric logging on rank 0: metrics.jsonl, a progress bar on the console, and wandb if enabled."""
+"""Metric logging on rank 0: metrics.jsonl, a progress bar on the console, and the back end of `tracking`."""
 
 from __future__ import annotations
 
-import json
 import math
-import netrc
-import os
-import platform
-import re
-import secrets
-import subprocess
-import sys
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import torch
 
 from clex_train.config.checkpoint import OnFullDisk
-from clex_train.config.tracking import TrackingConfig, Wandb
+from clex_train.tracking.back_ends import LIBRARIES
+from clex_train.tracking.evaluations import evaluation_rows, is_evaluation
 from clex_train.tracking.metrics_log import MetricsLog
-from clex_train.utils import distributed, files, locations, log, progress
-from clex_train.utils.errors import require
+from clex_train.utils import distributed, log, progress
 
 if TYPE_CHECKING:
     from clex_train.config.root import Config
 
 logger = log.get(__name__)
-
-PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "torchdiffeq", "hydra-core", "flash-attn")
-
-MOST_ID = 256
-"""Largest file with a run's wandb id that is read, in bytes."""
-WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-CLOUDS = ("api.wandb.ai", "api.forge.coreweave.com")
-
-COLUMNS = ["step", "measure", "method", "protocol", "length", "value"]
-"""Columns of an evaluation's table in wandb; the protocol of retrieval tasks is empty."""
 
 
 class Tracker:
@@ -55,12 +34,12 @@ class Tracker:
         distributed.write_on_main(lambda: self._open(config, run_dir, first_step))
         if not self.active:
             return
-        self._wandb = _open_wandb(config, run_dir, self._run_id)
         self._bar = progress.bar(config.optim.steps, config.name, initial=first_step, unit="step")
 
     def _open(self, config: Config, run_dir: Path, first_step: int) -> None:
         self._log = MetricsLog(run_dir / "metrics.jsonl", first_step, self._see)
-        self._run_id = "" if config.tracking.wandb is Wandb.off else _wandb_id(run_dir / "wandb_id")
+        library = LIBRARIES.get(config.tracking.back_end)
+        self._shown = library.open_run(config, run_dir, first_step) if library else None
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Record an optimizer step: advance the bar, and log a line every `log_every` steps."""
@@ -87,8 +66,8 @@ class Tracker:
         self._write({"step": step, **results})
         self._sync()
         self._evaluated.add(step)
-        if self._wandb is not None:
-            self._wandb.evaluation(step, results)
+        if self._shown is not None:
+            self._shown.evaluation(step, evaluation_rows(step, results))
 
     def saved(self, step: int, seconds: float) -> None:
         """Record the seconds that training waited for the checkpoint of this step."""
@@ -107,13 +86,13 @@ class Tracker:
         self._bar.update(step - self._bar.n)
 
     def close(self, finished: bool = True) -> None:
-        """Flush and close the log, the bar and wandb, where an unfinished run is marked as failed."""
+        """Flush and close the log, the bar and the back end, which marks an unfinished run as failed."""
         if not self.active:
             return
         self._bar.close()
         self._log.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if finished else 1)
+        if self._shown is not None:
+            self._shown.finish(exit_code=0 if finished else 1)
 
     def _see(self, row: dict[str, Any]) -> None:
         """Note an evaluation among the rows of metrics.jsonl."""
@@ -128,9 +107,9 @@ class Tracker:
         before = self._log.failure
         self._log.append(known)
         self._note(before)
-        # wandb cannot plot lists, such as the spans of rows.
-        if self._wandb is not None:
-            self._wandb.log({key: value for key, value in line.items() if not isinstance(value, list)})
+        # No back end plots lists, such as the spans of rows.
+        if self._shown is not None:
+            self._shown.log({key: value for key, value in line.items() if not isinstance(value, list)})
 
     def _sync(self) -> None:
         before = self._log.failure
@@ -146,164 +125,7 @@ class Tracker:
             logger.error("%s; its lines wait in memory, training continues (checkpoint.on_full_disk=continue)", why)
 
 
-class WandbRun:
-    """A wandb run: metrics per step, and evaluations as a table and as curves over length."""
-
-    def __init__(self, module: Any, run: Any) -> None:
-        self._module, self._run = module, run
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Log the metrics of a step; `line` includes `step`."""
-        self._run.log(line)
-
-    def evaluation(self, step: int, results: dict[str, float]) -> None:
-        """Log `evaluation/table`, one row per key, and `evaluation/<measure>`, one curve per method."""
-        rows = evaluation_rows(step, results)
-        charts = {f"evaluation/{measure}": self._chart(measure, rows) for measure in dict.fromkeys(r[1] for r in rows)}
-        self._run.log({"step": step, "evaluation/table": self._module.Table(columns=COLUMNS, data=rows), **charts})
-
-    def finish(self, exit_code: int) -> None:
-        """End the run; a nonzero code marks it as failed."""
-        self._run.finish(exit_code=exit_code)
-
-    def _chart(self, measure: str, rows: list[list[Any]]) -> Any:
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for _, _, method, protocol, length, value in (row for row in rows if row[1] == measure):
-            lines.setdefault(f"{method}, {protocol}" if protocol else method, []).append((length, value))
-        points = [sorted(line) for line in lines.values()]
-        xs, ys = ([[point[i] for point in line] for line in points] for i in (0, 1))
-        return self._module.plot.line_series(xs, ys, keys=list(lines), title=measure, xname="length in tokens")
-
-
-def require_login(tracking: TrackingConfig) -> None:
-    """Raise `ConfigError` on rank 0 when wandb is online but nobody is logged in. Uses no prompt and no network."""
-    if tracking.wandb is not Wandb.online or not distributed.is_main():
-        return
-    import wandb
-
-    # `wandb.login` would prompt on a terminal and hang a job without one.
-    settings = wandb.setup().settings
-    known = bool(settings.api_key or getattr(settings, "identity_token_file", None))
-    require(
-        known or _in_netrc(urlsplit(settings.base_url).netloc),
-        "tracking.wandb",
-        tracking.wandb.value,
-        "nobody is logged in to wandb here; run `wandb login`, set WANDB_API_KEY, or take tracking=offline",
-    )
-
-
-def _in_netrc(host: str) -> bool:
-    """Return True if a netrc file, which `wandb login` writes, has a login for the host."""
-    named = os.environ.get("NETRC")
-    files = [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]
-    for file in files:
-        with suppress(OSError, netrc.NetrcParseError):
-            logins = netrc.netrc(file.expanduser())
-            # wandb's cloud has two names, and a login under either one is accepted.
-            if logins.authenticators(host) or (host in CLOUDS and any(map(logins.authenticators, CLOUDS))):
-                return True
-    return False
-
-
-def evaluation_rows(step: int, results: dict[str, float]) -> list[list[Any]]:
-    """Make a row of `COLUMNS` for each evaluation key. Values that are not finite are left out."""
-    rows: list[list[Any]] = []
-    for key, value in results.items():
-        measure, method, *protocol, length = key.split("/")
-        if math.isfinite(value):
-            rows.append([step, measure, method, "".join(protocol), int(length), value])
-    return rows
-
-
-def is_evaluation(key: str) -> bool:
-    """Return True if a key of metrics.jsonl belongs to an evaluation."""
-    # Evaluation keys are `measure/method/.../length`; step metrics have no slash.
-    return key.count("/") >= 2
-
-
-def write_environment(run_dir: Path, first_step: int, data_fingerprint: str) -> None:
-    """Write environment.json, or environment_step_<N>.json when resuming at step N.
-
-    Contents: command, commit, versions, machine and data fingerprint.
-    """
-    facts = {
-        # As typed: console.run has rewritten sys.argv, where values are quoted for Hydra.
-        "command": [sys.executable, *sys.orig_argv[1:]],
-        "git_commit": git_commit(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
-        "world_size": distributed.world_size(),
-        "data_fingerprint": data_fingerprint,
-    }
-    name = f"environment_step_{first_step}.json" if first_step else "environment.json"
-    files.write_atomically(run_dir / name, json.dumps(facts, indent=2) + "\n")
-
-
-def git_commit() -> str | None:
-    """Return the commit of the running code, with `-dirty` if files differ from it; None if unknown."""
-    # A wheel and a snapshot for a SLURM job have no .git but a file with the commit.
-    if locations.COMMIT.exists():
-        return locations.COMMIT.read_text(encoding="utf-8").strip() or None
-    if not locations.IS_CHECKOUT:
-        # git would search the parent folders, and could name a commit of an unrelated repository.
-        return None
-    try:
-        described = subprocess.run(
-            # `--exclude=*` ignores tags, so that this is always the bare hash.
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=locations.ROOT,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return described.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _postfix(metrics: dict[str, Any]) -> str:
     text = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s"
+    text += f"  mfu {metrics['mfu']:.1%}" if "mfu" in metrics else ""
     return text + (f"  t {metrics['t']:.1f}" if "t" in metrics else "")
-
-
-def _open_wandb(config: Config, run_dir: Path, run_id: str) -> WandbRun | None:
-    if config.tracking.wandb is Wandb.off:
-        return None
-    import wandb
-
-    run = wandb.init(
-        project=config.tracking.project,
-        name=config.name,
-        id=run_id,
-        resume="allow",
-        dir=str(run_dir),
-        mode=config.tracking.wandb.value,
-        settings=wandb.Settings(console="off", silent=True),
-    )
-    # Steps after the last checkpoint are repeated on resume. wandb's own step counter cannot go back, a metric can.
-    run.define_metric("*", step_metric="step")
-    return WandbRun(wandb, run)
-
-
-def _wandb_id(path: Path) -> str:
-    """Read the run's wandb id, or create one when it is missing or damaged."""
-    if path.exists():
-        with suppress(files.BadFile):
-            content = files.read_regular(path, within=path.parent, most=MOST_ID).decode("utf-8", "replace")
-            if known := WANDB_ID.fullmatch(content.strip()):
-                return known[0]
-        logger.warning("%s is damaged; moved to %s, starting a new wandb run", path, files.quarantine(path).name)
-    run_id = secrets.token_hex(4)
-    # Durable before wandb sees it: a run killed in between must find its own wandb run again.
-    files.write_atomically(path, run_id + "\n")
-    return run_id

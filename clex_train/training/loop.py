@@ -141,7 +141,8 @@ def train_step(parts: Parts, step: int, micro_batches: Iterator[MicroBatch]) -> 
     if not is_updated and config.engine.zero_stage > 0:
         metrics["fault"] = recovery.find_fault(parts, step, batches, weights, losses, spectrum)
     tokens = config.optim.batch_rows * config.data.seq_len
-    return metrics | speed(step, tokens, time.perf_counter() - start, parts.flops_per_token)
+    seconds, peak = time.perf_counter() - start, config.tracking.peak_tflops
+    return metrics | speed(step, tokens, seconds, parts.flops_per_token, peak)
 
 
 def accumulate_gradients(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from clex_train.data import build as data
 from clex_train.engine import deepspeed as engines
 from clex_train.model_config import size
-from clex_train.tracking import run_folder, summary, tracker
+from clex_train.tracking import environment, run_folder, summary
 from clex_train.utils import distributed
 
 if TYPE_CHECKING:
@@ -62,4 +62,4 @@ def _write_records(ready: Preflight) -> None:
     if first_step:
         run_folder.restore_config(ready.requested, ready.history.recorded)
     run_folder.write_config(ready.requested)
-    tracker.write_environment(run_dir, first_step, data.fingerprint(ready.inputs.stores))
+    environment.write_environment(run_dir, first_step, data.fingerprint(ready.inputs.stores))

@@ -40,6 +40,8 @@ OPTIONAL = {
     "liger-kernel": Optional("liger_kernel", "fused norms and MLPs on a GPU; clex-train[gpu]"),
     "triton": Optional("triton", "compiles the GPU kernels; comes with torch's CUDA wheels"),
     "gguf": Optional("gguf", "clex-train export format=gguf; clex-train[export]"),
+    "tensorboard": Optional("tensorboard", "tracking=tensorboard; clex-train[tracking]"),
+    "trackio": Optional("trackio", "tracking=trackio; clex-train[tracking]"),
     "lm-eval": Optional("lm_eval", "clex-train lm-eval; clex-train[eval]"),
 }
 

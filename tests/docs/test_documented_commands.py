@@ -18,6 +18,7 @@ from clex_train.config import root as configuration
 from clex_train.config.root import Config
 from clex_train.console import arguments
 from clex_train.console.overrides import for_hydra, type_at
+from clex_train.generation.arguments import GenerateConfig
 from data_prep.__main__ import VERBS, _expand_group_path
 from launch import slurm
 from tests.helpers.composing import CONF
@@ -29,6 +30,7 @@ PROGRAMS = {
     "clex_train.cli.evaluate": EvaluateConfig,
     "clex_train.cli.lm_eval": LmEvalConfig,
     "clex_train.cli.export": ExportConfig,
+    "clex_train.cli.generate": GenerateConfig,
     "clex_train.cli.report": ReportConfig,
 }
 PROGRAM = re.compile(r"(?:^|\s)(train\.py|launch\.slurm|data_prep|clex_train\.cli\.\w+)\s")

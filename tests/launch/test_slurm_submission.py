@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from clex_train.console import program as console
 from clex_train.token_store import vocabulary
-from clex_train.tracking.tracker import git_commit
+from clex_train.tracking.environment import git_commit
 from launch import slurm, snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +127,9 @@ def test_a_snapshot_without_git_has_the_programs_and_no_caches(tmp_path, monkeyp
     copied = {str(path.relative_to(tmp_path / "code")) for path in (tmp_path / "code").rglob("*") if path.is_file()}
     assert {"train.py", "clex_train/training/loop.py", "conf/config.yaml", "launch/job/signals.sh", "COMMIT"} <= copied
     assert not any("__pycache__" in name for name in copied)
-    program = "import train; from clex_train.tracking.tracker import git_commit; print(train.__file__, git_commit())"
+    program = (
+        "import train; from clex_train.tracking.environment import git_commit; print(train.__file__, git_commit())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path / "code", capture_output=True, text=True, check=True
     )

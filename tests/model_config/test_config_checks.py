@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig
 
-from clex_train.cli.loading import EvaluatedModel
 from clex_train.config.model import ModelConfig
 from clex_train.console.errors import explain
+from clex_train.console.loading_keys import NamedModel
 from clex_train.model_config import config_checks
 from clex_train.models import architecture
 
@@ -120,6 +120,6 @@ def test_an_invalid_length_is_named_with_the_key_that_replaces_it(directory, key
         f"{directory}/config.json: {key}={length}: must be from 2 to 134,217,728 tokens; correct it, or set the "
         "context length that the model serves by model.context_len=N"
     )
-    assert refusal(EvaluatedModel(path=str(directory))).endswith(" by context_len=N")
+    assert refusal(NamedModel(path=str(directory))).endswith(" by context_len=N")
     named = ModelConfig(path=str(directory), context_len=256)
     assert architecture.context_length(named, architecture.to_read(named)) == 256

@@ -7,11 +7,11 @@ import torch
 from transformers import BloomConfig, Gemma3TextConfig, LlamaConfig
 
 from clex_train import api
-from clex_train.cli.loading import EvaluatedModel
 from clex_train.config.method import Method
 from clex_train.config.model import Init, ModelConfig
 from clex_train.config.scaling import Positions, ScalingConfig
 from clex_train.console.errors import explain
+from clex_train.console.loading_keys import NamedModel
 from clex_train.model_config.meta_models import model_on_meta
 from clex_train.models import architecture, hub, official
 from clex_train.rope import recipes
@@ -95,11 +95,11 @@ def test_l_must_be_given_if_a_scaling_leaves_it_open(config):
 
 
 def test_an_evaluation_program_names_its_own_key():
-    model = EvaluatedModel(path="a/b")
+    model = NamedModel(path="a/b")
     with pytest.raises(ValueError, match=r"^context_len: the config scales RoPE by "):
         architecture.context_source(model, scaled("linear", stated=64, factor=4.0))
     with pytest.raises(ValueError, match=r"^context_len=1: at least 2"):
-        EvaluatedModel(path="a/b", context_len=1)
+        NamedModel(path="a/b", context_len=1)
 
 
 def test_a_config_with_the_path_of_another_model_is_reported_as_unused(tmp_path, caplog):

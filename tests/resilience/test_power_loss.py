@@ -14,9 +14,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from clex_train.config.root import Config
+from clex_train.config.tracking import BackEnd
 from clex_train.evaluation import results
 from clex_train.export import final as save
-from clex_train.tracking import metrics_log, run_folder
+from clex_train.tracking import environment, metrics_log, run_folder
 from clex_train.tracking import tracker as tracking
 from clex_train.utils import checksums, files
 from clex_train.utils.errors import RunStopped
@@ -66,7 +67,7 @@ def test_a_configuration_is_old_or_new(tmp_path, monkeypatch):
 
 
 def test_an_environment_file_is_complete_or_missing(tmp_path, monkeypatch):
-    images = Disk(tmp_path).record(monkeypatch, lambda: tracking.write_environment(tmp_path, 0, "f"))
+    images = Disk(tmp_path).record(monkeypatch, lambda: environment.write_environment(tmp_path, 0, "f"))
     _require_old_or_new(images, "environment.json", None, (tmp_path / "environment.json").read_bytes())
 
 
@@ -92,7 +93,7 @@ def test_truncating_a_log_loses_no_remaining_line(tmp_path, monkeypatch):
 def test_metrics_before_a_checkpoint_are_durable(tmp_path, monkeypatch):
     config = Config()
     config.optim.steps = 9
-    config.tracking.wandb = tracking.Wandb.off
+    config.tracking.name = BackEnd.local
     tracker = tracking.Tracker(config, tmp_path, 0)
 
     def train() -> None:

@@ -1,40 +1,24 @@
-"""The tracker: metrics.jsonl with every step once, wandb, and full disks."""
+"""The tracker: metrics.jsonl with every step once, and full disks."""
 
 import errno
 import io
 import json
-import math
-import os
 import sys
 
 import pytest
-import wandb
 
-from clex_train.config.checkpoint import OnFullDisk
-from clex_train.config.root import Config
-from clex_train.config.tracking import TrackingConfig, Wandb
-from clex_train.console.errors import explain
 from clex_train.tracking import metrics_log
-from clex_train.tracking.tracker import COLUMNS, Tracker, _wandb_id, require_login, write_environment
-from clex_train.utils import distributed
+from clex_train.tracking.environment import write_environment
 from clex_train.utils.errors import RunStopped
-
-FIGURES = {"loss": 1.0, "tokens_per_second": 10.0}
-
-
-def _tracker(run_dir, first_step, steps=6, wandb=Wandb.off, on_full_disk="stop"):
-    config = Config(tracking=TrackingConfig(wandb=wandb))
-    config.checkpoint.on_full_disk = OnFullDisk[on_full_disk]
-    config.optim.steps = steps
-    return Tracker(config, run_dir, first_step)
+from tests.tracking.trackers import FIGURES, tracker_of
 
 
 def test_steps_after_the_checkpoint_are_dropped_on_resume(tmp_path):
-    tracker = _tracker(tmp_path, 0)
+    tracker = tracker_of(tmp_path, 0)
     for step in range(1, 5):
         tracker.step({"step": step, **FIGURES})
     tracker.close()
-    resumed = _tracker(tmp_path, 2)
+    resumed = tracker_of(tmp_path, 2)
     for step in range(3, 7):
         resumed.step({"step": step, **FIGURES})
     resumed.close()
@@ -51,103 +35,20 @@ def test_the_environment_records_the_command_as_typed(tmp_path, monkeypatch):
 
 
 def test_evaluations_record_their_step(tmp_path):
-    tracker = _tracker(tmp_path, 0)
+    tracker = tracker_of(tmp_path, 0)
     tracker.evaluation(3, {"perplexity/trained/one_shot/128": 12.5})
     tracker.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "perplexity/trained/one_shot/128": 12.5}
 
 
 def test_a_step_is_evaluated_once_even_for_retrieval_alone(tmp_path):
-    tracker = _tracker(tmp_path, 0)
+    tracker = tracker_of(tmp_path, 0)
     tracker.step({"step": 2, **FIGURES, "rows/books": 4})
     tracker.evaluation(3, {"passkey/trained/128": 0.5})
     tracker.close()
-    resumed = _tracker(tmp_path, 4)
+    resumed = tracker_of(tmp_path, 4)
     assert [resumed.lacks_evaluation(step) for step in (2, 3)] == [True, False]
     resumed.close()
-
-
-def test_wandb_gets_the_table_of_each_evaluation_and_its_curves(tmp_path, monkeypatch):
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    for name in ("WANDB__SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):
-        monkeypatch.setenv(name, "600")  # Seconds, with room for a busy machine.
-    results = {
-        "perplexity/trained/one_shot/64": 12.0,
-        "perplexity/trained/one_shot/128": 11.5,
-        "perplexity/ntk/one_shot/128": math.inf,
-        "passkey/trained/128": 0.75,
-    }
-    tracker = _tracker(tmp_path, 0, wandb=Wandb.offline)
-    tracker.step({"step": 1, **FIGURES})
-    tracker.evaluation(2, results)
-    tracker.evaluation(4, results)
-    tracker.close()
-    files = sorted((tmp_path / "wandb").glob("offline-run-*/files/media/table/**/*.table.json"))
-    tables = [json.loads(file.read_text()) for file in files if file.parent.name == "evaluation"]
-    listed = {file.name.split("_")[0] for file in files}
-    assert {"table", "perplexity", "passkey"} <= listed
-    own = [table for table in tables if table["columns"] == COLUMNS]
-    assert sorted(table["data"] for table in own) == [
-        [
-            [step, "perplexity", "trained", "one_shot", 64, 12.0],
-            [step, "perplexity", "trained", "one_shot", 128, 11.5],
-            [step, "passkey", "trained", "", 128, 0.75],
-        ]
-        for step in (2, 4)
-    ]
-    curves = [table for table in tables if table["columns"] != COLUMNS]
-    assert [64, "trained, one_shot", 12.0] in [row for table in curves for row in table["data"]]
-
-
-@pytest.fixture
-def without_login(monkeypatch, tmp_path):
-    """Set a home directory without a login to wandb."""
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("NETRC", raising=False)
-    yield tmp_path
-    wandb.teardown()
-
-
-def test_online_without_a_login_is_refused_with_the_remedy(without_login):
-    with pytest.raises(ValueError, match=r"tracking\.wandb=online: nobody is logged in.*WANDB_API_KEY") as caught:
-        require_login(TrackingConfig(wandb=Wandb.online))
-    assert explain(caught.value) is not None
-
-
-@pytest.mark.parametrize("wandb_mode", [Wandb.offline, Wandb.off])
-def test_other_modes_need_no_login(without_login, wandb_mode):
-    require_login(TrackingConfig(wandb=wandb_mode))
-
-
-def test_a_key_or_a_netrc_entry_is_a_login(without_login, monkeypatch):
-    netrc = without_login / ".netrc"
-    netrc.write_text("machine elsewhere\n login user\n password x\n")
-    with pytest.raises(ValueError, match="nobody is logged in"):
-        require_login(TrackingConfig(wandb=Wandb.online))
-    netrc.write_text("machine api.wandb.ai\n login user\n password x\n")
-    require_login(TrackingConfig(wandb=Wandb.online))
-    netrc.unlink()
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    wandb.teardown()
-    require_login(TrackingConfig(wandb=Wandb.online))
-
-
-def test_other_ranks_leave_the_refusal_to_rank_0(without_login, monkeypatch):
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    require_login(TrackingConfig(wandb=Wandb.online))
-
-
-def test_a_damaged_wandb_id_is_moved_and_replaced(tmp_path, caplog):
-    path = tmp_path / "wandb_id"
-    first = _wandb_id(path)
-    assert _wandb_id(path) == first
-    path.write_bytes(b"ab\0\0\0\0\xff\n")
-    second = _wandb_id(path)
-    assert _wandb_id(path) == second != first
-    assert "is damaged; moved to wandb_id.damaged" in caplog.text
 
 
 @pytest.fixture
@@ -168,7 +69,7 @@ def full_log(tmp_path, monkeypatch):
 
 
 def test_metrics_wait_for_room_on_a_full_disk_while_training_continues(tmp_path, full_log, caplog):
-    tracker = _tracker(tmp_path, 0, on_full_disk="continue")
+    tracker = tracker_of(tmp_path, 0, on_full_disk="continue")
     for step in range(1, 6):
         full_log[0] = step in (2, 3)
         tracker.step({"step": step, **FIGURES})
@@ -181,7 +82,7 @@ def test_metrics_wait_for_room_on_a_full_disk_while_training_continues(tmp_path,
 
 
 def test_metrics_on_a_full_disk_stop_the_run_without_a_partial_line(tmp_path, full_log, caplog):
-    tracker = _tracker(tmp_path, 0)
+    tracker = tracker_of(tmp_path, 0)
     tracker.step({"step": 1, **FIGURES})
     full_log[0] = True
     tracker.step({"step": 2, **FIGURES})
@@ -199,4 +100,4 @@ def test_a_log_that_cannot_be_opened_stops_the_launch_naming_the_file(tmp_path, 
     with pytest.raises(
         RunStopped, match=r"metrics\.jsonl: cannot be written \(Disk quota exceeded\).*make room and run"
     ):
-        _tracker(tmp_path, 0)
+        tracker_of(tmp_path, 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from clex_train.config.model import ModelConfig
 from clex_train.models import architecture
-from clex_train.tracking import tracker
+from clex_train.tracking import environment
 from clex_train.utils import locations, versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,13 +27,13 @@ def test_a_shipped_architecture_is_found_from_another_folder(tmp_path: Path, mon
 def test_the_commit_of_a_copy_is_the_recorded_one(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(locations, "COMMIT", tmp_path / "COMMIT")
     (tmp_path / "COMMIT").write_text("abc-dirty\n")
-    assert tracker.git_commit() == "abc-dirty"
+    assert environment.git_commit() == "abc-dirty"
 
 
 def test_an_installed_package_ignores_the_commit_of_an_enclosing_repository(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(locations, "COMMIT", tmp_path / "COMMIT")
     monkeypatch.setattr(locations, "IS_CHECKOUT", False)
-    assert tracker.git_commit() is None
+    assert environment.git_commit() is None
 
 
 def test_the_version_is_that_of_the_running_code() -> None:

@@ -1,0 +1,1 @@
+"""Text from a prompt: the t that each length is read at, the streamed answer, and its speed."""
