@@ -1,7 +1,9 @@
 """Write the model of a finished run into `final/`, and recognise a run that has it."""
 
+from functools import partial
 from pathlib import Path
 
+from clex_train.adapters import lora, merge
 from clex_train.engine import deepspeed as engines
 from clex_train.export.final import is_finished as is_whole
 from clex_train.export.final import write_final
@@ -15,11 +17,18 @@ logger = log.get(__name__)
 
 
 def save(parts: Parts, tokenizer: Tokenizer) -> None:
-    """Write the weights, the frequencies of the last step and the tokenizer. Collective."""
+    """Write the weights, with adapters merged, the frequencies of the last step and the tokenizer. Collective."""
     parts.loaded.solve_table()
-    final = Path(parts.config.output_dir) / saved_config.FINAL
-    weights, t = engines.consolidated_state_dict(parts.engine), parts.config.scaling.final_t
-    write_final(final, parts.loaded, weights, tokenizer, t)
+    config, trained, model = parts.config, parts.trained, parts.loaded.model
+    final, beside = Path(config.output_dir) / saved_config.FINAL, None
+    weights, t = engines.consolidated_state_dict(parts.engine), config.scaling.final_t
+    if trained is not None:
+        if config.adapter.save:
+            found = merge.tensors(weights, trained)
+            beside = partial(merge.write, model=model, found=found, trained=trained, base=config.model.path)
+        weights = merge.merge(weights, trained)
+        lora.remove(model)
+    write_final(final, parts.loaded, weights, tokenizer, t, beside)
 
 
 def is_finished(ready: Preflight) -> bool:
@@ -29,7 +38,8 @@ def is_finished(ready: Preflight) -> bool:
         return False
     engines.open_process_group(config.engine)
     final = Path(config.output_dir) / saved_config.FINAL
-    if not is_whole(final):
+    # A finished run is written again when it is asked for its adapter.
+    if not is_whole(final) or distributed.any_rank(config.adapter.save and not (final / merge.FOLDER).is_dir()):
         return False
     logger.info("%s is finished: its final model is in %s", config.output_dir, final)
 
