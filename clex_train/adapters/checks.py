@@ -22,7 +22,7 @@ def check_base(config: Config, arch: PretrainedConfig) -> None:
         "adapter.name",
         config.adapter.name.value,
         f"the weights of model.path={config.model.path} are quantised (QLoRA), and the merged model in final/ would "
-        "not be the one that was trained: the sum of packed weights and an adapter is rounded again, which loses a part "
+        "not be the one that was trained: the sum of packed weights and an adapter is rounded again, which loses part "
         "of a change as small as an adapter's; give the model that they were made from, in bfloat16: 7B parameters "
         "take 13 GiB, and dry_run=true shows the memory of the run",
     )
