@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 from clex_train.utils.errors import require, require_at_most
@@ -51,6 +51,20 @@ class AdapterConfig:
             parts = target.split(".")
             is_name = all(part.replace("-", "_").isidentifier() for part in parts)
             require(is_name, "adapter.targets", target, "last parts of the names of linear layers, such as q_proj")
+
+    def require_used(self) -> None:
+        """Raise `ConfigError` for settings of an adapter that the run does not have."""
+        unset = AdapterConfig(name=self.name)
+        for each in fields(self):
+            # Training every weight is far from what `adapter.r=64` alone asks for.
+            value = getattr(self, each.name)
+            is_set = value != getattr(unset, each.name)
+            require(
+                self.is_used or not is_set,
+                f"adapter.{each.name}",
+                value,
+                "adapter=none trains every weight; choose adapter=lora or adapter=longlora too",
+            )
 
     @property
     def is_used(self) -> bool:

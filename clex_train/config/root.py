@@ -124,6 +124,7 @@ def _check_names(config: Config) -> None:
 def _check_between_groups(config: Config) -> None:
     model, engine, optim = config.model, config.engine, config.optim
     _check_names(config)
+    config.adapter.require_used()
     require(
         model.path is not None or model.config is not None,
         "model.path",

@@ -39,7 +39,8 @@ def is_finished(ready: Preflight) -> bool:
     engines.open_process_group(config.engine)
     final = Path(config.output_dir) / saved_config.FINAL
     # A finished run is written again when it is asked for its adapter.
-    if not is_whole(final) or distributed.any_rank(config.adapter.save and not (final / merge.FOLDER).is_dir()):
+    lacks_adapter = config.adapter.save and not (final / merge.FOLDER).is_dir()
+    if not is_whole(final) or distributed.any_rank(lacks_adapter):
         return False
     logger.info("%s is finished: its final model is in %s", config.output_dir, final)
 

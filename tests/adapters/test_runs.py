@@ -134,9 +134,15 @@ def test_another_adapter_or_base_cannot_continue_a_run(run, finished, base, tmp_
     folder = tmp_path / "unfinished"
     shutil.copytree(finished, folder)
     shutil.rmtree(folder / "final")
-    for change in ("adapter.r=4", "adapter.dropout=0", "adapter.train_norms=false", "adapter=none"):
-        with pytest.raises(ConfigError, match=r"adapter|architecture"):
-            run(folder, "engine.zero_stage=3", change)
+    changes = (
+        ("adapter.r=4",),
+        ("adapter.dropout=0",),
+        ("adapter.train_norms=false",),
+        ("adapter=none", "adapter.dropout=0"),
+    )
+    for change in changes:
+        with pytest.raises(ConfigError, match="it holds a model of another architecture or adapter"):
+            run(folder, "engine.zero_stage=3", *change)
     shutil.copytree(base, tmp_path / "other")
     tensors = load_file(base / FINAL)
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-3
@@ -163,6 +169,12 @@ def test_a_quantised_base_is_refused_with_reason_and_remedy(run, base, tmp_path)
         run(tmp_path / "run", f"model.path={tmp_path / 'packed'}")
 
 
+def test_settings_without_an_adapter_are_refused(tiny_run, tmp_path):
+    for setting in ("adapter.r=64", "adapter.save=true", "adapter.targets=[q_proj]"):
+        with pytest.raises(ConfigError, match=r"adapter\..*adapter=none trains every weight"):
+            tiny_run(tmp_path / "run", setting)
+
+
 def test_dropout_in_tiled_mlps_is_refused_before_weights_are_read(run, tmp_path):
     tiled = ("engine.tiled_mlp=8", "adapter.targets=[all-linear]")
     with pytest.raises(ConfigError, match=r"adapter\.dropout=0\.1: engine\.tiled_mlp"):
@@ -174,7 +186,7 @@ def test_a_missing_peft_is_refused_with_the_command_that_installs_it(run, tmp_pa
     monkeypatch.setattr(lora, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"peft is not installed: pip install .*adapters"):
         run(tmp_path / "run")
-    run(tmp_path / "full", "adapter=none")
+    run(tmp_path / "full", "adapter=none", "adapter.dropout=0")
 
 
 def test_the_opening_block_says_rank_layers_and_share(run, finished, tmp_path, capsys):
