@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clex_train.engine import tiled_mlp, token_loss
+from clex_train.engine import liger, tiled_mlp, token_loss
 from clex_train.lm_infinite.install import apply_lm_infinite
 from clex_train.models.memory_options import decoder_layers, recompute_layers
 from clex_train.rope.patch import install_rotary
@@ -32,13 +32,22 @@ def lambda_mask(model) -> None:
     apply_lm_infinite(model, TOKENS, 1)
 
 
+def fused_kernels(model) -> None:
+    # Liger's own need a GPU; these compute the same.
+    def rms_norm(x, weight, epsilon):
+        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+
+    kernels = liger.Kernels(rms_norm, lambda gate, up: torch.nn.functional.silu(gate) * up)
+    assert len(liger.install(model, kernels)) == 2 * 3 + 1
+
+
 def all_of_them(model) -> None:
-    for install in (recomputed, tiled_mlps, tiled_loss):
+    for install in (fused_kernels, recomputed, tiled_mlps, tiled_loss):
         install(model)
 
 
 @pytest.mark.parametrize("beside", [{}, LONGLORA], ids=["lora", "longlora"])
-@pytest.mark.parametrize("install", [recomputed, tiled_mlps, tiled_loss, lambda_mask, all_of_them])
+@pytest.mark.parametrize("install", [recomputed, fused_kernels, tiled_mlps, tiled_loss, lambda_mask, all_of_them])
 def test_an_option_changes_no_gradient_of_adapters_or_frequencies(install, beside):
     plain, other = build("llama"), build("llama")
     for model in (plain, other):
